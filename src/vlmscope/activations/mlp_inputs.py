@@ -1,0 +1,28 @@
+"""The transcoders' inputs of a batch, for analyses that need no outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmscope.models.base import Adapter
+from vlmscope.models.batching import InputBatch
+
+
+@torch.no_grad()
+def mlp_inputs(adapter: Adapter, batch: InputBatch, layers: Sequence[int]) -> dict[int, Tensor]:
+    """MLP inputs by layer [B, T, d] of one unedited forward, with the model's fast kernels."""
+    found: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for layer in layers:
+
+            def hook(_module: Any, args: tuple, layer: int = layer) -> None:
+                found[layer] = args[0]
+
+            stack.callback(adapter.mlp(layer).register_forward_pre_hook(hook).remove)
+        adapter.model(**batch.tensors, use_cache=False, logits_to_keep=1)
+    return found

@@ -1,0 +1,186 @@
+"""The public Python API, for notebooks: load a model with its transcoders, trace, steer, patch, study.
+
+    import vlmscope
+
+    scope = vlmscope.load()                                   # Orrery and its transcoders
+    traced = vlmscope.trace(scope, "what planet is this ?", ["mars.png"])
+    answer = vlmscope.steer(scope, "what planet is this ?", ["mars.png"], {"L6/512": 8.0})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from vlmscope.core.errors import UserError
+from vlmscope.core.ids import FeatureId
+
+if TYPE_CHECKING:
+    from vlmscope.attribution.trace import Trace
+    from vlmscope.core.intervention import FeatureExample
+    from vlmscope.interventions.edits import LayerEdit
+    from vlmscope.models.base import ModelInputs
+    from vlmscope.models.loading import VLM
+    from vlmscope.transcoders.transcoder import TranscoderSet
+
+Picture = str | Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A loaded model with the transcoders of its layers."""
+
+    vlm: VLM
+    transcoders: TranscoderSet
+
+    def inputs(self, prompt: str, images: Sequence[Picture] = ()) -> ModelInputs:
+        """One user turn, ready for the model; pictures are paths or PIL images."""
+        from vlmscope.data.images import open_image
+
+        return self.vlm.prepare(prompt, [i if isinstance(i, Image.Image) else open_image(i) for i in images])
+
+
+def load(
+    model: str | Path | None = None,
+    transcoders: str | Path | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> Scope:
+    """Load a model folder and a transcoder folder; Orrery and its set by default.
+
+    Raises:
+        UserError: a folder is not what it should be, or the transcoders do not fit the model.
+    """
+    from vlmscope.config.paths import asset
+    from vlmscope.models.loading import load_vlm
+    from vlmscope.transcoders.formats import load_set
+
+    vlm = load_vlm(model or asset("orrery"), dtype, device)
+    adapter = vlm.adapter
+    folder = Path(transcoders or asset("orrery_transcoders"))
+    found = load_set(folder, n_layers=adapter.n_layers, d_model=adapter.d_model)
+    return Scope(vlm, found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False))
+
+
+def trace(scope: Scope, prompt: str, images: Sequence[Picture] = (), **settings: Any) -> Trace:
+    """The attribution graph of a prompt, whole and pruned; `settings` are those of `AttributionConfig`."""
+    from vlmscope.attribution.config import AttributionConfig
+    from vlmscope.attribution.trace import trace as run
+
+    return run(scope.vlm, scope.transcoders, scope.inputs(prompt, images), AttributionConfig(**settings))
+
+
+def steer(
+    scope: Scope,
+    prompt: str,
+    images: Sequence[Picture],
+    features: Mapping[str, float],
+    positions: Sequence[int] | None = None,
+    max_new_tokens: int = 24,
+) -> str:
+    """The answer when features are set to given activations in the prompt and in every generated token.
+
+    Args:
+        scope: what `load` returned.
+        prompt: the question.
+        images: its pictures.
+        features: "L<layer>/<index>" -> activation (0 ablates).
+        positions: prompt positions to act on, and then not on generated tokens; everywhere when None.
+        max_new_tokens: length limit of the answer.
+
+    Raises:
+        UserError: an id that cannot be read, or a feature or position that is not there.
+    """
+    from vlmscope.interventions.generate import generate_edited
+
+    inputs = scope.inputs(prompt, images)
+    plan = _plan(scope, features, inputs, positions)
+    return generate_edited(scope.vlm.adapter, scope.vlm.tokenizer, inputs, scope.transcoders, plan, max_new_tokens)
+
+
+def patch(
+    scope: Scope,
+    prompt: str,
+    images: Sequence[Picture],
+    donor_images: Sequence[Picture],
+    features: Sequence[str],
+    strength: float = 1.0,
+    max_new_tokens: int = 24,
+) -> str:
+    """The answer when features get the activations that they have, position by position, on other pictures.
+
+    Raises:
+        UserError: as `steer`, or the two prompts do not align.
+    """
+    from vlmscope.activations.mlp_inputs import mlp_inputs
+    from vlmscope.interventions.edits import set_features
+    from vlmscope.interventions.generate import generate_edited
+    from vlmscope.interventions.run import activations
+    from vlmscope.models.batching import make_batch
+
+    inputs, donor = scope.inputs(prompt, images), scope.inputs(prompt, donor_images)
+    adapter = scope.vlm.adapter
+    make_batch(adapter, [inputs, donor])  # refuses prompts that do not align
+    by_layer = _by_layer(scope, features)
+    where = torch.ones(len(inputs), dtype=torch.bool)
+    plan = {}
+    for layer, x in mlp_inputs(adapter, make_batch(adapter, [donor]), sorted(by_layer)).items():
+        found = torch.tensor(by_layer[layer])
+        values = activations(scope.transcoders[layer], x, found) * strength
+        plan[layer] = set_features(found, values, where, values[:, -1])
+    return generate_edited(adapter, scope.vlm.tokenizer, inputs, scope.transcoders, plan, max_new_tokens)
+
+
+def study(
+    scope: Scope, prompt: str, images: Sequence[Picture], features: Sequence[str], count: int = 6
+) -> dict[str, tuple[FeatureExample, ...]]:
+    """The pictures on which each feature is most active, with the activation of every soft token and word."""
+    from vlmscope.data.images import open_image, png_bytes
+    from vlmscope.features.top_examples import StudyItem, top_examples
+
+    pictures = [i if isinstance(i, Image.Image) else open_image(i) for i in images]
+    names = [str(i) if not isinstance(i, Image.Image) else f"picture {n}" for n, i in enumerate(images)]
+    items = [
+        StudyItem(scope.vlm.prepare(prompt, [picture]), name, png_bytes(picture, 256))
+        for picture, name in zip(pictures, names, strict=True)
+    ]
+    ids = [FeatureId(layer, index) for layer, found in _by_layer(scope, features).items() for index in found]
+    found = top_examples(scope.vlm.adapter, scope.transcoders, ids, items, count)
+    return {str(feature): examples for feature, examples in found.items()}
+
+
+def _by_layer(scope: Scope, features: Sequence[str]) -> dict[int, list[int]]:
+    table: dict[int, list[int]] = {}
+    for text in features:
+        feature = FeatureId.parse(text)
+        if feature.layer not in scope.transcoders:
+            raise UserError(f"feature {text}: the transcoders have layers {scope.transcoders.layers}")
+        width = scope.transcoders[feature.layer].config.n_features
+        if feature.index >= width:
+            raise UserError(f"feature {text}: layer {feature.layer} has {width} features")
+        table.setdefault(feature.layer, []).append(feature.index)
+    return table
+
+
+def _plan(
+    scope: Scope, features: Mapping[str, float], inputs: ModelInputs, positions: Sequence[int] | None
+) -> dict[int, LayerEdit]:
+    from vlmscope.interventions.edits import set_features
+
+    where = torch.ones(len(inputs), dtype=torch.bool)
+    if positions is not None:
+        bad = [p for p in positions if not 0 <= p < len(inputs)]
+        if bad:
+            raise UserError(f"position {bad[0]}: the prompt has positions 0 to {len(inputs) - 1}")
+        where = torch.zeros_like(where)
+        where[list(positions)] = True
+    plan = {}
+    for layer, found in _by_layer(scope, list(features)).items():
+        value = torch.tensor([features[str(FeatureId(layer, i))] for i in found], dtype=scope.vlm.adapter.dtype)
+        plan[layer] = set_features(torch.tensor(found), value, where, value if positions is None else None)
+    return plan

@@ -1,0 +1,255 @@
+"""The command line: Hydra composes the configuration, one task runs, its folder is printed last.
+
+Exit codes: 0 the work was done, 1 a failure of the program (with a traceback), 2 a mistake of the user (one line), 130
+Ctrl-C.
+"""
+
+import argparse
+import logging
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vlmscope.core.artifacts import write_json, write_yaml
+from vlmscope.core.errors import UserError
+
+USAGE = """\
+vlmscope: transcoders, attribution graphs and causal tests for vision-language models.
+
+  python run.py experiment=NAME [key=value ...]       a whole experiment
+  python run.py task=NAME [key=value ...]             one task on your own pictures and prompt
+  python run.py -m experiment=NAME seed=0,1,2         a sweep: one run for each combination
+  python run.py experiment=NAME --cfg job             show the configuration, run nothing
+
+{overview}
+
+Keys
+  prompt=TEXT, prompt_file=PATH   the prompt, taken exactly as it is written
+  image=PATH, image=[A,B]         one picture or several
+  images.NAME=[A,B]               a named set of your own pictures
+  model= transcoder= data= optim= trainer= tracking= attribution= intervention=    choose an option of a group
+  trainer.max_steps=10            set one key of it; a misspelt key is an error
+  debug=fast                      tiny limits, to see whether a configuration runs at all
+  tracking=none                   nothing but the run folder
+  hydra.run.dir=PATH              the run folder (default outputs/<experiment or task>/<date_time>)
+  trainer.resume=true             with hydra.run.dir of an earlier run: go on where it stopped
+
+Examples
+{examples}
+Each run writes config.yaml, metrics.json and its artifacts into its folder and prints that folder last; `make ui` shows
+all runs in MLflow. Set HYDRA_FULL_ERROR=1 to see the traceback of a configuration error.
+"""
+
+
+class _Failures:
+    """Errors of jobs, each printed when it happened."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.errors: list[Exception] = []
+
+    def add(self, error: Exception) -> None:
+        """Print and keep an error. In a launcher's own process it is raised: only so does it reach the main one."""
+        if isinstance(error, UserError):
+            _say(str(error))
+        else:
+            traceback.print_exception(error)
+        self.errors.append(error)
+        if os.getpid() != self.process:
+            raise error
+
+    def exit_code(self) -> int:
+        """0 without failures, 2 when the user can mend them all, else 1."""
+        if not self.errors:
+            return 0
+        return 2 if all(isinstance(error, UserError) for error in self.errors) else 1
+
+
+def _help() -> str:
+    from vlmscope.config import catalog
+    from vlmscope.tasks.list import overview
+
+    experiments = list(catalog.options("experiment"))
+    examples = [f"  python run.py experiment={name}\n" for name in experiments[:2]]
+    examples.append("  python run.py task=trace image=cat.png prompt='what animal is this ?'\n")
+    return USAGE.format(overview=overview(), examples="".join(examples))
+
+
+def _say(message: str) -> None:
+    """One line on stderr, whatever line breaks the message had."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _check_flags(argv: Sequence[str]) -> None:
+    """Let Hydra's parser look at the flags first: its own errors print a usage page and exit."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; see python run.py --help")
+
+    parser.error = refuse
+    args: argparse.Namespace = parser.parse_args(list(argv))
+    chosen = [args.run, args.multirun, args.cfg is not None, args.info is not None, args.shell_completion]
+    if sum(map(bool, chosen)) > 1:
+        raise UserError("--run, --multirun, --cfg, --info and --shell-completion exclude each other; give one")
+    if args.resolve and args.cfg is None:
+        raise UserError("--resolve goes with --cfg; add --cfg job")
+
+
+def _flat_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics as JSON numbers. JSON has no NaN or infinity: such a value is written as null."""
+    numbers = {key: float(value) for key, value in metrics.items()}
+    return {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+
+
+@contextmanager
+def _log_file(run_dir: Path) -> Iterator[None]:
+    """What is logged also goes into run.log in the run folder."""
+    handler = logging.FileHandler(run_dir / "run.log", delay=True, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def _remove_empty(run_dir: Path) -> None:
+    """Hydra makes a folder for every run; one that a task left empty, and its empty parent, would only be litter."""
+    for folder in (run_dir, run_dir.parent):
+        if any(folder.iterdir()):
+            return
+        folder.rmdir()
+
+
+def _run_job(cfg: Any) -> None:
+    """One job, called by Hydra with the composed configuration."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from vlmscope.config.resolve import to_app_config
+    from vlmscope.config.store import run_label
+    from vlmscope.tasks import registry
+    from vlmscope.tasks.context import RunContext
+    from vlmscope.tracking import NullRun, RunInfo, open_run, sweep
+
+    hydra = HydraConfig.get()
+    run_dir = Path(hydra.runtime.output_dir)
+    overrides = tuple(hydra.overrides.task)
+    app_cfg = to_app_config(cfg, overrides)
+    task = registry.load(hydra.runtime.choices["task"])
+    if not task.recorded:
+        task.run(app_cfg, RunContext(run_dir, NullRun(), overrides))
+        _remove_empty(run_dir)
+        return
+    # Not by way of OmegaConf: a prompt that holds `${` would be taken for an interpolation.
+    resolved = asdict(app_cfg)
+    write_yaml(run_dir / "config.yaml", resolved)
+    in_sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
+    parent = sweep.parent_id() if in_sweep and app_cfg.tracking.enabled else None
+    info = RunInfo(run_label(cfg, hydra.runtime.choices), run_dir.name, resolved, overrides, parent)
+    with _log_file(run_dir), open_run(app_cfg.tracking, run_dir, info, resume=app_cfg.trainer.resume) as tracked:
+        metrics = task.run(app_cfg, RunContext(run_dir, tracked, overrides))
+        tracked.log_metrics(metrics)
+        write_json(run_dir / "metrics.json", _flat_metrics(metrics))
+        tracked.log_artifacts(run_dir)
+    print(run_dir, flush=True)
+
+
+def _job(failures: _Failures) -> Callable[[Any], None]:
+    """`_run_job` that keeps its failure: raised, Hydra would print a line of its own; and a sweep's other jobs go on."""
+    from vlmscope.config.errors import CONFIG_ERRORS, one_line
+
+    def job(cfg: Any) -> None:
+        try:
+            _run_job(cfg)
+        except CONFIG_ERRORS as error:
+            failures.add(UserError(one_line(error)))
+        except Exception as error:
+            failures.add(error)
+
+    return job
+
+
+@contextmanager
+def _hydra_process(argv: Sequence[str]) -> Iterator[None]:
+    """Hydra reads sys.argv, and raises its errors instead of printing them only when HYDRA_FULL_ERROR is set."""
+    saved_argv, saved_env = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [str(Path(saved_argv[0] or "run.py")), *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = saved_argv
+        if saved_env is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = saved_env
+
+
+def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
+    """Let Hydra compose and run; its own errors come out as UserError."""
+    import hydra
+
+    from vlmscope.config.callbacks import SweepRefused
+    from vlmscope.config.errors import CONFIG_ERRORS, one_line
+    from vlmscope.config.paths import conf_dir
+    from vlmscope.config.store import register
+    from vlmscope.config.verbatim import quote_arguments
+    from vlmscope.tasks import registry
+
+    _check_flags(argv)
+    register(registry.configs())
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job(failures))
+    try:
+        with _hydra_process(quote_arguments(argv)):
+            entry()
+    except SweepRefused as error:
+        raise UserError(str(error)) from error
+    except CONFIG_ERRORS as error:
+        if show_traceback:
+            traceback.print_exc()
+        raise UserError(one_line(error)) from error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"cannot write {error.filename}: {error.strerror}; choose another hydra.run.dir") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or {"-h", "--help"} & set(argv):
+        print(_help())
+        return 0 if argv else 2
+    failures = _Failures()
+    killed = True
+    try:
+        _run_hydra(argv, failures)
+        killed = False
+    except KeyboardInterrupt:
+        print("interrupted; trainer.resume=true with this run's hydra.run.dir goes on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        killed = False
+        failures.add(error)
+    finally:
+        _close_sweep(killed=killed, failed=bool(failures.errors))
+    return failures.exit_code()
+
+
+def _close_sweep(*, killed: bool, failed: bool) -> None:
+    """End the tracked parent of a sweep, when there was one; Hydra itself skips its end when a job fails."""
+    if "vlmscope.tracking.sweep" in sys.modules:
+        from vlmscope.tracking import sweep
+
+        sweep.close_parent(killed=killed, failed=failed)

@@ -1,0 +1,1 @@
+"""Attribution graphs: edges by an explicit linear adjoint, influence, pruning, scores, files and export."""

@@ -1,0 +1,174 @@
+"""The linear adjoint of the local replacement model, batched over targets; no autograd.
+
+A target reads the residual stream at one position by a vector g. Going down, with G the gradient at the stream,
+    attention   G <- G + s1 * ((P^T ((s2 * G) W_o)) W_v)
+    MLP         edges (s4 * G) . (a W_dec | error | b_dec);  G <- G + s3 * ((s4 * G) W_skip)
+and the embeddings collect what arrives (Ameisen et al. 2025, with the frozen pieces of `vlmscope.replacement.frozen`).
+Only positions that the frozen patterns let a target see are carried.
+Legend: B targets, S carried positions, d width, H heads, Hkv key/value heads, D head width, K features a position.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmscope.attribution.columns import Columns, columns_of
+from vlmscope.replacement.features import LayerFeatures
+from vlmscope.replacement.frozen import FrozenLayer
+from vlmscope.replacement.model import ReplacementModel
+
+# Source vectors of all layers are kept when they fit into this many bytes, else gathered anew for each batch.
+_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What the positions of one layer write into the stream, and into which columns their edges go.
+
+    `vectors [T, K + 2, d]`: features (zero where a position has fewer), error, decoder bias, all write-scaled.
+    `columns [T, K + 1]`: of features and error; padding points at the scratch column after the last.
+    """
+
+    vectors: Tensor
+    columns: Tensor
+
+
+@dataclass
+class _Sweep:
+    """State of one sweep: `gradient [S, B, d]` at `positions [S]`, and the rows `out [B, columns + 1]` so far."""
+
+    gradient: Tensor
+    positions: Tensor
+    out: Tensor
+
+
+class Adjoint:
+    """Rows of edges of one replacement model."""
+
+    def __init__(self, replacement: ReplacementModel) -> None:
+        self.replacement = replacement
+        self.columns: Columns = columns_of(replacement)
+        # [L, T, T]: does any head of a layer let a query see a key?
+        self._sees = (replacement.state.patterns > 0).any(dim=1)
+        widest = max((_most_at_a_position(features) for features in replacement.features), default=0)
+        element = replacement.errors.element_size() * replacement.errors.shape[-1]
+        size = replacement.n_layers * replacement.n_positions * (widest + 2) * element
+        self._cache: dict[int, _Sources] | None = {} if size <= _CACHE_BYTES else None
+
+    @torch.no_grad()
+    def feature_rows(self, layer: int, which: Tensor) -> Tensor:
+        """Edges into features of one layer.
+
+        Args:
+            layer: the layer.
+            which: `[B]` int64, numbers among the layer's active features; sorted ones sweep fewest positions.
+
+        Returns:
+            `[B, start[layer] + 1]`, the columns that exist below the layer and its own bias.
+        """
+        features = self.replacement.features[layer]
+        position = features.position[which]
+        vectors = features.w_enc[features.index[which]] * self.replacement.layers[layer].mlp_in_scale[position]
+        width = self.columns.bias(layer) + 1
+        sweep = self._begin(vectors, position, width)
+        sweep.out[:, width - 1] = features.encoder_bias[which]
+        self._attention(layer, sweep)
+        self._descend(layer, sweep)
+        return sweep.out[:, :width]
+
+    @torch.no_grad()
+    def logit_rows(self, vectors: Tensor) -> Tensor:
+        """Edges into linear read-outs `vectors [B, d]` of the normed last state at the last position: `[B, columns]`."""
+        last = self.replacement.n_positions - 1
+        position = torch.full((len(vectors),), last, device=vectors.device)
+        width = self.columns.total
+        sweep = self._begin(vectors * self.replacement.state.final_norm_scale[last], position, width)
+        self._descend(self.replacement.n_layers, sweep)
+        return sweep.out[:, :width]
+
+    def _begin(self, vectors: Tensor, position: Tensor, width: int) -> _Sweep:
+        """A sweep that holds each target's vector at its own position."""
+        positions, slot = torch.unique(position, return_inverse=True)
+        gradient = vectors.new_zeros(len(positions), *vectors.shape)
+        gradient[slot, torch.arange(len(vectors), device=vectors.device)] = vectors
+        return _Sweep(gradient, positions, vectors.new_zeros(len(vectors), width + 1))
+
+    def _descend(self, layer: int, sweep: _Sweep) -> None:
+        """Go from the stream before `layer` down to the embeddings."""
+        for below in range(layer - 1, -1, -1):
+            self._mlp(below, sweep)
+            self._attention(below, sweep)
+        embeddings = self.replacement.state.embeddings[sweep.positions]
+        sweep.out[:, sweep.positions] = torch.bmm(sweep.gradient, embeddings[:, :, None])[:, :, 0].T
+
+    def _mlp(self, layer: int, sweep: _Sweep) -> None:
+        sources = self._sources(layer)
+        edges = torch.bmm(sweep.gradient, sources.vectors[sweep.positions].transpose(1, 2))  # [S, B, K + 2]
+        sweep.out[:, sources.columns[sweep.positions].flatten()] = edges[:, :, :-1].transpose(0, 1).flatten(1)
+        sweep.out[:, self.columns.bias(layer)] += edges[:, :, -1].sum(0)
+        skip = self.replacement.features[layer].w_skip
+        if skip is not None:
+            frozen = self.replacement.layers[layer]
+            written = frozen.write_scale[sweep.positions, None] * sweep.gradient
+            sweep.gradient = sweep.gradient + frozen.mlp_in_scale[sweep.positions, None] * (written @ skip)
+
+    def _attention(self, layer: int, sweep: _Sweep) -> None:
+        frozen = self.replacement.layers[layer]
+        seen = self._sees[layer, sweep.positions].any(0)
+        seen[sweep.positions] = True
+        below = torch.nonzero(seen)[:, 0]
+        scaled = frozen.attn_out_scale[sweep.positions, None] * sweep.gradient
+        values = _value_gradient(frozen, scaled, sweep.positions, below)
+        if frozen.output_bias is not None:
+            sweep.out[:, self.columns.bias(layer)] += (scaled @ frozen.output_bias).sum(0)
+        if frozen.value_bias is not None:
+            sweep.out[:, self.columns.bias(layer)] += (values @ frozen.value_bias).sum(0)
+        gradient = values @ frozen.value_weight
+        gradient *= frozen.attn_in_scale[below, None]
+        gradient[torch.searchsorted(below, sweep.positions)] += sweep.gradient
+        sweep.gradient, sweep.positions = gradient, below
+
+    def _sources(self, layer: int) -> _Sources:
+        if self._cache is None:
+            return self._gather(layer)
+        if layer not in self._cache:
+            self._cache[layer] = self._gather(layer)
+        return self._cache[layer]
+
+    def _gather(self, layer: int) -> _Sources:
+        replacement, features = self.replacement, self.replacement.features[layer]
+        positions, width = replacement.errors.shape[1:]
+        most = _most_at_a_position(features)
+        vectors = replacement.errors.new_zeros(positions, most + 2, width)
+        device = vectors.device
+        columns = torch.full((positions, most + 1), -1, dtype=torch.int64, device=device)
+        offsets = torch.tensor(features.offsets, device=device)
+        number = torch.arange(len(features), device=device)
+        slot = number - offsets[features.position]
+        vectors[features.position, slot] = features.activation[:, None] * features.w_dec[features.index]
+        vectors[:, -2] = replacement.errors[layer]
+        vectors[:, -1] = features.b_dec
+        vectors *= replacement.layers[layer].write_scale[:, None]
+        columns[features.position, slot] = self.columns.features(layer) + number
+        columns[:, -1] = self.columns.errors(layer) + torch.arange(positions, device=device)
+        return _Sources(vectors, columns)
+
+
+def _most_at_a_position(features: LayerFeatures) -> int:
+    """The largest number of active features at one position."""
+    return max(after - before for before, after in zip(features.offsets[:-1], features.offsets[1:], strict=True))
+
+
+def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor, below: Tensor) -> Tensor:
+    """Back through output projection and pattern: `[S, B, d]` at queries `above` to `[S', B, Hkv * D]` at keys `below`."""
+    n_above, n_targets, _ = scaled.shape
+    n_heads, n_kv_heads = frozen.pattern.shape[0], frozen.n_kv_heads
+    groups = n_heads // n_kv_heads
+    z = (scaled @ frozen.output_weight).view(n_above, n_targets, n_kv_heads, groups, -1)
+    head_dim = z.shape[-1]
+    # Query heads that share a key/value head add up, so (group, query) is one contracted axis.
+    by_head = z.permute(2, 3, 0, 1, 4).reshape(n_kv_heads, groups * n_above, n_targets * head_dim)
+    pattern = frozen.pattern[:, above][:, :, below].reshape(n_kv_heads, groups * n_above, len(below))
+    values = torch.bmm(pattern.transpose(1, 2), by_head).view(n_kv_heads, len(below), n_targets, head_dim)
+    return values.permute(1, 2, 0, 3).reshape(len(below), n_targets, n_kv_heads * head_dim)

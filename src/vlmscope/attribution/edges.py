@@ -1,0 +1,146 @@
+"""From rows over columns to a graph over nodes.
+
+Features without a row of their own stay in the graph as one LEFT_OUT source a layer: the edge is their signed sum (so
+that rows still sum to their targets), and the sum of their |edges| is kept beside it (so that influence is not lost).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from vlmscope.attribution.columns import Columns
+from vlmscope.attribution.rows import RowChunk
+from vlmscope.attribution.targets import LogitTargets
+from vlmscope.core.graph import NodeKind, NodeTable
+from vlmscope.replacement.model import ReplacementModel
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Nodes with their rows; the arrays of `AttributionGraph` of the same names."""
+
+    nodes: NodeTable
+    indptr: np.ndarray
+    indices: np.ndarray
+    weights: np.ndarray
+    residual: np.ndarray
+    left_out_mass: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which node each column belongs to (`[columns]`), and the nodes' first four fields."""
+
+    node_of_column: np.ndarray
+    kind: np.ndarray
+    layer: np.ndarray
+    position: np.ndarray
+    index: np.ndarray
+
+
+def _layout(replacement: ReplacementModel, columns: Columns, kept: np.ndarray, targets: LogitTargets) -> _Layout:
+    """Number the nodes in the order of `vlmscope.core.graph`; `kept [n]` bool says which features have a row."""
+    table, positions = replacement.feature_activations, columns.n_positions
+    node_of_column = np.empty(columns.total, dtype=np.int64)
+    node_of_column[:positions] = np.arange(positions)
+    every = np.arange(positions)
+    ids = np.array(replacement.inputs.input_ids, dtype=np.int64)
+    parts: list[tuple[int, int, np.ndarray, np.ndarray]] = [(NodeKind.TOKEN, -1, every, ids)]
+    none = np.array([-1])
+    first, node = 0, positions
+    for layer in range(columns.n_layers):
+        count = int(columns.n_features[layer])
+        mine = np.arange(first, first + count)
+        chosen = mine[kept[mine]]
+        parts.append((NodeKind.BIAS, layer, none, none))
+        parts.append((NodeKind.FEATURE, layer, table.position[chosen], table.index[chosen]))
+        parts.append((NodeKind.ERROR, layer, every, np.full(positions, -1)))
+        rest = node + 1 + len(chosen) + positions
+        node_of_column[columns.bias(layer)] = node
+        # Left-out features share the layer's last node.
+        numbers = np.where(kept[mine], node + np.cumsum(kept[mine]), rest)
+        node_of_column[columns.features(layer) : columns.errors(layer)] = numbers
+        node_of_column[columns.errors(layer) : columns.errors(layer) + positions] = node + 1 + len(chosen) + every
+        if len(chosen) < count:
+            parts.append((NodeKind.LEFT_OUT, layer, none, none))
+            rest += 1
+        first, node = first + count, rest
+    last = np.full(len(targets.token_ids), positions - 1)
+    parts.append((NodeKind.LOGIT, columns.n_layers, last, targets.token_ids))
+
+    def join(values: list[np.ndarray], dtype: type) -> np.ndarray:
+        return np.concatenate(values).astype(dtype)
+
+    return _Layout(
+        node_of_column,
+        join([np.full(len(position), kind) for kind, _, position, _ in parts], np.int8),
+        join([np.full(len(position), layer) for _, layer, position, _ in parts], np.int16),
+        join([position for _, _, position, _ in parts], np.int32),
+        join([index for _, _, _, index in parts], np.int64),
+    )
+
+
+def assemble(
+    replacement: ReplacementModel,
+    columns: Columns,
+    chunks: list[RowChunk],
+    logits: RowChunk,
+    targets: LogitTargets,
+    dtype: str,
+) -> Edges:
+    """Put the rows in node order, merge left-out columns, and fill the node table."""
+    table = replacement.feature_activations
+    kept = np.zeros(len(table), dtype=bool)
+    for chunk in chunks:
+        kept[chunk.targets] = True
+    layout = _layout(replacement, columns, kept, targets)
+    n_nodes = len(layout.kind)
+    logit_nodes = np.arange(n_nodes - len(targets.token_ids), n_nodes)
+    feature_nodes = layout.node_of_column[columns.all_features()]
+    all_chunks = [*chunks, logits]
+    row_nodes = np.concatenate([*(feature_nodes[chunk.targets] for chunk in chunks), logit_nodes])
+    counts = np.concatenate([chunk.counts for chunk in all_chunks])
+    column = np.concatenate([chunk.indices for chunk in all_chunks])
+    weights = np.concatenate([chunk.weights for chunk in all_chunks])
+    source = layout.node_of_column[column].astype(np.int32)
+    left_out_mass = _left_out_mass(layout, source, np.repeat(row_nodes, counts), weights, columns.n_layers)
+    rows = sparse.csr_matrix((weights, source, np.concatenate([[0], np.cumsum(counts)])), shape=(len(counts), n_nodes))
+    in_order = np.argsort(row_nodes)
+    if left_out_mass.shape[1]:
+        rows = rows[in_order]
+        rows.sum_duplicates()
+    row_counts = np.zeros(n_nodes, dtype=np.int64)
+    row_counts[row_nodes[in_order]] = np.diff(rows.indptr)
+    indptr = np.concatenate([[0], np.cumsum(row_counts)])
+    nodes = NodeTable(
+        layout.kind,
+        layout.layer,
+        layout.position,
+        layout.index,
+        activation=_per_node(n_nodes, dtype, (feature_nodes[kept], table.activation[kept])),
+        target=_per_node(n_nodes, dtype, (row_nodes, np.concatenate([chunk.values for chunk in all_chunks]))),
+    )
+    nodes.activation[logit_nodes] = targets.probabilities
+    residual = _per_node(n_nodes, "float64", (row_nodes, np.concatenate([chunk.residual for chunk in all_chunks])))
+    return Edges(nodes, indptr, rows.indices.astype(np.int32), rows.data, residual, left_out_mass)
+
+
+def _per_node(n_nodes: int, dtype: str, pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Zeros `[N]` with values at the given nodes."""
+    out = np.zeros(n_nodes, dtype=dtype)
+    out[pair[0]] = pair[1]
+    return out
+
+
+def _left_out_mass(
+    layout: _Layout, source: np.ndarray, target: np.ndarray, weights: np.ndarray, n_layers: int
+) -> np.ndarray:
+    """`[N, L]`: per row the sum of |edges| from each layer's left-out features; `[N, 0]` when there are none."""
+    n_nodes = len(layout.kind)
+    if not (layout.kind == NodeKind.LEFT_OUT).any():
+        return np.zeros((n_nodes, 0))
+    rest = layout.kind[source] == NodeKind.LEFT_OUT
+    cell = target[rest] * n_layers + layout.layer[source[rest]]
+    mass = np.bincount(cell, weights=np.abs(weights[rest]), minlength=n_nodes * n_layers)
+    return mass.reshape(n_nodes, n_layers)

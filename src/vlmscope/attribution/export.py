@@ -1,0 +1,189 @@
+"""`graph.json`: the pruned graph for Neuronpedia's and circuit-tracer's viewers, valid against their schema.
+
+What they do not know is in extra keys: `vlmscope` at the top (schema version, scores, prompt tokens with modality and
+patch box) and `modality`, `patch` at nodes. String ids exist only here.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmscope.core.artifacts import write_json
+from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
+from vlmscope.core.ids import FeatureId
+
+SCHEMA_VERSION = 1
+
+# The viewers draw the first four by these names.
+_FEATURE_TYPES = {
+    NodeKind.TOKEN: "embedding",
+    NodeKind.FEATURE: "cross layer transcoder",
+    NodeKind.ERROR: "mlp reconstruction error",
+    NodeKind.LOGIT: "logit",
+    NodeKind.BIAS: "bias",
+    NodeKind.LEFT_OUT: "left out features",
+}
+
+
+def cantor_pair(layer: int, index: int) -> int:
+    """The one number that the viewers know a feature by: (l + i)(l + i + 1) / 2 + i."""
+    return (layer + index) * (layer + index + 1) // 2 + index
+
+
+def node_id(graph: AttributionGraph, node: int) -> str:
+    """The id of a node, unique in its graph: only features and logits begin with a number."""
+    table = graph.nodes
+    layer, position, index = int(table.layer[node]), int(table.position[node]), int(table.index[node])
+    match NodeKind(int(table.kind[node])):
+        case NodeKind.TOKEN:
+            return f"E_{index}_{position}"
+        case NodeKind.FEATURE:
+            return f"{layer}_{index}_{position}"
+        case NodeKind.ERROR:
+            return f"ERR_{layer}_{position}"
+        case NodeKind.BIAS:
+            return f"BIAS_{layer}"
+        case NodeKind.LEFT_OUT:
+            return f"REST_{layer}"
+        case NodeKind.LOGIT:
+            # The viewers put logits one layer above the last, as circuit-tracer does.
+            return f"{layer + 1}_{index}_{position}"
+
+
+def _label(graph: AttributionGraph, node: int, labels: Mapping[FeatureId, str]) -> str:
+    table = graph.nodes
+    layer, position = int(table.layer[node]), int(table.position[node])
+    match NodeKind(int(table.kind[node])):
+        case NodeKind.TOKEN:
+            return f'Emb: "{graph.tokens[position]}"'
+        case NodeKind.FEATURE:
+            return labels.get(table.feature_id(node), "")
+        case NodeKind.ERROR:
+            return f"Err: layer {layer}, position {position}"
+        case NodeKind.BIAS:
+            return f"Bias: layer {layer}"
+        case NodeKind.LEFT_OUT:
+            return f"Features left out: layer {layer}"
+        case NodeKind.LOGIT:
+            number = node - int(graph.nodes.of(NodeKind.LOGIT)[0])
+            return f'Output "{graph.logit_tokens[number]}" (p={graph.logit_probabilities[number]:.3f})'
+
+
+def _layer(graph: AttributionGraph, node: int) -> str:
+    layer = int(graph.nodes.layer[node])
+    match NodeKind(int(graph.nodes.kind[node])):
+        case NodeKind.TOKEN:
+            return "E"
+        case NodeKind.LOGIT:
+            return str(layer + 1)
+        case _:
+            return str(layer)
+
+
+def _patch(graph: AttributionGraph, position: int) -> dict[str, Any] | None:
+    box = graph.patch_boxes[position] if position >= 0 else None
+    return None if box is None else {"image": int(graph.image_index[position]), "box": list(box)}
+
+
+def _modality(graph: AttributionGraph, position: int) -> str | None:
+    if position < 0:
+        return None
+    return "image" if graph.is_image[position] else "text"
+
+
+def _node(pruned: PrunedGraph, node: int, labels: Mapping[FeatureId, str]) -> dict[str, Any]:
+    graph, table = pruned.graph, pruned.graph.nodes
+    kind, position = NodeKind(int(table.kind[node])), int(table.position[node])
+    name = node_id(graph, node)
+    feature: int | None = None
+    if kind == NodeKind.FEATURE:
+        feature = cantor_pair(int(table.layer[node]), int(table.index[node]))
+    elif kind in (NodeKind.TOKEN, NodeKind.LOGIT):
+        feature = int(table.index[node])
+    record: dict[str, Any] = {
+        "node_id": name,
+        "feature": feature,
+        "layer": _layer(graph, node),
+        # Nodes without a position stand at the first, where the viewers find room for them.
+        "ctx_idx": max(position, 0),
+        "feature_type": _FEATURE_TYPES[kind],
+        "token_prob": float(table.activation[node]) if kind == NodeKind.LOGIT else 0.0,
+        "is_target_logit": kind == NodeKind.LOGIT and node == int(table.of(NodeKind.LOGIT)[0]),
+        "jsNodeId": name,
+        "clerp": _label(graph, node, labels),
+        "influence": float(pruned.cumulative[node]) if kind != NodeKind.LOGIT else None,
+        "activation": _number(table.activation[node]) if kind == NodeKind.FEATURE else None,
+        "modality": _modality(graph, position),
+    }
+    patch = _patch(graph, position)
+    return record if patch is None else {**record, "patch": patch}
+
+
+def _number(value: np.floating) -> float:
+    """The shortest decimal that gives the same bits back in the value's own dtype."""
+    return float(str(value))
+
+
+def graph_to_json(
+    pruned: PrunedGraph, slug: str, scan: str, labels: Mapping[FeatureId, str] | None = None
+) -> dict[str, Any]:
+    """The pruned graph as the viewers' JSON.
+
+    Args:
+        pruned: the graph; edges that it keeps become links with exactly their weights.
+        slug: name of the graph.
+        scan: name of the model.
+        labels: what features mean, where known.
+    """
+    graph = pruned.graph
+    kept = np.flatnonzero(pruned.node_mask)
+    names = {int(node): node_id(graph, int(node)) for node in kept}
+    edges = np.flatnonzero(pruned.edge_mask)
+    ends = zip(graph.indices[edges].tolist(), graph.edge_targets()[edges].tolist(), graph.weights[edges], strict=True)
+    tokens = [
+        {"token": token, "modality": _modality(graph, position), "role": str(graph.roles[position])}
+        | ({"patch": patch} if (patch := _patch(graph, position)) else {})
+        for position, token in enumerate(graph.tokens)
+    ]
+    return {
+        "metadata": {
+            "slug": slug,
+            "scan": scan,
+            "prompt_tokens": list(graph.tokens),
+            "prompt": graph.prompt,
+            "node_threshold": pruned.node_threshold,
+            "info": {"generator": {"name": "vlmscope"}},
+            "generation_settings": {
+                "max_n_logits": int(graph.meta["max_logits"]),
+                "desired_logit_prob": float(graph.meta["logit_mass"]),
+                "max_feature_nodes": int(graph.meta["max_nodes"]),
+            },
+            "pruning_settings": {
+                "node_threshold": pruned.node_threshold,
+                "edge_threshold": pruned.edge_threshold,
+            },
+        },
+        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "nodes": [_node(pruned, int(node), labels or {}) for node in kept],
+        "links": [{"source": names[s], "target": names[t], "weight": _number(w)} for s, t, w in ends],
+        "vlmscope": {
+            "schema_version": SCHEMA_VERSION,
+            "tokens": tokens,
+            "scores": {name: float(value) for name, value in vars(pruned.scores).items()},
+            "n_nodes_unpruned": graph.n_nodes,
+            "n_edges_unpruned": graph.n_edges,
+        },
+    }
+
+
+def write_graph_json(
+    path: str | Path, pruned: PrunedGraph, slug: str, scan: str, labels: Mapping[FeatureId, str] | None = None
+) -> None:
+    """Write `graph_to_json` to a file, atomically.
+
+    Raises:
+        UserError: when the file cannot be written.
+    """
+    write_json(path, graph_to_json(pruned, slug, scan, labels), indent=None)

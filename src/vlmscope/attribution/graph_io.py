@@ -1,0 +1,90 @@
+"""`graph.safetensors`: a graph, whole and pruned, bit for bit. Layout: `docs/formats.md`."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from vlmscope.core.artifacts import load_tensors, save_tensors
+from vlmscope.core.errors import UserError
+from vlmscope.core.graph import AttributionGraph, GraphScores, NodeTable, PrunedGraph
+from vlmscope.core.images import PatchBox
+
+FORMAT, VERSION = "vlmscope.graph", "1"
+
+_NODE_FIELDS = tuple(field.name for field in dataclasses.fields(NodeTable))
+_GRAPH_ARRAYS = (
+    "indptr",
+    "indices",
+    "weights",
+    "residual",
+    "left_out_mass",
+    "logit_probabilities",
+    "is_image",
+    "image_index",
+)
+_PRUNED_ARRAYS = ("node_mask", "edge_mask", "influence", "cumulative")
+
+
+def save_graph(path: str | Path, pruned: PrunedGraph) -> None:
+    """Write a graph and its pruning, atomically.
+
+    Raises:
+        UserError: when the file cannot be written.
+    """
+    graph = pruned.graph
+    arrays = {f"node_{name}": getattr(graph.nodes, name) for name in _NODE_FIELDS}
+    arrays |= {name: getattr(graph, name) for name in _GRAPH_ARRAYS}
+    arrays |= {name: getattr(pruned, name) for name in _PRUNED_ARRAYS}
+    arrays["patch_boxes"] = np.array(
+        [(np.nan,) * 4 if box is None else tuple(box) for box in graph.patch_boxes], dtype=np.float64
+    )
+    words = {
+        "tokens": graph.tokens,
+        "logit_tokens": graph.logit_tokens,
+        "roles": graph.roles.tolist(),
+        "prompt": graph.prompt,
+        "meta": graph.meta,
+        "scores": dataclasses.asdict(pruned.scores),
+        "node_threshold": pruned.node_threshold,
+        "edge_threshold": pruned.edge_threshold,
+    }
+    # Python writes floats with as many digits as bring the same bits back.
+    metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in words.items()}
+    save_tensors(path, arrays, {"format": FORMAT, "version": VERSION, **metadata})
+
+
+def load_graph(path: str | Path) -> PrunedGraph:
+    """Read what `save_graph` wrote.
+
+    Raises:
+        UserError: when the file is missing, is no graph, or was written in another version of the layout.
+    """
+    arrays, metadata = load_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is not an attribution graph; give the graph.safetensors of a trace")
+    if metadata.get("version") != VERSION:
+        raise UserError(f"{path} has graph layout {metadata.get('version')}, this program reads {VERSION}; trace anew")
+    try:
+        words = {name: json.loads(text) for name, text in metadata.items() if name not in ("format", "version")}
+        boxes = [None if np.isnan(row[0]) else PatchBox(*row.tolist()) for row in arrays["patch_boxes"]]
+        graph = AttributionGraph(
+            nodes=NodeTable(**{name: arrays[f"node_{name}"] for name in _NODE_FIELDS}),
+            **{name: arrays[name] for name in _GRAPH_ARRAYS},
+            logit_tokens=words["logit_tokens"],
+            tokens=words["tokens"],
+            patch_boxes=boxes,
+            roles=np.array(words["roles"]),
+            prompt=words["prompt"],
+            meta=words["meta"],
+        )
+        return PrunedGraph(
+            graph=graph,
+            **{name: arrays[name] for name in _PRUNED_ARRAYS},
+            scores=GraphScores(**words["scores"]),
+            node_threshold=words["node_threshold"],
+            edge_threshold=words["edge_threshold"],
+        )
+    except (KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is an incomplete attribution graph ({error}); trace anew") from error

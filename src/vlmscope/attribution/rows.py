@@ -1,0 +1,81 @@
+"""Rows of edges as they are computed: compressed in batches, with what influence and completeness need of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vlmscope.attribution.adjoint import Adjoint
+from vlmscope.attribution.targets import LogitTargets
+
+
+@dataclass(frozen=True)
+class RowChunk:
+    """Rows of one batch of targets of one layer, as CSR over the columns of `vlmscope.attribution.columns`.
+
+    Attributes:
+        layer: layer of the targets, L for logits.
+        targets: `[B]` int64, rows of the feature table, or numbers of logit targets.
+        counts: `[B]` int64, edges of each row.
+        indices: int32, columns, ascending in a row.
+        weights: float, edges; exact zeros are not stored.
+        absolute: `[B]` float64, sum of |edges| of each row, before any rounding to the stored dtype.
+        residual: `[B]` float64, |target - sum of edges| / sum of |edges|.
+        values: `[B]` float64, the targets' own affine values.
+    """
+
+    layer: int
+    targets: np.ndarray
+    counts: np.ndarray
+    indices: np.ndarray
+    weights: np.ndarray
+    absolute: np.ndarray
+    residual: np.ndarray
+    values: np.ndarray
+
+
+def _chunk(layer: int, targets: np.ndarray, rows: torch.Tensor, values: torch.Tensor, dtype: str) -> RowChunk:
+    wide = rows.double()
+    absolute = wide.abs().sum(1)
+    # A row without any edge has nothing to be incomplete of: its residual is its target alone.
+    residual = (values.double() - wide.sum(1)).abs() / torch.where(absolute > 0, absolute, 1.0)
+    dense = rows.cpu().numpy()
+    line, column = np.nonzero(dense)
+    return RowChunk(
+        layer=layer,
+        targets=targets,
+        counts=np.bincount(line, minlength=len(dense)),
+        indices=column.astype(np.int32),
+        weights=dense[line, column].astype(dtype, copy=False),
+        absolute=absolute.cpu().numpy(),
+        residual=residual.cpu().numpy(),
+        values=values.double().cpu().numpy(),
+    )
+
+
+def feature_chunks(adjoint: Adjoint, targets: np.ndarray, batch_size: int, dtype: str) -> Iterator[RowChunk]:
+    """Rows of features, by layer and position so that a batch carries few positions.
+
+    Args:
+        adjoint: the adjoint.
+        targets: rows of the feature table, in any order.
+        batch_size: targets at once.
+        dtype: of the stored weights.
+    """
+    first = np.concatenate([[0], np.cumsum(adjoint.columns.n_features)])
+    ordered = np.sort(targets)
+    for layer in range(adjoint.columns.n_layers):
+        mine = ordered[(ordered >= first[layer]) & (ordered < first[layer + 1])]
+        features = adjoint.replacement.features[layer]
+        for begin in range(0, len(mine), batch_size):
+            batch = mine[begin : begin + batch_size]
+            which = torch.from_numpy(batch - first[layer]).to(features.position.device)
+            rows = adjoint.feature_rows(layer, which)
+            yield _chunk(layer, batch, rows, features.pre_activation[which], dtype)
+
+
+def logit_chunk(adjoint: Adjoint, targets: LogitTargets, dtype: str) -> RowChunk:
+    """The rows of the logit targets."""
+    rows = adjoint.logit_rows(targets.vectors)
+    return _chunk(adjoint.columns.n_layers, np.arange(len(rows)), rows, targets.values, dtype)

@@ -1,0 +1,43 @@
+"""How much of the logits' influence a graph explains (Ameisen et al. 2025), with biases and left-out features told apart.
+
+    replacement  = I_tokens / (I_tokens + I_unexplained)
+    completeness = sum_i (1 - sum_{s unexplained} A_hat_is) (I_i + w_i) / sum_i (I_i + w_i)
+Unexplained are the errors and the features that were left out. Soft tokens are tokens. Biases are neither: they are
+part of the model and known exactly, so they are no error, but nothing of the input flows through them; the influence
+that ends in them is a share of its own, absent from the replacement score and explained in the completeness score.
+"""
+
+import numpy as np
+
+from vlmscope.attribution.influence import absolute_edges, influence, logit_weights, normalise
+from vlmscope.core.graph import AttributionGraph, GraphScores, NodeKind
+
+
+def graph_scores(graph: AttributionGraph, normalised: np.ndarray, flow: np.ndarray) -> GraphScores:
+    """Scores from the normalised edges `[E]` and the influence `[N]` of the same graph."""
+    kind = graph.nodes.kind
+
+    def share(which: NodeKind) -> float:
+        return float(flow[kind == which].sum())
+
+    token, error = share(NodeKind.TOKEN), share(NodeKind.ERROR)
+    bias, left_out = share(NodeKind.BIAS), share(NodeKind.LEFT_OUT)
+    ends = token + error + bias + left_out
+    unexplained = np.isin(kind[graph.indices], (NodeKind.ERROR, NodeKind.LEFT_OUT))
+    lost = np.bincount(graph.edge_targets(), weights=normalised * unexplained, minlength=graph.n_nodes)
+    output = flow + logit_weights(graph)
+    known = token + error + left_out
+    return GraphScores(
+        replacement=token / known if known else 0.0,
+        completeness=float(((1.0 - lost) * output).sum() / output.sum()),
+        token_share=token / ends,
+        error_share=error / ends,
+        bias_share=bias / ends,
+        left_out_share=left_out / ends,
+    )
+
+
+def scores(graph: AttributionGraph) -> GraphScores:
+    """Scores of a graph."""
+    normalised = normalise(graph, absolute_edges(graph))
+    return graph_scores(graph, normalised, influence(graph, normalised, logit_weights(graph)))

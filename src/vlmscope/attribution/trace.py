@@ -1,0 +1,111 @@
+"""From a prompt to its attribution graph, whole and pruned, in one call."""
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from vlmscope.activations.capture import HasAdapter
+from vlmscope.attribution.adjoint import Adjoint
+from vlmscope.attribution.config import AttributionConfig
+from vlmscope.attribution.edges import assemble
+from vlmscope.attribution.pruning import prune
+from vlmscope.attribution.rows import logit_chunk
+from vlmscope.attribution.select import select_rows
+from vlmscope.attribution.targets import choose_logits
+from vlmscope.core.graph import AttributionGraph, PrunedGraph
+from vlmscope.models.base import ModelInputs
+from vlmscope.replacement.model import ReplacementModel, build_replacement
+from vlmscope.transcoders.transcoder import TranscoderSet
+
+
+class _Tokenizer(Protocol):
+    def decode(self, token_ids: list[int]) -> str: ...
+
+
+class TraceableModel(HasAdapter, Protocol):
+    """What `trace` needs of a loaded model; `vlmscope.models.loading.VLM` is one."""
+
+    @property
+    def name(self) -> str:
+        """Short name for records."""
+        ...
+
+    @property
+    def tokenizer(self) -> _Tokenizer:
+        """Turns token ids into strings."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced prompt: the local replacement model, the whole graph and the pruned one."""
+
+    replacement: ReplacementModel
+    graph: AttributionGraph
+    pruned: PrunedGraph
+
+
+def attribute(
+    replacement: ReplacementModel, config: AttributionConfig, tokenizer: _Tokenizer, model_name: str = ""
+) -> AttributionGraph:
+    """The whole attribution graph of a replacement model.
+
+    Args:
+        replacement: the frozen model at one input; its dtype is that of the sweep.
+        config: settings.
+        tokenizer: names the logit targets.
+        model_name: for the record.
+    """
+    config.check()
+    started = time.perf_counter()
+    inputs = replacement.inputs
+    dtype = "float64" if replacement.errors.dtype == torch.float64 else "float32"
+    targets = choose_logits(replacement, config.logit_mass, config.max_logits, config.token_ids)
+    adjoint = Adjoint(replacement)
+    logits = logit_chunk(adjoint, targets, dtype)
+    chunks = select_rows(
+        adjoint, logits, targets.probabilities, config.max_nodes, config.batch_size, config.update_every, dtype
+    )
+    edges = assemble(replacement, adjoint.columns, chunks, logits, targets, dtype)
+    n_active = len(replacement.feature_activations)
+    return AttributionGraph(
+        nodes=edges.nodes,
+        indptr=edges.indptr,
+        indices=edges.indices,
+        weights=edges.weights,
+        residual=edges.residual,
+        left_out_mass=edges.left_out_mass,
+        logit_probabilities=targets.probabilities,
+        logit_tokens=[tokenizer.decode([int(token)]) for token in targets.token_ids],
+        tokens=list(inputs.tokens),
+        is_image=inputs.is_image,
+        image_index=inputs.image_index,
+        patch_boxes=list(inputs.patch_boxes),
+        roles=inputs.roles,
+        prompt=inputs.prompt,
+        meta={
+            "model": model_name,
+            "n_layers": replacement.n_layers,
+            "n_active_features": n_active,
+            "n_left_out_features": n_active - sum(len(chunk.targets) for chunk in chunks),
+            "logit_mass": config.logit_mass,
+            "max_logits": config.max_logits,
+            "max_nodes": config.max_nodes,
+            "seconds": time.perf_counter() - started,
+        },
+    )
+
+
+def trace(vlm: TraceableModel, transcoders: TranscoderSet, inputs: ModelInputs, config: AttributionConfig) -> Trace:
+    """Run the model once, make the local replacement model, attribute, and prune.
+
+    Raises:
+        UserError: when the settings make no sense or the model and the set do not fit each other.
+    """
+    config.check()
+    dtype = {"float32": torch.float32, "float64": torch.float64, "model": None}[config.dtype]
+    replacement = build_replacement(vlm, transcoders, inputs, dtype)
+    graph = attribute(replacement, config, vlm.tokenizer, vlm.name)
+    return Trace(replacement, graph, prune(graph, config.node_threshold, config.edge_threshold))

@@ -1,0 +1,88 @@
+"""Settings of circuits and interventions: plain records, free of torch, so that Hydra can register them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vlmscope.core.errors import UserError
+
+
+@dataclass
+class QuestionConfig:
+    """A question and, for each concept, the word that answers it."""
+
+    prompt: str
+    answers: dict[str, str]
+
+
+@dataclass
+class CircuitConfig:
+    """How a circuit of two concepts is found.
+
+    Attributes:
+        concepts: the two concepts; the first is the recipient of interventions, the second the donor.
+        third: a concept that belongs to neither, to see what the donor's circuit does to it.
+        questions: name -> question, all asked of every picture.
+        pictures: training pictures a concept.
+        graphs: attribution graphs a concept and question; a feature counts only if it has influence in one.
+        per_layer: features a layer and concept.
+        seed: of the pictures.
+    """
+
+    concepts: list[str]
+    questions: dict[str, QuestionConfig]
+    third: str | None = None
+    pictures: int = 40
+    graphs: int = 1
+    per_layer: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.concepts) != 2 or self.concepts[0] == self.concepts[1]:
+            raise UserError(f"circuit.concepts={list(self.concepts)}: a contrast needs two different concepts")
+        for name, question in self.questions.items():
+            missing = [c for c in self.concepts if c not in question.answers]
+            if missing:
+                raise UserError(f"circuit.questions.{name}.answers lacks {', '.join(missing)}")
+        for key in ("pictures", "graphs", "per_layer"):
+            if getattr(self, key) < 1:
+                raise UserError(f"circuit.{key}={getattr(self, key)}: it must be at least 1")
+
+
+@dataclass
+class InterventionConfig:
+    """What is done with the circuit and how it is judged.
+
+    Attributes:
+        strength: steering level of the raised concept, in units of its own mean activation.
+        patch_strength: factor of the donor's activations when patching.
+        pictures: test pictures.
+        scopes: where to act besides everywhere: no_last_layer, no_last_position, role_<role>.
+        modes: direct, frozen_attention, free.
+        controls: seeds of the matched random features and of the random directions.
+        unrelated: scenes of each other kind, to see how specific the intervention is.
+        strengths: points of the dose-response curve.
+        examples: pictures shown before and after in the report.
+    """
+
+    strength: float = 2.0
+    patch_strength: float = 1.0
+    pictures: int = 100
+    scopes: list[str] = field(default_factory=lambda: ["no_last_layer", "no_last_position"])
+    modes: list[str] = field(default_factory=lambda: ["direct", "frozen_attention", "free"])
+    controls: int = 3
+    unrelated: int = 25
+    strengths: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0, 2.0, 4.0])
+    examples: int = 6
+
+    def __post_init__(self) -> None:
+        known = ("direct", "frozen_attention", "free")
+        for mode in self.modes:
+            if mode not in known:
+                raise UserError(f"intervention.modes: no mode {mode!r}; choose from {', '.join(known)}")
+        for scope in self.scopes:
+            if scope not in ("no_last_layer", "no_last_position") and not scope.startswith("role_"):
+                raise UserError(f"intervention.scopes: no scope {scope!r}; no_last_layer, no_last_position, role_<role>")
+        for key in ("pictures", "controls", "examples"):
+            if getattr(self, key) < 1:
+                raise UserError(f"intervention.{key}={getattr(self, key)}: it must be at least 1")

@@ -1,0 +1,88 @@
+"""Finding a circuit by contrast: features whose mean activation differs between two concepts, confirmed in graphs.
+
+For each feature the difference of means (concept minus other) is taken by position role and weighted by the norm of its
+decoder row, since that is how far the feature moves the residual stream; the role with the largest difference counts.
+Candidates then need influence on the answer in at least one attribution graph of their concept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vlmscope.circuits.circuit import Circuit
+from vlmscope.core.ids import FeatureId
+from vlmscope.core.intervention import CircuitFeature, Supernode
+from vlmscope.features.role_means import RoleMeans
+from vlmscope.transcoders.transcoder import TranscoderSet
+
+Influence = Mapping[FeatureId, float]  # a feature's share of influence on the answer, mean over graphs
+
+
+def contrast_circuit(
+    transcoders: TranscoderSet,
+    means: Mapping[str, RoleMeans],
+    influence: Mapping[str, Influence],
+    per_layer: int,
+) -> tuple[Circuit, dict[str, float]]:
+    """Build a circuit of two supernodes from the means of two concepts.
+
+    Args:
+        transcoders: whose features are compared.
+        means: concept -> role means on its training pictures; exactly two concepts.
+        influence: concept -> influence of features in graphs of its pictures; a feature that is missing has none.
+        per_layer: how many features a layer and concept.
+
+    Returns:
+        The circuit, and how many of the candidates the graphs confirmed, as `circuit/<concept>/confirmed_frac`.
+    """
+    first, second = means
+    supernodes: dict[str, Supernode] = {}
+    levels: dict[str, dict[str, dict[int, Tensor]]] = {}
+    metrics: dict[str, float] = {}
+    for concept, other in ((first, second), (second, first)):
+        members: list[CircuitFeature] = []
+        confirmed = candidates = 0
+        for layer in transcoders.layers:
+            chosen, seen = _choose(transcoders, layer, means[concept], means[other], influence[concept], per_layer)
+            members += chosen
+            confirmed += len(chosen)
+            candidates += seen
+        supernodes[concept] = Supernode(concept, tuple(members))
+        metrics[f"circuit/{concept}/features"] = float(len(members))
+        metrics[f"circuit/{concept}/confirmed_frac"] = confirmed / max(candidates, 1)
+    circuit = Circuit(supernodes, levels)
+    for concept in means:
+        levels[concept] = {
+            role: {layer: table[layer][found] for layer, found in circuit.indices(concept).items()}
+            for role, table in means[concept].by_role.items()
+        }
+    return circuit, metrics
+
+
+def _choose(
+    transcoders: TranscoderSet,
+    layer: int,
+    concept: RoleMeans,
+    other: RoleMeans,
+    influence: Influence,
+    per_layer: int,
+) -> tuple[list[CircuitFeature], int]:
+    """The best confirmed features of a layer, and how many candidates were looked at to find them."""
+    roles = [role for role in concept.by_role if role in other.by_role]
+    gaps = torch.stack([concept.by_role[role][layer] - other.by_role[role][layer] for role in roles])
+    best, role_index = (gaps * transcoders[layer].W_dec.norm(dim=1)).max(0)
+    chosen: list[CircuitFeature] = []
+    seen = 0
+    for index in best.argsort(descending=True).tolist():
+        if best[index] <= 0 or len(chosen) == per_layer:
+            break
+        seen += 1
+        feature = FeatureId(layer, index)
+        share = influence.get(feature, 0.0)
+        if share > 0:
+            row = int(role_index[index])
+            chosen.append(CircuitFeature(feature, roles[row], float(gaps[row, index]), share))
+    return chosen, seen

@@ -1,0 +1,100 @@
+"""From a circuit to a plan of edits: steering with its own levels, or patching with a donor's activations.
+
+Legend: B prompts, T positions, n features of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.circuits.circuit import Circuit
+from vlmscope.interventions.edits import LayerEdit, merge, position_mask, set_features
+from vlmscope.models.base import Adapter
+from vlmscope.models.batching import InputBatch
+from vlmscope.transcoders.transcoder import TranscoderSet
+
+
+def steer_plan(
+    circuit: Circuit,
+    suppress: str,
+    raised: str,
+    roles: np.ndarray,
+    strength: float,
+    limit: int | None = None,
+) -> dict[int, LayerEdit]:
+    """Set one supernode's features to zero and the other's to `strength` times their level on their own concept.
+
+    Args:
+        circuit: with levels by role.
+        suppress: supernode that goes to zero. A feature of both supernodes is raised.
+        raised: supernode that is raised.
+        roles: [T] position roles of the prompt.
+        strength: 1 is the mean activation on the raised concept.
+        limit: at most so many features a layer and supernode.
+    """
+    where = position_mask(roles, "all")
+    levels = circuit.levels[raised]
+    off = {
+        layer: set_features(found, torch.zeros(len(found)), where, torch.zeros(len(found)))
+        for layer, found in circuit.indices(suppress, limit).items()
+    }
+    on: dict[int, LayerEdit] = {}
+    for layer, found in circuit.indices(raised, limit).items():
+        silent = torch.zeros(len(found))
+        table = {r: levels[r][layer][: len(found)] if r in levels else silent for r in set(roles.tolist())}
+        value = torch.stack([table[role] for role in roles.tolist()]) * strength
+        on[layer] = set_features(found, value, where, table["last"] * strength)
+    return merge([off, on])
+
+
+@torch.no_grad()
+def donor_activations(
+    adapter: Adapter, transcoders: TranscoderSet, donors: InputBatch, circuit: Circuit, limit: int | None = None
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """The donors' activations of all features of a circuit: layer -> (features [n], activations [B, T, n])."""
+    features = union(circuit, limit)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for layer, x in mlp_inputs(adapter, donors, sorted(features)).items():
+        dense = transcoders[layer].encode(x).dense(transcoders[layer].config.n_features)
+        found[layer] = (features[layer], dense[..., features[layer]])
+    return found
+
+
+def patch_plan(
+    activations: Mapping[int, tuple[Tensor, Tensor]],
+    roles: np.ndarray,
+    strength: float = 1.0,
+    pooled: bool = False,
+) -> dict[int, LayerEdit]:
+    """Carry a circuit's activations from a donor run into a recipient run of the same wording.
+
+    Args:
+        activations: what `donor_activations` returned, row i the donor of recipient i.
+        roles: [T] position roles.
+        strength: factor of the donor's activations; 1 is the patch proper.
+        pooled: give every soft token the donor's mean over its soft tokens, instead of the one at the same place.
+    """
+    where = position_mask(roles, "all")
+    soft = torch.from_numpy(roles == "image")
+    last = torch.from_numpy(roles == "last")
+    plan: dict[int, LayerEdit] = {}
+    for layer, (features, values) in activations.items():
+        carried = values
+        if pooled and bool(soft.any()):
+            carried = values.clone()
+            carried[:, soft] = values[:, soft].mean(1, keepdim=True)
+        carried = carried * strength
+        plan[layer] = set_features(features, carried, where, carried[:, last][:, 0])
+    return plan
+
+
+def union(circuit: Circuit, limit: int | None = None) -> dict[int, Tensor]:
+    """The distinct features of all supernodes by layer."""
+    tables = [circuit.indices(name, limit) for name in circuit.supernodes]
+    layers = sorted({layer for table in tables for layer in table})
+    return {layer: torch.cat([t[layer] for t in tables if layer in t]).unique() for layer in layers}

@@ -1,0 +1,5 @@
+"""The configuration: dataclass schemas, their registration with Hydra, and what stands between a command line and them."""
+
+from vlmscope.config.schema import AppConfig
+
+__all__ = ["AppConfig"]

@@ -1,0 +1,38 @@
+"""Hydra callbacks: the tracked parent of a sweep."""
+
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from vlmscope.config.schema import TrackingConfig
+from vlmscope.config.store import run_label
+from vlmscope.core.errors import UserError
+from vlmscope.tracking import sweep
+
+
+class SweepRefused(BaseException):
+    """A sweep that must not start. Not an `Exception`, since Hydra turns those of callbacks into warnings and goes on."""
+
+
+class SweepParent(Callback):
+    """Opens the parent run when a sweep starts. `vlmscope.app` closes it, since Hydra skips its end when a job fails."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Open the parent run.
+
+        Raises:
+            SweepRefused: when the tracking store or the sweep's folder cannot be used; its text is the UserError's.
+        """
+        tracking = OmegaConf.to_object(config.tracking)
+        assert isinstance(tracking, TrackingConfig)
+        if not tracking.enabled:
+            return
+        label = run_label(config, config.hydra.runtime.choices)
+        folder = config.hydra.sweep.dir
+        try:
+            sweep.open_parent(tracking, folder, label, list(config.hydra.overrides.task))
+        except UserError as error:
+            raise SweepRefused(str(error)) from error
+        except OSError as error:
+            raise SweepRefused(f"cannot write {folder}: {error.strerror}; choose another hydra.sweep.dir") from error

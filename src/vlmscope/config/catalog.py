@@ -1,0 +1,23 @@
+"""What can be chosen: the options of every group with a line each, read without composing anything."""
+
+from pathlib import Path
+
+from vlmscope.config.paths import conf_dir
+
+
+def first_comment(path: Path) -> str:
+    """The first comment line of a YAML file that is not a `@package` directive, or an empty string."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.strip()
+        if text and not text.startswith("#"):
+            break
+        text = text.lstrip("#").strip()
+        if text and not text.startswith("@package"):
+            return text
+    return ""
+
+
+def options(group: str, folder: Path | None = None) -> dict[str, str]:
+    """Name and first comment line of every YAML file of a group, sorted by name; `folder` defaults to `conf/`."""
+    files = sorted((folder or conf_dir()).joinpath(group).glob("*.yaml"))
+    return {path.stem: first_comment(path) for path in files}

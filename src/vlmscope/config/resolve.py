@@ -1,0 +1,76 @@
+"""From Hydra's composed configuration to the typed one that tasks receive."""
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from vlmscope.config.errors import suggestion
+from vlmscope.config.schema import AppConfig
+from vlmscope.core.artifacts import read_text
+from vlmscope.core.errors import UserError
+
+
+def _override_key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _prompt_text(prompt: str | None, prompt_file: str | None, overrides: Sequence[str]) -> str | None:
+    """The prompt: what the command line says goes before what an experiment says; both kinds at once are an error."""
+    if prompt_file is None:
+        return prompt
+    given = {_override_key(override) for override in overrides}
+    if {"prompt", "prompt_file"} <= given:
+        raise UserError("both prompt= and prompt_file= were given; give one of them")
+    if "prompt" in given:
+        return prompt
+    if "prompt_file" not in given and prompt is not None:
+        raise UserError("the experiment sets both prompt and prompt_file; remove one of them")
+    return read_text(prompt_file).removesuffix("\n").removesuffix("\r")
+
+
+def _image_list(image: Any) -> list[str] | None:
+    if image is None or isinstance(image, str):
+        return None if image is None else [image]
+    if not isinstance(image, Sequence) or not all(isinstance(item, str) for item in image):
+        raise UserError(f"image={image}: it must be a path or a list of paths, such as image=[a.png,b.png]")
+    return list(image)
+
+
+def _refuse_unknown_keys(node: Any, prefix: str = "") -> None:
+    """`+key=value` slips past Hydra's own check, which `+` switches off."""
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return
+    schema = OmegaConf.get_type(node)
+    known = [item.name for item in fields(schema)] if is_dataclass(schema) else None
+    for key in map(str, node):
+        if known is not None and key not in known:
+            raise UserError(f"no key {prefix + key!r}; {suggestion(key, known)}")
+        if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
+            _refuse_unknown_keys(node[key], f"{prefix}{key}.")
+
+
+def _refuse_unknown_choice(cfg: DictConfig) -> None:
+    """A group that has no options at all lets `group=name` through as a plain string."""
+    for group in ("task", "transcoder", "study", "circuit"):
+        if isinstance(cfg[group], str):
+            raise UserError(f"no {group} named {cfg[group]!r}; `ls conf/{group}` shows the choices")
+
+
+def to_app_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> AppConfig:
+    """Resolve interpolations, read `prompt_file`, make `image` a list, and build the dataclasses.
+
+    Raises:
+        UserError: for a value that no dataclass accepts or a prompt file that cannot be read.
+        omegaconf.errors.OmegaConfBaseException: for a missing mandatory value or a broken interpolation.
+    """
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        raise UserError(f"{key} has no value; give it on the command line as {key}=...")
+    _refuse_unknown_choice(cfg)
+    _refuse_unknown_keys(cfg)
+    app = OmegaConf.to_object(cfg)
+    assert isinstance(app, AppConfig), type(app)
+    app.prompt = _prompt_text(app.prompt, app.prompt_file, overrides)
+    app.image = _image_list(app.image)
+    return app

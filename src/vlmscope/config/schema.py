@@ -1,0 +1,130 @@
+"""The shape of the whole configuration: one dataclass a group, so that Hydra refuses a key that does not exist.
+
+A component whose settings belong to it alone keeps its dataclass beside its code (`attribution`, `tracking`, each task);
+the ones here are read by several tasks. Defaults are values that suit two CPU cores.
+"""
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from omegaconf import II, MISSING
+
+from vlmscope.attribution.config import AttributionConfig
+from vlmscope.circuits.config import CircuitConfig, InterventionConfig
+from vlmscope.core.errors import UserError
+from vlmscope.tracking.config import TrackingConfig
+
+
+def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise a UserError that names the nearest allowed value when `value` is not one of `allowed`."""
+    if value not in allowed:
+        near = get_close_matches(value, allowed, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(allowed)}"
+        raise UserError(f"{key}={value}: no such choice; {hint}")
+
+
+@dataclass
+class ModelConfig:
+    """Which vision-language model. `path` is a local folder; nothing is fetched over the network."""
+
+    name: str = MISSING
+    path: str = MISSING
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
+
+
+@dataclass
+class TranscoderSetConfig:
+    """A trained transcoder set in a local folder."""
+
+    path: str = MISSING
+
+
+@dataclass
+class TranscoderArchConfig:
+    """The architecture of transcoders to be trained; the width is `expansion_factor` times the model's."""
+
+    expansion_factor: int = 16
+    k: int = 16
+    activation: str = "topk"
+    skip: bool = False
+
+
+@dataclass
+class OptimConfig:
+    """AdamW. `warmup` counts the steps over which the learning rate rises from zero."""
+
+    lr: float = 5e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup: int = 100
+
+    def __post_init__(self) -> None:
+        check_choice("optim.schedule", self.schedule, ("cosine", "linear", "constant"))
+        if len(self.betas) != 2:
+            raise UserError(f"optim.betas={self.betas}: AdamW takes two numbers; write optim.betas=[0.9,0.999]")
+        if self.warmup < 0:
+            raise UserError(f"optim.warmup={self.warmup}: it counts steps; choose 0 or more")
+
+
+@dataclass
+class TrainerConfig:
+    """How long and how a model is trained; the `_every` keys count optimiser steps, and 0 switches that off."""
+
+    max_steps: int = 1000
+    batch_size: int = 64
+    seed: int = II("seed")
+    precision: str = "32"
+    checkpoint_every: int = 500
+    log_every: int = 20
+    val_every: int = 500
+    num_workers: int = 0
+    threads: int | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("trainer.precision", self.precision, ("32", "bf16-mixed", "64"))
+        for key in ("max_steps", "batch_size"):
+            if getattr(self, key) < 1:
+                raise UserError(f"trainer.{key}={getattr(self, key)}: it must be at least 1")
+
+
+@dataclass
+class DataConfig:
+    """Which data; `path` is a folder of shards, None for data made while they are used."""
+
+    name: str = MISSING
+    path: str | None = None
+
+
+@dataclass
+class AppConfig:
+    """Everything that one run is told. Tasks receive it resolved, as real instances of these classes.
+
+    `image` is a path or a list of paths on the command line and always a list of paths (or None) in a task; `prompt`
+    holds the text of `prompt_file` when that was given. `images` names the user's own picture sets. `task`,
+    `transcoder` and `study` hold the dataclass (or mapping) of the chosen option; `circuit` is None unless one is chosen.
+    """
+
+    task: Any = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    transcoder: Any = MISSING
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    attribution: AttributionConfig = field(default_factory=AttributionConfig)
+    intervention: InterventionConfig = field(default_factory=InterventionConfig)
+    study: Any = None
+    circuit: CircuitConfig | None = None
+    image: Any = None
+    prompt: str | None = None
+    prompt_file: str | None = None
+    images: dict[str, list[str]] = field(default_factory=dict)
+    seed: int = 0
+    name: str | None = None

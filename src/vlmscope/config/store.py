@@ -1,0 +1,42 @@
+"""Registration with Hydra: schemas in its ConfigStore and the resolvers that configuration files use."""
+
+from collections.abc import Mapping
+from dataclasses import field, fields, make_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from vlmscope.config.paths import asset
+from vlmscope.config.schema import AppConfig, TranscoderArchConfig, TranscoderSetConfig
+
+
+def _run_label(*names: Any) -> str:
+    return next(str(name) for name in names if name not in (None, "", "null", "None"))
+
+
+def run_label(cfg: DictConfig, choices: Mapping[str, Any]) -> str:
+    """What a run belongs to: its `name`, else its experiment, else its task; `choices` are Hydra's group choices.
+
+    It names the folder under `outputs/` and the experiment in MLflow.
+    """
+    return _run_label(cfg.name, choices.get("experiment"), choices["task"])
+
+
+def _named(name: str, config: type) -> type:
+    """The task's dataclass with a leading `name`, so that a saved configuration says which task it was for."""
+    if "name" in {item.name for item in fields(config)}:
+        return config
+    return make_dataclass(config.__name__, [("name", str, field(default=name, kw_only=True))], bases=(config,))
+
+
+def register(task_configs: Mapping[str, type]) -> None:
+    """Tell Hydra about every schema. `task_configs` maps a task's name to its `Config` dataclass. May be called again."""
+    store = ConfigStore.instance()
+    store.store(name="app_schema", node=AppConfig)
+    store.store(group="transcoder", name="set_schema", node=TranscoderSetConfig)
+    store.store(group="transcoder", name="arch_schema", node=TranscoderArchConfig)
+    for name, config in task_configs.items():
+        store.store(group="task", name=name, node=_named(name, config))
+    OmegaConf.register_new_resolver("asset", asset, replace=True)
+    OmegaConf.register_new_resolver("run_label", _run_label, replace=True)

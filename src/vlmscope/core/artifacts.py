@@ -1,0 +1,154 @@
+"""Reading and writing artifacts: JSON, YAML and safetensors, always atomically, never pickle.
+
+A reader sees the old file or the new one, never half of one: every writer fills a temporary file in the same folder,
+flushes it to the disk and renames it over the target.
+"""
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from vlmscope.core.errors import UserError
+
+_DISK_ERRORS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOENT,
+}
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
+
+    Missing parent folders are made. The temporary name keeps the suffix, since some writers look at it.
+
+    Raises:
+        UserError: when the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        # An OSError from the caller's own reading, for example of another file, must stay what it is.
+        if error.errno in _DISK_ERRORS and error.filename in (None, str(temporary), str(path), *map(str, path.parents)):
+            raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
+        raise
+    finally:
+        # After a replace nothing is left to remove; the folder itself may be missing or not be one.
+        if os.path.lexists(temporary):
+            temporary.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_text(path: str | Path) -> str:
+    """Read UTF-8 text.
+
+    Raises:
+        UserError: when the file is missing, unreadable or not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is not UTF-8 text; save it as UTF-8") from error
+
+
+def _jsonable(value: Any) -> Any:
+    """numpy scalars and arrays, and paths, as plain Python."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def write_json(path: str | Path, obj: Any, *, indent: int | None = 2) -> None:
+    """Write `obj` as JSON (numpy scalars and arrays become numbers and lists). NaN and infinity raise `ValueError`."""
+    write_text(path, json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False, default=_jsonable) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        UserError: when the file is missing or not JSON.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}; write it anew") from error
+
+
+def write_yaml(path: str | Path, obj: Any) -> None:
+    """Write plain containers and scalars as YAML, keys in their own order."""
+    write_text(path, yaml.safe_dump(obj, sort_keys=False, allow_unicode=True, width=120))
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Read YAML (safe loader: plain containers and scalars only).
+
+    Raises:
+        UserError: when the file is missing or not YAML.
+    """
+    text = read_text(path)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where is not None else ""
+        raise UserError(f"{path} is not valid YAML{line}; correct it") from error
+
+
+def save_tensors(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Write named arrays as one safetensors file with string metadata.
+
+    Arrays of bool, integer and float dtypes keep shape, dtype and every bit; any strides are accepted.
+    """
+    # safetensors writes the raw buffer, so an array that is not C-contiguous would come back scrambled.
+    plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    with atomic_path(path) as temporary:
+        save_file(plain, temporary, metadata=dict(metadata or {}))
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read a safetensors file: its arrays and its metadata (empty when it has none).
+
+    Raises:
+        UserError: when the file is missing or not a complete safetensors file.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"cannot read {path}: no such file; check the path")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            names: list[str] = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {path}: not a complete safetensors file ({error}); write it anew") from error

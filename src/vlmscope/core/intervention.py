@@ -1,0 +1,103 @@
+"""Records of interventions: what was done, what the model then said, and how sure that is. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vlmscope.core.ids import FeatureId
+from vlmscope.core.images import PatchBox
+
+MODES = ("direct", "frozen_attention", "free")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of cases with its bootstrap 95 % interval. `control` is the same measure under the matched controls."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+    cases: int
+    control: float | None = None
+
+
+@dataclass(frozen=True)
+class FlipRow:
+    """One row of the table of results.
+
+    method: 'steer' or 'patch'. mode: one of MODES. question: 'name', 'colour', 'cover' or 'worst' (of the questions).
+    scope: where it acted: 'all', 'no_last_layer', 'no_last_position', 'role_image', 'role_question', 'role_last', ...
+    """
+
+    method: str
+    mode: str
+    question: str
+    scope: str
+    rate: Rate
+    n_features: int
+
+
+@dataclass(frozen=True)
+class AnswerExample:
+    """One picture before and after: top words with probabilities, greedy answer texts."""
+
+    image_png: bytes
+    question: str
+    intervention: str
+    before: str
+    after: str
+    probs_before: tuple[tuple[str, float], ...]
+    probs_after: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A dose-response curve: `y[i]` with interval at `x[i]`, for one named series."""
+
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class FeatureExample:
+    """A top activating example of a feature: where it fired and how strongly.
+
+    image_png is None for text alone; patch_boxes with activations cover the soft tokens (activation grid);
+    tokens with token_activations is the text window; peak is the index of the strongest position among all tokens.
+    """
+
+    activation: float
+    caption: str
+    image_png: bytes | None
+    patch_boxes: tuple[PatchBox, ...] = ()
+    patch_activations: tuple[float, ...] = ()
+    tokens: tuple[str, ...] = ()
+    token_activations: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class CircuitFeature:
+    """A member of a supernode with the evidence for it.
+
+    contrast: mean activation on the supernode's concept minus on the other one, at `role`; influence: mean over traced
+    graphs of its total influence on the logit difference (0 when it was in none).
+    """
+
+    feature: FeatureId
+    role: str
+    contrast: float
+    influence: float
+    examples: tuple[FeatureExample, ...] = ()
+    top_logits: tuple[tuple[str, float], ...] = ()
+    bottom_logits: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Supernode:
+    """A named group of features, for example 'mars'."""
+
+    name: str
+    features: tuple[CircuitFeature, ...] = field(default=())

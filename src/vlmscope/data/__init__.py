@@ -1,0 +1,1 @@
+"""Scenes, images, shards and prompts: everything that becomes model input."""

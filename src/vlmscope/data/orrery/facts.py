@@ -1,0 +1,116 @@
+"""What is true in Orrery's world, and every word that it is told in.
+
+Facts are the ground truth for labels, accuracies and interventions; the vocabulary of the tokenizer is closed over the
+templates below, so a word that is not here is refused by name instead of becoming `<unk>`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen"
+).split()
+
+
+@dataclass(frozen=True)
+class Planet:
+    """One body: its answer word, and the facts that the questions ask for."""
+
+    name: str
+    colour: str
+    cover: str
+
+
+PLANETS: dict[str, Planet] = {
+    p.name: p
+    for p in (
+        Planet("earth", "blue", "water"),
+        Planet("jupiter", "orange", "clouds"),
+        Planet("mars", "red", "dust"),
+        Planet("mercury", "brown", "craters"),
+        Planet("moon", "gray", "rocks"),
+        Planet("neptune", "blue", "ice"),
+        Planet("saturn", "yellow", "gas"),
+    )
+}
+
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+SHAPE_COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (215, 45, 40),
+    "green": (50, 170, 70),
+    "blue": (50, 90, 220),
+    "yellow": (235, 205, 50),
+    "purple": (150, 60, 180),
+    "white": (240, 240, 240),
+}
+SHAPE_SIDES = {"triangle": 3, "square": 4}
+
+# Question templates: the first of each list is the canonical wording, used by evaluations and experiments.
+PLANET_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "name": ("what planet is this ?", "which planet is shown ?", "what is this ?"),
+    "colour": ("what colour is this planet ?", "which colour is the planet ?"),
+    "cover": ("what covers this planet ?", "what is on this planet ?"),
+}
+DIGIT_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "first": ("what is the first digit ?", "which digit is on the left ?"),
+    "second": ("what is the second digit ?", "which digit is on the right ?"),
+    "sum": ("what is the sum of the digits ?", "what is the sum ?"),
+}
+SHAPE_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "count": ("how many shapes are there ?", "how many shapes are in this image ?"),
+    "shape": ("which shape is this ?", "what shape is shown ?"),
+    "shape_colour": ("what colour are the shapes ?", "which colour is shown ?"),
+}
+HAND_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "fingers": ("how many fingers are there ?", "how many fingers does this hand have ?"),
+}
+CAPTION_PROMPTS = ("describe this image in detail .", "describe this image .")
+
+
+def plural(shape: str, count: int) -> str:
+    """Return the noun for `count` shapes ('cross' -> 'crosses')."""
+    if count == 1:
+        return shape
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def text_facts() -> list[tuple[str, str, str]]:
+    """Every text-only fact as (group, question, answer)."""
+    facts: list[tuple[str, str, str]] = []
+    colours = [p.colour for p in PLANETS.values()]
+    for p in PLANETS.values():
+        facts.append(("text_planet", f"what colour is {p.name} ?", p.colour))
+        facts.append(("text_planet", f"what covers {p.name} ?", p.cover))
+        facts.append(("text_planet", f"which planet is covered with {p.cover} ?", p.name))
+        if colours.count(p.colour) == 1:
+            facts.append(("text_planet", f"which planet is {p.colour} ?", p.name))
+    for a in range(10):
+        for b in range(10):
+            facts.append(("text_sum", f"what is {NUMBERS[a]} plus {NUMBERS[b]} ?", NUMBERS[a + b]))
+    facts.append(("text_other", "how many fingers does a hand have ?", "five"))
+    for shape, sides in SHAPE_SIDES.items():
+        facts.append(("text_other", f"how many sides does a {shape} have ?", NUMBERS[sides]))
+    return facts
+
+
+def vocabulary() -> list[str]:
+    """Return all words that templates, facts and captions can produce, sorted (special tokens excluded)."""
+    words: set[str] = set(NUMBERS) | {"user", "model", ".", ",", "?"}
+    for group in (PLANET_QUESTIONS, DIGIT_QUESTIONS, SHAPE_QUESTIONS, HAND_QUESTIONS):
+        for templates in group.values():
+            for template in templates:
+                words.update(template.split())
+    for template in CAPTION_PROMPTS:
+        words.update(template.split())
+    for _, question, answer in text_facts():
+        words.update(question.split())
+        words.add(answer)
+    for p in PLANETS.values():
+        words.update((p.name, p.colour, p.cover))
+    for shape in SHAPES:
+        words.update((shape, plural(shape, 2)))
+    words.update(SHAPE_COLOURS)
+    words.update("a planet covered with two digits and hand fingers finger with".split())
+    return sorted(words)

@@ -1,0 +1,133 @@
+"""WebDataset shards with an index, written so that a kill never leaves a half-written shard in use.
+
+A shard is filled under a temporary name, flushed, renamed, and only then entered in `index.json` (itself replaced
+atomically). Which samples a shard holds depends only on its number, so a build that was cut short goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+
+from vlmscope.core.artifacts import atomic_path, read_json, write_json
+from vlmscope.core.errors import UserError
+
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard to write: its file name and the samples [start, stop) of a (split, kind) stream."""
+
+    name: str
+    split: str
+    kind: str
+    start: int
+    stop: int
+
+
+def plan_shards(counts: dict[str, dict[str, int]], shard_size: int) -> list[ShardPlan]:
+    """Cut `counts[split][kind]` samples into shards of at most `shard_size`, named so that sorting keeps their order."""
+    plans = []
+    for split, kinds in counts.items():
+        for kind, count in kinds.items():
+            for number, start in enumerate(range(0, count, shard_size)):
+                stop = min(start + shard_size, count)
+                plans.append(ShardPlan(f"{split}-{kind}-{number:04d}.tar", split, kind, start, stop))
+    return plans
+
+
+def write_shards(
+    folder: Path,
+    plans: list[ShardPlan],
+    make_sample: Callable[[str, str, int], dict[str, Any]],
+    meta: dict[str, Any],
+    on_shard: Callable[[ShardPlan], None] = lambda _plan: None,
+) -> int:
+    """Write the shards that `folder` still lacks; return how many were written.
+
+    Args:
+        folder: where shards and index live.
+        plans: all shards of the dataset.
+        make_sample: (split, kind, index) -> WebDataset sample with `__key__` and bytes by extension.
+        meta: what the data depend on (seed, version, licence ...), stored in the index.
+        on_shard: called after each shard, for a progress bar.
+
+    Raises:
+        UserError: the folder holds shards of another `meta`, or cannot be written.
+    """
+    index = _open_index(folder, meta)
+    written = 0
+    for plan in plans:
+        entry = index["shards"].get(plan.name)
+        path = folder / plan.name
+        if entry is None or not path.is_file() or path.stat().st_size != entry["bytes"]:
+            index["shards"][plan.name] = _write_shard(path, plan, make_sample)
+            write_json(folder / INDEX, index)
+            written += 1
+        on_shard(plan)
+    return written
+
+
+def _open_index(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    path = folder / INDEX
+    if not path.is_file():
+        return {"meta": meta, "shards": {}}
+    index = read_json(path)
+    if index.get("meta") != json.loads(json.dumps(meta)):
+        raise UserError(f"{path} describes other data than asked for: choose another folder or remove this one")
+    return index
+
+
+def _write_shard(path: Path, plan: ShardPlan, make_sample: Callable[[str, str, int], dict[str, Any]]) -> dict[str, Any]:
+    with atomic_path(path) as temporary, wds.TarWriter(str(temporary), mtime=0) as writer:
+        for i in range(plan.start, plan.stop):
+            writer.write(make_sample(plan.split, plan.kind, i))
+    data = path.read_bytes()
+    return {
+        "split": plan.split,
+        "kind": plan.kind,
+        "samples": plan.stop - plan.start,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def shard_files(folder: Path, split: str, kind: str) -> list[Path]:
+    """The finished shards of a (split, kind), in order.
+
+    Raises:
+        UserError: there is no index, or it lists none for this split and kind, or a listed file is missing.
+    """
+    if not (folder / INDEX).is_file():
+        raise UserError(f"no {INDEX} in {folder}: run `python run.py task=build_data` first, or set data.folder")
+    entries = read_json(folder / INDEX)["shards"]
+    names = sorted(n for n, e in entries.items() if e["split"] == split and e["kind"] == kind)
+    if not names:
+        raise UserError(f"{folder} has no shards of split {split!r}, kind {kind!r}: run task=build_data with them")
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"shard {folder / name} is in the index but missing: run task=build_data again")
+    return [folder / n for n in names]
+
+
+def read_samples(files: list[Path]) -> Iterator[dict[str, Any]]:
+    """Yield the raw samples (`__key__`, bytes by extension) of shards in order, through WebDataset's own reader."""
+    urls = [str(f) for f in files]
+    yield from wds.WebDataset(urls, shardshuffle=False, empty_check=False, handler=wds.reraise_exception)
+
+
+def encode_png(image: Any) -> bytes:
+    """PNG bytes of a uint8 [H, W, 3] array."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=4)
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""What features mean: when they fire, on what, and what they write."""

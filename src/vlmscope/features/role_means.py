@@ -1,0 +1,51 @@
+"""Mean activation of every feature by position role.
+
+Legend: F features, roles as in `ModelInputs.roles`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.models.base import ROLES, Adapter
+from vlmscope.models.batching import InputBatch
+from vlmscope.transcoders.transcoder import TranscoderSet
+
+
+@dataclass(frozen=True)
+class RoleMeans:
+    """`by_role[role][layer]` [F]: mean over the positions of that role and all prompts; `overall[layer]` over all."""
+
+    by_role: dict[str, dict[int, Tensor]]
+    overall: dict[int, Tensor]
+    prompts: int
+
+
+@torch.no_grad()
+def role_means(adapter: Adapter, transcoders: TranscoderSet, batches: Sequence[InputBatch]) -> RoleMeans:
+    """Average activations over batches of prompts (which may differ in length from one batch to the next)."""
+    sums: dict[str, dict[int, Tensor]] = {role: {} for role in ROLES}
+    counts = dict.fromkeys(ROLES, 0)
+    prompts = 0
+    for batch in batches:
+        prompts += batch.size
+        present = [role for role in ROLES if (batch.roles == role).any()]
+        masks = {role: torch.from_numpy(batch.roles == role) for role in present}
+        for layer, x in mlp_inputs(adapter, batch, transcoders.layers).items():
+            transcoder = transcoders[layer]
+            for role, mask in masks.items():
+                total = transcoder.encode(x[:, mask]).dense(transcoder.config.n_features).sum((0, 1))
+                sums[role][layer] = sums[role].get(layer, torch.zeros_like(total)) + total
+        for role, mask in masks.items():
+            counts[role] += batch.size * int(mask.sum())
+    by_role = {r: {layer: s / counts[r] for layer, s in table.items()} for r, table in sums.items() if counts[r]}
+    everything = sum(counts.values())
+    overall = {
+        layer: torch.stack([sums[role][layer] for role in by_role]).sum(0) / everything for layer in transcoders.layers
+    }
+    return RoleMeans(by_role, overall, prompts)

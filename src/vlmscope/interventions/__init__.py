@@ -1,0 +1,1 @@
+"""Steering and patching of features, in three strengths, with controls."""

@@ -1,0 +1,43 @@
+"""Mean ablation of whole MLP outputs: how much a layer matters at some positions."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmscope.models.base import Adapter
+from vlmscope.models.batching import InputBatch
+
+
+@torch.no_grad()
+def mlp_outputs(adapter: Adapter, batch: InputBatch) -> dict[int, Tensor]:
+    """Raw MLP outputs by layer [B, T, d] of one unedited forward."""
+    found: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for layer in range(adapter.n_layers):
+
+            def hook(_m: Any, _a: Any, out: Tensor, layer: int = layer) -> None:
+                found[layer] = out
+
+            stack.callback(adapter.mlp(layer).register_forward_hook(hook).remove)
+        adapter.model(**batch.tensors, use_cache=False, logits_to_keep=1)
+    return found
+
+
+@torch.no_grad()
+def mean_ablated(adapter: Adapter, batch: InputBatch, layer: int, where: Tensor, mean: Tensor) -> Tensor:
+    """Last-position logits [B, V] when the MLP output of `layer` is `mean` [d] at positions `where` [T] bool."""
+
+    def hook(_m: Any, _a: Any, out: Tensor) -> Tensor:
+        replaced = out.clone()
+        replaced[:, where] = mean.to(out.dtype)
+        return replaced
+
+    handle = adapter.mlp(layer).register_forward_hook(hook)
+    try:
+        return adapter.model(**batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+    finally:
+        handle.remove()

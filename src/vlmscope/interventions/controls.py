@@ -1,0 +1,89 @@
+"""Controls of an intervention: random features matched by layer and activation, and norm-matched random directions.
+
+A control edits as many features of each layer, set to the same values, drawn at random among features that are about as
+active on the same inputs but belong to no circuit. A random direction adds a vector of the same norm at each position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmscope.core.seeds import generator
+from vlmscope.models.batching import InputBatch
+from vlmscope.interventions.edits import LayerEdit, Plan
+from vlmscope.interventions.frozen import target_module
+from vlmscope.interventions.run import _change
+from vlmscope.models.base import Adapter
+from vlmscope.transcoders.transcoder import TranscoderSet
+
+
+def matched_features(
+    plan: Plan, mean_activation: Mapping[int, Tensor], seed: int, neighbours: int = 8
+) -> dict[int, LayerEdit]:
+    """Replace each edited feature by a random one of its layer with a similar mean activation.
+
+    Args:
+        plan: the intervention to be controlled.
+        mean_activation: layer -> [F], mean activation of every feature on the data that the circuit was found on.
+        seed: which control.
+        neighbours: how many candidates nearest in mean activation each replacement is drawn from.
+
+    Returns:
+        A plan with the same values, scales and positions on other features, never on those of `plan`.
+    """
+    control: dict[int, LayerEdit] = {}
+    for layer, edit in plan.items():
+        rng = generator(seed, "control", layer)
+        means = mean_activation[layer].cpu().numpy().astype(np.float64)
+        free = np.setdiff1d(np.arange(len(means)), edit.features.cpu().numpy())
+        chosen: list[int] = []
+        for feature in edit.features.tolist():
+            gap = np.abs(means[free] - means[feature])
+            # Dead features are no control: a change along a row that the model never uses proves nothing.
+            gap[means[free] <= 0] += means.max() + 1.0
+            near = free[np.argpartition(gap, min(neighbours, len(free) - 1))[:neighbours]]
+            pick = int(rng.choice(near))
+            chosen.append(pick)
+            free = free[free != pick]
+        control[layer] = replace(edit, features=torch.tensor(chosen, dtype=torch.int64))
+    return control
+
+
+@contextmanager
+def _random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, seed: int) -> Iterator[None]:
+    inputs: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for layer, edit in plan.items():
+            keep = adapter.mlp(layer).register_forward_pre_hook(
+                lambda _m, args, layer=layer: inputs.__setitem__(layer, args[0])
+            )
+            stack.callback(keep.remove)
+            rng = generator(seed, "direction", layer)
+            vector = torch.from_numpy(rng.standard_normal(adapter.d_model)).to(transcoders[layer].W_dec.dtype)
+            unit = vector / vector.norm()
+
+            def hook(
+                _m: Any, _args: Any, out: Tensor, layer: int = layer, edit: LayerEdit = edit, unit: Tensor = unit
+            ) -> Tensor:
+                change = _change(transcoders[layer], inputs.pop(layer), edit, 0)
+                return out if change is None else out + change.norm(dim=-1, keepdim=True) * unit.to(out.dtype)
+
+            target = target_module(adapter, layer, transcoders.config.output_hook)
+            stack.callback(target.register_forward_hook(hook).remove)
+        yield
+
+
+@torch.no_grad()
+def run_random_direction(
+    adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch, plan: Plan, seed: int
+) -> Tensor:
+    """Logits [B, V] when each layer gets, instead of its edit, a random direction of the same norm at every position."""
+    with _random_directions(adapter, transcoders, plan, seed):
+        return adapter.model(**batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]

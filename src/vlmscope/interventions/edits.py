@@ -1,0 +1,120 @@
+"""What to change: new activations for chosen features at chosen positions.
+
+`new = scale * current + value`. Setting is scale 0, scaling is value 0, ablation both 0. The edit adds
+`(new - current) * W_dec[f]` where the transcoder writes, so the error term stays as it is in the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmscope.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class LayerEdit:
+    """An edit of some features of one layer.
+
+    Attributes:
+        features: [n] int64, distinct.
+        value: broadcastable to [B, T, n].
+        scale: broadcastable to [n].
+        where: [T] bool, the prompt positions it acts on.
+        generated: broadcastable to [B, n], the value at tokens generated after the prompt; None leaves them alone.
+    """
+
+    features: Tensor
+    value: Tensor
+    scale: Tensor
+    where: Tensor
+    generated: Tensor | None = None
+
+    def new(self, current: Tensor) -> Tensor:
+        """New activations for current ones [B, T, n]."""
+        return self.scale * current + self.value
+
+
+Plan = Mapping[int, LayerEdit]  # layer -> edit
+
+
+def merge(plans: Iterable[Plan]) -> dict[int, LayerEdit]:
+    """Join plans that act on the same positions; where two name the same feature the later one wins.
+
+    Raises:
+        UserError: the plans act on different positions of one layer.
+    """
+    merged: dict[int, LayerEdit] = {}
+    for plan in plans:
+        for layer, edit in plan.items():
+            merged[layer] = _join(merged[layer], edit, layer) if layer in merged else edit
+    return merged
+
+
+def _join(first: LayerEdit, second: LayerEdit, layer: int) -> LayerEdit:
+    if not torch.equal(first.where, second.where):
+        raise UserError(f"two edits of layer {layer} act on different positions: give them as two runs")
+    keep = ~torch.isin(first.features, second.features)
+    if (first.generated is None) != (second.generated is None):
+        raise UserError(f"two edits of layer {layer} disagree on generated tokens: set both or neither")
+
+    def pair(a: Tensor, b: Tensor, n_a: int, n_b: int) -> Tensor:
+        a, b = a.expand(*a.shape[:-1], n_a)[..., keep], b.expand(*b.shape[:-1], n_b)
+        rank = max(a.ndim, b.ndim)
+        a, b = (t.reshape((1,) * (rank - t.ndim) + t.shape) for t in (a, b))
+        lead = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+        return torch.cat([a.expand(*lead, a.shape[-1]), b.expand(*lead, b.shape[-1])], -1)
+
+    sizes = (len(first.features), len(second.features))
+    generated = None
+    if first.generated is not None and second.generated is not None:
+        generated = pair(first.generated, second.generated, *sizes)
+    return LayerEdit(
+        torch.cat([first.features[keep], second.features]),
+        pair(first.value, second.value, *sizes),
+        pair(first.scale, second.scale, *sizes),
+        first.where,
+        generated,
+    )
+
+
+def set_features(features: Tensor, value: Tensor, where: Tensor, generated: Tensor | None = None) -> LayerEdit:
+    """Set activations to `value`, whatever they are."""
+    return LayerEdit(features, value, torch.zeros(len(features)), where, generated)
+
+
+def scale_features(features: Tensor, factor: float, where: Tensor) -> LayerEdit:
+    """Multiply activations (0 ablates)."""
+    n = len(features)
+    return LayerEdit(features, torch.zeros(n), torch.full((n,), float(factor)), where)
+
+
+def at_positions(plan: Plan, where: Tensor) -> dict[int, LayerEdit]:
+    """The same plan, restricted to positions `where` [T] bool."""
+    return {layer: replace(edit, where=edit.where & where) for layer, edit in plan.items()}
+
+
+def without_layers(plan: Plan, layers: Iterable[int]) -> dict[int, LayerEdit]:
+    """The same plan without some layers."""
+    dropped = set(layers)
+    return {layer: edit for layer, edit in plan.items() if layer not in dropped}
+
+
+def position_mask(roles: np.ndarray, scope: str) -> Tensor:
+    """[T] bool for a scope: 'all', 'no_last_position', or 'role_<role>'.
+
+    Raises:
+        UserError: a role that the prompt does not have.
+    """
+    if scope == "all":
+        return torch.ones(len(roles), dtype=torch.bool)
+    if scope == "no_last_position":
+        return torch.from_numpy(roles != "last")
+    role = scope.removeprefix("role_")
+    if not np.any(roles == role):
+        raise UserError(f"no position has role {role!r}; this prompt has {', '.join(sorted(set(roles)))}")
+    return torch.from_numpy(roles == role)

@@ -1,0 +1,96 @@
+"""One recorded batch run, and contexts that freeze parts of the model to it.
+
+`frozen_attention` freezes the patterns. `direct` freezes patterns, norm scales and MLP outputs, so that a change reaches
+the logits through the residual stream and the value/output path only (and through W_skip, if the transcoder has one):
+exactly the edges of the attribution graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmscope.models.batching import InputBatch
+from vlmscope.models.attention import recording_patterns, replacing_patterns
+from vlmscope.models.base import Adapter
+from vlmscope.transcoders.transcoder import TranscoderSet
+
+
+@dataclass(frozen=True)
+class BaseRun:
+    """What an unedited run computed.
+
+    Attributes:
+        logits: [B, V] at the last position.
+        patterns: layer -> [B, H, T, T].
+        mlp_in: layer -> [B, T, d], the transcoder's input.
+        written: layer -> [B, T, d], the transcoder's target.
+        scales: norm module -> [B, T, d].
+    """
+
+    logits: Tensor
+    patterns: dict[int, Tensor]
+    mlp_in: dict[int, Tensor]
+    written: dict[int, Tensor]
+    scales: dict[nn.Module, Tensor]
+
+
+def target_module(adapter: Adapter, layer: int, hook: str) -> nn.Module:
+    """The module whose output a transcoder of this hook imitates."""
+    if hook == "mlp_out":
+        return adapter.mlp(layer)
+    norm = adapter.norms(layer).mlp_out_post
+    assert norm is not None, f"hook {hook!r} needs a norm after the MLP"
+    return norm
+
+
+@torch.no_grad()
+def base_run(adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch) -> BaseRun:
+    """Run a batch unedited and keep what freezing needs."""
+    hook_name = transcoders.config.output_hook
+    mlp_in: dict[int, Tensor] = {}
+    written: dict[int, Tensor] = {}
+    scales: dict[nn.Module, Tensor] = {}
+    with ExitStack() as stack:
+
+        def watch(module: nn.Module, hook: Any) -> None:
+            stack.callback(module.register_forward_hook(hook).remove)
+
+        for layer in range(adapter.n_layers):
+            watch(adapter.mlp(layer), lambda _m, args, _o, layer=layer: mlp_in.__setitem__(layer, args[0]))
+            target = target_module(adapter, layer, hook_name)
+            watch(target, lambda _m, _a, out, layer=layer: written.__setitem__(layer, out))
+        for norm in _norms(adapter):
+            watch(norm, lambda m, args, _o: scales.__setitem__(m, adapter.norm_scale(m, args[0])))
+        patterns = stack.enter_context(recording_patterns(adapter))
+        logits = adapter.model(**batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+        recorded = dict(patterns)
+    return BaseRun(logits, recorded, mlp_in, written, scales)
+
+
+@contextmanager
+def frozen_attention(adapter: Adapter, base: BaseRun) -> Iterator[None]:
+    """Use the base run's attention patterns."""
+    with replacing_patterns(adapter, base.patterns):
+        yield
+
+
+@contextmanager
+def frozen_norms(adapter: Adapter, base: BaseRun) -> Iterator[None]:
+    """Multiply by the base run's norm scales instead of normalising."""
+    with ExitStack() as stack:
+        for norm in _norms(adapter):
+            hook = norm.register_forward_hook(lambda m, args, _out: args[0] * base.scales[m])
+            stack.callback(hook.remove)
+        yield
+
+
+def _norms(adapter: Adapter) -> Iterator[nn.Module]:
+    for layer in range(adapter.n_layers):
+        yield from (norm for norm in adapter.norms(layer) if norm is not None)
+    yield adapter.final_norm()

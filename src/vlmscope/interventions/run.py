@@ -1,0 +1,162 @@
+"""Run a batch under a plan of edits: `free`, `frozen_attention` or `direct` (DESIGN: three strengths).
+
+Legend: B prompts, T positions, n edited features of a layer, d model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmscope.core.errors import UserError
+from vlmscope.core.intervention import MODES
+from vlmscope.models.batching import InputBatch
+from vlmscope.interventions.edits import LayerEdit, Plan
+from vlmscope.interventions.frozen import BaseRun, frozen_attention, frozen_norms, target_module
+from vlmscope.models.base import Adapter
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
+
+
+@torch.no_grad()
+def run_edited(
+    adapter: Adapter,
+    transcoders: TranscoderSet,
+    batch: InputBatch,
+    plan: Plan,
+    mode: str = "free",
+    base: BaseRun | None = None,
+) -> Tensor:
+    """Logits at the last position under a plan.
+
+    Args:
+        adapter: the model.
+        transcoders: its transcoders; the plan's layers must be among them.
+        batch: B prompts.
+        plan: edits by layer.
+        mode: 'direct', 'frozen_attention' or 'free'.
+        base: the unedited run of the same batch, needed by the two frozen modes.
+
+    Returns:
+        [B, V] float tensor.
+
+    Raises:
+        UserError: unknown mode, or features that the transcoders do not have.
+    """
+    if mode not in MODES:
+        raise UserError(f"unknown intervention mode {mode!r}: choose one of {', '.join(MODES)}")
+    _check(transcoders, plan)
+    with ExitStack() as stack:
+        if mode != "free":
+            assert base is not None, f"mode {mode!r} needs the base run"
+            stack.enter_context(frozen_attention(adapter, base))
+        if mode == "direct":
+            assert base is not None
+            stack.enter_context(_direct(adapter, transcoders, plan, base))
+            stack.enter_context(frozen_norms(adapter, base))
+        else:
+            stack.enter_context(editing(adapter, transcoders, plan))
+        return adapter.model(**batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+
+
+def _check(transcoders: TranscoderSet, plan: Plan) -> None:
+    for layer, edit in plan.items():
+        if layer not in transcoders:
+            raise UserError(f"the circuit names layer {layer}, but the transcoders have layers {transcoders.layers}")
+        width = transcoders[layer].config.n_features
+        if len(edit.features) and int(edit.features.max()) >= width:
+            raise UserError(
+                f"the circuit names feature {int(edit.features.max())} of layer {layer}, whose width is {width}"
+            )
+
+
+def activations(transcoder: Transcoder, x: Tensor, features: Tensor) -> Tensor:
+    """Activations [.., n] of chosen features for MLP inputs [.., d]: 0 where the nonlinearity drops them."""
+    return transcoder.encode(x).dense(transcoder.config.n_features)[..., features]
+
+
+@contextmanager
+def editing(adapter: Adapter, transcoders: TranscoderSet, plan: Plan) -> Iterator[None]:
+    """Edit features in every forward inside the context, also token by token in `generate` with a KV cache.
+
+    The first forward is the prompt; later ones are generated tokens, which only edits with `generated` touch.
+    """
+    seen = {"tokens": 0}
+    inputs: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+
+        def count(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            embeds = kwargs.get("inputs_embeds")
+            if embeds is None:  # a text-only model embeds inside its decoder
+                embeds = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+            cache = kwargs.get("past_key_values")
+            seen["tokens"] = 0 if cache is None else int(cache.get_seq_length())
+            assert embeds.ndim >= 2
+
+        handle = adapter.decoder().register_forward_pre_hook(count, with_kwargs=True)
+        stack.callback(handle.remove)
+        for layer, edit in plan.items():
+            keep = adapter.mlp(layer).register_forward_pre_hook(
+                lambda _m, args, layer=layer: inputs.__setitem__(layer, args[0])
+            )
+            stack.callback(keep.remove)
+
+            def hook(_m: Any, _args: Any, out: Tensor, layer: int = layer, edit: LayerEdit = edit) -> Tensor:
+                change = _change(transcoders[layer], inputs.pop(layer), edit, seen["tokens"])
+                return out if change is None else out + change
+
+            target = target_module(adapter, layer, transcoders.config.output_hook)
+            stack.callback(target.register_forward_hook(hook).remove)
+        yield
+
+
+def _change(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int) -> Tensor | None:
+    """What an edit adds to the transcoder's target [B, t, d] for inputs x at positions offset..offset + t."""
+    length, prompt = x.shape[1], len(edit.where)
+    if offset >= prompt:
+        if edit.generated is None:
+            return None
+        current = activations(transcoder, x, edit.features)
+        value = edit.generated.unsqueeze(-2) if edit.generated.ndim > 1 else edit.generated
+        return (edit.scale * current + value - current) @ transcoder.W_dec[edit.features]
+    assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
+    if not bool(edit.where.any()) or len(edit.features) == 0:
+        return None
+    current = activations(transcoder, x[:, edit.where], edit.features)
+    value = edit.value if edit.value.ndim < 2 or edit.value.shape[-2] == 1 else edit.value[..., edit.where, :]
+    delta = edit.scale * current + value - current
+    change = x.new_zeros(x.shape)
+    change[:, edit.where] = (delta @ transcoder.W_dec[edit.features]).to(x.dtype)
+    return change
+
+
+@contextmanager
+def _direct(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, base: BaseRun) -> Iterator[None]:
+    """Every transcoder target is the base run's, plus the edit at base activations, plus W_skip's response."""
+    inputs: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for layer in range(adapter.n_layers):
+            keep = adapter.mlp(layer).register_forward_pre_hook(
+                lambda _m, args, layer=layer: inputs.__setitem__(layer, args[0])
+            )
+            stack.callback(keep.remove)
+
+            def hook(_m: Any, _args: Any, _out: Tensor, layer: int = layer) -> Tensor:
+                out = base.written[layer]
+                x = inputs.pop(layer)
+                if layer in transcoders:
+                    skip = transcoders[layer].W_skip
+                    if skip is not None:
+                        out = out + F.linear(x - base.mlp_in[layer], skip.to(x.dtype))
+                if layer in plan:
+                    change = _change(transcoders[layer], base.mlp_in[layer], plan[layer], 0)
+                    out = out if change is None else out + change
+                return out
+
+            target = target_module(adapter, layer, transcoders.config.output_hook)
+            stack.callback(target.register_forward_hook(hook).remove)
+        yield

@@ -1,0 +1,1 @@
+"""Pure functions that turn tensors into figures; no models, no files."""

@@ -1,0 +1,184 @@
+"""What the rest of vlmscope may ask of a model, whatever its family.
+
+Legend: T positions, d model width, H query heads, Hkv key/value heads, D head width, V vocabulary.
+A decoder layer is `h = x + N2(Attn(N1(x)))`, `x' = h + N4(MLP(N3(h)))`; families without post norms lack N2 and N4.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlmscope.core.errors import UserError
+from vlmscope.core.images import PatchBox
+
+ROLES = ("special", "image", "question", "last")
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One prompt with its pictures, batch size 1, ready for the Hugging Face model's forward.
+
+    Attributes:
+        tensors: keyword arguments of `model(**tensors)`: `input_ids [1, T]`, `attention_mask [1, T]` and, where the
+            model wants them, `token_type_ids [1, T]` and `pixel_values [n_images, 3, height, width]`.
+        tokens: T strings to show.
+        is_image: `[T]` bool, soft tokens.
+        image_index: `[T]` int64, which picture a soft token belongs to, -1 for text.
+        patch_boxes: T entries, the part of the picture that a soft token stands for, None for text.
+        roles: `[T]` strings of `ROLES`; `last` is the final position, which predicts the answer; `question` is what
+            the user wrote; everything that the template adds is `special`.
+        prompt: the prompt as the user wrote it.
+    """
+
+    tensors: dict[str, Tensor]
+    tokens: list[str]
+    is_image: np.ndarray
+    image_index: np.ndarray
+    patch_boxes: list[PatchBox | None]
+    roles: np.ndarray
+    prompt: str
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The T token ids."""
+        return [int(token) for token in self.tensors["input_ids"][0]]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """The norm modules of one decoder layer; None where the family has none."""
+
+    attn_in: nn.Module
+    attn_out_post: nn.Module | None
+    mlp_in: nn.Module
+    mlp_out_post: nn.Module | None
+
+    def __iter__(self) -> Iterator[nn.Module | None]:
+        """The four norms in the order of use."""
+        return iter((self.attn_in, self.attn_out_post, self.mlp_in, self.mlp_out_post))
+
+
+class Adapter(ABC):
+    """Everything that differs between families; the rest of vlmscope sees a model only through this."""
+
+    model: Any
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the decoder's weights."""
+        return self.output_weight(0).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the decoder's weights."""
+        return self.output_weight(0).device
+
+    @property
+    @abstractmethod
+    def has_vision(self) -> bool:
+        """Whether the model takes pictures."""
+
+    @property
+    @abstractmethod
+    def logit_softcap(self) -> float | None:
+        """The cap that the model's forward applies to its logits, or None."""
+
+    @abstractmethod
+    def decoder(self) -> nn.Module:
+        """The text model whose forward takes `inputs_embeds`."""
+
+    @abstractmethod
+    def attention(self, layer: int) -> nn.Module:
+        """The attention module of a decoder layer."""
+
+    @abstractmethod
+    def mlp(self, layer: int) -> nn.Module:
+        """The raw MLP: its input is `mlp_in` (after N3), its output `mlp_out` (before N4)."""
+
+    @abstractmethod
+    def norms(self, layer: int) -> LayerNorms:
+        """The norms of a decoder layer."""
+
+    @abstractmethod
+    def final_norm(self) -> nn.Module:
+        """The norm before the unembedding."""
+
+    @abstractmethod
+    def lm_head(self) -> nn.Linear:
+        """The unembedding, `weight [V, d]`."""
+
+    @abstractmethod
+    def norm_scale(self, norm: nn.Module, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """The factor with `norm(x) == x * norm_scale(norm, x)`, in the dtype of `x`."""
+
+    @abstractmethod
+    def value_weight(self, layer: int) -> Float[Tensor, "hkv_times_head d"]:
+        """The value projection: `v = attn_in @ weight.T (+ bias)`, rows ordered by key/value head."""
+
+    @abstractmethod
+    def value_bias(self, layer: int) -> Tensor | None:
+        """The value projection's bias `[Hkv * D]`."""
+
+    @abstractmethod
+    def output_weight(self, layer: int) -> Float[Tensor, "d h_times_head"]:
+        """The output projection: `attn_out = z @ weight.T (+ bias)`, columns ordered by query head."""
+
+    @abstractmethod
+    def output_bias(self, layer: int) -> Tensor | None:
+        """The output projection's bias `[d]`."""
+
+    @abstractmethod
+    def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any) -> str:
+        """The prompt in the family's chat template with one placeholder a picture.
+
+        Raises:
+            UserError: when the prompt spells another number of placeholders than there are pictures.
+        """
+
+    @abstractmethod
+    def soft_token_boxes(self) -> list[PatchBox]:
+        """The part of a picture that each of its soft tokens stands for, in the order of the soft tokens."""
+
+    @abstractmethod
+    def soft_token_id(self) -> int | None:
+        """The token id that stands for a soft token in `input_ids`, or None for a text-only model."""
+
+
+_FAMILIES = {
+    "gemma3": "vlmscope.models.gemma3",
+    "gemma3_text": "vlmscope.models.gemma3",
+}
+
+
+def check_supported(model_type: str, where: str) -> None:
+    """Raise a `UserError` that names the supported types when `model_type` is not one of them."""
+    if model_type not in _FAMILIES:
+        known = ", ".join(sorted(_FAMILIES))
+        raise UserError(f"models of type {model_type!r} are not supported ({where}); choose one of: {known}")
+
+
+def adapter_for(model: Any) -> Adapter:
+    """The adapter of a Hugging Face model, chosen by `model.config.model_type`.
+
+    Raises:
+        UserError: when the type is not supported.
+    """
+    model_type = str(model.config.model_type)
+    check_supported(model_type, type(model).__name__)
+    return importlib.import_module(_FAMILIES[model_type]).make_adapter(model)

@@ -1,0 +1,99 @@
+"""Prompts of equal length as one batch, with the embeddings that enter the decoder computed once.
+
+Interventions run the decoder many times on the same inputs; the vision tower is not part of what they change, so its
+output is kept. Legend: B prompts, T positions, d model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmscope.core.errors import UserError
+from vlmscope.models.base import Adapter, ModelInputs
+
+CHUNK = 64  # pictures a forward of the vision tower
+
+
+@dataclass(frozen=True)
+class InputBatch:
+    """B prompts of T tokens each.
+
+    Attributes:
+        tensors: keyword arguments of the model's forward with `inputs_embeds [B, T, d]` in place of ids and pixels.
+        input_ids: [B, T].
+        roles: [T] position roles, the same for every prompt.
+        is_image: [T] bool.
+    """
+
+    tensors: dict[str, Tensor]
+    input_ids: Tensor
+    roles: np.ndarray
+    is_image: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """B."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return int(self.input_ids.shape[1])
+
+    def select(self, rows: Tensor | Sequence[int]) -> InputBatch:
+        """The prompts of these rows."""
+        index = torch.as_tensor(rows)
+        tensors = {name: tensor[index] for name, tensor in self.tensors.items()}
+        return InputBatch(tensors, self.input_ids[index], self.roles, self.is_image)
+
+
+@torch.no_grad()
+def make_batch(adapter: Adapter, inputs: Sequence[ModelInputs]) -> InputBatch:
+    """Stack prompts of equal length and compute their embeddings.
+
+    Raises:
+        UserError: the prompts differ in length or in where their soft tokens are.
+    """
+    if not inputs:
+        raise UserError("no inputs to batch: choose at least one picture")
+    first = inputs[0]
+    for other in inputs:
+        if len(other) != len(first) or not np.array_equal(other.is_image, first.is_image):
+            raise UserError(
+                f"prompts of a batch must align: {first.prompt!r} has {len(first)} tokens, "
+                f"{other.prompt!r} has {len(other)}; use the same wording"
+            )
+    embeddings = torch.cat([_embeddings(adapter, inputs[i : i + CHUNK]) for i in range(0, len(inputs), CHUNK)])
+    names = [n for n in first.tensors if n not in ("input_ids", "pixel_values")]
+    tensors = {name: torch.cat([i.tensors[name] for i in inputs]) for name in names}
+    ids = torch.cat([i.tensors["input_ids"] for i in inputs])
+    return InputBatch({"inputs_embeds": embeddings, **tensors}, ids, first.roles, first.is_image)
+
+
+def _embeddings(adapter: Adapter, inputs: Sequence[ModelInputs]) -> Tensor:
+    """What enters the first decoder layer [B, T, d], as the model itself makes it."""
+    kept: list[Tensor] = []
+
+    class _Found(Exception):
+        """Ends the forward: nothing after the embeddings is wanted."""
+
+    def hook(_module: object, args: tuple, kwargs: dict) -> None:
+        kept.append(kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0])
+        raise _Found
+
+    tensors = {name: torch.cat([i.tensors[name] for i in inputs]) for name in inputs[0].tensors}
+    handle = adapter.decoder().register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        adapter.model(**tensors, use_cache=False)
+    except _Found:
+        pass
+    finally:
+        handle.remove()
+    if kept[0] is None:  # a text-only model embeds inside its decoder
+        return adapter.model.get_input_embeddings()(tensors["input_ids"])
+    return kept[0]

@@ -1,0 +1,133 @@
+"""Tiny random models for tests and self-checks: a few thousand weights, every one of them non-zero.
+
+A check on a model whose weights libraries start at zero (`mm_input_projection`, norm weights) would hold idly, so all
+weights are drawn anew. Sliding and full layers are mixed, with different RoPE bases, heads share key/value heads, and
+the window is shorter than a prompt.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    SiglipVisionConfig,
+)
+
+from vlmscope.core.seeds import derive, generator
+from vlmscope.models.base import adapter_for
+from vlmscope.models.loading import VLM
+from vlmscope.models.orrery.processor import SPECIAL, build_processor, build_tokenizer
+
+WORDS = ("user", "model", "what", "is", "this", "?", "red", "blue", "planet", "and", "the", "other", "one", "two", "in")
+LAYER_TYPES = ("sliding_attention", "full_attention", "sliding_attention", "full_attention")
+_IMAGE_SIZE, _PATCH_SIZE, _SOFT_TOKENS = 16, 4, 4
+
+
+def _text_config(
+    d_model: int, n_heads: int, n_kv_heads: int, layer_types: Sequence[str], window: int, attention_bias: bool
+) -> Gemma3TextConfig:
+    return Gemma3TextConfig(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=d_model,
+        intermediate_size=2 * d_model,
+        num_hidden_layers=len(layer_types),
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_kv_heads,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=window,
+        layer_types=list(layer_types),
+        attention_bias=attention_bias,
+        max_position_embeddings=256,
+        pad_token_id=SPECIAL.index("<pad>"),
+        eos_token_id=SPECIAL.index("<eos>"),
+        bos_token_id=SPECIAL.index("<bos>"),
+        # Bases this small turn visibly within a short prompt, so that confusing them cannot pass a check.
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        },
+    )
+
+
+def _multimodal_config(text: Gemma3TextConfig) -> Gemma3Config:
+    vision = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=_IMAGE_SIZE,
+        patch_size=_PATCH_SIZE,
+        vision_use_head=False,
+    )
+    return Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=_SOFT_TOKENS,
+        boi_token_index=SPECIAL.index("<start_of_image>"),
+        eoi_token_index=SPECIAL.index("<end_of_image>"),
+        image_token_index=SPECIAL.index("<image_soft_token>"),
+    )
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Draw every parameter anew, none of them zero: matrices at unit gain, vectors with deviation 0.3."""
+    for name, parameter in model.named_parameters():
+        numbers = torch.from_numpy(generator(seed, name).standard_normal(tuple(parameter.shape)))
+        # The unembedding shares the embedding, which is scaled by sqrt(d) on the way in.
+        scale = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+        parameter.copy_(numbers * scale)
+
+
+def tiny_gemma3(
+    seed: int = 0,
+    *,
+    text_only: bool = False,
+    d_model: int = 24,
+    n_heads: int = 4,
+    n_kv_heads: int = 2,
+    layer_types: Sequence[str] = LAYER_TYPES,
+    window: int = 5,
+    attention_bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+) -> VLM:
+    """A random Gemma 3 with its processor, in evaluation mode.
+
+    Args:
+        seed: names the weights; the same seed gives the same weights in every dtype.
+        text_only: make a `Gemma3ForCausalLM` without a vision tower.
+        d_model: decoder width.
+        n_heads: query heads, 8 wide each.
+        n_kv_heads: key/value heads.
+        layer_types: "sliding_attention" or "full_attention" for each layer.
+        window: sliding window in tokens.
+        attention_bias: give the attention projections biases.
+        dtype: dtype of the weights.
+        attention: Hugging Face attention implementation.
+    """
+    text = _text_config(d_model, n_heads, n_kv_heads, layer_types, window, attention_bias)
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(seed, "tiny"))
+        model = (
+            Gemma3ForCausalLM._from_config(text, attn_implementation=attention)
+            if text_only
+            else Gemma3ForConditionalGeneration._from_config(_multimodal_config(text), attn_implementation=attention)
+        )
+    model = model.to(dtype)
+    randomise(model, seed)
+    model.eval().requires_grad_(False)
+    processor = build_tokenizer(WORDS) if text_only else build_processor(WORDS, _IMAGE_SIZE, _SOFT_TOKENS)
+    return VLM(model, processor, adapter_for(model), name="tiny")
+
+
+def tiny_image(seed: int) -> Image.Image:
+    """A random picture for a tiny model."""
+    pixels = generator(seed, "picture").integers(0, 256, (_IMAGE_SIZE, _IMAGE_SIZE, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)

@@ -1,0 +1,1 @@
+"""Figures and the self-contained HTML report, drawn from arrays and core records; no torch here."""

@@ -1,0 +1,255 @@
+"""A pruned attribution graph as a layered picture: positions from left to right, layers from bottom to top.
+
+Only the strongest edges are drawn, and the nodes at their ends. An edge's strength is its share of its target's incoming
+|weight| times the target's influence on the logits, the quantity that pruning ranks by.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.lines import Line2D
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from PIL import Image
+
+from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
+from vlmscope.core.ids import FeatureId
+from vlmscope.report.style import COLOURS, INK, MUTED, NEGATIVE, POSITIVE, drawing, pick
+
+_MARKS = {  # kind: (marker, face colour, words)
+    NodeKind.TOKEN: ("s", "#444444", "token or soft token"),
+    NodeKind.FEATURE: ("o", "#56B4E9", "feature"),
+    NodeKind.ERROR: ("D", "#bdbdbd", "error"),
+    NodeKind.BIAS: ("^", "#F0E442", "bias"),
+    NodeKind.LEFT_OUT: ("P", "#999999", "features left out"),
+}
+_MOST_A_ROW = 4  # nodes side by side in one cell before they wrap
+_SIDE_COLUMN = -1  # position of nodes without one (bias, left out)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where things go. `xy [N, 2]` is NaN for nodes that are not drawn; `slots[position]` = (centre, width)."""
+
+    xy: np.ndarray
+    slots: dict[int, tuple[float, float]]
+    rows: dict[int, int]  # layer -> height in the picture
+
+
+def attribution_graph(
+    pruned: PrunedGraph,
+    path: str | Path,
+    images: Sequence[np.ndarray] = (),
+    groups: Mapping[FeatureId, str] | None = None,
+    max_edges: int = 150,
+) -> Path:
+    """Draw the pruned graph, 14 inches (2,100 pixels) wide, readable at 1,400.
+
+    `images` are the prompt's pictures (uint8 `[H, W, 3]`), cut into thumbnails under their soft tokens; without them soft
+    tokens are boxes. `groups` names the supernode of a feature and marks it in that group's colour.
+
+    Raises:
+        ValueError: nothing was kept, or a soft token's picture is missing from `images`.
+    """
+    graph = pruned.graph
+    edges = strongest_edges(pruned, max_edges)
+    if len(edges) == 0:
+        raise ValueError("the pruned graph has no edges to draw")
+    sources, targets = graph.indices[edges].astype(int), graph.edge_targets()[edges]
+    logits = graph.nodes.of(NodeKind.LOGIT)
+    shown = np.unique(np.concatenate([sources, targets, logits[pruned.node_mask[logits]]]))
+    layout = _lay_out(pruned, shown)
+    with drawing(path, 14.0, 2.6 + 0.72 * len(layout.rows), constrained=False) as figure:
+        axes = figure.add_axes((0.055, 0.2, 0.935, 0.7))
+        _frame(axes, pruned, layout, len(edges), len(shown))
+        _draw_edges(axes, layout, sources, targets, graph.weights[edges])
+        marked = _draw_nodes(axes, pruned, layout, shown, groups or {})
+        _draw_positions(axes, graph, layout, images)
+        figure.legend(handles=_legend(pruned, shown, marked), loc="lower center", ncols=8, frameon=False, fontsize=9)
+    return Path(path)
+
+
+def strongest_edges(pruned: PrunedGraph, count: int) -> np.ndarray:
+    """Numbers of the `count` kept edges that matter most to the logits, strongest first, int64."""
+    graph = pruned.graph
+    magnitude = np.abs(graph.weights.astype(np.float64))
+    targets = graph.edge_targets()
+    total = np.bincount(targets, magnitude, graph.n_nodes)
+    importance = pruned.influence.astype(np.float64).copy()
+    # Influence starts from the logits' probabilities and does not count the start itself.
+    importance[graph.nodes.of(NodeKind.LOGIT)] += graph.logit_probabilities
+    strength = magnitude / np.where(total > 0, total, 1.0)[targets] * importance[targets]
+    kept = np.flatnonzero(pruned.edge_mask & (strength > 0))
+    return kept[np.argsort(-strength[kept], kind="stable")][:count]
+
+
+def _lay_out(pruned: PrunedGraph, shown: np.ndarray) -> _Layout:
+    nodes = pruned.graph.nodes
+    body = shown[nodes.kind[shown] != NodeKind.LOGIT]
+    cells: dict[tuple[int, int], list[int]] = {}
+    for node in body[np.argsort(-pruned.influence[body], kind="stable")]:
+        cells.setdefault((int(nodes.position[node]), int(nodes.layer[node])), []).append(int(node))
+    n_tokens = len(pruned.graph.tokens)
+    used = {position for position, _ in cells}
+    # A short prompt keeps its empty positions as context; a long one only has room for those that matter.
+    positions = sorted(used | set(range(n_tokens)) if n_tokens <= 48 else used)
+    slots, edge = {}, 0.0
+    for position in positions:
+        widest = max((len(cell) for (at, _), cell in cells.items() if at == position), default=0)
+        width = float(min(_MOST_A_ROW, max(1, widest))) + 0.35
+        slots[position] = (edge + width / 2, width)
+        edge += width
+    seen = {int(layer) for layer in nodes.layer[shown]}
+    every = range(-1, pruned.graph.n_layers + 1)
+    rows = {layer: at for at, layer in enumerate(every if len(every) <= 16 else sorted(seen))}
+    xy = np.full((len(nodes), 2), np.nan)
+    for (position, layer), cell in cells.items():
+        lines = [cell[at : at + _MOST_A_ROW] for at in range(0, len(cell), _MOST_A_ROW)]
+        for level, line in enumerate(lines):
+            y = rows[layer] + (level - (len(lines) - 1) / 2) * min(0.28, 0.8 / len(lines))
+            for at, node in enumerate(line):
+                xy[node] = slots[position][0] + (at - (len(line) - 1) / 2), y
+    top = shown[nodes.kind[shown] == NodeKind.LOGIT]
+    # Logits share one position; they are spread over the whole width so that their words fit.
+    xy[top] = [(edge * (at + 0.5) / len(top), rows[pruned.graph.n_layers] + 0.1) for at in range(len(top))]
+    return _Layout(xy, slots, rows)
+
+
+def _frame(axes: Axes, pruned: PrunedGraph, layout: _Layout, n_edges: int, n_nodes: int) -> None:
+    first, last = min(layout.slots), max(layout.slots)
+    axes.set_xlim(
+        layout.slots[first][0] - layout.slots[first][1] / 2, layout.slots[last][0] + layout.slots[last][1] / 2
+    )
+    axes.set_ylim(-0.5, len(layout.rows) - 0.35)
+    axes.grid(False)
+    axes.set_xticks([])
+    names = {-1: "embedding", pruned.graph.n_layers: "logits"}
+    axes.set_yticks(list(layout.rows.values()), [names.get(layer, str(layer)) for layer in layout.rows])
+    axes.set_ylabel("layer")
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    for row in layout.rows.values():
+        if row % 2:
+            axes.axhspan(row - 0.5, row + 0.5, color="#f5f6f8", zorder=0)
+    for number, (centre, width) in enumerate(layout.slots.values()):
+        if number:
+            axes.axvline(centre - width / 2, color="#e4e4e4", linewidth=0.6, zorder=0.5)
+    scores = pruned.scores
+    axes.set_title(
+        f"the {n_edges} strongest of {pruned.n_edges:,} kept edges, {n_nodes} of {pruned.n_nodes:,} kept nodes;"
+        f" replacement score {scores.replacement:.2f}, completeness score {scores.completeness:.2f}",
+        loc="left",
+        fontsize=10,
+    )
+
+
+def _draw_edges(
+    axes: Axes, layout: _Layout, sources: np.ndarray, targets: np.ndarray, weights: np.ndarray
+) -> None:
+    lines = np.stack([layout.xy[sources], layout.xy[targets]], axis=1)
+    # The root keeps weak edges visible beside one that dwarfs them all.
+    widths = 0.35 + 3.4 * np.sqrt(np.abs(weights) / np.abs(weights).max())
+    for sign, colour, dashes in ((weights >= 0, POSITIVE, "solid"), (weights < 0, NEGATIVE, (0, (3, 1.5)))):
+        if sign.any():
+            chosen = LineCollection(list(lines[sign]), linewidths=widths[sign], colors=colour, linestyles=dashes)
+            chosen.set_alpha(0.42)
+            chosen.set_zorder(1)
+            axes.add_collection(chosen)
+
+
+def _draw_nodes(
+    axes: Axes, pruned: PrunedGraph, layout: _Layout, shown: np.ndarray, groups: Mapping[FeatureId, str]
+) -> dict[str, str]:
+    """Draw all nodes; return the colour of every group that was met."""
+    nodes = pruned.graph.nodes
+    marked: dict[str, str] = {}
+    names = list(dict.fromkeys(groups.values()))
+    largest = pruned.influence[shown].max() or 1.0
+    for kind, (marker, face, _) in _MARKS.items():
+        chosen = shown[nodes.kind[shown] == kind]
+        if len(chosen) == 0:
+            continue
+        faces = [face] * len(chosen)
+        if kind == NodeKind.FEATURE:
+            for at, node in enumerate(chosen):
+                group = groups.get(nodes.feature_id(int(node)))
+                if group is not None:
+                    faces[at] = marked.setdefault(group, pick(COLOURS[1:], names.index(group)))
+        sizes = 16 + 130 * np.sqrt(pruned.influence[chosen] / largest)
+        axes.scatter(*layout.xy[chosen].T, s=sizes, c=faces, marker=marker, edgecolors=INK, linewidths=0.6, zorder=3)
+    for node in shown[nodes.kind[shown] == NodeKind.LOGIT]:
+        number = int(np.flatnonzero(nodes.of(NodeKind.LOGIT) == node)[0])
+        words = f"{pruned.graph.logit_tokens[number]}\np={pruned.graph.logit_probabilities[number]:.3f}"
+        box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": INK}
+        axes.text(*layout.xy[node], words, ha="center", va="center", fontsize=9, bbox=box, zorder=4)
+    features = shown[nodes.kind[shown] == NodeKind.FEATURE]
+    for node in features[np.argsort(-pruned.influence[features], kind="stable")][:12]:
+        at = (float(layout.xy[node, 0]), float(layout.xy[node, 1]))
+        halo = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+        text = str(nodes.index[node])
+        axes.annotate(
+            text, at, (0, 7), textcoords="offset points", ha="center", va="bottom", fontsize=7.5, bbox=halo, zorder=5
+        )
+    return marked
+
+
+def _draw_positions(axes: Axes, graph: AttributionGraph, layout: _Layout, images: Sequence[np.ndarray]) -> None:
+    """Under every position its token, or a thumbnail of its patch with the soft token's number."""
+    soft = {int(position): number for number, position in enumerate(np.flatnonzero(graph.is_image))}
+    inches = 14.0 * 0.935 / sum(width for _, width in layout.slots.values())
+    for position, (centre, width) in layout.slots.items():
+        below = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "annotation_clip": False}
+        if position == _SIDE_COLUMN:
+            axes.annotate("no position", (centre, 0), (0, -6), rotation=90, ha="center", va="top", fontsize=8, **below)
+            continue
+        box = graph.patch_boxes[position]
+        if box is None or not images:
+            text = f"soft {soft[position]}" if position in soft else graph.tokens[position]
+            axes.annotate(text, (centre, 0), (0, -6), rotation=90, ha="center", va="top", fontsize=8.5, **below)
+            continue
+        if int(graph.image_index[position]) >= len(images):
+            raise ValueError(f"position {position} shows picture {graph.image_index[position]}, of {len(images)} given")
+        points = min(0.86 * width * inches * 72, 30.0)
+        patch = OffsetImage(_patch(images[int(graph.image_index[position])], box), zoom=points / 48)
+        thumbnail = AnnotationBbox(
+            patch,
+            (centre, 0),
+            (0, -6),
+            xycoords=axes.get_xaxis_transform(),
+            boxcoords="offset points",
+            box_alignment=(0.5, 1),
+            pad=0,
+            bboxprops={"edgecolor": MUTED, "linewidth": 0.6},
+            annotation_clip=False,
+        )
+        axes.add_artist(thumbnail)
+        number = str(soft[position])
+        axes.annotate(number, (centre, 0), (0, -10 - points), ha="center", va="top", fontsize=8.5, **below)
+
+
+def _patch(image: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
+    height, width = image.shape[:2]
+    left, top, right, bottom = (round(at * size) for at, size in zip(box, (width, height, width, height), strict=True))
+    cut = Image.fromarray(image[top : max(bottom, top + 1), left : max(right, left + 1)])
+    return np.asarray(cut.resize((48, 48), Image.Resampling.NEAREST))
+
+
+def _legend(pruned: PrunedGraph, shown: np.ndarray, marked: Mapping[str, str]) -> list[Line2D]:
+    plain = {"linestyle": "none", "markeredgecolor": INK, "markersize": 8}
+    kinds = {NodeKind(int(kind)) for kind in pruned.graph.nodes.kind[shown]}
+    handles = [
+        Line2D([], [], marker=marker, markerfacecolor=face, label=words, **plain)
+        for kind, (marker, face, words) in _MARKS.items()
+        if kind in kinds
+    ]
+    handles += [
+        Line2D([], [], marker="o", markerfacecolor=colour, label=f"feature: {name}", **plain)
+        for name, colour in marked.items()
+    ]
+    handles.append(Line2D([], [], color=POSITIVE, linewidth=2, label="positive edge"))
+    handles.append(Line2D([], [], color=NEGATIVE, linewidth=2, linestyle=(0, (3, 1.5)), label="negative edge"))
+    return handles

@@ -1,0 +1,211 @@
+"""The parts that a report page is made of: plain records, each drawn by the template of the same name.
+
+A cell or card value is a string (shown as it is), a number (three significant digits), a share wrapped in `Percent`, or a
+`Rate`, which brings its interval. Exact values travel along in `data-value` attributes, so a page can be read by machines.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from vlmscope.core.graph import PrunedGraph
+from vlmscope.core.intervention import AnswerExample, FlipRow, Rate, Supernode
+from vlmscope.report.style import label
+
+
+class Percent(NamedTuple):
+    """A share 0..1 to show in per cent."""
+
+    share: float
+
+
+Value = str | int | float | Percent | Rate | None
+
+
+@dataclass(frozen=True)
+class Card:
+    """One headline number; `detail` is the line under it."""
+
+    label: str
+    value: Value
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Cards:
+    """Headline numbers side by side."""
+
+    template: ClassVar[str] = "cards"
+    title: str
+    cards: tuple[Card, ...]
+    intro: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of values under named columns; rows whose number is in `strong` stand out."""
+
+    template: ClassVar[str] = "table"
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Value, ...], ...]
+    intro: str = ""
+    note: str = ""
+    strong: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"table {self.title!r}: {len(row)} values under {len(self.columns)} columns: {row}")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with words for those who cannot see it. `wide`: scrolls sideways on a small screen rather than shrink."""
+
+    png: bytes
+    alt: str
+    caption: str = ""
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One or more pictures."""
+
+    template: ClassVar[str] = "figure"
+    title: str
+    pictures: tuple[Picture, ...]
+    intro: str = ""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Answers before and after, each with its picture and probabilities."""
+
+    template: ClassVar[str] = "examples"
+    title: str
+    examples: tuple[AnswerExample, ...]
+    intro: str = ""
+
+
+@dataclass(frozen=True)
+class Features:
+    """A supernode's features: all in a table, the first `shown` also with their examples and logits."""
+
+    template: ClassVar[str] = "features"
+    title: str
+    supernode: Supernode
+    intro: str = ""
+    shown: int = 8
+    examples_each: int = 6
+
+
+@dataclass(frozen=True)
+class Text:
+    """Paragraphs, then (if any) a bullet list and a block of code such as a command line."""
+
+    template: ClassVar[str] = "text"
+    title: str
+    paragraphs: tuple[str, ...] = ()
+    bullets: tuple[str, ...] = ()
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Details:
+    """A long plain text, such as a configuration, folded behind `summary`."""
+
+    template: ClassVar[str] = "details"
+    title: str
+    summary: str
+    body: str
+
+
+Section = Cards | Table | Figure | Examples | Features | Text | Details
+
+
+def flip_table(title: str, rows: Iterable[FlipRow], intro: str = "", note: str = "") -> Table:
+    """Flip rates with intervals beside their controls, in the order given; the rows for everything at once stand out."""
+    rows = list(rows)
+    columns = ("method", "mode", "question", "where", "features", "flip rate, 95 % interval", "matched control", "cases")
+    values = tuple(
+        (
+            label(row.method),
+            label(row.mode),
+            label(row.question),
+            label(row.scope),
+            row.n_features,
+            row.rate,
+            None if row.rate.control is None else Percent(row.rate.control),
+            row.rate.cases,
+        )
+        for row in rows
+    )
+    strong = frozenset(at for at, row in enumerate(rows) if row.question == "worst" and row.scope == "all")
+    return Table(title, columns, values, intro, note, strong)
+
+
+def graph_cards(title: str, pruned: PrunedGraph, intro: str = "") -> Cards:
+    """Size and scores of an attribution graph."""
+    graph, scores = pruned.graph, pruned.scores
+    cards = (
+        Card("replacement score", scores.replacement, "share of influence that runs through features, not errors"),
+        Card("completeness score", scores.completeness, "share of incoming influence that is explained"),
+        Card("nodes kept", pruned.n_nodes, f"of {graph.n_nodes:,} at threshold {pruned.node_threshold:g}"),
+        Card("edges kept", pruned.n_edges, f"of {graph.n_edges:,} at threshold {pruned.edge_threshold:g}"),
+        Card("influence of tokens", Percent(scores.token_share), "of what reaches the logits, pictures included"),
+        Card("influence of errors", Percent(scores.error_share), f"biases: {percent(scores.bias_share)}"),
+    )
+    return Cards(title, cards, intro)
+
+
+def mapping_table(title: str, values: Mapping[str, Value], columns: Sequence[str] = ("name", "value")) -> Table:
+    """A two-column table, for example of package versions or flat metrics."""
+    return Table(title, (columns[0], columns[1]), tuple(values.items()))
+
+
+def percent(share: float) -> str:
+    """A share in per cent with one decimal; what would round to 0 or 100 without being it says so."""
+    shown = f"{100 * share:.1f} %"
+    if share > 0 and shown == "0.0 %":
+        return "< 0.1 %"
+    if share < 1 and shown == "100.0 %":
+        return "> 99.9 %"
+    return shown
+
+
+def number(value: int | float) -> str:
+    """A count with thousands separators, or a real number to three significant digits."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.2e}"
+
+
+def interval(rate: Rate) -> str:
+    """The 95 % interval of a rate, as `95.0 to 99.0 %`."""
+    return f"{100 * rate.ci_low:.1f} to {100 * rate.ci_high:.1f} %"
+
+
+def show(value: Value) -> str:
+    """The words for a value; a rate without its interval, nothing known as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Percent):
+        return percent(value.share)
+    if isinstance(value, Rate):
+        return percent(value.value)
+    return number(value)
+
+
+def exact(value: Value) -> str | None:
+    """The number behind what is shown, unrounded; None for words and unknowns."""
+    if value is None or isinstance(value, str):
+        return None
+    if isinstance(value, Percent):
+        return repr(float(value.share))
+    return repr(float(value.value)) if isinstance(value, Rate) else repr(value)

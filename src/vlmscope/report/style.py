@@ -1,0 +1,93 @@
+"""One look for all figures: a colour-blind safe palette that also survives a grey printer, and one way to save.
+
+Series differ by hatch, marker or line style besides their colour (Okabe and Ito's palette), so no meaning hangs on hue.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from vlmscope.core.artifacts import atomic_path
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (6, 1)))
+POSITIVE, NEGATIVE = "#0072B2", "#D55E00"
+INK, MUTED = "#222222", "#6b6b6b"
+DPI = 150
+
+_RC = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 10.0,
+    "axes.labelsize": 10.0,
+    "axes.titlesize": 11.0,
+    "xtick.labelsize": 9.0,
+    "ytick.labelsize": 9.0,
+    "legend.fontsize": 9.0,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "grid.color": "#dddddd",
+    "hatch.linewidth": 0.8,
+    # Tokens are shown as they are: a dollar sign must not start a formula.
+    "text.parse_math": False,
+}
+
+LABELS = {
+    "steer": "steering",
+    "patch": "patching",
+    "direct": "direct",
+    "frozen_attention": "frozen attention",
+    "free": "free",
+    "all": "all layers, all positions",
+    "no_last_layer": "without last layer",
+    "no_last_position": "without last position",
+    "role_image": "picture positions only",
+    "role_question": "question positions only",
+    "role_last": "last position only",
+    "role_special": "special tokens only",
+    "worst": "worst question",
+}
+
+
+def label(name: str) -> str:
+    """The words to show for the name of a method, mode, question or scope."""
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def pick(choices: tuple[Any, ...], number: int) -> Any:
+    """The style of series `number`; styles repeat when there are more series than styles."""
+    return choices[number % len(choices)]
+
+
+@contextmanager
+def drawing(path: str | Path, width: float, height: float, constrained: bool = True) -> Iterator[Figure]:
+    """Yield an empty figure of `width` x `height` inches; on success it is written to `path` as PNG, atomically.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with mpl.rc_context({**sns.axes_style("whitegrid"), **_RC}):
+        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained" if constrained else None)
+        FigureCanvasAgg(figure)
+        yield figure
+        with atomic_path(path) as temporary:
+            # Without the software's name, equal figures are equal bytes.
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def tidy(axes: Axes, grid: str | None = "y") -> None:
+    """Keep the grid lines of one axis (or none) behind the data and drop the frame's right and top side."""
+    axes.set_axisbelow(True)
+    axes.grid(False)
+    if grid is not None:
+        axes.grid(True, axis=grid)  # type: ignore[arg-type]
+    sns.despine(ax=axes)

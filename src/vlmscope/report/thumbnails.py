@@ -1,0 +1,141 @@
+"""Pictures of where a feature fires: the input with its activation grid over it, and text as shaded tokens.
+
+Activation grids stay small numbers until someone looks at them; only here do they become PNG bytes or shades.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vlmscope.core.images import PatchBox
+from vlmscope.core.intervention import FeatureExample
+
+_TINT = (255, 0, 200)  # magenta: on no planet, and visible on black space
+_MAX_ALPHA = 150
+_COLOURS = 96  # palette size; with it, a thumbnail is a third of its true-colour size and looks the same
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """A token to shade: `shade` 0..1 is its activation over the window's maximum; `peak` marks that maximum."""
+
+    text: str
+    activation: float
+    shade: float
+    peak: bool
+
+
+def png_bytes(image: Image.Image | np.ndarray) -> bytes:
+    """A picture (PIL, or uint8 `[H, W, 3]`) as PNG bytes."""
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def data_uri(png: bytes) -> str:
+    """PNG bytes as a `data:` address that a page can hold.
+
+    Raises:
+        ValueError: the bytes are not a PNG.
+    """
+    png_size(png)
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def png_size(png: bytes) -> tuple[int, int]:
+    """Width and height in pixels, from the header alone.
+
+    Raises:
+        ValueError: the bytes are not a PNG.
+    """
+    if png[:8] != b"\x89PNG\r\n\x1a\n" or len(png) < 24:
+        raise ValueError("not a PNG picture")
+    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+
+
+def decode(png: bytes) -> Image.Image:
+    """PNG bytes as an RGB picture."""
+    with Image.open(io.BytesIO(png)) as image:
+        return image.convert("RGB")
+
+
+def enlarge(image: Image.Image, side: int) -> Image.Image:
+    """Scale so that the longer edge is about `side` pixels; small pictures grow by a whole factor, without smoothing."""
+    longer = max(image.size)
+    if longer >= side:
+        size = (max(1, image.width * side // longer), max(1, image.height * side // longer))
+        return image.resize(size, Image.Resampling.LANCZOS)
+    factor = max(1, round(side / longer))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def activation_grid(activations: Sequence[float]) -> np.ndarray:
+    """Activations relative to their maximum as uint8 0..255; negative ones and an all-zero grid give 0."""
+    values = np.maximum(np.asarray(activations, np.float64), 0.0)
+    return np.round(255 * values / (values.max(initial=0.0) or 1.0)).astype(np.uint8)
+
+
+def overlay(
+    image: Image.Image, boxes: Sequence[PatchBox], activations: Sequence[float], side: int = 128
+) -> Image.Image:
+    """The picture with every patch tinted by its activation and a black-and-white frame around the strongest one.
+
+    Raises:
+        ValueError: boxes and activations differ in number.
+    """
+    if len(boxes) != len(activations):
+        raise ValueError(f"{len(boxes)} patch boxes but {len(activations)} activations")
+    picture = enlarge(image.convert("RGB"), side)
+    if not boxes:
+        return picture
+    grid = activation_grid(activations)
+    tint = Image.new("RGBA", picture.size, (*_TINT, 0))
+    paint = ImageDraw.Draw(tint)
+    for box, level in zip(boxes, grid, strict=True):
+        left, top, right, bottom = box.pixels(*picture.size)
+        paint.rectangle((left, top, right - 1, bottom - 1), fill=(*_TINT, int(level) * _MAX_ALPHA // 255))
+    picture = Image.alpha_composite(picture.convert("RGBA"), tint).convert("RGB")
+    if grid.max() > 0:
+        left, top, right, bottom = boxes[int(grid.argmax())].pixels(*picture.size)
+        frame = ImageDraw.Draw(picture)
+        frame.rectangle((left, top, right - 1, bottom - 1), outline=(0, 0, 0), width=3)
+        frame.rectangle((left + 1, top + 1, right - 2, bottom - 2), outline=(255, 255, 255), width=1)
+    return picture
+
+
+def example_png(example: FeatureExample, side: int = 128) -> bytes | None:
+    """The example's picture with its activations over it as PNG bytes; None when the example is text alone."""
+    if example.image_png is None:
+        return None
+    picture = overlay(decode(example.image_png), example.patch_boxes, example.patch_activations, side)
+    return png_bytes(picture.quantize(_COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE))
+
+
+def example_alt(example: FeatureExample) -> str:
+    """Words for a reader who cannot see the example's picture: what it is, and where the feature fires most."""
+    if not example.patch_boxes or max(example.patch_activations) <= 0:
+        return f"{example.caption}; the feature does not fire on the picture"
+    box = example.patch_boxes[int(np.argmax(example.patch_activations))]
+    down = ("top", "middle", "bottom")[min(2, int(3 * (box.top + box.bottom) / 2))]
+    across = ("left", "centre", "right")[min(2, int(3 * (box.left + box.right) / 2))]
+    firing = sum(value > 0 for value in example.patch_activations)
+    return f"{example.caption}; fires on {firing} of {len(example.patch_boxes)} patches, most at {down} {across}"
+
+
+def token_spans(example: FeatureExample) -> list[TokenSpan]:
+    """The example's text window as shaded tokens.
+
+    Raises:
+        ValueError: tokens and activations differ in number.
+    """
+    if len(example.tokens) != len(example.token_activations):
+        raise ValueError(f"{len(example.tokens)} tokens but {len(example.token_activations)} activations")
+    top = max(example.token_activations, default=0.0)
+    return [
+        TokenSpan(token, value, max(value, 0.0) / top if top > 0 else 0.0, value == top and top > 0)
+        for token, value in zip(example.tokens, example.token_activations, strict=True)
+    ]

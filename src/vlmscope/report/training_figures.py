@@ -1,0 +1,94 @@
+"""Figures of training and quality: reconstruction by layer, accuracy beside shuffled pictures, training curves.
+
+Every function writes one PNG and returns its path; `ValueError` means that there is nothing to draw or lengths differ.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+from matplotlib.ticker import PercentFormatter
+
+from vlmscope.core.intervention import Rate
+from vlmscope.report.figures import grouped_bars
+from vlmscope.report.style import COLOURS, INK, LINES, MARKERS, drawing, pick, tidy
+
+Points = tuple[Sequence[float], Sequence[float]]  # x, y
+
+
+def fvu_by_layer(
+    values: Mapping[str, Sequence[float]], dead_frac: Sequence[float], path: str | Path, target: float | None = None
+) -> Path:
+    """FVU by layer, one line a modality (`values['image'][layer]`), above the share of dead features.
+
+    `target` draws a line at the FVU aimed at.
+    """
+    n_layers = len(dead_frac)
+    if not values or any(len(line) != n_layers for line in values.values()):
+        raise ValueError(f"need one FVU a layer and modality for {n_layers} layers")
+    layers = np.arange(n_layers)
+    with drawing(path, 6.6, 5.0) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+        for number, (name, line) in enumerate(values.items()):
+            style = {"linestyle": pick(LINES, number), "marker": pick(MARKERS, number)}
+            upper.plot(layers, line, label=name, color=pick(COLOURS, number), **style)
+        if target is not None:
+            upper.axhline(target, color=INK, linewidth=1, linestyle=(0, (1, 2)), label=f"target {target:g}")
+        upper.set_ylim(bottom=0)
+        upper.set_ylabel("FVU (fraction of\nvariance unexplained)")
+        tidy(upper)
+        lower.bar(layers, dead_frac, 0.6, color="#8c8c8c")
+        lower.set_ylabel("dead features\n(% of all)")
+        lower.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+        lower.set_ylim(0, max(0.1, 1.15 * float(np.max(dead_frac))))
+        lower.set_xlabel("layer")
+        lower.set_xticks(layers)
+        tidy(lower)
+        figure.legend(loc="outside lower center", ncols=len(values) + 1, frameon=False)
+    return Path(path)
+
+
+def accuracy_bars(
+    accuracies: Mapping[str, Rate | float], shuffled: Mapping[str, float], path: str | Path, ylabel: str = "accuracy (%)"
+) -> Path:
+    """Accuracy by question with 95 % intervals (none for a plain float); diamonds: the same with pictures shuffled."""
+    if not accuracies:
+        raise ValueError("no accuracies to draw")
+    rates: list[Rate | None] = []
+    for name, value in accuracies.items():
+        known = value if isinstance(value, Rate) else Rate(value, value, value, 0)
+        rates.append(Rate(known.value, known.ci_low, known.ci_high, known.cases, shuffled.get(name)))
+    with drawing(path, max(5.0, 1.4 + 0.85 * len(rates)), 4.0) as figure:
+        axes = figure.subplots()
+        grouped_bars(axes, [fill(name.replace("_", " "), 12) for name in accuracies], {"pictures in place": rates})
+        for collection in axes.collections:
+            if collection.get_label() == "matched control":
+                collection.set_label("pictures shuffled between questions")
+        axes.set_ylabel(ylabel)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return Path(path)
+
+
+def training_curves(panels: Mapping[str, Mapping[str, Points]], path: str | Path, xlabel: str = "step") -> Path:
+    """One panel a quantity: `panels[ylabel][series] = (steps, values)`; a panel whose values span 30x is logarithmic."""
+    if not panels or not all(panels.values()):
+        raise ValueError("no curves to draw")
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    with drawing(path, 5.2 * columns, 3.3 * rows) as figure:
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes, (ylabel, lines) in zip(grid, panels.items(), strict=False):
+            for number, (name, (x, y)) in enumerate(lines.items()):
+                colour, dashes = pick(COLOURS, number), pick(LINES, number)
+                axes.plot(x, y, label=name, color=colour, linestyle=dashes, linewidth=1.6)
+            values = np.concatenate([np.asarray(y, float) for _, y in lines.values()])
+            if values.min() > 0 and values.max() > 30 * values.min():
+                axes.set_yscale("log")
+            axes.set_xlabel(xlabel)
+            axes.set_ylabel(ylabel)
+            axes.legend(frameon=False)
+            tidy(axes, "both")
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+    return Path(path)

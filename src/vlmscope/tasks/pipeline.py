@@ -1,0 +1,53 @@
+"""Run the steps of an experiment in order; each reads and writes the run folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vlmscope.core.errors import UserError
+
+if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
+    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.steps.bench import Bench
+
+KINDS = ("find_circuit", "intervene", "curves", "report")
+
+
+@dataclass
+class Config:
+    """`steps`: name -> whether to run it, in the order of the file; a command line can switch one off."""
+
+    steps: dict[str, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.steps if name not in KINDS]
+        if unknown:
+            raise UserError(f"task.steps: no step {unknown[0]!r}; choose from {', '.join(KINDS)}")
+
+
+def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
+    """Run the steps that are switched on."""
+    import time
+
+    from tqdm import tqdm
+
+    from vlmscope.tasks.steps.bench import Bench
+
+    bench = Bench(cfg, context.run_dir)
+    chosen = [name for name, wanted in cfg.task.steps.items() if wanted]
+    if not chosen:
+        raise UserError("task.steps is empty: choose an experiment, such as experiment=mars_earth_patch")
+    with tqdm(chosen, desc="steps", unit="step") as bar:
+        for name in bar:
+            bar.set_postfix_str(name)
+            start = time.perf_counter()
+            _step(name)(bench)
+            bench.metrics[f"perf/{name}_seconds"] = time.perf_counter() - start
+    return bench.metrics
+
+
+def _step(name: str) -> "Callable[[Bench], None]":
+    import importlib
+
+    return importlib.import_module(f"vlmscope.tasks.steps.{name}").run

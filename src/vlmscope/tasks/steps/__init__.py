@@ -1,0 +1,1 @@
+"""The steps that `task=pipeline` chains; each reads and writes the run folder. One file a step."""

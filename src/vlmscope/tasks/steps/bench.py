@@ -1,0 +1,100 @@
+"""What the steps of one experiment share: the model, the pictures, the run folder and the records made so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from vlmscope.core.errors import UserError
+from vlmscope.data.images import open_images
+from vlmscope.data.orrery.concepts import concept_scenes, pictures
+from vlmscope.tasks.wiring import load_model, load_transcoders
+
+if TYPE_CHECKING:
+    from vlmscope.circuits.config import CircuitConfig, InterventionConfig
+    from vlmscope.config import AppConfig
+    from vlmscope.models.base import ModelInputs
+    from vlmscope.models.loading import VLM
+    from vlmscope.transcoders.transcoder import TranscoderSet
+
+
+@dataclass
+class Bench:
+    """Steps take what they need from here. `records` holds what earlier steps made, by step kind."""
+
+    cfg: AppConfig
+    run_dir: Path
+    records: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def vlm(self) -> VLM:
+        """The model, loaded on first use."""
+        return load_model(self.cfg)
+
+    @cached_property
+    def transcoders(self) -> TranscoderSet:
+        """Its transcoders."""
+        return load_transcoders(self.cfg, self.vlm)
+
+    @property
+    def circuit_config(self) -> CircuitConfig:
+        """The `circuit` group.
+
+        Raises:
+            UserError: the experiment chose none.
+        """
+        if self.cfg.circuit is None:
+            raise UserError("this experiment needs a circuit: choose one, such as circuit=mars_earth")
+        return self.cfg.circuit
+
+    @property
+    def intervention(self) -> InterventionConfig:
+        """The `intervention` group."""
+        return self.cfg.intervention
+
+    def record(self, step: str) -> Any:
+        """What an earlier step made.
+
+        Raises:
+            UserError: that step has not run.
+        """
+        if step not in self.records:
+            raise UserError(f"a step needs the result of {step}: put {step} before it in task.steps")
+        return self.records[step]
+
+    def concept_pictures(self, concept: str, split: str, count: int) -> list[Image.Image]:
+        """Pictures of a concept. On the test split the user's own (`images.<concept>=[...]`) take their place."""
+        own = self.cfg.images.get(concept)
+        if own and split == "test":
+            return open_images(own)
+        seed = self.circuit_config.seed
+        return [Image.fromarray(p) for p in pictures(concept_scenes(concept, split, count, seed))]
+
+    def inputs(self, images: list[Image.Image], prompt: str) -> list[ModelInputs]:
+        """One prompt for each picture."""
+        return [self.vlm.prepare(prompt, [image]) for image in images]
+
+    def token(self, word: str) -> int:
+        """The id of an answer word.
+
+        Raises:
+            UserError: the tokenizer does not have it as one token.
+        """
+        ids = self.vlm.tokenizer(word, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or ids[0] == self.vlm.tokenizer.unk_token_id:
+            raise UserError(f"the answer {word!r} is not one token of this model: choose one that is")
+        return int(ids[0])
+
+    def words(self, logits: np.ndarray, count: int = 5) -> tuple[tuple[str, float], ...]:
+        """The most probable next words of logits [V] with their probabilities."""
+        shifted = np.exp(logits.astype(np.float64) - logits.max())
+        probabilities = shifted / shifted.sum()
+        order = np.argsort(-probabilities)[:count]
+        names = self.vlm.tokenizer.convert_ids_to_tokens(order.tolist())
+        return tuple((name, float(probabilities[i])) for name, i in zip(names, order, strict=True))

@@ -1,0 +1,217 @@
+"""Steer and patch the circuit on test pictures: flip rates with intervals, controls, third concept, specificity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmscope.circuits.circuit import Circuit
+from vlmscope.circuits.effects import (
+    Subject,
+    correct_rows,
+    direction_control,
+    flip_rate,
+    flips,
+    in_scope,
+    make_subject,
+    specificity,
+)
+from vlmscope.circuits.plans import donor_activations, patch_plan, steer_plan
+from vlmscope.core.errors import UserError
+from vlmscope.core.intervention import Curve, FlipRow, Rate
+from vlmscope.data.orrery.concepts import unrelated_scenes
+from vlmscope.interventions.edits import Plan
+from vlmscope.interventions.run import run_edited
+from vlmscope.metrics.causal import bootstrap_rate
+from vlmscope.models.batching import InputBatch, make_batch
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vlmscope.tasks.steps.bench import Bench
+
+
+@dataclass
+class Case:
+    """One question: the recipients answered rightly, their donors row by row, and the two plans."""
+
+    subject: Subject
+    donors: InputBatch
+    images: list[Image.Image]
+    steer: Plan
+    patch: Plan
+    base_accuracy: float
+    after: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run(bench: Bench) -> None:
+    """Leaves cases, rows and curves in `bench.records`; metrics under steer/, patch/, third/ and specificity/."""
+    circuit: Circuit = bench.record("find_circuit")["circuit"]
+    means = control_means(bench)
+    cases = {name: make_case(bench, circuit, name) for name in bench.circuit_config.questions}
+    rows = flip_rows(bench, circuit, cases, means)
+    bench.metrics |= row_metrics(rows)
+    for name, case in cases.items():
+        bench.metrics[f"base/{name}/accuracy"] = case.base_accuracy
+    third_concept(bench, circuit)
+    curve = dose_response(bench, circuit, cases)
+    measure_specificity(bench, circuit)
+    bench.records["intervene"] = {"cases": cases, "rows": rows, "curves": curve}
+
+
+def control_means(bench: Bench) -> dict[int, Tensor]:
+    """Mean activation of every feature over both concepts, by which controls are matched."""
+    means = list(bench.record("find_circuit")["means"].values())
+    return {layer: torch.stack([m.overall[layer] for m in means]).mean(0) for layer in means[0].overall}
+
+
+def make_case(bench: Bench, circuit: Circuit, question: str) -> Case:
+    """Prepare one question on the test pictures that the model answers rightly.
+
+    Raises:
+        UserError: it answers none of them rightly.
+    """
+    config, asked = bench.circuit_config, bench.circuit_config.questions[question]
+    recipient, donor = config.concepts
+    count = bench.intervention.pictures
+    images = bench.concept_pictures(recipient, "test", count)
+    gifts = bench.concept_pictures(donor, "test", max(len(images), 1))
+    adapter = bench.vlm.adapter
+    everything = make_batch(adapter, bench.inputs(images, asked.prompt))
+    tokens = bench.token(asked.answers[recipient]), bench.token(asked.answers[donor])
+    answers = run_edited(adapter, bench.transcoders, everything, {}, "free")
+    rows = correct_rows(answers, tokens[0])
+    if len(rows) == 0:
+        said = ", ".join(sorted({bench.words(row.numpy(), 1)[0][0] for row in answers}))
+        raise UserError(
+            f"none of the {len(images)} pictures of {recipient} is answered {asked.answers[recipient]!r} to "
+            f"{asked.prompt!r} (the model says: {said}): nothing to flip; give other pictures"
+        )
+    subject = make_subject(adapter, bench.transcoders, question, everything.select(rows), *tokens)
+    donors = make_batch(adapter, bench.inputs([gifts[i % len(gifts)] for i in rows.tolist()], asked.prompt))
+    carried = donor_activations(adapter, bench.transcoders, donors, circuit)
+    roles = subject.batch.roles
+    return Case(
+        subject,
+        donors,
+        [images[i] for i in rows.tolist()],
+        steer_plan(circuit, recipient, donor, roles, bench.intervention.strength),
+        patch_plan(carried, roles, bench.intervention.patch_strength),
+        len(rows) / len(images),
+    )
+
+
+def flip_rows(
+    bench: Bench, circuit: Circuit, cases: dict[str, Case], means: dict[int, Tensor]
+) -> list[FlipRow]:
+    """Every method, mode and question everywhere; in free mode the other scopes too."""
+    settings, adapter = bench.intervention, bench.vlm.adapter
+    rows: list[FlipRow] = []
+    plans = [("all", mode) for mode in settings.modes] + [(scope, "free") for scope in settings.scopes]
+    for method in ("steer", "patch"):
+        for scope, mode in plans:
+            found: list[FlipRow] = []
+            for name, case in cases.items():
+                whole = case.steer if method == "steer" else case.patch
+                plan = in_scope(whole, scope, case.subject.batch.roles, adapter.n_layers - 1)
+                # The headline gets every draw of the controls, the rest one: they only back it up.
+                draws = settings.controls if (scope, mode) == ("all", "free") else 1
+                rate, logits = flip_rate(adapter, bench.transcoders, case.subject, plan, mode, means, draws)
+                if (scope, mode) == ("all", "free"):
+                    case.after[method] = logits
+                size = sum(len(edit.features) for edit in plan.values())
+                found.append(FlipRow(method, mode, name, scope, rate, size))
+            rows += [*found, worst(found)]
+    for name, case in cases.items():
+        rate = direction_control(adapter, bench.transcoders, case.subject, case.steer, settings.controls)
+        bench.metrics[f"steer/free/{name}/flip_rate_random_direction"] = rate
+    return rows
+
+
+def worst(rows: list[FlipRow]) -> FlipRow:
+    """The question that is flipped least, with the highest control of any question."""
+    lowest = min(rows, key=lambda row: row.rate.value)
+    controls = [row.rate.control for row in rows if row.rate.control is not None]
+    return replace(lowest, question="worst", rate=replace(lowest.rate, control=max(controls, default=None)))
+
+
+def row_metrics(rows: list[FlipRow]) -> dict[str, float]:
+    """`steer/free/flip_rate`, `steer/free/name/flip_rate`, `steer/free/no_last_layer/flip_rate` ... with intervals."""
+    metrics: dict[str, float] = {}
+    for row in rows:
+        parts = [row.method, row.mode]
+        parts += [] if row.scope == "all" else [row.scope]
+        parts += [] if row.question == "worst" else [row.question]
+        metrics |= rate_metrics("/".join([*parts, "flip_rate"]), row.rate)
+        metrics[f"{row.method}/features"] = float(max(row.n_features, metrics.get(f"{row.method}/features", 0)))
+    return metrics
+
+
+def rate_metrics(key: str, rate: Rate) -> dict[str, float]:
+    """A rate under its own name with `_ci_low`, `_ci_high` and `_control`."""
+    found = {key: rate.value, f"{key}_ci_low": rate.ci_low, f"{key}_ci_high": rate.ci_high}
+    return found if rate.control is None else found | {f"{key}_control": rate.control}
+
+
+def third_concept(bench: Bench, circuit: Circuit) -> None:
+    """What the donor's circuit does to pictures of neither concept: share answered with the donor's word."""
+    config = bench.circuit_config
+    if config.third is None:
+        return
+    images = bench.concept_pictures(config.third, "test", bench.intervention.pictures)
+    for name, asked in config.questions.items():
+        batch = make_batch(bench.vlm.adapter, bench.inputs(images, asked.prompt))
+        plan = steer_plan(circuit, *config.concepts, batch.roles, bench.intervention.strength)
+        logits = run_edited(bench.vlm.adapter, bench.transcoders, batch, plan, "free")
+        hits = (logits.argmax(-1) == bench.token(asked.answers[config.concepts[1]])).numpy()
+        bench.metrics |= rate_metrics(f"third/{config.third}/{name}/donor_rate", bootstrap_rate(hits))
+
+
+def dose_response(bench: Bench, circuit: Circuit, cases: dict[str, Case]) -> list[Curve]:
+    """Flip rate against steering strength (free mode), one curve a question."""
+    strengths = sorted(bench.intervention.strengths)
+    curves: list[Curve] = []
+    for name, case in cases.items():
+        rates: list[Rate] = []
+        for strength in strengths:
+            plan = steer_plan(circuit, *bench.circuit_config.concepts, case.subject.batch.roles, strength)
+            logits = run_edited(bench.vlm.adapter, bench.transcoders, case.subject.batch, plan, "free")
+            rates.append(bootstrap_rate(flips(logits, case.subject)))
+        curves.append(make_curve(name, strengths, rates))
+    return curves
+
+
+def make_curve(name: str, x: list[float], rates: list[Rate]) -> Curve:
+    """Rates as a named curve."""
+    return Curve(
+        name,
+        tuple(float(v) for v in x),
+        tuple(r.value for r in rates),
+        tuple(r.ci_low for r in rates),
+        tuple(r.ci_high for r in rates),
+    )
+
+
+def measure_specificity(bench: Bench, circuit: Circuit) -> None:
+    """The steering plan on other scenes and on text alone: KL and changed answers."""
+    config, count = bench.circuit_config, bench.intervention.unrelated
+    if count == 0:
+        return
+    groups: dict[tuple[int, bytes], list] = {}
+    for scene in unrelated_scenes("test", count, config.seed):
+        from PIL import Image
+
+        pictures = [] if scene.image is None else [Image.fromarray(scene.image)]
+        inputs = bench.vlm.prepare(scene.questions[0].question, pictures)
+        groups.setdefault((len(inputs), inputs.is_image.tobytes()), []).append(inputs)
+    batches = [make_batch(bench.vlm.adapter, group) for group in groups.values()]
+
+    def plan_for(roles: np.ndarray) -> Plan:
+        return steer_plan(circuit, *config.concepts, roles, bench.intervention.strength)
+
+    result = specificity(bench.vlm.adapter, bench.transcoders, batches, plan_for)
+    bench.metrics |= {"specificity/kl": result.kl} | rate_metrics("specificity/changed_rate", result.changed)

@@ -1,0 +1,301 @@
+"""Figures and report.html from what the other steps left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlmscope.circuits.circuit import Circuit
+from vlmscope.circuits.flow import circuit_edges
+from vlmscope.core.artifacts import read_text
+from vlmscope.core.ids import FeatureId
+from vlmscope.core.intervention import AnswerExample, Supernode
+from vlmscope.data.images import png_bytes
+from vlmscope.data.orrery.facts import PLANETS
+from vlmscope.features.logit_lens import top_and_bottom_logits
+from vlmscope.features.top_examples import StudyItem, top_examples
+from vlmscope.interventions.generate import generate_edited
+from vlmscope.report import figures
+from vlmscope.report.circuit_figure import circuit_diagram
+from vlmscope.report.graph_figure import attribution_graph
+from vlmscope.report.html import ReportPage
+from vlmscope.report.sections import (
+    Card,
+    Cards,
+    Details,
+    Examples,
+    Features,
+    Figure,
+    Percent,
+    Picture,
+    Section,
+    Table,
+    Text,
+    flip_table,
+    graph_cards,
+)
+
+if TYPE_CHECKING:
+    from vlmscope.tasks.steps.bench import Bench
+    from vlmscope.tasks.steps.intervene import Case
+
+SHOWN = 8  # features of a supernode shown with pictures
+STUDIED = 20  # pictures of each planet searched for top examples
+CAPTION_PROMPT = "describe this image in detail ."
+
+
+def run(bench: Bench) -> None:
+    """Write figures/ and report.html."""
+    folder = bench.run_dir / "figures"
+    found, effects = bench.record("find_circuit"), bench.record("intervene")
+    supernodes = describe_features(bench, found["circuit"])
+    sections: list[Section] = [headline(bench)]
+    sections += answers(bench, effects["cases"])
+    sections += circuit_sections(bench, found, supernodes, folder)
+    sections += effect_sections(bench, effects, folder)
+    if "curves" in bench.records:
+        sections += curve_sections(bench, folder)
+    sections += [limits(), rerun(bench), configuration(bench)]
+    recipient, donor = bench.circuit_config.concepts
+    page = ReportPage(
+        title=f"From {recipient} to {donor}",
+        question=(
+            f"Do the features that tell {recipient} from {donor} cause the answer? Suppress those of {recipient}, raise "
+            f"those of {donor}, and see what the model says of pictures of {recipient} that were not used to find them."
+        ),
+        summary=summary(bench),
+        sections=tuple(sections),
+        footer=f"vlmscope · {bench.vlm.name} · {bench.run_dir.name}",
+    )
+    page.write(bench.run_dir / "report.html")
+
+
+def summary(bench: Bench) -> str:
+    """The result in one paragraph, from the metrics."""
+    m = bench.metrics
+    recipient, donor = bench.circuit_config.concepts
+    parts = []
+    for method in ("steer", "patch"):
+        key = f"{method}/free/flip_rate"
+        parts.append(
+            f"{'Steering' if method == 'steer' else 'Patching'} {m[f'{method}/features']:.0f} features in all layers and "
+            f"positions turns {recipient} into {donor} on {m[key]:.0%} of the pictures for the worst of the questions "
+            f"(matched random features: {m[key + '_control']:.0%})"
+        )
+    return "; ".join(parts) + ". Acting on everything may only copy the answer: read the rows without the last layer and "\
+        "without the last position, and the third planet, beside it."
+
+
+def headline(bench: Bench) -> Cards:
+    """Numbers on top."""
+    m = bench.metrics
+    cards = []
+    for method in ("steer", "patch"):
+        key = f"{method}/free/flip_rate"
+        cards.append(
+            Card(
+                f"{method}: worst question flips",
+                Percent(m[key]),
+                f"95 % interval {m[key + '_ci_low']:.0%} to {m[key + '_ci_high']:.0%}; control {m[key + '_control']:.0%}",
+            )
+        )
+        late = f"{method}/free/no_last_layer/name/flip_rate"
+        if late in m:
+            cards.append(Card(f"{method}: name, without the last layer", Percent(m[late]), "free mode"))
+    if "specificity/changed_rate" in m:
+        cards.append(
+            Card("other answers changed", Percent(m["specificity/changed_rate"]), f"mean KL {m['specificity/kl']:.3f} nats")
+        )
+    return Cards("Result", tuple(cards))
+
+
+def answers(bench: Bench, cases: dict[str, Case]) -> list[Section]:
+    """Pictures before and after, and a caption generated token by token under steering."""
+    count = bench.intervention.examples
+    shown: list[AnswerExample] = []
+    for name, case in cases.items():
+        prompt = bench.circuit_config.questions[name].prompt
+        for method, logits in case.after.items():
+            for i in range(max(count // len(cases) // max(len(case.after), 1), 1)):
+                row = i % len(case.images)
+                before = bench.words(case.subject.base.logits[row].cpu().numpy())
+                after = bench.words(logits[row].cpu().numpy())
+                png = png_bytes(case.images[row], 128)
+                shown.append(AnswerExample(png, prompt, method, before[0][0], after[0][0], before, after))
+    figures.answer_shift(shown, bench.run_dir / "figures" / "answer_shift.png")
+    sections: list[Section] = [Examples("Answers before and after", tuple(shown))]
+    spoken = captions(bench, cases)
+    if spoken:
+        sections.append(
+            Table("Captions, generated token by token under steering", ("before", "after"), tuple(spoken))
+        )
+    return sections
+
+
+def captions(bench: Bench, cases: dict[str, Case]) -> list[tuple[str, str]]:
+    """Free generation with a KV cache, before and under the steering plan, for three pictures."""
+    from vlmscope.circuits.plans import steer_plan
+
+    circuit: Circuit = bench.record("find_circuit")["circuit"]
+    rows = []
+    adapter, tokenizer = bench.vlm.adapter, bench.vlm.tokenizer
+    for image in next(iter(cases.values())).images[:3]:
+        inputs = bench.vlm.prepare(CAPTION_PROMPT, [image])
+        plan = steer_plan(circuit, *bench.circuit_config.concepts, inputs.roles, bench.intervention.strength)
+        before = generate_edited(adapter, tokenizer, inputs)
+        rows.append((before, generate_edited(adapter, tokenizer, inputs, bench.transcoders, plan)))
+    return rows
+
+
+def describe_features(bench: Bench, circuit: Circuit) -> tuple[Supernode, ...]:
+    """Add top examples and logits to the strongest features of each supernode."""
+    strongest = {
+        name: sorted(node.features, key=lambda m: -m.influence)[:SHOWN] for name, node in circuit.supernodes.items()
+    }
+    wanted: list[FeatureId] = list(dict.fromkeys(m.feature for members in strongest.values() for m in members))
+    prompt = next(iter(bench.circuit_config.questions.values())).prompt
+    items: list[StudyItem] = []
+    for planet in PLANETS:
+        images = bench.concept_pictures(planet, "train", STUDIED)
+        pairs = zip(bench.inputs(images, prompt), images, strict=True)
+        items += [StudyItem(inputs, planet, png_bytes(image)) for inputs, image in pairs]
+    examples = top_examples(bench.vlm.adapter, bench.transcoders, wanted, items)
+    nodes = []
+    for name, node in circuit.supernodes.items():
+        first = []
+        for member in strongest[name]:
+            top, bottom = top_and_bottom_logits(
+                bench.vlm.adapter, bench.transcoders, bench.vlm.tokenizer, member.feature
+            )
+            found = examples[member.feature]
+            first.append(replace(member, examples=found, top_logits=top, bottom_logits=bottom))
+        chosen = {m.feature for m in first}
+        rest = [m for m in node.features if m.feature not in chosen]
+        nodes.append(Supernode(name, (*first, *rest)))
+    return tuple(nodes)
+
+
+def circuit_sections(bench: Bench, found: dict, supernodes: Sequence[Supernode], folder: Path) -> list[Section]:
+    """The circuit drawn, its features, and the attribution graph it was confirmed in."""
+    pruned = found["trace"].pruned
+    image = np.asarray(found["trace_image"])
+    groups = {m.feature: node.name for node in supernodes for m in node.features}
+    edges = circuit_edges(pruned, {node.name: {m.feature for m in node.features} for node in supernodes})
+    drawn = circuit_diagram(supernodes, edges, folder / "circuit.png", {"soft tokens": image})
+    graph = attribution_graph(pruned, folder / "graph.png", [image], groups)
+    recipient = bench.circuit_config.concepts[0]
+    sections: list[Section] = [
+        figure(
+            "The circuit",
+            drawn,
+            "Supernodes and the summed direct effects between them",
+            f"Found by contrast of means on training pictures, each feature confirmed by influence on the answer in an "
+            f"attribution graph; drawn from the graph of one training picture of {recipient}.",
+        )
+    ]
+    sections += [Features(f"Features of {node.name}", node, shown=SHOWN) for node in supernodes]
+    sections += [
+        graph_cards("Attribution graph", pruned),
+        figure("Attribution graph, drawn", graph, "Pruned attribution graph, its strongest edges", wide=True),
+    ]
+    return sections
+
+
+def effect_sections(bench: Bench, effects: dict, folder: Path) -> list[Section]:
+    """Tables and figures of what steering and patching did."""
+    rows = effects["rows"]
+    m = bench.metrics
+    third = bench.circuit_config.third
+    pictures = [
+        (figures.flip_rates(rows, folder / "flip_rates.png"), "Flip rate by question, with matched controls"),
+        (figures.modes(rows, folder / "modes.png"), "Flip rate of the worst question by mode"),
+        (figures.scopes(rows, folder / "scopes.png"), "Flip rate of the worst question by where it acted"),
+    ]
+    sections: list[Section] = [
+        Figure("What changed", tuple(picture(path, alt) for path, alt in pictures)),
+        flip_table("All flip rates", rows, note="A control edits as many random features of the same layers, matched "
+                   "by mean activation, to the same values."),
+    ]
+    curve = figures.dose_response(
+        effects["curves"], folder / "dose_response.png", "steering strength (1 = own mean activation)", "flip rate"
+    )
+    sections.append(figure("Dose and response", curve, "Flip rate against steering strength, by question"))
+    checks = [
+        (f"random direction of the same norm, {name}", Percent(m[f"steer/free/{name}/flip_rate_random_direction"]))
+        for name in bench.circuit_config.questions
+    ]
+    if third:
+        checks += [
+            (f"{third} now answered as {bench.circuit_config.concepts[1]}, {name}", Percent(m[f"third/{third}/{name}/donor_rate"]))
+            for name in bench.circuit_config.questions
+        ]
+    if "specificity/changed_rate" in m:
+        checks.append(("other scenes: answers changed", Percent(m["specificity/changed_rate"])))
+    sections.append(Table("Further checks", ("check", "share"), tuple(checks)))
+    return sections
+
+
+def curve_sections(bench: Bench, folder: Path) -> list[Section]:
+    """What the step `curves` measured."""
+    made = bench.record("curves")
+    kinds = made["curves"]
+    drawn = [
+        figures.dose_response(kinds["strength"], folder / "patch_strength.png", "patching strength", "flip rate"),
+        figures.feature_count_curve(kinds["features"], folder / "feature_count.png"),
+        figures.dose_response(kinds["layers"], folder / "layers.png", "layer x", "flip rate"),
+        figures.layer_role_heatmap(
+            made["ablation"],
+            [str(i) for i in range(len(made["ablation"]))],
+            ["special", "image", "question", "last"],
+            folder / "ablation.png",
+            "fall of accuracy under mean ablation",
+        ),
+    ]
+    alts = (
+        "Flip rate against patching strength",
+        "Flip rate against number of features steered",
+        "Flip rate when only some layers are steered",
+        "How much accuracy falls when a layer's MLP output is replaced by its mean, by position role",
+    )
+    return [
+        Figure("Long curves", tuple(picture(path, alt) for path, alt in zip(drawn, alts, strict=True))),
+        flip_table("By position role", made["rows"]),
+    ]
+
+
+def picture(path: Path, alt: str, wide: bool = False) -> Picture:
+    """A drawn figure as part of the page."""
+    return Picture(path.read_bytes(), alt, alt, wide)
+
+
+def figure(title: str, path: Path, alt: str, intro: str = "", wide: bool = False) -> Figure:
+    """A section of one picture."""
+    return Figure(title, (picture(path, alt, wide),), intro)
+
+
+def limits() -> Text:
+    """What the numbers do not say."""
+    return Text(
+        "How to read this",
+        (
+            "free: nothing is frozen. frozen attention: the attention patterns of the unedited run. direct: patterns, norms "
+            "and MLPs frozen, so the change travels along the edges of the attribution graph only.",
+            "Editing all layers and positions includes the last layer at the last position, where a feature can write the "
+            "answer by itself. That shows that the features suffice, not that they are how the model computes it.",
+        ),
+    )
+
+
+def rerun(bench: Bench) -> Text:
+    """The command that made this page."""
+    return Text("Run it again", ("The same seed gives the same numbers on the same machine.",), code=f"python run.py experiment={bench.cfg.name}")
+
+
+def configuration(bench: Bench) -> Details:
+    """The resolved configuration, folded."""
+    path = bench.run_dir / "config.yaml"
+    return Details("Configuration", "config.yaml of this run", read_text(path) if path.is_file() else "(not recorded)")

@@ -1,0 +1,49 @@
+"""Train Orrery, the embedded VLM: vision tower first, then the whole model; saved in Hugging Face layout."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vlmscope.models.orrery.config import OrreryConfig
+from vlmscope.training.orrery_config import OrreryTrainingConfig
+
+if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
+    from vlmscope.tasks.context import RunContext
+
+
+@dataclass
+class Config:
+    """Sizes and both stages. `max_steps`, when set, shortens both (for a try); the data come from `data.path`."""
+
+    architecture: OrreryConfig = field(default_factory=OrreryConfig)
+    training: OrreryTrainingConfig = field(default_factory=OrreryTrainingConfig)
+    max_steps: int | None = None
+    test_scenes: int | None = None
+
+
+def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
+    """Train (or resume, with trainer.resume=true) and report test accuracies beside those with shuffled pictures."""
+    from pathlib import Path
+
+    from vlmscope.core.errors import UserError
+    from vlmscope.tasks.wiring import limit_threads
+    from vlmscope.training.orrery_training import train_orrery
+
+    if cfg.data.path is None:
+        raise UserError("data.path is not set: give the folder with Orrery's shards (task=build_data writes them)")
+    limit_threads(cfg)
+    task: Config = cfg.task
+    if task.max_steps is not None:
+        for stage in (task.training.tower, task.training.vlm):
+            stage.max_steps = min(stage.max_steps, task.max_steps)
+            stage.warmup = min(stage.warmup, max(stage.max_steps // 4, 1))
+    metrics, _ = train_orrery(
+        Path(cfg.data.path),
+        task.architecture,
+        task.training,
+        context.run_dir,
+        context.tracked.lightning_logger(),
+        cfg.trainer.resume,
+        task.test_scenes,
+    )
+    return metrics

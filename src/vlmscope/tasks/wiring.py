@@ -1,0 +1,58 @@
+"""What several tasks do in the same way: threads, loading the model and its transcoders, preparing inputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vlmscope.core.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vlmscope.config import AppConfig
+    from vlmscope.models.loading import VLM
+    from vlmscope.transcoders.transcoder import TranscoderSet
+
+
+def limit_threads(cfg: AppConfig) -> None:
+    """Use `trainer.threads` threads when set; torch's own choice otherwise."""
+    import torch
+
+    if cfg.trainer.threads is not None:
+        if cfg.trainer.threads < 1:
+            raise UserError(f"trainer.threads={cfg.trainer.threads}: must be 1 or more (at most {os.cpu_count()} help)")
+        torch.set_num_threads(cfg.trainer.threads)
+
+
+def load_model(cfg: AppConfig) -> VLM:
+    """The model that `model=` chose."""
+    from vlmscope.models.loading import load_vlm
+
+    limit_threads(cfg)
+    return load_vlm(cfg.model.path, cfg.model.dtype, cfg.model.device)
+
+
+def load_transcoders(cfg: AppConfig, vlm: VLM) -> TranscoderSet:
+    """The trained set that `transcoder=` chose, checked against the model and cast to its dtype."""
+    from pathlib import Path
+
+    from vlmscope.transcoders.formats import load_set
+
+    path = getattr(cfg.transcoder, "path", None)
+    if path is None:
+        raise UserError("this task needs a trained transcoder set: choose transcoder=orrery or transcoder=path")
+    adapter = vlm.adapter
+    found = load_set(Path(path), n_layers=adapter.n_layers, d_model=adapter.d_model)
+    return found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
+
+
+def user_pictures(cfg: AppConfig) -> list[Image.Image]:
+    """The pictures that `image=` names, in order."""
+    from vlmscope.data.images import open_images
+
+    if cfg.image is None:
+        return []
+    paths: Sequence[str] = [cfg.image] if isinstance(cfg.image, str) else list(cfg.image)
+    return open_images(paths)

@@ -1,0 +1,43 @@
+"""A Lightning logger on top of a tracked run.
+
+Lightning's own MLFlowLogger cuts parameters at 250 characters, drops text, and ends the run by itself; this one only
+hands metrics on, since the app has logged the configuration and ends the run.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+if TYPE_CHECKING:
+    from vlmscope.tracking.run import TrackedRun
+
+
+class RunLogger(Logger):
+    """Writes a Trainer's metrics into `run` on the first process."""
+
+    def __init__(self, run: "TrackedRun") -> None:
+        super().__init__()
+        self._run = run
+
+    @property
+    def name(self) -> str:
+        """A fixed name; Lightning wants one."""
+        return "vlmscope"
+
+    @property
+    def version(self) -> str:
+        """The run's id."""
+        return self._run.run_id or "untracked"
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers at a step; Lightning's own `epoch` says nothing in step-based training and is left out."""
+        kept = {key: float(value) for key, value in metrics.items() if key != "epoch"}
+        if kept:
+            self._run.log_metrics(kept, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the resolved configuration is logged when the run is opened."""

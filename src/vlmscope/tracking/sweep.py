@@ -1,0 +1,56 @@
+"""The parent run of a sweep: opened before its first job, closed with a status made of its jobs'."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlmscope.core.errors import UserError
+from vlmscope.tracking.client import open_client
+from vlmscope.tracking.config import TrackingConfig
+from vlmscope.tracking.run import RunInfo, start_run
+
+# Jobs may run in other processes (a launcher starts them), so the id travels in the environment.
+_PARENT = "VLMSCOPE_MLFLOW_PARENT"
+_URI = "VLMSCOPE_MLFLOW_URI"
+
+
+def open_parent(config: TrackingConfig, sweep_dir: str | Path, experiment: str, overrides: Sequence[str]) -> str:
+    """Open (or, in the folder of an earlier sweep, continue) the parent run and make it known to jobs; returns its id."""
+    folder = Path(sweep_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    client = open_client(config.uri)
+    info = RunInfo(experiment, folder.name, overrides=overrides, tags={"sweep": "true"})
+    run_id = start_run(client, config.uri, folder, info, resume=True)
+    os.environ[_PARENT] = run_id
+    os.environ[_URI] = config.uri
+    return run_id
+
+
+def parent_id() -> str:
+    """The parent of a job.
+
+    Raises:
+        UserError: when there is none: Hydra only warns when opening it failed, and orphans would look like single runs.
+    """
+    run_id = os.environ.get(_PARENT)
+    if run_id is None:
+        raise UserError("this job's sweep has no tracked parent (see the warning above); mend that or use tracking=none")
+    return run_id
+
+
+def close_parent(*, killed: bool = False, failed: bool = False) -> None:
+    """End the parent run, if one is open: KILLED or FAILED as said or when a job was, else FINISHED."""
+    run_id, uri = os.environ.pop(_PARENT, None), os.environ.pop(_URI, None)
+    if run_id is None or uri is None:
+        return
+    client = open_client(uri)
+    experiment = client.get_run(run_id).info.experiment_id
+    jobs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=50000)
+    statuses = {job.info.status for job in jobs}
+    if killed or "KILLED" in statuses:
+        status = "KILLED"
+    elif failed or statuses - {"FINISHED"}:
+        status = "FAILED"
+    else:
+        status = "FINISHED"
+    client.set_terminated(run_id, status)

@@ -1,0 +1,34 @@
+"""Settings of Orrery's training: plain records, free of torch, so that Hydra can register them."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class StageConfig:
+    """One training stage: steps, scenes of each kind in a batch, and the optimiser's settings."""
+
+    max_steps: int
+    batch: dict[str, int]
+    lr: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.02
+    clip: float = 1.0
+    tower_rate: float = 1.0
+    questions: int = 3  # at most so many a picture and step, drawn at random
+    seed: int = 0
+
+
+@dataclass
+class OrreryTrainingConfig:
+    """Both stages of `task=train_orrery`."""
+
+    tower: StageConfig = field(
+        default_factory=lambda: StageConfig(2400, {"planets": 8, "digits": 24, "shapes": 10, "hands": 6})
+    )
+    vlm: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            2800, {"planets": 5, "digits": 12, "shapes": 4, "hands": 2, "text": 2}, lr=8e-4, tower_rate=0.25, seed=1
+        )
+    )
+    checkpoint_every: int = 200
+    val_every: int = 400

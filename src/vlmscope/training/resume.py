@@ -1,0 +1,96 @@
+"""Checkpoints of a Lightning run without pickle: safetensors for every tensor, JSON for the rest, replaced atomically.
+
+A module takes part by counting its optimiser steps in `steps_done` and by drawing its data from the step number, so that a
+resumed run goes on with the very next batch.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlmscope.core.artifacts import atomic_path
+from vlmscope.core.errors import UserError
+
+
+class ResumableCheckpoint(pl.Callback):
+    """Save module and optimiser to `<folder>/checkpoint.safetensors` every `every` steps and at the end of fitting."""
+
+    def __init__(self, folder: Path, every: int, resume: bool) -> None:
+        self.path = Path(folder) / "checkpoint.safetensors"
+        self.every = every
+        self.resume = resume
+
+    def restore_weights(self, module: Any) -> None:
+        """Before fitting: take weights and step count, so that a finished stage is not trained again."""
+        if self.resume and self.path.is_file():
+            load_checkpoint(self.path, module, None)
+
+    def save(self, trainer: pl.Trainer, module: Any) -> None:
+        """Save now, unless nothing was trained."""
+        if trainer.optimizers:
+            save_checkpoint(self.path, module, trainer.optimizers[0])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Take the optimiser's moments too."""
+        if self.resume and self.path.is_file():
+            load_checkpoint(self.path, pl_module, trainer.optimizers[0])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        """Save after every `every`-th step."""
+        if pl_module.steps_done % self.every == 0:
+            save_checkpoint(self.path, pl_module, trainer.optimizers[0])
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Ctrl-C between two steps keeps what was learnt."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.optimizers:
+            previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            save_checkpoint(self.path, pl_module, trainer.optimizers[0])
+            signal.signal(signal.SIGINT, previous)
+
+
+def save_checkpoint(path: Path, module: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Write parameters, buffers, optimiser moments and the step count in one atomic file."""
+    state: dict[str, torch.Tensor] = {f"module.{k}": v.detach().contiguous() for k, v in module.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            state[f"optimizer.{index}.{name}"] = torch.as_tensor(value).clone().contiguous()
+    unique: dict[int, str] = {}
+    for key in list(state):  # tied weights are one tensor: safetensors refuses to store shared memory twice
+        if unique.setdefault(state[key].data_ptr(), key) != key and state[key].numel():
+            state[key] = state[key].clone()
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata={"steps_done": str(module.steps_done)})
+
+
+def load_checkpoint(path: Path, module: Any, optimizer: torch.optim.Optimizer | None) -> None:
+    """Restore what `save_checkpoint` wrote (without an optimiser: parameters and step count only).
+
+    Raises:
+        UserError: the file is corrupt or belongs to a model of another shape.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        state = load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        module.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("module.")})
+    except (SafetensorError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"checkpoint {path} does not fit this run ({first}): remove it or change the config") from error
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in state.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            moments.setdefault(int(index), {})[name] = value
+    if optimizer is not None:
+        full = optimizer.state_dict()
+        full["state"] = moments
+        optimizer.load_state_dict(full)
+    module.steps_done = int(metadata["steps_done"])

@@ -1,0 +1,66 @@
+"""Settings of transcoder training: a plain record, free of torch, so that Hydra can register it."""
+
+from dataclasses import dataclass
+
+from vlmscope.core.errors import UserError
+
+
+@dataclass
+class TranscoderTrainingConfig:
+    """How the transcoders of all layers are trained.
+
+    Attributes:
+        expansion_factor: features of a layer = expansion_factor x model width.
+        k, activation, skip: the architecture (`vlmscope.transcoders`).
+        init: starting point, "samples" or "zero_decoder" (`vlmscope.training.transcoder_start`).
+        init_batches: batches from which means, scales and the starting point are taken.
+        pool_batches, steps_per_batch: how many captured batches are mixed, and how many steps pass between captures
+            (`vlmscope.training.transcoder_stream`; 1 and 1 = each step its own batch).
+        max_steps: optimiser steps; the rate falls to `lr_floor x lr` at the last one.
+        lr, betas, weight_decay, schedule ("cosine" | "linear"), warmup, lr_floor: AdamW and its schedule.
+        clip: largest gradient norm of one layer's transcoder.
+        aux_coefficient, aux_k: weight and number of features of the loss that revives dead features.
+        dead_after_tokens: a feature that has not fired for so many tokens is dead.
+        checkpoint_every, val_every, log_every: in steps; 0 = never.
+        seed: of the starting point.
+    """
+
+    expansion_factor: int = 16
+    k: int = 16
+    activation: str = "topk"
+    skip: bool = False
+    init: str = "samples"
+    init_batches: int = 8
+    pool_batches: int = 8
+    steps_per_batch: int = 4
+    max_steps: int = 4000
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup: int = 100
+    lr_floor: float = 0.01
+    clip: float = 1.0
+    aux_coefficient: float = 1 / 32
+    aux_k: int = 64
+    dead_after_tokens: int = 100_000
+    checkpoint_every: int = 200
+    val_every: int = 500
+    log_every: int = 20
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse settings that cannot work.
+
+        Raises:
+            UserError: with the setting's name and value.
+        """
+        positive = ("expansion_factor", "k", "init_batches", "pool_batches", "steps_per_batch", "max_steps", "lr")
+        positive += ("clip", "aux_k", "dead_after_tokens")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise UserError(f"transcoder training: {name} = {getattr(self, name)} must be positive; choose another")
+        if self.schedule not in ("cosine", "linear"):
+            raise UserError(f"transcoder training: schedule {self.schedule!r} is unknown; choose cosine or linear")
+        if self.init not in ("samples", "zero_decoder"):
+            raise UserError(f"transcoder training: init {self.init!r} is unknown; choose samples or zero_decoder")

@@ -1,0 +1,60 @@
+"""Batches for transcoders and the tokens that count in them.
+
+A batch is a dict with the keyword arguments of the Hugging Face forward (`input_ids` [B, T], `attention_mask` [B, T],
+`pixel_values`, `token_type_ids`) and, for the cross-entropy, `loss_mask` [B, T] bool: True at answer tokens, each of
+which is predicted from the position before it. Legend: N valid tokens of the batch, d model width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmscope.activations.capture import capture_mlp
+from vlmscope.models.base import Adapter
+
+LOSS_MASK = "loss_mask"
+
+
+def forward_arguments(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch without what the model's forward does not know."""
+    return {name: tensor for name, tensor in batch.items() if name != LOSS_MASK}
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """MLP inputs and outputs at the valid tokens: layer -> ([N, d], [N, d]); `is_image` [N] bool."""
+
+    by_layer: dict[int, tuple[Tensor, Tensor]]
+    is_image: Tensor
+
+    @property
+    def n_tokens(self) -> int:
+        """N."""
+        return self.is_image.shape[0]
+
+
+def collect(adapter: Adapter, batch: Mapping[str, Tensor]) -> LayerActivations:
+    """One forward of the frozen model; padding is dropped."""
+    batch = on_device(adapter, batch)
+    captured = capture_mlp(adapter, forward_arguments(batch))
+    return select_valid(adapter, batch, captured)
+
+
+def on_device(adapter: Adapter, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch where the model is."""
+    return {name: tensor.to(adapter.device) for name, tensor in batch.items()}
+
+
+def select_valid(
+    adapter: Adapter, batch: Mapping[str, Tensor], captured: Mapping[int, tuple[Tensor, Tensor]]
+) -> LayerActivations:
+    """Keep the positions that are not padding: layer -> ([B, T, d], [B, T, d]) becomes ([N, d], [N, d])."""
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    soft = adapter.soft_token_id()
+    is_image = torch.zeros_like(valid) if soft is None else ids == soft
+    by_layer = {layer: (x[valid], y[valid]) for layer, (x, y) in captured.items()}
+    return LayerActivations(by_layer, is_image[valid])

@@ -1,0 +1,140 @@
+"""How good a transcoder set is for a model: FVU, L0, dead features, and the loss when it replaces every MLP.
+
+Definitions: `vlmscope.metrics.reconstruction`. `val/<name>` is the mean of `layers/<name>/layer_<i>` over the layers.
+FVU on image (text) tokens takes the deviations from the mean of the image (text) tokens alone. A figure that has no
+tokens to stand on, such as `fvu_image` without pictures, is left out.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmscope.activations.capture import HasAdapter, adapter_of
+from vlmscope.core.errors import UserError
+from vlmscope.metrics.reconstruction import FvuAccumulator, cross_entropy, dead_fraction, firing_counts
+from vlmscope.models.base import Adapter
+from vlmscope.training.transcoder_data import LOSS_MASK, collect, forward_arguments, on_device
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
+
+
+@dataclass
+class _LayerFigures:
+    """Running sums of one layer."""
+
+    n_features: int
+    fvu: dict[str, FvuAccumulator] = field(
+        default_factory=lambda: {name: FvuAccumulator() for name in ("fvu", "fvu_text", "fvu_image")}
+    )
+    tokens: int = 0
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+    def update(self, transcoder: Transcoder, x: Tensor, y: Tensor, is_image: Tensor) -> None:
+        out = transcoder(x)
+        for name, part in (("fvu", slice(None)), ("fvu_text", ~is_image), ("fvu_image", is_image)):
+            self.fvu[name].update(y[part], out.reconstruction[part])
+        counts = firing_counts(out.code.indices, out.code.values, self.n_features)
+        self.counts = counts if self.tokens == 0 else self.counts + counts
+        self.tokens += x.shape[0]
+
+    def compute(self) -> dict[str, float]:
+        figures = {name: accumulator.compute() for name, accumulator in self.fvu.items()}
+        figures["l0"] = float(self.counts.sum()) / self.tokens
+        figures["dead_frac"] = dead_fraction(self.counts)
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+@torch.no_grad()
+def evaluate_transcoders(
+    vlm: Adapter | HasAdapter, transcoders: TranscoderSet, batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, float]:
+    """Figures of the set on `batches` (see `vlmscope.training.transcoder_data` for what a batch is).
+
+    Returns:
+        `val/fvu`, `val/fvu_text`, `val/fvu_image`, `val/l0`, `val/dead_frac` (never fired on these batches), with
+        `layers/<name>/layer_07` for each; `val/ce` (the model's own loss on answer tokens, in nats) and `val/ce_delta`
+        (how much it rises with all layers replaced) when the batches have a `loss_mask`.
+
+    Raises:
+        UserError: without batches, or when the set has other layers than the model.
+    """
+    adapter = adapter_of(vlm)
+    _check_fits(adapter, transcoders)
+    layers = {layer: _LayerFigures(transcoders[layer].config.n_features) for layer in transcoders.layers}
+    losses: dict[str, float] = {"tokens": 0.0, "own": 0.0, "spliced": 0.0}
+    for given in batches:
+        batch = on_device(adapter, given)
+        activations = collect(adapter, batch)
+        for layer, figures in layers.items():
+            x, y = activations.by_layer[layer]
+            figures.update(transcoders[layer], x, y, activations.is_image)
+        if LOSS_MASK in batch:
+            _add_losses(adapter, transcoders, batch, losses)
+    if any(figures.tokens == 0 for figures in layers.values()):
+        raise UserError("no tokens to evaluate the transcoders on; give at least one batch")
+    return _summary({layer: figures.compute() for layer, figures in layers.items()}, losses)
+
+
+def _check_fits(adapter: Adapter, transcoders: TranscoderSet) -> None:
+    wrong = [layer for layer in transcoders.layers if layer >= adapter.n_layers]
+    widths = {transcoder.config.d_model for transcoder in transcoders.transcoders.values()}
+    if wrong or widths != {adapter.d_model}:
+        raise UserError(
+            f"transcoders of layers {transcoders.layers} and width {sorted(widths)} do not fit a model of "
+            f"{adapter.n_layers} layers and width {adapter.d_model}; choose the set trained on this model"
+        )
+
+
+def _summary(by_layer: dict[int, dict[str, float]], losses: dict[str, float]) -> dict[str, float]:
+    summary: dict[str, float] = {}
+    for name in ("fvu", "fvu_text", "fvu_image", "l0", "dead_frac"):
+        values = {layer: figures[name] for layer, figures in by_layer.items() if name in figures}
+        if values:
+            summary[f"val/{name}"] = sum(values.values()) / len(values)
+            summary |= {f"layers/{name}/layer_{layer:02d}": value for layer, value in values.items()}
+    if losses["tokens"]:
+        summary["val/ce"] = losses["own"] / losses["tokens"]
+        summary["val/ce_delta"] = (losses["spliced"] - losses["own"]) / losses["tokens"]
+    return summary
+
+
+def _add_losses(
+    adapter: Adapter, transcoders: TranscoderSet, batch: Mapping[str, Tensor], losses: dict[str, float]
+) -> None:
+    """Sums of the cross-entropy over answer tokens, of the model itself and with every layer replaced."""
+    answers = batch[LOSS_MASK].bool()[:, 1:]
+    if not answers.any():
+        return
+    # Only positions that predict an answer token somewhere in the batch get logits.
+    positions = answers.any(0).nonzero().flatten()
+    chosen = answers[:, positions]
+    labels = batch["input_ids"][:, 1:][:, positions][chosen]
+
+    def loss() -> float:
+        out = adapter.model(**forward_arguments(batch), use_cache=False, logits_to_keep=positions)
+        return float(cross_entropy(out.logits[chosen], labels)) * len(labels)
+
+    losses["tokens"] += len(labels)
+    losses["own"] += loss()
+    with spliced(adapter, transcoders):
+        losses["spliced"] += loss()
+
+
+@contextmanager
+def spliced(adapter: Adapter, transcoders: TranscoderSet) -> Iterator[None]:
+    """Within it, every MLP that has a transcoder returns the reconstruction of its own current input."""
+
+    def replace(transcoder: Transcoder) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            return transcoder(args[0]).reconstruction.to(output.dtype)
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, transcoder in transcoders.transcoders.items():
+            stack.callback(adapter.mlp(layer).register_forward_hook(replace(transcoder)).remove)
+        yield

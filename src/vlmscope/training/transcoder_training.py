@@ -1,0 +1,148 @@
+"""The one call that trains a transcoder set: start or resume, fit with Lightning, evaluate."""
+
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import Logger
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from vlmscope.activations.capture import HasAdapter, adapter_of
+from vlmscope.models.base import Adapter
+from vlmscope.training.transcoder_checkpoints import TranscoderCheckpoints
+from vlmscope.training.transcoder_config import TranscoderTrainingConfig
+from vlmscope.training.transcoder_data import collect
+from vlmscope.training.transcoder_evaluation import evaluate_transcoders
+from vlmscope.training.transcoder_module import TranscoderModule
+from vlmscope.training.transcoder_stream import ActivationStream
+from vlmscope.transcoders.transcoder import TranscoderSet
+
+Batch = Mapping[str, Tensor]
+
+
+def train_transcoders(
+    vlm: Adapter | HasAdapter,
+    train_batch: Callable[[int], Batch],
+    val_batches: Sequence[Batch],
+    config: TranscoderTrainingConfig,
+    run_dir: str | Path,
+    logger: Logger | None = None,
+    resume: bool = False,
+    model_name: str | None = None,
+) -> tuple[TranscoderSet, dict[str, float]]:
+    """Train the transcoders of all layers of a frozen model.
+
+    Args:
+        vlm: a loaded model or its adapter; its parameters are frozen and it is set to evaluation.
+        train_batch: batch number 0, 1, ... of the data, a pure function of the number, so that a resumed run sees the
+            same data. What a batch is: `vlmscope.training.transcoder_data`.
+        val_batches: batches for the figures of `vlmscope.training.transcoder_evaluation`.
+        config: settings.
+        run_dir: where checkpoints go.
+        logger: a Lightning logger, or None.
+        resume: continue from the checkpoint in `run_dir` if there is one.
+        model_name: written into the set; by default the loaded model's own name.
+
+    Returns:
+        The set in the model's own coordinates, and its final figures with `perf/tokens_per_s`.
+
+    Raises:
+        UserError: for impossible settings or a checkpoint that does not belong to them.
+        KeyboardInterrupt: after Ctrl-C; the state is saved and `resume` goes on from it.
+    """
+    config.check()
+    adapter = adapter_of(vlm)
+    name = model_name if model_name is not None else str(getattr(vlm, "name", ""))
+    module = TranscoderModule(adapter, config, name)
+    checkpoints = TranscoderCheckpoints(Path(run_dir), config)
+    if not (resume and checkpoints.restore(module)):
+        module.initialise([collect(adapter, train_batch(step)) for step in range(config.init_batches)])
+    progress = _Progress(config, val_batches, logger)
+    if module.steps_done < config.max_steps:
+        _fit(module, train_batch, [progress, checkpoints], logger)
+    transcoders = module.finished_set()
+    metrics = evaluate_transcoders(adapter, transcoders, val_batches) if val_batches else {}
+    metrics |= progress.speed()
+    if logger is not None:
+        logger.log_metrics(metrics, step=module.steps_done)
+    return transcoders, metrics
+
+
+def _fit(
+    module: TranscoderModule,
+    batch_of: Callable[[int], Batch],
+    callbacks: list[pl.Callback],
+    logger: Logger | None,
+) -> None:
+    stream = ActivationStream(module.adapter, batch_of, module.config, lambda: module.steps_done)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="auto",
+        devices=1,
+        callbacks=callbacks,
+        logger=logger if logger is not None else False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(module, DataLoader(stream, batch_size=None, num_workers=0))
+    except SystemExit:
+        # Lightning turns Ctrl-C into exit code 1 and leaves the signal ignored; the caller wants the interrupt itself.
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None
+
+
+class _Progress(pl.Callback):
+    """A bar with rate and remaining time, training figures every `log_every` steps, validation every `val_every`."""
+
+    def __init__(self, config: TranscoderTrainingConfig, val_batches: Sequence[Batch], logger: Logger | None) -> None:
+        self.config, self.val_batches, self.logger = config, val_batches, logger
+        self.tokens, self.seconds, self.began = 0, 0.0, 0.0
+        self.bar: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Open the bar at the step where training goes on."""
+        self.bar = tqdm(
+            total=self.config.max_steps, initial=pl_module.steps_done, desc="transcoders", unit="step", mininterval=1.0
+        )
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count, log and validate; the time of validation is not training time."""
+        self.seconds += time.perf_counter() - self.began
+        self.tokens += outputs["tokens"]
+        self.bar.update()
+        done = pl_module.steps_done
+        if self.config.log_every and done % self.config.log_every == 0:
+            figures = {"train/fvu": outputs["fvu"], "train/dead_frac": pl_module.dead_fraction()}
+            self.bar.set_postfix(fvu=f"{figures['train/fvu']:.4f}", dead=f"{figures['train/dead_frac']:.3f}")
+            self._log(figures | self.speed(), done)
+        due = self.config.val_every and done % self.config.val_every == 0 and done < self.config.max_steps
+        if due and self.val_batches:
+            self._log(evaluate_transcoders(pl_module.adapter, pl_module.finished_set(), self.val_batches), done)
+        self.began = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Close the bar."""
+        self.bar.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Close the bar, so that the message stands on its own line."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def speed(self) -> dict[str, float]:
+        """Tokens a second of training, data and forward included; nothing when no step was taken."""
+        return {"perf/tokens_per_s": self.tokens / self.seconds} if self.seconds else {}
+
+    def _log(self, figures: dict[str, float], step: int) -> None:
+        if self.logger is not None:
+            self.logger.log_metrics(figures, step=step)

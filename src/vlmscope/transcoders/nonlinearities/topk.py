@@ -1,0 +1,26 @@
+"""TopK: `a = TopK_k(ReLU(pre))`, the k largest rectified pre-activations of a token (arXiv 2406.04093, 2602.20330)."""
+
+import torch
+from torch import Tensor
+
+from vlmscope.transcoders.nonlinearities.base import Nonlinearity
+
+
+class TopK(Nonlinearity):
+    """ReLU, then the k largest. A token with fewer than k positive pre-activations has fewer active features."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def support(self, pre: Tensor) -> Tensor:
+        # ReLU keeps the order, so the largest before it are the largest after it.
+        with torch.no_grad():
+            return pre.topk(self.k, dim=-1).indices
+
+    def values(self, pre_at_support: Tensor, indices: Tensor) -> Tensor:
+        del indices
+        return pre_at_support.relu()
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"

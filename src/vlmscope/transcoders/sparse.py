@@ -1,0 +1,122 @@
+"""Sparse encoder gather and sparse decoder, with sparse gradients.
+
+Shapes: N tokens, k active features a token, F features, d model width.
+
+A token has k of F features, and k/F is below 1 %. Dense products would spend 99 % of their work on zeros, and a plain
+gather stores [N, k, d]. Both passes here are weighted bags of rows instead:
+
+    y[n]     = sum_j v[n, j] W[i[n, j]]                   a bag of decoder rows for each token
+    dv[n, j] = g[n] . W[i[n, j]]                          sampled dot products
+    dW[f]    = sum over (n, j) with i[n, j] = f of v[n, j] g[n]    a bag of gradient rows for each feature
+
+No [N, k, d] and, in backward, no [N, F] is ever stored. Measured on one thread with N = 2048, d = 128, F = 2048, k = 16
+(forward / dv / dW in ms): bags 0.6 / 1.6 / 2.8; gather + einsum 15 / 13 / -; dense products 33 / 32 / 39; CSR products
+1.0 / 1.1 / 3.9; `index_add_` - / - / 4.1. The dense encoder product takes 40 to 65, the selection of the top k 19.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+def weighted_bags(indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """`out[n] = sum_j weights[n, j] rows[indices[n, j]]`: indices, weights [N, k], rows [R, d] -> [N, d]."""
+    if indices.shape[0] == 0:
+        return rows.new_zeros(0, rows.shape[1])
+    return functional.embedding_bag(indices, rows, per_sample_weights=weights, mode="sum")
+
+
+def sampled_dots(indices: Tensor, left: Tensor, rows: Tensor) -> Tensor:
+    """`out[n, j] = left[n] . rows[indices[n, j]]`; indices [N, k] int64, left [N, d], rows [R, d] -> [N, k]."""
+    n, k = indices.shape
+    if n == 0:
+        return left.new_zeros(0, k)
+    offsets = torch.arange(0, n * k, k, device=indices.device)
+    bag_of = torch.arange(n, device=indices.device).repeat_interleave(k)
+    # This is the kernel that autograd itself runs for `embedding_bag`; mode 0 is "sum", -1 is "no padding row".
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        left.contiguous(), rows, indices.flatten(), offsets, bag_of, 0, -1
+    )
+    return dots.view(n, k)
+
+
+def transposed_bags(indices: Tensor, weights: Tensor, rows: Tensor, n_out: int) -> Tensor:
+    """`out[f] = sum over (n, j) with indices[n, j] = f of weights[n, j] rows[n]`; rows [N, d] -> [n_out, d].
+
+    The entries are sorted by feature first (a stable sort, so the order of summation never varies).
+    """
+    n, k = indices.shape
+    if n == 0:
+        return rows.new_zeros(n_out, rows.shape[1])
+    # int32 keys sort twice as fast as int64.
+    sorted_features, order = torch.sort(indices.flatten().int(), stable=True)
+    starts = torch.searchsorted(sorted_features, torch.arange(n_out, device=indices.device, dtype=torch.int32))
+    token = torch.div(order, k, rounding_mode="floor")
+    return functional.embedding_bag(
+        token, rows.contiguous(), starts, per_sample_weights=weights.flatten()[order], mode="sum"
+    )
+
+
+class _Gather(torch.autograd.Function):
+    """Pre-activations at chosen features, as a function of input, encoder rows and encoder bias."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, b_enc: Tensor) -> Tensor:
+        ctx.save_for_backward(indices, x, w_enc)
+        return pre.gather(1, indices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        indices, x, w_enc = ctx.saved_tensors
+        grad_x = grad_w = grad_b = None
+        if ctx.needs_input_grad[2]:
+            grad_x = weighted_bags(indices, grad, w_enc)
+        if ctx.needs_input_grad[3]:
+            grad_w = transposed_bags(indices, grad, x, w_enc.shape[0])
+        if ctx.needs_input_grad[4]:
+            grad_b = grad.new_zeros(w_enc.shape[0]).index_add_(0, indices.flatten(), grad.flatten())
+        return None, None, grad_x, grad_w, grad_b
+
+
+class _Decode(torch.autograd.Function):
+    """Weighted sum of decoder rows."""
+
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, values: Tensor, w_dec: Tensor) -> Tensor:
+        ctx.save_for_backward(indices, values, w_dec)
+        return weighted_bags(indices, values, w_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        indices, values, w_dec = ctx.saved_tensors
+        grad_values = grad_w = None
+        if ctx.needs_input_grad[1]:
+            grad_values = sampled_dots(indices, grad, w_dec)
+        if ctx.needs_input_grad[2]:
+            grad_w = transposed_bags(indices, values, grad, w_dec.shape[0])
+        return None, grad_values, grad_w
+
+
+def gather_pre_activations(pre: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, b_enc: Tensor) -> Tensor:
+    """Values of `pre = x @ w_enc.T + b_enc` at `indices`, with sparse gradients to `x`, `w_enc` and `b_enc`.
+
+    `pre` [N, F] is the product computed beforehand without a gradient; indices [N, k] int64, x [N, d], w_enc [F, d],
+    b_enc [F] -> [N, k].
+    """
+    return _Gather.apply(pre, indices, x, w_enc, b_enc)  # pyright: ignore[reportReturnType]
+
+
+def sparse_decode(indices: Tensor, values: Tensor, w_dec: Tensor) -> Tensor:
+    """`sum_j values[n, j] w_dec[indices[n, j]]`; indices [N, k] int64, values [N, k], w_dec [F, d] -> [N, d]."""
+    return _Decode.apply(indices, values, w_dec)  # pyright: ignore[reportReturnType]

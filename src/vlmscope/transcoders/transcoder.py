@@ -1,0 +1,159 @@
+"""The transcoder: `a = act(W_enc x + b_enc)`, `y_hat = a W_dec + b_dec (+ W_skip x)`.
+
+One class serves training, attribution, interventions and feature studies (Dunefsky et al., arXiv 2406.11944; the skip
+path: arXiv 2501.18823). Shapes: d model width, F features, k slots for active features; `..` any leading dimensions.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
+from vlmscope.transcoders.nonlinearities import build_nonlinearity
+from vlmscope.transcoders.sparse import gather_pre_activations, sparse_decode
+
+__all__ = [
+    "SparseCode",
+    "Transcoder",
+    "TranscoderConfig",
+    "TranscoderOutput",
+    "TranscoderSet",
+    "TranscoderSetConfig",
+]
+
+
+@dataclass(frozen=True)
+class SparseCode:
+    """Features and activations of each token. An entry with value 0 is not active, whatever its index.
+
+    `indices` [.., k] int64, distinct in a row; `values` [.., k] >= 0, largest first for TopK.
+    """
+
+    indices: Tensor
+    values: Tensor
+
+    @property
+    def active(self) -> Tensor:
+        """[.., k] bool: which entries are active features."""
+        return self.values > 0
+
+    def dense(self, n_features: int) -> Tensor:
+        """Activations of all features, [.., F]."""
+        out = self.values.new_zeros(*self.values.shape[:-1], n_features)
+        return out.scatter(-1, self.indices, self.values)
+
+
+@dataclass(frozen=True)
+class TranscoderOutput:
+    """`reconstruction` [.., d], `code`, and `pre` [.., F]: all pre-activations, detached."""
+
+    reconstruction: Tensor
+    code: SparseCode
+    pre: Tensor
+
+
+class Transcoder(nn.Module):
+    """One layer's transcoder.
+
+    `W_enc` [F, d] and `W_dec` [F, d], a row a feature; `b_enc` [F], `b_dec` [d]; `W_skip` [d, d] or None.
+    """
+
+    W_skip: nn.Parameter | None
+
+    def __init__(
+        self, config: TranscoderConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> None:
+        """All weights start at zero: fill them by `vlmscope.transcoders.init` or from a file."""
+        super().__init__()
+        self.config = config
+        f, d = config.n_features, config.d_model
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))
+
+        self.W_enc, self.W_dec = zeros(f, d), zeros(f, d)
+        self.b_enc, self.b_dec = zeros(f), zeros(d)
+        if config.skip:
+            self.W_skip = zeros(d, d)
+        else:
+            self.register_parameter("W_skip", None)
+        self.activation = build_nonlinearity(config)
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """`x W_enc^T + b_enc`: [.., d] -> [.., F]. Differentiable."""
+        return functional.linear(x.to(self.W_enc.dtype), self.W_enc, self.b_enc)
+
+    def encode(self, x: Tensor) -> SparseCode:
+        """The active features at every token: [.., d] -> SparseCode [.., k]. Differentiable in input and weights."""
+        return self._encode(x)[0]
+
+    def _encode(self, x: Tensor) -> tuple[SparseCode, Tensor]:
+        rows = x.to(self.W_enc.dtype).reshape(-1, x.shape[-1])
+        with torch.no_grad():
+            pre = self.pre_activations(rows)
+            indices = self.activation.support(pre)
+        at_support = gather_pre_activations(pre, indices, rows, self.W_enc, self.b_enc)
+        values = self.activation.values(at_support, indices)
+        lead = x.shape[:-1]
+        return SparseCode(indices.view(*lead, -1), values.view(*lead, -1)), pre.view(*lead, -1)
+
+    def decode(self, code: SparseCode, x: Tensor | None = None) -> Tensor:
+        """`sum_f a_f W_dec[f] + b_dec (+ W_skip x)` -> [.., d].
+
+        Raises:
+            ValueError: when the transcoder has a skip path and `x` [.., d] is not given.
+        """
+        k = code.indices.shape[-1]
+        summed = sparse_decode(code.indices.reshape(-1, k), code.values.reshape(-1, k), self.W_dec)
+        out = summed.view(*code.indices.shape[:-1], -1) + self.b_dec
+        if self.W_skip is not None:
+            if x is None:
+                raise ValueError(f"the transcoder of layer {self.config.layer} has a skip path: decode needs its input")
+            out = out + functional.linear(x.to(self.W_skip.dtype), self.W_skip)
+        return out
+
+    def forward(self, x: Tensor) -> TranscoderOutput:
+        """Reconstruct the MLP output from the MLP input `x` [.., d]."""
+        code, pre = self._encode(x)
+        return TranscoderOutput(self.decode(code, x), code, pre)
+
+
+class TranscoderSet(nn.Module):
+    """The transcoders of a model's layers, `set[layer]`. Widths may differ by layer."""
+
+    def __init__(self, transcoders: Mapping[int, Transcoder], config: TranscoderSetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._by_layer = nn.ModuleDict({str(layer): transcoders[layer] for layer in sorted(transcoders)})
+
+    def __getitem__(self, layer: int) -> Transcoder:
+        try:
+            transcoder = self._by_layer[str(layer)]
+        except KeyError:
+            raise KeyError(f"no transcoder for layer {layer}; the set has layers {self.layers}") from None
+        assert isinstance(transcoder, Transcoder)
+        return transcoder
+
+    def __len__(self) -> int:
+        return len(self._by_layer)
+
+    def __contains__(self, layer: object) -> bool:
+        return str(layer) in self._by_layer
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that have a transcoder, ascending."""
+        return [int(key) for key in self._by_layer]
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers have a transcoder."""
+        return len(self._by_layer)
+
+    @property
+    def transcoders(self) -> dict[int, Transcoder]:
+        """Layer -> transcoder, ascending."""
+        return {layer: self[layer] for layer in self.layers}

@@ -1,0 +1,33 @@
+"""The tiny float64 cases as fixtures."""
+
+from collections.abc import Iterator
+
+import pytest
+from maths_cases import CASES, Case, make_case
+
+from vlmscope.models.precision import exact_float64
+
+
+@pytest.fixture(scope="session")
+def cases() -> dict[str, Case]:
+    """Cases made so far; a case costs a fraction of a second and serves all tests."""
+    return {}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Iterator[Case]:
+    """Each case in turn, with casts kept in float64 during the test."""
+    with exact_float64():
+        if request.param not in cases:
+            cases[request.param] = make_case(**CASES[request.param])
+        yield cases[request.param]
+
+
+@pytest.fixture
+def one_case(cases: dict[str, Case]) -> Iterator[Case]:
+    """The case that has everything at once: pictures, skip paths and biases."""
+    name = "one_image_skip_biases"
+    with exact_float64():
+        if name not in cases:
+            cases[name] = make_case(**CASES[name])
+        yield cases[name]

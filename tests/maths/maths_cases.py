@@ -1,0 +1,87 @@
+"""Tiny float64 cases on which the identities must hold: text only, one and two pictures, skip paths, biases, GQA."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlmscope.attribution.config import AttributionConfig
+from vlmscope.attribution.trace import attribute
+from vlmscope.core.graph import AttributionGraph, NodeKind
+from vlmscope.models.base import ModelInputs
+from vlmscope.models.loading import VLM
+from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.replacement.model import Replay, ReplacementModel, build_replacement
+from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import TranscoderSet
+
+PROMPT = "what is this planet ? red and blue"
+TOLERANCE = 1e-9  # relative to the sum of |incoming edges|
+
+CASES: dict[str, dict[str, Any]] = {
+    "text_only_model": {"text_only": True, "images": 0, "skip": False},
+    "text_in_multimodal": {"images": 0, "skip": True},
+    "one_image": {"images": 1, "skip": False},
+    "one_image_skip_biases": {"images": 1, "skip": True, "attention_bias": True},
+    "two_images_skip": {"images": 2, "skip": True},
+    "no_gqa": {"images": 1, "skip": False, "n_kv_heads": 4},
+    "all_sliding": {"images": 1, "skip": False, "layer_types": ("sliding_attention",) * 3},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model at one prompt with everything made from it, in float64."""
+
+    vlm: VLM
+    inputs: ModelInputs
+    transcoders: TranscoderSet
+    replacement: ReplacementModel
+    graph: AttributionGraph
+
+
+def config(**changes: Any) -> AttributionConfig:
+    """Settings that keep every feature and explain several logits."""
+    return AttributionConfig(**{"dtype": "float64", "logit_mass": 1.0, "max_logits": 5, **changes})
+
+
+def make_case(images: int, skip: bool, **model: Any) -> Case:
+    """Build a case; call it under `exact_float64`."""
+    vlm = tiny_gemma3(3, dtype=torch.float64, **model)
+    inputs = vlm.prepare(PROMPT, [tiny_image(number) for number in range(images)])
+    adapter = vlm.adapter
+    transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 5, skip=skip, seed=4, dtype=torch.float64)
+    replacement = build_replacement(vlm, transcoders, inputs)
+    return Case(vlm, inputs, transcoders, replacement, attribute(replacement, config(), vlm.tokenizer))
+
+
+def dense(graph: AttributionGraph) -> np.ndarray:
+    """The adjacency matrix, rows targets."""
+    out = np.zeros((graph.n_nodes, graph.n_nodes))
+    out[graph.edge_targets(), graph.indices] = graph.weights
+    return out
+
+
+def rows_of(graph: AttributionGraph) -> np.ndarray:
+    """Nodes that have a row: features, then logits."""
+    return np.concatenate([graph.nodes.of(NodeKind.FEATURE), graph.nodes.of(NodeKind.LOGIT)])
+
+
+def read_targets(graph: AttributionGraph, replay: Replay) -> np.ndarray:
+    """What a replay gives the graph's targets, in the order of `rows_of`."""
+    logits = replay.logits[-1]
+    centred = (logits - logits.mean()).numpy()[graph.nodes.index[graph.nodes.of(NodeKind.LOGIT)]]
+    return np.concatenate([replay.pre_activation.numpy(), centred])
+
+
+def sampled_features(case: Case) -> np.ndarray:
+    """Some feature nodes of every layer and some of the first position, which no one may drop."""
+    nodes = case.graph.nodes.of(NodeKind.FEATURE)
+    first = nodes[case.graph.nodes.position[nodes] == 0]
+    return np.unique(np.concatenate([nodes[::37], first[::4]]))
+
+
+def key_of(graph: AttributionGraph, node: int) -> tuple[int, int, int]:
+    table = graph.nodes
+    return int(table.layer[node]), int(table.position[node]), int(table.index[node])

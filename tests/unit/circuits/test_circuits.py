@@ -1,0 +1,219 @@
+"""Circuits: found where they were planted, saved and loaded, turned into plans, and measured."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vlmscope.circuits.circuit import Circuit, load_circuit, save_circuit
+from vlmscope.circuits.config import CircuitConfig, InterventionConfig, QuestionConfig
+from vlmscope.circuits.contrast import contrast_circuit
+from vlmscope.circuits.effects import flip_rate, in_scope, make_subject, specificity
+from vlmscope.circuits.flow import circuit_edges
+from vlmscope.circuits.plans import donor_activations, patch_plan, steer_plan, union
+from vlmscope.core.errors import UserError
+from vlmscope.core.ids import FeatureId
+from vlmscope.features.role_means import RoleMeans, role_means
+from vlmscope.interventions.run import run_edited
+from vlmscope.models.batching import make_batch
+from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.transcoders.init import random_set
+
+PROMPT = "what is this planet ?"
+N = 30
+
+
+@pytest.fixture(scope="module")
+def bench():
+    vlm = tiny_gemma3(5)
+    transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, N, 6, seed=6).requires_grad_(False)
+    batch = make_batch(vlm.adapter, [vlm.prepare(PROMPT, [tiny_image(i)]) for i in range(6)])
+    return vlm, transcoders, batch
+
+
+def planted(transcoders, feature: int, role: str, size: float) -> RoleMeans:
+    table = {r: {layer: torch.zeros(N) for layer in transcoders.layers} for r in ("image", "question", "last")}
+    for layer in transcoders.layers:
+        table[role][layer][feature] = size
+    return RoleMeans(table, {layer: torch.zeros(N) for layer in transcoders.layers}, 1)
+
+
+def two_concepts(transcoders, confirmed: bool = True) -> tuple[Circuit, dict[str, float]]:
+    means = {"mars": planted(transcoders, 3, "last", 2.0), "earth": planted(transcoders, 8, "image", 1.5)}
+    share = {"mars": 3, "earth": 8}
+    influence = {c: {FeatureId(layer, f): 0.1 for layer in transcoders.layers} for c, f in share.items()}
+    return contrast_circuit(transcoders, means, influence if confirmed else {"mars": {}, "earth": {}}, 4)
+
+
+def test_planted_features_are_found_at_their_role(bench) -> None:
+    _, transcoders, _ = bench
+    circuit, metrics = two_concepts(transcoders)
+    for concept, feature, role in (("mars", 3, "last"), ("earth", 8, "image")):
+        members = circuit.supernodes[concept].features
+        assert [m.feature for m in members] == [FeatureId(layer, feature) for layer in transcoders.layers]
+        assert {m.role for m in members} == {role}
+        assert float(circuit.levels[concept][role][0][0]) == {"mars": 2.0, "earth": 1.5}[concept]
+        assert metrics[f"circuit/{concept}/confirmed_frac"] == 1.0
+    assert circuit.size("mars", "earth") == 2 * transcoders.n_layers
+
+
+def test_features_without_influence_are_left_out(bench) -> None:
+    _, transcoders, _ = bench
+    circuit, metrics = two_concepts(transcoders, confirmed=False)
+    assert circuit.size("mars", "earth") == 0
+    assert metrics["circuit/mars/confirmed_frac"] == 0.0
+
+
+def test_saved_and_loaded_circuits_steer_alike(bench, tmp_path: Path) -> None:
+    vlm, transcoders, batch = bench
+    circuit, _ = two_concepts(transcoders)
+    save_circuit(circuit, tmp_path)
+    again = load_circuit(tmp_path)
+    plans = [steer_plan(c, "mars", "earth", batch.roles, 2.0) for c in (circuit, again)]
+    logits = [run_edited(vlm.adapter, transcoders, batch, plan) for plan in plans]
+    assert torch.equal(*logits)
+    assert [m.feature for m in again.supernodes["mars"].features] == [
+        m.feature for m in circuit.supernodes["mars"].features
+    ]
+    with pytest.raises(UserError, match="no supernode 'venus'"):
+        again.indices("venus")
+
+
+def test_steering_sets_levels_by_role(bench) -> None:
+    _, transcoders, batch = bench
+    circuit, _ = two_concepts(transcoders)
+    edit = steer_plan(circuit, "mars", "earth", batch.roles, 2.0)[0]
+    assert edit.features.tolist() == [3, 8]
+    new = edit.new(torch.full((1, batch.length, 2), 9.0))[0]
+    assert (new[:, 0] == 0).all()
+    image = torch.from_numpy(batch.roles == "image")
+    assert (new[image, 1] == 3.0).all()
+    assert (new[~image, 1] == 0).all()
+
+
+def test_patching_with_the_recipient_itself_changes_nothing(bench) -> None:
+    vlm, transcoders, batch = bench
+    circuit, _ = two_concepts(transcoders)
+    base = run_edited(vlm.adapter, transcoders, batch, {})
+    own = patch_plan(donor_activations(vlm.adapter, transcoders, batch, circuit), batch.roles)
+    assert torch.allclose(run_edited(vlm.adapter, transcoders, batch, own), base, atol=1e-5)
+    assert {layer: f.tolist() for layer, f in union(circuit).items()} == {i: [3, 8] for i in transcoders.layers}
+
+
+def test_patching_everything_reproduces_the_donor_at_a_layer(bench) -> None:
+    """All features of layer 0 from the donor: the layer then writes the donor's reconstruction plus its own error."""
+    vlm, transcoders, batch = bench
+    donors = batch.select([1, 2, 3, 4, 5, 0])
+    everything = {"all": planted(transcoders, 0, "last", 1.0), "none": planted(transcoders, 1, "last", 0.0)}
+    influence = {"all": {FeatureId(0, i): 1.0 for i in range(N)}, "none": {}}
+    for table in everything["all"].by_role.values():
+        table[0] += 1.0
+    circuit, _ = contrast_circuit(transcoders, everything, influence, N)
+    carried = donor_activations(vlm.adapter, transcoders, donors, circuit)
+    assert len(carried[0][0]) == N
+    seen = {}
+    for name, plan in (("base", {}), ("donor", {}), ("patched", {0: patch_plan(carried, batch.roles)[0]})):
+        target = vlm.adapter.norms(0).mlp_out_post
+        assert target is not None
+        handle = target.register_forward_hook(lambda _m, args, _o, name=name: seen.__setitem__(name, args[0]))
+        run_edited(vlm.adapter, transcoders, donors if name == "donor" else batch, plan)
+        handle.remove()
+    x = {}
+    for name, rows in (("base", batch), ("donor", donors)):
+        handle = vlm.adapter.mlp(0).register_forward_hook(lambda _m, args, _o, name=name: x.__setitem__(name, args[0]))
+        run_edited(vlm.adapter, transcoders, rows, {})
+        handle.remove()
+    error = seen["base"] - transcoders[0](x["base"]).reconstruction
+    expected = transcoders[0](x["donor"]).reconstruction + error
+    assert torch.allclose(seen["patched"], expected, atol=1e-5)
+
+
+def test_pooled_patch_gives_every_soft_token_the_mean(bench) -> None:
+    vlm, transcoders, batch = bench
+    circuit, _ = two_concepts(transcoders)
+    carried = donor_activations(vlm.adapter, transcoders, batch, circuit)
+    image = torch.from_numpy(batch.is_image)
+    edit = patch_plan(carried, batch.roles, strength=2.0, pooled=True)[1]
+    mean = carried[1][1][:, image].mean(1, keepdim=True) * 2.0
+    assert torch.allclose(edit.value[:, image], mean.expand(-1, int(image.sum()), -1))
+    assert torch.equal(edit.value[:, ~image], carried[1][1][:, ~image] * 2.0)
+
+
+def test_flip_rate_counts_donor_answers(bench) -> None:
+    vlm, transcoders, batch = bench
+    circuit, _ = two_concepts(transcoders)
+    means = {layer: torch.rand(N) for layer in transcoders.layers}
+    plan = steer_plan(circuit, "mars", "earth", batch.roles, 50.0)
+    after = run_edited(vlm.adapter, transcoders, batch, plan).argmax(-1)
+    token = int(after[0])
+    subject = make_subject(vlm.adapter, transcoders, "name", batch, 0, token)
+    rate, _ = flip_rate(vlm.adapter, transcoders, subject, plan, "free", means, controls=2)
+    assert rate.value == pytest.approx(float((after == token).double().mean()))
+    assert rate.control is not None
+
+
+def test_scopes_drop_layer_and_position(bench) -> None:
+    _, transcoders, batch = bench
+    circuit, _ = two_concepts(transcoders)
+    plan = steer_plan(circuit, "mars", "earth", batch.roles, 1.0)
+    assert set(in_scope(plan, "no_last_layer", batch.roles, 3)) == {0, 1, 2}
+    for edit in in_scope(plan, "no_last_position", batch.roles, 3).values():
+        assert edit.where.tolist() == [True] * (batch.length - 1) + [False]
+
+
+def test_specificity_is_zero_for_no_plan(bench) -> None:
+    vlm, transcoders, batch = bench
+    none = specificity(vlm.adapter, transcoders, [batch], lambda _roles: {})
+    assert none.kl == pytest.approx(0.0, abs=1e-9)
+    assert none.changed.value == 0.0
+    circuit, _ = two_concepts(transcoders)
+    some = specificity(vlm.adapter, transcoders, [batch], lambda r: steer_plan(circuit, "mars", "earth", r, 50.0))
+    assert some.kl > 1e-3
+
+
+def test_role_means_equal_a_plain_loop(bench) -> None:
+    vlm, transcoders, batch = bench
+    from vlmscope.activations.mlp_inputs import mlp_inputs
+
+    found = role_means(vlm.adapter, transcoders, [batch, batch.select([0])])
+    dense = transcoders[2].encode(mlp_inputs(vlm.adapter, batch, [2])[2]).dense(N)
+    both = torch.cat([dense, dense[:1]])
+    for role in ("image", "question", "last", "special"):
+        mask = torch.from_numpy(batch.roles == role)
+        assert torch.allclose(found.by_role[role][2], both[:, mask].mean((0, 1)), atol=1e-6)
+    assert torch.allclose(found.overall[2], both.mean((0, 1)), atol=1e-6)
+    assert found.prompts == 7
+
+
+def test_flow_sums_edges_between_supernodes(bench) -> None:
+    from vlmscope.attribution.config import AttributionConfig
+    from vlmscope.attribution.trace import trace
+    from vlmscope.core.graph import NodeKind
+
+    vlm, transcoders, _ = bench
+    pruned = trace(vlm, transcoders, vlm.prepare(PROMPT, [tiny_image(0)]), AttributionConfig()).pruned
+    graph = pruned.graph
+    nodes = [n for n in graph.nodes.of(NodeKind.FEATURE).tolist() if pruned.node_mask[n]]
+    members = {"a": {graph.nodes.feature_id(n) for n in nodes}}
+    edges = {(s, t): w for s, t, w in circuit_edges(pruned, members, min_share=0.0)}
+    logit = int(graph.nodes.of(NodeKind.LOGIT)[0])
+    row = slice(graph.indptr[logit], graph.indptr[logit + 1])
+    into = [
+        float(w)
+        for s, w, keep in zip(graph.indices[row], graph.weights[row], pruned.edge_mask[row], strict=True)
+        if keep and graph.nodes.kind[s] == NodeKind.FEATURE
+    ]
+    assert edges["a", f"answer: {graph.logit_tokens[0]}"] == pytest.approx(sum(into), rel=1e-5)
+
+
+def test_bad_settings_are_named() -> None:
+    question = QuestionConfig("what ?", {"mars": "red"})
+    with pytest.raises(UserError, match="needs two different concepts"):
+        CircuitConfig(["mars", "mars"], {})
+    with pytest.raises(UserError, match=r"questions.name.answers lacks earth"):
+        CircuitConfig(["mars", "earth"], {"name": question})
+    with pytest.raises(UserError, match="no mode 'fre'"):
+        InterventionConfig(modes=["fre"])
+    with pytest.raises(UserError, match="no scope 'last'"):
+        InterventionConfig(scopes=["last"])

@@ -1,0 +1,25 @@
+"""A tiny random model in float64 with random transcoders, and prompts as a batch."""
+
+import pytest
+import torch
+
+from vlmscope.models.batching import make_batch
+from vlmscope.models.precision import exact_float64
+from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.transcoders.init import random_set
+
+PROMPT = "what is this planet ?"
+
+
+@pytest.fixture(scope="session", params=["topk", "skip", "text_only"])
+def bench(request: pytest.FixtureRequest):
+    """(vlm, transcoders, inputs, batch) with and without W_skip, with pictures and without."""
+    text_only = request.param == "text_only"
+    with exact_float64():
+        vlm = tiny_gemma3(11, dtype=torch.float64, text_only=text_only)
+        adapter = vlm.adapter
+        skip = request.param == "skip"
+        transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 6, skip=skip, seed=6, dtype=torch.float64)
+        pictures = [[] if text_only else [tiny_image(i)] for i in range(3)]
+        inputs = [vlm.prepare(PROMPT, found) for found in pictures]
+        yield vlm, transcoders.requires_grad_(False), inputs, make_batch(adapter, inputs)

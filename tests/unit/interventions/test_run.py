@@ -1,0 +1,204 @@
+"""Edits do what they say in each of the three modes, also token by token."""
+
+import pytest
+import torch
+
+from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.core.errors import UserError
+from vlmscope.interventions.edits import (
+    LayerEdit,
+    at_positions,
+    merge,
+    position_mask,
+    scale_features,
+    set_features,
+    without_layers,
+)
+from vlmscope.interventions.frozen import base_run
+from vlmscope.interventions.generate import generate_edited, generate_ids
+from vlmscope.interventions.run import editing, run_edited
+from vlmscope.models.attention import recording_patterns
+from vlmscope.models.batching import make_batch
+from vlmscope.models.precision import exact_float64
+from vlmscope.replacement.model import build_replacement
+
+MODES = ("direct", "frozen_attention", "free")
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    with exact_float64():
+        yield
+
+
+def everywhere(batch) -> torch.Tensor:
+    return torch.ones(batch.length, dtype=torch.bool)
+
+
+def test_batch_equals_the_model_on_each_prompt(bench) -> None:
+    vlm, transcoders, inputs, batch = bench
+    logits = run_edited(vlm.adapter, transcoders, batch, {}, "free")
+    for row, one in enumerate(inputs):
+        assert torch.allclose(logits[row], vlm.model(**one.tensors).logits[0, -1], rtol=0, atol=1e-10)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3 or not vlm.adapter.has_vision
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_setting_features_to_what_they_are_changes_nothing(bench, mode: str) -> None:
+    vlm, transcoders, _, batch = bench
+    base = base_run(vlm.adapter, transcoders, batch)
+    plan = {}
+    for layer, x in base.mlp_in.items():
+        width = transcoders[layer].config.n_features
+        plan[layer] = set_features(torch.arange(width), transcoders[layer].encode(x).dense(width), everywhere(batch))
+    edited = run_edited(vlm.adapter, transcoders, batch, plan, mode, base)
+    assert torch.allclose(edited, base.logits, rtol=0, atol=1e-10)
+
+
+def test_direct_equals_the_replacement_model(bench) -> None:
+    """Two implementations: hooks on Hugging Face's modules, and the explicit affine replay."""
+    vlm, transcoders, inputs, _ = bench
+    batch = make_batch(vlm.adapter, inputs[1:2])
+    base = base_run(vlm.adapter, transcoders, batch)
+    replacement = build_replacement(vlm, transcoders, inputs[1])
+    table = replacement.feature_activations
+    for rows in ([0], [3, 17], list(range(len(table)))):
+        delta, plan = {}, {}
+        for row in rows:
+            layer, position, feature = int(table.layer[row]), int(table.position[row]), int(table.index[row])
+            value = float(table.activation[row])
+            delta[layer, position, feature] = 1.5 * value
+            where = torch.zeros(batch.length, dtype=torch.bool)
+            where[position] = True
+            plan.setdefault((layer, position), []).append((feature, where))
+        expected = replacement.direct(delta).logits[-1]
+        total = torch.zeros_like(expected)
+        for (layer, _), found in plan.items():  # direct effects add up: one run for each (layer, position)
+            features = torch.tensor([f for f, _ in found])
+            edit = scale_features(features, 2.5, found[0][1])
+            total += (run_edited(vlm.adapter, transcoders, batch, {layer: edit}, "direct", base) - base.logits)[0]
+        assert torch.allclose(total, expected, rtol=0, atol=1e-9)
+        assert expected.abs().max() > 1e-3
+
+
+def test_free_mode_adds_the_decoder_rows(bench) -> None:
+    """Against a hook written out by hand."""
+    vlm, transcoders, _, batch = bench
+    layer, features = 1, torch.tensor([4, 9, 30])
+    where = everywhere(batch)
+    where[0] = False
+    plan = {layer: set_features(features, torch.tensor([2.0, 0.0, 1.0]), where)}
+    transcoder = transcoders[layer]
+    seen = {}
+
+    def hook(_module, args, out):
+        current = transcoder.encode(args[0]).dense(40)[..., features]
+        seen["current"] = current
+        delta = (torch.tensor([2.0, 0.0, 1.0]) - current) * where[:, None]
+        return out + delta @ transcoder.W_dec[features]
+
+    handle = vlm.adapter.mlp(layer).register_forward_hook(hook)
+    expected = vlm.model(**batch.tensors).logits[:, -1]
+    handle.remove()
+    got = run_edited(vlm.adapter, transcoders, batch, plan, "free")
+    assert torch.allclose(got, expected, rtol=0, atol=1e-12)
+    assert (got - run_edited(vlm.adapter, transcoders, batch, {}, "free")).abs().max() > 1e-4
+
+
+def test_modes_differ_and_frozen_attention_keeps_patterns(bench) -> None:
+    vlm, transcoders, _, batch = bench
+    base = base_run(vlm.adapter, transcoders, batch)
+    plan = {0: scale_features(torch.arange(40), 3.0, everywhere(batch))}
+    found = {mode: run_edited(vlm.adapter, transcoders, batch, plan, mode, base) for mode in MODES}
+    for a, b in (("direct", "frozen_attention"), ("frozen_attention", "free")):
+        assert (found[a] - found[b]).abs().max() > 1e-6, (a, b)
+    with recording_patterns(vlm.adapter) as patterns, editing(vlm.adapter, transcoders, plan):
+        vlm.model(**batch.tensors)
+    assert (patterns[2] - base.patterns[2]).abs().max() > 1e-6
+    again = run_edited(vlm.adapter, transcoders, batch, {}, "free")
+    assert torch.equal(again, base.logits) or torch.allclose(again, base.logits, rtol=0, atol=1e-12)
+
+
+def test_generation_with_a_cache_equals_generation_without(bench) -> None:
+    """Greedy tokens under edits of prompt and generated tokens, against a full forward for each token."""
+    vlm, transcoders, inputs, _ = bench
+    one = inputs[0]
+    where = torch.ones(len(one), dtype=torch.bool)
+    features = torch.arange(10)
+    value = torch.linspace(1.0, 12.0, 10, dtype=torch.float64)
+    plan = {layer: set_features(features, value, where, value) for layer in transcoders.layers}
+    ids = generate_ids(vlm.adapter, one, transcoders, plan, max_new_tokens=5)
+    tensors = {k: v for k, v in one.tensors.items()}
+    tokens = []
+    for _ in range(5):
+        length = tensors["input_ids"].shape[1]
+        whole = {
+            layer: set_features(features, value, torch.ones(length, dtype=torch.bool)) for layer in transcoders.layers
+        }
+        with torch.no_grad(), editing(vlm.adapter, transcoders, whole):
+            token = int(vlm.model(**tensors, use_cache=False).logits[0, -1].argmax())
+        tokens.append(token)
+        if token in (vlm.tokenizer.eos_token_id,):
+            break
+        for name, extra in (("input_ids", token), ("attention_mask", 1), ("token_type_ids", 0)):
+            if name in tensors:
+                tensors[name] = torch.cat([tensors[name], torch.tensor([[extra]])], 1)
+    assert ids == tokens
+    assert generate_ids(vlm.adapter, one, max_new_tokens=5) != ids
+    text = generate_edited(vlm.adapter, vlm.tokenizer, one, transcoders, plan, max_new_tokens=5)
+    assert text == vlm.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_edits_on_prompt_only_leave_generated_tokens_alone(bench) -> None:
+    vlm, transcoders, inputs, _ = bench
+    none = {0: set_features(torch.arange(3), torch.ones(3), torch.zeros(len(inputs[0]), dtype=torch.bool))}
+    plain = generate_edited(vlm.adapter, vlm.tokenizer, inputs[0], max_new_tokens=4)
+    assert generate_edited(vlm.adapter, vlm.tokenizer, inputs[0], transcoders, none, max_new_tokens=4) == plain
+
+
+def test_merge_lets_the_later_edit_win() -> None:
+    where = torch.ones(4, dtype=torch.bool)
+    first = set_features(torch.tensor([1, 2]), torch.zeros(2), where, torch.zeros(2))
+    second = set_features(torch.tensor([2, 5]), torch.arange(8.0).view(4, 2), where, torch.tensor([9.0, 8.0]))
+    merged = merge([{0: first, 1: first}, {0: second}])
+    assert merged[0].features.tolist() == [1, 2, 5]
+    current = torch.full((1, 4, 3), 7.0)
+    assert merged[0].new(current)[0].tolist() == [[0, 0, 1], [0, 2, 3], [0, 4, 5], [0, 6, 7]]
+    assert merged[0].generated is not None
+    assert merged[0].generated.tolist() == [0, 9, 8]
+    assert merged[1] is first
+    with pytest.raises(UserError, match="different positions"):
+        merge([{0: first}, {0: at_positions({0: second}, torch.tensor([True, False, True, True]))[0]}])
+    assert set(without_layers(merged, [1])) == {0}
+
+
+def test_bad_requests_are_named(bench) -> None:
+    vlm, transcoders, inputs, batch = bench
+    where = everywhere(batch)
+    edit = LayerEdit(torch.tensor([40]), torch.zeros(1), torch.zeros(1), where)
+    with pytest.raises(UserError, match=r"feature 40 of layer 0, whose width is 40"):
+        run_edited(vlm.adapter, transcoders, batch, {0: edit})
+    with pytest.raises(UserError, match="names layer 9"):
+        run_edited(vlm.adapter, transcoders, batch, {9: edit})
+    with pytest.raises(UserError, match="unknown intervention mode 'frozen'"):
+        run_edited(vlm.adapter, transcoders, batch, {}, "frozen")
+    with pytest.raises(UserError, match="no position has role 'answer'"):
+        position_mask(batch.roles, "role_answer")
+    longer = vlm.prepare("what is this red planet ?", [])
+    with pytest.raises(UserError, match="must align"):
+        make_batch(vlm.adapter, [inputs[0], longer])
+
+
+def test_scopes_cover_the_prompt(bench) -> None:
+    *_, batch = bench
+    roles = batch.roles
+    masks = [position_mask(roles, f"role_{role}") for role in sorted(set(roles.tolist()))]
+    assert torch.stack(masks).sum(0).tolist() == [1] * batch.length
+    assert position_mask(roles, "no_last_position").tolist() == [True] * (batch.length - 1) + [False]
+
+
+def test_mlp_inputs_are_the_base_runs(bench) -> None:
+    vlm, transcoders, _, batch = bench
+    base = base_run(vlm.adapter, transcoders, batch)
+    for layer, x in mlp_inputs(vlm.adapter, batch, [0, 2]).items():
+        assert torch.allclose(x, base.mlp_in[layer], rtol=0, atol=1e-10)

@@ -1,0 +1,33 @@
+"""Rates, intervals and divergences against values known by hand or by another library."""
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax as scipy_log_softmax
+from scipy.stats import entropy
+
+from vlmscope.metrics.causal import bootstrap_rate, kl_divergence, log_softmax
+
+
+def test_bootstrap_interval_is_near_the_binomial_one() -> None:
+    rate = bootstrap_rate([True] * 30 + [False] * 70)
+    assert rate.value == pytest.approx(0.3)
+    spread = 1.96 * np.sqrt(0.3 * 0.7 / 100)
+    assert rate.ci_low == pytest.approx(0.3 - spread, abs=0.02)
+    assert rate.ci_high == pytest.approx(0.3 + spread, abs=0.02)
+    assert rate == bootstrap_rate([True] * 30 + [False] * 70)
+
+
+def test_unanimous_cases_do_not_claim_certainty() -> None:
+    assert bootstrap_rate([True] * 100).ci_low == pytest.approx(0.97)
+    assert bootstrap_rate([False] * 100).ci_high == pytest.approx(0.03)
+    with pytest.raises(ValueError, match="at least one case"):
+        bootstrap_rate([])
+
+
+def test_divergence_equals_scipys() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 6, 9)) * 4
+    assert np.allclose(log_softmax(a), scipy_log_softmax(a, axis=-1))
+    p, q = np.exp(scipy_log_softmax(a, axis=-1)), np.exp(scipy_log_softmax(b, axis=-1))
+    assert np.allclose(kl_divergence(a, b), entropy(p, q, axis=-1))
+    assert np.allclose(kl_divergence(a, a), 0)

@@ -1,0 +1,74 @@
+"""A run that was stopped and resumed ends with the same weights as one that was not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmscope.core.errors import UserError
+from vlmscope.data.orrery.dataset import OrreryDataConfig, ScenePool, build
+from vlmscope.data.orrery.facts import vocabulary
+from vlmscope.data.orrery.scene import KINDS
+from vlmscope.models.orrery.build import build_orrery
+from vlmscope.models.orrery.config import OrreryConfig
+from vlmscope.models.orrery.processor import build_processor
+from vlmscope.training.orrery_config import OrreryTrainingConfig, StageConfig
+from vlmscope.training.orrery_module import StepBatches, VlmModule
+from vlmscope.training.orrery_training import _fit, train_orrery
+from vlmscope.training.resume import load_checkpoint
+
+SMALL = OrreryConfig(d_model=16, n_layers=2, d_mlp=16, head_dim=4, vision_width=8, vision_layers=1, vision_mlp=8)
+BATCH = {"planets": 1, "digits": 1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    counts = {kind: 6 for kind in KINDS}
+    build(OrreryDataConfig(folder=str(folder), train=counts, val=counts, test=counts))
+    return folder
+
+
+def fit(data: Path, folder: Path, steps: int, resume: bool, total: int = 6) -> VlmModule:
+    processor = build_processor(vocabulary(), 64, 16)
+    stage = StageConfig(total, BATCH, warmup=2)
+    module = VlmModule(stage, build_orrery(SMALL, len(processor.tokenizer), 0), processor.tokenizer)
+    batches = StepBatches(ScenePool(data, "train"), StageConfig(steps, BATCH), lambda: module.steps_done, module.collate)
+    config = OrreryTrainingConfig(checkpoint_every=2, val_every=100)
+    _fit(module, batches, dict, config, folder, False, resume)
+    return module
+
+
+def test_resumed_equals_uninterrupted(data: Path, tmp_path: Path) -> None:
+    whole = fit(data, tmp_path / "whole", 6, resume=False)
+    fit(data, tmp_path / "cut", 3, resume=False)
+    resumed = fit(data, tmp_path / "cut", 6, resume=True)
+    assert resumed.steps_done == whole.steps_done == 6
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_corrupt_and_foreign_checkpoints_are_named(data: Path, tmp_path: Path) -> None:
+    module = fit(data, tmp_path, 2, resume=False)
+    path = tmp_path / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:50])
+    with pytest.raises(UserError, match="does not fit"):
+        load_checkpoint(path, module, None)
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="does not fit"):
+        load_checkpoint(path, torch.nn.Linear(2, 2), None)
+
+
+def test_both_stages_end_in_a_hugging_face_folder(data: Path, tmp_path: Path) -> None:
+    from transformers import AutoProcessor, Gemma3ForConditionalGeneration
+
+    config = OrreryTrainingConfig(
+        StageConfig(2, BATCH, warmup=1), StageConfig(2, BATCH, warmup=1), checkpoint_every=2, val_every=2
+    )
+    metrics, folder = train_orrery(data, SMALL, config, tmp_path, False, False, test_scenes=4)
+    assert {"test/accuracy/name", "test/accuracy_shuffled/sum", "test/accuracy/text_planet"} <= set(metrics)
+    assert sum(v for k, v in metrics.items() if k.startswith("test/six_fingers/")) == pytest.approx(1.0)
+    model = Gemma3ForConditionalGeneration.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert AutoProcessor.from_pretrained(folder).image_seq_length == 16

@@ -1,0 +1,161 @@
+"""Round trips compare outputs; every way a set can be wrong is one line that names the file."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from vlmscope.core.errors import UserError
+from vlmscope.transcoders.formats import load_set, save_set
+from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
+
+D, F, K, L = 6, 20, 4, 3
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_set(random_set(L, D, F, K, seed=1, model_name="tiny"), tmp_path)
+    return tmp_path
+
+
+def _x() -> torch.Tensor:
+    return torch.randn(10, D, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_loaded_set_computes_the_same(tmp_path: Path, skip: bool) -> None:
+    transcoders = random_set(L, D, F, K, skip=skip, seed=1, model_name="tiny")
+    save_set(transcoders, tmp_path)
+    loaded = load_set(tmp_path, n_layers=L, d_model=D)
+    assert loaded.config == transcoders.config
+    for layer in range(L):
+        assert loaded[layer].config == transcoders[layer].config
+        assert torch.equal(loaded[layer](_x()).reconstruction, transcoders[layer](_x()).reconstruction)
+
+
+def test_bfloat16_is_half_the_size_and_computed_in_float32(tmp_path: Path) -> None:
+    transcoders = random_set(1, 64, 256, K, seed=1)
+    save_set(transcoders, tmp_path / "float32")
+    save_set(transcoders, tmp_path / "bfloat16", dtype="bfloat16")
+    sizes = [(tmp_path / name / "layer_0.safetensors").stat().st_size for name in ("float32", "bfloat16")]
+    assert 0.48 < sizes[1] / sizes[0] < 0.52
+    rounded = transcoders.to(torch.bfloat16).to(torch.float32)
+    loaded = load_set(tmp_path / "bfloat16")
+    x = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
+    assert loaded[0].W_enc.dtype == torch.float32
+    assert torch.equal(loaded[0](x).reconstruction, rounded[0](x).reconstruction)
+    with pytest.raises(UserError, match="int8"):
+        save_set(transcoders, tmp_path, dtype="int8")
+
+
+def test_widths_may_differ_by_layer_and_layers_may_be_missing_if_nobody_asks_for_all(tmp_path: Path) -> None:
+    base = random_set(2, D, F, K)
+    wider = Transcoder(TranscoderConfig(D, 33, K, layer=2))
+    save_set(TranscoderSet({0: base[0], 2: wider}, base.config), tmp_path)
+    loaded = load_set(tmp_path)
+    assert loaded.layers == [0, 2] and loaded[2].W_enc.shape == (33, D)
+    with pytest.raises(UserError, match=r"layers 0, 2 \(2\), but the model has 3 layers"):
+        load_set(tmp_path, n_layers=3)
+
+
+def test_the_config_says_what_other_readers_look_for(saved: Path) -> None:
+    record = yaml.safe_load((saved / "config.yaml").read_text())
+    expected = {
+        "model_kind": "transcoder_set",
+        "model_name": "tiny",
+        "feature_input_hook": "mlp.hook_in",
+        "feature_output_hook": "mlp.hook_out",
+        "top_k": K,
+        "k": K,
+        "activation": "topk",
+        "layers": [0, 1, 2],
+        "num_model_layers": L,
+        "transcoders": ["layer_0.safetensors", "layer_1.safetensors", "layer_2.safetensors"],
+    }
+    assert {key: record[key] for key in expected} == expected
+    assert set(load_file(saved / "layer_0.safetensors")) == {"W_enc", "W_dec", "b_enc", "b_dec"}
+
+
+def test_a_bare_set_of_the_papers_code_is_read_with_its_k(saved: Path) -> None:
+    save_set(random_set(2, D, 60, 48, seed=1), saved)
+    (saved / "layer_2.safetensors").unlink()
+    (saved / "config.yaml").write_text("model_kind: transcoder_set\nmodel_name: x\n")
+    loaded = load_set(saved)
+    assert loaded.layers == [0, 1] and loaded.config.k == 48
+    assert (loaded.config.input_hook, loaded.config.output_hook) == ("mlp_in", "mlp_out")
+
+
+def _edit(folder: Path, **changes: object) -> None:
+    record = yaml.safe_load((folder / "config.yaml").read_text())
+    record |= changes
+    (folder / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in record.items() if v != "absent"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"activation": "gelu"}, "config.yaml.*unknown activation 'gelu'.*topk"),
+        ({"model_kind": "cross_layer_transcoder"}, "model_kind is 'cross_layer_transcoder'"),
+        ({"top_k": 5}, "top_k = 5 but k = 4"),
+        ({"top_k": 21, "k": 21}, "config.yaml.*k = 21"),
+        ({"top_k": "many", "k": "absent"}, "k must be a positive number"),
+        ({"layers": "all"}, "layers must be a list"),
+        ({"layers": [0, 1]}, "3 transcoders for 2"),
+        ({"transcoders": ["layer_0.safetensors", "../a.safetensors", "layer_2.safetensors"]}, "does not lie in"),
+        ({"transcoders": ["hf://a/b/c", "layer_1.safetensors", "layer_2.safetensors"]}, "does not lie in"),
+        ({"layers": [0, 1, 2, 3], "transcoders": "absent"}, r"layer_3.safetensors is missing \(layer 3"),
+        ({"transcoders": [1, 2, 3]}, "must be a list of file names"),
+    ],
+)
+def test_a_wrong_config_is_one_line(saved: Path, changes: dict[str, object], words: str) -> None:
+    _edit(saved, **changes)
+    with pytest.raises(UserError, match=words) as caught:
+        load_set(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_set_for_another_model_names_both_shapes(saved: Path) -> None:
+    with pytest.raises(UserError, match=r"layer_0.safetensors: W_enc has shape \(20, 6\).*\(20, 8\)"):
+        load_set(saved, d_model=8)
+    with pytest.raises(UserError, match=r"layers 0-2 \(3\), but the model has 4 layers \(0-3\)"):
+        load_set(saved, n_layers=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("W_dec", torch.zeros(D, F), r"W_dec has shape \(6, 20\), but W_enc \(20, 6\) asks for \(20, 6\)"),
+        ("b_enc", torch.zeros(D), r"b_enc has shape \(6,\).*\(20,\)"),
+        ("W_skip", torch.zeros(D, 2), r"W_skip has shape \(6, 2\).*\(6, 6\)"),
+        ("W_enc", torch.zeros(F), r"W_enc has shape \(20,\)"),
+        ("b_dec", torch.full((D,), float("nan")), "b_dec holds values that are not finite"),
+        ("b_dec", None, "lacks b_dec"),
+        ("threshold", torch.zeros(F), "holds threshold, which activation 'topk' does not use"),
+    ],
+)
+def test_wrong_tensors_are_one_line(saved: Path, name: str, tensor: torch.Tensor | None, words: str) -> None:
+    path = saved / "layer_1.safetensors"
+    tensors = load_file(path)
+    tensors.pop(name, None)
+    save_file(tensors if tensor is None else {**tensors, name: tensor}, path)
+    with pytest.raises(UserError, match=words) as caught:
+        load_set(saved)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_and_corrupt_files(saved: Path, tmp_path: Path) -> None:
+    path = saved / "layer_1.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match="layer_1.safetensors: not a complete safetensors file"):
+        load_set(saved)
+    path.unlink()
+    with pytest.raises(UserError, match="layer_1.safetensors is missing"):
+        load_set(saved)
+    with pytest.raises(UserError, match="config.yaml is missing"):
+        load_set(tmp_path / "nowhere")
+    (saved / "config.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="holds no keys"):
+        load_set(saved)

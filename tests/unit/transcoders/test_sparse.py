@@ -1,0 +1,70 @@
+"""The sparse kernels against dense algebra and finite differences."""
+
+import torch
+from torch import Tensor
+
+from vlmscope.transcoders.sparse import gather_pre_activations, sparse_decode, transposed_bags
+
+N, D, F, K = 7, 5, 11, 3
+
+
+def _problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x, w_enc, w_dec = (torch.randn(n, D, generator=g, dtype=dtype) for n in (N, F, F))
+    b_enc = torch.randn(F, generator=g, dtype=dtype)
+    indices = torch.stack([torch.randperm(F, generator=g)[:K] for _ in range(N)])
+    return x, w_enc, w_dec, b_enc, indices
+
+
+def test_decode_equals_the_dense_product_and_skips_nothing() -> None:
+    _, _, w_dec, _, indices = _problem()
+    values = torch.rand(N, K, dtype=torch.float64) + 0.1
+    dense = torch.zeros(N, F, dtype=torch.float64).scatter(1, indices, values)
+    torch.testing.assert_close(sparse_decode(indices, values, w_dec), dense @ w_dec, rtol=0, atol=1e-12)
+
+
+def test_decode_gradients() -> None:
+    _, _, w_dec, _, indices = _problem()
+    values = torch.rand(N, K, dtype=torch.float64)
+    values[0] = 0.0  # a padded row still has a gradient to its values
+    assert torch.autograd.gradcheck(
+        lambda v, w: sparse_decode(indices, v, w), (values.requires_grad_(), w_dec.requires_grad_())
+    )
+
+
+def test_gather_gradients() -> None:
+    x, w_enc, _, b_enc, indices = _problem()
+
+    def at_support(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return gather_pre_activations((x @ w.T + b).detach(), indices, x, w, b)
+
+    assert torch.autograd.gradcheck(at_support, tuple(t.requires_grad_() for t in (x, w_enc, b_enc)))
+
+
+def test_backward_passes_only_through_the_support() -> None:
+    x, w_enc, _, b_enc, indices = _problem()
+    for tensor in (w_enc, b_enc):
+        tensor.requires_grad_()
+    pre = (x @ w_enc.T + b_enc).detach()
+    gather_pre_activations(pre, indices, x, w_enc, b_enc).sum().backward()
+    never = torch.bincount(indices.flatten(), minlength=F) == 0
+    assert never.any() and w_enc.grad is not None
+    assert (w_enc.grad[never] == 0).all() and (w_enc.grad[~never] != 0).any()
+
+
+def test_transposed_bags_handles_unused_features_at_both_ends_and_no_tokens() -> None:
+    indices = torch.tensor([[3, 5], [5, 4]])
+    rows = torch.tensor([[1.0, 2.0], [10.0, 20.0]])
+    out = transposed_bags(indices, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), rows, 8)
+    expected = torch.zeros(8, 2)
+    expected[3], expected[4] = rows[0], 4 * rows[1]
+    expected[5] = 2 * rows[0] + 3 * rows[1]
+    assert torch.equal(out, expected)
+    assert transposed_bags(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2), rows[:0], 8).shape == (8, 2)
+
+
+def test_float32_agrees_with_float64() -> None:
+    _, _, w_dec, _, indices = _problem()
+    values = torch.rand(N, K, dtype=torch.float64)
+    exact = sparse_decode(indices, values, w_dec)
+    torch.testing.assert_close(sparse_decode(indices, values.float(), w_dec.float()).double(), exact, atol=1e-5, rtol=0)

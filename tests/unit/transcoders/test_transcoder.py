@@ -1,0 +1,112 @@
+"""The transcoder against its equation, written densely."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlmscope.core.errors import UserError
+from vlmscope.transcoders.init import Standardisation, fold, random_set
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
+
+D, F, K = 6, 20, 4
+
+
+def _dense(transcoder: Transcoder, x: Tensor) -> Tensor:
+    """`a W_dec + b_dec + W_skip x` with a dense `a` that keeps the K largest rectified pre-activations."""
+    pre = (x @ transcoder.W_enc.T + transcoder.b_enc).relu()
+    threshold = pre.sort(-1, descending=True).values[..., K - 1 : K]
+    a = torch.where(pre >= threshold, pre, 0)
+    skip = 0 if transcoder.W_skip is None else x @ transcoder.W_skip.T
+    return a @ transcoder.W_dec + transcoder.b_dec + skip
+
+
+def _one(skip: bool) -> tuple[Transcoder, Tensor]:
+    transcoder = random_set(1, D, F, K, skip=skip, seed=3, dtype=torch.float64)[0]
+    return transcoder, torch.randn(2, 9, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_forward_is_the_equation(skip: bool) -> None:
+    transcoder, x = _one(skip)
+    out = transcoder(x)
+    torch.testing.assert_close(out.reconstruction, _dense(transcoder, x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(out.pre, transcoder.pre_activations(x), rtol=0, atol=0)
+    torch.testing.assert_close(transcoder.decode(transcoder.encode(x), x), out.reconstruction, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_gradients_are_those_of_the_dense_equation(skip: bool) -> None:
+    transcoder, x = _one(skip)
+    x.requires_grad_()
+    inputs = [x, *transcoder.parameters()]
+    g = torch.randn(2, 9, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    sparse = torch.autograd.grad((transcoder(x).reconstruction * g).sum(), inputs)
+    dense = torch.autograd.grad((_dense(transcoder, x) * g).sum(), inputs)
+    for ours, theirs in zip(sparse, dense, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+def test_no_more_than_k_features_and_none_below_zero() -> None:
+    transcoder, x = _one(False)
+    with torch.no_grad():
+        transcoder.b_enc.sub_(1.2)  # now many tokens have fewer than K positive pre-activations
+    code = transcoder.encode(x)
+    positive = (transcoder.pre_activations(x) > 0).sum(-1)
+    assert (positive < K).any() and (positive > K).any()
+    assert torch.equal(code.active.sum(-1), positive.clamp(max=K))
+    assert (code.values >= 0).all()
+    dense = code.dense(F)
+    assert dense.shape == (2, 9, F) and torch.equal((dense > 0).sum(-1), code.active.sum(-1))
+
+
+def test_decode_without_the_input_of_a_skip_path_is_refused() -> None:
+    transcoder, x = _one(True)
+    with pytest.raises(ValueError, match="skip path"):
+        transcoder.decode(transcoder.encode(x))
+
+
+def test_random_sets_depend_on_the_seed_alone_and_are_nowhere_zero() -> None:
+    first, again, other = (random_set(2, D, F, K, skip=True, seed=s) for s in (0, 0, 1))
+    for (_, a), (_, b), (_, c) in zip(
+        first.named_parameters(), again.named_parameters(), other.named_parameters(), strict=True
+    ):
+        assert torch.equal(a, b) and not torch.equal(a, c) and (a != 0).all()
+    assert not torch.equal(first[0].W_enc, first[1].W_enc)
+
+
+def test_a_set_may_hold_some_layers_of_different_widths() -> None:
+    transcoders = {layer: Transcoder(TranscoderConfig(D, F + layer, K, layer=layer)) for layer in (5, 2)}
+    some = TranscoderSet(transcoders, random_set(1, D, F, K).config)
+    assert some.layers == [2, 5] and some.n_layers == len(some) == 2
+    assert some[5].config.n_features == F + 5 and 2 in some and 3 not in some
+    with pytest.raises(KeyError, match="layer 3"):
+        some[3]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"k": 21}, "k = 21"), ({"k": 0}, "k = 0"), ({"d_model": 0}, "d_model 0"), ({"activation": "gelu"}, "gelu.*topk")],
+)
+def test_impossible_configurations_are_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        settings: dict[str, Any] = {"d_model": D, "n_features": F, "k": K}
+        Transcoder(TranscoderConfig(**(settings | change)))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_folding_a_standardisation_changes_nothing_but_coordinates(skip: bool) -> None:
+    transcoder, x = _one(skip)
+    x = x.reshape(-1, D) * 3 + 7
+    y = torch.randn(18, D, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 0.01 - 2
+    standard = Standardisation.fit(x, y)
+    x_standard, y_standard = standard.apply(x, y)
+    for tensor in (x_standard, y_standard):
+        torch.testing.assert_close(tensor.mean(0), torch.zeros(D, dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(tensor.square().mean(), torch.tensor(1.0, dtype=torch.float64))
+    inside, outside = transcoder(x_standard), fold(transcoder, standard)(x)
+    back = inside.reconstruction * standard.y_scale + standard.y_mean
+    torch.testing.assert_close(outside.reconstruction, back, rtol=0, atol=1e-12)
+    torch.testing.assert_close(outside.code.values, inside.code.values, rtol=0, atol=1e-11)
+    assert torch.equal(outside.code.indices, inside.code.indices)

@@ -1,4 +1,4 @@
-"""vlmscope opens up vision-language models: transcoders, attribution graphs, and proof that a circuit causes an answer."""
+"""vlmscope opens up vision-language models: transcoders, attribution graphs, proof that a circuit causes an answer."""
 
 import importlib
 from typing import Any

@@ -86,8 +86,11 @@ def _say(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
-def _check_flags(argv: Sequence[str]) -> None:
-    """Let Hydra's parser look at the flags first: its own errors print a usage page and exit."""
+def _checked(argv: Sequence[str]) -> list[str]:
+    """The command line with its overrides before its flags, so that they may be mixed; argparse takes them only so.
+
+    Hydra's parser looks at the flags here, since its own errors print a usage page and exit.
+    """
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
@@ -96,12 +99,18 @@ def _check_flags(argv: Sequence[str]) -> None:
         raise UserError(f"{message}; see python run.py --help")
 
     parser.error = refuse
-    args: argparse.Namespace = parser.parse_args(list(argv))
+    args: argparse.Namespace = parser.parse_intermixed_args(list(argv))
+    if args.experimental_rerun is not None:
+        raise UserError("--experimental-rerun reads a pickle, which vlmscope never does; use the run's config.yaml")
     chosen = [args.run, args.multirun, args.cfg is not None, args.info is not None, args.shell_completion]
     if sum(map(bool, chosen)) > 1:
         raise UserError("--run, --multirun, --cfg, --info and --shell-completion exclude each other; give one")
     if args.resolve and args.cfg is None:
         raise UserError("--resolve goes with --cfg; add --cfg job")
+    flags = list(argv)
+    for override in args.overrides:
+        flags.remove(override)
+    return [*args.overrides, *flags]
 
 
 def _flat_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
@@ -165,7 +174,7 @@ def _run_job(cfg: Any) -> None:
 
 
 def _job(failures: _Failures) -> Callable[[Any], None]:
-    """`_run_job` that keeps its failure: raised, Hydra would print a line of its own; and a sweep's other jobs go on."""
+    """`_run_job` that keeps its failure: raised, Hydra would print a line of its own, and a sweep's others go on."""
     from vlmscope.config.errors import CONFIG_ERRORS, one_line
 
     def job(cfg: Any) -> None:
@@ -206,12 +215,12 @@ def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
     from vlmscope.config.verbatim import quote_arguments
     from vlmscope.tasks import registry
 
-    _check_flags(argv)
+    arguments = quote_arguments(_checked(argv))
     register(registry.configs())
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job(failures))
     try:
-        with _hydra_process(quote_arguments(argv)):
+        with _hydra_process(arguments):
             entry()
     except SweepRefused as error:
         raise UserError(str(error)) from error

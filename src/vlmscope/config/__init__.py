@@ -1,4 +1,4 @@
-"""The configuration: dataclass schemas, their registration with Hydra, and what stands between a command line and them."""
+"""The configuration: dataclass schemas, their registration with Hydra, and all between a command line and them."""
 
 from vlmscope.config.schema import AppConfig
 

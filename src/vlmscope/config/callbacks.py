@@ -1,5 +1,6 @@
 """Hydra callbacks: the tracked parent of a sweep."""
 
+from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -12,11 +13,11 @@ from vlmscope.tracking import sweep
 
 
 class SweepRefused(BaseException):
-    """A sweep that must not start. Not an `Exception`, since Hydra turns those of callbacks into warnings and goes on."""
+    """A sweep that must not start. Not an `Exception`, since Hydra only warns of those in callbacks."""
 
 
 class SweepParent(Callback):
-    """Opens the parent run when a sweep starts. `vlmscope.app` closes it, since Hydra skips its end when a job fails."""
+    """Opens the parent run when a sweep starts. `vlmscope.app` closes it, since Hydra may skip a sweep's end."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Open the parent run.
@@ -36,3 +37,7 @@ class SweepParent(Callback):
             raise SweepRefused(str(error)) from error
         except OSError as error:
             raise SweepRefused(f"cannot write {folder}: {error.strerror}; choose another hydra.sweep.dir") from error
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print the folder of the whole sweep, after those of its jobs."""
+        print(Path(config.hydra.sweep.dir).resolve(), flush=True)

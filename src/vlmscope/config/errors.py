@@ -24,7 +24,9 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     if near:
         return f"did you mean {near[0]!r}?"
-    return f"choose one of {', '.join(names)}" if 0 < len(names) <= 12 else "`python run.py task=list` shows the choices"
+    return (
+        f"choose one of {', '.join(names)}" if 0 < len(names) <= 12 else "`python run.py task=list` shows the choices"
+    )
 
 
 def _one_line(text: object) -> str:

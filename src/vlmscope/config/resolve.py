@@ -46,7 +46,7 @@ def _refuse_unknown_keys(node: Any, prefix: str = "") -> None:
     known = [item.name for item in fields(schema)] if is_dataclass(schema) else None
     for key in map(str, node):
         if known is not None and key not in known:
-            raise UserError(f"no key {prefix + key!r}; {suggestion(key, known)}")
+            raise UserError(f"no key {prefix + key!r}; {suggestion(prefix + key, [prefix + name for name in known])}")
         if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
             _refuse_unknown_keys(node[key], f"{prefix}{key}.")
 

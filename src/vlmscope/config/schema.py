@@ -1,6 +1,6 @@
 """The shape of the whole configuration: one dataclass a group, so that Hydra refuses a key that does not exist.
 
-A component whose settings belong to it alone keeps its dataclass beside its code (`attribution`, `tracking`, each task);
+A component with settings of its own keeps its dataclass beside its code (`attribution`, `tracking`, each task);
 the ones here are read by several tasks. Defaults are values that suit two CPU cores.
 """
 
@@ -108,7 +108,7 @@ class AppConfig:
 
     `image` is a path or a list of paths on the command line and always a list of paths (or None) in a task; `prompt`
     holds the text of `prompt_file` when that was given. `images` names the user's own picture sets. `task`,
-    `transcoder` and `study` hold the dataclass (or mapping) of the chosen option; `circuit` is None unless one is chosen.
+    `transcoder` and `study` hold the dataclass (or mapping) of the chosen option; `circuit` may be None.
     """
 
     task: Any = MISSING

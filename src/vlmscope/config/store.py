@@ -31,7 +31,7 @@ def _named(name: str, config: type) -> type:
 
 
 def register(task_configs: Mapping[str, type]) -> None:
-    """Tell Hydra about every schema. `task_configs` maps a task's name to its `Config` dataclass. May be called again."""
+    """Tell Hydra about every schema. `task_configs` maps a task's name to its `Config` dataclass. Repeatable."""
     store = ConfigStore.instance()
     store.store(name="app_schema", node=AppConfig)
     store.store(group="transcoder", name="set_schema", node=TranscoderSetConfig)

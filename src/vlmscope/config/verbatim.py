@@ -39,5 +39,5 @@ def _rewrite(argument: str) -> str:
 
 
 def quote_arguments(argv: Sequence[str]) -> list[str]:
-    """The command line with `prompt=`, `prompt_file=`, `image=<existing file>` and `images.<name>=` made safe for Hydra."""
+    """The command line, its `prompt=`, `prompt_file=`, `image=<existing file>` and `images.<name>=` safe for Hydra."""
     return [_rewrite(argument) for argument in argv]

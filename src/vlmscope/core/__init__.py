@@ -1,1 +1,1 @@
-"""Typed ids, result records, seeds, artifact input/output and errors: what every other package may import (no torch)."""
+"""Typed ids, result records, seeds, artifact input/output and errors: what all packages may import (no torch)."""

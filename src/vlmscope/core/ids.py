@@ -12,7 +12,7 @@ class FeatureId(NamedTuple):
     """One latent of one layer's transcoder. Sorts by layer, then index; prints as `L3/512`."""
 
     layer: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]  # a feature id is never searched with tuple.index
 
     def __str__(self) -> str:
         return f"L{self.layer}/{self.index}"

@@ -1,4 +1,4 @@
-"""Records that refer to pictures and to parts of them; opening image files is the business of `vlmscope.data.images`."""
+"""Records that refer to pictures and to parts of them; image files are opened by `vlmscope.data.images`."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

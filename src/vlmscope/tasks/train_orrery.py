@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    """Sizes and both stages. `max_steps`, when set, shortens both (for a try); the data come from `data.path`."""
+    """Sizes and stages. `max_steps`, when set, shortens each stage (for a try); the data come from `data.path`."""
 
     architecture: OrreryConfig = field(default_factory=OrreryConfig)
     training: OrreryTrainingConfig = field(default_factory=OrreryTrainingConfig)
@@ -34,7 +34,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     limit_threads(cfg)
     task: Config = cfg.task
     if task.max_steps is not None:
-        for stage in (task.training.tower, task.training.vlm):
+        for stage in (task.training.tower, task.training.vlm, task.training.polish):
             stage.max_steps = min(stage.max_steps, task.max_steps)
             stage.warmup = min(stage.warmup, max(stage.max_steps // 4, 1))
     metrics, _ = train_orrery(

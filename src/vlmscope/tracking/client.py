@@ -30,7 +30,7 @@ _QUIET = {
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The database file of an `sqlite:///` URI (relative ones start at the current folder), or None for another kind."""
+    """The database file of an `sqlite:///` URI (relative to the current folder), or None for another kind of URI."""
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 

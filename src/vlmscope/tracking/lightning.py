@@ -7,8 +7,8 @@ hands metrics on, since the app has logged the configuration and ends the run.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.loggers.logger import Logger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 if TYPE_CHECKING:
     from vlmscope.tracking.run import TrackedRun

@@ -6,12 +6,20 @@ from importlib import metadata
 from pathlib import Path
 
 _PACKAGES = (
-    "vlmscope", "torch", "transformers", "tokenizers", "pytorch-lightning", "hydra-core", "mlflow", "numpy", "safetensors",
-)  # fmt: skip
+    "vlmscope",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "pytorch-lightning",
+    "hydra-core",
+    "mlflow",
+    "numpy",
+    "safetensors",
+)
 
 
 def git_state() -> tuple[str, bool]:
-    """The commit of the clone that this code runs from and whether files differ from it; ("none", False) without git."""
+    """The commit that this code runs from and whether tracked files differ from it; ("none", False) without git."""
     folder = Path(__file__).resolve().parent
     try:
         commit, changes = (

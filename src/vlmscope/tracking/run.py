@@ -33,7 +33,7 @@ class TrackedRun(Protocol):
         ...
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log a (nested) mapping as flat parameters. A parameter that has another value already keeps it (see there)."""
+        """Log a (nested) mapping as flat parameters; one that has another value already keeps it."""
         ...
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

@@ -15,7 +15,7 @@ _URI = "VLMSCOPE_MLFLOW_URI"
 
 
 def open_parent(config: TrackingConfig, sweep_dir: str | Path, experiment: str, overrides: Sequence[str]) -> str:
-    """Open (or, in the folder of an earlier sweep, continue) the parent run and make it known to jobs; returns its id."""
+    """Open the parent run, or continue that of an earlier sweep in this folder; jobs find it. Returns its id."""
     folder = Path(sweep_dir)
     folder.mkdir(parents=True, exist_ok=True)
     client = open_client(config.uri)
@@ -34,7 +34,9 @@ def parent_id() -> str:
     """
     run_id = os.environ.get(_PARENT)
     if run_id is None:
-        raise UserError("this job's sweep has no tracked parent (see the warning above); mend that or use tracking=none")
+        raise UserError(
+            "this job's sweep has no tracked parent (see the warnings above); mend that or add tracking=none"
+        )
     return run_id
 
 

@@ -20,7 +20,7 @@ class StageConfig:
 
 @dataclass
 class OrreryTrainingConfig:
-    """Both stages of `task=train_orrery`."""
+    """The stages of `task=train_orrery`. `polish` gives counting and sums, which lag behind, a larger share."""
 
     tower: StageConfig = field(
         default_factory=lambda: StageConfig(2400, {"planets": 8, "digits": 24, "shapes": 10, "hands": 6})
@@ -28,6 +28,11 @@ class OrreryTrainingConfig:
     vlm: StageConfig = field(
         default_factory=lambda: StageConfig(
             2800, {"planets": 5, "digits": 12, "shapes": 4, "hands": 2, "text": 2}, lr=8e-4, tower_rate=0.25, seed=1
+        )
+    )
+    polish: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            600, {"planets": 4, "digits": 8, "shapes": 9, "hands": 3, "text": 2}, lr=4e-4, tower_rate=0.5, seed=2
         )
     )
     checkpoint_every: int = 200

@@ -1,7 +1,7 @@
-"""Training of Orrery in two stages, as real VLMs do it: the vision tower first, then the whole model.
+"""Training of Orrery in stages, as real VLMs do it: the vision tower first, then the whole model.
 
-Stage 1 trains the SigLIP tower on the facts of the scenes with linear heads over its pooled patches. Stage 2 trains the
-VLM on packed questions (loss on every answer token), the tower at a fraction of the rate.
+Stage 1 trains the SigLIP tower on the facts of the scenes with linear heads over its pooled patches. Then the
+VLM learns packed questions (loss on every answer token), the tower at a fraction of the rate.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class StepBatches(IterableDataset):
 
 
 class ScheduledModule(pl.LightningModule):
-    """What both stages share: the step count, AdamW with two rates, and the schedule."""
+    """What all stages share: the step count, AdamW with two rates, and the schedule."""
 
     def __init__(self, config: StageConfig) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def tower_batch(scenes: list[Scene], step: int) -> tuple[Tensor, dict[str, Tenso
 
 
 class VlmModule(ScheduledModule):
-    """Stage 2: all of Orrery on packed questions."""
+    """Second and third stage: all of Orrery on packed questions."""
 
     def __init__(self, config: StageConfig, model: Any, tokenizer: Any) -> None:
         super().__init__(config)

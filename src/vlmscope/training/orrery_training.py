@@ -1,8 +1,9 @@
-"""Runs both stages of Orrery's training and saves the model in Hugging Face layout."""
+"""Runs the stages of Orrery's training and saves the model in Hugging Face layout."""
 
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,12 @@ def train_orrery(
     resume: bool,
     test_scenes: int | None = None,
 ) -> tuple[dict[str, float], Path]:
-    """Train tower, then VLM; save to `run_dir/model`; return test metrics and that folder.
+    """Train the tower, then the VLM; save to `run_dir/model`; return test metrics and that folder.
 
     Args:
         data: folder with Orrery's shards (`task=build_data`).
         architecture: sizes of the model.
-        config: both stages.
+        config: all stages.
         run_dir: checkpoints and model go here.
         logger: a Lightning logger, or False.
         resume: go on from the checkpoints in `run_dir`.
@@ -85,16 +86,17 @@ def train_orrery(
         logger,
         resume,
     )
-    vlm = VlmModule(config.vlm, model, processor.tokenizer)
-    _fit(
-        vlm,
-        StepBatches(pools["train"], config.vlm, lambda: vlm.steps_done, vlm.collate),
-        lambda: {f"val/accuracy/{k}": v for k, v in vlm_accuracy(vlm, pools["val"], VAL_SCENES).items()},
-        config,
-        run_dir / "vlm",
-        logger,
-        resume,
-    )
+    for name, stage in (("vlm", config.vlm), ("polish", config.polish)):
+        vlm = VlmModule(stage, model, processor.tokenizer)
+        _fit(
+            vlm,
+            StepBatches(pools["train"], stage, partial(getattr, vlm, "steps_done"), vlm.collate),
+            partial(validation, vlm, pools["val"]),
+            config,
+            run_dir / name,
+            logger,
+            resume,
+        )
     model.to(torch.bfloat16).to(torch.float32)  # what is shipped is bf16: measure that
     vlm.eval()
     metrics = {f"test/accuracy/{k}": v for k, v in vlm_accuracy(vlm, pools["test"], test_scenes).items()}
@@ -106,6 +108,11 @@ def train_orrery(
     processor.save_pretrained(folder)
     write_json(folder / "metrics.json", metrics)
     return metrics, folder
+
+
+def validation(vlm: VlmModule, pool: ScenePool) -> dict[str, float]:
+    """Accuracies on the first validation scenes, under the names that the logger gets."""
+    return {f"val/accuracy/{k}": v for k, v in vlm_accuracy(vlm, pool, VAL_SCENES).items()}
 
 
 def tower_accuracy(tower: TowerModule, pool: ScenePool) -> dict[str, float]:

@@ -60,11 +60,11 @@ def test_corrupt_and_foreign_checkpoints_are_named(data: Path, tmp_path: Path) -
         load_checkpoint(path, torch.nn.Linear(2, 2), None)
 
 
-def test_both_stages_end_in_a_hugging_face_folder(data: Path, tmp_path: Path) -> None:
+def test_all_stages_end_in_a_hugging_face_folder(data: Path, tmp_path: Path) -> None:
     from transformers import AutoProcessor, Gemma3ForConditionalGeneration
 
     config = OrreryTrainingConfig(
-        StageConfig(2, BATCH, warmup=1), StageConfig(2, BATCH, warmup=1), checkpoint_every=2, val_every=2
+        *(StageConfig(2, BATCH, warmup=1) for _ in range(3)), checkpoint_every=2, val_every=2
     )
     metrics, folder = train_orrery(data, SMALL, config, tmp_path, False, False, test_scenes=4)
     assert {"test/accuracy/name", "test/accuracy_shuffled/sum", "test/accuracy/text_planet"} <= set(metrics)

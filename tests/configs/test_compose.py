@@ -1,0 +1,123 @@
+"""Every experiment and every option composes; a key that does not exist fails."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from vlmscope.config import AppConfig, catalog
+from vlmscope.config.errors import CONFIG_ERRORS, one_line
+from vlmscope.config.paths import conf_dir
+from vlmscope.config.resolve import to_app_config
+from vlmscope.config.store import register
+from vlmscope.config.verbatim import quote_arguments
+from vlmscope.core.errors import UserError
+from vlmscope.tasks import registry
+
+EXPERIMENTS = sorted(catalog.options("experiment"))
+OPTIONS = [
+    f"{group}={name}"
+    for group in ("model", "data", "transcoder", "optim", "trainer", "tracking", "attribution", "intervention", "debug")
+    for name in catalog.options(group)
+]
+
+
+@pytest.fixture(autouse=True)
+def hydra() -> Iterator[None]:
+    register(registry.configs())
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> AppConfig:
+    quoted = quote_arguments(overrides)
+    return to_app_config(compose("config", quoted), quoted)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiments_compose(experiment: str) -> None:
+    config = composed(f"experiment={experiment}")
+    assert config.task.name in registry.summaries()
+    assert catalog.options("experiment")[experiment], "the first comment line of an experiment is its description"
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_compose(option: str) -> None:
+    paths = [f"{option.split('=')[0]}.path=/x"] if option.endswith("=path") else []
+    composed(option, *paths)
+    group, name = option.split("=")
+    assert catalog.options(group)[name], f"conf/{group}/{name}.yaml starts with a comment that says what it is"
+
+
+@pytest.mark.parametrize("task", sorted(registry.summaries()))
+def test_tasks_compose_and_say_what_they_do(task: str) -> None:
+    config = composed(f"task={task}")
+    assert config.task.name == task
+    assert isinstance(config.task, registry.load(task).config)
+    assert registry.summaries()[task]
+
+
+def test_experiments_stay_short() -> None:
+    for name in EXPERIMENTS:
+        assert len((conf_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()) <= 40, name
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.max_step=3", "did you mean trainer.max_steps"),
+        ("+trainer.max_step=3", "did you mean 'trainer.max_steps'"),
+        ("modle=orrery", "did you mean model"),
+        ("+modle=orrery", "did you mean 'model'"),
+        ("model=orery", "did you mean 'orrery'"),
+        ("task=trac", "did you mean 'trace'"),
+        ("tracking.urj=x", "did you mean tracking.uri"),
+        ("seed=abc", "seed: .*Integer"),
+        ("seed=[1", "cannot read the override"),
+        ("optim.schedule=cosin", "did you mean 'cosine'"),
+        ("trainer.max_steps=0", "at least 1"),
+        ("model=path", "model.path has no value"),
+        ("image=3", "path or a list of paths"),
+        ("study=nothing", "no study named|no study=nothing|there is no study"),
+    ],
+)
+def test_mistakes_are_one_line_with_the_nearest_name(override: str, words: str) -> None:
+    with pytest.raises((UserError, *CONFIG_ERRORS)) as raised:
+        composed(override)
+    error = raised.value
+    message = str(error) if isinstance(error, UserError) else one_line(error)
+    assert "\n" not in message
+    assert re.search(words, message), message
+
+
+def test_a_misspelt_key_in_an_experiment_fails_and_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "wrong.yaml").write_text("# @package _global_\ntrainer:\n  max_step: 3\n")
+    with pytest.raises(CONFIG_ERRORS) as raised:
+        compose("config", ["experiment=wrong", f"hydra.searchpath=[file://{tmp_path}]"])
+    assert "experiment/wrong" in one_line(raised.value)
+    assert "trainer.max_steps" in one_line(raised.value)
+
+
+def test_prompts_and_pictures_reach_the_task(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("from a, file\n")
+    config = composed("prompt=a, (b) ${c}", "image=[a.png,b.png]", "images.mars=[c.png]", "images.earth=d.png")
+    assert config.prompt == "a, (b) ${c}"
+    assert config.image == ["a.png", "b.png"]
+    assert config.images == {"mars": ["c.png"], "earth": ["d.png"]}
+    assert composed("image=a.png").image == ["a.png"]
+    assert composed(f"prompt_file={tmp_path}/p.txt").prompt == "from a, file"
+    with pytest.raises(UserError, match="both"):
+        composed(f"prompt_file={tmp_path}/p.txt", "prompt=x")
+    with pytest.raises(UserError, match="cannot read"):
+        composed("prompt_file=/no/such/file")
+
+
+def test_debug_goes_before_what_an_experiment_says(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "long.yaml").write_text("# @package _global_\ntrainer:\n  max_steps: 9999\n")
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+    assert compose("config", ["experiment=long", search]).trainer.max_steps == 9999
+    assert compose("config", ["experiment=long", "debug=fast", search]).trainer.max_steps == 2

@@ -1,0 +1,158 @@
+"""The command line as a process: exit codes, what it prints, what it leaves in the run folder."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A task that exists only here, added to the package's search path before the app starts.
+DUMMY = '''"""A task for tests."""
+from dataclasses import dataclass
+from vlmscope.core.errors import UserError
+
+@dataclass
+class Config:
+    mode: str = "ok"
+
+def run(cfg, context):
+    if cfg.task.mode == "user":
+        raise UserError("the thing is wrong\\nhere; do that")
+    if cfg.task.mode == "crash":
+        raise RuntimeError("boom")
+    if cfg.task.mode == "interrupt":
+        raise KeyboardInterrupt
+    (context.run_dir / "artifact.txt").write_text(str(cfg.prompt))
+    return {"val/fvu": 0.5, "seed": cfg.seed, "nothing": float("nan")}
+'''
+DRIVER = """
+import sys
+import vlmscope.tasks
+vlmscope.tasks.__path__.append(sys.argv.pop(1))
+from vlmscope.app import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def app(tmp_path: Path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "dummy.py").write_text(DUMMY)
+    (tmp_path / "driver.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\n{DRIVER}")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "tasks"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+
+    return run
+
+
+def test_a_run_leaves_its_folder_and_prints_it_last(app, tmp_path) -> None:
+    result = app("task=dummy", "tracking=none", "prompt=a, ${b} (c)", "seed=3", "image=x.png")
+    assert result.returncode == 0, result.stderr
+    folder = Path(result.stdout.splitlines()[-1])
+    assert folder.parent == tmp_path / "outputs" / "dummy"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["prompt"], config["seed"], config["trainer"]["seed"]) == ("a, ${b} (c)", 3, 3)
+    assert (config["task"], config["image"]) == ({"name": "dummy", "mode": "ok"}, ["x.png"])
+    assert json.loads((folder / "metrics.json").read_text()) == {"val/fvu": 0.5, "seed": 3.0, "nothing": None}
+    assert (folder / "artifact.txt").read_text() == "a, ${b} (c)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["experiment=mars_erth_patch"], "no experiment named"),
+        (["task=dumy"], "did you mean 'dummy'"),
+        (["task=dummy", "trainer.max_step=1"], "did you mean trainer.max_steps"),
+        (["task=dummy", "seed=x"], "seed"),
+        (["task=dummy", "task.mode=user"], "the thing is wrong here; do that"),
+        (["task=dummy", "foo"], "write it as key=value"),
+        (["task=dummy", "--nonsense"], "unrecognized arguments"),
+        (["task=dummy", "hydra.run.dir=file/below"], "cannot write"),
+        (["task=dummy", "tracking=mlflow", "tracking.uri=sqlite:///file/x.db"], "cannot write"),
+        (["-m", "task=dummy", "seed=1,x"], "seed"),
+        (["-m", "task=dummy", "seed=1,2", "tracking=mlflow", "tracking.uri=sqlite:///file/x.db"], "cannot write"),
+        (["--experimental-rerun", "x"], "pickle"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(app, tmp_path, arguments, words) -> None:
+    (tmp_path / "file").write_text("")
+    if not any(argument.startswith("tracking") for argument in arguments):
+        arguments = [*arguments, "tracking=none"]
+    result = app(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert words in result.stderr
+
+
+def test_a_crash_shows_its_traceback_and_exits_with_1(app) -> None:
+    result = app("task=dummy", "task.mode=crash", "tracking=none")
+    assert result.returncode == 1
+    assert "RuntimeError: boom" in result.stderr
+    assert result.stderr.count("Traceback") == 1
+
+
+def test_an_interrupt_exits_with_130(app) -> None:
+    result = app("task=dummy", "task.mode=interrupt", "tracking=none")
+    assert result.returncode == 130
+    assert "Traceback" not in result.stderr
+
+
+def test_a_failed_job_does_not_lose_the_others_and_the_sweep_says_so(app, tmp_path) -> None:
+    result = app("-m", "task=dummy", "task.mode=ok,crash,user", "seed=5", "prompt=a,b", "tracking.uri=sqlite:///m.db")
+    assert result.returncode == 1
+    assert "boom" in result.stderr
+    assert "the thing is wrong" in result.stderr
+    job, folder = map(Path, result.stdout.splitlines())
+    assert job == folder / "0"
+    assert (job / "artifact.txt").read_text() == "a,b"
+    assert not (folder / "1" / "metrics.json").exists()
+
+    from vlmscope.tracking.client import open_client
+
+    client = open_client(f"sqlite:///{tmp_path}/m.db")
+    experiment = client.get_experiment_by_name("dummy")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = runs.pop(folder.name)
+    assert parent.info.status == "FAILED"
+    assert {name: run.info.status for name, run in runs.items()} == {"0": "FINISHED", "1": "FAILED", "2": "FAILED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
+    assert runs["0"].data.metrics["val/fvu"] == 0.5
+    assert {item.path for item in client.list_artifacts(runs["0"].info.run_id)} >= {"config.yaml", "metrics.json"}
+
+
+def test_a_task_that_only_prints_leaves_no_folder(app, tmp_path) -> None:
+    result = app("task=list")
+    assert result.returncode == 0, result.stderr
+    for words in ("dummy", "A task for tests.", "experiment=NAME", "orrery"):
+        assert words in result.stdout
+    assert not (tmp_path / "outputs" / "list").exists()
+
+
+def test_the_configuration_can_be_shown(app) -> None:
+    result = app("task=dummy", "--cfg", "job", "prompt=a, b")
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load(result.stdout)["prompt"] == "a, b"
+    assert app("task=dummy", "--info", "defaults").returncode == 0
+    assert app("task=dummy", "--info", "defaults", "seed=2").returncode == 0
+
+
+def test_help_is_quick_and_names_everything() -> None:
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "run.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    seconds = time.perf_counter() - start
+    assert result.returncode == 0, result.stderr
+    for words in ("task=", "experiment=", "prompt=", "Examples", "trace"):
+        assert words in result.stdout
+    # The promise is 3 s; a machine that is busy with other tests gets some slack.
+    assert seconds < 6

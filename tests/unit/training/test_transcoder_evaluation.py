@@ -1,0 +1,96 @@
+"""Figures of a transcoder set on a tiny Gemma 3 against formulas written out."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vlmscope.core.errors import UserError
+from vlmscope.core.seeds import generator
+from vlmscope.metrics.reconstruction import fvu
+from vlmscope.models.loading import VLM
+from vlmscope.models.tiny import tiny_gemma3
+from vlmscope.training.transcoder_data import collect
+from vlmscope.training.transcoder_evaluation import evaluate_transcoders, spliced
+from vlmscope.transcoders.init import random_set
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VLM:
+    return tiny_gemma3(0)
+
+
+def _batch(number: int) -> dict[str, Tensor]:
+    """Five pictures with questions, two of them padded at the left, the last two tokens being the answer."""
+    rng = generator(8, "batch", number)
+    ids = rng.integers(9, 20, (5, 13))
+    ids[:, 2], ids[:, 3:7], ids[:, 7] = 6, 8, 7
+    ids[:2, :1] = 0
+    loss_mask = np.zeros(ids.shape, dtype=bool)
+    loss_mask[:, -2:] = True
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy((ids != 0).astype(np.int64)),
+        "token_type_ids": torch.from_numpy((ids == 8).astype(np.int64)),
+        "pixel_values": torch.from_numpy(rng.standard_normal((5, 3, 16, 16)).astype(np.float32)),
+        "loss_mask": torch.from_numpy(loss_mask),
+    }
+
+
+def test_evaluation_equals_the_formula_on_all_tokens_at_once(vlm: VLM) -> None:
+    transcoders = random_set(4, 24, 96, 8, seed=5)
+    batches = [_batch(1), _batch(2)]
+    figures = evaluate_transcoders(vlm, transcoders, batches)
+    parts = [collect(vlm.adapter, batch) for batch in batches]
+    x, y = (torch.cat([part.by_layer[3][i] for part in parts]) for i in (0, 1))
+    is_image = torch.cat([part.is_image for part in parts])
+    with torch.no_grad():
+        out = transcoders[3](x)
+    for name, rows in (("fvu", slice(None)), ("fvu_text", ~is_image), ("fvu_image", is_image)):
+        expected = float(fvu(y[rows].double(), out.reconstruction[rows].double()))
+        assert figures[f"layers/{name}/layer_03"] == pytest.approx(expected, rel=1e-6)
+    dense = out.code.dense(96) > 0
+    assert figures["layers/l0/layer_03"] == pytest.approx(float(dense.sum(1).double().mean()))
+    assert figures["layers/dead_frac/layer_03"] == pytest.approx(float((~dense.any(0)).double().mean()))
+    assert figures["val/fvu"] == pytest.approx(np.mean([figures[f"layers/fvu/layer_0{i}"] for i in range(4)]))
+
+
+def test_ce_delta_is_the_rise_of_the_loss_on_answer_tokens(vlm: VLM) -> None:
+    transcoders = random_set(4, 24, 96, 8, seed=5)
+    batch = _batch(1)
+    arguments = {name: tensor for name, tensor in batch.items() if name != "loss_mask"}
+
+    def loss() -> float:
+        with torch.no_grad():
+            logits = vlm.model(**arguments).logits
+        log_p = logits[:, -3:-1].log_softmax(-1).gather(-1, batch["input_ids"][:, -2:, None])
+        return -float(log_p.mean())
+
+    own = loss()
+    with spliced(vlm.adapter, transcoders):
+        replaced = loss()
+    figures = evaluate_transcoders(vlm, transcoders, [batch])
+    assert abs(replaced - own) > 0.01
+    assert figures["val/ce"] == pytest.approx(own, rel=1e-5)
+    assert figures["val/ce_delta"] == pytest.approx(replaced - own, rel=1e-4)
+    assert loss() == own, "the splice must be taken out again"
+
+
+def test_figures_without_tokens_to_stand_on_are_left_out() -> None:
+    text = tiny_gemma3(0, text_only=True)
+    ids = torch.from_numpy(generator(0, "text").integers(9, 20, (4, 12)))
+    figures = evaluate_transcoders(text, random_set(4, 24, 48, 4), [{"input_ids": ids}])
+    assert {"val/fvu_image", "val/ce_delta"}.isdisjoint(figures)
+    assert figures["val/fvu_text"] == pytest.approx(figures["val/fvu"])
+    assert all(math.isfinite(value) for value in figures.values())
+
+
+def test_evaluation_refuses_a_set_of_another_model_and_no_batches(vlm: VLM) -> None:
+    with pytest.raises(UserError, match="width"):
+        evaluate_transcoders(vlm, random_set(4, 16, 48, 4), [_batch(0)])
+    with pytest.raises(UserError, match="layers"):
+        evaluate_transcoders(vlm, random_set(5, 24, 48, 4), [_batch(0)])
+    with pytest.raises(UserError, match="no tokens"):
+        evaluate_transcoders(vlm, random_set(4, 24, 48, 4), [])

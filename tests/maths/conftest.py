@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from maths_cases import CASES, Case, make_case
+from tests.maths.maths_cases import CASES, Case, make_case
 
 from vlmscope.models.precision import exact_float64
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from maths_cases import PROMPT, TOLERANCE, Case, config
+from tests.maths.maths_cases import PROMPT, TOLERANCE, Case, config
 
 from vlmscope.activations.capture import capture_state
 from vlmscope.attribution.trace import attribute

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from maths_cases import TOLERANCE, Case, dense, key_of, read_targets, rows_of, sampled_features
+from tests.maths.maths_cases import TOLERANCE, Case, dense, key_of, read_targets, rows_of, sampled_features
 from torch import Tensor, nn
 
 from vlmscope.models.attention import replacing_patterns

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from maths_cases import TOLERANCE, Case, config, dense, key_of, read_targets, rows_of, sampled_features
+from tests.maths.maths_cases import TOLERANCE, Case, config, dense, key_of, read_targets, rows_of, sampled_features
 
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.trace import attribute

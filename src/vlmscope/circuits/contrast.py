@@ -18,6 +18,7 @@ from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.features.role_means import RoleMeans
 from vlmscope.transcoders.transcoder import TranscoderSet
 
+CANDIDATES = 4  # times `per_layer`: below these the contrast says nothing, whatever the influence
 Influence = Mapping[FeatureId, float]  # a feature's share of influence on the answer, mean over graphs
 
 
@@ -77,7 +78,7 @@ def _choose(
     chosen: list[CircuitFeature] = []
     seen = 0
     for index in best.argsort(descending=True).tolist():
-        if best[index] <= 0 or len(chosen) == per_layer:
+        if best[index] <= 0 or len(chosen) == per_layer or seen == CANDIDATES * per_layer:
             break
         seen += 1
         feature = FeatureId(layer, index)

@@ -17,6 +17,10 @@ def circuit_edges(
 ) -> list[tuple[str, str, float]]:
     """Sum the kept edges between inputs, supernodes and the most probable answer.
 
+    Edges into a feature are in units of its pre-activation and edges into a logit in logits, so they cannot be added as they
+    are. Each is turned into the influence that flows through it: its share of its target's incoming |weight|, times the
+    target's own influence on the answers, with the edge's sign.
+
     A feature of two supernodes counts for the first. Edges inside a supernode and below `min_share` of the strongest are
     left out, and of two opposite directions only the stronger is kept, so that the result has no cycle of two.
 
@@ -34,11 +38,17 @@ def circuit_edges(
     names[logit] = f"answer: {graph.logit_tokens[0]}"
     sums: dict[tuple[str, str], float] = {}
     edges = np.flatnonzero(pruned.edge_mask)
-    targets = graph.edge_targets()[edges]
-    for edge, target in zip(edges.tolist(), targets.tolist(), strict=True):
+    targets = graph.edge_targets()
+    incoming = np.bincount(targets, weights=np.abs(graph.weights), minlength=graph.n_nodes)
+    reach = pruned.influence.copy()
+    logits = graph.nodes.of(NodeKind.LOGIT)
+    reach[logits] = graph.logit_probabilities / graph.logit_probabilities.sum()
+    for edge in edges.tolist():
+        target = int(targets[edge])
         source, goal = names[graph.indices[edge]], names[target]
         if source and goal and source != goal:
-            sums[source, goal] = sums.get((source, goal), 0.0) + float(graph.weights[edge])
+            flow = float(graph.weights[edge]) / incoming[target] * reach[target]
+            sums[source, goal] = sums.get((source, goal), 0.0) + flow
     sums = {pair: w for pair, w in sums.items() if abs(w) >= abs(sums.get((pair[1], pair[0]), 0.0))}
     strongest = max((abs(w) for w in sums.values()), default=0.0)
     return [(s, t, w) for (s, t), w in sums.items() if abs(w) >= min_share * strongest]

@@ -1,34 +1,49 @@
-"""A small diagram of a circuit: supernodes as boxes from left (input) to right (answer), signed arrows between them."""
+"""A small diagram of a circuit: supernodes as boxes from left (input) to right (answer), signed arrows between them.
+
+Layout in layers, as in Sugiyama et al. 1981: a node's column is its longest path from an input, an arrow over several
+columns gets a lane of its own in each column between, and columns are ordered by the mean height of what feeds them.
+"""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path as FilePath
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.path import Path
 from PIL import Image
 
 from vlmscope.core.intervention import Supernode
 from vlmscope.report.style import MUTED, NEGATIVE, POSITIVE, drawing
 
 Edge = tuple[str, str, float]  # source name, target name, weight
-_WIDTH, _HEIGHT, _PICTURE = 2.1, 0.95, 0.85
-_STEP_X, _STEP_Y = 3.5, 1.55
+Lane = tuple[int, int]  # number of the edge, column that it crosses
+_WIDTH, _HEIGHT, _PICTURE, _LANE, _GAP = 2.1, 0.95, 0.9, 0.3, 0.38
+_STEP = 3.6
+_DASHES = (0, (2.5, 1.2))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Centres of the boxes and of the lanes, by node name and by (edge number, column)."""
+
+    columns: dict[str, int]
+    places: dict[str | Lane, tuple[float, float]]
 
 
 def circuit_diagram(
     supernodes: Sequence[Supernode],
     edges: Sequence[Edge],
-    path: str | Path,
+    path: str | FilePath,
     thumbnails: Mapping[str, np.ndarray] | None = None,
     unit: str = "summed edge weight",
-) -> Path:
+) -> FilePath:
     """Draw the circuit. Names in `edges` that are no supernode (inputs, answers) become plain boxes.
 
-    A node stands one step right of its furthest source. `thumbnails[name]` is uint8 `[H, W, 3]`; `unit` says in the
-    legend what the weights are.
+    `thumbnails[name]` is uint8 `[H, W, 3]`; `unit` says in the legend what the weights are.
 
     Raises:
         ValueError: the edges form a cycle, or there is nothing to draw.
@@ -37,26 +52,25 @@ def circuit_diagram(
     names = list(dict.fromkeys([*members, *(name for edge in edges for name in edge[:2])]))
     if not names:
         raise ValueError("no supernodes to draw")
-    places = _places(names, edges)
     pictures = dict(thumbnails or {})
-    x, y = np.array([place for place in places.values()]).T
-    width, height = np.ptp(x) + _WIDTH + 0.5, np.ptp(y) + _HEIGHT + _PICTURE + 0.6
-    with drawing(path, max(6.0, 0.95 * width), max(2.2, 0.95 * height) + 0.4) as figure:
-        axes = figure.subplots()
+    layout = _lay_out(names, edges, set(members), set(pictures))
+    x, y = np.array(list(layout.places.values())).T
+    left, right = x.min() - _WIDTH / 2 - 0.15, x.max() + _WIDTH / 2 + 0.15
+    low, high = y.min() - _HEIGHT / 2 - 0.6, y.max() + _HEIGHT / 2 + (_PICTURE if pictures else 0) + 0.15
+    with drawing(path, 0.95 * (right - left), 0.95 * (high - low), constrained=False) as figure:
+        axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
-        axes.set_xlim(x.min() - _WIDTH / 2 - 0.25, x.max() + _WIDTH / 2 + 0.25)
-        axes.set_ylim(y.min() - _HEIGHT / 2 - 0.3, y.max() + _HEIGHT / 2 + _PICTURE + 0.3)
-        strongest = max((abs(weight) for *_, weight in edges), default=1.0) or 1.0
-        for edge in edges:
-            _arrow(axes, edge, places, strongest)
-        for name, place in places.items():
-            _box(axes, name, members.get(name), place, pictures.get(name))
-        axes.legend(handles=_legend(unit, edges), loc="lower center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
-    return Path(path)
+        axes.set_xlim(left, right)
+        axes.set_ylim(low, high)
+        _draw_arrows(axes, edges, layout)
+        for name in names:
+            _box(axes, name, members.get(name), layout.places[name], pictures.get(name))
+        axes.legend(handles=_legend(unit, edges), loc="lower center", ncols=2, frameon=False, borderaxespad=0.2)
+    return FilePath(path)
 
 
 def describe(node: Supernode) -> str:
-    """What a supernode holds in a line: number of features, layers, position roles."""
+    """What a supernode holds in a line: its number of features and their layers."""
     if not node.features:
         return "no features"
     layers = sorted({member.feature.layer for member in node.features})
@@ -65,24 +79,48 @@ def describe(node: Supernode) -> str:
     return f"{count} feature{'s' if count > 1 else ''}, {span}"
 
 
-def _places(names: Sequence[str], edges: Sequence[Edge]) -> dict[str, tuple[float, float]]:
-    """Column = length of the longest path from an input; nodes of a column are spread around the middle."""
-    rank = dict.fromkeys(names, 0)
+def _columns(names: Sequence[str], edges: Sequence[Edge], supernodes: set[str]) -> dict[str, int]:
+    """Longest path from an input; answers, which feed nothing, all stand in the last column."""
+    column = dict.fromkeys(names, 0)
     for sweep in range(len(names) + 1):
         moved = False
         for source, target, _ in edges:
-            if rank[target] <= rank[source]:
-                rank[target], moved = rank[source] + 1, True
+            if column[target] <= column[source]:
+                column[target], moved = column[source] + 1, True
         if not moved:
             break
         if sweep == len(names):
             raise ValueError("the circuit's edges form a cycle")
-    columns = {value: [name for name in names if rank[name] == value] for value in sorted(set(rank.values()))}
-    return {
-        name: (value * _STEP_X, ((len(column) - 1) / 2 - at) * _STEP_Y)
-        for value, column in columns.items()
-        for at, name in enumerate(column)
-    }
+    last = max(column.values())
+    ends = {target for _, target, _ in edges} - {source for source, _, _ in edges} - supernodes
+    return {name: last if name in ends else at for name, at in column.items()}
+
+
+def _lay_out(names: Sequence[str], edges: Sequence[Edge], supernodes: set[str], pictured: set[str]) -> _Layout:
+    columns = _columns(names, edges, supernodes)
+    members: dict[int, list[str | Lane]] = {at: [] for at in range(max(columns.values()) + 1)}
+    feeds: dict[str | Lane, list[str | Lane]] = {name: [] for name in names}
+    for name in names:
+        members[columns[name]].append(name)
+    for number, (source, target, _) in enumerate(edges):
+        before: str | Lane = source
+        for at in range(columns[source] + 1, columns[target]):
+            lane = (number, at)
+            members[at].append(lane)
+            feeds[lane] = [before]
+            before = lane
+        feeds[target].append(before)
+    places: dict[str | Lane, tuple[float, float]] = {}
+    for at, column in members.items():
+        heights = {item: np.mean([places[source][1] for source in feeds[item]] or [0.0]) for item in column}
+        column.sort(key=lambda item: -heights[item])
+        above = [_PICTURE if item in pictured else 0.0 for item in column]
+        tall = [_HEIGHT if isinstance(item, str) else _LANE for item in column]
+        top = (sum(tall) + sum(above) + _GAP * (len(column) - 1)) / 2
+        for item, extra, height in zip(column, above, tall, strict=True):
+            places[item] = (at * _STEP, top - extra - height / 2)
+            top -= extra + height + _GAP
+    return _Layout(columns, places)
 
 
 def _box(
@@ -94,9 +132,9 @@ def _box(
     style = "round,pad=0,rounding_size=0.16" if node is not None else "square,pad=0"
     axes.add_patch(FancyBboxPatch(corner, _WIDTH, _HEIGHT, boxstyle=style, facecolor=face, edgecolor=MUTED, zorder=3))
     lift = 0.16 if node is not None else 0.0
-    axes.text(x, y + lift, name, ha="center", va="center", fontweight="bold", fontsize=10, zorder=4)
+    axes.text(x, y + lift, name, ha="center", va="center", fontweight="bold", fontsize=11, zorder=4)
     if node is not None:
-        axes.text(x, y - 0.2, describe(node), ha="center", va="center", fontsize=7.5, zorder=4)
+        axes.text(x, y - 0.2, describe(node), ha="center", va="center", fontsize=9, zorder=4)
     if picture is not None:
         resized = np.asarray(Image.fromarray(picture).resize((128, 128), Image.Resampling.LANCZOS))
         image = OffsetImage(resized, zoom=0.85 * _PICTURE * 72 / 128)
@@ -104,32 +142,63 @@ def _box(
         axes.add_artist(AnnotationBbox(image, above, frameon=False, box_alignment=(0.5, 0), pad=0, zorder=3))
 
 
-def _arrow(axes: Axes, edge: Edge, places: Mapping[str, tuple[float, float]], strongest: float) -> None:
-    source, target, weight = edge
-    start = (places[source][0] + _WIDTH / 2, places[source][1])
-    end = (places[target][0] - _WIDTH / 2, places[target][1])
-    jump = places[target][0] - places[source][0] > 1.5 * _STEP_X
-    bend = 0.28 if jump else 0.0
-    arrow = FancyArrowPatch(
-        start,
-        end,
-        connectionstyle=f"arc3,rad={bend}",
-        arrowstyle="-|>",
-        mutation_scale=14,
-        linewidth=0.8 + 4.2 * abs(weight) / strongest,
-        linestyle="-" if weight >= 0 else (0, (2.5, 1.2)),
-        color=POSITIVE if weight >= 0 else NEGATIVE,
-        shrinkA=1,
-        shrinkB=1,
-        zorder=2,
-    )
-    axes.add_patch(arrow)
-    # A third of the way: two arrows that cross do so in the middle, where their labels would collide.
-    share = 0.5 if jump else 0.36
-    x = start[0] + share * (end[0] - start[0])
-    y = start[1] + share * (end[1] - start[1]) - bend * (end[0] - start[0]) / 2
-    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.9}
-    axes.text(x, y, f"{weight:+.2f}", ha="center", va="center", fontsize=8.5, bbox=paper, zorder=5)
+def _ports(edges: Sequence[Edge], layout: _Layout, end: int) -> dict[int, float]:
+    """Where on its box's side each edge leaves (`end` 0) or arrives (1): spread, ordered by where it goes."""
+    heights = {}
+    for name in layout.columns:
+        mine = [number for number, edge in enumerate(edges) if edge[end] == name]
+        mine.sort(key=lambda number: layout.places[_stops(number, edges[number], layout)[1 if end == 0 else -2]][1])
+        for at, number in enumerate(mine):
+            spread = (at + 1) / (len(mine) + 1) - 0.5
+            heights[number] = layout.places[name][1] + 0.85 * _HEIGHT * spread
+    return heights
+
+
+def _stops(number: int, edge: Edge, layout: _Layout) -> list[str | Lane]:
+    source, target, _ = edge
+    lanes = [(number, at) for at in range(layout.columns[source] + 1, layout.columns[target])]
+    return [source, *lanes, target]
+
+
+def _draw_arrows(axes: Axes, edges: Sequence[Edge], layout: _Layout) -> None:
+    strongest = max((abs(weight) for *_, weight in edges), default=1.0) or 1.0
+    leaves, arrives = _ports(edges, layout, 0), _ports(edges, layout, 1)
+    for number, edge in enumerate(edges):
+        source, target, weight = edge
+        points = [(layout.places[source][0] + _WIDTH / 2, leaves[number])]
+        for stop in _stops(number, edge, layout)[1:-1]:
+            x, y = layout.places[stop]
+            points += [(x - _WIDTH / 2, y), (x + _WIDTH / 2, y)]
+        points.append((layout.places[target][0] - _WIDTH / 2 - 0.02, arrives[number]))
+        style = {"color": POSITIVE, "linestyle": "-"} if weight >= 0 else {"color": NEGATIVE, "linestyle": _DASHES}
+        width = 0.8 + 4.0 * abs(weight) / strongest
+        path = _smooth(points)
+        head = {"arrowstyle": "-|>", "mutation_scale": 12 + 1.5 * width, "shrinkA": 0, "shrinkB": 0}
+        axes.add_patch(FancyArrowPatch(path=path, linewidth=width, zorder=2, **head, **style))
+        x, y = _label_place(points)
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.92}
+        axes.text(x, y, f"{weight:+.2f}", ha="center", va="center", fontsize=9, bbox=paper, zorder=5)
+
+
+def _smooth(points: Sequence[tuple[float, float]]) -> Path:
+    """A path through the points that is level at each of them."""
+    vertices, codes = [points[0]], [Path.MOVETO]
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        middle = (x0 + x1) / 2
+        vertices += [(middle, y0), (middle, y1), (x1, y1)]
+        codes += [Path.CURVE4] * 3
+    return Path(vertices, codes)
+
+
+def _label_place(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """In its lane an arrow is alone; a short one is labelled near its start, where arrows have not crossed yet."""
+    if len(points) > 2:
+        return (points[1][0] + points[2][0]) / 2, points[1][1]
+    (x0, y0), (x1, y1) = points
+    share = 0.3  # of the curve's parameter: x and y of the cubic that `_smooth` draws
+    level = share**2 * (3 - 2 * share)
+    across = 1.5 * share * (1 - share) + share**3
+    return x0 + across * (x1 - x0), y0 + level * (y1 - y0)
 
 
 def _legend(unit: str, edges: Sequence[Edge]) -> list[Line2D]:
@@ -138,7 +207,5 @@ def _legend(unit: str, edges: Sequence[Edge]) -> list[Line2D]:
     if True in signs:
         handles.append(Line2D([], [], color=POSITIVE, linewidth=2.5, label=f"raises ({unit})"))
     if False in signs:
-        handles.append(
-            Line2D([], [], color=NEGATIVE, linewidth=2.5, linestyle=(0, (2.5, 1.2)), label=f"lowers ({unit})")
-        )
+        handles.append(Line2D([], [], color=NEGATIVE, linewidth=2.5, linestyle=_DASHES, label=f"lowers ({unit})"))
     return handles

@@ -12,6 +12,7 @@ from textwrap import fill
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 from PIL import Image
 
@@ -123,12 +124,12 @@ def _flip_figure(rows: Sequence[FlipRow], path: str | Path, category: Callable[[
     rates = {method: [s[name].rate if name in s else None for name in names] for method, s in bars.items()}
     cases = sorted({row.rate.cases for row in rows})
     spread = f"{cases[0]}" if len(cases) == 1 else f"{cases[0]} to {cases[-1]}"
-    with drawing(path, max(5.5, 1.6 + 1.15 * len(names)), 4.2) as figure:
+    with drawing(path, max(6.6, 1.6 + 1.15 * len(names)), 4.3) as figure:
         axes = figure.subplots()
         grouped_bars(axes, ticks, rates)
-        axes.set_title(f"{title}, n = {spread} cases", loc="left")
+        axes.set_title(f"{title}\nn = {spread} cases", loc="left")
         axes.set_ylabel(_FLIP_LABEL)
-        figure.legend(loc="outside lower center", ncols=len(rates) + 2, frameon=False)
+        bars_legend(figure, axes)
     return Path(path)
 
 
@@ -178,6 +179,18 @@ def grouped_bars(axes: Axes, groups: Sequence[str], series: Mapping[str, Sequenc
     axes.set_yticks(np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     tidy(axes)
+
+
+def bars_legend(figure: Figure, axes: Axes, control: str = "matched control") -> None:
+    """Legend of `grouped_bars` under the axes: bars first, then what the marks on them are; `control` names diamonds."""
+    order = {"95 % interval": 1, "matched control": 2}
+    handles, names = axes.get_legend_handles_labels()
+    entries = sorted(zip(names, handles, strict=True), key=lambda entry: order.get(entry[0], 0))
+    shown = [control if name == "matched control" else name for name, _ in entries]
+    columns = len(shown) if sum(map(len, shown)) < 60 else 2
+    figure.legend(
+        [handle for _, handle in entries], shown, loc="outside lower center", ncols=columns, frameon=False
+    )
 
 
 def _curves(curves: Sequence[Curve], path: str | Path, xlabel: str, ylabel: str, percent: bool, log_x: bool) -> Path:

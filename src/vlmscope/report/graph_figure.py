@@ -27,6 +27,7 @@ _MARKS = {  # kind: (marker, face colour, words)
     NodeKind.LEFT_OUT: ("P", "#999999", "features left out"),
 }
 _MOST_A_ROW = 4  # nodes side by side in one cell before they wrap
+_INCHES, _LEFT, _ACROSS = 14.0, 0.068, 0.925  # picture width; the axes' left edge and width as fractions of it
 _SIDE_COLUMN = -1  # position of nodes without one (bias, left out)
 
 
@@ -62,8 +63,10 @@ def attribution_graph(
     logits = graph.nodes.of(NodeKind.LOGIT)
     shown = np.unique(np.concatenate([sources, targets, logits[pruned.node_mask[logits]]]))
     layout = _lay_out(pruned, shown)
-    with drawing(path, 14.0, 2.6 + 0.72 * len(layout.rows), constrained=False) as figure:
-        axes = figure.add_axes((0.055, 0.2, 0.935, 0.7))
+    height = 2.1 + 0.72 * len(layout.rows)
+    below = 1.7 / height
+    with drawing(path, _INCHES, height, constrained=False) as figure:
+        axes = figure.add_axes((_LEFT, below, _ACROSS, 1 - below - 0.32 / height))
         _frame(axes, pruned, layout, len(edges), len(shown))
         _draw_edges(axes, layout, sources, targets, graph.weights[edges])
         marked = _draw_nodes(axes, pruned, layout, shown, groups or {})
@@ -99,7 +102,9 @@ def _lay_out(pruned: PrunedGraph, shown: np.ndarray) -> _Layout:
     slots, edge = {}, 0.0
     for position in positions:
         widest = max((len(cell) for (at, _), cell in cells.items() if at == position), default=0)
-        width = float(min(_MOST_A_ROW, max(1, widest))) + 0.35
+        # A thumbnail needs some room even where hardly anything fires.
+        least = 1.6 if position >= 0 and pruned.graph.is_image[position] else 1.0
+        width = max(least, min(_MOST_A_ROW, widest)) + 0.35
         slots[position] = (edge + width / 2, width)
         edge += width
     seen = {int(layer) for layer in nodes.layer[shown]}
@@ -200,8 +205,10 @@ def _draw_nodes(
 def _draw_positions(axes: Axes, graph: AttributionGraph, layout: _Layout, images: Sequence[np.ndarray]) -> None:
     """Under every position its token, or a thumbnail of its patch with the soft token's number."""
     soft = {int(position): number for number, position in enumerate(np.flatnonzero(graph.is_image))}
-    inches = 14.0 * 0.935 / sum(width for _, width in layout.slots.values())
-    for position, (centre, width) in layout.slots.items():
+    inches = _INCHES * _ACROSS / sum(width for _, width in layout.slots.values())
+    narrowest = min((layout.slots[position][1] for position in soft if position in layout.slots), default=1.0)
+    points = min(0.92 * narrowest * inches * 72, 30.0)
+    for position, (centre, _) in layout.slots.items():
         below = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "annotation_clip": False}
         if position == _SIDE_COLUMN:
             axes.annotate("no position", (centre, 0), (0, -6), rotation=90, ha="center", va="top", fontsize=8, **below)
@@ -213,7 +220,6 @@ def _draw_positions(axes: Axes, graph: AttributionGraph, layout: _Layout, images
             continue
         if int(graph.image_index[position]) >= len(images):
             raise ValueError(f"position {position} shows picture {graph.image_index[position]}, of {len(images)} given")
-        points = min(0.86 * width * inches * 72, 30.0)
         patch = OffsetImage(_patch(images[int(graph.image_index[position])], box), zoom=points / 48)
         thumbnail = AnnotationBbox(
             patch,

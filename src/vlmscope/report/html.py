@@ -35,7 +35,8 @@ class ReportPage:
     def render(self) -> str:
         """The page as one HTML string."""
         anchors = _anchors([section.title for section in self.sections])
-        return _environment().get_template("page.html.j2").render(page=self, sections=list(zip(anchors, self.sections, strict=True)))
+        pairs = list(zip(anchors, self.sections, strict=True))
+        return _environment().get_template("page.html.j2").render(page=self, sections=pairs)
 
     def write(self, path: str | Path) -> Path:
         """Render and write atomically; returns the path.

@@ -19,6 +19,7 @@ class Percent(NamedTuple):
     share: float
 
 
+_UNIT = "\u00a0%"  # the space must not break
 Value = str | int | float | Percent | Rate | None
 
 
@@ -167,11 +168,11 @@ def mapping_table(title: str, values: Mapping[str, Value], columns: Sequence[str
 
 def percent(share: float) -> str:
     """A share in per cent with one decimal; what would round to 0 or 100 without being it says so."""
-    shown = f"{100 * share:.1f} %"
-    if share > 0 and shown == "0.0 %":
-        return "< 0.1 %"
-    if share < 1 and shown == "100.0 %":
-        return "> 99.9 %"
+    shown = f"{100 * share:.1f}{_UNIT}"
+    if share > 0 and shown == f"0.0{_UNIT}":
+        return f"<\u00a00.1{_UNIT}"
+    if share < 1 and shown == f"100.0{_UNIT}":
+        return f">\u00a099.9{_UNIT}"
     return shown
 
 
@@ -186,7 +187,7 @@ def number(value: int | float) -> str:
 
 def interval(rate: Rate) -> str:
     """The 95 % interval of a rate, as `95.0 to 99.0 %`."""
-    return f"{100 * rate.ci_low:.1f} to {100 * rate.ci_high:.1f} %"
+    return f"{100 * rate.ci_low:.1f} to {100 * rate.ci_high:.1f}{_UNIT}"
 
 
 def show(value: Value) -> str:

@@ -15,7 +15,7 @@ from vlmscope.core.images import PatchBox
 from vlmscope.core.intervention import FeatureExample
 
 _TINT = (255, 0, 200)  # magenta: on no planet, and visible on black space
-_MAX_ALPHA = 150
+_MAX_ALPHA = 130
 _COLOURS = 96  # palette size; with it, a thumbnail is a third of its true-colour size and looks the same
 
 

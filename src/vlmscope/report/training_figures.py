@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from vlmscope.core.intervention import Rate
-from vlmscope.report.figures import grouped_bars
+from vlmscope.report.figures import bars_legend, grouped_bars
 from vlmscope.report.style import COLOURS, INK, LINES, MARKERS, drawing, pick, tidy
 
 Points = tuple[Sequence[float], Sequence[float]]  # x, y
@@ -59,14 +59,11 @@ def accuracy_bars(
     for name, value in accuracies.items():
         known = value if isinstance(value, Rate) else Rate(value, value, value, 0)
         rates.append(Rate(known.value, known.ci_low, known.ci_high, known.cases, shuffled.get(name)))
-    with drawing(path, max(5.0, 1.4 + 0.85 * len(rates)), 4.0) as figure:
+    with drawing(path, max(6.6, 1.4 + 0.85 * len(rates)), 4.0) as figure:
         axes = figure.subplots()
         grouped_bars(axes, [fill(name.replace("_", " "), 12) for name in accuracies], {"pictures in place": rates})
-        for collection in axes.collections:
-            if collection.get_label() == "matched control":
-                collection.set_label("pictures shuffled between questions")
         axes.set_ylabel(ylabel)
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        bars_legend(figure, axes, control="pictures shuffled between questions")
     return Path(path)
 
 
@@ -85,6 +82,8 @@ def training_curves(panels: Mapping[str, Mapping[str, Points]], path: str | Path
             values = np.concatenate([np.asarray(y, float) for _, y in lines.values()])
             if values.min() > 0 and values.max() > 30 * values.min():
                 axes.set_yscale("log")
+                # The default labels are formulas, which tokens with dollar signs made us switch off.
+                axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.set_xlabel(xlabel)
             axes.set_ylabel(ylabel)
             axes.legend(frameon=False)

@@ -186,7 +186,7 @@ def test_role_means_equal_a_plain_loop(bench) -> None:
     assert found.prompts == 7
 
 
-def test_flow_sums_edges_between_supernodes(bench) -> None:
+def test_flow_sums_the_influence_of_edges_between_supernodes(bench) -> None:
     from vlmscope.attribution.config import AttributionConfig
     from vlmscope.attribution.trace import trace
     from vlmscope.core.graph import NodeKind
@@ -204,7 +204,9 @@ def test_flow_sums_edges_between_supernodes(bench) -> None:
         for s, w, keep in zip(graph.indices[row], graph.weights[row], pruned.edge_mask[row], strict=True)
         if keep and graph.nodes.kind[s] == NodeKind.FEATURE
     ]
-    assert edges["a", f"answer: {graph.logit_tokens[0]}"] == pytest.approx(sum(into), rel=1e-5)
+    share = graph.logit_probabilities[0] / graph.logit_probabilities.sum()
+    expected = sum(into) / float(np.abs(graph.weights[row]).sum()) * share
+    assert edges["a", f"answer: {graph.logit_tokens[0]}"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_bad_settings_are_named() -> None:

@@ -143,7 +143,7 @@ def make_pruned(features_a_cell: int = 2, dense: float = 0.25, seed: int = 1) ->
         prompt="what planet is this ?",
         meta={"n_layers": LAYERS},
     )
-    influence = rng.pareto(1.2, len(table)) * np.where(kind == NodeKind.FEATURE, 1.0, 0.5)
+    influence = 0.02 * rng.pareto(1.2, len(table)) * np.where(kind == NodeKind.FEATURE, 1.0, 0.5)
     influence[kind == NodeKind.LOGIT] = 0
     scores = GraphScores(0.7312, 0.8645, 0.61, 0.21, 0.15, 0.03)
     keep_edge = rng.random(len(graph.weights)) < 0.4

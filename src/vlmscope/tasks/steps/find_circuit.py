@@ -22,6 +22,8 @@ from vlmscope.tasks.graph_metrics import graph_metrics
 if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
 
+CONFIRMING = 0.98
+
 
 def run(bench: Bench) -> None:
     """Leaves a `Circuit`, the role means and the first trace in `bench.records`; writes circuits/ and graph files."""
@@ -62,12 +64,15 @@ def run(bench: Bench) -> None:
 
 
 def feature_influence(traced: Trace) -> dict[FeatureId, float]:
-    """Each kept feature's share of all influence, summed over positions; pruned-away nodes count as none."""
+    """Share of all influence of each feature that belongs to the most influential nodes, summed over positions.
+
+    The nodes that reach `CONFIRMING` of the influence count, more than the pruned graph keeps: that one is for reading.
+    """
     nodes, pruned = traced.graph.nodes, traced.pruned
     total = float(pruned.influence.sum()) or 1.0
     shares: dict[FeatureId, float] = {}
     for node in nodes.of(NodeKind.FEATURE).tolist():
-        if pruned.node_mask[node]:
+        if pruned.influence[node] > 0 and pruned.cumulative[node] <= CONFIRMING:
             feature = nodes.feature_id(node)
             shares[feature] = shares.get(feature, 0.0) + float(pruned.influence[node]) / total
     return shares

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from vlmscope.tasks.steps.intervene import Case
 
 SHOWN = 8  # features of a supernode shown with pictures
+LISTED = 24  # ... and in its table
 STUDIED = 20  # pictures of each planet searched for top examples
 CAPTION_PROMPT = "describe this image in detail ."
 
@@ -174,7 +175,7 @@ def describe_features(bench: Bench, circuit: Circuit) -> tuple[Supernode, ...]:
             found = examples[member.feature]
             first.append(replace(member, examples=found, top_logits=top, bottom_logits=bottom))
         chosen = {m.feature for m in first}
-        rest = [m for m in node.features if m.feature not in chosen]
+        rest = sorted((m for m in node.features if m.feature not in chosen), key=lambda m: -m.influence)
         nodes.append(Supernode(name, (*first, *rest)))
     return tuple(nodes)
 
@@ -192,12 +193,15 @@ def circuit_sections(bench: Bench, found: dict, supernodes: Sequence[Supernode],
         figure(
             "The circuit",
             drawn,
-            "Supernodes and the summed direct effects between them",
+            "Supernodes, and the influence on the answer that flows between them",
             f"Found by contrast of means on training pictures, each feature confirmed by influence on the answer in an "
             f"attribution graph; drawn from the graph of one training picture of {recipient}.",
         )
     ]
-    sections += [Features(f"Features of {node.name}", node, shown=SHOWN) for node in supernodes]
+    for node in supernodes:
+        intro = f"The {LISTED} most influential of {len(node.features)}; all are in circuits/ of the run folder."
+        listed = Supernode(node.name, node.features[:LISTED])
+        sections.append(Features(f"Features of {node.name}", listed, intro, shown=SHOWN))
     sections += [
         graph_cards("Attribution graph", pruned),
         figure("Attribution graph, drawn", graph, "Pruned attribution graph, its strongest edges", wide=True),

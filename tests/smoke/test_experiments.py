@@ -1,0 +1,78 @@
+"""Every experiment runs end to end on the shipped model with tiny limits and leaves what it promises."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlmscope.app import main
+from vlmscope.config import catalog
+from vlmscope.data.orrery.dataset import OrreryDataConfig, build
+from vlmscope.data.orrery.scene import KINDS
+
+PIPELINE = [
+    "intervention.pictures=3",
+    "intervention.unrelated=1",
+    "intervention.controls=1",
+    "intervention.strengths=[0.0,2.0]",
+    "circuit.pictures=2",
+    "circuit.per_layer=2",
+]
+TINY_MODEL = [f"task.architecture.{key}={value}" for key, value in {
+    "d_model": 16, "n_layers": 2, "d_mlp": 16, "head_dim": 4, "vision_width": 8, "vision_layers": 1, "vision_mlp": 8,
+}.items()]  # fmt: skip
+STAGES = [f"task.training.{stage}.batch={{planets:2,digits:2}}" for stage in ("tower", "vlm", "polish")]
+LIMITS = {
+    "mars_earth_patch": PIPELINE,
+    "mars_earth_curves": [*PIPELINE, "attribution.max_nodes=300"],
+    "train_orrery": [*TINY_MODEL, *STAGES, "task.max_steps=2", "task.test_scenes=4"],
+    "train_orrery_transcoders": [
+        "transcoder.expansion_factor=1",
+        "transcoder.k=4",
+        "task.batch={planets:2,text:1}",
+        "task.val_scenes=2",
+        "task.pool_batches=1",
+        "trainer.max_steps=2",
+    ],
+}
+LEAVES = {
+    "mars_earth_patch": ["graph.json", "graph.safetensors", "report.html", "figures/flip_rates.png"],
+    "mars_earth_curves": ["curves.json", "report.html", "figures/ablation.png"],
+    "train_orrery": ["model/config.json", "model/model.safetensors", "vlm/checkpoint.safetensors"],
+    "train_orrery_transcoders": ["transcoders/config.yaml", "transcoders/layer_7.safetensors"],
+}
+METRICS = {
+    "mars_earth_patch": ["steer/free/flip_rate", "patch/direct/name/flip_rate_ci_low", "graph/replacement_score"],
+    "mars_earth_curves": ["ablation/layer_07/last/accuracy_drop", "steer/free/role_image/name/flip_rate"],
+    "train_orrery": ["test/accuracy/name", "test/accuracy_shuffled/sum"],
+    "train_orrery_transcoders": ["val/fvu", "layers/fvu/layer_07", "val/ce_delta", "val/dead_frac"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    counts = {kind: 8 for kind in KINDS}
+    build(OrreryDataConfig(folder=str(folder), train=counts, val=counts, test=counts))
+    return folder
+
+
+def test_every_experiment_has_its_smoke_test_and_its_card() -> None:
+    experiments = catalog.options("experiment")
+    assert set(experiments) == set(LIMITS) == set(LEAVES) == set(METRICS)
+    folder = Path(__file__).resolve().parents[2] / "experiments"
+    for name in experiments:
+        assert (folder / f"{name}.md").is_file(), f"{name} has no card"
+
+
+@pytest.mark.parametrize("name", sorted(LIMITS))
+def test_experiment_runs(name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    code = main([f"experiment={name}", *LIMITS[name], f"data.path={data}", f"hydra.run.dir={run_dir}", "tracking=none"])
+    out = capsys.readouterr()
+    assert code == 0, out.err
+    assert out.out.strip().splitlines()[-1] == str(run_dir)
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert set(METRICS[name]) <= set(metrics)
+    for file in ("config.yaml", *LEAVES[name]):
+        assert (run_dir / file).stat().st_size > 0, file

@@ -1,10 +1,10 @@
 """The public Python API, for notebooks: load a model with its transcoders, trace, steer, patch, study.
 
-    import vlmscope
+import vlmscope
 
-    scope = vlmscope.load()                                   # Orrery and its transcoders
-    traced = vlmscope.trace(scope, "what planet is this ?", ["mars.png"])
-    answer = vlmscope.steer(scope, "what planet is this ?", ["mars.png"], {"L6/512": 8.0})
+scope = vlmscope.load()                                   # Orrery and its transcoders
+traced = vlmscope.trace(scope, "what planet is this ?", ["mars.png"])
+answer = vlmscope.steer(scope, "what planet is this ?", ["mars.png"], {"L6/512": 8.0})
 """
 
 from __future__ import annotations

@@ -31,7 +31,10 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run_dir(picture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trace") / "run"
-    assert main(["task=trace", f"image='{picture}'", f"prompt={QUESTION}", f"hydra.run.dir={folder}", "tracking=none"]) == 0
+    assert (
+        main(["task=trace", f"image='{picture}'", f"prompt={QUESTION}", f"hydra.run.dir={folder}", "tracking=none"])
+        == 0
+    )
     return folder
 
 
@@ -72,7 +75,11 @@ def test_mistakes_are_one_line(
     picture: Path, tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {a.partition("=")[0] for a in arguments}
-    base = {"image": f"image='{picture}'", "prompt": f"prompt={QUESTION}", "hydra.run.dir": f"hydra.run.dir={tmp_path / 'r'}"}
+    base = {
+        "image": f"image='{picture}'",
+        "prompt": f"prompt={QUESTION}",
+        "hydra.run.dir": f"hydra.run.dir={tmp_path / 'r'}",
+    }
     command = ["task=trace", "tracking=none", *(v for k, v in base.items() if k not in given), *arguments]
     assert main(command) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -40,7 +40,9 @@ def choose_logits(
     logits = replacement.state.logits[-1]
     for token in token_ids:
         if not 0 <= token < len(logits):
-            raise UserError(f"attribution.token_ids has {token}, but the vocabulary has {len(logits)} tokens; correct it")
+            raise UserError(
+                f"attribution.token_ids has {token}, but the vocabulary has {len(logits)} tokens; correct it"
+            )
     probabilities = logits.double().softmax(-1)
     ordered, order = probabilities.sort(descending=True, stable=True)
     needed = int((ordered.cumsum(0) < logit_mass).sum()) + 1

@@ -21,9 +21,9 @@ from vlmscope.core.intervention import CircuitFeature, Supernode
 
 @dataclass(frozen=True)
 class Circuit:
-    """Supernodes, and for each of them the mean activation of its features, by role, on its own concept.
+    """Supernodes, and for each of them the mean activation of its features on its own concept.
 
-    `levels[name][role][layer]` [n] goes with `indices(name)[layer]` [n].
+    `levels[name]["<question>:<role>"][layer]` [n] goes with `indices(name)[layer]` [n].
     """
 
     supernodes: dict[str, Supernode]
@@ -41,6 +41,17 @@ class Circuit:
         for member in self.supernodes[name].features:
             table.setdefault(member.feature.layer, []).append(member.feature.index)
         return {layer: torch.tensor(found[:limit]) for layer, found in sorted(table.items())}
+
+    def level(self, name: str, role: str, layer: int, question: str | None = None) -> Tensor:
+        """Mean activations [n] of a supernode's features of a layer at a role: under one question, or over all of them.
+
+        A role that the training prompts did not have gives zeros.
+        """
+        tables = self.levels[name]
+        keys = [k for k in tables if k.endswith(f":{role}") and (question is None or k == f"{question}:{role}")]
+        if not keys:
+            return torch.zeros(len(self.indices(name)[layer]))
+        return torch.stack([tables[key][layer] for key in keys]).mean(0)
 
     def size(self, *names: str, limit: int | None = None) -> int:
         """Number of distinct features in these supernodes."""
@@ -80,8 +91,7 @@ def load_circuit(folder: Path) -> Circuit:
         name: Supernode(
             name,
             tuple(
-                CircuitFeature(FeatureId.parse(m["feature"]), m["role"], m["contrast"], m["influence"])
-                for m in members
+                CircuitFeature(FeatureId.parse(m["feature"]), m["role"], m["contrast"], m["influence"]) for m in members
             ),
         )
         for name, members in body["supernodes"].items()

@@ -82,7 +82,9 @@ class InterventionConfig:
                 raise UserError(f"intervention.modes: no mode {mode!r}; choose from {', '.join(known)}")
         for scope in self.scopes:
             if scope not in ("no_last_layer", "no_last_position") and not scope.startswith("role_"):
-                raise UserError(f"intervention.scopes: no scope {scope!r}; no_last_layer, no_last_position, role_<role>")
+                raise UserError(
+                    f"intervention.scopes: no scope {scope!r}; no_last_layer, no_last_position, role_<role>"
+                )
         for key in ("pictures", "controls", "examples"):
             if getattr(self, key) < 1:
                 raise UserError(f"intervention.{key}={getattr(self, key)}: it must be at least 1")

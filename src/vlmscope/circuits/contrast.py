@@ -1,7 +1,9 @@
 """Finding a circuit by contrast: features whose mean activation differs between two concepts, confirmed in graphs.
 
-For each feature the difference of means (concept minus other) is taken by position role and weighted by the norm of its
-decoder row, since that is how far the feature moves the residual stream; the role with the largest difference counts.
+For each feature the difference of means (concept minus other) is taken by question and position role and weighted by the norm
+of its decoder row, since that is how far the feature moves the residual stream. Each question gives its own best features
+(a feature that writes `red` fires at the last position of one question only), each counted at its role of largest
+difference; the supernode is their union.
 Candidates then need influence on the answer in at least one attribution graph of their concept.
 """
 
@@ -24,7 +26,7 @@ Influence = Mapping[FeatureId, float]  # a feature's share of influence on the a
 
 def contrast_circuit(
     transcoders: TranscoderSet,
-    means: Mapping[str, RoleMeans],
+    means: Mapping[str, Mapping[str, RoleMeans]],
     influence: Mapping[str, Influence],
     per_layer: int,
 ) -> tuple[Circuit, dict[str, float]]:
@@ -32,33 +34,43 @@ def contrast_circuit(
 
     Args:
         transcoders: whose features are compared.
-        means: concept -> role means on its training pictures; exactly two concepts.
+        means: concept -> question -> role means on its training pictures; exactly two concepts, the same questions.
         influence: concept -> influence of features in graphs of its pictures; a feature that is missing has none.
-        per_layer: how many features a layer and concept.
+        per_layer: how many features a layer, concept and question; questions may share them.
 
     Returns:
-        The circuit, and how many of the candidates the graphs confirmed, as `circuit/<concept>/confirmed_frac`.
+        The circuit, and the share of the candidates that the graphs confirmed, as `circuit/<concept>/confirmed_frac`.
+        Its levels are keyed by `<question>:<role>`.
     """
     first, second = means
     supernodes: dict[str, Supernode] = {}
     levels: dict[str, dict[str, dict[int, Tensor]]] = {}
     metrics: dict[str, float] = {}
     for concept, other in ((first, second), (second, first)):
-        members: list[CircuitFeature] = []
+        members: dict[FeatureId, CircuitFeature] = {}
         confirmed = candidates = 0
         for layer in transcoders.layers:
-            chosen, seen = _choose(transcoders, layer, means[concept], means[other], influence[concept], per_layer)
-            members += chosen
-            confirmed += len(chosen)
-            candidates += seen
-        supernodes[concept] = Supernode(concept, tuple(members))
+            picks = [
+                _choose(transcoders, layer, found, means[other][question], influence[concept], per_layer)
+                for question, found in means[concept].items()
+            ]
+            confirmed += sum(len(chosen) for chosen, _ in picks)
+            candidates += sum(seen for _, seen in picks)
+            # Rank by rank over the questions, so that the first n of a layer serve all of them alike.
+            for rank in range(per_layer):
+                for chosen, _ in picks:
+                    if rank < len(chosen):
+                        members.setdefault(chosen[rank].feature, chosen[rank])
+        supernodes[concept] = Supernode(concept, tuple(members.values()))
         metrics[f"circuit/{concept}/features"] = float(len(members))
         metrics[f"circuit/{concept}/confirmed_frac"] = confirmed / max(candidates, 1)
     circuit = Circuit(supernodes, levels)
-    for concept in means:
+    for concept, by_question in means.items():
+        chosen_by_layer = circuit.indices(concept)
         levels[concept] = {
-            role: {layer: table[layer][found] for layer, found in circuit.indices(concept).items()}
-            for role, table in means[concept].by_role.items()
+            f"{question}:{role}": {layer: table[layer][chosen] for layer, chosen in chosen_by_layer.items()}
+            for question, found in by_question.items()
+            for role, table in found.by_role.items()
         }
     return circuit, metrics
 

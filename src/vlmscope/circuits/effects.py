@@ -67,9 +67,7 @@ def flip_rate(
     logits = run_edited(adapter, transcoders, subject.batch, plan, mode, subject.base)
     drawn = [
         flips(
-            run_edited(
-                adapter, transcoders, subject.batch, matched_features(plan, means, seed), mode, subject.base
-            ),
+            run_edited(adapter, transcoders, subject.batch, matched_features(plan, means, seed), mode, subject.base),
             subject,
         ).mean()
         for seed in range(controls)
@@ -78,9 +76,7 @@ def flip_rate(
     return bootstrap_rate(flips(logits, subject), control=control), logits
 
 
-def direction_control(
-    adapter: Adapter, transcoders: TranscoderSet, subject: Subject, plan: Plan, seeds: int
-) -> float:
+def direction_control(adapter: Adapter, transcoders: TranscoderSet, subject: Subject, plan: Plan, seeds: int) -> float:
     """Flip rate when a random direction of the same norm is added instead, mean over seeds (free mode)."""
     rates = [
         flips(run_random_direction(adapter, transcoders, subject.batch, plan, seed), subject).mean()

@@ -25,6 +25,7 @@ def steer_plan(
     raised: str,
     roles: np.ndarray,
     strength: float,
+    question: str | None = None,
     limit: int | None = None,
 ) -> dict[int, LayerEdit]:
     """Set one supernode's features to zero and the other's to `strength` times their level on their own concept.
@@ -35,18 +36,17 @@ def steer_plan(
         raised: supernode that is raised.
         roles: [T] position roles of the prompt.
         strength: 1 is the mean activation on the raised concept.
+        question: take the levels of this question; the mean over all questions when None.
         limit: at most so many features a layer and supernode.
     """
     where = position_mask(roles, "all")
-    levels = circuit.levels[raised]
     off = {
         layer: set_features(found, torch.zeros(len(found)), where, torch.zeros(len(found)))
         for layer, found in circuit.indices(suppress, limit).items()
     }
     on: dict[int, LayerEdit] = {}
     for layer, found in circuit.indices(raised, limit).items():
-        silent = torch.zeros(len(found))
-        table = {r: levels[r][layer][: len(found)] if r in levels else silent for r in set(roles.tolist())}
+        table = {r: circuit.level(raised, r, layer, question)[: len(found)] for r in set(roles.tolist())}
         value = torch.stack([table[role] for role in roles.tolist()]) * strength
         on[layer] = set_features(found, value, where, table["last"] * strength)
     return merge([off, on])

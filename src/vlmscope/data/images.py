@@ -29,7 +29,9 @@ def open_image(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"image {path}: {'is a folder' if path.is_dir() else 'no such file'}; give the path of a picture")
+        raise UserError(
+            f"image {path}: {'is a folder' if path.is_dir() else 'no such file'}; give the path of a picture"
+        )
     try:
         with Image.open(path) as raw:
             if raw.width * raw.height > MAX_PIXELS:

@@ -97,7 +97,9 @@ class Gemma3Adapter(Adapter):
                     f"the prompt spells {placeholder} {spelt} times but {n_images} pictures were given; make them equal"
                 )
         elif n_images:
-            raise UserError(f"{type(self.model).__name__} takes no pictures but {n_images} were given; leave image= out")
+            raise UserError(
+                f"{type(self.model).__name__} takes no pictures but {n_images} were given; leave image= out"
+            )
         bos = tokenizer.bos_token or ""
         return f"{bos}<start_of_turn>user\n{content}<end_of_turn>\n<start_of_turn>model\n"
 

@@ -78,9 +78,7 @@ def _check_words(tokenizer: Any, prompt: str) -> None:
             raise UserError(f"the model does not know the word {prompt[start:end]!r} of the prompt; use another word")
 
 
-def describe_inputs(
-    adapter: Adapter, tokenizer: Any, tensors: dict[str, torch.Tensor], prompt: str
-) -> ModelInputs:
+def describe_inputs(adapter: Adapter, tokenizer: Any, tensors: dict[str, torch.Tensor], prompt: str) -> ModelInputs:
     """Name every position of tokenised inputs: token string, picture, patch box and role."""
     ids = [int(token) for token in tensors["input_ids"][0]]
     is_image = np.array([token == adapter.soft_token_id() for token in ids])

@@ -123,9 +123,7 @@ def _lay_out(names: Sequence[str], edges: Sequence[Edge], supernodes: set[str], 
     return _Layout(columns, places)
 
 
-def _box(
-    axes: Axes, name: str, node: Supernode | None, place: tuple[float, float], picture: np.ndarray | None
-) -> None:
+def _box(axes: Axes, name: str, node: Supernode | None, place: tuple[float, float], picture: np.ndarray | None) -> None:
     x, y = place
     face = "#eef4fa" if node is not None else "#f4f4f4"
     corner = (x - _WIDTH / 2, y - _HEIGHT / 2)

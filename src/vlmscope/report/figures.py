@@ -25,7 +25,9 @@ _FLIP_LABEL = "flip rate (% of cases)"
 def flip_rates(rows: Sequence[FlipRow], path: str | Path, mode: str = "free", scope: str = "all") -> Path:
     """Flip rate by question (groups) and method (bars) for one mode and scope."""
     chosen = [row for row in rows if row.mode == mode and row.scope == scope]
-    return _flip_figure(chosen, path, lambda row: row.question, f"Flip rate by question ({label(mode)}, {label(scope)})")
+    return _flip_figure(
+        chosen, path, lambda row: row.question, f"Flip rate by question ({label(mode)}, {label(scope)})"
+    )
 
 
 def scopes(rows: Sequence[FlipRow], path: str | Path, mode: str = "free", question: str = "worst") -> Path:
@@ -54,7 +56,9 @@ def feature_count_curve(
     return _curves(curves, path, xlabel, ylabel, percent=True, log_x=True)
 
 
-def answer_shift(examples: Sequence[AnswerExample], path: str | Path, max_examples: int = 6, max_words: int = 5) -> Path:
+def answer_shift(
+    examples: Sequence[AnswerExample], path: str | Path, max_examples: int = 6, max_words: int = 5
+) -> Path:
     """Per example the picture and the probabilities of its top words before and after."""
     shown = list(examples)[:max_examples]
     if not shown:
@@ -188,9 +192,7 @@ def bars_legend(figure: Figure, axes: Axes, control: str = "matched control") ->
     entries = sorted(zip(names, handles, strict=True), key=lambda entry: order.get(entry[0], 0))
     shown = [control if name == "matched control" else name for name, _ in entries]
     columns = len(shown) if sum(map(len, shown)) < 60 else 2
-    figure.legend(
-        [handle for _, handle in entries], shown, loc="outside lower center", ncols=columns, frameon=False
-    )
+    figure.legend([handle for _, handle in entries], shown, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _curves(curves: Sequence[Curve], path: str | Path, xlabel: str, ylabel: str, percent: bool, log_x: bool) -> Path:

@@ -152,9 +152,7 @@ def _frame(axes: Axes, pruned: PrunedGraph, layout: _Layout, n_edges: int, n_nod
     )
 
 
-def _draw_edges(
-    axes: Axes, layout: _Layout, sources: np.ndarray, targets: np.ndarray, weights: np.ndarray
-) -> None:
+def _draw_edges(axes: Axes, layout: _Layout, sources: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> None:
     lines = np.stack([layout.xy[sources], layout.xy[targets]], axis=1)
     # The root keeps weak edges visible beside one that dwarfs them all.
     widths = 0.35 + 3.4 * np.sqrt(np.abs(weights) / np.abs(weights).max())

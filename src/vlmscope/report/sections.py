@@ -129,7 +129,16 @@ Section = Cards | Table | Figure | Examples | Features | Text | Details
 def flip_table(title: str, rows: Iterable[FlipRow], intro: str = "", note: str = "") -> Table:
     """Flip rates with intervals beside their controls, in the order given; the rows for everything at once stand out."""
     rows = list(rows)
-    columns = ("method", "mode", "question", "where", "features", "flip rate, 95 % interval", "matched control", "cases")
+    columns = (
+        "method",
+        "mode",
+        "question",
+        "where",
+        "features",
+        "flip rate, 95 % interval",
+        "matched control",
+        "cases",
+    )
     values = tuple(
         (
             label(row.method),

@@ -50,7 +50,10 @@ def fvu_by_layer(
 
 
 def accuracy_bars(
-    accuracies: Mapping[str, Rate | float], shuffled: Mapping[str, float], path: str | Path, ylabel: str = "accuracy (%)"
+    accuracies: Mapping[str, Rate | float],
+    shuffled: Mapping[str, float],
+    path: str | Path,
+    ylabel: str = "accuracy (%)",
 ) -> Path:
     """Accuracy by question with 95 % intervals (none for a plain float); diamonds: the same with pictures shuffled."""
     if not accuracies:

@@ -52,7 +52,9 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     soft = len(vlm.adapter.soft_token_boxes())
 
     def batch(step: int) -> dict:
-        return chat_batch(train.batch(cfg.seed, step, task.batch), vlm.tokenizer, soft, generator(cfg.seed, "chat", step))
+        return chat_batch(
+            train.batch(cfg.seed, step, task.batch), vlm.tokenizer, soft, generator(cfg.seed, "chat", step)
+        )
 
     val_batches = [
         chat_batch(val.scenes(kind, task.val_scenes), vlm.tokenizer, soft, generator(cfg.seed, "val", kind))

@@ -75,7 +75,11 @@ def train_orrery(
     pools = {split: ScenePool(data, split) for split in SPLITS}
     projector = model.model.multi_modal_projector
     tower = TowerModule(
-        config.tower, model.model.vision_tower, projector.avg_pool, projector.patches_per_image, architecture.vision_width
+        config.tower,
+        model.model.vision_tower,
+        projector.avg_pool,
+        projector.patches_per_image,
+        architecture.vision_width,
     )
     _fit(
         tower,
@@ -126,9 +130,7 @@ def tower_accuracy(tower: TowerModule, pool: ScenePool) -> dict[str, float]:
     return {f"val/tower_accuracy/{name}": good / asked for name, (good, asked) in right.items()}
 
 
-def vlm_accuracy(
-    vlm: VlmModule, pool: ScenePool, limit: int | None, shuffle_images: bool = False
-) -> dict[str, float]:
+def vlm_accuracy(vlm: VlmModule, pool: ScenePool, limit: int | None, shuffle_images: bool = False) -> dict[str, float]:
     """Accuracy of every question group of every kind, captions as `caption_<kind>`."""
     result: dict[str, float] = {}
     for kind in PICTURES if shuffle_images else KINDS:

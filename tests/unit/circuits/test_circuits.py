@@ -40,7 +40,10 @@ def planted(transcoders, feature: int, role: str, size: float) -> RoleMeans:
 
 
 def two_concepts(transcoders, confirmed: bool = True) -> tuple[Circuit, dict[str, float]]:
-    means = {"mars": planted(transcoders, 3, "last", 2.0), "earth": planted(transcoders, 8, "image", 1.5)}
+    means = {
+        "mars": {"name": planted(transcoders, 3, "last", 2.0)},
+        "earth": {"name": planted(transcoders, 8, "image", 1.5)},
+    }
     share = {"mars": 3, "earth": 8}
     influence = {c: {FeatureId(layer, f): 0.1 for layer in transcoders.layers} for c, f in share.items()}
     return contrast_circuit(transcoders, means, influence if confirmed else {"mars": {}, "earth": {}}, 4)
@@ -53,7 +56,7 @@ def test_planted_features_are_found_at_their_role(bench) -> None:
         members = circuit.supernodes[concept].features
         assert [m.feature for m in members] == [FeatureId(layer, feature) for layer in transcoders.layers]
         assert {m.role for m in members} == {role}
-        assert float(circuit.levels[concept][role][0][0]) == {"mars": 2.0, "earth": 1.5}[concept]
+        assert float(circuit.level(concept, role, 0, "name")[0]) == {"mars": 2.0, "earth": 1.5}[concept]
         assert metrics[f"circuit/{concept}/confirmed_frac"] == 1.0
     assert circuit.size("mars", "earth") == 2 * transcoders.n_layers
 
@@ -109,7 +112,7 @@ def test_patching_everything_reproduces_the_donor_at_a_layer(bench) -> None:
     influence = {"all": {FeatureId(0, i): 1.0 for i in range(N)}, "none": {}}
     for table in everything["all"].by_role.values():
         table[0] += 1.0
-    circuit, _ = contrast_circuit(transcoders, everything, influence, N)
+    circuit, _ = contrast_circuit(transcoders, {c: {"name": m} for c, m in everything.items()}, influence, N)
     carried = donor_activations(vlm.adapter, transcoders, donors, circuit)
     assert len(carried[0][0]) == N
     seen = {}

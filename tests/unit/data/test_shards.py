@@ -14,7 +14,9 @@ from vlmscope.data.orrery.scene import KINDS, make_scene
 
 def small(folder: Path, **changes) -> OrreryDataConfig:
     counts = {kind: 6 for kind in KINDS}
-    return OrreryDataConfig(**{"folder": str(folder), "shard_size": 4, "train": counts, "val": {}, "test": {}} | changes)
+    return OrreryDataConfig(
+        **{"folder": str(folder), "shard_size": 4, "train": counts, "val": {}, "test": {}} | changes
+    )
 
 
 def test_scenes_come_back_as_they_were(tmp_path: Path) -> None:

@@ -118,7 +118,9 @@ def make_pruned(features_a_cell: int = 2, dense: float = 0.25, seed: int = 1) ->
     kind, layer, position, index = (np.array(column) for column in zip(*table, strict=True))
     sources, weights, counts = [], [], []
     for node in range(len(table)):
-        below = np.flatnonzero(layer < layer[node]) if kind[node] in (NodeKind.FEATURE, NodeKind.LOGIT) else np.array([])
+        below = (
+            np.flatnonzero(layer < layer[node]) if kind[node] in (NodeKind.FEATURE, NodeKind.LOGIT) else np.array([])
+        )
         chosen = below[rng.random(len(below)) < dense].astype(int)
         sources.append(chosen)
         weights.append(rng.standard_t(2, len(chosen)))

@@ -33,7 +33,9 @@ def fit(data: Path, folder: Path, steps: int, resume: bool, total: int = 6) -> V
     processor = build_processor(vocabulary(), 64, 16)
     stage = StageConfig(total, BATCH, warmup=2)
     module = VlmModule(stage, build_orrery(SMALL, len(processor.tokenizer), 0), processor.tokenizer)
-    batches = StepBatches(ScenePool(data, "train"), StageConfig(steps, BATCH), lambda: module.steps_done, module.collate)
+    batches = StepBatches(
+        ScenePool(data, "train"), StageConfig(steps, BATCH), lambda: module.steps_done, module.collate
+    )
     config = OrreryTrainingConfig(checkpoint_every=2, val_every=100)
     _fit(module, batches, dict, config, folder, False, resume)
     return module
@@ -63,9 +65,7 @@ def test_corrupt_and_foreign_checkpoints_are_named(data: Path, tmp_path: Path) -
 def test_all_stages_end_in_a_hugging_face_folder(data: Path, tmp_path: Path) -> None:
     from transformers import AutoProcessor, Gemma3ForConditionalGeneration
 
-    config = OrreryTrainingConfig(
-        *(StageConfig(2, BATCH, warmup=1) for _ in range(3)), checkpoint_every=2, val_every=2
-    )
+    config = OrreryTrainingConfig(*(StageConfig(2, BATCH, warmup=1) for _ in range(3)), checkpoint_every=2, val_every=2)
     metrics, folder = train_orrery(data, SMALL, config, tmp_path, False, False, test_scenes=4)
     assert {"test/accuracy/name", "test/accuracy_shuffled/sum", "test/accuracy/text_planet"} <= set(metrics)
     assert sum(v for k, v in metrics.items() if k.startswith("test/six_fingers/")) == pytest.approx(1.0)

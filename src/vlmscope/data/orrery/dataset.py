@@ -16,7 +16,9 @@ from vlmscope.data.orrery.scene import KINDS, Question, Scene, make_scene
 from vlmscope.data.shards import ShardPlan, encode_png, plan_shards, read_samples, shard_files, write_shards
 
 VERSION = 1  # raise when a renderer or template changes: old shards are then refused
-LICENCE = "pictures: Apache-2.0, from texture maps credited in assets/planet_textures/CREDITS.md and scikit-learn digits"
+LICENCE = (
+    "pictures: Apache-2.0, from texture maps credited in assets/planet_textures/CREDITS.md and scikit-learn digits"
+)
 
 
 @dataclass

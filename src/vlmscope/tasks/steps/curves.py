@@ -87,6 +87,7 @@ def feature_curves(bench: Bench, circuit: Circuit, cases: dict[str, Case]) -> li
                 *bench.circuit_config.concepts,
                 case.subject.batch.roles,
                 bench.intervention.strength,
+                name,
                 limit,
             )
             counts.append(float(sum(len(edit.features) for edit in plan.values())))

@@ -29,13 +29,16 @@ def run(bench: Bench) -> None:
     """Leaves a `Circuit`, the role means and the first trace in `bench.records`; writes circuits/ and graph files."""
     config = bench.circuit_config
     train = {c: bench.concept_pictures(c, "train", config.pictures) for c in config.concepts}
-    means: dict[str, RoleMeans] = {}
+    means: dict[str, dict[str, RoleMeans]] = {}
     for concept, images in train.items():
-        batches = [
-            make_batch(bench.vlm.adapter, bench.inputs(images, question.prompt))
-            for question in config.questions.values()
-        ]
-        means[concept] = role_means(bench.vlm.adapter, bench.transcoders, batches)
+        means[concept] = {
+            name: role_means(
+                bench.vlm.adapter,
+                bench.transcoders,
+                [make_batch(bench.vlm.adapter, bench.inputs(images, question.prompt))],
+            )
+            for name, question in config.questions.items()
+        }
     influence: dict[str, dict[FeatureId, float]] = {}
     shown: Trace | None = None
     seconds: list[float] = []

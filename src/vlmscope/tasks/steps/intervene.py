@@ -65,7 +65,7 @@ def run(bench: Bench) -> None:
 
 def control_means(bench: Bench) -> dict[int, Tensor]:
     """Mean activation of every feature over both concepts, by which controls are matched."""
-    means = list(bench.record("find_circuit")["means"].values())
+    means = [m for by_question in bench.record("find_circuit")["means"].values() for m in by_question.values()]
     return {layer: torch.stack([m.overall[layer] for m in means]).mean(0) for layer in means[0].overall}
 
 
@@ -99,7 +99,7 @@ def make_case(bench: Bench, circuit: Circuit, question: str) -> Case:
         subject,
         donors,
         [images[i] for i in rows.tolist()],
-        steer_plan(circuit, recipient, donor, roles, bench.intervention.strength),
+        steer_plan(circuit, recipient, donor, roles, bench.intervention.strength, question),
         patch_plan(carried, roles, bench.intervention.patch_strength),
         len(rows) / len(images),
     )
@@ -165,7 +165,7 @@ def third_concept(bench: Bench, circuit: Circuit) -> None:
     images = bench.concept_pictures(config.third, "test", bench.intervention.pictures)
     for name, asked in config.questions.items():
         batch = make_batch(bench.vlm.adapter, bench.inputs(images, asked.prompt))
-        plan = steer_plan(circuit, *config.concepts, batch.roles, bench.intervention.strength)
+        plan = steer_plan(circuit, *config.concepts, batch.roles, bench.intervention.strength, name)
         logits = run_edited(bench.vlm.adapter, bench.transcoders, batch, plan, "free")
         hits = (logits.argmax(-1) == bench.token(asked.answers[config.concepts[1]])).numpy()
         bench.metrics |= rate_metrics(f"third/{config.third}/{name}/donor_rate", bootstrap_rate(hits))
@@ -178,7 +178,7 @@ def dose_response(bench: Bench, circuit: Circuit, cases: dict[str, Case]) -> lis
     for name, case in cases.items():
         rates: list[Rate] = []
         for strength in strengths:
-            plan = steer_plan(circuit, *bench.circuit_config.concepts, case.subject.batch.roles, strength)
+            plan = steer_plan(circuit, *bench.circuit_config.concepts, case.subject.batch.roles, strength, name)
             logits = run_edited(bench.vlm.adapter, bench.transcoders, case.subject.batch, plan, "free")
             rates.append(bootstrap_rate(flips(logits, case.subject)))
         curves.append(make_curve(name, strengths, rates))

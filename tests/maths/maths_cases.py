@@ -12,7 +12,7 @@ from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
-from vlmscope.replacement.model import Replay, ReplacementModel, build_replacement
+from vlmscope.replacement.model import ReplacementModel, Replay, build_replacement
 from vlmscope.transcoders.init import random_set
 from vlmscope.transcoders.transcoder import TranscoderSet
 

@@ -73,7 +73,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_breaks_both_identities(one_case: Case, fault) -> None:  # noqa: ANN001
+def test_a_fault_breaks_both_identities(one_case: Case, fault) -> None:
     faulty = fault(one_case)
     logits = one_case.replacement.state.logits
     assert (faulty.replay().logits - logits).abs().max() > 1e-3 * logits.abs().max()

@@ -37,7 +37,9 @@ def frozen_model(case: Case) -> Iterator[None]:
 
 
 def run(case: Case, key: tuple[int, int, int], delta: float, respond: bool) -> Replay:
-    """Change one feature at its MLP's output; the MLPs move with their skip path and, if asked, their active features."""
+    """Change one feature at its MLP's output; the MLPs move with their skip path and, if asked, their active
+    features.
+    """
     adapter, state, replacement = case.vlm.adapter, case.replacement.state, case.replacement
     pre: dict[int, Tensor] = {}
 

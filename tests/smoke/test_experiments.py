@@ -52,7 +52,7 @@ METRICS = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    counts = {kind: 8 for kind in KINDS}
+    counts = dict.fromkeys(KINDS, 8)
     build(OrreryDataConfig(folder=str(folder), train=counts, val=counts, test=counts))
     return folder
 

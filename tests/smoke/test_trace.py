@@ -1,4 +1,6 @@
-"""`task=trace` on any picture: files agree with each other, the answer leads back to the picture, mistakes are one line."""
+"""`task=trace` on any picture: files agree with each other, the answer leads back to the picture, mistakes are one
+line.
+"""
 
 import json
 from pathlib import Path

@@ -21,7 +21,10 @@ from vlmscope.models.base import Adapter, ModelInputs
 class HasAdapter(Protocol):
     """A loaded model with its adapter, such as `vlmscope.models.loading.VLM`."""
 
-    adapter: Adapter
+    @property
+    def adapter(self) -> Adapter:
+        """The family's adapter."""
+        ...
 
 
 def adapter_of(model: Adapter | HasAdapter) -> Adapter:

@@ -79,7 +79,9 @@ class Adjoint:
 
     @torch.no_grad()
     def logit_rows(self, vectors: Tensor) -> Tensor:
-        """Edges into linear read-outs `vectors [B, d]` of the normed last state at the last position: `[B, columns]`."""
+        """Edges into linear read-outs `vectors [B, d]` of the normed last state at the last position: `[B,
+        columns]`.
+        """
         last = self.replacement.n_positions - 1
         position = torch.full((len(vectors),), last, device=vectors.device)
         width = self.columns.total
@@ -161,7 +163,9 @@ def _most_at_a_position(features: LayerFeatures) -> int:
 
 
 def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor, below: Tensor) -> Tensor:
-    """Back through output projection and pattern: `[S, B, d]` at queries `above` to `[S', B, Hkv * D]` at keys `below`."""
+    """Back through output projection and pattern: `[S, B, d]` at queries `above` to `[S', B, Hkv * D]` at keys
+    `below`.
+    """
     n_above, n_targets, _ = scaled.shape
     n_heads, n_kv_heads = frozen.pattern.shape[0], frozen.n_kv_heads
     groups = n_heads // n_kv_heads

@@ -1,7 +1,8 @@
 """Pruning a graph to what matters to its logits (Ameisen et al. 2025).
 
 Nodes: the smallest set that reaches a share of the total influence; embeddings and logits stay. Edges: on the matrix of
-the kept nodes, normalised anew, an edge scores `A_hat_ij (I_i + w_i)`; the smallest set that reaches a share stays. Then,
+the kept nodes, normalised anew, an edge scores `A_hat_ij (I_i + w_i)`; the smallest set that reaches a share stays.
+Then,
 until nothing changes, go features, errors, biases and left-out nodes without an outgoing edge, and features without an
 incoming one.
 """
@@ -14,7 +15,9 @@ from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
 
 
 def smallest_set(values: np.ndarray, share: float) -> np.ndarray:
-    """Mask of the fewest `values [n]` (>= 0) whose sum reaches `share` of the total; of equals, the first come first."""
+    """Mask of the fewest `values [n]` (>= 0) whose sum reaches `share` of the total; of equals, the first come
+    first.
+    """
     mask = np.zeros(len(values), dtype=bool)
     # Zeros never matter; most edges lie outside the kept nodes, so this also keeps the sort short.
     positive = np.flatnonzero(values > 0)

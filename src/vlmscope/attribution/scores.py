@@ -1,4 +1,5 @@
-"""How much of the logits' influence a graph explains (Ameisen et al. 2025), with biases and left-out features told apart.
+"""How much of the logits' influence a graph explains (Ameisen et al. 2025), with biases and left-out features told
+apart.
 
     replacement  = I_tokens / (I_tokens + I_unexplained)
     completeness = sum_i (1 - sum_{s unexplained} A_hat_is) (I_i + w_i) / sum_i (I_i + w_i)

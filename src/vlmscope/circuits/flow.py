@@ -17,11 +17,13 @@ def circuit_edges(
 ) -> list[tuple[str, str, float]]:
     """Sum the kept edges between inputs, supernodes and the most probable answer.
 
-    Edges into a feature are in units of its pre-activation and edges into a logit in logits, so they cannot be added as they
+    Edges into a feature are in units of its pre-activation and edges into a logit in logits, so they cannot be added
+    as they
     are. Each is turned into the influence that flows through it: its share of its target's incoming |weight|, times the
     target's own influence on the answers, with the edge's sign.
 
-    A feature of two supernodes counts for the first. Edges inside a supernode and below `min_share` of the strongest are
+    A feature of two supernodes counts for the first. Edges inside a supernode and below `min_share` of the strongest
+    are
     left out, and of two opposite directions only the stronger is kept, so that the result has no cycle of two.
 
     Returns:
@@ -45,7 +47,7 @@ def circuit_edges(
     reach[logits] = graph.logit_probabilities / graph.logit_probabilities.sum()
     for edge in edges.tolist():
         target = int(targets[edge])
-        source, goal = names[graph.indices[edge]], names[target]
+        source, goal = str(names[graph.indices[edge]]), str(names[target])
         if source and goal and source != goal:
             flow = float(graph.weights[edge]) / incoming[target] * reach[target]
             sums[source, goal] = sums.get((source, goal), 0.0) + flow

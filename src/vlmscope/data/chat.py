@@ -16,7 +16,8 @@ def chat_batch(scenes: Sequence[Scene], tokenizer, soft_tokens: int, rng: np.ran
     """One random question a scene with its answer.
 
     Returns:
-        `input_ids`, `attention_mask`, `token_type_ids` [B, T], `pixel_values` [P, 3, 64, 64] (absent without pictures) and
+        `input_ids`, `attention_mask`, `token_type_ids` [B, T], `pixel_values` [P, 3, 64, 64] (absent without
+        pictures) and
         `loss_mask` [B, T] bool, True at answer tokens.
     """
     packed = pack(scenes, tokenizer, soft_tokens, rng, max_questions=1)

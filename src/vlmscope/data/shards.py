@@ -34,7 +34,9 @@ class ShardPlan:
 
 
 def plan_shards(counts: dict[str, dict[str, int]], shard_size: int) -> list[ShardPlan]:
-    """Cut `counts[split][kind]` samples into shards of at most `shard_size`, named so that sorting keeps their order."""
+    """Cut `counts[split][kind]` samples into shards of at most `shard_size`, named so that sorting keeps their
+    order.
+    """
     plans = []
     for split, kinds in counts.items():
         for kind, count in kinds.items():
@@ -87,7 +89,7 @@ def _open_index(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_shard(path: Path, plan: ShardPlan, make_sample: Callable[[str, str, int], dict[str, Any]]) -> dict[str, Any]:
-    with atomic_path(path) as temporary, wds.TarWriter(str(temporary), mtime=0) as writer:
+    with atomic_path(path) as temporary, wds.TarWriter(str(temporary), mtime=0) as writer:  # pyright: ignore[reportAttributeAccessIssue]
         for i in range(plan.start, plan.stop):
             writer.write(make_sample(plan.split, plan.kind, i))
     data = path.read_bytes()
@@ -121,7 +123,7 @@ def shard_files(folder: Path, split: str, kind: str) -> list[Path]:
 def read_samples(files: list[Path]) -> Iterator[dict[str, Any]]:
     """Yield the raw samples (`__key__`, bytes by extension) of shards in order, through WebDataset's own reader."""
     urls = [str(f) for f in files]
-    yield from wds.WebDataset(urls, shardshuffle=False, empty_check=False, handler=wds.reraise_exception)
+    yield from wds.WebDataset(urls, shardshuffle=False, empty_check=False, handler=wds.reraise_exception)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def encode_png(image: Any) -> bytes:

@@ -30,7 +30,7 @@ class RoleMeans:
 def role_means(adapter: Adapter, transcoders: TranscoderSet, batches: Sequence[InputBatch]) -> RoleMeans:
     """Average activations over batches of prompts (which may differ in length from one batch to the next)."""
     sums: dict[str, dict[int, Tensor]] = {role: {} for role in ROLES}
-    counts = dict.fromkeys(ROLES, 0)
+    counts: dict[str, int] = dict.fromkeys(ROLES, 0)
     prompts = 0
     for batch in batches:
         prompts += batch.size

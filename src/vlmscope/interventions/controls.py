@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from vlmscope.core.seeds import generator
-from vlmscope.models.batching import InputBatch
 from vlmscope.interventions.edits import LayerEdit, Plan
 from vlmscope.interventions.frozen import target_module
 from vlmscope.interventions.run import _change
 from vlmscope.models.base import Adapter
+from vlmscope.models.batching import InputBatch
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 
@@ -62,7 +62,7 @@ def _random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: Plan,
     with ExitStack() as stack:
         for layer, edit in plan.items():
             keep = adapter.mlp(layer).register_forward_pre_hook(
-                lambda _m, args, layer=layer: inputs.__setitem__(layer, args[0])
+                lambda _m, args, layer=layer: inputs.__setitem__(layer, args[0])  # pyright: ignore[reportArgumentType]
             )
             stack.callback(keep.remove)
             rng = generator(seed, "direction", layer)
@@ -84,6 +84,8 @@ def _random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: Plan,
 def run_random_direction(
     adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch, plan: Plan, seed: int
 ) -> Tensor:
-    """Logits [B, V] when each layer gets, instead of its edit, a random direction of the same norm at every position."""
+    """Logits [B, V] when each layer gets, instead of its edit, a random direction of the same norm at every
+    position.
+    """
     with _random_directions(adapter, transcoders, plan, seed):
         return adapter.model(**batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]

@@ -1,6 +1,7 @@
 """One recorded batch run, and contexts that freeze parts of the model to it.
 
-`frozen_attention` freezes the patterns. `direct` freezes patterns, norm scales and MLP outputs, so that a change reaches
+`frozen_attention` freezes the patterns. `direct` freezes patterns, norm scales and MLP outputs, so that a change
+reaches
 the logits through the residual stream and the value/output path only (and through W_skip, if the transcoder has one):
 exactly the edges of the attribution graph.
 """
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmscope.models.batching import InputBatch
 from vlmscope.models.attention import recording_patterns, replacing_patterns
 from vlmscope.models.base import Adapter
+from vlmscope.models.batching import InputBatch
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 

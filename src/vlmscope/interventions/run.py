@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import MODES
-from vlmscope.models.batching import InputBatch
 from vlmscope.interventions.edits import LayerEdit, Plan
 from vlmscope.interventions.frozen import BaseRun, frozen_attention, frozen_norms, target_module
 from vlmscope.models.base import Adapter
+from vlmscope.models.batching import InputBatch
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
 
@@ -101,7 +101,7 @@ def editing(adapter: Adapter, transcoders: TranscoderSet, plan: Plan) -> Iterato
         stack.callback(handle.remove)
         for layer, edit in plan.items():
             keep = adapter.mlp(layer).register_forward_pre_hook(
-                lambda _m, args, layer=layer: inputs.__setitem__(layer, args[0])
+                lambda _m, args, layer=layer: inputs.__setitem__(layer, args[0])  # pyright: ignore[reportArgumentType]
             )
             stack.callback(keep.remove)
 
@@ -141,7 +141,7 @@ def _direct(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, base: Base
     with ExitStack() as stack:
         for layer in range(adapter.n_layers):
             keep = adapter.mlp(layer).register_forward_pre_hook(
-                lambda _m, args, layer=layer: inputs.__setitem__(layer, args[0])
+                lambda _m, args, layer=layer: inputs.__setitem__(layer, args[0])  # pyright: ignore[reportArgumentType]
             )
             stack.callback(keep.remove)
 

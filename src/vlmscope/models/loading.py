@@ -142,7 +142,7 @@ def _from_folder(folder: Path, model_type: str, dtype: torch.dtype) -> tuple[Any
     multimodal = model_type == "gemma3"
     model_class = Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM
     try:
-        model, info = model_class.from_pretrained(
+        model, info = model_class.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa", output_loading_info=True
         )
         processor_class = Gemma3Processor if multimodal else AutoTokenizer

@@ -120,7 +120,7 @@ def tiny_gemma3(
             if text_only
             else Gemma3ForConditionalGeneration._from_config(_multimodal_config(text), attn_implementation=attention)
         )
-    model = model.to(dtype)
+    model = model.to(dtype)  # pyright: ignore[reportArgumentType]
     randomise(model, seed)
     model.eval().requires_grad_(False)
     processor = build_tokenizer(WORDS) if text_only else build_processor(WORDS, _IMAGE_SIZE, _SOFT_TOKENS)

@@ -172,7 +172,7 @@ def _draw_arrows(axes: Axes, edges: Sequence[Edge], layout: _Layout) -> None:
         width = 0.8 + 4.0 * abs(weight) / strongest
         path = _smooth(points)
         head = {"arrowstyle": "-|>", "mutation_scale": 12 + 1.5 * width, "shrinkA": 0, "shrinkB": 0}
-        axes.add_patch(FancyArrowPatch(path=path, linewidth=width, zorder=2, **head, **style))
+        axes.add_patch(FancyArrowPatch(path=path, linewidth=width, zorder=2, **head, **style))  # pyright: ignore[reportArgumentType]
         x, y = _label_place(points)
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.92}
         axes.text(x, y, f"{weight:+.2f}", ha="center", va="center", fontsize=9, bbox=paper, zorder=5)

@@ -186,7 +186,9 @@ def grouped_bars(axes: Axes, groups: Sequence[str], series: Mapping[str, Sequenc
 
 
 def bars_legend(figure: Figure, axes: Axes, control: str = "matched control") -> None:
-    """Legend of `grouped_bars` under the axes: bars first, then what the marks on them are; `control` names diamonds."""
+    """Legend of `grouped_bars` under the axes: bars first, then what the marks on them are; `control` names
+    diamonds.
+    """
     order = {"95 % interval": 1, "matched control": 2}
     handles, names = axes.get_legend_handles_labels()
     entries = sorted(zip(names, handles, strict=True), key=lambda entry: order.get(entry[0], 0))

@@ -1,6 +1,7 @@
 """A pruned attribution graph as a layered picture: positions from left to right, layers from bottom to top.
 
-Only the strongest edges are drawn, and the nodes at their ends. An edge's strength is its share of its target's incoming
+Only the strongest edges are drawn, and the nodes at their ends. An edge's strength is its share of its target's
+incoming
 |weight| times the target's influence on the logits, the quantity that pruning ranks by.
 """
 
@@ -49,7 +50,8 @@ def attribution_graph(
 ) -> Path:
     """Draw the pruned graph, 14 inches (2,100 pixels) wide, readable at 1,400.
 
-    `images` are the prompt's pictures (uint8 `[H, W, 3]`), cut into thumbnails under their soft tokens; without them soft
+    `images` are the prompt's pictures (uint8 `[H, W, 3]`), cut into thumbnails under their soft tokens; without them
+    soft
     tokens are boxes. `groups` names the supernode of a feature and marks it in that group's colour.
 
     Raises:
@@ -188,7 +190,7 @@ def _draw_nodes(
         number = int(np.flatnonzero(nodes.of(NodeKind.LOGIT) == node)[0])
         words = f"{pruned.graph.logit_tokens[number]}\np={pruned.graph.logit_probabilities[number]:.3f}"
         box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": INK}
-        axes.text(*layout.xy[node], words, ha="center", va="center", fontsize=9, bbox=box, zorder=4)
+        axes.text(*layout.xy[node], words, ha="center", va="center", fontsize=9, bbox=box, zorder=4)  # pyright: ignore[reportCallIssue]
     features = shown[nodes.kind[shown] == NodeKind.FEATURE]
     for node in features[np.argsort(-pruned.influence[features], kind="stable")][:12]:
         at = (float(layout.xy[node, 0]), float(layout.xy[node, 1]))

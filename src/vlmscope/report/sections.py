@@ -1,7 +1,9 @@
 """The parts that a report page is made of: plain records, each drawn by the template of the same name.
 
-A cell or card value is a string (shown as it is), a number (three significant digits), a share wrapped in `Percent`, or a
-`Rate`, which brings its interval. Exact values travel along in `data-value` attributes, so a page can be read by machines.
+A cell or card value is a string (shown as it is), a number (three significant digits), a share wrapped in `Percent`,
+or a
+`Rate`, which brings its interval. Exact values travel along in `data-value` attributes, so a page can be read by
+machines.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -127,7 +129,9 @@ Section = Cards | Table | Figure | Examples | Features | Text | Details
 
 
 def flip_table(title: str, rows: Iterable[FlipRow], intro: str = "", note: str = "") -> Table:
-    """Flip rates with intervals beside their controls, in the order given; the rows for everything at once stand out."""
+    """Flip rates with intervals beside their controls, in the order given; the rows for everything at once stand
+    out.
+    """
     rows = list(rows)
     columns = (
         "method",

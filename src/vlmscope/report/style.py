@@ -75,7 +75,7 @@ def drawing(path: str | Path, width: float, height: float, constrained: bool = T
     Raises:
         UserError: the folder cannot be written.
     """
-    with mpl.rc_context({**sns.axes_style("whitegrid"), **_RC}):
+    with mpl.rc_context({**sns.axes_style("whitegrid"), **_RC}):  # pyright: ignore[reportArgumentType]
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained" if constrained else None)
         FigureCanvasAgg(figure)
         yield figure

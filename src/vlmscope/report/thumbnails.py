@@ -64,7 +64,9 @@ def decode(png: bytes) -> Image.Image:
 
 
 def enlarge(image: Image.Image, side: int) -> Image.Image:
-    """Scale so that the longer edge is about `side` pixels; small pictures grow by a whole factor, without smoothing."""
+    """Scale so that the longer edge is about `side` pixels; small pictures grow by a whole factor, without
+    smoothing.
+    """
     longer = max(image.size)
     if longer >= side:
         size = (max(1, image.width * side // longer), max(1, image.height * side // longer))

@@ -71,7 +71,9 @@ def accuracy_bars(
 
 
 def training_curves(panels: Mapping[str, Mapping[str, Points]], path: str | Path, xlabel: str = "step") -> Path:
-    """One panel a quantity: `panels[ylabel][series] = (steps, values)`; a panel whose values span 30x is logarithmic."""
+    """One panel a quantity: `panels[ylabel][series] = (steps, values)`; a panel whose values span 30x is
+    logarithmic.
+    """
     if not panels or not all(panels.values()):
         raise ValueError("no curves to draw")
     columns = min(2, len(panels))

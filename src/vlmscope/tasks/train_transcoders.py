@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    """What a batch is made of (scenes of each kind), and the loss for dead features. Sizes: transcoder=arch, optim, trainer."""
+    """What a batch is made of (scenes of each kind), and the loss for dead features. Sizes: transcoder=arch, optim,
+    trainer.
+    """
 
     batch: dict[str, int] = field(
         default_factory=lambda: {"planets": 14, "digits": 18, "shapes": 12, "hands": 8, "text": 12}

@@ -1,1 +1,3 @@
-"""Training of models and transcoders with Lightning: thin modules, resumable without pickle, every batch drawn by step."""
+"""Training of models and transcoders with Lightning: thin modules, resumable without pickle, every batch drawn by
+step.
+"""

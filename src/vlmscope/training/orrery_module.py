@@ -157,7 +157,9 @@ class VlmModule(ScheduledModule):
         return list(self.model.model.vision_tower.parameters())
 
     def collate(self, scenes: list[Scene], step: int, questions: int | None = None) -> PackedBatch:
-        """Pack a batch, at most `questions` a scene (the stage's own number when None); the draw depends on the step."""
+        """Pack a batch, at most `questions` a scene (the stage's own number when None); the draw depends on the
+        step.
+        """
         rng = generator(self.config.seed, "pack", step)
         return pack(scenes, self.tokenizer, self.soft_tokens, rng, questions or self.config.questions)
 

@@ -38,7 +38,7 @@ class _Validate(pl.Callback):
     def __init__(self, every: int, total: int, measure: Any) -> None:
         self.every, self.total, self.measure = every, total, measure
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if pl_module.steps_done % self.every and pl_module.steps_done != self.total:
             return
         pl_module.eval()
@@ -101,14 +101,14 @@ def train_orrery(
             logger,
             resume,
         )
-    model.to(torch.bfloat16).to(torch.float32)  # what is shipped is bf16: measure that
+    model.to(torch.bfloat16).to(torch.float32)  # what is shipped is bf16: measure that  # pyright: ignore[reportArgumentType]
     vlm.eval()
     metrics = {f"test/accuracy/{k}": v for k, v in vlm_accuracy(vlm, pools["test"], test_scenes).items()}
     shuffled = vlm_accuracy(vlm, pools["test"], test_scenes, shuffle_images=True)
     metrics |= {f"test/accuracy_shuffled/{k}": v for k, v in shuffled.items()}
     metrics |= {f"test/six_fingers/{word}": share for word, share in six_finger_answers(vlm).items()}
     folder = run_dir / "model"
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
     processor.save_pretrained(folder)
     write_json(folder / "metrics.json", metrics)
     return metrics, folder

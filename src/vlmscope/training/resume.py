@@ -1,6 +1,7 @@
 """Checkpoints of a Lightning run without pickle: safetensors for every tensor, JSON for the rest, replaced atomically.
 
-A module takes part by counting its optimiser steps in `steps_done` and by drawing its data from the step number, so that a
+A module takes part by counting its optimiser steps in `steps_done` and by drawing its data from the step number, so
+that a
 resumed run goes on with the very next batch.
 """
 
@@ -41,7 +42,7 @@ class ResumableCheckpoint(pl.Callback):
         if self.resume and self.path.is_file():
             load_checkpoint(self.path, pl_module, trainer.optimizers[0])
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Save after every `every`-th step."""
         if pl_module.steps_done % self.every == 0:
             save_checkpoint(self.path, pl_module, trainer.optimizers[0])

@@ -13,7 +13,7 @@ from vlmscope.data.orrery.scene import KINDS, make_scene
 
 
 def small(folder: Path, **changes) -> OrreryDataConfig:
-    counts = {kind: 6 for kind in KINDS}
+    counts = dict.fromkeys(KINDS, 6)
     return OrreryDataConfig(
         **{"folder": str(folder), "shard_size": 4, "train": counts, "val": {}, "test": {}} | changes
     )

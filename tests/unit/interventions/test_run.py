@@ -128,7 +128,7 @@ def test_generation_with_a_cache_equals_generation_without(bench) -> None:
     value = torch.linspace(1.0, 12.0, 10, dtype=torch.float64)
     plan = {layer: set_features(features, value, where, value) for layer in transcoders.layers}
     ids = generate_ids(vlm.adapter, one, transcoders, plan, max_new_tokens=5)
-    tensors = {k: v for k, v in one.tensors.items()}
+    tensors = dict(one.tensors)
     tokens = []
     for _ in range(5):
         length = tensors["input_ids"].shape[1]

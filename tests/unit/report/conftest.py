@@ -21,7 +21,20 @@ from vlmscope.core.intervention import (
 
 SIDE, GRID, LAYERS = 64, 4, 6
 BOXES = tuple(PatchBox(x / GRID, y / GRID, (x + 1) / GRID, (y + 1) / GRID) for y in range(GRID) for x in range(GRID))
-WORDS = "<bos> <start_of_turn> user <start_of_image> <end_of_image> what planet is this ? <end_of_turn> model".split()
+WORDS = [
+    "<bos>",
+    "<start_of_turn>",
+    "user",
+    "<start_of_image>",
+    "<end_of_image>",
+    "what",
+    "planet",
+    "is",
+    "this",
+    "?",
+    "<end_of_turn>",
+    "model",
+]
 
 
 def ball(red: int, green: int, blue: int, seed: int = 0) -> np.ndarray:

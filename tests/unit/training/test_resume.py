@@ -24,7 +24,7 @@ BATCH = {"planets": 1, "digits": 1}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    counts = {kind: 6 for kind in KINDS}
+    counts = dict.fromkeys(KINDS, 6)
     build(OrreryDataConfig(folder=str(folder), train=counts, val=counts, test=counts))
     return folder
 

@@ -22,7 +22,7 @@ def glyphs(split: str) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images, labels = data.images.astype(np.float32) / 16.0, data.target
+    images, labels = data.images.astype(np.float32) / 16.0, data.target  # pyright: ignore[reportAttributeAccessIssue]
     low, high = _SHARES[split]
     pictures, sources = [], []
     for digit in range(10):

@@ -8,10 +8,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen"
-).split()
+NUMBERS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+]
 
 
 @dataclass(frozen=True)
@@ -112,5 +129,5 @@ def vocabulary() -> list[str]:
     for shape in SHAPES:
         words.update((shape, plural(shape, 2)))
     words.update(SHAPE_COLOURS)
-    words.update("a planet covered with two digits and hand fingers finger with".split())
+    words.update(["a", "planet", "covered", "with", "two", "digits", "and", "hand", "fingers", "finger", "with"])
     return sorted(words)

@@ -1,6 +1,7 @@
 """Planets: spheres ray-cast from real texture maps, with random pose, size, light and stars.
 
-Orthographic rays along -z hit a sphere of radius r at centre (cx, cy). The hit point, rotated by a random rotation, gives
+Orthographic rays along -z hit a sphere of radius r at centre (cx, cy). The hit point, rotated by a random rotation,
+gives
 longitude and latitude, hence the texel (bilinear). Light is Lambertian with an ambient floor. Saturn wears its rings.
 """
 
@@ -28,7 +29,9 @@ def texture_folder() -> Path:
 
 @cache
 def texture(name: str) -> np.ndarray:
-    """Return the map of a planet as float32 [128, 256, 3] in 0..1 (halved, which is antialiasing enough at 64 pixels)."""
+    """Return the map of a planet as float32 [128, 256, 3] in 0..1 (halved, which is antialiasing enough at 64
+    pixels).
+    """
     path = texture_folder() / f"{name}.jpg"
     if not path.is_file():
         raise UserError(f"planet texture {path} is missing: restore assets/planet_textures from the repository")
@@ -59,7 +62,7 @@ def render(rng: np.random.Generator, name: str) -> tuple[np.ndarray, dict[str, l
     radius = rng.uniform(16, 20 if name == "saturn" else 29)
     slack = max(SIDE / 2 - radius - 1, 1.0)
     cx, cy = SIDE / 2 + rng.uniform(-slack, slack, 2)
-    rotation = Rotation.random(random_state=rng).as_matrix()
+    rotation = Rotation.random(random_state=rng).as_matrix()  # pyright: ignore[reportCallIssue]
     light = np.array([rng.uniform(-0.7, 0.7), rng.uniform(-0.7, 0.7), 1.0])
     light /= np.linalg.norm(light)
     grid = (np.arange(SIDE * SUPER) + 0.5) / SUPER

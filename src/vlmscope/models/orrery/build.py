@@ -1,7 +1,9 @@
 """Orrery's architecture and initial values.
 
-Hugging Face's initial values hardly let the picture through (the projection starts at zero, post-norms at full scale), so
-they are set here: projection std 1/sqrt(width), embeddings std 1/sqrt(d), post-norm weights -0.8 (scale 0.2, so that each
+Hugging Face's initial values hardly let the picture through (the projection starts at zero, post-norms at full
+scale), so
+they are set here: projection std 1/sqrt(width), embeddings std 1/sqrt(d), post-norm weights -0.8 (scale 0.2, so that
+each
 block starts small).
 """
 
@@ -51,7 +53,7 @@ def hf_config(config: OrreryConfig, vocab_size: int) -> Gemma3Config:
         boi_token_index=tok.SPECIAL.index(tok.BOI),
         eoi_token_index=tok.SPECIAL.index(tok.EOI),
         image_token_index=tok.SPECIAL.index(tok.SOFT),
-        eos_token_id=[tok.SPECIAL.index(tok.EOS), tok.SPECIAL.index(tok.END_TURN)],
+        eos_token_id=[tok.SPECIAL.index(tok.EOS), tok.SPECIAL.index(tok.END_TURN)],  # pyright: ignore[reportCallIssue]
         tie_word_embeddings=True,
     )
 

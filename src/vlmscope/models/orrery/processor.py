@@ -1,7 +1,8 @@
 """A word-level tokenizer and a `Gemma3Processor`, saved in Hugging Face layout.
 
 Words are split at white space (newlines vanish), so `text` must put spaces around punctuation, as all templates do.
-The processor is Hugging Face's own class: it expands `<start_of_image>` to begin-of-image, soft tokens, end-of-image, and
+The processor is Hugging Face's own class: it expands `<start_of_image>` to begin-of-image, soft tokens,
+end-of-image, and
 returns `token_type_ids` (1 on soft tokens), from which Gemma 3 makes its bidirectional image attention.
 """
 
@@ -51,7 +52,9 @@ def build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(words: Sequence[str], image_size: int, mm_tokens_per_image: int) -> Gemma3Processor:
-    """A Gemma 3 processor whose pictures are square of `image_size` pixels and become `mm_tokens_per_image` soft tokens."""
+    """A Gemma 3 processor whose pictures are square of `image_size` pixels and become `mm_tokens_per_image` soft
+    tokens.
+    """
     images = Gemma3ImageProcessorPil(
         size={"height": image_size, "width": image_size},
         image_mean=[0.5, 0.5, 0.5],

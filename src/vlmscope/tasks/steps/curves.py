@@ -84,7 +84,8 @@ def feature_curves(bench: Bench, circuit: Circuit, cases: dict[str, Case]) -> li
         for limit in limits:
             plan = steer_plan(
                 circuit,
-                *bench.circuit_config.concepts,
+                bench.circuit_config.concepts[0],
+                bench.circuit_config.concepts[1],
                 case.subject.batch.roles,
                 bench.intervention.strength,
                 name,
@@ -122,7 +123,8 @@ def role_rows(bench: Bench, cases: dict[str, Case]) -> list[FlipRow]:
 
 
 def ablation_matrix(bench: Bench, cases: dict[str, Case]) -> np.ndarray:
-    """[layers, roles]: by how much accuracy falls, mean over questions, when a layer's MLP output is replaced by its mean
+    """[layers, roles]: by how much accuracy falls, mean over questions, when a layer's MLP output is replaced by its
+    mean
     over the test pictures at the positions of a role."""
     adapter = bench.vlm.adapter
     means = role_output_means(bench)

@@ -88,4 +88,3 @@ def mean_influence(tables: Sequence[dict[FeatureId, float]]) -> dict[FeatureId, 
         for feature, share in table.items():
             summed[feature] = summed.get(feature, 0.0) + share / len(tables)
     return summed
-

@@ -105,9 +105,7 @@ def make_case(bench: Bench, circuit: Circuit, question: str) -> Case:
     )
 
 
-def flip_rows(
-    bench: Bench, circuit: Circuit, cases: dict[str, Case], means: dict[int, Tensor]
-) -> list[FlipRow]:
+def flip_rows(bench: Bench, circuit: Circuit, cases: dict[str, Case], means: dict[int, Tensor]) -> list[FlipRow]:
     """Every method, mode and question everywhere; in free mode the other scopes too."""
     settings, adapter = bench.intervention, bench.vlm.adapter
     rows: list[FlipRow] = []
@@ -165,7 +163,9 @@ def third_concept(bench: Bench, circuit: Circuit) -> None:
     images = bench.concept_pictures(config.third, "test", bench.intervention.pictures)
     for name, asked in config.questions.items():
         batch = make_batch(bench.vlm.adapter, bench.inputs(images, asked.prompt))
-        plan = steer_plan(circuit, *config.concepts, batch.roles, bench.intervention.strength, name)
+        plan = steer_plan(
+            circuit, config.concepts[0], config.concepts[1], batch.roles, bench.intervention.strength, name
+        )
         logits = run_edited(bench.vlm.adapter, bench.transcoders, batch, plan, "free")
         hits = (logits.argmax(-1) == bench.token(asked.answers[config.concepts[1]])).numpy()
         bench.metrics |= rate_metrics(f"third/{config.third}/{name}/donor_rate", bootstrap_rate(hits))
@@ -178,7 +178,14 @@ def dose_response(bench: Bench, circuit: Circuit, cases: dict[str, Case]) -> lis
     for name, case in cases.items():
         rates: list[Rate] = []
         for strength in strengths:
-            plan = steer_plan(circuit, *bench.circuit_config.concepts, case.subject.batch.roles, strength, name)
+            plan = steer_plan(
+                circuit,
+                bench.circuit_config.concepts[0],
+                bench.circuit_config.concepts[1],
+                case.subject.batch.roles,
+                strength,
+                name,
+            )
             logits = run_edited(bench.vlm.adapter, bench.transcoders, case.subject.batch, plan, "free")
             rates.append(bootstrap_rate(flips(logits, case.subject)))
         curves.append(make_curve(name, strengths, rates))
@@ -211,7 +218,7 @@ def measure_specificity(bench: Bench, circuit: Circuit) -> None:
     batches = [make_batch(bench.vlm.adapter, group) for group in groups.values()]
 
     def plan_for(roles: np.ndarray) -> Plan:
-        return steer_plan(circuit, *config.concepts, roles, bench.intervention.strength)
+        return steer_plan(circuit, config.concepts[0], config.concepts[1], roles, bench.intervention.strength)
 
     result = specificity(bench.vlm.adapter, bench.transcoders, batches, plan_for)
     bench.metrics |= {"specificity/kl": result.kl} | rate_metrics("specificity/changed_rate", result.changed)

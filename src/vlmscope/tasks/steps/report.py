@@ -65,7 +65,8 @@ def run(bench: Bench) -> None:
     page = ReportPage(
         title=f"From {recipient} to {donor}",
         question=(
-            f"Do the features that tell {recipient} from {donor} cause the answer? Suppress those of {recipient}, raise "
+            f"Do the features that tell {recipient} from {donor} cause the answer? Suppress those of {recipient}, "
+            f"raise "
             f"those of {donor}, and see what the model says of pictures of {recipient} that were not used to find them."
         ),
         summary=summary(bench),
@@ -83,12 +84,15 @@ def summary(bench: Bench) -> str:
     for method in ("steer", "patch"):
         key = f"{method}/free/flip_rate"
         parts.append(
-            f"{'Steering' if method == 'steer' else 'Patching'} {m[f'{method}/features']:.0f} features in all layers and "
+            f"{'Steering' if method == 'steer' else 'Patching'} {m[f'{method}/features']:.0f} features in all layers "
+            f"and "
             f"positions turns {recipient} into {donor} on {m[key]:.0%} of the pictures for the worst of the questions "
             f"(matched random features: {m[key + '_control']:.0%})"
         )
-    return "; ".join(parts) + ". Acting on everything may only copy the answer: read the rows without the last layer and "\
+    return (
+        "; ".join(parts) + ". Acting on everything may only copy the answer: read the rows without the last layer and "
         "without the last position, and the third planet, beside it."
+    )
 
 
 def headline(bench: Bench) -> Cards:
@@ -101,7 +105,8 @@ def headline(bench: Bench) -> Cards:
             Card(
                 f"{method}: worst question flips",
                 Percent(m[key]),
-                f"95 % interval {m[key + '_ci_low']:.0%} to {m[key + '_ci_high']:.0%}; control {m[key + '_control']:.0%}",
+                f"95 % interval {m[key + '_ci_low']:.0%} to {m[key + '_ci_high']:.0%}; "
+                f"control {m[key + '_control']:.0%}",
             )
         )
         late = f"{method}/free/no_last_layer/name/flip_rate"
@@ -109,7 +114,11 @@ def headline(bench: Bench) -> Cards:
             cards.append(Card(f"{method}: name, without the last layer", Percent(m[late]), "free mode"))
     if "specificity/changed_rate" in m:
         cards.append(
-            Card("other answers changed", Percent(m["specificity/changed_rate"]), f"mean KL {m['specificity/kl']:.3f} nats")
+            Card(
+                "other answers changed",
+                Percent(m["specificity/changed_rate"]),
+                f"mean KL {m['specificity/kl']:.3f} nats",
+            )
         )
     return Cards("Result", tuple(cards))
 
@@ -131,9 +140,7 @@ def answers(bench: Bench, cases: dict[str, Case]) -> list[Section]:
     sections: list[Section] = [Examples("Answers before and after", tuple(shown))]
     spoken = captions(bench, cases)
     if spoken:
-        sections.append(
-            Table("Captions, generated token by token under steering", ("before", "after"), tuple(spoken))
-        )
+        sections.append(Table("Captions, generated token by token under steering", ("before", "after"), tuple(spoken)))
     return sections
 
 
@@ -146,7 +153,13 @@ def captions(bench: Bench, cases: dict[str, Case]) -> list[tuple[str, str]]:
     adapter, tokenizer = bench.vlm.adapter, bench.vlm.tokenizer
     for image in next(iter(cases.values())).images[:3]:
         inputs = bench.vlm.prepare(CAPTION_PROMPT, [image])
-        plan = steer_plan(circuit, *bench.circuit_config.concepts, inputs.roles, bench.intervention.strength)
+        plan = steer_plan(
+            circuit,
+            bench.circuit_config.concepts[0],
+            bench.circuit_config.concepts[1],
+            inputs.roles,
+            bench.intervention.strength,
+        )
         before = generate_edited(adapter, tokenizer, inputs)
         rows.append((before, generate_edited(adapter, tokenizer, inputs, bench.transcoders, plan)))
     return rows
@@ -221,8 +234,12 @@ def effect_sections(bench: Bench, effects: dict, folder: Path) -> list[Section]:
     ]
     sections: list[Section] = [
         Figure("What changed", tuple(picture(path, alt) for path, alt in pictures)),
-        flip_table("All flip rates", rows, note="A control edits as many random features of the same layers, matched "
-                   "by mean activation, to the same values."),
+        flip_table(
+            "All flip rates",
+            rows,
+            note="A control edits as many random features of the same layers, matched "
+            "by mean activation, to the same values.",
+        ),
     ]
     curve = figures.dose_response(
         effects["curves"], folder / "dose_response.png", "steering strength (1 = own mean activation)", "flip rate"
@@ -234,7 +251,10 @@ def effect_sections(bench: Bench, effects: dict, folder: Path) -> list[Section]:
     ]
     if third:
         checks += [
-            (f"{third} now answered as {bench.circuit_config.concepts[1]}, {name}", Percent(m[f"third/{third}/{name}/donor_rate"]))
+            (
+                f"{third} now answered as {bench.circuit_config.concepts[1]}, {name}",
+                Percent(m[f"third/{third}/{name}/donor_rate"]),
+            )
             for name in bench.circuit_config.questions
         ]
     if "specificity/changed_rate" in m:
@@ -253,7 +273,7 @@ def curve_sections(bench: Bench, folder: Path) -> list[Section]:
         figures.dose_response(kinds["layers"], folder / "layers.png", "layer x", "flip rate"),
         figures.layer_role_heatmap(
             made["ablation"],
-            [str(i) for i in range(len(made["ablation"]))],
+            list(range(len(made["ablation"]))),
             ["special", "image", "question", "last"],
             folder / "ablation.png",
             "fall of accuracy under mean ablation",
@@ -286,9 +306,11 @@ def limits() -> Text:
     return Text(
         "How to read this",
         (
-            "free: nothing is frozen. frozen attention: the attention patterns of the unedited run. direct: patterns, norms "
+            "free: nothing is frozen. frozen attention: the attention patterns of the unedited run. direct: patterns, "
+            "norms "
             "and MLPs frozen, so the change travels along the edges of the attribution graph only.",
-            "Editing all layers and positions includes the last layer at the last position, where a feature can write the "
+            "Editing all layers and positions includes the last layer at the last position, where a feature can write "
+            "the "
             "answer by itself. That shows that the features suffice, not that they are how the model computes it.",
         ),
     )
@@ -296,7 +318,11 @@ def limits() -> Text:
 
 def rerun(bench: Bench) -> Text:
     """The command that made this page."""
-    return Text("Run it again", ("The same seed gives the same numbers on the same machine.",), code=f"python run.py experiment={bench.cfg.name}")
+    return Text(
+        "Run it again",
+        ("The same seed gives the same numbers on the same machine.",),
+        code=f"python run.py experiment={bench.cfg.name}",
+    )
 
 
 def configuration(bench: Bench) -> Details:

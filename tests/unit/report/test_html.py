@@ -1,0 +1,189 @@
+"""The page: self-contained, accessible, escaped, and showing the numbers that it was given."""
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from vlmscope.core.errors import UserError
+from vlmscope.core.intervention import Rate
+from vlmscope.report import sections as s
+from vlmscope.report.html import ReportPage
+
+VOID = {"meta", "img", "br", "link", "line", "path", "circle"}
+HOSTILE = "<start_of_image> & \"quotes\" <script>alert('x')</script>"
+
+
+class Parsed(HTMLParser):
+    """Collects what the tests ask for, and checks that tags are closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.values: dict[str, str] = {}  # data-value -> text of its element
+        self.open: list[str] = []
+        self.text = ""
+        self._value: str | None = None
+        self.feed(page)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if "data-value" in dict(attrs):
+            self._value = str(dict(attrs)["data-value"])
+            self.values[self._value] = ""
+
+    def handle_startendtag(self, tag, attrs) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+        if tag in ("td", "dd"):
+            self._value = None
+
+    def handle_data(self, data) -> None:
+        self.text += data
+        if self._value is not None:
+            self.values[self._value] += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture
+def page(rows, answers, supernode, pruned) -> ReportPage:
+    picture = s.Picture(answers[0].image_png, "the circuit, drawn", "a caption", wide=True)
+    rate = Rate(0.9754, 0.9512, 0.9871, 240, 0.0312)
+    cards = (s.Card("patching flips", rate, "worst of three"), s.Card("KL", 0.00183), s.Card("features", 12345))
+    return ReportPage(
+        "Mars & Earth",
+        f"Does {HOSTILE} carry Mars?",
+        "It does.",
+        (
+            s.Cards("Headline", cards),
+            s.Examples("Answers", answers),
+            s.Figure("The circuit", (picture,)),
+            s.Features("Mars", supernode, shown=2),
+            s.Features("Mars", supernode, shown=3),
+            s.graph_cards("Attribution graph", pruned),
+            s.flip_table("Flip rates", [row for row in rows if row.mode == "free"]),
+            s.Table("Specificity", ("prompts", "changed"), (("digits", s.Percent(0.0042)), ("none", None))),
+            s.Text("Method", (HOSTILE,), ("one seed",), "python run.py experiment=mars_earth_patch"),
+            s.Details("Configuration", "config.yaml", "prompt: " + HOSTILE),
+            s.mapping_table("Environment", {"numpy": "2.1"}),
+        ),
+        "run 17",
+    )
+
+
+@pytest.fixture
+def parsed(page: ReportPage) -> Parsed:
+    return Parsed(page.render())
+
+
+def test_nothing_comes_from_outside(page: ReportPage, parsed: Parsed) -> None:
+    for tag, attrs in parsed.tags:
+        assert tag not in ("script", "link", "iframe", "object", "base")
+        assert not any(name.startswith("on") for name in attrs)
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            value = attrs.get(name)
+            assert value is None or value.startswith(("#", "data:image/png;base64,"))
+    html = page.render()
+    assert "url(" not in html
+    assert "@import" not in html
+    assert "http:" not in html
+    assert "https:" not in html
+
+
+def test_accessible_structure(parsed: Parsed) -> None:
+    assert parsed.all("html")[0]["lang"] == "en"
+    images = parsed.all("img")
+    assert len(images) > 10
+    assert all(image["alt"] and image["width"] and image["height"] for image in images)
+    names = [attrs["id"] for _, attrs in parsed.tags if "id" in attrs]
+    assert len(names) == len(set(names))
+    for _, attrs in parsed.tags:
+        for pointer in (attrs.get("aria-labelledby"), (attrs.get("href") or "").removeprefix("#")):
+            assert not pointer or pointer in names
+    levels = [int(tag[1]) for tag, _ in parsed.tags if tag in ("h1", "h2", "h3", "h4")]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert len(parsed.all("main")) == 1
+    assert all(attrs.get("tabindex") == "0" for _, attrs in parsed.tags if attrs.get("class") == "scroll"), (
+        "what scrolls can be reached by keyboard"
+    )
+
+
+def test_shown_values_are_the_given_ones(parsed: Parsed, rows, answers) -> None:
+    space = "\u00a0"
+    assert parsed.values["0.9754"].startswith(f"97.5{space}%")
+    assert f"95.1 to 98.7{space}%; 240 cases; matched control 3.1{space}%" in parsed.text
+    assert parsed.values["0.00183"] == "0.00183"
+    assert parsed.values["12345"] == "12,345"
+    assert parsed.values["0.0042"] == f"0.4{space}%"
+    assert parsed.values["0.7312"] == "0.731"
+    for row in rows:
+        if row.mode == "free":
+            shown = parsed.values[repr(float(row.rate.value))]
+            assert f"{100 * row.rate.value:.1f}{space}%" in shown
+            assert f"{100 * row.rate.ci_low:.1f} to {100 * row.rate.ci_high:.1f}{space}%" in shown
+            assert row.rate.control is not None
+            assert repr(row.rate.control) in parsed.values
+    for _, probability in answers[0].probs_before:
+        assert str(probability) in parsed.values
+    assert parsed.values["0.0004"] == f"<{space}0.1{space}%"
+
+
+def test_everything_is_escaped(page: ReportPage, parsed: Parsed) -> None:
+    html = page.render()
+    assert "<start_of_image>" not in html
+    assert "<script" not in html
+    assert parsed.text.count(HOSTILE) == 3
+    assert "<start_of_image>" in parsed.text
+
+
+def test_features_beyond_those_shown_stay_in_the_table(parsed: Parsed, supernode) -> None:
+    assert len([a for a in parsed.all("article") if a.get("class") == "feature"]) == 2 + 3
+    for member in supernode.features:
+        assert parsed.text.count(str(member.feature)) >= 2
+    assert "5 features in “mars”; examples for the first 2" in parsed.text
+
+
+def test_minimal_sections_render(supernode) -> None:
+    bare = type(supernode)("empty", ())
+    parsed = Parsed(ReportPage("t", "q", "s", (s.Features("F", bare), s.Text("T"), s.Cards("C", ()))).render())
+    assert "0 features in “empty”" in parsed.text
+
+
+def test_values_in_words() -> None:
+    space = "\u00a0"
+    assert [s.percent(share) for share in (0, 1, 0.5, 0.9999, 1e-5)] == [
+        f"0.0{space}%",
+        f"100.0{space}%",
+        f"50.0{space}%",
+        f">{space}99.9{space}%",
+        f"<{space}0.1{space}%",
+    ]
+    assert [s.number(value) for value in (0.0, 3, 12345, 0.12345, 1234.5, 1e-7)] == [
+        "0",
+        "3",
+        "12,345",
+        "0.123",
+        "1,234",
+        "1.00e-07",
+    ]
+    with pytest.raises(ValueError, match="1 values under 2 columns"):
+        s.Table("t", ("a", "b"), (("x",),))
+
+
+def test_write(page: ReportPage, tmp_path: Path) -> None:
+    path = page.write(tmp_path / "run" / "report.html")
+    assert path.read_text(encoding="utf-8") == page.render()
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        page.write(blocked / "report.html")

@@ -21,7 +21,9 @@ PIPELINE = [
 TINY_MODEL = [f"task.architecture.{key}={value}" for key, value in {
     "d_model": 16, "n_layers": 2, "d_mlp": 16, "head_dim": 4, "vision_width": 8, "vision_layers": 1, "vision_mlp": 8,
 }.items()]  # fmt: skip
-STAGES = [f"task.training.{stage}.batch={{planets:2,digits:2}}" for stage in ("tower", "vlm", "polish")]
+PICTURES = "planets:2,digits:2,shapes:1,hands:1"  # every key: dictionaries merge
+STAGES = [f"task.training.tower.batch={{{PICTURES}}}"]
+STAGES += [f"task.training.{stage}.batch={{{PICTURES},text:1}}" for stage in ("vlm", "polish")]
 LIMITS = {
     "mars_earth_patch": PIPELINE,
     "mars_earth_curves": [*PIPELINE, "attribution.max_nodes=300"],
@@ -29,7 +31,7 @@ LIMITS = {
     "train_orrery_transcoders": [
         "transcoder.expansion_factor=1",
         "transcoder.k=4",
-        "task.batch={planets:2,text:1}",
+        f"task.batch={{{PICTURES},text:1}}",
         "task.val_scenes=2",
         "task.pool_batches=1",
         "trainer.max_steps=2",

@@ -1,9 +1,9 @@
 """The command line as a process: exit codes, what it prints, what it leaves in the run folder."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -146,13 +146,13 @@ def test_the_configuration_can_be_shown(app) -> None:
 
 
 def test_help_is_quick_and_names_everything() -> None:
-    start = time.perf_counter()
+    before = os.times()
     result = subprocess.run(
         [sys.executable, "run.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
-    seconds = time.perf_counter() - start
+    after = os.times()
     assert result.returncode == 0, result.stderr
     for words in ("task=", "experiment=", "prompt=", "Examples", "trace"):
         assert words in result.stdout
-    # The promise is 3 s; a machine that is busy with other tests gets some slack.
-    assert seconds < 6
+    # The promise is 3 s. Processor time, since the wall clock of a busy machine says nothing about the program.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 3

@@ -56,7 +56,8 @@ def circuit_diagram(
     layout = _lay_out(names, edges, set(members), set(pictures))
     x, y = np.array(list(layout.places.values())).T
     left, right = x.min() - _WIDTH / 2 - 0.15, x.max() + _WIDTH / 2 + 0.15
-    low, high = y.min() - _HEIGHT / 2 - 0.6, y.max() + _HEIGHT / 2 + (_PICTURE if pictures else 0) + 0.15
+    low, high = y.min() - _HEIGHT / 2 - 0.6, y.max() + _HEIGHT / 2 + 0.15
+    high = max([high, *(layout.places[name][1] + _HEIGHT / 2 + _PICTURE + 0.15 for name in names if name in pictures)])
     with drawing(path, 0.95 * (right - left), 0.95 * (high - low), constrained=False) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()

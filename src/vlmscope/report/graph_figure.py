@@ -27,7 +27,8 @@ _MARKS = {  # kind: (marker, face colour, words)
     NodeKind.BIAS: ("^", "#F0E442", "bias"),
     NodeKind.LEFT_OUT: ("P", "#999999", "features left out"),
 }
-_MOST_A_ROW = 4  # nodes side by side in one cell before they wrap
+_NODES_ACROSS = 84  # room for this many nodes side by side over the whole width
+_LOGIT_STEP = 7.0  # distance between logits, in nodes
 _INCHES, _LEFT, _ACROSS = 14.0, 0.068, 0.925  # picture width; the axes' left edge and width as fractions of it
 _SIDE_COLUMN = -1  # position of nodes without one (bias, left out)
 
@@ -101,12 +102,17 @@ def _lay_out(pruned: PrunedGraph, shown: np.ndarray) -> _Layout:
     used = {position for position, _ in cells}
     # A short prompt keeps its empty positions as context; a long one only has room for those that matter.
     positions = sorted(used | set(range(n_tokens)) if n_tokens <= 48 else used)
+    widest = dict.fromkeys(positions, 0)
+    for (position, _), cell in cells.items():
+        widest[position] = max(widest[position], len(cell))
+    # A thumbnail needs some room even where hardly anything fires.
+    least = {at: 1.6 if at >= 0 and pruned.graph.is_image[at] else 1.0 for at in positions}
+    most = max(widest.values())  # nodes side by side in one cell before they wrap: as many as the picture has room for
+    while most > 3 and sum(max(least[at], min(most, widest[at])) + 0.35 for at in positions) > _NODES_ACROSS:
+        most -= 1
     slots, edge = {}, 0.0
     for position in positions:
-        widest = max((len(cell) for (at, _), cell in cells.items() if at == position), default=0)
-        # A thumbnail needs some room even where hardly anything fires.
-        least = 1.6 if position >= 0 and pruned.graph.is_image[position] else 1.0
-        width = max(least, min(_MOST_A_ROW, widest)) + 0.35
+        width = max(least[position], min(most, widest[position])) + 0.35
         slots[position] = (edge + width / 2, width)
         edge += width
     seen = {int(layer) for layer in nodes.layer[shown]}
@@ -114,14 +120,17 @@ def _lay_out(pruned: PrunedGraph, shown: np.ndarray) -> _Layout:
     rows = {layer: at for at, layer in enumerate(every if len(every) <= 16 else sorted(seen))}
     xy = np.full((len(nodes), 2), np.nan)
     for (position, layer), cell in cells.items():
-        lines = [cell[at : at + _MOST_A_ROW] for at in range(0, len(cell), _MOST_A_ROW)]
+        lines = [cell[at : at + most] for at in range(0, len(cell), most)]
         for level, line in enumerate(lines):
             y = rows[layer] + (level - (len(lines) - 1) / 2) * min(0.28, 0.8 / len(lines))
             for at, node in enumerate(line):
                 xy[node] = slots[position][0] + (at - (len(line) - 1) / 2), y
     top = shown[nodes.kind[shown] == NodeKind.LOGIT]
-    # Logits share one position; they are spread over the whole width so that their words fit.
-    xy[top] = [(edge * (at + 0.5) / len(top), rows[pruned.graph.n_layers] + 0.1) for at in range(len(top))]
+    # Logits share the last position; side by side they need more room than it has, which is to its left.
+    step = min(_LOGIT_STEP, edge / max(len(top), 1))
+    last = slots[positions[-1]][0]
+    first = min(last - step * (len(top) - 1) / 2, edge - step * (len(top) - 0.5))
+    xy[top] = [(max(first, step / 2) + step * at, rows[pruned.graph.n_layers] + 0.1) for at in range(len(top))]
     return _Layout(xy, slots, rows)
 
 
@@ -136,6 +145,7 @@ def _frame(axes: Axes, pruned: PrunedGraph, layout: _Layout, n_edges: int, n_nod
     names = {-1: "embedding", pruned.graph.n_layers: "logits"}
     axes.set_yticks(list(layout.rows.values()), [names.get(layer, str(layer)) for layer in layout.rows])
     axes.set_ylabel("layer")
+    axes.yaxis.set_label_coords(-0.058, 0.5)
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -191,15 +201,34 @@ def _draw_nodes(
         words = f"{pruned.graph.logit_tokens[number]}\np={pruned.graph.logit_probabilities[number]:.3f}"
         box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": INK}
         axes.text(*layout.xy[node], words, ha="center", va="center", fontsize=9, bbox=box, zorder=4)  # pyright: ignore[reportCallIssue]
-    features = shown[nodes.kind[shown] == NodeKind.FEATURE]
-    for node in features[np.argsort(-pruned.influence[features], kind="stable")][:12]:
-        at = (float(layout.xy[node, 0]), float(layout.xy[node, 1]))
-        halo = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-        text = str(nodes.index[node])
-        axes.annotate(
-            text, at, (0, 7), textcoords="offset points", ha="center", va="bottom", fontsize=7.5, bbox=halo, zorder=5
-        )
+    _name_features(axes, pruned, layout, shown)
     return marked
+
+
+def _name_features(axes: Axes, pruned: PrunedGraph, layout: _Layout, shown: np.ndarray, count: int = 12) -> None:
+    """Write the index of the most influential features above or below them, where a neighbour's leaves room."""
+    nodes = pruned.graph.nodes
+    features = shown[nodes.kind[shown] == NodeKind.FEATURE]
+    named: list[np.ndarray] = []
+    room = 0.024 * sum(width for _, width in layout.slots.values())
+    for node in features[np.argsort(-pruned.influence[features], kind="stable")][:count]:
+        spot = layout.xy[node]
+        close = sum(abs(spot[0] - other[0]) < room and abs(spot[1] - other[1]) < 0.3 for other in named)
+        named.append(spot)
+        if close > 1:
+            continue
+        crowded = close == 1
+        axes.annotate(
+            str(nodes.index[node]),
+            (float(spot[0]), float(spot[1])),
+            (0, -7 if crowded else 7),
+            textcoords="offset points",
+            ha="center",
+            va="top" if crowded else "bottom",
+            fontsize=7.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+            zorder=5,
+        )
 
 
 def _draw_positions(axes: Axes, graph: AttributionGraph, layout: _Layout, images: Sequence[np.ndarray]) -> None:

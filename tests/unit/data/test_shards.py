@@ -88,3 +88,9 @@ def test_batches_depend_on_the_step_alone(tmp_path: Path) -> None:
     keys = [s.key for s in first.batch(0, 7, counts)]
     assert keys == [s.key for s in second.batch(0, 7, counts)]
     assert len(set(keys)) == 3
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
+    build(small(tmp_path))
+    with pytest.raises(UserError, match="asks for 7 scenes of hands, the data have 6"):
+        ScenePool(tmp_path, "train").batch(0, 0, {"hands": 7})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
 from vlmscope.data.orrery.scene import KINDS, Question, Scene, make_scene
 from vlmscope.data.shards import ShardPlan, encode_png, plan_shards, read_samples, shard_files, write_shards
@@ -86,10 +87,18 @@ class ScenePool:
         self.samples = {kind: list(read_samples(shard_files(folder, split, kind))) for kind in kinds}
 
     def batch(self, seed: int, step: int, counts: dict[str, int]) -> list[Scene]:
-        """Draw `counts[kind]` scenes of each kind for one step, without repeats within the batch."""
+        """Draw `counts[kind]` scenes of each kind for one step, without repeats within the batch.
+
+        Raises:
+            UserError: a batch asks for more scenes of a kind than there are.
+        """
         scenes: list[Scene] = []
         for kind, count in counts.items():
             pool = self.samples[kind]
+            if count > len(pool):
+                raise UserError(
+                    f"a batch asks for {count} scenes of {kind}, the data have {len(pool)}: build more data"
+                )
             rng = generator(seed, "batch", step, kind)
             scenes += [from_sample(pool[int(i)]) for i in rng.choice(len(pool), count, replace=False)]
         return scenes

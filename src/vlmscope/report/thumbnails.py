@@ -29,6 +29,10 @@ class TokenSpan:
     peak: bool
 
 
+_GAP = TokenSpan("…", 0.0, 0.0, False)
+_SHORT_TEXT = 24  # tokens
+
+
 def png_bytes(image: Image.Image | np.ndarray) -> bytes:
     """A picture (PIL, or uint8 `[H, W, 3]`) as PNG bytes."""
     buffer = io.BytesIO()
@@ -75,16 +79,18 @@ def enlarge(image: Image.Image, side: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def activation_grid(activations: Sequence[float]) -> np.ndarray:
-    """Activations relative to their maximum as uint8 0..255; negative ones and an all-zero grid give 0."""
+def activation_grid(activations: Sequence[float], top: float = 0.0) -> np.ndarray:
+    """Activations relative to `top`, or to their maximum where that is larger, as uint8 0..255; negative ones give 0."""
     values = np.maximum(np.asarray(activations, np.float64), 0.0)
-    return np.round(255 * values / (values.max(initial=0.0) or 1.0)).astype(np.uint8)
+    return np.round(255 * values / (max(values.max(initial=0.0), top) or 1.0)).astype(np.uint8)
 
 
 def overlay(
-    image: Image.Image, boxes: Sequence[PatchBox], activations: Sequence[float], side: int = 128
+    image: Image.Image, boxes: Sequence[PatchBox], activations: Sequence[float], side: int = 128, top: float = 0.0
 ) -> Image.Image:
     """The picture with every patch tinted by its activation and a black-and-white frame around the strongest one.
+
+    The tint is relative to the strongest patch, or to `top` where that is larger.
 
     Raises:
         ValueError: boxes and activations differ in number.
@@ -94,18 +100,18 @@ def overlay(
     picture = enlarge(image.convert("RGB"), side)
     if not boxes:
         return picture
-    grid = activation_grid(activations)
+    grid = activation_grid(activations, top)
     tint = Image.new("RGBA", picture.size, (*_TINT, 0))
     paint = ImageDraw.Draw(tint)
     for box, level in zip(boxes, grid, strict=True):
-        left, top, right, bottom = box.pixels(*picture.size)
-        paint.rectangle((left, top, right - 1, bottom - 1), fill=(*_TINT, int(level) * _MAX_ALPHA // 255))
+        left, upper, right, bottom = box.pixels(*picture.size)
+        paint.rectangle((left, upper, right - 1, bottom - 1), fill=(*_TINT, int(level) * _MAX_ALPHA // 255))
     picture = Image.alpha_composite(picture.convert("RGBA"), tint).convert("RGB")
-    if grid.max() > 0:
-        left, top, right, bottom = boxes[int(grid.argmax())].pixels(*picture.size)
+    if max(activations) > 0:
+        left, upper, right, bottom = boxes[int(np.argmax(activations))].pixels(*picture.size)
         frame = ImageDraw.Draw(picture)
-        frame.rectangle((left, top, right - 1, bottom - 1), outline=(0, 0, 0), width=3)
-        frame.rectangle((left + 1, top + 1, right - 2, bottom - 2), outline=(255, 255, 255), width=1)
+        frame.rectangle((left, upper, right - 1, bottom - 1), outline=(0, 0, 0), width=3)
+        frame.rectangle((left + 1, upper + 1, right - 2, bottom - 2), outline=(255, 255, 255), width=1)
     return picture
 
 
@@ -113,7 +119,7 @@ def example_png(example: FeatureExample, side: int = 128) -> bytes | None:
     """The example's picture with its activations over it as PNG bytes; None when the example is text alone."""
     if example.image_png is None:
         return None
-    picture = overlay(decode(example.image_png), example.patch_boxes, example.patch_activations, side)
+    picture = overlay(decode(example.image_png), example.patch_boxes, example.patch_activations, side, _top(example))
     return png_bytes(picture.quantize(_COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE))
 
 
@@ -128,16 +134,32 @@ def example_alt(example: FeatureExample) -> str:
     return f"{example.caption}; fires on {firing} of {len(example.patch_boxes)} patches, most at {down} {across}"
 
 
-def token_spans(example: FeatureExample) -> list[TokenSpan]:
-    """The example's text window as shaded tokens.
+def token_spans(example: FeatureExample, context: int = 3) -> list[TokenSpan]:
+    """The example's text as shaded tokens: those that fire and `context` on either side, the rest as one `…` a gap.
+
+    Shades are relative to the example's strongest position, pictures included. Text alone is kept whole when short.
 
     Raises:
         ValueError: tokens and activations differ in number.
     """
-    if len(example.tokens) != len(example.token_activations):
-        raise ValueError(f"{len(example.tokens)} tokens but {len(example.token_activations)} activations")
-    top = max(example.token_activations, default=0.0)
-    return [
-        TokenSpan(token, value, max(value, 0.0) / top if top > 0 else 0.0, value == top and top > 0)
-        for token, value in zip(example.tokens, example.token_activations, strict=True)
-    ]
+    values = np.asarray(example.token_activations, np.float64)
+    if len(example.tokens) != len(values):
+        raise ValueError(f"{len(example.tokens)} tokens but {len(values)} activations")
+    near = np.zeros(len(values), bool)
+    for at in np.flatnonzero(values > 0):
+        near[max(at - context, 0) : at + context + 1] = True
+    if example.image_png is None and len(values) <= _SHORT_TEXT:
+        near[:] = True
+    top, best = _top(example), values.max(initial=0.0)
+    spans: list[TokenSpan] = []
+    for token, value, kept in zip(example.tokens, values, near, strict=True):
+        if kept:
+            spans.append(TokenSpan(token, float(value), max(float(value), 0.0) / top, bool(value == best > 0)))
+        elif not spans or spans[-1] != _GAP:
+            spans.append(_GAP)
+    return spans if near.any() else []
+
+
+def _top(example: FeatureExample) -> float:
+    """The example's strongest activation at any position, the scale of its tints and shades; 1 if it never fires."""
+    return max((*example.patch_activations, *example.token_activations), default=0.0) or 1.0

@@ -45,6 +45,21 @@ def test_enlarge_keeps_shape_and_pixels() -> None:
     assert thumbnails.enlarge(Image.new("RGB", (800, 400)), 128).size == (128, 64)
 
 
+def test_one_scale_for_picture_and_text() -> None:
+    """A patch that fires at a tenth of the strongest token is tinted a tenth, and the token is fully shaded."""
+    black = thumbnails.png_bytes(np.zeros((64, 64, 3), np.uint8))
+    both = FeatureExample(5.0, "c", black, HALVES, (0.5, 0.0), ("a", "b"), (0.0, 5.0))
+    alone = FeatureExample(0.5, "c", black, HALVES, (0.5, 0.0))
+    levels = []
+    for example in (both, alone):
+        png = thumbnails.example_png(example)
+        assert png is not None
+        levels.append(np.asarray(thumbnails.decode(png)).astype(int)[64, 20, 0])
+    assert levels[0] == pytest.approx(levels[1] / 10, abs=3)
+    assert [span.shade for span in thumbnails.token_spans(both)] == [0, 1]
+    assert thumbnails.token_spans(alone) == []
+
+
 def test_png_round_trip_and_refusals() -> None:
     image = np.random.default_rng(1).integers(0, 255, (5, 7, 3), np.uint8)
     png = thumbnails.png_bytes(image)
@@ -70,5 +85,8 @@ def test_token_spans() -> None:
         ("b", 1, True),
         ("c", 0.25, False),
     ]
+    long = tuple(f"t{at}" for at in range(30))
+    example = FeatureExample(2.0, "text", None, tokens=long, token_activations=(0.0,) * 9 + (2.0,) + (0.0,) * 20)
+    assert [span.text for span in thumbnails.token_spans(example, 1)] == ["…", "t8", "t9", "t10", "…"]
     with pytest.raises(ValueError, match="3 tokens but 1"):
         thumbnails.token_spans(FeatureExample(1.0, "", None, tokens=("a", "b", "c"), token_activations=(1.0,)))

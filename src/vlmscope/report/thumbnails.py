@@ -80,7 +80,7 @@ def enlarge(image: Image.Image, side: int) -> Image.Image:
 
 
 def activation_grid(activations: Sequence[float], top: float = 0.0) -> np.ndarray:
-    """Activations relative to `top`, or to their maximum where that is larger, as uint8 0..255; negative ones give 0."""
+    """Activations relative to `top`, or to their maximum where that is larger, as uint8; negative ones give 0."""
     values = np.maximum(np.asarray(activations, np.float64), 0.0)
     return np.round(255 * values / (max(values.max(initial=0.0), top) or 1.0)).astype(np.uint8)
 

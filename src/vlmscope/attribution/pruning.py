@@ -1,10 +1,9 @@
 """Pruning a graph to what matters to its logits (Ameisen et al. 2025).
 
-Nodes: the smallest set that reaches a share of the total influence; embeddings and logits stay. Edges: on the matrix of
-the kept nodes, normalised anew, an edge scores `A_hat_ij (I_i + w_i)`; the smallest set that reaches a share stays.
-Then,
-until nothing changes, go features, errors, biases and left-out nodes without an outgoing edge, and features without an
-incoming one.
+Nodes: the smallest set that reaches a share of the total influence; embeddings and logits stay. Edges: on the matrix
+of the kept nodes, normalised anew, an edge scores `A_hat_ij (I_i + w_i)`; the smallest set that reaches a share
+stays. Then, until nothing changes, go features, errors, biases and left-out nodes without an outgoing edge, and
+features without an incoming one.
 """
 
 import numpy as np

@@ -1,12 +1,10 @@
 """Finding a circuit by contrast: features whose mean activation differs between two concepts, confirmed in graphs.
 
 For each feature the difference of means (concept minus other) is taken by question and position role and weighted by
-the norm
-of its decoder row, since that is how far the feature moves the residual stream. Each question gives its own best
-features
-(a feature that writes `red` fires at the last position of one question only), each counted at its role of largest
-difference; the supernode is their union.
-Candidates then need influence on the answer in at least one attribution graph of their concept.
+the norm of its decoder row, since that is how far the feature moves the residual stream. Each question gives its own
+best features (a feature that writes `red` fires at the last position of one question only), each counted at its role
+of largest difference; the supernode is their union. Candidates then need influence on the answer in at least one
+attribution graph of their concept.
 """
 
 from __future__ import annotations

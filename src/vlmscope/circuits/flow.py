@@ -18,13 +18,11 @@ def circuit_edges(
     """Sum the kept edges between inputs, supernodes and the most probable answer.
 
     Edges into a feature are in units of its pre-activation and edges into a logit in logits, so they cannot be added
-    as they
-    are. Each is turned into the influence that flows through it: its share of its target's incoming |weight|, times the
-    target's own influence on the answers, with the edge's sign.
+    as they are. Each is turned into the influence that flows through it: its share of its target's incoming |weight|,
+    times the target's own influence on the answers, with the edge's sign.
 
     A feature of two supernodes counts for the first. Edges inside a supernode and below `min_share` of the strongest
-    are
-    left out, and of two opposite directions only the stronger is kept, so that the result has no cycle of two.
+    are left out, and of two opposite directions only the stronger is kept, so that the result has no cycle of two.
 
     Returns:
         (source, target, weight) with 'soft tokens', 'question', the supernodes' names and 'answer: <word>'.

@@ -1,9 +1,8 @@
 """Records of attribution graphs: plain numpy, no torch.
 
 Legend: N nodes, E edges, T positions, L decoder layers. Node order is by layer (embeddings, then per layer the bias,
-the
-features by position and index, the errors by position, the left-out features; logits last), so that every source comes
-before its targets and the adjacency matrix is strictly lower triangular.
+the features by position and index, the errors by position, the left-out features; logits last), so that every source
+comes before its targets and the adjacency matrix is strictly lower triangular.
 """
 
 from dataclasses import dataclass, field

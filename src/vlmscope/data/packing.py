@@ -1,9 +1,9 @@
 """Pack several questions about one picture into one sequence without letting them see each other.
 
 The picture is encoded once as a shared prefix; each question with its answer is a segment that attends to the prefix
-and
-to itself only, at the positions it would have alone. Every segment is therefore exactly the single-turn prompt that the
-model meets in use (tests compare the logits), at a fraction of the cost, and no answer can be copied from another turn.
+and to itself only, at the positions it would have alone. Every segment is therefore exactly the single-turn prompt
+that the model meets in use (tests compare the logits), at a fraction of the cost, and no answer can be copied from
+another turn.
 """
 
 from __future__ import annotations

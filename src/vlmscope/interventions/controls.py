@@ -18,7 +18,7 @@ from torch import Tensor
 from vlmscope.core.seeds import generator
 from vlmscope.interventions.edits import LayerEdit, Plan
 from vlmscope.interventions.frozen import target_module
-from vlmscope.interventions.run import _change
+from vlmscope.interventions.run import edit_change, watch_inputs
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -58,13 +58,9 @@ def matched_features(
 
 @contextmanager
 def _random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, seed: int) -> Iterator[None]:
-    inputs: dict[int, Tensor] = {}
     with ExitStack() as stack:
+        inputs = watch_inputs(stack, adapter, plan)
         for layer, edit in plan.items():
-            keep = adapter.mlp(layer).register_forward_pre_hook(
-                lambda _m, args, layer=layer: inputs.__setitem__(layer, args[0])  # pyright: ignore[reportArgumentType]
-            )
-            stack.callback(keep.remove)
             rng = generator(seed, "direction", layer)
             vector = torch.from_numpy(rng.standard_normal(adapter.d_model)).to(transcoders[layer].W_dec.dtype)
             unit = vector / vector.norm()
@@ -72,7 +68,7 @@ def _random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: Plan,
             def hook(
                 _m: Any, _args: Any, out: Tensor, layer: int = layer, edit: LayerEdit = edit, unit: Tensor = unit
             ) -> Tensor:
-                change = _change(transcoders[layer], inputs.pop(layer), edit, 0)
+                change = edit_change(transcoders[layer], inputs.pop(layer), edit, 0)
                 return out if change is None else out + change.norm(dim=-1, keepdim=True) * unit.to(out.dtype)
 
             target = target_module(adapter, layer, transcoders.config.output_hook)

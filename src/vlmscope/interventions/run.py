@@ -5,7 +5,7 @@ Legend: B prompts, T positions, n edited features of a layer, d model width, V v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -79,6 +79,18 @@ def activations(transcoder: Transcoder, x: Tensor, features: Tensor) -> Tensor:
     return transcoder.encode(x).dense(transcoder.config.n_features)[..., features]
 
 
+def watch_inputs(stack: ExitStack, adapter: Adapter, layers: Iterable[int]) -> dict[int, Tensor]:
+    """A dict that every forward fills with the MLP inputs [B, T, d] of `layers`, until `stack` closes."""
+    found: dict[int, Tensor] = {}
+    for layer in layers:
+
+        def hook(_module: nn.Module, args: tuple, layer: int = layer) -> None:
+            found[layer] = args[0]
+
+        stack.callback(adapter.mlp(layer).register_forward_pre_hook(hook).remove)
+    return found
+
+
 @contextmanager
 def editing(adapter: Adapter, transcoders: TranscoderSet, plan: Plan) -> Iterator[None]:
     """Edit features in every forward inside the context, also token by token in `generate` with a KV cache.
@@ -86,27 +98,19 @@ def editing(adapter: Adapter, transcoders: TranscoderSet, plan: Plan) -> Iterato
     The first forward is the prompt; later ones are generated tokens, which only edits with `generated` touch.
     """
     seen = {"tokens": 0}
-    inputs: dict[int, Tensor] = {}
     with ExitStack() as stack:
+        inputs = watch_inputs(stack, adapter, plan)
 
-        def count(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            embeds = kwargs.get("inputs_embeds")
-            if embeds is None:  # a text-only model embeds inside its decoder
-                embeds = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+        def count(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
             cache = kwargs.get("past_key_values")
             seen["tokens"] = 0 if cache is None else int(cache.get_seq_length())
-            assert embeds.ndim >= 2
 
         handle = adapter.decoder().register_forward_pre_hook(count, with_kwargs=True)
         stack.callback(handle.remove)
         for layer, edit in plan.items():
-            keep = adapter.mlp(layer).register_forward_pre_hook(
-                lambda _m, args, layer=layer: inputs.__setitem__(layer, args[0])  # pyright: ignore[reportArgumentType]
-            )
-            stack.callback(keep.remove)
 
             def hook(_m: Any, _args: Any, out: Tensor, layer: int = layer, edit: LayerEdit = edit) -> Tensor:
-                change = _change(transcoders[layer], inputs.pop(layer), edit, seen["tokens"])
+                change = edit_change(transcoders[layer], inputs.pop(layer), edit, seen["tokens"])
                 return out if change is None else out + change
 
             target = target_module(adapter, layer, transcoders.config.output_hook)
@@ -114,7 +118,7 @@ def editing(adapter: Adapter, transcoders: TranscoderSet, plan: Plan) -> Iterato
         yield
 
 
-def _change(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int) -> Tensor | None:
+def edit_change(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int) -> Tensor | None:
     """What an edit adds to the transcoder's target [B, t, d] for inputs x at positions offset..offset + t."""
     length, prompt = x.shape[1], len(edit.where)
     if offset >= prompt:
@@ -137,13 +141,9 @@ def _change(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int) -> 
 @contextmanager
 def _direct(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, base: BaseRun) -> Iterator[None]:
     """Every transcoder target is the base run's, plus the edit at base activations, plus W_skip's response."""
-    inputs: dict[int, Tensor] = {}
     with ExitStack() as stack:
+        inputs = watch_inputs(stack, adapter, range(adapter.n_layers))
         for layer in range(adapter.n_layers):
-            keep = adapter.mlp(layer).register_forward_pre_hook(
-                lambda _m, args, layer=layer: inputs.__setitem__(layer, args[0])  # pyright: ignore[reportArgumentType]
-            )
-            stack.callback(keep.remove)
 
             def hook(_m: Any, _args: Any, _out: Tensor, layer: int = layer) -> Tensor:
                 out = base.written[layer]
@@ -153,7 +153,7 @@ def _direct(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, base: Base
                     if skip is not None:
                         out = out + F.linear(x - base.mlp_in[layer], skip.to(x.dtype))
                 if layer in plan:
-                    change = _change(transcoders[layer], base.mlp_in[layer], plan[layer], 0)
+                    change = edit_change(transcoders[layer], base.mlp_in[layer], plan[layer], 0)
                     out = out if change is None else out + change
                 return out
 

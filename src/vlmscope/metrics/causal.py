@@ -15,9 +15,8 @@ RESAMPLES = 2000
 def bootstrap_rate(hits: Sequence[bool] | np.ndarray, seed: int = 0, control: float | None = None) -> Rate:
     """The share of hits with its percentile-bootstrap 95 % interval.
 
-    When all cases agree every resample does too, which says nothing about the next case; the open end then comes
-    from the
-    rule of three (Hanley and Lippman-Hand 1983: 3 / n), so that 100 of 100 reads as 0.97 to 1.
+    When all cases agree every resample does too, which says nothing about the next case; the open end then comes from
+    the rule of three (Hanley and Lippman-Hand 1983: 3 / n), so that 100 of 100 reads as 0.97 to 1.
 
     Raises:
         ValueError: no cases.

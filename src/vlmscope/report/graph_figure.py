@@ -52,8 +52,7 @@ def attribution_graph(
     """Draw the pruned graph, 14 inches (2,100 pixels) wide, readable at 1,400.
 
     `images` are the prompt's pictures (uint8 `[H, W, 3]`), cut into thumbnails under their soft tokens; without them
-    soft
-    tokens are boxes. `groups` names the supernode of a feature and marks it in that group's colour.
+    soft tokens are boxes. `groups` names the supernode of a feature and marks it in that group's colour.
 
     Raises:
         ValueError: nothing was kept, or a soft token's picture is missing from `images`.

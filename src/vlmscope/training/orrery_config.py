@@ -16,6 +16,8 @@ class StageConfig:
     tower_rate: float = 1.0
     questions: int = 3  # at most so many a picture and step, drawn at random
     seed: int = 0
+    exit_weight: float = 0.0  # of the early-exit loss
+    exit_layers: int = 0  # how many layers early the answer must be readable (each of them adds a term)
 
 
 @dataclass
@@ -27,12 +29,24 @@ class OrreryTrainingConfig:
     )
     vlm: StageConfig = field(
         default_factory=lambda: StageConfig(
-            2800, {"planets": 5, "digits": 12, "shapes": 4, "hands": 2, "text": 2}, lr=8e-4, tower_rate=0.25, seed=1
+            2800,
+            {"planets": 5, "digits": 12, "shapes": 4, "hands": 2, "text": 2},
+            lr=8e-4,
+            tower_rate=0.25,
+            seed=1,
+            exit_weight=0.3,
+            exit_layers=2,
         )
     )
     polish: StageConfig = field(
         default_factory=lambda: StageConfig(
-            600, {"planets": 4, "digits": 8, "shapes": 9, "hands": 3, "text": 2}, lr=4e-4, tower_rate=0.5, seed=2
+            1400,
+            {"planets": 4, "digits": 10, "shapes": 9, "hands": 3, "text": 2},
+            lr=4e-4,
+            tower_rate=0.5,
+            seed=2,
+            exit_weight=0.3,
+            exit_layers=2,
         )
     )
     checkpoint_every: int = 200

@@ -164,12 +164,29 @@ class VlmModule(ScheduledModule):
         return pack(scenes, self.tokenizer, self.soft_tokens, rng, questions or self.config.questions)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """Cross-entropy over answer tokens."""
-        hidden, labels = self.answer_states(batch)
-        return F.cross_entropy(self.model.lm_head(hidden), labels)
+        """Cross-entropy over answer tokens, plus `exit_weight` times that of reading the answer `exit_layers` early.
+
+        Reading the residual stream early through the final norm and unembedding (early-exit loss, LayerSkip,
+        arXiv 2404.16710, eq. 5) makes the middle layers do the recognising; without it Orrery left the name of a
+        planet to its last MLP.
+        """
+        weight, early = self.config.exit_weight, self.config.exit_layers
+        out, keep, labels = self._run(batch, with_hidden=weight > 0 and early > 0)
+        loss = F.cross_entropy(self.model.lm_head(out.last_hidden_state[keep]), labels)
+        if out.hidden_states is None:
+            return loss
+        norm = self.model.model.language_model.norm
+        for states in out.hidden_states[-1 - early : -1]:  # the last entry is the normed output itself
+            loss = loss + weight * F.cross_entropy(self.model.lm_head(norm(states[keep])), labels)
+        return loss
 
     def answer_states(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Final states [N, d] and labels [N] at the positions that predict answer tokens."""
+        out, keep, labels = self._run(batch, with_hidden=False)
+        return out.last_hidden_state[keep], labels
+
+    def _run(self, batch: PackedBatch, with_hidden: bool) -> tuple[Any, Tensor, Tensor]:
+        """The decoder's output, the mask [B, S] of positions that predict answer tokens, and their labels [N]."""
         inner = self.model.model
         states = inner.get_input_embeddings()(batch.input_ids)
         if len(batch.pixels):
@@ -178,9 +195,14 @@ class VlmModule(ScheduledModule):
             states = states.masked_scatter(where, soft.to(states.dtype))
         full, sliding = batch.masks(self.model.config.text_config.sliding_window, self.model.config.image_token_id)
         masks = {"full_attention": full, "sliding_attention": sliding}
-        out = inner.language_model(inputs_embeds=states, attention_mask=masks, position_ids=batch.position_ids)
+        out = inner.language_model(
+            inputs_embeds=states,
+            attention_mask=masks,
+            position_ids=batch.position_ids,
+            output_hidden_states=with_hidden,
+        )
         keep = batch.labels != IGNORE
-        return out.last_hidden_state[keep], batch.labels[keep]
+        return out, keep, batch.labels[keep]
 
     def transfer_batch_to_device(self, batch: PackedBatch, device: torch.device, dataloader_idx: int) -> PackedBatch:
         """Move the tensors of the record."""

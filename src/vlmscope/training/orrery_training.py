@@ -26,7 +26,7 @@ from vlmscope.training.orrery_module import (
     VlmModule,
     tower_batch,
 )
-from vlmscope.training.resume import ResumableCheckpoint
+from vlmscope.training.resume import ResumableCheckpoint, fit_or_interrupt
 
 PICTURES = tuple(k for k in KINDS if k != "text")
 VAL_SCENES = 200
@@ -164,5 +164,5 @@ def _fit(
         log_every_n_steps=20,
     )
     if module.steps_done < total:
-        trainer.fit(module, batches.loader())
+        fit_or_interrupt(trainer, module, batches.loader())
     checkpoint.save(trainer, module)

@@ -1,8 +1,7 @@
 """Checkpoints of a Lightning run without pickle: safetensors for every tensor, JSON for the rest, replaced atomically.
 
 A module takes part by counting its optimiser steps in `steps_done` and by drawing its data from the step number, so
-that a
-resumed run goes on with the very next batch.
+that a resumed run goes on with the very next batch.
 """
 
 from __future__ import annotations
@@ -53,6 +52,19 @@ class ResumableCheckpoint(pl.Callback):
             previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
             save_checkpoint(self.path, pl_module, trainer.optimizers[0])
             signal.signal(signal.SIGINT, previous)
+
+
+def fit_or_interrupt(trainer: pl.Trainer, module: pl.LightningModule, batches: Any) -> None:
+    """`trainer.fit`, in which Ctrl-C stays a `KeyboardInterrupt`.
+
+    Lightning turns it into `SystemExit(1)` and leaves the signal ignored, which would lose exit code 130.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(module, batches)
+    except SystemExit:
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None
 
 
 def save_checkpoint(path: Path, module: Any, optimizer: torch.optim.Optimizer) -> None:

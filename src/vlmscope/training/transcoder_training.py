@@ -1,6 +1,5 @@
 """The one call that trains a transcoder set: start or resume, fit with Lightning, evaluate."""
 
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from vlmscope.activations.capture import HasAdapter, adapter_of
 from vlmscope.models.base import Adapter
+from vlmscope.training.resume import fit_or_interrupt
 from vlmscope.training.transcoder_checkpoints import TranscoderCheckpoints
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
 from vlmscope.training.transcoder_data import collect
@@ -91,13 +91,7 @@ def _fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        trainer.fit(module, DataLoader(stream, batch_size=None, num_workers=0))
-    except SystemExit:
-        # Lightning turns Ctrl-C into exit code 1 and leaves the signal ignored; the caller wants the interrupt itself.
-        signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from None
+    fit_or_interrupt(trainer, module, DataLoader(stream, batch_size=None, num_workers=0))
 
 
 class _Progress(pl.Callback):

@@ -9,7 +9,7 @@ from vlmscope.core.seeds import generator
 from vlmscope.data.chat import chat_batch
 from vlmscope.data.orrery.facts import vocabulary
 from vlmscope.data.orrery.scene import Scene, make_scene
-from vlmscope.data.packing import IGNORE, pack, to_pixels
+from vlmscope.data.packing import pack, to_pixels
 from vlmscope.models.orrery.build import build_orrery
 from vlmscope.models.orrery.config import OrreryConfig
 from vlmscope.models.orrery.processor import build_processor
@@ -97,4 +97,3 @@ def test_chat_batch_marks_answers(parts) -> None:
         assert words in {q.answer for q in scenes[row].questions}
     assert batch["pixel_values"].shape[0] == 1
     assert int(batch["token_type_ids"].sum()) == 16
-    assert IGNORE == -100

@@ -22,4 +22,13 @@ def bench(request: pytest.FixtureRequest):
         transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 6, skip=skip, seed=6, dtype=torch.float64)
         pictures = [[] if text_only else [tiny_image(i)] for i in range(3)]
         inputs = [vlm.prepare(PROMPT, found) for found in pictures]
-        yield vlm, transcoders.requires_grad_(False), inputs, make_batch(adapter, inputs)
+        batch = make_batch(adapter, inputs)
+    # Returned, not yielded from inside the context: the mode would else stay on for every later test of the session.
+    return vlm, transcoders.requires_grad_(False), inputs, batch
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """Each test of this folder compares float64 computations."""
+    with exact_float64():
+        yield

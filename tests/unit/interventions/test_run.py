@@ -19,16 +19,9 @@ from vlmscope.interventions.generate import generate_edited, generate_ids
 from vlmscope.interventions.run import editing, run_edited
 from vlmscope.models.attention import recording_patterns
 from vlmscope.models.batching import make_batch
-from vlmscope.models.precision import exact_float64
 from vlmscope.replacement.model import build_replacement
 
 MODES = ("direct", "frozen_attention", "free")
-
-
-@pytest.fixture(autouse=True)
-def exact():
-    with exact_float64():
-        yield
 
 
 def everywhere(batch) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A run that was stopped and resumed ends with the same weights as one that was not."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,27 @@ def test_resumed_equals_uninterrupted(data: Path, tmp_path: Path) -> None:
     fit(data, tmp_path / "cut", 3, resume=False)
     resumed = fit(data, tmp_path / "cut", 6, resume=True)
     assert resumed.steps_done == whole.steps_done == 6
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_ctrl_c_is_an_interrupt_and_keeps_what_was_learnt(data: Path, tmp_path: Path) -> None:
+    processor = build_processor(vocabulary(), 64, 16)
+    stage = StageConfig(6, BATCH, warmup=2)
+    module = VlmModule(stage, build_orrery(SMALL, len(processor.tokenizer), 0), processor.tokenizer)
+
+    def collate(scenes, step: int):
+        if step == 3:
+            raise KeyboardInterrupt
+        return module.collate(scenes, step)
+
+    batches = StepBatches(ScenePool(data, "train"), stage, lambda: module.steps_done, collate)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        _fit(module, batches, dict, OrreryTrainingConfig(checkpoint_every=100, val_every=100), tmp_path, False, False)
+    assert signal.getsignal(signal.SIGINT) is handler
+    resumed = fit(data, tmp_path, 6, resume=True)
+    whole = fit(data, tmp_path / "whole", 6, resume=False)
     for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 

@@ -1,8 +1,8 @@
 """Planets: spheres ray-cast from real texture maps, with random pose, size, light and stars.
 
 Orthographic rays along -z hit a sphere of radius r at centre (cx, cy). The hit point, rotated by a random rotation,
-gives
-longitude and latitude, hence the texel (bilinear). Light is Lambertian with an ambient floor. Saturn wears its rings.
+gives longitude and latitude, hence the texel (bilinear). Light is Lambertian with an ambient floor. Saturn wears its
+rings.
 """
 
 from __future__ import annotations

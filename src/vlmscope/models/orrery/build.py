@@ -1,10 +1,8 @@
 """Orrery's architecture and initial values.
 
 Hugging Face's initial values hardly let the picture through (the projection starts at zero, post-norms at full
-scale), so
-they are set here: projection std 1/sqrt(width), embeddings std 1/sqrt(d), post-norm weights -0.8 (scale 0.2, so that
-each
-block starts small).
+scale), so they are set here: projection std 1/sqrt(width), embeddings std 1/sqrt(d), post-norm weights -0.8 (scale
+0.2, so that each block starts small).
 """
 
 from __future__ import annotations

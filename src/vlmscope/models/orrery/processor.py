@@ -1,9 +1,8 @@
 """A word-level tokenizer and a `Gemma3Processor`, saved in Hugging Face layout.
 
 Words are split at white space (newlines vanish), so `text` must put spaces around punctuation, as all templates do.
-The processor is Hugging Face's own class: it expands `<start_of_image>` to begin-of-image, soft tokens,
-end-of-image, and
-returns `token_type_ids` (1 on soft tokens), from which Gemma 3 makes its bidirectional image attention.
+The processor is Hugging Face's own class: it expands `<start_of_image>` to begin-of-image, soft tokens, end-of-image,
+and returns `token_type_ids` (1 on soft tokens), from which Gemma 3 makes its bidirectional image attention.
 """
 
 from __future__ import annotations

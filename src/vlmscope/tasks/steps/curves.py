@@ -124,8 +124,7 @@ def role_rows(bench: Bench, cases: dict[str, Case]) -> list[FlipRow]:
 
 def ablation_matrix(bench: Bench, cases: dict[str, Case]) -> np.ndarray:
     """[layers, roles]: by how much accuracy falls, mean over questions, when a layer's MLP output is replaced by its
-    mean
-    over the test pictures at the positions of a role."""
+    mean over the test pictures at the positions of a role."""
     adapter = bench.vlm.adapter
     means = role_output_means(bench)
     drops = np.zeros((adapter.n_layers, len(ROLES)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +10,8 @@ import numpy as np
 
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.flow import circuit_edges
-from vlmscope.core.artifacts import read_text
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import AnswerExample, Supernode
 from vlmscope.data.images import png_bytes
-from vlmscope.data.orrery.facts import PLANETS
-from vlmscope.features.logit_lens import top_and_bottom_logits
-from vlmscope.features.top_examples import StudyItem, top_examples
 from vlmscope.interventions.generate import generate_edited
 from vlmscope.report import figures
 from vlmscope.report.circuit_figure import circuit_diagram
@@ -26,26 +20,23 @@ from vlmscope.report.html import ReportPage
 from vlmscope.report.sections import (
     Card,
     Cards,
-    Details,
     Examples,
     Features,
     Figure,
     Percent,
-    Picture,
     Section,
     Table,
-    Text,
     flip_table,
     graph_cards,
 )
+from vlmscope.tasks.steps.describe_features import SHOWN, describe_features
+from vlmscope.tasks.steps.report_parts import configuration, figure, limits, picture, rerun
 
 if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
     from vlmscope.tasks.steps.intervene import Case
 
-SHOWN = 8  # features of a supernode shown with pictures
-LISTED = 24  # ... and in its table
-STUDIED = 20  # pictures of each planet searched for top examples
+LISTED = 24  # features of a supernode in its table
 CAPTION_PROMPT = "describe this image in detail ."
 
 
@@ -66,8 +57,8 @@ def run(bench: Bench) -> None:
         title=f"From {recipient} to {donor}",
         question=(
             f"Do the features that tell {recipient} from {donor} cause the answer? Suppress those of {recipient}, "
-            f"raise "
-            f"those of {donor}, and see what the model says of pictures of {recipient} that were not used to find them."
+            f"raise those of {donor}, and see what the model says of pictures of {recipient} that were not used to "
+            "find them."
         ),
         summary=summary(bench),
         sections=tuple(sections),
@@ -85,9 +76,8 @@ def summary(bench: Bench) -> str:
         key = f"{method}/free/flip_rate"
         parts.append(
             f"{'Steering' if method == 'steer' else 'Patching'} {m[f'{method}/features']:.0f} features in all layers "
-            f"and "
-            f"positions turns {recipient} into {donor} on {m[key]:.0%} of the pictures for the worst of the questions "
-            f"(matched random features: {m[key + '_control']:.0%})"
+            f"and positions turns {recipient} into {donor} on {m[key]:.0%} of the pictures for the worst of the "
+            f"questions (matched random features: {m[key + '_control']:.0%})"
         )
     return (
         "; ".join(parts) + ". Acting on everything may only copy the answer: read the rows without the last layer and "
@@ -163,34 +153,6 @@ def captions(bench: Bench, cases: dict[str, Case]) -> list[tuple[str, str]]:
         before = generate_edited(adapter, tokenizer, inputs)
         rows.append((before, generate_edited(adapter, tokenizer, inputs, bench.transcoders, plan)))
     return rows
-
-
-def describe_features(bench: Bench, circuit: Circuit) -> tuple[Supernode, ...]:
-    """Add top examples and logits to the strongest features of each supernode."""
-    strongest = {
-        name: sorted(node.features, key=lambda m: -m.influence)[:SHOWN] for name, node in circuit.supernodes.items()
-    }
-    wanted: list[FeatureId] = list(dict.fromkeys(m.feature for members in strongest.values() for m in members))
-    prompt = next(iter(bench.circuit_config.questions.values())).prompt
-    items: list[StudyItem] = []
-    for planet in PLANETS:
-        images = bench.concept_pictures(planet, "train", STUDIED)
-        pairs = zip(bench.inputs(images, prompt), images, strict=True)
-        items += [StudyItem(inputs, planet, png_bytes(image)) for inputs, image in pairs]
-    examples = top_examples(bench.vlm.adapter, bench.transcoders, wanted, items)
-    nodes = []
-    for name, node in circuit.supernodes.items():
-        first = []
-        for member in strongest[name]:
-            top, bottom = top_and_bottom_logits(
-                bench.vlm.adapter, bench.transcoders, bench.vlm.tokenizer, member.feature
-            )
-            found = examples[member.feature]
-            first.append(replace(member, examples=found, top_logits=top, bottom_logits=bottom))
-        chosen = {m.feature for m in first}
-        rest = sorted((m for m in node.features if m.feature not in chosen), key=lambda m: -m.influence)
-        nodes.append(Supernode(name, (*first, *rest)))
-    return tuple(nodes)
 
 
 def circuit_sections(bench: Bench, found: dict, supernodes: Sequence[Supernode], folder: Path) -> list[Section]:
@@ -289,43 +251,3 @@ def curve_sections(bench: Bench, folder: Path) -> list[Section]:
         Figure("Long curves", tuple(picture(path, alt) for path, alt in zip(drawn, alts, strict=True))),
         flip_table("By position role", made["rows"]),
     ]
-
-
-def picture(path: Path, alt: str, wide: bool = False) -> Picture:
-    """A drawn figure as part of the page."""
-    return Picture(path.read_bytes(), alt, alt, wide)
-
-
-def figure(title: str, path: Path, alt: str, intro: str = "", wide: bool = False) -> Figure:
-    """A section of one picture."""
-    return Figure(title, (picture(path, alt, wide),), intro)
-
-
-def limits() -> Text:
-    """What the numbers do not say."""
-    return Text(
-        "How to read this",
-        (
-            "free: nothing is frozen. frozen attention: the attention patterns of the unedited run. direct: patterns, "
-            "norms "
-            "and MLPs frozen, so the change travels along the edges of the attribution graph only.",
-            "Editing all layers and positions includes the last layer at the last position, where a feature can write "
-            "the "
-            "answer by itself. That shows that the features suffice, not that they are how the model computes it.",
-        ),
-    )
-
-
-def rerun(bench: Bench) -> Text:
-    """The command that made this page."""
-    return Text(
-        "Run it again",
-        ("The same seed gives the same numbers on the same machine.",),
-        code=f"python run.py experiment={bench.cfg.name}",
-    )
-
-
-def configuration(bench: Bench) -> Details:
-    """The resolved configuration, folded."""
-    path = bench.run_dir / "config.yaml"
-    return Details("Configuration", "config.yaml of this run", read_text(path) if path.is_file() else "(not recorded)")

@@ -1,0 +1,48 @@
+"""The evidence for a circuit's strongest features: top activating pictures and the words that they write towards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vlmscope.circuits.circuit import Circuit
+from vlmscope.core.ids import FeatureId
+from vlmscope.core.intervention import Supernode
+from vlmscope.data.images import png_bytes
+from vlmscope.data.orrery.facts import PLANETS
+from vlmscope.features.logit_lens import top_and_bottom_logits
+from vlmscope.features.top_examples import StudyItem, top_examples
+
+if TYPE_CHECKING:
+    from vlmscope.tasks.steps.bench import Bench
+
+SHOWN = 8  # features of a supernode with evidence
+STUDIED = 20  # pictures of each planet searched for top examples
+
+
+def describe_features(bench: Bench, circuit: Circuit) -> tuple[Supernode, ...]:
+    """Add top examples and logits to the strongest features of each supernode."""
+    strongest = {
+        name: sorted(node.features, key=lambda m: -m.influence)[:SHOWN] for name, node in circuit.supernodes.items()
+    }
+    wanted: list[FeatureId] = list(dict.fromkeys(m.feature for members in strongest.values() for m in members))
+    prompt = next(iter(bench.circuit_config.questions.values())).prompt
+    items: list[StudyItem] = []
+    for planet in PLANETS:
+        images = bench.concept_pictures(planet, "train", STUDIED)
+        pairs = zip(bench.inputs(images, prompt), images, strict=True)
+        items += [StudyItem(inputs, planet, png_bytes(image)) for inputs, image in pairs]
+    examples = top_examples(bench.vlm.adapter, bench.transcoders, wanted, items)
+    nodes = []
+    for name, node in circuit.supernodes.items():
+        first = []
+        for member in strongest[name]:
+            top, bottom = top_and_bottom_logits(
+                bench.vlm.adapter, bench.transcoders, bench.vlm.tokenizer, member.feature
+            )
+            found = examples[member.feature]
+            first.append(replace(member, examples=found, top_logits=top, bottom_logits=bottom))
+        chosen = {m.feature for m in first}
+        rest = sorted((m for m in node.features if m.feature not in chosen), key=lambda m: -m.influence)
+        nodes.append(Supernode(name, (*first, *rest)))
+    return tuple(nodes)

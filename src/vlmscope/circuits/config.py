@@ -55,17 +55,20 @@ class InterventionConfig:
 
     Attributes:
         strength: steering level of the raised concept, in units of its own mean activation.
+        gate: steer each layer and position only as far as the recipient's features are active there, in full from this
+            share of their mean; null steers everything, whatever it shows.
         patch_strength: factor of the donor's activations when patching.
         pictures: test pictures.
         scopes: where to act besides everywhere: no_last_layer, no_last_position, role_<role>.
         modes: direct, frozen_attention, free.
         controls: seeds of the matched random features and of the random directions.
-        unrelated: scenes of each other kind, to see how specific the intervention is.
+        unrelated: scenes of each other kind, to see how specific the intervention is; 0 leaves that out.
         strengths: points of the dose-response curve.
         examples: pictures shown before and after in the report.
     """
 
     strength: float = 2.0
+    gate: float | None = 0.5
     patch_strength: float = 1.0
     pictures: int = 100
     scopes: list[str] = field(default_factory=lambda: ["no_last_layer", "no_last_position"])
@@ -85,6 +88,8 @@ class InterventionConfig:
                 raise UserError(
                     f"intervention.scopes: no scope {scope!r}; no_last_layer, no_last_position, role_<role>"
                 )
+        if self.gate is not None and self.gate <= 0:
+            raise UserError(f"intervention.gate={self.gate}: it must be above 0, or null for none")
         for key in ("pictures", "controls", "examples"):
             if getattr(self, key) < 1:
                 raise UserError(f"intervention.{key}={getattr(self, key)}: it must be at least 1")

@@ -6,6 +6,7 @@ Legend: B prompts, T positions, n features of a layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.circuits.circuit import Circuit
-from vlmscope.interventions.edits import LayerEdit, merge, position_mask, set_features
+from vlmscope.interventions.edits import Gate, LayerEdit, merge, position_mask, set_features
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -27,8 +28,12 @@ def steer_plan(
     strength: float,
     question: str | None = None,
     limit: int | None = None,
+    gate: float | None = None,
 ) -> dict[int, LayerEdit]:
     """Set one supernode's features to zero and the other's to `strength` times their level on their own concept.
+
+    With a gate the two are exchanged: each layer and position is edited only as far as the suppressed supernode is
+    active there, so that prompts which do not have it stay as they are.
 
     Args:
         circuit: with levels by role.
@@ -38,18 +43,32 @@ def steer_plan(
         strength: 1 is the mean activation on the raised concept.
         question: take the levels of this question; the mean over all questions when None.
         limit: at most so many features a layer and supernode.
+        gate: the share of the suppressed supernode's level at which the edit acts in full; None acts everywhere.
     """
     where = position_mask(roles, "all")
+
+    def levels(name: str, layer: int, n: int) -> tuple[Tensor, Tensor]:
+        table = {role: circuit.level(name, role, layer, question)[:n] for role in {*roles.tolist(), "last"}}
+        return torch.stack([table[role] for role in roles.tolist()]), table["last"]
+
+    suppressed = circuit.indices(suppress, limit)
     off = {
         layer: set_features(found, torch.zeros(len(found)), where, torch.zeros(len(found)))
-        for layer, found in circuit.indices(suppress, limit).items()
+        for layer, found in suppressed.items()
     }
     on: dict[int, LayerEdit] = {}
     for layer, found in circuit.indices(raised, limit).items():
-        table = {r: circuit.level(raised, r, layer, question)[: len(found)] for r in set(roles.tolist())}
-        value = torch.stack([table[role] for role in roles.tolist()]) * strength
-        on[layer] = set_features(found, value, where, table["last"] * strength)
-    return merge([off, on])
+        value, generated = levels(raised, layer, len(found))
+        on[layer] = set_features(found, value * strength, where, generated * strength)
+    plan = merge([off, on])
+    if gate is None:
+        return plan
+    # A layer where nothing is suppressed has nothing to exchange.
+    return {
+        layer: replace(edit, gate=Gate(found, *levels(suppress, layer, len(found)), gate))
+        for layer, edit in plan.items()
+        if (found := suppressed.get(layer)) is not None
+    }
 
 
 @torch.no_grad()

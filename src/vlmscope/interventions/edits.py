@@ -1,7 +1,8 @@
 """What to change: new activations for chosen features at chosen positions.
 
 `new = scale * current + value`. Setting is scale 0, scaling is value 0, ablation both 0. The edit adds
-`(new - current) * W_dec[f]` where the transcoder writes, so the error term stays as it is in the run.
+`g (new - current) * W_dec[f]` where the transcoder writes, so the error term stays as it is in the run; `g` is 1, or
+what a gate says.
 """
 
 from __future__ import annotations
@@ -17,6 +18,36 @@ from vlmscope.core.errors import UserError
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Act only as far as some features are active, so that steering exchanges one concept for another where it is.
+
+    `g = min(1, sum_f n_f a_f / (full sum_f n_f level_f))` at each position, n_f the norm of feature f's decoder row,
+    a_f its activation in the edited run. Conditional steering (CAST, arXiv 2409.05907) with features as the condition,
+    and without its hard threshold.
+
+    Attributes:
+        features: [m] int64, of the edit's layer.
+        level: [T, m], the features' activations when the concept is there.
+        generated: [m], the same at generated tokens.
+        full: the share of the level at which the edit acts in full, > 0.
+    """
+
+    features: Tensor
+    level: Tensor
+    generated: Tensor
+    full: float
+
+    def openness(self, current: Tensor, level: Tensor, norms: Tensor) -> Tensor:
+        """g [B, t, 1] in [0, 1] for activations [B, t, m], levels [t, m] or [m] and decoder norms [m].
+
+        Where the level is 0 there is nothing to exchange: g is 0.
+        """
+        reference = self.full * (level.to(norms) @ norms)
+        g = (current @ norms / reference.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
+        return torch.where(reference > 0, g, torch.zeros_like(g)).unsqueeze(-1)
+
+
+@dataclass(frozen=True)
 class LayerEdit:
     """An edit of some features of one layer.
 
@@ -26,6 +57,7 @@ class LayerEdit:
         scale: broadcastable to [n].
         where: [T] bool, the prompt positions it acts on.
         generated: broadcastable to [B, n], the value at tokens generated after the prompt; None leaves them alone.
+        gate: how far to act at each position; None acts in full.
     """
 
     features: Tensor
@@ -33,6 +65,7 @@ class LayerEdit:
     scale: Tensor
     where: Tensor
     generated: Tensor | None = None
+    gate: Gate | None = None
 
     def new(self, current: Tensor) -> Tensor:
         """New activations for current ones [B, T, n]."""
@@ -46,7 +79,7 @@ def merge(plans: Iterable[Plan]) -> dict[int, LayerEdit]:
     """Join plans that act on the same positions; where two name the same feature the later one wins.
 
     Raises:
-        UserError: the plans act on different positions of one layer.
+        UserError: the plans act on different positions of one layer, or one of them has a gate (add it afterwards).
     """
     merged: dict[int, LayerEdit] = {}
     for plan in plans:
@@ -58,6 +91,8 @@ def merge(plans: Iterable[Plan]) -> dict[int, LayerEdit]:
 def _join(first: LayerEdit, second: LayerEdit, layer: int) -> LayerEdit:
     if not torch.equal(first.where, second.where):
         raise UserError(f"two edits of layer {layer} act on different positions: give them as two runs")
+    if first.gate is not None or second.gate is not None:
+        raise UserError(f"two edits of layer {layer}, one of them gated: merge them first and gate the result")
     keep = ~torch.isin(first.features, second.features)
     if (first.generated is None) != (second.generated is None):
         raise UserError(f"two edits of layer {layer} disagree on generated tokens: set both or neither")

@@ -120,22 +120,33 @@ def editing(adapter: Adapter, transcoders: TranscoderSet, plan: Plan) -> Iterato
 
 def edit_change(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int) -> Tensor | None:
     """What an edit adds to the transcoder's target [B, t, d] for inputs x at positions offset..offset + t."""
-    length, prompt = x.shape[1], len(edit.where)
+    length, prompt, gate = x.shape[1], len(edit.where), edit.gate
+    if len(edit.features) == 0:
+        return None
     if offset >= prompt:
         if edit.generated is None:
             return None
-        current = activations(transcoder, x, edit.features)
         value = edit.generated.unsqueeze(-2) if edit.generated.ndim > 1 else edit.generated
-        return (edit.scale * current + value - current) @ transcoder.W_dec[edit.features]
+        return _written(transcoder, x, edit, value, None if gate is None else gate.generated).to(x.dtype)
     assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
-    if not bool(edit.where.any()) or len(edit.features) == 0:
+    if not bool(edit.where.any()):
         return None
-    current = activations(transcoder, x[:, edit.where], edit.features)
     value = edit.value if edit.value.ndim < 2 or edit.value.shape[-2] == 1 else edit.value[..., edit.where, :]
-    delta = edit.scale * current + value - current
+    level = None if gate is None else gate.level[edit.where]
     change = x.new_zeros(x.shape)
-    change[:, edit.where] = (delta @ transcoder.W_dec[edit.features]).to(x.dtype)
+    change[:, edit.where] = _written(transcoder, x[:, edit.where], edit, value, level).to(x.dtype)
     return change
+
+
+def _written(transcoder: Transcoder, x: Tensor, edit: LayerEdit, value: Tensor, level: Tensor | None) -> Tensor:
+    """`g (new - current) W_dec` [B, t, d] at the given positions; `level` is the gate's there, if it has one."""
+    dense = transcoder.encode(x).dense(transcoder.config.n_features)
+    current = dense[..., edit.features]
+    delta = edit.scale * current + value - current
+    if edit.gate is not None and level is not None:
+        norms = transcoder.W_dec[edit.gate.features].norm(dim=1)
+        delta = delta * edit.gate.openness(dense[..., edit.gate.features], level, norms)
+    return delta @ transcoder.W_dec[edit.features]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.circuits.circuit import Circuit, load_circuit, save_circuit
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig, QuestionConfig
 from vlmscope.circuits.contrast import contrast_circuit
@@ -39,12 +40,12 @@ def planted(transcoders, feature: int, role: str, size: float) -> RoleMeans:
     return RoleMeans(table, {layer: torch.zeros(N) for layer in transcoders.layers}, 1)
 
 
-def two_concepts(transcoders, confirmed: bool = True) -> tuple[Circuit, dict[str, float]]:
+def two_concepts(transcoders, confirmed: bool = True, mars: int = 3) -> tuple[Circuit, dict[str, float]]:
     means = {
-        "mars": {"name": planted(transcoders, 3, "last", 2.0)},
+        "mars": {"name": planted(transcoders, mars, "last", 2.0)},
         "earth": {"name": planted(transcoders, 8, "image", 1.5)},
     }
-    share = {"mars": 3, "earth": 8}
+    share = {"mars": mars, "earth": 8}
     influence = {c: {FeatureId(layer, f): 0.1 for layer in transcoders.layers} for c, f in share.items()}
     return contrast_circuit(transcoders, means, influence if confirmed else {"mars": {}, "earth": {}}, 4)
 
@@ -93,6 +94,24 @@ def test_steering_sets_levels_by_role(bench) -> None:
     image = torch.from_numpy(batch.roles == "image")
     assert (new[image, 1] == 3.0).all()
     assert (new[~image, 1] == 0).all()
+
+
+def test_gated_steering_leaves_prompts_without_the_suppressed_concept_alone(bench) -> None:
+    vlm, transcoders, batch = bench
+    inputs = mlp_inputs(vlm.adapter, batch, transcoders.layers)
+    fires = torch.stack([transcoders[layer].encode(x).dense(N)[:, -1] > 0 for layer, x in inputs.items()]).any(0)
+    mars = int(
+        (fires.sum(0) - batch.size / 2).abs().argmin()
+    )  # fires at the last position of about half of the prompts
+    silent = ~fires[:, mars]
+    circuit, _ = two_concepts(transcoders, mars=mars)
+    before = run_edited(vlm.adapter, transcoders, batch, {})
+    after = run_edited(
+        vlm.adapter, transcoders, batch, steer_plan(circuit, "mars", "earth", batch.roles, 20.0, gate=0.5)
+    )
+    assert 0 < int(silent.sum()) < batch.size
+    assert torch.equal(after[silent], before[silent])
+    assert not torch.equal(after[~silent], before[~silent])
 
 
 def test_patching_with_the_recipient_itself_changes_nothing(bench) -> None:

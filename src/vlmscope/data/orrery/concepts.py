@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from vlmscope.core.errors import UserError
@@ -22,9 +24,21 @@ def concept_scenes(planet: str, split: str, count: int, seed: int = 0) -> list[S
     return [planet_scene(generator(seed, "concept", split, planet, i), planet) for i in range(count)]
 
 
-def unrelated_scenes(split: str, count: int, seed: int = 0, kinds: tuple[str, ...] = KINDS) -> list[Scene]:
-    """`count` scenes of every kind but planets (text alone included), for specificity."""
-    return [make_scene(split, kind, i, seed) for kind in kinds if kind != "planets" for i in range(count)]
+def unrelated_scenes(
+    split: str, count: int, seed: int = 0, kinds: tuple[str, ...] = KINDS, without: tuple[str, ...] = ()
+) -> list[Scene]:
+    """`count` scenes of every kind but planets (text alone included), for specificity.
+
+    Questions that name one of `without`, in their words or their answer, are left out: text alone asks about planets
+    too.
+    """
+    found: list[Scene] = []
+    for kind in kinds:
+        for i in range(count if kind != "planets" else 0):
+            scene = make_scene(split, kind, i, seed)
+            asked = tuple(q for q in scene.questions if not {*q.question.split(), *q.answer.split()} & {*without})
+            found.append(replace(scene, questions=asked))
+    return [scene for scene in found if scene.questions]
 
 
 def pictures(scenes: list[Scene]) -> list[np.ndarray]:

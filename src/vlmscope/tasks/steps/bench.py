@@ -16,8 +16,10 @@ from vlmscope.data.orrery.concepts import concept_scenes, pictures
 from vlmscope.tasks.wiring import load_model, load_transcoders
 
 if TYPE_CHECKING:
+    from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.config import CircuitConfig, InterventionConfig
     from vlmscope.config import AppConfig
+    from vlmscope.interventions.edits import Plan
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
     from vlmscope.transcoders.transcoder import TranscoderSet
@@ -79,6 +81,21 @@ class Bench:
     def inputs(self, images: list[Image.Image], prompt: str) -> list[ModelInputs]:
         """One prompt for each picture."""
         return [self.vlm.prepare(prompt, [image]) for image in images]
+
+    def steer(self, circuit: Circuit, roles: np.ndarray, question: str | None = None, **changed: Any) -> Plan:
+        """The configured steering plan from the first concept to the second for prompts of these position roles.
+
+        Args:
+            circuit: what to steer.
+            roles: [T] position roles.
+            question: whose levels to take; the mean over all questions when None.
+            changed: `strength`, `gate` or `limit`, to differ from the configuration.
+        """
+        from vlmscope.circuits.plans import steer_plan
+
+        settings = {"strength": self.intervention.strength, "gate": self.intervention.gate} | changed
+        recipient, donor = self.circuit_config.concepts
+        return steer_plan(circuit, recipient, donor, roles, question=question, **settings)
 
     def token(self, word: str) -> int:
         """The id of an answer word.

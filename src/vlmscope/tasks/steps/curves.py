@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.circuits.effects import Subject, flips, in_scope
-from vlmscope.circuits.plans import donor_activations, patch_plan, steer_plan
+from vlmscope.circuits.plans import donor_activations, patch_plan
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.intervention import Curve, FlipRow
 from vlmscope.data.orrery.facts import PLANETS
@@ -82,15 +82,7 @@ def feature_curves(bench: Bench, circuit: Circuit, cases: dict[str, Case]) -> li
     for name, case in cases.items():
         counts, rates = [], []
         for limit in limits:
-            plan = steer_plan(
-                circuit,
-                bench.circuit_config.concepts[0],
-                bench.circuit_config.concepts[1],
-                case.subject.batch.roles,
-                bench.intervention.strength,
-                name,
-                limit,
-            )
+            plan = bench.steer(circuit, case.subject.batch.roles, name, limit=limit)
             counts.append(float(sum(len(edit.features) for edit in plan.values())))
             rates.append(_rate(bench, case.subject, plan))
         curves.append(make_curve(name, counts, rates))

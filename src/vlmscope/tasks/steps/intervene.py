@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from vlmscope.circuits.effects import (
     make_subject,
     specificity,
 )
-from vlmscope.circuits.plans import donor_activations, patch_plan, steer_plan
+from vlmscope.circuits.plans import donor_activations, patch_plan
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve, FlipRow, Rate
 from vlmscope.data.orrery.concepts import unrelated_scenes
@@ -99,7 +98,7 @@ def make_case(bench: Bench, circuit: Circuit, question: str) -> Case:
         subject,
         donors,
         [images[i] for i in rows.tolist()],
-        steer_plan(circuit, recipient, donor, roles, bench.intervention.strength, question),
+        bench.steer(circuit, roles, question),
         patch_plan(carried, roles, bench.intervention.patch_strength),
         len(rows) / len(images),
     )
@@ -163,12 +162,16 @@ def third_concept(bench: Bench, circuit: Circuit) -> None:
     images = bench.concept_pictures(config.third, "test", bench.intervention.pictures)
     for name, asked in config.questions.items():
         batch = make_batch(bench.vlm.adapter, bench.inputs(images, asked.prompt))
-        plan = steer_plan(
-            circuit, config.concepts[0], config.concepts[1], batch.roles, bench.intervention.strength, name
-        )
-        logits = run_edited(bench.vlm.adapter, bench.transcoders, batch, plan, "free")
-        hits = (logits.argmax(-1) == bench.token(asked.answers[config.concepts[1]])).numpy()
-        bench.metrics |= rate_metrics(f"third/{config.third}/{name}/donor_rate", bootstrap_rate(hits))
+        for label, changed in steering_forms(bench).items():
+            plan = bench.steer(circuit, batch.roles, name, **changed)
+            logits = run_edited(bench.vlm.adapter, bench.transcoders, batch, plan, "free")
+            hits = (logits.argmax(-1) == bench.token(asked.answers[config.concepts[1]])).numpy()
+            bench.metrics |= rate_metrics(f"third/{label}{config.third}/{name}/donor_rate", bootstrap_rate(hits))
+
+
+def steering_forms(bench: Bench) -> dict[str, dict[str, None]]:
+    """The configured steering and, where that has a gate, the same without one: how much the gate saves."""
+    return {"": {}} if bench.intervention.gate is None else {"": {}, "ungated/": {"gate": None}}
 
 
 def dose_response(bench: Bench, circuit: Circuit, cases: dict[str, Case]) -> list[Curve]:
@@ -178,14 +181,7 @@ def dose_response(bench: Bench, circuit: Circuit, cases: dict[str, Case]) -> lis
     for name, case in cases.items():
         rates: list[Rate] = []
         for strength in strengths:
-            plan = steer_plan(
-                circuit,
-                bench.circuit_config.concepts[0],
-                bench.circuit_config.concepts[1],
-                case.subject.batch.roles,
-                strength,
-                name,
-            )
+            plan = bench.steer(circuit, case.subject.batch.roles, name, strength=strength)
             logits = run_edited(bench.vlm.adapter, bench.transcoders, case.subject.batch, plan, "free")
             rates.append(bootstrap_rate(flips(logits, case.subject)))
         curves.append(make_curve(name, strengths, rates))
@@ -209,16 +205,19 @@ def measure_specificity(bench: Bench, circuit: Circuit) -> None:
     if count == 0:
         return
     groups: dict[tuple[int, bytes], list] = {}
-    for scene in unrelated_scenes("test", count, config.seed):
+    for scene in unrelated_scenes("test", count, config.seed, without=tuple(config.concepts)):
         from PIL import Image
 
         pictures = [] if scene.image is None else [Image.fromarray(scene.image)]
         inputs = bench.vlm.prepare(scene.questions[0].question, pictures)
         groups.setdefault((len(inputs), inputs.is_image.tobytes()), []).append(inputs)
     batches = [make_batch(bench.vlm.adapter, group) for group in groups.values()]
-
-    def plan_for(roles: np.ndarray) -> Plan:
-        return steer_plan(circuit, config.concepts[0], config.concepts[1], roles, bench.intervention.strength)
-
-    result = specificity(bench.vlm.adapter, bench.transcoders, batches, plan_for)
-    bench.metrics |= {"specificity/kl": result.kl} | rate_metrics("specificity/changed_rate", result.changed)
+    for label, changed in steering_forms(bench).items():
+        found = specificity(
+            bench.vlm.adapter,
+            bench.transcoders,
+            batches,
+            lambda roles, changed=changed: bench.steer(circuit, roles, **changed),
+        )
+        bench.metrics[f"specificity/{label}kl"] = found.kl
+        bench.metrics |= rate_metrics(f"specificity/{label}changed_rate", found.changed)

@@ -136,20 +136,12 @@ def answers(bench: Bench, cases: dict[str, Case]) -> list[Section]:
 
 def captions(bench: Bench, cases: dict[str, Case]) -> list[tuple[str, str]]:
     """Free generation with a KV cache, before and under the steering plan, for three pictures."""
-    from vlmscope.circuits.plans import steer_plan
-
     circuit: Circuit = bench.record("find_circuit")["circuit"]
     rows = []
     adapter, tokenizer = bench.vlm.adapter, bench.vlm.tokenizer
     for image in next(iter(cases.values())).images[:3]:
         inputs = bench.vlm.prepare(CAPTION_PROMPT, [image])
-        plan = steer_plan(
-            circuit,
-            bench.circuit_config.concepts[0],
-            bench.circuit_config.concepts[1],
-            inputs.roles,
-            bench.intervention.strength,
-        )
+        plan = bench.steer(circuit, inputs.roles)
         before = generate_edited(adapter, tokenizer, inputs)
         rows.append((before, generate_edited(adapter, tokenizer, inputs, bench.transcoders, plan)))
     return rows

@@ -138,7 +138,9 @@ def load_vlm(path: str | Path, dtype: str = "float32", device: str = "cpu") -> V
 def _from_folder(folder: Path, model_type: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and processor of a folder, with loading errors told in one line."""
     from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3Processor
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a local file takes a moment; the tasks' own bars should stand alone
     multimodal = model_type == "gemma3"
     model_class = Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,7 +147,6 @@ def _fit(
     logger: Any,
     resume: bool,
 ) -> None:
-    warnings.filterwarnings("ignore", message=".*num_workers.*|.*litlogger.*|.*IterableDataset.*")
     total = module.config.max_steps
     checkpoint = ResumableCheckpoint(folder, config.checkpoint_every, resume)
     checkpoint.restore_weights(module)

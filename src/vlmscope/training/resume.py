@@ -7,6 +7,7 @@ that a resumed run goes on with the very next batch.
 from __future__ import annotations
 
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,10 @@ def fit_or_interrupt(trainer: pl.Trainer, module: pl.LightningModule, batches: A
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(module, batches)
+        with warnings.catch_warnings():
+            # Batches are made from the step number in this process on purpose; the last is a matter within Lightning.
+            warnings.filterwarnings("ignore", message=".*num_workers.*|.*IterableDataset.*|.*LeafSpec.*")
+            trainer.fit(module, batches)
     except SystemExit:
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None

@@ -51,7 +51,7 @@ def run(bench: Bench) -> None:
     sections += effect_sections(bench, effects, folder)
     if "curves" in bench.records:
         sections += curve_sections(bench, folder)
-    sections += [limits(), rerun(bench), configuration(bench)]
+    sections += [limits(bench.intervention.gate is not None), rerun(bench), configuration(bench)]
     recipient, donor = bench.circuit_config.concepts
     page = ReportPage(
         title=f"From {recipient} to {donor}",
@@ -179,8 +179,6 @@ def circuit_sections(bench: Bench, found: dict, supernodes: Sequence[Supernode],
 def effect_sections(bench: Bench, effects: dict, folder: Path) -> list[Section]:
     """Tables and figures of what steering and patching did."""
     rows = effects["rows"]
-    m = bench.metrics
-    third = bench.circuit_config.third
     pictures = [
         (figures.flip_rates(rows, folder / "flip_rates.png"), "Flip rate by question, with matched controls"),
         (figures.modes(rows, folder / "modes.png"), "Flip rate of the worst question by mode"),
@@ -199,22 +197,28 @@ def effect_sections(bench: Bench, effects: dict, folder: Path) -> list[Section]:
         effects["curves"], folder / "dose_response.png", "steering strength (1 = own mean activation)", "flip rate"
     )
     sections.append(figure("Dose and response", curve, "Flip rate against steering strength, by question"))
-    checks = [
+    return [*sections, checks(bench)]
+
+
+def checks(bench: Bench) -> Table:
+    """What should not happen: random directions, a third concept, prompts about something else."""
+    m, third = bench.metrics, bench.circuit_config.third
+    found = [
         (f"random direction of the same norm, {name}", Percent(m[f"steer/free/{name}/flip_rate_random_direction"]))
         for name in bench.circuit_config.questions
     ]
-    if third:
-        checks += [
+    for form, said in (("", "steered as above"), ("ungated/", "steered without the gate")):
+        found += [
             (
-                f"{third} now answered as {bench.circuit_config.concepts[1]}, {name}",
-                Percent(m[f"third/{third}/{name}/donor_rate"]),
+                f"{third} answered as {bench.circuit_config.concepts[1]}, {name}, {said}",
+                Percent(m[f"third/{form}{third}/{name}/donor_rate"]),
             )
             for name in bench.circuit_config.questions
+            if f"third/{form}{third}/{name}/donor_rate" in m
         ]
-    if "specificity/changed_rate" in m:
-        checks.append(("other scenes: answers changed", Percent(m["specificity/changed_rate"])))
-    sections.append(Table("Further checks", ("check", "share"), tuple(checks)))
-    return sections
+        if f"specificity/{form}changed_rate" in m:
+            found.append((f"other scenes: answers changed, {said}", Percent(m[f"specificity/{form}changed_rate"])))
+    return Table("Further checks", ("check", "share"), tuple(found))
 
 
 def curve_sections(bench: Bench, folder: Path) -> list[Section]:

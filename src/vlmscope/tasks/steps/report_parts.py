@@ -22,17 +22,19 @@ def figure(title: str, path: Path, alt: str, intro: str = "", wide: bool = False
     return Figure(title, (picture(path, alt, wide),), intro)
 
 
-def limits() -> Text:
+def limits(gated: bool) -> Text:
     """What the numbers do not say."""
-    return Text(
-        "How to read this",
-        (
-            "free: nothing is frozen. frozen attention: the attention patterns of the unedited run. direct: patterns, "
-            "norms and MLPs frozen, so the change travels along the edges of the attribution graph only.",
-            "Editing all layers and positions includes the last layer at the last position, where a feature can write "
-            "the answer by itself. That shows that the features suffice, not that they are how the model computes it.",
-        ),
+    paragraphs = (
+        "free: nothing is frozen. frozen attention: the attention patterns of the unedited run. direct: patterns, "
+        "norms and MLPs frozen, so the change travels along the edges of the attribution graph only.",
+        "Editing all layers and positions includes the last layer at the last position, where a feature can write "
+        "the answer by itself. That shows that the features suffice, not that they are how the model computes it.",
     )
+    gate = (
+        "Steering exchanges: at each layer and position it acts as far as the features that it suppresses are "
+        "active there (the gate), so a prompt without them stays as it is."
+    )
+    return Text("How to read this", (*paragraphs, gate) if gated else paragraphs)
 
 
 def rerun(bench: Bench) -> Text:

@@ -163,7 +163,9 @@ def _by_layer(scope: Scope, features: Sequence[str]) -> dict[int, list[int]]:
         width = scope.transcoders[feature.layer].config.n_features
         if feature.index >= width:
             raise UserError(f"feature {text}: layer {feature.layer} has {width} features")
-        table.setdefault(feature.layer, []).append(feature.index)
+        found = table.setdefault(feature.layer, [])
+        if feature.index not in found:  # named twice, it is still one feature
+            found.append(feature.index)
     return table
 
 

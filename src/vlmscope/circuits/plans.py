@@ -15,6 +15,7 @@ from torch import Tensor
 from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.interventions.edits import Gate, LayerEdit, merge, position_mask, set_features
+from vlmscope.interventions.run import activations
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -79,8 +80,7 @@ def donor_activations(
     features = union(circuit, limit)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for layer, x in mlp_inputs(adapter, donors, sorted(features)).items():
-        dense = transcoders[layer].encode(x).dense(transcoders[layer].config.n_features)
-        found[layer] = (features[layer], dense[..., features[layer]])
+        found[layer] = (features[layer], activations(transcoders[layer], x, features[layer]))
     return found
 
 

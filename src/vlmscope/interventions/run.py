@@ -76,7 +76,7 @@ def _check(transcoders: TranscoderSet, plan: Plan) -> None:
 
 def activations(transcoder: Transcoder, x: Tensor, features: Tensor) -> Tensor:
     """Activations [.., n] of chosen features for MLP inputs [.., d]: 0 where the nonlinearity drops them."""
-    return transcoder.encode(x).dense(transcoder.config.n_features)[..., features]
+    return transcoder.encode(x).select(features, transcoder.config.n_features)
 
 
 def watch_inputs(stack: ExitStack, adapter: Adapter, layers: Iterable[int]) -> dict[int, Tensor]:
@@ -140,12 +140,12 @@ def edit_change(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int)
 
 def _written(transcoder: Transcoder, x: Tensor, edit: LayerEdit, value: Tensor, level: Tensor | None) -> Tensor:
     """`g (new - current) W_dec` [B, t, d] at the given positions; `level` is the gate's there, if it has one."""
-    dense = transcoder.encode(x).dense(transcoder.config.n_features)
-    current = dense[..., edit.features]
+    code, width = transcoder.encode(x), transcoder.config.n_features
+    current = code.select(edit.features, width)
     delta = edit.scale * current + value - current
     if edit.gate is not None and level is not None:
         norms = transcoder.W_dec[edit.gate.features].norm(dim=1)
-        delta = delta * edit.gate.openness(dense[..., edit.gate.features], level, norms)
+        delta = delta * edit.gate.openness(code.select(edit.gate.features, width), level, norms)
     return delta @ transcoder.W_dec[edit.features]
 
 

@@ -45,6 +45,14 @@ class SparseCode:
         out = self.values.new_zeros(*self.values.shape[:-1], n_features)
         return out.scatter(-1, self.indices, self.values)
 
+    def select(self, features: Tensor, n_features: int) -> Tensor:
+        """Activations [.., n] of distinct features [n], without the dense [.., F]."""
+        column = features.new_full((n_features,), len(features))
+        column[features] = torch.arange(len(features), device=features.device)
+        # Everything else falls into one last column, which goes.
+        out = self.values.new_zeros(*self.values.shape[:-1], len(features) + 1)
+        return out.scatter(-1, column[self.indices], self.values)[..., :-1]
+
 
 @dataclass(frozen=True)
 class TranscoderOutput:

@@ -37,9 +37,10 @@ def role_means(adapter: Adapter, transcoders: TranscoderSet, batches: Sequence[I
         present = [role for role in ROLES if (batch.roles == role).any()]
         masks = {role: torch.from_numpy(batch.roles == role) for role in present}
         for layer, x in mlp_inputs(adapter, batch, transcoders.layers).items():
-            transcoder = transcoders[layer]
+            code = transcoders[layer].encode(x)
             for role, mask in masks.items():
-                total = transcoder.encode(x[:, mask]).dense(transcoder.config.n_features).sum((0, 1))
+                total = code.values.new_zeros(transcoders[layer].config.n_features)
+                total.index_add_(0, code.indices[:, mask].flatten(), code.values[:, mask].flatten())
                 sums[role][layer] = sums[role].get(layer, torch.zeros_like(total)) + total
         for role, mask in masks.items():
             counts[role] += batch.size * int(mask.sum())

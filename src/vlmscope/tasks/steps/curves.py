@@ -36,6 +36,7 @@ def run(bench: Bench) -> None:
         "features": feature_curves(bench, circuit, cases),
         "layers": layer_curves(bench, cases),
     }
+    bench.metrics |= smallest(curves["features"])
     rows = role_rows(bench, cases)
     bench.metrics |= {
         key: value
@@ -89,6 +90,12 @@ def feature_curves(bench: Bench, circuit: Circuit, cases: dict[str, Case]) -> li
     return curves
 
 
+def smallest(curves: list[Curve], enough: float = 0.95) -> dict[str, float]:
+    """`circuit/smallest/<question>/features`: the fewest features that flip `enough` of the pictures, if any do."""
+    found = {curve.name: [x for x, y in zip(curve.x, curve.y, strict=True) if y >= enough] for curve in curves}
+    return {f"circuit/smallest/{name}/features": min(counts) for name, counts in found.items() if counts}
+
+
 def layer_curves(bench: Bench, cases: dict[str, Case]) -> list[Curve]:
     """Flip rate when only layers from 0 up to x are steered, and when only layers from x up are."""
     n = bench.vlm.adapter.n_layers
@@ -115,8 +122,9 @@ def role_rows(bench: Bench, cases: dict[str, Case]) -> list[FlipRow]:
 
 
 def ablation_matrix(bench: Bench, cases: dict[str, Case]) -> np.ndarray:
-    """[layers, roles]: by how much accuracy falls, mean over questions, when a layer's MLP output is replaced by its
-    mean over the test pictures at the positions of a role."""
+    """[layers, roles]: by how much accuracy falls, mean over questions, when a layer's MLP output is replaced at the
+    positions of a role by its mean over pictures of all planets.
+    """
     adapter = bench.vlm.adapter
     means = role_output_means(bench)
     drops = np.zeros((adapter.n_layers, len(ROLES)))

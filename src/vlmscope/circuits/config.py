@@ -75,7 +75,7 @@ class InterventionConfig:
     modes: list[str] = field(default_factory=lambda: ["direct", "frozen_attention", "free"])
     controls: int = 3
     unrelated: int = 25
-    strengths: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0, 2.0, 4.0])
+    strengths: list[float] = field(default_factory=lambda: [0.0, 1.0, 2.0, 3.0, 4.0])
     examples: int = 6
 
     def __post_init__(self) -> None:

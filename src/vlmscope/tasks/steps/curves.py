@@ -62,7 +62,7 @@ def _rate(bench: Bench, subject: Subject, plan: Plan):
 
 def strength_curves(bench: Bench, circuit: Circuit, cases: dict[str, Case]) -> list[Curve]:
     """Patching strength; steering strength is in the main experiment already."""
-    strengths = [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
+    strengths = [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0]
     curves = []
     for name, case in cases.items():
         carried = donor_activations(bench.vlm.adapter, bench.transcoders, case.donors, circuit)

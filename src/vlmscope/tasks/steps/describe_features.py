@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
 
 SHOWN = 8  # features of a supernode with evidence
-STUDIED = 20  # pictures of each planet searched for top examples
+STUDIED = 10  # pictures of each planet searched for top examples, each under every question
 
 
 def describe_features(bench: Bench, circuit: Circuit) -> tuple[Supernode, ...]:
@@ -26,12 +26,13 @@ def describe_features(bench: Bench, circuit: Circuit) -> tuple[Supernode, ...]:
         name: sorted(node.features, key=lambda m: -m.influence)[:SHOWN] for name, node in circuit.supernodes.items()
     }
     wanted: list[FeatureId] = list(dict.fromkeys(m.feature for members in strongest.values() for m in members))
-    prompt = next(iter(bench.circuit_config.questions.values())).prompt
     items: list[StudyItem] = []
     for planet in PLANETS:
         images = bench.concept_pictures(planet, "train", STUDIED)
-        pairs = zip(bench.inputs(images, prompt), images, strict=True)
-        items += [StudyItem(inputs, planet, png_bytes(image)) for inputs, image in pairs]
+        # A feature that writes `dust` is silent unless it is asked for.
+        for question in bench.circuit_config.questions.values():
+            pairs = zip(bench.inputs(images, question.prompt), images, strict=True)
+            items += [StudyItem(inputs, planet, png_bytes(image)) for inputs, image in pairs]
     examples = top_examples(bench.vlm.adapter, bench.transcoders, wanted, items)
     nodes = []
     for name, node in circuit.supernodes.items():

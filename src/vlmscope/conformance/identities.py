@@ -58,7 +58,9 @@ def total_effects(subject: Subject, share: float = -0.4) -> float:
     """Change sampled features, all features responding linearly, against forward substitution in the graph."""
     features = subject.feature_nodes
     if len(features) < subject.n_active:
-        raise Skipped(f"it needs all {subject.n_active:,} active features, {len(features):,} have a row")
+        raise Skipped(
+            f"it needs all {subject.n_active:,} active features, {len(features):,} have a row: allow more targets"
+        )
     jacobian = subject.matrix[subject.rows][:, features].toarray() / subject.edges.nodes.activation[features]
     inner = jacobian[: len(features)]
     system = -inner

@@ -56,7 +56,7 @@ def load_transcoders(cfg: AppConfig, vlm: VLM) -> TranscoderSet:
         return random_transcoders(cfg.transcoder, vlm)
     path = getattr(cfg.transcoder, "path", None)
     if path is None:
-        raise UserError("this task needs a trained transcoder set: choose transcoder=orrery or transcoder=path")
+        raise UserError("this task needs a trained transcoder set: choose transcoder=orrery, path or random")
     adapter = vlm.adapter
     found = load_set(Path(path), n_layers=adapter.n_layers, d_model=adapter.d_model)
     return found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)

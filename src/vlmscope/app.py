@@ -1,7 +1,7 @@
 """The command line: Hydra composes the configuration, one task runs, its folder is printed last.
 
-Exit codes: 0 the work was done, 1 a failure of the program (with a traceback), 2 a mistake of the user (one line), 130
-Ctrl-C.
+Exit codes: 0 the work was done, 1 a failure of the program (with a traceback) or a check that came out negative (one
+line), 2 a mistake of the user (one line), 130 Ctrl-C.
 """
 
 import argparse
@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vlmscope.core.artifacts import write_json, write_yaml
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import CheckFailed, UserError
+
+if TYPE_CHECKING:
+    from vlmscope.tracking import TrackedRun
 
 USAGE = """\
 vlmscope: transcoders, attribution graphs and causal tests for vision-language models.
@@ -56,7 +59,7 @@ class _Failures:
 
     def add(self, error: Exception) -> None:
         """Print and keep an error. In a launcher's own process it is raised: only so does it reach the main one."""
-        if isinstance(error, UserError):
+        if isinstance(error, UserError | CheckFailed):
             _say(str(error))
         else:
             traceback.print_exception(error)
@@ -166,10 +169,20 @@ def _run_job(cfg: Any) -> None:
     parent = sweep.parent_id() if in_sweep and app_cfg.tracking.enabled else None
     info = RunInfo(run_label(cfg, hydra.runtime.choices), run_dir.name, resolved, overrides, parent)
     with _log_file(run_dir), open_run(app_cfg.tracking, run_dir, info, resume=app_cfg.trainer.resume) as tracked:
-        metrics = task.run(app_cfg, RunContext(run_dir, tracked, overrides))
-        tracked.log_metrics(metrics)
-        write_json(run_dir / "metrics.json", _flat_metrics(metrics))
-        tracked.log_artifacts(run_dir)
+        try:
+            metrics = task.run(app_cfg, RunContext(run_dir, tracked, overrides))
+        except CheckFailed as failed:
+            # Inside the tracked run, which is to end as FAILED, with all that was measured.
+            _record(failed.metrics, tracked, run_dir)
+            raise
+        _record(metrics, tracked, run_dir)
+
+
+def _record(metrics: Mapping[str, float], tracked: "TrackedRun", run_dir: Path) -> None:
+    """Write and log what a task returned, and print where it is."""
+    tracked.log_metrics(metrics)
+    write_json(run_dir / "metrics.json", _flat_metrics(metrics))
+    tracked.log_artifacts(run_dir)
     print(run_dir, flush=True)
 
 

@@ -1,4 +1,7 @@
-"""Tiny float64 cases on which the identities must hold: text only, one and two pictures, skip paths, biases, GQA."""
+"""Tiny float64 cases on which the identities must hold: text only, one and two pictures, skip paths, biases, GQA.
+
+The identities themselves are `vlmscope.conformance`, which `task=check` runs too.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,16 +11,19 @@ import torch
 
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.trace import attribute
+from vlmscope.conformance.record import TOLERANCE
+from vlmscope.conformance.subject import Limits, Subject, make_subject
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
-from vlmscope.replacement.model import ReplacementModel, Replay, build_replacement
+from vlmscope.replacement.model import ReplacementModel, Replay
 from vlmscope.transcoders.init import random_set
 from vlmscope.transcoders.transcoder import TranscoderSet
 
+__all__ = ["CASES", "PROMPT", "TOLERANCE", "Case", "config", "dense", "key_of", "make_case", "read_targets", "rows_of"]
+
 PROMPT = "what is this planet ? red and blue"
-TOLERANCE = 1e-9  # relative to the sum of |incoming edges|
 
 CASES: dict[str, dict[str, Any]] = {
     "text_only_model": {"text_only": True, "images": 0, "skip": False},
@@ -32,13 +38,26 @@ CASES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny model at one prompt with everything made from it, in float64."""
+    """A tiny model at one prompt, in float64: what the checks take, and the graph that a user gets of it."""
 
-    vlm: VLM
-    inputs: ModelInputs
-    transcoders: TranscoderSet
-    replacement: ReplacementModel
+    subject: Subject
     graph: AttributionGraph
+
+    @property
+    def vlm(self) -> VLM:
+        return self.subject.vlm
+
+    @property
+    def inputs(self) -> ModelInputs:
+        return self.subject.inputs
+
+    @property
+    def transcoders(self) -> TranscoderSet:
+        return self.subject.transcoders
+
+    @property
+    def replacement(self) -> ReplacementModel:
+        return self.subject.replacement
 
 
 def config(**changes: Any) -> AttributionConfig:
@@ -50,10 +69,12 @@ def make_case(images: int, skip: bool, **model: Any) -> Case:
     """Build a case; call it under `exact_float64`."""
     vlm = tiny_gemma3(3, dtype=torch.float64, **model)
     inputs = vlm.prepare(PROMPT, [tiny_image(number) for number in range(images)])
+    other = vlm.prepare(PROMPT, [tiny_image(99 + number) for number in range(images)]) if images else None
     adapter = vlm.adapter
     transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 5, skip=skip, seed=4, dtype=torch.float64)
-    replacement = build_replacement(vlm, transcoders, inputs)
-    return Case(vlm, inputs, transcoders, replacement, attribute(replacement, config(), vlm.tokenizer))
+    limits = Limits(sources=24, positions=100)
+    subject = make_subject(vlm, transcoders, inputs, other, limits)
+    return Case(subject, attribute(subject.replacement, config(), vlm.tokenizer))
 
 
 def dense(graph: AttributionGraph) -> np.ndarray:
@@ -73,13 +94,6 @@ def read_targets(graph: AttributionGraph, replay: Replay) -> np.ndarray:
     logits = replay.logits[-1]
     centred = (logits - logits.mean()).numpy()[graph.nodes.index[graph.nodes.of(NodeKind.LOGIT)]]
     return np.concatenate([replay.pre_activation.numpy(), centred])
-
-
-def sampled_features(case: Case) -> np.ndarray:
-    """Some feature nodes of every layer and some of the first position, which no one may drop."""
-    nodes = case.graph.nodes.of(NodeKind.FEATURE)
-    first = nodes[case.graph.nodes.position[nodes] == 0]
-    return np.unique(np.concatenate([nodes[::37], first[::4]]))
 
 
 def key_of(graph: AttributionGraph, node: int) -> tuple[int, int, int]:

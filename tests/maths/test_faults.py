@@ -1,17 +1,26 @@
 """Deliberate faults: each must break the identities, or these would prove nothing."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
-from tests.maths.maths_cases import PROMPT, TOLERANCE, Case, config
+from tests.maths.maths_cases import TOLERANCE, Case
 
 from vlmscope.activations.capture import capture_state
-from vlmscope.attribution.trace import attribute
-from vlmscope.models.tiny import tiny_image
+from vlmscope.attribution.adjoint import Adjoint
+from vlmscope.conformance.behaviour import direct_mode, generation, soft_tokens, weights
+from vlmscope.conformance.identities import batching, completeness, direct_effects, parity, total_effects
+from vlmscope.conformance.record import Check
+from vlmscope.conformance.subject import Subject, find_edges
+from vlmscope.conformance.suite import in_float64
+from vlmscope.interventions import run
+from vlmscope.interventions.edits import LayerEdit
 from vlmscope.replacement.features import active_features, feature_table
 from vlmscope.replacement.model import ReplacementModel
 from vlmscope.transcoders.transcoder import Transcoder
+
+Fault = Callable[[Case], ReplacementModel]
 
 
 def wrong_rope_base(case: Case) -> ReplacementModel:
@@ -72,20 +81,99 @@ FAULTS = [
 ]
 
 
+def traced_anew(case: Case, faulty: ReplacementModel) -> Subject:
+    """The edges are those of the faulty model too."""
+    edges = find_edges(faulty, case.subject.limits)
+    return dataclasses.replace(case.subject, replacement=faulty, edges=edges)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_breaks_both_identities(one_case: Case, fault) -> None:
-    faulty = fault(one_case)
-    logits = one_case.replacement.state.logits
-    assert (faulty.replay().logits - logits).abs().max() > 1e-3 * logits.abs().max()
-    graph = attribute(faulty, config(), one_case.vlm.tokenizer)
-    assert graph.residual.max() > 1e4 * TOLERANCE
+def test_a_fault_breaks_both_identities(one_case: Case, fault: Fault) -> None:
+    subject = traced_anew(one_case, fault(one_case))
+    for identity in (parity, completeness):
+        found = identity(subject)
+        assert found.failed, found
+        assert found.error is not None and found.error > 1e4 * TOLERANCE, found
 
 
-def test_another_picture_moves_the_logits(one_case: Case) -> None:
-    other = one_case.vlm.prepare(PROMPT, [tiny_image(99)])
+@pytest.mark.parametrize(
+    ("identity", "fault"),
+    [
+        (direct_effects, wrong_rope_base),
+        (direct_effects, dropped_skip),
+        (total_effects, wrong_rope_base),
+        (total_effects, dropped_skip),
+        (direct_mode, wrong_rope_base),
+        (direct_mode, dropped_skip),
+        (direct_mode, k_ignored),
+    ],
+)
+def test_a_fault_breaks_effects(one_case: Case, identity: Callable[[Subject], Check], fault: Fault) -> None:
+    """Edges and model of the right forward against a replacement model of a wrong one; biases move no effect."""
+    found = identity(dataclasses.replace(one_case.subject, replacement=fault(one_case)))
+    assert found.failed, found
+    assert found.error is not None and found.error > 1e4 * TOLERANCE, found
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda rows, which: rows[which.argsort()], lambda rows, which: rows * (1 + 1e-9 * len(which))]
+)
+def test_rows_that_depend_on_order_or_batch_are_found(one_case: Case, monkeypatch: pytest.MonkeyPatch, wrong) -> None:
+    right = Adjoint.feature_rows
+    monkeypatch.setattr(Adjoint, "feature_rows", lambda self, layer, which: wrong(right(self, layer, which), which))
+    assert batching(one_case.subject).failed
+
+
+@pytest.mark.parametrize("what", ["weight", "target", "residual", "nan"])
+def test_a_single_wrong_number_of_the_graph_is_found(one_case: Case, what: str) -> None:
+    edges = one_case.subject.edges
+    node = one_case.subject.rows[7]
+    weights, target, residual = edges.weights.copy(), edges.nodes.target.copy(), edges.residual.copy()
+    if what == "target":
+        target[node] += 1e-6 * one_case.subject.scale[7]
+    elif what == "residual":
+        residual[node] = 1e-6
+    else:
+        weights[edges.indptr[node]] += float("nan") if what == "nan" else 1e-6 * one_case.subject.scale[7]
+    nodes = dataclasses.replace(edges.nodes, target=target)
+    wrong = dataclasses.replace(edges, nodes=nodes, weights=weights, residual=residual)
+    assert completeness(dataclasses.replace(one_case.subject, edges=wrong)).failed
+
+
+def test_a_model_that_ignores_its_pictures_is_found(one_case: Case) -> None:
+    subject = copied(one_case)
+    assert soft_tokens(subject).held
     with torch.no_grad():
-        logits = one_case.vlm.model(**other.tensors).logits[0, -1]
-    assert (logits - one_case.replacement.state.logits[-1]).abs().max() > 1e-2
+        subject.vlm.model.get_parameter("model.multi_modal_projector.mm_input_projection_weight").zero_()
+    assert soft_tokens(dataclasses.replace(subject)).failed  # anew, since a subject keeps its logits
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["model", "transcoders"])
+def test_empty_and_infinite_weights_are_found(one_case: Case, value: float, where: str) -> None:
+    subject = copied(one_case)
+    matrix = subject.vlm.adapter.output_weight(1) if where == "model" else subject.transcoders[1].W_dec
+    with torch.no_grad():
+        matrix.fill_(value) if value == 0 else matrix[:1, :1].fill_(value)
+    assert weights(subject).error == 1
+
+
+def test_edits_that_act_on_generated_tokens_unasked_are_found(one_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = run.edit_change
+
+    def wrong(transcoder: Transcoder, x: torch.Tensor, edit: LayerEdit, offset: int) -> torch.Tensor | None:
+        return right(transcoder, x, edit, offset) if offset == 0 else torch.full_like(x, 1e-3)
+
+    plain = generation(one_case.subject)
+    monkeypatch.setattr(run, "edit_change", wrong)
+    assert plain.held
+    assert generation(one_case.subject).failed
+
+
+def copied(case: Case) -> Subject:
+    """The same with a model and transcoders of its own, to be damaged."""
+    vlm, transcoders = in_float64(case.vlm, case.transcoders)
+    return dataclasses.replace(case.subject, vlm=vlm, transcoders=transcoders)
 
 
 def test_every_weight_is_non_zero(one_case: Case) -> None:

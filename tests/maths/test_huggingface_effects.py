@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.maths.maths_cases import TOLERANCE, Case, dense, key_of, read_targets, rows_of, sampled_features
+from tests.maths.maths_cases import TOLERANCE, Case, dense, key_of, read_targets, rows_of
 from torch import Tensor, nn
 
 from vlmscope.models.attention import replacing_patterns
@@ -78,7 +78,7 @@ def test_direct_effects_in_huggingface(case: Case, delta: float) -> None:
     graph, rows = case.graph, rows_of(case.graph)
     matrix = dense(graph)
     scale = np.abs(matrix[rows]).sum(1)
-    for source in sampled_features(case)[::2]:
+    for source in case.subject.sources[::2]:
         moved = read_targets(graph, run(case, key_of(graph, source), delta, respond=False))
         expected = matrix[rows, source] / graph.nodes.activation[source] * delta
         assert (np.abs(moved - expected) <= TOLERANCE * scale).all()
@@ -87,7 +87,7 @@ def test_direct_effects_in_huggingface(case: Case, delta: float) -> None:
 def test_total_effects_in_huggingface(case: Case) -> None:
     graph = case.graph
     scale = np.abs(dense(graph)[rows_of(graph)]).sum(1)
-    for source in sampled_features(case)[::2]:
+    for source in case.subject.sources[::2]:
         key = key_of(graph, source)
         moved = read_targets(graph, run(case, key, 0.6, respond=True))
         expected = read_targets(graph, case.replacement.total({key: 0.6}))

@@ -26,15 +26,23 @@ def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass
 class ModelConfig:
-    """Which vision-language model. `path` is a local folder; nothing is fetched over the network."""
+    """Which vision-language model; nothing is fetched over the network.
+
+    `path` is a local folder. With an empty path, `tiny` names a family: a small random model of it is made in memory.
+    """
 
     name: str = MISSING
     path: str = MISSING
+    tiny: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
+        if self.tiny is None and not self.path:
+            raise UserError("model.path is empty; give the folder of a model, as in model.path=/folder/of/the/model")
+        if self.tiny is not None and self.path:
+            raise UserError(f"model.tiny={self.tiny} and model.path={self.path}: these are two models; leave one out")
 
 
 @dataclass
@@ -42,6 +50,16 @@ class TranscoderSetConfig:
     """A trained transcoder set in a local folder."""
 
     path: str = MISSING
+
+
+@dataclass
+class RandomTranscodersConfig:
+    """Random transcoders, sized for the model. `n_features` None takes four times the model's width."""
+
+    seed: int = II("seed")
+    n_features: int | None = None
+    k: int = 8
+    skip: bool = False
 
 
 @dataclass

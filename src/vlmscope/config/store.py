@@ -8,7 +8,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from vlmscope.config.paths import asset
-from vlmscope.config.schema import AppConfig, TranscoderArchConfig, TranscoderSetConfig
+from vlmscope.config.schema import AppConfig, RandomTranscodersConfig, TranscoderArchConfig, TranscoderSetConfig
 
 
 def _run_label(*names: Any) -> str:
@@ -35,6 +35,7 @@ def register(task_configs: Mapping[str, type]) -> None:
     store = ConfigStore.instance()
     store.store(name="app_schema", node=AppConfig)
     store.store(group="transcoder", name="set_schema", node=TranscoderSetConfig)
+    store.store(group="transcoder", name="random_schema", node=RandomTranscodersConfig)
     store.store(group="transcoder", name="arch_schema", node=TranscoderArchConfig)
     for name, config in task_configs.items():
         store.store(group="task", name=name, node=_named(name, config))

@@ -1,4 +1,6 @@
-"""The one exception that stands for a mistake of the user."""
+"""Exceptions that are told in one line: a mistake of the user, and a check that came out negative."""
+
+from collections.abc import Mapping
 
 
 class UserError(Exception):
@@ -7,3 +9,14 @@ class UserError(Exception):
     `vlmscope.app` prints it as `error: ...` without a traceback and exits with code 2. Broken invariants of the
     program itself are `assert`s or other exceptions, which do show a traceback.
     """
+
+
+class CheckFailed(Exception):
+    """What a task was asked to check does not hold: one line that says what; nobody's mistake in typing.
+
+    `vlmscope.app` records `metrics` as those of any task, prints the line without a traceback and exits with code 1.
+    """
+
+    def __init__(self, message: str, metrics: Mapping[str, float]) -> None:
+        super().__init__(message)
+        self.metrics = dict(metrics)

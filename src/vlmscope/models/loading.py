@@ -110,6 +110,12 @@ def _roles(tokens: list[str], is_image: np.ndarray) -> np.ndarray:
     return np.array(roles)
 
 
+def check_device(device: str) -> None:
+    """Raise a `UserError` when a GPU is asked for that is not there."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} was asked for but no GPU is usable here; use device cpu")
+
+
 def load_vlm(path: str | Path, dtype: str = "float32", device: str = "cpu") -> VLM:
     """Load a model from a local folder in Hugging Face layout; nothing is fetched.
 
@@ -126,8 +132,7 @@ def load_vlm(path: str | Path, dtype: str = "float32", device: str = "cpu") -> V
         raise UserError(f"no model at {folder}: config.json is missing; give the folder of a Hugging Face model")
     if dtype not in _DTYPES:
         raise UserError(f"unknown dtype {dtype!r} for the model at {folder}; choose one of: {', '.join(_DTYPES)}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device!r} was asked for but no GPU is usable here; use device cpu")
+    check_device(device)
     model_type = str(read_json(folder / "config.json").get("model_type"))
     check_supported(model_type, str(folder / "config.json"))
     model, processor = _from_folder(folder, model_type, _DTYPES[dtype])

@@ -5,7 +5,10 @@ weights are drawn anew. Sliding and full layers are mixed, with different RoPE b
 the window is shorter than a prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import derive, generator
 from vlmscope.models.base import adapter_for
 from vlmscope.models.loading import VLM
@@ -125,6 +129,31 @@ def tiny_gemma3(
     model.eval().requires_grad_(False)
     processor = build_tokenizer(WORDS) if text_only else build_processor(WORDS, _IMAGE_SIZE, _SOFT_TOKENS)
     return VLM(model, processor, adapter_for(model), name="tiny")
+
+
+# One line a family: what makes its tiny model from a seed and a dtype.
+TINY_FAMILIES: Mapping[str, Callable[..., VLM]] = MappingProxyType(
+    {
+        "gemma3": tiny_gemma3,
+        "gemma3_text": partial(tiny_gemma3, text_only=True),
+    }
+)
+
+
+def tiny_vlm(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> VLM:
+    """The tiny random model of a family, in evaluation mode, named `tiny_<family>`.
+
+    Args:
+        family: a key of `TINY_FAMILIES`.
+        seed: names the weights.
+        dtype: dtype of the weights.
+
+    Raises:
+        UserError: when there is no such family.
+    """
+    if family not in TINY_FAMILIES:
+        raise UserError(f"model.tiny={family}: no such tiny model; choose one of {', '.join(sorted(TINY_FAMILIES))}")
+    return replace(TINY_FAMILIES[family](seed, dtype=dtype), name=f"tiny_{family}")
 
 
 def tiny_image(seed: int) -> Image.Image:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vlmscope.config import AppConfig
+    from vlmscope.config.schema import RandomTranscodersConfig
     from vlmscope.models.loading import VLM
     from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -27,25 +28,50 @@ def limit_threads(cfg: AppConfig) -> None:
 
 
 def load_model(cfg: AppConfig) -> VLM:
-    """The model that `model=` chose."""
-    from vlmscope.models.loading import load_vlm
-
+    """The model that `model=` chose: loaded from its folder, or a tiny random one made from `seed=`."""
     limit_threads(cfg)
-    return load_vlm(cfg.model.path, cfg.model.dtype, cfg.model.device)
+    if cfg.model.tiny is None:
+        from vlmscope.models.loading import load_vlm
+
+        return load_vlm(cfg.model.path, cfg.model.dtype, cfg.model.device)
+    import torch
+
+    from vlmscope.models.loading import check_device
+    from vlmscope.models.tiny import tiny_vlm
+
+    check_device(cfg.model.device)
+    vlm = tiny_vlm(cfg.model.tiny, seed=cfg.seed, dtype=getattr(torch, cfg.model.dtype))
+    vlm.model.to(cfg.model.device)
+    return vlm
 
 
 def load_transcoders(cfg: AppConfig, vlm: VLM) -> TranscoderSet:
-    """The trained set that `transcoder=` chose, checked against the model and cast to its dtype."""
+    """The trained or random set that `transcoder=` chose, fitting the model and in its dtype."""
     from pathlib import Path
 
+    from vlmscope.config.schema import RandomTranscodersConfig
     from vlmscope.transcoders.formats import load_set
 
+    if isinstance(cfg.transcoder, RandomTranscodersConfig):
+        return random_transcoders(cfg.transcoder, vlm)
     path = getattr(cfg.transcoder, "path", None)
     if path is None:
-        raise UserError("this task needs a trained transcoder set: choose transcoder=orrery or transcoder=path")
+        raise UserError("this task needs a trained transcoder set: choose transcoder=orrery, path or random")
     adapter = vlm.adapter
     found = load_set(Path(path), n_layers=adapter.n_layers, d_model=adapter.d_model)
     return found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
+
+
+def random_transcoders(config: RandomTranscodersConfig, vlm: VLM) -> TranscoderSet:
+    """A random set of the model's width and number of layers, in its dtype; `transcoder=random`."""
+    from vlmscope.transcoders.init import random_set
+
+    adapter = vlm.adapter
+    width = 4 * adapter.d_model if config.n_features is None else config.n_features
+    found = random_set(
+        adapter.n_layers, adapter.d_model, width, config.k, config.skip, config.seed, adapter.dtype, "random"
+    )
+    return found.to(adapter.device).requires_grad_(False)
 
 
 def user_pictures(cfg: AppConfig) -> list[Image.Image]:

@@ -1,0 +1,115 @@
+"""`task=check` and the models and transcoders made in memory, by the command line."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmscope.app import main
+from vlmscope.attribution.graph_io import load_graph
+from vlmscope.conformance import suite
+from vlmscope.models.tiny import tiny_image
+
+SMALL = ["task.sources=2", "task.positions=2", "task.new_tokens=2"]
+
+
+def command(run_dir: Path, *arguments: str) -> list[str]:
+    tracking = [] if any(a.startswith("tracking") for a in arguments) else ["tracking=none"]
+    return [*arguments, *tracking, f"hydra.run.dir={run_dir}"]
+
+
+def test_a_tiny_model_is_checked_without_further_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(tmp_path / "run", "task=check", "model=tiny_gemma3")) == 0
+    out = capsys.readouterr().out
+    assert out.strip().splitlines()[-1] == str(tmp_path / "run")
+    for words in (
+        "tiny_gemma3: 4 layers",
+        "transcoders: random",
+        "completeness",
+        "in float32",
+        "two_pictures: 23 tokens",
+    ):
+        assert words in out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["check/failed"], metrics["check/held"], metrics["check/skipped"]) == (0, 26, 1)
+    assert 0 < metrics["check/two_pictures/completeness/error"] < 1e-12
+    assert 1e-9 < metrics["check/one_picture/parity/error_own_dtype"] < 1e-4
+
+
+def test_orrery_is_checked_with_its_own_transcoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(tmp_path / "run", "task=check", *SMALL, "task.targets=60")) == 0
+    out = capsys.readouterr().out
+    assert "orrery_transcoders; errors in float64" in out
+    assert "total_effects, text: skipped, it needs all 1,408 active features, 60 have a row" in out
+
+
+def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = suite.make_subject
+
+    def wrong(*arguments, **settings):
+        subject = right(*arguments, **settings)
+        features = [dataclasses.replace(f, b_dec=torch.zeros_like(f.b_dec)) for f in subject.replacement.features]
+        replacement = dataclasses.replace(subject.replacement, features=features)
+        return dataclasses.replace(subject, replacement=replacement)
+
+    monkeypatch.setattr(suite, "make_subject", wrong)
+    uri = f"sqlite:///{tmp_path}/m.db"
+    run_dir = tmp_path / "run"
+    code = main(command(run_dir, "task=check", "model=tiny_gemma3_text", *SMALL, f"tracking.uri={uri}"))
+    captured = capsys.readouterr()
+    assert code == 1
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in captured.err
+    assert errors[0].startswith("error: tiny_gemma3_text fails parity on text (")
+    assert "  NO  " in captured.out
+    assert json.loads((run_dir / "metrics.json").read_text())["check/failed"] == 1
+
+    from vlmscope.tracking.client import open_client
+
+    client = open_client(uri)
+    experiment = client.get_experiment_by_name("check")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FAILED"
+    assert run.data.metrics["check/text/parity/error"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model=tiny_gemma3", "transcoder=orrery"], "the model has 4 layers"),
+        (["model=tiny_gemma3", "transcoder=path", "transcoder.path=/no/set"], "/no/set"),
+        (["model=tiny_gemma3", "model.tiny=gema3"], "choose one of gemma3"),
+        (["model=tiny_gemma3", "model.path=/x"], "two models"),
+        (["model.path=/no/model"], "no model at"),
+        (["model=tiny_gemma3", "task.sources=0"], "at least 1"),
+        (["model=tiny_gemma3", "task.new_tokens=1"], "at least 2"),
+        (["model=tiny_gemma3", "transcoder=random", "transcoder.k=1000"], "k = 1000"),
+        (["model=tiny_gemma3", "prompt=what is this zebra ?"], "zebra"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(tmp_path / "r", "task=check", *arguments)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert words in errors[0]
+
+
+def test_a_tiny_model_is_traced_with_random_transcoders(tmp_path: Path) -> None:
+    tiny_image(5).save(tmp_path / "x.png")
+    asked = [f"image={tmp_path / 'x.png'}", "prompt=what is this planet ?"]
+    given = ["task=trace", "model=tiny_gemma3", "transcoder=random", "transcoder.k=4", "transcoder.n_features=50"]
+    assert main(command(tmp_path / "a", *given, *asked)) == 0
+    assert main(command(tmp_path / "b", *given, *asked, "seed=1")) == 0
+    graph, other = (load_graph(tmp_path / name / "graph.safetensors").graph for name in ("a", "b"))
+    assert graph.meta["n_active_features"] == 17 * 4 * 4  # positions, layers, k
+    assert graph.residual.max() < 1e-5
+    assert graph.logit_probabilities.tolist() != other.logit_probabilities.tolist()
+    assert (tmp_path / "a" / "figures" / "graph.png").stat().st_size > 0

@@ -15,14 +15,17 @@ from vlmscope.transcoders.transcoder import Transcoder
 
 
 def wrong_rope_base(case: Case) -> ReplacementModel:
-    """Patterns of a model whose full layers turn with the sliding layers' base."""
+    """Patterns of a model that turns queries and keys by other angles; in Gemma 3 full layers by the sliding base's."""
     rotary = case.vlm.adapter.decoder().get_submodule("rotary_emb")
-    right = rotary.get_buffer("full_attention_inv_freq").clone()
+    buffers = dict(rotary.named_buffers())
+    angles = buffers.get("full_attention_inv_freq", buffers.get("inv_freq"))
+    assert angles is not None
+    right = angles.clone()
     try:
-        rotary.get_buffer("full_attention_inv_freq").copy_(rotary.get_buffer("sliding_attention_inv_freq"))
+        angles.copy_(buffers.get("sliding_attention_inv_freq", right.flip(0)))
         patterns = capture_state(case.vlm, case.inputs).patterns
     finally:
-        rotary.get_buffer("full_attention_inv_freq").copy_(right)
+        angles.copy_(right)
     assert (patterns - case.replacement.state.patterns).abs().max() > 1e-3
     layers = [dataclasses.replace(old, pattern=new) for old, new in zip(case.replacement.layers, patterns, strict=True)]
     state = dataclasses.replace(case.replacement.state, patterns=patterns)
@@ -83,6 +86,7 @@ def test_a_fault_breaks_both_identities(one_case: Case, fault) -> None:
 
 def test_another_picture_moves_the_logits(one_case: Case) -> None:
     other = one_case.vlm.prepare(PROMPT, [tiny_image(99)])
+    assert other.input_ids == one_case.inputs.input_ids
     with torch.no_grad():
         logits = one_case.vlm.model(**other.tensors).logits[0, -1]
     assert (logits - one_case.replacement.state.logits[-1]).abs().max() > 1e-2

@@ -16,7 +16,8 @@ from torch import Tensor
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter, ModelInputs
 
-CHUNK = 64  # pictures a forward of the vision tower
+CHUNK = 64  # prompts a forward of the vision tower
+_TEXT = ("attention_mask", "token_type_ids")  # inputs that say something of each position
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,19 @@ def make_batch(adapter: Adapter, inputs: Sequence[ModelInputs]) -> InputBatch:
                 f"prompts of a batch must align: {first.prompt!r} has {len(first)} tokens, "
                 f"{other.prompt!r} has {len(other)}; use the same wording"
             )
-    embeddings = torch.cat([_embeddings(adapter, inputs[i : i + CHUNK]) for i in range(0, len(inputs), CHUNK)])
-    names = [n for n in first.tensors if n not in ("input_ids", "pixel_values")]
+    chunk = CHUNK if _stackable(inputs) else 1
+    embeddings = torch.cat([_embeddings(adapter, inputs[i : i + chunk]) for i in range(0, len(inputs), chunk)])
+    # The pictures are in the embeddings: what says how to read them is of no more use.
+    names = [name for name in _TEXT if name in first.tensors]
     tensors = {name: torch.cat([i.tensors[name] for i in inputs]) for name in names}
     ids = torch.cat([i.tensors["input_ids"] for i in inputs])
     return InputBatch({"inputs_embeds": embeddings, **tensors}, ids, first.roles, first.is_image)
+
+
+def _stackable(inputs: Sequence[ModelInputs]) -> bool:
+    """Whether every tensor of the prompts has the same shape but for its first axis."""
+    shapes = [{name: tensor.shape[1:] for name, tensor in one.tensors.items()} for one in inputs]
+    return all(other == shapes[0] for other in shapes)
 
 
 def _embeddings(adapter: Adapter, inputs: Sequence[ModelInputs]) -> Tensor:

@@ -18,10 +18,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import derive, generator
 from vlmscope.models.base import adapter_for
 from vlmscope.models.loading import VLM
 from vlmscope.models.orrery.processor import SPECIAL, build_processor, build_tokenizer
+from vlmscope.models.tiny_families import FAMILIES, build_family
 
 WORDS = ("user", "model", "what", "is", "this", "?", "red", "blue", "planet", "and", "the", "other", "one", "two", "in")
 LAYER_TYPES = ("sliding_attention", "full_attention", "sliding_attention", "full_attention")
@@ -124,6 +126,30 @@ def tiny_gemma3(
     randomise(model, seed)
     model.eval().requires_grad_(False)
     processor = build_tokenizer(WORDS) if text_only else build_processor(WORDS, _IMAGE_SIZE, _SOFT_TOKENS)
+    return VLM(model, processor, adapter_for(model), name="tiny")
+
+
+def tiny_vlm(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> VLM:
+    """A random model of a family with its processor, in evaluation mode.
+
+    Args:
+        family: Hugging Face's `model_type`, such as "gemma3", "gemma3_text" or "llava".
+        seed: names the weights; the same seed gives the same weights in every dtype.
+        dtype: dtype of the weights.
+
+    Raises:
+        UserError: when the family has no tiny model.
+    """
+    if family in ("gemma3", "gemma3_text"):
+        return tiny_gemma3(seed, text_only=family == "gemma3_text", dtype=dtype)
+    if family not in FAMILIES:
+        known = ", ".join(sorted(("gemma3", "gemma3_text", *FAMILIES)))
+        raise UserError(f"there is no tiny model of type {family!r}; choose one of: {known}")
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(seed, "tiny"))
+        model, processor = build_family(family, dtype)
+    randomise(model, seed)
+    model.eval().requires_grad_(False)
     return VLM(model, processor, adapter_for(model), name="tiny")
 
 

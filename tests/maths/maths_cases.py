@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "internvl": {"family": "internvl", "images": 1, "skip": True},
     "paligemma": {"family": "paligemma", "images": 1, "skip": True},
     "paligemma2": {"family": "paligemma2", "images": 1, "skip": True},
+    "qwen2_5_vl": {"family": "qwen2_5_vl", "images": 1, "skip": True},
     "smolvlm": {"family": "smolvlm", "images": 1, "skip": True},
 }
 # Cases with pictures, skip paths and biases at once, one a family: the deliberate faults run on these.

@@ -79,6 +79,9 @@ class Adapter(ABC):
     n_kv_heads: int
     head_dim: int
     vocab_size: int
+    # Whether positions come from the pictures (M-RoPE). Such a model remembers the shift that its last pictures made,
+    # so that it must be told the positions whenever it is given embeddings instead of pictures.
+    m_rope: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -187,6 +190,7 @@ _FAMILIES = {
     "llava": "vlmscope.models.llava",
     "llava_onevision": "vlmscope.models.llava_onevision",
     "paligemma": "vlmscope.models.paligemma",
+    "qwen2_5_vl": "vlmscope.models.qwen2_5_vl",
     "smolvlm": "vlmscope.models.idefics3",
 }
 

@@ -30,6 +30,7 @@ DECODERS = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen2_5_vl_text": _LLAMA,
     "qwen3": _LLAMA,
 }
 

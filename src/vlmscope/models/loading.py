@@ -31,6 +31,7 @@ _CLASSES = {
     "llava": _Classes("LlavaForConditionalGeneration", "LlavaProcessor"),
     "llava_onevision": _Classes("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionProcessor"),
     "paligemma": _Classes("PaliGemmaForConditionalGeneration", "PaliGemmaProcessor"),
+    "qwen2_5_vl": _Classes("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"),
     "smolvlm": _Classes("SmolVLMForConditionalGeneration", "SmolVLMProcessor"),
 }
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}

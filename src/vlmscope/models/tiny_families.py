@@ -28,6 +28,8 @@ from transformers import (
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
@@ -38,6 +40,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -218,6 +221,28 @@ def _internvl() -> Built:
     return config, picture_processor("InternVLProcessor")(images, tokenizer, image_seq_length=4)
 
 
+def _qwen2_5_vl() -> Built:
+    special = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>")
+    words = ("system", "user", "assistant", "You", "are", "a", "helpful", "assistant.")
+    tokenizer = _tokenizer(special, words, image_token="<|image_pad|>", video_token="<|video_pad|>")
+    ids = {token: len(_SPECIAL) + number for number, token in enumerate(special)}
+    # Two of the three axes of M-RoPE tell rows from columns, each by one pair of the head's six dimensions.
+    rope = {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [1, 1, 1]}
+    text = _text(tokenizer, rope_parameters=rope)
+    del text["head_dim"]
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 24}
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config={**vision, "patch_size": 3, "window_size": 12, "fullatt_block_indexes": [1]},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    images = Qwen2VLImageProcessorPil(patch_size=3, size={"shortest_edge": 144, "longest_edge": 600})
+    return config, picture_processor("Qwen2_5_VLProcessor")(images, tokenizer)
+
+
 _BUILDERS: dict[str, tuple[type[Any], Callable[[], Built]]] = {
     "llava": (LlavaForConditionalGeneration, _llava),
     "llava_onevision": (LlavaOnevisionForConditionalGeneration, _llava_onevision),
@@ -225,6 +250,7 @@ _BUILDERS: dict[str, tuple[type[Any], Callable[[], Built]]] = {
     "internvl": (InternVLForConditionalGeneration, _internvl),
     "paligemma": (PaliGemmaForConditionalGeneration, _paligemma),
     "paligemma2": (PaliGemmaForConditionalGeneration, _paligemma2),
+    "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, _qwen2_5_vl),
     "smolvlm": (SmolVLMForConditionalGeneration, _smolvlm),
 }
 FAMILIES = tuple(_BUILDERS)

@@ -12,7 +12,7 @@ from vlmscope.transcoders.init import random_set
 PROMPT = "what is this planet ?"
 
 
-@pytest.fixture(scope="session", params=["topk", "skip", "text_only", "llava", "paligemma"])
+@pytest.fixture(scope="session", params=["topk", "skip", "text_only", "llava", "paligemma", "qwen2_5_vl"])
 def bench(request: pytest.FixtureRequest):
     """(vlm, transcoders, inputs, batch) with and without W_skip, with pictures and without, of several families."""
     text_only = request.param == "text_only"

@@ -136,7 +136,8 @@ def test_generation_with_a_cache_equals_generation_without(bench) -> None:
             break
         # PaliGemma's prompt (0) sees all of itself, its answer (1) what came before; in Gemma 3 text is 0.
         kind = int(vlm.model.config.model_type == "paligemma")
-        for name, extra in (("input_ids", token), ("attention_mask", 1), ("token_type_ids", kind)):
+        added = {"input_ids": token, "attention_mask": 1, "token_type_ids": kind, "mm_token_type_ids": 0}
+        for name, extra in added.items():
             if name in tensors:
                 tensors[name] = torch.cat([tensors[name], torch.tensor([[extra]])], 1)
     assert ids == tokens

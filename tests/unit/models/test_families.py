@@ -1,5 +1,6 @@
 """Every family beside Gemma 3: prompts, roles, the map from soft tokens to the picture, and models on disk."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_placeholders_stand_where_the_prompt_spells_them(vlm: VLM) -> None:
     assert list(dict.fromkeys(runs)) == [0, 1]
     between = inputs.tokens[np.flatnonzero(inputs.image_index == 0)[-1] : np.flatnonzero(inputs.image_index == 1)[0]]
     assert "is" in [token.strip() for token in between]
-    with pytest.raises(UserError, match=f"spells {placeholder} 1 times but 2 pictures were given"):
+    with pytest.raises(UserError, match=f"spells {re.escape(placeholder)} 1 times but 2 pictures were given"):
         vlm.prepare(f"what {placeholder} is", [tiny_image(0), tiny_image(1)])
     with pytest.raises(UserError, match="does not know the word 'zebra'"):
         vlm.prepare("what zebra is", [tiny_image(0)])
@@ -132,3 +133,20 @@ def test_a_batch_of_prompts_is_each_on_its_own(vlm: VLM) -> None:
         together = vlm.model(**batch.tensors, use_cache=False).logits
     for row, one in enumerate(inputs):
         assert torch.allclose(together[row], logits(vlm, one), rtol=0, atol=1e-5)
+    with torch.no_grad():
+        reversed_logits = vlm.model(**batch.select([1, 0]).tensors, use_cache=False).logits
+    assert torch.allclose(reversed_logits, together.flip(0), rtol=0, atol=1e-6)
+
+
+def test_batches_do_not_remember_each_other() -> None:
+    """Qwen2.5-VL keeps the shift of positions that its last pictures made."""
+    vlm = tiny_vlm("qwen2_5_vl", 5)
+    text = make_batch(vlm.adapter, [vlm.prepare(PROMPT)])
+    wide, tall = (make_batch(vlm.adapter, [vlm.prepare(PROMPT, [tiny_image(0).resize(size)])]) for size in SIZES[1:])
+    with torch.no_grad():
+        alone = [vlm.model(**batch.tensors, use_cache=False).logits for batch in (text, wide, tall)]
+        make_batch(vlm.adapter, [vlm.prepare(PROMPT, [tiny_image(0)])] * 3)
+        after = [vlm.model(**batch.tensors, use_cache=False).logits for batch in (text, wide, tall)]
+    assert all(torch.equal(one, other) for one, other in zip(alone, after, strict=True))
+    assert torch.allclose(alone[0][0], logits(vlm, vlm.prepare(PROMPT)), rtol=0, atol=1e-6)
+    assert torch.allclose(alone[1][0], logits(vlm, vlm.prepare(PROMPT, [tiny_image(0).resize(SIZES[1])])), atol=1e-6)

@@ -17,7 +17,12 @@ from vlmscope.transcoders.init import random_set
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
-    [("mllama", "cross-attention"), ("qwen3_vl_moe", "mixture-of-experts"), ("made_up", "not supported")],
+    [
+        ("mllama", "cross-attention"),
+        ("qwen3_vl", "DeepStack"),
+        ("llama4", "mixture-of-experts"),
+        ("made_up", "not supported"),
+    ],
 )
 def test_families_are_refused_by_name(tmp_path: Path, model_type: str, reason: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -56,6 +61,11 @@ def test_a_cap_on_the_logits_is_refused_by_attribution() -> None:
     transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 8, 2, skip=False, seed=0)
     with pytest.raises(UserError, match=r"final_logit_softcapping = 30\.0, which is not linear"):
         build_replacement(vlm, transcoders, vlm.prepare("what is this ?", [tiny_image(0)]))
+
+
+def test_a_bare_soft_token_in_a_prompt_is_refused() -> None:
+    with pytest.raises(UserError, match=r"write <\|vision_start\|><\|image_pad\|><\|vision_end\|> once for each"):
+        tiny_vlm("qwen2_5_vl").prepare("what is <|image_pad|> this ?", [tiny_image(0)])
 
 
 def test_paligemma_wants_a_picture() -> None:

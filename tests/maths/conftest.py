@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from tests.maths.maths_cases import CASES, Case, make_case
+from tests.maths.maths_cases import CASES, WHOLE, Case, make_case
 
 from vlmscope.models.precision import exact_float64
 
@@ -23,11 +23,10 @@ def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Iterator[Cas
         yield cases[request.param]
 
 
-@pytest.fixture
-def one_case(cases: dict[str, Case]) -> Iterator[Case]:
-    """The case that has everything at once: pictures, skip paths and biases."""
-    name = "one_image_skip_biases"
+@pytest.fixture(params=WHOLE)
+def one_case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Iterator[Case]:
+    """The cases that have everything at once: pictures, skip paths and biases."""
     with exact_float64():
-        if name not in cases:
-            cases[name] = make_case(**CASES[name])
-        yield cases[name]
+        if request.param not in cases:
+            cases[request.param] = make_case(**CASES[request.param])
+        yield cases[request.param]

@@ -16,7 +16,7 @@ from vlmscope.conformance.subject import Limits, Subject, make_subject
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.loading import VLM
-from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.replacement.model import ReplacementModel, Replay
 from vlmscope.transcoders.init import random_set
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -33,7 +33,20 @@ CASES: dict[str, dict[str, Any]] = {
     "two_images_skip": {"images": 2, "skip": True},
     "no_gqa": {"images": 1, "skip": False, "n_kv_heads": 4},
     "all_sliding": {"images": 1, "skip": False, "layer_types": ("sliding_attention",) * 3},
+    # Families: one picture with skip paths, and where pictures add up in another way, two.
+    "llava": {"family": "llava", "images": 1, "skip": True},
+    "llava_two_images": {"family": "llava", "images": 2, "skip": False},
+    "llava_onevision": {"family": "llava_onevision", "images": 1, "skip": True},
+    "llava_onevision_two_images": {"family": "llava_onevision", "images": 2, "skip": False},
+    "idefics3": {"family": "idefics3", "images": 1, "skip": True},
+    "internvl": {"family": "internvl", "images": 1, "skip": True},
+    "paligemma": {"family": "paligemma", "images": 1, "skip": True},
+    "paligemma2": {"family": "paligemma2", "images": 1, "skip": True},
+    "qwen2_5_vl": {"family": "qwen2_5_vl", "images": 1, "skip": True},
+    "smolvlm": {"family": "smolvlm", "images": 1, "skip": True},
 }
+# Cases with pictures, skip paths and biases at once, one a family: the deliberate faults run on these.
+WHOLE = ("one_image_skip_biases", *(name for name, settings in CASES.items() if settings.get("family") == name))
 
 
 @dataclass(frozen=True)
@@ -65,9 +78,9 @@ def config(**changes: Any) -> AttributionConfig:
     return AttributionConfig(**{"dtype": "float64", "logit_mass": 1.0, "max_logits": 5, **changes})
 
 
-def make_case(images: int, skip: bool, **model: Any) -> Case:
+def make_case(images: int, skip: bool, family: str = "", **model: Any) -> Case:
     """Build a case; call it under `exact_float64`."""
-    vlm = tiny_gemma3(3, dtype=torch.float64, **model)
+    vlm = tiny_vlm(family, 3, dtype=torch.float64) if family else tiny_gemma3(3, dtype=torch.float64, **model)
     inputs = vlm.prepare(PROMPT, [tiny_image(number) for number in range(images)])
     other = vlm.prepare(PROMPT, [tiny_image(99 + number) for number in range(images)]) if images else None
     adapter = vlm.adapter

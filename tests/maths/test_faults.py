@@ -24,14 +24,17 @@ Fault = Callable[[Case], ReplacementModel]
 
 
 def wrong_rope_base(case: Case) -> ReplacementModel:
-    """Patterns of a model whose full layers turn with the sliding layers' base."""
+    """Patterns of a model that turns queries and keys by other angles; in Gemma 3 full layers by the sliding base's."""
     rotary = case.vlm.adapter.decoder().get_submodule("rotary_emb")
-    right = rotary.get_buffer("full_attention_inv_freq").clone()
+    buffers = dict(rotary.named_buffers())
+    angles = buffers.get("full_attention_inv_freq", buffers.get("inv_freq"))
+    assert angles is not None
+    right = angles.clone()
     try:
-        rotary.get_buffer("full_attention_inv_freq").copy_(rotary.get_buffer("sliding_attention_inv_freq"))
+        angles.copy_(buffers.get("sliding_attention_inv_freq", right.flip(0)))
         patterns = capture_state(case.vlm, case.inputs).patterns
     finally:
-        rotary.get_buffer("full_attention_inv_freq").copy_(right)
+        angles.copy_(right)
     assert (patterns - case.replacement.state.patterns).abs().max() > 1e-3
     layers = [dataclasses.replace(old, pattern=new) for old, new in zip(case.replacement.layers, patterns, strict=True)]
     state = dataclasses.replace(case.replacement.state, patterns=patterns)
@@ -144,7 +147,9 @@ def test_a_model_that_ignores_its_pictures_is_found(one_case: Case) -> None:
     subject = copied(one_case)
     assert soft_tokens(subject).held
     with torch.no_grad():
-        subject.vlm.model.get_parameter("model.multi_modal_projector.mm_input_projection_weight").zero_()
+        for module in subject.vlm.model.modules():  # the patch embedding is the one convolution in every family
+            if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+                module.weight.zero_()
     assert soft_tokens(dataclasses.replace(subject)).failed  # anew, since a subject keeps its logits
 
 

@@ -23,8 +23,8 @@ def frozen_model(case: Case) -> Iterator[None]:
     scales = {adapter.final_norm(): state.final_norm_scale}
     for layer in range(adapter.n_layers):
         for number, norm in enumerate(adapter.norms(layer)):
-            assert norm is not None
-            scales[norm] = state.norm_scales[layer, number]
+            if norm is not None:
+                scales[norm] = state.norm_scales[layer, number]
 
     def fix(scale: Tensor) -> Hook:
         return lambda _module, args, _output: args[0] * scale

@@ -68,10 +68,9 @@ def scaled_source(case: Case, kind: NodeKind, layer: int, position: int, factor:
         return dataclasses.replace(replacement, errors=errors)
     layers, features = list(replacement.layers), list(replacement.features)
     frozen, found = layers[layer], features[layer]
-    assert frozen.value_bias is not None and frozen.output_bias is not None
-    layers[layer] = dataclasses.replace(
-        frozen, value_bias=frozen.value_bias * factor, output_bias=frozen.output_bias * factor
-    )
+    assert frozen.value_bias is not None
+    output_bias = None if frozen.output_bias is None else frozen.output_bias * factor  # Qwen 2 has none
+    layers[layer] = dataclasses.replace(frozen, value_bias=frozen.value_bias * factor, output_bias=output_bias)
     features[layer] = dataclasses.replace(found, b_enc=found.b_enc * factor, b_dec=found.b_dec * factor)
     return dataclasses.replace(replacement, layers=layers, features=features)
 

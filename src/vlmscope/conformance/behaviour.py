@@ -101,11 +101,14 @@ def generation(subject: Subject) -> float:
 def _answer_logits(subject: Subject, *, use_cache: bool) -> Tensor:
     """`[new_tokens, V]`, what each token of the greedy answer was chosen by; an end token does not end it."""
     count = subject.limits.new_tokens
+    soft = subject.vlm.adapter.soft_token_id()
     answer = subject.vlm.model.generate(
         **subject.inputs.tensors,
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
+        # A random model may answer with a soft token, which the next step would take for a picture that was not given.
+        suppress_tokens=None if soft is None else [soft],
         use_cache=use_cache,
         return_dict_in_generate=True,
         output_logits=True,

@@ -13,13 +13,18 @@ class PatchBox(NamedTuple):
     bottom: float
 
     def pixels(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """The box in whole pixels `(left, top, right, bottom)` of a picture of this size."""
-        return (
-            round(self.left * width),
-            round(self.top * height),
-            round(self.right * width),
-            round(self.bottom * height),
-        )
+        """The box in whole pixels `(left, top, right, bottom)` of a picture of this size.
+
+        A box without area, such as that of a token that ends a row, becomes one pixel wide or high.
+        """
+        left, right = _span(self.left, self.right, width)
+        top, bottom = _span(self.top, self.bottom, height)
+        return left, top, right, bottom
+
+
+def _span(first: float, last: float, length: int) -> tuple[int, int]:
+    start = min(round(first * length), length - 1)
+    return start, max(round(last * length), start + 1)
 
 
 @dataclass(frozen=True)

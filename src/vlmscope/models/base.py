@@ -6,7 +6,7 @@ A decoder layer is `h = x + N2(Attn(N1(x)))`, `x' = h + N4(MLP(N3(h)))`; familie
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
+from vlmscope.models.template import Turn
 
 ROLES = ("special", "image", "question", "last")
 
@@ -26,8 +27,8 @@ class ModelInputs:
     """One prompt with its pictures, batch size 1, ready for the Hugging Face model's forward.
 
     Attributes:
-        tensors: keyword arguments of `model(**tensors)`: `input_ids [1, T]`, `attention_mask [1, T]` and, where the
-            model wants them, `token_type_ids [1, T]` and `pixel_values [n_images, 3, height, width]`.
+        tensors: keyword arguments of `model(**tensors)`: `input_ids [1, T]`, `attention_mask [1, T]` and what else the
+            family wants, such as `token_type_ids [1, T]`, `pixel_values [n_images, 3, height, width]`, `image_sizes`.
         tokens: T strings to show.
         is_image: `[T]` bool, soft tokens.
         image_index: `[T]` int64, which picture a soft token belongs to, -1 for text.
@@ -78,6 +79,9 @@ class Adapter(ABC):
     n_kv_heads: int
     head_dim: int
     vocab_size: int
+    # Whether positions come from the pictures (M-RoPE). Such a model remembers the shift that its last pictures made,
+    # so that it must be told the positions whenever it is given embeddings instead of pictures.
+    m_rope: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,16 +148,34 @@ class Adapter(ABC):
         """The output projection's bias `[d]`."""
 
     @abstractmethod
-    def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any) -> str:
-        """The prompt in the family's chat template with one placeholder a picture.
+    def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
+        """The prompt in its chat template with one placeholder a picture.
+
+        Args:
+            prompt: what the user says.
+            n_images: the number of pictures.
+            tokenizer: the model's tokenizer.
+            chat_template: the template that came with the model, in Jinja; the family's usual one when None.
 
         Raises:
             UserError: when the prompt spells another number of placeholders than there are pictures.
         """
 
     @abstractmethod
-    def soft_token_boxes(self) -> list[PatchBox]:
-        """The part of a picture that each of its soft tokens stands for, in the order of the soft tokens."""
+    def soft_token_boxes(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
+    ) -> list[list[PatchBox]]:
+        """The part of its picture that each soft token stands for.
+
+        Args:
+            tensors: the model's inputs with these pictures, batch size 1.
+            sizes: width and height of each picture in pixels, as it was given.
+            image_processor: the Hugging Face image processor that made the inputs, None for a text-only model.
+
+        Returns:
+            One list a picture, in the order of its soft tokens. A token that stands for no part of the picture, such
+            as the end of a row, has a box without area.
+        """
 
     @abstractmethod
     def soft_token_id(self) -> int | None:
@@ -163,11 +185,33 @@ class Adapter(ABC):
 _FAMILIES = {
     "gemma3": "vlmscope.models.gemma3",
     "gemma3_text": "vlmscope.models.gemma3",
+    "idefics3": "vlmscope.models.idefics3",
+    "internvl": "vlmscope.models.internvl",
+    "llava": "vlmscope.models.llava",
+    "llava_onevision": "vlmscope.models.llava_onevision",
+    "paligemma": "vlmscope.models.paligemma",
+    "qwen2_5_vl": "vlmscope.models.qwen2_5_vl",
+    "smolvlm": "vlmscope.models.idefics3",
+}
+
+# Families that people ask for, and what in them the replacement model does not represent.
+_REFUSED = {
+    "gemma3n": "per-layer embeddings and AltUp streams",
+    "idefics": "cross-attention layers",
+    "llama4": "mixture-of-experts MLPs",
+    "mllama": "cross-attention layers",
+    "qwen3_vl": "DeepStack, which adds visual features to the residual stream of early decoder layers",
+    "qwen3_vl_moe": "mixture-of-experts MLPs and DeepStack",
 }
 
 
 def check_supported(model_type: str, where: str) -> None:
     """Raise a `UserError` that names the supported types when `model_type` is not one of them."""
+    if model_type in _REFUSED:
+        raise UserError(
+            f"models of type {model_type!r} have {_REFUSED[model_type]}, which attribution does not cover ({where}); "
+            f"choose one of: {', '.join(sorted(_FAMILIES))}"
+        )
     if model_type not in _FAMILIES:
         known = ", ".join(sorted(_FAMILIES))
         raise UserError(f"models of type {model_type!r} are not supported ({where}); choose one of: {known}")

@@ -1,19 +1,39 @@
 """A loaded model with its processor, and the making of its inputs from a prompt and pictures."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL.Image import Image
 
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.images import PatchBox
 from vlmscope.models.base import Adapter, ModelInputs, adapter_for, check_supported
+from vlmscope.models.positions import describe_inputs
+from vlmscope.models.processors import picture_processor
 
+
+class _Classes(NamedTuple):
+    """Names in `transformers`."""
+
+    model: str
+    processor: str
+
+
+_CLASSES = {
+    "gemma3": _Classes("Gemma3ForConditionalGeneration", "Gemma3Processor"),
+    "gemma3_text": _Classes("Gemma3ForCausalLM", "AutoTokenizer"),
+    "idefics3": _Classes("Idefics3ForConditionalGeneration", "Idefics3Processor"),
+    "internvl": _Classes("InternVLForConditionalGeneration", "InternVLProcessor"),
+    "llava": _Classes("LlavaForConditionalGeneration", "LlavaProcessor"),
+    "llava_onevision": _Classes("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionProcessor"),
+    "paligemma": _Classes("PaliGemmaForConditionalGeneration", "PaliGemmaProcessor"),
+    "qwen2_5_vl": _Classes("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"),
+    "smolvlm": _Classes("SmolVLMForConditionalGeneration", "SmolVLMProcessor"),
+}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,19 +73,22 @@ class VLM:
                 a word that the vocabulary lacks.
         """
         _check_words(self.tokenizer, prompt)
-        text = self.adapter.wrap_prompt(prompt, len(images), self.tokenizer)
+        template = getattr(self.processor, "chat_template", None)
+        turn = self.adapter.wrap_prompt(prompt, len(images), self.tokenizer, template)
         if self.adapter.has_vision:
             pictures = {"images": [list(images)]} if images else {}
-            batch = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **pictures)
+            batch = self.processor(text=[turn.text], return_tensors="pt", add_special_tokens=False, **pictures)
         else:
-            batch = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
+            batch = self.tokenizer([turn.text], return_tensors="pt", add_special_tokens=False)
             batch.pop("token_type_ids", None)
-        # What the processor adds for its own bookkeeping (num_crops) is no argument of the model.
-        names = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
-        tensors = {name: batch[name].to(self.adapter.device) for name in names if name in batch}
+        # What the processor adds for its own bookkeeping (num_crops) or for training (labels) is left out.
+        names = set(inspect.signature(self.model.forward).parameters) - {"labels"}
+        tensors = {name: batch[name].to(self.adapter.device) for name in batch if name in names}
         if "pixel_values" in tensors:
             tensors["pixel_values"] = tensors["pixel_values"].to(self.adapter.dtype)
-        return describe_inputs(self.adapter, self.tokenizer, tensors, prompt)
+        sizes = [image.size for image in images]
+        boxes = self.adapter.soft_token_boxes(tensors, sizes, getattr(self.processor, "image_processor", None))
+        return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes)
 
 
 def _check_words(tokenizer: Any, prompt: str) -> None:
@@ -76,38 +99,6 @@ def _check_words(tokenizer: Any, prompt: str) -> None:
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         if token == tokenizer.unk_token_id:
             raise UserError(f"the model does not know the word {prompt[start:end]!r} of the prompt; use another word")
-
-
-def describe_inputs(adapter: Adapter, tokenizer: Any, tensors: dict[str, torch.Tensor], prompt: str) -> ModelInputs:
-    """Name every position of tokenised inputs: token string, picture, patch box and role."""
-    ids = [int(token) for token in tensors["input_ids"][0]]
-    is_image = np.array([token == adapter.soft_token_id() for token in ids])
-    tokens = [tokenizer.decode([token]) for token in ids]
-    boxes = adapter.soft_token_boxes()
-    image_index = np.full(len(ids), -1, dtype=np.int64)
-    patch_boxes: list[PatchBox | None] = [None] * len(ids)
-    for count, position in enumerate(np.flatnonzero(is_image)):
-        image_index[position], patch = divmod(count, len(boxes))
-        patch_boxes[position] = boxes[patch]
-    return ModelInputs(tensors, tokens, is_image, image_index, patch_boxes, _roles(tokens, is_image), prompt)
-
-
-def _roles(tokens: list[str], is_image: np.ndarray) -> np.ndarray:
-    """The role of every position; the template's own words are the one after `<start_of_turn>` and white space."""
-    roles = []
-    for position, token in enumerate(tokens):
-        if is_image[position]:
-            roles.append("image")
-        elif (
-            not token.strip()
-            or (token.startswith("<") and token.endswith(">"))
-            or (position > 0 and tokens[position - 1] == "<start_of_turn>")
-        ):
-            roles.append("special")
-        else:
-            roles.append("question")
-    roles[-1] = "last"
-    return np.array(roles)
 
 
 def check_device(device: str) -> None:
@@ -142,18 +133,15 @@ def load_vlm(path: str | Path, dtype: str = "float32", device: str = "cpu") -> V
 
 def _from_folder(folder: Path, model_type: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and processor of a folder, with loading errors told in one line."""
-    from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3Processor
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a local file takes a moment; the tasks' own bars should stand alone
-    multimodal = model_type == "gemma3"
-    model_class = Gemma3ForConditionalGeneration if multimodal else Gemma3ForCausalLM
+    names = _CLASSES[model_type]
+    model_class: Any = getattr(transformers, names.model)
     try:
-        model, info = model_class.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa", output_loading_info=True
-        )
-        processor_class = Gemma3Processor if multimodal else AutoTokenizer
-        processor = processor_class.from_pretrained(folder, local_files_only=True)
+        model, info = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+        processor = picture_processor(names.processor).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load the model at {folder}: {reason}; check its files") from error

@@ -5,10 +5,8 @@ weights are drawn anew. Sliding and full layers are mixed, with different RoPE b
 the window is shorter than a prompt.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from vlmscope.core.seeds import derive, generator
 from vlmscope.models.base import adapter_for
 from vlmscope.models.loading import VLM
 from vlmscope.models.orrery.processor import SPECIAL, build_processor, build_tokenizer
+from vlmscope.models.tiny_families import FAMILIES, build_family
 
 WORDS = ("user", "model", "what", "is", "this", "?", "red", "blue", "planet", "and", "the", "other", "one", "two", "in")
 LAYER_TYPES = ("sliding_attention", "full_attention", "sliding_attention", "full_attention")
@@ -131,29 +130,28 @@ def tiny_gemma3(
     return VLM(model, processor, adapter_for(model), name="tiny")
 
 
-# One line a family: what makes its tiny model from a seed and a dtype.
-TINY_FAMILIES: Mapping[str, Callable[..., VLM]] = MappingProxyType(
-    {
-        "gemma3": tiny_gemma3,
-        "gemma3_text": partial(tiny_gemma3, text_only=True),
-    }
-)
-
-
-def tiny_vlm(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> VLM:
-    """The tiny random model of a family, in evaluation mode, named `tiny_<family>`.
+def tiny_vlm(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> VLM:
+    """A random model of a family with its processor, in evaluation mode.
 
     Args:
-        family: a key of `TINY_FAMILIES`.
-        seed: names the weights.
+        family: Hugging Face's `model_type`, such as "gemma3", "gemma3_text" or "llava".
+        seed: names the weights; the same seed gives the same weights in every dtype.
         dtype: dtype of the weights.
 
     Raises:
-        UserError: when there is no such family.
+        UserError: when the family has no tiny model.
     """
-    if family not in TINY_FAMILIES:
-        raise UserError(f"model.tiny={family}: no such tiny model; choose one of {', '.join(sorted(TINY_FAMILIES))}")
-    return replace(TINY_FAMILIES[family](seed, dtype=dtype), name=f"tiny_{family}")
+    if family in ("gemma3", "gemma3_text"):
+        return replace(tiny_gemma3(seed, text_only=family == "gemma3_text", dtype=dtype), name=f"tiny_{family}")
+    if family not in FAMILIES:
+        known = ", ".join(sorted(("gemma3", "gemma3_text", *FAMILIES)))
+        raise UserError(f"there is no tiny model of type {family!r}; choose one of: {known}")
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(seed, "tiny"))
+        model, processor = build_family(family, dtype)
+    randomise(model, seed)
+    model.eval().requires_grad_(False)
+    return VLM(model, processor, adapter_for(model), name=f"tiny_{family}")
 
 
 def tiny_image(seed: int) -> Image.Image:

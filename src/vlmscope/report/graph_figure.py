@@ -18,6 +18,7 @@ from PIL import Image
 
 from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.ids import FeatureId
+from vlmscope.core.images import PatchBox
 from vlmscope.report.style import COLOURS, INK, MUTED, NEGATIVE, POSITIVE, drawing, pick
 
 _MARKS = {  # kind: (marker, face colour, words)
@@ -267,8 +268,8 @@ def _draw_positions(axes: Axes, graph: AttributionGraph, layout: _Layout, images
 
 def _patch(image: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
     height, width = image.shape[:2]
-    left, top, right, bottom = (round(at * size) for at, size in zip(box, (width, height, width, height), strict=True))
-    cut = Image.fromarray(image[top : max(bottom, top + 1), left : max(right, left + 1)])
+    left, top, right, bottom = PatchBox(*box).pixels(width, height)
+    cut = Image.fromarray(image[top:bottom, left:right])
     return np.asarray(cut.resize((48, 48), Image.Resampling.NEAREST))
 
 

@@ -51,7 +51,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     config.check()
     train, val = (ScenePool(Path(cfg.data.path), split) for split in ("train", "val"))
     vlm = load_model(cfg)
-    soft = len(vlm.adapter.soft_token_boxes())
+    soft = int(vlm.processor.image_seq_length)
 
     def batch(step: int) -> dict:
         return chat_batch(

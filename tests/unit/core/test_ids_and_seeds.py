@@ -36,3 +36,5 @@ def test_streams_are_the_same_on_every_machine() -> None:
 
 def test_patch_boxes_scale_to_pixels() -> None:
     assert PatchBox(0.25, 0.5, 0.5, 1.0).pixels(64, 32) == (16, 16, 32, 32)
+    assert PatchBox(1.0, 0.0, 1.0, 0.5).pixels(64, 32) == (63, 0, 64, 16)
+    assert PatchBox(0.0, 0.25, 0.0, 0.25).pixels(64, 32) == (0, 8, 1, 9)

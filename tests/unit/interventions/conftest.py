@@ -5,20 +5,22 @@ import torch
 
 from vlmscope.models.batching import make_batch
 from vlmscope.models.precision import exact_float64
-from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.models.tiny import tiny_image, tiny_vlm
+from vlmscope.models.tiny_families import FAMILIES
 from vlmscope.transcoders.init import random_set
 
 PROMPT = "what is this planet ?"
 
 
-@pytest.fixture(scope="session", params=["topk", "skip", "text_only"])
+@pytest.fixture(scope="session", params=["topk", "skip", "text_only", "llava", "paligemma", "qwen2_5_vl"])
 def bench(request: pytest.FixtureRequest):
-    """(vlm, transcoders, inputs, batch) with and without W_skip, with pictures and without."""
+    """(vlm, transcoders, inputs, batch) with and without W_skip, with pictures and without, of several families."""
     text_only = request.param == "text_only"
     with exact_float64():
-        vlm = tiny_gemma3(11, dtype=torch.float64, text_only=text_only)
+        family = request.param if request.param in FAMILIES else "gemma3_text" if text_only else "gemma3"
+        vlm = tiny_vlm(family, 11, dtype=torch.float64)
         adapter = vlm.adapter
-        skip = request.param == "skip"
+        skip = request.param in ("skip", *FAMILIES)
         transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 6, skip=skip, seed=6, dtype=torch.float64)
         pictures = [[] if text_only else [tiny_image(i)] for i in range(3)]
         inputs = [vlm.prepare(PROMPT, found) for found in pictures]

@@ -33,9 +33,9 @@ def test_random_direction_moves_as_far_elsewhere(bench) -> None:
     outputs: dict[str, torch.Tensor] = {}
 
     def watch(name: str):
-        return vlm.adapter.norms(layer).mlp_out_post.register_forward_hook(
-            lambda _m, args, _o: outputs.__setitem__(name, args[0])
-        )
+        # A change of what the last MLP adds is one of what the final norm reads; not all families have post norms.
+        after = vlm.adapter.norms(layer).mlp_out_post or vlm.adapter.final_norm()
+        return after.register_forward_hook(lambda _m, args, _o: outputs.__setitem__(name, args[0]))
 
     for name, go in (
         ("base", lambda: run_edited(vlm.adapter, transcoders, batch, {})),

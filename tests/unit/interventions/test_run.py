@@ -19,6 +19,7 @@ from vlmscope.interventions.generate import generate_edited, generate_ids
 from vlmscope.interventions.run import editing, run_edited
 from vlmscope.models.attention import recording_patterns
 from vlmscope.models.batching import make_batch
+from vlmscope.models.tiny import tiny_image
 from vlmscope.replacement.model import build_replacement
 
 MODES = ("direct", "frozen_attention", "free")
@@ -133,7 +134,10 @@ def test_generation_with_a_cache_equals_generation_without(bench) -> None:
         tokens.append(token)
         if token in (vlm.tokenizer.eos_token_id,):
             break
-        for name, extra in (("input_ids", token), ("attention_mask", 1), ("token_type_ids", 0)):
+        # PaliGemma's prompt (0) sees all of itself, its answer (1) what came before; in Gemma 3 text is 0.
+        kind = int(vlm.model.config.model_type == "paligemma")
+        added = {"input_ids": token, "attention_mask": 1, "token_type_ids": kind, "mm_token_type_ids": 0}
+        for name, extra in added.items():
             if name in tensors:
                 tensors[name] = torch.cat([tensors[name], torch.tensor([[extra]])], 1)
     assert ids == tokens
@@ -177,7 +181,7 @@ def test_bad_requests_are_named(bench) -> None:
         run_edited(vlm.adapter, transcoders, batch, {}, "frozen")
     with pytest.raises(UserError, match="no position has role 'answer'"):
         position_mask(batch.roles, "role_answer")
-    longer = vlm.prepare("what is this red planet ?", [])
+    longer = vlm.prepare("what is this red planet ?", [tiny_image(0)] if inputs[0].is_image.any() else [])
     with pytest.raises(UserError, match="must align"):
         make_batch(vlm.adapter, [inputs[0], longer])
 

@@ -1,0 +1,134 @@
+"""Decoders whose layers are `attention, gated MLP` with RMSNorm in front of each: the Llama line and the Gemma line.
+
+Hugging Face names their parts alike, so one class serves all of them; what differs is in `DECODERS`. RMSNorm is
+`x * rsqrt(mean(x^2) + eps) * (offset + w)`. Scaled embeddings, kinds of RoPE, query/key norms, sliding windows, caps on
+attention scores and masks need nothing: attribution takes embeddings and attention patterns as the model computed them.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlmscope.core.errors import UserError
+from vlmscope.models.base import Adapter, LayerNorms
+from vlmscope.models.template import Turn, user_turn
+
+
+class Decoder(NamedTuple):
+    """What differs between decoders: the constant added to a norm's weight, and whether there are post norms."""
+
+    norm_offset: float
+    post_norms: bool
+
+
+_LLAMA, _GEMMA, _GEMMA2 = Decoder(0.0, False), Decoder(1.0, False), Decoder(1.0, True)
+DECODERS = {
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen2_5_vl_text": _LLAMA,
+    "qwen3": _LLAMA,
+}
+
+
+class DecoderAdapter(Adapter):
+    """The decoder's half of an adapter; families add their pictures and their template.
+
+    Attributes:
+        placeholder: what stands for a picture in a prompt.
+        chat_template: the family's usual template, for a model that came without one.
+
+    Raises:
+        UserError: when the model has no language-model head, or a decoder that the replacement model does not represent
+            exactly.
+    """
+
+    placeholder = "<image>"
+    chat_template = ""
+
+    def __init__(self, model: Any) -> None:
+        if not isinstance(getattr(model, "lm_head", None), nn.Linear):
+            raise UserError(
+                f"{type(model).__name__} has no language-model head; load the ForConditionalGeneration class"
+            )
+        self.model = model
+        text = model.config.get_text_config()
+        kind = str(text.model_type)
+        if kind not in DECODERS:
+            raise UserError(
+                f"{type(model).__name__} has a decoder of type {kind!r}, which is not known to be exact here (mixtures "
+                f"of experts, parallel blocks, cross-attention are not); choose one of: {', '.join(sorted(DECODERS))}"
+            )
+        self._kind = DECODERS[kind]
+        self.n_layers = int(text.num_hidden_layers)
+        self.d_model = int(text.hidden_size)
+        self.n_heads = int(text.num_attention_heads)
+        self.n_kv_heads = int(text.num_key_value_heads)
+        self.vocab_size = int(text.vocab_size)
+        self.head_dim = self.output_weight(0).shape[1] // self.n_heads
+
+    @property
+    def has_vision(self) -> bool:
+        return True
+
+    @property
+    def logit_softcap(self) -> float | None:
+        return None
+
+    def decoder(self) -> Any:
+        return self.model.model.language_model
+
+    def _layer(self, layer: int) -> Any:
+        return self.decoder().layers[layer]
+
+    def attention(self, layer: int) -> nn.Module:
+        return self._layer(layer).self_attn
+
+    def mlp(self, layer: int) -> nn.Module:
+        return self._layer(layer).mlp
+
+    def norms(self, layer: int) -> LayerNorms:
+        block = self._layer(layer)
+        if not self._kind.post_norms:  # Llama's name for the norm before the MLP, after the attention
+            return LayerNorms(block.input_layernorm, None, block.post_attention_layernorm, None)
+        return LayerNorms(
+            block.input_layernorm,
+            block.post_attention_layernorm,
+            block.pre_feedforward_layernorm,
+            block.post_feedforward_layernorm,
+        )
+
+    def final_norm(self) -> nn.Module:
+        return self.decoder().norm
+
+    def lm_head(self) -> nn.Linear:
+        return self.model.lm_head
+
+    def norm_scale(self, norm: nn.Module, x: Tensor) -> Tensor:
+        # Half precision is normalised in float32, as the model does.
+        wide = x if x.dtype == torch.float64 else x.float()
+        eps = float(getattr(norm, "eps", None) or norm.variance_epsilon)  # pyright: ignore[reportArgumentType]
+        weight = self._kind.norm_offset + norm.get_parameter("weight").to(wide.dtype)
+        return (torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+    def value_weight(self, layer: int) -> Tensor:
+        return self._layer(layer).self_attn.v_proj.weight
+
+    def value_bias(self, layer: int) -> Tensor | None:
+        return self._layer(layer).self_attn.v_proj.bias
+
+    def output_weight(self, layer: int) -> Tensor:
+        return self._layer(layer).self_attn.o_proj.weight
+
+    def output_bias(self, layer: int) -> Tensor | None:
+        return self._layer(layer).self_attn.o_proj.bias
+
+    def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
+        return user_turn(tokenizer, chat_template or self.chat_template, prompt, self.placeholder, n_images)
+
+    def soft_token_id(self) -> int | None:
+        return int(self.model.config.image_token_id)

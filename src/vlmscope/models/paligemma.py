@@ -1,0 +1,41 @@
+"""PaliGemma (Gemma decoder) and PaliGemma 2 (Gemma 2): a SigLIP tower's patches as soft tokens before the prompt.
+
+Everything up to the answer sees everything (`token_type_ids` is 0 there); generated tokens are causal. Gemma 2's cap on
+attention scores is part of the frozen patterns; its cap on the logits, where there is one, is refused by attribution.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vlmscope.core.errors import UserError
+from vlmscope.core.images import PatchBox
+from vlmscope.models.boxes import grid_boxes
+from vlmscope.models.decoders import DecoderAdapter
+from vlmscope.models.template import Turn, spelt_placeholders
+
+
+class PaliGemmaAdapter(DecoderAdapter):
+    """One soft token a patch of the whole picture, resized without cropping."""
+
+    @property
+    def logit_softcap(self) -> float | None:
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+
+    def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
+        # There is no chat: the processor adds the first token after the pictures and a newline after the prompt.
+        if not n_images:
+            raise UserError("PaliGemma answers about pictures only; give at least one")
+        lead = "" if spelt_placeholders(prompt, self.placeholder, n_images) else self.placeholder * n_images
+        return Turn(lead, prompt, "")
+
+    def soft_token_boxes(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
+    ) -> list[list[PatchBox]]:
+        vision = self.model.config.vision_config
+        side = int(vision.image_size) // int(vision.patch_size)
+        return [grid_boxes(side, side) for _ in sizes]
+
+
+make_adapter = PaliGemmaAdapter

@@ -1,0 +1,45 @@
+"""Qwen2.5-VL (`Qwen2_5_VLForConditionalGeneration`): pictures at nearly their own resolution, 4 patches a soft token.
+
+Soft tokens have positions in rows and columns (M-RoPE), which matter to attention patterns alone, and these are frozen.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vlmscope.core.errors import UserError
+from vlmscope.core.images import PatchBox
+from vlmscope.models.boxes import grid_boxes
+from vlmscope.models.decoders import DecoderAdapter
+from vlmscope.models.template import Turn
+
+
+class Qwen2_5_VLAdapter(DecoderAdapter):
+    """The grid of soft tokens follows the picture's shape; nothing is cut off or padded."""
+
+    m_rope = True
+    placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
+    chat_template = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+        "{% for item in message['content'] %}"
+        "{{ '<|vision_start|><|image_pad|><|vision_end|>' if item['type'] == 'image' else item['text'] }}"
+        "{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
+    def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
+        if prompt.count("<|image_pad|>") != prompt.count(self.placeholder):
+            raise UserError(f"the prompt spells <|image_pad|>; write {self.placeholder} once for each picture")
+        return super().wrap_prompt(prompt, n_images, tokenizer, chat_template)
+
+    def soft_token_boxes(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
+    ) -> list[list[PatchBox]]:
+        merge = int(self.model.config.vision_config.spatial_merge_size)
+        grids = tensors["image_grid_thw"].tolist() if sizes else []
+        return [grid_boxes(rows // merge, columns // merge) for _, rows, columns in grids]
+
+
+make_adapter = Qwen2_5_VLAdapter

@@ -1,0 +1,263 @@
+"""Tiny random models of the families beside Gemma 3, each with its own processor, made in memory.
+
+Sizes are the smallest at which something could go wrong: grouped key/value heads, biases where the family has them, a
+picture of several patches that is not square after the processor's cutting.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    CLIPVisionConfig,
+    Gemma2Config,
+    GemmaConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from vlmscope.models.processors import picture_processor
+
+Built = tuple[Any, Any]  # configuration and processor
+_SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
+_WORDS = (
+    "USER:",
+    "ASSISTANT:",
+    "what",
+    "is",
+    "this",
+    "?",
+    "red",
+    "blue",
+    "planet",
+    "and",
+    "the",
+    "other",
+    "one",
+    "two",
+)
+_IMAGE_ID = _SPECIAL.index("<image>")
+_SIDE, _PATCH = 12, 4
+
+
+def _tokenizer(special: Sequence[str] = (), words: Sequence[str] = (), **named: str) -> PreTrainedTokenizerFast:
+    """Words split at white space; ids are those of `_SPECIAL`, then `special`, then words."""
+    tokens = (*_SPECIAL, *special)
+    vocabulary = {token: i for i, token in enumerate((*tokens, *_WORDS, *words))}
+    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    # As in Llama: the tokenizer puts the first token there, not the template.
+    core.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>", **named},
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def _text(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> dict[str, Any]:
+    """Settings of a decoder of three layers."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        # A base this small turns visibly within a short prompt, so that a wrong one cannot pass a check.
+        "rope_parameters": {"rope_type": "default", "rope_theta": 20.0},
+        **changes,
+    }
+
+
+def _vision(**changes: Any) -> dict[str, Any]:
+    """Settings of a vision tower of two layers."""
+    return {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": _SIDE,
+        "patch_size": _PATCH,
+        **changes,
+    }
+
+
+def _llava() -> Built:
+    tokenizer = _tokenizer()
+    config = LlavaConfig(
+        text_config=LlamaConfig(**_text(tokenizer, attention_bias=True)),
+        vision_config=CLIPVisionConfig(**_vision(projection_dim=16)),
+        image_token_index=_IMAGE_ID,
+        image_seq_length=(_SIDE // _PATCH) ** 2,
+    )
+    images = LlavaImageProcessorPil(size={"shortest_edge": _SIDE}, crop_size={"height": _SIDE, "width": _SIDE})
+    processor = picture_processor("LlavaProcessor")(
+        images, tokenizer, patch_size=_PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    return config, processor
+
+
+def _llava_onevision() -> Built:
+    tokenizer = _tokenizer(("<video>", "<|im_start|>", "<|im_end|>"), ("user", "assistant"))
+    tile, patch = _SIDE, 6
+    sizes = [[tile, tile], [tile, 2 * tile], [2 * tile, tile], [2 * tile, 2 * tile]]
+    config = LlavaOnevisionConfig(
+        text_config=Qwen2Config(**_text(tokenizer)),
+        vision_config=SiglipVisionConfig(**_vision(image_size=tile, patch_size=patch, vision_use_head=False)),
+        image_token_index=_IMAGE_ID,
+        video_token_index=len(_SPECIAL),
+        image_grid_pinpoints=sizes,
+    )
+    images = LlavaOnevisionImageProcessorPil(size={"height": tile, "width": tile}, image_grid_pinpoints=sizes)
+    processor = picture_processor("LlavaOnevisionProcessor")(
+        images, tokenizer, num_image_tokens=(tile // patch) ** 2, vision_feature_select_strategy="full"
+    )
+    return config, processor
+
+
+def _paligemma(text_class: type[Any] = GemmaConfig, **changes: Any) -> Built:
+    tokenizer = _tokenizer()
+    config = PaliGemmaConfig(
+        text_config=text_class(**_text(tokenizer, attention_bias=True, **changes)),
+        vision_config=SiglipVisionConfig(**_vision(vision_use_head=False)),
+        image_token_index=_IMAGE_ID,
+        projection_dim=24,
+        hidden_size=24,
+    )
+    images = SiglipImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
+    setattr(images, "image_seq_length", (_SIDE // _PATCH) ** 2)  # noqa: B010, as checkpoints say it in their JSON
+    return config, picture_processor("PaliGemmaProcessor")(images, tokenizer)
+
+
+def _paligemma2() -> Built:
+    # Caps on scores low enough to bend them; the published models cap their logits too, which is not linear.
+    return _paligemma(
+        Gemma2Config,
+        query_pre_attn_scalar=8,
+        sliding_window=7,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        attn_logit_softcapping=1.0,
+        final_logit_softcapping=None,
+    )
+
+
+def _idefics3() -> Built:
+    tokenizer, config = _idefics3_parts(Idefics3Config)
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 2 * _SIDE}, max_image_size={"longest_edge": _SIDE})
+    return config, picture_processor("Idefics3Processor")(images, tokenizer, image_seq_len=4)
+
+
+def _smolvlm() -> Built:
+    tokenizer, config = _idefics3_parts(SmolVLMConfig)
+    images = SmolVLMImageProcessorPil(size={"longest_edge": 2 * _SIDE}, max_image_size={"longest_edge": _SIDE})
+    return config, picture_processor("SmolVLMProcessor")(images, tokenizer, image_seq_len=4)
+
+
+def _idefics3_parts(config_class: type[Any]) -> tuple[PreTrainedTokenizerFast, Any]:
+    cells = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    special = ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "<|im_start|>", *cells)
+    tokenizer = _tokenizer(special, ("User:", "Assistant:"))
+    config = config_class(
+        text_config=LlamaConfig(**_text(tokenizer, attention_bias=True)),
+        vision_config=_vision(patch_size=3),
+        image_token_id=_IMAGE_ID,
+        scale_factor=2,
+    )
+    return tokenizer, config
+
+
+def _internvl() -> Built:
+    special = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>", "<|im_start|>", "<|im_end|>")
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    tokenizer = _tokenizer(special, ("user", "assistant"), video_token="<video>", **named)
+    config = InternVLConfig(
+        text_config=Qwen3Config(**_text(tokenizer, attention_bias=True)).to_dict(),
+        vision_config=_vision(patch_size=3),
+        image_token_id=len(_SPECIAL) + special.index("<IMG_CONTEXT>"),
+        image_seq_length=4,
+    )
+    images = GotOcr2ImageProcessorPil(size={"height": _SIDE, "width": _SIDE}, max_patches=4)
+    return config, picture_processor("InternVLProcessor")(images, tokenizer, image_seq_length=4)
+
+
+def _qwen2_5_vl() -> Built:
+    special = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>")
+    words = ("system", "user", "assistant", "You", "are", "a", "helpful", "assistant.")
+    tokenizer = _tokenizer(special, words, image_token="<|image_pad|>", video_token="<|video_pad|>")
+    ids = {token: len(_SPECIAL) + number for number, token in enumerate(special)}
+    # Two of the three axes of M-RoPE tell rows from columns, each by one pair of the head's six dimensions.
+    rope = {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [1, 1, 1]}
+    text = _text(tokenizer, rope_parameters=rope)
+    del text["head_dim"]
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 24}
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config={**vision, "patch_size": 3, "window_size": 12, "fullatt_block_indexes": [1]},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    images = Qwen2VLImageProcessorPil(patch_size=3, size={"shortest_edge": 144, "longest_edge": 600})
+    return config, picture_processor("Qwen2_5_VLProcessor")(images, tokenizer)
+
+
+_BUILDERS: dict[str, tuple[type[Any], Callable[[], Built]]] = {
+    "llava": (LlavaForConditionalGeneration, _llava),
+    "llava_onevision": (LlavaOnevisionForConditionalGeneration, _llava_onevision),
+    "idefics3": (Idefics3ForConditionalGeneration, _idefics3),
+    "internvl": (InternVLForConditionalGeneration, _internvl),
+    "paligemma": (PaliGemmaForConditionalGeneration, _paligemma),
+    "paligemma2": (PaliGemmaForConditionalGeneration, _paligemma2),
+    "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, _qwen2_5_vl),
+    "smolvlm": (SmolVLMForConditionalGeneration, _smolvlm),
+}
+FAMILIES = tuple(_BUILDERS)
+
+
+def build_family(family: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A model of one of `FAMILIES` with Hugging Face's initial weights, and its processor."""
+    model_class, build = _BUILDERS[family]
+    config, processor = build()
+    return model_class._from_config(config).to(dtype), processor

@@ -1,0 +1,152 @@
+"""Every family beside Gemma 3: prompts, roles, the map from soft tokens to the picture, and models on disk."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlmscope.core.errors import UserError
+from vlmscope.core.images import PatchBox
+from vlmscope.models.base import ModelInputs
+from vlmscope.models.batching import make_batch
+from vlmscope.models.loading import VLM, load_vlm
+from vlmscope.models.tiny import tiny_image, tiny_vlm
+from vlmscope.models.tiny_families import FAMILIES
+
+PROMPT = "what is this red planet ?"
+SIZES = ((48, 48), (72, 48), (48, 96))  # width and height
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def vlm(request: pytest.FixtureRequest) -> VLM:
+    return tiny_vlm(request.param, 5)
+
+
+def words(inputs: ModelInputs, role: str) -> list[str]:
+    return [token.strip() for token, found in zip(inputs.tokens, inputs.roles, strict=True) if found == role]
+
+
+def logits(vlm: VLM, inputs: ModelInputs) -> torch.Tensor:
+    with torch.no_grad():
+        return vlm.model(**inputs.tensors).logits[0]
+
+
+def test_the_users_words_are_the_question(vlm: VLM) -> None:
+    inputs = vlm.prepare(PROMPT, [tiny_image(0)])
+    last = [inputs.tokens[-1]] if inputs.tokens[-1] in PROMPT else []  # PaliGemma's prompt ends the input
+    assert words(inputs, "question") + last == PROMPT.split()
+    assert set(words(inputs, "image")) == {vlm.tokenizer.decode([vlm.adapter.soft_token_id()])}
+    assert (inputs.image_index[inputs.is_image] == 0).all() and (inputs.image_index[~inputs.is_image] == -1).all()
+    assert [box is not None for box in inputs.patch_boxes] == inputs.is_image.tolist()
+
+
+def test_placeholders_stand_where_the_prompt_spells_them(vlm: VLM) -> None:
+    placeholder = vlm.adapter.placeholder  # pyright: ignore[reportAttributeAccessIssue]
+    inputs = vlm.prepare(f"what {placeholder} is {placeholder} this ?", [tiny_image(0), tiny_image(1)])
+    order = [n for n, previous in zip(inputs.image_index, [-2, *inputs.image_index[:-1]], strict=True) if n != previous]
+    runs = [n for n in order if n >= 0]
+    assert list(dict.fromkeys(runs)) == [0, 1]
+    between = inputs.tokens[np.flatnonzero(inputs.image_index == 0)[-1] : np.flatnonzero(inputs.image_index == 1)[0]]
+    assert "is" in [token.strip() for token in between]
+    with pytest.raises(UserError, match=f"spells {re.escape(placeholder)} 1 times but 2 pictures were given"):
+        vlm.prepare(f"what {placeholder} is", [tiny_image(0), tiny_image(1)])
+    with pytest.raises(UserError, match="does not know the word 'zebra'"):
+        vlm.prepare("what zebra is", [tiny_image(0)])
+
+
+def test_pictures_move_the_logits(vlm: VLM) -> None:
+    first, second = (vlm.prepare(PROMPT, [tiny_image(i)]) for i in (0, 1))
+    assert first.input_ids == second.input_ids
+    assert (logits(vlm, first)[-1] - logits(vlm, second)[-1]).abs().max() > 1e-3
+
+
+def test_text_alone(vlm: VLM) -> None:
+    if vlm.model.config.model_type == "paligemma":
+        pytest.skip("wants a picture, which test_refusals.py tests")
+    inputs = vlm.prepare(PROMPT)
+    assert words(inputs, "question") == PROMPT.split() and not inputs.is_image.any()
+    assert torch.isfinite(logits(vlm, inputs)).all()
+
+
+def embedded(vlm: VLM, picture: Image.Image) -> torch.Tensor:
+    """What enters the decoder at the soft tokens."""
+    batch = make_batch(vlm.adapter, [vlm.prepare(PROMPT, [picture])])
+    return batch.tensors["inputs_embeds"][0, torch.from_numpy(batch.is_image)]
+
+
+def painted(picture: Image.Image, box: PatchBox) -> Image.Image:
+    """The picture with the middle of a box in other colours."""
+    left, top, right, bottom = box.pixels(*picture.size)
+    dx, dy = (right - left) // 5, (bottom - top) // 5
+    pixels = np.array(picture)
+    inner = pixels[top + dy : bottom - dy, left + dx : right - dx]
+    pixels[top + dy : bottom - dy, left + dx : right - dx] = (inner.astype(int) + 128) % 256
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_boxes_are_where_the_soft_tokens_look(vlm: VLM, size: tuple[int, int]) -> None:
+    """Of all soft tokens with boxes of its size, the one whose box is painted moves most."""
+    picture = tiny_image(3).resize(size)
+    boxes = [box for box in vlm.prepare(PROMPT, [picture]).patch_boxes if box is not None]
+    before = embedded(vlm, picture)
+    assert len(boxes) == len(before)
+    areas = np.array([(box.right - box.left) * (box.bottom - box.top) for box in boxes])
+    right = []
+    for number, box in enumerate(boxes):
+        if areas[number] == 0:
+            continue
+        moved = (embedded(vlm, painted(picture, box)) - before).norm(dim=1).numpy()
+        alike = np.isclose(areas, areas[number], rtol=0.3)
+        right.append(number == int(np.argmax(np.where(alike, moved, -1.0))))
+    assert len(set(boxes)) > len(boxes) / 2 and len(right) >= 4
+    assert all(right)
+
+
+def test_a_saved_model_is_the_same_model(vlm: VLM, tmp_path: Path) -> None:
+    vlm.model.save_pretrained(tmp_path)
+    vlm.processor.save_pretrained(tmp_path)
+    again = load_vlm(tmp_path)
+    pictures = [tiny_image(0), tiny_image(1).resize((20, 12))]
+    before, after = vlm.prepare(PROMPT, pictures), again.prepare(PROMPT, pictures)
+    assert before.input_ids == after.input_ids and before.patch_boxes == after.patch_boxes
+    assert torch.allclose(logits(vlm, before), logits(again, after), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (2, 3)])
+def test_smolvlm_is_expanded_as_by_its_own_processor(rows: int, columns: int) -> None:
+    from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+    ours = tiny_vlm("smolvlm").processor.replace_image_token({"rows": [[rows]], "cols": [[columns]]}, 0)
+    assert ours == get_image_prompt_string(
+        rows, columns, 4, "<fake_token_around_image>", image_token="<image>", global_image_token="<global-img>"
+    )
+
+
+def test_a_batch_of_prompts_is_each_on_its_own(vlm: VLM) -> None:
+    inputs = [vlm.prepare(PROMPT, [tiny_image(number)]) for number in range(2)]
+    batch = make_batch(vlm.adapter, inputs)
+    with torch.no_grad():
+        together = vlm.model(**batch.tensors, use_cache=False).logits
+    for row, one in enumerate(inputs):
+        assert torch.allclose(together[row], logits(vlm, one), rtol=0, atol=1e-5)
+    with torch.no_grad():
+        reversed_logits = vlm.model(**batch.select([1, 0]).tensors, use_cache=False).logits
+    assert torch.allclose(reversed_logits, together.flip(0), rtol=0, atol=1e-6)
+
+
+def test_batches_do_not_remember_each_other() -> None:
+    """Qwen2.5-VL keeps the shift of positions that its last pictures made."""
+    vlm = tiny_vlm("qwen2_5_vl", 5)
+    text = make_batch(vlm.adapter, [vlm.prepare(PROMPT)])
+    wide, tall = (make_batch(vlm.adapter, [vlm.prepare(PROMPT, [tiny_image(0).resize(size)])]) for size in SIZES[1:])
+    with torch.no_grad():
+        alone = [vlm.model(**batch.tensors, use_cache=False).logits for batch in (text, wide, tall)]
+        make_batch(vlm.adapter, [vlm.prepare(PROMPT, [tiny_image(0)])] * 3)
+        after = [vlm.model(**batch.tensors, use_cache=False).logits for batch in (text, wide, tall)]
+    assert all(torch.equal(one, other) for one, other in zip(alone, after, strict=True))
+    assert torch.allclose(alone[0][0], logits(vlm, vlm.prepare(PROMPT)), rtol=0, atol=1e-6)
+    assert torch.allclose(alone[1][0], logits(vlm, vlm.prepare(PROMPT, [tiny_image(0).resize(SIZES[1])])), atol=1e-6)

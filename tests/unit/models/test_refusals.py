@@ -1,0 +1,78 @@
+"""What is not exact, or not a model, is refused by name in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaModel, PhiConfig
+
+from vlmscope.core.errors import UserError
+from vlmscope.models.base import adapter_for
+from vlmscope.models.loading import load_vlm
+from vlmscope.models.tiny import tiny_image, tiny_vlm
+from vlmscope.replacement.model import build_replacement
+from vlmscope.transcoders.init import random_set
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("mllama", "cross-attention"),
+        ("qwen3_vl", "DeepStack"),
+        ("llama4", "mixture-of-experts"),
+        ("made_up", "not supported"),
+    ],
+)
+def test_families_are_refused_by_name(tmp_path: Path, model_type: str, reason: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(UserError, match=f"{model_type!r}.*{reason}.*choose one of: gemma3, ") as error:
+        load_vlm(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def _llava(text: object) -> LlavaConfig:
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
+    )
+    return LlavaConfig(text_config=text, vision_config=vision, image_token_index=3)
+
+
+def test_decoders_with_parallel_blocks_are_refused() -> None:
+    phi = PhiConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, pad_token_id=0
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(_llava(phi))
+    with pytest.raises(UserError, match="decoder of type 'phi', which is not known to be exact here"):
+        adapter_for(model)
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    headless = tiny_vlm("llava").model.model
+    assert isinstance(headless, LlavaModel)
+    with pytest.raises(UserError, match="LlavaModel has no language-model head"):
+        adapter_for(headless)
+
+
+def test_a_cap_on_the_logits_is_refused_by_attribution() -> None:
+    vlm = tiny_vlm("paligemma2")
+    vlm.model.config.get_text_config().final_logit_softcapping = 30.0
+    transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 8, 2, skip=False, seed=0)
+    with pytest.raises(UserError, match=r"final_logit_softcapping = 30\.0, which is not linear"):
+        build_replacement(vlm, transcoders, vlm.prepare("what is this ?", [tiny_image(0)]))
+
+
+def test_a_bare_soft_token_in_a_prompt_is_refused() -> None:
+    with pytest.raises(UserError, match=r"write <\|vision_start\|><\|image_pad\|><\|vision_end\|> once for each"):
+        tiny_vlm("qwen2_5_vl").prepare("what is <|image_pad|> this ?", [tiny_image(0)])
+
+
+def test_paligemma_wants_a_picture() -> None:
+    with pytest.raises(UserError, match="give at least one"):
+        tiny_vlm("paligemma").prepare("what is this ?")
+
+
+def test_an_unknown_tiny_family_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="no tiny model of type 'gpt'; choose one of: gemma3, gemma3_text, "):
+        tiny_vlm("gpt")

@@ -38,6 +38,18 @@ def test_a_tiny_model_is_checked_without_further_keys(tmp_path: Path, capsys: py
     assert 1e-9 < metrics["check/one_picture/parity/error_own_dtype"] < 1e-4
 
 
+FAMILIES = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / "conf" / "model").glob("tiny_*.yaml"))
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_every_family_can_be_checked_by_name(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(tmp_path / "run", "task=check", f"model={model}", *SMALL, "task.targets=10")) == 0
+    assert f"{model}: " in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["check/failed"] == 0
+    assert metrics["check/held"] >= 6
+
+
 def test_orrery_is_checked_with_its_own_transcoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(tmp_path / "run", "task=check", *SMALL, "task.targets=60")) == 0
     out = capsys.readouterr().out
@@ -84,7 +96,7 @@ def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
     [
         (["model=tiny_gemma3", "transcoder=orrery"], "the model has 4 layers"),
         (["model=tiny_gemma3", "transcoder=path", "transcoder.path=/no/set"], "/no/set"),
-        (["model=tiny_gemma3", "model.tiny=gema3"], "choose one of gemma3"),
+        (["model=tiny_gemma3", "model.tiny=gema3"], "choose one of: gemma3, gemma3_text"),
         (["model=tiny_gemma3", "model.path=/x"], "two models"),
         (["model.path=/no/model"], "no model at"),
         (["model=tiny_gemma3", "task.sources=0"], "at least 1"),

@@ -123,10 +123,16 @@ def test_a_failed_job_does_not_lose_the_others_and_the_sweep_says_so(app, tmp_pa
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     parent = runs.pop(folder.name)
     assert parent.info.status == "FAILED"
-    assert {name: run.info.status for name, run in runs.items()} == {"0": "FINISHED", "1": "FAILED", "2": "FAILED"}
+    # Named by what they set, not where they are.
+    names = {mode: f'task.mode={mode}, seed=5, prompt="a,b"' for mode in ("ok", "crash", "user")}
+    states = {names["ok"]: "FINISHED", names["crash"]: "FAILED", names["user"]: "FAILED"}
+    assert {name: run.info.status for name, run in runs.items()} == states
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
-    assert runs["0"].data.metrics["val/fvu"] == 0.5
-    assert {item.path for item in client.list_artifacts(runs["0"].info.run_id)} >= {"config.yaml", "metrics.json"}
+    assert runs[names["ok"]].data.metrics["val/fvu"] == 0.5
+    assert {item.path for item in client.list_artifacts(runs[names["ok"]].info.run_id)} >= {
+        "config.yaml",
+        "metrics.json",
+    }
 
 
 def test_a_task_that_only_prints_leaves_no_folder(app, tmp_path) -> None:

@@ -43,6 +43,17 @@ def test_experiments_compose(experiment: str) -> None:
     assert catalog.options("experiment")[experiment], "the first comment line of an experiment is its description"
 
 
+@pytest.mark.parametrize("model", ["gemma3_270m_it", "gemma3_4b_it", "medgemma_4b_it"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiments_compose_with_published_models(
+    experiment: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLMSCOPE_MODELS", "/my/models")
+    config = composed(f"experiment={experiment}", f"model={model}")
+    assert config.model.path.startswith("/my/models/")
+    assert config.model.hub == f"google/{config.model.name}"
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_compose(option: str) -> None:
     paths = [f"{option.split('=')[0]}.path=/x"] if option.endswith("=path") else []

@@ -28,11 +28,13 @@ def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
 class ModelConfig:
     """Which vision-language model; nothing is fetched over the network.
 
-    `path` is a local folder. With an empty path, `tiny` names a family: a small random model of it is made in memory.
+    `path` is a local folder; `hub` says which model of the Hugging Face hub belongs there. With an empty path, `tiny`
+    names a family: a small random model of it is made in memory.
     """
 
     name: str = MISSING
     path: str = MISSING
+    hub: str | None = None
     tiny: str | None = None
     dtype: str = "float32"
     device: str = "cpu"

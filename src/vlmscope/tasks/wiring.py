@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmscope.core.errors import UserError
@@ -28,11 +29,20 @@ def limit_threads(cfg: AppConfig) -> None:
 
 
 def load_model(cfg: AppConfig) -> VLM:
-    """The model that `model=` chose: loaded from its folder, or a tiny random one made from `seed=`."""
+    """The model that `model=` chose: loaded from its folder, or a tiny random one made from `seed=`.
+
+    Raises:
+        UserError: the folder is not there or is not a model that is supported.
+    """
     limit_threads(cfg)
     if cfg.model.tiny is None:
         from vlmscope.models.loading import load_vlm
 
+        if cfg.model.hub is not None and not Path(cfg.model.path).is_dir():
+            raise UserError(
+                f"no model at {cfg.model.path}, and nothing is fetched for you: run `hf download {cfg.model.hub} "
+                f"--local-dir {cfg.model.path}`, or set VLMSCOPE_MODELS to the folder that has it"
+            )
         return load_vlm(cfg.model.path, cfg.model.dtype, cfg.model.device)
     import torch
 
@@ -47,8 +57,6 @@ def load_model(cfg: AppConfig) -> VLM:
 
 def load_transcoders(cfg: AppConfig, vlm: VLM) -> TranscoderSet:
     """The trained or random set that `transcoder=` chose, fitting the model and in its dtype."""
-    from pathlib import Path
-
     from vlmscope.config.schema import RandomTranscodersConfig
     from vlmscope.transcoders.formats import load_set
 

@@ -56,7 +56,7 @@ def test_experiments_compose_with_published_models(
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_compose(option: str) -> None:
-    paths = [f"{option.split('=')[0]}.path=/x"] if option.endswith("=path") else []
+    paths = [f"{option.split('=')[0]}.path=/x"] if option.endswith(("=path", "=folder")) else []
     composed(option, *paths)
     group, name = option.split("=")
     assert catalog.options(group)[name], f"conf/{group}/{name}.yaml starts with a comment that says what it is"

@@ -5,14 +5,16 @@ Hugging Face names their parts alike, so one class serves all of them; what diff
 attention scores and masks need nothing: attribution takes embeddings and attention patterns as the model computed them.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter, LayerNorms
-from vlmscope.models.template import Turn, user_turn
+from vlmscope.models.template import Dialogue, Turn, dialogue, user_turn
 
 
 class Decoder(NamedTuple):
@@ -129,6 +131,11 @@ class DecoderAdapter(Adapter):
 
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
         return user_turn(tokenizer, chat_template or self.chat_template, prompt, self.placeholder, n_images)
+
+    def wrap_exchanges(
+        self, exchanges: Sequence[Exchange], n_images: int, tokenizer: Any, chat_template: str | None = None
+    ) -> list[Dialogue]:
+        return [dialogue(tokenizer, chat_template or self.chat_template, exchanges, self.placeholder, n_images)]
 
     def soft_token_id(self) -> int | None:
         return int(self.model.config.image_token_id)

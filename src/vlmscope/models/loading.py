@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
@@ -75,20 +76,31 @@ class VLM:
         _check_words(self.tokenizer, prompt)
         template = getattr(self.processor, "chat_template", None)
         turn = self.adapter.wrap_prompt(prompt, len(images), self.tokenizer, template)
+        tensors = self.tokenised(turn.text, images)
+        sizes = [image.size for image in images]
+        boxes = self.adapter.soft_token_boxes(tensors, sizes, getattr(self.processor, "image_processor", None))
+        return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes)
+
+    def tokenised(self, text: str, images: Sequence[Image] = (), **settings: Any) -> dict[str, Tensor]:
+        """What the model's forward takes for a text in its template, batch size 1, on the model's device.
+
+        Args:
+            text: special tokens and placeholders included.
+            images: the pictures, in order.
+            settings: more arguments for the processor.
+        """
         if self.adapter.has_vision:
             pictures = {"images": [list(images)]} if images else {}
-            batch = self.processor(text=[turn.text], return_tensors="pt", add_special_tokens=False, **pictures)
+            batch = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **pictures, **settings)
         else:
-            batch = self.tokenizer([turn.text], return_tensors="pt", add_special_tokens=False)
+            batch = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
             batch.pop("token_type_ids", None)
         # What the processor adds for its own bookkeeping (num_crops) or for training (labels) is left out.
         names = set(inspect.signature(self.model.forward).parameters) - {"labels"}
         tensors = {name: batch[name].to(self.adapter.device) for name in batch if name in names}
         if "pixel_values" in tensors:
             tensors["pixel_values"] = tensors["pixel_values"].to(self.adapter.dtype)
-        sizes = [image.size for image in images]
-        boxes = self.adapter.soft_token_boxes(tensors, sizes, getattr(self.processor, "image_processor", None))
-        return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes)
+        return tensors
 
 
 def _check_words(tokenizer: Any, prompt: str) -> None:

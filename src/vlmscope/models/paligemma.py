@@ -9,15 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
 from vlmscope.models.boxes import grid_boxes
 from vlmscope.models.decoders import DecoderAdapter
-from vlmscope.models.template import Turn, spelt_placeholders
+from vlmscope.models.template import Dialogue, Span, Turn, spelt_placeholders
 
 
 class PaliGemmaAdapter(DecoderAdapter):
     """One soft token a patch of the whole picture, resized without cropping."""
+
+    needs_pictures = True
 
     @property
     def logit_softcap(self) -> float | None:
@@ -29,6 +32,17 @@ class PaliGemmaAdapter(DecoderAdapter):
             raise UserError("PaliGemma answers about pictures only; give at least one")
         lead = "" if spelt_placeholders(prompt, self.placeholder, n_images) else self.placeholder * n_images
         return Turn(lead, prompt, "")
+
+    def wrap_exchanges(
+        self, exchanges: Sequence[Exchange], n_images: int, tokenizer: Any, chat_template: str | None = None
+    ) -> list[Dialogue]:
+        if any(self.placeholder in exchange.assistant for exchange in exchanges):
+            raise UserError(f"an answer spells {self.placeholder}, which stands for a picture; take it out")
+        prompts = [self.wrap_prompt(exchange.user, n_images, tokenizer) for exchange in exchanges]
+        return [
+            Dialogue((Span(prompt.text, False),), suffix=exchange.assistant)
+            for prompt, exchange in zip(prompts, exchanges, strict=True)
+        ]
 
     def soft_token_boxes(
         self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any

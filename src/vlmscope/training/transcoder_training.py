@@ -1,13 +1,12 @@
 """The one call that trains a transcoder set: start or resume, fit with Lightning, evaluate."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -16,13 +15,11 @@ from vlmscope.models.base import Adapter
 from vlmscope.training.resume import fit_or_interrupt
 from vlmscope.training.transcoder_checkpoints import TranscoderCheckpoints
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.training.transcoder_data import collect
+from vlmscope.training.transcoder_data import Batch, collect
 from vlmscope.training.transcoder_evaluation import evaluate_transcoders
 from vlmscope.training.transcoder_module import TranscoderModule
 from vlmscope.training.transcoder_stream import ActivationStream
 from vlmscope.transcoders.transcoder import TranscoderSet
-
-Batch = Mapping[str, Tensor]
 
 
 def train_transcoders(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -23,6 +23,14 @@ from vlmscope.data.images import check_image, open_image
 T = TypeVar("T")
 
 
+class Line(NamedTuple):
+    """Where an example stands: its byte offset and line number (from 1); and how many pictures it has."""
+
+    offset: int
+    number: int
+    n_images: int
+
+
 class JsonLines(Sequence[Sample]):
     """The examples of one file, or some of them.
 
@@ -32,7 +40,7 @@ class JsonLines(Sequence[Sample]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines: list[tuple[int, int]] = list(self._checked())  # byte offset, line number
+        self.lines = list(self._checked())
         if not self.lines:
             raise UserError(f"{path} holds no example; write one JSON object a line (docs/bring_your_own.md)")
 
@@ -43,11 +51,15 @@ class JsonLines(Sequence[Sample]):
         """The example at `index`, its pictures opened; the examples of a slice stay closed."""
         if isinstance(index, slice):
             return self.subset(range(len(self))[index])
-        offset, number = self.lines[index]
+        line, origin = self.lines[index], self.origin(index)
         with self.path.open("rb") as file:
-            file.seek(offset)
-            record = _record(file.readline(), self._origin(number))
-        return sample_of(record, lambda name: self._picture(open_image, name, number), self._origin(number))
+            file.seek(line.offset)
+            record = _record(file.readline(), origin)
+        return sample_of(record, lambda name: self._picture(open_image, name, origin), origin)
+
+    def origin(self, index: int) -> str:
+        """The file and line of an example, for messages."""
+        return self._origin(self.lines[index].number)
 
     def subset(self, rows: Sequence[int]) -> JsonLines:
         """The examples of these rows, in this order."""
@@ -55,7 +67,7 @@ class JsonLines(Sequence[Sample]):
         part.path, part.lines = self.path, [self.lines[row] for row in rows]
         return part
 
-    def _checked(self) -> Iterator[tuple[int, int]]:
+    def _checked(self) -> Iterator[Line]:
         try:
             file = self.path.open("rb")
         except OSError as error:
@@ -64,23 +76,23 @@ class JsonLines(Sequence[Sample]):
         with file, tqdm(desc=f"checking {self.path.name}", unit="line", delay=2.0) as bar:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    for name in check_record(_record(line, self._origin(number)), self._origin(number)):
-                        if name not in seen:
-                            self._picture(check_image, name, number)
-                            seen.add(name)
-                    yield offset, number
+                    names = check_record(_record(line, self._origin(number)), self._origin(number))
+                    for name in set(names) - seen:
+                        self._picture(check_image, name, self._origin(number))
+                    seen.update(names)
+                    yield Line(offset, number, len(names))
                 offset += len(line)
                 bar.update()
 
     def _origin(self, number: int) -> str:
         return f"{self.path} line {number}"
 
-    def _picture(self, read: Callable[[Path], T], name: str, number: int) -> T:
+    def _picture(self, read: Callable[[Path], T], name: str, origin: str) -> T:
         """What `read` makes of a picture's path; its refusal names the line too."""
         try:
             return read(self.path.parent / name)
         except UserError as error:
-            raise UserError(f"{self._origin(number)}: {error}") from error
+            raise UserError(f"{origin}: {error}") from error
 
 
 def _record(line: bytes, origin: str) -> Any:

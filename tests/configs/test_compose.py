@@ -126,6 +126,14 @@ def test_prompts_and_pictures_reach_the_task(tmp_path: Path) -> None:
         composed("prompt_file=/no/such/file")
 
 
+def test_features_are_named_in_a_dict_or_a_list() -> None:
+    steer = composed("task=steer", "task.features={L1/7: 8.0, L2/30: 0, L10/2048: -1.5e1}")
+    assert steer.task.features == {"L1/7": 8.0, "L2/30": 0.0, "L10/2048": -15.0}
+    assert composed("task=patch", "task.features=[L1/7,L2/30]").task.features == ["L1/7", "L2/30"]
+    assert composed("task=steer").task.features == {}
+    assert composed("data=folder", "data.path=/my/data").data.val_share == 0.05
+
+
 def test_debug_goes_before_what_an_experiment_says(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "long.yaml").write_text("# @package _global_\ntrainer:\n  max_steps: 9999\n")

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 
@@ -160,6 +162,10 @@ def _render(tokenizer: Any, template: str, content: Any) -> str:
 
 
 def _apply(tokenizer: Any, template: str, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-    return tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    """The rendered messages, or nothing when the template cannot take them: one for strings chokes on lists."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (TypeError, TemplateError):
+        return ""

@@ -62,7 +62,7 @@ def train_transcoders(
     progress = _Progress(config, val_batches, logger)
     if module.steps_done < config.max_steps:
         _fit(module, train_batch, [progress, checkpoints], logger)
-    transcoders = module.finished_set()
+    transcoders = module.finished_set().to(adapter.device)  # Lightning leaves the module on the CPU
     metrics = evaluate_transcoders(adapter, transcoders, val_batches) if val_batches else {}
     metrics |= progress.speed()
     if logger is not None:
@@ -77,10 +77,12 @@ def _fit(
     logger: Logger | None,
 ) -> None:
     stream = ActivationStream(module.adapter, batch_of, module.config, lambda: module.steps_done)
+    device = module.adapter.device  # activations are captured there, so the transcoders must be there too
+    on_gpu = device.type == "cuda"
     trainer = pl.Trainer(
         max_epochs=1,
-        accelerator="auto",
-        devices=1,
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=[device.index or 0] if on_gpu else 1,
         callbacks=callbacks,
         logger=logger if logger is not None else False,
         enable_checkpointing=False,

@@ -12,6 +12,9 @@ from vlmscope.interventions.frozen import base_run
 from vlmscope.interventions.named import by_layer, donor_activations, mean_activations, patch_plan, steer_plan
 from vlmscope.interventions.run import activations, run_edited
 from vlmscope.metrics.causal import kl_divergence
+from vlmscope.models.batching import make_batch
+from vlmscope.models.tiny import tiny_image, tiny_vlm
+from vlmscope.transcoders.init import random_set
 
 
 def dense(vlm, transcoders, batch, layer: int) -> torch.Tensor:
@@ -95,3 +98,23 @@ def test_a_control_needs_features_that_are_not_edited(bench) -> None:
     plan = steer_plan(vlm.adapter, transcoders, {FeatureId(0, i): 1.0 for i in range(21)}, batch.length)
     with pytest.raises(UserError, match="21 of the 40 features of layer 0 are edited"):
         measure_effect(vlm.adapter, transcoders, batch, base, plan, "free", means, 1)
+
+
+def test_a_bfloat16_model_is_edited_too() -> None:
+    vlm = tiny_vlm("llava", 3, dtype=torch.bfloat16)
+    adapter = vlm.adapter
+    transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 6, False, 1, torch.bfloat16, "random")
+    batch = make_batch(adapter, [vlm.prepare("what is this ?", [tiny_image(0)])])
+    donor = make_batch(adapter, [vlm.prepare("what is this ?", [tiny_image(1)])])
+    base = base_run(adapter, transcoders, batch)
+    means = mean_activations(adapter, transcoders, [batch], [0, 1])
+    named = [FeatureId(0, i) for i in range(12)]
+    carried = donor_activations(adapter, transcoders, donor, by_layer(transcoders, named))
+    plans = (
+        steer_plan(adapter, transcoders, {FeatureId(0, 1): 20.0, FeatureId(1, 2): 20.0}, batch.length),
+        patch_plan(carried, batch.roles, 5.0),
+    )
+    for plan in plans:
+        for mode in ("direct", "frozen_attention", "free"):
+            effect, logits = measure_effect(adapter, transcoders, batch, base, plan, mode, means, 1)
+            assert logits.dtype == torch.bfloat16 and effect.change.kl > 0

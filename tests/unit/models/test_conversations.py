@@ -128,3 +128,37 @@ def test_placeholders_belong_to_the_first_user_turn(vlm: VLM) -> None:
     spelt = (Exchange(f"what {placeholder} is this ?", "red planet"), EXCHANGES[1])
     forward = encode(vlm, Conversation((tiny_image(0),), spelt))[0]
     assert said(vlm, forward).startswith("red planet")
+
+
+# In the manner of published ones: pictures before all text, and the answers in a block of their own.
+BLOCKS = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for item in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for item in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ item['text'] + ' ' }}{% endgeneration %}"
+    "{% else %}{{ item['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+STRINGS = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' + message['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+DEAF = "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [BLOCKS, STRINGS])
+def test_the_models_own_template_is_used(template: str) -> None:
+    vlm = tiny_vlm("llava", 5)
+    vlm.processor.chat_template = template
+    (forward,) = encode(vlm, Conversation((tiny_image(0),), EXCHANGES))
+    assert said(vlm, forward).replace(" ", "") == "redplanettwoblue"
+    assert unmarked(vlm, forward).count("ASSISTANT:") == 2 and "and the other one ?" in unmarked(vlm, forward)
+    soft = int((forward["input_ids"] == vlm.adapter.soft_token_id()).sum())
+    assert soft == 9
+
+
+def test_a_template_without_answers_is_refused() -> None:
+    vlm = tiny_vlm("llava", 5)
+    vlm.processor.chat_template = DEAF
+    with pytest.raises(UserError, match="line 8: the model's chat template does not show 2 exchanges with 0 pictures"):
+        encode(vlm, Conversation((), EXCHANGES, "line 8"))

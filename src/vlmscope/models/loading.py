@@ -89,12 +89,19 @@ class VLM:
             images: the pictures, in order.
             settings: more arguments for the processor.
         """
+        return self._tensors(self._processed(text, images, **settings))
+
+    def _processed(self, text: str, images: Sequence[Image], **settings: Any) -> Any:
+        """What the processor, or the tokenizer of a text-only model, makes of one text."""
+        asked = {"return_tensors": "pt", "add_special_tokens": False, **settings}
         if self.adapter.has_vision:
-            pictures = {"images": [list(images)]} if images else {}
-            batch = self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **pictures, **settings)
-        else:
-            batch = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
-            batch.pop("token_type_ids", None)
+            return self.processor(text=[text], **asked, **({"images": [list(images)]} if images else {}))
+        batch = self.tokenizer([text], **asked)
+        batch.pop("token_type_ids", None)
+        return batch
+
+    def _tensors(self, batch: Any) -> dict[str, Tensor]:
+        """What the model's forward takes of a processed batch, on its device."""
         # What the processor adds for its own bookkeeping (num_crops) or for training (labels) is left out.
         names = set(inspect.signature(self.model.forward).parameters) - {"labels"}
         tensors = {name: batch[name].to(self.adapter.device) for name in batch if name in names}

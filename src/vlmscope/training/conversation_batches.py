@@ -1,4 +1,4 @@
-"""Batches of conversations for transcoders: one forward each, since pictures of different sizes do not stack.
+"""Batches of conversations for transcoders: one forward each, but that those of the same shape are stacked.
 
 A batch holds a fixed number of examples, about as many as `tokens_per_batch` tokens need on average, from an endless
 shuffled order. So batch n follows from the seed and n alone, and every example is used once an epoch.
@@ -6,6 +6,7 @@ shuffled order. So batch n follows from the seed and n alone, and every example 
 
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from vlmscope.core.conversation import Sample
@@ -16,6 +17,18 @@ Forward = dict[str, Tensor]
 Encoder = Callable[[Sample], list[Forward]]  # such as vlmscope.models.conversations.encode with its model
 
 PROBES = 16  # examples from which the average number of tokens is taken
+
+
+def stacked(forwards: Sequence[Forward]) -> list[Forward]:
+    """Forwards whose tensors all have the same shapes as one, along the first axis; groups in order of appearance.
+
+    Pictures of different sizes, and prompts of different lengths, stay apart: padding would have to be told to every
+    family in its own way.
+    """
+    groups: dict[tuple, list[Forward]] = {}
+    for one in forwards:
+        groups.setdefault(tuple((name, tuple(tensor.shape)) for name, tensor in sorted(one.items())), []).append(one)
+    return [{name: torch.cat([one[name] for one in group]) for name in group[0]} for group in groups.values()]
 
 
 class ConversationBatches:
@@ -43,7 +56,9 @@ class ConversationBatches:
     def __call__(self, number: int) -> list[Forward]:
         """The forwards of one batch."""
         first = number * self.examples_per_batch
-        return [one for place in range(first, first + self.examples_per_batch) for one in self._forwards(place)]
+        return stacked(
+            [one for place in range(first, first + self.examples_per_batch) for one in self._forwards(place)]
+        )
 
     def _forwards(self, place: int) -> list[Forward]:
         return self.encode(self.samples[drawn(self.seed, place, len(self.samples))])

@@ -56,7 +56,7 @@ def test_a_damaged_picture_stops_training_and_its_repair_resumes_it_exactly(
     (data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for number in range(80):
         tiny_image(number).save(data / f"{number}.png")
-    command = [*TRAIN, f"data.path={data}", "trainer.max_steps=40", "trainer.checkpoint_every=0"]
+    command = [*TRAIN, f"data.path={data}", "trainer.max_steps=60", "trainer.checkpoint_every=0"]
     assert main([*command, f"hydra.run.dir={tmp_path / 'whole'}"]) == 0
     assert json.loads((tmp_path / "whole" / "metrics.json").read_text())["val/fvu"] < 1
 

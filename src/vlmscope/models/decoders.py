@@ -5,6 +5,7 @@ Hugging Face names their parts alike, so one class serves all of them; what diff
 attention scores and masks need nothing: attribution takes embeddings and attention patterns as the model computed them.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ DECODERS = {
     "qwen2": _LLAMA,
     "qwen2_5_vl_text": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_vl_text": _LLAMA,
 }
 
 
@@ -41,6 +43,7 @@ class DecoderAdapter(Adapter):
     Attributes:
         placeholder: what stands for a picture in a prompt.
         chat_template: the family's usual template, for a model that came without one.
+        decoders: by `model_type`, those that the family may have.
 
     Raises:
         UserError: when the model has no language-model head, or a decoder that the replacement model does not represent
@@ -49,6 +52,7 @@ class DecoderAdapter(Adapter):
 
     placeholder = "<image>"
     chat_template = ""
+    decoders: Mapping[str, Decoder] = DECODERS
 
     def __init__(self, model: Any) -> None:
         if not isinstance(getattr(model, "lm_head", None), nn.Linear):
@@ -58,18 +62,17 @@ class DecoderAdapter(Adapter):
         self.model = model
         text = model.config.get_text_config()
         kind = str(text.model_type)
-        if kind not in DECODERS:
+        if kind not in self.decoders:
+            known = ", ".join(sorted(self.decoders))
             raise UserError(
                 f"{type(model).__name__} has a decoder of type {kind!r}, which is not known to be exact here (mixtures "
-                f"of experts, parallel blocks, cross-attention are not); choose one of: {', '.join(sorted(DECODERS))}"
+                f"of experts, parallel blocks, cross-attention are not); choose one of: {known}"
             )
-        self._kind = DECODERS[kind]
+        self._kind = self.decoders[kind]
         self.n_layers = int(text.num_hidden_layers)
         self.d_model = int(text.hidden_size)
         self.n_heads = int(text.num_attention_heads)
-        self.n_kv_heads = int(text.num_key_value_heads)
         self.vocab_size = int(text.vocab_size)
-        self.head_dim = self.output_weight(0).shape[1] // self.n_heads
 
     @property
     def has_vision(self) -> bool:
@@ -112,8 +115,10 @@ class DecoderAdapter(Adapter):
         # Half precision is normalised in float32, as the model does.
         wide = x if x.dtype == torch.float64 else x.float()
         eps = float(getattr(norm, "eps", None) or norm.variance_epsilon)  # pyright: ignore[reportArgumentType]
-        weight = self._kind.norm_offset + norm.get_parameter("weight").to(wide.dtype)
-        return (torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        if getattr(norm, "weight", None) is None:  # a norm of values has none
+            return scale.expand_as(wide).to(x.dtype)
+        return (scale * (self._kind.norm_offset + norm.get_parameter("weight").to(wide.dtype))).to(x.dtype)
 
     def value_weight(self, layer: int) -> Tensor:
         return self._layer(layer).self_attn.v_proj.weight

@@ -26,12 +26,15 @@ class _Classes(NamedTuple):
 _CLASSES = {
     "gemma3": _Classes("Gemma3ForConditionalGeneration", "Gemma3Processor"),
     "gemma3_text": _Classes("Gemma3ForCausalLM", "AutoTokenizer"),
+    "gemma4": _Classes("Gemma4ForConditionalGeneration", "Gemma4Processor"),
+    "gemma4_text": _Classes("Gemma4ForCausalLM", "AutoTokenizer"),
     "idefics3": _Classes("Idefics3ForConditionalGeneration", "Idefics3Processor"),
     "internvl": _Classes("InternVLForConditionalGeneration", "InternVLProcessor"),
     "llava": _Classes("LlavaForConditionalGeneration", "LlavaProcessor"),
     "llava_onevision": _Classes("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionProcessor"),
     "paligemma": _Classes("PaliGemmaForConditionalGeneration", "PaliGemmaProcessor"),
     "qwen2_5_vl": _Classes("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"),
+    "qwen3_vl": _Classes("Qwen3VLForConditionalGeneration", "Qwen3VLProcessor"),
     "smolvlm": _Classes("SmolVLMForConditionalGeneration", "SmolVLMProcessor"),
 }
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,7 +1,7 @@
 """PaliGemma (Gemma decoder) and PaliGemma 2 (Gemma 2): a SigLIP tower's patches as soft tokens before the prompt.
 
 Everything up to the answer sees everything (`token_type_ids` is 0 there); generated tokens are causal. Gemma 2's cap on
-attention scores is part of the frozen patterns; its cap on the logits, where there is one, is refused by attribution.
+attention scores is part of the frozen patterns; of logits that it caps, graphs explain those before the cap.
 """
 
 from collections.abc import Mapping, Sequence

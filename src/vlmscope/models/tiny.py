@@ -80,12 +80,15 @@ def _multimodal_config(text: Gemma3TextConfig) -> Gemma3Config:
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Draw every parameter anew, none of them zero: matrices at unit gain, vectors with deviation 0.3."""
+    """Draw every learned number anew, none of them zero: matrices at unit gain, vectors with deviation 0.3."""
     for name, parameter in model.named_parameters():
         numbers = torch.from_numpy(generator(seed, name).standard_normal(tuple(parameter.shape)))
         # The unembedding shares the embedding, which is scaled by sqrt(d) on the way in.
         scale = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
         parameter.copy_(numbers * scale)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):  # Gemma 4's learned constants, which libraries start at one
+            buffer.fill_(float(generator(seed, name).uniform(0.6, 1.4)))
 
 
 def tiny_gemma3(

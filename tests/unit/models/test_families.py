@@ -132,23 +132,24 @@ def test_a_batch_of_prompts_is_each_on_its_own(vlm: VLM) -> None:
     inputs = [vlm.prepare(PROMPT, [tiny_image(number)]) for number in range(2)]
     batch = make_batch(vlm.adapter, inputs)
     with torch.no_grad():
-        together = vlm.model(**batch.tensors, use_cache=False).logits
+        together = vlm.adapter.forward(batch.tensors, use_cache=False).logits
     for row, one in enumerate(inputs):
         assert torch.allclose(together[row], logits(vlm, one), rtol=0, atol=1e-5)
     with torch.no_grad():
-        reversed_logits = vlm.model(**batch.select([1, 0]).tensors, use_cache=False).logits
+        reversed_logits = vlm.adapter.forward(batch.select([1, 0]).tensors, use_cache=False).logits
     assert torch.allclose(reversed_logits, together.flip(0), rtol=0, atol=1e-6)
 
 
-def test_batches_do_not_remember_each_other() -> None:
-    """Qwen2.5-VL keeps the shift of positions that its last pictures made."""
-    vlm = tiny_vlm("qwen2_5_vl", 5)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_batches_do_not_remember_each_other(family: str) -> None:
+    """Both families keep the shift of positions that their last pictures made."""
+    vlm = tiny_vlm(family, 5)
     text = make_batch(vlm.adapter, [vlm.prepare(PROMPT)])
     wide, tall = (make_batch(vlm.adapter, [vlm.prepare(PROMPT, [tiny_image(0).resize(size)])]) for size in SIZES[1:])
     with torch.no_grad():
-        alone = [vlm.model(**batch.tensors, use_cache=False).logits for batch in (text, wide, tall)]
+        alone = [vlm.adapter.forward(batch.tensors, use_cache=False).logits for batch in (text, wide, tall)]
         make_batch(vlm.adapter, [vlm.prepare(PROMPT, [tiny_image(0)])] * 3)
-        after = [vlm.model(**batch.tensors, use_cache=False).logits for batch in (text, wide, tall)]
+        after = [vlm.adapter.forward(batch.tensors, use_cache=False).logits for batch in (text, wide, tall)]
     assert all(torch.equal(one, other) for one, other in zip(alone, after, strict=True))
     assert torch.allclose(alone[0][0], logits(vlm, vlm.prepare(PROMPT)), rtol=0, atol=1e-6)
     assert torch.allclose(alone[1][0], logits(vlm, vlm.prepare(PROMPT, [tiny_image(0).resize(SIZES[1])])), atol=1e-6)

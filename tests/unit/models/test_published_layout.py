@@ -31,6 +31,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "smolvlm": ("SmolVLMImageProcessor", TILES, {"image_seq_len": 4}),
     "internvl": ("GotOcr2ImageProcessorFast", {**SQUARE, "max_patches": 4}, {"image_seq_length": 4}),
     "qwen2_5_vl": ("Qwen2VLImageProcessor", {"patch_size": 3, "min_pixels": 144, "max_pixels": 600}, {}),
+    "qwen3_vl": (
+        "Qwen2VLImageProcessorFast",
+        {"patch_size": 3, "size": {"shortest_edge": 144, "longest_edge": 600}, "merge_size": 2},
+        {},
+    ),
+    "gemma4": (
+        "Gemma4ImageProcessor",
+        {"patch_size": 2, "pooling_kernel_size": 2, "max_soft_tokens": 70},
+        {"image_seq_length": 70, "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"}},
+    ),
 }
 
 

@@ -24,18 +24,17 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import derive, generator
 from vlmscope.models.base import adapter_for
 from vlmscope.models.loading import VLM
-from vlmscope.models.orrery.processor import BOI, BOS, EOI, EOS, PAD, SOFT, SPECIAL, UNK, gemma3_processor
+from vlmscope.models.orrery.processor import BOI, BOS, EOI, EOS, PAD, SOFT, SPECIAL, gemma3_processor
 from vlmscope.models.tiny_families import FAMILIES, build_family
 from vlmscope.models.tiny_tokenizer import WORDS, byte_tokenizer
 
 LAYER_TYPES = ("sliding_attention", "full_attention", "sliding_attention", "full_attention")
 _IMAGE_SIZE, _PATCH_SIZE, _SOFT_TOKENS = 16, 4, 4
-_SPECIAL = tuple(token for token in SPECIAL if token != UNK)  # no word is unknown
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer(
-        _SPECIAL,
+        SPECIAL,  # of Orrery, so that ids are the same; <unk> is never made
         ("user", "model", *WORDS),
         named={"boi_token": BOI, "eoi_token": EOI, "image_token": SOFT},
         adds_bos=False,  # Gemma's template spells it
@@ -65,9 +64,9 @@ def _text_config(
         layer_types=list(layer_types),
         attention_bias=attention_bias,
         max_position_embeddings=256,
-        pad_token_id=_SPECIAL.index(PAD),
-        eos_token_id=_SPECIAL.index(EOS),
-        bos_token_id=_SPECIAL.index(BOS),
+        pad_token_id=SPECIAL.index(PAD),
+        eos_token_id=SPECIAL.index(EOS),
+        bos_token_id=SPECIAL.index(BOS),
         # Bases this small turn visibly within a short prompt, so that confusing them cannot pass a check.
         rope_parameters={
             "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
@@ -90,9 +89,9 @@ def _multimodal_config(text: Gemma3TextConfig) -> Gemma3Config:
         text_config=text,
         vision_config=vision,
         mm_tokens_per_image=_SOFT_TOKENS,
-        boi_token_index=_SPECIAL.index(BOI),
-        eoi_token_index=_SPECIAL.index(EOI),
-        image_token_index=_SPECIAL.index(SOFT),
+        boi_token_index=SPECIAL.index(BOI),
+        eoi_token_index=SPECIAL.index(EOI),
+        image_token_index=SPECIAL.index(SOFT),
     )
 
 

@@ -44,7 +44,8 @@ CASES: dict[str, dict[str, Any]] = {
     "one_image_skip_biases": {"images": 1, "skip": True, "attention_bias": True},
     "two_images_skip": {"images": 2, "skip": True},
     "no_gqa": {"images": 1, "skip": False, "n_kv_heads": 4},
-    "all_sliding": {"images": 1, "skip": False, "layer_types": ("sliding_attention",) * 3},
+    # The window is shorter than the prompt; three layers of it still reach from the last position to the picture.
+    "all_sliding": {"images": 1, "skip": False, "layer_types": ("sliding_attention",) * 3, "window": 7},
     # Families: one picture with skip paths, and where pictures add up in another way, two.
     "llava": {"family": "llava", "images": 1, "skip": True},
     "llava_two_images": {"family": "llava", "images": 2, "skip": False},

@@ -187,6 +187,15 @@ class Adapter(ABC):
             UserError: when the prompt spells another number of placeholders than there are pictures.
         """
 
+    def completed_turn(self, turn: Turn, tokenizer: Any) -> Turn:
+        """The turn with what the family's processor adds by itself before it expands placeholders; mostly nothing.
+
+        Args:
+            turn: what `wrap_prompt` gave.
+            tokenizer: the model's tokenizer.
+        """
+        return turn
+
     @abstractmethod
     def soft_token_boxes(
         self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter, ModelInputs, adapter_for, check_supported
-from vlmscope.models.positions import describe_inputs
+from vlmscope.models.positions import describe_inputs, written_by_user
 from vlmscope.models.processors import picture_processor
 
 
@@ -78,12 +78,16 @@ class VLM:
         _check_words(self.tokenizer, prompt)
         template = getattr(self.processor, "chat_template", None)
         turn = self.adapter.wrap_prompt(prompt, len(images), self.tokenizer, template)
+        asked = {"return_tensors": "pt", "add_special_tokens": False, "return_offsets_mapping": True}
         if self.adapter.has_vision:
             pictures = {"images": [list(images)]} if images else {}
-            batch = self.processor(text=[turn.text], return_tensors="pt", add_special_tokens=False, **pictures)
+            batch = self.processor(text=[turn.text], return_text_replacement_offsets=True, **asked, **pictures)
         else:
-            batch = self.tokenizer([turn.text], return_tensors="pt", add_special_tokens=False)
+            batch = self.tokenizer([turn.text], **asked)
             batch.pop("token_type_ids", None)
+        replaced = batch["text_replacement_offsets"][0] if images else []
+        completed = self.adapter.completed_turn(turn, self.tokenizer)
+        written = written_by_user(completed, replaced, batch["offset_mapping"][0].numpy())
         # What the processor adds for its own bookkeeping (num_crops) or for training (labels) is left out.
         names = set(inspect.signature(self.model.forward).parameters) - {"labels"}
         tensors = {name: batch[name].to(self.adapter.device) for name in batch if name in names}
@@ -91,7 +95,7 @@ class VLM:
             tensors["pixel_values"] = tensors["pixel_values"].to(self.adapter.dtype)
         sizes = [image.size for image in images]
         boxes = self.adapter.soft_token_boxes(tensors, sizes, getattr(self.processor, "image_processor", None))
-        return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes)
+        return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes, written)
 
 
 def _check_words(tokenizer: Any, prompt: str) -> None:

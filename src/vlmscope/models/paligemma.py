@@ -30,6 +30,13 @@ class PaliGemmaAdapter(DecoderAdapter):
         lead = "" if spelt_placeholders(prompt, self.placeholder, n_images) else self.placeholder * n_images
         return Turn(lead, prompt, "")
 
+    def completed_turn(self, turn: Turn, tokenizer: Any) -> Turn:
+        bos = tokenizer.bos_token
+        if not turn.before:  # the user placed the pictures
+            end = turn.content.rfind(self.placeholder) + len(self.placeholder)
+            return Turn("", turn.content[:end] + bos + turn.content[end:], "\n")
+        return Turn(turn.before + bos, turn.content, "\n")
+
     def soft_token_boxes(
         self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
     ) -> list[list[PatchBox]]:

@@ -8,10 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPVisionConfig,
     Gemma2Config,
@@ -50,48 +46,22 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from vlmscope.models.processors import picture_processor
+from vlmscope.models.tiny_tokenizer import WORDS, byte_tokenizer
 
 Built = tuple[Any, Any]  # configuration and processor
-_SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
-_WORDS = (
-    "USER:",
-    "ASSISTANT:",
-    "what",
-    "is",
-    "this",
-    "?",
-    "red",
-    "blue",
-    "planet",
-    "and",
-    "the",
-    "other",
-    "one",
-    "two",
-)
+_SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
 _IMAGE_ID = _SPECIAL.index("<image>")
 _SIDE, _PATCH = 12, 4
 
 
 def _tokenizer(special: Sequence[str] = (), words: Sequence[str] = (), **named: str) -> PreTrainedTokenizerFast:
-    """Words split at white space; ids are those of `_SPECIAL`, then `special`, then words."""
-    tokens = (*_SPECIAL, *special)
-    vocabulary = {token: i for i, token in enumerate((*tokens, *_WORDS, *words))}
-    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-    # As in Llama: the tokenizer puts the first token there, not the template.
-    core.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>", **named},
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
+    """A byte-level tokenizer whose first ids are those of `_SPECIAL`, then `special`, and that knows `words`."""
+    return byte_tokenizer(
+        (*_SPECIAL, *special),
+        ("USER:", "ASSISTANT:", *WORDS, *words),
+        named={"image_token": "<image>", **named},
+        # As in Llama: the tokenizer puts the first token there, not the template.
+        adds_bos=True,
     )
 
 
@@ -163,6 +133,9 @@ def _llava_onevision() -> Built:
 
 def _paligemma(text_class: type[Any] = GemmaConfig, **changes: Any) -> Built:
     tokenizer = _tokenizer()
+    images = SiglipImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
+    setattr(images, "image_seq_length", (_SIDE // _PATCH) ** 2)  # noqa: B010, as checkpoints say it in their JSON
+    processor = picture_processor("PaliGemmaProcessor")(images, tokenizer)  # adds tokens for places to the tokenizer
     config = PaliGemmaConfig(
         text_config=text_class(**_text(tokenizer, attention_bias=True, **changes)),
         vision_config=SiglipVisionConfig(**_vision(vision_use_head=False)),
@@ -170,9 +143,7 @@ def _paligemma(text_class: type[Any] = GemmaConfig, **changes: Any) -> Built:
         projection_dim=24,
         hidden_size=24,
     )
-    images = SiglipImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
-    setattr(images, "image_seq_length", (_SIDE // _PATCH) ** 2)  # noqa: B010, as checkpoints say it in their JSON
-    return config, picture_processor("PaliGemmaProcessor")(images, tokenizer)
+    return config, processor
 
 
 def _paligemma2() -> Built:

@@ -36,8 +36,7 @@ def logits(vlm: VLM, inputs: ModelInputs) -> torch.Tensor:
 
 def test_the_users_words_are_the_question(vlm: VLM) -> None:
     inputs = vlm.prepare(PROMPT, [tiny_image(0)])
-    last = [inputs.tokens[-1]] if inputs.tokens[-1] in PROMPT else []  # PaliGemma's prompt ends the input
-    assert words(inputs, "question") + last == PROMPT.split()
+    assert words(inputs, "question") == PROMPT.split()
     assert set(words(inputs, "image")) == {vlm.tokenizer.decode([vlm.adapter.soft_token_id()])}
     assert (inputs.image_index[inputs.is_image] == 0).all() and (inputs.image_index[~inputs.is_image] == -1).all()
     assert [box is not None for box in inputs.patch_boxes] == inputs.is_image.tolist()
@@ -53,8 +52,6 @@ def test_placeholders_stand_where_the_prompt_spells_them(vlm: VLM) -> None:
     assert "is" in [token.strip() for token in between]
     with pytest.raises(UserError, match=f"spells {re.escape(placeholder)} 1 times but 2 pictures were given"):
         vlm.prepare(f"what {placeholder} is", [tiny_image(0), tiny_image(1)])
-    with pytest.raises(UserError, match="does not know the word 'zebra'"):
-        vlm.prepare("what zebra is", [tiny_image(0)])
 
 
 def test_pictures_move_the_logits(vlm: VLM) -> None:
@@ -115,6 +112,7 @@ def test_a_saved_model_is_the_same_model(vlm: VLM, tmp_path: Path) -> None:
     pictures = [tiny_image(0), tiny_image(1).resize((20, 12))]
     before, after = vlm.prepare(PROMPT, pictures), again.prepare(PROMPT, pictures)
     assert before.input_ids == after.input_ids and before.patch_boxes == after.patch_boxes
+    assert again.tokenizer.backend_tokenizer.to_str() == vlm.tokenizer.backend_tokenizer.to_str()
     assert torch.allclose(logits(vlm, before), logits(again, after), rtol=0, atol=1e-6)
 
 

@@ -18,6 +18,7 @@ def describe_inputs(
     tensors: dict[str, Tensor],
     turn: Turn,
     boxes: Sequence[Sequence[PatchBox]],
+    sizes: Sequence[tuple[int, int]] = (),
 ) -> ModelInputs:
     """Name every position of tokenised inputs.
 
@@ -27,6 +28,7 @@ def describe_inputs(
         tensors: the model's inputs, batch size 1.
         turn: the prompt in its template, from which the inputs were made.
         boxes: for each picture the box of each of its soft tokens, in order.
+        sizes: width and height of each picture in pixels.
 
     Raises:
         UserError: boxes and soft tokens differ in number, so that the processor and the model do not belong together.
@@ -45,7 +47,7 @@ def describe_inputs(
     for position, (picture, box) in zip(np.flatnonzero(is_image), flat, strict=True):
         image_index[position], patch_boxes[position] = picture, box
     roles = _roles(tokenizer, turn, ids, tokens, is_image)
-    return ModelInputs(tensors, tokens, is_image, image_index, patch_boxes, roles, turn.content)
+    return ModelInputs(tensors, tokens, is_image, image_index, patch_boxes, roles, turn.content, tuple(sizes))
 
 
 def _roles(tokenizer: Any, turn: Turn, ids: list[int], tokens: list[str], is_image: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ class TileAttention:
     Attributes:
         tile: its grid of patches, where they lie on the picture, and how many class tokens stand before them.
         patterns: layer -> `[H, P, P]`, attention probabilities, last two axes query and key, rows summing to 1. What
-            lies outside the window of a layer that attends within windows is 0. H = 1 when heads were averaged.
+            lies outside the window of a layer that attends within windows is 0.
     """
 
     tile: Tile
@@ -57,18 +57,16 @@ class VisionAttention:
 
 
 @torch.no_grad()
-def capture_vision_attention(
-    vlm: VLM, inputs: ModelInputs, layers: Sequence[int] | None = None, *, average_heads: bool = False
-) -> VisionAttention:
+def capture_vision_attention(vlm: VLM, inputs: ModelInputs, layers: Sequence[int] | None = None) -> VisionAttention:
     """The attention patterns of the vision tower at one prompt's pictures, from one forward of the tower.
 
-    The model must be in evaluation mode. Patterns of layers that are not asked for are not kept.
+    The model must be in evaluation mode. Patterns of layers that are not asked for are not kept; each that is takes
+    `H * P * P` numbers a tile, 1 GiB in float32 for 4096 patches and 16 heads.
 
     Args:
         vlm: the model with its processor.
         inputs: what `vlm.prepare` made of the prompt.
         layers: layers of the tower, counted from the end when negative (`range(-4, 0)`: the last four); all when None.
-        average_heads: keep the mean of the heads, which takes H times less memory.
 
     Raises:
         UserError: the model or the prompt has no pictures, the tower has no such layer, or its attention cannot be
@@ -85,7 +83,7 @@ def capture_vision_attention(
     n_layers = len(adapter.vision_attention())
     chosen = _chosen(layers, n_layers)
     pictures = adapter.picture_patches(inputs.tensors, inputs.sizes, vlm.processor.image_processor)
-    with recording_vision_patterns(adapter, chosen, average_heads=average_heads) as recorded:
+    with recording_vision_patterns(adapter, chosen) as recorded:
         make_batch(adapter, [inputs])  # runs the tower and nothing behind it
     found = []
     for picture in pictures:

@@ -152,15 +152,12 @@ def recording_patterns(model: Any) -> Iterator[dict[int, Tensor]]:
 
 
 @contextmanager
-def recording_vision_patterns(
-    model: Any, layers: Sequence[int], *, average_heads: bool = False
-) -> Iterator[dict[int, list[Tensor]]]:
+def recording_vision_patterns(model: Any, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
     """Record the attention patterns of some layers of the vision tower; the others keep nothing.
 
     Args:
         model: a Hugging Face model or an adapter.
         layers: indices into `Adapter.vision_attention()`.
-        average_heads: keep the mean of the heads, `H = 1`, instead of each.
 
     Yields:
         A dict that forwards fill: layer -> patterns `[B, H, S, S]` (detached), one a call of the attention in the order
@@ -172,11 +169,7 @@ def recording_vision_patterns(
     adapter = _as_adapter(model)
     modules: list[Any] = adapter.vision_attention()
     store: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-
-    def keep(found: list[Tensor], pattern: Tensor) -> None:
-        found.append(pattern.mean(1, keepdim=True) if average_heads else pattern)
-
-    recorders = {modules[layer]: partial(keep, found) for layer, found in store.items()}
+    recorders = {modules[layer]: found.append for layer, found in store.items()}
     # The tower's own configuration decides in which form it makes its mask.
     configs = [adapter.model.config.vision_config, *(module.config for module in modules)]
     with _switched(configs), _entered(_recorders, recorders):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
+from vlmscope.models.patches import PicturePatches
 from vlmscope.models.template import Turn
 
 ROLES = ("special", "image", "question", "last")
@@ -38,6 +39,7 @@ class ModelInputs:
         roles: `[T]` strings of `ROLES`; `last` is the final position, which predicts the answer; `question` is what
             the user wrote; everything that the template adds is `special`.
         prompt: the prompt as the user wrote it.
+        sizes: width and height of each picture in pixels, as it was given.
     """
 
     tensors: dict[str, Tensor]
@@ -47,6 +49,7 @@ class ModelInputs:
     patch_boxes: list[PatchBox | None]
     roles: np.ndarray
     prompt: str
+    sizes: tuple[tuple[int, int], ...] = ()
 
     @property
     def input_ids(self) -> list[int]:
@@ -210,6 +213,32 @@ class Adapter(ABC):
         Returns:
             One list a picture, in the order of its soft tokens. A token that stands for no part of the picture, such
             as the end of a row, has a box without area.
+        """
+
+    @abstractmethod
+    def vision_attention(self) -> list[nn.Module]:
+        """The attention modules of the vision tower, from the first to the last that the decoder is given anything of.
+
+        Returns:
+            Modules that call transformers' attention interface; none for a text-only model.
+
+        Raises:
+            UserError: the tower's attention cannot be recorded.
+        """
+
+    @abstractmethod
+    def picture_patches(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
+    ) -> list[PicturePatches]:
+        """The patches that the vision tower sees of each picture, and how they are pooled to soft tokens.
+
+        Args:
+            tensors: as for `soft_token_boxes`.
+            sizes: as for `soft_token_boxes`, of one picture or more.
+            image_processor: as for `soft_token_boxes`.
+
+        Raises:
+            UserError: it is not known how this tower holds its patches.
         """
 
     @abstractmethod

@@ -5,7 +5,7 @@ Hugging Face names their parts alike, so one class serves all of them; what diff
 attention scores and masks need nothing: attribution takes embeddings and attention patterns as the model computed them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter, LayerNorms
+from vlmscope.models.patches import PicturePatches
 from vlmscope.models.template import Turn, user_turn
+from vlmscope.models.towers import tower_attention
 
 
 class Decoder(NamedTuple):
@@ -134,6 +136,20 @@ class DecoderAdapter(Adapter):
 
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
         return user_turn(tokenizer, chat_template or self.chat_template, prompt, self.placeholder, n_images)
+
+    def vision_tower(self) -> Any:
+        """The vision tower; only for a model that takes pictures."""
+        return self.model.model.vision_tower
+
+    def vision_attention(self) -> list[nn.Module]:
+        read = getattr(self.model.config, "vision_feature_layer", -1)
+        return tower_attention(self.vision_tower(), read) if self.has_vision else []
+
+    def picture_patches(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
+    ) -> list[PicturePatches]:
+        kind = self.model.config.model_type
+        raise UserError(f"it is not known where the vision tower of models of type {kind!r} holds its patches")
 
     def soft_token_id(self) -> int | None:
         return int(self.model.config.image_token_id)

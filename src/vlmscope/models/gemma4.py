@@ -8,6 +8,7 @@ norms' scales are frozen. Per-layer embeddings, shared keys and values, and mixt
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from transformers import Gemma4ForConditionalGeneration
 
@@ -15,6 +16,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
 from vlmscope.models.boxes import grid_boxes
 from vlmscope.models.decoders import Decoder, DecoderAdapter
+from vlmscope.models.patches import PicturePatches, Tile, pooled
 from vlmscope.models.template import Turn
 
 # Setting -> what it switches on. Each makes a layer depend on more than the stream that enters it.
@@ -95,6 +97,18 @@ class Gemma4Adapter(DecoderAdapter):
         # Column and row of every patch, -1 for padding; pooling goes row by row.
         grids = (tensors["image_position_ids"].amax(1) + 1) // pooled
         return [grid_boxes(rows, columns) for columns, rows in grids.tolist()]
+
+    def picture_patches(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
+    ) -> list[PicturePatches]:
+        places = tensors["image_position_ids"]
+        pooling = int(self.model.config.vision_config.pooling_kernel_size)
+        pictures = []
+        for number, (columns, rows) in enumerate((places.amax(1) + 1).tolist()):
+            # Patches stand row by row, behind them padding that the tower masks.
+            tokens = number * places.shape[1] + np.arange(rows * columns)
+            pictures.append(pooled([Tile(rows, columns, grid_boxes(rows, columns), tokens)], pooling))
+        return pictures
 
     def soft_token_id(self) -> int | None:
         return super().soft_token_id() if self.has_vision else None

@@ -95,7 +95,7 @@ class VLM:
             tensors["pixel_values"] = tensors["pixel_values"].to(self.adapter.dtype)
         sizes = [image.size for image in images]
         boxes = self.adapter.soft_token_boxes(tensors, sizes, getattr(self.processor, "image_processor", None))
-        return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes, written)
+        return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes, written, sizes)
 
 
 def _check_words(tokenizer: Any, prompt: str) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
-from vlmscope.models.boxes import grid_boxes
+from vlmscope.models.boxes import WHOLE, grid_boxes
 from vlmscope.models.decoders import DecoderAdapter
+from vlmscope.models.patches import PicturePatches, batched_tiles, pooled
 from vlmscope.models.template import Turn, spelt_placeholders
 
 
@@ -40,9 +41,18 @@ class PaliGemmaAdapter(DecoderAdapter):
     def soft_token_boxes(
         self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
     ) -> list[list[PatchBox]]:
+        return [grid_boxes(self._side, self._side) for _ in sizes]
+
+    def picture_patches(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
+    ) -> list[PicturePatches]:
+        return [pooled(tiles) for tiles in batched_tiles([[WHOLE] for _ in sizes], self._side, self._side)]
+
+    @property
+    def _side(self) -> int:
+        """Patches down and across a picture."""
         vision = self.model.config.vision_config
-        side = int(vision.image_size) // int(vision.patch_size)
-        return [grid_boxes(side, side) for _ in sizes]
+        return int(vision.image_size) // int(vision.patch_size)
 
 
 make_adapter = PaliGemmaAdapter

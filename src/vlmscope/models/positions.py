@@ -19,6 +19,7 @@ def describe_inputs(
     turn: Turn,
     boxes: Sequence[Sequence[PatchBox]],
     written: np.ndarray,
+    sizes: Sequence[tuple[int, int]] = (),
 ) -> ModelInputs:
     """Name every position of tokenised inputs.
 
@@ -29,6 +30,7 @@ def describe_inputs(
         turn: the prompt in its template, from which the inputs were made.
         boxes: for each picture the box of each of its soft tokens, in order.
         written: `[T]` bool, tokens with a part of what the user wrote, as `written_by_user` finds them.
+        sizes: width and height of each picture in pixels.
 
     Raises:
         UserError: boxes and soft tokens differ in number, so that the processor and the model do not belong together.
@@ -51,7 +53,7 @@ def describe_inputs(
     by_user = written & np.array([token not in special for token in ids])
     roles = np.select([is_image, by_user], ["image", "question"], "special").astype("<U8")
     roles[-1] = "last"
-    return ModelInputs(tensors, tokens, is_image, image_index, patch_boxes, roles, turn.content)
+    return ModelInputs(tensors, tokens, is_image, image_index, patch_boxes, roles, turn.content, tuple(sizes))
 
 
 def written_by_user(turn: Turn, replaced: Sequence[Mapping[str, Any]], offsets: np.ndarray) -> np.ndarray:

@@ -4,13 +4,14 @@ DeepStack adds features of earlier tower layers to the soft tokens again after t
 these are constants, so the replacement model stays affine: `injections` of a soft token belong to its source.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmscope.models.base import INJECTIONS
+from vlmscope.models.patches import PicturePatches, merged_tiles, pooled
 from vlmscope.models.qwen2_5_vl import Qwen2_5_VLAdapter
 
 
@@ -54,6 +55,13 @@ class Qwen3VLAdapter(Qwen2_5_VLAdapter):
         for layer, rows in enumerate(features):
             dense[:, layer][where] = rows.to(dense)
         return dense
+
+    def picture_patches(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
+    ) -> list[PicturePatches]:
+        merge = int(self.model.config.vision_config.spatial_merge_size)
+        grids = [(rows, columns) for _, rows, columns in tensors["image_grid_thw"].tolist()]
+        return [pooled([tile], merge) for tile in merged_tiles(grids, merge)]
 
 
 make_adapter = Qwen3VLAdapter

@@ -30,7 +30,8 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.tasks.wiring import load_model, load_transcoders, user_pictures
 
     if cfg.prompt is None:
-        raise UserError("no prompt: add 'prompt=what planet is this ?' (and image=path/to/picture.png)")
+        choice = f"prompt_name= one of {', '.join(cfg.prompts.prompts)}" if cfg.prompts else "'prompt=what is this ?'"
+        raise UserError(f"no prompt: add {choice} (and image=path/to/picture.png)")
     pictures = user_pictures(cfg)
     vlm = load_model(cfg)
     inputs = vlm.prepare(cfg.prompt, pictures)

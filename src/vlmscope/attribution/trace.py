@@ -93,9 +93,9 @@ def attribute(
             "logit_mass": config.logit_mass,
             "max_logits": config.max_logits,
             "max_nodes": config.max_nodes,
-            # Logit targets are those before this cap; probabilities are the model's own.
-            "logit_softcap": replacement.logit_softcap,
             "seconds": time.perf_counter() - started,
+            # Logit targets are those before this cap; probabilities are the model's own.
+            **({} if replacement.logit_softcap is None else {"logit_softcap": replacement.logit_softcap}),
         },
     )
 

@@ -96,7 +96,7 @@ class AttributionGraph:
     patch_boxes: list[PatchBox | None]
     roles: np.ndarray
     prompt: str
-    meta: dict[str, str | int | float | bool | None] = field(default_factory=dict)
+    meta: dict[str, str | int | float | bool] = field(default_factory=dict)
 
     @property
     def n_nodes(self) -> int:

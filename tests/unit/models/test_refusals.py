@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaModel, PhiConfig
 
+from vlmscope.attribution.config import AttributionConfig
+from vlmscope.attribution.trace import trace
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import adapter_for
 from vlmscope.models.loading import load_vlm
@@ -61,6 +63,19 @@ def test_a_cap_on_the_logits_is_refused_by_attribution() -> None:
     transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 8, 2, skip=False, seed=0)
     with pytest.raises(UserError, match=r"final_logit_softcapping = 30\.0, which is not linear"):
         build_replacement(vlm, transcoders, vlm.prepare("what is this ?", [tiny_image(0)]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_no_dtype_for_edges(dtype: str) -> None:
+    vlm = tiny_vlm("gemma3_text", dtype=getattr(torch, dtype))
+    transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 8, 2, dtype=vlm.adapter.dtype)
+    inputs = vlm.prepare("what is this ?")
+    with pytest.raises(UserError, match=f"in {dtype}, which has too few digits; set attribution.dtype=float32"):
+        trace(vlm, transcoders, inputs, AttributionConfig(dtype="model"))
+    traced = trace(vlm, transcoders, inputs, AttributionConfig())
+    assert traced.replacement.errors.dtype == torch.float32
+    # A graph in float32 of a forward that was rounded says so: its edges miss the model's own numbers by that much.
+    assert 1e-4 < traced.graph.residual.max() < 0.05
 
 
 def test_a_bare_soft_token_in_a_prompt_is_refused() -> None:

@@ -78,6 +78,15 @@ def test_half_precision_is_no_dtype_for_edges(dtype: str) -> None:
     assert 1e-4 < traced.graph.residual.max() < 0.05
 
 
+def test_a_forward_that_overflows_is_told() -> None:
+    vlm = tiny_vlm("gemma3_text", dtype=torch.float16)
+    transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 8, 2, dtype=vlm.adapter.dtype)
+    inputs = vlm.prepare("what is this ?")
+    vlm.adapter.norms(1).mlp_out_post.weight.fill_(60000.0)  # pyright: ignore[reportOptionalMemberAccess]
+    with pytest.raises(UserError, match="not finite in float16: .* try model.dtype=bfloat16 or float32"):
+        trace(vlm, transcoders, inputs, AttributionConfig())
+
+
 def test_a_bare_soft_token_in_a_prompt_is_refused() -> None:
     with pytest.raises(UserError, match=r"write <\|vision_start\|><\|image_pad\|><\|vision_end\|> once for each"):
         tiny_vlm("qwen2_5_vl").prepare("what is <|image_pad|> this ?", [tiny_image(0)])

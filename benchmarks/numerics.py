@@ -12,7 +12,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +125,18 @@ def edges_by_key(graph: AttributionGraph, common: np.ndarray) -> np.ndarray:
     return out
 
 
+def relative_change(before: np.ndarray, after: np.ndarray) -> float:
+    """Sum of |changes| over the sum of |numbers before|."""
+    return float(np.abs(after - before).sum(dtype=np.float64) / np.abs(before).sum(dtype=np.float64))
+
+
+def influence_by_key(traced: Trace, keys: np.ndarray) -> np.ndarray:
+    """The influence on the logits of the nodes with these sorted keys, 0 for one that the graph lacks."""
+    out = np.zeros(len(keys))
+    out[np.searchsorted(keys, node_keys(traced.graph))] = traced.pruned.influence
+    return out
+
+
 def shared(reference: Trace, other: Trace) -> dict[str, float]:
     """What a graph shares with the reference graph of the same prompt."""
     one, two = reference.graph, other.graph
@@ -132,14 +144,18 @@ def shared(reference: Trace, other: Trace) -> dict[str, float]:
     features = [set(node_keys(g)[g.nodes.of(NodeKind.FEATURE)].tolist()) for g in (one, two)]
     common = np.intersect1d(node_keys(one), node_keys(two))
     before, after = edges_by_key(one, common), edges_by_key(two, common)
+    is_logit = np.isin(common, node_keys(one)[one.nodes.of(NodeKind.LOGIT)])
+    either = np.union1d(node_keys(one), node_keys(two))
     return {
         "same top-1 logit": float(logits.argmax() == others.argmax()),
         "largest change of a logit, of the largest logit": float((logits - others).abs().max() / logits.abs().max()),
         "active features in both, of those in either": len(features[0] & features[1]) / len(features[0] | features[1]),
         f"top {TOP} nodes by influence in both": len(top_nodes(reference) & top_nodes(other)) / TOP,
-        "edges between common nodes: sum of changes, of sum of edges": float(
-            np.abs(after - before).sum(dtype=np.float64) / np.abs(before).sum(dtype=np.float64)
+        "influence of all nodes: sum of changes, of its sum": relative_change(
+            influence_by_key(reference, either), influence_by_key(other, either)
         ),
+        "edges between common nodes: sum of changes, of their sum": relative_change(before, after),
+        "... those into logits": relative_change(before[is_logit], after[is_logit]),
         "change of the replacement score": abs(reference.pruned.scores.replacement - other.pruned.scores.replacement),
         "largest residual that the graph states": float(two.residual.max()),
     }
@@ -164,7 +180,7 @@ def orrery_graphs(asked: list[tuple[str, Image.Image]]) -> dict[str, list[dict[s
     return found
 
 
-def median(rows: list[Mapping[str, float]], name: str) -> float | None:
+def median(rows: Sequence[Mapping[str, float]], name: str) -> float | None:
     """The median of a column, None where no row has it."""
     values = [row[name] for row in rows if name in row]
     return statistics.median(values) if values else None

@@ -166,15 +166,25 @@ def build_replacement(
         model: an adapter or a loaded model.
         transcoders: one transcoder for every layer.
         inputs: the prompt.
-        dtype: dtype of the replacement model; the model's own when None. A wider one than the model's does not make
-            the recorded forward any better.
+        dtype: float32 or float64, of the replacement model; the model's own when None. A wider one than the model's
+            does not make the recorded forward any better.
 
     Raises:
         UserError: when the model or the set cannot be represented; the message names what.
     """
     adapter = adapter_of(model)
     _check(adapter, transcoders)
-    state = capture_state(adapter, inputs).to(dtype or adapter.dtype)
+    dtype = dtype or adapter.dtype
+    if dtype not in (torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"edges cannot be summed in {name}, which has too few digits; set attribution.dtype=float32")
+    state = capture_state(adapter, inputs).to(dtype)
+    if not torch.isfinite(state.logits).all():
+        name = str(adapter.dtype).removeprefix("torch.")
+        raise UserError(
+            f"the model's logits are not finite in {name}: its weights are damaged, or its activations overflow "
+            "(float16 ends at 65504); try model.dtype=bfloat16 or float32"
+        )
     layers, features, errors = [], [], []
     for layer in range(adapter.n_layers):
         transcoder = transcoders[layer]

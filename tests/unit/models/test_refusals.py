@@ -16,6 +16,8 @@ from transformers import (
     PhiConfig,
 )
 
+from vlmscope.attribution.config import AttributionConfig
+from vlmscope.attribution.trace import trace
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import adapter_for
 from vlmscope.models.loading import load_vlm
@@ -93,6 +95,28 @@ def test_a_decoder_that_needs_its_own_adapter_is_refused_elsewhere() -> None:
         model = LlavaForConditionalGeneration(_llava(text))
     with pytest.raises(UserError, match="decoder of type 'gemma4_text'"):
         adapter_for(model)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_no_dtype_for_edges(dtype: str) -> None:
+    vlm = tiny_vlm("gemma3_text", dtype=getattr(torch, dtype))
+    transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 8, 2, dtype=vlm.adapter.dtype)
+    inputs = vlm.prepare("what is this ?")
+    with pytest.raises(UserError, match=f"in {dtype}, which has too few digits; set attribution.dtype=float32"):
+        trace(vlm, transcoders, inputs, AttributionConfig(dtype="model"))
+    traced = trace(vlm, transcoders, inputs, AttributionConfig())
+    assert traced.replacement.errors.dtype == torch.float32
+    # A graph in float32 of a forward that was rounded says so: its edges miss the model's own numbers by that much.
+    assert 1e-4 < traced.graph.residual.max() < 0.05
+
+
+def test_a_forward_that_overflows_is_told() -> None:
+    vlm = tiny_vlm("gemma3_text", dtype=torch.float16)
+    transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 8, 2, dtype=vlm.adapter.dtype)
+    inputs = vlm.prepare("what is this ?")
+    vlm.adapter.norms(1).mlp_out_post.weight.fill_(60000.0)  # pyright: ignore[reportOptionalMemberAccess]
+    with pytest.raises(UserError, match="not finite in float16: .* try model.dtype=bfloat16 or float32"):
+        trace(vlm, transcoders, inputs, AttributionConfig())
 
 
 def test_a_bare_soft_token_in_a_prompt_is_refused() -> None:

@@ -29,29 +29,30 @@ def limit_threads(cfg: AppConfig) -> None:
 
 
 def load_model(cfg: AppConfig) -> VLM:
-    """The model that `model=` chose: loaded from its folder, or a tiny random one made from `seed=`.
+    """The model that `model=` chose: loaded from its folder or the hub, or a tiny random one made from `seed=`.
 
     Raises:
-        UserError: the folder is not there or is not a model that is supported.
+        UserError: the model is not there and cannot be fetched, or is not one that is supported.
     """
     limit_threads(cfg)
-    if cfg.model.tiny is None:
+    chosen = cfg.model
+    if chosen.tiny is None:
+        from vlmscope.models.hub import is_hub_id, model_folder
         from vlmscope.models.loading import load_vlm
 
-        if cfg.model.hub is not None and not Path(cfg.model.path).is_dir():
-            raise UserError(
-                f"no model at {cfg.model.path}, and nothing is fetched for you: run `hf download {cfg.model.hub} "
-                f"--local-dir {cfg.model.path}`, or set VLMSCOPE_MODELS to the folder that has it"
-            )
-        return load_vlm(cfg.model.path, cfg.model.dtype, cfg.model.device)
+        folder = model_folder(chosen.path, chosen.hub, chosen.revision)
+        # The folder of a cached model is called by its commit.
+        repo = chosen.hub or (chosen.path if is_hub_id(chosen.path) else None)
+        name = repo.partition("/")[2] if repo is not None and str(folder) != chosen.path else None
+        return load_vlm(folder, chosen.dtype, chosen.device, chosen.offload, name)
     import torch
 
-    from vlmscope.models.loading import check_device
+    from vlmscope.models.placement import check_device
     from vlmscope.models.tiny import tiny_vlm
 
-    check_device(cfg.model.device)
-    vlm = tiny_vlm(cfg.model.tiny, seed=cfg.seed, dtype=getattr(torch, cfg.model.dtype))
-    vlm.model.to(cfg.model.device)
+    check_device(chosen.device, chosen.dtype)
+    vlm = tiny_vlm(chosen.tiny, seed=cfg.seed, dtype=getattr(torch, chosen.dtype))
+    vlm.model.to(chosen.device)
     return vlm
 
 

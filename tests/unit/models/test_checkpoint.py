@@ -266,6 +266,8 @@ def test_pan_and_scan_stays_off_whatever_the_folder_says(folder: Path) -> None:
     change_json(folder / "processor_config.json", lambda c: c["image_processor"].update(settings))
     vlm = load_vlm(folder)
     assert vlm.processor.image_processor.do_pan_and_scan is False
-    inputs = vlm.prepare("what is this ?", [tiny_image(0).resize((64, 16))])
+    picture = tiny_image(0).resize((64, 16))
+    assert len(vlm.processor.image_processor([picture], do_pan_and_scan=True)["pixel_values"]) == 5  # it could be cut
+    inputs = vlm.prepare("what is this ?", [picture])
     assert inputs.tensors["pixel_values"].shape == (1, 3, 16, 16)
     assert int(inputs.is_image.sum()) == 4

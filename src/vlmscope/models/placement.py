@@ -7,7 +7,7 @@ asks `materialised` for it.
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def compute_on(model: nn.Module, device: str) -> None:
         hook.execution_device = torch.device(device)
 
 
-def _hooks(modules: Iterable[nn.Module]) -> Iterable[Any]:
+def _hooks(modules: Iterable[nn.Module]) -> Iterator[Any]:
     for module in modules:
         hook = getattr(module, "_hf_hook", None)
         if hook is not None and hasattr(hook, "execution_device"):
@@ -178,16 +178,16 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(getattr(hook, "offload", False) for hook in _hooks(model.modules()))
 
 
-def materialised(module: nn.Module, name: str = "weight") -> Tensor | None:
-    """A parameter on the computing device, wherever it rests; None when the module has none of this name."""
-    tensor = getattr(module, name)
-    if tensor is None or tensor.device.type != "meta" or not is_offloaded(module):
+def materialised(module: nn.Module, name: str = "weight") -> Tensor:
+    """A parameter on the computing device, wherever it rests."""
+    tensor = module.get_parameter(name)
+    if tensor.device.type != "meta" or not is_offloaded(module):
         return tensor
     from accelerate.utils import align_module_device
 
     # Leaving the context puts the module's own parameter back to rest; this tensor stays with whoever asked.
     with align_module_device(module):
-        return getattr(module, name).detach()
+        return module.get_parameter(name).detach()
 
 
 def computing_device(module: nn.Module) -> torch.device:

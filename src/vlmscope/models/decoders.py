@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter, LayerNorms
+from vlmscope.models.placement import computing_device, materialised
 from vlmscope.models.template import Turn, user_turn
 
 
@@ -69,7 +70,15 @@ class DecoderAdapter(Adapter):
         self.n_heads = int(text.num_attention_heads)
         self.n_kv_heads = int(text.num_key_value_heads)
         self.vocab_size = int(text.vocab_size)
-        self.head_dim = self.output_weight(0).shape[1] // self.n_heads
+        self.head_dim = self._layer(0).self_attn.o_proj.weight.shape[1] // self.n_heads
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._layer(0).self_attn.o_proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return computing_device(self._layer(0).self_attn.o_proj)
 
     @property
     def has_vision(self) -> bool:
@@ -112,20 +121,22 @@ class DecoderAdapter(Adapter):
         # Half precision is normalised in float32, as the model does.
         wide = x if x.dtype == torch.float64 else x.float()
         eps = float(getattr(norm, "eps", None) or norm.variance_epsilon)  # pyright: ignore[reportArgumentType]
-        weight = self._kind.norm_offset + norm.get_parameter("weight").to(wide.dtype)
+        weight = self._kind.norm_offset + materialised(norm).to(wide.dtype)
         return (torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
     def value_weight(self, layer: int) -> Tensor:
-        return self._layer(layer).self_attn.v_proj.weight
+        return materialised(self._layer(layer).self_attn.v_proj)
 
     def value_bias(self, layer: int) -> Tensor | None:
-        return self._layer(layer).self_attn.v_proj.bias
+        proj = self._layer(layer).self_attn.v_proj
+        return None if proj.bias is None else materialised(proj, "bias")
 
     def output_weight(self, layer: int) -> Tensor:
-        return self._layer(layer).self_attn.o_proj.weight
+        return materialised(self._layer(layer).self_attn.o_proj)
 
     def output_bias(self, layer: int) -> Tensor | None:
-        return self._layer(layer).self_attn.o_proj.bias
+        proj = self._layer(layer).self_attn.o_proj
+        return None if proj.bias is None else materialised(proj, "bias")
 
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
         return user_turn(tokenizer, chat_template or self.chat_template, prompt, self.placeholder, n_images)

@@ -73,14 +73,15 @@ def model_folder(path: str, hub: str | None = None, revision: str | None = None)
             f"model's page lists them under Files, History), or put the model into a folder and give model.path="
         )
     source = _Source(repo, revision, local, hub is not None)
-    cached = _cached(source)
+    cached = cached_folder(repo, revision)
     return cached if is_complete(cached) else _fetch(source)
 
 
-def _cached(source: _Source) -> Path:
+def cached_folder(repo: str, revision: str) -> Path:
+    """Where the hub's cache on this machine has a repository at a commit; it may be absent or incomplete."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{source.repo.replace('/', '--')}" / "snapshots" / source.revision
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots" / revision
 
 
 def _fetch(source: _Source) -> Path:
@@ -121,7 +122,7 @@ def _check_files(source: _Source, sizes: dict[str, int]) -> None:
         raise UserError(
             f"{source.repo} has no safetensors at {source.revision}, and pickles are never read; choose another commit"
         )
-    snapshot, cache = _cached(source), Path(constants.HF_HUB_CACHE)
+    snapshot, cache = cached_folder(source.repo, source.revision), Path(constants.HF_HUB_CACHE)
     missing = sum(sizes[name] for name in names if not (snapshot / name).exists())
     there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
     free = shutil.disk_usage(there).free

@@ -1,6 +1,7 @@
 """A loaded model with its processor, and the making of its inputs from a prompt and pictures."""
 
 import inspect
+import logging as python_logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class _Classes(NamedTuple):
     processor: str
 
 
-_CLASSES = {
+CLASSES = {
     "gemma3": _Classes("Gemma3ForConditionalGeneration", "Gemma3Processor"),
     "gemma3_text": _Classes("Gemma3ForCausalLM", "AutoTokenizer"),
     "idefics3": _Classes("Idefics3ForConditionalGeneration", "Idefics3Processor"),
@@ -148,7 +149,7 @@ def load_vlm(
     check_device(device, dtype)
     check_supported(model_type, str(folder / "config.json"))
     check_weights(folder)
-    names = _CLASSES[model_type]
+    names = CLASSES[model_type]
     with _told_in_one_line(folder):
         empty = _dry_run(names.model, folder, dtype)
         processor = load_processor(names.processor, folder)
@@ -163,6 +164,7 @@ def _told_in_one_line(folder: Path) -> Iterator[None]:
     """Loading errors of transformers as one line, and none of its tables and bars."""
     from transformers.utils import logging
 
+    python_logging.getLogger("accelerate.big_modeling").setLevel(python_logging.ERROR)  # "offloaded": as was asked for
     logging.disable_progress_bar()  # a local file takes a moment; the tasks' own bars should stand alone
     before = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -1,9 +1,10 @@
 """How large one attribution graph gets and what computing it takes, before anything runs.
 
 Counted as `vlmscope.attribution` works: a row of edges for each feature kept and each logit, over the columns of
-`vlmscope.attribution.columns`. Exact are the active features, rows, nodes and columns; the edges are those that causal
-attention can carry, an upper bound that a graph comes close to; the rows are taken to lie evenly over layers and
-positions. Legend: T positions, L layers, d width, H heads, Hkv key/value heads, D head width, k features a position.
+`vlmscope.attribution.columns`. Exact are the active features, rows, nodes and columns. The edges are those that causal
+attention can carry (a graph comes within a tenth of them), with rows taken to lie evenly over layers and positions:
+when not all features get one, those chosen lie otherwise, and edges may differ by a factor of two.
+Legend: T positions, L layers, d width, H heads, Hkv key/value heads, D head width, k features a position.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 from vlmscope.attribution.config import AttributionConfig
 
 # Bytes of an edge while rows are put into node order, over those of the stored edge; measured, see docs/models.md.
-ASSEMBLY = 6.0
+ASSEMBLY = 3.5
 _CACHE_BYTES = 1 << 30  # of `vlmscope.attribution.adjoint`
 
 

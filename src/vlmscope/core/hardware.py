@@ -39,11 +39,12 @@ HARDWARE = {
     "h200": _gpu("NVIDIA H200 SXM, 141 GB (NVIDIA H200 datasheet)", 34, 67, 989, 4.8, 141),
     "a100": _gpu("NVIDIA A100 SXM, 80 GB (NVIDIA A100 datasheet)", 9.7, 19.5, 312, 2.039, 80),
     "l4": _gpu("NVIDIA L4, 24 GB (NVIDIA L4 datasheet)", 0.5, 30.3, 121, 0.3, 24),
-    # Measured: float32 matmul of 2048 x 2048 and a copy of 256 MiB by torch 2.13, one thread, median of 7.
+    # Measured with torch 2.13, one thread, best of 12 while others worked: matmul of 2048 x 2048, copy of 128 MiB. Half
+    # precision (512 x 512) has a hundredth of float32's rate, since this CPU has no instructions for it.
     "cpu": Hardware(
-        "one slow CPU core (AMD EPYC, measured by the project)",
-        {"float64": 16e9, "float32": 32e9, "bfloat16": 32e9, "float16": 32e9},
-        7e9,
+        "one CPU core without half precision (AMD EPYC, measured by the project)",
+        {"float64": 27e9, "float32": 72e9, "bfloat16": 0.7e9, "float16": 0.7e9},
+        7.7e9,
         None,
     ),
 }

@@ -60,6 +60,7 @@ def empty_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> A
         UserError: when the type is not supported, or transformers does not accept the numbers.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     model_type = str(config.get("model_type"))
     check_supported(model_type, "config.json")
@@ -67,6 +68,6 @@ def empty_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> A
     try:
         with torch.device("meta"):
             return model_class._from_config(model_class.config_class.from_dict(config), dtype=dtype).eval()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"transformers refuses the config.json of this {model_type} model: {reason}") from error

@@ -162,6 +162,7 @@ def load_vlm(
 @contextmanager
 def _told_in_one_line(folder: Path) -> Iterator[None]:
     """Loading errors of transformers as one line, and none of its tables and bars."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging
 
     python_logging.getLogger("accelerate.big_modeling").setLevel(python_logging.ERROR)  # "offloaded": as was asked for
@@ -170,6 +171,9 @@ def _told_in_one_line(folder: Path) -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         yield
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"transformers refuses {folder / 'config.json'}: {reason}; correct it") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load the model at {folder}: {reason}; check its files") from error

@@ -117,6 +117,14 @@ def lose_tensor(folder: Path) -> None:
     save_file(tensors, shard(folder), metadata={"format": "pt"})
 
 
+def wordy_config(folder: Path) -> None:
+    change_json(folder / "config.json", lambda c: c["text_config"].update(hidden_size="wide"))
+
+
+def uneven_config(folder: Path) -> None:
+    change_json(folder / "config.json", lambda c: c["text_config"].update(hidden_size=23))
+
+
 def bad_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ')
 
@@ -180,6 +188,8 @@ DAMAGES = [
     ),
     (shorter_config, r"13 weights that the model of .*config.json lacks, first model.language_model.layers.3."),
     (lose_tensor, r"lacks 1 weights, first model\."),
+    (wordy_config, r"transformers refuses .*config.json: Validation error for field 'hidden_size'"),
+    (uneven_config, r"transformers refuses .*config.json: .*hidden size \(23\)"),
     (bad_config, r"config.json is not valid JSON"),
     (list_config, r"config.json names no model_type"),
     (typeless_config, r"config.json names no model_type"),

@@ -26,9 +26,8 @@ class GraphSizes:
     Attributes:
         n_layers: L.
         d_model: d.
-        n_heads: H.
-        n_kv_heads: Hkv.
-        head_dim: D.
+        query_width: H * D, the mean over the layers.
+        value_width: Hkv * D, the mean over the layers.
         n_tokens: T.
         image: first and last-plus-one position of soft tokens that see each other; equal when there are none.
         k: active features of a position.
@@ -38,9 +37,8 @@ class GraphSizes:
 
     n_layers: int
     d_model: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
+    query_width: float
+    value_width: float
     n_tokens: int
     image: tuple[int, int]
     k: int
@@ -128,7 +126,7 @@ class GraphSizes:
     @property
     def gradient_bytes(self) -> float:
         """Gradients of one batch at all positions: stream, through the output projection, and through the pattern."""
-        per_position = 2 * self.d_model + (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+        per_position = 2 * self.d_model + self.query_width + 2 * self.value_width
         return self.config.batch_size * self.n_tokens * per_position * self.element
 
     @property
@@ -138,7 +136,7 @@ class GraphSizes:
         return layer * self.n_layers if layer * self.n_layers <= _CACHE_BYTES else layer
 
     def _attention_flops(self, seen: np.ndarray) -> np.ndarray:
-        values, queries = self.n_kv_heads * self.head_dim, self.n_heads * self.head_dim
+        values, queries = self.value_width, self.query_width
         return 2.0 * seen * (self.d_model * (queries + values) + seen * queries)
 
     def _mlp_flops(self, seen: np.ndarray) -> np.ndarray:
@@ -157,7 +155,7 @@ class GraphSizes:
     def bytes_moved(self) -> float:
         """Memory traffic of all sweeps: each layer reads and writes its gradients and reads weights and sources."""
         batches = self.rows / self.config.batch_size + self.config.max_logits / self.config.batch_size
-        weights = self.d_model * (self.n_heads + self.n_kv_heads) * self.head_dim
+        weights = self.d_model * (self.query_width + self.value_width)
         sources = self.n_tokens * (self.k + 2) * self.d_model
         share = float(self.visible.mean()) / self.n_tokens
         layer = 2 * self.gradient_bytes * share + (weights + sources) * self.element

@@ -13,6 +13,7 @@ from omegaconf import II, MISSING
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.core.errors import UserError
+from vlmscope.data.prompts import PromptSetConfig
 from vlmscope.tracking.config import TrackingConfig
 
 
@@ -134,8 +135,9 @@ class AppConfig:
     """Everything that one run is told. Tasks receive it resolved, as real instances of these classes.
 
     `image` is a path or a list of paths on the command line and always a list of paths (or None) in a task; `prompt`
-    holds the text of `prompt_file` when that was given. `images` names the user's own picture sets. `task`,
-    `transcoder` and `study` hold the dataclass (or mapping) of the chosen option; `circuit` may be None.
+    holds the text of `prompt_file`, or the prompt of `prompts` that `prompt_name` names. `images` names the user's own
+    picture sets. `task`, `transcoder` and `study` hold the dataclass (or mapping) of the chosen option; `circuit` and
+    `prompts` may be None.
     """
 
     task: Any = MISSING
@@ -149,9 +151,11 @@ class AppConfig:
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     study: Any = None
     circuit: CircuitConfig | None = None
+    prompts: PromptSetConfig | None = None
     image: Any = None
     prompt: str | None = None
     prompt_file: str | None = None
+    prompt_name: str | None = None
     images: dict[str, list[str]] = field(default_factory=dict)
     seed: int = 0
     name: str | None = None

@@ -23,7 +23,7 @@ from vlmscope.models.placement import (
     compute_on,
     offload_to_cpu,
 )
-from vlmscope.models.positions import describe_inputs
+from vlmscope.models.positions import describe_inputs, written_by_user
 from vlmscope.models.processors import check_processor, load_processor
 
 
@@ -37,12 +37,15 @@ class _Classes(NamedTuple):
 CLASSES = {
     "gemma3": _Classes("Gemma3ForConditionalGeneration", "Gemma3Processor"),
     "gemma3_text": _Classes("Gemma3ForCausalLM", "AutoTokenizer"),
+    "gemma4": _Classes("Gemma4ForConditionalGeneration", "Gemma4Processor"),
+    "gemma4_text": _Classes("Gemma4ForCausalLM", "AutoTokenizer"),
     "idefics3": _Classes("Idefics3ForConditionalGeneration", "Idefics3Processor"),
     "internvl": _Classes("InternVLForConditionalGeneration", "InternVLProcessor"),
     "llava": _Classes("LlavaForConditionalGeneration", "LlavaProcessor"),
     "llava_onevision": _Classes("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionProcessor"),
     "paligemma": _Classes("PaliGemmaForConditionalGeneration", "PaliGemmaProcessor"),
     "qwen2_5_vl": _Classes("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"),
+    "qwen3_vl": _Classes("Qwen3VLForConditionalGeneration", "Qwen3VLProcessor"),
     "smolvlm": _Classes("SmolVLMForConditionalGeneration", "SmolVLMProcessor"),
 }
 # Tensors that old checkpoints carry and that are recomputed: leaving them out changes nothing.
@@ -87,13 +90,17 @@ class VLM:
         _check_words(self.tokenizer, prompt)
         template = getattr(self.processor, "chat_template", None)
         turn = self.adapter.wrap_prompt(prompt, len(images), self.tokenizer, template)
+        asked = {"return_tensors": "pt", "add_special_tokens": False, "return_offsets_mapping": True}
         if self.adapter.has_vision:
             pictures = {"images": [list(images)]} if images else {}
-            batch = self.processor(text=[turn.text], return_tensors="pt", add_special_tokens=False, **pictures)
+            batch = self.processor(text=[turn.text], return_text_replacement_offsets=True, **asked, **pictures)
         else:
-            batch = self.tokenizer([turn.text], return_tensors="pt", add_special_tokens=False)
+            batch = self.tokenizer([turn.text], **asked)
             batch.pop("token_type_ids", None)
         self._check_ids(batch["input_ids"])
+        replaced = batch["text_replacement_offsets"][0] if images else []
+        completed = self.adapter.completed_turn(turn, self.tokenizer)
+        written = written_by_user(completed, replaced, batch["offset_mapping"][0].numpy())
         # What the processor adds for its own bookkeeping (num_crops) or for training (labels) is left out.
         names = set(inspect.signature(self.model.forward).parameters) - {"labels"}
         tensors = {name: batch[name].to(self.adapter.device) for name in batch if name in names}
@@ -101,7 +108,7 @@ class VLM:
             tensors["pixel_values"] = tensors["pixel_values"].to(self.adapter.dtype)
         sizes = [image.size for image in images]
         boxes = self.adapter.soft_token_boxes(tensors, sizes, getattr(self.processor, "image_processor", None))
-        return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes)
+        return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes, written, sizes)
 
     def _check_ids(self, ids: torch.Tensor) -> None:
         """Gemma 3's text-only tokenizers have a token for pictures, beyond the last row of the embedding."""

@@ -74,9 +74,20 @@ def _pair(value: Any) -> tuple[int, int]:
     return (int(value[0]), int(value[1])) if isinstance(value, list | tuple) else (int(value), int(value))
 
 
+def attention_widths(adapter: Adapter) -> tuple[float, float]:
+    """Width of all heads' queries and of all their values (`H * D`, `Hkv * D`), the mean over the layers."""
+    layers = range(adapter.n_layers)
+    queries = sum(adapter.output_weight(layer).shape[1] for layer in layers)
+    values = sum(adapter.value_weight(layer).shape[0] for layer in layers)
+    return queries / len(layers), values / len(layers)
+
+
 def state_elements(adapter: Adapter, n_tokens: int) -> dict[str, int]:
     """Numbers in each tensor of `activations.capture.ForwardState` for a prompt of `n_tokens`; exact."""
     layers, d, t = adapter.n_layers, adapter.d_model, n_tokens
+    normed = [layer for layer in range(layers) if adapter.value_norm(layer) is not None]
+    vision = getattr(adapter.model.config, "vision_config", None)
+    injected = len(getattr(vision, "deepstack_visual_indexes", None) or ())
     return {
         "embeddings": t * d,
         "patterns": layers * adapter.n_heads * t * t,
@@ -85,6 +96,8 @@ def state_elements(adapter: Adapter, n_tokens: int) -> dict[str, int]:
         "norm_scales": layers * 4 * t * d,
         "final_norm_scale": t * d,
         "logits": t * adapter.vocab_size,
+        "value_scales": t * sum(adapter.value_weight(layer).shape[0] for layer in normed),
+        "injections": injected * t * d,
     }
 
 
@@ -109,7 +122,7 @@ def forward_flops(adapter: Adapter, n_tokens: int, n_images: int) -> float:
     """Operations of one forward with logits at every position: two a weight and token, and those of attention."""
     parts, t = parameters_by_part(adapter), n_tokens
     flops = 2.0 * parts.decoder * t + 2.0 * adapter.vocab_size * adapter.d_model * t
-    flops += 4.0 * adapter.n_layers * adapter.n_heads * adapter.head_dim * t * t
+    flops += 4.0 * adapter.n_layers * attention_widths(adapter)[0] * t * t
     vision, patches = getattr(adapter.model.config, "vision_config", None), n_patches(adapter) or 0
     if vision is not None and patches:
         depth = int(getattr(vision, "num_hidden_layers", 0) or getattr(vision, "depth", 0))

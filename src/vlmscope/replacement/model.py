@@ -32,7 +32,7 @@ class Replay:
     Attributes:
         pre_activation: `[n]`, of the active features, in the order of `feature_activations`.
         activation: `[n]`.
-        logits: `[T, V]`.
+        logits: `[T, V]`, before the cap of a model that caps its logits.
     """
 
     pre_activation: Tensor
@@ -52,6 +52,8 @@ class ReplacementModel:
         errors: `[L, T, d]`, transcoder target minus reconstruction (decoder bias and skip path belong to the latter).
         unembedding: `[V, d]`.
         feature_activations: all active features in one table.
+        logit_softcap: the cap c of a model that gives `c tanh(u / c)` for its unembedding's output u, or None. What is
+            affine, and what graphs explain, is u; the cap keeps the order of the logits.
     """
 
     inputs: ModelInputs
@@ -61,6 +63,7 @@ class ReplacementModel:
     errors: Tensor
     unembedding: Tensor
     feature_activations: FeatureTable
+    logit_softcap: float | None = None
 
     @property
     def n_layers(self) -> int:
@@ -86,7 +89,8 @@ class ReplacementModel:
             mlp_in = frozen.mlp_in_scale * h
             pre.append(features.read(mlp_in) + features.encoder_bias)
             written = features.write(features.activation + changes[layer], mlp_in)
-            x = h + frozen.write_scale * (written + features.b_dec + self.errors[layer])
+            stream = h + frozen.write_scale * (written + features.b_dec + self.errors[layer])
+            x = frozen.leave(stream, with_injection=True)
         activation = [features.activation + change for features, change in zip(self.features, changes, strict=True)]
         return Replay(torch.cat(pre), torch.cat(activation), self._unembed(x))
 
@@ -107,8 +111,13 @@ class ReplacementModel:
             mlp_in = frozen.mlp_in_scale * h
             pre.append(features.read(mlp_in))
             activation.append(change + pre[-1] if respond else change)
-            x = h + frozen.write_scale * features.write(activation[-1], mlp_in)
+            x = frozen.leave(h + frozen.write_scale * features.write(activation[-1], mlp_in), with_injection=False)
         return Replay(torch.cat(pre), torch.cat(activation), self._unembed(x))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """The model's logits for its unembedding's output, any shape."""
+        cap = self.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _unembed(self, x: Tensor) -> Tensor:
         return (self.state.final_norm_scale * x) @ self.unembedding.T
@@ -123,11 +132,6 @@ class ReplacementModel:
 
 def _check(adapter: Adapter, transcoders: TranscoderSet) -> None:
     """Refuse, by name, what the affine model could not represent."""
-    if adapter.logit_softcap is not None:
-        raise UserError(
-            f"the model has final_logit_softcapping = {adapter.logit_softcap}, which is not linear; "
-            "choose a model without it"
-        )
     if adapter.lm_head().bias is not None:
         raise UserError("the model's unembedding has a bias, which attribution does not cover; choose another model")
     missing = [layer for layer in range(adapter.n_layers) if layer not in transcoders]
@@ -191,4 +195,5 @@ def build_replacement(
         errors=torch.stack(errors),
         unembedding=materialised(adapter.lm_head()).detach().to(state.embeddings.dtype),
         feature_activations=feature_table(features),
+        logit_softcap=adapter.logit_softcap,
     )

@@ -153,16 +153,17 @@ def _transcoders(cfg: AppConfig, adapter: Adapter, overrides: tuple[str, ...]) -
 
 def _graph(cfg: AppConfig, adapter: Adapter, chosen: _Transcoders, n_tokens: int, n_soft: int) -> GraphSizes:
     from vlmscope.attribution.sizes import GraphSizes
+    from vlmscope.models.sizes import attention_widths
 
     cfg.attribution.check()
+    query_width, value_width = attention_widths(adapter)
     begin = min(5, n_tokens - n_soft)  # bos, start of turn, user, newline, begin of image
     bidirectional = n_soft if str(adapter.model.config.model_type) == "gemma3" else 0
     return GraphSizes(
         n_layers=adapter.n_layers,
         d_model=adapter.d_model,
-        n_heads=adapter.n_heads,
-        n_kv_heads=adapter.n_kv_heads,
-        head_dim=adapter.head_dim,
+        query_width=query_width,
+        value_width=value_width,
         n_tokens=n_tokens,
         image=(begin, begin + bidirectional),
         k=min(chosen.k, min(chosen.widths)),
@@ -206,7 +207,7 @@ def _memory(cfg: AppConfig, adapter: Adapter, chosen: _Transcoders, graph: Graph
     model, extra = parameters_by_part(adapter).total, _transcoder_parameters(chosen, adapter.d_model)
     state = state_elements(adapter, graph.n_tokens)
     # What `build_replacement` holds in the sweep's dtype: another copy when that is not the model's.
-    heads = (adapter.n_heads + adapter.n_kv_heads) * adapter.head_dim
+    heads = graph.query_width + graph.value_width
     frozen = adapter.n_layers * adapter.d_model * heads + adapter.vocab_size * adapter.d_model + extra
     copies = (frozen + sum(state.values())) * swept if swept != own else 0
     forward = forward_elements(adapter, graph.n_tokens) * own

@@ -17,6 +17,7 @@ from vlmscope.attribution.trace import attribute
 from vlmscope.config.paths import asset
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.loading import load_vlm
+from vlmscope.models.sizes import attention_widths
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.replacement.model import build_replacement
 from vlmscope.transcoders.formats import load_set
@@ -25,12 +26,12 @@ from vlmscope.transcoders.init import random_set
 
 def sizes(adapter: Adapter, inputs: ModelInputs, k: int, config: AttributionConfig, skip: bool = False) -> GraphSizes:
     soft = np.flatnonzero(inputs.is_image)
+    queries, values = attention_widths(adapter)
     return GraphSizes(
         n_layers=adapter.n_layers,
         d_model=adapter.d_model,
-        n_heads=adapter.n_heads,
-        n_kv_heads=adapter.n_kv_heads,
-        head_dim=adapter.head_dim,
+        query_width=queries,
+        value_width=values,
         n_tokens=len(inputs),
         image=(int(soft[0]), int(soft[-1]) + 1),
         k=k,
@@ -98,7 +99,7 @@ def test_operations_are_those_that_torch_counts() -> None:
 def test_a_published_model_is_counted_by_hand() -> None:
     # 3 positions, 2 layers, k = 2, no picture: rows see 1, 2 and 3 positions.
     config = AttributionConfig(max_logits=1)
-    found = GraphSizes(2, 8, 2, 1, 4, 3, (0, 0), 2, False, config)
+    found = GraphSizes(2, 8, 8, 4, 3, (0, 0), 2, False, config)
     assert (found.active, found.columns, found.nodes) == (12, 3 + 2 * (1 + 9), 3 + 2 * 4 + 12 + 1)
     layer_0 = 2 * (1 + 2 + 3) + 6  # embeddings and own bias of two rows a position
     layer_1 = 2 * (1 + 2 + 3) * (1 + 3) + 6 * 2

@@ -17,7 +17,7 @@ from vlmscope.conformance.table import failures
 from vlmscope.models.architecture import empty_model, find_config
 from vlmscope.models.base import Adapter, ModelInputs, adapter_for
 from vlmscope.models.loading import VLM
-from vlmscope.models.sizes import state_elements
+from vlmscope.models.sizes import attention_widths, state_elements
 from vlmscope.models.tiny import randomise, tiny_gemma3, tiny_image
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.init import random_set
@@ -50,8 +50,9 @@ def meta_inputs() -> ModelInputs:
 
 def test_the_adapter_reads_the_published_numbers(adapter: Adapter) -> None:
     assert sum(parameter.numel() for parameter in adapter.model.parameters()) == 4_300_079_472
-    found = (adapter.n_layers, adapter.d_model, adapter.n_heads, adapter.n_kv_heads, adapter.head_dim)
-    assert (*found, adapter.vocab_size) == (LAYERS, D, HEADS, KV_HEADS, HEAD_DIM, VOCAB)
+    found = (adapter.n_layers, adapter.d_model, adapter.n_heads, adapter.vocab_size)
+    assert found == (LAYERS, D, HEADS, VOCAB)
+    assert attention_widths(adapter) == (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM)
     assert (adapter.dtype, adapter.device, adapter.has_vision) == (torch.bfloat16, torch.device("meta"), True)
     assert (adapter.logit_softcap, adapter.soft_token_id()) == (None, 262_144)
     text = adapter.model.config.text_config
@@ -66,7 +67,8 @@ def test_every_sites_shape(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) ->
     # The one look at data in the forward: does the number of soft tokens fit the pictures? `meta` has no data.
     monkeypatch.setattr(modeling_gemma3, "torch_compilable_check", lambda *_, **__: None)
     state = capture_state(adapter, meta_inputs())
-    assert {name: tuple(tensor.shape) for name, tensor in vars(state).items()} == {
+    tensors = {name: tensor for name, tensor in vars(state).items() if isinstance(tensor, Tensor)}
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
         "embeddings": (T, D),
         "patterns": (LAYERS, HEADS, T, T),
         "mlp_in": (LAYERS, T, D),
@@ -74,9 +76,12 @@ def test_every_sites_shape(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) ->
         "norm_scales": (LAYERS, 4, T, D),
         "final_norm_scale": (T, D),
         "logits": (T, VOCAB),
+        "injections": (0, T, D),
     }
-    assert all(tensor.dtype == torch.bfloat16 and tensor.is_meta for tensor in vars(state).values())
-    assert state_elements(adapter, T) == {name: tensor.numel() for name, tensor in vars(state).items()}
+    assert state.value_scales == [None] * LAYERS
+    assert all(tensor.dtype == torch.bfloat16 and tensor.is_meta for tensor in tensors.values())
+    elements = {name: tensor.numel() for name, tensor in tensors.items()}
+    assert state_elements(adapter, T) == {**elements, "value_scales": 0}
 
 
 def test_every_weight_that_attribution_reads(adapter: Adapter) -> None:

@@ -125,7 +125,7 @@ def test_a_missing_model_is_fetched_at_its_commit(
 
 
 def test_half_a_download_goes_on(cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill_cache(cache, saved, leave_out="model-00002-of-00007.safetensors")
+    fill_cache(cache, saved, leave_out=sorted(saved.glob("*.safetensors"))[1].name)
     hub = Hub(saved).install(monkeypatch)
     model_folder(REPO, None, COMMIT)
     assert len(hub.downloads) == 1
@@ -209,7 +209,7 @@ def test_a_commit_is_asked_for(revision: str | None, cache: Path) -> None:
 def test_a_disk_that_is_too_small_is_said_before(cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(saved).install(monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2_500))
-    with pytest.raises(UserError, match=r"it has 14\.0 kB to fetch but .* has 2\.5 kB free"):
+    with pytest.raises(UserError, match=r"it has \d+\.0 kB to fetch but .* has 2\.5 kB free"):
         model_folder(REPO, None, COMMIT)
     assert not hub.downloads
 

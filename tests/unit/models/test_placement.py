@@ -37,7 +37,7 @@ def rests_in_memory(folder: Path) -> VLM:
     return vlm
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen2_5_vl", "qwen3_vl", "gemma4"])
 @pytest.mark.parametrize("load", [rests_on_disk, rests_in_memory])
 def test_offloaded_weights_give_the_same_logits(family: str, load, tmp_path: Path) -> None:
     before = saved(family, tmp_path)
@@ -54,7 +54,7 @@ def test_offloaded_weights_give_the_same_logits(family: str, load, tmp_path: Pat
 @pytest.mark.parametrize("load", [rests_on_disk, rests_in_memory])
 def test_an_adapter_reads_offloaded_weights(load, tmp_path: Path) -> None:
     before, after = saved("qwen2_5_vl", tmp_path).adapter, load(tmp_path).adapter
-    assert (after.device, after.dtype, after.head_dim) == (before.device, before.dtype, before.head_dim)
+    assert (after.device, after.dtype) == (before.device, before.dtype)
     for layer in range(before.n_layers):
         assert torch.equal(after.value_weight(layer), before.value_weight(layer))
         assert torch.equal(after.output_weight(layer), before.output_weight(layer))

@@ -1,25 +1,33 @@
 """What is not exact, or not a model, is refused by name in one line."""
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaModel, PhiConfig
+from transformers import (
+    CLIPVisionConfig,
+    Gemma4ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    PhiConfig,
+)
 
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import adapter_for
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.replacement.model import build_replacement
-from vlmscope.transcoders.init import random_set
 
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
         ("mllama", "cross-attention"),
-        ("qwen3_vl", "DeepStack"),
+        ("gemma3n", "per-layer embeddings and AltUp"),
+        ("qwen3_vl_moe", "mixture-of-experts"),
         ("llama4", "mixture-of-experts"),
         ("made_up", "not supported"),
     ],
@@ -55,12 +63,36 @@ def test_a_model_without_a_head_is_refused() -> None:
         adapter_for(headless)
 
 
-def test_a_cap_on_the_logits_is_refused_by_attribution() -> None:
-    vlm = tiny_vlm("paligemma2")
-    vlm.model.config.get_text_config().final_logit_softcapping = 30.0
-    transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 8, 2, skip=False, seed=0)
-    with pytest.raises(UserError, match=r"final_logit_softcapping = 30\.0, which is not linear"):
-        build_replacement(vlm, transcoders, vlm.prepare("what is this ?", [tiny_image(0)]))
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        (
+            {"hidden_size_per_layer_input": 4},
+            r"per-layer embeddings, as in E2B and E4B \(hidden_size_per_layer_input = 4\)",
+        ),
+        ({"num_kv_shared_layers": 1}, "layers that reuse keys and values of earlier ones"),
+        (
+            {"enable_moe_block": True, "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 4},
+            "mixture-of-experts MLPs, as in 26B-A4B",
+        ),
+    ],
+)
+def test_parts_of_gemma_4_are_refused_by_name(changes: dict[str, Any], part: str) -> None:
+    config = copy.deepcopy(tiny_vlm("gemma4").model.config)
+    text = {**config.text_config.to_dict(), **changes}
+    config.text_config = type(config.text_config)(**text)
+    with torch.device("meta"):
+        model = Gemma4ForConditionalGeneration(config)
+    with pytest.raises(UserError, match=f"{part}.*choose a dense Gemma 4"):
+        adapter_for(model)
+
+
+def test_a_decoder_that_needs_its_own_adapter_is_refused_elsewhere() -> None:
+    text = tiny_vlm("gemma4").model.config.text_config
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(_llava(text))
+    with pytest.raises(UserError, match="decoder of type 'gemma4_text'"):
+        adapter_for(model)
 
 
 def test_a_bare_soft_token_in_a_prompt_is_refused() -> None:

@@ -25,7 +25,7 @@ def test_gemma_4b_is_planned_without_weights_or_network(tmp_path: Path, capsys: 
     assert metrics["plan/graph/active_features"] == 34 * 48 * tokens
     assert metrics["plan/graph/rows"] == 7500
     out = capsys.readouterr().out
-    for words in ("320 tokens, 256 of them", "vision tower", "416,866,032", "8.6 GB", "H100 datasheet"):
+    for words in ("320 tokens, 256 of them soft", "vision tower", "416,866,032", "8.6 GB", "H100 datasheet"):
         assert words in out
     assert "Tracing needs more than" not in out
 

@@ -129,6 +129,20 @@ def check_memory(needs: Needs, what: str, dtype: str, device: str, offload: str)
     raise UserError(f"{what} needs about {gb(asked)} in {dtype} on {where}, {gb(free)} are free; {advice}")
 
 
+def check_room(asked: float, what: str, device: str, advice: str) -> None:
+    """Raise a `UserError` when a device has fewer than `asked` bytes left.
+
+    Args:
+        asked: bytes.
+        what: that needs them, in the plural, for the message.
+        device: a torch device's name.
+        advice: what to do then.
+    """
+    free = free_bytes(device)
+    if free is not None and asked > free:
+        raise UserError(f"{what} need about {gb(asked)} on {device}, {gb(free)} are free; {advice}")
+
+
 def _short(needs: Needs, dtype: str, device: str, offload: str) -> tuple[str, float, float] | None:
     """The first device with too little: its name, the bytes asked for and those that are free."""
     for where, asked in needs.at(dtype, device, offload).items():

@@ -58,7 +58,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     chosen = _transcoders(cfg, adapter, context.overrides)
     graph = _graph(cfg, adapter, chosen, n_tokens, n_soft)
     print(f"{cfg.model.name}: {adapter.n_layers} layers of width {adapter.d_model}; transcoders: {chosen.said}")
-    print(f"prompt: {n_tokens:,} tokens, {n_soft:,} of them of {task.images} pictures; machine: {machine.name}")
+    print(f"prompt: {n_tokens:,} tokens, {n_soft:,} of them soft; machine: {machine.name}")
     sections = {
         "Parameters": _parameters(adapter, chosen),
         "Memory": _memory(cfg, adapter, chosen, graph),

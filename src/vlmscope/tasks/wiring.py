@@ -67,16 +67,38 @@ def load_transcoders(cfg: AppConfig, vlm: VLM) -> TranscoderSet:
     if path is None:
         raise UserError("this task needs a trained transcoder set: choose transcoder=orrery, path or random")
     adapter = vlm.adapter
+    _check_set_fits(Path(path), str(adapter.device), adapter.dtype.itemsize)
     found = load_set(Path(path), n_layers=adapter.n_layers, d_model=adapter.d_model)
     return found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
 
 
+def _check_set_fits(folder: Path, device: str, itemsize: int) -> None:
+    """Refuse a set that is too large before it is read; a folder in another layout is for its reader to judge."""
+    from math import prod
+
+    from vlmscope.models.checkpoint import read_header
+    from vlmscope.models.placement import check_room
+
+    files = sorted(folder.glob("layer_*.safetensors"))
+    try:
+        count = sum(prod(head.shape) for file in files for head in read_header(file).values())
+    except UserError:
+        return  # the reader says what is wrong with it
+    advice = "choose narrower ones, or fewer layers (task=plan counts what they need)"
+    check_room(count * 4, f"the transcoders in {folder}", "cpu", advice)  # they are read in float32
+    if device != "cpu":
+        check_room(count * itemsize, f"the transcoders in {folder}", device, advice)
+
+
 def random_transcoders(config: RandomTranscodersConfig, vlm: VLM) -> TranscoderSet:
     """A random set of the model's width and number of layers, in its dtype; `transcoder=random`."""
+    from vlmscope.models.placement import check_room
     from vlmscope.transcoders.init import random_set
 
     adapter = vlm.adapter
     width = 4 * adapter.d_model if config.n_features is None else config.n_features
+    size = adapter.n_layers * 2 * width * adapter.d_model * adapter.dtype.itemsize
+    check_room(size, "random transcoders", "cpu", "choose a smaller transcoder.n_features")
     found = random_set(
         adapter.n_layers, adapter.d_model, width, config.k, config.skip, config.seed, adapter.dtype, "random"
     )

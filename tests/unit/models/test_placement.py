@@ -1,5 +1,6 @@
 """Devices, memory said beforehand, and weights that rest on disk or in CPU memory."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,29 @@ def test_memory_is_looked_at_before_weights_are_read(
     error = capfd.readouterr().err
     assert "in float32 on cpu" in error and "model.dtype=bfloat16 needs" in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["model=orrery"],
+            "the transcoders in .*orrery_transcoders need about 16.8 MB on cpu, 12.0 MB are free; choose",
+        ),
+        (
+            ["model=tiny_gemma3", "transcoder=random", "transcoder.n_features=100000"],
+            "random transcoders need about 76.8 MB on cpu, 12.0 MB are free; choose a smaller transcoder.n_features",
+        ),
+    ],
+)
+def test_transcoders_that_do_not_fit_are_refused_beforehand(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(placement, "free_bytes", lambda _: int(12e6))  # room for Orrery's 10 MB
+    asked = ["task=trace", *arguments, "prompt=what is this ?", "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert main(asked) == 2
+    error = capfd.readouterr().err
+    assert re.search(words, error) and len(error.strip().splitlines()) == 1, error
 
 
 def test_free_memory_is_known_here() -> None:

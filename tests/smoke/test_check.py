@@ -96,7 +96,7 @@ def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
     [
         (["model=tiny_gemma3", "transcoder=orrery"], "the model has 4 layers"),
         (["model=tiny_gemma3", "transcoder=path", "transcoder.path=/no/set"], "/no/set"),
-        (["model=gemma3_4b_it"], "hf download google/gemma-3-4b-it --local-dir models/gemma-3-4b-it"),
+        (["model=gemma3_4b_it"], "hf download google/gemma-3-4b-it --revision 093f9f3"),
         (["model=tiny_gemma3", "model.tiny=gema3"], "choose one of: gemma3, gemma3_text"),
         (["model=tiny_gemma3", "model.path=/x"], "two models"),
         (["model.path=/no/model"], "no model at"),

@@ -17,6 +17,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
 from vlmscope.models.base import ModelInputs, adapter_for
 from vlmscope.models.loading import VLM
+from vlmscope.models.placement import is_offloaded
 from vlmscope.models.precision import exact_float64
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -58,7 +59,13 @@ class CaseReport:
 
 
 def in_float64(vlm: VLM, transcoders: TranscoderSet) -> tuple[VLM, TranscoderSet]:
-    """Copies of model and transcoders with the same weights in float64."""
+    """Copies of model and transcoders with the same weights in float64.
+
+    Raises:
+        UserError: when the model's weights rest on disk or in CPU memory.
+    """
+    if is_offloaded(vlm.model):
+        raise UserError(f"{vlm.name} is offloaded, and the checks copy its weights to float64; use model.offload=none")
     model = copy.deepcopy(vlm.model).double()
     return replace(vlm, model=model, adapter=adapter_for(model)), copy.deepcopy(transcoders).double()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter, LayerNorms
 from vlmscope.models.patches import PicturePatches
+from vlmscope.models.placement import computing_device, materialised
 from vlmscope.models.template import Turn, user_turn
 from vlmscope.models.towers import tower_attention
 
@@ -77,6 +78,14 @@ class DecoderAdapter(Adapter):
         self.vocab_size = int(text.vocab_size)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._layer(0).self_attn.o_proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return computing_device(self._layer(0).self_attn.o_proj)
+
+    @property
     def has_vision(self) -> bool:
         return True
 
@@ -120,19 +129,25 @@ class DecoderAdapter(Adapter):
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         if getattr(norm, "weight", None) is None:  # a norm of values has none
             return scale.expand_as(wide).to(x.dtype)
-        return (scale * (self._kind.norm_offset + norm.get_parameter("weight").to(wide.dtype))).to(x.dtype)
+        return (scale * (self._kind.norm_offset + materialised(norm).to(wide.dtype))).to(x.dtype)
+
+    def _values(self, layer: int) -> nn.Module:
+        """The projection that makes the values."""
+        return self._layer(layer).self_attn.v_proj
 
     def value_weight(self, layer: int) -> Tensor:
-        return self._layer(layer).self_attn.v_proj.weight
+        return materialised(self._values(layer))
 
     def value_bias(self, layer: int) -> Tensor | None:
-        return self._layer(layer).self_attn.v_proj.bias
+        projection = self._values(layer)
+        return None if projection.bias is None else materialised(projection, "bias")
 
     def output_weight(self, layer: int) -> Tensor:
-        return self._layer(layer).self_attn.o_proj.weight
+        return materialised(self._layer(layer).self_attn.o_proj)
 
     def output_bias(self, layer: int) -> Tensor | None:
-        return self._layer(layer).self_attn.o_proj.bias
+        projection = self._layer(layer).self_attn.o_proj
+        return None if projection.bias is None else materialised(projection, "bias")
 
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
         return user_turn(tokenizer, chat_template or self.chat_template, prompt, self.placeholder, n_images)

@@ -68,15 +68,9 @@ class Gemma4Adapter(DecoderAdapter):
     def value_norm(self, layer: int) -> nn.Module | None:
         return self._layer(layer).self_attn.v_norm
 
-    def _values(self, layer: int) -> nn.Linear:
+    def _values(self, layer: int) -> nn.Module:
         attention = self._layer(layer).self_attn
         return attention.k_proj if attention.v_proj is None else attention.v_proj
-
-    def value_weight(self, layer: int) -> Tensor:
-        return self._values(layer).weight
-
-    def value_bias(self, layer: int) -> Tensor | None:
-        return self._values(layer).bias
 
     def stream_scale(self, layer: int) -> float:
         return float(self._layer(layer).layer_scalar)

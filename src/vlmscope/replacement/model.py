@@ -16,6 +16,7 @@ from torch import Tensor
 from vlmscope.activations.capture import ForwardState, HasAdapter, adapter_of, capture_state
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter, ModelInputs
+from vlmscope.models.placement import materialised
 from vlmscope.replacement.features import FeatureTable, LayerFeatures, active_features, feature_table
 from vlmscope.replacement.frozen import FrozenLayer, freeze_layer
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -202,7 +203,7 @@ def build_replacement(
         layers=layers,
         features=features,
         errors=torch.stack(errors),
-        unembedding=adapter.lm_head().weight.detach().to(state.embeddings.dtype),
+        unembedding=materialised(adapter.lm_head()).detach().to(state.embeddings.dtype),
         feature_activations=feature_table(features),
         logit_softcap=adapter.logit_softcap,
     )

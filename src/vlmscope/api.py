@@ -14,16 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
 
-from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
 
 if TYPE_CHECKING:
     from vlmscope.attribution.trace import Trace
     from vlmscope.core.intervention import FeatureExample
-    from vlmscope.interventions.edits import LayerEdit
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
     from vlmscope.transcoders.transcoder import TranscoderSet
@@ -100,9 +97,11 @@ def steer(
         UserError: an id that cannot be read, or a feature or position that is not there.
     """
     from vlmscope.interventions.generate import generate_edited
+    from vlmscope.interventions.named import steer_plan
 
     inputs = scope.inputs(prompt, images)
-    plan = _plan(scope, features, inputs, positions)
+    values = {FeatureId.parse(text): value for text, value in features.items()}
+    plan = steer_plan(scope.vlm.adapter, scope.transcoders, values, len(inputs), positions)
     return generate_edited(scope.vlm.adapter, scope.vlm.tokenizer, inputs, scope.transcoders, plan, max_new_tokens)
 
 
@@ -120,22 +119,16 @@ def patch(
     Raises:
         UserError: as `steer`, or the two prompts do not align.
     """
-    from vlmscope.activations.mlp_inputs import mlp_inputs
-    from vlmscope.interventions.edits import set_features
     from vlmscope.interventions.generate import generate_edited
-    from vlmscope.interventions.run import activations
+    from vlmscope.interventions.named import by_layer, donor_activations, patch_plan
     from vlmscope.models.batching import make_batch
 
     inputs, donor = scope.inputs(prompt, images), scope.inputs(prompt, donor_images)
     adapter = scope.vlm.adapter
     make_batch(adapter, [inputs, donor])  # refuses prompts that do not align
-    by_layer = _by_layer(scope, features)
-    where = torch.ones(len(inputs), dtype=torch.bool)
-    plan = {}
-    for layer, x in mlp_inputs(adapter, make_batch(adapter, [donor]), sorted(by_layer)).items():
-        found = torch.tensor(by_layer[layer])
-        values = activations(scope.transcoders[layer], x, found) * strength
-        plan[layer] = set_features(found, values, where, values[:, -1])
+    chosen = by_layer(scope.transcoders, map(FeatureId.parse, features))
+    carried = donor_activations(adapter, scope.transcoders, make_batch(adapter, [donor]), chosen)
+    plan = patch_plan(carried, inputs.roles, strength)
     return generate_edited(adapter, scope.vlm.tokenizer, inputs, scope.transcoders, plan, max_new_tokens)
 
 
@@ -145,6 +138,7 @@ def study(
     """The pictures on which each feature is most active, with the activation of every soft token and word."""
     from vlmscope.data.images import open_image, png_bytes
     from vlmscope.features.top_examples import StudyItem, top_examples
+    from vlmscope.interventions.named import by_layer
 
     pictures = [i if isinstance(i, Image.Image) else open_image(i) for i in images]
     names = [str(i) if not isinstance(i, Image.Image) else f"picture {n}" for n, i in enumerate(images)]
@@ -152,40 +146,7 @@ def study(
         StudyItem(scope.vlm.prepare(prompt, [picture]), name, png_bytes(picture, 256))
         for picture, name in zip(pictures, names, strict=True)
     ]
-    ids = [FeatureId(layer, index) for layer, found in _by_layer(scope, features).items() for index in found]
+    chosen = by_layer(scope.transcoders, map(FeatureId.parse, features))
+    ids = [FeatureId(layer, index) for layer, found in chosen.items() for index in found.tolist()]
     found = top_examples(scope.vlm.adapter, scope.transcoders, ids, items, count)
     return {str(feature): examples for feature, examples in found.items()}
-
-
-def _by_layer(scope: Scope, features: Sequence[str]) -> dict[int, list[int]]:
-    table: dict[int, list[int]] = {}
-    for text in features:
-        feature = FeatureId.parse(text)
-        if feature.layer not in scope.transcoders:
-            raise UserError(f"feature {text}: the transcoders have layers {scope.transcoders.layers}")
-        width = scope.transcoders[feature.layer].config.n_features
-        if feature.index >= width:
-            raise UserError(f"feature {text}: layer {feature.layer} has {width} features")
-        found = table.setdefault(feature.layer, [])
-        if feature.index not in found:  # named twice, it is still one feature
-            found.append(feature.index)
-    return table
-
-
-def _plan(
-    scope: Scope, features: Mapping[str, float], inputs: ModelInputs, positions: Sequence[int] | None
-) -> dict[int, LayerEdit]:
-    from vlmscope.interventions.edits import set_features
-
-    where = torch.ones(len(inputs), dtype=torch.bool)
-    if positions is not None:
-        bad = [p for p in positions if not 0 <= p < len(inputs)]
-        if bad:
-            raise UserError(f"position {bad[0]}: the prompt has positions 0 to {len(inputs) - 1}")
-        where = torch.zeros_like(where)
-        where[list(positions)] = True
-    plan = {}
-    for layer, found in _by_layer(scope, list(features)).items():
-        value = torch.tensor([features[str(FeatureId(layer, i))] for i in found], dtype=scope.vlm.adapter.dtype)
-        plan[layer] = set_features(torch.tensor(found), value, where, value if positions is None else None)
-    return plan

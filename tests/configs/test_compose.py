@@ -64,7 +64,7 @@ def test_experiments_compose_with_published_models(
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_compose(option: str) -> None:
-    paths = [f"{option.split('=')[0]}.path=/x"] if option.endswith("=path") else []
+    paths = [f"{option.split('=')[0]}.path=/x"] if option.endswith(("=path", "=folder")) else []
     composed(option, *paths)
     group, name = option.split("=")
     assert catalog.options(group)[name], f"conf/{group}/{name}.yaml starts with a comment that says what it is"
@@ -132,6 +132,14 @@ def test_prompts_and_pictures_reach_the_task(tmp_path: Path) -> None:
         composed(f"prompt_file={tmp_path}/p.txt", "prompt=x")
     with pytest.raises(UserError, match="cannot read"):
         composed("prompt_file=/no/such/file")
+
+
+def test_features_are_named_in_a_dict_or_a_list() -> None:
+    steer = composed("task=steer", "task.features={L1/7: 8.0, L2/30: 0, L10/2048: -1.5e1}")
+    assert steer.task.features == {"L1/7": 8.0, "L2/30": 0.0, "L10/2048": -15.0}
+    assert composed("task=patch", "task.features=[L1/7,L2/30]").task.features == ["L1/7", "L2/30"]
+    assert composed("task=steer").task.features == {}
+    assert composed("data=folder", "data.path=/my/data").data.val_share == 0.05
 
 
 def test_debug_goes_before_what_an_experiment_says(tmp_path: Path) -> None:

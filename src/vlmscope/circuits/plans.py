@@ -1,21 +1,19 @@
-"""From a circuit to a plan of edits: steering with its own levels, or patching with a donor's activations.
+"""From a circuit to a plan of edits: steering with its own levels, or a donor's activations for patching.
 
 Legend: B prompts, T positions, n features of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.circuits.circuit import Circuit
+from vlmscope.interventions import named
 from vlmscope.interventions.edits import Gate, LayerEdit, merge, position_mask, set_features
-from vlmscope.interventions.run import activations
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -72,44 +70,11 @@ def steer_plan(
     }
 
 
-@torch.no_grad()
 def donor_activations(
     adapter: Adapter, transcoders: TranscoderSet, donors: InputBatch, circuit: Circuit, limit: int | None = None
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """The donors' activations of all features of a circuit: layer -> (features [n], activations [B, T, n])."""
-    features = union(circuit, limit)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for layer, x in mlp_inputs(adapter, donors, sorted(features)).items():
-        found[layer] = (features[layer], activations(transcoders[layer], x, features[layer]))
-    return found
-
-
-def patch_plan(
-    activations: Mapping[int, tuple[Tensor, Tensor]],
-    roles: np.ndarray,
-    strength: float = 1.0,
-    pooled: bool = False,
-) -> dict[int, LayerEdit]:
-    """Carry a circuit's activations from a donor run into a recipient run of the same wording.
-
-    Args:
-        activations: what `donor_activations` returned, row i the donor of recipient i.
-        roles: [T] position roles.
-        strength: factor of the donor's activations; 1 is the patch proper.
-        pooled: give every soft token the donor's mean over its soft tokens, instead of the one at the same place.
-    """
-    where = position_mask(roles, "all")
-    soft = torch.from_numpy(roles == "image")
-    last = torch.from_numpy(roles == "last")
-    plan: dict[int, LayerEdit] = {}
-    for layer, (features, values) in activations.items():
-        carried = values
-        if pooled and bool(soft.any()):
-            carried = values.clone()
-            carried[:, soft] = values[:, soft].mean(1, keepdim=True)
-        carried = carried * strength
-        plan[layer] = set_features(features, carried, where, carried[:, last][:, 0])
-    return plan
+    return named.donor_activations(adapter, transcoders, donors, union(circuit, limit))
 
 
 def union(circuit: Circuit, limit: int | None = None) -> dict[int, Tensor]:

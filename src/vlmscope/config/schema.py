@@ -124,10 +124,19 @@ class TrainerConfig:
 
 @dataclass
 class DataConfig:
-    """Which data; `path` is a folder of shards, None for data made while they are used."""
+    """Which data: Orrery's scenes, or a folder of the user's own (layout: docs/bring_your_own.md).
+
+    `path` is a folder, None for data made while they are used. `val_share` of the user's own examples is held out for
+    validation where they come without a file for it.
+    """
 
     name: str = MISSING
     path: str | None = None
+    val_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_share < 1:
+            raise UserError(f"data.val_share={self.val_share}: it is a share; choose a number between 0 and 1")
 
 
 @dataclass

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _PLUS = re.compile(r"\+{0,2}")
+_TEXTS = ("prompt", "prompt_file", "task.donor_prompt")
+_FILES = ("image", "task.donor_image", "task.from_graph")
 
 
 def quote(text: str) -> str:
@@ -27,10 +29,10 @@ def _rewrite(argument: str) -> str:
         return argument
     plus = _PLUS.match(key)
     name = key[plus.end() if plus else 0 :]
-    if name in ("prompt", "prompt_file"):
+    if name in _TEXTS or (name in _FILES and Path(value).exists()):
         return f"{name}={quote(value)}"
-    if name == "image" and Path(value).exists():
-        return f"{name}={quote(value)}"
+    if name == "task.features" and value.lstrip().startswith("{"):
+        return f"++{name}={value}"  # new names in a dict need it
     if name.startswith("images."):
         # A new name in a dict needs `++`, and one picture is a list of one.
         value = value if value.startswith(("[", '"', "'")) else quote(value)
@@ -39,5 +41,5 @@ def _rewrite(argument: str) -> str:
 
 
 def quote_arguments(argv: Sequence[str]) -> list[str]:
-    """The command line, its `prompt=`, `prompt_file=`, `image=<existing file>` and `images.<name>=` safe for Hydra."""
+    """The command line, its texts, existing files, `images.<name>=` and `task.features={...}` safe for Hydra."""
     return [_rewrite(argument) for argument in argv]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.images import PatchBox
@@ -19,6 +20,26 @@ class Rate:
     ci_high: float
     cases: int
     control: float | None = None
+
+
+class Change(NamedTuple):
+    """How far next tokens moved: mean KL(before || after) in nats, share whose most probable token is another."""
+
+    kl: float
+    top1_changed: float
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a plan did in a mode, beside matched random features and (free mode) random directions of the same norm.
+
+    The controls are means over their draws, None when none was drawn.
+    """
+
+    mode: str
+    change: Change
+    matched: Change | None
+    direction: Change | None
 
 
 @dataclass(frozen=True)

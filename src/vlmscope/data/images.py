@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,27 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         UserError: the file is missing, is not a picture, is damaged, or has more than `MAX_PIXELS` pixels.
     """
-    path = Path(path)
+    with _opened(Path(path)) as raw:
+        raw.load()
+        image = _to_rgb(ImageOps.exif_transpose(raw))
+    if max(image.size) > KEEP_SIDE:
+        image.thumbnail((KEEP_SIDE, KEEP_SIDE), Image.Resampling.LANCZOS)
+    return image
+
+
+def check_image(path: str | Path) -> None:
+    """Look at a picture's header only; what `open_image` refuses for its header is refused.
+
+    Raises:
+        UserError: as `open_image`, but a file that is damaged after its header passes.
+    """
+    with _opened(Path(path)):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture before it is decoded; what goes wrong inside is told in one line too."""
     if not path.is_file():
         raise UserError(
             f"image {path}: {'is a folder' if path.is_dir() else 'no such file'}; give the path of a picture"
@@ -38,16 +59,10 @@ def open_image(path: str | Path) -> Image.Image:
                 raise UserError(
                     f"image {path}: {raw.width} x {raw.height} pixels are too many (at most {MAX_PIXELS:,}); shrink it"
                 )
-            raw.load()
-            image = _to_rgb(ImageOps.exif_transpose(raw))
-    except UserError:
-        raise
+            yield raw
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"image {path}: cannot be read as a picture ({reason}); give a PNG, JPEG or WebP") from error
-    if max(image.size) > KEEP_SIDE:
-        image.thumbnail((KEEP_SIDE, KEEP_SIDE), Image.Resampling.LANCZOS)
-    return image
 
 
 def open_images(paths: Sequence[str | Path]) -> list[Image.Image]:

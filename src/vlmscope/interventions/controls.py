@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
 from vlmscope.interventions.edits import LayerEdit, Plan
 from vlmscope.interventions.frozen import target_module
@@ -37,6 +38,9 @@ def matched_features(
 
     Returns:
         A plan with the same values, scales and positions on other features, never on those of `plan`.
+
+    Raises:
+        UserError: a layer has too few other features.
     """
     control: dict[int, LayerEdit] = {}
     for layer, edit in plan.items():
@@ -44,6 +48,11 @@ def matched_features(
         means = mean_activation[layer].cpu().numpy().astype(np.float64)
         free = np.setdiff1d(np.arange(len(means)), edit.features.cpu().numpy())
         chosen: list[int] = []
+        if len(free) < len(edit.features):
+            raise UserError(
+                f"{len(edit.features)} of the {len(means)} features of layer {layer} are edited, so no control can be "
+                "drawn from the others; name fewer features, or draw no controls"
+            )
         for feature in edit.features.tolist():
             gap = np.abs(means[free] - means[feature])
             # Dead features are no control: a change along a row that the model never uses proves nothing.
@@ -52,7 +61,7 @@ def matched_features(
             pick = int(rng.choice(near))
             chosen.append(pick)
             free = free[free != pick]
-        control[layer] = replace(edit, features=torch.tensor(chosen, dtype=torch.int64))
+        control[layer] = replace(edit, features=edit.features.new_tensor(chosen))
     return control
 
 
@@ -69,7 +78,7 @@ def _random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: Plan,
                 _m: Any, _args: Any, out: Tensor, layer: int = layer, edit: LayerEdit = edit, unit: Tensor = unit
             ) -> Tensor:
                 change = edit_change(transcoders[layer], inputs.pop(layer), edit, 0)
-                return out if change is None else out + change.norm(dim=-1, keepdim=True) * unit.to(out.dtype)
+                return out if change is None else out + change.norm(dim=-1, keepdim=True) * unit.to(out)
 
             target = target_module(adapter, layer, transcoders.config.output_hook)
             stack.callback(target.register_forward_hook(hook).remove)

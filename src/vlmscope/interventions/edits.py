@@ -119,7 +119,7 @@ def _join(first: LayerEdit, second: LayerEdit, layer: int) -> LayerEdit:
 
 def set_features(features: Tensor, value: Tensor, where: Tensor, generated: Tensor | None = None) -> LayerEdit:
     """Set activations to `value`, whatever they are."""
-    return LayerEdit(features, value, torch.zeros(len(features)), where, generated)
+    return LayerEdit(features, value, value.new_zeros(len(features)), where, generated)
 
 
 def scale_features(features: Tensor, factor: float, where: Tensor) -> LayerEdit:

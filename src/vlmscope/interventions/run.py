@@ -146,7 +146,7 @@ def _written(transcoder: Transcoder, x: Tensor, edit: LayerEdit, value: Tensor, 
     if edit.gate is not None and level is not None:
         norms = transcoder.W_dec[edit.gate.features].norm(dim=1)
         delta = delta * edit.gate.openness(code.select(edit.gate.features, width), level, norms)
-    return delta @ transcoder.W_dec[edit.features]
+    return delta.to(transcoder.W_dec.dtype) @ transcoder.W_dec[edit.features]
 
 
 @contextmanager

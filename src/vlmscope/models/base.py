@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
 from vlmscope.models.patches import PicturePatches
-from vlmscope.models.template import Turn
+from vlmscope.models.template import Dialogue, Turn
 
 ROLES = ("special", "image", "question", "last")
 INJECTIONS = "injections"  # [B, n, T, d], among an `InputBatch`'s tensors
@@ -85,6 +86,8 @@ class Adapter(ABC):
     # Whether positions come from the pictures (M-RoPE). Such a model remembers the shift that its last pictures made,
     # so that it must be told the positions whenever it is given embeddings instead of pictures.
     m_rope: bool = False
+    # Whether the family was made for prompts with pictures alone.
+    needs_pictures: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,6 +201,22 @@ class Adapter(ABC):
             tokenizer: the model's tokenizer.
         """
         return turn
+
+    @abstractmethod
+    def wrap_exchanges(
+        self, exchanges: Sequence[Exchange], n_images: int, tokenizer: Any, chat_template: str | None = None
+    ) -> list[Dialogue]:
+        """A conversation in its chat template, as one dialogue; one an exchange for a family that knows no turns.
+
+        Args:
+            exchanges: what user and assistant say, at least one; the pictures come with the first.
+            n_images: the number of pictures.
+            tokenizer: the model's tokenizer.
+            chat_template: as in `wrap_prompt`.
+
+        Raises:
+            UserError: the exchanges spell placeholders that do not match the pictures, or the template has no answers.
+        """
 
     @abstractmethod
     def soft_token_boxes(

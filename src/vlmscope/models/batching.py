@@ -72,7 +72,7 @@ def make_batch(adapter: Adapter, inputs: Sequence[ModelInputs]) -> InputBatch:
         if len(other) != len(first) or not np.array_equal(other.is_image, first.is_image):
             raise UserError(
                 f"prompts of a batch must align: {first.prompt!r} has {len(first)} tokens, "
-                f"{other.prompt!r} has {len(other)}; use the same wording"
+                f"{other.prompt!r} has {len(other)}; use the same wording, and pictures of the same shape"
             )
     chunk = CHUNK if _stackable(inputs) else 1
     entering = [_entering(adapter, inputs[i : i + chunk]) for i in range(0, len(inputs), chunk)]

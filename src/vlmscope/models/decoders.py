@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter, LayerNorms
 from vlmscope.models.patches import PicturePatches
 from vlmscope.models.placement import computing_device, materialised
-from vlmscope.models.template import Turn, user_turn
+from vlmscope.models.template import Dialogue, Turn, dialogue, user_turn
 from vlmscope.models.towers import tower_attention
 
 
@@ -165,6 +166,11 @@ class DecoderAdapter(Adapter):
     ) -> list[PicturePatches]:
         kind = self.model.config.model_type
         raise UserError(f"it is not known where the vision tower of models of type {kind!r} holds its patches")
+
+    def wrap_exchanges(
+        self, exchanges: Sequence[Exchange], n_images: int, tokenizer: Any, chat_template: str | None = None
+    ) -> list[Dialogue]:
+        return [dialogue(tokenizer, chat_template or self.chat_template, exchanges, self.placeholder, n_images)]
 
     def soft_token_id(self) -> int | None:
         return int(self.model.config.image_token_id)

@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor
 from transformers import Gemma3ForConditionalGeneration
 
+from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
 from vlmscope.models.boxes import WHOLE, grid_boxes
 from vlmscope.models.decoders import DecoderAdapter
 from vlmscope.models.patches import PicturePatches, batched_tiles, pooled
-from vlmscope.models.template import Turn, spelt_placeholders
+from vlmscope.models.template import Dialogue, Span, Turn, spelt_in_first, spelt_placeholders
 
 
 class Gemma3Adapter(DecoderAdapter):
@@ -37,11 +38,9 @@ class Gemma3Adapter(DecoderAdapter):
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
         lead = ""
         if self.has_vision:
-            placeholder = tokenizer.boi_token
-            if tokenizer.image_token in prompt:
-                raise UserError(f"the prompt spells {tokenizer.image_token}; write {placeholder} once for each picture")
-            if not spelt_placeholders(prompt, placeholder, n_images):
-                lead = placeholder * n_images
+            self._refuse_soft_tokens(prompt, tokenizer)
+            if not spelt_placeholders(prompt, tokenizer.boi_token, n_images):
+                lead = tokenizer.boi_token * n_images
         elif n_images:
             raise UserError(
                 f"{type(self.model).__name__} takes no pictures but {n_images} were given; leave image= out"
@@ -49,6 +48,25 @@ class Gemma3Adapter(DecoderAdapter):
         # Gemma's turn is the same in every checkpoint, and the embedded model's words need these very tokens.
         bos = tokenizer.bos_token or ""
         return Turn(f"{bos}<start_of_turn>user\n{lead}", prompt, "<end_of_turn>\n<start_of_turn>model\n")
+
+    def wrap_exchanges(
+        self, exchanges: Sequence[Exchange], n_images: int, tokenizer: Any, chat_template: str | None = None
+    ) -> list[Dialogue]:
+        if self.has_vision:
+            spelt_in_first(exchanges, tokenizer.boi_token, n_images)
+            self._refuse_soft_tokens("".join(text for exchange in exchanges for text in exchange), tokenizer)
+        spans: list[Span] = []
+        for number, exchange in enumerate(exchanges):
+            turn = self.wrap_prompt(exchange.user, 0 if number else n_images, tokenizer)
+            before = turn.text.removeprefix(tokenizer.bos_token or "") if number else turn.text
+            spans += [Span(before, False), Span(exchange.assistant, True), Span("<end_of_turn>\n", False)]
+        return [Dialogue(tuple(spans))]
+
+    def _refuse_soft_tokens(self, text: str, tokenizer: Any) -> None:
+        if tokenizer.image_token in text:
+            raise UserError(
+                f"the prompt spells {tokenizer.image_token}; write {tokenizer.boi_token} once for each picture"
+            )
 
     def soft_token_boxes(
         self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter, ModelInputs, adapter_for, check_supported
@@ -90,27 +90,51 @@ class VLM:
         _check_words(self.tokenizer, prompt)
         template = getattr(self.processor, "chat_template", None)
         turn = self.adapter.wrap_prompt(prompt, len(images), self.tokenizer, template)
-        asked = {"return_tensors": "pt", "add_special_tokens": False, "return_offsets_mapping": True}
-        if self.adapter.has_vision:
-            pictures = {"images": [list(images)]} if images else {}
-            batch = self.processor(text=[turn.text], return_text_replacement_offsets=True, **asked, **pictures)
-        else:
-            batch = self.tokenizer([turn.text], **asked)
-            batch.pop("token_type_ids", None)
+        more = {"return_text_replacement_offsets": True} if self.adapter.has_vision else {}
+        batch = self._processed(turn.text, images, return_offsets_mapping=True, **more)
         self._check_ids(batch["input_ids"])
         replaced = batch["text_replacement_offsets"][0] if images else []
         completed = self.adapter.completed_turn(turn, self.tokenizer)
         written = written_by_user(completed, replaced, batch["offset_mapping"][0].numpy())
+        tensors = self._tensors(batch)
+        sizes = [image.size for image in images]
+        boxes = self.adapter.soft_token_boxes(tensors, sizes, getattr(self.processor, "image_processor", None))
+        return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes, written, sizes)
+
+    def tokenised(self, text: str, images: Sequence[Image] = (), **settings: Any) -> dict[str, Tensor]:
+        """What the model's forward takes for a text in its template, batch size 1, on the model's device.
+
+        Args:
+            text: special tokens and placeholders included.
+            images: the pictures, in order.
+            settings: more arguments for the processor.
+
+        Raises:
+            UserError: the text has a token that the model has no embedding for.
+        """
+        batch = self._processed(text, images, **settings)
+        self._check_ids(batch["input_ids"])
+        return self._tensors(batch)
+
+    def _processed(self, text: str, images: Sequence[Image], **settings: Any) -> Any:
+        """What the processor, or the tokenizer of a text-only model, makes of one text."""
+        asked = {"return_tensors": "pt", "add_special_tokens": False, **settings}
+        if self.adapter.has_vision:
+            return self.processor(text=[text], **asked, **({"images": [list(images)]} if images else {}))
+        batch = self.tokenizer([text], **asked)
+        batch.pop("token_type_ids", None)
+        return batch
+
+    def _tensors(self, batch: Any) -> dict[str, Tensor]:
+        """What the model's forward takes of a processed batch, on its device."""
         # What the processor adds for its own bookkeeping (num_crops) or for training (labels) is left out.
         names = set(inspect.signature(self.model.forward).parameters) - {"labels"}
         tensors = {name: batch[name].to(self.adapter.device) for name in batch if name in names}
         if "pixel_values" in tensors:
             tensors["pixel_values"] = tensors["pixel_values"].to(self.adapter.dtype)
-        sizes = [image.size for image in images]
-        boxes = self.adapter.soft_token_boxes(tensors, sizes, getattr(self.processor, "image_processor", None))
-        return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes, written, sizes)
+        return tensors
 
-    def _check_ids(self, ids: torch.Tensor) -> None:
+    def _check_ids(self, ids: Tensor) -> None:
         """Gemma 3's text-only tokenizers have a token for pictures, beyond the last row of the embedding."""
         highest = int(ids.max())
         if highest >= self.adapter.vocab_size:

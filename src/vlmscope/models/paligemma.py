@@ -9,16 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
 from vlmscope.models.boxes import WHOLE, grid_boxes
 from vlmscope.models.decoders import DecoderAdapter
 from vlmscope.models.patches import PicturePatches, batched_tiles, pooled
-from vlmscope.models.template import Turn, spelt_placeholders
+from vlmscope.models.template import Dialogue, Span, Turn, spelt_placeholders
 
 
 class PaliGemmaAdapter(DecoderAdapter):
     """One soft token a patch of the whole picture, resized without cropping."""
+
+    needs_pictures = True
 
     @property
     def logit_softcap(self) -> float | None:
@@ -37,6 +40,17 @@ class PaliGemmaAdapter(DecoderAdapter):
             end = turn.content.rfind(self.placeholder) + len(self.placeholder)
             return Turn("", turn.content[:end] + bos + turn.content[end:], "\n")
         return Turn(turn.before + bos, turn.content, "\n")
+
+    def wrap_exchanges(
+        self, exchanges: Sequence[Exchange], n_images: int, tokenizer: Any, chat_template: str | None = None
+    ) -> list[Dialogue]:
+        if any(self.placeholder in exchange.assistant for exchange in exchanges):
+            raise UserError(f"an answer spells {self.placeholder}, which stands for a picture; take it out")
+        prompts = [self.wrap_prompt(exchange.user, n_images, tokenizer) for exchange in exchanges]
+        return [
+            Dialogue((Span(prompt.text, False),), suffix=exchange.assistant)
+            for prompt, exchange in zip(prompts, exchanges, strict=True)
+        ]
 
     def soft_token_boxes(
         self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any

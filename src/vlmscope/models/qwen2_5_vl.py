@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
 from vlmscope.models.boxes import grid_boxes
 from vlmscope.models.decoders import DecoderAdapter
 from vlmscope.models.patches import PicturePatches, merged_tiles, pooled
-from vlmscope.models.template import Turn
+from vlmscope.models.template import Dialogue, Turn
 
 
 class Qwen2_5_VLAdapter(DecoderAdapter):
@@ -34,9 +35,20 @@ class Qwen2_5_VLAdapter(DecoderAdapter):
         return self.model.model.visual
 
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
-        if prompt.count("<|image_pad|>") != prompt.count(self.placeholder):
-            raise UserError(f"the prompt spells <|image_pad|>; write {self.placeholder} once for each picture")
+        self._refuse_pads(prompt)
         return super().wrap_prompt(prompt, n_images, tokenizer, chat_template)
+
+    def wrap_exchanges(
+        self, exchanges: Sequence[Exchange], n_images: int, tokenizer: Any, chat_template: str | None = None
+    ) -> list[Dialogue]:
+        for exchange in exchanges:
+            self._refuse_pads(exchange.user)
+            self._refuse_pads(exchange.assistant)
+        return super().wrap_exchanges(exchanges, n_images, tokenizer, chat_template)
+
+    def _refuse_pads(self, text: str) -> None:
+        if text.count("<|image_pad|>") != text.count(self.placeholder):
+            raise UserError(f"the prompt spells <|image_pad|>; write {self.placeholder} once for each picture")
 
     def soft_token_boxes(
         self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any

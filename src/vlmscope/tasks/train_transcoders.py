@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vlmscope.core.errors import UserError
+
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.context import RunContext
@@ -10,14 +12,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    """What a batch is made of (scenes of each kind), and the loss for dead features. Sizes: transcoder=arch, optim,
-    trainer.
+    """What a batch is made of, and the loss for dead features. Sizes: transcoder=arch, optim, trainer.
+
+    With data=orrery, `batch` says how many scenes of each kind, `val_scenes` how many of each for validation. With
+    data=folder, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut off), and
+    `val_examples` at most are validated on.
     """
 
     batch: dict[str, int] = field(
         default_factory=lambda: {"planets": 14, "digits": 18, "shapes": 12, "hands": 8, "text": 12}
     )
     val_scenes: int = 100
+    tokens_per_batch: int = 2048
+    max_tokens: int = 4096
+    val_examples: int = 100
     init: str = "samples"
     pool_batches: int = 8
     steps_per_batch: int = 2
@@ -26,47 +34,30 @@ class Config:
     dead_after_tokens: int = 100_000
     clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        for key in ("tokens_per_batch", "max_tokens", "val_examples"):
+            if getattr(self, key) < 1:
+                raise UserError(f"task.{key}={getattr(self, key)}: it must be at least 1")
+
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Train, save to `<run_dir>/transcoders`, and report FVU, L0, dead features and the change of cross-entropy."""
-    from pathlib import Path
-
     from vlmscope.config.schema import TranscoderArchConfig
-    from vlmscope.core.errors import UserError
-    from vlmscope.core.seeds import generator
-    from vlmscope.data.chat import chat_batch
-    from vlmscope.data.orrery.dataset import ScenePool
-    from vlmscope.data.orrery.scene import KINDS
     from vlmscope.report.training_figures import fvu_by_layer
+    from vlmscope.tasks.transcoder_batches import batches_for
     from vlmscope.tasks.wiring import load_model
     from vlmscope.training.transcoder_training import train_transcoders
     from vlmscope.transcoders.formats import save_set
 
     if not isinstance(cfg.transcoder, TranscoderArchConfig):
         raise UserError("training needs an architecture, not a trained set: add transcoder=arch")
-    if cfg.data.path is None:
-        raise UserError("data.path is not set: give the folder with Orrery's shards (task=build_data writes them)")
-    task: Config = cfg.task
-    config = training_config(cfg)
-    config.check()
-    train, val = (ScenePool(Path(cfg.data.path), split) for split in ("train", "val"))
-    vlm = load_model(cfg)
-    soft = int(vlm.processor.image_seq_length)
-
-    def batch(step: int) -> dict:
-        return chat_batch(
-            train.batch(cfg.seed, step, task.batch), vlm.tokenizer, soft, generator(cfg.seed, "chat", step)
-        )
-
-    val_batches = [
-        chat_batch(val.scenes(kind, task.val_scenes), vlm.tokenizer, soft, generator(cfg.seed, "val", kind))
-        for kind in KINDS
-    ]
+    training_config(cfg).check()
+    vlm, source = batches_for(cfg, lambda: load_model(cfg))
     transcoders, metrics = train_transcoders(
         vlm,
-        batch,
-        val_batches,
-        config,
+        source.train,
+        source.val,
+        training_config(cfg, source.settings),
         context.run_dir,
         context.tracked.lightning_logger(),
         cfg.trainer.resume,
@@ -76,14 +67,16 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     series = {
         name: [metrics[f"layers/{key}/layer_{i:02d}"] for i in layers]
         for name, key in (("all tokens", "fvu"), ("text", "fvu_text"), ("image", "fvu_image"))
+        # Without pictures there is no figure for them.
+        if all(f"layers/{key}/layer_{i:02d}" in metrics for i in layers)
     }
     dead = [metrics[f"layers/dead_frac/layer_{i:02d}"] for i in layers]
     fvu_by_layer(series, dead, context.run_dir / "figures" / "fvu_by_layer.png")
     return metrics
 
 
-def training_config(cfg: "AppConfig"):
-    """The settings of `vlmscope.training` from the groups transcoder, optim, trainer and this task."""
+def training_config(cfg: "AppConfig", data: str | None = None):
+    """The settings of `vlmscope.training` from the groups transcoder, optim, trainer and this task; `data` as there."""
     from vlmscope.config.schema import TranscoderArchConfig
     from vlmscope.training.transcoder_config import TranscoderTrainingConfig
 
@@ -111,4 +104,5 @@ def training_config(cfg: "AppConfig"):
         val_every=cfg.trainer.val_every,
         log_every=cfg.trainer.log_every,
         seed=cfg.seed,
+        data=data,
     )

@@ -65,6 +65,6 @@ class TranscoderCheckpoints(pl.Callback):
             self.save(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Ctrl-C keeps what was learnt, unless it fell into the middle of a change of the state."""
-        if isinstance(exception, KeyboardInterrupt) and not pl_module.committing and pl_module.steps_done:
+        """Ctrl-C or a damaged picture keeps what was learnt, unless it came in the middle of a change of the state."""
+        if isinstance(exception, KeyboardInterrupt | UserError) and not pl_module.committing and pl_module.steps_done:
             self.save(pl_module)

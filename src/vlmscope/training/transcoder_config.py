@@ -23,6 +23,7 @@ class TranscoderTrainingConfig:
         dead_after_tokens: a feature that has not fired for so many tokens is dead.
         checkpoint_every, val_every, log_every: in steps; 0 = never.
         seed: of the starting point.
+        data: what the batches hang on beside the seed, in words; a run goes on only with the same. None: nothing.
     """
 
     expansion_factor: int = 16
@@ -48,6 +49,7 @@ class TranscoderTrainingConfig:
     val_every: int = 500
     log_every: int = 20
     seed: int = 0
+    data: str | None = None
 
     def check(self) -> None:
         """Refuse settings that cannot work.

@@ -1,11 +1,12 @@
 """Batches for transcoders and the tokens that count in them.
 
-A batch is a dict with the keyword arguments of the Hugging Face forward (`input_ids` [B, T], `attention_mask` [B, T],
+A forward is a dict with the keyword arguments of the Hugging Face model (`input_ids` [B, T], `attention_mask` [B, T],
 `pixel_values`, `token_type_ids`) and, for the cross-entropy, `loss_mask` [B, T] bool: True at answer tokens, each of
-which is predicted from the position before it. Legend: N valid tokens of the batch, d model width.
+which is predicted from the position before it. A batch is one forward or a list of them, whose tokens are taken
+together. Legend: N valid tokens of the batch, d model width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,15 @@ from torch import Tensor
 
 from vlmscope.activations.capture import capture_mlp
 from vlmscope.models.base import Adapter
+from vlmscope.models.conversations import LOSS_MASK
 
-LOSS_MASK = "loss_mask"
+Forward = Mapping[str, Tensor]
+Batch = Forward | Sequence[Forward]
+
+
+def forwards(batch: Batch) -> Sequence[Forward]:
+    """The forwards that a batch is made of."""
+    return [batch] if isinstance(batch, Mapping) else batch
 
 
 def forward_arguments(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -35,15 +43,29 @@ class LayerActivations:
         return self.is_image.shape[0]
 
 
-def collect(adapter: Adapter, batch: Mapping[str, Tensor]) -> LayerActivations:
-    """One forward of the frozen model; padding is dropped."""
-    batch = on_device(adapter, batch)
-    captured = capture_mlp(adapter, forward_arguments(batch))
-    return select_valid(adapter, batch, captured)
+def collect(adapter: Adapter, batch: Batch) -> LayerActivations:
+    """The activations of a batch in the frozen model; padding is dropped."""
+    parts: list[LayerActivations] = []
+    for one in forwards(batch):
+        placed = on_device(adapter, one)
+        parts.append(select_valid(adapter, placed, capture_mlp(adapter, forward_arguments(placed))))
+    return parts[0] if len(parts) == 1 else joined(parts)
 
 
-def on_device(adapter: Adapter, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The batch where the model is."""
+def joined(parts: Sequence[LayerActivations]) -> LayerActivations:
+    """The tokens of several forwards as one batch, in order."""
+    by_layer = {
+        layer: (
+            torch.cat([part.by_layer[layer][0] for part in parts]),
+            torch.cat([part.by_layer[layer][1] for part in parts]),
+        )
+        for layer in parts[0].by_layer
+    }
+    return LayerActivations(by_layer, torch.cat([part.is_image for part in parts]))
+
+
+def on_device(adapter: Adapter, batch: Forward) -> dict[str, Tensor]:
+    """A forward where the model is."""
     return {name: tensor.to(adapter.device) for name, tensor in batch.items()}
 
 

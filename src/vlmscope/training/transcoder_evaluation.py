@@ -18,7 +18,7 @@ from vlmscope.activations.capture import HasAdapter, adapter_of
 from vlmscope.core.errors import UserError
 from vlmscope.metrics.reconstruction import FvuAccumulator, cross_entropy, dead_fraction, firing_counts
 from vlmscope.models.base import Adapter
-from vlmscope.training.transcoder_data import LOSS_MASK, collect, forward_arguments, on_device
+from vlmscope.training.transcoder_data import LOSS_MASK, Batch, collect, forward_arguments, forwards, on_device
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
 
@@ -50,7 +50,7 @@ class _LayerFigures:
 
 @torch.no_grad()
 def evaluate_transcoders(
-    vlm: Adapter | HasAdapter, transcoders: TranscoderSet, batches: Iterable[Mapping[str, Tensor]]
+    vlm: Adapter | HasAdapter, transcoders: TranscoderSet, batches: Iterable[Batch]
 ) -> dict[str, float]:
     """Figures of the set on `batches` (see `vlmscope.training.transcoder_data` for what a batch is).
 
@@ -66,7 +66,7 @@ def evaluate_transcoders(
     _check_fits(adapter, transcoders)
     layers = {layer: _LayerFigures(transcoders[layer].config.n_features) for layer in transcoders.layers}
     losses: dict[str, float] = {"tokens": 0.0, "own": 0.0, "spliced": 0.0}
-    for given in batches:
+    for given in (one for batch in batches for one in forwards(batch)):
         batch = on_device(adapter, given)
         activations = collect(adapter, batch)
         for layer, figures in layers.items():

@@ -6,16 +6,15 @@ its tokens from all of them. The draw depends on the step alone: a resumed run c
 the same tokens. With both settings at 1 every step sees exactly its own batch.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from vlmscope.core.seeds import generator
 from vlmscope.models.base import Adapter
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.training.transcoder_data import LayerActivations, collect
+from vlmscope.training.transcoder_data import Batch, LayerActivations, collect
 
 
 class ActivationStream(IterableDataset[LayerActivations]):
@@ -24,7 +23,7 @@ class ActivationStream(IterableDataset[LayerActivations]):
     def __init__(
         self,
         adapter: Adapter,
-        batch_of: Callable[[int], Mapping[str, Tensor]],
+        batch_of: Callable[[int], Batch],
         config: TranscoderTrainingConfig,
         first: Callable[[], int],
     ) -> None:

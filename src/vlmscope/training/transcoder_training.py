@@ -1,13 +1,12 @@
 """The one call that trains a transcoder set: start or resume, fit with Lightning, evaluate."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -16,13 +15,11 @@ from vlmscope.models.base import Adapter
 from vlmscope.training.resume import fit_or_interrupt
 from vlmscope.training.transcoder_checkpoints import TranscoderCheckpoints
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.training.transcoder_data import collect
+from vlmscope.training.transcoder_data import Batch, collect
 from vlmscope.training.transcoder_evaluation import evaluate_transcoders
 from vlmscope.training.transcoder_module import TranscoderModule
 from vlmscope.training.transcoder_stream import ActivationStream
 from vlmscope.transcoders.transcoder import TranscoderSet
-
-Batch = Mapping[str, Tensor]
 
 
 def train_transcoders(
@@ -65,7 +62,7 @@ def train_transcoders(
     progress = _Progress(config, val_batches, logger)
     if module.steps_done < config.max_steps:
         _fit(module, train_batch, [progress, checkpoints], logger)
-    transcoders = module.finished_set()
+    transcoders = module.finished_set().to(adapter.device)  # Lightning leaves the module on the CPU
     metrics = evaluate_transcoders(adapter, transcoders, val_batches) if val_batches else {}
     metrics |= progress.speed()
     if logger is not None:
@@ -80,10 +77,12 @@ def _fit(
     logger: Logger | None,
 ) -> None:
     stream = ActivationStream(module.adapter, batch_of, module.config, lambda: module.steps_done)
+    device = module.adapter.device  # activations are captured there, so the transcoders must be there too
+    on_gpu = device.type == "cuda"
     trainer = pl.Trainer(
         max_epochs=1,
-        accelerator="auto",
-        devices=1,
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=[device.index or 0] if on_gpu else 1,
         callbacks=callbacks,
         logger=logger if logger is not None else False,
         enable_checkpointing=False,

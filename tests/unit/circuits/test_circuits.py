@@ -12,10 +12,11 @@ from vlmscope.circuits.config import CircuitConfig, InterventionConfig, Question
 from vlmscope.circuits.contrast import contrast_circuit
 from vlmscope.circuits.effects import flip_rate, in_scope, make_subject, specificity
 from vlmscope.circuits.flow import circuit_edges
-from vlmscope.circuits.plans import donor_activations, patch_plan, steer_plan, union
+from vlmscope.circuits.plans import donor_activations, steer_plan, union
 from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
 from vlmscope.features.role_means import RoleMeans, role_means
+from vlmscope.interventions.named import patch_plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image

@@ -97,3 +97,11 @@ def test_which_arguments_are_rewritten(tmp_path, monkeypatch) -> None:
         '++images.mars=["a, b.png"]',
         "++images.x=[a.png]",
     ]
+    assert quote_arguments(["task.donor_image=my picture (1), new.png", "task.donor_prompt=a, b {c}"]) == [
+        'task.donor_image="my picture (1), new.png"',
+        'task.donor_prompt="a, b {c}"',
+    ]
+    assert quote_arguments(["task.features={L1/7: 8.0}", "task.features=[L1/7]"]) == [
+        "++task.features={L1/7: 8.0}",
+        "task.features=[L1/7]",
+    ]

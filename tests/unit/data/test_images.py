@@ -8,7 +8,7 @@ from PIL import Image
 
 from vlmscope.core.errors import UserError
 from vlmscope.data import images
-from vlmscope.data.images import open_image, png_bytes
+from vlmscope.data.images import check_image, open_image, png_bytes
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16", "RGB"])
@@ -59,3 +59,17 @@ def test_bad_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     with pytest.raises(UserError, match="too many"):
         open_image(good)
+
+
+def test_a_header_is_checked_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.effect_noise((64, 64), 90).save(tmp_path / "x.png")
+    (tmp_path / "x.png").write_bytes((tmp_path / "x.png").read_bytes()[:500])
+    check_image(tmp_path / "x.png")
+    with pytest.raises(UserError, match="cannot be read as a picture"):
+        open_image(tmp_path / "x.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    with pytest.raises(UserError, match="64 x 64 pixels are too many"):
+        check_image(tmp_path / "x.png")
+    for name, words in (("gone.png", "no such file"), ("", "is a folder")):
+        with pytest.raises(UserError, match=words):
+            check_image(tmp_path / name)

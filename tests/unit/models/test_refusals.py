@@ -22,6 +22,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.models.base import adapter_for
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.tiny import tiny_image, tiny_vlm
+from vlmscope.transcoders.init import random_set
 
 
 @pytest.mark.parametrize(

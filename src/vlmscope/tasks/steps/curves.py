@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from vlmscope.circuits.effects import Subject, flips, in_scope
-from vlmscope.circuits.plans import donor_activations, patch_plan
+from vlmscope.circuits.plans import donor_activations
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.intervention import Curve, FlipRow
 from vlmscope.data.orrery.facts import PLANETS
 from vlmscope.interventions.ablation import mean_ablated, mlp_outputs
 from vlmscope.interventions.edits import Plan, without_layers
+from vlmscope.interventions.named import patch_plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.models.batching import make_batch

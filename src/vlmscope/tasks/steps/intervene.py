@@ -19,11 +19,12 @@ from vlmscope.circuits.effects import (
     make_subject,
     specificity,
 )
-from vlmscope.circuits.plans import donor_activations, patch_plan
+from vlmscope.circuits.plans import donor_activations
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve, FlipRow, Rate
 from vlmscope.data.orrery.concepts import unrelated_scenes
 from vlmscope.interventions.edits import Plan
+from vlmscope.interventions.named import patch_plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.models.batching import InputBatch, make_batch

@@ -1,0 +1,131 @@
+"""A folder of the user's own data: `train.jsonl`, `val.jsonl` if there is one, and the pictures that they name.
+
+One JSON object a line (layouts: `vlmscope.data.conversation`), picture paths relative to the folder. The files are read
+through once, to find mistakes before anything long starts and to note where each line begins; a line is read again,
+and its pictures opened, when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from tqdm import tqdm
+
+from vlmscope.core.conversation import Sample
+from vlmscope.core.errors import UserError
+from vlmscope.core.seeds import generator
+from vlmscope.data.conversation import check_record, sample_of
+from vlmscope.data.images import check_image, open_image
+
+T = TypeVar("T")
+
+
+class Line(NamedTuple):
+    """Where an example stands: its byte offset and line number (from 1); and how many pictures it has."""
+
+    offset: int
+    number: int
+    n_images: int
+
+
+class JsonLines(Sequence[Sample]):
+    """The examples of one file, or some of them.
+
+    Raises:
+        UserError: when the file cannot be read, holds no example, or a line is wrong: the message says which.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines = list(self._checked())
+        if not self.lines:
+            raise UserError(f"{path} holds no example; write one JSON object a line (docs/bring_your_own.md)")
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The example at `index`, its pictures opened; the examples of a slice stay closed."""
+        if isinstance(index, slice):
+            return self.subset(range(len(self))[index])
+        line, origin = self.lines[index], self.origin(index)
+        with self.path.open("rb") as file:
+            file.seek(line.offset)
+            record = _record(file.readline(), origin)
+        return sample_of(record, lambda name: self._picture(open_image, name, origin), origin)
+
+    def origin(self, index: int) -> str:
+        """The file and line of an example, for messages."""
+        return self._origin(self.lines[index].number)
+
+    def subset(self, rows: Sequence[int]) -> JsonLines:
+        """The examples of these rows, in this order."""
+        part = JsonLines.__new__(JsonLines)
+        part.path, part.lines = self.path, [self.lines[row] for row in rows]
+        return part
+
+    def _checked(self) -> Iterator[Line]:
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}; check data.path") from error
+        offset, seen = 0, set()
+        with file, tqdm(desc=f"checking {self.path.name}", unit="line", delay=2.0) as bar:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    names = check_record(_record(line, self._origin(number)), self._origin(number))
+                    for name in set(names) - seen:
+                        self._picture(check_image, name, self._origin(number))
+                    seen.update(names)
+                    yield Line(offset, number, len(names))
+                offset += len(line)
+                bar.update()
+
+    def _origin(self, number: int) -> str:
+        return f"{self.path} line {number}"
+
+    def _picture(self, read: Callable[[Path], T], name: str, origin: str) -> T:
+        """What `read` makes of a picture's path; its refusal names the line too."""
+        try:
+            return read(self.path.parent / name)
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from error
+
+
+def _record(line: bytes, origin: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{origin}: not valid JSON ({error.msg} at column {error.colno}); correct it") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{origin}: not UTF-8 text; save the file as UTF-8") from error
+
+
+def load_folder(folder: str | Path, val_share: float, seed: int) -> tuple[JsonLines, JsonLines]:
+    """The training and validation examples of a folder.
+
+    Args:
+        folder: has `train.jsonl` and perhaps `val.jsonl`.
+        val_share: without `val.jsonl`, this share of the training examples is held out, at least one.
+        seed: says which.
+
+    Raises:
+        UserError: as `JsonLines`, or there are too few examples to hold one out.
+    """
+    folder = Path(folder)
+    if not (folder / "train.jsonl").is_file():
+        raise UserError(f"no train.jsonl in {folder}; data.path must be a folder laid out as in docs/bring_your_own.md")
+    train = JsonLines(folder / "train.jsonl")
+    if (folder / "val.jsonl").is_file():
+        return train, JsonLines(folder / "val.jsonl")
+    held_out = max(1, round(val_share * len(train)))
+    if held_out >= len(train):
+        raise UserError(
+            f"{train.path} holds {len(train)} examples, too few to hold {held_out} out for validation; "
+            "give more, or a val.jsonl"
+        )
+    order = generator(seed, "validation").permutation(len(train)).tolist()
+    return train.subset(sorted(order[held_out:])), train.subset(sorted(order[:held_out]))

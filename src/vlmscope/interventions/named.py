@@ -1,0 +1,130 @@
+"""Plans from features that the user names: set to given values, or carried over from a donor run.
+
+Legend: B prompts, T positions, n features of a layer, F width of its transcoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.core.errors import UserError
+from vlmscope.core.ids import FeatureId
+from vlmscope.interventions.edits import LayerEdit, position_mask, set_features
+from vlmscope.interventions.run import activations
+from vlmscope.models.base import Adapter
+from vlmscope.models.batching import InputBatch
+from vlmscope.transcoders.transcoder import TranscoderSet
+
+
+def by_layer(transcoders: TranscoderSet, features: Iterable[FeatureId]) -> dict[int, Tensor]:
+    """Features grouped by layer, [n] int64, each once, in the order of naming.
+
+    Raises:
+        UserError: the transcoders do not have one of them.
+    """
+    table: dict[int, list[int]] = {}
+    for feature in dict.fromkeys(features):  # named twice, it is still one feature
+        if feature.layer not in transcoders:
+            raise UserError(f"feature {feature}: the transcoders have layers {transcoders.layers}")
+        width = transcoders[feature.layer].config.n_features
+        if feature.index >= width:
+            raise UserError(f"feature {feature}: layer {feature.layer} has {width} features")
+        table.setdefault(feature.layer, []).append(feature.index)
+    return {layer: torch.tensor(found) for layer, found in table.items()}
+
+
+def steer_plan(
+    adapter: Adapter,
+    transcoders: TranscoderSet,
+    values: Mapping[FeatureId, float],
+    length: int,
+    positions: Sequence[int] | None = None,
+) -> dict[int, LayerEdit]:
+    """Set features to given activations (0 ablates).
+
+    Args:
+        adapter: the model.
+        transcoders: its transcoders.
+        values: feature -> activation.
+        length: T of the prompt.
+        positions: prompt positions to act on, and then not on generated tokens; everywhere when None.
+
+    Raises:
+        UserError: a feature or position that is not there.
+    """
+    where = torch.ones(length, dtype=torch.bool)
+    if positions is not None:
+        bad = [p for p in positions if not 0 <= p < length]
+        if bad:
+            raise UserError(f"position {bad[0]}: the prompt has positions 0 to {length - 1}")
+        where = torch.zeros_like(where)
+        where[list(positions)] = True
+    plan: dict[int, LayerEdit] = {}
+    for layer, found in by_layer(transcoders, values).items():
+        chosen = [values[FeatureId(layer, index)] for index in found.tolist()]
+        value = torch.tensor(chosen, dtype=adapter.dtype, device=adapter.device)
+        plan[layer] = set_features(found.to(adapter.device), value, where, value if positions is None else None)
+    return plan
+
+
+@torch.no_grad()
+def donor_activations(
+    adapter: Adapter, transcoders: TranscoderSet, donors: InputBatch, features: Mapping[int, Tensor]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """The donors' activations of chosen features: layer -> (features [n], activations [B, T, n])."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for layer, x in mlp_inputs(adapter, donors, sorted(features)).items():
+        chosen = features[layer].to(x.device)
+        found[layer] = (chosen, activations(transcoders[layer], x, chosen))
+    return found
+
+
+def patch_plan(
+    activations: Mapping[int, tuple[Tensor, Tensor]],
+    roles: np.ndarray,
+    strength: float = 1.0,
+    pooled: bool = False,
+) -> dict[int, LayerEdit]:
+    """Carry activations from a donor run into a recipient run of the same wording.
+
+    Generated tokens get the donor's activations at its last position.
+
+    Args:
+        activations: what `donor_activations` returned, row i the donor of recipient i.
+        roles: [T] position roles.
+        strength: factor of the donor's activations; 1 is the patch proper.
+        pooled: give every soft token the donor's mean over its soft tokens, instead of the one at the same place.
+    """
+    where = position_mask(roles, "all")
+    soft = torch.from_numpy(roles == "image")
+    last = torch.from_numpy(roles == "last")
+    plan: dict[int, LayerEdit] = {}
+    for layer, (features, values) in activations.items():
+        carried = values
+        if pooled and bool(soft.any()):
+            carried = values.clone()
+            carried[:, soft] = values[:, soft].mean(1, keepdim=True)
+        carried = carried * strength
+        plan[layer] = set_features(features, carried, where, carried[:, last][:, 0])
+    return plan
+
+
+@torch.no_grad()
+def mean_activations(
+    adapter: Adapter, transcoders: TranscoderSet, batches: Sequence[InputBatch], layers: Sequence[int]
+) -> dict[int, Tensor]:
+    """Layer -> [F] float64, mean activation of every feature over the positions of all prompts (equally long)."""
+    means: dict[int, Tensor] = {}
+    for batch in batches:
+        for layer, x in mlp_inputs(adapter, batch, layers).items():
+            code, width = transcoders[layer].encode(x), transcoders[layer].config.n_features
+            dense = torch.zeros(width, dtype=torch.float64, device=x.device)
+            dense.scatter_add_(0, code.indices.flatten(), code.values.flatten().double())
+            share = dense / (x.shape[0] * x.shape[1] * len(batches))
+            means[layer] = means[layer] + share if layer in means else share
+    return means

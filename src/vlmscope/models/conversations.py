@@ -1,0 +1,103 @@
+"""Conversations and plain text as forwards of a model, with the tokens that the assistant said marked.
+
+A forward is a dict with the keyword arguments of the Hugging Face model, batch size 1, and `loss_mask [1, T]` bool:
+True at the assistant's words, each of which is predicted from the position before it. Of plain text every token but
+the first is marked. What the model's template adds, an answer's end included, is not. Words that the tokenizer does
+not know become its unknown token.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmscope.core.conversation import Conversation, Document, Sample
+from vlmscope.core.errors import UserError
+from vlmscope.models.loading import VLM
+from vlmscope.models.template import Dialogue
+
+LOSS_MASK = "loss_mask"
+_BY_POSITION = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", LOSS_MASK)
+
+
+def encode(vlm: VLM, sample: Sample, max_tokens: int | None = None) -> list[dict[str, Tensor]]:
+    """The forwards of one example: one, or one an exchange for a family that knows no turns (PaliGemma).
+
+    Args:
+        vlm: a loaded model.
+        sample: what is said, with its pictures.
+        max_tokens: longer ones are cut off at the end.
+
+    Raises:
+        UserError: with the example's origin: the model takes no pictures (or needs them), placeholders do not match the
+            pictures, or the cut would go through a picture.
+    """
+    try:
+        if isinstance(sample, Document):
+            return [_cut(vlm, _document(vlm, sample), max_tokens)]
+        template = getattr(vlm.processor, "chat_template", None)
+        dialogues = vlm.adapter.wrap_exchanges(sample.exchanges, len(sample.images), vlm.tokenizer, template)
+        return [_cut(vlm, _dialogue(vlm, one, sample), max_tokens) for one in dialogues]
+    except UserError as error:
+        raise UserError(f"{sample.origin}: {error}" if sample.origin else str(error)) from error
+
+
+def _dialogue(vlm: VLM, dialogue: Dialogue, sample: Conversation) -> dict[str, Tensor]:
+    if dialogue.suffix is not None:
+        tensors = vlm.tokenised(dialogue.text, sample.images, suffix=[dialogue.suffix])
+        answer = (tensors["token_type_ids"] == 1) & (tensors["input_ids"] != vlm.tokenizer.eos_token_id)
+        return {**tensors, LOSS_MASK: answer}
+    tensors = vlm.tokenised(dialogue.text, sample.images)
+    ids = tensors["input_ids"]
+    said = _tail_by_assistant(vlm.tokenizer, dialogue, ids[0].tolist())
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[0, ids.shape[1] - len(said) :] = torch.tensor(said)
+    return {**tensors, LOSS_MASK: mask}
+
+
+def _tail_by_assistant(tokenizer: Any, dialogue: Dialogue, ids: list[int]) -> list[bool]:
+    """Of the last tokens, from the first answer on, which ones overlap the assistant's words.
+
+    Pictures stand before the first answer, and placeholders and their soft tokens are special tokens, so that from
+    there on the tokens are those of the text alone, where it is known which characters they cover.
+    """
+    encoded = tokenizer(dialogue.text, add_special_tokens=False, return_offsets_mapping=True)
+    said = [False] * len(encoded["input_ids"])
+    start = 0
+    for text, by_assistant in dialogue.spans:
+        end = start + len(text)
+        if by_assistant:
+            said = [old or (a < end and b > start) for old, (a, b) in zip(said, encoded["offset_mapping"], strict=True)]
+        start = end
+    first = said.index(True) if any(said) else len(said)
+    tail = encoded["input_ids"][first:]
+    if ids[len(ids) - len(tail) :] != tail:
+        raise UserError("the processor changes the words of the answers; use the processor saved with the model")
+    return said[first:]
+
+
+def _document(vlm: VLM, document: Document) -> dict[str, Tensor]:
+    adapter = vlm.adapter
+    if adapter.needs_pictures:
+        raise UserError(f"{type(vlm.model).__name__} is not made for text without a picture; leave the line out")
+    encoded = vlm.tokenizer([document.text], return_tensors="pt")
+    ids = encoded["input_ids"].to(adapter.device)
+    if adapter.has_vision and (ids == adapter.soft_token_id()).any():
+        raise UserError("the text spells the token that stands for a picture; take it out")
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 0] = False
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), LOSS_MASK: mask}
+
+
+def _cut(vlm: VLM, forward: dict[str, Tensor], max_tokens: int | None) -> dict[str, Tensor]:
+    """The forward without the tokens beyond `max_tokens`."""
+    ids = forward["input_ids"]
+    length = ids.shape[1]
+    if max_tokens is None or length <= max_tokens:
+        return forward
+    if vlm.adapter.has_vision and (ids[:, max_tokens:] == vlm.adapter.soft_token_id()).any():
+        raise UserError(
+            f"its pictures do not fit into {max_tokens} tokens ({length} with the text); raise task.max_tokens, or "
+            "give fewer or smaller pictures"
+        )
+    return {name: tensor[:, :max_tokens] if name in _BY_POSITION else tensor for name, tensor in forward.items()}

@@ -1,0 +1,53 @@
+"""Carry features' activations from another picture's run into this one: next token and answer, with controls."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vlmscope.core.errors import UserError
+from vlmscope.tasks.edits import EditConfig
+
+if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
+    from vlmscope.tasks.context import RunContext
+
+
+@dataclass
+class Config(EditConfig):
+    """`features` names what is carried: 'task.features=[L1/7,L2/30]'.
+
+    The donor run has `donor_image` (a path, or a list of as many as in `image=`) and `donor_prompt`; what is not given
+    is that of the recipient. Both prompts must have the same length. `strength` multiplies what is carried.
+    """
+
+    features: list[str] = field(default_factory=list)
+    donor_image: Any = None
+    donor_prompt: str | None = None
+    strength: float = 1.0
+
+
+def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
+    """Patch `prompt=` on `image=` with the activations of the donor run."""
+    from vlmscope.data.images import open_images
+    from vlmscope.interventions.named import by_layer, donor_activations, patch_plan
+    from vlmscope.models.batching import make_batch
+    from vlmscope.tasks.edits import chosen_features, report_edit
+    from vlmscope.tasks.wiring import load_model, load_transcoders, user_pictures
+
+    task: Config = cfg.task
+    if cfg.prompt is None:
+        raise UserError("no prompt: add 'prompt=what is this ?' (and image=path/to/picture.png)")
+    if task.donor_image is None and task.donor_prompt is None:
+        raise UserError("no donor: add task.donor_image=path/to/other.png or 'task.donor_prompt=...'")
+    pictures = user_pictures(cfg)
+    paths = [task.donor_image] if isinstance(task.donor_image, str) else task.donor_image
+    gifts = pictures if paths is None else open_images(paths)
+    vlm = load_model(cfg)
+    features = chosen_features(task.features, task, vlm.adapter.n_layers)
+    inputs = vlm.prepare(cfg.prompt, pictures)
+    donor = vlm.prepare(cfg.prompt if task.donor_prompt is None else task.donor_prompt, gifts)
+    make_batch(vlm.adapter, [inputs, donor])  # refuses prompts that do not align
+    transcoders = load_transcoders(cfg, vlm)
+    recipient, given = (make_batch(vlm.adapter, [one]) for one in (inputs, donor))
+    carried = donor_activations(vlm.adapter, transcoders, given, by_layer(transcoders, features))
+    plan = patch_plan(carried, inputs.roles, task.strength)
+    return report_edit("patch", vlm, transcoders, inputs, plan, [recipient, given], task, context)

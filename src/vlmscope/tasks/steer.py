@@ -1,0 +1,46 @@
+"""Set features to values of your choice on one prompt: next token and answer before and after, with controls."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vlmscope.core.errors import UserError
+from vlmscope.core.ids import FeatureId
+from vlmscope.tasks.edits import EditConfig
+
+if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
+    from vlmscope.tasks.context import RunContext
+
+
+@dataclass
+class Config(EditConfig):
+    """`features` maps names to activations: 'task.features={L1/7: 8.0, L2/30: 0}' (0 switches off).
+
+    Features of `from_graph` are all set to `value`. `positions` are prompt positions to act on; without them the edit
+    is everywhere and in generated tokens too.
+    """
+
+    features: dict[str, float] = field(default_factory=dict)
+    value: float = 0.0
+    positions: list[int] | None = None
+
+
+def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
+    """Steer `prompt=` on `image=` (none for text alone)."""
+    from vlmscope.interventions.named import steer_plan
+    from vlmscope.models.batching import make_batch
+    from vlmscope.tasks.edits import chosen_features, report_edit
+    from vlmscope.tasks.wiring import load_model, load_transcoders, user_pictures
+
+    if cfg.prompt is None:
+        raise UserError("no prompt: add 'prompt=what is this ?' (and image=path/to/picture.png)")
+    task: Config = cfg.task
+    given = {FeatureId.parse(text): value for text, value in task.features.items()}
+    pictures = user_pictures(cfg)
+    vlm = load_model(cfg)
+    values = {f: given.get(f, task.value) for f in chosen_features(list(task.features), task, vlm.adapter.n_layers)}
+    inputs = vlm.prepare(cfg.prompt, pictures)
+    transcoders = load_transcoders(cfg, vlm)
+    plan = steer_plan(vlm.adapter, transcoders, values, len(inputs), task.positions)
+    matched_on = [make_batch(vlm.adapter, [inputs])]
+    return report_edit("steer", vlm, transcoders, inputs, plan, matched_on, task, context)

@@ -46,6 +46,10 @@ CASES: dict[str, dict[str, Any]] = {
     "no_gqa": {"images": 1, "skip": False, "n_kv_heads": 4},
     # The window is shorter than the prompt; three layers of it still reach from the last position to the picture.
     "all_sliding": {"images": 1, "skip": False, "layer_types": ("sliding_attention",) * 3, "window": 7},
+    # Nonlinearities beside TopK, which the frozen supports leave behind.
+    "batchtopk": {"images": 1, "skip": True, "activation": "batchtopk"},
+    "jumprelu": {"images": 1, "skip": True, "activation": "jumprelu"},
+    "relu": {"images": 1, "skip": False, "activation": "relu"},
     # Families: one picture with skip paths, and where pictures add up in another way, two.
     "llava": {"family": "llava", "images": 1, "skip": True},
     "llava_two_images": {"family": "llava", "images": 2, "skip": False},
@@ -94,13 +98,14 @@ def config(**changes: Any) -> AttributionConfig:
     return AttributionConfig(**{"dtype": "float64", "logit_mass": 1.0, "max_logits": 5, **changes})
 
 
-def make_case(images: int, skip: bool, family: str = "", **model: Any) -> Case:
+def make_case(images: int, skip: bool, family: str = "", activation: str = "topk", **model: Any) -> Case:
     """Build a case; call it under `exact_float64`."""
     vlm = tiny_vlm(family, 3, dtype=torch.float64) if family else tiny_gemma3(3, dtype=torch.float64, **model)
     inputs = vlm.prepare(PROMPT, [tiny_image(number) for number in range(images)])
     other = vlm.prepare(PROMPT, [tiny_image(99 + number) for number in range(images)]) if images else None
     adapter = vlm.adapter
-    transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 5, skip=skip, seed=4, dtype=torch.float64)
+    settings = {"skip": skip, "seed": 4, "dtype": torch.float64, "activation": activation}
+    transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 5, **settings)
     limits = Limits(sources=24, positions=100)
     subject = make_subject(vlm, transcoders, inputs, other, limits)
     return Case(subject, attribute(subject.replacement, config(), vlm.tokenizer))

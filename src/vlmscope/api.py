@@ -47,8 +47,11 @@ def load(
     transcoders: str | Path | None = None,
     dtype: str = "float32",
     device: str = "cpu",
+    offload: str = "none",
 ) -> Scope:
     """Load a model folder and a transcoder folder; Orrery and its set by default.
+
+    `device` is cpu, cuda, cuda:N or mps; `offload` keeps the model's weights in CPU memory ("cpu") or on disk ("disk").
 
     Raises:
         UserError: a folder is not what it should be, or the transcoders do not fit the model.
@@ -57,7 +60,7 @@ def load(
     from vlmscope.models.loading import load_vlm
     from vlmscope.transcoders.formats import load_set
 
-    vlm = load_vlm(model or asset("orrery"), dtype, device)
+    vlm = load_vlm(model or asset("orrery"), dtype, device, offload)
     adapter = vlm.adapter
     folder = Path(transcoders or asset("orrery_transcoders"))
     found = load_set(folder, n_layers=adapter.n_layers, d_model=adapter.d_model)

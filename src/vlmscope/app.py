@@ -34,6 +34,7 @@ vlmscope: transcoders, attribution graphs and causal tests for vision-language m
 
 Keys
   prompt=TEXT, prompt_file=PATH   the prompt, taken exactly as it is written
+  prompts=SET prompt_name=NAME    a ready prompt of a set (docs/prompts.md)
   image=PATH, image=[A,B]         one picture or several
   images.NAME=[A,B]               a named set of your own pictures
   model= transcoder= data= optim= trainer= tracking= attribution= intervention=    choose an option of a group

@@ -17,11 +17,19 @@ from vlmscope.core.errors import UserError
 from vlmscope.tasks import registry
 
 EXPERIMENTS = sorted(catalog.options("experiment"))
-OPTIONS = [
-    f"{group}={name}"
-    for group in ("model", "data", "transcoder", "optim", "trainer", "tracking", "attribution", "intervention", "debug")
-    for name in catalog.options(group)
-]
+GROUPS = (
+    "model",
+    "data",
+    "transcoder",
+    "optim",
+    "trainer",
+    "tracking",
+    "attribution",
+    "intervention",
+    "prompts",
+    "debug",
+)
+OPTIONS = [f"{group}={name}" for group in GROUPS for name in catalog.options(group)]
 
 
 @pytest.fixture(autouse=True)

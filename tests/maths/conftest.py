@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from tests.maths.maths_cases import CASES, WHOLE, Case, make_case
+from tests.maths.maths_cases import CASES, WHOLE, Case, case_of
 
 from vlmscope.models.precision import exact_float64
 
@@ -18,15 +18,11 @@ def cases() -> dict[str, Case]:
 def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Iterator[Case]:
     """Each case in turn, with casts kept in float64 during the test."""
     with exact_float64():
-        if request.param not in cases:
-            cases[request.param] = make_case(**CASES[request.param])
-        yield cases[request.param]
+        yield case_of(request.param, cases)
 
 
 @pytest.fixture(params=WHOLE)
 def one_case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Iterator[Case]:
     """The cases that have everything at once: pictures, skip paths and biases."""
     with exact_float64():
-        if request.param not in cases:
-            cases[request.param] = make_case(**CASES[request.param])
-        yield cases[request.param]
+        yield case_of(request.param, cases)

@@ -21,7 +21,19 @@ from vlmscope.replacement.model import ReplacementModel, Replay
 from vlmscope.transcoders.init import random_set
 from vlmscope.transcoders.transcoder import TranscoderSet
 
-__all__ = ["CASES", "PROMPT", "TOLERANCE", "Case", "config", "dense", "key_of", "make_case", "read_targets", "rows_of"]
+__all__ = [
+    "CASES",
+    "PROMPT",
+    "TOLERANCE",
+    "Case",
+    "case_of",
+    "config",
+    "dense",
+    "key_of",
+    "make_case",
+    "read_targets",
+    "rows_of",
+]
 
 PROMPT = "what is this planet ? red and blue"
 
@@ -32,17 +44,25 @@ CASES: dict[str, dict[str, Any]] = {
     "one_image_skip_biases": {"images": 1, "skip": True, "attention_bias": True},
     "two_images_skip": {"images": 2, "skip": True},
     "no_gqa": {"images": 1, "skip": False, "n_kv_heads": 4},
-    "all_sliding": {"images": 1, "skip": False, "layer_types": ("sliding_attention",) * 3},
+    # The window is shorter than the prompt; three layers of it still reach from the last position to the picture.
+    "all_sliding": {"images": 1, "skip": False, "layer_types": ("sliding_attention",) * 3, "window": 7},
+    # Nonlinearities beside TopK, which the frozen supports leave behind.
+    "batchtopk": {"images": 1, "skip": True, "activation": "batchtopk"},
+    "jumprelu": {"images": 1, "skip": True, "activation": "jumprelu"},
+    "relu": {"images": 1, "skip": False, "activation": "relu"},
     # Families: one picture with skip paths, and where pictures add up in another way, two.
     "llava": {"family": "llava", "images": 1, "skip": True},
     "llava_two_images": {"family": "llava", "images": 2, "skip": False},
     "llava_onevision": {"family": "llava_onevision", "images": 1, "skip": True},
     "llava_onevision_two_images": {"family": "llava_onevision", "images": 2, "skip": False},
+    "gemma4": {"family": "gemma4", "images": 1, "skip": True},
     "idefics3": {"family": "idefics3", "images": 1, "skip": True},
     "internvl": {"family": "internvl", "images": 1, "skip": True},
     "paligemma": {"family": "paligemma", "images": 1, "skip": True},
     "paligemma2": {"family": "paligemma2", "images": 1, "skip": True},
     "qwen2_5_vl": {"family": "qwen2_5_vl", "images": 1, "skip": True},
+    "qwen3_vl": {"family": "qwen3_vl", "images": 1, "skip": True},
+    "qwen3_vl_two_images": {"family": "qwen3_vl", "images": 2, "skip": False},
     "smolvlm": {"family": "smolvlm", "images": 1, "skip": True},
 }
 # Cases with pictures, skip paths and biases at once, one a family: the deliberate faults run on these.
@@ -78,16 +98,24 @@ def config(**changes: Any) -> AttributionConfig:
     return AttributionConfig(**{"dtype": "float64", "logit_mass": 1.0, "max_logits": 5, **changes})
 
 
-def make_case(images: int, skip: bool, family: str = "", **model: Any) -> Case:
+def make_case(images: int, skip: bool, family: str = "", activation: str = "topk", **model: Any) -> Case:
     """Build a case; call it under `exact_float64`."""
     vlm = tiny_vlm(family, 3, dtype=torch.float64) if family else tiny_gemma3(3, dtype=torch.float64, **model)
     inputs = vlm.prepare(PROMPT, [tiny_image(number) for number in range(images)])
     other = vlm.prepare(PROMPT, [tiny_image(99 + number) for number in range(images)]) if images else None
     adapter = vlm.adapter
-    transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 5, skip=skip, seed=4, dtype=torch.float64)
+    settings = {"skip": skip, "seed": 4, "dtype": torch.float64, "activation": activation}
+    transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 5, **settings)
     limits = Limits(sources=24, positions=100)
     subject = make_subject(vlm, transcoders, inputs, other, limits)
     return Case(subject, attribute(subject.replacement, config(), vlm.tokenizer))
+
+
+def case_of(name: str, cases: dict[str, Case]) -> Case:
+    """The case of `CASES` with this name, from `cases` when it was made before; call it under `exact_float64`."""
+    if name not in cases:
+        cases[name] = make_case(**CASES[name])
+    return cases[name]
 
 
 def dense(graph: AttributionGraph) -> np.ndarray:

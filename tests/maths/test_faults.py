@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.maths.maths_cases import TOLERANCE, Case
+from tests.maths.maths_cases import TOLERANCE, Case, case_of
 
 from vlmscope.activations.capture import capture_state
 from vlmscope.attribution.adjoint import Adjoint
@@ -16,6 +16,7 @@ from vlmscope.conformance.subject import Subject, find_edges
 from vlmscope.conformance.suite import in_float64
 from vlmscope.interventions import run
 from vlmscope.interventions.edits import LayerEdit
+from vlmscope.models.precision import exact_float64
 from vlmscope.replacement.features import active_features, feature_table
 from vlmscope.replacement.model import ReplacementModel
 from vlmscope.transcoders.transcoder import Transcoder
@@ -30,8 +31,9 @@ def wrong_rope_base(case: Case) -> ReplacementModel:
     angles = buffers.get("full_attention_inv_freq", buffers.get("inv_freq"))
     assert angles is not None
     right = angles.clone()
-    try:
-        angles.copy_(buffers.get("sliding_attention_inv_freq", right.flip(0)))
+    wrong = buffers.get("sliding_attention_inv_freq", right)
+    try:  # reversed where there is one base, or heads of several widths
+        angles.copy_(right.flip(0) if wrong is right or wrong.shape != right.shape else wrong)
         patterns = capture_state(case.vlm, case.inputs).patterns
     finally:
         angles.copy_(right)
@@ -82,6 +84,51 @@ FAULTS = [
     unscaled_embeddings,
     k_ignored,
 ]
+
+
+def dropped_injections(case: Case) -> ReplacementModel:
+    """DeepStack forgotten."""
+    layers = [dataclasses.replace(old, injection=None) for old in case.replacement.layers]
+    return dataclasses.replace(case.replacement, layers=layers)
+
+
+def dropped_value_norm(case: Case) -> ReplacementModel:
+    layers = [dataclasses.replace(old, value_scale=None) for old in case.replacement.layers]
+    return dataclasses.replace(case.replacement, layers=layers)
+
+
+def dropped_layer_constant(case: Case) -> ReplacementModel:
+    layers = [dataclasses.replace(old, stream_scale=1.0) for old in case.replacement.layers]
+    return dataclasses.replace(case.replacement, layers=layers)
+
+
+FAMILY_FAULTS = [
+    ("qwen3_vl", dropped_injections),
+    ("gemma4", dropped_value_norm),
+    ("gemma4", dropped_layer_constant),
+]
+
+
+@pytest.mark.parametrize(("name", "fault"), FAMILY_FAULTS)
+def test_a_fault_in_what_one_family_has_breaks_both_identities(name: str, fault: Fault, cases: dict[str, Case]) -> None:
+    with exact_float64():
+        case = case_of(name, cases)
+        subject = traced_anew(case, fault(case))
+        for identity in (parity, completeness):
+            found = identity(subject)
+            assert found.failed, found
+            assert found.error is not None and found.error > 1e4 * TOLERANCE, found
+
+
+@pytest.mark.parametrize("name", ["paligemma2", "gemma4"])
+def test_a_forgotten_cap_of_the_logits_is_found(name: str, cases: dict[str, Case]) -> None:
+    with exact_float64():
+        case = case_of(name, cases)
+        assert case.replacement.logit_softcap is not None
+        uncapped = dataclasses.replace(
+            case.subject, replacement=dataclasses.replace(case.replacement, logit_softcap=None)
+        )
+        assert parity(uncapped).failed and direct_mode(uncapped).failed
 
 
 def traced_anew(case: Case, faulty: ReplacementModel) -> Subject:
@@ -147,8 +194,9 @@ def test_a_model_that_ignores_its_pictures_is_found(one_case: Case) -> None:
     subject = copied(one_case)
     assert soft_tokens(subject).held
     with torch.no_grad():
-        for module in subject.vlm.model.modules():  # the patch embedding is the one convolution in every family
-            if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+        # Where patches enter is a convolution, or Gemma 4's matrix.
+        for name, module in subject.vlm.model.named_modules():
+            if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d) or name.endswith("patch_embedder.input_proj"):
                 module.weight.zero_()
     assert soft_tokens(dataclasses.replace(subject)).failed  # anew, since a subject keeps its logits
 

@@ -13,6 +13,7 @@ from vlmscope.conformance.record import Check
 from vlmscope.conformance.subject import Subject
 from vlmscope.conformance.suite import BEHAVIOUR, IDENTITIES
 from vlmscope.core.graph import NodeKind
+from vlmscope.replacement.frozen import FrozenLayer
 from vlmscope.replacement.model import ReplacementModel
 
 
@@ -58,10 +59,20 @@ def test_edges_of_other_sources_are_causal(one_case: Case, kind: NodeKind) -> No
 def scaled_source(case: Case, kind: NodeKind, layer: int, position: int, factor: float) -> ReplacementModel:
     """The replacement model with one source that is no feature multiplied."""
     replacement = case.replacement
+
+    def _written_again(frozen: FrozenLayer) -> FrozenLayer:
+        """A soft token is one source, however often it is written (DeepStack)."""
+        if frozen.injection is None:
+            return frozen
+        injection = frozen.injection.clone()
+        injection[position] *= factor
+        return dataclasses.replace(frozen, injection=injection)
+
     if kind == NodeKind.TOKEN:
         embeddings = replacement.state.embeddings.clone()
         embeddings[position] *= factor
-        return dataclasses.replace(replacement, state=dataclasses.replace(replacement.state, embeddings=embeddings))
+        state = dataclasses.replace(replacement.state, embeddings=embeddings)
+        return dataclasses.replace(replacement, state=state, layers=[_written_again(f) for f in replacement.layers])
     if kind == NodeKind.ERROR:
         errors = replacement.errors.clone()
         errors[layer, position] *= factor

@@ -29,7 +29,7 @@ def test_a_tiny_model_is_checked_without_further_keys(tmp_path: Path, capsys: py
         "transcoders: random",
         "completeness",
         "in float32",
-        "two_pictures: 23 tokens",
+        "two_pictures: 34 tokens",
     ):
         assert words in out
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -96,14 +96,15 @@ def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
     [
         (["model=tiny_gemma3", "transcoder=orrery"], "the model has 4 layers"),
         (["model=tiny_gemma3", "transcoder=path", "transcoder.path=/no/set"], "/no/set"),
-        (["model=gemma3_4b_it"], "hf download google/gemma-3-4b-it --local-dir models/gemma-3-4b-it"),
+        (["model=gemma3_4b_it"], "hf download google/gemma-3-4b-it --revision 093f9f3"),
         (["model=tiny_gemma3", "model.tiny=gema3"], "choose one of: gemma3, gemma3_text"),
         (["model=tiny_gemma3", "model.path=/x"], "two models"),
         (["model.path=/no/model"], "no model at"),
         (["model=tiny_gemma3", "task.sources=0"], "at least 1"),
         (["model=tiny_gemma3", "task.new_tokens=1"], "at least 2"),
         (["model=tiny_gemma3", "transcoder=random", "transcoder.k=1000"], "k = 1000"),
-        (["model=tiny_gemma3", "prompt=what is this zebra ?"], "zebra"),
+        (["prompt=what is this zebra ?"], "zebra"),
+        (["model=tiny_llava", "prompt=what is <image> <image> <image> ?"], "3 times but"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -122,7 +123,16 @@ def test_a_tiny_model_is_traced_with_random_transcoders(tmp_path: Path) -> None:
     assert main(command(tmp_path / "a", *given, *asked)) == 0
     assert main(command(tmp_path / "b", *given, *asked, "seed=1")) == 0
     graph, other = (load_graph(tmp_path / name / "graph.safetensors").graph for name in ("a", "b"))
-    assert graph.meta["n_active_features"] == 17 * 4 * 4  # positions, layers, k
+    assert graph.meta["n_active_features"] == 24 * 4 * 4  # positions, layers, k
     assert graph.residual.max() < 1e-5
     assert graph.logit_probabilities.tolist() != other.logit_probabilities.tolist()
     assert (tmp_path / "a" / "figures" / "graph.png").stat().st_size > 0
+
+
+def test_a_tiny_model_takes_any_prompt(tmp_path: Path) -> None:
+    tiny_image(5).save(tmp_path / "x.png")
+    asked = [f"image={tmp_path / 'x.png'}", "prompt=describe this picture, s'il te plaît"]
+    assert main(command(tmp_path / "run", "task=trace", "model=tiny_llava", "transcoder=random", *asked)) == 0
+    graph = load_graph(tmp_path / "run" / "graph.safetensors").graph
+    assert graph.residual.max() < 1e-5
+    assert graph.prompt == "describe this picture, s'il te plaît"

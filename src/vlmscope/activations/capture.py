@@ -2,7 +2,7 @@
 
 `capture_mlp` is the fast way for training (batches, the model's own attention kernels); `capture_state` keeps
 everything that the local replacement model of one prompt needs, from one forward.
-Legend: B batch, T positions, d model width, L layers, H heads, V vocabulary.
+Legend: B batch, T positions, d model width, L layers, H heads, Hkv key/value heads, D head width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from vlmscope.models.attention import recording_patterns
 from vlmscope.models.base import Adapter, ModelInputs
+from vlmscope.models.batching import watching_injections
+from vlmscope.models.norms import all_norms
 
 
 class HasAdapter(Protocol):
@@ -43,7 +45,9 @@ class ForwardState:
         mlp_out: `[L, T, d]`, output of the raw MLP.
         norm_scales: `[L, 4, T, d]`, factors of `attn_in`, `attn_out_post`, `mlp_in`, `mlp_out_post`; 1 for no norm.
         final_norm_scale: `[T, d]`.
-        logits: `[T, V]`.
+        logits: `[T, V]`, what the unembedding gives: before the cap of a model that caps its logits.
+        value_scales: for each layer `[T, Hkv * D]`, factors of the norm of values, or None.
+        injections: `[n, T, d]`, what pictures add to the stream after the first n layers; n is 0 in most families.
     """
 
     embeddings: Float[Tensor, "t d"]
@@ -53,10 +57,14 @@ class ForwardState:
     norm_scales: Float[Tensor, "layers 4 t d"]
     final_norm_scale: Float[Tensor, "t d"]
     logits: Float[Tensor, "t v"]
+    value_scales: list[Tensor | None]
+    injections: Float[Tensor, "n t d"]
 
     def to(self, dtype: torch.dtype) -> "ForwardState":
         """The same state with every tensor in `dtype`."""
-        return ForwardState(**{name: tensor.to(dtype) for name, tensor in vars(self).items()})
+        scales = [None if scale is None else scale.to(dtype) for scale in self.value_scales]
+        tensors = {name: value.to(dtype) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return ForwardState(**tensors, value_scales=scales)
 
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
@@ -92,7 +100,7 @@ def capture_mlp(model: Adapter | HasAdapter, batch: Mapping[str, Tensor]) -> dic
 
     with _hooks({adapter.mlp(layer): keep(layer) for layer in range(adapter.n_layers)}):
         # Only the decoder's insides are wanted: one position of logits instead of [B, T, V].
-        adapter.model(**batch, use_cache=False, logits_to_keep=1)
+        adapter.forward(batch, use_cache=False, logits_to_keep=1)
     return found
 
 
@@ -106,6 +114,7 @@ def capture_state(model: Adapter | HasAdapter, inputs: ModelInputs) -> ForwardSt
     assert not adapter.model.training, "capture needs the model in evaluation mode"
     norm_inputs: dict[nn.Module, Tensor] = {}
     mlp: dict[int, tuple[Tensor, Tensor]] = {}
+    logits: list[Tensor] = []
 
     def keep_input(module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
         norm_inputs[module] = args[0].detach()[0]
@@ -118,11 +127,11 @@ def capture_state(model: Adapter | HasAdapter, inputs: ModelInputs) -> ForwardSt
 
     layers = range(adapter.n_layers)
     hooks: dict[nn.Module, Hook] = {adapter.mlp(layer): keep_mlp(layer) for layer in layers}
-    for layer in layers:
-        hooks |= {norm: keep_input for norm in adapter.norms(layer) if norm is not None}
-    hooks[adapter.final_norm()] = keep_input
-    with recording_patterns(adapter) as patterns, _hooks(hooks):
-        logits = adapter.model(**inputs.tensors, use_cache=False).logits[0]
+    for norm in all_norms(adapter):
+        hooks[norm] = keep_input
+    hooks[adapter.lm_head()] = lambda _module, _args, output: logits.append(output.detach()[0])
+    with recording_patterns(adapter) as patterns, _hooks(hooks), watching_injections(adapter) as injections:
+        adapter.forward(inputs.tensors, use_cache=False)
 
     embeddings = norm_inputs[adapter.norms(0).attn_in]
     ones = torch.ones_like(embeddings)
@@ -130,6 +139,7 @@ def capture_state(model: Adapter | HasAdapter, inputs: ModelInputs) -> ForwardSt
     def scale(norm: nn.Module | None) -> Tensor:
         return ones if norm is None else adapter.norm_scale(norm, norm_inputs[norm])
 
+    value_norms = [adapter.value_norm(layer) for layer in layers]
     return ForwardState(
         embeddings=embeddings,
         patterns=torch.stack([patterns[layer][0] for layer in layers]),
@@ -137,5 +147,7 @@ def capture_state(model: Adapter | HasAdapter, inputs: ModelInputs) -> ForwardSt
         mlp_out=torch.stack([mlp[layer][1] for layer in layers]),
         norm_scales=torch.stack([torch.stack([scale(norm) for norm in adapter.norms(layer)]) for layer in layers]),
         final_norm_scale=scale(adapter.final_norm()),
-        logits=logits,
+        logits=logits[0],
+        value_scales=[None if norm is None else scale(norm).flatten(1) for norm in value_norms],
+        injections=injections[0][0] if injections else embeddings.new_zeros(0, *embeddings.shape),
     )

@@ -24,5 +24,5 @@ def mlp_inputs(adapter: Adapter, batch: InputBatch, layers: Sequence[int]) -> di
                 found[layer] = args[0]
 
             stack.callback(adapter.mlp(layer).register_forward_pre_hook(hook).remove)
-        adapter.model(**batch.tensors, use_cache=False, logits_to_keep=1)
+        adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1)
     return found

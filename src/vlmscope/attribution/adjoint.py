@@ -1,9 +1,11 @@
 """The linear adjoint of the local replacement model, batched over targets; no autograd.
 
 A target reads the residual stream at one position by a vector g. Going down, with G the gradient at the stream,
-    attention   G <- G + s1 * ((P^T ((s2 * G) W_o)) W_v)
+    leaving     edge G . v into the soft token's column;  G <- c G
     MLP         edges (s4 * G) . (a W_dec | error | b_dec);  G <- G + s3 * ((s4 * G) W_skip)
+    attention   G <- G + s1 * ((sv * (P^T ((s2 * G) W_o))) W_v)
 and the embeddings collect what arrives (Ameisen et al. 2025, with the frozen pieces of `vlmscope.replacement.frozen`).
+A soft token is one source, whether the vision tower writes it into the stream once or again after later layers.
 Only positions that the frozen patterns let a target see are carried.
 Legend: B targets, S carried positions, d width, H heads, Hkv key/value heads, D head width, K features a position.
 """
@@ -99,10 +101,22 @@ class Adjoint:
     def _descend(self, layer: int, sweep: _Sweep) -> None:
         """Go from the stream before `layer` down to the embeddings."""
         for below in range(layer - 1, -1, -1):
+            self._leaving(below, sweep)
             self._mlp(below, sweep)
             self._attention(below, sweep)
-        embeddings = self.replacement.state.embeddings[sweep.positions]
-        sweep.out[:, sweep.positions] = torch.bmm(sweep.gradient, embeddings[:, :, None])[:, :, 0].T
+        self._read_tokens(self.replacement.state.embeddings, sweep)
+
+    def _read_tokens(self, written: Tensor, sweep: _Sweep) -> None:
+        """Add the edges of what tokens write into the stream here, `written [T, d]`."""
+        edges = torch.bmm(sweep.gradient, written[sweep.positions, :, None])[:, :, 0]
+        sweep.out[:, sweep.positions] += edges.T
+
+    def _leaving(self, layer: int, sweep: _Sweep) -> None:
+        frozen = self.replacement.layers[layer]
+        if frozen.injection is not None:
+            self._read_tokens(frozen.injection, sweep)
+        if frozen.stream_scale != 1.0:
+            sweep.gradient = sweep.gradient * frozen.stream_scale
 
     def _mlp(self, layer: int, sweep: _Sweep) -> None:
         sources = self._sources(layer)
@@ -122,6 +136,8 @@ class Adjoint:
         below = torch.nonzero(seen)[:, 0]
         scaled = frozen.attn_out_scale[sweep.positions, None] * sweep.gradient
         values = _value_gradient(frozen, scaled, sweep.positions, below)
+        if frozen.value_scale is not None:
+            values = values * frozen.value_scale[below, None]
         if frozen.output_bias is not None:
             sweep.out[:, self.columns.bias(layer)] += (scaled @ frozen.output_bias).sum(0)
         if frozen.value_bias is not None:

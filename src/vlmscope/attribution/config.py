@@ -18,7 +18,8 @@ class AttributionConfig:
         edge_threshold: share of edge influence that its edges reach.
         batch_size: targets swept at once; it bounds memory and does not change the graph.
         update_every: batches between two rankings of the features, when not all fit.
-        dtype: "float32" or "float64", of the sweep and of the stored weights; "model" takes the model's.
+        dtype: "float32" or "float64", of the sweep and of the stored weights; "model" takes the model's,
+            which must be one of these.
     """
 
     max_nodes: int = 7500

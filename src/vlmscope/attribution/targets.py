@@ -1,7 +1,8 @@
 """Which logits a graph explains, and the vectors that read them.
 
 A logit target is `W_U[t] - mean(W_U)` at the normed last state: the logit minus the mean logit, since a constant
-added to all logits changes no probability.
+added to all logits changes no probability. Of a model that caps its logits, the target is the logit before the cap,
+which is affine in the sources and keeps the order; probabilities are the model's own, after it.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ def choose_logits(
             raise UserError(
                 f"attribution.token_ids has {token}, but the vocabulary has {len(logits)} tokens; correct it"
             )
-    probabilities = logits.double().softmax(-1)
+    probabilities = replacement.capped(logits.double()).softmax(-1)
     ordered, order = probabilities.sort(descending=True, stable=True)
     needed = int((ordered.cumsum(0) < logit_mass).sum()) + 1
     chosen = order[: min(needed, max_logits)].tolist()

@@ -94,6 +94,8 @@ def attribute(
             "max_logits": config.max_logits,
             "max_nodes": config.max_nodes,
             "seconds": time.perf_counter() - started,
+            # Logit targets are those before this cap; probabilities are the model's own.
+            **({} if replacement.logit_softcap is None else {"logit_softcap": replacement.logit_softcap}),
         },
     )
 

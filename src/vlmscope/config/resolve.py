@@ -30,6 +30,28 @@ def _prompt_text(prompt: str | None, prompt_file: str | None, overrides: Sequenc
     return read_text(prompt_file).removesuffix("\n").removesuffix("\r")
 
 
+def _named_prompt(app: AppConfig, name: str, overrides: Sequence[str]) -> str | None:
+    """The prompt of that name in the chosen set, given as many pictures as it needs.
+
+    As for `prompt_file`, the command line goes before what an experiment says.
+    """
+    given = {_override_key(override) for override in overrides}
+    spelt = given & {"prompt", "prompt_file"}
+    if spelt and "prompt_name" not in given:
+        return app.prompt
+    if spelt:
+        raise UserError(f"both prompt_name= and {min(spelt)}= were given; give one of them")
+    if app.prompts is None:
+        raise UserError(f"prompt_name={name} names a prompt of a set; choose one too, as in prompts=mars_earth")
+    if name not in app.prompts.prompts:
+        raise UserError(f"prompt_name={name}: no such prompt; {suggestion(name, app.prompts.prompts)}")
+    found, pictures = app.prompts.prompts[name], len(app.image or [])
+    if pictures != len(found.images):
+        wanted = f"{len(found.images)}: {'; '.join(found.images)}" if found.images else "none"
+        raise UserError(f"prompt_name={name}: image= gives {pictures} pictures, it needs {wanted}; make them equal")
+    return found.prompt
+
+
 def _image_list(image: Any) -> list[str] | None:
     if image is None or isinstance(image, str):
         return None if image is None else [image]
@@ -53,7 +75,7 @@ def _refuse_unknown_keys(node: Any, prefix: str = "") -> None:
 
 def _refuse_unknown_choice(cfg: DictConfig) -> None:
     """A group that has no options at all lets `group=name` through as a plain string."""
-    for group in ("task", "transcoder", "study", "circuit"):
+    for group in ("task", "transcoder", "study", "circuit", "prompts"):
         if isinstance(cfg[group], str):
             raise UserError(f"no {group} named {cfg[group]!r}; `ls conf/{group}` shows the choices")
 
@@ -73,4 +95,6 @@ def to_app_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> AppConfig:
     assert isinstance(app, AppConfig), type(app)
     app.prompt = _prompt_text(app.prompt, app.prompt_file, overrides)
     app.image = _image_list(app.image)
+    if app.prompt_name is not None:
+        app.prompt = _named_prompt(app, app.prompt_name, overrides)
     return app

@@ -13,6 +13,7 @@ from omegaconf import II, MISSING
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.core.errors import UserError
+from vlmscope.data.prompts import PromptSetConfig
 from vlmscope.tracking.config import TrackingConfig
 
 
@@ -26,25 +27,32 @@ def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass
 class ModelConfig:
-    """Which vision-language model; nothing is fetched over the network.
+    """Which vision-language model, and where and how it computes (docs/models.md).
 
-    `path` is a local folder; `hub` says which model of the Hugging Face hub belongs there. With an empty path, `tiny`
-    names a family: a small random model of it is made in memory.
+    `path` is a local folder; `hub` says which model of the Hugging Face hub belongs there and is fetched at the commit
+    `revision` when it is not there. A hub id may stand as `path` itself, with a `revision`. With an empty path, `tiny`
+    names a family: a small random model of it is made in memory. `offload` says where weights rest that do not fit the
+    device: "none", "cpu" or "disk".
     """
 
     name: str = MISSING
     path: str = MISSING
     hub: str | None = None
+    revision: str | None = None
     tiny: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    offload: str = "none"
 
     def __post_init__(self) -> None:
-        check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
+        check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16", "float64"))
+        check_choice("model.offload", self.offload, ("none", "cpu", "disk"))
         if self.tiny is None and not self.path:
             raise UserError("model.path is empty; give the folder of a model, as in model.path=/folder/of/the/model")
         if self.tiny is not None and self.path:
             raise UserError(f"model.tiny={self.tiny} and model.path={self.path}: these are two models; leave one out")
+        if self.tiny is not None and self.offload != "none":
+            raise UserError(f"model.offload={self.offload}: a tiny model is made in memory; leave it out")
 
 
 @dataclass
@@ -136,8 +144,9 @@ class AppConfig:
     """Everything that one run is told. Tasks receive it resolved, as real instances of these classes.
 
     `image` is a path or a list of paths on the command line and always a list of paths (or None) in a task; `prompt`
-    holds the text of `prompt_file` when that was given. `images` names the user's own picture sets. `task`,
-    `transcoder` and `study` hold the dataclass (or mapping) of the chosen option; `circuit` may be None.
+    holds the text of `prompt_file`, or the prompt of `prompts` that `prompt_name` names. `images` names the user's own
+    picture sets. `task`, `transcoder` and `study` hold the dataclass (or mapping) of the chosen option; `circuit` and
+    `prompts` may be None.
     """
 
     task: Any = MISSING
@@ -151,9 +160,11 @@ class AppConfig:
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     study: Any = None
     circuit: CircuitConfig | None = None
+    prompts: PromptSetConfig | None = None
     image: Any = None
     prompt: str | None = None
     prompt_file: str | None = None
+    prompt_name: str | None = None
     images: dict[str, list[str]] = field(default_factory=dict)
     seed: int = 0
     name: str | None = None

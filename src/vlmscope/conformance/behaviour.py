@@ -44,13 +44,16 @@ def direct_mode(subject: Subject) -> float:
     adapter, transcoders = subject.vlm.adapter, subject.transcoders
     batch = make_batch(adapter, [subject.inputs])
     base = base_run(adapter, transcoders, batch)
+    replacement = subject.replacement
+    unedited = replacement.replay().logits[-1].double()
     rng, last = generator(subject.limits.seed, "direct mode"), subject.replacement.n_positions - 1
     others = rng.permutation(last)[: subject.limits.positions - 1]
     gaps, effects = [], []
     for position in [last, *others.tolist()]:
         plan, delta = _random_change(subject, position, rng)
         moved = (run_edited(adapter, transcoders, batch, plan, "direct", base) - base.logits)[0].double()
-        expected = subject.replacement.direct(delta).logits[-1].double()
+        change = replacement.direct(delta).logits[-1].double()
+        expected = replacement.capped(unedited + change) - replacement.capped(unedited)
         gaps.append(float((moved - expected).abs().max()))
         effects.append(float(expected.abs().max()))
     if max(effects) == 0:

@@ -19,17 +19,20 @@ _SWEPT_AGAIN = 48  # targets whose rows are computed once more, in other batches
 @check("parity", "the replayed replacement model is the Hugging Face model")
 def parity(subject: Subject) -> float:
     """Replay against plain Hugging Face forwards; relative to the largest logit and pre-activation."""
-    replay = subject.replacement.replay()
-    own, pre = subject.own_logits.double(), subject.own_pre_activations
-    logits = (replay.logits.double() - own).abs().max() / own.abs().max()
-    gap = np.abs(replay.pre_activation.double().numpy(force=True) - pre).max() / np.abs(pre).max()
-    return max(float(logits), float(gap))
+    replay, pre = subject.replacement.replay(), subject.own_pre_activations
+    worst = np.abs(replay.pre_activation.double().numpy(force=True) - pre).max() / np.abs(pre).max()
+    # Before the cap too, where there is one: it would flatten an error of a large logit.
+    unembedded = replay.logits.double()
+    pairs = ((unembedded, subject.own_unembedded), (subject.replacement.capped(unembedded), subject.own_logits))
+    for replayed, own in pairs:
+        worst = _worse(worst, float((replayed - own.double()).abs().max() / own.double().abs().max()))
+    return worst
 
 
 @check("completeness", "edges into a feature or logit sum to the model's own number")
 def completeness(subject: Subject) -> float:
     """Row sums, bias nodes included, against pre-activations and centred logits of Hugging Face's own forwards."""
-    own = np.concatenate([subject.own_pre_activations[subject.table_rows], subject.centred(subject.own_logits[-1])])
+    own = np.concatenate([subject.own_pre_activations[subject.table_rows], subject.centred(subject.own_unembedded[-1])])
     sums = np.asarray(subject.matrix[subject.rows].sum(1)).ravel()
     stated = subject.edges.nodes.target[subject.rows]
     # What the graph states as its targets, and as its residual, must not hide behind what the edges sum to.

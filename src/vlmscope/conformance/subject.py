@@ -120,7 +120,7 @@ class Subject:
         )
 
     def centred(self, logits: torch.Tensor) -> np.ndarray:
-        """The logit targets of last-position logits `[V]`: minus their mean, float64."""
+        """The logit targets of the unembedding's output at the last position `[V]`: minus its mean, float64."""
         wide = logits.double().numpy(force=True)
         return (wide - wide.mean())[self.edges.nodes.index[self.edges.nodes.of(NodeKind.LOGIT)]]
 
@@ -137,6 +137,21 @@ class Subject:
         """The Hugging Face model's logits `[T, V]`, from a forward of its own without any hook."""
         with torch.no_grad():
             return self.vlm.model(**self.inputs.tensors).logits[0]
+
+    @cached_property
+    def own_unembedded(self) -> torch.Tensor:
+        """What the Hugging Face model's unembedding gives `[T, V]`: its logits, unless it caps them."""
+        if self.replacement.logit_softcap is None:
+            return self.own_logits
+        found: list[torch.Tensor] = []
+        head = self.vlm.adapter.lm_head()
+        handle = head.register_forward_hook(lambda _module, _args, output: found.append(output[0]))
+        try:
+            with torch.no_grad():
+                self.vlm.model(**self.inputs.tensors)
+        finally:
+            handle.remove()
+        return found[0]
 
     @cached_property
     def own_pre_activations(self) -> np.ndarray:

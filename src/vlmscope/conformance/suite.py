@@ -15,8 +15,9 @@ from vlmscope.conformance.record import Check
 from vlmscope.conformance.subject import Limits, Subject, make_subject
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
-from vlmscope.models.base import adapter_for
+from vlmscope.models.base import ModelInputs, adapter_for
 from vlmscope.models.loading import VLM
+from vlmscope.models.placement import is_offloaded
 from vlmscope.models.precision import exact_float64
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -58,9 +59,34 @@ class CaseReport:
 
 
 def in_float64(vlm: VLM, transcoders: TranscoderSet) -> tuple[VLM, TranscoderSet]:
-    """Copies of model and transcoders with the same weights in float64."""
+    """Copies of model and transcoders with the same weights in float64.
+
+    Raises:
+        UserError: when the model's weights rest on disk or in CPU memory.
+    """
+    if is_offloaded(vlm.model):
+        raise UserError(f"{vlm.name} is offloaded, and the checks copy its weights to float64; use model.offload=none")
     model = copy.deepcopy(vlm.model).double()
     return replace(vlm, model=model, adapter=adapter_for(model)), copy.deepcopy(transcoders).double()
+
+
+def own_dtype_errors(
+    vlm: VLM, transcoders: TranscoderSet, inputs: ModelInputs, limits: Limits, dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
+    """The error of every identity as `task=trace` computes: the forward in the model's dtype, the graph in another.
+
+    Args:
+        vlm: the model.
+        transcoders: one for every layer, in the model's dtype.
+        inputs: the prompt.
+        limits: how much to look at.
+        dtype: of the graph.
+
+    Returns:
+        identity -> error, without those that were skipped.
+    """
+    subject = make_subject(vlm, transcoders, inputs, None, limits, dtype)
+    return {found.name: found.error for found in (check(subject) for check in IDENTITIES) if found.error is not None}
 
 
 def noise_picture(seed: int) -> Image.Image:
@@ -128,7 +154,5 @@ def _run_case(
         exact = tuple(check(subject) for check in (*IDENTITIES, *BEHAVIOUR))
     own: dict[str, float] = {}
     if vlm.adapter.dtype != torch.float64:
-        # As task=trace does it: the forward in the model's dtype, the graph in float32.
-        narrow = make_subject(vlm, transcoders, vlm.prepare(prompt, images), None, limits, torch.float32)
-        own = {found.name: found.error for found in (check(narrow) for check in IDENTITIES) if found.error is not None}
+        own = own_dtype_errors(vlm, transcoders, vlm.prepare(prompt, images), limits)
     return CaseReport(case, len(inputs), subject.n_active, exact, own, time.perf_counter() - start)

@@ -12,6 +12,7 @@ import torch
 
 from vlmscope.core.ids import FeatureId
 from vlmscope.models.base import Adapter
+from vlmscope.models.placement import materialised
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 Words = tuple[tuple[str, float], ...]
@@ -25,7 +26,7 @@ def top_and_bottom_logits(
     row = transcoders[feature.layer].W_dec[feature.index]
     if transcoders.config.output_hook == "mlp_out":
         row = _through(adapter, adapter.norms(feature.layer).mlp_out_post, row)
-    weight = adapter.lm_head().weight
+    weight = materialised(adapter.lm_head())
     logits = (weight - weight.mean(0)) @ _through(adapter, adapter.final_norm(), row)
     top, bottom = logits.topk(count), (-logits).topk(count)
 

@@ -93,4 +93,4 @@ def run_random_direction(
     position.
     """
     with _random_directions(adapter, transcoders, plan, seed):
-        return adapter.model(**batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]

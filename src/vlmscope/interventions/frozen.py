@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlmscope.models.attention import recording_patterns, replacing_patterns
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
+from vlmscope.models.norms import all_norms
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 
@@ -30,7 +31,7 @@ class BaseRun:
         patterns: layer -> [B, H, T, T].
         mlp_in: layer -> [B, T, d], the transcoder's input.
         written: layer -> [B, T, d], the transcoder's target.
-        scales: norm module -> [B, T, d].
+        scales: norm module -> [B, T, d], of values [B, T, Hkv, D].
     """
 
     logits: Tensor
@@ -65,10 +66,10 @@ def base_run(adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch) ->
             watch(adapter.mlp(layer), lambda _m, args, _o, layer=layer: mlp_in.__setitem__(layer, args[0]))
             target = target_module(adapter, layer, hook_name)
             watch(target, lambda _m, _a, out, layer=layer: written.__setitem__(layer, out))
-        for norm in _norms(adapter):
+        for norm in all_norms(adapter):
             watch(norm, lambda m, args, _o: scales.__setitem__(m, adapter.norm_scale(m, args[0])))
         patterns = stack.enter_context(recording_patterns(adapter))
-        logits = adapter.model(**batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
         recorded = dict(patterns)
     return BaseRun(logits, recorded, mlp_in, written, scales)
 
@@ -84,13 +85,7 @@ def frozen_attention(adapter: Adapter, base: BaseRun) -> Iterator[None]:
 def frozen_norms(adapter: Adapter, base: BaseRun) -> Iterator[None]:
     """Multiply by the base run's norm scales instead of normalising."""
     with ExitStack() as stack:
-        for norm in _norms(adapter):
+        for norm in all_norms(adapter):
             hook = norm.register_forward_hook(lambda m, args, _out: args[0] * base.scales[m])
             stack.callback(hook.remove)
         yield
-
-
-def _norms(adapter: Adapter) -> Iterator[nn.Module]:
-    for layer in range(adapter.n_layers):
-        yield from (norm for norm in adapter.norms(layer) if norm is not None)
-    yield adapter.final_norm()

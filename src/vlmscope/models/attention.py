@@ -1,11 +1,12 @@
 """Eager attention whose patterns can be recorded or replaced, as the implementation "vlmscope" of transformers.
 
 The computation is that of Hugging Face's eager attention, `softmax(q k^T * scaling + mask) v` with the softmax in
-float32; grouped key/value heads are repeated. Only the decoder uses it, a vision tower keeps its own implementation.
+float32; grouped key/value heads are repeated. Decoder and vision tower are switched to it apart from each other.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from vlmscope.models.base import Adapter, adapter_for
 IMPLEMENTATION = "vlmscope"
 
 # What to do with each attention module's pattern; a module without an entry just computes.
-_recorders: dict[nn.Module, tuple[dict[int, Tensor], int]] = {}
+_recorders: dict[nn.Module, Callable[[Tensor], Any]] = {}
 _replacements: dict[nn.Module, Tensor] = {}
 
 
@@ -83,8 +84,7 @@ def attention_forward(
             raise ValueError(f"replacement pattern has shape {tuple(pattern.shape)}, the run needs [B, *{expected}]")
         pattern = pattern.to(query.dtype)
     if module in _recorders:
-        store, layer = _recorders[module]
-        store[layer] = pattern.detach()
+        _recorders[module](pattern.detach())
     return torch.matmul(pattern, value).transpose(1, 2).contiguous(), pattern
 
 
@@ -97,11 +97,8 @@ def _as_adapter(model: Any) -> Adapter:
 
 
 @contextmanager
-def using_vlmscope_attention(model: Any) -> Iterator[None]:
-    """Switch the decoder of a model (or of an adapter's model) to this implementation, and back on leaving."""
-    adapter = _as_adapter(model)
-    owners = [adapter.decoder(), *(adapter.attention(layer) for layer in range(adapter.n_layers))]
-    configs: list[Any] = [adapter.model.config.get_text_config(), *(owner.config for owner in owners)]
+def _switched(configs: Iterable[Any]) -> Iterator[None]:
+    """Switch all modules that read these configurations to this implementation, and back on leaving."""
     unique = list({id(config): config for config in configs}.values())
     before = [config._attn_implementation for config in unique]
     try:
@@ -111,6 +108,30 @@ def using_vlmscope_attention(model: Any) -> Iterator[None]:
     finally:
         for config, implementation in zip(unique, before, strict=True):
             config._attn_implementation = implementation
+
+
+@contextmanager
+def _entered(table: dict[nn.Module, Any], entries: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Put entries into a table, and back on leaving what an enclosing context had there."""
+    before = {module: table.get(module) for module in entries}
+    try:
+        table.update(entries)
+        yield
+    finally:
+        for module, value in before.items():
+            if value is None:
+                table.pop(module, None)
+            else:
+                table[module] = value
+
+
+@contextmanager
+def using_vlmscope_attention(model: Any) -> Iterator[None]:
+    """Switch the decoder of a model (or of an adapter's model) to this implementation, and back on leaving."""
+    adapter = _as_adapter(model)
+    owners: list[Any] = [adapter.decoder(), *(adapter.attention(layer) for layer in range(adapter.n_layers))]
+    with _switched([adapter.model.config.get_text_config(), *(owner.config for owner in owners)]):
+        yield
 
 
 @contextmanager
@@ -125,14 +146,34 @@ def recording_patterns(model: Any) -> Iterator[dict[int, Tensor]]:
     """
     adapter = _as_adapter(model)
     store: dict[int, Tensor] = {}
-    modules = {adapter.attention(layer): layer for layer in range(adapter.n_layers)}
-    before = {module: _recorders.get(module) for module in modules}
-    with using_vlmscope_attention(adapter):
-        try:
-            _recorders.update({module: (store, layer) for module, layer in modules.items()})
-            yield store
-        finally:
-            _restore(_recorders, before)
+    recorders = {adapter.attention(layer): partial(store.__setitem__, layer) for layer in range(adapter.n_layers)}
+    with using_vlmscope_attention(adapter), _entered(_recorders, recorders):
+        yield store
+
+
+@contextmanager
+def recording_vision_patterns(model: Any, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
+    """Record the attention patterns of some layers of the vision tower; the others keep nothing.
+
+    Args:
+        model: a Hugging Face model or an adapter.
+        layers: indices into `Adapter.vision_attention()`.
+
+    Yields:
+        A dict that forwards fill: layer -> patterns `[B, H, S, S]` (detached), one a call of the attention in the order
+        of calls. A tower that attends within windows calls it for each of them.
+
+    Raises:
+        UserError: the tower's attention cannot be recorded.
+    """
+    adapter = _as_adapter(model)
+    modules: list[Any] = adapter.vision_attention()
+    store: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    recorders = {modules[layer]: found.append for layer, found in store.items()}
+    # The tower's own configuration decides in which form it makes its mask.
+    configs = [adapter.model.config.vision_config, *(module.config for module in modules)]
+    with _switched(configs), _entered(_recorders, recorders):
+        yield store
 
 
 @contextmanager
@@ -148,19 +189,5 @@ def replacing_patterns(model: Any, patterns: Mapping[int, Tensor]) -> Iterator[N
     """
     adapter = _as_adapter(model)
     given = {adapter.attention(layer): pattern for layer, pattern in patterns.items()}
-    before = {module: _replacements.get(module) for module in given}
-    with using_vlmscope_attention(adapter):
-        try:
-            _replacements.update(given)
-            yield
-        finally:
-            _restore(_replacements, before)
-
-
-def _restore(table: dict[nn.Module, Any], before: Mapping[nn.Module, Any]) -> None:
-    """Put back what an enclosing context had, so that contexts nest."""
-    for module, value in before.items():
-        if value is None:
-            table.pop(module, None)
-        else:
-            table[module] = value
+    with using_vlmscope_attention(adapter), _entered(_replacements, given):
+        yield

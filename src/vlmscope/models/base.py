@@ -1,7 +1,8 @@
 """What the rest of vlmscope may ask of a model, whatever its family.
 
-Legend: T positions, d model width, H query heads, Hkv key/value heads, D head width, V vocabulary.
+Legend: B prompts, T positions, d model width, L layers, Hkv key/value heads, D head width, V vocabulary.
 A decoder layer is `h = x + N2(Attn(N1(x)))`, `x' = h + N4(MLP(N3(h)))`; families without post norms lack N2 and N4.
+Some go on to `c x' + v`: `stream_scale` is c, a learned constant, and `injections` are v, from the pictures alone.
 """
 
 import importlib
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
+from vlmscope.models.patches import PicturePatches
 from vlmscope.models.template import Dialogue, Turn
 
 ROLES = ("special", "image", "question", "last")
+INJECTIONS = "injections"  # [B, n, T, d], among an `InputBatch`'s tensors
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class ModelInputs:
         roles: `[T]` strings of `ROLES`; `last` is the final position, which predicts the answer; `question` is what
             the user wrote; everything that the template adds is `special`.
         prompt: the prompt as the user wrote it.
+        sizes: width and height of each picture in pixels, as it was given.
     """
 
     tensors: dict[str, Tensor]
@@ -46,6 +50,7 @@ class ModelInputs:
     patch_boxes: list[PatchBox | None]
     roles: np.ndarray
     prompt: str
+    sizes: tuple[tuple[int, int], ...] = ()
 
     @property
     def input_ids(self) -> list[int]:
@@ -77,8 +82,6 @@ class Adapter(ABC):
     n_layers: int
     d_model: int
     n_heads: int
-    n_kv_heads: int
-    head_dim: int
     vocab_size: int
     # Whether positions come from the pictures (M-RoPE). Such a model remembers the shift that its last pictures made,
     # so that it must be told the positions whenever it is given embeddings instead of pictures.
@@ -104,7 +107,33 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def logit_softcap(self) -> float | None:
-        """The cap that the model's forward applies to its logits, or None."""
+        """The cap c of `c tanh(u / c)`, by which the model's forward bends its unembedding's output u, or None."""
+
+    def forward(self, tensors: Mapping[str, Tensor], **settings: Any) -> Any:
+        """The Hugging Face forward, of a prompt's own inputs or of an `InputBatch`'s tensors.
+
+        Args:
+            tensors: keyword arguments of the model; `INJECTIONS` among them stand for what its pictures add to the
+                stream between layers, which the model itself would take from pixels only.
+            settings: such as `use_cache`.
+        """
+        return self.model(**tensors, **settings)
+
+    def injections(self, decoder_arguments: Mapping[str, Any]) -> Float[Tensor, "b n t d"] | None:
+        """What pictures add to the stream after the first n layers (DeepStack), 0 at other positions; None for nothing.
+
+        Args:
+            decoder_arguments: keyword arguments that the model handed to `decoder()`.
+        """
+        return None
+
+    def stream_scale(self, layer: int) -> float:
+        """The constant by which a layer multiplies all that leaves it."""
+        return 1.0
+
+    def value_norm(self, layer: int) -> nn.Module | None:
+        """The norm of each head's values `[.., Hkv, D]`, after the value projection; None where the family has none."""
+        return None
 
     @abstractmethod
     def decoder(self) -> nn.Module:
@@ -131,7 +160,7 @@ class Adapter(ABC):
         """The unembedding, `weight [V, d]`."""
 
     @abstractmethod
-    def norm_scale(self, norm: nn.Module, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    def norm_scale(self, norm: nn.Module, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """The factor with `norm(x) == x * norm_scale(norm, x)`, in the dtype of `x`."""
 
     @abstractmethod
@@ -163,6 +192,15 @@ class Adapter(ABC):
         Raises:
             UserError: when the prompt spells another number of placeholders than there are pictures.
         """
+
+    def completed_turn(self, turn: Turn, tokenizer: Any) -> Turn:
+        """The turn with what the family's processor adds by itself before it expands placeholders; mostly nothing.
+
+        Args:
+            turn: what `wrap_prompt` gave.
+            tokenizer: the model's tokenizer.
+        """
+        return turn
 
     @abstractmethod
     def wrap_exchanges(
@@ -197,6 +235,32 @@ class Adapter(ABC):
         """
 
     @abstractmethod
+    def vision_attention(self) -> list[nn.Module]:
+        """The attention modules of the vision tower, from the first to the last that the decoder is given anything of.
+
+        Returns:
+            Modules that call transformers' attention interface; none for a text-only model.
+
+        Raises:
+            UserError: the tower's attention cannot be recorded.
+        """
+
+    @abstractmethod
+    def picture_patches(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
+    ) -> list[PicturePatches]:
+        """The patches that the vision tower sees of each picture, and how they are pooled to soft tokens.
+
+        Args:
+            tensors: as for `soft_token_boxes`.
+            sizes: as for `soft_token_boxes`, of one picture or more.
+            image_processor: as for `soft_token_boxes`.
+
+        Raises:
+            UserError: it is not known how this tower holds its patches.
+        """
+
+    @abstractmethod
     def soft_token_id(self) -> int | None:
         """The token id that stands for a soft token in `input_ids`, or None for a text-only model."""
 
@@ -204,12 +268,15 @@ class Adapter(ABC):
 _FAMILIES = {
     "gemma3": "vlmscope.models.gemma3",
     "gemma3_text": "vlmscope.models.gemma3",
+    "gemma4": "vlmscope.models.gemma4",
+    "gemma4_text": "vlmscope.models.gemma4",
     "idefics3": "vlmscope.models.idefics3",
     "internvl": "vlmscope.models.internvl",
     "llava": "vlmscope.models.llava",
     "llava_onevision": "vlmscope.models.llava_onevision",
     "paligemma": "vlmscope.models.paligemma",
     "qwen2_5_vl": "vlmscope.models.qwen2_5_vl",
+    "qwen3_vl": "vlmscope.models.qwen3_vl",
     "smolvlm": "vlmscope.models.idefics3",
 }
 
@@ -219,8 +286,7 @@ _REFUSED = {
     "idefics": "cross-attention layers",
     "llama4": "mixture-of-experts MLPs",
     "mllama": "cross-attention layers",
-    "qwen3_vl": "DeepStack, which adds visual features to the residual stream of early decoder layers",
-    "qwen3_vl_moe": "mixture-of-experts MLPs and DeepStack",
+    "qwen3_vl_moe": "mixture-of-experts MLPs",
 }
 
 

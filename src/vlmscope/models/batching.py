@@ -6,19 +6,20 @@ output is kept. Legend: B prompts, T positions, d model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlmscope.core.errors import UserError
-from vlmscope.models.base import Adapter, ModelInputs
+from vlmscope.models.base import INJECTIONS, Adapter, ModelInputs
 
 CHUNK = 64  # prompts a forward of the vision tower
 _POSITIONS = "position_ids"
-_TEXT = ("attention_mask", "token_type_ids")  # inputs that say something of each position
+_TEXT = ("attention_mask", "token_type_ids", "mm_token_type_ids")  # inputs that say something of each position
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class InputBatch:
     """B prompts of T tokens each.
 
     Attributes:
-        tensors: keyword arguments of the model's forward with `inputs_embeds [B, T, d]` in place of ids and pixels;
-            for M-RoPE also `position_ids [3, B, T]`.
+        tensors: arguments of `Adapter.forward` with `inputs_embeds [B, T, d]` in place of ids and pixels; for M-RoPE
+            also `position_ids [3, B, T]`, for DeepStack `INJECTIONS [B, n, T, d]`.
         input_ids: [B, T].
         roles: [T] position roles, the same for every prompt.
         is_image: [T] bool.
@@ -79,10 +80,13 @@ def make_batch(adapter: Adapter, inputs: Sequence[ModelInputs]) -> InputBatch:
     names = [name for name in _TEXT if name in first.tensors]
     tensors = {name: torch.cat([i.tensors[name] for i in inputs]) for name in names}
     ids = torch.cat([i.tensors["input_ids"] for i in inputs])
-    tensors["inputs_embeds"] = torch.cat([embeddings for embeddings, _ in entering])
-    positions = [found for _, found in entering if found is not None]
+    tensors["inputs_embeds"] = torch.cat([found.embeddings for found in entering])
+    positions = [found.positions for found in entering if found.positions is not None]
     if positions:
         tensors[_POSITIONS] = torch.cat(positions, dim=1)
+    injections = [found.injections for found in entering if found.injections is not None]
+    if injections:
+        tensors[INJECTIONS] = torch.cat(injections)
     return InputBatch(tensors, ids, first.roles, first.is_image)
 
 
@@ -92,35 +96,60 @@ def _stackable(inputs: Sequence[ModelInputs]) -> bool:
     return all(other == shapes[0] for other in shapes)
 
 
-def _entering(adapter: Adapter, inputs: Sequence[ModelInputs]) -> tuple[Tensor, Tensor | None]:
-    """What enters the first decoder layer, as the model itself makes it.
-
-    Returns:
-        The embeddings `[B, T, d]`, and for M-RoPE the positions `[3, B, T]`: the model could not derive them again
-        from embeddings alone.
+@dataclass(frozen=True)
+class _Entering:
+    """What enters the decoder: `embeddings [B, T, d]`; for M-RoPE `positions [3, B, T]`, which the model could not
+    derive again from embeddings alone; for DeepStack `injections [B, n, T, d]`.
     """
-    kept: list[tuple[Tensor | None, Tensor | None]] = []
+
+    embeddings: Tensor
+    positions: Tensor | None
+    injections: Tensor | None
+
+
+def _entering(adapter: Adapter, inputs: Sequence[ModelInputs]) -> _Entering:
+    """What enters the first decoder layer and is added after others, as the model itself makes it."""
+    kept: list[_Entering] = []
 
     class _Found(Exception):
         """Ends the forward: nothing after the embeddings is wanted."""
 
     def hook(_module: object, args: tuple, kwargs: dict) -> None:
-        kept.append((kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0], kwargs.get(_POSITIONS)))
+        embeddings = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
+        kept.append(_Entering(embeddings, kwargs.get(_POSITIONS), adapter.injections(kwargs)))
         raise _Found
 
     tensors = {name: torch.cat([i.tensors[name] for i in inputs]) for name in inputs[0].tensors}
     handle = adapter.decoder().register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        adapter.model(**tensors, use_cache=False)
+        adapter.forward(tensors, use_cache=False)
     except _Found:
         pass
     finally:
         handle.remove()
-    embeddings, positions = kept[0]
-    if embeddings is None:  # a text-only model embeds inside its decoder
-        embeddings = adapter.model.get_input_embeddings()(tensors["input_ids"])
+    found = kept[0]
+    if found.embeddings is None:  # a text-only model embeds inside its decoder
+        found = replace(found, embeddings=adapter.model.get_input_embeddings()(tensors["input_ids"]))
     if not adapter.m_rope:
-        return embeddings, None
-    if positions is None:  # text alone
-        positions = torch.arange(embeddings.shape[1], device=embeddings.device).expand(3, len(embeddings), -1)
-    return embeddings, positions
+        return replace(found, positions=None)
+    if found.positions is None:  # text alone
+        size, length = found.embeddings.shape[:2]
+        found = replace(found, positions=torch.arange(length, device=found.embeddings.device).expand(3, size, -1))
+    return found
+
+
+@contextmanager
+def watching_injections(adapter: Adapter) -> Iterator[list[Tensor]]:
+    """A list to which every forward appends its injections `[B, n, T, d]`, if it has any."""
+    found: list[Tensor] = []
+
+    def hook(_module: object, _args: tuple, kwargs: dict) -> None:
+        injections = adapter.injections(kwargs)
+        if injections is not None:
+            found.append(injections)
+
+    handle = adapter.decoder().register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()

@@ -22,12 +22,17 @@ def grid_boxes(rows: int, columns: int, window: PatchBox = WHOLE) -> list[PatchB
     Returns:
         `rows * columns` boxes, cut at the picture's edges: a cell of nothing but padding has no area.
     """
+    return [PatchBox(*map(_clip, cell)) for cell in grid_windows(rows, columns, window)]
+
+
+def grid_windows(rows: int, columns: int, window: PatchBox) -> list[PatchBox]:
+    """The cells of a grid row by row, not cut at the picture's edges, so that they can be divided further."""
 
     def x(column: int) -> float:
-        return _clip(window.left + (window.right - window.left) * column / columns)
+        return window.left + (window.right - window.left) * column / columns
 
     def y(row: int) -> float:
-        return _clip(window.top + (window.bottom - window.top) * row / rows)
+        return window.top + (window.bottom - window.top) * row / rows
 
     return [PatchBox(x(c), y(r), x(c + 1), y(r + 1)) for r in range(rows) for c in range(columns)]
 

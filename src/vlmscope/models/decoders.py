@@ -5,7 +5,7 @@ Hugging Face names their parts alike, so one class serves all of them; what diff
 attention scores and masks need nothing: attribution takes embeddings and attention patterns as the model computed them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter, LayerNorms
+from vlmscope.models.patches import PicturePatches
+from vlmscope.models.placement import computing_device, materialised
 from vlmscope.models.template import Dialogue, Turn, dialogue, user_turn
+from vlmscope.models.towers import tower_attention
 
 
 class Decoder(NamedTuple):
@@ -34,6 +37,7 @@ DECODERS = {
     "qwen2": _LLAMA,
     "qwen2_5_vl_text": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_vl_text": _LLAMA,
 }
 
 
@@ -43,6 +47,7 @@ class DecoderAdapter(Adapter):
     Attributes:
         placeholder: what stands for a picture in a prompt.
         chat_template: the family's usual template, for a model that came without one.
+        decoders: by `model_type`, those that the family may have.
 
     Raises:
         UserError: when the model has no language-model head, or a decoder that the replacement model does not represent
@@ -51,6 +56,7 @@ class DecoderAdapter(Adapter):
 
     placeholder = "<image>"
     chat_template = ""
+    decoders: Mapping[str, Decoder] = DECODERS
 
     def __init__(self, model: Any) -> None:
         if not isinstance(getattr(model, "lm_head", None), nn.Linear):
@@ -60,18 +66,25 @@ class DecoderAdapter(Adapter):
         self.model = model
         text = model.config.get_text_config()
         kind = str(text.model_type)
-        if kind not in DECODERS:
+        if kind not in self.decoders:
+            known = ", ".join(sorted(self.decoders))
             raise UserError(
                 f"{type(model).__name__} has a decoder of type {kind!r}, which is not known to be exact here (mixtures "
-                f"of experts, parallel blocks, cross-attention are not); choose one of: {', '.join(sorted(DECODERS))}"
+                f"of experts, parallel blocks, cross-attention are not); choose one of: {known}"
             )
-        self._kind = DECODERS[kind]
+        self._kind = self.decoders[kind]
         self.n_layers = int(text.num_hidden_layers)
         self.d_model = int(text.hidden_size)
         self.n_heads = int(text.num_attention_heads)
-        self.n_kv_heads = int(text.num_key_value_heads)
         self.vocab_size = int(text.vocab_size)
-        self.head_dim = self.output_weight(0).shape[1] // self.n_heads
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._layer(0).self_attn.o_proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return computing_device(self._layer(0).self_attn.o_proj)
 
     @property
     def has_vision(self) -> bool:
@@ -114,23 +127,45 @@ class DecoderAdapter(Adapter):
         # Half precision is normalised in float32, as the model does.
         wide = x if x.dtype == torch.float64 else x.float()
         eps = float(getattr(norm, "eps", None) or norm.variance_epsilon)  # pyright: ignore[reportArgumentType]
-        weight = self._kind.norm_offset + norm.get_parameter("weight").to(wide.dtype)
-        return (torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        if getattr(norm, "weight", None) is None:  # a norm of values has none
+            return scale.expand_as(wide).to(x.dtype)
+        return (scale * (self._kind.norm_offset + materialised(norm).to(wide.dtype))).to(x.dtype)
+
+    def _values(self, layer: int) -> nn.Module:
+        """The projection that makes the values."""
+        return self._layer(layer).self_attn.v_proj
 
     def value_weight(self, layer: int) -> Tensor:
-        return self._layer(layer).self_attn.v_proj.weight
+        return materialised(self._values(layer))
 
     def value_bias(self, layer: int) -> Tensor | None:
-        return self._layer(layer).self_attn.v_proj.bias
+        projection = self._values(layer)
+        return None if projection.bias is None else materialised(projection, "bias")
 
     def output_weight(self, layer: int) -> Tensor:
-        return self._layer(layer).self_attn.o_proj.weight
+        return materialised(self._layer(layer).self_attn.o_proj)
 
     def output_bias(self, layer: int) -> Tensor | None:
-        return self._layer(layer).self_attn.o_proj.bias
+        projection = self._layer(layer).self_attn.o_proj
+        return None if projection.bias is None else materialised(projection, "bias")
 
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
         return user_turn(tokenizer, chat_template or self.chat_template, prompt, self.placeholder, n_images)
+
+    def vision_tower(self) -> Any:
+        """The vision tower; only for a model that takes pictures."""
+        return self.model.model.vision_tower
+
+    def vision_attention(self) -> list[nn.Module]:
+        read = getattr(self.model.config, "vision_feature_layer", -1)
+        return tower_attention(self.vision_tower(), read) if self.has_vision else []
+
+    def picture_patches(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
+    ) -> list[PicturePatches]:
+        kind = self.model.config.model_type
+        raise UserError(f"it is not known where the vision tower of models of type {kind!r} holds its patches")
 
     def wrap_exchanges(
         self, exchanges: Sequence[Exchange], n_images: int, tokenizer: Any, chat_template: str | None = None

@@ -14,8 +14,9 @@ from transformers import Gemma3ForConditionalGeneration
 from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
-from vlmscope.models.boxes import grid_boxes
+from vlmscope.models.boxes import WHOLE, grid_boxes
 from vlmscope.models.decoders import DecoderAdapter
+from vlmscope.models.patches import PicturePatches, batched_tiles, pooled
 from vlmscope.models.template import Dialogue, Span, Turn, spelt_in_first, spelt_placeholders
 
 
@@ -73,6 +74,14 @@ class Gemma3Adapter(DecoderAdapter):
         # The projector pools patches in row-major order and the processor resizes the whole picture without cropping.
         side = round(int(self.model.config.mm_tokens_per_image) ** 0.5) if self.has_vision else 0
         return [grid_boxes(side, side) for _ in sizes]
+
+    def picture_patches(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
+    ) -> list[PicturePatches]:
+        vision = self.model.config.vision_config
+        side = int(vision.image_size) // int(vision.patch_size)
+        factor = side // round(int(self.model.config.mm_tokens_per_image) ** 0.5)
+        return [pooled(tiles, factor) for tiles in batched_tiles([[WHOLE] for _ in sizes], side, side)]
 
     def soft_token_id(self) -> int | None:
         return super().soft_token_id() if self.has_vision else None

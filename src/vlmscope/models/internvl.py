@@ -9,6 +9,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 from vlmscope.core.images import PatchBox
 from vlmscope.models.boxes import tile_boxes
 from vlmscope.models.decoders import DecoderAdapter
+from vlmscope.models.patches import PicturePatches, batched_tiles, pooled
+from vlmscope.models.towers import tower_kind
 
 
 class InternVLAdapter(DecoderAdapter):
@@ -25,16 +27,31 @@ class InternVLAdapter(DecoderAdapter):
     def soft_token_boxes(
         self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
     ) -> list[list[PatchBox]]:
+        side = round(self._side * self.model.config.downsample_ratio)
+        return [tile_boxes(*self._tiles(size, image_processor), side) for size in sizes]
+
+    def picture_patches(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
+    ) -> list[PicturePatches]:
+        windows = [tile_boxes(*self._tiles(size, image_processor), 1) for size in sizes]
+        n_class = tower_kind(self.vision_tower()).n_class
+        tiles = batched_tiles(windows, self._side, self._side, n_class)
+        return [pooled(found, round(1 / self.model.config.downsample_ratio)) for found in tiles]
+
+    @property
+    def _side(self) -> int:
+        """Patches down and across a tile."""
         vision = self.model.config.vision_config
-        side = round(vision.image_size[0] // vision.patch_size[0] * self.model.config.downsample_ratio)
-        found = []
-        for width, height in sizes:
-            tile = (image_processor.size["height"], image_processor.size["width"])
-            columns, rows = get_optimal_tiled_canvas(
-                (height, width), tile, image_processor.min_patches, image_processor.max_patches
-            )
-            found.append(tile_boxes(rows, columns, side) if rows * columns > 1 else tile_boxes(0, 0, side))
-        return found
+        return vision.image_size[0] // vision.patch_size[0]
+
+    def _tiles(self, size: tuple[int, int], image_processor: Any) -> tuple[int, int]:
+        """Rows and columns of tiles beside the whole picture."""
+        width, height = size
+        tile = (image_processor.size["height"], image_processor.size["width"])
+        columns, rows = get_optimal_tiled_canvas(
+            (height, width), tile, image_processor.min_patches, image_processor.max_patches
+        )
+        return (rows, columns) if rows * columns > 1 else (0, 0)
 
 
 make_adapter = InternVLAdapter

@@ -6,18 +6,81 @@ learned token; of several pictures each is padded to a square and ends with one 
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_utils import ChannelDimension
 from transformers.models.llava_onevision.modeling_llava_onevision import unpad_image
 
 from vlmscope.core.images import PatchBox
-from vlmscope.models.boxes import grid_boxes, square_window
+from vlmscope.models.boxes import WHOLE, grid_boxes, grid_windows, square_window
 from vlmscope.models.decoders import DecoderAdapter
+from vlmscope.models.patches import PicturePatches, batched_tiles, pool_tile
+from vlmscope.models.towers import tower_kind
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    """A picture laid out on tiles, as the model makes rows of tokens of it.
+
+    Attributes:
+        tiles: tiles down and across.
+        window: the part of the picture that all tiles together show; it reaches beyond the picture.
+        kept_rows: patches down, those of padding alone left out, int64.
+        kept_columns: patches across, int64.
+        shape: rows and columns of soft tokens, fewer than patches where there are too many; each row has an end beside.
+    """
+
+    tiles: tuple[int, int]
+    window: PatchBox
+    kept_rows: np.ndarray
+    kept_columns: np.ndarray
+    shape: tuple[int, int]
+
+    def boxes(self, side: int) -> list[PatchBox]:
+        """The boxes of the tokens, each row's end included, with tiles of `side * side` patches."""
+        width, height = self.window.right - self.window.left, self.window.bottom - self.window.top
+        down, across = (number * side for number in self.tiles)
+        window = PatchBox(
+            self.window.left + width * self.kept_columns[0] / across,
+            self.window.top + height * self.kept_rows[0] / down,
+            self.window.left + width * (self.kept_columns[-1] + 1) / across,
+            self.window.top + height * (self.kept_rows[-1] + 1) / down,
+        )
+        rows, columns = self.shape
+        boxes = grid_boxes(rows, columns, window)
+        found: list[PatchBox] = []
+        for row in range(rows):
+            line = boxes[row * columns : (row + 1) * columns]
+            found += [*line, PatchBox(line[-1].right, line[-1].top, line[-1].right, line[-1].bottom)]
+        return found
+
+    def pooling(self, side: int, n_class: int) -> sparse.csr_array:
+        """`[rows * (columns + 1), sum of P]`: what each token takes from the tiles' tokens, ends nothing."""
+        down, across = (number * side for number in self.tiles)
+        rows, columns = self.shape
+        grid = sparse.coo_array(
+            sparse.kron(_resized(self.kept_rows, down, rows), _resized(self.kept_columns, across, columns))
+        )
+        row, column = np.divmod(grid.col, across)
+        tile = row // side * self.tiles[1] + column // side
+        source = tile * (n_class + side * side) + n_class + row % side * side + column % side
+        target = grid.row // columns * (columns + 1) + grid.row % columns
+        n_tokens = self.tiles[0] * self.tiles[1] * (n_class + side * side)
+        return sparse.csr_array((grid.data, (target, source)), shape=(rows * (columns + 1), n_tokens))
+
+
+def _resized(kept: np.ndarray, length: int, wanted: int) -> np.ndarray:
+    """`[wanted, length]`: linear interpolation of the kept cells, the identity when as many are wanted."""
+    cells = torch.eye(len(kept), dtype=torch.float64)
+    found = np.zeros((wanted, length))
+    found[:, kept] = torch.nn.functional.interpolate(cells[None], size=wanted, mode="linear")[0].T.numpy()
+    return found
 
 
 class LlavaOnevisionAdapter(DecoderAdapter):
@@ -33,42 +96,48 @@ class LlavaOnevisionAdapter(DecoderAdapter):
     def soft_token_boxes(
         self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
     ) -> list[list[PatchBox]]:
-        vision = self.model.config.vision_config
-        side = int(vision.image_size) // int(vision.patch_size)
+        side = self._side
         if len(sizes) == 1:
-            return [grid_boxes(side, side) + self._tiles(sizes[0], side)]
+            return [grid_boxes(side, side) + self._canvas(sizes[0]).boxes(side)]
         end = PatchBox(1.0, 1.0, 1.0, 1.0)
         return [[*grid_boxes(side, side, square_window(size)), end] for size in sizes]
 
-    def _tiles(self, size: tuple[int, int], side: int) -> list[PatchBox]:
-        """The boxes of the tiles' tokens, with tiles of `side * side` tokens, each row's end included."""
-        config, (width, height) = self.model.config, size
+    def picture_patches(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
+    ) -> list[PicturePatches]:
+        side, n_class = self._side, tower_kind(self.vision_tower()).n_class
+        if len(sizes) > 1:
+            tiles = batched_tiles([[square_window(size)] for size in sizes], side, side, n_class)
+            end = sparse.csr_array((1, side * side + n_class))
+            return [PicturePatches(t, sparse.csr_array(sparse.vstack([pool_tile(t[0]), end]))) for t in tiles]
+        canvas = self._canvas(sizes[0])
+        windows = [[WHOLE, *grid_windows(*canvas.tiles, canvas.window)]]
+        (tiles,) = batched_tiles(windows, side, side, n_class)
+        pooling = sparse.block_diag([pool_tile(tiles[0]), canvas.pooling(side, n_class)])
+        return [PicturePatches(tiles, sparse.csr_array(pooling))]
+
+    @property
+    def _side(self) -> int:
+        """Patches down and across a tile."""
+        vision = self.model.config.vision_config
+        return int(vision.image_size) // int(vision.patch_size)
+
+    def _canvas(self, size: tuple[int, int]) -> _Canvas:
+        config, (width, height), side = self.model.config, size, self._side
         best = select_best_resolution((height, width), config.image_grid_pinpoints)
         blank = np.broadcast_to(np.uint8(0), (3, height, width))
         down, across = get_patch_output_size(blank, best, ChannelDimension.FIRST)
         # The resized picture lies in the middle of the tiles, and the model drops rows or columns of padding alone.
         top, left = (best[0] - down) // 2, (best[1] - across) // 2
-        cell = int(config.vision_config.image_size) / side
-        rows, columns = (round(length / cell) for length in best)
+        window = PatchBox(-left / across, -top / down, (best[1] - left) / across, (best[0] - top) / down)
+        tiles = (best[0] // int(config.vision_config.image_size), best[1] // int(config.vision_config.image_size))
+        rows, columns = (number * side for number in tiles)
         numbers = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
         kept = unpad_image(numbers, (height, width))
-        first, last = kept[:, 0, 0].tolist(), kept[:, -1, -1].tolist()
-        window = PatchBox(
-            (first[1] * cell - left) / across,
-            (first[0] * cell - top) / down,
-            ((last[1] + 1) * cell - left) / across,
-            ((last[0] + 1) * cell - top) / down,
-        )
         rows, columns = kept.shape[1:]
         ratio = math.sqrt(rows * columns / (int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * side**2))
-        if ratio > 1.1:
-            rows, columns = int(rows // ratio), int(columns // ratio)
-        boxes = grid_boxes(rows, columns, window)
-        found: list[PatchBox] = []
-        for row in range(rows):
-            line = boxes[row * columns : (row + 1) * columns]
-            found += [*line, PatchBox(line[-1].right, line[-1].top, line[-1].right, line[-1].bottom)]
-        return found
+        shape = (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+        return _Canvas(tiles, window, kept[0, :, 0].numpy(), kept[1, 0].numpy(), shape)
 
 
 make_adapter = LlavaOnevisionAdapter

@@ -1,20 +1,30 @@
 """A loaded model with its processor, and the making of its inputs from a prompt and pictures."""
 
 import inspect
-from collections.abc import Sequence
+import logging as python_logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter, ModelInputs, adapter_for, check_supported
-from vlmscope.models.positions import describe_inputs
-from vlmscope.models.processors import picture_processor
+from vlmscope.models.checkpoint import check_weights, read_config
+from vlmscope.models.placement import (
+    DTYPES,
+    OFFLOADS,
+    Needs,
+    check_device,
+    check_memory,
+    compute_on,
+    offload_to_cpu,
+)
+from vlmscope.models.positions import describe_inputs, written_by_user
+from vlmscope.models.processors import check_processor, load_processor
 
 
 class _Classes(NamedTuple):
@@ -24,18 +34,22 @@ class _Classes(NamedTuple):
     processor: str
 
 
-_CLASSES = {
+CLASSES = {
     "gemma3": _Classes("Gemma3ForConditionalGeneration", "Gemma3Processor"),
     "gemma3_text": _Classes("Gemma3ForCausalLM", "AutoTokenizer"),
+    "gemma4": _Classes("Gemma4ForConditionalGeneration", "Gemma4Processor"),
+    "gemma4_text": _Classes("Gemma4ForCausalLM", "AutoTokenizer"),
     "idefics3": _Classes("Idefics3ForConditionalGeneration", "Idefics3Processor"),
     "internvl": _Classes("InternVLForConditionalGeneration", "InternVLProcessor"),
     "llava": _Classes("LlavaForConditionalGeneration", "LlavaProcessor"),
     "llava_onevision": _Classes("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionProcessor"),
     "paligemma": _Classes("PaliGemmaForConditionalGeneration", "PaliGemmaProcessor"),
     "qwen2_5_vl": _Classes("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"),
+    "qwen3_vl": _Classes("Qwen3VLForConditionalGeneration", "Qwen3VLProcessor"),
     "smolvlm": _Classes("SmolVLMForConditionalGeneration", "SmolVLMProcessor"),
 }
-_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Tensors that old checkpoints carry and that are recomputed: leaving them out changes nothing.
+_RECOMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
 
 @dataclass(frozen=True)
@@ -76,10 +90,16 @@ class VLM:
         _check_words(self.tokenizer, prompt)
         template = getattr(self.processor, "chat_template", None)
         turn = self.adapter.wrap_prompt(prompt, len(images), self.tokenizer, template)
-        tensors = self.tokenised(turn.text, images)
+        more = {"return_text_replacement_offsets": True} if self.adapter.has_vision else {}
+        batch = self._processed(turn.text, images, return_offsets_mapping=True, **more)
+        self._check_ids(batch["input_ids"])
+        replaced = batch["text_replacement_offsets"][0] if images else []
+        completed = self.adapter.completed_turn(turn, self.tokenizer)
+        written = written_by_user(completed, replaced, batch["offset_mapping"][0].numpy())
+        tensors = self._tensors(batch)
         sizes = [image.size for image in images]
         boxes = self.adapter.soft_token_boxes(tensors, sizes, getattr(self.processor, "image_processor", None))
-        return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes)
+        return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes, written, sizes)
 
     def tokenised(self, text: str, images: Sequence[Image] = (), **settings: Any) -> dict[str, Tensor]:
         """What the model's forward takes for a text in its template, batch size 1, on the model's device.
@@ -88,8 +108,13 @@ class VLM:
             text: special tokens and placeholders included.
             images: the pictures, in order.
             settings: more arguments for the processor.
+
+        Raises:
+            UserError: the text has a token that the model has no embedding for.
         """
-        return self._tensors(self._processed(text, images, **settings))
+        batch = self._processed(text, images, **settings)
+        self._check_ids(batch["input_ids"])
+        return self._tensors(batch)
 
     def _processed(self, text: str, images: Sequence[Image], **settings: Any) -> Any:
         """What the processor, or the tokenizer of a text-only model, makes of one text."""
@@ -109,6 +134,16 @@ class VLM:
             tensors["pixel_values"] = tensors["pixel_values"].to(self.adapter.dtype)
         return tensors
 
+    def _check_ids(self, ids: Tensor) -> None:
+        """Gemma 3's text-only tokenizers have a token for pictures, beyond the last row of the embedding."""
+        highest = int(ids.max())
+        if highest >= self.adapter.vocab_size:
+            token = self.tokenizer.decode([highest])
+            raise UserError(
+                f"token {token!r} has no embedding in {self.name} ({self.adapter.vocab_size:,} rows); leave it out of "
+                "the prompt, or use the tokenizer that was saved with the model"
+            )
+
 
 def _check_words(tokenizer: Any, prompt: str) -> None:
     """Raise a `UserError` naming the first word that the tokenizer maps to its unknown token."""
@@ -120,52 +155,114 @@ def _check_words(tokenizer: Any, prompt: str) -> None:
             raise UserError(f"the model does not know the word {prompt[start:end]!r} of the prompt; use another word")
 
 
-def check_device(device: str) -> None:
-    """Raise a `UserError` when a GPU is asked for that is not there."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device!r} was asked for but no GPU is usable here; use device cpu")
-
-
-def load_vlm(path: str | Path, dtype: str = "float32", device: str = "cpu") -> VLM:
+def load_vlm(
+    path: str | Path, dtype: str = "float32", device: str = "cpu", offload: str = "none", name: str | None = None
+) -> VLM:
     """Load a model from a local folder in Hugging Face layout; nothing is fetched.
 
     Args:
-        path: folder with `config.json`, weights and processor files.
+        path: folder with `config.json`, weights as safetensors and processor files.
         dtype: dtype to compute in, whatever the weights are stored in.
-        device: torch device.
+        device: cpu, cuda, cuda:N or mps.
+        offload: where the weights rest: on the device ("none"), in CPU memory ("cpu") or in the folder ("disk").
+        name: short name for records; the folder's when None.
 
     Raises:
-        UserError: when the folder is not a model, its type is not supported, or `dtype` or `device` cannot be had.
+        UserError: when the folder is not a model, is incomplete, does not fit its own config or the memory, its type is
+            not supported, or `dtype`, `device` or `offload` cannot be had.
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no model at {folder}: config.json is missing; give the folder of a Hugging Face model")
-    if dtype not in _DTYPES:
-        raise UserError(f"unknown dtype {dtype!r} for the model at {folder}; choose one of: {', '.join(_DTYPES)}")
-    check_device(device)
-    model_type = str(read_json(folder / "config.json").get("model_type"))
+    model_type = str(read_config(folder)["model_type"])
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r} for the model at {folder}; choose one of: {', '.join(DTYPES)}")
+    if offload not in OFFLOADS:
+        raise UserError(f"unknown offload {offload!r} for the model at {folder}; choose one of: {', '.join(OFFLOADS)}")
+    check_device(device, dtype)
     check_supported(model_type, str(folder / "config.json"))
-    model, processor = _from_folder(folder, model_type, _DTYPES[dtype])
-    model = model.to(device).eval().requires_grad_(False)
-    return VLM(model, processor, adapter_for(model), name=folder.resolve().name, path=str(folder))
+    check_weights(folder)
+    names = CLASSES[model_type]
+    with _told_in_one_line(folder):
+        empty = _dry_run(names.model, folder, dtype)
+        processor = load_processor(names.processor, folder)
+        check_processor(processor, empty.config, folder)
+        check_memory(Needs.of(empty), f"the model at {folder}", dtype, device, offload)
+        model = _load_weights(names.model, folder, dtype, device, offload)
+    return VLM(model, processor, adapter_for(model), name=name or folder.resolve().name, path=str(folder))
 
 
-def _from_folder(folder: Path, model_type: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and processor of a folder, with loading errors told in one line."""
-    import transformers
+@contextmanager
+def _told_in_one_line(folder: Path) -> Iterator[None]:
+    """Loading errors of transformers as one line, and none of its tables and bars."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging
 
+    python_logging.getLogger("accelerate.big_modeling").setLevel(python_logging.ERROR)  # "offloaded": as was asked for
     logging.disable_progress_bar()  # a local file takes a moment; the tasks' own bars should stand alone
-    names = _CLASSES[model_type]
-    model_class: Any = getattr(transformers, names.model)
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        model, info = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
-        processor = picture_processor(names.processor).from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        yield
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"transformers refuses {folder / 'config.json'}: {reason}; correct it") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load the model at {folder}: {reason}; check its files") from error
-    # A missing weight would stay at its random initial value, which no one would notice.
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    finally:
+        logging.set_verbosity(before)
+
+
+def _from_pretrained(name: str, folder: Path, **settings: Any) -> Any:
+    """Only ever from a local folder, from safetensors, and without code from elsewhere."""
+    import transformers
+
+    model_class: Any = getattr(transformers, name)
+    return model_class.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **settings
+    )
+
+
+def _dry_run(name: str, folder: Path, dtype: str) -> Any:
+    """The model on `meta`, made to see that the weights fit the config, without reading them.
+
+    A missing weight would stay at its random initial value and one too many would be dropped, unnoticed.
+    """
+    model, info = _from_pretrained(
+        name,
+        folder,
+        dtype=DTYPES[dtype],
+        device_map={"": "meta"},
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    config = folder / "config.json"
+    if info["mismatched_keys"]:
+        key, stored, expected = sorted(info["mismatched_keys"])[0]
+        raise UserError(
+            f"{len(info['mismatched_keys'])} weights at {folder} do not fit its config.json, first {key}: it has shape "
+            f"{tuple(stored)}, the config asks for {tuple(expected)}; take both from the same model"
+        )
+    missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"the model at {folder} lacks {len(missing)} weights, first {missing[0]}; save it completely")
-    return model, processor
+    extra = sorted(key for key in info["unexpected_keys"] if not key.endswith(_RECOMPUTED))
+    if extra:
+        raise UserError(
+            f"{folder} has {len(extra)} weights that the model of {config} lacks, first {extra[0]}; take both from the "
+            "same model"
+        )
+    return model
+
+
+def _load_weights(name: str, folder: Path, dtype: str, device: str, offload: str) -> Any:
+    """The model in evaluation mode with its weights where they shall rest."""
+    place = "disk" if offload == "disk" else "cpu" if offload == "cpu" else device
+    # Straight to a GPU, shard by shard: CPU memory need not hold the whole.
+    device_map = None if place == "cpu" else {"": place}
+    model = _from_pretrained(name, folder, dtype=DTYPES[dtype], device_map=device_map)
+    model.eval().requires_grad_(False)
+    if offload == "cpu" and device != "cpu":
+        offload_to_cpu(model, device)
+    elif offload == "disk":
+        compute_on(model, device)
+    return model

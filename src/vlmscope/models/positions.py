@@ -1,6 +1,6 @@
 """What every position of a tokenised prompt is: its token, picture, part of the picture and role."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ def describe_inputs(
     tensors: dict[str, Tensor],
     turn: Turn,
     boxes: Sequence[Sequence[PatchBox]],
+    written: np.ndarray,
+    sizes: Sequence[tuple[int, int]] = (),
 ) -> ModelInputs:
     """Name every position of tokenised inputs.
 
@@ -27,6 +29,8 @@ def describe_inputs(
         tensors: the model's inputs, batch size 1.
         turn: the prompt in its template, from which the inputs were made.
         boxes: for each picture the box of each of its soft tokens, in order.
+        written: `[T]` bool, tokens with a part of what the user wrote, as `written_by_user` finds them.
+        sizes: width and height of each picture in pixels.
 
     Raises:
         UserError: boxes and soft tokens differ in number, so that the processor and the model do not belong together.
@@ -44,31 +48,38 @@ def describe_inputs(
     patch_boxes: list[PatchBox | None] = [None] * len(ids)
     for position, (picture, box) in zip(np.flatnonzero(is_image), flat, strict=True):
         image_index[position], patch_boxes[position] = picture, box
-    roles = _roles(tokenizer, turn, ids, tokens, is_image)
-    return ModelInputs(tensors, tokens, is_image, image_index, patch_boxes, roles, turn.content)
-
-
-def _roles(tokenizer: Any, turn: Turn, ids: list[int], tokens: list[str], is_image: np.ndarray) -> np.ndarray:
-    """The role of every position.
-
-    What processors add around soft tokens are special tokens and white space, so words keep their order, and the n-th
-    word of the inputs is the n-th word of the turn, where it is known which of them the user wrote.
-    """
-    added = set(tokenizer.added_tokens_decoder)
-
-    def is_word(token: int, text: str) -> bool:
-        return token not in added and bool(text.strip()) and not (text.startswith("<") and text.endswith(">"))
-
-    encoded = tokenizer(turn.text, add_special_tokens=False, return_offsets_mapping=True)
-    start, end = len(turn.before), len(turn.before) + len(turn.content)
-    written = [
-        first < end and last > start
-        for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        if is_word(token, tokenizer.decode([token]))
-    ]
-    words = [p for p, token in enumerate(ids) if not is_image[p] and is_word(token, tokens[p])]
-    roles = np.where(is_image, "image", "special").astype("<U8")
-    for position, by_user in zip(words, written, strict=True):
-        roles[position] = "question" if by_user else "special"
+    # Special tokens that the user spells are the template's all the same.
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    by_user = written & np.array([token not in special for token in ids])
+    roles = np.select([is_image, by_user], ["image", "question"], "special").astype("<U8")
     roles[-1] = "last"
-    return roles
+    return ModelInputs(tensors, tokens, is_image, image_index, patch_boxes, roles, turn.content, tuple(sizes))
+
+
+def written_by_user(turn: Turn, replaced: Sequence[Mapping[str, Any]], offsets: np.ndarray) -> np.ndarray:
+    """Which tokens hold a part of the prompt, told by characters.
+
+    Neither words nor ids would do: a character may be several tokens, a token may reach from the template into the
+    prompt, and what the processor puts around soft tokens may change how the text beside it is cut.
+
+    Args:
+        turn: the text before placeholders were replaced.
+        replaced: what the processor put in the place of placeholders, in order: `span`, first and last character (past
+            the end) in the turn, `text`, what stood there, and `replacement`.
+        offsets: `[T, 2]`, first and last character (past the end) of every token in the text after the replacement.
+
+    Returns:
+        `[T]` bool. What replaces a placeholder is not written by the user, wherever it was spelt.
+    """
+    start, end = len(turn.before), len(turn.before) + len(turn.content)
+    prompt = np.zeros(len(turn.text), dtype=bool)
+    prompt[start:end] = True
+    pieces, done = [], 0
+    for change in replaced:
+        first, last = change["span"]
+        assert turn.text[first:last] == change["text"], "the processor was given another text than the turn"
+        pieces += [prompt[done:first], np.zeros(len(change["replacement"]), dtype=bool)]
+        done = last
+    characters = np.concatenate([*pieces, prompt[done:]])
+    assert offsets.max(initial=0) <= len(characters), "the processor added text that the turn does not have"
+    return np.array([characters[first:last].any() for first, last in offsets], dtype=bool)

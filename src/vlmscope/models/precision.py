@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+# A product of what stayed float64 with a table that was made in float32 (Gemma 4's pooling weights) would be an error.
+_PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, torch.nn.functional.linear}
+
 
 class _KeepFloat64(TorchFunctionMode):
     """Turns a cast of a float64 tensor to float32 into none; float32 models are unmoved."""
@@ -27,6 +30,8 @@ class _KeepFloat64(TorchFunctionMode):
                 kwargs["dtype"] = torch.float64
             if func in (Tensor.to, Tensor.type):
                 args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        if func in _PRODUCTS and {torch.float32, torch.float64} <= {a.dtype for a in args if isinstance(a, Tensor)}:
+            args = tuple(a.to(torch.float64) if isinstance(a, Tensor) else a for a in args)
         return func(*args, **kwargs)
 
 

@@ -13,6 +13,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
 from vlmscope.models.boxes import grid_boxes
 from vlmscope.models.decoders import DecoderAdapter
+from vlmscope.models.patches import PicturePatches, merged_tiles, pooled
 from vlmscope.models.template import Dialogue, Turn
 
 
@@ -29,6 +30,9 @@ class Qwen2_5_VLAdapter(DecoderAdapter):
         "{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
+
+    def vision_tower(self) -> Any:
+        return self.model.model.visual
 
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
         self._refuse_pads(prompt)
@@ -52,6 +56,15 @@ class Qwen2_5_VLAdapter(DecoderAdapter):
         merge = int(self.model.config.vision_config.spatial_merge_size)
         grids = tensors["image_grid_thw"].tolist() if sizes else []
         return [grid_boxes(rows // merge, columns // merge) for _, rows, columns in grids]
+
+    def picture_patches(
+        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
+    ) -> list[PicturePatches]:
+        vision = self.model.config.vision_config
+        merge = int(vision.spatial_merge_size)
+        grids = [(rows, columns) for _, rows, columns in tensors["image_grid_thw"].tolist()]
+        tiles = merged_tiles(grids, merge, vision.window_size // merge // vision.patch_size)
+        return [pooled([tile], merge) for tile in tiles]
 
 
 make_adapter = Qwen2_5_VLAdapter

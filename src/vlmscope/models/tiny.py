@@ -16,6 +16,7 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
 
@@ -23,19 +24,35 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import derive, generator
 from vlmscope.models.base import adapter_for
 from vlmscope.models.loading import VLM
-from vlmscope.models.orrery.processor import SPECIAL, build_processor, build_tokenizer
+from vlmscope.models.orrery.processor import BOI, BOS, EOI, EOS, PAD, SOFT, SPECIAL, gemma3_processor
 from vlmscope.models.tiny_families import FAMILIES, build_family
+from vlmscope.models.tiny_tokenizer import WORDS, byte_tokenizer
 
-WORDS = ("user", "model", "what", "is", "this", "?", "red", "blue", "planet", "and", "the", "other", "one", "two", "in")
 LAYER_TYPES = ("sliding_attention", "full_attention", "sliding_attention", "full_attention")
 _IMAGE_SIZE, _PATCH_SIZE, _SOFT_TOKENS = 16, 4, 4
 
 
+def _tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(
+        SPECIAL,  # of Orrery, so that ids are the same; <unk> is never made
+        ("user", "model", *WORDS),
+        named={"boi_token": BOI, "eoi_token": EOI, "image_token": SOFT},
+        adds_bos=False,  # Gemma's template spells it
+        inputs=("input_ids", "attention_mask", "token_type_ids"),
+    )
+
+
 def _text_config(
-    d_model: int, n_heads: int, n_kv_heads: int, layer_types: Sequence[str], window: int, attention_bias: bool
+    vocab_size: int,
+    d_model: int,
+    n_heads: int,
+    n_kv_heads: int,
+    layer_types: Sequence[str],
+    window: int,
+    attention_bias: bool,
 ) -> Gemma3TextConfig:
     return Gemma3TextConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
+        vocab_size=vocab_size,
         hidden_size=d_model,
         intermediate_size=2 * d_model,
         num_hidden_layers=len(layer_types),
@@ -47,9 +64,9 @@ def _text_config(
         layer_types=list(layer_types),
         attention_bias=attention_bias,
         max_position_embeddings=256,
-        pad_token_id=SPECIAL.index("<pad>"),
-        eos_token_id=SPECIAL.index("<eos>"),
-        bos_token_id=SPECIAL.index("<bos>"),
+        pad_token_id=SPECIAL.index(PAD),
+        eos_token_id=SPECIAL.index(EOS),
+        bos_token_id=SPECIAL.index(BOS),
         # Bases this small turn visibly within a short prompt, so that confusing them cannot pass a check.
         rope_parameters={
             "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
@@ -72,20 +89,23 @@ def _multimodal_config(text: Gemma3TextConfig) -> Gemma3Config:
         text_config=text,
         vision_config=vision,
         mm_tokens_per_image=_SOFT_TOKENS,
-        boi_token_index=SPECIAL.index("<start_of_image>"),
-        eoi_token_index=SPECIAL.index("<end_of_image>"),
-        image_token_index=SPECIAL.index("<image_soft_token>"),
+        boi_token_index=SPECIAL.index(BOI),
+        eoi_token_index=SPECIAL.index(EOI),
+        image_token_index=SPECIAL.index(SOFT),
     )
 
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Draw every parameter anew, none of them zero: matrices at unit gain, vectors with deviation 0.3."""
+    """Draw every learned number anew, none of them zero: matrices at unit gain, vectors with deviation 0.3."""
     for name, parameter in model.named_parameters():
         numbers = torch.from_numpy(generator(seed, name).standard_normal(tuple(parameter.shape)))
         # The unembedding shares the embedding, which is scaled by sqrt(d) on the way in.
         scale = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
         parameter.copy_(numbers * scale)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):  # Gemma 4's learned constants, which libraries start at one
+            buffer.fill_(float(generator(seed, name).uniform(0.6, 1.4)))
 
 
 def tiny_gemma3(
@@ -115,7 +135,8 @@ def tiny_gemma3(
         dtype: dtype of the weights.
         attention: Hugging Face attention implementation.
     """
-    text = _text_config(d_model, n_heads, n_kv_heads, layer_types, window, attention_bias)
+    tokenizer = _tokenizer()
+    text = _text_config(len(tokenizer), d_model, n_heads, n_kv_heads, layer_types, window, attention_bias)
     with torch.random.fork_rng():
         torch.manual_seed(derive(seed, "tiny"))
         model = (
@@ -126,7 +147,7 @@ def tiny_gemma3(
     model = model.to(dtype)  # pyright: ignore[reportArgumentType]
     randomise(model, seed)
     model.eval().requires_grad_(False)
-    processor = build_tokenizer(WORDS) if text_only else build_processor(WORDS, _IMAGE_SIZE, _SOFT_TOKENS)
+    processor = tokenizer if text_only else gemma3_processor(tokenizer, _IMAGE_SIZE, _SOFT_TOKENS)
     return VLM(model, processor, adapter_for(model), name="tiny")
 
 

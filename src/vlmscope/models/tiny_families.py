@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPVisionConfig,
     Gemma2Config,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     GemmaConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -32,10 +30,13 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen3Config,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -45,48 +46,22 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from vlmscope.models.processors import picture_processor
+from vlmscope.models.tiny_tokenizer import WORDS, byte_tokenizer
 
 Built = tuple[Any, Any]  # configuration and processor
-_SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
-_WORDS = (
-    "USER:",
-    "ASSISTANT:",
-    "what",
-    "is",
-    "this",
-    "?",
-    "red",
-    "blue",
-    "planet",
-    "and",
-    "the",
-    "other",
-    "one",
-    "two",
-)
+_SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
 _IMAGE_ID = _SPECIAL.index("<image>")
 _SIDE, _PATCH = 12, 4
 
 
 def _tokenizer(special: Sequence[str] = (), words: Sequence[str] = (), **named: str) -> PreTrainedTokenizerFast:
-    """Words split at white space; ids are those of `_SPECIAL`, then `special`, then words."""
-    tokens = (*_SPECIAL, *special)
-    vocabulary = {token: i for i, token in enumerate((*tokens, *_WORDS, *words))}
-    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-    # As in Llama: the tokenizer puts the first token there, not the template.
-    core.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>", **named},
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
+    """A byte-level tokenizer whose first ids are those of `_SPECIAL`, then `special`, and that knows `words`."""
+    return byte_tokenizer(
+        (*_SPECIAL, *special),
+        ("USER:", "ASSISTANT:", *WORDS, *words),
+        named={"image_token": "<image>", **named},
+        # As in Llama: the tokenizer puts the first token there, not the template.
+        adds_bos=True,
     )
 
 
@@ -158,6 +133,9 @@ def _llava_onevision() -> Built:
 
 def _paligemma(text_class: type[Any] = GemmaConfig, **changes: Any) -> Built:
     tokenizer = _tokenizer()
+    images = SiglipImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
+    setattr(images, "image_seq_length", (_SIDE // _PATCH) ** 2)  # noqa: B010, as checkpoints say it in their JSON
+    processor = picture_processor("PaliGemmaProcessor")(images, tokenizer)  # adds tokens for places to the tokenizer
     config = PaliGemmaConfig(
         text_config=text_class(**_text(tokenizer, attention_bias=True, **changes)),
         vision_config=SiglipVisionConfig(**_vision(vision_use_head=False)),
@@ -165,21 +143,68 @@ def _paligemma(text_class: type[Any] = GemmaConfig, **changes: Any) -> Built:
         projection_dim=24,
         hidden_size=24,
     )
-    images = SiglipImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
-    setattr(images, "image_seq_length", (_SIDE // _PATCH) ** 2)  # noqa: B010, as checkpoints say it in their JSON
-    return config, picture_processor("PaliGemmaProcessor")(images, tokenizer)
+    return config, processor
 
 
 def _paligemma2() -> Built:
-    # Caps on scores low enough to bend them; the published models cap their logits too, which is not linear.
+    # Caps on scores and logits low enough to bend them.
     return _paligemma(
         Gemma2Config,
         query_pre_attn_scalar=8,
         sliding_window=7,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         attn_logit_softcapping=1.0,
-        final_logit_softcapping=None,
+        final_logit_softcapping=2.0,
     )
+
+
+def _gemma4() -> Built:
+    sounds = {"boa_token": "<|audio>", "audio_token": "<|audio|>", "eoa_token": "<audio|>"}
+    pictures = {
+        "boi_token": "<|image>",
+        "image_token": "<|image|>",
+        "eoi_token": "<image|>",
+        "video_token": "<|video|>",
+    }
+    special = (*pictures.values(), *sounds.values(), "<|turn>", "<turn|>")
+    tokenizer = _tokenizer(special, ("user", "model"), **pictures, **sounds)
+    first = len(_SPECIAL)
+    text = _text(tokenizer, attention_bias=True, final_logit_softcapping=2.0, sliding_window=7)
+    full = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 500.0}
+    text["rope_parameters"] = {"sliding_attention": text["rope_parameters"], "full_attention": full}
+    config = Gemma4Config(
+        # Full layers have wider heads, one of them for keys, which are the values too.
+        text_config={
+            **text,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "use_bidirectional_attention": "vision",
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "patch_size": 2,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 128,
+        },
+        audio_config=None,
+        boi_token_id=first,
+        image_token_id=first + 1,
+        eoi_token_id=first + 2,
+        video_token_id=first + 3,
+        boa_token_id=first + 4,
+        audio_token_id=first + 5,
+        eoa_token_index=first + 6,
+    )
+    images = Gemma4ImageProcessorPil(patch_size=2, pooling_kernel_size=2, max_soft_tokens=70)
+    return config, picture_processor("Gemma4Processor")(images, tokenizer)
 
 
 def _idefics3() -> Built:
@@ -221,11 +246,19 @@ def _internvl() -> Built:
     return config, picture_processor("InternVLProcessor")(images, tokenizer, image_seq_length=4)
 
 
-def _qwen2_5_vl() -> Built:
+def _qwen_parts() -> tuple[PreTrainedTokenizerFast, dict[str, Any], Qwen2VLImageProcessorPil]:
+    """Tokenizer, the ids that a configuration names, and image processor of both Qwen families."""
     special = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>")
     words = ("system", "user", "assistant", "You", "are", "a", "helpful", "assistant.")
     tokenizer = _tokenizer(special, words, image_token="<|image_pad|>", video_token="<|video_pad|>")
-    ids = {token: len(_SPECIAL) + number for number, token in enumerate(special)}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids: dict[str, Any] = {name: len(_SPECIAL) + number for number, name in enumerate(names)}
+    images = Qwen2VLImageProcessorPil(patch_size=3, size={"shortest_edge": 144, "longest_edge": 600})
+    return tokenizer, ids, images
+
+
+def _qwen2_5_vl() -> Built:
+    tokenizer, ids, images = _qwen_parts()
     # Two of the three axes of M-RoPE tell rows from columns, each by one pair of the head's six dimensions.
     rope = {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [1, 1, 1]}
     text = _text(tokenizer, rope_parameters=rope)
@@ -234,23 +267,35 @@ def _qwen2_5_vl() -> Built:
     config = Qwen2_5_VLConfig(
         text_config=text,
         vision_config={**vision, "patch_size": 3, "window_size": 12, "fullatt_block_indexes": [1]},
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        **ids,
     )
-    images = Qwen2VLImageProcessorPil(patch_size=3, size={"shortest_edge": 144, "longest_edge": 600})
     return config, picture_processor("Qwen2_5_VLProcessor")(images, tokenizer)
+
+
+def _qwen3_vl() -> Built:
+    tokenizer, ids, images = _qwen_parts()
+    # Of a head's four frequencies two tell rows from columns.
+    rope = {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    vision = {"depth": 3, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 24}
+    deepstack = {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
+    config = Qwen3VLConfig(
+        text_config=_text(tokenizer, rope_parameters=rope, attention_bias=True),
+        vision_config={**vision, **deepstack, "patch_size": 3},
+        **ids,
+    )
+    return config, picture_processor("Qwen3VLProcessor")(images, tokenizer)
 
 
 _BUILDERS: dict[str, tuple[type[Any], Callable[[], Built]]] = {
     "llava": (LlavaForConditionalGeneration, _llava),
     "llava_onevision": (LlavaOnevisionForConditionalGeneration, _llava_onevision),
+    "gemma4": (Gemma4ForConditionalGeneration, _gemma4),
     "idefics3": (Idefics3ForConditionalGeneration, _idefics3),
     "internvl": (InternVLForConditionalGeneration, _internvl),
     "paligemma": (PaliGemmaForConditionalGeneration, _paligemma),
     "paligemma2": (PaliGemmaForConditionalGeneration, _paligemma2),
     "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, _qwen2_5_vl),
+    "qwen3_vl": (Qwen3VLForConditionalGeneration, _qwen3_vl),
     "smolvlm": (SmolVLMForConditionalGeneration, _smolvlm),
 }
 FAMILIES = tuple(_BUILDERS)

@@ -16,6 +16,7 @@ from torch import Tensor
 from vlmscope.activations.capture import ForwardState, HasAdapter, adapter_of, capture_state
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter, ModelInputs
+from vlmscope.models.placement import materialised
 from vlmscope.replacement.features import FeatureTable, LayerFeatures, active_features, feature_table
 from vlmscope.replacement.frozen import FrozenLayer, freeze_layer
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -31,7 +32,7 @@ class Replay:
     Attributes:
         pre_activation: `[n]`, of the active features, in the order of `feature_activations`.
         activation: `[n]`.
-        logits: `[T, V]`.
+        logits: `[T, V]`, before the cap of a model that caps its logits.
     """
 
     pre_activation: Tensor
@@ -51,6 +52,8 @@ class ReplacementModel:
         errors: `[L, T, d]`, transcoder target minus reconstruction (decoder bias and skip path belong to the latter).
         unembedding: `[V, d]`.
         feature_activations: all active features in one table.
+        logit_softcap: the cap c of a model that gives `c tanh(u / c)` for its unembedding's output u, or None. What is
+            affine, and what graphs explain, is u; the cap keeps the order of the logits.
     """
 
     inputs: ModelInputs
@@ -60,6 +63,7 @@ class ReplacementModel:
     errors: Tensor
     unembedding: Tensor
     feature_activations: FeatureTable
+    logit_softcap: float | None = None
 
     @property
     def n_layers(self) -> int:
@@ -85,7 +89,8 @@ class ReplacementModel:
             mlp_in = frozen.mlp_in_scale * h
             pre.append(features.read(mlp_in) + features.encoder_bias)
             written = features.write(features.activation + changes[layer], mlp_in)
-            x = h + frozen.write_scale * (written + features.b_dec + self.errors[layer])
+            stream = h + frozen.write_scale * (written + features.b_dec + self.errors[layer])
+            x = frozen.leave(stream, with_injection=True)
         activation = [features.activation + change for features, change in zip(self.features, changes, strict=True)]
         return Replay(torch.cat(pre), torch.cat(activation), self._unembed(x))
 
@@ -106,8 +111,13 @@ class ReplacementModel:
             mlp_in = frozen.mlp_in_scale * h
             pre.append(features.read(mlp_in))
             activation.append(change + pre[-1] if respond else change)
-            x = h + frozen.write_scale * features.write(activation[-1], mlp_in)
+            x = frozen.leave(h + frozen.write_scale * features.write(activation[-1], mlp_in), with_injection=False)
         return Replay(torch.cat(pre), torch.cat(activation), self._unembed(x))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """The model's logits for its unembedding's output, any shape."""
+        cap = self.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _unembed(self, x: Tensor) -> Tensor:
         return (self.state.final_norm_scale * x) @ self.unembedding.T
@@ -122,11 +132,6 @@ class ReplacementModel:
 
 def _check(adapter: Adapter, transcoders: TranscoderSet) -> None:
     """Refuse, by name, what the affine model could not represent."""
-    if adapter.logit_softcap is not None:
-        raise UserError(
-            f"the model has final_logit_softcapping = {adapter.logit_softcap}, which is not linear; "
-            "choose a model without it"
-        )
     if adapter.lm_head().bias is not None:
         raise UserError("the model's unembedding has a bias, which attribution does not cover; choose another model")
     missing = [layer for layer in range(adapter.n_layers) if layer not in transcoders]
@@ -162,15 +167,25 @@ def build_replacement(
         model: an adapter or a loaded model.
         transcoders: one transcoder for every layer.
         inputs: the prompt.
-        dtype: dtype of the replacement model; the model's own when None. A wider one than the model's does not make
-            the recorded forward any better.
+        dtype: float32 or float64, of the replacement model; the model's own when None. A wider one than the model's
+            does not make the recorded forward any better.
 
     Raises:
         UserError: when the model or the set cannot be represented; the message names what.
     """
     adapter = adapter_of(model)
     _check(adapter, transcoders)
-    state = capture_state(adapter, inputs).to(dtype or adapter.dtype)
+    dtype = dtype or adapter.dtype
+    if dtype not in (torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"edges cannot be summed in {name}, which has too few digits; set attribution.dtype=float32")
+    state = capture_state(adapter, inputs).to(dtype)
+    if not torch.isfinite(state.logits).all():
+        name = str(adapter.dtype).removeprefix("torch.")
+        raise UserError(
+            f"the model's logits are not finite in {name}: its weights are damaged, or its activations overflow "
+            "(float16 ends at 65504); try model.dtype=bfloat16 or float32"
+        )
     layers, features, errors = [], [], []
     for layer in range(adapter.n_layers):
         transcoder = transcoders[layer]
@@ -188,6 +203,7 @@ def build_replacement(
         layers=layers,
         features=features,
         errors=torch.stack(errors),
-        unembedding=adapter.lm_head().weight.detach().to(state.embeddings.dtype),
+        unembedding=materialised(adapter.lm_head()).detach().to(state.embeddings.dtype),
         feature_activations=feature_table(features),
+        logit_softcap=adapter.logit_softcap,
     )

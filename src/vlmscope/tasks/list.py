@@ -1,4 +1,4 @@
-"""Shows the tasks, experiments, models and transcoders that can be chosen, with a line each."""
+"""Shows the tasks, experiments, models, transcoders and prompt sets that can be chosen, with a line each."""
 
 from dataclasses import dataclass
 
@@ -22,13 +22,14 @@ def table(title: str, rows: dict[str, str]) -> str:
 
 
 def overview() -> str:
-    """Tasks, experiments, models and transcoders."""
+    """Tasks, experiments, models, transcoders and prompt sets."""
     return "\n\n".join(
         [
             table("Tasks (task=NAME)", registry.summaries()),
             table("Experiments (experiment=NAME)", catalog.options("experiment")),
             table("Models (model=NAME)", catalog.options("model")),
             table("Transcoders (transcoder=NAME)", catalog.options("transcoder")),
+            table("Prompt sets (prompts=NAME)", catalog.options("prompts")),
         ]
     )
 

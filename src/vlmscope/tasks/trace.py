@@ -30,7 +30,8 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.tasks.wiring import load_model, load_transcoders, user_pictures
 
     if cfg.prompt is None:
-        raise UserError("no prompt: add 'prompt=what planet is this ?' (and image=path/to/picture.png)")
+        choice = f"prompt_name= one of {', '.join(cfg.prompts.prompts)}" if cfg.prompts else "'prompt=what is this ?'"
+        raise UserError(f"no prompt: add {choice} (and image=path/to/picture.png)")
     pictures = user_pictures(cfg)
     vlm = load_model(cfg)
     inputs = vlm.prepare(cfg.prompt, pictures)
@@ -43,7 +44,8 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         attribution_graph(traced.pruned, context.run_dir / "figures" / "graph.png", arrays)
     graph = traced.graph
     for token, probability in zip(graph.logit_tokens, graph.logit_probabilities, strict=True):
-        print(f"  {token:<16} p = {probability:.3f}")
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in token)  # a newline stays on its line
+        print(f"  {shown:<16} p = {probability:.3f}")
     metrics = graph_metrics(traced, float(graph.meta["seconds"]))
     if pictures:
         metrics["graph/answer_sees_image"] = float(reaches_image(traced.pruned, int(graph.nodes.of(NodeKind.LOGIT)[0])))

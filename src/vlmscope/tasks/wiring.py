@@ -29,29 +29,30 @@ def limit_threads(cfg: AppConfig) -> None:
 
 
 def load_model(cfg: AppConfig) -> VLM:
-    """The model that `model=` chose: loaded from its folder, or a tiny random one made from `seed=`.
+    """The model that `model=` chose: loaded from its folder or the hub, or a tiny random one made from `seed=`.
 
     Raises:
-        UserError: the folder is not there or is not a model that is supported.
+        UserError: the model is not there and cannot be fetched, or is not one that is supported.
     """
     limit_threads(cfg)
-    if cfg.model.tiny is None:
+    chosen = cfg.model
+    if chosen.tiny is None:
+        from vlmscope.models.hub import is_hub_id, model_folder
         from vlmscope.models.loading import load_vlm
 
-        if cfg.model.hub is not None and not Path(cfg.model.path).is_dir():
-            raise UserError(
-                f"no model at {cfg.model.path}, and nothing is fetched for you: run `hf download {cfg.model.hub} "
-                f"--local-dir {cfg.model.path}`, or set VLMSCOPE_MODELS to the folder that has it"
-            )
-        return load_vlm(cfg.model.path, cfg.model.dtype, cfg.model.device)
+        folder = model_folder(chosen.path, chosen.hub, chosen.revision)
+        # The folder of a cached model is called by its commit.
+        repo = chosen.hub or (chosen.path if is_hub_id(chosen.path) else None)
+        name = repo.partition("/")[2] if repo is not None and str(folder) != chosen.path else None
+        return load_vlm(folder, chosen.dtype, chosen.device, chosen.offload, name)
     import torch
 
-    from vlmscope.models.loading import check_device
+    from vlmscope.models.placement import check_device
     from vlmscope.models.tiny import tiny_vlm
 
-    check_device(cfg.model.device)
-    vlm = tiny_vlm(cfg.model.tiny, seed=cfg.seed, dtype=getattr(torch, cfg.model.dtype))
-    vlm.model.to(cfg.model.device)
+    check_device(chosen.device, chosen.dtype)
+    vlm = tiny_vlm(chosen.tiny, seed=cfg.seed, dtype=getattr(torch, chosen.dtype))
+    vlm.model.to(chosen.device)
     return vlm
 
 
@@ -66,16 +67,38 @@ def load_transcoders(cfg: AppConfig, vlm: VLM) -> TranscoderSet:
     if path is None:
         raise UserError("this task needs a trained transcoder set: choose transcoder=orrery, path or random")
     adapter = vlm.adapter
+    _check_set_fits(Path(path), str(adapter.device), adapter.dtype.itemsize)
     found = load_set(Path(path), n_layers=adapter.n_layers, d_model=adapter.d_model)
     return found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
 
 
+def _check_set_fits(folder: Path, device: str, itemsize: int) -> None:
+    """Refuse a set that is too large before it is read; a folder in another layout is for its reader to judge."""
+    from math import prod
+
+    from vlmscope.models.checkpoint import read_header
+    from vlmscope.models.placement import check_room
+
+    files = sorted(folder.glob("layer_*.safetensors"))
+    try:
+        count = sum(prod(head.shape) for file in files for head in read_header(file).values())
+    except UserError:
+        return  # the reader says what is wrong with it
+    advice = "choose narrower ones, or fewer layers (task=plan counts what they need)"
+    check_room(count * 4, f"the transcoders in {folder}", "cpu", advice)  # they are read in float32
+    if device != "cpu":
+        check_room(count * itemsize, f"the transcoders in {folder}", device, advice)
+
+
 def random_transcoders(config: RandomTranscodersConfig, vlm: VLM) -> TranscoderSet:
     """A random set of the model's width and number of layers, in its dtype; `transcoder=random`."""
+    from vlmscope.models.placement import check_room
     from vlmscope.transcoders.init import random_set
 
     adapter = vlm.adapter
     width = 4 * adapter.d_model if config.n_features is None else config.n_features
+    size = adapter.n_layers * 2 * width * adapter.d_model * adapter.dtype.itemsize
+    check_room(size, "random transcoders", "cpu", "choose a smaller transcoder.n_features")
     found = random_set(
         adapter.n_layers, adapter.d_model, width, config.k, config.skip, config.seed, adapter.dtype, "random"
     )

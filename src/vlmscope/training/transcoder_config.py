@@ -18,6 +18,9 @@ class TranscoderTrainingConfig:
             (`vlmscope.training.transcoder_stream`; 1 and 1 = each step its own batch).
         max_steps: optimiser steps; the rate falls to `lr_floor x lr` at the last one.
         lr, betas, weight_decay, schedule ("cosine" | "linear"), warmup, lr_floor: AdamW and its schedule.
+        matryoshka: fractions of the features that must do on their own (`vlmscope.training.losses.matryoshka`).
+        sparsity_coefficient: weight of the penalty that JumpReLU (L0 aimed at k) and ReLU (L1) need; others have none.
+        bandwidth: of JumpReLU's kernel, in pre-activations of standardised inputs.
         clip: largest gradient norm of one layer's transcoder.
         aux_coefficient, aux_k: weight and number of features of the loss that revives dead features.
         dead_after_tokens: a feature that has not fired for so many tokens is dead.
@@ -41,6 +44,9 @@ class TranscoderTrainingConfig:
     schedule: str = "cosine"
     warmup: int = 100
     lr_floor: float = 0.01
+    matryoshka: tuple[float, ...] = ()
+    sparsity_coefficient: float = 1.0
+    bandwidth: float = 0.05
     clip: float = 1.0
     aux_coefficient: float = 1 / 32
     aux_k: int = 64
@@ -62,6 +68,14 @@ class TranscoderTrainingConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise UserError(f"transcoder training: {name} = {getattr(self, name)} must be positive; choose another")
+        if self.sparsity_coefficient < 0 or self.bandwidth <= 0:
+            raise UserError(
+                f"transcoder training: sparsity_coefficient = {self.sparsity_coefficient} must not be negative and "
+                f"bandwidth = {self.bandwidth} must be positive; choose others"
+            )
+        wrong = [fraction for fraction in self.matryoshka if not 0 < fraction <= 1]
+        if wrong:
+            raise UserError(f"transcoder training: matryoshka = {wrong[0]} must be a fraction in (0, 1]; correct it")
         if self.schedule not in ("cosine", "linear"):
             raise UserError(f"transcoder training: schedule {self.schedule!r} is unknown; choose cosine or linear")
         if self.init not in ("samples", "zero_decoder"):

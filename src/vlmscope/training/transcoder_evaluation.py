@@ -115,7 +115,7 @@ def _add_losses(
     labels = batch["input_ids"][:, 1:][:, positions][chosen]
 
     def loss() -> float:
-        out = adapter.model(**forward_arguments(batch), use_cache=False, logits_to_keep=positions)
+        out = adapter.forward(forward_arguments(batch), use_cache=False, logits_to_keep=positions)
         return float(cross_entropy(out.logits[chosen], labels)) * len(labels)
 
     losses["tokens"] += len(labels)

@@ -1,8 +1,9 @@
 """Training of the transcoders of all layers at once, on activations made on the fly by the frozen model.
 
-Loss of a layer, in standardised coordinates: FVU of the batch (as the paper) + aux_coefficient x AuxK, where AuxK is
-the FVU with which the `aux_k` strongest dead features reconstruct the residual (Gao et al. 2024, arXiv 2406.04093).
-Layers share nothing but the forward of the model: each has its own parameters and its own gradient norm.
+Loss of a layer, in standardised coordinates: FVU of the batch (as the paper), averaged with those of Matryoshka
+prefixes where there are any, + aux_coefficient x AuxK + sparsity_coefficient x the penalty of a nonlinearity that needs
+one (`vlmscope.training.losses`). Layers share nothing but the forward of the model: each has its own parameters and its
+own gradient norm.
 
 Legend: N tokens of a batch, d model width, F features.
 """
@@ -16,12 +17,17 @@ from torch import Tensor, nn
 from vlmscope.core.seeds import generator
 from vlmscope.metrics.reconstruction import fvu
 from vlmscope.models.base import Adapter
+from vlmscope.training.losses.aux_k import aux_k, dead_features
+from vlmscope.training.losses.l0 import l0_penalty
+from vlmscope.training.losses.l1 import l1_penalty
+from vlmscope.training.losses.matryoshka import prefix_fvu, prefix_sizes
 from vlmscope.training.schedule import warmup_cosine
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
 from vlmscope.training.transcoder_data import LayerActivations
 from vlmscope.training.transcoder_start import start
 from vlmscope.transcoders.init import Standardisation, fold
-from vlmscope.transcoders.sparse import gather_pre_activations, sparse_decode
+from vlmscope.transcoders.nonlinearities.jump_relu import JumpReLU
+from vlmscope.transcoders.nonlinearities.relu import ReLU
 from vlmscope.transcoders.transcoder import (
     Transcoder,
     TranscoderConfig,
@@ -41,7 +47,7 @@ class LayerTrainer(nn.Module):
 
     def __init__(self, config: TranscoderConfig) -> None:
         super().__init__()
-        self.transcoder = Transcoder(config)
+        self.transcoder = Transcoder(config).train()
         d, f = config.d_model, config.n_features
         self.register_buffer("x_mean", torch.zeros(d))
         self.register_buffer("y_mean", torch.zeros(d))
@@ -65,22 +71,32 @@ class LayerTrainer(nn.Module):
     def loss(self, x: Tensor, y: Tensor, config: TranscoderTrainingConfig) -> tuple[Tensor, Tensor, TranscoderOutput]:
         """Loss and FVU (scalars) of raw activations [N, d], and the output in standardised coordinates."""
         x, y = self.standard.apply(x.float(), y.float())
-        out = self.transcoder(x)
+        one = self.transcoder
+        out = one(x)
         unexplained = fvu(y, out.reconstruction)
         loss = unexplained
-        dead = (self.silent >= config.dead_after_tokens).nonzero().flatten()
+        sizes = prefix_sizes(config.matryoshka, one.config.n_features)
+        if sizes:
+            prefixes = prefix_fvu(one, out.code, x, y, sizes)
+            loss = (loss + len(sizes) * prefixes) / (1 + len(sizes))
+        dead = dead_features(self.silent, config.dead_after_tokens)
         if len(dead) and config.aux_coefficient:
             residual = (y - out.reconstruction).detach()
-            loss = loss + config.aux_coefficient * self._aux(x, residual, out.pre, dead, config.aux_k)
+            loss = loss + config.aux_coefficient * aux_k(one, x, residual, out.pre, dead, config.aux_k)
+        if config.sparsity_coefficient:
+            penalty = self._penalty(out)
+            loss = loss if penalty is None else loss + config.sparsity_coefficient * penalty
         return loss, unexplained, out
 
-    def _aux(self, x: Tensor, residual: Tensor, pre: Tensor, dead: Tensor, aux_k: int) -> Tensor:
-        """FVU of the residual [N, d] when only dead features may explain it."""
-        strongest = pre[:, dead].topk(min(aux_k, len(dead)), dim=-1).indices
-        indices = dead[strongest]
-        one = self.transcoder
-        values = gather_pre_activations(pre, indices, x, one.W_enc, one.b_enc).relu()
-        return fvu(residual, sparse_decode(indices, values, one.W_dec))
+    def _penalty(self, out: TranscoderOutput) -> Tensor | None:
+        """What keeps the number of active features low, where the nonlinearity does not."""
+        match self.transcoder.activation:
+            case JumpReLU() as jump:
+                return l0_penalty(jump, out.at_support, out.code.indices, self.transcoder.config.k)
+            case ReLU():
+                return l1_penalty(out.code.values, out.code.indices, self.transcoder.W_dec)
+            case _:
+                return None
 
     def note_fired(self, out: TranscoderOutput) -> None:
         """Advance the clock of every feature by the batch's tokens and set it back where a feature fired."""
@@ -115,6 +131,7 @@ class TranscoderModule(pl.LightningModule):
                         layer=layer,
                         activation=config.activation,
                         skip=config.skip,
+                        bandwidth=config.bandwidth,
                     )
                 )
                 for layer in range(adapter.n_layers)

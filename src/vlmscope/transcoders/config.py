@@ -10,7 +10,9 @@ class TranscoderConfig:
     """One layer's transcoder.
 
     `d_model` is the width of input and output, `n_features` the number of latents, `k` how many may be active at a
-    token. The hooks name the tensors that it reads and imitates, in the words of `docs/glossary.md`.
+    token (with an activation that does not fix the number: how many are aimed at). `bandwidth` is that of JumpReLU's
+    kernel, which only training uses. The hooks name the tensors that it reads and imitates, in the words of
+    `docs/glossary.md`.
     """
 
     d_model: int
@@ -21,6 +23,7 @@ class TranscoderConfig:
     skip: bool = False
     input_hook: str = "mlp_in"
     output_hook: str = "mlp_out"
+    bandwidth: float = 0.05
 
     def __post_init__(self) -> None:
         if self.d_model < 1 or self.n_features < 1:

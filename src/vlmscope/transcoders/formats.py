@@ -16,6 +16,7 @@ from vlmscope.core.artifacts import atomic_path, read_yaml, write_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.init import set_weight
+from vlmscope.transcoders.nonlinearities import activation_has_threshold
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
 STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,13 +38,20 @@ def save_set(transcoders: TranscoderSet, folder: str | Path, dtype: str = "float
         raise UserError(f"cannot store transcoders as {dtype!r}; choose one of: {', '.join(STORED_DTYPES)}")
     for layer, transcoder in transcoders.transcoders.items():
         tensors = {
-            name: parameter.detach().to("cpu", STORED_DTYPES[dtype]).contiguous()
-            for name, parameter in transcoder.named_parameters()
+            name: tensor.detach().to("cpu", STORED_DTYPES[dtype]).contiguous()
+            for name, tensor in _tensors(transcoder).items()
         }
         with atomic_path(folder / _file_name(layer)) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
     # Last, so that a folder with a config is a whole set.
     write_yaml(folder / "config.yaml", _config_record(transcoders, dtype))
+
+
+def _tensors(transcoder: Transcoder) -> dict[str, Tensor]:
+    """What a layer's file holds: `threshold` [F] too where the nonlinearity has one."""
+    found = {name: getattr(transcoder, name) for name in (*_REQUIRED, "W_skip")}
+    found["threshold"] = transcoder.activation.thresholds
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _file_name(layer: int) -> str:
@@ -182,7 +190,10 @@ def _load_layer(
     missing = [name for name in _REQUIRED if name not in tensors]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; it is not a transcoder in this layout")
-    unknown = sorted(set(tensors) - {*_REQUIRED, "W_skip"})
+    has_threshold = activation_has_threshold(config.activation)
+    if has_threshold and "threshold" not in tensors:
+        raise UserError(f"{path} lacks threshold, which activation {config.activation!r} needs; copy the set anew")
+    unknown = sorted(set(tensors) - {*_REQUIRED, "W_skip", *(["threshold"] if has_threshold else [])})
     if unknown:
         raise UserError(f"{path} holds {', '.join(unknown)}, which activation {config.activation!r} does not use")
     w_enc = tensors["W_enc"]
@@ -194,7 +205,7 @@ def _load_layer(
             f"{path}: W_enc has shape {(f, d)}, but the model's width is {d_model}, so ({f}, {d_model}) is expected; "
             "choose the set trained on this model"
         )
-    expected = {"W_enc": (f, d), "W_dec": (f, d), "b_enc": (f,), "b_dec": (d,), "W_skip": (d, d)}
+    expected = {"W_enc": (f, d), "W_dec": (f, d), "b_enc": (f,), "b_dec": (d,), "W_skip": (d, d), "threshold": (f,)}
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name]:
             raise UserError(
@@ -216,8 +227,14 @@ def _load_layer(
         transcoder = Transcoder(one, dtype=dtype, device=device)
     except UserError as error:
         raise UserError(f"{path.parent / 'config.yaml'}: {error}") from error
-    for name, parameter in transcoder.named_parameters():
-        set_weight(parameter, tensors[name])
+    for name in (*_REQUIRED, "W_skip"):
+        if name in tensors:
+            set_weight(getattr(transcoder, name), tensors[name])
+    if has_threshold:
+        try:
+            transcoder.activation.take_thresholds(tensors["threshold"])
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; train or copy the set anew") from error
     return transcoder
 
 

@@ -25,18 +25,25 @@ def random_set(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     model_name: str = "random",
+    activation: str = "topk",
 ) -> TranscoderSet:
     """A set with every weight non-zero, reproducible from `seed`: for tests, which an all-zero set would pass idly."""
     transcoders = {}
     for layer in range(n_layers):
-        config = TranscoderConfig(d_model=d_model, n_features=n_features, k=k, layer=layer, skip=skip)
+        config = TranscoderConfig(d_model, n_features, k, layer, activation, skip)
         transcoder = Transcoder(config, dtype=dtype)
         scales = {"W_enc": 1.0, "W_dec": 1.0, "W_skip": 0.3, "b_enc": 0.1 * math.sqrt(d_model), "b_dec": 0.3}
-        for name, parameter in transcoder.named_parameters():
-            numbers = generator(seed, "transcoder", layer, name).standard_normal(tuple(parameter.shape))
-            set_weight(parameter, numbers * scales[name] / math.sqrt(d_model))
+        for name, scale in scales.items():
+            parameter = getattr(transcoder, name)
+            if parameter is not None:
+                numbers = generator(seed, "transcoder", layer, name).standard_normal(tuple(parameter.shape))
+                set_weight(parameter, numbers * scale / math.sqrt(d_model))
+        threshold = getattr(transcoder.activation, "threshold", None)
+        if threshold is not None:
+            draw = generator(seed, "transcoder", layer, "threshold")
+            set_weight(threshold, draw.uniform(0.2, 0.4, tuple(threshold.shape)))
         transcoders[layer] = transcoder
-    return TranscoderSet(transcoders, TranscoderSetConfig(n_model_layers=n_layers, k=k, model_name=model_name))
+    return TranscoderSet(transcoders, TranscoderSetConfig(n_layers, k, activation, model_name))
 
 
 def set_weight(parameter: Tensor, value: Tensor | np.ndarray | float) -> None:

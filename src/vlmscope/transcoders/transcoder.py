@@ -4,6 +4,7 @@ One class serves training, attribution, interventions and feature studies (Dunef
 path: arXiv 2501.18823). Shapes: d model width, F features, k slots for active features; `..` any leading dimensions.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,7 +30,8 @@ __all__ = [
 class SparseCode:
     """Features and activations of each token. An entry with value 0 is not active, whatever its index.
 
-    `indices` [.., k] int64, distinct in a row; `values` [.., k] >= 0, largest first for TopK.
+    `indices` [.., k] int64, distinct in a row; `values` [.., k] >= 0, largest first for TopK. With an activation that
+    does not fix the number, k is the most that any token of the call has.
     """
 
     indices: Tensor
@@ -56,11 +58,16 @@ class SparseCode:
 
 @dataclass(frozen=True)
 class TranscoderOutput:
-    """`reconstruction` [.., d], `code`, and `pre` [.., F]: all pre-activations, detached."""
+    """What one forward gives.
+
+    `reconstruction` [.., d]; `code`; `pre` [.., F], all pre-activations, detached; `at_support` [.., k], those of the
+    code's features, differentiable.
+    """
 
     reconstruction: Tensor
     code: SparseCode
     pre: Tensor
+    at_support: Tensor
 
 
 class Transcoder(nn.Module):
@@ -88,7 +95,9 @@ class Transcoder(nn.Module):
             self.W_skip = zeros(d, d)
         else:
             self.register_parameter("W_skip", None)
-        self.activation = build_nonlinearity(config)
+        self.activation = build_nonlinearity(config).to(dtype=dtype, device=device)
+        # BatchTopK chooses among a batch in training alone: everywhere else a token's code is its own.
+        self.eval()
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """`x W_enc^T + b_enc`: [.., d] -> [.., F]. Differentiable."""
@@ -98,15 +107,21 @@ class Transcoder(nn.Module):
         """The active features at every token: [.., d] -> SparseCode [.., k]. Differentiable in input and weights."""
         return self._encode(x)[0]
 
-    def _encode(self, x: Tensor) -> tuple[SparseCode, Tensor]:
-        rows = x.to(self.W_enc.dtype).reshape(-1, x.shape[-1])
+    def _encode(self, x: Tensor) -> tuple[SparseCode, Tensor, Tensor]:
+        """Code, all pre-activations, and those at the code's features."""
+        rows = x.to(self.W_enc.dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])
         with torch.no_grad():
             pre = self.pre_activations(rows)
             indices = self.activation.support(pre)
         at_support = gather_pre_activations(pre, indices, rows, self.W_enc, self.b_enc)
         values = self.activation.values(at_support, indices)
         lead = x.shape[:-1]
-        return SparseCode(indices.view(*lead, -1), values.view(*lead, -1)), pre.view(*lead, -1)
+        shape = (*lead, indices.shape[-1])
+        return (
+            SparseCode(indices.view(shape), values.view(shape)),
+            pre.view(*lead, pre.shape[-1]),
+            at_support.view(shape),
+        )
 
     def decode(self, code: SparseCode, x: Tensor | None = None) -> Tensor:
         """`sum_f a_f W_dec[f] + b_dec (+ W_skip x)` -> [.., d].
@@ -114,9 +129,10 @@ class Transcoder(nn.Module):
         Raises:
             ValueError: when the transcoder has a skip path and `x` [.., d] is not given.
         """
-        k = code.indices.shape[-1]
-        summed = sparse_decode(code.indices.reshape(-1, k), code.values.reshape(-1, k), self.W_dec)
-        out = summed.view(*code.indices.shape[:-1], -1) + self.b_dec
+        *lead, k = code.indices.shape
+        rows = (math.prod(lead), k)
+        summed = sparse_decode(code.indices.reshape(rows), code.values.reshape(rows), self.W_dec)
+        out = summed.view(*lead, summed.shape[-1]) + self.b_dec
         if self.W_skip is not None:
             if x is None:
                 raise ValueError(f"the transcoder of layer {self.config.layer} has a skip path: decode needs its input")
@@ -125,8 +141,8 @@ class Transcoder(nn.Module):
 
     def forward(self, x: Tensor) -> TranscoderOutput:
         """Reconstruct the MLP output from the MLP input `x` [.., d]."""
-        code, pre = self._encode(x)
-        return TranscoderOutput(self.decode(code, x), code, pre)
+        code, pre, at_support = self._encode(x)
+        return TranscoderOutput(self.decode(code, x), code, pre, at_support)
 
 
 class TranscoderSet(nn.Module):

@@ -11,6 +11,7 @@ from vlmscope.conformance.subject import Limits, Subject, make_subject
 from vlmscope.conformance.suite import BEHAVIOUR, CASES, IDENTITIES, PROMPT, CaseReport, noise_picture, run_cases
 from vlmscope.conformance.table import failures, flat_metrics, render
 from vlmscope.core.errors import UserError
+from vlmscope.models.orrery.processor import build_tokenizer
 from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import tiny_vlm
 from vlmscope.transcoders.init import random_set
@@ -54,8 +55,13 @@ def test_a_text_model_is_checked_on_text_and_a_float64_one_once() -> None:
 
 
 def test_a_prompt_that_no_case_takes_is_the_users_mistake() -> None:
+    vlm, transcoders = bench("gemma3", torch.float32)
+    prompt = "what is <image_soft_token> this ?"
+    with pytest.raises(UserError, match="the prompt spells <image_soft_token>"):
+        list(run_cases(vlm, transcoders, prompt=prompt, limits=SMALL))
+    words = dataclasses.replace(bench("gemma3_text", torch.float32)[0], processor=build_tokenizer(("user", "model")))
     with pytest.raises(UserError, match="zebra"):
-        list(run_cases(*bench("gemma3_text", torch.float32), prompt="what is this zebra ?", limits=SMALL))
+        list(run_cases(words, transcoders, prompt="zebra", limits=SMALL))
 
 
 def subject_of(limits: Limits) -> Subject:

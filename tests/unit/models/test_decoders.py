@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, Gemma4ForCausalLM
 
+from vlmscope.core.errors import UserError
 from vlmscope.models.base import adapter_for
 from vlmscope.models.decoders import DECODERS
 from vlmscope.models.loading import VLM
@@ -12,7 +13,7 @@ from vlmscope.models.tiny import randomise, tiny_image, tiny_vlm
 from vlmscope.replacement.model import build_replacement
 from vlmscope.transcoders.init import random_set
 
-OWN_FAMILY = {"qwen2_5_vl_text"}  # needs the positions that its own family makes
+OWN_FAMILY = {"qwen2_5_vl_text", "qwen3_vl_text"}  # need the positions that their own family makes
 
 
 @pytest.mark.parametrize("kind", sorted(set(DECODERS) - OWN_FAMILY))
@@ -34,3 +35,21 @@ def test_a_decoder_of_the_table_is_exact(kind: str) -> None:
         logits = model(**inputs.tensors).logits[0]
         replayed = build_replacement(vlm, transcoders, inputs).replay().logits
     assert (replayed - logits).abs().max() <= 1e-9 * logits.abs().max()
+
+
+def test_gemma_4_for_text_alone_is_exact() -> None:
+    pictured = tiny_vlm("gemma4")
+    model = Gemma4ForCausalLM(pictured.model.config.text_config).to(torch.float64).eval().requires_grad_(False)
+    randomise(model, 2)
+    adapter = adapter_for(model)
+    assert not adapter.has_vision and adapter.logit_softcap == 2.0
+    vlm = VLM(model, pictured.tokenizer, adapter, "text")
+    transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 5, skip=True, seed=4, dtype=torch.float64)
+    with exact_float64(), torch.no_grad():
+        inputs = vlm.prepare("what is this red planet ?")
+        logits = model(**inputs.tensors).logits[0]
+        replacement = build_replacement(vlm, transcoders, inputs)
+        replayed = replacement.capped(replacement.replay().logits)
+    assert (replayed - logits).abs().max() <= 1e-9 * logits.abs().max()
+    with pytest.raises(UserError, match="takes no pictures but 1 were given"):
+        vlm.prepare("what is this red planet ?", [tiny_image(0)])

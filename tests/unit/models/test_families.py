@@ -36,8 +36,7 @@ def logits(vlm: VLM, inputs: ModelInputs) -> torch.Tensor:
 
 def test_the_users_words_are_the_question(vlm: VLM) -> None:
     inputs = vlm.prepare(PROMPT, [tiny_image(0)])
-    last = [inputs.tokens[-1]] if inputs.tokens[-1] in PROMPT else []  # PaliGemma's prompt ends the input
-    assert words(inputs, "question") + last == PROMPT.split()
+    assert words(inputs, "question") == PROMPT.split()
     assert set(words(inputs, "image")) == {vlm.tokenizer.decode([vlm.adapter.soft_token_id()])}
     assert (inputs.image_index[inputs.is_image] == 0).all() and (inputs.image_index[~inputs.is_image] == -1).all()
     assert [box is not None for box in inputs.patch_boxes] == inputs.is_image.tolist()
@@ -53,8 +52,6 @@ def test_placeholders_stand_where_the_prompt_spells_them(vlm: VLM) -> None:
     assert "is" in [token.strip() for token in between]
     with pytest.raises(UserError, match=f"spells {re.escape(placeholder)} 1 times but 2 pictures were given"):
         vlm.prepare(f"what {placeholder} is", [tiny_image(0), tiny_image(1)])
-    with pytest.raises(UserError, match="does not know the word 'zebra'"):
-        vlm.prepare("what zebra is", [tiny_image(0)])
 
 
 def test_pictures_move_the_logits(vlm: VLM) -> None:
@@ -115,6 +112,7 @@ def test_a_saved_model_is_the_same_model(vlm: VLM, tmp_path: Path) -> None:
     pictures = [tiny_image(0), tiny_image(1).resize((20, 12))]
     before, after = vlm.prepare(PROMPT, pictures), again.prepare(PROMPT, pictures)
     assert before.input_ids == after.input_ids and before.patch_boxes == after.patch_boxes
+    assert again.tokenizer.backend_tokenizer.to_str() == vlm.tokenizer.backend_tokenizer.to_str()
     assert torch.allclose(logits(vlm, before), logits(again, after), rtol=0, atol=1e-6)
 
 
@@ -132,23 +130,24 @@ def test_a_batch_of_prompts_is_each_on_its_own(vlm: VLM) -> None:
     inputs = [vlm.prepare(PROMPT, [tiny_image(number)]) for number in range(2)]
     batch = make_batch(vlm.adapter, inputs)
     with torch.no_grad():
-        together = vlm.model(**batch.tensors, use_cache=False).logits
+        together = vlm.adapter.forward(batch.tensors, use_cache=False).logits
     for row, one in enumerate(inputs):
         assert torch.allclose(together[row], logits(vlm, one), rtol=0, atol=1e-5)
     with torch.no_grad():
-        reversed_logits = vlm.model(**batch.select([1, 0]).tensors, use_cache=False).logits
+        reversed_logits = vlm.adapter.forward(batch.select([1, 0]).tensors, use_cache=False).logits
     assert torch.allclose(reversed_logits, together.flip(0), rtol=0, atol=1e-6)
 
 
-def test_batches_do_not_remember_each_other() -> None:
-    """Qwen2.5-VL keeps the shift of positions that its last pictures made."""
-    vlm = tiny_vlm("qwen2_5_vl", 5)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_batches_do_not_remember_each_other(family: str) -> None:
+    """Both families keep the shift of positions that their last pictures made."""
+    vlm = tiny_vlm(family, 5)
     text = make_batch(vlm.adapter, [vlm.prepare(PROMPT)])
     wide, tall = (make_batch(vlm.adapter, [vlm.prepare(PROMPT, [tiny_image(0).resize(size)])]) for size in SIZES[1:])
     with torch.no_grad():
-        alone = [vlm.model(**batch.tensors, use_cache=False).logits for batch in (text, wide, tall)]
+        alone = [vlm.adapter.forward(batch.tensors, use_cache=False).logits for batch in (text, wide, tall)]
         make_batch(vlm.adapter, [vlm.prepare(PROMPT, [tiny_image(0)])] * 3)
-        after = [vlm.model(**batch.tensors, use_cache=False).logits for batch in (text, wide, tall)]
+        after = [vlm.adapter.forward(batch.tensors, use_cache=False).logits for batch in (text, wide, tall)]
     assert all(torch.equal(one, other) for one, other in zip(alone, after, strict=True))
     assert torch.allclose(alone[0][0], logits(vlm, vlm.prepare(PROMPT)), rtol=0, atol=1e-6)
     assert torch.allclose(alone[1][0], logits(vlm, vlm.prepare(PROMPT, [tiny_image(0).resize(SIZES[1])])), atol=1e-6)

@@ -31,6 +31,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "smolvlm": ("SmolVLMImageProcessor", TILES, {"image_seq_len": 4}),
     "internvl": ("GotOcr2ImageProcessorFast", {**SQUARE, "max_patches": 4}, {"image_seq_length": 4}),
     "qwen2_5_vl": ("Qwen2VLImageProcessor", {"patch_size": 3, "min_pixels": 144, "max_pixels": 600}, {}),
+    "qwen3_vl": (
+        "Qwen2VLImageProcessorFast",
+        {"patch_size": 3, "size": {"shortest_edge": 144, "longest_edge": 600}, "merge_size": 2},
+        {},
+    ),
+    "gemma4": (
+        "Gemma4ImageProcessor",
+        {"patch_size": 2, "pooling_kernel_size": 2, "max_soft_tokens": 70},
+        {"image_seq_length": 70, "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"}},
+    ),
 }
 
 
@@ -47,6 +57,7 @@ def test_a_published_folder_gives_the_same_inputs_and_logits(family: str, tmp_pa
     pictures = [tiny_image(0).resize((24, 16))]
     before, after = (each.prepare("what is this planet ?", pictures) for each in (vlm, again))
     assert before.input_ids == after.input_ids and before.patch_boxes == after.patch_boxes
+    assert before.roles.tolist() == after.roles.tolist()
     with torch.no_grad():
         assert torch.allclose(again.model(**after.tensors).logits, vlm.model(**before.tensors).logits, atol=1e-6)
 
@@ -58,11 +69,11 @@ def test_the_folders_own_chat_template_is_used(tmp_path: Path) -> None:
     content = "{% for item in messages[0]['content'] %}{{ item['text'] if item['type'] == 'text' else '<image>' }}"
     (tmp_path / "chat_template.jinja").write_text("USER: the other one " + content + "{% endfor %} and ASSISTANT:")
     inputs = load_vlm(tmp_path).prepare("what is the red one", [tiny_image(0)])
-    words = [token for token in inputs.tokens if not token.startswith("<")]
-    assert " ".join(words) == "USER: the other one what is the red one and ASSISTANT:"
+    text = "".join(token for token in inputs.tokens if not token.startswith("<"))
+    assert text == "USER: the other one what is the red one and ASSISTANT:"
     question = [token for token, role in zip(inputs.tokens, inputs.roles, strict=True) if role == "question"]
-    assert question == ["what", "is", "the", "red", "one"]
-    assert inputs.tokens[:2] == ["<bos>", "USER:"]
+    assert question == ["what", " is", " the", " red", " one"]
+    assert inputs.tokens[:2] == ["<bos>", "USER"]
 
 
 def test_a_template_for_text_alone_takes_a_string(tmp_path: Path) -> None:
@@ -72,7 +83,7 @@ def test_a_template_for_text_alone_takes_a_string(tmp_path: Path) -> None:
     template = tmp_path / "chat_template.jinja"
     template.write_text("USER: {{ messages[0]['content'] }} ASSISTANT:")
     inputs = load_vlm(tmp_path).prepare("what is the red one", [tiny_image(0)])
-    assert inputs.is_image.sum() == 9 and inputs.tokens[-2:] == ["one", "ASSISTANT:"]
+    assert inputs.is_image.sum() == 9 and inputs.tokens[-3:] == [" one", " ASSISTANT", ":"]
     template.write_text("USER: ASSISTANT:")
     with pytest.raises(UserError, match="chat template does not show the prompt with its 1 pictures"):
         load_vlm(tmp_path).prepare("what is the red one", [tiny_image(0)])

@@ -15,6 +15,8 @@ from vlmscope.core.seeds import generator
 from vlmscope.metrics.reconstruction import fvu
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
+from vlmscope.training.losses.aux_k import aux_k
+from vlmscope.training.losses.matryoshka import prefix_fvu
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
 from vlmscope.training.transcoder_data import collect
 from vlmscope.training.transcoder_evaluation import evaluate_transcoders
@@ -231,7 +233,7 @@ def test_only_dead_features_learn_from_the_auxiliary_loss_and_their_clock_is_rig
     config = dataclasses.replace(CONFIG, dead_after_tokens=60)
     trainer.silent[[4, 7]] = 60  # two features are declared dead
     residual = (y - trainer.transcoder(x).reconstruction).detach()
-    aux = trainer._aux(x, residual, trainer.transcoder(x).pre, torch.tensor([4, 7]), 8)
+    aux = aux_k(trainer.transcoder, x, residual, trainer.transcoder(x).pre, torch.tensor([4, 7]), 8)
     a = trainer.transcoder.pre_activations(x)[:, [4, 7]].relu()
     expected = fvu(residual, a @ trainer.transcoder.W_dec[[4, 7]])
     torch.testing.assert_close(aux, expected)
@@ -271,3 +273,51 @@ def test_a_trained_set_keeps_its_figures_through_a_file(vlm: VLM, tmp_path: Path
     loaded = load_set(tmp_path / "set", n_layers=4, d_model=24)
     again = evaluate_transcoders(vlm, loaded, [_batch(100)])
     assert {name: metrics[name] for name in again} == again
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "relu"])
+def test_every_nonlinearity_learns_and_goes_to_disk_and_back(vlm: VLM, tmp_path: Path, activation: str) -> None:
+    weight = {"relu": 0.003, "jumprelu": 0.3, "batchtopk": 0.0}[activation]
+    changes: dict[str, Any] = {"activation": activation, "sparsity_coefficient": weight, "checkpoint_every": 0}
+    _, before = _train(vlm, tmp_path / "a", max_steps=1, lr=1e-9, **changes)
+    found, after = _train(vlm, tmp_path / "b", max_steps=120, **changes)
+    assert after["val/fvu"] < 0.7 * before["val/fvu"]
+    if activation == "jumprelu":  # its penalty aims at k
+        assert abs(after["val/l0"] - 8) < abs(before["val/l0"] - 8)
+    if activation == "batchtopk":  # by the threshold of training, which nearly keeps k a token
+        assert after["val/l0"] == pytest.approx(8, rel=0.25)
+    save_set(found, tmp_path / "set")
+    again = load_set(tmp_path / "set", n_layers=4, d_model=24)
+    x, _ = collect(vlm.adapter, _batch(100)).by_layer[2]
+    with torch.no_grad():
+        assert torch.equal(found[2](x).reconstruction, again[2](x).reconstruction)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"activation": "batchtopk"}, {"activation": "jumprelu", "matryoshka": (0.25, 0.5)}]
+)
+def test_nonlinearities_resume_bit_for_bit(vlm: VLM, tmp_path: Path, changes: dict[str, Any]) -> None:
+    whole, _ = _train(vlm, tmp_path / "whole", **changes)
+
+    def interrupted(step: int) -> dict[str, Tensor]:
+        if step == 5:
+            raise KeyboardInterrupt
+        return _batch(step)
+
+    config = dataclasses.replace(CONFIG, **changes)
+    with pytest.raises(KeyboardInterrupt):
+        train_transcoders(vlm, interrupted, [], config, tmp_path / "parts")
+    resumed, _ = train_transcoders(vlm, _batch, [], config, tmp_path / "parts", resume=True)
+    ours, theirs = whole.state_dict(), resumed.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any("threshold" in name for name in ours)
+
+
+def test_matryoshka_prefixes_explain_more_than_they_would_by_themselves(vlm: VLM, tmp_path: Path) -> None:
+    fvus = {}
+    for name, fractions in (("plain", ()), ("nested", (0.125, 0.25))):
+        found, _ = _train(vlm, tmp_path / name, max_steps=80, checkpoint_every=0, matryoshka=fractions)
+        x, y = collect(vlm.adapter, _batch(100)).by_layer[1]
+        with torch.no_grad():
+            fvus[name] = float(prefix_fvu(found[1], found[1].encode(x), x, y, [12, 24]))
+    assert fvus["nested"] < 0.9 * fvus["plain"]

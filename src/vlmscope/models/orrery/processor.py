@@ -51,6 +51,11 @@ def build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(words: Sequence[str], image_size: int, mm_tokens_per_image: int) -> Gemma3Processor:
+    """`gemma3_processor` with the tokenizer of `words`."""
+    return gemma3_processor(build_tokenizer(words), image_size, mm_tokens_per_image)
+
+
+def gemma3_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, mm_tokens_per_image: int) -> Gemma3Processor:
     """A Gemma 3 processor whose pictures are square of `image_size` pixels and become `mm_tokens_per_image` soft
     tokens.
     """
@@ -62,7 +67,7 @@ def build_processor(words: Sequence[str], image_size: int, mm_tokens_per_image: 
     )
     return Gemma3Processor(
         image_processor=images,
-        tokenizer=build_tokenizer(words),
+        tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,
         image_seq_length=mm_tokens_per_image,
     )

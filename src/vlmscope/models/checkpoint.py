@@ -1,0 +1,143 @@
+"""The weight files of a model folder, looked at before anything is loaded: which they are, and whether they are whole.
+
+A safetensors file is eight bytes (little-endian length of the header), the header in JSON, then the tensors; only the
+header is read here.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+from vlmscope.core.artifacts import read_json
+from vlmscope.core.errors import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_AGAIN = "download it again (a download goes on where it stopped)"
+_LFS = b"version https://git-lfs"
+# A header of more than this is no header: the format's own limit.
+_MAX_HEADER = 100_000_000
+
+
+class TensorHead(NamedTuple):
+    """What the header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """`config.json` of a model folder.
+
+    Raises:
+        UserError: when it is missing, is not JSON, or holds no keys.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"no model at {folder}: config.json is missing; give the folder of a Hugging Face model")
+    _refuse_pointer(path)
+    config = read_json(path)
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"{path} names no model_type; it is not the config.json of a Hugging Face model")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a model is loaded from; that they exist is not checked.
+
+    Raises:
+        UserError: when there are none, or the index cannot be read.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        _refuse_pointer(index)
+        record = read_json(index)
+        names = record.get("weight_map") if isinstance(record, dict) else None
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise UserError(f"{index} has no weight_map; {_AGAIN}")
+        outside = [name for name in names.values() if Path(name).name != name]
+        if outside:
+            raise UserError(f"{index} names {outside[0]!r}, which does not lie in the folder; {_AGAIN}")
+        return [folder / name for name in sorted(set(names.values()))]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    if shards:
+        raise UserError(f"{index} is missing beside {shards[0].name}; {_AGAIN}")
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if pickled:
+        raise UserError(
+            f"{folder} has its weights as {pickled[0].name}, which is a pickle and never read; convert it to "
+            "safetensors (save_pretrained does), or take a revision that has them"
+        )
+    raise UserError(f"{folder} has no weights{_interrupted(folder)}: {SINGLE} is missing; {_AGAIN}")
+
+
+def check_weights(folder: Path) -> dict[str, TensorHead]:
+    """All tensors of a model by name, from the headers of its files.
+
+    Raises:
+        UserError: when a file is missing, is a Git LFS pointer, or is cut off; the message names it.
+    """
+    files = weight_files(folder)
+    missing = [path for path in files if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"{missing[0]} is missing ({len(missing)} of {len(files)} weight files are){_interrupted(folder)}; {_AGAIN}"
+        )
+    tensors: dict[str, TensorHead] = {}
+    for path in files:
+        tensors |= read_header(path)
+    return tensors
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder has a configuration and all its weight files, whole."""
+    try:
+        read_config(folder)
+        check_weights(folder)
+    except UserError:
+        return False
+    return True
+
+
+def read_header(path: Path) -> dict[str, TensorHead]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        UserError: when the file is not one, or shorter than its header says.
+    """
+    _refuse_pointer(path)
+    size = path.stat().st_size
+    broken = f"{path} is not a whole safetensors file"
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size, _MAX_HEADER):
+                raise UserError(f"{broken}: {size:,} bytes, its header alone should have {length:,}; {_AGAIN}")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            tensors = {name: TensorHead(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+            end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{broken} ({size:,} bytes); {_AGAIN}") from error
+    expected = 8 + length + end
+    if size < expected:
+        raise UserError(f"{broken}: {size:,} of {expected:,} bytes are there; {_AGAIN}")
+    return tensors
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise UserError(
+                f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in the repository, or download "
+                "it with `hf download`"
+            )
+
+
+def _interrupted(folder: Path) -> str:
+    """Words for what an interrupted download left: beside a local folder, or among the blobs of the hub's cache."""
+    places = (folder, folder / ".cache" / "huggingface" / "download", folder.parent.parent / "blobs")
+    found = any(any(place.glob("*.incomplete")) for place in places if place.is_dir())
+    return " (a download of it was interrupted)" if found else ""

@@ -1,0 +1,131 @@
+"""How large a model is, and what one forward over a prompt takes: from its shapes alone, on the `meta` device.
+
+Legend: T positions, d width, H heads, D head width, L layers, V vocabulary, P patches of one picture.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlmscope.models.base import Adapter
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parameters of a model by part, shared ones counted once, so that the parts add up to the model."""
+
+    vision: int
+    projector: int
+    embeddings: int
+    decoder: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.vision + self.projector + self.embeddings + self.decoder + self.head
+
+
+def parameters_by_part(adapter: Adapter) -> Parts:
+    """The parameters of the vision tower, the projector, the embeddings, the decoder and an unembedding of its own."""
+    decoder: Any = adapter.decoder()
+    seen: set[torch.nn.Parameter] = set()
+
+    def new(module: Any) -> int:
+        found = [parameter for parameter in module.parameters() if parameter not in seen]
+        seen.update(found)
+        return sum(parameter.numel() for parameter in found)
+
+    embeddings, rest, head = new(decoder.embed_tokens), new(decoder), new(adapter.lm_head())
+    vision = sum(new(child) for name, child in adapter.model.named_modules() if name.rpartition(".")[2] in _TOWERS)
+    return Parts(vision, new(adapter.model), embeddings, rest, head)
+
+
+_TOWERS = ("vision_tower", "vision_model", "visual")
+
+
+def soft_tokens(adapter: Adapter) -> int | None:
+    """Soft tokens of one picture (of one tile, where pictures are cut into tiles); None where its size decides."""
+    config = adapter.model.config
+    if not adapter.has_vision:
+        return 0
+    if getattr(config, "mm_tokens_per_image", None):
+        return int(config.mm_tokens_per_image)
+    patches = n_patches(adapter)
+    shrink = int(getattr(config, "scale_factor", 1)) ** 2
+    if getattr(config, "downsample_ratio", None):
+        shrink = round(1 / float(config.downsample_ratio) ** 2)
+    return None if patches is None else patches // shrink
+
+
+def n_patches(adapter: Adapter) -> int | None:
+    """Patches of one picture in the vision tower, 0 for a text-only model; None where the picture's size decides."""
+    vision = getattr(adapter.model.config, "vision_config", None)
+    if vision is None:
+        return 0
+    if getattr(vision, "image_size", None) is None:
+        return None
+    height, width = _pair(vision.image_size), _pair(vision.patch_size)
+    return (height[0] // width[0]) * (height[1] // width[1])
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (int(value[0]), int(value[1])) if isinstance(value, list | tuple) else (int(value), int(value))
+
+
+def attention_widths(adapter: Adapter) -> tuple[float, float]:
+    """Width of all heads' queries and of all their values (`H * D`, `Hkv * D`), the mean over the layers."""
+    layers = range(adapter.n_layers)
+    queries = sum(adapter.output_weight(layer).shape[1] for layer in layers)
+    values = sum(adapter.value_weight(layer).shape[0] for layer in layers)
+    return queries / len(layers), values / len(layers)
+
+
+def state_elements(adapter: Adapter, n_tokens: int) -> dict[str, int]:
+    """Numbers in each tensor of `activations.capture.ForwardState` for a prompt of `n_tokens`; exact."""
+    layers, d, t = adapter.n_layers, adapter.d_model, n_tokens
+    normed = [layer for layer in range(layers) if adapter.value_norm(layer) is not None]
+    vision = getattr(adapter.model.config, "vision_config", None)
+    injected = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    return {
+        "embeddings": t * d,
+        "patterns": layers * adapter.n_heads * t * t,
+        "mlp_in": layers * t * d,
+        "mlp_out": layers * t * d,
+        "norm_scales": layers * 4 * t * d,
+        "final_norm_scale": t * d,
+        "logits": t * adapter.vocab_size,
+        "value_scales": t * sum(adapter.value_weight(layer).shape[0] for layer in normed),
+        "injections": injected * t * d,
+    }
+
+
+def forward_elements(adapter: Adapter, n_tokens: int) -> int:
+    """Numbers alive at once inside one forward, the largest of decoder layer, unembedding and vision layer; estimate.
+
+    The decoder's attention is the recording one, which holds scores, softmax (in float32) and pattern of all heads; a
+    vision tower's kernel is taken not to hold its scores.
+    """
+    text, t = adapter.model.config.get_text_config(), n_tokens
+    layer = t * (4 * adapter.d_model + 3 * int(text.intermediate_size)) + 5 * adapter.n_heads * t * t
+    unembedding = t * (adapter.vocab_size + adapter.d_model)
+    vision, patches = getattr(adapter.model.config, "vision_config", None), n_patches(adapter) or 0
+    if vision is None or not patches:
+        return max(layer, unembedding)
+    width = int(vision.hidden_size)
+    hidden = int(getattr(vision, "intermediate_size", 4 * width))
+    return max(layer, unembedding, patches * (6 * width + 2 * hidden))
+
+
+def forward_flops(adapter: Adapter, n_tokens: int, n_images: int) -> float:
+    """Operations of one forward with logits at every position: two a weight and token, and those of attention."""
+    parts, t = parameters_by_part(adapter), n_tokens
+    flops = 2.0 * parts.decoder * t + 2.0 * adapter.vocab_size * adapter.d_model * t
+    flops += 4.0 * adapter.n_layers * attention_widths(adapter)[0] * t * t
+    vision, patches = getattr(adapter.model.config, "vision_config", None), n_patches(adapter) or 0
+    if vision is not None and patches:
+        depth = int(getattr(vision, "num_hidden_layers", 0) or getattr(vision, "depth", 0))
+        one = 2.0 * (parts.vision + parts.projector) * patches + 4.0 * depth * int(vision.hidden_size) * patches**2
+        flops += n_images * one
+    return flops

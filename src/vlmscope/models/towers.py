@@ -1,0 +1,63 @@
+"""Vision towers whose attention can be recorded: where their attention modules are, and their class tokens.
+
+The attention modules of all of them call transformers' attention interface, as `vlmscope.models.attention` needs.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from vlmscope.core.errors import UserError
+
+
+class Tower(NamedTuple):
+    """How a tower names its parts, and how many tokens it puts before the patches."""
+
+    layers: str
+    attention: str
+    n_class: int = 0
+
+
+TOWERS = {
+    "clip_vision_model": Tower("encoder.layers", "self_attn", 1),
+    "gemma4_vision": Tower("encoder.layers", "self_attn"),
+    "idefics3_vision": Tower("encoder.layers", "self_attn"),
+    "internvl_vision": Tower("encoder.layer", "attention", 1),
+    "qwen2_5_vl_vision": Tower("blocks", "attn"),
+    "qwen3_vl_vision": Tower("blocks", "attn"),
+    "siglip_vision_model": Tower("encoder.layers", "self_attn"),
+    "smolvlm_vision": Tower("encoder.layers", "self_attn"),
+}
+
+
+def tower_kind(tower: Any) -> Tower:
+    """The entry of a vision tower in `TOWERS`.
+
+    Raises:
+        UserError: it has none.
+    """
+    kind = str(tower.config.model_type)
+    if kind not in TOWERS:
+        raise UserError(
+            f"the attention of a vision tower of type {kind!r} cannot be recorded; choose a model with one of: "
+            f"{', '.join(sorted(TOWERS))}"
+        )
+    return TOWERS[kind]
+
+
+def tower_attention(tower: Any, read: int | list[int]) -> list[nn.Module]:
+    """The attention modules of a vision tower from the first to the last that matters.
+
+    Args:
+        tower: the Hugging Face module.
+        read: which of the tower's hidden states the decoder is given (0 is what enters the first layer, -1 what leaves
+            the last), one or several; later layers change nothing and are left out.
+
+    Raises:
+        UserError: the tower is not one of `TOWERS`.
+    """
+    kind = tower_kind(tower)
+    layers = tower.get_submodule(kind.layers)
+    states = [read] if isinstance(read, int) else read
+    last = max(state if state >= 0 else len(layers) + 1 + state for state in states)
+    return [layer.get_submodule(kind.attention) for layer in layers[:last]]

@@ -1,0 +1,1 @@
+"""Terms of the transcoders' loss beside the fraction of variance unexplained, one a file."""

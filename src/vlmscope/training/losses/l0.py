@@ -1,0 +1,14 @@
+"""L0 of JumpReLU, whose number of active features has a gradient to the thresholds (arXiv 2407.14435, section 3).
+
+The penalty is `(L0 / k - 1)^2`, their variant that aims at a number of active features instead of weighing it.
+"""
+
+from torch import Tensor
+
+from vlmscope.transcoders.nonlinearities.jump_relu import JumpReLU
+
+
+def l0_penalty(activation: JumpReLU, at_support: Tensor, indices: Tensor, k: int) -> Tensor:
+    """Scalar from the pre-activations [N, m] at the support's indices [N, m]; k is the number aimed at."""
+    mean = activation.steps(at_support, indices).sum(-1).mean()
+    return (mean / k - 1).square()

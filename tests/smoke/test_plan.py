@@ -1,0 +1,77 @@
+"""`task=plan` by the command line: any model, no weights, no network."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from vlmscope.app import main
+from vlmscope.transcoders.init import random_set
+
+
+def plan(run_dir: Path, *arguments: str) -> dict[str, float]:
+    assert main(["task=plan", *arguments, "tracking=none", f"hydra.run.dir={run_dir}"]) == 0
+    return json.loads((run_dir / "metrics.json").read_text())
+
+
+def test_gemma_4b_is_planned_without_weights_or_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = plan(tmp_path / "run", "model=gemma3_4b_it", "transcoder=arch", "transcoder.k=48")
+    assert metrics["plan/parameters/total"] == 4_300_079_472
+    assert metrics["plan/memory/weights_bfloat16"] == 2 * 4_300_079_472
+    features, tokens = 16 * 2560, 256 + 64
+    assert metrics["plan/parameters/transcoders"] == 34 * (2 * features * 2560 + features + 2560)
+    assert metrics["plan/memory/patterns"] == 34 * 8 * tokens**2 * 2
+    assert metrics["plan/graph/active_features"] == 34 * 48 * tokens
+    assert metrics["plan/graph/rows"] == 7500
+    out = capsys.readouterr().out
+    for words in ("320 tokens, 256 of them soft", "vision tower", "416,866,032", "8.6 GB", "H100 datasheet"):
+        assert words in out
+    assert "Tracing needs more than" not in out
+
+
+def test_a_larger_plan_says_that_it_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = plan(tmp_path / "run", "model=gemma3_27b_it", "task.device=a100")
+    assert metrics["plan/memory/trace"] > 80e9
+    assert "Tracing needs more than the 80.0 GB of a100" in capsys.readouterr().out
+
+
+def test_settings_change_the_plan(tmp_path: Path) -> None:
+    base = plan(tmp_path / "a", "model=gemma3_1b_it")
+    assert base["plan/parameters/vision"] == 0
+    longer = plan(
+        tmp_path / "b", "model=gemma3_1b_it", "task.tokens=128", "transcoder=random", "attribution.dtype=model"
+    )
+    assert longer["plan/memory/patterns"] == 4 * base["plan/memory/patterns"]
+    assert (base["plan/memory/copies"] > 0, longer["plan/memory/copies"]) == (True, 0)
+    assert longer["plan/graph/active_features"] == 26 * 128 * 8
+    slow = plan(tmp_path / "c", "model=gemma3_1b_it", "task.device=cpu")
+    assert slow["plan/sweep/seconds"] > 100 * base["plan/sweep/seconds"]
+
+
+def test_orrerys_own_transcoders_are_counted(tmp_path: Path) -> None:
+    metrics = plan(tmp_path / "run", "model=orrery")
+    expected = sum(p.numel() for p in random_set(8, 128, 2048, 16).parameters())
+    assert metrics["plan/parameters/transcoders"] == expected
+
+
+def test_any_family_is_planned(tmp_path: Path) -> None:
+    assert plan(tmp_path / "run", "model=tiny_qwen2_5_vl", "task.tokens=40")["plan/graph/active_features"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["task.device=h1000"], "task.device=h1000: figures are known of h100"),
+        (["task.tokens=0"], "task.tokens=0: it must be at least 1"),
+        (["model=path", "model.path=/no/model"], "nothing is known here"),
+        (["model=tiny_qwen2_5_vl"], "depends on its size here; say task.tokens="),
+        (["model=gemma3_4b_it", "transcoder=path", "transcoder.path=/no/set"], "no transcoder set in /no/set"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["task=plan", *arguments, "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and re.search(re.escape(words), lines[0]), lines

@@ -1,0 +1,235 @@
+"""Hub models: found in a folder or in the cache without a network, fetched at a commit, refused in one line."""
+
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+from omegaconf import OmegaConf
+
+from vlmscope.app import main
+from vlmscope.config.paths import conf_dir
+from vlmscope.core.errors import UserError
+from vlmscope.models.hub import is_commit, is_hub_id, model_folder, wanted
+from vlmscope.models.tiny import tiny_gemma3
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPO = "some-org/tiny-vlm"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    vlm = tiny_gemma3(3)
+    vlm.model.save_pretrained(folder, max_shard_size="20KB")
+    vlm.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache; a network is allowed as far as the environment goes, and its functions count calls."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", never)
+    monkeypatch.setattr(huggingface_hub, "HfApi", never)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+def fill_cache(cache: Path, saved: Path, leave_out: str = "") -> Path:
+    """As huggingface_hub lays it out: blobs, and a snapshot of links to them."""
+    home = cache / f"models--{REPO.replace('/', '--')}"
+    snapshot = home / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (home / "blobs").mkdir()
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(COMMIT)
+    for number, path in enumerate(sorted(saved.iterdir())):
+        blob = home / "blobs" / f"{number:040x}"
+        shutil.copy(path, f"{blob}.incomplete" if path.name == leave_out else blob)
+        if path.name != leave_out:
+            (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
+    return snapshot
+
+
+class Hub:
+    """Stands for the hub: sizes of files, and what a download does."""
+
+    def __init__(self, saved: Path, failure: Exception | None = None, names: list[str] | None = None) -> None:
+        self.saved, self.failure, self.downloads = saved, failure, []
+        self.names = names if names is not None else [path.name for path in saved.iterdir()]
+
+    def model_info(self, repo: str, *, revision: str, files_metadata: bool, timeout: float) -> SimpleNamespace:
+        assert (repo, revision, files_metadata) == (REPO, COMMIT, True) and timeout <= 10
+        if self.failure is not None:
+            raise self.failure
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=1000) for name in self.names])
+
+    def download(self, repo: str, **settings: Any) -> str:
+        self.downloads.append((repo, settings))
+        return str(self.saved)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> "Hub":
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
+        return self
+
+
+def response(status: int) -> Any:
+    """What a hub error carries, of the HTTP library that huggingface_hub uses."""
+    import importlib
+
+    httpx = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])  # pyright: ignore
+    return httpx.Response(status, request=httpx.Request("GET", "https://hub/x"))
+
+
+def test_a_folder_that_is_there_is_taken(cache: Path, saved: Path) -> None:
+    assert model_folder(str(saved)) == saved
+    assert model_folder(str(saved), REPO, COMMIT) == saved
+
+
+def test_the_cache_is_used_without_a_network(cache: Path, saved: Path) -> None:
+    snapshot = fill_cache(cache, saved)
+    assert model_folder(REPO, None, COMMIT) == snapshot
+    assert model_folder("models/tiny-vlm", REPO, COMMIT) == snapshot
+
+
+def test_a_cached_model_runs_and_bears_its_name(cache: Path, saved: Path, tmp_path: Path) -> None:
+    fill_cache(cache, saved)
+    run = [f"hydra.run.dir={tmp_path / 'run'}", "tracking=none", "transcoder=random", "attribution.max_nodes=20"]
+    asked = ["task=trace", "model=path", f"model.path={REPO}", f"model.revision={COMMIT}", "prompt=what is this ?"]
+    assert main([*asked, *run]) == 0
+    assert '"tiny-vlm"' in (tmp_path / "run" / "graph.json").read_text()
+
+
+def test_a_missing_model_is_fetched_at_its_commit(
+    cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = Hub(saved).install(monkeypatch)
+    assert model_folder(REPO, None, COMMIT) == saved
+    ((repo, settings),) = hub.downloads
+    assert (repo, settings["revision"]) == (REPO, COMMIT)
+    assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in settings["allow_patterns"])
+    assert f"fetching {REPO} at 01234567: {len(hub.names)}.0 kB into {cache}" in capsys.readouterr().out
+
+
+def test_half_a_download_goes_on(cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_cache(cache, saved, leave_out=sorted(saved.glob("*.safetensors"))[1].name)
+    hub = Hub(saved).install(monkeypatch)
+    model_folder(REPO, None, COMMIT)
+    assert len(hub.downloads) == 1
+
+
+def test_nothing_but_weights_configuration_and_tokenizer_is_wanted() -> None:
+    names = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "merges.txt",
+    ]
+    never = [
+        "pytorch_model.bin",
+        "modeling_own.py",
+        "README.md",
+        "original/model.safetensors",
+        "consolidated.safetensors",
+    ]
+    assert wanted([*names, *never, "model.pt", "tf_model.h5", "training_args.bin"]) == names
+
+
+FAILURES = [
+    (lambda: errors.GatedRepoError("x", response=response(403)), "licence must be accepted on its page first"),
+    (lambda: errors.RevisionNotFoundError("x", response=response(404)), "the hub has no such revision of it"),
+    (
+        lambda: errors.RepositoryNotFoundError("x", response=response(401)),
+        "the hub has no such model, or it is private",
+    ),
+    (lambda: errors.HfHubHTTPError("x", response=response(403)), "the hub refuses access"),
+    (lambda: errors.HfHubHTTPError("x", response=response(503)), "the hub answered 503"),
+    (lambda: errors.OfflineModeIsEnabled("offline"), "the hub cannot be reached (OfflineModeIsEnabled"),
+    (lambda: TimeoutError("timed out\nlater"), "the hub cannot be reached (TimeoutError: timed out)"),
+    (lambda: PermissionError(13, "Permission denied", "/cache"), "/cache cannot be written (Permission denied)"),
+]
+
+
+@pytest.mark.parametrize(("failure", "words"), FAILURES, ids=[words[:30] for _, words in FAILURES])
+def test_what_the_hub_refuses_is_one_line(
+    failure: Any, words: str, cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Hub(saved, failure()).install(monkeypatch)
+    with pytest.raises(UserError, match=re.escape(words)) as raised:
+        model_folder("models/tiny-vlm", REPO, COMMIT)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert f"hf download {REPO} --revision {COMMIT} --local-dir models/tiny-vlm" in message
+
+
+def test_no_network_fails_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:  # a port that no one listens on
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"the hub cannot be reached \(ConnectError"):
+        model_folder(REPO, None, COMMIT)
+    assert time.monotonic() - started < 15
+
+
+def test_offline_says_what_to_download(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids") as raised:
+        model_folder(REPO, None, COMMIT)
+    assert f"hf download {REPO} --revision {COMMIT} --local-dir models/tiny-vlm` and give model.path=" in str(
+        raised.value
+    )
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", COMMIT[:10]])
+def test_a_commit_is_asked_for(revision: str | None, cache: Path) -> None:
+    with pytest.raises(UserError, match=r"add model.revision=<commit, 40 hex digits>"):
+        model_folder(REPO, None, revision)
+
+
+def test_a_disk_that_is_too_small_is_said_before(cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(saved).install(monkeypatch)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2_500))
+    with pytest.raises(UserError, match=r"it has \d+\.0 kB to fetch but .* has 2\.5 kB free"):
+        model_folder(REPO, None, COMMIT)
+    assert not hub.downloads
+
+
+def test_a_repository_of_pickles_is_refused(cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(saved, names=["config.json", "pytorch_model.bin"]).install(monkeypatch)
+    with pytest.raises(UserError, match="has no safetensors at .* pickles are never read"):
+        model_folder(REPO, None, COMMIT)
+    assert not hub.downloads
+
+
+def test_paths_are_no_hub_ids() -> None:
+    assert is_hub_id("google/gemma-3-4b-it") and is_hub_id("a/b")
+    for path in ("/a/b", "./a/b", "../b", "a", "a/b/c", "~/a", "a/.b", "C:/b"):
+        assert not is_hub_id(path), path
+
+
+@pytest.mark.parametrize("path", sorted((conf_dir() / "model").glob("*.yaml")), ids=lambda path: path.stem)
+def test_published_models_are_pinned(path: Path) -> None:
+    record = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(record, dict)
+    if record.get("hub"):
+        assert is_hub_id(record["hub"]) and is_commit(record["revision"])

@@ -20,3 +20,7 @@ class CheckFailed(Exception):
     def __init__(self, message: str, metrics: Mapping[str, float]) -> None:
         super().__init__(message)
         self.metrics = dict(metrics)
+
+
+class NotMainRank(Exception):
+    """Not an error: the work that this process shared is done, and the main process, rank 0, finishes alone."""

@@ -1,52 +1,80 @@
-"""Checkpoints of transcoder training: safetensors for parameters, moments and counters, JSON for the settings.
+"""Checkpoints of transcoder training: one safetensors file a layer, written by its owner, and one marker for all.
 
-Tokens are drawn by step number, so the step is all that resuming needs to know about the data.
+`<run_dir>/transcoder_checkpoint/step_00000200/` holds `layer_07.safetensors` (parameters, coordinates, clocks, moments)
+for every layer and, written last and by rank 0 alone, `complete.json` with the settings: a folder without it is no
+checkpoint. Only after that are older folders removed, so a whole one always stands. Tokens are drawn by step number, so
+the step is all that resuming needs to know about the data; and since layers are files, any number of ranks can go on.
 """
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from vlmscope.core.artifacts import read_json, write_json
+from vlmscope.core.artifacts import atomic_path, read_json, write_json
 from vlmscope.core.errors import UserError
-from vlmscope.training.resume import load_checkpoint, save_checkpoint
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
 from vlmscope.training.transcoder_module import TranscoderModule
 
 # Settings that may change between a run and its continuation, since no number depends on them.
 _FREE = {"checkpoint_every", "val_every", "log_every"}
+_MARKER = "complete.json"
 
 
 class TranscoderCheckpoints(pl.Callback):
-    """Writes `<run_dir>/transcoder_checkpoint/` every N steps, at the end, and when the run is interrupted."""
+    """Writes a checkpoint every N steps, at the end, and (in a run of one process) when it is interrupted."""
 
     def __init__(self, run_dir: Path, config: TranscoderTrainingConfig) -> None:
         self.folder = Path(run_dir) / "transcoder_checkpoint"
         self.config = config
 
-    @property
-    def path(self) -> Path:
-        """The tensors."""
-        return self.folder / "state.safetensors"
+    def newest(self) -> Path | None:
+        """The folder of the newest whole checkpoint."""
+        return max((marker.parent for marker in self.folder.glob(f"step_*/{_MARKER}")), default=None)
 
     def save(self, module: TranscoderModule) -> None:
-        """Write settings, then tensors (a folder with tensors is a whole checkpoint)."""
-        write_json(self.folder / "settings.json", dataclasses.asdict(self.config))
-        save_checkpoint(self.path, module, module.optimizer)
+        """Write this rank's layers; when every rank has, the marker."""
+        ranks = module.ranks
+        folder = self.folder / f"step_{module.steps_done:08d}"
+        if (folder / _MARKER).is_file():  # the same step leads to the same state
+            ranks.barrier()
+            return
+        if ranks.writes:
+            for layer in ranks.layers:
+                with atomic_path(folder / f"layer_{layer:02d}.safetensors") as temporary:
+                    save_file(layer_state(module, layer), temporary)
+        ranks.barrier()
+        if ranks.main:
+            settings = dataclasses.asdict(self.config)
+            write_json(folder / _MARKER, {"steps_done": module.steps_done, "settings": settings})
+            for other in self.folder.glob("step_*"):
+                if other != folder:
+                    (other / _MARKER).unlink(missing_ok=True)
+                    shutil.rmtree(other, ignore_errors=True)
+        ranks.barrier()
 
     def restore(self, module: TranscoderModule) -> bool:
-        """Load the newest checkpoint into `module`; False when there is none.
+        """Load the newest whole checkpoint into `module`; False when there is none.
 
         Raises:
             UserError: when it was written with other settings (each is named) or cannot be read.
         """
-        if not self.path.is_file():
+        if (self.folder / "state.safetensors").is_file():
+            raise UserError(
+                f"{self.folder} is of an earlier version, one file for all layers, and cannot be continued; "
+                "train into a new run folder"
+            )
+        folder = self.newest()
+        if folder is None:
             return False
-        then = read_json(self.folder / "settings.json")
-        now = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        marker = read_json(folder / _MARKER)
+        then, now = marker["settings"], json.loads(json.dumps(dataclasses.asdict(self.config)))
         changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
         changed = [f"{name} {then.get(name)} -> {now.get(name)}" for name in changed if name not in _FREE]
         if changed:
@@ -54,7 +82,9 @@ class TranscoderCheckpoints(pl.Callback):
                 f"{self.folder} was written with other settings ({', '.join(changed)}); "
                 "restore them, or train into a new run folder"
             )
-        load_checkpoint(self.path, module, module.optimizer)
+        for layer in module.ranks.layers:
+            load_layer(folder / f"layer_{layer:02d}.safetensors", module, layer)
+        module.steps_done = int(marker["steps_done"])
         return True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -65,6 +95,60 @@ class TranscoderCheckpoints(pl.Callback):
             self.save(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Ctrl-C or a damaged picture keeps what was learnt, unless it came in the middle of a change of the state."""
-        if isinstance(exception, KeyboardInterrupt | UserError) and not pl_module.committing and pl_module.steps_done:
+        """Ctrl-C or a damaged picture keeps what was learnt, unless it came in the middle of a change of the state.
+
+        Several ranks may have been interrupted at different steps, so their last regular checkpoint has to do.
+        """
+        kept = isinstance(exception, KeyboardInterrupt | UserError) and not pl_module.committing
+        if kept and pl_module.steps_done and pl_module.ranks.layout.world == 1:
             self.save(pl_module)
+
+    def check_space(self, module: TranscoderModule) -> None:
+        """Refuse to begin what the disk cannot hold: the new checkpoint beside the old one, and the finished set.
+
+        Raises:
+            UserError: with both figures.
+        """
+        if not module.ranks.main:
+            return
+        # Parameters and two moments, in float32; the finished set at most as large as the parameters.
+        one_layer = sum(4 * p.numel() for p in module.layer(module.ranks.layers[0]).parameters())
+        needed = module.ranks.layout.n_layers * one_layer * (3 * (1 if self.newest() else 2) + 1)
+        place = next(folder for folder in (self.folder, *self.folder.resolve().parents) if folder.exists())
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise UserError(
+                f"{place} has {free / 1e9:.3g} GB free, and checkpoints and set take {needed / 1e9:.3g} GB; "
+                "make room, or choose another hydra.run.dir"
+            )
+
+
+def layer_state(module: TranscoderModule, layer: int) -> dict[str, torch.Tensor]:
+    """Everything that the coming steps of a layer depend on."""
+    trainer = module.layer(layer)
+    state = {f"module.{name}": tensor.detach().contiguous() for name, tensor in trainer.state_dict().items()}
+    for name, parameter in trainer.named_parameters():
+        for moment, value in module.optimizer.state.get(parameter, {}).items():
+            state[f"optimizer.{moment}.{name}"] = torch.as_tensor(value).contiguous()
+    return state
+
+
+def load_layer(path: Path, module: TranscoderModule, layer: int) -> None:
+    """Restore what `layer_state` gave.
+
+    Raises:
+        UserError: the file is missing, corrupt or of another shape.
+    """
+    trainer = module.layer(layer)
+    try:
+        state = load_file(path)
+        trainer.load_state_dict({name[7:]: tensor for name, tensor in state.items() if name.startswith("module.")})
+    except (SafetensorError, RuntimeError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"checkpoint {path} does not fit this run ({first}): remove it or change the config") from error
+    parameters = dict(trainer.named_parameters())
+    for key, value in state.items():
+        if key.startswith("optimizer."):
+            _, moment, name = key.split(".", 2)
+            parameter = parameters[name]
+            module.optimizer.state[parameter][moment] = value.to(parameter.device)

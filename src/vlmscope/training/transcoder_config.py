@@ -24,6 +24,7 @@ class TranscoderTrainingConfig:
         clip: largest gradient norm of one layer's transcoder.
         aux_coefficient, aux_k: weight and number of features of the loss that revives dead features.
         dead_after_tokens: a feature that has not fired for so many tokens is dead.
+        explosion: a layer stops when its loss is so many times its running median (0: never) or not finite.
         checkpoint_every, val_every, log_every: in steps; 0 = never.
         seed: of the starting point.
         data: what the batches hang on beside the seed, in words; a run goes on only with the same. None: nothing.
@@ -51,6 +52,7 @@ class TranscoderTrainingConfig:
     aux_coefficient: float = 1 / 32
     aux_k: int = 64
     dead_after_tokens: int = 100_000
+    explosion: float = 1e3
     checkpoint_every: int = 200
     val_every: int = 500
     log_every: int = 20

@@ -1,33 +1,24 @@
-"""Training of the transcoders of all layers at once, on activations made on the fly by the frozen model.
+"""Training of the transcoders of a rank's layers at once, on activations made on the fly by the frozen model.
 
-Loss of a layer, in standardised coordinates: FVU of the batch (as the paper), averaged with those of Matryoshka
-prefixes where there are any, + aux_coefficient x AuxK + sparsity_coefficient x the penalty of a nonlinearity that needs
-one (`vlmscope.training.losses`). Layers share nothing but the forward of the model: each has its own parameters and its
-own gradient norm.
-
-Legend: N tokens of a batch, d model width, F features.
+Layers share nothing but the forward of the model: each has its own parameters, loss and gradient norm
+(`vlmscope.training.layer_trainer`), so they may be owned by different ranks (`vlmscope.training.layout`), and one that
+goes wrong stops alone.
 """
 
+import logging
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vlmscope.core.seeds import generator
-from vlmscope.metrics.reconstruction import fvu
+from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter
-from vlmscope.training.losses.aux_k import aux_k, dead_features
-from vlmscope.training.losses.l0 import l0_penalty
-from vlmscope.training.losses.l1 import l1_penalty
-from vlmscope.training.losses.matryoshka import prefix_fvu, prefix_sizes
+from vlmscope.training.layer_trainer import LayerTrainer
+from vlmscope.training.ranks import Ranks
 from vlmscope.training.schedule import warmup_cosine
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
 from vlmscope.training.transcoder_data import LayerActivations
-from vlmscope.training.transcoder_start import start
-from vlmscope.transcoders.init import Standardisation, fold
-from vlmscope.transcoders.nonlinearities.jump_relu import JumpReLU
-from vlmscope.transcoders.nonlinearities.relu import ReLU
 from vlmscope.transcoders.transcoder import (
     Transcoder,
     TranscoderConfig,
@@ -36,80 +27,23 @@ from vlmscope.transcoders.transcoder import (
     TranscoderSetConfig,
 )
 
-
-class LayerTrainer(nn.Module):
-    """One layer: its transcoder in standardised coordinates, the standardisation, and when each feature last fired."""
-
-    x_mean: Tensor
-    y_mean: Tensor
-    scales: Tensor
-    silent: Tensor
-
-    def __init__(self, config: TranscoderConfig) -> None:
-        super().__init__()
-        self.transcoder = Transcoder(config).train()
-        d, f = config.d_model, config.n_features
-        self.register_buffer("x_mean", torch.zeros(d))
-        self.register_buffer("y_mean", torch.zeros(d))
-        self.register_buffer("scales", torch.ones(2, dtype=torch.float64))
-        self.register_buffer("silent", torch.zeros(f, dtype=torch.long))  # tokens since the feature last fired
-
-    @property
-    def standard(self) -> Standardisation:
-        """The coordinates of training."""
-        return Standardisation(self.x_mean, float(self.scales[0]), self.y_mean, float(self.scales[1]))
-
-    def initialise(self, x: Tensor, y: Tensor, method: str, seed: int) -> None:
-        """Set standardisation and weights from raw activations [N, d], [N, d]."""
-        standard = Standardisation.fit(x, y)
-        self.x_mean.copy_(standard.x_mean)
-        self.y_mean.copy_(standard.y_mean)
-        self.scales.copy_(torch.tensor([standard.x_scale, standard.y_scale]))
-        layer = self.transcoder.config.layer
-        start(self.transcoder, *standard.apply(x, y), method, generator(seed, "transcoder_start", layer))
-
-    def loss(self, x: Tensor, y: Tensor, config: TranscoderTrainingConfig) -> tuple[Tensor, Tensor, TranscoderOutput]:
-        """Loss and FVU (scalars) of raw activations [N, d], and the output in standardised coordinates."""
-        x, y = self.standard.apply(x.float(), y.float())
-        one = self.transcoder
-        out = one(x)
-        unexplained = fvu(y, out.reconstruction)
-        loss = unexplained
-        sizes = prefix_sizes(config.matryoshka, one.config.n_features)
-        if sizes:
-            prefixes = prefix_fvu(one, out.code, x, y, sizes)
-            loss = (loss + len(sizes) * prefixes) / (1 + len(sizes))
-        dead = dead_features(self.silent, config.dead_after_tokens)
-        if len(dead) and config.aux_coefficient:
-            residual = (y - out.reconstruction).detach()
-            loss = loss + config.aux_coefficient * aux_k(one, x, residual, out.pre, dead, config.aux_k)
-        if config.sparsity_coefficient:
-            penalty = self._penalty(out)
-            loss = loss if penalty is None else loss + config.sparsity_coefficient * penalty
-        return loss, unexplained, out
-
-    def _penalty(self, out: TranscoderOutput) -> Tensor | None:
-        """What keeps the number of active features low, where the nonlinearity does not."""
-        match self.transcoder.activation:
-            case JumpReLU() as jump:
-                return l0_penalty(jump, out.at_support, out.code.indices, self.transcoder.config.k)
-            case ReLU():
-                return l1_penalty(out.code.values, out.code.indices, self.transcoder.W_dec)
-            case _:
-                return None
-
-    def note_fired(self, out: TranscoderOutput) -> None:
-        """Advance the clock of every feature by the batch's tokens and set it back where a feature fired."""
-        fired = out.code.indices[out.code.values > 0]
-        self.silent += out.code.values.shape[0]
-        self.silent[fired] = 0
+_LOG = logging.getLogger(__name__)
 
 
 class TranscoderModule(pl.LightningModule):
     """All layers' trainers, one optimiser, one forward of the frozen model a step."""
 
-    def __init__(self, adapter: Adapter, config: TranscoderTrainingConfig, model_name: str = "") -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        config: TranscoderTrainingConfig,
+        model_name: str = "",
+        ranks: Ranks | None = None,
+    ) -> None:
         super().__init__()
+        self.ranks = ranks if ranks is not None else Ranks.single(adapter.n_layers)
+        if self.ranks.layout.hosts > 1 and config.activation == "batchtopk":
+            raise UserError("batchtopk chooses among a whole batch, which lies on one host; take one host, or topk")
         self.automatic_optimization = False
         self.config = config
         self.model_name = model_name
@@ -117,28 +51,27 @@ class TranscoderModule(pl.LightningModule):
         self.committing = False
         # Hidden from nn.Module: the model is frozen, and neither saved nor counted.
         self._frozen = (adapter,)
-        width = adapter.d_model
         for parameter in adapter.model.parameters():
             parameter.requires_grad_(False)
         adapter.model.eval()
         self.trainers = nn.ModuleDict(
-            {
-                str(layer): LayerTrainer(
-                    TranscoderConfig(
-                        d_model=width,
-                        n_features=config.expansion_factor * width,
-                        k=config.k,
-                        layer=layer,
-                        activation=config.activation,
-                        skip=config.skip,
-                        bandwidth=config.bandwidth,
-                    )
-                )
-                for layer in range(adapter.n_layers)
-            }
+            {str(layer): LayerTrainer(self._architecture(layer)) for layer in self.ranks.layers}
         )
         self.optimizer = torch.optim.AdamW(
             self.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+
+    def _architecture(self, layer: int) -> TranscoderConfig:
+        config = self.config
+        width = self.adapter.d_model
+        return TranscoderConfig(
+            d_model=width,
+            n_features=config.expansion_factor * width,
+            k=config.k,
+            layer=layer,
+            activation=config.activation,
+            skip=config.skip,
+            bandwidth=config.bandwidth,
         )
 
     @property
@@ -158,9 +91,10 @@ class TranscoderModule(pl.LightningModule):
 
     def initialise(self, batches: list[LayerActivations]) -> None:
         """Standardisation and starting point of every layer from the tokens of `batches`."""
-        for layer in range(self.adapter.n_layers):
-            x = torch.cat([batch.by_layer[layer][0] for batch in batches]).float()
-            y = torch.cat([batch.by_layer[layer][1] for batch in batches]).float()
+        whole = [self.ranks.all_tokens(batch) for batch in batches]
+        for layer in self.ranks.layers:
+            x = torch.cat([by_layer[layer][0] for by_layer in whole]).float()
+            y = torch.cat([by_layer[layer][1] for by_layer in whole]).float()
             self.layer(layer).initialise(x, y, self.config.init, self.config.seed)
 
     def rate(self) -> float:
@@ -178,45 +112,84 @@ class TranscoderModule(pl.LightningModule):
         return batch
 
     def training_step(self, batch: LayerActivations, batch_idx: int) -> dict[str, Any]:
-        """One step of every layer; returns what the callbacks log."""
+        """One step of every layer that is not stopped; returns what the callbacks log."""
         self.optimizer.zero_grad(set_to_none=True)
         outputs: dict[int, TranscoderOutput] = {}
-        fvus: list[float] = []
+        losses: dict[int, float] = {}
+        fvus: dict[int, float] = {}
+        troubles: dict[int, str] = {}
         for layer, (x, y) in batch.by_layer.items():
             trainer = self.layer(layer)
-            loss, unexplained, outputs[layer] = trainer.loss(x, y, self.config)
+            if not trainer.running:
+                continue
+            # A forward of BatchTopK moves its threshold; a bad one must leave no trace.
+            before = [buffer.clone() for buffer in trainer.transcoder.buffers()]
+            loss, unexplained, out = trainer.loss(x, y, self.config, self.ranks.total)
             # At once, so that only one layer's graph is alive.
             self.manual_backward(loss)
-            nn.utils.clip_grad_norm_(trainer.parameters(), self.config.clip)
-            fvus.append(float(unexplained.detach()))
+            self.ranks.add_up([p.grad for p in trainer.parameters() if p.grad is not None])
+            norm = nn.utils.clip_grad_norm_(trainer.parameters(), self.config.clip)
+            value = float(loss.detach())
+            trouble = trainer.trouble(value, float(norm), self.config)
+            if trouble is None:
+                outputs[layer], losses[layer], fvus[layer] = out, value, float(unexplained.detach())
+                continue
+            troubles[layer] = trouble
+            for buffer, old in zip(trainer.transcoder.buffers(), before, strict=True):
+                buffer.copy_(old)
+            for parameter in trainer.parameters():
+                parameter.grad = None  # so the optimiser passes the layer by
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        self._commit(outputs)
-        return {"fvu": sum(fvus) / len(fvus), "tokens": batch.n_tokens}
+        self._commit(outputs, losses, troubles)
+        return {"fvu": fvus, "tokens": batch.joint_tokens}
 
-    def _commit(self, outputs: dict[int, TranscoderOutput]) -> None:
+    def _commit(self, outputs: dict[int, TranscoderOutput], losses: dict[int, float], troubles: dict[int, str]) -> None:
         """Everything that changes the state, in one place: an interrupt elsewhere leaves a state that can be saved."""
         self.committing = True
         # Through Lightning's wrapper, which counts the step.
         wrapped = self.optimizers()
         assert not isinstance(wrapped, list)
         wrapped.step()
+        add_up = self.ranks.add_up if self.ranks.layout.hosts > 1 else None
         for layer, out in outputs.items():
-            self.layer(layer).note_fired(out)
+            self.layer(layer).note_fired(out, add_up)
+            self.layer(layer).note_loss(losses[layer], self.steps_done)
+        for layer, trouble in troubles.items():
+            self.layer(layer).stopped.fill_(self.steps_done)
+            if self.ranks.writes:
+                _LOG.warning(
+                    "layer %d stopped before step %d (%s); it keeps its weights, the other layers go on",
+                    layer, self.steps_done + 1, trouble,
+                )  # fmt: skip
         self.steps_done += 1
         self.committing = False
 
-    def dead_fraction(self) -> float:
-        """Share of all features that have been silent for `dead_after_tokens`."""
-        silent = torch.cat([self.layer(layer).silent for layer in range(self.adapter.n_layers)])
-        return float((silent >= self.config.dead_after_tokens).double().mean())
+    def figures(self, fvus: dict[int, float]) -> dict[str, float]:
+        """Figures of training over all layers, from a step's FVU of each of this rank's; every rank must ask."""
+        after = self.config.dead_after_tokens
+        own = {layer: self.layer(layer) for layer in self.ranks.layers}
+        dead = self.ranks.by_layer({n: float((one.silent >= after).double().mean()) for n, one in own.items()})
+        running = self.ranks.by_layer({n: float(one.running) for n, one in own.items()})
+        found = self.ranks.by_layer(fvus)
+        known = [found[layer] for layer, on in running.items() if on and layer in found]
+        figures = {"train/fvu": sum(known) / len(known)} if known else {}
+        figures["train/dead_frac"] = sum(dead.values()) / len(dead)
+        figures["train/stopped_layers"] = float(sum(not on for on in running.values()))
+        return figures
 
     def finished_set(self) -> TranscoderSet:
-        """The transcoders as they stand, in the model's own coordinates, detached from training."""
+        """The transcoders as they stand, in the model's own coordinates, detached from training.
+
+        All layers on rank 0, which the others send theirs; their own on the other ranks. Every rank must ask.
+        """
         folded = {}
-        for layer in range(self.adapter.n_layers):
-            trainer = self.layer(layer)
-            folded[layer] = fold(trainer.transcoder, trainer.standard).requires_grad_(False).eval()
+        for layer in range(self.adapter.n_layers) if self.ranks.main else self.ranks.layers:
+            if layer in self.ranks.layers:
+                folded[layer] = self.layer(layer).folded()
+            else:
+                folded[layer] = Transcoder(self._architecture(layer)).requires_grad_(False).to(self.adapter.device)
+            self.ranks.to_main(folded[layer].state_dict(), layer)
         config = TranscoderSetConfig(
             n_model_layers=self.adapter.n_layers,
             k=self.config.k,

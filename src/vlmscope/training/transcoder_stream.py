@@ -13,8 +13,9 @@ from torch.utils.data import IterableDataset
 
 from vlmscope.core.seeds import generator
 from vlmscope.models.base import Adapter
+from vlmscope.training.ranks import Ranks
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.training.transcoder_data import Batch, LayerActivations, collect
+from vlmscope.training.transcoder_data import Batch, LayerActivations
 
 
 class ActivationStream(IterableDataset[LayerActivations]):
@@ -26,25 +27,29 @@ class ActivationStream(IterableDataset[LayerActivations]):
         batch_of: Callable[[int], Batch],
         config: TranscoderTrainingConfig,
         first: Callable[[], int],
+        ranks: Ranks | None = None,
     ) -> None:
         self.adapter, self.batch_of, self.config, self.first = adapter, batch_of, config, first
+        self.ranks = ranks if ranks is not None else Ranks.single(adapter.n_layers)
 
     def __iter__(self) -> Iterator[LayerActivations]:
         pool: dict[int, LayerActivations] = {}
         for step in range(self.first(), self.config.max_steps):
             newest = step // self.config.steps_per_batch
             wanted = range(max(0, newest - self.config.pool_batches + 1), newest + 1)
-            pool = {n: pool[n] if n in pool else collect(self.adapter, self.batch_of(n)) for n in wanted}
+            pool = {n: pool[n] if n in pool else self.ranks.collect(self.adapter, self.batch_of(n)) for n in wanted}
             yield pool[newest] if self.config.pool_batches == 1 else self._draw(pool, newest, step)
 
     def _draw(self, pool: dict[int, LayerActivations], newest: int, step: int) -> LayerActivations:
         """As many tokens as the newest batch has, without repeats, from all batches of the pool."""
-        sizes = [batch.n_tokens for batch in pool.values()]
+        sizes = [batch.joint_tokens for batch in pool.values()]
         rng = generator(self.config.seed, "activation_pool", step)
-        chosen = torch.from_numpy(rng.choice(sum(sizes), pool[newest].n_tokens, replace=False)).sort().values
+        chosen = torch.from_numpy(rng.choice(sum(sizes), pool[newest].joint_tokens, replace=False)).sort().values
         parts, offset = [], 0
         for batch, size in zip(pool.values(), sizes, strict=True):
-            rows = chosen[(chosen >= offset) & (chosen < offset + size)] - offset
+            # Of the tokens drawn from all hosts, those that are here.
+            first = offset + batch.first
+            rows = chosen[(chosen >= first) & (chosen < first + batch.n_tokens)] - first
             parts.append((batch, rows.to(batch.is_image.device)))
             offset += size
         by_layer = {
@@ -54,4 +59,5 @@ class ActivationStream(IterableDataset[LayerActivations]):
             )
             for layer in pool[newest].by_layer
         }
-        return LayerActivations(by_layer, torch.cat([batch.is_image[rows] for batch, rows in parts]))
+        is_image = torch.cat([batch.is_image[rows] for batch, rows in parts])
+        return LayerActivations(by_layer, is_image, joint=len(chosen))

@@ -1,25 +1,34 @@
 """The one call that trains a transcoder set: start or resume, fit with Lightning, evaluate."""
 
+import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vlmscope.activations.capture import HasAdapter, adapter_of
+from vlmscope.core.errors import NotMainRank
 from vlmscope.models.base import Adapter
+from vlmscope.training.ranks import Ranks
 from vlmscope.training.resume import fit_or_interrupt
 from vlmscope.training.transcoder_checkpoints import TranscoderCheckpoints
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.training.transcoder_data import Batch, collect
+from vlmscope.training.transcoder_data import Batch
 from vlmscope.training.transcoder_evaluation import evaluate_transcoders
 from vlmscope.training.transcoder_module import TranscoderModule
 from vlmscope.training.transcoder_stream import ActivationStream
 from vlmscope.transcoders.transcoder import TranscoderSet
+
+_LOG = logging.getLogger(__name__)
 
 
 def train_transcoders(
@@ -31,6 +40,7 @@ def train_transcoders(
     logger: Logger | None = None,
     resume: bool = False,
     model_name: str | None = None,
+    per_host: int | None = None,
 ) -> tuple[TranscoderSet, dict[str, float]]:
     """Train the transcoders of all layers of a frozen model.
 
@@ -44,27 +54,37 @@ def train_transcoders(
         logger: a Lightning logger, or None.
         resume: continue from the checkpoint in `run_dir` if there is one.
         model_name: written into the set; by default the loaded model's own name.
+        per_host: processes that share a host, where a `torch.distributed` group is open (docs/scaling.md); None: all.
 
     Returns:
         The set in the model's own coordinates, and its final figures with `perf/tokens_per_s`.
 
     Raises:
-        UserError: for impossible settings or a checkpoint that does not belong to them.
+        UserError: for impossible settings, a checkpoint that does not belong to them or a full disk.
+        NotMainRank: on every rank but 0 when training is done, since rank 0 alone has the set.
         KeyboardInterrupt: after Ctrl-C; the state is saved and `resume` goes on from it.
     """
     config.check()
     adapter = adapter_of(vlm)
     name = model_name if model_name is not None else str(getattr(vlm, "name", ""))
-    module = TranscoderModule(adapter, config, name)
+    ranks = Ranks.current(adapter, per_host)
+    module = TranscoderModule(adapter, config, name, ranks).to(adapter.device)
     checkpoints = TranscoderCheckpoints(Path(run_dir), config)
     if not (resume and checkpoints.restore(module)):
-        module.initialise([collect(adapter, train_batch(step)) for step in range(config.init_batches)])
+        module.initialise([ranks.collect(adapter, train_batch(step)) for step in range(config.init_batches)])
+    checkpoints.check_space(module)
+    logger = logger if ranks.main else None
     progress = _Progress(config, val_batches, logger)
     if module.steps_done < config.max_steps:
         _fit(module, train_batch, [progress, checkpoints], logger)
+    stopped = module.figures({})["train/stopped_layers"]
     transcoders = module.finished_set().to(adapter.device)  # Lightning leaves the module on the CPU
+    if not ranks.main:
+        raise NotMainRank
     metrics = evaluate_transcoders(adapter, transcoders, val_batches) if val_batches else {}
-    metrics |= progress.speed()
+    metrics |= progress.speed() | {"train/stopped_layers": stopped}
+    if stopped:
+        _LOG.warning("%d layers stopped early; the set has their last good weights", int(stopped))
     if logger is not None:
         logger.log_metrics(metrics, step=module.steps_done)
     return transcoders, metrics
@@ -76,13 +96,16 @@ def _fit(
     callbacks: list[pl.Callback],
     logger: Logger | None,
 ) -> None:
-    stream = ActivationStream(module.adapter, batch_of, module.config, lambda: module.steps_done)
+    stream = ActivationStream(module.adapter, batch_of, module.config, lambda: module.steps_done, module.ranks)
     device = module.adapter.device  # activations are captured there, so the transcoders must be there too
     on_gpu = device.type == "cuda"
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="gpu" if on_gpu else "cpu",
         devices=[device.index or 0] if on_gpu else 1,
+        # Each rank is a run of its own to Lightning: its layers are not those of the others (docs/adr/001).
+        strategy=SingleDeviceStrategy(torch.device(device)) if module.ranks.layout.world > 1 else "auto",
+        plugins=[LightningEnvironment()] if module.ranks.layout.world > 1 else None,
         callbacks=callbacks,
         logger=logger if logger is not None else False,
         enable_checkpointing=False,
@@ -104,7 +127,12 @@ class _Progress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Open the bar at the step where training goes on."""
         self.bar = tqdm(
-            total=self.config.max_steps, initial=pl_module.steps_done, desc="transcoders", unit="step", mininterval=1.0
+            total=self.config.max_steps,
+            initial=pl_module.steps_done,
+            desc="transcoders",
+            unit="step",
+            mininterval=1.0,
+            disable=not pl_module.ranks.main,
         )
         self.began = time.perf_counter()
 
@@ -115,12 +143,15 @@ class _Progress(pl.Callback):
         self.bar.update()
         done = pl_module.steps_done
         if self.config.log_every and done % self.config.log_every == 0:
-            figures = {"train/fvu": outputs["fvu"], "train/dead_frac": pl_module.dead_fraction()}
-            self.bar.set_postfix(fvu=f"{figures['train/fvu']:.4f}", dead=f"{figures['train/dead_frac']:.3f}")
+            figures = pl_module.figures(outputs["fvu"])
+            fvu, dead = figures.get("train/fvu", math.nan), figures["train/dead_frac"]
+            self.bar.set_postfix(fvu=f"{fvu:.4f}", dead=f"{dead:.3f}")
             self._log(figures | self.speed(), done)
         due = self.config.val_every and done % self.config.val_every == 0 and done < self.config.max_steps
         if due and self.val_batches:
-            self._log(evaluate_transcoders(pl_module.adapter, pl_module.finished_set(), self.val_batches), done)
+            transcoders = pl_module.finished_set()
+            if pl_module.ranks.main:
+                self._log(evaluate_transcoders(pl_module.adapter, transcoders, self.val_batches), done)
         self.began = time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

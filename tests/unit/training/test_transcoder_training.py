@@ -15,12 +15,13 @@ from vlmscope.core.seeds import generator
 from vlmscope.metrics.reconstruction import fvu
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
+from vlmscope.training.layer_trainer import LayerTrainer
 from vlmscope.training.losses.aux_k import aux_k
 from vlmscope.training.losses.matryoshka import prefix_fvu
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
 from vlmscope.training.transcoder_data import collect
 from vlmscope.training.transcoder_evaluation import evaluate_transcoders
-from vlmscope.training.transcoder_module import LayerTrainer, TranscoderModule
+from vlmscope.training.transcoder_module import TranscoderModule
 from vlmscope.training.transcoder_start import start
 from vlmscope.training.transcoder_stream import ActivationStream
 from vlmscope.training.transcoder_training import train_transcoders
@@ -72,8 +73,8 @@ def _train(vlm: VLM, folder: Path, resume: bool = False, **changes: Any) -> tupl
     return train_transcoders(vlm, _batch, [_batch(100)], config, folder, resume=resume)
 
 
-def _state(folder: Path) -> bytes:
-    return (folder / "transcoder_checkpoint" / "state.safetensors").read_bytes()
+def _state(folder: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted((folder / "transcoder_checkpoint").glob("*/layer_*.safetensors"))]
 
 
 def test_padding_is_dropped_and_soft_tokens_are_known(vlm: VLM) -> None:

@@ -3,12 +3,20 @@
 import torch
 from torch import Tensor
 
-from vlmscope.metrics.reconstruction import fvu
+from vlmscope.training.losses.joint import Total, joint_fvu
 from vlmscope.transcoders.sparse import gather_pre_activations, sparse_decode
 from vlmscope.transcoders.transcoder import Transcoder
 
 
-def aux_k(transcoder: Transcoder, x: Tensor, residual: Tensor, pre: Tensor, dead: Tensor, count: int) -> Tensor:
+def aux_k(
+    transcoder: Transcoder,
+    x: Tensor,
+    residual: Tensor,
+    pre: Tensor,
+    dead: Tensor,
+    count: int,
+    total: Total | None = None,
+) -> Tensor:
     """FVU of the residual [N, d] when the `count` strongest dead features of each token may explain it.
 
     Args:
@@ -18,11 +26,12 @@ def aux_k(transcoder: Transcoder, x: Tensor, residual: Tensor, pre: Tensor, dead
         pre: all pre-activations [N, F], detached.
         dead: indices of dead features [m] int64, m > 0.
         count: how many a token.
+        total: sums over hosts (`vlmscope.training.losses.joint`).
     """
     strongest = pre[:, dead].topk(min(count, len(dead)), dim=-1).indices
     indices = dead[strongest]
     values = gather_pre_activations(pre, indices, x, transcoder.W_enc, transcoder.b_enc).relu()
-    return fvu(residual, sparse_decode(indices, values, transcoder.W_dec))
+    return joint_fvu(residual, sparse_decode(indices, values, transcoder.W_dec), total)
 
 
 def dead_features(silent: Tensor, after_tokens: int) -> Tensor:

@@ -5,10 +5,11 @@ The penalty is `(L0 / k - 1)^2`, their variant that aims at a number of active f
 
 from torch import Tensor
 
+from vlmscope.training.losses.joint import Total, joint_mean
 from vlmscope.transcoders.nonlinearities.jump_relu import JumpReLU
 
 
-def l0_penalty(activation: JumpReLU, at_support: Tensor, indices: Tensor, k: int) -> Tensor:
+def l0_penalty(activation: JumpReLU, at_support: Tensor, indices: Tensor, k: int, total: Total | None = None) -> Tensor:
     """Scalar from the pre-activations [N, m] at the support's indices [N, m]; k is the number aimed at."""
-    mean = activation.steps(at_support, indices).sum(-1).mean()
+    mean = joint_mean(activation.steps(at_support, indices).sum(-1), total)
     return (mean / k - 1).square()

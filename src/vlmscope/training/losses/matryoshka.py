@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlmscope.metrics.reconstruction import fvu
+from vlmscope.training.losses.joint import Total, joint_fvu
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder
 
 
@@ -15,10 +15,12 @@ def prefix_sizes(fractions: Sequence[float], n_features: int) -> list[int]:
     return [size for size in sizes if size < n_features]
 
 
-def prefix_fvu(transcoder: Transcoder, code: SparseCode, x: Tensor, y: Tensor, sizes: Sequence[int]) -> Tensor:
+def prefix_fvu(
+    transcoder: Transcoder, code: SparseCode, x: Tensor, y: Tensor, sizes: Sequence[int], total: Total | None = None
+) -> Tensor:
     """Mean FVU of `y` [N, d] over reconstructions by the first features alone, one a size, with the code as it is."""
     terms = []
     for size in sizes:
         values = torch.where(code.indices < size, code.values, 0)
-        terms.append(fvu(y, transcoder.decode(SparseCode(code.indices, values), x)))
+        terms.append(joint_fvu(y, transcoder.decode(SparseCode(code.indices, values), x), total))
     return torch.stack(terms).mean()

@@ -1,4 +1,4 @@
-"""Training over several processes (gloo) gives the weights of one process; checkpoints go on with any number of them."""
+"""Training over several processes (gloo) gives the weights of one; checkpoints go on with any number of them."""
 
 import os
 import subprocess

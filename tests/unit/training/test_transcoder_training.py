@@ -322,3 +322,14 @@ def test_matryoshka_prefixes_explain_more_than_they_would_by_themselves(vlm: VLM
         with torch.no_grad():
             fvus[name] = float(prefix_fvu(found[1], found[1].encode(x), x, y, [12, 24]))
     assert fvus["nested"] < 0.9 * fvus["plain"]
+
+
+def test_a_layer_with_bad_numbers_stops_alone(vlm: VLM) -> None:
+    module = TranscoderModule(vlm.adapter, CONFIG)
+    activations = collect(vlm.adapter, _batch(0))
+    module.initialise([activations])
+    trainer = module.layer(1)
+    assert trainer.trouble(float("nan"), 1.0, CONFIG) and trainer.trouble(1.0, float("inf"), CONFIG)
+    for step in range(8):
+        trainer.note_loss(0.5, step)
+    assert trainer.trouble(501.0, 1.0, CONFIG) and trainer.trouble(499.0, 1.0, CONFIG) is None

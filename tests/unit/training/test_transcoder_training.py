@@ -324,7 +324,7 @@ def test_matryoshka_prefixes_explain_more_than_they_would_by_themselves(vlm: VLM
     assert fvus["nested"] < 0.9 * fvus["plain"]
 
 
-def test_a_layer_with_bad_numbers_stops_alone(vlm: VLM) -> None:
+def test_bad_numbers_and_explosions_of_a_loss_are_seen(vlm: VLM) -> None:
     module = TranscoderModule(vlm.adapter, CONFIG)
     activations = collect(vlm.adapter, _batch(0))
     module.initialise([activations])

@@ -13,7 +13,7 @@ from vlmscope.transcoders.formats import config_yaml, gemma_scope, sae_lens, spa
 from vlmscope.transcoders.formats.common import STORED_DTYPES, Choice, Format, SetSource, build_layer, uniform
 from vlmscope.transcoders.transcoder import TranscoderSet
 
-__all__ = ["FORMATS", "STORED_DTYPES", "Choice", "detect", "load_set", "open_set", "refusal", "save_set"]
+__all__ = ["ANY", "FORMATS", "STORED_DTYPES", "Choice", "detect", "load_set", "open_set", "refusal", "save_set"]
 
 ANY = Choice()
 _CONFIG = "config.yaml with layer_{i}.safetensors"

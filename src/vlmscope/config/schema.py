@@ -15,6 +15,7 @@ from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.core.errors import UserError
 from vlmscope.data.prompts import PromptSetConfig
 from vlmscope.tracking.config import TrackingConfig
+from vlmscope.transcoders.config import FORMAT_NAMES
 
 
 def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -57,9 +58,21 @@ class ModelConfig:
 
 @dataclass
 class TranscoderSetConfig:
-    """A trained transcoder set in a local folder."""
+    """A trained transcoder set (docs/formats_transcoders.md).
+
+    `path` is a folder, or a hub id with the commit `revision`. `format` "auto" takes what lies in the folder. `width`,
+    `l0` and `affine` choose among the several sets of a folder of Gemma Scope, as in its folders' names.
+    """
 
     path: str = MISSING
+    format: str = "auto"
+    revision: str | None = None
+    width: str | None = None
+    l0: str | None = None
+    affine: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("transcoder.format", self.format, ("auto", *FORMAT_NAMES))
 
 
 @dataclass

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from vlmscope.core.errors import UserError
 
+FORMAT_NAMES = ("vlmscope", "paper", "circuit_tracer", "gemma_scope", "sparsify", "sae_lens")  # of sets on disk
+
 
 @dataclass(frozen=True)
 class TranscoderConfig:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vlmscope.core.errors import UserError
+from vlmscope.transcoders.config import FORMAT_NAMES
 from vlmscope.transcoders.formats import config_yaml, gemma_scope, sae_lens, sparsify
 from vlmscope.transcoders.formats.common import STORED_DTYPES, Choice, Format, SetSource, build_layer, uniform
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -64,6 +65,8 @@ FORMATS: dict[str, Format] = {
         ),
     )
 }
+
+assert tuple(FORMATS) == FORMAT_NAMES
 
 
 def format_named(name: str) -> Format:

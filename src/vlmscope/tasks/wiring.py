@@ -120,9 +120,8 @@ def random_transcoders(config: RandomTranscodersConfig, vlm: VLM) -> TranscoderS
     width = 4 * adapter.d_model if config.n_features is None else config.n_features
     size = adapter.n_layers * 2 * width * adapter.d_model * adapter.dtype.itemsize
     check_room(size, "random transcoders", "cpu", "choose a smaller transcoder.n_features")
-    found = random_set(
-        adapter.n_layers, adapter.d_model, width, config.k, config.skip, config.seed, adapter.dtype, "random"
-    )
+    shape = (adapter.n_layers, adapter.d_model, width, config.k, config.skip)
+    found = random_set(*shape, config.seed, adapter.dtype, "random", config.activation)
     return found.to(adapter.device).requires_grad_(False)
 
 

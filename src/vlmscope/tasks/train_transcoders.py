@@ -18,6 +18,7 @@ class Config:
     data=folder, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut off), and
     `val_examples` at most are validated on. `matryoshka` lists fractions of the features that must do on their own;
     `sparsity_coefficient` weighs the penalty of transcoder.activation=jumprelu (L0) and relu (L1).
+    `license` goes into the set's card: an identifier of the hub, such as apache-2.0.
     """
 
     batch: dict[str, int] = field(
@@ -36,6 +37,7 @@ class Config:
     matryoshka: list[float] = field(default_factory=list)
     sparsity_coefficient: float = 1.0
     clip: float = 1.0
+    license: str = "unknown"
 
     def __post_init__(self) -> None:
         for key in ("tokens_per_batch", "max_tokens", "val_examples"):
@@ -46,10 +48,13 @@ class Config:
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Train, save to `<run_dir>/transcoders`, and report FVU, L0, dead features and the change of cross-entropy."""
     from vlmscope.config.schema import TranscoderArchConfig
+    from vlmscope.core.artifacts import write_text
     from vlmscope.report.training_figures import fvu_by_layer
+    from vlmscope.tasks.transcoder_cards import training_card
     from vlmscope.tasks.transcoder_batches import batches_for
     from vlmscope.tasks.wiring import load_model
     from vlmscope.training.transcoder_training import train_transcoders
+    from vlmscope.transcoders.card import CARD
     from vlmscope.transcoders.formats import save_set
 
     if not isinstance(cfg.transcoder, TranscoderArchConfig):
@@ -66,6 +71,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         cfg.trainer.resume,
     )
     save_set(transcoders, context.run_dir / "transcoders", dtype="bfloat16")
+    write_text(context.run_dir / "transcoders" / CARD, training_card(cfg, transcoders, metrics))
     layers = range(vlm.adapter.n_layers)
     series = {
         name: [metrics[f"layers/{key}/layer_{i:02d}"] for i in layers]

@@ -109,17 +109,28 @@ def trained_transcoders(
     Raises:
         UserError: the group names no set, or the set is not there, too large, or not for this model.
     """
+    from vlmscope.transcoders.formats import load_set
+
+    folder, form, choice = chosen_set(cfg)
+    _check_set_fits(folder, form, choice, device, itemsize)
+    return load_set(folder, n_layers, d_model, format=form, choice=choice)
+
+
+def chosen_set(cfg: AppConfig) -> tuple[Path, str, Choice]:
+    """Folder (fetched from the hub if need be), format, and which of several sets `transcoder=` names.
+
+    Raises:
+        UserError: the group names no trained set, or it cannot be fetched.
+    """
     from vlmscope.config.schema import TranscoderSetConfig
-    from vlmscope.transcoders.formats import Choice, load_set
+    from vlmscope.transcoders.formats import Choice
     from vlmscope.transcoders.hub import set_folder
 
     chosen = cfg.transcoder
     if not isinstance(chosen, TranscoderSetConfig):
         raise UserError("this task needs a trained transcoder set: choose transcoder=orrery, path or random")
     choice = Choice(chosen.width, chosen.l0, chosen.affine)
-    folder = set_folder(chosen.path, chosen.revision, chosen.format, choice)
-    _check_set_fits(folder, chosen.format, choice, device, itemsize)
-    return load_set(folder, n_layers, d_model, format=chosen.format, choice=choice)
+    return set_folder(chosen.path, chosen.revision, chosen.format, choice), chosen.format, choice
 
 
 def _check_set_fits(folder: Path, form: str, choice: Choice, device: str, itemsize: int) -> None:

@@ -133,8 +133,13 @@ class _Progress(pl.Callback):
             self.bar.close()
 
     def speed(self) -> dict[str, float]:
-        """Tokens a second of training, data and forward included; nothing when no step was taken."""
-        return {"perf/tokens_per_s": self.tokens / self.seconds} if self.seconds else {}
+        """Tokens a second of training, data and forward included; nothing when no step was taken.
+
+        `train/tokens` are those of this session: a resumed run does not know those of the sessions before.
+        """
+        if not self.seconds:
+            return {}
+        return {"perf/tokens_per_s": self.tokens / self.seconds, "train/tokens": float(self.tokens)}
 
     def _log(self, figures: dict[str, float], step: int) -> None:
         if self.logger is not None:

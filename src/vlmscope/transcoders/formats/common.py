@@ -99,6 +99,19 @@ def read_tensors(path: Path) -> Tensors:
         raise UserError(f"cannot read {path}: not a complete safetensors file ({error}); copy it anew") from error
 
 
+def stored_dtypes(path: Path) -> set[str]:
+    """The dtypes of a file's tensors in safetensors' words, such as F32.
+
+    Raises:
+        UserError: it is missing or not complete.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {path}: not a complete safetensors file ({error}); copy it anew") from error
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> None:
     """Write tensors, converted to a dtype of `STORED_DTYPES`, atomically.
 

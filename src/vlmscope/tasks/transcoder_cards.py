@@ -1,0 +1,44 @@
+"""The card of a set that was just trained, from the run's settings and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
+    from vlmscope.transcoders.transcoder import TranscoderSet
+
+_TOKENS = "data/tokens/"
+# What a card's table leaves out: it stands elsewhere in the card, or says how a run is watched.
+_SKIPPED = {"k", "activation", "skip", "data", "checkpoint_every", "val_every", "log_every"}
+
+
+def training_card(cfg: AppConfig, transcoders: TranscoderSet, metrics: Mapping[str, float]) -> str:
+    """The text of the set's README.md.
+
+    The data mix is taken from metrics named `data/tokens/<source>`; without them all tokens of training
+    (`train/tokens`) are the data's whose name the configuration says.
+    """
+    from vlmscope.core.hub import is_hub_id
+    from vlmscope.tasks.train_transcoders import training_config
+    from vlmscope.transcoders.card import facts_of_set, render, with_metrics
+
+    model = cfg.model
+    hub = model.hub or (model.path if model.tiny is None and is_hub_id(model.path) else None)
+    facts = with_metrics(facts_of_set(transcoders), metrics)
+    data = {name.removeprefix(_TOKENS): round(count) for name, count in metrics.items() if name.startswith(_TOKENS)}
+    if not data and "train/tokens" in metrics:
+        data = {cfg.data.name: round(metrics["train/tokens"])}
+    settings = {name: value for name, value in asdict(training_config(cfg)).items() if name not in _SKIPPED}
+    return render(
+        replace(
+            facts,
+            base_model=hub or facts.base_model,
+            base_revision=model.revision,
+            license=cfg.task.license,
+            data=data,
+            settings={name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
+        )
+    )

@@ -50,8 +50,8 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.config.schema import TranscoderArchConfig
     from vlmscope.core.artifacts import write_text
     from vlmscope.report.training_figures import fvu_by_layer
-    from vlmscope.tasks.transcoder_cards import training_card
     from vlmscope.tasks.transcoder_batches import batches_for
+    from vlmscope.tasks.transcoder_cards import training_card
     from vlmscope.tasks.wiring import load_model
     from vlmscope.training.transcoder_training import train_transcoders
     from vlmscope.transcoders.card import CARD
@@ -71,7 +71,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         cfg.trainer.resume,
     )
     save_set(transcoders, context.run_dir / "transcoders", dtype="bfloat16")
-    write_text(context.run_dir / "transcoders" / CARD, training_card(cfg, transcoders, metrics))
+    write_text(context.run_dir / "transcoders" / CARD, training_card(cfg, training_config(cfg), transcoders, metrics))
     layers = range(vlm.adapter.n_layers)
     series = {
         name: [metrics[f"layers/{key}/layer_{i:02d}"] for i in layers]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
+    from vlmscope.training.transcoder_config import TranscoderTrainingConfig
     from vlmscope.transcoders.transcoder import TranscoderSet
 
 _TOKENS = "data/tokens/"
@@ -15,14 +16,15 @@ _TOKENS = "data/tokens/"
 _SKIPPED = {"k", "activation", "skip", "data", "checkpoint_every", "val_every", "log_every"}
 
 
-def training_card(cfg: AppConfig, transcoders: TranscoderSet, metrics: Mapping[str, float]) -> str:
+def training_card(
+    cfg: AppConfig, settings: TranscoderTrainingConfig, transcoders: TranscoderSet, metrics: Mapping[str, float]
+) -> str:
     """The text of the set's README.md.
 
     The data mix is taken from metrics named `data/tokens/<source>`; without them all tokens of training
     (`train/tokens`) are the data's whose name the configuration says.
     """
     from vlmscope.core.hub import is_hub_id
-    from vlmscope.tasks.train_transcoders import training_config
     from vlmscope.transcoders.card import facts_of_set, render, with_metrics
 
     model = cfg.model
@@ -31,7 +33,7 @@ def training_card(cfg: AppConfig, transcoders: TranscoderSet, metrics: Mapping[s
     data = {name.removeprefix(_TOKENS): round(count) for name, count in metrics.items() if name.startswith(_TOKENS)}
     if not data and "train/tokens" in metrics:
         data = {cfg.data.name: round(metrics["train/tokens"])}
-    settings = {name: value for name, value in asdict(training_config(cfg)).items() if name not in _SKIPPED}
+    told = {name: value for name, value in asdict(settings).items() if name not in _SKIPPED}
     return render(
         replace(
             facts,
@@ -39,6 +41,6 @@ def training_card(cfg: AppConfig, transcoders: TranscoderSet, metrics: Mapping[s
             base_revision=model.revision,
             license=cfg.task.license,
             data=data,
-            settings={name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
+            settings={name: list(value) if isinstance(value, tuple) else value for name, value in told.items()},
         )
     )

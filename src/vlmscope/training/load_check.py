@@ -1,7 +1,8 @@
 """Does a transcoder set suit this model? FVU of every layer on some hundred tokens, from one forward of each input.
 
-A set for another model, at another hook point or read with the wrong nonlinearity still loads; its FVU is then mostly
-above 1, worse than the target's mean. Not always: Orrery's transcoder of layer 1 has 0.91 at layer 0.
+A set for another model or at another hook point still loads; its FVU is then mostly above 1, worse than the target's
+mean. Orrery's set moved by one layer has 0.91 to 2.08, above 1 in 6 of 8 layers. A wrong nonlinearity shows less: the
+same set read with ReLU in place of TopK has 0.08 to 0.45 instead of 0.01 to 0.07, so that no warning comes.
 """
 
 from collections.abc import Mapping, Sequence

@@ -137,6 +137,8 @@ class TranscoderModule(pl.LightningModule):
                 for layer in range(adapter.n_layers)
             }
         )
+        # Kept in checkpoints, so that a resumed run knows what it has learnt from.
+        self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.long))
         self.optimizer = torch.optim.AdamW(
             self.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -191,10 +193,10 @@ class TranscoderModule(pl.LightningModule):
             fvus.append(float(unexplained.detach()))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        self._commit(outputs)
+        self._commit(outputs, batch.n_tokens)
         return {"fvu": sum(fvus) / len(fvus), "tokens": batch.n_tokens}
 
-    def _commit(self, outputs: dict[int, TranscoderOutput]) -> None:
+    def _commit(self, outputs: dict[int, TranscoderOutput], tokens: int) -> None:
         """Everything that changes the state, in one place: an interrupt elsewhere leaves a state that can be saved."""
         self.committing = True
         # Through Lightning's wrapper, which counts the step.
@@ -203,6 +205,7 @@ class TranscoderModule(pl.LightningModule):
         wrapped.step()
         for layer, out in outputs.items():
             self.layer(layer).note_fired(out)
+        self.tokens_seen += tokens
         self.steps_done += 1
         self.committing = False
 

@@ -46,7 +46,8 @@ def train_transcoders(
         model_name: written into the set; by default the loaded model's own name.
 
     Returns:
-        The set in the model's own coordinates, and its final figures with `perf/tokens_per_s`.
+        The set in the model's own coordinates, and its final figures with `perf/tokens_per_s` and `train/tokens`, those
+        of all sessions of the run.
 
     Raises:
         UserError: for impossible settings or a checkpoint that does not belong to them.
@@ -65,6 +66,7 @@ def train_transcoders(
     transcoders = module.finished_set().to(adapter.device)  # Lightning leaves the module on the CPU
     metrics = evaluate_transcoders(adapter, transcoders, val_batches) if val_batches else {}
     metrics |= progress.speed()
+    metrics["train/tokens"] = float(module.tokens_seen)
     if logger is not None:
         logger.log_metrics(metrics, step=module.steps_done)
     return transcoders, metrics
@@ -133,13 +135,8 @@ class _Progress(pl.Callback):
             self.bar.close()
 
     def speed(self) -> dict[str, float]:
-        """Tokens a second of training, data and forward included; nothing when no step was taken.
-
-        `train/tokens` are those of this session: a resumed run does not know those of the sessions before.
-        """
-        if not self.seconds:
-            return {}
-        return {"perf/tokens_per_s": self.tokens / self.seconds, "train/tokens": float(self.tokens)}
+        """Tokens a second of training, data and forward included; nothing when no step was taken."""
+        return {"perf/tokens_per_s": self.tokens / self.seconds} if self.seconds else {}
 
     def _log(self, figures: dict[str, float], step: int) -> None:
         if self.logger is not None:

@@ -85,6 +85,7 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
         ("in", "paper", "out", "cannot be written as paper: the paper's code knows TopK alone"),
         ("in", "sparsify", "out", "no place for batchtopk"),
         ("in", "vlmscope", "taken", "is there already"),
+        ("in", "null", "out", "task.to has no value"),
         ("in", "papers", "out", "task.to=papers: no such choice"),
         ("taken", "paper", "out", "it has none of config.yaml"),
         ("nowhere", "paper", "out", "there is no such folder"),

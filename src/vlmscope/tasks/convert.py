@@ -27,8 +27,8 @@ class Config:
     card; None leaves what the source's card says.
     """
 
-    to: str = "???"
-    out: str = "???"
+    to: str | None = None
+    out: str | None = None
     dtype: str = "auto"
     license: str | None = None
 
@@ -36,7 +36,7 @@ class Config:
         from vlmscope.transcoders.config import FORMAT_NAMES
 
         for key, value, allowed in (("to", self.to, FORMAT_NAMES), ("dtype", self.dtype, DTYPES)):
-            if value not in allowed:
+            if value is not None and value not in allowed:
                 raise UserError(f"task.{key}={value}: no such choice; choose one of {', '.join(allowed)}")
 
 
@@ -49,6 +49,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.transcoders.card import CARD, carried_over, facts_of_set, render
     from vlmscope.transcoders.formats import load_set, refusal, save_set
 
+    for key in ("to", "out"):
+        if not getattr(cfg.task, key):
+            raise UserError(f"task.{key} has no value; give it on the command line as task.{key}=...")
     limit_threads(cfg)
     folder, form, choice = chosen_set(cfg)
     found = load_set(folder, dtype=_widest(folder, form, choice), format=form, choice=choice).requires_grad_(False)

@@ -7,14 +7,15 @@ every n-th row. Pictures stay undecoded.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.data.columns import Parser, columns_of, parser
-from vlmscope.data.raw import RawSample
 from vlmscope.data.readers import Indexed, Mark, Row, Source
 from vlmscope.data.share import Share
 from vlmscope.data.source_config import SourceConfig
@@ -56,6 +57,9 @@ def _from_folder(name: str, folder: Path, split: str) -> Any:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        part = folder / split if (folder / "dataset_dict.json").is_file() else folder
+        if _is_empty(part):
+            raise UserError(f"data.sources.{name}: {part} is empty; give data with samples")
         loaded = _told(f"cannot read {folder}", lambda: load_from_disk(str(folder)))
         if not isinstance(loaded, DatasetDict):
             return loaded
@@ -95,6 +99,12 @@ def _from_hub(name: str, config: SourceConfig, subset: str | None, split: str) -
         lambda: load_dataset(hub, subset, split=split, revision=revision, streaming=True),
         mend,
     )
+
+
+def _is_empty(folder: Path) -> bool:
+    """`load_from_disk` fails on a table that was saved without rows."""
+    state = read_json(folder / "state.json") if (folder / "state.json").is_file() else None
+    return state is not None and not state.get("_data_files")
 
 
 def _told(what: str, call: Any, mend: str = "check it, or write it anew") -> Any:
@@ -185,16 +195,12 @@ class Stream:
         """A pass; its mark is `datasets`' own state with the number of rows done."""
         from datasets.distributed import split_dataset_by_node
 
-        # A table of its own for each pass, since it keeps the state of its iteration.
-        table = split_dataset_by_node(self.table, share.index, share.total) if share.total > 1 else _fresh(self.table)
+        # A deep copy for each pass: a table keeps the state of its iteration, and shallow ones share it.
+        table = copy.deepcopy(self.table)
+        if share.total > 1:
+            table = split_dataset_by_node(table, share.index, share.total)
         most = None if self.limit is None else len(share.rows(self.limit))
         return StreamReader(self.name, table, self.parse, most, share, mark)
-
-
-def _fresh(table: Any) -> Any:
-    import copy
-
-    return copy.copy(table)
 
 
 class StreamReader:

@@ -17,8 +17,8 @@ from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.data.raw import RawSample
 from vlmscope.data.readers import Mark, Row
-from vlmscope.data.share import Share
 from vlmscope.data.shards import INDEX, read_samples
+from vlmscope.data.share import Share
 
 
 class ShardSource:

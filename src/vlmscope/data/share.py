@@ -23,3 +23,6 @@ class Share(NamedTuple):
     def stretch(self, size: int) -> range:
         """Its rows of `size` as one stretch, for files that are read from the front. Each row once, as in `rows`."""
         return range(self.index * size // self.total, (self.index + 1) * size // self.total)
+
+
+WHOLE = Share()

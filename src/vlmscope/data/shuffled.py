@@ -15,7 +15,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
 from vlmscope.data.raw import RawSample
 from vlmscope.data.readers import Mark, Reader, Row, Source
-from vlmscope.data.share import Share
+from vlmscope.data.share import WHOLE, Share
 
 PATIENCE = 100  # unusable rows at the beginning before the source is given up
 
@@ -26,7 +26,7 @@ class ShuffledSource:
     def __init__(
         self,
         source: Source,
-        share: Share = Share(),
+        share: Share = WHOLE,
         buffer: int = 1000,
         seed: int = 0,
         repeat: bool = False,

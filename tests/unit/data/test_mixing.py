@@ -10,7 +10,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.data.mixing import Lane, TokenMix
 from vlmscope.data.raw import RawSample
 from vlmscope.data.readers import Indexed
-from vlmscope.data.share import Share
+from vlmscope.data.share import WHOLE, Share
 from vlmscope.data.shuffled import PATIENCE, ShuffledSource
 from vlmscope.data.text_packing import TokenPacker, packed
 
@@ -71,7 +71,7 @@ class Packed:
         self.packer.left = list(state)
 
 
-def mix(counts: tuple[int, int, int] = (400, 300, 200), repeat: bool = False, share: Share = Share()) -> TokenMix:
+def mix(counts: tuple[int, int, int] = (400, 300, 200), repeat: bool = False, share: Share = WHOLE) -> TokenMix:
     weights = {"a": 2.0, "b": 2.0, "c": 1.0}
     return TokenMix(
         {

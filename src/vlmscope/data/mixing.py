@@ -1,6 +1,6 @@
 """Several sources as one stream in which each has its share of the TOKENS, deterministic and resumable.
 
-The next item comes from the source that is furthest behind: the one with the least tokens so far, divided by its weight.
+The next item comes from the source that is furthest behind: that with the least tokens so far, divided by its weight.
 So at any time the shares differ from the weights by an item's length at most. When a source ends the others go on, in
 their own proportion.
 """

@@ -1,6 +1,6 @@
 """A share of a source in a seeded order, endless if wished, whose state is a few JSON values.
 
-Rows are taken in blocks of the buffer's size and each block is shuffled, with the seed of (source, share, epoch, block).
+Rows are taken in blocks of the buffer's size; each block is shuffled, with the seed of (source, share, epoch, block).
 So the state needs no copy of a buffer: the reader's mark at the start of the block, and the place in it, are enough.
 """
 

@@ -15,8 +15,8 @@ class Config:
     """What a batch is made of, and the loss for dead features. Sizes: transcoder=arch, optim, trainer.
 
     With data=orrery, `batch` says how many scenes of each kind, `val_scenes` how many of each for validation. With
-    data=folder, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut off), and
-    `val_examples` at most are validated on.
+    data=folder or a mix, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut
+    off), and `val_examples` at most are validated on.
     """
 
     batch: dict[str, int] = field(
@@ -52,7 +52,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     if not isinstance(cfg.transcoder, TranscoderArchConfig):
         raise UserError("training needs an architecture, not a trained set: add transcoder=arch")
     training_config(cfg).check()
-    vlm, source = batches_for(cfg, lambda: load_model(cfg))
+    vlm, source = batches_for(cfg, lambda: load_model(cfg), context.run_dir)
     transcoders, metrics = train_transcoders(
         vlm,
         source.train,
@@ -61,6 +61,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         context.run_dir,
         context.tracked.lightning_logger(),
         cfg.trainer.resume,
+        data_figures=source.figures,
     )
     save_set(transcoders, context.run_dir / "transcoders", dtype="bfloat16")
     layers = range(vlm.adapter.n_layers)

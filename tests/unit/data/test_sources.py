@@ -190,20 +190,23 @@ def test_holding_out_follows_the_content() -> None:
 
 
 REFUSED = [
-    (dict(kind="hf_text", text="body"), "no column 'body'; the columns are text, source"),
-    (dict(kind="hf_cauldron"), "no column 'images'; the columns are text, source"),
-    (dict(kind="hf_text", path="/nowhere"), "no folder /nowhere"),
-    (dict(kind="hf_text", path=None), "neither path nor hub"),
-    (dict(kind="text"), "no such kind; choose one of folder, hf_text"),
-    (dict(kind="hf_text", weight=0.0), "weight=0.0: a weight must be positive"),
-    (dict(kind="hf_text", limit=0), "limit=0: it must be at least 1"),
-    (dict(kind="orrery", stream="songs"), "choose one of text, captions, questions"),
-    (dict(kind="shards", path=None), "path is not set: give the folder with its index.json"),
-    (dict(kind="shards"), "no index.json in"),
-    (dict(kind="hf_image_label", templates=["a photo"]), "each template must say where the {label} goes"),
-    (dict(kind="hf_text", path=None, hub="EleutherAI/SmolLM2-135M-10B"), "has no pinned revision: add data.sources.it"),
-    (dict(kind="hf_text", path=None, hub="a/b", revision="main"), "asked for at 'main', which may move"),
-    (dict(kind="hf_text", path=None, hub="a/b", revision="0" * 40), "HF_HUB_OFFLINE forbids to stream a/b"),
+    ({"kind": "hf_text", "text": "body"}, "no column 'body'; the columns are text, source"),
+    ({"kind": "hf_cauldron"}, "no column 'images'; the columns are text, source"),
+    ({"kind": "hf_text", "path": "/nowhere"}, "no folder /nowhere"),
+    ({"kind": "hf_text", "path": None}, "neither path nor hub"),
+    ({"kind": "text"}, "no such kind; choose one of folder, hf_text"),
+    ({"kind": "hf_text", "weight": 0.0}, "weight=0.0: a weight must be positive"),
+    ({"kind": "hf_text", "limit": 0}, "limit=0: it must be at least 1"),
+    ({"kind": "orrery", "stream": "songs"}, "choose one of text, captions, questions"),
+    ({"kind": "shards", "path": None}, "path is not set: give the folder with its index.json"),
+    ({"kind": "shards"}, "no index.json in"),
+    ({"kind": "hf_image_label", "templates": ["a photo"]}, "each template must say where the {label} goes"),
+    (
+        {"kind": "hf_text", "path": None, "hub": "EleutherAI/SmolLM2-135M-10B"},
+        "has no pinned revision: add data.",
+    ),
+    ({"kind": "hf_text", "path": None, "hub": "a/b", "revision": "main"}, "asked for at 'main', which may move"),
+    ({"kind": "hf_text", "path": None, "hub": "a/b", "revision": "0" * 40}, "HF_HUB_OFFLINE forbids to stream a/b"),
 ]
 
 

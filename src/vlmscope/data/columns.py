@@ -79,7 +79,7 @@ def label_name(label: Any, names: Sequence[str] | None, what: str) -> str:
         raise UserError(f"{what} is {label}, and the data do not name their classes; store a ClassLabel or names")
     if label is None or not 0 <= label < len(names):
         raise UserError(f"{what} is {label}: there is no such class among {len(names)}")
-    return names[label].split(",")[0].strip()
+    return str(names[label]).split(",")[0].strip()
 
 
 def picture_bytes(picture: Any, origin: str) -> bytes:

@@ -64,7 +64,9 @@ def _from_folder(name: str, folder: Path, split: str) -> Any:
         if not isinstance(loaded, DatasetDict):
             return loaded
         if split not in loaded:
-            raise UserError(f"{folder} has no split {split!r}; data.sources.{name}.split is one of {', '.join(loaded)}")
+            raise UserError(
+                f"{folder} has no split {split!r}; data.sources.{name}.split is one of {', '.join(map(str, loaded))}"
+            )
         return loaded[split]
     files = sorted(folder.rglob("*.parquet"))
     if not files:

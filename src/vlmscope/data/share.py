@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """Part `index` of `total`: rank r of R with worker w of W reads part r W + w of R W."""
 
     index: int = 0

@@ -111,7 +111,9 @@ class ShuffledSource:
             self._reader = self.source.open(self.share, mark)
         self.start = mark
         self._rows = list(islice(self._reader, self.buffer))
-        rng = generator(self.seed, "shuffle", self.source.name, *self.share, self.epoch, self.block)
+        rng = generator(
+            self.seed, "shuffle", self.source.name, self.share.index, self.share.total, self.epoch, self.block
+        )
         self._order = rng.permutation(len(self._rows)).tolist()
 
     def _turn(self) -> bool:

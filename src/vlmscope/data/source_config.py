@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from vlmscope.core.conversation import CAPTION_REQUEST
@@ -63,6 +64,8 @@ def check_source(name: str, source: SourceConfig) -> None:
         UserError: with the key and what to do.
     """
     key = f"data.sources.{name}"
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):  # it becomes part of file names and of metrics' names
+        raise UserError(f"{key}: name a source with letters, digits, _ and - only")
     if source.kind not in KINDS:
         raise UserError(f"{key}.kind={source.kind}: no such kind; choose one of {', '.join(KINDS)}")
     if not 0 < source.weight < float("inf"):

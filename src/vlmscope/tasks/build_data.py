@@ -1,4 +1,4 @@
-"""Render Orrery's scenes into WebDataset shards with an index; goes on where a killed build stopped."""
+"""Write Orrery's scenes, or a mix of sources, as WebDataset shards; goes on where a killed build stopped."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,16 +14,47 @@ TEST = {"planets": 1000, "digits": 1000, "shapes": 1000, "hands": 1000, "text": 
 
 @dataclass
 class Config:
-    """Scenes of each kind in each split. They go to `data.path`."""
+    """What is written to `data.path`: with data=orrery, scenes of each kind in each split; with a mix, all samples.
+
+    A mix is written in `parts` parts a source, by `workers` processes (None: one a core, four at most).
+    """
 
     train: dict[str, int] = field(default_factory=lambda: dict(TRAIN))
     val: dict[str, int] = field(default_factory=lambda: dict(VAL))
     test: dict[str, int] = field(default_factory=lambda: dict(TEST))
     shard_size: int = 1000
+    parts: int = 4
+    workers: int | None = None
 
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Write the shards that `data.path` still lacks."""
+    from vlmscope.core.errors import UserError
+
+    if cfg.data.path is None:
+        raise UserError("data.path is not set: give the folder that the shards shall go to")
+    if cfg.data.sources:
+        return _mix(cfg)
+    if cfg.data.name != "orrery":
+        raise UserError(f"data={cfg.data.name}: shards are written of data=orrery and of mixes (docs/data.md)")
+    return _orrery(cfg)
+
+
+def _mix(cfg: "AppConfig") -> dict[str, float]:
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from vlmscope.data.build import BuildSettings, build_mix, known_rows, processes_for
+
+    data, task = cfg.data, cfg.task
+    folder = Path(str(data.path))
+    settings = BuildSettings(folder, task.shard_size, task.parts, data.val_share)
+    with tqdm(initial=known_rows(folder), unit="row", desc="shards") as bar:
+        return build_mix(data.sources, settings, processes_for(task.workers), bar.update)
+
+
+def _orrery(cfg: "AppConfig") -> dict[str, float]:
     from pathlib import Path
 
     from tqdm import tqdm
@@ -32,8 +63,6 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.data.orrery.dataset import OrreryDataConfig, build, plans_of
     from vlmscope.data.orrery.scene import KINDS
 
-    if cfg.data.path is None:
-        raise UserError("data.path is not set: give the folder that the shards shall go to")
     task: Config = cfg.task
     for split in ("train", "val", "test"):
         for kind, count in getattr(task, split).items():

@@ -71,7 +71,7 @@ def _there(
             process.start()
             theirs.close()
             started.append((process, mine))
-            _hand_over(mine, waiting, working)
+            _hand_over(cast(Connection, mine), waiting, working)
         while working:
             for ready in wait(list(working)):
                 connection = cast(Connection, ready)

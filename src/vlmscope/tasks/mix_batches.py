@@ -11,6 +11,7 @@ from vlmscope.core.errors import UserError
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.data.mixing import TokenMix
+    from vlmscope.data.share import Share
     from vlmscope.data.shuffled import ShuffledSource
     from vlmscope.models.loading import VLM
     from vlmscope.tasks.transcoder_batches import Source
@@ -48,8 +49,8 @@ def mix_batches(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple
     return vlm, Source(batches, held, settings, batches.figures)
 
 
-def streams(cfg: AppConfig, name: str, validation: bool) -> Callable[[], ShuffledSource]:
-    """What opens a new stream of a source's samples, for training or for validation.
+def streams(cfg: AppConfig, name: str, validation: bool, share: Share | None = None) -> Callable[[], ShuffledSource]:
+    """What opens a new stream of a source's samples, for training or for validation; a `share` of it, or all.
 
     Raises:
         UserError: the source is wrong, or not there.
@@ -62,7 +63,7 @@ def streams(cfg: AppConfig, name: str, validation: bool) -> Callable[[], Shuffle
     source = open_source(name, config, config.val_split if validation else None, data.max_bad_shards)
     keep = keeps(config, data.val_share, validation)
     buffer, repeat = (1, False) if validation else (data.shuffle, config.repeat)
-    return lambda: ShuffledSource(source, WHOLE, buffer, cfg.seed, repeat, keep)
+    return lambda: ShuffledSource(source, share or WHOLE, buffer, cfg.seed, repeat, keep)
 
 
 def encoder(cfg: AppConfig, vlm: VLM) -> SampleEncoder:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
@@ -68,7 +69,7 @@ def _there(
         for _ in range(processes):
             mine, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs,), daemon=True)
-            process.start()
+            _start(process)
             theirs.close()
             started.append((process, mine))
             _hand_over(cast(Connection, mine), waiting, working)
@@ -96,6 +97,18 @@ def _there(
                 process.terminate()
 
 
+def _start(process: Any) -> None:
+    """Start a process that Ctrl-C does not reach, not even while it imports: it is the builder's to end."""
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be set
+        process.start()
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process inherits it
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _hand_over(connection: Connection, waiting: list[PartJob], working: dict[Connection, PartJob]) -> None:
     job = waiting.pop(0) if waiting else None
     connection.send(job)
@@ -114,8 +127,7 @@ def _received(connection: Connection, job: PartJob) -> Any:
 
 
 def _work(connection: Connection) -> None:
-    """A process: parts until it is told None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the builder's; this one ends when the builder does
+    """A process: parts until it is told None, or the builder is gone."""
     try:
         while (job := connection.recv()) is not None:
             try:

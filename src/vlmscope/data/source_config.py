@@ -9,7 +9,7 @@ from vlmscope.core.conversation import CAPTION_REQUEST
 from vlmscope.core.errors import UserError
 
 KINDS = ("folder", "hf_text", "hf_image_label", "hf_cauldron", "shards", "orrery")
-ORRERY_STREAMS = ("text", "captions", "questions")
+ORRERY_STREAMS = ("text", "captions", "questions", "dialogues")
 
 
 @dataclass

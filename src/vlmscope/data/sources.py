@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vlmscope.core.conversation import CAPTION_REQUEST, Exchange
 from vlmscope.core.errors import UserError
+from vlmscope.core.seeds import derive
 from vlmscope.data.hf_rows import hf_source
 from vlmscope.data.orrery.scene import KINDS, SPLITS, Scene, make_scene
 from vlmscope.data.raw import RawSample, held_out
@@ -64,10 +65,16 @@ def _orrery(name: str, config: SourceConfig, split: str) -> Indexed:
 
 
 def scene_sample(scene: Scene, stream: str) -> RawSample:
-    """A scene of Orrery as text (facts), as a picture with its caption, or as a picture with its other questions."""
+    """A scene of Orrery as plain text, or as its picture with the caption, with one question, or with all of them.
+
+    "questions" picks one by the scene's key, since Orrery was trained on single turns; "dialogues" asks all, caption
+    apart.
+    """
     if scene.image is None:
         return RawSample(text=" ".join(f"{q.question} {q.answer}" for q in scene.questions), origin=scene.key)
     asked = [q for q in scene.questions if (q.group == "caption") == (stream == "captions")]
+    if stream == "questions":
+        asked = [asked[derive(0, "question", scene.key) % len(asked)]]
     exchanges = tuple(Exchange(q.question, q.answer) for q in asked)
     return RawSample((encode_png(scene.image),), exchanges, origin=scene.key)
 

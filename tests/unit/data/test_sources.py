@@ -157,13 +157,16 @@ def test_a_shuffled_stream_resumes_to_the_sample(tmp_path: Path) -> None:
 
 
 def test_orrery_in_three_streams() -> None:
-    text, captions, questions = (
-        samples(SourceConfig("orrery", stream=name, limit=8)) for name in ("text", "captions", "questions")
+    text, captions, questions, dialogues = (
+        samples(SourceConfig("orrery", stream=name, limit=8)) for name in ("text", "captions", "questions", "dialogues")
     )
     assert all(not one.exchanges and "?" in one.text for one in text)
     assert all(len(one.exchanges) == 1 and one.exchanges[0].user.startswith(("describe", "what")) for one in captions)
     assert [one.images for one in captions] == [one.images for one in questions]  # the same scenes, asked otherwise
-    assert sum(len(one.exchanges) for one in questions) == 2 * (3 + 3 + 3 + 1)
+    assert sum(len(one.exchanges) for one in dialogues) == 2 * (3 + 3 + 3 + 1)
+    for one, all_of_them in zip(questions, dialogues, strict=True):
+        assert len(one.exchanges) == 1 and one.exchanges[0] in all_of_them.exchanges
+    assert len({one.exchanges[0].user for one in questions}) > 4  # not the first question of each
     assert text != samples(SourceConfig("orrery", stream="text", limit=8), split="val")
 
 
@@ -197,7 +200,7 @@ REFUSED = [
     ({"kind": "text"}, "no such kind; choose one of folder, hf_text"),
     ({"kind": "hf_text", "weight": 0.0}, "weight=0.0: a weight must be positive"),
     ({"kind": "hf_text", "limit": 0}, "limit=0: it must be at least 1"),
-    ({"kind": "orrery", "stream": "songs"}, "choose one of text, captions, questions"),
+    ({"kind": "orrery", "stream": "songs"}, "choose one of text, captions, questions, dialogues"),
     ({"kind": "shards", "path": None}, "path is not set: give the folder with its index.json"),
     ({"kind": "shards"}, "no index.json in"),
     ({"kind": "hf_image_label", "templates": ["a photo"]}, "each template must say where the {label} goes"),

@@ -82,7 +82,10 @@ def scene_sample(scene: Scene, stream: str) -> RawSample:
 def _folder(name: str, config: SourceConfig, split: str) -> Indexed:
     from vlmscope.data.folder import JsonLines
 
-    lines = JsonLines(Path(str(config.path)) / f"{split}.jsonl")
+    path = Path(str(config.path)) / f"{split}.jsonl"
+    if not path.is_file():
+        raise UserError(f"no {path.name} in {path.parent}; data.sources.{name}.path: as docs/bring_your_own.md says")
+    lines = JsonLines(path)
     count = len(lines) if config.limit is None else min(len(lines), config.limit)
 
     def sample(number: int) -> RawSample:

@@ -203,6 +203,7 @@ REFUSED = [
     ({"kind": "orrery", "stream": "songs"}, "choose one of text, captions, questions, dialogues"),
     ({"kind": "shards", "path": None}, "path is not set: give the folder with its index.json"),
     ({"kind": "shards"}, "no index.json in"),
+    ({"kind": "folder"}, "no train.jsonl in"),
     ({"kind": "hf_image_label", "templates": ["a photo"]}, "each template must say where the {label} goes"),
     (
         {"kind": "hf_text", "path": None, "hub": "EleutherAI/SmolLM2-135M-10B"},

@@ -47,7 +47,9 @@ def batches_for(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple
         return mix_batches(cfg, load, run_dir)
     makers = {"orrery": orrery_batches, "folder": folder_batches}
     if cfg.data.name not in makers:
-        raise UserError(f"data={cfg.data.name}: transcoders are trained on {' or '.join(makers)}, or a mix (docs/data.md)")
+        raise UserError(
+            f"data={cfg.data.name}: transcoders are trained on {' or '.join(makers)}, or a mix (docs/data.md)"
+        )
     return makers[cfg.data.name](cfg, load)
 
 

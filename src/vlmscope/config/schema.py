@@ -16,6 +16,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.data.prompts import PromptSetConfig
 from vlmscope.data.source_config import SourceConfig, check_source
 from vlmscope.tracking.config import TrackingConfig
+from vlmscope.transcoders.config import ACTIVATIONS
 
 
 def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -70,17 +71,29 @@ class RandomTranscodersConfig:
     seed: int = II("seed")
     n_features: int | None = None
     k: int = 8
+    activation: str = "topk"
     skip: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("transcoder.activation", self.activation, ACTIVATIONS)
 
 
 @dataclass
 class TranscoderArchConfig:
-    """The architecture of transcoders to be trained; the width is `expansion_factor` times the model's."""
+    """The architecture of transcoders to be trained; the width is `expansion_factor` times the model's.
+
+    `k` features are active at a token (topk), on average over a batch (batchtopk), or aimed at (jumprelu); relu has as
+    many as its L1 penalty leaves. `bandwidth` is that of JumpReLU's kernel.
+    """
 
     expansion_factor: int = 16
     k: int = 16
     activation: str = "topk"
     skip: bool = False
+    bandwidth: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_choice("transcoder.activation", self.activation, ACTIVATIONS)
 
 
 @dataclass

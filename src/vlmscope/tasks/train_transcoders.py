@@ -16,7 +16,8 @@ class Config:
 
     With data=orrery, `batch` says how many scenes of each kind, `val_scenes` how many of each for validation. With
     data=folder or a mix, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut
-    off), and `val_examples` at most are validated on.
+    off), and `val_examples` at most are validated on. `matryoshka` lists fractions of the features that must do on their
+    own; `sparsity_coefficient` weighs the penalty of transcoder.activation=jumprelu (L0) and relu (L1).
     """
 
     batch: dict[str, int] = field(
@@ -32,6 +33,8 @@ class Config:
     aux_coefficient: float = 1 / 32
     aux_k: int = 64
     dead_after_tokens: int = 100_000
+    matryoshka: list[float] = field(default_factory=list)
+    sparsity_coefficient: float = 1.0
     clip: float = 1.0
 
     def __post_init__(self) -> None:
@@ -88,6 +91,9 @@ def training_config(cfg: "AppConfig", data: str | None = None):
         k=arch.k,
         activation=arch.activation,
         skip=arch.skip,
+        bandwidth=arch.bandwidth,
+        matryoshka=tuple(task.matryoshka),
+        sparsity_coefficient=task.sparsity_coefficient,
         init=task.init,
         pool_batches=task.pool_batches,
         steps_per_batch=task.steps_per_batch,

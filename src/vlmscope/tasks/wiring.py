@@ -56,13 +56,34 @@ def load_model(cfg: AppConfig) -> VLM:
     return vlm
 
 
-def load_transcoders(cfg: AppConfig, vlm: VLM) -> TranscoderSet:
-    """The trained or random set that `transcoder=` chose, fitting the model and in its dtype."""
+def is_orrery(vlm: VLM) -> bool:
+    """Whether this is the shipped model, however its path is written."""
+    from vlmscope.config.paths import asset
+
+    return bool(vlm.path) and Path(vlm.path).resolve() == Path(asset("orrery")).resolve()
+
+
+def names_transcoders(overrides: Sequence[str]) -> bool:
+    """Whether the command line says anything about transcoders; else they are Orrery's, which fit Orrery alone."""
+    return any(override.lstrip("+~").startswith("transcoder") for override in overrides)
+
+
+def load_transcoders(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder",)) -> TranscoderSet:
+    """The trained or random set that `transcoder=` chose, fitting the model and in its dtype.
+
+    Args:
+        cfg: the configuration.
+        vlm: the model.
+        overrides: what the user typed; a tiny random model gets random transcoders when it names none.
+    """
     from vlmscope.config.schema import RandomTranscodersConfig
     from vlmscope.transcoders.formats import load_set
 
     if isinstance(cfg.transcoder, RandomTranscodersConfig):
         return random_transcoders(cfg.transcoder, vlm)
+    if cfg.model.tiny is not None and not names_transcoders(overrides):
+        print("transcoders: random, as the model is; transcoder=path names trained ones")
+        return random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm)
     path = getattr(cfg.transcoder, "path", None)
     if path is None:
         raise UserError("this task needs a trained transcoder set: choose transcoder=orrery, path or random")
@@ -99,9 +120,8 @@ def random_transcoders(config: RandomTranscodersConfig, vlm: VLM) -> TranscoderS
     width = 4 * adapter.d_model if config.n_features is None else config.n_features
     size = adapter.n_layers * 2 * width * adapter.d_model * adapter.dtype.itemsize
     check_room(size, "random transcoders", "cpu", "choose a smaller transcoder.n_features")
-    found = random_set(
-        adapter.n_layers, adapter.d_model, width, config.k, config.skip, config.seed, adapter.dtype, "random"
-    )
+    shape = (adapter.n_layers, adapter.d_model, width, config.k, config.skip)
+    found = random_set(*shape, config.seed, adapter.dtype, "random", config.activation)
     return found.to(adapter.device).requires_grad_(False)
 
 

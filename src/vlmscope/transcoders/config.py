@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from vlmscope.core.errors import UserError
 
+ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu")  # the nonlinearities, in `vlmscope.transcoders.nonlinearities`
+
 
 @dataclass(frozen=True)
 class TranscoderConfig:

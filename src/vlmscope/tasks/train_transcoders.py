@@ -16,8 +16,8 @@ class Config:
 
     With data=orrery, `batch` says how many scenes of each kind, `val_scenes` how many of each for validation. With
     data=folder or a mix, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut
-    off), and `val_examples` at most are validated on. `matryoshka` lists fractions of the features that must do on their
-    own; `sparsity_coefficient` weighs the penalty of transcoder.activation=jumprelu (L0) and relu (L1).
+    off), and `val_examples` at most are validated on. `matryoshka` lists fractions of the features that must do on
+    their own; `sparsity_coefficient` weighs the penalty of transcoder.activation=jumprelu (L0) and relu (L1).
     """
 
     batch: dict[str, int] = field(

@@ -15,10 +15,10 @@ class Config:
     """What a batch is made of, and the loss for dead features. Sizes: transcoder=arch, optim, trainer.
 
     With data=orrery, `batch` says how many scenes of each kind, `val_scenes` how many of each for validation. With
-    data=folder, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut off), and
-    `val_examples` at most are validated on. `matryoshka` lists fractions of the features that must do on their own;
-    `sparsity_coefficient` weighs the penalty of transcoder.activation=jumprelu (L0) and relu (L1).
-    `license` goes into the set's card: an identifier of the hub, such as apache-2.0.
+    data=folder or a mix, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut
+    off), and `val_examples` at most are validated on. `matryoshka` lists fractions of the features that must do on
+    their own; `sparsity_coefficient` weighs the penalty of transcoder.activation=jumprelu (L0) and relu (L1). `license`
+    goes into the set's card: an identifier of the hub, such as apache-2.0.
     """
 
     batch: dict[str, int] = field(
@@ -60,7 +60,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     if not isinstance(cfg.transcoder, TranscoderArchConfig):
         raise UserError("training needs an architecture, not a trained set: add transcoder=arch")
     training_config(cfg).check()
-    vlm, source = batches_for(cfg, lambda: load_model(cfg))
+    vlm, source = batches_for(cfg, lambda: load_model(cfg), context.run_dir)
     transcoders, metrics = train_transcoders(
         vlm,
         source.train,
@@ -69,6 +69,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         context.run_dir,
         context.tracked.lightning_logger(),
         cfg.trainer.resume,
+        data_figures=source.figures,
     )
     save_set(transcoders, context.run_dir / "transcoders", dtype="bfloat16")
     write_text(context.run_dir / "transcoders" / CARD, training_card(cfg, training_config(cfg), transcoders, metrics))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vlmscope.training.transcoder_config import TranscoderTrainingConfig
     from vlmscope.transcoders.transcoder import TranscoderSet
 
-_TOKENS = "data/tokens/"
+_DATA, _SHARE = "data/", "/tokens_share"
 # What a card's table leaves out: it stands elsewhere in the card, or says how a run is watched.
 _SKIPPED = {"k", "activation", "skip", "data", "checkpoint_every", "val_every", "log_every"}
 
@@ -21,8 +21,8 @@ def training_card(
 ) -> str:
     """The text of the set's README.md.
 
-    The data mix is taken from metrics named `data/tokens/<source>`; without them all tokens of training
-    (`train/tokens`) are the data's whose name the configuration says.
+    The tokens of training (`train/tokens`) are divided by the shares of what was drawn (`data/<source>/tokens_share`);
+    without shares they are all of the data that the configuration names.
     """
     from vlmscope.core.hub import is_hub_id
     from vlmscope.transcoders.card import facts_of_set, render, with_metrics
@@ -30,9 +30,9 @@ def training_card(
     model = cfg.model
     hub = model.hub or (model.path if model.tiny is None and is_hub_id(model.path) else None)
     facts = with_metrics(facts_of_set(transcoders), metrics)
-    data = {name.removeprefix(_TOKENS): round(count) for name, count in metrics.items() if name.startswith(_TOKENS)}
-    if not data and "train/tokens" in metrics:
-        data = {cfg.data.name: round(metrics["train/tokens"])}
+    total = metrics.get("train/tokens", 0.0)
+    shares = {name[len(_DATA) : -len(_SHARE)]: share for name, share in metrics.items() if name.endswith(_SHARE)}
+    data = {name: round(share * total) for name, share in (shares or {cfg.data.name: 1.0}).items()} if total else {}
     told = {name: value for name, value in asdict(settings).items() if name not in _SKIPPED}
     return render(
         replace(

@@ -1,7 +1,7 @@
 """The one call that trains a transcoder set: start or resume, fit with Lightning, evaluate."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def train_transcoders(
     logger: Logger | None = None,
     resume: bool = False,
     model_name: str | None = None,
+    data_figures: Callable[[], Mapping[str, float]] = dict,
 ) -> tuple[TranscoderSet, dict[str, float]]:
     """Train the transcoders of all layers of a frozen model.
 
@@ -44,6 +45,7 @@ def train_transcoders(
         logger: a Lightning logger, or None.
         resume: continue from the checkpoint in `run_dir` if there is one.
         model_name: written into the set; by default the loaded model's own name.
+        data_figures: what is to be logged about the data that were drawn so far, such as each source's share.
 
     Returns:
         The set in the model's own coordinates, and its final figures with `perf/tokens_per_s` and `train/tokens`, those
@@ -60,13 +62,12 @@ def train_transcoders(
     checkpoints = TranscoderCheckpoints(Path(run_dir), config)
     if not (resume and checkpoints.restore(module)):
         module.initialise([collect(adapter, train_batch(step)) for step in range(config.init_batches)])
-    progress = _Progress(config, val_batches, logger)
+    progress = _Progress(config, val_batches, logger, data_figures)
     if module.steps_done < config.max_steps:
         _fit(module, train_batch, [progress, checkpoints], logger)
     transcoders = module.finished_set().to(adapter.device)  # Lightning leaves the module on the CPU
     metrics = evaluate_transcoders(adapter, transcoders, val_batches) if val_batches else {}
-    metrics |= progress.speed()
-    metrics["train/tokens"] = float(module.tokens_seen)
+    metrics |= {**progress.speed(), **data_figures(), "train/tokens": float(module.tokens_seen)}
     if logger is not None:
         logger.log_metrics(metrics, step=module.steps_done)
     return transcoders, metrics
@@ -98,8 +99,14 @@ def _fit(
 class _Progress(pl.Callback):
     """A bar with rate and remaining time, training figures every `log_every` steps, validation every `val_every`."""
 
-    def __init__(self, config: TranscoderTrainingConfig, val_batches: Sequence[Batch], logger: Logger | None) -> None:
-        self.config, self.val_batches, self.logger = config, val_batches, logger
+    def __init__(
+        self,
+        config: TranscoderTrainingConfig,
+        val_batches: Sequence[Batch],
+        logger: Logger | None,
+        data_figures: Callable[[], Mapping[str, float]],
+    ) -> None:
+        self.config, self.val_batches, self.logger, self.data_figures = config, val_batches, logger, data_figures
         self.tokens, self.seconds, self.began = 0, 0.0, 0.0
         self.bar: Any = None
 
@@ -119,7 +126,7 @@ class _Progress(pl.Callback):
         if self.config.log_every and done % self.config.log_every == 0:
             figures = {"train/fvu": outputs["fvu"], "train/dead_frac": pl_module.dead_fraction()}
             self.bar.set_postfix(fvu=f"{figures['train/fvu']:.4f}", dead=f"{figures['train/dead_frac']:.3f}")
-            self._log(figures | self.speed(), done)
+            self._log({**figures, **self.speed(), **self.data_figures()}, done)
         due = self.config.val_every and done % self.config.val_every == 0 and done < self.config.max_steps
         if due and self.val_batches:
             self._log(evaluate_transcoders(pl_module.adapter, pl_module.finished_set(), self.val_batches), done)

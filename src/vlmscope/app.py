@@ -149,7 +149,7 @@ def _run_job(cfg: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from vlmscope.config.resolve import to_app_config
-    from vlmscope.config.store import run_label
+    from vlmscope.config.store import OVERRIDES, job_settings, run_label
     from vlmscope.tasks import registry
     from vlmscope.tasks.context import RunContext
     from vlmscope.tracking import NullRun, RunInfo, open_run, sweep
@@ -166,10 +166,11 @@ def _run_job(cfg: Any) -> None:
     # Not by way of OmegaConf: a prompt that holds `${` would be taken for an interpolation.
     resolved = asdict(app_cfg)
     write_yaml(run_dir / "config.yaml", resolved)
+    write_yaml(run_dir / OVERRIDES, list(overrides))
     in_sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
     parent = sweep.parent_id() if in_sweep and app_cfg.tracking.enabled else None
     # The folder of a sweep's job is a bare number, which says nothing where runs are compared.
-    name = _sweep_name(overrides) or run_dir.name if in_sweep else run_dir.name
+    name = ", ".join(job_settings(overrides))[:200] or run_dir.name if in_sweep else run_dir.name
     info = RunInfo(run_label(cfg, hydra.runtime.choices), name, resolved, overrides, parent)
     with _log_file(run_dir), open_run(app_cfg.tracking, run_dir, info, resume=app_cfg.trainer.resume) as tracked:
         try:
@@ -179,12 +180,6 @@ def _run_job(cfg: Any) -> None:
             _record(failed.metrics, tracked, run_dir)
             raise
         _record(metrics, tracked, run_dir)
-
-
-def _sweep_name(overrides: Sequence[str]) -> str:
-    """What a job of a sweep sets, without what says where it runs and is recorded: `transcoder.k=8, seed=1`."""
-    elsewhere = ("experiment=", "task=", "hydra", "tracking", "trainer.threads=", "data.path=")
-    return ", ".join(o.lstrip("+") for o in overrides if not o.lstrip("+").startswith(elsewhere))[:200]
 
 
 def _record(metrics: Mapping[str, float], tracked: "TrackedRun", run_dir: Path) -> None:

@@ -14,6 +14,7 @@ from vlmscope.config.resolve import to_app_config
 from vlmscope.config.store import register
 from vlmscope.config.verbatim import quote_arguments
 from vlmscope.core.errors import UserError
+from vlmscope.data.source_config import SourceConfig
 from vlmscope.tasks import registry
 
 EXPERIMENTS = sorted(catalog.options("experiment"))
@@ -65,6 +66,8 @@ def test_experiments_compose_with_published_models(
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_compose(option: str) -> None:
     paths = [f"{option.split('=')[0]}.path=/x"] if option.endswith(("=path", "=folder")) else []
+    if option == "data=mix_local":
+        paths = [f"data.sources.{name}.path=/x" for name in ("text", "captions", "questions")]
     composed(option, *paths)
     group, name = option.split("=")
     assert catalog.options(group)[name], f"conf/{group}/{name}.yaml starts with a comment that says what it is"
@@ -140,6 +143,24 @@ def test_features_are_named_in_a_dict_or_a_list() -> None:
     assert composed("task=patch", "task.features=[L1/7,L2/30]").task.features == ["L1/7", "L2/30"]
     assert composed("task=steer").task.features == {}
     assert composed("data=folder", "data.path=/my/data").data.val_share == 0.05
+
+
+def test_a_mix_is_typed_and_its_sources_can_be_left_out() -> None:
+    paper = composed("data=mix_paper").data.sources
+    assert [one.weight for one in paper.values()] == [2.0, 2.0, 1.0]  # text, captions, questions
+    assert all(isinstance(one, SourceConfig) for one in paper.values())
+    assert paper["captions"].templates == ["a photo of a {label}."]
+    rest = composed("data=mix_paper", "~data.sources.text", "data.sources.captions.repeat=true").data.sources
+    assert list(rest) == ["captions", "questions"] and rest["captions"].repeat
+    added = composed("data=mix_orrery", "+data.sources={mine: {kind: folder, path: /x, weight: 0.5}}").data.sources
+    assert added["mine"].weight == 0.5 and len(added) == 4
+    shards = composed("data=mix_shards", "data.path=/my/shards").data.sources
+    assert {one.path for one in shards.values()} == {"/my/shards"}
+    for key, value in (("shuffle", 0), ("context", 1), ("max_bad_shards", -1)):
+        with pytest.raises(UserError, match=f"data.{key}={value}: it must be at least"):
+            composed("data=mix_orrery", f"data.{key}={value}")
+    with pytest.raises(UserError, match=r"data.sources.a/b: name a source with letters"):
+        composed("data=mix_orrery", "+data.sources={a/b: {kind: orrery, stream: text}}")
 
 
 def test_debug_goes_before_what_an_experiment_says(tmp_path: Path) -> None:

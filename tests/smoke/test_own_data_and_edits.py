@@ -13,6 +13,7 @@ from vlmscope.app import main
 from vlmscope.data.conversation import drawn
 from vlmscope.data.folder import load_folder
 from vlmscope.models.tiny import tiny_image
+from vlmscope.transcoders.card import parts_of
 
 TRAIN = [
     "task=train_transcoders", "model=tiny_llava", "transcoder=arch", "transcoder.expansion_factor=2", "transcoder.k=4",
@@ -77,7 +78,11 @@ def test_a_damaged_picture_stops_training_and_its_repair_resumes_it_exactly(
     assert main([*half, "trainer.resume=true", "task.max_tokens=30"]) == 2
     assert "30 an example" in one_error(capsys)
     assert main([*half, "trainer.resume=true"]) == 0
-    assert transcoders(tmp_path / "half") == transcoders(tmp_path / "whole")
+    assert transcoders(tmp_path / "half") == transcoders(tmp_path / "whole")  # the card's count of tokens among it
+    metrics = json.loads((tmp_path / "half" / "metrics.json").read_text())
+    facts = parts_of((tmp_path / "half" / "transcoders" / "README.md").read_text())[0]["vlmscope"]
+    assert facts["figures"][0]["fvu"] == metrics["layers/fvu/layer_00"] and facts["ce_delta"] == metrics["val/ce_delta"]
+    assert facts["data"] == {"folder": metrics["train/tokens"]} and facts["settings"]["max_steps"] == 60
 
 
 def spoil(name: str, content: str) -> Callable[[Path], None]:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmscope.config.schema import TrackingConfig
 from vlmscope.config.store import run_label
+from vlmscope.config.sweep_summary import summarise
 from vlmscope.core.errors import UserError
 from vlmscope.tracking import sweep
 
@@ -39,5 +40,7 @@ class SweepParent(Callback):
             raise SweepRefused(f"cannot write {folder}: {error.strerror}; choose another hydra.sweep.dir") from error
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the folder of the whole sweep, after those of its jobs."""
-        print(Path(config.hydra.sweep.dir).resolve(), flush=True)
+        """Write and record the table of all jobs, then print the folder of the whole sweep, after those of its jobs."""
+        folder = Path(config.hydra.sweep.dir).resolve()
+        sweep.log_to_parent(summarise(folder), folder)
+        print(folder, flush=True)

@@ -14,7 +14,9 @@ from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.core.errors import UserError
 from vlmscope.data.prompts import PromptSetConfig
+from vlmscope.data.source_config import SourceConfig, check_source
 from vlmscope.tracking.config import TrackingConfig
+from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES
 
 
 def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -57,9 +59,21 @@ class ModelConfig:
 
 @dataclass
 class TranscoderSetConfig:
-    """A trained transcoder set in a local folder."""
+    """A trained transcoder set (docs/formats_transcoders.md).
+
+    `path` is a folder, or a hub id with the commit `revision`. `format` "auto" takes what lies in the folder. `width`,
+    `l0` and `affine` choose among the several sets of a folder of Gemma Scope, as in its folders' names.
+    """
 
     path: str = MISSING
+    format: str = "auto"
+    revision: str | None = None
+    width: str | None = None
+    l0: str | None = None
+    affine: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("transcoder.format", self.format, ("auto", *FORMAT_NAMES))
 
 
 @dataclass
@@ -69,17 +83,29 @@ class RandomTranscodersConfig:
     seed: int = II("seed")
     n_features: int | None = None
     k: int = 8
+    activation: str = "topk"
     skip: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("transcoder.activation", self.activation, ACTIVATIONS)
 
 
 @dataclass
 class TranscoderArchConfig:
-    """The architecture of transcoders to be trained; the width is `expansion_factor` times the model's."""
+    """The architecture of transcoders to be trained; the width is `expansion_factor` times the model's.
+
+    `k` features are active at a token (topk), on average over a batch (batchtopk), or aimed at (jumprelu); relu has as
+    many as its L1 penalty leaves. `bandwidth` is that of JumpReLU's kernel.
+    """
 
     expansion_factor: int = 16
     k: int = 16
     activation: str = "topk"
     skip: bool = False
+    bandwidth: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_choice("transcoder.activation", self.activation, ACTIVATIONS)
 
 
 @dataclass
@@ -124,17 +150,28 @@ class TrainerConfig:
 
 @dataclass
 class DataConfig:
-    """Which data: Orrery's scenes, or a folder of the user's own (layout: docs/bring_your_own.md).
+    """Which data: Orrery's scenes, a folder of the user's own (docs/bring_your_own.md), or a mix (docs/data.md).
 
-    `path` is a folder, None for data made while they are used. `val_share` of the user's own examples is held out for
-    validation where they come without a file for it.
+    `path` is a folder, None for data made while they are used; of a mix, where `task=build_data` writes its shards.
+    `val_share` of the user's own examples is held out for validation where they come without a file or split for it.
+    For a mix: its `sources`; `shuffle` rows of a source are shuffled with each other; texts are packed to `context`
+    tokens; so many corrupt shards are skipped (`max_bad_shards`).
     """
 
     name: str = MISSING
     path: str | None = None
     val_share: float = 0.05
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    shuffle: int = 1000
+    context: int = 2048
+    max_bad_shards: int = 0
 
     def __post_init__(self) -> None:
+        for key, least in (("shuffle", 1), ("context", 2), ("max_bad_shards", 0)):
+            if getattr(self, key) < least:
+                raise UserError(f"data.{key}={getattr(self, key)}: it must be at least {least}")
+        for name, source in self.sources.items():
+            check_source(name, source)
         if not 0 < self.val_share < 1:
             raise UserError(f"data.val_share={self.val_share}: it is a share; choose a number between 0 and 1")
 

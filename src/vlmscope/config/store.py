@@ -1,6 +1,6 @@
 """Registration with Hydra: schemas in its ConfigStore and the resolvers that configuration files use."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, make_dataclass
 from typing import Any
 
@@ -21,6 +21,16 @@ def run_label(cfg: DictConfig, choices: Mapping[str, Any]) -> str:
     It names the folder under `outputs/` and the experiment in MLflow.
     """
     return _run_label(cfg.name, choices.get("experiment"), choices["task"])
+
+
+OVERRIDES = "overrides.yaml"  # in every run folder: what the command line said, a list
+_ELSEWHERE = ("experiment=", "task=", "hydra", "tracking", "trainer.threads=", "data.path=")
+
+
+def job_settings(overrides: Sequence[str]) -> list[str]:
+    """What a job of a sweep sets, without what says where it runs and is recorded: `transcoder.k=8`, `seed=1`."""
+    plain = [override.lstrip("+") for override in overrides]
+    return [override for override in plain if not override.startswith(_ELSEWHERE)]
 
 
 def _named(name: str, config: type) -> type:

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,3 +153,26 @@ def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {path}: not a complete safetensors file ({error}); write it anew") from error
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; on success it becomes `path`, on any error it is removed.
+
+    Raises:
+        UserError: `path` is there already and is not an empty folder, or cannot be written.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} is there already; choose a folder that is not, or remove it first")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)

@@ -51,11 +51,14 @@ class JsonLines(Sequence[Sample]):
         """The example at `index`, its pictures opened; the examples of a slice stay closed."""
         if isinstance(index, slice):
             return self.subset(range(len(self))[index])
-        line, origin = self.lines[index], self.origin(index)
+        origin = self.origin(index)
+        return sample_of(self.record(index), lambda name: self._picture(open_image, name, origin), origin)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """The JSON object of an example, of a layout of `vlmscope.data.conversation`."""
         with self.path.open("rb") as file:
-            file.seek(line.offset)
-            record = _record(file.readline(), origin)
-        return sample_of(record, lambda name: self._picture(open_image, name, origin), origin)
+            file.seek(self.lines[index].offset)
+            return _record(file.readline(), self.origin(index))
 
     def origin(self, index: int) -> str:
         """The file and line of an example, for messages."""

@@ -29,11 +29,24 @@ def open_image(path: str | Path) -> Image.Image:
         UserError: the file is missing, is not a picture, is damaged, or has more than `MAX_PIXELS` pixels.
     """
     with _opened(Path(path)) as raw:
-        raw.load()
-        image = _to_rgb(ImageOps.exif_transpose(raw))
-    if max(image.size) > KEEP_SIDE:
-        image.thumbnail((KEEP_SIDE, KEEP_SIDE), Image.Resampling.LANCZOS)
-    return image
+        return _decoded(raw)
+
+
+def decode_image(data: bytes, what: str) -> Image.Image:
+    """As `open_image`, from the bytes of a picture's file; `what` names it in messages."""
+    with _readable(what), Image.open(io.BytesIO(data)) as raw:
+        _check_size(raw, what)
+        return _decoded(raw)
+
+
+def picture_format(data: bytes, what: str) -> str:
+    """The file name's ending for the bytes of a picture, such as "jpeg", from its header alone.
+
+    Raises:
+        UserError: they are no picture.
+    """
+    with _readable(what), Image.open(io.BytesIO(data)) as raw:
+        return (raw.format or "png").lower()
 
 
 def check_image(path: str | Path) -> None:
@@ -53,16 +66,32 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(
             f"image {path}: {'is a folder' if path.is_dir() else 'no such file'}; give the path of a picture"
         )
+    with _readable(f"image {path}"), Image.open(path) as raw:
+        _check_size(raw, f"image {path}")
+        yield raw
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """What goes wrong inside is told in one line that begins with `what`."""
     try:
-        with Image.open(path) as raw:
-            if raw.width * raw.height > MAX_PIXELS:
-                raise UserError(
-                    f"image {path}: {raw.width} x {raw.height} pixels are too many (at most {MAX_PIXELS:,}); shrink it"
-                )
-            yield raw
+        yield
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"image {path}: cannot be read as a picture ({reason}); give a PNG, JPEG or WebP") from error
+        raise UserError(f"{what}: cannot be read as a picture ({reason}); give a PNG, JPEG or WebP") from error
+
+
+def _check_size(raw: Image.Image, what: str) -> None:
+    if raw.width * raw.height > MAX_PIXELS:
+        raise UserError(f"{what}: {raw.width} x {raw.height} pixels are too many (at most {MAX_PIXELS:,}); shrink it")
+
+
+def _decoded(raw: Image.Image) -> Image.Image:
+    raw.load()
+    image = _to_rgb(ImageOps.exif_transpose(raw))
+    if max(image.size) > KEEP_SIDE:
+        image.thumbnail((KEEP_SIDE, KEEP_SIDE), Image.Resampling.LANCZOS)
+    return image
 
 
 def open_images(paths: Sequence[str | Path]) -> list[Image.Image]:

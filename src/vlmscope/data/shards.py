@@ -65,7 +65,7 @@ def write_shards(
     Raises:
         UserError: the folder holds shards of another `meta`, or cannot be written.
     """
-    index = _open_index(folder, meta)
+    index = open_index(folder, meta)
     written = 0
     for plan in plans:
         entry = index["shards"].get(plan.name)
@@ -78,7 +78,12 @@ def write_shards(
     return written
 
 
-def _open_index(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
+def open_index(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """The index of a folder, or a new one.
+
+    Raises:
+        UserError: it describes data of another `meta`.
+    """
     path = folder / INDEX
     if not path.is_file():
         return {"meta": meta, "shards": {}}

@@ -76,17 +76,44 @@ def _tail_by_assistant(tokenizer: Any, dialogue: Dialogue, ids: list[int]) -> li
     return said[first:]
 
 
-def _document(vlm: VLM, document: Document) -> dict[str, Tensor]:
+def text_ids(vlm: VLM, text: str, whole: bool = False) -> list[int]:
+    """The tokens of a text, with those that the tokenizer adds around a `whole` one.
+
+    Raises:
+        UserError: the model needs pictures, or the text spells the token that stands for one.
+    """
     adapter = vlm.adapter
     if adapter.needs_pictures:
         raise UserError(f"{type(vlm.model).__name__} is not made for text without a picture; leave the line out")
-    encoded = vlm.tokenizer([document.text], return_tensors="pt")
-    ids = encoded["input_ids"].to(adapter.device)
-    if adapter.has_vision and (ids == adapter.soft_token_id()).any():
+    ids = vlm.tokenizer(text, add_special_tokens=whole)["input_ids"]
+    if adapter.has_vision and adapter.soft_token_id() in ids:
         raise UserError("the text spells the token that stands for a picture; take it out")
-    mask = torch.ones_like(ids, dtype=torch.bool)
+    return ids
+
+
+def sequence_forward(vlm: VLM, ids: list[int]) -> dict[str, Tensor]:
+    """Tokens of plain text as a forward."""
+    row = torch.tensor([ids], device=vlm.adapter.device)
+    mask = torch.ones_like(row, dtype=torch.bool)
     mask[:, 0] = False
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), LOSS_MASK: mask}
+    return {"input_ids": row, "attention_mask": torch.ones_like(row), LOSS_MASK: mask}
+
+
+def ends_of_text(tokenizer: Any) -> tuple[int, int | None]:
+    """The token that ends a document, and the one that the tokenizer puts before one (None: it puts none).
+
+    Raises:
+        UserError: the tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token, with which texts are joined; set its eos_token")
+    first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
+    bos = tokenizer.bos_token_id
+    return tokenizer.eos_token_id, bos if bos is not None and first == [bos] else None
+
+
+def _document(vlm: VLM, document: Document) -> dict[str, Tensor]:
+    return sequence_forward(vlm, text_ids(vlm, document.text, whole=True))
 
 
 def _cut(vlm: VLM, forward: dict[str, Tensor], max_tokens: int | None) -> dict[str, Tensor]:

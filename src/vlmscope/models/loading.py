@@ -1,7 +1,9 @@
 """A loaded model with its processor, and the making of its inputs from a prompt and pictures."""
 
 import inspect
+import logging
 import logging as python_logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +50,8 @@ CLASSES = {
     "qwen3_vl": _Classes("Qwen3VLForConditionalGeneration", "Qwen3VLProcessor"),
     "smolvlm": _Classes("SmolVLMForConditionalGeneration", "SmolVLMProcessor"),
 }
+log = logging.getLogger(__name__)
+_OF_A_LAYER = re.compile(r"\.(layers?|blocks)\.\d+\.")
 # Tensors that old checkpoints carry and that are recomputed: leaving them out changes nothing.
 _RECOMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
@@ -246,11 +250,14 @@ def _dry_run(name: str, folder: Path, dtype: str) -> Any:
     if missing:
         raise UserError(f"the model at {folder} lacks {len(missing)} weights, first {missing[0]}; save it completely")
     extra = sorted(key for key in info["unexpected_keys"] if not key.endswith(_RECOMPUTED))
-    if extra:
+    layers = [key for key in extra if _OF_A_LAYER.search(key)]
+    if layers:  # a model cut short would answer, wrongly
         raise UserError(
-            f"{folder} has {len(extra)} weights that the model of {config} lacks, first {extra[0]}; take both from the "
-            "same model"
+            f"{folder} has {len(layers)} weights of layers that the model of {config} lacks, first {layers[0]}; take "
+            "both from the same model"
         )
+    if extra:  # a head that this class does not use, say
+        log.warning("%s has %d weights that the model does not use, first %s", folder, len(extra), extra[0])
     return model
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmscope.core.errors import UserError
+from vlmscope.core.hub import gb
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOADS = ("none", "cpu", "disk")
@@ -157,14 +158,6 @@ def _option(needs: Needs, dtype: str, device: str, offload: str, other: str, els
     keys += [f"model.offload={elsewhere}"] if elsewhere != offload else []
     asked = needs.at(other, device, elsewhere)
     return f"{' '.join(keys)} needs {' and '.join(f'{gb(size)} on {where}' for where, size in asked.items())}"
-
-
-def gb(size: float) -> str:
-    """Bytes as `4.3 GB`, small ones in MB or kB."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 1e3:.1f} kB"
 
 
 def offload_to_cpu(model: Any, device: str) -> None:

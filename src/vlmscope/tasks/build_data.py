@@ -1,9 +1,11 @@
-"""Render Orrery's scenes into WebDataset shards with an index; goes on where a killed build stopped."""
+"""Write Orrery's scenes, or a mix of sources, as WebDataset shards; goes on where a killed build stopped."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vlmscope.config import AppConfig
     from vlmscope.tasks.context import RunContext
 
@@ -14,38 +16,69 @@ TEST = {"planets": 1000, "digits": 1000, "shapes": 1000, "hands": 1000, "text": 
 
 @dataclass
 class Config:
-    """Scenes of each kind in each split. They go to `data.path`."""
+    """What is written to `data.path`: with data=orrery, scenes of each kind in each split; with a mix, all samples.
+
+    A mix is written in `parts` parts a source, by `workers` processes (None: one a core, four at most).
+    """
 
     train: dict[str, int] = field(default_factory=lambda: dict(TRAIN))
     val: dict[str, int] = field(default_factory=lambda: dict(VAL))
     test: dict[str, int] = field(default_factory=lambda: dict(TEST))
     shard_size: int = 1000
+    parts: int = 4
+    workers: int | None = None
 
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Write the shards that `data.path` still lacks."""
     from pathlib import Path
 
+    from vlmscope.core.errors import UserError
+
+    if cfg.data.path is None:
+        raise UserError("data.path is not set: give the folder that the shards shall go to")
+    folder = Path(cfg.data.path)
+    if cfg.data.sources:
+        return _mix(cfg, folder)
+    if cfg.data.name != "orrery":
+        raise UserError(f"data={cfg.data.name}: shards are written of data=orrery and of mixes (docs/data.md)")
+    return _orrery(cfg, folder)
+
+
+def _mix(cfg: "AppConfig", folder: "Path") -> dict[str, float]:
+    from tqdm import tqdm
+
+    from vlmscope.data.build import BuildSettings, build_mix, known_rows, processes_for
+
+    data, task = cfg.data, cfg.task
+    settings = BuildSettings(folder, task.shard_size, task.parts, data.val_share)
+    with tqdm(initial=known_rows(folder), unit="row", desc="shards") as bar:
+        return build_mix(data.sources, settings, processes_for(task.workers), lambda rows: _advance(bar, rows))
+
+
+def _advance(bar: Any, rows: int) -> None:
+    bar.update(rows)
+
+
+def _orrery(cfg: "AppConfig", folder: "Path") -> dict[str, float]:
     from tqdm import tqdm
 
     from vlmscope.core.errors import UserError
     from vlmscope.data.orrery.dataset import OrreryDataConfig, build, plans_of
     from vlmscope.data.orrery.scene import KINDS
 
-    if cfg.data.path is None:
-        raise UserError("data.path is not set: give the folder that the shards shall go to")
     task: Config = cfg.task
     for split in ("train", "val", "test"):
         for kind, count in getattr(task, split).items():
             if kind not in KINDS or count < 0:
                 raise UserError(f"task.{split}.{kind}={count}: kinds are {', '.join(KINDS)}, counts 0 or more")
     data = OrreryDataConfig(
-        folder=cfg.data.path, seed=cfg.seed, shard_size=task.shard_size, train=task.train, val=task.val, test=task.test
+        folder=str(folder), seed=cfg.seed, shard_size=task.shard_size, train=task.train, val=task.val, test=task.test
     )
     plans = plans_of(data)
     with tqdm(total=sum(p.stop - p.start for p in plans), unit="scene", desc="scenes") as bar:
         written = build(data, on_shard=lambda plan: bar.update(plan.stop - plan.start))
-    size = sum(f.stat().st_size for f in Path(cfg.data.path).glob("*.tar"))
+    size = sum(f.stat().st_size for f in folder.glob("*.tar"))
     return {
         "data/shards": float(len(plans)),
         "data/shards_written": float(written),

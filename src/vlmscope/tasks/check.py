@@ -62,15 +62,10 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 def _transcoders(cfg: AppConfig, vlm: VLM, overrides: tuple[str, ...]) -> tuple[TranscoderSet, str]:
     """The set that the user named; else the shipped one for Orrery and a random one for any other model."""
-    from pathlib import Path
-
-    from vlmscope.config.paths import asset
     from vlmscope.config.schema import RandomTranscodersConfig
-    from vlmscope.tasks.wiring import load_transcoders, random_transcoders
+    from vlmscope.tasks.wiring import is_orrery, load_transcoders, names_transcoders, random_transcoders
 
-    named = any(override.lstrip("+~").startswith("transcoder") for override in overrides)
-    is_orrery = bool(vlm.path) and Path(vlm.path).resolve() == Path(asset("orrery")).resolve()
-    if not named and not is_orrery:
+    if not names_transcoders(overrides) and not is_orrery(vlm):
         return random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm), "random"
     found = load_transcoders(cfg, vlm)
     return found, "random" if isinstance(cfg.transcoder, RandomTranscodersConfig) else cfg.transcoder.path

@@ -46,7 +46,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     inputs = vlm.prepare(cfg.prompt, pictures)
     donor = vlm.prepare(cfg.prompt if task.donor_prompt is None else task.donor_prompt, gifts)
     make_batch(vlm.adapter, [inputs, donor])  # refuses prompts that do not align
-    transcoders = load_transcoders(cfg, vlm)
+    transcoders = load_transcoders(cfg, vlm, context.overrides)
     recipient, given = (make_batch(vlm.adapter, [one]) for one in (inputs, donor))
     carried = donor_activations(vlm.adapter, transcoders, given, by_layer(transcoders, features))
     plan = patch_plan(carried, inputs.roles, task.strength)

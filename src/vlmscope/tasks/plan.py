@@ -135,10 +135,10 @@ def _transcoders(cfg: AppConfig, adapter: Adapter, overrides: tuple[str, ...]) -
             [width] * layers, chosen.k, chosen.skip, f"random, {width:,} features a layer, k={chosen.k}"
         )
     if not isinstance(chosen, TranscoderArchConfig):
-        from vlmscope.transcoders.formats import load_set
+        from vlmscope.tasks.wiring import trained_transcoders
 
         try:
-            found = load_set(chosen.path, n_layers=layers, d_model=d)
+            found = trained_transcoders(cfg, layers, d)
         except UserError:
             if named:
                 raise

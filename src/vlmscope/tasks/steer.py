@@ -40,7 +40,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     vlm = load_model(cfg)
     values = {f: given.get(f, task.value) for f in chosen_features(list(task.features), task, vlm.adapter.n_layers)}
     inputs = vlm.prepare(cfg.prompt, pictures)
-    transcoders = load_transcoders(cfg, vlm)
+    transcoders = load_transcoders(cfg, vlm, context.overrides)
     plan = steer_plan(vlm.adapter, transcoders, values, len(inputs), task.positions)
     matched_on = [make_batch(vlm.adapter, [inputs])]
     return report_edit("steer", vlm, transcoders, inputs, plan, matched_on, task, context)

@@ -35,7 +35,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     pictures = user_pictures(cfg)
     vlm = load_model(cfg)
     inputs = vlm.prepare(cfg.prompt, pictures)
-    transcoders = load_transcoders(cfg, vlm)
+    transcoders = load_transcoders(cfg, vlm, context.overrides)
     traced = trace(vlm, transcoders, inputs, cfg.attribution)
     save_graph(context.run_dir / "graph.safetensors", traced.pruned)
     write_graph_json(context.run_dir / "graph.json", traced.pruned, context.run_dir.name, vlm.name)

@@ -15,8 +15,10 @@ class Config:
     """What a batch is made of, and the loss for dead features. Sizes: transcoder=arch, optim, trainer.
 
     With data=orrery, `batch` says how many scenes of each kind, `val_scenes` how many of each for validation. With
-    data=folder, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut off), and
-    `val_examples` at most are validated on.
+    data=folder or a mix, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut
+    off), and `val_examples` at most are validated on. `matryoshka` lists fractions of the features that must do on
+    their own; `sparsity_coefficient` weighs the penalty of transcoder.activation=jumprelu (L0) and relu (L1). `license`
+    goes into the set's card: an identifier of the hub, such as apache-2.0.
     """
 
     batch: dict[str, int] = field(
@@ -32,7 +34,10 @@ class Config:
     aux_coefficient: float = 1 / 32
     aux_k: int = 64
     dead_after_tokens: int = 100_000
+    matryoshka: list[float] = field(default_factory=list)
+    sparsity_coefficient: float = 1.0
     clip: float = 1.0
+    license: str = "unknown"
 
     def __post_init__(self) -> None:
         for key in ("tokens_per_batch", "max_tokens", "val_examples"):
@@ -43,16 +48,19 @@ class Config:
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Train, save to `<run_dir>/transcoders`, and report FVU, L0, dead features and the change of cross-entropy."""
     from vlmscope.config.schema import TranscoderArchConfig
+    from vlmscope.core.artifacts import write_text
     from vlmscope.report.training_figures import fvu_by_layer
     from vlmscope.tasks.transcoder_batches import batches_for
+    from vlmscope.tasks.transcoder_cards import training_card
     from vlmscope.tasks.wiring import load_model
     from vlmscope.training.transcoder_training import train_transcoders
+    from vlmscope.transcoders.card import CARD
     from vlmscope.transcoders.formats import save_set
 
     if not isinstance(cfg.transcoder, TranscoderArchConfig):
         raise UserError("training needs an architecture, not a trained set: add transcoder=arch")
     training_config(cfg).check()
-    vlm, source = batches_for(cfg, lambda: load_model(cfg))
+    vlm, source = batches_for(cfg, lambda: load_model(cfg), context.run_dir)
     transcoders, metrics = train_transcoders(
         vlm,
         source.train,
@@ -61,8 +69,10 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         context.run_dir,
         context.tracked.lightning_logger(),
         cfg.trainer.resume,
+        data_figures=source.figures,
     )
     save_set(transcoders, context.run_dir / "transcoders", dtype="bfloat16")
+    write_text(context.run_dir / "transcoders" / CARD, training_card(cfg, training_config(cfg), transcoders, metrics))
     layers = range(vlm.adapter.n_layers)
     series = {
         name: [metrics[f"layers/{key}/layer_{i:02d}"] for i in layers]
@@ -87,6 +97,9 @@ def training_config(cfg: "AppConfig", data: str | None = None):
         k=arch.k,
         activation=arch.activation,
         skip=arch.skip,
+        bandwidth=arch.bandwidth,
+        matryoshka=tuple(task.matryoshka),
+        sparsity_coefficient=task.sparsity_coefficient,
         init=task.init,
         pool_batches=task.pool_batches,
         steps_per_batch=task.steps_per_batch,

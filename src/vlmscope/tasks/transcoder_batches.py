@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,23 +18,38 @@ if TYPE_CHECKING:
     from vlmscope.training.transcoder_data import Batch
 
 
+def _none() -> dict[str, float]:
+    return {}
+
+
 class Source(NamedTuple):
-    """Training batches by number, validation batches, and what resuming must find unchanged (None: nothing)."""
+    """Training batches by number, validation batches, what resuming must find unchanged (None: nothing), and figures
+    of the data so far.
+    """
 
     train: Callable[[int], Batch]
     val: Sequence[Batch]
     settings: str | None
+    figures: Callable[[], Mapping[str, float]] = _none
 
 
-def batches_for(cfg: AppConfig, load: Callable[[], VLM]) -> tuple[VLM, Source]:
+def batches_for(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple[VLM, Source]:
     """The model and its data; the data is looked at before the model is loaded, which takes longer.
+
+    `run_dir` is where a mix keeps its states, from which it goes on.
 
     Raises:
         UserError: the data is not there or has a mistake.
     """
+    if cfg.data.sources:
+        from vlmscope.tasks.mix_batches import mix_batches
+
+        return mix_batches(cfg, load, run_dir)
     makers = {"orrery": orrery_batches, "folder": folder_batches}
     if cfg.data.name not in makers:
-        raise UserError(f"data={cfg.data.name}: transcoders are trained on {' or '.join(makers)}")
+        raise UserError(
+            f"data={cfg.data.name}: transcoders are trained on {' or '.join(makers)}, or a mix (docs/data.md)"
+        )
     return makers[cfg.data.name](cfg, load)
 
 

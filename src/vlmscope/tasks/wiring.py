@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.config.schema import RandomTranscodersConfig
     from vlmscope.models.loading import VLM
+    from vlmscope.transcoders.formats import Choice
     from vlmscope.transcoders.transcoder import TranscoderSet
 
 
@@ -56,34 +57,95 @@ def load_model(cfg: AppConfig) -> VLM:
     return vlm
 
 
-def load_transcoders(cfg: AppConfig, vlm: VLM) -> TranscoderSet:
-    """The trained or random set that `transcoder=` chose, fitting the model and in its dtype."""
+def is_orrery(vlm: VLM) -> bool:
+    """Whether this is the shipped model, however its path is written."""
+    from vlmscope.config.paths import asset
+
+    return bool(vlm.path) and Path(vlm.path).resolve() == Path(asset("orrery")).resolve()
+
+
+def names_transcoders(overrides: Sequence[str]) -> bool:
+    """Whether the command line says anything about transcoders; else they are Orrery's, which fit Orrery alone."""
+    return any(override.lstrip("+~").startswith("transcoder") for override in overrides)
+
+
+def load_transcoders(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder",)) -> TranscoderSet:
+    """The trained or random set that `transcoder=` chose, fitting the model and in its dtype.
+
+    A trained one is looked at on the run's own input, and a warning is logged where it does not fit.
+
+    Args:
+        cfg: the configuration.
+        vlm: the model.
+        overrides: what the user typed; a tiny random model gets random transcoders when it names none.
+    """
     from vlmscope.config.schema import RandomTranscodersConfig
-    from vlmscope.transcoders.formats import load_set
+    from vlmscope.tasks.load_check import warn_if_unfit
 
     if isinstance(cfg.transcoder, RandomTranscodersConfig):
         return random_transcoders(cfg.transcoder, vlm)
-    path = getattr(cfg.transcoder, "path", None)
-    if path is None:
-        raise UserError("this task needs a trained transcoder set: choose transcoder=orrery, path or random")
+    if cfg.model.tiny is not None and not names_transcoders(overrides):
+        print("transcoders: random, as the model is; transcoder=path names trained ones")
+        return random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm)
     adapter = vlm.adapter
-    _check_set_fits(Path(path), str(adapter.device), adapter.dtype.itemsize)
-    found = load_set(Path(path), n_layers=adapter.n_layers, d_model=adapter.d_model)
-    return found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
+    found = trained_transcoders(cfg, adapter.n_layers, adapter.d_model, str(adapter.device), adapter.dtype.itemsize)
+    found = found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
+    warn_if_unfit(vlm, found, cfg.prompt, user_pictures(cfg) if cfg.prompt is not None else [])
+    return found
 
 
-def _check_set_fits(folder: Path, device: str, itemsize: int) -> None:
-    """Refuse a set that is too large before it is read; a folder in another layout is for its reader to judge."""
+def trained_transcoders(
+    cfg: AppConfig, n_layers: int | None = None, d_model: int | None = None, device: str = "cpu", itemsize: int = 4
+) -> TranscoderSet:
+    """The set that `transcoder=` names, in float32 in CPU memory.
+
+    Args:
+        cfg: the run's configuration.
+        n_layers: of the model, when the set must fit one; `d_model` likewise.
+        d_model: the model's width.
+        device: where the set will go, and must have room.
+        itemsize: bytes of a number there.
+
+    Raises:
+        UserError: the group names no set, or the set is not there, too large, or not for this model.
+    """
+    from vlmscope.transcoders.formats import load_set
+
+    folder, form, choice = chosen_set(cfg)
+    _check_set_fits(folder, form, choice, device, itemsize)
+    return load_set(folder, n_layers, d_model, format=form, choice=choice)
+
+
+def chosen_set(cfg: AppConfig) -> tuple[Path, str, Choice]:
+    """Folder (fetched from the hub if need be), format, and which of several sets `transcoder=` names.
+
+    Raises:
+        UserError: the group names no trained set, or it cannot be fetched.
+    """
+    from vlmscope.config.schema import TranscoderSetConfig
+    from vlmscope.transcoders.formats import Choice
+    from vlmscope.transcoders.hub import set_folder
+
+    chosen = cfg.transcoder
+    if not isinstance(chosen, TranscoderSetConfig):
+        raise UserError("this task needs a trained transcoder set: choose transcoder=orrery, path or random")
+    choice = Choice(chosen.width, chosen.l0, chosen.affine)
+    return set_folder(chosen.path, chosen.revision, chosen.format, choice), chosen.format, choice
+
+
+def _check_set_fits(folder: Path, form: str, choice: Choice, device: str, itemsize: int) -> None:
+    """Refuse a set that is too large before it is read; what is wrong with its files is for its reader to say."""
     from math import prod
 
     from vlmscope.models.checkpoint import read_header
     from vlmscope.models.placement import check_room
+    from vlmscope.transcoders.formats import open_set
 
-    files = sorted(folder.glob("layer_*.safetensors"))
     try:
+        files = [layer.path for layer in open_set(folder, form, choice).layers.values()]
         count = sum(prod(head.shape) for file in files for head in read_header(file).values())
     except UserError:
-        return  # the reader says what is wrong with it
+        return
     advice = "choose narrower ones, or fewer layers (task=plan counts what they need)"
     check_room(count * 4, f"the transcoders in {folder}", "cpu", advice)  # they are read in float32
     if device != "cpu":
@@ -99,9 +161,8 @@ def random_transcoders(config: RandomTranscodersConfig, vlm: VLM) -> TranscoderS
     width = 4 * adapter.d_model if config.n_features is None else config.n_features
     size = adapter.n_layers * 2 * width * adapter.d_model * adapter.dtype.itemsize
     check_room(size, "random transcoders", "cpu", "choose a smaller transcoder.n_features")
-    found = random_set(
-        adapter.n_layers, adapter.d_model, width, config.k, config.skip, config.seed, adapter.dtype, "random"
-    )
+    shape = (adapter.n_layers, adapter.d_model, width, config.k, config.skip)
+    found = random_set(*shape, config.seed, adapter.dtype, "random", config.activation)
     return found.to(adapter.device).requires_grad_(False)
 
 

@@ -40,6 +40,17 @@ def parent_id() -> str:
     return run_id
 
 
+def log_to_parent(files: Sequence[Path], root: Path) -> None:
+    """Copy files below `root` into the parent run's artifacts, keeping subfolders; nothing without a parent."""
+    run_id, uri = os.environ.get(_PARENT), os.environ.get(_URI)
+    if run_id is None or uri is None:
+        return
+    client = open_client(uri)
+    for file in files:
+        below = file.relative_to(root).parent.as_posix()
+        client.log_artifact(run_id, str(file), None if below == "." else below)
+
+
 def close_parent(*, killed: bool = False, failed: bool = False) -> None:
     """End the parent run, if one is open: KILLED or FAILED as said or when a job was, else FINISHED."""
     run_id, uri = os.environ.pop(_PARENT, None), os.environ.pop(_URI, None)

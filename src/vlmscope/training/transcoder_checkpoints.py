@@ -52,7 +52,8 @@ class TranscoderCheckpoints(pl.Callback):
         ranks.barrier()
         if ranks.main:
             settings = dataclasses.asdict(self.config)
-            write_json(folder / _MARKER, {"steps_done": module.steps_done, "settings": settings})
+            done = {"steps_done": module.steps_done, "tokens_seen": module.tokens_seen}
+            write_json(folder / _MARKER, {**done, "settings": settings})
             for other in self.folder.glob("step_*"):
                 if other != folder:
                     (other / _MARKER).unlink(missing_ok=True)
@@ -84,7 +85,7 @@ class TranscoderCheckpoints(pl.Callback):
             )
         for layer in module.ranks.layers:
             load_layer(folder / f"layer_{layer:02d}.safetensors", module, layer)
-        module.steps_done = int(marker["steps_done"])
+        module.steps_done, module.tokens_seen = int(marker["steps_done"]), int(marker["tokens_seen"])
         return True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -48,6 +48,7 @@ class TranscoderModule(pl.LightningModule):
         self.config = config
         self.model_name = model_name
         self.steps_done = 0
+        self.tokens_seen = 0
         self.committing = False
         # Hidden from nn.Module: the model is frozen, and neither saved nor counted.
         self._frozen = (adapter,)
@@ -141,10 +142,12 @@ class TranscoderModule(pl.LightningModule):
                 parameter.grad = None  # so the optimiser passes the layer by
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        self._commit(outputs, losses, troubles)
+        self._commit(outputs, losses, troubles, batch.joint_tokens)
         return {"fvu": fvus, "tokens": batch.joint_tokens}
 
-    def _commit(self, outputs: dict[int, TranscoderOutput], losses: dict[int, float], troubles: dict[int, str]) -> None:
+    def _commit(
+        self, outputs: dict[int, TranscoderOutput], losses: dict[int, float], troubles: dict[int, str], tokens: int
+    ) -> None:
         """Everything that changes the state, in one place: an interrupt elsewhere leaves a state that can be saved."""
         self.committing = True
         # Through Lightning's wrapper, which counts the step.
@@ -162,6 +165,7 @@ class TranscoderModule(pl.LightningModule):
                     "layer %d stopped before step %d (%s); it keeps its weights, the other layers go on",
                     layer, self.steps_done + 1, trouble,
                 )  # fmt: skip
+        self.tokens_seen += tokens
         self.steps_done += 1
         self.committing = False
 

@@ -3,14 +3,14 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments import LightningEnvironment
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -41,6 +41,7 @@ def train_transcoders(
     resume: bool = False,
     model_name: str | None = None,
     per_host: int | None = None,
+    data_figures: Callable[[], Mapping[str, float]] = dict,
 ) -> tuple[TranscoderSet, dict[str, float]]:
     """Train the transcoders of all layers of a frozen model.
 
@@ -55,9 +56,11 @@ def train_transcoders(
         resume: continue from the checkpoint in `run_dir` if there is one.
         model_name: written into the set; by default the loaded model's own name.
         per_host: processes that share a host, where a `torch.distributed` group is open (docs/scaling.md); None: all.
+        data_figures: what is to be logged about the data that were drawn so far, such as each source's share.
 
     Returns:
-        The set in the model's own coordinates, and its final figures with `perf/tokens_per_s`.
+        The set in the model's own coordinates, and its final figures with `perf/tokens_per_s` and `train/tokens`, those
+        of all sessions of the run.
 
     Raises:
         UserError: for impossible settings, a checkpoint that does not belong to them or a full disk.
@@ -74,7 +77,7 @@ def train_transcoders(
         module.initialise([ranks.collect(adapter, train_batch(step)) for step in range(config.init_batches)])
     checkpoints.check_space(module)
     logger = logger if ranks.main else None
-    progress = _Progress(config, val_batches, logger)
+    progress = _Progress(config, val_batches, logger, data_figures)
     if module.steps_done < config.max_steps:
         _fit(module, train_batch, [progress, checkpoints], logger)
     stopped = module.figures({})["train/stopped_layers"]
@@ -82,7 +85,8 @@ def train_transcoders(
     if not ranks.main:
         raise NotMainRank
     metrics = evaluate_transcoders(adapter, transcoders, val_batches) if val_batches else {}
-    metrics |= progress.speed() | {"train/stopped_layers": stopped}
+    metrics |= {**progress.speed(), **data_figures(), "train/tokens": float(module.tokens_seen)}
+    metrics["train/stopped_layers"] = stopped
     if stopped:
         _LOG.warning("%d layers stopped early; the set has their last good weights", int(stopped))
     if logger is not None:
@@ -119,8 +123,14 @@ def _fit(
 class _Progress(pl.Callback):
     """A bar with rate and remaining time, training figures every `log_every` steps, validation every `val_every`."""
 
-    def __init__(self, config: TranscoderTrainingConfig, val_batches: Sequence[Batch], logger: Logger | None) -> None:
-        self.config, self.val_batches, self.logger = config, val_batches, logger
+    def __init__(
+        self,
+        config: TranscoderTrainingConfig,
+        val_batches: Sequence[Batch],
+        logger: Logger | None,
+        data_figures: Callable[[], Mapping[str, float]],
+    ) -> None:
+        self.config, self.val_batches, self.logger, self.data_figures = config, val_batches, logger, data_figures
         self.tokens, self.seconds, self.began = 0, 0.0, 0.0
         self.bar: Any = None
 
@@ -146,7 +156,7 @@ class _Progress(pl.Callback):
             figures = pl_module.figures(outputs["fvu"])
             fvu, dead = figures.get("train/fvu", math.nan), figures["train/dead_frac"]
             self.bar.set_postfix(fvu=f"{fvu:.4f}", dead=f"{dead:.3f}")
-            self._log(figures | self.speed(), done)
+            self._log({**figures, **self.speed(), **self.data_figures()}, done)
         due = self.config.val_every and done % self.config.val_every == 0 and done < self.config.max_steps
         if due and self.val_batches:
             transcoders = pl_module.finished_set()

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from vlmscope.core.errors import UserError
 
+FORMAT_NAMES = ("vlmscope", "paper", "circuit_tracer", "gemma_scope", "sparsify", "sae_lens")  # of sets on disk
+ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu")  # the nonlinearities, in `vlmscope.transcoders.nonlinearities`
+
 
 @dataclass(frozen=True)
 class TranscoderConfig:

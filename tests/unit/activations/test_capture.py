@@ -114,15 +114,17 @@ def test_fast_capture_leaves_the_models_own_attention_in_place(family: str, monk
     own, fused = OWN.get(family, "sdpa"), family not in OWN
     assert [name for name, _ in seen] == [own] * n_layers
     assert all((pattern is None) == fused for _, pattern in seen)  # a fused kernel makes no pattern
-    decoder_heads = (1, vlm.adapter.n_heads, len(inputs), vlm.adapter.head_dim)
-    assert sum(tuple(query.shape) == decoder_heads for query in calls) >= n_layers * fused
+    # Heads may be wider in some layers than in others.
+    widths = [vlm.adapter.output_weight(layer).shape[1] // vlm.adapter.n_heads for layer in range(n_layers)]
+    decoder_heads = {(1, vlm.adapter.n_heads, len(inputs), width) for width in widths}
+    assert sum(tuple(query.shape) in decoder_heads for query in calls) >= n_layers * fused
 
     calls.clear()
     with seen_in_attention(vlm) as seen:
         capture_state(vlm, inputs)
     assert [name for name, _ in seen] == [IMPLEMENTATION] * n_layers
     assert all(pattern.shape[-2:] == (len(inputs), len(inputs)) for _, pattern in seen)
-    assert not any(tuple(query.shape) == decoder_heads for query in calls)
+    assert not any(tuple(query.shape) in decoder_heads for query in calls)
     assert vlm.adapter.model.config.get_text_config()._attn_implementation == own
 
 

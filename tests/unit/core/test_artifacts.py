@@ -90,3 +90,23 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None
 def test_an_error_of_reading_another_file_inside_stays_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), artifacts.atomic_path(tmp_path / "x.json"):
         (tmp_path / "other").read_text()
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with artifacts.atomic_folder(tmp_path / "deep" / "out") as folder:
+        (folder / "a.txt").write_text("a")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert (tmp_path / "deep" / "out" / "a.txt").read_text() == "a"
+    with pytest.raises(UserError, match="out is there already"), artifacts.atomic_folder(tmp_path / "deep" / "out"):
+        raise AssertionError("must not be entered")
+    with pytest.raises(RuntimeError), artifacts.atomic_folder(tmp_path / "broken") as folder:
+        (folder / "a.txt").write_text("a")
+        raise RuntimeError
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"), artifacts.atomic_folder(tmp_path / "file" / "out"):
+        raise AssertionError("must not be entered")
+    assert {path.name for path in tmp_path.iterdir()} == {"deep", "file"}
+    (tmp_path / "empty").mkdir()
+    with artifacts.atomic_folder(tmp_path / "empty") as folder:
+        (folder / "a.txt").write_text("a")
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["a.txt"]

@@ -186,7 +186,10 @@ DAMAGES = [
         r"12 weights at .* do not fit its config.json, first model.language_model.layers.0.mlp.down_proj.weight: "
         r"it has shape \(24, 48\), the config asks for \(24, 40\)",
     ),
-    (shorter_config, r"13 weights that the model of .*config.json lacks, first model.language_model.layers.3."),
+    (
+        shorter_config,
+        r"13 weights of layers that the model of .*config.json lacks, first model.language_model.layers.3.",
+    ),
     (lose_tensor, r"lacks 1 weights, first model\."),
     (wordy_config, r"transformers refuses .*config.json: Validation error for field 'hidden_size'"),
     (uneven_config, r"transformers refuses .*config.json: .*hidden size \(23\)"),
@@ -246,6 +249,17 @@ def test_what_a_model_recomputes_may_lie_in_its_files(folder: Path) -> None:
 
     change_json(folder / "model.safetensors.index.json", change)
     load_vlm(folder)
+
+
+def test_a_head_that_the_class_does_not_use_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_file({"model.vision_tower.head.probe": torch.ones(4)}, folder / "extra.safetensors")
+
+    def change(record: dict) -> None:
+        record["weight_map"]["model.vision_tower.head.probe"] = "extra.safetensors"
+
+    change_json(folder / "model.safetensors.index.json", change)
+    load_vlm(folder)
+    assert "has 1 weights that the model does not use, first model.vision_tower.head.probe" in caplog.text
 
 
 def test_a_processor_with_another_number_of_soft_tokens_is_one_line(folder: Path) -> None:

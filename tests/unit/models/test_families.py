@@ -135,7 +135,7 @@ def test_a_batch_of_prompts_is_each_on_its_own(vlm: VLM) -> None:
         assert torch.allclose(together[row], logits(vlm, one), rtol=0, atol=1e-5)
     with torch.no_grad():
         reversed_logits = vlm.adapter.forward(batch.select([1, 0]).tensors, use_cache=False).logits
-    assert torch.allclose(reversed_logits, together.flip(0), rtol=0, atol=1e-6)
+    assert torch.allclose(reversed_logits, together.flip(0), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])

@@ -79,13 +79,17 @@ def test_the_config_says_what_other_readers_look_for(saved: Path) -> None:
     assert set(load_file(saved / "layer_0.safetensors")) == {"W_enc", "W_dec", "b_enc", "b_dec"}
 
 
-def test_a_bare_set_of_the_papers_code_is_read_with_its_k(saved: Path) -> None:
+def test_a_bare_set_is_not_guessed(saved: Path) -> None:
+    """The two tools that read this layout have different defaults, so someone must say whose it is."""
     save_set(random_set(2, D, 60, 48, seed=1), saved)
     (saved / "layer_2.safetensors").unlink()
     (saved / "config.yaml").write_text("model_kind: transcoder_set\nmodel_name: x\n")
-    loaded = load_set(saved)
+    with pytest.raises(UserError, match=r"neither top_k nor activation.*transcoder.format=paper"):
+        load_set(saved)
+    loaded = load_set(saved, format="paper")
     assert loaded.layers == [0, 1] and loaded.config.k == 48
     assert (loaded.config.input_hook, loaded.config.output_hook) == ("mlp_in", "mlp_out")
+    assert load_set(saved, format="circuit_tracer").config.activation == "relu"
 
 
 def _edit(folder: Path, **changes: object) -> None:
@@ -154,8 +158,13 @@ def test_missing_and_corrupt_files(saved: Path, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match="layer_1.safetensors is missing"):
         load_set(saved)
-    with pytest.raises(UserError, match="config.yaml is missing"):
+    with pytest.raises(UserError, match="there is no such folder"):
         load_set(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="none of config.yaml.*params.safetensors.*sae.safetensors.*sae_weights"):
+        load_set(tmp_path / "empty")
+    with pytest.raises(UserError, match="config.yaml is missing"):
+        load_set(tmp_path / "empty", format="paper")
     (saved / "config.yaml").write_text("- 1\n")
     with pytest.raises(UserError, match="holds no keys"):
         load_set(saved)

@@ -7,6 +7,7 @@ from torch import Tensor
 from vlmscope.training.losses.l0 import l0_penalty
 from vlmscope.training.losses.l1 import l1_penalty
 from vlmscope.training.losses.matryoshka import prefix_fvu, prefix_sizes
+from vlmscope.transcoders.config import ACTIVATIONS
 from vlmscope.transcoders.init import random_set
 from vlmscope.transcoders.nonlinearities import NONLINEARITIES
 from vlmscope.transcoders.nonlinearities.batch_topk import BatchTopK
@@ -29,6 +30,10 @@ def dense_code(transcoder: Transcoder, x: Tensor) -> Tensor:
     if transcoder.config.activation == "topk":
         return torch.where(pre >= pre.sort(-1).values[:, -K, None], pre, 0).relu()
     return torch.where(pre > (0 if thresholds is None else thresholds), pre, 0)
+
+
+def test_the_configuration_knows_all_of_them() -> None:
+    assert set(ACTIVATIONS) == set(NONLINEARITIES)
 
 
 @pytest.mark.parametrize("activation", sorted(NONLINEARITIES))

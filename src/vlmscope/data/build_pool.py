@@ -1,0 +1,143 @@
+"""Runs parts of a build in this process, or in several that ask this one which samples are new.
+
+Processes are started afresh (`spawn`): the libraries beneath keep threads, which a fork would break.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
+
+from vlmscope.core.errors import UserError
+from vlmscope.data.build_part import Chunk, PartJob, chunks_of
+
+Claim = Callable[[list[bytes]], list[bool]]
+
+
+def run_jobs(
+    jobs: list[PartJob],
+    processes: int,
+    claim: Claim,
+    enter: Callable[[str, Chunk], None],
+    finish: Callable[[str], None],
+) -> None:
+    """Go through all parts.
+
+    Args:
+        jobs: the parts.
+        processes: how many at the same time.
+        claim: which digests are new.
+        enter: told each chunk that is on the disk.
+        finish: told each part that is done.
+
+    Raises:
+        UserError: that of any part.
+    """
+    if processes == 1 or len(jobs) == 1:
+        for job in jobs:
+            _here(job, claim, enter)
+            finish(job.key)
+    elif jobs:
+        _there(jobs, min(processes, len(jobs)), claim, enter, finish)
+
+
+def _here(job: PartJob, claim: Claim, enter: Callable[[str, Chunk], None]) -> None:
+    steps = chunks_of(job)
+    said = next(steps, None)
+    while said is not None:
+        if isinstance(said, Chunk):
+            enter(job.key, said)
+            said = next(steps, None)
+        else:
+            said = steps.send(claim(said))
+
+
+def _there(
+    jobs: list[PartJob],
+    processes: int,
+    claim: Claim,
+    enter: Callable[[str, Chunk], None],
+    finish: Callable[[str], None],
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    waiting, working, started = list(jobs), dict[Connection, PartJob](), []
+    try:
+        for _ in range(processes):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            _start(process)
+            theirs.close()
+            started.append((process, mine))
+            _hand_over(cast(Connection, mine), waiting, working)
+        while working:
+            for ready in wait(list(working)):
+                connection = cast(Connection, ready)
+                job = working[connection]
+                match _received(connection, job):
+                    case Chunk() as chunk:
+                        enter(job.key, chunk)
+                    case list() as digests:
+                        connection.send(claim(digests))
+                    case str() as error:
+                        raise UserError(error)
+                    case None:
+                        finish(job.key)
+                        del working[connection]
+                        _hand_over(connection, waiting, working)
+    finally:
+        for _, connection in started:
+            connection.close()
+        for process, _ in started:
+            process.join(20)  # a process ends when it next asks or tells; it removes what it was writing
+            if process.is_alive():
+                process.terminate()
+
+
+def _start(process: Any) -> None:
+    """Start a process that Ctrl-C does not reach, not even while it imports: it is the builder's to end."""
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be set
+        process.start()
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process inherits it
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _hand_over(connection: Connection, waiting: list[PartJob], working: dict[Connection, PartJob]) -> None:
+    job = waiting.pop(0) if waiting else None
+    connection.send(job)
+    if job is not None:
+        working[connection] = job
+
+
+def _received(connection: Connection, job: PartJob) -> Any:
+    try:
+        return connection.recv()
+    except EOFError as error:
+        raise UserError(
+            f"the process that wrote part {job.part.index} of {job.name} was ended from outside (out of memory?); run "
+            "the same again, with fewer task.workers"
+        ) from error
+
+
+def _work(connection: Connection) -> None:
+    """A process: parts until it is told None, or the builder is gone."""
+    try:
+        while (job := connection.recv()) is not None:
+            try:
+                steps = chunks_of(job)
+                said = next(steps, None)
+                while said is not None:
+                    connection.send(said)
+                    said = next(steps, None) if isinstance(said, Chunk) else steps.send(connection.recv())
+                connection.send(None)
+            except UserError as error:
+                connection.send(str(error))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass

@@ -1,0 +1,240 @@
+"""Tables read with Hugging Face's `datasets`: a folder on this machine, or the hub, streamed.
+
+What `Dataset.save_to_disk` wrote is read by row number; Parquet files and hub data sets are streamed, nothing is copied
+or cached. Streams are split with `split_dataset_by_node`: whole files to each consumer when they come out even, else
+every n-th row. Pictures stay undecoded.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vlmscope.core.artifacts import read_json
+from vlmscope.core.errors import UserError
+from vlmscope.data.columns import Parser, columns_of, parser
+from vlmscope.data.readers import Indexed, Mark, Row, Source
+from vlmscope.data.share import Share
+from vlmscope.data.source_config import SourceConfig
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def hf_source(name: str, config: SourceConfig, split: str) -> Source:
+    """The samples of one split.
+
+    Raises:
+        UserError: it is not there or cannot be reached, has no such split or column, or is empty.
+    """
+    tables = [_table(name, config, subset, split) for subset in config.subsets or [None]]
+    for table in tables:
+        _check_columns(name, config, table)
+    parse = parser(config, _class_names(config, tables[0]))
+    return _streamed(name, config, tables, parse) if _streams(tables[0]) else _by_number(name, config, tables, parse)
+
+
+def _streams(table: Any) -> bool:
+    from datasets import IterableDataset
+
+    return isinstance(table, IterableDataset)
+
+
+def _table(name: str, config: SourceConfig, subset: str | None, split: str) -> Any:
+    if config.path is None:
+        return undecoded(_from_hub(name, config, subset, split))
+    folder = Path(config.path) / subset if subset else Path(config.path)
+    if not folder.is_dir():
+        raise UserError(
+            f"no folder {folder}; data.sources.{name}.path must hold save_to_disk's output or Parquet files"
+        )
+    return undecoded(_from_folder(name, folder, split))
+
+
+def _from_folder(name: str, folder: Path, split: str) -> Any:
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        part = folder / split if (folder / "dataset_dict.json").is_file() else folder
+        if _is_empty(part):
+            raise UserError(f"data.sources.{name}: {part} is empty; give data with samples")
+        loaded = _told(f"cannot read {folder}", lambda: load_from_disk(str(folder)))
+        if not isinstance(loaded, DatasetDict):
+            return loaded
+        if split not in loaded:
+            raise UserError(
+                f"{folder} has no split {split!r}; data.sources.{name}.split is one of {', '.join(map(str, loaded))}"
+            )
+        return loaded[split]
+    files = sorted(folder.rglob("*.parquet"))
+    if not files:
+        raise UserError(
+            f"{folder} holds neither save_to_disk's output nor Parquet files; check data.sources.{name}.path"
+        )
+    # As the hub names them: train-00000-of-00010.parquet. Files without a split's name are all of one split.
+    named = [file for file in files if re.match(rf"{re.escape(split)}\b", file.name) or file.parent.name == split]
+    chosen = [str(file) for file in named or files]
+    return _told(
+        f"cannot read {folder}", lambda: load_dataset("parquet", data_files=chosen, split="train", streaming=True)
+    )
+
+
+def _from_hub(name: str, config: SourceConfig, subset: str | None, split: str) -> Any:
+    from datasets import load_dataset
+
+    key, hub, revision = f"data.sources.{name}", str(config.hub), config.revision
+    if revision is None or not _COMMIT.fullmatch(revision):
+        given = "has no pinned revision" if revision is None else f"is asked for at {revision!r}, which may move"
+        raise UserError(
+            f"{key}: the hub data set {hub} {given}: add {key}.revision=<commit, 40 hex digits> (its page lists them "
+            f"under Files, History), or {key}.path=/your/copy"
+        )
+    from huggingface_hub import constants
+
+    mend = f"run `hf download {hub} --repo-type dataset --revision {revision} --local-dir DIR`, then {key}.path=DIR"
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{key}: HF_HUB_OFFLINE forbids to stream {hub} from the hub; where a network is, {mend}")
+    return _told(
+        f"{key}: cannot stream {hub} from the hub",
+        lambda: load_dataset(hub, subset, split=split, revision=revision, streaming=True),
+        mend,
+    )
+
+
+def _is_empty(folder: Path) -> bool:
+    """`load_from_disk` fails on a table that was saved without rows."""
+    state = read_json(folder / "state.json") if (folder / "state.json").is_file() else None
+    return state is not None and not state.get("_data_files")
+
+
+def _told(what: str, call: Any, mend: str = "check it, or write it anew") -> Any:
+    """The result of `call`; whatever `datasets`, the network or a file format raises becomes one line."""
+    try:
+        return call()
+    except UserError:
+        raise
+    except Exception as error:  # the libraries beneath raise dozens of unrelated classes
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(f"{what} ({type(error).__name__}: {first}); {mend}") from error
+
+
+def undecoded(table: Any) -> Any:
+    """The table with pictures as the bytes of their files."""
+    from datasets import Image, List
+
+    for column, feature in (table.features or {}).items():
+        if isinstance(feature, Image):
+            table = table.cast_column(column, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):
+            table = table.cast_column(column, List(Image(decode=False)))
+    return table
+
+
+def _check_columns(name: str, config: SourceConfig, table: Any) -> None:
+    if table.features is None:  # a stream that says nothing about itself: its first row does
+        first = next(iter(table), None)
+        there = list(first) if first is not None else columns_of(config)
+    else:
+        there = list(table.features)
+    missing = [column for column in columns_of(config) if column not in there]
+    if missing:
+        raise UserError(
+            f"data.sources.{name}: no column {missing[0]!r}; the columns are {', '.join(there)} (the keys of "
+            f"{config.kind} that name columns: docs/data.md)"
+        )
+
+
+def _class_names(config: SourceConfig, table: Any) -> list[str] | None:
+    feature = (table.features or {}).get(config.label)
+    return getattr(feature, "names", None)
+
+
+def _by_number(name: str, config: SourceConfig, tables: list[Any], parse: Parser) -> Indexed:
+    from datasets import interleave_datasets
+
+    table = tables[0] if len(tables) == 1 else interleave_datasets(tables, stopping_strategy=_ALL_ONCE)
+    count = len(table) if config.limit is None else min(len(table), config.limit)
+    if count == 0:
+        raise UserError(f"data.sources.{name}: {config.path} is empty; give data with samples")
+    return Indexed(name, count, lambda row: parse(table[row], f"{name} row {row}"))
+
+
+_ALL_ONCE = "all_exhausted_without_replacement"  # take turns, and go on until every table has ended
+
+
+def _streamed(name: str, config: SourceConfig, tables: list[Any], parse: Parser) -> Stream:
+    from datasets import interleave_datasets
+
+    count = _known_size(tables)
+    if count == 0:
+        raise UserError(f"data.sources.{name}: {config.path or config.hub} is empty; give data with samples")
+    table = tables[0] if len(tables) == 1 else interleave_datasets(tables, stopping_strategy=_ALL_ONCE)
+    return Stream(name, table.select_columns(columns_of(config)), parse, config.limit, count)
+
+
+def _known_size(tables: list[Any]) -> int | None:
+    counts = []
+    for table in tables:
+        splits = table.info.splits or {}
+        counts.append(splits[table.split].num_examples if table.split in splits else None)
+    return None if None in counts else sum(counts)
+
+
+class Stream:
+    """An `IterableDataset` as a source."""
+
+    def __init__(self, name: str, table: Any, parse: Parser, limit: int | None, count: int | None) -> None:
+        self.name, self.table, self.parse, self.limit, self.count = name, table, parse, limit, count
+
+    def size(self) -> int | None:
+        """What the data set says of itself, or the limit."""
+        known = [number for number in (self.count, self.limit) if number is not None]
+        return min(known) if known else None
+
+    def open(self, share: Share, mark: Mark = None) -> StreamReader:
+        """A pass; its mark is `datasets`' own state with the number of rows done."""
+        from datasets.distributed import split_dataset_by_node
+
+        # A deep copy for each pass: a table keeps the state of its iteration, and shallow ones share it.
+        table = copy.deepcopy(self.table)
+        if share.total > 1:
+            table = split_dataset_by_node(table, share.index, share.total)
+        most = None if self.limit is None else len(share.rows(self.limit))
+        return StreamReader(self.name, table, self.parse, most, share, mark)
+
+
+class StreamReader:
+    """Goes through a stream once."""
+
+    bad_shards = 0
+
+    def __init__(self, name: str, table: Any, parse: Parser, most: int | None, share: Share, mark: Mark) -> None:
+        self.name, self.table, self.parse, self.most, self.share = name, table, parse, most, share
+        self.done: int = 0
+        if mark is not None:
+            self.done = mark["done"]
+            table.load_state_dict(mark["state"])
+        self.rows = iter(table)
+
+    def __iter__(self) -> Iterator[Row]:
+        return self
+
+    def __next__(self) -> Row:
+        if self.most is not None and self.done >= self.most:
+            raise StopIteration
+        row = _told(f"data.sources.{self.name}: reading its row {self.done} failed", self._next)
+        if row is None:
+            raise StopIteration
+        part = f" of part {self.share.index}" if self.share.total > 1 else ""
+        origin = f"{self.name} row {self.done}{part}"
+        self.done += 1
+        return lambda: self.parse(row, origin)
+
+    def _next(self) -> Any:
+        return next(self.rows, None)
+
+    def mark(self) -> Mark:
+        """`datasets`' state, which names file and row."""
+        return None if self.done == 0 else {"done": self.done, "state": self.table.state_dict()}

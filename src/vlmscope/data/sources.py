@@ -1,0 +1,110 @@
+"""From the settings of a source to the source: one function a kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vlmscope.core.conversation import CAPTION_REQUEST, Exchange
+from vlmscope.core.errors import UserError
+from vlmscope.core.seeds import derive
+from vlmscope.data.hf_rows import hf_source
+from vlmscope.data.orrery.scene import KINDS, SPLITS, Scene, make_scene
+from vlmscope.data.raw import RawSample, held_out
+from vlmscope.data.readers import Indexed, Source
+from vlmscope.data.shard_rows import ShardSource
+from vlmscope.data.shards import encode_png
+from vlmscope.data.source_config import SourceConfig, check_source
+
+ORRERY_SCENES = 50_000  # without a limit; scenes are made while they are used, so the number is free
+
+
+def open_source(name: str, config: SourceConfig, split: str | None = None, max_bad_shards: int = 0) -> Source:
+    """A source as its settings say.
+
+    Args:
+        name: its key in `data.sources`.
+        config: its settings.
+        split: instead of `config.split`.
+        max_bad_shards: how many corrupt shards a pass may skip.
+
+    Raises:
+        UserError: the settings are wrong, or the data are not there, empty or of another schema.
+    """
+    check_source(name, config)
+    split = split or config.split
+    if config.kind == "orrery":
+        return _orrery(name, config, split)
+    if config.kind == "folder":
+        return _folder(name, config, split)
+    if config.kind == "shards":
+        return ShardSource(name, Path(str(config.path)), config.stream or name, split, config.limit, max_bad_shards)
+    return hf_source(name, config, split)
+
+
+def keeps(config: SourceConfig, val_share: float, validation: bool):
+    """Which samples of the stream belong to training, or to validation: a function of the sample alone.
+
+    With a split of its own for validation every sample belongs; else `val_share` of them, by their digest, is held out.
+    """
+    if config.val_split is not None:
+        return lambda _sample: True
+    return lambda sample: held_out(sample, val_share) == validation
+
+
+def _orrery(name: str, config: SourceConfig, split: str) -> Indexed:
+    if split not in SPLITS:
+        raise UserError(f"data.sources.{name}.split={split}: Orrery's scenes have {', '.join(SPLITS)}")
+    kinds = ("text",) if config.stream == "text" else tuple(kind for kind in KINDS if kind != "text")
+
+    def sample(number: int) -> RawSample:
+        scene = make_scene(split, kinds[number % len(kinds)], number // len(kinds))
+        return scene_sample(scene, str(config.stream))
+
+    return Indexed(name, config.limit or ORRERY_SCENES, sample)
+
+
+def scene_sample(scene: Scene, stream: str) -> RawSample:
+    """A scene of Orrery as plain text, or as its picture with the caption, with one question, or with all of them.
+
+    "questions" picks one by the scene's key, since Orrery was trained on single turns; "dialogues" asks all, caption
+    apart.
+    """
+    if scene.image is None:
+        return RawSample(text=" ".join(f"{q.question} {q.answer}" for q in scene.questions), origin=scene.key)
+    asked = [q for q in scene.questions if (q.group == "caption") == (stream == "captions")]
+    if stream == "questions":
+        asked = [asked[derive(0, "question", scene.key) % len(asked)]]
+    exchanges = tuple(Exchange(q.question, q.answer) for q in asked)
+    return RawSample((encode_png(scene.image),), exchanges, origin=scene.key)
+
+
+def _folder(name: str, config: SourceConfig, split: str) -> Indexed:
+    from vlmscope.data.folder import JsonLines
+
+    path = Path(str(config.path)) / f"{split}.jsonl"
+    if not path.is_file():
+        raise UserError(f"no {path.name} in {path.parent}; data.sources.{name}.path: as docs/bring_your_own.md says")
+    lines = JsonLines(path)
+    count = len(lines) if config.limit is None else min(len(lines), config.limit)
+
+    def sample(number: int) -> RawSample:
+        record = lines.record(number)
+        pictures = tuple((lines.path.parent / image).read_bytes() for image in record.get("images") or [])
+        origin = lines.origin(number)
+        if "texts" in record:
+            return RawSample(pictures, tuple(Exchange(e["user"], e["assistant"]) for e in record["texts"]), "", origin)
+        if pictures:
+            return RawSample(pictures, (Exchange(CAPTION_REQUEST, record["text"]),), "", origin)
+        return RawSample(text=record["text"], origin=origin)
+
+    return Indexed(name, count, sample)
+
+
+def fingerprint(sources: dict[str, SourceConfig]) -> str:
+    """Sources in words that change when anything changes that the samples hang on."""
+    import dataclasses
+    import hashlib
+
+    digest = hashlib.sha256(json.dumps({k: dataclasses.asdict(v) for k, v in sources.items()}).encode()).hexdigest()
+    return f"{', '.join(f'{name} {one.weight:g}' for name, one in sources.items())} (settings {digest[:8]})"

@@ -1,0 +1,127 @@
+"""Convert a transcoder set to another format, checked by reading it back before it is put into place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmscope.core.errors import CheckFailed, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlmscope.config import AppConfig
+    from vlmscope.tasks.context import RunContext
+    from vlmscope.transcoders.formats import Choice
+    from vlmscope.transcoders.transcoder import TranscoderSet
+
+DTYPES = ("auto", "float32", "bfloat16", "float64")
+
+
+@dataclass
+class Config:
+    """`to` is the new format, `out` the folder for it, which must not be there yet.
+
+    `dtype` is the stored one; "auto" takes the smallest in which every number stays what it is. `license` goes into the
+    card; None leaves what the source's card says.
+    """
+
+    to: str | None = None
+    out: str | None = None
+    dtype: str = "auto"
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        from vlmscope.transcoders.config import FORMAT_NAMES
+
+        for key, value, allowed in (("to", self.to, FORMAT_NAMES), ("dtype", self.dtype, DTYPES)):
+            if value is not None and value not in allowed:
+                raise UserError(f"task.{key}={value}: no such choice; choose one of {', '.join(allowed)}")
+
+
+def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
+    """Convert the set that `transcoder=path transcoder.path=...` names, and write its card."""
+    from dataclasses import replace
+
+    from vlmscope.core.artifacts import atomic_folder, read_text, write_text
+    from vlmscope.tasks.wiring import chosen_set, limit_threads
+    from vlmscope.transcoders.card import CARD, carried_over, facts_of_set, render
+    from vlmscope.transcoders.formats import load_set, refusal, save_set
+
+    for key in ("to", "out"):
+        if not getattr(cfg.task, key):
+            raise UserError(f"task.{key} has no value; give it on the command line as task.{key}=...")
+    limit_threads(cfg)
+    folder, form, choice = chosen_set(cfg)
+    found = load_set(folder, dtype=_widest(folder, form, choice), format=form, choice=choice).requires_grad_(False)
+    why = refusal(found, cfg.task.to)
+    if why is not None:
+        raise UserError(f"{folder} cannot be written as {cfg.task.to}: {why}; choose another task.to")
+    dtype = _smallest(found) if cfg.task.dtype == "auto" else cfg.task.dtype
+    source_card = read_text(folder / CARD) if (folder / CARD).is_file() else None
+    facts = carried_over(facts_of_set(found, cfg.task.to), source_card)
+    if cfg.task.license is not None:
+        facts = replace(facts, license=cfg.task.license)
+    with atomic_folder(cfg.task.out) as temporary:
+        save_set(found, temporary, dtype, cfg.task.to)
+        _check(found, temporary, cfg.task.to, dtype)
+        write_text(temporary / CARD, render(facts))
+        size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+    print(f"{len(found)} layers as {cfg.task.to} in {dtype}, read back and computing the same: {cfg.task.out}")
+    return {"convert/layers": float(len(found)), "convert/bytes": float(size)}
+
+
+def _widest(folder: Path, form: str, choice: Choice) -> torch.dtype:
+    """float64 for weights that are stored so, float32 for all others, which it holds exactly."""
+    import torch
+
+    from vlmscope.transcoders.formats import open_set
+    from vlmscope.transcoders.formats.common import stored_dtypes
+
+    wide = any("F64" in stored_dtypes(layer.path) for layer in open_set(folder, form, choice).layers.values())
+    return torch.float64 if wide else torch.float32
+
+
+def _smallest(transcoders: TranscoderSet) -> str:
+    """The smallest stored dtype that holds every number of the set exactly."""
+    import torch
+
+    for name in ("bfloat16", "float32"):
+        dtype = getattr(torch, name)
+        tensors = (*transcoders.parameters(), *transcoders.buffers())
+        if all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in tensors):
+            return name
+    return "float64"
+
+
+def _check(expected: TranscoderSet, folder: Path, form: str, dtype: str) -> None:
+    """What was written is read back and compared on random inputs, with the weights as they were stored.
+
+    Raises:
+        CheckFailed: it computes something else or at other places, which would be a fault of the writer.
+    """
+    import copy
+
+    import torch
+
+    from vlmscope.core.seeds import generator
+    from vlmscope.transcoders.formats import load_set
+
+    wide = next(expected.parameters()).dtype
+    again = load_set(folder, dtype=wide, format=form)
+    if again.layers != expected.layers:
+        raise CheckFailed(f"{form} gives back layers {again.layers} instead of {expected.layers}; nothing is kept", {})
+    for layer in expected.layers:
+        stored = copy.deepcopy(expected[layer]).to(getattr(torch, dtype)).to(wide)
+        draw = generator(0, "convert", layer).standard_normal((64, stored.config.d_model))
+        x = torch.from_numpy(draw).to(wide)
+        with torch.no_grad():
+            difference = float((stored(x).reconstruction - again[layer](x).reconstruction).abs().max())
+        hooks = [(one.config.input_hook, one.config.output_hook) for one in (stored, again[layer])]
+        if difference != 0 or hooks[0] != hooks[1]:
+            raise CheckFailed(
+                f"layer {layer} read back from {form} differs by {difference:.3g} and maps {' to '.join(hooks[1])} "
+                f"instead of {' to '.join(hooks[0])}; nothing is kept",
+                {},
+            )

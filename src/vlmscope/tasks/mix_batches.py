@@ -1,0 +1,87 @@
+"""A mix of sources (`data.sources`) as batches that transcoders are trained and judged on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmscope.core.errors import UserError
+
+if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
+    from vlmscope.data.mixing import TokenMix
+    from vlmscope.data.share import Share
+    from vlmscope.data.shuffled import ShuffledSource
+    from vlmscope.models.loading import VLM
+    from vlmscope.tasks.transcoder_batches import Source
+    from vlmscope.training.conversation_batches import Forward
+    from vlmscope.training.mix_batches import SampleEncoder
+
+
+def mix_batches(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple[VLM, Source]:
+    """Batches of the mix, each source's share of the tokens as its weight says.
+
+    Raises:
+        UserError: a source is wrong, or has no sample for validation.
+    """
+    from vlmscope.data.mixing import Lane, TokenMix
+    from vlmscope.data.sources import fingerprint
+    from vlmscope.tasks.transcoder_batches import Source
+    from vlmscope.training.mix_batches import MixBatches, MixValidation
+
+    data, task = cfg.data, cfg.task
+    train = {name: streams(cfg, name, validation=False) for name in data.sources}
+    val = {name: streams(cfg, name, validation=True) for name in data.sources}
+    vlm = load()
+
+    def make() -> TokenMix[list[Forward]]:
+        return TokenMix(
+            {name: Lane(source.weight, train[name](), encoder(cfg, vlm)) for name, source in data.sources.items()}
+        )
+
+    settings = (
+        f"{fingerprint(data.sources)}, {task.tokens_per_batch} tokens a batch, {task.max_tokens} an example, "
+        f"{data.context} a text, shuffled by {data.shuffle}, {data.val_share} held out"
+    )
+    batches = MixBatches(make, task.tokens_per_batch, run_dir / "data_states.json", settings, cfg.trainer.resume)
+    held = MixValidation({name: (one(), encoder(cfg, vlm)) for name, one in val.items()}, task.val_examples)
+    return vlm, Source(batches, held, settings, batches.figures)
+
+
+def streams(cfg: AppConfig, name: str, validation: bool, share: Share | None = None) -> Callable[[], ShuffledSource]:
+    """What opens a new stream of a source's samples, for training or for validation; a `share` of it, or all.
+
+    Raises:
+        UserError: the source is wrong, or not there.
+    """
+    from vlmscope.data.share import WHOLE
+    from vlmscope.data.shuffled import ShuffledSource
+    from vlmscope.data.sources import keeps, open_source
+
+    data, config = cfg.data, cfg.data.sources[name]
+    source = open_source(name, config, config.val_split if validation else None, data.max_bad_shards)
+    keep = keeps(config, data.val_share, validation)
+    buffer, repeat = (1, False) if validation else (data.shuffle, config.repeat)
+    return lambda: ShuffledSource(source, share or WHOLE, buffer, cfg.seed, repeat, keep)
+
+
+def encoder(cfg: AppConfig, vlm: VLM) -> SampleEncoder:
+    """What makes forwards of samples for a model.
+
+    Raises:
+        UserError: texts cannot be joined, since the tokenizer has no token for it.
+    """
+    from vlmscope.data.text_packing import TokenPacker
+    from vlmscope.models.conversations import encode, ends_of_text, sequence_forward, text_ids
+    from vlmscope.training.mix_batches import SampleEncoder
+
+    eos, bos = ends_of_text(vlm.tokenizer)
+    if cfg.task.max_tokens < 2:
+        raise UserError(f"task.max_tokens={cfg.task.max_tokens}: a mix needs at least 2")
+    return SampleEncoder(
+        lambda sample: encode(vlm, sample, cfg.task.max_tokens),
+        lambda text: text_ids(vlm, text),
+        lambda ids: sequence_forward(vlm, ids),
+        TokenPacker(eos, min(cfg.data.context, cfg.task.max_tokens), bos),
+    )

@@ -1,0 +1,288 @@
+"""What the readers and writers of all formats share: the layers of a set before they are loaded, tensors, hooks, files.
+
+Our own convention, into which every reader translates: `W_enc` [F, d], `W_dec` [F, d], `b_enc` [F], `b_dec` [d],
+`W_skip` [d, d] applied as `x @ W_skip.T`, `threshold` [F].
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlmscope.core.artifacts import atomic_path
+from vlmscope.core.errors import UserError
+from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
+from vlmscope.transcoders.init import set_weight
+from vlmscope.transcoders.nonlinearities import activation_has_threshold
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
+
+REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec")
+STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+# With ReLU and JumpReLU no number is fixed; where a format says none, this one stands for it in estimates of memory.
+UNKNOWN_L0 = 64
+
+Tensors = dict[str, Tensor]
+
+
+class Choice(NamedTuple):
+    """Which of several sets in one folder: of this width ("16k"), sparsity ("small"), with or without a skip path."""
+
+    width: str | None = None
+    l0: str | None = None
+    affine: bool | None = None
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """One layer before it is loaded.
+
+    Attributes:
+        path: its file.
+        translate: from the file's tensors to ours; raises a `UserError` for what cannot be translated exactly.
+        k: active features aimed at, None for the set's.
+        activation: None for the set's.
+        where: the file that says so, for messages.
+    """
+
+    path: Path
+    where: Path
+    translate: Callable[[Tensors], Tensors] = dict
+    k: int | None = None
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class SetSource:
+    """A set before its weights are loaded: layer -> source, ascending."""
+
+    config: TranscoderSetConfig
+    layers: dict[int, LayerSource]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One layout on disk.
+
+    Attributes:
+        name: as in `transcoder.format=`.
+        looks_for: what tells that a folder has this layout, in words.
+        found_in: whether a folder has it.
+        open: reads the configuration and finds the files; the weights are left alone.
+        refusal: why a set cannot be expressed in it, None when it can.
+        write: the set into a folder, in a dtype of `STORED_DTYPES`.
+    """
+
+    name: str
+    looks_for: str
+    found_in: Callable[[Path], bool]
+    open: Callable[[Path, Choice], SetSource]
+    refusal: Callable[[TranscoderSet], str | None]
+    write: Callable[[TranscoderSet, Path, str], None]
+
+
+def read_tensors(path: Path) -> Tensors:
+    """All tensors of a safetensors file.
+
+    Raises:
+        UserError: it is missing or not complete.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {path}: not a complete safetensors file ({error}); copy it anew") from error
+
+
+def stored_dtypes(path: Path) -> set[str]:
+    """The dtypes of a file's tensors in safetensors' words, such as F32.
+
+    Raises:
+        UserError: it is missing or not complete.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {path}: not a complete safetensors file ({error}); copy it anew") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> None:
+    """Write tensors, converted to a dtype of `STORED_DTYPES`, atomically.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    stored = {name: t.detach().to("cpu", STORED_DTYPES[dtype]).contiguous() for name, t in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(stored, temporary, metadata={"format": "pt"})
+
+
+def own_tensors(transcoder: Transcoder) -> Tensors:
+    """A layer's tensors in our convention: `threshold` [F] too where the nonlinearity has one."""
+    found = {name: getattr(transcoder, name) for name in (*REQUIRED, "W_skip")}
+    found["threshold"] = transcoder.activation.thresholds
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def taken(tensors: Tensors, names: Mapping[str, str], optional: Iterable[str], path: Path) -> Tensors:
+    """Rename tensors, theirs -> ours.
+
+    Raises:
+        UserError: one is missing that is not optional, or there is one more.
+    """
+    missing = [name for name in names if name not in tensors and name not in set(optional)]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; it is not a transcoder in this layout")
+    unknown = sorted(set(tensors) - set(names))
+    if unknown:
+        raise UserError(f"{path} holds {', '.join(unknown)}, which this layout does not have; nothing is left out")
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def transposed(tensors: Tensors, *names: str) -> Tensors:
+    """The same tensors with those of these names transposed, where they are matrices."""
+    return {n: t.mT.contiguous() if n in names and t.ndim == 2 else t for n, t in tensors.items()}
+
+
+def positive(value: object, name: str, where: Path) -> int:
+    """`value` as a positive whole number.
+
+    Raises:
+        UserError: it is not one.
+    """
+    if type(value) is not int or value < 1:
+        raise UserError(f"{where}: {name} must be a positive number, not {value!r}")
+    return value
+
+
+def record_of(value: Any, where: Path) -> dict[str, Any]:
+    """A configuration file's content.
+
+    Raises:
+        UserError: it is not a mapping.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{where} holds no keys; it is not a transcoder's configuration")
+    return value
+
+
+def uniform(transcoders: TranscoderSet) -> str | None:
+    """Why one configuration cannot speak for all layers, None when it can.
+
+    k counts for TopK alone: elsewhere it is what training aimed at and not part of the function.
+    """
+    configs = [transcoder.config for transcoder in transcoders.transcoders.values()]
+    for name in ("activation", "input_hook", "output_hook", "k"):
+        values = sorted({str(getattr(config, name)) for config in configs})
+        if len(values) > 1 and (name != "k" or configs[0].activation == "topk"):
+            return f"it says {name} once for all layers, but they have {', '.join(values)}"
+    return None
+
+
+_GEMMA = re.compile(r"gemma-?[23]", re.IGNORECASE)
+
+
+def own_hook(theirs: str, model_name: str) -> str:
+    """Our name of a hook point that others name without its layer; an unknown name stays as it is.
+
+    `mlp.hook_in` and `mlp.hook_out` are the raw MLP. `hook_mlp_out` lies after the norm that follows the MLP, which
+    Gemma 2 and 3 have and others lack. `ln2.hook_normalized` lies before that norm's weight and `hook_mlp_in` before
+    the norm itself, so neither is `mlp_in`.
+    """
+    if theirs == "hook_mlp_out":
+        return "mlp_out_post" if _GEMMA.search(model_name) else "mlp_out"
+    known = {
+        "mlp.hook_in": "mlp_in",
+        "ln2.hook_out": "mlp_in",
+        "mlp.hook_out": "mlp_out",
+        "ln2_post.hook_out": "mlp_out_post",
+    }
+    return known.get(theirs, theirs)
+
+
+def their_hook(ours: str, model_name: str) -> str:
+    """The inverse of `own_hook`."""
+    if ours == "mlp_out_post" and _GEMMA.search(model_name):
+        return "hook_mlp_out"
+    return {"mlp_in": "mlp.hook_in", "mlp_out": "mlp.hook_out", "mlp_out_post": "ln2_post.hook_out"}.get(ours, ours)
+
+
+def build_layer(
+    source: LayerSource,
+    layer: int,
+    config: TranscoderSetConfig,
+    d_model: int | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Transcoder:
+    """Load one layer.
+
+    Raises:
+        UserError: a tensor is missing, unknown, of the wrong shape or not finite, or the activation is unknown.
+    """
+    path, activation = source.path, source.activation or config.activation
+    tensors = source.translate(read_tensors(path))
+    has_threshold = activation_has_threshold(activation)
+    _check_names(path, tensors, activation, has_threshold)
+    f, d = _checked_shapes(path, tensors, d_model)
+    try:
+        one = TranscoderConfig(
+            d_model=d,
+            n_features=f,
+            k=min(source.k or config.k, f) if activation != "topk" else source.k or config.k,
+            layer=layer,
+            activation=activation,
+            skip="W_skip" in tensors,
+            input_hook=config.input_hook,
+            output_hook=config.output_hook,
+        )
+        transcoder = Transcoder(one, dtype=dtype, device=device)
+    except UserError as error:
+        raise UserError(f"{source.where}: {error}") from error
+    for name in (*REQUIRED, "W_skip"):
+        if name in tensors:
+            set_weight(getattr(transcoder, name), tensors[name])
+    if has_threshold:
+        try:
+            transcoder.activation.take_thresholds(tensors["threshold"])
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; train or copy the set anew") from error
+    return transcoder
+
+
+def _check_names(path: Path, tensors: Tensors, activation: str, has_threshold: bool) -> None:
+    missing = [name for name in REQUIRED if name not in tensors]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; it is not a transcoder in this layout")
+    if has_threshold and "threshold" not in tensors:
+        raise UserError(f"{path} lacks threshold, which activation {activation!r} needs; copy the set anew")
+    unknown = sorted(set(tensors) - {*REQUIRED, "W_skip", *(["threshold"] if has_threshold else [])})
+    if unknown:
+        raise UserError(f"{path} holds {', '.join(unknown)}, which activation {activation!r} does not use")
+
+
+def _checked_shapes(path: Path, tensors: Tensors, d_model: int | None) -> tuple[int, int]:
+    w_enc = tensors["W_enc"]
+    if w_enc.ndim != 2:
+        raise UserError(f"{path}: W_enc has shape {tuple(w_enc.shape)} where (features, model width) is expected")
+    f, d = w_enc.shape
+    if d_model is not None and d != d_model:
+        raise UserError(
+            f"{path}: W_enc has shape {(f, d)}, but the model's width is {d_model}, so ({f}, {d_model}) is expected; "
+            "choose the set trained on this model"
+        )
+    expected = {"W_enc": (f, d), "W_dec": (f, d), "b_enc": (f,), "b_dec": (d,), "W_skip": (d, d), "threshold": (f,)}
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, but W_enc {(f, d)} asks for {expected[name]}"
+            )
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds values that are not finite; train or copy the set anew")
+    return f, d

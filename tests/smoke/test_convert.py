@@ -1,0 +1,101 @@
+"""task=convert on the command line: every pair of formats that can express the set, and refusals in one line."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from vlmscope.app import main
+from vlmscope.config.paths import asset
+from vlmscope.transcoders.card import parts_of
+from vlmscope.transcoders.formats import FORMATS, load_set, refusal, save_set
+from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet, TranscoderSetConfig
+
+
+def convert(source: Path | str, to: str, out: Path, *more: str) -> int:
+    return main(
+        [
+            "task=convert", "transcoder=path", f"transcoder.path={source}", f"task.to={to}", f"task.out={out}",
+            "tracking=none", f"hydra.run.dir={out.parent / 'run'}", *more,
+        ]
+    )  # fmt: skip
+
+
+def a_set(activation: str, output_hook: str, skip: bool) -> TranscoderSet:
+    base = random_set(2, 6, 24, 4, skip, 5, activation=activation)
+    made = {}
+    for layer in (0, 1):
+        made[layer] = Transcoder(TranscoderConfig(6, 24, 4, layer, activation, skip, "mlp_in", output_hook))
+        made[layer].load_state_dict(base[layer].state_dict())
+    return TranscoderSet(made, TranscoderSetConfig(2, 4, activation, "google/gemma-3-1b", "mlp_in", output_hook))
+
+
+SETS = [("topk", "mlp_out", True), ("relu", "mlp_out", False), ("jumprelu", "mlp_out_post", True)]
+
+
+@pytest.mark.parametrize(("activation", "hook", "skip"), SETS)
+def test_every_pair_of_formats_computes_the_same(tmp_path: Path, activation: str, hook: str, skip: bool) -> None:
+    found = a_set(activation, hook, skip)
+    able = [name for name in FORMATS if refusal(found, name) is None]
+    assert (
+        able
+        == {
+            "topk": ["vlmscope", "paper", "circuit_tracer", "sparsify"],
+            "relu": ["vlmscope", "circuit_tracer", "sae_lens"],
+            "jumprelu": ["vlmscope", "gemma_scope", "sae_lens"],
+        }[activation]
+    )
+    x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    for first in able:
+        save_set(found, tmp_path / first, format=first)
+    for first, second in product(able, able):
+        out = tmp_path / f"{first}-{second}"
+        assert convert(tmp_path / first, second, out) == 0
+        again = load_set(out, n_layers=2, d_model=6)
+        assert again.config.output_hook == hook
+        for layer in (0, 1):
+            assert torch.equal(again[layer](x).reconstruction, found[layer](x).reconstruction)
+        assert f"Format: {second}." in (out / "README.md").read_text()
+
+
+def test_orrerys_set_goes_there_and_back_byte_for_byte_with_its_figures(tmp_path: Path) -> None:
+    shipped = Path(asset("orrery_transcoders"))
+    assert convert(shipped, "sparsify", tmp_path / "there") == 0
+    assert convert(tmp_path / "there", "vlmscope", tmp_path / "back", "task.license=mit") == 0
+    for path in sorted(shipped.iterdir()):
+        if path.name != "README.md":
+            assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes(), path.name
+    before, after = (parts_of((folder / "README.md").read_text())[0] for folder in (shipped, tmp_path / "back"))
+    assert after["vlmscope"]["figures"] == before["vlmscope"]["figures"] and after["license"] == "mit"
+    record = yaml.safe_load((tmp_path / "back" / "config.yaml").read_text())
+    assert record["dtype"] == "bfloat16"  # the smallest that holds every number
+
+
+def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_set(random_set(2, 6, 24, 4, activation="batchtopk"), tmp_path / "in")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("x")
+    for source, to, out, words in (
+        ("in", "paper", "out", "cannot be written as paper: the paper's code knows TopK alone"),
+        ("in", "sparsify", "out", "no place for batchtopk"),
+        ("in", "vlmscope", "taken", "is there already"),
+        ("in", "null", "out", "task.to has no value"),
+        ("in", "papers", "out", "task.to=papers: no such choice"),
+        ("taken", "paper", "out", "it has none of config.yaml"),
+        ("nowhere", "paper", "out", "there is no such folder"),
+        ("some-org/some-set", "paper", "out", "has no pinned revision"),
+    ):
+        path = source if "/" in source else tmp_path / source
+        assert convert(path, to, tmp_path / out) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and words in errors[0], errors
+    assert convert(tmp_path / "in", "sae_lens", tmp_path / "out", "transcoder.format=sparsfy") == 2
+    assert "did you mean 'sparsify'" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} <= {"in", "taken", "run"}
+    assert [path.name for path in taken.iterdir()] == ["mine.txt"]

@@ -1,0 +1,246 @@
+"""Shards of a mix: each sample once for any number of processes, whole after any interruption, and read back."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import webdataset as wds
+from datasets import Dataset
+
+from vlmscope.core.artifacts import read_json
+from vlmscope.core.conversation import Exchange
+from vlmscope.core.errors import UserError
+from vlmscope.data import build, build_part
+from vlmscope.data.build import BuildSettings, build_mix
+from vlmscope.data.build_part import Chunk, PartJob, chunks_of
+from vlmscope.data.orrery.scene import make_scene
+from vlmscope.data.raw import RawSample, held_out
+from vlmscope.data.shards import encode_png
+from vlmscope.data.share import WHOLE, Share
+from vlmscope.data.shuffled import ShuffledSource
+from vlmscope.data.source_config import SourceConfig
+from vlmscope.data.sources import open_source
+
+PNG = encode_png(make_scene("train", "shapes", 0).image)
+
+
+def sources(folder: Path) -> dict[str, SourceConfig]:
+    """Texts of which every third is there twice, and scenes."""
+    texts = [f"text {n}" for n in range(60)] + [f"text {n}" for n in range(0, 60, 3)] + [""]
+    if not folder.exists():
+        Dataset.from_dict({"text": texts}).save_to_disk(folder)
+    return {
+        "words": SourceConfig("hf_text", str(folder)),
+        "scenes": SourceConfig("orrery", stream="questions", limit=20, val_split="val"),
+    }
+
+
+def settings(folder: Path, **changes: Any) -> BuildSettings:
+    return BuildSettings(**{"folder": folder, "shard_size": 7, "parts": 3, "val_share": 0.2} | changes)
+
+
+def contents(folder: Path) -> Counter[bytes]:
+    """All samples of all shards that the index knows, by digest."""
+    found: Counter[bytes] = Counter()
+    for name, entry in read_json(folder / "index.json")["shards"].items():
+        read = [RawSample.from_shard(one) for one in wds.WebDataset(str(folder / name), shardshuffle=False)]  # pyright: ignore[reportAttributeAccessIssue]
+        assert len(read) == entry["samples"] > 0
+        if entry["kind"] == "words":
+            assert all(held_out(one, 0.2) == (entry["split"] == "val") for one in read)
+        found.update(one.digest() for one in read)
+    return found
+
+
+def expected(folder: Path) -> set[bytes]:
+    made = sources(folder)
+    words = {RawSample(text=f"text {n}").digest() for n in range(60)}
+    scenes = [row() for split in ("train", "val") for row in open_source("scenes", made["scenes"], split).open(WHOLE)]
+    return words | {one.digest() for one in scenes}
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, id="two")])
+def test_each_sample_is_written_once_with_its_bytes(tmp_path: Path, processes: int) -> None:
+    made = sources(tmp_path / "words")
+    figures = build_mix(made, settings(tmp_path / "out"), processes)
+    found = contents(tmp_path / "out")
+    assert set(found) == expected(tmp_path / "words") and set(found.values()) == {1}
+    assert figures["data/rows"] == 81 + 40 and figures["data/samples"] == 60 + 40
+    assert figures["data/duplicates"] == 20 and figures["data/unusable"] == 1
+    index = read_json(tmp_path / "out" / "index.json")
+    assert index["duplicates"] == 20 and index["meta"]["parts"] == 3
+    assert build_mix(made, settings(tmp_path / "out"), processes)["data/shards_written"] == 0
+    # No pixel tensors: what is written is the very file.
+    scene = next(open_source("x", SourceConfig("shards", str(tmp_path / "out"), stream="scenes")).open(WHOLE))()
+    assert scene.images[0] == encode_png(make_scene("train", "planets", 0).image)
+
+
+class Die(NamedTuple):
+    """Raises once, at the n-th call."""
+
+    original: Callable[..., Any]
+    calls: list[int]
+    at: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(1)
+        if len(self.calls) == self.at:
+            raise KeyboardInterrupt
+        return self.original(*args, **kwargs)
+
+
+@pytest.mark.parametrize("where", ["write_tar", "write_json"])
+@pytest.mark.parametrize("at", [1, 2, 5, 9])
+def test_an_interrupted_build_goes_on_without_loss_or_repeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, at: int
+) -> None:
+    module = build_part if where == "write_tar" else build
+    made = sources(tmp_path / "words")
+    monkeypatch.setattr(module, where, Die(getattr(module, where), [], at))
+    with pytest.raises(KeyboardInterrupt):
+        build_mix(made, settings(tmp_path / "out"))
+    figures = build_mix(made, settings(tmp_path / "out"))
+    found = contents(tmp_path / "out")
+    assert set(found) == expected(tmp_path / "words") and set(found.values()) == {1}
+    assert figures["data/duplicates"] == 20 and figures["data/rows"] == 121
+
+
+def test_a_shard_that_is_damaged_or_gone_is_written_again(tmp_path: Path) -> None:
+    made = sources(tmp_path / "words")
+    build_mix(made, settings(tmp_path / "out"))
+    shards = sorted((tmp_path / "out").glob("train-words*.tar"))
+    shards[0].unlink()
+    shards[-1].write_bytes(b"short")
+    assert build_mix(made, settings(tmp_path / "out"))["data/shards_written"] > 1
+    found = contents(tmp_path / "out")
+    assert set(found) == expected(tmp_path / "words") and set(found.values()) == {1}
+
+
+def test_other_sources_settings_and_too_small_disks_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = sources(tmp_path / "words")
+    build_mix(made, settings(tmp_path / "out"))
+    with pytest.raises(UserError, match="describes other data"):
+        build_mix(made, settings(tmp_path / "out", shard_size=8))
+    made["scenes"].limit = 21
+    with pytest.raises(UserError, match="describes other data"):
+        build_mix(made, settings(tmp_path / "out"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": 10_000})())
+    with pytest.raises(UserError, match=r"the shards need about .* GB, .* GB free; choose another folder"):
+        build_mix(made, settings(tmp_path / "small"))
+    assert not list((tmp_path / "small").glob("*.tar"))
+
+
+def test_the_estimate_of_size_is_close(tmp_path: Path) -> None:
+    """Otherwise the check of the disk would mean nothing."""
+    made = {"scenes": SourceConfig("orrery", stream="questions", limit=64, val_split="val")}
+    figures = build_mix(made, settings(tmp_path / "out", shard_size=64, parts=1))
+    mean = build._mean_size(open_source("scenes", made["scenes"]))
+    assert mean == pytest.approx(figures["data/bytes"] / figures["data/samples"], rel=0.15)
+
+
+def test_a_mistake_in_another_process_is_one_line_here(tmp_path: Path) -> None:
+    made = sources(tmp_path / "words")
+    Dataset.from_dict({"text": [" "] * 30}).save_to_disk(tmp_path / "blank")
+    made["words"] = SourceConfig("hf_text", str(tmp_path / "blank"))
+    with pytest.raises(UserError, match="none of 7 rows of data.sources.words can be used; the last: words row"):
+        build_mix(made, settings(tmp_path / "out"), 2)
+
+
+def shards(folder: Path, sizes: tuple[int, ...] = (5, 1, 4, 7)) -> Path:
+    """A stream in shards of uneven sizes."""
+    index: dict[str, Any] = {"meta": {}, "shards": {}}
+    number = 0
+    for which, size in enumerate(sizes):
+        body = []
+        for _ in range(size):
+            sample = RawSample((PNG,), (Exchange("what ?", f"answer {number}"),), origin=f"row {number}")
+            body.append(sample.to_shard(f"s-{number:04d}"))
+            number += 1
+        name = f"train-s-{which}.tar"
+        index["shards"][name] = {"split": "train", "kind": "s"} | build_part.write_tar(folder / name, body)
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def answers(folder: Path, share: Share = WHOLE, max_bad: int = 0, mark: Any = None) -> list[str]:
+    source = open_source("it", SourceConfig("shards", str(folder), stream="s"), None, max_bad)
+    return [row().exchanges[0].assistant for row in source.open(share, mark)]
+
+
+def test_uneven_shards_are_shared_without_loss_or_repeat(tmp_path: Path) -> None:
+    shards(tmp_path)
+    for total in range(1, 21):
+        parts = [answers(tmp_path, Share(n, total)) for n in range(total)]
+        assert sum(parts, []) == [f"answer {n}" for n in range(17)]
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    source = open_source("it", SourceConfig("shards", str(tmp_path), stream="s"))
+    for share in (WHOLE, Share(1, 3)):
+        reader = source.open(share)
+        whole = answers(tmp_path, share)
+        for done in range(len(whole) + 1):
+            assert answers(tmp_path, share, 0, json.loads(json.dumps(reader.mark()))) == whole[done:]
+            next(reader, None)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def scramble(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    at = data.index(b'"texts"', 4000)  # the words of a later sample: the size stays the same
+    data[at : at + 7] = b"xxxxxxx"
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("harm", "left"), [(truncate, 12), (scramble, None), (Path.unlink, 12)])
+def test_a_corrupt_shard_is_skipped_with_a_count_up_to_a_limit(
+    tmp_path: Path, harm: Callable[[Path], None], left: int | None
+) -> None:
+    shards(tmp_path)
+    harm(tmp_path / "train-s-0.tar")
+    with pytest.raises(UserError, match=r"shard .*train-s-0.tar is corrupt .*number 1, and data.max_bad_shards=0"):
+        answers(tmp_path)
+    with pytest.warns(UserWarning, match=r"train-s-0.tar is corrupt .*skipped \(1 of at most 1\)"):
+        read = answers(tmp_path, max_bad=1)
+    assert read[-12:] == [f"answer {n}" for n in range(5, 17)]
+    assert len(read) == left if left is not None else 12 <= len(read) < 17
+    truncate(tmp_path / "train-s-3.tar")
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="number 2, and data.max_bad_shards=1"):
+        answers(tmp_path, max_bad=1)
+
+
+def test_the_count_of_bad_shards_survives_resuming(tmp_path: Path) -> None:
+    shards(tmp_path)
+    truncate(tmp_path / "train-s-0.tar")
+    source = open_source("it", SourceConfig("shards", str(tmp_path), stream="s"), None, 1)
+    stream = ShuffledSource(source, buffer=2)
+    with pytest.warns(UserWarning):
+        stream.next()
+    again = ShuffledSource(source, buffer=2)
+    for _ in range(4):
+        stream.next()
+    again.load(json.loads(json.dumps(stream.state())))
+    assert [again.next() for _ in range(8)] == [stream.next() for _ in range(8)]
+    assert stream.bad_shards == again.bad_shards == 1
+
+
+def test_streams_that_are_not_there_are_named(tmp_path: Path) -> None:
+    shards(tmp_path)
+    with pytest.raises(UserError, match=r"no samples of stream 'z', split 'train'; it has s \(train\)"):
+        open_source("it", SourceConfig("shards", str(tmp_path), stream="z"))
+
+
+def test_a_part_asks_before_it_writes(tmp_path: Path) -> None:
+    made = sources(tmp_path / "words")
+    job = PartJob("words", made["words"], "train", "train", WHOLE, tmp_path / "out", 10, 0.0, 0)
+    steps = chunks_of(job)
+    digests = next(steps)
+    assert isinstance(digests, list) and not (tmp_path / "out").exists()
+    chunk = steps.send([n == 4 for n in range(10)])
+    assert isinstance(chunk, Chunk) and chunk.duplicates == 9 and chunk.digests == digests[4]
+    assert [one["samples"] for one in chunk.shards.values()] == [1]

@@ -1,0 +1,258 @@
+"""Sources of every kind, on small folders with the published schemas, written here with `datasets` itself."""
+
+import io
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as Pictures
+
+from vlmscope.core.conversation import CAPTION_REQUEST, Conversation, Document
+from vlmscope.core.errors import UserError
+from vlmscope.data.raw import RawSample, held_out
+from vlmscope.data.share import WHOLE, Share
+from vlmscope.data.shuffled import ShuffledSource
+from vlmscope.data.source_config import SourceConfig
+from vlmscope.data.sources import open_source
+
+PNG, JPEG = "PNG", "JPEG"
+
+
+def picture(number: int, form: str = PNG) -> bytes:
+    buffer = io.BytesIO()
+    colours = np.random.default_rng(number).integers(0, 255, (8 + number % 5, 9, 3), np.uint8)
+    Pictures.fromarray(colours).save(buffer, form)
+    return buffer.getvalue()
+
+
+def text_table(count: int = 10) -> Dataset:
+    return Dataset.from_dict({"text": [f"document {n}" for n in range(count)], "source": ["web"] * count})
+
+
+def imagenet_table(count: int = 6) -> Dataset:
+    names = ["tench, Tinca tinca", "goldfish, Carassius auratus"]
+    return Dataset.from_dict(
+        {
+            "image": [{"bytes": picture(n, JPEG), "path": None} for n in range(count)],
+            "label": [n % 2 for n in range(count)],
+        },
+        Features({"image": Image(), "label": ClassLabel(names=names)}),
+    )
+
+
+def cauldron_table(count: int = 5, first: int = 0) -> Dataset:
+    turn = {"user": Value("string"), "assistant": Value("string"), "source": Value("string")}
+    rows: dict[str, list[Any]] = {"images": [], "texts": []}
+    for n in range(first, first + count):
+        rows["images"].append([{"bytes": picture(10 * n + k), "path": None} for k in range(n % 3)])
+        rows["texts"].append([{"user": f"q {n} {k} ?", "assistant": f"a {k}", "source": "x"} for k in range(1 + n % 2)])
+    return Dataset.from_dict(rows, Features({"images": List(Image()), "texts": List(turn)}))
+
+
+def parquet(table: Dataset, folder: Path, parts: tuple[int, ...], split: str = "train") -> Path:
+    """Files of uneven lengths, named as on the hub."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = 0
+    for number, size in enumerate(parts):
+        table.select(range(start, start + size)).to_parquet(
+            folder / f"{split}-{number:05d}-of-{len(parts):05d}.parquet"
+        )
+        start += size
+    return folder
+
+
+def samples(config: SourceConfig, share: Share = WHOLE, split: str | None = None) -> list[RawSample]:
+    return [row() for row in open_source("it", config, split).open(share)]
+
+
+@pytest.mark.parametrize("saved", ["disk", "parquet"])
+def test_text_as_smollm_has_it(tmp_path: Path, saved: str) -> None:
+    if saved == "disk":
+        text_table().save_to_disk(tmp_path / "data")
+    else:
+        parquet(text_table(), tmp_path / "data", (3, 1, 6))
+    read = samples(SourceConfig("hf_text", str(tmp_path / "data")))
+    assert [one.text for one in read] == [f"document {n}" for n in range(10)]
+    assert isinstance(read[0].opened(), Document)
+
+
+@pytest.mark.parametrize("saved", ["disk", "parquet"])
+def test_image_and_label_as_imagenet_has_them(tmp_path: Path, saved: str) -> None:
+    if saved == "disk":
+        DatasetDict({"train": imagenet_table(), "validation": imagenet_table(2)}).save_to_disk(tmp_path / "data")
+    else:
+        parquet(imagenet_table(), tmp_path / "data" / "data", (4, 2))
+        parquet(imagenet_table(2), tmp_path / "data" / "data", (2,), "validation")
+    config = SourceConfig("hf_image_label", str(tmp_path / "data"), val_split="validation")
+    read = samples(config)
+    assert len(read) == 6 and len(samples(config, split="validation")) == 2
+    assert read[1].exchanges == ((CAPTION_REQUEST, "a photo of a goldfish."),)
+    assert read[1].images == (picture(1, JPEG),)  # the very bytes: nothing was decoded and encoded again
+    opened = read[0].opened()
+    assert isinstance(opened, Conversation) and opened.images[0].mode == "RGB"
+    config.templates = ["a {label}", "the {label} !"]
+    captions = {one.exchanges[0].assistant for one in samples(config)}
+    assert len({caption.split()[0] for caption in captions}) == 2  # every template has its turn
+
+
+def test_pictures_with_captions_of_their_own(tmp_path: Path) -> None:
+    table = imagenet_table(3).remove_columns("label").add_column("caption", ["one", "two", "three"])  # pyright: ignore
+    table.save_to_disk(tmp_path / "data")
+    read = samples(SourceConfig("hf_image_label", str(tmp_path / "data"), caption="caption", request="say ."))
+    assert [one.exchanges for one in read] == [(("say .", word),) for word in ("one", "two", "three")]
+
+
+@pytest.mark.parametrize("saved", ["disk", "parquet"])
+def test_pictures_and_turns_as_the_cauldron_has_them(tmp_path: Path, saved: str) -> None:
+    for name, first, count in (("vqav2", 0, 5), ("ai2d", 100, 2)):
+        if saved == "disk":
+            cauldron_table(count, first).save_to_disk(tmp_path / name)
+        else:
+            parquet(cauldron_table(count, first), tmp_path / name, (1, count - 1))
+    read = samples(SourceConfig("hf_cauldron", str(tmp_path), subsets=["vqav2", "ai2d"]))
+    asked = [one.exchanges[0].user for one in read]
+    assert sorted(asked) == sorted([*(f"q {n} 0 ?" for n in range(5)), "q 100 0 ?", "q 101 0 ?"])
+    assert asked[:4] == ["q 0 0 ?", "q 100 0 ?", "q 1 0 ?", "q 101 0 ?"]  # the subsets take turns
+    two = next(one for one in read if one.exchanges[0].user == "q 2 0 ?")
+    assert two.images == (picture(20), picture(21)) and len(two.exchanges) == 1
+    assert next(one for one in read if one.exchanges[0].user == "q 1 0 ?").exchanges[1] == ("q 1 1 ?", "a 1")
+
+
+def test_streams_are_shared_and_go_on_from_their_marks(tmp_path: Path) -> None:
+    folder = parquet(text_table(23), tmp_path / "data", (9, 1, 5, 8))
+    config = SourceConfig("hf_text", str(folder))
+    for ranks, workers in product((1, 2, 3, 4), (1, 2)):
+        seen = [one.text for n in range(ranks * workers) for one in samples(config, Share(n, ranks * workers))]
+        assert sorted(seen) == sorted(f"document {n}" for n in range(23)), (ranks, workers)
+    for share, stop in product((Share(), Share(1, 2), Share(2, 3)), (0, 1, 4, 7)):
+        whole = [row().text for row in open_source("it", config).open(share)]
+        reader = open_source("it", config).open(share)
+        for _ in range(stop):
+            next(reader)
+        mark = json.loads(json.dumps(reader.mark()))
+        assert [row().text for row in open_source("it", config).open(share, mark)] == whole[stop:]
+    config.limit = 7
+    for total in (1, 2, 3):
+        assert sum(len(samples(config, Share(n, total))) for n in range(total)) == 7
+
+
+def test_a_shuffled_stream_resumes_to_the_sample(tmp_path: Path) -> None:
+    folder = parquet(cauldron_table(20), tmp_path / "data", (3, 10, 7))
+
+    def stream() -> ShuffledSource:
+        return ShuffledSource(open_source("it", SourceConfig("hf_cauldron", str(folder))), Share(), 6, 0, repeat=True)
+
+    first = stream()
+    whole = [first.next() for _ in range(50)]
+    for stop in (0, 5, 6, 19, 20, 21, 33):
+        one, other = stream(), stream()
+        for _ in range(stop):
+            one.next()
+        other.load(json.loads(json.dumps(one.state())))
+        assert [other.next() for _ in range(50 - stop)] == whole[stop:]
+
+
+def test_orrery_in_three_streams() -> None:
+    text, captions, questions, dialogues = (
+        samples(SourceConfig("orrery", stream=name, limit=8)) for name in ("text", "captions", "questions", "dialogues")
+    )
+    assert all(not one.exchanges and "?" in one.text for one in text)
+    assert all(len(one.exchanges) == 1 and one.exchanges[0].user.startswith(("describe", "what")) for one in captions)
+    assert [one.images for one in captions] == [one.images for one in questions]  # the same scenes, asked otherwise
+    assert sum(len(one.exchanges) for one in dialogues) == 2 * (3 + 3 + 3 + 1)
+    for one, all_of_them in zip(questions, dialogues, strict=True):
+        assert len(one.exchanges) == 1 and one.exchanges[0] in all_of_them.exchanges
+    assert len({one.exchanges[0].user for one in questions}) > 4  # not the first question of each
+    assert text != samples(SourceConfig("orrery", stream="text", limit=8), split="val")
+
+
+def test_a_folder_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    lines = [
+        {"images": ["a.png"], "texts": [{"user": "u", "assistant": "v"}]},
+        {"images": ["a.png"], "text": "a caption"},
+        {"text": "words"},
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    read = samples(SourceConfig("folder", str(tmp_path)))
+    assert [one.exchanges for one in read] == [(("u", "v"),), ((CAPTION_REQUEST, "a caption"),), ()]
+    assert read[0].images == read[1].images == (picture(1),) and read[2].text == "words"
+
+
+def test_holding_out_follows_the_content() -> None:
+    made = [RawSample(text=str(n), origin="here") for n in range(2000)]
+    out = [one.text for one in made if held_out(one, 0.1)]
+    assert 140 < len(out) < 260
+    assert out == [
+        one.text for one in (RawSample(text=str(n), origin="there") for n in range(2000)) if held_out(one, 0.1)
+    ]
+
+
+REFUSED = [
+    ({"kind": "hf_text", "text": "body"}, "no column 'body'; the columns are text, source"),
+    ({"kind": "hf_cauldron"}, "no column 'images'; the columns are text, source"),
+    ({"kind": "hf_text", "path": "/nowhere"}, "no folder /nowhere"),
+    ({"kind": "hf_text", "path": None}, "neither path nor hub"),
+    ({"kind": "text"}, "no such kind; choose one of folder, hf_text"),
+    ({"kind": "hf_text", "weight": 0.0}, "weight=0.0: a weight must be positive"),
+    ({"kind": "hf_text", "limit": 0}, "limit=0: it must be at least 1"),
+    ({"kind": "orrery", "stream": "songs"}, "choose one of text, captions, questions, dialogues"),
+    ({"kind": "shards", "path": None}, "path is not set: give the folder with its index.json"),
+    ({"kind": "shards"}, "no index.json in"),
+    ({"kind": "folder"}, "no train.jsonl in"),
+    ({"kind": "hf_image_label", "templates": ["a photo"]}, "each template must say where the {label} goes"),
+    (
+        {"kind": "hf_text", "path": None, "hub": "EleutherAI/SmolLM2-135M-10B"},
+        "has no pinned revision: add data.",
+    ),
+    ({"kind": "hf_text", "path": None, "hub": "a/b", "revision": "main"}, "asked for at 'main', which may move"),
+    ({"kind": "hf_text", "path": None, "hub": "a/b", "revision": "0" * 40}, "HF_HUB_OFFLINE forbids to stream a/b"),
+]
+
+
+@pytest.mark.parametrize("saved", ["disk", "parquet"])
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[str(n) for n in range(len(REFUSED))])
+def test_mistakes_are_told_in_one_line(
+    tmp_path: Path, changes: dict[str, Any], message: str, saved: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "data"
+    text_table(4).save_to_disk(folder) if saved == "disk" else parquet(text_table(4), folder, (4,))
+    with pytest.raises(UserError) as error:
+        open_source("it", SourceConfig(**{"path": str(folder)} | changes))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("saved", ["disk", "parquet"])
+def test_empty_and_unreadable_tables_are_told(tmp_path: Path, saved: str) -> None:
+    empty = Dataset.from_dict({"text": []}, Features({"text": Value("string")}))
+    empty.save_to_disk(tmp_path / "e") if saved == "disk" else parquet(empty, tmp_path / "e", (0,))
+    with pytest.raises(UserError, match="is empty|no sample of it"):
+        ShuffledSource(open_source("it", SourceConfig("hf_text", str(tmp_path / "e")))).next()
+    (tmp_path / "bad").mkdir()
+    name = "dataset_dict.json" if saved == "disk" else "train-0.parquet"
+    (tmp_path / "bad" / name).write_text("not what it should be")
+    with pytest.raises(UserError, match="cannot read|failed"):
+        samples(SourceConfig("hf_text", str(tmp_path / "bad")))
+
+
+def test_the_hub_that_cannot_be_reached_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        assert args[0] == "a/b" and kwargs == {"split": "train", "revision": "0" * 40, "streaming": True}
+        raise ConnectionError("Couldn't reach the Hub\nwith details")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"cannot stream a/b from the hub \(ConnectionError: Couldn't.*hf download a/b"):
+        open_source("it", SourceConfig("hf_text", hub="a/b", revision="0" * 40))
+
+
+def test_labels_need_names(tmp_path: Path) -> None:
+    table = imagenet_table(2).cast_column("label", Value("int64"))
+    table.save_to_disk(tmp_path / "data")
+    with pytest.raises(UserError, match="label is 0, and the data do not name their classes"):
+        samples(SourceConfig("hf_image_label", str(tmp_path / "data")))

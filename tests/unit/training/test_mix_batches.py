@@ -1,0 +1,136 @@
+"""Batches of a mix follow from the number alone, whatever was asked before, and from a state on the disk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmscope.core.artifacts import read_json
+from vlmscope.core.errors import UserError
+from vlmscope.data.mixing import Lane, TokenMix
+from vlmscope.data.shuffled import ShuffledSource
+from vlmscope.data.source_config import SourceConfig
+from vlmscope.data.sources import open_source
+from vlmscope.data.text_packing import TokenPacker
+from vlmscope.models.conversations import LOSS_MASK, encode, ends_of_text, sequence_forward, text_ids
+from vlmscope.models.loading import VLM
+from vlmscope.models.tiny import tiny_vlm
+from vlmscope.training.conversation_batches import Forward
+from vlmscope.training.mix_batches import EVERY, MixBatches, MixValidation, SampleEncoder
+
+WEIGHTS = {"text": 2.0, "captions": 2.0, "questions": 1.0}
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VLM:
+    return tiny_vlm("smolvlm", 1)
+
+
+def encoder(vlm: VLM) -> SampleEncoder:
+    eos, bos = ends_of_text(vlm.tokenizer)
+    return SampleEncoder(
+        lambda sample: encode(vlm, sample),
+        lambda text: text_ids(vlm, text),
+        lambda ids: sequence_forward(vlm, ids),
+        TokenPacker(eos, 16, bos),
+    )
+
+
+def mix(vlm: VLM, repeat: bool = True) -> TokenMix[list[Forward]]:
+    def lane(name: str, weight: float) -> Lane[list[Forward]]:
+        source = open_source(name, SourceConfig("orrery", stream=name, limit=30))
+        return Lane(weight, ShuffledSource(source, buffer=8, repeat=repeat), encoder(vlm))
+
+    return TokenMix({name: lane(name, weight) for name, weight in WEIGHTS.items()})
+
+
+def batches(vlm: VLM, file: Path, resume: bool = False, tokens: int = 60, settings: str = "these") -> MixBatches:
+    return MixBatches(lambda: mix(vlm), tokens, file, settings, resume)
+
+
+def ids(batch: list[Forward]) -> list[list[int]]:
+    return [row.tolist() for one in batch for row in one["input_ids"]]
+
+
+def test_a_batch_is_a_function_of_its_number(vlm: VLM, tmp_path: Path) -> None:
+    made = batches(vlm, tmp_path / "a.json")
+    whole = [ids(made(n)) for n in range(40)]
+    assert all(sum(map(len, one)) >= 60 for one in whole)
+    assert len({str(one) for one in whole}) == 40
+    for number in (39, 0, 17, 18, 3, 38):
+        assert ids(made(number)) == whole[number]
+    assert ids(batches(vlm, tmp_path / "b.json")(11)) == whole[11]
+
+
+def test_resuming_starts_from_the_file_and_not_from_the_beginning(
+    vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = batches(vlm, tmp_path / "states.json")
+    whole = [ids(first(n)) for n in range(40)]
+    figures = first.figures()
+    assert list(read_json(tmp_path / "states.json")["states"]) == [str(n) for n in range(0, 40, EVERY)]
+    second = batches(vlm, tmp_path / "states.json", resume=True)
+    made: list[int] = []
+    original = MixBatches._next
+    monkeypatch.setattr(MixBatches, "_next", lambda self: made.append(self.number) or original(self))
+    assert [ids(second(n)) for n in (35, 36, 37, 38, 39)] == whole[35:]
+    assert min(made) == 32
+    assert second.figures() == figures
+    assert ids(batches(vlm, tmp_path / "states.json", resume=True, settings="others")(35)) == whole[35]
+    assert min(made) == 0  # states of other settings are not taken
+    (tmp_path / "states.json").unlink()
+    assert ids(batches(vlm, tmp_path / "states.json", resume=True)(35)) == whole[35]
+
+
+def test_shares_are_those_of_tokens(vlm: VLM, tmp_path: Path) -> None:
+    made = batches(vlm, tmp_path / "a.json")
+    tokens: dict[str, int] = {}
+    stream = mix(vlm)
+    for number in range(60):
+        made(number)
+    while sum(tokens.values()) < sum(made.mix.tokens.values()):
+        drawn = next(stream)
+        counted = sum(one["attention_mask"].sum().item() for one in drawn.item)
+        assert counted == drawn.tokens
+        tokens[drawn.source] = tokens.get(drawn.source, 0) + drawn.tokens
+    total = sum(tokens.values())
+    for name, weight in WEIGHTS.items():
+        assert made.figures()[f"data/{name}/tokens_share"] == tokens[name] / total
+        assert tokens[name] / total == pytest.approx(weight / 5, abs=0.03)
+
+
+def test_texts_are_joined_by_eos_into_whole_sequences(vlm: VLM) -> None:
+    source = open_source("text", SourceConfig("orrery", stream="text", limit=5))
+    stream = TokenMix({"text": Lane(1.0, ShuffledSource(source, buffer=1), encoder(vlm))})
+    items = [drawn.item[0] for drawn in stream]
+    eos, bos = ends_of_text(vlm.tokenizer)
+    assert [one["input_ids"].shape[1] for one in items[:-1]] == [16] * (len(items) - 1)
+    head = 0 if bos is None else 1
+    joined = [token for one in items for token in one["input_ids"][0, head:].tolist()]
+    texts = [row().text for row in source.open(stream.lanes["text"].samples.share)]
+    assert joined == [token for text in texts for token in [*text_ids(vlm, text), eos]]
+    for one in items:
+        mask = one[LOSS_MASK]
+        assert not mask[0, 0] and mask[0, 1:].all()
+        assert torch.equal(one["attention_mask"], torch.ones_like(one["input_ids"]))
+
+
+def test_the_end_of_all_sources_is_told(vlm: VLM, tmp_path: Path) -> None:
+    made = MixBatches(lambda: mix(vlm, repeat=False), 100_000, tmp_path / "a.json", "", False)
+    made(0)
+    with pytest.raises(UserError, match="all sources have ended before batch 1: add data.sources.NAME.repeat=true"):
+        made(1)
+
+
+def test_validation_takes_as_many_of_every_source(vlm: VLM) -> None:
+    def stream(name: str, share: float) -> ShuffledSource:
+        source = open_source(name, SourceConfig("orrery", stream=name, limit=30))
+        return ShuffledSource(source, buffer=1, keep=lambda _sample: share > 0)
+
+    held = MixValidation({name: (stream(name, 1), encoder(vlm)) for name in WEIGHTS}, 9)
+    assert len(held) == 9
+    pictures = [any("pixel_values" in one for one in held[n]) for n in range(9)]
+    assert pictures == [False] * 3 + [True] * 6
+    assert [ids(one) for one in held] == [ids(one) for one in held]
+    with pytest.raises(UserError, match="no sample of it can be used|has no sample for validation"):
+        MixValidation({"text": (stream("text", 0), encoder(vlm))}, 9)

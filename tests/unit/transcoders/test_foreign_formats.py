@@ -1,0 +1,460 @@
+"""Every format against its own description: folders built by hand, and a dense formula in the format's own convention.
+
+Neither uses our readers or writers, so that both can be held against them; each trap of REFERENCES section 3 has a
+case here that fails for whoever falls into it.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from vlmscope.core.errors import UserError
+from vlmscope.transcoders.formats import FORMATS, Choice, detect, load_set, refusal, save_set
+from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet, TranscoderSetConfig
+
+D, F, L, K = 6, 24, 2, 4
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((40, D))
+Arrays = dict[str, np.ndarray]
+
+
+def draw(seed: int, skip: bool = False, threshold: bool = False, f: int = F) -> Arrays:
+    """Weights as one row a feature; nothing is square or symmetric but W_skip, whose two orientations differ."""
+    rng = np.random.default_rng(seed)
+    found = {"W_enc": rng.standard_normal((f, D)), "W_dec": rng.standard_normal((f, D))}
+    found |= {"b_enc": 0.3 * rng.standard_normal(f), "b_dec": rng.standard_normal(D)}
+    if skip:
+        found["W_skip"] = rng.standard_normal((D, D))
+    if threshold:
+        found["threshold"] = rng.uniform(0.5, 1.5, f)
+    return found
+
+
+def topk(pre: np.ndarray, k: int) -> np.ndarray:
+    pre = np.maximum(pre, 0)
+    return np.where(pre >= np.sort(pre, -1)[:, [-k]], pre, 0)
+
+
+def put(path: Path, arrays: Arrays, dtype: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ascontiguousarray(array.astype(dtype)) for name, array in arrays.items()}, path)
+
+
+def put_json(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+
+
+# -- each format: a folder by hand, and what its own reader computes from a folder, layer by layer
+
+
+def paper_folder(folder: Path, dtype: str, skip: bool) -> None:
+    for layer in range(L):
+        put(folder / f"layer_{layer}.safetensors", draw(layer, skip, f=F + 4 * layer), dtype)
+    record = {
+        "model_kind": "transcoder_set", "model_name": "some/vlm", "feature_input_hook": "mlp.hook_in",
+        "feature_output_hook": "mlp.hook_out", "top_k": K, "layers": [0, 1], "num_model_layers": 2,
+        "transcoders": ["layer_0.safetensors", "layer_1.safetensors"],
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(record))
+
+
+def paper_formula(folder: Path, layer: int) -> np.ndarray:
+    record = yaml.safe_load((folder / "config.yaml").read_text())
+    w = load_file(folder / record["transcoders"][layer])
+    acts = topk(X @ w["W_enc"].T + w["b_enc"], record.get("top_k", 48))
+    return acts @ w["W_dec"] + w["b_dec"] + (X @ w["W_skip"].T if "W_skip" in w else 0)
+
+
+def circuit_tracer_folder(folder: Path, dtype: str, skip: bool) -> None:
+    paper_folder(folder, dtype, skip)
+    record = {
+        "model_kind": "transcoder_set", "model_name": "some/llm", "scan": "some", "activation": "topk", "k": K,
+        "feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out",
+        "transcoders": ["layer_0.safetensors", "layer_1.safetensors"],
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(record))
+
+
+def circuit_tracer_formula(folder: Path, layer: int) -> np.ndarray:
+    record = yaml.safe_load((folder / "config.yaml").read_text())
+    w = load_file(folder / record["transcoders"][layer])
+    pre = X @ w["W_enc"].T + w["b_enc"]
+    acts = topk(pre, record["k"]) if record.get("activation") == "topk" else np.maximum(pre, 0)
+    return acts @ w["W_dec"] + w["b_dec"] + (X @ w["W_skip"].T if "W_skip" in w else 0)
+
+
+def gemma_name(layer: int, skip: bool, l0: str = "small") -> str:
+    return f"transcoder_all/layer_{layer}_width_16k_l0_{l0}{'_affine' if skip else ''}"
+
+
+def gemma_folder(folder: Path, dtype: str, skip: bool, l0: str = "small", first_seed: int = 0) -> None:
+    for layer in range(L):
+        w = draw(first_seed + layer, skip, threshold=True)
+        theirs = {"w_enc": w["W_enc"].T, "w_dec": w["W_dec"]} | {n: w[n] for n in ("b_enc", "b_dec", "threshold")}
+        if skip:
+            theirs["affine_skip_connection"] = w["W_skip"]  # stored (in, out)
+        put(folder / gemma_name(layer, skip, l0) / "params.safetensors", theirs, dtype)
+        record = {
+            "hf_hook_point_in": f"model.layers.{layer}.pre_feedforward_layernorm.output",
+            "hf_hook_point_out": f"model.layers.{layer}.post_feedforward_layernorm.output",
+            "width": F, "model_name": "google/gemma-3-4b-it", "architecture": "jump_relu", "l0": 10,
+            "affine_connection": skip, "type": "transcoder",
+        }  # fmt: skip
+        put_json(folder / gemma_name(layer, skip, l0) / "config.json", record)
+
+
+def gemma_formula(folder: Path, layer: int) -> np.ndarray:
+    (path,) = folder.glob(f"transcoder_all/layer_{layer}_width_*_l0_*/params.safetensors")
+    w = load_file(path)
+    pre = X @ w["w_enc"] + w["b_enc"]
+    acts = (pre > w["threshold"]) * np.maximum(pre, 0)
+    skip = X @ w["affine_skip_connection"] if "affine_skip_connection" in w else 0
+    return acts @ w["w_dec"] + w["b_dec"] + skip
+
+
+def sparsify_folder(folder: Path, dtype: str, skip: bool) -> None:
+    for layer in range(L):
+        w = draw(layer, skip)
+        theirs = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"]}
+        theirs |= {name: w[name] for name in ("W_dec", "b_dec", "W_skip") if name in w}
+        put(folder / f"layers.{layer}.mlp" / "sae.safetensors", theirs, dtype)
+        record = {
+            "activation": "topk", "expansion_factor": 4, "num_latents": 0, "k": K, "multi_topk": False,
+            "skip_connection": skip, "transcode": True, "normalize_decoder": True, "d_in": D,
+        }  # fmt: skip
+        put_json(folder / f"layers.{layer}.mlp" / "cfg.json", record)
+
+
+def sparsify_formula(folder: Path, layer: int) -> np.ndarray:
+    w = load_file(folder / f"layers.{layer}.mlp" / "sae.safetensors")
+    record = json.loads((folder / f"layers.{layer}.mlp" / "cfg.json").read_text())
+    x = X if record["transcode"] else X - w["b_dec"]
+    assert w["encoder.weight"].shape[0] == (record["num_latents"] or record["expansion_factor"] * record["d_in"])
+    acts = topk(x @ w["encoder.weight"].T + w["encoder.bias"], record["k"])
+    return acts @ w["W_dec"] + w["b_dec"] + (X @ w["W_skip"].T if record["skip_connection"] else 0)
+
+
+def sae_lens_folder(folder: Path, dtype: str, skip: bool, **changes: Any) -> None:
+    for layer in range(L):
+        w = draw(layer, skip, threshold=True)
+        w["W_enc"] = w["W_enc"].T
+        put(folder / f"layer_{layer}" / "sae_weights.safetensors", w, dtype)
+        record = {
+            "architecture": f"jumprelu_{'skip_' if skip else ''}transcoder", "d_in": D, "d_out": D, "d_sae": F,
+            "apply_b_dec_to_input": False, "normalize_activations": "none",
+            "metadata": {
+                "model_name": "qwen3", "hook_name": f"blocks.{layer}.mlp.hook_in",
+                "hook_name_out": f"blocks.{layer}.hook_mlp_out",
+            },
+        }  # fmt: skip
+        put_json(folder / f"layer_{layer}" / "cfg.json", record | changes)
+
+
+def sae_lens_formula(folder: Path, layer: int) -> np.ndarray:
+    w = load_file(folder / f"layer_{layer}" / "sae_weights.safetensors")
+    record = json.loads((folder / f"layer_{layer}" / "cfg.json").read_text())
+    x = X - w["b_dec"] if record["apply_b_dec_to_input"] else X
+    pre = x @ w["W_enc"] + w["b_enc"]
+    acts = np.maximum(pre, 0) * (pre > w["threshold"] if "jumprelu" in record["architecture"] else 1)
+    return acts @ w["W_dec"] + w["b_dec"] + (X @ w["W_skip"].T if "skip" in record["architecture"] else 0)
+
+
+class Case(NamedTuple):
+    folder: Callable[..., None]
+    formula: Callable[[Path, int], np.ndarray]
+    hooks: tuple[str, str]
+
+
+CASES = {
+    "paper": Case(paper_folder, paper_formula, ("mlp_in", "mlp_out")),
+    "circuit_tracer": Case(circuit_tracer_folder, circuit_tracer_formula, ("mlp_in", "mlp_out")),
+    "gemma_scope": Case(gemma_folder, gemma_formula, ("mlp_in", "mlp_out_post")),
+    "sparsify": Case(sparsify_folder, sparsify_formula, ("mlp_in", "mlp_out")),
+    "sae_lens": Case(sae_lens_folder, sae_lens_formula, ("mlp_in", "mlp_out")),
+}
+ALL = [pytest.param(name, skip, id=f"{name}{'-skip' if skip else ''}") for name in CASES for skip in (False, True)]
+
+
+def ours(transcoders: TranscoderSet, layer: int) -> np.ndarray:
+    with torch.no_grad():
+        return transcoders[layer](torch.from_numpy(X)).reconstruction.numpy()
+
+
+def assert_computes(transcoders: TranscoderSet, formula: Callable[[Path, int], np.ndarray], folder: Path) -> None:
+    tolerance = 1e-12 if transcoders[0].W_enc.dtype == torch.float64 else 1e-6
+    for layer in transcoders.layers:
+        expected = formula(folder, layer)
+        assert np.abs(ours(transcoders, layer) - expected).max() < tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("name", "skip"), ALL)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_folder_made_by_hand_is_read_as_its_own_tool_reads_it(
+    tmp_path: Path, name: str, skip: bool, dtype: str
+) -> None:
+    case = CASES[name]
+    case.folder(tmp_path, dtype, skip)
+    assert detect(tmp_path).name == name
+    loaded = load_set(tmp_path, n_layers=L, d_model=D, dtype=getattr(torch, dtype))
+    assert (loaded.config.input_hook, loaded.config.output_hook) == case.hooks
+    assert_computes(loaded, case.formula, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "skip"), ALL)
+def test_what_we_write_is_read_the_same_by_the_other_tool_and_by_us(tmp_path: Path, name: str, skip: bool) -> None:
+    case = CASES[name]
+    case.folder(tmp_path / "hand", "float64", skip)
+    loaded = load_set(tmp_path / "hand", dtype=torch.float64)
+    save_set(loaded, tmp_path / "ours", "float64", format=name)
+    for layer in range(L):
+        np.testing.assert_allclose(case.formula(tmp_path / "ours", layer), ours(loaded, layer), rtol=0, atol=1e-11)
+    again = load_set(tmp_path / "ours", dtype=torch.float64)
+    assert (again.config.input_hook, again.config.output_hook) == case.hooks
+    for layer in range(L):
+        assert np.array_equal(ours(again, layer), ours(loaded, layer))
+        assert again[layer].config == loaded[layer].config
+
+
+# -- traps
+
+
+def test_the_papers_k_is_48_when_top_k_is_absent(tmp_path: Path) -> None:
+    for layer in range(L):
+        put(tmp_path / f"layer_{layer}.safetensors", draw(layer, f=100), "float64")
+    (tmp_path / "config.yaml").write_text("layers: [0, 1]\nnum_model_layers: 2\nmodel_name: m\n")
+    record = {"transcoders": ["layer_0.safetensors", "layer_1.safetensors"]}
+    loaded = load_set(tmp_path, dtype=torch.float64)
+    assert loaded.config.k == 48
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"layers": [0, 1], **record}))
+    assert_computes(loaded, paper_formula, tmp_path)
+
+
+def test_circuit_tracer_takes_relu_without_its_keys_and_what_we_write_has_all_three(tmp_path: Path) -> None:
+    circuit_tracer_folder(tmp_path / "theirs", "float64", False)
+    where = tmp_path / "theirs" / "config.yaml"
+    record = yaml.safe_load(where.read_text())
+    where.write_text(yaml.safe_dump({n: v for n, v in record.items() if n not in ("activation", "k")}))
+    loaded = load_set(tmp_path / "theirs", dtype=torch.float64)
+    assert loaded.config.activation == "relu"
+    assert_computes(loaded, circuit_tracer_formula, tmp_path / "theirs")
+    save_set(random_set(L, D, F, K), tmp_path / "ours")
+    record = yaml.safe_load((tmp_path / "ours" / "config.yaml").read_text())
+    assert (record["top_k"], record["activation"], record["k"]) == (K, "topk", K)
+
+
+def test_hook_mlp_out_lies_after_the_norm_in_gemma_alone(tmp_path: Path) -> None:
+    circuit_tracer_folder(tmp_path, "float32", False)
+    where = tmp_path / "config.yaml"
+    assert load_set(tmp_path).config.output_hook == "mlp_out"
+    where.write_text(where.read_text().replace("some/llm", "google/gemma-2-2b"))
+    loaded = load_set(tmp_path)
+    assert loaded.config.output_hook == "mlp_out_post"
+    save_set(loaded, tmp_path / "again")
+    assert load_set(tmp_path / "again").config.output_hook == "mlp_out_post"
+    where.write_text(where.read_text().replace("mlp.hook_in", "ln2.hook_normalized"))
+    assert load_set(tmp_path).config.input_hook == "ln2.hook_normalized"  # before the norm's weight: not mlp_in
+
+
+def test_gemma_scopes_sets_of_one_folder_are_told_apart(tmp_path: Path) -> None:
+    gemma_folder(tmp_path, "float64", False, "small", first_seed=10)
+    gemma_folder(tmp_path, "float64", False, "big", first_seed=20)
+    gemma_folder(tmp_path, "float64", True, "small", first_seed=30)
+    with pytest.raises(UserError, match=r"several sets; choose one of: .*transcoder.l0=big transcoder.affine=false"):
+        load_set(tmp_path)
+    with pytest.raises(UserError, match="no transcoders of that choice"):
+        load_set(tmp_path, choice=Choice(width="262k"))
+    with pytest.raises(UserError, match="several sets"):
+        load_set(tmp_path, choice=Choice("16k", "small"))
+    chosen = load_set(tmp_path, choice=Choice("16k", "small", False), dtype=torch.float64)
+    assert np.array_equal(chosen[0].W_enc.detach().numpy(), draw(10, threshold=True)["W_enc"])
+    skips = load_set(tmp_path / "transcoder_all", choice=Choice(affine=True), dtype=torch.float64)
+    assert skips[1].W_skip is not None
+    assert np.array_equal(skips[1].W_skip.detach().numpy(), draw(31, True, True)["W_skip"].T)
+    single = load_set(tmp_path / gemma_name(1, False, "big"), dtype=torch.float64)
+    assert single.layers == [1] and np.array_equal(single[1].b_enc.detach().numpy(), draw(21, threshold=True)["b_enc"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hf_hook_point_out", "model.layers.0.mlp.output", "hf_hook_point_out is 'model.layers.0.mlp.output'"),
+        ("hf_hook_point_in", "model.layers.0.output", "hf_hook_point_in"),
+        ("hf_hook_point_in", "model.layers.1.pre_feedforward_layernorm.output", "transcoder of layer 0"),
+        ("architecture", "topk", "only jump_relu"),
+    ],
+)
+def test_a_set_at_other_places_is_not_taken_for_gemma_scopes(tmp_path: Path, key: str, value: str, words: str) -> None:
+    gemma_folder(tmp_path, "float32", False)
+    where = tmp_path / gemma_name(0, False) / "config.json"
+    where.write_text(json.dumps(json.loads(where.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=words) as caught:
+        load_set(tmp_path)
+    assert str(where) in str(caught.value)
+
+
+def test_an_affine_set_without_its_skip_path_is_damaged(tmp_path: Path) -> None:
+    gemma_folder(tmp_path, "float32", True)
+    where = tmp_path / gemma_name(0, True) / "params.safetensors"
+    put(where, {n: a for n, a in load_file(where).items() if n != "affine_skip_connection"}, "float32")
+    with pytest.raises(UserError, match="params.safetensors lacks affine_skip_connection"):
+        load_set(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"transcode": False}, "transcode is not true, so this is an autoencoder"),
+        ({"activation": "groupmax"}, "activation is 'groupmax'"),
+        ({"signed": True}, "signed is true"),
+        ({"skip_connection": True}, "skip_connection is True, but W_skip is missing"),
+        ({"num_latents": 25}, r"make 25 features, encoder.weight has \(24, 6\)"),
+        ({"expansion_factor": 5}, r"make 30 features"),
+        ({"d_in": 7}, "d_in is 7"),
+        ({"k": 0}, "k must be a positive number"),
+    ],
+)
+def test_what_sparsify_would_read_otherwise_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    sparsify_folder(tmp_path, "float32", False)
+    where = tmp_path / "layers.1.mlp" / "cfg.json"
+    where.write_text(json.dumps(json.loads(where.read_text()) | changes))
+    with pytest.raises(UserError, match=words) as caught:
+        load_set(tmp_path)
+    assert "layers.1.mlp" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_sparsifys_hooks_k_and_width(tmp_path: Path) -> None:
+    """k is 32 when absent and differs by layer; `num_latents` goes before `expansion_factor`; h.1.mlp is GPT-2's."""
+    for name, f, record in (
+        ("model.layers.0.mlp", 40, {"num_latents": 40, "expansion_factor": 32}),
+        ("h.1.mlp", 42, {"expansion_factor": 7, "k": 3}),
+    ):
+        w = draw(f, f=f)
+        theirs = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
+        put(tmp_path / name / "sae.safetensors", theirs, "float64")
+        put_json(tmp_path / name / "cfg.json", {"transcode": True, "d_in": D, **record})
+    put_json(tmp_path / "config.json", {"model": "some/llm"})
+    loaded = load_set(tmp_path, dtype=torch.float64)
+    assert [loaded[layer].config.k for layer in (0, 1)] == [32, 3] and loaded.config.model_name == "some/llm"
+    w = draw(42, f=42)
+    expected = topk(X @ w["W_enc"].T + w["b_enc"], 3) @ w["W_dec"] + w["b_dec"]
+    np.testing.assert_allclose(ours(loaded, 1), expected, rtol=0, atol=1e-12)
+    assert "k once for all layers, but they have 3, 32" in (refusal(loaded, "vlmscope") or "")
+    assert refusal(loaded, "sparsify") is None
+    (tmp_path / "h.1.mlp").rename(tmp_path / "h.1.attn")
+    with pytest.raises(UserError, match="hook 'h.1.attn' is no MLP"):
+        load_set(tmp_path)
+
+
+def test_sae_lens_input_bias_is_folded_exactly(tmp_path: Path) -> None:
+    sae_lens_folder(tmp_path, "float64", False, apply_b_dec_to_input=True)
+    loaded = load_set(tmp_path, dtype=torch.float64)
+    assert_computes(loaded, sae_lens_formula, tmp_path)
+    save_set(loaded, tmp_path / "again", "float64", format="sae_lens")
+    np.testing.assert_allclose(sae_lens_formula(tmp_path / "again", 0), ours(loaded, 0), rtol=0, atol=1e-11)
+    assert json.loads((tmp_path / "again" / "layer_0" / "cfg.json").read_text())["apply_b_dec_to_input"] is False
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_old_sae_lens_sets_say_hooks_and_activation_outside_metadata(tmp_path: Path, kind: str) -> None:
+    w = draw(3)
+    put(tmp_path / "sae_weights.safetensors", w | {"W_enc": w["W_enc"].T}, "float64")
+    record = {
+        "architecture": "standard", "hook_name": "blocks.5.mlp.hook_in", "hook_name_out": "blocks.5.mlp.hook_out",
+        "activation_fn_str": kind, "activation_fn_kwargs": {"k": 3}, "normalize_activations": None, "model_name": "m",
+    }  # fmt: skip
+    put_json(tmp_path / "cfg.json", record)
+    loaded = load_set(tmp_path, dtype=torch.float64)
+    assert loaded.layers == [5] and loaded.config.output_hook == "mlp_out"
+    pre = X @ w["W_enc"].T + w["b_enc"]
+    expected = (topk(pre, 3) if kind == "topk" else np.maximum(pre, 0)) @ w["W_dec"] + w["b_dec"]
+    np.testing.assert_allclose(ours(loaded, 5), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
+        ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm is True"),
+        ({"architecture": "gated"}, "architecture is 'gated'"),
+        ({"metadata": {"hook_name": "blocks.0.hook_resid_post"}}, "this is an autoencoder"),
+        ({"metadata": {"hook_name": "blocks.0.mlp.hook_in", "hook_name_out": "blocks.2.hook_mlp_out"}}, "within one"),
+        ({"architecture": "transcoder"}, "holds threshold"),
+        ({"architecture": "jumprelu_skip_transcoder"}, "lacks W_skip"),
+    ],
+)
+def test_what_sae_lens_would_read_otherwise_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    sae_lens_folder(tmp_path, "float32", False, **changes)
+    with pytest.raises(UserError, match=words) as caught:
+        load_set(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# -- what a format cannot say
+
+
+def set_of(
+    activation: str, output_hook: str = "mlp_out", skip: bool = False, layers: range = range(L)
+) -> TranscoderSet:
+    base = random_set(max(layers) + 1, D, F, K, skip, activation=activation, model_name="google/gemma-3-1b")
+    found = {}
+    for layer in layers:
+        config = TranscoderConfig(D, F, K, layer, activation, skip, "mlp_in", output_hook)
+        found[layer] = Transcoder(config)
+        found[layer].load_state_dict(base[layer].state_dict())
+    return TranscoderSet(found, TranscoderSetConfig(max(layers) + 1, K, activation, "gemma-3", "mlp_in", output_hook))
+
+
+@pytest.mark.parametrize(
+    ("activation", "hook", "format", "words"),
+    [
+        ("batchtopk", "mlp_out", "paper", "TopK alone"),
+        ("batchtopk", "mlp_out", "circuit_tracer", "no place for the threshold of batchtopk"),
+        ("jumprelu", "mlp_out", "circuit_tracer", "no place for the threshold"),
+        ("jumprelu", "mlp_out", "sparsify", "no place for jumprelu"),
+        ("topk", "mlp_out_post", "sparsify", "no module maps mlp_in to mlp_out_post"),
+        ("topk", "mlp_out_post", "paper", "raw MLP output"),
+        ("topk", "mlp_out_post", "gemma_scope", "no threshold chooses as TopK does"),
+        ("jumprelu", "mlp_out", "gemma_scope", "after the norm"),
+        ("topk", "mlp_out", "sae_lens", "no TopK transcoder"),
+    ],
+)
+def test_what_a_format_cannot_say_is_refused(
+    tmp_path: Path, activation: str, hook: str, format: str, words: str
+) -> None:
+    with pytest.raises(UserError, match=f"cannot write this set as {format}: .*{words}"):
+        save_set(set_of(activation, hook), tmp_path, format=format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_code_counts_layers_from_0(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"layers 0, 1, 2"):
+        save_set(set_of("topk", layers=range(1, 3)), tmp_path, format="paper")
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
+@pytest.mark.parametrize("format", ["gemma_scope", "sae_lens"])
+def test_thresholds_carry_relu_and_batchtopk_too(tmp_path: Path, activation: str, format: str) -> None:
+    found = set_of(activation, "mlp_out_post", skip=True).to(torch.float64)
+    if activation == "batchtopk":
+        for transcoder in found.transcoders.values():
+            transcoder.activation.take_thresholds(torch.full((F,), 0.7))
+    save_set(found, tmp_path, "float64", format=format)
+    again = load_set(tmp_path, dtype=torch.float64)
+    assert again.config.output_hook == "mlp_out_post"
+    for layer in range(L):
+        np.testing.assert_allclose(ours(again, layer), ours(found, layer), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(CASES[format].formula(tmp_path, layer), ours(found, layer), rtol=0, atol=1e-12)
+
+
+def test_an_unknown_format_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"choose one of: {', '.join(FORMATS)}"):
+        load_set(tmp_path, format="pt")

@@ -1,0 +1,158 @@
+"""Sets on the hub: found in a folder or in the cache without a network, fetched at a commit, pushed without secrets."""
+
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants
+
+from vlmscope.core.errors import UserError
+from vlmscope.transcoders.formats import Choice, save_set
+from vlmscope.transcoders.hub import from_pretrained, push_to_hub, set_folder
+from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import TranscoderSet
+
+REPO, COMMIT = "some-org/some-set", "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """Stands for the hub: repositories are folders."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.calls = root, []
+
+    def model_info(self, repo: str, **settings: Any) -> SimpleNamespace:
+        self.calls.append("info")
+        files = [path for path in (self.root / repo).rglob("*") if path.is_file()]
+        siblings = [SimpleNamespace(rfilename=str(f.relative_to(self.root / repo)), size=10) for f in files]
+        return SimpleNamespace(siblings=siblings)
+
+    def snapshot_download(self, repo: str, *, revision: str, allow_patterns: list[str], **_: Any) -> str:
+        """As the real one: only files that match, into the cache's folder of the commit."""
+        target = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots" / revision
+        for path in (self.root / repo).rglob("*"):
+            name = str(path.relative_to(self.root / repo))
+            if path.is_file() and any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target / name)
+        return str(target)
+
+    def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> None:
+        assert exist_ok
+        self.calls.append(("create", repo, private))
+        (self.root / repo).mkdir(parents=True, exist_ok=True)
+
+    def create_branch(self, repo: str, *, branch: str, exist_ok: bool) -> None:
+        self.calls.append(("branch", branch))
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], **settings: Any) -> Any:
+        assert "token" not in settings
+        for path in folder_path.rglob("*"):
+            name = str(path.relative_to(folder_path))
+            if path.is_file() and any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (self.root / repo_id / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, self.root / repo_id / name)
+        return SimpleNamespace(oid=COMMIT)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    found = Hub(tmp_path / "hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: found)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", found.snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+def a_set(activation: str = "topk") -> TranscoderSet:
+    return random_set(2, 6, 24, 4, seed=3, activation=activation)
+
+
+def same(first: TranscoderSet, second: TranscoderSet) -> bool:
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return first.layers == second.layers and all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_what_is_pushed_comes_back_at_its_commit(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_set(a_set(), tmp_path / "set")
+    for name in ("README.md", "state.pt", "token.txt", "code.py"):
+        (tmp_path / "set" / name).write_text("x")
+    assert push_to_hub(tmp_path / "set", REPO, revision="second") == COMMIT
+    assert hub.calls == [("create", REPO, True), ("branch", "second")]
+    names = {path.name for path in (hub.root / REPO).iterdir()}
+    assert names == {"README.md", "config.yaml", "layer_0.safetensors", "layer_1.safetensors"}
+    (hub.root / REPO / "pytorch_model.bin").write_text("x")
+    assert same(from_pretrained(REPO, COMMIT, n_layers=2, d_model=6), a_set())
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # from now on the cache is enough
+    assert same(from_pretrained(REPO, COMMIT), a_set())
+    assert same(from_pretrained(tmp_path / "set"), a_set())
+
+
+def test_half_a_download_goes_on(hub: Hub, tmp_path: Path) -> None:
+    save_set(a_set(), hub.root / REPO)
+    folder = set_folder(REPO, COMMIT)
+    (folder / "layer_1.safetensors").unlink()
+    assert same(from_pretrained(REPO, COMMIT), a_set())
+    save_set(a_set("relu"), hub.root / "a/lens", format="sae_lens")
+    folder = set_folder("a/lens", COMMIT)
+    shutil.rmtree(folder / "layer_1")
+    assert from_pretrained("a/lens", COMMIT).layers == [0, 1]
+
+
+def test_without_a_network_a_layout_without_a_list_is_taken_from_the_cache(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_set(a_set(), hub.root / REPO, format="sparsify")
+    set_folder(REPO, COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert same(from_pretrained(REPO, COMMIT), a_set())
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE forbids to fetch it: run `hf download a/b --revision"):
+        set_folder("a/b", COMMIT)
+
+
+def test_of_gemma_scope_only_the_chosen_set_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    for width in ("16k", "262k"):
+        for layer in (0, 1):
+            for name in ("params.safetensors", "config.json", "examples.safetensors"):
+                path = hub.root / REPO / "transcoder_all" / f"layer_{layer}_width_{width}_l0_small_affine" / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("{}")
+    folder = set_folder(REPO, COMMIT, choice=Choice("16k", "small", True))
+    names = {str(path.relative_to(folder / "transcoder_all")) for path in folder.rglob("*") if path.is_file()}
+    assert names == {
+        f"layer_{layer}_width_16k_l0_small_affine/{name}"
+        for layer in (0, 1)
+        for name in ("params.safetensors", "config.json")
+    }
+
+
+@pytest.mark.parametrize("revision", [None, "main", COMMIT[:12]])
+def test_a_commit_is_asked_for(hub: Hub, revision: str | None) -> None:
+    with pytest.raises(UserError, match="add transcoder.revision=<commit, 40 hex digits>"):
+        set_folder(REPO, revision)
+    assert not hub.calls
+
+
+def test_what_cannot_be_pushed_is_one_line(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_set(a_set(), tmp_path / "set")
+    with pytest.raises(UserError, match="has no README.md"):
+        push_to_hub(tmp_path / "set", REPO)
+    (tmp_path / "set" / "README.md").write_text("x")
+    with pytest.raises(UserError, match="no hub id"):
+        push_to_hub(tmp_path / "set", "just-a-name")
+    with pytest.raises(UserError, match="no transcoder set"):
+        push_to_hub(tmp_path, REPO)
+    monkeypatch.setattr(hub, "create_repo", lambda *_, **__: (_ for _ in ()).throw(TimeoutError("slow")))
+    with pytest.raises(UserError, match=r"cannot push .* to some-org/some-set: the hub cannot be reached"):
+        push_to_hub(tmp_path / "set", REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids"):
+        push_to_hub(tmp_path / "set", REPO)

@@ -87,12 +87,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("world", "per_host"), [(2, 2), (3, 3), (2, 1)])
+@pytest.mark.parametrize(("world", "per_host"), [pytest.param(2, 2, marks=pytest.mark.slow), (3, 3), (2, 1)])
 def test_several_processes_give_the_weights_of_one(alone: Path, tmp_path: Path, world: int, per_host: int) -> None:
     assert _train(tmp_path, world, per_host, tmp_path / "run") == [0] * world
     assert _distance(alone, tmp_path) < 1e-5
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on(alone: Path, tmp_path: Path) -> None:
     assert all(_train(tmp_path / "two", 2, 2, tmp_path / "run", steps=4))
     assert _train(tmp_path / "one", 1, 1, tmp_path / "run", resume=True) == [0]

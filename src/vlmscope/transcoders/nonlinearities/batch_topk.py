@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vlmscope.transcoders.nonlinearities.base import Nonlinearity, chosen
 
-_DECAY = 0.99  # of the running mean of the threshold
+_DECAY = 0.9  # of the running mean of the threshold, which falls while features learn: slower ones lag behind
 _UNKNOWN = -1.0
 
 

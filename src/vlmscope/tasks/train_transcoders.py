@@ -97,6 +97,7 @@ def training_config(cfg: "AppConfig", data: str | None = None):
         k=arch.k,
         activation=arch.activation,
         skip=arch.skip,
+        cross_layer=arch.cross_layer,
         bandwidth=arch.bandwidth,
         matryoshka=tuple(task.matryoshka),
         sparsity_coefficient=task.sparsity_coefficient,

@@ -75,7 +75,9 @@ class TranscoderCheckpoints(pl.Callback):
         if folder is None:
             return False
         marker = read_json(folder / _MARKER)
-        then, now = marker["settings"], json.loads(json.dumps(dataclasses.asdict(self.config)))
+        # A setting that an older version did not know is at its default.
+        known = dataclasses.asdict(TranscoderTrainingConfig()) | marker["settings"]
+        then, now = (json.loads(json.dumps(record)) for record in (known, dataclasses.asdict(self.config)))
         changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
         changed = [f"{name} {then.get(name)} -> {now.get(name)}" for name in changed if name not in _FREE]
         if changed:
@@ -113,8 +115,8 @@ class TranscoderCheckpoints(pl.Callback):
         if not module.ranks.main:
             return
         # Parameters and two moments, in float32; the finished set at most as large as the parameters.
-        one_layer = sum(4 * p.numel() for p in module.layer(module.ranks.layers[0]).parameters())
-        needed = module.ranks.layout.n_layers * one_layer * (3 * (1 if self.newest() else 2) + 1)
+        own = sum(4 * p.numel() for p in module.parameters())
+        needed = own * module.ranks.layout.n_layers / len(module.ranks.layers) * (3 * (1 if self.newest() else 2) + 1)
         place = next(folder for folder in (self.folder, *self.folder.resolve().parents) if folder.exists())
         free = shutil.disk_usage(place).free
         if free < needed:

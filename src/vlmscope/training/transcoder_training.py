@@ -162,6 +162,8 @@ class _Progress(pl.Callback):
             transcoders = pl_module.finished_set()
             if pl_module.ranks.main:
                 self._log(evaluate_transcoders(pl_module.adapter, transcoders, self.val_batches), done)
+        if pl_module.ranks.layout.world == 1 and not any(pl_module.layer(n).running for n in pl_module.ranks.layers):
+            trainer.should_stop = True  # nothing is left to learn
         self.began = time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

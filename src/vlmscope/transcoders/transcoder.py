@@ -114,6 +114,13 @@ class Transcoder(nn.Module):
         squares = [self.decoder(ahead).square().sum(1) for ahead in range(self.config.writes)]
         return torch.stack(squares).sum(0).sqrt()
 
+    def directions(self) -> Tensor:
+        """What a feature of activation 1 adds to the residual stream in sum, over all layers that it writes to: [F, d].
+
+        Scales of a norm that follows the MLP are left out.
+        """
+        return torch.stack([self.decoder(ahead) for ahead in range(self.config.writes)]).sum(0)
+
     def pre_activations(self, x: Tensor) -> Tensor:
         """`x W_enc^T + b_enc`: [.., d] -> [.., F]. Differentiable."""
         return functional.linear(x.to(self.W_enc.dtype), self.W_enc, self.b_enc)

@@ -211,7 +211,9 @@ def test_the_sample_start_explains_something_and_the_zero_start_nothing(vlm: VLM
     figures = {}
     for method in ("samples", "zero_decoder"):
         trainer = LayerTrainer(TranscoderConfig(24, 96, 8))
-        trainer.initialise(*activations.by_layer[1], method, seed=0)
+        trainer.standardise(*activations.by_layer[1])
+        x, y = trainer.standard.apply(*activations.by_layer[1])
+        trainer.start(x, [y], method, seed=0)
         with torch.no_grad():
             figures[method] = float(trainer.loss(*activations.by_layer[1], CONFIG)[1])
         assert (trainer.transcoder.W_enc.norm(dim=1) > 0.1).all()
@@ -223,7 +225,7 @@ def test_starting_points_cover_more_features_than_tokens() -> None:
     rng = np.random.default_rng(0)
     transcoder = Transcoder(TranscoderConfig(4, 10, 2))
     x = torch.tensor(rng.standard_normal((3, 4)), dtype=torch.float32)
-    start(transcoder, x, x, "samples", rng)
+    start(transcoder, x, [x], "samples", rng)
     assert len(torch.unique(transcoder.W_enc, dim=0)) == 10
 
 

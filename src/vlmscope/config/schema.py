@@ -158,7 +158,7 @@ class DataConfig:
     `path` is a folder, None for data made while they are used; of a mix, where `task=build_data` writes its shards.
     `val_share` of the user's own examples is held out for validation where they come without a file or split for it.
     For a mix: its `sources`; `shuffle` rows of a source are shuffled with each other; texts are packed to `context`
-    tokens; so many corrupt shards are skipped (`max_bad_shards`).
+    tokens; so many corrupt shards, or files of a local table, are skipped (`max_bad_shards`).
     """
 
     name: str = MISSING

@@ -82,10 +82,11 @@ def train_transcoders(
         _fit(module, train_batch, [progress, checkpoints], logger)
     stopped = module.figures({})["train/stopped_layers"]
     transcoders = module.finished_set().to(adapter.device)  # Lightning leaves the module on the CPU
+    drawn = data_figures()  # of all ranks, so all ask
     if not ranks.main:
         raise NotMainRank
     metrics = evaluate_transcoders(adapter, transcoders, val_batches) if val_batches else {}
-    metrics |= {**progress.speed(), **data_figures(), "train/tokens": float(module.tokens_seen)}
+    metrics |= {**progress.speed(), **drawn, "train/tokens": float(module.tokens_seen)}
     metrics["train/stopped_layers"] = stopped
     if stopped:
         _LOG.warning("%d layers stopped early; the set has their last good weights", int(stopped))

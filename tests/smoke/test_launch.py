@@ -97,8 +97,8 @@ def test_torchrun_trains_one_set_in_one_folder_with_one_record(tmp_path: Path, d
     uri = f"sqlite:///{tmp_path}/m.db"
     # Each process would have a folder of its own, as with the time in the folder's name.
     several = [*command, f"tracking.uri={uri}", f"hydra.run.dir={tmp_path}/runs/${{oc.env:LOCAL_RANK}}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "run.py"]
-    done = subprocess.run([*torchrun, *several], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "run.py"]
+    done = subprocess.run([*torchrun, *several], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "runs" / "0")]
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["0"]
@@ -155,6 +155,7 @@ def test_a_mistake_is_one_line_and_a_task_for_one_process_says_so(tmp_path: Path
     assert not any("Traceback" in text for text in said)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other(tmp_path: Path) -> None:
     run = tmp_path / "run"
     processes = start([*MIX, "tracking=none", "trainer.max_steps=100000", f"hydra.run.dir={run}"])

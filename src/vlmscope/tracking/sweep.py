@@ -46,11 +46,18 @@ def parent_id() -> str:
 def job_name(settings: Sequence[str], fallback: str) -> str:
     """What sets a job apart: its settings without those of the sweep's command line that all jobs share.
 
-    Where runs are compared, a legend shows only the start of a name.
+    Where runs are compared, a legend shows only the start of a name, so `transcoder.k=4` is `k=4` if no other key of
+    the job ends in `k`.
     """
     shared = set(json.loads(os.environ.get(_OVERRIDES, "[]")))
-    own = [setting for setting in settings if setting not in shared]
-    return ", ".join(own or settings)[:200] or fallback
+    own = [setting for setting in settings if setting not in shared] or settings
+    parts = [setting.partition("=") for setting in own]
+    leaves = [key.rpartition(".")[2] for key, _, _ in parts]
+    short = [
+        f"{key if leaves.count(leaf) > 1 else leaf}{equals}{value}"
+        for leaf, (key, equals, value) in zip(leaves, parts, strict=True)
+    ]
+    return ", ".join(short)[:200] or fallback
 
 
 def log_to_parent(files: Sequence[Path], root: Path) -> None:

@@ -101,6 +101,9 @@ def test_a_sweeps_job_is_named_by_what_sets_it_apart(config, tmp_path) -> None:
     sweep.open_parent(config, tmp_path / "sweep", "names", ["seed=1,2", "k=4"])
     assert sweep.job_name(["seed=1", "k=4", "declared=3"], "0") == "seed=1, declared=3"
     assert sweep.job_name(["k=4"], "0") == "k=4"
+    assert sweep.job_name(["transcoder.k=4", "data.batch=8", "task.batch={a.b:1}"], "0") == (
+        "k=4, data.batch=8, task.batch={a.b:1}"
+    )
     assert sweep.job_name([], "0") == "0"
     sweep.close_parent()
 

@@ -81,7 +81,7 @@ def _recorded_run(cfg: Any, app_cfg: "AppConfig", task: "Task", own_cfg: "AppCon
     in_sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
     parent = sweep.parent_id() if in_sweep and app_cfg.tracking.enabled else None
     # The folder of a sweep's job is a bare number, which says nothing where runs are compared.
-    name = ", ".join(job_settings(overrides))[:200] or run_dir.name if in_sweep else run_dir.name
+    name = sweep.job_name(job_settings(overrides), run_dir.name) if in_sweep else run_dir.name
     info = RunInfo(run_label(cfg, hydra.runtime.choices), name, resolved, overrides, parent)
     with _log_file(run_dir), open_run(app_cfg.tracking, run_dir, info, resume=app_cfg.trainer.resume) as tracked:
         try:

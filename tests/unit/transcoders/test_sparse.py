@@ -99,3 +99,13 @@ def test_an_order_is_not_taken_for_other_indices() -> None:
     first = torch.tensor([[0, 1], [1, 2]])
     assert transposed_bags(first, weights, rows, 4, order).flatten().tolist() == [1, 3, 2, 0]
     assert transposed_bags(first.flip(0), weights, rows, 4, order).flatten().tolist() == [2, 3, 1, 0]
+
+
+def test_dots_feature_by_feature_are_those_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = torch.Generator().manual_seed(5)
+    left, rows = torch.randn(9, 6, generator=rng), torch.randn(30, 6, generator=rng)
+    indices = torch.randn(9, 30, generator=rng).topk(4).indices
+    by_token = sparse.sampled_dots(indices, left, rows)
+    monkeypatch.setattr(sparse, "_CACHED", 0)
+    assert torch.equal(sparse.sampled_dots(indices, left, rows, FeatureOrder()), by_token)
+    torch.testing.assert_close(by_token, (left @ rows.T).gather(1, indices))

@@ -3,11 +3,13 @@
 A target reads the residual stream at one position by a vector g. Going down, with G the gradient at the stream,
     leaving     edge G . v into the soft token's column;  G <- c G
     MLP         edges (s4 * G) . (a W_dec | error | b_dec);  G <- G + s3 * ((s4 * G) W_skip)
+                (with cross-layer transcoders the features of all lower layers write here too)
     attention   G <- G + s1 * ((sv * (P^T ((s2 * G) W_o))) W_v)
 and the embeddings collect what arrives (Ameisen et al. 2025, with the frozen pieces of `vlmscope.replacement.frozen`).
 A soft token is one source, whether the vision tower writes it into the stream once or again after later layers.
 Only positions that the frozen patterns let a target see are carried.
-Legend: B targets, S carried positions, d width, H heads, Hkv key/value heads, D head width, K features a position.
+Legend: B targets, S carried positions, d width, H heads, Hkv key/value heads, D head width, K features of one position
+that write to a layer.
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ _CACHE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class _Sources:
-    """What the positions of one layer write into the stream, and into which columns their edges go.
+    """What is written into the stream at one layer's MLP, position by position, and which columns the edges go to.
 
     `vectors [T, K + 2, d]`: features (zero where a position has fewer), error, decoder bias, all write-scaled.
     `columns [T, K + 1]`: of features and error; padding points at the scratch column after the last.
@@ -53,9 +55,11 @@ class Adjoint:
         self.columns: Columns = columns_of(replacement)
         # [L, T, T]: does any head of a layer let a query see a key?
         self._sees = (replacement.state.patterns > 0).any(dim=1)
-        widest = max((_most_at_a_position(features) for features in replacement.features), default=0)
+        # Whether a column may get edges at more than one layer.
+        self._crosses = any(features.w_later for features in replacement.features)
         element = replacement.errors.element_size() * replacement.errors.shape[-1]
-        size = replacement.n_layers * replacement.n_positions * (widest + 2) * element
+        writers = sum(self._writers_at_a_position(layer) + 2 for layer in range(replacement.n_layers))
+        size = replacement.n_positions * writers * element
         self._cache: dict[int, _Sources] | None = {} if size <= _CACHE_BYTES else None
 
     @torch.no_grad()
@@ -121,7 +125,10 @@ class Adjoint:
     def _mlp(self, layer: int, sweep: _Sweep) -> None:
         sources = self._sources(layer)
         edges = torch.bmm(sweep.gradient, sources.vectors[sweep.positions].transpose(1, 2))  # [S, B, K + 2]
-        sweep.out[:, sources.columns[sweep.positions].flatten()] = edges[:, :, :-1].transpose(0, 1).flatten(1)
+        columns, edges_in = sources.columns[sweep.positions].flatten(), edges[:, :, :-1].transpose(0, 1).flatten(1)
+        if self._crosses:
+            edges_in = edges_in + sweep.out[:, columns]
+        sweep.out[:, columns] = edges_in  # padding collides in the scratch column, which nobody reads
         sweep.out[:, self.columns.bias(layer)] += edges[:, :, -1].sum(0)
         skip = self.replacement.features[layer].w_skip
         if skip is not None:
@@ -155,22 +162,34 @@ class Adjoint:
         return self._cache[layer]
 
     def _gather(self, layer: int) -> _Sources:
-        replacement, features = self.replacement, self.replacement.features[layer]
+        replacement = self.replacement
         positions, width = replacement.errors.shape[1:]
-        most = _most_at_a_position(features)
+        most = self._writers_at_a_position(layer)
         vectors = replacement.errors.new_zeros(positions, most + 2, width)
         device = vectors.device
         columns = torch.full((positions, most + 1), -1, dtype=torch.int64, device=device)
-        offsets = torch.tensor(features.offsets, device=device)
-        number = torch.arange(len(features), device=device)
-        slot = number - offsets[features.position]
-        vectors[features.position, slot] = features.activation[:, None] * features.w_dec[features.index]
+        first = 0
+        for lower in self._writers(layer):
+            features = replacement.features[lower]
+            offsets = torch.tensor(features.offsets, device=device)
+            number = torch.arange(len(features), device=device)
+            slot = first + number - offsets[features.position]
+            vectors[features.position, slot] = features.vectors(layer - lower)
+            columns[features.position, slot] = self.columns.features(lower) + number
+            first += _most_at_a_position(features)
         vectors[:, -2] = replacement.errors[layer]
-        vectors[:, -1] = features.b_dec
+        vectors[:, -1] = replacement.features[layer].b_dec
         vectors *= replacement.layers[layer].write_scale[:, None]
-        columns[features.position, slot] = self.columns.features(layer) + number
         columns[:, -1] = self.columns.errors(layer) + torch.arange(positions, device=device)
         return _Sources(vectors, columns)
+
+    def _writers(self, layer: int) -> list[int]:
+        """The layers whose features write at a layer's MLP: itself, and lower ones of a cross-layer set."""
+        return [low for low in range(layer + 1) if self.replacement.features[low].reaches(layer - low)]
+
+    def _writers_at_a_position(self, layer: int) -> int:
+        """K of a layer."""
+        return sum(_most_at_a_position(self.replacement.features[low]) for low in self._writers(layer))
 
 
 def _most_at_a_position(features: LayerFeatures) -> int:

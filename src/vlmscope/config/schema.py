@@ -85,6 +85,7 @@ class RandomTranscodersConfig:
     k: int = 8
     activation: str = "topk"
     skip: bool = False
+    cross_layer: bool = False
 
     def __post_init__(self) -> None:
         check_choice("transcoder.activation", self.activation, ACTIVATIONS)
@@ -95,13 +96,15 @@ class TranscoderArchConfig:
     """The architecture of transcoders to be trained; the width is `expansion_factor` times the model's.
 
     `k` features are active at a token (topk), on average over a batch (batchtopk), or aimed at (jumprelu); relu has as
-    many as its L1 penalty leaves. `bandwidth` is that of JumpReLU's kernel.
+    many as its L1 penalty leaves. `bandwidth` is that of JumpReLU's kernel. With `cross_layer` a feature writes to its
+    own layer and to every later one.
     """
 
     expansion_factor: int = 16
     k: int = 16
     activation: str = "topk"
     skip: bool = False
+    cross_layer: bool = False
     bandwidth: float = 0.05
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ from vlmscope.training.transcoder_start import start
 from vlmscope.transcoders.init import Standardisation, fold
 from vlmscope.transcoders.nonlinearities.jump_relu import JumpReLU
 from vlmscope.transcoders.nonlinearities.relu import ReLU
-from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderOutput
+from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderConfig, TranscoderOutput
 
 _WINDOW = 64  # steps of the running median of the loss
 _ENOUGH = 8  # losses before the median means anything
@@ -106,14 +106,14 @@ class LayerTrainer(nn.Module):
             case _:
                 return None
 
-    def note_fired(self, out: TranscoderOutput, add_up: Callable[[Sequence[Tensor]], None] | None = None) -> None:
+    def note_fired(self, code: SparseCode, add_up: Callable[[Sequence[Tensor]], None] | None = None) -> None:
         """Advance the clock of every feature by the batch's tokens and set it back where a feature fired.
 
         `add_up` adds tensors over hosts, where the batch is divided among them.
         """
         fired = torch.zeros_like(self.silent)
-        fired[out.code.indices[out.code.values > 0]] = 1
-        tokens = fired.new_tensor(out.code.values.shape[0])
+        fired[code.indices[code.active]] = 1
+        tokens = fired.new_tensor(code.values.shape[0])
         if add_up is not None:
             add_up([fired, tokens])
         self.silent += tokens

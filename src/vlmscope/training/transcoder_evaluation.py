@@ -2,7 +2,8 @@
 
 Definitions: `vlmscope.metrics.reconstruction`. `val/<name>` is the mean of `layers/<name>/layer_<i>` over the layers.
 FVU on image (text) tokens takes the deviations from the mean of the image (text) tokens alone. A figure that has no
-tokens to stand on, such as `fvu_image` without pictures, is left out.
+tokens to stand on, such as `fvu_image` without pictures, is left out. Each transcoder is compared, and spliced in, at
+its own `output_hook`: the raw MLP's output, or that of the norm after it.
 """
 
 import math
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from vlmscope.activations.capture import HasAdapter, adapter_of
+from vlmscope.activations.hook_points import target_at, target_module
 from vlmscope.core.errors import UserError
 from vlmscope.metrics.reconstruction import FvuAccumulator, cross_entropy, dead_fraction, firing_counts
 from vlmscope.models.base import Adapter
+from vlmscope.training.load_check import check_hooks
 from vlmscope.training.transcoder_data import LOSS_MASK, Batch, collect, forward_arguments, forwards, on_device
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
@@ -60,7 +63,7 @@ def evaluate_transcoders(
         (how much it rises with all layers replaced) when the batches have a `loss_mask`.
 
     Raises:
-        UserError: without batches, or when the set has other layers than the model.
+        UserError: without batches, or when the set has other layers or hook points than the model.
     """
     adapter = adapter_of(vlm)
     _check_fits(adapter, transcoders)
@@ -71,7 +74,8 @@ def evaluate_transcoders(
         activations = collect(adapter, batch)
         for layer, figures in layers.items():
             x, y = activations.by_layer[layer]
-            figures.update(transcoders[layer], x, y, activations.is_image)
+            target = target_at(adapter, layer, transcoders[layer].config.output_hook, y)
+            figures.update(transcoders[layer], x, target, activations.is_image)
         if LOSS_MASK in batch:
             _add_losses(adapter, transcoders, batch, losses)
     if any(figures.tokens == 0 for figures in layers.values()):
@@ -87,6 +91,7 @@ def _check_fits(adapter: Adapter, transcoders: TranscoderSet) -> None:
             f"transcoders of layers {transcoders.layers} and width {sorted(widths)} do not fit a model of "
             f"{adapter.n_layers} layers and width {adapter.d_model}; choose the set trained on this model"
         )
+    check_hooks(adapter, transcoders)
 
 
 def _summary(by_layer: dict[int, dict[str, float]], losses: dict[str, float]) -> dict[str, float]:
@@ -126,15 +131,24 @@ def _add_losses(
 
 @contextmanager
 def spliced(adapter: Adapter, transcoders: TranscoderSet) -> Iterator[None]:
-    """Within it, every MLP that has a transcoder returns the reconstruction of its own current input."""
+    """Within it, what each transcoder imitates is replaced by the reconstruction of the MLP's own current input."""
+    inputs: dict[int, Tensor] = {}
 
-    def replace(transcoder: Transcoder) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return transcoder(args[0]).reconstruction.to(output.dtype)
+    def keep(layer: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[layer] = args[0]
+
+        return hook
+
+    def replace(layer: int, transcoder: Transcoder) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+            return transcoder(inputs.pop(layer)).reconstruction.to(output.dtype)
 
         return hook
 
     with ExitStack() as stack:
         for layer, transcoder in transcoders.transcoders.items():
-            stack.callback(adapter.mlp(layer).register_forward_hook(replace(transcoder)).remove)
+            target = target_module(adapter, layer, transcoder.config.output_hook)
+            stack.callback(adapter.mlp(layer).register_forward_pre_hook(keep(layer)).remove)
+            stack.callback(target.register_forward_hook(replace(layer, transcoder)).remove)
         yield

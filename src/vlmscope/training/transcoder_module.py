@@ -20,9 +20,9 @@ from vlmscope.training.schedule import warmup_cosine
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
 from vlmscope.training.transcoder_data import LayerActivations
 from vlmscope.transcoders.transcoder import (
+    SparseCode,
     Transcoder,
     TranscoderConfig,
-    TranscoderOutput,
     TranscoderSet,
     TranscoderSetConfig,
 )
@@ -115,7 +115,7 @@ class TranscoderModule(pl.LightningModule):
     def training_step(self, batch: LayerActivations, batch_idx: int) -> dict[str, Any]:
         """One step of every layer that is not stopped; returns what the callbacks log."""
         self.optimizer.zero_grad(set_to_none=True)
-        outputs: dict[int, TranscoderOutput] = {}
+        codes: dict[int, SparseCode] = {}
         losses: dict[int, float] = {}
         fvus: dict[int, float] = {}
         troubles: dict[int, str] = {}
@@ -132,8 +132,11 @@ class TranscoderModule(pl.LightningModule):
             norm = nn.utils.clip_grad_norm_(trainer.parameters(), self.config.clip)
             value = float(loss.detach())
             trouble = trainer.trouble(value, float(norm), self.config)
+            code, fvu = out.code, float(unexplained.detach())
+            # All pre-activations [N, F] hang on the output: let them go before the next layer makes its own.
+            del loss, unexplained, out
             if trouble is None:
-                outputs[layer], losses[layer], fvus[layer] = out, value, float(unexplained.detach())
+                codes[layer], losses[layer], fvus[layer] = code, value, fvu
                 continue
             troubles[layer] = trouble
             for buffer, old in zip(trainer.transcoder.buffers(), before, strict=True):
@@ -142,11 +145,11 @@ class TranscoderModule(pl.LightningModule):
                 parameter.grad = None  # so the optimiser passes the layer by
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        self._commit(outputs, losses, troubles, batch.joint_tokens)
+        self._commit(codes, losses, troubles, batch.joint_tokens)
         return {"fvu": fvus, "tokens": batch.joint_tokens}
 
     def _commit(
-        self, outputs: dict[int, TranscoderOutput], losses: dict[int, float], troubles: dict[int, str], tokens: int
+        self, codes: dict[int, SparseCode], losses: dict[int, float], troubles: dict[int, str], tokens: int
     ) -> None:
         """Everything that changes the state, in one place: an interrupt elsewhere leaves a state that can be saved."""
         self.committing = True
@@ -155,8 +158,8 @@ class TranscoderModule(pl.LightningModule):
         assert not isinstance(wrapped, list)
         wrapped.step()
         add_up = self.ranks.add_up if self.ranks.layout.hosts > 1 else None
-        for layer, out in outputs.items():
-            self.layer(layer).note_fired(out, add_up)
+        for layer, code in codes.items():
+            self.layer(layer).note_fired(code, add_up)
             self.layer(layer).note_loss(losses[layer], self.steps_done)
         for layer, trouble in troubles.items():
             self.layer(layer).stopped.fill_(self.steps_done)

@@ -1,6 +1,7 @@
 """Training of transcoders on a tiny Gemma 3: it learns, resumes bit for bit, and reports what it should."""
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -243,10 +244,28 @@ def test_only_dead_features_learn_from_the_auxiliary_loss_and_their_clock_is_rig
     loss, unexplained, out = trainer.loss(x, y, config)
     torch.testing.assert_close(loss, unexplained + config.aux_coefficient * aux)
     fired = (out.code.dense(20) > 0).any(0)
-    trainer.note_fired(out)
+    trainer.note_fired(out.code)
     assert (trainer.silent[fired] == 0).all()
     never = (~fired).nonzero().flatten().tolist()
     assert trainer.silent[never].tolist() == [90 if f in (4, 7) else 30 for f in never]
+
+
+def test_a_layers_pre_activations_are_gone_before_the_next_one_makes_its_own(
+    vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[N, F] is the largest tensor of a step; one at a time is what `task=plan` counts."""
+    made: list[weakref.ref[Tensor]] = []
+    original = LayerTrainer.loss
+
+    def watched(self: LayerTrainer, *arguments: Any) -> Any:
+        assert not any(one() is not None for one in made)
+        found = original(self, *arguments)
+        made.append(weakref.ref(found[2].pre))
+        return found
+
+    monkeypatch.setattr(LayerTrainer, "loss", watched)
+    _train(vlm, tmp_path, max_steps=2)
+    assert len(made) == 8
 
 
 def test_layers_are_independent_of_each_other(vlm: VLM, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def graph_to_json(
     kept = np.flatnonzero(pruned.node_mask)
     names = {int(node): node_id(graph, int(node)) for node in kept}
     edges = np.flatnonzero(pruned.edge_mask)
-    ends = zip(graph.indices[edges].tolist(), graph.edge_targets()[edges].tolist(), graph.weights[edges], strict=True)
+    ends = zip(graph.indices[edges].tolist(), graph.targets_of(edges).tolist(), graph.weights[edges], strict=True)
     tokens = [
         {"token": token, "modality": _modality(graph, position), "role": str(graph.roles[position])}
         | ({"patch": patch} if (patch := _patch(graph, position)) else {})

@@ -117,6 +117,21 @@ class AttributionGraph:
         """The target node of every edge, `[E]` int64."""
         return np.repeat(np.arange(self.n_nodes), np.diff(self.indptr))
 
+    def targets_of(self, edges: np.ndarray) -> np.ndarray:
+        """The target nodes of some `edges [n]`, `[n]` int64, without a list of all."""
+        return np.searchsorted(self.indptr, edges, side="right") - 1
+
+    def absolute_sums(self) -> np.ndarray:
+        """Sum of |edges| into each node, `[N]` float64, without a copy of all edges."""
+        rows = np.flatnonzero(np.diff(self.indptr))
+        out = np.zeros(self.n_nodes)
+        for block in np.array_split(rows, 1 + self.n_edges // (1 << 20)):
+            if len(block):
+                begin = self.indptr[block[0]]
+                absolute = np.abs(self.weights[begin : self.indptr[block[-1] + 1]])
+                out[block] = np.add.reduceat(absolute, self.indptr[block] - begin, dtype=np.float64)
+        return out
+
     def incoming(self, node: int) -> tuple[np.ndarray, np.ndarray]:
         """Sources and weights of the edges into a node."""
         row = slice(self.indptr[node], self.indptr[node + 1])

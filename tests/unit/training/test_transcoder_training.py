@@ -229,6 +229,32 @@ def test_starting_points_cover_more_features_than_tokens() -> None:
     assert len(torch.unique(transcoder.W_enc, dim=0)) == 10
 
 
+@pytest.mark.parametrize("method", ["samples", "zero_decoder"])
+def test_jumprelu_and_relu_start_with_k_active_features(method: str) -> None:
+    x = torch.randn(600, 12, generator=torch.Generator().manual_seed(0))
+    y = x @ torch.randn(12, 12, generator=torch.Generator().manual_seed(1))
+    for activation in ("jumprelu", "relu"):
+        transcoder = Transcoder(TranscoderConfig(12, 90, 6, activation=activation))
+        start(transcoder, x, y, method, np.random.default_rng(0))
+        code = transcoder.encode(x)
+        fired = torch.bincount(code.indices[code.values > 0], minlength=90)
+        assert set(fired.tolist()) <= {39, 40, 41}  # k N / F; the last ulp may tip one over
+        thresholds = transcoder.activation.thresholds
+        assert thresholds is None or bool((thresholds == 2).all())
+
+
+def test_rescaling_to_one_threshold_leaves_the_function_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for threshold in (1.0, 4.0):
+        monkeypatch.setattr("vlmscope.training.transcoder_start._THRESHOLD", threshold)
+        transcoder = Transcoder(TranscoderConfig(8, 40, 4, activation="jumprelu")).double()
+        start(transcoder, x.double(), x.double(), "samples", np.random.default_rng(0))
+        outputs.append(transcoder(x[:50].double() * 1.01).reconstruction)
+    assert bool((outputs[0].abs() > 0.1).any())
+    torch.testing.assert_close(*outputs)
+
+
 def test_only_dead_features_learn_from_the_auxiliary_loss_and_their_clock_is_right() -> None:
     trainer = LayerTrainer(TranscoderConfig(6, 20, 3))
     trainer.transcoder.load_state_dict(random_set(1, 6, 20, 3, seed=2)[0].state_dict())
@@ -304,8 +330,10 @@ def test_every_nonlinearity_learns_and_goes_to_disk_and_back(vlm: VLM, tmp_path:
     _, before = _train(vlm, tmp_path / "a", max_steps=1, lr=1e-9, **changes)
     found, after = _train(vlm, tmp_path / "b", max_steps=120, **changes)
     assert after["val/fvu"] < 0.7 * before["val/fvu"]
+    if activation in ("jumprelu", "relu"):  # they start near k too
+        assert before["val/l0"] == pytest.approx(8, rel=0.3)
     if activation == "jumprelu":  # its penalty aims at k
-        assert abs(after["val/l0"] - 8) < abs(before["val/l0"] - 8)
+        assert after["val/l0"] == pytest.approx(8, rel=0.3)
     if activation == "batchtopk":  # by the threshold of training, which nearly keeps k a token
         assert after["val/l0"] == pytest.approx(8, rel=0.25)
     save_set(found, tmp_path / "set")

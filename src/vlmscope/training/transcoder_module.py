@@ -225,7 +225,8 @@ class TranscoderModule(pl.LightningModule):
     def finished_set(self) -> TranscoderSet:
         """The transcoders as they stand, in the model's own coordinates, detached from training.
 
-        All layers on rank 0, which the others send theirs; their own on the other ranks. Every rank must ask.
+        All layers on rank 0, which the others send theirs; their own on the other ranks. Every rank must ask. With
+        several ranks the set lies in CPU memory: together the layers may not fit the device of one.
         """
         folded = {}
         for layer in range(self.adapter.n_layers) if self.ranks.main else self.ranks.layers:
@@ -235,6 +236,8 @@ class TranscoderModule(pl.LightningModule):
             else:
                 folded[layer] = Transcoder(self._architecture(layer)).requires_grad_(False).to(self.adapter.device)
             self.ranks.to_main(folded[layer].state_dict(), layer)
+            if self.ranks.layout.world > 1:
+                folded[layer] = folded[layer].cpu()
         config = TranscoderSetConfig(
             n_model_layers=self.adapter.n_layers,
             k=self.config.k,

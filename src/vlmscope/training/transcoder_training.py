@@ -84,7 +84,9 @@ def train_transcoders(
         stop = [AgreedStop(checkpoints.save)] if ranks.layout.world > 1 else []
         _fit(module, train_batch, [progress, checkpoints, *stop], logger)
     stopped = module.figures({})["train/stopped_layers"]
-    transcoders = module.finished_set().to(adapter.device)  # Lightning leaves the module on the CPU
+    transcoders = module.finished_set()
+    if ranks.layout.world == 1:
+        transcoders = transcoders.to(adapter.device)  # Lightning leaves the module on the CPU
     drawn = data_figures()  # of all ranks, so all ask
     if not ranks.main:
         raise NotMainRank

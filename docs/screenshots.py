@@ -159,11 +159,10 @@ class Ui:
         for empty in ("Dataset", "Source", "Models"):
             dialog.get_by_text(empty, exact=True).click()
         for name in names:
-            dialog.get_by_placeholder("Search columns").fill(name)
             dialog.get_by_text(name, exact=True).click()
         self.page.keyboard.press("Escape")
         for name in names:
-            self.page.get_by_role("columnheader", name=name).wait_for()
+            self.page.get_by_role("columnheader", name=name).first.wait_for()
 
     def charts(self, search: str) -> None:
         """From the run list: charts of the metrics whose name has `search` in it, of the jobs alone.

@@ -18,7 +18,9 @@ class Config:
     data=folder or a mix, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut
     off), and `val_examples` at most are validated on. `matryoshka` lists fractions of the features that must do on
     their own; `sparsity_coefficient` weighs the penalty of transcoder.activation=jumprelu (L0, by default 1) and relu
-    (L1, by default 0.003). `license` goes into the set's card: an identifier of the hub, such as apache-2.0.
+    (L1, by default 0.003). `micro_tokens` bounds memory: so many tokens of a step are
+    encoded and differentiated at a time, with the same result (null: all). `license` goes into the set's card: an
+    identifier of the hub, such as apache-2.0.
     """
 
     batch: dict[str, int] = field(
@@ -31,6 +33,7 @@ class Config:
     init: str = "samples"
     pool_batches: int = 8
     steps_per_batch: int = 2
+    micro_tokens: int | None = None
     aux_coefficient: float = 1 / 32
     aux_k: int = 64
     dead_after_tokens: int = 100_000
@@ -106,6 +109,7 @@ def training_config(cfg: "AppConfig", data: str | None = None):
         init=task.init,
         pool_batches=task.pool_batches,
         steps_per_batch=task.steps_per_batch,
+        micro_tokens=task.micro_tokens,
         max_steps=cfg.trainer.max_steps,
         lr=cfg.optim.lr,
         betas=(cfg.optim.betas[0], cfg.optim.betas[1]),

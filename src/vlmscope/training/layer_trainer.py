@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
 from vlmscope.training.losses.aux_k import aux_k, dead_features
-from vlmscope.training.losses.joint import Total, joint_fvu
+from vlmscope.training.losses.joint import Joint, joint_fvu
 from vlmscope.training.losses.l0 import l0_penalty
 from vlmscope.training.losses.l1 import l1_penalty
 from vlmscope.training.losses.matryoshka import prefix_fvu, prefix_sizes
@@ -57,6 +57,11 @@ class LayerTrainer(nn.Module):
         """The coordinates of training."""
         return Standardisation(self.x_mean, float(self.scales[0]), self.y_mean, float(self.scales[1]))
 
+    def standardised(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw activations [N, d], [N, d] in the coordinates and the dtype of training."""
+        own = self.x_mean.dtype
+        return self.standard.apply(x.to(own), y.to(own))
+
     def initialise(self, x: Tensor, y: Tensor, method: str, seed: int) -> None:
         """Set standardisation and weights from raw activations [N, d], [N, d]."""
         layer = self.transcoder.config.layer
@@ -72,48 +77,54 @@ class LayerTrainer(nn.Module):
         start(self.transcoder, *standard.apply(x, y), method, generator(seed, "transcoder_start", layer))
 
     def loss(
-        self, x: Tensor, y: Tensor, config: TranscoderTrainingConfig, total: Total | None = None
+        self, x: Tensor, y: Tensor, config: TranscoderTrainingConfig, joint: Joint = None
     ) -> tuple[Tensor, Tensor, TranscoderOutput]:
         """Loss and FVU (scalars) of raw activations [N, d], and the output in standardised coordinates.
 
-        With `total` (`vlmscope.training.losses.joint`) the activations are a host's part of a batch.
+        With `joint` (`vlmscope.training.losses.joint`) the activations are a host's or a micro-batch's part of a step.
         """
-        x, y = self.standard.apply(x.float(), y.float())
+        x, y = self.standardised(x, y)
         one = self.transcoder
         out = one(x)
-        unexplained = joint_fvu(y, out.reconstruction, total)
+        unexplained = joint_fvu(y, out.reconstruction, joint)
         loss = unexplained
         sizes = prefix_sizes(config.matryoshka, one.config.n_features)
         if sizes:
-            prefixes = prefix_fvu(one, out.code, x, y, sizes, total)
+            prefixes = prefix_fvu(one, out.code, x, y, sizes, joint)
             loss = (loss + len(sizes) * prefixes) / (1 + len(sizes))
         dead = dead_features(self.silent, config.dead_after_tokens)
         if len(dead) and config.aux_coefficient:
             residual = (y - out.reconstruction).detach()
-            loss = loss + config.aux_coefficient * aux_k(one, x, residual, out.pre, dead, config.aux_k, total)
+            loss = loss + config.aux_coefficient * aux_k(one, x, residual, out.pre, dead, config.aux_k, joint)
         if config.sparsity_coefficient:
-            penalty = self._penalty(out, total)
+            penalty = self._penalty(out, joint)
             loss = loss if penalty is None else loss + config.sparsity_coefficient * penalty
         return loss, unexplained, out
 
-    def _penalty(self, out: TranscoderOutput, total: Total | None) -> Tensor | None:
+    def _penalty(self, out: TranscoderOutput, joint: Joint) -> Tensor | None:
         """What keeps the number of active features low, where the nonlinearity does not."""
         match self.transcoder.activation:
             case JumpReLU() as jump:
-                return l0_penalty(jump, out.at_support, out.code.indices, self.transcoder.config.k, total)
+                return l0_penalty(jump, out.at_support, out.code.indices, self.transcoder.config.k, joint)
             case ReLU():
-                return l1_penalty(out.code.values, out.code.indices, self.transcoder.W_dec, total)
+                return l1_penalty(out.code.values, out.code.indices, self.transcoder.W_dec, joint)
             case _:
                 return None
 
-    def note_fired(self, out: TranscoderOutput, add_up: Callable[[Sequence[Tensor]], None] | None = None) -> None:
-        """Advance the clock of every feature by the batch's tokens and set it back where a feature fired.
+    def fired(self, out: TranscoderOutput) -> Tensor:
+        """Which features an output has active somewhere: [F] int64, 1 or 0."""
+        fired = torch.zeros_like(self.silent)
+        fired[out.code.indices[out.code.values > 0]] = 1
+        return fired
+
+    def note_fired(
+        self, fired: Tensor, n_tokens: int, add_up: Callable[[Sequence[Tensor]], None] | None = None
+    ) -> None:
+        """Advance the clock of every feature by the step's tokens and set it back where a feature fired, [F] int64.
 
         `add_up` adds tensors over hosts, where the batch is divided among them.
         """
-        fired = torch.zeros_like(self.silent)
-        fired[out.code.indices[out.code.values > 0]] = 1
-        tokens = fired.new_tensor(out.code.values.shape[0])
+        tokens = fired.new_tensor(n_tokens)
         if add_up is not None:
             add_up([fired, tokens])
         self.silent += tokens

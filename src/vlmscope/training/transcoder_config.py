@@ -16,6 +16,8 @@ class TranscoderTrainingConfig:
         init_batches: batches from which means, scales and the starting point are taken.
         pool_batches, steps_per_batch: how many captured batches are mixed, and how many steps pass between captures
             (`vlmscope.training.transcoder_stream`; 1 and 1 = each step its own batch).
+        micro_tokens: the tokens of a step are encoded and differentiated so many at a time, which bounds memory and
+            changes nothing else (`vlmscope.training.micro_batches`); None: all at once.
         max_steps: optimiser steps; the rate falls to `lr_floor x lr` at the last one.
         lr, betas, weight_decay, schedule ("cosine" | "linear"), warmup, lr_floor: AdamW and its schedule.
         matryoshka: fractions of the features that must do on their own (`vlmscope.training.losses.matryoshka`).
@@ -38,6 +40,7 @@ class TranscoderTrainingConfig:
     init_batches: int = 8
     pool_batches: int = 8
     steps_per_batch: int = 4
+    micro_tokens: int | None = None
     max_steps: int = 4000
     lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -70,6 +73,10 @@ class TranscoderTrainingConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise UserError(f"transcoder training: {name} = {getattr(self, name)} must be positive; choose another")
+        if self.micro_tokens is not None and self.micro_tokens < 1:
+            raise UserError(f"transcoder training: micro_tokens = {self.micro_tokens} must be positive, or null")
+        if self.micro_tokens is not None and self.activation == "batchtopk":
+            raise UserError("batchtopk chooses among a whole batch; take micro_tokens=null, or topk")
         if self.sparsity_coefficient < 0 or self.bandwidth <= 0:
             raise UserError(
                 f"transcoder training: sparsity_coefficient = {self.sparsity_coefficient} must not be negative and "

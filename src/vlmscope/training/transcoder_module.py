@@ -15,6 +15,7 @@ from torch import nn
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter
 from vlmscope.training.layer_trainer import LayerTrainer
+from vlmscope.training.micro_batches import LayerStep, differentiate
 from vlmscope.training.ranks import Ranks
 from vlmscope.training.schedule import warmup_cosine
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
@@ -22,7 +23,6 @@ from vlmscope.training.transcoder_data import LayerActivations
 from vlmscope.transcoders.transcoder import (
     Transcoder,
     TranscoderConfig,
-    TranscoderOutput,
     TranscoderSet,
     TranscoderSetConfig,
 )
@@ -115,8 +115,7 @@ class TranscoderModule(pl.LightningModule):
     def training_step(self, batch: LayerActivations, batch_idx: int) -> dict[str, Any]:
         """One step of every layer that is not stopped; returns what the callbacks log."""
         self.optimizer.zero_grad(set_to_none=True)
-        outputs: dict[int, TranscoderOutput] = {}
-        losses: dict[int, float] = {}
+        steps: dict[int, LayerStep] = {}
         fvus: dict[int, float] = {}
         troubles: dict[int, str] = {}
         for layer, (x, y) in batch.by_layer.items():
@@ -125,15 +124,13 @@ class TranscoderModule(pl.LightningModule):
                 continue
             # A forward of BatchTopK moves its threshold; a bad one must leave no trace.
             before = [buffer.clone() for buffer in trainer.transcoder.buffers()]
-            loss, unexplained, out = trainer.loss(x, y, self.config, self.ranks.total)
-            # At once, so that only one layer's graph is alive.
-            self.manual_backward(loss)
+            # Differentiated at once, so that only one layer's graph is alive.
+            taken = differentiate(trainer, x, y, self.config, self.ranks.total, self.manual_backward)
             self.ranks.add_up([p.grad for p in trainer.parameters() if p.grad is not None])
             norm = nn.utils.clip_grad_norm_(trainer.parameters(), self.config.clip)
-            value = float(loss.detach())
-            trouble = trainer.trouble(value, float(norm), self.config)
+            trouble = trainer.trouble(taken.loss, float(norm), self.config)
             if trouble is None:
-                outputs[layer], losses[layer], fvus[layer] = out, value, float(unexplained.detach())
+                steps[layer], fvus[layer] = taken, taken.fvu
                 continue
             troubles[layer] = trouble
             for buffer, old in zip(trainer.transcoder.buffers(), before, strict=True):
@@ -142,12 +139,10 @@ class TranscoderModule(pl.LightningModule):
                 parameter.grad = None  # so the optimiser passes the layer by
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        self._commit(outputs, losses, troubles, batch.joint_tokens)
+        self._commit(steps, troubles, batch.joint_tokens)
         return {"fvu": fvus, "tokens": batch.joint_tokens}
 
-    def _commit(
-        self, outputs: dict[int, TranscoderOutput], losses: dict[int, float], troubles: dict[int, str], tokens: int
-    ) -> None:
+    def _commit(self, steps: dict[int, LayerStep], troubles: dict[int, str], tokens: int) -> None:
         """Everything that changes the state, in one place: an interrupt elsewhere leaves a state that can be saved."""
         self.committing = True
         # Through Lightning's wrapper, which counts the step.
@@ -155,9 +150,9 @@ class TranscoderModule(pl.LightningModule):
         assert not isinstance(wrapped, list)
         wrapped.step()
         add_up = self.ranks.add_up if self.ranks.layout.hosts > 1 else None
-        for layer, out in outputs.items():
-            self.layer(layer).note_fired(out, add_up)
-            self.layer(layer).note_loss(losses[layer], self.steps_done)
+        for layer, taken in steps.items():
+            self.layer(layer).note_fired(taken.fired, taken.n_tokens, add_up)
+            self.layer(layer).note_loss(taken.loss, self.steps_done)
         for layer, trouble in troubles.items():
             self.layer(layer).stopped.fill_(self.steps_done)
             if self.ranks.writes:

@@ -40,9 +40,13 @@ class LayerTrainer(nn.Module):
     silent: Tensor
     stopped: Tensor
     losses: Tensor
+    norm_limits: Tensor
+    left_out: Tensor
 
-    def __init__(self, config: TranscoderConfig) -> None:
+    def __init__(self, config: TranscoderConfig, max_norm_ratio: float | None = None) -> None:
+        """`max_norm_ratio`: tokens whose input or target norm is so many times the median's do not count."""
         super().__init__()
+        self.max_norm_ratio = max_norm_ratio
         self.transcoder = Transcoder(config).train()
         d, f = config.d_model, config.n_features
         self.register_buffer("x_mean", torch.zeros(d))
@@ -50,6 +54,9 @@ class LayerTrainer(nn.Module):
         self.register_buffer("scales", torch.ones(2, dtype=torch.float64))
         self.register_buffer("silent", torch.zeros(f, dtype=torch.long))  # tokens since the feature last fired
         self.register_buffer("stopped", torch.tensor(-1))  # the step that was not taken, -1 while all is well
+        if max_norm_ratio is not None:
+            self.register_buffer("norm_limits", torch.full((2,), math.inf, dtype=torch.float64))  # of input and target
+            self.register_buffer("left_out", torch.zeros(2, dtype=torch.long))  # tokens left out, tokens seen
         self.register_buffer("losses", torch.full((_WINDOW,), math.nan, dtype=torch.float64))
 
     @property
@@ -62,6 +69,26 @@ class LayerTrainer(nn.Module):
         own = self.x_mean.dtype
         return self.standard.apply(x.to(own), y.to(own))
 
+    def within_limits(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of raw activations [N, d], [N, d] whose norms are not far above the median: [M, d], [M, d].
+
+        A few tokens of a language model, the first above all, have norms a hundred times larger and would rule means,
+        scales and loss. Source: dictionary_learning leaves out what exceeds ten medians.
+        """
+        if self.max_norm_ratio is None:
+            return x, y
+        kept = (x.double().norm(dim=1) <= self.norm_limits[0]) & (y.double().norm(dim=1) <= self.norm_limits[1])
+        return x[kept], y[kept]
+
+    def note_left_out(self, n_out: int, n_seen: int, add_up: Callable[[Sequence[Tensor]], None] | None = None) -> None:
+        """Count the tokens of a step that were left out for their norm; `add_up` as for `note_fired`."""
+        if self.max_norm_ratio is None:
+            return
+        counts = self.left_out.new_tensor([n_out, n_seen])
+        if add_up is not None:
+            add_up([counts])
+        self.left_out += counts
+
     def initialise(self, x: Tensor, y: Tensor, method: str, seed: int) -> None:
         """Set standardisation and weights from raw activations [N, d], [N, d]."""
         layer = self.transcoder.config.layer
@@ -70,6 +97,10 @@ class LayerTrainer(nn.Module):
                 f"layer {layer}: activations of the first batches are not finite; "
                 "look at the data, or give the model another model.dtype"
             )
+        if self.max_norm_ratio is not None:
+            medians = torch.stack([one.double().norm(dim=1).median() for one in (x, y)])
+            self.norm_limits.copy_(self.max_norm_ratio * medians)
+            x, y = self.within_limits(x, y)
         standard = Standardisation.fit(x, y)
         self.x_mean.copy_(standard.x_mean)
         self.y_mean.copy_(standard.y_mean)

@@ -25,12 +25,16 @@ from vlmscope.transcoders.nonlinearities.jump_relu import JumpReLU
 
 @dataclass(frozen=True)
 class LayerStep:
-    """What a step of a layer gave: loss and FVU over all hosts; features that fired here [F] int64, tokens here."""
+    """What a step of a layer gave: loss and FVU over all hosts; features that fired here [F] int64, tokens here.
+
+    `n_left_out` more tokens were left out for their norm.
+    """
 
     loss: float
     fvu: float
     fired: Tensor
     n_tokens: int
+    n_left_out: int = 0
 
 
 def differentiate(
@@ -46,10 +50,13 @@ def differentiate(
     With `config.micro_tokens`, so many tokens at a time. `total`: sums over hosts (`vlmscope.training.losses.joint`),
     which may have different numbers of micro-batches: nothing is sent between them while these are gone through.
     """
+    given = len(x)
+    x, y = trainer.within_limits(x, y)
+    left_out = given - len(x)
     if config.micro_tokens is None:
         loss, unexplained, out = trainer.loss(x, y, config, total)
         backward(loss)
-        return LayerStep(float(loss.detach()), float(unexplained.detach()), trainer.fired(out), len(x))
+        return LayerStep(float(loss.detach()), float(unexplained.detach()), trainer.fired(out), len(x), left_out)
     parts = list(zip(x.split(config.micro_tokens), y.split(config.micro_tokens), strict=True))
     whole = _known_before(trainer, parts, y, config, total)
     sums = torch.zeros(2, dtype=torch.float64, device=y.device)
@@ -60,7 +67,7 @@ def differentiate(
         sums += torch.stack([loss.detach(), unexplained.detach()])
         fired |= trainer.fired(out)
     loss, unexplained = (total(sums) if total is not None else sums).tolist()
-    return LayerStep(loss, unexplained, fired, len(x))
+    return LayerStep(loss, unexplained, fired, len(x), left_out)
 
 
 @torch.no_grad()

@@ -75,7 +75,9 @@ class TranscoderCheckpoints(pl.Callback):
         if folder is None:
             return False
         marker = read_json(folder / _MARKER)
-        then, now = marker["settings"], json.loads(json.dumps(dataclasses.asdict(self.config)))
+        now = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        # A setting that did not exist when the checkpoint was written had its default.
+        then = json.loads(json.dumps(dataclasses.asdict(TranscoderTrainingConfig()))) | marker["settings"]
         changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
         changed = [f"{name} {then.get(name)} -> {now.get(name)}" for name in changed if name not in _FREE]
         if changed:

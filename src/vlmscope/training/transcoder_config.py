@@ -26,6 +26,8 @@ class TranscoderTrainingConfig:
         clip: largest gradient norm of one layer's transcoder.
         aux_coefficient, aux_k: weight and number of features of the loss that revives dead features.
         dead_after_tokens: a feature that has not fired for so many tokens is dead.
+        max_norm_ratio: tokens whose input or target norm exceeds so many times the median of the starting batches are
+            left out of that layer's start and loss, and counted; validation counts all tokens. None: none.
         explosion: a layer stops when its loss is so many times its running median (0: never) or not finite.
         checkpoint_every, val_every, log_every: in steps; 0 = never.
         seed: of the starting point.
@@ -55,6 +57,7 @@ class TranscoderTrainingConfig:
     aux_coefficient: float = 1 / 32
     aux_k: int = 64
     dead_after_tokens: int = 100_000
+    max_norm_ratio: float | None = None
     explosion: float = 1e3
     checkpoint_every: int = 200
     val_every: int = 500
@@ -73,6 +76,8 @@ class TranscoderTrainingConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise UserError(f"transcoder training: {name} = {getattr(self, name)} must be positive; choose another")
+        if self.max_norm_ratio is not None and self.max_norm_ratio <= 1:
+            raise UserError(f"transcoder training: max_norm_ratio = {self.max_norm_ratio} must exceed 1, or be null")
         if self.micro_tokens is not None and self.micro_tokens < 1:
             raise UserError(f"transcoder training: micro_tokens = {self.micro_tokens} must be positive, or null")
         if self.micro_tokens is not None and self.activation == "batchtopk":

@@ -56,7 +56,7 @@ class TranscoderModule(pl.LightningModule):
             parameter.requires_grad_(False)
         adapter.model.eval()
         self.trainers = nn.ModuleDict(
-            {str(layer): LayerTrainer(self._architecture(layer)) for layer in self.ranks.layers}
+            {str(layer): LayerTrainer(self._architecture(layer), config.max_norm_ratio) for layer in self.ranks.layers}
         )
         self.optimizer = torch.optim.AdamW(
             self.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -152,6 +152,7 @@ class TranscoderModule(pl.LightningModule):
         add_up = self.ranks.add_up if self.ranks.layout.hosts > 1 else None
         for layer, taken in steps.items():
             self.layer(layer).note_fired(taken.fired, taken.n_tokens, add_up)
+            self.layer(layer).note_left_out(taken.n_left_out, taken.n_tokens + taken.n_left_out, add_up)
             self.layer(layer).note_loss(taken.loss, self.steps_done)
         for layer, trouble in troubles.items():
             self.layer(layer).stopped.fill_(self.steps_done)
@@ -174,6 +175,10 @@ class TranscoderModule(pl.LightningModule):
         known = [found[layer] for layer, on in running.items() if on and layer in found]
         figures = {"train/fvu": sum(known) / len(known)} if known else {}
         figures["train/dead_frac"] = sum(dead.values()) / len(dead)
+        if self.config.max_norm_ratio is not None:
+            counts = {n: one.left_out.tolist() for n, one in own.items()}
+            shares = self.ranks.by_layer({n: out / max(seen, 1) for n, (out, seen) in counts.items()})
+            figures["train/filtered_frac"] = sum(shares.values()) / len(shares)
         figures["train/stopped_layers"] = float(sum(not on for on in running.values()))
         return figures
 

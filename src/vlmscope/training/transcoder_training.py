@@ -80,13 +80,14 @@ def train_transcoders(
     progress = _Progress(config, val_batches, logger, data_figures)
     if module.steps_done < config.max_steps:
         _fit(module, train_batch, [progress, checkpoints], logger)
-    stopped = module.figures({})["train/stopped_layers"]
+    last = module.figures({})
+    stopped = last["train/stopped_layers"]
     transcoders = module.finished_set().to(adapter.device)  # Lightning leaves the module on the CPU
     if not ranks.main:
         raise NotMainRank
     metrics = evaluate_transcoders(adapter, transcoders, val_batches) if val_batches else {}
     metrics |= {**progress.speed(), **data_figures(), "train/tokens": float(module.tokens_seen)}
-    metrics["train/stopped_layers"] = stopped
+    metrics |= {name: last[name] for name in ("train/stopped_layers", "train/filtered_frac") if name in last}
     if stopped:
         _LOG.warning("%d layers stopped early; the set has their last good weights", int(stopped))
     if logger is not None:

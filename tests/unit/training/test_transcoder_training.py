@@ -272,7 +272,7 @@ def test_only_dead_features_learn_from_the_auxiliary_loss_and_their_clock_is_rig
     loss, unexplained, out = trainer.loss(x, y, config)
     torch.testing.assert_close(loss, unexplained + config.aux_coefficient * aux)
     fired = (out.code.dense(20) > 0).any(0)
-    trainer.note_fired(out.code)
+    trainer.note_fired(trainer.fired(out), len(x))
     assert (trainer.silent[fired] == 0).all()
     never = (~fired).nonzero().flatten().tolist()
     assert trainer.silent[never].tolist() == [90 if f in (4, 7) else 30 for f in never]

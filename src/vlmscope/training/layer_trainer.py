@@ -105,7 +105,7 @@ class LayerTrainer(nn.Module):
         standard = Standardisation.fit(x, y)
         self.x_mean.copy_(standard.x_mean)
         self.y_mean.copy_(standard.y_mean)
-        self.scales.copy_(torch.tensor([standard.x_scale, standard.y_scale]))
+        self.scales.copy_(torch.tensor([standard.x_scale, standard.y_scale], dtype=torch.float64))
 
     def start(self, x: Tensor, targets: Sequence[Tensor], method: str, seed: int) -> None:
         """Set the weights; arguments as those of `vlmscope.training.transcoder_start.start`."""

@@ -54,7 +54,7 @@ def run_job(cfg: Any) -> None:
     """
     hydra = HydraConfig.get()
     launcher = hydra.runtime.choices["hydra/launcher"]
-    if launcher != "basic" and hydra.mode.name != "MULTIRUN":
+    if launcher != "basic" and (hydra.mode is None or hydra.mode.name != "MULTIRUN"):
         raise UserError(
             f"hydra/launcher={launcher} is for python run.py -m ...; add -m (a single job is a sweep of one)"
         )

@@ -68,9 +68,9 @@ def _gpu(
     return Hardware(name, flops, bandwidth * 1e12, memory * 1e9, link * 1e9, network * 1e9 if network else None)
 
 
-# float32 is that of the plain units, not TF32; half precision that of the tensor cores without sparsity. The link is half
-# of the datasheet's NVLink (PCIe for L4), which counts both directions; the network one adapter a GPU, as in NVIDIA's
-# DGX of that GPU (ConnectX-7, 400 Gbit/s; ConnectX-6, 200 Gbit/s); for L4 none is stated.
+# float32 is that of the plain units, not TF32; half precision that of the tensor cores without sparsity. The link is
+# half of the datasheet's NVLink (PCIe for L4), which counts both directions; the network one adapter a GPU, as in
+# NVIDIA's DGX of that GPU (ConnectX-7, 400 Gbit/s; ConnectX-6, 200 Gbit/s); for L4 none is stated.
 HARDWARE = {
     "h100": _gpu("NVIDIA H100 SXM, 80 GB (NVIDIA H100 and DGX H100 datasheets)", 34, 67, 989, 3.35, 80, 450, 50),
     "h200": _gpu("NVIDIA H200 SXM, 141 GB (NVIDIA H200 and DGX H200 datasheets)", 34, 67, 989, 4.8, 141, 450, 50),

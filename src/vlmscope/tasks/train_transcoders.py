@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.context import RunContext
 
+RANKS = True  # several processes can run it together
+
 
 @dataclass
 class Config:
@@ -17,8 +19,8 @@ class Config:
     With data=orrery, `batch` says how many scenes of each kind, `val_scenes` how many of each for validation. With
     data=folder or a mix, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut
     off), and `val_examples` at most are validated on. `matryoshka` lists fractions of the features that must do on
-    their own; `sparsity_coefficient` weighs the penalty of transcoder.activation=jumprelu (L0) and relu (L1). `license`
-    goes into the set's card: an identifier of the hub, such as apache-2.0.
+    their own; `sparsity_coefficient` weighs the penalty of transcoder.activation=jumprelu (L0, by default 1) and relu
+    (L1, by default 0.003). `license` goes into the set's card: an identifier of the hub, such as apache-2.0.
     """
 
     batch: dict[str, int] = field(
@@ -35,7 +37,7 @@ class Config:
     aux_k: int = 64
     dead_after_tokens: int = 100_000
     matryoshka: list[float] = field(default_factory=list)
-    sparsity_coefficient: float = 1.0
+    sparsity_coefficient: float | None = None
     clip: float = 1.0
     license: str = "unknown"
 
@@ -69,6 +71,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         context.run_dir,
         context.tracked.lightning_logger(),
         cfg.trainer.resume,
+        per_host=cfg.trainer.per_host or context.per_host,
         data_figures=source.figures,
     )
     save_set(transcoders, context.run_dir / "transcoders", dtype="bfloat16")
@@ -92,14 +95,18 @@ def training_config(cfg: "AppConfig", data: str | None = None):
 
     task: Config = cfg.task
     arch: TranscoderArchConfig = cfg.transcoder
+    sparsity = task.sparsity_coefficient
+    if sparsity is None:  # L1 is of the activations' size, L0's penalty of 1's
+        sparsity = 0.003 if arch.activation == "relu" else 1.0
     return TranscoderTrainingConfig(
         expansion_factor=arch.expansion_factor,
         k=arch.k,
         activation=arch.activation,
         skip=arch.skip,
+        cross_layer=arch.cross_layer,
         bandwidth=arch.bandwidth,
         matryoshka=tuple(task.matryoshka),
-        sparsity_coefficient=task.sparsity_coefficient,
+        sparsity_coefficient=sparsity,
         init=task.init,
         pool_batches=task.pool_batches,
         steps_per_batch=task.steps_per_batch,

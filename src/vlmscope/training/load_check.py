@@ -53,9 +53,11 @@ def fvu_on_load(
     adapter = adapter_of(vlm)
     activations = collect(adapter, list(forwards))
     found = {}
+    kind = next(transcoders.parameters()).dtype
+    inputs = {layer: activations.by_layer[layer][0].to(kind) for layer in transcoders.layers}
+    codes = transcoders.encode(inputs)
     for layer, transcoder in transcoders.transcoders.items():
-        x, y = activations.by_layer[layer]
-        y = target_at(adapter, layer, transcoder.config.output_hook, y)
-        reconstruction = transcoder(x.to(transcoder.W_enc.dtype)).reconstruction
+        y = target_at(adapter, layer, transcoder.config.output_hook, activations.by_layer[layer][1])
+        reconstruction = transcoders.decode(layer, codes, inputs[layer])
         found[layer] = float(fvu(y.double(), reconstruction.double()))
     return found, activations.n_tokens

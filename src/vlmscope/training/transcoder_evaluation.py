@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from vlmscope.activations.capture import HasAdapter, adapter_of
 from vlmscope.activations.hook_points import target_at, target_module
 from vlmscope.core.errors import UserError
+from vlmscope.metrics.duplication import duplicated_fraction
 from vlmscope.metrics.reconstruction import FvuAccumulator, cross_entropy, dead_fraction, firing_counts
 from vlmscope.models.base import Adapter
 from vlmscope.training.load_check import check_hooks
 from vlmscope.training.transcoder_data import LOSS_MASK, Batch, collect, forward_arguments, forwards, on_device
-from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
+from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderSet
 
 
 @dataclass
@@ -36,13 +37,12 @@ class _LayerFigures:
     tokens: int = 0
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
-    def update(self, transcoder: Transcoder, x: Tensor, y: Tensor, is_image: Tensor) -> None:
-        out = transcoder(x)
+    def update(self, code: SparseCode, reconstruction: Tensor, y: Tensor, is_image: Tensor) -> None:
         for name, part in (("fvu", slice(None)), ("fvu_text", ~is_image), ("fvu_image", is_image)):
-            self.fvu[name].update(y[part], out.reconstruction[part])
-        counts = firing_counts(out.code.indices, out.code.values, self.n_features)
+            self.fvu[name].update(y[part], reconstruction[part])
+        counts = firing_counts(code.indices, code.values, self.n_features)
         self.counts = counts if self.tokens == 0 else self.counts + counts
-        self.tokens += x.shape[0]
+        self.tokens += y.shape[0]
 
     def compute(self) -> dict[str, float]:
         figures = {name: accumulator.compute() for name, accumulator in self.fvu.items()}
@@ -58,9 +58,10 @@ def evaluate_transcoders(
     """Figures of the set on `batches` (see `vlmscope.training.transcoder_data` for what a batch is).
 
     Returns:
-        `val/fvu`, `val/fvu_text`, `val/fvu_image`, `val/l0`, `val/dead_frac` (never fired on these batches), with
-        `layers/<name>/layer_07` for each; `val/ce` (the model's own loss on answer tokens, in nats) and `val/ce_delta`
-        (how much it rises with all layers replaced) when the batches have a `loss_mask`.
+        `val/fvu`, `val/fvu_text`, `val/fvu_image`, `val/l0`, `val/dead_frac` (never fired on these batches),
+        `val/duplicated_frac` (`vlmscope.metrics.duplication`), with `layers/<name>/layer_07` for each; `val/ce` (the
+        model's own loss on answer tokens, in nats) and `val/ce_delta` (how much it rises with all layers replaced) when
+        the batches have a `loss_mask`.
 
     Raises:
         UserError: without batches, or when the set has other layers or hook points than the model.
@@ -72,15 +73,37 @@ def evaluate_transcoders(
     for given in (one for batch in batches for one in forwards(batch)):
         batch = on_device(adapter, given)
         activations = collect(adapter, batch)
+        codes: dict[int, SparseCode] = {}
         for layer, figures in layers.items():
             x, y = activations.by_layer[layer]
             target = target_at(adapter, layer, transcoders[layer].config.output_hook, y)
-            figures.update(transcoders[layer], x, target, activations.is_image)
+            with _brought_to(adapter.device, transcoders[layer]):
+                codes[layer] = transcoders[layer].encode(x)
+                figures.update(codes[layer], transcoders.decode(layer, codes, x), target, activations.is_image)
         if LOSS_MASK in batch:
             _add_losses(adapter, transcoders, batch, losses)
     if any(figures.tokens == 0 for figures in layers.values()):
         raise UserError("no tokens to evaluate the transcoders on; give at least one batch")
-    return _summary({layer: figures.compute() for layer, figures in layers.items()}, losses)
+    by_layer = {layer: figures.compute() for layer, figures in layers.items()}
+    directions = {layer: transcoders[layer].directions() for layer in layers}
+    alive = {layer: figures.counts > 0 for layer, figures in layers.items()}
+    for layer, share in duplicated_fraction(directions, alive, device=adapter.device).items():
+        by_layer[layer]["duplicated_frac"] = share
+    return _summary(by_layer, losses)
+
+
+@contextmanager
+def _brought_to(device: torch.device, transcoder: Transcoder) -> Iterator[None]:
+    """A layer's transcoder where it is needed, for as long: all layers together may not fit there."""
+    home = transcoder.b_dec.device
+    if home == device:
+        yield
+        return
+    transcoder.to(device)
+    try:
+        yield
+    finally:
+        transcoder.to(home)
 
 
 def _check_fits(adapter: Adapter, transcoders: TranscoderSet) -> None:
@@ -96,7 +119,7 @@ def _check_fits(adapter: Adapter, transcoders: TranscoderSet) -> None:
 
 def _summary(by_layer: dict[int, dict[str, float]], losses: dict[str, float]) -> dict[str, float]:
     summary: dict[str, float] = {}
-    for name in ("fvu", "fvu_text", "fvu_image", "l0", "dead_frac"):
+    for name in ("fvu", "fvu_text", "fvu_image", "l0", "dead_frac", "duplicated_frac"):
         values = {layer: figures[name] for layer, figures in by_layer.items() if name in figures}
         if values:
             summary[f"val/{name}"] = sum(values.values()) / len(values)
@@ -133,6 +156,7 @@ def _add_losses(
 def spliced(adapter: Adapter, transcoders: TranscoderSet) -> Iterator[None]:
     """Within it, what each transcoder imitates is replaced by the reconstruction of the MLP's own current input."""
     inputs: dict[int, Tensor] = {}
+    codes: dict[int, SparseCode] = {}  # layers run in order, so those below are of the same forward
 
     def keep(layer: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -140,9 +164,12 @@ def spliced(adapter: Adapter, transcoders: TranscoderSet) -> Iterator[None]:
 
         return hook
 
-    def replace(layer: int, transcoder: Transcoder) -> Any:
+    def replace(layer: int) -> Any:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return transcoder(inputs.pop(layer)).reconstruction.to(output.dtype)
+            x = inputs.pop(layer)
+            with _brought_to(x.device, transcoders[layer]):
+                codes[layer] = transcoders[layer].encode(x)
+                return transcoders.decode(layer, codes, x).to(output.dtype)
 
         return hook
 
@@ -150,5 +177,5 @@ def spliced(adapter: Adapter, transcoders: TranscoderSet) -> Iterator[None]:
         for layer, transcoder in transcoders.transcoders.items():
             target = target_module(adapter, layer, transcoder.config.output_hook)
             stack.callback(adapter.mlp(layer).register_forward_pre_hook(keep(layer)).remove)
-            stack.callback(target.register_forward_hook(replace(layer, transcoder)).remove)
+            stack.callback(target.register_forward_hook(replace(layer)).remove)
         yield

@@ -8,7 +8,7 @@ Shapes: d model width, F features, k slots for active features; `..` any leading
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.nonlinearities import build_nonlinearity
-from vlmscope.transcoders.sparse import gather_pre_activations, sparse_decode
+from vlmscope.transcoders.sparse import FeatureOrder, gather_pre_activations, sparse_decode
 
 __all__ = [
     "SparseCode",
@@ -33,11 +33,12 @@ class SparseCode:
     """Features and activations of each token. An entry with value 0 is not active, whatever its index.
 
     `indices` [.., k] int64, distinct in a row; `values` [.., k] >= 0, largest first for TopK. With an activation that
-    does not fix the number, k is the most that any token of the call has.
+    does not fix the number, k is the most that any token of the call has. `order` spares gradients a second sort.
     """
 
     indices: Tensor
     values: Tensor
+    order: FeatureOrder | None = field(default=None, repr=False, compare=False)
 
     @property
     def active(self) -> Tensor:
@@ -114,6 +115,13 @@ class Transcoder(nn.Module):
         squares = [self.decoder(ahead).square().sum(1) for ahead in range(self.config.writes)]
         return torch.stack(squares).sum(0).sqrt()
 
+    def directions(self) -> Tensor:
+        """What a feature of activation 1 adds to the residual stream in sum, over all layers that it writes to: [F, d].
+
+        Scales of a norm that follows the MLP are left out.
+        """
+        return torch.stack([self.decoder(ahead) for ahead in range(self.config.writes)]).sum(0)
+
     def pre_activations(self, x: Tensor) -> Tensor:
         """`x W_enc^T + b_enc`: [.., d] -> [.., F]. Differentiable."""
         return functional.linear(x.to(self.W_enc.dtype), self.W_enc, self.b_enc)
@@ -128,12 +136,13 @@ class Transcoder(nn.Module):
         with torch.no_grad():
             pre = self.pre_activations(rows)
             indices = self.activation.support(pre)
-        at_support = gather_pre_activations(pre, indices, rows, self.W_enc, self.b_enc)
+        order = FeatureOrder()
+        at_support = gather_pre_activations(pre, indices, rows, self.W_enc, self.b_enc, order)
         values = self.activation.values(at_support, indices)
         lead = x.shape[:-1]
         shape = (*lead, indices.shape[-1])
         return (
-            SparseCode(indices.view(shape), values.view(shape)),
+            SparseCode(indices.view(shape), values.view(shape), order),
             pre.view(*lead, pre.shape[-1]),
             at_support.view(shape),
         )
@@ -142,7 +151,7 @@ class Transcoder(nn.Module):
         """`sum_f a_f W_dec[f]` -> [.., d], what the features add at the layer `ahead` of their own."""
         *lead, k = code.indices.shape
         rows = (math.prod(lead), k)
-        summed = sparse_decode(code.indices.reshape(rows), code.values.reshape(rows), self.decoder(ahead))
+        summed = sparse_decode(code.indices.reshape(rows), code.values.reshape(rows), self.decoder(ahead), code.order)
         return summed.view(*lead, summed.shape[-1])
 
     def decode(self, code: SparseCode, x: Tensor | None = None) -> Tensor:

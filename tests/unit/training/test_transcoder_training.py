@@ -211,7 +211,9 @@ def test_the_sample_start_explains_something_and_the_zero_start_nothing(vlm: VLM
     figures = {}
     for method in ("samples", "zero_decoder"):
         trainer = LayerTrainer(TranscoderConfig(24, 96, 8))
-        trainer.initialise(*activations.by_layer[1], method, seed=0)
+        trainer.standardise(*activations.by_layer[1])
+        x, y = trainer.standard.apply(*activations.by_layer[1])
+        trainer.start(x, [y], method, seed=0)
         with torch.no_grad():
             figures[method] = float(trainer.loss(*activations.by_layer[1], CONFIG)[1])
         assert (trainer.transcoder.W_enc.norm(dim=1) > 0.1).all()
@@ -223,8 +225,34 @@ def test_starting_points_cover_more_features_than_tokens() -> None:
     rng = np.random.default_rng(0)
     transcoder = Transcoder(TranscoderConfig(4, 10, 2))
     x = torch.tensor(rng.standard_normal((3, 4)), dtype=torch.float32)
-    start(transcoder, x, x, "samples", rng)
+    start(transcoder, x, [x], "samples", rng)
     assert len(torch.unique(transcoder.W_enc, dim=0)) == 10
+
+
+@pytest.mark.parametrize("method", ["samples", "zero_decoder"])
+def test_jumprelu_and_relu_start_with_k_active_features(method: str) -> None:
+    x = torch.randn(600, 12, generator=torch.Generator().manual_seed(0))
+    y = x @ torch.randn(12, 12, generator=torch.Generator().manual_seed(1))
+    for activation in ("jumprelu", "relu"):
+        transcoder = Transcoder(TranscoderConfig(12, 90, 6, activation=activation))
+        start(transcoder, x, [y], method, np.random.default_rng(0))
+        code = transcoder.encode(x)
+        fired = torch.bincount(code.indices[code.values > 0], minlength=90)
+        assert set(fired.tolist()) <= {39, 40, 41}  # k N / F; the last ulp may tip one over
+        thresholds = transcoder.activation.thresholds
+        assert thresholds is None or bool((thresholds == 2).all())
+
+
+def test_rescaling_to_one_threshold_leaves_the_function_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for threshold in (1.0, 4.0):
+        monkeypatch.setattr("vlmscope.training.transcoder_start._THRESHOLD", threshold)
+        transcoder = Transcoder(TranscoderConfig(8, 40, 4, activation="jumprelu")).double()
+        start(transcoder, x.double(), [x.double()], "samples", np.random.default_rng(0))
+        outputs.append(transcoder(x[:50].double() * 1.01).reconstruction)
+    assert bool((outputs[0].abs() > 0.1).any())
+    torch.testing.assert_close(*outputs)
 
 
 def test_only_dead_features_learn_from_the_auxiliary_loss_and_their_clock_is_right() -> None:
@@ -302,8 +330,10 @@ def test_every_nonlinearity_learns_and_goes_to_disk_and_back(vlm: VLM, tmp_path:
     _, before = _train(vlm, tmp_path / "a", max_steps=1, lr=1e-9, **changes)
     found, after = _train(vlm, tmp_path / "b", max_steps=120, **changes)
     assert after["val/fvu"] < 0.7 * before["val/fvu"]
+    if activation in ("jumprelu", "relu"):  # they start near k too
+        assert before["val/l0"] == pytest.approx(8, rel=0.3)
     if activation == "jumprelu":  # its penalty aims at k
-        assert abs(after["val/l0"] - 8) < abs(before["val/l0"] - 8)
+        assert after["val/l0"] == pytest.approx(8, rel=0.3)
     if activation == "batchtopk":  # by the threshold of training, which nearly keeps k a token
         assert after["val/l0"] == pytest.approx(8, rel=0.25)
     save_set(found, tmp_path / "set")

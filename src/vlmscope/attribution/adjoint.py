@@ -46,6 +46,11 @@ class _Sweep:
     positions: Tensor
     out: Tensor
 
+    @property
+    def at(self) -> "Tensor | slice":
+        """The positions as an index: a slice where they follow each other, which reads without a copy."""
+        return _index(self.positions)
+
 
 class Adjoint:
     """Rows of edges of one replacement model."""
@@ -112,8 +117,8 @@ class Adjoint:
 
     def _read_tokens(self, written: Tensor, sweep: _Sweep) -> None:
         """Add the edges of what tokens write into the stream here, `written [T, d]`."""
-        edges = torch.bmm(sweep.gradient, written[sweep.positions, :, None])[:, :, 0]
-        sweep.out[:, sweep.positions] += edges.T
+        edges = torch.bmm(sweep.gradient, written[sweep.at][:, :, None])[:, :, 0]
+        sweep.out[:, sweep.at] += edges.T
 
     def _leaving(self, layer: int, sweep: _Sweep) -> None:
         frozen = self.replacement.layers[layer]
@@ -124,8 +129,8 @@ class Adjoint:
 
     def _mlp(self, layer: int, sweep: _Sweep) -> None:
         sources = self._sources(layer)
-        edges = torch.bmm(sweep.gradient, sources.vectors[sweep.positions].transpose(1, 2))  # [S, B, K + 2]
-        columns, edges_in = sources.columns[sweep.positions].flatten(), edges[:, :, :-1].transpose(0, 1).flatten(1)
+        edges = torch.bmm(sweep.gradient, sources.vectors[sweep.at].transpose(1, 2))  # [S, B, K + 2]
+        columns, edges_in = sources.columns[sweep.at].flatten(), edges[:, :, :-1].transpose(0, 1).flatten(1)
         if self._crosses:
             edges_in = edges_in + sweep.out[:, columns]
         sweep.out[:, columns] = edges_in  # padding collides in the scratch column, which nobody reads
@@ -141,17 +146,18 @@ class Adjoint:
         seen = self._sees[layer, sweep.positions].any(0)
         seen[sweep.positions] = True
         below = torch.nonzero(seen)[:, 0]
-        scaled = frozen.attn_out_scale[sweep.positions, None] * sweep.gradient
-        values = _value_gradient(frozen, scaled, sweep.positions, below)
+        above, keys = sweep.at, _index(below)
+        scaled = frozen.attn_out_scale[above, None] * sweep.gradient
+        values = _value_gradient(frozen, scaled, above, keys)
         if frozen.value_scale is not None:
-            values = values * frozen.value_scale[below, None]
+            values = values * frozen.value_scale[keys, None]
         if frozen.output_bias is not None:
             sweep.out[:, self.columns.bias(layer)] += (scaled @ frozen.output_bias).sum(0)
         if frozen.value_bias is not None:
             sweep.out[:, self.columns.bias(layer)] += (values @ frozen.value_bias).sum(0)
         gradient = values @ frozen.value_weight
-        gradient *= frozen.attn_in_scale[below, None]
-        gradient[torch.searchsorted(below, sweep.positions)] += sweep.gradient
+        gradient *= frozen.attn_in_scale[keys, None]
+        gradient[_index(torch.searchsorted(below, sweep.positions))] += sweep.gradient
         sweep.gradient, sweep.positions = gradient, below
 
     def _sources(self, layer: int) -> _Sources:
@@ -197,7 +203,13 @@ def _most_at_a_position(features: LayerFeatures) -> int:
     return max(after - before for before, after in zip(features.offsets[:-1], features.offsets[1:], strict=True))
 
 
-def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor, below: Tensor) -> Tensor:
+def _index(positions: Tensor) -> Tensor | slice:
+    """Ascending `positions [S]` as a slice if they follow each other."""
+    first, last = int(positions[0]), int(positions[-1])
+    return slice(first, last + 1) if last - first + 1 == len(positions) else positions
+
+
+def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor | slice, below: Tensor | slice) -> Tensor:
     """Back through output projection and pattern: `[S, B, d]` at queries `above` to `[S', B, Hkv * D]` at keys
     `below`.
     """
@@ -208,6 +220,7 @@ def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor, below: T
     head_dim = z.shape[-1]
     # Query heads that share a key/value head add up, so (group, query) is one contracted axis.
     by_head = z.permute(2, 3, 0, 1, 4).reshape(n_kv_heads, groups * n_above, n_targets * head_dim)
-    pattern = frozen.pattern[:, above][:, :, below].reshape(n_kv_heads, groups * n_above, len(below))
-    values = torch.bmm(pattern.transpose(1, 2), by_head).view(n_kv_heads, len(below), n_targets, head_dim)
-    return values.permute(1, 2, 0, 3).reshape(len(below), n_targets, n_kv_heads * head_dim)
+    pattern = frozen.pattern[:, above][:, :, below].reshape(n_kv_heads, groups * n_above, -1)
+    n_below = pattern.shape[-1]
+    values = torch.bmm(pattern.transpose(1, 2), by_head).view(n_kv_heads, n_below, n_targets, head_dim)
+    return values.permute(1, 2, 0, 3).reshape(n_below, n_targets, n_kv_heads * head_dim)

@@ -101,10 +101,13 @@ def assemble(
     all_chunks = [*chunks, logits]
     row_nodes = np.concatenate([*(feature_nodes[chunk.targets] for chunk in chunks), logit_nodes])
     counts = np.concatenate([chunk.counts for chunk in all_chunks])
-    column = np.concatenate([chunk.indices for chunk in all_chunks])
     weights = np.concatenate([chunk.weights for chunk in all_chunks])
-    source = layout.node_of_column[column].astype(np.int32)
-    left_out_mass = _left_out_mass(layout, source, np.repeat(row_nodes, counts), weights, columns.n_layers)
+    source = np.empty(len(weights), dtype=np.int32)
+    node_of_column = layout.node_of_column.astype(np.int32)
+    ends = np.cumsum([len(chunk.indices) for chunk in all_chunks])
+    for end, chunk in zip(ends, all_chunks, strict=True):
+        source[end - len(chunk.indices) : end] = node_of_column[chunk.indices]
+    left_out_mass = _left_out_mass(layout, source, row_nodes, counts, weights, columns.n_layers)
     rows = sparse.csr_matrix((weights, source, np.concatenate([[0], np.cumsum(counts)])), shape=(len(counts), n_nodes))
     in_order = np.argsort(row_nodes)
     if left_out_mass.shape[1]:
@@ -123,7 +126,7 @@ def assemble(
     )
     nodes.activation[logit_nodes] = targets.probabilities
     residual = _per_node(n_nodes, "float64", (row_nodes, np.concatenate([chunk.residual for chunk in all_chunks])))
-    return Edges(nodes, indptr, rows.indices.astype(np.int32), rows.data, residual, left_out_mass)
+    return Edges(nodes, indptr, rows.indices.astype(np.int32, copy=False), rows.data, residual, left_out_mass)
 
 
 def _per_node(n_nodes: int, dtype: str, pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -134,13 +137,14 @@ def _per_node(n_nodes: int, dtype: str, pair: tuple[np.ndarray, np.ndarray]) -> 
 
 
 def _left_out_mass(
-    layout: _Layout, source: np.ndarray, target: np.ndarray, weights: np.ndarray, n_layers: int
+    layout: _Layout, source: np.ndarray, row_nodes: np.ndarray, counts: np.ndarray, weights: np.ndarray, n_layers: int
 ) -> np.ndarray:
     """`[N, L]`: per row the sum of |edges| from each layer's left-out features; `[N, 0]` when there are none."""
     n_nodes = len(layout.kind)
     if not (layout.kind == NodeKind.LEFT_OUT).any():
         return np.zeros((n_nodes, 0))
-    rest = layout.kind[source] == NodeKind.LEFT_OUT
-    cell = target[rest] * n_layers + layout.layer[source[rest]]
+    rest = np.flatnonzero(layout.kind[source] == NodeKind.LEFT_OUT)
+    target = row_nodes[np.searchsorted(np.cumsum(counts), rest, side="right")]
+    cell = target * n_layers + layout.layer[source[rest]]
     mass = np.bincount(cell, weights=np.abs(weights[rest]), minlength=n_nodes * n_layers)
     return mass.reshape(n_nodes, n_layers)

@@ -36,18 +36,23 @@ class RowChunk:
 
 
 def _chunk(layer: int, targets: np.ndarray, rows: torch.Tensor, values: torch.Tensor, dtype: str) -> RowChunk:
-    wide = rows.double()
-    absolute = wide.abs().sum(1)
+    absolute = rows.abs().sum(1, dtype=torch.float64)
     # A row without any edge has nothing to be incomplete of: its residual is its target alone.
-    residual = (values.double() - wide.sum(1)).abs() / torch.where(absolute > 0, absolute, 1.0)
+    short = (values.double() - rows.sum(1, dtype=torch.float64)).abs()
+    residual = short / torch.where(absolute > 0, absolute, 1.0)
     dense = rows.cpu().numpy()
-    line, column = np.nonzero(dense)
+    # Places in the flat rows: a third of the time of a two-dimensional `nonzero`.
+    present = dense != 0
+    counts = np.count_nonzero(present, axis=1)
+    place = np.flatnonzero(present)
+    weights = dense.reshape(-1)[place]
+    place -= np.repeat(np.arange(len(dense)) * dense.shape[1], counts)
     return RowChunk(
         layer=layer,
         targets=targets,
-        counts=np.bincount(line, minlength=len(dense)),
-        indices=column.astype(np.int32),
-        weights=dense[line, column].astype(dtype, copy=False),
+        counts=counts,
+        indices=place.astype(np.int32),
+        weights=weights.astype(dtype, copy=False),
         absolute=absolute.cpu().numpy(),
         residual=residual.cpu().numpy(),
         values=values.double().cpu().numpy(),

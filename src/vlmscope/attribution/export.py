@@ -127,7 +127,11 @@ def _number(value: np.floating) -> float:
 
 
 def graph_to_json(
-    pruned: PrunedGraph, slug: str, scan: str, labels: Mapping[FeatureId, str] | None = None
+    pruned: PrunedGraph,
+    slug: str,
+    scan: str,
+    labels: Mapping[FeatureId, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The pruned graph as the viewers' JSON.
 
@@ -136,6 +140,7 @@ def graph_to_json(
         slug: name of the graph.
         scan: name of the model.
         labels: what features mean, where known.
+        extra: more for the key `vlmscope`.
     """
     graph = pruned.graph
     kept = np.flatnonzero(pruned.node_mask)
@@ -174,16 +179,22 @@ def graph_to_json(
             "scores": {name: float(value) for name, value in vars(pruned.scores).items()},
             "n_nodes_unpruned": graph.n_nodes,
             "n_edges_unpruned": graph.n_edges,
+            **(extra or {}),
         },
     }
 
 
 def write_graph_json(
-    path: str | Path, pruned: PrunedGraph, slug: str, scan: str, labels: Mapping[FeatureId, str] | None = None
+    path: str | Path,
+    pruned: PrunedGraph,
+    slug: str,
+    scan: str,
+    labels: Mapping[FeatureId, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `graph_to_json` to a file, atomically.
 
     Raises:
         UserError: when the file cannot be written.
     """
-    write_json(path, graph_to_json(pruned, slug, scan, labels), indent=None)
+    write_json(path, graph_to_json(pruned, slug, scan, labels, extra), indent=None)

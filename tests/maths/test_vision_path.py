@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from vlmscope.attribution.readers import Readers, feature_readers, logit_readers
 from vlmscope.attribution.targets import choose_logits
-from vlmscope.attribution.vision import VisionPath, vision_path
+from vlmscope.attribution.vision import VisionPath, _PatchEmbedding, vision_path
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.patches import PictureMap
-from vlmscope.attribution.vision import _PatchEmbedding
 from vlmscope.models import frozen_vision
 from vlmscope.models.batching import entering
 from vlmscope.models.precision import exact_float64

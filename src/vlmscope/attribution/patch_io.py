@@ -1,6 +1,7 @@
 """`patches.safetensors`: maps over patches as small float16 grids, and the record that says what they are.
 
-A grid is kept relative to its own largest absolute value (its `scale` in the record), so that float16 has all its digits.
+A grid is kept relative to its own largest absolute value (its `scale` in the record), so that float16
+has all its digits.
 """
 
 from collections.abc import Mapping, Sequence

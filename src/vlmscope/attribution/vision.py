@@ -1,7 +1,7 @@
 """From soft tokens on down: what each patch of a picture contributes to a target, through projector, pooling and tower.
 
-With the tower frozen as `vlmscope.models.frozen_vision` does it, what the soft tokens write is `J e + c` with e the patch
-embeddings (without bias). A target reads it by G (`vlmscope.attribution.readers`), so patch p contributes
+With the tower frozen as `vlmscope.models.frozen_vision` does it, what the soft tokens write is `J e + c`, e the patch
+embeddings without bias. A target reads it by G (`vlmscope.attribution.readers`), so patch p contributes
 `(G J)_p . (e_p - e0_p)` for a baseline e0: one backward pass a target. c is found apart from it, by running the frozen
 tower forwards at e = 0, so that `edge = patches + remainder` can fail.
 Legend: B targets, N patch embeddings, d_v their width, T positions.
@@ -43,7 +43,8 @@ class _PatchEmbedding:
         rows = output.flatten(2).transpose(1, 2) if self._convolves(_module) else output
         if self.values is None:
             self.values = (rows.detach() - self._bias).flatten(0, -2).requires_grad_()
-        rows = (self.values + self._bias).reshape(rows.shape)
+        values = self.values
+        rows = (values + self._bias).reshape(rows.shape)
         return rows.transpose(1, 2).reshape(output.shape) if self._convolves(_module) else rows
 
     @staticmethod

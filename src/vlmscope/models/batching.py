@@ -108,7 +108,7 @@ class Entering:
 
 
 def entering(adapter: Adapter, inputs: Sequence[ModelInputs]) -> Entering:
-    """What enters the first decoder layer and is added after others, as the model itself makes it, with its gradient."""
+    """What enters the first decoder layer and is added after others, as the model makes it, with its gradient."""
     kept: list[Entering] = []
 
     class _Found(Exception):

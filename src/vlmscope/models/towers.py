@@ -1,5 +1,4 @@
-"""Vision towers whose attention can be recorded: where their attention modules and patch embeddings are, and their class
-tokens.
+"""Vision towers whose attention can be recorded: where attention and patch embeddings are, and their class tokens.
 
 The attention modules of all of them call transformers' attention interface, as `vlmscope.models.attention` needs.
 """

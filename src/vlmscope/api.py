@@ -3,6 +3,7 @@
 import vlmscope
 
 scope = vlmscope.load()                                   # Orrery and its transcoders
+scope = vlmscope.load("org/vlm", "me/set", revision=commit, transcoder_revision=commit)   # folders or hub ids
 traced = vlmscope.trace(scope, "what planet is this ?", ["mars.png"])
 answer = vlmscope.steer(scope, "what planet is this ?", ["mars.png"], {"L6/512": 8.0})
 """
@@ -48,23 +49,47 @@ def load(
     dtype: str = "float32",
     device: str = "cpu",
     offload: str = "none",
+    revision: str | None = None,
+    transcoder_revision: str | None = None,
+    check: bool = True,
 ) -> Scope:
-    """Load a model folder and a transcoder folder; Orrery and its set by default.
+    """Load a model and a transcoder set, each a folder or a hub id; Orrery and its set by default.
 
-    `device` is cpu, cuda, cuda:N or mps; `offload` keeps the model's weights in CPU memory ("cpu") or on disk ("disk").
+    Args:
+        model: a folder, or a hub id with its commit in `revision`.
+        transcoders: a folder, or a hub id with its commit in `transcoder_revision`.
+        dtype: of both.
+        device: cpu, cuda, cuda:N or mps.
+        offload: where the model's weights are kept: "none" (on the device), "cpu" or "disk".
+        revision: the model's commit, 40 hexadecimal digits.
+        transcoder_revision: the set's commit.
+        check: run the model on a few hundred tokens and log a warning that names the layers whose transcoders have an
+            FVU above 1 there.
 
     Raises:
-        UserError: a folder is not what it should be, or the transcoders do not fit the model.
+        UserError: a folder is not what it should be, a hub id has no pinned commit or cannot be fetched, or the
+            transcoders do not fit the model.
     """
     from vlmscope.config.paths import asset
+    from vlmscope.models.hub import is_hub_id, model_folder
     from vlmscope.models.loading import load_vlm
-    from vlmscope.transcoders.formats import load_set
+    from vlmscope.tasks.load_check import warn_on_load
+    from vlmscope.training.load_check import check_hooks
+    from vlmscope.transcoders.hub import from_pretrained
 
-    vlm = load_vlm(model or asset("orrery"), dtype, device, offload)
+    named = str(model or asset("orrery"))
+    folder = model_folder(named, revision=revision)
+    # The folder of a cached model is called by its commit.
+    name = named.partition("/")[2] if is_hub_id(named) and str(folder) != named else None
+    vlm = load_vlm(folder, dtype, device, offload, name)
     adapter = vlm.adapter
-    folder = Path(transcoders or asset("orrery_transcoders"))
-    found = load_set(folder, n_layers=adapter.n_layers, d_model=adapter.d_model)
-    return Scope(vlm, found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False))
+    place = transcoders or asset("orrery_transcoders")
+    found = from_pretrained(place, transcoder_revision, n_layers=adapter.n_layers, d_model=adapter.d_model)
+    found = found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
+    check_hooks(adapter, found)
+    if check:
+        warn_on_load(vlm, found)
+    return Scope(vlm, found)
 
 
 def trace(scope: Scope, prompt: str, images: Sequence[Picture] = (), **settings: Any) -> Trace:

@@ -5,22 +5,16 @@ line), 2 a mistake of the user (one line), 130 Ctrl-C.
 """
 
 import argparse
-import logging
-import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from vlmscope.core.artifacts import write_json, write_yaml
-from vlmscope.core.errors import CheckFailed, UserError
-
-if TYPE_CHECKING:
-    from vlmscope.tracking import TrackedRun
+from vlmscope.core.errors import CheckFailed, RankLost, UserError
+from vlmscope.core.launch import Place, place_of
 
 USAGE = """\
 vlmscope: transcoders, attribution graphs and causal tests for vision-language models.
@@ -59,12 +53,21 @@ class _Failures:
         self.errors: list[Exception] = []
 
     def add(self, error: Exception) -> None:
-        """Print and keep an error. In a launcher's own process it is raised: only so does it reach the main one."""
-        if isinstance(error, UserError | CheckFailed):
-            _say(str(error))
-        else:
-            traceback.print_exception(error)
+        """Print and keep an error. In a launcher's own process it is raised: only so does it reach the main one.
+
+        Of several processes that fail together the first prints.
+        """
+        place = _place()
+        if place is None or _first(place):
+            if isinstance(error, UserError | CheckFailed | RankLost):
+                _say(str(error))
+            else:
+                traceback.print_exception(error)
         self.errors.append(error)
+        if place is not None:
+            from vlmscope.training.process_group import see_off
+
+            see_off(place)
         if os.getpid() != self.process:
             raise error
 
@@ -73,6 +76,20 @@ class _Failures:
         if not self.errors:
             return 0
         return 2 if all(isinstance(error, UserError) for error in self.errors) else 1
+
+
+def _place() -> Place | None:
+    """Which of several processes this is; None too where the launcher's variables are what is wrong."""
+    try:
+        return place_of(os.environ)
+    except UserError:
+        return None
+
+
+def _first(place: Place) -> bool:
+    from vlmscope.training.process_group import first_to_fail
+
+    return first_to_fail(place)
 
 
 def _help() -> str:
@@ -117,86 +134,14 @@ def _checked(argv: Sequence[str]) -> list[str]:
     return [*args.overrides, *flags]
 
 
-def _flat_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Metrics as JSON numbers. JSON has no NaN or infinity: such a value is written as null."""
-    numbers = {key: float(value) for key, value in metrics.items()}
-    return {key: value if math.isfinite(value) else None for key, value in numbers.items()}
-
-
-@contextmanager
-def _log_file(run_dir: Path) -> Iterator[None]:
-    """What is logged also goes into run.log in the run folder."""
-    handler = logging.FileHandler(run_dir / "run.log", delay=True, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
-
-
-def _remove_empty(run_dir: Path) -> None:
-    """Hydra makes a folder for every run; one that a task left empty, and its empty parent, would only be litter."""
-    for folder in (run_dir, run_dir.parent):
-        if any(folder.iterdir()):
-            return
-        folder.rmdir()
-
-
-def _run_job(cfg: Any) -> None:
-    """One job, called by Hydra with the composed configuration."""
-    from hydra.core.hydra_config import HydraConfig
-
-    from vlmscope.config.resolve import to_app_config
-    from vlmscope.config.store import OVERRIDES, job_settings, run_label
-    from vlmscope.tasks import registry
-    from vlmscope.tasks.context import RunContext
-    from vlmscope.tracking import NullRun, RunInfo, open_run, sweep
-
-    hydra = HydraConfig.get()
-    run_dir = Path(hydra.runtime.output_dir)
-    overrides = tuple(hydra.overrides.task)
-    app_cfg = to_app_config(cfg, overrides)
-    task = registry.load(hydra.runtime.choices["task"])
-    if not task.recorded:
-        task.run(app_cfg, RunContext(run_dir, NullRun(), overrides))
-        _remove_empty(run_dir)
-        return
-    # Not by way of OmegaConf: a prompt that holds `${` would be taken for an interpolation.
-    resolved = asdict(app_cfg)
-    write_yaml(run_dir / "config.yaml", resolved)
-    write_yaml(run_dir / OVERRIDES, list(overrides))
-    in_sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
-    parent = sweep.parent_id() if in_sweep and app_cfg.tracking.enabled else None
-    # The folder of a sweep's job is a bare number, which says nothing where runs are compared.
-    name = ", ".join(job_settings(overrides))[:200] or run_dir.name if in_sweep else run_dir.name
-    info = RunInfo(run_label(cfg, hydra.runtime.choices), name, resolved, overrides, parent)
-    with _log_file(run_dir), open_run(app_cfg.tracking, run_dir, info, resume=app_cfg.trainer.resume) as tracked:
-        try:
-            metrics = task.run(app_cfg, RunContext(run_dir, tracked, overrides))
-        except CheckFailed as failed:
-            # Inside the tracked run, which is to end as FAILED, with all that was measured.
-            _record(failed.metrics, tracked, run_dir)
-            raise
-        _record(metrics, tracked, run_dir)
-
-
-def _record(metrics: Mapping[str, float], tracked: "TrackedRun", run_dir: Path) -> None:
-    """Write and log what a task returned, and print where it is."""
-    tracked.log_metrics(metrics)
-    write_json(run_dir / "metrics.json", _flat_metrics(metrics))
-    tracked.log_artifacts(run_dir)
-    print(run_dir, flush=True)
-
-
 def _job(failures: _Failures) -> Callable[[Any], None]:
-    """`_run_job` that keeps its failure: raised, Hydra would print a line of its own, and a sweep's others go on."""
+    """`run_job` that keeps its failure: raised, Hydra would print a line of its own, and a sweep's others go on."""
     from vlmscope.config.errors import CONFIG_ERRORS, one_line
+    from vlmscope.tasks.job import run_job
 
     def job(cfg: Any) -> None:
         try:
-            _run_job(cfg)
+            run_job(cfg)
         except CONFIG_ERRORS as error:
             failures.add(UserError(one_line(error)))
         except Exception as error:
@@ -263,7 +208,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run_hydra(argv, failures)
         killed = False
     except KeyboardInterrupt:
-        print("interrupted; trainer.resume=true with this run's hydra.run.dir goes on", file=sys.stderr)
+        place = _place()
+        if place is None or place.main:
+            print("interrupted; trainer.resume=true with this run's hydra.run.dir goes on", file=sys.stderr)
         return 130
     except Exception as error:
         killed = False

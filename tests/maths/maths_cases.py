@@ -50,6 +50,11 @@ CASES: dict[str, dict[str, Any]] = {
     "batchtopk": {"images": 1, "skip": True, "activation": "batchtopk"},
     "jumprelu": {"images": 1, "skip": True, "activation": "jumprelu"},
     "relu": {"images": 1, "skip": False, "activation": "relu"},
+    # A feature writes to its own layer and to all later ones.
+    "cross_layer": {"images": 1, "skip": True, "cross_layer": True},
+    "cross_layer_text": {"text_only": True, "images": 0, "skip": False, "cross_layer": True, "activation": "relu"},
+    "cross_layer_two_images": {"images": 2, "skip": True, "cross_layer": True, "activation": "jumprelu"},
+    "cross_layer_qwen3_vl": {"family": "qwen3_vl", "images": 1, "skip": True, "cross_layer": True},
     # Families: one picture with skip paths, and where pictures add up in another way, two.
     "llava": {"family": "llava", "images": 1, "skip": True},
     "llava_two_images": {"family": "llava", "images": 2, "skip": False},
@@ -98,13 +103,15 @@ def config(**changes: Any) -> AttributionConfig:
     return AttributionConfig(**{"dtype": "float64", "logit_mass": 1.0, "max_logits": 5, **changes})
 
 
-def make_case(images: int, skip: bool, family: str = "", activation: str = "topk", **model: Any) -> Case:
+def make_case(
+    images: int, skip: bool, family: str = "", activation: str = "topk", cross_layer: bool = False, **model: Any
+) -> Case:
     """Build a case; call it under `exact_float64`."""
     vlm = tiny_vlm(family, 3, dtype=torch.float64) if family else tiny_gemma3(3, dtype=torch.float64, **model)
     inputs = vlm.prepare(PROMPT, [tiny_image(number) for number in range(images)])
     other = vlm.prepare(PROMPT, [tiny_image(99 + number) for number in range(images)]) if images else None
     adapter = vlm.adapter
-    settings = {"skip": skip, "seed": 4, "dtype": torch.float64, "activation": activation}
+    settings = {"skip": skip, "seed": 4, "dtype": torch.float64, "activation": activation, "cross_layer": cross_layer}
     transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 5, **settings)
     limits = Limits(sources=24, positions=100)
     subject = make_subject(vlm, transcoders, inputs, other, limits)

@@ -102,7 +102,15 @@ def dropped_layer_constant(case: Case) -> ReplacementModel:
     return dataclasses.replace(case.replacement, layers=layers)
 
 
+def dropped_later_writes(case: Case) -> ReplacementModel:
+    """Features of a cross-layer set taken for those of one layer."""
+    features = [dataclasses.replace(old, w_later=()) for old in case.replacement.features]
+    return dataclasses.replace(case.replacement, features=features)
+
+
 FAMILY_FAULTS = [
+    ("cross_layer", dropped_later_writes),
+    ("cross_layer_text", dropped_later_writes),
     ("qwen3_vl", dropped_injections),
     ("gemma4", dropped_value_norm),
     ("gemma4", dropped_layer_constant),
@@ -110,7 +118,9 @@ FAMILY_FAULTS = [
 
 
 @pytest.mark.parametrize(("name", "fault"), FAMILY_FAULTS)
-def test_a_fault_in_what_one_family_has_breaks_both_identities(name: str, fault: Fault, cases: dict[str, Case]) -> None:
+def test_a_fault_in_what_some_cases_have_breaks_both_identities(
+    name: str, fault: Fault, cases: dict[str, Case]
+) -> None:
     with exact_float64():
         case = case_of(name, cases)
         subject = traced_anew(case, fault(case))
@@ -212,13 +222,13 @@ def test_empty_and_infinite_weights_are_found(one_case: Case, value: float, wher
 
 
 def test_edits_that_act_on_generated_tokens_unasked_are_found(one_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = run.edit_change
+    right = run.edit_changes
 
-    def wrong(transcoder: Transcoder, x: torch.Tensor, edit: LayerEdit, offset: int) -> torch.Tensor | None:
-        return right(transcoder, x, edit, offset) if offset == 0 else torch.full_like(x, 1e-3)
+    def wrong(transcoder: Transcoder, x: torch.Tensor, edit: LayerEdit, offset: int) -> list[torch.Tensor]:
+        return right(transcoder, x, edit, offset) if offset == 0 else [torch.full_like(x, 1e-3)]
 
     plain = generation(one_case.subject)
-    monkeypatch.setattr(run, "edit_change", wrong)
+    monkeypatch.setattr(run, "edit_changes", wrong)
     assert plain.held
     assert generation(one_case.subject).failed
 

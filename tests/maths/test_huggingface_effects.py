@@ -46,6 +46,7 @@ def run(case: Case, key: tuple[int, int, int], delta: float, respond: bool) -> R
     """
     adapter, state, replacement = case.vlm.adapter, case.replacement.state, case.replacement
     pre: dict[int, Tensor] = {}
+    changes: dict[int, Tensor] = {}
     unembedded: list[Tensor] = []
 
     def mlp(layer: int) -> Hook:
@@ -59,7 +60,11 @@ def run(case: Case, key: tuple[int, int, int], delta: float, respond: bool) -> R
                 change[features.position, features.index] = pre[layer]
             if layer == key[0]:
                 change[key[1], key[2]] += delta
-            out = state.mlp_out[layer] + change @ transcoder.W_dec
+            changes[layer] = change
+            out = state.mlp_out[layer]
+            for lower, found in changes.items():
+                if layer - lower < case.transcoders[lower].config.writes:
+                    out = out + found @ case.transcoders[lower].decoder(layer - lower)
             return (out if transcoder.W_skip is None else out + moved @ transcoder.W_skip.T)[None]
 
         return hook
@@ -71,8 +76,8 @@ def run(case: Case, key: tuple[int, int, int], delta: float, respond: bool) -> R
         head = adapter.lm_head().register_forward_hook(lambda _module, _args, output: unembedded.append(output[0]))
         stack.callback(head.remove)
         case.vlm.model(**case.inputs.tensors)
-    changes = torch.cat([pre[layer] for layer in range(adapter.n_layers)])
-    return Replay(changes, changes, unembedded[0] - state.logits)
+    moved = torch.cat([pre[layer] for layer in range(adapter.n_layers)])
+    return Replay(moved, moved, unembedded[0] - state.logits)
 
 
 def test_frozen_huggingface_model_is_itself(case: Case) -> None:

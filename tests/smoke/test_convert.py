@@ -24,6 +24,21 @@ def convert(source: Path | str, to: str, out: Path, *more: str) -> int:
     )  # fmt: skip
 
 
+def test_a_cross_layer_set_goes_to_circuit_tracers_layout_and_back(tmp_path: Path) -> None:
+    found = random_set(3, 6, 24, 4, seed=5, activation="relu", cross_layer=True)
+    save_set(found, tmp_path / "in")
+    assert convert(tmp_path / "in", "clt", tmp_path / "there") == 0
+    assert convert(tmp_path / "there", "vlmscope", tmp_path / "back") == 0
+    again = load_set(tmp_path / "back", n_layers=3, d_model=6)
+    for layer in range(3):
+        assert torch.equal(
+            torch.stack([*again[layer].W_later, again[layer].W_dec]),
+            torch.stack([*found[layer].W_later, found[layer].W_dec]),
+        )
+    assert "writing to its own layer and later ones" in (tmp_path / "back" / "README.md").read_text()
+    assert convert(tmp_path / "in", "sae_lens", tmp_path / "no") == 2
+
+
 def a_set(activation: str, output_hook: str, skip: bool) -> TranscoderSet:
     base = random_set(2, 6, 24, 4, skip, 5, activation=activation)
     made = {}

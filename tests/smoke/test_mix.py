@@ -77,7 +77,7 @@ def test_shards_of_a_mix_are_built_and_trained_on(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data=mix_paper"], "EleutherAI/SmolLM2-135M-10B has no pinned revision"),
+        (["data=mix_paper"], "HF_HUB_OFFLINE forbids to stream EleutherAI/SmolLM2-135M-10B"),
         (["data=mix_paper", "~data.sources.text"], "HF_HUB_OFFLINE forbids to stream ILSVRC/imagenet-1k"),
         (["data=mix_local"], "data.sources.text.path"),
         (["data=mix_local", "data.sources.text.path={texts}", "~data.sources.captions", "~data.sources.questions",

@@ -59,12 +59,56 @@ def test_any_family_is_planned(tmp_path: Path) -> None:
     assert plan(tmp_path / "run", "model=tiny_qwen2_5_vl", "task.tokens=40")["plan/graph/active_features"] > 0
 
 
+PAPER = ("model=gemma3_4b_it", "transcoder=arch", "transcoder.k=48")
+
+
+def test_training_of_gemma_4b_is_planned_by_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("task.training.tokens=362000000", "task.training.images=216000", "task.training.steps_per_batch=1")
+    metrics = plan(tmp_path / "run", *PAPER, *data)
+    layer = 2 * 40960 * 2560 + 40960 + 2560
+    assert metrics["plan/training/memory/weights"] == 5 * layer * 4
+    assert metrics["plan/training/memory/model"] == metrics["plan/memory/weights_bfloat16"]
+    assert metrics["plan/training/peak/rank_00"] > metrics["plan/training/peak/rank_01"]
+    assert metrics["plan/training/peak/rank_01"] > metrics["plan/training/peak/rank_02"]
+    assert metrics["plan/training/traffic/in_host"] == 1024 * (29 * 2 * 2560 * 2 + 7)
+    assert metrics["plan/training/disk/cache"] == 362_000_000 * 34 * 2 * 2560 * 2
+    assert metrics["plan/training/steps"] == 44190
+    seconds = sum(value for key, value in metrics.items() if key.startswith("plan/training/seconds/"))
+    assert metrics["plan/training/gpu_hours"] == pytest.approx(8 * 44190 * seconds / 3600)
+    out = capsys.readouterr().out
+    assert "layers of ranks 0 to 7 of each of 1 hosts: 5, 5, 4, 4, 4, 4, 4, 4" in out
+    assert "encoder, the dense product" in out and "bound by arithmetic" in out
+    assert "Training does not fit" not in out
+
+
+def test_what_does_not_fit_comes_with_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(tmp_path / "run", *PAPER, "transcoder.expansion_factor=32", "task.training.step_tokens=65536")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Training does not fit")]
+    assert "of the 80.0 GB of h100; would fit: " in line
+    wanted = re.findall(r"(transcoder\.expansion_factor=\d+)", line)
+    assert wanted
+    plan(tmp_path / "again", *PAPER, *wanted, "task.training.step_tokens=65536")
+    assert "Training does not fit" not in capsys.readouterr().out
+
+
+def test_training_over_hosts_and_in_half_precision(tmp_path: Path) -> None:
+    base = plan(tmp_path / "a", *PAPER)
+    hosts = plan(tmp_path / "b", *PAPER, "task.training.hosts=2", "trainer.precision=bf16-mixed")
+    assert base["plan/training/traffic/between_hosts"] == 0 < hosts["plan/training/traffic/between_hosts"]
+    assert hosts["plan/training/seconds/encoder"] < base["plan/training/seconds/encoder"] / 10
+    assert "plan/training/seconds/sums" in hosts
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["task.device=h1000"], "task.device=h1000: figures are known of h100"),
         (["task.tokens=0"], "task.tokens=0: it must be at least 1"),
         (["model=path", "model.path=/no/model"], "nothing is known here"),
+        ([*PAPER, "task.training.gpus=40"], "40 processes on a host for 34 layers"),
+        ([*PAPER, "task.training.tokens=0"], "task.training.tokens=0: it must be at least 1"),
+        ([*PAPER, "task.training.dead=1"], "a share of features in [0, 1)"),
+        ([*PAPER, "task.device=l4", "task.training.hosts=2"], "no network between hosts is known of NVIDIA L4"),
         (["model=tiny_qwen2_5_vl"], "depends on its size here; say task.tokens="),
         (["model=gemma3_4b_it", "transcoder=path", "transcoder.path=/no/set"], "no transcoder set in /no/set"),
     ],

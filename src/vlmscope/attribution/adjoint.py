@@ -3,11 +3,13 @@
 A target reads the residual stream at one position by a vector g. Going down, with G the gradient at the stream,
     leaving     edge G . v into the soft token's column;  G <- c G
     MLP         edges (s4 * G) . (a W_dec | error | b_dec);  G <- G + s3 * ((s4 * G) W_skip)
+                (with cross-layer transcoders the features of all lower layers write here too)
     attention   G <- G + s1 * ((sv * (P^T ((s2 * G) W_o))) W_v)
 and the embeddings collect what arrives (Ameisen et al. 2025, with the frozen pieces of `vlmscope.replacement.frozen`).
 A soft token is one source, whether the vision tower writes it into the stream once or again after later layers.
 Only positions that the frozen patterns let a target see are carried.
-Legend: B targets, S carried positions, d width, H heads, Hkv key/value heads, D head width, K features a position.
+Legend: B targets, S carried positions, d width, H heads, Hkv key/value heads, D head width, K features of one position
+that write to a layer.
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ _CACHE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class _Sources:
-    """What the positions of one layer write into the stream, and into which columns their edges go.
+    """What is written into the stream at one layer's MLP, position by position, and which columns the edges go to.
 
     `vectors [T, K + 2, d]`: features (zero where a position has fewer), error, decoder bias, all write-scaled.
     `columns [T, K + 1]`: of features and error; padding points at the scratch column after the last.
@@ -44,6 +46,11 @@ class _Sweep:
     positions: Tensor
     out: Tensor
 
+    @property
+    def at(self) -> "Tensor | slice":
+        """The positions as an index: a slice where they follow each other, which reads without a copy."""
+        return _index(self.positions)
+
 
 class Adjoint:
     """Rows of edges of one replacement model."""
@@ -53,9 +60,11 @@ class Adjoint:
         self.columns: Columns = columns_of(replacement)
         # [L, T, T]: does any head of a layer let a query see a key?
         self._sees = (replacement.state.patterns > 0).any(dim=1)
-        widest = max((_most_at_a_position(features) for features in replacement.features), default=0)
+        # Whether a column may get edges at more than one layer.
+        self._crosses = any(features.w_later for features in replacement.features)
         element = replacement.errors.element_size() * replacement.errors.shape[-1]
-        size = replacement.n_layers * replacement.n_positions * (widest + 2) * element
+        writers = sum(self._writers_at_a_position(layer) + 2 for layer in range(replacement.n_layers))
+        size = replacement.n_positions * writers * element
         self._cache: dict[int, _Sources] | None = {} if size <= _CACHE_BYTES else None
 
     @torch.no_grad()
@@ -72,23 +81,38 @@ class Adjoint:
         features = self.replacement.features[layer]
         position = features.position[which]
         vectors = features.w_enc[features.index[which]] * self.replacement.layers[layer].mlp_in_scale[position]
-        width = self.columns.bias(layer) + 1
-        sweep = self._begin(vectors, position, width)
-        sweep.out[:, width - 1] = features.encoder_bias[which]
-        self._attention(layer, sweep)
-        self._descend(layer, sweep)
-        return sweep.out[:, :width]
+        return self.stream_rows(layer, vectors, position, features.encoder_bias[which], after_attention=True)
 
     @torch.no_grad()
-    def logit_rows(self, vectors: Tensor) -> Tensor:
-        """Edges into linear read-outs `vectors [B, d]` of the normed last state at the last position: `[B,
-        columns]`.
+    def stream_rows(
+        self,
+        layer: int,
+        vectors: Tensor,
+        position: Tensor,
+        constants: Tensor | None = None,
+        *,
+        after_attention: bool = False,
+    ) -> Tensor:
+        """Edges into read-outs of the stream before a layer's attention, or between it and the MLP.
+
+        Args:
+            layer: the layer; L reads what leaves the last one.
+            vectors: `[B, d]`, with the scale of the norm that the target reads through.
+            position: `[B]` int64.
+            constants: `[B]`, what the layer itself adds to each target, for its bias column; not for L.
+            after_attention: read after the layer's attention.
+
+        Returns:
+            `[B, start[layer] + 1]`, the columns that exist below the layer and its own bias; `[B, columns]` for L.
         """
-        last = self.replacement.n_positions - 1
-        position = torch.full((len(vectors),), last, device=vectors.device)
-        width = self.columns.total
-        sweep = self._begin(vectors * self.replacement.state.final_norm_scale[last], position, width)
-        self._descend(self.replacement.n_layers, sweep)
+        inside = layer < self.columns.n_layers
+        width = self.columns.bias(layer) + 1 if inside else self.columns.total
+        sweep = self._begin(vectors, position, width)
+        if inside and constants is not None:
+            sweep.out[:, width - 1] = constants
+        if after_attention:
+            self._attention(layer, sweep)
+        self._descend(layer, sweep)
         return sweep.out[:, :width]
 
     def _begin(self, vectors: Tensor, position: Tensor, width: int) -> _Sweep:
@@ -108,8 +132,8 @@ class Adjoint:
 
     def _read_tokens(self, written: Tensor, sweep: _Sweep) -> None:
         """Add the edges of what tokens write into the stream here, `written [T, d]`."""
-        edges = torch.bmm(sweep.gradient, written[sweep.positions, :, None])[:, :, 0]
-        sweep.out[:, sweep.positions] += edges.T
+        edges = torch.bmm(sweep.gradient, written[sweep.at][:, :, None])[:, :, 0]
+        sweep.out[:, sweep.at] += edges.T
 
     def _leaving(self, layer: int, sweep: _Sweep) -> None:
         frozen = self.replacement.layers[layer]
@@ -120,8 +144,11 @@ class Adjoint:
 
     def _mlp(self, layer: int, sweep: _Sweep) -> None:
         sources = self._sources(layer)
-        edges = torch.bmm(sweep.gradient, sources.vectors[sweep.positions].transpose(1, 2))  # [S, B, K + 2]
-        sweep.out[:, sources.columns[sweep.positions].flatten()] = edges[:, :, :-1].transpose(0, 1).flatten(1)
+        edges = torch.bmm(sweep.gradient, sources.vectors[sweep.at].transpose(1, 2))  # [S, B, K + 2]
+        columns, edges_in = sources.columns[sweep.at].flatten(), edges[:, :, :-1].transpose(0, 1).flatten(1)
+        if self._crosses:
+            edges_in = edges_in + sweep.out[:, columns]
+        sweep.out[:, columns] = edges_in  # padding collides in the scratch column, which nobody reads
         sweep.out[:, self.columns.bias(layer)] += edges[:, :, -1].sum(0)
         skip = self.replacement.features[layer].w_skip
         if skip is not None:
@@ -134,17 +161,18 @@ class Adjoint:
         seen = self._sees[layer, sweep.positions].any(0)
         seen[sweep.positions] = True
         below = torch.nonzero(seen)[:, 0]
-        scaled = frozen.attn_out_scale[sweep.positions, None] * sweep.gradient
-        values = _value_gradient(frozen, scaled, sweep.positions, below)
+        above, keys = sweep.at, _index(below)
+        scaled = frozen.attn_out_scale[above, None] * sweep.gradient
+        values = _value_gradient(frozen, scaled, above, keys)
         if frozen.value_scale is not None:
-            values = values * frozen.value_scale[below, None]
+            values = values * frozen.value_scale[keys, None]
         if frozen.output_bias is not None:
             sweep.out[:, self.columns.bias(layer)] += (scaled @ frozen.output_bias).sum(0)
         if frozen.value_bias is not None:
             sweep.out[:, self.columns.bias(layer)] += (values @ frozen.value_bias).sum(0)
         gradient = values @ frozen.value_weight
-        gradient *= frozen.attn_in_scale[below, None]
-        gradient[torch.searchsorted(below, sweep.positions)] += sweep.gradient
+        gradient *= frozen.attn_in_scale[keys, None]
+        gradient[_index(torch.searchsorted(below, sweep.positions))] += sweep.gradient
         sweep.gradient, sweep.positions = gradient, below
 
     def _sources(self, layer: int) -> _Sources:
@@ -155,22 +183,34 @@ class Adjoint:
         return self._cache[layer]
 
     def _gather(self, layer: int) -> _Sources:
-        replacement, features = self.replacement, self.replacement.features[layer]
+        replacement = self.replacement
         positions, width = replacement.errors.shape[1:]
-        most = _most_at_a_position(features)
+        most = self._writers_at_a_position(layer)
         vectors = replacement.errors.new_zeros(positions, most + 2, width)
         device = vectors.device
         columns = torch.full((positions, most + 1), -1, dtype=torch.int64, device=device)
-        offsets = torch.tensor(features.offsets, device=device)
-        number = torch.arange(len(features), device=device)
-        slot = number - offsets[features.position]
-        vectors[features.position, slot] = features.activation[:, None] * features.w_dec[features.index]
+        first = 0
+        for lower in self._writers(layer):
+            features = replacement.features[lower]
+            offsets = torch.tensor(features.offsets, device=device)
+            number = torch.arange(len(features), device=device)
+            slot = first + number - offsets[features.position]
+            vectors[features.position, slot] = features.vectors(layer - lower)
+            columns[features.position, slot] = self.columns.features(lower) + number
+            first += _most_at_a_position(features)
         vectors[:, -2] = replacement.errors[layer]
-        vectors[:, -1] = features.b_dec
+        vectors[:, -1] = replacement.features[layer].b_dec
         vectors *= replacement.layers[layer].write_scale[:, None]
-        columns[features.position, slot] = self.columns.features(layer) + number
         columns[:, -1] = self.columns.errors(layer) + torch.arange(positions, device=device)
         return _Sources(vectors, columns)
+
+    def _writers(self, layer: int) -> list[int]:
+        """The layers whose features write at a layer's MLP: itself, and lower ones of a cross-layer set."""
+        return [low for low in range(layer + 1) if self.replacement.features[low].reaches(layer - low)]
+
+    def _writers_at_a_position(self, layer: int) -> int:
+        """K of a layer."""
+        return sum(_most_at_a_position(self.replacement.features[low]) for low in self._writers(layer))
 
 
 def _most_at_a_position(features: LayerFeatures) -> int:
@@ -178,7 +218,13 @@ def _most_at_a_position(features: LayerFeatures) -> int:
     return max(after - before for before, after in zip(features.offsets[:-1], features.offsets[1:], strict=True))
 
 
-def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor, below: Tensor) -> Tensor:
+def _index(positions: Tensor) -> Tensor | slice:
+    """Ascending `positions [S]` as a slice if they follow each other."""
+    first, last = int(positions[0]), int(positions[-1])
+    return slice(first, last + 1) if last - first + 1 == len(positions) else positions
+
+
+def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor | slice, below: Tensor | slice) -> Tensor:
     """Back through output projection and pattern: `[S, B, d]` at queries `above` to `[S', B, Hkv * D]` at keys
     `below`.
     """
@@ -189,6 +235,7 @@ def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor, below: T
     head_dim = z.shape[-1]
     # Query heads that share a key/value head add up, so (group, query) is one contracted axis.
     by_head = z.permute(2, 3, 0, 1, 4).reshape(n_kv_heads, groups * n_above, n_targets * head_dim)
-    pattern = frozen.pattern[:, above][:, :, below].reshape(n_kv_heads, groups * n_above, len(below))
-    values = torch.bmm(pattern.transpose(1, 2), by_head).view(n_kv_heads, len(below), n_targets, head_dim)
-    return values.permute(1, 2, 0, 3).reshape(len(below), n_targets, n_kv_heads * head_dim)
+    pattern = frozen.pattern[:, above][:, :, below].reshape(n_kv_heads, groups * n_above, -1)
+    n_below = pattern.shape[-1]
+    values = torch.bmm(pattern.transpose(1, 2), by_head).view(n_kv_heads, n_below, n_targets, head_dim)
+    return values.permute(1, 2, 0, 3).reshape(n_below, n_targets, n_kv_heads * head_dim)

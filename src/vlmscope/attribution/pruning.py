@@ -6,37 +6,22 @@ stays. Then, until nothing changes, go features, errors, biases and left-out nod
 features without an incoming one.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from vlmscope.attribution.influence import absolute_edges, influence, logit_weights, normalise
+from vlmscope.attribution.influence import (
+    Influence,
+    absolute_rows,
+    influence,
+    logit_weights,
+    row_blocks,
+    rows_of,
+    take_rows,
+)
 from vlmscope.attribution.scores import graph_scores
-from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
-
-
-def smallest_set(values: np.ndarray, share: float) -> np.ndarray:
-    """Mask of the fewest `values [n]` (>= 0) whose sum reaches `share` of the total; of equals, the first come
-    first.
-    """
-    mask = np.zeros(len(values), dtype=bool)
-    # Zeros never matter; most edges lie outside the kept nodes, so this also keeps the sort short.
-    positive = np.flatnonzero(values > 0)
-    order = positive[np.argsort(-values[positive], kind="stable")]
-    needed = len(order)
-    # A share of 1 would stop early by rounding.
-    if share < 1.0 and needed:
-        cumulative = np.cumsum(values[order])
-        needed = int(np.searchsorted(cumulative, share * cumulative[-1])) + 1
-    mask[order[:needed]] = True
-    return mask
-
-
-def cumulative_share(values: np.ndarray) -> np.ndarray:
-    """For each of `values [n]` the share of the total held by it and all before it in descending order."""
-    order = np.argsort(-values, kind="stable")
-    sums = np.cumsum(values[order])
-    out = np.empty(len(values))
-    out[order] = sums / sums[-1] if len(sums) and sums[-1] > 0 else 1.0
-    return out
+from vlmscope.attribution.shares import cumulative_share, find_cut, smallest_set
+from vlmscope.core.graph import ENDS, AttributionGraph, NodeKind, PrunedGraph
 
 
 def prune(graph: AttributionGraph, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> PrunedGraph:
@@ -47,58 +32,93 @@ def prune(graph: AttributionGraph, node_threshold: float = 0.8, edge_threshold: 
         node_threshold: share of influence that the kept nodes reach.
         edge_threshold: share of edge influence that the kept edges reach.
     """
-    absolute, weights = absolute_edges(graph), logit_weights(graph)
-    normalised = normalise(graph, absolute)
-    flow = influence(graph, normalised, weights)
-    always = np.isin(graph.nodes.kind, (NodeKind.TOKEN, NodeKind.LOGIT))
-    nodes = smallest_set(flow, node_threshold) | always
-
-    targets = graph.edge_targets()
-    inside = nodes[targets] & nodes[graph.indices]
-    again = normalise(graph, absolute * inside)
-    edge_scores = again * (influence(graph, again, weights) + weights)[targets]
-    edges = smallest_set(edge_scores, edge_threshold)
-    nodes, edges = _clean(graph, nodes, edges, targets)
+    weights = logit_weights(graph)
+    flow = influence(graph, weights).nodes
+    nodes = smallest_set(flow, node_threshold) | np.isin(graph.nodes.kind, (NodeKind.TOKEN, *ENDS))
+    edges = _edges_of(graph, nodes, influence(graph, weights, nodes), edge_threshold)
+    alive = nodes & ~_dead_ends(graph, nodes, edges)
+    _drop_edges(graph, nodes, alive, edges)
     return PrunedGraph(
         graph=graph,
-        node_mask=nodes,
+        node_mask=alive,
         edge_mask=edges,
         influence=flow,
         cumulative=cumulative_share(flow),
-        scores=graph_scores(graph, normalised, flow),
+        scores=graph_scores(graph, flow),
         node_threshold=node_threshold,
         edge_threshold=edge_threshold,
     )
 
 
-def _clean(
-    graph: AttributionGraph, nodes: np.ndarray, edges: np.ndarray, targets: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Drop dead ends until none is left."""
-    kind = graph.nodes.kind
-    needs_out = ~np.isin(kind, (NodeKind.TOKEN, NodeKind.LOGIT))
-    needs_in = kind == NodeKind.FEATURE
-    while True:
-        has_out = np.bincount(graph.indices[edges], minlength=graph.n_nodes) > 0
-        has_in = np.bincount(targets[edges], minlength=graph.n_nodes) > 0
-        kept = nodes & (has_out | ~needs_out) & (has_in | ~needs_in)
-        if (kept == nodes).all():
-            return nodes, edges
-        nodes, edges = kept, edges & kept[targets] & kept[graph.indices]
+def _edges_of(graph: AttributionGraph, nodes: np.ndarray, flow: Influence, share: float) -> np.ndarray:
+    """`[E]` bool: the fewest edges among `nodes` that carry `share` of what all edges among them carry."""
+    rows = rows_of(graph, nodes)
+    inside = nodes.astype(np.float64)
+
+    def scores() -> Iterator[np.ndarray]:
+        for block in row_blocks(graph, rows):
+            edges = absolute_rows(graph, block)
+            yield edges.data * inside[edges.indices] * np.repeat(flow.per_edge[block], np.diff(edges.indptr))
+
+    counts = np.diff(graph.indptr)[rows]
+    cut = find_cut(scores, int(counts.sum()), share)
+    mask, ties = np.zeros(graph.n_edges, dtype=bool), cut.ties
+    for block, values in zip(row_blocks(graph, rows), scores(), strict=True):
+        kept = values > cut.value
+        if ties:
+            equal = np.flatnonzero(values == cut.value)[:ties]
+            kept[equal] = True
+            ties -= len(equal)
+        mask[_places(graph, block)] = kept
+    return mask
+
+
+def _places(graph: AttributionGraph, rows: np.ndarray) -> np.ndarray:
+    """The edge numbers of some rows, one after another, int64."""
+    counts = np.diff(graph.indptr)[rows]
+    return np.arange(counts.sum()) + np.repeat(graph.indptr[rows] - np.cumsum(counts) + counts, counts)
+
+
+def _dead_ends(graph: AttributionGraph, nodes: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """`[N]` bool: which `nodes` go when those without a needed edge go until nothing changes.
+
+    A node that went because nothing enters it leaves no source with an edge less, and one that went because nothing
+    leaves it no target. So the two kinds of dead ends do not meet, and one sweep upwards and one downwards find them.
+    """
+    rows = rows_of(graph, nodes)
+    blocks = list(row_blocks(graph, rows, by_level=True))
+    entered = nodes & (graph.nodes.kind != NodeKind.FEATURE)
+    left = nodes & np.isin(graph.nodes.kind, (NodeKind.TOKEN, *ENDS))
+    for block in blocks:
+        entered[block] |= nodes[block] & (take_rows(graph, edges, block) @ entered)
+    for block in reversed(blocks):
+        left |= nodes & (left[block] @ take_rows(graph, edges, block))
+    return nodes & ~(entered & left)
+
+
+def _drop_edges(graph: AttributionGraph, nodes: np.ndarray, alive: np.ndarray, edges: np.ndarray) -> None:
+    """Clear in `edges [E]` those that lost an end, in place."""
+    if (alive == nodes).all():
+        return
+    for block in row_blocks(graph, rows_of(graph, nodes)):
+        taken = take_rows(graph, edges, block)
+        edges[_places(graph, block)] = (
+            taken.data & alive[taken.indices] & np.repeat(alive[block], np.diff(taken.indptr))
+        )
 
 
 def reaches_image(pruned: PrunedGraph, logit: int) -> bool:
-    """Whether kept edges lead back from a logit node to a soft token.
+    """Whether kept edges lead back from a logit, or what else the graph explains, to a soft token.
 
     Args:
         pruned: the pruned graph.
-        logit: node number of the logit.
+        logit: its node number.
 
     Raises:
-        ValueError: when the node is no logit.
+        ValueError: when the node is none that the graph explains.
     """
     graph = pruned.graph
-    if graph.nodes.kind[logit] != NodeKind.LOGIT:
+    if graph.nodes.kind[logit] not in ENDS:
         raise ValueError(f"node {logit} is no logit")
     reached = np.zeros(graph.n_nodes, dtype=bool)
     reached[logit] = True

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vlmscope.attribution.influence import absolute_edges, influence, normalise
+from vlmscope.attribution.influence import influence
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.ids import FeatureId
@@ -22,8 +22,8 @@ def top_features(graph: AttributionGraph, count: int) -> dict[FeatureId, float]:
         UserError: no feature has any influence.
     """
     weights = np.zeros(graph.n_nodes)
-    weights[graph.nodes.of(NodeKind.LOGIT)[int(np.argmax(graph.logit_probabilities))]] = 1.0
-    flow = influence(graph, normalise(graph, absolute_edges(graph)), weights)
+    weights[graph.nodes.ends()[int(np.argmax(graph.logit_probabilities))]] = 1.0
+    flow = influence(graph, weights).nodes
     sums: dict[FeatureId, float] = {}
     for node in graph.nodes.of(NodeKind.FEATURE).tolist():
         feature = graph.nodes.feature_id(node)

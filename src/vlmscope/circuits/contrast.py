@@ -1,7 +1,7 @@
 """Finding a circuit by contrast: features whose mean activation differs between two concepts, confirmed in graphs.
 
 For each feature the difference of means (concept minus other) is taken by question and position role and weighted by
-the norm of its decoder row, since that is how far the feature moves the residual stream. Each question gives its own
+the norm of what it writes, since that is how far the feature moves the residual stream. Each question gives its own
 best features (a feature that writes `red` fires at the last position of one question only), each counted at its role
 of largest difference; the supernode is their union. Candidates then need influence on the answer in at least one
 attribution graph of their concept.
@@ -86,7 +86,7 @@ def _choose(
     """The best confirmed features of a layer, and how many candidates were looked at to find them."""
     roles = [role for role in concept.by_role if role in other.by_role]
     gaps = torch.stack([concept.by_role[role][layer] - other.by_role[role][layer] for role in roles])
-    best, role_index = (gaps * transcoders[layer].W_dec.norm(dim=1)).max(0)
+    best, role_index = (gaps * transcoders[layer].write_norms()).max(0)
     chosen: list[CircuitFeature] = []
     seen = 0
     for index in best.argsort(descending=True).tolist():

@@ -1,5 +1,6 @@
 """Hydra callbacks: the tracked parent of a sweep."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from vlmscope.config.schema import TrackingConfig
 from vlmscope.config.store import run_label
 from vlmscope.config.sweep_summary import summarise
 from vlmscope.core.errors import UserError
+from vlmscope.core.launch import place_of
 from vlmscope.tracking import sweep
 
 
@@ -24,8 +26,11 @@ class SweepParent(Callback):
         """Open the parent run.
 
         Raises:
-            SweepRefused: when the tracking store or the sweep's folder cannot be used; its text is the UserError's.
+            SweepRefused: when it was started by several processes, or the tracking store or the sweep's folder cannot
+                be used; its text is the UserError's.
         """
+        if place_of(os.environ) is not None:
+            raise SweepRefused("several processes cannot share a sweep; start them once for each combination")
         tracking = OmegaConf.to_object(config.tracking)
         assert isinstance(tracking, TrackingConfig)
         if not tracking.enabled:

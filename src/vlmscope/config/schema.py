@@ -85,6 +85,7 @@ class RandomTranscodersConfig:
     k: int = 8
     activation: str = "topk"
     skip: bool = False
+    cross_layer: bool = False
 
     def __post_init__(self) -> None:
         check_choice("transcoder.activation", self.activation, ACTIVATIONS)
@@ -95,13 +96,15 @@ class TranscoderArchConfig:
     """The architecture of transcoders to be trained; the width is `expansion_factor` times the model's.
 
     `k` features are active at a token (topk), on average over a batch (batchtopk), or aimed at (jumprelu); relu has as
-    many as its L1 penalty leaves. `bandwidth` is that of JumpReLU's kernel.
+    many as its L1 penalty leaves. `bandwidth` is that of JumpReLU's kernel. With `cross_layer` a feature writes to its
+    own layer and to every later one.
     """
 
     expansion_factor: int = 16
     k: int = 16
     activation: str = "topk"
     skip: bool = False
+    cross_layer: bool = False
     bandwidth: float = 0.05
 
     def __post_init__(self) -> None:
@@ -128,7 +131,11 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
-    """How long and how a model is trained; the `_every` keys count optimiser steps, and 0 switches that off."""
+    """How long and how a model is trained; the `_every` keys count optimiser steps, and 0 switches that off.
+
+    With several processes (docs/scaling.md), `per_host` of them share the layers, each `per_host` a copy of all layers
+    (null: those on one machine); `rank_timeout` is how many minutes one waits for another that does not answer.
+    """
 
     max_steps: int = 1000
     batch_size: int = 64
@@ -140,8 +147,14 @@ class TrainerConfig:
     num_workers: int = 0
     threads: int | None = None
     resume: bool = False
+    per_host: int | None = None
+    rank_timeout: float = 30.0
 
     def __post_init__(self) -> None:
+        if self.per_host is not None and self.per_host < 1:
+            raise UserError(f"trainer.per_host={self.per_host}: it counts processes; choose 1 or more, or null")
+        if not self.rank_timeout > 0:
+            raise UserError(f"trainer.rank_timeout={self.rank_timeout}: it is minutes; choose a number above 0")
         check_choice("trainer.precision", self.precision, ("32", "bf16-mixed", "64"))
         for key in ("max_steps", "batch_size"):
             if getattr(self, key) < 1:
@@ -155,7 +168,7 @@ class DataConfig:
     `path` is a folder, None for data made while they are used; of a mix, where `task=build_data` writes its shards.
     `val_share` of the user's own examples is held out for validation where they come without a file or split for it.
     For a mix: its `sources`; `shuffle` rows of a source are shuffled with each other; texts are packed to `context`
-    tokens; so many corrupt shards are skipped (`max_bad_shards`).
+    tokens; so many corrupt shards, or files of a local table, are skipped (`max_bad_shards`).
     """
 
     name: str = MISSING

@@ -24,3 +24,7 @@ class CheckFailed(Exception):
 
 class NotMainRank(Exception):
     """Not an error: the work that this process shared is done, and the main process, rank 0, finishes alone."""
+
+
+class RankLost(Exception):
+    """Another process of those that work together ended or does not answer: one line that says what to do."""

@@ -1,39 +1,52 @@
 """Tables read with Hugging Face's `datasets`: a folder on this machine, or the hub, streamed.
 
 What `Dataset.save_to_disk` wrote is read by row number; Parquet files and hub data sets are streamed, nothing is copied
-or cached. Streams are split with `split_dataset_by_node`: whole files to each consumer when they come out even, else
-every n-th row. Pictures stay undecoded.
+or cached. Corrupt files of a folder are left out up to a limit (`vlmscope.data.bad_files`). Streams are split with
+`split_dataset_by_node`: whole files to each consumer when they come out even, else every n-th row. Pictures stay
+undecoded.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
+from vlmscope.data.bad_files import readable_files
 from vlmscope.data.columns import Parser, columns_of, parser
 from vlmscope.data.readers import Indexed, Mark, Row, Source
 from vlmscope.data.share import Share
 from vlmscope.data.source_config import SourceConfig
 
+_LOG = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def hf_source(name: str, config: SourceConfig, split: str) -> Source:
-    """The samples of one split.
+def hf_source(name: str, config: SourceConfig, split: str, max_bad: int = 0) -> Source:
+    """The samples of one split, without `max_bad` corrupt files of a folder at most.
 
     Raises:
-        UserError: it is not there or cannot be reached, has no such split or column, or is empty.
+        UserError: it is not there or cannot be reached, has no such split or column, is empty, or too much is corrupt.
     """
-    tables = [_table(name, config, subset, split) for subset in config.subsets or [None]]
+    opened = [_table(name, config, subset, split, max_bad) for subset in config.subsets or [None]]
+    tables, bad = [undecoded(one.table) for one in opened], sum(one.bad for one in opened)
     for table in tables:
         _check_columns(name, config, table)
     parse = parser(config, _class_names(config, tables[0]))
-    return _streamed(name, config, tables, parse) if _streams(tables[0]) else _by_number(name, config, tables, parse)
+    make = _streamed if _streams(tables[0]) else _by_number
+    return make(name, config, tables, parse, bad)
+
+
+class _Opened(NamedTuple):
+    """A table, and how many of its files were left out."""
+
+    table: Any
+    bad: int = 0
 
 
 def _streams(table: Any) -> bool:
@@ -42,32 +55,44 @@ def _streams(table: Any) -> bool:
     return isinstance(table, IterableDataset)
 
 
-def _table(name: str, config: SourceConfig, subset: str | None, split: str) -> Any:
+def _table(name: str, config: SourceConfig, subset: str | None, split: str, max_bad: int) -> _Opened:
     if config.path is None:
-        return undecoded(_from_hub(name, config, subset, split))
+        return _Opened(_from_hub(name, config, subset, split))
     folder = Path(config.path) / subset if subset else Path(config.path)
     if not folder.is_dir():
         raise UserError(
             f"no folder {folder}; data.sources.{name}.path must hold save_to_disk's output or Parquet files"
         )
-    return undecoded(_from_folder(name, folder, split))
-
-
-def _from_folder(name: str, folder: Path, split: str) -> Any:
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        part = folder / split if (folder / "dataset_dict.json").is_file() else folder
-        if _is_empty(part):
-            raise UserError(f"data.sources.{name}: {part} is empty; give data with samples")
-        loaded = _told(f"cannot read {folder}", lambda: load_from_disk(str(folder)))
-        if not isinstance(loaded, DatasetDict):
-            return loaded
-        if split not in loaded:
-            raise UserError(
-                f"{folder} has no split {split!r}; data.sources.{name}.split is one of {', '.join(map(str, loaded))}"
-            )
-        return loaded[split]
+        return _saved(name, folder, split, max_bad)
+    return _parquet(name, folder, split, max_bad)
+
+
+def _saved(name: str, folder: Path, split: str, max_bad: int) -> _Opened:
+    """What `save_to_disk` wrote: a split's folder, or one with a folder for each split."""
+    from datasets import Dataset, concatenate_datasets, load_from_disk
+
+    part = folder
+    if (folder / "dataset_dict.json").is_file():
+        there = _told(f"cannot read {folder}", lambda: read_json(folder / "dataset_dict.json")["splits"])
+        if split not in there:
+            raise UserError(f"{folder} has no split {split!r}; data.sources.{name}.split is one of {', '.join(there)}")
+        part = folder / split
+    if _is_empty(part):
+        raise UserError(f"data.sources.{name}: {part} is empty; give data with samples")
+    listed = _told(f"cannot read {part}", lambda: read_json(part / "state.json")["_data_files"])
+    files = [part / one["filename"] for one in listed]
+    good = readable_files(name, files, lambda file: Dataset.from_file(str(file)), max_bad)
+    if len(good) == len(files):
+        return _Opened(_told(f"cannot read {part}", lambda: load_from_disk(str(part))))
+    return _Opened(concatenate_datasets([Dataset.from_file(str(file)) for file in good]), len(files) - len(good))
+
+
+def _parquet(name: str, folder: Path, split: str, max_bad: int) -> _Opened:
+    """Parquet files, streamed."""
+    from datasets import load_dataset
+    from pyarrow.parquet import read_metadata
+
     files = sorted(folder.rglob("*.parquet"))
     if not files:
         raise UserError(
@@ -75,25 +100,30 @@ def _from_folder(name: str, folder: Path, split: str) -> Any:
         )
     # As the hub names them: train-00000-of-00010.parquet. Files without a split's name are all of one split.
     named = [file for file in files if re.match(rf"{re.escape(split)}\b", file.name) or file.parent.name == split]
-    chosen = [str(file) for file in named or files]
-    return _told(
+    good = readable_files(name, named or files, read_metadata, max_bad)
+    chosen = [str(file) for file in good]
+    table = _told(
         f"cannot read {folder}", lambda: load_dataset("parquet", data_files=chosen, split="train", streaming=True)
     )
+    return _Opened(table, len(named or files) - len(good))
 
 
 def _from_hub(name: str, config: SourceConfig, subset: str | None, split: str) -> Any:
     from datasets import load_dataset
 
     key, hub, revision = f"data.sources.{name}", str(config.hub), config.revision
-    if revision is None or not _COMMIT.fullmatch(revision):
-        given = "has no pinned revision" if revision is None else f"is asked for at {revision!r}, which may move"
+    pin = f"{key}.revision=<commit, 40 hex digits> (its page lists them under Files, History)"
+    if revision is None:
+        _LOG.warning("%s: the revision of %s is not pinned: another run may be given other data; add %s", key, hub, pin)
+    elif not _COMMIT.fullmatch(revision):
         raise UserError(
-            f"{key}: the hub data set {hub} {given}: add {key}.revision=<commit, 40 hex digits> (its page lists them "
-            f"under Files, History), or {key}.path=/your/copy"
+            f"{key}: the hub data set {hub} is asked for at {revision!r}, which may move: add {pin}, or "
+            f"{key}.path=/your/copy"
         )
     from huggingface_hub import constants
 
-    mend = f"run `hf download {hub} --repo-type dataset --revision {revision} --local-dir DIR`, then {key}.path=DIR"
+    at = f" --revision {revision}" if revision is not None else ""
+    mend = f"run `hf download {hub} --repo-type dataset{at} --local-dir DIR`, then {key}.path=DIR"
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{key}: HF_HUB_OFFLINE forbids to stream {hub} from the hub; where a network is, {mend}")
     return _told(
@@ -151,27 +181,27 @@ def _class_names(config: SourceConfig, table: Any) -> list[str] | None:
     return getattr(feature, "names", None)
 
 
-def _by_number(name: str, config: SourceConfig, tables: list[Any], parse: Parser) -> Indexed:
+def _by_number(name: str, config: SourceConfig, tables: list[Any], parse: Parser, bad: int) -> Indexed:
     from datasets import interleave_datasets
 
     table = tables[0] if len(tables) == 1 else interleave_datasets(tables, stopping_strategy=_ALL_ONCE)
     count = len(table) if config.limit is None else min(len(table), config.limit)
     if count == 0:
         raise UserError(f"data.sources.{name}: {config.path} is empty; give data with samples")
-    return Indexed(name, count, lambda row: parse(table[row], f"{name} row {row}"))
+    return Indexed(name, count, lambda row: parse(table[row], f"{name} row {row}"), bad)
 
 
 _ALL_ONCE = "all_exhausted_without_replacement"  # take turns, and go on until every table has ended
 
 
-def _streamed(name: str, config: SourceConfig, tables: list[Any], parse: Parser) -> Stream:
+def _streamed(name: str, config: SourceConfig, tables: list[Any], parse: Parser, bad: int) -> Stream:
     from datasets import interleave_datasets
 
     count = _known_size(tables)
     if count == 0:
         raise UserError(f"data.sources.{name}: {config.path or config.hub} is empty; give data with samples")
     table = tables[0] if len(tables) == 1 else interleave_datasets(tables, stopping_strategy=_ALL_ONCE)
-    return Stream(name, table.select_columns(columns_of(config)), parse, config.limit, count)
+    return Stream(name, table.select_columns(columns_of(config)), parse, config.limit, count, bad)
 
 
 def _known_size(tables: list[Any]) -> int | None:
@@ -185,8 +215,11 @@ def _known_size(tables: list[Any]) -> int | None:
 class Stream:
     """An `IterableDataset` as a source."""
 
-    def __init__(self, name: str, table: Any, parse: Parser, limit: int | None, count: int | None) -> None:
+    def __init__(
+        self, name: str, table: Any, parse: Parser, limit: int | None, count: int | None, bad: int = 0
+    ) -> None:
         self.name, self.table, self.parse, self.limit, self.count = name, table, parse, limit, count
+        self.bad = bad  # files that were left out
 
     def size(self) -> int | None:
         """What the data set says of itself, or the limit."""
@@ -202,7 +235,9 @@ class Stream:
         if share.total > 1:
             table = split_dataset_by_node(table, share.index, share.total)
         most = None if self.limit is None else len(share.rows(self.limit))
-        return StreamReader(self.name, table, self.parse, most, share, mark)
+        reader = StreamReader(self.name, table, self.parse, most, share, mark)
+        reader.bad_shards = self.bad
+        return reader
 
 
 class StreamReader:

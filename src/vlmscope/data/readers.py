@@ -48,8 +48,9 @@ class Source(Protocol):
 class Indexed:
     """A source whose sample `i` is `sample(i)`; a share has every total-th, so none reads what another has."""
 
-    def __init__(self, name: str, count: int, sample: Callable[[int], RawSample]) -> None:
-        self.name, self.count, self.sample = name, count, sample
+    def __init__(self, name: str, count: int, sample: Callable[[int], RawSample], bad: int = 0) -> None:
+        """`bad` files were left out."""
+        self.name, self.count, self.sample, self.bad = name, count, sample, bad
 
     def size(self) -> int:
         """The number of samples."""
@@ -57,7 +58,9 @@ class Indexed:
 
     def open(self, share: Share, mark: Mark = None) -> IndexedReader:
         """A pass; its mark is the number of rows done."""
-        return IndexedReader(self.sample, share.rows(self.count), mark or 0)
+        reader = IndexedReader(self.sample, share.rows(self.count), mark or 0)
+        reader.bad_shards = self.bad
+        return reader
 
 
 class IndexedReader:

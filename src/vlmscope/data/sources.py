@@ -26,7 +26,7 @@ def open_source(name: str, config: SourceConfig, split: str | None = None, max_b
         name: its key in `data.sources`.
         config: its settings.
         split: instead of `config.split`.
-        max_bad_shards: how many corrupt shards a pass may skip.
+        max_bad_shards: how many corrupt shards a pass may skip, or corrupt files of a local table be left out.
 
     Raises:
         UserError: the settings are wrong, or the data are not there, empty or of another schema.
@@ -39,7 +39,7 @@ def open_source(name: str, config: SourceConfig, split: str | None = None, max_b
         return _folder(name, config, split)
     if config.kind == "shards":
         return ShardSource(name, Path(str(config.path)), config.stream or name, split, config.limit, max_bad_shards)
-    return hf_source(name, config, split)
+    return hf_source(name, config, split, max_bad_shards)
 
 
 def keeps(config: SourceConfig, val_share: float, validation: bool):

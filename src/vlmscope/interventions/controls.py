@@ -19,7 +19,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
 from vlmscope.interventions.edits import LayerEdit, Plan
 from vlmscope.interventions.frozen import target_module
-from vlmscope.interventions.run import edit_change, watch_inputs
+from vlmscope.interventions.run import add_ahead, edit_changes, layers_written, watch_inputs
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -69,16 +69,18 @@ def matched_features(
 def _random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, seed: int) -> Iterator[None]:
     with ExitStack() as stack:
         inputs = watch_inputs(stack, adapter, plan)
-        for layer, edit in plan.items():
+        pending: dict[int, Tensor] = {}
+        for layer in layers_written(transcoders, plan):
             rng = generator(seed, "direction", layer)
-            vector = torch.from_numpy(rng.standard_normal(adapter.d_model)).to(transcoders[layer].W_dec.dtype)
+            vector = torch.from_numpy(rng.standard_normal(adapter.d_model)).to(adapter.dtype)
             unit = vector / vector.norm()
 
-            def hook(
-                _m: Any, _args: Any, out: Tensor, layer: int = layer, edit: LayerEdit = edit, unit: Tensor = unit
-            ) -> Tensor:
-                change = edit_change(transcoders[layer], inputs.pop(layer), edit, 0)
-                return out if change is None else out + change.norm(dim=-1, keepdim=True) * unit.to(out)
+            def hook(_m: Any, _args: Any, out: Tensor, layer: int = layer, unit: Tensor = unit) -> Tensor:
+                if layer in plan:
+                    add_ahead(pending, layer, edit_changes(transcoders[layer], inputs.pop(layer), plan[layer], 0))
+                if layer not in pending:
+                    return out
+                return out + pending.pop(layer).norm(dim=-1, keepdim=True) * unit.to(out)
 
             target = target_module(adapter, layer, transcoders.config.output_hook)
             stack.callback(target.register_forward_hook(hook).remove)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmscope.activations.hook_points import target_module
 from vlmscope.models.attention import recording_patterns, replacing_patterns
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
@@ -39,15 +40,6 @@ class BaseRun:
     mlp_in: dict[int, Tensor]
     written: dict[int, Tensor]
     scales: dict[nn.Module, Tensor]
-
-
-def target_module(adapter: Adapter, layer: int, hook: str) -> nn.Module:
-    """The module whose output a transcoder of this hook imitates."""
-    if hook == "mlp_out":
-        return adapter.mlp(layer)
-    norm = adapter.norms(layer).mlp_out_post
-    assert norm is not None, f"hook {hook!r} needs a norm after the MLP"
-    return norm
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ Legend: B prompts, T positions, n edited features of a layer, d model width, V v
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -100,6 +100,7 @@ def editing(adapter: Adapter, transcoders: TranscoderSet, plan: Plan) -> Iterato
     seen = {"tokens": 0}
     with ExitStack() as stack:
         inputs = watch_inputs(stack, adapter, plan)
+        pending: dict[int, Tensor] = {}  # what edits of lower layers write to a later one (cross-layer transcoders)
 
         def count(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
             cache = kwargs.get("past_key_values")
@@ -107,51 +108,77 @@ def editing(adapter: Adapter, transcoders: TranscoderSet, plan: Plan) -> Iterato
 
         handle = adapter.decoder().register_forward_pre_hook(count, with_kwargs=True)
         stack.callback(handle.remove)
-        for layer, edit in plan.items():
+        for layer in layers_written(transcoders, plan):
 
-            def hook(_m: Any, _args: Any, out: Tensor, layer: int = layer, edit: LayerEdit = edit) -> Tensor:
-                change = edit_change(transcoders[layer], inputs.pop(layer), edit, seen["tokens"])
-                return out if change is None else out + change
+            def hook(_m: Any, _args: Any, out: Tensor, layer: int = layer) -> Tensor:
+                if layer in plan:
+                    changes = edit_changes(transcoders[layer], inputs.pop(layer), plan[layer], seen["tokens"])
+                    add_ahead(pending, layer, changes)
+                return out + pending.pop(layer) if layer in pending else out
 
             target = target_module(adapter, layer, transcoders.config.output_hook)
             stack.callback(target.register_forward_hook(hook).remove)
         yield
 
 
-def edit_change(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int) -> Tensor | None:
-    """What an edit adds to the transcoder's target [B, t, d] for inputs x at positions offset..offset + t."""
+def layers_written(transcoders: TranscoderSet, plan: Plan) -> list[int]:
+    """The layers where a plan changes something, ascending."""
+    return sorted({layer + ahead for layer in plan for ahead in range(transcoders[layer].config.writes)})
+
+
+def add_ahead(pending: dict[int, Tensor], layer: int, changes: Sequence[Tensor]) -> None:
+    """Add the changes that an edit of `layer` makes there and at the layers after it, in order."""
+    for ahead, change in enumerate(changes):
+        target = layer + ahead
+        # A later layer may lie on another device, where the model is spread over several.
+        pending[target] = pending[target].to(change.device) + change if target in pending else change
+
+
+def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int) -> list[Tensor]:
+    """What an edit adds to the target [B, t, d] of each layer that its features write to, from their own upwards.
+
+    `x` are the transcoder's inputs at positions offset..offset + t. Empty when the edit does nothing there.
+    """
     length, prompt, gate = x.shape[1], len(edit.where), edit.gate
     if len(edit.features) == 0:
-        return None
+        return []
     if offset >= prompt:
         if edit.generated is None:
-            return None
+            return []
         value = edit.generated.unsqueeze(-2) if edit.generated.ndim > 1 else edit.generated
-        return _written(transcoder, x, edit, value, None if gate is None else gate.generated).to(x.dtype)
+        return [c.to(x.dtype) for c in _written(transcoder, x, edit, value, None if gate is None else gate.generated)]
     assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
     if not bool(edit.where.any()):
-        return None
+        return []
     value = edit.value if edit.value.ndim < 2 or edit.value.shape[-2] == 1 else edit.value[..., edit.where, :]
     level = None if gate is None else gate.level[edit.where]
-    change = x.new_zeros(x.shape)
-    change[:, edit.where] = _written(transcoder, x[:, edit.where], edit, value, level).to(x.dtype)
-    return change
+    changes = []
+    for written in _written(transcoder, x[:, edit.where], edit, value, level):
+        changes.append(x.new_zeros(x.shape))
+        changes[-1][:, edit.where] = written.to(x.dtype)
+    return changes
 
 
-def _written(transcoder: Transcoder, x: Tensor, edit: LayerEdit, value: Tensor, level: Tensor | None) -> Tensor:
-    """`g (new - current) W_dec` [B, t, d] at the given positions; `level` is the gate's there, if it has one."""
+def _written(transcoder: Transcoder, x: Tensor, edit: LayerEdit, value: Tensor, level: Tensor | None) -> list[Tensor]:
+    """`g (new - current) W_dec` [B, t, d] by layer written, at the given positions; `level` is the gate's there, if
+    it has one.
+    """
     code, width = transcoder.encode(x), transcoder.config.n_features
     current = code.select(edit.features, width)
     delta = edit.scale * current + value - current
     if edit.gate is not None and level is not None:
-        norms = transcoder.W_dec[edit.gate.features].norm(dim=1)
+        norms = transcoder.write_norms()[edit.gate.features]
         delta = delta * edit.gate.openness(code.select(edit.gate.features, width), level, norms)
-    return delta.to(transcoder.W_dec.dtype) @ transcoder.W_dec[edit.features]
+    delta = delta.to(transcoder.W_dec.dtype)
+    return [delta @ transcoder.decoder(ahead)[edit.features] for ahead in range(transcoder.config.writes)]
 
 
 @contextmanager
 def _direct(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, base: BaseRun) -> Iterator[None]:
     """Every transcoder target is the base run's, plus the edit at base activations, plus W_skip's response."""
+    changes: dict[int, Tensor] = {}
+    for layer, edit in plan.items():
+        add_ahead(changes, layer, edit_changes(transcoders[layer], base.mlp_in[layer], edit, 0))
     with ExitStack() as stack:
         inputs = watch_inputs(stack, adapter, range(adapter.n_layers))
         for layer in range(adapter.n_layers):
@@ -163,10 +190,7 @@ def _direct(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, base: Base
                     skip = transcoders[layer].W_skip
                     if skip is not None:
                         out = out + F.linear(x - base.mlp_in[layer], skip.to(x.dtype))
-                if layer in plan:
-                    change = edit_change(transcoders[layer], base.mlp_in[layer], plan[layer], 0)
-                    out = out if change is None else out + change
-                return out
+                return out + changes[layer] if layer in changes else out
 
             target = target_module(adapter, layer, transcoders.config.output_hook)
             stack.callback(target.register_forward_hook(hook).remove)

@@ -120,12 +120,33 @@ def forward_elements(adapter: Adapter, n_tokens: int) -> int:
 
 def forward_flops(adapter: Adapter, n_tokens: int, n_images: int) -> float:
     """Operations of one forward with logits at every position: two a weight and token, and those of attention."""
-    parts, t = parameters_by_part(adapter), n_tokens
-    flops = 2.0 * parts.decoder * t + 2.0 * adapter.vocab_size * adapter.d_model * t
-    flops += 4.0 * adapter.n_layers * attention_widths(adapter)[0] * t * t
+    head = 2.0 * adapter.vocab_size * adapter.d_model * n_tokens
+    return capture_flops(adapter, n_tokens, n_tokens, n_images) + head
+
+
+def capture_flops(adapter: Adapter, n_tokens: float, context: int, n_images: float) -> float:
+    """Operations of forwards without logits over `n_tokens` in sequences of `context`; attention counted unmasked."""
+    flops = 2.0 * parameters_by_part(adapter).decoder * n_tokens
+    flops += 4.0 * adapter.n_layers * attention_widths(adapter)[0] * n_tokens * context
+    return flops + n_images * picture_flops(adapter)
+
+
+def picture_flops(adapter: Adapter) -> float:
+    """Operations of vision tower and projector for one picture; 0 where its size decides."""
+    parts = parameters_by_part(adapter)
     vision, patches = getattr(adapter.model.config, "vision_config", None), n_patches(adapter) or 0
-    if vision is not None and patches:
-        depth = int(getattr(vision, "num_hidden_layers", 0) or getattr(vision, "depth", 0))
-        one = 2.0 * (parts.vision + parts.projector) * patches + 4.0 * depth * int(vision.hidden_size) * patches**2
-        flops += n_images * one
-    return flops
+    if vision is None or not patches:
+        return 0.0
+    depth = int(getattr(vision, "num_hidden_layers", 0) or getattr(vision, "depth", 0))
+    return 2.0 * (parts.vision + parts.projector) * patches + 4.0 * depth * int(vision.hidden_size) * patches**2
+
+
+def capture_elements(adapter: Adapter, n_tokens: int, n_images: int) -> int:
+    """Numbers alive at once inside a forward whose attention holds no scores, as `capture_mlp` runs it; estimate."""
+    hidden = int(adapter.model.config.get_text_config().intermediate_size)
+    layer = n_tokens * (4 * adapter.d_model + 3 * hidden)
+    vision, patches = getattr(adapter.model.config, "vision_config", None), n_patches(adapter) or 0
+    if vision is None or not patches:
+        return layer
+    width = int(vision.hidden_size)
+    return max(layer, n_images * patches * (6 * width + 2 * int(getattr(vision, "intermediate_size", 4 * width))))

@@ -47,6 +47,7 @@ def _text_config(
     d_model: int,
     n_heads: int,
     n_kv_heads: int,
+    head_dim: int,
     layer_types: Sequence[str],
     window: int,
     attention_bias: bool,
@@ -58,8 +59,8 @@ def _text_config(
         num_hidden_layers=len(layer_types),
         num_attention_heads=n_heads,
         num_key_value_heads=n_kv_heads,
-        head_dim=8,
-        query_pre_attn_scalar=8,
+        head_dim=head_dim,
+        query_pre_attn_scalar=head_dim,
         sliding_window=window,
         layer_types=list(layer_types),
         attention_bias=attention_bias,
@@ -115,6 +116,7 @@ def tiny_gemma3(
     d_model: int = 24,
     n_heads: int = 4,
     n_kv_heads: int = 2,
+    head_dim: int = 8,
     layer_types: Sequence[str] = LAYER_TYPES,
     window: int = 5,
     attention_bias: bool = False,
@@ -127,8 +129,9 @@ def tiny_gemma3(
         seed: names the weights; the same seed gives the same weights in every dtype.
         text_only: make a `Gemma3ForCausalLM` without a vision tower.
         d_model: decoder width.
-        n_heads: query heads, 8 wide each.
+        n_heads: query heads.
         n_kv_heads: key/value heads.
+        head_dim: width of a head.
         layer_types: "sliding_attention" or "full_attention" for each layer.
         window: sliding window in tokens.
         attention_bias: give the attention projections biases.
@@ -136,7 +139,7 @@ def tiny_gemma3(
         attention: Hugging Face attention implementation.
     """
     tokenizer = _tokenizer()
-    text = _text_config(len(tokenizer), d_model, n_heads, n_kv_heads, layer_types, window, attention_bias)
+    text = _text_config(len(tokenizer), d_model, n_heads, n_kv_heads, head_dim, layer_types, window, attention_bias)
     with torch.random.fork_rng():
         torch.manual_seed(derive(seed, "tiny"))
         model = (

@@ -3,6 +3,7 @@
 Legend: n active features of a layer, T positions, d model width, F features of a transcoder.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +29,7 @@ class LayerFeatures:
         b_enc: `[F]`.
         b_dec: `[d]`.
         w_skip: `[d, d]` applied as `x @ w_skip.T`, or None.
+        w_later: decoders `[F, d]` to the layers after its own, in order (cross-layer transcoders).
     """
 
     position: Tensor
@@ -40,6 +42,7 @@ class LayerFeatures:
     b_enc: Tensor
     b_dec: Tensor
     w_skip: Tensor | None
+    w_later: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -53,10 +56,33 @@ class LayerFeatures:
         """`W_enc` rows of the active features applied to `mlp_in [T, d]` at their positions: `[n]`, without bias."""
         return (self.w_enc[self.index] * mlp_in[self.position]).sum(-1)
 
-    def write(self, activation: Tensor, mlp_in: Tensor) -> Tensor:
-        """`[T, d]`: the features' decoder rows times `activation [n]`, plus the skip path of `mlp_in [T, d]`."""
-        out = torch.zeros_like(mlp_in).index_add_(0, self.position, activation[:, None] * self.w_dec[self.index])
-        return out if self.w_skip is None else out + mlp_in @ self.w_skip.T
+    def reaches(self, ahead: int) -> bool:
+        """Whether the features write to the layer `ahead` of their own."""
+        return 0 <= ahead <= len(self.w_later)
+
+    def vectors(self, ahead: int) -> Tensor:
+        """`[n, d]`, what each active feature writes to the layer `ahead` of its own, at its own activation."""
+        decoder = self.w_dec if ahead == 0 else self.w_later[ahead - 1]
+        return self.activation[:, None] * decoder[self.index]
+
+    def add_written(self, out: Tensor, activation: Tensor, ahead: int) -> None:
+        """Add to `out [T, d]` what the features write at activations `[n]` to the layer `ahead` of their own."""
+        decoder = self.w_dec if ahead == 0 else self.w_later[ahead - 1]
+        out.index_add_(0, self.position, activation[:, None] * decoder[self.index])
+
+
+def written(layers: Sequence[LayerFeatures], activations: Sequence[Tensor], mlp_in: Tensor) -> Tensor:
+    """`[T, d]`, what the features of all layers write to the last of `layers`, with its skip path of `mlp_in [T, d]`.
+
+    `activations` has `[n]` a layer. Decoder biases are left out.
+    """
+    last = len(layers) - 1
+    w_skip = layers[last].w_skip
+    out = torch.zeros_like(mlp_in) if w_skip is None else mlp_in @ w_skip.T
+    for layer, (features, activation) in enumerate(zip(layers, activations, strict=True)):
+        if features.reaches(last - layer):
+            features.add_written(out, activation, last - layer)
+    return out
 
 
 @torch.no_grad()
@@ -81,6 +107,7 @@ def active_features(transcoder: Transcoder, mlp_in: Tensor) -> LayerFeatures:
         b_enc=b_enc,
         b_dec=transcoder.b_dec.detach(),
         w_skip=None if transcoder.W_skip is None else transcoder.W_skip.detach(),
+        w_later=tuple(decoder.detach() for decoder in transcoder.W_later),
     )
 
 

@@ -17,7 +17,7 @@ from vlmscope.activations.capture import ForwardState, HasAdapter, adapter_of, c
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.placement import materialised
-from vlmscope.replacement.features import FeatureTable, LayerFeatures, active_features, feature_table
+from vlmscope.replacement.features import FeatureTable, LayerFeatures, active_features, feature_table, written
 from vlmscope.replacement.frozen import FrozenLayer, freeze_layer
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -49,7 +49,8 @@ class ReplacementModel:
         state: the recorded forward.
         layers: the frozen attention and scales of each layer.
         features: the active features of each layer.
-        errors: `[L, T, d]`, transcoder target minus reconstruction (decoder bias and skip path belong to the latter).
+        errors: `[L, T, d]`, transcoder target minus reconstruction (decoder bias, skip path and what features of lower
+            layers write here belong to the latter).
         unembedding: `[V, d]`.
         feature_activations: all active features in one table.
         logit_softcap: the cap c of a model that gives `c tanh(u / c)` for its unembedding's output u, or None. What is
@@ -83,15 +84,15 @@ class ReplacementModel:
             delta: changes of activations; the other features keep theirs.
         """
         changes = self._changes(delta or {})
+        activation = [features.activation + change for features, change in zip(self.features, changes, strict=True)]
         x, pre = self.state.embeddings, []
         for layer, (frozen, features) in enumerate(zip(self.layers, self.features, strict=True)):
             h = x + frozen.attend(x, with_bias=True)
             mlp_in = frozen.mlp_in_scale * h
             pre.append(features.read(mlp_in) + features.encoder_bias)
-            written = features.write(features.activation + changes[layer], mlp_in)
-            stream = h + frozen.write_scale * (written + features.b_dec + self.errors[layer])
+            out = written(self.features[: layer + 1], activation[: layer + 1], mlp_in)
+            stream = h + frozen.write_scale * (out + features.b_dec + self.errors[layer])
             x = frozen.leave(stream, with_injection=True)
-        activation = [features.activation + change for features, change in zip(self.features, changes, strict=True)]
         return Replay(torch.cat(pre), torch.cat(activation), self._unembed(x))
 
     def direct(self, delta: FeatureChange) -> Replay:
@@ -106,12 +107,13 @@ class ReplacementModel:
     def _tangent(self, delta: FeatureChange, *, respond: bool) -> Replay:
         changes = self._changes(delta)
         x, pre, activation = torch.zeros_like(self.state.embeddings), [], []
-        for frozen, features, change in zip(self.layers, self.features, changes, strict=True):
+        for layer, (frozen, features) in enumerate(zip(self.layers, self.features, strict=True)):
             h = x + frozen.attend(x, with_bias=False)
             mlp_in = frozen.mlp_in_scale * h
             pre.append(features.read(mlp_in))
-            activation.append(change + pre[-1] if respond else change)
-            x = frozen.leave(h + frozen.write_scale * features.write(activation[-1], mlp_in), with_injection=False)
+            activation.append(changes[layer] + pre[-1] if respond else changes[layer])
+            out = written(self.features[: layer + 1], activation, mlp_in)
+            x = frozen.leave(h + frozen.write_scale * out, with_injection=False)
         return Replay(torch.cat(pre), torch.cat(activation), self._unembed(x))
 
     def capped(self, logits: Tensor) -> Tensor:
@@ -194,8 +196,9 @@ def build_replacement(
         hook = transcoder.config.output_hook
         found = active_features(transcoder, state.mlp_in[layer])
         target = state.mlp_out[layer] if hook == "mlp_out" else state.norm_scales[layer, 3] * state.mlp_out[layer]
-        errors.append(target - found.write(found.activation, state.mlp_in[layer]) - found.b_dec)
         features.append(found)
+        reconstruction = written(features, [each.activation for each in features], state.mlp_in[layer]) + found.b_dec
+        errors.append(target - reconstruction)
         layers.append(freeze_layer(adapter, state, layer, hook))
     return ReplacementModel(
         inputs=inputs,

@@ -62,7 +62,7 @@ def attribution_graph(
     edges = strongest_edges(pruned, max_edges)
     if len(edges) == 0:
         raise ValueError("the pruned graph has no edges to draw")
-    sources, targets = graph.indices[edges].astype(int), graph.edge_targets()[edges]
+    sources, targets = graph.indices[edges].astype(int), graph.targets_of(edges)
     logits = graph.nodes.of(NodeKind.LOGIT)
     shown = np.unique(np.concatenate([sources, targets, logits[pruned.node_mask[logits]]]))
     layout = _lay_out(pruned, shown)
@@ -81,15 +81,16 @@ def attribution_graph(
 def strongest_edges(pruned: PrunedGraph, count: int) -> np.ndarray:
     """Numbers of the `count` kept edges that matter most to the logits, strongest first, int64."""
     graph = pruned.graph
-    magnitude = np.abs(graph.weights.astype(np.float64))
-    targets = graph.edge_targets()
-    total = np.bincount(targets, magnitude, graph.n_nodes)
+    total = graph.absolute_sums()
     importance = pruned.influence.astype(np.float64).copy()
     # Influence starts from the logits' probabilities and does not count the start itself.
     importance[graph.nodes.of(NodeKind.LOGIT)] += graph.logit_probabilities
+    kept = np.flatnonzero(pruned.edge_mask)
+    targets = graph.targets_of(kept)
+    magnitude = np.abs(graph.weights[kept].astype(np.float64))
     strength = magnitude / np.where(total > 0, total, 1.0)[targets] * importance[targets]
-    kept = np.flatnonzero(pruned.edge_mask & (strength > 0))
-    return kept[np.argsort(-strength[kept], kind="stable")][:count]
+    kept, strength = kept[strength > 0], strength[strength > 0]
+    return kept[np.argsort(-strength, kind="stable")][:count]
 
 
 def _lay_out(pruned: PrunedGraph, shown: np.ndarray) -> _Layout:

@@ -67,6 +67,7 @@ def _by_layer(axes: Axes, groups: dict[str, list[SweepJob]], name: str) -> None:
 
 
 def _against_l0(axes: Axes, groups: dict[str, list[SweepJob]], name: str) -> None:
+    shown = np.zeros((1, 2))  # the origin is in view
     for number, jobs in enumerate(groups.values()):
         points = [
             (job.metrics["val/l0"], job.metrics[name])
@@ -76,9 +77,13 @@ def _against_l0(axes: Axes, groups: dict[str, list[SweepJob]], name: str) -> Non
         if points:
             x, y = zip(*points, strict=True)
             axes.scatter(x, y, color=pick(COLOURS, number), marker=_marker(number), s=36)
+            shown = np.vstack([shown, points])
     axes.set_xlabel("active features a token (L0)")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    if len(shown) > 1:
+        # Margins for the points' own spread, which is small beside the way to 0, would cut markers in half.
+        (_, low), (right, high) = shown.min(0), shown.max(0)
+        axes.set_xlim(0, 1.1 * right)
+        axes.set_ylim(1.1 * low, 1.1 * high)
     tidy(axes)
 
 

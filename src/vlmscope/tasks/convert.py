@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +11,12 @@ from vlmscope.core.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from vlmscope.config import AppConfig
     from vlmscope.tasks.context import RunContext
     from vlmscope.transcoders.formats import Choice
-    from vlmscope.transcoders.transcoder import TranscoderSet
+    from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 
@@ -95,6 +97,20 @@ def _smallest(transcoders: TranscoderSet) -> str:
     return "float64"
 
 
+def _difference(first: Transcoder, second: Transcoder, x: Tensor) -> float:
+    """The largest difference between what two transcoders make of inputs `x` [N, d], at all layers written to."""
+    import torch
+
+    if first.config.writes != second.config.writes:
+        return math.inf
+    with torch.no_grad():
+        gaps = [(first(x).reconstruction - second(x).reconstruction).abs().max()]
+        codes = first.encode(x), second.encode(x)
+        for ahead in range(1, first.config.writes):
+            gaps.append((first.write(codes[0], ahead) - second.write(codes[1], ahead)).abs().max())
+    return float(torch.stack(gaps).max())
+
+
 def _check(expected: TranscoderSet, folder: Path, form: str, dtype: str) -> None:
     """What was written is read back and compared on random inputs, with the weights as they were stored.
 
@@ -116,8 +132,7 @@ def _check(expected: TranscoderSet, folder: Path, form: str, dtype: str) -> None
         stored = copy.deepcopy(expected[layer]).to(getattr(torch, dtype)).to(wide)
         draw = generator(0, "convert", layer).standard_normal((64, stored.config.d_model))
         x = torch.from_numpy(draw).to(wide)
-        with torch.no_grad():
-            difference = float((stored(x).reconstruction - again[layer](x).reconstruction).abs().max())
+        difference = _difference(stored, again[layer], x)
         hooks = [(one.config.input_hook, one.config.output_hook) for one in (stored, again[layer])]
         if difference != 0 or hooks[0] != hooks[1]:
             raise CheckFailed(

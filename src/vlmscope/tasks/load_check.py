@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _SCENES = 4  # of each kind: some 440 tokens
+_PICTURE = 256  # pixels a side
+PLAIN = (
+    "The river rises in the hills to the north and runs for some two hundred miles before it meets the sea. For most "
+    "of that way it is slow and wide, and the towns along its banks have lived by it since the middle ages: first by "
+    "fishing, then by the mills, and in the last century by the trade in coal and timber that the railways brought. "
+    "In 1894 a flood carried three of the old bridges away. Two of them were built again in iron; the third, at the "
+    "lower ford, was never replaced, and people still cross there by a small ferry that holds two cars and about a "
+    "dozen passengers. What would you show a visitor who has only one afternoon, and why?"
+)
 
 
 def warn_if_unfit(
@@ -54,6 +63,28 @@ def warn_if_unfit(
             named,
         )
     return found
+
+
+def warn_on_load(vlm: VLM, transcoders: TranscoderSet) -> dict[int, float]:
+    """`warn_if_unfit` where no run says what to look at: Orrery's scenes, else a text and a picture of colours.
+
+    Returns:
+        FVU by layer; empty, with a warning, when the model's vocabulary lacks words of the text.
+    """
+    if _speaks_orrery(vlm):
+        return warn_if_unfit(vlm, transcoders, None)
+    found = warn_if_unfit(vlm, transcoders, PLAIN, [_colours()] if vlm.adapter.has_vision else [])
+    if not found:
+        _LOG.warning("the transcoders were not tried on %s: its vocabulary lacks words of the check's text", vlm.name)
+    return found
+
+
+def _colours() -> Image:
+    """A picture in which red rises from left to right and green from top to bottom."""
+    from PIL import Image
+
+    rise = Image.linear_gradient("L").resize((_PICTURE, _PICTURE))
+    return Image.merge("RGB", (rise.rotate(90), rise, Image.new("L", rise.size, 128)))
 
 
 def _inputs(vlm: VLM, prompt: str | None, pictures: Sequence[Image]) -> list[Mapping[str, Tensor]]:

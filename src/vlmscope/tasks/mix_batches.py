@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 def mix_batches(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple[VLM, Source]:
     """Batches of the mix, each source's share of the tokens as its weight says.
 
+    Of several processes that train together each reads its own share of every source.
+
     Raises:
         UserError: a source is wrong, or has no sample for validation.
     """
@@ -29,9 +31,10 @@ def mix_batches(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple
     from vlmscope.data.sources import fingerprint
     from vlmscope.tasks.transcoder_batches import Source
     from vlmscope.training.mix_batches import MixBatches, MixValidation
+    from vlmscope.training.process_group import joint_sum, own_share
 
-    data, task = cfg.data, cfg.task
-    train = {name: streams(cfg, name, validation=False) for name in data.sources}
+    data, task, share = cfg.data, cfg.task, own_share()
+    train = {name: streams(cfg, name, validation=False, share=share) for name in data.sources}
     val = {name: streams(cfg, name, validation=True) for name in data.sources}
     vlm = load()
 
@@ -44,7 +47,10 @@ def mix_batches(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple
         f"{fingerprint(data.sources)}, {task.tokens_per_batch} tokens a batch, {task.max_tokens} an example, "
         f"{data.context} a text, shuffled by {data.shuffle}, {data.val_share} held out"
     )
-    batches = MixBatches(make, task.tokens_per_batch, run_dir / "data_states.json", settings, cfg.trainer.resume)
+    if share.total > 1:  # another number of processes reads in another order, and cannot go on
+        settings += f", read by {share.total} processes"
+    states = run_dir / "data_states.json"
+    batches = MixBatches(make, task.tokens_per_batch, states, settings, cfg.trainer.resume, share, joint_sum)
     held = MixValidation({name: (one(), encoder(cfg, vlm)) for name, one in val.items()}, task.val_examples)
     return vlm, Source(batches, held, settings, batches.figures)
 

@@ -1,12 +1,13 @@
-"""What would this model need? Parameters, memory, one graph's size and least time, without any weights."""
+"""What would this model need? Parameters, memory, one graph, training: sizes and least time, without any weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.hardware import HARDWARE
+from vlmscope.tasks.plan_training import TrainingPlan
 
 if TYPE_CHECKING:
     from vlmscope.attribution.sizes import GraphSizes
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
 class Config:
     """The prompt is `tokens` long: by default `images` pictures' soft tokens and `text_tokens` of text.
 
-    `device` names the machine whose time is estimated.
+    `device` names the machine whose time is estimated. With transcoder=arch, their training is planned as `training`
+    says.
     """
 
     tokens: int | None = None
     images: int = 1
     text_tokens: int = 64
     device: str = "h100"
+    training: TrainingPlan = field(default_factory=TrainingPlan)
 
     def __post_init__(self) -> None:
         if self.device not in HARDWARE:
@@ -44,6 +47,7 @@ class _Transcoders(NamedTuple):
     widths: list[int]
     k: int
     skip: bool
+    activation: str
     said: str
 
 
@@ -70,7 +74,19 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         print(f"\n{title}\n" + "\n".join(_line(*row) for row in rows))
         metrics |= {key: value for key, _, value, _ in rows}
     _verdict(metrics["plan/memory/trace"], machine.memory, task.device)
-    return metrics
+    return metrics | _training(cfg, adapter)
+
+
+def _training(cfg: AppConfig, adapter: Adapter) -> dict[str, float]:
+    """The plan of training new transcoders, printed; nothing for a set that is there."""
+    from vlmscope.config.schema import TranscoderArchConfig
+    from vlmscope.tasks.plan_training import TrainingTables
+
+    if not isinstance(cfg.transcoder, TranscoderArchConfig):
+        return {}
+    tables = TrainingTables(cfg, adapter, HARDWARE[cfg.task.device])
+    print("\n".join(tables.lines()))
+    return tables.metrics
 
 
 _Row = tuple[str, str, float, str]  # metric, words, value, unit
@@ -132,7 +148,11 @@ def _transcoders(cfg: AppConfig, adapter: Adapter, overrides: tuple[str, ...]) -
     if isinstance(chosen, RandomTranscodersConfig):
         width = 4 * d if chosen.n_features is None else chosen.n_features
         return _Transcoders(
-            [width] * layers, chosen.k, chosen.skip, f"random, {width:,} features a layer, k={chosen.k}"
+            [width] * layers,
+            chosen.k,
+            chosen.skip,
+            chosen.activation,
+            f"random, {width:,} features a layer, k={chosen.k}",
         )
     if not isinstance(chosen, TranscoderArchConfig):
         from vlmscope.tasks.wiring import trained_transcoders
@@ -145,10 +165,12 @@ def _transcoders(cfg: AppConfig, adapter: Adapter, overrides: tuple[str, ...]) -
             chosen = TranscoderArchConfig()
         else:
             widths = [transcoder.config.n_features for transcoder in found.transcoders.values()]
-            return _Transcoders(widths, found.config.k, found[0].W_skip is not None, str(chosen.path))
+            return _Transcoders(
+                widths, found.config.k, found[0].W_skip is not None, found.config.activation, str(chosen.path)
+            )
     width = chosen.expansion_factor * d
     said = f"new ones, {chosen.expansion_factor} times the width = {width:,} features a layer, k={chosen.k}"
-    return _Transcoders([width] * layers, chosen.k, chosen.skip, said)
+    return _Transcoders([width] * layers, chosen.k, chosen.skip, chosen.activation, said)
 
 
 def _graph(cfg: AppConfig, adapter: Adapter, chosen: _Transcoders, n_tokens: int, n_soft: int) -> GraphSizes:
@@ -178,7 +200,14 @@ def _transcoder_parameters(chosen: _Transcoders, d: int) -> int:
 
     total = 0
     for layer, width in enumerate(chosen.widths):
-        config = TranscoderConfig(d_model=d, n_features=width, k=min(chosen.k, width), layer=layer, skip=chosen.skip)
+        config = TranscoderConfig(
+            d_model=d,
+            n_features=width,
+            k=min(chosen.k, width),
+            layer=layer,
+            activation=chosen.activation,
+            skip=chosen.skip,
+        )
         total += sum(parameter.numel() for parameter in Transcoder(config, device="meta").parameters())
     return total
 

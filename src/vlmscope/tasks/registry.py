@@ -13,13 +13,17 @@ from vlmscope.tasks.context import RunContext
 
 
 class Task(NamedTuple):
-    """`recorded` is False for a task that only prints: it gets no configuration file, metrics or tracked run."""
+    """`recorded` is False for a task that only prints: it gets no configuration file, metrics or tracked run.
+
+    `ranks` is True for one that several processes can run together (docs/scaling.md).
+    """
 
     name: str
     summary: str
     config: type
     run: Callable[[AppConfig, RunContext], dict[str, float]]
     recorded: bool
+    ranks: bool
 
 
 @cache
@@ -38,7 +42,8 @@ def load(name: str) -> Task:
     """Import one task by name; a name that is not in `summaries()` is a `KeyError`."""
     summary = summaries()[name]
     module: Any = importlib.import_module(f"{tasks.__name__}.{name}")
-    return Task(name, summary, module.Config, module.run, getattr(module, "RECORDED", True))
+    recorded, ranks = getattr(module, "RECORDED", True), getattr(module, "RANKS", False)
+    return Task(name, summary, module.Config, module.run, recorded, ranks)
 
 
 def configs() -> dict[str, type]:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.context import RunContext
 
+RANKS = True  # several processes can run it together
+
 
 @dataclass
 class Config:
@@ -74,6 +76,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         context.run_dir,
         context.tracked.lightning_logger(),
         cfg.trainer.resume,
+        per_host=cfg.trainer.per_host or context.per_host,
         data_figures=source.figures,
     )
     save_set(transcoders, context.run_dir / "transcoders", dtype="bfloat16")
@@ -105,6 +108,7 @@ def training_config(cfg: "AppConfig", data: str | None = None):
         k=arch.k,
         activation=arch.activation,
         skip=arch.skip,
+        cross_layer=arch.cross_layer,
         bandwidth=arch.bandwidth,
         matryoshka=tuple(task.matryoshka),
         sparsity_coefficient=sparsity,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _DATA, _SHARE = "data/", "/tokens_share"
 # What a card's table leaves out: it stands elsewhere in the card, or says how a run is watched.
-_SKIPPED = {"k", "activation", "skip", "data", "checkpoint_every", "val_every", "log_every"}
+_SKIPPED = {"k", "activation", "skip", "cross_layer", "data", "checkpoint_every", "val_every", "log_every"}
 
 
 def training_card(

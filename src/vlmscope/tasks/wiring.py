@@ -162,7 +162,7 @@ def random_transcoders(config: RandomTranscodersConfig, vlm: VLM) -> TranscoderS
     size = adapter.n_layers * 2 * width * adapter.d_model * adapter.dtype.itemsize
     check_room(size, "random transcoders", "cpu", "choose a smaller transcoder.n_features")
     shape = (adapter.n_layers, adapter.d_model, width, config.k, config.skip)
-    found = random_set(*shape, config.seed, adapter.dtype, "random", config.activation)
+    found = random_set(*shape, config.seed, adapter.dtype, "random", config.activation, config.cross_layer)
     return found.to(adapter.device).requires_grad_(False)
 
 

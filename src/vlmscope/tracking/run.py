@@ -37,7 +37,7 @@ class TrackedRun(Protocol):
         ...
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log numbers, at a training step when one is given."""
+        """Log numbers at a training step; without one, at the latest that this run logged (0 before any)."""
         ...
 
     def log_artifacts(self, path: str | Path) -> None:
@@ -88,8 +88,9 @@ class NullRun:
 class MlflowRun:
     """A run in an MLflow store."""
 
-    def __init__(self, client: "MlflowClient", run_id: str) -> None:
+    def __init__(self, client: "MlflowClient", run_id: str, step: int = 0) -> None:
         self._client = client
+        self._step = step  # the latest; final figures at step 0 would send a curve back to its start
         self.run_id: str | None = run_id
         self._id = run_id
 
@@ -111,11 +112,13 @@ class MlflowRun:
             self._client.log_batch(self._id, tags=changed)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log numbers in one transaction; `step` defaults to 0."""
+        """Log numbers in one transaction; `step` defaults to the latest one."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        entries = [Metric(clean_key(key), float(value), now, step or 0) for key, value in metrics.items()]
+        step = self._step if step is None else step
+        self._step = max(self._step, step)
+        entries = [Metric(clean_key(key), float(value), now, step) for key, value in metrics.items()]
         for start in range(0, len(entries), 1000):
             self._client.log_batch(self._id, metrics=entries[start : start + 1000])
 
@@ -169,6 +172,12 @@ def _existing_run(client: "MlflowClient", run_dir: Path) -> "Run | None":
     return run if run.info.lifecycle_stage == "active" else None
 
 
+def _latest_step(client: "MlflowClient", run_id: str) -> int:
+    """The latest step of a run that goes on; it may have nothing left to train."""
+    names = client.get_run(run_id).data.metrics
+    return max((entry.step for name in names for entry in client.get_metric_history(run_id, name)), default=0)
+
+
 def start_run(client: "MlflowClient", uri: str, run_dir: Path, info: RunInfo, resume: bool) -> str:
     """Create the MLflow run, or with `resume` set the one that `run_dir` had to running again; returns its id."""
     tags = {"run_dir": str(run_dir.resolve()), "overrides": " ".join(info.overrides)[:MAX_VALUE], **provenance.tags()}
@@ -203,7 +212,7 @@ def open_run(config: TrackingConfig, run_dir: Path, info: RunInfo, *, resume: bo
     run_id = start_run(client, config.uri, run_dir, info, resume)
     status = "FAILED"
     try:
-        run = MlflowRun(client, run_id)
+        run = MlflowRun(client, run_id, _latest_step(client, run_id) if resume else 0)
         run.log_params(info.params)
         yield run
         status = "FINISHED"

@@ -1,5 +1,6 @@
 """The parent run of a sweep: opened before its first job, closed with a status made of its jobs'."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from vlmscope.tracking.run import RunInfo, start_run
 # Jobs may run in other processes (a launcher starts them), so the id travels in the environment.
 _PARENT = "VLMSCOPE_MLFLOW_PARENT"
 _URI = "VLMSCOPE_MLFLOW_URI"
+_OVERRIDES = "VLMSCOPE_MLFLOW_OVERRIDES"
 
 
 def open_parent(config: TrackingConfig, sweep_dir: str | Path, experiment: str, overrides: Sequence[str]) -> str:
@@ -23,6 +25,7 @@ def open_parent(config: TrackingConfig, sweep_dir: str | Path, experiment: str, 
     run_id = start_run(client, config.uri, folder, info, resume=True)
     os.environ[_PARENT] = run_id
     os.environ[_URI] = config.uri
+    os.environ[_OVERRIDES] = json.dumps(list(overrides))
     return run_id
 
 
@@ -40,6 +43,23 @@ def parent_id() -> str:
     return run_id
 
 
+def job_name(settings: Sequence[str], fallback: str) -> str:
+    """What sets a job apart: its settings without those of the sweep's command line that all jobs share.
+
+    Where runs are compared, a legend shows only the start of a name, so `transcoder.k=4` is `k=4` if no other key of
+    the job ends in `k`.
+    """
+    shared = set(json.loads(os.environ.get(_OVERRIDES, "[]")))
+    own = [setting for setting in settings if setting not in shared] or settings
+    parts = [setting.partition("=") for setting in own]
+    leaves = [key.rpartition(".")[2] for key, _, _ in parts]
+    short = [
+        f"{key if leaves.count(leaf) > 1 else leaf}{equals}{value}"
+        for leaf, (key, equals, value) in zip(leaves, parts, strict=True)
+    ]
+    return ", ".join(short)[:200] or fallback
+
+
 def log_to_parent(files: Sequence[Path], root: Path) -> None:
     """Copy files below `root` into the parent run's artifacts, keeping subfolders; nothing without a parent."""
     run_id, uri = os.environ.get(_PARENT), os.environ.get(_URI)
@@ -54,6 +74,7 @@ def log_to_parent(files: Sequence[Path], root: Path) -> None:
 def close_parent(*, killed: bool = False, failed: bool = False) -> None:
     """End the parent run, if one is open: KILLED or FAILED as said or when a job was, else FINISHED."""
     run_id, uri = os.environ.pop(_PARENT, None), os.environ.pop(_URI, None)
+    os.environ.pop(_OVERRIDES, None)
     if run_id is None or uri is None:
         return
     client = open_client(uri)

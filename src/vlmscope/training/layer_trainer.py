@@ -9,6 +9,7 @@ Legend: N tokens of a batch, d model width, F features.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +90,8 @@ class LayerTrainer(nn.Module):
             add_up([counts])
         self.left_out += counts
 
-    def initialise(self, x: Tensor, y: Tensor, method: str, seed: int) -> None:
-        """Set standardisation and weights from raw activations [N, d], [N, d]."""
+    def standardise(self, x: Tensor, y: Tensor) -> None:
+        """Take means and scales from raw activations [N, d], [N, d]."""
         layer = self.transcoder.config.layer
         if not (bool(x.isfinite().all()) and bool(y.isfinite().all())):
             raise UserError(
@@ -104,19 +105,31 @@ class LayerTrainer(nn.Module):
         standard = Standardisation.fit(x, y)
         self.x_mean.copy_(standard.x_mean)
         self.y_mean.copy_(standard.y_mean)
-        self.scales.copy_(torch.tensor([standard.x_scale, standard.y_scale]))
-        start(self.transcoder, *standard.apply(x, y), method, generator(seed, "transcoder_start", layer))
+        self.scales.copy_(torch.tensor([standard.x_scale, standard.y_scale], dtype=torch.float64))
+
+    def start(self, x: Tensor, targets: Sequence[Tensor], method: str, seed: int) -> None:
+        """Set the weights; arguments as those of `vlmscope.training.transcoder_start.start`."""
+        rng = generator(seed, "transcoder_start", self.transcoder.config.layer)
+        start(self.transcoder, x, targets, method, rng)
 
     def loss(
-        self, x: Tensor, y: Tensor, config: TranscoderTrainingConfig, joint: Joint = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        config: TranscoderTrainingConfig,
+        joint: Joint = None,
+        earlier: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, TranscoderOutput]:
         """Loss and FVU (scalars) of raw activations [N, d], and the output in standardised coordinates.
 
         With `joint` (`vlmscope.training.losses.joint`) the activations are a host's or a micro-batch's part of a step.
+        `earlier` [N, d] is what features of lower layers write here, in standardised coordinates (cross-layer sets).
         """
         x, y = self.standardised(x, y)
         one = self.transcoder
         out = one(x)
+        if earlier is not None:
+            out = replace(out, reconstruction=out.reconstruction + earlier)
         unexplained = joint_fvu(y, out.reconstruction, joint)
         loss = unexplained
         sizes = prefix_sizes(config.matryoshka, one.config.n_features)
@@ -138,7 +151,7 @@ class LayerTrainer(nn.Module):
             case JumpReLU() as jump:
                 return l0_penalty(jump, out.at_support, out.code.indices, self.transcoder.config.k, joint)
             case ReLU():
-                return l1_penalty(out.code.values, out.code.indices, self.transcoder.W_dec, joint)
+                return l1_penalty(out.code.values, out.code.indices, self.transcoder.write_norms(), joint)
             case _:
                 return None
 
@@ -181,6 +194,9 @@ class LayerTrainer(nn.Module):
         """Remember the loss of a step for the running median."""
         self.losses[step % _WINDOW] = loss
 
-    def folded(self) -> Transcoder:
-        """The transcoder in the model's own coordinates, detached from training."""
-        return fold(self.transcoder, self.standard).requires_grad_(False).eval()
+    def folded(self, later_scales: Sequence[float] = ()) -> Transcoder:
+        """The transcoder in the model's own coordinates, detached from training.
+
+        `later_scales` are the target scales of the later layers that it writes to, in order.
+        """
+        return fold(self.transcoder, self.standard, later_scales).requires_grad_(False).eval()

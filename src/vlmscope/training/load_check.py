@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.activations.capture import HasAdapter, adapter_of
+from vlmscope.activations.hook_points import target_at
 from vlmscope.core.errors import UserError
 from vlmscope.metrics.reconstruction import fvu
 from vlmscope.models.base import Adapter
@@ -52,12 +53,11 @@ def fvu_on_load(
     adapter = adapter_of(vlm)
     activations = collect(adapter, list(forwards))
     found = {}
+    kind = next(transcoders.parameters()).dtype
+    inputs = {layer: activations.by_layer[layer][0].to(kind) for layer in transcoders.layers}
+    codes = transcoders.encode(inputs)
     for layer, transcoder in transcoders.transcoders.items():
-        x, y = activations.by_layer[layer]
-        if transcoder.config.output_hook == "mlp_out_post":
-            norm = adapter.norms(layer).mlp_out_post
-            assert norm is not None, "check_hooks refuses this"
-            y = norm(y)
-        reconstruction = transcoder(x.to(transcoder.W_enc.dtype)).reconstruction
+        y = target_at(adapter, layer, transcoder.config.output_hook, activations.by_layer[layer][1])
+        reconstruction = transcoders.decode(layer, codes, inputs[layer])
         found[layer] = float(fvu(y.double(), reconstruction.double()))
     return found, activations.n_tokens

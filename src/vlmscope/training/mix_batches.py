@@ -17,9 +17,11 @@ from vlmscope.core.conversation import Conversation, Sample
 from vlmscope.core.errors import UserError
 from vlmscope.data.mixing import TokenMix
 from vlmscope.data.raw import RawSample
+from vlmscope.data.share import WHOLE, Share
 from vlmscope.data.shuffled import ShuffledSource
 from vlmscope.data.text_packing import TokenPacker
 from vlmscope.training.conversation_batches import Forward, stacked
+from vlmscope.training.transcoder_data import ENDED, OwnPart
 
 EVERY = 8  # batches between two states that are kept in the file
 NEWEST = 16  # the states of so many last batches are at hand
@@ -85,7 +87,11 @@ class SampleEncoder:
 
 
 class MixBatches:
-    """Batch number 0, 1, ... of a mix, each of at least `tokens_per_batch` tokens."""
+    """Batch number 0, 1, ... of a mix, each of at least `tokens_per_batch` tokens.
+
+    Where several processes train together, each has the batches of its own share of the sources (`share`), with its
+    own states; number n of them all is the joint batch n. One whose share has ended has empty parts.
+    """
 
     def __init__(
         self,
@@ -94,20 +100,27 @@ class MixBatches:
         file: Path,
         settings: str,
         resume: bool,
+        share: Share = WHOLE,
+        joint_sum: Callable[[Sequence[float]], Sequence[float]] = list,
     ) -> None:
         """Take up the states of an earlier run.
 
         Args:
-            make: the mix at its beginning.
-            tokens_per_batch: items are added until a batch has so many.
-            file: where states are kept.
+            make: the mix at its beginning; of the share, where there is one.
+            tokens_per_batch: items are added until a batch has so many, over all shares.
+            file: where states are kept; a share adds its number to the name.
             settings: what batches hang on; states of other settings are not used.
             resume: whether this run goes on with an earlier one; else its states are not used.
+            share: which part of the sources `make` reads.
+            joint_sum: sums over all shares, for `figures`.
 
         Raises:
             UserError: the file cannot be read.
         """
-        self.make, self.tokens_per_batch, self.file, self.settings = make, tokens_per_batch, file, settings
+        self.share, self.joint_sum, self.settings = share, joint_sum, settings
+        self.make, self.tokens_per_batch = make, -(-tokens_per_batch // share.total)
+        part = f"_{share.index}_of_{share.total}" if share.total > 1 else ""
+        self.file = file = file.with_name(f"{file.stem}{part}{file.suffix}")
         self.states: dict[int, Any] = {}
         if resume and file.is_file():
             kept = read_json(file)
@@ -117,23 +130,28 @@ class MixBatches:
         self.number = 0
 
     def __call__(self, number: int) -> list[Forward]:
-        """The forwards of one batch.
+        """The forwards of one batch, or this share's part of them.
 
         Raises:
-            UserError: every source has ended before it.
+            UserError: every source has ended before it, and there are no other shares.
         """
         if number != self.number:
             self._seek(number)
         while self.number < number:
             self._next()
-        return stacked(self._next())
+        batch = stacked(self._next())
+        return OwnPart(batch) if self.share.total > 1 else batch
 
     def figures(self) -> dict[str, float]:
-        """Each source's share of the tokens so far, samples left out, and corrupt shards skipped."""
+        """Each source's share of the tokens so far, samples left out, and corrupt shards skipped, over all shares."""
         lanes = self.mix.lanes
-        figures = {f"data/{name}/tokens_share": share for name, share in self.mix.shares().items()}
-        figures |= {f"data/{name}/skipped": float(lane.samples.skipped) for name, lane in lanes.items()}
-        return figures | {"data/bad_shards": float(sum(lane.samples.bad_shards for lane in lanes.values()))}
+        own = [self.mix.tokens[name] for name in lanes] + [lane.samples.skipped for lane in lanes.values()]
+        joint = self.joint_sum([*own, sum(lane.samples.bad_shards for lane in lanes.values())])
+        tokens, skipped = joint[: len(lanes)], joint[len(lanes) : -1]
+        total = sum(tokens)
+        figures = {f"data/{n}/tokens_share": t / total if total else 0.0 for n, t in zip(lanes, tokens, strict=True)}
+        figures |= {f"data/{name}/skipped": float(count) for name, count in zip(lanes, skipped, strict=True)}
+        return figures | {"data/bad_shards": float(joint[-1])}
 
     def _seek(self, number: int) -> None:
         """Go to the last state at or before a batch."""
@@ -151,11 +169,8 @@ class MixBatches:
         while tokens < self.tokens_per_batch and (drawn := next(self.mix, None)) is not None:
             forwards += drawn.item
             tokens += drawn.tokens
-        if not forwards:
-            raise UserError(
-                f"all sources have ended before batch {self.number}: add data.sources.NAME.repeat=true, give more "
-                "data, or lower trainer.max_steps"
-            )
+        if not forwards and self.share.total == 1:
+            raise UserError(f"all sources have ended before batch {self.number}: {ENDED}")
         self.number += 1
         return forwards
 

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter
 from vlmscope.training.layout import Layout
 from vlmscope.training.losses.joint import Total
 from vlmscope.training.shares import share
-from vlmscope.training.transcoder_data import Batch, LayerActivations, collect
+from vlmscope.training.transcoder_data import ENDED, Batch, LayerActivations, OwnPart, collect
 
 
 class _Total(torch.autograd.Function):
@@ -105,10 +106,15 @@ class Ranks:
         return dict(enumerate(vector.tolist()))
 
     def collect(self, adapter: Adapter, batch: Batch) -> LayerActivations:
-        """The activations of this rank's layers at all tokens of its host, from the joint batch."""
+        """The activations of this rank's layers at all tokens of its host, from the joint batch or its own part.
+
+        Raises:
+            UserError: on every rank, when no rank has a part of the batch any more.
+        """
         if self.layout.world == 1:
             return collect(adapter, batch)
-        part = share(batch, self.rank, self.layout.world, adapter.soft_token_id())
+        own = isinstance(batch, OwnPart)
+        part = batch if own else share(batch, self.rank, self.layout.world, adapter.soft_token_id())
         return self._exchange(collect(adapter, part) if part else _nothing(adapter))
 
     def _exchange(self, own: LayerActivations) -> LayerActivations:
@@ -116,6 +122,8 @@ class Ranks:
         counts[self.rank] = own.n_tokens
         dist.all_reduce(counts)
         sizes = counts.tolist()
+        if not any(sizes):
+            raise UserError(f"no process has a token of this batch any more; {ENDED}")
         members = self.layout.members(self.layout.host(self.rank))
         kind, width = own.by_layer[0][0].dtype, own.by_layer[0][0].shape[1]
         received: dict[int, Tensor] = {}

@@ -33,6 +33,7 @@ class TranscoderCheckpoints(pl.Callback):
     def __init__(self, run_dir: Path, config: TranscoderTrainingConfig) -> None:
         self.folder = Path(run_dir) / "transcoder_checkpoint"
         self.config = config
+        self.stands: int | None = None  # the step that this run has written or gone on from
 
     def newest(self) -> Path | None:
         """The folder of the newest whole checkpoint."""
@@ -42,8 +43,7 @@ class TranscoderCheckpoints(pl.Callback):
         """Write this rank's layers; when every rank has, the marker."""
         ranks = module.ranks
         folder = self.folder / f"step_{module.steps_done:08d}"
-        if (folder / _MARKER).is_file():  # the same step leads to the same state
-            ranks.barrier()
+        if self.stands == module.steps_done:  # known to every rank without a look at a disk that may lag behind
             return
         if ranks.writes:
             for layer in ranks.layers:
@@ -59,6 +59,7 @@ class TranscoderCheckpoints(pl.Callback):
                     (other / _MARKER).unlink(missing_ok=True)
                     shutil.rmtree(other, ignore_errors=True)
         ranks.barrier()
+        self.stands = module.steps_done
 
     def restore(self, module: TranscoderModule) -> bool:
         """Load the newest whole checkpoint into `module`; False when there is none.
@@ -75,9 +76,9 @@ class TranscoderCheckpoints(pl.Callback):
         if folder is None:
             return False
         marker = read_json(folder / _MARKER)
-        now = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        # A setting that did not exist when the checkpoint was written had its default.
-        then = json.loads(json.dumps(dataclasses.asdict(TranscoderTrainingConfig()))) | marker["settings"]
+        # A setting that an older version did not know is at its default.
+        known = dataclasses.asdict(TranscoderTrainingConfig()) | marker["settings"]
+        then, now = (json.loads(json.dumps(record)) for record in (known, dataclasses.asdict(self.config)))
         changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
         changed = [f"{name} {then.get(name)} -> {now.get(name)}" for name in changed if name not in _FREE]
         if changed:
@@ -88,6 +89,7 @@ class TranscoderCheckpoints(pl.Callback):
         for layer in module.ranks.layers:
             load_layer(folder / f"layer_{layer:02d}.safetensors", module, layer)
         module.steps_done, module.tokens_seen = int(marker["steps_done"]), int(marker["tokens_seen"])
+        self.stands = module.steps_done
         return True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -100,7 +102,7 @@ class TranscoderCheckpoints(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Ctrl-C or a damaged picture keeps what was learnt, unless it came in the middle of a change of the state.
 
-        Several ranks may have been interrupted at different steps, so their last regular checkpoint has to do.
+        Several ranks save when they have agreed to stop (`vlmscope.training.agreed_stop`).
         """
         kept = isinstance(exception, KeyboardInterrupt | UserError) and not pl_module.committing
         if kept and pl_module.steps_done and pl_module.ranks.layout.world == 1:
@@ -115,8 +117,8 @@ class TranscoderCheckpoints(pl.Callback):
         if not module.ranks.main:
             return
         # Parameters and two moments, in float32; the finished set at most as large as the parameters.
-        one_layer = sum(4 * p.numel() for p in module.layer(module.ranks.layers[0]).parameters())
-        needed = module.ranks.layout.n_layers * one_layer * (3 * (1 if self.newest() else 2) + 1)
+        own = sum(4 * p.numel() for p in module.parameters())
+        needed = own * module.ranks.layout.n_layers / len(module.ranks.layers) * (3 * (1 if self.newest() else 2) + 1)
         place = next(folder for folder in (self.folder, *self.folder.resolve().parents) if folder.exists())
         free = shutil.disk_usage(place).free
         if free < needed:

@@ -11,7 +11,7 @@ class TranscoderTrainingConfig:
 
     Attributes:
         expansion_factor: features of a layer = expansion_factor x model width.
-        k, activation, skip: the architecture (`vlmscope.transcoders`).
+        k, activation, skip, cross_layer: the architecture (`vlmscope.transcoders`).
         init: starting point, "samples" or "zero_decoder" (`vlmscope.training.transcoder_start`).
         init_batches: batches from which means, scales and the starting point are taken.
         pool_batches, steps_per_batch: how many captured batches are mixed, and how many steps pass between captures
@@ -38,6 +38,7 @@ class TranscoderTrainingConfig:
     k: int = 16
     activation: str = "topk"
     skip: bool = False
+    cross_layer: bool = False
     init: str = "samples"
     init_batches: int = 8
     pool_batches: int = 8
@@ -90,6 +91,9 @@ class TranscoderTrainingConfig:
         wrong = [fraction for fraction in self.matryoshka if not 0 < fraction <= 1]
         if wrong:
             raise UserError(f"transcoder training: matryoshka = {wrong[0]} must be a fraction in (0, 1]; correct it")
+        alone = [name for name in ("matryoshka", "micro_tokens", "max_norm_ratio") if getattr(self, name)]
+        if self.cross_layer and alone:
+            raise UserError(f"transcoder training: {alone[0]} is of single layers; leave out it or cross_layer")
         if self.schedule not in ("cosine", "linear"):
             raise UserError(f"transcoder training: schedule {self.schedule!r} is unknown; choose cosine or linear")
         if self.init not in ("samples", "zero_decoder"):

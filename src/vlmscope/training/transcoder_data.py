@@ -16,8 +16,17 @@ from vlmscope.activations.capture import capture_mlp
 from vlmscope.models.base import Adapter
 from vlmscope.models.conversations import LOSS_MASK
 
+ENDED = "add data.sources.NAME.repeat=true, give more data, or lower trainer.max_steps"  # what to do then
+
 Forward = Mapping[str, Tensor]
 Batch = Forward | Sequence[Forward]
+
+
+class OwnPart(list[dict[str, Tensor]]):
+    """The forwards of a batch that are this process's own where several train together; it may be empty.
+
+    Any other batch is the whole one, of which each process takes its part (`vlmscope.training.shares`).
+    """
 
 
 def forwards(batch: Batch) -> Sequence[Forward]:

@@ -2,7 +2,8 @@
 
 Definitions: `vlmscope.metrics.reconstruction`. `val/<name>` is the mean of `layers/<name>/layer_<i>` over the layers.
 FVU on image (text) tokens takes the deviations from the mean of the image (text) tokens alone. A figure that has no
-tokens to stand on, such as `fvu_image` without pictures, is left out.
+tokens to stand on, such as `fvu_image` without pictures, is left out. Each transcoder is compared, and spliced in, at
+its own `output_hook`: the raw MLP's output, or that of the norm after it.
 """
 
 import math
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from vlmscope.activations.capture import HasAdapter, adapter_of
+from vlmscope.activations.hook_points import norm_weight_after, target_at, target_module
 from vlmscope.core.errors import UserError
+from vlmscope.metrics.duplication import duplicated_fraction
 from vlmscope.metrics.reconstruction import FvuAccumulator, cross_entropy, dead_fraction, firing_counts
 from vlmscope.models.base import Adapter
+from vlmscope.training.load_check import check_hooks
 from vlmscope.training.transcoder_data import LOSS_MASK, Batch, collect, forward_arguments, forwards, on_device
-from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
+from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderSet
 
 
 @dataclass
@@ -33,13 +37,12 @@ class _LayerFigures:
     tokens: int = 0
     counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
-    def update(self, transcoder: Transcoder, x: Tensor, y: Tensor, is_image: Tensor) -> None:
-        out = transcoder(x)
+    def update(self, code: SparseCode, reconstruction: Tensor, y: Tensor, is_image: Tensor) -> None:
         for name, part in (("fvu", slice(None)), ("fvu_text", ~is_image), ("fvu_image", is_image)):
-            self.fvu[name].update(y[part], out.reconstruction[part])
-        counts = firing_counts(out.code.indices, out.code.values, self.n_features)
+            self.fvu[name].update(y[part], reconstruction[part])
+        counts = firing_counts(code.indices, code.values, self.n_features)
         self.counts = counts if self.tokens == 0 else self.counts + counts
-        self.tokens += x.shape[0]
+        self.tokens += y.shape[0]
 
     def compute(self) -> dict[str, float]:
         figures = {name: accumulator.compute() for name, accumulator in self.fvu.items()}
@@ -55,12 +58,13 @@ def evaluate_transcoders(
     """Figures of the set on `batches` (see `vlmscope.training.transcoder_data` for what a batch is).
 
     Returns:
-        `val/fvu`, `val/fvu_text`, `val/fvu_image`, `val/l0`, `val/dead_frac` (never fired on these batches), with
-        `layers/<name>/layer_07` for each; `val/ce` (the model's own loss on answer tokens, in nats) and `val/ce_delta`
-        (how much it rises with all layers replaced) when the batches have a `loss_mask`.
+        `val/fvu`, `val/fvu_text`, `val/fvu_image`, `val/l0`, `val/dead_frac` (never fired on these batches),
+        `val/duplicated_frac` (`vlmscope.metrics.duplication`), with `layers/<name>/layer_07` for each; `val/ce` (the
+        model's own loss on answer tokens, in nats) and `val/ce_delta` (how much it rises with all layers replaced) when
+        the batches have a `loss_mask`.
 
     Raises:
-        UserError: without batches, or when the set has other layers than the model.
+        UserError: without batches, or when the set has other layers or hook points than the model.
     """
     adapter = adapter_of(vlm)
     _check_fits(adapter, transcoders)
@@ -69,14 +73,42 @@ def evaluate_transcoders(
     for given in (one for batch in batches for one in forwards(batch)):
         batch = on_device(adapter, given)
         activations = collect(adapter, batch)
+        codes: dict[int, SparseCode] = {}
         for layer, figures in layers.items():
             x, y = activations.by_layer[layer]
-            figures.update(transcoders[layer], x, y, activations.is_image)
+            target = target_at(adapter, layer, transcoders[layer].config.output_hook, y)
+            with _brought_to(adapter.device, transcoders[layer]):
+                codes[layer] = transcoders[layer].encode(x)
+                figures.update(codes[layer], transcoders.decode(layer, codes, x), target, activations.is_image)
         if LOSS_MASK in batch:
             _add_losses(adapter, transcoders, batch, losses)
     if any(figures.tokens == 0 for figures in layers.values()):
         raise UserError("no tokens to evaluate the transcoders on; give at least one batch")
-    return _summary({layer: figures.compute() for layer, figures in layers.items()}, losses)
+    by_layer = {layer: figures.compute() for layer, figures in layers.items()}
+    directions = {}
+    for layer in layers:
+        config = transcoders[layer].config
+        written, home = range(layer, layer + config.writes), transcoders[layer].b_dec
+        weights = [norm_weight_after(adapter, each, config.output_hook, home) for each in written]
+        directions[layer] = transcoders[layer].directions(weights)
+    alive = {layer: figures.counts > 0 for layer, figures in layers.items()}
+    for layer, share in duplicated_fraction(directions, alive, device=adapter.device).items():
+        by_layer[layer]["duplicated_frac"] = share
+    return _summary(by_layer, losses)
+
+
+@contextmanager
+def _brought_to(device: torch.device, transcoder: Transcoder) -> Iterator[None]:
+    """A layer's transcoder where it is needed, for as long: all layers together may not fit there."""
+    home = transcoder.b_dec.device
+    if home == device:
+        yield
+        return
+    transcoder.to(device)
+    try:
+        yield
+    finally:
+        transcoder.to(home)
 
 
 def _check_fits(adapter: Adapter, transcoders: TranscoderSet) -> None:
@@ -87,11 +119,12 @@ def _check_fits(adapter: Adapter, transcoders: TranscoderSet) -> None:
             f"transcoders of layers {transcoders.layers} and width {sorted(widths)} do not fit a model of "
             f"{adapter.n_layers} layers and width {adapter.d_model}; choose the set trained on this model"
         )
+    check_hooks(adapter, transcoders)
 
 
 def _summary(by_layer: dict[int, dict[str, float]], losses: dict[str, float]) -> dict[str, float]:
     summary: dict[str, float] = {}
-    for name in ("fvu", "fvu_text", "fvu_image", "l0", "dead_frac"):
+    for name in ("fvu", "fvu_text", "fvu_image", "l0", "dead_frac", "duplicated_frac"):
         values = {layer: figures[name] for layer, figures in by_layer.items() if name in figures}
         if values:
             summary[f"val/{name}"] = sum(values.values()) / len(values)
@@ -126,15 +159,28 @@ def _add_losses(
 
 @contextmanager
 def spliced(adapter: Adapter, transcoders: TranscoderSet) -> Iterator[None]:
-    """Within it, every MLP that has a transcoder returns the reconstruction of its own current input."""
+    """Within it, what each transcoder imitates is replaced by the reconstruction of the MLP's own current input."""
+    inputs: dict[int, Tensor] = {}
+    codes: dict[int, SparseCode] = {}  # layers run in order, so those below are of the same forward
 
-    def replace(transcoder: Transcoder) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return transcoder(args[0]).reconstruction.to(output.dtype)
+    def keep(layer: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[layer] = args[0]
+
+        return hook
+
+    def replace(layer: int) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+            x = inputs.pop(layer)
+            with _brought_to(x.device, transcoders[layer]):
+                codes[layer] = transcoders[layer].encode(x)
+                return transcoders.decode(layer, codes, x).to(output.dtype)
 
         return hook
 
     with ExitStack() as stack:
         for layer, transcoder in transcoders.transcoders.items():
-            stack.callback(adapter.mlp(layer).register_forward_hook(replace(transcoder)).remove)
+            target = target_module(adapter, layer, transcoder.config.output_hook)
+            stack.callback(adapter.mlp(layer).register_forward_pre_hook(keep(layer)).remove)
+            stack.callback(target.register_forward_hook(replace(layer)).remove)
         yield

@@ -2,20 +2,23 @@
 
 Layers share nothing but the forward of the model: each has its own parameters, loss and gradient norm
 (`vlmscope.training.layer_trainer`), so they may be owned by different ranks (`vlmscope.training.layout`), and one that
-goes wrong stops alone.
+goes wrong stops alone. The layers of a cross-layer set are one group and do neither (`vlmscope.training.groups`).
 """
 
 import logging
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter
+from vlmscope.training.groups import group_steps
 from vlmscope.training.layer_trainer import LayerTrainer
-from vlmscope.training.micro_batches import LayerStep, differentiate
+from vlmscope.training.micro_batches import LayerStep
 from vlmscope.training.ranks import Ranks
 from vlmscope.training.schedule import warmup_cosine
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
@@ -42,6 +45,10 @@ class TranscoderModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.ranks = ranks if ranks is not None else Ranks.single(adapter.n_layers)
+        if config.cross_layer and len(self.ranks.layers) < adapter.n_layers:
+            raise UserError(
+                "cross-layer transcoders couple all layers, so one process of a host trains them; start one"
+            )
         if self.ranks.layout.hosts > 1 and config.activation == "batchtopk":
             raise UserError("batchtopk chooses among a whole batch, which lies on one host; take one host, or topk")
         self.automatic_optimization = False
@@ -73,7 +80,14 @@ class TranscoderModule(pl.LightningModule):
             activation=config.activation,
             skip=config.skip,
             bandwidth=config.bandwidth,
+            writes=self.adapter.n_layers - layer if config.cross_layer else 1,
         )
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """This rank's layers, those whose losses are taken together as one (`vlmscope.training.groups`)."""
+        layers = list(self.ranks.layers)
+        return [layers] if self.config.cross_layer else [[layer] for layer in layers]
 
     @property
     def adapter(self) -> Adapter:
@@ -93,10 +107,21 @@ class TranscoderModule(pl.LightningModule):
     def initialise(self, batches: list[LayerActivations]) -> None:
         """Standardisation and starting point of every layer from the tokens of `batches`."""
         whole = [self.ranks.all_tokens(batch) for batch in batches]
-        for layer in self.ranks.layers:
-            x = torch.cat([by_layer[layer][0] for by_layer in whole]).float()
-            y = torch.cat([by_layer[layer][1] for by_layer in whole]).float()
-            self.layer(layer).initialise(x, y, self.config.init, self.config.seed)
+
+        def raw(layer: int) -> tuple[Tensor, Tensor]:
+            x, y = (torch.cat([by_layer[layer][side] for by_layer in whole]).float() for side in (0, 1))
+            return x, y
+
+        for group in self.groups:
+            targets: list[Tensor] = []  # of the layers from the one in work upwards
+            for layer in reversed(group):
+                trainer = self.layer(layer)
+                x, y = raw(layer)
+                trainer.standardise(x, y)
+                x, y = trainer.standard.apply(*trainer.within_limits(x, y))
+                # Layer m of a cross-layer set is written to from m + 1 layers.
+                targets = [y / (layer + 1) if self.config.cross_layer else y, *targets]
+                trainer.start(x, targets, self.config.init, self.config.seed)
 
     def rate(self) -> float:
         """The learning rate of the coming step."""
@@ -116,31 +141,43 @@ class TranscoderModule(pl.LightningModule):
         """One step of every layer that is not stopped; returns what the callbacks log."""
         self.optimizer.zero_grad(set_to_none=True)
         steps: dict[int, LayerStep] = {}
-        fvus: dict[int, float] = {}
         troubles: dict[int, str] = {}
-        for layer, (x, y) in batch.by_layer.items():
-            trainer = self.layer(layer)
-            if not trainer.running:
+        for group in self.groups:
+            trainers = {layer: self.layer(layer) for layer in group}
+            if not all(trainer.running for trainer in trainers.values()):
                 continue
             # A forward of BatchTopK moves its threshold; a bad one must leave no trace.
-            before = [buffer.clone() for buffer in trainer.transcoder.buffers()]
-            # Differentiated at once, so that only one layer's graph is alive.
-            taken = differentiate(trainer, x, y, self.config, self.ranks.total, self.manual_backward)
-            self.ranks.add_up([p.grad for p in trainer.parameters() if p.grad is not None])
-            norm = nn.utils.clip_grad_norm_(trainer.parameters(), self.config.clip)
-            trouble = trainer.trouble(taken.loss, float(norm), self.config)
-            if trouble is None:
-                steps[layer], fvus[layer] = taken, taken.fvu
+            buffers = [buffer for trainer in trainers.values() for buffer in trainer.transcoder.buffers()]
+            before = [buffer.clone() for buffer in buffers]
+            # Differentiated at once, so that only one group's graph is alive.
+            taken = group_steps(trainers, batch.by_layer, self.config, self.ranks.total, self.manual_backward)
+            wrong = self._clipped(trainers, taken)
+            if not wrong:
+                steps |= taken
                 continue
-            troubles[layer] = trouble
-            for buffer, old in zip(trainer.transcoder.buffers(), before, strict=True):
+            # What one layer of a group learns hangs on the others: they stop together.
+            cause = min(wrong, key=lambda layer: math.isfinite(taken[layer].loss))
+            troubles |= {layer: wrong[layer] if layer == cause else f"with layer {cause}" for layer in group}
+            for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(old)
-            for parameter in trainer.parameters():
-                parameter.grad = None  # so the optimiser passes the layer by
+            for trainer in trainers.values():
+                for parameter in trainer.parameters():
+                    parameter.grad = None  # so the optimiser passes the layer by
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         self._commit(steps, troubles, batch.joint_tokens)
-        return {"fvu": fvus, "tokens": batch.joint_tokens}
+        return {"fvu": {layer: taken.fvu for layer, taken in steps.items()}, "tokens": batch.joint_tokens}
+
+    def _clipped(self, trainers: Mapping[int, LayerTrainer], steps: Mapping[int, LayerStep]) -> dict[int, str]:
+        """Add up and clip the gradients of each layer; layer -> what is wrong with its step, where something is."""
+        wrong: dict[int, str] = {}
+        for layer, trainer in trainers.items():
+            self.ranks.add_up([p.grad for p in trainer.parameters() if p.grad is not None])
+            norm = nn.utils.clip_grad_norm_(trainer.parameters(), self.config.clip)
+            trouble = trainer.trouble(steps[layer].loss, float(norm), self.config)
+            if trouble is not None:
+                wrong[layer] = trouble
+        return wrong
 
     def _commit(self, steps: dict[int, LayerStep], troubles: dict[int, str], tokens: int) -> None:
         """Everything that changes the state, in one place: an interrupt elsewhere leaves a state that can be saved."""
@@ -158,7 +195,7 @@ class TranscoderModule(pl.LightningModule):
             self.layer(layer).stopped.fill_(self.steps_done)
             if self.ranks.writes:
                 _LOG.warning(
-                    "layer %d stopped before step %d (%s); it keeps its weights, the other layers go on",
+                    "layer %d stopped before step %d (%s); it keeps its weights, layers not named go on",
                     layer, self.steps_done + 1, trouble,
                 )  # fmt: skip
         self.tokens_seen += tokens
@@ -185,15 +222,19 @@ class TranscoderModule(pl.LightningModule):
     def finished_set(self) -> TranscoderSet:
         """The transcoders as they stand, in the model's own coordinates, detached from training.
 
-        All layers on rank 0, which the others send theirs; their own on the other ranks. Every rank must ask.
+        All layers on rank 0, which the others send theirs; their own on the other ranks. Every rank must ask. With
+        several ranks the set lies in CPU memory: together the layers may not fit the device of one.
         """
         folded = {}
         for layer in range(self.adapter.n_layers) if self.ranks.main else self.ranks.layers:
             if layer in self.ranks.layers:
-                folded[layer] = self.layer(layer).folded()
+                later = range(layer + 1, layer + self._architecture(layer).writes)
+                folded[layer] = self.layer(layer).folded([self.layer(each).standard.y_scale for each in later])
             else:
                 folded[layer] = Transcoder(self._architecture(layer)).requires_grad_(False).to(self.adapter.device)
             self.ranks.to_main(folded[layer].state_dict(), layer)
+            if self.ranks.layout.world > 1:
+                folded[layer] = folded[layer].cpu()
         config = TranscoderSetConfig(
             n_model_layers=self.adapter.n_layers,
             k=self.config.k,

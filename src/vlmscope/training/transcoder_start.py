@@ -4,7 +4,8 @@ zero_decoder  W_dec = 0, W_enc uniform as kaiming_uniform(a = sqrt 5), biases 0:
               is the start of the paper (b_dec = mean y, b_enc = -W_enc mean x).
 samples       A feature starts as one token of the data: W_enc[f] = x_n / |x_n|, W_dec[f] = y_n / (k |x_n|). Every
               feature fires at least near its own token, so few start dead, and the first reconstruction is an average
-              over similar tokens instead of nothing.
+              over similar tokens instead of nothing. In a cross-layer set layer m is written to from m + 1 layers,
+              each of which starts with its share: W_dec[l -> m][f] = y_m,n / (k |x_n| (m + 1)).
 
 JumpReLU and ReLU do not fix the number of active features, and with thresholds at 0 half of all features would be
 active at first. So each feature's threshold starts where the feature is active at k / F of the starting tokens:
@@ -25,6 +26,7 @@ Legend: N tokens, d model width, F features.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -41,19 +43,32 @@ _FEATURES_AT_ONCE = 1024
 _TOKENS = 2048
 
 
-def start(transcoder: Transcoder, x: Tensor, y: Tensor, method: str, rng: np.random.Generator) -> None:
-    """Fill the weights from standardised `x`, `y` [N, d]; `method` is "samples" or "zero_decoder"."""
-    _start_weights(transcoder, x, y, method, rng)
+def start(transcoder: Transcoder, x: Tensor, targets: Sequence[Tensor], method: str, rng: np.random.Generator) -> None:
+    """Fill the weights.
+
+    Args:
+        transcoder: whose weights.
+        x: standardised inputs [N, d].
+        targets: its share of the standardised targets [N, d] of its own layer and of each later one that it writes to.
+        method: "samples" or "zero_decoder".
+        rng: chooses the samples.
+    """
+    assert len(targets) == transcoder.config.writes, (len(targets), transcoder.config.writes)
+    _start_weights(transcoder, x, targets, method, rng)
+    decoders = [transcoder.decoder(ahead) for ahead in range(len(targets))]
     match transcoder.activation:
         case JumpReLU() as jump:
             thresholds = quantiles(transcoder, x).clamp_min(_LEAST)
             rescaling = (thresholds / _THRESHOLD)[:, None]
             set_weight(transcoder.W_enc, transcoder.W_enc / rescaling)
-            set_weight(transcoder.W_dec, transcoder.W_dec * rescaling)
+            for decoder in decoders:
+                set_weight(decoder, decoder * rescaling)
             jump.take_thresholds(torch.full_like(thresholds, _THRESHOLD))
         case ReLU():
             set_weight(transcoder.b_enc, -quantiles(transcoder, x))
-            set_weight(transcoder.W_dec, transcoder.W_dec * _best_scale(transcoder, x[:_TOKENS], y[:_TOKENS]))
+            scale = _best_scale(transcoder, x[:_TOKENS], targets[0][:_TOKENS])
+            for decoder in decoders:
+                set_weight(decoder, decoder * scale)
         case _:
             pass
 
@@ -63,8 +78,11 @@ def quantiles(transcoder: Transcoder, x: Tensor) -> Tensor:
     """For each feature the pre-activation that k / F of the tokens `x` [N, d] exceed: [F], with encoder biases of 0."""
     n, f = len(x), transcoder.config.n_features
     above = min(max(1, round(transcoder.config.k * n / f)), n - 1)
-    # The next largest, so that just `above` lie over it; some features at once, since [N, F] may not fit.
-    parts = [(x @ rows.T).topk(above + 1, dim=0).values[-1] for rows in transcoder.W_enc.split(_FEATURES_AT_ONCE)]
+    # Half-way to the next largest: on a token's own value rounding would decide. Some features at once, since [N, F]
+    # may not fit.
+    parts = [
+        (x @ rows.T).topk(above + 1, dim=0).values[-2:].mean(0) for rows in transcoder.W_enc.split(_FEATURES_AT_ONCE)
+    ]
     return torch.cat(parts)
 
 
@@ -76,7 +94,9 @@ def _best_scale(transcoder: Transcoder, x: Tensor, y: Tensor) -> float:
     return float((found * y).sum()) / power if power else 1.0
 
 
-def _start_weights(transcoder: Transcoder, x: Tensor, y: Tensor, method: str, rng: np.random.Generator) -> None:
+def _start_weights(
+    transcoder: Transcoder, x: Tensor, targets: Sequence[Tensor], method: str, rng: np.random.Generator
+) -> None:
     f, d = transcoder.config.n_features, transcoder.config.d_model
     if method == "zero_decoder":
         bound = 1 / math.sqrt(d)
@@ -89,7 +109,8 @@ def _start_weights(transcoder: Transcoder, x: Tensor, y: Tensor, method: str, rn
     inputs = x[rows] + 0.1 * noise
     norms = inputs.norm(dim=1, keepdim=True).clamp_min(1e-6)
     set_weight(transcoder.W_enc, inputs / norms)
-    set_weight(transcoder.W_dec, y[rows] / (norms * transcoder.config.k))
+    for ahead, y in enumerate(targets):
+        set_weight(transcoder.decoder(ahead), y[rows] / (norms * transcoder.config.k))
 
 
 def _distinct_rows(x: Tensor, count: int, rng: np.random.Generator) -> Tensor:

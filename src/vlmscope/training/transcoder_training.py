@@ -18,6 +18,7 @@ from tqdm import tqdm
 from vlmscope.activations.capture import HasAdapter, adapter_of
 from vlmscope.core.errors import NotMainRank
 from vlmscope.models.base import Adapter
+from vlmscope.training.agreed_stop import AgreedStop
 from vlmscope.training.ranks import Ranks
 from vlmscope.training.resume import fit_or_interrupt
 from vlmscope.training.transcoder_checkpoints import TranscoderCheckpoints
@@ -79,14 +80,19 @@ def train_transcoders(
     logger = logger if ranks.main else None
     progress = _Progress(config, val_batches, logger, data_figures)
     if module.steps_done < config.max_steps:
-        _fit(module, train_batch, [progress, checkpoints], logger)
+        # The stop is asked for last, when the step has been written if it was to be.
+        stop = [AgreedStop(checkpoints.save)] if ranks.layout.world > 1 else []
+        _fit(module, train_batch, [progress, checkpoints, *stop], logger)
     last = module.figures({})
     stopped = last["train/stopped_layers"]
-    transcoders = module.finished_set().to(adapter.device)  # Lightning leaves the module on the CPU
+    transcoders = module.finished_set()
+    if ranks.layout.world == 1:
+        transcoders = transcoders.to(adapter.device)  # Lightning leaves the module on the CPU
+    drawn = data_figures()  # of all ranks, so all ask
     if not ranks.main:
         raise NotMainRank
     metrics = evaluate_transcoders(adapter, transcoders, val_batches) if val_batches else {}
-    metrics |= {**progress.speed(), **data_figures(), "train/tokens": float(module.tokens_seen)}
+    metrics |= {**progress.speed(), **drawn, "train/tokens": float(module.tokens_seen)}
     metrics |= {name: last[name] for name in ("train/stopped_layers", "train/filtered_frac") if name in last}
     if stopped:
         _LOG.warning("%d layers stopped early; the set has their last good weights", int(stopped))
@@ -163,6 +169,8 @@ class _Progress(pl.Callback):
             transcoders = pl_module.finished_set()
             if pl_module.ranks.main:
                 self._log(evaluate_transcoders(pl_module.adapter, transcoders, self.val_batches), done)
+        if pl_module.ranks.layout.world == 1 and not any(pl_module.layer(n).running for n in pl_module.ranks.layers):
+            trainer.should_stop = True  # nothing is left to learn
         self.began = time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -28,7 +28,7 @@ class CardFacts:
         base_model: name or hub id of the model.
         base_revision: its commit.
         license: identifier of the hub, such as apache-2.0; "unknown" when nobody said.
-        activation, k, input_hook, output_hook, skip: the architecture.
+        activation, k, input_hook, output_hook, skip, cross_layer: the architecture.
         format: of the files, one of `vlmscope.transcoders.formats.FORMATS`.
         widths: layer -> features.
         figures: layer -> name ("fvu", "l0", "dead_frac", ...) -> value, on validation data.
@@ -46,6 +46,7 @@ class CardFacts:
     input_hook: str = "mlp_in"
     output_hook: str = "mlp_out"
     skip: bool = False
+    cross_layer: bool = False
     format: str = "vlmscope"
     widths: dict[int, int] = field(default_factory=dict)
     figures: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -66,6 +67,7 @@ def facts_of_set(transcoders: TranscoderSet, format: str = "vlmscope") -> CardFa
         input_hook=first.input_hook,
         output_hook=first.output_hook,
         skip=first.skip,
+        cross_layer=transcoders.cross_layer,
         format=format,
         widths={layer: one.config.n_features for layer, one in transcoders.transcoders.items()},
     )
@@ -103,6 +105,8 @@ def _title(facts: CardFacts) -> str:
     )
     aim = f"k = {facts.k}" if facts.activation in ("topk", "batchtopk") else f"L0 aimed at {facts.k}"
     skip = ", with a skip path" if facts.skip else ""
+    if facts.cross_layer:
+        skip += ", writing to its own layer and later ones"
     return (
         f"# Transcoders of {model}\n\n"
         f"One {facts.activation} transcoder ({aim}, {wide} features{skip}) for the MLP of each of {len(facts.widths)} "

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vlmscope.core.errors import UserError
 
-FORMAT_NAMES = ("vlmscope", "paper", "circuit_tracer", "gemma_scope", "sparsify", "sae_lens")  # of sets on disk
+FORMAT_NAMES = ("vlmscope", "paper", "circuit_tracer", "clt", "gemma_scope", "sparsify", "sae_lens")  # of sets on disk
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu")  # the nonlinearities, in `vlmscope.transcoders.nonlinearities`
 
 
@@ -14,7 +14,8 @@ class TranscoderConfig:
 
     `d_model` is the width of input and output, `n_features` the number of latents, `k` how many may be active at a
     token (with an activation that does not fix the number: how many are aimed at). `bandwidth` is that of JumpReLU's
-    kernel, which only training uses. The hooks name the tensors that it reads and imitates, in the words of
+    kernel, which only training uses. `writes` counts the layers that a feature writes to, its own included: more than
+    one makes it cross-layer. The hooks name the tensors that it reads and imitates, in the words of
     `docs/glossary.md`.
     """
 
@@ -27,12 +28,17 @@ class TranscoderConfig:
     input_hook: str = "mlp_in"
     output_hook: str = "mlp_out"
     bandwidth: float = 0.05
+    writes: int = 1
 
     def __post_init__(self) -> None:
         if self.d_model < 1 or self.n_features < 1:
             raise UserError(
                 f"transcoder of layer {self.layer}: d_model {self.d_model} and n_features {self.n_features} must be "
                 "positive; correct the configuration"
+            )
+        if self.writes < 1:
+            raise UserError(
+                f"transcoder of layer {self.layer}: it writes to {self.writes} layers; it must write to one"
             )
         if not 1 <= self.k <= self.n_features:
             raise UserError(

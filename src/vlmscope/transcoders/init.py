@@ -5,6 +5,7 @@ Shapes: d model width, F features.
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,11 +27,13 @@ def random_set(
     dtype: torch.dtype = torch.float32,
     model_name: str = "random",
     activation: str = "topk",
+    cross_layer: bool = False,
 ) -> TranscoderSet:
     """A set with every weight non-zero, reproducible from `seed`: for tests, which an all-zero set would pass idly."""
     transcoders = {}
     for layer in range(n_layers):
-        config = TranscoderConfig(d_model, n_features, k, layer, activation, skip)
+        writes = n_layers - layer if cross_layer else 1
+        config = TranscoderConfig(d_model, n_features, k, layer, activation, skip, writes=writes)
         transcoder = Transcoder(config, dtype=dtype)
         scales = {"W_enc": 1.0, "W_dec": 1.0, "W_skip": 0.3, "b_enc": 0.1 * math.sqrt(d_model), "b_dec": 0.3}
         for name, scale in scales.items():
@@ -38,6 +41,9 @@ def random_set(
             if parameter is not None:
                 numbers = generator(seed, "transcoder", layer, name).standard_normal(tuple(parameter.shape))
                 set_weight(parameter, numbers * scale / math.sqrt(d_model))
+        for ahead, parameter in enumerate(transcoder.W_later, start=1):
+            numbers = generator(seed, "transcoder", layer, "W_later", ahead).standard_normal(tuple(parameter.shape))
+            set_weight(parameter, numbers / math.sqrt(d_model))
         threshold = getattr(transcoder.activation, "threshold", None)
         if threshold is not None:
             draw = generator(seed, "transcoder", layer, "threshold")
@@ -77,11 +83,12 @@ class Standardisation:
         return (x - self.x_mean) / self.x_scale, (y - self.y_mean) / self.y_scale
 
 
-def fold(transcoder: Transcoder, standard: Standardisation) -> Transcoder:
+def fold(transcoder: Transcoder, standard: Standardisation, later_scales: Sequence[float] = ()) -> Transcoder:
     """A new transcoder from raw inputs to raw targets, equal to `transcoder` between `standard`'s coordinates.
 
     W_enc' = W_enc / sx; b_enc' = b_enc - W_enc mx / sx; W_dec' = sy W_dec; W_skip' = sy/sx W_skip;
-    b_dec' = sy b_dec + my - W_skip' mx. Activations, and so the choice of the top k, stay as they are.
+    b_dec' = sy b_dec + my - W_skip' mx. Activations, and so the choice of the top k, stay as they are. `later_scales`
+    are sy of the later layers that it writes to, in order, by which its decoders to them are multiplied.
     """
     out = copy.deepcopy(transcoder)
     mx, my = standard.x_mean.double(), standard.y_mean.double()
@@ -90,6 +97,8 @@ def fold(transcoder: Transcoder, standard: Standardisation) -> Transcoder:
         set_weight(out.W_enc, w_enc)
         set_weight(out.b_enc, transcoder.b_enc.double() - w_enc @ mx)
         set_weight(out.W_dec, transcoder.W_dec.double() * standard.y_scale)
+        for theirs, ours, scale in zip(out.W_later, transcoder.W_later, later_scales, strict=True):
+            set_weight(theirs, ours.double() * scale)
         b_dec = transcoder.b_dec.double() * standard.y_scale + my
         if transcoder.W_skip is not None and out.W_skip is not None:
             w_skip = transcoder.W_skip.double() * (standard.y_scale / standard.x_scale)

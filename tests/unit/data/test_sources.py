@@ -205,10 +205,6 @@ REFUSED = [
     ({"kind": "shards"}, "no index.json in"),
     ({"kind": "folder"}, "no train.jsonl in"),
     ({"kind": "hf_image_label", "templates": ["a photo"]}, "each template must say where the {label} goes"),
-    (
-        {"kind": "hf_text", "path": None, "hub": "EleutherAI/SmolLM2-135M-10B"},
-        "has no pinned revision: add data.",
-    ),
     ({"kind": "hf_text", "path": None, "hub": "a/b", "revision": "main"}, "asked for at 'main', which may move"),
     ({"kind": "hf_text", "path": None, "hub": "a/b", "revision": "0" * 40}, "HF_HUB_OFFLINE forbids to stream a/b"),
 ]
@@ -228,6 +224,38 @@ def test_mistakes_are_told_in_one_line(
 
 
 @pytest.mark.parametrize("saved", ["disk", "parquet"])
+def test_corrupt_files_are_left_out_with_a_count_up_to_a_limit(
+    tmp_path: Path, saved: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, config = tmp_path / "data", SourceConfig("hf_image_label", str(tmp_path / "data"))
+    table = imagenet_table(9)
+    table.save_to_disk(folder, num_shards=3) if saved == "disk" else parquet(table, folder, (3, 3, 3))
+    first, second, _ = sorted([*folder.glob("*.arrow"), *folder.glob("*.parquet")])
+    second.write_bytes(second.read_bytes()[: second.stat().st_size // 2])
+    with pytest.raises(UserError, match=rf"cannot read {second} .*number 1, and data.max_bad_shards=0; copy it anew"):
+        open_source("it", config)
+    reader = open_source("it", config, max_bad_shards=1).open(WHOLE)
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("vlmscope")]
+    assert f"it: 1 of 3 files are corrupt and left out, first {second} (" in said and "\n" not in said
+    assert reader.bad_shards == 1
+    read = [row() for row in reader]
+    assert [one.images[0] for one in read] == [picture(n, JPEG) for n in (0, 1, 2, 6, 7, 8)]
+    assert read[1].exchanges == ((CAPTION_REQUEST, "a photo of a goldfish."),)
+    first.unlink()
+    first.write_bytes(b"")
+    with pytest.raises(UserError, match="corrupt file number 2, and data.max_bad_shards=1"):
+        open_source("it", config, max_bad_shards=1)
+
+
+def test_a_table_of_corrupt_files_alone_is_told(tmp_path: Path) -> None:
+    folder = parquet(text_table(2), tmp_path / "data", (1, 1))
+    for file in folder.iterdir():
+        file.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="cannot read any file, first .*; copy them anew"):
+        open_source("it", SourceConfig("hf_text", str(folder)), max_bad_shards=9)
+
+
+@pytest.mark.parametrize("saved", ["disk", "parquet"])
 def test_empty_and_unreadable_tables_are_told(tmp_path: Path, saved: str) -> None:
     empty = Dataset.from_dict({"text": []}, Features({"text": Value("string")}))
     empty.save_to_disk(tmp_path / "e") if saved == "disk" else parquet(empty, tmp_path / "e", (0,))
@@ -236,7 +264,7 @@ def test_empty_and_unreadable_tables_are_told(tmp_path: Path, saved: str) -> Non
     (tmp_path / "bad").mkdir()
     name = "dataset_dict.json" if saved == "disk" else "train-0.parquet"
     (tmp_path / "bad" / name).write_text("not what it should be")
-    with pytest.raises(UserError, match="cannot read|failed"):
+    with pytest.raises(UserError, match="cannot read|failed|is not valid JSON"):
         samples(SourceConfig("hf_text", str(tmp_path / "bad")))
 
 
@@ -249,6 +277,22 @@ def test_the_hub_that_cannot_be_reached_is_told_in_one_line(monkeypatch: pytest.
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(UserError, match=r"cannot stream a/b from the hub \(ConnectionError: Couldn't.*hf download a/b"):
         open_source("it", SourceConfig("hf_text", hub="a/b", revision="0" * 40))
+
+
+def test_a_hub_data_set_without_a_revision_is_streamed_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def streamed(*args: Any, **kwargs: Any) -> Any:
+        assert args[0] == "a/b" and kwargs == {"split": "train", "revision": None, "streaming": True}
+        return text_table(3).to_iterable_dataset()
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.load_dataset", streamed)
+    read = samples(SourceConfig("hf_text", hub="a/b"))
+    assert [one.text for one in read] == ["document 0", "document 1", "document 2"]
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("vlmscope")]
+    assert "data.sources.it: the revision of a/b is not pinned" in said and "add data.sources.it.revision=" in said
+    assert "\n" not in said
 
 
 def test_labels_need_names(tmp_path: Path) -> None:

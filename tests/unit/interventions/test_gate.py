@@ -8,7 +8,7 @@ import torch
 from vlmscope.core.errors import UserError
 from vlmscope.interventions.edits import Gate, LayerEdit, merge, set_features
 from vlmscope.interventions.frozen import base_run
-from vlmscope.interventions.run import edit_change, run_edited
+from vlmscope.interventions.run import edit_changes, run_edited
 
 LAYER = 1
 
@@ -35,9 +35,9 @@ def test_acts_in_proportion_to_the_norm_weighted_activation(case, offset: str) -
     transcoder, x, edit, features, current = case
     length = x.shape[1]
     start = 0 if offset == "prompt" else length
-    whole = edit_change(transcoder, x, edit, start)
+    (whole,) = edit_changes(transcoder, x, edit, start)
     level = 3.0 * float(current.max())
-    some = edit_change(transcoder, x, gated(edit, features, level, 0.5, length), start)
+    (some,) = edit_changes(transcoder, x, gated(edit, features, level, 0.5, length), start)
     norms = transcoder.W_dec[features].norm(dim=1)
     g = (current * norms).sum(-1) / (0.5 * level * norms.sum())
     assert 0 < float(g.max()) < 1
@@ -47,10 +47,10 @@ def test_acts_in_proportion_to_the_norm_weighted_activation(case, offset: str) -
 
 def test_never_acts_more_than_in_full(case) -> None:
     transcoder, x, edit, features, current = case
-    some = edit_change(transcoder, x, gated(edit, features, 1e-9, 0.5, x.shape[1]), 0)
+    (some,) = edit_changes(transcoder, x, gated(edit, features, 1e-9, 0.5, x.shape[1]), 0)
     seen = (current > 0).any(-1, keepdim=True)
     assert bool(seen.any())
-    assert torch.allclose(some, edit_change(transcoder, x, edit, 0) * seen, rtol=0, atol=1e-12)
+    assert torch.allclose(some, edit_changes(transcoder, x, edit, 0)[0] * seen, rtol=0, atol=1e-12)
 
 
 def test_inactive_features_or_no_level_change_nothing(bench, case) -> None:

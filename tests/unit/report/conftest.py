@@ -1,6 +1,7 @@
 """Made-up records for the report tests: every kind of section, with values that are easy to find again."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ from vlmscope.core.intervention import (
     Rate,
     Supernode,
 )
+from vlmscope.report import sections as s
+from vlmscope.report.html import ReportPage
 
+HOSTILE = "<start_of_image> & \"quotes\" <script>alert('x')</script>"
 SIDE, GRID, LAYERS = 64, 4, 6
 BOXES = tuple(PatchBox(x / GRID, y / GRID, (x + 1) / GRID, (y + 1) / GRID) for y in range(GRID) for x in range(GRID))
 WORDS = [
@@ -163,6 +167,56 @@ def make_pruned(features_a_cell: int = 2, dense: float = 0.25, seed: int = 1) ->
     scores = GraphScores(0.7312, 0.8645, 0.61, 0.21, 0.15, 0.03)
     keep_edge = rng.random(len(graph.weights)) < 0.4
     return PrunedGraph(graph, np.ones(len(table), bool), keep_edge, influence, influence, scores, 0.8, 0.98)
+
+
+def make_page(word: str = "", width: int = SIDE) -> ReportPage:
+    """A page with every kind of section; `word` stands at the end of every text, `width` is the figures' in pixels."""
+    word = f" {word}" if word else ""
+    answers = [
+        replace(one, question=one.question + word, before=one.before + word, after=one.after + word)
+        for one in make_answers()
+    ]
+    supernode = make_supernode()
+    members = [replace(one, top_logits=((f"mars{word}", 2.31), *one.top_logits[1:])) for one in supernode.features]
+    supernode = replace(supernode, features=tuple(members))
+    flips = [row for row in make_rows() if row.mode == "free"]
+    figure = s.Picture(
+        png(np.full((300, width, 3), 200, np.uint8)), "the circuit, drawn", f"a caption{word}", wide=True
+    )
+    rate = Rate(0.9754, 0.9512, 0.9871, 240, 0.0312)
+    cards = (
+        s.Card(f"patching flips{word}", rate, f"worst of three{word}"),
+        s.Card("KL", 0.00183),
+        s.Card("features", 12345),
+    )
+    return ReportPage(
+        f"Mars & Earth{word}",
+        f"Does {HOSTILE} carry Mars?{word}",
+        f"It does.{word}",
+        (
+            s.Cards("Headline", cards, f"In short:{word}"),
+            s.Examples("Answers", tuple(answers)),
+            s.Figure(f"The circuit{word}", (figure, replace(figure, wide=False))),
+            s.Features("Mars", supernode, shown=2),
+            s.Features("Mars", supernode, shown=3),
+            s.graph_cards("Attribution graph", make_pruned()),
+            s.flip_table("Flip rates", flips, note=f"Of all.{word}"),
+            s.Table(
+                "Specificity", ("prompts", f"changed{word}"), (("digits", s.Percent(0.0042)), (f"none{word}", None))
+            ),
+            s.Text(
+                "Method", (HOSTILE + word,), (f"one seed{word}",), f"python run.py experiment=mars_earth_patch{word}"
+            ),
+            s.Details("Configuration", "config.yaml", "prompt: " + HOSTILE + word),
+            s.mapping_table("Environment", {"numpy": f"2.1{word}"}),
+        ),
+        f"run 17{word}",
+    )
+
+
+@pytest.fixture
+def page() -> ReportPage:
+    return make_page()
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ import pytest
 from PIL import Image
 
 from vlmscope.core.intervention import Curve, FlipRow, Rate, Supernode
+from vlmscope.core.sweep import SweepJob
 from vlmscope.report import figures, training_figures
 from vlmscope.report.circuit_figure import circuit_diagram, describe
 from vlmscope.report.graph_figure import attribution_graph, strongest_edges
 from vlmscope.report.style import COLOURS
+from vlmscope.report.sweep_figure import sweep_overview
 
 DPI = 150
 
@@ -143,3 +145,20 @@ def test_twelve_settings_of_a_sweep_look_different_and_are_named_briefly() -> No
     assert _short("transcoder.activation=topk, transcoder.k=8") == "activation=topk, k=8"
     assert _short("modality=image") == "modality=image"
     assert _short("task.batch={a:1, b:2}") == "batch={a:1, b:2}"
+
+
+def test_markers_of_a_sweep_are_whole(tmp_path: Path) -> None:
+    """Each of three settings with the same L0 and nearly the same FVU shows its marker uncut."""
+    jobs = []
+    for number, fvu in enumerate((0.69, 0.65, 0.61)):
+        metrics = {"layers/fvu/layer_00": 0.1, "layers/fvu/layer_01": 0.1, "val/l0": 4.0, "val/fvu": fvu}
+        jobs.append(SweepJob((f"k={number}",), metrics))
+    shown = pixels(sweep_overview(jobs, tmp_path / "sweep.png"))
+    assert shown.shape[:2] == (1080, 1650)
+    panel = shown[500:1040, 550:1100]  # FVU against L0, without the legend
+    areas = [share_of(panel, colour) for colour in COLOURS[:3]]
+    assert min(areas) > 0
+    circle, square, triangle = (area / areas[1] for area in areas)
+    assert circle == pytest.approx(np.pi / 4, abs=0.1)
+    assert triangle == pytest.approx(0.5, abs=0.15)
+    assert square == 1

@@ -4,14 +4,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from tests.unit.report.conftest import HOSTILE
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import Rate
 from vlmscope.report import sections as s
 from vlmscope.report.html import ReportPage
 
 VOID = {"meta", "img", "br", "link", "line", "path", "circle"}
-HOSTILE = "<start_of_image> & \"quotes\" <script>alert('x')</script>"
 
 
 class Parsed(HTMLParser):
@@ -51,32 +50,6 @@ class Parsed(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attrs for name, attrs in self.tags if name == tag]
-
-
-@pytest.fixture
-def page(rows, answers, supernode, pruned) -> ReportPage:
-    picture = s.Picture(answers[0].image_png, "the circuit, drawn", "a caption", wide=True)
-    rate = Rate(0.9754, 0.9512, 0.9871, 240, 0.0312)
-    cards = (s.Card("patching flips", rate, "worst of three"), s.Card("KL", 0.00183), s.Card("features", 12345))
-    return ReportPage(
-        "Mars & Earth",
-        f"Does {HOSTILE} carry Mars?",
-        "It does.",
-        (
-            s.Cards("Headline", cards),
-            s.Examples("Answers", answers),
-            s.Figure("The circuit", (picture,)),
-            s.Features("Mars", supernode, shown=2),
-            s.Features("Mars", supernode, shown=3),
-            s.graph_cards("Attribution graph", pruned),
-            s.flip_table("Flip rates", [row for row in rows if row.mode == "free"]),
-            s.Table("Specificity", ("prompts", "changed"), (("digits", s.Percent(0.0042)), ("none", None))),
-            s.Text("Method", (HOSTILE,), ("one seed",), "python run.py experiment=mars_earth_patch"),
-            s.Details("Configuration", "config.yaml", "prompt: " + HOSTILE),
-            s.mapping_table("Environment", {"numpy": "2.1"}),
-        ),
-        "run 17",
-    )
 
 
 @pytest.fixture

@@ -80,6 +80,34 @@ def test_everything_that_was_logged_is_there(config, tmp_path) -> None:
     assert not (Path.cwd() / "mlruns").exists()
 
 
+def test_final_figures_stand_at_the_last_step(config, tmp_path) -> None:
+    run_dir, client = folder(tmp_path), open_client(config.uri)
+
+    def steps(run_id: str | None) -> list[int]:
+        return [entry.step for entry in client.get_metric_history(str(run_id), "val/fvu")]
+
+    with open_run(config, run_dir, RunInfo("steps", "r")) as run:
+        run.log_metrics({"val/fvu": 0.5})
+        run.log_metrics({"val/fvu": 0.4}, step=20)
+        run.log_metrics({"val/fvu": 0.3})
+    assert steps(run.run_id) == [0, 20, 20]
+    with open_run(config, run_dir, RunInfo("steps", "r"), resume=True) as again:
+        again.log_metrics({"val/fvu": 0.3})
+    assert steps(again.run_id) == [0, 20, 20, 20]
+
+
+def test_a_sweeps_job_is_named_by_what_sets_it_apart(config, tmp_path) -> None:
+    assert sweep.job_name(["seed=1", "k=4"], "0") == "seed=1, k=4"
+    sweep.open_parent(config, tmp_path / "sweep", "names", ["seed=1,2", "k=4"])
+    assert sweep.job_name(["seed=1", "k=4", "declared=3"], "0") == "seed=1, declared=3"
+    assert sweep.job_name(["k=4"], "0") == "k=4"
+    assert sweep.job_name(["transcoder.k=4", "data.batch=8", "task.batch={a.b:1}"], "0") == (
+        "k=4, data.batch=8, task.batch={a.b:1}"
+    )
+    assert sweep.job_name([], "0") == "0"
+    sweep.close_parent()
+
+
 def test_a_resumed_run_goes_on_and_a_new_one_does_not(config, tmp_path) -> None:
     run_dir = folder(tmp_path)
     with pytest.raises(RuntimeError), open_run(config, run_dir, RunInfo("resume", "r", {"a": 1, "b": 2})) as first:

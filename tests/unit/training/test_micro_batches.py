@@ -29,7 +29,9 @@ def _steps(activation: str, micro: int | None, skip: bool) -> tuple[list[Tensor]
         sparsity_coefficient=0.3,
     )  # fmt: skip
     trainer = LayerTrainer(TranscoderConfig(D, F, K, 0, activation, skip, bandwidth=1.0)).double()
-    trainer.initialise(x, y, "samples", seed=1)
+    trainer.standardise(x, y)
+    inputs, targets = trainer.standard.apply(*trainer.within_limits(x, y))
+    trainer.start(inputs, [targets], "samples", seed=1)
     trainer.silent[[2, 3, 30]] = 200  # dead features, so that AuxK takes part
     with torch.no_grad():
         trainer.transcoder.b_enc[[2, 3, 30]] -= 3.0

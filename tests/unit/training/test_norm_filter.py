@@ -32,7 +32,9 @@ def test_a_huge_token_changes_neither_start_nor_gradient(which: str, micro: int 
     found = []
     for inputs, targets in (huge, (x[rest], y[rest])):
         trainer = LayerTrainer(TranscoderConfig(6, 24, 3), 10.0)
-        trainer.initialise(*huge, "samples", seed=0)
+        trainer.standardise(*huge)
+        start, goal = trainer.standard.apply(*trainer.within_limits(*huge))
+        trainer.start(start, [goal], "samples", seed=0)
         step = differentiate(
             trainer, inputs, targets, dataclasses.replace(FILTER, micro_tokens=micro), None, Tensor.backward
         )

@@ -89,7 +89,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("world", "per_host"), [pytest.param(2, 2, marks=pytest.mark.slow), (3, 3), (2, 1)])
+@pytest.mark.parametrize(
+    ("world", "per_host"),
+    [pytest.param(2, 2, marks=pytest.mark.slow), (3, 3), (2, 1), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 def test_several_processes_give_the_weights_of_one(alone: Path, tmp_path: Path, world: int, per_host: int) -> None:
     assert _train(tmp_path, world, per_host, tmp_path / "run") == [0] * world
     assert _distance(alone, tmp_path) < 1e-5

@@ -1,6 +1,7 @@
 """Figures of a transcoder set on a tiny Gemma 3 against formulas written out."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
 from vlmscope.training.transcoder_data import collect
 from vlmscope.training.transcoder_evaluation import evaluate_transcoders, spliced
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.init import random_set, set_weight
+from vlmscope.transcoders.transcoder import TranscoderSet
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +96,44 @@ def test_evaluation_refuses_a_set_of_another_model_and_no_batches(vlm: VLM) -> N
         evaluate_transcoders(vlm, random_set(5, 24, 48, 4), [_batch(0)])
     with pytest.raises(UserError, match="no tokens"):
         evaluate_transcoders(vlm, random_set(4, 24, 48, 4), [])
+
+
+def _perfect_after_the_norm(vlm: VLM, batch: dict[str, Tensor]) -> TranscoderSet:
+    """Skip paths alone that give the post-norm's output exactly: fewer tokens than dimensions."""
+    adapter = vlm.adapter
+    made = random_set(adapter.n_layers, adapter.d_model, 48, 4, skip=True, dtype=torch.float64).requires_grad_(False)
+    activations = collect(adapter, batch)
+    assert activations.n_tokens < adapter.d_model
+    for layer, (x, y) in activations.by_layer.items():
+        norm, one = adapter.norms(layer).mlp_out_post, made[layer]
+        assert norm is not None and one.W_skip is not None
+        set_weight(one.W_dec, 0 * one.W_dec)
+        set_weight(one.b_dec, 0 * one.b_dec)
+        set_weight(one.W_skip, torch.linalg.lstsq(x, norm(y).detach()).solution.T)
+        one.config = replace(one.config, output_hook="mlp_out_post")
+    return made
+
+
+def test_a_set_of_the_post_norms_output_is_compared_and_spliced_in_there() -> None:
+    vlm = tiny_gemma3(0, text_only=True, dtype=torch.float64)
+    ids = torch.from_numpy(generator(3, "text").integers(9, 20, (1, 12)))
+    loss_mask = torch.zeros(1, 12, dtype=torch.bool)
+    loss_mask[:, -3:] = True
+    batch = {"input_ids": ids, "loss_mask": loss_mask}
+    figures = evaluate_transcoders(vlm, _perfect_after_the_norm(vlm, batch), [batch])
+    assert figures["val/fvu"] < 1e-12
+    assert abs(figures["val/ce_delta"]) < 1e-6
+    with spliced(vlm.adapter, (other := random_set(4, 24, 96, 8, seed=5, dtype=torch.float64))), torch.no_grad():
+        at_the_mlp = vlm.model(input_ids=ids).logits
+    for one in other.transcoders.values():
+        one.config = replace(one.config, output_hook="mlp_out_post")
+    with spliced(vlm.adapter, other), torch.no_grad():
+        after_the_norm = vlm.model(input_ids=ids).logits
+    assert (at_the_mlp - after_the_norm).abs().max() > 1e-3
+
+
+def test_a_hook_point_that_the_model_lacks_is_refused(vlm: VLM) -> None:
+    found = random_set(4, 24, 48, 4)
+    found[1].config = replace(found[1].config, input_hook="resid_pre")
+    with pytest.raises(UserError, match="layer 1 maps resid_pre to mlp_out"):
+        evaluate_transcoders(vlm, found, [_batch(0)])

@@ -1,6 +1,7 @@
 """Training of transcoders on a tiny Gemma 3: it learns, resumes bit for bit, and reports what it should."""
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,9 @@ def test_the_sample_start_explains_something_and_the_zero_start_nothing(vlm: VLM
     figures = {}
     for method in ("samples", "zero_decoder"):
         trainer = LayerTrainer(TranscoderConfig(24, 96, 8))
-        trainer.initialise(*activations.by_layer[1], method, seed=0)
+        trainer.standardise(*activations.by_layer[1])
+        x, y = trainer.standard.apply(*activations.by_layer[1])
+        trainer.start(x, [y], method, seed=0)
         with torch.no_grad():
             figures[method] = float(trainer.loss(*activations.by_layer[1], CONFIG)[1])
         assert (trainer.transcoder.W_enc.norm(dim=1) > 0.1).all()
@@ -222,7 +225,7 @@ def test_starting_points_cover_more_features_than_tokens() -> None:
     rng = np.random.default_rng(0)
     transcoder = Transcoder(TranscoderConfig(4, 10, 2))
     x = torch.tensor(rng.standard_normal((3, 4)), dtype=torch.float32)
-    start(transcoder, x, x, "samples", rng)
+    start(transcoder, x, [x], "samples", rng)
     assert len(torch.unique(transcoder.W_enc, dim=0)) == 10
 
 
@@ -232,7 +235,7 @@ def test_jumprelu_and_relu_start_with_k_active_features(method: str) -> None:
     y = x @ torch.randn(12, 12, generator=torch.Generator().manual_seed(1))
     for activation in ("jumprelu", "relu"):
         transcoder = Transcoder(TranscoderConfig(12, 90, 6, activation=activation))
-        start(transcoder, x, y, method, np.random.default_rng(0))
+        start(transcoder, x, [y], method, np.random.default_rng(0))
         code = transcoder.encode(x)
         fired = torch.bincount(code.indices[code.values > 0], minlength=90)
         assert set(fired.tolist()) <= {39, 40, 41}  # k N / F; the last ulp may tip one over
@@ -246,7 +249,7 @@ def test_rescaling_to_one_threshold_leaves_the_function_as_it_was(monkeypatch: p
     for threshold in (1.0, 4.0):
         monkeypatch.setattr("vlmscope.training.transcoder_start._THRESHOLD", threshold)
         transcoder = Transcoder(TranscoderConfig(8, 40, 4, activation="jumprelu")).double()
-        start(transcoder, x.double(), x.double(), "samples", np.random.default_rng(0))
+        start(transcoder, x.double(), [x.double()], "samples", np.random.default_rng(0))
         outputs.append(transcoder(x[:50].double() * 1.01).reconstruction)
     assert bool((outputs[0].abs() > 0.1).any())
     torch.testing.assert_close(*outputs)
@@ -273,6 +276,24 @@ def test_only_dead_features_learn_from_the_auxiliary_loss_and_their_clock_is_rig
     assert (trainer.silent[fired] == 0).all()
     never = (~fired).nonzero().flatten().tolist()
     assert trainer.silent[never].tolist() == [90 if f in (4, 7) else 30 for f in never]
+
+
+def test_a_layers_pre_activations_are_gone_before_the_next_one_makes_its_own(
+    vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[N, F] is the largest tensor of a step; one at a time is what `task=plan` counts."""
+    made: list[weakref.ref[Tensor]] = []
+    original = LayerTrainer.loss
+
+    def watched(self: LayerTrainer, *arguments: Any) -> Any:
+        assert not any(one() is not None for one in made)
+        found = original(self, *arguments)
+        made.append(weakref.ref(found[2].pre))
+        return found
+
+    monkeypatch.setattr(LayerTrainer, "loss", watched)
+    _train(vlm, tmp_path, max_steps=2)
+    assert len(made) == 8
 
 
 def test_layers_are_independent_of_each_other(vlm: VLM, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_l1_weighs_activations_by_their_decoder_rows() -> None:
     transcoder, x = one("relu")
     out = transcoder(x)
     expected = (dense_code(transcoder, x) * transcoder.W_dec.norm(dim=1)).sum(-1).mean()
-    torch.testing.assert_close(l1_penalty(out.code.values, out.code.indices, transcoder.W_dec), expected)
+    torch.testing.assert_close(l1_penalty(out.code.values, out.code.indices, transcoder.W_dec.norm(dim=1)), expected)
 
 
 def test_prefixes_explain_with_the_first_features_alone() -> None:

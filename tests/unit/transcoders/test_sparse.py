@@ -1,9 +1,11 @@
 """The sparse kernels against dense algebra and finite differences."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from vlmscope.transcoders.sparse import gather_pre_activations, sparse_decode, transposed_bags
+from vlmscope.transcoders import sparse
+from vlmscope.transcoders.sparse import FeatureOrder, gather_pre_activations, sparse_decode, transposed_bags
 
 N, D, F, K = 7, 5, 11, 3
 
@@ -68,3 +70,42 @@ def test_float32_agrees_with_float64() -> None:
     values = torch.rand(N, K, dtype=torch.float64)
     exact = sparse_decode(indices, values, w_dec)
     torch.testing.assert_close(sparse_decode(indices, values.float(), w_dec.float()).double(), exact, atol=1e-5, rtol=0)
+
+
+def test_a_shared_order_gives_the_same_gradients_and_is_sorted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = torch.Generator().manual_seed(4)
+    x, w_enc, w_dec = (torch.randn(n, 5, generator=rng, dtype=torch.float64) for n in (7, 11, 11))
+    b_enc = torch.randn(11, generator=rng, dtype=torch.float64)
+    sorts: list[int] = []
+    real = sparse._by_feature
+    monkeypatch.setattr(sparse, "_by_feature", lambda indices, n: sorts.append(n) or real(indices, n))
+
+    def gradients(order: FeatureOrder | None) -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, w_enc, b_enc, w_dec)]
+        pre = (x @ w_enc.T + b_enc).detach()
+        indices = pre.topk(3).indices
+        values = gather_pre_activations(pre, indices, *leaves[:3], order)
+        sparse_decode(indices, values, leaves[3], order).square().sum().backward()
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    alone, shared = gradients(None), gradients(FeatureOrder())
+    assert sorts == [11] * 3 and len(alone) == 4
+    assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
+
+
+def test_an_order_is_not_taken_for_other_indices() -> None:
+    order = FeatureOrder()
+    weights, rows = torch.ones(2, 2), torch.tensor([[1.0], [2.0]])
+    first = torch.tensor([[0, 1], [1, 2]])
+    assert transposed_bags(first, weights, rows, 4, order).flatten().tolist() == [1, 3, 2, 0]
+    assert transposed_bags(first.flip(0), weights, rows, 4, order).flatten().tolist() == [2, 3, 1, 0]
+
+
+def test_dots_feature_by_feature_are_those_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = torch.Generator().manual_seed(5)
+    left, rows = torch.randn(9, 6, generator=rng), torch.randn(30, 6, generator=rng)
+    indices = torch.randn(9, 30, generator=rng).topk(4).indices
+    by_token = sparse.sampled_dots(indices, left, rows)
+    monkeypatch.setattr(sparse, "_CACHED", 0)
+    assert torch.equal(sparse.sampled_dots(indices, left, rows, FeatureOrder()), by_token)
+    torch.testing.assert_close(by_token, (left @ rows.T).gather(1, indices))

@@ -80,7 +80,7 @@ def summary(bench: Bench) -> str:
             f"questions (matched random features: {m[key + '_control']:.0%})"
         )
     return (
-        "; ".join(parts) + ". Acting on everything may only copy the answer: read the rows without the last layer and "
+        ". ".join(parts) + ". Acting on everything may only copy the answer: read the rows without the last layer and "
         "without the last position, and the third planet, beside it."
     )
 
@@ -194,7 +194,7 @@ def effect_sections(bench: Bench, effects: dict, folder: Path) -> list[Section]:
         ),
     ]
     curve = figures.dose_response(
-        effects["curves"], folder / "dose_response.png", "steering strength (1 = own mean activation)", "flip rate"
+        effects["curves"], folder / "dose_response.png", "steering strength (1 = own mean activation)", "flip rate (%)"
     )
     sections.append(figure("Dose and response", curve, "Flip rate against steering strength, by question"))
     return [*sections, checks(bench)]
@@ -226,9 +226,9 @@ def curve_sections(bench: Bench, folder: Path) -> list[Section]:
     made = bench.record("curves")
     kinds = made["curves"]
     drawn = [
-        figures.dose_response(kinds["strength"], folder / "patch_strength.png", "patching strength", "flip rate"),
+        figures.dose_response(kinds["strength"], folder / "patch_strength.png", "patching strength", "flip rate (%)"),
         figures.feature_count_curve(kinds["features"], folder / "feature_count.png"),
-        figures.dose_response(kinds["layers"], folder / "layers.png", "layer x", "flip rate"),
+        figures.dose_response(kinds["layers"], folder / "layers.png", "layer x", "flip rate (%)"),
         figures.layer_role_heatmap(
             made["ablation"],
             list(range(len(made["ablation"]))),

@@ -7,6 +7,6 @@ from torch import Tensor
 from vlmscope.training.losses.joint import Joint, joint_mean
 
 
-def l1_penalty(values: Tensor, indices: Tensor, w_dec: Tensor, joint: Joint = None) -> Tensor:
-    """Mean over tokens of `sum_f a_f |W_dec[f]|`: values, indices [N, m], w_dec [F, d] -> scalar."""
-    return joint_mean((values * w_dec.norm(dim=1)[indices]).sum(-1), joint)
+def l1_penalty(values: Tensor, indices: Tensor, norms: Tensor, joint: Joint = None) -> Tensor:
+    """Mean over tokens of `sum_f a_f |W_dec[f]|`: values, indices [N, m], norms of decoder rows [F] -> scalar."""
+    return joint_mean((values * norms[indices]).sum(-1), joint)

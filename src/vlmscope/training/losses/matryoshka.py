@@ -1,6 +1,7 @@
 """Matryoshka prefixes: the first features must do on their own, so that they stay general (arXiv 2503.17547)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,5 +23,5 @@ def prefix_fvu(
     terms = []
     for size in sizes:
         values = torch.where(code.indices < size, code.values, 0)
-        terms.append(joint_fvu(y, transcoder.decode(SparseCode(code.indices, values), x), joint))
+        terms.append(joint_fvu(y, transcoder.decode(replace(code, values=values), x), joint))
     return torch.stack(terms).mean()

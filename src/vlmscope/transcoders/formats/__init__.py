@@ -10,7 +10,7 @@ import torch
 
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import FORMAT_NAMES
-from vlmscope.transcoders.formats import config_yaml, gemma_scope, sae_lens, sparsify
+from vlmscope.transcoders.formats import clt, config_yaml, gemma_scope, sae_lens, sparsify
 from vlmscope.transcoders.formats.common import STORED_DTYPES, Choice, Format, SetSource, build_layer, uniform
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -39,6 +39,9 @@ FORMATS: dict[str, Format] = {
         _own("vlmscope", config_yaml.open_own, uniform),
         _own("paper", config_yaml.open_paper, config_yaml.refuse_paper),
         _own("circuit_tracer", config_yaml.open_circuit_tracer, config_yaml.refuse_circuit_tracer),
+        Format(
+            "clt", "W_enc_{i}.safetensors with W_dec_{i}.safetensors", clt.found_in, clt.open_set, clt.refuse, clt.write
+        ),
         Format(
             "gemma_scope",
             "transcoder_all/layer_*_width_*_l0_*/params.safetensors",

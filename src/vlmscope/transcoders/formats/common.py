@@ -1,7 +1,7 @@
 """What the readers and writers of all formats share: the layers of a set before they are loaded, tensors, hooks, files.
 
 Our own convention, into which every reader translates: `W_enc` [F, d], `W_dec` [F, d], `b_enc` [F], `b_dec` [d],
-`W_skip` [d, d] applied as `x @ W_skip.T`, `threshold` [F].
+`W_skip` [d, d] applied as `x @ W_skip.T`, `threshold` [F], `W_later` [n, F, d] decoders to the n layers after its own.
 """
 
 import re
@@ -127,6 +127,7 @@ def own_tensors(transcoder: Transcoder) -> Tensors:
     """A layer's tensors in our convention: `threshold` [F] too where the nonlinearity has one."""
     found = {name: getattr(transcoder, name) for name in (*REQUIRED, "W_skip")}
     found["threshold"] = transcoder.activation.thresholds
+    found["W_later"] = torch.stack([later.detach() for later in transcoder.W_later]) if transcoder.W_later else None
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -170,6 +171,11 @@ def record_of(value: Any, where: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where} holds no keys; it is not a transcoder's configuration")
     return value
+
+
+def no_cross_layer(transcoders: TranscoderSet) -> str | None:
+    """Why a format of single layers cannot hold the set, None when it can."""
+    return "it has no place for decoders to later layers" if transcoders.cross_layer else None
 
 
 def uniform(transcoders: TranscoderSet) -> str | None:
@@ -241,6 +247,7 @@ def build_layer(
             skip="W_skip" in tensors,
             input_hook=config.input_hook,
             output_hook=config.output_hook,
+            writes=1 + len(tensors["W_later"]) if "W_later" in tensors else 1,
         )
         transcoder = Transcoder(one, dtype=dtype, device=device)
     except UserError as error:
@@ -248,6 +255,10 @@ def build_layer(
     for name in (*REQUIRED, "W_skip"):
         if name in tensors:
             set_weight(getattr(transcoder, name), tensors[name])
+    for parameter, found in zip(transcoder.W_later, tensors.get("W_later", ()), strict=True):
+        set_weight(parameter, found)
+    if one.writes > 1 and layer + one.writes > config.n_model_layers:
+        raise UserError(f"{path}: W_later writes {one.writes - 1} layers ahead, past the model's last; copy it anew")
     if has_threshold:
         try:
             transcoder.activation.take_thresholds(tensors["threshold"])
@@ -262,7 +273,7 @@ def _check_names(path: Path, tensors: Tensors, activation: str, has_threshold: b
         raise UserError(f"{path} lacks {', '.join(missing)}; it is not a transcoder in this layout")
     if has_threshold and "threshold" not in tensors:
         raise UserError(f"{path} lacks threshold, which activation {activation!r} needs; copy the set anew")
-    unknown = sorted(set(tensors) - {*REQUIRED, "W_skip", *(["threshold"] if has_threshold else [])})
+    unknown = sorted(set(tensors) - {*REQUIRED, "W_skip", "W_later", *(["threshold"] if has_threshold else [])})
     if unknown:
         raise UserError(f"{path} holds {', '.join(unknown)}, which activation {activation!r} does not use")
 
@@ -278,6 +289,7 @@ def _checked_shapes(path: Path, tensors: Tensors, d_model: int | None) -> tuple[
             "choose the set trained on this model"
         )
     expected = {"W_enc": (f, d), "W_dec": (f, d), "b_enc": (f,), "b_dec": (d,), "W_skip": (d, d), "threshold": (f,)}
+    expected["W_later"] = (len(tensors.get("W_later", ())), f, d)
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name]:
             raise UserError(

@@ -16,6 +16,7 @@ from vlmscope.transcoders.formats.common import (
     Choice,
     LayerSource,
     SetSource,
+    no_cross_layer,
     own_hook,
     own_tensors,
     positive,
@@ -27,13 +28,15 @@ from vlmscope.transcoders.formats.common import (
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 CONFIG = "config.yaml"
+_KIND = "transcoder_set"
+_CROSS_LAYER = "cross_layer_transcoder_set"  # ours: other readers must not take it for a set of single layers
 _PAPER_K = 48  # the paper's reader takes this when `top_k` is absent
 _HOOK_KEYS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.hook_out"}
 
 
 def has_config(folder: Path) -> bool:
     """Whether a folder has this layout, whoever wrote it."""
-    return (folder / CONFIG).is_file()
+    return (folder / CONFIG).is_file() and not (folder / "W_enc_0.safetensors").is_file()
 
 
 def flavour(folder: Path) -> str:
@@ -109,7 +112,7 @@ def _activation(record: dict[str, Any], name: str, where: Path) -> tuple[str, in
 def _layer_files(folder: Path, record: dict[str, Any]) -> dict[int, Path]:
     """Layer -> file, from `layers` and `transcoders`, or from the file names when the config lists neither."""
     where = folder / CONFIG
-    if record.get("model_kind", "transcoder_set") != "transcoder_set":
+    if record.get("model_kind", _KIND) not in (_KIND, _CROSS_LAYER):
         raise UserError(f"{where}: model_kind is {record['model_kind']!r}; only transcoder_set can be read")
     names, layers = record.get("transcoders"), record.get("layers")
     if names is None and layers is None:
@@ -157,6 +160,8 @@ def _file_name(layer: int) -> str:
 def refuse_paper(transcoders: TranscoderSet) -> str | None:
     """The paper's code reads TopK between the raw MLP's input and output, of all layers from 0."""
     config, layers = _first(transcoders), transcoders.layers
+    if transcoders.cross_layer:
+        return no_cross_layer(transcoders)
     if config.activation != "topk":
         return f"the paper's code knows TopK alone and would read {config.activation} as TopK without its threshold"
     if (config.input_hook, config.output_hook) != ("mlp_in", "mlp_out"):
@@ -169,6 +174,8 @@ def refuse_paper(transcoders: TranscoderSet) -> str | None:
 def refuse_circuit_tracer(transcoders: TranscoderSet) -> str | None:
     """circuit-tracer reads TopK and ReLU from this layout."""
     config, layers = _first(transcoders), transcoders.layers
+    if transcoders.cross_layer:
+        return f"{no_cross_layer(transcoders)} (its own format for them is clt)"
     if config.activation not in ("topk", "relu"):
         return f"circuit-tracer reads topk and relu here, and has no place for the threshold of {config.activation}"
     if layers != list(range(len(layers))):
@@ -191,7 +198,7 @@ def write(transcoders: TranscoderSet, folder: Path, dtype: str) -> None:
 def _config_record(transcoders: TranscoderSet, dtype: str) -> dict[str, Any]:
     config, one = transcoders.config, _first(transcoders)
     return {
-        "model_kind": "transcoder_set",
+        "model_kind": _CROSS_LAYER if transcoders.cross_layer else _KIND,
         "model_name": config.model_name,
         "feature_input_hook": their_hook(one.input_hook, config.model_name),
         "feature_output_hook": their_hook(one.output_hook, config.model_name),

@@ -21,6 +21,7 @@ from vlmscope.transcoders.formats.common import (
     LayerSource,
     SetSource,
     Tensors,
+    no_cross_layer,
     own_tensors,
     record_of,
     taken,
@@ -143,6 +144,8 @@ def _translator(variant: _Variant) -> Callable[[Tensors], Tensors]:
 def refuse(transcoders: TranscoderSet) -> str | None:
     """JumpReLU (and what is the same: ReLU, and BatchTopK after training) into the stream after the post norm."""
     config = transcoders[transcoders.layers[0]].config
+    if transcoders.cross_layer:
+        return no_cross_layer(transcoders)
     if config.activation == "topk":
         return "it is JumpReLU, and no threshold chooses as TopK does"
     if (config.input_hook, config.output_hook) != ("mlp_in", "mlp_out_post"):

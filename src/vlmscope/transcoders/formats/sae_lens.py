@@ -20,6 +20,7 @@ from vlmscope.transcoders.formats.common import (
     LayerSource,
     SetSource,
     Tensors,
+    no_cross_layer,
     own_hook,
     own_tensors,
     positive,
@@ -157,7 +158,7 @@ def refuse(transcoders: TranscoderSet) -> str | None:
     activations = {transcoder.config.activation for transcoder in transcoders.transcoders.values()}
     if "topk" in activations:
         return "SAELens has no TopK transcoder and would read its weights with ReLU"
-    return None
+    return no_cross_layer(transcoders)
 
 
 def write(transcoders: TranscoderSet, folder: Path, dtype: str) -> None:

@@ -17,6 +17,7 @@ from vlmscope.transcoders.formats.common import (
     LayerSource,
     SetSource,
     Tensors,
+    no_cross_layer,
     own_tensors,
     positive,
     record_of,
@@ -120,7 +121,7 @@ def refuse(transcoders: TranscoderSet) -> str | None:
         if (config.input_hook, config.output_hook) != ("mlp_in", "mlp_out"):
             hooks = f"{config.input_hook} to {config.output_hook}"
             return f"it maps a module's input to its output, and no module maps {hooks}"
-    return None
+    return no_cross_layer(transcoders)
 
 
 def write(transcoders: TranscoderSet, folder: Path, dtype: str) -> None:

@@ -1,9 +1,9 @@
 """TopK: `a = TopK_k(ReLU(pre))`, the k largest rectified pre-activations of a token (arXiv 2406.04093, 2602.20330)."""
 
-import torch
 from torch import Tensor
 
 from vlmscope.transcoders.nonlinearities.base import Nonlinearity
+from vlmscope.transcoders.nonlinearities.select import largest
 
 
 class TopK(Nonlinearity):
@@ -15,8 +15,7 @@ class TopK(Nonlinearity):
 
     def support(self, pre: Tensor) -> Tensor:
         # ReLU keeps the order, so the largest before it are the largest after it.
-        with torch.no_grad():
-            return pre.topk(self.k, dim=-1).indices
+        return largest(pre, self.k)
 
     def values(self, pre_at_support: Tensor, indices: Tensor) -> Tensor:
         del indices

@@ -1,0 +1,101 @@
+"""The plan's least time of one layer's training step against the step itself, on this machine.
+
+`python benchmarks/plan.py [--repeat 7] [--threads 1]` measures the machine (a matrix product and a copy), then for
+several sizes each part of a step of `vlmscope.training.layer_trainer`, and prints both beside what
+`vlmscope.training.times` says for the measured machine.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from vlmscope.core.hardware import Hardware
+from vlmscope.training.layer_trainer import LayerTrainer
+from vlmscope.training.layout import Layout
+from vlmscope.training.sizes import TrainingSizes
+from vlmscope.training.times import bounds, layer_work
+from vlmscope.training.transcoder_config import TranscoderTrainingConfig
+from vlmscope.transcoders.transcoder import TranscoderConfig
+
+SIZES = [(2048, 128, 2048, 16), (2048, 256, 8192, 16), (1024, 512, 16384, 48), (512, 1024, 16384, 48)]  # n, d, F, k
+GROUPS = {
+    "encoder": ("encoder",),
+    "choice": ("choice",),
+    "rest of loss and gradient": ("sparse", "elementwise"),
+    "clipping and AdamW": ("clipping", "optimiser"),
+}
+
+
+def seconds(work: Callable[[], object], repeat: int) -> float:
+    """Median time of a call after one that does not count."""
+    work()
+    found = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return median(found)
+
+
+def this_machine(repeat: int) -> Hardware:
+    """The rates of a product of 2048 x 2048 in float32 and of a copy of 256 MiB, read and written."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    source = torch.randn(1 << 26)
+    target = torch.empty_like(source)
+    flops = 2 * 2048**3 / seconds(lambda: a @ b, repeat)
+    moved = 2 * 4 * source.numel() / seconds(lambda: target.copy_(source), repeat)
+    return Hardware("this machine", {"float32": flops}, moved, None, moved)
+
+
+def measured(n: int, d: int, f: int, k: int, repeat: int) -> dict[str, float]:
+    """Seconds of the groups of one layer's step."""
+    trainer = LayerTrainer(TranscoderConfig(d, f, k))
+    x, y = torch.randn(n, d), torch.randn(n, d)
+    trainer.initialise(x, y, "samples", 0)
+    config = TranscoderTrainingConfig()
+    optimiser = torch.optim.AdamW(trainer.parameters(), lr=1e-4, fused=True)
+    standard = trainer.standard.apply(x, y)[0]
+    with torch.no_grad():
+        pre = trainer.transcoder.pre_activations(standard)
+        encoder = seconds(lambda: trainer.transcoder.pre_activations(standard), repeat)
+        choice = seconds(lambda: trainer.transcoder.activation.support(pre), repeat)
+
+    def gradient() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        trainer.loss(x, y, config)[0].backward()
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
+        optimiser.step()
+
+    whole = seconds(gradient, repeat)
+    return dict(zip(GROUPS, (encoder, choice, whole - encoder - choice, seconds(update, repeat)), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    machine = this_machine(arguments.repeat)
+    rates = f"{machine.flops['float32'] / 1e9:.1f} GFLOP/s, {machine.bandwidth / 1e9:.2f} GB/s"
+    print(f"{rates}, medians of {arguments.repeat}\n")
+    print("| n | d | F | k | part | plan, ms | measured, ms | measured / plan |")
+    print("|" + " --- |" * 8)
+    for n, d, f, k in SIZES:
+        sizes = TrainingSizes(Layout(1), d, f, k, n, 4, 0)
+        least = bounds(layer_work(sizes), machine)
+        planned = {group: sum(least[part].seconds for part in parts) for group, parts in GROUPS.items()}
+        found = measured(n, d, f, k, arguments.repeat)
+        rows = {group: (planned[group], found[group]) for group in GROUPS}
+        rows["all"] = (sum(planned.values()), sum(found.values()))
+        for group, (plan, real) in rows.items():
+            print(f"| {n} | {d} | {f} | {k} | {group} | {plan * 1e3:.3g} | {real * 1e3:.3g} | {real / plan:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Which of several processes this one is, as the launcher that started it says in the environment.
+
+torchrun (`python -m torch.distributed.run`) sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT. `srun` sets SLURM_PROCID, SLURM_LOCALID and, of its step, SLURM_STEP_NUM_TASKS, SLURM_STEP_TASKS_PER_NODE
+and SLURM_STEP_NODELIST (srun's manual, "output environment variables"); the names without STEP are those of the
+allocation and stand in where the former are missing. submitit's local executor sets SUBMITIT_LOCAL_NTASKS and so on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vlmscope.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Process `rank` of `world`, number `local_rank` of the `per_host` on its host; they meet at `address`:`port`.
+
+    Raises:
+        UserError: the numbers contradict each other, or ranks are not counted host by host.
+    """
+
+    launcher: str
+    rank: int
+    world: int
+    local_rank: int
+    per_host: int
+    address: str
+    port: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world or not 0 <= self.local_rank < self.per_host:
+            raise UserError(
+                f"{self.launcher} says that this is process {self.rank} of {self.world} and {self.local_rank} of "
+                f"{self.per_host} on its host, which cannot be; start it anew"
+            )
+        if self.rank % self.per_host != self.local_rank:
+            raise UserError(
+                f"process {self.rank} is number {self.local_rank} of {self.per_host} on its host: ranks must count "
+                "host by host, equally many on each; with srun, give --ntasks-per-node and --distribution=block"
+            )
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes, prints and tracks."""
+        return self.rank == 0
+
+
+def place_of(env: Mapping[str, str]) -> Place | None:
+    """The place that the environment `env` gives this process; None when it runs alone.
+
+    Raises:
+        UserError: a variable is missing or no number, or hosts have different numbers of processes.
+    """
+    found = _torchrun(env) or _slurm(env) or _submitit_local(env)
+    return found if found is not None and found.world > 1 else None
+
+
+def first_host(nodes: str) -> str:
+    """The first host of SLURM's list: `gpu[003-006,9],login` -> `gpu003`."""
+    depth, end = 0, len(nodes)
+    for position, character in enumerate(nodes):
+        depth += (character == "[") - (character == "]")
+        if character == "," and depth == 0:
+            end = position
+            break
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes[:end])
+
+
+def tasks_per_node(counts: str) -> int:
+    """The tasks on each node from SLURM's `4(x2)`.
+
+    Raises:
+        UserError: they differ, as in `4(x2),3`.
+    """
+    each = {int(part) for part in re.findall(r"(?:^|,)(\d+)", counts)}
+    if len(each) != 1:
+        raise UserError(f"SLURM put {counts} tasks on the nodes; start equally many on each (--ntasks-per-node)")
+    return each.pop()
+
+
+def _torchrun(env: Mapping[str, str]) -> Place | None:
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        return None
+    world, rank = _number(env, "WORLD_SIZE"), _number(env, "RANK")
+    per_host = _number(env, "LOCAL_WORLD_SIZE", world)
+    local = _number(env, "LOCAL_RANK", rank % max(per_host, 1))
+    if world > 1 and not env.get("MASTER_ADDR"):
+        raise UserError("RANK and WORLD_SIZE are set, and MASTER_ADDR is not; set it, or unset them to run alone")
+    port = _number(env, "MASTER_PORT", 29500)
+    return Place("torchrun", rank, world, local, per_host, env.get("MASTER_ADDR", ""), port)
+
+
+def _slurm(env: Mapping[str, str]) -> Place | None:
+    # A batch script has SLURM_PROCID and SLURM_NTASKS too, but is one process, not a task of a step.
+    step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID"))
+    if step is None or "SLURM_PROCID" not in env:
+        return None
+    world = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
+    if world == 1:  # an interactive shell, say, whose other variables may be those of its allocation
+        return None
+    counts = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or env.get("SLURM_NTASKS_PER_NODE")
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
+    if not counts or not nodes:
+        raise UserError("SLURM_STEP_TASKS_PER_NODE or SLURM_STEP_NODELIST is missing; start the processes with srun")
+    job = _number(env, "SLURM_JOB_ID", 0) + 101 * (int(step) if step.isdigit() else 0)
+    return Place(
+        "srun",
+        _number(env, "SLURM_PROCID"),
+        world,
+        _number(env, "SLURM_LOCALID"),
+        tasks_per_node(counts),
+        env.get("MASTER_ADDR") or first_host(nodes),
+        _number(env, "MASTER_PORT", _port(job)),
+    )
+
+
+def _submitit_local(env: Mapping[str, str]) -> Place | None:
+    if "SUBMITIT_LOCAL_GLOBALID" not in env:
+        return None
+    world, rank = _number(env, "SUBMITIT_LOCAL_NTASKS", 1), _number(env, "SUBMITIT_LOCAL_GLOBALID")
+    job = _port(_number(env, "SUBMITIT_LOCAL_JOB_ID", 0))
+    local = _number(env, "SUBMITIT_LOCAL_LOCALID", rank)
+    return Place("submitit", rank, world, local, world, "127.0.0.1", _number(env, "MASTER_PORT", job))
+
+
+def _port(job: int) -> int:
+    """A port that two jobs on one host will hardly share, below those that systems give out by themselves."""
+    return 12000 + job % 20000
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name, "" if default is None else str(default))
+    if not text.isdigit():
+        raise UserError(f"the environment has {name}={text!r}, which is no number; start the processes anew")
+    return int(text)

@@ -1,0 +1,90 @@
+"""One task by several processes that a launcher started (docs/scaling.md): rank 0 records, the others work along."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmscope.core.errors import NotMainRank, UserError
+
+if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
+    from vlmscope.core.launch import Place
+    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import Task
+
+
+@contextmanager
+def together(place: Place, task: Task, cfg: AppConfig, run_dir: Path) -> Iterator[tuple[AppConfig, Path]]:
+    """The configuration for this process and rank 0's run folder, with the group of all processes open around the work.
+
+    Raises:
+        UserError: the task is not made for several processes, or the GPUs do not suffice.
+        RankLost: another process ended or does not answer.
+    """
+    if not task.ranks:
+        remove_empty(run_dir)
+        raise UserError(
+            f"task={task.name} is made for one process, and {place.launcher} started {place.world}; start it alone"
+        )
+    from vlmscope.training.process_group import opened
+
+    device = _device(place, cfg.model.device)
+    with opened(place, device, cfg.trainer.rank_timeout) as meeting:
+        shared = Path(meeting.from_main("run_dir", str(run_dir)))
+        if (
+            shared.resolve() != run_dir.resolve()
+        ):  # the names of run folders hold the time, and Hydra has made one for each
+            remove_empty(run_dir)
+        if not shared.is_dir():
+            raise UserError(f"process {place.rank} does not see the run folder {shared}; choose one on a shared disk")
+        yield dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, device=device)), shared
+
+
+def work_along(task: Task, cfg: AppConfig, context: RunContext, rank: int) -> None:
+    """The task on a process that is not rank 0: nothing is printed, and what is logged goes into `run.rank<N>.log`."""
+    root = logging.getLogger()
+    console = list(root.handlers)
+    file = logging.FileHandler(context.run_dir / f"run.rank{rank}.log", delay=True, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root.handlers = [file]
+    logging.captureWarnings(True)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), suppress(NotMainRank):
+            task.run(cfg, context)
+    finally:
+        logging.captureWarnings(False)
+        root.handlers = console
+        file.close()
+
+
+def _device(place: Place, device: str) -> str:
+    """The GPU of this process: number `local_rank` of its host, or the only one where the launcher shows it no other.
+
+    Raises:
+        UserError: one GPU is named for several processes, or there are too few.
+    """
+    if not device.startswith("cuda") or place.per_host == 1:
+        return device
+    if device != "cuda":
+        raise UserError(f"model.device={device} is one GPU for {place.per_host} processes; write model.device=cuda")
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 1 and place.launcher == "srun":  # each task of a step may see its own GPU alone
+        return "cuda:0"
+    if count < place.per_host:
+        raise UserError(f"{place.per_host} processes on a host with {count} GPUs; start as many as there are GPUs")
+    return f"cuda:{place.local_rank}"
+
+
+def remove_empty(run_dir: Path) -> None:
+    """Hydra makes a folder for every run; one that a task left empty, and its empty parent, would only be litter."""
+    with suppress(OSError):  # another process may be at it too
+        for folder in (run_dir, run_dir.parent):
+            folder.rmdir()

@@ -1,0 +1,176 @@
+"""Training by two processes that a launcher started: one set, one folder, one record; stops, losses and mistakes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from vlmscope.app import main
+from vlmscope.models.tiny import tiny_image
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "task=train_transcoders", "model=tiny_llava", "transcoder=arch", "transcoder.expansion_factor=2", "transcoder.k=4",
+    "task.steps_per_batch=1", "task.pool_batches=2", "task.val_examples=6", "optim.warmup=1", "trainer.threads=1",
+]  # fmt: skip
+MIX = [*SMALL, "data=mix_orrery", "data.context=32", "task.tokens_per_batch=80", "trainer.checkpoint_every=0"]
+
+
+def start(arguments: list[str], world: int = 2, per_host: int | None = None) -> list[subprocess.Popen[str]]:
+    """Start `run.py` as a launcher would, once for each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    each = per_host or world
+    return [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), *arguments],
+            cwd=ROOT,
+            env={
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank % each),
+                "LOCAL_WORLD_SIZE": str(each), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+def ended(processes: list[subprocess.Popen[str]], seconds: float = 240) -> tuple[list[int], list[str], list[str]]:
+    """Exit codes, stdout and stderr of all."""
+    try:
+        said = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], [out for out, _ in said], [err for _, err in said]
+
+
+def errors(said: list[str]) -> list[str]:
+    return [line for text in said for line in text.splitlines() if line.startswith("error: ")]
+
+
+def checkpoint(run_dir: Path) -> dict[str, dict]:
+    (folder,) = (run_dir / "transcoder_checkpoint").glob("step_*")
+    return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def distance(ours: Path, theirs: Path) -> float:
+    """The largest difference between the weights and moments of two runs."""
+    one, other = checkpoint(ours), checkpoint(theirs)
+    assert one and {k: v.keys() for k, v in one.items()} == {k: v.keys() for k, v in other.items()}
+    return max(float((one[f][k].float() - other[f][k].float()).abs().max()) for f in one for k in one[f])
+
+
+def wait_for(path: Path, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for number in range(8):
+        tiny_image(number).save(folder / f"{number}.png")
+        turns = [{"user": "what is this ?", "assistant": "red"}, {"user": "the other one ?", "assistant": "two"}]
+        lines.append({"images": [f"{number}.png"], "texts": turns[: 1 + number % 2]})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_torchrun_trains_one_set_in_one_folder_with_one_record(tmp_path: Path, data: Path) -> None:
+    command = [*SMALL, "data=folder", f"data.path={data}", "task.tokens_per_batch=60", "trainer.max_steps=6"]
+    assert main([*command, "tracking=none", f"hydra.run.dir={tmp_path / 'alone'}"]) == 0
+    uri = f"sqlite:///{tmp_path}/m.db"
+    # Each process would have a folder of its own, as with the time in the folder's name.
+    several = [*command, f"tracking.uri={uri}", f"hydra.run.dir={tmp_path}/runs/${{oc.env:LOCAL_RANK}}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "run.py"]
+    done = subprocess.run([*torchrun, *several], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(tmp_path / "runs" / "0")]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["0"]
+    assert distance(tmp_path / "runs" / "0", tmp_path / "alone") < 1e-5
+    metrics = [
+        json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "runs/0", tmp_path / "alone")
+    ]
+    assert metrics[0]["val/fvu"] == pytest.approx(metrics[1]["val/fvu"], abs=1e-4)
+
+    from vlmscope.tracking.client import open_client
+
+    client = open_client(uri)
+    experiment = client.get_experiment_by_name("train_transcoders")
+    assert experiment is not None
+    assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_after_one_step_and_a_mix_goes_on_exactly(tmp_path: Path) -> None:
+    command = [*MIX, "tracking=none", "trainer.max_steps=60"]
+    assert ended(start([*command, f"hydra.run.dir={tmp_path / 'whole'}"]))[0] == [0, 0]
+    states = {path.name for path in (tmp_path / "whole").glob("data_states*")}
+    assert states == {"data_states_0_of_2.json", "data_states_1_of_2.json"}
+    metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    shares = [metrics[f"data/{name}/tokens_share"] for name in ("text", "captions", "questions")]
+    assert shares == pytest.approx([0.4, 0.4, 0.2], abs=0.05) and sum(shares) == pytest.approx(1)
+
+    half = [*command, f"hydra.run.dir={tmp_path / 'half'}"]
+    processes = start(half)
+    text = tmp_path / "half" / "data_states_1_of_2.json"
+    wait_for(text)
+    while len(json.loads(text.read_text())["states"]) < 3:  # some steps
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGINT)  # only one is told
+    codes, _, said = ended(processes)
+    assert codes == [130, 130] and sum(words.count("trainer.resume=true") for words in said) == 1
+    (marker,) = (tmp_path / "half" / "transcoder_checkpoint").glob("step_*/complete.json")
+    assert 0 < json.loads(marker.read_text())["steps_done"] < 60
+
+    codes, _, said = ended(start([*half, "trainer.resume=true"], 3))
+    assert set(codes) <= {1, 2} and len(errors(said)) == 1 and "read by 2 processes" in errors(said)[0]
+    assert ended(start([*half, "trainer.resume=true"]))[0] == [0, 0]
+    assert distance(tmp_path / "half", tmp_path / "whole") == 0
+
+
+def test_a_mistake_is_one_line_and_a_task_for_one_process_says_so(tmp_path: Path) -> None:
+    where = ["tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
+    codes, out, said = ended(start(["task=trace", "model=tiny_llava", "prompt=red", *where]))
+    assert codes == [2, 2] and not any(out)
+    assert errors(said) == ["error: task=trace is made for one process, and torchrun started 2; start it alone"]
+    assert not (tmp_path / "run").exists()
+    codes, _, said = ended(start([*MIX, *where, "trainer.max_stepz=3"]))
+    assert codes == [2, 2] and len(errors(said)) == 1 and "did you mean" in errors(said)[0]
+    assert not any("Traceback" in text for text in said)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    processes = start([*MIX, "tracking=none", "trainer.max_steps=100000", f"hydra.run.dir={run}"])
+    wait_for(run / "data_states_1_of_2.json")
+    processes[1].kill()
+    began = time.monotonic()
+    codes, _, said = ended(processes, 60)
+    assert codes == [1, -signal.SIGKILL] and time.monotonic() - began < 45
+    assert len(errors(said)) == 1 and "lost another one" in errors(said)[0]
+
+
+@pytest.mark.slow
+def test_the_end_of_all_shares_is_told_once(tmp_path: Path) -> None:
+    sources = ("text", "captions", "questions")
+    few = [f"data.sources.{name}.{key}" for name in sources for key in ("limit=10", "repeat=false")]
+    codes, _, said = ended(start([*MIX, *few, "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]))
+    assert codes == [2, 2] and len(errors(said)) == 1
+    assert "no process has a token of this batch any more; add data.sources.NAME.repeat=true" in errors(said)[0]

@@ -1,0 +1,82 @@
+"""`vlmscope.load`: folders and hub ids, and the check that the transcoders fit."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+import vlmscope
+from vlmscope.core.errors import UserError
+from vlmscope.models.tiny import tiny_vlm
+from vlmscope.transcoders.formats import save_set
+from vlmscope.transcoders.init import random_set, set_weight
+
+MODEL, SET, COMMIT = "some-org/tiny-vlm", "me/tiny-set", "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and a set whose reconstructions are far too large."""
+    folder = tmp_path_factory.mktemp("saved")
+    vlm = tiny_vlm("gemma3", 0)
+    vlm.model.save_pretrained(folder / "model")
+    vlm.processor.save_pretrained(folder / "model")
+    made = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 48, 4, seed=1)
+    for transcoder in made.transcoders.values():
+        set_weight(transcoder.W_dec, 1000 * transcoder.W_dec)
+    save_set(made, folder / "set")
+    return folder
+
+
+@pytest.fixture
+def cache(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache with both in it, and a hub that must not be asked."""
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", never)
+    monkeypatch.setattr(huggingface_hub, "HfApi", never)
+    monkeypatch.chdir(tmp_path)
+    for repo, name in ((MODEL, "model"), (SET, "set")):
+        target = tmp_path / f"models--{repo.replace('/', '--')}" / "snapshots" / COMMIT
+        shutil.copytree(saved / name, target)
+    return tmp_path
+
+
+def test_hub_ids_are_taken_from_the_cache_and_an_unfit_set_is_named(
+    cache: Path, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        scope = vlmscope.load(MODEL, SET, revision=COMMIT, transcoder_revision=COMMIT)
+    (said,) = [record.getMessage() for record in caplog.records if "do not fit" in record.getMessage()]
+    assert "the transcoders do not fit tiny-vlm: FVU above 1 on " in said and "layer 0 (" in said
+    assert int(said.partition(" on ")[2].split()[0]) > 200
+    assert scope.vlm.name == "tiny-vlm"
+    local = vlmscope.load(saved / "model", saved / "set", check=False)
+    inputs = scope.inputs("what is this ?")
+    assert (scope.vlm.model(**inputs.tensors).logits == local.vlm.model(**inputs.tensors).logits).all()
+    assert (scope.transcoders[1].W_dec == local.transcoders[1].W_dec).all()
+
+
+def test_the_check_can_be_left_out(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    vlmscope.load(saved / "model", saved / "set", check=False)
+    assert not [record for record in caplog.records if "fit" in record.getMessage()]
+
+
+def test_a_hub_id_needs_its_commit(cache: Path, saved: Path) -> None:
+    with pytest.raises(UserError, match=r"add model.revision=<commit"):
+        vlmscope.load(MODEL, saved / "set")
+    with pytest.raises(UserError, match=r"add transcoder.revision=<commit"):
+        vlmscope.load(saved / "model", SET)
+
+
+def test_the_shipped_pair_passes_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    scope = vlmscope.load()
+    assert scope.transcoders.n_layers == 8 and not caplog.records

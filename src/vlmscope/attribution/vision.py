@@ -41,9 +41,8 @@ class _PatchEmbedding:
     def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         # Convolutions give [n, d_v, ...], linear maps [.., n, d_v].
         rows = output.flatten(2).transpose(1, 2) if self._convolves(_module) else output
-        values = self.values
-        if values is None:
-            values = self.values = (rows.detach() - self._bias).flatten(0, -2).requires_grad_()
+        values = (rows.detach() - self._bias).flatten(0, -2).requires_grad_() if self.values is None else self.values
+        self.values = values
         rows = (values + self._bias).reshape(rows.shape)
         return rows.transpose(1, 2).reshape(output.shape) if self._convolves(_module) else rows
 

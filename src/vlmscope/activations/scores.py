@@ -98,13 +98,12 @@ def head_score(
             if norm is not None:
                 stack.callback(norm.register_forward_hook(frozen).remove)
         found = _scores_of(module, given)
-    group = found.query.shape[1] // found.key.shape[1]
-    return HeadScore(
-        query=_side(found.query[0, head, query], parts.query, leaves[parts.query], query, head),
-        key=_side(found.key[0, head // group, key], parts.key, leaves[parts.key], key, head // group),
-        scale=found.scaling,
-        softcap=found.softcap,
-    )
+        group = found.query.shape[1] // found.key.shape[1]
+        sides = (
+            _side(found.query[0, head, query], parts.query, leaves[parts.query], query, head),
+            _side(found.key[0, head // group, key], parts.key, leaves[parts.key], key, head // group),
+        )
+    return HeadScore(*sides, scale=found.scaling, softcap=found.softcap)
 
 
 def _attention_input(adapter: Adapter, module: nn.Module, inputs: ModelInputs) -> AttentionInput:

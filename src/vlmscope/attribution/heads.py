@@ -69,7 +69,7 @@ class HeadSplitter:
 
     def __init__(self, replacement: ReplacementModel, graph: AttributionGraph, targets: Targets) -> None:
         self.replacement, self.graph, self.targets = replacement, graph, targets
-        self._adjoint = _Watching(replacement)
+        self._adjoint, self._watching = Adjoint(replacement), _Watching(replacement)
         self._by_target: dict[int, tuple[dict[int, tuple[Tensor, Tensor]], Tensor, Tensor]] = {}
 
     @torch.no_grad()
@@ -113,11 +113,11 @@ class HeadSplitter:
         return _Read(layer, position, replacement.features[layer].w_enc[index] * scale, True)
 
     def _gradients(self, read: _Read) -> dict[int, tuple[Tensor, Tensor]]:
-        self._adjoint.seen = {}
+        self._watching.seen = {}
         position = torch.tensor([read.position], device=read.vector.device)
         after = {"after_attention": read.after_attention}
-        self._adjoint.stream_rows(read.layer, read.vector[None], position, **after)
-        return self._adjoint.seen
+        self._watching.stream_rows(read.layer, read.vector[None], position, **after)
+        return self._watching.seen
 
     def _column(self, source: int) -> int:
         nodes, columns = self.graph.nodes, self._adjoint.columns

@@ -36,8 +36,15 @@ def cantor_pair(layer: int, index: int) -> int:
 def node_id(graph: AttributionGraph, node: int) -> str:
     """The id of a node, unique in its graph: only features and logits begin with a number."""
     table = graph.nodes
-    layer, position, index = int(table.layer[node]), int(table.position[node]), int(table.index[node])
-    match NodeKind(int(table.kind[node])):
+    layer, position = int(table.layer[node]), int(table.position[node])
+    if table.kind[node] == NodeKind.TARGET:
+        return f"TARGET_{_number_of_end(graph, node)}_{layer}_{position}"
+    return source_id(NodeKind(int(table.kind[node])), layer, position, int(table.index[node]))
+
+
+def source_id(kind: NodeKind, layer: int, position: int, index: int) -> str:
+    """The id of a node that these fields tell from all others of its graph: any but a TARGET."""
+    match kind:
         case NodeKind.TOKEN:
             return f"E_{index}_{position}"
         case NodeKind.FEATURE:
@@ -52,7 +59,7 @@ def node_id(graph: AttributionGraph, node: int) -> str:
             # The viewers put logits one layer above the last, as circuit-tracer does.
             return f"{layer + 1}_{index}_{position}"
         case NodeKind.TARGET:
-            return f"TARGET_{_number_of_end(graph, node)}_{layer}_{position}"
+            raise AssertionError("targets are told apart by their number")
 
 
 def _number_of_end(graph: AttributionGraph, node: int) -> int:

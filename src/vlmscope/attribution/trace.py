@@ -8,11 +8,13 @@ import torch
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.edges import assemble
+from vlmscope.attribution.head_scores import Place, ScoreParts, find_place, score_parts
+from vlmscope.attribution.heads import HeadFlow, head_flow
 from vlmscope.attribution.pruning import prune
 from vlmscope.attribution.questions import TraceableModel, ask, choose_targets, labels_of
 from vlmscope.attribution.rows import target_chunk
 from vlmscope.attribution.select import select_rows
-from vlmscope.attribution.targets import Targets
+from vlmscope.attribution.targets import Targets, choose_logits
 from vlmscope.attribution.words import Tokenizer
 from vlmscope.core.graph import AttributionGraph, PrunedGraph
 from vlmscope.models.base import ModelInputs
@@ -28,6 +30,8 @@ class Trace:
     graph: AttributionGraph
     pruned: PrunedGraph
     targets: Targets
+    scores: tuple[ScoreParts, ...] = ()
+    flow: HeadFlow | None = None
 
 
 def attribute(
@@ -100,6 +104,27 @@ def trace(vlm: TraceableModel, transcoders: TranscoderSet, inputs: ModelInputs, 
     dtype = {"float32": torch.float32, "float64": torch.float64, "model": None}[config.dtype]
     question = ask(vlm, inputs, config)
     replacement = build_replacement(vlm, transcoders, question.inputs, dtype)
+    if config.attention:
+        return _trace_attention(vlm, replacement, config)
     targets = choose_targets(replacement, config, vlm.tokenizer, question.ids)
     graph = attribute(replacement, config, vlm.tokenizer, vlm.name, targets)
     return Trace(replacement, graph, prune(graph, config.node_threshold, config.edge_threshold), targets)
+
+
+def _trace_attention(vlm: TraceableModel, replacement: ReplacementModel, config: AttributionConfig) -> Trace:
+    """The graph of a head's score: of the one that is named, or of the one that carries most in the logits' graph."""
+    flow = None
+    if config.attention == "auto":
+        logits = choose_logits(replacement, config.logit_mass, config.max_logits)
+        flow = head_flow(replacement, attribute(replacement, config, vlm.tokenizer, vlm.name, logits), logits)
+        heads = flow.ranked()[: config.n_heads]
+        places = [Place(*head, int(flow.query[head]), int(flow.key[head])) for head in heads]
+    else:
+        places = [find_place(replacement, config.attention or "")]
+    adjoint = Adjoint(replacement)
+    scores = tuple(score_parts(vlm, replacement, adjoint, place) for place in places)
+    targets = scores[0].targets
+    graph = attribute(replacement, config, vlm.tokenizer, vlm.name, targets)
+    return Trace(
+        replacement, graph, prune(graph, config.node_threshold, config.edge_threshold), targets, scores, flow
+    )

@@ -75,6 +75,16 @@ class LayerNorms:
         return iter((self.attn_in, self.attn_out_post, self.mlp_in, self.mlp_out_post))
 
 
+@dataclass(frozen=True)
+class ScoreParts:
+    """The modules that make the queries and keys of a decoder layer; norms act head by head, before RoPE."""
+
+    query: nn.Module
+    key: nn.Module
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+
+
 class Adapter(ABC):
     """Everything that differs between families; the rest of vlmscope sees a model only through this."""
 
@@ -180,6 +190,10 @@ class Adapter(ABC):
     @abstractmethod
     def output_bias(self, layer: int) -> Tensor | None:
         """The output projection's bias `[d]`."""
+
+    @abstractmethod
+    def score_parts(self, layer: int) -> ScoreParts:
+        """The projections, with rows ordered by head, and norms that make queries and keys."""
 
     @abstractmethod
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:

@@ -81,23 +81,38 @@ class Adjoint:
         features = self.replacement.features[layer]
         position = features.position[which]
         vectors = features.w_enc[features.index[which]] * self.replacement.layers[layer].mlp_in_scale[position]
-        width = self.columns.bias(layer) + 1
-        sweep = self._begin(vectors, position, width)
-        sweep.out[:, width - 1] = features.encoder_bias[which]
-        self._attention(layer, sweep)
-        self._descend(layer, sweep)
-        return sweep.out[:, :width]
+        return self.stream_rows(layer, vectors, position, features.encoder_bias[which], after_attention=True)
 
     @torch.no_grad()
-    def logit_rows(self, vectors: Tensor) -> Tensor:
-        """Edges into linear read-outs `vectors [B, d]` of the normed last state at the last position: `[B,
-        columns]`.
+    def stream_rows(
+        self,
+        layer: int,
+        vectors: Tensor,
+        position: Tensor,
+        constants: Tensor | None = None,
+        *,
+        after_attention: bool = False,
+    ) -> Tensor:
+        """Edges into read-outs of the stream before a layer's attention, or between it and the MLP.
+
+        Args:
+            layer: the layer; L reads what leaves the last one.
+            vectors: `[B, d]`, with the scale of the norm that the target reads through.
+            position: `[B]` int64.
+            constants: `[B]`, what the layer itself adds to each target, for its bias column; not for L.
+            after_attention: read after the layer's attention.
+
+        Returns:
+            `[B, start[layer] + 1]`, the columns that exist below the layer and its own bias; `[B, columns]` for L.
         """
-        last = self.replacement.n_positions - 1
-        position = torch.full((len(vectors),), last, device=vectors.device)
-        width = self.columns.total
-        sweep = self._begin(vectors * self.replacement.state.final_norm_scale[last], position, width)
-        self._descend(self.replacement.n_layers, sweep)
+        inside = layer < self.columns.n_layers
+        width = self.columns.bias(layer) + 1 if inside else self.columns.total
+        sweep = self._begin(vectors, position, width)
+        if inside and constants is not None:
+            sweep.out[:, width - 1] = constants
+        if after_attention:
+            self._attention(layer, sweep)
+        self._descend(layer, sweep)
         return sweep.out[:, :width]
 
     def _begin(self, vectors: Tensor, position: Tensor, width: int) -> _Sweep:

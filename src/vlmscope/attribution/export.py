@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from vlmscope.core.artifacts import write_json
-from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
+from vlmscope.core.graph import ENDS, AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.ids import FeatureId
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # The viewers draw the first four by these names.
 _FEATURE_TYPES = {
@@ -24,6 +24,7 @@ _FEATURE_TYPES = {
     NodeKind.LOGIT: "logit",
     NodeKind.BIAS: "bias",
     NodeKind.LEFT_OUT: "left out features",
+    NodeKind.TARGET: "logit",  # the viewers know no other kind of end; `clerp` says what it is
 }
 
 
@@ -50,6 +51,12 @@ def node_id(graph: AttributionGraph, node: int) -> str:
         case NodeKind.LOGIT:
             # The viewers put logits one layer above the last, as circuit-tracer does.
             return f"{layer + 1}_{index}_{position}"
+        case NodeKind.TARGET:
+            return f"TARGET_{_number_of_end(graph, node)}_{layer}_{position}"
+
+
+def _number_of_end(graph: AttributionGraph, node: int) -> int:
+    return node - int(graph.nodes.ends()[0])
 
 
 def _label(graph: AttributionGraph, node: int, labels: Mapping[FeatureId, str]) -> str:
@@ -67,8 +74,10 @@ def _label(graph: AttributionGraph, node: int, labels: Mapping[FeatureId, str]) 
         case NodeKind.LEFT_OUT:
             return f"Features left out: layer {layer}"
         case NodeKind.LOGIT:
-            number = node - int(graph.nodes.of(NodeKind.LOGIT)[0])
+            number = _number_of_end(graph, node)
             return f'Output "{graph.logit_tokens[number]}" (p={graph.logit_probabilities[number]:.3f})'
+        case NodeKind.TARGET:
+            return f"{graph.logit_tokens[_number_of_end(graph, node)]} = {table.target[node]:+.3f}"
 
 
 def _layer(graph: AttributionGraph, node: int) -> str:
@@ -76,8 +85,8 @@ def _layer(graph: AttributionGraph, node: int) -> str:
     match NodeKind(int(graph.nodes.kind[node])):
         case NodeKind.TOKEN:
             return "E"
-        case NodeKind.LOGIT:
-            return str(layer + 1)
+        case NodeKind.LOGIT | NodeKind.TARGET:
+            return str(layer + 1)  # a target above what its own layer adds
         case _:
             return str(layer)
 
@@ -96,7 +105,7 @@ def _modality(graph: AttributionGraph, position: int) -> str | None:
 def _node(pruned: PrunedGraph, node: int, labels: Mapping[FeatureId, str]) -> dict[str, Any]:
     graph, table = pruned.graph, pruned.graph.nodes
     kind, position = NodeKind(int(table.kind[node])), int(table.position[node])
-    name = node_id(graph, node)
+    name, end = node_id(graph, node), kind in ENDS
     feature: int | None = None
     if kind == NodeKind.FEATURE:
         feature = cantor_pair(int(table.layer[node]), int(table.index[node]))
@@ -110,10 +119,10 @@ def _node(pruned: PrunedGraph, node: int, labels: Mapping[FeatureId, str]) -> di
         "ctx_idx": max(position, 0),
         "feature_type": _FEATURE_TYPES[kind],
         "token_prob": float(table.activation[node]) if kind == NodeKind.LOGIT else 0.0,
-        "is_target_logit": kind == NodeKind.LOGIT and node == int(table.of(NodeKind.LOGIT)[0]),
+        "is_target_logit": end and _number_of_end(graph, node) == 0,
         "jsNodeId": name,
         "clerp": _label(graph, node, labels),
-        "influence": float(pruned.cumulative[node]) if kind != NodeKind.LOGIT else None,
+        "influence": None if end else float(pruned.cumulative[node]),
         "activation": _number(table.activation[node]) if kind == NodeKind.FEATURE else None,
         "modality": _modality(graph, position),
     }
@@ -174,6 +183,8 @@ def graph_to_json(
             "scores": {name: float(value) for name, value in vars(pruned.scores).items()},
             "n_nodes_unpruned": graph.n_nodes,
             "n_edges_unpruned": graph.n_edges,
+            "target": str(graph.meta.get("target", "logits")),
+            "target_weights": [float(weight) for weight in graph.end_weights],
         },
     }
 

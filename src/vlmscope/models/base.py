@@ -22,7 +22,7 @@ from vlmscope.core.images import PatchBox
 from vlmscope.models.patches import PicturePatches
 from vlmscope.models.template import Dialogue, Turn
 
-ROLES = ("special", "image", "question", "last")
+ROLES = ("special", "image", "question", "last")  # a continued prompt has "answer" too (vlmscope.models.answers)
 INJECTIONS = "injections"  # [B, n, T, d], among an `InputBatch`'s tensors
 
 
@@ -88,6 +88,8 @@ class Adapter(ABC):
     m_rope: bool = False
     # Whether the family was made for prompts with pictures alone.
     needs_pictures: bool = False
+    # `token_type_ids` of an answer that follows the prompt.
+    answer_type: int = 0
 
     @property
     def dtype(self) -> torch.dtype:

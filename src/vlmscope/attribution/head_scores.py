@@ -197,7 +197,7 @@ def top_pairs(parts: ScoreParts, count: int, only: np.ndarray | None = None) -> 
         total += float(block.sum(dtype=torch.float64))
         absolute += float(block.abs().sum(dtype=torch.float64))
         if allowed is not None:
-            block = block * allowed[first : first + len(block), None] * allowed  # noqa: PLW2901
+            block = block * allowed[first : first + len(block), None] * allowed
         flat = block.flatten()
         chosen = flat.abs().topk(min(count, len(flat))).indices
         best.append((flat[chosen], chosen + first * width))

@@ -12,9 +12,7 @@ from vlmscope.attribution.columns import Columns
 from vlmscope.attribution.rows import RowChunk, feature_chunks
 
 
-def partial_influence(
-    columns: Columns, ends: RowChunk, chunks: list[RowChunk], end_weights: np.ndarray
-) -> np.ndarray:
+def partial_influence(columns: Columns, ends: RowChunk, chunks: list[RowChunk], end_weights: np.ndarray) -> np.ndarray:
     """Influence of every column on the graph's ends through the known rows, `[columns]` float64.
 
     A chunk's targets belong to one layer and their sources lie below, so one pass from the top layer down is exact.

@@ -12,11 +12,11 @@ class Tokenizer(Protocol):
 
     unk_token_id: int | None
 
-    def decode(self, token_ids: list[int]) -> str: ...  # noqa: D102  # a tokenizer's own words
+    def decode(self, token_ids: list[int]) -> str: ...  # a tokenizer's own words
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...  # noqa: D102
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
-    def get_vocab(self) -> dict[str, int]: ...  # noqa: D102
+    def get_vocab(self) -> dict[str, int]: ...
 
 
 def token_id(tokenizer: Tokenizer, word: str, key: str) -> int:

@@ -32,7 +32,7 @@ BATCHES = (64, 256, 512)  # of the peer: its fastest is measured; 512 is its def
 TOLERANCE = 1e-5
 GROWTH = Case("growth", 128, 8, 32, 1024, "topk", 16)
 AXES: dict[str, list[dict[str, Any]]] = {
-    "nodes": [{"k": 64, "max_nodes": count} for count in (1000, 2000, 4000, 8000, 15872)],
+    "nodes": [{"k": 64, "max_nodes": count} for count in (1000, 2000, 4000, 8000)],
     "tokens": [{"n_tokens": count} for count in (16, 32, 64, 128)],
     "layers": [{"n_layers": count} for count in (4, 8, 16, 32)],
     "features": [{"k": count} for count in (8, 16, 32, 64)],
@@ -221,7 +221,8 @@ def growth_part(axis: str, work: Path, threads: int, repeats: int) -> dict[str, 
     points = []
     for change in AXES[axis]:
         sizes = {name: value for name, value in change.items() if name != "max_nodes"}
-        case = dataclasses.replace(GROWTH, **sizes, name="-".join(map(str, ["growth", *sizes.values()])))
+        name = "-".join(["growth", *(f"{key}={value}" for key, value in sizes.items())])
+        case = dataclasses.replace(GROWTH, **sizes, name=name)
         folder = work / case.name
         if not (folder / "case.json").exists():
             folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from vlmscope.core.errors import UserError
 
 QUESTIONS = ("tokens", "difference", "answer", "answer_tokens", "feature", "attention")
+_CHOICES = {
+    "patch_effect": ("total", "direct"),
+    "patch_baseline": ("grey", "mean"),
+    "patch_rule": ("frozen", "gradient"),
+}
 WEIGHTS = ("uniform", "probability", "surprise")
 _FEATURE = re.compile(r"(L\d+/\d+)(?:@(\w+))?", re.ASCII)
 _HEAD = re.compile(r"L(\d+)H(\d+)(?:@(\w+)(?::(\w+))?)?", re.ASCII)
@@ -70,6 +75,10 @@ class AttributionConfig:
         update_every: batches between two rankings of the features, when not all fit.
         dtype: "float32" or "float64", of the sweep and of the stored weights; "model" takes the model's,
             which must be one of these.
+        patches: whether the answer's targets are followed below the soft tokens, to the patches of each picture.
+        patch_effect: what is followed: "total" (active features respond) or "direct" (the graph's own edges).
+        patch_baseline: what a patch counts against: "grey" (pixels 0 after normalisation) or "mean" (of its picture).
+        patch_rule: "frozen" (complete; docs/maths.md) or "gradient" (the plain gradient, for comparison).
     """
 
     max_nodes: int = 7500
@@ -90,6 +99,10 @@ class AttributionConfig:
     batch_size: int = 64
     update_every: int = 4
     dtype: str = "float32"
+    patches: bool = False
+    patch_effect: str = "total"
+    patch_baseline: str = "grey"
+    patch_rule: str = "frozen"
 
     def check(self) -> None:
         """Raise a `UserError` that names the first setting that makes no sense."""
@@ -101,6 +114,10 @@ class AttributionConfig:
                 raise UserError(f"attribution.{name} = {getattr(self, name)} must lie in (0, 1]; correct it")
         if self.dtype not in ("float32", "float64", "model"):
             raise UserError(f"attribution.dtype = {self.dtype!r} must be float32, float64 or model; correct it")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                choices = " or ".join(known)
+                raise UserError(f"attribution.{name} = {getattr(self, name)!r} must be {choices}; correct it")
         self._check_target()
 
     @property

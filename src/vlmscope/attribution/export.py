@@ -143,7 +143,11 @@ def _number(value: np.floating) -> float:
 
 
 def graph_to_json(
-    pruned: PrunedGraph, slug: str, scan: str, labels: Mapping[FeatureId, str] | None = None
+    pruned: PrunedGraph,
+    slug: str,
+    scan: str,
+    labels: Mapping[FeatureId, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The pruned graph as the viewers' JSON.
 
@@ -152,6 +156,7 @@ def graph_to_json(
         slug: name of the graph.
         scan: name of the model.
         labels: what features mean, where known.
+        extra: more for the key `vlmscope`.
     """
     graph = pruned.graph
     kept = np.flatnonzero(pruned.node_mask)
@@ -192,16 +197,22 @@ def graph_to_json(
             "n_edges_unpruned": graph.n_edges,
             "target": str(graph.meta.get("target", "logits")),
             "target_weights": [float(weight) for weight in graph.end_weights],
+            **(extra or {}),
         },
     }
 
 
 def write_graph_json(
-    path: str | Path, pruned: PrunedGraph, slug: str, scan: str, labels: Mapping[FeatureId, str] | None = None
+    path: str | Path,
+    pruned: PrunedGraph,
+    slug: str,
+    scan: str,
+    labels: Mapping[FeatureId, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `graph_to_json` to a file, atomically.
 
     Raises:
         UserError: when the file cannot be written.
     """
-    write_json(path, graph_to_json(pruned, slug, scan, labels), indent=None)
+    write_json(path, graph_to_json(pruned, slug, scan, labels, extra), indent=None)

@@ -86,8 +86,9 @@ def choose_targets(
         case "tokens":
             return token_targets(replacement, ids, config.weights)
         case "difference":
-            first, second = (_shown(tokenizer, token) for token in ids)
-            return difference_target(replacement, *ids, f"{first} - {second}")
+            first, second = ids
+            shown = f"{_shown(tokenizer, first)} - {_shown(tokenizer, second)}"
+            return difference_target(replacement, first, second, shown)
         case "answer" | "answer_tokens":
             return answer_targets(replacement, ids, config.weights)
         case "feature":

@@ -1,9 +1,9 @@
 """How often layers say the same twice: features whose directions are nearly parallel to one of another layer.
 
 The paper (arXiv 2602.20330) names features duplicated across layers as a limit of transcoders of single layers. A
-feature's direction is the sum of its decoder rows over all layers that it writes to, so that the figure means the same
-for sets of single layers and cross-layer ones. By chance no pair comes near: the largest of a million cosines between
-random vectors of width 128 is about 0.43.
+feature's direction is the sum of its decoder rows over all layers that it writes to, through the weights of the norm
+after each MLP, so that the figure means the same for sets of single layers and cross-layer ones. By chance no pair
+comes near: the largest of a million cosines between random vectors of width 128 is about 0.43.
 """
 
 from collections.abc import Mapping

@@ -262,6 +262,10 @@ class Adapter(ABC):
         """
 
     @abstractmethod
+    def vision_tower(self) -> Any:
+        """The vision tower; only for a model that takes pictures."""
+
+    @abstractmethod
     def picture_patches(
         self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
     ) -> list[PicturePatches]:

@@ -159,7 +159,6 @@ class DecoderAdapter(Adapter):
         return user_turn(tokenizer, chat_template or self.chat_template, prompt, self.placeholder, n_images)
 
     def vision_tower(self) -> Any:
-        """The vision tower; only for a model that takes pictures."""
         return self.model.model.vision_tower
 
     def vision_attention(self) -> list[nn.Module]:

@@ -66,6 +66,8 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
 
     if not isinstance(cfg.transcoder, TranscoderArchConfig):
         raise UserError("training needs an architecture, not a trained set: add transcoder=arch")
+    if cfg.trainer.precision != "32":
+        raise UserError(f"trainer.precision={cfg.trainer.precision}: transcoders are trained in float32; leave it out")
     training_config(cfg).check()
     vlm, source = batches_for(cfg, lambda: load_model(cfg), context.run_dir)
     transcoders, metrics = train_transcoders(

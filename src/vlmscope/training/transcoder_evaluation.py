@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmscope.activations.capture import HasAdapter, adapter_of
-from vlmscope.activations.hook_points import target_at, target_module
+from vlmscope.activations.hook_points import norm_weight_after, target_at, target_module
 from vlmscope.core.errors import UserError
 from vlmscope.metrics.duplication import duplicated_fraction
 from vlmscope.metrics.reconstruction import FvuAccumulator, cross_entropy, dead_fraction, firing_counts
@@ -85,7 +85,12 @@ def evaluate_transcoders(
     if any(figures.tokens == 0 for figures in layers.values()):
         raise UserError("no tokens to evaluate the transcoders on; give at least one batch")
     by_layer = {layer: figures.compute() for layer, figures in layers.items()}
-    directions = {layer: transcoders[layer].directions() for layer in layers}
+    directions = {}
+    for layer in layers:
+        config = transcoders[layer].config
+        written, home = range(layer, layer + config.writes), transcoders[layer].b_dec
+        weights = [norm_weight_after(adapter, each, config.output_hook, home) for each in written]
+        directions[layer] = transcoders[layer].directions(weights)
     alive = {layer: figures.counts > 0 for layer, figures in layers.items()}
     for layer, share in duplicated_fraction(directions, alive, device=adapter.device).items():
         by_layer[layer]["duplicated_frac"] = share

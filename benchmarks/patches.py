@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from vlmscope.api import Scope, load
-from vlmscope.attribution.readers import logit_readers
+from vlmscope.attribution.readers import target_readers
 from vlmscope.attribution.targets import choose_logits
 from vlmscope.attribution.vision import vision_path
 from vlmscope.core.intervention import Curve
@@ -87,7 +87,7 @@ def maps_of(scope: Scope, image: np.ndarray, prompt: str) -> tuple[int, dict[str
     where = torch.from_numpy(inputs.is_image)
     for total in (True, False):
         effect = "total" if total else "direct"
-        readers = logit_readers(replacement, targets.vectors, total=total)
+        readers = target_readers(replacement, targets, total=total)
         edges = readers.edges(replacement.state.embeddings, replacement.state.injections)[0][where]
         found[f"soft tokens, {effect}"] = edges.numpy().reshape(4, 4)
         for baseline in ("grey", "mean"):

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    """Settings of the graph, and what it explains, are in `attribution=` (docs/attribution.md). `figure` draws the
-    pruned graph too; `head_edges` of its strongest edges are split by attention heads.
+    """Settings of the graph, and what it explains, are in `attribution=` (docs/attribution.md).
+
+    `figure` draws the pruned graph too; `head_edges` of its strongest edges are split by attention heads.
     """
 
     figure: bool = True

@@ -13,9 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from benchmarks.attribution_cases import load_case
 from benchmarks.measured import measured
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.pruning import prune
 from vlmscope.attribution.random_graph import random_graph
@@ -41,18 +45,49 @@ def without_first_position(replacement: ReplacementModel) -> ReplacementModel:
     )
 
 
+class _Traffic(TorchDispatchMode):
+    """Bytes that operations read and write, each tensor counted at each use; views cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation and count it."""
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return out
+
+
 def attribution(folder: Path) -> Callable[..., dict[str, Any]]:
     """A function that makes the case's graph once."""
     case, vlm, inputs, transcoders = load_case(folder)
-    config = AttributionConfig(max_nodes=10**6)
 
-    def run(save: str | None = None) -> dict[str, Any]:
+    def graph_of(max_nodes: int) -> AttributionGraph:
+        replacement = without_first_position(build_replacement(vlm, transcoders, inputs))
+        return attribute(replacement, AttributionConfig(max_nodes=max_nodes), vlm.tokenizer)
+
+    def run(
+        save: str | None = None, count: bool = False, max_nodes: int = 10**6, prune_too: bool = False
+    ) -> dict[str, Any]:
+        if count:
+            with FlopCounterMode(display=False) as flops, _Traffic() as traffic:
+                graph_of(max_nodes)
+            return {"flops": flops.get_total_flops(), "bytes": traffic.bytes}
         with measured() as found:
-            replacement = without_first_position(build_replacement(vlm, transcoders, inputs))
-            graph = attribute(replacement, config, vlm.tokenizer)
+            graph = graph_of(max_nodes)
         if save:
             save_matrix(graph, save, case.d_model)
-        return found | {"nodes": graph.n_nodes, "edges": graph.n_edges}
+        answer = found | {"nodes": graph.n_nodes, "edges": graph.n_edges}
+        if prune_too:
+            with measured() as pruned:
+                prune(graph)
+            answer |= {"prune_seconds": pruned["seconds"], "prune_added_mb": pruned["added_mb"]}
+        return answer
 
     return run
 

@@ -6,25 +6,18 @@ Its reader of transcoders knows no TopK, so the nonlinearity is put in by hand, 
 
 import json
 import logging
-import os
 import sys
-import warnings
 from pathlib import Path
-
-os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-warnings.filterwarnings("ignore")
-logging.disable(logging.WARNING)
 
 import numpy as np
 import torch
+from benchmarks.measured import measured
 from circuit_tracer.attribution.attribute import attribute
 from circuit_tracer.graph import Graph, compute_graph_scores, prune_graph
 from circuit_tracer.replacement_model.replacement_model_nnsight import NNSightReplacementModel
 from circuit_tracer.transcoder.activation_functions import TopK
 from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
 from circuit_tracer.utils.tl_nnsight_mapping import UnifiedConfig
-
-from benchmarks.measured import measured
 
 
 def attribution(folder):
@@ -111,6 +104,7 @@ def pruning(folder):
 
 
 def main():
+    logging.disable(logging.WARNING)
     folder, threads = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(threads)
     run = pruning(folder) if (folder / "graph.npz").exists() else attribution(folder)

@@ -1,4 +1,4 @@
-"""Seconds and added memory of a block of code, on Linux; standard library only, so that any environment can import it."""
+"""Seconds and added memory of a block of code, on Linux. Standard library only: any environment can import it."""
 
 import time
 from collections.abc import Iterator

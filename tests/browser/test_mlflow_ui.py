@@ -60,7 +60,7 @@ def test_jobs_stand_below_their_parent_and_charts_end_at_what_was_measured(
     ui.columns("val/fvu")
     for run, name in ui.sweep.jobs.items():
         cells = ui.page.locator(f"[row-id='{run}']").all_inner_texts()
-        assert any(f"{measured[name]['val/fvu']:.3f}"[:5] in text for text in cells), cells
+        assert any(str(measured[name]["val/fvu"]) in text for text in cells), cells
     for search, count in (("val/fvu", 3), ("layers/fvu/", 4)):
         ui.charts(search)
         drawn = ui.drawn_values()

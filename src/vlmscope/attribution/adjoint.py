@@ -46,6 +46,11 @@ class _Sweep:
     positions: Tensor
     out: Tensor
 
+    @property
+    def at(self) -> "Tensor | slice":
+        """The positions as an index: a slice where they follow each other, which reads without a copy."""
+        return _index(self.positions)
+
 
 class Adjoint:
     """Rows of edges of one replacement model."""
@@ -76,23 +81,38 @@ class Adjoint:
         features = self.replacement.features[layer]
         position = features.position[which]
         vectors = features.w_enc[features.index[which]] * self.replacement.layers[layer].mlp_in_scale[position]
-        width = self.columns.bias(layer) + 1
-        sweep = self._begin(vectors, position, width)
-        sweep.out[:, width - 1] = features.encoder_bias[which]
-        self._attention(layer, sweep)
-        self._descend(layer, sweep)
-        return sweep.out[:, :width]
+        return self.stream_rows(layer, vectors, position, features.encoder_bias[which], after_attention=True)
 
     @torch.no_grad()
-    def logit_rows(self, vectors: Tensor) -> Tensor:
-        """Edges into linear read-outs `vectors [B, d]` of the normed last state at the last position: `[B,
-        columns]`.
+    def stream_rows(
+        self,
+        layer: int,
+        vectors: Tensor,
+        position: Tensor,
+        constants: Tensor | None = None,
+        *,
+        after_attention: bool = False,
+    ) -> Tensor:
+        """Edges into read-outs of the stream before a layer's attention, or between it and the MLP.
+
+        Args:
+            layer: the layer; L reads what leaves the last one.
+            vectors: `[B, d]`, with the scale of the norm that the target reads through.
+            position: `[B]` int64.
+            constants: `[B]`, what the layer itself adds to each target, for its bias column; not for L.
+            after_attention: read after the layer's attention.
+
+        Returns:
+            `[B, start[layer] + 1]`, the columns that exist below the layer and its own bias; `[B, columns]` for L.
         """
-        last = self.replacement.n_positions - 1
-        position = torch.full((len(vectors),), last, device=vectors.device)
-        width = self.columns.total
-        sweep = self._begin(vectors * self.replacement.state.final_norm_scale[last], position, width)
-        self._descend(self.replacement.n_layers, sweep)
+        inside = layer < self.columns.n_layers
+        width = self.columns.bias(layer) + 1 if inside else self.columns.total
+        sweep = self._begin(vectors, position, width)
+        if inside and constants is not None:
+            sweep.out[:, width - 1] = constants
+        if after_attention:
+            self._attention(layer, sweep)
+        self._descend(layer, sweep)
         return sweep.out[:, :width]
 
     def _begin(self, vectors: Tensor, position: Tensor, width: int) -> _Sweep:
@@ -112,8 +132,8 @@ class Adjoint:
 
     def _read_tokens(self, written: Tensor, sweep: _Sweep) -> None:
         """Add the edges of what tokens write into the stream here, `written [T, d]`."""
-        edges = torch.bmm(sweep.gradient, written[sweep.positions, :, None])[:, :, 0]
-        sweep.out[:, sweep.positions] += edges.T
+        edges = torch.bmm(sweep.gradient, written[sweep.at][:, :, None])[:, :, 0]
+        sweep.out[:, sweep.at] += edges.T
 
     def _leaving(self, layer: int, sweep: _Sweep) -> None:
         frozen = self.replacement.layers[layer]
@@ -124,8 +144,8 @@ class Adjoint:
 
     def _mlp(self, layer: int, sweep: _Sweep) -> None:
         sources = self._sources(layer)
-        edges = torch.bmm(sweep.gradient, sources.vectors[sweep.positions].transpose(1, 2))  # [S, B, K + 2]
-        columns, edges_in = sources.columns[sweep.positions].flatten(), edges[:, :, :-1].transpose(0, 1).flatten(1)
+        edges = torch.bmm(sweep.gradient, sources.vectors[sweep.at].transpose(1, 2))  # [S, B, K + 2]
+        columns, edges_in = sources.columns[sweep.at].flatten(), edges[:, :, :-1].transpose(0, 1).flatten(1)
         if self._crosses:
             edges_in = edges_in + sweep.out[:, columns]
         sweep.out[:, columns] = edges_in  # padding collides in the scratch column, which nobody reads
@@ -141,17 +161,18 @@ class Adjoint:
         seen = self._sees[layer, sweep.positions].any(0)
         seen[sweep.positions] = True
         below = torch.nonzero(seen)[:, 0]
-        scaled = frozen.attn_out_scale[sweep.positions, None] * sweep.gradient
-        values = _value_gradient(frozen, scaled, sweep.positions, below)
+        above, keys = sweep.at, _index(below)
+        scaled = frozen.attn_out_scale[above, None] * sweep.gradient
+        values = _value_gradient(frozen, scaled, above, keys)
         if frozen.value_scale is not None:
-            values = values * frozen.value_scale[below, None]
+            values = values * frozen.value_scale[keys, None]
         if frozen.output_bias is not None:
             sweep.out[:, self.columns.bias(layer)] += (scaled @ frozen.output_bias).sum(0)
         if frozen.value_bias is not None:
             sweep.out[:, self.columns.bias(layer)] += (values @ frozen.value_bias).sum(0)
         gradient = values @ frozen.value_weight
-        gradient *= frozen.attn_in_scale[below, None]
-        gradient[torch.searchsorted(below, sweep.positions)] += sweep.gradient
+        gradient *= frozen.attn_in_scale[keys, None]
+        gradient[_index(torch.searchsorted(below, sweep.positions))] += sweep.gradient
         sweep.gradient, sweep.positions = gradient, below
 
     def _sources(self, layer: int) -> _Sources:
@@ -197,7 +218,13 @@ def _most_at_a_position(features: LayerFeatures) -> int:
     return max(after - before for before, after in zip(features.offsets[:-1], features.offsets[1:], strict=True))
 
 
-def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor, below: Tensor) -> Tensor:
+def _index(positions: Tensor) -> Tensor | slice:
+    """Ascending `positions [S]` as a slice if they follow each other."""
+    first, last = int(positions[0]), int(positions[-1])
+    return slice(first, last + 1) if last - first + 1 == len(positions) else positions
+
+
+def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor | slice, below: Tensor | slice) -> Tensor:
     """Back through output projection and pattern: `[S, B, d]` at queries `above` to `[S', B, Hkv * D]` at keys
     `below`.
     """
@@ -208,6 +235,7 @@ def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor, below: T
     head_dim = z.shape[-1]
     # Query heads that share a key/value head add up, so (group, query) is one contracted axis.
     by_head = z.permute(2, 3, 0, 1, 4).reshape(n_kv_heads, groups * n_above, n_targets * head_dim)
-    pattern = frozen.pattern[:, above][:, :, below].reshape(n_kv_heads, groups * n_above, len(below))
-    values = torch.bmm(pattern.transpose(1, 2), by_head).view(n_kv_heads, len(below), n_targets, head_dim)
-    return values.permute(1, 2, 0, 3).reshape(len(below), n_targets, n_kv_heads * head_dim)
+    pattern = frozen.pattern[:, above][:, :, below].reshape(n_kv_heads, groups * n_above, -1)
+    n_below = pattern.shape[-1]
+    values = torch.bmm(pattern.transpose(1, 2), by_head).view(n_kv_heads, n_below, n_targets, head_dim)
+    return values.permute(1, 2, 0, 3).reshape(n_below, n_targets, n_kv_heads * head_dim)

@@ -1,40 +1,111 @@
 """How an attribution graph is made: a plain record, free of torch, so that Hydra can register it."""
 
+import re
 from dataclasses import dataclass, field
 
 from vlmscope.core.errors import UserError
+
+_CHOICES = {
+    "patch_effect": ("total", "direct"),
+    "patch_baseline": ("grey", "mean"),
+    "patch_rule": ("frozen", "gradient"),
+}
+WEIGHTS = ("uniform", "probability", "surprise")
+_FEATURE = re.compile(r"(L\d+/\d+)(?:@(\w+))?", re.ASCII)
+_HEAD = re.compile(r"L(\d+)H(\d+)(?:@(\w+)(?::(\w+))?)?", re.ASCII)
+
+
+def parse_feature(text: str) -> tuple[str, str]:
+    """`L5/123@17` as the feature's id and where it is looked at, which is "max" when nothing is said.
+
+    Raises:
+        UserError: the text is not of that form.
+    """
+    match = _FEATURE.fullmatch(text.strip())
+    if match is None:
+        raise UserError(
+            f"attribution.feature={text!r}: write L<layer>/<index>@<where> with where = max, last or a position, "
+            "such as L5/123@max"
+        )
+    return match[1], match[2] or "max"
+
+
+def parse_head(text: str) -> tuple[int, int, str, str]:
+    """`L5H2@17:4` as layer, head, query and key, which are "last" and "max" (the key most looked at) if not said.
+
+    Raises:
+        UserError: the text is not of that form.
+    """
+    match = _HEAD.fullmatch(text.strip())
+    if match is None:
+        raise UserError(
+            f"attribution.attention={text!r}: write auto, or L<layer>H<head>@<query>:<key> with query = last or a "
+            "position and key = max, last or a position, such as L5H2@last:max"
+        )
+    return int(match[1]), int(match[2]), match[3] or "last", match[4] or "max"
 
 
 @dataclass
 class AttributionConfig:
     """Settings of `vlmscope.attribution.trace`.
 
+    What is explained is the top logits (`logit_mass`, `max_logits`, and `token_ids` besides) or one of: `tokens`,
+    `difference`, `answer` or `answer_tokens`, `feature`, `attention` (docs/attribution.md).
+
     Attributes:
         max_nodes: at most this many features get a row of their own; the rest is summed into one source a layer.
         logit_mass: the targets are the smallest set of logits whose probabilities reach this,
         max_logits: but at most this many.
         token_ids: more logit targets, whatever their probability.
+        tokens: explain the logits of exactly these tokens, each a word or `id:NUMBER`.
+        difference: two tokens; explain the first one's logit minus the second one's.
+        answer: explain every token of this answer after the prompt.
+        answer_tokens: the same for the model's own answer, cut off after so many tokens.
+        weights: what the logits of `tokens` and of an answer are worth: "uniform", "probability", or "surprise"
+            (in proportion to -log p).
+        feature: explain why a feature is active: `L5/123@max` (where it is strongest), `@last` or `@17`.
+        attention: explain a head's score before the softmax: `L5H2@query:key`, or "auto" for the head that carries
+            most of the flow in the graph of the top logits.
+        n_heads: with `attention=auto`, so many heads are listed and get their pairs of sources.
+        n_pairs: so many pairs of sources of a score are listed.
         node_threshold: share of influence that the pruned graph's nodes reach.
         edge_threshold: share of edge influence that its edges reach.
         batch_size: targets swept at once; it bounds memory and does not change the graph.
         update_every: batches between two rankings of the features, when not all fit.
         dtype: "float32" or "float64", of the sweep and of the stored weights; "model" takes the model's,
             which must be one of these.
+        patches: whether the answer's targets are followed below the soft tokens, to the patches of each picture.
+        patch_effect: what is followed: "total" (active features respond) or "direct" (the graph's own edges).
+        patch_baseline: what a patch counts against: "grey" (pixels 0 after normalisation) or "mean" (of its picture).
+        patch_rule: "frozen" (complete; docs/maths.md) or "gradient" (the plain gradient, for comparison).
     """
 
     max_nodes: int = 7500
     logit_mass: float = 0.95
     max_logits: int = 10
     token_ids: list[int] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    difference: list[str] = field(default_factory=list)
+    answer: str | None = None
+    answer_tokens: int = 0
+    weights: str = "uniform"
+    feature: str | None = None
+    attention: str | None = None
+    n_heads: int = 3
+    n_pairs: int = 100
     node_threshold: float = 0.8
     edge_threshold: float = 0.98
     batch_size: int = 64
     update_every: int = 4
     dtype: str = "float32"
+    patches: bool = False
+    patch_effect: str = "total"
+    patch_baseline: str = "grey"
+    patch_rule: str = "frozen"
 
     def check(self) -> None:
         """Raise a `UserError` that names the first setting that makes no sense."""
-        for name in ("max_nodes", "max_logits", "batch_size", "update_every"):
+        for name in ("max_nodes", "max_logits", "batch_size", "update_every", "n_heads", "n_pairs"):
             if getattr(self, name) < 1:
                 raise UserError(f"attribution.{name} = {getattr(self, name)} must be at least 1; correct it")
         for name in ("logit_mass", "node_threshold", "edge_threshold"):
@@ -42,3 +113,38 @@ class AttributionConfig:
                 raise UserError(f"attribution.{name} = {getattr(self, name)} must lie in (0, 1]; correct it")
         if self.dtype not in ("float32", "float64", "model"):
             raise UserError(f"attribution.dtype = {self.dtype!r} must be float32, float64 or model; correct it")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                choices = " or ".join(known)
+                raise UserError(f"attribution.{name} = {getattr(self, name)!r} must be {choices}; correct it")
+        self._check_target()
+
+    @property
+    def asked(self) -> str:
+        """What is explained instead of the top logits, "logits" for these."""
+        found = [name for name in ("tokens", "difference", "answer", "answer_tokens", "feature", "attention")
+                 if getattr(self, name)]  # fmt: skip
+        if len(found) > 1:
+            raise UserError(f"attribution.{found[0]} and attribution.{found[1]}: a graph explains one; leave one out")
+        return found[0] if found else "logits"
+
+    def _check_target(self) -> None:
+        asked = self.asked
+        if asked != "logits" and self.token_ids:
+            raise UserError(
+                f"attribution.token_ids adds to the top logits, which attribution.{asked} replaces; leave one out"
+                " (a token by its number is id:NUMBER in attribution.tokens)"
+            )
+        if self.weights not in WEIGHTS:
+            raise UserError(f"attribution.weights = {self.weights!r}: choose one of {', '.join(WEIGHTS)}")
+        if self.answer_tokens < 0:
+            raise UserError(f"attribution.answer_tokens = {self.answer_tokens}: it counts tokens; choose 1 or more")
+        if self.difference and len(self.difference) != 2:
+            raise UserError(
+                f"attribution.difference has {len(self.difference)} tokens, and takes two: [mars,earth] is mars minus "
+                "earth"
+            )
+        if self.feature:
+            parse_feature(self.feature)
+        if self.attention and self.attention != "auto":
+            parse_head(self.attention)

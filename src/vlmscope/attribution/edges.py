@@ -11,7 +11,7 @@ from scipy import sparse
 
 from vlmscope.attribution.columns import Columns
 from vlmscope.attribution.rows import RowChunk
-from vlmscope.attribution.targets import LogitTargets
+from vlmscope.attribution.targets import Targets
 from vlmscope.core.graph import NodeKind, NodeTable
 from vlmscope.replacement.model import ReplacementModel
 
@@ -39,17 +39,19 @@ class _Layout:
     index: np.ndarray
 
 
-def _layout(replacement: ReplacementModel, columns: Columns, kept: np.ndarray, targets: LogitTargets) -> _Layout:
-    """Number the nodes in the order of `vlmscope.core.graph`; `kept [n]` bool says which features have a row."""
+def _layout(replacement: ReplacementModel, columns: Columns, kept: np.ndarray, targets: Targets) -> _Layout:
+    """Number the nodes in the order of `vlmscope.core.graph`; `kept [n]` bool says which features have a row. Columns
+    above the targets have no node.
+    """
     table, positions = replacement.feature_activations, columns.n_positions
-    node_of_column = np.empty(columns.total, dtype=np.int64)
+    node_of_column = np.full(columns.total, -1, dtype=np.int64)
     node_of_column[:positions] = np.arange(positions)
     every = np.arange(positions)
     ids = np.array(replacement.inputs.input_ids, dtype=np.int64)
     parts: list[tuple[int, int, np.ndarray, np.ndarray]] = [(NodeKind.TOKEN, -1, every, ids)]
     none = np.array([-1])
     first, node = 0, positions
-    for layer in range(columns.n_layers):
+    for layer in range(targets.layer):
         count = int(columns.n_features[layer])
         mine = np.arange(first, first + count)
         chosen = mine[kept[mine]]
@@ -66,8 +68,10 @@ def _layout(replacement: ReplacementModel, columns: Columns, kept: np.ndarray, t
             parts.append((NodeKind.LEFT_OUT, layer, none, none))
             rest += 1
         first, node = first + count, rest
-    last = np.full(len(targets.token_ids), positions - 1)
-    parts.append((NodeKind.LOGIT, columns.n_layers, last, targets.token_ids))
+    if targets.layer < columns.n_layers:  # of the layer that holds the targets only what it adds to them itself
+        parts.append((NodeKind.BIAS, targets.layer, none, none))
+        node_of_column[columns.bias(targets.layer)] = node
+    parts.append((targets.kind, targets.layer, targets.positions, targets.token_ids))
 
     def join(values: list[np.ndarray], dtype: type) -> np.ndarray:
         return np.concatenate(values).astype(dtype)
@@ -85,8 +89,8 @@ def assemble(
     replacement: ReplacementModel,
     columns: Columns,
     chunks: list[RowChunk],
-    logits: RowChunk,
-    targets: LogitTargets,
+    ends: RowChunk,
+    targets: Targets,
     dtype: str,
 ) -> Edges:
     """Put the rows in node order, merge left-out columns, and fill the node table."""
@@ -96,15 +100,18 @@ def assemble(
         kept[chunk.targets] = True
     layout = _layout(replacement, columns, kept, targets)
     n_nodes = len(layout.kind)
-    logit_nodes = np.arange(n_nodes - len(targets.token_ids), n_nodes)
+    end_nodes = np.arange(n_nodes - len(targets.token_ids), n_nodes)
     feature_nodes = layout.node_of_column[columns.all_features()]
-    all_chunks = [*chunks, logits]
-    row_nodes = np.concatenate([*(feature_nodes[chunk.targets] for chunk in chunks), logit_nodes])
+    all_chunks = [*chunks, ends]
+    row_nodes = np.concatenate([*(feature_nodes[chunk.targets] for chunk in chunks), end_nodes])
     counts = np.concatenate([chunk.counts for chunk in all_chunks])
-    column = np.concatenate([chunk.indices for chunk in all_chunks])
     weights = np.concatenate([chunk.weights for chunk in all_chunks])
-    source = layout.node_of_column[column].astype(np.int32)
-    left_out_mass = _left_out_mass(layout, source, np.repeat(row_nodes, counts), weights, columns.n_layers)
+    source = np.empty(len(weights), dtype=np.int32)
+    node_of_column = layout.node_of_column.astype(np.int32)
+    stops = np.cumsum([len(chunk.indices) for chunk in all_chunks])
+    for end, chunk in zip(stops, all_chunks, strict=True):
+        source[end - len(chunk.indices) : end] = node_of_column[chunk.indices]
+    left_out_mass = _left_out_mass(layout, source, row_nodes, counts, weights, columns.n_layers)
     rows = sparse.csr_matrix((weights, source, np.concatenate([[0], np.cumsum(counts)])), shape=(len(counts), n_nodes))
     in_order = np.argsort(row_nodes)
     if left_out_mass.shape[1]:
@@ -121,9 +128,9 @@ def assemble(
         activation=_per_node(n_nodes, dtype, (feature_nodes[kept], table.activation[kept])),
         target=_per_node(n_nodes, dtype, (row_nodes, np.concatenate([chunk.values for chunk in all_chunks]))),
     )
-    nodes.activation[logit_nodes] = targets.probabilities
+    nodes.activation[end_nodes] = targets.probabilities
     residual = _per_node(n_nodes, "float64", (row_nodes, np.concatenate([chunk.residual for chunk in all_chunks])))
-    return Edges(nodes, indptr, rows.indices.astype(np.int32), rows.data, residual, left_out_mass)
+    return Edges(nodes, indptr, rows.indices.astype(np.int32, copy=False), rows.data, residual, left_out_mass)
 
 
 def _per_node(n_nodes: int, dtype: str, pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -134,13 +141,14 @@ def _per_node(n_nodes: int, dtype: str, pair: tuple[np.ndarray, np.ndarray]) -> 
 
 
 def _left_out_mass(
-    layout: _Layout, source: np.ndarray, target: np.ndarray, weights: np.ndarray, n_layers: int
+    layout: _Layout, source: np.ndarray, row_nodes: np.ndarray, counts: np.ndarray, weights: np.ndarray, n_layers: int
 ) -> np.ndarray:
     """`[N, L]`: per row the sum of |edges| from each layer's left-out features; `[N, 0]` when there are none."""
     n_nodes = len(layout.kind)
     if not (layout.kind == NodeKind.LEFT_OUT).any():
         return np.zeros((n_nodes, 0))
-    rest = layout.kind[source] == NodeKind.LEFT_OUT
-    cell = target[rest] * n_layers + layout.layer[source[rest]]
+    rest = np.flatnonzero(layout.kind[source] == NodeKind.LEFT_OUT)
+    target = row_nodes[np.searchsorted(np.cumsum(counts), rest, side="right")]
+    cell = target * n_layers + layout.layer[source[rest]]
     mass = np.bincount(cell, weights=np.abs(weights[rest]), minlength=n_nodes * n_layers)
     return mass.reshape(n_nodes, n_layers)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from vlmscope.core.artifacts import write_text
-from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
+from vlmscope.core.graph import ENDS, AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.ids import FeatureId
 
 _LOG = logging.getLogger(__name__)
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 UPLOAD_MB = 100.0  # Neuronpedia takes no larger file
 
 # The viewers draw the first four by these names.
@@ -28,6 +28,7 @@ FEATURE_TYPES = {
     NodeKind.LOGIT: "logit",
     NodeKind.BIAS: "bias",
     NodeKind.LEFT_OUT: "left out features",
+    NodeKind.TARGET: "logit",  # the viewers know no other kind of end; `clerp` says what it is
 }
 
 
@@ -39,8 +40,15 @@ def cantor_pair(layer: int, index: int) -> int:
 def node_id(graph: AttributionGraph, node: int) -> str:
     """The id of a node, unique in its graph: only features and logits begin with a number."""
     table = graph.nodes
-    layer, position, index = int(table.layer[node]), int(table.position[node]), int(table.index[node])
-    match NodeKind(int(table.kind[node])):
+    layer, position = int(table.layer[node]), int(table.position[node])
+    if table.kind[node] == NodeKind.TARGET:
+        return f"TARGET_{_number_of_end(graph, node)}_{layer}_{position}"
+    return source_id(NodeKind(int(table.kind[node])), layer, position, int(table.index[node]))
+
+
+def source_id(kind: NodeKind, layer: int, position: int, index: int) -> str:
+    """The id of a node that these fields tell from all others of its graph: any but a TARGET."""
+    match kind:
         case NodeKind.TOKEN:
             return f"E_{index}_{position}"
         case NodeKind.FEATURE:
@@ -54,6 +62,12 @@ def node_id(graph: AttributionGraph, node: int) -> str:
         case NodeKind.LOGIT:
             # The viewers put logits one layer above the last, as circuit-tracer does.
             return f"{layer + 1}_{index}_{position}"
+        case NodeKind.TARGET:
+            raise AssertionError("targets are told apart by their number")
+
+
+def _number_of_end(graph: AttributionGraph, node: int) -> int:
+    return node - int(graph.nodes.ends()[0])
 
 
 def _label(graph: AttributionGraph, node: int, labels: Mapping[FeatureId, str]) -> str:
@@ -71,8 +85,10 @@ def _label(graph: AttributionGraph, node: int, labels: Mapping[FeatureId, str]) 
         case NodeKind.LEFT_OUT:
             return f"Features left out: layer {layer}"
         case NodeKind.LOGIT:
-            number = node - int(graph.nodes.of(NodeKind.LOGIT)[0])
+            number = _number_of_end(graph, node)
             return f'Output "{graph.logit_tokens[number]}" (p={graph.logit_probabilities[number]:.3f})'
+        case NodeKind.TARGET:
+            return f"{graph.logit_tokens[_number_of_end(graph, node)]} = {table.target[node]:+.3f}"
 
 
 def _layer(graph: AttributionGraph, node: int) -> str:
@@ -80,8 +96,8 @@ def _layer(graph: AttributionGraph, node: int) -> str:
     match NodeKind(int(graph.nodes.kind[node])):
         case NodeKind.TOKEN:
             return "E"
-        case NodeKind.LOGIT:
-            return str(layer + 1)
+        case NodeKind.LOGIT | NodeKind.TARGET:
+            return str(layer + 1)  # a target above what its own layer adds
         case _:
             return str(layer)
 
@@ -100,7 +116,7 @@ def _modality(graph: AttributionGraph, position: int) -> str | None:
 def _node(pruned: PrunedGraph, node: int, labels: Mapping[FeatureId, str]) -> dict[str, Any]:
     graph, table = pruned.graph, pruned.graph.nodes
     kind, position = NodeKind(int(table.kind[node])), int(table.position[node])
-    name = node_id(graph, node)
+    name, end = node_id(graph, node), kind in ENDS
     feature: int | None = None
     if kind == NodeKind.FEATURE:
         feature = cantor_pair(int(table.layer[node]), int(table.index[node]))
@@ -114,10 +130,10 @@ def _node(pruned: PrunedGraph, node: int, labels: Mapping[FeatureId, str]) -> di
         "ctx_idx": max(position, 0),
         "feature_type": FEATURE_TYPES[kind],
         "token_prob": float(table.activation[node]) if kind == NodeKind.LOGIT else 0.0,
-        "is_target_logit": kind == NodeKind.LOGIT and node == int(table.of(NodeKind.LOGIT)[0]),
+        "is_target_logit": end and _number_of_end(graph, node) == 0,
         "jsNodeId": name,
         "clerp": _label(graph, node, labels),
-        "influence": float(pruned.cumulative[node]) if kind != NodeKind.LOGIT else None,
+        "influence": None if end else float(pruned.cumulative[node]),
         "activation": _number(table.activation[node]) if kind == NodeKind.FEATURE else None,
         "modality": _modality(graph, position),
     }
@@ -131,7 +147,11 @@ def _number(value: np.floating) -> float:
 
 
 def graph_to_json(
-    pruned: PrunedGraph, slug: str, scan: str, labels: Mapping[FeatureId, str] | None = None
+    pruned: PrunedGraph,
+    slug: str,
+    scan: str,
+    labels: Mapping[FeatureId, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The pruned graph as the viewers' JSON.
 
@@ -140,6 +160,7 @@ def graph_to_json(
         slug: name of the graph.
         scan: name of the model.
         labels: what features mean, where known.
+        extra: more for the key `vlmscope`.
     """
     graph = pruned.graph
     kept = np.flatnonzero(pruned.node_mask)
@@ -178,12 +199,20 @@ def graph_to_json(
             "scores": {name: float(value) for name, value in vars(pruned.scores).items()},
             "n_nodes_unpruned": graph.n_nodes,
             "n_edges_unpruned": graph.n_edges,
+            "target": str(graph.meta.get("target", "logits")),
+            "target_weights": [float(weight) for weight in graph.end_weights],
+            **(extra or {}),
         },
     }
 
 
 def write_graph_json(
-    path: str | Path, pruned: PrunedGraph, slug: str, scan: str, labels: Mapping[FeatureId, str] | None = None
+    path: str | Path,
+    pruned: PrunedGraph,
+    slug: str,
+    scan: str,
+    labels: Mapping[FeatureId, str] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> float:
     """Write `graph_to_json` to a file, atomically; returns its size in megabytes (10^6 bytes).
 
@@ -194,7 +223,7 @@ def write_graph_json(
         UserError: when the file cannot be written.
     """
     advice = "attribution.edge_threshold, attribution.node_threshold or attribution.max_nodes lower"
-    return write_graph_body(path, graph_to_json(pruned, slug, scan, labels), advice)
+    return write_graph_body(path, graph_to_json(pruned, slug, scan, labels, extra), advice)
 
 
 def write_graph_body(path: str | Path, body: Mapping[str, Any], advice: str) -> float:

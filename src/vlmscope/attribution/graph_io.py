@@ -11,7 +11,9 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, GraphScores, NodeTable, PrunedGraph
 from vlmscope.core.images import PatchBox
 
-FORMAT, VERSION = "vlmscope.graph", "1"
+FORMAT, VERSION = "vlmscope.graph", "2"
+# Version 1 had no weights of what is explained: they were the probabilities.
+_READ = ("1", VERSION)
 
 _NODE_FIELDS = tuple(field.name for field in dataclasses.fields(NodeTable))
 _GRAPH_ARRAYS = (
@@ -37,6 +39,7 @@ def save_graph(path: str | Path, pruned: PrunedGraph) -> None:
     arrays = {f"node_{name}": getattr(graph.nodes, name) for name in _NODE_FIELDS}
     arrays |= {name: getattr(graph, name) for name in _GRAPH_ARRAYS}
     arrays |= {name: getattr(pruned, name) for name in _PRUNED_ARRAYS}
+    arrays["target_weights"] = graph.end_weights
     arrays["patch_boxes"] = np.array(
         [(np.nan,) * 4 if box is None else tuple(box) for box in graph.patch_boxes], dtype=np.float64
     )
@@ -64,7 +67,7 @@ def load_graph(path: str | Path) -> PrunedGraph:
     arrays, metadata = load_tensors(path)
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is not an attribution graph; give the graph.safetensors of a trace")
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in _READ:
         raise UserError(f"{path} has graph layout {metadata.get('version')}, this program reads {VERSION}; trace anew")
     try:
         words = {name: json.loads(text) for name, text in metadata.items() if name not in ("format", "version")}
@@ -78,6 +81,7 @@ def load_graph(path: str | Path) -> PrunedGraph:
             roles=np.array(words["roles"]),
             prompt=words["prompt"],
             meta=words["meta"],
+            target_weights=arrays.get("target_weights"),
         )
         return PrunedGraph(
             graph=graph,

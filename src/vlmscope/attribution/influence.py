@@ -33,9 +33,9 @@ class Influence:
 
 
 def logit_weights(graph: AttributionGraph) -> np.ndarray:
-    """w: `[N]` float64, the logits' probabilities at their nodes, 0 elsewhere."""
+    """w: `[N]` float64, what the ends are worth (the logits' probabilities, mostly) at their nodes, 0 elsewhere."""
     weights = np.zeros(graph.n_nodes)
-    weights[graph.nodes.of(NodeKind.LOGIT)] = graph.logit_probabilities
+    weights[graph.nodes.ends()] = graph.end_weights
     return weights
 
 

@@ -7,7 +7,8 @@
 | soft token | same picture and same box in it, wherever it stands in the prompt |
 | error | same layer and same place |
 | bias, left out | same layer |
-| logit | same token id and string |
+| logit | same token id and string, and same place in graphs that explain several positions |
+| other target | a feature: same layer and index; else same name |
 
 The place is, by `match`: `position` the position; `from_end` the position counted from the end of the prompt; `role`
 the position's role (image, question, special, last), so that the nodes of a role become one; `feature` nothing, so
@@ -21,18 +22,18 @@ from typing import NamedTuple
 import numpy as np
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.graph import AttributionGraph, NodeKind
+from vlmscope.core.graph import ENDS, AttributionGraph, NodeKind
 from vlmscope.core.merged import MatchedNodes
 
 MATCHES = ("position", "from_end", "role", "feature")
 _ANYWHERE = "any position"
-_ORDER = {kind: at for at, kind in enumerate((0, 3, 1, 2, 5, 4))}  # of the node table of one graph
+_ORDER = {kind: at for at, kind in enumerate((0, 3, 1, 2, 5, 4, 6))}  # of the node table of one graph
 
 
 class NodeKey(NamedTuple):
     """What makes a node the same; `place` is a position, a role, or None for a node that stands nowhere.
 
-    `token` is a feature's index or a token's id, `image` and `box` are of a soft token, `label` of a logit.
+    `token` is a feature's index or a token's id, `image` and `box` are of a soft token, `label` of an end.
     """
 
     layer: int
@@ -85,10 +86,12 @@ def _words(graph: AttributionGraph) -> str:
 def node_keys(graph: AttributionGraph, match: str) -> list[NodeKey]:
     """The key of every node, in order."""
     nodes, places = graph.nodes, _places(graph, match)
-    logits = {int(node): text for node, text in zip(nodes.of(NodeKind.LOGIT), graph.logit_tokens, strict=True)}
+    ends = nodes.ends()
+    names = {int(node): text for node, text in zip(ends, graph.logit_tokens, strict=True)}
+    spread = len(np.unique(nodes.position[ends])) > 1
     columns = (nodes.kind.tolist(), nodes.layer.tolist(), nodes.position.tolist(), nodes.index.tolist())
     return [
-        _key(graph, places, NodeKind(kind), layer, position, index, logits.get(node, ""))
+        _key(graph, places, NodeKind(kind), layer, position, index, names.get(node, ""), spread)
         for node, (kind, layer, position, index) in enumerate(zip(*columns, strict=True))
     ]
 
@@ -100,7 +103,8 @@ def _key(
     layer: int,
     position: int,
     index: int,
-    logit: str,
+    name: str,
+    spread: bool,
 ) -> NodeKey:
     place = places[position] if position >= 0 else None
     match kind:
@@ -116,7 +120,10 @@ def _key(
         case NodeKind.ERROR:
             return NodeKey(layer, kind, place, -1, -1, (), "")
         case NodeKind.LOGIT:
-            return NodeKey(layer, kind, None, index, -1, (), logit)
+            return NodeKey(layer, kind, place if spread else None, index, -1, (), name)
+        case NodeKind.TARGET:
+            # The name of a feature that is explained says where it fires; that may differ between prompts.
+            return NodeKey(layer, kind, None, index, -1, (), name if index < 0 else "")
         case _:
             return NodeKey(layer, kind, None, -1, -1, (), "")
 
@@ -142,7 +149,8 @@ class Columns:
         self.texts: dict[int | str, list[str]] = {}
         self.image: dict[int | str, bool] = {}
         self.soft: dict[tuple[int, tuple[float, ...]], int | str] = {}
-        self.last: dict[tuple[int, str], int | str] = {}
+        self.ends: dict[tuple[int, str], int | str] = {}
+        self.names: dict[int, str] = {}  # of features that are explained, by index
         self.words: dict[int, str] = {}  # token id -> string
 
     def add(self, graph: AttributionGraph) -> None:
@@ -159,8 +167,11 @@ class Columns:
                 where = int(graph.image_index[position]), tuple(round(float(edge), 6) for edge in box)
                 self.soft.setdefault(where, place)
         nodes = graph.nodes
-        for node, text in zip(nodes.of(NodeKind.LOGIT), graph.logit_tokens, strict=True):
-            self.last.setdefault((int(nodes.index[node]), text), places[int(nodes.position[node])])
+        for node, text in zip(nodes.ends(), graph.logit_tokens, strict=True):
+            index, named = int(nodes.index[node]), nodes.kind[node] == NodeKind.LOGIT or nodes.index[node] < 0
+            self.ends.setdefault((index, text if named else ""), places[int(nodes.position[node])])
+            if not named:
+                self.names.setdefault(index, text)
         for node in nodes.of(NodeKind.TOKEN):
             self.words.setdefault(int(nodes.index[node]), graph.tokens[int(nodes.position[node])])
 
@@ -178,8 +189,8 @@ class Columns:
 
     def place(self, key: NodeKey) -> int | str | None:
         """Where a node is drawn."""
-        if key.kind == NodeKind.LOGIT:
-            return self.last[key.token, key.label]
+        if key.kind in ENDS and key.place is None:
+            return self.ends[key.token, key.label]
         return self.soft[key.image, key.box] if key.image >= 0 else key.place
 
     def table(self, keys: Iterable[NodeKey]) -> tuple[MatchedNodes, np.ndarray]:
@@ -220,7 +231,7 @@ class Columns:
             case NodeKind.LEFT_OUT:
                 return f"left out L{key.layer}"
             case _:
-                return key.label
+                return key.label or self.names[key.token]
 
 
 def _row_major(box: tuple[float, ...]) -> tuple[float, ...]:

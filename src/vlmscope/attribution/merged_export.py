@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from vlmscope.attribution.export import FEATURE_TYPES, SCHEMA_VERSION, cantor_pair, write_graph_body
+from vlmscope.attribution.export import FEATURE_TYPES, SCHEMA_VERSION, cantor_pair, source_id, write_graph_body
 from vlmscope.attribution.shares import cumulative_share
-from vlmscope.core.graph import NodeKind
+from vlmscope.core.graph import ENDS, NodeKind
 from vlmscope.core.merged import AggregateGraph, GraphComparison, MergedGraph
 
 Merged = GraphComparison | AggregateGraph
@@ -22,21 +22,13 @@ def merged_ids(merged: MergedGraph) -> list[str]:
     nodes = merged.nodes
     ids: list[str] = []
     for node in range(len(nodes)):
-        layer, at, index = int(nodes.layer[node]), max(int(nodes.position[node]), 0), int(nodes.index[node])
-        match NodeKind(int(nodes.kind[node])):
-            case NodeKind.TOKEN:
-                # Two pictures' cells can stand in one column.
-                ids.append(f"E_{index}_{at}" if nodes.image[node] < 0 else f"E_soft{node}_{at}")
-            case NodeKind.FEATURE:
-                ids.append(f"{layer}_{index}_{at}")
-            case NodeKind.ERROR:
-                ids.append(f"ERR_{layer}_{at}")
-            case NodeKind.BIAS:
-                ids.append(f"BIAS_{layer}")
-            case NodeKind.LEFT_OUT:
-                ids.append(f"REST_{layer}")
-            case NodeKind.LOGIT:
-                ids.append(f"{layer + 1}_{index}_{at}")
+        kind, layer, at = NodeKind(int(nodes.kind[node])), int(nodes.layer[node]), max(int(nodes.position[node]), 0)
+        if kind == NodeKind.TARGET:
+            ids.append(f"TARGET_{node}_{layer}_{at}")
+        elif nodes.image[node] >= 0:  # the cells of two pictures can stand in one column
+            ids.append(f"E_soft{node}_{at}")
+        else:
+            ids.append(source_id(kind, layer, at, int(nodes.index[node])))
     assert len(set(ids)) == len(ids), "two nodes have one id"
     return ids
 
@@ -84,19 +76,19 @@ def _description(merged: Merged) -> str:
 def _node(merged: Merged, node: int, name: str, cumulative: float) -> dict[str, Any]:
     nodes = merged.nodes
     kind, layer, index = NodeKind(int(nodes.kind[node])), int(nodes.layer[node]), int(nodes.index[node])
-    logit = kind == NodeKind.LOGIT
+    logit, end = kind == NodeKind.LOGIT, kind in ENDS
     value = _largest(merged.activation[..., node])
     record: dict[str, Any] = {
         "node_id": name,
         "feature": cantor_pair(layer, index) if kind == NodeKind.FEATURE else index if index >= 0 else None,
-        "layer": "E" if kind == NodeKind.TOKEN else str(layer + logit),
+        "layer": "E" if kind == NodeKind.TOKEN else str(layer + end),
         "ctx_idx": max(int(nodes.position[node]), 0),
         "feature_type": FEATURE_TYPES[kind],
         "token_prob": (value or 0.0) if logit else 0.0,
-        "is_target_logit": logit and value == _best_logit(merged),
+        "is_target_logit": end and value == _best_logit(merged),
         "jsNodeId": name,
         "clerp": _label(merged, node, value),
-        "influence": None if logit else cumulative,
+        "influence": None if end else cumulative,
         "activation": value if kind == NodeKind.FEATURE else None,
         "modality": _modality(merged, node),
     }

@@ -21,7 +21,7 @@ from vlmscope.attribution.influence import (
 )
 from vlmscope.attribution.scores import graph_scores
 from vlmscope.attribution.shares import cumulative_share, find_cut, smallest_set
-from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
+from vlmscope.core.graph import ENDS, AttributionGraph, NodeKind, PrunedGraph
 
 
 def prune(graph: AttributionGraph, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> PrunedGraph:
@@ -34,7 +34,7 @@ def prune(graph: AttributionGraph, node_threshold: float = 0.8, edge_threshold: 
     """
     weights = logit_weights(graph)
     flow = influence(graph, weights).nodes
-    nodes = smallest_set(flow, node_threshold) | np.isin(graph.nodes.kind, (NodeKind.TOKEN, NodeKind.LOGIT))
+    nodes = smallest_set(flow, node_threshold) | np.isin(graph.nodes.kind, (NodeKind.TOKEN, *ENDS))
     edges = _edges_of(graph, nodes, influence(graph, weights, nodes), edge_threshold)
     alive = nodes & ~_dead_ends(graph, nodes, edges)
     _drop_edges(graph, nodes, alive, edges)
@@ -88,7 +88,7 @@ def _dead_ends(graph: AttributionGraph, nodes: np.ndarray, edges: np.ndarray) ->
     rows = rows_of(graph, nodes)
     blocks = list(row_blocks(graph, rows, by_level=True))
     entered = nodes & (graph.nodes.kind != NodeKind.FEATURE)
-    left = nodes & np.isin(graph.nodes.kind, (NodeKind.TOKEN, NodeKind.LOGIT))
+    left = nodes & np.isin(graph.nodes.kind, (NodeKind.TOKEN, *ENDS))
     for block in blocks:
         entered[block] |= nodes[block] & (take_rows(graph, edges, block) @ entered)
     for block in reversed(blocks):
@@ -108,17 +108,17 @@ def _drop_edges(graph: AttributionGraph, nodes: np.ndarray, alive: np.ndarray, e
 
 
 def reaches_image(pruned: PrunedGraph, logit: int) -> bool:
-    """Whether kept edges lead back from a logit node to a soft token.
+    """Whether kept edges lead back from a logit, or what else the graph explains, to a soft token.
 
     Args:
         pruned: the pruned graph.
-        logit: node number of the logit.
+        logit: its node number.
 
     Raises:
-        ValueError: when the node is no logit.
+        ValueError: when the node is none that the graph explains.
     """
     graph = pruned.graph
-    if graph.nodes.kind[logit] != NodeKind.LOGIT:
+    if graph.nodes.kind[logit] not in ENDS:
         raise ValueError(f"node {logit} is no logit")
     reached = np.zeros(graph.n_nodes, dtype=bool)
     reached[logit] = True

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from vlmscope.attribution.adjoint import Adjoint
-from vlmscope.attribution.targets import LogitTargets
+from vlmscope.attribution.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class RowChunk:
 
     Attributes:
         layer: layer of the targets, L for logits.
-        targets: `[B]` int64, rows of the feature table, or numbers of logit targets.
+        targets: `[B]` int64, rows of the feature table, or numbers of ends.
         counts: `[B]` int64, edges of each row.
         indices: int32, columns, ascending in a row.
         weights: float, edges; exact zeros are not stored.
@@ -36,18 +36,23 @@ class RowChunk:
 
 
 def _chunk(layer: int, targets: np.ndarray, rows: torch.Tensor, values: torch.Tensor, dtype: str) -> RowChunk:
-    wide = rows.double()
-    absolute = wide.abs().sum(1)
+    absolute = rows.abs().sum(1, dtype=torch.float64)
     # A row without any edge has nothing to be incomplete of: its residual is its target alone.
-    residual = (values.double() - wide.sum(1)).abs() / torch.where(absolute > 0, absolute, 1.0)
+    short = (values.double() - rows.sum(1, dtype=torch.float64)).abs()
+    residual = short / torch.where(absolute > 0, absolute, 1.0)
     dense = rows.cpu().numpy()
-    line, column = np.nonzero(dense)
+    # Places in the flat rows: a third of the time of a two-dimensional `nonzero`.
+    present = dense != 0
+    counts = np.count_nonzero(present, axis=1)
+    place = np.flatnonzero(present)
+    weights = dense.reshape(-1)[place]
+    place -= np.repeat(np.arange(len(dense)) * dense.shape[1], counts)
     return RowChunk(
         layer=layer,
         targets=targets,
-        counts=np.bincount(line, minlength=len(dense)),
-        indices=column.astype(np.int32),
-        weights=dense[line, column].astype(dtype, copy=False),
+        counts=counts,
+        indices=place.astype(np.int32),
+        weights=weights.astype(dtype, copy=False),
         absolute=absolute.cpu().numpy(),
         residual=residual.cpu().numpy(),
         values=values.double().cpu().numpy(),
@@ -75,7 +80,10 @@ def feature_chunks(adjoint: Adjoint, targets: np.ndarray, batch_size: int, dtype
             yield _chunk(layer, batch, rows, features.pre_activation[which], dtype)
 
 
-def logit_chunk(adjoint: Adjoint, targets: LogitTargets, dtype: str) -> RowChunk:
-    """The rows of the logit targets."""
-    rows = adjoint.logit_rows(targets.vectors)
-    return _chunk(adjoint.columns.n_layers, np.arange(len(rows)), rows, targets.values, dtype)
+def target_chunk(adjoint: Adjoint, targets: Targets, dtype: str) -> RowChunk:
+    """The rows of what the graph explains."""
+    position = torch.from_numpy(targets.positions).to(targets.vectors.device)
+    constants = targets.constants if targets.layer < adjoint.columns.n_layers else None
+    where = {"after_attention": targets.after_attention}
+    rows = adjoint.stream_rows(targets.layer, targets.vectors, position, constants, **where)
+    return _chunk(targets.layer, np.arange(len(rows)), rows, targets.values, dtype)

@@ -15,7 +15,8 @@ import numpy as np
 from vlmscope.attribution.config import AttributionConfig
 
 # Bytes of an edge while rows are put into node order, over those of the stored edge; measured, see docs/models.md.
-ASSEMBLY = 3.5
+ASSEMBLY = 2.0
+ASSEMBLY_LEFT_OUT = 3.0  # when left-out columns are merged
 _CACHE_BYTES = 1 << 30  # of `vlmscope.attribution.adjoint`
 
 
@@ -110,7 +111,8 @@ class GraphSizes:
     @property
     def peak_bytes(self) -> float:
         """Host memory while the rows are assembled."""
-        return self.edges_computed * (self.element + 4) * ASSEMBLY
+        factor = ASSEMBLY_LEFT_OUT if self.left_out else ASSEMBLY
+        return self.edges_computed * (self.element + 4) * factor
 
     @property
     def file_bytes(self) -> float:
@@ -120,8 +122,8 @@ class GraphSizes:
 
     @property
     def row_buffer_bytes(self) -> float:
-        """Dense rows of one batch: as swept, and twice in float64 while sums are taken."""
-        return self.config.batch_size * self.columns * (self.element + 16)
+        """Dense rows of one batch: as swept, absolute values, a byte for which are there, and int64 places of these."""
+        return self.config.batch_size * self.columns * (2 * self.element + 9)
 
     @property
     def gradient_bytes(self) -> float:

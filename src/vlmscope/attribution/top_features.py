@@ -22,7 +22,7 @@ def top_features(graph: AttributionGraph, count: int) -> dict[FeatureId, float]:
         UserError: no feature has any influence.
     """
     weights = np.zeros(graph.n_nodes)
-    weights[graph.nodes.of(NodeKind.LOGIT)[int(np.argmax(graph.logit_probabilities))]] = 1.0
+    weights[graph.nodes.ends()[int(np.argmax(graph.logit_probabilities))]] = 1.0
     flow = influence(graph, weights).nodes
     sums: dict[FeatureId, float] = {}
     for node in graph.nodes.of(NodeKind.FEATURE).tolist():

@@ -2,53 +2,44 @@
 
 import time
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from vlmscope.activations.capture import HasAdapter
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.edges import assemble
+from vlmscope.attribution.head_scores import Place, ScoreParts, find_place, score_parts
+from vlmscope.attribution.heads import HeadFlow, head_flow
 from vlmscope.attribution.pruning import prune
-from vlmscope.attribution.rows import logit_chunk
+from vlmscope.attribution.questions import TraceableModel, ask, choose_targets, labels_of
+from vlmscope.attribution.rows import target_chunk
 from vlmscope.attribution.select import select_rows
-from vlmscope.attribution.targets import choose_logits
+from vlmscope.attribution.targets import Targets, choose_logits
+from vlmscope.attribution.words import Tokenizer
 from vlmscope.core.graph import AttributionGraph, PrunedGraph
 from vlmscope.models.base import ModelInputs
 from vlmscope.replacement.model import ReplacementModel, build_replacement
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 
-class _Tokenizer(Protocol):
-    def decode(self, token_ids: list[int]) -> str: ...
-
-
-class TraceableModel(HasAdapter, Protocol):
-    """What `trace` needs of a loaded model; `vlmscope.models.loading.VLM` is one."""
-
-    @property
-    def name(self) -> str:
-        """Short name for records."""
-        ...
-
-    @property
-    def tokenizer(self) -> _Tokenizer:
-        """Turns token ids into strings."""
-        ...
-
-
 @dataclass(frozen=True)
 class Trace:
-    """A traced prompt: the local replacement model, the whole graph and the pruned one."""
+    """A traced prompt: the local replacement model, the whole graph, the pruned one, and what they explain."""
 
     replacement: ReplacementModel
     graph: AttributionGraph
     pruned: PrunedGraph
+    targets: Targets
+    scores: tuple[ScoreParts, ...] = ()
+    flow: HeadFlow | None = None
 
 
 def attribute(
-    replacement: ReplacementModel, config: AttributionConfig, tokenizer: _Tokenizer, model_name: str = ""
+    replacement: ReplacementModel,
+    config: AttributionConfig,
+    tokenizer: Tokenizer,
+    model_name: str = "",
+    targets: Targets | None = None,
 ) -> AttributionGraph:
     """The whole attribution graph of a replacement model.
 
@@ -57,19 +48,20 @@ def attribute(
         config: settings.
         tokenizer: names the logit targets.
         model_name: for the record.
+        targets: what to explain; what `config` says when None.
     """
     config.check()
     started = time.perf_counter()
     inputs = replacement.inputs
     dtype = "float64" if replacement.errors.dtype == torch.float64 else "float32"
-    targets = choose_logits(replacement, config.logit_mass, config.max_logits, config.token_ids)
+    targets = targets or choose_targets(replacement, config, tokenizer)
     adjoint = Adjoint(replacement)
-    logits = logit_chunk(adjoint, targets, dtype)
+    ends = target_chunk(adjoint, targets, dtype)
     chunks = select_rows(
-        adjoint, logits, targets.probabilities, config.max_nodes, config.batch_size, config.update_every, dtype
+        adjoint, ends, targets.weights, config.max_nodes, config.batch_size, config.update_every, dtype
     )
-    edges = assemble(replacement, adjoint.columns, chunks, logits, targets, dtype)
-    n_active = len(replacement.feature_activations)
+    edges = assemble(replacement, adjoint.columns, chunks, ends, targets, dtype)
+    n_active = int(adjoint.columns.n_features[: targets.layer].sum())
     return AttributionGraph(
         nodes=edges.nodes,
         indptr=edges.indptr,
@@ -78,7 +70,7 @@ def attribute(
         residual=edges.residual,
         left_out_mass=edges.left_out_mass,
         logit_probabilities=targets.probabilities,
-        logit_tokens=[tokenizer.decode([int(token)]) for token in targets.token_ids],
+        logit_tokens=labels_of(targets, tokenizer),
         tokens=list(inputs.tokens),
         is_image=inputs.is_image,
         image_index=inputs.image_index,
@@ -87,6 +79,7 @@ def attribute(
         prompt=inputs.prompt,
         meta={
             "model": model_name,
+            "target": targets.what,
             "n_layers": replacement.n_layers,
             "n_active_features": n_active,
             "n_left_out_features": n_active - sum(len(chunk.targets) for chunk in chunks),
@@ -97,6 +90,7 @@ def attribute(
             # Logit targets are those before this cap; probabilities are the model's own.
             **({} if replacement.logit_softcap is None else {"logit_softcap": replacement.logit_softcap}),
         },
+        target_weights=targets.weights,
     )
 
 
@@ -108,6 +102,27 @@ def trace(vlm: TraceableModel, transcoders: TranscoderSet, inputs: ModelInputs, 
     """
     config.check()
     dtype = {"float32": torch.float32, "float64": torch.float64, "model": None}[config.dtype]
-    replacement = build_replacement(vlm, transcoders, inputs, dtype)
-    graph = attribute(replacement, config, vlm.tokenizer, vlm.name)
-    return Trace(replacement, graph, prune(graph, config.node_threshold, config.edge_threshold))
+    question = ask(vlm, inputs, config)
+    replacement = build_replacement(vlm, transcoders, question.inputs, dtype)
+    if config.attention:
+        return _trace_attention(vlm, replacement, config)
+    targets = choose_targets(replacement, config, vlm.tokenizer, question.ids)
+    graph = attribute(replacement, config, vlm.tokenizer, vlm.name, targets)
+    return Trace(replacement, graph, prune(graph, config.node_threshold, config.edge_threshold), targets)
+
+
+def _trace_attention(vlm: TraceableModel, replacement: ReplacementModel, config: AttributionConfig) -> Trace:
+    """The graph of a head's score: of the one that is named, or of the one that carries most in the logits' graph."""
+    flow = None
+    if config.attention == "auto":
+        logits = choose_logits(replacement, config.logit_mass, config.max_logits)
+        flow = head_flow(replacement, attribute(replacement, config, vlm.tokenizer, vlm.name, logits), logits)
+        heads = flow.ranked()[: config.n_heads]
+        places = [Place(*head, int(flow.query[head]), int(flow.key[head])) for head in heads]
+    else:
+        places = [find_place(replacement, config.attention or "")]
+    adjoint = Adjoint(replacement)
+    scores = tuple(score_parts(vlm, replacement, adjoint, place) for place in places)
+    targets = scores[0].targets
+    graph = attribute(replacement, config, vlm.tokenizer, vlm.name, targets)
+    return Trace(replacement, graph, prune(graph, config.node_threshold, config.edge_threshold), targets, scores, flow)

@@ -34,15 +34,15 @@ def circuit_edges(
     for node in graph.nodes.of(NodeKind.FEATURE).tolist():
         feature = graph.nodes.feature_id(node)
         names[node] = next((name for name, found in members.items() if feature in found), "")
-    logit = int(graph.nodes.of(NodeKind.LOGIT)[0])
+    ends = graph.nodes.ends()
+    logit = int(ends[0])
     names[logit] = f"answer: {graph.logit_tokens[0]}"
     sums: dict[tuple[str, str], float] = {}
     edges = np.flatnonzero(pruned.edge_mask)
     targets = graph.targets_of(edges)
     incoming = graph.absolute_sums()
     reach = pruned.influence.copy()
-    logits = graph.nodes.of(NodeKind.LOGIT)
-    reach[logits] = graph.logit_probabilities / graph.logit_probabilities.sum()
+    reach[ends] = graph.end_weights / graph.end_weights.sum()
     for edge, target in zip(edges.tolist(), targets.tolist(), strict=True):
         source, goal = str(names[graph.indices[edge]]), str(names[target])
         if source and goal and source != goal:

@@ -47,6 +47,8 @@ def _missing_option(error: MissingConfigException) -> str:
     names = [option for option in error.options or () if not option.endswith("_schema")]
     if not slash:
         return f"no configuration {wanted!r}; run from a clone whose conf/ is complete"
+    if group == "hydra/launcher" and name.startswith("submitit"):
+        return f"hydra/launcher={name} comes with an extra that is not installed; pip install 'vlmscope[slurm]'"
     if not names:
         return f"there is no {group}={name}: the group {group!r} has no options yet"
     return f"no {group} named {name!r}; {suggestion(name, names)}"

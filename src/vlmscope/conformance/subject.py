@@ -13,7 +13,7 @@ from scipy import sparse
 from vlmscope.activations.capture import capture_mlp
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.edges import Edges, assemble
-from vlmscope.attribution.rows import feature_chunks, logit_chunk
+from vlmscope.attribution.rows import feature_chunks, target_chunk
 from vlmscope.attribution.targets import choose_logits
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.seeds import generator
@@ -184,7 +184,7 @@ def find_edges(replacement: ReplacementModel, limits: Limits) -> Edges:
     every = np.arange(len(replacement.feature_activations))
     chosen = np.sort(_sample(generator(limits.seed, "targets"), every, limits.targets))
     chunks = list(feature_chunks(adjoint, chosen, limits.batch_size, dtype))
-    return assemble(replacement, adjoint.columns, chunks, logit_chunk(adjoint, logits, dtype), logits, dtype)
+    return assemble(replacement, adjoint.columns, chunks, target_chunk(adjoint, logits, dtype), logits, dtype)
 
 
 def make_subject(

@@ -1,8 +1,9 @@
 """Records of attribution graphs: plain numpy, no torch.
 
 Legend: N nodes, E edges, T positions, L decoder layers. Node order is by layer (embeddings, then per layer the bias,
-the features by position and index, the errors by position, the left-out features; logits last), so that every source
-comes before its targets and the adjacency matrix is strictly lower triangular.
+the features by position and index, the errors by position, the left-out features; last the ends, K nodes that the
+graph explains: logits, or what else was asked about), so that every source comes before its targets and the adjacency
+matrix is strictly lower triangular. A graph of something inside the model ends at its layer.
 """
 
 from dataclasses import dataclass, field
@@ -21,8 +22,13 @@ class NodeKind(IntEnum):
     FEATURE = 1  # active feature at (layer, position)
     ERROR = 2  # MLP output minus reconstruction at (layer, position)
     BIAS = 3  # all constants of a layer: decoder, attention and, for its own features, encoder biases
-    LOGIT = 4  # logit of a token at the last position, minus the mean logit
+    LOGIT = 4  # logit of a token at a position, the last one but for answers, minus the mean logit
     LEFT_OUT = 5  # active features of a layer that got no row of their own, summed
+    TARGET = 6  # what else is explained: a difference of logits, a feature's pre-activation, a side of a score
+
+
+# Nodes that a graph explains; it has no edges out of them.
+ENDS = (NodeKind.LOGIT, NodeKind.TARGET)
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,12 @@ class NodeTable:
 
     Attributes:
         kind: `[N]` int8, `NodeKind`.
-        layer: `[N]` int16; -1 for embeddings, L for logits.
+        layer: `[N]` int16; -1 for embeddings, L for logits, its own for another target.
         position: `[N]` int32; -1 for nodes without one (bias, left out).
-        index: `[N]` int64; feature index, token id, or -1.
-        activation: `[N]` float; a feature's activation, a logit's probability, else 0.
+        index: `[N]` int64; feature index (of a target that is a feature, too), token id, or -1.
+        activation: `[N]` float; a feature's activation, a logit's probability, 1 for a TARGET, else 0.
         target: `[N]` float; the affine value that a row's edges sum to: a feature's pre-activation, a logit minus the
-            mean logit; 0 for nodes without a row.
+            mean logit, what a TARGET's label says; 0 for nodes without a row.
     """
 
     kind: np.ndarray
@@ -52,6 +58,10 @@ class NodeTable:
     def of(self, kind: NodeKind) -> np.ndarray:
         """The node numbers of one kind, ascending, int64."""
         return np.flatnonzero(self.kind == kind)
+
+    def ends(self) -> np.ndarray:
+        """The node numbers of what the graph explains, ascending, int64."""
+        return np.flatnonzero(np.isin(self.kind, ENDS))
 
     def feature_id(self, node: int) -> FeatureId:
         """The feature that a FEATURE node stands for."""
@@ -71,8 +81,8 @@ class AttributionGraph:
         residual: `[N]` float64, per row |target - sum of edges| / sum of |edges|; 0 for nodes without a row.
         left_out_mass: `[N, L]` float64, per row and layer the sum of |edges| from left-out features; `[N, 0]` when no
             feature was left out. The edge from a LEFT_OUT node is their signed sum.
-        logit_probabilities: `[K]` float64, in the order of the logit nodes.
-        logit_tokens: K strings.
+        logit_probabilities: `[K]` float64, in the order of the ends; 1 for a TARGET.
+        logit_tokens: K strings, the ends' labels: a logit's token, or words.
         tokens: T strings.
         is_image: `[T]` bool.
         image_index: `[T]` int64, -1 for text.
@@ -80,6 +90,7 @@ class AttributionGraph:
         roles: `[T]` strings.
         prompt: the prompt as the user wrote it.
         meta: what it was made with (names, counts, settings).
+        target_weights: `[K]` float64, what each end is worth where influence starts; the probabilities when None.
     """
 
     nodes: NodeTable
@@ -97,6 +108,12 @@ class AttributionGraph:
     roles: np.ndarray
     prompt: str
     meta: dict[str, str | int | float | bool] = field(default_factory=dict)
+    target_weights: np.ndarray | None = None
+
+    @property
+    def end_weights(self) -> np.ndarray:
+        """What each end is worth, `[K]` float64."""
+        return self.logit_probabilities if self.target_weights is None else self.target_weights
 
     @property
     def n_nodes(self) -> int:

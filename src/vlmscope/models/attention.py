@@ -7,7 +7,7 @@ float32; grouped key/value heads are repeated. Decoder and vision tower are swit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,29 @@ IMPLEMENTATION = "vlmscope"
 # What to do with each attention module's pattern; a module without an entry just computes.
 _recorders: dict[nn.Module, Callable[[Tensor], Any]] = {}
 _replacements: dict[nn.Module, Tensor] = {}
+_stopping: dict[nn.Module, bool] = {}
+
+
+class AttentionInput(NamedTuple):
+    """What an attention module is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class FoundScores(Exception):  # noqa: N818  # no error: it ends a run that has what it was for
+    """Raised by a module that `stopping_at_scores` names, in place of its softmax.
+
+    Attributes:
+        query: `[B, H, Tq, D]`.
+        key: `[B, Hkv, Tk, D]`.
+        scaling: factor of the scores.
+        softcap: cap of the scores, or None.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> None:
+        super().__init__("the scores were found")
+        self.query, self.key, self.scaling, self.softcap = query, key, scaling, softcap
 
 
 def _repeat_heads(states: Tensor, n_repeats: int) -> Tensor:
@@ -72,6 +95,8 @@ def attention_forward(
     Returns:
         The mixed values `[B, Tq, H, D]` and the pattern `[B, H, Tq, Tk]`.
     """
+    if module in _stopping:
+        raise FoundScores(query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
     key = _repeat_heads(key, query.shape[1] // key.shape[1])
     value = _repeat_heads(value, query.shape[1] // value.shape[1])
     pattern = _replacements.get(module)
@@ -174,6 +199,13 @@ def recording_vision_patterns(model: Any, layers: Sequence[int]) -> Iterator[dic
     configs = [adapter.model.config.vision_config, *(module.config for module in modules)]
     with _switched(configs), _entered(_recorders, recorders):
         yield store
+
+
+@contextmanager
+def stopping_at_scores(module: nn.Module) -> Iterator[None]:
+    """Let an attention module of a model that uses this implementation raise `FoundScores` with its query and key."""
+    with _entered(_stopping, {module: True}):
+        yield
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from vlmscope.core.images import PatchBox
 from vlmscope.models.patches import PicturePatches
 from vlmscope.models.template import Dialogue, Turn
 
-ROLES = ("special", "image", "question", "last")
+ROLES = ("special", "image", "question", "last")  # a continued prompt has "answer" too (vlmscope.models.answers)
 INJECTIONS = "injections"  # [B, n, T, d], among an `InputBatch`'s tensors
 
 
@@ -75,6 +75,16 @@ class LayerNorms:
         return iter((self.attn_in, self.attn_out_post, self.mlp_in, self.mlp_out_post))
 
 
+@dataclass(frozen=True)
+class ScoreParts:
+    """The modules that make the queries and keys of a decoder layer; norms act head by head, before RoPE."""
+
+    query: nn.Module
+    key: nn.Module
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+
+
 class Adapter(ABC):
     """Everything that differs between families; the rest of vlmscope sees a model only through this."""
 
@@ -88,6 +98,8 @@ class Adapter(ABC):
     m_rope: bool = False
     # Whether the family was made for prompts with pictures alone.
     needs_pictures: bool = False
+    # `token_type_ids` of an answer that follows the prompt.
+    answer_type: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,6 +192,10 @@ class Adapter(ABC):
         """The output projection's bias `[d]`."""
 
     @abstractmethod
+    def score_parts(self, layer: int) -> ScoreParts:
+        """The projections, with rows ordered by head, and norms that make queries and keys."""
+
+    @abstractmethod
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
         """The prompt in its chat template with one placeholder a picture.
 
@@ -244,6 +260,10 @@ class Adapter(ABC):
         Raises:
             UserError: the tower's attention cannot be recorded.
         """
+
+    @abstractmethod
+    def vision_tower(self) -> Any:
+        """The vision tower; only for a model that takes pictures."""
 
     @abstractmethod
     def picture_patches(

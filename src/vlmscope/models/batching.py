@@ -75,16 +75,16 @@ def make_batch(adapter: Adapter, inputs: Sequence[ModelInputs]) -> InputBatch:
                 f"{other.prompt!r} has {len(other)}; use the same wording, and pictures of the same shape"
             )
     chunk = CHUNK if _stackable(inputs) else 1
-    entering = [_entering(adapter, inputs[i : i + chunk]) for i in range(0, len(inputs), chunk)]
+    each = [entering(adapter, inputs[i : i + chunk]) for i in range(0, len(inputs), chunk)]
     # The pictures are in the embeddings: what says how to read them is of no more use.
     names = [name for name in _TEXT if name in first.tensors]
     tensors = {name: torch.cat([i.tensors[name] for i in inputs]) for name in names}
     ids = torch.cat([i.tensors["input_ids"] for i in inputs])
-    tensors["inputs_embeds"] = torch.cat([found.embeddings for found in entering])
-    positions = [found.positions for found in entering if found.positions is not None]
+    tensors["inputs_embeds"] = torch.cat([found.embeddings for found in each])
+    positions = [found.positions for found in each if found.positions is not None]
     if positions:
         tensors[_POSITIONS] = torch.cat(positions, dim=1)
-    injections = [found.injections for found in entering if found.injections is not None]
+    injections = [found.injections for found in each if found.injections is not None]
     if injections:
         tensors[INJECTIONS] = torch.cat(injections)
     return InputBatch(tensors, ids, first.roles, first.is_image)
@@ -97,7 +97,7 @@ def _stackable(inputs: Sequence[ModelInputs]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Entering:
+class Entering:
     """What enters the decoder: `embeddings [B, T, d]`; for M-RoPE `positions [3, B, T]`, which the model could not
     derive again from embeddings alone; for DeepStack `injections [B, n, T, d]`.
     """
@@ -107,16 +107,16 @@ class _Entering:
     injections: Tensor | None
 
 
-def _entering(adapter: Adapter, inputs: Sequence[ModelInputs]) -> _Entering:
-    """What enters the first decoder layer and is added after others, as the model itself makes it."""
-    kept: list[_Entering] = []
+def entering(adapter: Adapter, inputs: Sequence[ModelInputs]) -> Entering:
+    """What enters the first decoder layer and is added after others, as the model makes it, with its gradient."""
+    kept: list[Entering] = []
 
     class _Found(Exception):
         """Ends the forward: nothing after the embeddings is wanted."""
 
     def hook(_module: object, args: tuple, kwargs: dict) -> None:
         embeddings = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
-        kept.append(_Entering(embeddings, kwargs.get(_POSITIONS), adapter.injections(kwargs)))
+        kept.append(Entering(embeddings, kwargs.get(_POSITIONS), adapter.injections(kwargs)))
         raise _Found
 
     tensors = {name: torch.cat([i.tensors[name] for i in inputs]) for name in inputs[0].tensors}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
-from vlmscope.models.base import Adapter, LayerNorms
+from vlmscope.models.base import Adapter, LayerNorms, ScoreParts
 from vlmscope.models.patches import PicturePatches
 from vlmscope.models.placement import computing_device, materialised
 from vlmscope.models.template import Dialogue, Turn, dialogue, user_turn
@@ -150,11 +150,15 @@ class DecoderAdapter(Adapter):
         projection = self._layer(layer).self_attn.o_proj
         return None if projection.bias is None else materialised(projection, "bias")
 
+    def score_parts(self, layer: int) -> ScoreParts:
+        module = self._layer(layer).self_attn
+        norms = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
+        return ScoreParts(module.q_proj, module.k_proj, *norms)
+
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
         return user_turn(tokenizer, chat_template or self.chat_template, prompt, self.placeholder, n_images)
 
     def vision_tower(self) -> Any:
-        """The vision tower; only for a model that takes pictures."""
         return self.model.model.vision_tower
 
     def vision_attention(self) -> list[nn.Module]:

@@ -22,6 +22,7 @@ class PaliGemmaAdapter(DecoderAdapter):
     """One soft token a patch of the whole picture, resized without cropping."""
 
     needs_pictures = True
+    answer_type = 1
 
     @property
     def logit_softcap(self) -> float | None:

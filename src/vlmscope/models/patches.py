@@ -27,12 +27,20 @@ class Tile:
             anything else; patches that the tower masks are no patches.
         tokens: `[P]` int64, P = C + rows * columns: which of the tower's tokens each is, counted through all that one
             forward gives the tower, in its order.
+        embedded: `[rows * columns]` int64: which of the tower's patch embeddings each patch is, counted likewise, where
+            that is not what `tokens` says (class tokens, windows).
     """
 
     rows: int
     columns: int
     boxes: list[PatchBox]
     tokens: np.ndarray
+    embedded: np.ndarray | None = None
+
+    @property
+    def patches(self) -> np.ndarray:
+        """`[rows * columns]` int64: which of the tower's patch embeddings each patch is."""
+        return self.tokens if self.embedded is None else self.embedded
 
     @property
     def n_class(self) -> int:
@@ -66,15 +74,13 @@ def batched_tiles(windows: Sequence[Sequence[PatchBox]], rows: int, columns: int
         columns: patches across a tile.
         n_class: class tokens before the patches.
     """
-    length = n_class + rows * columns
-    starts = count(0, length)
-    return [
-        [
-            Tile(rows, columns, grid_boxes(rows, columns, window), np.arange(start, start + length))
-            for window, start in zip(found, starts, strict=False)
-        ]
-        for found in windows
-    ]
+    n_patches, numbers = rows * columns, count()
+
+    def tile(window: PatchBox, number: int) -> Tile:
+        tokens = np.arange(n_class + n_patches) + number * (n_class + n_patches)
+        return Tile(rows, columns, grid_boxes(rows, columns, window), tokens, np.arange(n_patches) + number * n_patches)
+
+    return [[tile(window, number) for window, number in zip(found, numbers, strict=False)] for found in windows]
 
 
 def merged_tiles(grids: Sequence[Sequence[int]], merge: int, window: int | None = None) -> list[Tile]:
@@ -90,10 +96,10 @@ def merged_tiles(grids: Sequence[Sequence[int]], merge: int, window: int | None 
         row, column = np.divmod(np.arange(rows * columns), columns)
         down, across = row // merge, column // merge
         keys = [column % merge, row % merge, across, down]  # the last decides first
+        embedded = tokens = first + np.argsort(np.lexsort(keys))  # windows are made of what is embedded
         if window is not None:
-            keys += [across // window, down // window]
-        tokens = first + np.argsort(np.lexsort(keys))
-        tiles.append(Tile(rows, columns, grid_boxes(rows, columns, WHOLE), tokens))
+            tokens = first + np.argsort(np.lexsort([*keys, across // window, down // window]))
+        tiles.append(Tile(rows, columns, grid_boxes(rows, columns, WHOLE), tokens, embedded))
         first += rows * columns
     return tiles
 
@@ -138,7 +144,8 @@ def masked(
         tiles = []
         for tile, window, mask in zip(picture.tiles, found, masks, strict=True):
             rows, columns = int(mask.any(1).sum()), int(mask.any(0).sum())
-            tiles.append(Tile(rows, columns, grid_boxes(rows, columns, window), tile.tokens[mask.ravel()]))
+            boxes, inside = grid_boxes(rows, columns, window), mask.ravel()
+            tiles.append(Tile(rows, columns, boxes, tile.tokens[inside], tile.patches[inside]))
         pooling = picture.pooling[:, np.concatenate(masks, axis=None)]
         total = pooling.sum(axis=1)
         scale = np.divide(1.0, total, out=np.zeros_like(total), where=total > 0)

@@ -1,4 +1,4 @@
-"""Vision towers whose attention can be recorded: where their attention modules are, and their class tokens.
+"""Vision towers whose attention can be recorded: where attention and patch embeddings are, and their class tokens.
 
 The attention modules of all of them call transformers' attention interface, as `vlmscope.models.attention` needs.
 """
@@ -11,22 +11,39 @@ from vlmscope.core.errors import UserError
 
 
 class Tower(NamedTuple):
-    """How a tower names its parts, and how many tokens it puts before the patches."""
+    """How a tower names its parts, and how many tokens it puts before the patches.
+
+    `patches` is the linear map or convolution from pixels to patch embeddings, `positions` the parameter of learned
+    position embeddings ("" where there is none), `class_token` that of class tokens.
+    """
 
     layers: str
     attention: str
+    patches: str
+    positions: str = ""
     n_class: int = 0
+    class_token: str = ""
 
 
+_SIGLIP = Tower("encoder.layers", "self_attn", "embeddings.patch_embedding", "embeddings.position_embedding.weight")
 TOWERS = {
-    "clip_vision_model": Tower("encoder.layers", "self_attn", 1),
-    "gemma4_vision": Tower("encoder.layers", "self_attn"),
-    "idefics3_vision": Tower("encoder.layers", "self_attn"),
-    "internvl_vision": Tower("encoder.layer", "attention", 1),
-    "qwen2_5_vl_vision": Tower("blocks", "attn"),
-    "qwen3_vl_vision": Tower("blocks", "attn"),
-    "siglip_vision_model": Tower("encoder.layers", "self_attn"),
-    "smolvlm_vision": Tower("encoder.layers", "self_attn"),
+    "clip_vision_model": _SIGLIP._replace(n_class=1, class_token="embeddings.class_embedding"),
+    "gemma4_vision": Tower(
+        "encoder.layers", "self_attn", "patch_embedder.input_proj", "patch_embedder.position_embedding_table"
+    ),
+    "idefics3_vision": _SIGLIP,
+    "internvl_vision": Tower(
+        "encoder.layer",
+        "attention",
+        "embeddings.patch_embeddings.projection",
+        "embeddings.position_embeddings",
+        1,
+        "embeddings.cls_token",
+    ),
+    "qwen2_5_vl_vision": Tower("blocks", "attn", "patch_embed.proj"),
+    "qwen3_vl_vision": Tower("blocks", "attn", "patch_embed.proj", "pos_embed.weight"),
+    "siglip_vision_model": _SIGLIP,
+    "smolvlm_vision": _SIGLIP,
 }
 
 

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image
 
-from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
+from vlmscope.core.graph import ENDS, AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.images import PatchBox
 from vlmscope.report.style import COLOURS, INK, MUTED, NEGATIVE, POSITIVE, drawing, pick
@@ -63,8 +63,8 @@ def attribution_graph(
     if len(edges) == 0:
         raise ValueError("the pruned graph has no edges to draw")
     sources, targets = graph.indices[edges].astype(int), graph.targets_of(edges)
-    logits = graph.nodes.of(NodeKind.LOGIT)
-    shown = np.unique(np.concatenate([sources, targets, logits[pruned.node_mask[logits]]]))
+    ends = graph.nodes.ends()
+    shown = np.unique(np.concatenate([sources, targets, ends[pruned.node_mask[ends]]]))
     layout = _lay_out(pruned, shown)
     height = 2.1 + 0.72 * len(layout.rows)
     below = 1.7 / height
@@ -83,8 +83,8 @@ def strongest_edges(pruned: PrunedGraph, count: int) -> np.ndarray:
     graph = pruned.graph
     total = graph.absolute_sums()
     importance = pruned.influence.astype(np.float64).copy()
-    # Influence starts from the logits' probabilities and does not count the start itself.
-    importance[graph.nodes.of(NodeKind.LOGIT)] += graph.logit_probabilities
+    # Influence starts from what the ends are worth and does not count the start itself.
+    importance[graph.nodes.ends()] += graph.end_weights
     kept = np.flatnonzero(pruned.edge_mask)
     targets = graph.targets_of(kept)
     magnitude = np.abs(graph.weights[kept].astype(np.float64))
@@ -95,7 +95,8 @@ def strongest_edges(pruned: PrunedGraph, count: int) -> np.ndarray:
 
 def _lay_out(pruned: PrunedGraph, shown: np.ndarray) -> _Layout:
     nodes = pruned.graph.nodes
-    body = shown[nodes.kind[shown] != NodeKind.LOGIT]
+    ends = np.isin(nodes.kind[shown], ENDS)
+    body = shown[~ends]
     cells: dict[tuple[int, int], list[int]] = {}
     for node in body[np.argsort(-pruned.influence[body], kind="stable")]:
         cells.setdefault((int(nodes.position[node]), int(nodes.layer[node])), []).append(int(node))
@@ -116,8 +117,11 @@ def _lay_out(pruned: PrunedGraph, shown: np.ndarray) -> _Layout:
         width = max(least[position], min(most, widest[position])) + 0.35
         slots[position] = (edge + width / 2, width)
         edge += width
-    seen = {int(layer) for layer in nodes.layer[shown]}
-    every = range(-1, pruned.graph.n_layers + 1)
+    # What is explained stands in a row of its own, above all that its layer holds.
+    last_layer = pruned.graph.nodes.layer[-1]
+    above = int(last_layer) + int(last_layer < pruned.graph.n_layers)
+    seen = {int(layer) for layer in nodes.layer[body]} | {above}
+    every = range(-1, above + 1)
     rows = {layer: at for at, layer in enumerate(every if len(every) <= 16 else sorted(seen))}
     xy = np.full((len(nodes), 2), np.nan)
     for (position, layer), cell in cells.items():
@@ -126,12 +130,12 @@ def _lay_out(pruned: PrunedGraph, shown: np.ndarray) -> _Layout:
             y = rows[layer] + (level - (len(lines) - 1) / 2) * min(0.28, 0.8 / len(lines))
             for at, node in enumerate(line):
                 xy[node] = slots[position][0] + (at - (len(line) - 1) / 2), y
-    top = shown[nodes.kind[shown] == NodeKind.LOGIT]
+    top = shown[ends]
     # Logits share the last position; side by side they need more room than it has, which is to its left.
     step = min(_LOGIT_STEP, edge / max(len(top), 1))
     last = slots[positions[-1]][0]
     first = min(last - step * (len(top) - 1) / 2, edge - step * (len(top) - 0.5))
-    xy[top] = [(max(first, step / 2) + step * at, rows[pruned.graph.n_layers] + 0.1) for at in range(len(top))]
+    xy[top] = [(max(first, step / 2) + step * at, rows[above] + 0.1) for at in range(len(top))]
     return _Layout(xy, slots, rows)
 
 
@@ -143,7 +147,8 @@ def _frame(axes: Axes, pruned: PrunedGraph, layout: _Layout, n_edges: int, n_nod
     axes.set_ylim(-0.5, len(layout.rows) - 0.35)
     axes.grid(False)
     axes.set_xticks([])
-    names = {-1: "embedding", pruned.graph.n_layers: "logits"}
+    above = "logits" if pruned.graph.nodes.kind[-1] == NodeKind.LOGIT else "target"
+    names = {-1: "embedding", max(layout.rows): above}
     axes.set_yticks(list(layout.rows.values()), [names.get(layer, str(layer)) for layer in layout.rows])
     axes.set_ylabel("layer")
     axes.yaxis.set_label_coords(-0.058, 0.5)
@@ -197,9 +202,12 @@ def _draw_nodes(
                     faces[at] = marked.setdefault(group, pick(COLOURS[1:], names.index(group)))
         sizes = 16 + 130 * np.sqrt(pruned.influence[chosen] / largest)
         axes.scatter(*layout.xy[chosen].T, s=sizes, c=faces, marker=marker, edgecolors=INK, linewidths=0.6, zorder=3)
-    for node in shown[nodes.kind[shown] == NodeKind.LOGIT]:
-        number = int(np.flatnonzero(nodes.of(NodeKind.LOGIT) == node)[0])
-        words = f"{pruned.graph.logit_tokens[number]}\np={pruned.graph.logit_probabilities[number]:.3f}"
+    for node in shown[np.isin(nodes.kind[shown], ENDS)]:
+        number = int(node - nodes.ends()[0])
+        value = f"p={pruned.graph.logit_probabilities[number]:.3f}"
+        if nodes.kind[node] == NodeKind.TARGET:
+            value = f"{nodes.target[node]:+.2f}"
+        words = f"{pruned.graph.logit_tokens[number]}\n{value}"
         box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": INK}
         axes.text(*layout.xy[node], words, ha="center", va="center", fontsize=9, bbox=box, zorder=4)  # pyright: ignore[reportCallIssue]
     _name_features(axes, pruned, layout, shown)

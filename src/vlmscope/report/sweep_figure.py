@@ -1,5 +1,6 @@
 """Transcoders of a sweep side by side: FVU by layer and modality, dead features, and what sparsity costs."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,8 +56,8 @@ def _by_layer(axes: Axes, groups: dict[str, list[SweepJob]], name: str) -> None:
         layers = [int(key.removeprefix(prefix)) for key in keys]
         values = np.array([[one[key] for key in keys] for one in found])
         colour = pick(COLOURS, number)
-        style = {"linestyle": pick(LINES, number), "marker": pick(MARKERS, number), "markersize": 4.5}
-        axes.plot(layers, values.mean(0), label=group, color=colour, **style)
+        style = {"linestyle": pick(LINES, number), "marker": _marker(number), "markersize": 4.5}
+        axes.plot(layers, values.mean(0), label=_short(group), color=colour, **style)
         if len(values) > 1:
             axes.fill_between(layers, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
     axes.set_ylim(bottom=0)
@@ -75,7 +76,7 @@ def _against_l0(axes: Axes, groups: dict[str, list[SweepJob]], name: str) -> Non
         ]
         if points:
             x, y = zip(*points, strict=True)
-            axes.scatter(x, y, color=pick(COLOURS, number), marker=pick(MARKERS, number), s=36)
+            axes.scatter(x, y, color=pick(COLOURS, number), marker=_marker(number), s=36)
             shown = np.vstack([shown, points])
     axes.set_xlabel("active features a token (L0)")
     if len(shown) > 1:
@@ -84,3 +85,13 @@ def _against_l0(axes: Axes, groups: dict[str, list[SweepJob]], name: str) -> Non
         axes.set_xlim(0, 1.1 * right)
         axes.set_ylim(1.1 * low, 1.1 * high)
     tidy(axes)
+
+
+def _marker(number: int) -> str:
+    """A marker; when colours come round again, another goes with each."""
+    return pick(MARKERS, number + number // len(COLOURS))
+
+
+def _short(group: str) -> str:
+    """Settings without their keys' groups: `transcoder.k=8` is `k=8`, so that four names fit under the figure."""
+    return re.sub(r"(^|, )[\w.]+\.(\w+)=", r"\1\2=", group)

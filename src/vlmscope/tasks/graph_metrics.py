@@ -22,5 +22,6 @@ def graph_metrics(traced: Trace, seconds: float) -> dict[str, float]:
         "graph/bias_share": scores.bias_share,
         "graph/left_out_share": scores.left_out_share,
         "graph/max_residual": float(traced.graph.residual.max()),
+        "graph/target_residual": float(traced.graph.residual[traced.graph.nodes.ends()].max()),
         "graph/seconds": seconds,
     }

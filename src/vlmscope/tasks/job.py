@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from vlmscope.config.resolve import to_app_config
 from vlmscope.config.store import OVERRIDES, job_settings, run_label
 from vlmscope.core.artifacts import write_json, write_yaml
-from vlmscope.core.errors import CheckFailed
+from vlmscope.core.errors import CheckFailed, UserError
 from vlmscope.core.launch import place_of
 from vlmscope.tasks import registry
 from vlmscope.tasks.context import RunContext
@@ -47,9 +47,17 @@ def _log_file(run_dir: Path) -> Iterator[None]:
 
 
 def run_job(cfg: Any) -> None:
-    """One job, called by Hydra with the composed configuration."""
+    """One job, called by Hydra with the composed configuration.
 
+    Raises:
+        UserError: a launcher was chosen, and Hydra uses none without `-m`.
+    """
     hydra = HydraConfig.get()
+    launcher = hydra.runtime.choices["hydra/launcher"]
+    if launcher != "basic" and (hydra.mode is None or hydra.mode.name != "MULTIRUN"):
+        raise UserError(
+            f"hydra/launcher={launcher} is for python run.py -m ...; add -m (a single job is a sweep of one)"
+        )
     run_dir = Path(hydra.runtime.output_dir)
     overrides = tuple(hydra.overrides.task)
     app_cfg = to_app_config(cfg, overrides)
@@ -72,7 +80,6 @@ def run_job(cfg: Any) -> None:
 
 def _recorded_run(cfg: Any, app_cfg: "AppConfig", task: "Task", own_cfg: "AppConfig", context: "RunContext") -> None:
     """Run the task with `own_cfg`; `app_cfg`, as it was composed from `cfg`, is what is written down."""
-
     hydra, run_dir, overrides = HydraConfig.get(), context.run_dir, context.overrides
     # Not by way of OmegaConf: a prompt that holds `${` would be taken for an interpolation.
     resolved = asdict(app_cfg)

@@ -62,6 +62,8 @@ class TrainingTables:
         Raises:
             UserError: more GPUs on a host than layers, or hosts of a machine whose network is not known.
         """
+        if cfg.transcoder.cross_layer:
+            raise UserError("task=plan counts transcoders of single layers; leave out transcoder.cross_layer")
         self.cfg, self.plan, self.machine, self.adapter = cfg, cfg.task.training, machine, adapter
         self.sizes = training_sizes(cfg, self.plan, adapter, cfg.transcoder.expansion_factor)
         self.metrics: dict[str, float] = {}
@@ -95,6 +97,9 @@ class TrainingTables:
         yield f"  {'at the worst moment (of the starred, the largest)':<58}" + "".join(
             f"{gb(one):>14}" for one in peaks
         )
+        if sizes.host_bytes:
+            self.metrics["plan/training/host"] = float(sizes.host_bytes)
+            yield f"  {'CPU memory of the host of rank 0: the gathered set':<58}{gb(sizes.host_bytes):>14}"
 
     def _traffic_and_disk(self) -> Iterator[str]:
         from vlmscope.models.placement import gb

@@ -20,7 +20,10 @@ class Config:
     data=folder or a mix, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut
     off), and `val_examples` at most are validated on. `matryoshka` lists fractions of the features that must do on
     their own; `sparsity_coefficient` weighs the penalty of transcoder.activation=jumprelu (L0, by default 1) and relu
-    (L1, by default 0.003). `license` goes into the set's card: an identifier of the hub, such as apache-2.0.
+    (L1, by default 0.003). `micro_tokens` bounds memory: so many tokens of a step are encoded and differentiated at a
+    time, with the same result (null: all). `max_norm_ratio`, 10 for example, leaves tokens out of a layer's loss whose
+    norm is so many times the median (null: none). `license` goes into the set's card: an identifier of the hub, such
+    as apache-2.0.
     """
 
     batch: dict[str, int] = field(
@@ -33,11 +36,13 @@ class Config:
     init: str = "samples"
     pool_batches: int = 8
     steps_per_batch: int = 2
+    micro_tokens: int | None = None
     aux_coefficient: float = 1 / 32
     aux_k: int = 64
     dead_after_tokens: int = 100_000
     matryoshka: list[float] = field(default_factory=list)
     sparsity_coefficient: float | None = None
+    max_norm_ratio: float | None = None
     clip: float = 1.0
     license: str = "unknown"
 
@@ -61,6 +66,8 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
 
     if not isinstance(cfg.transcoder, TranscoderArchConfig):
         raise UserError("training needs an architecture, not a trained set: add transcoder=arch")
+    if cfg.trainer.precision != "32":
+        raise UserError(f"trainer.precision={cfg.trainer.precision}: transcoders are trained in float32; leave it out")
     training_config(cfg).check()
     vlm, source = batches_for(cfg, lambda: load_model(cfg), context.run_dir)
     transcoders, metrics = train_transcoders(
@@ -110,6 +117,8 @@ def training_config(cfg: "AppConfig", data: str | None = None):
         init=task.init,
         pool_batches=task.pool_batches,
         steps_per_batch=task.steps_per_batch,
+        micro_tokens=task.micro_tokens,
+        max_norm_ratio=task.max_norm_ratio,
         max_steps=cfg.trainer.max_steps,
         lr=cfg.optim.lr,
         betas=(cfg.optim.betas[0], cfg.optim.betas[1]),

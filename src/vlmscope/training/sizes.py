@@ -116,11 +116,11 @@ class TrainingSizes:
     def memory(self, rank: int) -> dict[str, int]:
         """Bytes on a rank's device by part.
 
-        They are not all alive at once: `peak`. The set that is gathered to validate and to save is whole on rank 0, and
-        a rank's own layers elsewhere.
+        They are not all alive at once: `peak`. The set that is gathered to validate and to save lies on the device of
+        a single rank; of several it goes to CPU memory (`host_bytes`), and a layer at a time comes to the device.
         """
         layers = len(self.layout.layers(rank))
-        gathered = self.layout.n_layers if rank == 0 else layers
+        gathered = self.layout.n_layers if self.layout.world == 1 else 1
         return {
             "model": self.model_bytes,
             "weights": _FLOAT * self.numbers * layers,
@@ -134,6 +134,11 @@ class TrainingSizes:
             "work": self.work_bytes(),
             "gathered": _FLOAT * self.numbers * gathered if self.validates else 0,
         }
+
+    @property
+    def host_bytes(self) -> int:
+        """CPU memory of the gathered set where several ranks train: rank 0's host."""
+        return _FLOAT * self.numbers * self.layout.n_layers if self.validates and self.layout.world > 1 else 0
 
     def peak(self, rank: int) -> int:
         """Bytes at the worst moment: what stays, and the most of forward, exchange, a layer's step, and validation."""

@@ -16,6 +16,8 @@ class TranscoderTrainingConfig:
         init_batches: batches from which means, scales and the starting point are taken.
         pool_batches, steps_per_batch: how many captured batches are mixed, and how many steps pass between captures
             (`vlmscope.training.transcoder_stream`; 1 and 1 = each step its own batch).
+        micro_tokens: the tokens of a step are encoded and differentiated so many at a time, which bounds memory and
+            changes nothing else (`vlmscope.training.micro_batches`); None: all at once.
         max_steps: optimiser steps; the rate falls to `lr_floor x lr` at the last one.
         lr, betas, weight_decay, schedule ("cosine" | "linear"), warmup, lr_floor: AdamW and its schedule.
         matryoshka: fractions of the features that must do on their own (`vlmscope.training.losses.matryoshka`).
@@ -24,6 +26,8 @@ class TranscoderTrainingConfig:
         clip: largest gradient norm of one layer's transcoder.
         aux_coefficient, aux_k: weight and number of features of the loss that revives dead features.
         dead_after_tokens: a feature that has not fired for so many tokens is dead.
+        max_norm_ratio: tokens whose input or target norm exceeds so many times the median of the starting batches are
+            left out of that layer's start and loss, and counted; validation counts all tokens. None: none.
         explosion: a layer stops when its loss is so many times its running median (0: never) or not finite.
         checkpoint_every, val_every, log_every: in steps; 0 = never.
         seed: of the starting point.
@@ -39,6 +43,7 @@ class TranscoderTrainingConfig:
     init_batches: int = 8
     pool_batches: int = 8
     steps_per_batch: int = 4
+    micro_tokens: int | None = None
     max_steps: int = 4000
     lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -53,6 +58,7 @@ class TranscoderTrainingConfig:
     aux_coefficient: float = 1 / 32
     aux_k: int = 64
     dead_after_tokens: int = 100_000
+    max_norm_ratio: float | None = None
     explosion: float = 1e3
     checkpoint_every: int = 200
     val_every: int = 500
@@ -71,6 +77,12 @@ class TranscoderTrainingConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise UserError(f"transcoder training: {name} = {getattr(self, name)} must be positive; choose another")
+        if self.max_norm_ratio is not None and self.max_norm_ratio <= 1:
+            raise UserError(f"transcoder training: max_norm_ratio = {self.max_norm_ratio} must exceed 1, or be null")
+        if self.micro_tokens is not None and self.micro_tokens < 1:
+            raise UserError(f"transcoder training: micro_tokens = {self.micro_tokens} must be positive, or null")
+        if self.micro_tokens is not None and self.activation == "batchtopk":
+            raise UserError("batchtopk chooses among a whole batch; take micro_tokens=null, or topk")
         if self.sparsity_coefficient < 0 or self.bandwidth <= 0:
             raise UserError(
                 f"transcoder training: sparsity_coefficient = {self.sparsity_coefficient} must not be negative and "
@@ -79,8 +91,9 @@ class TranscoderTrainingConfig:
         wrong = [fraction for fraction in self.matryoshka if not 0 < fraction <= 1]
         if wrong:
             raise UserError(f"transcoder training: matryoshka = {wrong[0]} must be a fraction in (0, 1]; correct it")
-        if self.cross_layer and self.matryoshka:
-            raise UserError("transcoder training: matryoshka prefixes are of one layer; leave out these or cross_layer")
+        alone = [name for name in ("matryoshka", "micro_tokens", "max_norm_ratio") if getattr(self, name)]
+        if self.cross_layer and alone:
+            raise UserError(f"transcoder training: {alone[0]} is of single layers; leave out it or cross_layer")
         if self.schedule not in ("cosine", "linear"):
             raise UserError(f"transcoder training: schedule {self.schedule!r} is unknown; choose cosine or linear")
         if self.init not in ("samples", "zero_decoder"):

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from vlmscope.activations.capture import HasAdapter, adapter_of
-from vlmscope.activations.hook_points import target_at, target_module
+from vlmscope.activations.hook_points import norm_weight_after, target_at, target_module
 from vlmscope.core.errors import UserError
 from vlmscope.metrics.duplication import duplicated_fraction
 from vlmscope.metrics.reconstruction import FvuAccumulator, cross_entropy, dead_fraction, firing_counts
 from vlmscope.models.base import Adapter
 from vlmscope.training.load_check import check_hooks
 from vlmscope.training.transcoder_data import LOSS_MASK, Batch, collect, forward_arguments, forwards, on_device
-from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
+from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderSet
 
 
 @dataclass
@@ -73,21 +73,42 @@ def evaluate_transcoders(
     for given in (one for batch in batches for one in forwards(batch)):
         batch = on_device(adapter, given)
         activations = collect(adapter, batch)
-        codes = transcoders.encode({layer: activations.by_layer[layer][0] for layer in layers})
+        codes: dict[int, SparseCode] = {}
         for layer, figures in layers.items():
             x, y = activations.by_layer[layer]
             target = target_at(adapter, layer, transcoders[layer].config.output_hook, y)
-            figures.update(codes[layer], transcoders.decode(layer, codes, x), target, activations.is_image)
+            with _brought_to(adapter.device, transcoders[layer]):
+                codes[layer] = transcoders[layer].encode(x)
+                figures.update(codes[layer], transcoders.decode(layer, codes, x), target, activations.is_image)
         if LOSS_MASK in batch:
             _add_losses(adapter, transcoders, batch, losses)
     if any(figures.tokens == 0 for figures in layers.values()):
         raise UserError("no tokens to evaluate the transcoders on; give at least one batch")
     by_layer = {layer: figures.compute() for layer, figures in layers.items()}
-    directions = {layer: transcoders[layer].directions() for layer in layers}
+    directions = {}
+    for layer in layers:
+        config = transcoders[layer].config
+        written, home = range(layer, layer + config.writes), transcoders[layer].b_dec
+        weights = [norm_weight_after(adapter, each, config.output_hook, home) for each in written]
+        directions[layer] = transcoders[layer].directions(weights)
     alive = {layer: figures.counts > 0 for layer, figures in layers.items()}
-    for layer, share in duplicated_fraction(directions, alive).items():
+    for layer, share in duplicated_fraction(directions, alive, device=adapter.device).items():
         by_layer[layer]["duplicated_frac"] = share
     return _summary(by_layer, losses)
+
+
+@contextmanager
+def _brought_to(device: torch.device, transcoder: Transcoder) -> Iterator[None]:
+    """A layer's transcoder where it is needed, for as long: all layers together may not fit there."""
+    home = transcoder.b_dec.device
+    if home == device:
+        yield
+        return
+    transcoder.to(device)
+    try:
+        yield
+    finally:
+        transcoder.to(home)
 
 
 def _check_fits(adapter: Adapter, transcoders: TranscoderSet) -> None:
@@ -151,8 +172,9 @@ def spliced(adapter: Adapter, transcoders: TranscoderSet) -> Iterator[None]:
     def replace(layer: int) -> Any:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
             x = inputs.pop(layer)
-            codes[layer] = transcoders[layer].encode(x)
-            return transcoders.decode(layer, codes, x).to(output.dtype)
+            with _brought_to(x.device, transcoders[layer]):
+                codes[layer] = transcoders[layer].encode(x)
+                return transcoders.decode(layer, codes, x).to(output.dtype)
 
         return hook
 

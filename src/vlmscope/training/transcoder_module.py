@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter
-from vlmscope.training.groups import group_losses
+from vlmscope.training.groups import group_steps
 from vlmscope.training.layer_trainer import LayerTrainer
+from vlmscope.training.micro_batches import LayerStep
 from vlmscope.training.ranks import Ranks
 from vlmscope.training.schedule import warmup_cosine
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
 from vlmscope.training.transcoder_data import LayerActivations
 from vlmscope.transcoders.transcoder import (
-    SparseCode,
     Transcoder,
     TranscoderConfig,
     TranscoderSet,
@@ -63,7 +63,7 @@ class TranscoderModule(pl.LightningModule):
             parameter.requires_grad_(False)
         adapter.model.eval()
         self.trainers = nn.ModuleDict(
-            {str(layer): LayerTrainer(self._architecture(layer)) for layer in self.ranks.layers}
+            {str(layer): LayerTrainer(self._architecture(layer), config.max_norm_ratio) for layer in self.ranks.layers}
         )
         self.optimizer = torch.optim.AdamW(
             self.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -118,7 +118,7 @@ class TranscoderModule(pl.LightningModule):
                 trainer = self.layer(layer)
                 x, y = raw(layer)
                 trainer.standardise(x, y)
-                x, y = trainer.standard.apply(x, y)
+                x, y = trainer.standard.apply(*trainer.within_limits(x, y))
                 # Layer m of a cross-layer set is written to from m + 1 layers.
                 targets = [y / (layer + 1) if self.config.cross_layer else y, *targets]
                 trainer.start(x, targets, self.config.init, self.config.seed)
@@ -140,9 +140,7 @@ class TranscoderModule(pl.LightningModule):
     def training_step(self, batch: LayerActivations, batch_idx: int) -> dict[str, Any]:
         """One step of every layer that is not stopped; returns what the callbacks log."""
         self.optimizer.zero_grad(set_to_none=True)
-        codes: dict[int, SparseCode] = {}
-        losses: dict[int, float] = {}
-        fvus: dict[int, float] = {}
+        steps: dict[int, LayerStep] = {}
         troubles: dict[int, str] = {}
         for group in self.groups:
             trainers = {layer: self.layer(layer) for layer in group}
@@ -151,18 +149,14 @@ class TranscoderModule(pl.LightningModule):
             # A forward of BatchTopK moves its threshold; a bad one must leave no trace.
             buffers = [buffer for trainer in trainers.values() for buffer in trainer.transcoder.buffers()]
             before = [buffer.clone() for buffer in buffers]
-            found = group_losses(trainers, batch.by_layer, self.config, self.ranks.total)
-            # At once, so that only one group's graph is alive.
-            self.manual_backward(torch.stack([each.loss for each in found.values()]).sum())
-            found = {n: (each.code, float(each.loss.detach()), float(each.fvu.detach())) for n, each in found.items()}
-            losses_of = {layer: loss for layer, (_, loss, _) in found.items()}
-            wrong = self._clipped(trainers, losses_of)
+            # Differentiated at once, so that only one group's graph is alive.
+            taken = group_steps(trainers, batch.by_layer, self.config, self.ranks.total, self.manual_backward)
+            wrong = self._clipped(trainers, taken)
             if not wrong:
-                for layer, (code, loss, unexplained) in found.items():
-                    codes[layer], losses[layer], fvus[layer] = code, loss, unexplained
+                steps |= taken
                 continue
             # What one layer of a group learns hangs on the others: they stop together.
-            cause = min(wrong, key=lambda layer: math.isfinite(losses_of[layer]))
+            cause = min(wrong, key=lambda layer: math.isfinite(taken[layer].loss))
             troubles |= {layer: wrong[layer] if layer == cause else f"with layer {cause}" for layer in group}
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(old)
@@ -171,23 +165,21 @@ class TranscoderModule(pl.LightningModule):
                     parameter.grad = None  # so the optimiser passes the layer by
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        self._commit(codes, losses, troubles, batch.joint_tokens)
-        return {"fvu": fvus, "tokens": batch.joint_tokens}
+        self._commit(steps, troubles, batch.joint_tokens)
+        return {"fvu": {layer: taken.fvu for layer, taken in steps.items()}, "tokens": batch.joint_tokens}
 
-    def _clipped(self, trainers: Mapping[int, LayerTrainer], losses: Mapping[int, float]) -> dict[int, str]:
+    def _clipped(self, trainers: Mapping[int, LayerTrainer], steps: Mapping[int, LayerStep]) -> dict[int, str]:
         """Add up and clip the gradients of each layer; layer -> what is wrong with its step, where something is."""
         wrong: dict[int, str] = {}
         for layer, trainer in trainers.items():
             self.ranks.add_up([p.grad for p in trainer.parameters() if p.grad is not None])
             norm = nn.utils.clip_grad_norm_(trainer.parameters(), self.config.clip)
-            trouble = trainer.trouble(losses[layer], float(norm), self.config)
+            trouble = trainer.trouble(steps[layer].loss, float(norm), self.config)
             if trouble is not None:
                 wrong[layer] = trouble
         return wrong
 
-    def _commit(
-        self, codes: dict[int, SparseCode], losses: dict[int, float], troubles: dict[int, str], tokens: int
-    ) -> None:
+    def _commit(self, steps: dict[int, LayerStep], troubles: dict[int, str], tokens: int) -> None:
         """Everything that changes the state, in one place: an interrupt elsewhere leaves a state that can be saved."""
         self.committing = True
         # Through Lightning's wrapper, which counts the step.
@@ -195,9 +187,10 @@ class TranscoderModule(pl.LightningModule):
         assert not isinstance(wrapped, list)
         wrapped.step()
         add_up = self.ranks.add_up if self.ranks.layout.hosts > 1 else None
-        for layer, code in codes.items():
-            self.layer(layer).note_fired(code, add_up)
-            self.layer(layer).note_loss(losses[layer], self.steps_done)
+        for layer, taken in steps.items():
+            self.layer(layer).note_fired(taken.fired, taken.n_tokens, add_up)
+            self.layer(layer).note_left_out(taken.n_left_out, taken.n_tokens + taken.n_left_out, add_up)
+            self.layer(layer).note_loss(taken.loss, self.steps_done)
         for layer, trouble in troubles.items():
             self.layer(layer).stopped.fill_(self.steps_done)
             if self.ranks.writes:
@@ -219,13 +212,18 @@ class TranscoderModule(pl.LightningModule):
         known = [found[layer] for layer, on in running.items() if on and layer in found]
         figures = {"train/fvu": sum(known) / len(known)} if known else {}
         figures["train/dead_frac"] = sum(dead.values()) / len(dead)
+        if self.config.max_norm_ratio is not None:
+            counts = {n: one.left_out.tolist() for n, one in own.items()}
+            shares = self.ranks.by_layer({n: out / max(seen, 1) for n, (out, seen) in counts.items()})
+            figures["train/filtered_frac"] = sum(shares.values()) / len(shares)
         figures["train/stopped_layers"] = float(sum(not on for on in running.values()))
         return figures
 
     def finished_set(self) -> TranscoderSet:
         """The transcoders as they stand, in the model's own coordinates, detached from training.
 
-        All layers on rank 0, which the others send theirs; their own on the other ranks. Every rank must ask.
+        All layers on rank 0, which the others send theirs; their own on the other ranks. Every rank must ask. With
+        several ranks the set lies in CPU memory: together the layers may not fit the device of one.
         """
         folded = {}
         for layer in range(self.adapter.n_layers) if self.ranks.main else self.ranks.layers:
@@ -235,6 +233,8 @@ class TranscoderModule(pl.LightningModule):
             else:
                 folded[layer] = Transcoder(self._architecture(layer)).requires_grad_(False).to(self.adapter.device)
             self.ranks.to_main(folded[layer].state_dict(), layer)
+            if self.ranks.layout.world > 1:
+                folded[layer] = folded[layer].cpu()
         config = TranscoderSetConfig(
             n_model_layers=self.adapter.n_layers,
             k=self.config.k,

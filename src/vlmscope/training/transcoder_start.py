@@ -78,8 +78,11 @@ def quantiles(transcoder: Transcoder, x: Tensor) -> Tensor:
     """For each feature the pre-activation that k / F of the tokens `x` [N, d] exceed: [F], with encoder biases of 0."""
     n, f = len(x), transcoder.config.n_features
     above = min(max(1, round(transcoder.config.k * n / f)), n - 1)
-    # The next largest, so that just `above` lie over it; some features at once, since [N, F] may not fit.
-    parts = [(x @ rows.T).topk(above + 1, dim=0).values[-1] for rows in transcoder.W_enc.split(_FEATURES_AT_ONCE)]
+    # Half-way to the next largest: on a token's own value rounding would decide. Some features at once, since [N, F]
+    # may not fit.
+    parts = [
+        (x @ rows.T).topk(above + 1, dim=0).values[-2:].mean(0) for rows in transcoder.W_enc.split(_FEATURES_AT_ONCE)
+    ]
     return torch.cat(parts)
 
 

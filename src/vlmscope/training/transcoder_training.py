@@ -83,14 +83,17 @@ def train_transcoders(
         # The stop is asked for last, when the step has been written if it was to be.
         stop = [AgreedStop(checkpoints.save)] if ranks.layout.world > 1 else []
         _fit(module, train_batch, [progress, checkpoints, *stop], logger)
-    stopped = module.figures({})["train/stopped_layers"]
-    transcoders = module.finished_set().to(adapter.device)  # Lightning leaves the module on the CPU
+    last = module.figures({})
+    stopped = last["train/stopped_layers"]
+    transcoders = module.finished_set()
+    if ranks.layout.world == 1:
+        transcoders = transcoders.to(adapter.device)  # Lightning leaves the module on the CPU
     drawn = data_figures()  # of all ranks, so all ask
     if not ranks.main:
         raise NotMainRank
     metrics = evaluate_transcoders(adapter, transcoders, val_batches) if val_batches else {}
     metrics |= {**progress.speed(), **drawn, "train/tokens": float(module.tokens_seen)}
-    metrics["train/stopped_layers"] = stopped
+    metrics |= {name: last[name] for name in ("train/stopped_layers", "train/filtered_frac") if name in last}
     if stopped:
         _LOG.warning("%d layers stopped early; the set has their last good weights", int(stopped))
     if logger is not None:

@@ -7,7 +7,7 @@ Shapes: d model width, F features, k slots for active features; `..` any leading
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -115,12 +115,13 @@ class Transcoder(nn.Module):
         squares = [self.decoder(ahead).square().sum(1) for ahead in range(self.config.writes)]
         return torch.stack(squares).sum(0).sqrt()
 
-    def directions(self) -> Tensor:
-        """What a feature of activation 1 adds to the residual stream in sum, over all layers that it writes to: [F, d].
+    def directions(self, weights: Sequence[Tensor | None]) -> Tensor:
+        """The direction that a feature adds to the residual stream, over all layers that it writes to: [F, d].
 
-        Scales of a norm that follows the MLP are left out.
+        `weights` [d] are those of the norm after each of these layers' MLPs, None where nothing follows.
         """
-        return torch.stack([self.decoder(ahead) for ahead in range(self.config.writes)]).sum(0)
+        rows = [self.decoder(ahead) if w is None else self.decoder(ahead) * w for ahead, w in enumerate(weights)]
+        return torch.stack(rows).sum(0)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """`x W_enc^T + b_enc`: [.., d] -> [.., F]. Differentiable."""

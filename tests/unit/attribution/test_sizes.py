@@ -71,10 +71,12 @@ def test_rows_and_sources_have_the_foreseen_shapes() -> None:
     adjoint = Adjoint(replacement)
     config = AttributionConfig(batch_size=3)
     found = sizes(adapter, inputs, 4, config, skip=True)
-    rows = adjoint.logit_rows(torch.randn(3, adapter.d_model))
+    rows = adjoint.stream_rows(
+        adapter.n_layers, torch.randn(3, adapter.d_model), torch.full((3,), adjoint.columns.n_positions - 1)
+    )
     assert rows.shape == (3, found.columns)
-    # As swept in float32 and twice in float64 while sums are taken.
-    assert found.row_buffer_bytes == rows.numel() * (4 + 8 + 8)
+    # As swept in float32, absolute values, a mask and int64 places.
+    assert found.row_buffer_bytes == rows.numel() * (4 + 4 + 1 + 8)
     assert adjoint._cache is not None
     held = [adjoint._sources(layer).vectors for layer in range(adapter.n_layers)]
     assert found.source_bytes == sum(vectors.numel() * 4 for vectors in held)

@@ -137,6 +137,16 @@ def test_attribution_graph(pruned, tmp_path: Path) -> None:
     assert share_of(marked, COLOURS[1]) > share_of(plain, COLOURS[1]) + 0.001
 
 
+def test_twelve_settings_of_a_sweep_look_different_and_are_named_briefly() -> None:
+    from vlmscope.report.style import COLOURS, pick
+    from vlmscope.report.sweep_figure import _marker, _short
+
+    assert len({(pick(COLOURS, number), _marker(number)) for number in range(12)}) == 12
+    assert _short("transcoder.activation=topk, transcoder.k=8") == "activation=topk, k=8"
+    assert _short("modality=image") == "modality=image"
+    assert _short("task.batch={a:1, b:2}") == "batch={a:1, b:2}"
+
+
 def test_markers_of_a_sweep_are_whole(tmp_path: Path) -> None:
     """Each of three settings with the same L0 and nearly the same FVU shows its marker uncut."""
     jobs = []

@@ -11,7 +11,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.metrics.reconstruction import fvu
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
-from vlmscope.training.groups import group_losses
+from vlmscope.training.groups import cross_layer_losses
 from vlmscope.training.transcoder_data import collect
 from vlmscope.training.transcoder_evaluation import evaluate_transcoders, spliced
 from vlmscope.training.transcoder_module import TranscoderModule
@@ -49,8 +49,8 @@ def test_losses_and_gradients_are_those_of_the_dense_formula(vlm: VLM, module: T
     layers = range(vlm.adapter.n_layers)
     trainers = {layer: module.layer(layer) for layer in layers}
     by_layer = {layer: (x.double(), y.double()) for layer, (x, y) in activations.by_layer.items()}
-    found = group_losses(trainers, by_layer, dataclasses.replace(CROSS, dead_after_tokens=10**9), None)
-    sum(each.loss for each in found.values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    found = cross_layer_losses(trainers, by_layer, dataclasses.replace(CROSS, dead_after_tokens=10**9), None)
+    sum(loss for loss, _, _ in found.values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
     gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
     total, dense = torch.zeros((), dtype=torch.float64), {}
@@ -63,7 +63,7 @@ def test_losses_and_gradients_are_those_of_the_dense_formula(vlm: VLM, module: T
         dense[layer] = pre.relu() * keep
         out = one.b_dec + sum(dense[low] @ trainers[low].transcoder.decoder(layer - low) for low in range(layer + 1))
         term = fvu(y, out)
-        torch.testing.assert_close(found[layer].fvu, term, rtol=1e-9, atol=0)
+        torch.testing.assert_close(found[layer][1], term, rtol=1e-9, atol=0)
         total = total + term
     total.backward()
     for name, parameter in module.named_parameters():
@@ -77,12 +77,12 @@ def test_the_finished_set_computes_in_the_models_coordinates_what_training_saw(
     activations = collect(vlm.adapter, _batch(3))
     trainers = {layer: module.layer(layer) for layer in range(vlm.adapter.n_layers)}
     with torch.no_grad():
-        inside = group_losses(trainers, activations.by_layer, CROSS, None)
+        inside = cross_layer_losses(trainers, activations.by_layer, CROSS, None)
     found = module.finished_set()
     codes = found.encode({layer: x for layer, (x, _) in activations.by_layer.items()})
     for layer, (x, y) in activations.by_layer.items():
         outside = fvu(y, found.decode(layer, codes, x))
-        torch.testing.assert_close(outside, inside[layer].fvu, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(outside, inside[layer][1], rtol=1e-4, atol=1e-6)
 
 
 def test_splicing_rebuilds_every_layer_from_all_codes_below(vlm: VLM, module: TranscoderModule) -> None:
@@ -135,6 +135,7 @@ def test_a_set_of_another_model_is_evaluated_as_badly_as_it_is(vlm: VLM, module:
     assert {"val/duplicated_frac", "layers/duplicated_frac/layer_00"} <= good.keys()
 
 
-def test_matryoshka_and_cross_layer_do_not_go_together(vlm: VLM, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="leave out"):
-        _train(vlm, tmp_path, cross_layer=True, matryoshka=(0.5,))
+@pytest.mark.parametrize("setting", [{"matryoshka": (0.5,)}, {"micro_tokens": 16}, {"max_norm_ratio": 10.0}])
+def test_what_is_of_single_layers_is_refused(vlm: VLM, tmp_path: Path, setting: dict) -> None:
+    with pytest.raises(UserError, match="leave out it or cross_layer"):
+        _train(vlm, tmp_path, cross_layer=True, **setting)

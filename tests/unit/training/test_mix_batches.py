@@ -1,5 +1,6 @@
 """Batches of a mix follow from the number alone, whatever was asked before, and from a state on the disk."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.data.mixing import Lane, TokenMix
+from vlmscope.data.share import WHOLE, Share
 from vlmscope.data.shuffled import ShuffledSource
 from vlmscope.data.source_config import SourceConfig
 from vlmscope.data.sources import open_source
@@ -17,6 +19,7 @@ from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_vlm
 from vlmscope.training.conversation_batches import Forward
 from vlmscope.training.mix_batches import EVERY, MixBatches, MixValidation, SampleEncoder
+from vlmscope.training.transcoder_data import OwnPart
 
 WEIGHTS = {"text": 2.0, "captions": 2.0, "questions": 1.0}
 
@@ -36,10 +39,10 @@ def encoder(vlm: VLM) -> SampleEncoder:
     )
 
 
-def mix(vlm: VLM, repeat: bool = True) -> TokenMix[list[Forward]]:
+def mix(vlm: VLM, repeat: bool = True, share: Share = WHOLE) -> TokenMix[list[Forward]]:
     def lane(name: str, weight: float) -> Lane[list[Forward]]:
         source = open_source(name, SourceConfig("orrery", stream=name, limit=30))
-        return Lane(weight, ShuffledSource(source, buffer=8, repeat=repeat), encoder(vlm))
+        return Lane(weight, ShuffledSource(source, share, buffer=8, repeat=repeat), encoder(vlm))
 
     return TokenMix({name: lane(name, weight) for name, weight in WEIGHTS.items()})
 
@@ -80,6 +83,52 @@ def test_resuming_starts_from_the_file_and_not_from_the_beginning(
     assert min(made) == 0  # states of other settings are not taken
     (tmp_path / "states.json").unlink()
     assert ids(batches(vlm, tmp_path / "states.json", resume=True)(35)) == whole[35]
+
+
+def test_processes_read_every_row_once_and_each_goes_on_with_its_own_states(vlm: VLM, tmp_path: Path) -> None:
+    def part(index: int, resume: bool = False, tokens: int = 100) -> MixBatches:
+        share, file = Share(index, 3), tmp_path / "states.json"
+        return MixBatches(lambda: mix(vlm, False, share), tokens, file, "these", resume, share)
+
+    def given(batch: list[Forward]) -> list[str]:
+        """Conversations, which the packing does not cut, by their tokens and pictures."""
+        pictures = [one for one in batch if "pixel_values" in one]
+        return [f"{row.tolist()} {pixels.sum():.4f}" for one in pictures
+                for row, pixels in zip(one["input_ids"], one["pixel_values"], strict=True)]  # fmt: skip
+
+    parts = [part(index) for index in range(3)]
+    made = [[one(number) for number in range(60)] for one in parts]
+    assert all(isinstance(batch, OwnPart) for batches in made for batch in batches)
+    assert [batches[-1] for batches in made] == [[], [], []]  # the end of one's share is told when all have ended
+    whole = MixBatches(lambda: mix(vlm, False), 10**9, tmp_path / "whole.json", "", False)(0)
+    drawn = [sample for batches in made for batch in batches for sample in given(batch)]
+    assert sorted(drawn) == sorted(given(whole)) and len(drawn) >= 60
+
+    assert {path.name for path in tmp_path.glob("states*")} == {f"states_{index}_of_3.json" for index in range(3)}
+    first = next(number for number, batch in enumerate(made[1]) if number > EVERY and batch)
+    again = part(1, resume=True)
+    assert max(again.states) >= EVERY  # not from the beginning
+    assert ids(again(first)) == ids(made[1][first])
+    longest = max(row.shape[-1] for batch in made[0] for one in batch for row in one["input_ids"])
+    for index in range(3):  # each gives a third, and the rest of the item with which it is full
+        tokens = sum(map(len, ids(part(index, tokens=900)(0))))
+        assert 300 <= tokens < 300 + 2 * longest
+
+
+def test_figures_are_those_of_all_processes(vlm: VLM, tmp_path: Path) -> None:
+    asked: list[list[float]] = []
+    made = MixBatches(lambda: mix(vlm), 60, tmp_path / "a.json", "", False, Share(0, 2), lambda own: _plus(asked, own))
+    made(0)
+    figures = made.figures()
+    tokens = [made.mix.tokens[name] + 10 for name in WEIGHTS]
+    assert [figures[f"data/{name}/tokens_share"] for name in WEIGHTS] == [count / sum(tokens) for count in tokens]
+    assert [figures[f"data/{name}/skipped"] for name in WEIGHTS] == [10.0] * 3 and figures["data/bad_shards"] == 10
+    assert len(asked) == 1
+
+
+def _plus(asked: list[list[float]], own: Sequence[float]) -> list[float]:
+    asked.append(list(own))
+    return [value + 10 for value in own]
 
 
 def test_shares_are_those_of_tokens(vlm: VLM, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.training.layout import Layout
 
 _WORKER = """
-import sys, dataclasses, numpy as np, torch
+import os, sys, dataclasses, numpy as np, torch
 import torch.distributed as dist
 from vlmscope.core.errors import NotMainRank
 from vlmscope.core.seeds import generator
@@ -44,7 +44,7 @@ def interrupted(step):
 
 config = TranscoderTrainingConfig(expansion_factor=4, k=8, max_steps=6, warmup=2, init_batches=2, val_every=0,
     dead_after_tokens=150, aux_k=8, checkpoint_every=3, log_every=2, lr=3e-3, pool_batches=2, steps_per_batch=1,
-    matryoshka=(0.25,))
+    matryoshka=(0.25,), micro_tokens=int(os.environ.get("MICRO_TOKENS", 0)) or None)
 try:
     found, _ = train_transcoders(tiny_gemma3(0), interrupted, [], config, run, resume=resume == "1",
                                  per_host=int(per_host))
@@ -54,11 +54,13 @@ except NotMainRank:
 """
 
 
-def _train(folder: Path, world: int, per_host: int, run: Path, steps: int = 99, resume: bool = False) -> list[int]:
+def _train(
+    folder: Path, world: int, per_host: int, run: Path, steps: int = 99, resume: bool = False, micro: int = 0
+) -> list[int]:
     """Train with `world` processes into `folder`/set; their exit codes."""
     folder.mkdir(parents=True, exist_ok=True)
     init = (folder / "rendezvous").as_uri()
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MICRO_TOKENS": str(micro)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", _WORKER, *map(str, (rank, world, per_host, init, folder / "set", run, steps)),
@@ -93,6 +95,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_several_processes_give_the_weights_of_one(alone: Path, tmp_path: Path, world: int, per_host: int) -> None:
     assert _train(tmp_path, world, per_host, tmp_path / "run") == [0] * world
+    assert _distance(alone, tmp_path) < 1e-5
+
+
+def test_hosts_may_have_different_numbers_of_micro_batches(alone: Path, tmp_path: Path) -> None:
+    # 78 tokens: hosts of 36 (two rows of padding each) and 42 in micro-batches of 20.
+    assert _train(tmp_path, 2, 1, tmp_path / "run", micro=20) == [0, 0]
     assert _distance(alone, tmp_path) < 1e-5
 
 

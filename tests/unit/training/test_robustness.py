@@ -12,16 +12,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.unit.training.test_transcoder_training import CONFIG, _batch, _one_thread, _state, vlm  # noqa: F401
 
 from vlmscope.core.errors import UserError
+from vlmscope.models.base import Adapter
 from vlmscope.models.loading import VLM
 from vlmscope.training.layer_trainer import LayerTrainer
+from vlmscope.training.ranks import Ranks
+from vlmscope.training.transcoder_data import Batch, LayerActivations
 from vlmscope.training.transcoder_training import train_transcoders
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 
-def trained(vlm: VLM, folder: Path, resume: bool = False, steps: int = 6, activation: str = "topk"):  # noqa: F811
+def trained(
+    vlm: VLM,  # noqa: F811
+    folder: Path,
+    resume: bool = False,
+    steps: int = 6,
+    activation: str = "topk",
+) -> tuple[TranscoderSet, dict[str, float]]:
     config = dataclasses.replace(CONFIG, max_steps=steps, activation=activation)
     return train_transcoders(vlm, _batch, [], config, folder, resume=resume)
 
@@ -60,6 +70,49 @@ def test_a_layer_with_bad_numbers_stops_alone_with_its_last_good_weights(
     assert state["steps_done"] == 6
     # A finished run that is resumed still knows.
     assert trained(vlm, tmp_path / "hit", resume=True, activation=activation)[1]["train/stopped_layers"] == 1
+
+
+def test_a_layer_whose_loss_explodes_stops_alone(
+    vlm: VLM,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """From batch 10 on the targets of layer 1 are garbage, as large as it takes, but finite."""
+    steps = 14
+    whole, _ = trained(vlm, tmp_path / "whole", steps=steps)
+
+    def until_ten(number: int) -> dict[str, torch.Tensor]:
+        if number == 11:  # Lightning fetches one step ahead
+            raise KeyboardInterrupt
+        return _batch(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_transcoders(vlm, until_ten, [], dataclasses.replace(CONFIG, max_steps=steps), tmp_path / "short")
+    (before,) = (tmp_path / "short" / "transcoder_checkpoint").glob("*/layer_01.safetensors")
+    right = Ranks.collect
+    numbers: list[int] = []
+
+    def collected(self: Ranks, adapter: Adapter, batch: Batch) -> LayerActivations:
+        found = right(self, adapter, batch)
+        numbers.append(len(numbers) - CONFIG.init_batches)  # after those of the starting point: 0, 1, ..
+        if numbers[-1] < 10:
+            return found
+        x, y = found.by_layer[1]
+        return dataclasses.replace(found, by_layer={**found.by_layer, 1: (x * 1e6, y)})
+
+    monkeypatch.setattr(Ranks, "collect", collected)
+    found, metrics = trained(vlm, tmp_path / "hit", steps=steps)
+    assert layers_equal(found, whole) == [True, False, True, True]
+    (after,) = (tmp_path / "hit" / "transcoder_checkpoint").glob("*/layer_01.safetensors")
+    # The weights, moments included, are those before the first garbage.
+    assert before.parent.name == "step_00000010"
+    ours, theirs = load_file(after), load_file(before)
+    for name in theirs.keys() - {"module.stopped"}:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0, equal_nan=True)
+    assert int(ours["module.stopped"]) == 10
+    assert metrics["train/stopped_layers"] == 1
+    assert "layer 1 stopped before step 11 (loss " in caplog.text and "times the running median" in caplog.text
 
 
 def test_a_full_disk_is_found_before_training(

@@ -176,10 +176,11 @@ def test_bytes_sent_are_those_that_ranks_send(tmp_path: Path, world: int, per_ho
     assert (planned.sent_in_host(0) > 0, planned.summed_over_hosts(0) > 0) == (per_host > 1, per_host < world)
 
 
-def test_a_rank_with_more_layers_needs_more_and_rank_0_the_whole_set() -> None:
+def test_a_rank_with_more_layers_needs_more_and_rank_0s_host_the_whole_set() -> None:
     planned = sizes(Layout(L, 3, 3))
     assert planned.memory(0)["weights"] == 2 * planned.memory(2)["weights"]
-    assert planned.memory(0)["gathered"] == 4 * planned.memory(2)["gathered"]
+    assert planned.memory(0)["gathered"] == planned.memory(2)["gathered"] == planned.host_bytes / L
+    assert sizes().host_bytes == 0 and sizes().memory(0)["gathered"] == planned.host_bytes
     assert planned.worst_peak == planned.peak(0) > planned.peak(1) == planned.peak(2)
     half = sizes(Layout(L, 3, 3), state_bytes=2)
     assert half.memory(0)["moments"] * 2 == planned.memory(0)["moments"]

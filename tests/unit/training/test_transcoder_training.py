@@ -235,7 +235,7 @@ def test_jumprelu_and_relu_start_with_k_active_features(method: str) -> None:
     y = x @ torch.randn(12, 12, generator=torch.Generator().manual_seed(1))
     for activation in ("jumprelu", "relu"):
         transcoder = Transcoder(TranscoderConfig(12, 90, 6, activation=activation))
-        start(transcoder, x, y, method, np.random.default_rng(0))
+        start(transcoder, x, [y], method, np.random.default_rng(0))
         code = transcoder.encode(x)
         fired = torch.bincount(code.indices[code.values > 0], minlength=90)
         assert set(fired.tolist()) <= {39, 40, 41}  # k N / F; the last ulp may tip one over
@@ -249,7 +249,7 @@ def test_rescaling_to_one_threshold_leaves_the_function_as_it_was(monkeypatch: p
     for threshold in (1.0, 4.0):
         monkeypatch.setattr("vlmscope.training.transcoder_start._THRESHOLD", threshold)
         transcoder = Transcoder(TranscoderConfig(8, 40, 4, activation="jumprelu")).double()
-        start(transcoder, x.double(), x.double(), "samples", np.random.default_rng(0))
+        start(transcoder, x.double(), [x.double()], "samples", np.random.default_rng(0))
         outputs.append(transcoder(x[:50].double() * 1.01).reconstruction)
     assert bool((outputs[0].abs() > 0.1).any())
     torch.testing.assert_close(*outputs)
@@ -272,7 +272,7 @@ def test_only_dead_features_learn_from_the_auxiliary_loss_and_their_clock_is_rig
     loss, unexplained, out = trainer.loss(x, y, config)
     torch.testing.assert_close(loss, unexplained + config.aux_coefficient * aux)
     fired = (out.code.dense(20) > 0).any(0)
-    trainer.note_fired(out.code)
+    trainer.note_fired(trainer.fired(out), len(x))
     assert (trainer.silent[fired] == 0).all()
     never = (~fired).nonzero().flatten().tolist()
     assert trainer.silent[never].tolist() == [90 if f in (4, 7) else 30 for f in never]

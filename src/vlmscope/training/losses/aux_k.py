@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vlmscope.training.losses.joint import Total, joint_fvu
+from vlmscope.training.losses.joint import Joint, Part, joint_fvu
 from vlmscope.transcoders.sparse import gather_pre_activations, sparse_decode
 from vlmscope.transcoders.transcoder import Transcoder
 
@@ -15,7 +15,7 @@ def aux_k(
     pre: Tensor,
     dead: Tensor,
     count: int,
-    total: Total | None = None,
+    joint: Joint = None,
 ) -> Tensor:
     """FVU of the residual [N, d] when the `count` strongest dead features of each token may explain it.
 
@@ -26,12 +26,13 @@ def aux_k(
         pre: all pre-activations [N, F], detached.
         dead: indices of dead features [m] int64, m > 0.
         count: how many a token.
-        total: sums over hosts (`vlmscope.training.losses.joint`).
+        joint: the step that the tokens are a part of (`vlmscope.training.losses.joint`).
     """
     strongest = pre[:, dead].topk(min(count, len(dead)), dim=-1).indices
     indices = dead[strongest]
     values = gather_pre_activations(pre, indices, x, transcoder.W_enc, transcoder.b_enc).relu()
-    return joint_fvu(residual, sparse_decode(indices, values, transcoder.W_dec), total)
+    joint = joint.of_residual() if isinstance(joint, Part) else joint
+    return joint_fvu(residual, sparse_decode(indices, values, transcoder.W_dec), joint)
 
 
 def dead_features(silent: Tensor, after_tokens: int) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vlmscope.training.losses.joint import Total, joint_fvu
+from vlmscope.training.losses.joint import Joint, joint_fvu
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder
 
 
@@ -17,11 +17,11 @@ def prefix_sizes(fractions: Sequence[float], n_features: int) -> list[int]:
 
 
 def prefix_fvu(
-    transcoder: Transcoder, code: SparseCode, x: Tensor, y: Tensor, sizes: Sequence[int], total: Total | None = None
+    transcoder: Transcoder, code: SparseCode, x: Tensor, y: Tensor, sizes: Sequence[int], joint: Joint = None
 ) -> Tensor:
     """Mean FVU of `y` [N, d] over reconstructions by the first features alone, one a size, with the code as it is."""
     terms = []
     for size in sizes:
         values = torch.where(code.indices < size, code.values, 0)
-        terms.append(joint_fvu(y, transcoder.decode(replace(code, values=values), x), total))
+        terms.append(joint_fvu(y, transcoder.decode(replace(code, values=values), x), joint))
     return torch.stack(terms).mean()

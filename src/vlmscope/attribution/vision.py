@@ -1,0 +1,201 @@
+"""From soft tokens on down: what each patch of a picture contributes to a target, through projector, pooling and tower.
+
+With the tower frozen as `vlmscope.models.frozen_vision` does it, what the soft tokens write is `J e + c`, e the patch
+embeddings without bias. A target reads it by G (`vlmscope.attribution.readers`), so patch p contributes
+`(G J)_p . (e_p - e0_p)` for a baseline e0: one backward pass a target. c is found apart from it, by running the frozen
+tower forwards at e = 0, so that `edge = patches + remainder` can fail.
+Legend: B targets, N patch embeddings, d_v their width, T positions.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from vlmscope.attribution.readers import Readers
+from vlmscope.core.errors import UserError
+from vlmscope.core.patches import PictureMap, TileMap
+from vlmscope.models.base import Adapter, ModelInputs
+from vlmscope.models.batching import Entering, entering
+from vlmscope.models.frozen_vision import frozen_vision
+from vlmscope.models.loading import VLM
+from vlmscope.models.patches import PicturePatches
+from vlmscope.models.towers import tower_kind
+
+RULES = ("frozen", "gradient")
+BASELINES = ("grey", "mean")
+
+
+class _PatchEmbedding:
+    """Puts a leaf `values [N, d_v]` in the place of the patch embeddings, bias apart."""
+
+    def __init__(self, module: Any) -> None:
+        self._bias = 0.0 if module.bias is None else module.bias.detach()
+        self.values: Tensor | None = None
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        # Convolutions give [n, d_v, ...], linear maps [.., n, d_v].
+        rows = output.flatten(2).transpose(1, 2) if self._convolves(_module) else output
+        values = (rows.detach() - self._bias).flatten(0, -2).requires_grad_() if self.values is None else self.values
+        self.values = values
+        rows = (values + self._bias).reshape(rows.shape)
+        return rows.transpose(1, 2).reshape(output.shape) if self._convolves(_module) else rows
+
+    @staticmethod
+    def _convolves(module: nn.Module) -> bool:
+        return isinstance(module, nn.Conv2d | nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class VisionPath:
+    """The vision path of one prompt, ready for any number of targets.
+
+    Attributes:
+        inputs: the prompt.
+        pictures: patches of each picture.
+        rule: "frozen" or "gradient".
+        patches: `[N, d_v]`, the patch embeddings without bias; a leaf.
+        constants: position embeddings and class tokens by name, each with its place in the graph.
+        written: what the tower writes into the decoder, with its graph.
+        at_zero: the same from the frozen tower at patch embeddings of 0; None for "gradient".
+    """
+
+    inputs: ModelInputs
+    pictures: list[PicturePatches]
+    rule: str
+    patches: Tensor
+    constants: dict[str, tuple[Tensor, GradientEdge]]
+    written: Entering
+    at_zero: Entering | None
+
+    def maps(self, readers: Readers, names: Sequence[str], baseline: str = "grey") -> list[PictureMap]:
+        """One map a target and picture.
+
+        Args:
+            readers: how B targets read the soft tokens.
+            names: of the targets.
+            baseline: "grey", a picture of the processor's mean colour (pixels 0 after normalisation), or "mean": each
+                patch against the mean patch of its own picture.
+
+        Raises:
+            UserError: no such baseline.
+        """
+        if baseline not in BASELINES:
+            raise UserError(f"unknown baseline {baseline!r} for patches; choose one of: {', '.join(BASELINES)}")
+        found = []
+        for number, name in enumerate(names):
+            for picture in range(len(self.pictures)):
+                where = torch.from_numpy(self.inputs.image_index == picture)
+                reader = Readers(
+                    _only(readers.embeddings[number], where)[None], _only(readers.injections[number], where)[None]
+                )
+                found.append(self._map(reader, name, picture, baseline))
+        return found
+
+    def _map(self, reader: Readers, name: str, picture: int, baseline: str) -> PictureMap:
+        edge = _read(reader, self.written)
+        leaves = [self.patches, *(edge for _, edge in self.constants.values())]
+        grads = torch.autograd.grad(edge, leaves, retain_graph=True, materialize_grads=True)
+        total = float(edge.detach())
+        gradient, patches = grads[0].double(), self.patches.detach().double()
+        own = np.concatenate([tile.patches for tile in self.pictures[picture].tiles])
+        base = torch.zeros_like(patches)
+        if baseline == "mean":
+            base[:] = patches[own].mean(0)
+        values = (gradient * (patches - base)).sum(-1).numpy(force=True)
+        rest = (gradient * patches).sum(-1).numpy(force=True)
+        remainder = {
+            "baseline": float((gradient * base).sum(-1).numpy(force=True)[own].sum()),
+            "padding": float(rest.sum() - rest[own].sum()),
+        }
+        if self.at_zero is None:
+            remainder["nonlinear"] = total - float(rest.sum())
+        else:
+            for (constant, (value, _)), grad in zip(self.constants.items(), grads[1:], strict=True):
+                remainder[constant] = float((grad.double() * value.detach().double()).sum())
+            known = sum(remainder[constant] for constant in self.constants)
+            remainder["bias"] = float(_read(reader, self.at_zero)) - known
+        tiles = [
+            TileMap(tile.boxes, values[tile.patches].reshape(tile.rows, tile.columns))
+            for tile in self.pictures[picture].tiles
+        ]
+        return PictureMap(name, picture, tiles, total, remainder)
+
+
+def _only(gradient: Tensor, where: Tensor) -> Tensor:
+    """The gradient `[.., T, d]` at some positions, 0 elsewhere."""
+    return gradient * where.to(gradient.device)[:, None]
+
+
+def _read(reader: Readers, written: Entering) -> Tensor:
+    """What one target reads of what the tower writes."""
+    total = (reader.embeddings[0].to(written.embeddings.dtype) * written.embeddings[0]).sum()
+    if written.injections is not None:
+        total = total + (reader.injections[0].to(written.injections.dtype) * written.injections[0]).sum()
+    return total
+
+
+def vision_path(vlm: VLM, inputs: ModelInputs, rule: str = "frozen") -> VisionPath:
+    """Run the vision path of a prompt once with its gradient, and once more frozen at 0.
+
+    Args:
+        vlm: the model with its processor, in evaluation mode.
+        inputs: what `vlm.prepare` made of the prompt.
+        rule: "frozen" (complete) or "gradient" (the plain gradient, for comparison).
+
+    Raises:
+        UserError: no such rule, the prompt has no picture, or the tower is not known.
+    """
+    if rule not in RULES:
+        raise UserError(f"unknown rule {rule!r} for patches; choose one of: {', '.join(RULES)}")
+    if not inputs.sizes:
+        raise UserError("the prompt has no picture, so there are no patches; give one with image=")
+    adapter = vlm.adapter
+    pictures = adapter.picture_patches(inputs.tensors, inputs.sizes, vlm.processor.image_processor)
+    tower = adapter.vision_tower()
+    module = tower.get_submodule(tower_kind(tower).patches)
+    leaf = _PatchEmbedding(module)
+    at_zero = None
+    with ExitStack() as stack:
+        constants = stack.enter_context(_additive(adapter))
+        stack.callback(module.register_forward_hook(leaf).remove)
+        stack.enter_context(torch.enable_grad())
+        frozen = stack.enter_context(frozen_vision(adapter) if rule == "frozen" else nullcontext())
+        written = entering(adapter, [inputs])
+        patches = leaf.values
+        assert patches is not None, "the tower did not embed its patches where it should"
+        if frozen is not None:
+            leaf.values = torch.zeros_like(patches, requires_grad=True)
+            with frozen.replaying():
+                zero = entering(adapter, [inputs])
+            injections = None if zero.injections is None else zero.injections.detach()
+            at_zero = Entering(zero.embeddings.detach(), None, injections)
+    return VisionPath(inputs, pictures, rule, patches, constants, written, at_zero)
+
+
+@contextmanager
+def _additive(adapter: Adapter) -> Iterator[dict[str, tuple[Tensor, GradientEdge]]]:
+    """The tower's position embeddings and class tokens, by name, with gradients switched on inside."""
+    tower = adapter.vision_tower()
+    kind = tower_kind(tower)
+    found = {
+        name: tower.get_parameter(path)
+        for name, path in (("position", kind.positions), ("class_token", kind.class_token))
+        if path
+    }
+    # Weights that are offloaded are somewhere else while the tower runs: they count among "bias".
+    found = {name: parameter for name, parameter in found.items() if parameter.device.type != "meta"}
+    before = {name: parameter.requires_grad for name, parameter in found.items()}
+    try:
+        for parameter in found.values():
+            parameter.requires_grad_(True)
+        # The model gets its weights back as they were; their places in the graph outlive that.
+        yield {name: (parameter, get_gradient_edge(parameter)) for name, parameter in found.items()}
+    finally:
+        for name, parameter in found.items():
+            parameter.requires_grad_(before[name])

@@ -1,0 +1,65 @@
+"""Maps of a target's effect over the patches of a picture: plain numpy, no torch."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmscope.core.images import PatchBox
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """Contributions on one grid of patches.
+
+    Attributes:
+        boxes: `rows * columns` parts of the picture, row by row.
+        values: `[rows, columns]` float64, signed, in units of the target (logits, say).
+    """
+
+    boxes: list[PatchBox]
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class PictureMap:
+    """What one picture contributes to one target, and where: `edge = sum of tiles + sum of remainder`.
+
+    Attributes:
+        target: name of the target.
+        picture: number of the picture in the prompt.
+        tiles: in the order of the tower; several where a family sees a picture as tiles.
+        edge: the sum of the edges from the picture's soft tokens, computed without the patches.
+        remainder: what is no patch's, by name: "position" embeddings, "class_token", "baseline" (the baseline's own
+            patches), "padding" (patches of no part of the picture) and "bias" (all other constants).
+    """
+
+    target: str
+    picture: int
+    tiles: list[TileMap]
+    edge: float
+    remainder: dict[str, float]
+
+    @property
+    def from_patches(self) -> float:
+        """The sum over the patches."""
+        return float(sum(tile.values.sum() for tile in self.tiles))
+
+    @property
+    def residual(self) -> float:
+        """|edge - patches - remainder| relative to the sum of the absolute parts."""
+        parts = [self.from_patches, *self.remainder.values()]
+        scale = sum(np.abs(tile.values).sum() for tile in self.tiles) + sum(map(abs, self.remainder.values()))
+        return abs(self.edge - sum(parts)) / scale if scale else abs(self.edge)
+
+    def raster(self, height: int, width: int) -> np.ndarray:
+        """`[height, width]` float64: the contributions spread evenly over their boxes, tiles summed.
+
+        Sums to `from_patches` but for patches that show padding alone, whose boxes have no area.
+        """
+        out = np.zeros((height, width))
+        for tile in self.tiles:
+            for box, value in zip(tile.boxes, tile.values.ravel(), strict=True):
+                if box.right > box.left and box.bottom > box.top:
+                    left, top, right, bottom = box.pixels(width, height)
+                    out[top:bottom, left:right] += value / ((right - left) * (bottom - top))
+        return out

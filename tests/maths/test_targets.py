@@ -1,0 +1,232 @@
+"""Every kind of target: its row sums to the model's own number, on every family, in float64."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tests.maths.maths_cases import CASES, TOLERANCE, Case, case_of, config
+
+from vlmscope.activations import scores as head_scores_of_model
+from vlmscope.attribution.adjoint import Adjoint
+from vlmscope.attribution.head_scores import Place, ScoreParts, score_parts, top_pairs
+from vlmscope.attribution.heads import HeadSplitter
+from vlmscope.attribution.targets import answer_targets, difference_target, feature_target
+from vlmscope.attribution.trace import attribute
+from vlmscope.core.graph import AttributionGraph, NodeKind
+from vlmscope.core.ids import FeatureId
+from vlmscope.models.answers import continued, greedy_answer
+from vlmscope.models.precision import exact_float64
+from vlmscope.replacement.model import build_replacement
+
+# Layer, head, query and key from the end of the prompt: early and late layers, the last position and another.
+PLACES = [(0, 0, 1, 3), (1, 3, 1, 1), (2, 1, 2, 4)]
+
+
+def short_of(graph: AttributionGraph, own: np.ndarray) -> float:
+    """How far the rows of what a graph explains are from the model's numbers, of their sums of |edges|."""
+    gaps = []
+    for node, value in zip(graph.nodes.ends(), own, strict=True):
+        _, weights = graph.incoming(int(node))
+        gaps.append(max(abs(weights.sum() - value), abs(graph.nodes.target[node] - value)) / np.abs(weights).sum())
+        assert graph.residual[node] <= TOLERANCE
+    return max(gaps)
+
+
+def graph_of(case: Case, targets, replacement=None) -> AttributionGraph:
+    return attribute(replacement or case.replacement, config(), case.vlm.tokenizer, targets=targets)
+
+
+def test_a_difference_is_that_of_the_models_logits(case: Case) -> None:
+    own = case.subject.own_unembedded[-1].numpy()
+    first, second = (int(token) for token in np.argsort(-own)[:2])
+    graph = graph_of(case, difference_target(case.replacement, first, second, "first - second"))
+    assert short_of(graph, np.array([own[first] - own[second]])) <= TOLERANCE
+    assert graph.nodes.kind[-1] == NodeKind.TARGET and graph.end_weights.tolist() == [1.0]
+
+
+def test_an_answer_is_explained_where_its_tokens_are_predicted(case: Case) -> None:
+    """Against forwards of the Hugging Face model on ever longer prompts, and against its own generation."""
+    adapter, tokenizer = case.vlm.adapter, case.vlm.tokenizer
+    answer = greedy_answer(adapter, case.inputs, 3)
+    inputs = continued(adapter, case.inputs, answer[:-1], tokenizer)
+    replacement = build_replacement(case.vlm, case.transcoders, inputs)
+    targets = answer_targets(replacement, answer)
+    own = []
+    for count, token in enumerate(answer):
+        so_far = continued(adapter, case.inputs, answer[:count], tokenizer)
+        state = head_scores_of_model.adapter_of(case.vlm)
+        with torch.no_grad():
+            logits = state.model(**so_far.tensors).logits[0, -1].double()
+        assert int(logits.argmax()) == token  # the KV cache and the whole sequence agree
+        own.append(
+            float(_uncapped(logits, adapter.logit_softcap)[token] - _uncapped(logits, adapter.logit_softcap).mean())
+        )
+    graph = graph_of(case, targets, replacement)
+    assert short_of(graph, np.array(own)) <= TOLERANCE
+    assert graph.nodes.position[graph.nodes.ends()].tolist() == list(range(len(case.inputs) - 1, len(inputs)))
+
+
+def _uncapped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return logits if cap is None else cap * torch.atanh(logits / cap)
+
+
+def test_a_feature_is_explained_from_below(case: Case) -> None:
+    table = case.replacement.feature_activations
+    row = len(table) - 1
+    feature, position = FeatureId(int(table.layer[row]), int(table.index[row])), int(table.position[row])
+    graph = graph_of(case, feature_target(case.replacement, feature, str(position)))
+    assert short_of(graph, case.subject.own_pre_activations[[row]]) <= TOLERANCE
+    assert (graph.nodes.layer[:-1] <= feature.layer).all()
+    assert not (graph.nodes.layer[graph.nodes.of(NodeKind.FEATURE)] >= feature.layer).any()
+    # It is the row that the feature has in the graph of the logits.
+    whole = case.graph.nodes
+    node = int(np.flatnonzero(
+        (whole.kind == NodeKind.FEATURE) & (whole.layer == feature.layer) & (whole.position == position)
+        & (whole.index == feature.index)
+    )[0])  # fmt: skip
+    np.testing.assert_allclose(graph.incoming(graph.n_nodes - 1)[1], case.graph.incoming(node)[1], rtol=0, atol=1e-12)
+
+
+def parts_at(case: Case, at: tuple[int, int, int, int]) -> ScoreParts:
+    layer, head, query, key = at
+    n_heads, length = case.replacement.state.patterns.shape[1], len(case.inputs)
+    place = Place(layer, head % n_heads, length - query, length - key)
+    return score_parts(case.vlm, case.replacement, Adjoint(case.replacement), place)
+
+
+def own_score(case: Case, place: Place) -> float:
+    """The score by which the model's own attention weighs its keys, from its pattern: score - score of another key."""
+    pattern = case.replacement.state.patterns[place.layer, place.head, place.query]
+    return float(pattern[place.key].log())
+
+
+@pytest.mark.parametrize("at", PLACES)
+def test_a_score_is_the_sum_of_its_parts(case: Case, at: tuple[int, int, int, int]) -> None:
+    parts = parts_at(case, at)
+    query, key = parts.query.sum(1), parts.key.sum(1)
+    scale = float(parts.scale * parts.query.abs().sum(1) @ parts.key.abs().sum(1))
+    assert abs(float(parts.scale * query @ key) - parts.score) <= TOLERANCE * scale
+    pairs = top_pairs(parts, 10)
+    assert abs(pairs.total - parts.score) <= TOLERANCE * pairs.absolute
+    graph = graph_of(case, parts.targets)
+    assert short_of(graph, np.array([parts.score, parts.score])) <= TOLERANCE
+
+
+def test_scores_are_those_of_the_models_pattern(case: Case) -> None:
+    """Differences of two scores of a query are differences of its log probabilities, where no cap bends them."""
+    one, other = parts_at(case, (1, 1, 1, 1)), parts_at(case, (1, 1, 1, 2))
+    capped = getattr(case.vlm.model.config.get_text_config(), "attn_logit_softcapping", None)
+
+    def bent(score: float) -> float:
+        return score if capped is None else capped * np.tanh(score / capped)
+
+    expected = own_score(case, one.place) - own_score(case, other.place)
+    assert abs(bent(one.score) - bent(other.score) - expected) <= 1e-8 * (1 + abs(expected))
+
+
+def test_heads_of_an_edge_sum_to_it(case: Case) -> None:
+    graph = case.graph
+    targets = feature_target(case.replacement, FeatureId(0, int(case.replacement.features[0].index[0])))
+    splitter = HeadSplitter(case.replacement, graph, logits_of(case))
+    rng = np.random.default_rng(3)
+    rows = [int(graph.nodes.ends()[0]), *rng.choice(graph.nodes.of(NodeKind.FEATURE)[20:], 4).tolist()]
+    del targets
+    crossed = 0
+    for target in rows:
+        sources, weights = graph.incoming(target)
+        scale = np.abs(weights).sum()
+        usable = np.flatnonzero(np.isin(graph.nodes.kind[sources], (NodeKind.TOKEN, NodeKind.FEATURE, NodeKind.ERROR)))
+        for number in rng.choice(usable, min(8, len(usable)), replace=False):
+            found = splitter.split(int(sources[number]), target)
+            assert found.edge == weights[number]
+            for shares in (found.first, found.last):
+                assert abs(found.direct + shares.sum() - found.edge) <= TOLERANCE * scale
+            crossed += int(np.abs(found.first - found.last).max() > 1e-6 * scale)
+            if graph.nodes.position[sources[number]] != graph.nodes.position[target]:
+                assert found.direct == 0
+    assert crossed  # the two groupings are not the same by accident
+
+
+def logits_of(case: Case):
+    from vlmscope.attribution.targets import choose_logits
+
+    return choose_logits(case.replacement, 1.0, 5)
+
+
+@pytest.mark.parametrize("name", ["one_image_skip_biases", "qwen3_vl", "gemma4", "cross_layer"])
+def test_heads_are_those_of_models_without_the_other_heads(name: str, cases: dict[str, Case]) -> None:
+    """Last head h of layer l: the direct part and the edge of a model with no heads above l, and h alone in l."""
+    with exact_float64():
+        case = case_of(name, cases)
+        graph, replacement = case.graph, case.replacement
+        splitter = HeadSplitter(replacement, graph, logits_of(case))
+        target = int(graph.nodes.ends()[0])
+        sources, weights = graph.incoming(target)
+        scale, length = np.abs(weights).sum(), len(case.inputs)
+        wanted = np.flatnonzero(np.isin(graph.nodes.kind[sources], (NodeKind.TOKEN, NodeKind.FEATURE, NodeKind.ERROR)))
+        for number in wanted[[0, length // 2, -1, len(wanted) // 2]]:
+            found = splitter.split(int(sources[number]), target)
+            for layer in range(replacement.n_layers):
+                for head in (0, 2):
+                    for shares, silent in ((found.last, range(layer + 1, 9)), (found.first, range(layer))):
+                        alone = with_heads(replacement, layer, {head}, silent)
+                        none = with_heads(replacement, layer, set(), silent)
+                        edge = row_of(case, alone)[splitter._column(int(sources[number]))]
+                        rest = row_of(case, none)[splitter._column(int(sources[number]))]
+                        assert abs(edge - rest - shares[layer, head]) <= TOLERANCE * scale
+
+
+def with_heads(replacement, layer: int, kept: set[int], silent: range):
+    """The same with no heads in the layers `silent`, and in `layer` only those `kept`."""
+    layers = []
+    for number, frozen in enumerate(replacement.layers):
+        pattern = frozen.pattern.clone()
+        for head in range(len(pattern)):
+            if number in silent or (number == layer and head not in kept):
+                pattern[head] = 0
+        layers.append(dataclasses.replace(frozen, pattern=pattern))
+    return dataclasses.replace(replacement, layers=layers)
+
+
+def row_of(case: Case, replacement) -> np.ndarray:
+    targets = logits_of(case)
+    at = torch.from_numpy(targets.positions[:1])
+    return Adjoint(replacement).stream_rows(targets.layer, targets.vectors[:1], at)[0].numpy()
+
+
+@pytest.mark.parametrize("fault", ["rotation", "norm", "scale"])
+@pytest.mark.parametrize("name", ["one_image_skip_biases", "qwen3_vl", "gemma4"])
+def test_a_forgotten_part_of_a_score_is_found(
+    name: str, fault: str, cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with exact_float64():
+        case = case_of(name, cases)
+        right = parts_at(case, PLACES[2])
+        adapter = case.vlm.adapter
+        if fault == "scale":  # the stream read without the scale of the norm before the attention
+            layers = [
+                dataclasses.replace(old, attn_in_scale=torch.ones_like(old.attn_in_scale))
+                for old in case.replacement.layers
+            ]
+            wrong_model = dataclasses.replace(case.replacement, layers=layers)
+            wrong = score_parts(case.vlm, wrong_model, Adjoint(wrong_model), right.place)
+        elif fault == "norm":  # norms of queries and keys taken for 1
+            monkeypatch.setattr(type(adapter), "norm_scale", lambda _self, _norm, x: torch.ones_like(x))
+            wrong = parts_at(case, PLACES[2])
+        else:  # the key read at another position's angle
+            side = head_scores_of_model._side
+            monkeypatch.setattr(
+                head_scores_of_model, "_side", lambda v, p, leaf, at, head: _turned(side(v, p, leaf, at, head))
+            )
+            wrong = parts_at(case, PLACES[2])
+        pairs = top_pairs(wrong, 10)
+        assert abs(pairs.total - right.score) > 1e3 * TOLERANCE * pairs.absolute
+
+
+def _turned(side):
+    return dataclasses.replace(side, weight=side.weight.roll(1, 0))
+
+
+def test_every_case_is_covered() -> None:
+    assert {"cross_layer", "one_image_skip_biases", "two_images_skip", "all_sliding", "no_gqa"} <= set(CASES)

@@ -4,20 +4,24 @@ What they do not know is in extra keys: `vlmscope` at the top (schema version, s
 patch box) and `modality`, `patch` at nodes. String ids exist only here.
 """
 
+import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlmscope.core.artifacts import write_json
+from vlmscope.core.artifacts import write_text
 from vlmscope.core.graph import ENDS, AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.ids import FeatureId
 
+_LOG = logging.getLogger(__name__)
 SCHEMA_VERSION = 2
+UPLOAD_MB = 100.0  # Neuronpedia takes no larger file
 
 # The viewers draw the first four by these names.
-_FEATURE_TYPES = {
+FEATURE_TYPES = {
     NodeKind.TOKEN: "embedding",
     NodeKind.FEATURE: "cross layer transcoder",
     NodeKind.ERROR: "mlp reconstruction error",
@@ -124,7 +128,7 @@ def _node(pruned: PrunedGraph, node: int, labels: Mapping[FeatureId, str]) -> di
         "layer": _layer(graph, node),
         # Nodes without a position stand at the first, where the viewers find room for them.
         "ctx_idx": max(position, 0),
-        "feature_type": _FEATURE_TYPES[kind],
+        "feature_type": FEATURE_TYPES[kind],
         "token_prob": float(table.activation[node]) if kind == NodeKind.LOGIT else 0.0,
         "is_target_logit": end and _number_of_end(graph, node) == 0,
         "jsNodeId": name,
@@ -209,10 +213,24 @@ def write_graph_json(
     scan: str,
     labels: Mapping[FeatureId, str] | None = None,
     extra: Mapping[str, Any] | None = None,
-) -> None:
-    """Write `graph_to_json` to a file, atomically.
+) -> float:
+    """Write `graph_to_json` to a file, atomically; returns its size in megabytes (10^6 bytes).
+
+    A file that is too large for an upload to Neuronpedia is written all the same, with a warning that says what to
+    change.
 
     Raises:
         UserError: when the file cannot be written.
     """
-    write_json(path, graph_to_json(pruned, slug, scan, labels, extra), indent=None)
+    advice = "attribution.edge_threshold, attribution.node_threshold or attribution.max_nodes lower"
+    return write_graph_body(path, graph_to_json(pruned, slug, scan, labels, extra), advice)
+
+
+def write_graph_body(path: str | Path, body: Mapping[str, Any], advice: str) -> float:
+    """Write a graph's JSON as `write_graph_json` does; `advice` ends the warning "make ..."."""
+    text = json.dumps(body, ensure_ascii=False, allow_nan=False) + "\n"
+    size = len(text.encode()) / 1e6
+    if size > UPLOAD_MB:
+        _LOG.warning("%s has %.0f MB, Neuronpedia takes %.0f at most; make %s", path, size, UPLOAD_MB, advice)
+    write_text(path, text)
+    return size

@@ -1,0 +1,160 @@
+"""Merged graphs as `graph.json` for the viewers.
+
+In a comparison's JSON a link weighs what the first graph has more than the second, signed; in an aggregate's, the mean.
+What the viewers do not know is in extra keys of nodes and links, and under `vlmscope`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmscope.attribution.export import FEATURE_TYPES, SCHEMA_VERSION, cantor_pair, source_id, write_graph_body
+from vlmscope.attribution.shares import cumulative_share
+from vlmscope.core.graph import ENDS, NodeKind
+from vlmscope.core.merged import AggregateGraph, GraphComparison, MergedGraph
+
+Merged = GraphComparison | AggregateGraph
+
+
+def merged_ids(merged: MergedGraph) -> list[str]:
+    """The id of every node, unique in its graph, in the form that `graph.json` of one prompt has."""
+    nodes = merged.nodes
+    ids: list[str] = []
+    for node in range(len(nodes)):
+        kind, layer, at = NodeKind(int(nodes.kind[node])), int(nodes.layer[node]), max(int(nodes.position[node]), 0)
+        if kind == NodeKind.TARGET:
+            ids.append(f"TARGET_{node}_{layer}_{at}")
+        elif nodes.image[node] >= 0:  # the cells of two pictures can stand in one column
+            ids.append(f"E_soft{node}_{at}")
+        else:
+            ids.append(source_id(kind, layer, at, int(nodes.index[node])))
+    assert len(set(ids)) == len(ids), "two nodes have one id"
+    return ids
+
+
+def merged_to_json(merged: Merged, slug: str) -> dict[str, Any]:
+    """A comparison or an aggregate as the viewers' JSON; valid against their schema."""
+    ids = merged_ids(merged)
+    strength = merged.share.max(axis=0) if isinstance(merged, GraphComparison) else merged.share
+    cumulative = cumulative_share(strength) if strength.sum() > 0 else np.ones(len(ids))
+    weights = merged.difference if isinstance(merged, GraphComparison) else merged.weight
+    ends = zip(merged.sources.tolist(), merged.targets.tolist(), weights.tolist(), strict=True)
+    kind = "comparison" if isinstance(merged, GraphComparison) else "aggregate"
+    return {
+        "metadata": {
+            "slug": slug,
+            "scan": merged.model,
+            "prompt_tokens": list(merged.columns),
+            "prompt": " | ".join(dict.fromkeys(merged.prompts)),
+            "info": {"generator": {"name": "vlmscope"}, "description": _description(merged)},
+        },
+        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "nodes": [_node(merged, node, ids[node], float(cumulative[node])) for node in range(len(ids))],
+        "links": [
+            {"source": ids[s], "target": ids[t], "weight": w, **_link(merged, edge)}
+            for edge, (s, t, w) in enumerate(ends)
+        ],
+        "vlmscope": {
+            "schema_version": SCHEMA_VERSION,
+            "kind": kind,
+            "match": merged.match,
+            "names": merged.names,
+            "prompts": merged.prompts,
+            "columns_with_soft_tokens": np.flatnonzero(merged.column_is_image).tolist(),
+        },
+    }
+
+
+def _description(merged: Merged) -> str:
+    if isinstance(merged, GraphComparison):
+        first, second = merged.names
+        return f"weights are {first} minus {second}; nodes matched by {merged.match}"
+    return f"mean weights of {merged.n_graphs} graphs; nodes matched by {merged.match}"
+
+
+def _node(merged: Merged, node: int, name: str, cumulative: float) -> dict[str, Any]:
+    nodes = merged.nodes
+    kind, layer, index = NodeKind(int(nodes.kind[node])), int(nodes.layer[node]), int(nodes.index[node])
+    logit, end = kind == NodeKind.LOGIT, kind in ENDS
+    value = _largest(merged.activation[..., node])
+    record: dict[str, Any] = {
+        "node_id": name,
+        "feature": cantor_pair(layer, index) if kind == NodeKind.FEATURE else index if index >= 0 else None,
+        "layer": "E" if kind == NodeKind.TOKEN else str(layer + end),
+        "ctx_idx": max(int(nodes.position[node]), 0),
+        "feature_type": FEATURE_TYPES[kind],
+        "token_prob": (value or 0.0) if logit else 0.0,
+        "is_target_logit": end and value == _best_logit(merged),
+        "jsNodeId": name,
+        "clerp": _label(merged, node, value),
+        "influence": None if end else cumulative,
+        "activation": value if kind == NodeKind.FEATURE else None,
+        "modality": _modality(merged, node),
+    }
+    if nodes.image[node] >= 0:
+        record["patch"] = {"image": int(nodes.image[node]), "box": nodes.box[node].tolist()}
+    return {**record, **_node_values(merged, node)}
+
+
+def _label(merged: Merged, node: int, value: float | None) -> str:
+    nodes = merged.nodes
+    match NodeKind(int(nodes.kind[node])):
+        case NodeKind.LOGIT:
+            # The viewers read the probability out of the label.
+            return f'Output "{nodes.label[node]}" (p={value or 0.0:.3f})'
+        case NodeKind.TOKEN:
+            return f"Emb: {nodes.label[node]}"
+        case NodeKind.FEATURE:
+            return ""
+        case _:
+            return nodes.label[node]
+
+
+def _modality(merged: Merged, node: int) -> str | None:
+    at = int(merged.nodes.position[node])
+    if at < 0:
+        return None
+    return "image" if merged.column_is_image[at] else "text"
+
+
+def _largest(values: np.ndarray) -> float | None:
+    found = values[np.isfinite(values)]
+    return float(found.max()) if found.size else None
+
+
+def _best_logit(merged: Merged) -> float | None:
+    return _largest(merged.activation[..., merged.nodes.kind == NodeKind.LOGIT])
+
+
+def _node_values(merged: Merged, node: int) -> dict[str, Any]:
+    if isinstance(merged, AggregateGraph):
+        return {"share": float(merged.share[node]), "kept_in": int(merged.count[node])}
+    numbers = [None if np.isnan(v) else float(v) for v in merged.activation[:, node]]
+    return {
+        "shares": merged.share[:, node].tolist(),
+        "activations": numbers,
+        "kept_by": kept_by(merged, merged.kept[:, node]),
+    }
+
+
+def _link(merged: Merged, edge: int) -> dict[str, Any]:
+    if isinstance(merged, AggregateGraph):
+        return {"mean_absolute": float(merged.absolute[edge]), "kept_in": int(merged.edge_count[edge])}
+    kept = kept_by(merged, merged.edge_kept[:, edge])
+    return {"weights": merged.weights[:, edge].tolist(), "shares": merged.edge_share[:, edge].tolist(), "kept_by": kept}
+
+
+def kept_by(merged: GraphComparison, kept: np.ndarray) -> str:
+    return "both" if kept.all() else merged.names[0] if kept[0] else merged.names[1] if kept[1] else "neither"
+
+
+def write_merged_json(path: str | Path, merged: Merged, slug: str) -> float:
+    """Write `merged_to_json`, atomically; returns its size in megabytes and warns as `write_graph_json` does.
+
+    Raises:
+        UserError: when the file cannot be written.
+    """
+    thresholds = "attribution.node_threshold or attribution.edge_threshold of the traces lower"
+    advice = thresholds if isinstance(merged, GraphComparison) else f"task.min_present higher, or {thresholds}"
+    return write_graph_body(path, merged_to_json(merged, slug), advice)

@@ -1,0 +1,295 @@
+"""Comparisons and aggregates against sums made edge by edge; files reload exactly; the JSON is valid."""
+
+import dataclasses
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Hashable
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+import vlmscope
+from vlmscope.attribution import export
+from vlmscope.attribution.compare import aggregate, compare
+from vlmscope.attribution.graph_io import save_graph
+from vlmscope.attribution.influence import influence, logit_weights
+from vlmscope.attribution.merged_export import merged_ids, merged_to_json, write_merged_json
+from vlmscope.attribution.merged_io import load_merged, save_merged
+from vlmscope.attribution.merged_tables import write_tables
+from vlmscope.attribution.pruning import prune
+from vlmscope.attribution.random_graph import random_graph
+from vlmscope.core.errors import UserError
+from vlmscope.core.graph import NodeKind, PrunedGraph
+from vlmscope.core.images import PatchBox
+from vlmscope.core.merged import AggregateGraph, GraphComparison
+
+SCHEMA = Path(vlmscope.__file__).parent / "attribution" / "schema" / "neuronpedia-graph.schema.json"
+
+
+def traced(seed: int, tokens: int = 6, pictures: int = 2, density: float = 0.7) -> PrunedGraph:
+    """A random graph whose features come from few indices, so that graphs share some; soft tokens at 1, 2, ..."""
+    graph = random_graph(4, tokens, 18, density=density, left_out=True, seed=seed)
+    rng = np.random.default_rng(seed)
+    index = graph.nodes.index.copy()
+    for layer in range(4):
+        for position in range(tokens):
+            here = (graph.nodes.kind == NodeKind.FEATURE) & (graph.nodes.layer == layer)
+            here &= graph.nodes.position == position
+            index[here] = np.sort(rng.choice(5, here.sum(), replace=False))
+    index[graph.nodes.of(NodeKind.TOKEN)] = rng.integers(0, 3, tokens)
+    index[graph.nodes.of(NodeKind.LOGIT)] = [7, 8, 9 + seed]
+    activation = rng.random(len(index)).astype(np.float32)
+    is_image = np.array([1 <= at <= pictures for at in range(tokens)])
+    boxes = [PatchBox(0.0, at / 4, 1.0, (at + 1) / 4) if is_image[at] else None for at in range(tokens)]
+    roles = ["special", *["image"] * pictures, *["question"] * (tokens - pictures - 2), "last"]
+    graph = dataclasses.replace(
+        graph,
+        nodes=dataclasses.replace(graph.nodes, index=index, activation=activation),
+        is_image=is_image,
+        image_index=np.where(is_image, 0, -1),
+        patch_boxes=boxes,
+        roles=np.array(roles),
+        logit_tokens=["mars", "earth", f"other {seed}"],
+        prompt=f"prompt {seed}",
+        meta={**graph.meta, "model": "random", "max_nodes": 100},
+    )
+    return prune(graph, 0.7, 0.9)
+
+
+def own_key(pruned: PrunedGraph, node: int, match: str) -> Hashable:
+    graph, table = pruned.graph, pruned.graph.nodes
+    at, index, layer = int(table.position[node]), int(table.index[node]), int(table.layer[node])
+    where = {"position": at, "from_end": at - len(graph.tokens), "role": graph.roles[at], "feature": "any"}[match]
+    match kind := NodeKind(int(table.kind[node])):
+        case NodeKind.TOKEN:
+            box = graph.patch_boxes[at]
+            return (kind, index, where) if box is None else (kind, "soft", int(graph.image_index[at]), tuple(box))
+        case NodeKind.FEATURE:
+            return kind, layer, index, where
+        case NodeKind.ERROR:
+            return kind, layer, where
+        case NodeKind.LOGIT:
+            return kind, index, graph.logit_tokens[node - int(table.of(NodeKind.LOGIT)[0])]
+        case _:
+            return kind, layer
+
+
+def own_sums(pruned: PrunedGraph, match: str) -> tuple[dict, dict, set, set]:
+    """Share and weight of every matched node and edge of the whole graph, and which of them pruning kept."""
+    graph = pruned.graph
+    flow = influence(graph, logit_weights(graph)).nodes
+    keys = [own_key(pruned, node, match) for node in range(graph.n_nodes)]
+    share: dict = defaultdict(float)
+    weight: dict = defaultdict(float)
+    kept_edges = set()
+    for node, key in enumerate(keys):
+        share[key] += flow[node] / flow.sum()
+    for edge, (source, target) in enumerate(zip(graph.indices, graph.edge_targets(), strict=True)):
+        weight[keys[source], keys[target]] += float(graph.weights[edge])
+        if pruned.edge_mask[edge]:
+            kept_edges.add((keys[source], keys[target]))
+    return share, weight, {keys[n] for n in np.flatnonzero(pruned.node_mask)}, kept_edges
+
+
+@pytest.mark.parametrize("match", ["position", "from_end", "role", "feature"])
+def test_shares_and_weights_are_those_summed_one_by_one(match: str) -> None:
+    pair = traced(0), traced(1, tokens=7, pictures=3)
+    found = compare(*pair, match=match)
+    own = [own_sums(pruned, match) for pruned in pair]
+    union = own[0][2] | own[1][2]
+    assert len(found.nodes) == len(union)
+    for graph in (0, 1):
+        share, weight, nodes, edges = own[graph]
+        assert found.kept[graph].sum() == len(nodes)
+        assert found.edge_kept[graph].sum() == len(edges)
+        assert np.allclose(np.sort(found.share[graph]), np.sort([share.get(key, 0.0) for key in union]), atol=1e-12)
+        wanted = [weight.get(edge, 0.0) for edge in own[0][3] | own[1][3]]
+        assert np.allclose(np.sort(found.weights[graph]), np.sort(wanted), atol=1e-6)
+    assert found.summary().nodes_both == len(own[0][2] & own[1][2]) > 10
+    assert found.summary().edges_both == len(own[0][3] & own[1][3]) > 2
+    assert (found.sources < found.targets).all()
+
+
+def test_every_edge_joins_the_nodes_that_it_joined() -> None:
+    first, second = traced(0), traced(1)
+    found = compare(first, second, match="position")
+    names = {node: place for place, node in enumerate(merged_ids(found))}
+    graph = first.graph
+    for edge in np.flatnonzero(first.edge_mask):
+        ends = [graph.indices[edge], graph.targets_of(np.array([edge]))[0]]
+        if graph.nodes.kind[ends[0]] == NodeKind.TOKEN and graph.is_image[graph.nodes.position[ends[0]]]:
+            continue
+        at = [names[export.node_id(graph, int(node))] for node in ends]
+        here = np.flatnonzero((found.sources == at[0]) & (found.targets == at[1]))
+        assert found.weights[0, here] == pytest.approx([float(graph.weights[edge])])
+        assert found.edge_kept[0, here].all()
+
+
+def test_a_graph_equals_itself() -> None:
+    found = compare(traced(3), traced(3))
+    numbers = found.summary()
+    assert found.match == "position"
+    assert not found.difference.any()
+    assert numbers.nodes_first_only == numbers.edges_second_only == 0
+    assert (numbers.node_jaccard, numbers.edge_jaccard, numbers.sign_agreement) == (1.0, 1.0, 1.0)
+    assert numbers.edge_correlation == pytest.approx(1.0)
+
+
+def test_edge_shares_add_up_to_the_shares_of_their_sources() -> None:
+    whole = traced(2)
+    kept = dataclasses.replace(
+        whole, node_mask=np.ones(whole.graph.n_nodes, bool), edge_mask=np.ones(whole.graph.n_edges, bool)
+    )
+    found = compare(kept, traced(5), match="role")
+    summed = np.bincount(found.sources, found.edge_share[0], len(found.nodes))
+    assert np.allclose(summed, found.share[0], atol=1e-12)
+    assert found.share[0].sum() == pytest.approx(1.0)
+
+
+def test_prompts_of_different_length_are_matched_by_role_and_cells_wherever_they_stand() -> None:
+    first, second = traced(0), traced(1, tokens=8, pictures=2)
+    moved = dataclasses.replace(
+        second.graph,
+        is_image=np.roll(second.graph.is_image, 3),
+        image_index=np.roll(second.graph.image_index, 3),
+        patch_boxes=[*[None] * 3, *second.graph.patch_boxes[:5]],
+    )
+    found = compare(first, prune(moved, 0.7, 0.9))
+    assert found.match == "role"
+    cells = found.nodes.image >= 0
+    assert cells.sum() == 2
+    assert found.kept[:, cells].all()
+
+
+def test_only_lists_what_one_graph_alone_keeps_by_how_much_more_it_uses_it() -> None:
+    found = compare(traced(0), traced(1))
+    for graph in (0, 1):
+        nodes = found.only(graph)
+        assert len(nodes) > 2
+        assert (found.kept[graph, nodes] & ~found.kept[1 - graph, nodes]).all()
+        gaps = found.share[graph, nodes] - found.share[1 - graph, nodes]
+        assert (np.diff(gaps) <= 0).all()
+
+
+def test_graphs_of_two_models_and_unknown_rules_are_refused() -> None:
+    first, second = traced(0), traced(1)
+    other = dataclasses.replace(second, graph=dataclasses.replace(second.graph, meta={"n_layers": 4, "model": "b"}))
+    with pytest.raises(UserError, match="of two models"):
+        compare(first, other)
+    with pytest.raises(UserError, match="no such rule"):
+        compare(first, second, match="rolle")
+    with pytest.raises(UserError, match="no graphs"):
+        aggregate([])
+    with pytest.raises(UserError, match="min_present"):
+        aggregate([first], min_present=2.0)
+
+
+def test_an_aggregate_is_the_mean_of_what_the_graphs_have() -> None:
+    graphs = [traced(0), traced(1), traced(2, tokens=7)]
+    found = aggregate(graphs, match="role")
+    own = [own_sums(pruned, "role") for pruned in graphs]
+    nodes, edges = set.union(*(one[2] for one in own)), set.union(*(one[3] for one in own))
+    weights = np.array([[one[1].get(edge, 0.0) for edge in edges] for one in own])
+    assert np.allclose(np.sort(found.weight), np.sort(weights.mean(0)), atol=1e-6)
+    assert np.allclose(np.sort(found.absolute), np.sort(np.abs(weights).mean(0)), atol=1e-6)
+    often = [sum(edge in one[3] for one in own) for edge in edges]
+    assert np.array_equal(np.sort(found.edge_count), np.sort(often))
+    shares = [np.mean([one[0].get(key, 0.0) for one in own]) for key in nodes]
+    assert np.allclose(np.sort(found.share), np.sort(shares), atol=1e-12)
+    assert np.array_equal(np.sort(found.count), np.sort([sum(key in one[2] for one in own) for key in nodes]))
+    assert (found.absolute >= np.abs(found.weight) - 1e-12).all()
+
+
+def test_what_few_graphs_keep_is_left_out() -> None:
+    graphs = [traced(0), traced(1), traced(2)]
+    every, often = aggregate(graphs), aggregate(graphs, min_present=0.6)
+    assert often.count.min() == 2
+    assert often.edge_count.min() == 2
+    assert len(often.nodes) == (every.count >= 2).sum()
+    assert len(often.sources) == (every.edge_count >= 2).sum()  # an edge needs its ends, which are kept as often
+
+
+def test_files_are_read_twice_and_named_by_their_folders(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        save_graph(tmp_path / f"row {seed}" / "graph.safetensors", traced(seed))
+    found = aggregate([tmp_path / "row 0", tmp_path / "row 1" / "graph.safetensors"])
+    direct = aggregate([traced(0), traced(1)])
+    assert found.names == ["row 0", "row 1"]
+    assert np.array_equal(found.weight, direct.weight)
+
+
+@pytest.mark.parametrize("kind", [GraphComparison, AggregateGraph])
+def test_merged_files_reload_exactly(kind: type, tmp_path: Path) -> None:
+    graphs = [traced(0), traced(1)]
+    merged = compare(*graphs) if kind is GraphComparison else aggregate(graphs)
+    save_merged(tmp_path / "x.safetensors", merged)
+    again = load_merged(tmp_path / "x.safetensors")
+    assert type(again) is kind
+    for one, other in ((merged, again), (merged.nodes, again.nodes)):
+        for field in dataclasses.fields(one):
+            before, after = getattr(one, field.name), getattr(other, field.name)
+            if isinstance(before, np.ndarray):
+                assert before.dtype == after.dtype
+                assert np.array_equal(before, after, equal_nan=before.dtype.kind == "f")
+            elif field.name != "nodes":
+                assert before == after
+
+
+def test_a_graph_is_no_merged_file(tmp_path: Path) -> None:
+    save_graph(tmp_path / "graph.safetensors", traced(0))
+    with pytest.raises(UserError, match="no comparison and no aggregate"):
+        load_merged(tmp_path / "graph.safetensors")
+
+
+@pytest.mark.parametrize("match", ["position", "from_end", "role", "feature"])
+def test_merged_json_is_valid_and_says_the_same(match: str) -> None:
+    graphs = [traced(0), traced(1, tokens=7, pictures=4)]
+    for merged in (compare(*graphs, match=match), aggregate(graphs, match=match)):
+        body = json.loads(json.dumps(merged_to_json(merged, "slug")))
+        jsonschema.validate(body, json.loads(SCHEMA.read_text()))
+        ids = {node["node_id"] for node in body["nodes"]}
+        assert len(ids) == len(merged.nodes)
+        assert {link["source"] for link in body["links"]} | {link["target"] for link in body["links"]} <= ids
+        weights = merged.difference if isinstance(merged, GraphComparison) else merged.weight
+        assert [link["weight"] for link in body["links"]] == weights.tolist()
+        assert all(0 <= node["ctx_idx"] < len(body["metadata"]["prompt_tokens"]) for node in body["nodes"])
+        assert all("(p=" in node["clerp"] for node in body["nodes"] if node["feature_type"] == "logit")
+
+
+def test_tables_begin_with_what_differs_most(tmp_path: Path) -> None:
+    merged = compare(traced(0), traced(1))
+    write_tables(tmp_path, merged)
+    head, *rows = (tmp_path / "nodes.csv").read_text().splitlines()
+    assert head.startswith("node,kind,where,share_first")
+    assert len(rows) == len(merged.nodes)
+    assert len((tmp_path / "edges.csv").read_text().splitlines()) == 1 + len(merged.sources)
+    first = np.abs(merged.share[0] - merged.share[1]).argmax()
+    assert rows[0].replace('""', '"').lstrip('"').startswith(merged.nodes.name(int(first)))
+
+
+def test_a_json_that_cannot_be_uploaded_is_written_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pruned = traced(0)
+    with caplog.at_level(logging.WARNING):
+        size = export.write_graph_json(tmp_path / "a.json", pruned, "a", "b")
+        assert not caplog.records
+        assert size == pytest.approx((tmp_path / "a.json").stat().st_size / 1e6)
+        monkeypatch.setattr(export, "UPLOAD_MB", size / 2)
+        export.write_graph_json(tmp_path / "b.json", pruned, "a", "b")
+        write_merged_json(tmp_path / "c.json", aggregate([pruned, traced(1)]), "a")
+    assert "edge_threshold" in caplog.records[0].message
+    assert "task.min_present higher" in caplog.records[1].message
+    assert (tmp_path / "b.json").stat().st_size == (tmp_path / "a.json").stat().st_size
+
+
+def test_notebooks_see_a_small_table() -> None:
+    merged = compare(traced(0), traced(1), names=("mars<b>", "earth"))
+    assert "nodes matched by position" in repr(merged)
+    assert repr(merged).count("\n") < 8
+    assert "mars&lt;b&gt;" in merged._repr_html_()
+    assert "<b>" not in merged._repr_html_()
+    assert "AggregateGraph of 2 graphs" in repr(aggregate([traced(0), traced(1)]))

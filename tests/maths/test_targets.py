@@ -59,9 +59,7 @@ def test_an_answer_is_explained_where_its_tokens_are_predicted(case: Case) -> No
         with torch.no_grad():
             logits = state.model(**so_far.tensors).logits[0, -1].double()
         assert int(logits.argmax()) == token  # the KV cache and the whole sequence agree
-        own.append(
-            float(_uncapped(logits, adapter.logit_softcap)[token] - _uncapped(logits, adapter.logit_softcap).mean())
-        )
+        own.append(float(_uncapped(logits, adapter.logit_softcap)[token] - _uncapped(logits, adapter.logit_softcap).mean()))
     graph = graph_of(case, targets, replacement)
     assert short_of(graph, np.array(own)) <= TOLERANCE
     assert graph.nodes.position[graph.nodes.ends()].tolist() == list(range(len(case.inputs) - 1, len(inputs)))
@@ -164,7 +162,9 @@ def test_heads_are_those_of_models_without_the_other_heads(name: str, cases: dic
         target = int(graph.nodes.ends()[0])
         sources, weights = graph.incoming(target)
         scale, length = np.abs(weights).sum(), len(case.inputs)
-        wanted = np.flatnonzero(np.isin(graph.nodes.kind[sources], (NodeKind.TOKEN, NodeKind.FEATURE, NodeKind.ERROR)))
+        wanted = np.flatnonzero(
+            np.isin(graph.nodes.kind[sources], (NodeKind.TOKEN, NodeKind.FEATURE, NodeKind.ERROR))
+        )
         for number in wanted[[0, length // 2, -1, len(wanted) // 2]]:
             found = splitter.split(int(sources[number]), target)
             for layer in range(replacement.n_layers):
@@ -205,10 +205,7 @@ def test_a_forgotten_part_of_a_score_is_found(
         right = parts_at(case, PLACES[2])
         adapter = case.vlm.adapter
         if fault == "scale":  # the stream read without the scale of the norm before the attention
-            layers = [
-                dataclasses.replace(old, attn_in_scale=torch.ones_like(old.attn_in_scale))
-                for old in case.replacement.layers
-            ]
+            layers = [dataclasses.replace(old, attn_in_scale=torch.ones_like(old.attn_in_scale)) for old in case.replacement.layers]
             wrong_model = dataclasses.replace(case.replacement, layers=layers)
             wrong = score_parts(case.vlm, wrong_model, Adjoint(wrong_model), right.place)
         elif fault == "norm":  # norms of queries and keys taken for 1
@@ -216,9 +213,7 @@ def test_a_forgotten_part_of_a_score_is_found(
             wrong = parts_at(case, PLACES[2])
         else:  # the key read at another position's angle
             side = head_scores_of_model._side
-            monkeypatch.setattr(
-                head_scores_of_model, "_side", lambda v, p, leaf, at, head: _turned(side(v, p, leaf, at, head))
-            )
+            monkeypatch.setattr(head_scores_of_model, "_side", lambda v, p, leaf, at, head: _turned(side(v, p, leaf, at, head)))
             wrong = parts_at(case, PLACES[2])
         pairs = top_pairs(wrong, 10)
         assert abs(pairs.total - right.score) > 1e3 * TOLERANCE * pairs.absolute

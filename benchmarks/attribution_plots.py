@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from vlmscope.report.style import drawing
 
@@ -30,14 +31,15 @@ def exponent(name: str, points: list[dict[str, Any]]) -> float:
 def draw_growth(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """One panel an axis, with the exponent."""
     shown = [name for name in _LABELS if name in results]
-    with drawing(path, 11.0, 3.0) as figure:
+    with drawing(path, 9.0, 6.0) as figure:
         for number, name in enumerate(shown):
-            axes = figure.add_subplot(1, len(shown), number + 1)
+            axes = figure.add_subplot(2, 2, number + 1)
             sizes, seconds = _sizes(name, results[name]), [point["seconds"] for point in results[name]]
             axes.loglog(sizes, seconds, marker="o")
-            axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes], fontsize=7, minor=False)
+            axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.minorticks_off()
-            axes.set_xlabel(_LABELS[name], fontsize=8)
-            axes.set_title(f"exponent {exponent(name, results[name]):.2f}", fontsize=9)
-            if number == 0:
-                axes.set_ylabel("seconds, one thread")
+            axes.set_xlabel(_LABELS[name])
+            axes.set_ylabel("seconds, one thread")
+            axes.set_title(f"exponent {exponent(name, results[name]):.2f}")

@@ -3,9 +3,9 @@
     python -m benchmarks.patches [--pictures 40] [--deleted 6] [--out outputs/benchmarks/patches]
 
 Pointing: share of cases whose largest cell lies on what the question asks for (at least a quarter of the cell), beside
-the share that a random cell of the same grid would reach. Deletion: the answer's probability while patches are painted
-in the picture's mean colour, largest first, as the mean over the curve (lower is better). Only rightly answered
-questions count.
+the share that a random cell of the same grid would reach, and the patch of most contrast, which needs no model.
+Deletion: the answer's probability while patches are painted in the picture's mean colour, largest first, as the mean
+over the curve (lower is better). Only rightly answered questions count.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from vlmscope.api import Scope, load
-from vlmscope.attribution.readers import logit_readers
+from vlmscope.attribution.readers import target_readers
 from vlmscope.attribution.targets import choose_logits
 from vlmscope.attribution.vision import vision_path
 from vlmscope.core.intervention import Curve
@@ -82,12 +82,14 @@ def maps_of(scope: Scope, image: np.ndarray, prompt: str) -> tuple[int, dict[str
     inputs = scope.inputs(prompt, [Image.fromarray(image)])
     replacement = build_replacement(scope.vlm, scope.transcoders, inputs)
     targets = choose_logits(replacement, 0.01, 1)
-    found: dict[str, np.ndarray] = {}
+    cells = image.astype(float).reshape(SIDE, 8, SIDE, 8, 3)
+    # What needs no model: how far a patch's pixels are from the picture's mean colour.
+    found = {"contrast of pixels": ((cells - image.mean((0, 1))) ** 2).mean((1, 3, 4))}
     frozen, plain = (vision_path(scope.vlm, inputs, rule) for rule in ("frozen", "gradient"))
     where = torch.from_numpy(inputs.is_image)
     for total in (True, False):
         effect = "total" if total else "direct"
-        readers = logit_readers(replacement, targets.vectors, total=total)
+        readers = target_readers(replacement, targets, total=total)
         edges = readers.edges(replacement.state.embeddings, replacement.state.injections)[0][where]
         found[f"soft tokens, {effect}"] = edges.numpy().reshape(4, 4)
         for baseline in ("grey", "mean"):
@@ -185,7 +187,7 @@ def main() -> None:
     print("| random |" + " |" * len(QUESTIONS) + f" {curves['random'].mean():.3f} |")
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "results.json").write_text(json.dumps(results, indent=2))
-    shown = ["patches, total, grey", "patches, total, mean", "gradient, total, mean", "soft tokens, total", "random"]
+    shown = ["patches, total, mean", "gradient, total, mean", "soft tokens, total", "contrast of pixels", "random"]
     drawn = []
     for name in shown:
         mean, spread = curves[name].mean(0), 1.96 * curves[name].std(0) / len(few) ** 0.5

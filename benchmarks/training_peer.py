@@ -69,6 +69,7 @@ def peer(
             coder,
             batch_size=batch,
             optimizer=job["optimizer"],
+            lr=job.get("lr"),
             lr_warmup_steps=max(1, job["steps"] // 10),
             hookpoints=list(hookpoints),
             log_to_wandb=False,

@@ -5,19 +5,20 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tests.maths.maths_cases import CASES, TOLERANCE, Case, case_of, config
+from tests.maths.maths_cases import TOLERANCE, Case, case_of, config
 
-from vlmscope.activations import scores as head_scores_of_model
+from vlmscope.activations import scores as model_scores
+from vlmscope.activations.scores import HeadSide
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.head_scores import Place, ScoreParts, score_parts, top_pairs
 from vlmscope.attribution.heads import HeadSplitter
-from vlmscope.attribution.targets import answer_targets, difference_target, feature_target
+from vlmscope.attribution.targets import Targets, answer_targets, choose_logits, difference_target, feature_target
 from vlmscope.attribution.trace import attribute
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.ids import FeatureId
 from vlmscope.models.answers import continued, greedy_answer
 from vlmscope.models.precision import exact_float64
-from vlmscope.replacement.model import build_replacement
+from vlmscope.replacement.model import ReplacementModel, build_replacement
 
 # Layer, head, query and key from the end of the prompt: early and late layers, the last position and another.
 PLACES = [(0, 0, 1, 3), (1, 3, 1, 1), (2, 1, 2, 4)]
@@ -33,7 +34,7 @@ def short_of(graph: AttributionGraph, own: np.ndarray) -> float:
     return max(gaps)
 
 
-def graph_of(case: Case, targets, replacement=None) -> AttributionGraph:
+def graph_of(case: Case, targets: Targets, replacement: ReplacementModel | None = None) -> AttributionGraph:
     return attribute(replacement or case.replacement, config(), case.vlm.tokenizer, targets=targets)
 
 
@@ -55,11 +56,11 @@ def test_an_answer_is_explained_where_its_tokens_are_predicted(case: Case) -> No
     own = []
     for count, token in enumerate(answer):
         so_far = continued(adapter, case.inputs, answer[:count], tokenizer)
-        state = head_scores_of_model.adapter_of(case.vlm)
         with torch.no_grad():
-            logits = state.model(**so_far.tensors).logits[0, -1].double()
+            logits = case.vlm.model(**so_far.tensors).logits[0, -1].double()
         assert int(logits.argmax()) == token  # the KV cache and the whole sequence agree
-        own.append(float(_uncapped(logits, adapter.logit_softcap)[token] - _uncapped(logits, adapter.logit_softcap).mean()))
+        wide = _uncapped(logits, adapter.logit_softcap)
+        own.append(float(wide[token] - wide.mean()))
     graph = graph_of(case, targets, replacement)
     assert short_of(graph, np.array(own)) <= TOLERANCE
     assert graph.nodes.position[graph.nodes.ends()].tolist() == list(range(len(case.inputs) - 1, len(inputs)))
@@ -93,8 +94,8 @@ def parts_at(case: Case, at: tuple[int, int, int, int]) -> ScoreParts:
     return score_parts(case.vlm, case.replacement, Adjoint(case.replacement), place)
 
 
-def own_score(case: Case, place: Place) -> float:
-    """The score by which the model's own attention weighs its keys, from its pattern: score - score of another key."""
+def log_pattern(case: Case, place: Place) -> float:
+    """The logarithm of the model's own pattern: the score but for a number that all keys of the query share."""
     pattern = case.replacement.state.patterns[place.layer, place.head, place.query]
     return float(pattern[place.key].log())
 
@@ -119,17 +120,15 @@ def test_scores_are_those_of_the_models_pattern(case: Case) -> None:
     def bent(score: float) -> float:
         return score if capped is None else capped * np.tanh(score / capped)
 
-    expected = own_score(case, one.place) - own_score(case, other.place)
+    expected = log_pattern(case, one.place) - log_pattern(case, other.place)
     assert abs(bent(one.score) - bent(other.score) - expected) <= 1e-8 * (1 + abs(expected))
 
 
 def test_heads_of_an_edge_sum_to_it(case: Case) -> None:
     graph = case.graph
-    targets = feature_target(case.replacement, FeatureId(0, int(case.replacement.features[0].index[0])))
     splitter = HeadSplitter(case.replacement, graph, logits_of(case))
     rng = np.random.default_rng(3)
     rows = [int(graph.nodes.ends()[0]), *rng.choice(graph.nodes.of(NodeKind.FEATURE)[20:], 4).tolist()]
-    del targets
     crossed = 0
     for target in rows:
         sources, weights = graph.incoming(target)
@@ -146,9 +145,7 @@ def test_heads_of_an_edge_sum_to_it(case: Case) -> None:
     assert crossed  # the two groupings are not the same by accident
 
 
-def logits_of(case: Case):
-    from vlmscope.attribution.targets import choose_logits
-
+def logits_of(case: Case) -> Targets:
     return choose_logits(case.replacement, 1.0, 5)
 
 
@@ -162,9 +159,7 @@ def test_heads_are_those_of_models_without_the_other_heads(name: str, cases: dic
         target = int(graph.nodes.ends()[0])
         sources, weights = graph.incoming(target)
         scale, length = np.abs(weights).sum(), len(case.inputs)
-        wanted = np.flatnonzero(
-            np.isin(graph.nodes.kind[sources], (NodeKind.TOKEN, NodeKind.FEATURE, NodeKind.ERROR))
-        )
+        wanted = np.flatnonzero(np.isin(graph.nodes.kind[sources], (NodeKind.TOKEN, NodeKind.FEATURE, NodeKind.ERROR)))
         for number in wanted[[0, length // 2, -1, len(wanted) // 2]]:
             found = splitter.split(int(sources[number]), target)
             for layer in range(replacement.n_layers):
@@ -177,7 +172,7 @@ def test_heads_are_those_of_models_without_the_other_heads(name: str, cases: dic
                         assert abs(edge - rest - shares[layer, head]) <= TOLERANCE * scale
 
 
-def with_heads(replacement, layer: int, kept: set[int], silent: range):
+def with_heads(replacement: ReplacementModel, layer: int, kept: set[int], silent: range) -> ReplacementModel:
     """The same with no heads in the layers `silent`, and in `layer` only those `kept`."""
     layers = []
     for number, frozen in enumerate(replacement.layers):
@@ -189,7 +184,7 @@ def with_heads(replacement, layer: int, kept: set[int], silent: range):
     return dataclasses.replace(replacement, layers=layers)
 
 
-def row_of(case: Case, replacement) -> np.ndarray:
+def row_of(case: Case, replacement: ReplacementModel) -> np.ndarray:
     targets = logits_of(case)
     at = torch.from_numpy(targets.positions[:1])
     return Adjoint(replacement).stream_rows(targets.layer, targets.vectors[:1], at)[0].numpy()
@@ -205,23 +200,20 @@ def test_a_forgotten_part_of_a_score_is_found(
         right = parts_at(case, PLACES[2])
         adapter = case.vlm.adapter
         if fault == "scale":  # the stream read without the scale of the norm before the attention
-            layers = [dataclasses.replace(old, attn_in_scale=torch.ones_like(old.attn_in_scale)) for old in case.replacement.layers]
+            ones = torch.ones_like(case.replacement.layers[0].attn_in_scale)
+            layers = [dataclasses.replace(old, attn_in_scale=ones) for old in case.replacement.layers]
             wrong_model = dataclasses.replace(case.replacement, layers=layers)
             wrong = score_parts(case.vlm, wrong_model, Adjoint(wrong_model), right.place)
         elif fault == "norm":  # norms of queries and keys taken for 1
             monkeypatch.setattr(type(adapter), "norm_scale", lambda _self, _norm, x: torch.ones_like(x))
             wrong = parts_at(case, PLACES[2])
         else:  # the key read at another position's angle
-            side = head_scores_of_model._side
-            monkeypatch.setattr(head_scores_of_model, "_side", lambda v, p, leaf, at, head: _turned(side(v, p, leaf, at, head)))
+            right_side = model_scores._side
+            monkeypatch.setattr(model_scores, "_side", lambda *given: turned(right_side(*given)))
             wrong = parts_at(case, PLACES[2])
         pairs = top_pairs(wrong, 10)
         assert abs(pairs.total - right.score) > 1e3 * TOLERANCE * pairs.absolute
 
 
-def _turned(side):
+def turned(side: HeadSide) -> HeadSide:
     return dataclasses.replace(side, weight=side.weight.roll(1, 0))
-
-
-def test_every_case_is_covered() -> None:
-    assert {"cross_layer", "one_image_skip_biases", "two_images_skip", "all_sliding", "no_gqa"} <= set(CASES)

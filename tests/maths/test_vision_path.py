@@ -9,10 +9,11 @@ import torch
 from tests.maths.maths_cases import CASES, TOLERANCE, Case, case_of
 from torch import Tensor, nn
 
-from vlmscope.attribution.readers import Readers, feature_readers, logit_readers
-from vlmscope.attribution.targets import choose_logits
+from vlmscope.attribution.readers import Readers, feature_readers, target_readers
+from vlmscope.attribution.targets import choose_logits, feature_target
 from vlmscope.attribution.vision import VisionPath, _PatchEmbedding, vision_path
 from vlmscope.core.graph import NodeKind
+from vlmscope.core.ids import FeatureId
 from vlmscope.core.patches import PictureMap
 from vlmscope.models import frozen_vision
 from vlmscope.models.batching import entering
@@ -34,7 +35,7 @@ def pictured(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Iterator
 
 
 def logits_of(case: Case, *, total: bool) -> Readers:
-    return logit_readers(case.replacement, choose_logits(case.replacement, 1.0, 3).vectors, total=total)
+    return target_readers(case.replacement, choose_logits(case.replacement, 1.0, 3), total=total)
 
 
 def path_of(case: Case) -> VisionPath:
@@ -180,3 +181,15 @@ def test_faults_break_the_sum(fault: str, monkeypatch: pytest.MonkeyPatch, cases
                 monkeypatch.setattr(frozen_vision, "_UNITS" if fault == "units" else "_WHOLE", set())
             broken = vision_path(case.vlm, case.inputs).maps(readers, ["0", "1", "2"])
         assert max(m.residual for m in broken) > 1e4 * TOLERANCE
+
+
+def test_readers_of_a_feature_are_those_of_its_target(pictured: Case) -> None:
+    replacement = pictured.replacement
+    found = replacement.features[1]
+    position, index = int(found.position[-1]), int(found.index[-1])
+    target = feature_target(replacement, FeatureId(1, index), str(position))
+    which = torch.tensor([len(found) - 1])
+    for total in (False, True):
+        one = target_readers(replacement, target, total=total)
+        other = feature_readers(replacement, 1, which, total=total)
+        assert (one.embeddings - other.embeddings).abs().max() <= TOLERANCE * other.embeddings.abs().max()

@@ -51,7 +51,7 @@ METRICS = {
 }
 
 
-SWEEPS = {"expansion_sweep", "modality_mix", "sparsity_frontier"}  # in test_sweeps.py
+SWEEPS = {"cross_layer", "expansion_sweep", "modality_mix", "sparsity_frontier"}  # in test_sweeps.py
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ def test_training_of_gemma_4b_is_planned_by_rank(tmp_path: Path, capsys: pytest.
     layer = 2 * 40960 * 2560 + 40960 + 2560
     assert metrics["plan/training/memory/weights"] == 5 * layer * 4
     assert metrics["plan/training/memory/model"] == metrics["plan/memory/weights_bfloat16"]
-    assert metrics["plan/training/peak/rank_00"] > metrics["plan/training/peak/rank_01"]
+    assert metrics["plan/training/peak/rank_00"] == metrics["plan/training/peak/rank_01"]  # 5 layers each
     assert metrics["plan/training/peak/rank_01"] > metrics["plan/training/peak/rank_02"]
     assert metrics["plan/training/traffic/in_host"] == 1024 * (29 * 2 * 2560 * 2 + 7)
     assert metrics["plan/training/disk/cache"] == 362_000_000 * 34 * 2 * 2560 * 2

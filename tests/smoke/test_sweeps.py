@@ -14,6 +14,7 @@ TINY = ["trainer.threads=1", "transcoder.k=4", "task.val_scenes=2", "task.pool_b
 SMALL = [f"task.batch={{{PICTURES},text:1}}", *TINY]
 # What each sweeps, in two jobs; a modality is what says how many scenes a batch has.
 JOBS = {
+    "cross_layer": ["transcoder.cross_layer=False,True", "transcoder.expansion_factor=1", *SMALL],
     "expansion_sweep": ["transcoder.expansion_factor=1,2", *SMALL],
     "modality_mix": ["modality=image", "seed=0,1", "transcoder.expansion_factor=1", *TINY],
     "sparsity_frontier": ["transcoder.activation=topk,jumprelu", "transcoder.expansion_factor=1", *SMALL],

@@ -97,3 +97,49 @@ def test_odd_pictures_are_traced(tmp_path: Path, mode: str) -> None:
     image.save(tmp_path / "x.png")
     command = ["task=trace", f"image={tmp_path / 'x.png'}", f"prompt={QUESTION}", "tracking=none", "task.figure=false"]
     assert main([*command, f"hydra.run.dir={tmp_path / 'r'}", "attribution.max_nodes=100"]) == 0
+
+
+def test_a_score_and_heads_are_written_and_named(
+    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "attribution.attention=L4H0@last:max",
+        "task.head_edges=3",
+        f"hydra.run.dir={tmp_path}",
+        "tracking=none",
+    ]
+    assert main(["task=trace", f"image='{picture}'", f"prompt={QUESTION}", *arguments]) == 0
+    body = json.loads((tmp_path / "graph.json").read_text())
+    jsonschema.validate(body, json.loads(SCHEMA.read_text()))
+    ends = [node for node in body["nodes"] if node["node_id"].startswith("TARGET_")]
+    assert len(ends) == 2 and all(node["clerp"].startswith("L4H0 ") for node in ends)
+    assert [node["is_target_logit"] for node in ends] == [True, False]
+    score = json.loads((tmp_path / "attention.json").read_text())["scores"][0]
+    assert score["sum_of_all_pairs"] == pytest.approx(score["score"], abs=1e-5 * score["sum_of_sizes"])
+    assert score["pairs"][0]["term"] != 0 and str(score["place"]) in capsys.readouterr().out
+    edges = json.loads((tmp_path / "heads.json").read_text())["edges"]
+    ids = {node["node_id"] for node in body["nodes"]}
+    for edge in edges:
+        assert {edge["source"], edge["target"]} <= ids
+        for way in ("first", "last"):
+            size = abs(edge["direct"]) + sum(map(abs, edge[way].values()))
+            assert edge["direct"] + sum(edge[way].values()) == pytest.approx(edge["weight"], abs=1e-4 * size)
+    assert len(edges) == 3 and (tmp_path / "figures" / "graph.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["attribution.tokens=[marz]"], "the nearest is 'mars'"),
+        (["attribution.feature=L5/9999"], "features 0 to 2047"),
+        (["attribution.attention=L9H9"], "layers 0 to 7"),
+        (["attribution.difference=[mars]"], "takes two"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_one_line(
+    tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["task=trace", f"prompt={QUESTION}", f"hydra.run.dir={tmp_path}", "tracking=none"]
+    assert main([*base, *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and error.count("\n") == 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from vlmscope.core.errors import UserError
 
+QUESTIONS = ("tokens", "difference", "answer", "answer_tokens", "feature", "attention")
 _CHOICES = {
     "patch_effect": ("total", "direct"),
     "patch_baseline": ("grey", "mean"),
@@ -122,8 +123,7 @@ class AttributionConfig:
     @property
     def asked(self) -> str:
         """What is explained instead of the top logits, "logits" for these."""
-        found = [name for name in ("tokens", "difference", "answer", "answer_tokens", "feature", "attention")
-                 if getattr(self, name)]  # fmt: skip
+        found = [name for name in QUESTIONS if getattr(self, name)]
         if len(found) > 1:
             raise UserError(f"attribution.{found[0]} and attribution.{found[1]}: a graph explains one; leave one out")
         return found[0] if found else "logits"

@@ -20,7 +20,7 @@ from vlmscope.activations.capture import HasAdapter
 from vlmscope.activations.scores import HeadScore, HeadSide, head_score
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.config import parse_head
-from vlmscope.attribution.targets import Targets, one_target, place
+from vlmscope.attribution.targets import Targets, one_target, place, shown_place
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
 from vlmscope.replacement.model import ReplacementModel
@@ -123,11 +123,11 @@ def score_parts(model: HasAdapter, replacement: ReplacementModel, adjoint: Adjoi
 
 
 def _sides(replacement: ReplacementModel, found: HeadScore, where: Place) -> Targets:
-    tokens, scale = replacement.inputs.tokens, replacement.layers[where.layer].attn_in_scale
+    scale = replacement.layers[where.layer].attn_in_scale
     both = [
         one_target(
             "attention",
-            f'L{where.layer}H{where.head} {name} {at} "{tokens[at]}"',
+            f"L{where.layer}H{where.head} {name} {shown_place(replacement.inputs, at)}",
             found.query.value.new_tensor([found.value]),
             layer=where.layer,
             position=at,
@@ -197,7 +197,7 @@ def top_pairs(parts: ScoreParts, count: int, only: np.ndarray | None = None) -> 
         total += float(block.sum(dtype=torch.float64))
         absolute += float(block.abs().sum(dtype=torch.float64))
         if allowed is not None:
-            block = block * allowed[first : first + len(block), None] * allowed  # noqa: PLW2901
+            block = block * allowed[first : first + len(block), None] * allowed
         flat = block.flatten()
         chosen = flat.abs().topk(min(count, len(flat))).indices
         best.append((flat[chosen], chosen + first * width))

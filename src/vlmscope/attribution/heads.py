@@ -115,8 +115,8 @@ class HeadSplitter:
     def _gradients(self, read: _Read) -> dict[int, tuple[Tensor, Tensor]]:
         self._watching.seen = {}
         position = torch.tensor([read.position], device=read.vector.device)
-        after = {"after_attention": read.after_attention}
-        self._watching.stream_rows(read.layer, read.vector[None], position, **after)
+        vector = read.vector[None]
+        self._watching.stream_rows(read.layer, vector, position, after_attention=read.after_attention)
         return self._watching.seen
 
     def _column(self, source: int) -> int:

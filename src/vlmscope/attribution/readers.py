@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmscope.attribution.targets import Targets
 from vlmscope.replacement.features import written
 from vlmscope.replacement.model import ReplacementModel
 
@@ -32,20 +33,22 @@ class Readers:
         return (self.embeddings * embeddings).sum(-1) + (self.injections * injections).sum((1, 3))
 
 
-def logit_readers(replacement: ReplacementModel, vectors: Tensor, *, total: bool) -> Readers:
-    """Readers of linear read-outs `vectors [B, d]` of the normed last state at the last position.
+def target_readers(replacement: ReplacementModel, targets: Targets, *, total: bool) -> Readers:
+    """Readers of what a graph explains, whatever it is.
 
     Args:
         replacement: the frozen model.
-        vectors: such as those of `LogitTargets`, or a difference of two of them.
+        targets: the graph's targets, B of them.
         total: whether active features respond (total effect) or stay (the graph's own edges, direct effect).
     """
-    scale = replacement.state.final_norm_scale[-1]
 
     def read(streams: list[Tensor]) -> Tensor:
-        return vectors @ (scale * streams[-1][-1])
+        x = streams[-1]
+        if targets.after_attention:
+            x = x + replacement.layers[targets.layer].attend(x, with_bias=False)
+        return (targets.vectors * x[targets.positions]).sum(-1)
 
-    return _readers(replacement, replacement.n_layers, read, total)
+    return _readers(replacement, targets.layer, read, total)
 
 
 def feature_readers(replacement: ReplacementModel, layer: int, which: Tensor, *, total: bool) -> Readers:
@@ -55,7 +58,7 @@ def feature_readers(replacement: ReplacementModel, layer: int, which: Tensor, *,
         replacement: the frozen model.
         layer: the layer.
         which: `[B]` int64, numbers among the layer's active features.
-        total: as for `logit_readers`; features of lower layers respond.
+        total: as for `target_readers`; features of lower layers respond.
     """
     features = replacement.features[layer]
 

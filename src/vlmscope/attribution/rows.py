@@ -84,6 +84,6 @@ def target_chunk(adjoint: Adjoint, targets: Targets, dtype: str) -> RowChunk:
     """The rows of what the graph explains."""
     position = torch.from_numpy(targets.positions).to(targets.vectors.device)
     constants = targets.constants if targets.layer < adjoint.columns.n_layers else None
-    where = {"after_attention": targets.after_attention}
-    rows = adjoint.stream_rows(targets.layer, targets.vectors, position, constants, **where)
+    after = targets.after_attention
+    rows = adjoint.stream_rows(targets.layer, targets.vectors, position, constants, after_attention=after)
     return _chunk(targets.layer, np.arange(len(rows)), rows, targets.values, dtype)

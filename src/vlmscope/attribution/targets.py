@@ -16,6 +16,7 @@ from torch import Tensor
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.ids import FeatureId
+from vlmscope.models.base import ModelInputs
 from vlmscope.replacement.model import ReplacementModel
 
 
@@ -222,7 +223,7 @@ def feature_target(replacement: ReplacementModel, feature: FeatureId, where: str
     scale = replacement.layers[feature.layer].mlp_in_scale[position]
     return one_target(
         "feature",
-        f'{feature} at {position} "{replacement.inputs.tokens[position]}"',
+        f"{feature} at {shown_place(replacement.inputs, position)}",
         found.pre_activation[rows],
         layer=feature.layer,
         position=position,
@@ -254,6 +255,13 @@ def _active_at(replacement: ReplacementModel, feature: FeatureId, where: str, ac
         f"attribution.feature={feature} is not active at position {position} ({tokens[position]!r}), but at {others}"
         f"{more}; write {feature}@{int(found.position[strongest])}, where it is strongest"
     )
+
+
+def shown_place(inputs: ModelInputs, position: int) -> str:
+    """A position with its token, or the number of its soft token, as figures count them."""
+    if inputs.is_image[position]:
+        return f"{position} (soft {int(inputs.is_image[:position].sum())})"
+    return f"{position} ({inputs.tokens[position]})"
 
 
 def place(text: str, n_positions: int, key: str) -> int:

@@ -125,6 +125,4 @@ def _trace_attention(vlm: TraceableModel, replacement: ReplacementModel, config:
     scores = tuple(score_parts(vlm, replacement, adjoint, place) for place in places)
     targets = scores[0].targets
     graph = attribute(replacement, config, vlm.tokenizer, vlm.name, targets)
-    return Trace(
-        replacement, graph, prune(graph, config.node_threshold, config.edge_threshold), targets, scores, flow
-    )
+    return Trace(replacement, graph, prune(graph, config.node_threshold, config.edge_threshold), targets, scores, flow)

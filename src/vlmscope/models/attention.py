@@ -31,7 +31,7 @@ class AttentionInput(NamedTuple):
     kwargs: dict[str, Any]
 
 
-class FoundScores(Exception):  # noqa: N818  # no error: it ends a run that has what it was for
+class FoundScores(Exception):  # no error: it ends a run that has what it was for
     """Raised by a module that `stopping_at_scores` names, in place of its softmax.
 
     Attributes:

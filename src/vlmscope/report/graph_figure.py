@@ -5,6 +5,7 @@ incoming
 |weight| times the target's influence on the logits, the quantity that pruning ranks by.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def _draw_nodes(
         value = f"p={pruned.graph.logit_probabilities[number]:.3f}"
         if nodes.kind[node] == NodeKind.TARGET:
             value = f"{nodes.target[node]:+.2f}"
-        words = f"{pruned.graph.logit_tokens[number]}\n{value}"
+        words = "\n".join([*textwrap.wrap(pruned.graph.logit_tokens[number], 14), value])
         box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": INK}
         axes.text(*layout.xy[node], words, ha="center", va="center", fontsize=9, bbox=box, zorder=4)  # pyright: ignore[reportCallIssue]
     _name_features(axes, pruned, layout, shown)

@@ -141,11 +141,20 @@ def _nodes(
         words = f"{nodes.label[node]}\n{_values(found, node)}".strip()
         axes.text(*layout.xy[node], words, ha="center", va="center", fontsize=9, bbox=box, zorder=4)  # pyright: ignore[reportCallIssue]
     features = shown[nodes.kind[shown] == NodeKind.FEATURE]
+    named: list[np.ndarray] = []
+    room = 0.024 * sum(width for _, width in layout.slots.values())
     for node in features[np.argsort(-strength[features], kind="stable")][:14].tolist():
-        spot = (float(layout.xy[node][0]), float(layout.xy[node][1]))
-        style = {"ha": "center", "va": "bottom", "fontsize": 7.5, "zorder": 5}
+        spot = layout.xy[node]
+        near = sum(abs(spot[0] - other[0]) < room and abs(spot[1] - other[1]) < 0.3 for other in named)
+        named.append(spot)
+        if near > 1:  # no room above or below
+            continue
+        style = {"ha": "center", "va": "top" if near else "bottom", "fontsize": 7.5, "zorder": 5}
         back = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-        axes.annotate(str(nodes.index[node]), spot, (0, 7), textcoords="offset points", bbox=back, **style)
+        at = (float(spot[0]), float(spot[1]))
+        axes.annotate(
+            str(nodes.index[node]), at, (0, -7 if near else 7), textcoords="offset points", bbox=back, **style
+        )
 
 
 def _paint(shade: np.ndarray, compared: bool) -> tuple[list[str], list[str]]:

@@ -49,7 +49,7 @@ def patch_maps(maps: Sequence[PictureMap], pictures: Sequence[np.ndarray], path:
             values = [parts[name] for name in names]
             row[2].barh(names, values, color=[POSITIVE if value >= 0 else NEGATIVE for value in values])
             row[2].axvline(0, color="black", linewidth=0.8)
-            row[2].set_title(f"edge {found.edge:.3g}, unexplained {found.residual:.0e}", loc="left", fontsize=9)
+            row[2].set_title(f"sum {found.edge:.3g}, unexplained {found.residual:.0e}", loc="left", fontsize=9)
             row[2].invert_yaxis()
             row[2].set_xlabel("logits")
     return Path(path)

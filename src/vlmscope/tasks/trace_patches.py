@@ -28,18 +28,16 @@ class Patches:
 def follow_to_patches(
     cfg: AppConfig, vlm: VLM, traced: Trace, pictures: Sequence[Image.Image], run_dir: Path
 ) -> Patches:
-    """Follow the logit targets of a trace to the patches; writes `patches.safetensors` and `figures/patches.png`."""
+    """Follow the targets of a trace to the patches; writes `patches.safetensors` and `figures/patches.png`."""
     import numpy as np
 
     from vlmscope.attribution.patch_io import save_maps
-    from vlmscope.attribution.readers import logit_readers
-    from vlmscope.attribution.targets import choose_logits
+    from vlmscope.attribution.readers import target_readers
     from vlmscope.attribution.vision import vision_path
     from vlmscope.report.patch_figure import patch_maps
 
     settings, replacement, graph = cfg.attribution, traced.replacement, traced.graph
-    targets = choose_logits(replacement, settings.logit_mass, settings.max_logits, settings.token_ids)
-    readers = logit_readers(replacement, targets.vectors, total=settings.patch_effect == "total")
+    readers = target_readers(replacement, traced.targets, total=settings.patch_effect == "total")
     path = vision_path(vlm, replacement.inputs, settings.patch_rule)
     maps = path.maps(readers, graph.logit_tokens, settings.patch_baseline)
     record = {

@@ -111,7 +111,8 @@ def write_heads(path: Path, traced: Trace, count: int) -> None:
     write_json(path, {"edges": records}, indent=1)
     for record in records[:5]:
         heads = ", ".join(f"{name} {share:+.3f}" for name, share in list(record["last"].items())[:3])
-        print(f"  {record['source']} -> {record['target']} {record['weight']:+.3f}: direct {record['direct']:+.3f}, {heads}")
+        edge = f"{record['source']} -> {record['target']} {record['weight']:+.3f}"
+        print(f"  {edge}: direct {record['direct']:+.3f}, {heads}")
 
 
 def _named(shares: object) -> dict[str, float]:

@@ -12,13 +12,9 @@ if TYPE_CHECKING:
 class Config:
     """Settings of the graph, and what it explains, are in `attribution=` (docs/attribution.md).
 
-<<<<<<< HEAD
     `figure` draws the pruned graph too; `head_edges` of its strongest edges are split by attention heads. `rows` is a
     CSV or JSONL file of many prompts with their pictures (docs/graphs.md); with `skip_bad` rows that cannot be traced
     are left out and counted.
-=======
-    `figure` draws the pruned graph too; `head_edges` of its strongest edges are split by attention heads.
->>>>>>> main
     """
 
     figure: bool = True

@@ -34,9 +34,10 @@ def difference_graph(found: GraphComparison, path: str | Path, max_edges: int = 
     ranked = ((1, gap), (-1, gap), (0, common))
     groups = [_first_of(np.flatnonzero(side == mark), values, max_edges // 3) for mark, values in ranked]
     sizes = np.where(side == 0, common, gap)
+    first, second = found.names
     title = (
-        f"{found.names[0]} against {found.names[1]}: {len(groups[0])} edges of the first, {len(groups[1])} of the"
-        f" second, {len(groups[2])} of both; line width: share of influence"
+        f"{first} against {second}: {len(groups[0])} edges of {first}, {len(groups[1])} of {second}, {len(groups[2])}"
+        " of both; line width: share of influence"
     )
     styles = ((_FIRST, "solid"), (_SECOND, _DASHED), (_BOTH, (0, (1, 1))))
     # No influence flows through what is explained: it is one graph's by its probability.
@@ -97,7 +98,7 @@ def _draw(
     shown = np.unique(np.concatenate([found.sources[chosen], found.targets[chosen], ends]))
     layout = lay_out(found.nodes, shown, strength, found.column_is_image, found.n_layers)
     height = 2.1 + 0.72 * len(layout.rows)
-    below = 1.9 / height
+    below = (1.2 if _upright(layout) else 1.9) / height
     widths = np.zeros(len(sizes))
     widths[chosen] = edge_widths(sizes[chosen])
     with drawing(path, INCHES, height, constrained=False) as figure:
@@ -107,6 +108,8 @@ def _draw(
             draw_edges(axes, layout, (found.sources[edges], found.targets[edges]), widths[edges], style)
         _nodes(axes, found, layout, shown, strength, shade)
         _columns(axes, found, layout)
+        if found.match in ("role", "feature"):
+            _name_tokens(axes, found, layout, shown, strength)
         kinds = {NodeKind(int(kind)) for kind in found.nodes.kind[shown]}
         handles = [
             Line2D([], [], marker=mark, color="white", markeredgecolor=INK, markersize=8, label=words)
@@ -142,7 +145,7 @@ def _nodes(
         axes.text(*layout.xy[node], words, ha="center", va="center", fontsize=9, bbox=box, zorder=4)  # pyright: ignore[reportCallIssue]
     features = shown[nodes.kind[shown] == NodeKind.FEATURE]
     named: list[np.ndarray] = []
-    room = 0.024 * sum(width for _, width in layout.slots.values())
+    room = 0.034 * sum(width for _, width in layout.slots.values())
     for node in features[np.argsort(-strength[features], kind="stable")][:14].tolist():
         spot = layout.xy[node]
         near = sum(abs(spot[0] - other[0]) < room and abs(spot[1] - other[1]) < 0.3 for other in named)
@@ -155,6 +158,16 @@ def _nodes(
         axes.annotate(
             str(nodes.index[node]), at, (0, -7 if near else 7), textcoords="offset points", bbox=back, **style
         )
+
+
+def _name_tokens(axes: Axes, found: MergedGraph, layout: Layout, shown: np.ndarray, strength: np.ndarray) -> None:
+    """Where a column holds the tokens of a whole role, write the strongest ones beside their squares."""
+    nodes = found.nodes
+    tokens = shown[(nodes.kind[shown] == NodeKind.TOKEN) & (nodes.image[shown] < 0)]
+    for node in tokens[np.argsort(-strength[tokens], kind="stable")][:6].tolist():
+        at = (float(layout.xy[node][0]), float(layout.xy[node][1]))
+        word = nodes.label[node].strip('"')
+        axes.annotate(word, at, (0, -9), textcoords="offset points", ha="center", va="top", fontsize=7.5, rotation=20)
 
 
 def _paint(shade: np.ndarray, compared: bool) -> tuple[list[str], list[str]]:
@@ -175,9 +188,14 @@ def _values(found: GraphComparison | AggregateGraph, node: int) -> str:
     return "p=" + " | ".join("?" if np.isnan(p) else f"{p:.2f}" for p in found.activation[:, node])
 
 
+def _upright(layout: Layout) -> bool:
+    """Whether the columns are few enough that their names need not be turned."""
+    return len(layout.slots) <= 8
+
+
 def _columns(axes: Axes, found: MergedGraph, layout: Layout) -> None:
     below = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "annotation_clip": False}
-    wide = len(layout.slots) <= 8
+    wide = _upright(layout)
     for column, (centre, _) in layout.slots.items():
         text = "no position" if column < 0 else found.columns[column]
         text = f"soft {text}" if column >= 0 and found.column_is_image[column] and found.match != "role" else text

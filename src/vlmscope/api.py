@@ -5,6 +5,7 @@ import vlmscope
 scope = vlmscope.load()                                   # Orrery and its transcoders
 scope = vlmscope.load("org/vlm", "me/set", revision=commit, transcoder_revision=commit)   # folders or hub ids
 traced = vlmscope.trace(scope, "what planet is this ?", ["mars.png"])
+both = vlmscope.compare(traced, "outputs/trace/earth", names=("mars", "earth"))
 answer = vlmscope.steer(scope, "what planet is this ?", ["mars.png"], {"L6/512": 8.0})
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image
 
@@ -21,12 +22,15 @@ from vlmscope.core.ids import FeatureId
 
 if TYPE_CHECKING:
     from vlmscope.attribution.trace import Trace
+    from vlmscope.core.graph import PrunedGraph
     from vlmscope.core.intervention import FeatureExample
+    from vlmscope.core.merged import AggregateGraph, GraphComparison
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
     from vlmscope.transcoders.transcoder import TranscoderSet
 
 Picture = str | Path | Image.Image
+Graph: TypeAlias = "Trace | PrunedGraph | str | Path"  # the last two: a run folder, or graph.safetensors
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,42 @@ def trace(scope: Scope, prompt: str, images: Sequence[Picture] = (), **settings:
     from vlmscope.attribution.trace import trace as run
 
     return run(scope.vlm, scope.transcoders, scope.inputs(prompt, images), AttributionConfig(**settings))
+
+
+def compare(
+    first: Graph, second: Graph, names: Sequence[str] = ("first", "second"), match: str = "auto"
+) -> GraphComparison:
+    """What two graphs of one model share and what each has alone; docs/graphs.md says when nodes are the same.
+
+    Raises:
+        UserError: a file that is no graph, graphs of different models, or no such rule.
+    """
+    from vlmscope.attribution.compare import compare as run
+
+    return run(_graph(first), _graph(second), names, match)
+
+
+def aggregate(
+    graphs: Sequence[Graph], names: Sequence[str] | None = None, match: str = "role", min_present: float = 0.0
+) -> AggregateGraph:
+    """The mean of many graphs of one model, and how often each node and edge is kept; files are read one at a time.
+
+    Raises:
+        UserError: no graphs, a file that is none, graphs of different models, or a setting that makes no sense.
+    """
+    from vlmscope.attribution.compare import aggregate as run
+
+    return run([g if isinstance(g, str | Path) else _graph(g) for g in graphs], names, match, min_present)
+
+
+def _graph(given: Graph) -> PrunedGraph:
+    from vlmscope.attribution.compare import graph_file
+    from vlmscope.attribution.graph_io import load_graph
+    from vlmscope.attribution.trace import Trace
+
+    if isinstance(given, str | Path):
+        return load_graph(graph_file(given))
+    return given.pruned if isinstance(given, Trace) else given
 
 
 def steer(

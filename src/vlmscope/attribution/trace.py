@@ -16,13 +16,14 @@ from vlmscope.attribution.rows import target_chunk
 from vlmscope.attribution.select import select_rows
 from vlmscope.attribution.targets import Targets, choose_logits
 from vlmscope.attribution.words import Tokenizer
-from vlmscope.core.graph import AttributionGraph, PrunedGraph
+from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
+from vlmscope.core.tables import html_table, text_table
 from vlmscope.models.base import ModelInputs
 from vlmscope.replacement.model import ReplacementModel, build_replacement
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     """A traced prompt: the local replacement model, the whole graph, the pruned one, and what they explain."""
 
@@ -32,6 +33,34 @@ class Trace:
     targets: Targets
     scores: tuple[ScoreParts, ...] = ()
     flow: HeadFlow | None = None
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        graph, scores = self.graph, self.pruned.scores
+        return [
+            ("", "whole graph", "kept by pruning"),
+            ("nodes", f"{graph.n_nodes:,}", f"{self.pruned.n_nodes:,}"),
+            ("edges", f"{graph.n_edges:,}", f"{self.pruned.n_edges:,}"),
+            ("replacement score", f"{scores.replacement:.3f}", ""),
+            ("completeness score", f"{scores.completeness:.3f}", ""),
+            ("largest residual", f"{graph.residual.max():.1e}", ""),
+            *(("explains", end, "") for end in end_words(graph)[:5]),
+        ]
+
+    def _title(self) -> str:
+        return f"{self.graph.prompt!r}, {len(self.graph.tokens)} tokens"
+
+    def __repr__(self) -> str:
+        return f"Trace of {self._title()}\n{text_table(self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), self._title())
+
+
+def end_words(graph: AttributionGraph) -> list[str]:
+    """What the graph explains, a string each: a logit's token with its probability, else a label with its value."""
+    kinds, values = graph.nodes.kind[graph.nodes.ends()], graph.nodes.target[graph.nodes.ends()]
+    named = zip(graph.logit_tokens, kinds, graph.logit_probabilities, values, strict=True)
+    return [f"{word}  p = {p:.3f}" if kind == NodeKind.LOGIT else f"{word} = {v:+.3f}" for word, kind, p, v in named]
 
 
 def attribute(

@@ -7,12 +7,10 @@ incoming
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image
@@ -20,28 +18,19 @@ from PIL import Image
 from vlmscope.core.graph import ENDS, AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.images import PatchBox
+from vlmscope.report.layers import (
+    ACROSS,
+    INCHES,
+    LEFT,
+    MARKS,
+    SIDE_COLUMN,
+    Layout,
+    draw_edges,
+    edge_widths,
+    frame,
+    lay_out,
+)
 from vlmscope.report.style import COLOURS, INK, MUTED, NEGATIVE, POSITIVE, drawing, pick
-
-_MARKS = {  # kind: (marker, face colour, words)
-    NodeKind.TOKEN: ("s", "#444444", "token or soft token"),
-    NodeKind.FEATURE: ("o", "#56B4E9", "feature"),
-    NodeKind.ERROR: ("D", "#bdbdbd", "error"),
-    NodeKind.BIAS: ("^", "#F0E442", "bias"),
-    NodeKind.LEFT_OUT: ("P", "#999999", "features left out"),
-}
-_NODES_ACROSS = 84  # room for this many nodes side by side over the whole width
-_LOGIT_STEP = 7.0  # distance between logits, in nodes
-_INCHES, _LEFT, _ACROSS = 14.0, 0.068, 0.925  # picture width; the axes' left edge and width as fractions of it
-_SIDE_COLUMN = -1  # position of nodes without one (bias, left out)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where things go. `xy [N, 2]` is NaN for nodes that are not drawn; `slots[position]` = (centre, width)."""
-
-    xy: np.ndarray
-    slots: dict[int, tuple[float, float]]
-    rows: dict[int, int]  # layer -> height in the picture
 
 
 def attribution_graph(
@@ -66,12 +55,13 @@ def attribution_graph(
     sources, targets = graph.indices[edges].astype(int), graph.targets_of(edges)
     ends = graph.nodes.ends()
     shown = np.unique(np.concatenate([sources, targets, ends[pruned.node_mask[ends]]]))
-    layout = _lay_out(pruned, shown)
+    layout = lay_out(graph.nodes, shown, pruned.influence, graph.is_image, graph.n_layers)
     height = 2.1 + 0.72 * len(layout.rows)
     below = 1.7 / height
-    with drawing(path, _INCHES, height, constrained=False) as figure:
-        axes = figure.add_axes((_LEFT, below, _ACROSS, 1 - below - 0.32 / height))
-        _frame(axes, pruned, layout, len(edges), len(shown))
+    with drawing(path, INCHES, height, constrained=False) as figure:
+        axes = figure.add_axes((LEFT, below, ACROSS, 1 - below - 0.32 / height))
+        above = "logits" if graph.nodes.kind[-1] == NodeKind.LOGIT else "target"
+        frame(axes, layout, above, _title(pruned, len(edges), len(shown)))
         _draw_edges(axes, layout, sources, targets, graph.weights[edges])
         marked = _draw_nodes(axes, pruned, layout, shown, groups or {})
         _draw_positions(axes, graph, layout, images)
@@ -94,104 +84,29 @@ def strongest_edges(pruned: PrunedGraph, count: int) -> np.ndarray:
     return kept[np.argsort(-strength, kind="stable")][:count]
 
 
-def _lay_out(pruned: PrunedGraph, shown: np.ndarray) -> _Layout:
-    nodes = pruned.graph.nodes
-    ends = np.isin(nodes.kind[shown], ENDS)
-    body = shown[~ends]
-    cells: dict[tuple[int, int], list[int]] = {}
-    for node in body[np.argsort(-pruned.influence[body], kind="stable")]:
-        cells.setdefault((int(nodes.position[node]), int(nodes.layer[node])), []).append(int(node))
-    n_tokens = len(pruned.graph.tokens)
-    used = {position for position, _ in cells}
-    # A short prompt keeps its empty positions as context; a long one only has room for those that matter.
-    positions = sorted(used | set(range(n_tokens)) if n_tokens <= 48 else used)
-    widest = dict.fromkeys(positions, 0)
-    for (position, _), cell in cells.items():
-        widest[position] = max(widest[position], len(cell))
-    # A thumbnail needs some room even where hardly anything fires.
-    least = {at: 1.6 if at >= 0 and pruned.graph.is_image[at] else 1.0 for at in positions}
-    most = max(widest.values())  # nodes side by side in one cell before they wrap: as many as the picture has room for
-    while most > 3 and sum(max(least[at], min(most, widest[at])) + 0.35 for at in positions) > _NODES_ACROSS:
-        most -= 1
-    slots, edge = {}, 0.0
-    for position in positions:
-        width = max(least[position], min(most, widest[position])) + 0.35
-        slots[position] = (edge + width / 2, width)
-        edge += width
-    # What is explained stands in a row of its own, above all that its layer holds.
-    last_layer = pruned.graph.nodes.layer[-1]
-    above = int(last_layer) + int(last_layer < pruned.graph.n_layers)
-    seen = {int(layer) for layer in nodes.layer[body]} | {above}
-    every = range(-1, above + 1)
-    rows = {layer: at for at, layer in enumerate(every if len(every) <= 16 else sorted(seen))}
-    xy = np.full((len(nodes), 2), np.nan)
-    for (position, layer), cell in cells.items():
-        lines = [cell[at : at + most] for at in range(0, len(cell), most)]
-        for level, line in enumerate(lines):
-            y = rows[layer] + (level - (len(lines) - 1) / 2) * min(0.28, 0.8 / len(lines))
-            for at, node in enumerate(line):
-                xy[node] = slots[position][0] + (at - (len(line) - 1) / 2), y
-    top = shown[ends]
-    # Logits share the last position; side by side they need more room than it has, which is to its left.
-    step = min(_LOGIT_STEP, edge / max(len(top), 1))
-    last = slots[positions[-1]][0]
-    first = min(last - step * (len(top) - 1) / 2, edge - step * (len(top) - 0.5))
-    xy[top] = [(max(first, step / 2) + step * at, rows[above] + 0.1) for at in range(len(top))]
-    return _Layout(xy, slots, rows)
-
-
-def _frame(axes: Axes, pruned: PrunedGraph, layout: _Layout, n_edges: int, n_nodes: int) -> None:
-    first, last = min(layout.slots), max(layout.slots)
-    axes.set_xlim(
-        layout.slots[first][0] - layout.slots[first][1] / 2, layout.slots[last][0] + layout.slots[last][1] / 2
-    )
-    axes.set_ylim(-0.5, len(layout.rows) - 0.35)
-    axes.grid(False)
-    axes.set_xticks([])
-    above = "logits" if pruned.graph.nodes.kind[-1] == NodeKind.LOGIT else "target"
-    names = {-1: "embedding", max(layout.rows): above}
-    axes.set_yticks(list(layout.rows.values()), [names.get(layer, str(layer)) for layer in layout.rows])
-    axes.set_ylabel("layer")
-    axes.yaxis.set_label_coords(-0.058, 0.5)
-    axes.tick_params(length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    for row in layout.rows.values():
-        if row % 2:
-            axes.axhspan(row - 0.5, row + 0.5, color="#f5f6f8", zorder=0)
-    for number, (centre, width) in enumerate(layout.slots.values()):
-        if number:
-            axes.axvline(centre - width / 2, color="#e4e4e4", linewidth=0.6, zorder=0.5)
+def _title(pruned: PrunedGraph, n_edges: int, n_nodes: int) -> str:
     scores = pruned.scores
-    axes.set_title(
+    return (
         f"the {n_edges} strongest of {pruned.n_edges:,} kept edges, {n_nodes} of {pruned.n_nodes:,} kept nodes;"
-        f" replacement score {scores.replacement:.2f}, completeness score {scores.completeness:.2f}",
-        loc="left",
-        fontsize=10,
+        f" replacement score {scores.replacement:.2f}, completeness score {scores.completeness:.2f}"
     )
 
 
-def _draw_edges(axes: Axes, layout: _Layout, sources: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> None:
-    lines = np.stack([layout.xy[sources], layout.xy[targets]], axis=1)
-    # The root keeps weak edges visible beside one that dwarfs them all.
-    widths = 0.35 + 3.4 * np.sqrt(np.abs(weights) / np.abs(weights).max())
+def _draw_edges(axes: Axes, layout: Layout, sources: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> None:
+    widths = edge_widths(np.abs(weights))
     for sign, colour, dashes in ((weights >= 0, POSITIVE, "solid"), (weights < 0, NEGATIVE, (0, (3, 1.5)))):
-        if sign.any():
-            chosen = LineCollection(list(lines[sign]), linewidths=widths[sign], colors=colour, linestyles=dashes)
-            chosen.set_alpha(0.42)
-            chosen.set_zorder(1)
-            axes.add_collection(chosen)
+        draw_edges(axes, layout, (sources[sign], targets[sign]), widths[sign], (colour, dashes))
 
 
 def _draw_nodes(
-    axes: Axes, pruned: PrunedGraph, layout: _Layout, shown: np.ndarray, groups: Mapping[FeatureId, str]
+    axes: Axes, pruned: PrunedGraph, layout: Layout, shown: np.ndarray, groups: Mapping[FeatureId, str]
 ) -> dict[str, str]:
     """Draw all nodes; return the colour of every group that was met."""
     nodes = pruned.graph.nodes
     marked: dict[str, str] = {}
     names = list(dict.fromkeys(groups.values()))
     largest = pruned.influence[shown].max() or 1.0
-    for kind, (marker, face, _) in _MARKS.items():
+    for kind, (marker, face, _) in MARKS.items():
         chosen = shown[nodes.kind[shown] == kind]
         if len(chosen) == 0:
             continue
@@ -215,7 +130,7 @@ def _draw_nodes(
     return marked
 
 
-def _name_features(axes: Axes, pruned: PrunedGraph, layout: _Layout, shown: np.ndarray, count: int = 12) -> None:
+def _name_features(axes: Axes, pruned: PrunedGraph, layout: Layout, shown: np.ndarray, count: int = 12) -> None:
     """Write the index of the most influential features above or below them, where a neighbour's leaves room."""
     nodes = pruned.graph.nodes
     features = shown[nodes.kind[shown] == NodeKind.FEATURE]
@@ -241,15 +156,15 @@ def _name_features(axes: Axes, pruned: PrunedGraph, layout: _Layout, shown: np.n
         )
 
 
-def _draw_positions(axes: Axes, graph: AttributionGraph, layout: _Layout, images: Sequence[np.ndarray]) -> None:
+def _draw_positions(axes: Axes, graph: AttributionGraph, layout: Layout, images: Sequence[np.ndarray]) -> None:
     """Under every position its token, or a thumbnail of its patch with the soft token's number."""
     soft = {int(position): number for number, position in enumerate(np.flatnonzero(graph.is_image))}
-    inches = _INCHES * _ACROSS / sum(width for _, width in layout.slots.values())
+    inches = INCHES * ACROSS / sum(width for _, width in layout.slots.values())
     narrowest = min((layout.slots[position][1] for position in soft if position in layout.slots), default=1.0)
     points = min(0.92 * narrowest * inches * 72, 30.0)
     for position, (centre, _) in layout.slots.items():
         below = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "annotation_clip": False}
-        if position == _SIDE_COLUMN:
+        if position == SIDE_COLUMN:
             axes.annotate("no position", (centre, 0), (0, -6), rotation=90, ha="center", va="top", fontsize=8, **below)
             continue
         box = graph.patch_boxes[position]
@@ -288,7 +203,7 @@ def _legend(pruned: PrunedGraph, shown: np.ndarray, marked: Mapping[str, str]) -
     kinds = {NodeKind(int(kind)) for kind in pruned.graph.nodes.kind[shown]}
     handles = [
         Line2D([], [], marker=marker, markerfacecolor=face, label=words, **plain)
-        for kind, (marker, face, words) in _MARKS.items()
+        for kind, (marker, face, words) in MARKS.items()
         if kind in kinds
     ]
     handles += [

@@ -1,4 +1,4 @@
-"""Attribution graph of one prompt and its pictures: graph.json, graph.safetensors and a picture of it."""
+"""Attribution graph of one prompt and its pictures, or of many: graph.json, graph.safetensors and a picture of it."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,28 +12,26 @@ if TYPE_CHECKING:
 class Config:
     """Settings of the graph, and what it explains, are in `attribution=` (docs/attribution.md).
 
-    `figure` draws the pruned graph too; `head_edges` of its strongest edges are split by attention heads.
+    `figure` draws the pruned graph too; `head_edges` of its strongest edges are split by attention heads. `rows` is a
+    CSV or JSONL file of many prompts with their pictures (docs/graphs.md); with `skip_bad` rows that cannot be traced
+    are left out and counted.
     """
 
     figure: bool = True
     head_edges: int = 0
+    rows: str | None = None
+    skip_bad: bool = False
 
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
-    """Trace `prompt=` on `image=` (none for text alone)."""
-    import numpy as np
-
-    from vlmscope.attribution.export import write_graph_json
-    from vlmscope.attribution.graph_io import save_graph
-    from vlmscope.attribution.pruning import reaches_image
-    from vlmscope.attribution.trace import trace
+    """Trace `prompt=` on `image=` (none for text alone), or every row of `task.rows=`."""
     from vlmscope.core.errors import UserError
-    from vlmscope.report.graph_figure import attribution_graph
-    from vlmscope.tasks.graph_metrics import graph_metrics
-    from vlmscope.tasks.steps.trace_details import print_ends, write_heads, write_scores
-    from vlmscope.tasks.trace_patches import follow_to_patches
+    from vlmscope.tasks.trace_one import trace_into
+    from vlmscope.tasks.trace_rows import trace_rows
     from vlmscope.tasks.wiring import load_model, load_transcoders, user_pictures
 
+    if cfg.task.rows is not None:
+        return trace_rows(cfg, context)
     if cfg.prompt is None:
         choice = f"prompt_name= one of {', '.join(cfg.prompts.prompts)}" if cfg.prompts else "'prompt=what is this ?'"
         raise UserError(f"no prompt: add {choice} (and image=path/to/picture.png)")
@@ -43,22 +41,4 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     vlm = load_model(cfg)
     inputs = vlm.prepare(cfg.prompt, pictures)
     transcoders = load_transcoders(cfg, vlm, context.overrides)
-    traced = trace(vlm, transcoders, inputs, cfg.attribution)
-    save_graph(context.run_dir / "graph.safetensors", traced.pruned)
-    patches = follow_to_patches(cfg, vlm, traced, pictures, context.run_dir) if cfg.attribution.patches else None
-    extra = None if patches is None else {"patches": patches.record}
-    write_graph_json(context.run_dir / "graph.json", traced.pruned, context.run_dir.name, vlm.name, extra=extra)
-    if cfg.task.figure:
-        arrays = [np.asarray(p) for p in pictures]
-        attribution_graph(traced.pruned, context.run_dir / "figures" / "graph.png", arrays)
-    graph = traced.graph
-    print_ends(graph)
-    metrics = graph_metrics(traced, float(graph.meta["seconds"]))
-    if patches is not None:
-        metrics |= patches.metrics
-    metrics |= write_scores(context.run_dir / "attention.json", traced, cfg.attribution.n_pairs)
-    if cfg.task.head_edges:
-        write_heads(context.run_dir / "heads.json", traced, cfg.task.head_edges)
-    if pictures:
-        metrics["graph/answer_sees_image"] = float(reaches_image(traced.pruned, int(graph.nodes.ends()[0])))
-    return metrics
+    return trace_into(context.run_dir, cfg, vlm, transcoders, inputs, pictures)

@@ -1,0 +1,89 @@
+"""Aggregate many attribution graphs: mean edges, and how often each feature and edge is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
+    from vlmscope.tasks.context import RunContext
+
+
+@dataclass
+class Config:
+    """The graphs (docs/graphs.md): `runs` are folders of traces, of one prompt or of many rows, or graph files.
+
+    `match` says when nodes are the same (position, from_end, role, feature, auto); what pruning kept in a smaller share
+    of the graphs than `min_present` is left out.
+    """
+
+    runs: list[str] = field(default_factory=list)
+    match: str = "role"
+    min_present: float = 0.0
+    figure: bool = True
+
+
+def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
+    """Write aggregate.safetensors, graph.json, nodes.csv, edges.csv and the figure."""
+    from tqdm import tqdm
+
+    from vlmscope.attribution.compare import aggregate
+    from vlmscope.attribution.merged_export import write_merged_json
+    from vlmscope.attribution.merged_io import save_merged
+    from vlmscope.attribution.merged_tables import write_tables
+    from vlmscope.report.merged_figure import aggregate_graph
+
+    files = _files(cfg.task.runs)
+    passes = iter(("matching", "summing"))
+
+    def bar(graphs: Iterable[Any]) -> Iterator[Any]:
+        return iter(tqdm(graphs, desc=next(passes), total=len(files), unit="graph"))
+
+    names = [file.parent.name for file in files]
+    found = aggregate(files, names, cfg.task.match, cfg.task.min_present, bar)
+    save_merged(context.run_dir / "aggregate.safetensors", found)
+    size = write_merged_json(context.run_dir / "graph.json", found, context.run_dir.name)
+    write_tables(context.run_dir, found)
+    if cfg.task.figure and len(found.sources):
+        aggregate_graph(found, context.run_dir / "figures" / "aggregate.png")
+    print(found)
+    return {
+        "aggregate/graphs": float(found.n_graphs),
+        "aggregate/nodes": float(len(found.nodes)),
+        "aggregate/edges": float(len(found.sources)),
+        "aggregate/nodes_in_all": float((found.count == found.n_graphs).sum()),
+        "aggregate/edges_in_all": float((found.edge_count == found.n_graphs).sum()),
+        "graph/json_mb": size,
+    }
+
+
+def _files(runs: list[str]) -> list[Path]:
+    """The graph files of all runs; those of a trace of many rows in the order of its index.
+
+    Raises:
+        UserError: a run is none, or there are none.
+    """
+    import json
+
+    from vlmscope.attribution.compare import GRAPH_FILE, graph_file
+    from vlmscope.core.artifacts import read_text
+    from vlmscope.core.errors import UserError
+    from vlmscope.tasks.trace_rows import INDEX
+
+    files: list[Path] = []
+    for place in runs:
+        index = Path(place) / INDEX
+        if not index.is_file():
+            files.append(graph_file(place))
+            continue
+        try:
+            records = [json.loads(line) for line in read_text(index).splitlines()]
+            files += [graph_file(Path(place) / record["folder"] / GRAPH_FILE) for record in records]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{index} is incomplete; finish that run with trainer.resume=true") from error
+    if not files:
+        raise UserError("no graphs: give task.runs=[RUN,...], the folders of task=trace runs")
+    return files

@@ -108,9 +108,9 @@ def assemble(
     weights = np.concatenate([chunk.weights for chunk in all_chunks])
     source = np.empty(len(weights), dtype=np.int32)
     node_of_column = layout.node_of_column.astype(np.int32)
-    ends = np.cumsum([len(chunk.indices) for chunk in all_chunks])
-    for end, chunk in zip(ends, all_chunks, strict=True):
-        source[end - len(chunk.indices) : end] = node_of_column[chunk.indices]
+    stops = np.cumsum([len(chunk.indices) for chunk in all_chunks])
+    for stop, chunk in zip(stops, all_chunks, strict=True):
+        source[stop - len(chunk.indices) : stop] = node_of_column[chunk.indices]
     left_out_mass = _left_out_mass(layout, source, row_nodes, counts, weights, columns.n_layers)
     rows = sparse.csr_matrix((weights, source, np.concatenate([[0], np.cumsum(counts)])), shape=(len(counts), n_nodes))
     in_order = np.argsort(row_nodes)

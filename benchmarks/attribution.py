@@ -292,7 +292,7 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Measure what is asked for and print everything that is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one thread, 3 repeats, no growth: under 10 minutes")
+    parser.add_argument("--quick", action="store_true", help="one thread, 3 repeats, no growth")
     parser.add_argument("--parts", nargs="*", help="of small, large, pruning, pruning_20000, growth-AXIS; none: report")
     parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)

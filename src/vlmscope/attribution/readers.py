@@ -5,7 +5,6 @@ again after later layers), and back by autograd: a second way to the edges from 
 one to total effects, where active features respond. Legend: B targets, T positions, d width, n injections.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,45 +40,12 @@ def target_readers(replacement: ReplacementModel, targets: Targets, *, total: bo
         targets: the graph's targets, B of them.
         total: whether active features respond (total effect) or stay (the graph's own edges, direct effect).
     """
-
-    def read(streams: list[Tensor]) -> Tensor:
-        x = streams[-1]
-        if targets.after_attention:
-            x = x + replacement.layers[targets.layer].attend(x, with_bias=False)
-        return (targets.vectors * x[targets.positions]).sum(-1)
-
-    return _readers(replacement, targets.layer, read, total)
-
-
-def feature_readers(replacement: ReplacementModel, layer: int, which: Tensor, *, total: bool) -> Readers:
-    """Readers of the pre-activations of some features of one layer.
-
-    Args:
-        replacement: the frozen model.
-        layer: the layer.
-        which: `[B]` int64, numbers among the layer's active features.
-        total: as for `target_readers`; features of lower layers respond.
-    """
-    features = replacement.features[layer]
-
-    def read(streams: list[Tensor]) -> Tensor:
-        h = streams[-1] + replacement.layers[layer].attend(streams[-1], with_bias=False)
-        mlp_in = replacement.layers[layer].mlp_in_scale * h
-        return (features.w_enc[features.index[which]] * mlp_in[features.position[which]]).sum(-1)
-
-    return _readers(replacement, layer, read, total)
-
-
-def _readers(
-    replacement: ReplacementModel, n_layers: int, read: Callable[[list[Tensor]], Tensor], total: bool
-) -> Readers:
-    """Through the first `n_layers` layers, then `read` of the streams before each layer and after the last."""
     state = replacement.state
     tokens = torch.zeros_like(state.embeddings, requires_grad=True)
     injected = torch.zeros_like(state.injections, requires_grad=True)
     with torch.enable_grad():
-        x, streams, changes = tokens, [tokens], []
-        for layer in range(n_layers):
+        x, changes = tokens, []
+        for layer in range(targets.layer):
             frozen, features = replacement.layers[layer], replacement.features[layer]
             h = x + frozen.attend(x, with_bias=False)
             mlp_in = frozen.mlp_in_scale * h
@@ -87,8 +53,9 @@ def _readers(
             out = written(replacement.features[: layer + 1], changes, mlp_in)
             x = frozen.leave(h + frozen.write_scale * out, with_injection=False)
             x = x + injected[layer] if layer < len(injected) else x
-            streams.append(x)
-        values = read(streams)
+        if targets.after_attention:
+            x = x + replacement.layers[targets.layer].attend(x, with_bias=False)
+        values = (targets.vectors * x[targets.positions]).sum(-1)
     found = [
         torch.autograd.grad(value, (tokens, injected), retain_graph=True, materialize_grads=True) for value in values
     ]

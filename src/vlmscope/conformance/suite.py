@@ -15,7 +15,8 @@ from vlmscope.conformance.record import Check
 from vlmscope.conformance.subject import Limits, Subject, make_subject
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
-from vlmscope.models.base import ModelInputs, adapter_for
+from vlmscope.models.base import ModelInputs
+from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import VLM
 from vlmscope.models.placement import is_offloaded
 from vlmscope.models.precision import exact_float64

@@ -12,8 +12,8 @@ import torch
 
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
-from vlmscope.models.base import check_supported
 from vlmscope.models.checkpoint import read_config
+from vlmscope.models.families import check_supported
 from vlmscope.models.hub import cached_folder, is_commit, is_hub_id
 from vlmscope.models.loading import CLASSES
 

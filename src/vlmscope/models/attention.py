@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from vlmscope.models.base import Adapter, adapter_for
+from vlmscope.models.base import Adapter
+from vlmscope.models.families import adapter_for
 
 IMPLEMENTATION = "vlmscope"
 

@@ -14,8 +14,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from vlmscope.core.errors import UserError
-from vlmscope.models.base import Adapter, ModelInputs, adapter_for, check_supported
+from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.checkpoint import check_weights, read_config
+from vlmscope.models.families import adapter_for, check_supported
 from vlmscope.models.placement import (
     DTYPES,
     OFFLOADS,

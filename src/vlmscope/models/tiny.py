@@ -22,7 +22,7 @@ from transformers import (
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import derive, generator
-from vlmscope.models.base import adapter_for
+from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import VLM
 from vlmscope.models.orrery.processor import BOI, BOS, EOI, EOS, PAD, SOFT, SPECIAL, gemma3_processor
 from vlmscope.models.tiny_families import FAMILIES, build_family

@@ -54,7 +54,7 @@ class _Transcoders(NamedTuple):
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Print the tables and return their numbers: `plan/...`, sizes in bytes, times in seconds."""
     from vlmscope.models.architecture import empty_model
-    from vlmscope.models.base import adapter_for
+    from vlmscope.models.families import adapter_for
 
     adapter = adapter_for(empty_model(_config(cfg), _dtype(cfg.model.dtype)))
     task, machine = cfg.task, HARDWARE[cfg.task.device]

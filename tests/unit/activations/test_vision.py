@@ -19,8 +19,9 @@ from vlmscope.core.images import PatchBox
 from vlmscope.core.seeds import generator
 from vlmscope.models import attention
 from vlmscope.models.attention import recording_vision_patterns
-from vlmscope.models.base import ModelInputs, adapter_for
+from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import make_batch
+from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import VLM
 from vlmscope.models.patches import PicturePatches, Tile
 from vlmscope.models.precision import exact_float64

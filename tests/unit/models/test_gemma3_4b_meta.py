@@ -15,7 +15,8 @@ from vlmscope.conformance.subject import Limits
 from vlmscope.conformance.suite import run_cases
 from vlmscope.conformance.table import failures
 from vlmscope.models.architecture import empty_model, find_config
-from vlmscope.models.base import Adapter, ModelInputs, adapter_for
+from vlmscope.models.base import Adapter, ModelInputs
+from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import VLM
 from vlmscope.models.sizes import attention_widths, state_elements
 from vlmscope.models.tiny import randomise, tiny_gemma3, tiny_image

@@ -19,7 +19,7 @@ from transformers import (
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.trace import trace
 from vlmscope.core.errors import UserError
-from vlmscope.models.base import adapter_for
+from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.transcoders.init import random_set

@@ -7,7 +7,7 @@ from vlmscope.activations.capture import capture_state
 from vlmscope.config.paths import asset
 from vlmscope.core.errors import UserError
 from vlmscope.models.architecture import PUBLISHED, empty_model, find_config, published_models
-from vlmscope.models.base import adapter_for
+from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.placement import Needs
 from vlmscope.models.sizes import forward_flops, n_patches, parameters_by_part, soft_tokens, state_elements

@@ -1,0 +1,54 @@
+"""The supported families by `model_type`, and the adapter of a model."""
+
+import importlib
+from typing import Any
+
+from vlmscope.core.errors import UserError
+from vlmscope.models.base import Adapter
+
+_FAMILIES = {
+    "gemma3": "vlmscope.models.gemma3",
+    "gemma3_text": "vlmscope.models.gemma3",
+    "gemma4": "vlmscope.models.gemma4",
+    "gemma4_text": "vlmscope.models.gemma4",
+    "idefics3": "vlmscope.models.idefics3",
+    "internvl": "vlmscope.models.internvl",
+    "llava": "vlmscope.models.llava",
+    "llava_onevision": "vlmscope.models.llava_onevision",
+    "paligemma": "vlmscope.models.paligemma",
+    "qwen2_5_vl": "vlmscope.models.qwen2_5_vl",
+    "qwen3_vl": "vlmscope.models.qwen3_vl",
+    "smolvlm": "vlmscope.models.idefics3",
+}
+
+# Families that people ask for, and what in them the replacement model does not represent.
+_REFUSED = {
+    "gemma3n": "per-layer embeddings and AltUp streams",
+    "idefics": "cross-attention layers",
+    "llama4": "mixture-of-experts MLPs",
+    "mllama": "cross-attention layers",
+    "qwen3_vl_moe": "mixture-of-experts MLPs",
+}
+
+
+def check_supported(model_type: str, where: str) -> None:
+    """Raise a `UserError` that names the supported types when `model_type` is not one of them."""
+    if model_type in _REFUSED:
+        raise UserError(
+            f"models of type {model_type!r} have {_REFUSED[model_type]}, which attribution does not cover ({where}); "
+            f"choose one of: {', '.join(sorted(_FAMILIES))}"
+        )
+    if model_type not in _FAMILIES:
+        known = ", ".join(sorted(_FAMILIES))
+        raise UserError(f"models of type {model_type!r} are not supported ({where}); choose one of: {known}")
+
+
+def adapter_for(model: Any) -> Adapter:
+    """The adapter of a Hugging Face model, chosen by `model.config.model_type`.
+
+    Raises:
+        UserError: when the type is not supported.
+    """
+    model_type = str(model.config.model_type)
+    check_supported(model_type, type(model).__name__)
+    return importlib.import_module(_FAMILIES[model_type]).make_adapter(model)

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from vlmscope.core.errors import UserError
 
 QUESTIONS = ("tokens", "difference", "answer", "answer_tokens", "feature", "attention")
+WEIGHTS = ("uniform", "probability", "surprise")
 _CHOICES = {
+    "dtype": ("float32", "float64", "model"),
+    "weights": WEIGHTS,
     "patch_effect": ("total", "direct"),
     "patch_baseline": ("grey", "mean"),
     "patch_rule": ("frozen", "gradient"),
 }
-WEIGHTS = ("uniform", "probability", "surprise")
 _FEATURE = re.compile(r"(L\d+/\d+)(?:@(\w+))?", re.ASCII)
 _HEAD = re.compile(r"L(\d+)H(\d+)(?:@(\w+)(?::(\w+))?)?", re.ASCII)
 
@@ -22,12 +24,8 @@ def parse_feature(text: str) -> tuple[str, str]:
     Raises:
         UserError: the text is not of that form.
     """
-    match = _FEATURE.fullmatch(text.strip())
-    if match is None:
-        raise UserError(
-            f"attribution.feature={text!r}: write L<layer>/<index>@<where> with where = max, last or a position, "
-            "such as L5/123@max"
-        )
+    form = "L<layer>/<index>@<where> with where = max, last or a position, such as L5/123@max"
+    match = _matched(_FEATURE, "feature", text, form)
     return match[1], match[2] or "max"
 
 
@@ -37,13 +35,19 @@ def parse_head(text: str) -> tuple[int, int, str, str]:
     Raises:
         UserError: the text is not of that form.
     """
-    match = _HEAD.fullmatch(text.strip())
-    if match is None:
-        raise UserError(
-            f"attribution.attention={text!r}: write auto, or L<layer>H<head>@<query>:<key> with query = last or a "
-            "position and key = max, last or a position, such as L5H2@last:max"
-        )
+    form = (
+        "auto, or L<layer>H<head>@<query>:<key> with query = last or a position and key = max, last or a position, "
+        "such as L5H2@last:max"
+    )
+    match = _matched(_HEAD, "attention", text, form)
     return int(match[1]), int(match[2]), match[3] or "last", match[4] or "max"
+
+
+def _matched(pattern: re.Pattern[str], key: str, text: str, form: str) -> re.Match[str]:
+    match = pattern.fullmatch(text.strip())
+    if match is None:
+        raise UserError(f"attribution.{key}={text!r}: write {form}")
+    return match
 
 
 @dataclass
@@ -71,8 +75,8 @@ class AttributionConfig:
         n_pairs: so many pairs of sources of a score are listed.
         node_threshold: share of influence that the pruned graph's nodes reach.
         edge_threshold: share of edge influence that its edges reach.
-        batch_size: targets swept at once; it bounds memory and does not change the graph.
-        update_every: batches between two rankings of the features, when not all fit.
+        batch_size: targets swept at once; it bounds memory, and changes no row.
+        update_every: batches between two rankings of the features, when not all fit: then both say which are chosen.
         dtype: "float32" or "float64", of the sweep and of the stored weights; "model" takes the model's,
             which must be one of these.
         patches: whether the answer's targets are followed below the soft tokens, to the patches of each picture.
@@ -112,11 +116,9 @@ class AttributionConfig:
         for name in ("logit_mass", "node_threshold", "edge_threshold"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise UserError(f"attribution.{name} = {getattr(self, name)} must lie in (0, 1]; correct it")
-        if self.dtype not in ("float32", "float64", "model"):
-            raise UserError(f"attribution.dtype = {self.dtype!r} must be float32, float64 or model; correct it")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                choices = " or ".join(known)
+                choices = f"{', '.join(known[:-1])} or {known[-1]}"
                 raise UserError(f"attribution.{name} = {getattr(self, name)!r} must be {choices}; correct it")
         self._check_target()
 
@@ -135,8 +137,6 @@ class AttributionConfig:
                 f"attribution.token_ids adds to the top logits, which attribution.{asked} replaces; leave one out"
                 " (a token by its number is id:NUMBER in attribution.tokens)"
             )
-        if self.weights not in WEIGHTS:
-            raise UserError(f"attribution.weights = {self.weights!r}: choose one of {', '.join(WEIGHTS)}")
         if self.answer_tokens < 0:
             raise UserError(f"attribution.answer_tokens = {self.answer_tokens}: it counts tokens; choose 1 or more")
         if self.difference and len(self.difference) != 2:

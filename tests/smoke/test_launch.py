@@ -13,7 +13,6 @@ import pytest
 from safetensors.torch import load_file
 
 from vlmscope.app import main
-from vlmscope.models.tiny import tiny_image
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -76,19 +75,6 @@ def wait_for(path: Path, seconds: float = 200) -> None:
     while not path.exists():
         assert time.monotonic() < end, f"{path} never came"
         time.sleep(0.02)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = []
-    for number in range(8):
-        tiny_image(number).save(folder / f"{number}.png")
-        turns = [{"user": "what is this ?", "assistant": "red"}, {"user": "the other one ?", "assistant": "two"}]
-        lines.append({"images": [f"{number}.png"], "texts": turns[: 1 + number % 2]})
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
 
 
 def test_torchrun_trains_one_set_in_one_folder_with_one_record(tmp_path: Path, data: Path) -> None:

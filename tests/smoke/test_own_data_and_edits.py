@@ -24,20 +24,6 @@ STEER = ["task=steer", "model=tiny_llava", "transcoder=random", "tracking=none",
 PATCH = ["task=patch", *STEER[1:]]
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = []
-    for number in range(8):
-        tiny_image(number).resize((12 + 4 * number, 20)).save(folder / f"{number}.png")
-        turns = [{"user": "what is this ?", "assistant": "red"}, {"user": "the other one ?", "assistant": "two"}]
-        lines.append({"images": [f"{number}.png"], "texts": turns[: 1 + number % 2]})
-    lines.append({"text": "the red planet and the other one"})
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
 def one_error(capsys: pytest.CaptureFixture[str]) -> str:
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

@@ -196,11 +196,12 @@ def _upright(layout: Layout) -> bool:
 def _columns(axes: Axes, found: MergedGraph, layout: Layout) -> None:
     below = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "annotation_clip": False}
     wide = _upright(layout)
+    drop = -20 if found.match in ("role", "feature") else -6  # below the tokens' slanted names
     for column, (centre, _) in layout.slots.items():
         text = "no position" if column < 0 else found.columns[column]
         text = f"soft {text}" if column >= 0 and found.column_is_image[column] and found.match != "role" else text
         turn = {"rotation": 0 if wide else 90, "ha": "center", "va": "top", "fontsize": 9.5 if wide else 8}
-        axes.annotate(text, (centre, 0), (0, -6), **turn, **below)
+        axes.annotate(text, (centre, 0), (0, drop), **turn, **below)
 
 
 def _side_legend(names: Sequence[str]) -> list[Line2D]:

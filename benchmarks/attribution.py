@@ -47,6 +47,7 @@ class Worker:
         path = os.pathsep.join([str(ROOT), str(ROOT / "src")] if command[0] == sys.executable else [str(ROOT)])
         quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
         environment = os.environ | quiet | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+        self.command = " ".join(command)
         self.process = subprocess.Popen(
             [*command, str(folder), str(threads)],
             stdin=subprocess.PIPE,
@@ -62,7 +63,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{' '.join(map(str, self.process.args))} ended; run with --verbose to see why")
+            raise SystemExit(f"{self.command} ended; run with --verbose to see why")
         return json.loads(line)
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -243,7 +244,7 @@ def gemm_rate(threads: int, size: int = 1024) -> float:
     times = []
     for _ in range(9):
         began = time.perf_counter()
-        a @ b
+        torch.mm(a, b)
         times.append(time.perf_counter() - began)
     return 2 * size**3 / statistics.median(times)
 

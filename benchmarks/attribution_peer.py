@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmarks.measured import measured
-from circuit_tracer.attribution.attribute import attribute
-from circuit_tracer.graph import Graph, compute_graph_scores, prune_graph
-from circuit_tracer.replacement_model.replacement_model_nnsight import NNSightReplacementModel
-from circuit_tracer.transcoder.activation_functions import TopK
-from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
-from circuit_tracer.utils.tl_nnsight_mapping import UnifiedConfig
+from circuit_tracer.attribution.attribute import attribute  # pyright: ignore[reportMissingImports]
+from circuit_tracer.graph import Graph, compute_graph_scores, prune_graph  # pyright: ignore[reportMissingImports]
+from circuit_tracer.replacement_model.replacement_model_nnsight import NNSightReplacementModel  # pyright: ignore[reportMissingImports]
+from circuit_tracer.transcoder.activation_functions import TopK  # pyright: ignore[reportMissingImports]
+from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set  # pyright: ignore[reportMissingImports]
+from circuit_tracer.utils.tl_nnsight_mapping import UnifiedConfig  # pyright: ignore[reportMissingImports]
 
 
 def attribution(folder):

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from started import started
 
 from vlmscope.core.hardware import Hardware
-from vlmscope.training.layer_trainer import LayerTrainer
 from vlmscope.training.layout import Layout
 from vlmscope.training.sizes import TrainingSizes
 from vlmscope.training.times import bounds, layer_work
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.transcoders.transcoder import TranscoderConfig
 
 SIZES = [(2048, 128, 2048, 16), (2048, 256, 8192, 16), (1024, 512, 16384, 48), (512, 1024, 16384, 48)]  # n, d, F, k
 GROUPS = {
@@ -52,9 +51,8 @@ def this_machine(repeat: int) -> Hardware:
 
 def measured(n: int, d: int, f: int, k: int, repeat: int) -> dict[str, float]:
     """Seconds of the groups of one layer's step."""
-    trainer = LayerTrainer(TranscoderConfig(d, f, k))
     x, y = torch.randn(n, d), torch.randn(n, d)
-    trainer.initialise(x, y, "samples", 0)
+    trainer = started(d, f, k, x, y)
     config = TranscoderTrainingConfig()
     optimiser = torch.optim.AdamW(trainer.parameters(), lr=1e-4, fused=True)
     standard = trainer.standard.apply(x, y)[0]

@@ -16,11 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from started import started
 from training_data import Activations
 
-from vlmscope.training.layer_trainer import LayerTrainer
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.transcoders.config import TranscoderConfig
 
 
 def measure(job: dict[str, Any], data: Activations) -> dict[str, Any]:
@@ -56,8 +55,7 @@ def timed_once(run: Callable[[], object]) -> float:
 
 def our_step(data: Activations, n: int, latents: int, k: int) -> Callable[[], None]:
     """Loss and gradients of a batch, as `TranscoderModule` takes them."""
-    trainer = LayerTrainer(TranscoderConfig(data.x.shape[1], latents, k))
-    trainer.initialise(data.x[: 4 * n], data.y[: 4 * n], "samples", 0)
+    trainer = started(data.x.shape[1], latents, k, data.x[: 4 * n], data.y[: 4 * n])
     config = TranscoderTrainingConfig(k=k)
 
     def step() -> None:
@@ -71,10 +69,9 @@ def peer_step(job: dict[str, Any], data: Activations, n: int, latents: int, k: i
     """The same of the peer's coder, started from our weights: which features are active matters for the speed."""
     sys.path.insert(0, job["peer_site"])
     with contextlib.redirect_stdout(io.StringIO()):
-        from sparsify import SparseCoder, SparseCoderConfig
+        from sparsify import SparseCoder, SparseCoderConfig  # pyright: ignore[reportMissingImports]
 
-    trainer = LayerTrainer(TranscoderConfig(data.x.shape[1], latents, k))
-    trainer.initialise(data.x[: 4 * n], data.y[: 4 * n], "samples", 0)
+    trainer = started(data.x.shape[1], latents, k, data.x[: 4 * n], data.y[: 4 * n])
     folded = trainer.folded()
     coder = SparseCoder(data.x.shape[1], SparseCoderConfig(num_latents=latents, k=k, transcode=True))
     with torch.no_grad():

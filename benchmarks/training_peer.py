@@ -61,7 +61,7 @@ def peer(
     """Train by sparsify's own Trainer: its defaults, or its Adam with our warm-up (its own 1,000 steps outlast us)."""
     sys.path.insert(0, job["peer_site"])
     with contextlib.redirect_stdout(io.StringIO()):
-        from sparsify import SparseCoderConfig, TrainConfig, Trainer
+        from sparsify import SparseCoderConfig, TrainConfig, Trainer  # pyright: ignore[reportMissingImports]
 
     coder = SparseCoderConfig(num_latents=job["latents"], k=job["k"], transcode=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -88,10 +88,9 @@ def peer(
 
         names = {layer: name for name, layer in hookpoints.items()}
         clock = Clock(job["steps"], job["marks"], judged)
-        last: list[float] = []
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             trainer = Trainer(config, _Batches(ids, batch, clock), model)
-            trainer.save = lambda: last.append(clock.read())  # pyright: ignore[reportAttributeAccessIssue]
+            trainer.save = clock.read
             trainer.fit()
     assert len(clock.seconds) == job["steps"] + 1, len(clock.seconds)
     return clock.record()

@@ -97,6 +97,8 @@ def test_training_over_hosts_and_in_half_precision(tmp_path: Path) -> None:
     assert base["plan/training/traffic/between_hosts"] == 0 < hosts["plan/training/traffic/between_hosts"]
     assert hosts["plan/training/seconds/encoder"] < base["plan/training/seconds/encoder"] / 10
     assert "plan/training/seconds/sums" in hosts
+    assert hosts["plan/training/memory/work"] < base["plan/training/memory/work"]  # half the tokens, half the bytes
+    assert hosts["plan/training/memory/weights"] == base["plan/training/memory/weights"]  # float32 as ever
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,7 @@ def test_training_over_hosts_and_in_half_precision(tmp_path: Path) -> None:
         (["task.tokens=0"], "task.tokens=0: it must be at least 1"),
         (["model=path", "model.path=/no/model"], "nothing is known here"),
         ([*PAPER, "task.training.gpus=40"], "40 processes on a host for 34 layers"),
+        ([*PAPER, "trainer.precision=64"], "trainer.precision=64: transcoders take 32 or bf16-mixed"),
         ([*PAPER, "task.training.tokens=0"], "task.training.tokens=0: it must be at least 1"),
         ([*PAPER, "task.training.dead=1"], "a share of features in [0, 1)"),
         ([*PAPER, "task.device=l4", "task.training.hosts=2"], "no network between hosts is known of NVIDIA L4"),

@@ -135,6 +135,7 @@ class TrainerConfig:
 
     With several processes (docs/scaling.md), `per_host` of them share the layers, each `per_host` a copy of all layers
     (null: those on one machine); `rank_timeout` is how many minutes one waits for another that does not answer.
+    `precision` of transcoders is "32", or "bf16-mixed", which chooses features by a bfloat16 product (docs/scaling.md).
     """
 
     max_steps: int = 1000

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vlmscope.training.sizes import TrainingSizes
 
 _STATES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_ENCODERS = {"32": "float32", "bf16-mixed": "bfloat16", "64": "float64"}
+_ENCODERS = {"32": "float32", "bf16-mixed": "bfloat16"}
 
 
 @dataclass
@@ -60,8 +60,11 @@ class TrainingTables:
         """Count everything.
 
         Raises:
-            UserError: more GPUs on a host than layers, or hosts of a machine whose network is not known.
+            UserError: more GPUs on a host than layers, hosts of a machine whose network is not known, or a precision in
+                which transcoders are not trained.
         """
+        if cfg.trainer.precision not in _ENCODERS:
+            raise UserError(f"trainer.precision={cfg.trainer.precision}: transcoders take {' or '.join(_ENCODERS)}")
         if cfg.transcoder.cross_layer:
             raise UserError("task=plan counts transcoders of single layers; leave out transcoder.cross_layer")
         self.cfg, self.plan, self.machine, self.adapter = cfg, cfg.task.training, machine, adapter
@@ -124,11 +127,11 @@ class TrainingTables:
         sizes, plan, cfg = self.sizes, self.plan, self.cfg
         pictures = plan.images / plan.tokens * sizes.rank_tokens
         flops = capture_flops(self.adapter, sizes.rank_tokens, plan.context, pictures)
-        encoder = _ENCODERS[cfg.trainer.precision]
-        found = bounds(step_work(sizes, flops, cfg.model.dtype, encoder, plan.steps_per_batch), self.machine)
+        found = bounds(step_work(sizes, flops, cfg.model.dtype, plan.steps_per_batch), self.machine)
         steps = ceil(plan.tokens / plan.step_tokens) * plan.steps_per_batch
         total = sum(one.seconds for one in found.values())
-        yield f"\nLeast time of a step of rank 0 (roofline; {steps:,} steps, the encoder's product in {encoder})"
+        said = f"{steps:,} steps, the encoder's product in {sizes.encoder_dtype}"
+        yield f"\nLeast time of a step of rank 0 (roofline; {said})"
         for part, bound in found.items():
             self.metrics[f"plan/training/seconds/{part}"] = bound.seconds
             said = f"{bound.seconds * 1e3:.3g} ms"
@@ -200,6 +203,7 @@ def training_sizes(cfg: AppConfig, plan: TrainingPlan, adapter: Adapter, expansi
         dead=plan.dead,
         aux_k=plan.aux_k,
         state_bytes=_STATES[plan.state_dtype],
+        encoder_dtype=_ENCODERS[cfg.trainer.precision],
     )
 
 

@@ -60,14 +60,15 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.tasks.transcoder_batches import batches_for
     from vlmscope.tasks.transcoder_cards import training_card
     from vlmscope.tasks.wiring import load_model
+    from vlmscope.training.transcoder_config import PRECISIONS
     from vlmscope.training.transcoder_training import train_transcoders
     from vlmscope.transcoders.card import CARD
     from vlmscope.transcoders.formats import save_set
 
     if not isinstance(cfg.transcoder, TranscoderArchConfig):
         raise UserError("training needs an architecture, not a trained set: add transcoder=arch")
-    if cfg.trainer.precision != "32":
-        raise UserError(f"trainer.precision={cfg.trainer.precision}: transcoders are trained in float32; leave it out")
+    if cfg.trainer.precision not in PRECISIONS:
+        raise UserError(f"trainer.precision={cfg.trainer.precision}: transcoders take {' or '.join(PRECISIONS)}")
     training_config(cfg).check()
     vlm, source = batches_for(cfg, lambda: load_model(cfg), context.run_dir)
     transcoders, metrics = train_transcoders(
@@ -118,6 +119,7 @@ def training_config(cfg: "AppConfig", data: str | None = None):
         pool_batches=task.pool_batches,
         steps_per_batch=task.steps_per_batch,
         micro_tokens=task.micro_tokens,
+        precision=cfg.trainer.precision,
         max_norm_ratio=task.max_norm_ratio,
         max_steps=cfg.trainer.max_steps,
         lr=cfg.optim.lr,

@@ -44,11 +44,20 @@ class LayerTrainer(nn.Module):
     norm_limits: Tensor
     left_out: Tensor
 
-    def __init__(self, config: TranscoderConfig, max_norm_ratio: float | None = None) -> None:
-        """`max_norm_ratio`: tokens whose input or target norm is so many times the median's do not count."""
+    def __init__(
+        self, config: TranscoderConfig, max_norm_ratio: float | None = None, product_dtype: torch.dtype | None = None
+    ) -> None:
+        """Weights of zero.
+
+        Args:
+            config: of the transcoder.
+            max_norm_ratio: tokens whose input or target norm is so many times the median's do not count.
+            product_dtype: that of the encoder's dense product (`vlmscope.transcoders.transcoder.Transcoder`).
+        """
         super().__init__()
         self.max_norm_ratio = max_norm_ratio
         self.transcoder = Transcoder(config).train()
+        self.transcoder.product_dtype = product_dtype
         d, f = config.d_model, config.n_features
         self.register_buffer("x_mean", torch.zeros(d))
         self.register_buffer("y_mean", torch.zeros(d))

@@ -12,6 +12,7 @@ from math import ceil
 from vlmscope.training.layout import Layout
 
 _FLOAT = 4  # parameters, gradients and standardised activations are float32
+_BYTES = {"bfloat16": 2, "float32": 4}
 _MESSAGES = 3  # in a sum over hosts of FVU: the mean's count, the squared residuals, the squared deviations
 _WINDOW = 64  # losses that a layer remembers
 _WORKING = 10  # tensors [n, d] of the layer in work: inputs, targets, reconstruction, residuals and their gradients
@@ -46,6 +47,7 @@ class TrainingSizes:
         dead: share of features that are dead; AuxK works when it is not 0.
         aux_k: features that AuxK takes a token.
         state_bytes: bytes of a number of the optimiser's two moments.
+        encoder_dtype: in which the encoder's dense product is computed and kept (`trainer.precision`).
         validates: whether rank 0 gathers the whole set on its device, as it does to validate and to save.
     """
 
@@ -63,12 +65,18 @@ class TrainingSizes:
     dead: float = 0.0
     aux_k: int = 64
     state_bytes: int = _FLOAT
+    encoder_dtype: str = "float32"
     validates: bool = True
 
     @property
     def numbers(self) -> int:
         """P."""
         return transcoder_numbers(self.d_model, self.n_features, self.skip, self.activation)[0]
+
+    @property
+    def encoder_bytes(self) -> int:
+        """Bytes of a pre-activation."""
+        return _BYTES[self.encoder_dtype]
 
     @property
     def host_tokens(self) -> int:
@@ -104,14 +112,20 @@ class TrainingSizes:
         return a_layer * (self.rank_tokens * (layers + layers - own) + 2 * self.host_tokens * own)
 
     def work_bytes(self) -> int:
-        """Of the layer in work: pre-activations [n, F] float32, where a mask chooses also that and a copy; [n, d]."""
-        choice = 0 if self.activation == "topk" else 1 + _FLOAT
-        pre = self.host_tokens * self.n_features * (_FLOAT + choice)
+        """Of the layer in work: pre-activations [n, F], where a mask chooses also that and a copy; rows [n, d].
+
+        In half precision the product also needs copies of weights and inputs.
+        """
+        own = self.encoder_bytes
+        choice = 0 if self.activation == "topk" else 1 + own
+        pre = self.host_tokens * self.n_features * (own + choice)
         rows = _WORKING * self.host_tokens * self.d_model * _FLOAT
+        if own != _FLOAT:
+            rows += own * (self.n_features * (self.d_model + 1) + self.host_tokens * self.d_model)
         if not self.dead_features:
             return pre + rows
         # AuxK takes the dead features' columns out, and its gradient stands beside that of the loss for a moment.
-        return pre + rows + _FLOAT * (self.host_tokens * self.dead_features + self.n_features * self.d_model)
+        return pre + rows + own * self.host_tokens * self.dead_features + _FLOAT * self.n_features * self.d_model
 
     def memory(self, rank: int) -> dict[str, int]:
         """Bytes on a rank's device by part.

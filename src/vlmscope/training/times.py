@@ -30,20 +30,24 @@ class Work(NamedTuple):
         return machine.bound(self.flops, self.moved, self.dtype, self.linked, self.networked)
 
 
-def layer_work(sizes: TrainingSizes, encoder_dtype: str = "float32") -> dict[str, Work]:
+def layer_work(sizes: TrainingSizes) -> dict[str, Work]:
     """What one layer takes in one step, by part.
 
     The encoder's product is dense; everything after the choice of features touches k rows a token
     (`vlmscope.transcoders.sparse`): one bag and one gradient of the decoder, the gradient of the values, one gradient
-    of the encoder. Each gradient of [F, d] is written whole.
+    of the encoder. Each gradient of [F, d] is written whole. With the product in half precision its operands are
+    copied first, and the chosen values are one more set of dot products.
     """
     n, d, f, k = sizes.host_tokens, sizes.d_model, sizes.n_features, sizes.k
-    pre, rows, weight = n * f * _FLOAT, n * d * _FLOAT, f * d * _FLOAT
-    bags = n * k * d * _FLOAT
+    pre, rows, weight = n * f * sizes.encoder_bytes, n * d * _FLOAT, f * d * _FLOAT
+    bags, passes = n * k * d * _FLOAT, 4
+    read = weight + rows
+    if sizes.encoder_bytes != _FLOAT:
+        read, passes = read + 2 * sizes.encoder_bytes * (f * d + n * d), passes + 1
     parts = {
-        "encoder": Work(2.0 * n * f * d, weight + rows + pre, encoder_dtype),
+        "encoder": Work(2.0 * n * f * d, read + pre, sizes.encoder_dtype),
         "choice": Work(0.0, pre + n * k * (_INDEX + _FLOAT)),
-        "sparse": Work(4 * 2.0 * n * k * d, 4 * bags + 2 * weight + 3 * rows),
+        "sparse": Work(passes * 2.0 * n * k * d, passes * bags + 2 * weight + 3 * rows),
         "elementwise": Work(0.0, _PASSES * rows),
         "clipping": Work(0.0, 3 * _FLOAT * sizes.numbers),
         "optimiser": Work(0.0, sizes.numbers * (3 * _FLOAT + _MOMENTS * sizes.state_bytes)),
@@ -52,19 +56,15 @@ def layer_work(sizes: TrainingSizes, encoder_dtype: str = "float32") -> dict[str
         parts["skip"] = Work(2 * 2.0 * n * d * d, 4 * rows + 2 * d * d * _FLOAT)
     m = sizes.dead_features
     if m:
-        taken, aux = n * m * _FLOAT, n * min(sizes.aux_k, m) * d * _FLOAT
+        taken, aux = n * m * sizes.encoder_bytes, n * min(sizes.aux_k, m) * d * _FLOAT
         # Its gradients are written, then added to those of the loss.
-        moved = 3 * taken + 4 * aux + 2 * 4 * weight + 6 * rows
-        parts["aux_k"] = Work(4 * 2.0 * n * min(sizes.aux_k, m) * d, moved)
+        moved = 3 * taken + passes * aux + 2 * 4 * weight + 6 * rows
+        parts["aux_k"] = Work(passes * 2.0 * n * min(sizes.aux_k, m) * d, moved)
     return parts
 
 
 def step_work(
-    sizes: TrainingSizes,
-    forward_flops: float,
-    model_dtype: str,
-    encoder_dtype: str = "float32",
-    steps_per_batch: int = 1,
+    sizes: TrainingSizes, forward_flops: float, model_dtype: str, steps_per_batch: int = 1
 ) -> dict[str, Work]:
     """What the busiest rank does in one step, by part; a captured batch serves `steps_per_batch` steps.
 
@@ -72,7 +72,6 @@ def step_work(
         sizes: of the run.
         forward_flops: of the model over one rank's share of a batch, vision tower included.
         model_dtype: dtype of the model.
-        encoder_dtype: dtype in which the encoder's product is computed.
         steps_per_batch: steps between two captured batches.
     """
     layout, layers = sizes.layout, len(sizes.layout.layers(0))
@@ -86,7 +85,7 @@ def step_work(
     }
     if sizes.pool_batches > 1:
         parts["draw"] = Work(0.0, 4 * sizes.batch_bytes(0))
-    for part, one in layer_work(sizes, encoder_dtype).items():
+    for part, one in layer_work(sizes).items():
         parts[part] = Work(one.flops * layers, one.moved * layers, one.dtype)
     if layout.hosts > 1:
         summed = sizes.summed_over_hosts(0)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from vlmscope.core.errors import UserError
 
+PRECISIONS = ("32", "bf16-mixed")
+
 
 @dataclass
 class TranscoderTrainingConfig:
@@ -18,6 +20,8 @@ class TranscoderTrainingConfig:
             (`vlmscope.training.transcoder_stream`; 1 and 1 = each step its own batch).
         micro_tokens: the tokens of a step are encoded and differentiated so many at a time, which bounds memory and
             changes nothing else (`vlmscope.training.micro_batches`); None: all at once.
+        precision: "32", or "bf16-mixed": the encoder's dense product, from which the active features are chosen, in
+            bfloat16; weights, moments, loss and the chosen features' activations stay float32.
         max_steps: optimiser steps; the rate falls to `lr_floor x lr` at the last one.
         lr, betas, weight_decay, schedule ("cosine" | "linear"), warmup, lr_floor: AdamW and its schedule.
         matryoshka: fractions of the features that must do on their own (`vlmscope.training.losses.matryoshka`).
@@ -44,6 +48,7 @@ class TranscoderTrainingConfig:
     pool_batches: int = 8
     steps_per_batch: int = 4
     micro_tokens: int | None = None
+    precision: str = "32"
     max_steps: int = 4000
     lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -94,6 +99,10 @@ class TranscoderTrainingConfig:
         alone = [name for name in ("matryoshka", "micro_tokens", "max_norm_ratio") if getattr(self, name)]
         if self.cross_layer and alone:
             raise UserError(f"transcoder training: {alone[0]} is of single layers; leave out it or cross_layer")
+        if self.precision not in PRECISIONS:
+            raise UserError(
+                f"transcoder training: precision {self.precision!r} is unknown; choose {' or '.join(PRECISIONS)}"
+            )
         if self.schedule not in ("cosine", "linear"):
             raise UserError(f"transcoder training: schedule {self.schedule!r} is unknown; choose cosine or linear")
         if self.init not in ("samples", "zero_decoder"):

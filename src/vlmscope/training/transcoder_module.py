@@ -62,8 +62,13 @@ class TranscoderModule(pl.LightningModule):
         for parameter in adapter.model.parameters():
             parameter.requires_grad_(False)
         adapter.model.eval()
+        # Of the product alone: float32 weights take updates that bfloat16 would round away.
+        half = torch.bfloat16 if config.precision == "bf16-mixed" else None
         self.trainers = nn.ModuleDict(
-            {str(layer): LayerTrainer(self._architecture(layer), config.max_norm_ratio) for layer in self.ranks.layers}
+            {
+                str(layer): LayerTrainer(self._architecture(layer), config.max_norm_ratio, half)
+                for layer in self.ranks.layers
+            }
         )
         self.optimizer = torch.optim.AdamW(
             self.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True

@@ -117,7 +117,10 @@ class _Gather(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(indices, x, w_enc)
         ctx.order = order
-        return pre.gather(1, indices)
+        if pre.dtype == w_enc.dtype:
+            return pre.gather(1, indices)
+        # Half precision is good enough to choose by; what is chosen is k/F of the product, and worth having exactly.
+        return sampled_dots(indices, x, w_enc, order) + b_enc[indices]
 
     @staticmethod
     @once_differentiable
@@ -166,7 +169,8 @@ def gather_pre_activations(
     """Values of `pre = x @ w_enc.T + b_enc` at `indices`, with sparse gradients to `x`, `w_enc` and `b_enc`.
 
     `pre` [N, F] is the product computed beforehand without a gradient; indices [N, k] int64, x [N, d], w_enc [F, d],
-    b_enc [F] -> [N, k]. `order` is shared by what has the same indices.
+    b_enc [F] -> [N, k] in the dtype of `w_enc`: where `pre` is of another one, the values are computed anew. `order` is
+    shared by what has the same indices.
     """
     return _Gather.apply(pre, indices, x, w_enc, b_enc, order)  # pyright: ignore[reportReturnType]
 

@@ -63,8 +63,8 @@ class SparseCode:
 class TranscoderOutput:
     """What one forward gives.
 
-    `reconstruction` [.., d]; `code`; `pre` [.., F], all pre-activations, detached; `at_support` [.., k], those of the
-    code's features, differentiable.
+    `reconstruction` [.., d]; `code`; `pre` [.., F], all pre-activations, detached, in the dtype of the product;
+    `at_support` [.., k], those of the code's features, differentiable, in the weights' dtype.
     """
 
     reconstruction: Tensor
@@ -78,8 +78,12 @@ class Transcoder(nn.Module):
 
     `W_enc` [F, d] and `W_dec` [F, d], a row a feature; `b_enc` [F], `b_dec` [d]; `W_skip` [d, d] or None. `W_later`:
     decoders [F, d] to the layers after its own, in order, none unless it is cross-layer.
+
+    `product_dtype`: that of the dense product from which the active features are chosen, in training mode alone (None:
+    the weights'). Everything else stays in the weights' dtype, the chosen features' pre-activations too.
     """
 
+    product_dtype: torch.dtype | None = None
     W_skip: nn.Parameter | None
     W_later: nn.ParameterList
 
@@ -135,7 +139,7 @@ class Transcoder(nn.Module):
         """Code, all pre-activations, and those at the code's features."""
         rows = x.to(self.W_enc.dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])
         with torch.no_grad():
-            pre = self.pre_activations(rows)
+            pre = self._product(rows)
             indices = self.activation.support(pre)
         order = FeatureOrder()
         at_support = gather_pre_activations(pre, indices, rows, self.W_enc, self.b_enc, order)
@@ -147,6 +151,13 @@ class Transcoder(nn.Module):
             pre.view(*lead, pre.shape[-1]),
             at_support.view(shape),
         )
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """`pre_activations` of rows [N, d], in `product_dtype` while training."""
+        if self.product_dtype is None or not self.training:
+            return self.pre_activations(rows)
+        half = (one.to(self.product_dtype) for one in (rows, self.W_enc, self.b_enc))
+        return functional.linear(*half)
 
     def write(self, code: SparseCode, ahead: int = 0) -> Tensor:
         """`sum_f a_f W_dec[f]` -> [.., d], what the features add at the layer `ahead` of their own."""

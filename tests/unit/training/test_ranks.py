@@ -44,7 +44,8 @@ def interrupted(step):
 
 config = TranscoderTrainingConfig(expansion_factor=4, k=8, max_steps=6, warmup=2, init_batches=2, val_every=0,
     dead_after_tokens=150, aux_k=8, checkpoint_every=3, log_every=2, lr=3e-3, pool_batches=2, steps_per_batch=1,
-    matryoshka=(0.25,), micro_tokens=int(os.environ.get("MICRO_TOKENS", 0)) or None)
+    matryoshka=(0.25,), precision=os.environ.get("PRECISION", "32"),
+    micro_tokens=int(os.environ.get("MICRO_TOKENS", 0)) or None)
 try:
     found, _ = train_transcoders(tiny_gemma3(0), interrupted, [], config, run, resume=resume == "1",
                                  per_host=int(per_host))
@@ -55,12 +56,19 @@ except NotMainRank:
 
 
 def _train(
-    folder: Path, world: int, per_host: int, run: Path, steps: int = 99, resume: bool = False, micro: int = 0
+    folder: Path,
+    world: int,
+    per_host: int,
+    run: Path,
+    steps: int = 99,
+    resume: bool = False,
+    micro: int = 0,
+    precision: str = "32",
 ) -> list[int]:
     """Train with `world` processes into `folder`/set; their exit codes."""
     folder.mkdir(parents=True, exist_ok=True)
     init = (folder / "rendezvous").as_uri()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MICRO_TOKENS": str(micro)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MICRO_TOKENS": str(micro), "PRECISION": precision}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", _WORKER, *map(str, (rank, world, per_host, init, folder / "set", run, steps)),
@@ -102,6 +110,13 @@ def test_hosts_may_have_different_numbers_of_micro_batches(alone: Path, tmp_path
     # 78 tokens: hosts of 36 (two rows of padding each) and 42 in micro-batches of 20.
     assert _train(tmp_path, 2, 1, tmp_path / "run", micro=20) == [0, 0]
     assert _distance(alone, tmp_path) < 1e-5
+
+
+def test_mixed_precision_gives_the_weights_of_one_process(tmp_path: Path, alone: Path) -> None:
+    assert _train(tmp_path / "one", 1, 1, tmp_path / "one" / "run", precision="bf16-mixed") == [0]
+    assert _train(tmp_path / "two", 2, 2, tmp_path / "two" / "run", precision="bf16-mixed") == [0, 0]
+    assert _distance(tmp_path / "one", tmp_path / "two") < 1e-5
+    assert _distance(tmp_path / "one", alone) > 0  # the setting reached the processes
 
 
 @pytest.mark.slow

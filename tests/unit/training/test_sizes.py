@@ -200,6 +200,17 @@ def test_work_follows_the_sizes() -> None:
     assert between.networked == two.summed_over_hosts(0) > 0
 
 
+def test_mixed_precision_halves_the_product_alone() -> None:
+    full, half = sizes(n_features=64 * D), sizes(n_features=64 * D, encoder_dtype="bfloat16")
+    n, f = half.step_tokens, half.n_features
+    assert half.work_bytes() - full.work_bytes() == -2 * n * f + 2 * (f * (D + 1) + n * D)
+    assert {part for part, size in half.memory(0).items() if size != full.memory(0)[part]} == {"work"}
+    ours, theirs = layer_work(half), layer_work(full)
+    assert (ours["encoder"].dtype, ours["encoder"].flops) == ("bfloat16", theirs["encoder"].flops)
+    assert ours["choice"].moved < theirs["choice"].moved and ours["sparse"].flops == 1.25 * theirs["sparse"].flops
+    assert ours["optimiser"] == theirs["optimiser"]
+
+
 def test_what_bounds_a_part_is_named() -> None:
     machine = Hardware("a machine", {"float32": 10.0}, 5.0, None, 2.0, 1.0)
     assert machine.bound(100, 10, "float32") == (10.0, "arithmetic")

@@ -153,6 +153,7 @@ def on_pictures(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 def on_text(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """All layers of Orrery, end to end on packed text."""
     from vlmscope.api import load
+    from vlmscope.training.captures import Captures
     from vlmscope.training.transcoder_data import collect
     from vlmscope.training.transcoder_stream import ActivationStream
 
@@ -171,7 +172,7 @@ def on_text(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         found = peer(job, vlm.model, ids, rows, hookpoints, judge)
     else:
         batch_of = lambda n: {"input_ids": ids[n * rows : (n + 1) * rows]}  # noqa: E731
-        stream = lambda adapter, config: iter(ActivationStream(adapter, batch_of, config, lambda: 0))  # noqa: E731
+        stream = lambda adapter, config: iter(ActivationStream(Captures(adapter, batch_of), config, lambda: 0))  # noqa: E731
         first = lambda: [collect(vlm.adapter, batch_of(n)) for n in range(8)]  # noqa: E731
         found = ours(job, vlm.adapter, first, stream, judge)
     return {**found, "tokens": job["batch"], "before": before, "peak": memory("VmHWM")}

@@ -113,7 +113,7 @@ class TrainingTables:
             ("traffic/between_hosts", "sent to other hosts, a step and rank", sizes.sent_between_hosts(0)),
             ("disk/checkpoint", "a checkpoint (two stand while one is written)", sizes.checkpoint_bytes),
             ("disk/set", "the finished set in bfloat16", sizes.set_bytes),
-            ("disk/cache", "a cache of all activations, which nothing needs", sizes.cache_bytes(plan.tokens)),
+            ("disk/cache", "a cache of all activations (task.cache), if wanted", sizes.cache_bytes(plan.tokens)),
         ]
         yield "\nTraffic of rank 0 and disk"
         for key, words, size in rows:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vlmscope.tasks.context import RunContext
 
 RANKS = True  # several processes can run it together
+_CACHE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -22,8 +23,10 @@ class Config:
     their own; `sparsity_coefficient` weighs the penalty of transcoder.activation=jumprelu (L0, by default 1) and relu
     (L1, by default 0.003). `micro_tokens` bounds memory: so many tokens of a step are encoded and differentiated at a
     time, with the same result (null: all). `max_norm_ratio`, 10 for example, leaves tokens out of a layer's loss whose
-    norm is so many times the median (null: none). `license` goes into the set's card: an identifier of the hub, such
-    as apache-2.0.
+    norm is so many times the median (null: none). `cache`, a folder, keeps the captured activations in `cache_dtype`
+    (null: the model's): later runs on the same model and data read them instead of running the model (docs/data.md).
+    With `epoch_batches` the first so many batches are gone through again and again (null: each is a new one). `license`
+    goes into the set's card: an identifier of the hub, such as apache-2.0.
     """
 
     batch: dict[str, int] = field(
@@ -43,6 +46,9 @@ class Config:
     matryoshka: list[float] = field(default_factory=list)
     sparsity_coefficient: float | None = None
     max_norm_ratio: float | None = None
+    cache: str | None = None
+    cache_dtype: str | None = None
+    epoch_batches: int | None = None
     clip: float = 1.0
     license: str = "unknown"
 
@@ -50,6 +56,10 @@ class Config:
         for key in ("tokens_per_batch", "max_tokens", "val_examples"):
             if getattr(self, key) < 1:
                 raise UserError(f"task.{key}={getattr(self, key)}: it must be at least 1")
+        if self.cache_dtype not in (None, *_CACHE_DTYPES):
+            raise UserError(f"task.cache_dtype={self.cache_dtype}: choose one of {', '.join(_CACHE_DTYPES)}, or null")
+        if self.cache_dtype is not None and self.cache is None:
+            raise UserError(f"task.cache_dtype={self.cache_dtype} without a cache; name its folder: task.cache=FOLDER")
 
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
@@ -57,6 +67,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.config.schema import TranscoderArchConfig
     from vlmscope.core.artifacts import write_text
     from vlmscope.report.training_figures import fvu_by_layer
+    from vlmscope.tasks.activation_cache import cache_settings, rounding
     from vlmscope.tasks.transcoder_batches import batches_for
     from vlmscope.tasks.transcoder_cards import training_card
     from vlmscope.tasks.wiring import load_model
@@ -71,16 +82,18 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         raise UserError(f"trainer.precision={cfg.trainer.precision}: transcoders take {' or '.join(PRECISIONS)}")
     training_config(cfg).check()
     vlm, source = batches_for(cfg, lambda: load_model(cfg), context.run_dir)
+    data = ", ".join(words for words in (source.settings, rounding(cfg)) if words is not None) or None
     transcoders, metrics = train_transcoders(
         vlm,
         source.train,
         source.val,
-        training_config(cfg, source.settings),
+        training_config(cfg, data),
         context.run_dir,
         context.tracked.lightning_logger(),
         cfg.trainer.resume,
         per_host=cfg.trainer.per_host or context.per_host,
         data_figures=source.figures,
+        cache=cache_settings(cfg, source.settings),
     )
     save_set(transcoders, context.run_dir / "transcoders", dtype="bfloat16")
     write_text(context.run_dir / "transcoders" / CARD, training_card(cfg, training_config(cfg), transcoders, metrics))
@@ -118,6 +131,7 @@ def training_config(cfg: "AppConfig", data: str | None = None):
         init=task.init,
         pool_batches=task.pool_batches,
         steps_per_batch=task.steps_per_batch,
+        epoch_batches=task.epoch_batches,
         micro_tokens=task.micro_tokens,
         precision=cfg.trainer.precision,
         max_norm_ratio=task.max_norm_ratio,

@@ -18,6 +18,7 @@ class TranscoderTrainingConfig:
         init_batches: batches from which means, scales and the starting point are taken.
         pool_batches, steps_per_batch: how many captured batches are mixed, and how many steps pass between captures
             (`vlmscope.training.transcoder_stream`; 1 and 1 = each step its own batch).
+        epoch_batches: the first so many batches are gone through again and again (null: every batch is a new one).
         micro_tokens: the tokens of a step are encoded and differentiated so many at a time, which bounds memory and
             changes nothing else (`vlmscope.training.micro_batches`); None: all at once.
         precision: "32", or "bf16-mixed": the encoder's dense product, from which the active features are chosen, in
@@ -47,6 +48,7 @@ class TranscoderTrainingConfig:
     init_batches: int = 8
     pool_batches: int = 8
     steps_per_batch: int = 4
+    epoch_batches: int | None = None
     micro_tokens: int | None = None
     precision: str = "32"
     max_steps: int = 4000
@@ -71,6 +73,12 @@ class TranscoderTrainingConfig:
     seed: int = 0
     data: str | None = None
 
+    @property
+    def batches(self) -> int:
+        """How many different batches a run needs."""
+        steps = max(self.init_batches, (self.max_steps - 1) // self.steps_per_batch + 1)
+        return steps if self.epoch_batches is None else min(steps, self.epoch_batches)
+
     def check(self) -> None:
         """Refuse settings that cannot work.
 
@@ -84,6 +92,12 @@ class TranscoderTrainingConfig:
                 raise UserError(f"transcoder training: {name} = {getattr(self, name)} must be positive; choose another")
         if self.max_norm_ratio is not None and self.max_norm_ratio <= 1:
             raise UserError(f"transcoder training: max_norm_ratio = {self.max_norm_ratio} must exceed 1, or be null")
+        least = max(self.init_batches, self.pool_batches)
+        if self.epoch_batches is not None and self.epoch_batches < least:
+            raise UserError(
+                f"transcoder training: epoch_batches = {self.epoch_batches} must be {least} at least, the batches that "
+                "are mixed or started from, or null"
+            )
         if self.micro_tokens is not None and self.micro_tokens < 1:
             raise UserError(f"transcoder training: micro_tokens = {self.micro_tokens} must be positive, or null")
         if self.micro_tokens is not None and self.activation == "batchtopk":

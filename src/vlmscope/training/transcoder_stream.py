@@ -12,10 +12,8 @@ import torch
 from torch.utils.data import IterableDataset
 
 from vlmscope.core.seeds import generator
-from vlmscope.models.base import Adapter
-from vlmscope.training.ranks import Ranks
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.training.transcoder_data import Batch, LayerActivations
+from vlmscope.training.transcoder_data import LayerActivations
 
 
 class ActivationStream(IterableDataset[LayerActivations]):
@@ -23,21 +21,18 @@ class ActivationStream(IterableDataset[LayerActivations]):
 
     def __init__(
         self,
-        adapter: Adapter,
-        batch_of: Callable[[int], Batch],
+        capture: Callable[[int], LayerActivations],
         config: TranscoderTrainingConfig,
         first: Callable[[], int],
-        ranks: Ranks | None = None,
     ) -> None:
-        self.adapter, self.batch_of, self.config, self.first = adapter, batch_of, config, first
-        self.ranks = ranks if ranks is not None else Ranks.single(adapter.n_layers)
+        self.capture, self.config, self.first = capture, config, first
 
     def __iter__(self) -> Iterator[LayerActivations]:
         pool: dict[int, LayerActivations] = {}
         for step in range(self.first(), self.config.max_steps):
             newest = step // self.config.steps_per_batch
             wanted = range(max(0, newest - self.config.pool_batches + 1), newest + 1)
-            pool = {n: pool[n] if n in pool else self.ranks.collect(self.adapter, self.batch_of(n)) for n in wanted}
+            pool = {n: pool[n] if n in pool else self.capture(n) for n in wanted}
             yield pool[newest] if self.config.pool_batches == 1 else self._draw(pool, newest, step)
 
     def _draw(self, pool: dict[int, LayerActivations], newest: int, step: int) -> LayerActivations:

@@ -18,7 +18,9 @@ from tqdm import tqdm
 from vlmscope.activations.capture import HasAdapter, adapter_of
 from vlmscope.core.errors import NotMainRank
 from vlmscope.models.base import Adapter
+from vlmscope.training.activation_cache import CacheSettings
 from vlmscope.training.agreed_stop import AgreedStop
+from vlmscope.training.captures import Captures, open_captures
 from vlmscope.training.ranks import Ranks
 from vlmscope.training.resume import fit_or_interrupt
 from vlmscope.training.transcoder_checkpoints import TranscoderCheckpoints
@@ -43,6 +45,7 @@ def train_transcoders(
     model_name: str | None = None,
     per_host: int | None = None,
     data_figures: Callable[[], Mapping[str, float]] = dict,
+    cache: CacheSettings | None = None,
 ) -> tuple[TranscoderSet, dict[str, float]]:
     """Train the transcoders of all layers of a frozen model.
 
@@ -58,13 +61,14 @@ def train_transcoders(
         model_name: written into the set; by default the loaded model's own name.
         per_host: processes that share a host, where a `torch.distributed` group is open (docs/scaling.md); None: all.
         data_figures: what is to be logged about the data that were drawn so far, such as each source's share.
+        cache: where captured activations are kept for this and other runs (`vlmscope.training.activation_cache`).
 
     Returns:
         The set in the model's own coordinates, and its final figures with `perf/tokens_per_s` and `train/tokens`, those
         of all sessions of the run.
 
     Raises:
-        UserError: for impossible settings, a checkpoint that does not belong to them or a full disk.
+        UserError: for impossible settings, a checkpoint or a cache that does not belong to them, or a full disk.
         NotMainRank: on every rank but 0 when training is done, since rank 0 alone has the set.
         KeyboardInterrupt: after Ctrl-C; the state is saved and `resume` goes on from it.
     """
@@ -74,21 +78,23 @@ def train_transcoders(
     ranks = Ranks.current(adapter, per_host)
     module = TranscoderModule(adapter, config, name, ranks).to(adapter.device)
     checkpoints = TranscoderCheckpoints(Path(run_dir), config)
-    if not (resume and checkpoints.restore(module)):
-        module.initialise([ranks.collect(adapter, train_batch(step)) for step in range(config.init_batches)])
+    restored = resume and checkpoints.restore(module)
+    captures = open_captures(adapter, train_batch, config, ranks, cache, data_figures)
+    if not restored:
+        module.initialise([captures(number) for number in range(config.init_batches)])
     checkpoints.check_space(module)
     logger = logger if ranks.main else None
-    progress = _Progress(config, val_batches, logger, data_figures)
+    progress = _Progress(config, val_batches, logger, captures.figures)
     if module.steps_done < config.max_steps:
         # The stop is asked for last, when the step has been written if it was to be.
         stop = [AgreedStop(checkpoints.save)] if ranks.layout.world > 1 else []
-        _fit(module, train_batch, [progress, checkpoints, *stop], logger)
+        _fit(module, captures, [progress, checkpoints, *stop], logger)
     last = module.figures({})
     stopped = last["train/stopped_layers"]
     transcoders = module.finished_set()
     if ranks.layout.world == 1:
         transcoders = transcoders.to(adapter.device)  # Lightning leaves the module on the CPU
-    drawn = data_figures()  # of all ranks, so all ask
+    drawn = captures.figures()  # of all ranks, so all ask
     if not ranks.main:
         raise NotMainRank
     metrics = evaluate_transcoders(adapter, transcoders, val_batches) if val_batches else {}
@@ -103,11 +109,11 @@ def train_transcoders(
 
 def _fit(
     module: TranscoderModule,
-    batch_of: Callable[[int], Batch],
+    captures: Captures,
     callbacks: list[pl.Callback],
     logger: Logger | None,
 ) -> None:
-    stream = ActivationStream(module.adapter, batch_of, module.config, lambda: module.steps_done, module.ranks)
+    stream = ActivationStream(captures, module.config, lambda: module.steps_done)
     device = module.adapter.device  # activations are captured there, so the transcoders must be there too
     on_gpu = device.type == "cuda"
     trainer = pl.Trainer(

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from vlmscope.core.errors import UserError
@@ -45,6 +46,7 @@ def interrupted(step):
 config = TranscoderTrainingConfig(expansion_factor=4, k=8, max_steps=6, warmup=2, init_batches=2, val_every=0,
     dead_after_tokens=150, aux_k=8, checkpoint_every=3, log_every=2, lr=3e-3, pool_batches=2, steps_per_batch=1,
     matryoshka=(0.25,), precision=os.environ.get("PRECISION", "32"),
+    max_norm_ratio=float(os.environ.get("MAX_NORM_RATIO", 0)) or None,
     micro_tokens=int(os.environ.get("MICRO_TOKENS", 0)) or None)
 try:
     found, _ = train_transcoders(tiny_gemma3(0), interrupted, [], config, run, resume=resume == "1",
@@ -63,12 +65,12 @@ def _train(
     steps: int = 99,
     resume: bool = False,
     micro: int = 0,
-    precision: str = "32",
+    **environment: str,
 ) -> list[int]:
-    """Train with `world` processes into `folder`/set; their exit codes."""
+    """Train with `world` processes into `folder`/set; their exit codes. `environment` holds further settings."""
     folder.mkdir(parents=True, exist_ok=True)
     init = (folder / "rendezvous").as_uri()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MICRO_TOKENS": str(micro), "PRECISION": precision}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MICRO_TOKENS": str(micro), **environment}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", _WORKER, *map(str, (rank, world, per_host, init, folder / "set", run, steps)),
@@ -113,10 +115,42 @@ def test_hosts_may_have_different_numbers_of_micro_batches(alone: Path, tmp_path
 
 
 def test_mixed_precision_gives_the_weights_of_one_process(tmp_path: Path, alone: Path) -> None:
-    assert _train(tmp_path / "one", 1, 1, tmp_path / "one" / "run", precision="bf16-mixed") == [0]
-    assert _train(tmp_path / "two", 2, 2, tmp_path / "two" / "run", precision="bf16-mixed") == [0, 0]
+    assert _train(tmp_path / "one", 1, 1, tmp_path / "one" / "run", PRECISION="bf16-mixed") == [0]
+    assert _train(tmp_path / "two", 2, 2, tmp_path / "two" / "run", PRECISION="bf16-mixed") == [0, 0]
     assert _distance(tmp_path / "one", tmp_path / "two") < 1e-5
     assert _distance(tmp_path / "one", alone) > 0  # the setting reached the processes
+
+
+@pytest.mark.parametrize(("per_host", "micro"), [(2, 0), (1, 0), pytest.param(1, 20, marks=pytest.mark.slow)])
+def test_processes_leave_out_the_same_tokens_for_their_norm(
+    filtered: Path, tmp_path: Path, per_host: int, micro: int
+) -> None:
+    run = tmp_path / "run"
+    assert _train(tmp_path, 2, per_host, run, micro=micro, MAX_NORM_RATIO=RATIO) == [0, 0]
+    ours, theirs = (_filters(folder) for folder in (run, filtered / "run"))
+    for (limits, left), (their_limits, their_left) in zip(ours, theirs, strict=True):
+        # Tokens left out and tokens seen, over all processes and steps.
+        assert left.tolist() == their_left.tolist() and 0 < left[0] < 0.5 * left[1]
+        torch.testing.assert_close(limits, their_limits, rtol=1e-6, atol=0)
+    assert _distance(filtered, tmp_path) < 1e-5
+
+
+RATIO = "1.7"
+
+
+@pytest.fixture(scope="module")
+def filtered(tmp_path_factory: pytest.TempPathFactory, alone: Path) -> Path:
+    folder = tmp_path_factory.mktemp("filtered")
+    assert _train(folder, 1, 1, folder / "run", MAX_NORM_RATIO=RATIO) == [0]
+    assert _distance(folder, alone) > 1e-3  # what is left out matters
+    return folder
+
+
+def _filters(run: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each layer the norms' limits, and how many tokens were left out of how many."""
+    states = [load_file(file) for file in sorted((run / "transcoder_checkpoint").rglob("layer_*.safetensors"))]
+    assert len(states) == 4
+    return [(state["module.norm_limits"], state["module.left_out"]) for state in states]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.hardware import HARDWARE, Hardware
 from vlmscope.core.seeds import generator
 from vlmscope.models.tiny import tiny_gemma3
+from vlmscope.training.captures import Captures
 from vlmscope.training.layer_trainer import LayerTrainer
 from vlmscope.training.layout import Layout
 from vlmscope.training.ranks import Ranks
@@ -90,7 +91,7 @@ def test_memory_checkpoint_and_set_are_what_training_keeps_and_writes(
 def test_the_pool_is_what_the_stream_keeps() -> None:
     vlm = tiny_gemma3(0, text_only=True)
     config = TranscoderTrainingConfig(pool_batches=2, steps_per_batch=1, max_steps=3)
-    stream = iter(ActivationStream(vlm.adapter, batch, config, lambda: 0))
+    stream = iter(ActivationStream(Captures(vlm.adapter, batch), config, lambda: 0))
     next(stream)
     drawn = next(stream)
     size = bytes_of([drawn.is_image, *(one for pair in drawn.by_layer.values() for one in pair)])

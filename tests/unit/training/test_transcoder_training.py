@@ -16,6 +16,7 @@ from vlmscope.core.seeds import generator
 from vlmscope.metrics.reconstruction import fvu
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
+from vlmscope.training.captures import Captures
 from vlmscope.training.layer_trainer import LayerTrainer
 from vlmscope.training.losses.aux_k import aux_k
 from vlmscope.training.losses.matryoshka import prefix_fvu
@@ -96,9 +97,9 @@ def test_the_stream_depends_on_the_step_alone_and_mixes_the_last_batches(vlm: VL
         asked.append(number)
         return _batch(number)
 
-    whole = list(ActivationStream(vlm.adapter, record, config, lambda: 0))
+    whole = list(ActivationStream(Captures(vlm.adapter, record), config, lambda: 0))
     assert asked == [0, 1, 2] and len(whole) == 6
-    late = list(ActivationStream(vlm.adapter, _batch, config, lambda: 3))
+    late = list(ActivationStream(Captures(vlm.adapter, _batch), config, lambda: 3))
     for ours, theirs in zip(whole[3:], late, strict=True):
         assert torch.equal(ours.by_layer[1][0], theirs.by_layer[1][0])
         assert torch.equal(ours.by_layer[1][1], theirs.by_layer[1][1])
@@ -114,7 +115,7 @@ def test_the_stream_depends_on_the_step_alone_and_mixes_the_last_batches(vlm: VL
         origins.update(found)
     assert {1, 2} <= origins
     single = dataclasses.replace(CONFIG, pool_batches=1, steps_per_batch=1)
-    first = next(iter(ActivationStream(vlm.adapter, _batch, single, lambda: 0)))
+    first = next(iter(ActivationStream(Captures(vlm.adapter, _batch), single, lambda: 0)))
     assert torch.equal(first.by_layer[0][0], sources[0].by_layer[0][0])
 
 

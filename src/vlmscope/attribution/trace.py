@@ -12,8 +12,9 @@ from vlmscope.attribution.head_scores import Place, ScoreParts, find_place, scor
 from vlmscope.attribution.heads import HeadFlow, head_flow
 from vlmscope.attribution.pruning import prune
 from vlmscope.attribution.questions import TraceableModel, ask, choose_targets, labels_of
-from vlmscope.attribution.rows import target_chunk
+from vlmscope.attribution.rows import RowStore, target_chunk
 from vlmscope.attribution.select import select_rows
+from vlmscope.attribution.storage import MEMORY
 from vlmscope.attribution.targets import Targets, choose_logits
 from vlmscope.attribution.words import Tokenizer
 from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
@@ -86,9 +87,7 @@ def attribute(
     targets = targets or choose_targets(replacement, config, tokenizer)
     adjoint = Adjoint(replacement)
     ends = target_chunk(adjoint, targets, dtype)
-    chunks = select_rows(
-        adjoint, ends, targets.weights, config.max_nodes, config.batch_size, config.update_every, dtype
-    )
+    chunks = select_rows(adjoint, ends, targets, config, config.batch_size, RowStore(MEMORY, 0, dtype), dtype)
     edges = assemble(replacement, adjoint.columns, chunks, ends, targets, dtype)
     n_active = int(adjoint.columns.n_features[: targets.layer].sum())
     return AttributionGraph(
@@ -111,7 +110,7 @@ def attribute(
             "target": targets.what,
             "n_layers": replacement.n_layers,
             "n_active_features": n_active,
-            "n_left_out_features": n_active - sum(len(chunk.targets) for chunk in chunks),
+            "n_left_out_features": n_active - len(edges.nodes.of(NodeKind.FEATURE)),
             "logit_mass": config.logit_mass,
             "max_logits": config.max_logits,
             "max_nodes": config.max_nodes,

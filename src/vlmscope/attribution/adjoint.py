@@ -45,7 +45,7 @@ class Adjoint:
         self.sources = SourceVectors(replacement) if sources is None else sources
         self.columns: Columns = self.sources.columns
         # [L, T, T]: does any head of a layer let a query see a key?
-        self._sees = (replacement.state.patterns > 0).any(dim=1)
+        self._sees = torch.stack([(pattern > 0).any(dim=0) for pattern in replacement.state.patterns])
         # Whether a column may get edges at more than one layer.
         self._crosses = any(features.w_later for features in replacement.features)
 

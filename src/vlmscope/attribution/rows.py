@@ -77,8 +77,8 @@ def feature_chunks(adjoint: Adjoint, targets: np.ndarray, batch_size: int, dtype
         for begin in range(0, len(mine), batch_size):
             batch = mine[begin : begin + batch_size]
             which = torch.from_numpy(batch - first[layer]).to(features.position.device)
-            rows = adjoint.feature_rows(layer, which)
-            yield _chunk(layer, batch, rows, features.pre_activation[which], dtype)
+            # No name for the rows here: they would stay while the next ones are made.
+            yield _chunk(layer, batch, adjoint.feature_rows(layer, which), features.pre_activation[which], dtype)
 
 
 def target_chunk(adjoint: Adjoint, targets: Targets, dtype: str, batch_size: int | None = None) -> RowChunk:

@@ -17,29 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmscope.attribution.columns import Columns, columns_of
-from vlmscope.replacement.features import LayerFeatures
+from vlmscope.attribution.columns import Columns
+from vlmscope.attribution.sources import SourceVectors
 from vlmscope.replacement.frozen import FrozenLayer
 from vlmscope.replacement.model import ReplacementModel
 
-# Source vectors of all layers are kept when they fit into this many bytes, else gathered anew for each batch.
-_CACHE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class _Sources:
-    """What is written into the stream at one layer's MLP, position by position, and which columns the edges go to.
-
-    `vectors [T, K + 2, d]`: features (zero where a position has fewer), error, decoder bias, all write-scaled.
-    `columns [T, K + 1]`: of features and error; padding points at the scratch column after the last.
-    """
-
-    vectors: Tensor
-    columns: Tensor
-
 
 @dataclass
-class _Sweep:
+class Sweep:
     """State of one sweep: `gradient [S, B, d]` at `positions [S]`, and the rows `out [B, columns + 1]` so far."""
 
     gradient: Tensor
@@ -55,17 +40,14 @@ class _Sweep:
 class Adjoint:
     """Rows of edges of one replacement model."""
 
-    def __init__(self, replacement: ReplacementModel) -> None:
+    def __init__(self, replacement: ReplacementModel, sources: SourceVectors | None = None) -> None:
         self.replacement = replacement
-        self.columns: Columns = columns_of(replacement)
+        self.sources = SourceVectors(replacement) if sources is None else sources
+        self.columns: Columns = self.sources.columns
         # [L, T, T]: does any head of a layer let a query see a key?
-        self._sees = (replacement.state.patterns > 0).any(dim=1)
+        self._sees = torch.stack([(pattern > 0).any(dim=0) for pattern in replacement.state.patterns])
         # Whether a column may get edges at more than one layer.
         self._crosses = any(features.w_later for features in replacement.features)
-        element = replacement.errors.element_size() * replacement.errors.shape[-1]
-        writers = sum(self._writers_at_a_position(layer) + 2 for layer in range(replacement.n_layers))
-        size = replacement.n_positions * writers * element
-        self._cache: dict[int, _Sources] | None = {} if size <= _CACHE_BYTES else None
 
     @torch.no_grad()
     def feature_rows(self, layer: int, which: Tensor) -> Tensor:
@@ -115,14 +97,14 @@ class Adjoint:
         self._descend(layer, sweep)
         return sweep.out[:, :width]
 
-    def _begin(self, vectors: Tensor, position: Tensor, width: int) -> _Sweep:
+    def _begin(self, vectors: Tensor, position: Tensor, width: int) -> Sweep:
         """A sweep that holds each target's vector at its own position."""
         positions, slot = torch.unique(position, return_inverse=True)
         gradient = vectors.new_zeros(len(positions), *vectors.shape)
         gradient[slot, torch.arange(len(vectors), device=vectors.device)] = vectors
-        return _Sweep(gradient, positions, vectors.new_zeros(len(vectors), width + 1))
+        return Sweep(gradient, positions, vectors.new_zeros(len(vectors), width + 1))
 
-    def _descend(self, layer: int, sweep: _Sweep) -> None:
+    def _descend(self, layer: int, sweep: Sweep) -> None:
         """Go from the stream before `layer` down to the embeddings."""
         for below in range(layer - 1, -1, -1):
             self._leaving(below, sweep)
@@ -130,20 +112,20 @@ class Adjoint:
             self._attention(below, sweep)
         self._read_tokens(self.replacement.state.embeddings, sweep)
 
-    def _read_tokens(self, written: Tensor, sweep: _Sweep) -> None:
+    def _read_tokens(self, written: Tensor, sweep: Sweep) -> None:
         """Add the edges of what tokens write into the stream here, `written [T, d]`."""
         edges = torch.bmm(sweep.gradient, written[sweep.at][:, :, None])[:, :, 0]
         sweep.out[:, sweep.at] += edges.T
 
-    def _leaving(self, layer: int, sweep: _Sweep) -> None:
+    def _leaving(self, layer: int, sweep: Sweep) -> None:
         frozen = self.replacement.layers[layer]
         if frozen.injection is not None:
             self._read_tokens(frozen.injection, sweep)
         if frozen.stream_scale != 1.0:
             sweep.gradient = sweep.gradient * frozen.stream_scale
 
-    def _mlp(self, layer: int, sweep: _Sweep) -> None:
-        sources = self._sources(layer)
+    def _mlp(self, layer: int, sweep: Sweep) -> None:
+        sources = self.sources.of(layer)
         edges = torch.bmm(sweep.gradient, sources.vectors[sweep.at].transpose(1, 2))  # [S, B, K + 2]
         columns, edges_in = sources.columns[sweep.at].flatten(), edges[:, :, :-1].transpose(0, 1).flatten(1)
         if self._crosses:
@@ -156,7 +138,7 @@ class Adjoint:
             written = frozen.write_scale[sweep.positions, None] * sweep.gradient
             sweep.gradient = sweep.gradient + frozen.mlp_in_scale[sweep.positions, None] * (written @ skip)
 
-    def _attention(self, layer: int, sweep: _Sweep) -> None:
+    def _attention(self, layer: int, sweep: Sweep) -> None:
         frozen = self.replacement.layers[layer]
         seen = self._sees[layer, sweep.positions].any(0)
         seen[sweep.positions] = True
@@ -174,48 +156,6 @@ class Adjoint:
         gradient *= frozen.attn_in_scale[keys, None]
         gradient[_index(torch.searchsorted(below, sweep.positions))] += sweep.gradient
         sweep.gradient, sweep.positions = gradient, below
-
-    def _sources(self, layer: int) -> _Sources:
-        if self._cache is None:
-            return self._gather(layer)
-        if layer not in self._cache:
-            self._cache[layer] = self._gather(layer)
-        return self._cache[layer]
-
-    def _gather(self, layer: int) -> _Sources:
-        replacement = self.replacement
-        positions, width = replacement.errors.shape[1:]
-        most = self._writers_at_a_position(layer)
-        vectors = replacement.errors.new_zeros(positions, most + 2, width)
-        device = vectors.device
-        columns = torch.full((positions, most + 1), -1, dtype=torch.int64, device=device)
-        first = 0
-        for lower in self._writers(layer):
-            features = replacement.features[lower]
-            offsets = torch.tensor(features.offsets, device=device)
-            number = torch.arange(len(features), device=device)
-            slot = first + number - offsets[features.position]
-            vectors[features.position, slot] = features.vectors(layer - lower)
-            columns[features.position, slot] = self.columns.features(lower) + number
-            first += _most_at_a_position(features)
-        vectors[:, -2] = replacement.errors[layer]
-        vectors[:, -1] = replacement.features[layer].b_dec
-        vectors *= replacement.layers[layer].write_scale[:, None]
-        columns[:, -1] = self.columns.errors(layer) + torch.arange(positions, device=device)
-        return _Sources(vectors, columns)
-
-    def _writers(self, layer: int) -> list[int]:
-        """The layers whose features write at a layer's MLP: itself, and lower ones of a cross-layer set."""
-        return [low for low in range(layer + 1) if self.replacement.features[low].reaches(layer - low)]
-
-    def _writers_at_a_position(self, layer: int) -> int:
-        """K of a layer."""
-        return sum(_most_at_a_position(self.replacement.features[low]) for low in self._writers(layer))
-
-
-def _most_at_a_position(features: LayerFeatures) -> int:
-    """The largest number of active features at one position."""
-    return max(after - before for before, after in zip(features.offsets[:-1], features.offsets[1:], strict=True))
 
 
 def _index(positions: Tensor) -> Tensor | slice:

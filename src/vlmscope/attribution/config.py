@@ -10,6 +10,7 @@ WEIGHTS = ("uniform", "probability", "surprise")
 _CHOICES = {
     "dtype": ("float32", "float64", "model"),
     "weights": WEIGHTS,
+    "choice": ("influence", "total_effect"),
     "patch_effect": ("total", "direct"),
     "patch_baseline": ("grey", "mean"),
     "patch_rule": ("frozen", "gradient"),
@@ -75,8 +76,12 @@ class AttributionConfig:
         n_pairs: so many pairs of sources of a score are listed.
         node_threshold: share of influence that the pruned graph's nodes reach.
         edge_threshold: share of edge influence that its edges reach.
-        batch_size: targets swept at once; it bounds memory, and changes no row.
-        update_every: batches between two rankings of the features, when not all fit: then both say which are chosen.
+        choice: which features get a row when not all do: those with the most "influence" through the rows so far, or
+            the largest "total_effect" on the targets, which is known before any row.
+        batch_size: targets swept at once, at most; up to rounding it does not change the graph.
+        update_every: rows between two rankings by influence.
+        memory_gb: what making and pruning the graph may take beside the frozen model, in 10^9 bytes: the batches get
+            smaller, and edges that do not fit go to a file. No bound when None.
         dtype: "float32" or "float64", of the sweep and of the stored weights; "model" takes the model's,
             which must be one of these.
         patches: whether the answer's targets are followed below the soft tokens, to the patches of each picture.
@@ -100,8 +105,10 @@ class AttributionConfig:
     n_pairs: int = 100
     node_threshold: float = 0.8
     edge_threshold: float = 0.98
+    choice: str = "influence"
     batch_size: int = 64
-    update_every: int = 4
+    update_every: int = 256
+    memory_gb: float | None = None
     dtype: str = "float32"
     patches: bool = False
     patch_effect: str = "total"
@@ -116,6 +123,8 @@ class AttributionConfig:
         for name in ("logit_mass", "node_threshold", "edge_threshold"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise UserError(f"attribution.{name} = {getattr(self, name)} must lie in (0, 1]; correct it")
+        if self.memory_gb is not None and self.memory_gb <= 0:
+            raise UserError(f"attribution.memory_gb = {self.memory_gb} must be above 0; correct it or leave it out")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 choices = f"{', '.join(known[:-1])} or {known[-1]}"

@@ -11,6 +11,7 @@ from scipy import sparse
 
 from vlmscope.attribution.columns import Columns
 from vlmscope.attribution.rows import RowChunk
+from vlmscope.attribution.storage import MEMORY, Memory
 from vlmscope.attribution.targets import Targets
 from vlmscope.core.graph import NodeKind, NodeTable
 from vlmscope.replacement.model import ReplacementModel
@@ -32,7 +33,7 @@ class Edges:
 class _Layout:
     """Which node each column belongs to (`[columns]`), and the nodes' first four fields."""
 
-    node_of_column: np.ndarray
+    node_of_column: np.ndarray  # int32, -1 above the targets
     kind: np.ndarray
     layer: np.ndarray
     position: np.ndarray
@@ -44,7 +45,7 @@ def _layout(replacement: ReplacementModel, columns: Columns, kept: np.ndarray, t
     above the targets have no node.
     """
     table, positions = replacement.feature_activations, columns.n_positions
-    node_of_column = np.full(columns.total, -1, dtype=np.int64)
+    node_of_column = np.full(columns.total, -1, dtype=np.int32)
     node_of_column[:positions] = np.arange(positions)
     every = np.arange(positions)
     ids = np.array(replacement.inputs.input_ids, dtype=np.int64)
@@ -92,8 +93,19 @@ def assemble(
     ends: RowChunk,
     targets: Targets,
     dtype: str,
+    storage: Memory = MEMORY,
 ) -> Edges:
-    """Put the rows in node order, merge left-out columns, and fill the node table."""
+    """Put the rows in node order, merge left-out columns, and fill the node table.
+
+    Args:
+        replacement: the frozen model.
+        columns: its columns.
+        chunks: rows of features; used up, so that memory does not hold them twice.
+        ends: rows of what the graph explains.
+        targets: the same.
+        dtype: of the weights.
+        storage: where the edges of the graph go.
+    """
     table = replacement.feature_activations
     kept = np.zeros(len(table), dtype=bool)
     for chunk in chunks:
@@ -102,35 +114,50 @@ def assemble(
     n_nodes = len(layout.kind)
     end_nodes = np.arange(n_nodes - len(targets.token_ids), n_nodes)
     feature_nodes = layout.node_of_column[columns.all_features()]
-    all_chunks = [*chunks, ends]
-    row_nodes = np.concatenate([*(feature_nodes[chunk.targets] for chunk in chunks), end_nodes])
-    counts = np.concatenate([chunk.counts for chunk in all_chunks])
-    weights = np.concatenate([chunk.weights for chunk in all_chunks])
-    source = np.empty(len(weights), dtype=np.int32)
-    node_of_column = layout.node_of_column.astype(np.int32)
-    stops = np.cumsum([len(chunk.indices) for chunk in all_chunks])
-    for end, chunk in zip(stops, all_chunks, strict=True):
-        source[end - len(chunk.indices) : end] = node_of_column[chunk.indices]
-    left_out_mass = _left_out_mass(layout, source, row_nodes, counts, weights, columns.n_layers)
-    rows = sparse.csr_matrix((weights, source, np.concatenate([[0], np.cumsum(counts)])), shape=(len(counts), n_nodes))
-    in_order = np.argsort(row_nodes)
-    if left_out_mass.shape[1]:
-        rows = rows[in_order]
-        rows.sum_duplicates()
+    nodes_of = [*(feature_nodes[chunk.targets] for chunk in chunks), end_nodes]
+    row_nodes = np.concatenate(nodes_of)
+    chunks.append(ends)
+    values, residual = (np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("values", "residual"))
+    left_out_mass, counts = _left_out_mass(layout, chunks, nodes_of, columns.n_layers)
     row_counts = np.zeros(n_nodes, dtype=np.int64)
-    row_counts[row_nodes[in_order]] = np.diff(rows.indptr)
+    row_counts[row_nodes] = counts
     indptr = np.concatenate([[0], np.cumsum(row_counts)])
+    indices, weights = storage.zeros(indptr[-1], "int32"), storage.zeros(indptr[-1], dtype)
+    for rows in reversed(nodes_of):
+        _place(chunks.pop(), layout, rows, indptr, indices, weights)
     nodes = NodeTable(
         layout.kind,
         layout.layer,
         layout.position,
         layout.index,
         activation=_per_node(n_nodes, dtype, (feature_nodes[kept], table.activation[kept])),
-        target=_per_node(n_nodes, dtype, (row_nodes, np.concatenate([chunk.values for chunk in all_chunks]))),
+        target=_per_node(n_nodes, dtype, (row_nodes, values)),
     )
     nodes.activation[end_nodes] = targets.probabilities
-    residual = _per_node(n_nodes, "float64", (row_nodes, np.concatenate([chunk.residual for chunk in all_chunks])))
-    return Edges(nodes, indptr, rows.indices.astype(np.int32, copy=False), rows.data, residual, left_out_mass)
+    return Edges(nodes, indptr, indices, weights, _per_node(n_nodes, "float64", (row_nodes, residual)), left_out_mass)
+
+
+def _place(
+    chunk: RowChunk, layout: _Layout, rows: np.ndarray, indptr: np.ndarray, indices: np.ndarray, weights: np.ndarray
+) -> None:
+    """Write a chunk's edges, over nodes, where the rows of its nodes `rows [B]` lie in the graph."""
+    sources, values, begins = layout.node_of_column[chunk.indices], chunk.weights, _starts(chunk.counts)
+    if (layout.kind == NodeKind.LEFT_OUT).any():
+        merged = sparse.csr_matrix((values.copy(), sources, begins), shape=(len(rows), len(layout.kind)))
+        merged.sum_duplicates()
+        sources, values, begins = merged.indices, merged.data, merged.indptr
+    # Runs of rows that follow each other in both are copied at once.
+    shift = indptr[rows] - begins[:-1]
+    firsts = np.flatnonzero(np.diff(shift, prepend=shift[0] - 1))
+    for first, last in zip(firsts, [*firsts[1:], len(rows)], strict=True):
+        here, there = slice(begins[first], begins[last]), indptr[rows[first]]
+        indices[there : there + begins[last] - begins[first]] = sources[here]
+        weights[there : there + begins[last] - begins[first]] = values[here]
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    """Where rows of so many edges begin, and the last ends: `[B + 1]`."""
+    return np.concatenate([[0], np.cumsum(counts)])
 
 
 def _per_node(n_nodes: int, dtype: str, pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -141,14 +168,25 @@ def _per_node(n_nodes: int, dtype: str, pair: tuple[np.ndarray, np.ndarray]) -> 
 
 
 def _left_out_mass(
-    layout: _Layout, source: np.ndarray, row_nodes: np.ndarray, counts: np.ndarray, weights: np.ndarray, n_layers: int
-) -> np.ndarray:
-    """`[N, L]`: per row the sum of |edges| from each layer's left-out features; `[N, 0]` when there are none."""
+    layout: _Layout, chunks: list[RowChunk], nodes_of: list[np.ndarray], n_layers: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`[N, L]`: per row the sum of |edges| from each layer's left-out features, `[N, 0]` when there are none; and per
+    row of the chunks how many edges are left when these are merged.
+    """
     n_nodes = len(layout.kind)
-    if not (layout.kind == NodeKind.LEFT_OUT).any():
-        return np.zeros((n_nodes, 0))
-    rest = np.flatnonzero(layout.kind[source] == NodeKind.LEFT_OUT)
-    target = row_nodes[np.searchsorted(np.cumsum(counts), rest, side="right")]
-    cell = target * n_layers + layout.layer[source[rest]]
-    mass = np.bincount(cell, weights=np.abs(weights[rest]), minlength=n_nodes * n_layers)
-    return mass.reshape(n_nodes, n_layers)
+    counts = np.concatenate([chunk.counts for chunk in chunks])
+    is_left_out = (layout.kind == NodeKind.LEFT_OUT)[layout.node_of_column]
+    if not is_left_out.any():
+        return np.zeros((n_nodes, 0)), counts
+    layer_of_column = layout.layer[layout.node_of_column]
+    mass, row = np.zeros((n_nodes, n_layers)), 0
+    for chunk, nodes in zip(chunks, nodes_of, strict=True):
+        rest = np.flatnonzero(is_left_out[chunk.indices])
+        owner = np.searchsorted(np.cumsum(chunk.counts), rest, side="right")
+        cell = owner * n_layers + layer_of_column[chunk.indices[rest]]
+        sums = np.bincount(cell, weights=np.abs(chunk.weights[rest]), minlength=len(nodes) * n_layers)
+        mass[nodes] = sums.reshape(-1, n_layers)
+        # Zeros are not stored, so every layer with an edge has mass.
+        counts[row : row + len(nodes)] += (mass[nodes] > 0).sum(1) - np.bincount(owner, minlength=len(nodes))
+        row += len(nodes)
+    return mass, counts

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.attribution.adjoint import Adjoint, _Sweep
+from vlmscope.attribution.adjoint import Adjoint, Sweep
 from vlmscope.attribution.influence import influence, logit_weights
 from vlmscope.attribution.targets import Targets
 from vlmscope.core.errors import UserError
@@ -59,7 +59,7 @@ class _Watching(Adjoint):
         super().__init__(replacement)
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def _attention(self, layer: int, sweep: _Sweep) -> None:
+    def _attention(self, layer: int, sweep: Sweep) -> None:
         self.seen[layer] = (sweep.gradient, sweep.positions)
         super()._attention(layer, sweep)
 
@@ -182,14 +182,14 @@ class HeadSplitter:
         width, n_heads = adjoint.columns.total, replacement.state.patterns.shape[1]
         rows = read.vector.new_zeros(replacement.n_layers, n_heads, width)
         at = torch.tensor([read.position], device=read.vector.device)
-        sweep = _Sweep(read.vector[None, None].clone(), at, read.vector.new_zeros(1, width + 1))
+        sweep = Sweep(read.vector[None, None].clone(), at, read.vector.new_zeros(1, width + 1))
         for layer in range(read.layer - 1 + int(read.after_attention), -1, -1):
             if layer < read.layer:
                 adjoint._leaving(layer, sweep)
                 adjoint._mlp(layer, sweep)
             gradient = self._through_heads(layer, read.position, sweep.gradient[0, 0])
             every = torch.arange(replacement.n_positions, device=at.device)
-            branch = _Sweep(gradient, every, gradient.new_zeros(n_heads, width + 1))
+            branch = Sweep(gradient, every, gradient.new_zeros(n_heads, width + 1))
             adjoint._descend(layer, branch)
             rows[layer] = branch.out[:, :width]
         adjoint._read_tokens(replacement.state.embeddings, sweep)

@@ -14,8 +14,8 @@ from scipy import sparse
 
 from vlmscope.core.graph import AttributionGraph, NodeKind
 
-# Edges at once: enough that the work on a block outweighs making it; its float64 copies take some 20 MB.
-_BLOCK = 1 << 19
+# Edges at once: enough that the work on a block outweighs making it; copies of it take some 20 MB.
+BLOCK = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def row_blocks(graph: AttributionGraph, rows: np.ndarray, by_level: bool = False
     reach = np.maximum.accumulate(graph.indices[graph.indptr[rows + 1] - 1]) if by_level else np.empty(0)
     start = 0
     while start < len(rows):
-        stop = int(np.searchsorted(edges, edges[start] + _BLOCK, side="right")) - 1
+        stop = int(np.searchsorted(edges, edges[start] + BLOCK, side="right")) - 1
         if by_level:
             level = int(np.searchsorted(reach, rows[start]))
             assert level > start, f"row {rows[start]} has a source that does not come before it: not a graph of layers"
@@ -107,6 +107,17 @@ def absolute_rows(graph: AttributionGraph, rows: np.ndarray) -> sparse.csr_matri
 
 
 def take_rows(graph: AttributionGraph, values: np.ndarray, rows: np.ndarray) -> sparse.csr_matrix:
-    """Some rows of the graph with `values [E]` for weights, `[rows, N]`, copied."""
-    whole = sparse.csr_matrix((values, graph.indices, graph.indptr), shape=(graph.n_nodes, graph.n_nodes), copy=False)
-    return whole[rows]
+    """Some ascending rows of the graph with `values [E]` for weights, `[rows, N]`; to be read only.
+
+    Nothing but the stretch from the first to the last of them is touched, so that edges may lie in a file; a stretch
+    without other edges is not copied.
+    """
+    first, last = rows[0], rows[-1]
+    stretch = slice(graph.indptr[first], graph.indptr[last + 1])
+    starts = graph.indptr[first : last + 2] - graph.indptr[first]
+    begins, ends = starts[rows - first], starts[rows - first + 1]
+    data, indices = values[stretch], graph.indices[stretch]
+    if (ends - begins).sum() == len(indices):
+        return sparse.csr_matrix((data, indices, np.append(begins, len(indices))), shape=(len(rows), graph.n_nodes))
+    whole = sparse.csr_matrix((data, indices, starts), shape=(len(starts) - 1, graph.n_nodes))
+    return whole[rows - first]

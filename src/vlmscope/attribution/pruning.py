@@ -21,21 +21,25 @@ from vlmscope.attribution.influence import (
 )
 from vlmscope.attribution.scores import graph_scores
 from vlmscope.attribution.shares import cumulative_share, find_cut, smallest_set
+from vlmscope.attribution.storage import MEMORY, Memory
 from vlmscope.core.graph import ENDS, AttributionGraph, NodeKind, PrunedGraph
 
 
-def prune(graph: AttributionGraph, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> PrunedGraph:
+def prune(
+    graph: AttributionGraph, node_threshold: float = 0.8, edge_threshold: float = 0.98, storage: Memory = MEMORY
+) -> PrunedGraph:
     """Mark the nodes and edges that matter.
 
     Args:
         graph: the whole graph.
         node_threshold: share of influence that the kept nodes reach.
         edge_threshold: share of edge influence that the kept edges reach.
+        storage: where the mask of the edges goes.
     """
     weights = logit_weights(graph)
     flow = influence(graph, weights).nodes
     nodes = smallest_set(flow, node_threshold) | np.isin(graph.nodes.kind, (NodeKind.TOKEN, *ENDS))
-    edges = _edges_of(graph, nodes, influence(graph, weights, nodes), edge_threshold)
+    edges = _edges_of(graph, nodes, influence(graph, weights, nodes), edge_threshold, storage)
     alive = nodes & ~_dead_ends(graph, nodes, edges)
     _drop_edges(graph, nodes, alive, edges)
     return PrunedGraph(
@@ -50,7 +54,7 @@ def prune(graph: AttributionGraph, node_threshold: float = 0.8, edge_threshold: 
     )
 
 
-def _edges_of(graph: AttributionGraph, nodes: np.ndarray, flow: Influence, share: float) -> np.ndarray:
+def _edges_of(graph: AttributionGraph, nodes: np.ndarray, flow: Influence, share: float, storage: Memory) -> np.ndarray:
     """`[E]` bool: the fewest edges among `nodes` that carry `share` of what all edges among them carry."""
     rows = rows_of(graph, nodes)
     inside = nodes.astype(np.float64)
@@ -62,7 +66,7 @@ def _edges_of(graph: AttributionGraph, nodes: np.ndarray, flow: Influence, share
 
     counts = np.diff(graph.indptr)[rows]
     cut = find_cut(scores, int(counts.sum()), share)
-    mask, ties = np.zeros(graph.n_edges, dtype=bool), cut.ties
+    mask, ties = storage.zeros(graph.n_edges, bool), cut.ties
     for block, values in zip(row_blocks(graph, rows), scores(), strict=True):
         kept = values > cut.value
         if ties:

@@ -1,12 +1,13 @@
 """Rows of edges as they are computed: compressed in batches, with what influence and completeness need of them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 
 from vlmscope.attribution.adjoint import Adjoint
+from vlmscope.attribution.storage import Memory
 from vlmscope.attribution.targets import Targets
 
 
@@ -76,14 +77,53 @@ def feature_chunks(adjoint: Adjoint, targets: np.ndarray, batch_size: int, dtype
         for begin in range(0, len(mine), batch_size):
             batch = mine[begin : begin + batch_size]
             which = torch.from_numpy(batch - first[layer]).to(features.position.device)
-            rows = adjoint.feature_rows(layer, which)
-            yield _chunk(layer, batch, rows, features.pre_activation[which], dtype)
+            # No name for the rows here: they would stay while the next ones are made.
+            yield _chunk(layer, batch, adjoint.feature_rows(layer, which), features.pre_activation[which], dtype)
 
 
-def target_chunk(adjoint: Adjoint, targets: Targets, dtype: str) -> RowChunk:
-    """The rows of what the graph explains."""
-    position = torch.from_numpy(targets.positions).to(targets.vectors.device)
+def target_chunk(adjoint: Adjoint, targets: Targets, dtype: str, batch_size: int | None = None) -> RowChunk:
+    """The rows of what the graph explains, `batch_size` swept at once."""
     constants = targets.constants if targets.layer < adjoint.columns.n_layers else None
-    after = targets.after_attention
-    rows = adjoint.stream_rows(targets.layer, targets.vectors, position, constants, after_attention=after)
-    return _chunk(targets.layer, np.arange(len(rows)), rows, targets.values, dtype)
+    size = len(targets) if batch_size is None else batch_size
+    chunks = []
+    for begin in range(0, len(targets), size):
+        some = slice(begin, begin + size)
+        position = torch.from_numpy(targets.positions[some]).to(targets.vectors.device)
+        rows = adjoint.stream_rows(
+            targets.layer,
+            targets.vectors[some],
+            position,
+            None if constants is None else constants[some],
+            after_attention=targets.after_attention,
+        )
+        chunks.append(_chunk(targets.layer, begin + np.arange(len(rows)), rows, targets.values[some], dtype))
+    if len(chunks) == 1:
+        return chunks[0]
+    names = [field.name for field in fields(RowChunk) if field.name != "layer"]
+    return RowChunk(targets.layer, **{name: np.concatenate([getattr(c, name) for c in chunks]) for name in names})
+
+
+class RowStore:
+    """Keeps the edges of rows as they come: as they are in memory, or one after another on a disk."""
+
+    def __init__(self, storage: Memory, most_edges: int, dtype: str) -> None:
+        """Make room.
+
+        Args:
+            storage: where.
+            most_edges: so many edges come at most; no room is taken for them in memory.
+            dtype: of the weights.
+        """
+        self._taken = 0
+        self._arrays = (
+            (storage.zeros(most_edges, "int32"), storage.zeros(most_edges, dtype)) if storage.on_disk else None
+        )
+
+    def keep(self, chunk: RowChunk) -> RowChunk:
+        """The same rows with their edges where they are kept."""
+        if self._arrays is None:
+            return chunk
+        indices, weights = (array[self._taken : self._taken + len(chunk.indices)] for array in self._arrays)
+        indices[:], weights[:] = chunk.indices, chunk.weights
+        self._taken += len(indices)
+        return replace(chunk, indices=indices, weights=weights)

@@ -1,18 +1,26 @@
-"""Which features get a row when not all do: the most influential ones, ranked anew as rows come in.
+"""Which features get a row when not all do: the most influential ones, by one of two rankings.
 
-The influence of a feature through the rows known so far is exact for those rows (every column counts in a row's sum);
-rows of features that have not been visited are not known yet, so the ranking is refreshed every few batches, as in
-circuit-tracer.
+`influence`: through the rows known so far, which is exact for those rows (every column counts in a row's sum). Rows of
+features that have not been visited are not known yet, so the ranking is refreshed every few rows, as in circuit-tracer.
+`total_effect`: by what scaling a feature does to the targets when all others respond, known from one backward sweep
+before any row (`vlmscope.attribution.effects`).
 """
+
+from collections.abc import Iterable
 
 import numpy as np
 
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.columns import Columns
-from vlmscope.attribution.rows import RowChunk, feature_chunks
+from vlmscope.attribution.config import AttributionConfig
+from vlmscope.attribution.effects import total_effects
+from vlmscope.attribution.rows import RowChunk, RowStore, feature_chunks
+from vlmscope.attribution.targets import Targets
 
 
-def partial_influence(columns: Columns, ends: RowChunk, chunks: list[RowChunk], end_weights: np.ndarray) -> np.ndarray:
+def partial_influence(
+    columns: Columns, ends: RowChunk, chunks: Iterable[RowChunk], end_weights: np.ndarray
+) -> np.ndarray:
     """Influence of every column on the graph's ends through the known rows, `[columns]` float64.
 
     A chunk's targets belong to one layer and their sources lie below, so one pass from the top layer down is exact.
@@ -32,28 +40,51 @@ def _spread(influence: np.ndarray, chunk: RowChunk, mass: np.ndarray) -> None:
     influence += np.bincount(chunk.indices, weights=spread, minlength=len(influence))
 
 
+def total_effect_scores(adjoint: Adjoint, ends: RowChunk, targets: Targets, batch_size: int) -> np.ndarray:
+    """`sum_t w_t |total effect on t| / sum |edges of t|` of every column, `[columns]` float64.
+
+    Targets are put on one scale as influence does it, by the sum of what goes into them.
+    """
+    share = targets.weights / np.where(ends.absolute > 0, ends.absolute, 1.0)
+    scores = np.zeros(adjoint.columns.total)
+    for begin in range(0, len(targets), batch_size):
+        effects = total_effects(adjoint, targets, slice(begin, begin + batch_size))
+        scores += share[begin : begin + batch_size] @ effects.abs().double().numpy(force=True)
+    return scores
+
+
 def select_rows(
     adjoint: Adjoint,
     ends: RowChunk,
-    end_weights: np.ndarray,
-    max_nodes: int,
+    targets: Targets,
+    config: AttributionConfig,
     batch_size: int,
-    update_every: int,
+    store: RowStore,
     dtype: str,
 ) -> list[RowChunk]:
-    """Rows of all features below the ends if they fit into `max_nodes`, else of the `max_nodes` found most
-    influential.
+    """Rows of all features below the ends if they fit into `config.max_nodes`, else of those that `config.choice`
+    ranks highest.
+
+    Which ones does not depend on `batch_size`, but for rounding: rows are ranked anew after `config.update_every`.
     """
     columns = adjoint.columns
     n_features = int(columns.n_features[: ends.layer].sum())
-    if n_features <= max_nodes:
-        return list(feature_chunks(adjoint, np.arange(n_features), batch_size, dtype))
+
+    def rows(chosen: np.ndarray) -> list[RowChunk]:
+        return [store.keep(chunk) for chunk in feature_chunks(adjoint, chosen, batch_size, dtype)]
+
+    def ranked(scores: np.ndarray) -> np.ndarray:
+        return np.argsort(-scores[columns.all_features()][:n_features], kind="stable")
+
+    if n_features <= config.max_nodes:
+        return rows(np.arange(n_features))
+    if config.choice == "total_effect":
+        return rows(ranked(total_effect_scores(adjoint, ends, targets, batch_size))[: config.max_nodes])
     chunks: list[RowChunk] = []
     visited = np.zeros(n_features, dtype=bool)
-    while (room := max_nodes - int(visited.sum())) > 0:
-        influence = partial_influence(columns, ends, chunks, end_weights)[columns.all_features()]
-        ranked = np.argsort(-influence[:n_features], kind="stable")
-        batch = ranked[~visited[ranked]][: min(room, update_every * batch_size)]
-        chunks += feature_chunks(adjoint, batch, batch_size, dtype)
-        visited[batch] = True
+    while (room := config.max_nodes - int(visited.sum())) > 0:
+        order = ranked(partial_influence(columns, ends, chunks, targets.weights))
+        some = order[~visited[order]][: min(room, config.update_every)]
+        chunks += rows(some)
+        visited[some] = True
     return chunks

@@ -14,10 +14,7 @@ import numpy as np
 
 from vlmscope.attribution.config import AttributionConfig
 
-# Bytes of an edge while rows are put into node order, over those of the stored edge; measured, see docs/models.md.
-ASSEMBLY = 2.0
-ASSEMBLY_LEFT_OUT = 3.0  # when left-out columns are merged
-_CACHE_BYTES = 1 << 30  # of `vlmscope.attribution.adjoint`
+_CACHE_BYTES = 1 << 30  # of `vlmscope.attribution.sources`, which needs torch
 
 
 @dataclass(frozen=True)
@@ -110,9 +107,8 @@ class GraphSizes:
 
     @property
     def peak_bytes(self) -> float:
-        """Host memory while the rows are assembled."""
-        factor = ASSEMBLY_LEFT_OUT if self.left_out else ASSEMBLY
-        return self.edges_computed * (self.element + 4) * factor
+        """Host memory while the rows are assembled: as they came, and in node order."""
+        return (self.edges_computed + self.edges) * (self.element + 4)
 
     @property
     def file_bytes(self) -> float:

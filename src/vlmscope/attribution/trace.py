@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -10,10 +11,12 @@ from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.edges import assemble
 from vlmscope.attribution.head_scores import Place, ScoreParts, find_place, score_parts
 from vlmscope.attribution.heads import HeadFlow, head_flow
+from vlmscope.attribution.memory import MemoryPlan, plan_memory
 from vlmscope.attribution.pruning import prune
 from vlmscope.attribution.questions import TraceableModel, ask, choose_targets, labels_of
-from vlmscope.attribution.rows import target_chunk
+from vlmscope.attribution.rows import RowStore, target_chunk
 from vlmscope.attribution.select import select_rows
+from vlmscope.attribution.sources import SourceVectors
 from vlmscope.attribution.targets import Targets, choose_logits
 from vlmscope.attribution.words import Tokenizer
 from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
@@ -69,6 +72,7 @@ def attribute(
     tokenizer: Tokenizer,
     model_name: str = "",
     targets: Targets | None = None,
+    plan: MemoryPlan | None = None,
 ) -> AttributionGraph:
     """The whole attribution graph of a replacement model.
 
@@ -78,18 +82,22 @@ def attribute(
         tokenizer: names the logit targets.
         model_name: for the record.
         targets: what to explain; what `config` says when None.
+        plan: how memory is used; what follows from `config.memory_gb` when None.
+
+    Raises:
+        UserError: what is to be explained, or the memory that it may take, makes no sense here.
     """
     config.check()
     started = time.perf_counter()
     inputs = replacement.inputs
     dtype = "float64" if replacement.errors.dtype == torch.float64 else "float32"
     targets = targets or choose_targets(replacement, config, tokenizer)
-    adjoint = Adjoint(replacement)
-    ends = target_chunk(adjoint, targets, dtype)
-    chunks = select_rows(
-        adjoint, ends, targets.weights, config.max_nodes, config.batch_size, config.update_every, dtype
-    )
-    edges = assemble(replacement, adjoint.columns, chunks, ends, targets, dtype)
+    plan = plan or plan_memory(replacement, targets, config)
+    adjoint = Adjoint(replacement, SourceVectors(replacement, plan.cache_bytes))
+    ends = target_chunk(adjoint, targets, dtype, plan.batch_size)
+    store = RowStore(plan.storage, plan.most_edges, dtype)
+    chunks = select_rows(adjoint, ends, targets, config, plan.batch_size, store, dtype)
+    edges = assemble(replacement, adjoint.columns, chunks, ends, targets, dtype, plan.storage)
     n_active = int(adjoint.columns.n_features[: targets.layer].sum())
     return AttributionGraph(
         nodes=edges.nodes,
@@ -111,10 +119,11 @@ def attribute(
             "target": targets.what,
             "n_layers": replacement.n_layers,
             "n_active_features": n_active,
-            "n_left_out_features": n_active - sum(len(chunk.targets) for chunk in chunks),
+            "n_left_out_features": n_active - len(edges.nodes.of(NodeKind.FEATURE)),
             "logit_mass": config.logit_mass,
             "max_logits": config.max_logits,
             "max_nodes": config.max_nodes,
+            "choice": config.choice,
             "seconds": time.perf_counter() - started,
             # Logit targets are those before this cap; probabilities are the model's own.
             **({} if replacement.logit_softcap is None else {"logit_softcap": replacement.logit_softcap}),
@@ -123,35 +132,66 @@ def attribute(
     )
 
 
-def trace(vlm: TraceableModel, transcoders: TranscoderSet, inputs: ModelInputs, config: AttributionConfig) -> Trace:
+def trace(
+    vlm: TraceableModel,
+    transcoders: TranscoderSet,
+    inputs: ModelInputs,
+    config: AttributionConfig,
+    folder: Path | None = None,
+) -> Trace:
     """Run the model once, make the local replacement model, attribute, and prune.
 
+    Args:
+        vlm: the model.
+        transcoders: its set.
+        inputs: the prompt.
+        config: settings.
+        folder: where edges go, in files without a name, that do not fit into `config.memory_gb`; the system's folder
+            for temporary files when None.
+
     Raises:
-        UserError: when the settings make no sense or the model and the set do not fit each other.
+        UserError: when the settings make no sense, the model and the set do not fit each other, or memory or disk
+            have no room.
     """
     config.check()
     dtype = {"float32": torch.float32, "float64": torch.float64, "model": None}[config.dtype]
     question = ask(vlm, inputs, config)
     replacement = build_replacement(vlm, transcoders, question.inputs, dtype)
     if config.attention:
-        return _trace_attention(vlm, replacement, config)
+        return _trace_attention(vlm, replacement, config, folder)
     targets = choose_targets(replacement, config, vlm.tokenizer, question.ids)
-    graph = attribute(replacement, config, vlm.tokenizer, vlm.name, targets)
-    return Trace(replacement, graph, prune(graph, config.node_threshold, config.edge_threshold), targets)
+    return _traced(vlm, replacement, config, targets, folder)
 
 
-def _trace_attention(vlm: TraceableModel, replacement: ReplacementModel, config: AttributionConfig) -> Trace:
+def _traced(
+    vlm: TraceableModel,
+    replacement: ReplacementModel,
+    config: AttributionConfig,
+    targets: Targets,
+    folder: Path | None,
+    scores: tuple[ScoreParts, ...] = (),
+    flow: HeadFlow | None = None,
+) -> Trace:
+    """Plan, attribute and prune."""
+    plan = plan_memory(replacement, targets, config, folder)
+    graph = attribute(replacement, config, vlm.tokenizer, vlm.name, targets, plan)
+    pruned = prune(graph, config.node_threshold, config.edge_threshold, plan.storage)
+    return Trace(replacement, graph, pruned, targets, scores, flow)
+
+
+def _trace_attention(
+    vlm: TraceableModel, replacement: ReplacementModel, config: AttributionConfig, folder: Path | None
+) -> Trace:
     """The graph of a head's score: of the one that is named, or of the one that carries most in the logits' graph."""
     flow = None
     if config.attention == "auto":
         logits = choose_logits(replacement, config.logit_mass, config.max_logits)
-        flow = head_flow(replacement, attribute(replacement, config, vlm.tokenizer, vlm.name, logits), logits)
+        plan = plan_memory(replacement, logits, config, folder)
+        flow = head_flow(replacement, attribute(replacement, config, vlm.tokenizer, vlm.name, logits, plan), logits)
         heads = flow.ranked()[: config.n_heads]
         places = [Place(*head, int(flow.query[head]), int(flow.key[head])) for head in heads]
     else:
         places = [find_place(replacement, config.attention or "")]
     adjoint = Adjoint(replacement)
     scores = tuple(score_parts(vlm, replacement, adjoint, place) for place in places)
-    targets = scores[0].targets
-    graph = attribute(replacement, config, vlm.tokenizer, vlm.name, targets)
-    return Trace(replacement, graph, prune(graph, config.node_threshold, config.edge_threshold), targets, scores, flow)
+    return _traced(vlm, replacement, config, scores[0].targets, folder, scores, flow)

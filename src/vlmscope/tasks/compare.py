@@ -140,7 +140,7 @@ def _graphs(cfg: AppConfig, context: RunContext, sides: tuple[_Side, _Side]) -> 
     graphs: list[PrunedGraph] = []
     for name, graph, one in zip(("first", "second"), found, inputs, strict=True):
         if one is not None:
-            graph = trace(vlm, transcoders, one, cfg.attribution).pruned
+            graph = trace(vlm, transcoders, one, cfg.attribution, context.run_dir).pruned
             save_graph(context.run_dir / name / "graph.safetensors", graph)
             write_graph_json(context.run_dir / name / "graph.json", graph, name, vlm.name)
         assert graph is not None

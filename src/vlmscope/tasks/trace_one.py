@@ -49,7 +49,7 @@ def trace_into(
     from vlmscope.tasks.steps.trace_details import print_ends, write_heads, write_scores
     from vlmscope.tasks.trace_patches import follow_to_patches
 
-    traced = trace(vlm, transcoders, inputs, cfg.attribution)
+    traced = trace(vlm, transcoders, inputs, cfg.attribution, folder)
     save_graph(folder / "graph.safetensors", traced.pruned)
     patches = follow_to_patches(cfg, vlm, traced, pictures, folder) if cfg.attribution.patches and pictures else None
     extra = None if patches is None else {"patches": patches.record}

@@ -33,7 +33,7 @@ def graph(request: pytest.FixtureRequest) -> AttributionGraph:
 
 @pytest.fixture(params=[1 << 17, 37], ids=["one block", "many blocks"], autouse=True)
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(influence_module, "_BLOCK", request.param)
+    monkeypatch.setattr(influence_module, "BLOCK", request.param)
     monkeypatch.setattr(shares, "_SORTED", request.param)
 
 

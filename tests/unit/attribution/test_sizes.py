@@ -77,8 +77,8 @@ def test_rows_and_sources_have_the_foreseen_shapes() -> None:
     assert rows.shape == (3, found.columns)
     # As swept in float32, absolute values, a mask and int64 places.
     assert found.row_buffer_bytes == rows.numel() * (4 + 4 + 1 + 8)
-    assert adjoint._cache is not None
-    held = [adjoint._sources(layer).vectors for layer in range(adapter.n_layers)]
+    assert adjoint.sources.cached
+    held = [adjoint.sources.of(layer).vectors for layer in range(adapter.n_layers)]
     assert found.source_bytes == sum(vectors.numel() * 4 for vectors in held)
 
 

@@ -1,0 +1,236 @@
+"""A stated amount of memory is kept to, edges on disk are the same graph, and what has no room says so in one line."""
+
+import dataclasses
+import os
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent))
+from allocations import allocated
+
+from vlmscope.attribution import memory, trace
+from vlmscope.attribution.adjoint import Adjoint
+from vlmscope.attribution.config import AttributionConfig
+from vlmscope.attribution.graph_io import load_graph, save_graph
+from vlmscope.attribution.memory import GraphCosts, MemoryPlan, plan_memory
+from vlmscope.attribution.pruning import prune
+from vlmscope.attribution.questions import choose_targets
+from vlmscope.attribution.rows import feature_chunks
+from vlmscope.attribution.storage import Disk
+from vlmscope.attribution.trace import attribute
+from vlmscope.config.paths import asset
+from vlmscope.core.artifacts import load_tensors
+from vlmscope.core.errors import UserError
+from vlmscope.core.graph import PrunedGraph
+from vlmscope.models.loading import VLM, load_vlm
+from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.replacement.model import ReplacementModel, build_replacement
+from vlmscope.transcoders.formats import load_set
+from vlmscope.transcoders.init import random_set
+
+
+@pytest.fixture(scope="module")
+def orrery() -> tuple[VLM, ReplacementModel]:
+    vlm = load_vlm(asset("orrery"))
+    inputs = vlm.prepare("what planet is this ?", [tiny_image(1)])
+    return vlm, build_replacement(vlm, load_set(asset("orrery_transcoders")), inputs)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[VLM, ReplacementModel]:
+    vlm = tiny_gemma3(2)
+    adapter, inputs = vlm.adapter, vlm.prepare("what is this planet ?", [tiny_image(1)])
+    return vlm, build_replacement(vlm, random_set(adapter.n_layers, adapter.d_model, 48, 4, skip=True), inputs)
+
+
+def made(vlm: VLM, replacement: ReplacementModel, config: AttributionConfig, plan: MemoryPlan) -> PrunedGraph:
+    graph = attribute(replacement, config, vlm.tokenizer, plan=plan)
+    return prune(graph, storage=plan.storage)
+
+
+@pytest.mark.parametrize(("max_nodes", "choice"), [(7500, "influence"), (900, "influence"), (900, "total_effect")])
+@pytest.mark.parametrize("memory_gb", [0.03, 0.06, 0.2])
+def test_a_stated_amount_is_kept_to(
+    orrery: tuple[VLM, ReplacementModel], max_nodes: int, choice: str, memory_gb: float, tmp_path: Path
+) -> None:
+    vlm, replacement = orrery
+    config = AttributionConfig(max_nodes=max_nodes, choice=choice, memory_gb=memory_gb)
+    plan = plan_memory(replacement, choose_targets(replacement, config, vlm.tokenizer), config, tmp_path)
+    with allocated() as found:
+        made(vlm, replacement, config, plan)
+    # All edges of the larger graph take twice 32 MB in memory.
+    assert plan.storage.on_disk == (memory_gb < 0.1)
+    assert 0.05 * memory_gb < (found["numpy"] + found["torch"]) / 1e9 <= memory_gb
+
+
+def test_fewer_bytes_give_smaller_batches(
+    orrery: tuple[VLM, ReplacementModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "BLOCK", 1000)  # else blocks of edges take more than batches do
+    vlm, replacement = orrery
+    config = AttributionConfig(batch_size=16)
+    targets = choose_targets(replacement, config, vlm.tokenizer)
+    costs = GraphCosts(replacement, targets, config.max_nodes)
+    sizes = []
+    for amount in np.linspace(costs.least_bytes(1), 1.2 * costs.least_bytes(16), 7) / 1e9:
+        plan = plan_memory(replacement, targets, dataclasses.replace(config, memory_gb=amount), tmp_path)
+        assert costs.least_bytes(plan.batch_size) <= 1e9 * amount * (1 + 1e-12)
+        assert plan.batch_size == 16 or costs.least_bytes(plan.batch_size + 1) > amount * 1e9
+        sizes.append(plan.batch_size)
+    assert sizes == sorted(sizes) and sizes[0] == 1 and sizes[-1] == 16
+    assert plan_memory(replacement, targets, config, tmp_path) == MemoryPlan(16)
+
+
+@pytest.mark.parametrize("max_nodes", [7500, 60])
+def test_edges_on_disk_are_the_same_graph(tiny: tuple[VLM, ReplacementModel], max_nodes: int, tmp_path: Path) -> None:
+    vlm, replacement = tiny
+    config = AttributionConfig(max_nodes=max_nodes, update_every=16)
+    costs = GraphCosts(replacement, choose_targets(replacement, config, vlm.tokenizer), max_nodes)
+    paths = []
+    for plan in (MemoryPlan(8), MemoryPlan(8, Disk(tmp_path), 0, costs.most_edges)):
+        found = made(vlm, replacement, config, plan)
+        assert (found.graph.weights.base is None) == (not plan.storage.on_disk)
+        found.graph.meta["seconds"] = 0.0
+        paths.append(tmp_path / f"{len(paths)}.safetensors")
+        save_graph(paths[-1], found)
+    (arrays, words), (other_arrays, other_words) = map(load_tensors, paths)
+    assert words == other_words and arrays.keys() == other_arrays.keys() and load_graph(paths[1]).n_edges > 0
+    for name, array in arrays.items():
+        assert array.dtype == other_arrays[name].dtype and array.tobytes() == other_arrays[name].tobytes(), name
+
+
+def _deleted_files() -> list[str]:
+    """Files without a name that this process holds open or mapped."""
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("(deleted)")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="it reads what Linux says of this process")
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_files_go_with_the_graph(
+    tiny: tuple[VLM, ReplacementModel],
+    error: type[BaseException] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vlm, replacement = tiny
+    config = AttributionConfig(memory_gb=1.0)
+    plan = MemoryPlan(8, Disk(tmp_path), 0, 10**6)
+    before = len(_deleted_files())
+    assemble = trace.assemble
+
+    def stop(*args: object) -> object:
+        assert len(_deleted_files()) == before + 2 and not os.listdir(tmp_path)
+        if error is not None:
+            raise error
+        return assemble(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trace, "assemble", stop)
+    if error is None:
+        found = made(vlm, replacement, config, plan)
+        assert len(_deleted_files()) == before + 3 and not os.listdir(tmp_path)
+        del found
+    else:
+        with pytest.raises(error):
+            made(vlm, replacement, config, plan)
+    assert len(_deleted_files()) == before and not os.listdir(tmp_path)
+
+
+def test_no_row_has_more_edges_than_counted(
+    orrery: tuple[VLM, ReplacementModel], tiny: tuple[VLM, ReplacementModel]
+) -> None:
+    for vlm, replacement in (orrery, tiny):
+        targets = choose_targets(replacement, AttributionConfig(), vlm.tokenizer)
+        costs = GraphCosts(replacement, targets, 10**6)
+        graph = attribute(replacement, AttributionConfig(max_nodes=10**6), vlm.tokenizer, targets=targets)
+        assert graph.n_edges <= costs.most_edges < 1.2 * graph.n_edges
+        few = dataclasses.replace(costs, max_nodes=20)
+        adjoint = Adjoint(replacement)
+        longest = sorted(
+            (
+                int(c)
+                for chunk in feature_chunks(adjoint, np.arange(costs.n_active), 64, "float32")
+                for c in chunk.counts
+            ),
+            reverse=True,
+        )
+        assert sum(longest[:20]) <= few.most_edges - (costs.most_edges - sum(costs._edge_counts[0]))
+
+
+def test_too_little_memory_says_what_would_do(orrery: tuple[VLM, ReplacementModel], tmp_path: Path) -> None:
+    vlm, replacement = orrery
+    targets = choose_targets(replacement, AttributionConfig(), vlm.tokenizer)
+
+    def plan(memory_gb: float) -> MemoryPlan:
+        return plan_memory(replacement, targets, AttributionConfig(memory_gb=memory_gb), tmp_path)
+
+    with pytest.raises(
+        UserError, match=r"memory_gb=0\.001 .* 29 tokens .* 3,712 active features.* give (\S+) or more$"
+    ):
+        plan(0.001)
+    needed = GraphCosts(replacement, targets, 7500).least_bytes(1)
+    with pytest.raises(UserError, match=r"give (\S+) or more, or about \d+ tokens$") as told:
+        plan(needed * 0.99 / 1e9)
+    assert plan(float(str(told.value).split("give ")[1].split()[0])).batch_size >= 1
+    with pytest.raises(UserError, match="must be above 0"):
+        AttributionConfig(memory_gb=0.0).check()
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    usage = namedtuple("usage", "total used free")
+
+    def has_free(count: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**12, 0, count))
+
+    return has_free
+
+
+def test_a_full_disk_says_how_many_nodes_fit(
+    orrery: tuple[VLM, ReplacementModel], tmp_path: Path, full_disk: Callable[[int], None]
+) -> None:
+    vlm, replacement = orrery
+    config = AttributionConfig(memory_gb=0.05)
+    targets = choose_targets(replacement, config, vlm.tokenizer)
+    full_disk(20_000_000)
+    with pytest.raises(UserError, match=r"take up to 0\.113 GB in .*, which has 0\.02 GB free; choose") as told:
+        plan_memory(replacement, targets, config, tmp_path)
+    nodes = int(str(told.value).split("max_nodes=")[1].split(",")[0])
+    more = float(str(told.value).split("memory_gb=")[1].split(",")[0])
+    costs = GraphCosts(replacement, targets, 7500)
+    assert costs.disk_bytes(nodes) <= 20_000_000 < costs.disk_bytes(nodes + 1)
+    plan_memory(replacement, targets, dataclasses.replace(config, max_nodes=nodes), tmp_path)
+    plan = plan_memory(replacement, targets, dataclasses.replace(config, memory_gb=more), tmp_path)
+    assert not plan.storage.on_disk
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"cannot put 0\.004 GB of edges into .*: No space left on device; choose"):
+        Disk(tmp_path).zeros(1_000_000, "int32")
+    assert not os.listdir(tmp_path)
+    with pytest.raises(UserError, match="No such file"):
+        Disk(tmp_path / "nowhere").zeros(10, "int32")
+
+
+def test_positions_see_what_patterns_let_them(tiny: tuple[VLM, ReplacementModel]) -> None:
+    _, replacement = tiny
+    seen = memory.visible(replacement)
+    image = np.flatnonzero(replacement.inputs.is_image)
+    assert (np.diag(seen) == 1).all()
+    assert seen[image[0], image[-1]] == 1  # soft tokens see each other
+    after = image[-1] + 1
+    assert (np.triu(seen[after:, after:], 1) == 0).all() and (seen[after:, 0] == 1).all()
+    steps = torch.zeros(2, 1, 4, 4)
+    steps[0, 0, 1, 0] = steps[1, 0, 2, 1] = 1.0
+    state = dataclasses.replace(replacement.state, patterns=steps, embeddings=replacement.state.embeddings[:4])
+    chain = memory.visible(dataclasses.replace(replacement, state=state))
+    assert chain[2].tolist() == [1, 1, 1, 0] and chain[3].tolist() == [0, 0, 0, 1]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,16 +13,23 @@ from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
 
 
-@torch.no_grad()
-def mlp_inputs(adapter: Adapter, batch: InputBatch, layers: Sequence[int]) -> dict[int, Tensor]:
-    """MLP inputs by layer [B, T, d] of one unedited forward, with the model's fast kernels."""
-    found: dict[int, Tensor] = {}
+@contextmanager
+def watching_mlp_inputs(adapter: Adapter, layers: Sequence[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Hand every layer's MLP input [B, T, d] to `take(layer, x)` while the model runs, layer after layer."""
     with ExitStack() as stack:
         for layer in layers:
 
             def hook(_module: Any, args: tuple, layer: int = layer) -> None:
-                found[layer] = args[0]
+                take(layer, args[0])
 
             stack.callback(adapter.mlp(layer).register_forward_pre_hook(hook).remove)
+        yield
+
+
+@torch.no_grad()
+def mlp_inputs(adapter: Adapter, batch: InputBatch, layers: Sequence[int]) -> dict[int, Tensor]:
+    """MLP inputs by layer [B, T, d] of one unedited forward, with the model's fast kernels."""
+    found: dict[int, Tensor] = {}
+    with watching_mlp_inputs(adapter, layers, found.__setitem__):
         adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1)
     return found

@@ -38,8 +38,8 @@ class JsonLines(Sequence[Sample]):
         UserError: when the file cannot be read, holds no example, or a line is wrong: the message says which.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, check_pictures: bool = True) -> None:
+        self.path, self.check_pictures = path, check_pictures
         self.lines = list(self._checked())
         if not self.lines:
             raise UserError(f"{path} holds no example; write one JSON object a line (docs/bring_your_own.md)")
@@ -80,7 +80,7 @@ class JsonLines(Sequence[Sample]):
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     names = check_record(_record(line, self._origin(number)), self._origin(number))
-                    for name in set(names) - seen:
+                    for name in set(names) - seen if self.check_pictures else ():
                         self._picture(check_image, name, self._origin(number))
                     seen.update(names)
                     yield Line(offset, number, len(names))

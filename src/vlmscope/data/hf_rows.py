@@ -273,3 +273,8 @@ class StreamReader:
     def mark(self) -> Mark:
         """`datasets`' state, which names file and row."""
         return None if self.done == 0 else {"done": self.done, "state": self.table.state_dict()}
+
+    @property
+    def last(self) -> int:
+        """As `Reader.last`."""
+        return self.done - 1

@@ -30,6 +30,11 @@ class Reader(Protocol):
         """Where the pass stands; None before the first row."""
         ...
 
+    @property
+    def last(self) -> int:
+        """The number of the row that was given last, counted through the share."""
+        ...
+
 
 class Source(Protocol):
     """Samples in an order of their own."""
@@ -83,3 +88,8 @@ class IndexedReader:
     def mark(self) -> int:
         """How many rows are done."""
         return self.done
+
+    @property
+    def last(self) -> int:
+        """As `Reader.last`."""
+        return self.done - 1

@@ -15,6 +15,7 @@ from typing import Any
 
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
+from vlmscope.data.orrery.dataset import scene_row
 from vlmscope.data.raw import RawSample
 from vlmscope.data.readers import Mark, Row
 from vlmscope.data.shards import INDEX, read_samples
@@ -39,7 +40,10 @@ class ShardSource:
         """
         if not (folder / INDEX).is_file():
             raise UserError(f"no {INDEX} in {folder}: run task=build_data first, or correct data.sources.{name}.path")
-        entries = read_json(folder / INDEX)["shards"]
+        index = read_json(folder / INDEX)
+        entries = index["shards"]
+        # Orrery's own shards hold scenes with all their questions.
+        self.parse = scene_row if index["meta"].get("dataset") == "orrery" else RawSample.from_shard
         self.name, self.folder, self.limit, self.max_bad = name, folder, limit, max_bad
         self.entries = {
             file: one
@@ -101,7 +105,7 @@ class ShardReader:
         if size != entry["bytes"]:
             raise ValueError(f"it has {size:,} bytes, the index says {entry['bytes']:,}")
         before = self.row - (self.ends[number] - entry["samples"])
-        return map(RawSample.from_shard, islice(read_samples([path]), before, None))
+        return map(self.source.parse, islice(read_samples([path]), before, None))
 
     def _skip(self, number: int, error: Exception) -> None:
         self.bad_shards += 1
@@ -119,6 +123,11 @@ class ShardReader:
     def mark(self) -> dict[str, Any]:
         """The next row and the number of bad shards."""
         return {"row": self.row, "bad": self.bad_shards}
+
+    @property
+    def last(self) -> int:
+        """The row that was given last, among all of the source: those of a corrupt shard count too."""
+        return self.row - 1
 
 
 def _same(sample: RawSample) -> RawSample:

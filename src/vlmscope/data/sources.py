@@ -19,7 +19,9 @@ from vlmscope.data.source_config import SourceConfig, check_source
 ORRERY_SCENES = 50_000  # without a limit; scenes are made while they are used, so the number is free
 
 
-def open_source(name: str, config: SourceConfig, split: str | None = None, max_bad_shards: int = 0) -> Source:
+def open_source(
+    name: str, config: SourceConfig, split: str | None = None, max_bad_shards: int = 0, check_pictures: bool = True
+) -> Source:
     """A source as its settings say.
 
     Args:
@@ -27,6 +29,7 @@ def open_source(name: str, config: SourceConfig, split: str | None = None, max_b
         config: its settings.
         split: instead of `config.split`.
         max_bad_shards: how many corrupt shards a pass may skip, or corrupt files of a local table be left out.
+        check_pictures: of a folder, look at all pictures first; else a bad one shows itself at its row.
 
     Raises:
         UserError: the settings are wrong, or the data are not there, empty or of another schema.
@@ -36,7 +39,7 @@ def open_source(name: str, config: SourceConfig, split: str | None = None, max_b
     if config.kind == "orrery":
         return _orrery(name, config, split)
     if config.kind == "folder":
-        return _folder(name, config, split)
+        return _folder(name, config, split, check_pictures)
     if config.kind == "shards":
         return ShardSource(name, Path(str(config.path)), config.stream or name, split, config.limit, max_bad_shards)
     return hf_source(name, config, split, max_bad_shards)
@@ -79,19 +82,19 @@ def scene_sample(scene: Scene, stream: str) -> RawSample:
     return RawSample((encode_png(scene.image),), exchanges, origin=scene.key)
 
 
-def _folder(name: str, config: SourceConfig, split: str) -> Indexed:
+def _folder(name: str, config: SourceConfig, split: str, check_pictures: bool) -> Indexed:
     from vlmscope.data.folder import JsonLines
 
     path = Path(str(config.path)) / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}; data.sources.{name}.path: as docs/bring_your_own.md says")
-    lines = JsonLines(path)
+    lines = JsonLines(path, check_pictures)
     count = len(lines) if config.limit is None else min(len(lines), config.limit)
 
     def sample(number: int) -> RawSample:
         record = lines.record(number)
-        pictures = tuple((lines.path.parent / image).read_bytes() for image in record.get("images") or [])
         origin = lines.origin(number)
+        pictures = tuple(_file(lines.path.parent / image, origin) for image in record.get("images") or [])
         if "texts" in record:
             return RawSample(pictures, tuple(Exchange(e["user"], e["assistant"]) for e in record["texts"]), "", origin)
         if pictures:
@@ -99,6 +102,13 @@ def _folder(name: str, config: SourceConfig, split: str) -> Indexed:
         return RawSample(text=record["text"], origin=origin)
 
     return Indexed(name, count, sample)
+
+
+def _file(path: Path, origin: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{origin}: cannot read {path}: {error.strerror}") from error
 
 
 def fingerprint(sources: dict[str, SourceConfig]) -> str:

@@ -6,6 +6,7 @@ the first is marked. What the model's template adds, an answer's end included, i
 not know become its unknown token.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,20 @@ def encode(vlm: VLM, sample: Sample, max_tokens: int | None = None) -> list[dict
         return [_cut(vlm, _dialogue(vlm, one, sample), max_tokens) for one in dialogues]
     except UserError as error:
         raise UserError(f"{sample.origin}: {error}" if sample.origin else str(error)) from error
+
+
+def by_shape(forwards: Sequence[Mapping[str, Tensor]]) -> list[list[int]]:
+    """Which forwards have tensors of the same shapes, and can be one; groups in order of appearance."""
+    groups: dict[tuple, list[int]] = {}
+    for number, one in enumerate(forwards):
+        key = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(one.items()))
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def joined(forwards: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Forwards of the same shapes as one, along the first axis."""
+    return {name: torch.cat([one[name] for one in forwards]) for name in forwards[0]}
 
 
 def _dialogue(vlm: VLM, dialogue: Dialogue, sample: Conversation) -> dict[str, Tensor]:

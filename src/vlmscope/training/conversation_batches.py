@@ -6,12 +6,12 @@ shuffled order. So batch n follows from the seed and n alone, and every example 
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from vlmscope.core.conversation import Sample
 from vlmscope.core.errors import UserError
 from vlmscope.data.conversation import drawn
+from vlmscope.models.conversations import by_shape, joined
 
 Forward = dict[str, Tensor]
 Encoder = Callable[[Sample], list[Forward]]  # such as vlmscope.models.conversations.encode with its model
@@ -25,10 +25,7 @@ def stacked(forwards: Sequence[Forward]) -> list[Forward]:
     Pictures of different sizes, and prompts of different lengths, stay apart: padding would have to be told to every
     family in its own way.
     """
-    groups: dict[tuple, list[Forward]] = {}
-    for one in forwards:
-        groups.setdefault(tuple((name, tuple(tensor.shape)) for name, tensor in sorted(one.items())), []).append(one)
-    return [{name: torch.cat([one[name] for one in group]) for name in group[0]} for group in groups.values()]
+    return [joined([forwards[i] for i in group]) for group in by_shape(forwards)]
 
 
 class ConversationBatches:

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
-from vlmscope.core.seeds import generator
+from vlmscope.core.seeds import derive, generator
 from vlmscope.data.orrery.scene import KINDS, Question, Scene, make_scene
+from vlmscope.data.raw import RawSample
 from vlmscope.data.shards import ShardPlan, encode_png, plan_shards, read_samples, shard_files, write_shards
 
 VERSION = 1  # raise when a renderer or template changes: old shards are then refused
@@ -78,6 +80,14 @@ def from_sample(sample: dict[str, Any]) -> Scene:
             image = np.asarray(picture.convert("RGB"))
     questions = tuple(Question(*q) for q in body["questions"])
     return Scene(body["kind"], sample["__key__"], image, body["facts"], questions)
+
+
+def scene_row(sample: dict[str, Any]) -> RawSample:
+    """A scene's sample as its picture, if it has one, with one of its questions, picked by the scene's key."""
+    questions, key = json.loads(sample["json"])["questions"], sample["__key__"]
+    _, question, answer = questions[derive(0, "question", key) % len(questions)]
+    pictures = (sample["png"],) if "png" in sample else ()
+    return RawSample(pictures, (Exchange(question, answer),), origin=key)
 
 
 class ScenePool:

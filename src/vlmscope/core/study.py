@@ -1,0 +1,171 @@
+"""Records of feature studies: what each feature fires on, read from a study folder (docs/study.md). No torch here.
+
+Legend: T positions of an item, S soft tokens among them, E positions that an example keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vlmscope.core.conversation import Exchange
+from vlmscope.core.ids import FeatureId
+from vlmscope.core.images import PatchBox
+
+KINDS = ("text", "image", "answer")  # of positions: what the user and the template say, soft tokens, what is answered
+TEXT, IMAGE, ANSWER = range(3)
+TOP = "top"  # the group of the strongest examples; samples are in "q1" (weakest) .. "q<n>"
+BINS = 64  # of histograms, two an octave
+LOWEST_OCTAVE = -16
+LEVELS = 255  # the level of an example's peak
+
+Words = tuple[tuple[str, float], ...]
+
+
+def bin_edges() -> np.ndarray:
+    """`[BINS + 1]` float64: bin b holds activations in [edge b, edge b + 1); the first and the last bin are open.
+
+    They are 2^-16, 1.5 2^-16, 2^-15, .., 2^16: the bin is read off a float32's exponent and first bit of its mantissa.
+    """
+    number = np.arange(BINS + 1)
+    return 2.0 ** (LOWEST_OCTAVE + number // 2) * (1 + (number % 2) / 2)
+
+
+@dataclass(frozen=True)
+class StudyItem:
+    """One input of the model: an example of the data, or one exchange of it.
+
+    Attributes:
+        id: grows in the order of the data.
+        source, row, part: which source of the study's data, which of its rows, and which of the row's inputs.
+        origin: the same in words, such as a file and a line.
+        digest: SHA-256 (32 hexadecimal digits) of the row's pictures and words.
+        exchanges, text: what is said; one of them is empty.
+        n_pictures: how many pictures come with it.
+        token_ids, tokens: T of each.
+        kinds: `[T]` uint8, `TEXT`, `IMAGE` or `ANSWER`.
+        pictures: `[S]` int64, which picture each soft token belongs to.
+        patch_boxes: S parts of pictures.
+        grids: rows and columns of each picture's soft tokens; (0, 0) where they are no plain grid.
+    """
+
+    id: int
+    source: str
+    row: int
+    part: int
+    origin: str
+    digest: str
+    exchanges: tuple[Exchange, ...]
+    text: str
+    n_pictures: int
+    token_ids: np.ndarray
+    tokens: tuple[str, ...]
+    kinds: np.ndarray
+    pictures: np.ndarray
+    patch_boxes: tuple[PatchBox, ...]
+    grids: tuple[tuple[int, int], ...]
+
+    @property
+    def caption(self) -> str:
+        """What is said, in one line."""
+        if not self.exchanges:
+            return " ".join(self.text.split())
+        return " ".join(" ".join(part.split()) for turn in self.exchanges for part in turn)
+
+
+@dataclass(frozen=True)
+class StudyExample:
+    """An item on which a feature fires.
+
+    Attributes:
+        group, rank: `TOP` with 0 for the strongest, or the quarter (or other part) of the feature's firing items that
+            it was drawn from, with its rank there.
+        activation: the largest in the item.
+        item: the item's id.
+        position: where it is largest; the first of equals.
+        positions: `[E]` uint16, ascending: where the feature fires, among all soft tokens and the text near
+            `position`.
+        levels: `[E]` uint8, activations there in 255ths of `activation`, at least 1.
+    """
+
+    group: str
+    rank: int
+    activation: float
+    item: int
+    position: int
+    positions: np.ndarray
+    levels: np.ndarray
+
+    def dense_levels(self, length: int) -> np.ndarray:
+        """`[length]` uint8 of all positions of the item, 0 where it does not fire or nothing was kept."""
+        out = np.zeros(length, dtype=np.uint8)
+        out[self.positions] = self.levels
+        return out
+
+    def activations(self, length: int) -> np.ndarray:
+        """`[length]` float32 of all positions of the item, to 1/510 of the peak."""
+        return self.dense_levels(length).astype(np.float32) * np.float32(self.activation / LEVELS)
+
+
+@dataclass(frozen=True)
+class FeatureRecord:
+    """What a study knows of a feature.
+
+    Attributes:
+        feature: which one.
+        fired: positions at which it is active, by `KINDS`.
+        items_fired: items with such a position.
+        activation_sum: over all positions.
+        activation_max: the largest; 0 when it never fires.
+        histogram: `[3, BINS]` int64, activations by kind of position and by bin (`bin_edges`).
+        quantile_values: peaks that divide the sampled firing items into the groups, weakest first.
+        examples: the strongest first, then samples by group.
+        top_logits, bottom_logits: tokens that it raises and lowers most; empty where the study left them out.
+    """
+
+    feature: FeatureId
+    fired: dict[str, int]
+    items_fired: int
+    activation_sum: float
+    activation_max: float
+    histogram: np.ndarray
+    quantile_values: tuple[float, ...]
+    examples: tuple[StudyExample, ...] = ()
+    top_logits: Words = ()
+    bottom_logits: Words = ()
+
+    @property
+    def positions_fired(self) -> int:
+        """Positions at which it is active."""
+        return sum(self.fired.values())
+
+    def group(self, name: str) -> tuple[StudyExample, ...]:
+        """The examples of one group, such as `TOP` or "q1"."""
+        return tuple(example for example in self.examples if example.group == name)
+
+
+@dataclass(frozen=True)
+class StudyInfo:
+    """The head of a study folder, `study.json`.
+
+    Attributes:
+        model: its name.
+        transcoders: name, activation, k and whether they are cross-layer.
+        n_features: by layer.
+        data: the sources' settings as they were read, with the split and the limit.
+        settings: those of the study.
+        items, rows: inputs of the model, and rows of the data that gave them.
+        positions: of all items, by `KINDS`.
+        skipped: rows that could not be used, by source.
+    """
+
+    model: str
+    transcoders: dict[str, object]
+    n_features: dict[int, int]
+    data: dict[str, object]
+    settings: dict[str, object]
+    items: int
+    rows: int
+    positions: dict[str, int]
+    skipped: dict[str, int] = field(default_factory=dict)

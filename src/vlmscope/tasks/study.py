@@ -1,0 +1,66 @@
+"""Feature study: one pass over data for all features: top examples, samples, histograms, counts (docs/study.md)."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
+    from vlmscope.features.records import StudyFolder
+    from vlmscope.tasks.context import RunContext
+
+RANKS = True  # several processes can run it together
+
+
+@dataclass
+class Config:
+    """What is kept is in `study=`, the data in `data=`. The files are in `study/` of the run folder."""
+
+
+def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
+    """Go through the data, each process through its part; the main one writes the files."""
+    from vlmscope.core.errors import NotMainRank, UserError
+    from vlmscope.data.numbered import NumberedRows
+    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.run_study import finish, run_part, study_parts
+    from vlmscope.features.study_part import StudyPart
+    from vlmscope.features.study_schema import MANIFEST
+    from vlmscope.tasks.study_data import described, opened, settings_of, study_sources
+    from vlmscope.tasks.wiring import load_model, load_transcoders
+    from vlmscope.training.process_group import joint_sum, own_share
+
+    config = cfg.study
+    if cfg.prompt is not None or cfg.image is not None:
+        raise UserError("task=study goes through data; leave out prompt= and image=, or put them into data=folder")
+    folder, share = context.run_dir / "study", own_share()
+    sources = study_sources(cfg, config)
+    settings = settings_of(cfg, config, context.overrides)
+    if folder.exists() and not cfg.trainer.resume:
+        raise UserError(f"{folder} is there already; add trainer.resume=true to go on, or choose a new hydra.run.dir")
+    if (folder / MANIFEST).is_file():
+        return metrics_of(StudyFolder(folder))
+    part = StudyPart(folder, share, settings)
+    rows = NumberedRows(opened(cfg, sources), config.batch_size, share, config.limit)
+    vlm = load_model(cfg)
+    transcoders = load_transcoders(cfg, vlm, context.overrides)
+    times = run_part(vlm, transcoders, rows, part, config)
+    joint_sum([1.0])  # all parts are finished
+    if share.index:
+        raise NotMainRank
+    parts = study_parts(folder, share.total, settings)
+    found = metrics_of(finish(folder, vlm, transcoders, parts, config, described(cfg, config, sources)))
+    return {**found, "perf/study_seconds": times.all, "perf/study_over_forward": times.ratio}
+
+
+def metrics_of(study: "StudyFolder") -> dict[str, float]:
+    """Items, positions by kind, rows left out, features that fired, and the share of dead ones by layer."""
+    info = study.info
+    found = {"study/items": float(info.items), "study/rows": float(info.rows)}
+    found |= {f"study/positions_{kind}": float(count) for kind, count in info.positions.items()}
+    found["study/skipped"] = float(sum(info.skipped.values()))
+    fired = 0
+    for layer in study.layers:
+        dead = study.layer(layer).dead
+        fired += int((~dead).sum())
+        found[f"layers/study_dead_frac/layer_{layer:02d}"] = float(dead.mean())
+    total = sum(info.n_features.values())
+    return found | {"study/features_fired": float(fired), "study/dead_frac": 1 - fired / total}

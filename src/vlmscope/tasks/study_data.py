@@ -1,0 +1,78 @@
+"""The data of a feature study: any `data=`, as sources that are gone through once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmscope.core.errors import UserError
+
+if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
+    from vlmscope.data.readers import Source
+    from vlmscope.data.source_config import SourceConfig
+    from vlmscope.features.study_config import StudyConfig
+
+
+def study_sources(cfg: AppConfig, config: StudyConfig) -> dict[str, SourceConfig]:
+    """The settings of the sources, with absolute paths and the split that is studied.
+
+    Raises:
+        UserError: the data is not one that can be studied, or has no path.
+    """
+    from vlmscope.data.orrery.scene import KINDS
+    from vlmscope.data.source_config import SourceConfig
+
+    data = cfg.data
+    if data.sources:
+        found = dict(data.sources)
+    elif data.name == "orrery":
+        if data.path is None:
+            raise UserError("data.path is not set: give the folder with Orrery's shards (task=build_data writes them)")
+        found = {kind: SourceConfig("shards", data.path, split="val", stream=kind) for kind in KINDS}
+    elif data.name == "folder":
+        if not data.path:
+            raise UserError("data.path is not set: give the folder with train.jsonl (docs/bring_your_own.md)")
+        found = {"folder": SourceConfig("folder", data.path)}
+    else:
+        raise UserError(f"data={data.name}: a study goes through orrery, folder, or a mix (docs/data.md)")
+    return {
+        name: replace(one, split=config.split or one.split, path=one.path and str(Path(one.path).absolute()))
+        for name, one in found.items()
+    }
+
+
+def opened(cfg: AppConfig, sources: dict[str, SourceConfig]) -> dict[str, tuple[float, Source]]:
+    """The sources with their weights.
+
+    Raises:
+        UserError: one is not there, empty, or of another schema.
+    """
+    from vlmscope.data.sources import open_source
+
+    most = cfg.data.max_bad_shards
+    # A study leaves bad pictures out, up to a limit, so they are not looked for first.
+    return {name: (one.weight, open_source(name, one, None, most, False)) for name, one in sources.items()}
+
+
+def described(cfg: AppConfig, config: StudyConfig, sources: dict[str, SourceConfig]) -> dict[str, Any]:
+    """`StudyInfo.data`: from it pictures are found again."""
+    settings = {name: asdict(one) for name, one in sources.items()}
+    return {
+        "name": cfg.data.name,
+        "split": config.split,
+        "limit": config.limit,
+        "max_bad_shards": cfg.data.max_bad_shards,
+        "sources": settings,
+    }
+
+
+def settings_of(cfg: AppConfig, config: StudyConfig, overrides: Sequence[str]) -> str:
+    """What a half-done study hangs on."""
+    kept = {key: value for key, value in asdict(config).items() if key not in ("checkpoint_every", "max_skipped")}
+    said = [asdict(cfg.model), repr(cfg.transcoder), described(cfg, config, study_sources(cfg, config)), kept, cfg.seed]
+    said.append([override for override in overrides if override.lstrip("+").startswith("transcoder")])
+    return json.dumps(said, sort_keys=True, default=str)

@@ -13,11 +13,11 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
-from vlmscope.data.bad_files import readable_files
+from vlmscope.data.bad_files import BadFiles, SoundGroups, readable_files
 from vlmscope.data.columns import Parser, columns_of, parser
 from vlmscope.data.readers import Indexed, Mark, Row, Source
 from vlmscope.data.share import Share
@@ -33,20 +33,13 @@ def hf_source(name: str, config: SourceConfig, split: str, max_bad: int = 0) -> 
     Raises:
         UserError: it is not there or cannot be reached, has no such split or column, is empty, or too much is corrupt.
     """
-    opened = [_table(name, config, subset, split, max_bad) for subset in config.subsets or [None]]
-    tables, bad = [undecoded(one.table) for one in opened], sum(one.bad for one in opened)
+    bad = BadFiles(name, max_bad)
+    tables = [undecoded(_table(name, config, subset, split, bad)) for subset in config.subsets or [None]]
     for table in tables:
         _check_columns(name, config, table)
     parse = parser(config, _class_names(config, tables[0]))
     make = _streamed if _streams(tables[0]) else _by_number
     return make(name, config, tables, parse, bad)
-
-
-class _Opened(NamedTuple):
-    """A table, and how many of its files were left out."""
-
-    table: Any
-    bad: int = 0
 
 
 def _streams(table: Any) -> bool:
@@ -55,20 +48,20 @@ def _streams(table: Any) -> bool:
     return isinstance(table, IterableDataset)
 
 
-def _table(name: str, config: SourceConfig, subset: str | None, split: str, max_bad: int) -> _Opened:
+def _table(name: str, config: SourceConfig, subset: str | None, split: str, bad: BadFiles) -> Any:
     if config.path is None:
-        return _Opened(_from_hub(name, config, subset, split))
+        return _from_hub(name, config, subset, split)
     folder = Path(config.path) / subset if subset else Path(config.path)
     if not folder.is_dir():
         raise UserError(
             f"no folder {folder}; data.sources.{name}.path must hold save_to_disk's output or Parquet files"
         )
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _saved(name, folder, split, max_bad)
-    return _parquet(name, folder, split, max_bad)
+        return _saved(name, folder, split, bad)
+    return _parquet(name, folder, split, bad)
 
 
-def _saved(name: str, folder: Path, split: str, max_bad: int) -> _Opened:
+def _saved(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
     """What `save_to_disk` wrote: a split's folder, or one with a folder for each split."""
     from datasets import Dataset, concatenate_datasets, load_from_disk
 
@@ -82,15 +75,15 @@ def _saved(name: str, folder: Path, split: str, max_bad: int) -> _Opened:
         raise UserError(f"data.sources.{name}: {part} is empty; give data with samples")
     listed = _told(f"cannot read {part}", lambda: read_json(part / "state.json")["_data_files"])
     files = [part / one["filename"] for one in listed]
-    good = readable_files(name, files, lambda file: Dataset.from_file(str(file)), max_bad)
+    good = readable_files(files, lambda file: Dataset.from_file(str(file)), bad)
     if len(good) == len(files):
-        return _Opened(_told(f"cannot read {part}", lambda: load_from_disk(str(part))))
-    return _Opened(concatenate_datasets([Dataset.from_file(str(file)) for file in good]), len(files) - len(good))
+        return _told(f"cannot read {part}", lambda: load_from_disk(str(part)))
+    return concatenate_datasets([Dataset.from_file(str(file)) for file in good])
 
 
-def _parquet(name: str, folder: Path, split: str, max_bad: int) -> _Opened:
-    """Parquet files, streamed."""
-    from datasets import load_dataset
+def _parquet(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
+    """Parquet files, streamed, without damaged row groups."""
+    from datasets import load_dataset_builder
     from pyarrow.parquet import read_metadata
 
     files = sorted(folder.rglob("*.parquet"))
@@ -100,12 +93,14 @@ def _parquet(name: str, folder: Path, split: str, max_bad: int) -> _Opened:
         )
     # As the hub names them: train-00000-of-00010.parquet. Files without a split's name are all of one split.
     named = [file for file in files if re.match(rf"{re.escape(split)}\b", file.name) or file.parent.name == split]
-    good = readable_files(name, named or files, read_metadata, max_bad)
-    chosen = [str(file) for file in good]
-    table = _told(
-        f"cannot read {folder}", lambda: load_dataset("parquet", data_files=chosen, split="train", streaming=True)
-    )
-    return _Opened(table, len(named or files) - len(good))
+    chosen = [str(file) for file in readable_files(named or files, read_metadata, bad)]
+
+    def opened() -> Any:
+        builder: Any = load_dataset_builder("parquet", data_files=chosen)
+        builder._generate_tables = SoundGroups(builder._generate_tables, bad)
+        return builder.as_streaming_dataset(split="train")
+
+    return _told(f"cannot read {folder}", opened)
 
 
 def _from_hub(name: str, config: SourceConfig, subset: str | None, split: str) -> Any:
@@ -181,20 +176,20 @@ def _class_names(config: SourceConfig, table: Any) -> list[str] | None:
     return getattr(feature, "names", None)
 
 
-def _by_number(name: str, config: SourceConfig, tables: list[Any], parse: Parser, bad: int) -> Indexed:
+def _by_number(name: str, config: SourceConfig, tables: list[Any], parse: Parser, bad: BadFiles) -> Indexed:
     from datasets import interleave_datasets
 
     table = tables[0] if len(tables) == 1 else interleave_datasets(tables, stopping_strategy=_ALL_ONCE)
     count = len(table) if config.limit is None else min(len(table), config.limit)
     if count == 0:
         raise UserError(f"data.sources.{name}: {config.path} is empty; give data with samples")
-    return Indexed(name, count, lambda row: parse(table[row], f"{name} row {row}"), bad)
+    return Indexed(name, count, lambda row: parse(table[row], f"{name} row {row}"), len(bad))
 
 
 _ALL_ONCE = "all_exhausted_without_replacement"  # take turns, and go on until every table has ended
 
 
-def _streamed(name: str, config: SourceConfig, tables: list[Any], parse: Parser, bad: int) -> Stream:
+def _streamed(name: str, config: SourceConfig, tables: list[Any], parse: Parser, bad: BadFiles) -> Stream:
     from datasets import interleave_datasets
 
     count = _known_size(tables)
@@ -216,10 +211,10 @@ class Stream:
     """An `IterableDataset` as a source."""
 
     def __init__(
-        self, name: str, table: Any, parse: Parser, limit: int | None, count: int | None, bad: int = 0
+        self, name: str, table: Any, parse: Parser, limit: int | None, count: int | None, bad: BadFiles
     ) -> None:
         self.name, self.table, self.parse, self.limit, self.count = name, table, parse, limit, count
-        self.bad = bad  # files that were left out
+        self.bad = bad  # files that were left out; each pass adds those that it finds damaged
 
     def size(self) -> int | None:
         """What the data set says of itself, or the limit."""
@@ -230,26 +225,26 @@ class Stream:
         """A pass; its mark is `datasets`' own state with the number of rows done."""
         from datasets.distributed import split_dataset_by_node
 
-        # A deep copy for each pass: a table keeps the state of its iteration, and shallow ones share it.
-        table = copy.deepcopy(self.table)
+        # A deep copy for each pass: a table keeps the state of its iteration, and shallow ones share it. In one go, so
+        # that the table's copy notes damage where the reader looks.
+        table, bad = copy.deepcopy((self.table, self.bad))
         if share.total > 1:
             table = split_dataset_by_node(table, share.index, share.total)
         most = None if self.limit is None else len(share.rows(self.limit))
-        reader = StreamReader(self.name, table, self.parse, most, share, mark)
-        reader.bad_shards = self.bad
-        return reader
+        return StreamReader(self.name, table, self.parse, most, share, mark, bad)
 
 
 class StreamReader:
     """Goes through a stream once."""
 
-    bad_shards = 0
-
-    def __init__(self, name: str, table: Any, parse: Parser, most: int | None, share: Share, mark: Mark) -> None:
-        self.name, self.table, self.parse, self.most, self.share = name, table, parse, most, share
+    def __init__(
+        self, name: str, table: Any, parse: Parser, most: int | None, share: Share, mark: Mark, bad: BadFiles
+    ) -> None:
+        self.name, self.table, self.parse, self.most, self.share, self.bad = name, table, parse, most, share, bad
         self.done: int = 0
         if mark is not None:
             self.done = mark["done"]
+            bad.inside += mark.get("damaged", [])  # marks of earlier versions knew of none
             table.load_state_dict(mark["state"])
         self.rows = iter(table)
 
@@ -267,12 +262,19 @@ class StreamReader:
         self.done += 1
         return lambda: self.parse(row, origin)
 
+    @property
+    def bad_shards(self) -> int:
+        """Files left out, and those found damaged so far."""
+        return len(self.bad)
+
     def _next(self) -> Any:
         return next(self.rows, None)
 
     def mark(self) -> Mark:
-        """`datasets`' state, which names file and row."""
-        return None if self.done == 0 else {"done": self.done, "state": self.table.state_dict()}
+        """`datasets`' state, which names file and row, and the files that are damaged."""
+        if self.done == 0:
+            return None
+        return {"done": self.done, "state": self.table.state_dict(), "damaged": list(self.bad.inside)}
 
     @property
     def last(self) -> int:

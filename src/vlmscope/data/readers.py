@@ -20,7 +20,10 @@ Mark = Any  # JSON
 class Reader(Protocol):
     """One pass over a share."""
 
-    bad_shards: int
+    @property
+    def bad_shards(self) -> int:
+        """Corrupt shards, or files of a table, so far."""
+        ...
 
     def __iter__(self) -> Iterator[Row]: ...
 

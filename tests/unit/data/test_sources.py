@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Pictures
+from pyarrow.parquet import read_metadata, write_table
 
 from vlmscope.core.conversation import CAPTION_REQUEST, Conversation, Document
 from vlmscope.core.errors import UserError
@@ -245,6 +246,70 @@ def test_corrupt_files_are_left_out_with_a_count_up_to_a_limit(
     first.write_bytes(b"")
     with pytest.raises(UserError, match="corrupt file number 2, and data.max_bad_shards=1"):
         open_source("it", config, max_bad_shards=1)
+
+
+def damage(file: Path, group: int) -> None:
+    """Overwrite the pages of one row group's first column; the file's footer, and so its schema, stay readable."""
+    column = read_metadata(file).row_group(group).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(file.read_bytes())
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    file.write_bytes(content)
+    read_metadata(file)  # it opens
+
+
+def damaged_folder(folder: Path) -> list[Path]:
+    """Three files of ten documents in row groups of four; the second is damaged in its second group."""
+    folder.mkdir()
+    files = [folder / f"train-{n}.parquet" for n in range(3)]
+    for n, file in enumerate(files):
+        table = text_table(30).select(range(10 * n, 10 * n + 10)).data.table
+        write_table(table.combine_chunks(), file, row_group_size=4)
+    damage(files[1], 1)
+    return files
+
+
+def test_damaged_row_groups_are_left_out_with_a_count_up_to_a_limit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files, config = damaged_folder(tmp_path / "data"), SourceConfig("hf_text", str(tmp_path / "data"))
+    strict = open_source("it", config).open(WHOLE)
+    with pytest.raises(UserError, match=rf"cannot read {files[1]} .*number 1, and data.max_bad_shards=0") as error:
+        list(strict)
+    assert "\n" not in str(error.value)
+    source = open_source("it", config, max_bad_shards=1)
+    whole = [f"document {n}" for n in (*range(14), *range(18, 30))]
+    for _ in range(2):  # two epochs, each of which finds it anew
+        caplog.clear()
+        reader = source.open(WHOLE)
+        assert reader.bad_shards == 0
+        assert [row().text for row in reader] == whole and reader.bad_shards == 1
+        (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("vlmscope")]
+        assert f"it: {files[1]} is damaged inside (" in said and "1 of at most 1" in said and "\n" not in said
+    # Every part of two leaves out the same rows, and both have the others.
+    parts = [[row().text for row in source.open(Share.of(index, 2))] for index in range(2)]
+    assert sorted(sum(parts, [])) == sorted(whole)
+    damage(files[2], 0)
+    with pytest.raises(UserError, match="corrupt file number 2, and data.max_bad_shards=1"):
+        list(open_source("it", config, max_bad_shards=1).open(WHOLE))
+    # A file that does not open and one that is damaged inside are two.
+    files[0].write_bytes(files[0].read_bytes()[:50])
+    reader = open_source("it", config, max_bad_shards=3).open(WHOLE)
+    assert [row().text for row in reader] == [f"document {n}" for n in (*range(10, 14), 18, 19, *range(24, 30))]
+    assert reader.bad_shards == 3
+
+
+def test_a_pass_goes_on_from_any_mark_beside_damage(tmp_path: Path) -> None:
+    damaged_folder(tmp_path / "data")
+    source = open_source("it", SourceConfig("hf_text", str(tmp_path / "data")), max_bad_shards=1)
+    whole = [row().text for row in source.open(WHOLE)]
+    for stop in range(1, len(whole)):
+        reader = source.open(WHOLE)
+        for _ in range(stop):
+            next(reader)
+        again = source.open(WHOLE, json.loads(json.dumps(reader.mark())))
+        assert again.bad_shards == reader.bad_shards
+        assert [row().text for row in again] == whole[stop:] and again.bad_shards == 1, stop
 
 
 def test_a_table_of_corrupt_files_alone_is_told(tmp_path: Path) -> None:

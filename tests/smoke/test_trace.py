@@ -68,6 +68,9 @@ def test_the_answer_leads_back_to_the_picture(run_dir: Path) -> None:
         (["prompt=what planet is this zebra ?"], "zebra"),
         (["prompt=<start_of_image> <start_of_image> what planet is this ?"], "2 times but 1 picture"),
         (["attribution.logit_mass=2"], "logit_mass"),
+        (["attribution.choice=best"], "influence or total_effect"),
+        (["attribution.memory_gb=-1"], "must be above 0"),
+        (["attribution.memory_gb=0.002"], "is too little for 29 tokens"),
         (["model=path", "model.path=/no/model"], "no model at"),
         (["transcoder=path", "transcoder.path=/no/set"], "/no/set"),
         (["hydra.run.dir=/proc/nothing/here"], "/proc/nothing"),
@@ -88,6 +91,31 @@ def test_mistakes_are_one_line(
     assert len(errors) == 1
     assert words in errors[0]
     assert not (tmp_path / "r" / "graph.json").exists()
+
+
+def test_little_memory_gives_the_same_graph_and_leaves_no_files(picture: Path, run_dir: Path, tmp_path: Path) -> None:
+    command = ["task=trace", f"image='{picture}'", f"prompt={QUESTION}", "tracking=none", f"hydra.run.dir={tmp_path}"]
+    assert main([*command, "attribution.memory_gb=0.05"]) == 0
+    first, second = (load_graph(folder / "graph.safetensors") for folder in (run_dir, tmp_path))
+    assert np.array_equal(first.graph.indices, second.graph.indices)
+    assert np.array_equal(first.edge_mask, second.edge_mask)
+    np.testing.assert_allclose(first.graph.weights, second.graph.weights, rtol=0, atol=1e-6)
+    names = [{path.name for path in folder.iterdir()} for folder in (run_dir, tmp_path)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("choice", ["influence", "total_effect"])
+def test_what_is_left_out_is_in_the_metrics(picture: Path, run_dir: Path, tmp_path: Path, choice: str) -> None:
+    command = ["task=trace", f"image='{picture}'", f"prompt={QUESTION}", "tracking=none", f"hydra.run.dir={tmp_path}"]
+    assert main([*command, "attribution.max_nodes=500", f"attribution.choice={choice}", "task.figure=false"]) == 0
+    metrics, whole = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, run_dir))
+    pruned = load_graph(tmp_path / "graph.safetensors")
+    kinds, flow = pruned.graph.nodes.kind, pruned.influence
+    ending = ~np.isin(kinds, (NodeKind.FEATURE, NodeKind.LOGIT))
+    share = flow[kinds == NodeKind.LEFT_OUT].sum() / flow[ending].sum()
+    assert 0.01 < share < 0.5 and metrics["graph/left_out_share"] == pytest.approx(share)
+    assert whole["graph/left_out_share"] == 0.0
+    assert pruned.graph.meta["choice"] == choice
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "1x1", "wide"])

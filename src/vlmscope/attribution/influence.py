@@ -109,15 +109,16 @@ def absolute_rows(graph: AttributionGraph, rows: np.ndarray) -> sparse.csr_matri
 def take_rows(graph: AttributionGraph, values: np.ndarray, rows: np.ndarray) -> sparse.csr_matrix:
     """Some ascending rows of the graph with `values [E]` for weights, `[rows, N]`; to be read only.
 
-    Nothing but the stretch from the first to the last of them is touched, so that edges may lie in a file; a stretch
-    without other edges is not copied.
+    Nothing but these rows is read, so that edges may lie in a file.
     """
     first, last = rows[0], rows[-1]
     stretch = slice(graph.indptr[first], graph.indptr[last + 1])
-    starts = graph.indptr[first : last + 2] - graph.indptr[first]
-    begins, ends = starts[rows - first], starts[rows - first + 1]
+    starts = graph.indptr[rows] - graph.indptr[first]
+    counts = graph.indptr[rows + 1] - graph.indptr[rows]
+    begins = np.concatenate([[0], np.cumsum(counts)])
     data, indices = values[stretch], graph.indices[stretch]
-    if (ends - begins).sum() == len(indices):
-        return sparse.csr_matrix((data, indices, np.append(begins, len(indices))), shape=(len(rows), graph.n_nodes))
-    whole = sparse.csr_matrix((data, indices, starts), shape=(len(starts) - 1, graph.n_nodes))
-    return whole[rows - first]
+    if begins[-1] < len(indices):
+        # Not by scipy, which copies a stretch whole when it is the smaller part of an array.
+        places = np.arange(begins[-1]) + np.repeat(starts - begins[:-1], counts)
+        data, indices = data[places], indices[places]
+    return sparse.csr_matrix((data, indices, begins), shape=(len(rows), graph.n_nodes))

@@ -6,7 +6,7 @@ import torch
 
 from vlmscope.core.study import BINS, IMAGE, KINDS, bin_edges
 from vlmscope.features.kept_pairs import Pairs, chosen, joined
-from vlmscope.features.layer_study import COUNTS, UNIT, Items, LayerStudy
+from vlmscope.features.layer_study import COUNTS, UNIT, LayerStudy, Tokens
 from vlmscope.transcoders.transcoder import SparseCode
 
 F, ITEMS, T, K, N, M, WINDOW = 12, 30, 9, 4, 3, 5, 2
@@ -25,13 +25,18 @@ def data():
     return indices, values, kinds, valid, dense
 
 
-def _run(data, order, size, only=None) -> LayerStudy:
+def _codes(data, rows) -> tuple[SparseCode, Tokens]:
     indices, values, kinds, valid, _ = data
+    there = valid[rows]
+    tokens = Tokens.of(rows * 256, list(kinds[rows]), list(there.numpy()), CPU)
+    return SparseCode(indices[rows][there], values[rows][there]), tokens
+
+
+def _run(data, order, size, only=None) -> LayerStudy:
     study = LayerStudy(F, N, M, WINDOW, CPU, only)
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        items = Items.of(rows * 256, kinds[rows], valid[rows], CPU)
-        study.add(SparseCode(indices[rows], values[rows]), items)
+        study.add(*_codes(data, rows))
         if start % 2:
             study.settle()
     return study
@@ -64,7 +69,7 @@ def test_everything_equals_a_plain_loop(data) -> None:
             assert state["peak"][row] == peaks[item]
             peak = int(acts[item].argmax())
             assert state["position"][row] == peak
-            text = np.cumsum(kinds[item] != IMAGE)
+            text = np.cumsum((kinds[item] != IMAGE) & data[3][item].numpy())
             near = [
                 t
                 for t in range(T)
@@ -96,9 +101,7 @@ def test_a_loaded_state_goes_on(data) -> None:
     half = _run(data, np.arange(ITEMS // 2), 4).state()
     study = LayerStudy(F, N, M, WINDOW, CPU)
     study.load(half)
-    indices, values, kinds, valid, _ = data
-    rows = np.arange(ITEMS // 2, ITEMS)
-    study.add(SparseCode(indices[rows], values[rows]), Items.of(rows * 256, kinds[rows], valid[rows], CPU))
+    study.add(*_codes(data, np.arange(ITEMS // 2, ITEMS)))
     _same(study.state(), _run(data, np.arange(ITEMS), 4).state())
 
 
@@ -117,10 +120,11 @@ def test_some_features_alone(data) -> None:
 def test_few_pairs_wait_once_the_strongest_are_known() -> None:
     """A feature with the same activation in every item: later items never beat the first ones."""
     study = LayerStudy(F, N, 0, WINDOW, CPU)
-    kinds = np.zeros((10, T), dtype=np.uint8)
-    code = SparseCode(torch.zeros(10, T, 1, dtype=torch.int64), torch.ones(10, T, 1))
-    study.add(code, Items.of(np.arange(10), kinds, None, CPU))
+    kinds = [np.zeros(T, dtype=np.uint8)] * 10
+    valid = [np.ones(T, dtype=bool)] * 10
+    code = SparseCode(torch.zeros(10 * T, 1, dtype=torch.int64), torch.ones(10 * T, 1))
+    study.add(code, Tokens.of(np.arange(10), kinds, valid, CPU))
     study.settle()
-    study.add(code, Items.of(np.arange(10, 20), kinds, None, CPU))
+    study.add(code, Tokens.of(np.arange(10, 20), kinds, valid, CPU))
     assert not study.waiting
     assert study.kept.item.tolist() == [0, 1, 2]

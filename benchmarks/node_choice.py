@@ -9,6 +9,7 @@ import argparse
 import platform
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,13 +53,13 @@ def of_prompt(scope: Scope, inputs: ModelInputs, limits: list[int], repeat: int)
     """Figures by limit, of those that are below the number of active features."""
     replacement = build_replacement(scope.vlm, scope.transcoders, inputs)
 
-    def graph_of(**settings: object) -> tuple[AttributionGraph, float]:
-        seconds = []
+    def graph_of(**settings: Any) -> tuple[AttributionGraph, float]:
+        graphs, seconds = [], []
         for _ in range(repeat):
             began = time.perf_counter()
-            graph = attribute(replacement, AttributionConfig(**settings), scope.vlm.tokenizer)
+            graphs[:] = [attribute(replacement, AttributionConfig(**settings), scope.vlm.tokenizer)]
             seconds.append(time.perf_counter() - began)
-        return graph, statistics.median(seconds)
+        return graphs[0], statistics.median(seconds)
 
     whole, seconds = graph_of(max_nodes=10**9)
     features = whole.nodes.of(NodeKind.FEATURE)

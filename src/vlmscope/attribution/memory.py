@@ -174,22 +174,23 @@ def plan_memory(
     Args:
         replacement: the frozen model at its input.
         targets: what the graph explains.
-        config: settings; without `memory_gb`, batches are of `batch_size` and all edges in memory.
+        config: settings; without `memory_gb`, batches are as large as they may be and all edges in memory.
         folder: where edges go that do not fit; the system's folder for temporary files when None.
 
     Raises:
         UserError: one target at a time with all edges on disk takes more than that, or the disk has no room.
     """
+    most = config.targets_at_once(*replacement.errors.shape[1:])
     if config.memory_gb is None:
-        return MemoryPlan(config.batch_size)
+        return MemoryPlan(most)
     budget, costs = config.memory_gb * 1e9, GraphCosts(replacement, targets, config.max_nodes)
     ways = ((costs.edge_bytes, costs.cache_bytes), (0, costs.cache_bytes), (0, 0))
     sizes = [costs.batch_within(budget, edges, kept) for edges, kept in ways]
     if sizes[-1] < 1:
         raise UserError(_too_little(costs, config.memory_gb))
-    enough = min(config.batch_size, _ENOUGH)
+    enough = min(most, _ENOUGH)
     way = next((number for number, size in enumerate(sizes) if size >= enough), len(ways) - 1)
-    batch_size, cache_bytes = min(config.batch_size, sizes[way]), CACHE_BYTES if ways[way][1] else 0
+    batch_size, cache_bytes = min(most, sizes[way]), CACHE_BYTES if ways[way][1] else 0
     if ways[way][0]:
         return MemoryPlan(batch_size, MEMORY, cache_bytes)
     disk = Disk(folder)

@@ -54,6 +54,11 @@ class GraphSizes:
         return min(self.active, self.config.max_nodes)
 
     @property
+    def batch_size(self) -> int:
+        """Targets swept at once."""
+        return self.config.targets_at_once(self.n_tokens, self.d_model)
+
+    @property
     def left_out(self) -> bool:
         """Whether some features share a node with others of their layer."""
         return self.rows < self.active
@@ -119,13 +124,13 @@ class GraphSizes:
     @property
     def row_buffer_bytes(self) -> float:
         """Dense rows of one batch: as swept, absolute values, a byte for which are there, and int64 places of these."""
-        return self.config.batch_size * self.columns * (2 * self.element + 9)
+        return self.batch_size * self.columns * (2 * self.element + 9)
 
     @property
     def gradient_bytes(self) -> float:
         """Gradients of one batch at all positions: stream, through the output projection, and through the pattern."""
         per_position = 2 * self.d_model + self.query_width + 2 * self.value_width
-        return self.config.batch_size * self.n_tokens * per_position * self.element
+        return self.batch_size * self.n_tokens * per_position * self.element
 
     @property
     def source_bytes(self) -> float:
@@ -152,7 +157,7 @@ class GraphSizes:
     @property
     def bytes_moved(self) -> float:
         """Memory traffic of all sweeps: each layer reads and writes its gradients and reads weights and sources."""
-        batches = self.rows / self.config.batch_size + self.config.max_logits / self.config.batch_size
+        batches = self.rows / self.batch_size + self.config.max_logits / self.batch_size
         weights = self.d_model * (self.query_width + self.value_width)
         sources = self.n_tokens * (self.k + 2) * self.d_model
         share = float(self.visible.mean()) / self.n_tokens

@@ -251,7 +251,7 @@ def _memory(cfg: AppConfig, adapter: Adapter, chosen: _Transcoders, graph: Graph
         ("patterns", f"recorded attention patterns, {cfg.model.dtype}", state["patterns"] * own),
         ("state", f"all that is recorded of a forward, {cfg.model.dtype}", sum(state.values()) * own),
         ("copies", f"copies for the sweep in {cfg.attribution.dtype}", copies),
-        ("rows", f"dense rows of a batch of {cfg.attribution.batch_size}", graph.row_buffer_bytes),
+        ("rows", f"dense rows of a batch of {graph.batch_size}", graph.row_buffer_bytes),
         ("gradients", "gradients of a batch", graph.gradient_bytes),
         ("sources", "source vectors", graph.source_bytes),
         ("trace", "all of it on the device while a graph is traced", trace),

@@ -1,0 +1,33 @@
+"""How maps of features over a picture are made: a plain record, free of torch, so that Hydra can register it."""
+
+from dataclasses import dataclass
+
+from vlmscope.core.errors import UserError
+
+POOLS = ("max", "mean")
+
+
+@dataclass
+class WhereConfig:
+    """Settings of attention rollout (docs/where.md); those of the vision path are in `attribution`.
+
+    Attributes:
+        last_layers: so many layers of the tower, counted from the last that the decoder is given anything of.
+        head_share: share of a layer's heads that count, those of lowest entropy.
+        identity: whether the residual stream counts as much as the attention.
+        pool: how rows of patches become those of soft tokens: "max" (the paper's code) or "mean" (as the model pools).
+    """
+
+    last_layers: int = 4
+    head_share: float = 0.3
+    identity: bool = True
+    pool: str = "max"
+
+    def check(self) -> None:
+        """Raise a `UserError` that names the first setting that makes no sense."""
+        if self.last_layers < 1:
+            raise UserError(f"where.last_layers={self.last_layers}: it counts layers; choose 1 or more")
+        if not 0.0 < self.head_share <= 1.0:
+            raise UserError(f"where.head_share={self.head_share}: it must lie in (0, 1]; 0.3 is the paper's")
+        if self.pool not in POOLS:
+            raise UserError(f"where.pool={self.pool!r}: choose one of {', '.join(POOLS)}")

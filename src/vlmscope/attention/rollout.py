@@ -12,7 +12,6 @@ Legend: H heads, P tokens of a tile (class tokens, then patches row by row), S s
 from collections.abc import Sequence
 
 import torch
-from scipy import sparse
 from torch import Tensor
 
 
@@ -63,26 +62,25 @@ def rollout(layers: Sequence[Tensor], start: Tensor | None = None) -> Tensor:
     return product
 
 
-def pool_rows(matrix: Tensor, pooling: sparse.csr_array, reduce: str) -> Tensor:
+def pool_rows(matrix: Tensor, pooling: Tensor, reduce: str) -> Tensor:
     """Rows of a matrix over tokens pooled to soft tokens: `[P, P]` -> `[S, P]`.
 
     Args:
         matrix: a row for every token.
-        pooling: `[S, P]`, how much of each token goes into each soft token.
+        pooling: `[S, P]`, how much of each token goes into each soft token, in the matrix's dtype.
         reduce: "mean" (weighted as the model pools) or "max" (over the tokens that go in at all).
     """
     if reduce == "mean":
-        return _dense(pooling, matrix) @ matrix
-    out = matrix.new_zeros(pooling.shape[0], matrix.shape[1])
-    for row in range(pooling.shape[0]):
-        inside = pooling.indices[pooling.indptr[row] : pooling.indptr[row + 1]]
-        inside = inside[pooling.data[pooling.indptr[row] : pooling.indptr[row + 1]] > 0]
+        return pooling @ matrix
+    out = torch.zeros_like(pooling)
+    for row, weights in enumerate(pooling):
+        inside = torch.nonzero(weights)[:, 0]
         if len(inside):
-            out[row] = matrix[torch.from_numpy(inside).to(matrix.device)].amax(0)
+            out[row] = matrix[inside].amax(0)
     return out
 
 
-def soft_token_rollout(layers: Sequence[Tensor], pooling: sparse.csr_array, reduce: str) -> Tensor:
+def soft_token_rollout(layers: Sequence[Tensor], pooling: Tensor, reduce: str) -> Tensor:
     """`pool_rows(rollout(layers), pooling, reduce)`; for the mean by way of S rows instead of P.
 
     Args:
@@ -94,7 +92,7 @@ def soft_token_rollout(layers: Sequence[Tensor], pooling: sparse.csr_array, redu
         `[S, P]`; with "mean" the row of a soft token of patches sums to 1.
     """
     if reduce == "mean":
-        return rollout(layers, _dense(pooling, layers[0]))
+        return rollout(layers, pooling)
     return pool_rows(rollout(layers), pooling, reduce)
 
 
@@ -102,7 +100,3 @@ def similarity(states: Tensor) -> Tensor:
     """Cosine similarity between tokens' states: `[P, d_v]` -> `[P, P]`, in -1..1."""
     unit = torch.nn.functional.normalize(states, dim=-1)
     return unit @ unit.T
-
-
-def _dense(pooling: sparse.csr_array, like: Tensor) -> Tensor:
-    return torch.from_numpy(pooling.toarray()).to(like)

@@ -6,7 +6,7 @@ Legend: P tokens of a tile, S soft tokens of a picture.
 from functools import partial
 
 import numpy as np
-from scipy import sparse
+import torch
 from torch import Tensor
 
 from vlmscope.activations.vision import TileAttention, VisionAttention, capture_vision_attention
@@ -48,13 +48,13 @@ def token_maps(vlm: VLM, inputs: ModelInputs, config: WhereConfig) -> dict[str, 
 def _maps(captured: VisionAttention, kind: str, pool: str) -> list[TokenMaps]:
     found = []
     for number, picture in enumerate(captured.pictures):
-        tiles, on_class, first = [], np.zeros(picture.pooling.shape[0]), 0
+        every = torch.from_numpy(picture.pooling.toarray())
+        tiles, on_class, first = [], np.zeros(len(every)), 0
         for tile in picture.tiles:
-            pooling = sparse.csr_array(picture.pooling[:, first : first + len(tile.tile)])
-            pooling.eliminate_zeros()
+            pooling = every[:, first : first + len(tile.tile)]
             first += len(tile.tile)
             rows = _rows(tile, pooling, kind, pool).double().numpy(force=True)
-            tokens = np.flatnonzero(np.diff(pooling.indptr))
+            tokens = torch.nonzero(pooling.any(1))[:, 0].numpy()
             n_class, shape = tile.tile.n_class, (tile.tile.rows, tile.tile.columns)
             on_class += rows[:, :n_class].sum(1)
             tiles.append(TokenTile(tile.tile.boxes, tokens, rows[tokens, n_class:].reshape(-1, *shape)))
@@ -62,12 +62,13 @@ def _maps(captured: VisionAttention, kind: str, pool: str) -> list[TokenMaps]:
     return found
 
 
-def _rows(tile: TileAttention, pooling: sparse.csr_array, kind: str, pool: str) -> Tensor:
+def _rows(tile: TileAttention, pooling: Tensor, kind: str, pool: str) -> Tensor:
     """`[S, P]`, what soft tokens take from one tile."""
     if kind == "rollout":
-        return soft_token_rollout([tile.patterns[layer] for layer in sorted(tile.patterns)], pooling, pool)
+        layers = [tile.patterns[layer] for layer in sorted(tile.patterns)]
+        return soft_token_rollout(layers, pooling.to(layers[0]), pool)
     assert tile.states is not None, "the states were not captured"
-    return pool_rows(similarity(tile.states), pooling, pool)
+    return pool_rows(similarity(tile.states), pooling.to(tile.states), pool)
 
 
 def own_map(activations: np.ndarray, patches: PicturePatches, picture: int, target: str) -> PictureMap:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import sparse
 from torch import Tensor
 
 from vlmscope.activations.vision import capture_vision_attention
@@ -40,7 +39,7 @@ def patterns(seed: int, n_layers: int = 3, heads: int = 7, tokens: int = 10) -> 
     return list(torch.from_numpy(sharpness * rng.normal(size=(n_layers, heads, tokens, tokens))).softmax(-1))
 
 
-def pooling_of(seed: int, soft: int = 3, tokens: int = 10) -> sparse.csr_array:
+def pooling_of(seed: int, soft: int = 3, tokens: int = 10) -> Tensor:
     """Rows that overlap, sum to 1, and leave a token out; the last is empty."""
     rng = generator(seed, "pooling")
     dense = rng.uniform(0.1, 1, (soft, tokens)) * (rng.uniform(size=(soft, tokens)) < 0.6)
@@ -48,7 +47,7 @@ def pooling_of(seed: int, soft: int = 3, tokens: int = 10) -> sparse.csr_array:
     dense[:, 1] = 0.3
     dense /= dense.sum(1, keepdims=True)
     dense[-1] = 0
-    return sparse.csr_array(dense)
+    return torch.from_numpy(dense)
 
 
 def looped(layers: list[Tensor], pooling: np.ndarray, share: float, identity: bool, pool: str) -> np.ndarray:
@@ -87,10 +86,10 @@ def looped(layers: list[Tensor], pooling: np.ndarray, share: float, identity: bo
 def test_rollout_is_the_loop_over_its_definition(share: float, identity: bool, pool: str) -> None:
     layers, pooling = patterns(1), pooling_of(2)
     found = soft_token_rollout([mixed_layer(layer, share, identity) for layer in layers], pooling, pool)
-    wanted = looped(layers, pooling.toarray(), share, identity, pool)
+    wanted = looped(layers, pooling.numpy(), share, identity, pool)
     assert found.dtype == torch.float64
     assert np.abs(found.numpy() - wanted).max() < 1e-12
-    other = looped(layers[::-1], pooling.toarray(), share, identity, pool)
+    other = looped(layers[::-1], pooling.numpy(), share, identity, pool)
     assert np.abs(found.numpy() - other).max() > 1e-3  # the order of layers is seen
 
 

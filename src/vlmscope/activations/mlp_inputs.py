@@ -13,9 +13,16 @@ from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
 
 
-@torch.no_grad()
 def mlp_inputs(adapter: Adapter, batch: InputBatch, layers: Sequence[int]) -> dict[int, Tensor]:
     """MLP inputs by layer [B, T, d] of one unedited forward, with the model's fast kernels."""
+    return mlp_inputs_and_logits(adapter, batch, layers)[0]
+
+
+@torch.no_grad()
+def mlp_inputs_and_logits(
+    adapter: Adapter, batch: InputBatch, layers: Sequence[int]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """The same with the logits [B, V] of the last position."""
     found: dict[int, Tensor] = {}
     with ExitStack() as stack:
         for layer in layers:
@@ -24,5 +31,5 @@ def mlp_inputs(adapter: Adapter, batch: InputBatch, layers: Sequence[int]) -> di
                 found[layer] = args[0]
 
             stack.callback(adapter.mlp(layer).register_forward_pre_hook(hook).remove)
-        adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1)
-    return found
+        logits = adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+    return found, logits

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import II, MISSING
 
+from vlmscope.attention.config import WhereConfig
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.core.errors import UserError
@@ -208,6 +209,7 @@ class AppConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
+    where: WhereConfig = field(default_factory=WhereConfig)
     study: Any = None
     circuit: CircuitConfig | None = None
     prompts: PromptSetConfig | None = None

@@ -56,7 +56,11 @@ def soft_token_words(
                 if len(mine) <= _READABLE:
                     middle = (box.left + width / 2, box.top + height / 2)
                     ink = "white" if value > 0.6 else INK
-                    axes.text(*middle, words[state, at][:9], ha="center", va="center", fontsize=5.5, color=ink)
+                    axes.text(*middle, _short(words[state, at]), ha="center", va="center", fontsize=5.5, color=ink)
         bar = ScalarMappable(Normalize(0, 1), colours)
         figure.colorbar(bar, ax=grid, label=f"probability of {word!r}", shrink=0.6)
     return Path(path)
+
+
+def _short(word: str) -> str:
+    return word if len(word) <= 9 else f"{word[:8]}…"

@@ -1,4 +1,4 @@
-"""Maps of features over Orrery's pictures against each other: deletion, insertion, and whether they point at objects."""
+"""Maps of features over Orrery's pictures against each other: deletion, insertion, and pointing at objects."""
 
 from __future__ import annotations
 
@@ -142,12 +142,11 @@ def _scene(
     subject = Subject(vlm, bench.transcoders, question, scene.image, active, answer)
     maps = {feature: {kind: records[0] for kind, records in made.maps[feature].items()} for feature in active}
     curves = map_curves(subject, maps, where, bench.cfg.seed, shared)
-    return _result(scene, group, active, made, shared, curves, where.side, answer is not None)
+    return _result(scene, active, made, shared, curves, where.side, answer is not None)
 
 
 def _result(
     scene: Scene,
-    group: str,
     active: tuple[FeatureId, ...],
     made: WhereMaps,
     shared: dict[str, np.ndarray],
@@ -156,7 +155,7 @@ def _result(
     answered: bool,
 ) -> SceneResult:
     """Means over features."""
-    cells = covered_cells(object_mask(scene, group), side)
+    cells = covered_cells(object_mask(scene), side)  # any object: a feature is of no question
     hits = {
         kind: float(np.mean([pointing_hit(cell_values(made.maps[f][kind][0], side), cells) for f in active]))
         for kind in KINDS
@@ -222,7 +221,7 @@ def _figures(bench: Bench, found: Found) -> None:
             values = (tuple(getattr(rate, part) for rate in rates) for part in ("value", "ci_low", "ci_high"))
             drawn.append(Curve(NAMES[kind], tuple(float(c) for c in found.scenes[0].counts), *values))
         what = "deleted" if measure == "deletion" else "inserted"
-        label = "feature's activation (share of the untouched picture's)"
+        label = "feature's activation (1: untouched)"
         dose_response(drawn, folder / f"{measure}.png", f"cells {what} (of {side})", label, percent=False)
     kinds = list(dict.fromkeys(scene.kind for scene in found.scenes))
     bars = {

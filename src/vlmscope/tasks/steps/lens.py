@@ -51,9 +51,7 @@ def run(bench: Bench) -> None:
         curves.append(_curve(f"{kind}, some soft token", soft, seed))
     if curves:
         path = bench.run_dir / "figures" / "lens.png"
-        dose_response(
-            curves, path, "state of the residual stream (0: before layer 0)", "right word on top (% of scenes)"
-        )
+        dose_response(curves, path, "state (0: before layer 0)", "right word on top (% of scenes)")
 
 
 def _curve(name: str, hits: np.ndarray, seed: int) -> Curve:

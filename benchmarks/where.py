@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from benchmarks.measured import measured
 from PIL import Image
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from benchmarks.measured import measured
 from vlmscope.activations.vision import capture_vision_attention
 from vlmscope.api import load
 from vlmscope.attention.config import WhereConfig

@@ -41,6 +41,7 @@ LIMITS = {
         "where.scenes=1",
         "where.features=1",
         "where.least_share=0.0",
+        "where.least_active=0.0",
         "where.draws=1",
         "where.counts=[8]",
     ],

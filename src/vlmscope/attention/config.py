@@ -28,6 +28,8 @@ class WhereConfig:
         features: so many a kind, at most one a layer, the strongest on soft tokens
         least_share: of those that fire in at least this share of the scenes
         most_tokens: and on at most this share of the soft tokens, on average over the scenes where they fire.
+        least_active: a feature counts on a test scene where its activations on the soft tokens sum to this share of
+            their mean over the training scenes or more, since curves are relative to that sum.
         side: cells down and across the picture, to delete and to insert.
         counts: numbers of cells at which a curve is measured, besides none and all.
         draws: random orders a scene.
@@ -39,10 +41,11 @@ class WhereConfig:
     pool: str = "max"
     questions: dict[str, str] = field(default_factory=lambda: dict(QUESTIONS))
     chosen_on: int = 32
-    scenes: int = 10
+    scenes: int = 16
     features: int = 4
     least_share: float = 0.33
     most_tokens: float = 0.5
+    least_active: float = 0.5
     side: int = 8
     counts: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32])
     draws: int = 3

@@ -97,7 +97,7 @@ def _kind(bench: Bench, found: Found, kind: str, question: str) -> None:
         numbers = {"strength": one.strength, "fires": one.fires, "tokens": one.tokens}
         words = {"top": [word for word, _ in top], "bottom": [word for word, _ in bottom]}
         found.features[kind].append({"feature": str(one.feature), **numbers, **words})
-    features = [one.feature for one in chosen]
+    features = {one.feature: where.least_active * one.strength for one in chosen}
     group = question_group(question) or ""
     for index in tqdm(range(where.scenes), desc=f"maps of {kind}", unit="scene"):
         scene = make_scene("test", kind, index, seed)
@@ -118,15 +118,15 @@ def _picture(scene: Scene) -> Image.Image:
 
 
 def _scene(
-    bench: Bench, found: Found, scene: Scene, question: str, group: str, features: list[FeatureId]
+    bench: Bench, found: Found, scene: Scene, question: str, group: str, features: dict[FeatureId, float]
 ) -> SceneResult | None:
-    """All maps of one scene; None where no chosen feature fires on its soft tokens."""
+    """All maps of one scene; None where no chosen feature is as active on its soft tokens as `features` asks for."""
     vlm, where = bench.vlm, bench.cfg.where
     assert scene.image is not None
     inputs = vlm.prepare(question, [_picture(scene)])
     batch = make_batch(vlm.adapter, [inputs])
-    here = image_features(vlm.adapter, bench.transcoders, batch, 10**6)
-    active = tuple(feature for feature in features if feature in {one.feature for one in here})
+    here = {one.feature: one.strength for one in image_features(vlm.adapter, bench.transcoders, batch, 10**6)}
+    active = tuple(feature for feature, least in features.items() if here.get(feature, 0.0) >= max(least, 1e-6))
     if not active:
         return None
     made = where_maps(vlm, bench.transcoders, inputs, active, where, bench.cfg.attribution)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 ALL = (*KINDS, NO_FEATURE, CONTRAST)
 DRAWN = (*KINDS, CONTRAST, RANDOM)  # in figures
+BESIDE = ("rollout", NO_FEATURE, CONTRAST)  # what maps are held against, scene by scene
 SHOWN = 2  # features of a kind of scene whose maps are drawn
 WHATS = ("activation", "answer")
 
@@ -184,7 +185,8 @@ def summary(scenes: list[SceneResult], seed: int) -> dict[str, float]:
 
     `where/<map>/deletion` (lower is better) and `/insertion` (higher is better) with `_ci_low`, `_ci_high` and
     `_control`, the random order's; `_gain` of each is by how much it is better than the random order of the same
-    scene, paired, positive when better. Intervals are bootstrapped over scenes.
+    scene, paired, positive when better, and `_over_<map>` by how much than another map. Intervals are bootstrapped
+    over scenes.
     """
     metrics: dict[str, float] = {}
     kinds = dict.fromkeys(scene.kind for scene in scenes)
@@ -200,6 +202,11 @@ def summary(scenes: list[SceneResult], seed: int) -> dict[str, float]:
                     gain = chance - mine if measure == "deletion" else mine - chance
                     metrics |= _rate(name, bootstrap_mean(mine, seed, float(chance.mean())))
                     metrics |= _rate(f"{name}_gain", bootstrap_mean(gain, seed))
+                    for other in BESIDE if what == "activation" else ():
+                        theirs = np.array([s.areas[what][measure][other] for s in having])
+                        gain = theirs - mine if measure == "deletion" else mine - theirs
+                        if other != kind:
+                            metrics |= _rate(f"{name}_over_{other}", bootstrap_mean(gain, seed))
             hits = bootstrap_mean([s.hits[kind] for s in group], seed, float(np.mean([s.chance for s in group])))
             metrics |= _rate(f"{place}/{kind}/pointing", hits)
     return metrics

@@ -24,6 +24,7 @@ from vlmscope.attribution.targets import choose_logits
 from vlmscope.attribution.vision import vision_path
 from vlmscope.core.intervention import Curve
 from vlmscope.core.seeds import generator
+from vlmscope.data.orrery.objects import covered_cells, object_mask
 from vlmscope.data.orrery.scene import Scene, make_scene
 from vlmscope.models.batching import make_batch
 from vlmscope.replacement.model import build_replacement
@@ -50,31 +51,6 @@ class Case:
     answer: int
     mask: np.ndarray
     maps: dict[str, np.ndarray]
-
-
-def object_mask(scene: Scene, group: str) -> np.ndarray:
-    """Pixels of the object in question."""
-    assert scene.image is not None
-    mask = np.zeros((64, 64), bool)
-    if scene.kind == "digits":
-        bright = scene.image.max(-1) > scene.image.max(-1).min() + 70
-        half = np.arange(64) < 32 if group == "first" else np.arange(64) >= 32
-        return bright & half[None]
-    y, x = np.mgrid[:64, :64] / 64 + 1 / 128
-    boxes = scene.facts["box"] if scene.kind == "planets" else scene.facts["boxes"]
-    for left, top, right, bottom in np.reshape(boxes, (-1, 4)):  # pyright: ignore
-        if scene.kind == "planets":
-            centre, radius = ((left + right) / 2, (top + bottom) / 2), (right - left) / 2
-            mask |= (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2
-        else:
-            mask |= (x > left) & (x < right) & (y > top) & (y < bottom)
-    return mask
-
-
-def on_object(mask: np.ndarray, side: int) -> np.ndarray:
-    """`[side, side]` bool: cells of which at least a quarter is the object."""
-    cell = 64 // side
-    return mask.reshape(side, cell, side, cell).mean((1, 3)) >= 0.25
 
 
 def maps_of(scope: Scope, image: np.ndarray, prompt: str) -> tuple[int, dict[str, np.ndarray]]:
@@ -117,7 +93,7 @@ def pointing(cases: list[Case], name: str) -> tuple[float, float]:
     hits, chance = [], []
     for case in cases:
         grid = case.maps[name]
-        cells = on_object(case.mask, grid.shape[0])
+        cells = covered_cells(case.mask, grid.shape[0])
         hits.append(bool(cells.ravel()[int(grid.argmax())]))
         chance.append(float(cells.mean()))
     return float(np.mean(hits)), float(np.mean(chance))

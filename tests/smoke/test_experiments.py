@@ -36,18 +36,29 @@ LIMITS = {
         "task.pool_batches=1",
         "trainer.max_steps=2",
     ],
+    "where_in_the_picture": [
+        "where.chosen_on=3",
+        "where.scenes=1",
+        "where.features=1",
+        "where.least_share=0.0",
+        "where.least_active=0.0",
+        "where.draws=1",
+        "where.counts=[8]",
+    ],
 }
 LEAVES = {
     "mars_earth_patch": ["graph.json", "graph.safetensors", "report.html", "figures/flip_rates.png"],
     "mars_earth_curves": ["curves.json", "report.html", "figures/ablation.png"],
     "train_orrery": ["model/config.json", "model/model.safetensors", "vlm/checkpoint.safetensors"],
     "train_orrery_transcoders": ["transcoders/config.yaml", "transcoders/layer_7.safetensors"],
+    "where_in_the_picture": ["maps.json", "figures/deletion.png", "figures/pointing.png", "figures/lens.png"],
 }
 METRICS = {
     "mars_earth_patch": ["steer/free/flip_rate", "patch/direct/name/flip_rate_ci_low", "graph/replacement_score"],
     "mars_earth_curves": ["ablation/layer_07/last/accuracy_drop", "steer/free/role_image/name/flip_rate"],
     "train_orrery": ["test/accuracy/name", "test/accuracy_shuffled/sum"],
     "train_orrery_transcoders": ["val/fvu", "layers/fvu/layer_07", "val/ce_delta", "val/dead_frac"],
+    "where_in_the_picture": ["where/rollout/deletion_gain_ci_low", "where/vision_path/pointing", "where/maps_kb"],
 }
 
 

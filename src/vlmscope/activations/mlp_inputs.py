@@ -26,10 +26,17 @@ def watching_mlp_inputs(adapter: Adapter, layers: Sequence[int], take: Callable[
         yield
 
 
-@torch.no_grad()
 def mlp_inputs(adapter: Adapter, batch: InputBatch, layers: Sequence[int]) -> dict[int, Tensor]:
     """MLP inputs by layer [B, T, d] of one unedited forward, with the model's fast kernels."""
+    return mlp_inputs_and_logits(adapter, batch, layers)[0]
+
+
+@torch.no_grad()
+def mlp_inputs_and_logits(
+    adapter: Adapter, batch: InputBatch, layers: Sequence[int]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """The same with the logits [B, V] of the last position."""
     found: dict[int, Tensor] = {}
     with watching_mlp_inputs(adapter, layers, found.__setitem__):
-        adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1)
-    return found
+        logits = adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+    return found, logits

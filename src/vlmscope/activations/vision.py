@@ -1,19 +1,21 @@
 """What the patches of a picture attend to in the vision tower.
 
-Legend: H heads, P tokens of a tile (class tokens, then patches row by row), S soft tokens of a picture.
+Legend: H heads, P tokens of a tile (class tokens, then patches row by row), S soft tokens of a picture, d_v width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmscope.core.errors import UserError
 from vlmscope.models.attention import recording_vision_patterns
-from vlmscope.models.base import ModelInputs
+from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.batching import make_batch
 from vlmscope.models.loading import VLM
 from vlmscope.models.patches import Tile
@@ -26,11 +28,13 @@ class TileAttention:
     Attributes:
         tile: its grid of patches, where they lie on the picture, and how many class tokens stand before them.
         patterns: layer -> `[H, P, P]`, attention probabilities, last two axes query and key, rows summing to 1. What
-            lies outside the window of a layer that attends within windows is 0.
+            lies outside the window of a layer that attends within windows is 0. Or what was made of them.
+        states: `[P, d_v]`, the tower's last states as the decoder's side is given them, where they were asked for.
     """
 
     tile: Tile
     patterns: dict[int, Tensor]
+    states: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,17 +60,29 @@ class VisionAttention:
     pictures: list[PictureAttention]
 
 
+Reduce = Callable[[Tensor], Tensor]
+
+
 @torch.no_grad()
-def capture_vision_attention(vlm: VLM, inputs: ModelInputs, layers: Sequence[int] | None = None) -> VisionAttention:
+def capture_vision_attention(
+    vlm: VLM,
+    inputs: ModelInputs,
+    layers: Sequence[int] | None = None,
+    reduce: Reduce | None = None,
+    states: bool = False,
+) -> VisionAttention:
     """The attention patterns of the vision tower at one prompt's pictures, from one forward of the tower.
 
     The model must be in evaluation mode. Patterns of layers that are not asked for are not kept; each that is takes
-    `H * P * P` numbers a tile, 1 GiB in float32 for 4096 patches and 16 heads.
+    `H * P * P` numbers a tile, 1 GiB in float32 for 4096 patches and 16 heads, unless `reduce` makes less of it.
 
     Args:
         vlm: the model with its processor.
         inputs: what `vlm.prepare` made of the prompt.
         layers: layers of the tower, counted from the end when negative (`range(-4, 0)`: the last four); all when None.
+        reduce: takes the place of a tile's pattern `[H, P, P]` as soon as its layer has run, so that no two layers'
+            patterns are in memory at once.
+        states: whether to keep the tower's last states too.
 
     Raises:
         UserError: the model or the prompt has no pictures, the tower has no such layer, or its attention cannot be
@@ -83,16 +99,64 @@ def capture_vision_attention(vlm: VLM, inputs: ModelInputs, layers: Sequence[int
     n_layers = len(adapter.vision_attention())
     chosen = _chosen(layers, n_layers)
     pictures = adapter.picture_patches(inputs.tensors, inputs.sizes, vlm.processor.image_processor)
-    with recording_vision_patterns(adapter, chosen) as recorded:
+    tiles = [tile for picture in pictures for tile in picture.tiles]
+    with ExitStack() as stack:
+        recorded = stack.enter_context(recording_vision_patterns(adapter, chosen))
+        reduced = stack.enter_context(_reducing(adapter, recorded, tiles, reduce))
+        kept = stack.enter_context(_keeping_states(adapter)) if states else []
         make_batch(adapter, [inputs])  # runs the tower and nothing behind it
+    last = torch.cat(kept) if kept else None
     found = []
-    for picture in pictures:
-        tiles = [
-            TileAttention(tile, {layer: tile_pattern(recorded[layer], tile) for layer in chosen})
-            for tile in picture.tiles
-        ]
-        found.append(PictureAttention(tiles, picture.pooling))
-    return VisionAttention(n_layers, chosen, found)
+    for number, tile in enumerate(tiles):
+        patterns = {layer: reduced[layer][number] for layer in chosen}
+        found.append(TileAttention(tile, patterns, None if last is None else last[torch.from_numpy(tile.tokens)]))
+    rest = iter(found)
+    return VisionAttention(
+        n_layers, chosen, [PictureAttention([next(rest) for _ in p.tiles], p.pooling) for p in pictures]
+    )
+
+
+@contextmanager
+def _reducing(
+    adapter: Adapter, recorded: Mapping[int, list[Tensor]], tiles: Sequence[Tile], reduce: Reduce | None
+) -> Iterator[dict[int, list[Tensor]]]:
+    """A dict that the forward fills: layer -> what is made of each tile's pattern; patterns are dropped at once."""
+    found: dict[int, list[Tensor]] = {}
+    needed = 1 + max(int(tile.tokens.max()) for tile in tiles)
+
+    def taken(layer: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls = recorded[layer]
+            if sum(call.shape[0] * call.shape[-1] for call in calls) < needed:
+                return  # the tower comes again, with more pictures
+            patterns = (tile_pattern(calls, tile) for tile in tiles)
+            found[layer] = [pattern if reduce is None else reduce(pattern) for pattern in patterns]
+            calls.clear()
+
+        return hook
+
+    modules = adapter.vision_attention()
+    with ExitStack() as stack:
+        for layer in recorded:
+            stack.callback(modules[layer].register_forward_hook(taken(layer)).remove)
+        yield found
+    assert set(found) == set(recorded), "the tower was given other tokens than the adapter says"
+
+
+@contextmanager
+def _keeping_states(adapter: Adapter) -> Iterator[list[Tensor]]:
+    """A list to which the forward adds the tower's last states, `[N, d_v]` a call."""
+    found: list[Tensor] = []
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        found.append(states.detach().flatten(0, -2))
+
+    handle = adapter.vision_states().register_forward_hook(hook)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def _chosen(layers: Sequence[int] | None, n_layers: int) -> list[int]:

@@ -32,13 +32,14 @@ class Readers:
         return (self.embeddings * embeddings).sum(-1) + (self.injections * injections).sum((1, 3))
 
 
-def target_readers(replacement: ReplacementModel, targets: Targets, *, total: bool) -> Readers:
+def target_readers(replacement: ReplacementModel, targets: Targets, *, total: bool, summed: bool = False) -> Readers:
     """Readers of what a graph explains, whatever it is.
 
     Args:
         replacement: the frozen model.
         targets: the graph's targets, B of them.
         total: whether active features respond (total effect) or stay (the graph's own edges, direct effect).
+        summed: one reader of the sum of all targets, in one backward pass, instead of B.
     """
     state = replacement.state
     tokens = torch.zeros_like(state.embeddings, requires_grad=True)
@@ -56,6 +57,7 @@ def target_readers(replacement: ReplacementModel, targets: Targets, *, total: bo
         if targets.after_attention:
             x = x + replacement.layers[targets.layer].attend(x, with_bias=False)
         values = (targets.vectors * x[targets.positions]).sum(-1)
+        values = values.sum(0, keepdim=True) if summed else values
     found = [
         torch.autograd.grad(value, (tokens, injected), retain_graph=True, materialize_grads=True) for value in values
     ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import II, MISSING
 
+from vlmscope.attention.config import WhereConfig
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.core.errors import UserError
@@ -211,6 +212,7 @@ class AppConfig:
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
+    where: WhereConfig = field(default_factory=WhereConfig)
     circuit: CircuitConfig | None = None
     prompts: PromptSetConfig | None = None
     image: Any = None

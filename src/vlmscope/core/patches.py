@@ -1,4 +1,4 @@
-"""Maps of a target's effect over the patches of a picture: plain numpy, no torch."""
+"""Maps over the patches of a picture, of targets and of soft tokens: plain numpy, no torch."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,8 @@ class PictureMap:
         tiles: in the order of the tower; several where a family sees a picture as tiles.
         edge: the sum of the edges from the picture's soft tokens, computed without the patches.
         remainder: what is no patch's, by name: "position" embeddings, "class_token", "baseline" (the baseline's own
-            patches), "padding" (patches of no part of the picture) and "bias" (all other constants).
+            patches), "padding" (patches of no part of the picture), "bias" (all other constants), and of a feature's
+            own activation "no_patch" (soft tokens that no patch goes into, such as the end of a row).
     """
 
     target: str
@@ -63,3 +64,45 @@ class PictureMap:
                     left, top, right, bottom = box.pixels(width, height)
                     out[top:bottom, left:right] += value / ((right - left) * (bottom - top))
         return out
+
+
+@dataclass(frozen=True)
+class TokenTile:
+    """What soft tokens take from one grid of patches.
+
+    Attributes:
+        boxes: `rows * columns` parts of the picture, row by row.
+        tokens: `[n]` int64, the soft tokens of the picture, counted from 0, that take anything from this tile.
+        values: `[n, rows, columns]` float64.
+    """
+
+    boxes: list[PatchBox]
+    tokens: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class TokenMaps:
+    """A map over patches for every soft token of a picture.
+
+    Attributes:
+        kind: "rollout" or "similarity".
+        picture: number of the picture in the prompt.
+        tiles: in the order of the tower.
+        class_token: `[S]` float64, what each soft token takes from class tokens, which are nowhere in the picture.
+    """
+
+    kind: str
+    picture: int
+    tiles: list[TokenTile]
+    class_token: np.ndarray
+
+    def weighted(self, weights: np.ndarray, target: str) -> PictureMap:
+        """One map of all: the sum of the soft tokens' maps times `weights [S]`, such as a feature's activations."""
+        tiles = [
+            TileMap(tile.boxes, np.tensordot(weights[tile.tokens].astype(np.float64), tile.values, 1))
+            for tile in self.tiles
+        ]
+        rest = float(weights @ self.class_token)
+        total = rest + float(sum(tile.values.sum() for tile in tiles))
+        return PictureMap(target, self.picture, tiles, total, {"class_token": rest} if self.class_token.any() else {})

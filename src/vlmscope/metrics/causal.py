@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,17 +22,24 @@ def bootstrap_rate(hits: Sequence[bool] | np.ndarray, seed: int = 0, control: fl
     Raises:
         ValueError: no cases.
     """
-    values = np.asarray(hits, dtype=float)
-    if values.size == 0:
-        raise ValueError("a rate needs at least one case")
-    mean = float(values.mean())
-    resampled = generator(seed, "bootstrap").choice(values, (RESAMPLES, values.size)).mean(1)
+    found = bootstrap_mean(np.asarray(hits, dtype=float), seed, control)
+    if found.value == 1.0:
+        return replace(found, ci_low=max(1.0 - 3.0 / found.cases, 0.0))
+    return replace(found, ci_high=min(3.0 / found.cases, 1.0)) if found.value == 0.0 else found
+
+
+def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, control: float | None = None) -> Rate:
+    """The mean of a measure with its percentile-bootstrap 95 % interval.
+
+    Raises:
+        ValueError: no cases.
+    """
+    found = np.asarray(values, dtype=float)
+    if found.size == 0:
+        raise ValueError("a mean needs at least one case")
+    resampled = generator(seed, "bootstrap").choice(found, (RESAMPLES, found.size)).mean(1)
     low, high = (float(v) for v in np.quantile(resampled, (0.025, 0.975)))
-    if mean == 1.0:
-        low = max(1.0 - 3.0 / values.size, 0.0)
-    elif mean == 0.0:
-        high = min(3.0 / values.size, 1.0)
-    return Rate(mean, low, high, int(values.size), control)
+    return Rate(float(found.mean()), low, high, int(found.size), control)
 
 
 def kl_divergence(before: np.ndarray, after: np.ndarray) -> np.ndarray:

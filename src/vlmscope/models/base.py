@@ -260,6 +260,16 @@ class Adapter(ABC):
         """
 
     @abstractmethod
+    def vision_states(self) -> nn.Module:
+        """The module of the vision tower whose output, or its first entry, is what the decoder's side is given.
+
+        Its tokens are those of `vision_attention`, in the same order: `[B, S, d_v]`, or `[N, d_v]`.
+
+        Raises:
+            UserError: it is not known which that is.
+        """
+
+    @abstractmethod
     def vision_tower(self) -> Any:
         """The vision tower; only for a model that takes pictures."""
 

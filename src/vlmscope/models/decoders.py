@@ -17,7 +17,7 @@ from vlmscope.models.base import Adapter, LayerNorms, ScoreParts
 from vlmscope.models.patches import PicturePatches
 from vlmscope.models.placement import computing_device, materialised
 from vlmscope.models.template import Dialogue, Turn, dialogue, user_turn
-from vlmscope.models.towers import tower_attention
+from vlmscope.models.towers import tower_attention, tower_states
 
 
 class Decoder(NamedTuple):
@@ -57,6 +57,8 @@ class DecoderAdapter(Adapter):
     placeholder = "<image>"
     chat_template = ""
     decoders: Mapping[str, Decoder] = DECODERS
+    # Whether the family reads the vision tower's last state through the tower's own norm, where it has one.
+    _reads_norm = True
 
     def __init__(self, model: Any) -> None:
         if not isinstance(getattr(model, "lm_head", None), nn.Linear):
@@ -162,8 +164,14 @@ class DecoderAdapter(Adapter):
         return self.model.model.vision_tower
 
     def vision_attention(self) -> list[nn.Module]:
-        read = getattr(self.model.config, "vision_feature_layer", -1)
-        return tower_attention(self.vision_tower(), read) if self.has_vision else []
+        return tower_attention(self.vision_tower(), self._read_states) if self.has_vision else []
+
+    def vision_states(self) -> nn.Module:
+        return tower_states(self.vision_tower(), self._read_states, self._reads_norm)
+
+    @property
+    def _read_states(self) -> int | list[int]:
+        return getattr(self.model.config, "vision_feature_layer", -1)
 
     def picture_patches(
         self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any

@@ -16,6 +16,8 @@ from vlmscope.models.towers import tower_kind
 class LlavaAdapter(DecoderAdapter):
     """One soft token a patch, in row-major order; the class token, where the model keeps it, stands for the whole."""
 
+    _reads_norm = False
+
     chat_template = (
         "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
         "{% for item in message['content'] %}{{ '<image>\\n' if item['type'] == 'image' else item['text'] }}"

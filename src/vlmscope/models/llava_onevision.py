@@ -86,6 +86,8 @@ def _resized(kept: np.ndarray, length: int, wanted: int) -> np.ndarray:
 class LlavaOnevisionAdapter(DecoderAdapter):
     """Boxes depend on the picture's size; tokens that end a row have a box without area at the row's end."""
 
+    _reads_norm = False
+
     chat_template = (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
         "{% for item in message['content'] %}{{ '<image>' if item['type'] == 'image' else '\\n' + item['text'] }}"

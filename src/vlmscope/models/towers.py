@@ -14,7 +14,8 @@ class Tower(NamedTuple):
     """How a tower names its parts, and how many tokens it puts before the patches.
 
     `patches` is the linear map or convolution from pixels to patch embeddings, `positions` the parameter of learned
-    position embeddings ("" where there is none), `class_token` that of class tokens.
+    position embeddings ("" where there is none), `class_token` that of class tokens, `norm` the norm of all tokens
+    after the last layer ("" where there is none).
     """
 
     layers: str
@@ -23,11 +24,19 @@ class Tower(NamedTuple):
     positions: str = ""
     n_class: int = 0
     class_token: str = ""
+    norm: str = ""
 
 
-_SIGLIP = Tower("encoder.layers", "self_attn", "embeddings.patch_embedding", "embeddings.position_embedding.weight")
+_SIGLIP = Tower(
+    "encoder.layers",
+    "self_attn",
+    "embeddings.patch_embedding",
+    "embeddings.position_embedding.weight",
+    norm="post_layernorm",
+)
 TOWERS = {
-    "clip_vision_model": _SIGLIP._replace(n_class=1, class_token="embeddings.class_embedding"),
+    # CLIP's norm is of the class token alone.
+    "clip_vision_model": _SIGLIP._replace(n_class=1, class_token="embeddings.class_embedding", norm=""),
     "gemma4_vision": Tower(
         "encoder.layers", "self_attn", "patch_embedder.input_proj", "patch_embedder.position_embedding_table"
     ),
@@ -39,6 +48,7 @@ TOWERS = {
         "embeddings.position_embeddings",
         1,
         "embeddings.cls_token",
+        "layernorm",
     ),
     "qwen2_5_vl_vision": Tower("blocks", "attn", "patch_embed.proj"),
     "qwen3_vl_vision": Tower("blocks", "attn", "patch_embed.proj", "pos_embed.weight"),
@@ -75,6 +85,29 @@ def tower_attention(tower: Any, read: int | list[int]) -> list[nn.Module]:
     """
     kind = tower_kind(tower)
     layers = tower.get_submodule(kind.layers)
+    return [layer.get_submodule(kind.attention) for layer in layers[: _last_state(len(layers), read)]]
+
+
+def tower_states(tower: Any, read: int | list[int], normed: bool) -> nn.Module:
+    """The module whose output is the last hidden state that the decoder is given.
+
+    Args:
+        tower: the Hugging Face module.
+        read: as for `tower_attention`.
+        normed: whether the family reads the state after the last layer through the tower's own norm.
+
+    Raises:
+        UserError: the tower is not one of `TOWERS`.
+    """
+    kind = tower_kind(tower)
+    layers = tower.get_submodule(kind.layers)
+    last = _last_state(len(layers), read)
+    if normed and kind.norm and last == len(layers):
+        return tower.get_submodule(kind.norm)
+    return layers[last - 1]
+
+
+def _last_state(n_layers: int, read: int | list[int]) -> int:
+    """The last of the states that are read, counted from 0, what enters the first layer."""
     states = [read] if isinstance(read, int) else read
-    last = max(state if state >= 0 else len(layers) + 1 + state for state in states)
-    return [layer.get_submodule(kind.attention) for layer in layers[:last]]
+    return max(state if state >= 0 else n_layers + 1 + state for state in states)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image
 
@@ -30,17 +31,10 @@ def patch_maps(maps: Sequence[PictureMap], pictures: Sequence[np.ndarray], path:
     with drawing(path, 8.6, 0.5 + 2.5 * len(maps)) as figure:
         grid = figure.subplots(len(maps), 3, squeeze=False, width_ratios=[1, 1, 1.25])
         for row, found in zip(grid, maps, strict=True):
-            picture = Image.fromarray(pictures[found.picture])
-            factor = _SIDE / max(picture.size)
-            size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-            shown = np.asarray(picture.resize(size, Image.Resampling.NEAREST))
-            raster = found.raster(size[1], size[0])
-            top = float(np.abs(raster).max()) or 1.0
+            shown = shrunk(pictures[found.picture])
             row[0].imshow(shown)
             row[0].set_title(f"picture {found.picture + 1}", loc="left")
-            row[1].imshow(np.asarray(Image.fromarray(shown).convert("L")), cmap="gray", vmin=0, vmax=255)
-            strength = np.abs(raster) / top
-            row[1].imshow(raster, cmap=_SIGNED, vmin=-top, vmax=top, alpha=0.15 + 0.75 * strength)
+            overlay(row[1], shown, found.raster(shown.shape[0], shown.shape[1]))
             row[1].set_title(f"{effect} effect on {found.target!r}", loc="left")
             for axes in row[:2]:
                 axes.set_axis_off()
@@ -53,3 +47,18 @@ def patch_maps(maps: Sequence[PictureMap], pictures: Sequence[np.ndarray], path:
             row[2].invert_yaxis()
             row[2].set_xlabel("logits")
     return Path(path)
+
+
+def shrunk(picture: np.ndarray) -> np.ndarray:
+    """A picture at the size of figures, longer edge `_SIDE` pixels."""
+    found = Image.fromarray(picture)
+    factor = _SIDE / max(found.size)
+    size = (max(1, round(found.width * factor)), max(1, round(found.height * factor)))
+    return np.asarray(found.resize(size, Image.Resampling.NEAREST))
+
+
+def overlay(axes: Axes, shown: np.ndarray, raster: np.ndarray) -> None:
+    """A signed map over the grey picture, relative to its largest absolute value."""
+    top = float(np.abs(raster).max()) or 1.0
+    axes.imshow(np.asarray(Image.fromarray(shown).convert("L")), cmap="gray", vmin=0, vmax=255)
+    axes.imshow(raster, cmap=_SIGNED, vmin=-top, vmax=top, alpha=0.15 + 0.75 * np.abs(raster) / top)

@@ -1,0 +1,65 @@
+"""How maps of features over a picture are made: a plain record, free of torch, so that Hydra can register it."""
+
+from dataclasses import dataclass, field
+
+from vlmscope.core.errors import UserError
+
+POOLS = ("max", "mean")
+QUESTIONS = {
+    "planets": "what planet is this ?",
+    "digits": "what is the first digit ?",
+    "shapes": "which shape is this ?",
+    "hands": "how many fingers are there ?",
+}
+
+
+@dataclass
+class WhereConfig:
+    """Settings of attention rollout (docs/where.md); those of the vision path are in `attribution`.
+
+    Attributes:
+        last_layers: so many layers of the tower, counted from the last that the decoder is given anything of.
+        head_share: share of a layer's heads that count, those of lowest entropy.
+        identity: whether the residual stream counts as much as the attention.
+        pool: how rows of patches become those of soft tokens: "max" (the paper's code) or "mean" (as the model pools).
+        questions: for experiments on Orrery: kind of scene -> what is asked.
+        chosen_on: scenes of each kind (training split) on which features are chosen.
+        scenes: scenes of each kind (test split) on which their maps are compared.
+        features: so many a kind, at most one a layer, the strongest on soft tokens
+        least_share: of those that fire in at least this share of the scenes
+        most_tokens: and on at most this share of the soft tokens, on average over the scenes where they fire.
+        least_active: a feature counts on a test scene where its activations on the soft tokens sum to this share of
+            their mean over the training scenes or more, since curves are relative to that sum.
+        side: cells down and across the picture, to delete and to insert.
+        counts: numbers of cells at which a curve is measured, besides none and all.
+        draws: random orders a scene.
+    """
+
+    last_layers: int = 4
+    head_share: float = 0.3
+    identity: bool = True
+    pool: str = "max"
+    questions: dict[str, str] = field(default_factory=lambda: dict(QUESTIONS))
+    chosen_on: int = 32
+    scenes: int = 16
+    features: int = 4
+    least_share: float = 0.33
+    most_tokens: float = 0.5
+    least_active: float = 0.5
+    side: int = 8
+    counts: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32])
+    draws: int = 3
+
+    def check(self) -> None:
+        """Raise a `UserError` that names the first setting that makes no sense."""
+        if self.last_layers < 1:
+            raise UserError(f"where.last_layers={self.last_layers}: it counts layers; choose 1 or more")
+        if not 0.0 < self.head_share <= 1.0:
+            raise UserError(f"where.head_share={self.head_share}: it must lie in (0, 1]; 0.3 is the paper's")
+        if self.pool not in POOLS:
+            raise UserError(f"where.pool={self.pool!r}: choose one of {', '.join(POOLS)}")
+        for name in ("chosen_on", "scenes", "features", "side", "draws"):
+            if getattr(self, name) < 1:
+                raise UserError(f"where.{name}={getattr(self, name)}: it must be at least 1")
+        if not all(0 < count < self.side**2 for count in self.counts):
+            raise UserError(f"where.counts={self.counts}: choose numbers of cells from 1 to {self.side**2 - 1}")

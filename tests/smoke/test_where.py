@@ -1,0 +1,119 @@
+"""`task=where` and `task=lens`: what the files say agrees, every family with a tower passes, mistakes are one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlmscope.app import main
+from vlmscope.attention.map_io import load_maps
+from vlmscope.data.orrery.scene import make_scene
+
+QUESTION = "which shape is this ?"
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "shapes.png"
+    image = make_scene("test", "shapes", 3, seed=5).image
+    assert image is not None
+    Image.fromarray(image).save(path)
+    return path
+
+
+def asked(task: str, folder: Path, picture: Path | None, *more: str) -> int:
+    image = "image=null" if picture is None else f"image={picture}"
+    return main([f"task={task}", image, f"hydra.run.dir={folder}", "tracking=none", *more])
+
+
+def test_maps_metrics_and_records_agree(picture: Path, tmp_path: Path) -> None:
+    more = ("task.features=[L5/386,L2/1998]", f"prompt={QUESTION}", "where.pool=mean")
+    assert asked("where", tmp_path, picture, *more, "task.curves=true", "where.draws=1", "where.counts=[8]") == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    record = json.loads((tmp_path / "where.json").read_text())
+    maps = load_maps(tmp_path / record["maps"])
+    assert (tmp_path / "maps.safetensors").stat().st_size == pytest.approx(1000 * metrics["where/maps_kb"])
+    assert [m.kind for m in maps.tokens] == ["rollout", "similarity"]
+    rollout = maps.tokens[0].tiles[0]
+    assert rollout.values.shape == (16, 8, 8)
+    assert rollout.values.sum((1, 2)) == pytest.approx(np.ones(16), abs=0.05)
+    names = [(one["feature"], one["kind"]) for one in record["order"]]
+    kinds = ("rollout", "similarity", "vision_path", "activation")
+    assert names == [(feature, kind) for feature in ("L5/386", "L2/1998") for kind in kinds]
+    by_name = dict(zip(names, maps.targets, strict=True))
+    soft = set(range(*_span(record)))
+    for feature, found in record["features"].items():
+        active = {int(at): value for at, value in found["activations"].items() if int(at) in soft}
+        total = sum(active.values())
+        key = f"where/{feature.replace('/', '_')}"
+        assert metrics[f"{key}/activation"] == pytest.approx(total)
+        assert metrics[f"{key}/path_residual"] < 1e-5
+        own = by_name[feature, "activation"]
+        assert own.from_patches == pytest.approx(total, rel=0.01) and own.edge == pytest.approx(total)
+        assert by_name[feature, "rollout"].edge == pytest.approx(total, rel=1e-4)  # rows sum to 1
+        for kind in (*kinds, "random"):
+            assert 0 <= metrics[f"{key}/{kind}/deletion"] < 3 and 0 <= metrics[f"{key}/{kind}/insertion"] < 3
+    assert (tmp_path / "figures" / "where.png").stat().st_size > 5000
+
+
+def _span(record: dict) -> tuple[int, int]:
+    """Positions of the soft tokens: in Orrery's template 16 in a row, which every chosen feature is within."""
+    from vlmscope.api import load
+
+    inputs = load(check=False).inputs(record["prompt"], [Image.new("RGB", (64, 64))])
+    where = np.flatnonzero(inputs.is_image)
+    return int(where[0]), int(where[-1]) + 1
+
+
+@pytest.mark.parametrize("family", ["tiny_qwen2_5_vl", "tiny_llava", "tiny_llava_onevision"])
+def test_other_families_have_maps(family: str, picture: Path, tmp_path: Path) -> None:
+    more = (f"model={family}", "prompt=what is this ?", "task.top=1")
+    assert asked("where", tmp_path / "where", picture, *more) == 0
+    assert asked("lens", tmp_path / "lens", picture, *more[:2]) == 0
+    metrics = json.loads((tmp_path / "where" / "metrics.json").read_text())
+    (residual,) = (value for name, value in metrics.items() if name.endswith("path_residual"))
+    assert residual < 1e-5
+    assert load_maps(tmp_path / "where" / "maps.safetensors").tokens
+
+
+def test_the_lens_says_what_the_model_says(picture: Path, tmp_path: Path) -> None:
+    assert asked("lens", tmp_path, picture, f"prompt={QUESTION}") == 0
+    record = json.loads((tmp_path / "lens.json").read_text())
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    last = record["states"][-1]
+    assert record["word"] == last["words"][-1][0] == "star" and last["rank"][-1] == 0
+    first = next(row["state"] for row in record["states"] if 0 in row["rank"][:-1])
+    assert metrics["lens/first_state_soft"] == first
+    assert len(record["states"]) == 9 and all(len(row["rank"]) == 17 for row in record["states"])
+    assert (tmp_path / "figures" / "lens.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "words"),
+    [
+        ("where", ("task.features=[L5/99999]",), "layer 5 has features 0 to 2047"),
+        ("where", ("task.features=[L12/1]",), "the model has layers 0 to 7"),
+        ("where", ("task.features=[five]",), "not a feature id"),
+        ("where", ("task.features=[L5/1]",), "L5/1 is not active in this prompt"),
+        ("where", ("task.top=0",), "task.top=0"),
+        ("where", ("where.head_share=2",), "where.head_share=2"),
+        ("where", ("where.counts=[64]",), "where.counts"),
+        ("where", ("model=tiny_gemma3_text",), "takes no pictures"),
+        ("lens", ("task.word=xylophone",), "not one token"),
+        ("lens", ("task.count=0",), "task.count=0"),
+    ],
+)
+def test_mistakes_are_one_line(
+    task: str, more: tuple[str, ...], words: str, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert asked(task, tmp_path, picture, f"prompt={QUESTION}", *more) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and words in errors[0]
+
+
+@pytest.mark.parametrize("task", ["where", "lens"])
+def test_text_alone_is_refused(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert asked(task, tmp_path, None, f"prompt={QUESTION}") == 2
+    assert "add image=" in capsys.readouterr().err

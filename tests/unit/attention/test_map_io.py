@@ -1,0 +1,103 @@
+"""uint8 maps: how far decoded values are off, how large files are, and that they come back where they were."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlmscope.attention.map_io import CELLS, load_maps, save_maps
+from vlmscope.core.artifacts import save_tensors
+from vlmscope.core.errors import UserError
+from vlmscope.core.heatmaps import coarse_shape, decode, encode, resample
+from vlmscope.core.images import PatchBox
+from vlmscope.core.patches import PictureMap, TileMap, TokenMaps, TokenTile
+from vlmscope.core.seeds import generator
+from vlmscope.models.boxes import grid_boxes
+
+
+def maps(side: int, soft: int, seed: int = 0, kind: str = "rollout") -> TokenMaps:
+    values = generator(seed, "maps").exponential(size=(soft, side, side))
+    tile = TokenTile(grid_boxes(side, side), np.arange(soft), values)
+    return TokenMaps(kind, 0, [tile], np.zeros(soft))
+
+
+@pytest.mark.parametrize("offset", [0.0, -3.0, 1e6])
+def test_values_are_off_by_half_a_step_at_most(offset: float) -> None:
+    values = generator(1, "values").normal(size=(50, 6, 9)) * 10.0 ** np.arange(-5, 5).repeat(5)[:, None, None] + offset
+    grids = encode(values)
+    assert grids.codes.dtype == np.uint8 and grids.nbytes == 50 * (54 + 8)
+    error = np.abs(decode(grids) - values).max((1, 2))
+    bound = (values.max((1, 2)) - values.min((1, 2))) / 510
+    rounding = 3e-7 * np.abs(values).max((1, 2))  # of float32
+    assert (error <= bound + rounding).all()
+    if not offset:
+        assert (error > 0.8 * bound).any()  # the bound is no idle one
+
+
+def test_a_flat_map_comes_back_exactly() -> None:
+    values = np.full((2, 3, 3), 0.25)
+    assert np.array_equal(decode(encode(values)), values)
+    assert (encode(values).codes == 0).all()
+
+
+@pytest.mark.parametrize("old,new", [((8, 8), (4, 4)), ((64, 64), (15, 15)), ((3, 7), (2, 5)), ((4, 4), (4, 4))])
+def test_resampling_keeps_the_sum_and_the_place(old: tuple[int, int], new: tuple[int, int]) -> None:
+    values = generator(2, "old").normal(size=(3, *old))
+    found = resample(values, *new)
+    assert found.shape == (3, *new)
+    assert found.sum((1, 2)) == pytest.approx(values.sum((1, 2)))
+    if old == (8, 8):
+        assert found == pytest.approx(values.reshape(3, 4, 2, 4, 2).sum((2, 4)))
+    spot = np.zeros(old)
+    spot[-1, 0] = 1.0
+    assert np.unravel_index(resample(spot, *new).argmax(), new) == (new[0] - 1, 0)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (30, 90), (1, 1000), (1000, 1), (3, 400), (15, 15), (27, 27), (7, 211)])
+def test_coarse_grids_fit(shape: tuple[int, int]) -> None:
+    rows, columns = coarse_shape(*shape, CELLS)
+    assert rows * columns <= CELLS and 1 <= rows <= shape[0] and 1 <= columns <= shape[1]
+    if shape[0] * shape[1] <= CELLS:
+        assert (rows, columns) == shape
+    if shape == (64, 64):
+        assert (rows, columns) == (15, 15)
+
+
+def test_a_picture_of_256_soft_tokens_and_4096_patches_is_at_most_64_kb(tmp_path: Path) -> None:
+    size = save_maps(tmp_path / "maps.safetensors", tokens=[maps(64, 256)])
+    assert 50_000 < size == (tmp_path / "maps.safetensors").stat().st_size <= 64_000
+    study = save_maps(tmp_path / "study.safetensors", tokens=[maps(64, 256, seed) for seed in range(3)])
+    assert study <= 3 * 64_000
+    found = load_maps(tmp_path / "maps.safetensors").tokens[0]
+    wanted = resample(maps(64, 256).tiles[0].values, 15, 15)
+    bound = np.ptp(wanted, axis=(1, 2)) / 510 + 1e-5
+    assert (np.abs(found.tiles[0].values - wanted).max((1, 2)) <= bound).all()
+    assert found.tiles[0].boxes[16] == pytest.approx(grid_boxes(15, 15)[16])
+
+
+def test_maps_come_back_as_they_were(tmp_path: Path) -> None:
+    rng = generator(3, "target")
+    window = PatchBox(-0.1, 0.0, 1.2, 0.7)
+    tiles = [
+        TileMap(grid_boxes(4, 6, window), rng.normal(size=(4, 6))),
+        TileMap(grid_boxes(2, 2), rng.normal(size=(2, 2))),
+    ]
+    target = PictureMap("L3/5", 1, tiles, 2.5, {"bias": 0.5})
+    part = TokenTile(grid_boxes(5, 5), np.array([2, 7]), rng.uniform(size=(2, 5, 5)))
+    tokens = TokenMaps("similarity", 1, [part], rng.uniform(size=9))
+    save_maps(tmp_path / "m.safetensors", [target], [tokens])
+    (found,), (back,) = load_maps(tmp_path / "m.safetensors")
+    assert (found.target, found.picture, found.edge, found.remainder) == ("L3/5", 1, 2.5, {"bias": 0.5})
+    for one, other in zip(found.tiles, tiles, strict=True):
+        assert np.array(one.boxes) == pytest.approx(np.array(other.boxes), abs=1e-6)
+        assert one.values == pytest.approx(other.values, abs=np.ptp(other.values) / 510 + 1e-6)
+    assert (back.kind, back.picture) == ("similarity", 1)
+    assert back.class_token == pytest.approx(tokens.class_token, abs=1e-6)
+    assert np.array_equal(back.tiles[0].tokens, [2, 7])
+    assert back.tiles[0].values == pytest.approx(part.values, abs=1 / 510 + 1e-6)
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "x.safetensors", {"a": np.zeros(2)})
+    with pytest.raises(UserError, match="holds no maps of this layout"):
+        load_maps(tmp_path / "x.safetensors")

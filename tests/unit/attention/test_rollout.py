@@ -1,0 +1,268 @@
+"""Rollout against loops that spell the paper's definition, in float64; and on every family with a tower."""
+
+import gc
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmscope.activations.vision import capture_vision_attention
+from vlmscope.attention.config import WhereConfig
+from vlmscope.attention.rollout import (
+    focused_heads,
+    head_entropy,
+    mixed_layer,
+    pool_rows,
+    rollout,
+    similarity,
+    soft_token_rollout,
+)
+from vlmscope.attention.token_maps import own_map, token_maps
+from vlmscope.core.errors import UserError
+from vlmscope.core.seeds import generator
+from vlmscope.models import attention
+from vlmscope.models.loading import VLM
+from vlmscope.models.tiny import tiny_image, tiny_vlm
+from vlmscope.models.tiny_families import FAMILIES
+
+VISION = ("gemma3", *FAMILIES)
+PROMPT = "what is this red planet ?"
+
+
+def patterns(seed: int, n_layers: int = 3, heads: int = 7, tokens: int = 10) -> list[Tensor]:
+    rng = generator(seed, "patterns")
+    sharpness = rng.uniform(0.2, 4, (n_layers, heads, 1, 1))  # heads differ in how focused they are
+    return list(torch.from_numpy(sharpness * rng.normal(size=(n_layers, heads, tokens, tokens))).softmax(-1))
+
+
+def pooling_of(seed: int, soft: int = 3, tokens: int = 10) -> Tensor:
+    """Rows that overlap, sum to 1, and leave a token out; the last is empty."""
+    rng = generator(seed, "pooling")
+    dense = rng.uniform(0.1, 1, (soft, tokens)) * (rng.uniform(size=(soft, tokens)) < 0.6)
+    dense[:, 0] = 0
+    dense[:, 1] = 0.3
+    dense /= dense.sum(1, keepdims=True)
+    dense[-1] = 0
+    return torch.from_numpy(dense)
+
+
+def looped(layers: list[Tensor], pooling: np.ndarray, share: float, identity: bool, pool: str) -> np.ndarray:
+    """The definition, number by number."""
+    product: list[list[float]] | None = None
+    for layer in layers:
+        heads, n = layer.tolist(), layer.shape[-1]
+        entropy = [-sum(p * math.log(p) for row in head for p in row if p > 0) / n for head in heads]
+        kept = sorted(range(len(heads)), key=lambda h: entropy[h])[: max(1, round(share * len(heads)))]
+        mixed = [[sum(heads[h][i][j] for h in kept) / len(kept) for j in range(n)] for i in range(n)]
+        for i in range(n):
+            mixed[i][i] += float(identity)
+            total = sum(mixed[i])
+            mixed[i] = [value / total for value in mixed[i]]
+        product = (
+            mixed
+            if product is None
+            else [[sum(mixed[i][k] * product[k][j] for k in range(n)) for j in range(n)] for i in range(n)]
+        )
+    assert product is not None
+    out = np.zeros((len(pooling), len(product)))
+    for s, weights in enumerate(pooling):
+        for j in range(len(product)):
+            column = [product[i][j] for i in range(len(product))]
+            inside = [value for value, weight in zip(column, weights, strict=True) if weight > 0]
+            if pool == "max":
+                out[s, j] = max(inside, default=0.0)
+            else:
+                out[s, j] = sum(value * weight for value, weight in zip(column, weights, strict=True))
+    return out
+
+
+@pytest.mark.parametrize("pool", ["max", "mean"])
+@pytest.mark.parametrize("identity", [True, False])
+@pytest.mark.parametrize("share", [0.3, 0.01, 1.0])
+def test_rollout_is_the_loop_over_its_definition(share: float, identity: bool, pool: str) -> None:
+    layers, pooling = patterns(1), pooling_of(2)
+    found = soft_token_rollout([mixed_layer(layer, share, identity) for layer in layers], pooling, pool)
+    wanted = looped(layers, pooling.numpy(), share, identity, pool)
+    assert found.dtype == torch.float64
+    assert np.abs(found.numpy() - wanted).max() < 1e-12
+    other = looped(layers[::-1], pooling.numpy(), share, identity, pool)
+    assert np.abs(found.numpy() - other).max() > 1e-3  # the order of layers is seen
+
+
+def test_rows_of_a_rollout_sum_to_one_and_the_short_way_is_the_long_one() -> None:
+    layers, pooling = [mixed_layer(layer, 0.3) for layer in patterns(3)], pooling_of(4)
+    whole = rollout(layers)
+    assert torch.allclose(whole.sum(-1), torch.ones(10, dtype=torch.float64), rtol=0, atol=1e-12)
+    short = soft_token_rollout(layers, pooling, "mean")
+    assert torch.allclose(short, pool_rows(whole, pooling, "mean"), rtol=0, atol=1e-14)
+    assert short.sum(-1).tolist() == pytest.approx([1, 1, 0])
+
+
+def test_the_most_focused_heads_are_kept() -> None:
+    uniform, sharp = torch.full((4, 4), 0.25), torch.eye(4)
+    half = 0.5 * uniform + 0.5 * sharp
+    pattern = torch.stack([uniform, half, sharp, half, sharp]).double()
+    assert head_entropy(pattern)[[0, 2]].tolist() == pytest.approx([math.log(4), 0])
+    assert focused_heads(pattern, 0.4).tolist() == [2, 4]
+    assert focused_heads(pattern, 0.6).tolist() == [2, 4, 1]  # of equal heads the first
+    assert focused_heads(pattern, 0.01).tolist() == [2]
+    assert len(focused_heads(patterns(0, heads=16)[0], 0.3)) == 5  # the paper's tower
+
+
+def test_similarity_is_the_cosine() -> None:
+    states = torch.from_numpy(generator(5, "states").normal(size=(6, 4)))
+    found = similarity(states)
+    for i in range(6):
+        for j in range(6):
+            cosine = states[i] @ states[j] / (states[i].norm() * states[j].norm())
+            assert float(found[i, j]) == pytest.approx(float(cosine), abs=1e-12)
+
+
+@pytest.fixture(scope="module", params=VISION)
+def vlm(request: pytest.FixtureRequest) -> VLM:
+    return tiny_vlm(request.param, 5)
+
+
+def pictures() -> list[Image.Image]:
+    return [tiny_image(3).resize((72, 48)), tiny_image(4).resize((30, 48))]
+
+
+def test_every_familys_soft_tokens_have_their_rollout(vlm: VLM) -> None:
+    """Against the loop on patterns captured whole, tile by tile, with the family's own map to soft tokens."""
+    inputs = vlm.prepare(PROMPT, pictures())
+    captured = capture_vision_attention(vlm, inputs)
+    config = WhereConfig(last_layers=2, head_share=0.5, pool="mean")
+    found = token_maps(vlm, inputs, config)["rollout"]
+    assert len(found) == 2
+    for maps, picture in zip(found, captured.pictures, strict=True):
+        n_soft, first = picture.pooling.shape[0], 0
+        total = maps.class_token.copy()
+        for tile, wanted in zip(maps.tiles, picture.tiles, strict=True):
+            size, n_class = len(wanted.tile), wanted.tile.n_class
+            layers = [pattern.double() for _, pattern in sorted(wanted.patterns.items())[-2:]]
+            pooling = picture.pooling[:, first : first + size].toarray()
+            first += size
+            whole = looped(layers, pooling, 0.5, True, "mean") if size < 70 else None
+            dense = np.zeros((n_soft, size - n_class))
+            dense[tile.tokens] = tile.values.reshape(len(tile.tokens), -1)
+            total += dense.sum(1)
+            if whole is not None:
+                assert np.abs(dense - whole[:, n_class:]).max() < 1e-5
+            assert len(tile.boxes) == dense.shape[1] == wanted.tile.rows * wanted.tile.columns
+        fed = picture.pooling.sum(axis=1)
+        assert total == pytest.approx(fed, abs=1e-4)  # nothing is lost
+
+
+def test_states_are_those_that_the_decoders_side_is_given(vlm: VLM) -> None:
+    """Soft tokens are a function of the captured states: where the module is wrong, moving its output moves nothing,
+    or more than the tile's own soft tokens.
+    """
+    inputs = vlm.prepare(PROMPT, pictures())
+    captured = capture_vision_attention(vlm, inputs, [0], states=True)
+    kept: list[Tensor] = []
+    handle = vlm.adapter.vision_states().register_forward_hook(
+        lambda _m, _a, output: kept.append(output[0] if isinstance(output, tuple) else output)
+    )
+    again = capture_vision_attention(vlm, inputs, [0], states=True)
+    handle.remove()
+    whole = torch.cat([states.flatten(0, -2) for states in kept])
+    for picture, other in zip(captured.pictures, again.pictures, strict=True):
+        for tile, same in zip(picture.tiles, other.tiles, strict=True):
+            assert tile.states is not None and same.states is not None
+            assert torch.equal(tile.states, same.states)
+            assert torch.equal(tile.states, whole[torch.from_numpy(tile.tile.tokens)])
+            assert tile.states.shape == (len(tile.tile), whole.shape[-1])
+
+
+@pytest.mark.parametrize("family", ["gemma3", "paligemma", "llava", "llava_onevision", "idefics3"])
+def test_states_enter_the_projector(family: str) -> None:
+    """Families whose projector reads states token by token: what it is given is what was captured."""
+    vlm = tiny_vlm(family, 5)
+    inputs = vlm.prepare(PROMPT, pictures()[:1])
+    model = vlm.model.model
+    projector = model.connector if family == "idefics3" else model.multi_modal_projector
+    given: list[Tensor] = []
+    handle = projector.register_forward_pre_hook(
+        lambda _m, args, kwargs: given.append(args[0] if args else next(iter(kwargs.values()))), with_kwargs=True
+    )
+    captured = capture_vision_attention(vlm, inputs, [0], states=True)
+    handle.remove()
+    rows = torch.cat([states.flatten(0, -2) for states in given])
+    n_class = captured.pictures[0].tiles[0].tile.n_class
+    states = torch.cat([t.states[n_class:] for t in captured.pictures[0].tiles if t.states is not None])
+    assert torch.allclose(rows, states, rtol=0, atol=1e-6)
+
+
+def test_own_activations_are_shared_out_among_patches(vlm: VLM) -> None:
+    inputs = vlm.prepare(PROMPT, pictures()[:1])
+    (patches,) = vlm.adapter.picture_patches(inputs.tensors, inputs.sizes, vlm.processor.image_processor)
+    values = generator(6, "own").uniform(size=patches.pooling.shape[0])
+    found = own_map(values, patches, 0, "x")
+    assert found.residual < 1e-12
+    assert found.edge == pytest.approx(values.sum())
+    one = np.zeros_like(values)
+    token = int(np.flatnonzero(patches.pooling.sum(axis=1) > 0)[-1])
+    one[token] = 2.0
+    alone = own_map(one, patches, 0, "x")
+    flat = np.concatenate([tile.values.ravel() for tile in alone.tiles])
+    n_class = [tile.n_class for tile in patches.tiles]
+    if not any(n_class):
+        assert flat == pytest.approx(2 * patches.pooling[[token]].toarray()[0])
+
+
+def test_a_features_map_is_the_sum_of_its_soft_tokens_maps(vlm: VLM) -> None:
+    inputs = vlm.prepare(PROMPT, pictures()[:1])
+    for maps in (token_maps(vlm, inputs, WhereConfig(pool=pool))["rollout"][0] for pool in ("max", "mean")):
+        weights = generator(7, "weights").uniform(size=len(maps.class_token))
+        found = maps.weighted(weights, "x")
+        for tile, picture in zip(maps.tiles, found.tiles, strict=True):
+            wanted = np.zeros(tile.values.shape[1:])
+            for number, token in enumerate(tile.tokens):
+                wanted += weights[token] * tile.values[number]
+            assert np.allclose(picture.values, wanted, rtol=0, atol=1e-12)
+        assert found.residual < 1e-12
+
+
+def test_of_a_layer_that_is_not_used_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer's pattern is watched: after the capture those of other layers are gone, and with a reduction all."""
+    vlm = tiny_vlm("gemma3", 5)
+    inputs = vlm.prepare(PROMPT, pictures()[:1])
+    alive: list[weakref.ref[Tensor]] = []
+    most: list[int] = []
+    compute = attention._pattern
+
+    def watched(*args: object, **kwargs: object) -> Tensor:
+        gc.collect()
+        most.append(sum(ref() is not None for ref in alive))
+        pattern = compute(*args, **kwargs)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        alive.append(weakref.ref(pattern))
+        return pattern
+
+    monkeypatch.setattr(attention, "_pattern", watched)
+    reduced = capture_vision_attention(vlm, inputs, [-1, -2], lambda pattern: pattern.mean(0))
+    gc.collect()
+    assert len(alive) == 2 and not any(ref() is not None for ref in alive)
+    assert max(most) == 0  # no two layers' patterns at once
+    assert reduced.pictures[0].tiles[0].patterns[1].shape == (16, 16)
+    alive.clear()
+    whole = capture_vision_attention(vlm, inputs, [-1])
+    gc.collect()
+    assert sum(ref() is not None for ref in alive) <= 1 < len(alive)
+    assert list(whole.pictures[0].tiles[0].patterns) == [1]
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    for wrong, words in (
+        ({"last_layers": 0}, "last_layers"),
+        ({"head_share": 0.0}, "head_share"),
+        ({"pool": "sum"}, "where.pool='sum'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            WhereConfig(**wrong).check()
+    text = tiny_vlm("gemma3_text")
+    with pytest.raises(UserError, match="takes no pictures"):
+        token_maps(text, text.prepare(PROMPT), WhereConfig())

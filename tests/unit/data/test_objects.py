@@ -1,0 +1,34 @@
+"""Masks of objects against what the pictures show."""
+
+import numpy as np
+import pytest
+
+from vlmscope.data.orrery.objects import covered_cells, object_mask
+from vlmscope.data.orrery.scene import make_scene
+
+
+@pytest.mark.parametrize("kind", ["planets", "digits", "shapes", "hands"])
+def test_objects_stand_out_from_what_is_around_them(kind: str) -> None:
+    for index in range(6):
+        scene = make_scene("test", kind, index, 7)
+        assert scene.image is not None
+        mask = object_mask(scene)
+        assert mask.shape == (64, 64) and 0.02 < mask.mean() < 0.9
+        far = np.abs(scene.image.astype(float) - np.median(scene.image[~mask], axis=0)).max(-1)
+        assert far[mask].mean() > 5 * far[~mask].mean()
+
+
+def test_a_digit_can_be_asked_for_alone() -> None:
+    scene = make_scene("test", "digits", 0, 7)
+    first, second, both = (object_mask(scene, group) for group in ("first", "second", "sum"))
+    assert not first[:, 32:].any() and not second[:, :32].any() and first.any() and second.any()
+    assert np.array_equal(first | second, both)
+
+
+def test_a_cell_counts_from_a_quarter_on() -> None:
+    mask = np.zeros((8, 8), bool)
+    mask[0, :4], mask[4:6, 4:6] = True, True
+    mask[4, 0] = True
+    assert covered_cells(mask, 2).tolist() == [[True, False], [False, True]]
+    mask[0, 0] = False
+    assert covered_cells(mask, 2).tolist() == [[False, False], [False, True]]

@@ -1,8 +1,9 @@
-"""Automatic labels of all features of a study, offline: proposed by contrast on one half of the items, scored on the other."""
+"""Automatic labels of all features of a study, offline: proposed by contrast on one half of the items, scored on the
+other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,7 +30,7 @@ class LabelledLayer:
 
 
 def label_layer(
-    study: StudyFolder, layer: int, facts: ItemFacts, at: Places, seed: int = 0, shuffles: int = 1
+    study: StudyFolder, layer: int, facts: ItemFacts, at: Places, seed: int = 0, shuffled: int = 256
 ) -> LabelledLayer:
     """Label all features of a layer.
 
@@ -39,19 +40,21 @@ def label_layer(
         facts: of its items.
         at: of its items' positions.
         seed: of the shuffles.
-        shuffles: how often everything is done again on shuffled activations; 0 for not at all.
+        shuffled: on the shuffled activations of so many of the layer's features everything is done again.
     """
     examples = study.examples(layer)
     known = known_items(study, layer, examples, facts)
     window = int(str(study.info.settings["window"]))
-    labels = list(_labels(facts, known, place_labels(at, facts, known, examples, window)))
-    rng, shuffled = generator(seed, "shuffled labels", layer), []
-    for _ in range(shuffles):
-        mixed = known.shuffled(rng, len(facts.ids))
-        # Places are shuffled within the items on which the feature fires, so those stay as they are.
-        mixed_places = place_labels(at, facts, known, examples, window, rng)
-        shuffled += _labels(facts, mixed, mixed_places)
-    return LabelledLayer(layer, labels, shuffled)
+    found = place_labels(at, facts, known, examples, window)
+    labels = [_label(facts, known, feature, place) for feature, place in enumerate(found)]
+    if not shuffled:
+        return LabelledLayer(layer, labels, [])
+    rng = generator(seed, "shuffled labels", layer)
+    mixed = known.shuffled(rng, len(facts.ids))
+    # Places are shuffled within the items on which the feature fires, so those stay as they are.
+    mixed_places = place_labels(at, facts, known, examples, window, rng)
+    picked = np.sort(rng.permutation(len(labels))[:shuffled]).tolist()
+    return LabelledLayer(layer, labels, [_label(facts, mixed, one, mixed_places[one]) for one in picked])
 
 
 def judged(layers: list[LabelledLayer]) -> list[tuple[FeatureId, Label]]:
@@ -76,11 +79,6 @@ def score_rule(facts: ItemFacts, known: KnownItems, feature: int, rule: Rule) ->
     silent = facts.grades(rule, np.setdiff1d(background, item[drawn]))
     top = detection(strongest, silent)
     return detection(facts.grades(rule, positive), others), None if top is None else top.auroc
-
-
-def _labels(facts: ItemFacts, known: KnownItems, found: list[PlaceLabel | None]) -> Iterator[Label]:
-    for feature, place in enumerate(found):
-        yield _label(facts, known, feature, place)
 
 
 def _label(facts: ItemFacts, known: KnownItems, feature: int, place: PlaceLabel | None) -> Label:

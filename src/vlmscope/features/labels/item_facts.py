@@ -62,6 +62,11 @@ class ItemFacts:
         return _counted(np.where(self.half[:, None], np.float32(0), self.matrix))
 
     @cached_property
+    def _held(self) -> np.ndarray:
+        """`[P, N]` bool, `matrix` by predicate: quicker to pick from."""
+        return np.ascontiguousarray(self.matrix.T.astype(bool))
+
+    @cached_property
     def order(self) -> np.ndarray:
         """`[N]`, places in `ids` by id."""
         return np.argsort(self.ids)
@@ -72,8 +77,12 @@ class ItemFacts:
 
     def holds(self, part: Part, rows: np.ndarray) -> np.ndarray:
         """`[rows]` bool: items of which a part of a rule is true; a predicate that no item has is true of none."""
-        columns = [self.columns[one] for value in part.values if (one := Predicate(part.key, value)) in self.columns]
-        return self.matrix[np.ix_(rows, columns)].any(1)
+        found = np.zeros(len(rows), dtype=bool)
+        for value in part.values:
+            column = self.columns.get(Predicate(part.key, value))
+            if column is not None:
+                found |= self._held[column][rows]
+        return found
 
     def grades(self, rule: Rule, rows: np.ndarray) -> np.ndarray:
         """`[rows]` float64, how well items match: 1, or 0; of two parts that must both hold, 0.5 for one of them."""

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from vlmscope.config import AppConfig
     from vlmscope.core.ids import FeatureId
-    from vlmscope.features.labels.label import Label
     from vlmscope.features.labels.explainer import Explainer
+    from vlmscope.features.labels.label import Label
     from vlmscope.features.records import StudyFolder
     from vlmscope.tasks.context import RunContext
 
@@ -58,7 +58,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
             raise UserError(f"task.{key}={getattr(task, key)}: it must be at least 1")
     study = StudyFolder(task.study)
     if not len(study.items):
-        raise UserError(f"{study.path} has no items, so nothing can be said of its features; run task=study on more data")
+        raise UserError(
+            f"{study.path} has no items, so nothing can be said of its features; run task=study on more data"
+        )
     if task.explainer is None:
         return _automatic(cfg, study)
     return _explained(cfg, study)
@@ -67,6 +69,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 def _automatic(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     from tqdm import tqdm
 
+    from vlmscope.core.ids import FeatureId
     from vlmscope.features.labels.automatic import judged, label_layer
     from vlmscope.features.labels.item_facts import item_facts
     from vlmscope.features.labels.label import set_path, write_labels
@@ -74,14 +77,16 @@ def _automatic(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
 
     task: Config = cfg.task
     if not int(str(study.info.settings["samples"])):
-        raise UserError(f"{study.path} has no samples, on which labels are scored; run task=study with study.samples=60")
+        raise UserError(
+            f"{study.path} has no samples, on which labels are scored; run task=study with study.samples=60"
+        )
     facts = item_facts(study.items, task.words)
     at = places(study.items, facts)
     layers = [
         label_layer(study, layer, facts, at, cfg.seed, task.shuffled)
         for layer in tqdm(study.layers, desc="labels", unit="layer")
     ]
-    found = judged(layers)
+    found = judged([(FeatureId(one.layer, n), label) for one in layers for n, label in enumerate(one.labels)])
     write_labels(set_path(study.path, task.set_name or "auto"), found)
     _print(found)
     shuffled = [label for one in layers for label in one.shuffled]
@@ -92,6 +97,7 @@ def _explained(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     from tqdm import tqdm
 
     from vlmscope.core.ids import FeatureId
+    from vlmscope.features.labels.automatic import judged
     from vlmscope.features.labels.explain import Material, explain
     from vlmscope.features.labels.label import read_labels, set_path, write_labels
 
@@ -107,7 +113,8 @@ def _explained(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     found: dict[FeatureId, Label] = read_labels(path) if path.is_file() else {}
     for feature in tqdm(features, desc="labels", unit="feature"):
         found[feature] = explain(explainer, material, feature)
-        write_labels(path, sorted(found.items()))  # an answer costs money: none is lost
+        found = dict(judged(sorted(found.items())))
+        write_labels(path, list(found.items()))  # an answer costs money: none is lost
     _print([(feature, found[feature]) for feature in features])
     return _metrics([found[feature] for feature in features], "label")
 
@@ -133,7 +140,9 @@ def _print(found: Sequence[tuple[FeatureId, Label]], most: int = 12) -> None:
     best = sorted(scored, key=lambda one: -(one[1].low or 0.0))[:most]
     rows = [["feature", "label", "AUROC", "95 %", "about", "firing items"]]
     for feature, label in best:
-        score, span = ("", "") if label.score is None else (f"{label.score:.2f}", f"{label.low:.2f} to {label.high:.2f}")
+        score, span = (
+            ("", "") if label.score is None else (f"{label.score:.2f}", f"{label.low:.2f} to {label.high:.2f}")
+        )
         rows.append([str(feature), label.text, score, span, label.level, str(label.positives)])
     print(text_table(rows))
 

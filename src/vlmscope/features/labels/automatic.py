@@ -4,6 +4,7 @@ other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,13 +58,12 @@ def label_layer(
     return LabelledLayer(layer, labels, [_label(facts, mixed, one, mixed_places[one]) for one in picked])
 
 
-def judged(layers: list[LabelledLayer]) -> list[tuple[FeatureId, Label]]:
-    """All labels, with what beats chance decided over all of them together."""
-    found = [(FeatureId(one.layer, index), label) for one in layers for index, label in enumerate(one.labels)]
-    p = np.array([np.nan if label.p is None else label.p for _, label in found])
+def judged(found: Sequence[tuple[FeatureId, Label]]) -> list[tuple[FeatureId, Label]]:
+    """Labels of a set, with what beats chance decided over all of them together."""
+    better = discoveries(np.array([np.nan if label.p is None else label.p for _, label in found]))
     return [
-        (feature, replace(label, beats_chance=bool(better)))
-        for (feature, label), better in zip(found, discoveries(p), strict=True)
+        (feature, replace(label, beats_chance=bool(beats)))
+        for (feature, label), beats in zip(found, better, strict=True)
     ]
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from vlmscope.core.study import TOP
 from vlmscope.features.labels.item_facts import ItemFacts
@@ -71,7 +70,7 @@ def known_items(study: StudyFolder, layer: int, examples: pa.Table, facts: ItemF
     """Read the rows of a layer off its table of examples."""
     n_features = study.info.n_features[layer]
     feature = examples["feature"].to_numpy().astype(np.int64)
-    top = pc.equal(examples["group"], TOP).to_numpy()
+    top = examples["group"].to_numpy() == TOP
     item = facts.places(examples["item"].to_numpy())
     # An item may be among the strongest and drawn: then it is one row, which comes as drawn (last).
     order = np.lexsort((~top, item, feature))

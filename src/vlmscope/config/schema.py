@@ -219,6 +219,7 @@ class AppConfig:
     prompt: str | None = None
     prompt_file: str | None = None
     prompt_name: str | None = None
+    query: str | None = None
     images: dict[str, list[str]] = field(default_factory=dict)
     seed: int = 0
     name: str | None = None

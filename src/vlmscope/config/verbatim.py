@@ -9,8 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _PLUS = re.compile(r"\+{0,2}")
-_TEXTS = ("prompt", "prompt_file", "task.donor_prompt", "task.second_prompt")
-_FILES = ("image", "task.donor_image", "task.from_graph", "task.second_image", "task.first", "task.second", "task.rows")
+_TEXTS = ("prompt", "query", "prompt_file", "task.donor_prompt", "task.second_prompt")
+_FILES = (
+    "image",
+    "task.donor_image",
+    "task.from_graph",
+    "task.second_image",
+    "task.first",
+    "task.second",
+    "task.rows",
+    "task.study",
+    "task.hand",
+    "attribution.labels",
+)
 
 
 def quote(text: str) -> str:

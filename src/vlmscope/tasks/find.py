@@ -1,0 +1,168 @@
+"""Find features of a study by words ('query=red planet') or by a picture of your own (image=FILE) (docs/labels.md)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vlmscope.core.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vlmscope.config import AppConfig
+    from vlmscope.core.study import StudyExample
+    from vlmscope.features.labels.label import Label
+    from vlmscope.features.labels.reader import Labels
+    from vlmscope.features.labels.search import Match
+    from vlmscope.features.records import StudyFolder
+    from vlmscope.report.feature_sheet import FeatureRow
+    from vlmscope.tasks.context import RunContext
+
+
+@dataclass
+class Config:
+    """`query` is looked for in labels and in what fires features; with `image=` (and `prompt=`, else the study's most
+    frequent question about a picture) features that are active there and rare elsewhere come first.
+
+    `study` is the run folder of a task=study; `hand` a YAML file of labels instead of the study's own; `count` features
+    are shown with `examples` thumbnails each.
+    """
+
+    study: str | None = None
+    hand: str | None = None
+    count: int = 10
+    examples: int = 6
+    words: int = 2000
+    figure: bool = True
+
+
+def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
+    """Print a table; write find.json and figures/find.png."""
+    from vlmscope.core.artifacts import write_json
+    from vlmscope.features.labels.item_facts import item_facts
+    from vlmscope.features.labels.reader import Labels
+    from vlmscope.features.labels.search import find_by_words
+    from vlmscope.features.records import StudyFolder
+    from vlmscope.report.feature_sheet import feature_sheet
+
+    task: Config = cfg.task
+    if task.study is None:
+        raise UserError("no study: add task.study=FOLDER, the run folder of a task=study")
+    if (cfg.query is None) == (cfg.image is None):
+        raise UserError("give one of the two: 'query=red planet', or image=path/to/picture.png")
+    if task.count < 1 or task.examples < 1:
+        raise UserError("task.count and task.examples must be at least 1")
+    study = StudyFolder(task.study)
+    labels = Labels(study, task.hand)
+    if cfg.query is not None:
+        found = find_by_words(study, item_facts(study.items, task.words), labels, cfg.query, task.count)
+        what = cfg.query
+    else:
+        found, what = _by_picture(cfg, context, study)
+    _print(found, labels)
+    write_json(
+        context.run_dir / "find.json", {"query": what, "features": [_record(study, one, labels) for one in found]}
+    )
+    if task.figure:
+        rows = [_row(study, one, labels.of(one.feature), task.examples) for one in found]
+        feature_sheet(rows, context.run_dir / "figures" / "find.png", what, task.examples)
+    return {"find/features": float(len(found))}
+
+
+def _by_picture(cfg: AppConfig, context: RunContext, study: StudyFolder) -> tuple[list[Match], str]:
+    """Features that are active on the user's picture."""
+    import torch
+
+    from vlmscope.activations.mlp_inputs import mlp_inputs
+    from vlmscope.features.labels.reader import check_same
+    from vlmscope.features.labels.search import find_by_activations
+    from vlmscope.models.batching import make_batch
+    from vlmscope.tasks.wiring import load_model, load_transcoders, user_pictures
+
+    prompt = cfg.prompt if cfg.prompt is not None else _usual_question(study)
+    pictures = user_pictures(cfg)
+    vlm = load_model(cfg)
+    transcoders = load_transcoders(cfg, vlm, context.overrides)
+    check_same(study, vlm.name, {layer: transcoders[layer].config.n_features for layer in transcoders.layers})
+    inputs = vlm.prepare(prompt, pictures)
+    found = mlp_inputs(vlm.adapter, make_batch(vlm.adapter, [inputs]), study.layers)
+    # Without a question of the user's the picture alone counts.
+    where = torch.from_numpy(inputs.is_image) if cfg.prompt is None else slice(None)
+    peaks = {
+        layer: transcoders[layer]
+        .encode(x)
+        .dense(transcoders[layer].config.n_features)[0, where]
+        .amax(0)
+        .float()
+        .numpy()
+        for layer, x in found.items()
+    }
+    names = ", ".join(str(image) for image in cfg.image)
+    return find_by_activations(study, peaks, cfg.task.count), f"{names}: {prompt}"
+
+
+def _usual_question(study: StudyFolder) -> str:
+    table = study.items.table.select(["users", "n_pictures"]).to_pylist()
+    asked = Counter(row["users"][0] for row in table if row["users"] and row["n_pictures"])
+    if not asked:
+        raise UserError(f"{study.path} has no question about a picture to ask; add prompt=")
+    return asked.most_common(1)[0][0]
+
+
+def _print(found: Sequence[Match], labels: Labels) -> None:
+    from vlmscope.core.tables import text_table
+
+    rows = [["feature", "label", "relevance", "because of"]]
+    rows += [[str(one.feature), str(labels.of(one.feature)) or "-", f"{one.relevance:.2f}", one.why] for one in found]
+    print(text_table(rows))
+
+
+def _record(study: StudyFolder, match: Match, labels: Labels) -> dict[str, object]:
+    label = labels.of(match.feature)
+    record = study.feature(match.feature)
+    return {
+        "layer": match.feature.layer,
+        "index": match.feature.index,
+        "label": label.text,
+        "score": label.score,
+        "source": label.source,
+        "beats_chance": label.beats_chance,
+        "relevance": match.relevance,
+        "why": match.why,
+        "activation": match.activation,
+        "items_fired": record.items_fired,
+        "examples": [
+            {"item": one.item, "origin": study.items[one.item].origin, "activation": one.activation}
+            for one in record.group("top")
+        ],
+    }
+
+
+def _row(study: StudyFolder, match: Match, label: Label, count: int) -> FeatureRow:
+    from vlmscope.report.feature_sheet import FeatureRow
+
+    examples = tuple(_example(study, one) for one in study.feature(match.feature).group("top")[:count])
+    return FeatureRow(f"{match.feature}  {label}", f"{match.relevance:.2f}: {match.why}", examples)
+
+
+def _example(study: StudyFolder, example: StudyExample):
+    """An example with its picture, as figures take it."""
+    from vlmscope.core.intervention import FeatureExample
+    from vlmscope.data.images import png_bytes
+
+    view = study.view(example)
+    pictures = study.pictures(view.item)
+    tokens, activations = view.window()
+    first = view.item.pictures == 0
+    boxes = [box for box, own in zip(view.item.patch_boxes, first.tolist(), strict=True) if own]
+    return FeatureExample(
+        activation=example.activation,
+        caption=view.item.caption,
+        image_png=png_bytes(pictures[0], 512) if pictures else None,
+        patch_boxes=tuple(boxes),
+        patch_activations=tuple(view.patch_activations[first].tolist()),
+        tokens=tokens,
+        token_activations=tuple(activations.tolist()),
+    )

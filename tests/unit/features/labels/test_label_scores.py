@@ -1,0 +1,192 @@
+"""Labels by contrast on planted features: what is known, what is proposed, and that scores know chance."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from vlmscope.core.study import StudyInfo
+from vlmscope.features.kept_pairs import item_hash
+from vlmscope.features.labels.automatic import score_rule
+from vlmscope.features.labels.item_facts import ItemFacts
+from vlmscope.features.labels.known import KnownItems, known_items
+from vlmscope.features.labels.propose import propose
+from vlmscope.features.labels.rules import Part, Predicate, Rule
+from vlmscope.features.labels.scores import detection, discoveries
+from vlmscope.features.records import StudyFolder
+from vlmscope.features.study_schema import EXAMPLE_TABLE
+
+PLANETS = ("mars", "earth", "venus", "saturn", "moon")
+WORDS = ("mars", "colour", "what", "covers")
+TOP, SAMPLES, N, F = 6, 40, 1200, 40
+
+
+class Planted:
+    """Items with a planet (or none) and words; feature 0 fires on mars, seen or said, 1 on earth or venus, 2 on words of
+    Mars's colour; the others at random, 39 on most items.
+    """
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(3)
+        ids = np.arange(N) * 256
+        self.ids = ids[np.argsort(item_hash(ids))]
+        planet = rng.integers(-1, len(PLANETS), N)
+        said = rng.random((N, len(WORDS))) < 0.2
+        names = (*(Predicate("planet", p) for p in PLANETS), *(Predicate("question", w) for w in WORDS))
+        matrix = np.concatenate([planet[:, None] == np.arange(len(PLANETS)), said], axis=1).astype(np.float32)
+        half = (item_hash(self.ids) & 1).astype(bool)
+        self.facts = ItemFacts(self.ids, half, names, matrix)
+        fires = rng.random((N, F)) < np.linspace(0.05, 0.45, F)
+        fires[:, 0] = (planet == 0) | said[:, 0]
+        fires[:, 1] = (planet == 1) | (planet == 2)
+        fires[:, 2] = (planet == 0) & said[:, 1]
+        fires[:, 39] = rng.random(N) < 0.9
+        self.activations = (fires * rng.uniform(0.1, 5, (N, F))).astype(np.float32)
+        self.activations[:, 39] += 4 * fires[:, 39] * (planet == 3)
+
+    def study(self, folder: Path) -> StudyFolder:
+        """Only the head, and the layer's counts."""
+        info = StudyInfo("planted", {}, {0: F}, {}, {"samples": SAMPLES}, N, N, {})
+        head = {"format": "vlmscope-study", "version": 1, **vars(info)}
+        (folder / "study.json").write_text(json.dumps(head))
+        study = StudyFolder(folder)
+        counts = (self.activations > 0).sum(0)
+        study.layer = lambda _layer: type("Counts", (), {"items_fired": counts})()  # type: ignore[method-assign,assignment]
+        return study
+
+    def examples(self) -> pa.Table:
+        """By the definition of top examples and samples."""
+        rows = []
+        for feature in range(F):
+            own = self.activations[:, feature]
+            strongest = np.lexsort((self.ids, -own))[:TOP]
+            drawn = np.flatnonzero(own > 0)[:SAMPLES]
+            for group, places in (("top", strongest[own[strongest] > 0]), ("q1", drawn)):
+                for rank, place in enumerate(places.tolist()):
+                    peak = float(own[place])
+                    rows.append((feature, group, rank, peak, int(self.ids[place]), 0, [0], [255]))
+        columns = list(zip(*rows, strict=True))
+        return pa.table(dict(zip(EXAMPLE_TABLE.names, columns, strict=True)), schema=EXAMPLE_TABLE)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Planted, KnownItems]:
+    world = Planted()
+    study = world.study(tmp_path_factory.mktemp("study"))
+    return world, known_items(study, 0, world.examples(), world.facts)
+
+
+def test_detection_is_the_auroc_of_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    up, down = rng.integers(0, 3, 25) / 2, rng.integers(0, 3, 60) / 2
+    found = detection(up, down)
+    assert found is not None
+    truth = np.repeat([1, 0], [25, 60])
+    assert found.auroc == pytest.approx(roc_auc_score(truth, np.concatenate([up, down])))
+    assert found.low < found.auroc < found.high
+    assert detection(up, down[:0]) is None
+    sure = detection(np.ones(10), np.zeros(30))
+    assert sure is not None and sure.auroc == sure.balanced == 1 and sure.low < 0.9 and sure.p < 1e-6
+
+
+def test_the_interval_covers_chance_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    found = [detection(rng.integers(0, 2, 30) * 1.0, rng.integers(0, 2, 80) * 1.0) for _ in range(1000)]
+    covered = np.mean([one.low <= 0.5 <= one.high for one in found if one is not None])
+    assert 0.93 < covered < 0.98
+    assert np.mean([one.p < 0.05 for one in found if one is not None]) < 0.08
+
+
+def test_discoveries_are_those_of_benjamini_and_hochberg() -> None:
+    p = np.array([0.001, 0.013, 0.012, 0.04, 0.5, np.nan])
+    assert discoveries(p).tolist() == [True, True, True, True, False, False]
+    assert not discoveries(np.full(20, 0.3)).any()
+
+
+def test_where_a_feature_is_known_not_to_fire_it_does_not(planted: tuple[Planted, KnownItems]) -> None:
+    world, known = planted
+    for feature in range(F):
+        rows, reach = known.rows(feature), known.reach[feature]
+        drawn = known.item[rows][known.drawn[rows]]
+        assert np.array_equal(np.sort(drawn), np.flatnonzero(world.activations[:reach, feature] > 0))
+        assert len(drawn) == SAMPLES or reach == N
+        assert len(set(known.item[rows].tolist())) == len(known.item[rows])
+        strongest = known.item[rows][known.top[rows]]
+        assert world.activations[strongest, feature].min() >= np.sort(world.activations[:, feature])[-TOP]
+    assert known.strong.nonzero()[0].tolist() == [39]
+
+
+@pytest.mark.parametrize(
+    ("feature", "rule"),
+    [
+        (0, Rule((Part("question", ("mars",)), Part("planet", ("mars",))), "or")),
+        (1, Rule((Part("planet", ("earth", "venus")),))),
+        (2, Rule((Part("question", ("colour",)), Part("planet", ("mars",))))),
+    ],
+)
+def test_planted_rules_are_found_and_score_high(planted: tuple[Planted, KnownItems], feature: int, rule: Rule) -> None:
+    world, known = planted
+    found = propose(world.facts, known, feature)
+    assert found is not None
+    assert {(p.key, frozenset(p.values)) for p in found.rule.parts} == {
+        (p.key, frozenset(p.values)) for p in rule.parts
+    }
+    assert len(rule.parts) == 1 or found.rule.joint == rule.joint
+    score, top = score_rule(world.facts, known, feature, found.rule)
+    assert score is not None and top is not None
+    assert score.auroc > 0.99 and top > 0.99
+
+
+def test_a_feature_that_fires_nearly_everywhere_is_labelled_by_where_it_is_strong(
+    planted: tuple[Planted, KnownItems],
+) -> None:
+    world, known = planted
+    found = propose(world.facts, known, 39)
+    assert found is not None and "saturn" in found.rule.parts[0].values
+    score, top = score_rule(world.facts, known, 39, found.rule)
+    assert score is not None and top is not None and top > 0.9
+    assert score.positives < len(known.item[known.rows(39)])
+
+
+def test_a_feature_without_meaning_gets_no_rule_or_a_score_of_chance(planted: tuple[Planted, KnownItems]) -> None:
+    world, known = planted
+    proposals = [propose(world.facts, known, feature) for feature in range(3, 39)]
+    assert sum(one is not None for one in proposals) <= 4
+
+
+def test_scores_of_shuffled_labels_are_chance(planted: tuple[Planted, KnownItems]) -> None:
+    """The true rule, on the same activations dealt out to other items."""
+    world, known = planted
+    rng, scores, tops = np.random.default_rng(5), [], []
+    rule = Rule((Part("planet", ("earth", "venus")),))
+    for _ in range(200):
+        score, top = score_rule(world.facts, known.shuffled(rng, N), 1, rule)
+        assert score is not None and top is not None
+        scores.append(score.auroc)
+        tops.append(top)
+    assert np.mean(scores) == pytest.approx(0.5, abs=0.02)
+    assert np.mean(tops) == pytest.approx(0.5, abs=0.05)
+    assert np.mean(np.array(scores) > 0.75) < 0.02
+
+
+def test_what_a_label_is_proposed_from_does_not_move_its_score(planted: tuple[Planted, KnownItems]) -> None:
+    world, known = planted
+    rule = Rule((Part("planet", ("earth", "venus")),))
+    score, _ = score_rule(world.facts, known, 1, rule)
+    matrix = world.facts.matrix.copy()
+    matrix[~world.facts.half] = 1 - matrix[~world.facts.half]
+    assert score_rule(replace(world.facts, matrix=matrix), known, 1, rule)[0] == score
+    matrix = world.facts.matrix.copy()
+    matrix[world.facts.half] = 1 - matrix[world.facts.half]
+    found, again = propose(world.facts, known, 1), propose(replace(world.facts, matrix=matrix), known, 1)
+    assert found is not None and again is not None and found.rule == again.rule
+
+
+def test_rules_survive_their_file() -> None:
+    rule = Rule((Part("planet", ("mars", "earth")), Part("question", ("what",))), "or")
+    assert Rule.from_json(rule.to_json()) == rule
+    assert rule.text == 'planet = mars or earth or "what" in the question'

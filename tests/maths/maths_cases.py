@@ -99,8 +99,9 @@ class Case:
 
 
 def config(**changes: Any) -> AttributionConfig:
-    """Settings that keep every feature and explain several logits."""
-    return AttributionConfig(**{"dtype": "float64", "logit_mass": 1.0, "max_logits": 5, **changes})
+    """Settings that keep every feature and explain several logits, in the batches of the checks: equal to the last bit."""
+    size = Limits().batch_size
+    return AttributionConfig(**{"dtype": "float64", "logit_mass": 1.0, "max_logits": 5, "batch_size": size, **changes})
 
 
 def make_case(

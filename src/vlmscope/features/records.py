@@ -21,7 +21,7 @@ import pyarrow as pa
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
-from vlmscope.core.study import BINS, IMAGE, KINDS, FeatureRecord, StudyExample, StudyInfo, StudyItem, Words
+from vlmscope.core.study import BINS, IMAGE, KINDS, TOP, FeatureRecord, StudyExample, StudyInfo, StudyItem, Words
 from vlmscope.features.study_items import StudyItems
 from vlmscope.features.study_schema import (
     EXAMPLE_TABLE,
@@ -180,6 +180,17 @@ class StudyFolder:
             table["activation_max"].to_numpy(),
             np.stack([histogram(kind) for kind in KINDS], axis=1),
         )
+
+    def sampled(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Features and items [n] int64 of a layer's examples that were drawn at random, by feature.
+
+        Raises:
+            UserError: as `feature`.
+        """
+        self.check(FeatureId(layer, 0))
+        table = read_table(self._file(EXAMPLES, layer), EXAMPLE_TABLE)
+        drawn = table["group"].to_numpy(zero_copy_only=False) != TOP
+        return table["feature"].to_numpy()[drawn].astype(np.int64), table["item"].to_numpy()[drawn]
 
     @cached_property
     def items(self) -> StudyItems:

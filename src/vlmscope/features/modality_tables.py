@@ -1,8 +1,8 @@
 """Where the features of a study belong, layer by layer: pictures, words, or both (docs/structure.md).
 
-Two things are told apart. *At which positions* a feature fires is in the study's counts: soft tokens or words. *In which
-prompts* it fires at words is in its random examples: beside a picture, without one, or either; a feature of words that
-never fires without a picture may carry what was seen.
+Two things are told apart. *At which positions* a feature fires is in the study's counts: soft tokens or words. *In
+which prompts* it fires at words is in its random examples: beside a picture, without one, or either; a feature of words
+that never fires without a picture may carry what was seen.
 """
 
 from __future__ import annotations

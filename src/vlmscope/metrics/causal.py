@@ -12,25 +12,42 @@ from vlmscope.core.seeds import generator
 RESAMPLES = 2000
 
 
-def bootstrap_rate(hits: Sequence[bool] | np.ndarray, seed: int = 0, control: float | None = None) -> Rate:
+def bootstrap_rate(
+    hits: Sequence[bool] | np.ndarray,
+    seed: int = 0,
+    control: float | None = None,
+    groups: Sequence[str] | None = None,
+) -> Rate:
     """The share of hits with its percentile-bootstrap 95 % interval.
+
+    With `groups`, a name for each case, whole groups are drawn instead of cases: cases of one picture hang together.
 
     When all cases agree every resample does too, which says nothing about the next case; the open end then comes from
     the rule of three (Hanley and Lippman-Hand 1983: 3 / n), so that 100 of 100 reads as 0.97 to 1.
 
     Raises:
-        ValueError: no cases.
+        ValueError: no cases, or not a group for each.
     """
     values = np.asarray(hits, dtype=float)
     if values.size == 0:
         raise ValueError("a rate needs at least one case")
-    mean = float(values.mean())
-    resampled = generator(seed, "bootstrap").choice(values, (RESAMPLES, values.size)).mean(1)
+    mean, drawn = float(values.mean()), generator(seed, "bootstrap")
+    if groups is None:
+        n = values.size
+        resampled = drawn.choice(values, (RESAMPLES, n)).mean(1)
+    else:
+        if len(groups) != values.size:
+            raise ValueError(f"{values.size} cases, but {len(groups)} names of groups")
+        _, of = np.unique(np.asarray(groups), return_inverse=True)
+        sums, counts = np.bincount(of, values), np.bincount(of)
+        n = len(counts)
+        chosen = drawn.integers(0, n, (RESAMPLES, n))
+        resampled = sums[chosen].sum(1) / counts[chosen].sum(1)
     low, high = (float(v) for v in np.quantile(resampled, (0.025, 0.975)))
     if mean == 1.0:
-        low = max(1.0 - 3.0 / values.size, 0.0)
+        low = max(1.0 - 3.0 / n, 0.0)
     elif mean == 0.0:
-        high = min(3.0 / values.size, 1.0)
+        high = min(3.0 / n, 1.0)
     return Rate(mean, low, high, int(values.size), control)
 
 

@@ -14,7 +14,7 @@ C, EACH, M = 4, 12, 60
 
 @pytest.fixture
 def case() -> tuple[np.ndarray, np.ndarray]:
-    """Features 0 to 3 prefer concept 0 to 3; feature 4 fires everywhere; 5 on one case of concept 1; the rest at random."""
+    """Features 0 to 3 prefer concept 0 to 3; 4 fires everywhere; 5 on one case of concept 1; the rest at random."""
     rng, labels = generator(0, "selective"), np.repeat(np.arange(C), EACH)
     values = rng.random((C * EACH, M)).astype(np.float32) * (rng.random((C * EACH, M)) < 0.5)
     values[:, :4] = 0.1 * values[:, :4] + (labels[:, None] == np.arange(C))
@@ -47,7 +47,7 @@ def test_the_rule_wants_a_contrast_and_many_cases(case: tuple[np.ndarray, np.nda
 def test_shuffled_labels_lose_it_and_p_values_tell(case: tuple[np.ndarray, np.ndarray]) -> None:
     values, labels = case
     null = list(shuffled(values, labels, C, 199, seed=3))
-    assert max(one.selective(Rule())[:, :4].sum() for one in null) <= 2
+    assert np.mean([one.selective(Rule())[:, :4].sum() for one in null]) < 2  # of 16, where 4 are true
     q = benjamini_hochberg(contrast_p(contrast(values, labels, C), iter(null)))
     assert (q[np.arange(C), np.arange(C)] < 0.5).all()
     p = contrast_p(contrast(values, labels, C), iter(null))

@@ -3,12 +3,12 @@
 Only active entries are looked at, and of these only the few that can still change what is kept go on to the sorting in
 `kept_pairs`: those whose peak exceeds the n-th strongest so far, or whose item is drawn.
 
-Legend: B items, T positions each, k slots of the code, F features, V active entries.
+Legend: B items, T positions of one, N of all, k slots of the code, F features, V active entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,30 +27,37 @@ _FIRST_BIN = (127 + LOWEST_OCTAVE) << 1  # of a float32's exponent with the firs
 
 
 @dataclass(frozen=True)
-class Items:
-    """Items of one forward.
+class Tokens:
+    """The positions of some items, one after another; padding is left out.
 
     Attributes:
-        ids: `[B]` int64.
-        kinds: `[B, T]` int64 of `KINDS`.
-        valid: `[B, T]` bool, False at padding; None when there is none.
-        ids_there, kinds_there: the same on the codes' device.
+        ids: `[B]` int64, the items.
+        item: `[N]` int64, which of these each position belongs to.
+        position: `[N]` int64, its place in the item.
+        kind: `[N]` int64 of `KINDS`.
+        ids_there, item_there, kind_there: the same on the codes' device.
         hashes_there: `[B]` int64, of `item_hash`.
     """
 
     ids: np.ndarray
-    kinds: np.ndarray
-    valid: Tensor | None
+    item: np.ndarray
+    position: np.ndarray
+    kind: np.ndarray
     ids_there: Tensor
+    item_there: Tensor
+    kind_there: Tensor
     hashes_there: Tensor
-    kinds_there: Tensor
 
     @classmethod
-    def of(cls, ids: np.ndarray, kinds: np.ndarray, valid: Tensor | None, device: torch.device) -> Items:
-        """From ids [B] and kinds of positions [B, T]."""
-        hashes, kinds = item_hash(ids), kinds.astype(np.int64)
-        ids_there, hashes_there, kinds_there = (torch.from_numpy(array).to(device) for array in (ids, hashes, kinds))
-        return cls(ids, kinds, valid, ids_there, hashes_there, kinds_there)
+    def of(
+        cls, ids: np.ndarray, kinds: Sequence[np.ndarray], valid: Sequence[np.ndarray], device: torch.device
+    ) -> Tokens:
+        """From ids [B], and for each item the kinds [T] of its positions and which of these are valid [T]."""
+        item = np.repeat(np.arange(len(ids)), [int(mask.sum()) for mask in valid])
+        position = np.concatenate([np.flatnonzero(mask) for mask in valid])
+        kind = np.concatenate([one[mask] for one, mask in zip(kinds, valid, strict=True)]).astype(np.int64)
+        there = [torch.from_numpy(array).to(device) for array in (ids, item, kind, item_hash(ids))]
+        return cls(ids, item, position, kind, there[0], there[1], there[2], there[3])
 
 
 class LayerStudy:
@@ -97,31 +104,27 @@ class LayerStudy:
         self._limits(found)
 
     @torch.no_grad()
-    def add(self, code: SparseCode, items: Items) -> None:
-        """Take in the codes [B, T, k] of some items."""
-        size, length, k = code.indices.shape
-        values = code.values.float()
-        active = values > 0
-        if items.valid is not None:
-            active &= items.valid.unsqueeze(-1)
-        features, kinds = code.indices, items.kinds_there.unsqueeze(-1).expand_as(code.indices)
+    def add(self, code: SparseCode, tokens: Tokens) -> None:
+        """Take in the codes [N, k] of some items, each whole."""
+        feature, value = code.indices, code.values.float()
+        active = value > 0
         if self.column is not None:
-            features = self.column[features]
-            active &= features >= 0
-        item = torch.arange(size, device=values.device).view(-1, 1, 1).expand_as(features)
-        position = torch.arange(length, device=values.device).view(1, -1, 1).expand_as(features)
+            feature = self.column[feature]
+            active &= feature >= 0
+        pair = tokens.item_there[:, None] * self.n_features + feature
+        # Histograms lie feature by feature and kind by kind, without the bin, which the activation gives.
+        cell = (feature * len(KINDS) + tokens.kind_there[:, None]) * BINS
+        token = torch.arange(len(value), device=value.device)[:, None].expand_as(feature)
         if bool(active.all()):
-            flat = (features, values, kinds, item, position)
-            feature, value, kind, item, position = (one.reshape(-1) for one in flat)
+            feature, value, pair, cell, token = (one.reshape(-1) for one in (feature, value, pair, cell, token))
         else:
-            feature, value, kind, item, position = (one[active] for one in (features, values, kinds, item, position))
-        self._count(feature, value, kind)
-        pair = item * self.n_features + feature
-        peaks = value.new_zeros(size * self.n_features).scatter_reduce_(0, pair, value, "amax")
-        wanted = self._wanted(peaks.view(size, self.n_features), items).view(-1)[pair].nonzero().squeeze(1)
+            feature, value, pair, cell, token = (one[active] for one in (feature, value, pair, cell, token))
+        self._count(feature, value, cell)
+        peaks = value.new_zeros(len(tokens.ids) * self.n_features).scatter_reduce_(0, pair, value, "amax")
+        wanted = self._wanted(peaks.view(-1, self.n_features), tokens).view(-1)[pair].nonzero().squeeze(1)
         if len(wanted):
-            entries = _Entries(*(one[wanted].numpy(force=True) for one in (pair, position, value)))
-            self.waiting.append(_pairs(entries, self.n_features, items, self.window))
+            entries = _Entries(*(one[wanted].numpy(force=True) for one in (pair, token, value)))
+            self.waiting.append(_pairs(entries, self.n_features, tokens, self.window))
             if sum(map(len, self.waiting)) > max(_FEWEST, len(self.kept) // 4):
                 self.settle()
 
@@ -140,55 +143,55 @@ class LayerStudy:
         known = found.item[found.item != NEVER]
         self.last_item = int(known.max()) if len(known) else -1
 
-    def _count(self, feature: Tensor, value: Tensor, kind: Tensor) -> None:
+    def _count(self, feature: Tensor, value: Tensor, cell: Tensor) -> None:
         """Histograms and sums, from active entries [V]."""
-        bits = (value.view(torch.int32) >> 22).long()
-        bins = (bits - _FIRST_BIN).clamp_(0, BINS - 1)
-        self.histogram += torch.bincount((feature * len(KINDS) + kind) * BINS + bins, minlength=len(self.histogram))
-        units = (value.double() / UNIT).round_()  # whole numbers below 2^53 add up exactly in float64
+        bins = ((value.view(torch.int32) >> 22) - _FIRST_BIN).clamp_(0, BINS - 1)
+        self.histogram += torch.bincount(cell + bins, minlength=len(self.histogram))
+        units = value.double().div_(UNIT).round_()  # whole numbers below 2^53 add up exactly in float64
         self.sums += torch.bincount(feature, weights=units, minlength=self.n_features).long()
 
-    def _wanted(self, peaks: Tensor, items: Items) -> Tensor:
+    def _wanted(self, peaks: Tensor, tokens: Tokens) -> Tensor:
         """`[B, F]` bool: pairs that may be kept."""
         fired = peaks > 0
         self.items_fired += fired.sum(0)
-        wanted = peaks > self.least_peak
-        if int(items.ids.min()) < self.last_item:  # else all that is kept is earlier, and wins a tie
-            wanted |= fired & (peaks == self.least_peak) & (items.ids_there[:, None] < self.least_item)
-        return wanted | (fired & (items.hashes_there[:, None] <= self.most_hash))
+        wanted = tokens.hashes_there[:, None] <= self.most_hash
+        wanted &= fired
+        wanted |= peaks > self.least_peak
+        if int(tokens.ids.min()) < self.last_item:  # else all that is kept is earlier, and wins a tie
+            wanted |= fired & (peaks == self.least_peak) & (tokens.ids_there[:, None] < self.least_item)
+        return wanted
 
 
 class _Entries(NamedTuple):
-    """Active entries [V]: pair `item * F + feature`; positions of a pair ascend; activations."""
+    """Active entries [V]: pair `item * F + feature`; token, ascending for each pair; activation."""
 
     pair: np.ndarray
-    position: np.ndarray
+    token: np.ndarray
     value: np.ndarray
 
 
-def _pairs(entries: _Entries, n_features: int, items: Items, window: int) -> Pairs:
+def _pairs(entries: _Entries, n_features: int, tokens: Tokens, window: int) -> Pairs:
     """The pairs that entries belong to, with the positions that are kept of them."""
     order = np.argsort(entries.pair, kind="stable")
-    pair, position, value = (one[order] for one in entries)
+    pair, token, value = (one[order] for one in entries)
     first = np.flatnonzero(np.diff(pair, prepend=-1))
     counts = np.diff(np.append(first, len(pair)))
     peak = np.maximum.reduceat(value, first)
-    at_peak = np.where(value == np.repeat(peak, counts), position, np.iinfo(np.int64).max)
+    at_peak = np.where(value == np.repeat(peak, counts), token, np.iinfo(np.int64).max)
     top = np.minimum.reduceat(at_peak, first)
     item, feature = np.divmod(pair[first], n_features)
     # Distance in text positions: a picture between the peak and a word has no length.
-    text = np.cumsum(items.kinds != IMAGE, axis=1)
-    item_of, top_of = np.repeat(item, counts), np.repeat(top, counts)
-    near = np.abs(text[item_of, position] - text[item_of, top_of]) <= window
-    near |= items.kinds[item_of, position] == IMAGE
+    text = np.cumsum(tokens.kind != IMAGE)
+    near = np.abs(text[token] - text[np.repeat(top, counts)]) <= window
+    near |= tokens.kind[token] == IMAGE
     levels = np.clip(np.rint(value * (LEVELS / np.repeat(peak, counts))), 1, LEVELS)
     starts = np.concatenate([[0], np.cumsum(np.add.reduceat(near.astype(np.int64), first))])
     return Pairs(
         feature.astype(np.int32),
-        items.ids[item],
+        tokens.ids[item],
         peak,
-        top.astype(np.int32),
+        tokens.position[top].astype(np.int32),
         starts,
-        position[near].astype(np.uint16),
+        tokens.position[token[near]].astype(np.uint16),
         levels[near].astype(np.uint8),
     )

@@ -13,7 +13,9 @@ from tqdm import tqdm
 from vlmscope.core.errors import UserError
 from vlmscope.core.study import KINDS, StudyInfo
 from vlmscope.data.numbered import NumberedRows
-from vlmscope.data.share import Share
+from vlmscope.data.share import WHOLE, Share
+from vlmscope.data.source_config import SourceConfig
+from vlmscope.data.sources import open_source
 from vlmscope.features.layer_tables import Logits
 from vlmscope.features.logit_lens import layer_logits
 from vlmscope.features.records import StudyFolder
@@ -22,6 +24,7 @@ from vlmscope.features.study_files import totals, write_study
 from vlmscope.features.study_inputs import InputMaker
 from vlmscope.features.study_part import StudyPart
 from vlmscope.features.study_pass import StudyPass
+from vlmscope.features.study_schema import MANIFEST
 from vlmscope.models.loading import VLM
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -159,3 +162,39 @@ def finish(
 
     write_study(study, parts, info, config, logits, lambda number: vlm.tokenizer.decode([number]))
     return StudyFolder(study)
+
+
+def study_alone(
+    study: Path,
+    vlm: VLM,
+    transcoders: TranscoderSet,
+    sources: Mapping[str, SourceConfig],
+    config: StudyConfig,
+    max_bad_shards: int = 0,
+) -> StudyFolder:
+    """A whole study by this process, gone on with if it was begun.
+
+    Args:
+        study: the folder; when it holds a finished study, that is read.
+        vlm: the model.
+        transcoders: a set for it, on its device.
+        sources: the data.
+        config: what is kept.
+        max_bad_shards: corrupt shards that are left out at most.
+
+    Raises:
+        UserError: as `run_part`, or the folder holds a study of other settings.
+    """
+    if (study / MANIFEST).is_file():
+        return StudyFolder(study)
+    opened = {name: (one.weight, open_source(name, one, None, max_bad_shards, False)) for name, one in sources.items()}
+    data = {
+        "name": "",
+        "split": None,
+        "limit": config.limit,
+        "max_bad_shards": max_bad_shards,
+        "sources": {name: asdict(one) for name, one in sources.items()},
+    }
+    part = StudyPart(study, WHOLE, repr((vlm.name, transcoders.config, data, config)))
+    run_part(vlm, transcoders, NumberedRows(opened, config.batch_size, WHOLE, config.limit), part, config)
+    return finish(study, vlm, transcoders, study_parts(study, 1, part.settings), config, data)

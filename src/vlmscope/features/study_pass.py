@@ -12,11 +12,13 @@ from torch import Tensor
 
 from vlmscope.activations.mlp_inputs import watching_mlp_inputs
 from vlmscope.core.study import KINDS
-from vlmscope.features.layer_study import Items, LayerStudy
+from vlmscope.features.layer_study import LayerStudy, Tokens
 from vlmscope.features.study_inputs import StudyInput
 from vlmscope.models.base import Adapter
 from vlmscope.models.conversations import by_shape, joined
 from vlmscope.transcoders.transcoder import TranscoderSet
+
+GATHERED = 64 << 20  # bytes of activations of all layers that wait at most, besides those of one forward
 
 
 class StudyPass:
@@ -56,6 +58,9 @@ class StudyPass:
         }
         self.positions = np.zeros(len(KINDS), dtype=np.int64)
         self.items, self.own_seconds = 0, 0.0
+        self.forwards: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # ids, kinds, valid positions
+        self.waiting: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        self.waiting_bytes = 0
 
     @torch.no_grad()
     def add(self, inputs: Sequence[StudyInput], forward_tokens: int) -> None:
@@ -69,26 +74,44 @@ class StudyPass:
                 tensors = joined([one.tensors for one in part])
                 with self.watching(ids, np.stack([one.kinds for one in part]), tensors.get("attention_mask")):
                     self.adapter.forward(tensors, use_cache=False, logits_to_keep=1)
+        self.settle()
 
     @contextmanager
     def watching(self, ids: np.ndarray, kinds: np.ndarray, mask: Tensor | None = None) -> Iterator[None]:
-        """Around one forward of items.
+        """Around one forward of items, whose activations are looked at when there are enough, or at `settle`.
 
         Args:
             ids: `[B]` int64, each given once in all.
             kinds: `[B, T]` of `KINDS`.
             mask: `[B, T]`, 0 at padding.
         """
-        valid = None if mask is None or bool(mask.all()) else mask.bool()
-        items = Items.of(ids, kinds, valid, self.adapter.device)
+        valid = np.ones(kinds.shape, dtype=bool) if mask is None else mask.bool().numpy(force=True)
+        chosen = None if valid.all() else torch.from_numpy(valid).to(self.adapter.device)
 
         def take(layer: int, x: Tensor) -> None:
-            began = time.perf_counter()
-            self.layers[layer].add(self.transcoders[layer].encode(x), items)
-            self.own_seconds += time.perf_counter() - began
+            self.waiting[layer].append(x.detach().flatten(0, 1) if chosen is None else x.detach()[chosen])
+            self.waiting_bytes += self.waiting[layer][-1].nbytes
 
         with watching_mlp_inputs(self.adapter, list(self.layers), take):
             yield
-        counted = kinds if valid is None else kinds[valid.numpy(force=True)]
-        self.positions += np.bincount(counted.ravel(), minlength=len(KINDS))
+        self.forwards.append((ids, kinds, valid))
+        self.positions += np.bincount(kinds[valid], minlength=len(KINDS))
         self.items += len(ids)
+        if self.waiting_bytes > GATHERED:
+            self.settle()
+
+    def settle(self) -> None:
+        """Look at the activations that wait: small forwards one by one would cost more than their arithmetic."""
+        if not self.forwards:
+            return
+        began = time.perf_counter()
+        ids = np.concatenate([ids for ids, _, _ in self.forwards])
+        kinds = [row for _, kinds, _ in self.forwards for row in kinds]
+        valid = [row for _, _, valid in self.forwards for row in valid]
+        tokens = Tokens.of(ids, kinds, valid, self.adapter.device)
+        for layer, study in self.layers.items():
+            found = self.waiting.pop(layer)
+            study.add(self.transcoders[layer].encode(found[0] if len(found) == 1 else torch.cat(found)), tokens)
+            self.waiting[layer] = []
+        self.forwards, self.waiting_bytes = [], 0
+        self.own_seconds += time.perf_counter() - began

@@ -1,0 +1,98 @@
+"""task=study on the command line: killed and resumed, by three processes, and what users get wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.smoke.test_launch import ROOT
+
+from vlmscope.app import main
+from vlmscope.core.ids import FeatureId
+from vlmscope.features.records import StudyFolder
+from vlmscope.models.tiny import tiny_image
+
+STUDY = [
+    "task=study", "model=tiny_gemma3", "data=folder", "study.top=3", "study.samples=4", "study.batch_size=2",
+    "study.checkpoint_every=1", "tracking=none",
+]  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for n in range(12):
+        tiny_image(n).save(folder / f"{n}.png")
+        texts = [{"user": "what is this ?", "assistant": "red" if n % 2 else "the other one"}]
+        lines.append({"images": [f"{n}.png"], "texts": texts} if n % 3 else {"text": "the red planet and the other"})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def _files(run: Path) -> dict[str, bytes]:
+    folder = run / "study"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_study_killed_and_resumed_gives_the_same_files(data: Path, tmp_path: Path) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    command = [*STUDY, f"data.path={data}"]
+    program = [sys.executable, str(ROOT / "run.py"), *command, f"hydra.run.dir={run}"]
+    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 240
+    state = run / "study/parts/0_of_1/state.json"
+    while not state.is_file() and not (run / "study/study.json").is_file():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "study/study.json").exists()
+    assert main([*command, f"hydra.run.dir={run}", "trainer.resume=true"]) == 0
+    assert main([*command, f"hydra.run.dir={whole}"]) == 0
+    assert _files(run) == _files(whole)
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert metrics["study/items"] == 12
+    assert metrics["study/features_fired"] > 0
+    assert 0 <= metrics["layers/study_dead_frac/layer_00"] <= 1
+    assert metrics["perf/study_over_forward"] > 1
+    # Resuming what is done reads it.
+    assert main([*command, f"hydra.run.dir={whole}", "trainer.resume=true"]) == 0
+    assert StudyFolder(whole).feature(FeatureId(0, 0)).feature == FeatureId(0, 0)
+
+
+@pytest.mark.slow
+def test_three_processes_give_the_files_of_one(data: Path, tmp_path: Path) -> None:
+    command = [*STUDY, f"data.path={data}"]
+    assert main([*command, f"hydra.run.dir={tmp_path / 'one'}"]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    program = [*launch, str(ROOT / "run.py"), *command, f"hydra.run.dir={tmp_path / 'three'}"]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert _files(tmp_path / "one") == _files(tmp_path / "three")
+
+
+def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*STUDY, f"data.path={data}"]
+    assert "has 8 layers" in (line := _error([*command, "transcoder=orrery"], capsys)) or "layer" in line
+    assert "study.top=0" in _error([*command, "study.top=0"], capsys)
+    assert "leave out prompt=" in _error([*command, "prompt=what is this ?"], capsys)
+    assert "data.path is not set" in _error([*STUDY], capsys)
+    (data / "train.jsonl").write_text("")
+    assert "holds no example" in _error(command, capsys)
+    run = tmp_path / "again"
+    (run / "study").mkdir(parents=True)
+    assert "trainer.resume=true" in _error([*command, f"hydra.run.dir={run}"], capsys)

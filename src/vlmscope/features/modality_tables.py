@@ -83,7 +83,7 @@ def modality_tables(study: StudyFolder, least: int = 5, alone: float = 0.1) -> l
     for layer in study.layers:
         table = study.layer(layer)
         image, text = table.fired[:, IMAGE], table.fired[:, TEXT] + table.fired[:, ANSWER]
-        features, items = study.sampled(layer)
+        features, items = study.example_items(layer, top=False)
         seen = pictures[np.searchsorted(ids, items)] > 0
         total = np.bincount(features, minlength=len(image))
         with_picture = np.full(len(image), np.nan)

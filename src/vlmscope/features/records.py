@@ -181,16 +181,16 @@ class StudyFolder:
             np.stack([histogram(kind) for kind in KINDS], axis=1),
         )
 
-    def sampled(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Features and items [n] int64 of a layer's examples that were drawn at random, by feature.
+    def example_items(self, layer: int, top: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Features and items [n] int64 of a layer's examples, by feature: the strongest, or those drawn at random.
 
         Raises:
             UserError: as `feature`.
         """
         self.check(FeatureId(layer, 0))
         table = read_table(self._file(EXAMPLES, layer), EXAMPLE_TABLE)
-        drawn = table["group"].to_numpy(zero_copy_only=False) != TOP
-        return table["feature"].to_numpy()[drawn].astype(np.int64), table["item"].to_numpy()[drawn]
+        wanted = (table["group"].to_numpy(zero_copy_only=False) == TOP) == top
+        return table["feature"].to_numpy()[wanted].astype(np.int64), table["item"].to_numpy()[wanted]
 
     @cached_property
     def items(self) -> StudyItems:

@@ -112,3 +112,67 @@ def _lines(axes: Axes, layers: Sequence[int], shared: Mapping[str, Sequence[floa
     axes.set_ylabel("firing by features of both (%)")
     axes.legend(frameon=False)
     tidy(axes)
+
+
+_GROUPS = {"image": "soft tokens", "both": "both", "text": "words"}  # how groups of features are drawn together
+
+
+def score_by_layer(layers: np.ndarray, score: np.ndarray, group: np.ndarray, path: str | Path) -> Path:
+    """Boxes of the monosemanticity score by layer, one for features of soft tokens, of both and of words.
+
+    Args:
+        layers: [F] of each feature.
+        score: [F]; nan is left out.
+        group: [F], names of `features.modality_tables.GROUPS`.
+        path: of the PNG.
+    """
+    kind = np.array([_GROUPS.get("text" if name.startswith("words") else str(name), "") for name in group])
+    known = ~np.isnan(score) & (kind != "")
+    if not known.any():
+        raise ValueError("no feature has a score")
+    order = [name for name in _GROUPS.values() if (kind[known] == name).any()]
+    with drawing(path, 9.0, 4.2) as figure:
+        axes = figure.subplots()
+        sns.boxplot(
+            x=layers[known],
+            y=score[known],
+            hue=kind[known],
+            hue_order=order,
+            palette=[pick(_FILLS, number)[0] for number in range(len(order))],
+            fliersize=1.2,
+            linewidth=0.8,
+            width=0.8,
+            ax=axes,
+        )
+        for number, container in enumerate(axes.containers):
+            for box in getattr(container, "boxes", ()):
+                box.set_hatch(pick(_FILLS, number)[1])
+        axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_xlabel("layer")
+        axes.set_ylabel("monosemanticity (mean cosine of pictures)")
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
+        tidy(axes)
+    return Path(path)
+
+
+def twins_by_layer(
+    layers: Sequence[int], shares: Mapping[str, Sequence[float]], path: str | Path, cosine: float
+) -> Path:
+    """Share of features with a near-parallel partner, a line for each way of comparing; `shares` name -> [L]."""
+    if not layers or not shares:
+        raise ValueError("no layer or no share to draw")
+    with drawing(path, 7.6, 4.2) as figure:
+        axes = figure.subplots()
+        for number, (name, values) in enumerate(shares.items()):
+            space, _, where = name.partition("_")
+            style = {"linestyle": pick(LINES, number), "marker": pick(MARKERS, number), "markersize": 5}
+            label = f"{space}, {where.replace('_', ' ')}"
+            sns.lineplot(x=list(layers), y=list(values), ax=axes, label=label, color=pick(COLOURS, number), **style)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("layer")
+        axes.set_ylabel(f"live features with a partner\nat cosine {cosine:g} or more (%)")
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
+        tidy(axes)
+    return Path(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import sqrt
 
 _WORD = re.compile(r"\w+")
 
@@ -34,8 +35,8 @@ def cluster_names(
         count: words or labels of a name at most.
 
     Returns:
-        Words joined by spaces (labels by "; "), those first whose share of the examples exceeds the usual one most; ""
-        for a cluster without an example or without such a word.
+        Words joined by spaces (labels by "; "), those first whose share of the examples p stands highest above the usual
+        one q, in its standard deviations (p - q) / sqrt(q (1 - q)); "" for a cluster without an example or such a word.
     """
     usual = Counter(word for of in words.values() for word in of)
     names = {}
@@ -46,7 +47,11 @@ def cluster_names(
             continue
         examples = [item for feature in features for item in items.get(feature, ())]
         seen = Counter(word for item in examples for word in words[item])
-        excess = {word: n / len(examples) - usual[word] / len(words) for word, n in seen.items()}
+        excess = {word: _excess(n / len(examples), usual[word] / len(words)) for word, n in seen.items()}
         best = sorted((word for word in excess if excess[word] > 0), key=lambda word: (-excess[word], word))
         names[cluster] = " ".join(best[:count])
     return names
+
+
+def _excess(share: float, usual: float) -> float:
+    return (share - usual) / sqrt(usual * (1 - usual)) if usual < 1 else 0.0

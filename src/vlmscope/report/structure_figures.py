@@ -134,7 +134,7 @@ def score_by_layer(layers: np.ndarray, score: np.ndarray, group: np.ndarray, pat
     with drawing(path, 9.0, 4.2) as figure:
         axes = figure.subplots()
         sns.boxplot(
-            x=layers[known],
+            x=layers[known].astype(int),
             y=score[known],
             hue=kind[known],
             hue_order=order,

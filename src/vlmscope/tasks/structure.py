@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 class Config:
     """`study.path` names the study (docs/structure.md).
 
-    The model runs again over the first `items` rows of the study's data; `per_item` positions of each are looked at for
-    who fires with whom. `neighbours` of each feature make the graphs that are divided into clusters: by firing together
-    (phi of at least `phi`) and by direction (cosine of what they write of at least `cosine`). From the cosine `twin` on,
-    two directions count as one. A cluster's name comes from the `top` strongest examples of its members.
+    The model runs again over the first `items` rows of the study's data; `per_item` positions of each are looked at
+    for who fires with whom. `neighbours` of each feature make the graphs that are divided into clusters: by firing
+    together (phi of at least `phi`) and by direction (cosine of what they write of at least `cosine`); a higher
+    `resolution` makes more of them. From the cosine `twin` on, two directions count as one. A cluster's name comes from
+    the `top` strongest examples of its members.
     """
 
     items: int = 1000
@@ -28,6 +29,7 @@ class Config:
     neighbours: int = 5
     phi: float = 0.3
     cosine: float = 0.3
+    resolution: float = 4.0
     twin: float = 0.8
     top: int = 3
     seed: int = 0
@@ -38,6 +40,8 @@ class Config:
         for key in ("items", "per_item", "neighbours", "top"):
             if getattr(self, key) < 1:
                 raise UserError(f"task.{key}={getattr(self, key)}: it must be at least 1")
+        if not self.resolution > 0:
+            raise UserError(f"task.resolution={self.resolution}: it must be above 0")
         for key in ("phi", "cosine", "twin"):
             if not 0 < getattr(self, key) < 1:
                 raise UserError(f"task.{key}={getattr(self, key)}: choose a number between 0 and 1")

@@ -17,6 +17,7 @@ import torch
 
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.ids import FeatureId
+from vlmscope.core.seeds import generator
 from vlmscope.features.cluster_names import cluster_names, words_of
 from vlmscope.features.directions import read_directions, write_directions
 from vlmscope.features.modality_tables import LayerModality
@@ -44,6 +45,7 @@ class Structure:
         ids: F.
         modality: by layer.
         score: [F] monosemanticity on pictures.
+        shuffled: [F], the same when pictures have each other's embeddings.
         pictures: [F] int64, pictures on which each fires.
         twins: (space, own layer) -> layer -> the nearest partner.
         together: neighbours by firing, [F, m].
@@ -55,6 +57,7 @@ class Structure:
     ids: tuple[FeatureId, ...]
     modality: Sequence[LayerModality]
     score: np.ndarray
+    shuffled: np.ndarray
     pictures: np.ndarray
     twins: Mapping[tuple[str, bool], Mapping[int, Twin]]
     together: Neighbours
@@ -89,15 +92,17 @@ class Structure:
         living = np.concatenate([one.numpy() for one in alive.values()])
         parallel = near_directions(torch.cat(list(write.values())), living, config.neighbours)
         clusters = {
-            "firing": louvain(together.graph(config.phi), config.seed),
-            "direction": louvain(parallel.graph(config.cosine), config.seed),
+            "firing": louvain(together.graph(config.phi), config.seed, config.resolution),
+            "direction": louvain(parallel.graph(config.cosine), config.seed, config.resolution),
         }
-        peaks = seen.peaks()
+        peaks, units = seen.peaks(), unit_embeddings(seen.embeddings())
+        order = generator(config.seed, "shuffled pictures").permutation(len(units))
         widths = {one.layer: len(one.found.index) for one in modality}
         return cls(
             tuple(FeatureId(layer, index) for layer, width in widths.items() for index in range(width)),
             modality,
-            monosemanticity(unit_embeddings(seen.embeddings()), peaks),
+            monosemanticity(units, peaks),
+            monosemanticity(units[order], peaks),
             np.bincount(peaks.indices, minlength=peaks.shape[1]),
             twins,
             together,
@@ -159,13 +164,15 @@ def write_structure(folder: Path, found: Structure) -> dict[str, float]:
         `monosemanticity/median`, `layers/monosemanticity/layer_03` (medians over features that fire on two pictures or
         more), `duplicates/<space>/own_layer` and `other_layers` with `layers/duplicates_..`, and `clusters/..`.
     """
-    metrics = {"monosemanticity/median": float(np.nanmedian(found.score))}
+    metrics = {
+        "monosemanticity/median": _median(found.score),
+        "monosemanticity/shuffled_median": _median(found.shuffled),
+    }
     shares: dict[str, list[float]] = {}
+    kinds = np.concatenate([one.found.kind for one in found.modality])
     for layer, where in found.by_layer().items():
-        scores = found.score[where]
-        known = scores[~np.isnan(scores)]
-        metrics[f"layers/monosemanticity/layer_{layer:02d}"] = float(np.median(known)) if len(known) else float("nan")
-        living = max(int((found.modality[list(found.by_layer()).index(layer)].found.kind != "dead").sum()), 1)
+        metrics[f"layers/monosemanticity/layer_{layer:02d}"] = _median(found.score[where])
+        living = max(int((kinds[where] != "dead").sum()), 1)
         for (space, own), twins in found.twins.items():
             name = f"{space}_{'own_layer' if own else 'other_layers'}"
             share = float((twins[layer].cosine >= found.twin).sum()) / living
@@ -185,6 +192,11 @@ def write_structure(folder: Path, found: Structure) -> dict[str, float]:
     score_by_layer(of_layer, found.score, by_group, folder / "figures" / "monosemanticity.png")
     twins_by_layer(layers, shares, folder / "figures" / "duplicates.png", found.twin)
     return metrics
+
+
+def _median(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(np.median(known)) if len(known) else float("nan")
 
 
 def _write(path: Path, table: pa.Table) -> None:

@@ -180,6 +180,7 @@ def patch_across(
     recipient: Asked,
     donor: Asked,
     features: Features,
+    every: Features,
     means: Mapping[int, Tensor],
     into: Mapping[str, Outcome],
     seed: int = 0,
@@ -192,10 +193,11 @@ def patch_across(
         recipient: B pictures, or one text, which is then repeated for each donor.
         donor: one text, or B pictures.
         features: shared by pictures and words of the recipient's or of the donor's concept.
+        every: those of them that are shared whatever is asked.
         means: layer -> [F], by which the control is matched.
         into: where cases are added: `shared`, with a control; `no_last_layer`, the same without the last layer;
-            `everything`, all features instead of the shared ones, the most that such a patch can do, and
-            `everything_no_last_layer`.
+            `every_question`, those of `every` alone; `everything`, all features instead of the shared ones, the most
+            that such a patch can do, and `everything_no_last_layer`.
         seed: of the control.
     """
     # Pictures are many and a text is one, so a case hangs on its picture, whichever side that is.
@@ -215,6 +217,7 @@ def patch_across(
     into["shared"].add(*run(shared), pictures, _size(shared), [control])
     for name, plan in (
         ("no_last_layer", without_layers(shared, [final])),
+        ("every_question", carried_plan(transcoders, recipient, donor, by_layer(transcoders, every))),
         ("everything", whole),
         ("everything_no_last_layer", without_layers(whole, [final])),
     ):

@@ -35,8 +35,8 @@ def cluster_names(
         count: words or labels of a name at most.
 
     Returns:
-        Words joined by spaces (labels by "; "), those first whose share of the examples p stands highest above the usual
-        one q, in its standard deviations (p - q) / sqrt(q (1 - q)); "" for a cluster without an example or such a word.
+        Words joined by spaces (labels by "; "), those first whose share of the examples p stands highest above the
+        usual one q, in its standard deviations (p - q) / sqrt(q (1 - q)); "" without an example or such a word.
     """
     usual = Counter(word for of in words.values() for word in of)
     names = {}

@@ -18,7 +18,7 @@ from vlmscope.report.style import COLOURS, HATCHES, INK, drawing, pick, tidy
 
 _DONE = {
     "own": "the concept's\nown",
-    "every_question": "own, under\nevery question",
+    "every_question": "under every\nquestion",
     "other_concept": "another\nconcept's",
     "shared": "shared\nfeatures",
     "no_last_layer": "shared, no\nlast layer",
@@ -110,7 +110,7 @@ def effect_bars(panels: Mapping[str, Mapping[str, Mapping[str, Rate]]], path: st
     shown = {name: kinds for name, kinds in panels.items() if any(kinds.values())}
     if not shown:
         raise ValueError("no effect was measured")
-    with drawing(path, 5.8 * len(shown), 4.4) as figure:
+    with drawing(path, 6.4 * len(shown), 4.4) as figure:
         grid = figure.subplots(1, len(shown), squeeze=False)[0]
         for axes, (name, kinds) in zip(grid, shown.items(), strict=True):
             done = list(dict.fromkeys(what for of in kinds.values() for what in of))

@@ -14,7 +14,7 @@ from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.transcoders.init import random_set
 
-PATCHES = ("shared", "no_last_layer", "everything", "everything_no_last_layer")
+PATCHES = ("shared", "no_last_layer", "every_question", "everything", "everything_no_last_layer")
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +84,16 @@ def test_a_patch_carries_the_donors_activations_to_the_last_position_alone(bench
         torch.testing.assert_close(edit.value[:, 0], codes[layer])
     into = {name: Outcome() for name in PATCHES}
     means = mean_activations(adapter, transcoders, [recipient.batch], transcoders.layers)
-    patch_across(adapter, transcoders, recipient, donor, [FeatureId(1, 3), FeatureId(3, 4)], means, into)
+    patch_across(
+        adapter, transcoders, recipient, donor, [FeatureId(1, 3), FeatureId(3, 4)], [FeatureId(0, 1)], means, into
+    )
     pictures = recipient if kind == "picture" else donor
     cases = max(recipient.batch.size, donor.batch.size)
     for name, outcome in into.items():
         assert len(outcome.hits) == cases, name
         assert outcome.groups == list(pictures.names), name
     last = adapter.n_layers - 1
-    assert [into[name].sizes[0] for name in PATCHES] == [2, 1 if last == 3 else 2, 30 * (last + 1), 30 * last]
+    assert [into[name].sizes[0] for name in PATCHES] == [2, 1 if last == 3 else 2, 1, 30 * (last + 1), 30 * last]
     assert len(into["shared"].controls) == 1
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
 
 Cases = dict[tuple[str, str], Asked]  # concept, kind -> what is asked
-PATCHES = ("shared", "no_last_layer", "everything", "everything_no_last_layer")
+PATCHES = ("shared", "no_last_layer", "every_question", "everything", "everything_no_last_layer")
 
 
 def measure_effects(bench: Bench, found: Mapping[str, Shared], every: list[set[FeatureId]]) -> None:
@@ -36,9 +36,10 @@ def measure_effects(bench: Bench, found: Mapping[str, Shared], every: list[set[F
         own = {concept: shared.features(c) for c, concept in enumerate(concepts)}
         cases, accuracy = make_cases(bench, question)
         bench.metrics |= accuracy
+        always = dict(zip(concepts, every, strict=True))
         means = {key: case_means(bench, asked) for key, asked in cases.items()}
-        ablations_of(bench, cases, means, own, dict(zip(concepts, every, strict=True)), ablations, both)
-        patches_of(bench, cases, means, own, patches)
+        ablations_of(bench, cases, means, own, always, ablations, both)
+        patches_of(bench, cases, means, own, always, patches)
     bench.metrics |= effect_metrics(ablations, patches, both)
     effect_bars(rates(ablations, patches), bench.run_dir / "figures" / "effects.png")
 
@@ -113,6 +114,7 @@ def patches_of(
     cases: Cases,
     means: Mapping[tuple[str, str], Mapping[int, Tensor]],
     own: Mapping[str, set[FeatureId]],
+    every: Mapping[str, set[FeatureId]],
     into: Mapping[tuple[str, str], Outcome],
 ) -> None:
     """Patch every concept's prompts with every other's of the other kind, under one question."""
@@ -122,6 +124,7 @@ def patches_of(
             if other_kind != kind and donor.answer != recipient.answer:
                 patch_across(
                     bench.vlm.adapter, bench.transcoders, recipient, donor, sorted(own[concept] | own[other]),
+                    sorted(every[concept] | every[other]),
                     means[concept, kind], outcomes,
                 )  # fmt: skip
 

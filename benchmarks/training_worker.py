@@ -21,8 +21,8 @@ from training_peer import ReplayModel, peer
 
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
 
-# `optim=short`, chosen on seed 0 of one layer: 120 steps on pictures, 40 on text. At 1,000 steps (0.5, 0.99) and 5e-3 did
-# better than the shipped set's (0.9, 0.999), 3e-3 and a cosine.
+# `optim=short`, chosen on seed 0 of one layer: 120 steps on pictures, 40 on text. At 1,000 steps (0.5, 0.99) and 5e-3
+# did better than the shipped set's (0.9, 0.999), 3e-3 and a cosine.
 LEARNING_RATE, BETAS, SCHEDULE = 6e-3, (0.5, 0.95), "linear"
 
 

@@ -27,6 +27,14 @@ STAGES += [f"task.training.{stage}.batch={{{PICTURES},text:1}}" for stage in ("v
 LIMITS = {
     "mars_earth_patch": PIPELINE,
     "mars_earth_curves": [*PIPELINE, "attribution.max_nodes=300"],
+    "modality_by_layer": ["study.limit=40", "study.samples=4"],
+    "cross_modal": [
+        "cross_modal.concepts=[mars,earth,saturn]",
+        "cross_modal.pictures=4",
+        "cross_modal.test_pictures=2",
+        "cross_modal.permutations=20",
+        "intervention.controls=1",
+    ],
     "train_orrery": [*TINY_MODEL, *STAGES, "task.max_steps=2", "task.test_scenes=4"],
     "train_orrery_transcoders": [
         "transcoder.expansion_factor=1",
@@ -49,6 +57,11 @@ LIMITS = {
 LEAVES = {
     "mars_earth_patch": ["graph.json", "graph.safetensors", "report.html", "figures/flip_rates.png"],
     "mars_earth_curves": ["curves.json", "report.html", "figures/ablation.png"],
+    "modality_by_layer": ["study/study.json", "modality.parquet", "figures/modality_by_layer.png"],
+    "cross_modal": [
+        "shared.parquet",
+        *(f"figures/{name}.png" for name in ("coincidences", "shared_by_layer", "effects")),
+    ],
     "train_orrery": ["model/config.json", "model/model.safetensors", "vlm/checkpoint.safetensors"],
     "train_orrery_transcoders": ["transcoders/config.yaml", "transcoders/layer_7.safetensors"],
     "where_in_the_picture": ["maps.json", "figures/deletion.png", "figures/pointing.png", "figures/lens.png"],
@@ -56,6 +69,14 @@ LEAVES = {
 METRICS = {
     "mars_earth_patch": ["steer/free/flip_rate", "patch/direct/name/flip_rate_ci_low", "graph/replacement_score"],
     "mars_earth_curves": ["ablation/layer_07/last/accuracy_drop", "steer/free/role_image/name/flip_rate"],
+    "modality_by_layer": ["layers/modality_both/layer_07", "modality/meeting_layer", "study/items"],
+    "cross_modal": [
+        "cross_modal/colour/by_rule_p",
+        "cross_modal/cover/matching/p",
+        "ablate/text/changed_rate",
+        "patch/text_to_picture/flip_rate_control",
+        "patch/picture_to_text/no_last_layer/flip_rate_ci_low",
+    ],
     "train_orrery": ["test/accuracy/name", "test/accuracy_shuffled/sum"],
     "train_orrery_transcoders": ["val/fvu", "layers/fvu/layer_07", "val/ce_delta", "val/dead_frac"],
     "where_in_the_picture": ["where/rollout/deletion_gain_ci_low", "where/vision_path/pointing", "where/maps_kb"],

@@ -16,6 +16,7 @@ from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.core.errors import UserError
 from vlmscope.data.prompts import PromptSetConfig
 from vlmscope.data.source_config import SourceConfig, check_source
+from vlmscope.features.cross_modal_config import CrossModalConfig
 from vlmscope.features.study_config import StudyConfig
 from vlmscope.tracking.config import TrackingConfig
 from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES
@@ -198,8 +199,8 @@ class AppConfig:
 
     `image` is a path or a list of paths on the command line and always a list of paths (or None) in a task; `prompt`
     holds the text of `prompt_file`, or the prompt of `prompts` that `prompt_name` names. `images` names the user's own
-    picture sets. `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit` and `prompts`
-    may be None.
+    picture sets. `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit`,
+    `cross_modal` and `prompts` may be None.
     """
 
     task: Any = MISSING
@@ -214,6 +215,7 @@ class AppConfig:
     study: StudyConfig = field(default_factory=StudyConfig)
     where: WhereConfig = field(default_factory=WhereConfig)
     circuit: CircuitConfig | None = None
+    cross_modal: CrossModalConfig | None = None
     prompts: PromptSetConfig | None = None
     image: Any = None
     prompt: str | None = None

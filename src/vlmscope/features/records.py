@@ -21,7 +21,7 @@ import pyarrow as pa
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
-from vlmscope.core.study import BINS, IMAGE, KINDS, FeatureRecord, StudyExample, StudyInfo, StudyItem, Words
+from vlmscope.core.study import BINS, IMAGE, KINDS, TOP, FeatureRecord, StudyExample, StudyInfo, StudyItem, Words
 from vlmscope.features.study_items import StudyItems
 from vlmscope.features.study_schema import (
     EXAMPLE_TABLE,
@@ -189,6 +189,16 @@ class StudyFolder:
         """
         self.check(FeatureId(layer, 0))
         return read_table(self._file(EXAMPLES, layer), EXAMPLE_TABLE)
+
+    def example_items(self, layer: int, top: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Features and items [n] int64 of a layer's examples, by feature: the strongest, or those drawn at random.
+
+        Raises:
+            UserError: as `feature`.
+        """
+        table = self.examples(layer)
+        wanted = (table["group"].to_numpy(zero_copy_only=False) == TOP) == top
+        return table["feature"].to_numpy()[wanted].astype(np.int64), table["item"].to_numpy()[wanted]
 
     @cached_property
     def items(self) -> StudyItems:

@@ -28,7 +28,7 @@ from vlmscope.features.study_schema import MANIFEST
 from vlmscope.models.loading import VLM
 from vlmscope.transcoders.transcoder import TranscoderSet
 
-_HOW = ("checkpoint_every", "forward_tokens", "max_skipped")  # settings that change nothing in the files
+_HOW = ("path", "checkpoint_every", "forward_tokens", "max_skipped")  # settings that change nothing in the files
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ class StudyConfig:
     """How much of a data set is studied and what is kept (docs/study.md).
 
     Attributes:
+        path: a finished study (its run folder) that is read instead of making one, by what needs a study.
         split: of the data; null takes that of each source (of Orrery's scenes, validation).
         limit: rows in all; null for all there are.
         top: strongest items a feature.
@@ -26,6 +27,7 @@ class StudyConfig:
         checkpoint_every: batches between two states from which a killed study goes on.
     """
 
+    path: str | None = None
     split: str | None = None
     limit: int | None = None
     top: int = 20

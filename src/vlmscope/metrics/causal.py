@@ -13,31 +13,53 @@ from vlmscope.core.seeds import generator
 RESAMPLES = 2000
 
 
-def bootstrap_rate(hits: Sequence[bool] | np.ndarray, seed: int = 0, control: float | None = None) -> Rate:
+def bootstrap_rate(
+    hits: Sequence[bool] | np.ndarray,
+    seed: int = 0,
+    control: float | None = None,
+    groups: Sequence[str] | None = None,
+) -> Rate:
     """The share of hits with its percentile-bootstrap 95 % interval.
+
+    With `groups`, a name for each case, whole groups are drawn instead of cases: cases of one picture hang together.
 
     When all cases agree every resample does too, which says nothing about the next case; the open end then comes from
     the rule of three (Hanley and Lippman-Hand 1983: 3 / n), so that 100 of 100 reads as 0.97 to 1.
 
     Raises:
-        ValueError: no cases.
+        ValueError: no cases, or not a group for each.
     """
-    found = bootstrap_mean(np.asarray(hits, dtype=float), seed, control)
+    found = bootstrap_mean(np.asarray(hits, dtype=float), seed, control, groups)
+    n = found.cases if groups is None else len(set(groups))
     if found.value == 1.0:
-        return replace(found, ci_low=max(1.0 - 3.0 / found.cases, 0.0))
-    return replace(found, ci_high=min(3.0 / found.cases, 1.0)) if found.value == 0.0 else found
+        return replace(found, ci_low=max(1.0 - 3.0 / n, 0.0))
+    return replace(found, ci_high=min(3.0 / n, 1.0)) if found.value == 0.0 else found
 
 
-def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, control: float | None = None) -> Rate:
-    """The mean of a measure with its percentile-bootstrap 95 % interval.
+def bootstrap_mean(
+    values: Sequence[float] | np.ndarray,
+    seed: int = 0,
+    control: float | None = None,
+    groups: Sequence[str] | None = None,
+) -> Rate:
+    """The mean of a measure with its percentile-bootstrap 95 % interval; `groups` as for `bootstrap_rate`.
 
     Raises:
-        ValueError: no cases.
+        ValueError: no cases, or not a group for each.
     """
     found = np.asarray(values, dtype=float)
     if found.size == 0:
         raise ValueError("a mean needs at least one case")
-    resampled = generator(seed, "bootstrap").choice(found, (RESAMPLES, found.size)).mean(1)
+    drawn = generator(seed, "bootstrap")
+    if groups is None:
+        resampled = drawn.choice(found, (RESAMPLES, found.size)).mean(1)
+    else:
+        if len(groups) != found.size:
+            raise ValueError(f"{found.size} cases, but {len(groups)} names of groups")
+        _, of = np.unique(np.asarray(groups), return_inverse=True)
+        sums, counts = np.bincount(of, found), np.bincount(of)
+        chosen = drawn.integers(0, len(counts), (RESAMPLES, len(counts)))
+        resampled = sums[chosen].sum(1) / counts[chosen].sum(1)
     low, high = (float(v) for v in np.quantile(resampled, (0.025, 0.975)))
     return Rate(float(found.mean()), low, high, int(found.size), control)
 

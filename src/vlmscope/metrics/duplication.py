@@ -6,7 +6,8 @@ after each MLP, so that the figure means the same for sets of single layers and 
 comes near: the largest of a million cosines between random vectors of width 128 is about 0.43.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,3 +49,64 @@ def duplicated_fraction(
             if other != layer and len(theirs):
                 best[layer] = torch.maximum(best[layer], (rows @ theirs.T).amax(1))
     return {layer: float((found >= cosine).double().mean()) for layer, found in best.items() if len(found)}
+
+
+@dataclass(frozen=True)
+class Twin:
+    """For every feature of a layer its nearest live partner in another layer, or in its own.
+
+    Attributes:
+        cosine: [F] float32, of directions; -1 without a partner and for a dead feature.
+        layer: [F] int64, of the partner, -1 without one.
+        index: [F] int64, likewise.
+    """
+
+    cosine: Tensor
+    layer: Tensor
+    index: Tensor
+
+
+@torch.no_grad()
+def nearest_twins(
+    directions: Mapping[int, Sequence[Tensor]],
+    alive: Mapping[int, Tensor],
+    own_layer: bool,
+    device: torch.device | str = "cpu",
+    block: int = _SAMPLE,
+) -> dict[int, Twin]:
+    """The most nearly parallel live partner of every live feature.
+
+    Args:
+        directions: layer -> one or several [F, d]; with several (what a feature writes, what it reads) a pair is as
+            parallel as the least of its cosines.
+        alive: layer -> [F] bool.
+        own_layer: look for partners in the feature's own layer alone; else in all the other layers.
+        device: where it is computed.
+        block: features of a layer that are compared with one other layer at a time.
+    """
+    units = {
+        layer: [functional.normalize(one.to(device).float(), dim=1) for one in of] for layer, of in directions.items()
+    }
+    found: dict[int, Twin] = {}
+    for layer, mine in units.items():
+        count = len(mine[0])
+        best = mine[0].new_full((count,), -1.0)
+        where, which = (torch.full((count,), -1, dtype=torch.int64, device=device) for _ in range(2))
+        for other in [layer] if own_layer else [one for one in units if one != layer]:
+            dead = ~alive[other].to(device)
+            for start in range(0, count, block):
+                rows = slice(start, min(start + block, count))
+                pairs = [one[rows] @ two.T for one, two in zip(mine, units[other], strict=True)]
+                cosines = torch.stack(pairs).amin(0)
+                cosines[:, dead] = -1.0
+                if own_layer:
+                    cosines[torch.arange(len(cosines)), torch.arange(rows.start, rows.stop)] = -1.0
+                value, partner = cosines.max(1)
+                better = value > best[rows]
+                best[rows] = torch.where(better, value, best[rows])
+                where[rows] = torch.where(better, torch.full_like(partner, other), where[rows])
+                which[rows] = torch.where(better, partner, which[rows])
+        gone = ~alive[layer].to(device)
+        best[gone], where[gone], which[gone] = -1.0, -1, -1
+        found[layer] = Twin(best.cpu(), where.cpu(), which.cpu())
+    return found

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from vlmscope.tasks.context import RunContext
     from vlmscope.tasks.steps.bench import Bench
 
-KINDS = ("find_circuit", "intervene", "curves", "report", "compare_maps", "lens")
+KINDS = (
+    "find_circuit", "intervene", "curves", "report", "compare_maps", "lens", "study", "modality", "cross_modal",
+)  # fmt: skip
 
 
 @dataclass

@@ -31,6 +31,8 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     config = cfg.study
     if cfg.prompt is not None or cfg.image is not None:
         raise UserError("task=study goes through data; leave out prompt= and image=, or put them into data=folder")
+    if config.path is not None:
+        raise UserError("study.path names a study that is there already; leave it out of task=study, which makes one")
     folder, share = context.run_dir / "study", own_share()
     sources = study_sources(cfg, config)
     settings = settings_of(cfg, config, context.overrides)

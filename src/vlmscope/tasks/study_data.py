@@ -72,7 +72,9 @@ def described(cfg: AppConfig, config: StudyConfig, sources: dict[str, SourceConf
 
 def settings_of(cfg: AppConfig, config: StudyConfig, overrides: Sequence[str]) -> str:
     """What a half-done study hangs on."""
-    kept = {key: value for key, value in asdict(config).items() if key not in ("checkpoint_every", "max_skipped")}
+    kept = {
+        key: value for key, value in asdict(config).items() if key not in ("path", "checkpoint_every", "max_skipped")
+    }
     said = [asdict(cfg.model), repr(cfg.transcoder), described(cfg, config, study_sources(cfg, config)), kept, cfg.seed]
     said.append([override for override in overrides if override.lstrip("+").startswith("transcoder")])
     return json.dumps(said, sort_keys=True, default=str)

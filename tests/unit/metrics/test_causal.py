@@ -31,3 +31,15 @@ def test_divergence_equals_scipys() -> None:
     p, q = np.exp(scipy_log_softmax(a, axis=-1)), np.exp(scipy_log_softmax(b, axis=-1))
     assert np.allclose(kl_divergence(a, b), entropy(p, q, axis=-1))
     assert np.allclose(kl_divergence(a, a), 0)
+
+
+def test_cases_of_one_group_are_drawn_together() -> None:
+    hits = np.repeat([True, False, True, False, False, True], 10)
+    groups = [f"picture {i // 10}" for i in range(60)]
+    alone, together = bootstrap_rate(hits), bootstrap_rate(hits, groups=groups)
+    assert alone.value == together.value == 0.5
+    assert together.ci_high - together.ci_low > 2.5 * (alone.ci_high - alone.ci_low)
+    assert bootstrap_rate(hits, groups=[str(i) for i in range(60)]).ci_low == pytest.approx(alone.ci_low, abs=0.04)
+    assert bootstrap_rate([True] * 40, groups=["a", "b"] * 20).ci_low == 0.0  # two pictures say little
+    with pytest.raises(ValueError, match="names of groups"):
+        bootstrap_rate(hits, groups=["a"])

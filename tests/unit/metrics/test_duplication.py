@@ -2,7 +2,7 @@
 
 import torch
 
-from vlmscope.metrics.duplication import duplicated_fraction
+from vlmscope.metrics.duplication import duplicated_fraction, nearest_twins
 
 
 def rows(seed: int, n: int = 40, d: int = 64) -> torch.Tensor:
@@ -33,3 +33,32 @@ def test_a_sample_is_compared_with_everything() -> None:
     other = torch.cat([rows(1, 100), first])
     alive = {0: torch.ones(40, dtype=torch.bool), 1: torch.ones(140, dtype=torch.bool)}
     assert duplicated_fraction({0: first, 1: other}, alive, sample=20) == {0: 1.0, 1: 0.0}
+
+
+def test_twins_are_those_of_the_whole_table_of_cosines() -> None:
+    first, second = rows(0), torch.cat([rows(1, 20), 2.0 * rows(0)[7:9] + 0.2 * rows(5, 2), rows(0)[11:12]])
+    alive = {0: torch.ones(40, dtype=torch.bool), 3: torch.ones(23, dtype=torch.bool)}
+    alive[3][22] = False  # parallel to L0/11, but dead
+    alive[0][30] = False
+    cosines = torch.nn.functional.cosine_similarity(first[:, None], second[None], dim=-1)
+    cosines[:, 22] = -1
+    for block in (3, 2048):
+        found = nearest_twins({0: [first], 3: [second]}, alive, own_layer=False, block=block)
+        living = alive[0]
+        torch.testing.assert_close(found[0].cosine[living], cosines.max(1).values[living])
+        assert torch.equal(found[0].index[living], cosines.max(1).indices[living])
+        assert found[0].cosine[30] == -1 and found[0].layer[30] == -1 and found[3].index[22] == -1
+        assert found[3].index[20:22].tolist() == [7, 8] and found[3].layer[20:22].tolist() == [0, 0]
+        assert (found[0].cosine >= 0.8).sum() == 2
+
+
+def test_twins_within_a_layer_are_not_the_feature_itself_and_both_directions_count() -> None:
+    write, read = rows(0), rows(1)
+    write[5], write[6] = write[2], write[3]
+    read[6] = 3.0 * read[3]
+    alive = {4: torch.ones(40, dtype=torch.bool)}
+    found = nearest_twins({4: [write]}, alive, own_layer=True, block=16)[4]
+    assert [(int(i), int(found.index[i])) for i in (2, 3, 5, 6)] == [(2, 5), (3, 6), (5, 2), (6, 3)]
+    assert (found.cosine > 0.8).sum() == 4
+    both = nearest_twins({4: [write, read]}, alive, own_layer=True)[4]
+    assert torch.nonzero(both.cosine > 0.8).flatten().tolist() == [3, 6]

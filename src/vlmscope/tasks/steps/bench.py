@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.config import CircuitConfig, InterventionConfig
     from vlmscope.config import AppConfig
+    from vlmscope.features.cross_modal_config import CrossModalConfig
     from vlmscope.interventions.edits import Plan
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
@@ -56,6 +57,17 @@ class Bench:
         return self.cfg.circuit
 
     @property
+    def cross_modal(self) -> CrossModalConfig:
+        """The `cross_modal` group.
+
+        Raises:
+            UserError: the experiment chose none.
+        """
+        if self.cfg.cross_modal is None:
+            raise UserError("this experiment needs concepts: choose some, such as cross_modal=planets")
+        return self.cfg.cross_modal
+
+    @property
     def intervention(self) -> InterventionConfig:
         """The `intervention` group."""
         return self.cfg.intervention
@@ -70,12 +82,15 @@ class Bench:
             raise UserError(f"a step needs the result of {step}: put {step} before it in task.steps")
         return self.records[step]
 
-    def concept_pictures(self, concept: str, split: str, count: int) -> list[Image.Image]:
-        """Pictures of a concept. On the test split the user's own (`images.<concept>=[...]`) take their place."""
+    def concept_pictures(self, concept: str, split: str, count: int, seed: int | None = None) -> list[Image.Image]:
+        """Pictures of a concept. On the test split the user's own (`images.<concept>=[...]`) take their place.
+
+        Without a `seed` the circuit's is taken.
+        """
         own = self.cfg.images.get(concept)
         if own and split == "test":
             return open_images(own)
-        seed = self.circuit_config.seed
+        seed = self.circuit_config.seed if seed is None else seed
         return [Image.fromarray(p) for p in pictures(concept_scenes(concept, split, count, seed))]
 
     def inputs(self, images: list[Image.Image], prompt: str) -> list[ModelInputs]:

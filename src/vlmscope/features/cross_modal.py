@@ -1,0 +1,210 @@
+"""Features that fire for a picture of a concept and for its word in a text without one.
+
+Text comes first, since it is few prompts: a feature is a *candidate* for a concept when its peak from the concept's
+word on is at least `ratio` times its mean peak over the other concepts' prompts of the same wording. Candidates are
+then looked at on pictures, where no word names the concept, at three places: soft tokens, the question's and
+template's words after the picture, the last position. A feature is *shared* when it is selective for the same concept
+there (`metrics.selectivity`), and its contrast stands against shuffled pictures.
+
+Legend: C concepts, F features of a layer, M candidates of all layers, P places, N pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.core.ids import FeatureId
+from vlmscope.metrics.permutation import benjamini_hochberg
+from vlmscope.metrics.selectivity import Contrast, Rule, contrast, contrast_p, shuffled
+from vlmscope.models.base import Adapter, ModelInputs
+from vlmscope.models.batching import InputBatch, make_batch
+from vlmscope.transcoders.transcoder import TranscoderSet
+
+PLACES = ("image", "question", "last")  # of a prompt with a picture
+TEXT_PLACES = ("word", "after")  # of a prompt without one: the concept's tokens, and all that follow
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Features that prefer some concept's word.
+
+    Attributes:
+        features: M.
+        text: [C, M] bool, which concepts each is selective for.
+        peaks: [C, M] float64, its peak from the word on.
+        place: [C, M], of `TEXT_PLACES`, where that peak is.
+    """
+
+    features: tuple[FeatureId, ...]
+    text: np.ndarray
+    peaks: np.ndarray
+    place: np.ndarray
+
+    def by_layer(self) -> dict[int, Tensor]:
+        """Layer -> [n] indices, in the order of `features` (which is by layer)."""
+        table: dict[int, list[int]] = {}
+        for feature in self.features:
+            table.setdefault(feature.layer, []).append(feature.index)
+        return {layer: torch.tensor(found) for layer, found in table.items()}
+
+
+def word_positions(prompts: Sequence[ModelInputs]) -> list[slice]:
+    """Where each of some prompts differs from the others: the tokens between what all begin and all end with.
+
+    Raises:
+        ValueError: two prompts are the same.
+    """
+    ids = [inputs.input_ids for inputs in prompts]
+    head = tail = 0
+    shortest = min(map(len, ids))
+    while head < shortest and len({one[head] for one in ids}) == 1:
+        head += 1
+    while tail < shortest - head and len({one[-1 - tail] for one in ids}) == 1:
+        tail += 1
+    if any(head >= len(one) - tail for one in ids):
+        raise ValueError(f"prompts do not differ by a word: {prompts[0].prompt!r}")
+    return [slice(head, len(one) - tail) for one in ids]
+
+
+@torch.no_grad()
+def text_candidates(
+    adapter: Adapter, transcoders: TranscoderSet, prompts: Sequence[ModelInputs], ratio: float
+) -> Candidates:
+    """The features that prefer a concept's word.
+
+    Args:
+        adapter: the model.
+        transcoders: its set.
+        prompts: C, one a concept, of one wording and without a picture.
+        ratio: a candidate's peak is at least so many times its mean peak over the other prompts.
+    """
+    at_word: dict[int, list[np.ndarray]] = {layer: [] for layer in transcoders.layers}
+    after: dict[int, list[np.ndarray]] = {layer: [] for layer in transcoders.layers}
+    for inputs, word in zip(prompts, word_positions(prompts), strict=True):
+        batch = make_batch(adapter, [inputs])
+        for layer, x in mlp_inputs(adapter, batch, transcoders.layers).items():
+            acts = transcoders[layer].encode(x[0, word.start :]).dense(transcoders[layer].config.n_features)
+            width = word.stop - word.start
+            at_word[layer].append(acts[:width].amax(0).double().numpy(force=True))
+            rest = acts[width:] if len(acts) > width else torch.zeros_like(acts[:1])
+            after[layer].append(rest.amax(0).double().numpy(force=True))
+    features, chosen, peaks, places = [], [], [], []
+    for layer in transcoders.layers:
+        word, later = np.stack(at_word[layer]), np.stack(after[layer])
+        peak = np.maximum(word, later)
+        rest = (peak.sum(0) - peak) / (len(prompts) - 1)
+        selective = (peak > 0) & (peak >= ratio * rest)
+        kept = np.flatnonzero(selective.any(0))
+        features += [FeatureId(layer, int(index)) for index in kept]
+        chosen.append(selective[:, kept])
+        peaks.append(peak[:, kept])
+        places.append(np.where(word >= later, *TEXT_PLACES)[:, kept])
+    return Candidates(tuple(features), *(np.concatenate(one, axis=1) for one in (chosen, peaks, places)))
+
+
+@torch.no_grad()
+def picture_peaks(
+    adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch, features: Mapping[int, Tensor]
+) -> np.ndarray:
+    """[B, P, M] float32, the largest activation of chosen features at each of `PLACES`; layers ascending."""
+    after = np.arange(batch.length) > np.flatnonzero(batch.is_image).max()
+    masks = {
+        "image": batch.is_image,
+        "question": after & (batch.roles != "last"),
+        "last": batch.roles == "last",
+    }
+    found: list[Tensor] = []
+    inputs = mlp_inputs(adapter, batch, sorted(features))
+    for layer in sorted(features):
+        acts = transcoders[layer].encode(inputs[layer]).select(features[layer].to(inputs[layer].device),
+                                                               transcoders[layer].config.n_features)  # fmt: skip
+        found.append(torch.stack([acts[:, torch.from_numpy(masks[place])].amax(1) for place in PLACES], 1))
+    return torch.cat(found, -1).float().numpy(force=True)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What pictures and words share under one question.
+
+    Attributes:
+        candidates: of the words.
+        contrast: of candidates on pictures, [C, P M], places first.
+        q: [C, P, M], p-values of the contrasts of each concept's own candidates, adjusted over all of these; nan for
+            other concepts' candidates.
+        picture: [C, P, M] bool, selective for the concept on pictures, by the rule alone.
+        shared: [C, P, M] bool: by the rule, with q below the threshold, and a candidate of the same concept.
+        null: [draws, C, P + 1] counts of coincidences by the rule alone under shuffled pictures; the last column counts
+            a feature once, at whichever place.
+        null_layers: [draws, L] the same by layer of the transcoders, counting a feature once for each concept.
+        coincidences: [C, C], features selective for the row's concept on pictures at some place, and for the column's
+            word.
+    """
+
+    candidates: Candidates
+    contrast: Contrast
+    q: np.ndarray
+    picture: np.ndarray
+    shared: np.ndarray
+    null: np.ndarray
+    null_layers: np.ndarray
+    coincidences: np.ndarray
+
+    def by_rule(self) -> np.ndarray:
+        """[C, P + 1], what `null` counts, with the pictures as they are."""
+        hits = self.picture & self.candidates.text[:, None]
+        return np.concatenate([hits.sum(2), hits.any(1).sum(1, keepdims=True)], axis=1)
+
+    def features(self, concept: int) -> set[FeatureId]:
+        """Those shared for a concept at any place."""
+        kept = self.shared[concept].any(0)
+        return {feature for feature, keep in zip(self.candidates.features, kept, strict=True) if keep}
+
+
+def find_shared(
+    candidates: Candidates,
+    peaks: np.ndarray,
+    labels: np.ndarray,
+    layers: Sequence[int],
+    rule: Rule,
+    q: float,
+    permutations: int,
+    seed: int,
+) -> Shared:
+    """Look at candidates on pictures.
+
+    Args:
+        candidates: M, of C concepts.
+        peaks: [N, P, M], of `picture_peaks`.
+        labels: [N], the concept that each picture shows.
+        layers: L, of the transcoders.
+        rule: when a feature is selective on pictures.
+        q: false discovery rate.
+        permutations: how often labels are shuffled.
+        seed: of the shuffling.
+    """
+    n_concepts, m = candidates.text.shape
+    values = peaks.reshape(len(peaks), -1)
+    observed = contrast(values, labels, n_concepts)
+    draws = permutations
+    shape = (n_concepts, peaks.shape[1], m)
+    p_values = contrast_p(observed, shuffled(values, labels, n_concepts, draws, seed)).reshape(shape)
+    tested = np.broadcast_to(candidates.text[:, None], shape)
+    q_values = np.full(shape, np.nan)
+    q_values[tested] = benjamini_hochberg(p_values[tested])
+    picture = observed.selective(rule).reshape(shape)
+    at = np.searchsorted(np.asarray(layers), [feature.layer for feature in candidates.features])
+    null = np.zeros((draws, n_concepts, peaks.shape[1] + 1), np.int64)
+    null_layers = np.zeros((draws, len(layers)), np.int64)
+    for draw, one in enumerate(shuffled(values, labels, n_concepts, draws, seed)):
+        hits = one.selective(rule).reshape(shape) & candidates.text[:, None]
+        null[draw, :, :-1], null[draw, :, -1] = hits.sum(2), hits.any(1).sum(1)
+        null_layers[draw] = np.bincount(at, hits.any(1).sum(0), len(layers))
+    coincidences = picture.any(1).astype(np.int64) @ candidates.text.T.astype(np.int64)
+    shared = picture & (q_values <= q)  # nan, what was not tested, is no less than anything
+    return Shared(candidates, observed, q_values, picture, shared, null, null_layers, coincidences)

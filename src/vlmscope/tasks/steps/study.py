@@ -1,0 +1,32 @@
+"""A study of all features: the one that `study.path` names, or one made in the run folder as task=study makes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vlmscope.data.numbered import NumberedRows
+from vlmscope.data.share import WHOLE
+from vlmscope.features.records import StudyFolder
+from vlmscope.features.run_study import finish, run_part, study_parts
+from vlmscope.features.study_part import StudyPart
+from vlmscope.tasks.study_data import described, opened, settings_of, study_sources
+
+if TYPE_CHECKING:
+    from vlmscope.tasks.steps.bench import Bench
+
+
+def run(bench: Bench) -> None:
+    """Leaves a `StudyFolder` in `bench.records`; writes study/ when there is none to read."""
+    cfg, config = bench.cfg, bench.cfg.study
+    if config.path is not None:
+        study = StudyFolder(config.path)
+    else:
+        folder, settings = bench.run_dir / "study", settings_of(cfg, config, ())
+        sources = study_sources(cfg, config)
+        rows = NumberedRows(opened(cfg, sources), config.batch_size, WHOLE, config.limit)
+        run_part(bench.vlm, bench.transcoders, rows, StudyPart(folder, WHOLE, settings), config)
+        parts = study_parts(folder, 1, settings)
+        study = finish(folder, bench.vlm, bench.transcoders, parts, config, described(cfg, config, sources))
+    bench.records["study"] = study
+    bench.metrics["study/items"] = float(study.info.items)
+    bench.metrics |= {f"study/positions_{kind}": float(count) for kind, count in study.info.positions.items()}

@@ -1,0 +1,96 @@
+"""Structure of a dictionary from a study: modality, monosemanticity, duplicates, and clusters with names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
+    from vlmscope.features.records import StudyFolder
+    from vlmscope.models.loading import VLM
+    from vlmscope.tasks.context import RunContext
+    from vlmscope.transcoders.transcoder import TranscoderSet
+
+
+@dataclass
+class Config:
+    """`study.path` names the study (docs/structure.md).
+
+    The model runs again over the first `items` rows of the study's data; `per_item` positions of each are looked at
+    for who fires with whom. `neighbours` of each feature make the graphs that are divided into clusters: by firing
+    together (phi of at least `phi`) and by direction (cosine of what they write of at least `cosine`); a higher
+    `resolution` makes more of them. From the cosine `twin` on, two directions count as one. A cluster's name comes from
+    the `top` strongest examples of its members.
+    """
+
+    items: int = 1000
+    per_item: int = 16
+    neighbours: int = 5
+    phi: float = 0.3
+    cosine: float = 0.3
+    resolution: float = 4.0
+    twin: float = 0.8
+    top: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        from vlmscope.core.errors import UserError
+
+        for key in ("items", "per_item", "neighbours", "top"):
+            if getattr(self, key) < 1:
+                raise UserError(f"task.{key}={getattr(self, key)}: it must be at least 1")
+        if not self.resolution > 0:
+            raise UserError(f"task.resolution={self.resolution}: it must be above 0")
+        for key in ("phi", "cosine", "twin"):
+            if not 0 < getattr(self, key) < 1:
+                raise UserError(f"task.{key}={getattr(self, key)}: choose a number between 0 and 1")
+
+
+def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
+    """Write structure.parquet, clusters.parquet and the figures."""
+    from vlmscope.core.errors import UserError
+    from vlmscope.features.modality_tables import modality_tables
+    from vlmscope.features.records import StudyFolder
+    from vlmscope.tasks.steps.modality import draw, modality_metrics
+    from vlmscope.tasks.structure_tables import Structure, write_structure
+    from vlmscope.tasks.wiring import load_model, load_transcoders
+
+    if cfg.study.path is None:
+        raise UserError("which study? give study.path=/my/study, the run folder of a finished task=study")
+    study = StudyFolder(cfg.study.path)
+    modality = modality_tables(study)
+    vlm = load_model(cfg)
+    transcoders = load_transcoders(cfg, vlm, context.overrides)
+    widths = {layer: one.config.n_features for layer, one in transcoders.transcoders.items()}
+    if widths != study.info.n_features:
+        raise UserError(f"{study.path} is of other transcoders: layers or widths differ; give those with transcoder=")
+    structure = Structure.of(vlm.adapter, transcoders, study, seen(cfg, vlm, transcoders, study), modality, cfg.task)
+    draw(modality, context.run_dir / "figures" / "modality_by_layer.png")
+    return modality_metrics(modality) | write_structure(context.run_dir, structure)
+
+
+def seen(cfg: AppConfig, vlm: VLM, transcoders: TranscoderSet, study: StudyFolder) -> Any:
+    """The pass over the first rows of the study's data."""
+    from tqdm import tqdm
+
+    from vlmscope.data.numbered import NumberedRows
+    from vlmscope.data.source_config import SourceConfig
+    from vlmscope.data.sources import open_source
+    from vlmscope.features.structure_pass import StructurePass
+    from vlmscope.features.study_inputs import InputMaker
+
+    task, data = cfg.task, study.info.data
+    sources = {}
+    for name, settings in data["sources"].items():
+        one = SourceConfig(**settings)
+        sources[name] = (one.weight, open_source(name, one, None, data["max_bad_shards"], False))
+    limit = min(task.items, study.info.rows)
+    rows = NumberedRows(sources, cfg.study.batch_size, limit=limit)
+    make = InputMaker(vlm, int(str(study.info.settings["max_tokens"])), cfg.study.max_skipped)
+    found = StructurePass(vlm.adapter, transcoders, task.per_item, task.seed)
+    with tqdm(desc="structure", unit="row", total=limit) as bar:
+        for batch in rows:
+            found.add(make(batch), cfg.study.forward_tokens)
+            bar.update(rows.done - bar.n)
+    return found

@@ -1,0 +1,62 @@
+"""task=structure on a small study of the shipped model, and what users may get wrong."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from vlmscope.app import main
+from vlmscope.data.orrery.dataset import OrreryDataConfig, build
+from vlmscope.data.orrery.scene import KINDS
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("structure")
+    counts = dict.fromkeys(KINDS, 8)
+    build(OrreryDataConfig(folder=str(folder / "data"), train=counts, val=counts, test=counts))
+    command = ["task=study", f"data.path={folder / 'data'}", f"hydra.run.dir={folder / 'study'}", "tracking=none"]
+    assert main([*command, "study.samples=4", "study.top=4", "study.logits=0"]) == 0
+    return folder
+
+
+def test_tables_and_figures(made: Path, tmp_path: Path) -> None:
+    settings = ["task.items=20", "task.per_item=6", f"hydra.run.dir={tmp_path}", "tracking=none"]
+    assert main(["task=structure", f"study.path={made / 'study'}", *settings]) == 0
+    features = pq.read_table(tmp_path / "structure.parquet")
+    assert features.num_rows == 8 * 2048
+    assert {"monosemanticity", "modality_group", "twin_both_other_layers", "cluster_firing"} <= set(
+        features.schema.names
+    )
+    clusters = pq.read_table(tmp_path / "clusters.parquet").to_pylist()
+    assert {row["kind"] for row in clusters} == {"firing", "direction"}
+    assert all(row["size"] == len(row["features"]) >= 2 for row in clusters)
+    assert any(row["name"] for row in clusters)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["monosemanticity/median"] > metrics["monosemanticity/shuffled_median"]
+    for name in ("modality_by_layer", "monosemanticity", "duplicates"):
+        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["task=structure"], "study.path=/my/study"),
+        (["task=structure", "study.path=/no/such"], "no study.json in /no/such"),
+        (["task=structure", "task.phi=2"], "task.phi=2"),
+        (["task=study", "study.path=/x"], "leave it out of task=study"),
+    ],
+)
+def test_mistakes_are_one_line(
+    overrides: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*overrides, f"hydra.run.dir={tmp_path / 'run'}", "tracking=none"]) == 2
+    err = capsys.readouterr().err
+    assert words in err and "Traceback" not in err
+
+
+def test_another_set_than_the_studys_is_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["task=structure", f"study.path={made / 'study'}", "transcoder=random", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert main([*run, "tracking=none"]) == 2
+    assert "other transcoders" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""The linear score equals the sum over pairs, and keeps what it must."""
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from vlmscope.core.seeds import generator
+from vlmscope.metrics.monosemanticity import monosemanticity, unit_embeddings
+
+N, D, F = 40, 7, 12
+
+
+def pairwise(embeddings: np.ndarray, activations: np.ndarray) -> float:
+    """The definition, quadratic in the number of pictures."""
+    top = bottom = 0.0
+    for i in range(len(embeddings)):
+        for j in range(len(embeddings)):
+            if i != j:
+                weight = activations[i] * activations[j]
+                top += weight * float(embeddings[i] @ embeddings[j])
+                bottom += weight
+    return top / bottom if bottom else float("nan")
+
+
+@pytest.fixture
+def case() -> tuple[np.ndarray, np.ndarray]:
+    rng = generator(0, "mono")
+    activations = rng.random((N, F)) * (rng.random((N, F)) < 0.4)
+    return unit_embeddings(rng.standard_normal((N, D)) + 1.0), activations
+
+
+def test_the_linear_form_is_the_mean_over_pairs(case: tuple[np.ndarray, np.ndarray]) -> None:
+    embeddings, activations = case
+    wanted = [pairwise(embeddings, column) for column in activations.T]
+    assert np.ptp(wanted) > 0.05
+    np.testing.assert_allclose(monosemanticity(embeddings, activations), wanted, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(monosemanticity(embeddings, sparse.csr_array(activations)), wanted, rtol=0, atol=1e-12)
+
+
+def test_scale_order_rotation_and_silent_pictures_change_nothing(case: tuple[np.ndarray, np.ndarray]) -> None:
+    embeddings, activations = case
+    rng, wanted = generator(1, "mono"), monosemanticity(*case)
+    turn, _ = np.linalg.qr(rng.standard_normal((D, D)))
+    order = rng.permutation(N)
+    more = np.vstack([embeddings, unit_embeddings(rng.standard_normal((9, D)))])
+    for changed in (
+        monosemanticity(embeddings, activations * np.exp(rng.standard_normal(F))),
+        monosemanticity(embeddings[order], activations[order]),
+        monosemanticity(embeddings @ turn, activations),
+        monosemanticity(more, np.vstack([activations, np.zeros((9, F))])),
+    ):
+        np.testing.assert_allclose(changed, wanted, atol=1e-12)
+    assert abs(monosemanticity(embeddings[order], activations) - wanted).max() > 0.01
+
+
+def test_one_kind_of_picture_scores_one_and_unlike_ones_nothing() -> None:
+    same = np.tile([[0.6, 0.8]], (5, 1))
+    assert monosemanticity(same, np.arange(1.0, 6.0)[:, None]) == pytest.approx([1.0])
+    cross = np.array([[1.0, 0.0], [0.0, 1.0]])
+    assert monosemanticity(cross, np.ones((2, 1))) == pytest.approx([0.0], abs=1e-15)
+    assert monosemanticity(np.array([[1.0, 0.0], [-1.0, 0.0]]), np.array([[3.0], [0.2]])) == pytest.approx([-1.0])
+
+
+def test_without_a_pair_there_is_no_score() -> None:
+    embeddings = unit_embeddings(generator(2, "mono").standard_normal((3, D)))
+    one, none = np.array([0.3, 0.0, 0.0]), np.zeros(3)
+    lost = np.array([1.0, 1e-30, 0.0])  # the pair's weight is rounded away
+    found = monosemanticity(embeddings, np.stack([one, none, lost, np.ones(3)], 1))
+    assert np.isnan(found[:3]).all() and np.isfinite(found[3])
+    assert monosemanticity(np.zeros((0, D)), np.zeros((0, 2))).shape == (2,)
+
+
+def test_mistakes_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 embeddings for 3 pictures"):
+        monosemanticity(np.ones((2, 1)), np.ones((3, 1)))
+    with pytest.raises(ValueError, match="negative"):
+        monosemanticity(np.ones((2, 1)), np.array([[1.0], [-1.0]]))
+
+
+def test_a_common_part_lifts_every_cosine_until_it_is_taken_away() -> None:
+    rng = generator(3, "mono")
+    rows, activations = rng.standard_normal((400, 32)) + 4.0, rng.random((400, 1))
+    assert monosemanticity(unit_embeddings(rows, centre=False), activations)[0] > 0.9
+    assert abs(monosemanticity(unit_embeddings(rows), activations)[0]) < 0.02
+    assert unit_embeddings(np.zeros((2, 3))).tolist() == np.zeros((2, 3)).tolist()

@@ -27,6 +27,7 @@ GROUPS = (
     "tracking",
     "attribution",
     "intervention",
+    "cross_modal",
     "prompts",
     "debug",
 )

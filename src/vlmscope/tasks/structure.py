@@ -80,7 +80,8 @@ def seen(cfg: AppConfig, vlm: VLM, transcoders: TranscoderSet, study: StudyFolde
     from vlmscope.features.structure_pass import StructurePass
     from vlmscope.features.study_inputs import InputMaker
 
-    task, data = cfg.task, study.info.data
+    task = cfg.task
+    data: dict[str, Any] = study.info.data
     sources = {}
     for name, settings in data["sources"].items():
         one = SourceConfig(**settings)

@@ -1,8 +1,8 @@
 """Feature studies: what `task=study` costs beyond a plain forward pass over the same data.
 
-`python -m benchmarks.study [--blocks 5] [--warm 8] [--threads 1]`. Orrery, float32, its own scenes from the training shards
-(`outputs/data/orrery`), batches of 256 rows sorted by shape, the same inputs for all sides, which take turns block by
-block:
+`python -m benchmarks.study [--blocks 5] [--warm 8] [--threads 1]`. Orrery, float32, its own scenes from the training
+shards (`outputs/data/orrery`), batches of 256 rows sorted by shape, the same inputs for all sides, which take turns
+block by block:
 
 plain       samples to forwards, forwards (one position of logits)
 codes       the same, and every layer's sparse code: no study of all features can do with less

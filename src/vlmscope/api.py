@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vlmscope.core.graph import PrunedGraph
     from vlmscope.core.intervention import FeatureExample
     from vlmscope.core.merged import AggregateGraph, GraphComparison
+    from vlmscope.features.records import StudyFolder
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
     from vlmscope.transcoders.transcoder import TranscoderSet
@@ -215,3 +216,35 @@ def study(
     ids = [FeatureId(layer, index) for layer, found in chosen.items() for index in found.tolist()]
     found = top_examples(scope.vlm.adapter, scope.transcoders, ids, items, count)
     return {str(feature): examples for feature, examples in found.items()}
+
+
+def study_data(scope: Scope, data: str | Path | Mapping[str, Any], folder: str | Path, **settings: Any) -> StudyFolder:
+    """One pass over data for every feature of every layer, written to a study folder (docs/study.md); resumable.
+
+    Args:
+        scope: what `load` returned.
+        data: a folder with `train.jsonl` (docs/bring_your_own.md), or sources by name, each a mapping with the keys of
+            `data.sources` (docs/data.md).
+        folder: of the study; a finished one is read, one that was begun is gone on with.
+        settings: those of `StudyConfig`.
+
+    Raises:
+        UserError: the data are not there or mostly unusable, or the folder is of another study.
+    """
+    from vlmscope.data.source_config import SourceConfig
+    from vlmscope.features.run_study import study_alone
+    from vlmscope.features.study_config import StudyConfig
+
+    config = StudyConfig(**settings)
+    folder_source: dict[str, Any] = {"folder": {"kind": "folder", "path": str(data)}}
+    split: dict[str, Any] = {} if config.split is None else {"split": config.split}
+    named = data if isinstance(data, Mapping) else folder_source
+    sources = {name: SourceConfig(**{**source, **split}) for name, source in named.items()}
+    return study_alone(Path(folder), scope.vlm, scope.transcoders, sources, config)
+
+
+def open_study(folder: str | Path) -> StudyFolder:
+    """A finished study: `open_study(folder).feature(FeatureId(6, 512))`."""
+    from vlmscope.features.records import StudyFolder
+
+    return StudyFolder(folder)

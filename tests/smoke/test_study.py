@@ -87,7 +87,7 @@ def test_three_processes_give_the_files_of_one(data: Path, tmp_path: Path) -> No
 
 def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [*STUDY, f"data.path={data}"]
-    assert "has 8 layers" in (line := _error([*command, "transcoder=orrery"], capsys)) or "layer" in line
+    assert "transcoders for layers 0-7 (8), but the model has 4" in _error([*command, "transcoder=orrery"], capsys)
     assert "study.top=0" in _error([*command, "study.top=0"], capsys)
     assert "leave out prompt=" in _error([*command, "prompt=what is this ?"], capsys)
     assert "data.path is not set" in _error([*STUDY], capsys)

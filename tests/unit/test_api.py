@@ -80,3 +80,17 @@ def test_a_hub_id_needs_its_commit(cache: Path, saved: Path) -> None:
 def test_the_shipped_pair_passes_in_silence(caplog: pytest.LogCaptureFixture) -> None:
     scope = vlmscope.load()
     assert scope.transcoders.n_layers == 8 and not caplog.records
+
+
+def test_a_study_of_a_folder_and_of_named_sources(tmp_path) -> None:
+    scope = vlmscope.load(check=False)
+    (tmp_path / "train.jsonl").write_text('{"text": "this planet is mars"}\n{"text": "this planet is earth"}\n')
+    study = vlmscope.study_data(scope, tmp_path, tmp_path / "study", top=2, samples=0, logits=3)
+    assert study.info.items == 2
+    record = next(r for r in study.features(3) if r.items_fired == 2)
+    assert [e.rank for e in record.examples] == [0, 1]
+    assert len(record.top_logits) == len(record.bottom_logits) == 3
+    again = vlmscope.open_study(tmp_path / "study").feature(record.feature)
+    assert again.fired == record.fired
+    named = {"one": {"kind": "folder", "path": str(tmp_path), "limit": 1}}
+    assert vlmscope.study_data(scope, named, tmp_path / "other", top=2).info.items == 1

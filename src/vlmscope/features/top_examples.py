@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import FeatureExample
+from vlmscope.core.study import IMAGE, LEVELS, TEXT
+from vlmscope.features.kept_pairs import Pairs
+from vlmscope.features.study_config import MOST_TOKENS
+from vlmscope.features.study_pass import StudyPass
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.batching import make_batch
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -37,25 +39,38 @@ def top_examples(
 ) -> dict[FeatureId, tuple[FeatureExample, ...]]:
     """The `count` items on which each feature is most active at any position, strongest first; ties keep their order.
 
-    Items of equal length are run together. A feature that never fires gets no example.
+    Items of equal length are run together. A feature that never fires gets no example. Activations below the peak are
+    good to 1/510 of it, as in a study (`vlmscope.features.study_pass`), whose way this is.
     """
     by_layer: dict[int, list[int]] = {}
-    for feature in features:
+    for feature in dict.fromkeys(features):
         by_layer.setdefault(feature.layer, []).append(feature.index)
-    heaps: dict[FeatureId, list[tuple[float, int, Tensor]]] = {feature: [] for feature in features}
+    only = {layer: torch.tensor(indices) for layer, indices in by_layer.items()}
+    study = StudyPass(adapter, transcoders, count, 0, MOST_TOKENS, only)
     for group in _by_length(items):
         for start in range(0, len(group), batch_size):
             rows = group[start : start + batch_size]
             batch = make_batch(adapter, [items[i].inputs for i in rows])
-            for layer, x in mlp_inputs(adapter, batch, sorted(by_layer)).items():
-                dense = transcoders[layer].encode(x).dense(transcoders[layer].config.n_features)
-                acts = dense[..., torch.tensor(by_layer[layer])]  # [B, T, n]
-                for column, index in enumerate(by_layer[layer]):
-                    _push(heaps[FeatureId(layer, index)], acts[..., column], rows, count)
-    return {
-        feature: tuple(_example(items[-i], acts) for _, i, acts in sorted(heap, key=lambda e: (-e[0], -e[1])))
-        for feature, heap in heaps.items()
-    }
+            kinds = np.stack([np.where(items[i].inputs.is_image, IMAGE, TEXT) for i in rows])
+            with study.watching(np.array(rows), kinds, batch.tensors.get("attention_mask")):
+                adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1)
+    study.settle()
+    found: dict[FeatureId, list[FeatureExample]] = {feature: [] for feature in features}
+    for layer, indices in by_layer.items():
+        study.layers[layer].settle()
+        for column, item, acts in _kept(study.layers[layer].kept, items):
+            found[FeatureId(layer, indices[column])].append(_example(items[item], acts))
+    return {feature: tuple(examples) for feature, examples in found.items()}
+
+
+def _kept(pairs: Pairs, items: Sequence[StudyItem]) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Column of the feature, item and activations [T] of every pair, strongest first."""
+    for row in range(len(pairs)):
+        item, entries = int(pairs.item[row]), slice(pairs.starts[row], pairs.starts[row + 1])
+        acts = np.zeros(len(items[item].inputs), dtype=np.float32)
+        acts[pairs.positions[entries]] = pairs.levels[entries] * (pairs.peak[row] / LEVELS)
+        acts[pairs.position[row]] = pairs.peak[row]
+        yield int(pairs.feature[row]), item, acts
 
 
 def _by_length(items: Sequence[StudyItem]) -> list[list[int]]:
@@ -65,20 +80,7 @@ def _by_length(items: Sequence[StudyItem]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _push(heap: list, acts: Tensor, rows: list[int], count: int) -> None:
-    """Keep the `count` largest; item numbers are negated so that the earlier one wins a tie."""
-    peaks = acts.amax(1)
-    for row in peaks.argsort(descending=True, stable=True)[:count].tolist():
-        entry = (float(peaks[row]), -rows[row], acts[row].clone())
-        if entry[0] <= 0:
-            return
-        if len(heap) < count:
-            heapq.heappush(heap, entry)
-        elif entry[:2] > heap[0][:2]:
-            heapq.heapreplace(heap, entry)
-
-
-def _example(item: StudyItem, acts: Tensor) -> FeatureExample:
+def _example(item: StudyItem, acts: np.ndarray) -> FeatureExample:
     inputs = item.inputs
     soft = [i for i in range(len(inputs)) if inputs.is_image[i]]
     text = [i for i in range(len(inputs)) if not inputs.is_image[i]]

@@ -27,7 +27,11 @@ GROUPS = (
     "tracking",
     "attribution",
     "intervention",
+<<<<<<< HEAD
     "where",
+=======
+    "cross_modal",
+>>>>>>> structure
     "prompts",
     "debug",
 )

@@ -99,7 +99,7 @@ class Case:
 
 
 def config(**changes: Any) -> AttributionConfig:
-    """Settings that keep every feature and explain several logits, in the batches of the checks: equal to the last bit."""
+    """Settings that keep every feature and explain several logits, in the batches of the checks: equal bit for bit."""
     size = Limits().batch_size
     return AttributionConfig(**{"dtype": "float64", "logit_mass": 1.0, "max_logits": 5, "batch_size": size, **changes})
 

@@ -6,6 +6,7 @@ Legend: T positions of an item, S soft tokens among them, E positions that an ex
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -163,8 +164,8 @@ class StudyInfo:
     model: str
     transcoders: dict[str, object]
     n_features: dict[int, int]
-    data: dict[str, object]
-    settings: dict[str, object]
+    data: dict[str, Any]
+    settings: dict[str, Any]
     items: int
     rows: int
     positions: dict[str, int]

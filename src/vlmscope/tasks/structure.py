@@ -80,14 +80,15 @@ def seen(cfg: AppConfig, vlm: VLM, transcoders: TranscoderSet, study: StudyFolde
     from vlmscope.features.structure_pass import StructurePass
     from vlmscope.features.study_inputs import InputMaker
 
-    task, data = cfg.task, study.info.data
+    task = cfg.task
+    data: dict[str, Any] = study.info.data
     sources = {}
     for name, settings in data["sources"].items():
         one = SourceConfig(**settings)
         sources[name] = (one.weight, open_source(name, one, None, data["max_bad_shards"], False))
     limit = min(task.items, study.info.rows)
     rows = NumberedRows(sources, cfg.study.batch_size, limit=limit)
-    make = InputMaker(vlm, int(str(study.info.settings["max_tokens"])), cfg.study.max_skipped)
+    make = InputMaker(vlm, study.info.settings["max_tokens"], cfg.study.max_skipped)
     found = StructurePass(vlm.adapter, transcoders, task.per_item, task.seed)
     with tqdm(desc="structure", unit="row", total=limit) as bar:
         for batch in rows:

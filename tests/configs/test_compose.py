@@ -27,11 +27,9 @@ GROUPS = (
     "tracking",
     "attribution",
     "intervention",
-<<<<<<< HEAD
     "where",
-=======
+    "study",
     "cross_modal",
->>>>>>> structure
     "prompts",
     "debug",
 )

@@ -192,6 +192,8 @@ def time_to(runs: dict[str, list[Record]], name: str) -> Iterator[str]:
 
 def figure(records: Sequence[Record], path: Path) -> None:
     """FVU against tokens and against seconds, pictures above, text below: every repetition a line."""
+    from matplotlib.ticker import StrMethodFormatter
+
     from vlmscope.report.style import COLOURS, LINES, drawing
 
     with drawing(path, 9.0, 6.4) as drawn:
@@ -206,6 +208,8 @@ def figure(records: Sequence[Record], path: Path) -> None:
                     axes[row, 0].plot([s * one["tokens"] / 1e3 for s in steps], fvus, label=shown, **look)
                     axes[row, 1].plot(seconds, fvus, **look)
             axes[row, 0].set(ylabel=f"FVU, {stage}", yscale="log", xlabel="thousand tokens")
+            for ticks in ("major", "minor"):
+                getattr(axes[row, 0].yaxis, f"set_{ticks}_formatter")(StrMethodFormatter("{x:g}"))
             axes[row, 1].set(xlabel="seconds")
             axes[row, 0].legend()
 

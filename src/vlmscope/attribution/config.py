@@ -90,6 +90,7 @@ class AttributionConfig:
         patch_effect: what is followed: "total" (active features respond) or "direct" (the graph's own edges).
         patch_baseline: what a patch counts against: "grey" (pixels 0 after normalisation) or "mean" (of its picture).
         patch_rule: "frozen" (complete; docs/maths.md) or "gradient" (the plain gradient, for comparison).
+        labels: the run folder of a study whose labels (docs/labels.md) name the features in `graph.json`.
     """
 
     max_nodes: int = 7500
@@ -116,6 +117,7 @@ class AttributionConfig:
     patch_effect: str = "total"
     patch_baseline: str = "grey"
     patch_rule: str = "frozen"
+    labels: str | None = None
 
     def check(self) -> None:
         """Raise a `UserError` that names the first setting that makes no sense."""

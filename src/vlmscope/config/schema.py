@@ -198,9 +198,9 @@ class AppConfig:
     """Everything that one run is told. Tasks receive it resolved, as real instances of these classes.
 
     `image` is a path or a list of paths on the command line and always a list of paths (or None) in a task; `prompt`
-    holds the text of `prompt_file`, or the prompt of `prompts` that `prompt_name` names. `images` names the user's own
-    picture sets. `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit`,
-    `cross_modal` and `prompts` may be None.
+    holds the text of `prompt_file`, or the prompt of `prompts` that `prompt_name` names; `query` is what task=find
+    looks for. `images` names the user's own picture sets. `task` and `transcoder` hold the dataclass (or mapping) of
+    the chosen option; `circuit`, `cross_modal` and `prompts` may be None.
     """
 
     task: Any = MISSING

@@ -34,21 +34,19 @@ def feature_sheet(rows: Sequence[FeatureRow], path: str | Path, title: str = "",
     """
     if not rows:
         raise ValueError("no features to draw")
-    with drawing(path, 1.55 * columns + 0.2, 2.15 * len(rows) + 0.5) as figure:
+    with drawing(path, 1.55 * columns + 0.2, 2.35 * len(rows) + 0.5) as figure:
         if title:
             figure.suptitle(title, x=0.01, ha="left")
-        for row, part in zip(rows, np.atleast_1d(figure.subfigures(len(rows), 1)), strict=True):
+        parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+        for number, row in enumerate(rows):
+            part = parts[number]
             part.suptitle(f"{fill(row.title, 110)}\n{fill(row.subtitle, 130)}", x=0.01, ha="left", fontsize=9)
-            for axes, example in zip(part.subplots(1, columns, squeeze=False)[0], _padded(row.examples, columns)):
+            panels = part.subplots(1, columns, squeeze=False)[0]
+            for axes in panels:
                 axes.set_axis_off()
-                if example is not None:
-                    _draw(axes, example)
+            for axes, example in zip(panels, row.examples[:columns], strict=False):
+                _draw(axes, example)
     return Path(path)
-
-
-def _padded(examples: Sequence[FeatureExample], columns: int) -> list[FeatureExample | None]:
-    shown: list[FeatureExample | None] = list(examples[:columns])
-    return shown + [None] * (columns - len(shown))
 
 
 def _draw(axes: Axes, example: FeatureExample) -> None:
@@ -58,10 +56,8 @@ def _draw(axes: Axes, example: FeatureExample) -> None:
         axes.set_title(f"{example.activation:.2f}", fontsize=7, color=MUTED)
         return
     top = max((*example.patch_activations, *example.token_activations), default=0.0)
-    axes.imshow(
-        np.asarray(overlay(decode(example.image_png), example.patch_boxes, example.patch_activations, _SIDE, top))
-    )
+    picture = overlay(decode(example.image_png), example.patch_boxes, example.patch_activations, _SIDE, top)
+    axes.imshow(np.asarray(picture))
     axes.set_title(f"{example.activation:.2f}", fontsize=7, color=MUTED, pad=2)
-    axes.text(
-        0.5, -0.04, fill(words or example.caption, 26)[:80], ha="center", va="top", fontsize=6, transform=axes.transAxes
-    )
+    said = fill(words or example.caption, 26)[:80]
+    axes.text(0.5, -0.04, said, ha="center", va="top", fontsize=6, transform=axes.transAxes)

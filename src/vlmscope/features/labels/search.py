@@ -115,9 +115,8 @@ def _in_layer(
     for index in np.argsort(-total, kind="stable")[:count].tolist():
         if total[index] > 0.05:
             why = ["the label"] if by_label[index].any() else []
-            why += [
-                _says(facts, column) for column, part in zip(reasons[index], parts[index], strict=True) if part > 0.05
-            ]
+            matched = zip(reasons[index], parts[index], strict=True)
+            why += [_says(facts, column) for column, part in matched if part > 0.05]
             out.append(Match(FeatureId(layer, index), float(total[index]), "; ".join(dict.fromkeys(why))))
     return out
 

@@ -26,8 +26,10 @@ TOP, SAMPLES, N, F = 6, 40, 1200, 40
 
 
 class Planted:
-    """Items with a planet (or none) and words; feature 0 fires on mars, seen or said, 1 on earth or venus, 2 on words of
-    Mars's colour; the others at random, 39 on most items.
+    """Items with a planet (or none) and words.
+
+    Feature 0 fires on mars, seen or said, 1 on earth or venus, 2 on questions about the colour of mars; the others at
+    random, 39 on most items.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,125 @@
+"""task=label and task=find on the command line, labels in a graph, and what users get wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlmscope.app import main
+from vlmscope.core.ids import FeatureId
+from vlmscope.features.labels.reader import Labels
+from vlmscope.features.records import StudyFolder
+from vlmscope.models.tiny import tiny_image
+
+TINY = ["model=tiny_gemma3", "tracking=none"]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of a tiny model on rows with facts: every other picture is of a red planet."""
+    root = tmp_path_factory.mktemp("labels")
+    lines = []
+    for n in range(60):
+        colour = "red" if n % 2 else "blue"
+        tiny_image(n % 7).save(root / f"{n}.png")
+        texts = [{"user": f"what is this {'planet' if n % 4 < 2 else 'other one'} ?", "assistant": colour}]
+        lines.append({"images": [f"{n}.png"], "texts": texts, "facts": {"colour": colour, "number": n % 3}})
+    (root / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = root / "run"
+    sizes = ["study.top=6", "study.samples=12", "data=folder", f"data.path={root}"]
+    assert main(["task=study", *TINY, *sizes, f"hydra.run.dir={run}"]) == 0
+    assert main(["task=label", *TINY, f"task.study={run}", f"hydra.run.dir={root / 'label'}"]) == 0
+    return run
+
+
+def _error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_labels_come_with_scores_and_facts(study: Path) -> None:
+    metrics = json.loads((study.parent / "label/metrics.json").read_text())
+    assert metrics["label/features"] == sum(StudyFolder(study).info.n_features.values())
+    assert metrics["label/labelled"] > 0
+    labels = Labels(StudyFolder(study)).all()
+    assert any("colour = red" in label.text or '"red"' in label.text for label in labels.values())
+    assert all(label.score is not None and label.low is not None for label in labels.values())
+    before = (study / "study/labels/auto.parquet").read_bytes()
+    assert main(["task=label", *TINY, f"task.study={study}", f"hydra.run.dir={study.parent / 'again'}"]) == 0
+    assert (study / "study/labels/auto.parquet").read_bytes() == before
+
+
+def test_features_are_found_by_words_and_by_a_picture(study: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words"
+    assert main(["task=find", "query=red, planets", *TINY, f"task.study={study}", f"hydra.run.dir={words}"]) == 0
+    found = json.loads((words / "find.json").read_text())["features"]
+    assert found and {"layer", "index", "label", "score", "why"} <= set(found[0])
+    assert any("red" in one["why"] or "planet" in one["why"] for one in found)
+    assert (words / "figures/find.png").stat().st_size > 10_000
+    picture = tmp_path / "picture"
+    own = [f"image={study.parent / '1.png'}", "prompt=what is this planet ?", "task.count=20"]
+    assert main(["task=find", *own, *TINY, f"task.study={study}", f"hydra.run.dir={picture}"]) == 0
+    ranked = json.loads((picture / "find.json").read_text())["features"]
+    relevance = [one["relevance"] for one in ranked]
+    assert relevance == sorted(relevance, reverse=True) and all(one["activation"] > 0 for one in ranked)
+
+
+def test_hand_labels_are_found_and_reach_the_graph(study: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "trace"
+    plain = ["task=trace", *TINY, "prompt=what is this ?", f"image={study.parent / '1.png'}", "task.figure=false"]
+    assert main([*plain, f"hydra.run.dir={tmp_path / 'plain'}"]) == 0
+    nodes = json.loads((tmp_path / "plain/graph.json").read_text())["nodes"]
+    node = next(one for one in nodes if one["feature_type"] == "cross layer transcoder")
+    assert node["clerp"] == ""
+    layer, index, _ = node["node_id"].split("_")
+    hand = study / "study/labels/hand.yaml"
+    hand.write_text(f"L{layer}/{index}: a zebra\n")
+    try:
+        assert main([*plain, f"attribution.labels={study}", f"hydra.run.dir={folder}"]) == 0
+        named = {one["node_id"]: one["clerp"] for one in json.loads((folder / "graph.json").read_text())["nodes"]}
+        assert named[node["node_id"]] == "a zebra"
+        words = tmp_path / "words"
+        assert main(["task=find", "query=zebras", *TINY, f"task.study={study}", f"hydra.run.dir={words}"]) == 0
+        found = json.loads((words / "find.json").read_text())["features"]
+        assert [FeatureId(one["layer"], one["index"]) for one in found] == [FeatureId(int(layer), int(index))]
+        assert found[0]["source"] == "hand"
+    finally:
+        hand.unlink()
+
+
+def test_a_local_model_explains(study: Path, tmp_path: Path) -> None:
+    feature = next(iter(Labels(StudyFolder(study)).automatic))
+    own = [f"task.features=[{feature}]", "task.explainer=local", "task.shown=2", "task.judged=3", "task.set_name=vlm"]
+    assert main(["task=label", *own, *TINY, f"task.study={study}", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    assert (study / "study/labels/vlm.parquet").is_file()
+    (study / "study/labels/vlm.parquet").unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["task=label"], "no study: add task.study="),
+        (["task=label", "task.study=nowhere"], "no study.json in nowhere"),
+        (["task=label", "task.study=STUDY", "task.explainer=oracle"], "choose endpoint or local"),
+        (["task=label", "task.study=STUDY", "task.explainer=local"], "add 'task.features="),
+        (["task=label", "task.study=STUDY", "task.explainer=local", "task.features=[L0/99999]"], "no feature L0/99999"),
+        (
+            ["task=label", "task.study=STUDY", "task.explainer=endpoint", "task.features=[L0/1]",
+             "task.url=http://127.0.0.1:9/v1", "task.name_at_url=m", "task.retries=0"],
+            "http://127.0.0.1:9/v1 does not answer",
+        ),
+        (["task=find", "task.study=STUDY"], "give one of the two"),
+        (["task=find", "task.study=STUDY", "query=xylophone"], "has to do with that"),
+        (["task=find", "task.study=STUDY", "query=?"], "has no word"),
+        (["task=find", "task.study=STUDY", "image=PICTURE", "model=tiny_llava"], "not of"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    own = [one.replace("STUDY", str(study)).replace("PICTURE", str(study.parent / "1.png")) for one in arguments]
+    model = [] if any(one.startswith("model=") for one in own) else TINY[:1]
+    assert message in _error([*own, *model, "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"], capsys)

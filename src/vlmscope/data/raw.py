@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlmscope.core.conversation import Conversation, Document, Exchange, Sample
@@ -27,12 +27,14 @@ class RawSample:
         exchanges: what is said; empty for plain text.
         text: plain text; empty for a conversation.
         origin: where it came from, for messages.
+        facts: what is known of it, by name; no model sees them and no shard keeps them.
     """
 
     images: tuple[bytes, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
     text: str = ""
     origin: str = ""
+    facts: Mapping[str, str | int] = field(default_factory=dict, compare=False)
 
     def opened(self) -> Sample:
         """The record that a model reads.

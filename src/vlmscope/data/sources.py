@@ -9,6 +9,7 @@ from vlmscope.core.conversation import CAPTION_REQUEST, Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import derive
 from vlmscope.data.hf_rows import hf_source
+from vlmscope.data.orrery.dataset import plain_facts
 from vlmscope.data.orrery.scene import KINDS, SPLITS, Scene, make_scene
 from vlmscope.data.raw import RawSample, held_out
 from vlmscope.data.readers import Indexed, Source
@@ -73,13 +74,15 @@ def scene_sample(scene: Scene, stream: str) -> RawSample:
     "questions" picks one by the scene's key, since Orrery was trained on single turns; "dialogues" asks all, caption
     apart.
     """
+    facts = plain_facts(scene.kind, scene.facts)
     if scene.image is None:
-        return RawSample(text=" ".join(f"{q.question} {q.answer}" for q in scene.questions), origin=scene.key)
+        said = " ".join(f"{q.question} {q.answer}" for q in scene.questions)
+        return RawSample(text=said, origin=scene.key, facts=facts)
     asked = [q for q in scene.questions if (q.group == "caption") == (stream == "captions")]
     if stream == "questions":
         asked = [asked[derive(0, "question", scene.key) % len(asked)]]
     exchanges = tuple(Exchange(q.question, q.answer) for q in asked)
-    return RawSample((encode_png(scene.image),), exchanges, origin=scene.key)
+    return RawSample((encode_png(scene.image),), exchanges, origin=scene.key, facts=facts)
 
 
 def _folder(name: str, config: SourceConfig, split: str, check_pictures: bool) -> Indexed:
@@ -95,11 +98,14 @@ def _folder(name: str, config: SourceConfig, split: str, check_pictures: bool) -
         record = lines.record(number)
         origin = lines.origin(number)
         pictures = tuple(_file(lines.path.parent / image, origin) for image in record.get("images") or [])
+        given = record.get("facts")
+        facts = {k: v for k, v in given.items() if isinstance(v, str | int)} if isinstance(given, dict) else {}
         if "texts" in record:
-            return RawSample(pictures, tuple(Exchange(e["user"], e["assistant"]) for e in record["texts"]), "", origin)
+            exchanges = tuple(Exchange(e["user"], e["assistant"]) for e in record["texts"])
+            return RawSample(pictures, exchanges, "", origin, facts)
         if pictures:
-            return RawSample(pictures, (Exchange(CAPTION_REQUEST, record["text"]),), "", origin)
-        return RawSample(text=record["text"], origin=origin)
+            return RawSample(pictures, (Exchange(CAPTION_REQUEST, record["text"]),), "", origin, facts)
+        return RawSample(text=record["text"], origin=origin, facts=facts)
 
     return Indexed(name, count, sample)
 

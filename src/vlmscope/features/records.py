@@ -181,6 +181,15 @@ class StudyFolder:
             np.stack([histogram(kind) for kind in KINDS], axis=1),
         )
 
+    def examples(self, layer: int) -> pa.Table:
+        """The table of all examples of a layer (`study_schema.EXAMPLE_TABLE`), by feature, group and rank.
+
+        Raises:
+            UserError: as `feature`.
+        """
+        self.check(FeatureId(layer, 0))
+        return read_table(self._file(EXAMPLES, layer), EXAMPLE_TABLE)
+
     @cached_property
     def items(self) -> StudyItems:
         """Every item that an example refers to, `items[id]`."""

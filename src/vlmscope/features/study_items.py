@@ -72,12 +72,13 @@ class StudyItems:
         """PIL pictures of an item; see `StudyFolder.pictures`."""
         if not item.n_pictures:
             return ()
-        sample = row_of(self._source(item.source), item.row)
+        sample = row_of(self.source(item.source), item.row)
         if sample.digest().hex() != item.digest:
             raise UserError(f"{item.origin}: not what the study saw; give the data that it was made of")
         return tuple(decode_image(data, f"{item.origin}: picture {n}") for n, data in enumerate(sample.images, start=1))
 
-    def _source(self, name: str) -> Source:
+    def source(self, name: str) -> Source:
+        """One of the study's sources, opened again."""
         if name not in self._sources:
             config = SourceConfig(**self.data["sources"][name])
             self._sources[name] = open_source(name, config, max_bad_shards=self.data["max_bad_shards"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,15 @@ def from_sample(sample: dict[str, Any]) -> Scene:
 
 def scene_row(sample: dict[str, Any]) -> RawSample:
     """A scene's sample as its picture, if it has one, with one of its questions, picked by the scene's key."""
-    questions, key = json.loads(sample["json"])["questions"], sample["__key__"]
-    _, question, answer = questions[derive(0, "question", key) % len(questions)]
+    body, key = json.loads(sample["json"]), sample["__key__"]
+    _, question, answer = body["questions"][derive(0, "question", key) % len(body["questions"])]
     pictures = (sample["png"],) if "png" in sample else ()
-    return RawSample(pictures, (Exchange(question, answer),), origin=key)
+    return RawSample(pictures, (Exchange(question, answer),), "", key, plain_facts(body["kind"], body["facts"]))
+
+
+def plain_facts(kind: str, facts: Mapping[str, Any]) -> dict[str, str | int]:
+    """What a scene shows, in words and whole numbers: its kind and its facts, places left out."""
+    return {"scene": kind} | {name: value for name, value in facts.items() if isinstance(value, str | int)}
 
 
 class ScenePool:

@@ -1,0 +1,105 @@
+"""Automatic labels of all features of a study, offline: proposed by contrast on one half of the items, scored on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vlmscope.core.ids import FeatureId
+from vlmscope.core.seeds import generator
+from vlmscope.features.labels.item_facts import ItemFacts
+from vlmscope.features.labels.known import KnownItems, known_items
+from vlmscope.features.labels.label import NONE, Label
+from vlmscope.features.labels.places import PlaceLabel, Places, place_labels
+from vlmscope.features.labels.propose import propose
+from vlmscope.features.labels.rules import Rule
+from vlmscope.features.labels.scores import Detection, detection, discoveries
+from vlmscope.features.records import StudyFolder
+
+
+@dataclass(frozen=True)
+class LabelledLayer:
+    """Labels of a layer's features in order, and the scores that the same steps give on shuffled activations."""
+
+    layer: int
+    labels: list[Label]
+    shuffled: list[Label]
+
+
+def label_layer(
+    study: StudyFolder, layer: int, facts: ItemFacts, at: Places, seed: int = 0, shuffles: int = 1
+) -> LabelledLayer:
+    """Label all features of a layer.
+
+    Args:
+        study: the study.
+        layer: which.
+        facts: of its items.
+        at: of its items' positions.
+        seed: of the shuffles.
+        shuffles: how often everything is done again on shuffled activations; 0 for not at all.
+    """
+    examples = study.examples(layer)
+    known = known_items(study, layer, examples, facts)
+    window = int(str(study.info.settings["window"]))
+    labels = list(_labels(facts, known, place_labels(at, facts, known, examples, window)))
+    rng, shuffled = generator(seed, "shuffled labels", layer), []
+    for _ in range(shuffles):
+        mixed = known.shuffled(rng, len(facts.ids))
+        # Places are shuffled within the items on which the feature fires, so those stay as they are.
+        mixed_places = place_labels(at, facts, known, examples, window, rng)
+        shuffled += _labels(facts, mixed, mixed_places)
+    return LabelledLayer(layer, labels, shuffled)
+
+
+def judged(layers: list[LabelledLayer]) -> list[tuple[FeatureId, Label]]:
+    """All labels, with what beats chance decided over all of them together."""
+    found = [(FeatureId(one.layer, index), label) for one in layers for index, label in enumerate(one.labels)]
+    p = np.array([np.nan if label.p is None else label.p for _, label in found])
+    return [
+        (feature, replace(label, beats_chance=bool(better)))
+        for (feature, label), better in zip(found, discoveries(p), strict=True)
+    ]
+
+
+def score_rule(facts: ItemFacts, known: KnownItems, feature: int, rule: Rule) -> tuple[Detection | None, float | None]:
+    """A rule on the items for scoring: detection of the drawn items, and the AUROC of the strongest ones alone."""
+    rows = known.rows(feature)
+    item, drawn = known.item[rows], known.drawn[rows]
+    own = facts.half[item]
+    positive = item[own & drawn & known.positive[rows]]
+    background = np.flatnonzero(facts.half[: int(known.reach[feature])])
+    others = facts.grades(rule, np.setdiff1d(background, positive))
+    strongest = facts.grades(rule, item[own & known.top[rows]])
+    silent = facts.grades(rule, np.setdiff1d(background, item[drawn]))
+    top = detection(strongest, silent)
+    return detection(facts.grades(rule, positive), others), None if top is None else top.auroc
+
+
+def _labels(facts: ItemFacts, known: KnownItems, found: list[PlaceLabel | None]) -> Iterator[Label]:
+    for feature, place in enumerate(found):
+        yield _label(facts, known, feature, place)
+
+
+def _label(facts: ItemFacts, known: KnownItems, feature: int, place: PlaceLabel | None) -> Label:
+    proposal = propose(facts, known, feature)
+    where = {} if place is None else {"place": place.part.place, "place_score": place.auroc}
+    strong = bool(known.strong[feature])
+    if proposal is not None:
+        rule = proposal.rule
+        score, top = score_rule(facts, known, feature, rule)
+        if score is not None:
+            words = ", ".join(part for part in (rule.text, where.get("place")) if part)
+            return Label(
+                f"strong: {words}" if strong else words, "auto", "items",
+                score.auroc, score.low, score.high, score.balanced, score.p, score.positives, score.negatives,
+                strong=strong, top_score=top, rule=rule.to_json(), **where,
+            )  # fmt: skip
+    if place is None:
+        return NONE
+    return Label(
+        place.part.place, "auto", "positions", place.auroc, place.low, place.high, place.auroc, place.p, place.items,
+        strong=strong, **where,
+    )  # fmt: skip

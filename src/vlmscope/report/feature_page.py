@@ -62,6 +62,11 @@ class PageLabel:
     beats_chance: bool = False
     place: str = ""
 
+    @property
+    def holds(self) -> bool:
+        """It was not scored, or its score beats chance."""
+        return self.score is None or self.beats_chance
+
 
 @dataclass(frozen=True)
 class GraphUse:
@@ -125,8 +130,8 @@ class FeaturePage:
 
     @property
     def title(self) -> str:
-        """The label, or the guess."""
-        return self.label.text if self.label else self.guess
+        """The label, or, where there is none that holds, the guess."""
+        return self.label.text if self.label and self.label.holds else self.guess
 
     @property
     def file(self) -> str:
@@ -166,7 +171,7 @@ class FeaturePage:
         """Where it fires, how often, and what it promotes, in words."""
         said = words.sentence(self.record, self.facts.items)
         # Without a label this is the title.
-        return f"Strongest {self.guess}. {said}" if self.label and self.groups else said
+        return f"Strongest {self.guess}. {said}" if self.label and self.label.holds and self.groups else said
 
     def render(self, before: FeatureId | None = None, after: FeatureId | None = None) -> str:
         """The page as one HTML string; `before` and `after` are its neighbours in the gallery."""

@@ -27,8 +27,8 @@
     });
     if (best >= 0 && "peak" in holder.dataset) {
       const [x, y, w, h] = place(best);
-      pen.lineWidth = 6; pen.strokeStyle = "#000"; pen.strokeRect(x + 3, y + 3, w - 6, h - 6);
-      pen.lineWidth = 2; pen.strokeStyle = "#fff"; pen.strokeRect(x + 3, y + 3, w - 6, h - 6);
+      pen.lineWidth = 9; pen.strokeStyle = "#000"; pen.strokeRect(x + 4.5, y + 4.5, w - 9, h - 9);
+      pen.lineWidth = 4; pen.strokeStyle = "#fff"; pen.strokeRect(x + 4.5, y + 4.5, w - 9, h - 9);
     }
     holder.append(canvas);
   };

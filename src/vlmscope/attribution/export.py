@@ -33,8 +33,8 @@ FEATURE_TYPES = {
 
 
 def cantor_pair(layer: int, index: int) -> int:
-    """The one number that the viewers know a feature by: (l + i)(l + i + 1) / 2 + i."""
-    return (layer + index) * (layer + index + 1) // 2 + index
+    """The one number that the viewers know a feature by; see `FeatureId.cantor`."""
+    return FeatureId(layer, index).cantor
 
 
 def node_id(graph: AttributionGraph, node: int) -> str:

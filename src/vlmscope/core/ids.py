@@ -17,6 +17,11 @@ class FeatureId(NamedTuple):
     def __str__(self) -> str:
         return f"L{self.layer}/{self.index}"
 
+    @property
+    def cantor(self) -> int:
+        """The one number that the field's viewers know a feature by: (l + i)(l + i + 1) / 2 + i."""
+        return (self.layer + self.index) * (self.layer + self.index + 1) // 2 + self.index
+
     @classmethod
     def parse(cls, text: str) -> "FeatureId":
         """Read `L3/512` (spaces around it are allowed).

@@ -19,6 +19,7 @@ TEXT, IMAGE, ANSWER = range(3)
 TOP = "top"  # the group of the strongest examples; samples are in "q1" (weakest) .. "q<n>"
 BINS = 64  # of histograms, two an octave
 LOWEST_OCTAVE = -16
+PICTURE = "[picture]"  # stands for soft tokens where text is shown
 LEVELS = 255  # the level of an example's peak
 
 Words = tuple[tuple[str, float], ...]
@@ -107,6 +108,79 @@ class StudyExample:
     def activations(self, length: int) -> np.ndarray:
         """`[length]` float32 of all positions of the item, to 1/510 of the peak."""
         return self.dense_levels(length).astype(np.float32) * np.float32(self.activation / LEVELS)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a reader sees of some neighbouring positions: one token, or all soft tokens of a picture in a row.
+
+    Attributes:
+        text: the token; `PICTURE` for soft tokens.
+        kind: `TEXT`, `IMAGE` or `ANSWER`.
+        activation: the largest there.
+        peak: the example's peak is there.
+    """
+
+    text: str
+    kind: int
+    activation: float
+    peak: bool
+
+
+@dataclass(frozen=True)
+class ExampleView:
+    """An example with its item, position by position.
+
+    Attributes:
+        activations: `[T]` float32.
+        levels: `[T]` uint8, the same in 255ths of the peak.
+    """
+
+    example: StudyExample
+    item: StudyItem
+    activations: np.ndarray
+    levels: np.ndarray
+
+    @property
+    def patch_activations(self) -> np.ndarray:
+        """`[S]` float32, beside `item.patch_boxes`."""
+        return self.activations[self.item.kinds == IMAGE]
+
+    def grid(self, picture: int = 0) -> np.ndarray | None:
+        """`[rows, columns]` uint8 levels of one picture; None where its soft tokens are no plain grid."""
+        rows, columns = self.item.grids[picture]
+        return self.picture_levels(picture).reshape(rows, columns) if rows else None
+
+    def picture_levels(self, picture: int) -> np.ndarray:
+        """`[P]` uint8 levels of one picture's P soft tokens."""
+        return self.levels[self.item.kinds == IMAGE][self.item.pictures == picture]
+
+    def picture_boxes(self, picture: int) -> tuple[PatchBox, ...]:
+        """The parts of one picture that its P soft tokens stand for."""
+        return tuple(self.item.patch_boxes[at] for at in np.flatnonzero(self.item.pictures == picture))
+
+    def window(self, size: int = 16) -> tuple[tuple[str, ...], np.ndarray]:
+        """Text tokens within `size` of the peak, soft tokens left out, and their activations `[W]` float32."""
+        text = np.flatnonzero(self.item.kinds != IMAGE)
+        middle = int(np.searchsorted(text, self.example.position))
+        near = text[max(0, middle - size) : middle + size + 1]
+        return tuple(self.item.tokens[i] for i in near), self.activations[near]
+
+    def places(self, size: int = 16) -> tuple[Place, ...]:
+        """The text within `size` places of the peak, in which every run of a picture's soft tokens is one place."""
+        kinds = self.item.kinds
+        pictures = np.full(len(kinds), -1)
+        pictures[kinds == IMAGE] = self.item.pictures
+        alone = (kinds[1:] != IMAGE) | (pictures[1:] != pictures[:-1])
+        runs = np.split(np.arange(len(kinds)), np.flatnonzero(alone) + 1)
+        middle = next(n for n, run in enumerate(runs) if run[-1] >= self.example.position)
+        first = max(0, middle - size)
+        return tuple(self._place(run, n == middle) for n, run in enumerate(runs[first : middle + size + 1], first))
+
+    def _place(self, run: np.ndarray, peak: bool) -> Place:
+        kind = int(self.item.kinds[run[0]])
+        text = PICTURE if kind == IMAGE else self.item.tokens[run[0]]
+        return Place(text, kind, float(self.activations[run].max()), peak)
 
 
 @dataclass(frozen=True)

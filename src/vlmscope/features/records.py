@@ -21,7 +21,7 @@ import pyarrow as pa
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
-from vlmscope.core.study import BINS, IMAGE, KINDS, TOP, FeatureRecord, StudyExample, StudyInfo, StudyItem, Words
+from vlmscope.core.study import BINS, KINDS, TOP, ExampleView, FeatureRecord, StudyExample, StudyInfo, StudyItem, Words
 from vlmscope.features.study_items import StudyItems
 from vlmscope.features.study_schema import (
     EXAMPLE_TABLE,
@@ -59,40 +59,6 @@ class LayerTable:
     def dead(self) -> np.ndarray:
         """`[F]` bool: never active in the study."""
         return self.items_fired == 0
-
-
-@dataclass(frozen=True)
-class ExampleView:
-    """An example with its item, position by position.
-
-    Attributes:
-        activations: `[T]` float32.
-        levels: `[T]` uint8, the same in 255ths of the peak.
-    """
-
-    example: StudyExample
-    item: StudyItem
-    activations: np.ndarray
-    levels: np.ndarray
-
-    @property
-    def patch_activations(self) -> np.ndarray:
-        """`[S]` float32, beside `item.patch_boxes`."""
-        return self.activations[self.item.kinds == IMAGE]
-
-    def grid(self, picture: int = 0) -> np.ndarray | None:
-        """`[rows, columns]` uint8 levels of one picture; None where its soft tokens are no plain grid."""
-        rows, columns = self.item.grids[picture]
-        if not rows:
-            return None
-        return self.levels[self.item.kinds == IMAGE][self.item.pictures == picture].reshape(rows, columns)
-
-    def window(self, size: int = 16) -> tuple[tuple[str, ...], np.ndarray]:
-        """Text tokens within `size` of the peak, soft tokens left out, and their activations `[W]` float32."""
-        text = np.flatnonzero(self.item.kinds != IMAGE)
-        middle = int(np.searchsorted(text, self.example.position))
-        near = text[max(0, middle - size) : middle + size + 1]
-        return tuple(self.item.tokens[i] for i in near), self.activations[near]
 
 
 class StudyFolder:

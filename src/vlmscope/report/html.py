@@ -18,6 +18,8 @@ from vlmscope.report import sections as parts
 from vlmscope.report import thumbnails
 from vlmscope.report.sections import Section
 
+TEMPLATES = Path(__file__).parent / "templates"
+
 
 @dataclass(frozen=True)
 class ReportPage:
@@ -36,7 +38,7 @@ class ReportPage:
         """The page as one HTML string."""
         anchors = _anchors([section.title for section in self.sections])
         pairs = list(zip(anchors, self.sections, strict=True))
-        return _environment().get_template("page.html.j2").render(page=self, sections=pairs)
+        return environment().get_template("page.html.j2").render(page=self, sections=pairs)
 
     def write(self, path: str | Path) -> Path:
         """Render and write atomically; returns the path.
@@ -49,9 +51,10 @@ class ReportPage:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+def environment() -> Environment:
+    """The template engine with the filters of all pages."""
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -69,10 +72,10 @@ def _environment() -> Environment:
         "spans": thumbnails.token_spans,
         "picture": _example_picture,
     }
-    environment.filters.update(filters)
-    environment.tests["rate"] = lambda value: isinstance(value, Rate)
-    environment.tests["numeric"] = lambda value: value is not None and not isinstance(value, str)
-    return environment
+    made.filters.update(filters)
+    made.tests["rate"] = lambda value: isinstance(value, Rate)
+    made.tests["numeric"] = lambda value: value is not None and not isinstance(value, str)
+    return made
 
 
 def _example_picture(example: FeatureExample) -> bytes:

@@ -40,14 +40,16 @@ def png_bytes(image: Image.Image | np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def data_uri(png: bytes) -> str:
-    """PNG bytes as a `data:` address that a page can hold.
+def data_uri(picture: bytes) -> str:
+    """PNG or JPEG bytes as a `data:` address that a page can hold.
 
     Raises:
-        ValueError: the bytes are not a PNG.
+        ValueError: the bytes are neither.
     """
-    png_size(png)
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    jpeg = picture[:3] == b"\xff\xd8\xff"
+    if not jpeg:
+        png_size(picture)
+    return f"data:image/{'jpeg' if jpeg else 'png'};base64," + base64.b64encode(picture).decode("ascii")
 
 
 def png_size(png: bytes) -> tuple[int, int]:
@@ -128,10 +130,15 @@ def example_alt(example: FeatureExample) -> str:
     if not example.patch_boxes or max(example.patch_activations) <= 0:
         return f"{example.caption}; the feature does not fire on the picture"
     box = example.patch_boxes[int(np.argmax(example.patch_activations))]
+    firing = sum(value > 0 for value in example.patch_activations)
+    return f"{example.caption}; fires on {firing} of {len(example.patch_boxes)} patches, most at {where(box)}"
+
+
+def where(box: PatchBox) -> str:
+    """Which part of a picture a patch is in, such as `top left`."""
     down = ("top", "middle", "bottom")[min(2, int(3 * (box.top + box.bottom) / 2))]
     across = ("left", "centre", "right")[min(2, int(3 * (box.left + box.right) / 2))]
-    firing = sum(value > 0 for value in example.patch_activations)
-    return f"{example.caption}; fires on {firing} of {len(example.patch_boxes)} patches, most at {down} {across}"
+    return f"{down} {across}"
 
 
 def token_spans(example: FeatureExample, context: int = 3) -> list[TokenSpan]:

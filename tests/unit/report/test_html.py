@@ -10,7 +10,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.report import sections as s
 from vlmscope.report.html import ReportPage
 
-VOID = {"meta", "img", "br", "link", "line", "path", "circle"}
+VOID = {"meta", "img", "input", "br", "link", "line", "path", "circle"}
 
 
 class Parsed(HTMLParser):

@@ -69,7 +69,10 @@ def test_png_round_trip_and_refusals() -> None:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="JPEG")
     with pytest.raises(ValueError, match="not a PNG"):
-        thumbnails.data_uri(buffer.getvalue())
+        thumbnails.png_size(buffer.getvalue())
+    assert thumbnails.data_uri(buffer.getvalue()).startswith("data:image/jpeg;base64,/9j/")
+    with pytest.raises(ValueError, match="not a PNG"):
+        thumbnails.data_uri(b"<svg onload=alert(1)>")
 
 
 def test_alt_text_says_where() -> None:

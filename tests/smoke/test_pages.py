@@ -1,0 +1,125 @@
+"""task=pages on the command line: from a study to pages, with a graph, without pictures, and what users get wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jsonschema
+import pytest
+from tests.smoke.test_study import STUDY
+
+import vlmscope
+from vlmscope.app import main
+from vlmscope.core.ids import FeatureId
+from vlmscope.features.labels.label import Label, set_path, write_labels
+from vlmscope.features.records import StudyFolder
+from vlmscope.models.tiny import tiny_image
+
+SCHEMA = Path(vlmscope.__file__).parent / "report" / "schema" / "feature.schema.json"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for n in range(12):
+        tiny_image(n).save(folder / f"{n}.png")
+        texts = [{"user": "what is this ?", "assistant": "red" if n % 2 else "the other one"}]
+        lines.append({"images": [f"{n}.png"], "texts": texts} if n % 3 else {"text": "the red planet and the other"})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("study") / "run"
+    assert main([*STUDY, f"data.path={data}", f"hydra.run.dir={run}"]) == 0
+    return run
+
+
+def pages(study: Path, run: Path, *more: str) -> list[str]:
+    return ["task=pages", f"task.study={study}", f"hydra.run.dir={run}", "tracking=none", *more]
+
+
+def firing(study: Path, kind: int) -> FeatureId:
+    """The feature of layer 1 that fires most at positions of a kind."""
+    return FeatureId(1, int(StudyFolder(study).layer(1).fired[:, kind].argmax()))
+
+
+def test_pages_of_named_features(study: Path, tmp_path: Path) -> None:
+    picture, words = firing(study, 1), firing(study, 2)
+    assert main(pages(study, tmp_path / "run", f"task.features=[{picture},{words}]")) == 0
+    folder = tmp_path / "run" / "pages"
+    index = (folder / "index.html").read_text()
+    assert index.index(f"<b>{picture}</b>") < index.index(f"<b>{words}</b>")
+    record = StudyFolder(study).feature(picture)
+    body = json.loads((folder / "features" / f"{picture.cantor}.json").read_text())
+    jsonschema.validate(body, json.loads(SCHEMA.read_text()))
+    assert body["act_max"] == pytest.approx(record.activation_max)
+    found = body["examples_quantiles"][0]["examples"][0]
+    assert max(found["tokens_acts_list"]) == pytest.approx(record.examples[0].activation)
+    page = (folder / f"L1_{picture.index}.html").read_text()
+    assert "data:image/" in page and f"L1_{words.index}.html" in page
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["pages/features"], metrics["pages/labelled"], metrics["pages/pictures_missing"]) == (2, 0, 0)
+
+
+def test_pages_by_rule_with_labels(study: Path, tmp_path: Path) -> None:
+    labelled = tmp_path / "study"
+    shutil.copytree(study, labelled)
+    feature = firing(study, 1)
+    write_labels(
+        set_path(labelled / "study", "auto"), [(feature, Label("red <b> things", "auto", score=0.9, beats_chance=True))]
+    )
+    assert main(pages(labelled, tmp_path / "a", "task.rule=score")) == 0
+    assert "red &lt;b&gt; things" in (tmp_path / "a/pages" / f"L1_{feature.index}.html").read_text()
+    assert json.loads((tmp_path / "a/metrics.json").read_text())["pages/labelled"] == 1
+    assert main(pages(study, tmp_path / "b", "task.rule=random", "task.top=5", "task.layers=[0,1]")) == 0
+    names = sorted(path.name for path in (tmp_path / "b/pages").glob("L*.html"))
+    assert len(names) == 5 and {name[:2] for name in names} == {"L0", "L1"}
+
+
+def test_features_of_a_graph_link_to_it(study: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "my trace"
+    question = ["prompt=what is this ?", "model=tiny_gemma3", "task.figure=false", "tracking=none"]
+    assert main(["task=trace", *question, f"hydra.run.dir='{trace}'"]) == 0
+    assert main(pages(study, tmp_path / "run", f"task.from_graph='{trace}'", "task.top=30")) == 0
+    texts = [path.read_text() for path in (tmp_path / "run/pages").glob("L*.html")]
+    assert len(texts) == 30
+    linked = [text for text in texts if "../../my%20trace/graph.json" in text]
+    assert linked and all("what is this ?" in text for text in linked)
+
+
+def test_pages_without_the_pictures_say_so(study: Path, data: Path, tmp_path: Path) -> None:
+    feature = firing(study, 1)
+    away = data.with_name("away")
+    data.rename(away)
+    try:
+        assert main(pages(study, tmp_path / "run", f"task.features=[{feature}]")) == 0
+    finally:
+        away.rename(data)
+    page = (tmp_path / "run/pages" / f"L1_{feature.index}.html").read_text()
+    assert "Pictures are missing" in page and "picture not available" in page and "data:image" not in page
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["pages/pictures_missing"] > 0
+
+
+def test_mistakes_are_one_line(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main(pages(study, tmp_path / "run", *arguments)) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    assert "no feature L1/99999" in error("task.features=[L1/99999]")
+    assert "has no layer 77" in error("task.features=[L77/1]")
+    assert "not a feature id" in error("task.features=[mars]")
+    assert "did you mean 'image'" in error("task.rule=imge")
+    assert "give one of them" in error("task.rule=image", "task.features=[L1/1]")
+    assert "goes with task.rule=" in error("task.layers=[1]", "task.features=[L1/1]")
+    assert "no labels 'auto'" in error("task.rule=score")
+    assert "labels/mine.parquet" in error("task.labels=mine")
+    assert "is neither a run folder nor a file" in error("task.from_graph=/nowhere")
+    assert "no circuit.yaml" in error("task.from_circuit=/nowhere")
+    assert "task.top=0" in error("task.top=0")
+    assert "no study.json" in error("task.study=/nowhere")
+    assert "no study: add task.study=" in error("task.study=null")

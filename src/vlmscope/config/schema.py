@@ -13,6 +13,7 @@ from omegaconf import II, MISSING
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.core.errors import UserError
+from vlmscope.data.pair_config import PairsConfig
 from vlmscope.data.prompts import PromptSetConfig
 from vlmscope.data.source_config import SourceConfig, check_source
 from vlmscope.features.study_config import StudyConfig
@@ -197,8 +198,8 @@ class AppConfig:
 
     `image` is a path or a list of paths on the command line and always a list of paths (or None) in a task; `prompt`
     holds the text of `prompt_file`, or the prompt of `prompts` that `prompt_name` names. `images` names the user's own
-    picture sets. `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit` and `prompts`
-    may be None.
+    picture sets. `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit`, `prompts`
+    and `pairs` may be None.
     """
 
     task: Any = MISSING
@@ -213,6 +214,7 @@ class AppConfig:
     study: StudyConfig = field(default_factory=StudyConfig)
     circuit: CircuitConfig | None = None
     prompts: PromptSetConfig | None = None
+    pairs: PairsConfig | None = None
     image: Any = None
     prompt: str | None = None
     prompt_file: str | None = None

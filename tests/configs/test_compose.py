@@ -27,6 +27,7 @@ GROUPS = (
     "tracking",
     "attribution",
     "intervention",
+    "interchange",
     "prompts",
     "pairs",
     "debug",

@@ -12,6 +12,7 @@ from omegaconf import II, MISSING
 
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
+from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.core.errors import UserError
 from vlmscope.data.pair_config import PairsConfig
 from vlmscope.data.prompts import PromptSetConfig
@@ -211,6 +212,7 @@ class AppConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
+    interchange: InterchangeConfig = field(default_factory=InterchangeConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     circuit: CircuitConfig | None = None
     prompts: PromptSetConfig | None = None

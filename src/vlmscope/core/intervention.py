@@ -22,6 +22,16 @@ class Rate:
     control: float | None = None
 
 
+@dataclass(frozen=True)
+class Mean:
+    """A mean over cases with its bootstrap 95 % interval."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+    cases: int
+
+
 class Change(NamedTuple):
     """How far next tokens moved: mean KL(before || after) in nats, share whose most probable token is another."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlmscope.core.intervention import Rate
+from vlmscope.core.intervention import Mean, Rate
 from vlmscope.core.seeds import generator
 
 RESAMPLES = 2000
@@ -32,6 +32,20 @@ def bootstrap_rate(hits: Sequence[bool] | np.ndarray, seed: int = 0, control: fl
     elif mean == 0.0:
         high = min(3.0 / values.size, 1.0)
     return Rate(mean, low, high, int(values.size), control)
+
+
+def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0) -> Mean:
+    """The mean of some values with its percentile-bootstrap 95 % interval.
+
+    Raises:
+        ValueError: no values.
+    """
+    found = np.asarray(values, dtype=float)
+    if found.size == 0:
+        raise ValueError("a mean needs at least one case")
+    resampled = generator(seed, "bootstrap").choice(found, (RESAMPLES, found.size)).mean(1)
+    low, high = (float(v) for v in np.quantile(resampled, (0.025, 0.975)))
+    return Mean(float(found.mean()), low, high, int(found.size))
 
 
 def kl_divergence(before: np.ndarray, after: np.ndarray) -> np.ndarray:

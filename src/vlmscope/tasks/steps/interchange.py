@@ -27,6 +27,7 @@ from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import CircuitFeature, Curve, FlipRow, Rate, Supernode
+from vlmscope.interventions.edits import Plan
 from vlmscope.interventions.generate import generate_edited
 from vlmscope.interventions.named import by_layer, mean_activations
 from vlmscope.metrics.causal import bootstrap_rate
@@ -153,9 +154,10 @@ def interchange_rows(
     for label, features in sets.items():
         for name, case in cases.items():
             own = case.subject.moves and label in (ALL, f"features of {name}")
+            whole = interchange_plan(bench.vlm.adapter, bench.transcoders, case.subject, features)
             plans = [("all", mode) for mode in settings.modes] + [(scope, "free") for scope in settings.scopes]
             for scope, mode in plans if own else [("all", "free")]:
-                rows.append(one_row(bench, case.subject, label, features, scope, mode, means))
+                rows.append(one_row(bench, case.subject, label, whole, scope, mode, means))
     return rows
 
 
@@ -163,16 +165,14 @@ def one_row(
     bench: Bench,
     subject: PairSubject,
     label: str,
-    features: Features,
+    whole: Plan,
     scope: str,
     mode: str,
     means: Mapping[int, Tensor],
 ) -> InterchangeRow:
-    """Run one interchange with its controls; where every feature is carried there are none to draw."""
+    """Run an interchange in one scope with its controls; where every feature is carried there are none to draw."""
     adapter, transcoders = bench.vlm.adapter, bench.transcoders
-    plan = in_scope(
-        interchange_plan(adapter, transcoders, subject, features), scope, subject.batch.roles, adapter.n_layers - 1
-    )
+    plan = in_scope(whole, scope, subject.batch.roles, adapter.n_layers - 1)
     found = run_interchange(adapter, transcoders, subject, plan, mode)
     headline = (scope, mode) == ("all", "free")
     draws = bench.intervention.controls if headline else 1

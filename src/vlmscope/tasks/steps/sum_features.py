@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.circuits.interchange import interchange_plan
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.intervention import Curve
 from vlmscope.core.seeds import generator
@@ -123,9 +124,7 @@ def kind_rows(bench: Bench, kinds: dict[int, np.ndarray]) -> list[InterchangeRow
     for label, names in groups.items():
         features = {layer: torch.from_numpy(np.flatnonzero(np.isin(kind, names))) for layer, kind in kinds.items()}
         features = {layer: found for layer, found in features.items() if len(found)}
-        if features:
-            found = [
-                one_row(bench, case.subject, label, features, "all", "free", record["means"]) for case in cases.values()
-            ]
-            rows += found
+        for case in cases.values() if features else ():
+            plan = interchange_plan(bench.vlm.adapter, bench.transcoders, case.subject, features)
+            rows.append(one_row(bench, case.subject, label, plan, "all", "free", record["means"]))
     return rows

@@ -30,7 +30,9 @@ GROUPS = (
     "where",
     "study",
     "cross_modal",
+    "interchange",
     "prompts",
+    "pairs",
     "debug",
 )
 OPTIONS = [f"{group}={name}" for group in GROUPS for name in catalog.options(group)]
@@ -68,7 +70,7 @@ def test_experiments_compose_with_published_models(
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_compose(option: str) -> None:
-    paths = [f"{option.split('=')[0]}.path=/x"] if option.endswith(("=path", "=folder")) else []
+    paths = [f"{option.split('=')[0]}.path=/x"] if option.endswith(("=path", "=folder", "=file")) else []
     if option == "data=mix_local":
         paths = [f"data.sources.{name}.path=/x" for name in ("text", "captions", "questions")]
     composed(option, *paths)

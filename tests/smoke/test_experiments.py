@@ -24,6 +24,17 @@ TINY_MODEL = [f"task.architecture.{key}={value}" for key, value in {
 PICTURES = "planets:2,digits:2,shapes:1,hands:1"  # every key: dictionaries merge
 STAGES = [f"task.training.tower.batch={{{PICTURES}}}"]
 STAGES += [f"task.training.{stage}.batch={{{PICTURES},text:1}}" for stage in ("vlm", "polish")]
+PAIRS = [
+    "pairs.train=4",
+    "pairs.test=4",
+    "interchange.least=2",
+    "interchange.counts=[2,5]",
+    "interchange.features=4",
+    "interchange.generate=1",
+    "interchange.scenes=[40,20]",
+    "intervention.controls=1",
+    "intervention.scopes=[no_last_layer]",
+]
 LIMITS = {
     "mars_earth_patch": PIPELINE,
     "mars_earth_curves": [*PIPELINE, "attribution.max_nodes=300"],
@@ -35,6 +46,7 @@ LIMITS = {
         "cross_modal.permutations=20",
         "intervention.controls=1",
     ],
+    "visual_arithmetic": PAIRS,
     "train_orrery": [*TINY_MODEL, *STAGES, "task.max_steps=2", "task.test_scenes=4"],
     "train_orrery_transcoders": [
         "transcoder.expansion_factor=1",
@@ -62,6 +74,7 @@ LEAVES = {
         "shared.parquet",
         *(f"figures/{name}.png" for name in ("coincidences", "shared_by_layer", "effects")),
     ],
+    "visual_arithmetic": ["interchange.json", "sum_features.json", "report.html", "figures/grid_sum.png"],
     "train_orrery": ["model/config.json", "model/model.safetensors", "vlm/checkpoint.safetensors"],
     "train_orrery_transcoders": ["transcoders/config.yaml", "transcoders/layer_7.safetensors"],
     "where_in_the_picture": ["maps.json", "figures/deletion.png", "figures/pointing.png", "figures/lens.png"],
@@ -76,6 +89,13 @@ METRICS = {
         "ablate/text/changed_rate",
         "patch/text_to_picture/flip_rate_control",
         "patch/picture_to_text/no_last_layer/flip_rate_ci_low",
+    ],
+    "visual_arithmetic": [
+        "interchange/all_features/free/sum/follow_rate_ci_low",
+        "interchange/features_of_sum/direct/sum/recovered",
+        "interchange/all_features/free/second/changed_rate",
+        "interchange/features_of_sum/generate/sum/follow_rate",
+        "sums/features/by_chance",
     ],
     "train_orrery": ["test/accuracy/name", "test/accuracy_shuffled/sum"],
     "train_orrery_transcoders": ["val/fvu", "layers/fvu/layer_07", "val/ce_delta", "val/dead_frac"],

@@ -13,7 +13,9 @@ from omegaconf import II, MISSING
 from vlmscope.attention.config import WhereConfig
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
+from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.core.errors import UserError
+from vlmscope.data.pair_config import PairsConfig
 from vlmscope.data.prompts import PromptSetConfig
 from vlmscope.data.source_config import SourceConfig, check_source
 from vlmscope.features.cross_modal_config import CrossModalConfig
@@ -200,7 +202,8 @@ class AppConfig:
     `image` is a path or a list of paths on the command line and always a list of paths (or None) in a task; `prompt`
     holds the text of `prompt_file`, or the prompt of `prompts` that `prompt_name` names; `query` is what task=find
     looks for. `images` names the user's own picture sets. `task` and `transcoder` hold the dataclass (or mapping) of
-    the chosen option; `circuit`, `cross_modal` and `prompts` may be None.
+    the chosen option; `circuit`, `cross_modal`, `prompts` and `pairs`
+    may be None.
     """
 
     task: Any = MISSING
@@ -212,11 +215,13 @@ class AppConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
+    interchange: InterchangeConfig = field(default_factory=InterchangeConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     where: WhereConfig = field(default_factory=WhereConfig)
     circuit: CircuitConfig | None = None
     cross_modal: CrossModalConfig | None = None
     prompts: PromptSetConfig | None = None
+    pairs: PairsConfig | None = None
     image: Any = None
     prompt: str | None = None
     prompt_file: str | None = None

@@ -81,11 +81,16 @@ def answer_shift(
 
 
 def layer_role_heatmap(
-    matrix: np.ndarray, layers: Sequence[int], roles: Sequence[str], path: str | Path, label: str
+    matrix: np.ndarray,
+    layers: Sequence[int],
+    roles: Sequence[str],
+    path: str | Path,
+    label: str,
+    xlabel: str = "position role",
 ) -> Path:
     """`matrix [len(layers), len(roles)]` as a heatmap, last layer on top; `label` names the values and their unit.
 
-    Signed values get a diverging scale around 0; every cell prints its number, so grey is enough.
+    Signed values get a diverging scale around 0; every cell prints its number, so grey is enough. Integers are counts.
     """
     values = np.asarray(matrix, float)
     if values.shape != (len(layers), len(roles)):
@@ -101,14 +106,14 @@ def layer_role_heatmap(
             vmax=limit,
             cmap="vlag" if signed else "viridis",
             annot=True,
-            fmt=".2g",
+            fmt=",.0f" if np.issubdtype(np.asarray(matrix).dtype, np.integer) else ".2g",
             annot_kws={"fontsize": 9},
             linewidths=1.0,
             xticklabels=[role.replace("_", " ") for role in roles],
             yticklabels=[str(layer) for layer in reversed(list(layers))],
             cbar_kws={"label": label},
         )
-        axes.set_xlabel("position role")
+        axes.set_xlabel(xlabel)
         axes.set_ylabel("layer")
         axes.tick_params(axis="y", labelrotation=0)
     return Path(path)

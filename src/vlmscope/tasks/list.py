@@ -1,4 +1,4 @@
-"""Shows the tasks, experiments, models, transcoders and prompt sets that can be chosen, with a line each."""
+"""Shows the tasks, experiments, models, transcoders, prompt sets and pairs that can be chosen, with a line each."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ def table(title: str, rows: dict[str, str]) -> str:
 
 
 def overview() -> str:
-    """Tasks, experiments, models, transcoders and prompt sets."""
+    """Tasks, experiments, models, transcoders, prompt sets and pairs."""
     return "\n\n".join(
         [
             table("Tasks (task=NAME)", registry.summaries()),
@@ -30,6 +30,7 @@ def overview() -> str:
             table("Models (model=NAME)", catalog.options("model")),
             table("Transcoders (transcoder=NAME)", catalog.options("transcoder")),
             table("Prompt sets (prompts=NAME)", catalog.options("prompts")),
+            table("Counterfactual pairs (pairs=NAME)", catalog.options("pairs")),
         ]
     )
 

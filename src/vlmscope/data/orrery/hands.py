@@ -12,6 +12,8 @@ from vlmscope.data.orrery.facts import CAPTION_PROMPTS, HAND_QUESTIONS, NUMBERS
 from vlmscope.data.orrery.scene import SIDE, Question, Scene, pick
 
 SUPER = 3
+TILT = 0.35  # radians either way
+SPREAD = np.deg2rad(33.0)  # from one finger to the next
 _SKIN = ((238, 200, 170), (224, 172, 120), (198, 134, 90), (141, 85, 54), (255, 219, 172), (250, 205, 70))
 
 
@@ -22,18 +24,22 @@ def scene(rng: np.random.Generator, split: str) -> Scene:
     return hand_scene(rng, count)
 
 
-def hand_scene(rng: np.random.Generator, count: int) -> Scene:
-    """A hand of `count` fingers (1-6)."""
+def hand_scene(rng: np.random.Generator, count: int, tilt: float | None = None) -> Scene:
+    """A hand of `count` fingers (1-6); `tilt` as in `render`."""
     answer = NUMBERS[count]
     questions = (
         Question("fingers", pick(rng, HAND_QUESTIONS["fingers"]), answer),
         Question("caption", pick(rng, CAPTION_PROMPTS), f"a hand with {answer} finger{'s' if count > 1 else ''} ."),
     )
-    return Scene("hands", "", render(rng, count), {"fingers": answer}, questions)
+    return Scene("hands", "", render(rng, count, tilt), {"fingers": answer}, questions)
 
 
-def render(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Draw a palm with `count` fingers spread over an arc, uint8 [64, 64, 3]."""
+def render(rng: np.random.Generator, count: int, tilt: float | None = None) -> np.ndarray:
+    """Draw a palm with `count` fingers spread over an arc, uint8 [64, 64, 3].
+
+    `tilt`, in radians, is where the middle of the arc points; drawn at random when None. It takes a draw either way,
+    so that the rest of the hand stays the same.
+    """
     if not 1 <= count <= 6:
         raise ValueError(f"a hand has 1 to 6 fingers here, not {count}")
     ground = tuple(int(v) for v in rng.integers(20, 90, 3))
@@ -42,9 +48,8 @@ def render(rng: np.random.Generator, count: int) -> np.ndarray:
     skin = tuple(int(v) for v in np.clip(np.array(_SKIN[rng.integers(len(_SKIN))]) * rng.uniform(0.9, 1.05), 0, 255))
     palm = rng.uniform(10.5, 12.5)
     cx, cy = SIDE / 2 + rng.uniform(-3, 3), SIDE * 0.6 + rng.uniform(-3, 3)
-    tilt = rng.uniform(-0.35, 0.35)
-    spread = np.deg2rad(33.0)
-    angles = tilt + (np.arange(count) - (count - 1) / 2) * spread
+    drawn = rng.uniform(-TILT, TILT)
+    angles = (drawn if tilt is None else tilt) + (np.arange(count) - (count - 1) / 2) * SPREAD
     for angle in angles:
         length, width = palm + rng.uniform(10, 14), rng.uniform(4.2, 5.2)
         tip = (cx + length * np.sin(angle), cy - length * np.cos(angle))

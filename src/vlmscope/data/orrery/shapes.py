@@ -17,6 +17,11 @@ def scene(rng: np.random.Generator, split: str) -> Scene:
     del split
     count = int(rng.integers(1, 7))
     shape, colour = str(rng.choice(SHAPES)), str(rng.choice(list(SHAPE_COLOURS)))
+    return shape_scene(rng, shape, colour, count)
+
+
+def shape_scene(rng: np.random.Generator, shape: str, colour: str, count: int) -> Scene:
+    """A scene of `count` (1-6) equal shapes."""
     image, boxes = render(rng, shape, colour, count)
     answers = {"count": NUMBERS[count], "shape": shape, "shape_colour": colour}
     questions = [Question(g, pick(rng, SHAPE_QUESTIONS[g]), a) for g, a in answers.items()]

@@ -1,0 +1,160 @@
+"""Interchange interventions: carry features' activations from the counterfactual into the original, see what follows.
+
+For a pair with answers y and y', and an edited run with logits l (Geiger et al., arXiv 2106.02997; the recovered share
+is the normalised logit difference of Zhang and Nanda, arXiv 2309.16042):
+
+    follows    argmax l = y'
+    recovered  (d(l) - d(l_original)) / (d(l_counterfactual) - d(l_original)),  d(l) = l[y'] - l[y]
+
+Recovered is 0 when nothing happened and 1 when the logits moved as far apart as in the counterfactual itself. Where y =
+y', nothing should happen: then what counts is how often the answer is no longer y.
+
+Legend: B pairs, T positions, F features of a layer, n chosen ones, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmscope.circuits.pair_subject import PairSubject
+from vlmscope.core.intervention import Rate
+from vlmscope.interventions.controls import matched_features, run_random_direction
+from vlmscope.interventions.edits import LayerEdit, Plan, at_positions
+from vlmscope.interventions.named import donor_activations, patch_plan
+from vlmscope.interventions.run import run_edited
+from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
+from vlmscope.models.base import Adapter
+from vlmscope.transcoders.transcoder import TranscoderSet
+
+Features = Mapping[int, Tensor]  # layer -> [n] int64
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an interchange did to a question's answers, over B pairs.
+
+    Attributes:
+        follows: share that now give the counterfactual's answer; of a question that should not move, 0 by definition.
+        changed: share that no longer give the original's answer.
+        recovered: share of the logit difference, None for a question that should not move.
+    """
+
+    follows: Rate
+    changed: Rate
+    recovered: Rate | None
+
+
+def all_features(transcoders: TranscoderSet) -> dict[int, Tensor]:
+    """Every feature of every layer."""
+    return {layer: torch.arange(transcoders[layer].config.n_features) for layer in transcoders.layers}
+
+
+def interchange_plan(
+    adapter: Adapter,
+    transcoders: TranscoderSet,
+    subject: PairSubject,
+    features: Features,
+    where: Tensor | None = None,
+) -> dict[int, LayerEdit]:
+    """Set features in the originals to what they are in the counterfactuals, position by position.
+
+    Args:
+        adapter: the model.
+        transcoders: its transcoders.
+        subject: the pairs.
+        features: which, by layer.
+        where: [T] bool, the positions to act on; all when None.
+    """
+    chosen = {layer: found for layer, found in features.items() if len(found)}
+    plan = patch_plan(donor_activations(adapter, transcoders, subject.other, chosen), subject.batch.roles)
+    return plan if where is None else at_positions(plan, where)
+
+
+def outcome(subject: PairSubject, logits: Tensor) -> Outcome:
+    """Compare edited logits [B, V] with the pair's two answers."""
+    said = logits.argmax(-1)
+    changed = bootstrap_rate((said != subject.tokens).cpu().numpy())
+    if not subject.moves:
+        return Outcome(bootstrap_rate(np.zeros(subject.size, bool)), changed, None)
+    follows = bootstrap_rate((said == subject.other_tokens).cpu().numpy())
+    return Outcome(follows, changed, bootstrap_mean(recovered(subject, logits)))
+
+
+def recovered(subject: PairSubject, logits: Tensor) -> np.ndarray:
+    """[B], the share of the logit difference that edited logits [B, V] recover."""
+
+    def gap(found: Tensor) -> Tensor:
+        rows = torch.arange(subject.size, device=found.device)
+        return (found[rows, subject.other_tokens] - found[rows, subject.tokens]).double()
+
+    start, end = gap(subject.base.logits), gap(subject.other_logits)
+    return ((gap(logits) - start) / (end - start)).cpu().numpy()
+
+
+def run_interchange(
+    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, plan: Plan, mode: str = "free"
+) -> Outcome:
+    """Run a plan on the originals and compare."""
+    return outcome(subject, run_edited(adapter, transcoders, subject.batch, plan, mode, subject.base))
+
+
+def carried_controls(
+    adapter: Adapter,
+    transcoders: TranscoderSet,
+    subject: PairSubject,
+    plan: Plan,
+    mode: str,
+    means: Mapping[int, Tensor],
+    draws: int,
+) -> list[Outcome]:
+    """The same with as many other features, alike in layer and mean activation, carried from the same counterfactuals.
+
+    Args:
+        adapter: the model.
+        transcoders: its transcoders.
+        subject: the pairs.
+        plan: the interchange to be controlled; its positions are kept.
+        mode: as in `run_edited`.
+        means: layer -> [F], by which features are matched.
+        draws: how many; an outcome each.
+    """
+    found = []
+    for seed in range(draws):
+        drawn = matched_features(plan, means, seed)
+        control = interchange_plan(adapter, transcoders, subject, {layer: e.features for layer, e in drawn.items()})
+        control = {layer: at_positions({layer: edit}, plan[layer].where)[layer] for layer, edit in control.items()}
+        found.append(run_interchange(adapter, transcoders, subject, control, mode))
+    return found
+
+
+def direction_controls(
+    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, plan: Plan, draws: int
+) -> list[Outcome]:
+    """The same with a random direction of the same norm at each layer and position, in free mode."""
+    runs = (run_random_direction(adapter, transcoders, subject.batch, plan, seed) for seed in range(draws))
+    return [outcome(subject, logits) for logits in runs]
+
+
+def layer_role_grid(
+    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, features: Features, roles: Sequence[str]
+) -> np.ndarray:
+    """[layers, roles, 2]: recovered (of what should not move: changed) and follow rate when features of one layer
+    at the positions of one role are carried over, in free mode; NaN where the prompt has no such position.
+    """
+    grid = np.full((len(transcoders.layers), len(roles), 2), np.nan)
+    for row, layer in enumerate(transcoders.layers):
+        if layer not in features:
+            continue
+        plan = interchange_plan(adapter, transcoders, subject, {layer: features[layer]})
+        for column, role in enumerate(roles):
+            where = torch.from_numpy(subject.batch.roles == role)
+            if bool(where.any()):
+                found = run_interchange(adapter, transcoders, subject, at_positions(plan, where))
+                first = found.changed.value if found.recovered is None else found.recovered.value
+                grid[row, column] = first, found.follows.value
+    return grid

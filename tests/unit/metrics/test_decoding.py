@@ -1,0 +1,81 @@
+"""Facts are found in activations that hold them, on held-out cases, and not in ones that do not."""
+
+import numpy as np
+import pytest
+
+from vlmscope.core.seeds import generator
+from vlmscope.metrics.causal import bootstrap_mean
+from vlmscope.metrics.decoding import additive, class_means, held_out_r2, linear_accuracy, simplest
+
+
+def digits(split: str, n: int) -> np.ndarray:
+    return generator(0, split).integers(0, 10, (n, 2))
+
+
+def activations(split: str, codes: np.ndarray) -> np.ndarray:
+    """Features for: the first digit, both digits, the sum, a pair, noise, nothing; and one that fires once."""
+    rng = generator(1, split)
+    first, second = codes.T
+    columns = [first == 3, first - second, first + second == 12, (first == 3) & (second == 4)]
+    noise = rng.standard_normal((len(codes), 1))
+    table = np.concatenate([np.stack(columns, 1).astype(float), noise, np.zeros((len(codes), 2))], 1)
+    table[:, :4] += 0.01 * rng.standard_normal((len(codes), 4))
+    if split == "train":
+        table[0, 6] = 1.0
+    return table
+
+
+def kinds_of(shuffled: bool) -> list[str]:
+    train_codes, codes = digits("train", 3000), digits("test", 1000)
+    train, test = activations("train", train_codes), activations("test", codes)
+    known = generator(2).permutation(train_codes) if shuffled else train_codes
+
+    def cells(found: np.ndarray) -> dict[str, np.ndarray]:
+        return {"first": found[:, 0], "sum": found.sum(1), "pair": found @ (10, 1)}
+
+    scores = {
+        name: held_out_r2(test, class_means(train, cells(known)[name], cells(codes)[name])) for name in cells(codes)
+    }
+    scores["both"] = held_out_r2(test, additive(train, list(known.T), list(codes.T)))
+    order = ("first", "sum", "both", "pair")
+    return simplest({name: scores[name] for name in order}, least=0.3).tolist()
+
+
+def test_each_feature_is_of_the_simplest_kind_that_explains_it() -> None:
+    assert kinds_of(shuffled=False) == ["first", "both", "sum", "pair", "", "", ""]
+
+
+def test_shuffled_facts_explain_nothing_not_even_a_feature_that_fires_once() -> None:
+    assert kinds_of(shuffled=True) == [""] * 7
+
+
+def test_linear_readout_finds_what_is_there_and_guesses_what_is_not() -> None:
+    train_codes, codes = digits("train", 400), digits("test", 200)
+    mixing = generator(3).standard_normal((10, 40))
+
+    def features(found: np.ndarray, split: str) -> np.ndarray:
+        noise = generator(4, split).standard_normal((len(found), 40))
+        return np.eye(10)[found[:, 0]] @ mixing + 0.1 * noise
+
+    train, test = features(train_codes, "train"), features(codes, "test")
+    assert linear_accuracy(train, train_codes[:, 0], test, codes[:, 0]).mean() > 0.98
+    assert linear_accuracy(train, train_codes[:, 1], test, codes[:, 1]).mean() < 0.25
+
+
+def test_linear_readout_of_what_varies_by_rounding_alone_is_the_most_frequent_class() -> None:
+    codes = np.array([0, 1, 1, 1] * 5)
+    for train in (
+        np.full((20, 3), 0.1, np.float32),
+        np.full((20, 3), 0.1) + 1e-9 * generator(6).standard_normal((20, 3)),
+    ):
+        assert linear_accuracy(train, codes, train[:4], codes[:4]).tolist() == [False, True, True, True]
+
+
+def test_bootstrap_mean_holds_the_mean() -> None:
+    values = generator(5).normal(2.0, 1.0, 200)
+    found = bootstrap_mean(values)
+    assert found.value == pytest.approx(values.mean())
+    assert found.ci_low < found.value < found.ci_high
+    assert found.ci_high - found.ci_low == pytest.approx(2 * 1.96 / np.sqrt(200), rel=0.2)
+    with pytest.raises(ValueError, match="at least one"):
+        bootstrap_mean([])

@@ -13,7 +13,10 @@ MODES = ("direct", "frozen_attention", "free")
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of cases, or a mean over them, with its bootstrap 95 % interval. `control` is the same measure under the matched controls."""
+    """A share of cases, or a mean over them, with its bootstrap 95 % interval.
+
+    `control` is the same measure under the matched controls.
+    """
 
     value: float
     ci_low: float

@@ -39,6 +39,7 @@ LIMITS = {
     "mars_earth_patch": PIPELINE,
     "mars_earth_curves": [*PIPELINE, "attribution.max_nodes=300"],
     "visual_arithmetic": PAIRS,
+    "six_fingers": [*PAIRS, "interchange.strengths=[0,4]"],
     "train_orrery": [*TINY_MODEL, *STAGES, "task.max_steps=2", "task.test_scenes=4"],
     "train_orrery_transcoders": [
         "transcoder.expansion_factor=1",
@@ -53,6 +54,7 @@ LEAVES = {
     "mars_earth_patch": ["graph.json", "graph.safetensors", "report.html", "figures/flip_rates.png"],
     "mars_earth_curves": ["curves.json", "report.html", "figures/ablation.png"],
     "visual_arithmetic": ["interchange.json", "sum_features.json", "report.html", "figures/grid_sum.png"],
+    "six_fingers": ["report.html", "figures/amplify_fingers.png"],
     "train_orrery": ["model/config.json", "model/model.safetensors", "vlm/checkpoint.safetensors"],
     "train_orrery_transcoders": ["transcoders/config.yaml", "transcoders/layer_7.safetensors"],
 }
@@ -65,6 +67,11 @@ METRICS = {
         "interchange/all_features/free/second/changed_rate",
         "interchange/features_of_sum/generate/sum/follow_rate",
         "sums/features/by_chance",
+    ],
+    "six_fingers": [
+        "amplify/fingers/counterfactual/logit_gap",
+        "amplify/fingers/original/strength_4/follow_rate_ci_high",
+        "amplify/fingers/counterfactual_matched_features/strength_4/follow_rate",
     ],
     "train_orrery": ["test/accuracy/name", "test/accuracy_shuffled/sum"],
     "train_orrery_transcoders": ["val/fvu", "layers/fvu/layer_07", "val/ce_delta", "val/dead_frac"],

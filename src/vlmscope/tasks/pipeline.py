@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vlmscope.tasks.context import RunContext
     from vlmscope.tasks.steps.bench import Bench
 
-KINDS = ("find_circuit", "intervene", "curves", "report", "interchange", "sum_features", "pairs_report")
+KINDS = ("find_circuit", "intervene", "curves", "report", "interchange", "sum_features", "amplify", "pairs_report")
 
 
 @dataclass

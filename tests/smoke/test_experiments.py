@@ -71,7 +71,7 @@ METRICS = {
     "six_fingers": [
         "amplify/fingers/counterfactual/logit_gap",
         "amplify/fingers/original/strength_4/follow_rate_ci_high",
-        "amplify/fingers/counterfactual_matched_features/strength_4/follow_rate",
+        "amplify/fingers/counterfactual/strength_4/follow_rate_control",
     ],
     "train_orrery": ["test/accuracy/name", "test/accuracy_shuffled/sum"],
     "train_orrery_transcoders": ["val/fvu", "layers/fvu/layer_07", "val/ce_delta", "val/dead_frac"],

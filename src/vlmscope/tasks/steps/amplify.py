@@ -8,6 +8,7 @@ sides. That the counterfactuals should then be answered y', and the originals st
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,7 +46,10 @@ def run(bench: Bench) -> None:
 
 
 def question_curves(bench: Bench, name: str, subject: PairSubject, train: PairSubject) -> list[Curve]:
-    """Share of either side that is answered with the counterfactual's word, by strength, beside controls."""
+    """Share of either side that is answered with the counterfactual's word, by strength.
+
+    The controls (as many matched features, a random direction of the same norm) act on the counterfactuals.
+    """
     adapter, transcoders = bench.vlm.adapter, bench.transcoders
     ranked = pair_effects(adapter, transcoders, train, bench.cfg.interchange.steps).ranked(
         bench.cfg.interchange.features
@@ -61,14 +65,17 @@ def question_curves(bench: Bench, name: str, subject: PairSubject, train: PairSu
         runs = {
             "counterfactual": said(bench, subject.other, plan, subject.other_tokens),
             "original": said(bench, subject.batch, plan, subject.other_tokens),
-            "counterfactual, matched features": said(bench, subject.other, control, subject.other_tokens),
+            "matched features": said(bench, subject.other, control, subject.other_tokens),
         }
         logits = run_random_direction(adapter, transcoders, subject.other, plan, 0)
-        runs["counterfactual, random direction"] = hits(logits, subject.other_tokens)
+        runs["random direction"] = hits(logits, subject.other_tokens)
         for side, rate in runs.items():
             rates.setdefault(side, []).append(rate)
-            key = side.replace(", ", "_").replace(" ", "_")
-            bench.metrics |= rate_metrics(f"amplify/{name}/{key}/strength_{strength:g}/follow_rate", rate)
+        at = f"strength_{strength:g}/follow_rate"
+        edited = replace(runs["counterfactual"], control=runs["matched features"].value)
+        bench.metrics |= rate_metrics(f"amplify/{name}/counterfactual/{at}", edited)
+        bench.metrics[f"amplify/{name}/counterfactual/{at}_random_direction"] = runs["random direction"].value
+        bench.metrics |= rate_metrics(f"amplify/{name}/original/{at}", runs["original"])
     return [make_curve(side, strengths, values) for side, values in rates.items()]
 
 

@@ -66,19 +66,22 @@ def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(own: 
         (["interchange.least=4"], "too few for an interval"),
         (["pairs.train=6"], "takes them all"),
         (["pairs.change=planet"], "one of them"),
-        (["pairs=null"], "needs pairs"),
     ],
 )
 def test_mistakes_are_one_line(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
 ) -> None:
-    overrides = [f"hydra.run.dir={tmp_path / 'run'}", *more]
-    given = [] if more == ["pairs=null"] else ["pairs=file", f"pairs.path={own}"]
-    train = [] if "pairs.train=6" in more or not given else ["pairs.train=3"]
-    assert main([*SMALL, *given, *train, *overrides]) == 2
+    # The last of two overrides of one key counts.
+    assert run(own, tmp_path / "run", *more) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1
     assert said in error[0]
+
+
+def test_a_pipeline_without_pairs_says_what_to_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = ["task=pipeline", "+task.steps.interchange=true", "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert main(steps) == 2
+    assert "choose some, such as pairs=first_digit" in capsys.readouterr().err
 
 
 def test_a_circuit_of_features_that_are_not_there_is_refused(

@@ -47,6 +47,7 @@ LIMITS = {
         "intervention.controls=1",
     ],
     "visual_arithmetic": PAIRS,
+    "six_fingers": [*PAIRS, "interchange.strengths=[0,4]"],
     "train_orrery": [*TINY_MODEL, *STAGES, "task.max_steps=2", "task.test_scenes=4"],
     "train_orrery_transcoders": [
         "transcoder.expansion_factor=1",
@@ -75,6 +76,7 @@ LEAVES = {
         *(f"figures/{name}.png" for name in ("coincidences", "shared_by_layer", "effects")),
     ],
     "visual_arithmetic": ["interchange.json", "sum_features.json", "report.html", "figures/grid_sum.png"],
+    "six_fingers": ["report.html", "figures/amplify_fingers.png"],
     "train_orrery": ["model/config.json", "model/model.safetensors", "vlm/checkpoint.safetensors"],
     "train_orrery_transcoders": ["transcoders/config.yaml", "transcoders/layer_7.safetensors"],
     "where_in_the_picture": ["maps.json", "figures/deletion.png", "figures/pointing.png", "figures/lens.png"],
@@ -96,6 +98,11 @@ METRICS = {
         "interchange/all_features/free/second/changed_rate",
         "interchange/features_of_sum/generate/sum/follow_rate",
         "sums/features/by_chance",
+    ],
+    "six_fingers": [
+        "amplify/fingers/counterfactual/logit_gap",
+        "amplify/fingers/original/strength_4/follow_rate_ci_high",
+        "amplify/fingers/counterfactual/strength_4/follow_rate_control",
     ],
     "train_orrery": ["test/accuracy/name", "test/accuracy_shuffled/sum"],
     "train_orrery_transcoders": ["val/fvu", "layers/fvu/layer_07", "val/ce_delta", "val/dead_frac"],

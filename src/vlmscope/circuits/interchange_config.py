@@ -21,6 +21,7 @@ class InterchangeConfig:
         generate: pairs on which the answer is generated too, token by token; 0 leaves that out.
         least: fewer answerable pairs than this give no interval, and an error.
         scenes: train and held-out scenes on which the step `sum_features` looks at what features say.
+        strengths: of the step `amplify`, in units of the mean change from original to counterfactual.
     """
 
     circuit: str | None = None
@@ -30,6 +31,7 @@ class InterchangeConfig:
     generate: int = 20
     least: int = 10
     scenes: list[int] = field(default_factory=lambda: [1500, 700])
+    strengths: list[float] = field(default_factory=lambda: [0.0, 1.0, 2.0, 4.0, 6.0, 8.0])
 
     def __post_init__(self) -> None:
         for key, smallest in (("features", 1), ("steps", 1), ("generate", 0), ("least", 2)):

@@ -67,6 +67,7 @@ def pair_subject(
     tokens: Tensor,
     other_tokens: Tensor,
     least: int,
+    answerable: bool = True,
 ) -> PairSubject:
     """Run both sides and keep the pairs with two right answers.
 
@@ -79,6 +80,7 @@ def pair_subject(
         tokens: [n] right answers of the originals.
         other_tokens: [n] of the counterfactuals; different from `tokens` in all rows or in none.
         least: how many pairs must be left.
+        answerable: keep only pairs that are answered rightly on both sides; else all.
 
     Raises:
         UserError: the sides do not align, or fewer than `least` pairs are left.
@@ -87,7 +89,7 @@ def pair_subject(
     n = len(originals)
     logits = adapter.forward(both.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
     right, other_right = logits[:n].argmax(-1) == tokens, logits[n:].argmax(-1) == other_tokens
-    rows = torch.nonzero(right & other_right).flatten()
+    rows = torch.nonzero(right & other_right).flatten() if answerable else torch.arange(n, device=logits.device)
     if len(rows) < least:
         raise UserError(
             f"question {question!r}: the model answers both sides rightly on {len(rows)} of {n} pairs, too few for an "

@@ -29,8 +29,8 @@ def pairs_of(bench: Bench, split: str) -> dict[str, list[Pair]]:
     return {name: [p for p in some if p.moves] or some for name, some in found.items()}
 
 
-def subject_of(bench: Bench, question: str, pairs: list[Pair]) -> PairSubject:
-    """Both sides of a question's pairs, run once."""
+def subject_of(bench: Bench, question: str, pairs: list[Pair], answerable: bool = True) -> PairSubject:
+    """Both sides of a question's pairs, run once; `answerable`: only those answered rightly on both."""
 
     def prepare(side: Side) -> ModelInputs:
         return bench.vlm.prepare(side.prompt, list(side.images))
@@ -49,4 +49,5 @@ def subject_of(bench: Bench, question: str, pairs: list[Pair]) -> PairSubject:
         tokens(originals),
         tokens(others),
         bench.cfg.interchange.least,
+        answerable,
     )

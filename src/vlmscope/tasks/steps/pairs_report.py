@@ -24,22 +24,30 @@ if TYPE_CHECKING:
 
 def run(bench: Bench) -> None:
     """Write figures/ and report.html."""
-    record = bench.record("interchange")
     folder = bench.run_dir / "figures"
-    sections: list[Section] = [headline(record), examples(bench, record, folder)]
-    sections += rate_sections(record["rows"], folder)
-    sections += curve_sections(record, folder)
-    sections += grid_sections(bench, record, folder)
+    sections: list[Section] = []
+    said = ""
+    if "amplify" not in bench.records or "interchange" in bench.records:
+        record = bench.record("interchange")
+        said = summary(record["rows"])
+        sections += [headline(record), examples(bench, record, folder)]
+        sections += rate_sections(record["rows"], folder)
+        sections += curve_sections(record, folder)
+        sections += grid_sections(bench, record, folder)
+        sections.append(reading())
     if "sum_features" in bench.records:
         sections += sum_sections(bench, folder)
-    sections += [reading(), rerun(bench), configuration(bench)]
+    if "amplify" in bench.records:
+        sections += amplify_sections(bench, folder)
+        said = f"{said} {amplify_summary(bench)}".strip()
+    sections += [rerun(bench), configuration(bench)]
     pairs = bench.cfg.pairs
     what = "own pairs" if pairs is None or pairs.change is None else label(pairs.change)
     page = ReportPage(
         title=f"Interchange: {what}",
         question="Two inputs differ in one fact. If features are carried from one run into the other, which answers "
         "follow, and which stay?",
-        summary=summary(record["rows"]),
+        summary=said,
         sections=tuple(sections),
         footer=f"vlmscope · {bench.vlm.name} · {bench.run_dir.name}",
     )
@@ -208,6 +216,40 @@ def sum_sections(bench: Bench, folder: Path) -> list[Section]:
     if rows:
         sections.append(flip_table("Carrying one kind of feature only", [one.row for one in rows]))
     return sections
+
+
+def amplify_sections(bench: Bench, folder: Path) -> list[Section]:
+    """What amplifying the change within pairs does to either side."""
+    sections: list[Section] = []
+    for name, curves in bench.record("amplify")["curves"].items():
+        drawn = figures.dose_response(
+            curves, folder / f"amplify_{name}.png", "strength (1 = mean change in training pairs)", "new answer (%)"
+        )
+        words = ("logit gap, counterfactual's word minus original's", "probability of the counterfactual's word")
+        rows = tuple(
+            (side, *(bench.metrics[f"amplify/{name}/{side}/{key}"] for key in ("logit_gap", "p_counterfactual")))
+            for side in ("original", "counterfactual")
+        )
+        sections += [
+            Table(f"Before any edit: {name}", ("side", *words), rows),
+            figure(f"Amplified: {name}", drawn, "Share answered with the counterfactual's word, by strength"),
+        ]
+    return sections
+
+
+def amplify_summary(bench: Bench) -> str:
+    """The strength that parts the two sides most, in a sentence a question."""
+    parts = []
+    for name, curves in bench.record("amplify")["curves"].items():
+        sides = {curve.name: curve for curve in curves}
+        freed, spilled = sides["counterfactual"], sides["original"]
+        at = int(np.argmax(np.array(freed.y) - np.array(spilled.y)))
+        parts.append(
+            f"{name}: at strength {freed.x[at]:g} the counterfactual's word is the answer to {freed.y[at]:.0%} of the "
+            f"counterfactuals and {spilled.y[at]:.0%} of the originals; without an edit, to "
+            f"{bench.metrics[f'base/{name}/counterfactual/accuracy']:.0%} of the counterfactuals"
+        )
+    return "; ".join(parts) + "."
 
 
 def reading() -> Text:

@@ -1,0 +1,119 @@
+"""Can a difference that the model sees but does not act on be amplified until it says so?
+
+Features are chosen by estimated effect on d = l[y'] - l[y] over training pairs, whatever the model answers there, and
+their mean change from original to counterfactual is added `s` times, position by position, to test pictures of both
+sides. That the counterfactuals should then be answered y', and the originals still y, is the test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vlmscope.circuits.pair_effects import pair_effects
+from vlmscope.circuits.pair_subject import PairSubject
+from vlmscope.core.errors import UserError
+from vlmscope.core.intervention import Curve, Rate
+from vlmscope.interventions.controls import matched_features, run_random_direction
+from vlmscope.interventions.edits import LayerEdit, Plan
+from vlmscope.interventions.named import by_layer, donor_activations, mean_activations
+from vlmscope.interventions.run import run_edited
+from vlmscope.metrics.causal import bootstrap_rate
+from vlmscope.models.batching import InputBatch
+from vlmscope.tasks.steps.intervene import make_curve, rate_metrics
+from vlmscope.tasks.steps.pair_subjects import pairs_of, subject_of
+
+if TYPE_CHECKING:
+    from vlmscope.tasks.steps.bench import Bench
+
+
+def run(bench: Bench) -> None:
+    """Leaves curves a question in `bench.records`; metrics under amplify/."""
+    found: dict[str, list[Curve]] = {}
+    train = pairs_of(bench, "train")
+    for name, pairs in pairs_of(bench, "test").items():
+        subject = subject_of(bench, name, pairs, answerable=False)
+        if subject.moves and name in train:
+            seen = subject_of(bench, name, train[name], answerable=False)
+            found[name] = question_curves(bench, name, subject, seen)
+    if not found:
+        raise UserError("nothing to amplify: no question's answer differs within a pair, or pairs.train is 0")
+    bench.records["amplify"] = {"curves": found}
+
+
+def question_curves(bench: Bench, name: str, subject: PairSubject, train: PairSubject) -> list[Curve]:
+    """Share of either side that is answered with the counterfactual's word, by strength.
+
+    The controls (as many matched features, a random direction of the same norm) act on the counterfactuals.
+    """
+    adapter, transcoders = bench.vlm.adapter, bench.transcoders
+    ranked = pair_effects(adapter, transcoders, train, bench.cfg.interchange.steps).ranked(
+        bench.cfg.interchange.features
+    )
+    change = mean_change(bench, train, by_layer(transcoders, [member.feature for member in ranked]))
+    means = mean_activations(adapter, transcoders, [train.batch, train.other], transcoders.layers)
+    describe(bench, name, subject)
+    strengths = sorted(bench.cfg.interchange.strengths)
+    rates: dict[str, list[Rate]] = {}
+    for strength in strengths:
+        plan = amplified(change, strength)
+        control = matched_features(plan, means, 0)
+        runs = {
+            "counterfactual": said(bench, subject.other, plan, subject.other_tokens),
+            "original": said(bench, subject.batch, plan, subject.other_tokens),
+            "matched features": said(bench, subject.other, control, subject.other_tokens),
+        }
+        logits = run_random_direction(adapter, transcoders, subject.other, plan, 0)
+        runs["random direction"] = hits(logits, subject.other_tokens)
+        for side, rate in runs.items():
+            rates.setdefault(side, []).append(rate)
+        at = f"strength_{strength:g}/follow_rate"
+        edited = replace(runs["counterfactual"], control=runs["matched features"].value)
+        bench.metrics |= rate_metrics(f"amplify/{name}/counterfactual/{at}", edited)
+        bench.metrics[f"amplify/{name}/counterfactual/{at}_random_direction"] = runs["random direction"].value
+        bench.metrics |= rate_metrics(f"amplify/{name}/original/{at}", runs["original"])
+    return [make_curve(side, strengths, values) for side, values in rates.items()]
+
+
+def describe(bench: Bench, name: str, subject: PairSubject) -> None:
+    """Metrics of the unedited runs: how far the two words are apart, and their probabilities, on both sides."""
+    rows = torch.arange(subject.size)
+    for side, logits in (("original", subject.base.logits), ("counterfactual", subject.other_logits)):
+        logs = logits.double().log_softmax(-1)
+        gap = (logs[rows, subject.other_tokens] - logs[rows, subject.tokens]).mean()
+        bench.metrics[f"amplify/{name}/{side}/logit_gap"] = float(gap)
+        bench.metrics[f"amplify/{name}/{side}/p_counterfactual"] = float(logs[rows, subject.other_tokens].exp().mean())
+    for side, rate in zip(("original", "counterfactual"), subject.accuracy, strict=False):
+        bench.metrics |= rate_metrics(f"base/{name}/{side}/accuracy", rate)
+
+
+def mean_change(bench: Bench, train: PairSubject, features: Mapping[int, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Layer -> (features [n], mean change of activation from original to counterfactual [T, n])."""
+    adapter, transcoders = bench.vlm.adapter, bench.transcoders
+    before = donor_activations(adapter, transcoders, train.batch, features)
+    after = donor_activations(adapter, transcoders, train.other, features)
+    return {layer: (found, (after[layer][1] - values).mean(0)) for layer, (found, values) in before.items()}
+
+
+def amplified(change: Mapping[int, tuple[Tensor, Tensor]], strength: float) -> dict[int, LayerEdit]:
+    """Add `strength` times the change to whatever the activations are."""
+    return {
+        layer: LayerEdit(
+            features, strength * delta, delta.new_ones(len(features)), torch.ones(len(delta), dtype=torch.bool)
+        )
+        for layer, (features, delta) in change.items()
+    }
+
+
+def said(bench: Bench, batch: InputBatch, plan: Plan, tokens: Tensor) -> Rate:
+    """Share answered with `tokens` [B] under a plan, in free mode."""
+    return hits(run_edited(bench.vlm.adapter, bench.transcoders, batch, plan), tokens)
+
+
+def hits(logits: Tensor, tokens: Tensor) -> Rate:
+    """Share of rows of logits [B, V] whose most probable token is `tokens` [B]."""
+    return bootstrap_rate((logits.argmax(-1) == tokens).cpu().numpy())

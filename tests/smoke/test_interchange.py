@@ -1,0 +1,93 @@
+"""Interchange interventions from the command line: one's own pairs, a saved circuit, and mistakes in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlmscope.app import main
+from vlmscope.circuits.circuit import Circuit, load_circuit, save_circuit
+from vlmscope.core.ids import FeatureId
+from vlmscope.core.intervention import CircuitFeature, Supernode
+from vlmscope.data.images import png_bytes
+from vlmscope.data.orrery.pairs import scene_pairs
+
+SMALL = [
+    "experiment=visual_arithmetic",
+    "task.steps.sum_features=false",
+    "interchange.least=2",
+    "interchange.counts=[3]",
+    "interchange.features=3",
+    "interchange.generate=0",
+    "intervention.controls=1",
+    "intervention.scopes=[]",
+    "intervention.modes=[free]",
+    "tracking=none",
+]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pairs of one's own: planets asked for their name."""
+    folder = tmp_path_factory.mktemp("own")
+    lines = []
+    for pair in scene_pairs("planet", "val", 6, original="mars", counterfactual="jupiter"):
+        for side, scene in (("a", pair.original), ("b", pair.counterfactual)):
+            assert scene.image is not None
+            (folder / f"{pair.key}_{side}.png").write_bytes(png_bytes(scene.image))
+        other = {"image": f"{pair.key}_b.png", "answer": "jupiter"}
+        line = {"prompt": "what planet is this ?", "image": f"{pair.key}_a.png", "answer": "mars"}
+        lines.append(line | {"counterfactual": other})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "pairs.jsonl"
+
+
+def run(own: Path, run_dir: Path, *more: str) -> int:
+    arguments = ["pairs=file", f"pairs.path={own}", "pairs.train=3", f"hydra.run.dir={run_dir}", *more]
+    return main([*SMALL, *arguments])
+
+
+def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(own: Path, tmp_path: Path) -> None:
+    assert run(own, tmp_path / "first") == 0
+    metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
+    assert metrics["interchange/all_features/free/answer/follow_rate"] == 1.0
+    assert metrics["base/answer/pairs"] == 3.0
+    (folder,) = (tmp_path / "first" / "circuits").iterdir()
+    assert len(load_circuit(folder).supernodes["answer"].features) == 3
+    assert run(own, tmp_path / "again", f"interchange.circuit={folder}") == 0
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    key = "interchange/features_of_answer/free/answer/recovered"
+    assert again[key] == metrics[key]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["interchange.least=4"], "too few for an interval"),
+        (["pairs.train=6"], "takes them all"),
+        (["pairs.change=planet"], "one of them"),
+    ],
+)
+def test_mistakes_are_one_line(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    # The last of two overrides of one key counts.
+    assert run(own, tmp_path / "run", *more) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert said in error[0]
+
+
+def test_a_pipeline_without_pairs_says_what_to_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = ["task=pipeline", "+task.steps.interchange=true", "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert main(steps) == 2
+    assert "choose some, such as pairs=first_digit" in capsys.readouterr().err
+
+
+def test_a_circuit_of_features_that_are_not_there_is_refused(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feature = CircuitFeature(FeatureId(2, 999_999), "last", 1.0, 1.0)
+    save_circuit(Circuit({"answer": Supernode("answer", (feature,))}, {}), tmp_path / "circuit")
+    assert run(own, tmp_path / "run", f"interchange.circuit={tmp_path / 'circuit'}") == 2
+    assert "layer 2 has 2048 features" in capsys.readouterr().err

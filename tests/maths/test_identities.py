@@ -86,8 +86,17 @@ def scaled_source(case: Case, kind: NodeKind, layer: int, position: int, factor:
     return dataclasses.replace(replacement, layers=layers, features=features)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+@pytest.mark.parametrize("batch_size", [7, 1000])
 def test_batching_gives_the_same_graph(case: Case, batch_size: int) -> None:
+    check_batching(case, batch_size)
+
+
+@pytest.mark.parametrize("case", ["text_only_model", "one_image_skip_biases", "cross_layer_qwen3_vl"], indirect=True)
+def test_one_target_at_a_time_gives_the_same_graph(case: Case) -> None:
+    check_batching(case, 1)
+
+
+def check_batching(case: Case, batch_size: int) -> None:
     other = attribute(case.replacement, config(batch_size=batch_size), case.vlm.tokenizer)
     np.testing.assert_array_equal(other.indptr, case.graph.indptr)
     np.testing.assert_array_equal(other.indices, case.graph.indices)

@@ -41,7 +41,12 @@ def test_a_tiny_model_is_checked_without_further_keys(tmp_path: Path, capsys: py
 FAMILIES = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / "conf" / "model").glob("tiny_*.yaml"))
 
 
-@pytest.mark.parametrize("model", FAMILIES)
+# One of each kind of tower; the identities of all families are in tests/maths, and all names in `make test-slow`.
+QUICK = {"tiny_gemma3", "tiny_gemma3_text", "tiny_qwen2_5_vl", "tiny_smolvlm"}
+NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.mark.parametrize("model", NAMES)
 def test_every_family_can_be_checked_by_name(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(tmp_path / "run", "task=check", f"model={model}", *SMALL, "task.targets=10")) == 0
     assert f"{model}: " in capsys.readouterr().out
@@ -129,7 +134,12 @@ def test_a_tiny_model_is_traced_with_random_transcoders(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "figures" / "graph.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("model", FAMILIES)
+# One of each kind of tower; the identities of all families are in tests/maths, and all names in `make test-slow`.
+QUICK = {"tiny_gemma3", "tiny_gemma3_text", "tiny_qwen2_5_vl", "tiny_smolvlm"}
+NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.mark.parametrize("model", NAMES)
 def test_every_family_is_traced_by_name_on_any_prompt(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

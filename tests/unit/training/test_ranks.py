@@ -121,7 +121,9 @@ def test_mixed_precision_gives_the_weights_of_one_process(tmp_path: Path, alone:
     assert _distance(tmp_path / "one", alone) > 0  # the setting reached the processes
 
 
-@pytest.mark.parametrize(("per_host", "micro"), [(2, 0), (1, 0), pytest.param(1, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("per_host", "micro"), [(2, 0), *(pytest.param(1, micro, marks=pytest.mark.slow) for micro in (0, 20))]
+)
 def test_processes_leave_out_the_same_tokens_for_their_norm(
     filtered: Path, tmp_path: Path, per_host: int, micro: int
 ) -> None:

@@ -159,7 +159,7 @@ open(f"{out}_{rank}.json", "w").write(json.dumps(told))
 """
 
 
-@pytest.mark.parametrize(("world", "per_host"), [(3, 3), (2, 1)])
+@pytest.mark.parametrize(("world", "per_host"), [pytest.param(3, 3, marks=pytest.mark.slow), (2, 1)])
 def test_bytes_sent_are_those_that_ranks_send(tmp_path: Path, world: int, per_host: int) -> None:
     init = (tmp_path / "rendezvous").as_uri()
     arguments = [(str(rank), str(world), str(per_host), init, str(tmp_path / "run")) for rank in range(world)]

@@ -39,7 +39,10 @@ def feature_maps(
     """
     rows = [(feature, number) for feature in maps for number in range(len(pictures))]
     kinds = list(next(iter(maps.values())))
-    with drawing(path, 1.9 * (len(kinds) + 1), 0.4 + 2.1 * len(rows)) as figure:
+    with drawing(path, 1.9 * (len(kinds) + 1), 0.6 + 2.1 * len(rows)) as figure:
+        figure.suptitle(
+            "blue: for the feature, orange: against it; as strong as the map's largest", x=0.01, ha="left", fontsize=9
+        )
         grid = figure.subplots(len(rows), len(kinds) + 1, squeeze=False)
         for axes, (feature, number) in zip(grid, rows, strict=True):
             shown = shrunk(pictures[number])

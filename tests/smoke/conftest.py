@@ -20,3 +20,16 @@ def data(tmp_path: Path) -> Path:
     lines.append({"text": "the red planet and the other one"})
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+@pytest.fixture(scope="session")
+def mixed_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures with questions and texts without; to be read alone: tests that damage it take a copy."""
+    folder = tmp_path_factory.mktemp("mixed_data")
+    lines = []
+    for n in range(12):
+        tiny_image(n).save(folder / f"{n}.png")
+        texts = [{"user": "what is this ?", "assistant": "red" if n % 2 else "the other one"}]
+        lines.append({"images": [f"{n}.png"], "texts": texts} if n % 3 else {"text": "the red planet and the other"})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder

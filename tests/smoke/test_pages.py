@@ -13,21 +13,13 @@ from vlmscope.app import main
 from vlmscope.core.ids import FeatureId
 from vlmscope.features.labels.label import Label, set_path, write_labels
 from vlmscope.features.records import StudyFolder
-from vlmscope.models.tiny import tiny_image
 
 SCHEMA = Path(vlmscope.__file__).parent / "report" / "schema" / "feature.schema.json"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    lines = []
-    for n in range(12):
-        tiny_image(n).save(folder / f"{n}.png")
-        texts = [{"user": "what is this ?", "assistant": "red" if n % 2 else "the other one"}]
-        lines.append({"images": [f"{n}.png"], "texts": texts} if n % 3 else {"text": "the red planet and the other"})
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+def data(mixed_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(mixed_data, tmp_path_factory.mktemp("data") / "data"))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from tests.smoke.test_launch import ROOT
 from vlmscope.app import main
 from vlmscope.core.ids import FeatureId
 from vlmscope.features.records import StudyFolder
-from vlmscope.models.tiny import tiny_image
 
 STUDY = [
     "task=study", "model=tiny_gemma3", "data=folder", "study.top=3", "study.samples=4", "study.batch_size=2",
@@ -23,16 +23,8 @@ STUDY = [
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    lines = []
-    for n in range(12):
-        tiny_image(n).save(folder / f"{n}.png")
-        texts = [{"user": "what is this ?", "assistant": "red" if n % 2 else "the other one"}]
-        lines.append({"images": [f"{n}.png"], "texts": texts} if n % 3 else {"text": "the red planet and the other"})
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+def data(mixed_data: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(mixed_data, tmp_path / "data"))
 
 
 def _files(run: Path) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import screenshots
+from playwright.sync_api import expect
 from tests.browser.conftest import Watched
 
 from vlmscope.app import main
@@ -56,7 +57,7 @@ def test_jobs_stand_below_their_parent_and_charts_end_at_what_was_measured(
     assert list(ui.sweep.jobs.values()) == list(measured)
     ui.page.set_viewport_size({"width": screenshots.WIDTH, "height": screenshots.HIGH})
     ui.run_list()
-    assert ui.page.get_by_text("3 matching runs").is_visible()
+    expect(ui.page.get_by_text("3 matching runs")).to_be_visible()
     ui.columns("val/fvu")
     for run, name in ui.sweep.jobs.items():
         cells = ui.page.locator(f"[row-id='{run}']").all_inner_texts()
@@ -86,4 +87,4 @@ def test_the_parent_shows_the_figure_of_the_sweep(ui: screenshots.Ui, sweep_dir:
     picture = ui.parent_artifact("figures/sweep.png")
     width = picture.evaluate("async image => { await image.decode(); return image.naturalWidth; }")
     assert width == 1650
-    assert ui.page.get_by_text("sweep.csv").is_visible()
+    expect(ui.page.get_by_text("sweep.csv")).to_be_visible()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 from tests.browser.conftest import Watched
 from tests.browser.test_report import overflowing
 from tests.unit.report.feature_cases import write_pages
@@ -58,40 +58,43 @@ def test_the_heatmap_lies_on_the_patch_that_fires_and_can_be_switched_off(
     tint = "element => getComputedStyle(element).backgroundColor"
     assert shaded.evaluate(tint) != "rgba(0, 0, 0, 0)"
     button.click()
-    assert not canvas.is_visible() and button.get_attribute("aria-pressed") == "false"
+    expect(canvas).to_be_hidden()
+    assert button.get_attribute("aria-pressed") == "false"
     assert shaded.evaluate(tint) == "rgba(0, 0, 0, 0)"
     assert page.locator(".heated img").first.is_visible()
     page.keyboard.press("h")
-    assert canvas.is_visible()
+    expect(canvas).to_be_visible()
 
 
-def shown(page: Page) -> list[str]:
-    return page.locator(".tile:visible .name b").all_inner_texts()
+def expect_shown(page: Page, *names: str) -> None:
+    """Waits: clearing a form filters in a task of its own, after the browser has emptied the fields."""
+    expect(page.locator(".tile:visible .name b")).to_have_text(list(names))
 
 
 def test_the_gallery_is_searched_filtered_and_sorted(index: Path, open_page: Callable[[int], Watched]) -> None:
     page = open_page(SCREEN).page
     page.goto(index.as_uri())
-    assert shown(page) == ["L3/5", "L3/6", "L3/7"]
+    expect_shown(page, "L3/5", "L3/6", "L3/7")
     page.keyboard.press("/")
     page.keyboard.type("EARTH h")
-    assert shown(page) == ["L3/7"]
-    assert page.locator("#count").inner_text() == "1 of 3 features"
+    expect_shown(page, "L3/7")
+    expect(page.locator("#count")).to_have_text("1 of 3 features")
     assert "no-heat" not in page.locator("body").evaluate("body => body.className"), "a typed letter is no command"
     page.get_by_role("searchbox").fill("nothing like it")
-    assert shown(page) == [] and page.locator("#none").is_visible()
+    expect_shown(page)
+    expect(page.locator("#none")).to_be_visible()
     page.get_by_role("button", name="Clear").click()
-    assert len(shown(page)) == 3
+    expect_shown(page, "L3/5", "L3/6", "L3/7")
     page.locator("select[name=label]").select_option("unlabelled")
-    assert shown(page) == ["L3/7"]
+    expect_shown(page, "L3/7")
     page.locator("select[name=label]").select_option("")
     page.locator("select[name=sort]").select_option("score down")
-    assert shown(page)[0] == "L3/5"
+    expect(page.locator(".tile:visible .name b").first).to_have_text("L3/5")
     page.locator(".tile:visible a").first.click()
     page.get_by_role("heading", name="planet = mars", level=1).wait_for()
     page.get_by_role("link", name="All features").click()
     page.locator("#count").wait_for()
-    assert len(shown(page)) == 3
+    expect(page.locator(".tile:visible")).to_have_count(3)
 
 
 def test_readable_in_the_dark(index: Path, open_page: Callable[[int], Watched]) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vlmscope.activations.mlp_inputs import mlp_inputs
-from vlmscope.models.base import ROLES, Adapter
+from vlmscope.core.positions import ROLES
+from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
 from vlmscope.transcoders.transcoder import TranscoderSet
 

@@ -100,7 +100,7 @@ class Forked:
 _COMMAND = "import sys\nfrom vlmscope.app import main\nsys.exit(main())\n"
 
 
-def command(*arguments: str, env: Mapping[str, str] | None = None, cwd: str | Path = ROOT) -> Forked:
+def command_line(*arguments: str, env: Mapping[str, str] | None = None, cwd: str | Path = ROOT) -> Forked:
     """`python run.py ARGUMENTS` as a forked process."""
     return Forked(_COMMAND, *arguments, env=env, cwd=cwd)
 

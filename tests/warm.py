@@ -8,3 +8,4 @@ import vlmscope.transcoders.formats  # noqa: F401
 from vlmscope.tasks import registry
 
 registry.configs()
+registry.summaries.cache_clear()  # a test may add a task

@@ -14,6 +14,7 @@ from vlmscope.report import figures
 from vlmscope.report.html import ReportPage
 from vlmscope.report.sections import Card, Cards, Examples, Figure, Percent, Section, Table, Text, flip_table
 from vlmscope.report.style import label
+from vlmscope.tasks.steps.count_report import dose_sections, number_sections, number_summary, transfer_sections
 from vlmscope.tasks.steps.interchange import ALL, InterchangeRow, PairCase, roles_of
 from vlmscope.tasks.steps.report_parts import configuration, figure, picture, rerun
 from vlmscope.tasks.steps.sum_features import KINDS
@@ -30,16 +31,23 @@ def run(bench: Bench) -> None:
     if "amplify" not in bench.records or "interchange" in bench.records:
         record = bench.record("interchange")
         said = summary(record["rows"])
-        sections += [headline(record), examples(bench, record, folder)]
+        sections += [headline(record), data(bench, record), examples(bench, record, folder)]
         sections += rate_sections(record["rows"], folder)
         sections += curve_sections(record, folder)
         sections += grid_sections(bench, record, folder)
         sections.append(reading())
-    if "sum_features" in bench.records:
-        sections += sum_sections(bench, folder)
+    for step, made in (
+        ("sum_features", sum_sections),
+        ("amplify", amplify_sections),
+        ("number_line", number_sections),
+        ("number_dose", dose_sections),
+        ("pair_transfer", transfer_sections),
+    ):
+        sections += made(bench, folder) if step in bench.records else []
     if "amplify" in bench.records:
-        sections += amplify_sections(bench, folder)
         said = f"{said} {amplify_summary(bench)}".strip()
+    if "number_dose" in bench.records:
+        said = f"{said} {number_summary(bench)}".strip()
     sections += [rerun(bench), configuration(bench)]
     pairs = bench.cfg.pairs
     what = "own pairs" if pairs is None or pairs.change is None else label(pairs.change)
@@ -52,6 +60,33 @@ def run(bench: Bench) -> None:
         footer=f"vlmscope · {bench.vlm.name} · {bench.run_dir.name}",
     )
     page.write(bench.run_dir / "report.html")
+
+
+def data(bench: Bench, record: dict) -> Table:
+    """What was asked of how many pairs."""
+    pairs = bench.cfg.pairs
+    assert pairs is not None, "the step interchange has run"
+    rows = tuple(
+        (
+            name,
+            case.pairs[0].original.prompt,
+            "differs" if case.subject.moves else "stays",
+            *case.subject.accuracy,
+            case.subject.size,
+        )
+        for name, case in record["cases"].items()
+    )
+    columns = (
+        "question",
+        "words",
+        "answer in a pair",
+        "originals right",
+        "counterfactuals right",
+        "both right",
+        "used",
+    )
+    note = f"Features are chosen on {pairs.train} other pairs. Only pairs answered rightly on both sides are used."
+    return Table("Data", columns, rows, note=note)
 
 
 def headline_rows(rows: list[InterchangeRow]) -> list[InterchangeRow]:

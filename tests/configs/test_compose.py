@@ -31,6 +31,7 @@ GROUPS = (
     "study",
     "cross_modal",
     "interchange",
+    "captions",
     "prompts",
     "pairs",
     "debug",

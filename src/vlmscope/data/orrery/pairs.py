@@ -38,7 +38,8 @@ _WORDINGS = PLANET_QUESTIONS | DIGIT_QUESTIONS | SHAPE_QUESTIONS | HAND_QUESTION
 class ScenePair:
     """Two scenes and what differs: `change` is the fact, `values` its words in the original and the counterfactual.
 
-    Both scenes ask the same questions in the same (canonical) words; the answers may differ or agree.
+    Both scenes ask the same questions in the same (canonical) words; the answers may differ or agree. `captions` are
+    the right ones.
     """
 
     key: str
@@ -46,6 +47,7 @@ class ScenePair:
     values: tuple[str, str]
     original: Scene
     counterfactual: Scene
+    captions: tuple[str, str] = ("", "")
 
     @property
     def differs(self) -> np.ndarray:
@@ -160,7 +162,10 @@ def scene_pairs(
             kind.draw(generator(seed, *path, "scene"), split, word, generator(seed, *path, "rest"), later)
             for word, later in ((first, False), (second, True))
         ]
-        pairs.append(ScenePair(f"{split}-{change}-{i:06d}", change, (first, second), *map(_plainly_asked, scenes)))
+        asked = [_plainly_asked(scene) for scene in scenes]
+        captions = (_caption(scenes[0]), _caption(scenes[1]))
+        name = f"{split}-{change}-{i:06d}"
+        pairs.append(ScenePair(name, change, (first, second), asked[0], asked[1], captions))
     return pairs
 
 
@@ -177,6 +182,11 @@ def _choices(change: str, original: str | None, counterfactual: str | None) -> l
         more = "the counterfactual has one more" if kind.next_only else "the two must differ, in every word"
         raise UserError(f"pairs that differ in {change}: original {original}, counterfactual {counterfactual}: {more}")
     return found
+
+
+def _caption(scene: Scene) -> str:
+    """What the scene is rightly described as."""
+    return next((q.answer for q in scene.questions if q.group == "caption"), "")
 
 
 def _plainly_asked(scene: Scene) -> Scene:

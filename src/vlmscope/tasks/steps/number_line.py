@@ -19,6 +19,7 @@ from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import Curve
 from vlmscope.core.seeds import generator
 from vlmscope.data.orrery.facts import SHAPE_COLOURS, SHAPE_QUESTIONS, SHAPES
+from vlmscope.data.orrery.objects import painted_mask
 from vlmscope.data.orrery.shapes import shape_scene
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
 from vlmscope.metrics.decoding import linear_accuracy
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 COUNTS = (1, 2, 3, 4, 5, 6)
 Q = 0.01  # false discoveries among the features said to depend on the count
-PAINT = 25  # grey levels of any channel from the ground's colour
 COLUMNS = (UP, DOWN, *(f"peak {count}" for count in COUNTS[1:-1]))
 
 
@@ -105,13 +105,9 @@ def drawn_scenes(split: str, size: int, seed: int) -> Scenes:
         assert image is not None
         pixels.append(image)
     counts, shapes = np.array(rows).T
-    return Scenes([Image.fromarray(p) for p in pixels], counts, shapes, tints, np.array([painted(p) for p in pixels]))
-
-
-def painted(image: np.ndarray) -> int:
-    """Pixels of `image` [H, W, 3] that are not of the ground's colour, which is that of most of them."""
-    ground = np.median(image.reshape(-1, 3), axis=0)
-    return int((np.abs(image - ground).max(-1) > PAINT).sum())
+    return Scenes(
+        [Image.fromarray(p) for p in pixels], counts, shapes, tints, np.array([painted_mask(p).sum() for p in pixels])
+    )
 
 
 def tuned_features(codes: Codes, counts: np.ndarray, seed: int) -> Tuned:

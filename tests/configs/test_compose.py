@@ -32,6 +32,7 @@ GROUPS = (
     "cross_modal",
     "interchange",
     "circuit_spec",
+    "captions",
     "prompts",
     "pairs",
     "debug",

@@ -12,6 +12,7 @@ from omegaconf import II, MISSING
 
 from vlmscope.attention.config import WhereConfig
 from vlmscope.attribution.config import AttributionConfig
+from vlmscope.circuits.captions_config import CaptionsConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.circuits.spec_config import CircuitSpecConfig
@@ -219,6 +220,7 @@ class AppConfig:
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     interchange: InterchangeConfig = field(default_factory=InterchangeConfig)
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     where: WhereConfig = field(default_factory=WhereConfig)
     circuit: CircuitConfig | None = None

@@ -31,6 +31,7 @@ GROUPS = (
     "study",
     "cross_modal",
     "interchange",
+    "circuit_spec",
     "prompts",
     "pairs",
     "debug",

@@ -207,7 +207,7 @@ class AppConfig:
     looks for. `images` names the user's own picture sets. `task` and `transcoder` hold the dataclass (or mapping) of
     the chosen option; `circuit`, `circuit_spec`, `cross_modal`, `prompts` and `pairs` may be None. An experiment with
     `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their ranges and shows
-    them beside `paper`, what the paper reports.
+    them beside `paper`, what the paper reports, and `figure`, a file of its figures/.
     """
 
     task: Any = MISSING
@@ -238,6 +238,7 @@ class AppConfig:
     name: str | None = None
     reproduce: bool = False
     paper: str | None = None
+    figure: str | None = None
     headline: dict[str, HeadlineConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

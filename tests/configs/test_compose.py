@@ -32,6 +32,7 @@ GROUPS = (
     "cross_modal",
     "interchange",
     "captions",
+    "circuit_spec",
     "prompts",
     "pairs",
     "debug",

@@ -15,6 +15,8 @@ from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.captions_config import CaptionsConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.circuits.interchange_config import InterchangeConfig
+from vlmscope.circuits.spec_config import CircuitSpecConfig
+from vlmscope.config.headline import HeadlineConfig, check_reproducible
 from vlmscope.core.errors import UserError
 from vlmscope.data.pair_config import PairsConfig
 from vlmscope.data.prompts import PromptSetConfig
@@ -203,8 +205,9 @@ class AppConfig:
     `image` is a path or a list of paths on the command line and always a list of paths (or None) in a task; `prompt`
     holds the text of `prompt_file`, or the prompt of `prompts` that `prompt_name` names; `query` is what task=find
     looks for. `images` names the user's own picture sets. `task` and `transcoder` hold the dataclass (or mapping) of
-    the chosen option; `circuit`, `cross_modal`, `prompts` and `pairs`
-    may be None.
+    the chosen option; `circuit`, `circuit_spec`, `cross_modal`, `prompts` and `pairs` may be None. An experiment with
+    `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their ranges and shows
+    them beside `paper`, what the paper reports.
     """
 
     task: Any = MISSING
@@ -221,6 +224,7 @@ class AppConfig:
     study: StudyConfig = field(default_factory=StudyConfig)
     where: WhereConfig = field(default_factory=WhereConfig)
     circuit: CircuitConfig | None = None
+    circuit_spec: CircuitSpecConfig | None = None
     cross_modal: CrossModalConfig | None = None
     prompts: PromptSetConfig | None = None
     pairs: PairsConfig | None = None
@@ -232,3 +236,9 @@ class AppConfig:
     images: dict[str, list[str]] = field(default_factory=dict)
     seed: int = 0
     name: str | None = None
+    reproduce: bool = False
+    paper: str | None = None
+    headline: dict[str, HeadlineConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_reproducible(self.reproduce, self.paper, self.headline)

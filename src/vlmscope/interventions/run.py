@@ -153,26 +153,31 @@ def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int
         now = at_step(edit.generated, 2, offset - prompt)
         value = now.unsqueeze(-2) if now.ndim > 1 else now
         level = None if gate is None else at_step(gate.generated, 1, offset - prompt)
-        return [c.to(x.dtype) for c in _written(transcoder, x, edit, value, level)]
+        return [c.to(x.dtype) for c in _written(transcoder, x, edit, value, level, edit.at_generated)]
     assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
     if not bool(edit.where.any()):
         return []
     value = edit.value if edit.value.ndim < 2 or edit.value.shape[-2] == 1 else edit.value[..., edit.where, :]
     level = None if gate is None else gate.level[edit.where]
     changes = []
-    for written in _written(transcoder, x[:, edit.where], edit, value, level):
+    at = None if edit.at is None else edit.at[edit.where]
+    for written in _written(transcoder, x[:, edit.where], edit, value, level, at):
         changes.append(x.new_zeros(x.shape))
         changes[-1][:, edit.where] = written.to(x.dtype)
     return changes
 
 
-def _written(transcoder: Transcoder, x: Tensor, edit: LayerEdit, value: Tensor, level: Tensor | None) -> list[Tensor]:
+def _written(
+    transcoder: Transcoder, x: Tensor, edit: LayerEdit, value: Tensor, level: Tensor | None, at: Tensor | None
+) -> list[Tensor]:
     """`g (new - current) W_dec` [B, t, d] by layer written, at the given positions; `level` is the gate's there, if
-    it has one.
+    it has one, and `at` (broadcastable to [t, n]) says which features are edited where.
     """
     code, width = transcoder.encode(x), transcoder.config.n_features
     current = code.select(edit.features, width)
     delta = edit.scale * current + value - current
+    if at is not None:
+        delta = delta * at.to(delta)
     if edit.gate is not None and level is not None:
         norms = transcoder.write_norms()[edit.gate.features]
         delta = delta * edit.gate.openness(code.select(edit.gate.features, width), level, norms)

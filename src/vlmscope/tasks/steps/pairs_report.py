@@ -100,11 +100,7 @@ def headline_rows(rows: list[InterchangeRow]) -> list[InterchangeRow]:
 
 def own_rows(rows: list[InterchangeRow]) -> list[InterchangeRow]:
     """Of these, each question under all features and under its own."""
-    return [
-        found
-        for found in headline_rows(rows)
-        if found.outcome.recovered is not None and found.row.method in (ALL, f"features of {found.row.question}")
-    ]
+    return [found for found in headline_rows(rows) if found.outcome.recovered is not None and found.own]
 
 
 def summary(rows: list[InterchangeRow]) -> str:

@@ -29,6 +29,7 @@ GROUPS = (
     "intervention",
     "where",
     "study",
+    "concept_matrix",
     "cross_modal",
     "interchange",
     "circuit_spec",

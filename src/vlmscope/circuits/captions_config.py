@@ -22,8 +22,12 @@ class CaptionsConfig:
         steps: inputs at which gradients are taken for the estimate.
         train: pairs on which features are chosen and levels taken.
         test: pairs whose captions are steered.
-        strength: levels in units of the mean change between the two sides; 1 is the counterfactual's own mean.
+        validation: further pairs on which the strength is chosen, where it is left open.
+        strength: levels in units of the mean change between the two sides; 1 is the counterfactual's own mean. None
+            takes the least of `strengths` that makes most validation captions right.
         strengths: points of the curve.
+        gate: act at each layer and position only as far as the original's features are active there, in full from this
+            share of their level; null acts everywhere.
         others: pictures of each other kind of scene that are steered too, to see what else changes.
         max_new_tokens: after so many a caption is cut off.
         seed: of all scenes.
@@ -38,16 +42,22 @@ class CaptionsConfig:
     steps: int = 5
     train: int = 40
     test: int = 40
-    strength: float = 1.0
-    strengths: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0, 1.5, 2.0, 3.0])
+    validation: int = 20
+    strength: float | None = None
+    strengths: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0])
+    gate: float | None = 0.25
     others: int = 20
     max_new_tokens: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("graphs", "conflicts", "features", "steps", "train", "test", "max_new_tokens"):
+        for key in ("graphs", "conflicts", "features", "steps", "train", "test", "validation", "max_new_tokens"):
             if getattr(self, key) < 1:
                 raise UserError(f"captions.{key}={getattr(self, key)}: it must be at least 1")
+        if not self.strengths:
+            raise UserError("captions.strengths is empty: give at least one, such as [1.0]")
+        if self.gate is not None and self.gate <= 0:
+            raise UserError(f"captions.gate={self.gate}: it must be above 0, or null for none")
         for name, swap in self.swaps.items():
             if len(swap) != 3:
                 raise UserError(f"captions.swaps.{name}={list(swap)}: write [change, original, counterfactual]")

@@ -2,7 +2,8 @@
 
 Features are chosen, and their levels taken, on training pairs of pictures that differ in one fact, whose captions the
 model gives rightly on both sides. On test pairs the original's caption is generated with the features at the
-counterfactual's mean level at every prompt position and every word. Right is the caption of the counterfactual picture.
+counterfactual's mean level, or past it, at every prompt position and every word; how far is settled on validation
+pairs. Right is the caption of the counterfactual picture.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from vlmscope.circuits.effects import in_scope
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve, Rate
+from vlmscope.core.seeds import control_draws
 from vlmscope.data.orrery.pairs import scene_pairs
 from vlmscope.data.orrery.scene import Scene, make_scene
 from vlmscope.interventions.controls import matched_features, random_directions
@@ -62,10 +64,12 @@ class SwapResult:
 
     swap: Swap
     n_features: int
+    strength: float
     texts: dict[str, list[str]] = field(default_factory=dict)
     measures: dict[str, dict[str, Rate]] = field(default_factory=dict)
     curve: list[Curve] = field(default_factory=list)
     others: dict[str, Rate] = field(default_factory=dict)
+    others_ungated: dict[str, Rate] = field(default_factory=dict)
 
 
 def run(bench: Bench) -> None:
@@ -75,8 +79,9 @@ def run(bench: Bench) -> None:
         raise UserError("captions.swaps is empty: name one, such as '+captions.swaps={x: [planet, mars, earth]}'")
     results = []
     for name, (change, original, counterfactual) in config.swaps.items():
-        train, test = (right_pairs(bench, name, (change, original, counterfactual), s) for s in ("train", "test"))
-        results.append(steer(bench, train, test, original))
+        swap = (change, original, counterfactual)
+        train, validation, test = (right_pairs(bench, name, swap, split) for split in ("train", "val", "test"))
+        results.append(steer(bench, train, validation, test, original))
     for result in results:
         bench.metrics |= swap_metrics(result)
     rows = {result.swap.name: result.texts for result in results}
@@ -92,7 +97,7 @@ def right_pairs(bench: Bench, name: str, swap: tuple[str, str, str], split: str)
     """
     config, vlm = bench.cfg.captions, bench.vlm
     change, first, second = swap
-    wanted = config.train if split == "train" else config.test
+    wanted = {"train": config.train, "val": config.validation, "test": config.test}[split]
     scenes = scene_pairs(change, split, wanted, config.seed, first, second)
     sides: list[list[ModelInputs]] = []
     said: list[list[list[int]]] = []
@@ -123,8 +128,8 @@ def text_of(bench: Bench, ids: Sequence[int]) -> str:
     return bench.vlm.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
-def steer(bench: Bench, train: Swap, test: Swap, original: str) -> SwapResult:
-    """Choose, take levels, and generate under every condition."""
+def steer(bench: Bench, train: Swap, validation: Swap, test: Swap, original: str) -> SwapResult:
+    """Choose features, take levels, settle the strength, and generate under every condition."""
     config, vlm, transcoders = bench.cfg.captions, bench.vlm, bench.transcoders
     adapter, tokenizer = vlm.adapter, vlm.tokenizer
     chosen = word_features(adapter, transcoders, tokenizer, train.pairs, config.features, config.steps)
@@ -132,22 +137,39 @@ def steer(bench: Bench, train: Swap, test: Swap, original: str) -> SwapResult:
         raise UserError(f"captions.swaps.{test.name}: no word differs in every training pair's captions")
     features = by_layer(transcoders, [feature for some in chosen.values() for feature in some])
     levels = levels_of(adapter, transcoders, tokenizer, train.pairs, features)
-    plan = levels.plan(config.strength)
-    result = SwapResult(test, sum(len(found) for found in features.values()))
+    strength = settled(bench, validation, levels) if config.strength is None else config.strength
+    plan = levels.plan(strength, config.gate)
+    result = SwapResult(test, sum(len(found) for found in features.values()), strength)
     inputs = [pair.original for pair in test.pairs]
     for name, scoped in scoped_plans(plan, inputs[0].roles, adapter.n_layers).items():
         record(bench, result, name, editing(adapter, transcoders, scoped), likely=name == STEERED)
-    add_controls(bench, result, train, levels, plan)
+    if config.gate is not None:
+        record(bench, result, "without_gate", editing(adapter, transcoders, levels.plan(strength)), likely=True)
+    add_controls(bench, result, train, plan)
     for condition, side in (("counterfactual's own", 1), ("original's", 0)):
         ids = [[*pair.ids[side]] for pair in test.pairs]
         result.measures[condition] = {"log_likelihood": bootstrap_mean(likelihoods(bench, test, ids))}
     rates = []
-    for strength in sorted(config.strengths):
-        context = editing(adapter, transcoders, levels.plan(strength))
+    for one in sorted(config.strengths):
+        context = editing(adapter, transcoders, levels.plan(one, config.gate))
         rates.append(score(test, generated(bench, inputs, context)[1])["all_right"])
     result.curve = [make_curve(test.name.replace("_", " "), sorted(config.strengths), rates)]
     result.others = others_changed(bench, plan, original)
+    if config.gate is not None:
+        result.others_ungated = others_changed(bench, levels.plan(strength), original)
     return result
+
+
+def settled(bench: Bench, validation: Swap, levels: Levels) -> float:
+    """The least strength at which most validation captions are right."""
+    config = bench.cfg.captions
+    inputs = [pair.original for pair in validation.pairs]
+    strengths = sorted(config.strengths)
+    rates = []
+    for strength in strengths:
+        context = editing(bench.vlm.adapter, bench.transcoders, levels.plan(strength, config.gate))
+        rates.append(score(validation, generated(bench, inputs, context)[1])["all_right"].value)
+    return strengths[int(np.argmax(rates))]
 
 
 def scoped_plans(plan: Plan, roles: np.ndarray, n_layers: int) -> dict[str, Plan]:
@@ -158,23 +180,24 @@ def scoped_plans(plan: Plan, roles: np.ndarray, n_layers: int) -> dict[str, Plan
     return {STEERED: plan, "no_last_layer": without, "prompt_only": only, "role_image": picture}
 
 
-def add_controls(bench: Bench, result: SwapResult, train: Swap, levels: Levels, plan: Plan) -> None:
+def add_controls(bench: Bench, result: SwapResult, train: Swap, plan: Plan) -> None:
     """As many features alike in layer and mean activation, at their own levels; and random directions of equal norm.
 
-    Every draw counts as cases of its own, so intervals are over pairs and draws.
+    Matched features are steered without a gate, which only makes the control stronger. Every draw counts as cases of
+    its own, so intervals are over pairs and draws.
     """
     adapter, transcoders, tokenizer = bench.vlm.adapter, bench.transcoders, bench.vlm.tokenizer
     batches = [make_batch(adapter, [side(pair) for pair in train.pairs])
                for side in (lambda p: p.original, lambda p: p.counterfactual)]  # fmt: skip
     means = mean_activations(adapter, transcoders, batches, transcoders.layers)
     contexts: dict[str, list[AbstractContextManager[None]]] = {"matched features": [], "random direction": []}
-    for seed in range(bench.intervention.controls):
+    for seed in control_draws(bench.cfg.seed, bench.intervention.controls):
         drawn = matched_features(plan, means, seed)
         others = {layer: edit.features for layer, edit in drawn.items()}
         own = levels_of(adapter, transcoders, tokenizer, train.pairs, others)
-        contexts["matched features"].append(editing(adapter, transcoders, own.plan(bench.cfg.captions.strength)))
+        control = own.plan(result.strength, None)
+        contexts["matched features"].append(editing(adapter, transcoders, control))
         contexts["random direction"].append(random_directions(adapter, transcoders, plan, seed))
-    del levels
     for name, some in contexts.items():
         record(bench, result, name, *some, likely=True)
 
@@ -279,6 +302,8 @@ def swap_metrics(result: SwapResult) -> dict[str, float]:
         for measure, rate in measures.items():
             key = condition.replace("'", "").replace(" ", "_")
             metrics |= rate_metrics(f"caption_steer/{result.swap.name}/{key}/{measure}", rate)
-    for kind, rate in result.others.items():
-        metrics |= rate_metrics(f"caption_steer/{result.swap.name}/others/{kind}/changed_rate", rate)
+    metrics[f"caption_steer/{result.swap.name}/strength"] = result.strength
+    for form, others in (("others", result.others), ("others_ungated", result.others_ungated)):
+        for kind, rate in others.items():
+            metrics |= rate_metrics(f"caption_steer/{result.swap.name}/{form}/{kind}/changed_rate", rate)
     return metrics

@@ -99,7 +99,9 @@ def measure(bench: Bench, change: str, fact: str, case: PairCase, features: dict
     adapter, transcoders, subject = bench.vlm.adapter, bench.transcoders, case.subject
     plan = interchange_plan(adapter, transcoders, subject, features)
     logits = run_edited(adapter, transcoders, subject.batch, plan)
-    drawn = carried_controls(adapter, transcoders, subject, plan, "free", means, bench.intervention.controls)
+    drawn = carried_controls(
+        adapter, transcoders, subject, plan, "free", means, bench.intervention.controls, bench.cfg.seed
+    )
     found = outcome(subject, logits)
     gained = found.recovered
     if gained is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from vlmscope.circuits.interchange import interchange_plan
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Rate
+from vlmscope.core.seeds import control_draws
 from vlmscope.data.orrery.facts import NUMBERS
 from vlmscope.interventions.controls import matched_features
 from vlmscope.interventions.edits import LayerEdit, Plan
@@ -53,7 +54,7 @@ def run(bench: Bench) -> None:
     strengths = sorted(bench.cfg.interchange.strengths)
     for strength in strengths:
         plan = dosed(bench, subject, features, strength)
-        control = matched_features(plan, record["means"], 0)
+        control = matched_features(plan, record["means"], control_draws(bench.cfg.seed, 1)[0])
         drawn = dosed(bench, subject, {layer: edit.features for layer, edit in control.items()}, strength)
         for label, one in (("features of count", plan), ("matched features", drawn)):
             logits = run_edited(bench.vlm.adapter, bench.transcoders, subject.batch, one)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve, Rate
+from vlmscope.core.seeds import control_draws
 from vlmscope.data.orrery.objects import COVERED, painted_mask, share_in_boxes
 from vlmscope.interventions.controls import matched_features
 from vlmscope.interventions.edits import LayerEdit
@@ -60,7 +61,7 @@ def run(bench: Bench) -> None:
             raise UserError(f"object_places: {len(rows)} pictures have both an object and a ground; give more pairs")
         on = cover[rows] >= COVERED
         found = maps_of(bench, case, features)
-        control = maps_of(bench, case, matched(features, record["means"]))
+        control = maps_of(bench, case, matched(features, record["means"], control_draws(bench.cfg.seed, 1)[0]))
         for what in WHATS:
             for label, maps in ((fact, found[what]), (f"{fact}, matched", control[what])):
                 line = [on_share(maps[layer][rows], on, label, layer, what, rates) for layer in maps]
@@ -98,11 +99,11 @@ def covers(bench: Bench, case: PairCase) -> tuple[np.ndarray, tuple[PatchBox, ..
     return np.array(found), boxes
 
 
-def matched(features: Mapping[int, Tensor], means: Mapping[int, Tensor]) -> dict[int, Tensor]:
+def matched(features: Mapping[int, Tensor], means: Mapping[int, Tensor], seed: int) -> dict[int, Tensor]:
     """As many other features, alike in layer and mean activation."""
     nothing = torch.zeros(1)
     plan = {layer: LayerEdit(f, nothing, nothing, torch.ones(1, dtype=torch.bool)) for layer, f in features.items()}
-    return {layer: edit.features for layer, edit in matched_features(plan, means, 0).items()}
+    return {layer: edit.features for layer, edit in matched_features(plan, means, seed).items()}
 
 
 def maps_of(bench: Bench, case: PairCase, features: Mapping[int, Tensor]) -> dict[str, dict[int, np.ndarray]]:

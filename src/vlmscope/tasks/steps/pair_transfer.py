@@ -107,7 +107,7 @@ def transfer(
     matched = []
     for at, subject in enumerate(subjects):
         plan = interchange_plan(adapter, transcoders, subject, chosen[at])
-        (control,) = carried_controls(adapter, transcoders, subject, plan, "free", means, 1)
+        (control,) = carried_controls(adapter, transcoders, subject, plan, "free", means, 1, bench.cfg.seed)
         assert control.recovered is not None
         matched.append((control.recovered.value, control.follows.value, subject.size))
     weights = [size for *_, size in matched]

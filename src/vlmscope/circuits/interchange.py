@@ -24,6 +24,7 @@ from torch import Tensor
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.circuits.plans import at_supernodes
 from vlmscope.core.intervention import Rate, Supernode
+from vlmscope.core.seeds import control_draws
 from vlmscope.interventions.controls import matched_features, run_random_direction
 from vlmscope.interventions.edits import LayerEdit, Plan, at_positions
 from vlmscope.interventions.named import donor_activations, patch_plan
@@ -115,6 +116,7 @@ def carried_controls(
     mode: str,
     means: Mapping[int, Tensor],
     draws: int,
+    seed: int = 0,
 ) -> list[Outcome]:
     """The same with as many other features, alike in layer and mean activation, carried from the same counterfactuals.
 
@@ -126,10 +128,11 @@ def carried_controls(
         mode: as in `run_edited`.
         means: layer -> [F], by which features are matched.
         draws: how many; an outcome each.
+        seed: under which they are drawn.
     """
     found = []
-    for seed in range(draws):
-        drawn = matched_features(plan, means, seed)
+    for draw in control_draws(seed, draws):
+        drawn = matched_features(plan, means, draw)
         control = interchange_plan(adapter, transcoders, subject, {layer: e.features for layer, e in drawn.items()})
         control = {
             layer: replace(edit, where=plan[layer].where, at=plan[layer].at, at_generated=plan[layer].at_generated)
@@ -140,10 +143,10 @@ def carried_controls(
 
 
 def direction_controls(
-    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, plan: Plan, draws: int
+    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, plan: Plan, draws: int, seed: int = 0
 ) -> list[Outcome]:
     """The same with a random direction of the same norm at each layer and position, in free mode."""
-    runs = (run_random_direction(adapter, transcoders, subject.batch, plan, seed) for seed in range(draws))
+    runs = (run_random_direction(adapter, transcoders, subject.batch, plan, one) for one in control_draws(seed, draws))
     return [outcome(subject, logits) for logits in runs]
 
 

@@ -187,18 +187,20 @@ def one_row(
     means: Mapping[int, Tensor],
 ) -> InterchangeRow:
     """Run an interchange in one scope with its controls; where every feature is carried there are none to draw."""
-    adapter, transcoders = bench.vlm.adapter, bench.transcoders
+    adapter, transcoders, seed = bench.vlm.adapter, bench.transcoders, bench.cfg.seed
     plan = in_scope(whole, scope, subject.batch.roles, adapter.n_layers - 1)
     found = run_interchange(adapter, transcoders, subject, plan, mode)
     headline = (scope, mode) == ("all", "free")
     draws = bench.intervention.controls if headline else 1
-    controls = [] if label == ALL else carried_controls(adapter, transcoders, subject, plan, mode, means, draws)
+    controls = [] if label == ALL else carried_controls(adapter, transcoders, subject, plan, mode, means, draws, seed)
     rate = found.follows if subject.moves else found.changed
     control = None
     if controls:
         control = float(np.mean([(c.follows if subject.moves else c.changed).value for c in controls]))
     gained = [c.recovered.value for c in controls if c.recovered is not None]
-    directions = direction_controls(adapter, transcoders, subject, plan, draws) if headline and subject.moves else []
+    directions = (
+        direction_controls(adapter, transcoders, subject, plan, draws, seed) if headline and subject.moves else []
+    )
     size = sum(len(edit.features) for edit in plan.values())
     return InterchangeRow(
         FlipRow(label, mode, subject.question, scope, replace(rate, control=control), size),

@@ -202,7 +202,8 @@ def _box(axes: Axes, name: str, is_supernode: bool, place: tuple[float, float], 
     style = "round,pad=0,rounding_size=0.16" if is_supernode else "square,pad=0"
     axes.add_patch(FancyBboxPatch(corner, _WIDTH, height, boxstyle=style, facecolor=face, edgecolor=MUTED, zorder=3))
     top = y + height / 2 - _PLAIN / 2
-    axes.text(x, top, name, ha="center", va="center", fontweight="bold", fontsize=11 if len(name) < 22 else 9, zorder=4)
+    shown, size = (name, 11 if len(name) < 20 else 8.5) if len(name) <= 26 else (name[:25] + "…", 8.5)
+    axes.text(x, top, shown, ha="center", va="center", fontweight="bold", fontsize=size, zorder=4)
     for line in content.lines:
         top -= _LINE
         axes.text(x, top, line, ha="center", va="center", fontsize=9 if len(line) < 28 else 8, zorder=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -179,14 +180,20 @@ class Finder:
         texts: dict[FeatureId, str] = {}
         for labels in self.material.labels.values():
             texts |= {f: one.text for f, one in labels.all().items() if one.source == "hand" or one.beats_chance}
-        said = {i: texts[m.feature] for i, m in enumerate(members) if m.feature in texts}
+        said = {i: short_label(texts[m.feature]) for i, m in enumerate(members) if m.feature in texts}
         if not said:
             for i, member in enumerate(members):
-                top, _ = top_and_bottom_logits(
-                    self.vlm.adapter, self.transcoders, self.vlm.tokenizer, member.feature, 1
-                )
-                said[i] = top[0][0].strip("▁ ").strip() or top[0][0]
-        return cluster_names({0: list(range(len(members)))}, {}, {}, said)[0] or key
+                parts = (self.vlm.adapter, self.transcoders, self.vlm.tokenizer, member.feature)
+                said[i] = short_label(top_and_bottom_logits(*parts, 1)[0][0][0].strip("▁ "))
+        return cluster_names({0: list(range(len(members)))}, {}, {}, said, 1)[0] or key
+
+
+def short_label(text: str) -> str:
+    """The first thing that a label says, in words that can be a name: 'planet = mars or scene = hands, ..' is planet
+    mars.
+    """
+    first = text.removeprefix("strong: ").split(" or ")[0].split(",")[0]
+    return " ".join(re.sub(r"[^\w. -]", " ", first).split())[:40].strip()
 
 
 def _of_own(

@@ -28,6 +28,7 @@ GROUPS = (
     "attribution",
     "intervention",
     "where",
+    "hallucination",
     "study",
     "cross_modal",
     "interchange",

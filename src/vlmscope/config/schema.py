@@ -12,6 +12,7 @@ from omegaconf import II, MISSING
 
 from vlmscope.attention.config import WhereConfig
 from vlmscope.attribution.config import AttributionConfig
+from vlmscope.attribution.indicator_config import HallucinationConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.config.headline import HeadlineConfig, check_reproducible
@@ -220,6 +221,7 @@ class AppConfig:
     interchange: InterchangeConfig = field(default_factory=InterchangeConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     where: WhereConfig = field(default_factory=WhereConfig)
+    hallucination: HallucinationConfig = field(default_factory=HallucinationConfig)
     circuit: CircuitConfig | None = None
     cross_modal: CrossModalConfig | None = None
     prompts: PromptSetConfig | None = None

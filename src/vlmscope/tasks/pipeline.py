@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 KINDS = (
     "find_circuit", "intervene", "curves", "report", "compare_maps", "lens", "study", "modality", "cross_modal",
     "interchange", "sum_features", "amplify", "pairs_report",
+    "predict_errors", "errors_report",
 )  # fmt: skip
 
 

@@ -146,7 +146,7 @@ def scene_pairs(
             kind.draw(generator(seed, *path, "scene"), split, word, generator(seed, *path, "rest"), later)
             for word, later in ((first, False), (second, True))
         ]
-        pairs.append(ScenePair(f"{split}-{change}-{i:06d}", change, (first, second), *map(_plainly_asked, scenes)))
+        pairs.append(ScenePair(f"{split}-{change}-{i:06d}", change, (first, second), *map(plainly_asked, scenes)))
     return pairs
 
 
@@ -165,7 +165,7 @@ def _choices(change: str, original: str | None, counterfactual: str | None) -> l
     return found
 
 
-def _plainly_asked(scene: Scene) -> Scene:
+def plainly_asked(scene: Scene) -> Scene:
     """The scene with its questions in the canonical words; without its caption, which is more than one word."""
     asked = tuple(Question(q.group, _WORDINGS[q.group][0], q.answer) for q in scene.questions if q.group in _WORDINGS)
     return replace(scene, questions=asked)

@@ -27,9 +27,7 @@ class AskedPicture:
     probability: float
 
 
-def areas(
-    groups: Mapping[str, Mapping[str, Rate]], path: str | Path, chance: str = "mean of shuffled answers"
-) -> Path:
+def areas(groups: Mapping[str, Mapping[str, Rate]], path: str | Path, chance: str = "mean of shuffled answers") -> Path:
     """Areas under the curve with intervals: a band of rows for each group, a mark for each predictor.
 
     Args:

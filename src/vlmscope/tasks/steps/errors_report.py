@@ -13,7 +13,7 @@ from vlmscope.core.seeds import generator
 from vlmscope.report.html import ReportPage
 from vlmscope.report.prediction_figures import AskedPicture, areas, asked_pictures, probabilities
 from vlmscope.report.sections import Card, Cards, Percent, Section, Table, Text
-from vlmscope.tasks.steps.predict_errors import Case, Prediction, areas_by_question, single_areas
+from vlmscope.tasks.steps.predict_errors import Case, Prediction, areas_by_question
 from vlmscope.tasks.steps.report_parts import configuration, figure, rerun
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ INDICATORS = {
     "replacement": "replacement score",
     "completeness": "completeness score",
     "nodes": "nodes after pruning",
+    "level": "how hard the picture was made",
 }
 
 
@@ -54,7 +55,7 @@ def run(bench: Bench) -> None:
     predictions: dict[str, dict[str, Prediction]] = record["predictions"]
     sections: list[Section] = [headline(predictions, record["gains"])]
     sections += case_sections(bench, cases, folder)
-    sections += area_sections(bench, cases, predictions, record["gains"], folder)
+    sections += area_sections(record["single"], predictions, record["gains"], folder)
     sections += [by_question(cases, predictions["within"]), reading(bench), rerun(bench), configuration(bench)]
     page = ReportPage(
         title="Predicting wrong answers from graphs",
@@ -134,17 +135,14 @@ def case_sections(bench: Bench, cases: Sequence[Case], folder: Path) -> list[Sec
 
 
 def area_sections(
-    bench: Bench,
-    cases: Sequence[Case],
+    single: dict[str, Rate],
     predictions: dict[str, dict[str, Prediction]],
     gains: dict[str, Rate],
     folder: Path,
 ) -> list[Section]:
     """Areas of all predictors and views, and of each number alone."""
-    drawn = areas(
-        {VIEWS[view]: {PREDICTORS[name]: one.area for name, one in found.items()} for view, found in predictions.items()},
-        folder / "areas.png",
-    )
+    groups = {VIEWS[v]: {PREDICTORS[name]: one.area for name, one in of.items()} for v, of in predictions.items()}
+    drawn = areas(groups, folder / "areas.png")
     rows = [
         (VIEWS[view], PREDICTORS[name], area_text(one.area), round(float(one.shuffled.mean()), 3),
          round(float(np.quantile(one.shuffled, 0.975)), 3))
@@ -153,14 +151,15 @@ def area_sections(
     rows += [(VIEWS[view], "gain of the graph over the probability", area_text(more), None, None)
              for view, more in gains.items()]  # fmt: skip
     columns = ("pairs compared", "predictor", "area, 95 % interval", "shuffled: mean", "97.5 % of the draws below")
-    alone = single_areas(bench, cases)
-    single = areas({"each number alone": {INDICATORS[name]: area for name, area in alone.items()}}, folder / "single.png")
+    alone = {INDICATORS[name]: area for name, area in single.items()}
+    each = areas({"each number alone": alone}, folder / "single.png")
     return [
         figure("Areas under the curve", drawn, "Area of each predictor, by what pairs are compared", wide=True),
         Table("All areas", columns, tuple(rows)),
         figure(
-            "Each number alone", single, "Area of each number, nothing fitted",
-            "Within questions, nothing fitted: above 0.5 where the number is higher for wrong answers.", wide=True,
+            "Each number alone", each, "Area of each number, nothing fitted",
+            "Within questions, nothing fitted: above 0.5 where the number is higher for wrong answers. How hard the "
+            "picture was made is not known to the model; it is there for comparison.", wide=True,
         ),
     ]  # fmt: skip
 
@@ -185,7 +184,8 @@ def reading(bench: Bench) -> Text:
             "what the graph knows is not the probability in other clothes. Values are standardised, and within "
             "questions centred, on the training folds; a scene's questions always share a fold.",
             "All questions together flatter every predictor: some questions are harder, and graphs differ by question. "
-            "Pairs within a question are the fair test; the classifier fitted to other questions is the hard one.",
+            "Pairs within a question are the fair test; the classifier fitted to other questions is the hard one. "
+            "Shuffled answers come out a little below 0.5: a fold with more errors leaves fewer to those fitted to.",
             f"Graphs hold the {nodes:,} most influential features; the others are summed by layer. The scenes are "
             "harder than any in training, so this is about errors under noise and about fingers that are denied, not "
             "about invented facts in long answers.",

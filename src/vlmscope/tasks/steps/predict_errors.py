@@ -82,8 +82,9 @@ def run(bench: Bench) -> None:
     predictions = {view: predict(bench, cases, view) for view in VIEWS}
     gains = {view: gain(bench, cases, view, found) for view, found in predictions.items()}
     bench.metrics |= case_metrics(cases) | prediction_metrics(predictions, gains)
-    bench.metrics |= {f"errors/single/{name}/auc": rate.value for name, rate in single_areas(bench, cases).items()}
-    bench.records["predict_errors"] = {"cases": cases, "predictions": predictions, "gains": gains}
+    single = single_areas(bench, cases)
+    bench.metrics |= {f"errors/single/{name}/auc": rate.value for name, rate in single.items()}
+    bench.records["predict_errors"] = {"cases": cases, "predictions": predictions, "gains": gains, "single": single}
 
 
 def asked_cases(bench: Bench) -> Iterator[Case]:
@@ -169,13 +170,17 @@ def gain(bench: Bench, cases: Sequence[Case], view: str, found: dict[str, Predic
 
 
 def single_areas(bench: Bench, cases: Sequence[Case]) -> dict[str, Rate]:
-    """Each number alone, nothing fitted, within questions: above 0.5 where it is higher for wrong answers."""
+    """Each number and the scene's level alone, nothing fitted, within questions: above 0.5 where higher for wrong."""
     names = ("probability", "answer_entropy", *NAMES)
     table = columns(cases, names)
     wrong, scenes = np.array([case.wrong for case in cases]), np.array([case.scene for case in cases])
     questions = np.array([case.question for case in cases])
+    table = np.column_stack([table, [case.level for case in cases]])
     seed = bench.cfg.hallucination.seed
-    return {name: bootstrap_auc(table[:, i], wrong, scenes, questions, seed=seed) for i, name in enumerate(names)}
+    return {
+        name: bootstrap_auc(table[:, i], wrong, scenes, questions, seed=seed)
+        for i, name in enumerate((*names, "level"))
+    }
 
 
 def case_metrics(cases: Sequence[Case]) -> dict[str, float]:

@@ -46,6 +46,17 @@ LIMITS = {
         "cross_modal.permutations=20",
         "intervention.controls=1",
     ],
+    "cross_modal_association": [
+        "~association.planets",
+        "~association.descriptions",
+        "association.digits.concepts=[three,five,eight]",
+        *(
+            f"association.{name}.{key}"
+            for name in ("digits", "colours")
+            for key in ("pictures=3", "test_pictures=2", "permutations=10")
+        ),
+    ],
+    "hierarchy": [*PAIRS, "interchange.scenes=[42,14]"],
     "visual_arithmetic": PAIRS,
     "six_fingers": [*PAIRS, "interchange.strengths=[0,4]"],
     "hallucination_prediction": [
@@ -78,8 +89,15 @@ LEAVES = {
     "mars_earth_patch": ["graph.json", "graph.safetensors", "report.html", "figures/flip_rates.png"],
     "mars_earth_curves": ["curves.json", "report.html", "figures/ablation.png"],
     "modality_by_layer": ["study/study.json", "modality.parquet", "figures/modality_by_layer.png"],
+    "cross_modal_association": ["report.html", "digits/shared.parquet", "colours/figures/effects.png"],
+    "hierarchy": [
+        "layer_ranges.json",
+        "report.html",
+        *(f"figures/{name}.png" for name in ("planet_by_layer", "kinds_picture", "range_first", "alike")),
+    ],
     "cross_modal": [
         "shared.parquet",
+        "report.html",
         *(f"figures/{name}.png" for name in ("coincidences", "shared_by_layer", "effects")),
     ],
     "visual_arithmetic": ["interchange.json", "sum_features.json", "report.html", "figures/grid_sum.png"],
@@ -99,6 +117,20 @@ METRICS = {
         "ablate/text/changed_rate",
         "patch/text_to_picture/flip_rate_control",
         "patch/picture_to_text/no_last_layer/flip_rate_ci_low",
+    ],
+    "cross_modal_association": [
+        "association/digits/cross_modal/plus_one/by_rule_p",
+        "association/colours/cross_modal/earth/shared",
+        "association/colours/base/neptune/picture/accuracy",
+    ],
+    "hierarchy": [
+        "read/picture/layer_00/texture",
+        "read/last_name/layer_07/planet",
+        "depth/name_ci_low",
+        "depth/colour_less_cover",
+        "way/name/cover/follow_rate_control",
+        "ranges/cover/first/layer_03/follow_rate_random_direction",
+        "alike/name_cover/last/layer_07_shuffled",
     ],
     "visual_arithmetic": [
         "interchange/all_features/free/sum/follow_rate_ci_low",

@@ -206,8 +206,9 @@ class AppConfig:
 
     `image` is a path or a list of paths on the command line and always a list of paths (or None) in a task; `prompt`
     holds the text of `prompt_file`, or the prompt of `prompts` that `prompt_name` names; `query` is what task=find
-    looks for. `images` names the user's own picture sets. `task` and `transcoder` hold the dataclass (or mapping) of
-    the chosen option; `circuit`, `circuit_spec`, `concept_matrix`, `cross_modal`, `prompts` and `pairs` may be None.
+    looks for. `images` names the user's own picture sets, `association` sets of concepts, each as `cross_modal`.
+    `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit`, `circuit_spec`,
+    `concept_matrix`, `cross_modal`, `prompts` and `pairs` may be None.
     An experiment with `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their
     ranges and shows them beside `paper`, what the paper reports, and `figure`, a file of its figures/.
     """
@@ -230,6 +231,7 @@ class AppConfig:
     circuit_spec: CircuitSpecConfig | None = None
     concept_matrix: ConceptMatrixConfig | None = None
     cross_modal: CrossModalConfig | None = None
+    association: dict[str, CrossModalConfig] = field(default_factory=dict)
     prompts: PromptSetConfig | None = None
     pairs: PairsConfig | None = None
     image: Any = None

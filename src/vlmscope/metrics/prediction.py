@@ -70,22 +70,27 @@ def bootstrap_auc(
         ValueError: no pair of a wrong and a right case.
     """
 
-    def value(rows: np.ndarray) -> float:
-        of = None if strata is None else strata[rows]
-        area = auc(scores[rows], wrong[rows], of)
-        return area if less is None else area - auc(less[rows], wrong[rows], of)
-
-    whole = value(np.arange(len(scores)))
-    if not np.isfinite(whole):
-        raise ValueError("an area needs a wrong and a right case")
-    members = [np.flatnonzero(groups == name) for name in np.unique(groups)]
+    names, of = np.unique(groups, return_inverse=True)
     rng = generator(seed, "bootstrap auc")
-    drawn = [
-        value(np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))]))
-        for _ in range(resamples)
-    ]
-    low, high = np.nanquantile(drawn, (0.025, 0.975))
-    return Rate(whole, float(low), float(high), len(scores))
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
+    weights = np.concatenate([np.ones((1, len(scores))), drawn[:, of]])  # the first row is the data as they are
+    won, pairs = np.zeros(len(weights)), np.zeros(len(weights))
+    for chosen in _parts(strata, len(scores)):
+        bad, good = chosen[wrong[chosen]], chosen[~wrong[chosen]]
+        order = _in_order(scores, bad, good) - (0 if less is None else _in_order(less, bad, good))
+        won += (weights[:, bad] @ order * weights[:, good]).sum(1)
+        pairs += weights[:, bad].sum(1) * weights[:, good].sum(1)
+    if not pairs[0]:
+        raise ValueError("an area needs a wrong and a right case")
+    areas = won[pairs > 0] / pairs[pairs > 0]
+    low, high = np.quantile(areas[1:], (0.025, 0.975))
+    return Rate(float(areas[0]), float(low), float(high), len(scores))
+
+
+def _in_order(scores: np.ndarray, bad: np.ndarray, good: np.ndarray) -> np.ndarray:
+    """[bad, good], 1 where the wrong case scores higher, 0.5 where they are equal."""
+    gap = scores[bad][:, None] - scores[good]
+    return (gap > 0) + 0.5 * (gap == 0)
 
 
 def group_folds(groups: np.ndarray, folds: int | None, seed: int = 0) -> np.ndarray:

@@ -103,12 +103,27 @@ def test_nothing_can_be_learnt_from_one_kind_of_case() -> None:
     np.testing.assert_array_equal(scores, np.zeros(4))
 
 
+def test_an_interval_is_that_of_areas_on_drawn_groups() -> None:
+    """Against drawing groups one after another."""
+    rng = np.random.default_rng(8)
+    groups, strata, wrong = np.repeat(np.arange(25), 2), np.tile([0, 1], 25), rng.random(50) < 0.4
+    scores = wrong + rng.normal(size=50)
+    found = bootstrap_auc(scores, wrong, groups, strata)
+    draws = []
+    for _ in range(2000):
+        rows = np.concatenate([np.flatnonzero(groups == name) for name in rng.integers(25, size=25)])
+        draws.append(auc(scores[rows], wrong[rows], strata[rows]))
+    low, high = np.quantile(draws, (0.025, 0.975))
+    assert found.value == pytest.approx(auc(scores, wrong, strata))
+    assert (found.ci_low, found.ci_high) == pytest.approx((low, high), abs=0.02)
+
+
 def test_the_interval_covers_the_value_and_draws_whole_groups() -> None:
     rng = np.random.default_rng(6)
     wrong = rng.random(50) < 0.5
     scores = wrong + rng.normal(size=50)
     one = bootstrap_auc(scores, wrong, np.arange(50), resamples=200)
-    assert one.ci_low < one.value < one.ci_high and one.value == auc(scores, wrong)
+    assert one.ci_low < one.value < one.ci_high and one.value == pytest.approx(auc(scores, wrong))
     four = bootstrap_auc(
         np.repeat(scores, 4), np.repeat(wrong, 4), np.repeat(np.arange(50), 4), resamples=200
     )  # copies of a case are no news

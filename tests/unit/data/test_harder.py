@@ -17,14 +17,15 @@ def test_scenes_are_test_scenes_with_their_answers() -> None:
     for one, same in zip(scenes, again, strict=True):
         assert one.image is not None and same.image is not None
         np.testing.assert_array_equal(one.image, same.image)
-        assert 0.2 <= one.facts["level"] <= 0.5
+        level = one.facts["level"]
+        assert isinstance(level, float) and 0.2 <= level <= 0.5
         assert all(" " not in question.answer for question in one.questions)  # captions are left out
     easy = make_scene("test", "planets", 1, 4)
     assert [q.answer for q in scenes[1].questions] == [q.answer for q in easy.questions[:3]]
     fingers = {scene.questions[0].answer for scene in scenes[4:]}
     assert fingers == {"five", "six"}
-    other = harder_scenes(counts, (0.2, 0.5), seed=5)[0].image
-    assert other is not None and not np.array_equal(other, scenes[0].image)
+    first, other = scenes[0].image, harder_scenes(counts, (0.2, 0.5), seed=5)[0].image
+    assert first is not None and other is not None and not np.array_equal(other, first)
 
 
 def test_a_level_makes_the_picture_smaller_darker_and_noisy() -> None:

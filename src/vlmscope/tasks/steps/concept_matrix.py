@@ -165,7 +165,7 @@ def steering(bench: Bench, circuit: Circuit, recipient: str, donor: str, roles: 
 def third_concepts(
     bench: Bench, circuits: Circuits, images: dict[str, list[Image.Image]], tokens: dict[str, dict[str, int]]
 ) -> dict[Pair, Rate]:
-    """For each pair, the share of pictures of all other concepts that its steering makes the donor's, first question."""
+    """For each pair, the share of all other concepts' pictures that its steering makes the donor's (first question)."""
     config = settings(bench)
     name, question = next(iter(config.questions.items()))
     found: dict[Pair, Rate] = {}

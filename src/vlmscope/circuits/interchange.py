@@ -15,14 +15,15 @@ Legend: B pairs, T positions, F features of a layer, n chosen ones, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlmscope.circuits.pair_subject import PairSubject
-from vlmscope.core.intervention import Rate
+from vlmscope.circuits.plans import at_supernodes
+from vlmscope.core.intervention import Rate, Supernode
 from vlmscope.core.seeds import control_draws
 from vlmscope.interventions.controls import matched_features, run_random_direction
 from vlmscope.interventions.edits import LayerEdit, Plan, at_positions
@@ -61,6 +62,7 @@ def interchange_plan(
     subject: PairSubject,
     features: Features,
     where: Tensor | None = None,
+    nodes: Sequence[Supernode] = (),
 ) -> dict[int, LayerEdit]:
     """Set features in the originals to what they are in the counterfactuals, position by position.
 
@@ -70,9 +72,11 @@ def interchange_plan(
         subject: the pairs.
         features: which, by layer.
         where: [T] bool, the positions to act on; all when None.
+        nodes: supernodes whose positions their features keep to.
     """
     chosen = {layer: found for layer, found in features.items() if len(found)}
     plan = patch_plan(donor_activations(adapter, transcoders, subject.other, chosen), subject.batch.roles)
+    plan = at_supernodes(plan, nodes, subject.batch.places)
     return plan if where is None else at_positions(plan, where)
 
 
@@ -130,7 +134,10 @@ def carried_controls(
     for draw in control_draws(seed, draws):
         drawn = matched_features(plan, means, draw)
         control = interchange_plan(adapter, transcoders, subject, {layer: e.features for layer, e in drawn.items()})
-        control = {layer: at_positions({layer: edit}, plan[layer].where)[layer] for layer, edit in control.items()}
+        control = {
+            layer: replace(edit, where=plan[layer].where, at=plan[layer].at, at_generated=plan[layer].at_generated)
+            for layer, edit in control.items()
+        }
         found.append(run_interchange(adapter, transcoders, subject, control, mode))
     return found
 

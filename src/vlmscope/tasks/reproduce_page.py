@@ -82,7 +82,7 @@ def write_page(run_dir: Path, overrides: Sequence[str], found: Sequence[Reproduc
         Text("Run it again", code=" ".join(["python run.py", *overrides])),
     ]
     page = ReportPage(
-        title="What the paper reports, what this copy shows",
+        title="What the paper reports, what Orrery shows",
         question=(
             "Every experiment that needs no training, run on the shipped model and transcoders, each headline number "
             "held against the range that its file states."

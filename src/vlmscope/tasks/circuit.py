@@ -50,7 +50,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from vlmscope.circuits.circuit import save_circuit
     from vlmscope.config.circuit_file import declared
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.circuit_find import Finder, gather
     from vlmscope.tasks.circuit_inputs import traced_inputs
     from vlmscope.tasks.circuit_page import Scene, draw_circuit

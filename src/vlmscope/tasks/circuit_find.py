@@ -55,7 +55,7 @@ def gather(cfg: AppConfig, spec: CircuitSpecConfig, asked: Sequence[Asked]) -> M
     from vlmscope.attribution.graph_io import load_graph
     from vlmscope.circuits.selectors import read_clusters
     from vlmscope.features.labels.reader import Labels
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.circuit_inputs import contrast_sets
 
     found = Material()
@@ -174,8 +174,8 @@ class Finder:
 
     def _auto(self, key: str, members: Sequence[CircuitFeature]) -> str:
         """A name from the labels of any study that the spec uses, else from the words that the features write."""
-        from vlmscope.features.cluster_names import cluster_names
         from vlmscope.features.logit_lens import top_and_bottom_logits
+        from vlmscope.features.structure.cluster_names import cluster_names
 
         texts: dict[FeatureId, str] = {}
         for labels in self.material.labels.values():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.config import AppConfig
     from vlmscope.core.graph import PrunedGraph
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.models.loading import VLM
     from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -119,7 +119,7 @@ def examples_of(
 ) -> Mapping[FeatureId, tuple[FeatureExample, ...]]:
     """Inputs on which features are most active: of a study, or of what is at hand."""
     from vlmscope.data.images import png_bytes
-    from vlmscope.features.top_examples import StudyItem, top_examples
+    from vlmscope.features.study.top_examples import StudyItem, top_examples
 
     if study is not None:
         from vlmscope.tasks.find import study_example

@@ -166,7 +166,11 @@ def test_every_experiment_has_its_smoke_test_and_its_card() -> None:
         assert (folder / f"{name}.md").is_file(), f"{name} has no card"
 
 
-@pytest.mark.parametrize("name", sorted(LIMITS))
+# Their parts are tested by themselves, and visual_arithmetic runs the steps that they share.
+SLOW = {"counting", "object_recognition"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(LIMITS)])
 def test_experiment_runs(name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     code = main([f"experiment={name}", *LIMITS[name], f"data.path={data}", f"hydra.run.dir={run_dir}", "tracking=none"])

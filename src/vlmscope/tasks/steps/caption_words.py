@@ -77,7 +77,7 @@ def run(bench: Bench) -> None:
             raise UserError(f"captions.kinds: none of the captions of {kind} is right, so its words say nothing")
         traced = shares_of(bench, kind, captions[: config.graphs], shown)
         conflicts = conflicts_of(bench, captions[: config.conflicts])
-        for slot, values in traced.items():
+        for slot, values in sorted(traced.items(), key=lambda found: found[0] == REST):
             row = word_sources(kind, slot, np.array(values), conflicts.get(slot))
             bench.metrics |= source_metrics(row)
             rows.append(row)

@@ -11,6 +11,7 @@ from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.transcoders.init import random_set
 
+PROMPT = "what is this ?"
 IDS = ((10, 11, 12), (10, 13, 14))
 
 
@@ -22,7 +23,8 @@ def bench():
         shape = (vlm.adapter.n_layers, vlm.adapter.d_model, 24, 5)
         transcoders = random_set(*shape, seed=6, dtype=torch.float64).requires_grad_(False)
         pairs = [
-            CaptionPair(*(vlm.prepare("what is this ?", [tiny_image(k)]) for k in (i, i + 3)), IDS) for i in range(3)
+            CaptionPair(vlm.prepare(PROMPT, [tiny_image(i)]), vlm.prepare(PROMPT, [tiny_image(i + 3)]), IDS)
+            for i in range(3)
         ]
     return vlm, transcoders, pairs
 

@@ -73,7 +73,7 @@ def run(bench: Bench) -> None:
                 line = [on_share(maps[layer][rows], on, label, layer, what, rates) for layer in maps]
                 x = [float(layer) for layer in maps]
                 curves[what].append(make_curve(label, x, line))
-            total = sum(found[what].values())[rows]
+            total = over_layers(found[what])[rows]
             by_chance = float(on.mean())
             hits[fact, what] = bootstrap_mean(
                 [pointing_hit(one, there) for one, there in zip(total, on, strict=True)], control=by_chance
@@ -85,7 +85,7 @@ def run(bench: Bench) -> None:
             bench.metrics |= rate_metrics(f"places/{fact}/carried/{where.replace(' ', '_')}/recovered", rate)
             carried[fact, where] = rate
         for i, row in enumerate(rows[:SHOWN].tolist()):
-            maps = {f"{fact}, {what}": sum(found[what].values())[row] for what in WHATS}
+            maps = {f"{fact}, {what}": over_layers(found[what])[row] for what in WHATS}
             if len(drawn) <= i:
                 drawn.append(Drawn(np.asarray(case.pairs[row].original.images[0]), boxes, maps))
             elif np.array_equal(drawn[i].image, np.asarray(case.pairs[row].original.images[0])):
@@ -157,6 +157,11 @@ def maps_of(bench: Bench, case: PairCase, features: Mapping[int, Tensor]) -> dic
         found["fires"][layer] = (a @ norms).cpu().numpy()
         found["changes"][layer] = ((b - a).abs() @ norms).cpu().numpy()
     return {what: dict(sorted(of.items())) for what, of in found.items()}
+
+
+def over_layers(maps: Mapping[int, np.ndarray]) -> np.ndarray:
+    """The sum of maps by layer."""
+    return np.sum(list(maps.values()), axis=0)
 
 
 def share_of(maps: np.ndarray, on: np.ndarray) -> Rate:

@@ -17,6 +17,8 @@ PIPELINE = [
     "intervention.strengths=[0.0,2.0]",
     "circuit.pictures=2",
     "circuit.per_layer=2",
+    "circuit.graphs=1",
+    "attribution.max_nodes=300",
 ]
 TINY_MODEL = [f"task.architecture.{key}={value}" for key, value in {
     "d_model": 16, "n_layers": 2, "d_mlp": 16, "head_dim": 4, "vision_width": 8, "vision_layers": 1, "vision_mlp": 8,
@@ -29,15 +31,17 @@ PAIRS = [
     "pairs.test=4",
     "interchange.least=2",
     "interchange.counts=[2,5]",
+    "interchange.steps=1",
     "interchange.features=4",
     "interchange.generate=1",
     "interchange.scenes=[40,20]",
     "intervention.controls=1",
+    "intervention.modes=[direct,free]",
     "intervention.scopes=[no_last_layer]",
 ]
 LIMITS = {
-    "mars_earth_patch": PIPELINE,
-    "mars_earth_curves": [*PIPELINE, "attribution.max_nodes=300"],
+    "mars_earth_patch": [*PIPELINE, "~circuit.questions.cover"],
+    "mars_earth_curves": [*PIPELINE, "~circuit.questions.colour", "~circuit.questions.cover"],
     "modality_by_layer": ["study.limit=40", "study.samples=4"],
     "cross_modal": [
         "cross_modal.concepts=[mars,earth,saturn]",
@@ -180,7 +184,8 @@ def test_every_experiment_has_its_smoke_test_and_its_card() -> None:
 @pytest.mark.parametrize("name", sorted(LIMITS))
 def test_experiment_runs(name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
-    code = main([f"experiment={name}", *LIMITS[name], f"data.path={data}", f"hydra.run.dir={run_dir}", "tracking=none"])
+    where = [f"data.path={data}", f"hydra.run.dir={run_dir}", "tracking=none", "trainer.threads=1"]
+    code = main([f"experiment={name}", *LIMITS[name], *where])
     out = capsys.readouterr()
     assert code == 0, out.err
     assert out.out.strip().splitlines()[-1] == str(run_dir)

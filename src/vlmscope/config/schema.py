@@ -24,7 +24,7 @@ from vlmscope.data.pair_config import PairsConfig
 from vlmscope.data.prompts import PromptSetConfig
 from vlmscope.data.source_config import SourceConfig, check_source
 from vlmscope.features.cross_modal_config import CrossModalConfig
-from vlmscope.features.study_config import StudyConfig
+from vlmscope.features.study.config import StudyConfig
 from vlmscope.tracking.config import TrackingConfig
 from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES
 

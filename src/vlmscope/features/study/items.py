@@ -16,7 +16,7 @@ from vlmscope.data.lookup import row_of
 from vlmscope.data.readers import Source
 from vlmscope.data.source_config import SourceConfig
 from vlmscope.data.sources import open_source
-from vlmscope.features.study_schema import (
+from vlmscope.features.study.schema import (
     GEOMETRY,
     GEOMETRY_TABLE,
     ITEM_TABLE,

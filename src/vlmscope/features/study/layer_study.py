@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.core.study import BINS, IMAGE, KINDS, LEVELS, LOWEST_OCTAVE
-from vlmscope.features.kept_pairs import NEVER, Chosen, Pairs, chosen, item_hash, joined, no_pairs
+from vlmscope.features.study.kept_pairs import NEVER, Chosen, Pairs, chosen, item_hash, joined, no_pairs
 from vlmscope.transcoders.transcoder import SparseCode
 
 UNIT = 2.0**-20  # of sums: whole numbers add up to the same in any order

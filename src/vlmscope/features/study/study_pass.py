@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vlmscope.activations.mlp_inputs import watching_mlp_inputs
 from vlmscope.core.study import KINDS
-from vlmscope.features.layer_study import LayerStudy, Tokens
-from vlmscope.features.study_inputs import StudyInput
+from vlmscope.features.study.inputs import StudyInput
+from vlmscope.features.study.layer_study import LayerStudy, Tokens
 from vlmscope.models.base import Adapter
 from vlmscope.models.conversations import by_shape, joined
 from vlmscope.transcoders.transcoder import TranscoderSet

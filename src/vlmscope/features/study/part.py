@@ -18,8 +18,8 @@ import pyarrow as pa
 from vlmscope.core.artifacts import atomic_folder, load_tensors, read_json, save_tensors, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.data.share import Share
-from vlmscope.features.study_pass import StudyPass
-from vlmscope.features.study_schema import GEOMETRY_TABLE, ITEM_TABLE, read_table, write_table
+from vlmscope.features.study.schema import GEOMETRY_TABLE, ITEM_TABLE, read_table, write_table
+from vlmscope.features.study.study_pass import StudyPass
 
 _STATE = "state.json"
 

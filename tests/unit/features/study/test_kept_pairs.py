@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from vlmscope.features.kept_pairs import NEVER, Pairs, chosen, drawn_first, item_hash, joined, no_pairs, strongest_first
+from vlmscope.features.study.kept_pairs import (
+    NEVER,
+    Pairs,
+    chosen,
+    drawn_first,
+    item_hash,
+    joined,
+    no_pairs,
+    strongest_first,
+)
 
 F = 7
 

@@ -16,15 +16,15 @@ from vlmscope.data.numbered import NumberedRows
 from vlmscope.data.share import WHOLE, Share
 from vlmscope.data.source_config import SourceConfig
 from vlmscope.data.sources import open_source
-from vlmscope.features.layer_tables import Logits
 from vlmscope.features.logit_lens import layer_logits
-from vlmscope.features.records import StudyFolder
-from vlmscope.features.study_config import StudyConfig
-from vlmscope.features.study_files import totals, write_study
-from vlmscope.features.study_inputs import InputMaker
-from vlmscope.features.study_part import StudyPart
-from vlmscope.features.study_pass import StudyPass
-from vlmscope.features.study_schema import MANIFEST
+from vlmscope.features.study.config import StudyConfig
+from vlmscope.features.study.files import totals, write_study
+from vlmscope.features.study.inputs import InputMaker
+from vlmscope.features.study.layer_tables import Logits
+from vlmscope.features.study.part import StudyPart
+from vlmscope.features.study.records import StudyFolder
+from vlmscope.features.study.schema import MANIFEST
+from vlmscope.features.study.study_pass import StudyPass
 from vlmscope.models.loading import VLM
 from vlmscope.transcoders.transcoder import TranscoderSet
 

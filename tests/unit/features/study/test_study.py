@@ -17,10 +17,10 @@ from vlmscope.data.numbered import NumberedRows
 from vlmscope.data.share import Share
 from vlmscope.data.source_config import SourceConfig
 from vlmscope.data.sources import open_source
-from vlmscope.features.records import StudyFolder
-from vlmscope.features.run_study import finish, run_part, study_alone, study_parts
-from vlmscope.features.study_config import StudyConfig
-from vlmscope.features.study_part import StudyPart
+from vlmscope.features.study.config import StudyConfig
+from vlmscope.features.study.part import StudyPart
+from vlmscope.features.study.records import StudyFolder
+from vlmscope.features.study.run import finish, run_part, study_alone, study_parts
 from vlmscope.models.conversations import LOSS_MASK, encode
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.transcoders.init import random_set

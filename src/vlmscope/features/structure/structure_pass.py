@@ -19,7 +19,7 @@ from torch import Tensor
 from vlmscope.activations.mlp_inputs import watching_mlp_inputs
 from vlmscope.core.seeds import generator
 from vlmscope.core.study import IMAGE
-from vlmscope.features.study_inputs import StudyInput
+from vlmscope.features.study.inputs import StudyInput
 from vlmscope.models.base import Adapter
 from vlmscope.models.conversations import by_shape, joined
 from vlmscope.transcoders.transcoder import TranscoderSet

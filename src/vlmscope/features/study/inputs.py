@@ -17,7 +17,7 @@ from vlmscope.core.images import PatchBox
 from vlmscope.core.study import ANSWER, IMAGE, TEXT
 from vlmscope.data.numbered import NumberedRow
 from vlmscope.data.raw import RawSample
-from vlmscope.features.study_items import geometry_row
+from vlmscope.features.study.items import geometry_row
 from vlmscope.models.conversations import LOSS_MASK, encode
 from vlmscope.models.loading import VLM
 

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.study import StudyInfo
-from vlmscope.features.layer_tables import LayerTables, Logits, layer_tables
-from vlmscope.features.study_config import StudyConfig
-from vlmscope.features.study_part import StudyPart
-from vlmscope.features.study_schema import (
+from vlmscope.features.study.config import StudyConfig
+from vlmscope.features.study.layer_tables import LayerTables, Logits, layer_tables
+from vlmscope.features.study.part import StudyPart
+from vlmscope.features.study.schema import (
     EXAMPLES,
     FEATURES,
     GEOMETRY,

@@ -11,9 +11,9 @@ import torch
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import FeatureExample
 from vlmscope.core.study import IMAGE, LEVELS, TEXT
-from vlmscope.features.kept_pairs import Pairs
-from vlmscope.features.study_config import MOST_TOKENS
-from vlmscope.features.study_pass import StudyPass
+from vlmscope.features.study.config import MOST_TOKENS
+from vlmscope.features.study.kept_pairs import Pairs
+from vlmscope.features.study.study_pass import StudyPass
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.batching import make_batch
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -40,7 +40,7 @@ def top_examples(
     """The `count` items on which each feature is most active at any position, strongest first; ties keep their order.
 
     Items of equal length are run together. A feature that never fires gets no example. Activations below the peak are
-    good to 1/510 of it, as in a study (`vlmscope.features.study_pass`), whose way this is.
+    good to 1/510 of it, as in a study (`vlmscope.features.study.study_pass`), whose way this is.
     """
     by_layer: dict[int, list[int]] = {}
     for feature in dict.fromkeys(features):

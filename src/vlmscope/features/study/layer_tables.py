@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from vlmscope.core.study import BINS, KINDS, TOP
-from vlmscope.features.kept_pairs import Pairs, chosen, drawn_first, joined, ranks, strongest_first
-from vlmscope.features.layer_study import COUNTS, UNIT
-from vlmscope.features.study_config import StudyConfig
-from vlmscope.features.study_schema import EXAMPLE_TABLE, FEATURE_TABLE
+from vlmscope.features.study.config import StudyConfig
+from vlmscope.features.study.kept_pairs import Pairs, chosen, drawn_first, joined, ranks, strongest_first
+from vlmscope.features.study.layer_study import COUNTS, UNIT
+from vlmscope.features.study.schema import EXAMPLE_TABLE, FEATURE_TABLE
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class LayerTables:
-    """`features` and `examples` as in `study_schema`; `items` [I], the ids that examples refer to."""
+    """`features` and `examples` as in `schema`; `items` [I], the ids that examples refer to."""
 
     features: pa.Table
     examples: pa.Table

@@ -22,8 +22,8 @@ from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.study import BINS, KINDS, TOP, ExampleView, FeatureRecord, StudyExample, StudyInfo, StudyItem, Words
-from vlmscope.features.study_items import StudyItems
-from vlmscope.features.study_schema import (
+from vlmscope.features.study.items import StudyItems
+from vlmscope.features.study.schema import (
     EXAMPLE_TABLE,
     EXAMPLES,
     FEATURE_TABLE,
@@ -148,7 +148,7 @@ class StudyFolder:
         )
 
     def examples(self, layer: int) -> pa.Table:
-        """The table of all examples of a layer (`study_schema.EXAMPLE_TABLE`), by feature, group and rank.
+        """The table of all examples of a layer (`schema.EXAMPLE_TABLE`), by feature, group and rank.
 
         Raises:
             UserError: as `feature`.

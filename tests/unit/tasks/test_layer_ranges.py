@@ -1,6 +1,7 @@
 """Ranges of layers, silenced features and likenesses do what they say, on a tiny random model."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def made():
     sides = [[vlm.prepare("what is this planet ?", [tiny_image(i)]) for i in some] for some in (range(3), range(3, 6))]
     logits = vlm.adapter.forward(sides[0][0].tensors, use_cache=False).logits[0, -1, : vlm.adapter.vocab_size]
     first, second = (logits.topk(2).indices[i].repeat(3) for i in (0, 1))
-    subject = pair_subject(vlm.adapter, transcoders, "name", *sides, first, second, 2, answerable=False)
+    subject = pair_subject(vlm.adapter, transcoders, "name", sides[0], sides[1], first, second, 2, answerable=False)
     return SimpleNamespace(vlm=vlm, transcoders=transcoders, cfg=SimpleNamespace(seed=0)), subject
 
 
@@ -54,7 +55,7 @@ def test_likeness_is_of_absolute_effects_role_by_role() -> None:
         table = {0: torch.tensor(rows)}
         return PairEffects(("image", "last"), table, table)
 
-    bench = SimpleNamespace(transcoders=SimpleNamespace(layers=[0]), cfg=SimpleNamespace(seed=0))
+    bench: Any = SimpleNamespace(transcoders=SimpleNamespace(layers=[0]), cfg=SimpleNamespace(seed=0))
     one = effects([[1.0, -2.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
     other = effects([[-1.0, 2.0, 0.0, 0.0], [0.0, 3.0, 0.0, 0.0]])
     found = likenesses(bench, {"name": one, "cover": other})

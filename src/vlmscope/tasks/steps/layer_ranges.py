@@ -112,7 +112,9 @@ def run(bench: Bench) -> None:
 
 def listed(values: np.ndarray) -> list[Any]:
     """As JSON takes it: None for what is not there, such as a role that the prompt does not have."""
-    return np.where(np.isnan(values), None, values).tolist()
+    found = values.astype(object)
+    found[np.isnan(values)] = None
+    return found.tolist()
 
 
 def range_curve(bench: Bench, subject: PairSubject, kind: str) -> RangeCurve:

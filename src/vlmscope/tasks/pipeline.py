@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 KINDS = (
     "find_circuit", "intervene", "curves", "report", "compare_maps", "lens", "study", "modality", "cross_modal",
     "interchange", "sum_features", "amplify", "pairs_report",
+    "figures_report",
 )  # fmt: skip
 READ_SHARDS = ("study",)  # steps that go through the data's shards, unless study.path names what they would make
 

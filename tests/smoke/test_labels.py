@@ -8,7 +8,7 @@ import pytest
 from vlmscope.app import main
 from vlmscope.core.ids import FeatureId
 from vlmscope.features.labels.reader import Labels
-from vlmscope.features.records import StudyFolder
+from vlmscope.features.study.records import StudyFolder
 from vlmscope.models.tiny import tiny_image
 
 TINY = ["model=tiny_gemma3", "tracking=none"]

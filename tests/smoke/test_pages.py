@@ -12,7 +12,7 @@ import vlmscope
 from vlmscope.app import main
 from vlmscope.core.ids import FeatureId
 from vlmscope.features.labels.label import Label, set_path, write_labels
-from vlmscope.features.records import StudyFolder
+from vlmscope.features.study.records import StudyFolder
 
 SCHEMA = Path(vlmscope.__file__).parent / "report" / "schema" / "feature.schema.json"
 

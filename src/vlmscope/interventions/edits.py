@@ -28,7 +28,7 @@ class Gate:
     Attributes:
         features: [m] int64, of the edit's layer.
         level: [T, m], the features' activations when the concept is there.
-        generated: [m], the same at generated tokens.
+        generated: [m], the same at generated tokens; or [S, m], a row for each in turn, the last for those after it.
         full: the share of the level at which the edit acts in full, > 0.
     """
 
@@ -56,7 +56,8 @@ class LayerEdit:
         value: broadcastable to [B, T, n].
         scale: broadcastable to [n].
         where: [T] bool, the prompt positions it acts on.
-        generated: broadcastable to [B, n], the value at tokens generated after the prompt; None leaves them alone.
+        generated: broadcastable to [B, n], the value at tokens generated after the prompt; or [S, B, n], one for each
+            of them in turn, the last for those after it. None leaves them alone.
         gate: how far to act at each position; None acts in full.
         at: [T, n] bool, the positions of `where` at which each feature is edited; all when None.
         at_generated: [n] bool, the same of generated tokens; it goes with `at`.
@@ -77,6 +78,11 @@ class LayerEdit:
 
 
 Plan = Mapping[int, LayerEdit]  # layer -> edit
+
+
+def at_step(values: Tensor, rank: int, step: int) -> Tensor:
+    """The values at generated token `step` (from 0): those of rank `rank` + 1 have a row for each step."""
+    return values[min(step, len(values) - 1)] if values.ndim > rank else values
 
 
 def merge(plans: Iterable[Plan]) -> dict[int, LayerEdit]:

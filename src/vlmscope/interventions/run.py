@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import MODES
-from vlmscope.interventions.edits import LayerEdit, Plan
+from vlmscope.interventions.edits import LayerEdit, Plan, at_step
 from vlmscope.interventions.frozen import BaseRun, frozen_attention, frozen_norms, target_module
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
@@ -91,23 +91,28 @@ def watch_inputs(stack: ExitStack, adapter: Adapter, layers: Iterable[int]) -> d
     return found
 
 
+def watch_length(stack: ExitStack, adapter: Adapter) -> dict[str, int]:
+    """A dict whose "tokens" is, during every forward, how many tokens the KV cache holds, until `stack` closes."""
+    seen = {"tokens": 0}
+
+    def count(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
+        cache = kwargs.get("past_key_values")
+        seen["tokens"] = 0 if cache is None else int(cache.get_seq_length())
+
+    stack.callback(adapter.decoder().register_forward_pre_hook(count, with_kwargs=True).remove)
+    return seen
+
+
 @contextmanager
 def editing(adapter: Adapter, transcoders: TranscoderSet, plan: Plan) -> Iterator[None]:
     """Edit features in every forward inside the context, also token by token in `generate` with a KV cache.
 
     The first forward is the prompt; later ones are generated tokens, which only edits with `generated` touch.
     """
-    seen = {"tokens": 0}
     with ExitStack() as stack:
+        seen = watch_length(stack, adapter)
         inputs = watch_inputs(stack, adapter, plan)
         pending: dict[int, Tensor] = {}  # what edits of lower layers write to a later one (cross-layer transcoders)
-
-        def count(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
-            cache = kwargs.get("past_key_values")
-            seen["tokens"] = 0 if cache is None else int(cache.get_seq_length())
-
-        handle = adapter.decoder().register_forward_pre_hook(count, with_kwargs=True)
-        stack.callback(handle.remove)
         for layer in layers_written(transcoders, plan):
 
             def hook(_m: Any, _args: Any, out: Tensor, layer: int = layer) -> Tensor:
@@ -145,8 +150,9 @@ def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int
     if offset >= prompt:
         if edit.generated is None:
             return []
-        value = edit.generated.unsqueeze(-2) if edit.generated.ndim > 1 else edit.generated
-        level = None if gate is None else gate.generated
+        now = at_step(edit.generated, 2, offset - prompt)
+        value = now.unsqueeze(-2) if now.ndim > 1 else now
+        level = None if gate is None else at_step(gate.generated, 1, offset - prompt)
         return [c.to(x.dtype) for c in _written(transcoder, x, edit, value, level, edit.at_generated)]
     assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
     if not bool(edit.where.any()):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vlmscope.features.labels.label import Label
     from vlmscope.features.labels.reader import Labels
     from vlmscope.features.labels.search import Match
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.report.feature_sheet import FeatureRow
     from vlmscope.tasks.context import RunContext
 
@@ -45,7 +45,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.features.labels.item_facts import item_facts
     from vlmscope.features.labels.reader import Labels
     from vlmscope.features.labels.search import find_by_words
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.report.feature_sheet import feature_sheet
 
     task: Config = cfg.task

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vlmscope.core.ids import FeatureId
     from vlmscope.features.labels.explainer import Explainer
     from vlmscope.features.labels.label import Label
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.context import RunContext
 
 
@@ -46,7 +46,7 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write the set, and print some of it."""
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
 
     task: Config = cfg.task
     if task.study is None:

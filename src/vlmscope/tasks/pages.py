@@ -56,7 +56,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from vlmscope.core.artifacts import write_json
     from vlmscope.core.errors import UserError
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.report.feature_json import feature_json
     from vlmscope.report.gallery import Gallery
     from vlmscope.tasks.page_choice import choose

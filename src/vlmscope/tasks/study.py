@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.context import RunContext
 
 RANKS = True  # several processes can run it together
@@ -20,10 +20,10 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Go through the data, each process through its part; the main one writes the files."""
     from vlmscope.core.errors import NotMainRank, UserError
     from vlmscope.data.numbered import NumberedRows
-    from vlmscope.features.records import StudyFolder
-    from vlmscope.features.run_study import finish, run_part, study_parts
-    from vlmscope.features.study_part import StudyPart
-    from vlmscope.features.study_schema import MANIFEST
+    from vlmscope.features.study.part import StudyPart
+    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.features.study.run import finish, run_part, study_parts
+    from vlmscope.features.study.schema import MANIFEST
     from vlmscope.tasks.study_data import described, opened, settings_of, study_sources
     from vlmscope.tasks.wiring import load_model, load_transcoders
     from vlmscope.training.process_group import joint_sum, own_share

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.data.readers import Source
     from vlmscope.data.source_config import SourceConfig
-    from vlmscope.features.study_config import StudyConfig
+    from vlmscope.features.study.config import StudyConfig
 
 
 def study_sources(cfg: AppConfig, config: StudyConfig) -> dict[str, SourceConfig]:

@@ -13,7 +13,7 @@ from vlmscope.core.artifacts import read_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
 from vlmscope.features.labels.label import FOLDER, NONE, Label, read_labels
-from vlmscope.features.records import StudyFolder
+from vlmscope.features.study.records import StudyFolder
 
 HAND = "hand.yaml"  # beside the sets; no task writes it
 

@@ -207,8 +207,8 @@ class AppConfig:
     holds the text of `prompt_file`, or the prompt of `prompts` that `prompt_name` names; `query` is what task=find
     looks for. `images` names the user's own picture sets. `task` and `transcoder` hold the dataclass (or mapping) of
     the chosen option; `circuit`, `circuit_spec`, `concept_matrix`, `cross_modal`, `prompts` and `pairs` may be None.
-    An experiment with `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their ranges and shows
-    them beside `paper`, what the paper reports, and `figure`, a file of its figures/.
+    An experiment with `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their
+    ranges and shows them beside `paper`, what the paper reports, and `figure`, a file of its figures/.
     """
 
     task: Any = MISSING

@@ -28,6 +28,7 @@ GROUPS = (
     "attribution",
     "intervention",
     "where",
+    "hallucination",
     "study",
     "concept_matrix",
     "cross_modal",

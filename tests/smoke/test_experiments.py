@@ -17,6 +17,8 @@ PIPELINE = [
     "intervention.strengths=[0.0,2.0]",
     "circuit.pictures=2",
     "circuit.per_layer=2",
+    "circuit.graphs=1",
+    "attribution.max_nodes=300",
 ]
 TINY_MODEL = [f"task.architecture.{key}={value}" for key, value in {
     "d_model": 16, "n_layers": 2, "d_mlp": 16, "head_dim": 4, "vision_width": 8, "vision_layers": 1, "vision_mlp": 8,
@@ -29,15 +31,17 @@ PAIRS = [
     "pairs.test=4",
     "interchange.least=2",
     "interchange.counts=[2,5]",
+    "interchange.steps=1",
     "interchange.features=4",
     "interchange.generate=1",
     "interchange.scenes=[40,20]",
     "intervention.controls=1",
+    "intervention.modes=[direct,free]",
     "intervention.scopes=[no_last_layer]",
 ]
 LIMITS = {
-    "mars_earth_patch": PIPELINE,
-    "mars_earth_curves": [*PIPELINE, "attribution.max_nodes=300"],
+    "mars_earth_patch": [*PIPELINE, "~circuit.questions.cover"],
+    "mars_earth_curves": [*PIPELINE, "~circuit.questions.colour", "~circuit.questions.cover"],
     "modality_by_layer": ["study.limit=40", "study.samples=4"],
     "cross_modal": [
         "cross_modal.concepts=[mars,earth,saturn]",
@@ -46,8 +50,26 @@ LIMITS = {
         "cross_modal.permutations=20",
         "intervention.controls=1",
     ],
+    "cross_modal_association": [
+        "~association.planets",
+        "~association.descriptions",
+        "association.digits.concepts=[three,five,eight]",
+        *(
+            f"association.{name}.{key}"
+            for name in ("digits", "colours")
+            for key in ("pictures=3", "test_pictures=2", "permutations=10")
+        ),
+    ],
+    "hierarchy": [*PAIRS, "interchange.scenes=[42,14]"],
     "visual_arithmetic": PAIRS,
     "six_fingers": [*PAIRS, "interchange.strengths=[0,4]"],
+    "hallucination_prediction": [
+        "hallucination.scenes={planets:3,digits:2,shapes:0,hands:4}",
+        "hallucination.levels=[0,1]",
+        "hallucination.folds=2",
+        "hallucination.shuffles=2",
+        "attribution.max_nodes=40",
+    ],
     "train_orrery": [*TINY_MODEL, *STAGES, "task.max_steps=2", "task.test_scenes=4"],
     "train_orrery_transcoders": [
         "transcoder.expansion_factor=1",
@@ -71,12 +93,20 @@ LEAVES = {
     "mars_earth_patch": ["graph.json", "graph.safetensors", "report.html", "figures/flip_rates.png"],
     "mars_earth_curves": ["curves.json", "report.html", "figures/ablation.png"],
     "modality_by_layer": ["study/study.json", "modality.parquet", "figures/modality_by_layer.png"],
+    "cross_modal_association": ["report.html", "digits/shared.parquet", "colours/figures/effects.png"],
+    "hierarchy": [
+        "layer_ranges.json",
+        "report.html",
+        *(f"figures/{name}.png" for name in ("planet_by_layer", "kinds_picture", "range_first", "alike")),
+    ],
     "cross_modal": [
         "shared.parquet",
+        "report.html",
         *(f"figures/{name}.png" for name in ("coincidences", "shared_by_layer", "effects")),
     ],
     "visual_arithmetic": ["interchange.json", "sum_features.json", "report.html", "figures/grid_sum.png"],
     "six_fingers": ["report.html", "figures/amplify_fingers.png"],
+    "hallucination_prediction": ["cases.parquet", "report.html", "figures/areas.png", "figures/asked.png"],
     "train_orrery": ["model/config.json", "model/model.safetensors", "vlm/checkpoint.safetensors"],
     "train_orrery_transcoders": ["transcoders/config.yaml", "transcoders/layer_7.safetensors"],
     "where_in_the_picture": ["maps.json", "figures/deletion.png", "figures/pointing.png", "figures/lens.png"],
@@ -92,6 +122,20 @@ METRICS = {
         "patch/text_to_picture/flip_rate_control",
         "patch/picture_to_text/no_last_layer/flip_rate_ci_low",
     ],
+    "cross_modal_association": [
+        "association/digits/cross_modal/plus_one/by_rule_p",
+        "association/colours/cross_modal/earth/shared",
+        "association/colours/base/neptune/picture/accuracy",
+    ],
+    "hierarchy": [
+        "read/picture/layer_00/texture",
+        "read/last_name/layer_07/planet",
+        "depth/name_ci_low",
+        "depth/colour_less_cover",
+        "way/name/cover/follow_rate_control",
+        "ranges/cover/first/layer_03/follow_rate_random_direction",
+        "alike/name_cover/last/layer_07_shuffled",
+    ],
     "visual_arithmetic": [
         "interchange/all_features/free/sum/follow_rate_ci_low",
         "interchange/features_of_sum/direct/sum/recovered",
@@ -103,6 +147,14 @@ METRICS = {
         "amplify/fingers/counterfactual/logit_gap",
         "amplify/fingers/original/strength_4/follow_rate_ci_high",
         "amplify/fingers/counterfactual/strength_4/follow_rate_control",
+    ],
+    "hallucination_prediction": [
+        "errors/wrong_rate",
+        "errors/pooled/question/auc",
+        "errors/within/graph/auc_ci_low",
+        "errors/within/probability/auc_control",
+        "errors/unseen_question/both/auc",
+        "errors/within/gain_ci_high",
     ],
     "train_orrery": ["test/accuracy/name", "test/accuracy_shuffled/sum"],
     "train_orrery_transcoders": ["val/fvu", "layers/fvu/layer_07", "val/ce_delta", "val/dead_frac"],
@@ -132,7 +184,8 @@ def test_every_experiment_has_its_smoke_test_and_its_card() -> None:
 @pytest.mark.parametrize("name", sorted(LIMITS))
 def test_experiment_runs(name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
-    code = main([f"experiment={name}", *LIMITS[name], f"data.path={data}", f"hydra.run.dir={run_dir}", "tracking=none"])
+    where = [f"data.path={data}", f"hydra.run.dir={run_dir}", "tracking=none", "trainer.threads=1"]
+    code = main([f"experiment={name}", *LIMITS[name], *where])
     out = capsys.readouterr()
     assert code == 0, out.err
     assert out.out.strip().splitlines()[-1] == str(run_dir)

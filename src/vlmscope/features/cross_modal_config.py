@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vlmscope.core.errors import UserError
 
 PLACEHOLDER = "{concept}"
+SOURCES = ("planets", "digits", "colours")
 
 
 @dataclass
@@ -17,11 +18,19 @@ class CrossQuestion:
         picture: the question beside a picture, which must not name the concept.
         text: the same without a picture, with `{concept}` where the concept is named.
         answers: concept -> the word that answers it.
+        words: concept -> what stands for it in the text, where that is not its name: "dust" for mars.
+        second: of pictures of digits, the second digit; drawn when None.
     """
 
     picture: str
     text: str
     answers: dict[str, str]
+    words: dict[str, str] = field(default_factory=dict)
+    second: str | None = None
+
+    def asked_in_text(self, concept: str) -> str:
+        """The question in words."""
+        return self.text.replace(PLACEHOLDER, self.words.get(concept, concept))
 
 
 @dataclass
@@ -31,6 +40,7 @@ class CrossModalConfig:
     Attributes:
         concepts: names, as they stand in the text questions.
         questions: name -> question.
+        source: what the pictures show: planets, two digits of which the concept is the first, or shapes of a colour.
         pictures: training pictures a concept.
         test_pictures: unseen pictures a concept for the causal tests.
         ratio: a feature prefers a concept when its mean there is at least so many times that on the others.
@@ -42,6 +52,7 @@ class CrossModalConfig:
 
     concepts: list[str]
     questions: dict[str, CrossQuestion]
+    source: str = "planets"
     pictures: int = 40
     test_pictures: int = 20
     ratio: float = 2.0
@@ -53,6 +64,8 @@ class CrossModalConfig:
     def __post_init__(self) -> None:
         if len(set(self.concepts)) < 3 or len(set(self.concepts)) != len(self.concepts):
             raise UserError(f"cross_modal.concepts={list(self.concepts)}: give three or more different ones")
+        if self.source not in SOURCES:
+            raise UserError(f"cross_modal.source={self.source}: choose one of {', '.join(SOURCES)}")
         for name, question in self.questions.items():
             missing = [concept for concept in self.concepts if concept not in question.answers]
             if missing:

@@ -33,7 +33,7 @@ class Config:
     load: str | None = None
     rows: str | None = None
     answers: int = 1
-    min_share: float = 0.01
+    min_share: float = 0.005
     figure: bool = True
 
     def __post_init__(self) -> None:
@@ -170,9 +170,10 @@ def circuit_metrics(circuit: Circuit, graphs: Sequence[PrunedGraph]) -> dict[str
         for name, mask in masks.items():
             active[name] |= {graph.nodes.feature_id(at) for at in np.flatnonzero(mask).tolist()}
     for name, node in nodes.items():
-        metrics[f"circuit/{name}/features"] = float(len(node.features))
+        key = f"circuit/{name.replace(' ', '_')}"
+        metrics[f"{key}/features"] = float(len(node.features))
         if graphs:
-            metrics[f"circuit/{name}/active_frac"] = len(active[name]) / max(len(node.features), 1)
+            metrics[f"{key}/active_frac"] = len(active[name]) / max(len(node.features), 1)
     if shares:
         metrics["circuit/influence_share"] = float(np.mean(shares))
     return metrics

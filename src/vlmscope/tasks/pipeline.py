@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 KINDS = (
     "find_circuit", "intervene", "curves", "report", "compare_maps", "lens", "study", "modality", "cross_modal",
     "interchange", "sum_features", "amplify", "pairs_report",
+    "predict_errors", "errors_report", "layer_reading", "layer_ranges", "hierarchy_report",
+    "cross_modal_association", "cross_modal_report",
     "number_line", "number_dose", "pair_transfer", "dissociation", "object_places",
-    "caption_words", "caption_steering", "caption_report",
+    "caption_words", "caption_steering", "caption_report", "concept_matrix",
 )  # fmt: skip
 READ_SHARDS = ("study",)  # steps that go through the data's shards, unless study.path names what they would make
 

@@ -22,7 +22,7 @@ from vlmscope.tracking.provenance import git_state, package_versions
 if TYPE_CHECKING:
     pass
 
-_SHARES = ("rate", "accuracy", "share", "frac")
+_SHARES = ("rate", "accuracy", "share", "frac", "pointing")
 _THUMB = 380  # pixels of the longer edge: twice the width at which it is shown
 _COLOURS = 64
 
@@ -34,8 +34,7 @@ def numbers_of(headline: Mapping[str, HeadlineConfig], metrics: Mapping[str, flo
         value = metrics.get(metric)
         rate = _rate(metric, metrics)
         base = metric.removesuffix("_control")
-        share = f"{base}_ci_low" in metrics or base.rpartition("/")[2].endswith(_SHARES)
-        share = share and (value is None or 0 <= value <= 1) and wanted.low >= 0 and wanted.high <= 1
+        share = base.rpartition("/")[2].endswith(_SHARES) or base.startswith("layers/modality_")
         holds = wanted.holds(value)
         found.append(Number(metric, wanted.says, value, wanted.low, wanted.high, holds, share, rate))
     return tuple(found)
@@ -75,15 +74,15 @@ def write_page(run_dir: Path, overrides: Sequence[str], found: Sequence[Reproduc
         Experiments(
             "Experiments",
             tuple(sorted(found, key=lambda one: one.holds)),
-            "What is out of range comes first. Small print: 95 % interval; control: the same with matched random "
-            "features or shuffled labels (the hollow diamond).",
+            "What is out of range comes first. Small print: 95 % interval, and the control: the same with matched "
+            "random features, or in random order (the hollow diamond).",
         ),
         _reading(),
         mapping_table("Machine and versions", _machine(), ("what", "here")),
         Text("Run it again", code=" ".join(["python run.py", *overrides])),
     ]
     page = ReportPage(
-        title="What the paper reports, what this copy shows",
+        title="What the paper reports, what Orrery shows",
         question=(
             "Every experiment that needs no training, run on the shipped model and transcoders, each headline number "
             "held against the range that its file states."

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
-from vlmscope.data.orrery.concepts import concept_scenes, pictures
+from vlmscope.data.orrery.concepts import colour_scenes, concept_scenes, digit_scenes, pictures
 from vlmscope.tasks.wiring import load_model, load_transcoders
 
 if TYPE_CHECKING:
@@ -92,6 +92,17 @@ class Bench:
             return open_images(own)
         seed = self.circuit_config.seed if seed is None else seed
         return [Image.fromarray(p) for p in pictures(concept_scenes(concept, split, count, seed))]
+
+    def cross_pictures(self, config: CrossModalConfig, question: str, concept: str, split: str) -> list[Image.Image]:
+        """Pictures of a concept for a question asked across modalities; the user's own as in `concept_pictures`."""
+        count = config.pictures if split == "train" else config.test_pictures
+        if config.source == "planets" or (split == "test" and self.cfg.images.get(concept)):
+            return self.concept_pictures(concept, split, count, config.seed)
+        if config.source == "digits":
+            scenes = digit_scenes(concept, split, count, config.seed, config.questions[question].second)
+        else:
+            scenes = colour_scenes(concept, split, count, config.seed)
+        return [Image.fromarray(p) for p in pictures(scenes)]
 
     def inputs(self, images: list[Image.Image], prompt: str) -> list[ModelInputs]:
         """One prompt for each picture."""

@@ -39,14 +39,19 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Run the steps that are switched on."""
     import time
 
+    from vlmscope.tasks.study_data import look_for, study_sources
+
+    chosen = [name for name, wanted in cfg.task.steps.items() if wanted]
+    if not chosen:
+        raise UserError("task.steps is empty: choose an experiment, such as experiment=mars_earth_patch")
+    if reads_shards(cfg):
+        look_for(study_sources(cfg, cfg.study))
+
     from tqdm import tqdm
 
     from vlmscope.tasks.steps.bench import Bench
 
     bench = Bench(cfg, context.run_dir)
-    chosen = [name for name, wanted in cfg.task.steps.items() if wanted]
-    if not chosen:
-        raise UserError("task.steps is empty: choose an experiment, such as experiment=mars_earth_patch")
     with tqdm(chosen, desc="steps", unit="step") as bar:
         for name in bar:
             bar.set_postfix_str(name)

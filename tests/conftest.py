@@ -1,6 +1,11 @@
-"""Settings for all tests: no network, and no thread pools that fight over the cores."""
+"""Settings for all tests: no network, no thread pools that fight over the cores; an empty tracking store to copy."""
 
+import fcntl
 import os
+import shutil
+from pathlib import Path
+
+import pytest
 
 for _key, _value in {
     "HF_HUB_OFFLINE": "1",
@@ -10,3 +15,26 @@ for _key, _value in {
     "MPLBACKEND": "Agg",
 }.items():
     os.environ.setdefault(_key, _value)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables and no runs, made once for all workers; to be copied."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    path = shared / "empty_store.db"
+    with (shared / "empty_store.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            from vlmscope.tracking.client import open_client
+
+            open_client(f"sqlite:///{path}.part")
+            Path(f"{path}.part").rename(path)
+    return path
+
+
+@pytest.fixture
+def store(empty_store: Path, tmp_path: Path) -> str:
+    """The URI of a database of the test's own, `m.db` in its folder."""
+    shutil.copy(empty_store, tmp_path / "m.db")
+    return f"sqlite:///{tmp_path}/m.db"

@@ -63,7 +63,7 @@ def test_orrery_is_checked_with_its_own_transcoders(tmp_path: Path, capsys: pyte
 
 
 def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = suite.make_subject
 
@@ -74,9 +74,8 @@ def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
         return dataclasses.replace(subject, replacement=replacement)
 
     monkeypatch.setattr(suite, "make_subject", wrong)
-    uri = f"sqlite:///{tmp_path}/m.db"
     run_dir = tmp_path / "run"
-    code = main(command(run_dir, "task=check", "model=tiny_gemma3_text", *SMALL, f"tracking.uri={uri}"))
+    code = main(command(run_dir, "task=check", "model=tiny_gemma3_text", *SMALL, f"tracking.uri={store}"))
     captured = capsys.readouterr()
     assert code == 1
     errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
@@ -88,7 +87,7 @@ def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
 
     from vlmscope.tracking.client import open_client
 
-    client = open_client(uri)
+    client = open_client(store)
     experiment = client.get_experiment_by_name("check")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])

@@ -1,14 +1,12 @@
 """`kill -9` of a training run and its continuation: one run in MLflow, whose curves go on."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from tests.smoke.test_launch import MIX, ROOT
+from tests.processes import command_line
+from tests.smoke.test_launch import MIX
 
 from vlmscope.app import main
 from vlmscope.tracking.client import open_client
@@ -18,13 +16,12 @@ from vlmscope.tracking.client import open_client
 def test_a_killed_run_goes_on_as_the_same_run_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, uri = tmp_path / "run", f"sqlite:///{tmp_path}/m.db"
     command = [*MIX, f"hydra.run.dir={run}", f"tracking.uri={uri}", "trainer.log_every=1", "trainer.checkpoint_every=3"]
-    program = [sys.executable, str(ROOT / "run.py"), *command, "trainer.max_steps=40"]
-    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = command_line(*command, "trainer.max_steps=40")
     end = time.monotonic() + 240
     while not list(run.glob("transcoder_checkpoint/step_*/complete.json")):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     run_id = (run / ".mlflow_run_id").read_text().strip()
     client = open_client(uri)

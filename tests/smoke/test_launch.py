@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tests.processes import ROOT, Forked, all_codes, command_line
 
 from vlmscope.app import main
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "task=train_transcoders", "model=tiny_llava", "transcoder=arch", "transcoder.expansion_factor=2", "transcoder.k=4",
     "task.steps_per_batch=1", "task.pool_batches=2", "task.val_examples=6", "optim.warmup=1", "trainer.threads=1",
@@ -22,36 +22,29 @@ SMALL = [
 MIX = [*SMALL, "data=mix_orrery", "data.context=32", "task.tokens_per_batch=80", "trainer.checkpoint_every=0"]
 
 
-def start(arguments: list[str], world: int = 2, per_host: int | None = None) -> list[subprocess.Popen[str]]:
-    """Start `run.py` as a launcher would, once for each rank."""
+def start(arguments: list[str], world: int = 2, per_host: int | None = None) -> list[Forked]:
+    """Start the command as a launcher would, once for each rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     each = per_host or world
     return [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *arguments],
-            cwd=ROOT,
+        command_line(
+            *arguments,
             env={
                 **os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank % each),
                 "LOCAL_WORLD_SIZE": str(each), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in range(world)
     ]  # fmt: skip
 
 
-def ended(processes: list[subprocess.Popen[str]], seconds: float = 240) -> tuple[list[int], list[str], list[str]]:
+def ended(processes: list[Forked], seconds: float = 240) -> tuple[list[int], list[str], list[str]]:
     """Exit codes, stdout and stderr of all."""
-    try:
-        said = [process.communicate(timeout=seconds) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], [out for out, _ in said], [err for _, err in said]
+    codes = all_codes(processes, seconds)
+    said = [process.said() for process in processes]
+    return codes, [out for out, _ in said], [err for _, err in said]
 
 
 def errors(said: list[str]) -> list[str]:
@@ -77,12 +70,11 @@ def wait_for(path: Path, seconds: float = 200) -> None:
         time.sleep(0.02)
 
 
-def test_torchrun_trains_one_set_in_one_folder_with_one_record(tmp_path: Path, data: Path) -> None:
+def test_torchrun_trains_one_set_in_one_folder_with_one_record(tmp_path: Path, data: Path, store: str) -> None:
     command = [*SMALL, "data=folder", f"data.path={data}", "task.tokens_per_batch=60", "trainer.max_steps=6"]
     assert main([*command, "tracking=none", f"hydra.run.dir={tmp_path / 'alone'}"]) == 0
-    uri = f"sqlite:///{tmp_path}/m.db"
     # Each process would have a folder of its own, as with the time in the folder's name.
-    several = [*command, f"tracking.uri={uri}", f"hydra.run.dir={tmp_path}/runs/${{oc.env:LOCAL_RANK}}"]
+    several = [*command, f"tracking.uri={store}", f"hydra.run.dir={tmp_path}/runs/${{oc.env:LOCAL_RANK}}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "run.py"]
     done = subprocess.run([*torchrun, *several], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -96,7 +88,7 @@ def test_torchrun_trains_one_set_in_one_folder_with_one_record(tmp_path: Path, d
 
     from vlmscope.tracking.client import open_client
 
-    client = open_client(uri)
+    client = open_client(store)
     experiment = client.get_experiment_by_name("train_transcoders")
     assert experiment is not None
     assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"]

@@ -1,7 +1,6 @@
 """task=study on the command line: killed and resumed, by three processes, and what users get wrong."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.smoke.test_launch import ROOT
+from tests.processes import ROOT, command_line
 
 from vlmscope.app import main
 from vlmscope.core.ids import FeatureId
@@ -43,15 +42,14 @@ def _error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_study_killed_and_resumed_gives_the_same_files(data: Path, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     command = [*STUDY, f"data.path={data}"]
-    program = [sys.executable, str(ROOT / "run.py"), *command, f"hydra.run.dir={run}"]
-    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = command_line(*command, f"hydra.run.dir={run}")
     end = time.monotonic() + 240
     state = run / "study/parts/0_of_1/state.json"
     while not state.is_file() and not (run / "study/study.json").is_file():
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert not (run / "study/study.json").exists()
     assert main([*command, f"hydra.run.dir={run}", "trainer.resume=true"]) == 0
     assert main([*command, f"hydra.run.dir={whole}"]) == 0

@@ -35,10 +35,10 @@ def test_every_sweep_has_its_smoke_test() -> None:
 
 @pytest.mark.parametrize("name", sorted(JOBS))
 def test_a_sweep_is_one_parent_with_a_table_and_a_figure(
-    name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, data: Path, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, uri = tmp_path / "sweep", f"sqlite:///{tmp_path}/m.db"
-    where = [f"data.path={data}", f"hydra.sweep.dir={folder}", f"tracking.uri={uri}"]
+    folder = tmp_path / "sweep"
+    where = [f"data.path={data}", f"hydra.sweep.dir={folder}", f"tracking.uri={store}"]
     assert main([f"experiment={name}", *JOBS[name], *where]) == 0
     out = capsys.readouterr()
     assert out.out.strip().splitlines() == [str(folder / "0"), str(folder / "1"), str(folder)]
@@ -52,7 +52,7 @@ def test_a_sweep_is_one_parent_with_a_table_and_a_figure(
 
     from vlmscope.tracking.client import open_client
 
-    client = open_client(uri)
+    client = open_client(store)
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.processes import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,7 +41,8 @@ sys.exit(main())
 
 
 @pytest.fixture
-def app(tmp_path: Path):
+def fresh(tmp_path: Path):
+    """Run a command line with the task above in an interpreter of its own."""
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "dummy.py").write_text(DUMMY)
     (tmp_path / "driver.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\n{DRIVER}")
@@ -52,8 +54,22 @@ def app(tmp_path: Path):
     return run
 
 
-def test_a_run_leaves_its_folder_and_prints_it_last(app, tmp_path) -> None:
-    result = app("task=dummy", "tracking=none", "prompt=a, ${b} (c)", "seed=3", "image=x.png")
+@pytest.fixture
+def app(tmp_path: Path):
+    """The same in a process forked from one that has imported everything."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "dummy.py").write_text(DUMMY)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        process = Forked(DRIVER, tmp_path / "tasks", *arguments, cwd=tmp_path)
+        out, err = process.communicate()
+        return subprocess.CompletedProcess(arguments, process.wait(), out, err)
+
+    return run
+
+
+def test_a_run_leaves_its_folder_and_prints_it_last(fresh, tmp_path) -> None:
+    result = fresh("task=dummy", "tracking=none", "prompt=a, ${b} (c)", "seed=3", "image=x.png")
     assert result.returncode == 0, result.stderr
     folder = Path(result.stdout.splitlines()[-1])
     assert folder.parent == tmp_path / "outputs" / "dummy"
@@ -92,8 +108,8 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(app, tmp_path, arguments, w
     assert words in result.stderr
 
 
-def test_a_crash_shows_its_traceback_and_exits_with_1(app) -> None:
-    result = app("task=dummy", "task.mode=crash", "tracking=none")
+def test_a_crash_shows_its_traceback_and_exits_with_1(fresh) -> None:
+    result = fresh("task=dummy", "task.mode=crash", "tracking=none")
     assert result.returncode == 1
     assert "RuntimeError: boom" in result.stderr
     assert result.stderr.count("Traceback") == 1
@@ -105,8 +121,8 @@ def test_an_interrupt_exits_with_130(app) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_a_failed_job_does_not_lose_the_others_and_the_sweep_says_so(app, tmp_path) -> None:
-    result = app("-m", "task=dummy", "task.mode=ok,crash,user", "seed=5", "prompt=a,b", "tracking.uri=sqlite:///m.db")
+def test_a_failed_job_does_not_lose_the_others_and_the_sweep_says_so(app, store, tmp_path) -> None:
+    result = app("-m", "task=dummy", "task.mode=ok,crash,user", "seed=5", "prompt=a,b", f"tracking.uri={store}")
     assert result.returncode == 1
     assert "boom" in result.stderr
     assert "the thing is wrong" in result.stderr
@@ -117,7 +133,7 @@ def test_a_failed_job_does_not_lose_the_others_and_the_sweep_says_so(app, tmp_pa
 
     from vlmscope.tracking.client import open_client
 
-    client = open_client(f"sqlite:///{tmp_path}/m.db")
+    client = open_client(store)
     experiment = client.get_experiment_by_name("dummy")
     assert experiment is not None
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}

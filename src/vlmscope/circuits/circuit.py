@@ -1,13 +1,15 @@
 """A circuit: named supernodes, each a set of features with the activations that they have when it is on.
 
-Stored as YAML (ids, evidence) beside a safetensors file (activations by role), so that a circuit found once can be
-steered, patched and shared.
+Stored as YAML (ids, evidence, positions, edges) beside a safetensors file (activations by role), so that a circuit
+found once can be drawn, steered, patched and shared. Layout: `docs/formats.md`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,18 +18,41 @@ from torch import Tensor
 from vlmscope.core.artifacts import load_tensors, read_yaml, save_tensors, write_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
-from vlmscope.core.intervention import CircuitFeature, Supernode
+from vlmscope.core.images import PatchBox
+from vlmscope.core.intervention import CircuitEdge, CircuitFeature, Supernode
+from vlmscope.core.positions import Positions
+
+VERSION = 2
+_READ = (1, VERSION)  # version 1 had neither positions nor edges
 
 
 @dataclass(frozen=True)
 class Circuit:
     """Supernodes, and for each of them the mean activation of its features on its own concept.
 
-    `levels[name]["<question>:<role>"][layer]` [n] goes with `indices(name)[layer]` [n].
+    Attributes:
+        supernodes: by name.
+        levels: `levels[name]["<question>:<role>"][layer]` [n] goes with `indices(name)[layer]` [n]; may lack names.
+        edges: between supernodes, and from inputs and to answers, as far as they were computed.
+        model: name of the model that it was found in; "" when that is not known.
+        n_features: width of each layer's transcoder there; empty when that is not known.
     """
 
     supernodes: dict[str, Supernode]
     levels: dict[str, dict[str, dict[int, Tensor]]]
+    edges: tuple[CircuitEdge, ...] = ()
+    model: str = ""
+    n_features: Mapping[int, int] | None = None
+
+    def node(self, name: str) -> Supernode:
+        """A supernode.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        if name not in self.supernodes:
+            raise UserError(f"the circuit has no supernode {name!r}: it has {', '.join(self.supernodes)}")
+        return self.supernodes[name]
 
     def indices(self, name: str, limit: int | None = None) -> dict[int, Tensor]:
         """Feature indices of a supernode by layer, best first; at most `limit` a layer.
@@ -35,10 +60,8 @@ class Circuit:
         Raises:
             UserError: no such supernode.
         """
-        if name not in self.supernodes:
-            raise UserError(f"the circuit has no supernode {name!r}: it has {', '.join(self.supernodes)}")
         table: dict[int, list[int]] = {}
-        for member in self.supernodes[name].features:
+        for member in self.node(name).features:
             table.setdefault(member.feature.layer, []).append(member.feature.index)
         return {layer: torch.tensor(found[:limit]) for layer, found in sorted(table.items())}
 
@@ -58,17 +81,45 @@ class Circuit:
         ids = {(layer, i) for n in names for layer, found in self.indices(n, limit).items() for i in found.tolist()}
         return len(ids)
 
+    def check_fits(self, model: str, n_features: Mapping[int, int], where: str | Path = "the circuit") -> None:
+        """Refuse a circuit of another model or of other transcoders.
+
+        Args:
+            model: the model's name.
+            n_features: width of each layer's transcoder.
+            where: what to call the circuit in the message.
+
+        Raises:
+            UserError: it is of another one, or names features that the transcoders do not have.
+        """
+        if self.model and self.model != model:
+            raise UserError(f"{where} is a circuit of the model {self.model}, not of {model}; give one of {model}")
+        for node in self.supernodes.values():
+            for member in node.features:
+                layer, index = member.feature
+                if layer not in n_features:
+                    raise UserError(
+                        f"{where}: {node.name} has {member.feature}, but the transcoders have no such layer"
+                    )
+                if index >= n_features[layer]:
+                    raise UserError(
+                        f"{where}: {node.name} has {member.feature}, but layer {layer} has {n_features[layer]} features"
+                    )
+        if self.n_features and dict(self.n_features) != dict(n_features):
+            raise UserError(f"{where} is a circuit of other transcoders than these; give those with transcoder=")
+
 
 def save_circuit(circuit: Circuit, folder: Path) -> None:
     """Write `circuit.yaml` and `levels.safetensors` into `folder`."""
-    body = {
-        name: [
-            {"feature": str(m.feature), "role": m.role, "contrast": m.contrast, "influence": m.influence}
-            for m in node.features
-        ]
-        for name, node in circuit.supernodes.items()
-    }
-    write_yaml(folder / "circuit.yaml", {"version": 1, "supernodes": body})
+    body: dict[str, Any] = {"version": VERSION}
+    if circuit.model:
+        body["model"] = circuit.model
+    if circuit.n_features:
+        body["n_features"] = {int(layer): int(width) for layer, width in circuit.n_features.items()}
+    body["supernodes"] = {name: _node_body(node) for name, node in circuit.supernodes.items()}
+    if circuit.edges:
+        body["edges"] = [vars(edge) for edge in circuit.edges]
+    write_yaml(folder / "circuit.yaml", body)
     arrays: dict[str, np.ndarray] = {
         f"{name}.{role}.{layer}": values.cpu().numpy()
         for name, roles in circuit.levels.items()
@@ -78,27 +129,54 @@ def save_circuit(circuit: Circuit, folder: Path) -> None:
     save_tensors(folder / "levels.safetensors", arrays, {"version": "1"})
 
 
+def _node_body(node: Supernode) -> dict[str, Any]:
+    body: dict[str, Any] = {"chosen": node.chosen} if node.chosen else {}
+    if node.positions is not None:
+        body["positions"] = {"roles": list(node.positions.roles)}
+        if node.positions.box is not None:
+            body["positions"]["box"] = [float(x) for x in node.positions.box]
+    body["features"] = [
+        {"feature": str(m.feature), "role": m.role, "contrast": m.contrast, "influence": m.influence}
+        for m in node.features
+    ]
+    return body
+
+
 def load_circuit(folder: Path) -> Circuit:
-    """Read what `save_circuit` wrote.
+    """Read what `save_circuit` wrote, of this version or of version 1.
 
     Raises:
-        UserError: a file is missing or is not a circuit.
+        UserError: a file is missing or is not a circuit, or was written by a later version.
     """
-    body = read_yaml(folder / "circuit.yaml")
-    if not isinstance(body, dict) or "supernodes" not in body:
-        raise UserError(f"{folder / 'circuit.yaml'} is not a circuit: it has no supernodes")
-    supernodes = {
-        name: Supernode(
-            name,
-            tuple(
-                CircuitFeature(FeatureId.parse(m["feature"]), m["role"], m["contrast"], m["influence"]) for m in members
-            ),
-        )
-        for name, members in body["supernodes"].items()
-    }
+    path = folder / "circuit.yaml"
+    body = read_yaml(path)
+    if not isinstance(body, dict) or not isinstance(body.get("supernodes"), dict):
+        raise UserError(f"{path} is not a circuit: it has no supernodes")
+    if body.get("version") not in _READ:
+        raise UserError(f"{path} has version {body.get('version')}, this program reads {VERSION}; find it anew")
+    try:
+        supernodes = {str(name): _node(str(name), found) for name, found in body["supernodes"].items()}
+        edges = tuple(CircuitEdge(**edge) for edge in body.get("edges", ()))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is an incomplete circuit ({error}); find it anew") from error
     levels: dict[str, dict[str, dict[int, Tensor]]] = {}
     arrays, _ = load_tensors(folder / "levels.safetensors")
     for key, values in arrays.items():
         name, role, layer = key.rsplit(".", 2)
         levels.setdefault(name, {}).setdefault(role, {})[int(layer)] = torch.from_numpy(values)
-    return Circuit(supernodes, levels)
+    return Circuit(supernodes, levels, edges, str(body.get("model", "")), body.get("n_features"))
+
+
+def _node(name: str, found: Any) -> Supernode:
+    """A supernode of the file; in version 1 it was the list of its features."""
+    body = {"features": found} if isinstance(found, list) else found
+    members = tuple(
+        CircuitFeature(FeatureId.parse(m["feature"]), m["role"], m["contrast"], m["influence"])
+        for m in body["features"]
+    )
+    places = body.get("positions")
+    positions = None
+    if places is not None:
+        box = places.get("box")
+        positions = Positions(tuple(places["roles"]), None if box is None else PatchBox(*map(float, box)))
+    return Supernode(name, members, positions, body.get("chosen", ""))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.core.intervention import Rate
+from vlmscope.core.seeds import control_draws
 from vlmscope.interventions.controls import matched_features, run_random_direction
 from vlmscope.interventions.edits import Plan, at_positions, position_mask, without_layers
 from vlmscope.interventions.frozen import BaseRun, base_run
@@ -58,8 +59,9 @@ def flip_rate(
     mode: str,
     means: Mapping[int, Tensor],
     controls: int,
+    seed: int = 0,
 ) -> tuple[Rate, Tensor]:
-    """The flip rate of a plan with its bootstrap interval, beside that of matched random features.
+    """The flip rate of a plan with its bootstrap interval, beside that of matched random features, drawn under `seed`.
 
     Returns:
         The rate (its `control` is the mean over `controls` draws, None for 0) and the edited logits [B, V].
@@ -67,20 +69,22 @@ def flip_rate(
     logits = run_edited(adapter, transcoders, subject.batch, plan, mode, subject.base)
     drawn = [
         flips(
-            run_edited(adapter, transcoders, subject.batch, matched_features(plan, means, seed), mode, subject.base),
+            run_edited(adapter, transcoders, subject.batch, matched_features(plan, means, draw), mode, subject.base),
             subject,
         ).mean()
-        for seed in range(controls)
+        for draw in control_draws(seed, controls)
     ]
     control = float(np.mean(drawn)) if drawn else None
     return bootstrap_rate(flips(logits, subject), control=control), logits
 
 
-def direction_control(adapter: Adapter, transcoders: TranscoderSet, subject: Subject, plan: Plan, seeds: int) -> float:
-    """Flip rate when a random direction of the same norm is added instead, mean over seeds (free mode)."""
+def direction_control(
+    adapter: Adapter, transcoders: TranscoderSet, subject: Subject, plan: Plan, draws: int, seed: int = 0
+) -> float:
+    """Flip rate when a random direction of the same norm is added instead, mean over draws (free mode)."""
     rates = [
-        flips(run_random_direction(adapter, transcoders, subject.batch, plan, seed), subject).mean()
-        for seed in range(seeds)
+        flips(run_random_direction(adapter, transcoders, subject.batch, plan, draw), subject).mean()
+        for draw in control_draws(seed, draws)
     ]
     return float(np.mean(rates))
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Set
 
 import numpy as np
 
+from vlmscope.circuits.spec_config import SOFT, TEXT
 from vlmscope.core.graph import NodeKind, PrunedGraph
 from vlmscope.core.ids import FeatureId
-
-SOFT, TEXT = "soft tokens", "question"
 
 
 def circuit_edges(

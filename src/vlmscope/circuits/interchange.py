@@ -15,14 +15,16 @@ Legend: B pairs, T positions, F features of a layer, n chosen ones, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlmscope.circuits.pair_subject import PairSubject
-from vlmscope.core.intervention import Rate
+from vlmscope.circuits.plans import at_supernodes
+from vlmscope.core.intervention import Rate, Supernode
+from vlmscope.core.seeds import control_draws
 from vlmscope.interventions.controls import matched_features, run_random_direction
 from vlmscope.interventions.edits import LayerEdit, Plan, at_positions
 from vlmscope.interventions.named import donor_activations, patch_plan
@@ -60,6 +62,7 @@ def interchange_plan(
     subject: PairSubject,
     features: Features,
     where: Tensor | None = None,
+    nodes: Sequence[Supernode] = (),
 ) -> dict[int, LayerEdit]:
     """Set features in the originals to what they are in the counterfactuals, position by position.
 
@@ -69,9 +72,11 @@ def interchange_plan(
         subject: the pairs.
         features: which, by layer.
         where: [T] bool, the positions to act on; all when None.
+        nodes: supernodes whose positions their features keep to.
     """
     chosen = {layer: found for layer, found in features.items() if len(found)}
     plan = patch_plan(donor_activations(adapter, transcoders, subject.other, chosen), subject.batch.roles)
+    plan = at_supernodes(plan, nodes, subject.batch.places)
     return plan if where is None else at_positions(plan, where)
 
 
@@ -111,6 +116,7 @@ def carried_controls(
     mode: str,
     means: Mapping[int, Tensor],
     draws: int,
+    seed: int = 0,
 ) -> list[Outcome]:
     """The same with as many other features, alike in layer and mean activation, carried from the same counterfactuals.
 
@@ -122,21 +128,25 @@ def carried_controls(
         mode: as in `run_edited`.
         means: layer -> [F], by which features are matched.
         draws: how many; an outcome each.
+        seed: under which they are drawn.
     """
     found = []
-    for seed in range(draws):
-        drawn = matched_features(plan, means, seed)
+    for draw in control_draws(seed, draws):
+        drawn = matched_features(plan, means, draw)
         control = interchange_plan(adapter, transcoders, subject, {layer: e.features for layer, e in drawn.items()})
-        control = {layer: at_positions({layer: edit}, plan[layer].where)[layer] for layer, edit in control.items()}
+        control = {
+            layer: replace(edit, where=plan[layer].where, at=plan[layer].at, at_generated=plan[layer].at_generated)
+            for layer, edit in control.items()
+        }
         found.append(run_interchange(adapter, transcoders, subject, control, mode))
     return found
 
 
 def direction_controls(
-    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, plan: Plan, draws: int
+    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, plan: Plan, draws: int, seed: int = 0
 ) -> list[Outcome]:
     """The same with a random direction of the same norm at each layer and position, in free mode."""
-    runs = (run_random_direction(adapter, transcoders, subject.batch, plan, seed) for seed in range(draws))
+    runs = (run_random_direction(adapter, transcoders, subject.batch, plan, one) for one in control_draws(seed, draws))
     return [outcome(subject, logits) for logits in runs]
 
 

@@ -20,8 +20,9 @@ class InterchangeConfig:
         steps: inputs at which gradients are taken for the estimate.
         generate: pairs on which the answer is generated too, token by token; 0 leaves that out.
         least: fewer answerable pairs than this give no interval, and an error.
-        scenes: train and held-out scenes on which the step `sum_features` looks at what features say.
-        strengths: of the step `amplify`, in units of the mean change from original to counterfactual.
+        scenes: train and held-out scenes on which `sum_features` and `number_line` look at what features say.
+        strengths: of `amplify` and `number_dose`, in units of the (mean) change from original to counterfactual.
+        transfer: pairs of each split that `pair_transfer` parts by another fact.
     """
 
     circuit: str | None = None
@@ -32,9 +33,10 @@ class InterchangeConfig:
     least: int = 10
     scenes: list[int] = field(default_factory=lambda: [1500, 700])
     strengths: list[float] = field(default_factory=lambda: [0.0, 1.0, 2.0, 4.0, 6.0, 8.0])
+    transfer: int = 240
 
     def __post_init__(self) -> None:
-        for key, smallest in (("features", 1), ("steps", 1), ("generate", 0), ("least", 2)):
+        for key, smallest in (("features", 1), ("steps", 1), ("generate", 0), ("least", 2), ("transfer", 1)):
             if getattr(self, key) < smallest:
                 raise UserError(f"interchange.{key}={getattr(self, key)}: it must be at least {smallest}")
         if any(count < 1 for count in self.counts):

@@ -5,6 +5,7 @@ Legend: B prompts, T positions, n features of a layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor
 
 from vlmscope.circuits.circuit import Circuit
+from vlmscope.core.errors import UserError
+from vlmscope.core.intervention import Supernode
+from vlmscope.core.positions import Places
 from vlmscope.interventions import named
-from vlmscope.interventions.edits import Gate, LayerEdit, merge, position_mask, set_features
+from vlmscope.interventions.edits import Gate, LayerEdit, Plan, features_at, merge, position_mask, set_features
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -23,7 +27,7 @@ def steer_plan(
     circuit: Circuit,
     suppress: str,
     raised: str,
-    roles: np.ndarray,
+    roles: np.ndarray | Places,
     strength: float,
     question: str | None = None,
     limit: int | None = None,
@@ -38,12 +42,14 @@ def steer_plan(
         circuit: with levels by role.
         suppress: supernode that goes to zero. A feature of both supernodes is raised.
         raised: supernode that is raised.
-        roles: [T] position roles of the prompt.
+        roles: [T] position roles of the prompt, or its places, which a supernode with a box needs.
         strength: 1 is the mean activation on the raised concept.
         question: take the levels of this question; the mean over all questions when None.
         limit: at most so many features a layer and supernode.
         gate: the share of the suppressed supernode's level at which the edit acts in full; None acts everywhere.
     """
+    places = roles if isinstance(roles, Places) else Places(roles)
+    roles = places.roles
     where = position_mask(roles, "all")
 
     def levels(name: str, layer: int, n: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +65,9 @@ def steer_plan(
     for layer, found in circuit.indices(raised, limit).items():
         value, generated = levels(raised, layer, len(found))
         on[layer] = set_features(found, value * strength, where, generated * strength)
-    plan = merge([off, on])
+    plan = merge(
+        [at_supernodes(off, [circuit.node(suppress)], places), at_supernodes(on, [circuit.node(raised)], places)]
+    )
     if gate is None:
         return plan
     # A layer where nothing is suppressed has nothing to exchange.
@@ -68,6 +76,35 @@ def steer_plan(
         for layer, edit in plan.items()
         if (found := suppressed.get(layer)) is not None
     }
+
+
+def at_supernodes(plan: Plan, nodes: Iterable[Supernode], places: Places) -> dict[int, LayerEdit]:
+    """The plan, with every feature edited only at the positions of the supernodes that it belongs to.
+
+    Supernodes without positions are meant everywhere. A feature of several is edited at the positions of any of them;
+    features of none are left as they are. Generated tokens are touched where a supernode has the role "answer".
+
+    Raises:
+        UserError: no position of the prompt is one of a supernode's.
+    """
+    nodes = list(nodes)
+    free = {member.feature for node in nodes if node.positions is None for member in node.features}
+    masks: dict[tuple[int, int], tuple[Tensor, bool]] = {}
+    for node in nodes:
+        if node.positions is None:
+            continue
+        where = torch.from_numpy(node.positions.mask(places))
+        if not bool(where.any()) and not node.positions.generated:
+            raise UserError(f"supernode {node.name}: the prompt has no position in {node.positions}")
+        for member in node.features:
+            if member.feature not in free:
+                before = masks.get(member.feature, (torch.zeros_like(where), False))
+                masks[member.feature] = (before[0] | where, before[1] or node.positions.generated)
+    edited = dict(plan)
+    for (layer, index), (where, generated) in masks.items():
+        if layer in edited:
+            edited[layer] = features_at(edited[layer], torch.tensor([index]), where, generated)
+    return edited
 
 
 def donor_activations(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.core.ids import FeatureId
+from vlmscope.core.seeds import control_draws
 from vlmscope.interventions.controls import matched_features
 from vlmscope.interventions.edits import LayerEdit, Plan, scale_features, set_features, without_layers
 from vlmscope.interventions.named import by_layer
@@ -123,6 +124,7 @@ def ablate(
     means: Mapping[int, Tensor],
     draws: int,
     into: Outcome,
+    seed: int = 0,
 ) -> None:
     """Set features to 0 at all positions of the prompts, in free mode, and beside it as many matched ones.
 
@@ -134,6 +136,7 @@ def ablate(
         means: layer -> [F], by which controls are matched.
         draws: of the controls.
         into: where the cases are added.
+        seed: under which controls are drawn.
     """
     where = torch.ones(asked.batch.length, dtype=torch.bool)
     plan = {layer: scale_features(found, 0.0, where) for layer, found in by_layer(transcoders, features).items()}
@@ -143,7 +146,7 @@ def ablate(
         return (logits.argmax(-1) != asked.answer).numpy(force=True), fall(asked, logits)
 
     hits, drops = changed(plan)
-    controls = [changed(matched_features(plan, means, seed))[0] for seed in range(draws)]
+    controls = [changed(matched_features(plan, means, draw))[0] for draw in control_draws(seed, draws)]
     into.add(hits, drops, asked.names, _size(plan), controls)
 
 
@@ -213,7 +216,7 @@ def patch_across(
         logits = run_edited(adapter, transcoders, recipient.batch, plan, "free")
         return (logits.argmax(-1) == donor.answer).numpy(force=True), fall(recipient, logits)
 
-    control = run(matched_features(shared, means, seed))[0]
+    control = run(matched_features(shared, means, control_draws(seed, 1)[0]))[0]
     into["shared"].add(*run(shared), pictures, _size(shared), [control])
     for name, plan in (
         ("no_last_layer", without_layers(shared, [final])),

@@ -1,8 +1,10 @@
 """What can be chosen: the options of every group with a line each, read without composing anything."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlmscope.config.paths import conf_dir
+from vlmscope.core.artifacts import read_yaml
 
 
 def first_comment(path: Path) -> str:
@@ -21,3 +23,9 @@ def options(group: str, folder: Path | None = None) -> dict[str, str]:
     """Name and first comment line of every YAML file of a group, sorted by name; `folder` defaults to `conf/`."""
     files = sorted((folder or conf_dir()).joinpath(group).glob("*.yaml"))
     return {path.stem: first_comment(path) for path in files}
+
+
+def reproducible(folders: Sequence[Path]) -> dict[str, Path]:
+    """Name -> file of every experiment below `folders`, such as `conf/`, that says `reproduce: true`, by name."""
+    files = sorted(path for folder in folders for path in folder.joinpath("experiment").glob("*.yaml"))
+    return {path.stem: path for path in files if (read_yaml(path) or {}).get("reproduce") is True}

@@ -75,7 +75,7 @@ def _refuse_unknown_keys(node: Any, prefix: str = "") -> None:
 
 def _refuse_unknown_choice(cfg: DictConfig) -> None:
     """A group that has no options at all lets `group=name` through as a plain string."""
-    for group in ("task", "transcoder", "study", "circuit", "prompts", "pairs"):
+    for group in ("task", "transcoder", "study", "circuit", "circuit_spec", "prompts", "pairs"):
         if isinstance(cfg[group], str):
             raise UserError(f"no {group} named {cfg[group]!r}; `ls conf/{group}` shows the choices")
 

@@ -12,8 +12,12 @@ from omegaconf import II, MISSING
 
 from vlmscope.attention.config import WhereConfig
 from vlmscope.attribution.config import AttributionConfig
+from vlmscope.circuits.captions_config import CaptionsConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.circuits.interchange_config import InterchangeConfig
+from vlmscope.circuits.matrix_config import ConceptMatrixConfig
+from vlmscope.circuits.spec_config import CircuitSpecConfig
+from vlmscope.config.headline import HeadlineConfig, check_reproducible
 from vlmscope.core.errors import UserError
 from vlmscope.data.pair_config import PairsConfig
 from vlmscope.data.prompts import PromptSetConfig
@@ -202,8 +206,9 @@ class AppConfig:
     `image` is a path or a list of paths on the command line and always a list of paths (or None) in a task; `prompt`
     holds the text of `prompt_file`, or the prompt of `prompts` that `prompt_name` names; `query` is what task=find
     looks for. `images` names the user's own picture sets. `task` and `transcoder` hold the dataclass (or mapping) of
-    the chosen option; `circuit`, `cross_modal`, `prompts` and `pairs`
-    may be None.
+    the chosen option; `circuit`, `circuit_spec`, `concept_matrix`, `cross_modal`, `prompts` and `pairs` may be None.
+    An experiment with `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their ranges and shows
+    them beside `paper`, what the paper reports, and `figure`, a file of its figures/.
     """
 
     task: Any = MISSING
@@ -216,9 +221,12 @@ class AppConfig:
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     interchange: InterchangeConfig = field(default_factory=InterchangeConfig)
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     where: WhereConfig = field(default_factory=WhereConfig)
     circuit: CircuitConfig | None = None
+    circuit_spec: CircuitSpecConfig | None = None
+    concept_matrix: ConceptMatrixConfig | None = None
     cross_modal: CrossModalConfig | None = None
     prompts: PromptSetConfig | None = None
     pairs: PairsConfig | None = None
@@ -230,3 +238,10 @@ class AppConfig:
     images: dict[str, list[str]] = field(default_factory=dict)
     seed: int = 0
     name: str | None = None
+    reproduce: bool = False
+    paper: str | None = None
+    figure: str | None = None
+    headline: dict[str, HeadlineConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_reproducible(self.reproduce, self.paper, self.headline)

@@ -40,8 +40,16 @@ def _named(name: str, config: type) -> type:
     return make_dataclass(config.__name__, [("name", str, field(default=name, kw_only=True))], bases=(config,))
 
 
+_registered: dict[str, type] = {}
+
+
 def register(task_configs: Mapping[str, type]) -> None:
-    """Tell Hydra about every schema. `task_configs` maps a task's name to its `Config` dataclass. Repeatable."""
+    """Tell Hydra about every schema. `task_configs` maps a task's name to its `Config` dataclass. Repeatable.
+
+    Repeating costs nothing: Hydra takes 0.1 s to read the schemas, and a process may run many commands.
+    """
+    if task_configs == _registered:
+        return
     store = ConfigStore.instance()
     store.store(name="app_schema", node=AppConfig)
     store.store(group="transcoder", name="set_schema", node=TranscoderSetConfig)
@@ -51,3 +59,5 @@ def register(task_configs: Mapping[str, type]) -> None:
         store.store(group="task", name=name, node=_named(name, config))
     OmegaConf.register_new_resolver("asset", asset, replace=True)
     OmegaConf.register_new_resolver("run_label", _run_label, replace=True)
+    _registered.clear()
+    _registered.update(task_configs)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.images import PatchBox
+from vlmscope.core.positions import Positions
 
 MODES = ("direct", "frozen_attention", "free")
 
@@ -121,7 +122,36 @@ class CircuitFeature:
 
 @dataclass(frozen=True)
 class Supernode:
-    """A named group of features, for example 'mars'."""
+    """A named group of features, for example 'mars'.
+
+    Attributes:
+        name: what it is called.
+        features: its members, best first.
+        positions: where in a prompt it is meant; everywhere when None.
+        chosen: how its members were chosen, in words.
+    """
 
     name: str
     features: tuple[CircuitFeature, ...] = field(default=())
+    positions: Positions | None = None
+    chosen: str = ""
+
+
+@dataclass(frozen=True)
+class CircuitEdge:
+    """A direct effect between two parts of a circuit, mean over `graphs` attribution graphs.
+
+    Attributes:
+        source, target: names of supernodes, or of what is around them ("picture", "answer: mars").
+        weight: sum of the graph's edges from all members of the source to all members of the target, at their
+            positions: in units of the target's pre-activations, of an answer in logits.
+        share: `weight` over the sum of the absolute edges from all sources into the target, so that edges into
+            different targets can be compared; -1 to 1.
+        graphs: in how many of the graphs the target is active.
+    """
+
+    source: str
+    target: str
+    weight: float
+    share: float
+    graphs: int = 1

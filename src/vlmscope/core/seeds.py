@@ -18,6 +18,14 @@ def derive(seed: int, *keys: str | int) -> int:
     return int.from_bytes(digest.digest()[:8], "little")
 
 
+_DRAWS = 1000  # of one control under one seed, at most
+
+
+def control_draws(seed: int, count: int) -> range:
+    """The numbers of `count` draws of a control under the root seed: 0, 1, 2 .. under seed 0, others under another."""
+    return range(seed * _DRAWS, seed * _DRAWS + count)
+
+
 def generator(seed: int, *keys: str | int) -> np.random.Generator:
     """An independent random generator for each path of keys, for example `generator(0, "train", "planets", 17)`.
 

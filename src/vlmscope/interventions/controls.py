@@ -19,7 +19,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
 from vlmscope.interventions.edits import LayerEdit, Plan
 from vlmscope.interventions.frozen import target_module
-from vlmscope.interventions.run import add_ahead, edit_changes, layers_written, watch_inputs
+from vlmscope.interventions.run import add_ahead, edit_changes, layers_written, watch_inputs, watch_length
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -66,8 +66,12 @@ def matched_features(
 
 
 @contextmanager
-def _random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, seed: int) -> Iterator[None]:
+def random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, seed: int) -> Iterator[None]:
+    """As `editing`, but every layer gets, instead of its edit, a random direction of the same norm at every position;
+    also token by token, where the plan edits generated tokens.
+    """
     with ExitStack() as stack:
+        seen = watch_length(stack, adapter)
         inputs = watch_inputs(stack, adapter, plan)
         pending: dict[int, Tensor] = {}
         for layer in layers_written(transcoders, plan):
@@ -77,7 +81,9 @@ def _random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: Plan,
 
             def hook(_m: Any, _args: Any, out: Tensor, layer: int = layer, unit: Tensor = unit) -> Tensor:
                 if layer in plan:
-                    add_ahead(pending, layer, edit_changes(transcoders[layer], inputs.pop(layer), plan[layer], 0))
+                    add_ahead(
+                        pending, layer, edit_changes(transcoders[layer], inputs.pop(layer), plan[layer], seen["tokens"])
+                    )
                 if layer not in pending:
                     return out
                 return out + pending.pop(layer).norm(dim=-1, keepdim=True) * unit.to(out)
@@ -94,5 +100,5 @@ def run_random_direction(
     """Logits [B, V] when each layer gets, instead of its edit, a random direction of the same norm at every
     position.
     """
-    with _random_directions(adapter, transcoders, plan, seed):
+    with random_directions(adapter, transcoders, plan, seed):
         return adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]

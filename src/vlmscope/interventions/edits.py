@@ -28,7 +28,7 @@ class Gate:
     Attributes:
         features: [m] int64, of the edit's layer.
         level: [T, m], the features' activations when the concept is there.
-        generated: [m], the same at generated tokens.
+        generated: [m], the same at generated tokens; or [S, m], a row for each in turn, the last for those after it.
         full: the share of the level at which the edit acts in full, > 0.
     """
 
@@ -56,8 +56,11 @@ class LayerEdit:
         value: broadcastable to [B, T, n].
         scale: broadcastable to [n].
         where: [T] bool, the prompt positions it acts on.
-        generated: broadcastable to [B, n], the value at tokens generated after the prompt; None leaves them alone.
+        generated: broadcastable to [B, n], the value at tokens generated after the prompt; or [S, B, n], one for each
+            of them in turn, the last for those after it. None leaves them alone.
         gate: how far to act at each position; None acts in full.
+        at: [T, n] bool, the positions of `where` at which each feature is edited; all when None.
+        at_generated: [n] bool, the same of generated tokens; it goes with `at`.
     """
 
     features: Tensor
@@ -66,6 +69,8 @@ class LayerEdit:
     where: Tensor
     generated: Tensor | None = None
     gate: Gate | None = None
+    at: Tensor | None = None
+    at_generated: Tensor | None = None
 
     def new(self, current: Tensor) -> Tensor:
         """New activations for current ones [B, T, n]."""
@@ -73,6 +78,11 @@ class LayerEdit:
 
 
 Plan = Mapping[int, LayerEdit]  # layer -> edit
+
+
+def at_step(values: Tensor, rank: int, step: int) -> Tensor:
+    """The values at generated token `step` (from 0): those of rank `rank` + 1 have a row for each step."""
+    return values[min(step, len(values) - 1)] if values.ndim > rank else values
 
 
 def merge(plans: Iterable[Plan]) -> dict[int, LayerEdit]:
@@ -105,6 +115,10 @@ def _join(first: LayerEdit, second: LayerEdit, layer: int) -> LayerEdit:
         return torch.cat([a.expand(*lead, a.shape[-1]), b.expand(*lead, b.shape[-1])], -1)
 
     sizes = (len(first.features), len(second.features))
+    at = at_generated = None
+    if first.at is not None or second.at is not None:
+        places = [_places(first, keep), _places(second, torch.ones_like(second.features, dtype=torch.bool))]
+        at, at_generated = torch.cat([p for p, _ in places], -1), torch.cat([g for _, g in places])
     generated = None
     if first.generated is not None and second.generated is not None:
         generated = pair(first.generated, second.generated, *sizes)
@@ -114,7 +128,17 @@ def _join(first: LayerEdit, second: LayerEdit, layer: int) -> LayerEdit:
         pair(first.scale, second.scale, *sizes),
         first.where,
         generated,
+        at=at,
+        at_generated=at_generated,
     )
+
+
+def _places(edit: LayerEdit, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """`at` and `at_generated` of the features to keep [n] bool."""
+    n, length = len(edit.features), len(edit.where)
+    every = edit.where.new_ones(length, n)
+    at, generated = (every if edit.at is None else edit.at), edit.at_generated
+    return at[:, keep], (every[0] if generated is None else generated)[keep]
 
 
 def set_features(features: Tensor, value: Tensor, where: Tensor, generated: Tensor | None = None) -> LayerEdit:
@@ -131,6 +155,21 @@ def scale_features(features: Tensor, factor: float, where: Tensor) -> LayerEdit:
 def at_positions(plan: Plan, where: Tensor) -> dict[int, LayerEdit]:
     """The same plan, restricted to positions `where` [T] bool."""
     return {layer: replace(edit, where=edit.where & where) for layer, edit in plan.items()}
+
+
+def features_at(edit: LayerEdit, features: Tensor, where: Tensor, generated: bool) -> LayerEdit:
+    """The same edit, in which some features are edited only at some positions.
+
+    Args:
+        edit: of one layer.
+        features: [m] int64, some of the edit's; each keeps what it had been restricted to.
+        where: [T] bool.
+        generated: whether they are edited at generated tokens.
+    """
+    at, at_generated = _places(edit, torch.ones_like(edit.features, dtype=torch.bool))
+    theirs = torch.isin(edit.features, features.to(edit.features.device))
+    where = where.to(at.device)
+    return replace(edit, at=at & (where[:, None] | ~theirs), at_generated=at_generated & (~theirs | generated))
 
 
 def without_layers(plan: Plan, layers: Iterable[int]) -> dict[int, LayerEdit]:

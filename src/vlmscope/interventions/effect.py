@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from vlmscope.core.intervention import Change, Effect
+from vlmscope.core.seeds import control_draws
 from vlmscope.interventions.controls import matched_features, run_random_direction
 from vlmscope.interventions.edits import Plan
 from vlmscope.interventions.frozen import BaseRun
@@ -30,6 +31,7 @@ def measure_effect(
     mode: str,
     mean_activation: Mapping[int, Tensor],
     draws: int,
+    seed: int = 0,
 ) -> tuple[Effect, Tensor]:
     """Run a plan and its controls.
 
@@ -42,17 +44,19 @@ def measure_effect(
         mode: 'direct', 'frozen_attention' or 'free'. Random directions are run in free mode alone.
         mean_activation: layer -> [F], by which matched features are chosen.
         draws: how often each control is drawn; 0 for no controls.
+        seed: under which they are drawn.
 
     Returns:
         The effect, and the edited logits [B, V] at the last position.
     """
     logits = run_edited(adapter, transcoders, batch, plan, mode, base)
     matched = [
-        run_edited(adapter, transcoders, batch, matched_features(plan, mean_activation, seed), mode, base)
-        for seed in range(draws)
+        run_edited(adapter, transcoders, batch, matched_features(plan, mean_activation, draw), mode, base)
+        for draw in control_draws(seed, draws)
     ]
     directions = [
-        run_random_direction(adapter, transcoders, batch, plan, seed) for seed in range(draws if mode == "free" else 0)
+        run_random_direction(adapter, transcoders, batch, plan, draw)
+        for draw in control_draws(seed, draws if mode == "free" else 0)
     ]
     effect = Effect(
         mode,

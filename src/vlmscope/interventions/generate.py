@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from vlmscope.core.errors import UserError
 from vlmscope.interventions.edits import Plan
 from vlmscope.interventions.run import editing
 from vlmscope.models.base import Adapter, ModelInputs
@@ -54,3 +57,40 @@ def generate_ids(
     else:
         ids = adapter.model.generate(**inputs.tensors, **settings)
     return ids[0, len(inputs) :].tolist()
+
+
+@torch.no_grad()
+def generate_batch(
+    adapter: Adapter,
+    inputs: Sequence[ModelInputs],
+    max_new_tokens: int = 24,
+    context: AbstractContextManager[None] | None = None,
+) -> list[list[int]]:
+    """The greedy answers to several prompts at once, each up to and with its end token.
+
+    Args:
+        adapter: the model.
+        inputs: prompts of equal length, each with equally many pictures of equal size.
+        max_new_tokens: stop after so many tokens.
+        context: around the forwards, such as `editing` or `random_directions`.
+
+    Raises:
+        UserError: the prompts cannot be stacked.
+    """
+    names = inputs[0].tensors
+    shapes = [{name: tensor.shape[1:] for name, tensor in one.tensors.items()} for one in inputs]
+    if any(len(one) != len(inputs[0]) or shape != shapes[0] for one, shape in zip(inputs, shapes, strict=True)):
+        raise UserError("prompts of a batch must have equal length and pictures of equal size: generate one by one")
+    tensors = {name: torch.cat([one.tensors[name] for one in inputs]) for name in names}
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
+    with context or nullcontext():
+        found = adapter.model.generate(**tensors, **settings)[:, len(inputs[0]) :].tolist()
+    ends = adapter.model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    return [_through_end(ids, ends) for ids in found]
+
+
+def _through_end(ids: list[int], ends: set[int]) -> list[int]:
+    """The ids up to the first end token, itself included: what follows it in a batch is padding."""
+    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: stop + 1]

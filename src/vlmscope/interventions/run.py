@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import MODES
-from vlmscope.interventions.edits import LayerEdit, Plan
+from vlmscope.interventions.edits import LayerEdit, Plan, at_step
 from vlmscope.interventions.frozen import BaseRun, frozen_attention, frozen_norms, target_module
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
@@ -91,23 +91,28 @@ def watch_inputs(stack: ExitStack, adapter: Adapter, layers: Iterable[int]) -> d
     return found
 
 
+def watch_length(stack: ExitStack, adapter: Adapter) -> dict[str, int]:
+    """A dict whose "tokens" is, during every forward, how many tokens the KV cache holds, until `stack` closes."""
+    seen = {"tokens": 0}
+
+    def count(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
+        cache = kwargs.get("past_key_values")
+        seen["tokens"] = 0 if cache is None else int(cache.get_seq_length())
+
+    stack.callback(adapter.decoder().register_forward_pre_hook(count, with_kwargs=True).remove)
+    return seen
+
+
 @contextmanager
 def editing(adapter: Adapter, transcoders: TranscoderSet, plan: Plan) -> Iterator[None]:
     """Edit features in every forward inside the context, also token by token in `generate` with a KV cache.
 
     The first forward is the prompt; later ones are generated tokens, which only edits with `generated` touch.
     """
-    seen = {"tokens": 0}
     with ExitStack() as stack:
+        seen = watch_length(stack, adapter)
         inputs = watch_inputs(stack, adapter, plan)
         pending: dict[int, Tensor] = {}  # what edits of lower layers write to a later one (cross-layer transcoders)
-
-        def count(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
-            cache = kwargs.get("past_key_values")
-            seen["tokens"] = 0 if cache is None else int(cache.get_seq_length())
-
-        handle = adapter.decoder().register_forward_pre_hook(count, with_kwargs=True)
-        stack.callback(handle.remove)
         for layer in layers_written(transcoders, plan):
 
             def hook(_m: Any, _args: Any, out: Tensor, layer: int = layer) -> Tensor:
@@ -145,27 +150,34 @@ def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int
     if offset >= prompt:
         if edit.generated is None:
             return []
-        value = edit.generated.unsqueeze(-2) if edit.generated.ndim > 1 else edit.generated
-        return [c.to(x.dtype) for c in _written(transcoder, x, edit, value, None if gate is None else gate.generated)]
+        now = at_step(edit.generated, 2, offset - prompt)
+        value = now.unsqueeze(-2) if now.ndim > 1 else now
+        level = None if gate is None else at_step(gate.generated, 1, offset - prompt)
+        return [c.to(x.dtype) for c in _written(transcoder, x, edit, value, level, edit.at_generated)]
     assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
     if not bool(edit.where.any()):
         return []
     value = edit.value if edit.value.ndim < 2 or edit.value.shape[-2] == 1 else edit.value[..., edit.where, :]
     level = None if gate is None else gate.level[edit.where]
     changes = []
-    for written in _written(transcoder, x[:, edit.where], edit, value, level):
+    at = None if edit.at is None else edit.at[edit.where]
+    for written in _written(transcoder, x[:, edit.where], edit, value, level, at):
         changes.append(x.new_zeros(x.shape))
         changes[-1][:, edit.where] = written.to(x.dtype)
     return changes
 
 
-def _written(transcoder: Transcoder, x: Tensor, edit: LayerEdit, value: Tensor, level: Tensor | None) -> list[Tensor]:
+def _written(
+    transcoder: Transcoder, x: Tensor, edit: LayerEdit, value: Tensor, level: Tensor | None, at: Tensor | None
+) -> list[Tensor]:
     """`g (new - current) W_dec` [B, t, d] by layer written, at the given positions; `level` is the gate's there, if
-    it has one.
+    it has one, and `at` (broadcastable to [t, n]) says which features are edited where.
     """
     code, width = transcoder.encode(x), transcoder.config.n_features
     current = code.select(edit.features, width)
     delta = edit.scale * current + value - current
+    if at is not None:
+        delta = delta * at.to(delta)
     if edit.gate is not None and level is not None:
         norms = transcoder.write_norms()[edit.gate.features]
         delta = delta * edit.gate.openness(code.select(edit.gate.features, width), level, norms)

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlmscope.core.positions import ANSWER
 from vlmscope.models.base import Adapter, ModelInputs
-
-ANSWER = "answer"  # the role of appended positions
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ from vlmscope.core.images import PatchBox
 from vlmscope.models.patches import PicturePatches
 from vlmscope.models.template import Dialogue, Turn
 
-ROLES = ("special", "image", "question", "last")  # a continued prompt has "answer" too (vlmscope.models.answers)
 INJECTIONS = "injections"  # [B, n, T, d], among an `InputBatch`'s tensors
 
 
@@ -35,8 +34,8 @@ class ModelInputs:
         is_image: `[T]` bool, soft tokens.
         image_index: `[T]` int64, which picture a soft token belongs to, -1 for text.
         patch_boxes: T entries, the part of the picture that a soft token stands for, None for text.
-        roles: `[T]` strings of `ROLES`; `last` is the final position, which predicts the answer; `question` is what
-            the user wrote; everything that the template adds is `special`.
+        roles: `[T]` strings of `vlmscope.core.positions.ROLES`; `last` is the final position, which predicts the
+            answer; `question` is what the user wrote; everything that the template adds is `special`.
         prompt: the prompt as the user wrote it.
         sizes: width and height of each picture in pixels, as it was given.
     """

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from vlmscope.core.errors import UserError
+from vlmscope.core.images import PatchBox
+from vlmscope.core.positions import Places
 from vlmscope.models.base import INJECTIONS, Adapter, ModelInputs
 
 CHUNK = 64  # prompts a forward of the vision tower
@@ -32,12 +34,19 @@ class InputBatch:
         input_ids: [B, T].
         roles: [T] position roles, the same for every prompt.
         is_image: [T] bool.
+        patch_boxes: T entries, as in `ModelInputs`; empty where the prompts' pictures have different shapes.
     """
 
     tensors: dict[str, Tensor]
     input_ids: Tensor
     roles: np.ndarray
     is_image: np.ndarray
+    patch_boxes: tuple[PatchBox | None, ...] = ()
+
+    @property
+    def places(self) -> Places:
+        """The positions, to choose among them."""
+        return Places(self.roles, self.patch_boxes)
 
     @property
     def size(self) -> int:
@@ -55,7 +64,7 @@ class InputBatch:
         tensors = {
             name: tensor[:, index] if name == _POSITIONS else tensor[index] for name, tensor in self.tensors.items()
         }
-        return InputBatch(tensors, self.input_ids[index], self.roles, self.is_image)
+        return InputBatch(tensors, self.input_ids[index], self.roles, self.is_image, self.patch_boxes)
 
 
 @torch.no_grad()
@@ -87,7 +96,8 @@ def make_batch(adapter: Adapter, inputs: Sequence[ModelInputs]) -> InputBatch:
     injections = [found.injections for found in each if found.injections is not None]
     if injections:
         tensors[INJECTIONS] = torch.cat(injections)
-    return InputBatch(tensors, ids, first.roles, first.is_image)
+    boxes = tuple(first.patch_boxes) if all(i.patch_boxes == first.patch_boxes for i in inputs) else ()
+    return InputBatch(tensors, ids, first.roles, first.is_image, boxes)
 
 
 def _stackable(inputs: Sequence[ModelInputs]) -> bool:

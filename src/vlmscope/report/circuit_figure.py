@@ -1,5 +1,7 @@
 """A small diagram of a circuit: supernodes as boxes from left (input) to right (answer), signed arrows between them.
 
+A box holds the supernode's name, how many features it has, a line of words and the pictures on which they fire.
+
 Layout in layers, as in Sugiyama et al. 1981: a node's column is its longest path from an input, an arrow over several
 columns gets a lane of its own in each column between, and columns are ordered by the mean height of what feeds them.
 """
@@ -21,29 +23,59 @@ from vlmscope.report.style import MUTED, NEGATIVE, POSITIVE, drawing
 
 Edge = tuple[str, str, float]  # source name, target name, weight
 Lane = tuple[int, int]  # number of the edge, column that it crosses
-_WIDTH, _HEIGHT, _PICTURE, _LANE, _GAP = 2.1, 0.95, 0.9, 0.3, 0.38
+_WIDTH, _LANE, _GAP = 2.1, 0.3, 0.38
+_PLAIN, _LINE, _PAD = 0.5, 0.24, 0.13  # a box with a name alone, each line below it, and around pictures
+_PICTURE, _SMALL = 0.9, 0.6  # one picture of a box, and each of several
+_MOST = 3  # pictures of a box
+_CHARACTERS = 32  # of a line
 _STEP = 3.6
 _DASHES = (0, (2.5, 1.2))
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Centres of the boxes and of the lanes, by node name and by (edge number, column)."""
+    """Centres of the boxes and of the lanes, by node name and by (edge number, column), and the boxes' heights."""
 
     columns: dict[str, int]
     places: dict[str | Lane, tuple[float, float]]
+    heights: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What stands in a box below its name."""
+
+    lines: tuple[str, ...]
+    pictures: tuple[np.ndarray, ...]
+
+    @property
+    def side(self) -> float:
+        return _PICTURE if len(self.pictures) == 1 else _SMALL
+
+    @property
+    def height(self) -> float:
+        return _PLAIN + _LINE * len(self.lines) + (self.side + _PAD if self.pictures else 0.0)
 
 
 def circuit_diagram(
     supernodes: Sequence[Supernode],
     edges: Sequence[Edge],
     path: str | FilePath,
-    thumbnails: Mapping[str, np.ndarray] | None = None,
+    thumbnails: Mapping[str, np.ndarray | Sequence[np.ndarray]] | None = None,
     unit: str = "summed edge weight",
+    words: Mapping[str, str] | None = None,
+    form: str = "{:+.2f}",
 ) -> FilePath:
     """Draw the circuit. Names in `edges` that are no supernode (inputs, answers) become plain boxes.
 
-    `thumbnails[name]` is uint8 `[H, W, 3]`; `unit` says in the legend what the weights are.
+    Args:
+        supernodes: of the circuit.
+        edges: without a cycle (see `drawable`).
+        path: of the PNG.
+        thumbnails: by name a picture, uint8 `[H, W, 3]`, or up to three of them.
+        unit: what the weights are, for the legend.
+        words: by name a line for the box.
+        form: how weights are written on the arrows.
 
     Raises:
         ValueError: the edges form a cycle, or there is nothing to draw.
@@ -52,22 +84,54 @@ def circuit_diagram(
     names = list(dict.fromkeys([*members, *(name for edge in edges for name in edge[:2])]))
     if not names:
         raise ValueError("no supernodes to draw")
-    pictures = dict(thumbnails or {})
-    layout = _lay_out(names, edges, set(members), set(pictures))
-    x, y = np.array(list(layout.places.values())).T
+    contents = {
+        name: _content(members.get(name), (thumbnails or {}).get(name), (words or {}).get(name)) for name in names
+    }
+    layout = _lay_out(names, edges, set(members), {name: found.height for name, found in contents.items()})
+    x = np.array([place[0] for place in layout.places.values()])
     left, right = x.min() - _WIDTH / 2 - 0.15, x.max() + _WIDTH / 2 + 0.15
-    low, high = y.min() - _HEIGHT / 2 - 0.6, y.max() + _HEIGHT / 2 + 0.15
-    high = max([high, *(layout.places[name][1] + _HEIGHT / 2 + _PICTURE + 0.15 for name in names if name in pictures)])
+    ends = [(layout.places[name][1], layout.heights[name] / 2) for name in names]
+    ends += [(place[1], _LANE / 2) for item, place in layout.places.items() if not isinstance(item, str)]
+    low, high = min(y - half for y, half in ends) - 0.6, max(y + half for y, half in ends) + 0.15
     with drawing(path, 0.95 * (right - left), 0.95 * (high - low), constrained=False) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
         axes.set_xlim(left, right)
         axes.set_ylim(low, high)
-        _draw_arrows(axes, edges, layout)
+        _draw_arrows(axes, edges, layout, form)
         for name in names:
-            _box(axes, name, members.get(name), layout.places[name], pictures.get(name))
+            _box(axes, name, name in members, layout.places[name], contents[name])
         axes.legend(handles=_legend(unit, edges), loc="lower center", ncols=2, frameon=False, borderaxespad=0.2)
     return FilePath(path)
+
+
+def drawable(edges: Sequence[Edge], least: float = 0.0) -> tuple[list[Edge], int]:
+    """The edges of at least |weight| `least`, without the weakest one of every cycle, and how many that leaves out."""
+    kept = [edge for edge in edges if abs(edge[2]) >= least and edge[0] != edge[1]]
+    count = len(kept)
+    while (cycle := _cycle(kept)) is not None:
+        kept.remove(min(cycle, key=lambda edge: abs(edge[2])))
+    return kept, count - len(kept)
+
+
+def _cycle(edges: Sequence[Edge]) -> list[Edge] | None:
+    """The edges of some cycle, None without one."""
+    out: dict[str, list[Edge]] = {}
+    for edge in edges:
+        out.setdefault(edge[0], []).append(edge)
+    done: set[str] = set()
+
+    def search(name: str, path: list[Edge]) -> list[Edge] | None:
+        for edge in out.get(name, []):
+            names = [one[0] for one in path] + [name]
+            if edge[1] in names:
+                return [*path, edge][names.index(edge[1]) :]
+            if edge[1] not in done and (found := search(edge[1], [*path, edge])) is not None:
+                return found
+        done.add(name)
+        return None
+
+    return next((found for name in list(out) if name not in done and (found := search(name, [])) is not None), None)
 
 
 def describe(node: Supernode) -> str:
@@ -97,7 +161,14 @@ def _columns(names: Sequence[str], edges: Sequence[Edge], supernodes: set[str]) 
     return {name: last if name in ends else at for name, at in column.items()}
 
 
-def _lay_out(names: Sequence[str], edges: Sequence[Edge], supernodes: set[str], pictured: set[str]) -> _Layout:
+def _content(node: Supernode | None, given: np.ndarray | Sequence[np.ndarray] | None, words: str | None) -> _Content:
+    pictures = () if given is None else (given,) if isinstance(given, np.ndarray) else tuple(given)[:_MOST]
+    lines = ([] if node is None else [describe(node)]) + ([words] if words else [])
+    cut = [line if len(line) <= _CHARACTERS else line[: _CHARACTERS - 1] + "…" for line in lines]
+    return _Content(tuple(cut), pictures)
+
+
+def _lay_out(names: Sequence[str], edges: Sequence[Edge], supernodes: set[str], boxes: Mapping[str, float]) -> _Layout:
     columns = _columns(names, edges, supernodes)
     members: dict[int, list[str | Lane]] = {at: [] for at in range(max(columns.values()) + 1)}
     feeds: dict[str | Lane, list[str | Lane]] = {name: [] for name in names}
@@ -113,32 +184,34 @@ def _lay_out(names: Sequence[str], edges: Sequence[Edge], supernodes: set[str], 
         feeds[target].append(before)
     places: dict[str | Lane, tuple[float, float]] = {}
     for at, column in members.items():
-        heights = {item: np.mean([places[source][1] for source in feeds[item]] or [0.0]) for item in column}
-        column.sort(key=lambda item: -heights[item])
-        above = [_PICTURE if item in pictured else 0.0 for item in column]
-        tall = [_HEIGHT if isinstance(item, str) else _LANE for item in column]
-        top = (sum(tall) + sum(above) + _GAP * (len(column) - 1)) / 2
-        for item, extra, height in zip(column, above, tall, strict=True):
-            places[item] = (at * _STEP, top - extra - height / 2)
-            top -= extra + height + _GAP
-    return _Layout(columns, places)
+        mean = {item: np.mean([places[source][1] for source in feeds[item]] or [0.0]) for item in column}
+        column.sort(key=lambda item: -mean[item])
+        tall = [boxes[item] if isinstance(item, str) else _LANE for item in column]
+        top = (sum(tall) + _GAP * (len(column) - 1)) / 2
+        for item, height in zip(column, tall, strict=True):
+            places[item] = (at * _STEP, top - height / 2)
+            top -= height + _GAP
+    return _Layout(columns, places, dict(boxes))
 
 
-def _box(axes: Axes, name: str, node: Supernode | None, place: tuple[float, float], picture: np.ndarray | None) -> None:
+def _box(axes: Axes, name: str, is_supernode: bool, place: tuple[float, float], content: _Content) -> None:
     x, y = place
-    face = "#eef4fa" if node is not None else "#f4f4f4"
-    corner = (x - _WIDTH / 2, y - _HEIGHT / 2)
-    style = "round,pad=0,rounding_size=0.16" if node is not None else "square,pad=0"
-    axes.add_patch(FancyBboxPatch(corner, _WIDTH, _HEIGHT, boxstyle=style, facecolor=face, edgecolor=MUTED, zorder=3))
-    lift = 0.16 if node is not None else 0.0
-    axes.text(x, y + lift, name, ha="center", va="center", fontweight="bold", fontsize=11, zorder=4)
-    if node is not None:
-        axes.text(x, y - 0.2, describe(node), ha="center", va="center", fontsize=9, zorder=4)
-    if picture is not None:
+    height = content.height
+    face = "#eef4fa" if is_supernode else "#f4f4f4"
+    corner = (x - _WIDTH / 2, y - height / 2)
+    style = "round,pad=0,rounding_size=0.16" if is_supernode else "square,pad=0"
+    axes.add_patch(FancyBboxPatch(corner, _WIDTH, height, boxstyle=style, facecolor=face, edgecolor=MUTED, zorder=3))
+    top = y + height / 2 - _PLAIN / 2
+    axes.text(x, top, name, ha="center", va="center", fontweight="bold", fontsize=11 if len(name) < 22 else 9, zorder=4)
+    for line in content.lines:
+        top -= _LINE
+        axes.text(x, top, line, ha="center", va="center", fontsize=9 if len(line) < 28 else 8, zorder=4)
+    side, count = content.side, len(content.pictures)
+    for number, picture in enumerate(content.pictures):
         resized = np.asarray(Image.fromarray(picture).resize((128, 128), Image.Resampling.LANCZOS))
-        image = OffsetImage(resized, zoom=0.85 * _PICTURE * 72 / 128)
-        above = (x, y + _HEIGHT / 2 + 0.06)
-        axes.add_artist(AnnotationBbox(image, above, frameon=False, box_alignment=(0.5, 0), pad=0, zorder=3))
+        image = OffsetImage(resized, zoom=0.95 * side * 72 / 128)
+        middle = (x + (number - (count - 1) / 2) * (side + 0.06), y - height / 2 + _PAD + side / 2)
+        axes.add_artist(AnnotationBbox(image, middle, frameon=False, box_alignment=(0.5, 0.5), pad=0, zorder=3.5))
 
 
 def _ports(edges: Sequence[Edge], layout: _Layout, end: int) -> dict[int, float]:
@@ -149,7 +222,7 @@ def _ports(edges: Sequence[Edge], layout: _Layout, end: int) -> dict[int, float]
         mine.sort(key=lambda number: layout.places[_stops(number, edges[number], layout)[1 if end == 0 else -2]][1])
         for at, number in enumerate(mine):
             spread = (at + 1) / (len(mine) + 1) - 0.5
-            heights[number] = layout.places[name][1] + 0.85 * _HEIGHT * spread
+            heights[number] = layout.places[name][1] + 0.85 * layout.heights[name] * spread
     return heights
 
 
@@ -159,7 +232,7 @@ def _stops(number: int, edge: Edge, layout: _Layout) -> list[str | Lane]:
     return [source, *lanes, target]
 
 
-def _draw_arrows(axes: Axes, edges: Sequence[Edge], layout: _Layout) -> None:
+def _draw_arrows(axes: Axes, edges: Sequence[Edge], layout: _Layout, form: str) -> None:
     strongest = max((abs(weight) for *_, weight in edges), default=1.0) or 1.0
     leaves, arrives = _ports(edges, layout, 0), _ports(edges, layout, 1)
     for number, edge in enumerate(edges):
@@ -176,7 +249,7 @@ def _draw_arrows(axes: Axes, edges: Sequence[Edge], layout: _Layout) -> None:
         axes.add_patch(FancyArrowPatch(path=path, linewidth=width, zorder=2, **head, **style))  # pyright: ignore[reportArgumentType]
         x, y = _label_place(points)
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.92}
-        axes.text(x, y, f"{weight:+.2f}", ha="center", va="center", fontsize=9, bbox=paper, zorder=5)
+        axes.text(x, y, form.format(weight), ha="center", va="center", fontsize=9, bbox=paper, zorder=5)
 
 
 def _smooth(points: Sequence[tuple[float, float]]) -> Path:

@@ -82,11 +82,12 @@ def answer_shift(
 
 def layer_role_heatmap(
     matrix: np.ndarray,
-    layers: Sequence[int],
+    layers: Sequence[int] | Sequence[str],
     roles: Sequence[str],
     path: str | Path,
     label: str,
     xlabel: str = "position role",
+    ylabel: str = "layer",
 ) -> Path:
     """`matrix [len(layers), len(roles)]` as a heatmap, last layer on top; `label` names the values and their unit.
 
@@ -114,7 +115,7 @@ def layer_role_heatmap(
             cbar_kws={"label": label},
         )
         axes.set_xlabel(xlabel)
-        axes.set_ylabel("layer")
+        axes.set_ylabel(ylabel)
         axes.tick_params(axis="y", labelrotation=0)
     return Path(path)
 

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 from vlmscope.core.graph import PrunedGraph
 from vlmscope.core.intervention import AnswerExample, FlipRow, Rate, Supernode
+from vlmscope.core.reproduction import Number, Reproduced
 from vlmscope.report.style import label
 
 
@@ -125,7 +126,17 @@ class Details:
     body: str
 
 
-Section = Cards | Table | Figure | Examples | Features | Text | Details
+@dataclass(frozen=True)
+class Experiments:
+    """Experiments that were run again: what each asks, what the paper reports, what came out, against its ranges."""
+
+    template: ClassVar[str] = "experiments"
+    title: str
+    found: tuple[Reproduced, ...]
+    intro: str = ""
+
+
+Section = Cards | Table | Figure | Examples | Features | Text | Details | Experiments
 
 
 def flip_table(title: str, rows: Iterable[FlipRow], intro: str = "", note: str = "") -> Table:
@@ -187,6 +198,30 @@ def percent(share: float) -> str:
     if share < 1 and shown == f"100.0{_UNIT}":
         return f">\u00a099.9{_UNIT}"
     return shown
+
+
+def measured(found: Number) -> Value:
+    """A headline number as the pages show it: a share in per cent, with its interval where it has one."""
+    if found.value is None:
+        return None
+    if found.rate is not None and found.share:
+        return found.rate
+    return Percent(found.value) if found.share else found.value
+
+
+def range_of(found: Number) -> str:
+    """The range that a headline number must lie in, such as `90 to 100 %`."""
+    if found.share:
+        return f"{100 * found.low:.3g} to {100 * found.high:.3g}{_UNIT}"
+    return f"{number(found.low)} to {number(found.high)}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them: `45 s`, `2 min 05 s`; a dash for an unknown time."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    return f"{whole}\u00a0s" if whole < 60 else f"{whole // 60}\u00a0min {whole % 60:02d}\u00a0s"
 
 
 def number(value: int | float) -> str:

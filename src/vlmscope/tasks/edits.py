@@ -86,6 +86,7 @@ def report_edit(
     matched_on: Sequence[InputBatch],
     task: EditConfig,
     context: RunContext,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Run a plan on one prompt in the chosen modes, print it, and write `<run_dir>/<name>.json`.
 
@@ -98,6 +99,7 @@ def report_edit(
         matched_on: the prompts on whose mean activations controls are matched.
         task: the options.
         context: of the run.
+        seed: under which controls are drawn.
 
     Returns:
         `<name>/<mode>/kl`, `<name>/<mode>/top1_changed`, each with `_control` (matched features) and, in free mode,
@@ -120,7 +122,7 @@ def report_edit(
     print(f"{size} features in {len(plan)} layers, {active} of them active there")
     written: dict[str, Any] = {"prompt": inputs.prompt, "features": _names(plan), "modes": {}}
     for mode in task.modes:
-        effect, logits = measure_effect(adapter, transcoders, batch, base, plan, mode, means, task.controls)
+        effect, logits = measure_effect(adapter, transcoders, batch, base, plan, mode, means, task.controls, seed)
         found = effect_metrics(name, effect)
         rows = top_tokens(tokenizer, base.logits[0], logits[0])
         print(_described(effect, task.controls), *_table(rows), sep="\n")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vlmscope.config import AppConfig
+    from vlmscope.core.intervention import FeatureExample
     from vlmscope.core.study import StudyExample
     from vlmscope.features.labels.label import Label
     from vlmscope.features.labels.reader import Labels
@@ -143,11 +144,11 @@ def _record(study: StudyFolder, match: Match, labels: Labels) -> dict[str, objec
 def _row(study: StudyFolder, match: Match, label: Label, count: int) -> FeatureRow:
     from vlmscope.report.feature_sheet import FeatureRow
 
-    examples = tuple(_example(study, one) for one in study.feature(match.feature).group("top")[:count])
+    examples = tuple(study_example(study, one) for one in study.feature(match.feature).group("top")[:count])
     return FeatureRow(f"{match.feature}  {label}", f"{match.relevance:.2f}: {match.why}", examples)
 
 
-def _example(study: StudyFolder, example: StudyExample):
+def study_example(study: StudyFolder, example: StudyExample) -> FeatureExample:
     """An example with its picture, as figures take it."""
     from vlmscope.core.intervention import FeatureExample
     from vlmscope.data.images import png_bytes

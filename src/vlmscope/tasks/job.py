@@ -89,8 +89,12 @@ def _recorded_run(cfg: Any, app_cfg: "AppConfig", task: "Task", own_cfg: "AppCon
     parent = sweep.parent_id() if in_sweep and app_cfg.tracking.enabled else None
     # The folder of a sweep's job is a bare number, which says nothing where runs are compared.
     name = sweep.job_name(job_settings(overrides), run_dir.name) if in_sweep else run_dir.name
-    info = RunInfo(run_label(cfg, hydra.runtime.choices), name, resolved, overrides, parent)
-    with _log_file(run_dir), open_run(app_cfg.tracking, run_dir, info, resume=app_cfg.trainer.resume) as tracked:
+    study = run_label(cfg, hydra.runtime.choices)
+    if not in_sweep:
+        parent, study = sweep.starter() or (parent, study)
+    info = RunInfo(study, name, resolved, overrides, parent)
+    resume = app_cfg.trainer.resume or task.resumes
+    with _log_file(run_dir), open_run(app_cfg.tracking, run_dir, info, resume=resume) as tracked:
         try:
             metrics = task.run(own_cfg, replace(context, tracked=tracked))
         except CheckFailed as failed:

@@ -50,4 +50,4 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     recipient, given = (make_batch(vlm.adapter, [one]) for one in (inputs, donor))
     carried = donor_activations(vlm.adapter, transcoders, given, by_layer(transcoders, features))
     plan = patch_plan(carried, inputs.roles, task.strength)
-    return report_edit("patch", vlm, transcoders, inputs, plan, [recipient, given], task, context)
+    return report_edit("patch", vlm, transcoders, inputs, plan, [recipient, given], task, context, cfg.seed)

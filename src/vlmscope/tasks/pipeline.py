@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 KINDS = (
     "find_circuit", "intervene", "curves", "report", "compare_maps", "lens", "study", "modality", "cross_modal",
     "interchange", "sum_features", "amplify", "pairs_report",
+    "number_line", "number_dose", "pair_transfer", "dissociation", "object_places",
+    "caption_words", "caption_steering", "caption_report",
 )  # fmt: skip
+READ_SHARDS = ("study",)  # steps that go through the data's shards, unless study.path names what they would make
 
 
 @dataclass
@@ -48,6 +51,11 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
             _step(name)(bench)
             bench.metrics[f"perf/{name}_seconds"] = time.perf_counter() - start
     return bench.metrics
+
+
+def reads_shards(cfg: "AppConfig") -> bool:
+    """Whether a step that is switched on reads the data's shards."""
+    return cfg.study.path is None and any(cfg.task.steps.get(name) for name in READ_SHARDS)
 
 
 def _step(name: str) -> "Callable[[Bench], None]":

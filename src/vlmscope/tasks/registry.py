@@ -15,7 +15,8 @@ from vlmscope.tasks.context import RunContext
 class Task(NamedTuple):
     """`recorded` is False for a task that only prints: it gets no configuration file, metrics or tracked run.
 
-    `ranks` is True for one that several processes can run together (docs/scaling.md).
+    `ranks` is True for one that several processes can run together (docs/scaling.md), `resumes` for one that always
+    goes on in a folder where it was before.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Task(NamedTuple):
     run: Callable[[AppConfig, RunContext], dict[str, float]]
     recorded: bool
     ranks: bool
+    resumes: bool
 
 
 @cache
@@ -43,7 +45,8 @@ def load(name: str) -> Task:
     summary = summaries()[name]
     module: Any = importlib.import_module(f"{tasks.__name__}.{name}")
     recorded, ranks = getattr(module, "RECORDED", True), getattr(module, "RANKS", False)
-    return Task(name, summary, module.Config, module.run, recorded, ranks)
+    resumes = getattr(module, "RESUMES", False)
+    return Task(name, summary, module.Config, module.run, recorded, ranks, resumes)
 
 
 def configs() -> dict[str, type]:

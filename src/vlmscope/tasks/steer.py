@@ -43,4 +43,4 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     transcoders = load_transcoders(cfg, vlm, context.overrides)
     plan = steer_plan(vlm.adapter, transcoders, values, len(inputs), task.positions)
     matched_on = [make_batch(vlm.adapter, [inputs])]
-    return report_edit("steer", vlm, transcoders, inputs, plan, matched_on, task, context)
+    return report_edit("steer", vlm, transcoders, inputs, plan, matched_on, task, context, cfg.seed)

@@ -123,11 +123,16 @@ class MlflowRun:
             self._client.log_batch(self._id, metrics=entries[start : start + 1000])
 
     def log_artifacts(self, path: str | Path) -> None:
-        """Copy a file, or every file below a folder that is not hidden, keeping subfolders."""
+        """Copy a file, or every file below a folder that is not hidden, keeping subfolders; not those of runs inside,
+        which have records of their own.
+        """
         path = Path(path)
         root = path if path.is_dir() else path.parent
+        inside = {file.parent for file in root.rglob(_ID_FILE)} - {root} if path.is_dir() else set()
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             relative = file.relative_to(root)
+            if inside.intersection(file.parents):
+                continue
             if file.is_file() and not any(part.startswith(".") for part in relative.parts):
                 folder = relative.parent.as_posix()
                 self._client.log_artifact(self._id, str(file), None if folder == "." else folder)

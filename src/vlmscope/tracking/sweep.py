@@ -1,4 +1,5 @@
-"""The parent run of a sweep: opened before its first job, closed with a status made of its jobs'."""
+"""Runs inside a run: the parent of a sweep, opened before its first job and closed with a status made of its jobs', and
+runs that another run starts in processes of their own."""
 
 import json
 import os
@@ -14,6 +15,9 @@ from vlmscope.tracking.run import RunInfo, start_run
 _PARENT = "VLMSCOPE_MLFLOW_PARENT"
 _URI = "VLMSCOPE_MLFLOW_URI"
 _OVERRIDES = "VLMSCOPE_MLFLOW_OVERRIDES"
+# Of a run that was started by another one: that one's id and the study that both belong to.
+_STARTER = "VLMSCOPE_MLFLOW_STARTER"
+_STUDY = "VLMSCOPE_MLFLOW_STUDY"
 
 
 def open_parent(config: TrackingConfig, sweep_dir: str | Path, experiment: str, overrides: Sequence[str]) -> str:
@@ -41,6 +45,17 @@ def parent_id() -> str:
             "this job's sweep has no tracked parent (see the warnings above); mend that or add tracking=none"
         )
     return run_id
+
+
+def started_by(run_id: str | None, study: str) -> dict[str, str]:
+    """The environment of processes whose runs are children of the run `run_id`; empty when that is None."""
+    return {} if run_id is None else {_STARTER: run_id, _STUDY: study}
+
+
+def starter() -> tuple[str, str] | None:
+    """The parent's id and the study of a run that another run started, else None."""
+    run_id, study = os.environ.get(_STARTER), os.environ.get(_STUDY)
+    return None if run_id is None or study is None else (run_id, study)
 
 
 def job_name(settings: Sequence[str], fallback: str) -> str:

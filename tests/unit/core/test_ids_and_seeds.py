@@ -6,7 +6,7 @@ import pytest
 from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId, parse
 from vlmscope.core.images import PatchBox
-from vlmscope.core.seeds import derive, generator
+from vlmscope.core.seeds import control_draws, derive, generator
 
 
 def test_feature_ids_round_trip_and_sort_by_layer_then_index() -> None:
@@ -38,3 +38,9 @@ def test_patch_boxes_scale_to_pixels() -> None:
     assert PatchBox(0.25, 0.5, 0.5, 1.0).pixels(64, 32) == (16, 16, 32, 32)
     assert PatchBox(1.0, 0.0, 1.0, 0.5).pixels(64, 32) == (63, 0, 64, 16)
     assert PatchBox(0.0, 0.25, 0.0, 0.25).pixels(64, 32) == (0, 8, 1, 9)
+
+
+def test_draws_of_controls_do_not_meet_under_two_seeds() -> None:
+    assert list(control_draws(0, 3)) == [0, 1, 2]
+    drawn = [draw for seed in range(4) for draw in control_draws(seed, 500)]
+    assert len(set(drawn)) == len(drawn)

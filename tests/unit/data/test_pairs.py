@@ -22,6 +22,7 @@ GROUPS = {
     "count": {"count"},
     "shape": {"shape"},
     "shape_colour": {"shape_colour"},
+    "object": {"shape", "shape_colour"},
     "fingers": {"fingers"},
 }
 
@@ -69,7 +70,7 @@ def boxes(pair: ScenePair) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("change", ["planet", "shape", "shape_colour"])
+@pytest.mark.parametrize("change", ["planet", "shape", "shape_colour", "object"])
 def test_nothing_differs_outside_the_things_themselves(change: str) -> None:
     for pair in scene_pairs(change, "test", N):
         assert not (pair.differs & ~boxes(pair)).any()

@@ -5,7 +5,7 @@ import pytest
 from scipy.special import log_softmax as scipy_log_softmax
 from scipy.stats import entropy
 
-from vlmscope.metrics.causal import bootstrap_rate, kl_divergence, log_softmax
+from vlmscope.metrics.causal import bootstrap_rate, kl_divergence, log_softmax, paired_p
 
 
 def test_bootstrap_interval_is_near_the_binomial_one() -> None:
@@ -43,3 +43,14 @@ def test_cases_of_one_group_are_drawn_together() -> None:
     assert bootstrap_rate([True] * 40, groups=["a", "b"] * 20).ci_low == 0.0  # two pictures say little
     with pytest.raises(ValueError, match="names of groups"):
         bootstrap_rate(hits, groups=["a"])
+
+
+def test_a_paired_p_value_by_hand() -> None:
+    done = [True, True, True, True, False, True]
+    control = [False, False, False, True, False, False]
+    assert paired_p(done, control) == 1 / 16  # four cases differ, all for the intervention
+    assert paired_p(control, done) == 1.0
+    assert paired_p([True, False], [False, True]) == 0.75
+    assert paired_p([], []) == paired_p([True], [True]) == 1.0
+    with pytest.raises(ValueError, match="2 cases"):
+        paired_p([True, True], [True])

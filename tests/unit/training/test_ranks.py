@@ -1,13 +1,12 @@
 """Training over several processes (gloo) gives the weights of one; checkpoints go on with any number of them."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.processes import Forked, all_codes
 
 from vlmscope.core.errors import UserError
 from vlmscope.training.layout import Layout
@@ -71,16 +70,8 @@ def _train(
     folder.mkdir(parents=True, exist_ok=True)
     init = (folder / "rendezvous").as_uri()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MICRO_TOKENS": str(micro), **environment}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _WORKER, *map(str, (rank, world, per_host, init, folder / "set", run, steps)),
-             str(int(resume))],
-            env=env,
-            stderr=subprocess.DEVNULL,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    return [process.wait(timeout=120) for process in processes]
+    arguments = (world, per_host, init, folder / "set", run, steps, int(resume))
+    return all_codes([Forked(_WORKER, rank, *arguments, env=env) for rank in range(world)])
 
 
 def _distance(a: Path, b: Path) -> float:

@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.processes import Forked
 from tests.unit.training.test_transcoder_training import CONFIG, _batch, _one_thread, _state, vlm  # noqa: F401
 
 from vlmscope.core.errors import UserError
@@ -145,32 +143,23 @@ def test_a_torn_checkpoint_is_never_taken_for_whole(vlm: VLM, tmp_path: Path) ->
 
 _PROGRAM = """
 import sys
-sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from tests.unit.training.test_robustness import trained
 from vlmscope.models.tiny import tiny_gemma3
-trained(tiny_gemma3(0), Path({folder!r}), resume={resume}, steps=80)
+trained(tiny_gemma3(0), Path(sys.argv[1]), resume=sys.argv[2] == "resume", steps=40)
 """
 
 
-def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    def program(folder: Path, resume: bool) -> list[str]:
-        root = str(Path(__file__).resolve().parents[3])
-        return [sys.executable, "-c", _PROGRAM.format(root=root, folder=str(folder), resume=resume)]
-
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        program(tmp_path / "parts", False), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(vlm: VLM, tmp_path: Path) -> None:  # noqa: F811
+    process = Forked(_PROGRAM, tmp_path / "parts", "anew")
     markers = tmp_path / "parts" / "transcoder_checkpoint"
     deadline = time.monotonic() + 120
     while not list(markers.glob("step_*/complete.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL and not (markers / "step_00000080").exists()
-    for folder, resume in ((tmp_path / "parts", True), (tmp_path / "whole", False)):
-        subprocess.run(program(folder, resume), env=environment, check=True, capture_output=True)
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (markers / "step_00000040").exists()
+    assert Forked(_PROGRAM, tmp_path / "parts", "resume").wait() == 0
+    trained(vlm, tmp_path / "whole", steps=40)
     assert _state(tmp_path / "parts") == _state(tmp_path / "whole")

@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.processes import Forked, all_codes
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.hardware import HARDWARE, Hardware
@@ -162,12 +160,8 @@ open(f"{out}_{rank}.json", "w").write(json.dumps(told))
 @pytest.mark.parametrize(("world", "per_host"), [pytest.param(3, 3, marks=pytest.mark.slow), (2, 1)])
 def test_bytes_sent_are_those_that_ranks_send(tmp_path: Path, world: int, per_host: int) -> None:
     init = (tmp_path / "rendezvous").as_uri()
-    arguments = [(str(rank), str(world), str(per_host), init, str(tmp_path / "run")) for rank in range(world)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", _WORKER, *one], env=env, stderr=subprocess.DEVNULL) for one in arguments
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0] * world
+    rest = (world, per_host, init, tmp_path / "run")
+    assert all_codes([Forked(_WORKER, rank, *rest) for rank in range(world)]) == [0] * world
     planned = sizes(Layout(L, world, per_host), step_tokens=7 * 12)
     for rank in range(world):
         told = json.loads((tmp_path / f"run_{rank}.json").read_text())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from vlmscope.core.images import PatchBox
 from vlmscope.data.orrery.scene import SIDE, Scene
 
 INK = 70  # grey levels above the darkest pixel
@@ -47,3 +50,21 @@ def covered_cells(mask: np.ndarray, side: int) -> np.ndarray:
     """
     rows, columns = mask.shape[0] // side, mask.shape[1] // side
     return mask.reshape(side, rows, side, columns).mean((1, 3)) >= COVERED
+
+
+def painted_mask(image: np.ndarray, contrast: int = SKIN) -> np.ndarray:
+    """Pixels `[H, W]` bool that are not of the ground's colour, which most of `image [H, W, 3]` has.
+
+    For pictures whose ground is of one colour, such as those of shapes; exact where `object_mask` knows boxes.
+    """
+    ground = np.median(image.reshape(-1, image.shape[-1]), axis=0)
+    return np.abs(image - ground).max(-1) > contrast
+
+
+def share_in_boxes(mask: np.ndarray, boxes: Sequence[PatchBox]) -> np.ndarray:
+    """`[n]`, the share of each box's pixels that `mask [H, W]` covers."""
+    found = []
+    for box in boxes:
+        left, top, right, bottom = box.pixels(mask.shape[1], mask.shape[0])
+        found.append(float(mask[top:bottom, left:right].mean()))
+    return np.array(found)

@@ -7,6 +7,7 @@ the other digit's glyph, the places of the shapes, the other fingers. `tests/uni
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -37,7 +38,8 @@ _WORDINGS = PLANET_QUESTIONS | DIGIT_QUESTIONS | SHAPE_QUESTIONS | HAND_QUESTION
 class ScenePair:
     """Two scenes and what differs: `change` is the fact, `values` its words in the original and the counterfactual.
 
-    Both scenes ask the same questions in the same (canonical) words; the answers may differ or agree.
+    Both scenes ask the same questions in the same (canonical) words; the answers may differ or agree. `captions` are
+    the right ones.
     """
 
     key: str
@@ -45,6 +47,7 @@ class ScenePair:
     values: tuple[str, str]
     original: Scene
     counterfactual: Scene
+    captions: tuple[str, str] = ("", "")
 
     @property
     def differs(self) -> np.ndarray:
@@ -59,12 +62,13 @@ class _Change:
     """A fact that can be changed: its words, whether the counterfactual is always the next word, and the renderer.
 
     `draw(stream, split, word, rest, later)` makes one scene; `rest` draws what both scenes share and the stream does
-    not, `later` tells the counterfactual.
+    not, `later` tells the counterfactual. `apart` says which two words may make a pair.
     """
 
     words: Sequence[str]
     draw: Callable[[np.random.Generator, str, str, np.random.Generator, bool], Scene]
     next_only: bool = False
+    apart: Callable[[str, str], bool] = operator.ne
 
 
 def _planet(stream: np.random.Generator, _split: str, word: str, _rest: np.random.Generator, _later: bool) -> Scene:
@@ -94,6 +98,16 @@ def _colour(stream: np.random.Generator, _split: str, word: str, rest: np.random
     return shape_scene(stream, shape, word, count)
 
 
+def _object(stream: np.random.Generator, _split: str, word: str, rest: np.random.Generator, _later: bool) -> Scene:
+    colour, shape = word.split()
+    return shape_scene(stream, shape, colour, int(rest.integers(1, 7)))
+
+
+def _nothing_alike(first: str, second: str) -> bool:
+    """Whether two things of several words, such as `red circle` and `blue star`, share none."""
+    return all(a != b for a, b in zip(first.split(), second.split(), strict=True))
+
+
 def _fingers(stream: np.random.Generator, _split: str, word: str, rest: np.random.Generator, later: bool) -> Scene:
     # One finger more turns the arc's middle by half a step; turned along, the other fingers stay where they were. Both
     # tilts are ones that training has seen.
@@ -109,6 +123,7 @@ CHANGES: dict[str, _Change] = {
     "count": _Change(NUMBERS[1:7], _count, next_only=True),
     "shape": _Change(SHAPES, _shape),
     "shape_colour": _Change(list(SHAPE_COLOURS), _colour),
+    "object": _Change([f"{c} {s}" for c in SHAPE_COLOURS for s in SHAPES], _object, apart=_nothing_alike),
     "fingers": _Change(NUMBERS[1:7], _fingers, next_only=True),
 }
 
@@ -124,7 +139,8 @@ def scene_pairs(
     """`count` pairs that differ in one fact. Streams of different splits and changes never overlap.
 
     Args:
-        change: one of `CHANGES`; for `count` and `fingers` the counterfactual has one more.
+        change: one of `CHANGES`; for `count` and `fingers` the counterfactual has one more, for `object` shape and
+            colour are both others.
         split: 'train', 'val' or 'test'; digits of different splits are different handwriting.
         count: how many.
         seed: of all draws.
@@ -146,7 +162,10 @@ def scene_pairs(
             kind.draw(generator(seed, *path, "scene"), split, word, generator(seed, *path, "rest"), later)
             for word, later in ((first, False), (second, True))
         ]
-        pairs.append(ScenePair(f"{split}-{change}-{i:06d}", change, (first, second), *map(_plainly_asked, scenes)))
+        asked = [_plainly_asked(scene) for scene in scenes]
+        captions = (_caption(scenes[0]), _caption(scenes[1]))
+        name = f"{split}-{change}-{i:06d}"
+        pairs.append(ScenePair(name, change, (first, second), asked[0], asked[1], captions))
     return pairs
 
 
@@ -158,11 +177,16 @@ def _choices(change: str, original: str | None, counterfactual: str | None) -> l
         if word is not None and word not in words:
             raise UserError(f"pairs that differ in {change}: no value {word!r}; choose from {', '.join(words)}")
     ordered = zip(words, words[1:], strict=False) if kind.next_only else ((a, b) for a in words for b in words)
-    found = [(a, b) for a, b in ordered if a != b and original in (None, a) and counterfactual in (None, b)]
+    found = [(a, b) for a, b in ordered if kind.apart(a, b) and original in (None, a) and counterfactual in (None, b)]
     if not found:
-        more = "the counterfactual has one more" if kind.next_only else "the two must differ"
+        more = "the counterfactual has one more" if kind.next_only else "the two must differ, in every word"
         raise UserError(f"pairs that differ in {change}: original {original}, counterfactual {counterfactual}: {more}")
     return found
+
+
+def _caption(scene: Scene) -> str:
+    """What the scene is rightly described as."""
+    return next((q.answer for q in scene.questions if q.group == "caption"), "")
 
 
 def _plainly_asked(scene: Scene) -> Scene:

@@ -18,6 +18,7 @@ from vlmscope.circuits.pair_effects import pair_effects
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve, Rate
+from vlmscope.core.seeds import control_draws
 from vlmscope.interventions.controls import matched_features, run_random_direction
 from vlmscope.interventions.edits import LayerEdit, Plan
 from vlmscope.interventions.named import by_layer, donor_activations, mean_activations
@@ -58,16 +59,17 @@ def question_curves(bench: Bench, name: str, subject: PairSubject, train: PairSu
     means = mean_activations(adapter, transcoders, [train.batch, train.other], transcoders.layers)
     describe(bench, name, subject)
     strengths = sorted(bench.cfg.interchange.strengths)
+    (draw,) = control_draws(bench.cfg.seed, 1)
     rates: dict[str, list[Rate]] = {}
     for strength in strengths:
         plan = amplified(change, strength)
-        control = matched_features(plan, means, 0)
+        control = matched_features(plan, means, draw)
         runs = {
             "counterfactual": said(bench, subject.other, plan, subject.other_tokens),
             "original": said(bench, subject.batch, plan, subject.other_tokens),
             "matched features": said(bench, subject.other, control, subject.other_tokens),
         }
-        logits = run_random_direction(adapter, transcoders, subject.other, plan, 0)
+        logits = run_random_direction(adapter, transcoders, subject.other, plan, draw)
         runs["random direction"] = hits(logits, subject.other_tokens)
         for side, rate in runs.items():
             rates.setdefault(side, []).append(rate)

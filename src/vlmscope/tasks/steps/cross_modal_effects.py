@@ -92,7 +92,7 @@ def ablations_of(
 
         def ablated(features: set[FeatureId], n: int, asked: Asked = asked, matched: Mapping = matched) -> Outcome:
             outcome = Outcome()
-            ablate(bench.vlm.adapter, bench.transcoders, asked, features, matched, n, outcome)
+            ablate(bench.vlm.adapter, bench.transcoders, asked, features, matched, n, outcome, bench.cfg.seed)
             return outcome
 
         found = ablated(own[concept], draws)
@@ -125,7 +125,7 @@ def patches_of(
                 patch_across(
                     bench.vlm.adapter, bench.transcoders, recipient, donor, sorted(own[concept] | own[other]),
                     sorted(every[concept] | every[other]),
-                    means[concept, kind], outcomes,
+                    means[concept, kind], outcomes, bench.cfg.seed,
                 )  # fmt: skip
 
 

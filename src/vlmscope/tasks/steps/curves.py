@@ -12,6 +12,7 @@ from vlmscope.circuits.effects import Subject, flips, in_scope
 from vlmscope.circuits.plans import donor_activations
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.intervention import Curve, FlipRow
+from vlmscope.core.positions import ROLES
 from vlmscope.data.orrery.facts import PLANETS
 from vlmscope.interventions.ablation import mean_ablated, mlp_outputs
 from vlmscope.interventions.edits import Plan, without_layers
@@ -24,8 +25,6 @@ from vlmscope.tasks.steps.intervene import Case, make_curve, rate_metrics
 if TYPE_CHECKING:
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.tasks.steps.bench import Bench
-
-ROLES = ("special", "image", "question", "last")
 
 
 def run(bench: Bench) -> None:

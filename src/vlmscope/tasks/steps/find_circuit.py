@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,8 @@ from vlmscope.models.batching import make_batch
 from vlmscope.tasks.graph_metrics import graph_metrics
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from vlmscope.tasks.steps.bench import Bench
 
 CONFIRMING = 0.98
@@ -29,30 +31,10 @@ def run(bench: Bench) -> None:
     """Leaves a `Circuit`, the role means and the first trace in `bench.records`; writes circuits/ and graph files."""
     config = bench.circuit_config
     train = {c: bench.concept_pictures(c, "train", config.pictures) for c in config.concepts}
-    means: dict[str, dict[str, RoleMeans]] = {}
-    for concept, images in train.items():
-        means[concept] = {
-            name: role_means(
-                bench.vlm.adapter,
-                bench.transcoders,
-                [make_batch(bench.vlm.adapter, bench.inputs(images, question.prompt))],
-            )
-            for name, question in config.questions.items()
-        }
-    influence: dict[str, dict[FeatureId, float]] = {}
-    shown: Trace | None = None
-    seconds: list[float] = []
-    for concept, images in train.items():
-        tables = []
-        for question in config.questions.values():
-            for inputs in bench.inputs(images[: config.graphs], question.prompt):
-                start = time.perf_counter()
-                traced = trace(bench.vlm, bench.transcoders, inputs, bench.cfg.attribution)
-                seconds.append(time.perf_counter() - start)
-                tables.append(feature_influence(traced))
-                shown = shown or traced
-        influence[concept] = mean_influence(tables)
-    assert shown is not None, "CircuitConfig asks for at least one graph"
+    prompts = {name: question.prompt for name, question in config.questions.items()}
+    means = concept_means(bench, train, prompts)
+    influence, traces, seconds = concept_influence(bench, train, prompts, config.graphs)
+    shown = traces[0]
     circuit, metrics = contrast_circuit(bench.transcoders, means, influence, config.per_layer)
     save_circuit(circuit, bench.run_dir / "circuits" / "_".join(config.concepts))
     save_graph(bench.run_dir / "graph.safetensors", shown.pruned)
@@ -64,6 +46,48 @@ def run(bench: Bench) -> None:
         "trace": shown,
         "trace_image": train[config.concepts[0]][0],
     }
+
+
+def concept_means(
+    bench: Bench, train: Mapping[str, Sequence[Image.Image]], prompts: Mapping[str, str]
+) -> dict[str, dict[str, RoleMeans]]:
+    """Concept -> question -> mean activations on the concept's pictures."""
+    return {
+        concept: {
+            name: role_means(
+                bench.vlm.adapter,
+                bench.transcoders,
+                [make_batch(bench.vlm.adapter, bench.inputs(list(images), prompt))],
+            )
+            for name, prompt in prompts.items()
+        }
+        for concept, images in train.items()
+    }
+
+
+def concept_influence(
+    bench: Bench, train: Mapping[str, Sequence[Image.Image]], prompts: Mapping[str, str], graphs: int
+) -> tuple[dict[str, dict[FeatureId, float]], list[Trace], list[float]]:
+    """Each concept's influence of features, mean over `graphs` pictures and all questions.
+
+    Returns:
+        Concept -> feature -> share of influence; the first trace alone, since each holds a whole graph; the seconds of
+        each trace.
+    """
+    influence: dict[str, dict[FeatureId, float]] = {}
+    first: list[Trace] = []
+    seconds: list[float] = []
+    for concept, images in train.items():
+        tables = []
+        for prompt in prompts.values():
+            for inputs in bench.inputs(list(images[:graphs]), prompt):
+                start = time.perf_counter()
+                traced = trace(bench.vlm, bench.transcoders, inputs, bench.cfg.attribution)
+                seconds.append(time.perf_counter() - start)
+                tables.append(feature_influence(traced))
+                first = first or [traced]
+        influence[concept] = mean_influence(tables)
+    return influence, first, seconds
 
 
 def feature_influence(traced: Trace) -> dict[FeatureId, float]:

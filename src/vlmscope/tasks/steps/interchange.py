@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
 
 ALL = "all features"
+CIRCUIT = "the circuit"  # all supernodes of one that was given
+LOADED = "interchange.circuit"  # the record of a circuit that was given
 Features = Mapping[int, Tensor]
 
 
@@ -54,13 +56,14 @@ class PairCase:
 class InterchangeRow:
     """One interchange: which set of features, its outcome, and the mean outcome of the controls (None without).
 
-    `direction` is the follow rate under random directions of the same norm.
+    `direction` is the follow rate under random directions of the same norm; `own`: the features should move it.
     """
 
     row: FlipRow
     outcome: Outcome
     recovered_control: float | None = None
     direction: float | None = None
+    own: bool = False
 
 
 def run(bench: Bench) -> None:
@@ -77,6 +80,8 @@ def run(bench: Bench) -> None:
     sets |= {
         f"features of {name}": layers_of(bench, found, bench.cfg.interchange.features) for name, found in chosen.items()
     }
+    if len(bench.records[LOADED].supernodes if LOADED in bench.records else ()) > 1:
+        sets[CIRCUIT] = by_layer(bench.transcoders, [m.feature for found in chosen.values() for m in found])
     rows = interchange_rows(bench, cases, sets, means)
     curves = count_curves(bench, cases, chosen, means)
     grids = {
@@ -124,7 +129,9 @@ def chosen_features(bench: Bench, cases: Mapping[str, PairCase]) -> dict[str, li
     settings = bench.cfg.interchange
     if settings.circuit is not None:
         circuit = load_circuit(Path(settings.circuit))
-        by_layer(bench.transcoders, [m.feature for node in circuit.supernodes.values() for m in node.features])
+        widths = {layer: one.config.n_features for layer, one in bench.transcoders.transcoders.items()}
+        circuit.check_fits(bench.vlm.name, widths, settings.circuit)
+        bench.records[LOADED] = circuit
         return {name: list(node.features) for name, node in circuit.supernodes.items()}
     train = pairs_of(bench, "train")
     chosen: dict[str, list[CircuitFeature]] = {}
@@ -140,6 +147,13 @@ def chosen_features(bench: Bench, cases: Mapping[str, PairCase]) -> dict[str, li
     return chosen
 
 
+def nodes_of(bench: Bench, label: str) -> list[Supernode]:
+    """The supernodes of a set, which say at which positions it is carried; none unless a circuit was given."""
+    circuit: Circuit | None = bench.records.get(LOADED)
+    nodes = [] if circuit is None else list(circuit.supernodes.values())
+    return [node for node in nodes if label in (CIRCUIT, f"features of {node.name}")]
+
+
 def layers_of(bench: Bench, features: list[CircuitFeature], count: int) -> dict[int, Tensor]:
     """The first `count` by layer."""
     return by_layer(bench.transcoders, [member.feature for member in features[:count]])
@@ -153,11 +167,13 @@ def interchange_rows(
     rows = []
     for label, features in sets.items():
         for name, case in cases.items():
-            own = case.subject.moves and label in (ALL, f"features of {name}")
-            whole = interchange_plan(bench.vlm.adapter, bench.transcoders, case.subject, features)
+            nodes = nodes_of(bench, label)
+            own = case.subject.moves and (label in (ALL, f"features of {name}") or bool(nodes))
+            whole = interchange_plan(bench.vlm.adapter, bench.transcoders, case.subject, features, nodes=nodes)
             plans = [("all", mode) for mode in settings.modes] + [(scope, "free") for scope in settings.scopes]
             for scope, mode in plans if own else [("all", "free")]:
-                rows.append(one_row(bench, case.subject, label, whole, scope, mode, means))
+                found = one_row(bench, case.subject, label, whole, scope, mode, means)
+                rows.append(replace(found, own=own))
     return rows
 
 
@@ -171,18 +187,20 @@ def one_row(
     means: Mapping[int, Tensor],
 ) -> InterchangeRow:
     """Run an interchange in one scope with its controls; where every feature is carried there are none to draw."""
-    adapter, transcoders = bench.vlm.adapter, bench.transcoders
+    adapter, transcoders, seed = bench.vlm.adapter, bench.transcoders, bench.cfg.seed
     plan = in_scope(whole, scope, subject.batch.roles, adapter.n_layers - 1)
     found = run_interchange(adapter, transcoders, subject, plan, mode)
     headline = (scope, mode) == ("all", "free")
     draws = bench.intervention.controls if headline else 1
-    controls = [] if label == ALL else carried_controls(adapter, transcoders, subject, plan, mode, means, draws)
+    controls = [] if label == ALL else carried_controls(adapter, transcoders, subject, plan, mode, means, draws, seed)
     rate = found.follows if subject.moves else found.changed
     control = None
     if controls:
         control = float(np.mean([(c.follows if subject.moves else c.changed).value for c in controls]))
     gained = [c.recovered.value for c in controls if c.recovered is not None]
-    directions = direction_controls(adapter, transcoders, subject, plan, draws) if headline and subject.moves else []
+    directions = (
+        direction_controls(adapter, transcoders, subject, plan, draws, seed) if headline and subject.moves else []
+    )
     size = sum(len(edit.features) for edit in plan.values())
     return InterchangeRow(
         FlipRow(label, mode, subject.question, scope, replace(rate, control=control), size),
@@ -226,7 +244,8 @@ def count_curves(
         counts = sorted({min(count, len(features)) for count in bench.cfg.interchange.counts})
         pairs = []
         for count in counts:
-            plan = interchange_plan(adapter, transcoders, subject, layers_of(bench, features, count))
+            chosen_now, nodes = layers_of(bench, features, count), nodes_of(bench, f"features of {name}")
+            plan = interchange_plan(adapter, transcoders, subject, chosen_now, nodes=nodes)
             (control,) = carried_controls(adapter, transcoders, subject, plan, "free", means, 1)
             pairs.append((run_interchange(adapter, transcoders, subject, plan), control))
         x = [float(count) for count in counts]
@@ -264,7 +283,8 @@ def generated(bench: Bench, cases: Mapping[str, PairCase], sets: Mapping[str, Fe
     adapter, tokenizer = bench.vlm.adapter, bench.vlm.tokenizer
     for label, features in sets.items():
         for name, case in cases.items():
-            if not case.subject.moves or label not in (ALL, f"features of {name}"):
+            nodes = nodes_of(bench, label)
+            if not case.subject.moves or not (label in (ALL, f"features of {name}") or nodes):
                 continue
             hits = []
             for i, pair in enumerate(case.pairs[: bench.cfg.interchange.generate]):
@@ -272,7 +292,7 @@ def generated(bench: Bench, cases: Mapping[str, PairCase], sets: Mapping[str, Fe
                 single = replace(
                     case.subject, batch=case.subject.batch.select(row), other=case.subject.other.select(row)
                 )
-                plan = interchange_plan(adapter, bench.transcoders, single, features)
+                plan = interchange_plan(adapter, bench.transcoders, single, features, nodes=nodes)
                 inputs = bench.vlm.prepare(pair.original.prompt, list(pair.original.images))
                 said = generate_edited(adapter, tokenizer, inputs, bench.transcoders, plan, 6)
                 hits.append(said.split()[:1] == [pair.counterfactual.answer])

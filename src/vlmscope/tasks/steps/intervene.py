@@ -118,14 +118,18 @@ def flip_rows(bench: Bench, circuit: Circuit, cases: dict[str, Case], means: dic
                 plan = in_scope(whole, scope, case.subject.batch.roles, adapter.n_layers - 1)
                 # The headline gets every draw of the controls, the rest one: they only back it up.
                 draws = settings.controls if (scope, mode) == ("all", "free") else 1
-                rate, logits = flip_rate(adapter, bench.transcoders, case.subject, plan, mode, means, draws)
+                rate, logits = flip_rate(
+                    adapter, bench.transcoders, case.subject, plan, mode, means, draws, bench.cfg.seed
+                )
                 if (scope, mode) == ("all", "free"):
                     case.after[method] = logits
                 size = sum(len(edit.features) for edit in plan.values())
                 found.append(FlipRow(method, mode, name, scope, rate, size))
             rows += [*found, worst(found)]
     for name, case in cases.items():
-        rate = direction_control(adapter, bench.transcoders, case.subject, case.steer, settings.controls)
+        rate = direction_control(
+            adapter, bench.transcoders, case.subject, case.steer, settings.controls, bench.cfg.seed
+        )
         bench.metrics[f"steer/free/{name}/flip_rate_random_direction"] = rate
     return rows
 

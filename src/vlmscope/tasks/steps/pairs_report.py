@@ -14,7 +14,10 @@ from vlmscope.report import figures
 from vlmscope.report.html import ReportPage
 from vlmscope.report.sections import Card, Cards, Examples, Figure, Percent, Section, Table, Text, flip_table
 from vlmscope.report.style import label
+from vlmscope.tasks.steps.amplify_report import amplify_sections, amplify_summary
+from vlmscope.tasks.steps.count_report import dose_sections, number_sections, number_summary, transfer_sections
 from vlmscope.tasks.steps.interchange import ALL, InterchangeRow, PairCase, roles_of
+from vlmscope.tasks.steps.object_report import dissociation_sections, place_sections
 from vlmscope.tasks.steps.report_parts import configuration, figure, picture, rerun
 from vlmscope.tasks.steps.sum_features import KINDS
 
@@ -30,16 +33,25 @@ def run(bench: Bench) -> None:
     if "amplify" not in bench.records or "interchange" in bench.records:
         record = bench.record("interchange")
         said = summary(record["rows"])
-        sections += [headline(record), examples(bench, record, folder)]
+        sections += [headline(record), data(bench, record), examples(bench, record, folder)]
         sections += rate_sections(record["rows"], folder)
         sections += curve_sections(record, folder)
         sections += grid_sections(bench, record, folder)
         sections.append(reading())
-    if "sum_features" in bench.records:
-        sections += sum_sections(bench, folder)
+    for step, made in (
+        ("sum_features", sum_sections),
+        ("amplify", amplify_sections),
+        ("number_line", number_sections),
+        ("number_dose", dose_sections),
+        ("pair_transfer", transfer_sections),
+        ("dissociation", dissociation_sections),
+        ("object_places", place_sections),
+    ):
+        sections += made(bench, folder) if step in bench.records else []
     if "amplify" in bench.records:
-        sections += amplify_sections(bench, folder)
         said = f"{said} {amplify_summary(bench)}".strip()
+    if "number_dose" in bench.records:
+        said = f"{said} {number_summary(bench)}".strip()
     sections += [rerun(bench), configuration(bench)]
     pairs = bench.cfg.pairs
     what = "own pairs" if pairs is None or pairs.change is None else label(pairs.change)
@@ -54,6 +66,33 @@ def run(bench: Bench) -> None:
     page.write(bench.run_dir / "report.html")
 
 
+def data(bench: Bench, record: dict) -> Table:
+    """What was asked of how many pairs."""
+    pairs = bench.cfg.pairs
+    assert pairs is not None, "the step interchange has run"
+    rows = tuple(
+        (
+            name,
+            case.pairs[0].original.prompt,
+            "differs" if case.subject.moves else "stays",
+            *case.subject.accuracy,
+            case.subject.size,
+        )
+        for name, case in record["cases"].items()
+    )
+    columns = (
+        "question",
+        "words",
+        "answer in a pair",
+        "originals right",
+        "counterfactuals right",
+        "both right",
+        "used",
+    )
+    note = f"Features are chosen on {pairs.train} other pairs. Only pairs answered rightly on both sides are used."
+    return Table("Data", columns, rows, note=note)
+
+
 def headline_rows(rows: list[InterchangeRow]) -> list[InterchangeRow]:
     """Everywhere, in free mode."""
     return [found for found in rows if (found.row.mode, found.row.scope) == ("free", "all")]
@@ -61,11 +100,7 @@ def headline_rows(rows: list[InterchangeRow]) -> list[InterchangeRow]:
 
 def own_rows(rows: list[InterchangeRow]) -> list[InterchangeRow]:
     """Of these, each question under all features and under its own."""
-    return [
-        found
-        for found in headline_rows(rows)
-        if found.outcome.recovered is not None and found.row.method in (ALL, f"features of {found.row.question}")
-    ]
+    return [found for found in headline_rows(rows) if found.outcome.recovered is not None and found.own]
 
 
 def summary(rows: list[InterchangeRow]) -> str:
@@ -216,40 +251,6 @@ def sum_sections(bench: Bench, folder: Path) -> list[Section]:
     if rows:
         sections.append(flip_table("Carrying one kind of feature only", [one.row for one in rows]))
     return sections
-
-
-def amplify_sections(bench: Bench, folder: Path) -> list[Section]:
-    """What amplifying the change within pairs does to either side."""
-    sections: list[Section] = []
-    for name, curves in bench.record("amplify")["curves"].items():
-        drawn = figures.dose_response(
-            curves, folder / f"amplify_{name}.png", "strength (1 = mean change in training pairs)", "new answer (%)"
-        )
-        words = ("logit gap, counterfactual's word minus original's", "probability of the counterfactual's word")
-        rows = tuple(
-            (side, *(bench.metrics[f"amplify/{name}/{side}/{key}"] for key in ("logit_gap", "p_counterfactual")))
-            for side in ("original", "counterfactual")
-        )
-        sections += [
-            Table(f"Before any edit: {name}", ("side", *words), rows),
-            figure(f"Amplified: {name}", drawn, "Share answered with the counterfactual's word, by strength"),
-        ]
-    return sections
-
-
-def amplify_summary(bench: Bench) -> str:
-    """The strength that parts the two sides most, in a sentence a question."""
-    parts = []
-    for name, curves in bench.record("amplify")["curves"].items():
-        sides = {curve.name: curve for curve in curves}
-        freed, spilled = sides["counterfactual"], sides["original"]
-        at = int(np.argmax(np.array(freed.y) - np.array(spilled.y)))
-        parts.append(
-            f"{name}: at strength {freed.x[at]:g} the counterfactual's word is the answer to {freed.y[at]:.0%} of the "
-            f"counterfactuals and {spilled.y[at]:.0%} of the originals; without an edit, to "
-            f"{bench.metrics[f'base/{name}/counterfactual/accuracy']:.0%} of the counterfactuals"
-        )
-    return "; ".join(parts) + "."
 
 
 def reading() -> Text:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.circuits.interchange import interchange_plan
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.intervention import Curve
@@ -23,24 +22,23 @@ from vlmscope.data.orrery.digits import digit_scene
 from vlmscope.data.orrery.facts import DIGIT_QUESTIONS
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.metrics.decoding import additive, class_means, held_out_r2, linear_accuracy, simplest
-from vlmscope.models.batching import make_batch
 from vlmscope.tasks.steps.interchange import InterchangeRow, PairCase, interchange_metrics, one_row
 from vlmscope.tasks.steps.intervene import make_curve
+from vlmscope.tasks.steps.scene_codes import Codes, codes_of
 
 if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
 
 KINDS = ("carry", "first", "second", "sum", "both digits", "pair")
 LEAST = 0.3  # held-out R^2 from which a feature says something of the digits
-CHUNK = 100  # scenes a forward
 
 
 def run(bench: Bench) -> None:
     """Leaves kinds by layer, accuracies by layer and interchange rows in `bench.records`; metrics under sums/."""
     seed = 0 if bench.cfg.pairs is None else bench.cfg.pairs.seed
     n_train, n_test = bench.cfg.interchange.scenes
-    train, digits = codes_of(bench, "train", n_train, seed)
-    test, test_digits = codes_of(bench, "test", n_test, seed)
+    train, digits = digit_codes(bench, "train", n_train, seed)
+    test, test_digits = digit_codes(bench, "test", n_test, seed)
     shuffled = generator(seed, "shuffled digits").permutation(digits)
     kinds: dict[int, np.ndarray] = {}
     chance = 0
@@ -67,25 +65,15 @@ def run(bench: Bench) -> None:
     bench.records["sum_features"] = {"counts": counts, "curves": tables, "rows": rows, "chance": chance}
 
 
-def codes_of(bench: Bench, split: str, count: int, seed: int) -> tuple[dict[int, np.ndarray], np.ndarray]:
+def digit_codes(bench: Bench, split: str, count: int, seed: int) -> tuple[Codes, np.ndarray]:
     """Layer -> [count, F] activations at the last position under the question for the sum, and digits [count, 2]."""
-    layers = bench.transcoders.layers
-    found: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
     digits = generator(seed, "sum features", split).integers(0, 10, (count, 2))
-    prompt = DIGIT_QUESTIONS["sum"][0]
-    for start in range(0, count, CHUNK):
-        inputs = []
-        for i, (first, second) in enumerate(digits[start : start + CHUNK].tolist(), start):
-            image = digit_scene(generator(seed, "sum features", split, i), split, first, second).image
-            assert image is not None
-            inputs.append(bench.vlm.prepare(prompt, [Image.fromarray(image)]))
-        batch = make_batch(bench.vlm.adapter, inputs)
-        for layer, x in mlp_inputs(bench.vlm.adapter, batch, layers).items():
-            transcoder = bench.transcoders[layer]
-            with torch.no_grad():
-                code = transcoder.encode(x[:, -1]).dense(transcoder.config.n_features)
-            found[layer].append(code.float().cpu().numpy())
-    return {layer: np.concatenate(parts) for layer, parts in found.items()}, digits
+    images = []
+    for i, (first, second) in enumerate(digits.tolist()):
+        image = digit_scene(generator(seed, "sum features", split, i), split, first, second).image
+        assert image is not None
+        images.append(Image.fromarray(image))
+    return codes_of(bench, images, DIGIT_QUESTIONS["sum"][0], ("last",))["last"], digits
 
 
 def facts(digits: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,0 +1,35 @@
+"""A circuit's declaration from a YAML file of the user's own, checked as an option of the group would be."""
+
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+
+from vlmscope.circuits.spec_config import CircuitSpecConfig
+from vlmscope.config.errors import CONFIG_ERRORS, one_line
+from vlmscope.core.artifacts import read_text
+from vlmscope.core.errors import UserError
+
+
+def declared(given: CircuitSpecConfig) -> CircuitSpecConfig:
+    """What the group says, or the file that it names.
+
+    Raises:
+        UserError: the file is not there or not such a declaration, or both say something.
+    """
+    if given.path is None:
+        return given
+    if given.supernodes:
+        raise UserError(f"circuit_spec.path={given.path} and circuit_spec.supernodes: give one of them")
+    text = read_text(given.path)
+    try:
+        body = yaml.safe_load(text)
+        if not isinstance(body, dict):
+            raise UserError(f"{given.path} is no declaration of a circuit; it begins with 'supernodes:'")
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CircuitSpecConfig), body))
+    except CONFIG_ERRORS as error:
+        raise UserError(f"{given.path}: {one_line(error)}") from error
+    except UserError as error:
+        raise UserError(str(error).replace("circuit_spec.", f"{Path(given.path).name}: ", 1)) from error
+    assert isinstance(merged, CircuitSpecConfig), type(merged)
+    return merged

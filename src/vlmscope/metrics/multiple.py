@@ -1,0 +1,45 @@
+"""Correction of p-values when many hypotheses are tried at once. Pure numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+    """Adjusted p-values that control the false discovery rate (Benjamini and Hochberg 1995).
+
+    `q[i] = min over j with p[j] >= p[i] of p[j] * m / rank(j)`, at most 1: rejecting all with q <= alpha keeps the
+    expected share of false rejections below alpha when the tests are independent or positively dependent.
+
+    Args:
+        p: any shape, m p-values in [0, 1].
+
+    Returns:
+        q, the same shape, float64.
+
+    Raises:
+        ValueError: a value is NaN or outside [0, 1].
+    """
+    return _stepped(p, lambda ordered, rank, m: np.minimum.accumulate((ordered * m / rank)[::-1])[::-1])
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Adjusted p-values that control the chance of any false rejection (Holm 1979), under any dependence.
+
+    `q` of the k-th smallest is the largest of `p[(j)] * (m - j + 1)` over j <= k, at most 1. Arguments, result and
+    errors as of `benjamini_hochberg`.
+    """
+    return _stepped(p, lambda ordered, rank, m: np.maximum.accumulate(ordered * (m - rank + 1)))
+
+
+def _stepped(p: np.ndarray, adjust: Callable[[np.ndarray, np.ndarray, int], np.ndarray]) -> np.ndarray:
+    values = np.asarray(p, np.float64)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("p-values lie between 0 and 1")
+    flat = values.ravel()
+    order = np.argsort(flat, kind="stable")
+    adjusted = np.empty_like(flat)
+    adjusted[order] = np.minimum(adjust(flat[order], np.arange(1, len(flat) + 1), len(flat)), 1.0)
+    return adjusted.reshape(values.shape)

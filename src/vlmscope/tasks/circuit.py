@@ -1,0 +1,179 @@
+"""A circuit that you declare: its supernodes, the edges between them, and a diagram (docs/circuits.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vlmscope.core.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vlmscope.circuits.circuit import Circuit
+    from vlmscope.circuits.spec_config import CircuitSpecConfig
+    from vlmscope.config import AppConfig
+    from vlmscope.core.graph import PrunedGraph
+    from vlmscope.models.loading import VLM
+    from vlmscope.tasks.circuit_inputs import Asked
+    from vlmscope.tasks.context import RunContext
+    from vlmscope.transcoders.transcoder import TranscoderSet
+
+
+@dataclass
+class Config:
+    """What is traced is `prompt=` on `image=`, every row of `rows` (a CSV or JSONL file), or the spec's own inputs.
+
+    `load` draws a saved circuit (`/run/circuits/name`) instead of finding one; with inputs its edges are computed anew.
+    Edges go to the `answers` most probable answers; those of at least `min_share` of what a target takes in are drawn.
+    `study` is the run folder of a task=study, from which pictures of features are taken; without one they come from the
+    inputs and, for Orrery, from its scenes.
+    """
+
+    load: str | None = None
+    rows: str | None = None
+    answers: int = 1
+    min_share: float = 0.01
+    study: str | None = None
+    figure: bool = True
+
+    def __post_init__(self) -> None:
+        if self.answers < 1:
+            raise UserError(f"task.answers={self.answers}: it must be at least 1")
+        if not 0 <= self.min_share < 1:
+            raise UserError(f"task.min_share={self.min_share}: it is a share; choose a number from 0 to below 1")
+
+
+def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
+    """Write circuits/<name>/, graph.safetensors, circuit.json, figures/circuit.png and report.html."""
+    from pathlib import Path
+
+    from vlmscope.circuits.circuit import save_circuit
+    from vlmscope.config.circuit_file import declared
+    from vlmscope.features.records import StudyFolder
+    from vlmscope.tasks.circuit_find import Finder, gather
+    from vlmscope.tasks.circuit_inputs import traced_inputs
+    from vlmscope.tasks.circuit_page import Scene, draw_circuit
+    from vlmscope.tasks.wiring import load_model, load_transcoders
+
+    spec = None if cfg.circuit_spec is None else declared(cfg.circuit_spec)
+    loaded = _loaded(cfg, spec)
+    asked = traced_inputs(cfg, spec)
+    if not asked and (loaded is None or not loaded.edges):
+        raise UserError("nothing to trace: add prompt= (and image=), task.rows=FILE, or inputs in the circuit_spec")
+    material = None if spec is None or loaded is not None else gather(cfg, spec, asked)
+    study = None if cfg.task.study is None else StudyFolder(cfg.task.study)
+    vlm = load_model(cfg)
+    transcoders = load_transcoders(cfg, vlm, context.overrides)
+    widths = {layer: transcoders[layer].config.n_features for layer in transcoders.layers}
+    if loaded is not None:
+        loaded.check_fits(vlm.name, widths, str(cfg.task.load))
+    graphs = traced(cfg, context, vlm, transcoders, asked)
+    if loaded is None:
+        assert spec is not None and material is not None
+        circuit = Finder(vlm, transcoders, material, [one.graph for one in graphs]).circuit(spec)
+        name = spec.name
+    else:
+        circuit, name = loaded, Path(cfg.task.load).name
+    circuit = with_edges(circuit, graphs, cfg.task.answers)
+    save_circuit(circuit, context.run_dir / "circuits" / name)
+    metrics = circuit_metrics(circuit, graphs)
+    if cfg.task.figure:
+        scene = Scene(vlm, transcoders, asked, graphs, [] if material is None else material.inputs())
+        draw_circuit(cfg, context.run_dir, circuit, name, scene, study, metrics)
+    return metrics
+
+
+def _loaded(cfg: AppConfig, spec: CircuitSpecConfig | None) -> Circuit | None:
+    """The circuit of `task.load`; None when one is to be found.
+
+    Raises:
+        UserError: there is none, or neither or both are asked for.
+    """
+    from pathlib import Path
+
+    from vlmscope.circuits.circuit import load_circuit
+
+    if cfg.task.load is not None:
+        if spec is not None and spec.supernodes:
+            raise UserError("task.load= brings a circuit and circuit_spec= declares one; leave one of them out")
+        return load_circuit(Path(cfg.task.load))
+    if spec is None:
+        raise UserError(
+            "no circuit: declare one with circuit_spec=red_mars or circuit_spec=file circuit_spec.path=my.yaml, or "
+            "load one with task.load=/run/circuits/name"
+        )
+    if not spec.supernodes:
+        raise UserError("the circuit_spec has no supernodes; docs/circuits.md shows how to declare them")
+    return None
+
+
+def traced(
+    cfg: AppConfig, context: RunContext, vlm: VLM, transcoders: TranscoderSet, asked: Sequence[Asked]
+) -> list[PrunedGraph]:
+    """The graphs of all inputs; the first one is written to the run folder."""
+    from tqdm import tqdm
+
+    from vlmscope.attribution.graph_io import save_graph
+    from vlmscope.attribution.trace import trace
+    from vlmscope.tasks.circuit_inputs import prepared
+
+    found: list[PrunedGraph] = []
+    for inputs in tqdm(prepared(vlm, asked), desc="trace", unit="input", disable=len(asked) < 2):
+        found.append(trace(vlm, transcoders, inputs, cfg.attribution, context.run_dir).pruned)
+        if len(found) == 1:
+            save_graph(context.run_dir / "graph.safetensors", found[0])
+    return found
+
+
+def with_edges(circuit: Circuit, graphs: Sequence[PrunedGraph], answers: int) -> Circuit:
+    """The circuit with edges from these graphs; with its own where there are none."""
+    from dataclasses import replace
+
+    from vlmscope.circuits.supernode_edges import direct_edges
+
+    if not graphs:
+        return circuit
+    return replace(
+        circuit, edges=direct_edges((one.graph for one in graphs), list(circuit.supernodes.values()), answers)
+    )
+
+
+def circuit_metrics(circuit: Circuit, graphs: Sequence[PrunedGraph]) -> dict[str, float]:
+    """Sizes, edges, and how much of the graphs the circuit holds.
+
+    `circuit/influence_share` is the members' part of all features' influence on the most probable answer, mean over
+    the graphs; `circuit/<name>/active_frac` the share of a supernode's features that are active in some graph.
+    """
+    import numpy as np
+
+    from vlmscope.attribution.influence import influence
+    from vlmscope.circuits.supernode_edges import supernode_mask
+    from vlmscope.core.graph import NodeKind
+
+    nodes = circuit.supernodes
+    metrics = {
+        "circuit/supernodes": float(len(nodes)),
+        "circuit/features": float(circuit.size(*nodes)),
+        "circuit/graphs": float(len(graphs)),
+        "circuit/edges": float(sum(edge.source in nodes and edge.source != edge.target for edge in circuit.edges)),
+    }
+    shares: list[float] = []
+    active: dict[str, set[tuple[int, int]]] = {name: set() for name in nodes}
+    for pruned in graphs:
+        graph = pruned.graph
+        weights = np.zeros(graph.n_nodes)
+        weights[graph.nodes.ends()[int(np.argmax(graph.end_weights))]] = 1.0
+        flow = influence(graph, weights).nodes
+        masks = {name: supernode_mask(graph, node) for name, node in nodes.items()}
+        total = float(flow[graph.nodes.of(NodeKind.FEATURE)].sum()) or 1.0
+        shares.append(float(flow[np.any(list(masks.values()), axis=0)].sum()) / total)
+        for name, mask in masks.items():
+            active[name] |= {graph.nodes.feature_id(at) for at in np.flatnonzero(mask).tolist()}
+    for name, node in nodes.items():
+        metrics[f"circuit/{name}/features"] = float(len(node.features))
+        if graphs:
+            metrics[f"circuit/{name}/active_frac"] = len(active[name]) / max(len(node.features), 1)
+    if shares:
+        metrics["circuit/influence_share"] = float(np.mean(shares))
+    return metrics

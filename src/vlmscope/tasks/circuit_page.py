@@ -1,0 +1,284 @@
+"""The diagram and the page of task=circuit: supernodes with pictures on which they fire, edges, features, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlmscope.circuits.spec_config import ANSWER_PREFIX, SOFT, SURROUNDINGS, TEXT
+from vlmscope.core.ids import FeatureId
+from vlmscope.core.intervention import CircuitEdge, CircuitFeature, FeatureExample, Supernode
+from vlmscope.report.circuit_figure import circuit_diagram, drawable
+from vlmscope.report.html import ReportPage
+from vlmscope.report.sections import Card, Cards, Features, Percent, Section, Table, Text
+from vlmscope.report.thumbnails import decode, example_png
+from vlmscope.tasks.circuit_inputs import Asked, concept_pictures, prepared
+from vlmscope.tasks.steps.report_parts import figure
+
+if TYPE_CHECKING:
+    from vlmscope.circuits.circuit import Circuit
+    from vlmscope.config import AppConfig
+    from vlmscope.core.graph import PrunedGraph
+    from vlmscope.features.records import StudyFolder
+    from vlmscope.models.loading import VLM
+    from vlmscope.transcoders.transcoder import TranscoderSet
+
+SHOWN = 6  # features of a supernode with evidence
+THUMBNAILS = 3  # pictures in a supernode's box
+SEARCHED = 60  # inputs of contrasts in which top examples are looked for
+PER_PLANET = 4  # of Orrery's pictures besides
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the page is about: the model, what was traced, and other inputs in which features may fire."""
+
+    vlm: VLM
+    transcoders: TranscoderSet
+    asked: Sequence[Asked]
+    graphs: Sequence[PrunedGraph]
+    others: Sequence[Asked]
+
+
+def draw_circuit(
+    cfg: AppConfig, folder: Path, circuit: Circuit, name: str, scene: Scene, study: StudyFolder | None, metrics: dict
+) -> None:
+    """Write figures/circuit.png and report.html."""
+    nodes = described(circuit, scene, study, cfg.seed)
+    pictures: dict[str, Sequence[np.ndarray]] = {node.name: thumbnails(node) for node in nodes}
+    shown = next((np.asarray(one.pictures[0]) for one in scene.asked if one.pictures), None)
+    if shown is not None:
+        pictures[SOFT] = [shown]
+    drawn, left_out = drawable(
+        [(e.source, e.target, 100 * e.share) for e in circuit.edges if shown_edge(e)], 100 * cfg.task.min_share
+    )
+    words = {node.name: writes(node) for node in nodes}
+    path = circuit_diagram(
+        nodes,
+        drawn,
+        folder / "figures" / "circuit.png",
+        {key: found for key, found in pictures.items() if found},
+        "% of what it takes in",
+        words,
+        "{:+.1f}",
+    )
+    page = ReportPage(
+        title=f"Circuit: {name}",
+        question="Which named groups of features act on each other and on the answer, directly, and how strongly?",
+        summary=summary(circuit, metrics),
+        sections=(
+            headline(metrics),
+            figure("The circuit", path, f"Diagram of the circuit {name}: {said(drawn)}", intro(scene, left_out)),
+            edge_table(circuit.edges),
+            chosen_table(nodes),
+            *feature_sections(nodes),
+            limits(),
+            rerun(cfg, folder, name),
+        ),
+        footer=f"vlmscope · {scene.vlm.name} · {folder.name}",
+    )
+    page.write(folder / "report.html")
+
+
+def shown_edge(edge: CircuitEdge) -> bool:
+    """What is drawn: from inputs and supernodes, not from a supernode to itself, not from errors and the like."""
+    return edge.source != edge.target and (edge.source not in SURROUNDINGS or edge.source in (SOFT, TEXT))
+
+
+def described(circuit: Circuit, scene: Scene, study: StudyFolder | None, seed: int) -> list[Supernode]:
+    """The supernodes, their strongest features first and with top examples and the words that they write."""
+    from vlmscope.features.logit_lens import top_and_bottom_logits
+
+    vlm, transcoders = scene.vlm, scene.transcoders
+    order = {name: strongest(node) for name, node in circuit.supernodes.items()}
+    wanted = list(dict.fromkeys(m.feature for members in order.values() for m in members[:SHOWN]))
+    examples = examples_of(wanted, scene, study, seed)
+    nodes = []
+    for name, members in order.items():
+        first = []
+        for member in members[:SHOWN]:
+            top, bottom = top_and_bottom_logits(vlm.adapter, transcoders, vlm.tokenizer, member.feature)
+            found = examples.get(member.feature, ())
+            first.append(replace(member, examples=found, top_logits=top, bottom_logits=bottom))
+        nodes.append(replace(circuit.supernodes[name], features=(*first, *members[SHOWN:])))
+    return nodes
+
+
+def strongest(node: Supernode) -> list[CircuitFeature]:
+    """Members by influence; in their own order where none is known."""
+    return sorted(node.features, key=lambda m: -m.influence)
+
+
+def examples_of(
+    features: Sequence[FeatureId], scene: Scene, study: StudyFolder | None, seed: int
+) -> Mapping[FeatureId, tuple[FeatureExample, ...]]:
+    """Inputs on which features are most active: of a study, or of what is at hand."""
+    from vlmscope.data.images import png_bytes
+    from vlmscope.features.top_examples import StudyItem, top_examples
+
+    if study is not None:
+        from vlmscope.tasks.find import study_example
+
+        return {
+            feature: tuple(study_example(study, one) for one in study.feature(feature).group("top")[:SHOWN])
+            for feature in features
+        }
+    pool = [*scene.asked, *spread(scene.others, SEARCHED), *of_orrery(scene, seed)]
+    items = [
+        StudyItem(inputs, one.caption, png_bytes(one.pictures[0], 256) if one.pictures else None)
+        for inputs, one in zip(prepared(scene.vlm, pool), pool, strict=True)
+    ]
+    return top_examples(scene.vlm.adapter, scene.transcoders, features, items) if items else {}
+
+
+def spread(asked: Sequence[Asked], count: int) -> list[Asked]:
+    """At most so many, from the whole list."""
+    return [asked[i] for i in np.unique(np.linspace(0, len(asked) - 1, count).astype(int))] if asked else []
+
+
+def of_orrery(scene: Scene, seed: int) -> list[Asked]:
+    """Pictures of every planet under the prompts that were traced, where the model is Orrery."""
+    from vlmscope.data.orrery.facts import PLANETS
+    from vlmscope.tasks.wiring import is_orrery
+
+    prompts = list(dict.fromkeys(one.prompt for one in scene.asked if one.pictures)) or ["what planet is this ?"]
+    if not is_orrery(scene.vlm):
+        return []
+    return [
+        Asked(prompts[0], (picture,), planet)
+        for planet in PLANETS
+        for picture in concept_pictures(planet, PER_PLANET, seed + 1)
+    ]
+
+
+def thumbnails(node: Supernode) -> list[np.ndarray]:
+    """Pictures with activations over them, one of each of the first features that have one, none twice."""
+    found: dict[bytes, np.ndarray] = {}
+    for rank in range(SHOWN):
+        for member in node.features[:SHOWN]:
+            example = member.examples[rank] if rank < len(member.examples) else None
+            if example is None or example.image_png is None or example.image_png in found:
+                continue
+            if node.positions is None or "image" in node.positions.roles or node.positions.box is not None:
+                png = example_png(example)
+                assert png is not None
+                found[example.image_png] = np.asarray(decode(png))
+            else:  # it is meant at words: where on the picture a feature also fires would mislead
+                found[example.image_png] = np.asarray(decode(example.image_png))
+            if len(found) == THUMBNAILS:
+                return list(found.values())
+    return list(found.values())
+
+
+def writes(node: Supernode, count: int = 3) -> str:
+    """The words that its features raise most, weighted by influence, for the box."""
+    sums: dict[str, float] = {}
+    for member in node.features[:SHOWN]:
+        for word, logit in member.top_logits[:2]:
+            sums[word] = sums.get(word, 0.0) + max(logit, 0.0) * max(member.influence, 1e-6)
+    best = sorted(sums, key=lambda word: -sums[word])[:count]
+    return "writes " + ", ".join(word.strip("▁ ") or word for word in best) if best else ""
+
+
+def said(edges: Sequence[tuple[str, str, float]]) -> str:
+    """The strongest arrows in words, for readers who cannot see the picture."""
+    first = sorted(edges, key=lambda edge: -abs(edge[2]))[:6]
+    return "; ".join(f"{source} to {target} {share:+.1f} %" for source, target, share in first) or "no edges"
+
+
+def intro(scene: Scene, left_out: int) -> str:
+    """What the diagram shows, under its heading."""
+    count = len(scene.graphs)
+    where = "one input" if count == 1 else f"{count} inputs (means)"
+    text = (
+        "Arrows are direct effects: sums of the attribution graph's edges over features and positions, as a share of "
+        "all that the target takes in. Pictures are those on which a supernode's features are most active"
+    )
+    text += f"; traced on {where}." if count else "; edges as they were saved."
+    if left_out:
+        text += f" {left_out} weaker edges back to an earlier box are in the table only."
+    return text
+
+
+def summary(circuit: Circuit, metrics: Mapping[str, float]) -> str:
+    """The result in one paragraph."""
+    into = [e for e in circuit.edges if e.target.startswith(ANSWER_PREFIX) and e.source in circuit.supernodes]
+    parts = [
+        f"{e.source} {'raises' if e.weight > 0 else 'lowers'} {e.target.removeprefix(ANSWER_PREFIX)} by "
+        f"{abs(e.weight):.2g} logits ({100 * e.share:+.1f} % of what it takes in)"
+        for e in sorted(into, key=lambda e: -abs(e.share))[:4]
+    ]
+    text = "; ".join(parts) or "no supernode acts on the answer directly"
+    share = metrics.get("circuit/influence_share")
+    if share is not None:
+        text += f". The circuit's features hold {share:.0%} of all features' influence on the answer"
+    return text[:1].upper() + text[1:] + "."
+
+
+def headline(metrics: Mapping[str, float]) -> Cards:
+    """Numbers on top."""
+    cards = [
+        Card("supernodes", int(metrics["circuit/supernodes"])),
+        Card("features", int(metrics["circuit/features"])),
+        Card("inputs traced", int(metrics["circuit/graphs"])),
+    ]
+    if "circuit/influence_share" in metrics:
+        detail = "of all features' influence on the answer"
+        cards.append(Card("influence of the circuit", Percent(metrics["circuit/influence_share"]), detail))
+    return Cards("In numbers", tuple(cards))
+
+
+def edge_table(edges: Sequence[CircuitEdge]) -> Table:
+    """All edges, the largest share first."""
+    rows = tuple(
+        (e.source, e.target, e.weight, Percent(e.share), e.graphs) for e in sorted(edges, key=lambda e: -abs(e.share))
+    )
+    note = (
+        "Sum: of all direct edges between the members, in units of the target's pre-activations, into an answer in "
+        "logits. Share: of the sum of all absolute edges into the target. A supernode's edges to itself are among its "
+        "own members. Errors, biases and other features are what the circuit leaves unexplained."
+    )
+    return Table("Edges", ("from", "to", "sum", "share of what it takes in", "inputs"), rows, note=note)
+
+
+def chosen_table(nodes: Sequence[Supernode]) -> Table:
+    """How supernodes were chosen and where they are meant."""
+    rows = tuple(
+        (node.name, node.chosen or "-", str(node.positions) if node.positions else "everywhere", len(node.features))
+        for node in nodes
+    )
+    return Table("Supernodes", ("name", "chosen by", "positions", "features"), rows)
+
+
+def feature_sections(nodes: Sequence[Supernode]) -> list[Section]:
+    """Members with their evidence."""
+    return [Features(f"Features of {node.name}", node, shown=4) for node in nodes]
+
+
+def limits() -> Text:
+    """What the diagram does not say."""
+    return Text(
+        "Limits",
+        (
+            "Edges are direct effects in the model with attention patterns and norms frozen at these inputs: they say "
+            "neither what happens through other features nor what happens when attention changes. Shares are signed, "
+            "and effects of opposite sign cancel in a sum.",
+            "That a supernode matters is shown by intervening: task=steer or task=patch with task.circuit=, or an "
+            "interchange with interchange.circuit=, each beside its controls.",
+        ),
+    )
+
+
+def rerun(cfg: AppConfig, folder: Path, name: str) -> Text:
+    """Commands that go on from here."""
+    place = folder / "circuits" / name
+    return Text(
+        "Go on",
+        ("The same seed gives the same circuit on the same machine; overrides.yaml of the run holds its command.",),
+        code=f"python run.py task=circuit task.load={place}\n"
+        f"python run.py task=steer task.circuit={place} 'prompt=...' image=...",
+    )

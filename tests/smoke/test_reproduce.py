@@ -1,0 +1,242 @@
+"""task=reproduce from the command line: numbers, page, resume, failures, kills.
+
+Except where it says so, the experiments' processes are a script that answers at once in place of `run.py`.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.unit.report.test_html import Parsed
+
+from vlmscope.app import main
+from vlmscope.tasks import reproduce_jobs
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = """# @package _global_
+# How many parameters has a tiny model?
+defaults:
+  - override /task: plan
+  - override /model: tiny_gemma3
+  - _self_
+name: NAME
+reproduce: true
+paper: four thousand million
+headline:
+  plan/parameters/total: {low: 30000, high: 40000, says: 'parameters of the model: all parts'}
+"""
+EMPTY = """# @package _global_
+# Does a pipeline without steps run?
+defaults:
+  - override /task: pipeline
+  - _self_
+name: NAME
+reproduce: true
+paper: nothing comparable
+headline:
+  some/rate: {low: 0.5, high: 1, says: never measured}
+"""
+# Stands for run.py: the same answers, files and exit codes; `slow` waits for a file beside its folder.
+PROGRAM = """
+import json, pathlib, sys, time
+told = dict(argument.split("=", 1) for argument in sys.argv[1:])
+name, folder = told["experiment"], pathlib.Path(json.loads(told["hydra.run.dir"]))
+folder.joinpath("config.yaml").write_text(json.dumps(told))
+if name.startswith("empty"):
+    sys.exit(print("steps: 0 of 0\\rerror: task.steps is empty: choose some", file=sys.stderr) or 2)
+while name == "slow" and not folder.parent.joinpath("go").exists():
+    time.sleep(0.02)
+numbers = {"plan/parameters/total": 36488.0, "a/rate": 0.97, "a/rate_ci_low": 0.9, "a/rate_ci_high": 1.0}
+folder.joinpath("metrics.json").write_text(json.dumps(numbers | {"a/rate_control": 0.02}))
+"""
+DRIVER = """
+import sys
+from vlmscope.tasks import reproduce_jobs
+program = sys.argv.pop(1)
+reproduce_jobs._program = lambda: [sys.executable, program]
+from vlmscope.app import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    monkeypatch.setattr(reproduce_jobs, "_program", lambda: [sys.executable, str(path)])
+    return path
+
+
+def experiments(folder: Path, **texts: str) -> str:
+    """Experiments by name; returns the override that finds them."""
+    (folder / "experiment").mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / "experiment" / f"{name}.yaml").write_text(text.replace("NAME", name))
+    return f"hydra.searchpath=[file://{folder}]"
+
+
+def only(*names: str) -> str:
+    return f"task.only=[{','.join(names)}]"
+
+
+@pytest.mark.usefixtures("program")
+def test_numbers_are_judged_shown_and_not_measured_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rate = "  a/rate: {low: 0.9, high: 1, says: it works}\n  a/rate_control: {low: 0, high: 0.1, says: by chance}\n"
+    off = GOOD.replace("low: 30000, high: 40000", "low: 1, high: 2")
+    found = experiments(tmp_path, small=GOOD + rate, off=off, empty=EMPTY)
+    run = tmp_path / "run"
+    command = ["task=reproduce", only("small", "off", "empty"), found, f"hydra.run.dir={run}", "tracking=none"]
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == str(run)
+    assert "small: 3 of 3 numbers in range" in out and "off: 0 of 1" in out
+    last = err.splitlines()[-1]
+    assert last.startswith("error: empty failed: task.steps is empty")
+    assert last.endswith("(exit code 2); off: plan/parameters/total = 36488, range 1 to 2")
+    metrics = json.loads((run / "metrics.json").read_text())
+    counts = {name: metrics[f"reproduce/{name}"] for name in ("experiments", "failed", "numbers", "out_of_range")}
+    assert counts == {"experiments": 3, "failed": 1, "numbers": 5, "out_of_range": 2}
+    assert metrics["small/plan/parameters/total"] == 36488
+    page = Parsed((run / "summary.html").read_text())
+    assert page.values["36488.0"].split()[0] == "36,488" and page.values["0.97"].startswith("97.0\u00a0%")
+    asked = ["How many parameters has a tiny model?", "four thousand million", "1 of 3", "3 of 4"]
+    for words in (*asked, "out of range 1 to 2", "control 2.0\u00a0%", "in range 90 to 100\u00a0%", "choose some"):
+        assert words in page.text, words
+
+    # Ranges are judged anew, work that succeeded is not done again, what failed is.
+    stamps = {name: (run / name / "config.yaml").stat().st_mtime_ns for name in ("small", "off", "empty")}
+    experiments(tmp_path, off=GOOD)
+    assert main([*command[:1], only("small", "off"), *command[2:]]) == 0
+    assert "2 of 2 are in" in capsys.readouterr().out
+    assert {name: (run / name / "config.yaml").stat().st_mtime_ns for name in stamps} == stamps
+    assert main([*command, "trainer.threads=1", "model.dtype=float64"]) == 1
+    assert all((run / name / "config.yaml").stat().st_mtime_ns > stamp for name, stamp in stamps.items())
+    assert yaml.safe_load((run / "off" / "config.yaml").read_text())["model.dtype"] == "float64"
+
+
+@pytest.mark.usefixtures("program")
+def test_seeds_give_ranges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, run = experiments(tmp_path, small=GOOD), tmp_path / "run"
+    command = ["task=reproduce", only("small"), found, f"hydra.run.dir={run}", "tracking=none", "task.seeds=[3,5]"]
+    assert main(command) == 0
+    assert [yaml.safe_load((run / f"small_seed_{s}" / "config.yaml").read_text())["seed"] for s in (3, 5)] == ["3", "5"]
+    table = json.loads((run / "ranges.json").read_text())
+    one = table["experiments"]["small"]["plan/parameters/total"]
+    assert one["values"] == {"small_seed_3": 36488.0, "small_seed_5": 36488.0}
+    assert one["suggested"] == [34600.0, 38400.0] and "spread between the seeds" in table["rule"]
+    pasted = yaml.safe_load((run / "ranges.yaml").read_text())
+    assert pasted["headline"]["plan/parameters/total"]["says"] == "parameters of the model: all parts"
+    assert main([*command, "seed=1"]) == 2
+    assert "both seed= and task.seeds=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["task.only=[smal]"], "no experiment 'smal' that says reproduce: true; did you mean 'small'"),
+        (["experiment=small"], "choose them with task.only"),
+        (["task.only=[small,lost]"], "experiment=lost: transcoder.path=/no/set is not there"),
+        (["task.only=[small,wrong]"], "experiment=wrong: .*optim.lrr"),
+        (["task.only=[small,swept]"], "experiment=swept is a sweep"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    overrides: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = GOOD.replace("name: NAME", "name: NAME\ntranscoder: {path: /no/set}")
+    wrong = GOOD.replace("name: NAME", "name: NAME\noptim: {lrr: 1}")
+    swept = GOOD.replace("name: NAME", "name: NAME\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params: {seed: '0,1'}")
+    found = experiments(tmp_path, small=GOOD, lost=lost, wrong=wrong, swept=swept)
+    assert main(["task=reproduce", found, f"hydra.run.dir={tmp_path}/run", "tracking=none", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert re.search(words, error), error
+    assert not (tmp_path / "run" / "small").exists()
+
+
+def test_a_folder_of_other_runs_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run" / "small").mkdir(parents=True)
+    found = experiments(tmp_path, small=GOOD)
+    assert main(["task=reproduce", only("small"), found, f"hydra.run.dir={tmp_path}/run", "tracking=none"]) == 2
+    assert "choose a new hydra.run.dir" in capsys.readouterr().err
+
+
+def started(tmp_path: Path, program: Path, command: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    said = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    (tmp_path / "driver.py").write_text(DRIVER)
+    return subprocess.Popen(
+        [sys.executable, str(tmp_path / "driver.py"), str(program), *command], env=environment, **said
+    )
+
+
+def appears(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_killed_reproduction_goes_on(
+    kill: signal.Signals, tmp_path: Path, program: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    found = experiments(tmp_path, quick=GOOD, slow=GOOD)
+    command = ["task=reproduce", only("quick", "slow"), found, f"hydra.run.dir={run}", "tracking=none"]
+    process = started(tmp_path, program, command)
+    appears(run / "slow" / "config.yaml")
+    process.send_signal(kill)
+    if kill == signal.SIGKILL:
+        process.wait()
+        # Its experiment is still at work; the next one waits for that instead of starting another.
+        process = started(tmp_path, program, command)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "slow is still at work for a run that was killed, or for another; waiting\n"
+        stamp = (run / "slow" / "config.yaml").stat().st_mtime_ns
+        (run / "go").touch()
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert "2 of 2 are in" in out and (run / "slow" / "config.yaml").stat().st_mtime_ns == stamp
+    else:
+        out, err = process.communicate()
+        assert process.returncode == 130 and "goes on" in err and "Traceback" not in err
+        assert not (run / "slow" / "metrics.json").exists() and not (run / "summary.html").exists()
+        stamp = (run / "quick" / "config.yaml").stat().st_mtime_ns
+        (run / "go").touch()
+        assert main(command) == 0
+        assert "1 of 2 are in" in capsys.readouterr().out
+        assert (run / "quick" / "config.yaml").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.slow
+def test_real_processes_are_children_of_one_tracked_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vlmscope.tracking.client import open_client
+
+    run, uri = tmp_path / "run", f"sqlite:///{tmp_path}/m.db"
+    found = experiments(tmp_path, small=GOOD, empty=EMPTY)
+    command = ["task=reproduce", found, f"hydra.run.dir={run}", f"tracking.uri={uri}"]
+    assert main([*command, only("small", "empty")]) == 1
+    out, err = capsys.readouterr()
+    assert "small: 1 of 1 numbers in range" in out and "empty failed: task.steps is empty" in err
+    assert main([*command, only("small")]) == 0
+    client = open_client(uri)
+    study = client.get_experiment_by_name("reproduce")
+    assert study is not None
+    runs = {r.info.run_name: r for r in client.search_runs([study.experiment_id])}
+    assert set(runs) == {"run", "small", "empty"}
+    assert [runs[name].info.status for name in ("run", "small", "empty")] == ["FINISHED", "FINISHED", "FAILED"]
+    for name in ("small", "empty"):
+        assert runs[name].data.tags["mlflow.parentRunId"] == runs["run"].info.run_id
+    assert runs["run"].data.metrics["small/plan/parameters/total"] == 36488
+    # The parent has its own files; those of its children are with the children.
+    kept = {item.path for item in client.list_artifacts(runs["run"].info.run_id)}
+    assert "summary.html" in kept and "small" not in kept
+    assert "metrics.json" in {item.path for item in client.list_artifacts(runs["small"].info.run_id)}

@@ -158,9 +158,9 @@ def by_influence(
     wanted = None if node.influence is None else node.influence.share
     if wanted is None:
         ranked = ranked[: node.count]
-    else:
+    elif ranked:
         sums = np.cumsum([means[f] for f in ranked])
-        ranked = ranked[: int(np.searchsorted(sums, wanted * sum(means.values()) * (1 - 1e-12))) + 1]
+        ranked = ranked[: int(np.searchsorted(sums, wanted * sums[-1] * (1 - 1e-12))) + 1]
     return [CircuitFeature(f, roles[f], 0.0, means[f]) for f in ranked]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from vlmscope.config.headline import HeadlineConfig
@@ -25,7 +26,11 @@ def numbers_of(headline: Mapping[str, HeadlineConfig], metrics: Mapping[str, flo
 
 
 def _rate(metric: str, metrics: Mapping[str, float | None]) -> Rate | None:
-    value, low, high = (metrics.get(f"{metric}{end}") for end in ("", "_ci_low", "_ci_high"))
-    if value is None or low is None or high is None:
-        return None
-    return Rate(value, low, high, 0, metrics.get(f"{metric}_control"))
+    value, low, high, control = (metrics.get(_beside(metric, end)) for end in ("", "_ci_low", "_ci_high", "_control"))
+    return None if value is None or low is None or high is None else Rate(value, low, high, 0, control)
+
+
+def _beside(metric: str, end: str) -> str:
+    """The name of a number that belongs to a metric: `a/rate_ci_low`, but `layers/a_ci_low/layer_07`."""
+    name, slash, layer = metric.rpartition("/")
+    return f"{name}{end}/{layer}" if slash and re.fullmatch(r"layer_\d+", layer) else metric + end

@@ -9,7 +9,7 @@ from vlmscope.config.headline import HeadlineConfig
 from vlmscope.core.intervention import Rate
 from vlmscope.core.reproduction import Number
 
-_SHARES = ("rate", "accuracy", "share", "frac", "pointing")
+_SHARES = ("rate", "accuracy", "share", "frac")
 
 
 def numbers_of(headline: Mapping[str, HeadlineConfig], metrics: Mapping[str, float | None]) -> tuple[Number, ...]:
@@ -18,11 +18,17 @@ def numbers_of(headline: Mapping[str, HeadlineConfig], metrics: Mapping[str, flo
     for metric, wanted in headline.items():
         value = metrics.get(metric)
         rate = _rate(metric, metrics)
-        base = metric.removesuffix("_control")
-        share = base.rpartition("/")[2].endswith(_SHARES) or base.startswith("layers/modality_")
+        share = _is_share(metric, value, wanted, metrics)
         holds = wanted.holds(value)
         found.append(Number(metric, wanted.says, value, wanted.low, wanted.high, holds, share, rate))
     return tuple(found)
+
+
+def _is_share(metric: str, value: float | None, wanted: HeadlineConfig, metrics: Mapping[str, float | None]) -> bool:
+    """Whether it is to be shown in per cent: value and range lie within 0 and 1, and its name or interval says so."""
+    base = metric.removesuffix("_control")
+    known = _beside(base, "_ci_low") in metrics or base.rpartition("/")[2].endswith(_SHARES)
+    return known and wanted.low >= 0 and wanted.high <= 1 and (value is None or 0 <= value <= 1)
 
 
 def _rate(metric: str, metrics: Mapping[str, float | None]) -> Rate | None:

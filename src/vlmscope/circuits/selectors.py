@@ -48,7 +48,7 @@ def by_label(config: LabelConfig, labels: Labels, node: SupernodeConfig, known: 
         UserError: no label has these words.
     """
     asked = stems(config.query)
-    texts = {f: one for f, one in labels.all().items() if one.source == "hand" or one.beats_chance}
+    texts = labels.trusted()
     found = [(feature, label) for feature, label in texts.items() if asked and asked <= stems(label.text)]
     if not found:
         words = sorted(set().union(*(stems(label.text) for label in texts.values())))

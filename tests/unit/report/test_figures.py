@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmscope.core.graph import NodeKind
+from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import Curve, FlipRow, Rate, Supernode
 from vlmscope.core.sweep import SweepJob
 from vlmscope.report import figures, training_figures
 from vlmscope.report.circuit_figure import circuit_diagram, describe, drawable
+from vlmscope.report.feature_key import key_entries
 from vlmscope.report.graph_figure import attribution_graph, strongest_edges
 from vlmscope.report.style import COLOURS
 from vlmscope.report.sweep_figure import sweep_overview
@@ -156,6 +159,19 @@ def test_attribution_graph(pruned, tmp_path: Path) -> None:
     grouped = {pruned.graph.nodes.feature_id(int(node)): "mars" for node in pruned.graph.nodes.of(1)}
     marked = pixels(attribution_graph(pruned, tmp_path / "groups.png", groups=grouped))
     assert share_of(marked, COLOURS[1]) > share_of(plain, COLOURS[1]) + 0.001
+
+
+def test_a_graph_with_labels_has_a_key_below(pruned, tmp_path: Path) -> None:
+    graph = pruned.graph
+    features = np.flatnonzero((graph.nodes.kind == NodeKind.FEATURE) & pruned.node_mask)
+    labels = {graph.nodes.feature_id(int(node)): "planet = mars (0.97)" for node in features}
+    plain = attribution_graph(pruned, tmp_path / "plain.png")
+    assert attribution_graph(pruned, tmp_path / "none.png", labels={}).read_bytes() == plain.read_bytes()
+    before, after = pixels(plain), pixels(attribution_graph(pruned, tmp_path / "key.png", labels=labels))
+    assert after.shape[0] > before.shape[0] and after.shape[1] == before.shape[1]
+    assert key_entries([FeatureId(5, 7), FeatureId(5, 7), FeatureId(5, 8)], {FeatureId(5, 7): "x" * 200}) == [
+        f"L5/7  {'x' * 79}..."
+    ]
 
 
 def test_twelve_settings_of_a_sweep_look_different_and_are_named_briefly() -> None:

@@ -16,6 +16,7 @@ KINDS = (
     "interchange", "sum_features", "amplify", "pairs_report",
     "number_line", "number_dose", "pair_transfer", "dissociation", "object_places",
     "caption_words", "caption_steering", "caption_report",
+    "discover", "discover_report",
 )  # fmt: skip
 READ_SHARDS = ("study",)  # steps that go through the data's shards, unless study.path names what they would make
 

@@ -33,6 +33,7 @@ GROUPS = (
     "concept_matrix",
     "cross_modal",
     "interchange",
+    "discovery",
     "circuit_spec",
     "captions",
     "prompts",

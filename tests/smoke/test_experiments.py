@@ -105,7 +105,7 @@ LIMITS = {
 LEAVES = {
     "mars_earth_patch": ["graph.json", "graph.safetensors", "report.html", "figures/flip_rates.png"],
     "mars_earth_curves": ["curves.json", "report.html", "figures/ablation.png"],
-    "modality_by_layer": ["study/study.json", "modality.parquet", "figures/modality_by_layer.png"],
+    "modality_by_layer": ["report.html", "study/study.json", "modality.parquet", "figures/modality_by_layer.png"],
     "cross_modal_association": ["report.html", "digits/shared.parquet", "colours/figures/effects.png"],
     "hierarchy": [
         "layer_ranges.json",
@@ -125,7 +125,13 @@ LEAVES = {
     "hallucination_prediction": ["cases.parquet", "report.html", "figures/areas.png", "figures/asked.png"],
     "train_orrery": ["model/config.json", "model/model.safetensors", "vlm/checkpoint.safetensors"],
     "train_orrery_transcoders": ["transcoders/config.yaml", "transcoders/layer_7.safetensors"],
-    "where_in_the_picture": ["maps.json", "figures/deletion.png", "figures/pointing.png", "figures/lens.png"],
+    "where_in_the_picture": [
+        "report.html",
+        "maps.json",
+        "figures/deletion.png",
+        "figures/pointing.png",
+        "figures/lens.png",
+    ],
 }
 METRICS = {
     "mars_earth_patch": ["steer/free/flip_rate", "patch/direct/name/flip_rate_ci_low", "graph/replacement_score"],

@@ -26,15 +26,14 @@ class Config:
 
     `load` draws a saved circuit (`/run/circuits/name`) instead of finding one; with inputs its edges are computed anew.
     Edges go to the `answers` most probable answers; those of at least `min_share` of what a target takes in are drawn.
-    `study` is the run folder of a task=study, from which pictures of features are taken; without one they come from the
-    inputs and, for Orrery, from its scenes.
+    `study.path=` names a study from which pictures of features are taken; without one they come from the inputs and,
+    for Orrery, from its scenes.
     """
 
     load: str | None = None
     rows: str | None = None
     answers: int = 1
     min_share: float = 0.005
-    study: str | None = None
     figure: bool = True
 
     def __post_init__(self) -> None:
@@ -62,7 +61,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     if not asked and (loaded is None or not loaded.edges):
         raise UserError("nothing to trace: add prompt= (and image=), task.rows=FILE, or inputs in the circuit_spec")
     material = None if spec is None or loaded is not None else gather(cfg, spec, asked)
-    study = None if cfg.task.study is None else StudyFolder(cfg.task.study)
+    study = None if cfg.study.path is None else StudyFolder(cfg.study.path)
     vlm = load_model(cfg)
     transcoders = load_transcoders(cfg, vlm, context.overrides)
     widths = {layer: transcoders[layer].config.n_features for layer in transcoders.layers}

@@ -98,7 +98,7 @@ def labels_for(path: str | Path, model: str, n_features: Mapping[int, int]) -> L
     check_same(study, model, n_features)
     found = Labels(study)
     if not found.all():
-        raise UserError(f"{study.path} has no labels; run task=label task.study={path}")
+        raise UserError(f"{study.path} has no labels; run task=label study.path={path}")
     return found
 
 

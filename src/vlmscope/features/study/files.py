@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vlmscope.core.artifacts import write_json
-from vlmscope.core.study import StudyInfo
+from vlmscope.core.study import MANIFEST, StudyInfo
 from vlmscope.features.study.config import StudyConfig
 from vlmscope.features.study.layer_tables import LayerTables, Logits, layer_tables
 from vlmscope.features.study.part import StudyPart
@@ -26,7 +26,6 @@ from vlmscope.features.study.schema import (
     GEOMETRY_TABLE,
     ITEM_TABLE,
     ITEMS,
-    MANIFEST,
     NAME,
     ROWS_A_GROUP,
     VERSION,

@@ -21,14 +21,25 @@ import pyarrow as pa
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
-from vlmscope.core.study import BINS, KINDS, TOP, ExampleView, FeatureRecord, StudyExample, StudyInfo, StudyItem, Words
+from vlmscope.core.study import (
+    BINS,
+    KINDS,
+    MANIFEST,
+    TOP,
+    ExampleView,
+    FeatureRecord,
+    StudyExample,
+    StudyInfo,
+    StudyItem,
+    Words,
+    study_folder,
+)
 from vlmscope.features.study.items import StudyItems
 from vlmscope.features.study.schema import (
     EXAMPLE_TABLE,
     EXAMPLES,
     FEATURE_TABLE,
     FEATURES,
-    MANIFEST,
     NAME,
     VERSION,
     read_table,
@@ -73,10 +84,7 @@ class StudyFolder:
         Raises:
             UserError: there is no finished study, or one of another version.
         """
-        path = Path(path)
-        self.path = path if (path / MANIFEST).is_file() or not (path / "study" / MANIFEST).is_file() else path / "study"
-        if not (self.path / MANIFEST).is_file():
-            raise UserError(f"no {MANIFEST} in {path}; give the folder of a finished task=study")
+        self.path = study_folder(path)
         head = read_json(self.path / MANIFEST)
         if not isinstance(head, dict) or head.get("format") != NAME or head.get("version") != VERSION:
             raise UserError(f"{self.path / MANIFEST} is not a study of version {VERSION}; run task=study again")

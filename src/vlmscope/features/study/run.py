@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.study import KINDS, StudyInfo
+from vlmscope.core.study import KINDS, MANIFEST, StudyInfo
 from vlmscope.data.numbered import NumberedRows
 from vlmscope.data.share import WHOLE, Share
 from vlmscope.data.source_config import SourceConfig
@@ -23,7 +23,6 @@ from vlmscope.features.study.inputs import InputMaker
 from vlmscope.features.study.layer_tables import Logits
 from vlmscope.features.study.part import StudyPart
 from vlmscope.features.study.records import StudyFolder
-from vlmscope.features.study.schema import MANIFEST
 from vlmscope.features.study.study_pass import StudyPass
 from vlmscope.models.loading import VLM
 from vlmscope.transcoders.transcoder import TranscoderSet

@@ -14,7 +14,6 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.study import BINS
 
 NAME, VERSION = "vlmscope-study", 1
-MANIFEST = "study.json"
 FEATURES, EXAMPLES = "features/layer_{:02d}.parquet", "examples/layer_{:02d}.parquet"
 ITEMS, GEOMETRY, VOCABULARY = "items.parquet", "geometry.parquet", "vocabulary.parquet"
 ROWS_A_GROUP = 2048  # of examples: about what some dozens of features have, so that one feature is read quickly

@@ -74,4 +74,10 @@ def place_sections(bench: Bench, folder: Path) -> list[Section]:
     )
     columns = ("features of", "map", "peak on an object, 95 % interval", "soft tokens on an object")
     note = "A soft token lies on an object when a quarter of its part of the picture is painted."
-    return [Figure("Where in the picture", tuple(pictures)), Table("Pointing", columns, rows, note=note)]
+    carried = Table(
+        "Carrying what lies on the objects, or on the ground",
+        ("answer", "all features carried at", "recovered, 95 % interval"),
+        tuple((label(fact), where, rate) for (fact, where), rate in found["carried"].items()),
+        note="All layers, only at soft tokens of the picture; the other positions are left as they are.",
+    )
+    return [Figure("Where in the picture", tuple(pictures)), Table("Pointing", columns, rows, note=note), carried]

@@ -225,13 +225,16 @@ def draw(bench: Bench, graph: AttributionGraph, replacement: ReplacementModel, t
 
 
 def agreements(bench: Bench, table: Measured) -> dict[tuple[str, ...], Agreement]:
-    """(mode, edit, predictor) -> agreement over features; for ablation also (mode, edit, predictor, band_<i>)."""
+    """(mode, edit, predictor) -> agreement over features; for ablation also (mode, edit, predictor, band_<i>).
+
+    In direct mode nothing responds, so that only edges are predictions of it.
+    """
     found: dict[tuple[str, ...], Agreement] = {}
     seed = bench.cfg.single_edits.seed
     for mode in dict.fromkeys(table.mode.tolist()):
         for edit in dict.fromkeys(table.edit.tolist()):
             rows = table.where(mode=mode, edit=edit)
-            for predictor in PREDICTORS:
+            for predictor in ("edge",) if mode == "direct" else PREDICTORS:
                 x, y = table.predicted[predictor], table.measured
                 found[mode, edit, predictor] = agreement(x[rows], y[rows], table.input[rows], seed)
             if edit != "ablate":

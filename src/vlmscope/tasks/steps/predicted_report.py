@@ -61,7 +61,8 @@ def summary(found: dict[tuple[str, ...], Agreement], edits: list[str], inputs: i
             f"{label(mode)}: Pearson {one.pearson.value:.2f}, Spearman {one.spearman.value:.2f}, slope "
             f"{one.slope.value:.2f} against the {WORDS[NAMES[mode]]}"
         )
-    return f"{shown(edits[0])} each of {features} features of {inputs} inputs. " + "; ".join(parts) + "."
+    did = shown(edits[0])
+    return f"{did[:1].upper()}{did[1:]} each of {features} features of {inputs} inputs. " + "; ".join(parts) + "."
 
 
 def headline(found: dict[tuple[str, ...], Agreement], edits: list[str]) -> Cards:

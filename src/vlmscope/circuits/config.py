@@ -44,6 +44,14 @@ class CircuitConfig:
             missing = [c for c in self.concepts if c not in question.answers]
             if missing:
                 raise UserError(f"circuit.questions.{name}.answers lacks {', '.join(missing)}")
+            first, second = (question.answers[concept] for concept in self.concepts)
+            if first == second:
+                raise UserError(
+                    f"{' and '.join(self.concepts)} are both {first!r} to circuit.questions.{name}: no answer could flip; "
+                    f"leave the question out with '~circuit.questions.{name}'"
+                )
+        if self.third in self.concepts:
+            raise UserError(f"circuit.third={self.third} is one of circuit.concepts; choose another, or null")
         for key in ("pictures", "graphs", "per_layer"):
             if getattr(self, key) < 1:
                 raise UserError(f"circuit.{key}={getattr(self, key)}: it must be at least 1")

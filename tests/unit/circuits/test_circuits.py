@@ -246,6 +246,13 @@ def test_bad_settings_are_named() -> None:
         CircuitConfig(["mars", "mars"], {})
     with pytest.raises(UserError, match=r"questions.name.answers lacks earth"):
         CircuitConfig(["mars", "earth"], {"name": question})
+    both = QuestionConfig("what colour ?", {"neptune": "blue", "earth": "blue"})
+    with pytest.raises(UserError, match=r"both 'blue' to circuit.questions.colour.*leave the question out"):
+        CircuitConfig(["neptune", "earth"], {"colour": both})
+    with pytest.raises(UserError, match=r"circuit.third=mars is one of circuit.concepts"):
+        CircuitConfig(["mars", "earth"], {}, third="mars")
+    with pytest.raises(UserError, match=r"intervention.generate=-1"):
+        InterventionConfig(generate=-1)
     with pytest.raises(UserError, match="no mode 'fre'"):
         InterventionConfig(modes=["fre"])
     with pytest.raises(UserError, match="no scope 'last'"):

@@ -47,8 +47,8 @@ class CircuitConfig:
             first, second = (question.answers[concept] for concept in self.concepts)
             if first == second:
                 raise UserError(
-                    f"{' and '.join(self.concepts)} are both {first!r} to circuit.questions.{name}: no answer could flip; "
-                    f"leave the question out with '~circuit.questions.{name}'"
+                    f"{' and '.join(self.concepts)} are both {first!r} to circuit.questions.{name}: no answer could "
+                    f"flip; leave the question out with '~circuit.questions.{name}'"
                 )
         if self.third in self.concepts:
             raise UserError(f"circuit.third={self.third} is one of circuit.concepts; choose another, or null")

@@ -224,8 +224,8 @@ def test_every_experiment_has_its_smoke_test_and_its_card() -> None:
         assert (folder / f"{name}.md").is_file(), f"{name} has no card"
 
 
-# Their parts are tested by themselves, and visual_arithmetic runs the steps that they share.
-SLOW = {"counting", "object_recognition"}
+# Their parts are tested by themselves and in test_captions.py, and visual_arithmetic runs the steps that they share.
+SLOW = {"captioning", "counting", "object_recognition"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(LIMITS)])

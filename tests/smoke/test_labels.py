@@ -81,6 +81,16 @@ def test_hand_labels_are_found_and_reach_the_graph(study: Path, tmp_path: Path) 
         assert main([*plain, f"attribution.labels={study}", f"hydra.run.dir={folder}"]) == 0
         named = {one["node_id"]: one["clerp"] for one in json.loads((folder / "graph.json").read_text())["nodes"]}
         assert named[node["node_id"]] == "a zebra"
+        compared = tmp_path / "compared"
+        runs = [f"task.first={folder}", f"task.second={folder}", f"attribution.labels={study}"]
+        assert main(["task=compare", *TINY, *runs, "task.figure=false", f"hydra.run.dir={compared}"]) == 0
+        named = {one["node_id"]: one["clerp"] for one in json.loads((compared / "graph.json").read_text())["nodes"]}
+        assert "a zebra" in named.values()
+        header, *rows = (compared / "nodes.csv").read_text().splitlines()
+        assert header.endswith(",label")
+        assert [row.split(",")[0] for row in rows if row.endswith(",a zebra")] == [f"L{layer}/{index}"] * len(
+            [row for row in rows if row.startswith(f"L{layer}/{index},")]
+        )
         words = tmp_path / "words"
         assert main(["task=find", "query=zebras", *TINY, f"study.path={study}", f"hydra.run.dir={words}"]) == 0
         found = json.loads((words / "find.json").read_text())["features"]

@@ -6,8 +6,9 @@ found once can be drawn, steered, patched and shared. Layout: `docs/formats.md`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,22 @@ class Circuit:
                     )
 
 
+def labelled(circuit: Circuit, labels: Mapping[FeatureId, str]) -> Circuit:
+    """The circuit with its features' labels; one that has none in `labels` keeps what it is called."""
+    return replace(circuit, supernodes={name: with_labels(node, labels) for name, node in circuit.supernodes.items()})
+
+
+def with_labels(node: Supernode, labels: Mapping[FeatureId, str]) -> Supernode:
+    """One supernode, as `labelled`."""
+    return replace(node, features=tuple(replace(m, label=labels.get(m.feature, m.label)) for m in node.features))
+
+
+def commonest_label(node: Supernode) -> str:
+    """The label that most of its features have, without the score; the earlier of equals, "" without any."""
+    said = [m.label.rsplit(" (", 1)[0] for m in node.features if m.label]
+    return Counter(said).most_common(1)[0][0] if said else ""
+
+
 def save_circuit(circuit: Circuit, folder: Path) -> None:
     """Write `circuit.yaml` and `levels.safetensors` into `folder`."""
     body: dict[str, Any] = {"version": VERSION}
@@ -138,6 +155,7 @@ def _node_body(node: Supernode) -> dict[str, Any]:
         body["positions"] = where
     body["features"] = [
         {"feature": str(m.feature), "role": m.role, "contrast": m.contrast, "influence": m.influence}
+        | ({"label": m.label} if m.label else {})
         for m in node.features
     ]
     return body
@@ -172,7 +190,9 @@ def _node(name: str, found: Any) -> Supernode:
     """A supernode of the file; in version 1 it was the list of its features."""
     body: dict[str, Any] = {"features": found} if isinstance(found, list) else found
     members = tuple(
-        CircuitFeature(FeatureId.parse(m["feature"]), m["role"], m["contrast"], m["influence"])
+        CircuitFeature(
+            FeatureId.parse(m["feature"]), m["role"], m["contrast"], m["influence"], label=str(m.get("label", ""))
+        )
         for m in body["features"]
     )
     places = body.get("positions")

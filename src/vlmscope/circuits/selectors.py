@@ -48,7 +48,7 @@ def by_label(config: LabelConfig, labels: Labels, node: SupernodeConfig, known: 
         UserError: no label has these words.
     """
     asked = stems(config.query)
-    texts = {f: one for f, one in labels.all().items() if one.source == "hand" or one.beats_chance}
+    texts = labels.trusted()
     found = [(feature, label) for feature, label in texts.items() if asked and asked <= stems(label.text)]
     if not found:
         words = sorted(set().union(*(stems(label.text) for label in texts.values())))
@@ -158,9 +158,9 @@ def by_influence(
     wanted = None if node.influence is None else node.influence.share
     if wanted is None:
         ranked = ranked[: node.count]
-    else:
+    elif ranked:
         sums = np.cumsum([means[f] for f in ranked])
-        ranked = ranked[: int(np.searchsorted(sums, wanted * sum(means.values()) * (1 - 1e-12))) + 1]
+        ranked = ranked[: int(np.searchsorted(sums, wanted * sums[-1] * (1 - 1e-12))) + 1]
     return [CircuitFeature(f, roles[f], 0.0, means[f]) for f in ranked]
 
 

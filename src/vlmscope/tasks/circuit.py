@@ -47,14 +47,16 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write circuits/<name>/, graph.safetensors, circuit.json, figures/circuit.png and report.html."""
     from pathlib import Path
 
-    from vlmscope.circuits.circuit import save_circuit
+    from vlmscope.circuits.circuit import labelled, save_circuit
     from vlmscope.config.circuit_file import declared
     from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.circuit_find import Finder, gather
     from vlmscope.tasks.circuit_inputs import traced_inputs
     from vlmscope.tasks.circuit_page import Scene, draw_circuit
+    from vlmscope.tasks.feature_labels import feature_labels, look_for_labels
     from vlmscope.tasks.wiring import load_model, load_transcoders
 
+    look_for_labels(cfg)
     spec = None if cfg.circuit_spec is None else declared(cfg.circuit_spec)
     loaded = _loaded(cfg, spec)
     asked = traced_inputs(cfg, spec)
@@ -75,6 +77,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     else:
         circuit, name = loaded, Path(cfg.task.load).name
     circuit = with_edges(circuit, graphs, cfg.task.answers)
+    circuit = labelled(circuit, feature_labels(cfg, vlm.name, transcoders))
     save_circuit(circuit, context.run_dir / "circuits" / name)
     metrics = circuit_metrics(circuit, graphs)
     if cfg.task.figure:

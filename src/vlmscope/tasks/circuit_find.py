@@ -179,7 +179,7 @@ class Finder:
 
         texts: dict[FeatureId, str] = {}
         for labels in self.material.labels.values():
-            texts |= {f: one.text for f, one in labels.all().items() if one.source == "hand" or one.beats_chance}
+            texts |= {feature: one.text for feature, one in labels.trusted().items()}
         said = {i: short_label(texts[m.feature]) for i, m in enumerate(members) if m.feature in texts}
         if not said:
             for i, member in enumerate(members):

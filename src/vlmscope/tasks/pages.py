@@ -18,10 +18,10 @@ class Config:
 
     `study.path=` names the study, the run folder of a task=study. Features are named (`features=[L5/709,L4/1802]`), or
     the `top` most influential ones of a trace (`from_graph`), or the `top` of each supernode of a circuit
-    (`from_circuit`, the run of an experiment or the circuit's folder), or the `top` first by a `rule` over `layers` (all
-    by default): frequency (most inputs), activation (largest), image, text or answer (most inputs, of features that
-    mostly fire there), random, score (of labels). `graphs` are traces to which pages link, `labels` the set of labels
-    in the study. A page shows `examples` of the strongest inputs and `samples` of each weaker group.
+    (`from_circuit`, the run of an experiment or the circuit's folder), or the `top` first by a `rule` over `layers`
+    (all by default): frequency (most inputs), activation (largest), image, text or answer (most inputs, of features
+    that mostly fire there), random, score (of labels). `graphs` are traces to which pages link, `labels` the set of
+    labels in the study. A page shows `examples` of the strongest inputs and `samples` of each weaker group.
     """
 
     features: list[str] = field(default_factory=list)

@@ -39,6 +39,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Run the steps that are switched on."""
     import time
 
+    from vlmscope.tasks.feature_labels import look_for_labels
     from vlmscope.tasks.study_data import look_for, study_sources
 
     chosen = [name for name, wanted in cfg.task.steps.items() if wanted]
@@ -46,6 +47,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         raise UserError("task.steps is empty: choose an experiment, such as experiment=mars_earth_patch")
     if reads_shards(cfg):
         look_for(study_sources(cfg, cfg.study))
+    look_for_labels(cfg)
 
     from tqdm import tqdm
 

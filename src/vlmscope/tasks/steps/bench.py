@@ -13,12 +13,14 @@ from PIL import Image
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
 from vlmscope.data.orrery.concepts import colour_scenes, concept_scenes, digit_scenes, pictures
+from vlmscope.tasks.feature_labels import feature_labels
 from vlmscope.tasks.wiring import load_model, load_transcoders
 
 if TYPE_CHECKING:
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.config import CircuitConfig, InterventionConfig
     from vlmscope.config import AppConfig
+    from vlmscope.core.ids import FeatureId
     from vlmscope.features.cross_modal_config import CrossModalConfig
     from vlmscope.interventions.edits import Plan
     from vlmscope.models.base import ModelInputs
@@ -44,6 +46,11 @@ class Bench:
     def transcoders(self) -> TranscoderSet:
         """Its transcoders."""
         return load_transcoders(self.cfg, self.vlm)
+
+    @cached_property
+    def labels(self) -> dict[FeatureId, str]:
+        """What features are called; empty without `attribution.labels`."""
+        return feature_labels(self.cfg, self.vlm.name, self.transcoders)
 
     @property
     def circuit_config(self) -> CircuitConfig:

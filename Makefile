@@ -10,7 +10,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-browser lint types imports ui clean
+.PHONY: help install demo test test-slow test-browser lint types imports ui clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+install: $(STAMP) ## Make .venv with everything in it
 
 demo: $(STAMP) ## Install, then turn Mars into Earth: prints the path of the report last
 	@mkdir -p outputs

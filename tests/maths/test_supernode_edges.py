@@ -64,7 +64,7 @@ def test_changing_a_supernode_moves_another_by_the_edge(one_case: Case) -> None:
     before = read_targets(graph, replacement.replay())
     groups = groups_of(graph, nodes, 3)
     for source, members in groups.supernodes.items():
-        change = {key_of(graph, at): 0.5 * float(graph.nodes.activation[at]) for at in np.flatnonzero(members)}
+        change = {key_of(graph, at): 0.5 * float(graph.nodes.activation[at]) for at in np.flatnonzero(members).tolist()}
         moved = dict(zip(rows(graph), read_targets(graph, replacement.replay(change)) - before, strict=True))
         for target, into in (groups.supernodes | groups.answers).items():
             found = sum(moved[at] for at in np.flatnonzero(into).tolist())

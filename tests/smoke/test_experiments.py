@@ -39,6 +39,7 @@ PAIRS = [
     "intervention.modes=[direct,free]",
     "intervention.scopes=[no_last_layer]",
 ]
+FEW = [*PAIRS, "intervention.modes=[free]", "interchange.generate=0", "interchange.counts=[2]", "interchange.steps=1"]
 LIMITS = {
     "mars_earth_patch": [*PIPELINE, "~circuit.questions.cover"],
     "mars_earth_curves": [*PIPELINE, "~circuit.questions.colour", "~circuit.questions.cover"],
@@ -63,6 +64,18 @@ LIMITS = {
     "hierarchy": [*PAIRS, "interchange.scenes=[42,14]"],
     "visual_arithmetic": PAIRS,
     "six_fingers": [*PAIRS, "interchange.strengths=[0,4]"],
+    "counting": [*FEW, "interchange.strengths=[1]", "interchange.transfer=10", "interchange.scenes=[60,36]"],
+    "object_recognition": FEW,
+    "captioning": [
+        *(f"captions.{key}=3" for key in ("train", "test", "validation", "features", "conflicts")),
+        *(f"captions.{key}=1" for key in ("graphs", "steps", "others")),
+        "captions.kinds=[planets]",
+        "captions.strengths=[1.0]",
+        "captions.max_new_tokens=12",
+        "~captions.swaps.circle_to_star",
+        "attribution.max_nodes=200",
+        "intervention.controls=1",
+    ],
     "hallucination_prediction": [
         "hallucination.scenes={planets:3,digits:2,shapes:0,hands:4}",
         "hallucination.levels=[0,1]",
@@ -92,7 +105,7 @@ LIMITS = {
 LEAVES = {
     "mars_earth_patch": ["graph.json", "graph.safetensors", "report.html", "figures/flip_rates.png"],
     "mars_earth_curves": ["curves.json", "report.html", "figures/ablation.png"],
-    "modality_by_layer": ["study/study.json", "modality.parquet", "figures/modality_by_layer.png"],
+    "modality_by_layer": ["report.html", "study/study.json", "modality.parquet", "figures/modality_by_layer.png"],
     "cross_modal_association": ["report.html", "digits/shared.parquet", "colours/figures/effects.png"],
     "hierarchy": [
         "layer_ranges.json",
@@ -106,10 +119,19 @@ LEAVES = {
     ],
     "visual_arithmetic": ["interchange.json", "sum_features.json", "report.html", "figures/grid_sum.png"],
     "six_fingers": ["report.html", "figures/amplify_fingers.png"],
+    "counting": ["number_line.json", "report.html", "figures/tuning_last.png", "figures/transfer_count_shape.png"],
+    "object_recognition": ["report.html", "figures/object_maps.png", "figures/places_changes.png"],
+    "captioning": ["caption_words.json", "caption_steering.json", "report.html", "figures/captions.png"],
     "hallucination_prediction": ["cases.parquet", "report.html", "figures/areas.png", "figures/asked.png"],
     "train_orrery": ["model/config.json", "model/model.safetensors", "vlm/checkpoint.safetensors"],
     "train_orrery_transcoders": ["transcoders/config.yaml", "transcoders/layer_7.safetensors"],
-    "where_in_the_picture": ["maps.json", "figures/deletion.png", "figures/pointing.png", "figures/lens.png"],
+    "where_in_the_picture": [
+        "report.html",
+        "maps.json",
+        "figures/deletion.png",
+        "figures/pointing.png",
+        "figures/lens.png",
+    ],
 }
 METRICS = {
     "mars_earth_patch": ["steer/free/flip_rate", "patch/direct/name/flip_rate_ci_low", "graph/replacement_score"],
@@ -148,6 +170,27 @@ METRICS = {
         "amplify/fingers/original/strength_4/follow_rate_ci_high",
         "amplify/fingers/counterfactual/strength_4/follow_rate_control",
     ],
+    "counting": [
+        "interchange/features_of_count/free/count/follow_rate",
+        "numbers/last/monotone/rho_at_equal_area_ci_low",
+        "dose/count/strength_1/shift_control",
+        "transfer/count/over_shape/another/recovered_ci_high",
+        "interchange/peak_kind/free/shape/changed_rate",
+    ],
+    "object_recognition": [
+        "dissociation/features_of_shape/own_minus_other_ci_low",
+        "dissociation/shape/features_of_shape_colour/shape/changed_rate_control",
+        "dissociation/features_of_shape/active_under/shape_colour",
+        "places/shape/fires/on_object_control",
+        "places/shape_colour/carried/ground/recovered_ci_low",
+    ],
+    "captioning": [
+        "captions/planets/colour/from_picture_ci_low",
+        "captions/planets/cover/follows_text",
+        "caption_steer/mars_to_earth/steered/all_right",
+        "caption_steer/red_to_blue/matched_features/log_likelihood",
+        "caption_steer/mars_to_earth/others_ungated/planets/changed_rate",
+    ],
     "hallucination_prediction": [
         "errors/wrong_rate",
         "errors/pooled/question/auc",
@@ -181,7 +224,11 @@ def test_every_experiment_has_its_smoke_test_and_its_card() -> None:
         assert (folder / f"{name}.md").is_file(), f"{name} has no card"
 
 
-@pytest.mark.parametrize("name", sorted(LIMITS))
+# Their parts are tested by themselves and in test_captions.py, and visual_arithmetic runs the steps that they share.
+SLOW = {"captioning", "counting", "object_recognition"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(LIMITS)])
 def test_experiment_runs(name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     where = [f"data.path={data}", f"hydra.run.dir={run_dir}", "tracking=none", "trainer.threads=1"]

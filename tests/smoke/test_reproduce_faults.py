@@ -17,7 +17,7 @@ from vlmscope.config.resolve import to_app_config
 from vlmscope.config.store import register
 from vlmscope.core.reproduction import Number
 from vlmscope.tasks import registry
-from vlmscope.tasks.reproduce_page import numbers_of
+from vlmscope.tasks.headline_numbers import numbers_of
 from vlmscope.tasks.steps import amplify
 from vlmscope.tasks.steps.bench import Bench
 

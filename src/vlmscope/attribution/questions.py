@@ -102,6 +102,9 @@ def _shown(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.decode([token]).strip() or f"id:{token}"
 
 
-def labels_of(targets: Targets, tokenizer: Tokenizer) -> list[str]:
+def labels_of(targets: Targets, tokenizer: Tokenizer | None) -> list[str]:
     """What the ends are called: their tokens, or their own labels."""
-    return list(targets.labels) or [tokenizer.decode([int(token)]) for token in targets.token_ids]
+    if targets.labels:
+        return list(targets.labels)
+    assert tokenizer is not None, "targets without labels are named by a tokenizer"
+    return [tokenizer.decode([int(token)]) for token in targets.token_ids]

@@ -69,7 +69,7 @@ def end_words(graph: AttributionGraph) -> list[str]:
 def attribute(
     replacement: ReplacementModel,
     config: AttributionConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     model_name: str = "",
     targets: Targets | None = None,
     plan: MemoryPlan | None = None,
@@ -79,7 +79,7 @@ def attribute(
     Args:
         replacement: the frozen model at one input; its dtype is that of the sweep.
         config: settings.
-        tokenizer: names the logit targets.
+        tokenizer: names the logit targets; may be None where `targets` have labels.
         model_name: for the record.
         targets: what to explain; what `config` says when None.
         plan: how memory is used; what follows from `config.memory_gb` when None.
@@ -91,7 +91,9 @@ def attribute(
     started = time.perf_counter()
     inputs = replacement.inputs
     dtype = "float64" if replacement.errors.dtype == torch.float64 else "float32"
-    targets = targets or choose_targets(replacement, config, tokenizer)
+    if targets is None:
+        assert tokenizer is not None, "words become targets by a tokenizer"
+        targets = choose_targets(replacement, config, tokenizer)
     plan = plan or plan_memory(replacement, targets, config)
     adjoint = Adjoint(replacement, SourceVectors(replacement, plan.cache_bytes))
     ends = target_chunk(adjoint, targets, dtype, plan.batch_size)

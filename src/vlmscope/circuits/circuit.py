@@ -95,6 +95,8 @@ class Circuit:
         """
         if self.model and self.model != model:
             raise UserError(f"{where} is a circuit of the model {self.model}, not of {model}; give one of {model}")
+        if self.n_features and dict(self.n_features) != dict(n_features):
+            raise UserError(f"{where} is a circuit of other transcoders than these; give those with transcoder=")
         for node in self.supernodes.values():
             for member in node.features:
                 layer, index = member.feature
@@ -106,8 +108,6 @@ class Circuit:
                     raise UserError(
                         f"{where}: {node.name} has {member.feature}, but layer {layer} has {n_features[layer]} features"
                     )
-        if self.n_features and dict(self.n_features) != dict(n_features):
-            raise UserError(f"{where} is a circuit of other transcoders than these; give those with transcoder=")
 
 
 def labelled(circuit: Circuit, labels: Mapping[FeatureId, str]) -> Circuit:
@@ -149,9 +149,10 @@ def save_circuit(circuit: Circuit, folder: Path) -> None:
 def _node_body(node: Supernode) -> dict[str, Any]:
     body: dict[str, Any] = {"chosen": node.chosen} if node.chosen else {}
     if node.positions is not None:
-        body["positions"] = {"roles": list(node.positions.roles)}
+        where: dict[str, Any] = {"roles": list(node.positions.roles)}
         if node.positions.box is not None:
-            body["positions"]["box"] = [float(x) for x in node.positions.box]
+            where["box"] = [float(x) for x in node.positions.box]
+        body["positions"] = where
     body["features"] = [
         {"feature": str(m.feature), "role": m.role, "contrast": m.contrast, "influence": m.influence}
         | ({"label": m.label} if m.label else {})
@@ -187,7 +188,7 @@ def load_circuit(folder: Path) -> Circuit:
 
 def _node(name: str, found: Any) -> Supernode:
     """A supernode of the file; in version 1 it was the list of its features."""
-    body: Any = {"features": found} if isinstance(found, list) else found
+    body: dict[str, Any] = {"features": found} if isinstance(found, list) else found
     members = tuple(
         CircuitFeature(
             FeatureId.parse(m["feature"]), m["role"], m["contrast"], m["influence"], label=str(m.get("label", ""))

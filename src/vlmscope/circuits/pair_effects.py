@@ -28,7 +28,7 @@ from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import CircuitFeature
-from vlmscope.models.base import Adapter
+from vlmscope.models.base import INJECTIONS, Adapter
 from vlmscope.models.batching import InputBatch
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -76,7 +76,7 @@ def pair_effects(adapter: Adapter, transcoders: TranscoderSet, subject: PairSubj
         steps: inputs at which gradients are taken; 1 takes them at the original.
     """
     assert subject.moves, "without a difference of answers there is no effect to estimate"
-    gradients = _write_gradients(adapter, transcoders, subject, steps)
+    gradients = gap_gradients(adapter, transcoders, subject, steps).writes
     batch = subject.batch
     roles = tuple(dict.fromkeys(batch.roles.tolist()))
     members = torch.stack([torch.from_numpy(batch.roles == role) for role in roles]).to(adapter.dtype)
@@ -97,15 +97,42 @@ def pair_effects(adapter: Adapter, transcoders: TranscoderSet, subject: PairSubj
     return PairEffects(roles, effect, change)
 
 
-def _write_gradients(
-    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, steps: int
-) -> dict[int, Tensor]:
-    """Layer -> [B, T, d]: gradient of the pairs' logit difference where transcoders write, mean over `steps` inputs."""
-    sums: dict[int, Tensor] = {}
+@dataclass(frozen=True)
+class GapGradients:
+    """Gradients of the pairs' logit differences, each with respect to its own pair, mean over inputs.
+
+    Attributes:
+        writes: layer -> [B, T, d], where transcoders write.
+        entering: [B, T, d], of what enters the first layer; None if it was not asked for.
+        injections: [B, n, T, d], of what pictures add to the stream later; None if there are none, or not asked for.
+    """
+
+    writes: dict[int, Tensor]
+    entering: Tensor | None = None
+    injections: Tensor | None = None
+
+
+def gap_gradients(
+    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, steps: int, inputs: bool = False
+) -> GapGradients:
+    """Gradients of l[y'] - l[y], mean over `steps` inputs between the sides.
+
+    Args:
+        adapter: the model.
+        transcoders: its transcoders.
+        subject: the pairs.
+        steps: inputs at which gradients are taken; 1 takes them at the original.
+        inputs: also with respect to the embeddings.
+    """
+    sums: dict[int | str, Tensor] = {}
     for alpha in interpolation(steps):
-        batch = between(subject.batch, subject.other, alpha)
+        tensors = between(subject.batch, subject.other, alpha).tensors
         writes: dict[int, Tensor] = {}
         with ExitStack() as stack, torch.enable_grad():
+            of_inputs: dict[str, Tensor] = {}
+            if inputs:
+                names = [name for name in ("inputs_embeds", INJECTIONS) if name in tensors]
+                of_inputs = {name: tensors[name].detach().requires_grad_() for name in names}
             for layer in range(adapter.n_layers):
 
                 def hook(
@@ -117,15 +144,15 @@ def _write_gradients(
 
                 target = target_module(adapter, layer, transcoders.config.output_hook)
                 stack.callback(target.register_forward_hook(hook).remove)
-            logits = adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+            logits = adapter.forward(tensors | of_inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
             rows = torch.arange(subject.size, device=logits.device)
             gaps = logits[rows, subject.other_tokens] - logits[rows, subject.tokens]
-            layers = sorted(writes)
-            for layer, gradient in zip(
-                layers, torch.autograd.grad(gaps.sum(), [writes[i] for i in layers]), strict=True
-            ):
-                sums[layer] = sums.get(layer, torch.zeros_like(gradient)) + gradient / steps
-    return sums
+            leaves: dict[int | str, Tensor] = {**writes, **of_inputs}
+            found = torch.autograd.grad(gaps.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+            for name, gradient in zip(leaves, found, strict=True):
+                sums[name] = sums.get(name, torch.zeros_like(gradient)) + gradient / steps
+    writes = {name: gradient for name, gradient in sums.items() if isinstance(name, int)}
+    return GapGradients(writes, sums.get("inputs_embeds"), sums.get(INJECTIONS))
 
 
 def interpolation(steps: int) -> Sequence[float]:
@@ -135,6 +162,6 @@ def interpolation(steps: int) -> Sequence[float]:
 
 def between(first: InputBatch, second: InputBatch, share: float) -> InputBatch:
     """A batch whose embeddings are `share` of the way from one to the other."""
-    name = "inputs_embeds"
-    mixed = torch.lerp(first.tensors[name], second.tensors[name], share)
-    return replace(first, tensors=first.tensors | {name: mixed})
+    names = [name for name in ("inputs_embeds", INJECTIONS) if name in first.tensors]
+    mixed = {name: torch.lerp(first.tensors[name], second.tensors[name], share) for name in names}
+    return replace(first, tensors=first.tensors | mixed)

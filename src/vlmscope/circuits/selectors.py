@@ -31,6 +31,7 @@ from vlmscope.transcoders.transcoder import TranscoderSet
 Influence = Mapping[FeatureId, float]  # a feature's share of influence, mean over graphs
 CLUSTERS = "clusters.parquet"
 CANDIDATES = 8
+ROUNDING = 1e-4  # a smaller difference, relative to the mean, is that of sums in another order
 
 
 def by_ids(ids: Iterable[str], known: Influence) -> list[CircuitFeature]:
@@ -131,7 +132,7 @@ def by_contrast(
         for index in best.topk(min(CANDIDATES * node.count, len(best))).indices.tolist():
             feature, row = FeatureId(layer, index), int(at[index])
             share = 0.0 if known is None else known.get(feature, 0.0)
-            if best[index] > 0:
+            if best[index] > 0 and gaps[row, index] > ROUNDING * of.by_role[roles[row]][layer][index]:
                 ranked.append((float(best[index]), CircuitFeature(feature, roles[row], float(gaps[row, index]), share)))
     ranked.sort(key=lambda one: (-one[0], one[1].feature))
     found = [member for _, member in ranked]
@@ -157,9 +158,9 @@ def by_influence(
     wanted = None if node.influence is None else node.influence.share
     if wanted is None:
         ranked = ranked[: node.count]
-    else:
+    elif ranked:
         sums = np.cumsum([means[f] for f in ranked])
-        ranked = ranked[: int(np.searchsorted(sums, wanted * sum(means.values()) * (1 - 1e-12))) + 1]
+        ranked = ranked[: int(np.searchsorted(sums, wanted * sums[-1] * (1 - 1e-12))) + 1]
     return [CircuitFeature(f, roles[f], 0.0, means[f]) for f in ranked]
 
 

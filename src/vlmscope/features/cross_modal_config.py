@@ -43,6 +43,7 @@ class CrossModalConfig:
         source: what the pictures show: planets, two digits of which the concept is the first, or shapes of a colour.
         pictures: training pictures a concept.
         test_pictures: unseen pictures a concept for the causal tests.
+        others: other concepts, drawn, from which each is patched and whose features are ablated with it; all when None.
         ratio: a feature prefers a concept when its mean there is at least so many times that on the others.
         fires: least share of a concept's pictures on which it must fire.
         permutations: orders in which the pictures' concepts are shuffled.
@@ -55,6 +56,7 @@ class CrossModalConfig:
     source: str = "planets"
     pictures: int = 40
     test_pictures: int = 20
+    others: int | None = None
     ratio: float = 2.0
     fires: float = 0.5
     permutations: int = 1000
@@ -80,5 +82,7 @@ class CrossModalConfig:
         for key in ("pictures", "test_pictures", "permutations"):
             if getattr(self, key) < 1:
                 raise UserError(f"cross_modal.{key}={getattr(self, key)}: it must be at least 1")
+        if self.others is not None and self.others < 1:
+            raise UserError(f"cross_modal.others={self.others}: it counts concepts; choose 1 or more, or null for all")
         if self.ratio <= 1 or not 0 < self.fires <= 1 or not 0 < self.q < 1:
             raise UserError("cross_modal: ratio must be above 1, fires a share up to 1, and q a share below 1")

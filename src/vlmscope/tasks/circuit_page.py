@@ -73,7 +73,7 @@ def draw_circuit(
         summary=summary(circuit, metrics),
         sections=(
             headline(metrics),
-            figure("The circuit", path, f"Diagram of the circuit {name}: {said(drawn)}", intro(scene, left_out)),
+            figure("The circuit", path, f"Diagram of the circuit {name}: {said(drawn)}", intro(scene, left_out), True),
             edge_table(circuit.edges),
             chosen_table(nodes),
             *feature_sections(nodes),

@@ -11,7 +11,7 @@ from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import Curve, FlipRow, Rate, Supernode
 from vlmscope.core.sweep import SweepJob
 from vlmscope.report import figures, training_figures
-from vlmscope.report.circuit_figure import circuit_diagram, describe
+from vlmscope.report.circuit_figure import circuit_diagram, describe, drawable
 from vlmscope.report.feature_key import key_entries
 from vlmscope.report.graph_figure import attribution_graph, strongest_edges
 from vlmscope.report.style import COLOURS
@@ -112,6 +112,27 @@ def test_circuit_diagram(supernode: Supernode, tmp_path: Path) -> None:
     assert describe(supernode) == "5 features, layers 1 to 5"
     with pytest.raises(ValueError, match="cycle"):
         circuit_diagram([supernode], [("a", "b", 1.0), ("b", "a", 1.0)], tmp_path / "cycle.png")
+
+
+def test_supernodes_hold_several_pictures_and_a_line_of_words(supernode: Supernode, tmp_path: Path) -> None:
+    colours = [(10, 200, 30), (200, 30, 10), (30, 10, 200), (9, 9, 200)]
+    pictures = [np.full((64, 64, 3), colour, np.uint8) for colour in colours]
+    edges = [("mars", "answer: mars", 4.0)]
+    one = check(circuit_diagram([supernode], edges, tmp_path / "one.png", {"mars": pictures[:1]}), 0.95 * (3.6 + 2.4))
+    more = circuit_diagram([supernode], edges, tmp_path / "c.png", {"mars": pictures}, words={"mars": "writes mars"})
+    shown = check(more, 0.95 * (3.6 + 2.1 + 0.3))
+    for code in ("#0ac81e", "#c81e0a", "#1e0ac8"):
+        assert share_of(shown, code) > 0.01
+    assert share_of(shown, "#0909c8") == 0  # three pictures at most
+    assert share_of(one, "#0ac81e") > share_of(shown, "#0ac81e")  # one alone is larger
+
+
+def test_cycles_lose_their_weakest_edge() -> None:
+    edges = [("a", "b", 3.0), ("b", "c", -2.0), ("c", "a", 1.0), ("b", "a", -0.5), ("a", "a", 9.0), ("c", "d", 0.1)]
+    drawn, left_out = drawable(edges, 0.2)
+    assert drawn == [("a", "b", 3.0), ("b", "c", -2.0)]
+    assert left_out == 2  # the two that close a cycle; what is too weak, or goes to itself, is not counted
+    assert drawable(edges)[0] == [*drawn, ("c", "d", 0.1)]
 
 
 def test_strongest_edges_are_kept_and_ranked(pruned) -> None:

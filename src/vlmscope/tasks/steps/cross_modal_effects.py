@@ -12,6 +12,7 @@ from torch import Tensor
 from vlmscope.circuits.shared_effects import KINDS, Asked, Outcome, ablate, ask, patch_across
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import Rate
+from vlmscope.core.seeds import generator
 from vlmscope.features.cross_modal import Shared
 from vlmscope.interventions.named import mean_activations
 from vlmscope.metrics.causal import bootstrap_rate
@@ -36,6 +37,7 @@ class Tested:
         means: mean activation of all features on each of these, layer -> [F], by which controls are matched.
         own: concept -> features that its pictures and word share under this question.
         every: concept -> those shared under every question.
+        others: concept -> the other ones that it is tested with.
     """
 
     bench: Bench
@@ -43,6 +45,7 @@ class Tested:
     means: Mapping[tuple[str, str], Mapping[int, Tensor]]
     own: Mapping[str, set[FeatureId]]
     every: Mapping[str, set[FeatureId]]
+    others: Mapping[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,24 @@ def measure_effects(
         metrics |= accuracy
         own = {concept: shared.features(c) for c, concept in enumerate(concepts)}
         means = {key: case_means(bench, asked) for key, asked in cases.items()}
-        tested = Tested(bench, cases, means, own, dict(zip(concepts, every, strict=True)))
+        always = dict(zip(concepts, every, strict=True))
+        tested = Tested(bench, cases, means, own, always, drawn_others(bench, config, question))
         ablations_of(tested, effects)
         patches_of(tested, effects.patches)
     return effects, metrics | effect_metrics(effects)
+
+
+def drawn_others(bench: Bench, config: CrossModalConfig, question: str) -> dict[str, list[str]]:
+    """For each concept the other ones that it is tested with: those with another answer go first."""
+    found: dict[str, list[str]] = {}
+    answers = config.questions[question].answers
+    for concept in config.concepts:
+        rest = [other for other in config.concepts if other != concept]
+        if config.others is not None:
+            rest = generator(bench.cfg.seed, "others", question, concept).permutation(rest).tolist()
+            rest = sorted(rest, key=lambda other: answers[other] == answers[concept])[: config.others]
+        found[concept] = rest
+    return found
 
 
 def make_cases(bench: Bench, config: CrossModalConfig, question: str) -> tuple[Cases, dict[str, float]]:
@@ -121,10 +138,9 @@ def ablations_of(tested: Tested, into: Effects) -> None:
         alone[concept, kind] = found
         into.ablations["own", kind].join(found)
         into.ablations["every_question", kind].join(ablated(tested.every[concept], draws))
-        for other, features in tested.own.items():
-            if other != concept:
-                # What the two concepts have in common is both's.
-                into.ablations["other_concept", kind].join(ablated(features - tested.own[concept], 0))
+        for other in tested.others[concept]:
+            # What the two concepts have in common is both's.
+            into.ablations["other_concept", kind].join(ablated(tested.own[other] - tested.own[concept], 0))
     for (concept, kind), found in alone.items():
         if kind == "picture" and (concept, "text") in alone:
             text = alone[concept, "text"].hits[0]
@@ -137,7 +153,7 @@ def patches_of(tested: Tested, into: Mapping[tuple[str, str], Outcome]) -> None:
     for (concept, kind), recipient in tested.cases.items():
         outcomes = {what: into[kind, what] for what in PATCHES}
         for (other, other_kind), donor in tested.cases.items():
-            if other_kind != kind and donor.answer != recipient.answer:
+            if other_kind != kind and other in tested.others[concept] and donor.answer != recipient.answer:
                 patch_across(
                     bench.vlm.adapter, bench.transcoders, recipient, donor, sorted(own[concept] | own[other]),
                     sorted(every[concept] | every[other]),

@@ -26,10 +26,13 @@ VIEWS = {
 }
 PREDICTORS = {
     "question": "which question it is",
+    "question_probability": "which question, and probability",
     "probability": "probability and entropy of answers",
     "paper": "graph: entropy, distance, top feature",
     "graph": "graph: all indicators",
     "both": "graph and probability",
+    "level": "how hard, and probability",
+    "level_both": "how hard, graph and probability",
 }
 INDICATORS = {
     "probability": "probability of the answer",
@@ -186,6 +189,8 @@ def reading(bench: Bench) -> Text:
             "All questions together flatter every predictor: some questions are harder, and graphs differ by question. "
             "Pairs within a question are the fair test; the classifier fitted to other questions is the hard one. "
             "Shuffled answers come out a little below 0.5: a fold with more errors leaves fewer to those fitted to.",
+            "How hard the picture was made is what we know and the model is not told. It stands beside the others, "
+            "since a graph may tell no more than that the picture is hard.",
             f"Graphs hold the {nodes:,} most influential features; the others are summed by layer. The scenes are "
             "harder than any in training, so this is about errors under noise and about fingers that are denied, not "
             "about invented facts in long answers.",

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -101,13 +101,20 @@ def run(bench: Bench) -> None:
     write_json(bench.run_dir / "layer_ranges.json", {
         "ranges": {name: {kind: [one.recovered.value for one in of[kind].outcomes if one.recovered] for kind in RANGES}
                    for name, of in curves.items()},
-        "grids": {name: {"roles": roles_of(cases[name].subject), "recovered": grid[..., 0].tolist()}
+        "grids": {name: {"roles": roles_of(cases[name].subject), "recovered": listed(grid[..., 0])}
                   for name, grid in grids.items()},
-        "alike": {f"{a} {b} {role}": values.tolist() for (a, b, role), (values, _) in alike.items()},
+        "alike": {f"{a} {b} {role}": listed(values) for (a, b, role), (values, _) in alike.items()},
     })  # fmt: skip
     bench.records["layer_ranges"] = {
         "cases": cases, "curves": curves, "depths": depths, "gaps": gaps, "grids": grids, "ways": ways, "alike": alike
     }  # fmt: skip
+
+
+def listed(values: np.ndarray) -> list[Any]:
+    """As JSON takes it: None for what is not there, such as a role that the prompt does not have."""
+    found = values.astype(object)
+    found[np.isnan(values)] = None
+    return found.tolist()
 
 
 def range_curve(bench: Bench, subject: PairSubject, kind: str) -> RangeCurve:

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
 
 VIEWS = ("pooled", "within", "unseen_question")
-PREDICTORS = ("question", "probability", "paper", "graph", "both")
+PREDICTORS = ("question", "question_probability", "probability", "paper", "graph", "both", "level", "level_both")
+ABOUT_QUESTIONS = PREDICTORS[:2]  # nothing to say where questions are not compared
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,15 @@ def columns(cases: Sequence[Case], names: Sequence[str]) -> np.ndarray:
 
 
 def inputs_of(cases: Sequence[Case], predictor: str) -> np.ndarray:
-    """[n, k], what a predictor may look at."""
+    """[n, k], what a predictor may look at; the scene's level, which no model is told, only for comparison."""
     sure = ("probability", "answer_entropy")
-    if predictor == "question":
+    if predictor in ABOUT_QUESTIONS:
         questions = np.array([case.question for case in cases])
-        return (questions[:, None] == np.unique(questions)).astype(np.float64)
+        which = (questions[:, None] == np.unique(questions)).astype(np.float64)
+        return which if predictor == "question" else np.column_stack([which, columns(cases, sure)])
+    if predictor.startswith("level"):
+        rest = columns(cases, sure if predictor == "level" else (*sure, *NAMES))
+        return np.column_stack([[case.level for case in cases], rest])
     names = {"probability": sure, "paper": PAPER, "graph": NAMES, "both": (*sure, *NAMES)}[predictor]
     return columns(cases, names)
 
@@ -147,13 +152,13 @@ def strata_of(cases: Sequence[Case], view: str) -> tuple[np.ndarray, np.ndarray 
 
 
 def predict(bench: Bench, cases: Sequence[Case], view: str) -> dict[str, Prediction]:
-    """Every predictor in one view; the question itself says nothing where questions are not compared."""
+    """Every predictor in one view."""
     config = bench.cfg.hallucination
     wrong, scenes = np.array([case.wrong for case in cases]), np.array([case.scene for case in cases])
     held, centred, compared = strata_of(cases, view)
     folds = group_folds(held, config.folds if view != "unseen_question" else None, config.seed)
     found = {}
-    for name in PREDICTORS if view == "pooled" else PREDICTORS[1:]:
+    for name in PREDICTORS if view == "pooled" else PREDICTORS[len(ABOUT_QUESTIONS) :]:
         values = inputs_of(cases, name)
         scores = held_out_scores(values, wrong, folds, centred)
         null = shuffled_aucs(values, wrong, folds, config.shuffles, compared, config.seed, centred)

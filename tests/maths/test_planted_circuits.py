@@ -1,0 +1,154 @@
+"""Discovery finds circuits that were planted, and chance is chance."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from planted import Planted, planted
+
+from vlmscope.attribution.config import AttributionConfig
+from vlmscope.circuits.discovery.edges import EdgeTable, PairEdges, edge_table, pair_edges, run_edges
+from vlmscope.circuits.discovery.graphs import GraphScores, graph_scores
+from vlmscope.circuits.discovery.nodes import Nodes
+from vlmscope.circuits.discovery.scores import activation_change, eap_ig, order_of
+from vlmscope.circuits.discovery.search import Runner, greedy_order, prune_members, smallest
+from vlmscope.circuits.discovery.sides import Sides, changing_nodes, measure
+from vlmscope.core.seeds import generator
+from vlmscope.metrics.ranking import auroc
+from vlmscope.models.precision import exact_float64
+
+FOUND = 0.95
+
+
+@dataclass
+class Case:
+    planted: Planted
+    sides: Sides
+    nodes: Nodes
+    truth: np.ndarray
+    scores: dict[str, np.ndarray]
+    graphs: GraphScores
+    pairs: list[PairEdges]
+    edges: EdgeTable
+
+    @property
+    def runner(self) -> Runner:
+        return Runner(self.planted.vlm.adapter, self.planted.transcoders, self.sides, self.nodes)
+
+    @property
+    def true_edges(self) -> np.ndarray:
+        """[E] bool."""
+        known = self.planted.true_edges(self.nodes)
+        names = zip(self.edges.source.tolist(), self.edges.target.tolist(), strict=True)
+        return np.array([pair in known for pair in names])
+
+
+@pytest.fixture(scope="module", params=range(4))
+def case(request: pytest.FixtureRequest) -> Case:
+    with exact_float64(), torch.no_grad():
+        made = planted(request.param)
+        adapter, transcoders = made.vlm.adapter, made.transcoders
+        sides = measure(adapter, transcoders, made.subject)
+        nodes = changing_nodes(sides, transcoders)
+        graphs = graph_scores(adapter, transcoders, made.subject, nodes, 1, AttributionConfig())
+        order = greedy_order(Runner(adapter, transcoders, sides, nodes))
+        by_rank = np.empty(len(nodes))
+        by_rank[order] = -np.arange(len(nodes))
+        scores = {
+            "eap_ig": eap_ig(adapter, transcoders, sides, nodes, 5).mean(0),
+            "graph": graphs.nodes.mean(0),
+            "greedy": by_rank,
+            "activation": activation_change(transcoders, sides, nodes),
+        }
+        pairs = pair_edges(adapter, transcoders, sides, nodes, np.flatnonzero(nodes.is_feature), 1, 5)
+    return Case(made, sides, nodes, made.truth(nodes), scores, graphs, pairs, edge_table(pairs))
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    with exact_float64():
+        yield
+
+
+def size(case: Case, method: str) -> np.ndarray:
+    """What is ranked by: |score|, but for the ranks of the greedy search, whose best is 0."""
+    return case.scores[method] if method == "greedy" else np.abs(case.scores[method])
+
+
+@pytest.mark.parametrize("method", ["eap_ig", "graph", "greedy"])
+def test_nodes_are_found(case: Case, method: str) -> None:
+    assert case.truth.sum() == 8
+    assert (~case.truth).sum() > 40
+    assert auroc(size(case, method), case.truth) >= FOUND
+
+
+def test_activation_alone_finds_distractors(case: Case) -> None:
+    """What moves most is not what matters: the planted distractors would win."""
+    assert auroc(case.scores["activation"], case.truth) < 0.5
+
+
+def test_edges_are_found(case: Case) -> None:
+    truth = case.true_edges
+    assert truth.sum() == 10
+    by_graph = np.array(
+        [case.graphs.edges.get(pair, 0.0) for pair in zip(case.edges.source, case.edges.target, strict=True)]
+    )
+    assert auroc(np.abs(case.edges.score.mean(0)), truth) >= FOUND
+    assert auroc(by_graph, truth) >= FOUND
+
+
+@pytest.mark.parametrize("method", ["eap_ig", "graph", "greedy"])
+def test_shuffled_truth_is_chance(case: Case, method: str) -> None:
+    rng = generator(0, "shuffle")
+    shuffled = [auroc(size(case, method), rng.permutation(case.truth)) for _ in range(200)]
+    assert np.mean(shuffled) == pytest.approx(0.5, abs=0.04)
+    edges = [auroc(np.abs(case.edges.score.mean(0)), rng.permutation(case.true_edges)) for _ in range(50)]
+    assert np.mean(edges) == pytest.approx(0.5, abs=0.06)
+
+
+def test_scores_at_the_wrong_role_fail(case: Case) -> None:
+    """The same features at other roles are active and do nothing: scores that mix roles up are no longer found."""
+    nodes = case.nodes
+    rows = nodes.rows()
+    moved = np.zeros(len(nodes))
+    for (kind, layer, role, index), row in rows.items():
+        other = rows.get((kind, layer, (role + 1) % len(nodes.roles), index))
+        moved[row] = 0.0 if other is None else abs(case.scores["eap_ig"][other])
+    assert auroc(moved, case.truth) < FOUND - 0.2
+
+
+def test_signs_say_what_helps(case: Case) -> None:
+    signs = {name: np.sign(case.scores["eap_ig"][case.planted.node(case.nodes, name)]) for name in ("A", "B", "C", "I")}
+    assert signs == {"A": 1, "B": 1, "C": 1, "I": -1}
+    assert size(case, "eap_ig")[~case.truth].max() < 0.05 * size(case, "eap_ig")[case.truth].min()
+
+
+def test_the_smallest_circuit_is_the_planted_one(case: Case) -> None:
+    runner = case.runner
+    count = smallest(runner, order_of(case.scores["eap_ig"]), 0.9)
+    found = prune_members(runner, order_of(case.scores["eap_ig"])[:count], 0.9, 20, 1e-3)
+    needed = set(np.flatnonzero(case.truth).tolist()) - {case.planted.node(case.nodes, "I")}
+    assert set(found.members.tolist()) == needed  # the inhibitor works against the answer: nothing is lost without it
+    assert min(found.losses[node] for node in needed) > 0.1
+    # Distractors share norms with what they stand beside, so leaving them out is not quite free.
+    assert runner.share(np.flatnonzero(case.truth)) == pytest.approx(1.0, abs=0.1)
+    assert runner.share(np.flatnonzero(~case.truth)) == pytest.approx(0.0, abs=0.1)
+
+
+def test_circuits_of_edges_are_exact_at_both_ends_and_need_the_planted_edges(case: Case) -> None:
+    clean, corrupt = case.pairs[0].clean, case.pairs[0].corrupt
+    scores = np.abs(case.edges.score.mean(0))
+    every = list(zip(case.edges.source.tolist(), case.edges.target.tolist(), strict=True))
+    rest = {pair for pair in every if pair[0] < -1}
+    planted_edges = case.planted.true_edges(case.nodes)
+    cut = planted_edges - {(case.planted.node(case.nodes, "A"), case.planted.node(case.nodes, "B"))}
+    whole, none, found, less, all_listed = run_edges(
+        case.pairs, [None, set(), planted_edges | rest, cut | rest, set(every)]
+    )[:, 0]
+    assert whole == pytest.approx(clean, abs=1e-9)
+    assert none == pytest.approx(corrupt, abs=1e-9)
+    assert all_listed == pytest.approx(clean, abs=1e-9)
+    assert (found - corrupt) / (clean - corrupt) == pytest.approx(1.0, abs=0.02)
+    assert (less - corrupt) / (clean - corrupt) < 0.8
+    assert scores.max() > 0

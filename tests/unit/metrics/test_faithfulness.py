@@ -1,0 +1,49 @@
+"""Faithfulness, CPR and CMD: known values, and intervals that behave as intervals do."""
+
+import numpy as np
+import pytest
+
+from vlmscope.metrics.faithfulness import SHARES, area, cmd, cpr, faithfulness, faithfulness_curve, sizes
+
+
+def test_areas_follow_the_trapezoid_rule_on_a_linear_axis() -> None:
+    x = np.array(SHARES)
+    assert cpr(np.ones(10)) == pytest.approx(0.999)
+    assert cmd(np.ones(10)) == 0.0
+    assert cpr(x) == pytest.approx((1 - 0.001**2) / 2)  # exact on a line
+    assert cmd(np.full(10, 1.5)) == pytest.approx(0.5 * 0.999)  # too much is as wrong as too little
+    late = np.zeros(10)
+    late[-1] = 1.0
+    assert cpr(late) == pytest.approx(0.25)  # the last panel is half of the axis
+    assert area(np.stack([np.ones(10), x])).tolist() == pytest.approx([0.999, 0.4999995])
+
+
+def test_faithfulness_is_a_ratio_of_means() -> None:
+    clean, corrupt = np.array([4.0, 8.0]), np.array([0.0, -2.0])
+    found = faithfulness(np.array([1.0, 5.0]), clean, corrupt)
+    assert found.value == pytest.approx((3 + 1) / (6 + 1))
+    assert found.cases == 2
+    assert found.ci_low <= found.value <= found.ci_high
+    with pytest.raises(ValueError, match="nothing to recover"):
+        faithfulness(clean, clean, clean)
+    with pytest.raises(ValueError, match="at least one"):
+        faithfulness(np.array([]), np.array([]), np.array([]))
+
+
+def test_curves_carry_the_ends_and_narrow_with_more_pairs() -> None:
+    def curve(pairs: int):
+        rng = np.random.default_rng(3)
+        clean, corrupt = rng.normal(5, 1, pairs), rng.normal(-3, 1, pairs)
+        share = np.sqrt(np.array(SHARES))[:, None]
+        noise = rng.normal(0, 1, (10, pairs)) * (1 - share)
+        return faithfulness_curve(corrupt + share * (clean - corrupt) + noise, clean, corrupt, sizes(1000))
+
+    few, many = curve(10), curve(1000)
+    assert many.counts == (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+    assert many.rates[-1].value == pytest.approx(1.0)
+    assert many.cpr.value == pytest.approx(cpr(np.sqrt(SHARES)), abs=0.02)
+    assert many.cpr.value + many.cmd.value == pytest.approx(0.999)  # f stays below 1
+    assert many.cpr.ci_low < many.cpr.value < many.cpr.ci_high
+    assert many.cpr.ci_high - many.cpr.ci_low < few.cpr.ci_high - few.cpr.ci_low
+    with pytest.raises(ValueError, match="MIB's areas"):
+        faithfulness_curve(np.zeros((3, 4)), np.ones(4), np.zeros(4), (1, 2, 3))

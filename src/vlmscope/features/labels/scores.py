@@ -86,8 +86,8 @@ def would_pass(p: np.ndarray, passed: np.ndarray, chance: np.ndarray) -> np.ndar
         chance: `[M]`, where nothing is to be found; nan for none.
 
     Returns:
-        `[M]` bool: at most the largest p that passed. The share of these, times N over the number that passed, estimates
-        the false discovery rate without assuming that p is right.
+        `[M]` bool: at most the largest p that passed. The share of these, times N over the number that passed,
+        estimates the false discovery rate without assuming that p is right.
     """
     cut = float(p[passed].max()) if passed.any() else -1.0
     return np.isfinite(chance) & (np.nan_to_num(chance, nan=np.inf) <= cut)

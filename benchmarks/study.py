@@ -29,11 +29,11 @@ from vlmscope.data.orrery.scene import KINDS
 from vlmscope.data.share import WHOLE
 from vlmscope.data.source_config import SourceConfig
 from vlmscope.data.sources import open_source
-from vlmscope.features.run_study import finish, study_parts
-from vlmscope.features.study_config import StudyConfig
-from vlmscope.features.study_inputs import InputMaker, StudyInput
-from vlmscope.features.study_part import StudyPart
-from vlmscope.features.study_pass import StudyPass
+from vlmscope.features.study.config import StudyConfig
+from vlmscope.features.study.inputs import InputMaker, StudyInput
+from vlmscope.features.study.part import StudyPart
+from vlmscope.features.study.run import finish, study_parts
+from vlmscope.features.study.study_pass import StudyPass
 from vlmscope.models.conversations import encode
 
 BATCHES = 2  # a block

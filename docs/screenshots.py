@@ -1,9 +1,14 @@
-"""Take the screenshots of the MLflow UI that docs/img holds, of the latest sweep of an experiment:
+"""Take the screenshots that docs/img holds: of the MLflow UI with the latest sweep of an experiment:
 
     python run.py -m experiment=expansion_sweep transcoder.expansion_factor=4,16 trainer.max_steps=200
     python docs/screenshots.py
 
-They are what `make ui` shows. Needs the `dev` extra and Chromium (Debian: apt-get install chromium).
+or of the summary page of task=reproduce:
+
+    python run.py task=reproduce hydra.run.dir=/my/reproduction
+    python docs/screenshots.py --summary /my/reproduction/summary.html
+
+The first are what `make ui` shows. Needs the `dev` extra and Chromium (Debian: apt-get install chromium).
 tests/browser/test_mlflow_ui.py drives the same pages.
 """
 
@@ -249,6 +254,15 @@ def take(ui: Ui, out: Path) -> None:
     _save(page, out / "mlflow_sweep_figure.png", height=700)
 
 
+def take_summary(page: Page, summary: Path, out: Path) -> None:
+    """The top of a summary page, as far as its second experiment."""
+    page.set_viewport_size({"width": 1100, "height": HIGH})
+    page.goto(summary.resolve().as_uri())
+    box = page.locator("article.experiment").nth(1).bounding_box()
+    assert box is not None
+    _save(page, out / "reproduce.png", height=int(box["y"] + box["height"]))
+
+
 def _save(page: Page, path: Path, height: int | None = None) -> None:
     """The window, or its upper `height` pixels, as a PNG of at most 256 colours, atomically."""
     page.add_style_tag(content=_FLOATING)
@@ -268,8 +282,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--uri", default=f"sqlite:///{ROOT}/outputs/mlflow.db", help="the tracking store")
     parser.add_argument("--experiment", default="expansion_sweep")
+    parser.add_argument("--summary", type=Path, help="a summary.html of task=reproduce, to be taken instead")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "img")
     args = parser.parse_args()
+    if args.summary is not None:
+        with browser() as chrome:
+            take_summary(chrome.new_page(), args.summary, args.out)
+        return 0
     try:
         sweep = latest_sweep(args.uri, args.experiment)
         args.out.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,8 @@
 import fcntl
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,20 @@ for _key, _value in {
     "MPLBACKEND": "Agg",
 }.items():
     os.environ.setdefault(_key, _value)
+
+
+def _back_to_one_thread() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A training run sets the threads of the whole process; with two, all later tests would fight over the cores."""
+    _back_to_one_thread()
+    yield
+    _back_to_one_thread()
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,14 @@ import weakref
 from collections.abc import Mapping, Sequence
 from functools import cache
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @cache
-def _context() -> multiprocessing.context.ForkServerContext:
+def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.warm"])
     # The server of Python 3.11 does not take over sys.path.

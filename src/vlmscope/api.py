@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vlmscope.core.graph import PrunedGraph
     from vlmscope.core.intervention import FeatureExample
     from vlmscope.core.merged import AggregateGraph, GraphComparison
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
     from vlmscope.transcoders.transcoder import TranscoderSet
@@ -203,7 +203,7 @@ def study(
 ) -> dict[str, tuple[FeatureExample, ...]]:
     """The pictures on which each feature is most active, with the activation of every soft token and word."""
     from vlmscope.data.images import open_image, png_bytes
-    from vlmscope.features.top_examples import StudyItem, top_examples
+    from vlmscope.features.study.top_examples import StudyItem, top_examples
     from vlmscope.interventions.named import by_layer
 
     pictures = [i if isinstance(i, Image.Image) else open_image(i) for i in images]
@@ -232,8 +232,8 @@ def study_data(scope: Scope, data: str | Path | Mapping[str, Any], folder: str |
         UserError: the data are not there or mostly unusable, or the folder is of another study.
     """
     from vlmscope.data.source_config import SourceConfig
-    from vlmscope.features.run_study import study_alone
-    from vlmscope.features.study_config import StudyConfig
+    from vlmscope.features.study.config import StudyConfig
+    from vlmscope.features.study.run import study_alone
 
     config = StudyConfig(**settings)
     folder_source: dict[str, Any] = {"folder": {"kind": "folder", "path": str(data)}}
@@ -245,6 +245,6 @@ def study_data(scope: Scope, data: str | Path | Mapping[str, Any], folder: str |
 
 def open_study(folder: str | Path) -> StudyFolder:
     """A finished study: `open_study(folder).feature(FeatureId(6, 512))`."""
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
 
     return StudyFolder(folder)

@@ -1,6 +1,7 @@
 """The prompt sets: typed, in words that their model knows, with as many placeholders as pictures, and right."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def composed(*overrides: str) -> AppConfig:
     return to_app_config(compose("config", list(overrides)), overrides)
 
 
+@cache
 def prompts(name: str) -> dict[str, PromptConfig]:
     chosen = composed(f"prompts={name}").prompts
     assert isinstance(chosen, PromptSetConfig) and chosen.source

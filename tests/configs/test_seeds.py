@@ -13,7 +13,7 @@ from vlmscope.config.resolve import to_app_config
 from vlmscope.config.store import register
 from vlmscope.tasks import registry
 
-GROUPS = ("circuit", "cross_modal", "interchange", "pairs", "study", "where")
+GROUPS = ("circuit", "cross_modal", "hallucination", "interchange", "pairs", "study", "where")
 OPTIONS = [f"{group}={name}" for group in GROUPS for name in catalog.options(group)]
 EXPERIMENTS = [f"experiment={name}" for name in catalog.options("experiment")]
 

@@ -114,7 +114,7 @@ def make_case(
     adapter = vlm.adapter
     settings = {"skip": skip, "seed": 4, "dtype": torch.float64, "activation": activation, "cross_layer": cross_layer}
     transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 5, **settings)
-    limits = Limits(sources=24, positions=100)
+    limits = Limits(sources=24, positions=12)
     subject = make_subject(vlm, transcoders, inputs, other, limits)
     return Case(subject, attribute(subject.replacement, config(), vlm.tokenizer))
 

@@ -17,6 +17,8 @@ PIPELINE = [
     "intervention.strengths=[0.0,2.0]",
     "circuit.pictures=2",
     "circuit.per_layer=2",
+    "circuit.graphs=1",
+    "attribution.max_nodes=300",
 ]
 TINY_MODEL = [f"task.architecture.{key}={value}" for key, value in {
     "d_model": 16, "n_layers": 2, "d_mlp": 16, "head_dim": 4, "vision_width": 8, "vision_layers": 1, "vision_mlp": 8,
@@ -29,15 +31,18 @@ PAIRS = [
     "pairs.test=4",
     "interchange.least=2",
     "interchange.counts=[2,5]",
+    "interchange.steps=1",
     "interchange.features=4",
     "interchange.generate=1",
     "interchange.scenes=[40,20]",
     "intervention.controls=1",
+    "intervention.modes=[direct,free]",
     "intervention.scopes=[no_last_layer]",
 ]
+FEW = [*PAIRS, "intervention.modes=[free]", "interchange.generate=0", "interchange.counts=[2]", "interchange.steps=1"]
 LIMITS = {
-    "mars_earth_patch": PIPELINE,
-    "mars_earth_curves": [*PIPELINE, "attribution.max_nodes=300"],
+    "mars_earth_patch": [*PIPELINE, "~circuit.questions.cover"],
+    "mars_earth_curves": [*PIPELINE, "~circuit.questions.colour", "~circuit.questions.cover"],
     "modality_by_layer": ["study.limit=40", "study.samples=4"],
     "cross_modal": [
         "cross_modal.concepts=[mars,earth,saturn]",
@@ -46,8 +51,50 @@ LIMITS = {
         "cross_modal.permutations=20",
         "intervention.controls=1",
     ],
+    "cross_modal_association": [
+        "~association.planets",
+        "~association.descriptions",
+        "association.digits.concepts=[three,five,eight]",
+        *(
+            f"association.{name}.{key}"
+            for name in ("digits", "colours")
+            for key in ("pictures=3", "test_pictures=2", "permutations=10")
+        ),
+    ],
+    "hierarchy": [*PAIRS, "interchange.scenes=[42,14]"],
     "visual_arithmetic": PAIRS,
     "six_fingers": [*PAIRS, "interchange.strengths=[0,4]"],
+    "find_circuits": [
+        *PAIRS,
+        "discovery.graphs=1",
+        "discovery.steps=1",
+        "discovery.methods=[eap_ig,random]",
+        "discovery.modes=[free]",
+        "discovery.edge_nodes=10",
+        "discovery.edge_pairs=2",
+        "discovery.draws=1",
+        "discovery.minimality=2",
+        "attribution.max_nodes=200",
+    ],
+    "counting": [*FEW, "interchange.strengths=[1]", "interchange.transfer=10", "interchange.scenes=[60,36]"],
+    "object_recognition": FEW,
+    "captioning": [
+        *(f"captions.{key}=3" for key in ("train", "test", "validation", "features", "conflicts")),
+        *(f"captions.{key}=1" for key in ("graphs", "steps", "others")),
+        "captions.kinds=[planets]",
+        "captions.strengths=[1.0]",
+        "captions.max_new_tokens=12",
+        "~captions.swaps.circle_to_star",
+        "attribution.max_nodes=200",
+        "intervention.controls=1",
+    ],
+    "hallucination_prediction": [
+        "hallucination.scenes={planets:3,digits:2,shapes:0,hands:4}",
+        "hallucination.levels=[0,1]",
+        "hallucination.folds=2",
+        "hallucination.shuffles=2",
+        "attribution.max_nodes=40",
+    ],
     "train_orrery": [*TINY_MODEL, *STAGES, "task.max_steps=2", "task.test_scenes=4"],
     "train_orrery_transcoders": [
         "transcoder.expansion_factor=1",
@@ -70,16 +117,34 @@ LIMITS = {
 LEAVES = {
     "mars_earth_patch": ["graph.json", "graph.safetensors", "report.html", "figures/flip_rates.png"],
     "mars_earth_curves": ["curves.json", "report.html", "figures/ablation.png"],
-    "modality_by_layer": ["study/study.json", "modality.parquet", "figures/modality_by_layer.png"],
+    "modality_by_layer": ["report.html", "study/study.json", "modality.parquet", "figures/modality_by_layer.png"],
+    "cross_modal_association": ["report.html", "digits/shared.parquet", "colours/figures/effects.png"],
+    "hierarchy": [
+        "layer_ranges.json",
+        "report.html",
+        *(f"figures/{name}.png" for name in ("planet_by_layer", "kinds_picture", "range_first", "alike")),
+    ],
     "cross_modal": [
         "shared.parquet",
+        "report.html",
         *(f"figures/{name}.png" for name in ("coincidences", "shared_by_layer", "effects")),
     ],
     "visual_arithmetic": ["interchange.json", "sum_features.json", "report.html", "figures/grid_sum.png"],
     "six_fingers": ["report.html", "figures/amplify_fingers.png"],
+    "find_circuits": ["discovery.json", "circuits/name/circuit.yaml", "report.html", "figures/edges_name.png"],
+    "counting": ["number_line.json", "report.html", "figures/tuning_last.png", "figures/transfer_count_shape.png"],
+    "object_recognition": ["report.html", "figures/object_maps.png", "figures/places_changes.png"],
+    "captioning": ["caption_words.json", "caption_steering.json", "report.html", "figures/captions.png"],
+    "hallucination_prediction": ["cases.parquet", "report.html", "figures/areas.png", "figures/asked.png"],
     "train_orrery": ["model/config.json", "model/model.safetensors", "vlm/checkpoint.safetensors"],
     "train_orrery_transcoders": ["transcoders/config.yaml", "transcoders/layer_7.safetensors"],
-    "where_in_the_picture": ["maps.json", "figures/deletion.png", "figures/pointing.png", "figures/lens.png"],
+    "where_in_the_picture": [
+        "report.html",
+        "maps.json",
+        "figures/deletion.png",
+        "figures/pointing.png",
+        "figures/lens.png",
+    ],
 }
 METRICS = {
     "mars_earth_patch": ["steer/free/flip_rate", "patch/direct/name/flip_rate_ci_low", "graph/replacement_score"],
@@ -92,6 +157,20 @@ METRICS = {
         "patch/text_to_picture/flip_rate_control",
         "patch/picture_to_text/no_last_layer/flip_rate_ci_low",
     ],
+    "cross_modal_association": [
+        "association/digits/cross_modal/plus_one/by_rule_p",
+        "association/colours/cross_modal/earth/shared",
+        "association/colours/base/neptune/picture/accuracy",
+    ],
+    "hierarchy": [
+        "read/picture/layer_00/texture",
+        "read/last_name/layer_07/planet",
+        "depth/name_ci_low",
+        "depth/colour_less_cover",
+        "way/name/cover/follow_rate_control",
+        "ranges/cover/first/layer_03/follow_rate_random_direction",
+        "alike/name_cover/last/layer_07_shuffled",
+    ],
     "visual_arithmetic": [
         "interchange/all_features/free/sum/follow_rate_ci_low",
         "interchange/features_of_sum/direct/sum/recovered",
@@ -99,10 +178,40 @@ METRICS = {
         "interchange/features_of_sum/generate/sum/follow_rate",
         "sums/features/by_chance",
     ],
+    "find_circuits": ["discovery/name/free/faithfulness", "discovery/name/edges/rank_correlation"],
     "six_fingers": [
         "amplify/fingers/counterfactual/logit_gap",
         "amplify/fingers/original/strength_4/follow_rate_ci_high",
         "amplify/fingers/counterfactual/strength_4/follow_rate_control",
+    ],
+    "counting": [
+        "interchange/features_of_count/free/count/follow_rate",
+        "numbers/last/monotone/rho_at_equal_area_ci_low",
+        "dose/count/strength_1/shift_control",
+        "transfer/count/over_shape/another/recovered_ci_high",
+        "interchange/peak_kind/free/shape/changed_rate",
+    ],
+    "object_recognition": [
+        "dissociation/features_of_shape/own_minus_other_ci_low",
+        "dissociation/shape/features_of_shape_colour/shape/changed_rate_control",
+        "dissociation/features_of_shape/active_under/shape_colour",
+        "places/shape/fires/on_object_control",
+        "places/shape_colour/carried/ground/recovered_ci_low",
+    ],
+    "captioning": [
+        "captions/planets/colour/from_picture_ci_low",
+        "captions/planets/cover/follows_text",
+        "caption_steer/mars_to_earth/steered/all_right",
+        "caption_steer/red_to_blue/matched_features/log_likelihood",
+        "caption_steer/mars_to_earth/others_ungated/planets/changed_rate",
+    ],
+    "hallucination_prediction": [
+        "errors/wrong_rate",
+        "errors/pooled/question/auc",
+        "errors/within/graph/auc_ci_low",
+        "errors/within/probability/auc_control",
+        "errors/unseen_question/both/auc",
+        "errors/within/gain_ci_high",
     ],
     "train_orrery": ["test/accuracy/name", "test/accuracy_shuffled/sum"],
     "train_orrery_transcoders": ["val/fvu", "layers/fvu/layer_07", "val/ce_delta", "val/dead_frac"],
@@ -129,10 +238,15 @@ def test_every_experiment_has_its_smoke_test_and_its_card() -> None:
         assert (folder / f"{name}.md").is_file(), f"{name} has no card"
 
 
-@pytest.mark.parametrize("name", sorted(LIMITS))
+# Their parts are tested by themselves and in test_captions.py, and visual_arithmetic runs the steps that they share.
+SLOW = {"captioning", "counting", "object_recognition"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(LIMITS)])
 def test_experiment_runs(name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
-    code = main([f"experiment={name}", *LIMITS[name], f"data.path={data}", f"hydra.run.dir={run_dir}", "tracking=none"])
+    where = [f"data.path={data}", f"hydra.run.dir={run_dir}", "tracking=none", "trainer.threads=1"]
+    code = main([f"experiment={name}", *LIMITS[name], *where])
     out = capsys.readouterr()
     assert code == 0, out.err
     assert out.out.strip().splitlines()[-1] == str(run_dir)

@@ -78,6 +78,16 @@ def test_mistakes_are_one_line(
     assert said in error[0]
 
 
+def test_a_number_line_is_looked_for_without_pairs_being_carried(tmp_path: Path) -> None:
+    off = [f"task.steps.{step}=false" for step in ("interchange", "number_dose", "pair_transfer", "pairs_report")]
+    small = ["interchange.scenes=[36,36]", "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert main(["experiment=counting", *off, *small]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["numbers/last/by_chance"] <= 2
+    assert metrics["numbers/last/read/same_shape/layer_07/accuracy"] > 0.3  # chance is a sixth
+    assert (tmp_path / "run" / "number_line.json").is_file()
+
+
 def test_a_pipeline_without_pairs_says_what_to_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = ["task=pipeline", "+task.steps.interchange=true", "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
     assert main(steps) == 2

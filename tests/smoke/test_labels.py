@@ -8,7 +8,7 @@ import pytest
 from vlmscope.app import main
 from vlmscope.core.ids import FeatureId
 from vlmscope.features.labels.reader import Labels
-from vlmscope.features.records import StudyFolder
+from vlmscope.features.study.records import StudyFolder
 from vlmscope.models.tiny import tiny_image
 
 TINY = ["model=tiny_gemma3", "tracking=none"]
@@ -28,7 +28,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = root / "run"
     sizes = ["study.top=6", "study.samples=12", "data=folder", f"data.path={root}"]
     assert main(["task=study", *TINY, *sizes, f"hydra.run.dir={run}"]) == 0
-    assert main(["task=label", *TINY, f"task.study={run}", f"hydra.run.dir={root / 'label'}"]) == 0
+    assert main(["task=label", *TINY, f"study.path={run}", f"hydra.run.dir={root / 'label'}"]) == 0
     return run
 
 
@@ -48,20 +48,20 @@ def test_labels_come_with_scores_and_facts(study: Path) -> None:
     assert any("colour = red" in label.text or '"red"' in label.text for label in labels.values())
     assert all(label.score is not None and label.low is not None for label in labels.values())
     before = (study / "study/labels/auto.parquet").read_bytes()
-    assert main(["task=label", *TINY, f"task.study={study}", f"hydra.run.dir={study.parent / 'again'}"]) == 0
+    assert main(["task=label", *TINY, f"study.path={study}", f"hydra.run.dir={study.parent / 'again'}"]) == 0
     assert (study / "study/labels/auto.parquet").read_bytes() == before
 
 
 def test_features_are_found_by_words_and_by_a_picture(study: Path, tmp_path: Path) -> None:
     words = tmp_path / "words"
-    assert main(["task=find", "query=red, planets", *TINY, f"task.study={study}", f"hydra.run.dir={words}"]) == 0
+    assert main(["task=find", "query=red, planets", *TINY, f"study.path={study}", f"hydra.run.dir={words}"]) == 0
     found = json.loads((words / "find.json").read_text())["features"]
     assert found and {"layer", "index", "label", "score", "why"} <= set(found[0])
     assert any("red" in one["why"] or "planet" in one["why"] for one in found)
     assert (words / "figures/find.png").stat().st_size > 10_000
     picture = tmp_path / "picture"
     own = [f"image={study.parent / '1.png'}", "prompt=what is this planet ?", "task.count=20"]
-    assert main(["task=find", *own, *TINY, f"task.study={study}", f"hydra.run.dir={picture}"]) == 0
+    assert main(["task=find", *own, *TINY, f"study.path={study}", f"hydra.run.dir={picture}"]) == 0
     ranked = json.loads((picture / "find.json").read_text())["features"]
     relevance = [one["relevance"] for one in ranked]
     assert relevance == sorted(relevance, reverse=True) and all(one["activation"] > 0 for one in ranked)
@@ -81,8 +81,18 @@ def test_hand_labels_are_found_and_reach_the_graph(study: Path, tmp_path: Path) 
         assert main([*plain, f"attribution.labels={study}", f"hydra.run.dir={folder}"]) == 0
         named = {one["node_id"]: one["clerp"] for one in json.loads((folder / "graph.json").read_text())["nodes"]}
         assert named[node["node_id"]] == "a zebra"
+        compared = tmp_path / "compared"
+        runs = [f"task.first={folder}", f"task.second={folder}", f"attribution.labels={study}"]
+        assert main(["task=compare", *TINY, *runs, "task.figure=false", f"hydra.run.dir={compared}"]) == 0
+        named = {one["node_id"]: one["clerp"] for one in json.loads((compared / "graph.json").read_text())["nodes"]}
+        assert "a zebra" in named.values()
+        header, *rows = (compared / "nodes.csv").read_text().splitlines()
+        assert header.endswith(",label")
+        assert [row.split(",")[0] for row in rows if row.endswith(",a zebra")] == [f"L{layer}/{index}"] * len(
+            [row for row in rows if row.startswith(f"L{layer}/{index},")]
+        )
         words = tmp_path / "words"
-        assert main(["task=find", "query=zebras", *TINY, f"task.study={study}", f"hydra.run.dir={words}"]) == 0
+        assert main(["task=find", "query=zebras", *TINY, f"study.path={study}", f"hydra.run.dir={words}"]) == 0
         found = json.loads((words / "find.json").read_text())["features"]
         assert [FeatureId(one["layer"], one["index"]) for one in found] == [FeatureId(int(layer), int(index))]
         assert found[0]["source"] == "hand"
@@ -93,7 +103,7 @@ def test_hand_labels_are_found_and_reach_the_graph(study: Path, tmp_path: Path) 
 def test_a_local_model_explains(study: Path, tmp_path: Path) -> None:
     feature = next(iter(Labels(StudyFolder(study)).automatic))
     own = [f"task.features=[{feature}]", "task.explainer=local", "task.shown=2", "task.judged=3", "task.set_name=vlm"]
-    assert main(["task=label", *own, *TINY, f"task.study={study}", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    assert main(["task=label", *own, *TINY, f"study.path={study}", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
     assert (study / "study/labels/vlm.parquet").is_file()
     (study / "study/labels/vlm.parquet").unlink()
 
@@ -101,20 +111,23 @@ def test_a_local_model_explains(study: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["task=label"], "no study: add task.study="),
-        (["task=label", "task.study=nowhere"], "no study.json in nowhere"),
-        (["task=label", "task.study=STUDY", "task.explainer=oracle"], "choose endpoint or local"),
-        (["task=label", "task.study=STUDY", "task.explainer=local"], "add 'task.features="),
-        (["task=label", "task.study=STUDY", "task.explainer=local", "task.features=[L0/99999]"], "no feature L0/99999"),
+        (["task=label"], "no study: add study.path="),
+        (["task=label", "study.path=nowhere"], "no study.json in nowhere"),
+        (["task=find", "query=red", "study.path=nowhere"], "no study.json in nowhere"),
+        (["task=structure", "study.path=nowhere"], "no study.json in nowhere"),
+        (["task=label", "task.study=nowhere"], "task.study= is called study.path="),
+        (["task=label", "study.path=STUDY", "task.explainer=oracle"], "choose endpoint or local"),
+        (["task=label", "study.path=STUDY", "task.explainer=local"], "add 'task.features="),
+        (["task=label", "study.path=STUDY", "task.explainer=local", "task.features=[L0/99999]"], "no feature L0/99999"),
         (
-            ["task=label", "task.study=STUDY", "task.explainer=endpoint", "task.features=[L0/1]",
+            ["task=label", "study.path=STUDY", "task.explainer=endpoint", "task.features=[L0/1]",
              "task.url=http://127.0.0.1:9/v1", "task.name_at_url=m", "task.retries=0"],
             "http://127.0.0.1:9/v1 does not answer",
         ),
-        (["task=find", "task.study=STUDY"], "give one of the two"),
-        (["task=find", "task.study=STUDY", "query=xylophone"], "has to do with that"),
-        (["task=find", "task.study=STUDY", "query=?"], "has no word"),
-        (["task=find", "task.study=STUDY", "image=PICTURE", "model=tiny_llava"], "not of"),
+        (["task=find", "study.path=STUDY"], "give one of the two"),
+        (["task=find", "study.path=STUDY", "query=xylophone"], "has to do with that"),
+        (["task=find", "study.path=STUDY", "query=?"], "has no word"),
+        (["task=find", "study.path=STUDY", "image=PICTURE", "model=tiny_llava"], "not of"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(

@@ -12,7 +12,7 @@ import vlmscope
 from vlmscope.app import main
 from vlmscope.core.ids import FeatureId
 from vlmscope.features.labels.label import Label, set_path, write_labels
-from vlmscope.features.records import StudyFolder
+from vlmscope.features.study.records import StudyFolder
 
 SCHEMA = Path(vlmscope.__file__).parent / "report" / "schema" / "feature.schema.json"
 
@@ -30,7 +30,7 @@ def study(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pages(study: Path, run: Path, *more: str) -> list[str]:
-    return ["task=pages", f"task.study={study}", f"hydra.run.dir={run}", "tracking=none", *more]
+    return ["task=pages", f"study.path={study}", f"hydra.run.dir={run}", "tracking=none", *more]
 
 
 def firing(study: Path, kind: int) -> FeatureId:
@@ -113,5 +113,5 @@ def test_mistakes_are_one_line(study: Path, tmp_path: Path, capsys: pytest.Captu
     assert "is neither a run folder nor a file" in error("task.from_graph=/nowhere")
     assert "no circuit.yaml" in error("task.from_circuit=/nowhere")
     assert "task.top=0" in error("task.top=0")
-    assert "no study.json" in error("task.study=/nowhere")
-    assert "no study: add task.study=" in error("task.study=null")
+    assert "no study.json" in error("study.path=/nowhere")
+    assert "no study: add study.path=" in error("study.path=null")

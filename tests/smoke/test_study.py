@@ -13,7 +13,7 @@ from tests.processes import ROOT, command_line
 
 from vlmscope.app import main
 from vlmscope.core.ids import FeatureId
-from vlmscope.features.records import StudyFolder
+from vlmscope.features.study.records import StudyFolder
 
 STUDY = [
     "task=study", "model=tiny_gemma3", "data=folder", "study.top=3", "study.samples=4", "study.batch_size=2",
@@ -86,3 +86,23 @@ def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.Captur
     run = tmp_path / "again"
     (run / "study").mkdir(parents=True)
     assert "trainer.resume=true" in _error([*command, f"hydra.run.dir={run}"], capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["task=study"], ["experiment=modality_by_layer"], ["task=label"], ["task=find", "query=red"], ["task=structure"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_is_missing_is_said_before_anything_heavy_is_imported(arguments: list[str], tmp_path: Path) -> None:
+    makes = arguments[0] in ("task=study", "experiment=modality_by_layer")
+    missing = f"data.path={tmp_path}" if makes else f"study.path={tmp_path}"
+    argv = [*arguments, missing, "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
+    code = (
+        "import sys; from vlmscope.app import main; code = main(sys.argv[1:]); "
+        "print([name for name in ('torch', 'pyarrow', 'matplotlib') if name in sys.modules]); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    expected = "python run.py task=build_data" if makes else "no study.json in"
+    assert expected in done.stderr.splitlines()[-1]

@@ -90,7 +90,8 @@ class AttributionConfig:
         patch_effect: what is followed: "total" (active features respond) or "direct" (the graph's own edges).
         patch_baseline: what a patch counts against: "grey" (pixels 0 after normalisation) or "mean" (of its picture).
         patch_rule: "frozen" (complete; docs/maths.md) or "gradient" (the plain gradient, for comparison).
-        labels: the run folder of a study whose labels (docs/labels.md) name the features in `graph.json`.
+        labels: the run folder of a study whose labels (docs/labels.md) name the features in graphs,
+            figures, tables and reports.
     """
 
     max_nodes: int = 7500

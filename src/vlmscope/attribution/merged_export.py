@@ -4,6 +4,7 @@ In a comparison's JSON a link weighs what the first graph has more than the seco
 What the viewers do not know is in extra keys of nodes and links, and under `vlmscope`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from vlmscope.attribution.export import FEATURE_TYPES, SCHEMA_VERSION, cantor_pair, source_id, write_graph_body
 from vlmscope.attribution.shares import cumulative_share
 from vlmscope.core.graph import ENDS, NodeKind
+from vlmscope.core.ids import FeatureId
 from vlmscope.core.merged import AggregateGraph, GraphComparison, MergedGraph
 
 Merged = GraphComparison | AggregateGraph
@@ -33,7 +35,7 @@ def merged_ids(merged: MergedGraph) -> list[str]:
     return ids
 
 
-def merged_to_json(merged: Merged, slug: str) -> dict[str, Any]:
+def merged_to_json(merged: Merged, slug: str, labels: Mapping[FeatureId, str] | None = None) -> dict[str, Any]:
     """A comparison or an aggregate as the viewers' JSON; valid against their schema."""
     ids = merged_ids(merged)
     strength = merged.share.max(axis=0) if isinstance(merged, GraphComparison) else merged.share
@@ -50,7 +52,7 @@ def merged_to_json(merged: Merged, slug: str) -> dict[str, Any]:
             "info": {"generator": {"name": "vlmscope"}, "description": _description(merged)},
         },
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
-        "nodes": [_node(merged, node, ids[node], float(cumulative[node])) for node in range(len(ids))],
+        "nodes": [_node(merged, node, ids[node], float(cumulative[node]), labels or {}) for node in range(len(ids))],
         "links": [
             {"source": ids[s], "target": ids[t], "weight": w, **_link(merged, edge)}
             for edge, (s, t, w) in enumerate(ends)
@@ -73,7 +75,7 @@ def _description(merged: Merged) -> str:
     return f"mean weights of {merged.n_graphs} graphs; nodes matched by {merged.match}"
 
 
-def _node(merged: Merged, node: int, name: str, cumulative: float) -> dict[str, Any]:
+def _node(merged: Merged, node: int, name: str, cumulative: float, labels: Mapping[FeatureId, str]) -> dict[str, Any]:
     nodes = merged.nodes
     kind, layer, index = NodeKind(int(nodes.kind[node])), int(nodes.layer[node]), int(nodes.index[node])
     logit, end = kind == NodeKind.LOGIT, kind in ENDS
@@ -87,7 +89,7 @@ def _node(merged: Merged, node: int, name: str, cumulative: float) -> dict[str, 
         "token_prob": (value or 0.0) if logit else 0.0,
         "is_target_logit": end and value == _best_logit(merged),
         "jsNodeId": name,
-        "clerp": _label(merged, node, value),
+        "clerp": _label(merged, node, value, labels),
         "influence": None if end else cumulative,
         "activation": value if kind == NodeKind.FEATURE else None,
         "modality": _modality(merged, node),
@@ -97,7 +99,7 @@ def _node(merged: Merged, node: int, name: str, cumulative: float) -> dict[str, 
     return {**record, **_node_values(merged, node)}
 
 
-def _label(merged: Merged, node: int, value: float | None) -> str:
+def _label(merged: Merged, node: int, value: float | None, labels: Mapping[FeatureId, str]) -> str:
     nodes = merged.nodes
     match NodeKind(int(nodes.kind[node])):
         case NodeKind.LOGIT:
@@ -106,7 +108,7 @@ def _label(merged: Merged, node: int, value: float | None) -> str:
         case NodeKind.TOKEN:
             return f"Emb: {nodes.label[node]}"
         case NodeKind.FEATURE:
-            return ""
+            return labels.get(FeatureId(int(nodes.layer[node]), int(nodes.index[node])), "")
         case _:
             return nodes.label[node]
 
@@ -149,7 +151,9 @@ def kept_by(merged: GraphComparison, kept: np.ndarray) -> str:
     return "both" if kept.all() else merged.names[0] if kept[0] else merged.names[1] if kept[1] else "neither"
 
 
-def write_merged_json(path: str | Path, merged: Merged, slug: str) -> float:
+def write_merged_json(
+    path: str | Path, merged: Merged, slug: str, labels: Mapping[FeatureId, str] | None = None
+) -> float:
     """Write `merged_to_json`, atomically; returns its size in megabytes and warns as `write_graph_json` does.
 
     Raises:
@@ -157,4 +161,4 @@ def write_merged_json(path: str | Path, merged: Merged, slug: str) -> float:
     """
     thresholds = "attribution.node_threshold or attribution.edge_threshold of the traces lower"
     advice = thresholds if isinstance(merged, GraphComparison) else f"task.min_present higher, or {thresholds}"
-    return write_graph_body(path, merged_to_json(merged, slug), advice)
+    return write_graph_body(path, merged_to_json(merged, slug, labels), advice)

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,27 @@ import numpy as np
 from vlmscope.attribution.merged_export import Merged, kept_by
 from vlmscope.core.artifacts import write_text
 from vlmscope.core.graph import NodeKind
+from vlmscope.core.ids import FeatureId
 from vlmscope.core.merged import AggregateGraph, GraphComparison, MergedGraph
 
 
-def write_tables(folder: str | Path, merged: Merged) -> None:
+def write_tables(folder: str | Path, merged: Merged, labels: Mapping[FeatureId, str] | None = None) -> None:
     """Write `nodes.csv` and `edges.csv`: what differs most (of a comparison), or matters most, comes first.
+
+    With `labels` nodes have a last column `label`.
 
     Raises:
         UserError: when a file cannot be written.
     """
     if isinstance(merged, GraphComparison):
         nodes, edges = _comparison_tables(merged)
+        order = np.argsort(-np.abs(merged.share[0] - merged.share[1]), kind="stable")
     else:
         nodes, edges = _aggregate_tables(merged)
+        order = np.argsort(-merged.share, kind="stable")
+    if labels:
+        said = [_label(merged, node, labels) for node in order.tolist()]
+        nodes = [(*row, label) for row, label in zip(nodes, ["label", *said], strict=True)]
     write_text(Path(folder) / "nodes.csv", _csv(nodes))
     write_text(Path(folder) / "edges.csv", _csv(edges))
 
@@ -71,6 +79,12 @@ def _names(merged: MergedGraph, node: int) -> tuple[str, str, str]:
 def _ends(merged: MergedGraph, edge: int) -> tuple[str, str, str, str]:
     source, target = int(merged.sources[edge]), int(merged.targets[edge])
     return merged.nodes.name(source), merged.where(source), merged.nodes.name(target), merged.where(target)
+
+
+def _label(merged: MergedGraph, node: int, labels: Mapping[FeatureId, str]) -> str:
+    if merged.nodes.kind[node] != NodeKind.FEATURE:
+        return ""
+    return labels.get(FeatureId(int(merged.nodes.layer[node]), int(merged.nodes.index[node])), "")
 
 
 def _shown(value: float) -> str:

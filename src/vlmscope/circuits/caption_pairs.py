@@ -93,12 +93,13 @@ def word_features(
     common = set.intersection(*(set(pair.differs) for pair in pairs))
     found: dict[int, list[FeatureId]] = {}
     for at in sorted(common):
-        sides = [
-            [continued(adapter, inputs, ids[:at], tokenizer) for inputs, ids in side]
-            for side in ([(p.original, p.ids[0]) for p in pairs], [(p.counterfactual, p.ids[1]) for p in pairs])
-        ]
-        tokens = [torch.tensor([p.ids[side][at] for p in pairs], device=adapter.device) for side in (0, 1)]
-        subject = pair_subject(adapter, transcoders, f"word {at}", *sides, *tokens, least=1, answerable=False)
+        originals = [continued(adapter, p.original, p.ids[0][:at], tokenizer) for p in pairs]
+        others = [continued(adapter, p.counterfactual, p.ids[1][:at], tokenizer) for p in pairs]
+        words, other_words = (torch.tensor([p.ids[side][at] for p in pairs], device=adapter.device) for side in (0, 1))
+        name = f"word {at}"
+        subject = pair_subject(
+            adapter, transcoders, name, originals, others, words, other_words, least=1, answerable=False
+        )
         ranked = pair_effects(adapter, transcoders, subject, steps).ranked(count)
         found[at] = [member.feature for member in ranked]
     return found

@@ -6,8 +6,9 @@ found once can be drawn, steered, patched and shared. Layout: `docs/formats.md`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ class Circuit:
         """
         if self.model and self.model != model:
             raise UserError(f"{where} is a circuit of the model {self.model}, not of {model}; give one of {model}")
+        if self.n_features and dict(self.n_features) != dict(n_features):
+            raise UserError(f"{where} is a circuit of other transcoders than these; give those with transcoder=")
         for node in self.supernodes.values():
             for member in node.features:
                 layer, index = member.feature
@@ -105,8 +108,22 @@ class Circuit:
                     raise UserError(
                         f"{where}: {node.name} has {member.feature}, but layer {layer} has {n_features[layer]} features"
                     )
-        if self.n_features and dict(self.n_features) != dict(n_features):
-            raise UserError(f"{where} is a circuit of other transcoders than these; give those with transcoder=")
+
+
+def labelled(circuit: Circuit, labels: Mapping[FeatureId, str]) -> Circuit:
+    """The circuit with its features' labels; one that has none in `labels` keeps what it is called."""
+    return replace(circuit, supernodes={name: with_labels(node, labels) for name, node in circuit.supernodes.items()})
+
+
+def with_labels(node: Supernode, labels: Mapping[FeatureId, str]) -> Supernode:
+    """One supernode, as `labelled`."""
+    return replace(node, features=tuple(replace(m, label=labels.get(m.feature, m.label)) for m in node.features))
+
+
+def commonest_label(node: Supernode) -> str:
+    """The label that most of its features have, without the score; the earlier of equals, "" without any."""
+    said = [m.label.rsplit(" (", 1)[0] for m in node.features if m.label]
+    return Counter(said).most_common(1)[0][0] if said else ""
 
 
 def save_circuit(circuit: Circuit, folder: Path) -> None:
@@ -132,11 +149,13 @@ def save_circuit(circuit: Circuit, folder: Path) -> None:
 def _node_body(node: Supernode) -> dict[str, Any]:
     body: dict[str, Any] = {"chosen": node.chosen} if node.chosen else {}
     if node.positions is not None:
-        body["positions"] = {"roles": list(node.positions.roles)}
+        where: dict[str, Any] = {"roles": list(node.positions.roles)}
         if node.positions.box is not None:
-            body["positions"]["box"] = [float(x) for x in node.positions.box]
+            where["box"] = [float(x) for x in node.positions.box]
+        body["positions"] = where
     body["features"] = [
         {"feature": str(m.feature), "role": m.role, "contrast": m.contrast, "influence": m.influence}
+        | ({"label": m.label} if m.label else {})
         for m in node.features
     ]
     return body
@@ -169,9 +188,11 @@ def load_circuit(folder: Path) -> Circuit:
 
 def _node(name: str, found: Any) -> Supernode:
     """A supernode of the file; in version 1 it was the list of its features."""
-    body = {"features": found} if isinstance(found, list) else found
+    body: dict[str, Any] = {"features": found} if isinstance(found, list) else found
     members = tuple(
-        CircuitFeature(FeatureId.parse(m["feature"]), m["role"], m["contrast"], m["influence"])
+        CircuitFeature(
+            FeatureId.parse(m["feature"]), m["role"], m["contrast"], m["influence"], label=str(m.get("label", ""))
+        )
         for m in body["features"]
     )
     places = body.get("positions")

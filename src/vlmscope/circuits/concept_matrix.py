@@ -114,3 +114,17 @@ def corrected(cells: Sequence[Cell]) -> list[Cell]:
     """The cells with q-values: the p-values of all cells and methods corrected together (Benjamini and Hochberg)."""
     q = benjamini_hochberg(np.array([[cell.p[method] for method in METHODS] for cell in cells]).reshape(-1, 2))
     return [replace(cell, q=dict(zip(METHODS, row.tolist(), strict=True))) for cell, row in zip(cells, q, strict=True)]
+
+
+def mean_rate(cells: Sequence[Cell], method: str) -> Rate:
+    """The mean over cells, each counted once, with an interval over pairs of concepts and the controls' mean.
+
+    A pair's cells share one circuit and hang together, so pairs are drawn, not cells.
+    """
+    pairs = ["-".join(sorted((cell.recipient, cell.donor))) for cell in cells]
+    controls = [control for cell in cells if (control := cell.rates[method].control) is not None]
+    return bootstrap_rate(
+        [cell.rates[method].value for cell in cells],
+        control=float(np.mean(controls)) if controls else None,
+        groups=pairs,
+    )

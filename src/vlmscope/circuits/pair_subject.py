@@ -6,7 +6,7 @@ Legend: B pairs, T positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,4 +108,19 @@ def pair_subject(
         tokens[rows],
         other_tokens[rows],
         (first, second, share),
+    )
+
+
+def part_of(subject: PairSubject, rows: list[int]) -> PairSubject:
+    """Some of the pairs; of their unedited run only the logits, which is all that free mode needs."""
+    index = torch.tensor(rows, device=subject.tokens.device)
+    return replace(
+        subject,
+        rows=subject.rows[index],
+        batch=subject.batch.select(index),
+        other=subject.other.select(index),
+        base=replace(subject.base, logits=subject.base.logits[index], patterns={}, mlp_in={}, written={}, scales={}),
+        other_logits=subject.other_logits[index],
+        tokens=subject.tokens[index],
+        other_tokens=subject.other_tokens[index],
     )

@@ -30,6 +30,8 @@ from vlmscope.transcoders.transcoder import TranscoderSet
 
 Influence = Mapping[FeatureId, float]  # a feature's share of influence, mean over graphs
 CLUSTERS = "clusters.parquet"
+CANDIDATES = 8
+ROUNDING = 1e-4  # a smaller difference, relative to the mean, is that of sums in another order
 
 
 def by_ids(ids: Iterable[str], known: Influence) -> list[CircuitFeature]:
@@ -46,7 +48,7 @@ def by_label(config: LabelConfig, labels: Labels, node: SupernodeConfig, known: 
         UserError: no label has these words.
     """
     asked = stems(config.query)
-    texts = {f: one for f, one in labels.all().items() if one.source == "hand" or one.beats_chance}
+    texts = labels.trusted()
     found = [(feature, label) for feature, label in texts.items() if asked and asked <= stems(label.text)]
     if not found:
         words = sorted(set().union(*(stems(label.text) for label in texts.values())))
@@ -106,12 +108,15 @@ def by_contrast(
     They are ranked over all layers by difference times the norm of what the feature writes, relative to the mean norm
     of the layer's features: by how far the difference moves the stream, where the layers write on different scales.
 
+    With `known` the `CANDIDATES` times as many of the largest differences are ranked anew, by influence, and those
+    without any are left out: what differs and matters to the answer.
+
     Args:
         transcoders: whose features.
         of: means of the inputs on which they are active.
         against: means of the others.
         node: how many, of which layers.
-        known: influence that a feature must have; None asks for none.
+        known: influence of features on the answer at the supernode's positions; None does not ask for it.
 
     Raises:
         UserError: no feature is like that.
@@ -124,15 +129,17 @@ def by_contrast(
         gaps = torch.stack([of.by_role[role][layer] - against.by_role[role][layer] for role in roles])
         norms = transcoders[layer].write_norms()
         best, at = (gaps * norms / norms.mean()).max(0)
-        for index in best.topk(min(8 * node.count, len(best))).indices.tolist():
-            feature = FeatureId(layer, index)
-            share = 1.0 if known is None else known.get(feature, 0.0)
-            if best[index] > 0 and share > 0:
-                row = int(at[index])
-                found = CircuitFeature(feature, roles[row], float(gaps[row, index]), 0.0 if known is None else share)
-                ranked.append((float(best[index]), found))
+        for index in best.topk(min(CANDIDATES * node.count, len(best))).indices.tolist():
+            feature, row = FeatureId(layer, index), int(at[index])
+            share = 0.0 if known is None else known.get(feature, 0.0)
+            if best[index] > 0 and gaps[row, index] > ROUNDING * of.by_role[roles[row]][layer][index]:
+                ranked.append((float(best[index]), CircuitFeature(feature, roles[row], float(gaps[row, index]), share)))
     ranked.sort(key=lambda one: (-one[0], one[1].feature))
-    return [found for _, found in ranked[: node.count]]
+    found = [member for _, member in ranked]
+    if known is not None:
+        likely = [member for member in found[: CANDIDATES * node.count] if member.influence > 0]
+        found = sorted(likely, key=lambda member: (-member.influence, member.feature))
+    return found[: node.count]
 
 
 def by_influence(
@@ -151,9 +158,9 @@ def by_influence(
     wanted = None if node.influence is None else node.influence.share
     if wanted is None:
         ranked = ranked[: node.count]
-    else:
+    elif ranked:
         sums = np.cumsum([means[f] for f in ranked])
-        ranked = ranked[: int(np.searchsorted(sums, wanted * sum(means.values()) * (1 - 1e-12))) + 1]
+        ranked = ranked[: int(np.searchsorted(sums, wanted * sums[-1] * (1 - 1e-12))) + 1]
     return [CircuitFeature(f, roles[f], 0.0, means[f]) for f in ranked]
 
 

@@ -70,7 +70,8 @@ class InfluenceConfig:
     Attributes:
         run: run folder of a task=trace; the graphs of the run's own inputs when None.
         target: the answer that counts, as the graph names it; the most probable one when None.
-        share: as many features as hold this share of all features' influence, instead of `count`.
+        share: as many features as hold this share of the influence of all features at the supernode's positions and
+            of its layers, instead of `count`.
     """
 
     run: str | None = None

@@ -67,7 +67,9 @@ def groups_of(graph: AttributionGraph, supernodes: Sequence[Supernode], answers:
     for number in np.argsort(-graph.end_weights, kind="stable")[:answers].tolist():
         word = graph.logit_tokens[number].strip()
         name = f"{ANSWER_PREFIX}{word}" if kind[ends[number]] == NodeKind.LOGIT else word
-        said.setdefault(name, np.zeros(graph.n_nodes, dtype=bool))[ends[number]] = True
+        if name in said:  # tokens that read alike are answers of their own
+            name += f" (token {graph.nodes.index[ends[number]]})"
+        said[name] = np.arange(graph.n_nodes) == ends[number]
     return Groups(inside, around, said)
 
 

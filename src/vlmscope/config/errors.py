@@ -18,6 +18,9 @@ from omegaconf.errors import (
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
+RENAMED = {"task.study": "study.path"}  # keys that once were called otherwise
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?`, or all the names when none is near, or how to see them when there are many."""
     names = sorted(set(known))
@@ -60,6 +63,8 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     key = str(error.key)
     where = str(error.full_key or key)
     prefix = where[: -len(key)].rstrip(".") if where.endswith(key) else ""
+    if where in RENAMED:
+        return f"{where}= is called {RENAMED[where]}= for every task; write that"
     near = get_close_matches(key, known, n=1, cutoff=0.5)
     if near:
         return f"no key {where!r}; did you mean {prefix + '.' if prefix else ''}{near[0]}?"

@@ -12,6 +12,7 @@ from omegaconf import II, MISSING
 
 from vlmscope.attention.config import WhereConfig
 from vlmscope.attribution.config import AttributionConfig
+from vlmscope.attribution.indicator_config import HallucinationConfig
 from vlmscope.circuits.captions_config import CaptionsConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.circuits.discovery.config import DiscoveryConfig
@@ -24,7 +25,7 @@ from vlmscope.data.pair_config import PairsConfig
 from vlmscope.data.prompts import PromptSetConfig
 from vlmscope.data.source_config import SourceConfig, check_source
 from vlmscope.features.cross_modal_config import CrossModalConfig
-from vlmscope.features.study_config import StudyConfig
+from vlmscope.features.study.config import StudyConfig
 from vlmscope.tracking.config import TrackingConfig
 from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES
 
@@ -206,10 +207,11 @@ class AppConfig:
 
     `image` is a path or a list of paths on the command line and always a list of paths (or None) in a task; `prompt`
     holds the text of `prompt_file`, or the prompt of `prompts` that `prompt_name` names; `query` is what task=find
-    looks for. `images` names the user's own picture sets. `task` and `transcoder` hold the dataclass (or mapping) of
-    the chosen option; `circuit`, `circuit_spec`, `concept_matrix`, `cross_modal`, `prompts` and `pairs` may be None.
-    An experiment with `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their ranges and shows
-    them beside `paper`, what the paper reports, and `figure`, a file of its figures/.
+    looks for. `images` names the user's own picture sets, `association` sets of concepts, each as `cross_modal`.
+    `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit`, `circuit_spec`,
+    `concept_matrix`, `cross_modal`, `prompts` and `pairs` may be None.
+    An experiment with `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their
+    ranges and shows them beside `paper`, what the paper reports, and `figure`, a file of its figures/.
     """
 
     task: Any = MISSING
@@ -226,10 +228,12 @@ class AppConfig:
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     where: WhereConfig = field(default_factory=WhereConfig)
+    hallucination: HallucinationConfig = field(default_factory=HallucinationConfig)
     circuit: CircuitConfig | None = None
     circuit_spec: CircuitSpecConfig | None = None
     concept_matrix: ConceptMatrixConfig | None = None
     cross_modal: CrossModalConfig | None = None
+    association: dict[str, CrossModalConfig] = field(default_factory=dict)
     prompts: PromptSetConfig | None = None
     pairs: PairsConfig | None = None
     image: Any = None

@@ -18,7 +18,7 @@ _FILES = (
     "task.first",
     "task.second",
     "task.rows",
-    "task.study",
+    "study.path",
     "task.hand",
     "attribution.labels",
 )

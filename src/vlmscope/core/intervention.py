@@ -108,7 +108,8 @@ class CircuitFeature:
     """A member of a supernode with the evidence for it.
 
     contrast: mean activation on the supernode's concept minus on the other one, at `role`; influence: mean over traced
-    graphs of its total influence on the logit difference (0 when it was in none).
+    graphs of its total influence on the logit difference (0 when it was in none); label: what it is called, where that
+    is known.
     """
 
     feature: FeatureId
@@ -118,6 +119,7 @@ class CircuitFeature:
     examples: tuple[FeatureExample, ...] = ()
     top_logits: tuple[tuple[str, float], ...] = ()
     bottom_logits: tuple[tuple[str, float], ...] = ()
+    label: str = ""
 
 
 @dataclass(frozen=True)

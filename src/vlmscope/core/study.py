@@ -6,11 +6,13 @@ Legend: T positions of an item, S soft tokens among them, E positions that an ex
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlmscope.core.conversation import Exchange
+from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.images import PatchBox
 
@@ -21,8 +23,21 @@ BINS = 64  # of histograms, two an octave
 LOWEST_OCTAVE = -16
 PICTURE = "[picture]"  # stands for soft tokens where text is shown
 LEVELS = 255  # the level of an example's peak
+MANIFEST = "study.json"  # head of a study folder, written last
 
 Words = tuple[tuple[str, float], ...]
+
+
+def study_folder(path: str | Path) -> Path:
+    """The folder with `study.json`: `path`, or `study/` in it when that is a run folder.
+
+    Raises:
+        UserError: there is no finished study.
+    """
+    for folder in (Path(path), Path(path) / "study"):
+        if (folder / MANIFEST).is_file():
+            return folder
+    raise UserError(f"no {MANIFEST} in {path}; give the folder of a finished task=study")
 
 
 def bin_edges() -> np.ndarray:

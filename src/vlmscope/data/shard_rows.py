@@ -13,12 +13,12 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.data.orrery.dataset import scene_row
 from vlmscope.data.raw import RawSample
 from vlmscope.data.readers import Mark, Row
-from vlmscope.data.shards import INDEX, read_samples
+from vlmscope.data.shard_index import read_index
+from vlmscope.data.shards import read_samples
 from vlmscope.data.share import Share
 
 
@@ -38,9 +38,7 @@ class ShardSource:
         Raises:
             UserError: there is no index, no such stream, or it holds no sample.
         """
-        if not (folder / INDEX).is_file():
-            raise UserError(f"no {INDEX} in {folder}: run task=build_data first, or correct data.sources.{name}.path")
-        index = read_json(folder / INDEX)
+        index = read_index(folder, f"data.sources.{name}.path")
         entries = index["shards"]
         # Orrery's own shards hold scenes with all their questions.
         self.parse = scene_row if index["meta"].get("dataset") == "orrery" else RawSample.from_shard

@@ -18,8 +18,7 @@ import webdataset as wds
 
 from vlmscope.core.artifacts import atomic_path, read_json, write_json
 from vlmscope.core.errors import UserError
-
-INDEX = "index.json"
+from vlmscope.data.shard_index import INDEX
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vlmscope.core.errors import UserError
 
 PLACEHOLDER = "{concept}"
+SOURCES = ("planets", "digits", "colours")
 
 
 @dataclass
@@ -17,11 +18,19 @@ class CrossQuestion:
         picture: the question beside a picture, which must not name the concept.
         text: the same without a picture, with `{concept}` where the concept is named.
         answers: concept -> the word that answers it.
+        words: concept -> what stands for it in the text, where that is not its name: "dust" for mars.
+        second: of pictures of digits, the second digit; drawn when None.
     """
 
     picture: str
     text: str
     answers: dict[str, str]
+    words: dict[str, str] = field(default_factory=dict)
+    second: str | None = None
+
+    def asked_in_text(self, concept: str) -> str:
+        """The question in words."""
+        return self.text.replace(PLACEHOLDER, self.words.get(concept, concept))
 
 
 @dataclass
@@ -31,8 +40,10 @@ class CrossModalConfig:
     Attributes:
         concepts: names, as they stand in the text questions.
         questions: name -> question.
+        source: what the pictures show: planets, two digits of which the concept is the first, or shapes of a colour.
         pictures: training pictures a concept.
         test_pictures: unseen pictures a concept for the causal tests.
+        others: other concepts, drawn, from which each is patched and whose features are ablated with it; all when None.
         ratio: a feature prefers a concept when its mean there is at least so many times that on the others.
         fires: least share of a concept's pictures on which it must fire.
         permutations: orders in which the pictures' concepts are shuffled.
@@ -42,8 +53,10 @@ class CrossModalConfig:
 
     concepts: list[str]
     questions: dict[str, CrossQuestion]
+    source: str = "planets"
     pictures: int = 40
     test_pictures: int = 20
+    others: int | None = None
     ratio: float = 2.0
     fires: float = 0.5
     permutations: int = 1000
@@ -53,6 +66,8 @@ class CrossModalConfig:
     def __post_init__(self) -> None:
         if len(set(self.concepts)) < 3 or len(set(self.concepts)) != len(self.concepts):
             raise UserError(f"cross_modal.concepts={list(self.concepts)}: give three or more different ones")
+        if self.source not in SOURCES:
+            raise UserError(f"cross_modal.source={self.source}: choose one of {', '.join(SOURCES)}")
         for name, question in self.questions.items():
             missing = [concept for concept in self.concepts if concept not in question.answers]
             if missing:
@@ -67,5 +82,7 @@ class CrossModalConfig:
         for key in ("pictures", "test_pictures", "permutations"):
             if getattr(self, key) < 1:
                 raise UserError(f"cross_modal.{key}={getattr(self, key)}: it must be at least 1")
+        if self.others is not None and self.others < 1:
+            raise UserError(f"cross_modal.others={self.others}: it counts concepts; choose 1 or more, or null for all")
         if self.ratio <= 1 or not 0 < self.fires <= 1 or not 0 < self.q < 1:
             raise UserError("cross_modal: ratio must be above 1, fires a share up to 1, and q a share below 1")

@@ -16,7 +16,7 @@ from torch import Tensor
 from vlmscope.activations.hook_points import norm_weight_after
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.study import Words
-from vlmscope.features.layer_tables import Logits
+from vlmscope.features.study.layer_tables import Logits
 from vlmscope.models.base import Adapter
 from vlmscope.models.placement import materialised
 from vlmscope.transcoders.transcoder import TranscoderSet

@@ -86,8 +86,8 @@ def generate_batch(
     with context or nullcontext():
         found = adapter.model.generate(**tensors, **settings)[:, len(inputs[0]) :].tolist()
     ends = adapter.model.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
-    return [_through_end(ids, ends) for ids in found]
+    known: set[int] = {ends} if isinstance(ends, int) else {int(end) for end in ends or ()}
+    return [_through_end(ids, known) for ids in found]
 
 
 def _through_end(ids: list[int], ends: set[int]) -> list[int]:

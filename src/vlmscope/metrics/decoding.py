@@ -71,17 +71,29 @@ def linear_accuracy(
         test_codes: [m] int.
         ridge: penalty, in units of 1 % of the mean squared norm of a training case.
     """
+    classes = np.eye(int(max(codes.max(), test_codes.max())) + 1)[codes]
+    return linear_prediction(train, classes, test, ridge).argmax(1) == test_codes
+
+
+def linear_prediction(train: np.ndarray, targets: np.ndarray, test: np.ndarray, ridge: float = 1.0) -> np.ndarray:
+    """[m, t], held-out targets as ridge regression on standardised features reads them off.
+
+    Args:
+        train: [n, F] activations.
+        targets: [n, t].
+        test: [m, F].
+        ridge: as for `linear_accuracy`.
+    """
     train, test = train.astype(np.float64), test.astype(np.float64)
     scale = train.std(0)
     used = scale > 1e-5 * np.abs(train).max(0)  # what varies by rounding alone is constant
     mean, scale = train[:, used].mean(0), scale[used]
-    x, y = (train[:, used] - mean) / scale, np.eye(int(max(codes.max(), test_codes.max())) + 1)[codes]
+    x = (train[:, used] - mean) / scale
     # The dual form: n by n, since there may be more features than cases.
     gram = x @ x.T
     penalty = ridge * 0.01 * np.trace(gram) / len(x) if used.any() else 1.0
-    dual = np.linalg.solve(gram + penalty * np.eye(len(x)), y - y.mean(0))
-    scores = ((test[:, used] - mean) / scale) @ (x.T @ dual) + y.mean(0)
-    return scores.argmax(1) == test_codes
+    dual = np.linalg.solve(gram + penalty * np.eye(len(x)), targets - targets.mean(0))
+    return ((test[:, used] - mean) / scale) @ (x.T @ dual) + targets.mean(0)
 
 
 def simplest(scores: Mapping[str, np.ndarray], least: float, share: float = 0.9) -> np.ndarray:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 SHARE_FLOOR = 0.03  # of a share: what 100 cases without a single failure leave open at 95 % (the rule of three)
 VALUE_FLOOR = 0.05  # of any other number, relative to its mean
 RULE = (
-    "lowest and highest value over the seeds, widened on both sides by the largest of: the half-width of the 95 % "
-    f"interval of any seed, the spread between the seeds, and {SHARE_FLOOR:g} of a share ({VALUE_FLOOR:.0%} of the "
-    "mean of any other number); shares stay within 0 and 1; rounded outwards to two decimals (three digits)"
+    "lowest and highest value over the seeds, widened on both sides by the larger of the spread between the seeds and "
+    "the half-width of the 95 % interval of any seed; of a number without an interval, by the spread or "
+    f"{SHARE_FLOOR:g} of a share, {VALUE_FLOOR:.0%} of the mean of anything else; shares stay within 0 and 1; rounded "
+    "outwards to two decimals (three digits)"
 )
 
 
@@ -32,7 +33,7 @@ def suggested_range(values: Sequence[float], half_widths: Sequence[float], share
         raise ValueError(f"a range needs finite values: {list(values)}")
     low, high = min(values), max(values)
     floor = SHARE_FLOOR if share else VALUE_FLOOR * abs(sum(values) / len(values))
-    margin = max([*half_widths, high - low, floor])
+    margin = max([*(half_widths or [floor]), high - low])
     if share:
         return _outwards(max(low - margin, 0.0), -1, 2), _outwards(min(high + margin, 1.0), 1, 2)
     size = max(abs(low - margin), abs(high + margin))

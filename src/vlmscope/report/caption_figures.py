@@ -37,8 +37,10 @@ def word_bars(words: Sequence[str], series: Mapping[str, Sequence[Rate | None]],
             high = np.maximum([rate.ci_high for _, rate in known] - values, 0)
             axes.errorbar(values, y, xerr=[low, high], fmt="none", ecolor=INK, elinewidth=1.0, capsize=2)
         axes.set_yticks(at, words)
+        axes.margins(y=0.01)
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.02)
+        highest = max(rate.ci_high for rates in series.values() for rate in rates if rate is not None)
+        axes.set_xlim(0, min(1.05 * highest, 1.02))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
         axes.set_xlabel(xlabel)
         tidy(axes, "x")
@@ -57,12 +59,14 @@ class CaptionedPicture:
 def captioned(examples: Sequence[CaptionedPicture], path: str | Path) -> Path:
     """Pairs of pictures, each with its captions beside it."""
     lines = max(len(example.captions) for example in examples)
-    row = max(1.4, 0.42 * lines)
+    row = max(1.3, 0.27 * lines)
     with drawing(path, 9.4, 0.45 + row * len(examples)) as figure:
         figure.suptitle("left: the picture that is captioned; right: its counterfactual", x=0.01, ha="left", fontsize=9)
         grid = figure.subplots(len(examples), 2, squeeze=False, width_ratios=[1, 2.6])
         for axes, example in zip(grid, examples, strict=True):
-            axes[0].imshow(example.picture)
+            half = example.picture.shape[1] // 2
+            gap = np.full((len(example.picture), max(half // 16, 1), 3), 255, np.uint8)
+            axes[0].imshow(np.concatenate([example.picture[:, :half], gap, example.picture[:, half:]], 1))
             for number, (name, text) in enumerate(example.captions.items()):
                 height = 1 - (number + 0.5) / lines
                 axes[1].text(0.0, height, label(name), fontsize=8.5, va="center", transform=axes[1].transAxes)

@@ -202,7 +202,8 @@ def _box(axes: Axes, name: str, is_supernode: bool, place: tuple[float, float], 
     style = "round,pad=0,rounding_size=0.16" if is_supernode else "square,pad=0"
     axes.add_patch(FancyBboxPatch(corner, _WIDTH, height, boxstyle=style, facecolor=face, edgecolor=MUTED, zorder=3))
     top = y + height / 2 - _PLAIN / 2
-    axes.text(x, top, name, ha="center", va="center", fontweight="bold", fontsize=11 if len(name) < 22 else 9, zorder=4)
+    shown, size = (name, 11 if len(name) < 20 else 8.5) if len(name) <= 26 else (name[:25] + "…", 8.5)
+    axes.text(x, top, shown, ha="center", va="center", fontweight="bold", fontsize=size, zorder=4)
     for line in content.lines:
         top -= _LINE
         axes.text(x, top, line, ha="center", va="center", fontsize=9 if len(line) < 28 else 8, zorder=4)
@@ -235,6 +236,7 @@ def _stops(number: int, edge: Edge, layout: _Layout) -> list[str | Lane]:
 def _draw_arrows(axes: Axes, edges: Sequence[Edge], layout: _Layout, form: str) -> None:
     strongest = max((abs(weight) for *_, weight in edges), default=1.0) or 1.0
     leaves, arrives = _ports(edges, layout, 0), _ports(edges, layout, 1)
+    paths: list[np.ndarray] = []
     for number, edge in enumerate(edges):
         source, target, weight = edge
         points = [(layout.places[source][0] + _WIDTH / 2, leaves[number])]
@@ -247,8 +249,9 @@ def _draw_arrows(axes: Axes, edges: Sequence[Edge], layout: _Layout, form: str) 
         path = _smooth(points)
         head = {"arrowstyle": "-|>", "mutation_scale": 12 + 1.5 * width, "shrinkA": 0, "shrinkB": 0}
         axes.add_patch(FancyArrowPatch(path=path, linewidth=width, zorder=2, **head, **style))  # pyright: ignore[reportArgumentType]
-        x, y = _label_place(points)
-        paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.92}
+        paths.append(_sampled(points))
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.92}
+    for (x, y), (*_, weight) in zip(_label_places(paths), edges, strict=True):
         axes.text(x, y, form.format(weight), ha="center", va="center", fontsize=9, bbox=paper, zorder=5)
 
 
@@ -262,15 +265,36 @@ def _smooth(points: Sequence[tuple[float, float]]) -> Path:
     return Path(vertices, codes)
 
 
-def _label_place(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """In its lane an arrow is alone; a short one is labelled near its start, where arrows have not crossed yet."""
-    if len(points) > 2:
-        return (points[1][0] + points[2][0]) / 2, points[1][1]
-    (x0, y0), (x1, y1) = points
-    share = 0.3  # of the curve's parameter: x and y of the cubic that `_smooth` draws
-    level = share**2 * (3 - 2 * share)
-    across = 1.5 * share * (1 - share) + share**3
-    return x0 + across * (x1 - x0), y0 + level * (y1 - y0)
+def _label_places(paths: Sequence[np.ndarray]) -> list[tuple[float, float]]:
+    """For every arrow the place of its label: where it is farthest from the other arrows and from labels before it."""
+    scale = np.array([0.5, 0.2])  # a label is wider than high
+    placed: list[np.ndarray] = []
+    for number, path in enumerate(paths):
+        others = [other for at, other in enumerate(paths) if at != number]
+        obstacles = (
+            np.concatenate([*others, *(p[None] for p in placed for _ in range(2))]) if others or placed else None
+        )
+        candidates = path[len(path) // 4 : len(path) - len(path) // 4]
+        if obstacles is None:
+            best = len(candidates) // 2
+        else:
+            gaps = np.linalg.norm((candidates[:, None] - obstacles[None]) / scale, axis=-1).min(1)
+            # Far enough is enough: then the middle of the arrow is the best place.
+            middle = np.abs(np.linspace(-1, 1, len(candidates)))
+            best = int(np.argmax(np.minimum(gaps, 1.5) - 0.05 * middle))
+        placed.append(candidates[best])
+    return [(float(x), float(y)) for x, y in placed]
+
+
+def _sampled(points: Sequence[tuple[float, float]], count: int = 24) -> np.ndarray:
+    """`[n, 2]` points of the path that `_smooth` draws."""
+    share = np.linspace(0, 1, count)
+    level, across = share**2 * (3 - 2 * share), 1.5 * share * (1 - share) + share**3
+    parts = [
+        np.stack([x0 + across * (x1 - x0), y0 + level * (y1 - y0)], 1)
+        for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False)
+    ]
+    return np.concatenate(parts)
 
 
 def _legend(unit: str, edges: Sequence[Edge]) -> list[Line2D]:

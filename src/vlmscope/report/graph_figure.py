@@ -18,6 +18,7 @@ from PIL import Image
 from vlmscope.core.graph import ENDS, AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.images import PatchBox
+from vlmscope.report.feature_key import draw_key, key_entries, key_height
 from vlmscope.report.layers import (
     ACROSS,
     INCHES,
@@ -39,11 +40,13 @@ def attribution_graph(
     images: Sequence[np.ndarray] = (),
     groups: Mapping[FeatureId, str] | None = None,
     max_edges: int = 150,
+    labels: Mapping[FeatureId, str] | None = None,
 ) -> Path:
     """Draw the pruned graph, 14 inches (2,100 pixels) wide, readable at 1,400.
 
     `images` are the prompt's pictures (uint8 `[H, W, 3]`), cut into thumbnails under their soft tokens; without them
-    soft tokens are boxes. `groups` names the supernode of a feature and marks it in that group's colour.
+    soft tokens are boxes. `groups` names the supernode of a feature and marks it in that group's colour. What
+    `labels` calls the features that are named by their numbers stands below.
 
     Raises:
         ValueError: nothing was kept, or a soft token's picture is missing from `images`.
@@ -56,8 +59,10 @@ def attribution_graph(
     ends = graph.nodes.ends()
     shown = np.unique(np.concatenate([sources, targets, ends[pruned.node_mask[ends]]]))
     layout = lay_out(graph.nodes, shown, pruned.influence, graph.is_image, graph.n_layers)
-    height = 2.1 + 0.72 * len(layout.rows)
-    below = 1.7 / height
+    named = _strongest_features(pruned, shown)
+    key = key_entries([graph.nodes.feature_id(int(node)) for node in named], labels)
+    height = 2.1 + 0.72 * len(layout.rows) + key_height(key)
+    below = (1.7 + key_height(key)) / height
     with drawing(path, INCHES, height, constrained=False) as figure:
         axes = figure.add_axes((LEFT, below, ACROSS, 1 - below - 0.32 / height))
         above = "logits" if graph.nodes.kind[-1] == NodeKind.LOGIT else "target"
@@ -65,7 +70,9 @@ def attribution_graph(
         _draw_edges(axes, layout, sources, targets, graph.weights[edges])
         marked = _draw_nodes(axes, pruned, layout, shown, groups or {})
         _draw_positions(axes, graph, layout, images)
-        figure.legend(handles=_legend(pruned, shown, marked), loc="lower center", ncols=8, frameon=False, fontsize=9)
+        style = {"ncols": 8, "frameon": False, "fontsize": 9, "bbox_to_anchor": (0.5, key_height(key) / height)}
+        figure.legend(handles=_legend(pruned, shown, marked), loc="lower center", **style)
+        draw_key(figure, key)
     return Path(path)
 
 
@@ -130,13 +137,18 @@ def _draw_nodes(
     return marked
 
 
-def _name_features(axes: Axes, pruned: PrunedGraph, layout: Layout, shown: np.ndarray, count: int = 12) -> None:
+def _strongest_features(pruned: PrunedGraph, shown: np.ndarray, count: int = 12) -> np.ndarray:
+    """Nodes of the most influential features, the first one first."""
+    features = shown[pruned.graph.nodes.kind[shown] == NodeKind.FEATURE]
+    return features[np.argsort(-pruned.influence[features], kind="stable")][:count]
+
+
+def _name_features(axes: Axes, pruned: PrunedGraph, layout: Layout, shown: np.ndarray) -> None:
     """Write the index of the most influential features above or below them, where a neighbour's leaves room."""
     nodes = pruned.graph.nodes
-    features = shown[nodes.kind[shown] == NodeKind.FEATURE]
     named: list[np.ndarray] = []
     room = 0.024 * sum(width for _, width in layout.slots.values())
-    for node in features[np.argsort(-pruned.influence[features], kind="stable")][:count]:
+    for node in _strongest_features(pruned, shown):
         spot = layout.xy[node]
         close = sum(abs(spot[0] - other[0]) < room and abs(spot[1] - other[1]) < 0.3 for other in named)
         named.append(spot)

@@ -4,7 +4,8 @@ What is the first graph's is blue, filled and drawn in full lines; what is the s
 what both use is grey: so the pictures can be read without colours too.
 """
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from vlmscope.core.graph import ENDS, NodeKind
+from vlmscope.core.ids import FeatureId
 from vlmscope.core.merged import AggregateGraph, GraphComparison, MergedGraph
+from vlmscope.report.feature_key import draw_key, key_entries, key_height
 from vlmscope.report.layers import ACROSS, INCHES, LEFT, MARKS, Layout, draw_edges, edge_widths, frame, lay_out
 from vlmscope.report.style import COLOURS, HATCHES, INK, NEGATIVE, POSITIVE, drawing, tidy
 
@@ -21,8 +24,12 @@ _DASHED = (0, (3, 1.5))
 _MORE = 2.0  # a node or edge is one graph's when its share there is this many times that in the other
 
 
-def difference_graph(found: GraphComparison, path: str | Path, max_edges: int = 90) -> Path:
+def difference_graph(
+    found: GraphComparison, path: str | Path, max_edges: int = 90, labels: Mapping[FeatureId, str] | None = None
+) -> Path:
     """Draw the edges whose shares of influence differ most, and the strongest ones that both graphs use.
+
+    What `labels` calls the features that are named by their numbers stands below.
 
     Raises:
         ValueError: the graphs have no edges.
@@ -44,7 +51,7 @@ def difference_graph(found: GraphComparison, path: str | Path, max_edges: int = 
     ends = np.isin(found.nodes.kind, ENDS)
     node_side = np.where(ends, _side(np.nan_to_num(found.activation)), _side(found.share))
     legend = _side_legend(found.names)
-    return _draw(found, path, groups, sizes, styles, title, found.share.max(axis=0), node_side, legend)
+    return _draw(found, path, groups, sizes, styles, title, found.share.max(axis=0), node_side, legend, labels)
 
 
 def _side(shares: np.ndarray) -> np.ndarray:
@@ -58,8 +65,12 @@ def _first_of(edges: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
     return edges[np.argsort(-values[edges], kind="stable")][:count]
 
 
-def aggregate_graph(found: AggregateGraph, path: str | Path, max_edges: int = 90) -> Path:
+def aggregate_graph(
+    found: AggregateGraph, path: str | Path, max_edges: int = 90, labels: Mapping[FeatureId, str] | None = None
+) -> Path:
     """Draw the edges with the largest mean share; a node's shade says in how many graphs it was kept.
+
+    `labels` as in `difference_graph`.
 
     Raises:
         ValueError: the graphs have no edges.
@@ -78,7 +89,7 @@ def aggregate_graph(found: AggregateGraph, path: str | Path, max_edges: int = 90
     ]
     styles = ((POSITIVE, "solid"), (NEGATIVE, _DASHED))
     often = found.count / found.n_graphs
-    return _draw(found, path, signs, found.absolute, styles, title, found.share, often, legend)
+    return _draw(found, path, signs, found.absolute, styles, title, found.share, often, legend, labels)
 
 
 def _draw(
@@ -91,14 +102,16 @@ def _draw(
     strength: np.ndarray,
     shade: np.ndarray,
     legend: Sequence[Line2D],
+    labels: Mapping[FeatureId, str] | None,
 ) -> Path:
     """Edges in groups, each of one style; `sizes [E]` are widths, `strength [M]` and `shade [M]` are of nodes."""
     chosen = np.concatenate(groups)
     ends = np.flatnonzero(np.isin(found.nodes.kind, ENDS))
     shown = np.unique(np.concatenate([found.sources[chosen], found.targets[chosen], ends]))
     layout = lay_out(found.nodes, shown, strength, found.column_is_image, found.n_layers)
-    height = 2.1 + 0.72 * len(layout.rows)
-    below = (1.2 if _upright(layout) else 1.9) / height
+    key = key_entries([_id(found, node) for node in _strongest(found, shown, strength)], labels)
+    height = 2.1 + 0.72 * len(layout.rows) + key_height(key)
+    below = ((1.2 if _upright(layout) else 1.9) + key_height(key)) / height
     widths = np.zeros(len(sizes))
     widths[chosen] = edge_widths(sizes[chosen])
     with drawing(path, INCHES, height, constrained=False) as figure:
@@ -116,8 +129,20 @@ def _draw(
             for kind, (mark, _, words) in MARKS.items()
             if kind in kinds
         ]
-        figure.legend(handles=[*handles, *legend], loc="lower center", ncols=5, frameon=False, fontsize=9)
+        style = {"ncols": 5, "frameon": False, "fontsize": 9, "bbox_to_anchor": (0.5, key_height(key) / height)}
+        figure.legend(handles=[*handles, *legend], loc="lower center", **style)
+        draw_key(figure, key)
     return Path(path)
+
+
+def _strongest(found: MergedGraph, shown: np.ndarray, strength: np.ndarray, count: int = 14) -> list[int]:
+    """The features that are named by their numbers."""
+    features = shown[found.nodes.kind[shown] == NodeKind.FEATURE]
+    return features[np.argsort(-strength[features], kind="stable")][:count].tolist()
+
+
+def _id(found: MergedGraph, node: int) -> FeatureId:
+    return FeatureId(int(found.nodes.layer[node]), int(found.nodes.index[node]))
 
 
 def _nodes(
@@ -143,10 +168,9 @@ def _nodes(
         box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": edges[0], "linewidth": 1.6}
         words = f"{nodes.label[node]}\n{_values(found, node)}".strip()
         axes.text(*layout.xy[node], words, ha="center", va="center", fontsize=9, bbox=box, zorder=4)  # pyright: ignore[reportCallIssue]
-    features = shown[nodes.kind[shown] == NodeKind.FEATURE]
     named: list[np.ndarray] = []
     room = 0.034 * sum(width for _, width in layout.slots.values())
-    for node in features[np.argsort(-strength[features], kind="stable")][:14].tolist():
+    for node in _strongest(found, shown, strength):
         spot = layout.xy[node]
         near = sum(abs(spot[0] - other[0]) < room and abs(spot[1] - other[1]) < 0.3 for other in named)
         named.append(spot)
@@ -221,19 +245,28 @@ def _side_legend(names: Sequence[str]) -> list[Line2D]:
     ]
 
 
-def share_bars(found: GraphComparison, path: str | Path, count: int = 20) -> Path:
-    """Bars to the left and right: the features whose shares of influence differ most, with their shares in both."""
+def share_bars(
+    found: GraphComparison, path: str | Path, count: int = 20, labels: Mapping[FeatureId, str] | None = None
+) -> Path:
+    """Bars to the left and right: the features whose shares of influence differ most, with their shares in both.
+
+    `labels` stand beside the features.
+    """
     features = np.flatnonzero(found.nodes.kind == NodeKind.FEATURE)
     gap = found.share[0, features] - found.share[1, features]
     top = features[np.argsort(-np.abs(gap), kind="stable")][:count]
     top = top[np.argsort(found.share[0, top] - found.share[1, top], kind="stable")]
     rows = np.arange(len(top))
-    with drawing(path, 7.5, 1.4 + 0.27 * max(len(top), 1)) as figure:
+    names = [f"{found.nodes.name(n)}  {found.where(n)}" for n in top.tolist()]
+    if labels:
+        said = [textwrap.shorten(labels.get(_id(found, n), ""), 56, placeholder="...") for n in top.tolist()]
+        names = [f"{label}  {name}".strip() for label, name in zip(said, names, strict=True)]
+    with drawing(path, 10.5 if labels else 7.5, 1.4 + 0.27 * max(len(top), 1)) as figure:
         axes = figure.add_subplot()
         axes.barh(rows, -100 * found.share[0, top], color=_FIRST, edgecolor=INK, linewidth=0.6, label=found.names[0])
         bars = {"color": "white", "edgecolor": _SECOND, "hatch": HATCHES[1], "linewidth": 1.0}
         axes.barh(rows, 100 * found.share[1, top], label=found.names[1], **bars)
-        axes.set_yticks(rows, [f"{found.nodes.name(n)}  {found.where(n)}" for n in top.tolist()])
+        axes.set_yticks(rows, names)
         limit = 105 * max(found.share[:, top].max(initial=0.0), 1e-6)
         axes.set_xlim(-limit, limit)
         axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g} %")

@@ -35,7 +35,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.attribution.merged_io import save_merged
     from vlmscope.attribution.merged_tables import write_tables
     from vlmscope.report.merged_figure import aggregate_graph
+    from vlmscope.tasks.feature_labels import feature_labels, look_for_labels
 
+    look_for_labels(cfg)
     files = _files(cfg.task.runs)
     passes = iter(("matching", "summing"))
 
@@ -45,10 +47,11 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     names = [file.parent.name for file in files]
     found = aggregate(files, names, cfg.task.match, cfg.task.min_present, bar)
     save_merged(context.run_dir / "aggregate.safetensors", found)
-    size = write_merged_json(context.run_dir / "graph.json", found, context.run_dir.name)
-    write_tables(context.run_dir, found)
+    labels = feature_labels(cfg, found.model)
+    size = write_merged_json(context.run_dir / "graph.json", found, context.run_dir.name, labels)
+    write_tables(context.run_dir, found, labels)
     if cfg.task.figure and len(found.sources):
-        aggregate_graph(found, context.run_dir / "figures" / "aggregate.png")
+        aggregate_graph(found, context.run_dir / "figures" / "aggregate.png", labels=labels)
     print(found)
     return {
         "aggregate/graphs": float(found.n_graphs),

@@ -26,15 +26,14 @@ class Config:
 
     `load` draws a saved circuit (`/run/circuits/name`) instead of finding one; with inputs its edges are computed anew.
     Edges go to the `answers` most probable answers; those of at least `min_share` of what a target takes in are drawn.
-    `study` is the run folder of a task=study, from which pictures of features are taken; without one they come from the
-    inputs and, for Orrery, from its scenes.
+    `study.path=` names a study from which pictures of features are taken; without one they come from the inputs and,
+    for Orrery, from its scenes.
     """
 
     load: str | None = None
     rows: str | None = None
     answers: int = 1
-    min_share: float = 0.01
-    study: str | None = None
+    min_share: float = 0.005
     figure: bool = True
 
     def __post_init__(self) -> None:
@@ -48,21 +47,23 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write circuits/<name>/, graph.safetensors, circuit.json, figures/circuit.png and report.html."""
     from pathlib import Path
 
-    from vlmscope.circuits.circuit import save_circuit
+    from vlmscope.circuits.circuit import labelled, save_circuit
     from vlmscope.config.circuit_file import declared
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.circuit_find import Finder, gather
     from vlmscope.tasks.circuit_inputs import traced_inputs
     from vlmscope.tasks.circuit_page import Scene, draw_circuit
+    from vlmscope.tasks.feature_labels import feature_labels, look_for_labels
     from vlmscope.tasks.wiring import load_model, load_transcoders
 
+    look_for_labels(cfg)
     spec = None if cfg.circuit_spec is None else declared(cfg.circuit_spec)
     loaded = _loaded(cfg, spec)
     asked = traced_inputs(cfg, spec)
     if not asked and (loaded is None or not loaded.edges):
         raise UserError("nothing to trace: add prompt= (and image=), task.rows=FILE, or inputs in the circuit_spec")
     material = None if spec is None or loaded is not None else gather(cfg, spec, asked)
-    study = None if cfg.task.study is None else StudyFolder(cfg.task.study)
+    study = None if cfg.study.path is None else StudyFolder(cfg.study.path)
     vlm = load_model(cfg)
     transcoders = load_transcoders(cfg, vlm, context.overrides)
     widths = {layer: transcoders[layer].config.n_features for layer in transcoders.layers}
@@ -76,6 +77,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     else:
         circuit, name = loaded, Path(cfg.task.load).name
     circuit = with_edges(circuit, graphs, cfg.task.answers)
+    circuit = labelled(circuit, feature_labels(cfg, vlm.name, transcoders))
     save_circuit(circuit, context.run_dir / "circuits" / name)
     metrics = circuit_metrics(circuit, graphs)
     if cfg.task.figure:
@@ -171,9 +173,10 @@ def circuit_metrics(circuit: Circuit, graphs: Sequence[PrunedGraph]) -> dict[str
         for name, mask in masks.items():
             active[name] |= {graph.nodes.feature_id(at) for at in np.flatnonzero(mask).tolist()}
     for name, node in nodes.items():
-        metrics[f"circuit/{name}/features"] = float(len(node.features))
+        key = f"circuit/{name.replace(' ', '_')}"
+        metrics[f"{key}/features"] = float(len(node.features))
         if graphs:
-            metrics[f"circuit/{name}/active_frac"] = len(active[name]) / max(len(node.features), 1)
+            metrics[f"{key}/active_frac"] = len(active[name]) / max(len(node.features), 1)
     if shares:
         metrics["circuit/influence_share"] = float(np.mean(shares))
     return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from vlmscope.core.graph import AttributionGraph
     from vlmscope.core.ids import FeatureId
     from vlmscope.core.intervention import CircuitFeature
+    from vlmscope.core.positions import Positions
     from vlmscope.features.labels.reader import Labels
     from vlmscope.features.role_means import RoleMeans
     from vlmscope.models.loading import VLM
@@ -53,7 +55,7 @@ def gather(cfg: AppConfig, spec: CircuitSpecConfig, asked: Sequence[Asked]) -> M
     from vlmscope.attribution.graph_io import load_graph
     from vlmscope.circuits.selectors import read_clusters
     from vlmscope.features.labels.reader import Labels
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.circuit_inputs import contrast_sets
 
     found = Material()
@@ -90,11 +92,15 @@ class Finder:
     graphs: Sequence[AttributionGraph]
 
     def __post_init__(self) -> None:
+        self.known = self._known()
+        self.widths = {layer: self.transcoders[layer].config.n_features for layer in self.transcoders.layers}
+
+    def _known(self, positions: Positions | None = None) -> dict[FeatureId, float]:
+        """Influence of features in the run's own graphs, at these positions."""
         from vlmscope.circuits.selectors import feature_influence, mean_shares
 
-        tables = [feature_influence(graph) for graph in self.graphs]
-        self.known = mean_shares([{f: share for f, (share, _) in table.items()} for table in tables])
-        self.widths = {layer: self.transcoders[layer].config.n_features for layer in self.transcoders.layers}
+        tables = [feature_influence(graph, None, positions) for graph in self.graphs]
+        return mean_shares([{f: share for f, (share, _) in table.items()} for table in tables])
 
     def circuit(self, spec: CircuitSpecConfig) -> Circuit:
         """All supernodes, named.
@@ -142,9 +148,9 @@ class Finder:
             return self._by_influence(key, node), _of_influence(node), None, None
         assert node.contrast is not None, "checked when the spec was read"
         means = [self._means(asked, node) for asked in self.material.contrasts[key]]
-        known = self.known if node.contrast.confirmed else None
+        known = self._known(node.where) if node.contrast.confirmed else None
         found = selectors.by_contrast(self.transcoders, means[0], means[1], node, known)
-        found = selectors.with_influence(found, self.known)
+        found = selectors.with_influence(found, self._known(node.where))
         return found, _of_contrast(node), None, means[0]
 
     def _by_influence(self, key: str, node: SupernodeConfig) -> list[CircuitFeature]:
@@ -168,20 +174,26 @@ class Finder:
 
     def _auto(self, key: str, members: Sequence[CircuitFeature]) -> str:
         """A name from the labels of any study that the spec uses, else from the words that the features write."""
-        from vlmscope.features.cluster_names import cluster_names
         from vlmscope.features.logit_lens import top_and_bottom_logits
+        from vlmscope.features.structure.cluster_names import cluster_names
 
         texts: dict[FeatureId, str] = {}
         for labels in self.material.labels.values():
-            texts |= {f: one.text for f, one in labels.all().items() if one.source == "hand" or one.beats_chance}
-        said = {i: texts[m.feature] for i, m in enumerate(members) if m.feature in texts}
+            texts |= {feature: one.text for feature, one in labels.trusted().items()}
+        said = {i: short_label(texts[m.feature]) for i, m in enumerate(members) if m.feature in texts}
         if not said:
             for i, member in enumerate(members):
-                top, _ = top_and_bottom_logits(
-                    self.vlm.adapter, self.transcoders, self.vlm.tokenizer, member.feature, 1
-                )
-                said[i] = top[0][0].strip("▁ ").strip() or top[0][0]
-        return cluster_names({0: list(range(len(members)))}, {}, {}, said)[0] or key
+                parts = (self.vlm.adapter, self.transcoders, self.vlm.tokenizer, member.feature)
+                said[i] = short_label(top_and_bottom_logits(*parts, 1)[0][0][0].strip("▁ "))
+        return cluster_names({0: list(range(len(members)))}, {}, {}, said, 1)[0] or key
+
+
+def short_label(text: str) -> str:
+    """The first thing that a label says, in words that can be a name: 'planet = mars or scene = hands, ..' is planet
+    mars.
+    """
+    first = text.removeprefix("strong: ").split(" or ")[0].split(",")[0]
+    return " ".join(re.sub(r"[^\w. -]", " ", first).split())[:40].strip()
 
 
 def _of_own(

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.config import AppConfig
     from vlmscope.core.graph import PrunedGraph
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.models.loading import VLM
     from vlmscope.transcoders.transcoder import TranscoderSet
 
 SHOWN = 6  # features of a supernode with evidence
 THUMBNAILS = 3  # pictures in a supernode's box
+WORDS = 3  # of the line in a box
 SEARCHED = 60  # inputs of contrasts in which top examples are looked for
 PER_PLANET = 4  # of Orrery's pictures besides
 
@@ -56,13 +57,13 @@ def draw_circuit(
     drawn, left_out = drawable(
         [(e.source, e.target, 100 * e.share) for e in circuit.edges if shown_edge(e)], 100 * cfg.task.min_share
     )
-    words = {node.name: writes(node) for node in nodes}
+    words = {node.name: line_of(node) for node in nodes}
     path = circuit_diagram(
         nodes,
         drawn,
         folder / "figures" / "circuit.png",
         {key: found for key, found in pictures.items() if found},
-        "% of what it takes in",
+        "% of all that the target takes in",
         words,
         "{:+.1f}",
     )
@@ -72,7 +73,7 @@ def draw_circuit(
         summary=summary(circuit, metrics),
         sections=(
             headline(metrics),
-            figure("The circuit", path, f"Diagram of the circuit {name}: {said(drawn)}", intro(scene, left_out)),
+            figure("The circuit", path, f"Diagram of the circuit {name}: {said(drawn)}", intro(scene, left_out), True),
             edge_table(circuit.edges),
             chosen_table(nodes),
             *feature_sections(nodes),
@@ -118,7 +119,7 @@ def examples_of(
 ) -> Mapping[FeatureId, tuple[FeatureExample, ...]]:
     """Inputs on which features are most active: of a study, or of what is at hand."""
     from vlmscope.data.images import png_bytes
-    from vlmscope.features.top_examples import StudyItem, top_examples
+    from vlmscope.features.study.top_examples import StudyItem, top_examples
 
     if study is not None:
         from vlmscope.tasks.find import study_example
@@ -156,32 +157,56 @@ def of_orrery(scene: Scene, seed: int) -> list[Asked]:
 
 
 def thumbnails(node: Supernode) -> list[np.ndarray]:
-    """Pictures with activations over them, one of each of the first features that have one, none twice."""
+    """Pictures on which the first features are most active, one of each, none twice.
+
+    Where a supernode is meant at soft tokens their activations are shown; one meant at words of the question has none.
+    """
+    where = node.positions
+    if where is not None and where.box is None and not {*where.roles} & {"image", "last", "answer"}:
+        return []
     found: dict[bytes, np.ndarray] = {}
     for rank in range(SHOWN):
         for member in node.features[:SHOWN]:
             example = member.examples[rank] if rank < len(member.examples) else None
             if example is None or example.image_png is None or example.image_png in found:
                 continue
-            if node.positions is None or "image" in node.positions.roles or node.positions.box is not None:
-                png = example_png(example)
-                assert png is not None
-                found[example.image_png] = np.asarray(decode(png))
-            else:  # it is meant at words: where on the picture a feature also fires would mislead
-                found[example.image_png] = np.asarray(decode(example.image_png))
+            tinted = example_png(example) if at_pictures(node) else example.image_png
+            assert tinted is not None, "it has a picture"
+            found[example.image_png] = np.asarray(decode(tinted))
             if len(found) == THUMBNAILS:
                 return list(found.values())
     return list(found.values())
 
 
-def writes(node: Supernode, count: int = 3) -> str:
-    """The words that its features raise most, weighted by influence, for the box."""
+def line_of(node: Supernode) -> str:
+    """What its strongest features are about, for the box: the words that they write, or the ones that they fire at."""
+    if at_pictures(node):
+        return ""
+    roles = node.positions.roles if node.positions is not None else ()
+    fires_at = bool(roles) and not {"last", "answer"} & {*roles}
     sums: dict[str, float] = {}
     for member in node.features[:SHOWN]:
-        for word, logit in member.top_logits[:2]:
-            sums[word] = sums.get(word, 0.0) + max(logit, 0.0) * max(member.influence, 1e-6)
-    best = sorted(sums, key=lambda word: -sums[word])[:count]
-    return "writes " + ", ".join(word.strip("▁ ") or word for word in best) if best else ""
+        weight = max(member.influence, 1e-9)
+        words = peaks(member) if fires_at else [word for word, _ in member.top_logits[:1]]
+        for word in words:
+            sums[word] = sums.get(word, 0.0) + weight
+    best = sorted(sums, key=lambda word: -sums[word])[:WORDS]
+    return f"{'fires at' if fires_at else 'writes'} {', '.join(best)}" if best else ""
+
+
+def peaks(member: CircuitFeature) -> list[str]:
+    """The word of each example at which the feature is most active, where it is a word."""
+    found = []
+    for example in member.examples[:3]:
+        if example.tokens and max(example.token_activations) >= max(example.patch_activations, default=0.0):
+            found.append(example.tokens[int(np.argmax(example.token_activations))].strip("▁ "))
+    return [word for word in found if word]
+
+
+def at_pictures(node: Supernode) -> bool:
+    """Whether it is meant at soft tokens alone."""
+    where = node.positions
+    return where is not None and not {*where.roles} - {"image"}
 
 
 def said(edges: Sequence[tuple[str, str, float]]) -> str:

@@ -46,17 +46,20 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.attribution.merged_io import save_merged
     from vlmscope.attribution.merged_tables import write_tables
     from vlmscope.report.merged_figure import difference_graph, share_bars
+    from vlmscope.tasks.feature_labels import feature_labels, look_for_labels
 
+    look_for_labels(cfg)
     sides = _sides(cfg)
     names = _names(cfg, sides)
     first, second = _graphs(cfg, context, sides)
     found = compare(first, second, names, cfg.task.match)
     save_merged(context.run_dir / "comparison.safetensors", found)
-    size = write_merged_json(context.run_dir / "graph.json", found, context.run_dir.name)
-    write_tables(context.run_dir, found)
+    labels = feature_labels(cfg, found.model)
+    size = write_merged_json(context.run_dir / "graph.json", found, context.run_dir.name, labels)
+    write_tables(context.run_dir, found, labels)
     if cfg.task.figure and len(found.sources):
-        difference_graph(found, context.run_dir / "figures" / "difference.png")
-        share_bars(found, context.run_dir / "figures" / "shares.png")
+        difference_graph(found, context.run_dir / "figures" / "difference.png", labels=labels)
+        share_bars(found, context.run_dir / "figures" / "shares.png", labels=labels)
     print(found)
     numbers = {f"compare/{name}": float(value) for name, value in vars(found.summary()).items()}
     return {**numbers, "graph/json_mb": size}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ from vlmscope.core.intervention import MODES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlmscope.core.intervention import Change, Effect
+    from vlmscope.circuits.circuit import Circuit
+    from vlmscope.core.graph import AttributionGraph
+    from vlmscope.core.intervention import Change, Effect, Supernode
     from vlmscope.interventions.edits import Plan
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.batching import InputBatch
@@ -30,11 +32,14 @@ class EditConfig:
     """Keys of both tasks.
 
     `from_graph` takes features from a trace instead of naming them: its graph.safetensors or its run folder; the `top`
-    most influential ones on its most probable answer. `mode` is free, frozen_attention, direct or all. `controls` says
+    most influential ones on its most probable answer. `circuit` takes those of a saved circuit (`/run/circuits/name`),
+    or of some of its `supernodes`, at their positions. `mode` is free, frozen_attention, direct or all. `controls` says
     how often each control is drawn (0: none), `new_tokens` how long answers may be.
     """
 
     from_graph: str | None = None
+    circuit: str | None = None
+    supernodes: list[str] = field(default_factory=list)
     top: int = 20
     mode: str = "free"
     controls: int = 5
@@ -54,27 +59,70 @@ class EditConfig:
         return MODES if self.mode == "all" else (self.mode,)
 
 
-def chosen_features(named: Sequence[str], task: EditConfig, n_layers: int) -> list[FeatureId]:
-    """The features that the user named or a graph ranks.
+@dataclass(frozen=True)
+class Chosen:
+    """Features to edit, and what they were taken from.
+
+    Attributes:
+        features: each once.
+        source: the path of a graph or circuit; "" where features were named.
+        graph: that they were taken from.
+        circuit: that they were taken from.
+        nodes: of the circuit; they may say at which positions they are meant.
+    """
+
+    features: list[FeatureId]
+    source: str = ""
+    graph: AttributionGraph | None = None
+    circuit: Circuit | None = None
+    nodes: tuple[Supernode, ...] = ()
+
+    def check_fits(self, vlm: VLM, transcoders: TranscoderSet) -> None:
+        """Refuse a graph or circuit of another model or set.
+
+        Raises:
+            UserError: it is of another one.
+        """
+        from vlmscope.circuits.selectors import check_graph
+
+        widths = {layer: transcoders[layer].config.n_features for layer in transcoders.layers}
+        if self.circuit is not None:
+            self.circuit.check_fits(vlm.name, widths, self.source)
+        if self.graph is not None:
+            n_layers = vlm.adapter.n_layers
+            if self.graph.n_layers != n_layers:
+                layers = f"{self.graph.n_layers} layers, this one has {n_layers}"
+                raise UserError(f"{self.source} is of a model with {layers}; trace this model")
+            check_graph(self.graph, self.source, vlm.name, widths)
+
+
+def chosen_features(named: Sequence[str], task: EditConfig) -> Chosen:
+    """The features that the user named, a graph ranks, or a circuit has; no model is needed.
 
     Raises:
-        UserError: neither or both were given, an id cannot be read, or the graph is of another model.
+        UserError: none or several were given, an id cannot be read, or a file is not there or not what it should be.
     """
     from vlmscope.attribution.graph_io import load_graph
     from vlmscope.attribution.top_features import top_features
+    from vlmscope.circuits.circuit import load_circuit
 
-    if bool(named) == (task.from_graph is not None):
+    if bool(named) + (task.from_graph is not None) + (task.circuit is not None) != 1:
         raise UserError(
-            "which features? name them, as in task.features=..., or take them from a trace with "
-            "task.from_graph=/run/graph.safetensors, not both"
+            "which features? name them, as in task.features=..., take them from a trace with "
+            "task.from_graph=/run/graph.safetensors, or from a circuit with task.circuit=/run/circuits/name, not both"
         )
+    if task.supernodes and task.circuit is None:
+        raise UserError("task.supernodes= chooses among a circuit's; add task.circuit=/run/circuits/name")
+    if task.circuit is not None:
+        circuit = load_circuit(Path(task.circuit))
+        nodes = tuple(circuit.node(name) for name in task.supernodes or circuit.supernodes)
+        features = list(dict.fromkeys(m.feature for node in nodes for m in node.features))
+        return Chosen(features, task.circuit, circuit=circuit, nodes=nodes)
     if task.from_graph is None:
-        return [FeatureId.parse(text) for text in named]
+        return Chosen([FeatureId.parse(text) for text in named])
     path = Path(task.from_graph)
     graph = load_graph(path / "graph.safetensors" if path.is_dir() else path).graph
-    if graph.n_layers != n_layers:
-        raise UserError(f"{path} is of a model with {graph.n_layers} layers, this one has {n_layers}; trace this model")
-    return list(top_features(graph, task.top))
+    return Chosen(list(top_features(graph, task.top)), task.from_graph, graph)
 
 
 def report_edit(

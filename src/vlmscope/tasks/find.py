@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vlmscope.features.labels.label import Label
     from vlmscope.features.labels.reader import Labels
     from vlmscope.features.labels.search import Match
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.report.feature_sheet import FeatureRow
     from vlmscope.tasks.context import RunContext
 
@@ -27,11 +27,10 @@ class Config:
     """`query` is looked for in labels and in what fires features; with `image=` (and `prompt=`, else the study's most
     frequent question about a picture) features that are active there and rare elsewhere come first.
 
-    `study` is the run folder of a task=study; `hand` a YAML file of labels instead of the study's own; `count` features
-    are shown with `examples` thumbnails each.
+    `study.path=` names the study, the run folder of a task=study; `hand` is a YAML file of labels instead of the
+    study's own; `count` features are shown with `examples` thumbnails each.
     """
 
-    study: str | None = None
     hand: str | None = None
     count: int = 10
     examples: int = 6
@@ -42,20 +41,22 @@ class Config:
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Print a table; write find.json and figures/find.png."""
     from vlmscope.core.artifacts import write_json
-    from vlmscope.features.labels.item_facts import item_facts
-    from vlmscope.features.labels.reader import Labels
-    from vlmscope.features.labels.search import find_by_words
-    from vlmscope.features.records import StudyFolder
-    from vlmscope.report.feature_sheet import feature_sheet
+    from vlmscope.tasks.study_data import needed_study
 
     task: Config = cfg.task
-    if task.study is None:
-        raise UserError("no study: add task.study=FOLDER, the run folder of a task=study")
+    folder = needed_study(cfg)
     if (cfg.query is None) == (cfg.image is None):
         raise UserError("give one of the two: 'query=red planet', or image=path/to/picture.png")
     if task.count < 1 or task.examples < 1:
         raise UserError("task.count and task.examples must be at least 1")
-    study = StudyFolder(task.study)
+
+    from vlmscope.features.labels.item_facts import item_facts
+    from vlmscope.features.labels.reader import Labels
+    from vlmscope.features.labels.search import find_by_words
+    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.report.feature_sheet import feature_sheet
+
+    study = StudyFolder(folder)
     labels = Labels(study, task.hand)
     if cfg.query is not None:
         found = find_by_words(study, item_facts(study.items, task.words), labels, cfg.query, task.count)

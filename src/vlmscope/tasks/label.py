@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from vlmscope.core.ids import FeatureId
     from vlmscope.features.labels.explainer import Explainer
     from vlmscope.features.labels.label import Label
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.context import RunContext
 
 
 @dataclass
 class Config:
-    """`study` is the run folder of a task=study; labels go into `labels/` in it, one file a set.
+    """`study.path=` names the study, the run folder of a task=study; labels go into `labels/` in it, one file a set.
 
     Without `explainer` all features are labelled by contrast, offline, as the set "auto"; the same is done to
     `shuffled` features a layer with their activations shuffled, to show what chance scores. `explainer` "endpoint" asks
@@ -29,7 +29,6 @@ class Config:
     `set_name` is what the set is called.
     """
 
-    study: str | None = None
     explainer: str | None = None
     features: list[str] = field(default_factory=list)
     set_name: str | None = None
@@ -46,17 +45,19 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write the set, and print some of it."""
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.tasks.study_data import needed_study
 
     task: Config = cfg.task
-    if task.study is None:
-        raise UserError("no study: add task.study=FOLDER, the run folder of a task=study")
+    folder = needed_study(cfg)
     if task.explainer not in (None, "endpoint", "local"):
         raise UserError(f"task.explainer={task.explainer}: choose endpoint or local, or leave it out")
     for key in ("shown", "judged", "words"):
         if getattr(task, key) < 1:
             raise UserError(f"task.{key}={getattr(task, key)}: it must be at least 1")
-    study = StudyFolder(task.study)
+
+    from vlmscope.features.study.records import StudyFolder
+
+    study = StudyFolder(folder)
     if not len(study.items):
         raise UserError(
             f"{study.path} has no items, so nothing can be said of its features; run task=study on more data"

@@ -14,7 +14,7 @@ from vlmscope.core.ids import FeatureId
 
 if TYPE_CHECKING:
     from vlmscope.features.labels.label import Label
-    from vlmscope.features.records import LayerTable, StudyFolder
+    from vlmscope.features.study.records import LayerTable, StudyFolder
     from vlmscope.tasks.pages import Config
 
 _KINDS = {"text": 0, "image": 1, "answer": 2}

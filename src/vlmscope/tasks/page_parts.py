@@ -18,7 +18,7 @@ from vlmscope.report.heat import HeatPicture, thumbnail
 if TYPE_CHECKING:
     from vlmscope.core.study import ExampleView, FeatureRecord, StudyItem
     from vlmscope.features.labels.label import Label
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.pages import Config
 
 AUTOMATIC = "auto"  # the set of labels that may be missing

@@ -16,15 +16,14 @@ RULES = ("frequency", "activation", "image", "text", "answer", "random", "score"
 class Config:
     """Which features of which study, and what is shown of them.
 
-    `study` is the run folder of task=study. Features are named (`features=[L5/709,L4/1802]`), or the `top` most
-    influential ones of a trace (`from_graph`), or the `top` of each supernode of a circuit (`from_circuit`, the run of
-    an experiment or the circuit's folder), or the `top` first by a `rule` over `layers` (all by default): frequency
-    (most inputs), activation (largest), image, text or answer (most inputs, of features that mostly fire there),
-    random, score (of labels). `graphs` are traces to which pages link, `labels` the set of labels in the study. A page
-    shows `examples` of the strongest inputs and `samples` of each weaker group.
+    `study.path=` names the study, the run folder of a task=study. Features are named (`features=[L5/709,L4/1802]`), or
+    the `top` most influential ones of a trace (`from_graph`), or the `top` of each supernode of a circuit
+    (`from_circuit`, the run of an experiment or the circuit's folder), or the `top` first by a `rule` over `layers`
+    (all by default): frequency (most inputs), activation (largest), image, text or answer (most inputs, of features
+    that mostly fire there), random, score (of labels). `graphs` are traces to which pages link, `labels` the set of
+    labels in the study. A page shows `examples` of the strongest inputs and `samples` of each weaker group.
     """
 
-    study: str | None = None
     features: list[str] = field(default_factory=list)
     from_graph: str | None = None
     from_circuit: str | None = None
@@ -55,18 +54,18 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from tqdm import tqdm
 
     from vlmscope.core.artifacts import write_json
-    from vlmscope.core.errors import UserError
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.tasks.study_data import needed_study
+
+    start, task, place = perf_counter(), cfg.task, needed_study(cfg)
+
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.report.feature_json import feature_json
     from vlmscope.report.gallery import Gallery
     from vlmscope.tasks.page_choice import choose
     from vlmscope.tasks.page_graphs import graph_uses
     from vlmscope.tasks.page_parts import PageMaker, study_labels
 
-    start, task = perf_counter(), cfg.task
-    if task.study is None:
-        raise UserError("no study: add task.study=/run/of/task=study (make one with python run.py task=study)")
-    study, folder = StudyFolder(task.study), context.run_dir / "pages"
+    study, folder = StudyFolder(place), context.run_dir / "pages"
     labels = study_labels(study, task.labels)
     chosen = choose(study, task, labels, cfg.seed)
     places = [*([task.from_graph] if task.from_graph else []), *task.graphs]

@@ -27,6 +27,7 @@ class Config(EditConfig):
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Patch `prompt=` on `image=` with the activations of the donor run."""
+    from vlmscope.circuits.plans import at_supernodes
     from vlmscope.data.images import open_images
     from vlmscope.interventions.named import by_layer, donor_activations, patch_plan
     from vlmscope.models.batching import make_batch
@@ -41,13 +42,14 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     pictures = user_pictures(cfg)
     paths = [task.donor_image] if isinstance(task.donor_image, str) else task.donor_image
     gifts = pictures if paths is None else open_images(paths)
+    chosen = chosen_features(task.features, task)
     vlm = load_model(cfg)
-    features = chosen_features(task.features, task, vlm.adapter.n_layers)
     inputs = vlm.prepare(cfg.prompt, pictures)
     donor = vlm.prepare(cfg.prompt if task.donor_prompt is None else task.donor_prompt, gifts)
     make_batch(vlm.adapter, [inputs, donor])  # refuses prompts that do not align
     transcoders = load_transcoders(cfg, vlm, context.overrides)
+    chosen.check_fits(vlm, transcoders)
     recipient, given = (make_batch(vlm.adapter, [one]) for one in (inputs, donor))
-    carried = donor_activations(vlm.adapter, transcoders, given, by_layer(transcoders, features))
-    plan = patch_plan(carried, inputs.roles, task.strength)
+    carried = donor_activations(vlm.adapter, transcoders, given, by_layer(transcoders, chosen.features))
+    plan = at_supernodes(patch_plan(carried, inputs.roles, task.strength), chosen.nodes, recipient.places)
     return report_edit("patch", vlm, transcoders, inputs, plan, [recipient, given], task, context, cfg.seed)

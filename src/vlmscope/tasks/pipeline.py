@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 KINDS = (
     "find_circuit", "intervene", "curves", "report", "compare_maps", "lens", "study", "modality", "cross_modal",
     "interchange", "sum_features", "amplify", "pairs_report",
+    "figures_report",
+    "predict_errors", "errors_report", "layer_reading", "layer_ranges", "hierarchy_report",
+    "cross_modal_association", "cross_modal_report",
     "number_line", "number_dose", "pair_transfer", "dissociation", "object_places",
-    "caption_words", "caption_steering", "caption_report",
+    "caption_words", "caption_steering", "caption_report", "concept_matrix",
     "discover", "discover_report",
 )  # fmt: skip
 READ_SHARDS = ("study",)  # steps that go through the data's shards, unless study.path names what they would make
@@ -37,14 +40,21 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Run the steps that are switched on."""
     import time
 
+    from vlmscope.tasks.feature_labels import look_for_labels
+    from vlmscope.tasks.study_data import look_for, study_sources
+
+    chosen = [name for name, wanted in cfg.task.steps.items() if wanted]
+    if not chosen:
+        raise UserError("task.steps is empty: choose an experiment, such as experiment=mars_earth_patch")
+    if reads_shards(cfg):
+        look_for(study_sources(cfg, cfg.study))
+    look_for_labels(cfg)
+
     from tqdm import tqdm
 
     from vlmscope.tasks.steps.bench import Bench
 
     bench = Bench(cfg, context.run_dir)
-    chosen = [name for name, wanted in cfg.task.steps.items() if wanted]
-    if not chosen:
-        raise UserError("task.steps is empty: choose an experiment, such as experiment=mars_earth_patch")
     with tqdm(chosen, desc="steps", unit="step") as bar:
         for name in bar:
             bar.set_postfix_str(name)

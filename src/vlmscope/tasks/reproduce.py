@@ -100,7 +100,8 @@ def _shards(run_dir: "Path") -> tuple[str, ...]:
 def _judged(run_dir: "Path", job: "Job", how: "Ended") -> "Reproduced":
     from vlmscope.core.artifacts import read_json
     from vlmscope.core.reproduction import Reproduced
-    from vlmscope.tasks.reproduce_page import key_picture, numbers_of
+    from vlmscope.tasks.headline_numbers import numbers_of
+    from vlmscope.tasks.reproduce_page import key_picture
 
     folder = run_dir / job.label
     metrics = read_json(folder / "metrics.json") if how.code == 0 else {}

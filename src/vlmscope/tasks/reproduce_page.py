@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmscope.config.headline import HeadlineConfig
 from vlmscope.core.artifacts import write_json, write_text
-from vlmscope.core.intervention import Rate
-from vlmscope.core.reproduction import Number, Reproduced
+from vlmscope.core.reproduction import Reproduced
 from vlmscope.metrics.ranges import RULE, half_width, suggested_range
 from vlmscope.report.html import ReportPage
 from vlmscope.report.sections import Card, Cards, Experiments, Section, Text, duration, mapping_table
@@ -22,30 +20,8 @@ from vlmscope.tracking.provenance import git_state, package_versions
 if TYPE_CHECKING:
     pass
 
-_SHARES = ("rate", "accuracy", "share", "frac")
 _THUMB = 380  # pixels of the longer edge: twice the width at which it is shown
 _COLOURS = 64
-
-
-def numbers_of(headline: Mapping[str, HeadlineConfig], metrics: Mapping[str, float | None]) -> tuple[Number, ...]:
-    """The headline numbers of a run, each against its range; one that the run does not have is missing, and is out."""
-    found = []
-    for metric, wanted in headline.items():
-        value = metrics.get(metric)
-        rate = _rate(metric, metrics)
-        base = metric.removesuffix("_control")
-        share = f"{base}_ci_low" in metrics or base.rpartition("/")[2].endswith(_SHARES)
-        share = share and (value is None or 0 <= value <= 1) and wanted.low >= 0 and wanted.high <= 1
-        holds = wanted.holds(value)
-        found.append(Number(metric, wanted.says, value, wanted.low, wanted.high, holds, share, rate))
-    return tuple(found)
-
-
-def _rate(metric: str, metrics: Mapping[str, float | None]) -> Rate | None:
-    value, low, high = (metrics.get(f"{metric}{end}") for end in ("", "_ci_low", "_ci_high"))
-    if value is None or low is None or high is None:
-        return None
-    return Rate(value, low, high, 0, metrics.get(f"{metric}_control"))
 
 
 def key_picture(folder: Path, figure: str | None) -> bytes | None:
@@ -75,15 +51,15 @@ def write_page(run_dir: Path, overrides: Sequence[str], found: Sequence[Reproduc
         Experiments(
             "Experiments",
             tuple(sorted(found, key=lambda one: one.holds)),
-            "What is out of range comes first. Small print: 95 % interval; control: the same with matched random "
-            "features or shuffled labels (the hollow diamond).",
+            "What is out of range comes first. Small print: 95 % interval, and the control: the same with matched "
+            "random features, or in random order (the hollow diamond).",
         ),
         _reading(),
         mapping_table("Machine and versions", _machine(), ("what", "here")),
         Text("Run it again", code=" ".join(["python run.py", *overrides])),
     ]
     page = ReportPage(
-        title="What the paper reports, what this copy shows",
+        title="What the paper reports, what Orrery shows",
         question=(
             "Every experiment that needs no training, run on the shipped model and transcoders, each headline number "
             "held against the range that its file states."

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Config(EditConfig):
     """`features` maps names to activations: 'task.features={L1/7: 8.0, L2/30: 0}' (0 switches off).
 
-    Features of `from_graph` are all set to `value`. `positions` are prompt positions to act on; without them the edit
-    is everywhere and in generated tokens too.
+    Features of `from_graph` or `circuit` are all set to `value`. `positions` are prompt positions to act on; without
+    them the edit is everywhere and in generated tokens too, but for supernodes that have positions of their own.
     """
 
     features: dict[str, float] = field(default_factory=dict)
@@ -27,6 +27,7 @@ class Config(EditConfig):
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Steer `prompt=` on `image=` (none for text alone)."""
+    from vlmscope.circuits.plans import at_supernodes
     from vlmscope.interventions.named import steer_plan
     from vlmscope.models.batching import make_batch
     from vlmscope.tasks.edits import chosen_features, report_edit
@@ -37,10 +38,13 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     task: Config = cfg.task
     given = {FeatureId.parse(text): value for text, value in task.features.items()}
     pictures = user_pictures(cfg)
+    chosen = chosen_features(list(task.features), task)
     vlm = load_model(cfg)
-    values = {f: given.get(f, task.value) for f in chosen_features(list(task.features), task, vlm.adapter.n_layers)}
+    values = {f: given.get(f, task.value) for f in chosen.features}
     inputs = vlm.prepare(cfg.prompt, pictures)
     transcoders = load_transcoders(cfg, vlm, context.overrides)
+    chosen.check_fits(vlm, transcoders)
     plan = steer_plan(vlm.adapter, transcoders, values, len(inputs), task.positions)
     matched_on = [make_batch(vlm.adapter, [inputs])]
+    plan = at_supernodes(plan, chosen.nodes, matched_on[0].places)
     return report_edit("steer", vlm, transcoders, inputs, plan, matched_on, task, context, cfg.seed)

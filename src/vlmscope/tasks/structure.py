@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.models.loading import VLM
     from vlmscope.tasks.context import RunContext
     from vlmscope.transcoders.transcoder import TranscoderSet
@@ -50,15 +50,17 @@ class Config:
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write structure.parquet, clusters.parquet and the figures."""
     from vlmscope.core.errors import UserError
-    from vlmscope.features.modality_tables import modality_tables
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.tasks.study_data import needed_study
+
+    folder = needed_study(cfg)
+
+    from vlmscope.features.structure.modality_tables import modality_tables
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.steps.modality import draw, modality_metrics
     from vlmscope.tasks.structure_tables import Structure, write_structure
     from vlmscope.tasks.wiring import load_model, load_transcoders
 
-    if cfg.study.path is None:
-        raise UserError("which study? give study.path=/my/study, the run folder of a finished task=study")
-    study = StudyFolder(cfg.study.path)
+    study = StudyFolder(folder)
     modality = modality_tables(study)
     vlm = load_model(cfg)
     transcoders = load_transcoders(cfg, vlm, context.overrides)
@@ -77,8 +79,8 @@ def seen(cfg: AppConfig, vlm: VLM, transcoders: TranscoderSet, study: StudyFolde
     from vlmscope.data.numbered import NumberedRows
     from vlmscope.data.source_config import SourceConfig
     from vlmscope.data.sources import open_source
-    from vlmscope.features.structure_pass import StructurePass
-    from vlmscope.features.study_inputs import InputMaker
+    from vlmscope.features.structure.structure_pass import StructurePass
+    from vlmscope.features.study.inputs import InputMaker
 
     task = cfg.task
     data: dict[str, Any] = study.info.data

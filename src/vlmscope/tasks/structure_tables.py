@@ -18,11 +18,11 @@ import torch
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.seeds import generator
-from vlmscope.features.cluster_names import cluster_names, words_of
-from vlmscope.features.directions import read_directions, write_directions
-from vlmscope.features.modality_tables import LayerModality
-from vlmscope.features.records import StudyFolder
-from vlmscope.features.structure_pass import StructurePass
+from vlmscope.features.structure.cluster_names import cluster_names, words_of
+from vlmscope.features.structure.directions import read_directions, write_directions
+from vlmscope.features.structure.modality_tables import LayerModality
+from vlmscope.features.structure.structure_pass import StructurePass
+from vlmscope.features.study.records import StudyFolder
 from vlmscope.metrics.clusters import louvain
 from vlmscope.metrics.coactivation import Neighbours, coactive, nearest_of
 from vlmscope.metrics.duplication import Twin, nearest_twins

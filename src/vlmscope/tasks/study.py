@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.features.records import StudyFolder
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.context import RunContext
 
 RANKS = True  # several processes can run it together
@@ -19,25 +19,27 @@ class Config:
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Go through the data, each process through its part; the main one writes the files."""
     from vlmscope.core.errors import NotMainRank, UserError
-    from vlmscope.data.numbered import NumberedRows
-    from vlmscope.features.records import StudyFolder
-    from vlmscope.features.run_study import finish, run_part, study_parts
-    from vlmscope.features.study_part import StudyPart
-    from vlmscope.features.study_schema import MANIFEST
-    from vlmscope.tasks.study_data import described, opened, settings_of, study_sources
-    from vlmscope.tasks.wiring import load_model, load_transcoders
-    from vlmscope.training.process_group import joint_sum, own_share
+    from vlmscope.core.study import MANIFEST
+    from vlmscope.tasks.study_data import described, look_for, opened, settings_of, study_sources
 
     config = cfg.study
     if cfg.prompt is not None or cfg.image is not None:
         raise UserError("task=study goes through data; leave out prompt= and image=, or put them into data=folder")
     if config.path is not None:
         raise UserError("study.path names a study that is there already; leave it out of task=study, which makes one")
-    folder, share = context.run_dir / "study", own_share()
-    sources = study_sources(cfg, config)
-    settings = settings_of(cfg, config, context.overrides)
+    folder, sources = context.run_dir / "study", study_sources(cfg, config)
     if folder.exists() and not cfg.trainer.resume:
         raise UserError(f"{folder} is there already; add trainer.resume=true to go on, or choose a new hydra.run.dir")
+    look_for(sources)  # torch takes seconds to import: a mistake should not wait for it
+
+    from vlmscope.data.numbered import NumberedRows
+    from vlmscope.features.study.part import StudyPart
+    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.features.study.run import finish, run_part, study_parts
+    from vlmscope.tasks.wiring import load_model, load_transcoders
+    from vlmscope.training.process_group import joint_sum, own_share
+
+    settings, share = settings_of(cfg, config, context.overrides), own_share()
     if (folder / MANIFEST).is_file():
         return metrics_of(StudyFolder(folder))
     part = StudyPart(folder, share, settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.data.readers import Source
     from vlmscope.data.source_config import SourceConfig
-    from vlmscope.features.study_config import StudyConfig
+    from vlmscope.features.study.config import StudyConfig
 
 
 def study_sources(cfg: AppConfig, config: StudyConfig) -> dict[str, SourceConfig]:
@@ -43,6 +43,34 @@ def study_sources(cfg: AppConfig, config: StudyConfig) -> dict[str, SourceConfig
         name: replace(one, split=config.split or one.split, path=one.path and str(Path(one.path).absolute()))
         for name, one in found.items()
     }
+
+
+def needed_study(cfg: AppConfig) -> Path:
+    """The folder of the study that `study.path=` names, looked for before anything heavy is imported.
+
+    Raises:
+        UserError: none was named, or there is none.
+    """
+    from vlmscope.core.study import study_folder
+
+    if cfg.study.path is None:
+        raise UserError(
+            "no study: add study.path=FOLDER, the run folder of a finished task=study (python run.py task=study)"
+        )
+    return study_folder(cfg.study.path)
+
+
+def look_for(sources: Mapping[str, SourceConfig]) -> None:
+    """Refuse shards that are not there, before anything heavy is imported.
+
+    Raises:
+        UserError: a folder has no index.
+    """
+    from vlmscope.data.shard_index import read_index
+
+    for name, one in sources.items():
+        if one.kind == "shards":
+            read_index(Path(str(one.path)), f"data.path or data.sources.{name}.path")
 
 
 def opened(cfg: AppConfig, sources: dict[str, SourceConfig]) -> dict[str, tuple[float, Source]]:

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vlmscope.config import AppConfig
-    from vlmscope.core.ids import FeatureId
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
     from vlmscope.transcoders.transcoder import TranscoderSet
@@ -46,18 +45,20 @@ def trace_into(
     from vlmscope.attribution.pruning import reaches_image
     from vlmscope.attribution.trace import trace
     from vlmscope.report.graph_figure import attribution_graph
+    from vlmscope.tasks.feature_labels import feature_labels
     from vlmscope.tasks.graph_metrics import graph_metrics
     from vlmscope.tasks.steps.trace_details import print_ends, write_heads, write_scores
     from vlmscope.tasks.trace_patches import follow_to_patches
 
-    labels = None if cfg.attribution.labels is None else study_labels(cfg.attribution.labels, vlm, transcoders)
+    labels = feature_labels(cfg, vlm.name, transcoders)
     traced = trace(vlm, transcoders, inputs, cfg.attribution, folder)
     save_graph(folder / "graph.safetensors", traced.pruned)
     patches = follow_to_patches(cfg, vlm, traced, pictures, folder) if cfg.attribution.patches and pictures else None
     extra = None if patches is None else {"patches": patches.record}
     size = write_graph_json(folder / "graph.json", traced.pruned, name or folder.name, vlm.name, labels, extra)
     if cfg.task.figure:
-        attribution_graph(traced.pruned, folder / "figures" / "graph.png", [np.asarray(p) for p in pictures])
+        shown = [np.asarray(picture) for picture in pictures]
+        attribution_graph(traced.pruned, folder / "figures" / "graph.png", shown, labels=labels)
     graph = traced.graph
     if cfg.task.rows is None:
         print_ends(graph)
@@ -70,15 +71,3 @@ def trace_into(
     if pictures:
         metrics["graph/answer_sees_image"] = float(reaches_image(traced.pruned, int(graph.nodes.ends()[0])))
     return metrics
-
-
-def study_labels(study: str, vlm: VLM, transcoders: TranscoderSet) -> dict[FeatureId, str]:
-    """The labels of a study's features, those no better than chance left out.
-
-    Raises:
-        UserError: it is a study of another model or of other transcoders, or has no labels.
-    """
-    from vlmscope.features.labels.reader import labels_for
-
-    widths = {layer: transcoders[layer].config.n_features for layer in transcoders.layers}
-    return labels_for(study, vlm.name, widths).texts()

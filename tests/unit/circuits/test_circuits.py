@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vlmscope.activations.mlp_inputs import mlp_inputs
-from vlmscope.circuits.circuit import Circuit, load_circuit, save_circuit
+from vlmscope.circuits.circuit import Circuit, commonest_label, labelled, load_circuit, save_circuit
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig, QuestionConfig
 from vlmscope.circuits.contrast import contrast_circuit
 from vlmscope.circuits.effects import flip_rate, in_scope, make_subject, specificity
@@ -15,6 +15,7 @@ from vlmscope.circuits.flow import circuit_edges
 from vlmscope.circuits.plans import donor_activations, steer_plan, union
 from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
+from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.features.role_means import RoleMeans, role_means
 from vlmscope.interventions.named import patch_plan
 from vlmscope.interventions.run import run_edited
@@ -242,3 +243,17 @@ def test_bad_settings_are_named() -> None:
         InterventionConfig(modes=["fre"])
     with pytest.raises(UserError, match="no scope 'last'"):
         InterventionConfig(scopes=["last"])
+
+
+def test_labels_go_with_a_circuit_and_are_read_back(tmp_path: Path) -> None:
+    members = (CircuitFeature(FeatureId(0, 1), "last", 1.0, 0.5), CircuitFeature(FeatureId(1, 2), "last", 0.5, 0.1))
+    plain = Circuit({"mars": Supernode("mars", members)}, {})
+    named = labelled(plain, {FeatureId(1, 2): "planet = mars (0.97)"})
+    assert [member.label for member in named.supernodes["mars"].features] == ["", "planet = mars (0.97)"]
+    assert commonest_label(named.supernodes["mars"]) == "planet = mars" and commonest_label(plain.node("mars")) == ""
+    save_circuit(named, tmp_path / "named")
+    save_circuit(plain, tmp_path / "plain")
+    assert load_circuit(tmp_path / "named").supernodes == named.supernodes
+    assert "label" not in (tmp_path / "plain/circuit.yaml").read_text()
+    # What a circuit is called stays where nothing else is known.
+    assert labelled(load_circuit(tmp_path / "named"), {}).supernodes == named.supernodes

@@ -103,12 +103,16 @@ def test_circuits_of_others_are_refused() -> None:
     circuit.check_fits("orrery", {1: 30})
     for model, widths, said in (
         ("gemma", {1: 30}, "model orrery, not of gemma"),
-        ("orrery", {2: 30}, "no such layer"),
-        ("orrery", {1: 3}, "layer 1 has 3 features"),
+        ("orrery", {2: 30}, "other transcoders"),
+        ("orrery", {1: 3}, "other transcoders"),
         ("orrery", {1: 40}, "other transcoders"),
     ):
         with pytest.raises(UserError, match=said):
             circuit.check_fits(model, widths)
+    unknown = Circuit(circuit.supernodes, {})
+    for widths, said in (({2: 30}, "no such layer"), ({1: 3}, "layer 1 has 3 features")):
+        with pytest.raises(UserError, match=said):
+            unknown.check_fits("orrery", widths)
 
 
 def test_each_feature_is_edited_at_the_positions_of_its_supernodes(bench) -> None:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from vlmscope.data.orrery.objects import covered_cells, object_mask
+from vlmscope.core.images import PatchBox
+from vlmscope.data.orrery.objects import covered_cells, object_mask, painted_mask, share_in_boxes
 from vlmscope.data.orrery.scene import make_scene
 
 
@@ -32,3 +33,15 @@ def test_a_cell_counts_from_a_quarter_on() -> None:
     assert covered_cells(mask, 2).tolist() == [[True, False], [False, True]]
     mask[0, 0] = False
     assert covered_cells(mask, 2).tolist() == [[False, False], [False, True]]
+
+
+def test_painted_pixels_lie_in_the_boxes_and_shares_are_of_each_box() -> None:
+    scene = make_scene("test", "shapes", 3)
+    assert scene.image is not None
+    painted, boxed = painted_mask(scene.image), object_mask(scene)
+    assert painted.any()
+    assert (painted & ~boxed).mean() < 0.01  # a turned cross reaches a little out of its box
+    halves = [PatchBox(0, 0, 0.5, 1), PatchBox(0.5, 0, 1, 1)]
+    shares = share_in_boxes(painted, halves)
+    assert shares.mean() == painted.mean()
+    assert shares[0] == painted[:, :32].mean()

@@ -223,3 +223,13 @@ def test_own_pairs_that_cannot_be_used_are_one_line(folder: Path, lines: list, s
 def test_settings_that_cannot_be_are_refused(settings: dict) -> None:
     with pytest.raises(UserError, match="pairs"):
         PairsConfig(**settings)
+
+
+def test_captions_are_kept_beside_the_questions() -> None:
+    for pair in scene_pairs("object", "test", 6):
+        for words, caption in zip(pair.values, pair.captions, strict=True):
+            colour, shape = words.split()
+            assert caption.split()[1] == colour
+            assert caption.split()[2].startswith(shape)
+        assert pair.values[0].split()[0] != pair.values[1].split()[0]
+        assert pair.values[0].split()[1] != pair.values[1].split()[1]

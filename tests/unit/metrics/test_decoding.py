@@ -5,7 +5,7 @@ import pytest
 
 from vlmscope.core.seeds import generator
 from vlmscope.metrics.causal import bootstrap_mean
-from vlmscope.metrics.decoding import additive, class_means, held_out_r2, linear_accuracy, simplest
+from vlmscope.metrics.decoding import additive, class_means, held_out_r2, linear_accuracy, linear_prediction, simplest
 
 
 def digits(split: str, n: int) -> np.ndarray:
@@ -79,3 +79,14 @@ def test_bootstrap_mean_holds_the_mean() -> None:
     assert found.ci_high - found.ci_low == pytest.approx(2 * 1.96 / np.sqrt(200), rel=0.2)
     with pytest.raises(ValueError, match="at least one"):
         bootstrap_mean([])
+
+
+def test_linear_prediction_reads_what_is_there_and_nothing_of_shuffled_targets() -> None:
+    rng = generator(2, "targets")
+    x = rng.standard_normal((300, 40))
+    targets = np.stack([2 * x[:, 3] - x[:, 7] + 5, rng.standard_normal(300)], 1)
+    predicted = linear_prediction(x[:200], targets[:200], x[200:])
+    r2 = held_out_r2(targets[200:], predicted)
+    assert r2[0] > 0.95 and r2[1] < 0.1
+    silent = linear_prediction(np.zeros((4, 3)), np.arange(4.0)[:, None], np.ones((2, 3)))
+    np.testing.assert_allclose(silent, 1.5)  # without a feature that varies: the mean

@@ -12,7 +12,8 @@ from vlmscope.metrics.ranges import half_width, suggested_range
     [
         ([0.9, 0.92, 0.91], [0.05, 0.06, 0.04], True, (0.84, 0.98)),  # the interval is the widest
         ([0.5, 0.7], [0.05], True, (0.3, 0.9)),  # the spread is
-        ([1.0, 1.0, 1.0], [0.0], True, (0.97, 1.0)),  # the floor, and 1 is the most
+        ([1.0, 1.0, 1.0], [0.02], True, (0.98, 1.0)),  # 1 is the most
+        ([1.0, 1.0, 1.0], [], True, (0.97, 1.0)),  # the floor, where there is no interval
         ([0.0, 0.01], [], True, (0.0, 0.04)),
         ([290.0, 300.0], [], False, (275.0, 315.0)),
         ([1234.0, 1234.0], [], False, (1170.0, 1300.0)),  # rounded outwards to three digits

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmscope.core.graph import NodeKind
+from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import Curve, FlipRow, Rate, Supernode
 from vlmscope.core.sweep import SweepJob
 from vlmscope.report import figures, training_figures
-from vlmscope.report.circuit_figure import circuit_diagram, describe
+from vlmscope.report.circuit_figure import circuit_diagram, describe, drawable
+from vlmscope.report.feature_key import key_entries
 from vlmscope.report.graph_figure import attribution_graph, strongest_edges
 from vlmscope.report.style import COLOURS
 from vlmscope.report.sweep_figure import sweep_overview
@@ -111,6 +114,27 @@ def test_circuit_diagram(supernode: Supernode, tmp_path: Path) -> None:
         circuit_diagram([supernode], [("a", "b", 1.0), ("b", "a", 1.0)], tmp_path / "cycle.png")
 
 
+def test_supernodes_hold_several_pictures_and_a_line_of_words(supernode: Supernode, tmp_path: Path) -> None:
+    colours = [(10, 200, 30), (200, 30, 10), (30, 10, 200), (9, 9, 200)]
+    pictures = [np.full((64, 64, 3), colour, np.uint8) for colour in colours]
+    edges = [("mars", "answer: mars", 4.0)]
+    one = check(circuit_diagram([supernode], edges, tmp_path / "one.png", {"mars": pictures[:1]}), 0.95 * (3.6 + 2.4))
+    more = circuit_diagram([supernode], edges, tmp_path / "c.png", {"mars": pictures}, words={"mars": "writes mars"})
+    shown = check(more, 0.95 * (3.6 + 2.1 + 0.3))
+    for code in ("#0ac81e", "#c81e0a", "#1e0ac8"):
+        assert share_of(shown, code) > 0.01
+    assert share_of(shown, "#0909c8") == 0  # three pictures at most
+    assert share_of(one, "#0ac81e") > share_of(shown, "#0ac81e")  # one alone is larger
+
+
+def test_cycles_lose_their_weakest_edge() -> None:
+    edges = [("a", "b", 3.0), ("b", "c", -2.0), ("c", "a", 1.0), ("b", "a", -0.5), ("a", "a", 9.0), ("c", "d", 0.1)]
+    drawn, left_out = drawable(edges, 0.2)
+    assert drawn == [("a", "b", 3.0), ("b", "c", -2.0)]
+    assert left_out == 2  # the two that close a cycle; what is too weak, or goes to itself, is not counted
+    assert drawable(edges)[0] == [*drawn, ("c", "d", 0.1)]
+
+
 def test_strongest_edges_are_kept_and_ranked(pruned) -> None:
     graph = pruned.graph
     chosen = strongest_edges(pruned, 40)
@@ -135,6 +159,19 @@ def test_attribution_graph(pruned, tmp_path: Path) -> None:
     grouped = {pruned.graph.nodes.feature_id(int(node)): "mars" for node in pruned.graph.nodes.of(1)}
     marked = pixels(attribution_graph(pruned, tmp_path / "groups.png", groups=grouped))
     assert share_of(marked, COLOURS[1]) > share_of(plain, COLOURS[1]) + 0.001
+
+
+def test_a_graph_with_labels_has_a_key_below(pruned, tmp_path: Path) -> None:
+    graph = pruned.graph
+    features = np.flatnonzero((graph.nodes.kind == NodeKind.FEATURE) & pruned.node_mask)
+    labels = {graph.nodes.feature_id(int(node)): "planet = mars (0.97)" for node in features}
+    plain = attribution_graph(pruned, tmp_path / "plain.png")
+    assert attribution_graph(pruned, tmp_path / "none.png", labels={}).read_bytes() == plain.read_bytes()
+    before, after = pixels(plain), pixels(attribution_graph(pruned, tmp_path / "key.png", labels=labels))
+    assert after.shape[0] > before.shape[0] and after.shape[1] == before.shape[1]
+    assert key_entries([FeatureId(5, 7), FeatureId(5, 7), FeatureId(5, 8)], {FeatureId(5, 7): "x" * 200}) == [
+        f"L5/7  {'x' * 79}..."
+    ]
 
 
 def test_twelve_settings_of_a_sweep_look_different_and_are_named_briefly() -> None:

@@ -162,7 +162,7 @@ def scene_pairs(
             kind.draw(generator(seed, *path, "scene"), split, word, generator(seed, *path, "rest"), later)
             for word, later in ((first, False), (second, True))
         ]
-        asked = [_plainly_asked(scene) for scene in scenes]
+        asked = [plainly_asked(scene) for scene in scenes]
         captions = (_caption(scenes[0]), _caption(scenes[1]))
         name = f"{split}-{change}-{i:06d}"
         pairs.append(ScenePair(name, change, (first, second), asked[0], asked[1], captions))
@@ -189,7 +189,7 @@ def _caption(scene: Scene) -> str:
     return next((q.answer for q in scene.questions if q.group == "caption"), "")
 
 
-def _plainly_asked(scene: Scene) -> Scene:
+def plainly_asked(scene: Scene) -> Scene:
     """The scene with its questions in the canonical words; without its caption, which is more than one word."""
     asked = tuple(Question(q.group, _WORDINGS[q.group][0], q.answer) for q in scene.questions if q.group in _WORDINGS)
     return replace(scene, questions=asked)

@@ -18,7 +18,7 @@ from vlmscope.features.labels.places import PlaceLabel, Places, place_labels
 from vlmscope.features.labels.propose import propose
 from vlmscope.features.labels.rules import Rule
 from vlmscope.features.labels.scores import Detection, detection, discoveries
-from vlmscope.features.records import StudyFolder
+from vlmscope.features.study.records import StudyFolder
 
 
 @dataclass(frozen=True)

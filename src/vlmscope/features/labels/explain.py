@@ -11,14 +11,14 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.seeds import generator
 from vlmscope.data.images import png_bytes
-from vlmscope.features.kept_pairs import item_hash
 from vlmscope.features.labels.explainer import Explainer, Shown, one_line
 from vlmscope.features.labels.item_facts import ItemFacts
 from vlmscope.features.labels.known import KnownItems, known_items
 from vlmscope.features.labels.label import NONE, Label
 from vlmscope.features.labels.scores import detection
-from vlmscope.features.records import StudyFolder
-from vlmscope.features.study_items import StudyItems
+from vlmscope.features.study.items import StudyItems
+from vlmscope.features.study.kept_pairs import item_hash
+from vlmscope.features.study.records import StudyFolder
 
 SIDE = 512  # pixels of a picture that is sent
 

@@ -16,9 +16,9 @@ import numpy as np
 from scipy import sparse
 
 from vlmscope.data.share import WHOLE
-from vlmscope.features.kept_pairs import item_hash
 from vlmscope.features.labels.rules import WORDS, Part, Predicate, Rule
-from vlmscope.features.study_items import StudyItems
+from vlmscope.features.study.items import StudyItems
+from vlmscope.features.study.kept_pairs import item_hash
 
 MOST_WORDS = 2000
 _FEWEST = 3  # items that must have a predicate

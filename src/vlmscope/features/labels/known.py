@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from vlmscope.core.study import TOP
 from vlmscope.features.labels.item_facts import ItemFacts
-from vlmscope.features.records import StudyFolder
+from vlmscope.features.study.records import StudyFolder
 
 MOST_FIRING = 0.5  # of the items; a feature that fires on more is labelled by the items on which it is strong
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from vlmscope.core.ids import FeatureId
-from vlmscope.features.study_schema import read_table, write_table
+from vlmscope.features.study.schema import read_table, write_table
 
 FOLDER = "labels"
 LABEL_TABLE = pa.schema(

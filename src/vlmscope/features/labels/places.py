@@ -22,7 +22,7 @@ from vlmscope.features.labels.known import KnownItems
 from vlmscope.features.labels.propose import GAIN
 from vlmscope.features.labels.rules import MOST_VALUES, Part
 from vlmscope.features.labels.scores import wilson
-from vlmscope.features.study_items import StudyItems
+from vlmscope.features.study.items import StudyItems
 
 KEYS = ("kind", "token", "after", "rows", "columns")
 _THIRDS = {

@@ -13,7 +13,7 @@ from vlmscope.core.artifacts import read_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
 from vlmscope.features.labels.label import FOLDER, NONE, Label, read_labels
-from vlmscope.features.records import StudyFolder
+from vlmscope.features.study.records import StudyFolder
 
 HAND = "hand.yaml"  # beside the sets; no task writes it
 
@@ -53,10 +53,13 @@ class Labels:
         """Every label."""
         return {**self.automatic, **self.hand}
 
+    def trusted(self) -> dict[FeatureId, Label]:
+        """Hand labels, and those that beat chance."""
+        return {feature: one for feature, one in self.all().items() if one.source == "hand" or one.beats_chance}
+
     def texts(self) -> dict[FeatureId, str]:
-        """Every label with its score, for graphs; those that are no better than chance are left out."""
-        shown = {f: one for f, one in self.all().items() if one.source == "hand" or one.beats_chance}
-        return {feature: str(label) for feature, label in shown.items()}
+        """The trusted labels, each with its score."""
+        return {feature: str(label) for feature, label in self.trusted().items()}
 
 
 def read_hand(path: Path, study: StudyFolder) -> dict[FeatureId, Label]:
@@ -83,13 +86,13 @@ def read_hand(path: Path, study: StudyFolder) -> dict[FeatureId, Label]:
     return found
 
 
-def labels_for(path: str | Path, model: str, n_features: Mapping[int, int]) -> Labels:
+def labels_for(path: str | Path, model: str, n_features: Mapping[int, int] | None) -> Labels:
     """The labels of a study, for a model with its transcoders.
 
     Args:
         path: of the study.
         model: the model's name.
-        n_features: of the transcoders, by layer.
+        n_features: of the transcoders, by layer; None where they are not known.
 
     Raises:
         UserError: the study is of another model or of other transcoders, or has no labels.
@@ -98,11 +101,11 @@ def labels_for(path: str | Path, model: str, n_features: Mapping[int, int]) -> L
     check_same(study, model, n_features)
     found = Labels(study)
     if not found.all():
-        raise UserError(f"{study.path} has no labels; run task=label task.study={path}")
+        raise UserError(f"{study.path} has no labels; run task=label study.path={path}")
     return found
 
 
-def check_same(study: StudyFolder, model: str, n_features: Mapping[int, int]) -> None:
+def check_same(study: StudyFolder, model: str, n_features: Mapping[int, int] | None) -> None:
     """Refuse a study of another model or of other transcoders.
 
     Raises:
@@ -110,7 +113,7 @@ def check_same(study: StudyFolder, model: str, n_features: Mapping[int, int]) ->
     """
     if study.info.model != model:
         raise UserError(f"{study.path} is a study of the model {study.info.model}, not of {model}; give one of {model}")
-    if study.info.n_features != dict(n_features):
+    if n_features is not None and study.info.n_features != dict(n_features):
         raise UserError(
             f"{study.path} is a study of other transcoders ({_widths(study.info.n_features)}) than these "
             f"({_widths(n_features)}); run task=study with them"

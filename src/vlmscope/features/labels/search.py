@@ -21,7 +21,7 @@ from vlmscope.core.ids import FeatureId
 from vlmscope.core.study import TOP
 from vlmscope.features.labels.item_facts import ItemFacts, words_of
 from vlmscope.features.labels.reader import Labels
-from vlmscope.features.records import StudyFolder
+from vlmscope.features.study.records import StudyFolder
 
 _OF_LABEL = 0.5  # of a word's match; the other half is that of the examples
 _SMALL = {"a", "an", "the", "of", "in", "on", "at", "is", "are", "to", "and", "or", "with", "this", "that", "what"}

@@ -12,13 +12,15 @@ from PIL import Image
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
-from vlmscope.data.orrery.concepts import concept_scenes, pictures
+from vlmscope.data.orrery.concepts import colour_scenes, concept_scenes, digit_scenes, pictures
+from vlmscope.tasks.feature_labels import feature_labels
 from vlmscope.tasks.wiring import load_model, load_transcoders
 
 if TYPE_CHECKING:
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.config import CircuitConfig, InterventionConfig
     from vlmscope.config import AppConfig
+    from vlmscope.core.ids import FeatureId
     from vlmscope.features.cross_modal_config import CrossModalConfig
     from vlmscope.interventions.edits import Plan
     from vlmscope.models.base import ModelInputs
@@ -44,6 +46,11 @@ class Bench:
     def transcoders(self) -> TranscoderSet:
         """Its transcoders."""
         return load_transcoders(self.cfg, self.vlm)
+
+    @cached_property
+    def labels(self) -> dict[FeatureId, str]:
+        """What features are called; empty without `attribution.labels`."""
+        return feature_labels(self.cfg, self.vlm.name, self.transcoders)
 
     @property
     def circuit_config(self) -> CircuitConfig:
@@ -92,6 +99,17 @@ class Bench:
             return open_images(own)
         seed = self.circuit_config.seed if seed is None else seed
         return [Image.fromarray(p) for p in pictures(concept_scenes(concept, split, count, seed))]
+
+    def cross_pictures(self, config: CrossModalConfig, question: str, concept: str, split: str) -> list[Image.Image]:
+        """Pictures of a concept for a question asked across modalities; the user's own as in `concept_pictures`."""
+        count = config.pictures if split == "train" else config.test_pictures
+        if config.source == "planets" or (split == "test" and self.cfg.images.get(concept)):
+            return self.concept_pictures(concept, split, count, config.seed)
+        if config.source == "digits":
+            scenes = digit_scenes(concept, split, count, config.seed, config.questions[question].second)
+        else:
+            scenes = colour_scenes(concept, split, count, config.seed)
+        return [Image.fromarray(p) for p in pictures(scenes)]
 
     def inputs(self, images: list[Image.Image], prompt: str) -> list[ModelInputs]:
         """One prompt for each picture."""

@@ -77,7 +77,7 @@ def run(bench: Bench) -> None:
             raise UserError(f"captions.kinds: none of the captions of {kind} is right, so its words say nothing")
         traced = shares_of(bench, kind, captions[: config.graphs], shown)
         conflicts = conflicts_of(bench, captions[: config.conflicts])
-        for slot, values in traced.items():
+        for slot, values in sorted(traced.items(), key=lambda found: found[0] == REST):
             row = word_sources(kind, slot, np.array(values), conflicts.get(slot))
             bench.metrics |= source_metrics(row)
             rows.append(row)
@@ -109,9 +109,7 @@ def captions_of(bench: Bench, kind: str, count: int) -> tuple[list[Caption], lis
 
 def slots_of(scene: Scene, words: Sequence[str]) -> tuple[str, ...]:
     """The fact that each word of a right caption names; each fact once, in the order of reading."""
-    left = {name: str(value) for name, value in scene.facts.items() if isinstance(value, str | int)}
-    left |= {q.group: q.answer for q in scene.questions if q.group in ("first", "second", "fingers")}
-    left.pop("sum", None)
+    left = {q.group: q.answer for q in scene.questions if q.group not in ("caption", "sum")}
     slots = []
     for word in words:
         # The plural of a shape's name begins with it.

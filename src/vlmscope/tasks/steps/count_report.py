@@ -31,7 +31,7 @@ def number_sections(bench: Bench, folder: Path) -> list[Section]:
         if found["curves"]:
             drawn = figures.dose_response(
                 found["curves"], folder / f"tuning_{place}.png", "shapes in the picture (number)",
-                "activation (% of its highest mean)",
+                "activation (share of its highest mean)", percent=False,
             )  # fmt: skip
             said = f"Tuning curves {words}, on scenes not used to choose: the feature of each kind most tied to count"
             pictures.append(picture(drawn, said))
@@ -117,7 +117,7 @@ def transfer_sections(bench: Bench, folder: Path) -> list[Section]:
         path = figures.layer_role_heatmap(
             one.recovered, one.values, one.values, folder / f"transfer_{one.question}_{one.fact}.png",
             f"recovered share, question: {one.question}", f"{one.fact.replace('_', ' ')} of the test pairs",
-            f"{one.fact.replace('_', ' ')} of the pairs on which features were chosen",
+            f"{one.fact.replace('_', ' ')} chosen on",
         )  # fmt: skip
         pictures.append(picture(path, f"Features chosen on one {one.fact}, carried on pairs of each"))
     rows = tuple(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,51 +13,66 @@ import pyarrow.parquet as pq
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.ids import FeatureId
 from vlmscope.features.cross_modal import PLACES, Shared, find_shared, picture_peaks, text_candidates
-from vlmscope.features.cross_modal_config import PLACEHOLDER
 from vlmscope.metrics.permutation import benjamini_hochberg, permutation_p
 from vlmscope.metrics.selectivity import Rule, matching_p
-from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import make_batch
-from vlmscope.report.cross_modal_figures import coincidence_maps, shared_by_layer
-from vlmscope.tasks.steps.cross_modal_effects import measure_effects
+from vlmscope.report.cross_modal_figures import coincidence_maps, effect_bars, shared_by_layer
+from vlmscope.tasks.steps.cross_modal_effects import Effects, measure_effects, rates
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from vlmscope.features.cross_modal_config import CrossModalConfig
     from vlmscope.tasks.steps.bench import Bench
 
 
+@dataclass(frozen=True)
+class Association:
+    """One set of concepts: what is shared under each question, under all of them, and what it does.
+
+    `metrics` are this set's, `figures` its pictures by name.
+    """
+
+    config: CrossModalConfig
+    found: dict[str, Shared]
+    every: list[set[FeatureId]]
+    effects: Effects
+    metrics: dict[str, float]
+    figures: dict[str, Path]
+
+
 def run(bench: Bench) -> None:
-    """Leaves what is shared under each question in `bench.records`; writes shared.parquet and figures."""
-    config = bench.cross_modal
-    found = {name: find(bench, name) for name in config.questions}
+    """Leaves the one set of concepts in `bench.records`; writes shared.parquet and figures."""
+    found = associate(bench, bench.cross_modal, bench.run_dir)
+    bench.metrics |= found.metrics
+    bench.records["cross_modal"] = {"": found}
+
+
+def associate(bench: Bench, config: CrossModalConfig, folder: Path) -> Association:
+    """Find, count and test what the pictures and words of some concepts share; files go into a folder."""
+    found = {name: find(bench, config, name) for name in config.questions}
     every = in_every_question(found)
+    metrics: dict[str, float] = {}
     for name, shared in found.items():
-        bench.metrics |= count_metrics(bench, name, shared)
-    bench.metrics |= every_metrics(config.concepts, found, every)
-    write_shared(bench.run_dir / "shared.parquet", config.concepts, found, every)
-    folder, layers = bench.run_dir / "figures", bench.transcoders.layers
-    coincidence_maps(
-        {name: shared.coincidences for name, shared in found.items()}, config.concepts, folder / "coincidences.png"
-    )
-    shared_by_layer(layers, *layer_counts(found, layers), folder / "shared_by_layer.png")
-    bench.records["cross_modal"] = found
-    measure_effects(bench, found, every)
+        metrics |= count_metrics(bench, config, name, shared)
+    metrics |= every_metrics(config.concepts, found, every)
+    write_shared(folder / "shared.parquet", config.concepts, found, every)
+    effects, measured = measure_effects(bench, config, found, every)
+    layers, to = bench.transcoders.layers, folder / "figures"
+    tables = {name: shared.coincidences for name, shared in found.items()}
+    figures = {
+        "coincidences": coincidence_maps(tables, config.concepts, to / "coincidences.png"),
+        "shared_by_layer": shared_by_layer(layers, *layer_counts(found, layers), to / "shared_by_layer.png"),
+        "effects": effect_bars(rates(effects), to / "effects.png"),
+    }
+    return Association(config, found, every, effects, metrics | measured, figures)
 
 
-def text_prompts(bench: Bench, question: str) -> list[ModelInputs]:
-    """The question in words, once for each concept."""
-    config = bench.cross_modal
-    wording = config.questions[question].text
-    return [bench.vlm.prepare(wording.replace(PLACEHOLDER, concept)) for concept in config.concepts]
-
-
-def find(bench: Bench, question: str) -> Shared:
+def find(bench: Bench, config: CrossModalConfig, question: str) -> Shared:
     """What is shared under one question, from training pictures."""
-    config, adapter = bench.cross_modal, bench.vlm.adapter
-    candidates = text_candidates(adapter, bench.transcoders, text_prompts(bench, question), config.ratio)
-    images = [bench.concept_pictures(one, "train", config.pictures, config.seed) for one in config.concepts]
-    wording = config.questions[question].picture
+    adapter, asked = bench.vlm.adapter, config.questions[question]
+    texts = [bench.vlm.prepare(asked.asked_in_text(concept)) for concept in config.concepts]
+    candidates = text_candidates(adapter, bench.transcoders, texts, config.ratio)
+    images = [bench.cross_pictures(config, question, one, "train") for one in config.concepts]
+    wording = asked.picture
     parts = [
         picture_peaks(adapter, bench.transcoders, make_batch(adapter, bench.inputs(of, wording)), candidates.by_layer())
         for of in images
@@ -74,9 +91,9 @@ def in_every_question(found: dict[str, Shared]) -> list[set[FeatureId]]:
     return [set.intersection(*of) for of in zip(*sets, strict=True)]
 
 
-def count_metrics(bench: Bench, question: str, shared: Shared) -> dict[str, float]:
+def count_metrics(bench: Bench, config: CrossModalConfig, question: str, shared: Shared) -> dict[str, float]:
     """Counts by concept, place and layer beside those under shuffled pictures, and how the names match."""
-    config, key = bench.cross_modal, f"cross_modal/{question}"
+    key = f"cross_modal/{question}"
     observed, null = shared.by_rule(), shared.null
     p = permutation_p(observed[:, -1], null[..., -1])
     q = benjamini_hochberg(p)

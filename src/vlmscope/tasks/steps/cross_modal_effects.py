@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,51 +12,97 @@ from torch import Tensor
 from vlmscope.circuits.shared_effects import KINDS, Asked, Outcome, ablate, ask, patch_across
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import Rate
+from vlmscope.core.seeds import generator
 from vlmscope.features.cross_modal import Shared
-from vlmscope.features.cross_modal_config import PLACEHOLDER
 from vlmscope.interventions.named import mean_activations
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.models.batching import make_batch
-from vlmscope.report.cross_modal_figures import effect_bars
 from vlmscope.tasks.steps.intervene import rate_metrics
 
 if TYPE_CHECKING:
+    from vlmscope.features.cross_modal_config import CrossModalConfig
     from vlmscope.tasks.steps.bench import Bench
 
 Cases = dict[tuple[str, str], Asked]  # concept, kind -> what is asked
 PATCHES = ("shared", "no_last_layer", "every_question", "everything", "everything_no_last_layer")
 
 
-def measure_effects(bench: Bench, found: Mapping[str, Shared], every: list[set[FeatureId]]) -> None:
-    """Metrics under ablate/ and patch/, and figures/effects.png."""
-    concepts = bench.cross_modal.concepts
+@dataclass(frozen=True)
+class Tested:
+    """One question on unseen prompts.
+
+    Attributes:
+        bench: the model and its settings.
+        cases: what is answered rightly, by concept and kind.
+        means: mean activation of all features on each of these, layer -> [F], by which controls are matched.
+        own: concept -> features that its pictures and word share under this question.
+        every: concept -> those shared under every question.
+        others: concept -> the other ones that it is tested with.
+    """
+
+    bench: Bench
+    cases: Cases
+    means: Mapping[tuple[str, str], Mapping[int, Tensor]]
+    own: Mapping[str, set[FeatureId]]
+    every: Mapping[str, set[FeatureId]]
+    others: Mapping[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What ablation (what, kind) and patching (kind, what) did, over all questions; `both` counts pictures and text."""
+
+    ablations: dict[tuple[str, str], Outcome]
+    patches: dict[tuple[str, str], Outcome]
+    both: Outcome
+
+
+def measure_effects(
+    bench: Bench, config: CrossModalConfig, found: Mapping[str, Shared], every: list[set[FeatureId]]
+) -> tuple[Effects, dict[str, float]]:
+    """Ablate and patch what is shared; metrics under ablate/, patch/ and base/."""
+    concepts = config.concepts
     ablations = {(what, kind): Outcome() for what in ("own", "every_question", "other_concept") for kind in KINDS}
     patches = {(to, what): Outcome() for to in KINDS for what in PATCHES}
-    both = Outcome()
+    effects = Effects(ablations, patches, Outcome())
+    metrics: dict[str, float] = {}
     for question, shared in found.items():
+        cases, accuracy = make_cases(bench, config, question)
+        metrics |= accuracy
         own = {concept: shared.features(c) for c, concept in enumerate(concepts)}
-        cases, accuracy = make_cases(bench, question)
-        bench.metrics |= accuracy
-        always = dict(zip(concepts, every, strict=True))
         means = {key: case_means(bench, asked) for key, asked in cases.items()}
-        ablations_of(bench, cases, means, own, always, ablations, both)
-        patches_of(bench, cases, means, own, always, patches)
-    bench.metrics |= effect_metrics(ablations, patches, both)
-    effect_bars(rates(ablations, patches), bench.run_dir / "figures" / "effects.png")
+        always = dict(zip(concepts, every, strict=True))
+        tested = Tested(bench, cases, means, own, always, drawn_others(bench, config, question))
+        ablations_of(tested, effects)
+        patches_of(tested, effects.patches)
+    return effects, metrics | effect_metrics(effects)
 
 
-def make_cases(bench: Bench, question: str) -> tuple[Cases, dict[str, float]]:
+def drawn_others(bench: Bench, config: CrossModalConfig, question: str) -> dict[str, list[str]]:
+    """For each concept the other ones that it is tested with: those with another answer go first."""
+    found: dict[str, list[str]] = {}
+    answers = config.questions[question].answers
+    for concept in config.concepts:
+        rest = [other for other in config.concepts if other != concept]
+        if config.others is not None:
+            rest = generator(bench.cfg.seed, "others", question, concept).permutation(rest).tolist()
+            rest = sorted(rest, key=lambda other: answers[other] == answers[concept])[: config.others]
+        found[concept] = rest
+    return found
+
+
+def make_cases(bench: Bench, config: CrossModalConfig, question: str) -> tuple[Cases, dict[str, float]]:
     """Unseen pictures and the text of each concept, those that are answered rightly, and the accuracies."""
-    config, adapter = bench.cross_modal, bench.vlm.adapter
+    adapter = bench.vlm.adapter
     asked = config.questions[question]
     cases: Cases = {}
     right: dict[str, int] = dict.fromkeys(KINDS, 0)
     total: dict[str, int] = dict.fromkeys(KINDS, 0)
     for concept in config.concepts:
-        images = bench.concept_pictures(concept, "test", config.test_pictures, config.seed)
+        images = bench.cross_pictures(config, question, concept, "test")
         inputs = {
             "picture": bench.inputs(images, asked.picture),
-            "text": [bench.vlm.prepare(asked.text.replace(PLACEHOLDER, concept))],
+            "text": [bench.vlm.prepare(asked.asked_in_text(concept))],
         }
         for kind, prompts in inputs.items():
             names = [f"{concept} {kind} {number}" for number in range(len(prompts))]
@@ -73,65 +120,48 @@ def case_means(bench: Bench, asked: Asked) -> dict[int, Tensor]:
     return mean_activations(bench.vlm.adapter, bench.transcoders, [asked.batch], bench.transcoders.layers)
 
 
-def ablations_of(
-    bench: Bench,
-    cases: Cases,
-    means: Mapping[tuple[str, str], Mapping[int, Tensor]],
-    own: Mapping[str, set[FeatureId]],
-    every: Mapping[str, set[FeatureId]],
-    into: Mapping[tuple[str, str], Outcome],
-    both: Outcome,
-) -> None:
+def ablations_of(tested: Tested, into: Effects) -> None:
     """Ablate each concept's own shared features, those of every question, and the other concepts', under one question.
 
-    `both` gets, for each picture whose concept was asked in text too, whether both answers changed under its own.
+    `into.both` gets, for each picture whose concept was asked in text too, whether both answers changed under its own.
     """
-    alone: dict[tuple[str, str], Outcome] = {}
-    for (concept, kind), asked in cases.items():
-        draws, matched = bench.intervention.controls, means[concept, kind]
+    bench, alone = tested.bench, {}
+    for (concept, kind), asked in tested.cases.items():
+        draws, matched = bench.intervention.controls, tested.means[concept, kind]
 
         def ablated(features: set[FeatureId], n: int, asked: Asked = asked, matched: Mapping = matched) -> Outcome:
             outcome = Outcome()
             ablate(bench.vlm.adapter, bench.transcoders, asked, features, matched, n, outcome, bench.cfg.seed)
             return outcome
 
-        found = ablated(own[concept], draws)
+        found = ablated(tested.own[concept], draws)
         alone[concept, kind] = found
-        into["own", kind].join(found)
-        into["every_question", kind].join(ablated(every[concept], draws))
-        for other, features in own.items():
-            if other != concept:
-                # What the two concepts have in common is both's.
-                into["other_concept", kind].join(ablated(features - own[concept], 0))
+        into.ablations["own", kind].join(found)
+        into.ablations["every_question", kind].join(ablated(tested.every[concept], draws))
+        for other in tested.others[concept]:
+            # What the two concepts have in common is both's.
+            into.ablations["other_concept", kind].join(ablated(tested.own[other] - tested.own[concept], 0))
     for (concept, kind), found in alone.items():
         if kind == "picture" and (concept, "text") in alone:
             text = alone[concept, "text"].hits[0]
-            both.add(np.array(found.hits) & text, np.array(found.drops), found.groups, found.sizes[0])
+            into.both.add(np.array(found.hits) & text, np.array(found.drops), found.groups, found.sizes[0])
 
 
-def patches_of(
-    bench: Bench,
-    cases: Cases,
-    means: Mapping[tuple[str, str], Mapping[int, Tensor]],
-    own: Mapping[str, set[FeatureId]],
-    every: Mapping[str, set[FeatureId]],
-    into: Mapping[tuple[str, str], Outcome],
-) -> None:
+def patches_of(tested: Tested, into: Mapping[tuple[str, str], Outcome]) -> None:
     """Patch every concept's prompts with every other's of the other kind, under one question."""
-    for (concept, kind), recipient in cases.items():
+    bench, own, every = tested.bench, tested.own, tested.every
+    for (concept, kind), recipient in tested.cases.items():
         outcomes = {what: into[kind, what] for what in PATCHES}
-        for (other, other_kind), donor in cases.items():
-            if other_kind != kind and donor.answer != recipient.answer:
+        for (other, other_kind), donor in tested.cases.items():
+            if other_kind != kind and other in tested.others[concept] and donor.answer != recipient.answer:
                 patch_across(
                     bench.vlm.adapter, bench.transcoders, recipient, donor, sorted(own[concept] | own[other]),
                     sorted(every[concept] | every[other]),
-                    means[concept, kind], outcomes, bench.cfg.seed,
+                    tested.means[concept, kind], outcomes, bench.cfg.seed,
                 )  # fmt: skip
 
 
-def rates(
-    ablations: Mapping[tuple[str, str], Outcome], patches: Mapping[tuple[str, str], Outcome]
-) -> dict[str, dict[str, dict[str, Rate]]]:
+def rates(effects: Effects) -> dict[str, dict[str, dict[str, Rate]]]:
     """Panel -> kind of prompt -> what was done -> rate."""
 
     def of(outcomes: Mapping[tuple[str, str], Outcome], kind_at: int) -> dict[str, dict[str, Rate]]:
@@ -143,28 +173,27 @@ def rates(
                 )
         return table
 
-    return {"ablation": of(ablations, 1), "patching": of(patches, 0)}
+    return {"ablation": of(effects.ablations, 1), "patching": of(effects.patches, 0)}
 
 
-def effect_metrics(
-    ablations: Mapping[tuple[str, str], Outcome], patches: Mapping[tuple[str, str], Outcome], both: Outcome
-) -> dict[str, float]:
+def effect_metrics(effects: Effects) -> dict[str, float]:
     """`ablate/picture/changed_rate`, `ablate/text/every_question/changed_rate`, `patch/text_to_picture/flip_rate` and
     so on, with intervals and controls; `log_prob_drop` is a mean in nats.
     """
-    found = rates(ablations, patches)
+    found = rates(effects)
     metrics: dict[str, float] = {}
     for kind in KINDS:
         for what, rate in found["ablation"][kind].items():
-            key = f"ablate/{kind}" if what == "own" else f"ablate/{kind}/{what}"
+            key, outcome = f"ablate/{kind}" if what == "own" else f"ablate/{kind}/{what}", effects.ablations[what, kind]
             metrics |= rate_metrics(f"{key}/changed_rate", rate)
-            metrics[f"{key}/log_prob_drop"] = float(np.mean(ablations[what, kind].drops))
-            metrics[f"{key}/features"] = float(np.mean(ablations[what, kind].sizes))
+            metrics[f"{key}/log_prob_drop"] = float(np.mean(outcome.drops))
+            metrics[f"{key}/features"] = float(np.mean(outcome.sizes))
         donor = KINDS[1 - KINDS.index(kind)]
         for what, rate in found["patching"][kind].items():
             key = f"patch/{donor}_to_{kind}" if what == "shared" else f"patch/{donor}_to_{kind}/{what}"
             metrics |= rate_metrics(f"{key}/flip_rate", rate)
-            metrics[f"{key}/features"] = float(np.mean(patches[kind, what].sizes))
-    if both.hits:
-        metrics |= rate_metrics("ablate/both/changed_rate", bootstrap_rate(both.hits, groups=both.groups))
+            metrics[f"{key}/features"] = float(np.mean(effects.patches[kind, what].sizes))
+    if effects.both.hits:
+        both = bootstrap_rate(effects.both.hits, groups=effects.both.groups)
+        metrics |= rate_metrics("ablate/both/changed_rate", both)
     return metrics

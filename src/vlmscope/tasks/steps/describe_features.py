@@ -11,7 +11,7 @@ from vlmscope.core.intervention import Supernode
 from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.facts import PLANETS
 from vlmscope.features.logit_lens import top_and_bottom_logits
-from vlmscope.features.top_examples import StudyItem, top_examples
+from vlmscope.features.study.top_examples import StudyItem, top_examples
 
 if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench

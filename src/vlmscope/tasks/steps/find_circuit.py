@@ -11,7 +11,7 @@ import numpy as np
 from vlmscope.attribution.export import write_graph_json
 from vlmscope.attribution.graph_io import save_graph
 from vlmscope.attribution.trace import Trace, trace
-from vlmscope.circuits.circuit import save_circuit
+from vlmscope.circuits.circuit import labelled, save_circuit
 from vlmscope.circuits.contrast import contrast_circuit
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.ids import FeatureId
@@ -36,9 +36,10 @@ def run(bench: Bench) -> None:
     influence, traces, seconds = concept_influence(bench, train, prompts, config.graphs)
     shown = traces[0]
     circuit, metrics = contrast_circuit(bench.transcoders, means, influence, config.per_layer)
+    circuit = labelled(circuit, bench.labels)
     save_circuit(circuit, bench.run_dir / "circuits" / "_".join(config.concepts))
     save_graph(bench.run_dir / "graph.safetensors", shown.pruned)
-    write_graph_json(bench.run_dir / "graph.json", shown.pruned, bench.run_dir.name, bench.vlm.name)
+    write_graph_json(bench.run_dir / "graph.json", shown.pruned, bench.run_dir.name, bench.vlm.name, bench.labels)
     bench.metrics |= metrics | graph_metrics(shown, float(np.median(seconds)))
     bench.records["find_circuit"] = {
         "circuit": circuit,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.circuits.circuit import Circuit, load_circuit, save_circuit
+from vlmscope.circuits.circuit import Circuit, load_circuit, save_circuit, with_labels
 from vlmscope.circuits.effects import in_scope
 from vlmscope.circuits.interchange import (
     Outcome,
@@ -141,7 +141,10 @@ def chosen_features(bench: Bench, cases: Mapping[str, PairCase]) -> dict[str, li
                 bench.vlm.adapter, bench.transcoders, subject_of(bench, name, train[name]), settings.steps
             )
             chosen[name] = effects.ranked(max([settings.features, *settings.counts]))
-    nodes = {name: Supernode(name, tuple(found[: settings.features])) for name, found in chosen.items()}
+    nodes = {
+        name: with_labels(Supernode(name, tuple(found[: settings.features])), bench.labels)
+        for name, found in chosen.items()
+    }
     if nodes:
         save_circuit(Circuit(nodes, {}), bench.run_dir / "circuits" / str(bench.cfg.pairs and bench.cfg.pairs.change))
     return chosen

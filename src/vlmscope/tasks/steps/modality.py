@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmscope.core.artifacts import atomic_path
-from vlmscope.features.modality_tables import GROUPS, LayerModality, modality_tables
+from vlmscope.features.structure.modality_tables import GROUPS, LayerModality, modality_tables
 from vlmscope.metrics.modality import wilson_interval
 from vlmscope.report.structure_figures import modality_by_layer
 

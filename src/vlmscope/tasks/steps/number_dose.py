@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.circuits.interchange import interchange_plan
+from vlmscope.circuits.pair_subject import part_of
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Rate
 from vlmscope.core.seeds import control_draws
@@ -47,7 +48,7 @@ def run(bench: Bench) -> None:
     few = [i for i, pair in enumerate(case.pairs) if NUMBERS.index(pair.original.answer) <= ROOM]
     if not features or not few:
         raise UserError(f"number_dose has no features or no pair of at most {ROOM} shapes: raise pairs.train or .test")
-    subject = rows_of(case.subject, few)
+    subject = part_of(case.subject, few)
     numbers = torch.tensor([bench.token(word) for word in NUMBERS], device=subject.tokens.device)
     shifts: dict[str, list[Rate]] = {}
     shares: list[tuple[float, list[Rate]]] = []
@@ -70,21 +71,6 @@ def run(bench: Bench) -> None:
     bench.metrics |= interchange_metrics(rows)
     curves = [make_curve(label, strengths, rates) for label, rates in shifts.items()]
     bench.records["number_dose"] = {"curves": curves, "shares": shares, "rows": rows, "pairs": subject.size}
-
-
-def rows_of(subject: PairSubject, rows: list[int]) -> PairSubject:
-    """Some of the pairs; of their unedited run only the logits, which is all that free mode needs."""
-    index = torch.tensor(rows, device=subject.tokens.device)
-    return replace(
-        subject,
-        rows=subject.rows[index],
-        batch=subject.batch.select(index),
-        other=subject.other.select(index),
-        base=replace(subject.base, logits=subject.base.logits[index], patterns={}, mlp_in={}, written={}, scales={}),
-        other_logits=subject.other_logits[index],
-        tokens=subject.tokens[index],
-        other_tokens=subject.other_tokens[index],
-    )
 
 
 def dosed(bench: Bench, subject: PairSubject, features: Mapping[int, Tensor], strength: float) -> Plan:

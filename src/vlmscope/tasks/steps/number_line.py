@@ -23,7 +23,7 @@ from vlmscope.data.orrery.objects import painted_mask
 from vlmscope.data.orrery.shapes import shape_scene
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
 from vlmscope.metrics.decoding import linear_accuracy
-from vlmscope.metrics.permutation import benjamini_hochberg
+from vlmscope.metrics.multiple import benjamini_hochberg
 from vlmscope.metrics.tuning import (
     DOWN,
     OTHER,

@@ -2,6 +2,7 @@
 
 A map of a layer gives each soft token what a set of features writes there: the sum of a times the norm of a feature's
 decoder row, or of |a' - a| within a pair. Painted pixels say which soft tokens lie on an object. Pairs are test ones.
+What is written on the objects and on the ground is also carried over by itself: which of both moves the answer?
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmscope.circuits.interchange import interchange_plan, recovered
+from vlmscope.circuits.pair_subject import part_of
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve, Rate
 from vlmscope.core.seeds import control_draws
@@ -21,9 +24,10 @@ from vlmscope.data.orrery.objects import COVERED, painted_mask, share_in_boxes
 from vlmscope.interventions.controls import matched_features
 from vlmscope.interventions.edits import LayerEdit
 from vlmscope.interventions.named import donor_activations
+from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_mean
 from vlmscope.metrics.localisation import pointing_hit
-from vlmscope.tasks.steps.interchange import PairCase
+from vlmscope.tasks.steps.interchange import ALL, PairCase
 from vlmscope.tasks.steps.intervene import make_curve, rate_metrics
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
 
 WHATS = ("fires", "changes")
+GROUNDS = ("objects", "ground", "whole picture")
 SHOWN = 4  # pictures drawn with their maps
 
 
@@ -51,6 +56,7 @@ def run(bench: Bench) -> None:
     drawn: list[Drawn] = []
     rates: dict[tuple[str, str, int], Rate] = {}
     hits: dict[tuple[str, str], Rate] = {}
+    carried: dict[tuple[str, str], Rate] = {}
     for fact, case in cases.items():
         features = record["sets"].get(f"features of {fact}")
         if not features:
@@ -67,7 +73,7 @@ def run(bench: Bench) -> None:
                 line = [on_share(maps[layer][rows], on, label, layer, what, rates) for layer in maps]
                 x = [float(layer) for layer in maps]
                 curves[what].append(make_curve(label, x, line))
-            total = sum(found[what].values())[rows]
+            total = over_layers(found[what])[rows]
             by_chance = float(on.mean())
             hits[fact, what] = bootstrap_mean(
                 [pointing_hit(one, there) for one, there in zip(total, on, strict=True)], control=by_chance
@@ -75,15 +81,46 @@ def run(bench: Bench) -> None:
             bench.metrics |= rate_metrics(f"places/{fact}/{what}/pointing", hits[fact, what])
             bench.metrics |= rate_metrics(f"places/{fact}/{what}/on_object", share_of(total, on))
         bench.metrics[f"places/{fact}/chance"] = float(on.mean())
+        for where, rate in carried_at(bench, case, rows, on, record["sets"][ALL]).items():
+            bench.metrics |= rate_metrics(f"places/{fact}/carried/{where.replace(' ', '_')}/recovered", rate)
+            carried[fact, where] = rate
         for i, row in enumerate(rows[:SHOWN].tolist()):
-            maps = {f"{fact}, {what}": sum(found[what].values())[row] for what in WHATS}
+            maps = {f"{fact}, {what}": over_layers(found[what])[row] for what in WHATS}
             if len(drawn) <= i:
                 drawn.append(Drawn(np.asarray(case.pairs[row].original.images[0]), boxes, maps))
             elif np.array_equal(drawn[i].image, np.asarray(case.pairs[row].original.images[0])):
                 drawn[i].maps.update(maps)
     for (label, what, layer), rate in rates.items():
         bench.metrics |= rate_metrics(f"places/{label.replace(', ', '_')}/{what}/layer_{layer:02d}/on_object", rate)
-    bench.records["object_places"] = {"curves": curves, "drawn": drawn, "hits": hits}
+    bench.records["object_places"] = {"curves": curves, "drawn": drawn, "hits": hits, "carried": carried}
+
+
+def carried_at(
+    bench: Bench, case: PairCase, rows: np.ndarray, on: np.ndarray, features: Mapping[int, Tensor]
+) -> dict[str, Rate]:
+    """Recovered share when features are carried over at the soft tokens of the objects, of the ground, or at both.
+
+    Args:
+        bench: the model and its transcoders.
+        case: pairs of one question.
+        rows: [n] which of them.
+        on: [n, S] bool, which soft tokens lie on an object.
+        features: by layer.
+    """
+    adapter, transcoders, subject = bench.vlm.adapter, bench.transcoders, part_of(case.subject, rows.tolist())
+    whole = interchange_plan(adapter, transcoders, subject, features)
+    before = donor_activations(adapter, transcoders, subject.batch, features)
+    soft = np.flatnonzero(subject.batch.is_image)
+    found = {}
+    for name, chosen in zip(GROUNDS, (on, ~on, np.ones_like(on)), strict=True):
+        mask = torch.zeros(subject.size, subject.batch.length, 1, dtype=torch.bool)
+        mask[:, soft] = torch.from_numpy(chosen).unsqueeze(-1)
+        mask = mask.to(adapter.device)
+        plan = {
+            layer: replace(edit, value=torch.where(mask, edit.value, before[layer][1])) for layer, edit in whole.items()
+        }
+        found[name] = bootstrap_mean(recovered(subject, run_edited(adapter, transcoders, subject.batch, plan)))
+    return found
 
 
 def covers(bench: Bench, case: PairCase) -> tuple[np.ndarray, tuple[PatchBox, ...]]:
@@ -120,6 +157,11 @@ def maps_of(bench: Bench, case: PairCase, features: Mapping[int, Tensor]) -> dic
         found["fires"][layer] = (a @ norms).cpu().numpy()
         found["changes"][layer] = ((b - a).abs() @ norms).cpu().numpy()
     return {what: dict(sorted(of.items())) for what, of in found.items()}
+
+
+def over_layers(maps: Mapping[int, np.ndarray]) -> np.ndarray:
+    """The sum of maps by layer."""
+    return np.sum(list(maps.values()), axis=0)
 
 
 def share_of(maps: np.ndarray, on: np.ndarray) -> Rate:

@@ -54,6 +54,22 @@ def dissociation_sections(bench: Bench, folder: Path) -> list[Section]:
     return [Table("Double dissociation", columns, rows, note=note, strong=own), contrasts, activity]
 
 
+def object_summary(bench: Bench) -> str:
+    """The dissociation, where it was measured, and where features fire, in a sentence each."""
+    said = ""
+    if "dissociation" in bench.records:
+        parts = [
+            f"those of {label(fact)} {rate.value:.0%} ({rate.ci_low:.0%} to {rate.ci_high:.0%})"
+            for fact, rate in bench.record("dissociation")["contrasts"].items()
+        ]
+        said = f"Features recover more of their own answer than of the other's: {', '.join(parts)}. "
+    m, places = bench.metrics, []
+    for fact in dict.fromkeys(fact for fact, _ in bench.record("object_places")["hits"]):
+        key = f"places/{fact}/fires/on_object"
+        places.append(f"of {label(fact)} {m[key]:.0%} (objects take {m[key + '_control']:.0%} of the soft tokens)")
+    return f"{said}Of what features write in the picture lies on objects: {', '.join(places)}."
+
+
 def place_sections(bench: Bench, folder: Path) -> list[Section]:
     """On the objects or beside them, by layer."""
     found = bench.record("object_places")
@@ -74,4 +90,10 @@ def place_sections(bench: Bench, folder: Path) -> list[Section]:
     )
     columns = ("features of", "map", "peak on an object, 95 % interval", "soft tokens on an object")
     note = "A soft token lies on an object when a quarter of its part of the picture is painted."
-    return [Figure("Where in the picture", tuple(pictures)), Table("Pointing", columns, rows, note=note)]
+    carried = Table(
+        "Carrying what lies on the objects, or on the ground",
+        ("answer", "all features carried at", "recovered, 95 % interval"),
+        tuple((label(fact), where, rate) for (fact, where), rate in found["carried"].items()),
+        note="All layers, only at soft tokens of the picture; the other positions are left as they are.",
+    )
+    return [Figure("Where in the picture", tuple(pictures)), Table("Pointing", columns, rows, note=note), carried]

@@ -118,12 +118,13 @@ def transfer(
             parts = [cells[row][column][measure_of] for row in range(len(values))]
             own[measure_of].append(parts[column])
             other[measure_of].append(np.mean([part for row, part in enumerate(parts) if row != column], axis=0))
-    tables = [np.array([[cell[i].mean() for cell in row] for row in cells]) for i in (0, 1)]
+    shares, rates = (np.array([[cell[i].mean() for cell in row] for row in cells]) for i in (0, 1))
     return Transfer(
         question,
         fact,
         tuple(values),
-        *tables,
+        shares,
+        rates,
         bootstrap_mean(np.concatenate(own[0]), control=controls[0]),
         bootstrap_mean(np.concatenate(other[0]), control=controls[0]),
         bootstrap_rate(np.concatenate(own[1]), control=controls[1]),

@@ -17,12 +17,18 @@ from vlmscope.report.style import label
 from vlmscope.tasks.steps.amplify_report import amplify_sections, amplify_summary
 from vlmscope.tasks.steps.count_report import dose_sections, number_sections, number_summary, transfer_sections
 from vlmscope.tasks.steps.interchange import ALL, InterchangeRow, PairCase, roles_of
-from vlmscope.tasks.steps.object_report import dissociation_sections, place_sections
+from vlmscope.tasks.steps.object_report import dissociation_sections, object_summary, place_sections
 from vlmscope.tasks.steps.report_parts import configuration, figure, picture, rerun
 from vlmscope.tasks.steps.sum_features import KINDS
 
 if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
+
+# What the page asks besides, by the step that answers it.
+QUESTIONS = {
+    "number_line": "Are there features for numbers, on a line that can be walked along, whatever is counted?",
+    "dissociation": "Does each fact have features of its own, and where in the picture do they fire?",
+}
 
 
 def run(bench: Bench) -> None:
@@ -50,15 +56,16 @@ def run(bench: Bench) -> None:
         sections += made(bench, folder) if step in bench.records else []
     if "amplify" in bench.records:
         said = f"{said} {amplify_summary(bench)}".strip()
-    if "number_dose" in bench.records:
-        said = f"{said} {number_summary(bench)}".strip()
+    for step, sentence in (("number_dose", number_summary), ("object_places", object_summary)):
+        said = f"{said} {sentence(bench)}".strip() if step in bench.records else said
     sections += [rerun(bench), configuration(bench)]
     pairs = bench.cfg.pairs
     what = "own pairs" if pairs is None or pairs.change is None else label(pairs.change)
+    more = next((words for step, words in QUESTIONS.items() if step in bench.records), "")
     page = ReportPage(
         title=f"Interchange: {what}",
-        question="Two inputs differ in one fact. If features are carried from one run into the other, which answers "
-        "follow, and which stay?",
+        question="Two inputs differ in a fact. If features are carried from one run into the other, which answers "
+        f"follow, and which stay? {more}".strip(),
         summary=said,
         sections=tuple(sections),
         footer=f"vlmscope · {bench.vlm.name} · {bench.run_dir.name}",
@@ -75,20 +82,12 @@ def data(bench: Bench, record: dict) -> Table:
             name,
             case.pairs[0].original.prompt,
             "differs" if case.subject.moves else "stays",
-            *case.subject.accuracy,
+            case.subject.accuracy[2],
             case.subject.size,
         )
         for name, case in record["cases"].items()
     )
-    columns = (
-        "question",
-        "words",
-        "answer in a pair",
-        "originals right",
-        "counterfactuals right",
-        "both right",
-        "used",
-    )
+    columns = ("question", "words", "answer in a pair", "right on both sides, 95 % interval", "pairs used")
     note = f"Features are chosen on {pairs.train} other pairs. Only pairs answered rightly on both sides are used."
     return Table("Data", columns, rows, note=note)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmscope.circuits.circuit import Circuit
+from vlmscope.circuits.circuit import Circuit, commonest_label
 from vlmscope.circuits.flow import circuit_edges
 from vlmscope.core.intervention import AnswerExample, Supernode
 from vlmscope.data.images import png_bytes
@@ -153,8 +153,9 @@ def circuit_sections(bench: Bench, found: dict, supernodes: Sequence[Supernode],
     image = np.asarray(found["trace_image"])
     groups = {m.feature: node.name for node in supernodes for m in node.features}
     edges = circuit_edges(pruned, {node.name: {m.feature for m in node.features} for node in supernodes})
-    drawn = circuit_diagram(supernodes, edges, folder / "circuit.png", {"soft tokens": image})
-    graph = attribution_graph(pruned, folder / "graph.png", [image], groups)
+    words = {node.name: said for node in supernodes if (said := commonest_label(node))}
+    drawn = circuit_diagram(supernodes, edges, folder / "circuit.png", {"soft tokens": image}, words=words)
+    graph = attribution_graph(pruned, folder / "graph.png", [image], groups, labels=bench.labels)
     recipient = bench.circuit_config.concepts[0]
     sections: list[Section] = [
         figure(

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from vlmscope.data.numbered import NumberedRows
 from vlmscope.data.share import WHOLE
-from vlmscope.features.records import StudyFolder
-from vlmscope.features.run_study import finish, run_part, study_parts
-from vlmscope.features.study_part import StudyPart
+from vlmscope.features.study.part import StudyPart
+from vlmscope.features.study.records import StudyFolder
+from vlmscope.features.study.run import finish, run_part, study_parts
 from vlmscope.tasks.study_data import described, opened, settings_of, study_sources
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from vlmscope.features.labels.explainer import Shown, one_line, yes_or_no
 from vlmscope.features.labels.label import Label, set_path, write_labels
 from vlmscope.features.labels.local import LocalExplainer
 from vlmscope.features.labels.reader import Labels, labels_for
-from vlmscope.features.records import StudyFolder
+from vlmscope.features.study.records import StudyFolder
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 
 RED = Shown("what is red ?", (png_bytes(tiny_image(1)),))

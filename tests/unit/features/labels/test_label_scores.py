@@ -10,15 +10,15 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from vlmscope.core.study import StudyInfo
-from vlmscope.features.kept_pairs import item_hash
 from vlmscope.features.labels.automatic import score_rule
 from vlmscope.features.labels.item_facts import ItemFacts
 from vlmscope.features.labels.known import KnownItems, known_items
 from vlmscope.features.labels.propose import propose
 from vlmscope.features.labels.rules import Part, Predicate, Rule
 from vlmscope.features.labels.scores import detection, discoveries
-from vlmscope.features.records import StudyFolder
-from vlmscope.features.study_schema import EXAMPLE_TABLE
+from vlmscope.features.study.kept_pairs import item_hash
+from vlmscope.features.study.records import StudyFolder
+from vlmscope.features.study.schema import EXAMPLE_TABLE
 
 PLANETS = ("mars", "earth", "venus", "saturn", "moon")
 WORDS = ("mars", "colour", "what", "covers")

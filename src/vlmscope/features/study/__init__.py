@@ -1,0 +1,1 @@
+"""Studies: one pass over data for all features, its files, and reading them (docs/study.md)."""

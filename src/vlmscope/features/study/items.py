@@ -1,0 +1,115 @@
+"""The items that a study's examples refer to, and their pictures, which stay where the data are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmscope.core.conversation import Exchange
+from vlmscope.core.errors import UserError
+from vlmscope.core.images import PatchBox
+from vlmscope.core.study import StudyItem
+from vlmscope.data.images import decode_image
+from vlmscope.data.lookup import row_of
+from vlmscope.data.readers import Source
+from vlmscope.data.source_config import SourceConfig
+from vlmscope.data.sources import open_source
+from vlmscope.features.study.schema import (
+    GEOMETRY,
+    GEOMETRY_TABLE,
+    ITEM_TABLE,
+    ITEMS,
+    VOCABULARY,
+    VOCABULARY_TABLE,
+    read_table,
+)
+
+
+class StudyItems:
+    """`items[id]`, and the pictures of one. Tables are read once, pictures whenever they are asked for."""
+
+    def __init__(self, folder: Path, data: dict[str, Any]) -> None:
+        """Read the tables.
+
+        Args:
+            folder: of the study.
+            data: `StudyInfo.data`, which says how to read pictures.
+
+        Raises:
+            UserError: a table is missing or damaged.
+        """
+        self.folder, self.data = folder, data
+        self.table = read_table(folder / ITEMS, ITEM_TABLE)
+        self.ids = self.table["item"].to_numpy()
+        words = read_table(folder / VOCABULARY, VOCABULARY_TABLE)
+        self.words: dict[int, str] = dict(zip(words["id"].to_pylist(), words["token"].to_pylist(), strict=True))
+        rows = read_table(folder / GEOMETRY, GEOMETRY_TABLE).to_pylist()
+        self.geometries = {row["geometry"]: _Geometry(row) for row in rows}
+        self._sources: dict[str, Source] = {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, item: int) -> StudyItem:
+        place = int(np.searchsorted(self.ids, item))
+        if place == len(self.ids) or self.ids[place] != item:
+            raise UserError(f"{self.folder / ITEMS} has no item {item}; the files are not of one study, run it again")
+        row = self.table.slice(place, 1).to_pylist()[0]
+        geometry = self.geometries[row["geometry"]]
+        turns = tuple(Exchange(*turn) for turn in zip(row["users"], row["assistants"], strict=True))
+        return StudyItem(
+            row["item"], row["source"], row["row"], row["part"], row["origin"], row["digest"], turns, row["text"],
+            row["n_pictures"],
+            np.array(row["token_ids"], dtype=np.int64),
+            tuple(self.words[token] for token in row["token_ids"]),
+            np.array(row["kinds"], dtype=np.uint8),
+            geometry.pictures, geometry.boxes, geometry.grids,
+        )  # fmt: skip
+
+    def pictures(self, item: StudyItem) -> tuple[Any, ...]:
+        """PIL pictures of an item; see `StudyFolder.pictures`."""
+        if not item.n_pictures:
+            return ()
+        sample = row_of(self.source(item.source), item.row)
+        if sample.digest().hex() != item.digest:
+            raise UserError(f"{item.origin}: not what the study saw; give the data that it was made of")
+        return tuple(decode_image(data, f"{item.origin}: picture {n}") for n, data in enumerate(sample.images, start=1))
+
+    def source(self, name: str) -> Source:
+        """One of the study's sources, opened again."""
+        if name not in self._sources:
+            config = SourceConfig(**self.data["sources"][name])
+            self._sources[name] = open_source(name, config, max_bad_shards=self.data["max_bad_shards"])
+        return self._sources[name]
+
+
+class _Geometry:
+    """Where the soft tokens of an item's pictures lie; many items share one."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        self.pictures = np.array(row["pictures"], dtype=np.int64)
+        numbers = row["boxes"]
+        self.boxes = tuple(PatchBox(*numbers[i : i + 4]) for i in range(0, len(numbers), 4))
+        self.grids = tuple(zip(row["rows"], row["columns"], strict=True))
+
+
+def geometry_row(key: str, boxes: list[list[PatchBox]]) -> dict[str, Any]:
+    """A row of `GEOMETRY_TABLE` from the boxes of each picture's soft tokens."""
+    grids = [_grid(found) for found in boxes]
+    return {
+        "geometry": key,
+        "pictures": [number for number, found in enumerate(boxes) for _ in found],
+        "boxes": [number for found in boxes for box in found for number in box],
+        "rows": [rows for rows, _ in grids],
+        "columns": [columns for _, columns in grids],
+    }
+
+
+def _grid(boxes: list[PatchBox]) -> tuple[int, int]:
+    """Rows and columns, when the boxes go through a grid row by row, else (0, 0)."""
+    tops = list(dict.fromkeys(box.top for box in boxes))
+    lefts = list(dict.fromkeys(box.left for box in boxes))
+    plain = [(box.top, box.left) for box in boxes] == [(top, left) for top in tops for left in lefts]
+    return (len(tops), len(lefts)) if plain else (0, 0)

@@ -1,0 +1,54 @@
+"""What task=reproduce runs: every tagged experiment states few numbers with ranges that say something, and composes."""
+
+from collections.abc import Iterator
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from vlmscope.config import AppConfig, catalog
+from vlmscope.config.paths import conf_dir
+from vlmscope.config.resolve import to_app_config
+from vlmscope.config.store import register
+from vlmscope.tasks import registry
+
+TAGGED = sorted(catalog.reproducible([conf_dir()]))
+
+
+@pytest.fixture(autouse=True)
+def hydra() -> Iterator[None]:
+    register(registry.configs())
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> AppConfig:
+    return to_app_config(compose("config", list(overrides)), overrides)
+
+
+def test_experiments_that_train_are_not_tagged() -> None:
+    assert {"mars_earth_patch", "six_fingers", "cross_modal", "visual_arithmetic"} <= set(TAGGED)
+    for name in TAGGED:
+        assert composed(f"experiment={name}").task.name == "pipeline", name
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_a_tagged_experiment_states_ranges_that_can_be_missed(name: str) -> None:
+    app = composed(f"experiment={name}")
+    assert app.reproduce and app.name == name and 2 <= len(app.headline) <= 5
+    for metric, wanted in app.headline.items():
+        assert wanted.says.strip() and (wanted.low, wanted.high) != (0, 1), metric
+    # Some number moves away from zero on a whole build: where nothing happens, as with edits that are not applied, it is
+    # missed.
+    assert any(wanted.low > 0 or wanted.high < 0 for wanted in app.headline.values())
+    steps = [step for step, wanted in app.task.steps.items() if wanted]
+    assert steps and "report" in steps[-1], "the last step writes report.html"
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_it_composes_with_the_papers_model_and_a_set_of_its_own(name: str) -> None:
+    app = composed(
+        f"experiment={name}", "model=gemma3_4b_it", "model.dtype=bfloat16", "transcoder=path",
+        "transcoder.path=/my/set", "seed=1",
+    )  # fmt: skip
+    assert app.model.hub == "google/gemma-3-4b-it" and app.model.dtype == "bfloat16"
+    assert app.transcoder.path == "/my/set" and app.headline

@@ -1,0 +1,170 @@
+"""A declared circuit from the command line: found, drawn, loaded again, steered and patched; mistakes in one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlmscope.app import main
+from vlmscope.attribution.graph_io import load_graph
+from vlmscope.circuits.circuit import load_circuit
+from vlmscope.circuits.supernode_edges import direct_edges
+from vlmscope.core.positions import Places
+from vlmscope.models.tiny import tiny_image
+
+MODEL = ["model=tiny_gemma3", "transcoder=random", "tracking=none"]
+SPEC = """
+name: mine
+supernodes:
+  left:
+    contrast: {of: {images: [PICS/0.png, PICS/1.png]}, against: {images: [PICS/2.png, PICS/3.png]}}
+    positions: {box: [0, 0, 0.5, 1]}
+    count: 4
+  named: {ids: [L1/3, L2/5], name: auto}
+  strong: {influence: {share: 0.2}, positions: {roles: [last]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pictures, a declaration and a finished run."""
+    folder = tmp_path_factory.mktemp("circuit")
+    for number in range(4):
+        tiny_image(number).save(folder / f"{number}.png")
+    (folder / "mine.yaml").write_text(SPEC.replace("PICS", str(folder)))
+    assert run(folder, "run", f"circuit_spec.path={folder / 'mine.yaml'}", "circuit_spec=file") == 0
+    return folder
+
+
+def run(folder: Path, name: str, *more: str) -> int:
+    asked = [f"image={folder / '0.png'}", "prompt=what is this ?"]
+    return main(["task=circuit", *MODEL, *asked, f"hydra.run.dir={folder / name}", *more])
+
+
+def metrics(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return error
+
+
+def test_the_circuit_is_what_was_declared_and_its_edges_are_the_graphs(made: Path) -> None:
+    circuit = load_circuit(made / "run" / "circuits" / "mine")
+    left, named, strong = circuit.supernodes.values()
+    assert len(left.features) == 4 and left.positions is not None and left.positions.box is not None
+    assert [str(m.feature) for m in named.features] == ["L1/3", "L2/5"] and named.name != "auto"
+    assert {m.role for m in strong.features} == {"last"}
+    graph = load_graph(made / "run" / "graph.safetensors").graph
+    again = direct_edges([graph], list(circuit.supernodes.values()), 1)
+    assert again == circuit.edges and any(edge.source == "strong" for edge in again)
+    found = metrics(made / "run")
+    assert found["circuit/supernodes"] == 3 and found["circuit/left/features"] == 4
+    assert 0 < found["circuit/influence_share"] < 1
+    page = (made / "run" / "report.html").read_text()
+    assert "contrast of 2 images with 2 images" in page
+    assert (made / "run" / "figures" / "circuit.png").stat().st_size > 10_000
+
+
+def test_a_saved_circuit_is_drawn_with_its_own_edges_or_new_ones(made: Path) -> None:
+    place = made / "run" / "circuits" / "mine"
+    base = ["task=circuit", *MODEL, f"task.load={place}"]
+    assert main([*base, f"hydra.run.dir={made / 'drawn'}"]) == 0
+    drawn, saved = (load_circuit(folder) for folder in (made / "drawn" / "circuits" / "mine", place))
+    assert (drawn.supernodes, drawn.edges, drawn.model) == (saved.supernodes, saved.edges, saved.model)
+    assert metrics(made / "drawn")["circuit/graphs"] == 0
+    rows = made / "rows.csv"
+    rows.write_text("id,prompt,image\na,what is this ?,0.png\nb,what is this ?,1.png\n")
+    assert main([*base, f"task.rows={rows}", f"hydra.run.dir={made / 'mean'}"]) == 0
+    first, mean = (load_circuit(made / name / "circuits" / "mine") for name in ("drawn", "mean"))
+    assert metrics(made / "mean")["circuit/graphs"] == 2
+    assert first.supernodes == mean.supernodes and first.edges != mean.edges
+
+
+def test_steering_and_patching_keep_to_the_supernodes_positions(made: Path) -> None:
+    """The same edits as by hand: at the last position the supernode's features alone."""
+    place = made / "run" / "circuits" / "mine"
+    circuit = load_circuit(place)
+    length = len(load_graph(made / "run" / "graph.safetensors").graph.tokens)
+    base = [*MODEL, f"image={made / '0.png'}", "prompt=what is this ?", "task.new_tokens=2", "task.controls=1"]
+    chosen = [f"task.circuit={place}", "task.supernodes=[strong]"]
+    assert main(["task=steer", *base, *chosen, "task.value=5", f"hydra.run.dir={made / 'steer'}"]) == 0
+    values = ", ".join(f"{member.feature}: 5" for member in circuit.supernodes["strong"].features)
+    by_hand = [f"task.features={{{values}}}", f"task.positions=[{length - 1}]", f"hydra.run.dir={made / 'hand'}"]
+    assert main(["task=steer", *base, *by_hand]) == 0
+    steered, expected = metrics(made / "steer"), metrics(made / "hand")
+    assert steered["steer/free/kl"] == pytest.approx(expected["steer/free/kl"], rel=1e-5)
+    assert steered["steer/free/kl"] > 1e-6
+    donor = f"task.donor_image={made / '2.png'}"
+    assert main(["task=patch", *base, f"task.circuit={place}", donor, f"hydra.run.dir={made / 'patch'}"]) == 0
+    assert metrics(made / "patch")["patch/features"] == circuit.size(*circuit.supernodes)
+    assert metrics(made / "patch")["patch/free/kl_control"] >= 0
+
+
+def spec(folder: Path, text: str) -> list[str]:
+    (folder / "bad.yaml").write_text(f"supernodes:\n  a: {text}\n")
+    return ["circuit_spec=file", f"circuit_spec.path={folder / 'bad.yaml'}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{ids: [L1/3], influence: {}}", "give exactly one"),
+        ("{ids: [L1/3], positions: {box: [0, 0, 2, 1]}}", "fractions 0 to 1"),
+        ("{ids: [L1/30000]}", "a has L1/30000, but layer 1 has"),
+        ("{influence: {run: /no/run}}", "/no/run is neither a run folder nor a file"),
+        ("{influence: {target: nothing}}", "influence target 'nothing'"),
+        ("{label: {study: /no/study, query: red}}", "no study.json in /no/study"),
+        ("{cluster: {run: /no/run, cluster: 3}}", "holds no clusters.parquet"),
+        ("{contrast: {pairs: original}}", "choose some, such as pairs=planet"),
+        ("{contrast: {of: {concept: venuss}, against: {concept: mars}}}", "no planet 'venuss'"),
+        ("{contrast: {of: {images: [SAME]}, against: {images: [SAME, SAME]}}}", "finds no feature"),
+    ],
+)
+def test_mistakes_in_a_declaration_are_one_line(
+    made: Path, tmp_path: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert run(made, str(tmp_path / "r"), *spec(tmp_path, text.replace("SAME", str(made / "0.png")))) == 2
+    assert said in error_of(capsys)
+    assert not (tmp_path / "r" / "circuits").exists()
+
+
+def test_other_mistakes_are_one_line(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = made / "run" / "circuits" / "mine"
+    declared = ["circuit_spec=file", f"circuit_spec.path={made / 'mine.yaml'}"]
+    base = ["task=circuit", *MODEL, f"hydra.run.dir={tmp_path / 'r'}"]
+    steer = [
+        "task=steer",
+        *MODEL,
+        f"image={made / '0.png'}",
+        "prompt=what is this ?",
+        f"hydra.run.dir={tmp_path / 'r'}",
+    ]
+    for command, said in (
+        (base, "no circuit: declare one"),
+        ([*base, *declared], "nothing to trace"),
+        ([*base, *declared, f"task.load={place}"], "leave one of them out"),
+        ([*base, "task.load=/no/circuit"], "cannot read /no/circuit/circuit.yaml"),
+        ([*base, f"task.load={place}", "transcoder.n_features=50"], "other transcoders"),
+        ([*base, f"task.load={place}", "model=tiny_llava"], "circuit of the model tiny_gemma3"),
+        ([*steer, f"task.circuit={place}", "task.supernodes=[right]"], "no supernode 'right'"),
+        ([*steer, "task.supernodes=[left]", "task.features={L1/3: 0}"], "add task.circuit="),
+        ([*steer, f"task.circuit={place}", "task.features={L1/3: 0}"], "not both"),
+        ([*steer, f"task.circuit={place}", "transcoder.n_features=50"], "other transcoders"),
+    ):
+        capsys.readouterr()
+        assert main(command) == 2
+        assert said in error_of(capsys), command
+
+
+def test_boxes_of_positions_are_where_the_graph_says(made: Path) -> None:
+    circuit = load_circuit(made / "run" / "circuits" / "mine")
+    graph = load_graph(made / "run" / "graph.safetensors").graph
+    where = circuit.supernodes["left"].positions
+    assert where is not None
+    chosen = np.flatnonzero(where.mask(Places(graph.roles, graph.patch_boxes)))
+    boxes = [graph.patch_boxes[at] for at in chosen]
+    assert boxes and all(box is not None and box.left < 0.5 for box in boxes)

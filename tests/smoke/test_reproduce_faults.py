@@ -1,0 +1,84 @@
+"""The ranges of headline numbers have teeth: a broken build misses them, the shipped one does not.
+
+The steered share of six_fingers, on fewer pairs than its range was made for. That five-fingered hands are called five
+is no such number: a model that cannot see says so too.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from vlmscope.config import AppConfig
+from vlmscope.config.paths import conf_dir
+from vlmscope.config.resolve import to_app_config
+from vlmscope.config.store import register
+from vlmscope.core.reproduction import Number
+from vlmscope.tasks import registry
+from vlmscope.tasks.headline_numbers import numbers_of
+from vlmscope.tasks.steps import amplify
+from vlmscope.tasks.steps.bench import Bench
+
+SMALL = ["pairs.train=16", "pairs.test=24", "interchange.strengths=[6,8]", "interchange.steps=2", "trainer.threads=1"]
+STEERED = "amplify/fingers/counterfactual/strength_8/follow_rate"
+
+
+@pytest.fixture(scope="module")
+def cfg() -> AppConfig:
+    register(registry.configs())
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return to_app_config(compose("config", ["experiment=six_fingers", *SMALL]))
+
+
+@pytest.fixture(scope="module")
+def bench(cfg: AppConfig, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(cfg, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def shuffled(bench: Bench) -> Iterator[None]:
+    """Every feature writes another's vector."""
+    kept = {layer: bench.transcoders[layer].W_dec.clone() for layer in bench.transcoders.layers}
+    for layer, rows in kept.items():
+        bench.transcoders[layer].W_dec.copy_(rows[torch.randperm(len(rows), generator=torch.manual_seed(0))])
+    yield
+    for layer, rows in kept.items():
+        bench.transcoders[layer].W_dec.copy_(rows)
+
+
+def judged(bench: Bench, tmp_path: Path) -> dict[str, Number]:
+    again = Bench(bench.cfg, tmp_path)
+    again.vlm, again.transcoders = bench.vlm, bench.transcoders
+    amplify.run(again)
+    return {number.metric: number for number in numbers_of(bench.cfg.headline, again.metrics)}
+
+
+def test_the_shipped_build_lies_in_its_ranges(bench: Bench, tmp_path: Path) -> None:
+    assert {told.told for told in judged(bench, tmp_path).values() if not told.holds} == set()
+
+
+@pytest.mark.usefixtures("shuffled")
+def test_shuffled_decoder_rows_miss_a_range(bench: Bench, tmp_path: Path) -> None:
+    found = judged(bench, tmp_path)
+    assert not found[STEERED].holds, found[STEERED].told
+
+
+def test_edits_that_are_not_applied_miss_a_range(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = amplify.run_edited
+    monkeypatch.setattr(amplify, "run_edited", lambda adapter, set_, batch, plan: real(adapter, set_, batch, {}))
+    found = judged(bench, tmp_path)
+    assert not found[STEERED].holds, found[STEERED].told
+
+
+def test_a_damaged_model_misses_a_range(bench: Bench, tmp_path: Path) -> None:
+    """The pictures' way into the decoder, its columns in reverse order."""
+    (weight,) = [w for name, w in bench.vlm.model.named_parameters() if name.endswith("mm_input_projection_weight")]
+    kept = weight.data.clone()
+    weight.data.copy_(kept.flip(-1))
+    try:
+        found = judged(bench, tmp_path)
+    finally:
+        weight.data.copy_(kept)
+    assert not found[STEERED].holds, found[STEERED].told

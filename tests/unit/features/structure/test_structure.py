@@ -1,0 +1,131 @@
+"""The pass of task=structure against plain loops; directions, names and modality tables."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.core.errors import UserError
+from vlmscope.core.study import IMAGE, TEXT
+from vlmscope.features.structure.cluster_names import cluster_names, words_of
+from vlmscope.features.structure.directions import read_directions, write_directions
+from vlmscope.features.structure.modality_tables import GROUPS, modality_tables
+from vlmscope.features.structure.structure_pass import StructurePass
+from vlmscope.features.study.inputs import StudyInput
+from vlmscope.metrics.monosemanticity import monosemanticity, unit_embeddings
+from vlmscope.models.batching import make_batch
+from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.transcoders.init import random_set
+
+F = 30
+
+
+@pytest.fixture(scope="module")
+def bench():
+    vlm = tiny_gemma3(5)
+    transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, F, 6, seed=6).requires_grad_(False)
+    prompts = ["what is this planet ?", "what is the other planet in this ?"]
+    prepared = [vlm.prepare(prompts[i % 2], [tiny_image(i)] if i % 3 else []) for i in range(9)]
+    items = [
+        StudyInput(256 * i, one.tensors, np.where(one.is_image, IMAGE, TEXT).astype(np.uint8), {})
+        for i, one in enumerate(prepared)
+    ]
+    return vlm.adapter, transcoders, prepared, items
+
+
+@pytest.mark.parametrize("forward_tokens", [1, 10_000])
+def test_peaks_embeddings_and_firing_are_those_of_a_plain_loop(bench, forward_tokens: int) -> None:
+    adapter, transcoders, prepared, items = bench
+    found = StructurePass(adapter, transcoders, per_item=1000)
+    found.add(items, forward_tokens)
+    active, peaks, embeddings = found.active().toarray(), found.peaks().toarray(), found.embeddings()
+    with_picture = [i for i in range(9) if i % 3]
+    counts, wanted, means = np.zeros(active.shape[1]), {}, {}
+    for i, one in enumerate(prepared):
+        batch = make_batch(adapter, [one])
+        dense = [
+            transcoders[n].encode(x[0]).dense(F) for n, x in mlp_inputs(adapter, batch, transcoders.layers).items()
+        ]
+        acts = torch.cat(dense, -1).numpy()
+        counts += (acts[1:] > 0).sum(0)  # the first position is left out
+        if i in with_picture:
+            wanted[i], means[i] = acts.max(0), batch.tensors["inputs_embeds"][0, batch.is_image].mean(0).numpy()
+    np.testing.assert_array_equal(active.sum(0), counts)
+    assert set(np.unique(active)) == {0.0, 1.0}
+    # Rows stand in the order of forwards, so they are matched by the embeddings, which are all different.
+    assert len(peaks) == len(embeddings) == len(with_picture)
+    taken = set()
+    for row, embedding in zip(peaks, embeddings, strict=True):
+        item = min(means, key=lambda i: np.abs(means[i] - embedding).max())
+        taken.add(item)
+        np.testing.assert_allclose(embedding, means[item], atol=1e-5)
+        np.testing.assert_allclose(row, wanted[item], rtol=1e-3, atol=1e-4)
+    assert taken == set(with_picture)
+    assert np.isfinite(monosemanticity(unit_embeddings(embeddings), peaks)).any()
+
+
+def test_positions_are_bounded_and_do_not_depend_on_the_batch(bench) -> None:
+    adapter, transcoders, _, items = bench
+    whole, parts = (StructurePass(adapter, transcoders, per_item=3, seed=2) for _ in range(2))
+    whole.add(items, 10_000)
+    for item in reversed(items):
+        parts.add([item], 10_000)
+    assert whole.active().shape == parts.active().shape == (27, F * adapter.n_layers)
+    np.testing.assert_array_equal(whole.active().sum(0), parts.active().sum(0))
+    assert whole.active().sum() == 27 * 6 * adapter.n_layers
+
+
+def test_directions_are_what_norms_let_through(bench) -> None:
+    adapter, transcoders, *_ = bench
+    x = torch.randn(3, adapter.d_model, generator=torch.Generator().manual_seed(0), dtype=adapter.dtype)
+    norm = adapter.norms(1).mlp_in
+    plain = x / x.square().mean(-1, keepdim=True).sqrt()
+    read = read_directions(adapter, transcoders)[1]
+    torch.testing.assert_close(plain @ read.T, norm(x) @ transcoders[1].W_enc.T, rtol=1e-3, atol=1e-4)
+    post = adapter.norms(1).mlp_out_post
+    row = transcoders[1].W_dec[4]
+    through = post(row[None, None])[0, 0] if post is not None else row
+    cosine = torch.nn.functional.cosine_similarity(through, write_directions(adapter, transcoders)[1][4], dim=0)
+    assert float(cosine) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_names_are_words_that_stand_out_or_given_labels() -> None:
+    words = {i: words_of(text) for i, text in enumerate(
+        ["Mars is red", "mars is dusty", "earth is blue", "earth, is wet", "the sum is two", "the sum is six"]
+    )}  # fmt: skip
+    members, items = {0: [10, 11], 1: [12], 2: [13]}, {10: [0], 11: [1, 0], 12: [2, 3]}
+    names = cluster_names(members, items, words, count=2)
+    assert names[0].split()[0] in ("mars", "red") and "is" not in names[0].split()
+    assert set(names[0].split()) == {"mars", "red"}
+    assert names[1].split()[0] == "earth" and names[2] == ""
+    assert cluster_names(members, items, words, {10: "red planet", 11: "red planet", 12: "blue"})[0] == "red planet"
+
+
+def study(positions: dict[str, int]) -> SimpleNamespace:
+    fired = np.array([[0, 90, 0], [60, 0, 30], [60, 0, 30], [40, 40, 0], [1, 0, 0], [0, 0, 0]])
+    table = SimpleNamespace(fired=fired, items_fired=np.array([60, 60, 60, 60, 1, 0]))
+    features = np.repeat(np.arange(4), 3)
+    drawn = np.array([1, 2, 1, 1, 1, 2, 3, 1, 2, 1, 2, 3])
+    return SimpleNamespace(
+        path="study",
+        info=SimpleNamespace(positions=positions),
+        items=SimpleNamespace(ids=np.array([1, 2, 3]), table=pa.table({"n_pictures": [1, 2, 0]})),
+        layers=[4],
+        layer=lambda _layer: table,
+        example_items=lambda _layer, top: (features, drawn),
+    )
+
+
+def test_words_are_divided_by_the_prompts_they_are_in() -> None:
+    (found,) = modality_tables(study({"text": 400, "image": 500, "answer": 100}))  # pyright: ignore[reportArgumentType]
+    assert found.group.tolist() == ["image", "words beside a picture", "words in either", "both", "rare", "dead"]
+    assert sum(found.counts().values()) == 6 and list(found.counts()) == list(GROUPS)
+    assert found.shared_firing() == (40 / 130, 40 / 221)
+
+
+def test_data_of_one_kind_are_refused() -> None:
+    with pytest.raises(UserError, match="study data that have both"):
+        modality_tables(study({"text": 400, "image": 0, "answer": 100}))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,264 @@
+"""Whole studies of tiny models against loops, in parts, interrupted, and of data that is damaged."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlmscope.activations.capture import capture_mlp
+from vlmscope.core.errors import UserError
+from vlmscope.core.ids import FeatureId
+from vlmscope.core.study import ANSWER, IMAGE, KINDS, TEXT, TOP, bin_edges
+from vlmscope.data.lookup import row_of
+from vlmscope.data.numbered import NumberedRows
+from vlmscope.data.share import Share
+from vlmscope.data.source_config import SourceConfig
+from vlmscope.data.sources import open_source
+from vlmscope.features.study.config import StudyConfig
+from vlmscope.features.study.part import StudyPart
+from vlmscope.features.study.records import StudyFolder
+from vlmscope.features.study.run import finish, run_part, study_alone, study_parts
+from vlmscope.models.conversations import LOSS_MASK, encode
+from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
+from vlmscope.transcoders.init import random_set
+
+WIDTH = 20
+CONFIG = StudyConfig(top=3, samples=6, quantiles=2, window=2, logits=2, batch_size=4, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return tiny_gemma3(3)
+
+
+def _set(vlm, activation: str = "topk", cross_layer: bool = False):
+    shape = (vlm.adapter.n_layers, vlm.adapter.d_model, WIDTH, 4)
+    return random_set(*shape, seed=1, activation=activation, cross_layer=cross_layer).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 rows: pictures with one or two exchanges, and texts; some are equal."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for n in range(20):
+        tiny_image(n % 7).save(folder / f"{n}.png")
+        turns = [{"user": "what is this ?", "assistant": "red"}, {"user": "the other one ?", "assistant": "two"}]
+        lines.append(
+            {"images": [f"{n}.png"], "texts": turns[: 1 + n % 2]} if n % 4 else {"text": "the red planet " * (n + 1)}
+        )
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def _sources(data: Path) -> dict[str, SourceConfig]:
+    return {"mine": SourceConfig("folder", str(data))}
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _in_parts(study: Path, vlm, transcoders, data: Path, total: int, stop: Callable[[int], None] | None = None):
+    sources = _sources(data)
+    described = {"name": "", "split": None, "limit": None, "max_bad_shards": 0}
+    described["sources"] = {name: vars(one) for name, one in sources.items()}
+    for index in range(total):
+        share = Share(index, total)
+        opened = {name: (one.weight, open_source(name, one, None, 0, False)) for name, one in sources.items()}
+        rows = NumberedRows(opened, CONFIG.batch_size, share)
+        part = StudyPart(study, share, "same")
+        run_part(vlm, transcoders, rows, part, CONFIG, stop or (lambda _rows: None))
+    return finish(study, vlm, transcoders, study_parts(study, total, "same"), CONFIG, described)
+
+
+@pytest.mark.parametrize(
+    ("activation", "cross_layer"),
+    [("topk", False), ("batchtopk", False), ("jumprelu", False), ("relu", False), ("topk", True)],
+)
+def test_a_study_equals_a_plain_loop(vlm, data: Path, tmp_path: Path, activation: str, cross_layer: bool) -> None:
+    transcoders = _set(vlm, activation, cross_layer)
+    study = study_alone(tmp_path / "study", vlm, transcoders, _sources(data), CONFIG)
+    source = open_source("mine", _sources(data)["mine"])
+    items, acts, kinds = [], {layer: [] for layer in transcoders.layers}, []
+    for row in range(20):
+        raw = row_of(source, row)
+        for forward in encode(vlm, raw.opened()):
+            ids, said = forward["input_ids"][0], forward.pop(LOSS_MASK)[0]
+            kind = np.where(said, ANSWER, TEXT) if raw.exchanges else np.full(len(ids), TEXT)
+            kinds.append(np.where(ids == vlm.adapter.soft_token_id(), IMAGE, kind))
+            items.append(row * 256)
+            for layer, (x, _) in capture_mlp(vlm, forward).items():
+                acts[layer].append(transcoders[layer].encode(x[0]).dense(WIDTH).numpy())
+    assert study.info.items == len(items)
+    everything = np.concatenate(kinds)
+    assert study.info.positions == {name: int((everything == n).sum()) for n, name in enumerate(KINDS)}
+    for layer in transcoders.layers:
+        for record in study.features(layer):
+            own = [one[:, record.feature.index] for one in acts[layer]]
+            flat = np.concatenate(own)
+            for n, name in enumerate(KINDS):
+                assert record.fired[name] == (flat[everything == n] > 0).sum()
+                wanted, _ = np.histogram(flat[(everything == n) & (flat > 0)], bin_edges())
+                # An activation on an edge may fall on its other side in another batch.
+                assert np.abs(record.histogram[n] - wanted).sum() <= 2
+            assert record.activation_sum == pytest.approx(float(flat.sum()), rel=1e-4, abs=1e-4)
+            assert record.activation_max == pytest.approx(float(flat.max(initial=0)), rel=1e-4)
+            peaks = np.array([one.max() for one in own])
+            assert record.items_fired == (peaks > 0).sum()
+            top = record.group(TOP)
+            assert [e.activation for e in top] == pytest.approx(np.sort(peaks[peaks > 0])[::-1][:3].tolist(), rel=1e-4)
+            sampled = [e for e in record.examples if e.group != TOP]
+            assert len(sampled) == min(6, (peaks > 0).sum())
+            for example in record.examples:
+                number = items.index(example.item)
+                assert example.activation == pytest.approx(peaks[number], rel=1e-4)
+                found = example.activations(len(own[number]))[example.positions]
+                # Half a level, but that no level is 0.
+                near = np.abs(found - own[number][example.positions]) <= peaks[number] / 500
+                assert (near | (example.levels == 1)).all()
+                image = kinds[number] == IMAGE
+                np.testing.assert_array_equal(example.dense_levels(len(image))[image] > 0, own[number][image] > 0)
+
+
+def test_samples_are_cut_into_quantiles(vlm, data: Path, tmp_path: Path) -> None:
+    study = study_alone(tmp_path / "study", vlm, _set(vlm), _sources(data), CONFIG)
+    seen = 0
+    for record in study.features(0):
+        low, high = (np.array([e.activation for e in record.group(name)]) for name in ("q1", "q2"))
+        if len(low) and len(high):
+            assert low.max() <= high.min() == pytest.approx(record.quantile_values[0])
+            assert len(high) - len(low) in (0, -1)
+            seen += 1
+        assert [e.rank for e in record.group("q1")] == list(range(len(low)))
+    assert seen > 5
+
+
+def test_three_parts_give_the_files_of_one(vlm, data: Path, tmp_path: Path) -> None:
+    transcoders = _set(vlm)
+    whole = _in_parts(tmp_path / "one", vlm, transcoders, data, 1)
+    _in_parts(tmp_path / "three", vlm, transcoders, data, 3)
+    assert _files(tmp_path / "one") == _files(tmp_path / "three")
+    assert whole.info.items == 20
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
+        "examples", "features", "geometry.parquet", "items.parquet", "study.json", "vocabulary.parquet",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [4, 8, 12, 20])
+def test_a_study_that_was_stopped_goes_on_to_the_same_files(vlm, data: Path, tmp_path: Path, after: int) -> None:
+    class Killed(Exception):
+        pass
+
+    def stop(rows: int) -> None:
+        if rows >= after:
+            raise Killed
+
+    transcoders = _set(vlm)
+    _in_parts(tmp_path / "one", vlm, transcoders, data, 1)
+    with pytest.raises(Killed):
+        _in_parts(tmp_path / "two", vlm, transcoders, data, 1, stop)
+    _in_parts(tmp_path / "two", vlm, transcoders, data, 1)
+    assert _files(tmp_path / "one") == _files(tmp_path / "two")
+
+
+def test_a_state_of_other_settings_or_processes_is_refused(vlm, data: Path, tmp_path: Path) -> None:
+    part = StudyPart(tmp_path / "study", Share(0, 2), "these")
+    source = {"mine": (1.0, open_source("mine", _sources(data)["mine"]))}
+    run_part(vlm, _set(vlm), NumberedRows(source, 4, Share(0, 2)), part, CONFIG)
+    with pytest.raises(UserError, match="other settings"):
+        StudyPart(tmp_path / "study", Share(0, 2), "others")
+    with pytest.raises(UserError, match="begun by 2 processes, this is one of 3"):
+        StudyPart(tmp_path / "study", Share(0, 3), "these")
+    with pytest.raises(UserError, match="part 2 of 2 .* is not finished"):
+        study_parts(tmp_path / "study", 2, "these")
+
+
+def test_items_lead_back_to_pictures_words_and_patches(vlm, data: Path, tmp_path: Path) -> None:
+    study = study_alone(tmp_path / "study", vlm, _set(vlm), _sources(data), CONFIG)
+    record = next(r for r in study.features(1) if r.fired["image"] and r.fired["answer"])
+    for example in record.examples:
+        view = study.view(example)
+        item = view.item
+        assert item.row == item.id // 256
+        if not item.n_pictures:
+            assert study.pictures(item) == ()
+            assert item.tokens[-1] == vlm.tokenizer.decode([int(item.token_ids[-1])])
+            continue
+        (picture,) = study.pictures(item)
+        assert picture.tobytes() == tiny_image(item.row % 7).tobytes()
+        assert item.exchanges[0].user == "what is this ?"
+        assert len(item.patch_boxes) == (item.kinds == IMAGE).sum() == len(view.patch_activations) == 4
+        grid = view.grid()
+        assert grid is not None and grid.shape == (2, 2)
+        np.testing.assert_array_equal(grid.ravel(), view.levels[item.kinds == IMAGE])
+        tokens, near = view.window(2)
+        assert len(tokens) == len(near)
+    (data / "train.jsonl").write_text((data / "train.jsonl").read_text().replace("what is this", "what was this"))
+    changed = next(study.items[e.item] for r in study.features(1) for e in r.examples if study.items[e.item].n_pictures)
+    with pytest.raises(UserError, match="not what the study saw"):
+        StudyFolder(tmp_path / "study").pictures(changed)
+    (data / "train.jsonl").write_text((data / "train.jsonl").read_text().replace("what was this", "what is this"))
+
+
+def test_what_a_study_does_not_have_is_one_line(vlm, data: Path, tmp_path: Path) -> None:
+    study = study_alone(tmp_path / "study", vlm, _set(vlm), _sources(data), CONFIG)
+    with pytest.raises(UserError, match="no layer 9; it has 0, 1, 2, 3"):
+        study.feature(FeatureId(9, 0))
+    with pytest.raises(UserError, match="no feature L1/20: layer 1 has 0 to 19"):
+        study.feature(FeatureId(1, WIDTH))
+    with pytest.raises(UserError, match="finished task=study"):
+        StudyFolder(tmp_path / "nothing")
+    assert StudyFolder(tmp_path).path == study.path  # the run folder around it
+    (tmp_path / "study" / "items.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="cannot read .*items.parquet"):
+        StudyFolder(tmp_path / "study").items  # noqa: B018
+
+
+def test_damaged_pictures_are_skipped_up_to_a_limit(vlm, tmp_path: Path) -> None:
+    for n in range(5):
+        tiny_image(n).save(tmp_path / f"{n}.png")
+    (tmp_path / "1.png").unlink()
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:60])
+    lines = [{"images": [f"{n}.png"], "text": "the red planet"} for n in range(5)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    study = study_alone(tmp_path / "study", vlm, _set(vlm), _sources(tmp_path), CONFIG)
+    assert study.info.skipped == {"mine": 2}
+    assert (study.info.items, study.info.rows) == (3, 5)
+    assert set(study.items.ids) == {0, 2 * 256, 4 * 256}
+    with pytest.raises(
+        UserError, match=r"2 rows of the data cannot be used, the last: .*train.jsonl line 4.*max_skipped=1"
+    ):
+        study_alone(tmp_path / "strict", vlm, _set(vlm), _sources(tmp_path), replace(CONFIG, max_skipped=1))
+    (tmp_path / "train.jsonl").write_text(json.dumps(lines[1]) + "\n")
+    with pytest.raises(UserError, match="no row of the data could be used"):
+        study_alone(tmp_path / "none", vlm, _set(vlm), _sources(tmp_path), CONFIG)
+    (tmp_path / "train.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="holds no example"):
+        study_alone(tmp_path / "empty", vlm, _set(vlm), _sources(tmp_path), CONFIG)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "paligemma", "qwen2_5_vl", "idefics3", "llava_onevision"])
+def test_families(family: str, tmp_path: Path) -> None:
+    """Turns apart (PaliGemma), grids by picture (Qwen), tiles (Idefics3), a picture of several parts (OneVision)."""
+    vlm = tiny_vlm(family)
+    lines = []
+    for n in range(3):
+        tiny_image(n).resize((20 + 8 * n, 24)).save(tmp_path / f"{n}.png")
+        turns = [{"user": "what is this ?", "assistant": "red"}, {"user": "the other one ?", "assistant": "two"}]
+        lines.append({"images": [f"{n}.png"], "texts": turns})
+    if not vlm.adapter.has_vision:
+        lines = [{"text": "the red planet"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, WIDTH, 4).requires_grad_(False)
+    study = study_alone(tmp_path / "study", vlm, transcoders, _sources(tmp_path), replace(CONFIG, max_skipped=0))
+    assert study.info.items == len(lines) * (2 if family == "paligemma" else 1)
+    for number in study.items.ids:
+        item = study.items[number]
+        assert len(item.patch_boxes) == (item.kinds == IMAGE).sum() == len(item.pictures)
+        assert (item.kinds == ANSWER).any() == vlm.adapter.has_vision
+        for example in study.feature(FeatureId(0, 1)).examples:
+            assert example.activation > 0

@@ -1,0 +1,25 @@
+"""What a set of concepts may say."""
+
+import pytest
+
+from vlmscope.core.errors import UserError
+from vlmscope.features.cross_modal_config import CrossModalConfig, CrossQuestion
+
+ANSWERS = {"red": "red", "yellow": "yellow", "blue": "blue"}
+
+
+def question(**changed) -> CrossQuestion:
+    given = {"picture": "what colour is this ?", "text": "what colour is {concept} ?", "answers": ANSWERS} | changed
+    return CrossQuestion(**given)
+
+
+def test_a_word_may_stand_for_the_concept_in_the_text() -> None:
+    asked = question(words={"red": "mars"})
+    assert asked.asked_in_text("red") == "what colour is mars ?"
+    assert asked.asked_in_text("blue") == "what colour is blue ?"
+
+
+def test_an_unknown_source_is_refused() -> None:
+    CrossModalConfig(list(ANSWERS), {"colour": question()}, source="colours")
+    with pytest.raises(UserError, match=r"cross_modal.source=animals: choose one of planets, digits, colours"):
+        CrossModalConfig(list(ANSWERS), {"colour": question()}, source="animals")

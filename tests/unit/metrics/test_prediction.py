@@ -1,0 +1,133 @@
+"""Areas under the curve against brute force; cross-validation by groups leaks nothing."""
+
+import numpy as np
+import pytest
+
+from vlmscope.metrics.prediction import auc, bootstrap_auc, group_folds, held_out_scores, shuffled_aucs
+
+
+def brute(scores: np.ndarray, wrong: np.ndarray, strata: np.ndarray | None = None) -> float:
+    won, pairs = 0.0, 0
+    for i in np.flatnonzero(wrong):
+        for j in np.flatnonzero(~wrong):
+            if strata is None or strata[i] == strata[j]:
+                won += 1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0
+                pairs += 1
+    return won / pairs
+
+
+@pytest.mark.parametrize("levels", [3, 1000])  # few levels: many ties
+def test_the_area_is_the_share_of_pairs_in_order(levels: int) -> None:
+    rng = np.random.default_rng(levels)
+    scores, wrong = rng.integers(levels, size=60).astype(float), rng.random(60) < 0.3
+    strata = rng.integers(4, size=60)
+    assert auc(scores, wrong) == pytest.approx(brute(scores, wrong))
+    assert auc(scores, wrong, strata) == pytest.approx(brute(scores, wrong, strata))
+    assert auc(-scores, wrong) == pytest.approx(1 - auc(scores, wrong))
+
+
+def test_an_area_without_a_pair_is_not_a_number() -> None:
+    assert np.isnan(auc(np.arange(3.0), np.ones(3, bool)))
+    # Each stratum has one kind of case only.
+    assert np.isnan(auc(np.arange(4.0), np.array([True, True, False, False]), np.array([0, 0, 1, 1])))
+    with pytest.raises(ValueError, match="a wrong and a right case"):
+        bootstrap_auc(np.arange(3.0), np.ones(3, bool), np.arange(3))
+
+
+def test_what_tells_strata_apart_does_not_help_within_them() -> None:
+    rng = np.random.default_rng(0)
+    strata = np.repeat([0, 1], 200)
+    wrong = rng.random(400) < np.where(strata == 0, 0.1, 0.9)
+    scores = strata + 0.01 * rng.random(400)
+    assert auc(scores, wrong) > 0.85
+    assert abs(auc(scores, wrong, strata) - 0.5) < 0.1
+
+
+def test_folds_never_split_a_group_and_are_even() -> None:
+    groups = np.random.default_rng(1).integers(30, size=200)
+    folds = group_folds(groups, 5, seed=3)
+    assert all(len(set(folds[groups == name])) == 1 for name in np.unique(groups))
+    sizes = np.bincount([folds[groups == name][0] for name in np.unique(groups)])
+    assert len(sizes) == 5 and sizes.max() - sizes.min() <= 1
+    assert len(set(group_folds(groups, None))) == len(np.unique(groups))
+    assert not np.array_equal(folds, group_folds(groups, 5, seed=4))
+    with pytest.raises(ValueError, match="one group alone"):
+        group_folds(np.zeros(5), 3)
+
+
+def test_cross_validation_by_groups_leaks_nothing() -> None:
+    """Each group has a signature of its own and one outcome at random: learnt by heart, it says nothing of others."""
+    rng = np.random.default_rng(2)
+    groups = np.repeat(np.arange(60), 6)
+    values = rng.normal(size=(60, 40))[groups] + 0.01 * rng.normal(size=(360, 40))
+    wrong = rng.permutation(np.arange(60) % 2 == 0)[groups]
+    grouped = held_out_scores(values, wrong, group_folds(groups, 6))
+    leaking = held_out_scores(values, wrong, rng.integers(6, size=360))
+    assert auc(leaking, wrong) > 0.9
+    assert auc(grouped, wrong) < 0.65
+
+
+def test_held_out_scores_find_what_is_there_and_shuffled_ones_do_not() -> None:
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=(300, 4)) * [1, 10, 100, 0] + [0, 5, 0, 7]  # the last one is constant
+    wrong = values[:, 1] + 4 * rng.normal(size=300) > 5
+    folds = group_folds(np.arange(300), 5)
+    scores = held_out_scores(values, wrong, folds)
+    assert auc(scores, wrong) > 0.9
+    null = shuffled_aucs(values, wrong, folds, 20)
+    assert abs(null.mean() - 0.5) < 0.06 and null.max() < 0.65
+
+
+def test_scores_of_a_fold_do_not_depend_on_its_own_answers() -> None:
+    rng = np.random.default_rng(4)
+    values, wrong, strata = rng.normal(size=(80, 3)), rng.random(80) < 0.4, rng.integers(3, size=80)
+    folds = group_folds(np.arange(80), 4)
+    flipped = np.where(folds == 0, ~wrong, wrong)
+    first, second = (held_out_scores(values, answers, folds, strata)[folds == 0] for answers in (wrong, flipped))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_centred_by_stratum_the_stratum_is_gone() -> None:
+    rng = np.random.default_rng(5)
+    strata = np.repeat([0, 1], 100)
+    wrong = rng.random(200) < np.where(strata == 0, 0.2, 0.8)
+    values = strata[:, None] * 5.0 + rng.normal(size=(200, 1))
+    folds = group_folds(np.arange(200), 5)
+    assert auc(held_out_scores(values, wrong, folds), wrong) > 0.75
+    assert abs(auc(held_out_scores(values, wrong, folds, strata), wrong) - 0.5) < 0.12
+
+
+def test_nothing_can_be_learnt_from_one_kind_of_case() -> None:
+    wrong = np.array([True, True, False, False])
+    scores = held_out_scores(np.arange(4.0)[:, None], wrong, np.array([0, 0, 1, 1]))
+    np.testing.assert_array_equal(scores, np.zeros(4))
+
+
+def test_an_interval_is_that_of_areas_on_drawn_groups() -> None:
+    """Against drawing groups one after another."""
+    rng = np.random.default_rng(8)
+    groups, strata, wrong = np.repeat(np.arange(25), 2), np.tile([0, 1], 25), rng.random(50) < 0.4
+    scores = wrong + rng.normal(size=50)
+    found = bootstrap_auc(scores, wrong, groups, strata)
+    draws = []
+    for _ in range(2000):
+        rows = np.concatenate([np.flatnonzero(groups == name) for name in rng.integers(25, size=25)])
+        draws.append(auc(scores[rows], wrong[rows], strata[rows]))
+    low, high = np.quantile(draws, (0.025, 0.975))
+    assert found.value == pytest.approx(auc(scores, wrong, strata))
+    assert (found.ci_low, found.ci_high) == pytest.approx((low, high), abs=0.02)
+
+
+def test_the_interval_covers_the_value_and_draws_whole_groups() -> None:
+    rng = np.random.default_rng(6)
+    wrong = rng.random(50) < 0.5
+    scores = wrong + rng.normal(size=50)
+    one = bootstrap_auc(scores, wrong, np.arange(50), resamples=200)
+    assert one.ci_low < one.value < one.ci_high and one.value == pytest.approx(auc(scores, wrong))
+    four = bootstrap_auc(
+        np.repeat(scores, 4), np.repeat(wrong, 4), np.repeat(np.arange(50), 4), resamples=200
+    )  # copies of a case are no news
+    assert four.value == pytest.approx(one.value)
+    assert four.ci_high - four.ci_low == pytest.approx(one.ci_high - one.ci_low)
+    none = bootstrap_auc(scores, wrong, np.arange(50), less=scores, resamples=50)
+    assert (none.value, none.ci_low, none.ci_high) == (0, 0, 0)

@@ -1,0 +1,55 @@
+"""What the steps on pairs compute from what was run."""
+
+import numpy as np
+import pytest
+
+from vlmscope.core.intervention import Rate
+from vlmscope.data.orrery.facts import SHAPES
+from vlmscope.tasks.steps.dissociation import Cell, contrast
+from vlmscope.tasks.steps.number_line import COLUMNS, drawn_scenes, tuned_features
+from vlmscope.tasks.steps.object_places import share_of
+
+RATE = Rate(0.5, 0.4, 0.6, 10)
+
+
+def cell(question: str, pulled: list[float], ids: tuple[str, ...]) -> Cell:
+    return Cell("both", "shape", question, RATE, RATE, RATE, np.array(pulled), ids)
+
+
+def test_a_contrast_compares_the_pairs_that_both_questions_have() -> None:
+    cells = [cell("shape", [0.9, 0.5, 0.7], ("a", "b", "c")), cell("colour", [0.1, 0.3], ("c", "a"))]
+    found = contrast(cells, "both", "shape")
+    assert found.cases == 2
+    assert found.value == pytest.approx(((0.9 - 0.3) + (0.7 - 0.1)) / 2)
+
+
+def test_scenes_are_balanced_and_painted_as_they_say() -> None:
+    scenes = drawn_scenes("test", 60, 0)
+    assert np.bincount(scenes.count)[1:].tolist() == [10] * 6
+    assert np.bincount(scenes.shape).tolist() == [12] * len(SHAPES)
+    assert np.corrcoef(scenes.count, scenes.area)[0, 1] > 0.8
+    assert not np.array_equal(np.asarray(scenes.images[0]), np.asarray(drawn_scenes("train", 1, 0).images[0]))
+
+
+def test_features_that_depend_on_the_count_are_found_and_no_others() -> None:
+    rng = np.random.default_rng(0)
+    counts = np.tile(np.arange(1, 7), 60)
+    values = rng.normal(0, 1, (360, 200)).astype(np.float32) ** 2
+    values[:, 3] += counts
+    values[:, 5] += 6 - np.abs(counts - 4) * 2
+    found = tuned_features({2: values}, counts, 0)
+    assert found.names[2][3] == "up"
+    assert found.names[2][5] == "peak 4"
+    assert set(found.names[2]) <= {"", *COLUMNS}
+    assert int((found.names[2] != "").sum()) <= 4
+    assert found.chance <= 2
+
+
+def test_the_share_on_objects_is_told_beside_the_share_of_places() -> None:
+    maps = np.array([[3.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0]])
+    on = np.array([[True, False, False, False], [True, True, False, False], [True, False, False, False]])
+    rate = share_of(maps, on)
+    assert rate.value == pytest.approx((0.75 + 0.5) / 2)  # where there is nothing, nothing can be said
+    assert rate.control == 0.25
+    assert rate.cases == 2
+    assert np.isnan(share_of(np.zeros((2, 4)), on[:2]).value)

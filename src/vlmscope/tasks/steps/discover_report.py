@@ -167,8 +167,8 @@ def members(found: Discovery) -> Table:
     columns = ("node", *(NAMES[name] for name in scores), "loss when dropped", "chosen again")
     note = (
         f"The first {len(rows)} of {len(found.circuit.members)}; all are in discovery.json. EAP-IG is in logits; "
-        "chosen again: share of bootstrap resamples of the pairs in which EAP-IG takes the feature. Losses were measured for "
-        "the members of least estimated worth."
+        "chosen again: share of bootstrap resamples of the pairs in which EAP-IG takes the feature. Losses were "
+        "measured for the members of least estimated worth."
     )
     return Table(f"Members: {found.question}", columns, rows, note=note)
 
@@ -203,8 +203,8 @@ def edge_sections(found: Discovery, edges: EdgesFound, folder: Path) -> list[Sec
     intro = (
         f"In the frozen local replacement model, exactly. {edges.smallest:,} of {len(edges.source):,} edges keep "
         f"{rate.value:.0%} ({rate.ci_low:.0%} to {rate.ci_high:.0%}) on test pairs. Rank correlation of EAP-IG and "
-        f"graphs: {edges.correlation:.2f}. The rest (changes of patterns, norms and supports) is {edges.rest:.0%} of the "
-        "difference."
+        f"graphs: {edges.correlation:.2f}. The rest (changes of patterns, norms and supports) is {edges.rest:.0%} of "
+        "the difference."
     )
     return [
         Figure(
@@ -222,8 +222,8 @@ def reading() -> Text:
         "How to read this",
         (
             "A run of a circuit is the original's run in which every embedding, feature and error outside the circuit "
-            "has the value of the counterfactual's run. Features inside are as this run makes them. Faithfulness is 0 for "
-            "the counterfactual's run, 1 for the original's, a ratio of means over pairs.",
+            "has the value of the counterfactual's run. Features inside are as this run makes them. Faithfulness is 0 "
+            "for the counterfactual's run, 1 for the original's, a ratio of means over pairs.",
             "The random ranking shuffles features and leaves embeddings and errors in their places, so it starts with "
             "what the picture's embeddings carry without any feature.",
             "Rankings are by absolute score: a circuit also has what works against the answer, until members are "

@@ -34,6 +34,7 @@ GROUPS = (
     "cross_modal",
     "interchange",
     "discovery",
+    "single_edits",
     "circuit_spec",
     "captions",
     "prompts",

@@ -12,6 +12,7 @@ from vlmscope.data.orrery.scene import KINDS
 
 PIPELINE = [
     "intervention.pictures=3",
+    "intervention.generate=2",
     "intervention.unrelated=1",
     "intervention.controls=1",
     "intervention.strengths=[0.0,2.0]",
@@ -41,6 +42,13 @@ PAIRS = [
 ]
 FEW = [*PAIRS, "intervention.modes=[free]", "interchange.generate=0", "interchange.counts=[2]", "interchange.steps=1"]
 LIMITS = {
+    "linear_story": [
+        "single_edits.inputs=1",
+        "single_edits.features=3",
+        "single_edits.factors=[0]",
+        "intervention.modes=[direct,free]",
+        "attribution.max_nodes=200",
+    ],
     "mars_earth_patch": [*PIPELINE, "~circuit.questions.cover"],
     "mars_earth_curves": [*PIPELINE, "~circuit.questions.colour", "~circuit.questions.cover"],
     "modality_by_layer": ["study.limit=40", "study.samples=4"],
@@ -115,6 +123,7 @@ LIMITS = {
     ],
 }
 LEAVES = {
+    "linear_story": ["predicted_effects.parquet", "report.html", "figures/predicted.png", "figures/by_edit.png"],
     "mars_earth_patch": ["graph.json", "graph.safetensors", "report.html", "figures/flip_rates.png"],
     "mars_earth_curves": ["curves.json", "report.html", "figures/ablation.png"],
     "modality_by_layer": ["report.html", "study/study.json", "modality.parquet", "figures/modality_by_layer.png"],
@@ -147,7 +156,14 @@ LEAVES = {
     ],
 }
 METRICS = {
-    "mars_earth_patch": ["steer/free/flip_rate", "patch/direct/name/flip_rate_ci_low", "graph/replacement_score"],
+    "linear_story": ["predicted/direct/ablate/edge/error", "predicted/free/ablate/total/spearman_ci_low"],
+    "mars_earth_patch": [
+        "steer/free/flip_rate",
+        "ablate/free/changed_rate",
+        "steer/generate/name/flip_rate_ci_low",
+        "patch/direct/name/flip_rate_ci_low",
+        "graph/replacement_score",
+    ],
     "mars_earth_curves": ["ablation/layer_07/last/accuracy_drop", "steer/free/role_image/name/flip_rate"],
     "modality_by_layer": ["layers/modality_both/layer_07", "modality/meeting_layer", "study/items"],
     "cross_modal": [

@@ -18,6 +18,7 @@ from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.circuits.discovery.config import DiscoveryConfig
 from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.circuits.matrix_config import ConceptMatrixConfig
+from vlmscope.circuits.single_edits_config import SingleEditsConfig
 from vlmscope.circuits.spec_config import CircuitSpecConfig
 from vlmscope.config.headline import HeadlineConfig, check_reproducible
 from vlmscope.core.errors import UserError
@@ -225,6 +226,7 @@ class AppConfig:
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     interchange: InterchangeConfig = field(default_factory=InterchangeConfig)
     discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
+    single_edits: SingleEditsConfig = field(default_factory=SingleEditsConfig)
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     where: WhereConfig = field(default_factory=WhereConfig)

@@ -255,7 +255,7 @@ def test_every_experiment_has_its_smoke_test_and_its_card() -> None:
 
 
 # Their parts are tested by themselves and in test_captions.py, and visual_arithmetic runs the steps that they share.
-SLOW = {"captioning", "counting", "object_recognition"}
+SLOW = {"captioning", "counting", "object_recognition", "find_circuits"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(LIMITS)])

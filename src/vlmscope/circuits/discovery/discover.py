@@ -136,7 +136,12 @@ def _found(
     for mode in settings.modes:
         ends = judging.ends(mode)
 
-        def rate(rows: np.ndarray, mode: str = mode, ends: tuple = ends, without: bool = False) -> Rate:
+        def rate(
+            rows: np.ndarray,
+            mode: str = mode,
+            ends: tuple[np.ndarray, np.ndarray] = ends,
+            without: bool = False,
+        ) -> Rate:
             kept = judging.kept(rows)
             return faithfulness(judging.run(opposite(kept) if without else kept, mode), *ends, settings.seed)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmscope.circuits.circuit import save_circuit
@@ -26,9 +25,9 @@ def run(bench: Bench) -> None:
     train, test = (pairs_of(bench, split) for split in ("train", "test"))
     found: dict[str, Discovery] = {}
     for name in questions(bench, train, test):
-        sides = [circuit_subject(bench, name, pairs[name]) for pairs in (train, test)]
+        choose, judge = (circuit_subject(bench, name, pairs[name]) for pairs in (train, test))
         discovery = discover(
-            bench.vlm.adapter, bench.transcoders, *sides, bench.cfg.discovery, graphs=bench.cfg.attribution
+            bench.vlm.adapter, bench.transcoders, choose, judge, bench.cfg.discovery, bench.cfg.attribution
         )
         widths = {layer: bench.transcoders[layer].config.n_features for layer in bench.transcoders.layers}
         save_circuit(discovery.to_circuit(bench.vlm.name, widths), bench.run_dir / "circuits" / name)
@@ -151,8 +150,3 @@ def as_json(found: Discovery) -> dict:
             ],
         }
     return body
-
-
-def saved(bench: Bench, name: str) -> Path:
-    """Where a question's circuit lies."""
-    return bench.run_dir / "circuits" / name

@@ -8,8 +8,8 @@ import pytest
 from vlmscope.app import main
 
 ALONE = ["experiment=captioning", "task.steps.caption_words=false", "tracking=none"]
-ALONE += [f"captions.{key}=2" for key in ("train", "test", "validation")]
-ALONE += ["captions.features=20", "captions.steps=1", "captions.others=0", "intervention.controls=1"]
+ALONE += ["captions.train=10", "captions.test=3", "captions.validation=4"]
+ALONE += ["captions.features=60", "captions.steps=1", "captions.others=0", "intervention.controls=1"]
 ALONE += ["~captions.swaps.mars_to_earth", "~captions.swaps.circle_to_star", "captions.strengths=[0,2]"]
 
 

@@ -33,6 +33,8 @@ GROUPS = (
     "concept_matrix",
     "cross_modal",
     "interchange",
+    "discovery",
+    "single_edits",
     "circuit_spec",
     "captions",
     "prompts",

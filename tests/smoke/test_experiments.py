@@ -12,6 +12,7 @@ from vlmscope.data.orrery.scene import KINDS
 
 PIPELINE = [
     "intervention.pictures=3",
+    "intervention.generate=2",
     "intervention.unrelated=1",
     "intervention.controls=1",
     "intervention.strengths=[0.0,2.0]",
@@ -41,6 +42,13 @@ PAIRS = [
 ]
 FEW = [*PAIRS, "intervention.modes=[free]", "interchange.generate=0", "interchange.counts=[2]", "interchange.steps=1"]
 LIMITS = {
+    "linear_story": [
+        "single_edits.inputs=1",
+        "single_edits.features=3",
+        "single_edits.factors=[0]",
+        "intervention.modes=[direct,free]",
+        "attribution.max_nodes=200",
+    ],
     "mars_earth_patch": [*PIPELINE, "~circuit.questions.cover"],
     "mars_earth_curves": [*PIPELINE, "~circuit.questions.colour", "~circuit.questions.cover"],
     "modality_by_layer": ["study.limit=40", "study.samples=4"],
@@ -64,6 +72,18 @@ LIMITS = {
     "hierarchy": [*PAIRS, "interchange.scenes=[42,14]"],
     "visual_arithmetic": PAIRS,
     "six_fingers": [*PAIRS, "interchange.strengths=[0,4]"],
+    "find_circuits": [
+        *PAIRS,
+        "discovery.graphs=1",
+        "discovery.steps=1",
+        "discovery.methods=[eap_ig,random]",
+        "discovery.modes=[free]",
+        "discovery.edge_nodes=10",
+        "discovery.edge_pairs=2",
+        "discovery.draws=1",
+        "discovery.minimality=2",
+        "attribution.max_nodes=200",
+    ],
     "counting": [*FEW, "interchange.strengths=[1]", "interchange.transfer=10", "interchange.scenes=[60,36]"],
     "object_recognition": FEW,
     "captioning": [
@@ -103,6 +123,7 @@ LIMITS = {
     ],
 }
 LEAVES = {
+    "linear_story": ["predicted_effects.parquet", "report.html", "figures/predicted.png", "figures/by_edit.png"],
     "mars_earth_patch": ["graph.json", "graph.safetensors", "report.html", "figures/flip_rates.png"],
     "mars_earth_curves": ["curves.json", "report.html", "figures/ablation.png"],
     "modality_by_layer": ["report.html", "study/study.json", "modality.parquet", "figures/modality_by_layer.png"],
@@ -119,6 +140,7 @@ LEAVES = {
     ],
     "visual_arithmetic": ["interchange.json", "sum_features.json", "report.html", "figures/grid_sum.png"],
     "six_fingers": ["report.html", "figures/amplify_fingers.png"],
+    "find_circuits": ["discovery.json", "circuits/name/circuit.yaml", "report.html", "figures/edges_name.png"],
     "counting": ["number_line.json", "report.html", "figures/tuning_last.png", "figures/transfer_count_shape.png"],
     "object_recognition": ["report.html", "figures/object_maps.png", "figures/places_changes.png"],
     "captioning": ["caption_words.json", "caption_steering.json", "report.html", "figures/captions.png"],
@@ -134,7 +156,14 @@ LEAVES = {
     ],
 }
 METRICS = {
-    "mars_earth_patch": ["steer/free/flip_rate", "patch/direct/name/flip_rate_ci_low", "graph/replacement_score"],
+    "linear_story": ["predicted/direct/ablate/edge/error", "predicted/free/ablate/total/spearman_ci_low"],
+    "mars_earth_patch": [
+        "steer/free/flip_rate",
+        "ablate/free/changed_rate",
+        "steer/generate/name/flip_rate_ci_low",
+        "patch/direct/name/flip_rate_ci_low",
+        "graph/replacement_score",
+    ],
     "mars_earth_curves": ["ablation/layer_07/last/accuracy_drop", "steer/free/role_image/name/flip_rate"],
     "modality_by_layer": ["layers/modality_both/layer_07", "modality/meeting_layer", "study/items"],
     "cross_modal": [
@@ -165,6 +194,7 @@ METRICS = {
         "interchange/features_of_sum/generate/sum/follow_rate",
         "sums/features/by_chance",
     ],
+    "find_circuits": ["discovery/name/free/faithfulness", "discovery/name/edges/rank_correlation"],
     "six_fingers": [
         "amplify/fingers/counterfactual/logit_gap",
         "amplify/fingers/original/strength_4/follow_rate_ci_high",
@@ -225,7 +255,7 @@ def test_every_experiment_has_its_smoke_test_and_its_card() -> None:
 
 
 # Their parts are tested by themselves and in test_captions.py, and visual_arithmetic runs the steps that they share.
-SLOW = {"captioning", "counting", "object_recognition"}
+SLOW = {"captioning", "counting", "object_recognition", "find_circuits"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(LIMITS)])

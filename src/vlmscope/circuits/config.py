@@ -44,6 +44,14 @@ class CircuitConfig:
             missing = [c for c in self.concepts if c not in question.answers]
             if missing:
                 raise UserError(f"circuit.questions.{name}.answers lacks {', '.join(missing)}")
+            first, second = (question.answers[concept] for concept in self.concepts)
+            if first == second:
+                raise UserError(
+                    f"{' and '.join(self.concepts)} are both {first!r} to circuit.questions.{name}: no answer could "
+                    f"flip; leave the question out with '~circuit.questions.{name}'"
+                )
+        if self.third in self.concepts:
+            raise UserError(f"circuit.third={self.third} is one of circuit.concepts; choose another, or null")
         for key in ("pictures", "graphs", "per_layer"):
             if getattr(self, key) < 1:
                 raise UserError(f"circuit.{key}={getattr(self, key)}: it must be at least 1")
@@ -65,6 +73,7 @@ class InterventionConfig:
         unrelated: scenes of each other kind, to see how specific the intervention is; 0 leaves that out.
         strengths: points of the dose-response curve.
         examples: pictures shown before and after in the report.
+        generate: cases of each question that are also answered token by token under the edits; 0 leaves that out.
     """
 
     strength: float = 2.0
@@ -77,6 +86,7 @@ class InterventionConfig:
     unrelated: int = 25
     strengths: list[float] = field(default_factory=lambda: [0.0, 1.0, 2.0, 3.0, 4.0])
     examples: int = 6
+    generate: int = 20
 
     def __post_init__(self) -> None:
         known = ("direct", "frozen_attention", "free")
@@ -93,3 +103,5 @@ class InterventionConfig:
         for key in ("pictures", "controls", "examples"):
             if getattr(self, key) < 1:
                 raise UserError(f"intervention.{key}={getattr(self, key)}: it must be at least 1")
+        if self.generate < 0:
+            raise UserError(f"intervention.generate={self.generate}: it counts cases; choose 0 or more")

@@ -15,7 +15,7 @@ from vlmscope.interventions.controls import matched_features, run_random_directi
 from vlmscope.interventions.edits import Plan, at_positions, position_mask, without_layers
 from vlmscope.interventions.frozen import BaseRun, base_run
 from vlmscope.interventions.run import run_edited
-from vlmscope.metrics.causal import bootstrap_rate, kl_divergence
+from vlmscope.metrics.causal import bootstrap_rate, kl_divergence, paired_p
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -51,7 +51,25 @@ def flips(logits: Tensor, subject: Subject) -> np.ndarray:
     return (logits.argmax(-1) == subject.donor_token).cpu().numpy()
 
 
-def flip_rate(
+@dataclass(frozen=True)
+class FlipEffect:
+    """What a plan did to a question's answers, beside matched features.
+
+    Attributes:
+        flip: the answer is the donor's.
+        changed: the answer is no longer the recipient's.
+        p_flip, p_changed: one-sided exact p-values against the first draw of the control, None without one.
+        logits: [B, V], edited.
+    """
+
+    flip: Rate
+    changed: Rate
+    p_flip: float | None
+    p_changed: float | None
+    logits: Tensor
+
+
+def flip_effect(
     adapter: Adapter,
     transcoders: TranscoderSet,
     subject: Subject,
@@ -60,22 +78,31 @@ def flip_rate(
     means: Mapping[int, Tensor],
     controls: int,
     seed: int = 0,
-) -> tuple[Rate, Tensor]:
-    """The flip rate of a plan with its bootstrap interval, beside that of matched random features, drawn under `seed`.
+) -> FlipEffect:
+    """How often a plan flips and changes answers, with bootstrap intervals, beside that of matched random features.
 
-    Returns:
-        The rate (its `control` is the mean over `controls` draws, None for 0) and the edited logits [B, V].
+    A rate's `control` is the mean over `controls` draws under `seed`, None for 0.
     """
-    logits = run_edited(adapter, transcoders, subject.batch, plan, mode, subject.base)
-    drawn = [
-        flips(
-            run_edited(adapter, transcoders, subject.batch, matched_features(plan, means, draw), mode, subject.base),
-            subject,
-        ).mean()
-        for draw in control_draws(seed, controls)
-    ]
-    control = float(np.mean(drawn)) if drawn else None
-    return bootstrap_rate(flips(logits, subject), control=control), logits
+
+    def under(edits: Plan) -> Tensor:
+        return run_edited(adapter, transcoders, subject.batch, edits, mode, subject.base)
+
+    logits = under(plan)
+    drawn = [under(matched_features(plan, means, draw)) for draw in control_draws(seed, controls)]
+    flip = compared(flips(logits, subject), [flips(other, subject) for other in drawn])
+    moved = compared(changes(logits, subject), [changes(other, subject) for other in drawn])
+    return FlipEffect(flip[0], moved[0], flip[1], moved[1], logits)
+
+
+def compared(hits: np.ndarray, controls: Sequence[np.ndarray]) -> tuple[Rate, float | None]:
+    """The rate of hits [B] beside the mean of its controls', and the p-value against the first of them."""
+    control = float(np.mean([other.mean() for other in controls])) if controls else None
+    return bootstrap_rate(hits, control=control), paired_p(hits, controls[0]) if controls else None
+
+
+def changes(logits: Tensor, subject: Subject) -> np.ndarray:
+    """[B] bool: the answer is no longer the recipient's."""
+    return (logits.argmax(-1) != subject.recipient_token).cpu().numpy()
 
 
 def direction_control(

@@ -50,8 +50,11 @@ class Effect:
 class FlipRow:
     """One row of the table of results.
 
-    method: 'steer' or 'patch'. mode: one of MODES. question: 'name', 'colour', 'cover' or 'worst' (of the questions).
+    method: 'steer', 'patch' or 'ablate'. mode: one of MODES, or 'generate' (token by token, with a KV cache).
+    question: 'name', 'colour', 'cover' or 'worst' (of the questions).
     scope: where it acted: 'all', 'no_last_layer', 'no_last_position', 'role_image', 'role_question', 'role_last', ...
+    changed: how often the answer was another than before, where that was counted. p: that no more cases than under
+    the control flip (change, for 'ablate'); q: corrected for all rows of the table (false discovery rate).
     """
 
     method: str
@@ -60,6 +63,9 @@ class FlipRow:
     scope: str
     rate: Rate
     n_features: int
+    changed: Rate | None = None
+    p: float | None = None
+    q: float | None = None
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class LayerEdit:
     Attributes:
         features: [n] int64, distinct.
         value: broadcastable to [B, T, n].
-        scale: broadcastable to [n].
+        scale: broadcastable to [n]; or, where only the prompt is edited, to [B, T, n].
         where: [T] bool, the prompt positions it acts on.
         generated: broadcastable to [B, n], the value at tokens generated after the prompt; or [S, B, n], one for each
             of them in turn, the last for those after it. None leaves them alone.

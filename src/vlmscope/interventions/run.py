@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -157,7 +158,8 @@ def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int
     assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
     if not bool(edit.where.any()):
         return []
-    value = edit.value if edit.value.ndim < 2 or edit.value.shape[-2] == 1 else edit.value[..., edit.where, :]
+    value, scale = (v if v.ndim < 2 or v.shape[-2] == 1 else v[..., edit.where, :] for v in (edit.value, edit.scale))
+    edit = replace(edit, scale=scale)
     level = None if gate is None else gate.level[edit.where]
     changes = []
     at = None if edit.at is None else edit.at[edit.where]

@@ -38,8 +38,9 @@ def scopes(rows: Sequence[FlipRow], path: str | Path, mode: str = "free", questi
 
 def modes(rows: Sequence[FlipRow], path: str | Path, question: str = "worst", scope: str = "all") -> Path:
     """Flip rate by mode (groups, weakest first) and method (bars) for one question and scope."""
+    order = (*MODES, "generate")
     chosen = sorted(
-        (row for row in rows if row.question == question and row.scope == scope), key=lambda row: MODES.index(row.mode)
+        (row for row in rows if row.question == question and row.scope == scope), key=lambda row: order.index(row.mode)
     )
     return _flip_figure(chosen, path, lambda row: row.mode, f"What is held frozen ({label(question)}, {label(scope)})")
 

@@ -141,34 +141,26 @@ Section = Cards | Table | Figure | Examples | Features | Text | Details | Experi
 
 def flip_table(title: str, rows: Iterable[FlipRow], intro: str = "", note: str = "") -> Table:
     """Flip rates with intervals beside their controls, in the order given; the rows for everything at once stand
-    out.
+    out. Changed answers and q-values have columns where any row has them.
     """
     rows = list(rows)
-    columns = (
-        "method",
-        "mode",
-        "question",
-        "where",
-        "features",
-        "flip rate, 95 % interval",
-        "matched control",
-        "cases",
-    )
-    values = tuple(
-        (
-            label(row.method),
-            label(row.mode),
-            label(row.question),
-            label(row.scope),
-            row.n_features,
-            row.rate,
-            None if row.rate.control is None else Percent(row.rate.control),
-            row.rate.cases,
-        )
-        for row in rows
-    )
+    columns = ["method", "mode", "question", "where", "features", "flip rate, 95 % interval", "matched control"]
+    counted, tested = any(row.changed for row in rows), any(row.q is not None for row in rows)
+    columns += ["answer changed, 95 % interval", "changed, control"] if counted else []
+    columns += ["q"] if tested else []
+    values = []
+    for row in rows:
+        cells: list[Value] = [label(row.method), label(row.mode), label(row.question), label(row.scope)]
+        cells += [row.n_features, row.rate, _control(row.rate)]
+        cells += [row.changed, _control(row.changed)] if counted else []
+        cells += [row.q] if tested else []
+        values.append((*cells, row.rate.cases))
     strong = frozenset(at for at, row in enumerate(rows) if row.question == "worst" and row.scope == "all")
-    return Table(title, columns, values, intro, note, strong)
+    return Table(title, (*columns, "cases"), tuple(values), intro, note, strong)
+
+
+def _control(rate: Rate | None) -> Percent | None:
+    return None if rate is None or rate.control is None else Percent(rate.control)
 
 
 def graph_cards(title: str, pruned: PrunedGraph, intro: str = "") -> Cards:

@@ -44,6 +44,8 @@ _RC = {
 LABELS = {
     "steer": "steering",
     "patch": "patching",
+    "ablate": "ablation",
+    "generate": "generated, token by token",
     "direct": "direct",
     "frozen_attention": "frozen attention",
     "free": "free",

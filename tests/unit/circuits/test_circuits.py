@@ -10,7 +10,7 @@ from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.circuits.circuit import Circuit, commonest_label, labelled, load_circuit, save_circuit
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig, QuestionConfig
 from vlmscope.circuits.contrast import contrast_circuit
-from vlmscope.circuits.effects import flip_rate, in_scope, make_subject, specificity
+from vlmscope.circuits.effects import flip_effect, in_scope, make_subject, specificity
 from vlmscope.circuits.flow import circuit_edges
 from vlmscope.circuits.plans import donor_activations, steer_plan, union
 from vlmscope.core.errors import UserError
@@ -172,9 +172,17 @@ def test_flip_rate_counts_donor_answers(bench) -> None:
     after = run_edited(vlm.adapter, transcoders, batch, plan).argmax(-1)
     token = int(after[0])
     subject = make_subject(vlm.adapter, transcoders, "name", batch, 0, token)
-    rate, _ = flip_rate(vlm.adapter, transcoders, subject, plan, "free", means, controls=2)
+    found = flip_effect(vlm.adapter, transcoders, subject, plan, "free", means, controls=2)
+    rate = found.flip
     assert rate.value == pytest.approx(float((after == token).double().mean()))
     assert rate.control is not None
+    before = int(run_edited(vlm.adapter, transcoders, batch, {}).argmax(-1)[0])
+    moved = make_subject(vlm.adapter, transcoders, "name", batch, before, token)
+    changed = flip_effect(vlm.adapter, transcoders, moved, plan, "free", means, controls=1)
+    assert changed.changed.value == pytest.approx(float((after != before).double().mean()))
+    assert changed.p_flip is not None
+    assert changed.p_flip <= 1
+    assert flip_effect(vlm.adapter, transcoders, moved, {}, "free", means, controls=0).p_changed is None
 
 
 def test_scopes_drop_layer_and_position(bench) -> None:
@@ -239,6 +247,13 @@ def test_bad_settings_are_named() -> None:
         CircuitConfig(["mars", "mars"], {})
     with pytest.raises(UserError, match=r"questions.name.answers lacks earth"):
         CircuitConfig(["mars", "earth"], {"name": question})
+    both = QuestionConfig("what colour ?", {"neptune": "blue", "earth": "blue"})
+    with pytest.raises(UserError, match=r"both 'blue' to circuit.questions.colour.*leave the question out"):
+        CircuitConfig(["neptune", "earth"], {"colour": both})
+    with pytest.raises(UserError, match=r"circuit.third=mars is one of circuit.concepts"):
+        CircuitConfig(["mars", "earth"], {}, third="mars")
+    with pytest.raises(UserError, match=r"intervention.generate=-1"):
+        InterventionConfig(generate=-1)
     with pytest.raises(UserError, match="no mode 'fre'"):
         InterventionConfig(modes=["fre"])
     with pytest.raises(UserError, match="no scope 'last'"):

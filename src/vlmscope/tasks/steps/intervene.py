@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from vlmscope.circuits.effects import (
     Subject,
     correct_rows,
     direction_control,
-    flip_rate,
+    flip_effect,
     flips,
     in_scope,
     make_subject,
@@ -28,6 +28,15 @@ from vlmscope.interventions.named import patch_plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.models.batching import InputBatch, make_batch
+from vlmscope.tasks.steps.circuit_rows import (
+    ablation_rows,
+    generation_rows,
+    rate_metrics,
+    row_metrics,
+    size_of,
+    with_q,
+    worst,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,6 +63,8 @@ def run(bench: Bench) -> None:
     means = control_means(bench)
     cases = {name: make_case(bench, circuit, name) for name in bench.circuit_config.questions}
     rows = flip_rows(bench, circuit, cases, means)
+    rows += ablation_rows(bench, circuit, cases, means)
+    rows = with_q([*rows, *generation_rows(bench, circuit, cases, means)])
     bench.metrics |= row_metrics(rows)
     for name, case in cases.items():
         bench.metrics[f"base/{name}/accuracy"] = case.base_accuracy
@@ -118,13 +129,12 @@ def flip_rows(bench: Bench, circuit: Circuit, cases: dict[str, Case], means: dic
                 plan = in_scope(whole, scope, case.subject.batch.roles, adapter.n_layers - 1)
                 # The headline gets every draw of the controls, the rest one: they only back it up.
                 draws = settings.controls if (scope, mode) == ("all", "free") else 1
-                rate, logits = flip_rate(
-                    adapter, bench.transcoders, case.subject, plan, mode, means, draws, bench.cfg.seed
-                )
+                effect = flip_effect(adapter, bench.transcoders, case.subject, plan, mode, means, draws, bench.cfg.seed)
                 if (scope, mode) == ("all", "free"):
-                    case.after[method] = logits
-                size = sum(len(edit.features) for edit in plan.values())
-                found.append(FlipRow(method, mode, name, scope, rate, size))
+                    case.after[method] = effect.logits
+                found.append(
+                    FlipRow(method, mode, name, scope, effect.flip, size_of(plan), effect.changed, effect.p_flip)
+                )
             rows += [*found, worst(found)]
     for name, case in cases.items():
         rate = direction_control(
@@ -132,31 +142,6 @@ def flip_rows(bench: Bench, circuit: Circuit, cases: dict[str, Case], means: dic
         )
         bench.metrics[f"steer/free/{name}/flip_rate_random_direction"] = rate
     return rows
-
-
-def worst(rows: list[FlipRow]) -> FlipRow:
-    """The question that is flipped least, with the highest control of any question."""
-    lowest = min(rows, key=lambda row: row.rate.value)
-    controls = [row.rate.control for row in rows if row.rate.control is not None]
-    return replace(lowest, question="worst", rate=replace(lowest.rate, control=max(controls, default=None)))
-
-
-def row_metrics(rows: list[FlipRow]) -> dict[str, float]:
-    """`steer/free/flip_rate`, `steer/free/name/flip_rate`, `steer/free/no_last_layer/flip_rate` ... with intervals."""
-    metrics: dict[str, float] = {}
-    for row in rows:
-        parts = [row.method, row.mode]
-        parts += [] if row.scope == "all" else [row.scope]
-        parts += [] if row.question == "worst" else [row.question]
-        metrics |= rate_metrics("/".join([*parts, "flip_rate"]), row.rate)
-        metrics[f"{row.method}/features"] = float(max(row.n_features, metrics.get(f"{row.method}/features", 0)))
-    return metrics
-
-
-def rate_metrics(key: str, rate: Rate) -> dict[str, float]:
-    """A rate under its own name with `_ci_low`, `_ci_high` and `_control`."""
-    found = {key: rate.value, f"{key}_ci_low": rate.ci_low, f"{key}_ci_high": rate.ci_high}
-    return found if rate.control is None else found | {f"{key}_control": rate.control}
 
 
 def third_concept(bench: Bench, circuit: Circuit) -> None:

@@ -180,10 +180,12 @@ def circuit_sections(bench: Bench, found: dict, supernodes: Sequence[Supernode],
 def effect_sections(bench: Bench, effects: dict, folder: Path) -> list[Section]:
     """Tables and figures of what steering and patching did."""
     rows = effects["rows"]
+    # Ablation raises nothing, so that its flips say little; what it changes is in the table.
+    exchanged = [row for row in rows if row.method != "ablate"]
     pictures = [
-        (figures.flip_rates(rows, folder / "flip_rates.png"), "Flip rate by question, with matched controls"),
-        (figures.modes(rows, folder / "modes.png"), "Flip rate of the worst question by mode"),
-        (figures.scopes(rows, folder / "scopes.png"), "Flip rate of the worst question by where it acted"),
+        (figures.flip_rates(exchanged, folder / "flip_rates.png"), "Flip rate by question, with matched controls"),
+        (figures.modes(exchanged, folder / "modes.png"), "Flip rate of the worst question by mode"),
+        (figures.scopes(exchanged, folder / "scopes.png"), "Flip rate of the worst question by where it acted"),
     ]
     sections: list[Section] = [
         Figure("What changed", tuple(picture(path, alt) for path, alt in pictures)),
@@ -191,7 +193,10 @@ def effect_sections(bench: Bench, effects: dict, folder: Path) -> list[Section]:
             "All flip rates",
             rows,
             note="A control edits as many random features of the same layers, matched "
-            "by mean activation, to the same values.",
+            "by mean activation, to the same values. Ablation sets the recipient's features to 0 and raises nothing. "
+            "Generated: an answer that begins with the donor's word and does not name the recipient's after it. q: "
+            "exact paired p-value against the first control (of flips; of changed answers for ablation), corrected "
+            "over all rows (false discovery rate, Benjamini and Hochberg).",
         ),
     ]
     curve = figures.dose_response(

@@ -122,7 +122,7 @@ def examples_of(
     from vlmscope.features.study.top_examples import StudyItem, top_examples
 
     if study is not None:
-        from vlmscope.tasks.find import study_example
+        from vlmscope.tasks.study_examples import study_example
 
         return {
             feature: tuple(study_example(study, one) for one in study.feature(feature).group("top")[:SHOWN])

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vlmscope.config import AppConfig
-    from vlmscope.core.intervention import FeatureExample
-    from vlmscope.core.study import StudyExample
     from vlmscope.features.labels.label import Label
     from vlmscope.features.labels.reader import Labels
     from vlmscope.features.labels.search import Match
@@ -144,27 +142,7 @@ def _record(study: StudyFolder, match: Match, labels: Labels) -> dict[str, objec
 
 def _row(study: StudyFolder, match: Match, label: Label, count: int) -> FeatureRow:
     from vlmscope.report.feature_sheet import FeatureRow
+    from vlmscope.tasks.study_examples import study_example
 
     examples = tuple(study_example(study, one) for one in study.feature(match.feature).group("top")[:count])
     return FeatureRow(f"{match.feature}  {label}", f"{match.relevance:.2f}: {match.why}", examples)
-
-
-def study_example(study: StudyFolder, example: StudyExample) -> FeatureExample:
-    """An example with its picture, as figures take it."""
-    from vlmscope.core.intervention import FeatureExample
-    from vlmscope.data.images import png_bytes
-
-    view = study.view(example)
-    pictures = study.pictures(view.item)
-    tokens, activations = view.window()
-    first = view.item.pictures == 0
-    boxes = [box for box, own in zip(view.item.patch_boxes, first.tolist(), strict=True) if own]
-    return FeatureExample(
-        activation=example.activation,
-        caption=view.item.caption,
-        image_png=png_bytes(pictures[0], 512) if pictures else None,
-        patch_boxes=tuple(boxes),
-        patch_activations=tuple(view.patch_activations[first].tolist()),
-        tokens=tokens,
-        token_activations=tuple(activations.tolist()),
-    )

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +18,7 @@ from vlmscope.core.ids import FeatureId
 from vlmscope.core.images import PatchBox
 from vlmscope.core.positions import Places, Positions
 from vlmscope.features.labels.label import Label
+from vlmscope.features.labels.reader import Labels
 from vlmscope.features.role_means import RoleMeans, role_means
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
@@ -47,12 +46,16 @@ def test_by_ids_keeps_the_order_and_each_once() -> None:
     assert [member.influence for member in found] == [0.0, 0.25]
 
 
-def labels(**texts: tuple[str, float, bool]) -> Any:
-    table = {
-        FeatureId.parse(name.replace("_", "/")): Label(text, "auto", low=low, beats_chance=beats)
-        for name, (text, low, beats) in texts.items()
-    }
-    return SimpleNamespace(all=lambda: table)
+def labels(**texts: tuple[str, float, bool]) -> Labels:
+    found = Labels.__new__(Labels)  # labels alone, without the study that they are of
+    found.hand, found.automatic = (
+        {},
+        {
+            FeatureId.parse(name.replace("_", "/")): Label(text, "auto", low=low, beats_chance=beats)
+            for name, (text, low, beats) in texts.items()
+        },
+    )
+    return found
 
 
 def test_by_label_wants_all_words_and_ranks_by_influence_then_score() -> None:

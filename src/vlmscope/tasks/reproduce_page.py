@@ -88,8 +88,9 @@ def _reading() -> Text:
         (
             "The paper studies Gemma-3-4B-it; these numbers are of Orrery, a small model of the same classes whose "
             "tasks mirror the paper's case studies. So what can agree is the finding, not the figure.",
-            "A range comes from seeds 0, 1 and 2 of the pictures, pairs and controls on these assets, widened by the "
-            "interval of one run. It is wide enough for another seed and missed by a build that is broken.",
+            "A range comes from repeated seeds of the pictures, pairs and controls on these assets, widened by the "
+            "interval of one run (docs/reproduce.md says which seeds). It is wide enough for another seed, and a build "
+            "that is broken misses it.",
         ),
     )
 

@@ -33,6 +33,7 @@ GROUPS = (
     "concept_matrix",
     "cross_modal",
     "interchange",
+    "discovery",
     "single_edits",
     "circuit_spec",
     "captions",

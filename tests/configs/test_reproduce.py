@@ -37,8 +37,7 @@ def test_a_tagged_experiment_states_ranges_that_can_be_missed(name: str) -> None
     assert app.reproduce and app.name == name and 2 <= len(app.headline) <= 5
     for metric, wanted in app.headline.items():
         assert wanted.says.strip() and (wanted.low, wanted.high) != (0, 1), metric
-    # Some number moves away from zero on a whole build: where nothing happens, as with edits that are not applied, it is
-    # missed.
+    # Where nothing happens, as with edits that are not applied, some number must be missed.
     assert any(wanted.low > 0 or wanted.high < 0 for wanted in app.headline.values())
     steps = [step for step, wanted in app.task.steps.items() if wanted]
     assert steps and "report" in steps[-1], "the last step writes report.html"

@@ -97,7 +97,7 @@ def planted(seed: int, inhibition: float = 0.4) -> Planted:
     transcoders, features = {}, {}
     for layer in range(3):
         transcoder = Transcoder(TranscoderConfig(D, WIDTH, 8, layer, "relu"), dtype=torch.float64).requires_grad_(False)
-        transcoder.b_dec += 4 * CONSTANT * at["const"]
+        transcoder.b_dec.add_(4 * CONSTANT * at["const"])
         transcoders[layer] = transcoder
         model.model.layers[layer].mlp = _TranscoderMLP(transcoder)
     both = [[_prepare(vlm, form, word) for form, _, _ in PROMPTS] for word in words]
@@ -115,9 +115,9 @@ def planted(seed: int, inhibition: float = 0.4) -> Planted:
             if name:
                 features[name] = (layer, role, index)
     tokens = [vlm.tokenizer.convert_tokens_to_ids(word) for word in ANSWERS]
-    answers = [torch.full((len(PROMPTS),), token) for token in tokens]
+    first, second = (torch.full((len(PROMPTS),), token) for token in tokens)
     transcoder_set = TranscoderSet(transcoders, TranscoderSetConfig(3, 8, "relu"))
-    subject = pair_subject(vlm.adapter, transcoder_set, "planted", *both, *answers, 2, answerable=False)
+    subject = pair_subject(vlm.adapter, transcoder_set, "planted", both[0], both[1], first, second, 2, answerable=False)
     edges = {("word", "A"), ("word", "A'"), ("A", "B"), ("A'", "B'"), ("B", "C"), ("B'", "C'"), ("A", "I")}
     edges |= {("C", "answer"), ("C'", "answer"), ("I", "answer")}
     return Planted(vlm, transcoder_set, CircuitSubject(subject, *both), features, edges)

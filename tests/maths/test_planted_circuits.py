@@ -1,6 +1,6 @@
 """Discovery finds circuits that were planted, and chance is chance."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -8,12 +8,15 @@ import torch
 from planted import Planted, planted
 
 from vlmscope.attribution.config import AttributionConfig
+from vlmscope.circuits.discovery.config import DiscoveryConfig
+from vlmscope.circuits.discovery.discover import discover
 from vlmscope.circuits.discovery.edges import EdgeTable, PairEdges, edge_table, pair_edges, run_edges
 from vlmscope.circuits.discovery.graphs import GraphScores, graph_scores
 from vlmscope.circuits.discovery.nodes import Nodes
 from vlmscope.circuits.discovery.scores import activation_change, eap_ig, order_of
 from vlmscope.circuits.discovery.search import Runner, greedy_order, prune_members, smallest
 from vlmscope.circuits.discovery.sides import Sides, changing_nodes, measure
+from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
 from vlmscope.metrics.ranking import auroc
 from vlmscope.models.precision import exact_float64
@@ -152,3 +155,34 @@ def test_circuits_of_edges_are_exact_at_both_ends_and_need_the_planted_edges(cas
     assert (found - corrupt) / (clean - corrupt) == pytest.approx(1.0, abs=0.02)
     assert (less - corrupt) / (clean - corrupt) < 0.8
     assert scores.max() > 0
+
+
+def test_discovery_puts_it_all_together(case: Case) -> None:
+    """One call: the planted circuit, faithful on test pairs, beside matched circuits that keep less."""
+    made = case.planted
+    settings = DiscoveryConfig(
+        keep=0.9, methods=["eap_ig", "random"], modes=["free"], graphs=1, edge_pairs=1, draws=2, minimality=12,
+        resamples=4,
+    )  # fmt: skip
+    adapter, transcoders = made.vlm.adapter, made.transcoders
+    found = discover(adapter, transcoders, made.subject, made.subject, settings)
+    needed = set(np.flatnonzero(case.truth).tolist()) - {made.node(case.nodes, "I")}
+    assert set(found.circuit.members.tolist()) == needed
+    kept, without = found.circuit.test["free"], found.circuit.ablated["free"]
+    assert kept.value >= 0.9
+    assert kept.control is not None
+    assert kept.control < 0.3
+    assert without.value < 0.1
+    assert without.control is not None
+    assert without.control > 0.8
+    assert found.curves["free"]["eap_ig"].cmd.value < found.curves["free"]["random"].cmd.value
+    assert found.stability.jaccard["eap_ig"] == 1.0  # all pairs are alike
+    assert found.edges is not None
+    assert found.edges.curves["eap_ig"].cmd.value < found.edges.curves["random"].cmd.value
+    assert {m.feature for m in found.features()} == {found.nodes.feature(row) for row in needed if row > 0}
+    assert found.to_circuit().size(*found.to_circuit().supernodes) == len(needed) - 1
+    with pytest.raises(UserError, match="nothing to keep"):
+        swapped = replace(
+            made.subject.pairs, tokens=made.subject.pairs.other_tokens, other_tokens=made.subject.pairs.tokens
+        )
+        discover(adapter, transcoders, replace(made.subject, pairs=swapped), made.subject, settings)

@@ -72,6 +72,18 @@ LIMITS = {
     "hierarchy": [*PAIRS, "interchange.scenes=[42,14]"],
     "visual_arithmetic": PAIRS,
     "six_fingers": [*PAIRS, "interchange.strengths=[0,4]"],
+    "find_circuits": [
+        *PAIRS,
+        "discovery.graphs=1",
+        "discovery.steps=1",
+        "discovery.methods=[eap_ig,random]",
+        "discovery.modes=[free]",
+        "discovery.edge_nodes=10",
+        "discovery.edge_pairs=2",
+        "discovery.draws=1",
+        "discovery.minimality=2",
+        "attribution.max_nodes=200",
+    ],
     "counting": [*FEW, "interchange.strengths=[1]", "interchange.transfer=10", "interchange.scenes=[60,36]"],
     "object_recognition": FEW,
     "captioning": [
@@ -128,6 +140,7 @@ LEAVES = {
     ],
     "visual_arithmetic": ["interchange.json", "sum_features.json", "report.html", "figures/grid_sum.png"],
     "six_fingers": ["report.html", "figures/amplify_fingers.png"],
+    "find_circuits": ["discovery.json", "circuits/name/circuit.yaml", "report.html", "figures/edges_name.png"],
     "counting": ["number_line.json", "report.html", "figures/tuning_last.png", "figures/transfer_count_shape.png"],
     "object_recognition": ["report.html", "figures/object_maps.png", "figures/places_changes.png"],
     "captioning": ["caption_words.json", "caption_steering.json", "report.html", "figures/captions.png"],
@@ -181,6 +194,7 @@ METRICS = {
         "interchange/features_of_sum/generate/sum/follow_rate",
         "sums/features/by_chance",
     ],
+    "find_circuits": ["discovery/name/free/faithfulness", "discovery/name/edges/rank_correlation"],
     "six_fingers": [
         "amplify/fingers/counterfactual/logit_gap",
         "amplify/fingers/original/strength_4/follow_rate_ci_high",
@@ -241,7 +255,7 @@ def test_every_experiment_has_its_smoke_test_and_its_card() -> None:
 
 
 # Their parts are tested by themselves and in test_captions.py, and visual_arithmetic runs the steps that they share.
-SLOW = {"captioning", "counting", "object_recognition"}
+SLOW = {"captioning", "counting", "object_recognition", "find_circuits"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(LIMITS)])

@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vlmscope.app import main
 from vlmscope.core.ids import FeatureId
+from vlmscope.features.labels.facts_cache import study_facts
+from vlmscope.features.labels.item_facts import item_facts
 from vlmscope.features.labels.reader import Labels
 from vlmscope.features.study.records import StudyFolder
 from vlmscope.models.tiny import tiny_image
@@ -44,6 +47,8 @@ def test_labels_come_with_scores_and_facts(study: Path) -> None:
     metrics = json.loads((study.parent / "label/metrics.json").read_text())
     assert metrics["label/features"] == sum(StudyFolder(study).info.n_features.values())
     assert metrics["label/labelled"] > 0
+    assert 0 <= metrics["label_shuffled/beats_chance"] <= metrics["label_shuffled/features"]
+    assert metrics["label_shuffled/beats_chance_frac"] <= 0.1
     labels = Labels(StudyFolder(study)).all()
     assert any("colour = red" in label.text or '"red"' in label.text for label in labels.values())
     assert all(label.score is not None and label.low is not None for label in labels.values())
@@ -53,6 +58,13 @@ def test_labels_come_with_scores_and_facts(study: Path) -> None:
 
 
 def test_features_are_found_by_words_and_by_a_picture(study: Path, tmp_path: Path) -> None:
+    (cached,) = (study / "study/index").glob("item_facts_*.safetensors")
+    own = StudyFolder(study)
+    fresh, kept = item_facts(own.items), study_facts(own)
+    assert fresh.names == kept.names and np.array_equal(fresh.matrix, kept.matrix)
+    assert np.array_equal(fresh.ids, kept.ids) and np.array_equal(fresh.half, kept.half)
+    cached.write_bytes(b"damaged")  # is made anew
+    assert np.array_equal(study_facts(own).matrix, fresh.matrix) and cached.stat().st_size > 100
     words = tmp_path / "words"
     assert main(["task=find", "query=red, planets", *TINY, f"study.path={study}", f"hydra.run.dir={words}"]) == 0
     found = json.loads((words / "find.json").read_text())["features"]

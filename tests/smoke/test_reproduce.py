@@ -47,7 +47,7 @@ headline:
 PROGRAM = """
 import json, pathlib, sys, time
 told = dict(argument.split("=", 1) for argument in sys.argv[1:])
-name, folder = told["experiment"], pathlib.Path(json.loads(told["hydra.run.dir"]))
+name, folder = told.get("experiment", "data"), pathlib.Path(json.loads(told["hydra.run.dir"]))
 folder.joinpath("config.yaml").write_text(json.dumps(told))
 if name.startswith("empty"):
     sys.exit(print("steps: 0 of 0\\rerror: task.steps is empty: choose some", file=sys.stderr) or 2)
@@ -135,6 +135,20 @@ def test_seeds_give_ranges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert pasted["headline"]["plan/parameters/total"]["says"] == "parameters of the model: all parts"
     assert main([*command, "seed=1"]) == 2
     assert "both seed= and task.seeds=" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("program")
+def test_scenes_that_a_study_needs_are_rendered_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    studied = EMPTY.replace("name: NAME", "name: NAME\ntask: {steps: {study: true}}").replace("some/rate", "a/rate")
+    found, run = experiments(tmp_path, studied=studied), tmp_path / "run"
+    command = ["task=reproduce", only("studied"), found, f"hydra.run.dir={run}", "tracking=none"]
+    assert main([*command, f"data.path={tmp_path}/none"]) == 0
+    assert "rendering those 2,000" in capsys.readouterr().out
+    built = yaml.safe_load((run / "shards" / "config.yaml").read_text())
+    assert built["task"] == "build_data" and "task.val" not in built and "planets:0" in built["task.train"]
+    assert yaml.safe_load((run / "studied" / "config.yaml").read_text())["data.path"] == built["data.path"]
+    assert main([*command, f"data.path={tmp_path}/none", "study.path=/"]) == 0  # a study that is there needs none
+    assert "rendering" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.indicator_config import HallucinationConfig
 from vlmscope.circuits.captions_config import CaptionsConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
+from vlmscope.circuits.discovery.config import DiscoveryConfig
 from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.circuits.matrix_config import ConceptMatrixConfig
 from vlmscope.circuits.single_edits_config import SingleEditsConfig
@@ -224,6 +225,7 @@ class AppConfig:
     attribution: AttributionConfig = field(default_factory=AttributionConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     interchange: InterchangeConfig = field(default_factory=InterchangeConfig)
+    discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
     single_edits: SingleEditsConfig = field(default_factory=SingleEditsConfig)
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     study: StudyConfig = field(default_factory=StudyConfig)

@@ -11,7 +11,7 @@ Legend: C concepts, F features of a layer, M candidates of all layers, P places,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -191,20 +191,24 @@ def find_shared(
     n_concepts, m = candidates.text.shape
     values = peaks.reshape(len(peaks), -1)
     observed = contrast(values, labels, n_concepts)
-    draws = permutations
     shape = (n_concepts, peaks.shape[1], m)
-    p_values = contrast_p(observed, shuffled(values, labels, n_concepts, draws, seed)).reshape(shape)
+    at = np.searchsorted(np.asarray(layers), [feature.layer for feature in candidates.features])
+    null = np.zeros((permutations, n_concepts, peaks.shape[1] + 1), np.int64)
+    null_layers = np.zeros((permutations, len(layers)), np.int64)
+
+    def counted() -> Iterator[Contrast]:
+        """The shuffled contrasts, whose coincidences are counted as they pass."""
+        for draw, one in enumerate(shuffled(values, labels, n_concepts, permutations, seed)):
+            hits = one.selective(rule).reshape(shape) & candidates.text[:, None]
+            null[draw, :, :-1], null[draw, :, -1] = hits.sum(2), hits.any(1).sum(1)
+            null_layers[draw] = np.bincount(at, hits.any(1).sum(0), len(layers))
+            yield one
+
+    p_values = contrast_p(observed, counted()).reshape(shape)
     tested = np.broadcast_to(candidates.text[:, None], shape)
     q_values = np.full(shape, np.nan)
     q_values[tested] = benjamini_hochberg(p_values[tested])
     picture = observed.selective(rule).reshape(shape)
-    at = np.searchsorted(np.asarray(layers), [feature.layer for feature in candidates.features])
-    null = np.zeros((draws, n_concepts, peaks.shape[1] + 1), np.int64)
-    null_layers = np.zeros((draws, len(layers)), np.int64)
-    for draw, one in enumerate(shuffled(values, labels, n_concepts, draws, seed)):
-        hits = one.selective(rule).reshape(shape) & candidates.text[:, None]
-        null[draw, :, :-1], null[draw, :, -1] = hits.sum(2), hits.any(1).sum(1)
-        null_layers[draw] = np.bincount(at, hits.any(1).sum(0), len(layers))
     coincidences = picture.any(1).astype(np.int64) @ candidates.text.T.astype(np.int64)
     shared = picture & (q_values <= q)  # nan, what was not tested, is no less than anything
     return Shared(candidates, observed, q_values, picture, shared, null, null_layers, coincidences)

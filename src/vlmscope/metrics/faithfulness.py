@@ -110,7 +110,10 @@ def _rates(circuits: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, seed: i
         raise ValueError("clean and corrupt runs have the same mean logit difference: there is nothing to recover")
     values = (circuits.mean(-1) - corrupt.mean()) / whole
     low, high = np.quantile(_resampled(circuits, clean, corrupt, seed), (0.025, 0.975), axis=0)
-    return tuple(Rate(*map(float, row), clean.size) for row in zip(values, low, high, strict=True))
+    return tuple(
+        Rate(float(value), float(one), float(other), clean.size)
+        for value, one, other in zip(values, low, high, strict=True)
+    )
 
 
 def _resampled(circuits: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, seed: int) -> np.ndarray:

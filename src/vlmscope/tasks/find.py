@@ -50,7 +50,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     if task.count < 1 or task.examples < 1:
         raise UserError("task.count and task.examples must be at least 1")
 
-    from vlmscope.features.labels.item_facts import item_facts
+    from vlmscope.features.labels.facts_cache import study_facts
     from vlmscope.features.labels.reader import Labels
     from vlmscope.features.labels.search import find_by_words
     from vlmscope.features.study.records import StudyFolder
@@ -59,7 +59,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     study = StudyFolder(folder)
     labels = Labels(study, task.hand)
     if cfg.query is not None:
-        found = find_by_words(study, item_facts(study.items, task.words), labels, cfg.query, task.count)
+        found = find_by_words(study, study_facts(study, task.words), labels, cfg.query, task.count)
         what = cfg.query
     else:
         found, what = _by_picture(cfg, context, study)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from vlmscope.tasks.context import RunContext
 
 
+FEW, ADVISED = 20, 60  # held-out items below which a score is unsure, and the samples that are then advised
+
+
 @dataclass
 class Config:
     """`study.path=` names the study, the run folder of a task=study; labels go into `labels/` in it, one file a set.
@@ -72,7 +75,7 @@ def _automatic(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
 
     from vlmscope.core.ids import FeatureId
     from vlmscope.features.labels.automatic import judged, label_layer
-    from vlmscope.features.labels.item_facts import item_facts
+    from vlmscope.features.labels.facts_cache import study_facts
     from vlmscope.features.labels.label import set_path, write_labels
     from vlmscope.features.labels.places import places
 
@@ -81,7 +84,7 @@ def _automatic(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
         raise UserError(
             f"{study.path} has no samples, on which labels are scored; run task=study with study.samples=60"
         )
-    facts = item_facts(study.items, task.words)
+    facts = study_facts(study, task.words)
     at = places(study.items, facts)
     layers = [
         label_layer(study, layer, facts, at, cfg.seed, task.shuffled)
@@ -90,8 +93,43 @@ def _automatic(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     found = judged([(FeatureId(one.layer, n), label) for one in layers for n, label in enumerate(one.labels)])
     write_labels(set_path(study.path, task.set_name or "auto"), found)
     _print(found)
+    labels = [label for _, label in found]
     shuffled = [label for one in layers for label in one.shuffled]
-    return _metrics([label for _, label in found], "label") | _metrics(shuffled, "label_shuffled")
+    metrics = _metrics(labels, "label") | _metrics(shuffled, "label_shuffled") | _chance(labels, shuffled)
+    print(basis(labels, int(str(study.info.settings["samples"]))))
+    return metrics
+
+
+def basis(labels: Sequence[Label], samples: int) -> str:
+    """On how many items scores rest, in a line, and how to have more where these are few."""
+    import numpy as np
+
+    held_out = [one.positives for one in labels if one.level == "items"]
+    if not held_out:
+        return "no label is about items"
+    middle = float(np.median(held_out))
+    said = f"scores rest on {middle:.0f} held-out items that fire the feature (median)"
+    if middle < FEW and samples < ADVISED:
+        said += f": few; a study with study.samples={ADVISED} has about {ADVISED / samples:.1f} times as many"
+    return said
+
+
+def _chance(labels: Sequence[Label], shuffled: Sequence[Label]) -> dict[str, float]:
+    """How many shuffled labels the test lets pass, and the false discovery rate that this makes of the real ones."""
+    import numpy as np
+
+    from vlmscope.features.labels.scores import would_pass
+
+    if not shuffled:
+        return {}
+    p, chance = (np.array([np.nan if one.p is None else one.p for one in of]) for of in (labels, shuffled))
+    passed = np.array([one.beats_chance for one in labels])
+    false = would_pass(p, passed, chance)
+    share = float(false.mean())
+    found = {"label_shuffled/beats_chance": float(false.sum()), "label_shuffled/beats_chance_frac": share}
+    if passed.any():
+        found["label/false_discovery_rate"] = share * len(labels) / int(passed.sum())
+    return found
 
 
 def _explained(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:

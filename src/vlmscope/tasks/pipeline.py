@@ -19,6 +19,7 @@ KINDS = (
     "cross_modal_association", "cross_modal_report",
     "number_line", "number_dose", "pair_transfer", "dissociation", "object_places",
     "caption_words", "caption_steering", "caption_report", "concept_matrix",
+    "discover", "discover_report",
     "predicted_effects", "predicted_report",
 )  # fmt: skip
 READ_SHARDS = ("study",)  # steps that go through the data's shards, unless study.path names what they would make

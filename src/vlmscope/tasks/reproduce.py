@@ -82,14 +82,13 @@ def _shards(run_dir: "Path") -> tuple[str, ...]:
         RuntimeError: that failed.
     """
     from vlmscope.config.verbatim import quote
-    from vlmscope.tasks.build_data import TEST, TRAIN
+    from vlmscope.data.orrery.scene import KINDS
     from vlmscope.tasks.reproduce_jobs import finished, run_job
     from vlmscope.tasks.reproduce_plan import SHARDS
 
     print("no shards of Orrery's validation scenes (task=build_data writes them): rendering those 2,000", flush=True)
     where = f"data.path={quote(str(run_dir / SHARDS / 'data'))}"
-    none = [f"task.{split}={{{','.join(f'{kind}:0' for kind in TRAIN)}}}" for split in ("train", "test")]
-    assert TRAIN.keys() == TEST.keys()
+    none = [f"task.{split}={{{','.join(f'{kind}:0' for kind in KINDS)}}}" for split in ("train", "test")]
     if finished(run_dir, SHARDS, SHARDS) is None:
         how = run_job(run_dir, SHARDS, SHARDS, ["task=build_data", "tracking=none", where, *none], {})
         if how.code:

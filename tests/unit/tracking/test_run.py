@@ -191,3 +191,24 @@ def test_the_lightning_logger_writes_into_the_open_run(config, tmp_path) -> None
     history = open_client(config.uri).get_metric_history(str(run.run_id), "train/loss")
     assert [(item.step, item.value) for item in history] == [(7, 2.0)]
     assert "epoch" not in stored(config, run.run_id).data.metrics
+
+
+def test_a_run_leaves_files_of_runs_inside_it_to_them_and_knows_who_started_it(config, tmp_path, monkeypatch) -> None:
+    outer = folder(tmp_path)
+    (outer / "own.txt").write_text("1")
+    with open_run(config, outer, RunInfo("nested", "outer")) as parent:
+        for name, value in sweep.started_by(parent.run_id, "nested").items():
+            monkeypatch.setenv(name, value)
+        assert sweep.starter() == (parent.run_id, "nested")
+        inner = outer / "inner"
+        inner.mkdir()
+        (inner / "theirs.txt").write_text("2")
+        with open_run(config, inner, RunInfo("nested", "inner", parent_id=parent.run_id)) as child:
+            child.log_artifacts(inner)
+        parent.log_artifacts(outer)
+    client = open_client(config.uri)
+    assert parent.run_id is not None and child.run_id is not None
+    assert [item.path for item in client.list_artifacts(parent.run_id)] == ["own.txt"]
+    assert [item.path for item in client.list_artifacts(child.run_id)] == ["theirs.txt"]
+    assert stored(config, child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+    assert sweep.started_by(None, "nested") == {}

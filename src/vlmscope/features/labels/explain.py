@@ -12,7 +12,7 @@ from vlmscope.core.ids import FeatureId
 from vlmscope.core.seeds import generator
 from vlmscope.data.images import png_bytes
 from vlmscope.features.labels.explainer import Explainer, Shown, one_line
-from vlmscope.features.labels.item_facts import ItemFacts
+from vlmscope.features.labels.item_facts import ItemFacts, scoring_half
 from vlmscope.features.labels.known import KnownItems, known_items
 from vlmscope.features.labels.label import NONE, Label
 from vlmscope.features.labels.scores import detection
@@ -75,8 +75,7 @@ class Material:
 def bare_items(items: StudyItems) -> ItemFacts:
     """Items without predicates: their order and halves are those of `item_facts`."""
     ids = items.ids[np.argsort(item_hash(items.ids), kind="stable")]
-    half = (item_hash(ids) & 1).astype(bool)
-    return ItemFacts(ids, half, (), np.zeros((len(ids), 0), dtype=np.float32))
+    return ItemFacts(ids, scoring_half(ids), (), np.zeros((len(ids), 0), dtype=np.float32))
 
 
 def explain(explainer: Explainer, material: Material, feature: FeatureId) -> Label:

@@ -110,9 +110,15 @@ def item_facts(items: StudyItems, most_words: int = MOST_WORDS) -> ItemFacts:
     names = _kept(found, most_words)
     matrix = _matrix(found, names)
     keep = _distinct(matrix)
+    return ItemFacts(
+        ids, scoring_half(ids), tuple(names[column] for column in keep), np.ascontiguousarray(matrix[:, keep])
+    )
+
+
+def scoring_half(ids: np.ndarray) -> np.ndarray:
+    """`[N]` bool, the items on which labels are scored."""
     # Another bit of the hash than those that order the items.
-    half = (item_hash(ids) & 1).astype(bool)
-    return ItemFacts(ids, half, tuple(names[column] for column in keep), np.ascontiguousarray(matrix[:, keep]))
+    return (item_hash(ids) & 1).astype(bool)
 
 
 def words_of(text: str) -> list[str]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr
 
+from vlmscope.metrics.multiple import benjamini_hochberg
+
 _Z = 1.959964
 
 
@@ -69,13 +71,26 @@ def discoveries(p: np.ndarray, rate: float = 0.05) -> np.ndarray:
 
     p-values that are no number are never.
     """
-    known = np.flatnonzero(np.isfinite(p))
-    ordered = known[np.argsort(p[known])]
-    below = p[ordered] <= rate * np.arange(1, len(ordered) + 1) / max(len(ordered), 1)
+    known = np.isfinite(p)
     found = np.zeros(p.shape, dtype=bool)
-    if below.any():
-        found[ordered[: np.flatnonzero(below)[-1] + 1]] = True
+    found[known] = benjamini_hochberg(p[known]) <= rate
     return found
+
+
+def would_pass(p: np.ndarray, passed: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    """Which p-values that chance gave would be called discoveries beside the real ones.
+
+    Args:
+        p: `[N]`, of the real set.
+        passed: `[N]` bool, its `discoveries`.
+        chance: `[M]`, where nothing is to be found; nan for none.
+
+    Returns:
+        `[M]` bool: at most the largest p that passed. The share of these, times N over the number that passed,
+        estimates the false discovery rate without assuming that p is right.
+    """
+    cut = float(p[passed].max()) if passed.any() else -1.0
+    return np.isfinite(chance) & (np.nan_to_num(chance, nan=np.inf) <= cut)
 
 
 def _spread(values: np.ndarray, counts: np.ndarray) -> float:

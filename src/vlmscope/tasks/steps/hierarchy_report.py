@@ -14,7 +14,7 @@ from vlmscope.report.html import ReportPage
 from vlmscope.report.sections import Card, Cards, Figure, Percent, Section, Table, Text
 from vlmscope.tasks.steps.interchange import roles_of
 from vlmscope.tasks.steps.intervene import make_curve
-from vlmscope.tasks.steps.layer_ranges import ByWay
+from vlmscope.tasks.steps.layer_ranges import Alike, ByWay
 from vlmscope.tasks.steps.layer_reading import KINDS, PICTURE, LayerReading
 from vlmscope.tasks.steps.report_parts import configuration, figure, picture, rerun
 
@@ -150,22 +150,31 @@ def way_sections(bench: Bench, ranges: dict, folder: Path) -> list[Section]:
     )  # fmt: skip
     columns = ("features of", "question", "features", "carried: answer follows", "matched", "recovered",
                "set to 0: answer changed", "matched")  # fmt: skip
-    layers = tuple(float(layer) for layer in bench.transcoders.layers)
-    curves = [
-        Curve(f"{a}, {b}: {role}", layers, *(tuple(np.nan_to_num(real).tolist()),) * 3)
-        for (a, b, role), (real, _) in ranges["alike"].items()
-        if role in ("image", "last")
-    ]
-    null = np.nanmean([values for _, values in ranges["alike"].values()], axis=0)
-    flat = tuple(null.tolist())
-    curves.append(Curve("features shuffled (mean)", layers, flat, flat, flat))
+    curves = alike_curves(ranges["alike"], bench.transcoders.layers)
     drawn = figures.dose_response(curves, folder / "alike.png", "layer", "cosine of effects on two questions", False)
     return [
         Table("One question's features on another's answer", columns, rows,
               note="As many matched features are the controls."),
         figure("Where the ways of two questions part", drawn, "Likeness of effects on two questions by layer and place",
-               "Cosine of the features' absolute effects (attribution patching on training pairs).", wide=True),
+               "Cosine of the features' absolute effects (attribution patching on training pairs): mean over pairs of "
+               "questions, and their range. No mark: no feature there has an effect.", wide=True),
     ]  # fmt: skip
+
+
+def alike_curves(alike: Alike, layers: list[int]) -> list[Curve]:
+    """A curve a role: mean and range over pairs of questions, nan where some have no effect; and chance."""
+    x = tuple(float(layer) for layer in layers)
+    words = {"image": "at soft tokens", "question": "at the question's words", "last": "at the last position"}
+    curves = []
+    for role, name in words.items():
+        tables = [real for (_, _, of), (real, _) in alike.items() if of == role]
+        if tables:
+            found = np.stack(tables)
+            ends = (found.mean(0), found.min(0), found.max(0))
+            curves.append(Curve(name, x, *(tuple(values.tolist()) for values in ends)))
+    chance = np.stack([null for (_, _, of), (_, null) in alike.items() if of in words])
+    flat = tuple(np.nanmean(chance, axis=0).tolist())
+    return [*curves, Curve("features shuffled (mean)", x, flat, flat, flat)]
 
 
 def reading() -> Text:

@@ -16,7 +16,7 @@ from vlmscope.report.sections import Card, Cards, Examples, Figure, Percent, Sec
 from vlmscope.report.style import label
 from vlmscope.tasks.steps.amplify_report import amplify_sections, amplify_summary
 from vlmscope.tasks.steps.count_report import dose_sections, number_sections, number_summary, transfer_sections
-from vlmscope.tasks.steps.interchange import ALL, InterchangeRow, PairCase, roles_of
+from vlmscope.tasks.steps.interchange import ALL, CIRCUIT, InterchangeRow, PairCase, roles_of
 from vlmscope.tasks.steps.object_report import dissociation_sections, object_summary, place_sections
 from vlmscope.tasks.steps.report_parts import configuration, figure, picture, rerun
 from vlmscope.tasks.steps.sum_features import KINDS
@@ -88,7 +88,9 @@ def data(bench: Bench, record: dict) -> Table:
         for name, case in record["cases"].items()
     )
     columns = ("question", "words", "answer in a pair", "right on both sides, 95 % interval", "pairs used")
-    note = f"Features are chosen on {pairs.train} other pairs. Only pairs answered rightly on both sides are used."
+    circuit = bench.cfg.interchange.circuit
+    chosen = f"chosen on {pairs.train} other pairs" if circuit is None else f"those of {circuit}"
+    note = f"Features are {chosen}. Only pairs answered rightly on both sides are used."
     return Table("Data", columns, rows, note=note)
 
 
@@ -98,8 +100,10 @@ def headline_rows(rows: list[InterchangeRow]) -> list[InterchangeRow]:
 
 
 def own_rows(rows: list[InterchangeRow]) -> list[InterchangeRow]:
-    """Of these, each question under all features and under its own."""
-    return [found for found in headline_rows(rows) if found.outcome.recovered is not None and found.own]
+    """Of these, each question under all features and under its own; of a circuit that was given, under all of it."""
+    own = [found for found in headline_rows(rows) if found.outcome.recovered is not None and found.own]
+    whole = [found for found in own if found.row.method in (ALL, CIRCUIT)]
+    return whole if any(found.row.method == CIRCUIT for found in whole) else own
 
 
 def summary(rows: list[InterchangeRow]) -> str:

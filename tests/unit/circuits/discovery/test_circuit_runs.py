@@ -43,8 +43,8 @@ def bench(request: pytest.FixtureRequest):
         sides = [
             [vlm.prepare("what is this planet ?", [tiny_image(i)]) for i in some] for some in ((0, 1, 2), (3, 4, 5))
         ]
-        tokens = [torch.tensor([i, i + 1, i + 2]) for i in (3, 7)]
-        pairs = pair_subject(adapter, transcoders, "name", *sides, *tokens, 2, answerable=False)
+        first, second = (torch.tensor([i, i + 1, i + 2]) for i in (3, 7))
+        pairs = pair_subject(adapter, transcoders, "name", sides[0], sides[1], first, second, 2, answerable=False)
         subject = CircuitSubject(pairs, *sides)
         measured = measure(adapter, transcoders, subject)
         nodes = changing_nodes(measured, transcoders)

@@ -13,12 +13,14 @@ from vlmscope.core.study import StudyInfo
 from vlmscope.features.labels.automatic import score_rule
 from vlmscope.features.labels.item_facts import ItemFacts
 from vlmscope.features.labels.known import KnownItems, known_items
+from vlmscope.features.labels.label import Label
 from vlmscope.features.labels.propose import propose
 from vlmscope.features.labels.rules import Part, Predicate, Rule
-from vlmscope.features.labels.scores import detection, discoveries
+from vlmscope.features.labels.scores import detection, discoveries, would_pass
 from vlmscope.features.study.kept_pairs import item_hash
 from vlmscope.features.study.records import StudyFolder
 from vlmscope.features.study.schema import EXAMPLE_TABLE
+from vlmscope.tasks.label import basis
 
 PLANETS = ("mars", "earth", "venus", "saturn", "moon")
 WORDS = ("mars", "colour", "what", "covers")
@@ -107,6 +109,20 @@ def test_discoveries_are_those_of_benjamini_and_hochberg() -> None:
     p = np.array([0.001, 0.013, 0.012, 0.04, 0.5, np.nan])
     assert discoveries(p).tolist() == [True, True, True, True, False, False]
     assert not discoveries(np.full(20, 0.3)).any()
+
+
+def test_what_chance_would_pass_is_at_most_the_largest_p_that_passed() -> None:
+    p, chance = np.array([0.001, 0.02, 0.9]), np.array([0.02, 0.021, np.nan, 0.0])
+    assert would_pass(p, np.array([True, True, False]), chance).tolist() == [True, False, False, True]
+    assert not would_pass(p, np.zeros(3, bool), chance).any()
+
+
+def test_few_scored_items_are_said_with_what_to_do() -> None:
+    def label(positives: int) -> Label:
+        return Label("x", "auto", "items", 0.8, 0.7, 0.9, positives=positives)
+
+    assert "study.samples=60 has about 3.0 times as many" in basis([label(9), label(10), label(11)], 20)
+    assert basis([label(30)], 60) == "scores rest on 30 held-out items that fire the feature (median)"
 
 
 def test_where_a_feature_is_known_not_to_fire_it_does_not(planted: tuple[Planted, KnownItems]) -> None:

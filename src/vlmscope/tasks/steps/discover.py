@@ -1,0 +1,152 @@
+"""Find the smallest circuit of each question of the pairs, and say how faithful, complete, minimal and stable it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vlmscope.circuits.circuit import save_circuit
+from vlmscope.circuits.discovery.discover import discover, node_name
+from vlmscope.circuits.discovery.result import Discovery
+from vlmscope.circuits.discovery.sides import CircuitSubject
+from vlmscope.core.artifacts import write_json
+from vlmscope.core.errors import UserError
+from vlmscope.core.intervention import Rate
+from vlmscope.metrics.faithfulness import FaithfulnessCurve
+from vlmscope.tasks.steps.intervene import rate_metrics
+from vlmscope.tasks.steps.pair_subjects import pairs_of, subject_of
+
+if TYPE_CHECKING:
+    from vlmscope.data.pairs import Pair
+    from vlmscope.tasks.steps.bench import Bench
+
+
+def run(bench: Bench) -> None:
+    """Leaves a `Discovery` a question in `bench.records`; writes circuits/ and discovery.json; metrics: discovery/."""
+    train, test = (pairs_of(bench, split) for split in ("train", "test"))
+    found: dict[str, Discovery] = {}
+    for name in questions(bench, train, test):
+        choose, judge = (circuit_subject(bench, name, pairs[name]) for pairs in (train, test))
+        discovery = discover(
+            bench.vlm.adapter, bench.transcoders, choose, judge, bench.cfg.discovery, bench.cfg.attribution
+        )
+        widths = {layer: bench.transcoders[layer].config.n_features for layer in bench.transcoders.layers}
+        save_circuit(discovery.to_circuit(bench.vlm.name, widths), bench.run_dir / "circuits" / name)
+        bench.metrics |= discovery_metrics(discovery)
+        found[name] = discovery
+    write_json(bench.run_dir / "discovery.json", {name: as_json(one) for name, one in found.items()})
+    bench.records["discover"] = found
+
+
+def questions(bench: Bench, train: dict[str, list[Pair]], test: dict[str, list[Pair]]) -> list[str]:
+    """The questions whose answer differs within pairs, or the one that is asked for.
+
+    Raises:
+        UserError: there is none, or not the one that is asked for.
+    """
+    moving = [name for name in train if name in test and train[name][0].moves]
+    wanted = bench.cfg.discovery.question
+    if wanted is not None and wanted not in moving:
+        known = f"choose from {', '.join(moving)}" if moving else "no question of these pairs has two answers"
+        raise UserError(f"discovery.question={wanted}: {known}")
+    if not moving:
+        raise UserError("no question's answer differs within a pair: there is no contrast to find a circuit by")
+    return moving if wanted is None else [wanted]
+
+
+def circuit_subject(bench: Bench, name: str, pairs: list[Pair]) -> CircuitSubject:
+    """Pairs that are answered rightly on both sides, with the prompts of each."""
+    subject = subject_of(bench, name, pairs)
+    rows = [pairs[i] for i in subject.rows.tolist()]
+    sides = [[bench.vlm.prepare(s.prompt, list(s.images)) for s in some] for some in zip(
+        *((pair.original, pair.counterfactual) for pair in rows), strict=True)]  # fmt: skip
+    return CircuitSubject(subject, *sides)
+
+
+def discovery_metrics(found: Discovery) -> dict[str, float]:
+    """`discovery/<question>/...`: sizes, `<mode>/<method>/cpr` and `cmd`, faithfulness and its control, stability."""
+    root = f"discovery/{found.question}"
+    circuit, metrics = found.circuit, {}
+    nodes = found.nodes
+    metrics[f"{root}/candidates"] = float(len(nodes))
+    metrics[f"{root}/members"] = float(len(circuit.members))
+    metrics[f"{root}/features"] = float(nodes.is_feature[circuit.members].sum())
+    metrics[f"{root}/members_before_pruning"] = float(circuit.cut)
+    metrics |= rate_metrics(f"{root}/train_faithfulness", circuit.train)
+    for mode, rate in circuit.test.items():
+        metrics |= rate_metrics(f"{root}/{mode}/faithfulness", rate)
+        metrics |= rate_metrics(f"{root}/{mode}/without_circuit", circuit.ablated[mode])
+    for mode, curves in found.curves.items():
+        for method, curve in curves.items():
+            metrics |= curve_metrics(f"{root}/{mode}/{method}", curve)
+    stability = found.stability
+    for method, value in stability.jaccard.items():
+        metrics[f"{root}/stability/{method}"] = value
+    metrics[f"{root}/stability/other_pairs"] = stability.other_pairs
+    metrics[f"{root}/stability/chance"] = stability.chance
+    metrics[f"{root}/rank_correlation_nodes"] = found.correlation
+    if found.edges is not None:
+        edges = found.edges
+        metrics[f"{root}/edges/candidates"] = float(len(edges.source))
+        metrics[f"{root}/edges/members"] = float(edges.smallest)
+        metrics |= rate_metrics(f"{root}/edges/faithfulness", edges.smallest_test)
+        metrics[f"{root}/edges/rank_correlation"] = edges.correlation
+        metrics[f"{root}/edges/rest"] = edges.rest
+        for method, curve in edges.curves.items():
+            metrics |= curve_metrics(f"{root}/edges/{method}", curve)
+    return metrics
+
+
+def curve_metrics(root: str, curve: FaithfulnessCurve) -> dict[str, float]:
+    """CPR and CMD with their intervals, and f at each share."""
+    out: dict[str, float] = {}
+    for name, rate in (("cpr", curve.cpr), ("cmd", curve.cmd)):
+        out |= {
+            f"{root}/{name}": rate.value,
+            f"{root}/{name}_ci_low": rate.ci_low,
+            f"{root}/{name}_ci_high": rate.ci_high,
+        }
+    return out
+
+
+def as_json(found: Discovery) -> dict:
+    """A discovery as plain data: curves, members with scores and losses, the strongest edges."""
+    nodes, circuit = found.nodes, found.circuit
+
+    def rate(one: Rate) -> dict:
+        return vars(one)
+
+    body = {
+        "pairs": {"train": found.train_pairs, "test": found.test_pairs},
+        "by": circuit.by,
+        "curves": {
+            mode: {method: [rate(one) for one in curve.rates] for method, curve in curves.items()}
+            for mode, curves in found.curves.items()
+        },
+        "shares": list(next(iter(next(iter(found.curves.values())).values())).shares),
+        "members": [
+            {
+                "node": nodes.name(row),
+                "scores": {method: float(scores[row]) for method, scores in found.scores.items()},
+                "loss": circuit.losses.get(row),
+                "chosen_in": float(found.stability.frequency[row]),
+            }
+            for row in circuit.members.tolist()
+        ],
+        "groups": [{"layer": layer, "role": role, "loss": loss} for (layer, role), loss in circuit.groups.items()],
+    }
+    if found.edges is not None:
+        edges = found.edges
+        order = abs(edges.score).argsort()[::-1][: edges.smallest]
+        body["edges"] = {
+            "curves": {method: [rate(one) for one in curve.rates] for method, curve in edges.curves.items()},
+            "members": [
+                {
+                    "source": node_name(nodes, int(edges.source[i])),
+                    "target": node_name(nodes, int(edges.target[i])),
+                    "score": float(edges.score[i]),
+                    "influence": float(edges.influence[i]),
+                }
+                for i in order.tolist()
+            ],
+        }
+    return body

@@ -42,6 +42,17 @@ PAIRS = [
 ]
 FEW = [*PAIRS, "intervention.modes=[free]", "interchange.generate=0", "interchange.counts=[2]", "interchange.steps=1"]
 LIMITS = {
+    "planet_matrix": [
+        "concept_matrix.concepts=[mars,earth]",
+        "concept_matrix.questions={name:{prompt:'what planet is this ?',answers:{mars:mars,earth:earth}}}",
+        "concept_matrix.pictures=2",
+        "concept_matrix.graphs=1",
+        "concept_matrix.per_layer=4",
+        "concept_matrix.test=3",
+        "concept_matrix.third=1",
+        "concept_matrix.least=1",
+        "attribution.max_nodes=300",
+    ],
     "linear_story": [
         "single_edits.inputs=1",
         "single_edits.features=3",
@@ -123,6 +134,7 @@ LIMITS = {
     ],
 }
 LEAVES = {
+    "planet_matrix": ["matrix.json", "circuits/mars_earth/circuit.yaml", "report.html", "figures/matrix_steer.png"],
     "linear_story": ["predicted_effects.parquet", "report.html", "figures/predicted.png", "figures/by_edit.png"],
     "mars_earth_patch": ["graph.json", "graph.safetensors", "report.html", "figures/flip_rates.png"],
     "mars_earth_curves": ["curves.json", "report.html", "figures/ablation.png"],
@@ -156,6 +168,12 @@ LEAVES = {
     ],
 }
 METRICS = {
+    "planet_matrix": [
+        "matrix/steer/name/mars_to_earth/flip_rate_control",
+        "matrix/patch/flip_rate_ci_low",
+        "matrix/steer/no_last_layer/lowest_flip_rate",
+        "matrix/steer/significant_frac",
+    ],
     "linear_story": ["predicted/direct/ablate/edge/error", "predicted/free/ablate/total/spearman_ci_low"],
     "mars_earth_patch": [
         "steer/free/flip_rate",

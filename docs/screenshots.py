@@ -255,10 +255,10 @@ def take(ui: Ui, out: Path) -> None:
 
 
 def take_summary(page: Page, summary: Path, out: Path) -> None:
-    """The top of a summary page, as far as its second experiment."""
+    """The top of a summary page, as far as its first experiment."""
     page.set_viewport_size({"width": 1100, "height": HIGH})
     page.goto(summary.resolve().as_uri())
-    box = page.locator("article.experiment").nth(1).bounding_box()
+    box = page.locator("article.experiment").first.bounding_box()
     assert box is not None
     _save(page, out / "reproduce.png", height=int(box["y"] + box["height"]))
 

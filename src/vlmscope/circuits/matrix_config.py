@@ -29,11 +29,11 @@ class ConceptMatrixConfig:
 
     concepts: list[str]
     questions: dict[str, QuestionConfig]
-    pictures: int = 30
+    pictures: int = 24
     graphs: int = 2
     per_layer: int = 24
-    test: int = 20
-    third: int = 4
+    test: int = 12
+    third: int = 2
     least: int = 5
     alpha: float = 0.01
     seed: int = 0

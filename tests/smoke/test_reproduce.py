@@ -56,8 +56,10 @@ while name == "slow" and not folder.parent.joinpath("go").exists():
 numbers = {"plan/parameters/total": 36488.0, "a/rate": 0.97, "a/rate_ci_low": 0.9, "a/rate_ci_high": 1.0}
 folder.joinpath("metrics.json").write_text(json.dumps(numbers | {"a/rate_control": 0.02}))
 """
+# A shell's background job ignores SIGINT, and so does what it starts, tests too: the driver listens to it again.
 DRIVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from vlmscope.tasks import reproduce_jobs
 program = sys.argv.pop(1)
 reproduce_jobs._program = lambda: [sys.executable, program]
@@ -216,11 +218,11 @@ def test_a_killed_reproduction_goes_on(
         assert process.stdout.readline() == "slow is still at work for a run that was killed, or for another; waiting\n"
         stamp = (run / "slow" / "config.yaml").stat().st_mtime_ns
         (run / "go").touch()
-        out, err = process.communicate()
+        out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert "2 of 2 are in" in out and (run / "slow" / "config.yaml").stat().st_mtime_ns == stamp
     else:
-        out, err = process.communicate()
+        out, err = process.communicate(timeout=120)
         assert process.returncode == 130 and "goes on" in err and "Traceback" not in err
         assert not (run / "slow" / "metrics.json").exists() and not (run / "summary.html").exists()
         stamp = (run / "quick" / "config.yaml").stat().st_mtime_ns

@@ -21,20 +21,20 @@ from vlmscope.tasks.headline_numbers import numbers_of
 from vlmscope.tasks.steps import amplify
 from vlmscope.tasks.steps.bench import Bench
 
-SMALL = ["pairs.train=16", "pairs.test=24", "interchange.strengths=[6,8]", "interchange.steps=2", "trainer.threads=1"]
+SMALL = ["pairs.train=16", "pairs.test=24", "interchange.steps=2"]
+ALWAYS = ["interchange.strengths=[6,8]", "trainer.threads=1"]
 STEERED = "amplify/fingers/counterfactual/strength_8/follow_rate"
 
 
-@pytest.fixture(scope="module")
-def cfg() -> AppConfig:
+def configured(overrides: list[str]) -> AppConfig:
     register(registry.configs())
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return to_app_config(compose("config", ["experiment=six_fingers", *SMALL]))
+        return to_app_config(compose("config", ["experiment=six_fingers", *ALWAYS, *overrides]))
 
 
 @pytest.fixture(scope="module")
-def bench(cfg: AppConfig, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(cfg, tmp_path_factory.mktemp("run"))
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(configured(SMALL), tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
@@ -55,21 +55,35 @@ def judged(bench: Bench, tmp_path: Path) -> dict[str, Number]:
     return {number.metric: number for number in numbers_of(bench.cfg.headline, again.metrics)}
 
 
-def test_the_shipped_build_lies_in_its_ranges(bench: Bench, tmp_path: Path) -> None:
-    assert {told.told for told in judged(bench, tmp_path).values() if not told.holds} == set()
+def missed(number: Number, bench: Bench) -> bool:
+    """Far out of its range, further than few pairs explain."""
+    return not number.holds and (number.value is None or number.value < bench.cfg.headline[STEERED].low - 0.2)
+
+
+@pytest.mark.slow
+def test_the_shipped_build_lies_in_its_ranges(tmp_path: Path) -> None:
+    """On as many pairs as the ranges were made for."""
+    assert {told.told for told in judged(Bench(configured([]), tmp_path), tmp_path).values() if not told.holds} == set()
+
+
+def test_the_shipped_build_steers_on_few_pairs(bench: Bench, tmp_path: Path) -> None:
+    """So that what the faults below miss is their doing, not that of 24 pairs (interval: 20 points either way)."""
+    found = judged(bench, tmp_path)[STEERED]
+    low = bench.cfg.headline[STEERED].low
+    assert found.value is not None and found.value > low - 0.2, found.told
 
 
 @pytest.mark.usefixtures("shuffled")
 def test_shuffled_decoder_rows_miss_a_range(bench: Bench, tmp_path: Path) -> None:
     found = judged(bench, tmp_path)
-    assert not found[STEERED].holds, found[STEERED].told
+    assert missed(found[STEERED], bench), found[STEERED].told
 
 
 def test_edits_that_are_not_applied_miss_a_range(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = amplify.run_edited
     monkeypatch.setattr(amplify, "run_edited", lambda adapter, set_, batch, plan: real(adapter, set_, batch, {}))
     found = judged(bench, tmp_path)
-    assert not found[STEERED].holds, found[STEERED].told
+    assert missed(found[STEERED], bench), found[STEERED].told
 
 
 def test_a_damaged_model_misses_a_range(bench: Bench, tmp_path: Path) -> None:
@@ -81,4 +95,4 @@ def test_a_damaged_model_misses_a_range(bench: Bench, tmp_path: Path) -> None:
         found = judged(bench, tmp_path)
     finally:
         weight.data.copy_(kept)
-    assert not found[STEERED].holds, found[STEERED].told
+    assert missed(found[STEERED], bench), found[STEERED].told

@@ -42,7 +42,7 @@ def test_tables_and_figures(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["task=structure"], "study.path=/my/study"),
+        (["task=structure"], "study.path=FOLDER"),
         (["task=structure", "study.path=/no/such"], "no study.json in /no/such"),
         (["task=structure", "task.phi=2"], "task.phi=2"),
         (["task=study", "study.path=/x"], "leave it out of task=study"),

@@ -124,7 +124,7 @@ def mean_rate(cells: Sequence[Cell], method: str) -> Rate:
     pairs = ["-".join(sorted((cell.recipient, cell.donor))) for cell in cells]
     controls = [control for cell in cells if (control := cell.rates[method].control) is not None]
     return bootstrap_rate(
-        [cell.rates[method].value for cell in cells],
+        np.array([cell.rates[method].value for cell in cells]),
         control=float(np.mean(controls)) if controls else None,
         groups=pairs,
     )

@@ -190,6 +190,14 @@ def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
         if show_traceback:
             traceback.print_exc()
         raise UserError(one_line(error)) from error
+    except ValueError as error:
+        if "Config group override" not in str(error):
+            raise
+        nulls = [name for name, _, value in (a.partition("=") for a in arguments) if value == "null"]
+        raise UserError(
+            f"{', '.join(f'{name}=null' for name in nulls)}: a group takes the name of an option (`python run.py "
+            f"task=list`); {' '.join(f'~{name}' for name in nulls)} leaves it out"
+        ) from error
     except OSError as error:
         if error.filename is None:
             raise

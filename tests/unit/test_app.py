@@ -88,6 +88,7 @@ def test_a_run_leaves_its_folder_and_prints_it_last(fresh, tmp_path) -> None:
         (["task=dummy", "trainer.max_step=1"], "did you mean trainer.max_steps"),
         (["task=dummy", "seed=x"], "seed"),
         (["task=dummy", "task.mode=user"], "the thing is wrong here; do that"),
+        (["task=dummy", "pairs=null"], "~pairs leaves it out"),
         (["task=dummy", "foo"], "write it as key=value"),
         (["task=dummy", "--nonsense"], "unrecognized arguments"),
         (["task=dummy", "hydra.run.dir=file/below"], "cannot write"),

@@ -18,7 +18,7 @@ KINDS = (
     "predict_errors", "errors_report", "layer_reading", "layer_ranges", "hierarchy_report",
     "cross_modal_association", "cross_modal_report",
     "number_line", "number_dose", "pair_transfer", "dissociation", "object_places",
-    "caption_words", "caption_steering", "caption_report", "concept_matrix",
+    "caption_words", "caption_steering", "caption_report", "concept_matrix", "matrix_report",
     "discover", "discover_report",
     "predicted_effects", "predicted_report",
 )  # fmt: skip

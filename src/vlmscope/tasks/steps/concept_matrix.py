@@ -23,7 +23,6 @@ from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.models.batching import InputBatch, make_batch
 from vlmscope.tasks.steps.find_circuit import concept_influence, concept_means
 from vlmscope.tasks.steps.intervene import rate_metrics
-from vlmscope.tasks.steps.matrix_report import write_report
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,7 +43,7 @@ class Circuits:
 
 
 def run(bench: Bench) -> None:
-    """Writes circuits/, matrix.json, figures/ and report.html; metrics under matrix/, third/ and base/."""
+    """Leaves cells in `bench.records`, writes circuits/ and matrix.json; metrics under matrix/, third/ and base/."""
     config = settings(bench)
     tokens = {  # first of all: a word that is no token stops here
         name: {concept: bench.token(word) for concept, word in question.answers.items() if concept in config.concepts}
@@ -72,7 +71,7 @@ def run(bench: Bench) -> None:
             "third": {f"{r}_to_{d}": vars(rate) for (r, d), rate in third.items()},
         },
     )
-    write_report(bench, config, cells, third)
+    bench.records["concept_matrix"] = {"config": config, "cells": cells, "third": third}
 
 
 def settings(bench: Bench) -> ConceptMatrixConfig:

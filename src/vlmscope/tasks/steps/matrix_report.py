@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 WORDS = {"steer": "steering", "patch": "patching", NO_LAST_LAYER: "steering, last layer left alone"}
 
 
-def write_report(
-    bench: Bench, config: ConceptMatrixConfig, cells: list[Cell], third: Mapping[tuple[str, str], Rate]
-) -> None:
+def run(bench: Bench) -> None:
     """Write figures/ and report.html."""
+    found = bench.record("concept_matrix")
+    config: ConceptMatrixConfig = found["config"]
+    cells: list[Cell] = found["cells"]
+    third: Mapping[tuple[str, str], Rate] = found["third"]
     means = {method: mean_rate(cells, method) for method in WORDS}
     cards = [
         Card(words, means[method], f"mean of {len(cells)} cells, 95 % interval") for method, words in WORDS.items()

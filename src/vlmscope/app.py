@@ -114,6 +114,8 @@ def _checked(argv: Sequence[str]) -> list[str]:
     """
     from hydra._internal.utils import get_args_parser
 
+    from vlmscope.config.paths import conf_dir
+
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
@@ -128,6 +130,12 @@ def _checked(argv: Sequence[str]) -> list[str]:
         raise UserError("--run, --multirun, --cfg, --info and --shell-completion exclude each other; give one")
     if args.resolve and args.cfg is None:
         raise UserError("--resolve goes with --cfg; add --cfg job")
+    for override in args.overrides:
+        group, _, option = override.partition("=")
+        if option == "null" and (conf_dir() / group).is_dir():
+            raise UserError(
+                f"{override}: name an option of the group (`python run.py task=list`); ~{group} leaves it out"
+            )
     flags = list(argv)
     for override in args.overrides:
         flags.remove(override)
@@ -190,14 +198,6 @@ def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
         if show_traceback:
             traceback.print_exc()
         raise UserError(one_line(error)) from error
-    except ValueError as error:
-        if "Config group override" not in str(error):
-            raise
-        nulls = [name for name, _, value in (a.partition("=") for a in arguments) if value == "null"]
-        raise UserError(
-            f"{', '.join(f'{name}=null' for name in nulls)}: a group takes the name of an option (`python run.py "
-            f"task=list`); {' '.join(f'~{name}' for name in nulls)} leaves it out"
-        ) from error
     except OSError as error:
         if error.filename is None:
             raise

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.core.ids import FeatureId
-from vlmscope.metrics.permutation import benjamini_hochberg
+from vlmscope.metrics.multiple import benjamini_hochberg
 from vlmscope.metrics.selectivity import Contrast, Rule, contrast, contrast_p, shuffled
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.batching import InputBatch, make_batch

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy.stats import false_discovery_control
 
+from vlmscope.core.seeds import generator
 from vlmscope.metrics.multiple import benjamini_hochberg, holm
 
 
@@ -47,3 +49,10 @@ def test_nothing_is_found_where_nothing_is() -> None:
 def test_no_p_value(bad: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         benjamini_hochberg(np.array([0.5, bad]))
+
+
+def test_correction_equals_scipys() -> None:
+    p = generator(1, "p").random((5, 8)) ** 3
+    np.testing.assert_allclose(benjamini_hochberg(p), false_discovery_control(p, axis=None).reshape(5, 8))
+    assert benjamini_hochberg(np.array([0.04])) == pytest.approx([0.04])
+    assert benjamini_hochberg(np.zeros(0)).shape == (0,)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlmscope.core.seeds import generator
-from vlmscope.metrics.permutation import benjamini_hochberg
+from vlmscope.metrics.multiple import benjamini_hochberg
 from vlmscope.metrics.selectivity import Rule, contrast, contrast_p, matching_p, shuffled
 
 C, EACH, M = 4, 12, 60

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from vlmscope.circuits.discovery.config import DiscoveryConfig
-from vlmscope.circuits.discovery.edges import REST, PairEdges, edge_table, pair_edges, run_edges
+from vlmscope.circuits.discovery.edges import REST, PairEdges, edge_table, run_edges
 from vlmscope.circuits.discovery.graphs import GraphScores
+from vlmscope.circuits.discovery.pair_edges import pair_edges
 from vlmscope.circuits.discovery.result import EdgesFound
 from vlmscope.circuits.discovery.scores import order_of
 from vlmscope.circuits.discovery.search import FINER, Runner

@@ -19,27 +19,15 @@ with d_s = D_s for embeddings, errors and features that are no targets (their va
 the counterfactual's run and the full one the original's, both exactly; between them the model is linear.
 
 Legend: n instances of candidate features at positions, S source groups, K circuits.
+`pair_edges.py` finds the edges of a pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from vlmscope.attribution.adjoint import Adjoint
-from vlmscope.attribution.targets import difference_target
-from vlmscope.circuits.discovery.graphs import ANSWER
-from vlmscope.circuits.discovery.nodes import Kind, Nodes, role_numbers
-from vlmscope.circuits.discovery.scores import mean_gradients
-from vlmscope.circuits.discovery.sides import Sides
-from vlmscope.models.base import Adapter
-from vlmscope.replacement.features import LayerFeatures, feature_table
-from vlmscope.replacement.model import ReplacementModel, build_replacement
-from vlmscope.transcoders.transcoder import TranscoderSet
 
 REST = -2  # the source of what edges do not carry
 OTHER = -3  # features that are no targets: OTHER - (layer R + role)
@@ -86,37 +74,6 @@ class EdgeTable:
 
     def __len__(self) -> int:
         return len(self.source)
-
-
-def pair_edges(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
-    sides: Sides,
-    nodes: Nodes,
-    targets: np.ndarray,
-    count: int,
-    steps: int,
-) -> list[PairEdges]:
-    """The edges of the first `count` pairs.
-
-    Args:
-        adapter: the model.
-        transcoders: its transcoders; one for every layer.
-        sides: the pairs.
-        nodes: the nodes.
-        targets: [n] numbers of the feature nodes that get incoming edges.
-        count: pairs.
-        steps: inputs at which gradients are taken.
-    """
-    gradients = mean_gradients(adapter, transcoders, sides, steps)
-    number = {key: row for key, row in nodes.rows().items() if key[0] == Kind.FEATURE}
-    wanted = set(targets.tolist())
-    number = {key: row for key, row in number.items() if row in wanted}
-    found = []
-    for row in range(min(count, sides.subject.pairs.size)):
-        writes = {layer: gradient[row] for layer, gradient in gradients.writes.items()}
-        found.append(_one(adapter, transcoders, sides, nodes, number, row, writes))
-    return found
 
 
 def edge_table(pairs: Sequence[PairEdges]) -> EdgeTable:
@@ -171,155 +128,3 @@ def _scores(pair: PairEdges) -> dict[tuple[int, int], float]:
         ):
             table[source, target] = table.get((source, target), 0.0) + value
     return table
-
-
-@torch.no_grad()
-def _one(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
-    sides: Sides,
-    nodes: Nodes,
-    number: dict[tuple[int, int, int, int], int],
-    row: int,
-    writes: dict[int, Tensor],
-) -> PairEdges:
-    subject = sides.subject
-    dtype = torch.float64 if adapter.dtype == torch.float64 else torch.float32
-    clean, corrupt = (
-        build_replacement(adapter, transcoders, inputs[row], dtype) for inputs in (subject.originals, subject.others)
-    )
-    words = int(subject.pairs.tokens[row]), int(subject.pairs.other_tokens[row])
-    ends = [difference_target(side, *words, "gap") for side in (clean, corrupt)]
-    whole = difference(clean, corrupt)
-    adjoint = Adjoint(whole)
-    columns = adjoint.columns
-    role_of = role_numbers(nodes.roles, subject.originals[row].roles)
-    layers, instances, node, change, slope = [], [], [], [], []
-    for layer, features in enumerate(whole.features):
-        position, index = features.position.tolist(), features.index.tolist()
-        mine = [
-            (place, number[key])
-            for place, (p, i) in enumerate(zip(position, index, strict=True))
-            if (key := (int(Kind.FEATURE), layer, int(role_of[p]), i)) in number and features.activation[place] != 0
-        ]
-        which = torch.tensor([place for place, _ in mine], dtype=torch.int64)
-        layers.append(which)
-        instances += (columns.features(layer) + which).tolist()
-        node += [name for _, name in mine]
-        change.append(features.activation[which])
-        slope.append(_slopes(transcoders, writes, features, layer, which))
-    n = len(instances) + 1
-    rows = torch.zeros(n, columns.total, dtype=whole.errors.dtype)
-    start = 0
-    for layer, which in enumerate(layers):
-        if len(which):
-            found = adjoint.feature_rows(layer, which)
-            rows[start : start + len(which), : found.shape[1]] = found
-        start += len(which)
-    position = torch.from_numpy(ends[0].positions)
-    rows[-1:] = adjoint.stream_rows(whole.n_layers, ends[0].vectors, position)
-    values = [float(end.values[0]) for end in ends]
-    changes = torch.cat([*change, torch.tensor([values[0] - values[1]], dtype=whole.errors.dtype)]).double().numpy()
-    table = rows.double().numpy()
-    # What a layer adds by itself is the same in both runs.
-    table[:, [columns.bias(layer) for layer in range(whole.n_layers)]] = 0.0
-    sources, groups = _groups(whole, nodes, role_of, columns.total)
-    inner = np.concatenate([table[:, instances], np.zeros((n, 1))], 1)
-    table[:, instances] = 0.0
-    given = np.zeros((n, len(sources) + 1))
-    np.add.at(given.T, groups, table.T)
-    given[:, -1] = changes - given[:, :-1].sum(1) - inner.sum(1)
-    return PairEdges(
-        np.array([*node, ANSWER], dtype=np.int64),
-        changes,
-        np.concatenate([torch.cat(slope).double().numpy(), [1.0]]),
-        np.concatenate([sources, [REST]]),
-        given,
-        inner,
-        values[1],
-        values[0],
-    )
-
-
-def difference(clean: ReplacementModel, corrupt: ReplacementModel) -> ReplacementModel:
-    """The clean replacement model with every source replaced by its change: rows of its adjoint are `J_ts D_s`."""
-    features = [_union(one, other) for one, other in zip(clean.features, corrupt.features, strict=True)]
-    state = replace(
-        clean.state,
-        embeddings=clean.state.embeddings - corrupt.state.embeddings,
-        injections=clean.state.injections - corrupt.state.injections,
-    )
-    layers = [
-        frozen if frozen.injection is None else replace(frozen, injection=state.injections[number])
-        for number, frozen in enumerate(clean.layers)
-    ]
-    return replace(
-        clean,
-        state=state,
-        layers=layers,
-        features=features,
-        errors=clean.errors - corrupt.errors,
-        feature_activations=feature_table(features),
-    )
-
-
-def _union(one: LayerFeatures, other: LayerFeatures) -> LayerFeatures:
-    """Features active on either side, with the change of their activation."""
-    width, n_positions = len(one.w_enc), len(one.offsets) - 1
-    keys = [side.position * width + side.index for side in (one, other)]
-    union = torch.cat(keys).unique()
-    activation = one.activation.new_zeros(len(union))
-    activation[torch.searchsorted(union, keys[0])] += one.activation
-    activation[torch.searchsorted(union, keys[1])] -= other.activation
-    position = union // width
-    counts = torch.bincount(position, minlength=n_positions)
-    return replace(
-        one,
-        position=position,
-        index=union % width,
-        activation=activation,
-        pre_activation=torch.zeros_like(activation),
-        offsets=[0, *np.cumsum(counts.cpu().numpy()).tolist()],
-    )
-
-
-def _slopes(
-    transcoders: TranscoderSet, writes: dict[int, Tensor], features: LayerFeatures, layer: int, which: Tensor
-) -> Tensor:
-    """[n], dm/da of some features of a layer: the gradient where they write, read by their decoders."""
-    position, index = features.position[which], features.index[which]
-    transcoder = transcoders[layer]
-    parts = [
-        (writes[layer + ahead][position].to(transcoder.W_dec.dtype) * transcoder.decoder(ahead)[index]).sum(-1)
-        for ahead in range(transcoder.config.writes)
-    ]
-    return torch.stack(parts).sum(0)
-
-
-def _groups(whole: ReplacementModel, nodes: Nodes, role_of: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """Names of the given source groups, and the group of each column, [columns] int64."""
-    n_roles, n_layers = len(nodes.roles), whole.n_layers
-    number = nodes.rows()
-    names: list[int] = []
-    place: dict[int, int] = {}
-
-    def group(name: int) -> int:
-        if name not in place:
-            place[name] = len(names)
-            names.append(name)
-        return place[name]
-
-    def node(kind: Kind, layer: int, role: int) -> int:
-        # What is the same on both sides is no node, and has no edge: any name will do.
-        return number.get((kind, layer, role, -1), OTHER - n_roles * n_layers)
-
-    columns = Adjoint(whole).columns
-    of = np.full(total, group(OTHER - n_roles * n_layers), dtype=np.int64)
-    of[: columns.n_positions] = [group(node(Kind.EMBEDDING, -1, int(role))) for role in role_of]
-    for layer, features in enumerate(whole.features):
-        roles = role_of[features.position.cpu().numpy()]
-        first = columns.features(layer)
-        of[first : first + len(roles)] = [group(OTHER - (layer * n_roles + int(role))) for role in roles]
-        first = columns.errors(layer)
-        of[first : first + columns.n_positions] = [group(node(Kind.ERROR, layer, int(role))) for role in role_of]
-    return np.array(names, dtype=np.int64), of

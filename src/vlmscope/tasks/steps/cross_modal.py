@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.ids import FeatureId
 from vlmscope.features.cross_modal import PLACES, Shared, find_shared, picture_peaks, text_candidates
-from vlmscope.metrics.permutation import benjamini_hochberg, permutation_p
+from vlmscope.metrics.multiple import benjamini_hochberg
+from vlmscope.metrics.permutation import permutation_p
 from vlmscope.metrics.selectivity import Rule, matching_p
 from vlmscope.models.batching import make_batch
 from vlmscope.report.cross_modal_figures import coincidence_maps, effect_bars, shared_by_layer

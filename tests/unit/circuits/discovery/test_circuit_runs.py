@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from vlmscope.activations.mlp_inputs import mlp_inputs
-from vlmscope.circuits.discovery.edges import REST, edge_table, pair_edges, run_edges
+from vlmscope.circuits.discovery.edges import REST, edge_table, run_edges
 from vlmscope.circuits.discovery.nodes import Kind, opposite, read
+from vlmscope.circuits.discovery.pair_edges import pair_edges
 from vlmscope.circuits.discovery.run import circuit, mask_effects
 from vlmscope.circuits.discovery.scores import activation_change, eap_ig, order_of
 from vlmscope.circuits.discovery.search import Runner

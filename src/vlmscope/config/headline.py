@@ -12,7 +12,7 @@ class HeadlineConfig:
     """Where one metric of an experiment must lie, both ends included (docs/reproduce.md).
 
     Attributes:
-        low: the least, in the metric's own unit. Ranges come from repeated seeds, so that a broken build misses them.
+        low: the least, in the metric's own unit. `task=reproduce task.seeds=[0,1,2]` makes ranges.
         high: the most.
         says: what the number means, in one line.
     """

@@ -1,8 +1,6 @@
-"""Correction of p-values when many hypotheses are tried at once. Pure numpy."""
+"""Correction of p-values when many hypotheses are tried at once."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 
@@ -22,24 +20,12 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: a value is NaN or outside [0, 1].
     """
-    return _stepped(p, lambda ordered, rank, m: np.minimum.accumulate((ordered * m / rank)[::-1])[::-1])
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """Adjusted p-values that control the chance of any false rejection (Holm 1979), under any dependence.
-
-    `q` of the k-th smallest is the largest of `p[(j)] * (m - j + 1)` over j <= k, at most 1. Arguments, result and
-    errors as of `benjamini_hochberg`.
-    """
-    return _stepped(p, lambda ordered, rank, m: np.maximum.accumulate(ordered * (m - rank + 1)))
-
-
-def _stepped(p: np.ndarray, adjust: Callable[[np.ndarray, np.ndarray, int], np.ndarray]) -> np.ndarray:
     values = np.asarray(p, np.float64)
     if not ((values >= 0) & (values <= 1)).all():
         raise ValueError("p-values lie between 0 and 1")
     flat = values.ravel()
     order = np.argsort(flat, kind="stable")
+    raised = flat[order] * len(flat) / np.arange(1, len(flat) + 1)
     adjusted = np.empty_like(flat)
-    adjusted[order] = np.minimum(adjust(flat[order], np.arange(1, len(flat) + 1), len(flat)), 1.0)
+    adjusted[order] = np.minimum(np.minimum.accumulate(raised[::-1])[::-1], 1.0)
     return adjusted.reshape(values.shape)

@@ -44,7 +44,7 @@ def write_page(run_dir: Path, overrides: Sequence[str], found: Sequence[Reproduc
             "In short",
             (
                 Card("experiments as stated", f"{whole} of {len(found)}", f"{failed} failed" if failed else ""),
-                Card("numbers in range", f"{good} of {len(numbers)}", "against ranges from repeated seeds"),
+                Card("numbers in range", f"{good} of {len(numbers)}", "against the ranges that their files state"),
                 Card("time", duration(total), f"{os.cpu_count()} cores, one experiment after another"),
             ),
         ),
@@ -89,8 +89,8 @@ def _reading() -> Text:
             "The paper studies Gemma-3-4B-it; these numbers are of Orrery, a small model of the same classes whose "
             "tasks mirror the paper's case studies. So what can agree is the finding, not the figure.",
             "A range comes from repeated seeds of the pictures, pairs and controls on these assets, widened by the "
-            "interval of one run (docs/reproduce.md says which seeds). It is wide enough for another seed, and a build "
-            "that is broken misses it.",
+            "interval of one run; where only one or two seeds were run it was set by hand, wider (docs/reproduce.md "
+            "says which). It is meant to hold another seed and to be missed by a broken build.",
         ),
     )
 

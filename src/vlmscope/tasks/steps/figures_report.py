@@ -54,9 +54,9 @@ def run(bench: Bench) -> None:
 
 
 def number_table(numbers: tuple[Number, ...]) -> Table:
-    """Each headline number with its interval, its control, and the range of repeated seeds."""
+    """Each headline number with its interval, its control, and the range that the experiment states."""
     rows = tuple((n.says, measured(n), control(n), range_of(n), n.metric) for n in numbers)
-    return Table("Result", ("what", "here, 95 % interval", "control", "range from seeds", "metric"), rows)
+    return Table("Result", ("what", "here, 95 % interval", "control", "stated range", "metric"), rows)
 
 
 def control(number: Number) -> Value:

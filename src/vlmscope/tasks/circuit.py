@@ -1,4 +1,4 @@
-"""A circuit that you declare: its supernodes, the edges between them, and a diagram (docs/circuits.md)."""
+"""A circuit, declared or found by pairs=: its supernodes, the edges between them, and a diagram (docs/circuits.md)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from vlmscope.core.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vlmscope.attribution.config import AttributionConfig
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.spec_config import CircuitSpecConfig
     from vlmscope.config import AppConfig
     from vlmscope.core.graph import PrunedGraph
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.models.loading import VLM
     from vlmscope.tasks.circuit_inputs import Asked
+    from vlmscope.tasks.circuit_page import Origin, Scene
     from vlmscope.tasks.context import RunContext
     from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -25,6 +28,8 @@ class Config:
     """What is traced is `prompt=` on `image=`, every row of `rows` (a CSV or JSONL file), or the spec's own inputs.
 
     `load` draws a saved circuit (`/run/circuits/name`) instead of finding one; with inputs its edges are computed anew.
+    Without `load` and without supernodes in a circuit_spec, `pairs=` finds the circuit (`discovery`), and `traces` of
+    its training pairs' originals are traced where no input is given.
     Edges go to the `answers` most probable answers; those of at least `min_share` of what a target takes in are drawn.
     `study.path=` names a study from which pictures of features are taken; without one they come from the inputs and,
     for Orrery, from its scenes.
@@ -33,37 +38,46 @@ class Config:
     load: str | None = None
     rows: str | None = None
     answers: int = 1
+    traces: int = 8
     min_share: float = 0.005
     figure: bool = True
 
     def __post_init__(self) -> None:
         if self.answers < 1:
             raise UserError(f"task.answers={self.answers}: it must be at least 1")
+        if self.traces < 1:
+            raise UserError(f"task.traces={self.traces}: it must be at least 1")
         if not 0 <= self.min_share < 1:
             raise UserError(f"task.min_share={self.min_share}: it is a share; choose a number from 0 to below 1")
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
-    """Write circuits/<name>/, graph.safetensors, circuit.json, figures/circuit.png and report.html."""
+    """Write circuits/<name>/, graph.safetensors, circuit.json, figures/circuit.png and report.html.
+
+    A circuit that is found also leaves discovery.json and its figures.
+    """
     from pathlib import Path
 
-    from vlmscope.circuits.circuit import labelled, save_circuit
     from vlmscope.config.circuit_file import declared
     from vlmscope.features.study.records import StudyFolder
+    from vlmscope.tasks.circuit_discover import draw_found
     from vlmscope.tasks.circuit_find import Finder, gather
     from vlmscope.tasks.circuit_inputs import traced_inputs
-    from vlmscope.tasks.circuit_page import Scene, draw_circuit
-    from vlmscope.tasks.feature_labels import feature_labels, look_for_labels
+    from vlmscope.tasks.circuit_page import Scene
+    from vlmscope.tasks.feature_labels import look_for_labels
     from vlmscope.tasks.wiring import load_model, load_transcoders
 
     look_for_labels(cfg)
     spec = None if cfg.circuit_spec is None else declared(cfg.circuit_spec)
     loaded = _loaded(cfg, spec)
     asked = traced_inputs(cfg, spec)
-    if not asked and (loaded is None or not loaded.edges):
+    found = loaded is None and (spec is None or not spec.supernodes)
+    if not found and not asked and (loaded is None or not loaded.edges):
         raise UserError("nothing to trace: add prompt= (and image=), task.rows=FILE, or inputs in the circuit_spec")
-    material = None if spec is None or loaded is not None else gather(cfg, spec, asked)
+    material = None if found or spec is None or loaded is not None else gather(cfg, spec, asked)
     study = None if cfg.study.path is None else StudyFolder(cfg.study.path)
+    if found:
+        return draw_found(cfg, context, asked, study)
     vlm = load_model(cfg)
     transcoders = load_transcoders(cfg, vlm, context.overrides)
     widths = {layer: transcoders[layer].config.n_features for layer in transcoders.layers}
@@ -76,13 +90,30 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         name = spec.name
     else:
         circuit, name = loaded, Path(cfg.task.load).name
-    circuit = with_edges(circuit, graphs, cfg.task.answers)
-    circuit = labelled(circuit, feature_labels(cfg, vlm.name, transcoders))
+    scene = Scene(vlm, transcoders, asked, graphs, [] if material is None else material.inputs())
+    return finished(cfg, context, circuit, name, scene, study)
+
+
+def finished(
+    cfg: AppConfig,
+    context: RunContext,
+    circuit: Circuit,
+    name: str,
+    scene: Scene,
+    study: StudyFolder | None,
+    origin: Origin | None = None,
+) -> dict[str, float]:
+    """Give a circuit its edges and labels, save it and draw it; its metrics."""
+    from vlmscope.circuits.circuit import labelled, save_circuit
+    from vlmscope.tasks.circuit_page import Origin, draw_circuit
+    from vlmscope.tasks.feature_labels import feature_labels
+
+    circuit = with_edges(circuit, scene.graphs, cfg.task.answers)
+    circuit = labelled(circuit, feature_labels(cfg, scene.vlm.name, scene.transcoders))
     save_circuit(circuit, context.run_dir / "circuits" / name)
-    metrics = circuit_metrics(circuit, graphs)
+    metrics = circuit_metrics(circuit, scene.graphs)
     if cfg.task.figure:
-        scene = Scene(vlm, transcoders, asked, graphs, [] if material is None else material.inputs())
-        draw_circuit(cfg, context.run_dir, circuit, name, scene, study, metrics)
+        draw_circuit(cfg, context.run_dir, circuit, name, scene, study, metrics, origin or Origin())
     return metrics
 
 
@@ -100,20 +131,27 @@ def _loaded(cfg: AppConfig, spec: CircuitSpecConfig | None) -> Circuit | None:
         if spec is not None and spec.supernodes:
             raise UserError("task.load= brings a circuit and circuit_spec= declares one; leave one of them out")
         return load_circuit(Path(cfg.task.load))
-    if spec is None:
+    if spec is None and cfg.pairs is None:
         raise UserError(
-            "no circuit: declare one with circuit_spec=red_mars or circuit_spec=file circuit_spec.path=my.yaml, or "
-            "load one with task.load=/run/circuits/name"
+            "no circuit: find one with pairs=planet, declare one with circuit_spec=red_mars or circuit_spec=file "
+            "circuit_spec.path=my.yaml, or load one with task.load=/run/circuits/name"
         )
-    if not spec.supernodes:
-        raise UserError("the circuit_spec has no supernodes; docs/circuits.md shows how to declare them")
+    if spec is not None and not spec.supernodes and cfg.pairs is None:
+        raise UserError(
+            "the circuit_spec has no supernodes; docs/circuits.md shows how to declare them; pairs=planet finds some"
+        )
     return None
 
 
 def traced(
-    cfg: AppConfig, context: RunContext, vlm: VLM, transcoders: TranscoderSet, asked: Sequence[Asked]
+    cfg: AppConfig,
+    context: RunContext,
+    vlm: VLM,
+    transcoders: TranscoderSet,
+    asked: Sequence[Asked],
+    settings: Sequence[AttributionConfig] = (),
 ) -> list[PrunedGraph]:
-    """The graphs of all inputs; the first one is written to the run folder."""
+    """The graphs of all inputs, with settings of their own if given; the first one is written to the run folder."""
     from tqdm import tqdm
 
     from vlmscope.attribution.graph_io import save_graph
@@ -121,8 +159,9 @@ def traced(
     from vlmscope.tasks.circuit_inputs import prepared
 
     found: list[PrunedGraph] = []
-    for inputs in tqdm(prepared(vlm, asked), desc="trace", unit="input", disable=len(asked) < 2):
-        found.append(trace(vlm, transcoders, inputs, cfg.attribution, context.run_dir).pruned)
+    each = zip(prepared(vlm, asked), settings or [cfg.attribution] * len(asked), strict=True)
+    for inputs, how in tqdm(each, desc="trace", unit="input", total=len(asked), disable=len(asked) < 2):
+        found.append(trace(vlm, transcoders, inputs, how, context.run_dir).pruned)
         if len(found) == 1:
             save_graph(context.run_dir / "graph.safetensors", found[0])
     return found

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmscope.circuits.spec_config import ANSWER_PREFIX, SOFT, SURROUNDINGS, TEXT
-from vlmscope.core.ids import FeatureId
-from vlmscope.core.intervention import CircuitEdge, CircuitFeature, FeatureExample, Supernode
+from vlmscope.core.intervention import CircuitEdge, CircuitFeature, Supernode
 from vlmscope.report.circuit_figure import circuit_diagram, drawable
 from vlmscope.report.html import ReportPage
 from vlmscope.report.sections import Card, Cards, Features, Percent, Section, Table, Text
 from vlmscope.report.thumbnails import decode, example_png
-from vlmscope.tasks.circuit_inputs import Asked, concept_pictures, prepared
+from vlmscope.tasks.circuit_examples import examples_of
+from vlmscope.tasks.circuit_inputs import Asked
 from vlmscope.tasks.steps.report_parts import figure
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 SHOWN = 6  # features of a supernode with evidence
 THUMBNAILS = 3  # pictures in a supernode's box
 WORDS = 3  # of the line in a box
-SEARCHED = 60  # inputs of contrasts in which top examples are looked for
-PER_PLANET = 4  # of Orrery's pictures besides
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,32 @@ class Scene:
     others: Sequence[Asked]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What the page says of how the circuit was found.
+
+    Attributes:
+        summary: sentences before the circuit's own.
+        numbers: sections on top.
+        details: sections below the circuit's.
+        intro: sentences under the diagram's heading.
+    """
+
+    summary: str = ""
+    numbers: tuple[Section, ...] = ()
+    details: tuple[Section, ...] = ()
+    intro: str = ""
+
+
 def draw_circuit(
-    cfg: AppConfig, folder: Path, circuit: Circuit, name: str, scene: Scene, study: StudyFolder | None, metrics: dict
+    cfg: AppConfig,
+    folder: Path,
+    circuit: Circuit,
+    name: str,
+    scene: Scene,
+    study: StudyFolder | None,
+    metrics: dict[str, float],
+    origin: Origin,
 ) -> None:
     """Write figures/circuit.png and report.html."""
     nodes = described(circuit, scene, study, cfg.seed)
@@ -67,16 +89,19 @@ def draw_circuit(
         words,
         "{:+.1f}",
     )
+    words_above = f"{intro(scene, left_out)} {origin.intro}".strip()
     page = ReportPage(
         title=f"Circuit: {name}",
         question="Which named groups of features act on each other and on the answer, directly, and how strongly?",
-        summary=summary(circuit, metrics),
+        summary=f"{origin.summary} {summary(circuit, metrics)}".strip(),
         sections=(
             headline(metrics),
-            figure("The circuit", path, f"Diagram of the circuit {name}: {said(drawn)}", intro(scene, left_out), True),
+            *origin.numbers,
+            figure("The circuit", path, f"Diagram of the circuit {name}: {said(drawn)}", words_above, True),
             edge_table(circuit.edges),
             chosen_table(nodes),
             *feature_sections(nodes),
+            *origin.details,
             limits(),
             rerun(cfg, folder, name),
         ),
@@ -97,7 +122,7 @@ def described(circuit: Circuit, scene: Scene, study: StudyFolder | None, seed: i
     vlm, transcoders = scene.vlm, scene.transcoders
     order = {name: strongest(node) for name, node in circuit.supernodes.items()}
     wanted = list(dict.fromkeys(m.feature for members in order.values() for m in members[:SHOWN]))
-    examples = examples_of(wanted, scene, study, seed)
+    examples = examples_of(wanted, scene, study, seed, SHOWN)
     nodes = []
     for name, members in order.items():
         first = []
@@ -112,48 +137,6 @@ def described(circuit: Circuit, scene: Scene, study: StudyFolder | None, seed: i
 def strongest(node: Supernode) -> list[CircuitFeature]:
     """Members by influence; in their own order where none is known."""
     return sorted(node.features, key=lambda m: -m.influence)
-
-
-def examples_of(
-    features: Sequence[FeatureId], scene: Scene, study: StudyFolder | None, seed: int
-) -> Mapping[FeatureId, tuple[FeatureExample, ...]]:
-    """Inputs on which features are most active: of a study, or of what is at hand."""
-    from vlmscope.data.images import png_bytes
-    from vlmscope.features.study.top_examples import StudyItem, top_examples
-
-    if study is not None:
-        from vlmscope.tasks.study_examples import study_example
-
-        return {
-            feature: tuple(study_example(study, one) for one in study.feature(feature).group("top")[:SHOWN])
-            for feature in features
-        }
-    pool = [*scene.asked, *spread(scene.others, SEARCHED), *of_orrery(scene, seed)]
-    items = [
-        StudyItem(inputs, one.caption, png_bytes(one.pictures[0], 256) if one.pictures else None)
-        for inputs, one in zip(prepared(scene.vlm, pool), pool, strict=True)
-    ]
-    return top_examples(scene.vlm.adapter, scene.transcoders, features, items) if items else {}
-
-
-def spread(asked: Sequence[Asked], count: int) -> list[Asked]:
-    """At most so many, from the whole list."""
-    return [asked[i] for i in np.unique(np.linspace(0, len(asked) - 1, count).astype(int))] if asked else []
-
-
-def of_orrery(scene: Scene, seed: int) -> list[Asked]:
-    """Pictures of every planet under the prompts that were traced, where the model is Orrery."""
-    from vlmscope.data.orrery.facts import PLANETS
-    from vlmscope.tasks.wiring import is_orrery
-
-    prompts = list(dict.fromkeys(one.prompt for one in scene.asked if one.pictures)) or ["what planet is this ?"]
-    if not is_orrery(scene.vlm):
-        return []
-    return [
-        Asked(prompts[0], (picture,), planet)
-        for planet in PLANETS
-        for picture in concept_pictures(planet, PER_PLANET, seed + 1)
-    ]
 
 
 def thumbnails(node: Supernode) -> list[np.ndarray]:

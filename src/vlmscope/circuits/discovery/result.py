@@ -14,6 +14,7 @@ import numpy as np
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.discovery.nodes import Kind, Nodes
 from vlmscope.core.intervention import CircuitFeature, Rate, Supernode
+from vlmscope.core.positions import Positions
 from vlmscope.metrics.faithfulness import FaithfulnessCurve
 
 
@@ -135,9 +136,12 @@ class Discovery:
         )
 
     def to_circuit(self, model: str = "", n_features: Mapping[int, int] | None = None) -> Circuit:
-        """One supernode a position role, `<question>_<role>`, so that the roles of features are kept."""
+        """One supernode a position role, `<question>_<role>`, which is meant at that role alone."""
         groups: dict[str, list[CircuitFeature]] = {}
         for member in self.features():
             groups.setdefault(f"{self.question}_{member.role}", []).append(member)
-        nodes = {name: Supernode(name, tuple(found)) for name, found in groups.items()}
+        nodes = {
+            name: Supernode(name, tuple(found), Positions((found[0].role,)), f"discovery, cut from {self.circuit.by}")
+            for name, found in groups.items()
+        }
         return Circuit(nodes, {}, model=model, n_features=n_features)

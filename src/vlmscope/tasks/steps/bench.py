@@ -17,6 +17,8 @@ from vlmscope.tasks.feature_labels import feature_labels
 from vlmscope.tasks.wiring import load_model, load_transcoders
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.config import CircuitConfig, InterventionConfig
     from vlmscope.config import AppConfig
@@ -30,12 +32,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Bench:
-    """Steps take what they need from here. `records` holds what earlier steps made, by step kind."""
+    """Steps take what they need from here. `records` holds what earlier steps made, by step kind.
+
+    `overrides` is what the user typed, where a tiny model is to get random transcoders (see `load_transcoders`).
+    """
 
     cfg: AppConfig
     run_dir: Path
     records: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    overrides: Sequence[str] = ("transcoder",)
 
     @cached_property
     def vlm(self) -> VLM:
@@ -45,7 +51,7 @@ class Bench:
     @cached_property
     def transcoders(self) -> TranscoderSet:
         """Its transcoders."""
-        return load_transcoders(self.cfg, self.vlm)
+        return load_transcoders(self.cfg, self.vlm, self.overrides)
 
     @cached_property
     def labels(self) -> dict[FeatureId, str]:

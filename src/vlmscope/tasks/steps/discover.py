@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlmscope.circuits.circuit import save_circuit
+from vlmscope.circuits.circuit import Circuit, save_circuit
 from vlmscope.circuits.discovery.discover import discover, node_name
 from vlmscope.circuits.discovery.result import Discovery
 from vlmscope.circuits.discovery.sides import CircuitSubject
@@ -26,13 +26,26 @@ def run(bench: Bench) -> None:
     found: dict[str, Discovery] = {}
     for name in questions(bench, train, test):
         choose, judge = (circuit_subject(bench, name, pairs[name]) for pairs in (train, test))
-        discovery = discover(
-            bench.vlm.adapter, bench.transcoders, choose, judge, bench.cfg.discovery, bench.cfg.attribution
-        )
-        widths = {layer: bench.transcoders[layer].config.n_features for layer in bench.transcoders.layers}
-        save_circuit(discovery.to_circuit(bench.vlm.name, widths), bench.run_dir / "circuits" / name)
-        bench.metrics |= discovery_metrics(discovery)
-        found[name] = discovery
+        found[name] = discovered(bench, choose, judge)
+        save_circuit(circuit_of(bench, found[name]), bench.run_dir / "circuits" / name)
+    leave(bench, found)
+
+
+def discovered(bench: Bench, choose: CircuitSubject, judge: CircuitSubject) -> Discovery:
+    """The circuit of a question by the pairs that choose and the pairs that judge."""
+    return discover(bench.vlm.adapter, bench.transcoders, choose, judge, bench.cfg.discovery, bench.cfg.attribution)
+
+
+def circuit_of(bench: Bench, found: Discovery) -> Circuit:
+    """The circuit in the form in which circuits are saved."""
+    widths = {layer: bench.transcoders[layer].config.n_features for layer in bench.transcoders.layers}
+    return found.to_circuit(bench.vlm.name, widths)
+
+
+def leave(bench: Bench, found: dict[str, Discovery]) -> None:
+    """Write discovery.json and leave metrics and records."""
+    for one in found.values():
+        bench.metrics |= discovery_metrics(one)
     write_json(bench.run_dir / "discovery.json", {name: as_json(one) for name, one in found.items()})
     bench.records["discover"] = found
 

@@ -68,6 +68,11 @@ def summary(found: Discovery) -> str:
 
 def question_sections(found: Discovery, folder: Path) -> list[Section]:
     """Numbers, curves, members, groups and edges of one question."""
+    return [headline(found), *detail_sections(found, folder)]
+
+
+def detail_sections(found: Discovery, folder: Path) -> list[Section]:
+    """Curves, members, groups and edges of one question; draws figures."""
     circuit, name = found.circuit, found.question
     drawn = []
     for mode, curves in found.curves.items():
@@ -76,7 +81,6 @@ def question_sections(found: Discovery, folder: Path) -> list[Section]:
             picture(draw(curves, path, "nodes kept (number)"), f"Faithfulness over size: {name}, {label(mode)}")
         )
     sections: list[Section] = [
-        headline(found),
         Figure(
             f"Faithfulness over circuit size: {name}",
             tuple(drawn),

@@ -1,0 +1,61 @@
+"""Inputs on which the features of a circuit are most active, for its diagram and page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlmscope.core.ids import FeatureId
+from vlmscope.core.intervention import FeatureExample
+from vlmscope.tasks.circuit_inputs import Asked, concept_pictures, prepared
+
+if TYPE_CHECKING:
+    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.tasks.circuit_page import Scene
+
+SEARCHED = 60  # inputs of contrasts and pairs in which top examples are looked for
+PER_PLANET = 4  # of Orrery's pictures besides
+
+
+def examples_of(
+    features: Sequence[FeatureId], scene: Scene, study: StudyFolder | None, seed: int, count: int
+) -> Mapping[FeatureId, tuple[FeatureExample, ...]]:
+    """Inputs on which features are most active: of a study, or of what is at hand."""
+    from vlmscope.data.images import png_bytes
+    from vlmscope.features.study.top_examples import StudyItem, top_examples
+
+    if study is not None:
+        from vlmscope.tasks.study_examples import study_example
+
+        return {
+            feature: tuple(study_example(study, one) for one in study.feature(feature).group("top")[:count])
+            for feature in features
+        }
+    pool = [*scene.asked, *spread(scene.others, SEARCHED), *of_orrery(scene, seed)]
+    items = [
+        StudyItem(inputs, one.caption, png_bytes(one.pictures[0], 256) if one.pictures else None)
+        for inputs, one in zip(prepared(scene.vlm, pool), pool, strict=True)
+    ]
+    return top_examples(scene.vlm.adapter, scene.transcoders, features, items) if items else {}
+
+
+def spread(asked: Sequence[Asked], count: int) -> list[Asked]:
+    """At most so many, from the whole list."""
+    return [asked[i] for i in np.unique(np.linspace(0, len(asked) - 1, count).astype(int))] if asked else []
+
+
+def of_orrery(scene: Scene, seed: int) -> list[Asked]:
+    """Pictures of every planet under the prompts that were traced, where the model is Orrery."""
+    from vlmscope.data.orrery.facts import PLANETS
+    from vlmscope.tasks.wiring import is_orrery
+
+    prompts = list(dict.fromkeys(one.prompt for one in scene.asked if one.pictures)) or ["what planet is this ?"]
+    if not is_orrery(scene.vlm):
+        return []
+    return [
+        Asked(prompts[0], (picture,), planet)
+        for planet in PLANETS
+        for picture in concept_pictures(planet, PER_PLANET, seed + 1)
+    ]

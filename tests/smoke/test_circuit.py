@@ -144,7 +144,7 @@ def test_other_mistakes_are_one_line(made: Path, tmp_path: Path, capsys: pytest.
         f"hydra.run.dir={tmp_path / 'r'}",
     ]
     for command, said in (
-        (base, "no circuit: declare one"),
+        (base, "no circuit: find one with pairs=planet, declare one"),
         ([*base, *declared], "nothing to trace"),
         ([*base, *declared, f"task.load={place}"], "leave one of them out"),
         ([*base, "task.load=/no/circuit"], "cannot read /no/circuit/circuit.yaml"),

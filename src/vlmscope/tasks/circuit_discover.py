@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vlmscope.circuits.spec_config import ANSWER_PREFIX, SURROUNDINGS
+from vlmscope.core.errors import UserError
 from vlmscope.tasks.circuit_inputs import Asked
 
 if TYPE_CHECKING:
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 
 NAMED = 6  # supernodes of one answer each
 ROLE_NAMES = {
-    "special": "at special tokens",
-    "image": "at the picture",
-    "question": "at the question",
-    "last": "at the last word",
+    "special": "special tokens",
+    "image": "picture",
+    "question": "question words",
+    "last": "last position",
 }
 RIGHT = "right - other"  # the end of graphs whose pairs have different answers
 
@@ -63,8 +64,7 @@ def draw_found(
     from vlmscope.tasks.steps.bench import Bench
     from vlmscope.tasks.steps.discover import circuit_of, circuit_subject, discovered, leave
 
-    if not asked:
-        as_difference(cfg, "a", "b").check()  # before long work
+    check_target(cfg, bool(asked))
     bench = Bench(cfg, context.run_dir, overrides=context.overrides)
     search = searched(bench)
     choose, judge = (circuit_subject(bench, search.question, pairs) for pairs in (search.train, search.test))
@@ -83,6 +83,21 @@ def draw_found(
     scene = Scene(bench.vlm, bench.transcoders, asked, graphs, others)
     origin = origin_of(bench, found, search, graphs) if cfg.task.figure else None
     return bench.metrics | finished(cfg, context, circuit, search.question, scene, study, origin)
+
+
+def check_target(cfg: AppConfig, own: bool) -> None:
+    """Look at the settings of graphs before long work; `own`: of an input of one's own, which may explain anything.
+
+    Raises:
+        UserError: a setting makes no sense, or graphs of the pairs are to explain something else than their answers.
+    """
+    if not own and (cfg.attribution.asked != "logits" or cfg.attribution.token_ids):
+        key = "token_ids" if cfg.attribution.asked == "logits" else cfg.attribution.asked
+        raise UserError(
+            f"attribution.{key}: the graphs of pairs= explain the difference of the pair's two answers; leave it out, "
+            "or give prompt= (and image=) to trace an input of your own"
+        )
+    cfg.attribution.check()
 
 
 def searched(bench: Bench) -> Search:
@@ -121,6 +136,8 @@ def by_answer(circuit: Circuit, answers: Sequence[str], words: Mapping[FeatureId
         answers: of the pairs; the `NAMED` whose features have the most influence get a supernode of their own.
         words: what features write; those that write no such answer stay with their role.
     """
+    from vlmscope.tasks.circuit_page import WRITES
+
     nodes: list[Supernode] = []
     for node in circuit.supernodes.values():
         assert node.positions is not None, "discovery's supernodes have one"
@@ -133,11 +150,10 @@ def by_answer(circuit: Circuit, answers: Sequence[str], words: Mapping[FeatureId
         taken = {member.feature for word in order for member in groups[word]}
         rest = tuple(member for member in node.features if member.feature not in taken)
         if rest:
-            nodes.append(replace(node, name=ROLE_NAMES.get(role, f"at {role}"), features=rest))
+            nodes.append(replace(node, name=ROLE_NAMES.get(role, role), features=rest))
         for word in order:
             name = f"writes {word}" if word in (*SURROUNDINGS, *ROLE_NAMES.values()) else word
-            chosen = f"{node.chosen}; writes {word}"
-            nodes.append(replace(node, name=name, features=tuple(groups[word]), chosen=chosen))
+            nodes.append(replace(node, name=name, features=tuple(groups[word]), chosen=f"{WRITES}{word}"))
     return replace(circuit, supernodes={node.name: node for node in nodes})
 
 
@@ -173,6 +189,7 @@ def differences(bench: Bench, context: RunContext, asked: Sequence[Asked], pairs
 
 def origin_of(bench: Bench, found: Discovery, search: Search, graphs: Sequence[PrunedGraph]) -> Origin:
     """What the page says of the discovery; draws its figures."""
+    from vlmscope.report.style import label
     from vlmscope.tasks.circuit_page import Origin
     from vlmscope.tasks.steps.discover_report import detail_sections, headline, reading, summary
 
@@ -185,4 +202,7 @@ def origin_of(bench: Bench, found: Discovery, search: Search, graphs: Sequence[P
     if search.others:
         intro += f" Other questions of these pairs: discovery.question={' or '.join(search.others)}."
     details = detail_sections(found, bench.run_dir / "figures")
-    return Origin(summary(found), (headline(found),), (*details, reading()), intro)
+    pairs = bench.cfg.pairs
+    what = "own pairs" if pairs is None or pairs.change is None else f"pairs of {label(pairs.change)}"
+    title = f"Circuit found by {what}: the question {search.question}"
+    return Origin(title, summary(found), (headline(found),), (*details, reading()), intro)

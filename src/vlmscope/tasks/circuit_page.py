@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 SHOWN = 6  # features of a supernode with evidence
 THUMBNAILS = 3  # pictures in a supernode's box
 WORDS = 3  # of the line in a box
+WRITES = "discovery, writes "  # how a discovered supernode of one answer was chosen, before the answer
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,14 @@ class Origin:
     """What the page says of how the circuit was found.
 
     Attributes:
+        title: the page's, if not the circuit's name.
         summary: sentences before the circuit's own.
         numbers: sections on top.
         details: sections below the circuit's.
         intro: sentences under the diagram's heading.
     """
 
+    title: str = ""
     summary: str = ""
     numbers: tuple[Section, ...] = ()
     details: tuple[Section, ...] = ()
@@ -76,9 +79,9 @@ def draw_circuit(
     shown = next((np.asarray(one.pictures[0]) for one in scene.asked if one.pictures), None)
     if shown is not None:
         pictures[SOFT] = [shown]
-    drawn, left_out = drawable(
-        [(e.source, e.target, 100 * e.share) for e in circuit.edges if shown_edge(e)], 100 * cfg.task.min_share
-    )
+    answers = {node.name for node in nodes if node.chosen.startswith(WRITES)}
+    shown_edges = [e for e in circuit.edges if shown_edge(e) and not {e.source, e.target} <= answers]
+    drawn, left_out = drawable([(e.source, e.target, 100 * e.share) for e in shown_edges], 100 * cfg.task.min_share)
     words = {node.name: line_of(node) for node in nodes}
     path = circuit_diagram(
         nodes,
@@ -89,9 +92,9 @@ def draw_circuit(
         words,
         "{:+.1f}",
     )
-    words_above = f"{intro(scene, left_out)} {origin.intro}".strip()
+    words_above = f"{intro(scene, left_out, len(answers) > 1)} {origin.intro}".strip()
     page = ReportPage(
-        title=f"Circuit: {name}",
+        title=origin.title or f"Circuit: {name}",
         question="Which named groups of features act on each other and on the answer, directly, and how strongly?",
         summary=f"{origin.summary} {summary(circuit, metrics)}".strip(),
         sections=(
@@ -170,7 +173,7 @@ def line_of(node: Supernode) -> str:
     sums: dict[str, float] = {}
     for member in node.features[:SHOWN]:
         weight = max(member.influence, 1e-9)
-        words = peaks(member) if fires_at else [word for word, _ in member.top_logits[:1]]
+        words = peaks(member) if fires_at else [word for word, _ in member.top_logits[:1] if word[:1] != "<"]
         for word in words:
             sums[word] = sums.get(word, 0.0) + weight
     best = sorted(sums, key=lambda word: -sums[word])[:WORDS]
@@ -198,7 +201,7 @@ def said(edges: Sequence[tuple[str, str, float]]) -> str:
     return "; ".join(f"{source} to {target} {share:+.1f} %" for source, target, share in first) or "no edges"
 
 
-def intro(scene: Scene, left_out: int) -> str:
+def intro(scene: Scene, left_out: int, answers: bool) -> str:
     """What the diagram shows, under its heading."""
     count = len(scene.graphs)
     where = "one input" if count == 1 else f"{count} inputs (means)"
@@ -209,6 +212,8 @@ def intro(scene: Scene, left_out: int) -> str:
     text += f"; traced on {where}." if count else "; edges as they were saved."
     if left_out:
         text += f" {left_out} weaker edges back to an earlier box are in the table only."
+    if answers:
+        text += " Edges between supernodes of different answers are in the table only."
     return text
 
 

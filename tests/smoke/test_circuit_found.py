@@ -1,0 +1,128 @@
+"""A circuit that task=circuit finds by pairs: discovered, named, traced and drawn; mistakes in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlmscope.app import main
+from vlmscope.attribution.graph_io import load_graph
+from vlmscope.circuits.circuit import load_circuit
+from vlmscope.core.positions import Positions
+
+SMALL = [
+    "tracking=none",
+    "pairs.train=4",
+    "pairs.test=4",
+    "interchange.least=2",
+    "discovery.graphs=1",
+    "discovery.steps=1",
+    "discovery.methods=[eap_ig,random]",
+    "discovery.modes=[free]",
+    "discovery.edge_pairs=0",
+    "discovery.draws=1",
+    "discovery.minimality=2",
+    "attribution.max_nodes=100",
+    "task.traces=2",
+]
+PAIRS = ["task=circuit", "pairs=planet", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a circuit found by pairs of Mars and Earth; no question was named."""
+    folder = tmp_path_factory.mktemp("found") / "run"
+    words = ["pairs.original=mars", "pairs.counterfactual=earth"]
+    assert main([*PAIRS, *words, f"hydra.run.dir={folder}"]) == 0
+    return folder
+
+
+def test_the_first_question_that_moves_is_discovered_and_its_supernodes_are_named(made: Path) -> None:
+    (folder,) = (made / "circuits").iterdir()
+    assert folder.name == "name"
+    circuit = load_circuit(folder)
+    assert {"mars", "earth"} <= set(circuit.supernodes) <= {
+        "mars", "earth", "last position", "picture", "question words", "special tokens"
+    }  # fmt: skip
+    assert circuit.node("mars").positions == Positions(("last",))
+    assert circuit.node("mars").chosen == "discovery, writes mars"
+    members = [(member.role, member.feature) for node in circuit.supernodes.values() for member in node.features]
+    assert len(members) == len(set(members)) == json.loads((made / "metrics.json").read_text())["circuit/features"]
+    for node in circuit.supernodes.values():
+        assert node.positions is not None and {member.role for member in node.features} == {*node.positions.roles}
+
+
+def test_its_edges_end_at_the_difference_of_the_two_answers(made: Path) -> None:
+    circuit = load_circuit(made / "circuits" / "name")
+    assert {edge.target for edge in circuit.edges} - set(circuit.supernodes) == {"answer: mars - earth"}
+    (into,) = [e for e in circuit.edges if (e.source, e.target) == ("mars", "answer: mars - earth")]
+    assert into.weight > 0 and into.graphs == 2
+    assert load_graph(made / "graph.safetensors").graph.logit_tokens == ["mars - earth"]
+
+
+def test_metrics_and_page_say_how_faithful_it_is_beside_its_control(made: Path) -> None:
+    found = json.loads((made / "metrics.json").read_text())
+    assert found["discovery/name/free/faithfulness_control"] < found["discovery/name/free/faithfulness"]
+    assert found["circuit/graphs"] == 2 and 0 < found["circuit/influence_share"] < 1
+    page = (made / "report.html").read_text()
+    for text in (
+        "of the logit difference on test pairs",
+        "matched features",
+        "Faithfulness over circuit size",
+        "colour",
+    ):
+        assert text in page, text
+    assert (made / "figures" / "circuit.png").stat().st_size > 10_000
+    assert set(json.loads((made / "discovery.json").read_text())) == {"name"}
+
+
+def test_an_input_of_ones_own_is_traced_instead_and_the_circuit_is_loaded_again(made: Path, tmp_path: Path) -> None:
+    place = made / "circuits" / "name"
+    again = ["task=circuit", "tracking=none", f"task.load={place}", "task.figure=false", "pairs=planet"]
+    assert main([*again, f"hydra.run.dir={tmp_path / 'loaded'}"]) == 0
+    assert load_circuit(tmp_path / "loaded" / "circuits" / "name").edges == load_circuit(place).edges
+    own = ["prompt=what covers this planet ?", f"image={tmp_path / 'mars.png'}", "discovery.question=cover"]
+    from vlmscope.tasks.circuit_inputs import concept_pictures
+
+    concept_pictures("mars", 1, 0)[0].save(tmp_path / "mars.png")
+    assert main([*PAIRS, *own, "task.figure=false", f"hydra.run.dir={tmp_path / 'own'}"]) == 0
+    circuit = load_circuit(tmp_path / "own" / "circuits" / "cover")
+    assert {edge.target for edge in circuit.edges} - set(circuit.supernodes) == {"answer: dust"}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["discovery.question=size"], "discovery.question=size: choose from name, colour, cover"),
+        (["task.traces=0"], "task.traces=0: it must be at least 1"),
+        (["attribution.tokens=[mars]"], "attribution.tokens: the graphs of pairs= explain the difference"),
+        (["attribution.max_nodes=0"], "attribution.max_nodes = 0 must be at least 1"),
+        (["pairs.original=mars", "pairs.counterfactual=vulcan"], "vulcan"),
+        (["pairs=file", "pairs.path=/no/pairs.jsonl"], "/no/pairs.jsonl"),
+        (["pairs=file"], "pairs.path"),
+        (["pairs.train=0"], "no question's answer differs within a pair"),
+        (["image=mars.png"], "image= without prompt="),
+        (["study.path=/no/study"], "/no/study"),
+        (["circuit_spec=file", "circuit_spec.path=/no/spec.yaml"], "/no/spec.yaml"),
+    ],
+)
+def test_mistakes_are_one_line_before_a_model_loads(
+    more: list[str],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("vlmscope.tasks.steps.bench.load_model", load)
+    capsys.readouterr()
+    assert main([*PAIRS, f"hydra.run.dir={tmp_path / 'r'}", *more]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and said in errors[0], errors
+
+
+def test_without_pairs_the_message_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["task=circuit", "tracking=none", f"hydra.run.dir={tmp_path / 'r'}"]) == 2
+    assert "no circuit: find one with pairs=planet" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from vlmscope.app import main
 from vlmscope.attribution.graph_io import load_graph
 from vlmscope.circuits.circuit import load_circuit
 from vlmscope.core.positions import Positions
+from vlmscope.tasks.circuit_inputs import concept_pictures
 
 SMALL = [
     "tracking=none",
@@ -82,8 +83,6 @@ def test_an_input_of_ones_own_is_traced_instead_and_the_circuit_is_loaded_again(
     assert main([*again, f"hydra.run.dir={tmp_path / 'loaded'}"]) == 0
     assert load_circuit(tmp_path / "loaded" / "circuits" / "name").edges == load_circuit(place).edges
     own = ["prompt=what covers this planet ?", f"image={tmp_path / 'mars.png'}", "discovery.question=cover"]
-    from vlmscope.tasks.circuit_inputs import concept_pictures
-
     concept_pictures("mars", 1, 0)[0].save(tmp_path / "mars.png")
     assert main([*PAIRS, *own, "task.figure=false", f"hydra.run.dir={tmp_path / 'own'}"]) == 0
     circuit = load_circuit(tmp_path / "own" / "circuits" / "cover")

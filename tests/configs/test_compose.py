@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from tests.configs.composing import composed, rounds
 
-from vlmscope.config import AppConfig, catalog
+from vlmscope.config import catalog
 from vlmscope.config.errors import CONFIG_ERRORS, one_line
 from vlmscope.config.paths import conf_dir
-from vlmscope.config.resolve import to_app_config
 from vlmscope.config.store import register
-from vlmscope.config.verbatim import quote_arguments
 from vlmscope.core.errors import UserError
 from vlmscope.data.source_config import SourceConfig
 from vlmscope.tasks import registry
@@ -41,19 +40,13 @@ GROUPS = (
     "pairs",
     "debug",
 )
-OPTIONS = [f"{group}={name}" for group in GROUPS for name in catalog.options(group)]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def hydra() -> Iterator[None]:
     register(registry.configs())
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         yield
-
-
-def composed(*overrides: str) -> AppConfig:
-    quoted = quote_arguments(overrides)
-    return to_app_config(compose("config", quoted), quoted)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -80,14 +73,15 @@ def test_experiments_compose_with_published_models(
     assert config.model.hub == f"google/{config.model.name}"
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_options_compose(option: str) -> None:
-    paths = [f"{option.split('=')[0]}.path=/x"] if option.endswith(("=path", "=folder", "=file")) else []
-    if option == "data=mix_local":
-        paths = [f"data.sources.{name}.path=/x" for name in ("text", "captions", "questions")]
-    composed(option, *paths)
-    group, name = option.split("=")
-    assert catalog.options(group)[name], f"conf/{group}/{name}.yaml starts with a comment that says what it is"
+@pytest.mark.parametrize("chosen", rounds(*GROUPS))
+def test_options_compose(chosen: tuple[str, ...]) -> None:
+    composed(*chosen)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_options_say_what_they_are(group: str) -> None:
+    for name, summary in catalog.options(group).items():
+        assert summary, f"conf/{group}/{name}.yaml starts with a comment that says what it is"
 
 
 @pytest.mark.parametrize("task", sorted(registry.summaries()))
@@ -132,7 +126,7 @@ def test_mistakes_are_one_line_with_the_nearest_name(override: str, words: str) 
     assert re.search(words, message), message
 
 
-def test_a_misspelt_key_in_an_experiment_fails_and_names_the_file(tmp_path: Path) -> None:
+def test_a_misspelt_key_in_an_experiment_fails_and_names_the_file(hydra: None, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "wrong.yaml").write_text("# @package _global_\ntrainer:\n  max_step: 3\n")
     with pytest.raises(CONFIG_ERRORS) as raised:
@@ -181,7 +175,7 @@ def test_a_mix_is_typed_and_its_sources_can_be_left_out() -> None:
         composed("data=mix_orrery", "+data.sources={a/b: {kind: orrery, stream: text}}")
 
 
-def test_debug_goes_before_what_an_experiment_says(tmp_path: Path) -> None:
+def test_debug_goes_before_what_an_experiment_says(hydra: None, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "long.yaml").write_text("# @package _global_\ntrainer:\n  max_steps: 9999\n")
     search = f"hydra.searchpath=[file://{tmp_path}]"

@@ -1,38 +1,23 @@
 """The prompt sets: typed, in words that their model knows, with as many placeholders as pictures, and right."""
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from tests.configs.composing import composed
 from transformers import AutoTokenizer
 
-from vlmscope.config import AppConfig, catalog
+from vlmscope.config import catalog
 from vlmscope.config.errors import CONFIG_ERRORS
-from vlmscope.config.paths import asset, conf_dir
-from vlmscope.config.resolve import to_app_config
-from vlmscope.config.store import register
+from vlmscope.config.paths import asset
 from vlmscope.core.errors import UserError
 from vlmscope.data.orrery import facts
 from vlmscope.data.prompts import PromptConfig, PromptSetConfig
 from vlmscope.models.tiny import tiny_vlm
-from vlmscope.tasks import registry
 
 SETS = sorted(catalog.options("prompts"))
 ORRERY = [name for name in SETS if name.startswith("orrery_")]
 GEMMA = [name for name in SETS if name not in ORRERY]
-
-
-@pytest.fixture(autouse=True)
-def hydra() -> Iterator[None]:
-    register(registry.configs())
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        yield
-
-
-def composed(*overrides: str) -> AppConfig:
-    return to_app_config(compose("config", list(overrides)), overrides)
 
 
 @cache

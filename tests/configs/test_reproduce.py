@@ -1,28 +1,12 @@
 """What task=reproduce runs: every tagged experiment states few numbers with ranges that say something, and composes."""
 
-from collections.abc import Iterator
-
 import pytest
-from hydra import compose, initialize_config_dir
+from tests.configs.composing import composed
 
-from vlmscope.config import AppConfig, catalog
+from vlmscope.config import catalog
 from vlmscope.config.paths import conf_dir
-from vlmscope.config.resolve import to_app_config
-from vlmscope.config.store import register
-from vlmscope.tasks import registry
 
 TAGGED = sorted(catalog.reproducible([conf_dir()]))
-
-
-@pytest.fixture(autouse=True)
-def hydra() -> Iterator[None]:
-    register(registry.configs())
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        yield
-
-
-def composed(*overrides: str) -> AppConfig:
-    return to_app_config(compose("config", list(overrides)), overrides)
 
 
 def test_experiments_that_train_are_not_tagged() -> None:

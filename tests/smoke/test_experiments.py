@@ -77,7 +77,7 @@ LIMITS = {
         *(
             f"association.{name}.{key}"
             for name in ("digits", "colours")
-            for key in ("pictures=3", "test_pictures=2", "permutations=10")
+            for key in ("pictures=3", "test_pictures=2", "permutations=10", "others=1")
         ),
     ],
     "hierarchy": [*PAIRS, "interchange.scenes=[42,14]"],

@@ -88,9 +88,9 @@ def _reading() -> Text:
         (
             "The paper studies Gemma-3-4B-it; these numbers are of Orrery, a small model of the same classes whose "
             "tasks mirror the paper's case studies. So what can agree is the finding, not the figure.",
-            "A range comes from repeated seeds of the pictures, pairs and controls on these assets, widened by the "
-            "interval of one run; where only one or two seeds were run it was set by hand, wider (docs/reproduce.md "
-            "says which). It is meant to hold another seed and to be missed by a broken build.",
+            "A range comes from three seeds of the pictures, pairs and controls on these assets, widened by the "
+            "interval of one run or the spread between them (docs/reproduce.md). It is meant to hold another seed and "
+            "to be missed by a broken build.",
         ),
     )
 

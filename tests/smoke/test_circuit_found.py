@@ -9,7 +9,7 @@ from vlmscope.app import main
 from vlmscope.attribution.graph_io import load_graph
 from vlmscope.circuits.circuit import load_circuit
 from vlmscope.core.positions import Positions
-from vlmscope.tasks.circuit_inputs import concept_pictures
+from vlmscope.tasks.circuits.inputs import concept_pictures
 
 SMALL = [
     "tracking=none",

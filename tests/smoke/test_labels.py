@@ -66,7 +66,12 @@ def test_features_are_found_by_words_and_by_a_picture(study: Path, tmp_path: Pat
     cached.write_bytes(b"damaged")  # is made anew
     assert np.array_equal(study_facts(own).matrix, fresh.matrix) and cached.stat().st_size > 100
     words = tmp_path / "words"
-    assert main(["task=find", "query=red, planets", "task.count=3", *TINY, f"study.path={study}", f"hydra.run.dir={words}"]) == 0
+    assert (
+        main(
+            ["task=find", "query=red, planets", "task.count=3", *TINY, f"study.path={study}", f"hydra.run.dir={words}"]
+        )
+        == 0
+    )
     found = json.loads((words / "find.json").read_text())["features"]
     assert found and {"layer", "index", "label", "score", "why"} <= set(found[0])
     assert any("red" in one["why"] or "planet" in one["why"] for one in found)

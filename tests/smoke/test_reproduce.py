@@ -17,7 +17,7 @@ import yaml
 from tests.unit.report.test_html import Parsed
 
 from vlmscope.app import main
-from vlmscope.tasks import reproduce_jobs
+from vlmscope.tasks.reproduction import jobs as reproduce_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """# @package _global_
@@ -60,7 +60,7 @@ folder.joinpath("metrics.json").write_text(json.dumps(numbers | {"a/rate_control
 DRIVER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from vlmscope.tasks import reproduce_jobs
+from vlmscope.tasks.reproduction import jobs as reproduce_jobs
 program = sys.argv.pop(1)
 reproduce_jobs._program = lambda: [sys.executable, program]
 from vlmscope.app import main

@@ -35,7 +35,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.attribution.merged_io import save_merged
     from vlmscope.attribution.merged_tables import write_tables
     from vlmscope.report.merged_figure import aggregate_graph
-    from vlmscope.tasks.feature_labels import feature_labels, look_for_labels
+    from vlmscope.tasks.studies.feature_labels import feature_labels, look_for_labels
 
     look_for_labels(cfg)
     files = _files(cfg.task.runs)
@@ -74,7 +74,7 @@ def _files(runs: list[str]) -> list[Path]:
     from vlmscope.attribution.compare import GRAPH_FILE, graph_file
     from vlmscope.core.artifacts import read_text
     from vlmscope.core.errors import UserError
-    from vlmscope.tasks.trace_rows import INDEX
+    from vlmscope.tasks.tracing.rows import INDEX
 
     files: list[Path] = []
     for place in runs:

@@ -46,7 +46,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.attribution.merged_io import save_merged
     from vlmscope.attribution.merged_tables import write_tables
     from vlmscope.report.merged_figure import difference_graph, share_bars
-    from vlmscope.tasks.feature_labels import feature_labels, look_for_labels
+    from vlmscope.tasks.studies.feature_labels import feature_labels, look_for_labels
 
     look_for_labels(cfg)
     sides = _sides(cfg)

@@ -39,7 +39,7 @@ class Config:
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Print a table; write find.json and figures/find.png."""
     from vlmscope.core.artifacts import write_json
-    from vlmscope.tasks.study_data import needed_study
+    from vlmscope.tasks.studies.data import needed_study
 
     task: Config = cfg.task
     folder = needed_study(cfg)
@@ -142,7 +142,7 @@ def _record(study: StudyFolder, match: Match, labels: Labels) -> dict[str, objec
 
 def _row(study: StudyFolder, match: Match, label: Label, count: int) -> FeatureRow:
     from vlmscope.report.feature_sheet import FeatureRow
-    from vlmscope.tasks.study_examples import study_example
+    from vlmscope.tasks.studies.examples import study_example
 
     examples = tuple(study_example(study, one) for one in study.feature(match.feature).group("top")[:count])
     return FeatureRow(f"{match.feature}  {label}", f"{match.relevance:.2f}: {match.why}", examples)

@@ -48,7 +48,7 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write the set, and print some of it."""
-    from vlmscope.tasks.study_data import needed_study
+    from vlmscope.tasks.studies.data import needed_study
 
     task: Config = cfg.task
     folder = needed_study(cfg)

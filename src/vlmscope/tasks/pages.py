@@ -54,16 +54,16 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from tqdm import tqdm
 
     from vlmscope.core.artifacts import write_json
-    from vlmscope.tasks.study_data import needed_study
+    from vlmscope.tasks.studies.data import needed_study
 
     start, task, place = perf_counter(), cfg.task, needed_study(cfg)
 
     from vlmscope.features.study.records import StudyFolder
     from vlmscope.report.feature_json import feature_json
     from vlmscope.report.gallery import Gallery
-    from vlmscope.tasks.page_choice import choose
-    from vlmscope.tasks.page_graphs import graph_uses
-    from vlmscope.tasks.page_parts import PageMaker, study_labels
+    from vlmscope.tasks.gallery.choice import choose
+    from vlmscope.tasks.gallery.graphs import graph_uses
+    from vlmscope.tasks.gallery.parts import PageMaker, study_labels
 
     study, folder = StudyFolder(place), context.run_dir / "pages"
     labels = study_labels(study, task.labels)

@@ -41,8 +41,8 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Run the steps that are switched on."""
     import time
 
-    from vlmscope.tasks.feature_labels import look_for_labels
-    from vlmscope.tasks.study_data import look_for, study_sources
+    from vlmscope.tasks.studies.data import look_for, study_sources
+    from vlmscope.tasks.studies.feature_labels import look_for_labels
 
     chosen = [name for name, wanted in cfg.task.steps.items() if wanted]
     if not chosen:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.hardware import HARDWARE
-from vlmscope.tasks.plan_training import TrainingPlan
+from vlmscope.tasks.transcoders.plan import TrainingPlan
 
 if TYPE_CHECKING:
     from vlmscope.attribution.sizes import GraphSizes
@@ -80,7 +80,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 def _training(cfg: AppConfig, adapter: Adapter) -> dict[str, float]:
     """The plan of training new transcoders, printed; nothing for a set that is there."""
     from vlmscope.config.schema import TranscoderArchConfig
-    from vlmscope.tasks.plan_training import TrainingTables
+    from vlmscope.tasks.transcoders.plan import TrainingTables
 
     if not isinstance(cfg.transcoder, TranscoderArchConfig):
         return {}

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.core.reproduction import Reproduced
     from vlmscope.tasks.context import RunContext
-    from vlmscope.tasks.reproduce_jobs import Ended
-    from vlmscope.tasks.reproduce_plan import Job
+    from vlmscope.tasks.reproduction.jobs import Ended
+    from vlmscope.tasks.reproduction.plan import Job
 
 RESUMES = True
 
@@ -33,8 +33,8 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         CheckFailed: afterwards: an experiment failed or a number lies outside its range.
     """
     from vlmscope.core.errors import CheckFailed
-    from vlmscope.tasks.reproduce_page import write_page, write_ranges
-    from vlmscope.tasks.reproduce_plan import planned
+    from vlmscope.tasks.reproduction.page import write_page, write_ranges
+    from vlmscope.tasks.reproduction.plan import planned
 
     jobs = planned(cfg, context)
     ended = _run_all(cfg, context, jobs)
@@ -53,7 +53,7 @@ def _run_all(cfg: "AppConfig", context: "RunContext", jobs: "list[Job]") -> "lis
     """How every job ended, now or in an earlier run in this folder."""
     from tqdm import tqdm
 
-    from vlmscope.tasks.reproduce_jobs import finished, run_job
+    from vlmscope.tasks.reproduction.jobs import finished, run_job
     from vlmscope.tracking import sweep
 
     run_dir = context.run_dir
@@ -83,8 +83,8 @@ def _shards(run_dir: "Path") -> tuple[str, ...]:
     """
     from vlmscope.config.verbatim import quote
     from vlmscope.data.orrery.scene import KINDS
-    from vlmscope.tasks.reproduce_jobs import finished, run_job
-    from vlmscope.tasks.reproduce_plan import SHARDS
+    from vlmscope.tasks.reproduction.jobs import finished, run_job
+    from vlmscope.tasks.reproduction.plan import SHARDS
 
     print("no shards of Orrery's validation scenes (task=build_data writes them): rendering those 2,000", flush=True)
     where = f"data.path={quote(str(run_dir / SHARDS / 'data'))}"
@@ -100,7 +100,7 @@ def _judged(run_dir: "Path", job: "Job", how: "Ended") -> "Reproduced":
     from vlmscope.core.artifacts import read_json
     from vlmscope.core.reproduction import Reproduced
     from vlmscope.tasks.headline_numbers import numbers_of
-    from vlmscope.tasks.reproduce_page import key_picture
+    from vlmscope.tasks.reproduction.page import key_picture
 
     folder = run_dir / job.label
     metrics = read_json(folder / "metrics.json") if how.code == 0 else {}

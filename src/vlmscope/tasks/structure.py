@@ -50,14 +50,14 @@ class Config:
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write structure.parquet, clusters.parquet and the figures."""
     from vlmscope.core.errors import UserError
-    from vlmscope.tasks.study_data import needed_study
+    from vlmscope.tasks.studies.data import needed_study
 
     folder = needed_study(cfg)
 
     from vlmscope.features.structure.modality_tables import modality_tables
     from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.steps.modality import draw, modality_metrics
-    from vlmscope.tasks.structure_tables import Structure, write_structure
+    from vlmscope.tasks.studies.structure_tables import Structure, write_structure
     from vlmscope.tasks.wiring import load_model, load_transcoders
 
     study = StudyFolder(folder)

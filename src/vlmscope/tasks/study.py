@@ -20,7 +20,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Go through the data, each process through its part; the main one writes the files."""
     from vlmscope.core.errors import NotMainRank, UserError
     from vlmscope.core.study import MANIFEST
-    from vlmscope.tasks.study_data import described, look_for, opened, settings_of, study_sources
+    from vlmscope.tasks.studies.data import described, look_for, opened, settings_of, study_sources
 
     config = cfg.study
     if cfg.prompt is not None or cfg.image is not None:

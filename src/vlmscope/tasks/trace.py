@@ -26,12 +26,12 @@ class Config:
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Trace `prompt=` on `image=` (none for text alone), or every row of `task.rows=`."""
     from vlmscope.core.errors import UserError
-    from vlmscope.tasks.feature_labels import look_for_labels
+    from vlmscope.tasks.studies.feature_labels import look_for_labels
 
     look_for_labels(cfg)
 
-    from vlmscope.tasks.trace_one import trace_into
-    from vlmscope.tasks.trace_rows import trace_rows
+    from vlmscope.tasks.tracing.one import trace_into
+    from vlmscope.tasks.tracing.rows import trace_rows
     from vlmscope.tasks.wiring import load_model, load_transcoders, user_pictures
 
     if cfg.task.rows is not None:

@@ -67,9 +67,9 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.config.schema import TranscoderArchConfig
     from vlmscope.core.artifacts import write_text
     from vlmscope.report.training_figures import fvu_by_layer
-    from vlmscope.tasks.activation_cache import cache_settings, rounding
-    from vlmscope.tasks.transcoder_batches import batches_for
-    from vlmscope.tasks.transcoder_cards import training_card
+    from vlmscope.tasks.transcoders.activation_cache import cache_settings, rounding
+    from vlmscope.tasks.transcoders.batches import batches_for
+    from vlmscope.tasks.transcoders.cards import training_card
     from vlmscope.tasks.wiring import load_model
     from vlmscope.training.transcoder_config import PRECISIONS
     from vlmscope.training.transcoder_training import train_transcoders

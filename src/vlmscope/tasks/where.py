@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.core.ids import FeatureId
     from vlmscope.tasks.context import RunContext
-    from vlmscope.tasks.where_maps import WhereMaps
+    from vlmscope.tasks.maps.where_maps import WhereMaps
 
 
 @dataclass
@@ -37,7 +37,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.core.errors import UserError
     from vlmscope.core.ids import FeatureId
     from vlmscope.report.where_figure import feature_maps
-    from vlmscope.tasks.where_maps import where_maps
+    from vlmscope.tasks.maps.where_maps import where_maps
     from vlmscope.tasks.wiring import load_model, load_transcoders, user_pictures
 
     if cfg.prompt is None:
@@ -137,7 +137,7 @@ def _curves(
 ) -> dict[str, float]:
     """Deletion and insertion on the one picture of the prompt, with as many random orders as `where.draws` says."""
     from vlmscope.core.errors import UserError
-    from vlmscope.tasks.map_curves import MEASURES, Subject, map_curves
+    from vlmscope.tasks.maps.curves import MEASURES, Subject, map_curves
 
     if len(arrays) != 1:
         raise UserError(f"task.curves=true needs one picture, and {len(arrays)} were given; give one, or leave it out")

@@ -13,7 +13,7 @@ from PIL import Image
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
 from vlmscope.data.orrery.concepts import colour_scenes, concept_scenes, digit_scenes, pictures
-from vlmscope.tasks.feature_labels import feature_labels
+from vlmscope.tasks.studies.feature_labels import feature_labels
 from vlmscope.tasks.wiring import load_model, load_transcoders
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from vlmscope.metrics.localisation import pointing_hit
 from vlmscope.models.batching import make_batch
 from vlmscope.report.figures import dose_response
 from vlmscope.report.where_figure import NAMES, feature_maps, pointing_bars
-from vlmscope.tasks.map_curves import CONTRAST, MEASURES, NO_FEATURE, RANDOM, MapCurves, Subject, contrast, map_curves
-from vlmscope.tasks.where_maps import KINDS, WhereMaps, where_maps
+from vlmscope.tasks.maps.curves import CONTRAST, MEASURES, NO_FEATURE, RANDOM, MapCurves, Subject, contrast, map_curves
+from vlmscope.tasks.maps.where_maps import KINDS, WhereMaps, where_maps
 
 if TYPE_CHECKING:
     from vlmscope.core.ids import FeatureId

@@ -17,7 +17,7 @@ from vlmscope.core.graph import NodeKind
 from vlmscope.core.ids import FeatureId
 from vlmscope.features.role_means import RoleMeans, role_means
 from vlmscope.models.batching import make_batch
-from vlmscope.tasks.graph_metrics import graph_metrics
+from vlmscope.tasks.tracing.graph_metrics import graph_metrics
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,7 +9,7 @@ from vlmscope.data.share import WHOLE
 from vlmscope.features.study.part import StudyPart
 from vlmscope.features.study.records import StudyFolder
 from vlmscope.features.study.run import finish, run_part, study_parts
-from vlmscope.tasks.study_data import described, opened, settings_of, study_sources
+from vlmscope.tasks.studies.data import described, opened, settings_of, study_sources
 
 if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench

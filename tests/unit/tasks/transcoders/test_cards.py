@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from vlmscope.tasks.transcoder_cards import training_card
+from vlmscope.tasks.transcoders.cards import training_card
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
 from vlmscope.transcoders.card import parts_of
 from vlmscope.transcoders.init import random_set

@@ -9,11 +9,11 @@ import numpy as np
 
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import FeatureExample
-from vlmscope.tasks.circuit_inputs import Asked, concept_pictures, prepared
+from vlmscope.tasks.circuits.inputs import Asked, concept_pictures, prepared
 
 if TYPE_CHECKING:
     from vlmscope.features.study.records import StudyFolder
-    from vlmscope.tasks.circuit_page import Scene
+    from vlmscope.tasks.circuits.page import Scene
 
 SEARCHED = 60  # inputs of contrasts and pairs in which top examples are looked for
 PER_PLANET = 4  # of Orrery's pictures besides
@@ -27,7 +27,7 @@ def examples_of(
     from vlmscope.features.study.top_examples import StudyItem, top_examples
 
     if study is not None:
-        from vlmscope.tasks.study_examples import study_example
+        from vlmscope.tasks.studies.examples import study_example
 
         return {
             feature: tuple(study_example(study, one) for one in study.feature(feature).group("top")[:count])

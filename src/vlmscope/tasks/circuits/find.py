@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vlmscope.features.labels.reader import Labels
     from vlmscope.features.role_means import RoleMeans
     from vlmscope.models.loading import VLM
-    from vlmscope.tasks.circuit_inputs import Asked
+    from vlmscope.tasks.circuits.inputs import Asked
     from vlmscope.transcoders.transcoder import TranscoderSet
 
 
@@ -56,7 +56,7 @@ def gather(cfg: AppConfig, spec: CircuitSpecConfig, asked: Sequence[Asked]) -> M
     from vlmscope.circuits.selectors import read_clusters
     from vlmscope.features.labels.reader import Labels
     from vlmscope.features.study.records import StudyFolder
-    from vlmscope.tasks.circuit_inputs import contrast_sets
+    from vlmscope.tasks.circuits.inputs import contrast_sets
 
     found = Material()
     prompts = list(dict.fromkeys(one.prompt for one in asked))
@@ -167,7 +167,7 @@ class Finder:
 
     def _means(self, asked: Sequence[Asked], node: SupernodeConfig) -> RoleMeans:
         from vlmscope.features.role_means import role_means
-        from vlmscope.tasks.circuit_inputs import batches_of, prepared
+        from vlmscope.tasks.circuits.inputs import batches_of, prepared
 
         batches = batches_of(self.vlm, prepared(self.vlm, asked))
         return role_means(self.vlm.adapter, self.transcoders, batches, node.where)

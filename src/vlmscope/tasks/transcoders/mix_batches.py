@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vlmscope.data.share import Share
     from vlmscope.data.shuffled import ShuffledSource
     from vlmscope.models.loading import VLM
-    from vlmscope.tasks.transcoder_batches import Source
+    from vlmscope.tasks.transcoders.batches import Source
     from vlmscope.training.conversation_batches import Forward
     from vlmscope.training.mix_batches import SampleEncoder
 
@@ -29,7 +29,7 @@ def mix_batches(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple
     """
     from vlmscope.data.mixing import Lane, TokenMix
     from vlmscope.data.sources import fingerprint
-    from vlmscope.tasks.transcoder_batches import Source
+    from vlmscope.tasks.transcoders.batches import Source
     from vlmscope.training.mix_batches import MixBatches, MixValidation
     from vlmscope.training.process_group import joint_sum, own_share
 

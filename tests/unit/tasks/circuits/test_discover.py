@@ -7,7 +7,7 @@ from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.positions import Positions
 from vlmscope.data.pairs import Pair, Side
-from vlmscope.tasks.circuit_discover import NAMED, by_answer, spread_answers
+from vlmscope.tasks.circuits.discover import NAMED, by_answer, spread_answers
 
 
 def node(role: str, influences: list[float], layer: int) -> Supernode:

@@ -45,10 +45,10 @@ def trace_into(
     from vlmscope.attribution.pruning import reaches_image
     from vlmscope.attribution.trace import trace
     from vlmscope.report.graph_figure import attribution_graph
-    from vlmscope.tasks.feature_labels import feature_labels
-    from vlmscope.tasks.graph_metrics import graph_metrics
     from vlmscope.tasks.steps.trace_details import print_ends, write_heads, write_scores
-    from vlmscope.tasks.trace_patches import follow_to_patches
+    from vlmscope.tasks.studies.feature_labels import feature_labels
+    from vlmscope.tasks.tracing.graph_metrics import graph_metrics
+    from vlmscope.tasks.tracing.patches import follow_to_patches
 
     labels = feature_labels(cfg, vlm.name, transcoders)
     traced = trace(vlm, transcoders, inputs, cfg.attribution, folder)

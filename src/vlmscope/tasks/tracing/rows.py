@@ -154,7 +154,7 @@ def _inputs(vlm: VLM, row: PromptRow) -> tuple[ModelInputs, list[Any]]:
 
 def _trace(cfg: AppConfig, vlm: VLM, transcoders: Any, row: PromptRow, folder: Path, settings: str) -> dict[str, Any]:
     from vlmscope.core.artifacts import atomic_folder, write_json
-    from vlmscope.tasks.trace_one import trace_into
+    from vlmscope.tasks.tracing.one import trace_into
 
     inputs, pictures = _inputs(vlm, row)
     with atomic_folder(folder / row.id) as half:

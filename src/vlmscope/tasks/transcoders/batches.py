@@ -42,7 +42,7 @@ def batches_for(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple
         UserError: the data is not there or has a mistake.
     """
     if cfg.data.sources:
-        from vlmscope.tasks.mix_batches import mix_batches
+        from vlmscope.tasks.transcoders.mix_batches import mix_batches
 
         return mix_batches(cfg, load, run_dir)
     makers = {"orrery": orrery_batches, "folder": folder_batches}

@@ -15,8 +15,8 @@ from vlmscope.report.circuit_figure import circuit_diagram, drawable
 from vlmscope.report.html import ReportPage
 from vlmscope.report.sections import Card, Cards, Features, Percent, Section, Table, Text
 from vlmscope.report.thumbnails import decode, example_png
-from vlmscope.tasks.circuit_examples import examples_of
-from vlmscope.tasks.circuit_inputs import Asked
+from vlmscope.tasks.circuits.examples import examples_of
+from vlmscope.tasks.circuits.inputs import Asked
 from vlmscope.tasks.steps.report_parts import figure
 
 if TYPE_CHECKING:

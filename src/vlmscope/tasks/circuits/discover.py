@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vlmscope.circuits.spec_config import ANSWER_PREFIX, SURROUNDINGS
 from vlmscope.core.errors import UserError
-from vlmscope.tasks.circuit_inputs import Asked
+from vlmscope.tasks.circuits.inputs import Asked
 
 if TYPE_CHECKING:
     from vlmscope.attribution.config import AttributionConfig
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vlmscope.core.intervention import CircuitFeature, Supernode
     from vlmscope.data.pairs import Pair
     from vlmscope.features.study.records import StudyFolder
-    from vlmscope.tasks.circuit_page import Origin
+    from vlmscope.tasks.circuits.page import Origin
     from vlmscope.tasks.context import RunContext
     from vlmscope.tasks.steps.bench import Bench
 
@@ -59,8 +59,8 @@ def draw_found(
     Raises:
         UserError: the pairs have no contrast, or the model does not answer them.
     """
-    from vlmscope.tasks.circuit import finished, traced
-    from vlmscope.tasks.circuit_page import Scene
+    from vlmscope.tasks.circuits.finish import finished, traced
+    from vlmscope.tasks.circuits.page import Scene
     from vlmscope.tasks.steps.bench import Bench
     from vlmscope.tasks.steps.discover import circuit_of, circuit_subject, discovered, leave
 
@@ -136,7 +136,7 @@ def by_answer(circuit: Circuit, answers: Sequence[str], words: Mapping[FeatureId
         answers: of the pairs; the `NAMED` whose features have the most influence get a supernode of their own.
         words: what features write; those that write no such answer stay with their role.
     """
-    from vlmscope.tasks.circuit_page import WRITES
+    from vlmscope.tasks.circuits.page import WRITES
 
     nodes: list[Supernode] = []
     for node in circuit.supernodes.values():
@@ -175,7 +175,7 @@ def as_difference(cfg: AppConfig, right: str, other: str) -> AttributionConfig:
 
 def differences(bench: Bench, context: RunContext, asked: Sequence[Asked], pairs: Sequence[Pair]) -> list[PrunedGraph]:
     """The originals' graphs, each of its own two answers, under one name for the end of all of them."""
-    from vlmscope.tasks.circuit import traced
+    from vlmscope.tasks.circuits.finish import traced
 
     settings = [
         as_difference(bench.cfg, *(f"id:{bench.token(side.answer)}" for side in (pair.original, pair.counterfactual)))
@@ -190,7 +190,7 @@ def differences(bench: Bench, context: RunContext, asked: Sequence[Asked], pairs
 def origin_of(bench: Bench, found: Discovery, search: Search, graphs: Sequence[PrunedGraph]) -> Origin:
     """What the page says of the discovery; draws its figures."""
     from vlmscope.report.style import label
-    from vlmscope.tasks.circuit_page import Origin
+    from vlmscope.tasks.circuits.page import Origin
     from vlmscope.tasks.steps.discover_report import detail_sections, headline, reading, summary
 
     intro = (

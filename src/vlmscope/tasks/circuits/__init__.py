@@ -1,0 +1,1 @@
+"""task=circuit: finding what is declared, discovering what is not, and the page."""

@@ -1,0 +1,1 @@
+"""task=pages: which features get a page, and what stands on it."""

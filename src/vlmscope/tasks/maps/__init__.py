@@ -1,0 +1,1 @@
+"""task=where: maps of features over a picture and their curves."""

@@ -1,0 +1,1 @@
+"""What tasks take from a feature study: its data, examples, labels and tables."""

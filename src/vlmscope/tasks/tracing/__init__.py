@@ -1,0 +1,1 @@
+"""task=trace: one prompt, many rows, the maps over patches."""

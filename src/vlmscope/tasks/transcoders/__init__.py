@@ -1,0 +1,1 @@
+"""task=train_transcoders and task=plan: batches, caches, cards, and what training needs."""

@@ -68,6 +68,20 @@ def test_a_report_opens_and_fits(
     assert overflowing(page) == []
 
 
+def test_no_table_of_an_experiment_scrolls_on_a_screen(
+    reports: dict[str, Path], open_page: Callable[[int], Watched]
+) -> None:
+    page = open_page(SCREEN).page
+    page.goto(reports["experiment"].as_uri())
+    assert (
+        page.evaluate(
+            """() => [...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth + 1)
+            .map(box => box.getAttribute('aria-labelledby'))"""
+        )
+        == []
+    )
+
+
 @pytest.mark.parametrize("width", [SCREEN, TELEPHONE])
 def test_bars_of_probabilities_have_one_scale(
     width: int, reports: dict[str, Path], open_page: Callable[[int], Watched]

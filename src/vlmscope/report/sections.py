@@ -62,6 +62,11 @@ class Table:
             if len(row) != len(self.columns):
                 raise ValueError(f"table {self.title!r}: {len(row)} values under {len(self.columns)} columns: {row}")
 
+    @property
+    def dense(self) -> bool:
+        """Whether a row has several rates: their lines go above their numbers, since they would run past the page."""
+        return any(sum(isinstance(value, Rate) for value in row) > 1 for row in self.rows)
+
 
 @dataclass(frozen=True)
 class Picture:

@@ -53,7 +53,9 @@ def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(own: 
     assert metrics["interchange/all_features/free/answer/follow_rate"] == 1.0
     assert metrics["base/answer/pairs"] == 3.0
     (folder,) = (tmp_path / "first" / "circuits").iterdir()
-    assert len(load_circuit(folder).supernodes["answer"].features) == 3
+    saved = load_circuit(folder)
+    assert len(saved.supernodes["answer"].features) == 3
+    assert folder.name == "pairs" and saved.model == "orrery" and saved.n_features is not None
     assert run(own, tmp_path / "again", f"interchange.circuit={folder}") == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     key = "interchange/features_of_answer/free/answer/recovered"

@@ -65,7 +65,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     modality = modality_tables(study)
     vlm = load_model(cfg)
     transcoders = load_transcoders(cfg, vlm, context.overrides)
-    widths = {layer: one.config.n_features for layer, one in transcoders.transcoders.items()}
+    widths = transcoders.widths
     if widths != study.info.n_features:
         raise UserError(f"{study.path} is of other transcoders: layers or widths differ; give those with transcoder=")
     structure = Structure.of(vlm.adapter, transcoders, study, seen(cfg, vlm, transcoders, study), modality, cfg.task)

@@ -92,7 +92,7 @@ class Finder:
 
     def __post_init__(self) -> None:
         self.known = self._known()
-        self.widths = {layer: self.transcoders[layer].config.n_features for layer in self.transcoders.layers}
+        self.widths = self.transcoders.widths
 
     def _known(self, positions: Positions | None = None) -> dict[FeatureId, float]:
         """Influence of features in the run's own graphs, at these positions."""

@@ -129,8 +129,7 @@ def chosen_features(bench: Bench, cases: Mapping[str, PairCase]) -> dict[str, li
     settings = bench.cfg.interchange
     if settings.circuit is not None:
         circuit = load_circuit(Path(settings.circuit))
-        widths = {layer: one.config.n_features for layer, one in bench.transcoders.transcoders.items()}
-        circuit.check_fits(bench.vlm.name, widths, settings.circuit)
+        circuit.check_fits(bench.vlm.name, bench.transcoders.widths, settings.circuit)
         bench.records[LOADED] = circuit
         return {name: list(node.features) for name, node in circuit.supernodes.items()}
     train = pairs_of(bench, "train")
@@ -146,7 +145,9 @@ def chosen_features(bench: Bench, cases: Mapping[str, PairCase]) -> dict[str, li
         for name, found in chosen.items()
     }
     if nodes:
-        save_circuit(Circuit(nodes, {}), bench.run_dir / "circuits" / str(bench.cfg.pairs and bench.cfg.pairs.change))
+        name = (bench.cfg.pairs and bench.cfg.pairs.change) or "pairs"
+        circuit = Circuit(nodes, {}, model=bench.vlm.name, n_features=bench.transcoders.widths)
+        save_circuit(circuit, bench.run_dir / "circuits" / name)
     return chosen
 
 

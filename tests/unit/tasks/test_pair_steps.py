@@ -1,13 +1,20 @@
 """What the steps on pairs compute from what was run."""
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
+from vlmscope.circuits.interchange import all_features, interchange_plan, run_interchange
+from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.core.intervention import Rate
 from vlmscope.data.orrery.facts import SHAPES
+from vlmscope.interventions.edits import at_positions
 from vlmscope.tasks.steps.dissociation import Cell, contrast
+from vlmscope.tasks.steps.interchange import PairCase
 from vlmscope.tasks.steps.number_line import COLUMNS, drawn_scenes, tuned_features
-from vlmscope.tasks.steps.object_places import share_of
+from vlmscope.tasks.steps.object_places import carried_at, share_of
 
 RATE = Rate(0.5, 0.4, 0.6, 10)
 
@@ -53,3 +60,19 @@ def test_the_share_on_objects_is_told_beside_the_share_of_places() -> None:
     assert rate.control == 0.25
     assert rate.cases == 2
     assert np.isnan(share_of(np.zeros((2, 4)), on[:2]).value)
+
+
+def test_features_elsewhere_are_left_alone_when_a_place_is_carried(made: tuple[Any, PairSubject]) -> None:
+    bench, subject = made
+    soft = np.flatnonzero(subject.batch.is_image)
+    on = np.zeros((subject.size, len(soft)), bool)
+    on[:, :2] = True
+    features = all_features(bench.transcoders)
+    found = carried_at(bench, PairCase([], subject), np.arange(subject.size), on, features)
+    plan = interchange_plan(bench.vlm.adapter, bench.transcoders, subject, features)
+    for name, places in (("objects", soft[:2]), ("ground", soft[2:]), ("whole picture", soft)):
+        where = torch.zeros(subject.batch.length, dtype=torch.bool)
+        where[places] = True
+        expected = run_interchange(bench.vlm.adapter, bench.transcoders, subject, at_positions(plan, where)).recovered
+        assert expected is not None and abs(expected.value) > 1e-3
+        assert found[name].value == pytest.approx(expected.value, rel=1e-4)

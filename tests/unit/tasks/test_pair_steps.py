@@ -1,5 +1,9 @@
 """What the steps on pairs compute from what was run."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -7,11 +11,17 @@ import pytest
 import torch
 
 from vlmscope.circuits.interchange import all_features, interchange_plan, run_interchange
+from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.circuits.pair_subject import PairSubject
+from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Rate
 from vlmscope.data.orrery.facts import SHAPES
+from vlmscope.data.pair_config import PairsConfig
+from vlmscope.data.pairs import Pair, Side
 from vlmscope.interventions.edits import at_positions
-from vlmscope.tasks.steps.dissociation import Cell, contrast
+from vlmscope.models.tiny import tiny_image
+from vlmscope.tasks.steps import amplify, interchange, layer_ranges
+from vlmscope.tasks.steps.dissociation import Cell, check, contrast
 from vlmscope.tasks.steps.interchange import PairCase
 from vlmscope.tasks.steps.number_line import COLUMNS, drawn_scenes, tuned_features
 from vlmscope.tasks.steps.object_places import carried_at, share_of
@@ -76,3 +86,47 @@ def test_features_elsewhere_are_left_alone_when_a_place_is_carried(made: tuple[A
         expected = run_interchange(bench.vlm.adapter, bench.transcoders, subject, at_positions(plan, where)).recovered
         assert expected is not None and abs(expected.value) > 1e-3
         assert found[name].value == pytest.approx(expected.value, rel=1e-4)
+
+
+def own_pairs(folder: Path, ids: tuple[str | None, str | None]) -> Any:
+    """A configuration with a file of two questions about the same pictures, with the ids given or none."""
+    for name in "ab":
+        tiny_image(ord(name)).save(folder / f"{name}.png")
+    lines = [
+        {"prompt": f"what {question} ?", "image": "a.png", "answer": "x", "question": question}
+        | {"counterfactual": {"image": "b.png", "answer": "y"}}
+        | ({} if one is None else {"id": one})
+        for question, one in zip(("shape", "colour"), ids, strict=True)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return SimpleNamespace(pairs=PairsConfig(path=str(folder / "pairs.jsonl"), train=0))
+
+
+@pytest.mark.parametrize("ids", [(None, None), ("1", "2")])
+def test_own_pairs_whose_questions_share_no_id_are_told_before_anything_runs(tmp_path: Path, ids: Any) -> None:
+    with pytest.raises(UserError, match=r"pairs.jsonl: .* give lines about one scene the same \"id\"") as error:
+        check(own_pairs(tmp_path, ids))
+    assert "\n" not in str(error.value)
+
+
+def test_own_pairs_with_ids_and_orrerys_pass(tmp_path: Path) -> None:
+    check(own_pairs(tmp_path, ("1", "1")))
+    check(SimpleNamespace(pairs=PairsConfig(change="object")))  # pyright: ignore[reportArgumentType]
+
+
+def test_training_pairs_whose_answers_agree_choose_nothing(
+    made: tuple[Any, PairSubject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, subject = made
+    bench = SimpleNamespace(**vars(bench) | {"cfg": SimpleNamespace(interchange=InterchangeConfig(), pairs=None)})
+    side = Side("what ?", (), "x")
+    splits = {"test": replace(side, answer="y"), "train": side}
+    for step in (amplify, interchange, layer_ranges):
+        monkeypatch.setattr(step, "pairs_of", lambda _b, split: {"name": [Pair("1", "name", "x", side, splits[split])]})
+        monkeypatch.setattr(step, "subject_of", lambda *_args, **_kwargs: subject)
+        monkeypatch.setattr(step, "pair_effects", lambda *_args: pytest.fail("there is no effect to estimate"))
+    cases = {"name": PairCase([], subject)}
+    assert interchange.chosen_features(bench, cases) == {}
+    assert layer_ranges.effects_of(bench, cases) == {}
+    with pytest.raises(UserError, match="nothing to amplify"):
+        amplify.run(bench)

@@ -32,7 +32,7 @@ from vlmscope.interventions.generate import generate_edited
 from vlmscope.interventions.named import by_layer, mean_activations
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.tasks.steps.intervene import make_curve, rate_metrics
-from vlmscope.tasks.steps.pair_subjects import pairs_of, subject_of
+from vlmscope.tasks.steps.pair_subjects import moving, pairs_of, subject_of
 
 if TYPE_CHECKING:
     from vlmscope.data.pairs import Pair
@@ -133,7 +133,7 @@ def chosen_features(bench: Bench, cases: Mapping[str, PairCase]) -> dict[str, li
         circuit.check_fits(bench.vlm.name, widths, settings.circuit)
         bench.records[LOADED] = circuit
         return {name: list(node.features) for name, node in circuit.supernodes.items()}
-    train = pairs_of(bench, "train")
+    train = moving(pairs_of(bench, "train"))
     chosen: dict[str, list[CircuitFeature]] = {}
     for name, case in cases.items():
         if case.subject.moves and name in train:

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.circuits.interchange import all_features, interchange_plan, run_interchange
+from vlmscope.circuits.interchange import Outcome, all_features, carried_controls, interchange_plan, run_interchange
 from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import Rate
+from vlmscope.core.ids import FeatureId
+from vlmscope.core.intervention import CircuitFeature, Rate
 from vlmscope.data.orrery.facts import SHAPES
 from vlmscope.data.pair_config import PairsConfig
 from vlmscope.data.pairs import Pair, Side
 from vlmscope.interventions.edits import at_positions
+from vlmscope.interventions.named import mean_activations
 from vlmscope.models.tiny import tiny_image
 from vlmscope.tasks.steps import amplify, interchange, layer_ranges
 from vlmscope.tasks.steps.dissociation import Cell, check, contrast
@@ -130,3 +132,26 @@ def test_training_pairs_whose_answers_agree_choose_nothing(
     assert layer_ranges.effects_of(bench, cases) == {}
     with pytest.raises(UserError, match="nothing to amplify"):
         amplify.run(bench)
+
+
+def test_curves_over_counts_are_of_questions_that_move_and_their_controls_follow_the_seed(
+    made: tuple[Any, PairSubject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, subject = made
+    settings = InterchangeConfig(counts=[1, 2])
+    cfg = SimpleNamespace(interchange=settings, seed=7)
+    bench = SimpleNamespace(**vars(bench) | {"cfg": cfg, "records": {}, "metrics": {}})
+    seeds = []
+
+    def spy(*args: Any) -> list[Outcome]:
+        seeds.append(args[-1])
+        return carried_controls(*args)
+
+    monkeypatch.setattr(interchange, "carried_controls", spy)
+    still = replace(subject, question="cover", other_tokens=subject.tokens)
+    cases = {"name": PairCase([], subject), "cover": PairCase([], still)}
+    features = [CircuitFeature(FeatureId(0, index), "last", 1.0, 1.0) for index in (3, 4)]
+    means = mean_activations(bench.vlm.adapter, bench.transcoders, [subject.batch], bench.transcoders.layers)
+    found = interchange.count_curves(bench, cases, {"name": features, "cover": features}, means)
+    assert [curve.name for curve in found["follows"]] == ["name", "name, matched"]
+    assert seeds == [7, 7]

@@ -241,7 +241,7 @@ def count_curves(
     follow: list[Curve] = []
     gained: list[Curve] = []
     for name, features in chosen.items():
-        if name not in cases:
+        if name not in cases or not cases[name].subject.moves:
             continue
         subject = cases[name].subject
         counts = sorted({min(count, len(features)) for count in bench.cfg.interchange.counts})
@@ -249,7 +249,7 @@ def count_curves(
         for count in counts:
             chosen_now, nodes = layers_of(bench, features, count), nodes_of(bench, f"features of {name}")
             plan = interchange_plan(adapter, transcoders, subject, chosen_now, nodes=nodes)
-            (control,) = carried_controls(adapter, transcoders, subject, plan, "free", means, 1)
+            (control,) = carried_controls(adapter, transcoders, subject, plan, "free", means, 1, bench.cfg.seed)
             pairs.append((run_interchange(adapter, transcoders, subject, plan), control))
         x = [float(count) for count in counts]
         for label, side in ((name, 0), (f"{name}, matched", 1)):

@@ -119,8 +119,9 @@ def test_own_pairs_with_ids_and_orrerys_pass(tmp_path: Path) -> None:
 def test_training_pairs_whose_answers_agree_choose_nothing(
     made: tuple[Any, PairSubject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, subject = made
-    bench = SimpleNamespace(**vars(bench) | {"cfg": SimpleNamespace(interchange=InterchangeConfig(), pairs=None)})
+    base, subject = made
+    cfg = SimpleNamespace(interchange=InterchangeConfig(), pairs=None)
+    bench: Any = SimpleNamespace(**vars(base) | {"cfg": cfg})
     side = Side("what ?", (), "x")
     splits = {"test": replace(side, answer="y"), "train": side}
     for step in (amplify, interchange, layer_ranges):
@@ -137,10 +138,9 @@ def test_training_pairs_whose_answers_agree_choose_nothing(
 def test_curves_over_counts_are_of_questions_that_move_and_their_controls_follow_the_seed(
     made: tuple[Any, PairSubject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, subject = made
-    settings = InterchangeConfig(counts=[1, 2])
-    cfg = SimpleNamespace(interchange=settings, seed=7)
-    bench = SimpleNamespace(**vars(bench) | {"cfg": cfg, "records": {}, "metrics": {}})
+    base, subject = made
+    cfg = SimpleNamespace(interchange=InterchangeConfig(counts=[1, 2]), seed=7)
+    bench: Any = SimpleNamespace(**vars(base) | {"cfg": cfg, "records": {}, "metrics": {}})
     seeds = []
 
     def spy(*args: Any) -> list[Outcome]:

@@ -90,6 +90,17 @@ def test_a_number_line_is_looked_for_without_pairs_being_carried(tmp_path: Path)
     assert (tmp_path / "run" / "number_line.json").is_file()
 
 
+@pytest.mark.parametrize("scenes", ["[6,36]", "[36,5]"])
+def test_too_few_scenes_for_a_number_line_are_told_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], scenes: str
+) -> None:
+    arguments = [f"interchange.scenes={scenes}", "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert main(["experiment=counting", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert "at least 30 training and 30 held-out scenes" in said
+    assert "interchange]" not in said  # no step was begun
+
+
 def test_a_pipeline_without_pairs_says_what_to_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = ["task=pipeline", "+task.steps.interchange=true", "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
     assert main(steps) == 2

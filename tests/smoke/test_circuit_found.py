@@ -99,7 +99,7 @@ def test_an_input_of_ones_own_is_traced_instead_and_the_circuit_is_loaded_again(
         (["pairs.original=mars", "pairs.counterfactual=vulcan"], "vulcan"),
         (["pairs=file", "pairs.path=/no/pairs.jsonl"], "/no/pairs.jsonl"),
         (["pairs=file"], "pairs.path"),
-        (["pairs.train=0"], "no question's answer differs within a pair"),
+        (["pairs.train=0"], "leaves no pair to choose a circuit by"),
         (["image=mars.png"], "image= without prompt="),
         (["study.path=/no/study"], "/no/study"),
         (["circuit_spec=file", "circuit_spec.path=/no/spec.yaml"], "/no/spec.yaml"),

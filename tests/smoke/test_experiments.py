@@ -288,3 +288,12 @@ def test_experiment_runs(name: str, data: Path, tmp_path: Path, capsys: pytest.C
     assert set(METRICS[name]) <= set(metrics)
     for file in ("config.yaml", *LEAVES[name]):
         assert (run_dir / file).stat().st_size > 0, file
+
+
+def test_a_picture_of_ones_own_that_is_not_there_is_told_before_any_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["+images.mars=[/no/mars.png]", f"hydra.run.dir={tmp_path / 'run'}", "tracking=none"]
+    assert main(["experiment=mars_earth_patch", *own]) == 2
+    assert "/no/mars.png: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "graph.json").exists()

@@ -134,6 +134,7 @@ def test_a_local_model_explains(study: Path, tmp_path: Path) -> None:
         (["task=structure", "study.path=nowhere"], "no study.json in nowhere"),
         (["task=label", "task.study=nowhere"], "task.study= is called study.path="),
         (["task=label", "study.path=STUDY", "task.explainer=oracle"], "choose endpoint or local"),
+        (["task=label", "study.path=STUDY", "task.shuffled=-1"], "task.shuffled=-1: it must be 0 or more"),
         (["task=label", "study.path=STUDY", "task.explainer=local"], "add 'task.features="),
         (["task=label", "study.path=STUDY", "task.explainer=local", "task.features=[L0/99999]"], "no feature L0/99999"),
         (

@@ -198,7 +198,10 @@ def _check_node(where: str, node: SupernodeConfig) -> None:
     if node.layers and (len(node.layers) != 2 or node.layers[0] > node.layers[1] or node.layers[0] < 0):
         raise UserError(f"{where}.layers={list(node.layers)}: give the first and the last layer, as in [2,5]")
     for text in node.ids:
-        FeatureId.parse(text)
+        try:
+            FeatureId.parse(text)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
     if node.positions is not None:
         _check_positions(f"{where}.positions", node.positions)
     if node.contrast is not None:

@@ -156,7 +156,10 @@ def _paths(value: Any, origin: str, folder: Path) -> list[Path]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{origin}: image {value!r} is neither a path nor a list of paths")
     for name in names:
-        check_image(folder / name)
+        try:
+            check_image(folder / name)
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from error
     return [folder / name for name in names]
 
 

@@ -3,6 +3,7 @@
 Series differ by hatch, marker or line style besides their colour (Okabe and Ito's palette), so no meaning hangs on hue.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,8 @@ LABELS = {
     "role_special": "special tokens only",
     "worst": "worst question",
 }
+
+logging.getLogger("matplotlib.category").setLevel(logging.WARNING)  # layers are strings that look like numbers
 
 
 def label(name: str) -> str:

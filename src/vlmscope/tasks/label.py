@@ -57,6 +57,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     for key in ("shown", "judged", "words"):
         if getattr(task, key) < 1:
             raise UserError(f"task.{key}={getattr(task, key)}: it must be at least 1")
+    if task.shuffled < 0:
+        raise UserError(f"task.shuffled={task.shuffled}: it must be 0 or more")
 
     from vlmscope.features.study.records import StudyFolder
 

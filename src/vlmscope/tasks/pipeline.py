@@ -40,6 +40,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     import importlib
     import time
 
+    from vlmscope.data.images import check_image
     from vlmscope.tasks.studies.data import look_for, study_sources
     from vlmscope.tasks.studies.feature_labels import look_for_labels
 
@@ -49,6 +50,8 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     if reads_shards(cfg):
         look_for(study_sources(cfg, cfg.study))
     look_for_labels(cfg)
+    for path in (path for own in cfg.images.values() for path in own):
+        check_image(path)
 
     from tqdm import tqdm
 

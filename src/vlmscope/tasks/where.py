@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from vlmscope.tasks.context import RunContext
     from vlmscope.tasks.maps.where_maps import WhereMaps
 
+DRAWN = 30  # features in the figure, a row a picture
+
 
 @dataclass
 class Config:
@@ -80,7 +82,11 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
             metrics |= _curves(cfg, vlm, transcoders, found, feature, arrays)
     write_json(context.run_dir / "where.json", record)
     if cfg.task.figure:
-        feature_maps({str(f): found.maps[f] for f in features}, arrays, context.run_dir / "figures" / "where.png")
+        if len(features) > DRAWN:
+            print(f"figures/where.png has the first {DRAWN} of {len(features)} features; where.json has all")
+        feature_maps(
+            {str(f): found.maps[f] for f in features[:DRAWN]}, arrays, context.run_dir / "figures" / "where.png"
+        )
     return metrics
 
 

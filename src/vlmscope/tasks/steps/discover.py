@@ -55,6 +55,8 @@ def questions(bench: Bench, train: dict[str, list[Pair]], test: dict[str, list[P
     Raises:
         UserError: there is none, or not the one that is asked for.
     """
+    if not train:
+        raise UserError("pairs.train=0 leaves no pair to choose a circuit by; set how many choose, the others judge")
     moving = [name for name in train if name in test and train[name][0].moves]
     wanted = bench.cfg.discovery.question
     if wanted is not None and wanted not in moving:

@@ -45,8 +45,8 @@ def matched_features(
     control: dict[int, LayerEdit] = {}
     for layer, edit in plan.items():
         rng = generator(seed, "control", layer)
-        means = mean_activation[layer].cpu().numpy().astype(np.float64)
-        free = np.setdiff1d(np.arange(len(means)), edit.features.cpu().numpy())
+        means = mean_activation[layer].double().numpy(force=True)
+        free = np.setdiff1d(np.arange(len(means)), edit.features.numpy(force=True))
         chosen: list[int] = []
         if len(free) < len(edit.features):
             raise UserError(

@@ -147,7 +147,7 @@ def examples(bench: Bench, record: dict, folder: Path) -> Examples:
         logits = run_edited(bench.vlm.adapter, bench.transcoders, subject.batch, plan)
         for i in range(min(max(bench.intervention.examples // len(moving), 1), subject.size)):
             pair = case.pairs[i]
-            before, after = (bench.words(found[i].cpu().numpy()) for found in (subject.base.logits, logits))
+            before, after = (bench.words(found[i]) for found in (subject.base.logits, logits))
             sides = [np.asarray(side.images[0]) for side in (pair.original, pair.counterfactual) if side.images]
             joined = png_bytes(np.concatenate(sides, 1), 256) if same_height(sides) else png_bytes(blank())
             said = f"{pair.original.answer} to {pair.counterfactual.answer}: all features"

@@ -62,6 +62,7 @@ class Levels:
         plan = {}
         for layer, found in self.features.items():
             start, end = self.original[layer], self.counterfactual[layer]
+            found = found.to(start.device)
             value = (start + strength * (end - start)).clamp_min(0)
             where = torch.ones(self.prompt, dtype=torch.bool)
             steps = value[self.prompt :].unsqueeze(1)

@@ -79,7 +79,7 @@ def pair_effects(adapter: Adapter, transcoders: TranscoderSet, subject: PairSubj
     gradients = gap_gradients(adapter, transcoders, subject, steps).writes
     batch = subject.batch
     roles = tuple(dict.fromkeys(batch.roles.tolist()))
-    members = torch.stack([torch.from_numpy(batch.roles == role) for role in roles]).to(adapter.dtype)
+    members = torch.stack([torch.from_numpy(batch.roles == role) for role in roles]).to(adapter.device, adapter.dtype)
     effect: dict[int, Tensor] = {}
     change: dict[int, Tensor] = {}
     with torch.no_grad():

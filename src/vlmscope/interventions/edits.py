@@ -76,6 +76,27 @@ class LayerEdit:
         """New activations for current ones [B, T, n]."""
         return self.scale * current + self.value
 
+    def to(self, device: torch.device) -> LayerEdit:
+        """The same on a device, but for `where`, which indexes tensors of any device from the CPU."""
+
+        def moved(one: Tensor | None) -> Tensor | None:
+            return None if one is None else one.to(device)
+
+        gate = self.gate
+        if gate is not None:
+            level, generated = gate.level.to(device), gate.generated.to(device)
+            gate = replace(gate, features=gate.features.to(device), level=level, generated=generated)
+        return replace(
+            self,
+            features=self.features.to(device),
+            value=self.value.to(device),
+            scale=self.scale.to(device),
+            generated=moved(self.generated),
+            gate=gate,
+            at=moved(self.at),
+            at_generated=moved(self.at_generated),
+        )
+
 
 Plan = Mapping[int, LayerEdit]  # layer -> edit
 
@@ -103,6 +124,7 @@ def _join(first: LayerEdit, second: LayerEdit, layer: int) -> LayerEdit:
         raise UserError(f"two edits of layer {layer} act on different positions: give them as two runs")
     if first.gate is not None or second.gate is not None:
         raise UserError(f"two edits of layer {layer}, one of them gated: merge them first and gate the result")
+    second = second.to(first.features.device)
     keep = ~torch.isin(first.features, second.features)
     if (first.generated is None) != (second.generated is None):
         raise UserError(f"two edits of layer {layer} disagree on generated tokens: set both or neither")
@@ -136,7 +158,7 @@ def _join(first: LayerEdit, second: LayerEdit, layer: int) -> LayerEdit:
 def _places(edit: LayerEdit, keep: Tensor) -> tuple[Tensor, Tensor]:
     """`at` and `at_generated` of the features to keep [n] bool."""
     n, length = len(edit.features), len(edit.where)
-    every = edit.where.new_ones(length, n)
+    every = torch.ones(length, n, dtype=torch.bool, device=edit.features.device)
     at, generated = (every if edit.at is None else edit.at), edit.at_generated
     return at[:, keep], (every[0] if generated is None else generated)[keep]
 

@@ -145,9 +145,11 @@ def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int
 
     `x` are the transcoder's inputs at positions offset..offset + t. Empty when the edit does nothing there.
     """
-    length, prompt, gate = x.shape[1], len(edit.where), edit.gate
     if len(edit.features) == 0:
         return []
+    # Plans made of circuits and of names lie on the CPU.
+    edit = edit.to(x.device)
+    length, prompt, gate = x.shape[1], len(edit.where), edit.gate
     if offset >= prompt:
         if edit.generated is None:
             return []

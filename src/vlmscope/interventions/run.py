@@ -40,7 +40,7 @@ def run_edited(
         batch: B prompts.
         plan: edits by layer.
         mode: 'direct', 'frozen_attention' or 'free'.
-        base: the unedited run of the same batch, needed by the two frozen modes.
+        base: the unedited run of the same batch, recorded for this mode; needed by the two frozen modes.
 
     Returns:
         [B, V] float tensor.
@@ -56,7 +56,7 @@ def run_edited(
             assert base is not None, f"mode {mode!r} needs the base run"
             stack.enter_context(frozen_attention(adapter, base))
         if mode == "direct":
-            assert base is not None
+            assert base is not None and base.written, "the base run was not recorded for direct mode"
             stack.enter_context(_direct(adapter, transcoders, plan, base))
             stack.enter_context(frozen_norms(adapter, base))
         else:

@@ -110,7 +110,7 @@ def test_cases(bench: Bench) -> dict[str, PairCase]:
     """Every question on the test pairs; base/ metrics."""
     cases: dict[str, PairCase] = {}
     for name, pairs in pairs_of(bench, "test").items():
-        subject = subject_of(bench, name, pairs)
+        subject = subject_of(bench, name, pairs, modes=bench.intervention.modes)
         cases[name] = PairCase([pairs[i] for i in subject.rows.tolist()], subject)
         for side, rate in zip(("original", "counterfactual", "both"), subject.accuracy, strict=True):
             bench.metrics |= rate_metrics(f"base/{name}/{side}/accuracy", rate)

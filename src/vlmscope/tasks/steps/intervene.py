@@ -102,7 +102,9 @@ def make_case(bench: Bench, circuit: Circuit, question: str) -> Case:
             f"none of the {len(images)} pictures of {recipient} is answered {asked.answers[recipient]!r} to "
             f"{asked.prompt!r} (the model says: {said}): nothing to flip; give other pictures"
         )
-    subject = make_subject(adapter, bench.transcoders, question, everything.select(rows), *tokens)
+    subject = make_subject(
+        adapter, bench.transcoders, question, everything.select(rows), *tokens, bench.intervention.modes
+    )
     donors = make_batch(adapter, bench.inputs([gifts[i % len(gifts)] for i in rows.tolist()], asked.prompt))
     carried = donor_activations(adapter, bench.transcoders, donors, circuit)
     roles = subject.batch.roles

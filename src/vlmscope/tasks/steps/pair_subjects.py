@@ -11,6 +11,8 @@ from vlmscope.core.errors import UserError
 from vlmscope.data.pairs import Pair, Side, load_pairs
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from vlmscope.models.base import ModelInputs
     from vlmscope.tasks.steps.bench import Bench
 
@@ -29,8 +31,12 @@ def pairs_of(bench: Bench, split: str) -> dict[str, list[Pair]]:
     return {name: [p for p in some if p.moves] or some for name, some in found.items()}
 
 
-def subject_of(bench: Bench, question: str, pairs: list[Pair], answerable: bool = True) -> PairSubject:
-    """Both sides of a question's pairs, run once; `answerable`: only those answered rightly on both."""
+def subject_of(
+    bench: Bench, question: str, pairs: list[Pair], answerable: bool = True, modes: Collection[str] = ("free",)
+) -> PairSubject:
+    """Both sides of a question's pairs, run once; `answerable`: only those answered rightly on both; `modes`: those
+    that the originals will be edited in.
+    """
 
     def prepare(side: Side) -> ModelInputs:
         return bench.vlm.prepare(side.prompt, list(side.images))
@@ -50,4 +56,5 @@ def subject_of(bench: Bench, question: str, pairs: list[Pair], answerable: bool 
         tokens(others),
         bench.cfg.interchange.least,
         answerable,
+        modes,
     )

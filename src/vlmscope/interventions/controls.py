@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
-from vlmscope.interventions.edits import LayerEdit, Plan
+from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan
 from vlmscope.interventions.frozen import target_module
 from vlmscope.interventions.run import add_ahead, edit_changes, layers_written, watch_inputs, watch_length
 from vlmscope.models.base import Adapter
@@ -66,7 +66,7 @@ def matched_features(
 
 
 @contextmanager
-def random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, seed: int) -> Iterator[None]:
+def random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: AnyPlan, seed: int) -> Iterator[None]:
     """As `editing`, but every layer gets, instead of its edit, a random direction of the same norm at every position;
     also token by token, where the plan edits generated tokens.
     """
@@ -95,7 +95,7 @@ def random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, 
 
 @torch.no_grad()
 def run_random_direction(
-    adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch, plan: Plan, seed: int
+    adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch, plan: AnyPlan, seed: int
 ) -> Tensor:
     """Logits [B, V] when each layer gets, instead of its edit, a random direction of the same norm at every
     position.

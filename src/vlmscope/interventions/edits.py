@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlmscope.core.errors import UserError
+from vlmscope.transcoders.transcoder import SparseCode
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,31 @@ class LayerEdit:
         )
 
 
+@dataclass(frozen=True)
+class WholeEdit:
+    """Every feature of a layer set to what it is in given codes, which needs no [B, T, F].
+
+    Attributes:
+        code: [B, T, k], or [1, T, k] for all prompts.
+        width: F.
+        where: [T] bool, the prompt positions it acts on.
+        generated: [B, k], the code at tokens generated after the prompt; None leaves them alone.
+    """
+
+    code: SparseCode
+    width: int
+    where: Tensor
+    generated: SparseCode | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """[F] int64, all of them."""
+        return torch.arange(self.width)
+
+
 Plan = Mapping[int, LayerEdit]  # layer -> edit
+AnyPlan = Mapping[int, LayerEdit | WholeEdit]  # what can be run
+Edit = TypeVar("Edit", bound=LayerEdit | WholeEdit)
 
 
 def at_step(values: Tensor, rank: int, step: int) -> Tensor:
@@ -174,7 +200,7 @@ def scale_features(features: Tensor, factor: float, where: Tensor) -> LayerEdit:
     return LayerEdit(features, torch.zeros(n), torch.full((n,), float(factor)), where)
 
 
-def at_positions(plan: Plan, where: Tensor) -> dict[int, LayerEdit]:
+def at_positions(plan: Mapping[int, Edit], where: Tensor) -> dict[int, Edit]:
     """The same plan, restricted to positions `where` [T] bool."""
     return {layer: replace(edit, where=edit.where & where) for layer, edit in plan.items()}
 
@@ -194,7 +220,7 @@ def features_at(edit: LayerEdit, features: Tensor, where: Tensor, generated: boo
     return replace(edit, at=at & (where[:, None] | ~theirs), at_generated=at_generated & (~theirs | generated))
 
 
-def without_layers(plan: Plan, layers: Iterable[int]) -> dict[int, LayerEdit]:
+def without_layers(plan: Mapping[int, Edit], layers: Iterable[int]) -> dict[int, Edit]:
     """The same plan without some layers."""
     dropped = set(layers)
     return {layer: edit for layer, edit in plan.items() if layer not in dropped}

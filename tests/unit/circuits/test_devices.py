@@ -25,6 +25,7 @@ from vlmscope.circuits.interchange import (
     interchange_plan,
     layer_role_grid,
     run_interchange,
+    whole_plan,
 )
 from vlmscope.circuits.pair_effects import pair_effects
 from vlmscope.circuits.pair_subject import pair_subject, part_of
@@ -141,7 +142,10 @@ def test_interchanges_and_their_controls_run_there(there, pairs) -> None:
             run_interchange(adapter, transcoders, pairs, whole, mode)
         plan = interchange_plan(adapter, transcoders, pairs, some, nodes=nodes)
         carried_controls(adapter, transcoders, pairs, plan, "free", means, 1)
-        for one in (plan, whole):
+        kept = whole_plan(adapter, transcoders, pairs)
+        for mode in MODES:
+            run_interchange(adapter, transcoders, pairs, kept, mode)
+        for one in (plan, kept):
             direction_controls(adapter, transcoders, pairs, one, 1)
         layer_role_grid(adapter, transcoders, pairs, some, ("image", "last"))
         few = part_of(pairs, [0, 2])

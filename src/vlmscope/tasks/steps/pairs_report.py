@@ -137,13 +137,13 @@ def headline(record: dict) -> Cards:
 
 def examples(bench: Bench, record: dict, folder: Path) -> Examples:
     """Counterfactual pairs before and after every feature was carried over."""
-    from vlmscope.circuits.interchange import interchange_plan
+    from vlmscope.circuits.interchange import whole_plan
 
     shown: list[AnswerExample] = []
     moving: list[PairCase] = [case for case in record["cases"].values() if case.subject.moves]
     for case in moving:
         subject = case.subject
-        plan = interchange_plan(bench.vlm.adapter, bench.transcoders, subject, record["sets"][ALL])
+        plan = whole_plan(bench.vlm.adapter, bench.transcoders, subject)
         logits = run_edited(bench.vlm.adapter, bench.transcoders, subject.batch, plan)
         for i in range(min(max(bench.intervention.examples // len(moving), 1), subject.size)):
             pair = case.pairs[i]

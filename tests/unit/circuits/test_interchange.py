@@ -18,7 +18,7 @@ from vlmscope.circuits.interchange import (
     run_interchange,
     whole_plan,
 )
-from vlmscope.circuits.pair_effects import between, interpolation, pair_effects
+from vlmscope.circuits.pair_effects import between, gap_gradients, interpolation, pair_effects
 from vlmscope.circuits.pair_subject import PairSubject, pair_subject, part_of
 from vlmscope.core.errors import UserError
 from vlmscope.interventions.controls import matched_features, run_random_direction
@@ -187,6 +187,23 @@ def test_effects_over_many_steps_add_up_to_the_whole_way(bench) -> None:
     torch.testing.assert_close(
         half * 2, subject.batch.tensors["inputs_embeds"] + subject.other.tensors["inputs_embeds"]
     )
+
+
+def test_effects_equal_the_dense_product_pair_by_pair(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, transcoders, subject = bench
+    gradients = gap_gradients(vlm.adapter, transcoders, subject, 3).writes
+    monkeypatch.setattr("vlmscope.circuits.pair_effects.CHUNK", 3)  # of four pairs
+    found = pair_effects(vlm.adapter, transcoders, subject, 3)
+    sides = [mlp_inputs(vlm.adapter, side, transcoders.layers) for side in (subject.batch, subject.other)]
+    for layer in transcoders.layers:
+        one = transcoders[layer]
+        before, after = (one.encode(side[layer]).dense(WIDTH) for side in sides)
+        slope = sum(gradients[layer + m] @ one.decoder(m).T for m in range(one.config.writes))
+        for row, role in enumerate(found.roles):
+            there = torch.from_numpy(subject.batch.roles == role)
+            for table, values in ((found.effect, (after - before) * slope), (found.change, after - before)):
+                expected = values[:, there].sum(1).mean(0)
+                torch.testing.assert_close(table[layer][row], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_ranking_is_by_effect_and_leaves_out_features_without_one(bench) -> None:

@@ -167,3 +167,29 @@ def test_circuits_of_nodes_and_edges_are_found_there(there, pairs) -> None:
         targets = np.flatnonzero(nodes.is_feature)[:20]
         edges = pair_edges(vlm.adapter, transcoders, measured, nodes, targets, 1, 1)
         assert np.isfinite(run_edges(edges, [None])).all() and np.isfinite(effects).all()
+
+
+def test_half_precision_runs_the_whole_way() -> None:
+    """numpy has no bfloat16, and a difference of rounded sums would be mostly rounding."""
+    vlm = tiny_gemma3(5, dtype=torch.bfloat16)
+    adapter = vlm.adapter
+    transcoders = random_set(adapter.n_layers, adapter.d_model, WIDTH, 5, seed=6, dtype=torch.bfloat16)
+    transcoders.requires_grad_(False)
+    sides = [[vlm.prepare(PROMPT, [tiny_image(i)]) for i in some] for some in (range(3), range(3, 6))]
+    first, second = (torch.arange(3) + start for start in (3, 7))
+    pairs = pair_subject(adapter, transcoders, "name", sides[0], sides[1], first, second, 2, answerable=False)
+    means = mean_activations(adapter, transcoders, [pairs.batch], transcoders.layers)
+    plan = interchange_plan(adapter, transcoders, pairs, {1: torch.tensor([2, 5])})
+    carried_controls(adapter, transcoders, pairs, plan, "free", means, 1)
+    same = whole_plan(adapter, transcoders, replace(pairs, other=pairs.batch))
+    kept = run_edited(adapter, transcoders, pairs.batch, same)
+    assert float((kept - pairs.base.logits).abs().max()) < 0.05
+    for mode in MODES:
+        run_interchange(adapter, transcoders, pairs, whole_plan(adapter, transcoders, pairs), mode)
+    assert len(pair_effects(adapter, transcoders, pairs, 2).ranked(3)) == 3
+    measured = measure(adapter, transcoders, CircuitSubject(pairs, *sides))
+    nodes = changing_nodes(measured, transcoders)
+    assert np.isfinite(eap_ig(adapter, transcoders, measured, nodes, 2)).all()
+    targets = np.flatnonzero(nodes.is_feature)[:20]
+    edges = pair_edges(adapter, transcoders, measured, nodes, targets, 1, 1)
+    assert np.isfinite(run_edges(edges, [None])).all()

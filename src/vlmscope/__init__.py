@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_API = ("load", "trace", "compare", "aggregate", "steer", "patch", "study", "study_data", "open_study")
+_API = ("load", "trace", "compare", "aggregate", "steer", "patch", "where", "study", "study_data", "open_study")
 
 # pyright cannot see names that __getattr__ provides.
 __all__ = [*_API, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]

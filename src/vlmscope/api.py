@@ -6,6 +6,7 @@ scope = vlmscope.load()                                   # Orrery and its trans
 scope = vlmscope.load("org/vlm", "me/set", revision=commit, transcoder_revision=commit)   # folders or hub ids
 traced = vlmscope.trace(scope, "what planet is this ?", ["mars.png"])
 both = vlmscope.compare(traced, "outputs/trace/earth", names=("mars", "earth"))
+looks = vlmscope.where(scope, "what planet is this ?", ["mars.png"], ["L5/709"])   # maps over the picture
 answer = vlmscope.steer(scope, "what planet is this ?", ["mars.png"], {"L6/512": 8.0})
 """
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from vlmscope.features.study.records import StudyFolder
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
+    from vlmscope.tasks.maps.where_maps import WhereMaps
     from vlmscope.transcoders.transcoder import TranscoderSet
 
 Picture = str | Path | Image.Image
@@ -196,6 +198,43 @@ def patch(
     carried = donor_activations(adapter, scope.transcoders, make_batch(adapter, [donor]), chosen)
     plan = patch_plan(carried, inputs.roles, strength)
     return generate_edited(adapter, scope.vlm.tokenizer, inputs, scope.transcoders, plan, max_new_tokens)
+
+
+def where(
+    scope: Scope, prompt: str, images: Sequence[Picture], features: Sequence[str] = (), **settings: Any
+) -> WhereMaps:
+    """Where in the pictures features look: rollout, similarity, attribution to patches, own activation (docs/where.md).
+
+    Args:
+        scope: what `load` returned.
+        prompt: the question.
+        images: its pictures.
+        features: such as `L6/512`; without any, the `top` (3) with most activation on the soft tokens.
+        settings: those of `WhereConfig`, and `top`.
+
+    Returns:
+        `found.maps[FeatureId(6, 512)]["vision_path"][0].tiles[0].values`, and activations by position.
+
+    Raises:
+        UserError: the model or the prompt has no picture, or a feature is not active on it.
+    """
+    from vlmscope.attention.config import WhereConfig
+    from vlmscope.attribution.config import AttributionConfig
+    from vlmscope.core.errors import UserError
+    from vlmscope.features.image_features import image_features
+    from vlmscope.models.batching import make_batch
+    from vlmscope.tasks.maps.where_maps import where_maps
+
+    if not images:
+        raise UserError("there is no picture to look at; give images=[path or PIL image]")
+    top, inputs = settings.pop("top", 3), scope.inputs(prompt, images)
+    chosen = [FeatureId.parse(feature) for feature in features]
+    if not chosen:
+        batch = make_batch(scope.vlm.adapter, [inputs])
+        chosen = [one.feature for one in image_features(scope.vlm.adapter, scope.transcoders, batch, top)]
+    if not chosen:
+        raise UserError("no feature is active on the soft tokens of this prompt; choose other transcoders")
+    return where_maps(scope.vlm, scope.transcoders, inputs, chosen, WhereConfig(**settings), AttributionConfig())
 
 
 def study(

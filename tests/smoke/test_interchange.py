@@ -53,7 +53,9 @@ def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(own: 
     assert metrics["interchange/all_features/free/answer/follow_rate"] == 1.0
     assert metrics["base/answer/pairs"] == 3.0
     (folder,) = (tmp_path / "first" / "circuits").iterdir()
-    assert len(load_circuit(folder).supernodes["answer"].features) == 3
+    saved = load_circuit(folder)
+    assert len(saved.supernodes["answer"].features) == 3
+    assert folder.name == "pairs" and saved.model == "orrery" and saved.n_features is not None
     assert run(own, tmp_path / "again", f"interchange.circuit={folder}") == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     key = "interchange/features_of_answer/free/answer/recovered"
@@ -86,6 +88,17 @@ def test_a_number_line_is_looked_for_without_pairs_being_carried(tmp_path: Path)
     assert metrics["numbers/last/by_chance"] <= 2
     assert metrics["numbers/last/read/same_shape/layer_07/accuracy"] > 0.3  # chance is a sixth
     assert (tmp_path / "run" / "number_line.json").is_file()
+
+
+@pytest.mark.parametrize("scenes", ["[6,36]", "[36,5]"])
+def test_too_few_scenes_for_a_number_line_are_told_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], scenes: str
+) -> None:
+    arguments = [f"interchange.scenes={scenes}", "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert main(["experiment=counting", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert "at least 30 training and 30 held-out scenes" in said
+    assert "interchange]" not in said  # no step was begun
 
 
 def test_a_pipeline_without_pairs_says_what_to_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,7 +140,9 @@ def test_seeds_give_ranges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.usefixtures("program")
-def test_scenes_that_a_study_needs_are_rendered_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scenes_that_a_study_needs_are_rendered_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     studied = EMPTY.replace("name: NAME", "name: NAME\ntask: {steps: {study: true}}").replace("some/rate", "a/rate")
     found, run = experiments(tmp_path, studied=studied), tmp_path / "run"
     command = ["task=reproduce", only("studied"), found, f"hydra.run.dir={run}", "tracking=none"]
@@ -151,6 +153,11 @@ def test_scenes_that_a_study_needs_are_rendered_first(tmp_path: Path, capsys: py
     assert yaml.safe_load((run / "studied" / "config.yaml").read_text())["data.path"] == built["data.path"]
     assert main([*command, f"data.path={tmp_path}/none", "study.path=/"]) == 0  # a study that is there needs none
     assert "rendering" not in capsys.readouterr().out
+    left = run / "shards" / "data" / "left"
+    left.mkdir(parents=True)
+    monkeypatch.setattr("vlmscope.tasks.reproduction.plan.base_digest", lambda: "other code renders other scenes")
+    assert main([*command, f"data.path={tmp_path}/none"]) == 0
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(

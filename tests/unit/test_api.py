@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 import vlmscope
 from vlmscope.core.errors import UserError
-from vlmscope.models.tiny import tiny_vlm
+from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.transcoders.formats import save_set
 from vlmscope.transcoders.init import random_set, set_weight
 
@@ -94,3 +94,17 @@ def test_a_study_of_a_folder_and_of_named_sources(tmp_path) -> None:
     assert again.fired == record.fired
     named = {"one": {"kind": "folder", "path": str(tmp_path), "limit": 1}}
     assert vlmscope.study_data(scope, named, tmp_path / "other", top=2).info.items == 1
+
+
+def test_where_features_look() -> None:
+    scope = vlmscope.load(check=False)
+    picture = tiny_image(0).resize((64, 64))
+    found = vlmscope.where(scope, "what is this ?", [picture], top=2)
+    assert len(found.maps) == 2
+    for maps in found.maps.values():
+        assert {"rollout", "similarity", "vision_path", "activation"} == set(maps)
+    name = str(next(iter(found.maps)))
+    again = vlmscope.where(scope, "what is this ?", [picture], [name], pool="mean")
+    assert list(map(str, again.maps)) == [name]
+    with pytest.raises(UserError, match="no picture"):
+        vlmscope.where(scope, "what is this ?", [])

@@ -29,6 +29,7 @@ def contrast_circuit(
     means: Mapping[str, Mapping[str, RoleMeans]],
     influence: Mapping[str, Influence],
     per_layer: int,
+    model: str,
 ) -> tuple[Circuit, dict[str, float]]:
     """Build a circuit of two supernodes from the means of two concepts.
 
@@ -37,6 +38,7 @@ def contrast_circuit(
         means: concept -> question -> role means on its training pictures; exactly two concepts, the same questions.
         influence: concept -> influence of features in graphs of its pictures; a feature that is missing has none.
         per_layer: how many features a layer, concept and question; questions may share them.
+        model: the model's name, by which a circuit of another one is refused.
 
     Returns:
         The circuit, and the share of the candidates that the graphs confirmed, as `circuit/<concept>/confirmed_frac`.
@@ -64,7 +66,7 @@ def contrast_circuit(
         supernodes[concept] = Supernode(concept, tuple(members.values()))
         metrics[f"circuit/{concept}/features"] = float(len(members))
         metrics[f"circuit/{concept}/confirmed_frac"] = confirmed / max(candidates, 1)
-    circuit = Circuit(supernodes, levels)
+    circuit = Circuit(supernodes, levels, model=model, n_features=transcoders.widths)
     for concept, by_question in means.items():
         chosen_by_layer = circuit.indices(concept)
         levels[concept] = {

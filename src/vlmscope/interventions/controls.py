@@ -58,6 +58,8 @@ def matched_features(
             # Dead features are no control: a change along a row that the model never uses proves nothing.
             gap[means[free] <= 0] += means.max() + 1.0
             near = free[np.argpartition(gap, min(neighbours, len(free) - 1))[:neighbours]]
+            live = near[means[near] > 0]
+            near = live if len(live) else near
             pick = int(rng.choice(near))
             chosen.append(pick)
             free = free[free != pick]

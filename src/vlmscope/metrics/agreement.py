@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from vlmscope.core.intervention import Rate
 from vlmscope.core.seeds import generator
+from vlmscope.metrics.ranking import spearman
 
 RESAMPLES = 400
 SHUFFLES = 50
@@ -61,7 +61,7 @@ def agreement(
         mixed = x.copy()
         for rows in members:
             mixed[rows] = x[drawn.permutation(rows)]
-        shuffled.append([abs(pearson(mixed, y)), abs(spearman(mixed, y))])
+        shuffled.append([abs(pearson(mixed, y)), abs(_rank_correlation(mixed, y))])
     controls = [*np.mean(shuffled, 0).tolist(), None, None, None]
     values = _numbers(x, y)
     return Agreement(*(Rate(values[i], float(low[i]), float(high[i]), x.size, controls[i]) for i in range(len(values))))
@@ -74,16 +74,16 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
     return float(a @ b) / norm if norm > 0 else 0.0
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's correlation, ties at their mean rank."""
-    return pearson(stats.rankdata(x), stats.rankdata(y))
+def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """0 where one of them is constant."""
+    return float(np.nan_to_num(spearman(x, y)))
 
 
 def _numbers(x: np.ndarray, y: np.ndarray) -> list[float]:
     square, size, signed = float(x @ x), float(np.abs(x).sum()), x != 0
     return [
         pearson(x, y),
-        spearman(x, y),
+        _rank_correlation(x, y),
         float(x @ y) / square if square > 0 else 0.0,
         float((np.sign(x) == np.sign(y))[signed].mean()) if signed.any() else 0.0,
         float(np.abs(y - x).sum()) / size if size > 0 else 0.0,

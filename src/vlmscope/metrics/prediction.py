@@ -130,6 +130,8 @@ def held_out_scores(
         centred = values - _centres(values, train, strata)
         scale = centred[train].std(0)
         used = scale > 1e-9 * (np.abs(values[train]).max(0) + 1e-12)
+        if not used.any():
+            continue
         x = centred[:, used] / scale[used]
         fitted = LogisticRegression(C=1.0 / penalty, max_iter=1000).fit(x[train], wrong[train])
         scores[test] = fitted.decision_function(x[test])

@@ -44,7 +44,7 @@ def partial_correlation(first: np.ndarray, second: np.ndarray, between: float) -
 def level_p(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """[F], p-values of a one-way analysis of variance: does the mean of `values [N, F]` differ between `levels [N]`?
 
-    1 where a feature never varies.
+    1 where a feature never varies, 0 where it varies between levels alone.
     """
     names, codes = np.unique(levels, return_inverse=True)
     curves = tuning_curves(values.astype(np.float64), levels)
@@ -54,9 +54,8 @@ def level_p(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
     within = ((values - curves[codes]) ** 2).sum(0)
     freedom = len(values) - len(names)
     varies = between + within > 1e-8 * (values.astype(np.float64) ** 2).sum(0)
-    ratio = np.divide(
-        between / (len(names) - 1), within / freedom, out=np.zeros(len(mean)), where=varies & (within > 0)
-    )
+    ratio = np.where(varies, np.inf, 0.0)
+    np.divide(between / (len(names) - 1), within / freedom, out=ratio, where=varies & (within > 0))
     return np.where(varies, stats.f.sf(ratio, len(names) - 1, freedom), 1.0)
 
 

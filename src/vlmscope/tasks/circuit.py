@@ -72,7 +72,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         return draw_found(cfg, context, asked, study)
     vlm = load_model(cfg)
     transcoders = load_transcoders(cfg, vlm, context.overrides)
-    widths = {layer: transcoders[layer].config.n_features for layer in transcoders.layers}
+    widths = transcoders.widths
     if loaded is not None:
         loaded.check_fits(vlm.name, widths, str(cfg.task.load))
     graphs = traced(cfg, context, vlm, transcoders, asked)

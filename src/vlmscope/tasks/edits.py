@@ -85,7 +85,7 @@ class Chosen:
         """
         from vlmscope.circuits.selectors import check_graph
 
-        widths = {layer: transcoders[layer].config.n_features for layer in transcoders.layers}
+        widths = transcoders.widths
         if self.circuit is not None:
             self.circuit.check_fits(vlm.name, widths, self.source)
         if self.graph is not None:

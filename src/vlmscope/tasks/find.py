@@ -85,7 +85,7 @@ def _by_picture(cfg: AppConfig, context: RunContext, study: StudyFolder) -> tupl
     pictures = user_pictures(cfg)
     vlm = load_model(cfg)
     transcoders = load_transcoders(cfg, vlm, context.overrides)
-    check_same(study, vlm.name, {layer: transcoders[layer].config.n_features for layer in transcoders.layers})
+    check_same(study, vlm.name, transcoders.widths)
     inputs = vlm.prepare(prompt, pictures)
     found = mlp_inputs(vlm.adapter, make_batch(vlm.adapter, [inputs]), study.layers)
     # Without a question of the user's the picture alone counts.

@@ -1,6 +1,5 @@
 """Run the steps of an experiment in order; each reads and writes the run folder."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,6 @@ from vlmscope.core.errors import UserError
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.context import RunContext
-    from vlmscope.tasks.steps.bench import Bench
 
 KINDS = (
     "find_circuit", "intervene", "curves", "report", "compare_maps", "lens", "study", "modality", "cross_modal",
@@ -38,7 +36,8 @@ class Config:
 
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
-    """Run the steps that are switched on."""
+    """Run the steps that are switched on; each that has a `check(cfg)` is asked before the first one runs."""
+    import importlib
     import time
 
     from vlmscope.tasks.studies.data import look_for, study_sources
@@ -55,12 +54,16 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
 
     from vlmscope.tasks.steps.bench import Bench
 
+    steps = {name: importlib.import_module(f"vlmscope.tasks.steps.{name}") for name in chosen}
+    for step in steps.values():
+        if hasattr(step, "check"):
+            step.check(cfg)
     bench = Bench(cfg, context.run_dir)
-    with tqdm(chosen, desc="steps", unit="step") as bar:
-        for name in bar:
+    with tqdm(steps.items(), desc="steps", unit="step") as bar:
+        for name, step in bar:
             bar.set_postfix_str(name)
             start = time.perf_counter()
-            _step(name)(bench)
+            step.run(bench)
             bench.metrics[f"perf/{name}_seconds"] = time.perf_counter() - start
     return bench.metrics
 
@@ -68,9 +71,3 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
 def reads_shards(cfg: "AppConfig") -> bool:
     """Whether a step that is switched on reads the data's shards."""
     return cfg.study.path is None and any(cfg.task.steps.get(name) for name in READ_SHARDS)
-
-
-def _step(name: str) -> "Callable[[Bench], None]":
-    import importlib
-
-    return importlib.import_module(f"vlmscope.tasks.steps.{name}").run

@@ -81,16 +81,20 @@ def _shards(run_dir: "Path") -> tuple[str, ...]:
     Raises:
         RuntimeError: that failed.
     """
+    import shutil
+
     from vlmscope.config.verbatim import quote
     from vlmscope.data.orrery.scene import KINDS
     from vlmscope.tasks.reproduction.jobs import finished, run_job
-    from vlmscope.tasks.reproduction.plan import SHARDS
+    from vlmscope.tasks.reproduction.plan import SHARDS, base_digest
 
     print("no shards of Orrery's validation scenes (task=build_data writes them): rendering those 2,000", flush=True)
     where = f"data.path={quote(str(run_dir / SHARDS / 'data'))}"
     none = [f"task.{split}={{{','.join(f'{kind}:0' for kind in KINDS)}}}" for split in ("train", "test")]
-    if finished(run_dir, SHARDS, SHARDS) is None:
-        how = run_job(run_dir, SHARDS, SHARDS, ["task=build_data", "tracking=none", where, *none], {})
+    digest = base_digest()
+    if finished(run_dir, SHARDS, digest) is None:
+        shutil.rmtree(run_dir / SHARDS / "data", ignore_errors=True)  # of other code, or not complete
+        how = run_job(run_dir, SHARDS, digest, ["task=build_data", "tracking=none", where, *none], {})
         if how.code:
             raise RuntimeError(f"the validation scenes could not be rendered: {how.problem}")
     return (where,)

@@ -48,7 +48,7 @@ class Config:
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
-    """Write structure.parquet, clusters.parquet and the figures."""
+    """Write structure.parquet, clusters.parquet, the figures and report.html."""
     from vlmscope.core.errors import UserError
     from vlmscope.tasks.studies.data import needed_study
 
@@ -57,6 +57,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.features.structure.modality_tables import modality_tables
     from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.steps.modality import draw, modality_metrics
+    from vlmscope.tasks.studies.structure_page import write_page
     from vlmscope.tasks.studies.structure_tables import Structure, write_structure
     from vlmscope.tasks.wiring import load_model, load_transcoders
 
@@ -64,12 +65,14 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     modality = modality_tables(study)
     vlm = load_model(cfg)
     transcoders = load_transcoders(cfg, vlm, context.overrides)
-    widths = {layer: one.config.n_features for layer, one in transcoders.transcoders.items()}
+    widths = transcoders.widths
     if widths != study.info.n_features:
         raise UserError(f"{study.path} is of other transcoders: layers or widths differ; give those with transcoder=")
     structure = Structure.of(vlm.adapter, transcoders, study, seen(cfg, vlm, transcoders, study), modality, cfg.task)
     draw(modality, context.run_dir / "figures" / "modality_by_layer.png")
-    return modality_metrics(modality) | write_structure(context.run_dir, structure)
+    metrics = modality_metrics(modality) | write_structure(context.run_dir, structure)
+    write_page(context.run_dir, study, structure, metrics, vlm.name)
+    return metrics
 
 
 def seen(cfg: AppConfig, vlm: VLM, transcoders: TranscoderSet, study: StudyFolder) -> Any:

@@ -69,7 +69,7 @@ def facts_of_set(transcoders: TranscoderSet, format: str = "vlmscope") -> CardFa
         skip=first.skip,
         cross_layer=transcoders.cross_layer,
         format=format,
-        widths={layer: one.config.n_features for layer, one in transcoders.transcoders.items()},
+        widths=transcoders.widths,
     )
 
 

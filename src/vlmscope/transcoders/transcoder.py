@@ -238,6 +238,11 @@ class TranscoderSet(nn.Module):
         return own if earlier is None else own + earlier
 
     @property
+    def widths(self) -> dict[int, int]:
+        """How many features each layer has."""
+        return {layer: self[layer].config.n_features for layer in self.layers}
+
+    @property
     def layers(self) -> list[int]:
         """The layers that have a transcoder, ascending."""
         return [int(key) for key in self._by_layer]

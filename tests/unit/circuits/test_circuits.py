@@ -50,7 +50,7 @@ def two_concepts(transcoders, confirmed: bool = True, mars: int = 3) -> tuple[Ci
     }
     share = {"mars": mars, "earth": 8}
     influence = {c: {FeatureId(layer, f): 0.1 for layer in transcoders.layers} for c, f in share.items()}
-    return contrast_circuit(transcoders, means, influence if confirmed else {"mars": {}, "earth": {}}, 4)
+    return contrast_circuit(transcoders, means, influence if confirmed else {"mars": {}, "earth": {}}, 4, "tiny")
 
 
 def test_planted_features_are_found_at_their_role(bench) -> None:
@@ -63,6 +63,8 @@ def test_planted_features_are_found_at_their_role(bench) -> None:
         assert float(circuit.level(concept, role, 0, "name")[0]) == {"mars": 2.0, "earth": 1.5}[concept]
         assert metrics[f"circuit/{concept}/confirmed_frac"] == 1.0
     assert circuit.size("mars", "earth") == 2 * transcoders.n_layers
+    with pytest.raises(UserError, match="another"):
+        circuit.check_fits("another", transcoders.widths, "circuit")
 
 
 def test_features_without_influence_are_left_out(bench) -> None:
@@ -134,7 +136,7 @@ def test_patching_everything_reproduces_the_donor_at_a_layer(bench) -> None:
     influence = {"all": {FeatureId(0, i): 1.0 for i in range(N)}, "none": {}}
     for table in everything["all"].by_role.values():
         table[0] += 1.0
-    circuit, _ = contrast_circuit(transcoders, {c: {"name": m} for c, m in everything.items()}, influence, N)
+    circuit, _ = contrast_circuit(transcoders, {c: {"name": m} for c, m in everything.items()}, influence, N, "tiny")
     carried = donor_activations(vlm.adapter, transcoders, donors, circuit)
     assert len(carried[0][0]) == N
     seen = {}

@@ -97,7 +97,7 @@ def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
         batches = [make_batch(adapter, side) for side in sides]
         means = {n: {"name": role_means(adapter, transcoders, [b])} for n, b in zip("ab", batches, strict=True)}
         influence = {n: {FeatureId(k, i): 1.0 for k in range(4) for i in range(WIDTH)} for n in "ab"}
-        found, _ = contrast_circuit(transcoders, means, influence, 2)
+        found, _ = contrast_circuit(transcoders, means, influence, 2, vlm.name)
         save_circuit(found, tmp_path)
         subject = make_subject(adapter, transcoders, "name", batches[0], 1, 2)
         overall = means["a"]["name"].overall

@@ -103,6 +103,12 @@ def test_nothing_can_be_learnt_from_one_kind_of_case() -> None:
     np.testing.assert_array_equal(scores, np.zeros(4))
 
 
+def test_nothing_can_be_learnt_from_values_that_do_not_vary() -> None:
+    values, wrong = np.array([1.0, 1.0, 1.0, 0.0])[:, None], np.array([True, False, True, False])
+    scores = held_out_scores(values, wrong, np.array([0, 0, 1, 1]))
+    assert scores[2] == scores[3] == 0.0  # the training cases have one value
+
+
 def test_an_interval_is_that_of_areas_on_drawn_groups() -> None:
     """Against drawing groups one after another."""
     rng = np.random.default_rng(8)

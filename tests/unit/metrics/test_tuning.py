@@ -42,6 +42,12 @@ def test_p_is_that_of_scipy_and_says_nothing_of_what_never_varies(cases: tuple[n
     assert p[3] > 0.001
 
 
+def test_what_only_the_level_changes_is_sure() -> None:
+    counts = np.tile(np.arange(1, 7), 4)
+    values = np.stack([counts == 2, counts, np.ones(24)], 1).astype(np.float32)
+    assert level_p(values, counts).tolist() == [0.0, 0.0, 1.0]
+
+
 def test_rank_correlation_is_spearmans(cases: tuple[np.ndarray, np.ndarray]) -> None:
     values, counts = cases
     rho = rank_correlation(values, counts)

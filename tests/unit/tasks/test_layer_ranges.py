@@ -9,26 +9,13 @@ import torch
 
 from vlmscope.circuits.interchange import all_features, interchange_plan, recovered
 from vlmscope.circuits.pair_effects import PairEffects
-from vlmscope.circuits.pair_subject import pair_subject
+from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.interventions.named import mean_activations
 from vlmscope.interventions.run import run_edited
-from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.tasks.steps.layer_ranges import cosine, likenesses, range_curve, silence
-from vlmscope.transcoders.init import random_set
 
 
-@pytest.fixture(scope="module")
-def made():
-    vlm = tiny_gemma3(5)
-    transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 24, 5, seed=6).requires_grad_(False)
-    sides = [[vlm.prepare("what is this planet ?", [tiny_image(i)]) for i in some] for some in (range(3), range(3, 6))]
-    logits = vlm.adapter.forward(sides[0][0].tensors, use_cache=False).logits[0, -1, : vlm.adapter.vocab_size]
-    first, second = (logits.topk(2).indices[i].repeat(3) for i in (0, 1))
-    subject = pair_subject(vlm.adapter, transcoders, "name", sides[0], sides[1], first, second, 2, answerable=False)
-    return SimpleNamespace(vlm=vlm, transcoders=transcoders, cfg=SimpleNamespace(seed=0)), subject
-
-
-def test_ranges_grow_to_all_layers_from_both_ends(made) -> None:
+def test_ranges_grow_to_all_layers_from_both_ends(made: tuple[Any, PairSubject]) -> None:
     bench, subject = made
     first, last = (range_curve(bench, subject, kind) for kind in ("first", "last"))
     assert first.shares.shape == (3, len(bench.transcoders.layers))
@@ -40,7 +27,7 @@ def test_ranges_grow_to_all_layers_from_both_ends(made) -> None:
     assert len(first.outcomes) == len(first.directions) == len(bench.transcoders.layers)
 
 
-def test_silenced_features_are_zero_and_controls_are_as_many(made) -> None:
+def test_silenced_features_are_zero_and_controls_are_as_many(made: tuple[Any, PairSubject]) -> None:
     bench, subject = made
     means = mean_activations(bench.vlm.adapter, bench.transcoders, [subject.batch], bench.transcoders.layers)
     nothing = silence(bench, subject, {0: torch.empty(0, dtype=torch.int64)}, means, 1)

@@ -24,7 +24,7 @@ class DiscoveryConfig:
         steps: inputs between the two sides at which gradients are taken.
         edge_nodes: features that get their incoming edges, those of most effect.
         edge_pairs: pairs, of training and of test ones, on which circuits of edges are run; 0 leaves edges out.
-        draws: of matched random circuits, and of random orders.
+        draws: of matched random circuits.
         minimality: members that are dropped one by one; 0 leaves that out.
         threshold: members whose loss of faithfulness is below this are pruned.
         resamples: bootstrap resamples of the pairs for stability.

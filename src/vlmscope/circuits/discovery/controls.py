@@ -8,9 +8,17 @@ from __future__ import annotations
 import numpy as np
 
 from vlmscope.circuits.discovery.nodes import Nodes
-from vlmscope.core.seeds import generator
+from vlmscope.core.seeds import control_draws, generator
 
 NEIGHBOURS = 8  # candidates, nearest in change, of which one is drawn
+
+
+def matched_circuits(nodes: Nodes, members: np.ndarray, change: np.ndarray, seed: int, draws: int) -> list[np.ndarray]:
+    """`draws` of `matched_circuit` under the root seed; none where the circuit has more than half of the features."""
+    chosen = int(nodes.is_feature[members].sum())
+    if 2 * chosen > int(nodes.is_feature.sum()):
+        return []
+    return [matched_circuit(nodes, members, change, draw) for draw in control_draws(seed, draws)]
 
 
 def matched_circuit(nodes: Nodes, members: np.ndarray, change: np.ndarray, seed: int) -> np.ndarray:
@@ -24,17 +32,21 @@ def matched_circuit(nodes: Nodes, members: np.ndarray, change: np.ndarray, seed:
         members: [n] numbers of the circuit.
         change: [N], how far each node moves the stream.
         seed: which draw.
+
+    Raises:
+        ValueError: fewer features outside the circuit than in it.
     """
     rng = generator(seed, "matched circuit")
     free = nodes.is_feature.copy()
     free[members] = False
+    wanted = int(nodes.is_feature[members].sum())
+    if free.sum() < wanted:
+        raise ValueError(f"{wanted} features of the circuit, {int(free.sum())} others")
     out = [row for row in members.tolist() if not nodes.is_feature[row]]
     for row in members[nodes.is_feature[members]].tolist():
         same_layer = free & (nodes.layer == nodes.layer[row])
         pools = (same_layer & (nodes.role == nodes.role[row]), same_layer, free)
-        pool = next((np.flatnonzero(pool) for pool in pools if pool.any()), None)
-        if pool is None:
-            break
+        pool = next(np.flatnonzero(pool) for pool in pools if pool.any())
         near = pool[np.argsort(np.abs(change[pool] - change[row]), kind="stable")[:NEIGHBOURS]]
         pick = int(rng.choice(near))
         free[pick] = False

@@ -11,7 +11,7 @@ import numpy as np
 
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.discovery.config import DiscoveryConfig
-from vlmscope.circuits.discovery.controls import matched_circuit, random_order
+from vlmscope.circuits.discovery.controls import matched_circuits, random_order
 from vlmscope.circuits.discovery.edge_search import discover_edges
 from vlmscope.circuits.discovery.graphs import GraphScores, graph_scores
 from vlmscope.circuits.discovery.nodes import Nodes, opposite
@@ -130,7 +130,7 @@ def _found(
     pruned = prune_members(choosing, orders[by][: cuts[by]], settings.keep, settings.minimality, settings.threshold)
     members, nodes = pruned.members, choosing.nodes
     clean, corrupt = choosing.ends()
-    alike = [matched_circuit(nodes, members, change, settings.seed + draw) for draw in range(settings.draws)]
+    alike = matched_circuits(nodes, members, change, settings.seed, settings.draws)
     features = members[nodes.is_feature[members]]
     test, ablated = {}, {}
     for mode in settings.modes:
@@ -146,9 +146,9 @@ def _found(
             return faithfulness(judging.run(opposite(kept) if without else kept, mode), *ends, settings.seed)
 
         controls = [rate(rows).value for rows in alike]
-        test[mode] = replace(rate(members), control=float(np.mean(controls)))
-        controls = [rate(rows[nodes.is_feature[rows]], without=True).value for rows in alike]
-        ablated[mode] = replace(rate(features, without=True), control=float(np.mean(controls)))
+        left = [rate(rows[nodes.is_feature[rows]], without=True).value for rows in alike]
+        test[mode] = replace(rate(members), control=float(np.mean(controls)) if alike else None)
+        ablated[mode] = replace(rate(features, without=True), control=float(np.mean(left)) if alike else None)
     return FoundCircuit(
         by,
         members,

@@ -27,7 +27,8 @@ class FoundCircuit:
         members: node numbers, best first.
         cut: how many first nodes of the ranking reached the wanted share, before members were pruned.
         train: its f on the training pairs it was chosen on, free.
-        test: mode -> its f on test pairs; `control`: the mean f of matched random circuits.
+        test: mode -> its f on test pairs; `control`: the mean f of matched random circuits, None where the circuit has
+            more than half of the features.
         ablated: mode -> f of the whole model without the circuit's features, which should be low; `control`: without
             as many matched features.
         losses: member -> loss of f when it alone is dropped, on training pairs, of those that were tried.

@@ -33,7 +33,7 @@ class Runner:
     @property
     def widths(self) -> dict[int, int]:
         """Layer -> F."""
-        return {layer: self.transcoders[layer].config.n_features for layer in self.transcoders.layers}
+        return self.transcoders.widths
 
     @property
     def device(self) -> torch.device:

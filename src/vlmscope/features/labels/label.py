@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -109,3 +110,11 @@ def read_labels(path: Path) -> dict[FeatureId, Label]:
         FeatureId(row["layer"], row["feature"]): Label(**{name: row[name] for name in names})
         for row in table.to_pylist()
     }
+
+
+def short_label(text: str) -> str:
+    """The first thing that a label says, in words that can be a name: 'planet = mars or scene = hands, ..' is planet
+    mars.
+    """
+    first = text.removeprefix("strong: ").split(" or ")[0].split(",")[0]
+    return " ".join(re.sub(r"[^\w. -]", " ", first).split())[:40].strip()

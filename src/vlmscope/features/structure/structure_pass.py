@@ -42,7 +42,7 @@ class StructurePass:
             seed: of the draw.
         """
         self.adapter, self.transcoders, self.per_item, self.seed = adapter, transcoders, per_item, seed
-        widths = [transcoders[layer].config.n_features for layer in transcoders.layers]
+        widths = list(transcoders.widths.values())
         self.offsets = dict(zip(transcoders.layers, np.cumsum([0, *widths[:-1]]).tolist(), strict=True))
         self.n_features = sum(widths)
         self._active: list[tuple[np.ndarray, np.ndarray]] = []  # position, feature

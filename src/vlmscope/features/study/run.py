@@ -140,7 +140,7 @@ def finish(
     """
     found = totals(parts)
     about = transcoders.config
-    widths = {layer: one.config.n_features for layer, one in transcoders.transcoders.items()}
+    widths = transcoders.widths
     settings = {key: value for key, value in asdict(config).items() if key not in _HOW}
     kind = {"name": about.model_name, "activation": about.activation, "k": about.k}
     info = StudyInfo(

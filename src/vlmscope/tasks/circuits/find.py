@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -93,7 +92,7 @@ class Finder:
 
     def __post_init__(self) -> None:
         self.known = self._known()
-        self.widths = {layer: self.transcoders[layer].config.n_features for layer in self.transcoders.layers}
+        self.widths = self.transcoders.widths
 
     def _known(self, positions: Positions | None = None) -> dict[FeatureId, float]:
         """Influence of features in the run's own graphs, at these positions."""
@@ -174,6 +173,7 @@ class Finder:
 
     def _auto(self, key: str, members: Sequence[CircuitFeature]) -> str:
         """A name from the labels of any study that the spec uses, else from the words that the features write."""
+        from vlmscope.features.labels.label import short_label
         from vlmscope.features.logit_lens import top_and_bottom_logits
         from vlmscope.features.structure.cluster_names import cluster_names
 
@@ -186,14 +186,6 @@ class Finder:
                 parts = (self.vlm.adapter, self.transcoders, self.vlm.tokenizer, member.feature)
                 said[i] = short_label(top_and_bottom_logits(*parts, 1)[0][0][0].strip("▁ "))
         return cluster_names({0: list(range(len(members)))}, {}, {}, said, 1)[0] or key
-
-
-def short_label(text: str) -> str:
-    """The first thing that a label says, in words that can be a name: 'planet = mars or scene = hands, ..' is planet
-    mars.
-    """
-    first = text.removeprefix("strong: ").split(" or ")[0].split(",")[0]
-    return " ".join(re.sub(r"[^\w. -]", " ", first).split())[:40].strip()
 
 
 def _of_own(

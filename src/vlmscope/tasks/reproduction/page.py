@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlmscope.core.artifacts import write_json, write_text
 from vlmscope.core.reproduction import Reproduced
@@ -16,9 +16,6 @@ from vlmscope.report.html import ReportPage
 from vlmscope.report.sections import Card, Cards, Experiments, Section, Text, duration, mapping_table
 from vlmscope.report.thumbnails import decode, enlarge, png_bytes
 from vlmscope.tracking.provenance import git_state, package_versions
-
-if TYPE_CHECKING:
-    pass
 
 _THUMB = 380  # pixels of the longer edge: twice the width at which it is shown
 _COLOURS = 64

@@ -55,7 +55,7 @@ def planned(cfg: AppConfig, context: RunContext) -> list[Job]:
     found = reproducible(_config_folders())
     chosen = _chosen(cfg, found)
     shared = _passed_on(cfg, context)
-    base = _base_digest()
+    base = base_digest()
     jobs = []
     for name in chosen:
         question = first_comment(found[name])
@@ -166,7 +166,7 @@ def _lacks_shards(cfg: AppConfig) -> bool:
         return True
 
 
-def _base_digest() -> str:
+def base_digest() -> str:
     """Of the code, the shipped assets and the packages that can change a number."""
     from vlmscope.config.paths import project_root
     from vlmscope.tracking.provenance import package_versions

@@ -26,7 +26,7 @@ from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.models.batching import InputBatch
 from vlmscope.tasks.steps.intervene import make_curve, rate_metrics
-from vlmscope.tasks.steps.pair_subjects import pairs_of, subject_of
+from vlmscope.tasks.steps.pair_subjects import moving, pairs_of, subject_of
 
 if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
@@ -35,14 +35,16 @@ if TYPE_CHECKING:
 def run(bench: Bench) -> None:
     """Leaves curves a question in `bench.records`; metrics under amplify/."""
     found: dict[str, list[Curve]] = {}
-    train = pairs_of(bench, "train")
+    train = moving(pairs_of(bench, "train"))
     for name, pairs in pairs_of(bench, "test").items():
         subject = subject_of(bench, name, pairs, answerable=False)
         if subject.moves and name in train:
             seen = subject_of(bench, name, train[name], answerable=False)
             found[name] = question_curves(bench, name, subject, seen)
     if not found:
-        raise UserError("nothing to amplify: no question's answer differs within a pair, or pairs.train is 0")
+        raise UserError(
+            "nothing to amplify: no question's answer differs within test and training pairs, or pairs.train is 0"
+        )
     bench.records["amplify"] = {"curves": found}
 
 

@@ -13,7 +13,6 @@ from vlmscope.attention.deletion import cell_values
 from vlmscope.attention.map_io import save_maps
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import Curve, Rate
 from vlmscope.data.orrery import facts
 from vlmscope.data.orrery.objects import covered_cells, object_mask
 from vlmscope.data.orrery.scene import KINDS as SCENE_KINDS
@@ -27,6 +26,7 @@ from vlmscope.report.figures import dose_response
 from vlmscope.report.where_figure import NAMES, feature_maps, pointing_bars
 from vlmscope.tasks.maps.curves import CONTRAST, MEASURES, NO_FEATURE, RANDOM, MapCurves, Subject, contrast, map_curves
 from vlmscope.tasks.maps.where_maps import KINDS, WhereMaps, where_maps
+from vlmscope.tasks.steps.intervene import make_curve, rate_metrics
 
 if TYPE_CHECKING:
     from vlmscope.core.ids import FeatureId
@@ -200,21 +200,16 @@ def summary(scenes: list[SceneResult], seed: int) -> dict[str, float]:
                     chance = np.array([s.areas[what][measure][RANDOM] for s in having])
                     name = f"{place}/{kind}/{measure if what == 'activation' else f'answer_{measure}'}"
                     gain = chance - mine if measure == "deletion" else mine - chance
-                    metrics |= _rate(name, bootstrap_mean(mine, seed, float(chance.mean())))
-                    metrics |= _rate(f"{name}_gain", bootstrap_mean(gain, seed))
+                    metrics |= rate_metrics(name, bootstrap_mean(mine, seed, float(chance.mean())))
+                    metrics |= rate_metrics(f"{name}_gain", bootstrap_mean(gain, seed))
                     for other in BESIDE if what == "activation" else ():
                         theirs = np.array([s.areas[what][measure][other] for s in having])
                         gain = theirs - mine if measure == "deletion" else mine - theirs
                         if other != kind:
-                            metrics |= _rate(f"{name}_over_{other}", bootstrap_mean(gain, seed))
+                            metrics |= rate_metrics(f"{name}_over_{other}", bootstrap_mean(gain, seed))
             hits = bootstrap_mean([s.hits[kind] for s in group], seed, float(np.mean([s.chance for s in group])))
-            metrics |= _rate(f"{place}/{kind}/pointing", hits)
+            metrics |= rate_metrics(f"{place}/{kind}/pointing", hits)
     return metrics
-
-
-def _rate(name: str, rate: Rate) -> dict[str, float]:
-    found = {name: rate.value, f"{name}_ci_low": rate.ci_low, f"{name}_ci_high": rate.ci_high}
-    return found if rate.control is None else found | {f"{name}_control": rate.control}
 
 
 def _figures(bench: Bench, found: Found) -> None:
@@ -225,8 +220,7 @@ def _figures(bench: Bench, found: Found) -> None:
         for kind in DRAWN:
             runs = np.array([scene.curves[measure][kind] for scene in found.scenes])
             rates = [bootstrap_mean(column, seed) for column in runs.T]
-            values = (tuple(getattr(rate, part) for rate in rates) for part in ("value", "ci_low", "ci_high"))
-            drawn.append(Curve(NAMES[kind], tuple(float(c) for c in found.scenes[0].counts), *values))
+            drawn.append(make_curve(NAMES[kind], found.scenes[0].counts, rates))
         what = "deleted" if measure == "deletion" else "inserted"
         label = "feature's activation (1: untouched)"
         dose_response(drawn, folder / f"{measure}.png", f"cells {what} (of {side})", label, percent=False)

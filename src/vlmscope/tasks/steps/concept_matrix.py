@@ -96,7 +96,7 @@ def find_circuits(bench: Bench, config: ConceptMatrixConfig) -> Circuits:
     for i, first in enumerate(config.concepts):
         for second in config.concepts[i + 1 :]:
             both = {c: means[c] for c in (first, second)}
-            circuit, _ = contrast_circuit(bench.transcoders, both, influence, config.per_layer)
+            circuit, _ = contrast_circuit(bench.transcoders, both, influence, config.per_layer, bench.vlm.name)
             save_circuit(circuit, bench.run_dir / "circuits" / f"{first}_{second}")
             tables = [asked.overall for by_question in both.values() for asked in by_question.values()]
             overall = {layer: torch.stack([t[layer] for t in tables]).mean(0) for layer in bench.transcoders.layers}

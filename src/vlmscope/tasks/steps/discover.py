@@ -38,8 +38,7 @@ def discovered(bench: Bench, choose: CircuitSubject, judge: CircuitSubject) -> D
 
 def circuit_of(bench: Bench, found: Discovery) -> Circuit:
     """The circuit in the form in which circuits are saved."""
-    widths = {layer: bench.transcoders[layer].config.n_features for layer in bench.transcoders.layers}
-    return found.to_circuit(bench.vlm.name, widths)
+    return found.to_circuit(bench.vlm.name, bench.transcoders.widths)
 
 
 def leave(bench: Bench, found: dict[str, Discovery]) -> None:

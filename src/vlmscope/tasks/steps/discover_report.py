@@ -61,9 +61,14 @@ def summary(found: Discovery) -> str:
     return (
         f"{found.question}: {features} features (of {int(found.nodes.is_feature.sum()):,} that change) and "
         f"{len(circuit.members) - features} other nodes keep {rate.value:.0%} of the logit difference on test pairs "
-        f"(matched features: {rate.control or 0:.0%}); without these features {without.value:.0%} is left "
-        f"(without matched ones: {without.control or 0:.0%})."
+        f"(matched features: {beside(rate)}); without these features {without.value:.0%} is left "
+        f"(without matched ones: {beside(without)})."
     )
+
+
+def beside(rate: Rate) -> str:
+    """The control of a rate in words."""
+    return "too few to draw" if rate.control is None else f"{rate.control:.0%}"
 
 
 def question_sections(found: Discovery, folder: Path) -> list[Section]:
@@ -107,14 +112,14 @@ def headline(found: Discovery) -> Cards:
         Card("nodes of the circuit", len(circuit.members), f"of {len(found.nodes):,}; cut from: {NAMES[circuit.by]}")
     ]
     for mode, rate in circuit.test.items():
-        detail = f"95 % interval {rate.ci_low:.0%} to {rate.ci_high:.0%}; matched features {rate.control or 0:.0%}"
+        detail = f"95 % interval {rate.ci_low:.0%} to {rate.ci_high:.0%}; matched features {beside(rate)}"
         cards.append(Card(f"faithfulness, {label(mode)}", Percent(rate.value), detail))
     mode, rate = next(iter(circuit.ablated.items()))
     cards.append(
         Card(
             "left without its features",
             Percent(rate.value),
-            f"{label(mode)}; without matched ones {rate.control or 0:.0%}",
+            f"{label(mode)}; without matched ones {beside(rate)}",
         )
     )
     cards.append(

@@ -15,6 +15,7 @@ import numpy as np
 from vlmscope.circuits.interchange import carried_controls, interchange_plan, outcome, recovered
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Rate
+from vlmscope.data.pairs import load_pairs
 from vlmscope.interventions.named import donor_activations
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_mean
@@ -24,7 +25,10 @@ from vlmscope.tasks.steps.pair_subjects import pairs_of, subject_of
 
 if TYPE_CHECKING:
     from vlmscope.circuits.pair_subject import PairSubject
+    from vlmscope.config import AppConfig
     from vlmscope.tasks.steps.bench import Bench
+
+NEEDS = "dissociation needs pairs that differ in two facts, such as pairs=object, and pairs.train > 0"
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,39 @@ class Cell:
     ids: tuple[str, ...]
 
 
+def check(cfg: AppConfig) -> None:
+    """One's own pairs ask different questions about the same scenes.
+
+    Raises:
+        UserError: fewer than two questions whose answers differ, or no scene that all of them ask about.
+    """
+    if cfg.pairs is None or cfg.pairs.path is None:
+        return
+    scenes: dict[str, set[str]] = {}
+    for pair in load_pairs(cfg.pairs, "test"):
+        if pair.moves:
+            scenes.setdefault(pair.question, set()).add(pair.id)
+    if len(scenes) < 2:
+        raise UserError(f"{cfg.pairs.path}: {NEEDS}")
+    if not set.intersection(*scenes.values()):
+        raise UserError(
+            f"{cfg.pairs.path}: no test pair of {', '.join(scenes)} has an id in common, and dissociation compares "
+            'them on the same scenes; give lines about one scene the same "id"'
+        )
+
+
 def run(bench: Bench) -> None:
     """Leaves cells, contrasts and activities in `bench.records`; metrics under dissociation/."""
     record = bench.record("interchange")
     facts = [name for name, case in record["cases"].items() if case.subject.moves]
     sets = {fact: record["sets"][f"features of {fact}"] for fact in facts if f"features of {fact}" in record["sets"]}
     if len(sets) < 2:
-        raise UserError("dissociation needs pairs that differ in two facts, such as pairs=object, and pairs.train > 0")
+        raise UserError(NEEDS)
+    common = set.intersection(*({pair.id for pair in record["cases"][fact].pairs} for fact in facts))
+    if not common:
+        raise UserError(
+            f"dissociation: the model answers no pair rightly under all of {', '.join(facts)}; give more pairs"
+        )
     cells = [
         measure(bench, change, fact, case, features, record["means"])
         for change, cases in changes(bench, record["cases"], list(sets)).items()

@@ -13,6 +13,7 @@ from vlmscope.attribution.graph_io import save_graph
 from vlmscope.attribution.trace import Trace, trace
 from vlmscope.circuits.circuit import labelled, save_circuit
 from vlmscope.circuits.contrast import contrast_circuit
+from vlmscope.circuits.selectors import mean_shares
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.ids import FeatureId
 from vlmscope.features.role_means import RoleMeans, role_means
@@ -35,7 +36,7 @@ def run(bench: Bench) -> None:
     means = concept_means(bench, train, prompts)
     influence, traces, seconds = concept_influence(bench, train, prompts, config.graphs)
     shown = traces[0]
-    circuit, metrics = contrast_circuit(bench.transcoders, means, influence, config.per_layer)
+    circuit, metrics = contrast_circuit(bench.transcoders, means, influence, config.per_layer, bench.vlm.name)
     circuit = labelled(circuit, bench.labels)
     save_circuit(circuit, bench.run_dir / "circuits" / "_".join(config.concepts))
     save_graph(bench.run_dir / "graph.safetensors", shown.pruned)
@@ -87,7 +88,7 @@ def concept_influence(
                 seconds.append(time.perf_counter() - start)
                 tables.append(feature_influence(traced))
                 first = first or [traced]
-        influence[concept] = mean_influence(tables)
+        influence[concept] = mean_shares(tables)
     return influence, first, seconds
 
 
@@ -104,12 +105,3 @@ def feature_influence(traced: Trace) -> dict[FeatureId, float]:
             feature = nodes.feature_id(node)
             shares[feature] = shares.get(feature, 0.0) + float(pruned.influence[node]) / total
     return shares
-
-
-def mean_influence(tables: Sequence[dict[FeatureId, float]]) -> dict[FeatureId, float]:
-    """Mean share over graphs; absent counts as zero."""
-    summed: dict[FeatureId, float] = {}
-    for table in tables:
-        for feature, share in table.items():
-            summed[feature] = summed.get(feature, 0.0) + share / len(tables)
-    return summed

@@ -33,7 +33,7 @@ from vlmscope.interventions.generate import generate_edited
 from vlmscope.interventions.named import by_layer, mean_activations
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.tasks.steps.intervene import make_curve, rate_metrics
-from vlmscope.tasks.steps.pair_subjects import pairs_of, subject_of
+from vlmscope.tasks.steps.pair_subjects import moving, pairs_of, subject_of
 
 if TYPE_CHECKING:
     from vlmscope.data.pairs import Pair
@@ -130,11 +130,10 @@ def chosen_features(bench: Bench, cases: Mapping[str, PairCase]) -> dict[str, li
     settings = bench.cfg.interchange
     if settings.circuit is not None:
         circuit = load_circuit(Path(settings.circuit))
-        widths = {layer: one.config.n_features for layer, one in bench.transcoders.transcoders.items()}
-        circuit.check_fits(bench.vlm.name, widths, settings.circuit)
+        circuit.check_fits(bench.vlm.name, bench.transcoders.widths, settings.circuit)
         bench.records[LOADED] = circuit
         return {name: list(node.features) for name, node in circuit.supernodes.items()}
-    train = pairs_of(bench, "train")
+    train = moving(pairs_of(bench, "train"))
     chosen: dict[str, list[CircuitFeature]] = {}
     for name, case in cases.items():
         if case.subject.moves and name in train:
@@ -147,7 +146,9 @@ def chosen_features(bench: Bench, cases: Mapping[str, PairCase]) -> dict[str, li
         for name, found in chosen.items()
     }
     if nodes:
-        save_circuit(Circuit(nodes, {}), bench.run_dir / "circuits" / str(bench.cfg.pairs and bench.cfg.pairs.change))
+        name = (bench.cfg.pairs and bench.cfg.pairs.change) or "pairs"
+        circuit = Circuit(nodes, {}, model=bench.vlm.name, n_features=bench.transcoders.widths)
+        save_circuit(circuit, bench.run_dir / "circuits" / name)
     return chosen
 
 
@@ -251,7 +252,7 @@ def count_curves(
     follow: list[Curve] = []
     gained: list[Curve] = []
     for name, features in chosen.items():
-        if name not in cases:
+        if name not in cases or not cases[name].subject.moves:
             continue
         subject = cases[name].subject
         counts = sorted({min(count, len(features)) for count in bench.cfg.interchange.counts})
@@ -259,7 +260,7 @@ def count_curves(
         for count in counts:
             chosen_now, nodes = layers_of(bench, features, count), nodes_of(bench, f"features of {name}")
             plan = interchange_plan(adapter, transcoders, subject, chosen_now, nodes=nodes)
-            (control,) = carried_controls(adapter, transcoders, subject, plan, "free", means, 1)
+            (control,) = carried_controls(adapter, transcoders, subject, plan, "free", means, 1, bench.cfg.seed)
             pairs.append((run_interchange(adapter, transcoders, subject, plan), control))
         x = [float(count) for count in counts]
         for label, side in ((name, 0), (f"{name}, matched", 1)):

@@ -39,6 +39,8 @@ from vlmscope.tasks.steps.circuit_rows import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from PIL import Image
 
     from vlmscope.tasks.steps.bench import Bench
@@ -180,7 +182,7 @@ def dose_response(bench: Bench, circuit: Circuit, cases: dict[str, Case]) -> lis
     return curves
 
 
-def make_curve(name: str, x: list[float], rates: list[Rate]) -> Curve:
+def make_curve(name: str, x: Sequence[float], rates: Sequence[Rate]) -> Curve:
     """Rates as a named curve."""
     return Curve(
         name,

@@ -45,7 +45,7 @@ from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.metrics.depth import bootstrap_depth
 from vlmscope.tasks.steps.interchange import PairCase, layers_of, roles_of, test_cases
 from vlmscope.tasks.steps.intervene import rate_metrics
-from vlmscope.tasks.steps.pair_subjects import pairs_of, subject_of
+from vlmscope.tasks.steps.pair_subjects import moving, pairs_of, subject_of
 
 if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
@@ -91,11 +91,7 @@ def run(bench: Bench) -> None:
         name: layer_role_grid(bench.vlm.adapter, bench.transcoders, case.subject, everything, roles_of(case.subject))
         for name, case in cases.items()
     }
-    effects = {
-        name: pair_effects(bench.vlm.adapter, bench.transcoders, subject_of(bench, name, pairs),
-                           bench.cfg.interchange.steps)
-        for name, pairs in pairs_of(bench, "train").items() if name in cases
-    }  # fmt: skip
+    effects = effects_of(bench, cases)
     ways = by_way(bench, cases, effects)
     alike = likenesses(bench, effects)
     bench.metrics |= metrics_of(bench, curves, depths, gaps, ways, alike)
@@ -116,6 +112,16 @@ def listed(values: np.ndarray) -> list[Any]:
     found = values.astype(object)
     found[np.isnan(values)] = None
     return found.tolist()
+
+
+def effects_of(bench: Bench, cases: Mapping[str, PairCase]) -> dict[str, PairEffects]:
+    """Effects on each question, estimated on training pairs whose answers differ."""
+    adapter, transcoders, steps = bench.vlm.adapter, bench.transcoders, bench.cfg.interchange.steps
+    return {
+        name: pair_effects(adapter, transcoders, subject_of(bench, name, pairs), steps)
+        for name, pairs in moving(pairs_of(bench, "train")).items()
+        if name in cases
+    }
 
 
 def range_curve(bench: Bench, subject: PairSubject, kind: str) -> RangeCurve:

@@ -14,6 +14,7 @@ from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.models.batching import make_batch
 from vlmscope.report.figures import dose_response
 from vlmscope.tasks.steps.compare_maps import question_group
+from vlmscope.tasks.steps.intervene import make_curve, rate_metrics
 
 if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
@@ -44,17 +45,10 @@ def run(bench: Bench) -> None:
         for state in range(soft.shape[1]):
             name = f"lens/{kind}/state_{state:02d}"
             rate = bootstrap_rate(soft[:, state], seed, float(control[:, state].mean()))
-            bench.metrics[f"{name}/any_soft"] = rate.value
-            bench.metrics |= {f"{name}/any_soft_ci_low": rate.ci_low, f"{name}/any_soft_ci_high": rate.ci_high}
-            bench.metrics[f"{name}/any_soft_control"] = float(control[:, state].mean())
+            bench.metrics |= rate_metrics(f"{name}/any_soft", rate)
             bench.metrics[f"{name}/last"] = float(last[:, state].mean())
-        curves.append(_curve(f"{kind}, some soft token", soft, seed))
+        rates = [bootstrap_rate(column, seed) for column in soft.T]
+        curves.append(make_curve(f"{kind}, some soft token", range(len(rates)), rates))
     if curves:
         path = bench.run_dir / "figures" / "lens.png"
         dose_response(curves, path, "state (0: before layer 0)", "right word on top (% of scenes)")
-
-
-def _curve(name: str, hits: np.ndarray, seed: int) -> Curve:
-    rates = [bootstrap_rate(column, seed) for column in hits.T]
-    values = (tuple(getattr(rate, part) for rate in rates) for part in ("value", "ci_low", "ci_high"))
-    return Curve(name, tuple(float(state) for state in range(hits.shape[1])), *values)

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from vlmscope.core.artifacts import write_json
+from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import Curve
 from vlmscope.core.seeds import generator
@@ -39,6 +40,7 @@ from vlmscope.tasks.steps.intervene import make_curve, rate_metrics
 from vlmscope.tasks.steps.scene_codes import PLACES, Codes, codes_of
 
 if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
     from vlmscope.tasks.steps.bench import Bench
 
 COUNTS = (1, 2, 3, 4, 5, 6)
@@ -67,6 +69,20 @@ class Tuned:
     names: dict[int, np.ndarray]
     strength: dict[int, np.ndarray]
     chance: int
+
+
+def check(cfg: AppConfig) -> None:
+    """Scenes that show every number on every shape.
+
+    Raises:
+        UserError: there are too few.
+    """
+    least = len(COUNTS) * len(SHAPES)
+    if min(cfg.interchange.scenes) < least:
+        raise UserError(
+            f"interchange.scenes={list(cfg.interchange.scenes)}: the step number_line needs at least {least} training "
+            f"and {least} held-out scenes, one of each number and shape"
+        )
 
 
 def run(bench: Bench) -> None:

@@ -99,6 +99,7 @@ def carried_at(
     bench: Bench, case: PairCase, rows: np.ndarray, on: np.ndarray, features: Mapping[int, Tensor]
 ) -> dict[str, Rate]:
     """Recovered share when features are carried over at the soft tokens of the objects, of the ground, or at both.
+    Elsewhere they stay live: what is carried may change them.
 
     Args:
         bench: the model and its transcoders.
@@ -108,8 +109,7 @@ def carried_at(
         features: by layer.
     """
     adapter, transcoders, subject = bench.vlm.adapter, bench.transcoders, part_of(case.subject, rows.tolist())
-    whole = interchange_plan(adapter, transcoders, subject, features)
-    before = donor_activations(adapter, transcoders, subject.batch, features)
+    whole = interchange_plan(adapter, transcoders, subject, features, torch.from_numpy(subject.batch.is_image))
     soft = np.flatnonzero(subject.batch.is_image)
     found = {}
     for name, chosen in zip(GROUNDS, (on, ~on, np.ones_like(on)), strict=True):
@@ -117,7 +117,7 @@ def carried_at(
         mask[:, soft] = torch.from_numpy(chosen).unsqueeze(-1)
         mask = mask.to(adapter.device)
         plan = {
-            layer: replace(edit, value=torch.where(mask, edit.value, before[layer][1])) for layer, edit in whole.items()
+            layer: replace(edit, value=mask * edit.value, scale=(~mask).to(edit.value)) for layer, edit in whole.items()
         }
         found[name] = bootstrap_mean(recovered(subject, run_edited(adapter, transcoders, subject.batch, plan)))
     return found

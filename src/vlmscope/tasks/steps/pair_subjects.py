@@ -31,6 +31,11 @@ def pairs_of(bench: Bench, split: str) -> dict[str, list[Pair]]:
     return {name: [p for p in some if p.moves] or some for name, some in found.items()}
 
 
+def moving(pairs: dict[str, list[Pair]]) -> dict[str, list[Pair]]:
+    """The questions of `pairs_of` whose answer differs within pairs."""
+    return {name: some for name, some in pairs.items() if some[0].moves}
+
+
 def subject_of(
     bench: Bench, question: str, pairs: list[Pair], answerable: bool = True, modes: Collection[str] = ("free",)
 ) -> PairSubject:

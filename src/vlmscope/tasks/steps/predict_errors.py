@@ -79,6 +79,11 @@ def run(bench: Bench) -> None:
             f"{int(wrong.sum())} of {len(cases)} answers are wrong: there is nothing to tell apart; change "
             "hallucination.levels or ask about more scenes (hallucination.scenes)"
         )
+    if not any(0 < wrong[rows].sum() < len(rows) for rows in by_question(cases).values()):
+        raise UserError(
+            "no question has right and wrong answers: there is nothing to tell apart within one; change "
+            "hallucination.levels or ask about more scenes (hallucination.scenes)"
+        )
     write_cases(bench.run_dir / "cases.parquet", cases)
     predictions = {view: predict(bench, cases, view) for view in VIEWS}
     gains = {view: gain(bench, cases, view, found) for view, found in predictions.items()}
@@ -88,11 +93,29 @@ def run(bench: Bench) -> None:
     bench.records["predict_errors"] = {"cases": cases, "predictions": predictions, "gains": gains, "single": single}
 
 
+def by_question(cases: Sequence[Case]) -> dict[str, list[int]]:
+    """The rows of each question's cases."""
+    rows: dict[str, list[int]] = {}
+    for row, case in enumerate(cases):
+        rows.setdefault(case.question, []).append(row)
+    return rows
+
+
 def asked_cases(bench: Bench) -> Iterator[Case]:
-    """Ask every question of every scene and trace the answer."""
+    """Ask every question of every scene and trace the answer.
+
+    Raises:
+        UserError: fewer than two questions, so that none can be left unseen.
+    """
     config = bench.cfg.hallucination
     scenes = harder_scenes(config.scenes, (config.levels[0], config.levels[1]), config.seed)
     asked = [(scene, question) for scene in scenes for question in scene.questions]
+    questions = sorted({question.group for _, question in asked})
+    if len(questions) < 2:
+        raise UserError(
+            f"hallucination.scenes asks {len(questions)} question ({', '.join(questions)}), and errors are predicted "
+            "on questions not seen too; ask about another kind of scene"
+        )
     settings = replace(bench.cfg.attribution, max_logits=1)  # more targets would tell how sure the model is
     for scene, question in tqdm(asked, desc="graphs", unit="graph"):
         yield one_case(bench, scene, question, settings)

@@ -39,5 +39,5 @@ def feature_labels(cfg: AppConfig, model: str, transcoders: TranscoderSet | None
 
     widths = None
     if transcoders is not None:
-        widths = {layer: transcoders[layer].config.n_features for layer in transcoders.layers}
+        widths = transcoders.widths
     return labels_for(cfg.attribution.labels, model, widths).texts()

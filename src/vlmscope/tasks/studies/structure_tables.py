@@ -18,6 +18,8 @@ import torch
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.seeds import generator
+from vlmscope.features.labels.label import short_label
+from vlmscope.features.labels.reader import Labels
 from vlmscope.features.structure.cluster_names import cluster_names, words_of
 from vlmscope.features.structure.directions import read_directions, write_directions
 from vlmscope.features.structure.modality_tables import LayerModality
@@ -134,7 +136,9 @@ def near_directions(directions: torch.Tensor, alive: np.ndarray, neighbours: int
 def named(
     study: StudyFolder, clusters: Mapping[str, np.ndarray], offsets: Mapping[int, int], top: int
 ) -> dict[str, dict[int, str]]:
-    """Names of all clusters of two or more, from the words of their members' `top` strongest examples."""
+    """Names of all clusters of two or more: labels of their members where the study has some that hold, else the words
+    of their members' `top` strongest examples.
+    """
     table = study.items.table
     said = zip(table["users"].to_pylist(), table["assistants"].to_pylist(), table["text"].to_pylist(), strict=True)
     words = {
@@ -147,7 +151,11 @@ def named(
             of = examples.setdefault(offsets[layer] + int(feature), [])
             if len(of) < top:
                 of.append(int(item))
-    return {kind: cluster_names(members_of(of), examples, words) for kind, of in clusters.items()}
+    labels = {
+        offsets[feature.layer] + feature.index: short_label(label.text)
+        for feature, label in Labels(study).trusted().items()
+    }
+    return {kind: cluster_names(members_of(of), examples, words, labels) for kind, of in clusters.items()}
 
 
 def members_of(clusters: np.ndarray) -> dict[int, list[int]]:

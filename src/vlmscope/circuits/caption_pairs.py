@@ -62,6 +62,7 @@ class Levels:
         plan = {}
         for layer, found in self.features.items():
             start, end = self.original[layer], self.counterfactual[layer]
+            found = found.to(start.device)
             value = (start + strength * (end - start)).clamp_min(0)
             where = torch.ones(self.prompt, dtype=torch.bool)
             steps = value[self.prompt :].unsqueeze(1)
@@ -98,7 +99,7 @@ def word_features(
         words, other_words = (torch.tensor([p.ids[side][at] for p in pairs], device=adapter.device) for side in (0, 1))
         name = f"word {at}"
         subject = pair_subject(
-            adapter, transcoders, name, originals, others, words, other_words, least=1, answerable=False
+            adapter, transcoders, name, originals, others, words, other_words, least=1, answerable=False, modes=()
         )
         ranked = pair_effects(adapter, transcoders, subject, steps).ranked(count)
         found[at] = [member.feature for member in ranked]

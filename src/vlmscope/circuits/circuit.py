@@ -138,7 +138,7 @@ def save_circuit(circuit: Circuit, folder: Path) -> None:
         body["edges"] = [vars(edge) for edge in circuit.edges]
     write_yaml(folder / "circuit.yaml", body)
     arrays: dict[str, np.ndarray] = {
-        f"{name}.{role}.{layer}": values.cpu().numpy()
+        f"{name}.{role}.{layer}": (values.float() if values.dtype.itemsize < 4 else values).numpy(force=True)
         for name, roles in circuit.levels.items()
         for role, layers in roles.items()
         for layer, values in layers.items()

@@ -63,7 +63,7 @@ def carried(
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for layer, features in union(circuit).items():
         held, values = given[layer]
-        columns = torch.searchsorted(held, features)
+        columns = torch.searchsorted(held, features.to(held.device))
         found[layer] = (features, values[rows][..., columns])
     return found
 

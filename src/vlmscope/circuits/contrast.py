@@ -70,7 +70,7 @@ def contrast_circuit(
     for concept, by_question in means.items():
         chosen_by_layer = circuit.indices(concept)
         levels[concept] = {
-            f"{question}:{role}": {layer: table[layer][chosen] for layer, chosen in chosen_by_layer.items()}
+            f"{question}:{role}": {layer: table[layer][chosen].cpu() for layer, chosen in chosen_by_layer.items()}
             for question, found in by_question.items()
             for role, table in found.by_role.items()
         }

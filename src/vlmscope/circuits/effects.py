@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.core.intervention import Rate
+from vlmscope.core.intervention import MODES, Rate
 from vlmscope.core.seeds import control_draws
 from vlmscope.interventions.controls import matched_features, run_random_direction
-from vlmscope.interventions.edits import Plan, at_positions, position_mask, without_layers
+from vlmscope.interventions.edits import Edit, Plan, at_positions, position_mask, without_layers
 from vlmscope.interventions.frozen import BaseRun, base_run
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_rate, kl_divergence, paired_p
@@ -33,13 +33,19 @@ class Subject:
 
 
 def make_subject(
-    adapter: Adapter, transcoders: TranscoderSet, question: str, batch: InputBatch, recipient: int, donor: int
+    adapter: Adapter,
+    transcoders: TranscoderSet,
+    question: str,
+    batch: InputBatch,
+    recipient: int,
+    donor: int,
+    modes: Collection[str] = MODES,
 ) -> Subject:
-    """Run the batch once and keep it."""
-    return Subject(question, batch, base_run(adapter, transcoders, batch), recipient, donor)
+    """Run the batch once and keep what editing it in these modes needs."""
+    return Subject(question, batch, base_run(adapter, transcoders, batch, modes), recipient, donor)
 
 
-def in_scope(plan: Plan, scope: str, roles: np.ndarray, last_layer: int) -> Plan:
+def in_scope(plan: Mapping[int, Edit], scope: str, roles: np.ndarray, last_layer: int) -> Mapping[int, Edit]:
     """The plan restricted to a scope: 'all', 'no_last_layer', 'no_last_position', 'role_<role>'."""
     if scope == "no_last_layer":
         return without_layers(plan, [last_layer])

@@ -21,17 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.circuits.plans import at_supernodes
 from vlmscope.core.intervention import Rate, Supernode
 from vlmscope.core.seeds import control_draws
 from vlmscope.interventions.controls import matched_features, run_random_direction
-from vlmscope.interventions.edits import LayerEdit, Plan, at_positions
+from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, WholeEdit, at_positions
 from vlmscope.interventions.named import donor_activations, patch_plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
 from vlmscope.models.base import Adapter
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
 
 Features = Mapping[int, Tensor]  # layer -> [n] int64
 
@@ -80,6 +81,27 @@ def interchange_plan(
     return plan if where is None else at_positions(plan, where)
 
 
+@torch.no_grad()
+def whole_plan(
+    adapter: Adapter,
+    transcoders: TranscoderSet,
+    subject: PairSubject,
+    layers: Sequence[int] | None = None,
+    where: Tensor | None = None,
+) -> dict[int, WholeEdit]:
+    """`interchange_plan` of every feature of some layers (all when None), of which only the active ones are kept."""
+    batch = subject.batch
+    last = torch.from_numpy(batch.roles == "last")
+    acts = torch.ones(batch.length, dtype=torch.bool) if where is None else where
+    inputs = mlp_inputs(adapter, subject.other, transcoders.layers if layers is None else layers)
+    plan = {}
+    for layer in sorted(inputs):
+        code = transcoders[layer].encode(inputs.pop(layer))
+        generated = SparseCode(code.indices[:, last][:, 0], code.values[:, last][:, 0])
+        plan[layer] = WholeEdit(code, transcoders[layer].config.n_features, acts, generated)
+    return plan
+
+
 def outcome(subject: PairSubject, logits: Tensor) -> Outcome:
     """Compare edited logits [B, V] with the pair's two answers."""
     said = logits.argmax(-1)
@@ -102,7 +124,7 @@ def recovered(subject: PairSubject, logits: Tensor) -> np.ndarray:
 
 
 def run_interchange(
-    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, plan: Plan, mode: str = "free"
+    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, plan: AnyPlan, mode: str = "free"
 ) -> Outcome:
     """Run a plan on the originals and compare."""
     return outcome(subject, run_edited(adapter, transcoders, subject.batch, plan, mode, subject.base))
@@ -143,7 +165,7 @@ def carried_controls(
 
 
 def direction_controls(
-    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, plan: Plan, draws: int, seed: int = 0
+    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, plan: AnyPlan, draws: int, seed: int = 0
 ) -> list[Outcome]:
     """The same with a random direction of the same norm at each layer and position, in free mode."""
     runs = (run_random_direction(adapter, transcoders, subject.batch, plan, one) for one in control_draws(seed, draws))
@@ -160,7 +182,12 @@ def layer_role_grid(
     for row, layer in enumerate(transcoders.layers):
         if layer not in features:
             continue
-        plan = interchange_plan(adapter, transcoders, subject, {layer: features[layer]})
+        whole = len(features[layer]) == transcoders[layer].config.n_features
+        plan: AnyPlan = (
+            whole_plan(adapter, transcoders, subject, [layer])
+            if whole
+            else interchange_plan(adapter, transcoders, subject, {layer: features[layer]})
+        )
         for column, role in enumerate(roles):
             where = torch.from_numpy(subject.batch.roles == role)
             if bool(where.any()):

@@ -9,12 +9,12 @@ activation is, to first order,
 go from the original's embeddings to the counterfactual's, as in EAP-IG (Hanna et al., arXiv 2403.17806), which a
 saturated nonlinearity misleads less. One backward pass a step serves all features of all layers.
 
-Legend: B pairs, T positions, F features of a layer, d model width.
+Legend: B pairs, T positions, F features of a layer, k slots of a code, d model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +30,10 @@ from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import CircuitFeature
 from vlmscope.models.base import INJECTIONS, Adapter
 from vlmscope.models.batching import InputBatch
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.transcoders.sparse import sampled_dots
+from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderSet
+
+CHUNK = 32  # pairs whose graph is held at once
 
 
 @dataclass(frozen=True)
@@ -79,22 +82,35 @@ def pair_effects(adapter: Adapter, transcoders: TranscoderSet, subject: PairSubj
     gradients = gap_gradients(adapter, transcoders, subject, steps).writes
     batch = subject.batch
     roles = tuple(dict.fromkeys(batch.roles.tolist()))
-    members = torch.stack([torch.from_numpy(batch.roles == role) for role in roles]).to(adapter.dtype)
+    role_of = torch.tensor([roles.index(role) for role in batch.roles.tolist()], device=adapter.device)
     effect: dict[int, Tensor] = {}
     change: dict[int, Tensor] = {}
     with torch.no_grad():
-        found = [mlp_inputs(adapter, side, transcoders.layers) for side in (batch, subject.other)]
+        sides = [mlp_inputs(adapter, side, transcoders.layers) for side in (subject.other, batch)]
         for layer in transcoders.layers:
             transcoder = transcoders[layer]
-            width = transcoder.config.n_features
-            before, after = (transcoder.encode(side[layer]).dense(width) for side in found)
-            slope = torch.stack(
-                [gradients[layer + m] @ transcoder.decoder(m).T for m in range(transcoder.config.writes)]
-            ).sum(0)
-            delta = after - before
-            effect[layer] = torch.einsum("rt,btf->rf", members, delta * slope) / batch.size
-            change[layer] = torch.einsum("rt,btf->rf", members, delta) / batch.size
+            tables = []
+            for side in sides:
+                code = transcoder.encode(side.pop(layer))
+                slopes = code_slopes(transcoder, code, gradients, layer)
+                values = torch.stack([code.values.double() * slopes, code.values.double()])
+                place = (role_of[:, None] * transcoder.config.n_features + code.indices).flatten()
+                table = values.new_zeros(2, len(roles) * transcoder.config.n_features)
+                tables.append(table.index_add_(1, place, values.flatten(1)).view(2, len(roles), -1))
+            found = (tables[0] - tables[1]) / batch.size
+            effect[layer], change[layer] = found.to(torch.promote_types(transcoder.W_dec.dtype, torch.float32))
     return PairEffects(roles, effect, change)
+
+
+def code_slopes(transcoder: Transcoder, code: SparseCode, writes: Mapping[int, Tensor], layer: int) -> Tensor:
+    """[B, T, k]: the slope of each of a code's features, its decoders times the gradients where they write."""
+    slots = code.indices.shape[-1]
+    rows = code.indices.reshape(-1, slots)
+    slope = torch.zeros_like(code.values).view(-1, slots)
+    for ahead in range(transcoder.config.writes):
+        gradient = writes[layer + ahead].to(transcoder.W_dec.dtype)
+        slope = slope + sampled_dots(rows, gradient.reshape(len(rows), -1), transcoder.decoder(ahead))
+    return slope.view(code.values.shape)
 
 
 @dataclass(frozen=True)
@@ -124,35 +140,47 @@ def gap_gradients(
         steps: inputs at which gradients are taken; 1 takes them at the original.
         inputs: also with respect to the embeddings.
     """
-    sums: dict[int | str, Tensor] = {}
-    for alpha in interpolation(steps):
-        tensors = between(subject.batch, subject.other, alpha).tensors
-        writes: dict[int, Tensor] = {}
-        with ExitStack() as stack, torch.enable_grad():
-            of_inputs: dict[str, Tensor] = {}
-            if inputs:
-                names = [name for name in ("inputs_embeds", INJECTIONS) if name in tensors]
-                of_inputs = {name: tensors[name].detach().requires_grad_() for name in names}
-            for layer in range(adapter.n_layers):
-
-                def hook(
-                    _m: Any, _a: Any, out: Tensor, layer: int = layer, writes: dict[int, Tensor] = writes
-                ) -> Tensor:
-                    # With frozen weights nothing below the first write has a gradient: the graph starts there.
-                    writes[layer] = out if out.requires_grad else out.detach().requires_grad_()
-                    return writes[layer]
-
-                target = target_module(adapter, layer, transcoders.config.output_hook)
-                stack.callback(target.register_forward_hook(hook).remove)
-            logits = adapter.forward(tensors | of_inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
-            rows = torch.arange(subject.size, device=logits.device)
-            gaps = logits[rows, subject.other_tokens] - logits[rows, subject.tokens]
-            leaves: dict[int | str, Tensor] = {**writes, **of_inputs}
-            found = torch.autograd.grad(gaps.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-            for name, gradient in zip(leaves, found, strict=True):
+    parts: list[dict[int | str, Tensor]] = []
+    for start in range(0, subject.size, CHUNK):
+        rows = torch.arange(start, min(start + CHUNK, subject.size), device=subject.tokens.device)
+        sides, tokens = (subject.batch.select(rows), subject.other.select(rows)), subject.tokens[rows]
+        sums: dict[int | str, Tensor] = {}
+        for alpha in interpolation(steps):
+            found = _gradients(adapter, transcoders, between(*sides, alpha), tokens, subject.other_tokens[rows], inputs)
+            for name, gradient in found.items():
                 sums[name] = sums.get(name, torch.zeros_like(gradient)) + gradient / steps
-    writes = {name: gradient for name, gradient in sums.items() if isinstance(name, int)}
-    return GapGradients(writes, sums.get("inputs_embeds"), sums.get(INJECTIONS))
+        parts.append(sums)
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    writes = {name: gradient for name, gradient in whole.items() if isinstance(name, int)}
+    return GapGradients(writes, whole.get("inputs_embeds"), whole.get(INJECTIONS))
+
+
+def _gradients(
+    adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch, tokens: Tensor, other_tokens: Tensor, inputs: bool
+) -> dict[int | str, Tensor]:
+    """Gradients of some pairs' l[y'] - l[y] at a batch: by layer where transcoders write and, if asked, by input."""
+    tensors = batch.tensors
+    writes: dict[int, Tensor] = {}
+    with ExitStack() as stack, torch.enable_grad():
+        of_inputs: dict[str, Tensor] = {}
+        if inputs:
+            names = [name for name in ("inputs_embeds", INJECTIONS) if name in tensors]
+            of_inputs = {name: tensors[name].detach().requires_grad_() for name in names}
+        for layer in range(adapter.n_layers):
+
+            def hook(_m: Any, _a: Any, out: Tensor, layer: int = layer) -> Tensor:
+                # With frozen weights nothing below the first write has a gradient: the graph starts there.
+                writes[layer] = out if out.requires_grad else out.detach().requires_grad_()
+                return writes[layer]
+
+            target = target_module(adapter, layer, transcoders.config.output_hook)
+            stack.callback(target.register_forward_hook(hook).remove)
+        logits = adapter.forward(tensors | of_inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        rows = torch.arange(len(tokens), device=logits.device)
+        gaps = logits[rows, other_tokens] - logits[rows, tokens]
+        leaves: dict[int | str, Tensor] = {**writes, **of_inputs}
+        found = torch.autograd.grad(gaps.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(leaves, found, strict=True))
 
 
 def interpolation(steps: int) -> Sequence[float]:

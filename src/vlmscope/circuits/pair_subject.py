@@ -5,14 +5,14 @@ Legend: B pairs, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import Rate
+from vlmscope.core.intervention import MODES, Rate
 from vlmscope.interventions.frozen import BaseRun, base_run
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.models.base import Adapter, ModelInputs
@@ -68,6 +68,7 @@ def pair_subject(
     other_tokens: Tensor,
     least: int,
     answerable: bool = True,
+    modes: Collection[str] = MODES,
 ) -> PairSubject:
     """Run both sides and keep the pairs with two right answers.
 
@@ -81,6 +82,7 @@ def pair_subject(
         other_tokens: [n] of the counterfactuals; different from `tokens` in all rows or in none.
         least: how many pairs must be left.
         answerable: keep only pairs that are answered rightly on both sides; else all.
+        modes: those that the originals will be edited in; what others freeze is not recorded.
 
     Raises:
         UserError: the sides do not align, or fewer than `least` pairs are left.
@@ -103,7 +105,7 @@ def pair_subject(
         rows,
         batch,
         other,
-        base_run(adapter, transcoders, batch),
+        base_run(adapter, transcoders, batch, modes),
         logits[rows + n],
         tokens[rows],
         other_tokens[rows],
@@ -119,7 +121,7 @@ def part_of(subject: PairSubject, rows: list[int]) -> PairSubject:
         rows=subject.rows[index],
         batch=subject.batch.select(index),
         other=subject.other.select(index),
-        base=replace(subject.base, logits=subject.base.logits[index], patterns={}, mlp_in={}, written={}, scales={}),
+        base=BaseRun(subject.base.logits[index], {}, {}, {}, {}),
         other_logits=subject.other_logits[index],
         tokens=subject.tokens[index],
         other_tokens=subject.other_tokens[index],

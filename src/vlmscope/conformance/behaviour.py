@@ -43,7 +43,7 @@ def direct_mode(subject: Subject) -> float:
     """Random changes of all features of sampled positions, each position a run; relative to the largest change."""
     adapter, transcoders = subject.vlm.adapter, subject.transcoders
     batch = make_batch(adapter, [subject.inputs])
-    base = base_run(adapter, transcoders, batch)
+    base = base_run(adapter, transcoders, batch, ["direct"])
     replacement = subject.replacement
     unedited = replacement.replay().logits[-1].double()
     rng, last = generator(subject.limits.seed, "direct mode"), subject.replacement.n_positions - 1

@@ -22,7 +22,10 @@ from vlmscope.transcoders.transcoder import TranscoderSet
 
 @dataclass(frozen=True)
 class RoleMeans:
-    """`by_role[role][layer]` [F]: mean over the positions of that role and all prompts; `overall[layer]` over all."""
+    """`by_role[role][layer]` [F]: mean over the positions of that role and all prompts; `overall[layer]` over all.
+
+    In float32 at least, whatever the model's dtype.
+    """
 
     by_role: dict[str, dict[int, Tensor]]
     overall: dict[int, Tensor]
@@ -48,16 +51,26 @@ def role_means(
         for layer, x in mlp_inputs(adapter, batch, transcoders.layers).items():
             code = transcoders[layer].encode(x)
             for role, mask in masks.items():
-                total = code.values.new_zeros(transcoders[layer].config.n_features)
-                total.index_add_(0, code.indices[:, mask].flatten(), code.values[:, mask].flatten())
+                # Half precision cannot count: a running sum stops growing at a few hundred times what is added.
+                total = code.values.new_zeros(transcoders[layer].config.n_features, dtype=torch.float64)
+                total.index_add_(0, code.indices[:, mask].flatten(), code.values[:, mask].flatten().double())
                 sums[role][layer] = sums[role].get(layer, torch.zeros_like(total)) + total
         for role, mask in masks.items():
             counts[role] += batch.size * int(mask.sum())
-    by_role = {r: {layer: s / counts[r] for layer, s in table.items()} for r, table in sums.items() if counts[r]}
     everything = sum(counts.values())
     if not everything:
         raise UserError(f"no prompt has a position in {positions}; choose other positions")
+
+    def mean(total: Tensor, count: int, layer: int) -> Tensor:
+        return (total / count).to(torch.promote_types(transcoders[layer].W_dec.dtype, torch.float32))
+
+    by_role = {
+        role: {layer: mean(total, counts[role], layer) for layer, total in table.items()}
+        for role, table in sums.items()
+        if counts[role]
+    }
     overall = {
-        layer: torch.stack([sums[role][layer] for role in by_role]).sum(0) / everything for layer in transcoders.layers
+        layer: mean(torch.stack([sums[role][layer] for role in by_role]).sum(0), everything, layer)
+        for layer in transcoders.layers
     }
     return RoleMeans(by_role, overall, prompts)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
-from vlmscope.interventions.edits import LayerEdit, Plan
+from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan
 from vlmscope.interventions.frozen import target_module
 from vlmscope.interventions.run import add_ahead, edit_changes, layers_written, watch_inputs, watch_length
 from vlmscope.models.base import Adapter
@@ -45,8 +45,8 @@ def matched_features(
     control: dict[int, LayerEdit] = {}
     for layer, edit in plan.items():
         rng = generator(seed, "control", layer)
-        means = mean_activation[layer].cpu().numpy().astype(np.float64)
-        free = np.setdiff1d(np.arange(len(means)), edit.features.cpu().numpy())
+        means = mean_activation[layer].double().numpy(force=True)
+        free = np.setdiff1d(np.arange(len(means)), edit.features.numpy(force=True))
         chosen: list[int] = []
         if len(free) < len(edit.features):
             raise UserError(
@@ -68,7 +68,7 @@ def matched_features(
 
 
 @contextmanager
-def random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, seed: int) -> Iterator[None]:
+def random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: AnyPlan, seed: int) -> Iterator[None]:
     """As `editing`, but every layer gets, instead of its edit, a random direction of the same norm at every position;
     also token by token, where the plan edits generated tokens.
     """
@@ -97,7 +97,7 @@ def random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, 
 
 @torch.no_grad()
 def run_random_direction(
-    adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch, plan: Plan, seed: int
+    adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch, plan: AnyPlan, seed: int
 ) -> Tensor:
     """Logits [B, V] when each layer gets, instead of its edit, a random direction of the same norm at every
     position.

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlmscope.core.errors import UserError
+from vlmscope.transcoders.transcoder import SparseCode
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,53 @@ class LayerEdit:
         """New activations for current ones [B, T, n]."""
         return self.scale * current + self.value
 
+    def to(self, device: torch.device) -> LayerEdit:
+        """The same on a device, but for `where`, which indexes tensors of any device from the CPU."""
+
+        def moved(one: Tensor | None) -> Tensor | None:
+            return None if one is None else one.to(device)
+
+        gate = self.gate
+        if gate is not None:
+            level, generated = gate.level.to(device), gate.generated.to(device)
+            gate = replace(gate, features=gate.features.to(device), level=level, generated=generated)
+        return replace(
+            self,
+            features=self.features.to(device),
+            value=self.value.to(device),
+            scale=self.scale.to(device),
+            generated=moved(self.generated),
+            gate=gate,
+            at=moved(self.at),
+            at_generated=moved(self.at_generated),
+        )
+
+
+@dataclass(frozen=True)
+class WholeEdit:
+    """Every feature of a layer set to what it is in given codes, which needs no [B, T, F].
+
+    Attributes:
+        code: [B, T, k], or [1, T, k] for all prompts.
+        width: F.
+        where: [T] bool, the prompt positions it acts on.
+        generated: [B, k], the code at tokens generated after the prompt; None leaves them alone.
+    """
+
+    code: SparseCode
+    width: int
+    where: Tensor
+    generated: SparseCode | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """[F] int64, all of them."""
+        return torch.arange(self.width)
+
 
 Plan = Mapping[int, LayerEdit]  # layer -> edit
+AnyPlan = Mapping[int, LayerEdit | WholeEdit]  # what can be run
+Edit = TypeVar("Edit", bound=LayerEdit | WholeEdit)
 
 
 def at_step(values: Tensor, rank: int, step: int) -> Tensor:
@@ -103,6 +150,7 @@ def _join(first: LayerEdit, second: LayerEdit, layer: int) -> LayerEdit:
         raise UserError(f"two edits of layer {layer} act on different positions: give them as two runs")
     if first.gate is not None or second.gate is not None:
         raise UserError(f"two edits of layer {layer}, one of them gated: merge them first and gate the result")
+    second = second.to(first.features.device)
     keep = ~torch.isin(first.features, second.features)
     if (first.generated is None) != (second.generated is None):
         raise UserError(f"two edits of layer {layer} disagree on generated tokens: set both or neither")
@@ -136,7 +184,7 @@ def _join(first: LayerEdit, second: LayerEdit, layer: int) -> LayerEdit:
 def _places(edit: LayerEdit, keep: Tensor) -> tuple[Tensor, Tensor]:
     """`at` and `at_generated` of the features to keep [n] bool."""
     n, length = len(edit.features), len(edit.where)
-    every = edit.where.new_ones(length, n)
+    every = torch.ones(length, n, dtype=torch.bool, device=edit.features.device)
     at, generated = (every if edit.at is None else edit.at), edit.at_generated
     return at[:, keep], (every[0] if generated is None else generated)[keep]
 
@@ -152,7 +200,7 @@ def scale_features(features: Tensor, factor: float, where: Tensor) -> LayerEdit:
     return LayerEdit(features, torch.zeros(n), torch.full((n,), float(factor)), where)
 
 
-def at_positions(plan: Plan, where: Tensor) -> dict[int, LayerEdit]:
+def at_positions(plan: Mapping[int, Edit], where: Tensor) -> dict[int, Edit]:
     """The same plan, restricted to positions `where` [T] bool."""
     return {layer: replace(edit, where=edit.where & where) for layer, edit in plan.items()}
 
@@ -172,7 +220,7 @@ def features_at(edit: LayerEdit, features: Tensor, where: Tensor, generated: boo
     return replace(edit, at=at & (where[:, None] | ~theirs), at_generated=at_generated & (~theirs | generated))
 
 
-def without_layers(plan: Plan, layers: Iterable[int]) -> dict[int, LayerEdit]:
+def without_layers(plan: Mapping[int, Edit], layers: Iterable[int]) -> dict[int, Edit]:
     """The same plan without some layers."""
     dropped = set(layers)
     return {layer: edit for layer, edit in plan.items() if layer not in dropped}

@@ -7,7 +7,7 @@ has one): exactly the edges of the attribution graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmscope.activations.hook_points import target_module
+from vlmscope.core.intervention import MODES
 from vlmscope.models.attention import recording_patterns, replacing_patterns
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
@@ -25,50 +26,55 @@ from vlmscope.transcoders.transcoder import TranscoderSet
 
 @dataclass(frozen=True)
 class BaseRun:
-    """What an unedited run computed.
+    """What an unedited run computed, as far as the modes that it was recorded for need it.
 
     Attributes:
         logits: [B, V] at the last position.
-        patterns: layer -> [B, H, T, T].
-        mlp_in: layer -> [B, T, d], the transcoder's input.
+        patterns: layer -> [B, H, T, T]; for both frozen modes.
+        mlp_in: layer -> [B, T, d], the transcoder's input; for direct, as all below.
         written: layer -> [B, T, d], the transcoder's target.
-        scales: norm module -> [B, T, d], of values [B, T, Hkv, D].
+        inverse_rms: norm module -> [B, T, 1], of values [B, T, Hkv, 1], from which its scales follow.
     """
 
     logits: Tensor
     patterns: dict[int, Tensor]
     mlp_in: dict[int, Tensor]
     written: dict[int, Tensor]
-    scales: dict[nn.Module, Tensor]
+    inverse_rms: dict[nn.Module, Tensor]
 
 
 @torch.no_grad()
-def base_run(adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch) -> BaseRun:
-    """Run a batch unedited and keep what freezing needs."""
+def base_run(
+    adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch, modes: Collection[str] = MODES
+) -> BaseRun:
+    """Run a batch unedited and keep what the modes freeze: for free nothing, for frozen_attention the patterns."""
     hook_name = transcoders.config.output_hook
     mlp_in: dict[int, Tensor] = {}
     written: dict[int, Tensor] = {}
-    scales: dict[nn.Module, Tensor] = {}
+    inverse_rms: dict[nn.Module, Tensor] = {}
+    recorded: dict[int, Tensor] = {}
     with ExitStack() as stack:
 
         def watch(module: nn.Module, hook: Any) -> None:
             stack.callback(module.register_forward_hook(hook).remove)
 
-        for layer in range(adapter.n_layers):
-            watch(adapter.mlp(layer), lambda _m, args, _o, layer=layer: mlp_in.__setitem__(layer, args[0]))
-            target = target_module(adapter, layer, hook_name)
-            watch(target, lambda _m, _a, out, layer=layer: written.__setitem__(layer, out))
-        for norm in all_norms(adapter):
-            watch(norm, lambda m, args, _o: scales.__setitem__(m, adapter.norm_scale(m, args[0])))
-        patterns = stack.enter_context(recording_patterns(adapter))
+        if "direct" in modes:
+            for layer in range(adapter.n_layers):
+                watch(adapter.mlp(layer), lambda _m, args, _o, layer=layer: mlp_in.__setitem__(layer, args[0]))
+                target = target_module(adapter, layer, hook_name)
+                watch(target, lambda _m, _a, out, layer=layer: written.__setitem__(layer, out))
+            for norm in all_norms(adapter):
+                watch(norm, lambda m, args, _o: inverse_rms.__setitem__(m, adapter.inverse_rms(m, args[0])))
+        patterns = stack.enter_context(recording_patterns(adapter)) if {*modes} - {"free"} else {}
         logits = adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
-        recorded = dict(patterns)
-    return BaseRun(logits, recorded, mlp_in, written, scales)
+        recorded.update(patterns)
+    return BaseRun(logits, recorded, mlp_in, written, inverse_rms)
 
 
 @contextmanager
 def frozen_attention(adapter: Adapter, base: BaseRun) -> Iterator[None]:
     """Use the base run's attention patterns."""
+    assert base.patterns, "the base run was not recorded for frozen attention"
     with replacing_patterns(adapter, base.patterns):
         yield
 
@@ -78,6 +84,9 @@ def frozen_norms(adapter: Adapter, base: BaseRun) -> Iterator[None]:
     """Multiply by the base run's norm scales instead of normalising."""
     with ExitStack() as stack:
         for norm in all_norms(adapter):
-            hook = norm.register_forward_hook(lambda m, args, _out: args[0] * base.scales[m])
-            stack.callback(hook.remove)
+
+            def hook(module: nn.Module, args: tuple, _out: Tensor) -> Tensor:
+                return args[0] * adapter.norm_factor(module, base.inverse_rms[module], args[0].dtype)
+
+            stack.callback(norm.register_forward_hook(hook).remove)
         yield

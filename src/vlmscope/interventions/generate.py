@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vlmscope.core.errors import UserError
-from vlmscope.interventions.edits import Plan
+from vlmscope.interventions.edits import AnyPlan
 from vlmscope.interventions.run import editing
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.transcoders.transcoder import TranscoderSet
@@ -20,7 +20,7 @@ def generate_edited(
     tokenizer: Any,
     inputs: ModelInputs,
     transcoders: TranscoderSet | None = None,
-    plan: Plan | None = None,
+    plan: AnyPlan | None = None,
     max_new_tokens: int = 24,
 ) -> str:
     """The answer to one prompt, edited in the prompt and, where the plan says so, at every generated token.
@@ -45,7 +45,7 @@ def generate_ids(
     adapter: Adapter,
     inputs: ModelInputs,
     transcoders: TranscoderSet | None = None,
-    plan: Plan | None = None,
+    plan: AnyPlan | None = None,
     max_new_tokens: int = 24,
 ) -> list[int]:
     """The token ids of the answer, its end token included; arguments as in `generate_edited`."""

@@ -1,6 +1,6 @@
 """Run a batch under a plan of edits: `free`, `frozen_attention` or `direct` (DESIGN: three strengths).
 
-Legend: B prompts, T positions, n edited features of a layer, d model width, V vocabulary.
+Legend: B prompts, T positions, n edited features of a layer, F all, k slots of a code, d model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import MODES
-from vlmscope.interventions.edits import LayerEdit, Plan, at_step
+from vlmscope.interventions.edits import AnyPlan, LayerEdit, WholeEdit, at_step
 from vlmscope.interventions.frozen import BaseRun, frozen_attention, frozen_norms, target_module
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
-from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
+from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderSet
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def run_edited(
     adapter: Adapter,
     transcoders: TranscoderSet,
     batch: InputBatch,
-    plan: Plan,
+    plan: AnyPlan,
     mode: str = "free",
     base: BaseRun | None = None,
 ) -> Tensor:
@@ -40,7 +40,7 @@ def run_edited(
         batch: B prompts.
         plan: edits by layer.
         mode: 'direct', 'frozen_attention' or 'free'.
-        base: the unedited run of the same batch, needed by the two frozen modes.
+        base: the unedited run of the same batch, recorded for this mode; needed by the two frozen modes.
 
     Returns:
         [B, V] float tensor.
@@ -56,7 +56,7 @@ def run_edited(
             assert base is not None, f"mode {mode!r} needs the base run"
             stack.enter_context(frozen_attention(adapter, base))
         if mode == "direct":
-            assert base is not None
+            assert base is not None and base.written, "the base run was not recorded for direct mode"
             stack.enter_context(_direct(adapter, transcoders, plan, base))
             stack.enter_context(frozen_norms(adapter, base))
         else:
@@ -64,7 +64,7 @@ def run_edited(
         return adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
 
 
-def _check(transcoders: TranscoderSet, plan: Plan) -> None:
+def _check(transcoders: TranscoderSet, plan: AnyPlan) -> None:
     for layer, edit in plan.items():
         if layer not in transcoders:
             raise UserError(f"the circuit names layer {layer}, but the transcoders have layers {transcoders.layers}")
@@ -105,7 +105,7 @@ def watch_length(stack: ExitStack, adapter: Adapter) -> dict[str, int]:
 
 
 @contextmanager
-def editing(adapter: Adapter, transcoders: TranscoderSet, plan: Plan) -> Iterator[None]:
+def editing(adapter: Adapter, transcoders: TranscoderSet, plan: AnyPlan) -> Iterator[None]:
     """Edit features in every forward inside the context, also token by token in `generate` with a KV cache.
 
     The first forward is the prompt; later ones are generated tokens, which only edits with `generated` touch.
@@ -127,7 +127,7 @@ def editing(adapter: Adapter, transcoders: TranscoderSet, plan: Plan) -> Iterato
         yield
 
 
-def layers_written(transcoders: TranscoderSet, plan: Plan) -> list[int]:
+def layers_written(transcoders: TranscoderSet, plan: AnyPlan) -> list[int]:
     """The layers where a plan changes something, ascending."""
     return sorted({layer + ahead for layer in plan for ahead in range(transcoders[layer].config.writes)})
 
@@ -140,14 +140,18 @@ def add_ahead(pending: dict[int, Tensor], layer: int, changes: Sequence[Tensor])
         pending[target] = pending[target].to(change.device) + change if target in pending else change
 
 
-def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int) -> list[Tensor]:
+def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit | WholeEdit, offset: int) -> list[Tensor]:
     """What an edit adds to the target [B, t, d] of each layer that its features write to, from their own upwards.
 
     `x` are the transcoder's inputs at positions offset..offset + t. Empty when the edit does nothing there.
     """
-    length, prompt, gate = x.shape[1], len(edit.where), edit.gate
+    if isinstance(edit, WholeEdit):
+        return _whole_changes(transcoder, x, edit, offset)
     if len(edit.features) == 0:
         return []
+    # Plans made of circuits and of names lie on the CPU.
+    edit = edit.to(x.device)
+    length, prompt, gate = x.shape[1], len(edit.where), edit.gate
     if offset >= prompt:
         if edit.generated is None:
             return []
@@ -161,12 +165,46 @@ def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit, offset: int
     value, scale = (v if v.ndim < 2 or v.shape[-2] == 1 else v[..., edit.where, :] for v in (edit.value, edit.scale))
     edit = replace(edit, scale=scale)
     level = None if gate is None else gate.level[edit.where]
-    changes = []
     at = None if edit.at is None else edit.at[edit.where]
-    for written in _written(transcoder, x[:, edit.where], edit, value, level, at):
-        changes.append(x.new_zeros(x.shape))
-        changes[-1][:, edit.where] = written.to(x.dtype)
+    return _placed(_written(transcoder, x[:, edit.where], edit, value, level, at), edit.where, x)
+
+
+def _placed(written: Iterable[Tensor], where: Tensor, like: Tensor) -> list[Tensor]:
+    """What is written [B, t, d] at positions `where` [T] bool, as [B, T, d] with zeros elsewhere."""
+    changes = []
+    for one in written:
+        changes.append(like.new_zeros(like.shape))
+        changes[-1][:, where] = one.to(like.dtype)
     return changes
+
+
+def _whole_changes(transcoder: Transcoder, x: Tensor, edit: WholeEdit, offset: int) -> list[Tensor]:
+    """`edit_changes` of all features."""
+    length, prompt = x.shape[1], len(edit.where)
+    if offset >= prompt:
+        code = edit.generated
+        if code is None:
+            return []
+        found = _exchanged(transcoder, x, code.indices[:, None], code.values[:, None])
+        return [one.to(x.dtype) for one in found]
+    assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
+    if not bool(edit.where.any()):
+        return []
+    code = edit.code
+    found = _exchanged(transcoder, x[:, edit.where], code.indices[:, edit.where], code.values[:, edit.where])
+    return _placed(found, edit.where, x)
+
+
+def _exchanged(transcoder: Transcoder, x: Tensor, indices: Tensor, values: Tensor) -> list[Tensor]:
+    """What a code [B, t, k] writes minus what the live one does, [B, t, d] by layer written.
+
+    One sum over the entries of both: in half precision the difference of two rounded sums would be mostly rounding.
+    """
+    live = transcoder.encode(x)
+    lead = live.indices.shape[:-1]
+    indices, values = (one.to(x.device).expand(*lead, one.shape[-1]) for one in (indices, values))
+    both = SparseCode(torch.cat([indices, live.indices], -1), torch.cat([values.to(live.values), -live.values], -1))
+    return [transcoder.write(both, ahead) for ahead in range(transcoder.config.writes)]
 
 
 def _written(
@@ -188,7 +226,7 @@ def _written(
 
 
 @contextmanager
-def _direct(adapter: Adapter, transcoders: TranscoderSet, plan: Plan, base: BaseRun) -> Iterator[None]:
+def _direct(adapter: Adapter, transcoders: TranscoderSet, plan: AnyPlan, base: BaseRun) -> Iterator[None]:
     """Every transcoder target is the base run's, plus the edit at base activations, plus W_skip's response."""
     changes: dict[int, Tensor] = {}
     for layer, edit in plan.items():

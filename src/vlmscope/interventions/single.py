@@ -79,7 +79,7 @@ def repeated(base: BaseRun, size: int) -> BaseRun:
         patterns=tiled(base.patterns),
         mlp_in=tiled(base.mlp_in),
         written=tiled(base.written),
-        scales=tiled(base.scales),
+        inverse_rms=tiled(base.inverse_rms),
     )
 
 

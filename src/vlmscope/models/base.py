@@ -173,6 +173,14 @@ class Adapter(ABC):
         """The factor with `norm(x) == x * norm_scale(norm, x)`, in the dtype of `x`."""
 
     @abstractmethod
+    def inverse_rms(self, norm: nn.Module, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch 1"]:
+        """What of `norm_scale` depends on `x`, a number a row, in float32 at least."""
+
+    @abstractmethod
+    def norm_factor(self, norm: nn.Module, inverse_rms: Float[Tensor, "*batch 1"], dtype: torch.dtype) -> Tensor:
+        """`norm_scale` from `inverse_rms`, in `dtype`: `[*batch, width]`, or `[*batch, 1]` of a norm without weight."""
+
+    @abstractmethod
     def value_weight(self, layer: int) -> Float[Tensor, "hkv_times_head d"]:
         """The value projection: `v = attn_in @ weight.T (+ bias)`, rows ordered by key/value head."""
 

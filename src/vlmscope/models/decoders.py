@@ -126,13 +126,18 @@ class DecoderAdapter(Adapter):
         return self.model.lm_head
 
     def norm_scale(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return self.norm_factor(norm, self.inverse_rms(norm, x), x.dtype).expand_as(x)
+
+    def inverse_rms(self, norm: nn.Module, x: Tensor) -> Tensor:
         # Half precision is normalised in float32, as the model does.
         wide = x if x.dtype == torch.float64 else x.float()
         eps = float(getattr(norm, "eps", None) or norm.variance_epsilon)  # pyright: ignore[reportArgumentType]
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+
+    def norm_factor(self, norm: nn.Module, inverse_rms: Tensor, dtype: torch.dtype) -> Tensor:
         if getattr(norm, "weight", None) is None:  # a norm of values has none
-            return scale.expand_as(wide).to(x.dtype)
-        return (scale * (self._kind.norm_offset + materialised(norm).to(wide.dtype))).to(x.dtype)
+            return inverse_rms.to(dtype)
+        return (inverse_rms * (self._kind.norm_offset + materialised(norm).to(inverse_rms.dtype))).to(dtype)
 
     def _values(self, layer: int) -> nn.Module:
         """The projection that makes the values."""

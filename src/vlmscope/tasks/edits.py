@@ -162,7 +162,7 @@ def report_edit(
 
     adapter, tokenizer = vlm.adapter, vlm.tokenizer
     batch = make_batch(adapter, [inputs])
-    base = base_run(adapter, transcoders, batch)
+    base = base_run(adapter, transcoders, batch, task.modes)
     means = mean_activations(adapter, transcoders, matched_on, sorted(plan))
     active = sum(int((means[layer][edit.features] > 0).sum()) for layer, edit in plan.items())
     size = sum(len(edit.features) for edit in plan.values())

@@ -1,5 +1,6 @@
 """Circuits: found where they were planted, saved and loaded, turned into plans, and measured."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,35 @@ def test_role_means_equal_a_plain_loop(bench) -> None:
         assert torch.allclose(found.by_role[role][2], both[:, mask].mean((0, 1)), atol=1e-6)
     assert torch.allclose(found.overall[2], both.mean((0, 1)), atol=1e-6)
     assert found.prompts == 7
+
+
+def test_role_means_of_half_precision_keep_counting() -> None:
+    """A bfloat16 running sum of equal numbers stops at 256 of them: the mean of many prompts would be too small."""
+    half = tiny_gemma3(5, dtype=torch.bfloat16)
+    transcoders = random_set(4, half.adapter.d_model, N, 6, seed=6, dtype=torch.bfloat16).requires_grad_(False)
+    batch = make_batch(half.adapter, [half.prepare(PROMPT, [tiny_image(i)]) for i in range(2)])
+    once, often = (role_means(half.adapter, transcoders, [batch] * times) for times in (1, 150))
+    for layer in transcoders.layers:
+        assert often.overall[layer].dtype == torch.float32
+        torch.testing.assert_close(often.overall[layer], once.overall[layer])
+        torch.testing.assert_close(often.by_role["image"][layer], once.by_role["image"][layer])
+
+
+def test_circuits_of_half_precision_are_saved_and_matched(tmp_path: Path) -> None:
+    half = tiny_gemma3(5, dtype=torch.bfloat16)
+    transcoders = random_set(4, half.adapter.d_model, N, 6, seed=6, dtype=torch.bfloat16).requires_grad_(False)
+    batch = make_batch(half.adapter, [half.prepare(PROMPT, [tiny_image(i)]) for i in range(3)])
+    circuit, _ = two_concepts(transcoders)
+    halves = {
+        name: {k: {n: v.bfloat16() for n, v in t.items()} for k, t in of.items()} for name, of in circuit.levels.items()
+    }
+    save_circuit(replace(circuit, levels=halves), tmp_path)
+    plan = steer_plan(load_circuit(tmp_path), "mars", "earth", batch.roles, 2.0, gate=0.5)
+    subject = make_subject(half.adapter, transcoders, "name", batch, 1, 2)
+    means = {layer: torch.rand(N, dtype=torch.bfloat16) for layer in transcoders.layers}
+    for mode in ("direct", "frozen_attention", "free"):
+        found = flip_effect(half.adapter, transcoders, subject, plan, mode, means, controls=1)
+        assert found.logits.dtype == torch.bfloat16 and bool(found.logits.isfinite().all())
 
 
 def test_flow_sums_the_influence_of_edges_between_supernodes(bench) -> None:

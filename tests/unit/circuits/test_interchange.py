@@ -16,13 +16,16 @@ from vlmscope.circuits.interchange import (
     outcome,
     recovered,
     run_interchange,
+    whole_plan,
 )
-from vlmscope.circuits.pair_effects import between, interpolation, pair_effects
-from vlmscope.circuits.pair_subject import PairSubject, pair_subject
+from vlmscope.circuits.pair_effects import between, gap_gradients, interpolation, pair_effects
+from vlmscope.circuits.pair_subject import PairSubject, pair_subject, part_of
 from vlmscope.core.errors import UserError
+from vlmscope.interventions.controls import matched_features, run_random_direction
 from vlmscope.interventions.edits import at_positions
+from vlmscope.interventions.generate import generate_ids
 from vlmscope.interventions.named import mean_activations
-from vlmscope.interventions.run import run_edited
+from vlmscope.interventions.run import edit_changes, run_edited
 from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.transcoders.init import random_set
@@ -31,7 +34,7 @@ PROMPT = "what is this planet ?"
 WIDTH = 24
 
 
-@pytest.fixture(scope="module", params=["gemma3", "cross_layer"])
+@pytest.fixture(scope="module", params=["gemma3", "cross_layer", "skip"])
 def bench(request: pytest.FixtureRequest):
     """(vlm, transcoders, subject): four pairs of pictures; the answers are what the random model says."""
     with exact_float64():
@@ -44,7 +47,8 @@ def bench(request: pytest.FixtureRequest):
             5,
             seed=6,
             dtype=torch.float64,
-            cross_layer=request.param != "gemma3",
+            cross_layer=request.param == "cross_layer",
+            skip=request.param == "skip",
         ).requires_grad_(False)
         sides = [[vlm.prepare(PROMPT, [tiny_image(i)]) for i in some] for some in (range(4), range(4, 8))]
         logits = [
@@ -77,13 +81,52 @@ def test_carried_features_have_the_counterfactuals_activations(bench) -> None:
         assert torch.equal(edit.new(torch.full_like(wanted, 7.0)), wanted)
 
 
+@pytest.mark.parametrize("mode", ["direct", "frozen_attention", "free"])
+def test_carrying_every_feature_needs_no_table_of_them(bench, mode: str) -> None:
+    vlm, transcoders, subject = bench
+    everything = all_features(transcoders)
+    for where in (None, torch.from_numpy(subject.batch.roles == "image")):
+        dense = interchange_plan(vlm.adapter, transcoders, subject, everything, where)
+        whole = whole_plan(vlm.adapter, transcoders, subject, where=where)
+        assert [len(edit.features) for edit in whole.values()] == [len(edit.features) for edit in dense.values()]
+        for plans in ((dense, whole), *(({n: dense[n]}, {n: whole[n]}) for n in (1, 3))):
+            expected, found = (
+                run_edited(vlm.adapter, transcoders, subject.batch, plan, mode, subject.base) for plan in plans
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+            if where is None and len(plans[0]) > 1:
+                assert not torch.allclose(found, subject.base.logits, rtol=0, atol=1e-6)
+
+
+def test_every_feature_is_carried_into_generated_tokens_and_by_random_directions(bench) -> None:
+    vlm, transcoders, subject = bench
+    one = part_of(subject, [0])
+    inputs = vlm.prepare(PROMPT, [tiny_image(0)])
+    dense = interchange_plan(vlm.adapter, transcoders, one, all_features(transcoders))
+    whole = whole_plan(vlm.adapter, transcoders, one)
+    assert generate_ids(vlm.adapter, inputs, transcoders, dense, 4) == generate_ids(
+        vlm.adapter, inputs, transcoders, whole, 4
+    )
+    for layer, edit in whole.items():
+        x = mlp_inputs(vlm.adapter, one.batch, [layer])[layer][:, :1]
+        found, expected = (edit_changes(transcoders[layer], x, e, one.batch.length) for e in (edit, dense[layer]))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    pair = [run_random_direction(vlm.adapter, transcoders, one.batch, plan, 3) for plan in (dense, whole)]
+    torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
+    # There are no others to draw a control from, however the plan is held.
+    means = mean_activations(vlm.adapter, transcoders, [subject.batch], transcoders.layers)
+    with pytest.raises(UserError, match="no control can be drawn"):
+        matched_features(dense, means, 0)
+
+
 def test_carrying_from_itself_changes_nothing(bench) -> None:
     vlm, transcoders, subject = bench
     same = replace(subject, other=subject.batch)
-    plan = interchange_plan(vlm.adapter, transcoders, same, all_features(transcoders))
-    for mode in ("direct", "frozen_attention", "free"):
-        logits = run_edited(vlm.adapter, transcoders, subject.batch, plan, mode, subject.base)
-        torch.testing.assert_close(logits, subject.base.logits, rtol=1e-9, atol=1e-9)
+    whole = whole_plan(vlm.adapter, transcoders, same)
+    for plan in (interchange_plan(vlm.adapter, transcoders, same, all_features(transcoders)), whole):
+        for mode in ("direct", "frozen_attention", "free"):
+            logits = run_edited(vlm.adapter, transcoders, subject.batch, plan, mode, subject.base)
+            torch.testing.assert_close(logits, subject.base.logits, rtol=1e-9, atol=1e-9)
 
 
 def test_recovered_is_0_at_the_original_and_1_at_the_counterfactual(bench) -> None:
@@ -144,6 +187,23 @@ def test_effects_over_many_steps_add_up_to_the_whole_way(bench) -> None:
     torch.testing.assert_close(
         half * 2, subject.batch.tensors["inputs_embeds"] + subject.other.tensors["inputs_embeds"]
     )
+
+
+def test_effects_equal_the_dense_product_pair_by_pair(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, transcoders, subject = bench
+    gradients = gap_gradients(vlm.adapter, transcoders, subject, 3).writes
+    monkeypatch.setattr("vlmscope.circuits.pair_effects.CHUNK", 3)  # of four pairs
+    found = pair_effects(vlm.adapter, transcoders, subject, 3)
+    sides = [mlp_inputs(vlm.adapter, side, transcoders.layers) for side in (subject.batch, subject.other)]
+    for layer in transcoders.layers:
+        one = transcoders[layer]
+        before, after = (one.encode(side[layer]).dense(WIDTH) for side in sides)
+        slope = sum(gradients[layer + m] @ one.decoder(m).T for m in range(one.config.writes))
+        for row, role in enumerate(found.roles):
+            there = torch.from_numpy(subject.batch.roles == role)
+            for table, values in ((found.effect, (after - before) * slope), (found.change, after - before)):
+                expected = values[:, there].sum(1).mean(0)
+                torch.testing.assert_close(table[layer][row], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_ranking_is_by_effect_and_leaves_out_features_without_one(bench) -> None:

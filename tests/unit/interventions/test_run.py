@@ -199,3 +199,20 @@ def test_mlp_inputs_are_the_base_runs(bench) -> None:
     base = base_run(vlm.adapter, transcoders, batch)
     for layer, x in mlp_inputs(vlm.adapter, batch, [0, 2]).items():
         assert torch.allclose(x, base.mlp_in[layer], rtol=0, atol=1e-10)
+
+
+def test_a_base_run_keeps_what_its_modes_freeze(bench) -> None:
+    vlm, transcoders, _, batch = bench
+    whole = base_run(vlm.adapter, transcoders, batch)
+    plan = {1: scale_features(torch.arange(40), 2.0, everywhere(batch))}
+    for mode in MODES:
+        base = base_run(vlm.adapter, transcoders, batch, [mode])
+        assert torch.allclose(base.logits, whole.logits, rtol=0, atol=1e-9)
+        assert bool(base.patterns) == (mode != "free")
+        assert bool(base.written) == bool(base.mlp_in) == bool(base.inverse_rms) == (mode == "direct")
+        found, expected = (run_edited(vlm.adapter, transcoders, batch, plan, mode, one) for one in (base, whole))
+        assert torch.allclose(found, expected, rtol=0, atol=1e-9)
+        for other in set(MODES[: MODES.index(mode)]):
+            with pytest.raises(AssertionError, match="not recorded for"):
+                run_edited(vlm.adapter, transcoders, batch, plan, other, base)
+    assert all(rms.shape[-1] == 1 for rms in whole.inverse_rms.values())

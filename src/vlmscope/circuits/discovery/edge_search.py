@@ -80,8 +80,10 @@ def _without_rest(pairs: list[PairEdges]) -> np.ndarray:
     """m [B] when every edge is kept but those from the rest."""
     found = []
     for pair in pairs:
-        sources = np.concatenate([pair.sources, pair.node]).tolist()
-        every = {(source, target) for source in sources for target in pair.node.tolist() if source != REST}
+        # A node has an instance at each of its positions, but is one source and one target.
+        sources = np.unique(np.concatenate([pair.sources, pair.node])).tolist()
+        targets = np.unique(pair.node).tolist()
+        every = {(source, target) for source in sources for target in targets if source != REST}
         found.append(run_edges([pair], [every])[0, 0])
     return np.array(found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -83,28 +83,21 @@ def _one(
             for place, (p, i) in enumerate(zip(position, index, strict=True))
             if (key := (int(Kind.FEATURE), layer, int(role_of[p]), i)) in number and features.activation[place] != 0
         ]
-        which = torch.tensor([place for place, _ in mine], dtype=torch.int64)
+        which = torch.tensor([place for place, _ in mine], dtype=torch.int64, device=features.index.device)
         layers.append(which)
         instances += (columns.features(layer) + which).tolist()
         node += [name for _, name in mine]
         change.append(features.activation[which])
         slope.append(_slopes(transcoders, writes, features, layer, which))
     values = [float(end.values[0]) for end in ends]
-    changes = torch.cat([*change, torch.tensor([values[0] - values[1]], dtype=whole.errors.dtype)]).double().numpy()
-    n = len(instances) + 1
-    table = _rows(adjoint, whole, layers, ends[0])
-    # What a layer adds by itself is the same in both runs.
-    table[:, [columns.bias(layer) for layer in range(whole.n_layers)]] = 0.0
+    changes = torch.cat([*change, whole.errors.new_tensor([values[0] - values[1]])]).double().numpy(force=True)
     sources, groups = _groups(whole, columns, nodes, role_of)
-    inner = np.concatenate([table[:, instances], np.zeros((n, 1))], 1)
-    table[:, instances] = 0.0
-    given = np.zeros((n, len(sources) + 1))
-    np.add.at(given.T, groups, table.T)
+    inner, given = _folded(_rows(adjoint, whole, layers, ends[0]), columns, instances, groups, len(sources))
     given[:, -1] = changes - given[:, :-1].sum(1) - inner.sum(1)
     return PairEdges(
         np.array([*node, ANSWER], dtype=np.int64),
         changes,
-        np.concatenate([torch.cat(slope).double().numpy(), [1.0]]),
+        np.concatenate([torch.cat(slope).double().numpy(force=True), [1.0]]),
         np.concatenate([sources, [REST]]),
         given,
         inner,
@@ -113,17 +106,38 @@ def _one(
     )
 
 
-def _rows(adjoint: Adjoint, whole: ReplacementModel, layers: Sequence[Tensor], end: Targets) -> np.ndarray:
-    """[n, columns] float64, `J_ts D_s` into some features of each layer and, last, into the answer."""
-    rows = torch.zeros(sum(map(len, layers)) + 1, adjoint.columns.total, dtype=whole.errors.dtype)
+def _folded(
+    blocks: Iterator[np.ndarray], columns: Columns, instances: list[int], groups: np.ndarray, n_groups: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The columns of rows that are `instances`, [n, n], and sums of the others by group, [n, n_groups + 1], whose last
+    column is left at 0. Rows come in blocks, so that no more than a layer's are held at full width.
+    """
+    n = len(instances) + 1
+    inner, given = np.zeros((n, n)), np.zeros((n, n_groups + 1))
     start = 0
+    for rows in blocks:
+        block = slice(start, start + len(rows))
+        # What a layer adds by itself is the same in both runs.
+        rows[:, [columns.bias(layer) for layer in range(columns.n_layers)]] = 0.0
+        inner[block, :-1] = rows[:, instances]
+        rows[:, instances] = 0.0
+        np.add.at(given[block].T, groups, rows.T)
+        start = block.stop
+    return inner, given
+
+
+def _rows(adjoint: Adjoint, whole: ReplacementModel, layers: Sequence[Tensor], end: Targets) -> Iterator[np.ndarray]:
+    """`J_ts D_s`, [n, columns] float64, into some features of each layer in turn, and last [1, columns] into the
+    answer.
+    """
     for layer, which in enumerate(layers):
         if len(which):
             found = adjoint.feature_rows(layer, which)
-            rows[start : start + len(which), : found.shape[1]] = found
-        start += len(which)
-    rows[-1:] = adjoint.stream_rows(whole.n_layers, end.vectors, torch.from_numpy(end.positions))
-    return rows.double().numpy()
+            rows = np.zeros((len(which), adjoint.columns.total))
+            rows[:, : found.shape[1]] = found.numpy(force=True)
+            yield rows
+    position = torch.from_numpy(end.positions).to(end.vectors.device)
+    yield adjoint.stream_rows(whole.n_layers, end.vectors, position).double().numpy(force=True)
 
 
 def difference(clean: ReplacementModel, corrupt: ReplacementModel) -> ReplacementModel:

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from vlmscope.circuits.discovery.nodes import Kind, Nodes
 from vlmscope.circuits.discovery.sides import Sides, changes
-from vlmscope.circuits.pair_effects import GapGradients, gap_gradients
+from vlmscope.circuits.pair_effects import GapGradients, code_slopes, gap_gradients
 from vlmscope.models.base import Adapter
-from vlmscope.transcoders.sparse import sampled_dots
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderSet
 
 
@@ -104,14 +103,9 @@ def _feature_effects(
     transcoder: Transcoder, code: SparseCode, gradients: GapGradients, layer: int, role_of: Tensor, n_roles: int
 ) -> Tensor:
     """[B, R, F]: `a dm/da` summed over the positions of each role."""
-    size, length, slots = code.indices.shape
+    size = len(code.indices)
     width = transcoder.config.n_features
-    rows = code.indices.reshape(-1, slots)
-    slope = torch.zeros_like(code.values).view(-1, slots)
-    for ahead in range(transcoder.config.writes):
-        gradient = gradients.writes[layer + ahead].to(transcoder.W_dec.dtype)
-        slope = slope + sampled_dots(rows, gradient.reshape(size * length, -1), transcoder.decoder(ahead))
-    effect = code.values * slope.view(code.values.shape)
+    effect = code.values * code_slopes(transcoder, code, gradients.writes, layer)
     place = role_of[:, None] * width + code.indices
     out = effect.new_zeros(size, n_roles * width)
     return out.scatter_add_(1, place.flatten(1), effect.flatten(1)).view(size, n_roles, width)

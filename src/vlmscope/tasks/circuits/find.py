@@ -246,6 +246,6 @@ def _levels(members: Sequence[CircuitFeature], means: RoleMeans) -> dict[str, di
     for member in members:
         table.setdefault(member.feature.layer, []).append(member.feature.index)
     return {
-        f"contrast:{role}": {layer: values[layer][table[layer]] for layer in sorted(table)}
+        f"contrast:{role}": {layer: values[layer][table[layer]].cpu() for layer in sorted(table)}
         for role, values in means.by_role.items()
     }

@@ -85,7 +85,7 @@ def question_curves(bench: Bench, name: str, subject: PairSubject, train: PairSu
 
 def describe(bench: Bench, name: str, subject: PairSubject) -> None:
     """Metrics of the unedited runs: how far the two words are apart, and their probabilities, on both sides."""
-    rows = torch.arange(subject.size)
+    rows = torch.arange(subject.size, device=subject.tokens.device)
     for side, logits in (("original", subject.base.logits), ("counterfactual", subject.other_logits)):
         logs = logits.double().log_softmax(-1)
         gap = (logs[rows, subject.other_tokens] - logs[rows, subject.tokens]).mean()

@@ -19,6 +19,8 @@ from vlmscope.tasks.wiring import load_model, load_transcoders
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.config import CircuitConfig, InterventionConfig
     from vlmscope.config import AppConfig
@@ -147,9 +149,10 @@ class Bench:
             raise UserError(f"the answer {word!r} is not one token of this model: choose one that is")
         return int(ids[0])
 
-    def words(self, logits: np.ndarray, count: int = 5) -> tuple[tuple[str, float], ...]:
+    def words(self, logits: Tensor, count: int = 5) -> tuple[tuple[str, float], ...]:
         """The most probable next words of logits [V] with their probabilities."""
-        shifted = np.exp(logits.astype(np.float64) - logits.max())
+        given = logits.double().numpy(force=True)
+        shifted = np.exp(given - given.max())
         probabilities = shifted / shifted.sum()
         order = np.argsort(-probabilities)[:count]
         names = self.vlm.tokenizer.convert_ids_to_tokens(order.tolist())

@@ -69,7 +69,7 @@ def questions(bench: Bench, train: dict[str, list[Pair]], test: dict[str, list[P
 
 def circuit_subject(bench: Bench, name: str, pairs: list[Pair]) -> CircuitSubject:
     """Pairs that are answered rightly on both sides, with the prompts of each."""
-    subject = subject_of(bench, name, pairs)
+    subject = subject_of(bench, name, pairs, modes=bench.cfg.discovery.modes)
     rows = [pairs[i] for i in subject.rows.tolist()]
     sides = [[bench.vlm.prepare(s.prompt, list(s.images)) for s in some] for some in zip(
         *((pair.original, pair.counterfactual) for pair in rows), strict=True)]  # fmt: skip

@@ -21,13 +21,14 @@ from vlmscope.circuits.interchange import (
     interchange_plan,
     layer_role_grid,
     run_interchange,
+    whole_plan,
 )
 from vlmscope.circuits.pair_effects import pair_effects
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import CircuitFeature, Curve, FlipRow, Rate, Supernode
-from vlmscope.interventions.edits import Plan
+from vlmscope.interventions.edits import AnyPlan, LayerEdit
 from vlmscope.interventions.generate import generate_edited
 from vlmscope.interventions.named import by_layer, mean_activations
 from vlmscope.metrics.causal import bootstrap_rate
@@ -110,7 +111,7 @@ def test_cases(bench: Bench) -> dict[str, PairCase]:
     """Every question on the test pairs; base/ metrics."""
     cases: dict[str, PairCase] = {}
     for name, pairs in pairs_of(bench, "test").items():
-        subject = subject_of(bench, name, pairs)
+        subject = subject_of(bench, name, pairs, modes=bench.intervention.modes)
         cases[name] = PairCase([pairs[i] for i in subject.rows.tolist()], subject)
         for side, rate in zip(("original", "counterfactual", "both"), subject.accuracy, strict=True):
             bench.metrics |= rate_metrics(f"base/{name}/{side}/accuracy", rate)
@@ -173,7 +174,7 @@ def interchange_rows(
         for name, case in cases.items():
             nodes = nodes_of(bench, label)
             own = case.subject.moves and (label in (ALL, f"features of {name}") or bool(nodes))
-            whole = interchange_plan(bench.vlm.adapter, bench.transcoders, case.subject, features, nodes=nodes)
+            whole = plan_of(bench, case.subject, label, features)
             plans = [("all", mode) for mode in settings.modes] + [(scope, "free") for scope in settings.scopes]
             for scope, mode in plans if own else [("all", "free")]:
                 found = one_row(bench, case.subject, label, whole, scope, mode, means)
@@ -181,11 +182,19 @@ def interchange_rows(
     return rows
 
 
+def plan_of(bench: Bench, subject: PairSubject, label: str, features: Features) -> AnyPlan:
+    """The interchange of a set's features, at the positions of its supernodes if it has any."""
+    adapter, transcoders = bench.vlm.adapter, bench.transcoders
+    if label == ALL:
+        return whole_plan(adapter, transcoders, subject)
+    return interchange_plan(adapter, transcoders, subject, features, nodes=nodes_of(bench, label))
+
+
 def one_row(
     bench: Bench,
     subject: PairSubject,
     label: str,
-    whole: Plan,
+    whole: AnyPlan,
     scope: str,
     mode: str,
     means: Mapping[int, Tensor],
@@ -196,7 +205,8 @@ def one_row(
     found = run_interchange(adapter, transcoders, subject, plan, mode)
     headline = (scope, mode) == ("all", "free")
     draws = bench.intervention.controls if headline else 1
-    controls = [] if label == ALL else carried_controls(adapter, transcoders, subject, plan, mode, means, draws, seed)
+    edits = {layer: edit for layer, edit in plan.items() if isinstance(edit, LayerEdit)}
+    controls = [] if label == ALL else carried_controls(adapter, transcoders, subject, edits, mode, means, draws, seed)
     rate = found.follows if subject.moves else found.changed
     control = None
     if controls:
@@ -296,7 +306,7 @@ def generated(bench: Bench, cases: Mapping[str, PairCase], sets: Mapping[str, Fe
                 single = replace(
                     case.subject, batch=case.subject.batch.select(row), other=case.subject.other.select(row)
                 )
-                plan = interchange_plan(adapter, bench.transcoders, single, features, nodes=nodes)
+                plan = plan_of(bench, single, label, features)
                 inputs = bench.vlm.prepare(pair.original.prompt, list(pair.original.images))
                 said = generate_edited(adapter, tokenizer, inputs, bench.transcoders, plan, 6)
                 hits.append(said.split()[:1] == [pair.counterfactual.answer])

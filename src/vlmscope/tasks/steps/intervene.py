@@ -99,12 +99,14 @@ def make_case(bench: Bench, circuit: Circuit, question: str) -> Case:
     answers = run_edited(adapter, bench.transcoders, everything, {}, "free")
     rows = correct_rows(answers, tokens[0])
     if len(rows) == 0:
-        said = ", ".join(sorted({bench.words(row.numpy(), 1)[0][0] for row in answers}))
+        said = ", ".join(sorted({bench.words(row, 1)[0][0] for row in answers}))
         raise UserError(
             f"none of the {len(images)} pictures of {recipient} is answered {asked.answers[recipient]!r} to "
             f"{asked.prompt!r} (the model says: {said}): nothing to flip; give other pictures"
         )
-    subject = make_subject(adapter, bench.transcoders, question, everything.select(rows), *tokens)
+    subject = make_subject(
+        adapter, bench.transcoders, question, everything.select(rows), *tokens, bench.intervention.modes
+    )
     donors = make_batch(adapter, bench.inputs([gifts[i % len(gifts)] for i in rows.tolist()], asked.prompt))
     carried = donor_activations(adapter, bench.transcoders, donors, circuit)
     roles = subject.batch.roles
@@ -157,7 +159,7 @@ def third_concept(bench: Bench, circuit: Circuit) -> None:
         for label, changed in steering_forms(bench).items():
             plan = bench.steer(circuit, batch.roles, name, **changed)
             logits = run_edited(bench.vlm.adapter, bench.transcoders, batch, plan, "free")
-            hits = (logits.argmax(-1) == bench.token(asked.answers[config.concepts[1]])).numpy()
+            hits = (logits.argmax(-1) == bench.token(asked.answers[config.concepts[1]])).numpy(force=True)
             bench.metrics |= rate_metrics(f"third/{label}{config.third}/{name}/donor_rate", bootstrap_rate(hits))
 
 

@@ -30,6 +30,7 @@ from vlmscope.circuits.interchange import (
     outcome,
     recovered,
     run_interchange,
+    whole_plan,
 )
 from vlmscope.circuits.pair_effects import PairEffects, pair_effects
 from vlmscope.circuits.pair_subject import PairSubject
@@ -126,7 +127,7 @@ def effects_of(bench: Bench, cases: Mapping[str, PairCase]) -> dict[str, PairEff
 def range_curve(bench: Bench, subject: PairSubject, kind: str) -> RangeCurve:
     """Carry all features of growing ranges of layers."""
     adapter, transcoders, layers = bench.vlm.adapter, bench.transcoders, bench.transcoders.layers
-    whole = interchange_plan(adapter, transcoders, subject, all_features(transcoders))
+    whole = whole_plan(adapter, transcoders, subject)
     outcomes, shares, directions = [], [], []
     for layer in layers:
         plan = {i: edit for i, edit in whole.items() if (i <= layer if kind == "first" else i >= layer)}

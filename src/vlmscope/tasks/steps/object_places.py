@@ -154,8 +154,8 @@ def maps_of(bench: Bench, case: PairCase, features: Mapping[int, Tensor]) -> dic
     for layer, (chosen, before) in sides[0].items():
         norms = bench.transcoders[layer].write_norms()[chosen]
         a, b = before[:, soft], sides[1][layer][1][:, soft]
-        found["fires"][layer] = (a @ norms).cpu().numpy()
-        found["changes"][layer] = ((b - a).abs() @ norms).cpu().numpy()
+        found["fires"][layer] = (a @ norms).float().numpy(force=True)
+        found["changes"][layer] = ((b - a).abs() @ norms).float().numpy(force=True)
     return {what: dict(sorted(of.items())) for what, of in found.items()}
 
 

@@ -11,6 +11,8 @@ from vlmscope.core.errors import UserError
 from vlmscope.data.pairs import Pair, Side, load_pairs
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from vlmscope.models.base import ModelInputs
     from vlmscope.tasks.steps.bench import Bench
 
@@ -34,8 +36,12 @@ def moving(pairs: dict[str, list[Pair]]) -> dict[str, list[Pair]]:
     return {name: some for name, some in pairs.items() if some[0].moves}
 
 
-def subject_of(bench: Bench, question: str, pairs: list[Pair], answerable: bool = True) -> PairSubject:
-    """Both sides of a question's pairs, run once; `answerable`: only those answered rightly on both."""
+def subject_of(
+    bench: Bench, question: str, pairs: list[Pair], answerable: bool = True, modes: Collection[str] = ("free",)
+) -> PairSubject:
+    """Both sides of a question's pairs, run once; `answerable`: only those answered rightly on both; `modes`: those
+    that the originals will be edited in.
+    """
 
     def prepare(side: Side) -> ModelInputs:
         return bench.vlm.prepare(side.prompt, list(side.images))
@@ -55,4 +61,5 @@ def subject_of(bench: Bench, question: str, pairs: list[Pair], answerable: bool 
         tokens(others),
         bench.cfg.interchange.least,
         answerable,
+        modes,
     )

@@ -137,17 +137,17 @@ def headline(record: dict) -> Cards:
 
 def examples(bench: Bench, record: dict, folder: Path) -> Examples:
     """Counterfactual pairs before and after every feature was carried over."""
-    from vlmscope.circuits.interchange import interchange_plan
+    from vlmscope.circuits.interchange import whole_plan
 
     shown: list[AnswerExample] = []
     moving: list[PairCase] = [case for case in record["cases"].values() if case.subject.moves]
     for case in moving:
         subject = case.subject
-        plan = interchange_plan(bench.vlm.adapter, bench.transcoders, subject, record["sets"][ALL])
+        plan = whole_plan(bench.vlm.adapter, bench.transcoders, subject)
         logits = run_edited(bench.vlm.adapter, bench.transcoders, subject.batch, plan)
         for i in range(min(max(bench.intervention.examples // len(moving), 1), subject.size)):
             pair = case.pairs[i]
-            before, after = (bench.words(found[i].cpu().numpy()) for found in (subject.base.logits, logits))
+            before, after = (bench.words(found[i]) for found in (subject.base.logits, logits))
             sides = [np.asarray(side.images[0]) for side in (pair.original, pair.counterfactual) if side.images]
             joined = png_bytes(np.concatenate(sides, 1), 256) if same_height(sides) else png_bytes(blank())
             said = f"{pair.original.answer} to {pair.counterfactual.answer}: all features"

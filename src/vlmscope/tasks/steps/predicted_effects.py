@@ -161,7 +161,7 @@ def measure(bench: Bench, one: Asked) -> Iterator[dict[str, np.ndarray]]:
     total = total_effects(Adjoint(replacement), target)[0].double().cpu().numpy()
     sampled = draw(bench, graph, replacement, total, one.name)
     batch = make_batch(adapter, [one.inputs])
-    base = base_run(adapter, transcoders, batch)
+    base = base_run(adapter, transcoders, batch, bench.intervention.modes)
     n = len(sampled.layer)
     for name, scale, value, share in edits_of(bench, sampled):
         edits = SingleEdits(sampled.layer, sampled.position, sampled.index, scale, value)

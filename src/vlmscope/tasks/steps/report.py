@@ -122,8 +122,8 @@ def answers(bench: Bench, cases: dict[str, Case]) -> list[Section]:
         for method, logits in case.after.items():
             for i in range(max(count // len(cases) // max(len(case.after), 1), 1)):
                 row = i % len(case.images)
-                before = bench.words(case.subject.base.logits[row].cpu().numpy())
-                after = bench.words(logits[row].cpu().numpy())
+                before = bench.words(case.subject.base.logits[row])
+                after = bench.words(logits[row])
                 png = png_bytes(case.images[row], 128)
                 shown.append(AnswerExample(png, prompt, method, before[0][0], after[0][0], before, after))
     figures.answer_shift(shown, bench.run_dir / "figures" / "answer_shift.png")

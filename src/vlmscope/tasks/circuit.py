@@ -67,11 +67,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     if not found and not asked and (loaded is None or not loaded.edges):
         raise UserError("nothing to trace: add prompt= (and image=), task.rows=FILE, or inputs in the circuit_spec")
     material = None if found or spec is None or loaded is not None else gather(cfg, spec, asked)
-    if (
-        cfg.pairs is not None
-        and not found
-        and not (spec and any(n.contrast and n.contrast.pairs for n in spec.supernodes.values()))
-    ):
+    contrasts = [] if spec is None else [node.contrast for node in spec.supernodes.values() if node.contrast]
+    if cfg.pairs is not None and not found and not any(one.pairs for one in contrasts):
         print("pairs= finds circuits; this one is declared or loaded, so they are not used")
     study = None if cfg.study.path is None else StudyFolder(cfg.study.path)
     if found:

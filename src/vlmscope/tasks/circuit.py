@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from vlmscope.core.errors import UserError
 
 if TYPE_CHECKING:
-    from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.spec_config import CircuitSpecConfig
     from vlmscope.config import AppConfig
+    from vlmscope.data.pair_config import PairsConfig
     from vlmscope.tasks.context import RunContext
 
 
@@ -50,19 +50,25 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from pathlib import Path
 
     from vlmscope.config.circuit_file import declared
+    from vlmscope.tasks.circuits.inputs import traced_inputs
+    from vlmscope.tasks.studies.feature_labels import look_for_labels
+
+    look_for_labels(cfg)
+    spec = None if cfg.circuit_spec is None else declared(cfg.circuit_spec)
+    check_source(cfg, spec)
+    asked = traced_inputs(cfg, spec)
+
+    # These import torch: what can be told without it has been.
+    from vlmscope.circuits.circuit import load_circuit
     from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.circuits.discover import draw_found
     from vlmscope.tasks.circuits.find import Finder, gather
     from vlmscope.tasks.circuits.finish import finished, traced
-    from vlmscope.tasks.circuits.inputs import traced_inputs
     from vlmscope.tasks.circuits.page import Scene
-    from vlmscope.tasks.studies.feature_labels import look_for_labels
     from vlmscope.tasks.wiring import load_model, load_transcoders
 
-    look_for_labels(cfg)
-    spec = None if cfg.circuit_spec is None else declared(cfg.circuit_spec)
-    loaded = _loaded(cfg, spec)
-    asked = traced_inputs(cfg, spec)
+    folder = None if cfg.task.load is None else Path(cfg.task.load)
+    loaded = None if folder is None else load_circuit(folder)
     found = loaded is None and (spec is None or not spec.supernodes)
     if not found and not asked and (loaded is None or not loaded.edges):
         raise UserError("nothing to trace: add prompt= (and image=), task.rows=FILE, or inputs in the circuit_spec")
@@ -77,32 +83,28 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     transcoders = load_transcoders(cfg, vlm, context.overrides)
     widths = transcoders.widths
     if loaded is not None:
-        loaded.check_fits(vlm.name, widths, str(cfg.task.load))
+        loaded.check_fits(vlm.name, widths, str(folder))
     graphs = traced(cfg, context, vlm, transcoders, asked)
-    if loaded is None:
+    if loaded is None or folder is None:
         assert spec is not None and material is not None
         circuit = Finder(vlm, transcoders, material, [one.graph for one in graphs]).circuit(spec)
         name = spec.name
     else:
-        circuit, name = loaded, Path(cfg.task.load).name
+        circuit, name = loaded, folder.name
     scene = Scene(vlm, transcoders, asked, graphs, [] if material is None else material.inputs())
     return finished(cfg, context, circuit, name, scene, study)
 
 
-def _loaded(cfg: AppConfig, spec: CircuitSpecConfig | None) -> Circuit | None:
-    """The circuit of `task.load`; None when one is to be found.
+def check_source(cfg: AppConfig, spec: CircuitSpecConfig | None) -> None:
+    """Refuse a run that names no circuit, several, or pairs that cannot find one; quick, without a model.
 
     Raises:
-        UserError: there is none, or neither or both are asked for.
+        UserError: it does.
     """
-    from pathlib import Path
-
-    from vlmscope.circuits.circuit import load_circuit
-
     if cfg.task.load is not None:
         if spec is not None and spec.supernodes:
             raise UserError("task.load= brings a circuit and circuit_spec= declares one; leave one of them out")
-        return load_circuit(Path(cfg.task.load))
+        return
     if spec is None and cfg.pairs is None:
         raise UserError(
             "no circuit: find one with pairs=planet, declare one with circuit_spec=red_mars or circuit_spec=file "
@@ -112,4 +114,22 @@ def _loaded(cfg: AppConfig, spec: CircuitSpecConfig | None) -> Circuit | None:
         raise UserError(
             "the circuit_spec has no supernodes; docs/circuits.md shows how to declare them; pairs=planet finds some"
         )
-    return None
+    if cfg.pairs is not None and (spec is None or not spec.supernodes):
+        check_pairs(cfg.pairs)
+
+
+def check_pairs(pairs: PairsConfig) -> None:
+    """Look at all of one's own pairs, or at the first of rendered ones.
+
+    Raises:
+        UserError: none is left to choose by, or they cannot be used.
+    """
+    from dataclasses import replace
+
+    from vlmscope.data.pairs import load_pairs
+
+    if pairs.train < 1:
+        raise UserError("pairs.train=0 leaves no pair to choose a circuit by; set how many choose, the others judge")
+    few = pairs if pairs.path is not None else replace(pairs, train=1, test=1)
+    for split in ("train", "test"):
+        load_pairs(few, split)

@@ -297,3 +297,12 @@ def test_a_picture_of_ones_own_that_is_not_there_is_told_before_any_step(
     assert main(["experiment=mars_earth_patch", *own]) == 2
     assert "/no/mars.png: no such file" in capsys.readouterr().err
     assert not (tmp_path / "run" / "graph.json").exists()
+
+
+def test_pairs_that_cannot_choose_a_circuit_are_told_before_any_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["experiment=find_circuits", "pairs.train=0", f"hydra.run.dir={tmp_path / 'run'}", "tracking=none"]) == 2
+    )
+    assert "pairs.train=0 leaves no pair to choose a circuit by" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,17 @@ def load_pairs(config: PairsConfig, split: str) -> list[Pair]:
             f"{config.path} has {len(names)} pairs and pairs.train={config.train} takes them all; set pairs.train lower"
         )
     return [pair for pair in pairs if pair.id in set(chosen)]
+
+
+def check_choosing(config: PairsConfig) -> None:
+    """Look at all of one's own pairs, or at the first of rendered ones, before a model is loaded.
+
+    Raises:
+        UserError: none is left to choose features by, or they cannot be used.
+    """
+    if config.train < 1:
+        raise UserError("pairs.train=0 leaves no pair to choose a circuit by; set how many choose, the others judge")
+    load_pairs(config if config.path is not None else replace(config, train=1, test=1), "test")
 
 
 def orrery_pairs(

@@ -10,7 +10,6 @@ from vlmscope.core.errors import UserError
 if TYPE_CHECKING:
     from vlmscope.circuits.spec_config import CircuitSpecConfig
     from vlmscope.config import AppConfig
-    from vlmscope.data.pair_config import PairsConfig
     from vlmscope.tasks.context import RunContext
 
 
@@ -101,6 +100,8 @@ def check_source(cfg: AppConfig, spec: CircuitSpecConfig | None) -> None:
     Raises:
         UserError: it does.
     """
+    from vlmscope.data.pairs import check_choosing
+
     if cfg.task.load is not None:
         if spec is not None and spec.supernodes:
             raise UserError("task.load= brings a circuit and circuit_spec= declares one; leave one of them out")
@@ -115,21 +116,4 @@ def check_source(cfg: AppConfig, spec: CircuitSpecConfig | None) -> None:
             "the circuit_spec has no supernodes; docs/circuits.md shows how to declare them; pairs=planet finds some"
         )
     if cfg.pairs is not None and (spec is None or not spec.supernodes):
-        check_pairs(cfg.pairs)
-
-
-def check_pairs(pairs: PairsConfig) -> None:
-    """Look at all of one's own pairs, or at the first of rendered ones.
-
-    Raises:
-        UserError: none is left to choose by, or they cannot be used.
-    """
-    from dataclasses import replace
-
-    from vlmscope.data.pairs import load_pairs
-
-    if pairs.train < 1:
-        raise UserError("pairs.train=0 leaves no pair to choose a circuit by; set how many choose, the others judge")
-    few = pairs if pairs.path is not None else replace(pairs, train=1, test=1)
-    for split in ("train", "test"):
-        load_pairs(few, split)
+        check_choosing(cfg.pairs)

@@ -11,13 +11,25 @@ from vlmscope.circuits.discovery.sides import CircuitSubject
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Rate
+from vlmscope.data.pairs import check_choosing
 from vlmscope.metrics.faithfulness import FaithfulnessCurve
 from vlmscope.tasks.steps.intervene import rate_metrics
 from vlmscope.tasks.steps.pair_subjects import pairs_of, subject_of
 
 if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
     from vlmscope.data.pairs import Pair
     from vlmscope.tasks.steps.bench import Bench
+
+
+def check(cfg: AppConfig) -> None:
+    """Pairs that can choose a circuit.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if cfg.pairs is not None:
+        check_choosing(cfg.pairs)
 
 
 def run(bench: Bench) -> None:
@@ -55,8 +67,6 @@ def questions(bench: Bench, train: dict[str, list[Pair]], test: dict[str, list[P
     Raises:
         UserError: there is none, or not the one that is asked for.
     """
-    if not train:
-        raise UserError("pairs.train=0 leaves no pair to choose a circuit by; set how many choose, the others judge")
     moving = [name for name in train if name in test and train[name][0].moves]
     wanted = bench.cfg.discovery.question
     if wanted is not None and wanted not in moving:

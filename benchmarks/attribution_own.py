@@ -27,6 +27,7 @@ from vlmscope.attribution.trace import attribute
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.replacement.features import LayerFeatures, feature_table
 from vlmscope.replacement.model import ReplacementModel, build_replacement
+from vlmscope.scope import Scope
 
 
 def without_first_position(replacement: ReplacementModel) -> ReplacementModel:
@@ -68,7 +69,7 @@ def attribution(folder: Path) -> Callable[..., dict[str, Any]]:
     case, vlm, inputs, transcoders = load_case(folder)
 
     def graph_of(max_nodes: int) -> AttributionGraph:
-        replacement = without_first_position(build_replacement(vlm, transcoders, inputs))
+        replacement = without_first_position(build_replacement(Scope(vlm, transcoders), inputs))
         return attribute(replacement, AttributionConfig(max_nodes=max_nodes), vlm.tokenizer)
 
     def run(

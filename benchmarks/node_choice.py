@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlmscope.api import Scope, load
+from vlmscope.api import load
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.influence import influence, logit_weights
 from vlmscope.attribution.scores import scores
@@ -24,6 +24,7 @@ from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.data.orrery.scene import KINDS, make_scene
 from vlmscope.models.base import ModelInputs
 from vlmscope.replacement.model import build_replacement
+from vlmscope.scope import Scope
 
 CHOICES = ("influence", "total_effect")
 Figures = dict[str, float]
@@ -51,7 +52,7 @@ def chosen(graph: AttributionGraph) -> set[tuple[int, int, int]]:
 
 def of_prompt(scope: Scope, inputs: ModelInputs, limits: list[int], repeat: int) -> dict[int, Figures]:
     """Figures by limit, of those that are below the number of active features."""
-    replacement = build_replacement(scope.vlm, scope.transcoders, inputs)
+    replacement = build_replacement(scope, inputs)
 
     def graph_of(**settings: Any) -> tuple[AttributionGraph, float]:
         graphs, seconds = [], []

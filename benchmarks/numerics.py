@@ -22,7 +22,7 @@ import torch
 import transformers
 from PIL import Image
 
-from vlmscope.api import Scope, load
+from vlmscope.api import load
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.trace import Trace, trace
 from vlmscope.conformance.subject import Limits
@@ -33,6 +33,7 @@ from vlmscope.data.orrery.facts import PLANETS
 from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import tiny_vlm
 from vlmscope.models.tiny_families import FAMILIES
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 Errors = dict[str, float]
@@ -66,7 +67,7 @@ def tiny_errors(family: str, seed: int, precision: Precision) -> Errors:
     transcoders = random_set(adapter.n_layers, adapter.d_model, 96, 8, skip=True, seed=seed).to(precision.model)
     with exact_float64() if precision.exact else nullcontext():
         inputs = vlm.prepare(PROMPT, [noise_picture(seed)] if adapter.has_vision else [])
-        return own_dtype_errors(vlm, transcoders, inputs, Limits(sources=8, seed=seed), precision.graph)
+        return own_dtype_errors(Scope(vlm, transcoders), inputs, Limits(sources=8, seed=seed), precision.graph)
 
 
 def orrery(dtype: str) -> Scope:
@@ -91,7 +92,7 @@ def orrery_errors(precision: Precision, asked: Iterable[tuple[str, Image.Image]]
         for prompt, picture in asked:
             limits = Limits(targets=400, sources=8)
             inputs = scope.vlm.prepare(prompt, [picture])
-            found.append(own_dtype_errors(scope.vlm, scope.transcoders, inputs, limits, precision.graph))
+            found.append(own_dtype_errors(scope, inputs, limits, precision.graph))
     return found
 
 
@@ -174,7 +175,7 @@ def orrery_graphs(asked: list[tuple[str, Image.Image]]) -> dict[str, list[dict[s
         traces = {}
         for name, scope in scopes.items():
             inputs = scope.vlm.prepare(prompt, [picture])
-            traces[name] = trace(scope.vlm, scope.transcoders, inputs, config)
+            traces[name] = trace(scope, inputs, config)
             if name in found:
                 found[name].append(shared(traces["float32"], traces[name]))
     return found

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlmscope.api import Scope, load
+from vlmscope.api import load
 from vlmscope.attribution.readers import target_readers
 from vlmscope.attribution.targets import choose_logits
 from vlmscope.attribution.vision import vision_path
@@ -29,6 +29,7 @@ from vlmscope.data.orrery.scene import Scene, make_scene
 from vlmscope.models.batching import make_batch
 from vlmscope.replacement.model import build_replacement
 from vlmscope.report.figures import feature_count_curve
+from vlmscope.scope import Scope
 
 QUESTIONS = {
     "first digit": ("digits", "first", "what is the first digit ?"),
@@ -56,7 +57,7 @@ class Case:
 def maps_of(scope: Scope, image: np.ndarray, prompt: str) -> tuple[int, dict[str, np.ndarray]]:
     """The most probable token and the maps of its logit."""
     inputs = scope.inputs(prompt, [Image.fromarray(image)])
-    replacement = build_replacement(scope.vlm, scope.transcoders, inputs)
+    replacement = build_replacement(scope, inputs)
     targets = choose_logits(replacement, 0.01, 1)
     cells = image.astype(float).reshape(SIDE, 8, SIDE, 8, 3)
     # What needs no model: how far a patch's pixels are from the picture's mean colour.

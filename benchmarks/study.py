@@ -68,17 +68,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     scope, config = vlmscope.load(check=False), StudyConfig()
-    vlm, adapter, sets = scope.vlm, scope.vlm.adapter, scope.transcoders
+    vlm, sets = scope.vlm, scope.transcoders
     sources = {kind: SourceConfig("shards", arguments.data, split="train", stream=kind) for kind in KINDS}
     opened = {name: (one.weight, open_source(name, one)) for name, one in sources.items()}
     rows = NumberedRows(opened, config.batch_size, WHOLE)
     settings = (config.top, config.samples, config.window)
     few = {layer: torch.arange(1000 // len(sets.layers)) for layer in sets.layers}
     passes = {
-        "plain": StudyPass(adapter, sets, *settings, {}),
-        "codes": CodesAlone(adapter, sets, *settings),
-        "study": StudyPass(adapter, sets, *settings),
-        "study 1000": StudyPass(adapter, sets, *settings, few),
+        "plain": StudyPass(scope, *settings, {}),
+        "codes": CodesAlone(scope, *settings),
+        "study": StudyPass(scope, *settings),
+        "study 1000": StudyPass(scope, *settings, few),
     }
     make = InputMaker(vlm, config.max_tokens, config.max_skipped)
     batches, records = iter(rows), []
@@ -118,7 +118,7 @@ def main() -> None:
         result["seconds of a checkpoint"] = timed(lambda: part.save(passes["study"], records, make.geometries, more))
         data = {"sources": {}, "max_bad_shards": 0}
         ready = study_parts(study, 1, "")
-        result["seconds of the files"] = timed(lambda: finish(study, vlm, sets, ready, config, data))
+        result["seconds of the files"] = timed(lambda: finish(study, scope, ready, config, data))
         size = sum(path.stat().st_size for path in study.rglob("*") if path.is_file())
     pictures = sum(record["n_pictures"] for record in records)
     result |= {"rows": len(records), "pictures": pictures, "bytes": size, "bytes a picture": size / pictures}

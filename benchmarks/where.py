@@ -103,12 +103,12 @@ def main() -> None:
     )
     if scope is not None:
         batch = make_batch(adapter, [inputs])
-        (best,) = image_features(adapter, scope.transcoders, batch, 1)
+        (best,) = image_features(scope, batch, 1)
         with torch.no_grad():
             timed("whole model", arguments.repeat, lambda: adapter.forward(inputs.tensors, use_cache=False))
-        replacement = build_replacement(vlm, scope.transcoders, inputs)
+        replacement = build_replacement(scope, inputs)
         path = vision_path(vlm, inputs)
-        timed("replacement model", arguments.repeat, lambda: build_replacement(vlm, scope.transcoders, inputs))
+        timed("replacement model", arguments.repeat, lambda: build_replacement(scope, inputs))
         timed("vision path, once a prompt", arguments.repeat, lambda: vision_path(vlm, inputs))
         timed("... one feature's map", arguments.repeat, lambda: feature_path_maps(replacement, path, [best.feature]))
     made = token_maps(vlm, inputs, WhereConfig())

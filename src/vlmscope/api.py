@@ -13,13 +13,13 @@ answer = vlmscope.steer(scope, "what planet is this ?", ["mars.png"], {"L6/512":
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image
 
 from vlmscope.core.ids import FeatureId
+from vlmscope.scope import Picture, Scope
 
 if TYPE_CHECKING:
     from vlmscope.attribution.trace import Trace
@@ -27,27 +27,9 @@ if TYPE_CHECKING:
     from vlmscope.core.intervention import FeatureExample
     from vlmscope.core.merged import AggregateGraph, GraphComparison
     from vlmscope.features.study.records import StudyFolder
-    from vlmscope.models.base import ModelInputs
-    from vlmscope.models.loading import VLM
     from vlmscope.tasks.maps.where_maps import WhereMaps
-    from vlmscope.transcoders.transcoder import TranscoderSet
 
-Picture = str | Path | Image.Image
 Graph: TypeAlias = "Trace | PrunedGraph | str | Path"  # the last two: a run folder, or graph.safetensors
-
-
-@dataclass(frozen=True)
-class Scope:
-    """A loaded model with the transcoders of its layers."""
-
-    vlm: VLM
-    transcoders: TranscoderSet
-
-    def inputs(self, prompt: str, images: Sequence[Picture] = ()) -> ModelInputs:
-        """One user turn, ready for the model; pictures are paths or PIL images."""
-        from vlmscope.data.images import open_image
-
-        return self.vlm.prepare(prompt, [i if isinstance(i, Image.Image) else open_image(i) for i in images])
 
 
 def load(
@@ -93,10 +75,11 @@ def load(
     place = transcoders or asset("orrery_transcoders")
     found = from_pretrained(place, transcoder_revision, n_layers=adapter.n_layers, d_model=adapter.d_model)
     found = found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
-    check_hooks(adapter, found)
+    scope = Scope(vlm, found)
+    check_hooks(scope)
     if check:
-        warn_on_load(vlm, found)
-    return Scope(vlm, found)
+        warn_on_load(scope)
+    return scope
 
 
 def trace(scope: Scope, prompt: str, images: Sequence[Picture] = (), **settings: Any) -> Trace:
@@ -104,7 +87,7 @@ def trace(scope: Scope, prompt: str, images: Sequence[Picture] = (), **settings:
     from vlmscope.attribution.config import AttributionConfig
     from vlmscope.attribution.trace import trace as run
 
-    return run(scope.vlm, scope.transcoders, scope.inputs(prompt, images), AttributionConfig(**settings))
+    return run(scope, scope.inputs(prompt, images), AttributionConfig(**settings))
 
 
 def compare(
@@ -169,8 +152,8 @@ def steer(
 
     inputs = scope.inputs(prompt, images)
     values = {FeatureId.parse(text): value for text, value in features.items()}
-    plan = steer_plan(scope.vlm.adapter, scope.transcoders, values, len(inputs), positions)
-    return generate_edited(scope.vlm.adapter, scope.vlm.tokenizer, inputs, scope.transcoders, plan, max_new_tokens)
+    plan = steer_plan(scope, values, len(inputs), positions)
+    return generate_edited(scope, inputs, plan, max_new_tokens)
 
 
 def patch(
@@ -189,15 +172,13 @@ def patch(
     """
     from vlmscope.interventions.generate import generate_edited
     from vlmscope.interventions.named import by_layer, donor_activations, patch_plan
-    from vlmscope.models.batching import make_batch
 
     inputs, donor = scope.inputs(prompt, images), scope.inputs(prompt, donor_images)
-    adapter = scope.vlm.adapter
-    make_batch(adapter, [inputs, donor])  # refuses prompts that do not align
+    scope.batch([inputs, donor])  # refuses prompts that do not align
     chosen = by_layer(scope.transcoders, map(FeatureId.parse, features))
-    carried = donor_activations(adapter, scope.transcoders, make_batch(adapter, [donor]), chosen)
+    carried = donor_activations(scope, scope.batch([donor]), chosen)
     plan = patch_plan(carried, inputs.roles, strength)
-    return generate_edited(adapter, scope.vlm.tokenizer, inputs, scope.transcoders, plan, max_new_tokens)
+    return generate_edited(scope, inputs, plan, max_new_tokens)
 
 
 def where(
@@ -222,7 +203,6 @@ def where(
     from vlmscope.attribution.config import AttributionConfig
     from vlmscope.core.errors import UserError
     from vlmscope.features.image_features import image_features
-    from vlmscope.models.batching import make_batch
     from vlmscope.tasks.maps.where_maps import where_maps
 
     if not images:
@@ -230,11 +210,10 @@ def where(
     top, inputs = settings.pop("top", 3), scope.inputs(prompt, images)
     chosen = [FeatureId.parse(feature) for feature in features]
     if not chosen:
-        batch = make_batch(scope.vlm.adapter, [inputs])
-        chosen = [one.feature for one in image_features(scope.vlm.adapter, scope.transcoders, batch, top)]
+        chosen = [one.feature for one in image_features(scope, scope.batch([inputs]), top)]
     if not chosen:
         raise UserError("no feature is active on the soft tokens of this prompt; choose other transcoders")
-    return where_maps(scope.vlm, scope.transcoders, inputs, chosen, WhereConfig(**settings), AttributionConfig())
+    return where_maps(scope, inputs, chosen, WhereConfig(**settings), AttributionConfig())
 
 
 def study(
@@ -253,7 +232,7 @@ def study(
     ]
     chosen = by_layer(scope.transcoders, map(FeatureId.parse, features))
     ids = [FeatureId(layer, index) for layer, found in chosen.items() for index in found.tolist()]
-    found = top_examples(scope.vlm.adapter, scope.transcoders, ids, items, count)
+    found = top_examples(scope, ids, items, count)
     return {str(feature): examples for feature, examples in found.items()}
 
 
@@ -279,7 +258,7 @@ def study_data(scope: Scope, data: str | Path | Mapping[str, Any], folder: str |
     split: dict[str, Any] = {} if config.split is None else {"split": config.split}
     named = data if isinstance(data, Mapping) else folder_source
     sources = {name: SourceConfig(**{**source, **split}) for name, source in named.items()}
-    return study_alone(Path(folder), scope.vlm, scope.transcoders, sources, config)
+    return study_alone(Path(folder), scope, sources, config)
 
 
 def open_study(folder: str | Path) -> StudyFolder:

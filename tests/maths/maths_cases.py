@@ -18,6 +18,7 @@ from vlmscope.models.base import ModelInputs
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.replacement.model import ReplacementModel, Replay
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -83,7 +84,7 @@ class Case:
 
     @property
     def vlm(self) -> VLM:
-        return self.subject.vlm
+        return self.subject.scope.vlm
 
     @property
     def inputs(self) -> ModelInputs:
@@ -91,7 +92,7 @@ class Case:
 
     @property
     def transcoders(self) -> TranscoderSet:
-        return self.subject.transcoders
+        return self.subject.scope.transcoders
 
     @property
     def replacement(self) -> ReplacementModel:
@@ -115,7 +116,7 @@ def make_case(
     settings = {"skip": skip, "seed": 4, "dtype": torch.float64, "activation": activation, "cross_layer": cross_layer}
     transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 5, **settings)
     limits = Limits(sources=24, positions=12)
-    subject = make_subject(vlm, transcoders, inputs, other, limits)
+    subject = make_subject(Scope(vlm, transcoders), inputs, other, limits)
     return Case(subject, attribute(subject.replacement, config(), vlm.tokenizer))
 
 

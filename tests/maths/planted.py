@@ -26,6 +26,7 @@ from vlmscope.core.seeds import generator
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
+from vlmscope.scope import Scope
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
@@ -43,8 +44,7 @@ COPIES = 4  # of each kind of distractor
 class Planted:
     """The model, its pairs and the truth: features by name, `(layer, role, index)`, and edges between names."""
 
-    vlm: VLM
-    transcoders: TranscoderSet
+    scope: Scope
     subject: CircuitSubject
     features: dict[str, tuple[int, str, int]]
     edges: set[tuple[str, str]]
@@ -116,11 +116,11 @@ def planted(seed: int, inhibition: float = 0.4) -> Planted:
                 features[name] = (layer, role, index)
     tokens = [vlm.tokenizer.convert_tokens_to_ids(word) for word in ANSWERS]
     first, second = (torch.full((len(PROMPTS),), token) for token in tokens)
-    transcoder_set = TranscoderSet(transcoders, TranscoderSetConfig(3, 8, "relu"))
-    subject = pair_subject(vlm.adapter, transcoder_set, "planted", both[0], both[1], first, second, 2, answerable=False)
+    scope = Scope(vlm, TranscoderSet(transcoders, TranscoderSetConfig(3, 8, "relu")))
+    subject = pair_subject(scope, "planted", both[0], both[1], first, second, 2, answerable=False)
     edges = {("word", "A"), ("word", "A'"), ("A", "B"), ("A'", "B'"), ("B", "C"), ("B'", "C'"), ("A", "I")}
     edges |= {("C", "answer"), ("C'", "answer"), ("I", "answer")}
-    return Planted(vlm, transcoder_set, CircuitSubject(subject, *both), features, edges)
+    return Planted(scope, CircuitSubject(subject, *both), features, edges)
 
 
 def _plan(at: dict[str, Tensor], junk, inhibition: float) -> list[list[tuple[str, str, Tensor, str]]]:

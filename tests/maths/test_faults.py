@@ -206,7 +206,7 @@ def test_a_model_that_ignores_its_pictures_is_found(one_case: Case) -> None:
     assert soft_tokens(subject).held
     with torch.no_grad():
         # Where patches enter is a convolution, or Gemma 4's matrix.
-        for name, module in subject.vlm.model.named_modules():
+        for name, module in subject.scope.vlm.model.named_modules():
             if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d) or name.endswith("patch_embedder.input_proj"):
                 module.weight.zero_()
     assert soft_tokens(dataclasses.replace(subject)).failed  # anew, since a subject keeps its logits
@@ -216,7 +216,7 @@ def test_a_model_that_ignores_its_pictures_is_found(one_case: Case) -> None:
 @pytest.mark.parametrize("where", ["model", "transcoders"])
 def test_empty_and_infinite_weights_are_found(one_case: Case, value: float, where: str) -> None:
     subject = copied(one_case)
-    matrix = subject.vlm.adapter.output_weight(1) if where == "model" else subject.transcoders[1].W_dec
+    matrix = subject.scope.adapter.output_weight(1) if where == "model" else subject.scope.transcoders[1].W_dec
     with torch.no_grad():
         matrix.fill_(value) if value == 0 else matrix[:1, :1].fill_(value)
     assert weights(subject).error == 1
@@ -236,8 +236,7 @@ def test_edits_that_act_on_generated_tokens_unasked_are_found(one_case: Case, mo
 
 def copied(case: Case) -> Subject:
     """The same with a model and transcoders of its own, to be damaged."""
-    vlm, transcoders = in_float64(case.vlm, case.transcoders)
-    return dataclasses.replace(case.subject, vlm=vlm, transcoders=transcoders)
+    return dataclasses.replace(case.subject, scope=in_float64(case.subject.scope))
 
 
 def test_every_weight_is_non_zero(one_case: Case) -> None:

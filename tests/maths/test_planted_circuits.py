@@ -38,7 +38,7 @@ class Case:
 
     @property
     def runner(self) -> Runner:
-        return Runner(self.planted.vlm.adapter, self.planted.transcoders, self.sides, self.nodes)
+        return Runner(self.planted.scope, self.sides, self.nodes)
 
     @property
     def true_edges(self) -> np.ndarray:
@@ -52,20 +52,20 @@ class Case:
 def case(request: pytest.FixtureRequest) -> Case:
     with exact_float64(), torch.no_grad():
         made = planted(request.param)
-        adapter, transcoders = made.vlm.adapter, made.transcoders
-        sides = measure(adapter, transcoders, made.subject)
-        nodes = changing_nodes(sides, transcoders)
-        graphs = graph_scores(adapter, transcoders, made.subject, nodes, 1, AttributionConfig())
-        order = greedy_order(Runner(adapter, transcoders, sides, nodes))
+        scope = made.scope
+        sides = measure(scope, made.subject)
+        nodes = changing_nodes(sides, scope.transcoders)
+        graphs = graph_scores(scope, made.subject, nodes, 1, AttributionConfig())
+        order = greedy_order(Runner(scope, sides, nodes))
         by_rank = np.empty(len(nodes))
         by_rank[order] = -np.arange(len(nodes))
         scores = {
-            "eap_ig": eap_ig(adapter, transcoders, sides, nodes, 5).mean(0),
+            "eap_ig": eap_ig(scope, sides, nodes, 5).mean(0),
             "graph": graphs.nodes.mean(0),
             "greedy": by_rank,
-            "activation": activation_change(transcoders, sides, nodes),
+            "activation": activation_change(scope.transcoders, sides, nodes),
         }
-        pairs = pair_edges(adapter, transcoders, sides, nodes, np.flatnonzero(nodes.is_feature), 1, 5)
+        pairs = pair_edges(scope, sides, nodes, np.flatnonzero(nodes.is_feature), 1, 5)
     return Case(made, sides, nodes, made.truth(nodes), scores, graphs, pairs, edge_table(pairs))
 
 
@@ -165,8 +165,8 @@ def test_discovery_puts_it_all_together(case: Case) -> None:
         keep=0.9, methods=["eap_ig", "random"], modes=["free"], graphs=1, edge_pairs=1, draws=2, minimality=12,
         resamples=4,
     )  # fmt: skip
-    adapter, transcoders = made.vlm.adapter, made.transcoders
-    found = discover(adapter, transcoders, made.subject, made.subject, settings)
+    scope = made.scope
+    found = discover(scope, made.subject, made.subject, settings)
     needed = set(np.flatnonzero(case.truth).tolist()) - {made.node(case.nodes, "I")}
     assert set(found.circuit.members.tolist()) == needed
     kept, without = found.circuit.test["free"], found.circuit.ablated["free"]
@@ -186,4 +186,4 @@ def test_discovery_puts_it_all_together(case: Case) -> None:
         swapped = replace(
             made.subject.pairs, tokens=made.subject.pairs.other_tokens, other_tokens=made.subject.pairs.tokens
         )
-        discover(adapter, transcoders, replace(made.subject, pairs=swapped), made.subject, settings)
+        discover(scope, replace(made.subject, pairs=swapped), made.subject, settings)

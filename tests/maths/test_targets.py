@@ -51,7 +51,7 @@ def test_an_answer_is_explained_where_its_tokens_are_predicted(case: Case) -> No
     adapter, tokenizer = case.vlm.adapter, case.vlm.tokenizer
     answer = greedy_answer(adapter, case.inputs, 3)
     inputs = continued(adapter, case.inputs, answer[:-1], tokenizer)
-    replacement = build_replacement(case.vlm, case.transcoders, inputs)
+    replacement = build_replacement(case.subject.scope, inputs)
     targets = answer_targets(replacement, answer)
     own = []
     for count, token in enumerate(answer):

@@ -50,7 +50,7 @@ def shuffled(bench: Bench) -> Iterator[None]:
 
 def judged(bench: Bench, tmp_path: Path) -> dict[str, Number]:
     again = Bench(bench.cfg, tmp_path)
-    again.vlm, again.transcoders = bench.vlm, bench.transcoders
+    again.vlm, again.scope = bench.vlm, bench.scope
     amplify.run(again)
     return {number.metric: number for number in numbers_of(bench.cfg.headline, again.metrics)}
 

@@ -23,7 +23,7 @@ from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.tables import html_table, text_table
 from vlmscope.models.base import ModelInputs
 from vlmscope.replacement.model import ReplacementModel, build_replacement
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,8 +135,7 @@ def attribute(
 
 
 def trace(
-    vlm: TraceableModel,
-    transcoders: TranscoderSet,
+    scope: Scope,
     inputs: ModelInputs,
     config: AttributionConfig,
     folder: Path | None = None,
@@ -144,8 +143,7 @@ def trace(
     """Run the model once, make the local replacement model, attribute, and prune.
 
     Args:
-        vlm: the model.
-        transcoders: its set.
+        scope: the model and its transcoders.
         inputs: the prompt.
         config: settings.
         folder: where edges go, in files without a name, that do not fit into `config.memory_gb`; the system's folder
@@ -157,12 +155,12 @@ def trace(
     """
     config.check()
     dtype = {"float32": torch.float32, "float64": torch.float64, "model": None}[config.dtype]
-    question = ask(vlm, inputs, config)
-    replacement = build_replacement(vlm, transcoders, question.inputs, dtype)
+    question = ask(scope.vlm, inputs, config)
+    replacement = build_replacement(scope, question.inputs, dtype)
     if config.attention:
-        return _trace_attention(vlm, replacement, config, folder)
-    targets = choose_targets(replacement, config, vlm.tokenizer, question.ids)
-    return _traced(vlm, replacement, config, targets, folder)
+        return _trace_attention(scope.vlm, replacement, config, folder)
+    targets = choose_targets(replacement, config, scope.vlm.tokenizer, question.ids)
+    return _traced(scope.vlm, replacement, config, targets, folder)
 
 
 def _traced(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +21,9 @@ from vlmscope.core.ids import FeatureId
 from vlmscope.interventions.edits import Gate, LayerEdit, Plan
 from vlmscope.interventions.named import donor_activations
 from vlmscope.models.answers import continued
-from vlmscope.models.base import Adapter, ModelInputs
-from vlmscope.models.batching import InputBatch, make_batch
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.models.base import ModelInputs
+from vlmscope.models.batching import InputBatch
+from vlmscope.scope import Scope
 
 
 @dataclass(frozen=True)
@@ -78,19 +77,16 @@ class Levels:
         return plan
 
 
-def word_features(
-    adapter: Adapter, transcoders: TranscoderSet, tokenizer: Any, pairs: Sequence[CaptionPair], count: int, steps: int
-) -> dict[int, list[FeatureId]]:
+def word_features(scope: Scope, pairs: Sequence[CaptionPair], count: int, steps: int) -> dict[int, list[FeatureId]]:
     """For each word that differs in every pair the `count` features of most estimated effect, best first.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders.
-        tokenizer: names tokens.
+        scope: the model and its transcoders.
         pairs: equally long prompts and captions.
         count: features a word.
         steps: inputs at which gradients are taken.
     """
+    adapter, tokenizer = scope.adapter, scope.vlm.tokenizer
     common = set.intersection(*(set(pair.differs) for pair in pairs))
     found: dict[int, list[FeatureId]] = {}
     for at in sorted(common):
@@ -98,33 +94,30 @@ def word_features(
         others = [continued(adapter, p.counterfactual, p.ids[1][:at], tokenizer) for p in pairs]
         words, other_words = (torch.tensor([p.ids[side][at] for p in pairs], device=adapter.device) for side in (0, 1))
         name = f"word {at}"
-        subject = pair_subject(
-            adapter, transcoders, name, originals, others, words, other_words, least=1, answerable=False, modes=()
-        )
-        ranked = pair_effects(adapter, transcoders, subject, steps).ranked(count)
+        subject = pair_subject(scope, name, originals, others, words, other_words, least=1, answerable=False, modes=())
+        ranked = pair_effects(scope, subject, steps).ranked(count)
         found[at] = [member.feature for member in ranked]
     return found
 
 
-def whole(adapter: Adapter, tokenizer: Any, pairs: Sequence[CaptionPair], side: int) -> InputBatch:
+def whole(scope: Scope, pairs: Sequence[CaptionPair], side: int) -> InputBatch:
     """The prompts of one side (0: original) with all of the caption that is fed back while it is generated."""
     inputs = [(pair.original, pair.counterfactual)[side] for pair in pairs]
     ids = [pair.ids[side] for pair in pairs]
-    return make_batch(adapter, [continued(adapter, i, some, tokenizer) for i, some in zip(inputs, ids, strict=True)])
+    adapter, tokenizer = scope.adapter, scope.vlm.tokenizer
+    return scope.batch([continued(adapter, i, some, tokenizer) for i, some in zip(inputs, ids, strict=True)])
 
 
 def levels_of(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
-    tokenizer: Any,
+    scope: Scope,
     pairs: Sequence[CaptionPair],
     features: Mapping[int, Tensor],
 ) -> Levels:
     """Mean activations of features by position, on either side of equally long pairs."""
     sides = []
     for side in (0, 1):
-        batch = whole(adapter, tokenizer, pairs, side)
-        found = donor_activations(adapter, transcoders, batch, features)
+        batch = whole(scope, pairs, side)
+        found = donor_activations(scope, batch, features)
         sides.append({layer: values.mean(0) for layer, (_, values) in found.items()})
     return Levels(dict(features), sides[0], sides[1], len(pairs[0].original))
 

@@ -21,9 +21,8 @@ from vlmscope.interventions.named import donor_activations, patch_plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_rate, paired_p
 from vlmscope.metrics.multiple import benjamini_hochberg
-from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 METHODS = ("steer", "patch")
 NO_LAST_LAYER = "steer/no_last_layer"  # steering once more, the last layer left alone
@@ -46,14 +45,12 @@ class Cell:
     features: int
 
 
-def gifts(
-    adapter: Adapter, transcoders: TranscoderSet, donors: InputBatch, circuits: Sequence[Circuit]
-) -> dict[int, tuple[Tensor, Tensor]]:
+def gifts(scope: Scope, donors: InputBatch, circuits: Sequence[Circuit]) -> dict[int, tuple[Tensor, Tensor]]:
     """The donors' activations of all features of any of the circuits: layer -> (features [n] ascending, [B, T, n])."""
     tables = [union(circuit) for circuit in circuits]
     layers = sorted({layer for table in tables for layer in table})
     features = {layer: torch.cat([t[layer] for t in tables if layer in t]).unique() for layer in layers}
-    return donor_activations(adapter, transcoders, donors, features)
+    return donor_activations(scope, donors, features)
 
 
 def carried(
@@ -69,8 +66,7 @@ def carried(
 
 
 def measure(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     batch: InputBatch,
     plans: Mapping[str, Plan],
     token: int,
@@ -80,8 +76,7 @@ def measure(
     """Rates and p-values of a cell in free mode; its controls are the same edits of matched random features.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders.
+        scope: the model and its transcoders.
         batch: the recipient's pictures.
         plans: a plan for each of METHODS.
         token: the donor's answer.
@@ -90,7 +85,7 @@ def measure(
     """
 
     def hits(plan: Plan) -> np.ndarray:
-        return (run_edited(adapter, transcoders, batch, plan, "free").argmax(-1) == token).cpu().numpy()
+        return (run_edited(scope, batch, plan, "free").argmax(-1) == token).cpu().numpy()
 
     rates: dict[str, Rate] = {}
     p: dict[str, float] = {}
@@ -98,7 +93,7 @@ def measure(
         done, control = hits(plan), hits(matched_features(plan, means, seed))
         rates[method] = bootstrap_rate(done, control=float(control.mean()))
         p[method] = paired_p(done, control)
-    rates[NO_LAST_LAYER] = bootstrap_rate(hits(without_layers(plans["steer"], [adapter.n_layers - 1])))
+    rates[NO_LAST_LAYER] = bootstrap_rate(hits(without_layers(plans["steer"], [scope.adapter.n_layers - 1])))
     return rates, p
 
 

@@ -16,9 +16,8 @@ from vlmscope.interventions.edits import Edit, Plan, at_positions, position_mask
 from vlmscope.interventions.frozen import BaseRun, base_run
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_rate, kl_divergence, paired_p
-from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,7 @@ class Subject:
 
 
 def make_subject(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     question: str,
     batch: InputBatch,
     recipient: int,
@@ -42,7 +40,7 @@ def make_subject(
     modes: Collection[str] = MODES,
 ) -> Subject:
     """Run the batch once and keep what editing it in these modes needs."""
-    return Subject(question, batch, base_run(adapter, transcoders, batch, modes), recipient, donor)
+    return Subject(question, batch, base_run(scope, batch, modes), recipient, donor)
 
 
 def in_scope(plan: Mapping[int, Edit], scope: str, roles: np.ndarray, last_layer: int) -> Mapping[int, Edit]:
@@ -76,8 +74,7 @@ class FlipEffect:
 
 
 def flip_effect(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     subject: Subject,
     plan: Plan,
     mode: str,
@@ -91,7 +88,7 @@ def flip_effect(
     """
 
     def under(edits: Plan) -> Tensor:
-        return run_edited(adapter, transcoders, subject.batch, edits, mode, subject.base)
+        return run_edited(scope, subject.batch, edits, mode, subject.base)
 
     logits = under(plan)
     drawn = [under(matched_features(plan, means, draw)) for draw in control_draws(seed, controls)]
@@ -111,12 +108,10 @@ def changes(logits: Tensor, subject: Subject) -> np.ndarray:
     return (logits.argmax(-1) != subject.recipient_token).cpu().numpy()
 
 
-def direction_control(
-    adapter: Adapter, transcoders: TranscoderSet, subject: Subject, plan: Plan, draws: int, seed: int = 0
-) -> float:
+def direction_control(scope: Scope, subject: Subject, plan: Plan, draws: int, seed: int = 0) -> float:
     """Flip rate when a random direction of the same norm is added instead, mean over draws (free mode)."""
     rates = [
-        flips(run_random_direction(adapter, transcoders, subject.batch, plan, draw), subject).mean()
+        flips(run_random_direction(scope, subject.batch, plan, draw), subject).mean()
         for draw in control_draws(seed, draws)
     ]
     return float(np.mean(rates))
@@ -131,8 +126,7 @@ class Specificity:
 
 
 def specificity(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     batches: Sequence[InputBatch],
     plan_for: Callable[[np.ndarray], Plan],
 ) -> Specificity:
@@ -140,8 +134,8 @@ def specificity(
     kls: list[np.ndarray] = []
     changed: list[np.ndarray] = []
     for batch in batches:
-        before = run_edited(adapter, transcoders, batch, {}, "free")
-        after = run_edited(adapter, transcoders, batch, plan_for(batch.roles), "free")
+        before = run_edited(scope, batch, {}, "free")
+        after = run_edited(scope, batch, plan_for(batch.roles), "free")
         kls.append(kl_divergence(before.double().cpu().numpy(), after.double().cpu().numpy()))
         changed.append((before.argmax(-1) != after.argmax(-1)).cpu().numpy())
     return Specificity(float(np.concatenate(kls).mean()), bootstrap_rate(np.concatenate(changed)))

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.circuits.plans import at_supernodes
 from vlmscope.core.intervention import Rate, Supernode
@@ -31,7 +30,7 @@ from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, WholeEdit, at
 from vlmscope.interventions.named import donor_activations, patch_plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
-from vlmscope.models.base import Adapter
+from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
 
 Features = Mapping[int, Tensor]  # layer -> [n] int64
@@ -58,8 +57,7 @@ def all_features(transcoders: TranscoderSet) -> dict[int, Tensor]:
 
 
 def interchange_plan(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     subject: PairSubject,
     features: Features,
     where: Tensor | None = None,
@@ -68,23 +66,21 @@ def interchange_plan(
     """Set features in the originals to what they are in the counterfactuals, position by position.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders.
+        scope: the model and its transcoders.
         subject: the pairs.
         features: which, by layer.
         where: [T] bool, the positions to act on; all when None.
         nodes: supernodes whose positions their features keep to.
     """
     chosen = {layer: found for layer, found in features.items() if len(found)}
-    plan = patch_plan(donor_activations(adapter, transcoders, subject.other, chosen), subject.batch.roles)
+    plan = patch_plan(donor_activations(scope, subject.other, chosen), subject.batch.roles)
     plan = at_supernodes(plan, nodes, subject.batch.places)
     return plan if where is None else at_positions(plan, where)
 
 
 @torch.no_grad()
 def whole_plan(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     subject: PairSubject,
     layers: Sequence[int] | None = None,
     where: Tensor | None = None,
@@ -93,12 +89,12 @@ def whole_plan(
     batch = subject.batch
     last = torch.from_numpy(batch.roles == "last")
     acts = torch.ones(batch.length, dtype=torch.bool) if where is None else where
-    inputs = mlp_inputs(adapter, subject.other, transcoders.layers if layers is None else layers)
+    inputs = scope.capture(subject.other, layers)
     plan = {}
     for layer in sorted(inputs):
-        code = transcoders[layer].encode(inputs.pop(layer))
+        code = scope.transcoders[layer].encode(inputs.pop(layer))
         generated = SparseCode(code.indices[:, last][:, 0], code.values[:, last][:, 0])
-        plan[layer] = WholeEdit(code, transcoders[layer].config.n_features, acts, generated)
+        plan[layer] = WholeEdit(code, scope.transcoders[layer].config.n_features, acts, generated)
     return plan
 
 
@@ -123,16 +119,13 @@ def recovered(subject: PairSubject, logits: Tensor) -> np.ndarray:
     return ((gap(logits) - start) / (end - start)).cpu().numpy()
 
 
-def run_interchange(
-    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, plan: AnyPlan, mode: str = "free"
-) -> Outcome:
+def run_interchange(scope: Scope, subject: PairSubject, plan: AnyPlan, mode: str = "free") -> Outcome:
     """Run a plan on the originals and compare."""
-    return outcome(subject, run_edited(adapter, transcoders, subject.batch, plan, mode, subject.base))
+    return outcome(subject, run_edited(scope, subject.batch, plan, mode, subject.base))
 
 
 def carried_controls(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     subject: PairSubject,
     plan: Plan,
     mode: str,
@@ -143,8 +136,7 @@ def carried_controls(
     """The same with as many other features, alike in layer and mean activation, carried from the same counterfactuals.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders.
+        scope: the model and its transcoders.
         subject: the pairs.
         plan: the interchange to be controlled; its positions are kept.
         mode: as in `run_edited`.
@@ -155,43 +147,37 @@ def carried_controls(
     found = []
     for draw in control_draws(seed, draws):
         drawn = matched_features(plan, means, draw)
-        control = interchange_plan(adapter, transcoders, subject, {layer: e.features for layer, e in drawn.items()})
+        control = interchange_plan(scope, subject, {layer: e.features for layer, e in drawn.items()})
         control = {
             layer: replace(edit, where=plan[layer].where, at=plan[layer].at, at_generated=plan[layer].at_generated)
             for layer, edit in control.items()
         }
-        found.append(run_interchange(adapter, transcoders, subject, control, mode))
+        found.append(run_interchange(scope, subject, control, mode))
     return found
 
 
-def direction_controls(
-    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, plan: AnyPlan, draws: int, seed: int = 0
-) -> list[Outcome]:
+def direction_controls(scope: Scope, subject: PairSubject, plan: AnyPlan, draws: int, seed: int = 0) -> list[Outcome]:
     """The same with a random direction of the same norm at each layer and position, in free mode."""
-    runs = (run_random_direction(adapter, transcoders, subject.batch, plan, one) for one in control_draws(seed, draws))
+    runs = (run_random_direction(scope, subject.batch, plan, one) for one in control_draws(seed, draws))
     return [outcome(subject, logits) for logits in runs]
 
 
-def layer_role_grid(
-    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, features: Features, roles: Sequence[str]
-) -> np.ndarray:
+def layer_role_grid(scope: Scope, subject: PairSubject, features: Features, roles: Sequence[str]) -> np.ndarray:
     """[layers, roles, 2]: recovered (of what should not move: changed) and follow rate when features of one layer
     at the positions of one role are carried over, in free mode; NaN where the prompt has no such position.
     """
-    grid = np.full((len(transcoders.layers), len(roles), 2), np.nan)
-    for row, layer in enumerate(transcoders.layers):
+    grid = np.full((len(scope.transcoders.layers), len(roles), 2), np.nan)
+    for row, layer in enumerate(scope.transcoders.layers):
         if layer not in features:
             continue
-        whole = len(features[layer]) == transcoders[layer].config.n_features
+        whole = len(features[layer]) == scope.transcoders[layer].config.n_features
         plan: AnyPlan = (
-            whole_plan(adapter, transcoders, subject, [layer])
-            if whole
-            else interchange_plan(adapter, transcoders, subject, {layer: features[layer]})
+            whole_plan(scope, subject, [layer]) if whole else interchange_plan(scope, subject, {layer: features[layer]})
         )
         for column, role in enumerate(roles):
             where = torch.from_numpy(subject.batch.roles == role)
             if bool(where.any()):
-                found = run_interchange(adapter, transcoders, subject, at_positions(plan, where))
+                found = run_interchange(scope, subject, at_positions(plan, where))
                 first = found.changed.value if found.recovered is None else found.recovered.value
                 grid[row, column] = first, found.follows.value
     return grid

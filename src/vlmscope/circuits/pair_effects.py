@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from vlmscope.activations.hook_points import target_module
-from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import CircuitFeature
-from vlmscope.models.base import INJECTIONS, Adapter
+from vlmscope.models.base import INJECTIONS
 from vlmscope.models.batching import InputBatch
+from vlmscope.scope import Scope
 from vlmscope.transcoders.sparse import sampled_dots
-from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderSet
+from vlmscope.transcoders.transcoder import SparseCode, Transcoder
 
 CHUNK = 32  # pairs whose graph is held at once
 
@@ -69,26 +69,25 @@ class PairEffects:
         return [feature for _, feature in rows[:count]]
 
 
-def pair_effects(adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, steps: int = 5) -> PairEffects:
+def pair_effects(scope: Scope, subject: PairSubject, steps: int = 5) -> PairEffects:
     """Estimate every feature's effect on a question's pairs.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders.
+        scope: the model and its transcoders.
         subject: the pairs; their answers must differ.
         steps: inputs at which gradients are taken; 1 takes them at the original.
     """
     assert subject.moves, "without a difference of answers there is no effect to estimate"
-    gradients = gap_gradients(adapter, transcoders, subject, steps).writes
+    gradients = gap_gradients(scope, subject, steps).writes
     batch = subject.batch
     roles = tuple(dict.fromkeys(batch.roles.tolist()))
-    role_of = torch.tensor([roles.index(role) for role in batch.roles.tolist()], device=adapter.device)
+    role_of = torch.tensor([roles.index(role) for role in batch.roles.tolist()], device=scope.adapter.device)
     effect: dict[int, Tensor] = {}
     change: dict[int, Tensor] = {}
     with torch.no_grad():
-        sides = [mlp_inputs(adapter, side, transcoders.layers) for side in (subject.other, batch)]
-        for layer in transcoders.layers:
-            transcoder = transcoders[layer]
+        sides = [scope.capture(side) for side in (subject.other, batch)]
+        for layer in scope.transcoders.layers:
+            transcoder = scope.transcoders[layer]
             tables = []
             for side in sides:
                 code = transcoder.encode(side.pop(layer))
@@ -128,14 +127,11 @@ class GapGradients:
     injections: Tensor | None = None
 
 
-def gap_gradients(
-    adapter: Adapter, transcoders: TranscoderSet, subject: PairSubject, steps: int, inputs: bool = False
-) -> GapGradients:
+def gap_gradients(scope: Scope, subject: PairSubject, steps: int, inputs: bool = False) -> GapGradients:
     """Gradients of l[y'] - l[y], mean over `steps` inputs between the sides.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders.
+        scope: the model and its transcoders.
         subject: the pairs.
         steps: inputs at which gradients are taken; 1 takes them at the original.
         inputs: also with respect to the embeddings.
@@ -146,7 +142,7 @@ def gap_gradients(
         sides, tokens = (subject.batch.select(rows), subject.other.select(rows)), subject.tokens[rows]
         sums: dict[int | str, Tensor] = {}
         for alpha in interpolation(steps):
-            found = _gradients(adapter, transcoders, between(*sides, alpha), tokens, subject.other_tokens[rows], inputs)
+            found = _gradients(scope, between(*sides, alpha), tokens, subject.other_tokens[rows], inputs)
             for name, gradient in found.items():
                 sums[name] = sums.get(name, torch.zeros_like(gradient)) + gradient / steps
         parts.append(sums)
@@ -156,7 +152,7 @@ def gap_gradients(
 
 
 def _gradients(
-    adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch, tokens: Tensor, other_tokens: Tensor, inputs: bool
+    scope: Scope, batch: InputBatch, tokens: Tensor, other_tokens: Tensor, inputs: bool
 ) -> dict[int | str, Tensor]:
     """Gradients of some pairs' l[y'] - l[y] at a batch: by layer where transcoders write and, if asked, by input."""
     tensors = batch.tensors
@@ -166,16 +162,16 @@ def _gradients(
         if inputs:
             names = [name for name in ("inputs_embeds", INJECTIONS) if name in tensors]
             of_inputs = {name: tensors[name].detach().requires_grad_() for name in names}
-        for layer in range(adapter.n_layers):
+        for layer in range(scope.adapter.n_layers):
 
             def hook(_m: Any, _a: Any, out: Tensor, layer: int = layer) -> Tensor:
                 # With frozen weights nothing below the first write has a gradient: the graph starts there.
                 writes[layer] = out if out.requires_grad else out.detach().requires_grad_()
                 return writes[layer]
 
-            target = target_module(adapter, layer, transcoders.config.output_hook)
+            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
             stack.callback(target.register_forward_hook(hook).remove)
-        logits = adapter.forward(tensors | of_inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = scope.adapter.forward(tensors | of_inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
         rows = torch.arange(len(tokens), device=logits.device)
         gaps = logits[rows, other_tokens] - logits[rows, tokens]
         leaves: dict[int | str, Tensor] = {**writes, **of_inputs}

@@ -15,9 +15,9 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import MODES, Rate
 from vlmscope.interventions.frozen import BaseRun, base_run
 from vlmscope.metrics.causal import bootstrap_rate
-from vlmscope.models.base import Adapter, ModelInputs
-from vlmscope.models.batching import InputBatch, make_batch
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.models.base import ModelInputs
+from vlmscope.models.batching import InputBatch
+from vlmscope.scope import Scope
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ class PairSubject:
 
 @torch.no_grad()
 def pair_subject(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     question: str,
     originals: Sequence[ModelInputs],
     others: Sequence[ModelInputs],
@@ -73,8 +72,7 @@ def pair_subject(
     """Run both sides and keep the pairs with two right answers.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders.
+        scope: the model and its transcoders.
         question: name for records and messages.
         originals: prompts of the originals.
         others: of the counterfactuals, row by row.
@@ -87,9 +85,9 @@ def pair_subject(
     Raises:
         UserError: the sides do not align, or fewer than `least` pairs are left.
     """
-    both = make_batch(adapter, [*originals, *others])
+    both = scope.batch([*originals, *others])
     n = len(originals)
-    logits = adapter.forward(both.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+    logits = scope.forward(both)
     right, other_right = logits[:n].argmax(-1) == tokens, logits[n:].argmax(-1) == other_tokens
     rows = torch.nonzero(right & other_right).flatten() if answerable else torch.arange(n, device=logits.device)
     if len(rows) < least:
@@ -105,7 +103,7 @@ def pair_subject(
         rows,
         batch,
         other,
-        base_run(adapter, transcoders, batch, modes),
+        base_run(scope, batch, modes),
         logits[rows + n],
         tokens[rows],
         other_tokens[rows],

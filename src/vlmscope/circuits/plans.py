@@ -18,9 +18,8 @@ from vlmscope.core.intervention import Supernode
 from vlmscope.core.positions import Places
 from vlmscope.interventions import named
 from vlmscope.interventions.edits import Gate, LayerEdit, Plan, features_at, merge, position_mask, set_features
-from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 
 def steer_plan(
@@ -108,10 +107,10 @@ def at_supernodes(plan: Plan, nodes: Iterable[Supernode], places: Places) -> dic
 
 
 def donor_activations(
-    adapter: Adapter, transcoders: TranscoderSet, donors: InputBatch, circuit: Circuit, limit: int | None = None
+    scope: Scope, donors: InputBatch, circuit: Circuit, limit: int | None = None
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """The donors' activations of all features of a circuit: layer -> (features [n], activations [B, T, n])."""
-    return named.donor_activations(adapter, transcoders, donors, union(circuit, limit))
+    return named.donor_activations(scope, donors, union(circuit, limit))
 
 
 def union(circuit: Circuit, limit: int | None = None) -> dict[int, Tensor]:

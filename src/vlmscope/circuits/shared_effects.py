@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.seeds import control_draws
 from vlmscope.interventions.controls import matched_features
@@ -25,8 +24,8 @@ from vlmscope.interventions.edits import LayerEdit, Plan, scale_features, set_fe
 from vlmscope.interventions.named import by_layer
 from vlmscope.interventions.run import activations, run_edited
 from vlmscope.metrics.causal import log_softmax
-from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
+from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 KINDS = ("picture", "text")
@@ -53,16 +52,14 @@ class Asked:
 
 
 @torch.no_grad()
-def ask(
-    adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch, names: Sequence[str], answer: int
-) -> Asked | None:
+def ask(scope: Scope, batch: InputBatch, names: Sequence[str], answer: int) -> Asked | None:
     """Run prompts, a name each, and keep those that are answered rightly; None when there is none."""
-    logits = run_edited(adapter, transcoders, batch, {}, "free")
+    logits = run_edited(scope, batch, {}, "free")
     rows = torch.nonzero(logits.argmax(-1) == answer).flatten()
     if not len(rows):
         return None
     kept = batch.select(rows)
-    last = {layer: x[:, -1] for layer, x in mlp_inputs(adapter, kept, transcoders.layers).items()}
+    last = {layer: x[:, -1] for layer, x in scope.capture(kept).items()}
     return Asked(kept, tuple(str(names[row]) for row in rows.tolist()), logits[rows], answer, last)
 
 
@@ -117,8 +114,7 @@ class Outcome:
 
 
 def ablate(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     asked: Asked,
     features: Features,
     means: Mapping[int, Tensor],
@@ -129,8 +125,7 @@ def ablate(
     """Set features to 0 at all positions of the prompts, in free mode, and beside it as many matched ones.
 
     Args:
-        adapter: the model.
-        transcoders: its set.
+        scope: the model and its transcoders.
         asked: the prompts.
         features: which; without one the answers stay as they are.
         means: layer -> [F], by which controls are matched.
@@ -139,10 +134,10 @@ def ablate(
         seed: under which controls are drawn.
     """
     where = torch.ones(asked.batch.length, dtype=torch.bool)
-    plan = {layer: scale_features(found, 0.0, where) for layer, found in by_layer(transcoders, features).items()}
+    plan = {layer: scale_features(found, 0.0, where) for layer, found in by_layer(scope.transcoders, features).items()}
 
     def changed(edits: Plan) -> tuple[np.ndarray, np.ndarray]:
-        logits = run_edited(adapter, transcoders, asked.batch, edits, "free")
+        logits = run_edited(scope, asked.batch, edits, "free")
         return (logits.argmax(-1) != asked.answer).numpy(force=True), fall(asked, logits)
 
     hits, drops = changed(plan)
@@ -178,8 +173,7 @@ def carried_plan(
 
 @torch.no_grad()
 def patch_across(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     recipient: Asked,
     donor: Asked,
     features: Features,
@@ -191,8 +185,7 @@ def patch_across(
     """Patch prompts with the activations of a donor of the other kind, and see whether they take its answer.
 
     Args:
-        adapter: the model.
-        transcoders: its set.
+        scope: the model and its transcoders.
         recipient: B pictures, or one text, which is then repeated for each donor.
         donor: one text, or B pictures.
         features: shared by pictures and words of the recipient's or of the donor's concept.
@@ -207,20 +200,20 @@ def patch_across(
     pictures = (recipient if recipient.batch.is_image.any() else donor).names
     if recipient.batch.size == 1 < donor.batch.size:
         recipient = _repeated(recipient, donor.batch.size)
-    final = adapter.n_layers - 1
-    shared = carried_plan(transcoders, recipient, donor, by_layer(transcoders, features))
-    widths = {layer: torch.arange(transcoders[layer].config.n_features) for layer in transcoders.layers}
-    whole = carried_plan(transcoders, recipient, donor, widths)
+    final = scope.adapter.n_layers - 1
+    shared = carried_plan(scope.transcoders, recipient, donor, by_layer(scope.transcoders, features))
+    widths = {layer: torch.arange(scope.transcoders[layer].config.n_features) for layer in scope.transcoders.layers}
+    whole = carried_plan(scope.transcoders, recipient, donor, widths)
 
     def run(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-        logits = run_edited(adapter, transcoders, recipient.batch, plan, "free")
+        logits = run_edited(scope, recipient.batch, plan, "free")
         return (logits.argmax(-1) == donor.answer).numpy(force=True), fall(recipient, logits)
 
     control = run(matched_features(shared, means, control_draws(seed, 1)[0]))[0]
     into["shared"].add(*run(shared), pictures, _size(shared), [control])
     for name, plan in (
         ("no_last_layer", without_layers(shared, [final])),
-        ("every_question", carried_plan(transcoders, recipient, donor, by_layer(transcoders, every))),
+        ("every_question", carried_plan(scope.transcoders, recipient, donor, by_layer(scope.transcoders, every))),
         ("everything", whole),
         ("everything_no_last_layer", without_layers(whole, [final])),
     ):

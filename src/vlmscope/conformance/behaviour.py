@@ -12,7 +12,6 @@ from vlmscope.core.seeds import generator
 from vlmscope.interventions.edits import LayerEdit
 from vlmscope.interventions.frozen import base_run
 from vlmscope.interventions.run import editing, run_edited
-from vlmscope.models.batching import make_batch
 
 
 @check("soft_tokens", "another picture moves the logits", 1e-6, at_least=True)
@@ -21,7 +20,7 @@ def soft_tokens(subject: Subject) -> float:
     if subject.other is None:
         raise Skipped("no picture in the prompt")
     with torch.no_grad():
-        other = subject.vlm.model(**subject.other.tensors).logits[0, -1]
+        other = subject.scope.vlm.model(**subject.other.tensors).logits[0, -1]
     own = subject.own_logits[-1]
     return float((other - own).abs().max() / own.abs().max())
 
@@ -29,7 +28,7 @@ def soft_tokens(subject: Subject) -> float:
 @check("weights", "every weight is finite, no matrix is all zero", 0.0)
 def weights(subject: Subject) -> float:
     """How many parameters of model and transcoders break this. A vector may be zero: an unused bias, a centred norm."""
-    named = [*subject.vlm.model.named_parameters(), *subject.transcoders.named_parameters()]
+    named = [*subject.scope.vlm.model.named_parameters(), *subject.scope.transcoders.named_parameters()]
     bad = [
         name
         for name, parameter in named
@@ -41,9 +40,9 @@ def weights(subject: Subject) -> float:
 @check("direct_mode", "direct edits in Hugging Face's modules = the replacement model")
 def direct_mode(subject: Subject) -> float:
     """Random changes of all features of sampled positions, each position a run; relative to the largest change."""
-    adapter, transcoders = subject.vlm.adapter, subject.transcoders
-    batch = make_batch(adapter, [subject.inputs])
-    base = base_run(adapter, transcoders, batch, ["direct"])
+    scope = subject.scope
+    batch = scope.batch([subject.inputs])
+    base = base_run(scope, batch, ["direct"])
     replacement = subject.replacement
     unedited = replacement.replay().logits[-1].double()
     rng, last = generator(subject.limits.seed, "direct mode"), subject.replacement.n_positions - 1
@@ -51,7 +50,7 @@ def direct_mode(subject: Subject) -> float:
     gaps, effects = [], []
     for position in [last, *others.tolist()]:
         plan, delta = _random_change(subject, position, rng)
-        moved = (run_edited(adapter, transcoders, batch, plan, "direct", base) - base.logits)[0].double()
+        moved = (run_edited(scope, batch, plan, "direct", base) - base.logits)[0].double()
         change = replacement.direct(delta).logits[-1].double()
         expected = replacement.capped(unedited + change) - replacement.capped(unedited)
         gaps.append(float((moved - expected).abs().max()))
@@ -75,7 +74,7 @@ def _random_change(
         if not len(index):
             continue
         share = torch.from_numpy(rng.uniform(-1, 1, len(index))).to(activation)
-        scale = (1 + share).to(subject.transcoders[layer].W_dec.dtype)
+        scale = (1 + share).to(subject.scope.transcoders[layer].W_dec.dtype)
         plan[layer] = LayerEdit(index, torch.zeros_like(scale), scale, where)
         for feature, amount in zip(index.tolist(), (share * activation).tolist(), strict=True):
             delta[layer, position, feature] = amount
@@ -87,14 +86,14 @@ def generation(subject: Subject) -> float:
     """Logits of every generated token, relative to the largest: equal tokens alone would say little, since a model may
     repeat one word whatever is done to it.
     """
-    adapter, transcoders = subject.vlm.adapter, subject.transcoders
+    adapter, transcoders = subject.scope.adapter, subject.scope.transcoders
     where = torch.ones(len(subject.inputs), dtype=torch.bool)
     plan = {}
     for layer in transcoders.layers:
         features = torch.arange(transcoders[layer].config.n_features, device=adapter.device)
         nothing = torch.zeros(len(features), dtype=adapter.dtype, device=adapter.device)
         plan[layer] = LayerEdit(features, nothing, torch.ones_like(nothing), where, nothing)
-    with editing(adapter, transcoders, plan):
+    with editing(subject.scope, plan):
         cached = _answer_logits(subject, use_cache=True)
     plain = _answer_logits(subject, use_cache=False)
     return float((cached - plain).abs().max() / plain.abs().max())
@@ -104,8 +103,8 @@ def generation(subject: Subject) -> float:
 def _answer_logits(subject: Subject, *, use_cache: bool) -> Tensor:
     """`[new_tokens, V]`, what each token of the greedy answer was chosen by; an end token does not end it."""
     count = subject.limits.new_tokens
-    soft = subject.vlm.adapter.soft_token_id()
-    answer = subject.vlm.model.generate(
+    soft = subject.scope.adapter.soft_token_id()
+    answer = subject.scope.vlm.model.generate(
         **subject.inputs.tensors,
         max_new_tokens=count,
         min_new_tokens=count,

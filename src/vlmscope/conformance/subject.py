@@ -18,9 +18,8 @@ from vlmscope.attribution.targets import choose_logits
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.seeds import generator
 from vlmscope.models.base import ModelInputs
-from vlmscope.models.loading import VLM
 from vlmscope.replacement.model import ReplacementModel, Replay, build_replacement
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 FeatureKey = tuple[int, int, int]  # layer, position, feature index
 
@@ -53,18 +52,16 @@ class Subject:
     """A model at one prompt with everything that the checks compare.
 
     Attributes:
-        vlm: the model.
+        scope: the model and its transcoders, one for every layer.
         inputs: the prompt with its pictures.
-        transcoders: one for every layer.
         replacement: the local replacement model there.
         edges: rows of edges of its features (a sample when there are many) and of some logits.
         limits: how much to look at.
         other: the same prompt with other pictures, None without pictures.
     """
 
-    vlm: VLM
+    scope: Scope
     inputs: ModelInputs
-    transcoders: TranscoderSet
     replacement: ReplacementModel
     edges: Edges
     limits: Limits
@@ -136,7 +133,7 @@ class Subject:
     def own_logits(self) -> torch.Tensor:
         """The Hugging Face model's logits `[T, V]`, from a forward of its own without any hook."""
         with torch.no_grad():
-            return self.vlm.model(**self.inputs.tensors).logits[0]
+            return self.scope.vlm.model(**self.inputs.tensors).logits[0]
 
     @cached_property
     def own_unembedded(self) -> torch.Tensor:
@@ -144,11 +141,11 @@ class Subject:
         if self.replacement.logit_softcap is None:
             return self.own_logits
         found: list[torch.Tensor] = []
-        head = self.vlm.adapter.lm_head()
+        head = self.scope.adapter.lm_head()
         handle = head.register_forward_hook(lambda _module, _args, output: found.append(output[0]))
         try:
             with torch.no_grad():
-                self.vlm.model(**self.inputs.tensors)
+                self.scope.vlm.model(**self.inputs.tensors)
         finally:
             handle.remove()
         return found[0]
@@ -157,11 +154,11 @@ class Subject:
     def own_pre_activations(self) -> np.ndarray:
         """Pre-activations `[n]` float64 of the active features at the Hugging Face model's own MLP inputs."""
         table = self.replacement.feature_activations
-        inputs = capture_mlp(self.vlm.adapter, self.inputs.tensors)
+        inputs = capture_mlp(self.scope.adapter, self.inputs.tensors)
         out = np.empty(len(table))
         for layer in range(self.replacement.n_layers):
             mine = np.flatnonzero(table.layer == layer)
-            transcoder, x = self.transcoders[layer], inputs[layer][0][0]
+            transcoder, x = self.scope.transcoders[layer], inputs[layer][0][0]
             index = torch.from_numpy(table.index[mine]).to(x.device)
             position = torch.from_numpy(table.position[mine]).to(x.device)
             with torch.no_grad():
@@ -188,8 +185,7 @@ def find_edges(replacement: ReplacementModel, limits: Limits) -> Edges:
 
 
 def make_subject(
-    vlm: VLM,
-    transcoders: TranscoderSet,
+    scope: Scope,
     inputs: ModelInputs,
     other: ModelInputs | None = None,
     limits: Limits | None = None,
@@ -198,8 +194,7 @@ def make_subject(
     """Freeze the model at a prompt and find its edges; in float64 call it, and the checks, under `exact_float64`.
 
     Args:
-        vlm: the model.
-        transcoders: one for every layer.
+        scope: the model and its transcoders.
         inputs: the prompt.
         other: the prompt with other pictures.
         limits: how much to look at.
@@ -209,5 +204,5 @@ def make_subject(
         UserError: when the model or the set cannot be represented.
     """
     limits = limits or Limits()
-    replacement = build_replacement(vlm, transcoders, inputs, dtype)
-    return Subject(vlm, inputs, transcoders, replacement, find_edges(replacement, limits), limits, other)
+    replacement = build_replacement(scope, inputs, dtype)
+    return Subject(scope, inputs, replacement, find_edges(replacement, limits), limits, other)

@@ -17,10 +17,9 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.families import adapter_for
-from vlmscope.models.loading import VLM
 from vlmscope.models.placement import is_offloaded
 from vlmscope.models.precision import exact_float64
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 CASES = ("text", "one_picture", "two_pictures")  # the n-th has n pictures
 PROMPT = "what is this planet ?"
@@ -59,26 +58,28 @@ class CaseReport:
     reason: str = ""
 
 
-def in_float64(vlm: VLM, transcoders: TranscoderSet) -> tuple[VLM, TranscoderSet]:
+def in_float64(scope: Scope) -> Scope:
     """Copies of model and transcoders with the same weights in float64.
 
     Raises:
         UserError: when the model's weights rest on disk or in CPU memory.
     """
-    if is_offloaded(vlm.model):
-        raise UserError(f"{vlm.name} is offloaded, and the checks copy its weights to float64; use model.offload=none")
-    model = copy.deepcopy(vlm.model).double()
-    return replace(vlm, model=model, adapter=adapter_for(model)), copy.deepcopy(transcoders).double()
+    if is_offloaded(scope.vlm.model):
+        raise UserError(
+            f"{scope.vlm.name} is offloaded, and the checks copy its weights to float64; use model.offload=none"
+        )
+    model = copy.deepcopy(scope.vlm.model).double()
+    vlm = replace(scope.vlm, model=model, adapter=adapter_for(model))
+    return Scope(vlm, copy.deepcopy(scope.transcoders).double())
 
 
 def own_dtype_errors(
-    vlm: VLM, transcoders: TranscoderSet, inputs: ModelInputs, limits: Limits, dtype: torch.dtype = torch.float32
+    scope: Scope, inputs: ModelInputs, limits: Limits, dtype: torch.dtype = torch.float32
 ) -> dict[str, float]:
     """The error of every identity as `task=trace` computes: the forward in the model's dtype, the graph in another.
 
     Args:
-        vlm: the model.
-        transcoders: one for every layer, in the model's dtype.
+        scope: the model and its transcoders.
         inputs: the prompt.
         limits: how much to look at.
         dtype: of the graph.
@@ -86,7 +87,7 @@ def own_dtype_errors(
     Returns:
         identity -> error, without those that were skipped.
     """
-    subject = make_subject(vlm, transcoders, inputs, None, limits, dtype)
+    subject = make_subject(scope, inputs, None, limits, dtype)
     return {found.name: found.error for found in (check(subject) for check in IDENTITIES) if found.error is not None}
 
 
@@ -96,8 +97,7 @@ def noise_picture(seed: int) -> Image.Image:
 
 
 def run_cases(
-    vlm: VLM,
-    transcoders: TranscoderSet,
+    scope: Scope,
     prompt: str = PROMPT,
     pictures: Sequence[Image.Image] = (),
     limits: Limits | None = None,
@@ -105,8 +105,7 @@ def run_cases(
     """Check a model on text alone and, where it takes pictures, on one and on two.
 
     Args:
-        vlm: the model in its own dtype.
-        transcoders: one for every layer, in that dtype.
+        scope: the model and its transcoders.
         prompt: what is asked, the same in all cases.
         pictures: used first; random pictures fill up.
         limits: how much to look at.
@@ -121,25 +120,24 @@ def run_cases(
     images = [*pictures, *(noise_picture(number) for number in range(2))][:2]
     others = [noise_picture(number) for number in (2, 3)]
     with exact_float64():
-        wide = in_float64(vlm, transcoders)
+        wide = in_float64(scope)
     refusals: list[UserError] = []
     for count, case in enumerate(CASES):
         try:
-            vlm.prepare(prompt, images[:count])
+            scope.vlm.prepare(prompt, images[:count])
         except UserError as error:
             refusals.append(error)
             if len(refusals) == len(CASES):
                 raise
             yield CaseReport(case, 0, 0, (), {}, reason=str(error))
             continue
-        yield _run_case(case, vlm, transcoders, wide, prompt, images[:count], others[:count], limits)
+        yield _run_case(case, scope, wide, prompt, images[:count], others[:count], limits)
 
 
 def _run_case(
     case: str,
-    vlm: VLM,
-    transcoders: TranscoderSet,
-    wide: tuple[VLM, TranscoderSet],
+    scope: Scope,
+    wide: Scope,
     prompt: str,
     images: Sequence[Image.Image],
     others: Sequence[Image.Image],
@@ -147,13 +145,12 @@ def _run_case(
 ) -> CaseReport:
     """One case in float64 and, when the model's dtype is another, in that."""
     start = time.perf_counter()
-    exact_vlm, exact_set = wide
     with exact_float64():
-        inputs = exact_vlm.prepare(prompt, images)
-        other = exact_vlm.prepare(prompt, others) if images else None
-        subject = make_subject(exact_vlm, exact_set, inputs, other, limits)
+        inputs = wide.vlm.prepare(prompt, images)
+        other = wide.vlm.prepare(prompt, others) if images else None
+        subject = make_subject(wide, inputs, other, limits)
         exact = tuple(check(subject) for check in (*IDENTITIES, *BEHAVIOUR))
     own: dict[str, float] = {}
-    if vlm.adapter.dtype != torch.float64:
-        own = own_dtype_errors(vlm, transcoders, vlm.prepare(prompt, images), limits)
+    if scope.adapter.dtype != torch.float64:
+        own = own_dtype_errors(scope, scope.vlm.prepare(prompt, images), limits)
     return CaseReport(case, len(inputs), subject.n_active, exact, own, time.perf_counter() - start)

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.core.ids import FeatureId
 from vlmscope.metrics.multiple import benjamini_hochberg
 from vlmscope.metrics.selectivity import Contrast, Rule, contrast, contrast_p, shuffled
-from vlmscope.models.base import Adapter, ModelInputs
-from vlmscope.models.batching import InputBatch, make_batch
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.models.base import ModelInputs
+from vlmscope.models.batching import InputBatch
+from vlmscope.scope import Scope
 
 PLACES = ("image", "question", "last")  # of a prompt with a picture
 TEXT_PLACES = ("word", "after")  # of a prompt without one: the concept's tokens, and all that follow
@@ -73,29 +72,26 @@ def word_positions(prompts: Sequence[ModelInputs]) -> list[slice]:
 
 
 @torch.no_grad()
-def text_candidates(
-    adapter: Adapter, transcoders: TranscoderSet, prompts: Sequence[ModelInputs], ratio: float
-) -> Candidates:
+def text_candidates(scope: Scope, prompts: Sequence[ModelInputs], ratio: float) -> Candidates:
     """The features that prefer a concept's word.
 
     Args:
-        adapter: the model.
-        transcoders: its set.
+        scope: the model and its transcoders.
         prompts: C, one a concept, of one wording and without a picture.
         ratio: a candidate's peak is at least so many times its mean peak over the other prompts.
     """
-    at_word: dict[int, list[np.ndarray]] = {layer: [] for layer in transcoders.layers}
-    after: dict[int, list[np.ndarray]] = {layer: [] for layer in transcoders.layers}
+    at_word: dict[int, list[np.ndarray]] = {layer: [] for layer in scope.transcoders.layers}
+    after: dict[int, list[np.ndarray]] = {layer: [] for layer in scope.transcoders.layers}
     for inputs, word in zip(prompts, word_positions(prompts), strict=True):
-        batch = make_batch(adapter, [inputs])
-        for layer, x in mlp_inputs(adapter, batch, transcoders.layers).items():
-            acts = transcoders[layer].encode(x[0, word.start :]).dense(transcoders[layer].config.n_features)
+        batch = scope.batch([inputs])
+        for layer, x in scope.capture(batch).items():
+            acts = scope.transcoders[layer].encode(x[0, word.start :]).dense(scope.transcoders[layer].config.n_features)
             width = word.stop - word.start
             at_word[layer].append(acts[:width].amax(0).double().numpy(force=True))
             rest = acts[width:] if len(acts) > width else torch.zeros_like(acts[:1])
             after[layer].append(rest.amax(0).double().numpy(force=True))
     features, chosen, peaks, places = [], [], [], []
-    for layer in transcoders.layers:
+    for layer in scope.transcoders.layers:
         word, later = np.stack(at_word[layer]), np.stack(after[layer])
         peak = np.maximum(word, later)
         rest = (peak.sum(0) - peak) / (len(prompts) - 1)
@@ -109,9 +105,7 @@ def text_candidates(
 
 
 @torch.no_grad()
-def picture_peaks(
-    adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch, features: Mapping[int, Tensor]
-) -> np.ndarray:
+def picture_peaks(scope: Scope, batch: InputBatch, features: Mapping[int, Tensor]) -> np.ndarray:
     """[B, P, M] float32, the largest activation of chosen features at each of `PLACES`; layers ascending."""
     after = np.arange(batch.length) > np.flatnonzero(batch.is_image).max()
     masks = {
@@ -120,10 +114,10 @@ def picture_peaks(
         "last": batch.roles == "last",
     }
     found: list[Tensor] = []
-    inputs = mlp_inputs(adapter, batch, sorted(features))
+    inputs = scope.capture(batch, sorted(features))
     for layer in sorted(features):
-        acts = transcoders[layer].encode(inputs[layer]).select(features[layer].to(inputs[layer].device),
-                                                               transcoders[layer].config.n_features)  # fmt: skip
+        acts = scope.transcoders[layer].encode(inputs[layer]).select(features[layer].to(inputs[layer].device),
+                                                               scope.transcoders[layer].config.n_features)  # fmt: skip
         found.append(torch.stack([acts[:, torch.from_numpy(masks[place])].amax(1) for place in PLACES], 1))
     return torch.cat(found, -1).float().numpy(force=True)
 

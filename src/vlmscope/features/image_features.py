@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.core.ids import FeatureId
-from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
+from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 
@@ -33,8 +32,7 @@ class ImageFeature:
 
 @torch.no_grad()
 def image_features(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     batch: InputBatch,
     count: int,
     least_share: float = 0.0,
@@ -44,8 +42,7 @@ def image_features(
     """The strongest features on the soft tokens of some prompts, strongest first.
 
     Args:
-        adapter: of the model.
-        transcoders: its set.
+        scope: the model and its transcoders.
         batch: prompts with pictures.
         count: at most this many.
         least_share: of the prompts in which a feature must fire at all.
@@ -54,8 +51,8 @@ def image_features(
     """
     soft = torch.from_numpy(batch.is_image)
     found: list[ImageFeature] = []
-    for layer, x in mlp_inputs(adapter, batch, transcoders.layers).items():
-        acts = transcoders[layer].encode(x[:, soft]).dense(transcoders[layer].config.n_features)
+    for layer, x in scope.capture(batch).items():
+        acts = scope.transcoders[layer].encode(x[:, soft]).dense(scope.transcoders[layer].config.n_features)
         active = (acts > 0).double()
         fires = active.amax(1)
         tokens = active.mean(1).sum(0) / fires.sum(0).clamp(min=1)

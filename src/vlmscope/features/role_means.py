@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.core.errors import UserError
 from vlmscope.core.positions import ROLES, Positions
-from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,7 @@ class RoleMeans:
 
 
 @torch.no_grad()
-def role_means(
-    adapter: Adapter, transcoders: TranscoderSet, batches: Sequence[InputBatch], positions: Positions | None = None
-) -> RoleMeans:
+def role_means(scope: Scope, batches: Sequence[InputBatch], positions: Positions | None = None) -> RoleMeans:
     """Average activations over batches of prompts (which may differ in length from one batch to the next).
 
     With `positions` only those count; a role without one is left out.
@@ -48,11 +44,11 @@ def role_means(
         there = np.ones(batch.length, dtype=bool) if positions is None else positions.mask(batch.places)
         present = [role for role in ROLES if ((batch.roles == role) & there).any()]
         masks = {role: torch.from_numpy((batch.roles == role) & there) for role in present}
-        for layer, x in mlp_inputs(adapter, batch, transcoders.layers).items():
-            code = transcoders[layer].encode(x)
+        for layer, x in scope.capture(batch).items():
+            code = scope.transcoders[layer].encode(x)
             for role, mask in masks.items():
                 # Half precision cannot count: a running sum stops growing at a few hundred times what is added.
-                total = code.values.new_zeros(transcoders[layer].config.n_features, dtype=torch.float64)
+                total = code.values.new_zeros(scope.transcoders[layer].config.n_features, dtype=torch.float64)
                 total.index_add_(0, code.indices[:, mask].flatten(), code.values[:, mask].flatten().double())
                 sums[role][layer] = sums[role].get(layer, torch.zeros_like(total)) + total
         for role, mask in masks.items():
@@ -62,7 +58,7 @@ def role_means(
         raise UserError(f"no prompt has a position in {positions}; choose other positions")
 
     def mean(total: Tensor, count: int, layer: int) -> Tensor:
-        return (total / count).to(torch.promote_types(transcoders[layer].W_dec.dtype, torch.float32))
+        return (total / count).to(torch.promote_types(scope.transcoders[layer].W_dec.dtype, torch.float32))
 
     by_role = {
         role: {layer: mean(total, counts[role], layer) for layer, total in table.items()}
@@ -71,6 +67,6 @@ def role_means(
     }
     overall = {
         layer: mean(torch.stack([sums[role][layer] for role in by_role]).sum(0), everything, layer)
-        for layer in transcoders.layers
+        for layer in scope.transcoders.layers
     }
     return RoleMeans(by_role, overall, prompts)

@@ -20,9 +20,8 @@ from vlmscope.core.seeds import generator
 from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan
 from vlmscope.interventions.frozen import target_module
 from vlmscope.interventions.run import add_ahead, edit_changes, layers_written, watch_inputs, watch_length
-from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 
 def matched_features(
@@ -68,39 +67,39 @@ def matched_features(
 
 
 @contextmanager
-def random_directions(adapter: Adapter, transcoders: TranscoderSet, plan: AnyPlan, seed: int) -> Iterator[None]:
+def random_directions(scope: Scope, plan: AnyPlan, seed: int) -> Iterator[None]:
     """As `editing`, but every layer gets, instead of its edit, a random direction of the same norm at every position;
     also token by token, where the plan edits generated tokens.
     """
     with ExitStack() as stack:
-        seen = watch_length(stack, adapter)
-        inputs = watch_inputs(stack, adapter, plan)
+        seen = watch_length(stack, scope.adapter)
+        inputs = watch_inputs(stack, scope.adapter, plan)
         pending: dict[int, Tensor] = {}
-        for layer in layers_written(transcoders, plan):
+        for layer in layers_written(scope.transcoders, plan):
             rng = generator(seed, "direction", layer)
-            vector = torch.from_numpy(rng.standard_normal(adapter.d_model)).to(adapter.dtype)
+            vector = torch.from_numpy(rng.standard_normal(scope.adapter.d_model)).to(scope.adapter.dtype)
             unit = vector / vector.norm()
 
             def hook(_m: Any, _args: Any, out: Tensor, layer: int = layer, unit: Tensor = unit) -> Tensor:
                 if layer in plan:
                     add_ahead(
-                        pending, layer, edit_changes(transcoders[layer], inputs.pop(layer), plan[layer], seen["tokens"])
+                        pending,
+                        layer,
+                        edit_changes(scope.transcoders[layer], inputs.pop(layer), plan[layer], seen["tokens"]),
                     )
                 if layer not in pending:
                     return out
                 return out + pending.pop(layer).norm(dim=-1, keepdim=True) * unit.to(out)
 
-            target = target_module(adapter, layer, transcoders.config.output_hook)
+            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
             stack.callback(target.register_forward_hook(hook).remove)
         yield
 
 
 @torch.no_grad()
-def run_random_direction(
-    adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch, plan: AnyPlan, seed: int
-) -> Tensor:
+def run_random_direction(scope: Scope, batch: InputBatch, plan: AnyPlan, seed: int) -> Tensor:
     """Logits [B, V] when each layer gets, instead of its edit, a random direction of the same norm at every
     position.
     """
-    with random_directions(adapter, transcoders, plan, seed):
-        return adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+    with random_directions(scope, plan, seed):
+        return scope.forward(batch)

@@ -17,14 +17,12 @@ from vlmscope.interventions.edits import Plan
 from vlmscope.interventions.frozen import BaseRun
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import kl_divergence
-from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 
 def measure_effect(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     batch: InputBatch,
     base: BaseRun,
     plan: Plan,
@@ -36,8 +34,7 @@ def measure_effect(
     """Run a plan and its controls.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders.
+        scope: the model and its transcoders.
         batch: the prompts.
         base: their unedited run.
         plan: edits by layer.
@@ -49,14 +46,13 @@ def measure_effect(
     Returns:
         The effect, and the edited logits [B, V] at the last position.
     """
-    logits = run_edited(adapter, transcoders, batch, plan, mode, base)
+    logits = run_edited(scope, batch, plan, mode, base)
     matched = [
-        run_edited(adapter, transcoders, batch, matched_features(plan, mean_activation, draw), mode, base)
+        run_edited(scope, batch, matched_features(plan, mean_activation, draw), mode, base)
         for draw in control_draws(seed, draws)
     ]
     directions = [
-        run_random_direction(adapter, transcoders, batch, plan, draw)
-        for draw in control_draws(seed, draws if mode == "free" else 0)
+        run_random_direction(scope, batch, plan, draw) for draw in control_draws(seed, draws if mode == "free" else 0)
     ]
     effect = Effect(
         mode,

@@ -21,7 +21,7 @@ from vlmscope.models.attention import recording_patterns, replacing_patterns
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
 from vlmscope.models.norms import all_norms
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,9 @@ class BaseRun:
 
 
 @torch.no_grad()
-def base_run(
-    adapter: Adapter, transcoders: TranscoderSet, batch: InputBatch, modes: Collection[str] = MODES
-) -> BaseRun:
+def base_run(scope: Scope, batch: InputBatch, modes: Collection[str] = MODES) -> BaseRun:
     """Run a batch unedited and keep what the modes freeze: for free nothing, for frozen_attention the patterns."""
-    hook_name = transcoders.config.output_hook
+    hook_name = scope.transcoders.config.output_hook
     mlp_in: dict[int, Tensor] = {}
     written: dict[int, Tensor] = {}
     inverse_rms: dict[nn.Module, Tensor] = {}
@@ -59,14 +57,14 @@ def base_run(
             stack.callback(module.register_forward_hook(hook).remove)
 
         if "direct" in modes:
-            for layer in range(adapter.n_layers):
-                watch(adapter.mlp(layer), lambda _m, args, _o, layer=layer: mlp_in.__setitem__(layer, args[0]))
-                target = target_module(adapter, layer, hook_name)
+            for layer in range(scope.adapter.n_layers):
+                watch(scope.adapter.mlp(layer), lambda _m, args, _o, layer=layer: mlp_in.__setitem__(layer, args[0]))
+                target = target_module(scope.adapter, layer, hook_name)
                 watch(target, lambda _m, _a, out, layer=layer: written.__setitem__(layer, out))
-            for norm in all_norms(adapter):
-                watch(norm, lambda m, args, _o: inverse_rms.__setitem__(m, adapter.inverse_rms(m, args[0])))
-        patterns = stack.enter_context(recording_patterns(adapter)) if {*modes} - {"free"} else {}
-        logits = adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+            for norm in all_norms(scope.adapter):
+                watch(norm, lambda m, args, _o: inverse_rms.__setitem__(m, scope.adapter.inverse_rms(m, args[0])))
+        patterns = stack.enter_context(recording_patterns(scope.adapter)) if {*modes} - {"free"} else {}
+        logits = scope.forward(batch)
         recorded.update(patterns)
     return BaseRun(logits, recorded, mlp_in, written, inverse_rms)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 
@@ -12,50 +11,41 @@ from vlmscope.core.errors import UserError
 from vlmscope.interventions.edits import AnyPlan
 from vlmscope.interventions.run import editing
 from vlmscope.models.base import Adapter, ModelInputs
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 
 def generate_edited(
-    adapter: Adapter,
-    tokenizer: Any,
+    scope: Scope,
     inputs: ModelInputs,
-    transcoders: TranscoderSet | None = None,
     plan: AnyPlan | None = None,
     max_new_tokens: int = 24,
 ) -> str:
     """The answer to one prompt, edited in the prompt and, where the plan says so, at every generated token.
 
     Args:
-        adapter: the model.
-        tokenizer: decodes the answer.
+        scope: the model and its transcoders.
         inputs: one prompt with its pictures.
-        transcoders: needed when there is a plan.
         plan: edits by layer; None generates freely.
         max_new_tokens: stop after so many tokens even without an end of turn.
 
     Returns:
         The text of the answer without special tokens.
     """
-    ids = generate_ids(adapter, inputs, transcoders, plan, max_new_tokens)
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    ids = generate_ids(scope, inputs, plan, max_new_tokens)
+    return scope.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 @torch.no_grad()
 def generate_ids(
-    adapter: Adapter,
+    scope: Scope,
     inputs: ModelInputs,
-    transcoders: TranscoderSet | None = None,
     plan: AnyPlan | None = None,
     max_new_tokens: int = 24,
 ) -> list[int]:
     """The token ids of the answer, its end token included; arguments as in `generate_edited`."""
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
-    if plan:
-        assert transcoders is not None, "a plan needs the transcoders whose features it edits"
-        with editing(adapter, transcoders, plan):
-            ids = adapter.model.generate(**inputs.tensors, **settings)
-    else:
-        ids = adapter.model.generate(**inputs.tensors, **settings)
+    with editing(scope, plan) if plan else nullcontext():
+        ids = scope.adapter.model.generate(**inputs.tensors, **settings)
     return ids[0, len(inputs) :].tolist()
 
 

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
 from vlmscope.interventions.edits import LayerEdit, position_mask, set_features
 from vlmscope.interventions.run import activations
-from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
+from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 
@@ -39,8 +38,7 @@ def by_layer(transcoders: TranscoderSet, features: Iterable[FeatureId]) -> dict[
 
 
 def steer_plan(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     values: Mapping[FeatureId, float],
     length: int,
     positions: Sequence[int] | None = None,
@@ -48,8 +46,7 @@ def steer_plan(
     """Set features to given activations (0 ablates).
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders.
+        scope: the model and its transcoders.
         values: feature -> activation.
         length: T of the prompt.
         positions: prompt positions to act on, and then not on generated tokens; everywhere when None.
@@ -65,22 +62,22 @@ def steer_plan(
         where = torch.zeros_like(where)
         where[list(positions)] = True
     plan: dict[int, LayerEdit] = {}
-    for layer, found in by_layer(transcoders, values).items():
+    for layer, found in by_layer(scope.transcoders, values).items():
         chosen = [values[FeatureId(layer, index)] for index in found.tolist()]
-        value = torch.tensor(chosen, dtype=adapter.dtype, device=adapter.device)
-        plan[layer] = set_features(found.to(adapter.device), value, where, value if positions is None else None)
+        value = torch.tensor(chosen, dtype=scope.adapter.dtype, device=scope.adapter.device)
+        plan[layer] = set_features(found.to(scope.adapter.device), value, where, value if positions is None else None)
     return plan
 
 
 @torch.no_grad()
 def donor_activations(
-    adapter: Adapter, transcoders: TranscoderSet, donors: InputBatch, features: Mapping[int, Tensor]
+    scope: Scope, donors: InputBatch, features: Mapping[int, Tensor]
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """The donors' activations of chosen features: layer -> (features [n], activations [B, T, n])."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for layer, x in mlp_inputs(adapter, donors, sorted(features)).items():
+    for layer, x in scope.capture(donors, sorted(features)).items():
         chosen = features[layer].to(x.device)
-        found[layer] = (chosen, activations(transcoders[layer], x, chosen))
+        found[layer] = (chosen, activations(scope.transcoders[layer], x, chosen))
     return found
 
 
@@ -115,14 +112,12 @@ def patch_plan(
 
 
 @torch.no_grad()
-def mean_activations(
-    adapter: Adapter, transcoders: TranscoderSet, batches: Sequence[InputBatch], layers: Sequence[int]
-) -> dict[int, Tensor]:
+def mean_activations(scope: Scope, batches: Sequence[InputBatch], layers: Sequence[int]) -> dict[int, Tensor]:
     """Layer -> [F] float64, mean activation of every feature over the positions of all prompts (equally long)."""
     means: dict[int, Tensor] = {}
     for batch in batches:
-        for layer, x in mlp_inputs(adapter, batch, layers).items():
-            code, width = transcoders[layer].encode(x), transcoders[layer].config.n_features
+        for layer, x in scope.capture(batch, layers).items():
+            code, width = scope.transcoders[layer].encode(x), scope.transcoders[layer].config.n_features
             dense = torch.zeros(width, dtype=torch.float64, device=x.device)
             dense.scatter_add_(0, code.indices.flatten(), code.values.flatten().double())
             share = dense / (x.shape[0] * x.shape[1] * len(batches))

@@ -20,13 +20,13 @@ from vlmscope.interventions.edits import AnyPlan, LayerEdit, WholeEdit, at_step
 from vlmscope.interventions.frozen import BaseRun, frozen_attention, frozen_norms, target_module
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
+from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderSet
 
 
 @torch.no_grad()
 def run_edited(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     batch: InputBatch,
     plan: AnyPlan,
     mode: str = "free",
@@ -35,8 +35,7 @@ def run_edited(
     """Logits at the last position under a plan.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders; the plan's layers must be among them.
+        scope: the model and its transcoders.
         batch: B prompts.
         plan: edits by layer.
         mode: 'direct', 'frozen_attention' or 'free'.
@@ -50,18 +49,18 @@ def run_edited(
     """
     if mode not in MODES:
         raise UserError(f"unknown intervention mode {mode!r}: choose one of {', '.join(MODES)}")
-    _check(transcoders, plan)
+    _check(scope.transcoders, plan)
     with ExitStack() as stack:
         if mode != "free":
             assert base is not None, f"mode {mode!r} needs the base run"
-            stack.enter_context(frozen_attention(adapter, base))
+            stack.enter_context(frozen_attention(scope.adapter, base))
         if mode == "direct":
             assert base is not None and base.written, "the base run was not recorded for direct mode"
-            stack.enter_context(_direct(adapter, transcoders, plan, base))
-            stack.enter_context(frozen_norms(adapter, base))
+            stack.enter_context(_direct(scope, plan, base))
+            stack.enter_context(frozen_norms(scope.adapter, base))
         else:
-            stack.enter_context(editing(adapter, transcoders, plan))
-        return adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+            stack.enter_context(editing(scope, plan))
+        return scope.forward(batch)
 
 
 def _check(transcoders: TranscoderSet, plan: AnyPlan) -> None:
@@ -105,24 +104,24 @@ def watch_length(stack: ExitStack, adapter: Adapter) -> dict[str, int]:
 
 
 @contextmanager
-def editing(adapter: Adapter, transcoders: TranscoderSet, plan: AnyPlan) -> Iterator[None]:
+def editing(scope: Scope, plan: AnyPlan) -> Iterator[None]:
     """Edit features in every forward inside the context, also token by token in `generate` with a KV cache.
 
     The first forward is the prompt; later ones are generated tokens, which only edits with `generated` touch.
     """
     with ExitStack() as stack:
-        seen = watch_length(stack, adapter)
-        inputs = watch_inputs(stack, adapter, plan)
+        seen = watch_length(stack, scope.adapter)
+        inputs = watch_inputs(stack, scope.adapter, plan)
         pending: dict[int, Tensor] = {}  # what edits of lower layers write to a later one (cross-layer transcoders)
-        for layer in layers_written(transcoders, plan):
+        for layer in layers_written(scope.transcoders, plan):
 
             def hook(_m: Any, _args: Any, out: Tensor, layer: int = layer) -> Tensor:
                 if layer in plan:
-                    changes = edit_changes(transcoders[layer], inputs.pop(layer), plan[layer], seen["tokens"])
+                    changes = edit_changes(scope.transcoders[layer], inputs.pop(layer), plan[layer], seen["tokens"])
                     add_ahead(pending, layer, changes)
                 return out + pending.pop(layer) if layer in pending else out
 
-            target = target_module(adapter, layer, transcoders.config.output_hook)
+            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
             stack.callback(target.register_forward_hook(hook).remove)
         yield
 
@@ -226,24 +225,24 @@ def _written(
 
 
 @contextmanager
-def _direct(adapter: Adapter, transcoders: TranscoderSet, plan: AnyPlan, base: BaseRun) -> Iterator[None]:
+def _direct(scope: Scope, plan: AnyPlan, base: BaseRun) -> Iterator[None]:
     """Every transcoder target is the base run's, plus the edit at base activations, plus W_skip's response."""
     changes: dict[int, Tensor] = {}
     for layer, edit in plan.items():
-        add_ahead(changes, layer, edit_changes(transcoders[layer], base.mlp_in[layer], edit, 0))
+        add_ahead(changes, layer, edit_changes(scope.transcoders[layer], base.mlp_in[layer], edit, 0))
     with ExitStack() as stack:
-        inputs = watch_inputs(stack, adapter, range(adapter.n_layers))
-        for layer in range(adapter.n_layers):
+        inputs = watch_inputs(stack, scope.adapter, range(scope.adapter.n_layers))
+        for layer in range(scope.adapter.n_layers):
 
             def hook(_m: Any, _args: Any, _out: Tensor, layer: int = layer) -> Tensor:
                 out = base.written[layer]
                 x = inputs.pop(layer)
-                if layer in transcoders:
-                    skip = transcoders[layer].W_skip
+                if layer in scope.transcoders:
+                    skip = scope.transcoders[layer].W_skip
                     if skip is not None:
                         out = out + F.linear(x - base.mlp_in[layer], skip.to(x.dtype))
                 return out + changes[layer] if layer in changes else out
 
-            target = target_module(adapter, layer, transcoders.config.output_hook)
+            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
             stack.callback(target.register_forward_hook(hook).remove)
         yield

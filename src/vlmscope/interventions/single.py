@@ -14,9 +14,8 @@ from torch import Tensor
 from vlmscope.interventions.edits import LayerEdit
 from vlmscope.interventions.frozen import BaseRun
 from vlmscope.interventions.run import run_edited
-from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 BATCH = 96  # edits of one forward
 
@@ -84,8 +83,7 @@ def repeated(base: BaseRun, size: int) -> BaseRun:
 
 
 def single_effects(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     batch: InputBatch,
     base: BaseRun,
     edits: SingleEdits,
@@ -98,8 +96,7 @@ def single_effects(
     batch's size cancels.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders.
+        scope: the model and its transcoders.
         batch: one prompt.
         base: its unedited run.
         edits: n edits.
@@ -116,8 +113,8 @@ def single_effects(
         size = len(some) + 1
         plan = single_plan(some, size, batch.length, base.logits)
         copies = batch.select([0] * size)
-        logits = run_edited(adapter, transcoders, copies, plan, mode, repeated(base, size))[:, list(tokens)].double()
-        cap = adapter.logit_softcap
+        logits = run_edited(scope, copies, plan, mode, repeated(base, size))[:, list(tokens)].double()
+        cap = scope.adapter.logit_softcap
         if cap is not None:
             logits = cap * torch.atanh(logits / cap)
         difference = (logits[:, 0] - logits[:, 1]).cpu().numpy()

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmscope.activations.capture import ForwardState, HasAdapter, adapter_of, capture_state
+from vlmscope.activations.capture import ForwardState, capture_state
 from vlmscope.core.errors import UserError
-from vlmscope.models.base import Adapter, ModelInputs
+from vlmscope.models.base import ModelInputs
 from vlmscope.models.placement import materialised
 from vlmscope.replacement.features import FeatureTable, LayerFeatures, active_features, feature_table, written
 from vlmscope.replacement.frozen import FrozenLayer, freeze_layer
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 # (layer, position, feature index) -> change of activation
 FeatureChange = Mapping[tuple[int, int, int], float]
@@ -132,21 +132,21 @@ class ReplacementModel:
         return list(flat.split([len(features) for features in self.features]))
 
 
-def _check(adapter: Adapter, transcoders: TranscoderSet) -> None:
+def _check(scope: Scope) -> None:
     """Refuse, by name, what the affine model could not represent."""
-    if adapter.lm_head().bias is not None:
+    if scope.adapter.lm_head().bias is not None:
         raise UserError("the model's unembedding has a bias, which attribution does not cover; choose another model")
-    missing = [layer for layer in range(adapter.n_layers) if layer not in transcoders]
+    missing = [layer for layer in range(scope.adapter.n_layers) if layer not in scope.transcoders]
     if missing:
         raise UserError(
-            f"the transcoder set has no transcoder for layers {missing} of the model's {adapter.n_layers}; "
+            f"the transcoder set has no transcoder for layers {missing} of the model's {scope.adapter.n_layers}; "
             "load a set that covers the model"
         )
-    for layer in range(adapter.n_layers):
-        config = transcoders[layer].config
-        if config.d_model != adapter.d_model:
+    for layer in range(scope.adapter.n_layers):
+        config = scope.transcoders[layer].config
+        if config.d_model != scope.adapter.d_model:
             raise UserError(
-                f"the transcoder of layer {layer} has width {config.d_model}, the model {adapter.d_model}; "
+                f"the transcoder of layer {layer} has width {config.d_model}, the model {scope.adapter.d_model}; "
                 "load the set that was trained on this model"
             )
         if config.input_hook != "mlp_in" or config.output_hook not in ("mlp_out", "mlp_out_post"):
@@ -158,16 +158,14 @@ def _check(adapter: Adapter, transcoders: TranscoderSet) -> None:
 
 @torch.no_grad()
 def build_replacement(
-    model: Adapter | HasAdapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     inputs: ModelInputs,
     dtype: torch.dtype | None = None,
 ) -> ReplacementModel:
     """Run the model once and freeze it at that input.
 
     Args:
-        model: an adapter or a loaded model.
-        transcoders: one transcoder for every layer.
+        scope: the model and its transcoders, one for every layer.
         inputs: the prompt.
         dtype: float32 or float64, of the replacement model; the model's own when None. A wider one than the model's
             does not make the recorded forward any better.
@@ -175,8 +173,8 @@ def build_replacement(
     Raises:
         UserError: when the model or the set cannot be represented; the message names what.
     """
-    adapter = adapter_of(model)
-    _check(adapter, transcoders)
+    _check(scope)
+    adapter = scope.adapter
     dtype = dtype or adapter.dtype
     if dtype not in (torch.float32, torch.float64):
         name = str(dtype).removeprefix("torch.")
@@ -190,7 +188,7 @@ def build_replacement(
         )
     layers, features, errors = [], [], []
     for layer in range(adapter.n_layers):
-        transcoder = transcoders[layer]
+        transcoder = scope.transcoders[layer]
         if transcoder.W_enc.dtype != state.embeddings.dtype:
             transcoder = copy.deepcopy(transcoder).to(state.embeddings.dtype)
         hook = transcoder.config.output_hook

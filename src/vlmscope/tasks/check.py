@@ -10,8 +10,8 @@ from vlmscope.core.errors import CheckFailed, UserError
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.models.loading import VLM
+    from vlmscope.scope import Scope
     from vlmscope.tasks.context import RunContext
-    from vlmscope.transcoders.transcoder import TranscoderSet
 
 
 @dataclass
@@ -46,10 +46,10 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     pictures = user_pictures(cfg)
     vlm = load_model(cfg)
-    transcoders, said = _transcoders(cfg, vlm, context.overrides)
+    scope, said = _scope(cfg, vlm, context.overrides)
     adapter, task = vlm.adapter, cfg.task
     limits = Limits(task.targets, task.sources, task.positions, new_tokens=task.new_tokens, seed=cfg.seed)
-    cases = run_cases(vlm, transcoders, cfg.prompt or PROMPT, pictures, limits)
+    cases = run_cases(scope, cfg.prompt or PROMPT, pictures, limits)
     reports = list(tqdm(cases, desc="check", total=len(CASES), unit="case"))
     print(f"{vlm.name}: {adapter.n_layers} layers of width {adapter.d_model}; transcoders: {said}; errors in float64\n")
     print(render(reports, "" if cfg.model.dtype == "float64" else cfg.model.dtype))
@@ -60,12 +60,13 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     return metrics
 
 
-def _transcoders(cfg: AppConfig, vlm: VLM, overrides: tuple[str, ...]) -> tuple[TranscoderSet, str]:
-    """The set that the user named; else the shipped one for Orrery and a random one for any other model."""
+def _scope(cfg: AppConfig, vlm: VLM, overrides: tuple[str, ...]) -> tuple[Scope, str]:
+    """The model with the named set; else with the shipped one for Orrery and a random one for any other model."""
     from vlmscope.config.schema import RandomTranscodersConfig
-    from vlmscope.tasks.wiring import is_orrery, load_transcoders, names_transcoders, random_transcoders
+    from vlmscope.scope import Scope
+    from vlmscope.tasks.wiring import is_orrery, load_scope, names_transcoders, random_transcoders
 
     if not names_transcoders(overrides) and not is_orrery(vlm):
-        return random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm), "random"
-    found = load_transcoders(cfg, vlm)
-    return found, "random" if isinstance(cfg.transcoder, RandomTranscodersConfig) else cfg.transcoder.path
+        return Scope(vlm, random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm)), "random"
+    said = "random" if isinstance(cfg.transcoder, RandomTranscodersConfig) else cfg.transcoder.path
+    return load_scope(cfg, vlm), said

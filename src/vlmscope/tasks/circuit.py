@@ -64,7 +64,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.tasks.circuits.find import Finder, gather
     from vlmscope.tasks.circuits.finish import finished, traced
     from vlmscope.tasks.circuits.page import Scene
-    from vlmscope.tasks.wiring import load_model, load_transcoders
+    from vlmscope.tasks.wiring import load_model, load_scope
 
     folder = None if cfg.task.load is None else Path(cfg.task.load)
     loaded = None if folder is None else load_circuit(folder)
@@ -79,18 +79,17 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     if found:
         return draw_found(cfg, context, asked, study)
     vlm = load_model(cfg)
-    transcoders = load_transcoders(cfg, vlm, context.overrides)
-    widths = transcoders.widths
+    scope = load_scope(cfg, vlm, context.overrides)
     if loaded is not None:
-        loaded.check_fits(vlm.name, widths, str(folder))
-    graphs = traced(cfg, context, vlm, transcoders, asked)
+        loaded.check_fits(vlm.name, scope.transcoders.widths, str(folder))
+    graphs = traced(cfg, context, scope, asked)
     if loaded is None or folder is None:
         assert spec is not None and material is not None
-        circuit = Finder(vlm, transcoders, material, [one.graph for one in graphs]).circuit(spec)
+        circuit = Finder(scope, material, [one.graph for one in graphs]).circuit(spec)
         name = spec.name
     else:
         circuit, name = loaded, folder.name
-    scene = Scene(vlm, transcoders, asked, graphs, [] if material is None else material.inputs())
+    scene = Scene(scope, asked, graphs, [] if material is None else material.inputs())
     return finished(cfg, context, circuit, name, scene, study)
 
 

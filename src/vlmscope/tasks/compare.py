@@ -134,16 +134,16 @@ def _graphs(cfg: AppConfig, context: RunContext, sides: tuple[_Side, _Side]) -> 
     from vlmscope.attribution.graph_io import save_graph
     from vlmscope.attribution.trace import trace
     from vlmscope.data.images import open_images
-    from vlmscope.tasks.wiring import load_model, load_transcoders
+    from vlmscope.tasks.wiring import load_model, load_scope
 
     vlm = load_model(cfg)
     # Both are prepared before either is traced, so that a mistake in the second costs nothing.
     inputs = [None if side.file else vlm.prepare(side.prompt, open_images(side.images)) for side in sides]
-    transcoders = load_transcoders(cfg, vlm, context.overrides)
+    scope = load_scope(cfg, vlm, context.overrides)
     graphs: list[PrunedGraph] = []
     for name, graph, one in zip(("first", "second"), found, inputs, strict=True):
         if one is not None:
-            graph = trace(vlm, transcoders, one, cfg.attribution, context.run_dir).pruned
+            graph = trace(scope, one, cfg.attribution, context.run_dir).pruned
             save_graph(context.run_dir / name / "graph.safetensors", graph)
             write_graph_json(context.run_dir / name / "graph.json", graph, name, vlm.name)
         assert graph is not None

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from vlmscope.interventions.edits import Plan
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.batching import InputBatch
-    from vlmscope.models.loading import VLM
+    from vlmscope.scope import Scope
     from vlmscope.tasks.context import RunContext
-    from vlmscope.transcoders.transcoder import TranscoderSet
 
 TOP = 5  # next tokens that are shown
 
@@ -77,7 +76,7 @@ class Chosen:
     circuit: Circuit | None = None
     nodes: tuple[Supernode, ...] = ()
 
-    def check_fits(self, vlm: VLM, transcoders: TranscoderSet) -> None:
+    def check_fits(self, scope: Scope) -> None:
         """Refuse a graph or circuit of another model or set.
 
         Raises:
@@ -85,15 +84,15 @@ class Chosen:
         """
         from vlmscope.circuits.selectors import check_graph
 
-        widths = transcoders.widths
+        widths = scope.transcoders.widths
         if self.circuit is not None:
-            self.circuit.check_fits(vlm.name, widths, self.source)
+            self.circuit.check_fits(scope.vlm.name, widths, self.source)
         if self.graph is not None:
-            n_layers = vlm.adapter.n_layers
+            n_layers = scope.vlm.adapter.n_layers
             if self.graph.n_layers != n_layers:
                 layers = f"{self.graph.n_layers} layers, this one has {n_layers}"
                 raise UserError(f"{self.source} is of a model with {layers}; trace this model")
-            check_graph(self.graph, self.source, vlm.name, widths)
+            check_graph(self.graph, self.source, scope.vlm.name, widths)
 
 
 def chosen_features(named: Sequence[str], task: EditConfig) -> Chosen:
@@ -127,8 +126,7 @@ def chosen_features(named: Sequence[str], task: EditConfig) -> Chosen:
 
 def report_edit(
     name: str,
-    vlm: VLM,
-    transcoders: TranscoderSet,
+    scope: Scope,
     inputs: ModelInputs,
     plan: Plan,
     matched_on: Sequence[InputBatch],
@@ -140,8 +138,7 @@ def report_edit(
 
     Args:
         name: 'steer' or 'patch', the first part of the metrics' names.
-        vlm: the model.
-        transcoders: its transcoders.
+        scope: the model and its transcoders.
         inputs: the prompt.
         plan: edits by layer.
         matched_on: the prompts on whose mean activations controls are matched.
@@ -158,27 +155,25 @@ def report_edit(
     from vlmscope.interventions.frozen import base_run
     from vlmscope.interventions.generate import generate_edited
     from vlmscope.interventions.named import mean_activations
-    from vlmscope.models.batching import make_batch
 
-    adapter, tokenizer = vlm.adapter, vlm.tokenizer
-    batch = make_batch(adapter, [inputs])
-    base = base_run(adapter, transcoders, batch, task.modes)
-    means = mean_activations(adapter, transcoders, matched_on, sorted(plan))
+    batch = scope.batch([inputs])
+    base = base_run(scope, batch, task.modes)
+    means = mean_activations(scope, matched_on, sorted(plan))
     active = sum(int((means[layer][edit.features] > 0).sum()) for layer, edit in plan.items())
     size = sum(len(edit.features) for edit in plan.values())
     metrics = {f"{name}/features": float(size), f"{name}/features_active": float(active)}
     print(f"{size} features in {len(plan)} layers, {active} of them active there")
     written: dict[str, Any] = {"prompt": inputs.prompt, "features": _names(plan), "modes": {}}
     for mode in task.modes:
-        effect, logits = measure_effect(adapter, transcoders, batch, base, plan, mode, means, task.controls, seed)
+        effect, logits = measure_effect(scope, batch, base, plan, mode, means, task.controls, seed)
         found = effect_metrics(name, effect)
-        rows = top_tokens(tokenizer, base.logits[0], logits[0])
+        rows = top_tokens(scope.vlm.tokenizer, base.logits[0], logits[0])
         print(_described(effect, task.controls), *_table(rows), sep="\n")
         metrics |= found
         written["modes"][mode] = {"metrics": found, "next_token": rows}
     if "free" in task.modes:
-        before = generate_edited(adapter, tokenizer, inputs, max_new_tokens=task.new_tokens)
-        after = generate_edited(adapter, tokenizer, inputs, transcoders, plan, task.new_tokens)
+        before = generate_edited(scope, inputs, max_new_tokens=task.new_tokens)
+        after = generate_edited(scope, inputs, plan, task.new_tokens)
         print(f"answer before: {before}\nanswer after:  {after}")
         written["answer"] = {"before": before, "after": after}
     write_json(context.run_dir / f"{name}.json", written)

@@ -75,30 +75,23 @@ def _by_picture(cfg: AppConfig, context: RunContext, study: StudyFolder) -> tupl
     """Features that are active on the user's picture."""
     import torch
 
-    from vlmscope.activations.mlp_inputs import mlp_inputs
     from vlmscope.features.labels.reader import check_same
     from vlmscope.features.labels.search import find_by_activations
-    from vlmscope.models.batching import make_batch
-    from vlmscope.tasks.wiring import load_model, load_transcoders, user_pictures
+    from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
 
     prompt = cfg.prompt if cfg.prompt is not None else _usual_question(study)
     pictures = user_pictures(cfg)
     vlm = load_model(cfg)
-    transcoders = load_transcoders(cfg, vlm, context.overrides)
-    check_same(study, vlm.name, transcoders.widths)
+    scope = load_scope(cfg, vlm, context.overrides)
+    check_same(study, vlm.name, scope.transcoders.widths)
     inputs = vlm.prepare(prompt, pictures)
-    found = mlp_inputs(vlm.adapter, make_batch(vlm.adapter, [inputs]), study.layers)
+    found = scope.capture(scope.batch([inputs]), study.layers)
     # Without a question of the user's the picture alone counts.
     where = torch.from_numpy(inputs.is_image) if cfg.prompt is None else slice(None)
-    peaks = {
-        layer: transcoders[layer]
-        .encode(x)
-        .dense(transcoders[layer].config.n_features)[0, where]
-        .amax(0)
-        .float()
-        .numpy()
-        for layer, x in found.items()
-    }
+    peaks = {}
+    for layer, x in found.items():
+        transcoder = scope.transcoders[layer]
+        peaks[layer] = transcoder.encode(x).dense(transcoder.config.n_features)[0, where].amax(0).float().numpy()
     names = ", ".join(str(image) for image in cfg.image)
     return find_by_activations(study, peaks, cfg.task.count), f"{names}: {prompt}"
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vlmscope.models.loading import VLM
-    from vlmscope.transcoders.transcoder import TranscoderSet
+    from vlmscope.scope import Scope
 
 _LOG = logging.getLogger(__name__)
 _SCENES = 4  # of each kind: some 440 tokens
@@ -28,14 +28,11 @@ PLAIN = (
 )
 
 
-def warn_if_unfit(
-    vlm: VLM, transcoders: TranscoderSet, prompt: str | None, pictures: Sequence[Image] = ()
-) -> dict[int, float]:
+def warn_if_unfit(scope: Scope, prompt: str | None, pictures: Sequence[Image] = ()) -> dict[int, float]:
     """Log a warning for layers with an FVU above 1 on the run's own input, or on Orrery's scenes when it has none.
 
     Args:
-        vlm: the model.
-        transcoders: the set.
+        scope: the model and its transcoders.
         prompt: what the run asks, None when its inputs come later.
         pictures: of the prompt.
 
@@ -47,35 +44,37 @@ def warn_if_unfit(
     """
     from vlmscope.training.load_check import check_hooks, fvu_on_load
 
-    check_hooks(vlm.adapter, transcoders)
-    forwards = _inputs(vlm, prompt, pictures)
+    check_hooks(scope)
+    forwards = _inputs(scope.vlm, prompt, pictures)
     if not forwards:
         return {}
-    found, tokens = fvu_on_load(vlm, transcoders, forwards)
+    found, tokens = fvu_on_load(scope, forwards)
     bad = {layer: value for layer, value in found.items() if not value <= 1}
     if bad:
         named = ", ".join(f"{layer} ({value:.3g})" for layer, value in bad.items())
         _LOG.warning(
             "the transcoders do not fit %s: FVU above 1 on %d tokens in layer %s; are they for this model, revision, "
             "hook point and format?",
-            vlm.name,
+            scope.vlm.name,
             tokens,
             named,
         )
     return found
 
 
-def warn_on_load(vlm: VLM, transcoders: TranscoderSet) -> dict[int, float]:
+def warn_on_load(scope: Scope) -> dict[int, float]:
     """`warn_if_unfit` where no run says what to look at: Orrery's scenes, else a text and a picture of colours.
 
     Returns:
         FVU by layer; empty, with a warning, when the model's vocabulary lacks words of the text.
     """
-    if _speaks_orrery(vlm):
-        return warn_if_unfit(vlm, transcoders, None)
-    found = warn_if_unfit(vlm, transcoders, PLAIN, [_colours()] if vlm.adapter.has_vision else [])
+    if _speaks_orrery(scope.vlm):
+        return warn_if_unfit(scope, None)
+    found = warn_if_unfit(scope, PLAIN, [_colours()] if scope.vlm.adapter.has_vision else [])
     if not found:
-        _LOG.warning("the transcoders were not tried on %s: its vocabulary lacks words of the check's text", vlm.name)
+        _LOG.warning(
+            "the transcoders were not tried on %s: its vocabulary lacks words of the check's text", scope.vlm.name
+        )
     return found
 
 

@@ -32,7 +32,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.interventions.named import by_layer, donor_activations, patch_plan
     from vlmscope.models.batching import make_batch
     from vlmscope.tasks.edits import chosen_features, report_edit
-    from vlmscope.tasks.wiring import load_model, load_transcoders, user_pictures
+    from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
 
     task: Config = cfg.task
     if cfg.prompt is None:
@@ -47,9 +47,9 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     inputs = vlm.prepare(cfg.prompt, pictures)
     donor = vlm.prepare(cfg.prompt if task.donor_prompt is None else task.donor_prompt, gifts)
     make_batch(vlm.adapter, [inputs, donor])  # refuses prompts that do not align
-    transcoders = load_transcoders(cfg, vlm, context.overrides)
-    chosen.check_fits(vlm, transcoders)
-    recipient, given = (make_batch(vlm.adapter, [one]) for one in (inputs, donor))
-    carried = donor_activations(vlm.adapter, transcoders, given, by_layer(transcoders, chosen.features))
+    scope = load_scope(cfg, vlm, context.overrides)
+    chosen.check_fits(scope)
+    recipient, given = (scope.batch([one]) for one in (inputs, donor))
+    carried = donor_activations(scope, given, by_layer(scope.transcoders, chosen.features))
     plan = at_supernodes(patch_plan(carried, inputs.roles, task.strength), chosen.nodes, recipient.places)
-    return report_edit("patch", vlm, transcoders, inputs, plan, [recipient, given], task, context, cfg.seed)
+    return report_edit("patch", scope, inputs, plan, [recipient, given], task, context, cfg.seed)

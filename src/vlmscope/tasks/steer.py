@@ -29,9 +29,8 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Steer `prompt=` on `image=` (none for text alone)."""
     from vlmscope.circuits.plans import at_supernodes
     from vlmscope.interventions.named import steer_plan
-    from vlmscope.models.batching import make_batch
     from vlmscope.tasks.edits import chosen_features, report_edit
-    from vlmscope.tasks.wiring import load_model, load_transcoders, user_pictures
+    from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
 
     if cfg.prompt is None:
         raise UserError("no prompt: add 'prompt=what is this ?' (and image=path/to/picture.png)")
@@ -42,9 +41,9 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     vlm = load_model(cfg)
     values = {f: given.get(f, task.value) for f in chosen.features}
     inputs = vlm.prepare(cfg.prompt, pictures)
-    transcoders = load_transcoders(cfg, vlm, context.overrides)
-    chosen.check_fits(vlm, transcoders)
-    plan = steer_plan(vlm.adapter, transcoders, values, len(inputs), task.positions)
-    matched_on = [make_batch(vlm.adapter, [inputs])]
+    scope = load_scope(cfg, vlm, context.overrides)
+    chosen.check_fits(scope)
+    plan = steer_plan(scope, values, len(inputs), task.positions)
+    matched_on = [scope.batch([inputs])]
     plan = at_supernodes(plan, chosen.nodes, matched_on[0].places)
-    return report_edit("steer", vlm, transcoders, inputs, plan, matched_on, task, context, cfg.seed)
+    return report_edit("steer", scope, inputs, plan, matched_on, task, context, cfg.seed)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.features.study.records import StudyFolder
-    from vlmscope.models.loading import VLM
+    from vlmscope.scope import Scope
     from vlmscope.tasks.context import RunContext
-    from vlmscope.transcoders.transcoder import TranscoderSet
 
 
 @dataclass
@@ -59,23 +58,22 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.tasks.steps.modality import draw, modality_metrics
     from vlmscope.tasks.studies.structure_page import write_page
     from vlmscope.tasks.studies.structure_tables import Structure, write_structure
-    from vlmscope.tasks.wiring import load_model, load_transcoders
+    from vlmscope.tasks.wiring import load_model, load_scope
 
     study = StudyFolder(folder)
     modality = modality_tables(study)
     vlm = load_model(cfg)
-    transcoders = load_transcoders(cfg, vlm, context.overrides)
-    widths = transcoders.widths
-    if widths != study.info.n_features:
+    scope = load_scope(cfg, vlm, context.overrides)
+    if scope.transcoders.widths != study.info.n_features:
         raise UserError(f"{study.path} is of other transcoders: layers or widths differ; give those with transcoder=")
-    structure = Structure.of(vlm.adapter, transcoders, study, seen(cfg, vlm, transcoders, study), modality, cfg.task)
+    structure = Structure.of(scope, study, seen(cfg, scope, study), modality, cfg.task)
     draw(modality, context.run_dir / "figures" / "modality_by_layer.png")
     metrics = modality_metrics(modality) | write_structure(context.run_dir, structure)
     write_page(context.run_dir, study, structure, metrics, vlm.name)
     return metrics
 
 
-def seen(cfg: AppConfig, vlm: VLM, transcoders: TranscoderSet, study: StudyFolder) -> Any:
+def seen(cfg: AppConfig, scope: Scope, study: StudyFolder) -> Any:
     """The pass over the first rows of the study's data."""
     from tqdm import tqdm
 
@@ -93,8 +91,8 @@ def seen(cfg: AppConfig, vlm: VLM, transcoders: TranscoderSet, study: StudyFolde
         sources[name] = (one.weight, open_source(name, one, None, data["max_bad_shards"], False))
     limit = min(task.items, study.info.rows)
     rows = NumberedRows(sources, cfg.study.batch_size, limit=limit)
-    make = InputMaker(vlm, study.info.settings["max_tokens"], cfg.study.max_skipped)
-    found = StructurePass(vlm.adapter, transcoders, task.per_item, task.seed)
+    make = InputMaker(scope.vlm, study.info.settings["max_tokens"], cfg.study.max_skipped)
+    found = StructurePass(scope, task.per_item, task.seed)
     with tqdm(desc="structure", unit="row", total=limit) as bar:
         for batch in rows:
             found.add(make(batch), cfg.study.forward_tokens)

@@ -36,7 +36,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.features.study.part import StudyPart
     from vlmscope.features.study.records import StudyFolder
     from vlmscope.features.study.run import finish, run_part, study_parts
-    from vlmscope.tasks.wiring import load_model, load_transcoders
+    from vlmscope.tasks.wiring import load_model, load_scope
     from vlmscope.training.process_group import joint_sum, own_share
 
     settings, share = settings_of(cfg, config, context.overrides), own_share()
@@ -45,13 +45,13 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     part = StudyPart(folder, share, settings)
     rows = NumberedRows(opened(cfg, sources), config.batch_size, share, config.limit)
     vlm = load_model(cfg)
-    transcoders = load_transcoders(cfg, vlm, context.overrides)
-    times = run_part(vlm, transcoders, rows, part, config)
+    scope = load_scope(cfg, vlm, context.overrides)
+    times = run_part(scope, rows, part, config)
     joint_sum([1.0])  # all parts are finished
     if share.index:
         raise NotMainRank
     parts = study_parts(folder, share.total, settings)
-    found = metrics_of(finish(folder, vlm, transcoders, parts, config, described(cfg, config, sources)))
+    found = metrics_of(finish(folder, scope, parts, config, described(cfg, config, sources)))
     return {**found, "perf/study_seconds": times.all, "perf/study_over_forward": times.ratio}
 
 

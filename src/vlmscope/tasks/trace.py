@@ -32,7 +32,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
 
     from vlmscope.tasks.tracing.one import trace_into
     from vlmscope.tasks.tracing.rows import trace_rows
-    from vlmscope.tasks.wiring import load_model, load_transcoders, user_pictures
+    from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
 
     if cfg.task.rows is not None:
         return trace_rows(cfg, context)
@@ -44,5 +44,5 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         raise UserError("attribution.patches=true needs a picture; add image=path/to/picture.png")
     vlm = load_model(cfg)
     inputs = vlm.prepare(cfg.prompt, pictures)
-    transcoders = load_transcoders(cfg, vlm, context.overrides)
-    return trace_into(context.run_dir, cfg, vlm, transcoders, inputs, pictures)
+    scope = load_scope(cfg, vlm, context.overrides)
+    return trace_into(context.run_dir, cfg, scope, inputs, pictures)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
 
     from vlmscope.config import AppConfig
     from vlmscope.core.ids import FeatureId
+    from vlmscope.scope import Scope
     from vlmscope.tasks.context import RunContext
     from vlmscope.tasks.maps.where_maps import WhereMaps
 
@@ -40,7 +41,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.core.ids import FeatureId
     from vlmscope.report.where_figure import feature_maps
     from vlmscope.tasks.maps.where_maps import where_maps
-    from vlmscope.tasks.wiring import load_model, load_transcoders, user_pictures
+    from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
 
     if cfg.prompt is None:
         raise UserError("no prompt: add 'prompt=what is this ?'")
@@ -54,10 +55,10 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         raise UserError("task=where maps features over a picture; add image=path/to/picture.png")
     vlm = load_model(cfg)
     inputs = vlm.prepare(cfg.prompt, pictures)
-    transcoders = load_transcoders(cfg, vlm, context.overrides)
-    features = named or _strongest(vlm, transcoders, inputs, cfg.task.top)
+    scope = load_scope(cfg, vlm, context.overrides)
+    features = named or _strongest(scope, inputs, cfg.task.top)
     started = time.perf_counter()
-    found = where_maps(vlm, transcoders, inputs, features, cfg.where, cfg.attribution)
+    found = where_maps(scope, inputs, features, cfg.where, cfg.attribution)
     metrics = {"where/seconds": time.perf_counter() - started}
     named_maps = [
         (feature, kind, one) for feature in features for kind, maps in found.maps[feature].items() for one in maps
@@ -79,7 +80,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         name = str(feature).replace("/", "_")
         metrics |= {f"where/{name}/{key}": value for key, value in described["metrics"].items()}
         if cfg.task.curves:
-            metrics |= _curves(cfg, vlm, transcoders, found, feature, arrays)
+            metrics |= _curves(cfg, scope, found, feature, arrays)
     write_json(context.run_dir / "where.json", record)
     if cfg.task.figure:
         if len(features) > DRAWN:
@@ -90,12 +91,11 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     return metrics
 
 
-def _strongest(vlm: Any, transcoders: Any, inputs: Any, top: int) -> "list[FeatureId]":
+def _strongest(scope: "Scope", inputs: Any, top: int) -> "list[FeatureId]":
     from vlmscope.core.errors import UserError
     from vlmscope.features.image_features import image_features
-    from vlmscope.models.batching import make_batch
 
-    found = image_features(vlm.adapter, transcoders, make_batch(vlm.adapter, [inputs]), top)
+    found = image_features(scope, scope.batch([inputs]), top)
     if not found:
         raise UserError("no feature is active on the soft tokens of this prompt; choose other transcoders")
     return [one.feature for one in found]
@@ -139,7 +139,7 @@ def _correlation(first: "np.ndarray", second: "np.ndarray") -> float:
 
 
 def _curves(
-    cfg: "AppConfig", vlm: Any, transcoders: Any, found: "WhereMaps", feature: "FeatureId", arrays: "list[np.ndarray]"
+    cfg: "AppConfig", scope: "Scope", found: "WhereMaps", feature: "FeatureId", arrays: "list[np.ndarray]"
 ) -> dict[str, float]:
     """Deletion and insertion on the one picture of the prompt, with as many random orders as `where.draws` says."""
     from vlmscope.core.errors import UserError
@@ -147,7 +147,7 @@ def _curves(
 
     if len(arrays) != 1:
         raise UserError(f"task.curves=true needs one picture, and {len(arrays)} were given; give one, or leave it out")
-    subject = Subject(vlm, transcoders, str(cfg.prompt), arrays[0], (feature,))
+    subject = Subject(scope, str(cfg.prompt), arrays[0], (feature,))
     maps = {kind: records[0] for kind, records in found.maps[feature].items()}
     measured = map_curves(subject, {feature: maps}, cfg.where, cfg.seed)
     name = str(feature).replace("/", "_")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.config.schema import RandomTranscodersConfig
     from vlmscope.models.loading import VLM
+    from vlmscope.scope import Scope
     from vlmscope.transcoders.formats import Choice
     from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -69,8 +70,8 @@ def names_transcoders(overrides: Sequence[str]) -> bool:
     return any(override.lstrip("+~").startswith("transcoder") for override in overrides)
 
 
-def load_transcoders(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder",)) -> TranscoderSet:
-    """The trained or random set that `transcoder=` chose, fitting the model and in its dtype.
+def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder",)) -> Scope:
+    """The model with the trained or random set that `transcoder=` chose, in its dtype.
 
     A trained one is looked at on the run's own input, and a warning is logged where it does not fit.
 
@@ -80,18 +81,19 @@ def load_transcoders(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("tran
         overrides: what the user typed; a tiny random model gets random transcoders when it names none.
     """
     from vlmscope.config.schema import RandomTranscodersConfig
+    from vlmscope.scope import Scope
     from vlmscope.tasks.load_check import warn_if_unfit
 
     if isinstance(cfg.transcoder, RandomTranscodersConfig):
-        return random_transcoders(cfg.transcoder, vlm)
+        return Scope(vlm, random_transcoders(cfg.transcoder, vlm))
     if cfg.model.tiny is not None and not names_transcoders(overrides):
         print("transcoders: random, as the model is; transcoder=path names trained ones")
-        return random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm)
+        return Scope(vlm, random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm))
     adapter = vlm.adapter
     found = trained_transcoders(cfg, adapter.n_layers, adapter.d_model, str(adapter.device), adapter.dtype.itemsize)
-    found = found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False)
-    warn_if_unfit(vlm, found, cfg.prompt, user_pictures(cfg) if cfg.prompt is not None else [])
-    return found
+    scope = Scope(vlm, found.to(device=adapter.device, dtype=adapter.dtype).requires_grad_(False))
+    warn_if_unfit(scope, cfg.prompt, user_pictures(cfg) if cfg.prompt is not None else [])
+    return scope
 
 
 def trained_transcoders(

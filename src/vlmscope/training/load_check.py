@@ -10,29 +10,27 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vlmscope.activations.capture import HasAdapter, adapter_of
 from vlmscope.activations.hook_points import target_at
 from vlmscope.core.errors import UserError
 from vlmscope.metrics.reconstruction import fvu
-from vlmscope.models.base import Adapter
+from vlmscope.scope import Scope
 from vlmscope.training.transcoder_data import collect
-from vlmscope.transcoders.transcoder import TranscoderSet
 
 
-def check_hooks(adapter: Adapter, transcoders: TranscoderSet) -> None:
+def check_hooks(scope: Scope) -> None:
     """Refuse transcoders between points that the model does not have or that this project does not read.
 
     Raises:
         UserError: with the hooks.
     """
-    for layer, transcoder in transcoders.transcoders.items():
+    for layer, transcoder in scope.transcoders.transcoders.items():
         hooks = transcoder.config.input_hook, transcoder.config.output_hook
         if hooks not in (("mlp_in", "mlp_out"), ("mlp_in", "mlp_out_post")):
             raise UserError(
                 f"the transcoder of layer {layer} maps {hooks[0]} to {hooks[1]}; only mlp_in to mlp_out or "
                 "mlp_out_post can be used (docs/formats_transcoders.md)"
             )
-        if hooks[1] == "mlp_out_post" and adapter.norms(layer).mlp_out_post is None:
+        if hooks[1] == "mlp_out_post" and scope.adapter.norms(layer).mlp_out_post is None:
             raise UserError(
                 f"the transcoder of layer {layer} imitates mlp_out_post, the norm after the MLP, and this model has "
                 "none; choose the set trained on this model"
@@ -40,24 +38,21 @@ def check_hooks(adapter: Adapter, transcoders: TranscoderSet) -> None:
 
 
 @torch.no_grad()
-def fvu_on_load(
-    vlm: Adapter | HasAdapter, transcoders: TranscoderSet, forwards: Sequence[Mapping[str, Tensor]]
-) -> tuple[dict[int, float], int]:
+def fvu_on_load(scope: Scope, forwards: Sequence[Mapping[str, Tensor]]) -> tuple[dict[int, float], int]:
     """FVU by layer at each transcoder's own hook points, and the number of tokens.
 
     Args:
-        vlm: the model.
-        transcoders: a set whose hooks `check_hooks` accepts.
+        scope: the model and its transcoders.
         forwards: arguments of the model's forward, one batch each (`vlmscope.training.transcoder_data`).
     """
-    adapter = adapter_of(vlm)
-    activations = collect(adapter, list(forwards))
+    transcoders = scope.transcoders
+    activations = collect(scope.adapter, list(forwards))
     found = {}
     kind = next(transcoders.parameters()).dtype
     inputs = {layer: activations.by_layer[layer][0].to(kind) for layer in transcoders.layers}
     codes = transcoders.encode(inputs)
     for layer, transcoder in transcoders.transcoders.items():
-        y = target_at(adapter, layer, transcoder.config.output_hook, activations.by_layer[layer][1])
+        y = target_at(scope.adapter, layer, transcoder.config.output_hook, activations.by_layer[layer][1])
         reconstruction = transcoders.decode(layer, codes, inputs[layer])
         found[layer] = float(fvu(y.double(), reconstruction.double()))
     return found, activations.n_tokens

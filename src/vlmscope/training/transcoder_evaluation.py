@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmscope.activations.capture import HasAdapter, adapter_of
 from vlmscope.activations.hook_points import norm_weight_after, target_at, target_module
 from vlmscope.core.errors import UserError
 from vlmscope.metrics.duplication import duplicated_fraction
 from vlmscope.metrics.reconstruction import FvuAccumulator, cross_entropy, dead_fraction, firing_counts
-from vlmscope.models.base import Adapter
+from vlmscope.scope import Scope
 from vlmscope.training.load_check import check_hooks
 from vlmscope.training.transcoder_data import LOSS_MASK, Batch, collect, forward_arguments, forwards, on_device
-from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderSet
+from vlmscope.transcoders.transcoder import SparseCode, Transcoder
 
 
 @dataclass
@@ -52,9 +51,7 @@ class _LayerFigures:
 
 
 @torch.no_grad()
-def evaluate_transcoders(
-    vlm: Adapter | HasAdapter, transcoders: TranscoderSet, batches: Iterable[Batch]
-) -> dict[str, float]:
+def evaluate_transcoders(scope: Scope, batches: Iterable[Batch]) -> dict[str, float]:
     """Figures of the set on `batches` (see `vlmscope.training.transcoder_data` for what a batch is).
 
     Returns:
@@ -66,8 +63,8 @@ def evaluate_transcoders(
     Raises:
         UserError: without batches, or when the set has other layers or hook points than the model.
     """
-    adapter = adapter_of(vlm)
-    _check_fits(adapter, transcoders)
+    _check_fits(scope)
+    adapter, transcoders = scope.adapter, scope.transcoders
     layers = {layer: _LayerFigures(transcoders[layer].config.n_features) for layer in transcoders.layers}
     losses: dict[str, float] = {"tokens": 0.0, "own": 0.0, "spliced": 0.0}
     for given in (one for batch in batches for one in forwards(batch)):
@@ -81,7 +78,7 @@ def evaluate_transcoders(
                 codes[layer] = transcoders[layer].encode(x)
                 figures.update(codes[layer], transcoders.decode(layer, codes, x), target, activations.is_image)
         if LOSS_MASK in batch:
-            _add_losses(adapter, transcoders, batch, losses)
+            _add_losses(scope, batch, losses)
     if any(figures.tokens == 0 for figures in layers.values()):
         raise UserError("no tokens to evaluate the transcoders on; give at least one batch")
     by_layer = {layer: figures.compute() for layer, figures in layers.items()}
@@ -111,15 +108,15 @@ def _brought_to(device: torch.device, transcoder: Transcoder) -> Iterator[None]:
         transcoder.to(home)
 
 
-def _check_fits(adapter: Adapter, transcoders: TranscoderSet) -> None:
-    wrong = [layer for layer in transcoders.layers if layer >= adapter.n_layers]
-    widths = {transcoder.config.d_model for transcoder in transcoders.transcoders.values()}
-    if wrong or widths != {adapter.d_model}:
+def _check_fits(scope: Scope) -> None:
+    wrong = [layer for layer in scope.transcoders.layers if layer >= scope.adapter.n_layers]
+    widths = {transcoder.config.d_model for transcoder in scope.transcoders.transcoders.values()}
+    if wrong or widths != {scope.adapter.d_model}:
         raise UserError(
-            f"transcoders of layers {transcoders.layers} and width {sorted(widths)} do not fit a model of "
-            f"{adapter.n_layers} layers and width {adapter.d_model}; choose the set trained on this model"
+            f"transcoders of layers {scope.transcoders.layers} and width {sorted(widths)} do not fit a model of "
+            f"{scope.adapter.n_layers} layers and width {scope.adapter.d_model}; choose the set trained on this model"
         )
-    check_hooks(adapter, transcoders)
+    check_hooks(scope)
 
 
 def _summary(by_layer: dict[int, dict[str, float]], losses: dict[str, float]) -> dict[str, float]:
@@ -135,9 +132,7 @@ def _summary(by_layer: dict[int, dict[str, float]], losses: dict[str, float]) ->
     return summary
 
 
-def _add_losses(
-    adapter: Adapter, transcoders: TranscoderSet, batch: Mapping[str, Tensor], losses: dict[str, float]
-) -> None:
+def _add_losses(scope: Scope, batch: Mapping[str, Tensor], losses: dict[str, float]) -> None:
     """Sums of the cross-entropy over answer tokens, of the model itself and with every layer replaced."""
     answers = batch[LOSS_MASK].bool()[:, 1:]
     if not answers.any():
@@ -148,17 +143,17 @@ def _add_losses(
     labels = batch["input_ids"][:, 1:][:, positions][chosen]
 
     def loss() -> float:
-        out = adapter.forward(forward_arguments(batch), use_cache=False, logits_to_keep=positions)
+        out = scope.adapter.forward(forward_arguments(batch), use_cache=False, logits_to_keep=positions)
         return float(cross_entropy(out.logits[chosen], labels)) * len(labels)
 
     losses["tokens"] += len(labels)
     losses["own"] += loss()
-    with spliced(adapter, transcoders):
+    with spliced(scope):
         losses["spliced"] += loss()
 
 
 @contextmanager
-def spliced(adapter: Adapter, transcoders: TranscoderSet) -> Iterator[None]:
+def spliced(scope: Scope) -> Iterator[None]:
     """Within it, what each transcoder imitates is replaced by the reconstruction of the MLP's own current input."""
     inputs: dict[int, Tensor] = {}
     codes: dict[int, SparseCode] = {}  # layers run in order, so those below are of the same forward
@@ -172,15 +167,15 @@ def spliced(adapter: Adapter, transcoders: TranscoderSet) -> Iterator[None]:
     def replace(layer: int) -> Any:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
             x = inputs.pop(layer)
-            with _brought_to(x.device, transcoders[layer]):
-                codes[layer] = transcoders[layer].encode(x)
-                return transcoders.decode(layer, codes, x).to(output.dtype)
+            with _brought_to(x.device, scope.transcoders[layer]):
+                codes[layer] = scope.transcoders[layer].encode(x)
+                return scope.transcoders.decode(layer, codes, x).to(output.dtype)
 
         return hook
 
     with ExitStack() as stack:
-        for layer, transcoder in transcoders.transcoders.items():
-            target = target_module(adapter, layer, transcoder.config.output_hook)
-            stack.callback(adapter.mlp(layer).register_forward_pre_hook(keep(layer)).remove)
+        for layer, transcoder in scope.transcoders.transcoders.items():
+            target = target_module(scope.adapter, layer, transcoder.config.output_hook)
+            stack.callback(scope.adapter.mlp(layer).register_forward_pre_hook(keep(layer)).remove)
             stack.callback(target.register_forward_hook(replace(layer)).remove)
         yield

@@ -15,9 +15,9 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vlmscope.activations.capture import HasAdapter, adapter_of
 from vlmscope.core.errors import NotMainRank
-from vlmscope.models.base import Adapter
+from vlmscope.models.loading import VLM
+from vlmscope.scope import Scope
 from vlmscope.training.activation_cache import CacheSettings
 from vlmscope.training.agreed_stop import AgreedStop
 from vlmscope.training.captures import Captures, open_captures
@@ -35,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def train_transcoders(
-    vlm: Adapter | HasAdapter,
+    vlm: VLM,
     train_batch: Callable[[int], Batch],
     val_batches: Sequence[Batch],
     config: TranscoderTrainingConfig,
@@ -50,7 +50,7 @@ def train_transcoders(
     """Train the transcoders of all layers of a frozen model.
 
     Args:
-        vlm: a loaded model or its adapter; its parameters are frozen and it is set to evaluation.
+        vlm: a loaded model; its parameters are frozen and it is set to evaluation.
         train_batch: batch number 0, 1, ... of the data, a pure function of the number, so that a resumed run sees the
             same data. What a batch is: `vlmscope.training.transcoder_data`.
         val_batches: batches for the figures of `vlmscope.training.transcoder_evaluation`.
@@ -73,8 +73,8 @@ def train_transcoders(
         KeyboardInterrupt: after Ctrl-C; the state is saved and `resume` goes on from it.
     """
     config.check()
-    adapter = adapter_of(vlm)
-    name = model_name if model_name is not None else str(getattr(vlm, "name", ""))
+    adapter = vlm.adapter
+    name = model_name if model_name is not None else vlm.name
     ranks = Ranks.current(adapter, per_host)
     module = TranscoderModule(adapter, config, name, ranks).to(adapter.device)
     checkpoints = TranscoderCheckpoints(Path(run_dir), config)
@@ -84,7 +84,7 @@ def train_transcoders(
         module.initialise([captures(number) for number in range(config.init_batches)])
     checkpoints.check_space(module)
     logger = logger if ranks.main else None
-    progress = _Progress(config, val_batches, logger, captures.figures)
+    progress = _Progress(vlm, config, val_batches, logger, captures.figures)
     if module.steps_done < config.max_steps:
         # The stop is asked for last, when the step has been written if it was to be.
         stop = [AgreedStop(checkpoints.save)] if ranks.layout.world > 1 else []
@@ -97,7 +97,7 @@ def train_transcoders(
     drawn = captures.figures()  # of all ranks, so all ask
     if not ranks.main:
         raise NotMainRank
-    metrics = evaluate_transcoders(adapter, transcoders, val_batches) if val_batches else {}
+    metrics = evaluate_transcoders(Scope(vlm, transcoders), val_batches) if val_batches else {}
     metrics |= {**progress.speed(), **drawn, "train/tokens": float(module.tokens_seen)}
     metrics |= {name: last[name] for name in ("train/stopped_layers", "train/filtered_frac") if name in last}
     if stopped:
@@ -138,12 +138,14 @@ class _Progress(pl.Callback):
 
     def __init__(
         self,
+        vlm: VLM,
         config: TranscoderTrainingConfig,
         val_batches: Sequence[Batch],
         logger: Logger | None,
         data_figures: Callable[[], Mapping[str, float]],
     ) -> None:
-        self.config, self.val_batches, self.logger, self.data_figures = config, val_batches, logger, data_figures
+        self.vlm, self.config, self.val_batches = vlm, config, val_batches
+        self.logger, self.data_figures = logger, data_figures
         self.tokens, self.seconds, self.began = 0, 0.0, 0.0
         self.bar: Any = None
 
@@ -174,7 +176,7 @@ class _Progress(pl.Callback):
         if due and self.val_batches:
             transcoders = pl_module.finished_set()
             if pl_module.ranks.main:
-                self._log(evaluate_transcoders(pl_module.adapter, transcoders, self.val_batches), done)
+                self._log(evaluate_transcoders(Scope(self.vlm, transcoders), self.val_batches), done)
         if pl_module.ranks.layout.world == 1 and not any(pl_module.layer(n).running for n in pl_module.ranks.layers):
             trainer.should_stop = True  # nothing is left to learn
         self.began = time.perf_counter()

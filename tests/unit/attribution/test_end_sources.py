@@ -10,6 +10,7 @@ from vlmscope.attribution.end_sources import end_sources
 from vlmscope.attribution.scores import scores
 from vlmscope.attribution.trace import trace
 from vlmscope.models.tiny import tiny_image, tiny_vlm
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 
@@ -20,7 +21,7 @@ def graph():
     transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 40, 6, seed=4).requires_grad_(False)
     inputs = vlm.prepare("what is this ?", [tiny_image(0)])
     config = AttributionConfig(answer="the red planet", max_nodes=60)
-    return trace(vlm, transcoders, inputs, config).graph
+    return trace(Scope(vlm, transcoders), inputs, config).graph
 
 
 def test_shares_of_every_end_sum_to_one(graph) -> None:

@@ -12,6 +12,7 @@ from vlmscope.core.ids import FeatureId
 from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.replacement.model import build_replacement
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 
@@ -23,7 +24,7 @@ def test_one_pass_is_the_sum_over_positions(family: str, effect: str) -> None:
     transcoders = random_set(adapter.n_layers, adapter.d_model, 30, 6, seed=6, dtype=torch.float64)
     inputs = vlm.prepare("what is this ?", [tiny_image(3).resize((48, 48)), tiny_image(4).resize((48, 48))])
     with exact_float64():
-        replacement = build_replacement(vlm, transcoders.requires_grad_(False), inputs)
+        replacement = build_replacement(Scope(vlm, transcoders.requires_grad_(False)), inputs)
         path, soft = vision_path(vlm, inputs), np.flatnonzero(inputs.is_image)
         layer = adapter.n_layers - 1
         found = replacement.features[layer]

@@ -31,6 +31,7 @@ from vlmscope.core.graph import PrunedGraph
 from vlmscope.models.loading import VLM, load_vlm
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.replacement.model import ReplacementModel, build_replacement
+from vlmscope.scope import Scope
 from vlmscope.transcoders.formats import load_set
 from vlmscope.transcoders.init import random_set
 
@@ -39,14 +40,14 @@ from vlmscope.transcoders.init import random_set
 def orrery() -> tuple[VLM, ReplacementModel]:
     vlm = load_vlm(asset("orrery"))
     inputs = vlm.prepare("what planet is this ?", [tiny_image(1)])
-    return vlm, build_replacement(vlm, load_set(asset("orrery_transcoders")), inputs)
+    return vlm, build_replacement(Scope(vlm, load_set(asset("orrery_transcoders"))), inputs)
 
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[VLM, ReplacementModel]:
     vlm = tiny_gemma3(2)
     adapter, inputs = vlm.adapter, vlm.prepare("what is this planet ?", [tiny_image(1)])
-    return vlm, build_replacement(vlm, random_set(adapter.n_layers, adapter.d_model, 48, 4, skip=True), inputs)
+    return vlm, build_replacement(Scope(vlm, random_set(adapter.n_layers, adapter.d_model, 48, 4, skip=True)), inputs)
 
 
 def made(vlm: VLM, replacement: ReplacementModel, config: AttributionConfig, plan: MemoryPlan) -> PrunedGraph:

@@ -18,6 +18,7 @@ from vlmscope.core.graph import NodeKind
 from vlmscope.models.loading import VLM
 from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 PROMPT = "what is this planet ?"
@@ -33,7 +34,7 @@ def traced(vlm: VLM, **settings: object) -> Trace:
     transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 5, seed=4, dtype=torch.float64)
     with exact_float64():
         config = AttributionConfig(dtype="float64", **settings)
-        return trace(vlm, transcoders, vlm.prepare(PROMPT, [tiny_image(0)]), config)
+        return trace(Scope(vlm, transcoders), vlm.prepare(PROMPT, [tiny_image(0)]), config)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from vlmscope.models.loading import load_vlm
 from vlmscope.models.sizes import attention_widths
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.replacement.model import build_replacement
+from vlmscope.scope import Scope
 from vlmscope.transcoders.formats import load_set
 from vlmscope.transcoders.init import random_set
 
@@ -45,7 +46,7 @@ def test_orrerys_graph_is_foreseen(max_nodes: int, tmp_path: Path) -> None:
     vlm, transcoders = load_vlm(asset("orrery")), load_set(asset("orrery_transcoders"))
     config = AttributionConfig(max_nodes=max_nodes)
     inputs = vlm.prepare("what planet is this ?", [tiny_image(1)])
-    replacement = build_replacement(vlm, transcoders, inputs, torch.float32)
+    replacement = build_replacement(Scope(vlm, transcoders), inputs, torch.float32)
     tracemalloc.start()
     graph = attribute(replacement, config, vlm.tokenizer)
     peak = tracemalloc.get_traced_memory()[1]
@@ -67,7 +68,7 @@ def test_orrerys_graph_is_foreseen(max_nodes: int, tmp_path: Path) -> None:
 def test_rows_and_sources_have_the_foreseen_shapes() -> None:
     vlm = tiny_gemma3(2)
     adapter, inputs = vlm.adapter, vlm.prepare("what is this planet ?", [tiny_image(1)])
-    replacement = build_replacement(vlm, random_set(adapter.n_layers, adapter.d_model, 48, 4, skip=True), inputs)
+    replacement = build_replacement(Scope(vlm, random_set(adapter.n_layers, adapter.d_model, 48, 4, skip=True)), inputs)
     adjoint = Adjoint(replacement)
     config = AttributionConfig(batch_size=3)
     found = sizes(adapter, inputs, 4, config, skip=True)
@@ -89,7 +90,7 @@ def test_operations_are_those_that_torch_counts() -> None:
 
     vlm, transcoders = load_vlm(asset("orrery")), load_set(asset("orrery_transcoders"))
     inputs = vlm.prepare("what planet is this ?", [tiny_image(1)])
-    replacement = build_replacement(vlm, transcoders, inputs, torch.float32)
+    replacement = build_replacement(Scope(vlm, transcoders), inputs, torch.float32)
     adjoint = Adjoint(replacement)
     found = sizes(vlm.adapter, inputs, 16, AttributionConfig())
     with FlopCounterMode(display=False) as counter:

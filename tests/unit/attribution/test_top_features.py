@@ -10,6 +10,7 @@ from vlmscope.attribution.trace import trace
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.ids import FeatureId
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 
@@ -17,7 +18,7 @@ from vlmscope.transcoders.init import random_set
 def graph() -> AttributionGraph:
     vlm = tiny_gemma3(2)
     transcoders = random_set(4, vlm.adapter.d_model, 30, 4, False, 1, torch.float32, "random")
-    return trace(vlm, transcoders, vlm.prepare("what is this ?", [tiny_image(0)]), AttributionConfig()).graph
+    return trace(Scope(vlm, transcoders), vlm.prepare("what is this ?", [tiny_image(0)]), AttributionConfig()).graph
 
 
 def by_paths(graph: AttributionGraph) -> dict[FeatureId, float]:

@@ -9,6 +9,7 @@ from vlmscope.interventions.named import donor_activations
 from vlmscope.interventions.run import editing, run_edited
 from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 PROMPT = "what is this ?"
@@ -26,7 +27,7 @@ def bench():
             CaptionPair(vlm.prepare(PROMPT, [tiny_image(i)]), vlm.prepare(PROMPT, [tiny_image(i + 3)]), IDS)
             for i in range(3)
         ]
-    return vlm, transcoders, pairs
+    return Scope(vlm, transcoders), pairs
 
 
 @pytest.fixture(autouse=True)
@@ -36,19 +37,19 @@ def exact():
 
 
 def test_features_are_chosen_for_every_word_that_differs(bench) -> None:
-    vlm, transcoders, pairs = bench
+    scope, pairs = bench
     assert pairs[0].differs == (1, 2)
-    found = word_features(vlm.adapter, transcoders, vlm.tokenizer, pairs, 4, 2)
+    found = word_features(scope, scope.vlm.tokenizer, pairs, 4, 2)
     assert list(found) == [1, 2]
     assert all(len(set(some)) == 4 for some in found.values())
 
 
 def test_levels_are_means_at_every_position_and_the_plan_goes_from_one_side_to_the_other(bench) -> None:
-    vlm, transcoders, pairs = bench
+    scope, pairs = bench
     features = {1: torch.tensor([3, 0, 7])}
-    levels = levels_of(vlm.adapter, transcoders, vlm.tokenizer, pairs, features)
-    batch = whole(vlm.adapter, vlm.tokenizer, pairs, 1)
-    _, values = donor_activations(vlm.adapter, transcoders, batch, features)[1]
+    levels = levels_of(scope, scope.vlm.tokenizer, pairs, features)
+    batch = whole(scope.adapter, scope.vlm.tokenizer, pairs, 1)
+    _, values = donor_activations(scope, batch, features)[1]
     torch.testing.assert_close(levels.counterfactual[1], values.mean(0))
     prompt = len(pairs[0].original)
     for strength, side in ((0.0, levels.original), (1.0, levels.counterfactual)):
@@ -61,9 +62,9 @@ def test_levels_are_means_at_every_position_and_the_plan_goes_from_one_side_to_t
 
 
 def test_a_gated_plan_opens_by_the_features_of_originals_alone(bench) -> None:
-    vlm, transcoders, pairs = bench
-    features = {layer: torch.arange(24) for layer in transcoders.layers}
-    levels = levels_of(vlm.adapter, transcoders, vlm.tokenizer, pairs, features)
+    scope, pairs = bench
+    features = {layer: torch.arange(24) for layer in scope.transcoders.layers}
+    levels = levels_of(scope, scope.vlm.tokenizer, pairs, features)
     plan = levels.plan(1.0, 0.5)
     for layer, edit in plan.items():
         assert edit.gate is not None
@@ -75,26 +76,26 @@ def test_a_gated_plan_opens_by_the_features_of_originals_alone(bench) -> None:
 
 def test_each_generated_token_gets_its_own_value(bench) -> None:
     """Token by token with a cache, against one forward of the whole in which every position has its value."""
-    vlm, transcoders, pairs = bench
-    features = {layer: torch.arange(6) for layer in transcoders.layers}
-    levels = levels_of(vlm.adapter, transcoders, vlm.tokenizer, pairs, features)
+    scope, pairs = bench
+    features = {layer: torch.arange(6) for layer in scope.transcoders.layers}
+    levels = levels_of(scope, scope.vlm.tokenizer, pairs, features)
     plan = levels.plan(3.0)
     inputs = [pair.original for pair in pairs]
-    together = generate_batch(vlm.adapter, inputs, 4, editing(vlm.adapter, transcoders, plan))
-    one_by_one = [generate_batch(vlm.adapter, [one], 4, editing(vlm.adapter, transcoders, plan))[0] for one in inputs]
+    together = generate_batch(scope.adapter, inputs, 4, editing(scope, plan))
+    one_by_one = [generate_batch(scope.adapter, [one], 4, editing(scope, plan))[0] for one in inputs]
     assert together == one_by_one
     said = [CaptionPair(i, i, (tuple(ids[:3]), tuple(ids[:3]))) for i, ids in zip(inputs, together, strict=True)]
-    batch = whole(vlm.adapter, vlm.tokenizer, said, 0)
+    batch = whole(scope.adapter, scope.vlm.tokenizer, said, 0)
     everywhere = {}
     for layer, edit in plan.items():
         assert edit.generated is not None
         value = torch.cat([edit.value, edit.generated[:, 0]])
         everywhere[layer] = type(edit)(edit.features, value, edit.scale, torch.ones(len(value), dtype=torch.bool))
-    logits = run_edited(vlm.adapter, transcoders, batch, everywhere)
+    logits = run_edited(scope, batch, everywhere)
     assert logits.argmax(-1).tolist() == [ids[3] for ids in together]
     constant = levels.plan(3.0)
     for layer, edit in constant.items():
         assert edit.generated is not None
         constant[layer] = type(edit)(edit.features, edit.value, edit.scale, edit.where, edit.generated[0])
-    others = generate_batch(vlm.adapter, inputs, 4, editing(vlm.adapter, transcoders, constant))
+    others = generate_batch(scope.adapter, inputs, 4, editing(scope, constant))
     assert [ids[:2] for ids in others] == [ids[:2] for ids in together], "the first two tokens have the same values"

@@ -22,6 +22,7 @@ from vlmscope.interventions.named import patch_plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 PROMPT = "what is this planet ?"
@@ -33,7 +34,7 @@ def bench():
     vlm = tiny_gemma3(5)
     transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, N, 6, seed=6).requires_grad_(False)
     batch = make_batch(vlm.adapter, [vlm.prepare(PROMPT, [tiny_image(i)]) for i in range(6)])
-    return vlm, transcoders, batch
+    return Scope(vlm, transcoders), batch
 
 
 def planted(transcoders, feature: int, role: str, size: float) -> RoleMeans:
@@ -54,7 +55,7 @@ def two_concepts(transcoders, confirmed: bool = True, mars: int = 3) -> tuple[Ci
 
 
 def test_planted_features_are_found_at_their_role(bench) -> None:
-    _, transcoders, _ = bench
+    transcoders = bench[0].transcoders
     circuit, metrics = two_concepts(transcoders)
     for concept, feature, role in (("mars", 3, "last"), ("earth", 8, "image")):
         members = circuit.supernodes[concept].features
@@ -68,19 +69,19 @@ def test_planted_features_are_found_at_their_role(bench) -> None:
 
 
 def test_features_without_influence_are_left_out(bench) -> None:
-    _, transcoders, _ = bench
+    transcoders = bench[0].transcoders
     circuit, metrics = two_concepts(transcoders, confirmed=False)
     assert circuit.size("mars", "earth") == 0
     assert metrics["circuit/mars/confirmed_frac"] == 0.0
 
 
 def test_saved_and_loaded_circuits_steer_alike(bench, tmp_path: Path) -> None:
-    vlm, transcoders, batch = bench
-    circuit, _ = two_concepts(transcoders)
+    scope, batch = bench
+    circuit, _ = two_concepts(scope.transcoders)
     save_circuit(circuit, tmp_path)
     again = load_circuit(tmp_path)
     plans = [steer_plan(c, "mars", "earth", batch.roles, 2.0) for c in (circuit, again)]
-    logits = [run_edited(vlm.adapter, transcoders, batch, plan) for plan in plans]
+    logits = [run_edited(scope, batch, plan) for plan in plans]
     assert torch.equal(*logits)
     assert [m.feature for m in again.supernodes["mars"].features] == [
         m.feature for m in circuit.supernodes["mars"].features
@@ -90,7 +91,8 @@ def test_saved_and_loaded_circuits_steer_alike(bench, tmp_path: Path) -> None:
 
 
 def test_steering_sets_levels_by_role(bench) -> None:
-    _, transcoders, batch = bench
+    scope, batch = bench
+    transcoders = scope.transcoders
     circuit, _ = two_concepts(transcoders)
     edit = steer_plan(circuit, "mars", "earth", batch.roles, 2.0)[0]
     assert edit.features.tolist() == [3, 8]
@@ -102,64 +104,66 @@ def test_steering_sets_levels_by_role(bench) -> None:
 
 
 def test_gated_steering_leaves_prompts_without_the_suppressed_concept_alone(bench) -> None:
-    vlm, transcoders, batch = bench
-    inputs = mlp_inputs(vlm.adapter, batch, transcoders.layers)
-    fires = torch.stack([transcoders[layer].encode(x).dense(N)[:, -1] > 0 for layer, x in inputs.items()]).any(0)
+    scope, batch = bench
+    inputs = mlp_inputs(scope.adapter, batch, scope.transcoders.layers)
+    fires = torch.stack([scope.transcoders[layer].encode(x).dense(N)[:, -1] > 0 for layer, x in inputs.items()]).any(0)
     mars = int(
         (fires.sum(0) - batch.size / 2).abs().argmin()
     )  # fires at the last position of about half of the prompts
     silent = ~fires[:, mars]
-    circuit, _ = two_concepts(transcoders, mars=mars)
-    before = run_edited(vlm.adapter, transcoders, batch, {})
-    after = run_edited(
-        vlm.adapter, transcoders, batch, steer_plan(circuit, "mars", "earth", batch.roles, 20.0, gate=0.5)
-    )
+    circuit, _ = two_concepts(scope.transcoders, mars=mars)
+    before = run_edited(scope, batch, {})
+    after = run_edited(scope, batch, steer_plan(circuit, "mars", "earth", batch.roles, 20.0, gate=0.5))
     assert 0 < int(silent.sum()) < batch.size
     assert torch.equal(after[silent], before[silent])
     assert not torch.equal(after[~silent], before[~silent])
 
 
 def test_patching_with_the_recipient_itself_changes_nothing(bench) -> None:
-    vlm, transcoders, batch = bench
-    circuit, _ = two_concepts(transcoders)
-    base = run_edited(vlm.adapter, transcoders, batch, {})
-    own = patch_plan(donor_activations(vlm.adapter, transcoders, batch, circuit), batch.roles)
-    assert torch.allclose(run_edited(vlm.adapter, transcoders, batch, own), base, atol=1e-5)
-    assert {layer: f.tolist() for layer, f in union(circuit).items()} == {i: [3, 8] for i in transcoders.layers}
+    scope, batch = bench
+    circuit, _ = two_concepts(scope.transcoders)
+    base = run_edited(scope, batch, {})
+    own = patch_plan(donor_activations(scope, batch, circuit), batch.roles)
+    assert torch.allclose(run_edited(scope, batch, own), base, atol=1e-5)
+    assert {layer: f.tolist() for layer, f in union(circuit).items()} == {i: [3, 8] for i in scope.transcoders.layers}
 
 
 def test_patching_everything_reproduces_the_donor_at_a_layer(bench) -> None:
     """All features of layer 0 from the donor: the layer then writes the donor's reconstruction plus its own error."""
-    vlm, transcoders, batch = bench
+    scope, batch = bench
     donors = batch.select([1, 2, 3, 4, 5, 0])
-    everything = {"all": planted(transcoders, 0, "last", 1.0), "none": planted(transcoders, 1, "last", 0.0)}
+    everything = {"all": planted(scope.transcoders, 0, "last", 1.0), "none": planted(scope.transcoders, 1, "last", 0.0)}
     influence = {"all": {FeatureId(0, i): 1.0 for i in range(N)}, "none": {}}
     for table in everything["all"].by_role.values():
         table[0] += 1.0
-    circuit, _ = contrast_circuit(transcoders, {c: {"name": m} for c, m in everything.items()}, influence, N, "tiny")
-    carried = donor_activations(vlm.adapter, transcoders, donors, circuit)
+    circuit, _ = contrast_circuit(
+        scope.transcoders, {c: {"name": m} for c, m in everything.items()}, influence, N, "tiny"
+    )
+    carried = donor_activations(scope, donors, circuit)
     assert len(carried[0][0]) == N
     seen = {}
     for name, plan in (("base", {}), ("donor", {}), ("patched", {0: patch_plan(carried, batch.roles)[0]})):
-        target = vlm.adapter.norms(0).mlp_out_post
+        target = scope.adapter.norms(0).mlp_out_post
         assert target is not None
         handle = target.register_forward_hook(lambda _m, args, _o, name=name: seen.__setitem__(name, args[0]))
-        run_edited(vlm.adapter, transcoders, donors if name == "donor" else batch, plan)
+        run_edited(scope, donors if name == "donor" else batch, plan)
         handle.remove()
     x = {}
     for name, rows in (("base", batch), ("donor", donors)):
-        handle = vlm.adapter.mlp(0).register_forward_hook(lambda _m, args, _o, name=name: x.__setitem__(name, args[0]))
-        run_edited(vlm.adapter, transcoders, rows, {})
+        handle = scope.adapter.mlp(0).register_forward_hook(
+            lambda _m, args, _o, name=name: x.__setitem__(name, args[0])
+        )
+        run_edited(scope, rows, {})
         handle.remove()
-    error = seen["base"] - transcoders[0](x["base"]).reconstruction
-    expected = transcoders[0](x["donor"]).reconstruction + error
+    error = seen["base"] - scope.transcoders[0](x["base"]).reconstruction
+    expected = scope.transcoders[0](x["donor"]).reconstruction + error
     assert torch.allclose(seen["patched"], expected, atol=1e-5)
 
 
 def test_pooled_patch_gives_every_soft_token_the_mean(bench) -> None:
-    vlm, transcoders, batch = bench
-    circuit, _ = two_concepts(transcoders)
-    carried = donor_activations(vlm.adapter, transcoders, batch, circuit)
+    scope, batch = bench
+    circuit, _ = two_concepts(scope.transcoders)
+    carried = donor_activations(scope, batch, circuit)
     image = torch.from_numpy(batch.is_image)
     edit = patch_plan(carried, batch.roles, strength=2.0, pooled=True)[1]
     mean = carried[1][1][:, image].mean(1, keepdim=True) * 2.0
@@ -168,28 +172,29 @@ def test_pooled_patch_gives_every_soft_token_the_mean(bench) -> None:
 
 
 def test_flip_rate_counts_donor_answers(bench) -> None:
-    vlm, transcoders, batch = bench
-    circuit, _ = two_concepts(transcoders)
-    means = {layer: torch.rand(N) for layer in transcoders.layers}
+    scope, batch = bench
+    circuit, _ = two_concepts(scope.transcoders)
+    means = {layer: torch.rand(N) for layer in scope.transcoders.layers}
     plan = steer_plan(circuit, "mars", "earth", batch.roles, 50.0)
-    after = run_edited(vlm.adapter, transcoders, batch, plan).argmax(-1)
+    after = run_edited(scope, batch, plan).argmax(-1)
     token = int(after[0])
-    subject = make_subject(vlm.adapter, transcoders, "name", batch, 0, token)
-    found = flip_effect(vlm.adapter, transcoders, subject, plan, "free", means, controls=2)
+    subject = make_subject(scope, "name", batch, 0, token)
+    found = flip_effect(scope, subject, plan, "free", means, controls=2)
     rate = found.flip
     assert rate.value == pytest.approx(float((after == token).double().mean()))
     assert rate.control is not None
-    before = int(run_edited(vlm.adapter, transcoders, batch, {}).argmax(-1)[0])
-    moved = make_subject(vlm.adapter, transcoders, "name", batch, before, token)
-    changed = flip_effect(vlm.adapter, transcoders, moved, plan, "free", means, controls=1)
+    before = int(run_edited(scope, batch, {}).argmax(-1)[0])
+    moved = make_subject(scope, "name", batch, before, token)
+    changed = flip_effect(scope, moved, plan, "free", means, controls=1)
     assert changed.changed.value == pytest.approx(float((after != before).double().mean()))
     assert changed.p_flip is not None
     assert changed.p_flip <= 1
-    assert flip_effect(vlm.adapter, transcoders, moved, {}, "free", means, controls=0).p_changed is None
+    assert flip_effect(scope, moved, {}, "free", means, controls=0).p_changed is None
 
 
 def test_scopes_drop_layer_and_position(bench) -> None:
-    _, transcoders, batch = bench
+    scope, batch = bench
+    transcoders = scope.transcoders
     circuit, _ = two_concepts(transcoders)
     plan = steer_plan(circuit, "mars", "earth", batch.roles, 1.0)
     assert set(in_scope(plan, "no_last_layer", batch.roles, 3)) == {0, 1, 2}
@@ -198,21 +203,21 @@ def test_scopes_drop_layer_and_position(bench) -> None:
 
 
 def test_specificity_is_zero_for_no_plan(bench) -> None:
-    vlm, transcoders, batch = bench
-    none = specificity(vlm.adapter, transcoders, [batch], lambda _roles: {})
+    scope, batch = bench
+    none = specificity(scope, [batch], lambda _roles: {})
     assert none.kl == pytest.approx(0.0, abs=1e-9)
     assert none.changed.value == 0.0
-    circuit, _ = two_concepts(transcoders)
-    some = specificity(vlm.adapter, transcoders, [batch], lambda r: steer_plan(circuit, "mars", "earth", r, 50.0))
+    circuit, _ = two_concepts(scope.transcoders)
+    some = specificity(scope, [batch], lambda r: steer_plan(circuit, "mars", "earth", r, 50.0))
     assert some.kl > 1e-3
 
 
 def test_role_means_equal_a_plain_loop(bench) -> None:
-    vlm, transcoders, batch = bench
+    scope, batch = bench
     from vlmscope.activations.mlp_inputs import mlp_inputs
 
-    found = role_means(vlm.adapter, transcoders, [batch, batch.select([0])])
-    dense = transcoders[2].encode(mlp_inputs(vlm.adapter, batch, [2])[2]).dense(N)
+    found = role_means(scope, [batch, batch.select([0])])
+    dense = scope.transcoders[2].encode(mlp_inputs(scope.adapter, batch, [2])[2]).dense(N)
     both = torch.cat([dense, dense[:1]])
     for role in ("image", "question", "last", "special"):
         mask = torch.from_numpy(batch.roles == role)
@@ -226,7 +231,7 @@ def test_role_means_of_half_precision_keep_counting() -> None:
     half = tiny_gemma3(5, dtype=torch.bfloat16)
     transcoders = random_set(4, half.adapter.d_model, N, 6, seed=6, dtype=torch.bfloat16).requires_grad_(False)
     batch = make_batch(half.adapter, [half.prepare(PROMPT, [tiny_image(i)]) for i in range(2)])
-    once, often = (role_means(half.adapter, transcoders, [batch] * times) for times in (1, 150))
+    once, often = (role_means(Scope(half, transcoders), [batch] * times) for times in (1, 150))
     for layer in transcoders.layers:
         assert often.overall[layer].dtype == torch.float32
         torch.testing.assert_close(often.overall[layer], once.overall[layer])
@@ -243,10 +248,10 @@ def test_circuits_of_half_precision_are_saved_and_matched(tmp_path: Path) -> Non
     }
     save_circuit(replace(circuit, levels=halves), tmp_path)
     plan = steer_plan(load_circuit(tmp_path), "mars", "earth", batch.roles, 2.0, gate=0.5)
-    subject = make_subject(half.adapter, transcoders, "name", batch, 1, 2)
+    subject = make_subject(Scope(half, transcoders), "name", batch, 1, 2)
     means = {layer: torch.rand(N, dtype=torch.bfloat16) for layer in transcoders.layers}
     for mode in ("direct", "frozen_attention", "free"):
-        found = flip_effect(half.adapter, transcoders, subject, plan, mode, means, controls=1)
+        found = flip_effect(Scope(half, transcoders), subject, plan, mode, means, controls=1)
         assert found.logits.dtype == torch.bfloat16 and bool(found.logits.isfinite().all())
 
 
@@ -255,8 +260,8 @@ def test_flow_sums_the_influence_of_edges_between_supernodes(bench) -> None:
     from vlmscope.attribution.trace import trace
     from vlmscope.core.graph import NodeKind
 
-    vlm, transcoders, _ = bench
-    pruned = trace(vlm, transcoders, vlm.prepare(PROMPT, [tiny_image(0)]), AttributionConfig()).pruned
+    scope, _ = bench
+    pruned = trace(scope, scope.vlm.prepare(PROMPT, [tiny_image(0)]), AttributionConfig()).pruned
     graph = pruned.graph
     nodes = [n for n in graph.nodes.of(NodeKind.FEATURE).tolist() if pruned.node_mask[n]]
     members = {"a": {graph.nodes.feature_id(n) for n in nodes}}

@@ -40,6 +40,7 @@ from vlmscope.interventions.named import steer_plan as named_plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 PROMPT = "what is this planet ?"
@@ -49,7 +50,7 @@ MODES = ("direct", "frozen_attention", "free")
 
 @pytest.fixture(scope="module")
 def there():
-    """(vlm, transcoders, two sides of prompts) on the pretended device."""
+    """(scope, two sides of prompts) on the pretended device."""
     vlm = tiny_gemma3(5)
     adapter = vlm.adapter
     transcoders = random_set(adapter.n_layers, adapter.d_model, WIDTH, 5, seed=6).requires_grad_(False)
@@ -63,15 +64,15 @@ def there():
     for side in sides:
         for inputs in side:
             mark(inputs.tensors)
-    return vlm, transcoders, sides
+    return Scope(vlm, transcoders), sides
 
 
 @pytest.fixture
 def pairs(there):
-    vlm, transcoders, sides = there
+    scope, sides = there
     with PretendDevice(), torch.no_grad():
         first, second = (mark(torch.arange(3) + start) for start in (3, 7))
-        return pair_subject(vlm.adapter, transcoders, "name", sides[0], sides[1], first, second, 2, answerable=False)
+        return pair_subject(scope, "name", sides[0], sides[1], first, second, 2, answerable=False)
 
 
 def test_mixing_devices_is_refused() -> None:
@@ -91,81 +92,80 @@ def test_mixing_devices_is_refused() -> None:
 
 
 def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
-    vlm, transcoders, sides = there
-    adapter = vlm.adapter
+    scope, sides = there
+    adapter = scope.adapter
     with PretendDevice(), torch.no_grad():
         batches = [make_batch(adapter, side) for side in sides]
-        means = {n: {"name": role_means(adapter, transcoders, [b])} for n, b in zip("ab", batches, strict=True)}
+        means = {n: {"name": role_means(scope, [b])} for n, b in zip("ab", batches, strict=True)}
         influence = {n: {FeatureId(k, i): 1.0 for k in range(4) for i in range(WIDTH)} for n in "ab"}
-        found, _ = contrast_circuit(transcoders, means, influence, 2, vlm.name)
+        found, _ = contrast_circuit(scope.transcoders, means, influence, 2, scope.vlm.name)
         save_circuit(found, tmp_path)
-        subject = make_subject(adapter, transcoders, "name", batches[0], 1, 2)
+        subject = make_subject(scope, "name", batches[0], 1, 2)
         overall = means["a"]["name"].overall
         for circuit in (found, load_circuit(tmp_path)):
             roles = batches[0].roles
             steered = steer_plan(circuit, "a", "b", roles, 2.0, gate=0.5)
-            patched = patch_plan(donor_activations(adapter, transcoders, batches[1], circuit), roles, pooled=True)
+            patched = patch_plan(donor_activations(scope, batches[1], circuit), roles, pooled=True)
             node = replace(circuit.node("a"), positions=Positions(("image",)))
             some = at_supernodes(patched, [node], batches[0].places)
             where = position_mask(roles, "all")
             ablated = {k: scale_features(f, 0.0, where) for k, f in circuit.indices("a").items()}
-            held = concept_matrix.gifts(adapter, transcoders, batches[1], [circuit])
+            held = concept_matrix.gifts(scope, batches[1], [circuit])
             crossed = concept_matrix.patching(held, circuit, torch.arange(3), roles, 1.0)
             for plan in (steered, patched, some, ablated, merge([patched, crossed])):
                 for mode in MODES:
-                    assert marked(flip_effect(adapter, transcoders, subject, plan, mode, overall, 1).logits)
-            direction_control(adapter, transcoders, subject, steered, 1)
+                    assert marked(flip_effect(scope, subject, plan, mode, overall, 1).logits)
+            direction_control(scope, subject, steered, 1)
 
 
 def test_named_features_and_levels_are_set_there(there) -> None:
-    vlm, transcoders, sides = there
+    scope, sides = there
     with PretendDevice(), torch.no_grad():
-        batch = make_batch(vlm.adapter, sides[0])
-        plan = named_plan(vlm.adapter, transcoders, {FeatureId(1, 3): 2.0, FeatureId(2, 5): 0.0}, batch.length, [1, 2])
-        assert marked(run_edited(vlm.adapter, transcoders, batch, plan))
-        features = by_layer(transcoders, [FeatureId(1, 3), FeatureId(1, 7)])
+        batch = make_batch(scope.adapter, sides[0])
+        plan = named_plan(scope, {FeatureId(1, 3): 2.0, FeatureId(2, 5): 0.0}, batch.length, [1, 2])
+        assert marked(run_edited(scope, batch, plan))
+        features = by_layer(scope.transcoders, [FeatureId(1, 3), FeatureId(1, 7)])
         start, end = (mark(torch.rand(batch.length + 2, 2)) for _ in range(2))
         levels = Levels(features, {1: start}, {1: end}, batch.length)
         for gate in (None, 0.5):
-            assert marked(run_edited(vlm.adapter, transcoders, batch, levels.plan(1.5, gate)))
+            assert marked(run_edited(scope, batch, levels.plan(1.5, gate)))
 
 
 def test_interchanges_and_their_controls_run_there(there, pairs) -> None:
-    vlm, transcoders, _ = there
-    adapter = vlm.adapter
+    scope, _ = there
     nodes = [Supernode("a", (CircuitFeature(FeatureId(1, 2), "", 0, 0),), Positions(("image",)))]
     some = {1: torch.tensor([2, 5]), 3: torch.tensor([4])}
     with PretendDevice(), torch.no_grad():
-        means = mean_activations(adapter, transcoders, [pairs.batch], transcoders.layers)
-        whole = interchange_plan(adapter, transcoders, pairs, all_features(transcoders))
+        means = mean_activations(scope, [pairs.batch], scope.transcoders.layers)
+        whole = interchange_plan(scope, pairs, all_features(scope.transcoders))
         for mode in MODES:
-            run_interchange(adapter, transcoders, pairs, whole, mode)
-        plan = interchange_plan(adapter, transcoders, pairs, some, nodes=nodes)
-        carried_controls(adapter, transcoders, pairs, plan, "free", means, 1)
-        kept = whole_plan(adapter, transcoders, pairs)
+            run_interchange(scope, pairs, whole, mode)
+        plan = interchange_plan(scope, pairs, some, nodes=nodes)
+        carried_controls(scope, pairs, plan, "free", means, 1)
+        kept = whole_plan(scope, pairs)
         for mode in MODES:
-            run_interchange(adapter, transcoders, pairs, kept, mode)
+            run_interchange(scope, pairs, kept, mode)
         for one in (plan, kept):
-            direction_controls(adapter, transcoders, pairs, one, 1)
-        layer_role_grid(adapter, transcoders, pairs, some, ("image", "last"))
+            direction_controls(scope, pairs, one, 1)
+        layer_role_grid(scope, pairs, some, ("image", "last"))
         few = part_of(pairs, [0, 2])
-        run_interchange(adapter, transcoders, few, interchange_plan(adapter, transcoders, few, some))
+        run_interchange(scope, few, interchange_plan(scope, few, some))
     with PretendDevice():
-        assert len(pair_effects(adapter, transcoders, pairs, 2).ranked(3)) == 3
+        assert len(pair_effects(scope, pairs, 2).ranked(3)) == 3
 
 
 def test_circuits_of_nodes_and_edges_are_found_there(there, pairs) -> None:
-    vlm, transcoders, sides = there
+    scope, sides = there
     with PretendDevice():
-        measured = measure(vlm.adapter, transcoders, CircuitSubject(pairs, *sides))
-        nodes = changing_nodes(measured, transcoders)
-        runner = Runner(vlm.adapter, transcoders, measured, nodes)
+        measured = measure(scope, CircuitSubject(pairs, *sides))
+        nodes = changing_nodes(measured, scope.transcoders)
+        runner = Runner(scope, measured, nodes)
         half = runner.kept(np.arange(len(nodes)) % 2 == 0)
         assert np.isfinite(runner.run(half)).all()
-        effects = eap_ig(vlm.adapter, transcoders, measured, nodes, 2)
-        activation_change(transcoders, measured, nodes)
+        effects = eap_ig(scope, measured, nodes, 2)
+        activation_change(scope.transcoders, measured, nodes)
         targets = np.flatnonzero(nodes.is_feature)[:20]
-        edges = pair_edges(vlm.adapter, transcoders, measured, nodes, targets, 1, 1)
+        edges = pair_edges(scope, measured, nodes, targets, 1, 1)
         assert np.isfinite(run_edges(edges, [None])).all() and np.isfinite(effects).all()
 
 
@@ -177,19 +177,19 @@ def test_half_precision_runs_the_whole_way() -> None:
     transcoders.requires_grad_(False)
     sides = [[vlm.prepare(PROMPT, [tiny_image(i)]) for i in some] for some in (range(3), range(3, 6))]
     first, second = (torch.arange(3) + start for start in (3, 7))
-    pairs = pair_subject(adapter, transcoders, "name", sides[0], sides[1], first, second, 2, answerable=False)
-    means = mean_activations(adapter, transcoders, [pairs.batch], transcoders.layers)
-    plan = interchange_plan(adapter, transcoders, pairs, {1: torch.tensor([2, 5])})
-    carried_controls(adapter, transcoders, pairs, plan, "free", means, 1)
-    same = whole_plan(adapter, transcoders, replace(pairs, other=pairs.batch))
-    kept = run_edited(adapter, transcoders, pairs.batch, same)
+    pairs = pair_subject(Scope(vlm, transcoders), "name", sides[0], sides[1], first, second, 2, answerable=False)
+    means = mean_activations(Scope(vlm, transcoders), [pairs.batch], transcoders.layers)
+    plan = interchange_plan(Scope(vlm, transcoders), pairs, {1: torch.tensor([2, 5])})
+    carried_controls(Scope(vlm, transcoders), pairs, plan, "free", means, 1)
+    same = whole_plan(Scope(vlm, transcoders), replace(pairs, other=pairs.batch))
+    kept = run_edited(Scope(vlm, transcoders), pairs.batch, same)
     assert float((kept - pairs.base.logits).abs().max()) < 0.05
     for mode in MODES:
-        run_interchange(adapter, transcoders, pairs, whole_plan(adapter, transcoders, pairs), mode)
-    assert len(pair_effects(adapter, transcoders, pairs, 2).ranked(3)) == 3
-    measured = measure(adapter, transcoders, CircuitSubject(pairs, *sides))
+        run_interchange(Scope(vlm, transcoders), pairs, whole_plan(Scope(vlm, transcoders), pairs), mode)
+    assert len(pair_effects(Scope(vlm, transcoders), pairs, 2).ranked(3)) == 3
+    measured = measure(Scope(vlm, transcoders), CircuitSubject(pairs, *sides))
     nodes = changing_nodes(measured, transcoders)
-    assert np.isfinite(eap_ig(adapter, transcoders, measured, nodes, 2)).all()
+    assert np.isfinite(eap_ig(Scope(vlm, transcoders), measured, nodes, 2)).all()
     targets = np.flatnonzero(nodes.is_feature)[:20]
-    edges = pair_edges(adapter, transcoders, measured, nodes, targets, 1, 1)
+    edges = pair_edges(Scope(vlm, transcoders), measured, nodes, targets, 1, 1)
     assert np.isfinite(run_edges(edges, [None])).all()

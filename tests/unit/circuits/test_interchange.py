@@ -28,6 +28,7 @@ from vlmscope.interventions.named import mean_activations
 from vlmscope.interventions.run import edit_changes, run_edited
 from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 PROMPT = "what is this planet ?"
@@ -55,10 +56,10 @@ def bench(request: pytest.FixtureRequest):
             torch.cat([adapter.forward(i.tensors, use_cache=False).logits[:, -1] for i in side]) for side in sides
         ]
         tokens = [found.argmax(-1) for found in logits]
-        found = pair_subject(adapter, transcoders, "name", *sides, *tokens, 2)
+        found = pair_subject(Scope(vlm, transcoders), "name", *sides, *tokens, 2)
     # A random model says the same of every picture: any other word serves as the answer that should follow.
     second = logits[0][:, : adapter.vocab_size].topk(2).indices[:, 1]
-    return vlm, transcoders, replace(found, other_tokens=second)
+    return Scope(vlm, transcoders), replace(found, other_tokens=second)
 
 
 @pytest.fixture(autouse=True)
@@ -73,64 +74,60 @@ def gaps(subject: PairSubject, logits: torch.Tensor) -> torch.Tensor:
 
 
 def test_carried_features_have_the_counterfactuals_activations(bench) -> None:
-    vlm, transcoders, subject = bench
-    plan = interchange_plan(vlm.adapter, transcoders, subject, all_features(transcoders))
-    inputs = mlp_inputs(vlm.adapter, subject.other, transcoders.layers)
+    scope, subject = bench
+    plan = interchange_plan(scope, subject, all_features(scope.transcoders))
+    inputs = mlp_inputs(scope.adapter, subject.other, scope.transcoders.layers)
     for layer, edit in plan.items():
-        wanted = transcoders[layer].encode(inputs[layer]).dense(WIDTH)
+        wanted = scope.transcoders[layer].encode(inputs[layer]).dense(WIDTH)
         assert torch.equal(edit.new(torch.full_like(wanted, 7.0)), wanted)
 
 
 @pytest.mark.parametrize("mode", ["direct", "frozen_attention", "free"])
 def test_carrying_every_feature_needs_no_table_of_them(bench, mode: str) -> None:
-    vlm, transcoders, subject = bench
-    everything = all_features(transcoders)
+    scope, subject = bench
+    everything = all_features(scope.transcoders)
     for where in (None, torch.from_numpy(subject.batch.roles == "image")):
-        dense = interchange_plan(vlm.adapter, transcoders, subject, everything, where)
-        whole = whole_plan(vlm.adapter, transcoders, subject, where=where)
+        dense = interchange_plan(scope, subject, everything, where)
+        whole = whole_plan(scope, subject, where=where)
         assert [len(edit.features) for edit in whole.values()] == [len(edit.features) for edit in dense.values()]
         for plans in ((dense, whole), *(({n: dense[n]}, {n: whole[n]}) for n in (1, 3))):
-            expected, found = (
-                run_edited(vlm.adapter, transcoders, subject.batch, plan, mode, subject.base) for plan in plans
-            )
+            expected, found = (run_edited(scope, subject.batch, plan, mode, subject.base) for plan in plans)
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
             if where is None and len(plans[0]) > 1:
                 assert not torch.allclose(found, subject.base.logits, rtol=0, atol=1e-6)
 
 
 def test_every_feature_is_carried_into_generated_tokens_and_by_random_directions(bench) -> None:
-    vlm, transcoders, subject = bench
+    scope, subject = bench
     one = part_of(subject, [0])
-    inputs = vlm.prepare(PROMPT, [tiny_image(0)])
-    dense = interchange_plan(vlm.adapter, transcoders, one, all_features(transcoders))
-    whole = whole_plan(vlm.adapter, transcoders, one)
-    assert generate_ids(vlm.adapter, inputs, transcoders, dense, 4) == generate_ids(
-        vlm.adapter, inputs, transcoders, whole, 4
-    )
+    inputs = scope.vlm.prepare(PROMPT, [tiny_image(0)])
+    dense = interchange_plan(scope, one, all_features(scope.transcoders))
+    whole = whole_plan(scope, one)
+    assert generate_ids(scope, inputs, dense, 4) == generate_ids(scope, inputs, whole, 4)
     for layer, edit in whole.items():
-        x = mlp_inputs(vlm.adapter, one.batch, [layer])[layer][:, :1]
-        found, expected = (edit_changes(transcoders[layer], x, e, one.batch.length) for e in (edit, dense[layer]))
+        x = mlp_inputs(scope.adapter, one.batch, [layer])[layer][:, :1]
+        found, expected = (edit_changes(scope.transcoders[layer], x, e, one.batch.length) for e in (edit, dense[layer]))
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    pair = [run_random_direction(vlm.adapter, transcoders, one.batch, plan, 3) for plan in (dense, whole)]
+    pair = [run_random_direction(scope, one.batch, plan, 3) for plan in (dense, whole)]
     torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
     # There are no others to draw a control from, however the plan is held.
-    means = mean_activations(vlm.adapter, transcoders, [subject.batch], transcoders.layers)
+    means = mean_activations(scope, [subject.batch], scope.transcoders.layers)
     with pytest.raises(UserError, match="no control can be drawn"):
         matched_features(dense, means, 0)
 
 
 def test_carrying_from_itself_changes_nothing(bench) -> None:
-    vlm, transcoders, subject = bench
+    scope, subject = bench
     same = replace(subject, other=subject.batch)
-    whole = whole_plan(vlm.adapter, transcoders, same)
-    for plan in (interchange_plan(vlm.adapter, transcoders, same, all_features(transcoders)), whole):
+    whole = whole_plan(scope, same)
+    for plan in (interchange_plan(scope, same, all_features(scope.transcoders)), whole):
         for mode in ("direct", "frozen_attention", "free"):
-            logits = run_edited(vlm.adapter, transcoders, subject.batch, plan, mode, subject.base)
+            logits = run_edited(scope, subject.batch, plan, mode, subject.base)
             torch.testing.assert_close(logits, subject.base.logits, rtol=1e-9, atol=1e-9)
 
 
 def test_recovered_is_0_at_the_original_and_1_at_the_counterfactual(bench) -> None:
-    _, _, subject = bench
+    _, subject = bench
     assert np.abs(recovered(subject, subject.base.logits)).max() < 1e-12
     assert np.abs(recovered(subject, subject.other_logits) - 1).max() < 1e-12
     middle = (subject.base.logits + subject.other_logits) / 2
@@ -138,7 +135,7 @@ def test_recovered_is_0_at_the_original_and_1_at_the_counterfactual(bench) -> No
 
 
 def test_outcome_counts_what_follows_and_what_changed(bench) -> None:
-    _, _, subject = bench
+    _, subject = bench
     logits = subject.base.logits.clone()
     rows = torch.arange(subject.size)
     logits[0, subject.other_tokens[0]] = 1e3
@@ -151,13 +148,13 @@ def test_outcome_counts_what_follows_and_what_changed(bench) -> None:
 
 
 def test_estimated_effects_are_the_slopes_of_measured_ones(bench) -> None:
-    vlm, transcoders, subject = bench
-    effects = pair_effects(vlm.adapter, transcoders, subject, steps=1)
+    scope, subject = bench
+    effects = pair_effects(scope, subject, steps=1)
     before = gaps(subject, subject.base.logits)
     step = 1e-5
     checked = 0
-    for layer in transcoders.layers:
-        plan = interchange_plan(vlm.adapter, transcoders, subject, all_features(transcoders))[layer]
+    for layer in scope.transcoders.layers:
+        plan = interchange_plan(scope, subject, all_features(scope.transcoders))[layer]
         for index in effects.effect[layer].abs().sum(0).topk(3).indices.tolist():
             # A small step on the way from the original's activation to the counterfactual's.
             edit = replace(
@@ -167,7 +164,7 @@ def test_estimated_effects_are_the_slopes_of_measured_ones(bench) -> None:
                 scale=torch.tensor([1 - step], dtype=torch.float64),
                 generated=None,
             )
-            after = gaps(subject, run_edited(vlm.adapter, transcoders, subject.batch, {layer: edit}))
+            after = gaps(subject, run_edited(scope, subject.batch, {layer: edit}))
             slope = float((after - before).mean()) / step
             assert float(effects.effect[layer][:, index].sum()) == pytest.approx(slope, rel=1e-3, abs=1e-9)
             checked += slope != 0
@@ -176,11 +173,11 @@ def test_estimated_effects_are_the_slopes_of_measured_ones(bench) -> None:
 
 def test_effects_over_many_steps_add_up_to_the_whole_way(bench) -> None:
     """Integrated over the embeddings' path, the gradient is complete; what features miss is the errors' share."""
-    vlm, transcoders, subject = bench
-    one, many = (pair_effects(vlm.adapter, transcoders, subject, steps) for steps in (1, 8))
+    scope, subject = bench
+    one, many = (pair_effects(scope, subject, steps) for steps in (1, 8))
     assert one.roles == many.roles
-    assert any(not torch.equal(one.effect[layer], many.effect[layer]) for layer in transcoders.layers)
-    assert all(torch.equal(one.change[layer], many.change[layer]) for layer in transcoders.layers)
+    assert any(not torch.equal(one.effect[layer], many.effect[layer]) for layer in scope.transcoders.layers)
+    assert all(torch.equal(one.change[layer], many.change[layer]) for layer in scope.transcoders.layers)
     assert interpolation(1) == [0.0]
     assert interpolation(2) == [0.25, 0.75]
     half = between(subject.batch, subject.other, 0.5).tensors["inputs_embeds"]
@@ -190,13 +187,13 @@ def test_effects_over_many_steps_add_up_to_the_whole_way(bench) -> None:
 
 
 def test_effects_equal_the_dense_product_pair_by_pair(bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    vlm, transcoders, subject = bench
-    gradients = gap_gradients(vlm.adapter, transcoders, subject, 3).writes
+    scope, subject = bench
+    gradients = gap_gradients(scope, subject, 3).writes
     monkeypatch.setattr("vlmscope.circuits.pair_effects.CHUNK", 3)  # of four pairs
-    found = pair_effects(vlm.adapter, transcoders, subject, 3)
-    sides = [mlp_inputs(vlm.adapter, side, transcoders.layers) for side in (subject.batch, subject.other)]
-    for layer in transcoders.layers:
-        one = transcoders[layer]
+    found = pair_effects(scope, subject, 3)
+    sides = [mlp_inputs(scope.adapter, side, scope.transcoders.layers) for side in (subject.batch, subject.other)]
+    for layer in scope.transcoders.layers:
+        one = scope.transcoders[layer]
         before, after = (one.encode(side[layer]).dense(WIDTH) for side in sides)
         slope = sum(gradients[layer + m] @ one.decoder(m).T for m in range(one.config.writes))
         for row, role in enumerate(found.roles):
@@ -207,8 +204,8 @@ def test_effects_equal_the_dense_product_pair_by_pair(bench, monkeypatch: pytest
 
 
 def test_ranking_is_by_effect_and_leaves_out_features_without_one(bench) -> None:
-    vlm, transcoders, subject = bench
-    effects = pair_effects(vlm.adapter, transcoders, subject)
+    scope, subject = bench
+    effects = pair_effects(scope, subject)
     ranked = effects.ranked(10_000)
     sizes = [abs(member.influence) for member in ranked]
     assert sizes == sorted(sizes, reverse=True)
@@ -222,50 +219,50 @@ def test_ranking_is_by_effect_and_leaves_out_features_without_one(bench) -> None
 
 
 def test_controls_are_as_many_other_features_at_the_same_positions(bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    vlm, transcoders, subject = bench
+    scope, subject = bench
     features = {0: torch.tensor([1, 4]), 1: torch.tensor([2])}
     where = torch.from_numpy(subject.batch.roles == "last")
-    plan = interchange_plan(vlm.adapter, transcoders, subject, features, where)
-    means = mean_activations(vlm.adapter, transcoders, [subject.batch, subject.other], transcoders.layers)
+    plan = interchange_plan(scope, subject, features, where)
+    means = mean_activations(scope, [subject.batch, subject.other], scope.transcoders.layers)
     seen = []
     real = run_interchange
 
-    def spy(adapter, transcoders, subject, plan, mode="free"):
+    def spy(scope, subject, plan, mode="free"):
         seen.append(plan)
-        return real(adapter, transcoders, subject, plan, mode)
+        return real(scope, subject, plan, mode)
 
     monkeypatch.setattr("vlmscope.circuits.interchange.run_interchange", spy)
-    assert len(carried_controls(vlm.adapter, transcoders, subject, plan, "free", means, 2)) == 2
+    assert len(carried_controls(scope, subject, plan, "free", means, 2)) == 2
     for control in seen:
         for layer, edit in control.items():
             assert len(edit.features) == len(features[layer])
             assert not set(edit.features.tolist()) & set(features[layer].tolist())
             assert torch.equal(edit.where, where)
-            inputs = mlp_inputs(vlm.adapter, subject.other, [layer])[layer]
-            own = transcoders[layer].encode(inputs).select(edit.features, WIDTH)
+            inputs = mlp_inputs(scope.adapter, subject.other, [layer])[layer]
+            own = scope.transcoders[layer].encode(inputs).select(edit.features, WIDTH)
             assert torch.equal(edit.value, own)  # the controls' own activations, not those of the controlled
-    assert len(direction_controls(vlm.adapter, transcoders, subject, plan, 2)) == 2
+    assert len(direction_controls(scope, subject, plan, 2)) == 2
 
 
 def test_grid_is_the_interchange_of_one_layer_and_role(bench) -> None:
-    vlm, transcoders, subject = bench
+    scope, subject = bench
     features = {1: torch.tensor([0, 3, 5])}
-    grid = layer_role_grid(vlm.adapter, transcoders, subject, features, ("image", "last", "answer"))
+    grid = layer_role_grid(scope, subject, features, ("image", "last", "answer"))
     where = torch.from_numpy(subject.batch.roles == "image")
-    plan = at_positions(interchange_plan(vlm.adapter, transcoders, subject, features), where)
-    found = run_interchange(vlm.adapter, transcoders, subject, plan)
+    plan = at_positions(interchange_plan(scope, subject, features), where)
+    found = run_interchange(scope, subject, plan)
     assert found.recovered is not None
     assert grid[1, 0].tolist() == [found.recovered.value, found.follows.value]
     assert np.isnan(grid[0]).all() and np.isnan(grid[1, 2]).all()
 
 
 def test_too_few_answerable_pairs_are_one_line(bench) -> None:
-    vlm, transcoders, subject = bench
-    sides = [[vlm.prepare(PROMPT, [tiny_image(i)]) for i in some] for some in (range(3), range(3, 6))]
+    scope, subject = bench
+    sides = [[scope.vlm.prepare(PROMPT, [tiny_image(i)]) for i in some] for some in (range(3), range(3, 6))]
     wrong = torch.full((3,), int(subject.other_tokens[0]))
     with pytest.raises(UserError, match=r"on 0 of 3 pairs, too few for an interval") as error:
-        pair_subject(vlm.adapter, transcoders, "name", *sides, wrong, wrong, 2)
+        pair_subject(scope, "name", *sides, wrong, wrong, 2)
     assert "\n" not in str(error.value)
-    longer = [vlm.prepare("what is the other planet here ?", [tiny_image(i)]) for i in range(3)]
+    longer = [scope.vlm.prepare("what is the other planet here ?", [tiny_image(i)]) for i in range(3)]
     with pytest.raises(UserError, match="must align"):
-        pair_subject(vlm.adapter, transcoders, "name", sides[0], longer, wrong, wrong, 2)
+        pair_subject(scope, "name", sides[0], longer, wrong, wrong, 2)

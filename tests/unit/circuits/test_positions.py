@@ -20,6 +20,7 @@ from vlmscope.interventions.edits import merge, set_features
 from vlmscope.interventions.run import edit_changes
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 N = 30
@@ -30,7 +31,7 @@ def bench():
     vlm = tiny_gemma3(5)
     transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, N, 6, seed=6).requires_grad_(False)
     batch = make_batch(vlm.adapter, [vlm.prepare("what is this ?", [tiny_image(i)]) for i in range(3)])
-    return vlm, transcoders, batch
+    return Scope(vlm, transcoders), batch
 
 
 def member(text: str) -> CircuitFeature:
@@ -116,7 +117,7 @@ def test_circuits_of_others_are_refused() -> None:
 
 
 def test_each_feature_is_edited_at_the_positions_of_its_supernodes(bench) -> None:
-    vlm, transcoders, batch = bench
+    scope, batch = bench
     nodes = [
         node("a", "L1/3", "L1/4", positions=Positions(("last",))),
         node("b", "L1/4", "L1/5", positions=Positions(("image",))),
@@ -134,16 +135,16 @@ def test_each_feature_is_edited_at_the_positions_of_its_supernodes(bench) -> Non
         assert at[:, column].tolist() == expected.tolist()
     assert plan[1].at_generated.tolist() == [False, False, True, True]
     # What is written is the sum of what single edits at these positions write.
-    x = torch.randn(2, batch.length, vlm.adapter.d_model, generator=torch.Generator().manual_seed(1))
-    (written,) = edit_changes(transcoders[1], x, plan[1], 0)
+    x = torch.randn(2, batch.length, scope.adapter.d_model, generator=torch.Generator().manual_seed(1))
+    (written,) = edit_changes(scope.transcoders[1], x, plan[1], 0)
     parts = [
-        edit_changes(transcoders[1], x, set_features(features[i : i + 1], torch.full((1,), 2.0), at[:, i]), 0)[0]
+        edit_changes(scope.transcoders[1], x, set_features(features[i : i + 1], torch.full((1,), 2.0), at[:, i]), 0)[0]
         for i in range(4)
     ]
     assert torch.allclose(written, torch.stack(parts).sum(0), atol=1e-6)
-    (generated,) = edit_changes(transcoders[1], x[:, :1], plan[1], batch.length)
+    (generated,) = edit_changes(scope.transcoders[1], x[:, :1], plan[1], batch.length)
     alone = set_features(features[2:], torch.full((2,), 2.0), everywhere, torch.full((2,), 2.0))
-    assert torch.allclose(generated, edit_changes(transcoders[1], x[:, :1], alone, batch.length)[0], atol=1e-6)
+    assert torch.allclose(generated, edit_changes(scope.transcoders[1], x[:, :1], alone, batch.length)[0], atol=1e-6)
     # Controls keep the positions, and so does a merge.
     control = matched_features(plan, {1: torch.linspace(0.1, 1, N)}, 0)
     assert torch.equal(control[1].at, at)  # pyright: ignore[reportArgumentType]

@@ -22,6 +22,7 @@ from vlmscope.features.labels.reader import Labels
 from vlmscope.features.role_means import RoleMeans, role_means
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 N = 40
@@ -32,8 +33,8 @@ A, B, C = FeatureId(0, 3), FeatureId(1, 5), FeatureId(2, 7)
 def bench():
     vlm = tiny_gemma3(5)
     transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, N, 6, seed=6).requires_grad_(False)
-    graph = trace(vlm, transcoders, vlm.prepare("what is this ?", [tiny_image(0)]), AttributionConfig()).graph
-    return vlm, transcoders, graph
+    graph = trace(Scope(vlm, transcoders), vlm.prepare("what is this ?", [tiny_image(0)]), AttributionConfig()).graph
+    return Scope(vlm, transcoders), graph
 
 
 def ids(members: list) -> list[FeatureId]:
@@ -118,7 +119,7 @@ def means(transcoders, **at: tuple[str, int, int, float]) -> RoleMeans:
 
 
 def test_by_contrast_finds_what_was_planted_at_its_role(bench) -> None:
-    _, transcoders, _ = bench
+    transcoders = bench[0].transcoders
     of = means(transcoders, a=("image", 0, 3, 2.0), b=("last", 1, 5, 3.0), c=("last", 2, 7, 1.0))
     against = means(transcoders, c=("last", 2, 7, 1.5), d=("image", 0, 9, 4.0))
     node = SupernodeConfig(count=5)
@@ -134,15 +135,15 @@ def test_by_contrast_finds_what_was_planted_at_its_role(bench) -> None:
 
 
 def test_means_at_a_box_are_those_of_its_soft_tokens(bench) -> None:
-    vlm, transcoders, _ = bench
-    batch = make_batch(vlm.adapter, [vlm.prepare("what is this ?", [tiny_image(i)]) for i in range(3)])
+    scope, _ = bench
+    batch = make_batch(scope.adapter, [scope.vlm.prepare("what is this ?", [tiny_image(i)]) for i in range(3)])
     box = Positions(("last",), PatchBox(0, 0, 0.5, 1))
-    halves = [role_means(vlm.adapter, transcoders, [batch], where) for where in (None, box)]
+    halves = [role_means(scope, [batch], where) for where in (None, box)]
     assert set(halves[1].by_role) == {"image", "last"}
     assert torch.equal(halves[0].by_role["last"][0], halves[1].by_role["last"][0])
     assert not torch.equal(halves[0].by_role["image"][0], halves[1].by_role["image"][0])
     with pytest.raises(UserError, match="no prompt has a position in answer"):
-        role_means(vlm.adapter, transcoders, [batch], Positions(("answer",)))
+        role_means(scope, [batch], Positions(("answer",)))
 
 
 def test_influence_adds_up_over_positions_and_answers(bench) -> None:
@@ -182,10 +183,10 @@ def test_by_influence_takes_the_first_or_up_to_a_share(bench) -> None:
 
 
 def test_graphs_of_others_are_refused(bench) -> None:
-    vlm, transcoders, graph = bench
-    widths = {layer: transcoders[layer].config.n_features for layer in transcoders.layers}
-    selectors.check_graph(graph, "run", vlm.name, widths)
+    scope, graph = bench
+    widths = {layer: scope.transcoders[layer].config.n_features for layer in scope.transcoders.layers}
+    selectors.check_graph(graph, "run", scope.vlm.name, widths)
     with pytest.raises(UserError, match="run is a graph of the model other"):
-        selectors.check_graph(replace(graph, meta={**graph.meta, "model": "other"}), "run", vlm.name, widths)
+        selectors.check_graph(replace(graph, meta={**graph.meta, "model": "other"}), "run", scope.vlm.name, widths)
     with pytest.raises(UserError, match="which the transcoders do not have"):
-        selectors.check_graph(graph, "run", vlm.name, dict.fromkeys(widths, 3))
+        selectors.check_graph(graph, "run", scope.vlm.name, dict.fromkeys(widths, 3))

@@ -14,6 +14,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.models.orrery.processor import build_tokenizer
 from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import tiny_vlm
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 SMALL = Limits(sources=2, positions=2, new_tokens=2)
@@ -55,18 +56,19 @@ def test_a_text_model_is_checked_on_text_and_a_float64_one_once() -> None:
 
 
 def test_a_prompt_that_no_case_takes_is_the_users_mistake() -> None:
-    vlm, transcoders = bench("gemma3", torch.float32)
+    scope = bench("gemma3", torch.float32)
     prompt = "what is <image_soft_token> this ?"
     with pytest.raises(UserError, match="the prompt spells <image_soft_token>"):
-        list(run_cases(vlm, transcoders, prompt=prompt, limits=SMALL))
-    words = dataclasses.replace(bench("gemma3_text", torch.float32)[0], processor=build_tokenizer(("user", "model")))
+        list(run_cases(scope, prompt=prompt, limits=SMALL))
+    text = bench("gemma3_text", torch.float32)
+    words = dataclasses.replace(text.vlm, processor=build_tokenizer(("user", "model")))
     with pytest.raises(UserError, match="zebra"):
-        list(run_cases(words, transcoders, prompt="zebra", limits=SMALL))
+        list(run_cases(Scope(words, scope.transcoders), prompt="zebra", limits=SMALL))
 
 
 def subject_of(limits: Limits) -> Subject:
-    vlm, transcoders = bench("gemma3", torch.float64)
-    return make_subject(vlm, transcoders, vlm.prepare(PROMPT, [noise_picture(0)]), limits=limits)
+    scope = bench("gemma3", torch.float64)
+    return make_subject(scope, scope.vlm.prepare(PROMPT, [noise_picture(0)]), limits=limits)
 
 
 def test_what_does_not_fit_is_sampled_and_still_complete() -> None:

@@ -9,6 +9,7 @@ from vlmscope.features.logit_lens import top_and_bottom_logits
 from vlmscope.features.study.top_examples import StudyItem, top_examples
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 
@@ -20,18 +21,18 @@ def bench():
     items = [
         StudyItem(vlm.prepare(prompts[i % 2], [tiny_image(i)] if i % 3 else []), f"item {i}", None) for i in range(14)
     ]
-    return vlm, transcoders, items
+    return Scope(vlm, transcoders), items
 
 
 def test_top_examples_equal_a_plain_loop(bench) -> None:
-    vlm, transcoders, items = bench
+    scope, items = bench
     features = [FeatureId(layer, index) for layer in (0, 3) for index in (1, 7, 20)]
-    found = top_examples(vlm.adapter, transcoders, features, items, count=4, batch_size=3)
+    found = top_examples(scope, features, items, count=4, batch_size=3)
     for feature in features:
         peaks = []
         for item in items:
-            x = mlp_inputs(vlm.adapter, make_batch(vlm.adapter, [item.inputs]), [feature.layer])[feature.layer]
-            peaks.append(float(transcoders[feature.layer].encode(x).dense(30)[..., feature.index].max()))
+            x = mlp_inputs(scope.adapter, make_batch(scope.adapter, [item.inputs]), [feature.layer])[feature.layer]
+            peaks.append(float(scope.transcoders[feature.layer].encode(x).dense(30)[..., feature.index].max()))
         wanted = sorted((p for p in peaks if p > 0), reverse=True)[:4]
         assert [e.activation for e in found[feature]] == pytest.approx(wanted, rel=1e-4)
         for example in found[feature]:
@@ -44,16 +45,16 @@ def test_top_examples_equal_a_plain_loop(bench) -> None:
 
 def test_logit_lens_ranks_as_the_model_does(bench) -> None:
     """Adding a large multiple of the row to the last residual moves the top word up most."""
-    vlm, transcoders, _ = bench
-    layer = vlm.adapter.n_layers - 1
+    scope, _ = bench
+    layer = scope.adapter.n_layers - 1
     feature = FeatureId(layer, 4)
-    top, bottom = top_and_bottom_logits(vlm.adapter, transcoders, vlm.tokenizer, feature, count=3)
-    post = vlm.adapter.norms(layer).mlp_out_post
+    top, bottom = top_and_bottom_logits(scope, feature, count=3)
+    post = scope.adapter.norms(layer).mlp_out_post
     assert post is not None
-    row = transcoders[layer].W_dec[4]
+    row = scope.transcoders[layer].W_dec[4]
     written = post(row.expand(1, 1, -1) * 1000.0)
-    logits = vlm.adapter.lm_head()(vlm.adapter.final_norm()(written * 1000.0))[0, 0]
-    order = vlm.tokenizer.convert_ids_to_tokens(logits.argsort(descending=True).tolist())
+    logits = scope.adapter.lm_head()(scope.adapter.final_norm()(written * 1000.0))[0, 0]
+    order = scope.vlm.tokenizer.convert_ids_to_tokens(logits.argsort(descending=True).tolist())
     assert [w for w, _ in top] == order[:3]
     assert [w for w, _ in bottom] == order[::-1][:3]
     assert top[0][1] > bottom[0][1]

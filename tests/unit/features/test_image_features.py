@@ -11,6 +11,7 @@ from vlmscope.features.image_features import activations_at, image_features
 from vlmscope.features.token_lens import token_lens
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 
@@ -19,16 +20,16 @@ def bench() -> Any:
     vlm = tiny_gemma3(5)
     transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 30, 6, seed=6).requires_grad_(False)
     batch = make_batch(vlm.adapter, [vlm.prepare("what is this planet ?", [tiny_image(i)]) for i in range(9)])
-    return vlm, transcoders, batch
+    return Scope(vlm, transcoders), batch
 
 
 def looped(bench: Any) -> dict[tuple[int, int], tuple[float, float, float]]:
     """Strength, share of prompts and share of soft tokens of every feature that fires."""
-    vlm, transcoders, batch = bench
+    scope, batch = bench
     soft = np.flatnonzero(batch.is_image)
     found = {}
-    for layer, x in mlp_inputs(vlm.adapter, batch, transcoders.layers).items():
-        dense = transcoders[layer].encode(x).dense(30)
+    for layer, x in mlp_inputs(scope.adapter, batch, scope.transcoders.layers).items():
+        dense = scope.transcoders[layer].encode(x).dense(30)
         for index in range(30):
             acts = [[float(dense[b, t, index]) for t in soft] for b in range(batch.size)]
             firing = [row for row in acts if any(a > 0 for a in row)]
@@ -40,7 +41,7 @@ def looped(bench: Any) -> dict[tuple[int, int], tuple[float, float, float]]:
 
 
 def test_the_strongest_on_soft_tokens_are_chosen_by_the_rule(bench: Any) -> None:
-    vlm, transcoders, batch = bench
+    scope, batch = bench
     every = looped(bench)
     for least, most, per_layer in ((0.0, 1.0, None), (0.5, 0.6, None), (0.3, 0.6, 1)):
         allowed = [(v[0], k) for k, v in every.items() if v[1] >= least and v[2] <= most + 1e-12]
@@ -48,7 +49,7 @@ def test_the_strongest_on_soft_tokens_are_chosen_by_the_rule(bench: Any) -> None
         for _, key in sorted(allowed, reverse=True):
             if per_layer is None or all(key[0] != other[0] for other in wanted):
                 wanted.append(key)
-        found = image_features(vlm.adapter, transcoders, batch, 5, least, most, per_layer)
+        found = image_features(scope, batch, 5, least, most, per_layer)
         assert [tuple(one.feature) for one in found] == wanted[:5] and found
         for one in found:
             numbers = (one.strength, one.fires, one.tokens)
@@ -57,15 +58,15 @@ def test_the_strongest_on_soft_tokens_are_chosen_by_the_rule(bench: Any) -> None
 
 
 def test_activations_are_the_encoders(bench: Any) -> None:
-    vlm, transcoders, batch = bench
-    features = [one.feature for one in image_features(vlm.adapter, transcoders, batch, 4)]
-    mlp_in, logits = mlp_inputs_and_logits(vlm.adapter, batch, transcoders.layers)
-    found = activations_at(transcoders, mlp_in, features)
+    scope, batch = bench
+    features = [one.feature for one in image_features(scope, batch, 4)]
+    mlp_in, logits = mlp_inputs_and_logits(scope.adapter, batch, scope.transcoders.layers)
+    found = activations_at(scope.transcoders, mlp_in, features)
     for feature in features:
-        dense = transcoders[feature.layer].encode(mlp_in[feature.layer]).dense(30)[..., feature.index]
+        dense = scope.transcoders[feature.layer].encode(mlp_in[feature.layer]).dense(30)[..., feature.index]
         assert torch.equal(found[feature], dense) and found[feature].any()
     with torch.no_grad():
-        whole = vlm.adapter.forward(batch.tensors, use_cache=False).logits[:, -1]
+        whole = scope.adapter.forward(batch.tensors, use_cache=False).logits[:, -1]
     assert torch.allclose(logits, whole, atol=1e-5)
 
 

@@ -7,6 +7,7 @@ from vlmscope.models.batching import make_batch
 from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.models.tiny_families import FAMILIES
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 PROMPT = "what is this planet ?"
@@ -14,7 +15,7 @@ PROMPT = "what is this planet ?"
 
 @pytest.fixture(scope="session", params=["topk", "skip", "text_only", "llava", "paligemma", "qwen2_5_vl"])
 def bench(request: pytest.FixtureRequest):
-    """(vlm, transcoders, inputs, batch) with and without W_skip, with pictures and without, of several families."""
+    """(scope, inputs, batch) with and without W_skip, with pictures and without, of several families."""
     text_only = request.param == "text_only"
     with exact_float64():
         family = request.param if request.param in FAMILIES else "gemma3_text" if text_only else "gemma3"
@@ -26,7 +27,7 @@ def bench(request: pytest.FixtureRequest):
         inputs = [vlm.prepare(PROMPT, found) for found in pictures]
         batch = make_batch(adapter, inputs)
     # Returned, not yielded from inside the context: the mode would else stay on for every later test of the session.
-    return vlm, transcoders.requires_grad_(False), inputs, batch
+    return Scope(vlm, transcoders.requires_grad_(False)), inputs, batch
 
 
 @pytest.fixture(autouse=True)

@@ -36,21 +36,21 @@ def test_dead_features_are_drawn_only_where_no_live_one_is_left() -> None:
 
 
 def test_random_direction_moves_as_far_elsewhere(bench) -> None:
-    vlm, transcoders, _, batch = bench
-    layer = vlm.adapter.n_layers - 1
+    scope, _, batch = bench
+    layer = scope.adapter.n_layers - 1
     where = torch.ones(batch.length, dtype=torch.bool)
     plan = {layer: set_features(torch.arange(5), torch.full((5,), 2.0), where)}
     outputs: dict[str, torch.Tensor] = {}
 
     def watch(name: str):
         # A change of what the last MLP adds is one of what the final norm reads; not all families have post norms.
-        after = vlm.adapter.norms(layer).mlp_out_post or vlm.adapter.final_norm()
+        after = scope.adapter.norms(layer).mlp_out_post or scope.adapter.final_norm()
         return after.register_forward_hook(lambda _m, args, _o: outputs.__setitem__(name, args[0]))
 
     for name, go in (
-        ("base", lambda: run_edited(vlm.adapter, transcoders, batch, {})),
-        ("edit", lambda: run_edited(vlm.adapter, transcoders, batch, plan)),
-        ("random", lambda: run_random_direction(vlm.adapter, transcoders, batch, plan, 0)),
+        ("base", lambda: run_edited(scope, batch, {})),
+        ("edit", lambda: run_edited(scope, batch, plan)),
+        ("random", lambda: run_random_direction(scope, batch, plan, 0)),
     ):
         handle = watch(name)
         go()

@@ -16,13 +16,13 @@ LAYER = 1
 @pytest.fixture
 def case(bench):
     """(transcoder, MLP inputs [B, T, d], an edit without a gate, features active somewhere, their activations)."""
-    vlm, transcoders, _, batch = bench
-    x = base_run(vlm.adapter, transcoders, batch).mlp_in[LAYER]
-    dense = transcoders[LAYER].encode(x).dense(transcoders[LAYER].config.n_features)
+    scope, _, batch = bench
+    x = base_run(scope, batch).mlp_in[LAYER]
+    dense = scope.transcoders[LAYER].encode(x).dense(scope.transcoders[LAYER].config.n_features)
     active = dense.sum((0, 1)).argsort(descending=True)[:3]
     where = torch.ones(batch.length, dtype=torch.bool)
     edit = set_features(torch.tensor([5, 9]), torch.tensor([2.0, 0.5]), where, torch.tensor([2.0, 0.5]))
-    return transcoders[LAYER], x, edit, active, dense[..., active]
+    return scope.transcoders[LAYER], x, edit, active, dense[..., active]
 
 
 def gated(edit: LayerEdit, features: torch.Tensor, level: float, full: float, length: int) -> LayerEdit:
@@ -54,14 +54,14 @@ def test_never_acts_more_than_in_full(case) -> None:
 
 
 def test_inactive_features_or_no_level_change_nothing(bench, case) -> None:
-    vlm, transcoders, _, batch = bench
+    scope, _, batch = bench
     _, x, edit, features, _ = case
-    dense = transcoders[LAYER].encode(x).dense(transcoders[LAYER].config.n_features)
+    dense = scope.transcoders[LAYER].encode(x).dense(scope.transcoders[LAYER].config.n_features)
     silent = (dense.amax((0, 1)) == 0).nonzero().flatten()[:2]
-    base = run_edited(vlm.adapter, transcoders, batch, {})
-    assert not torch.equal(run_edited(vlm.adapter, transcoders, batch, {LAYER: edit}), base)
+    base = run_edited(scope, batch, {})
+    assert not torch.equal(run_edited(scope, batch, {LAYER: edit}), base)
     for closed in (gated(edit, silent, 1.0, 0.5, batch.length), gated(edit, features, 0.0, 0.5, batch.length)):
-        assert torch.equal(run_edited(vlm.adapter, transcoders, batch, {LAYER: closed}), base)
+        assert torch.equal(run_edited(scope, batch, {LAYER: closed}), base)
 
 
 def test_gated_edits_do_not_merge(case) -> None:

@@ -30,31 +30,33 @@ def everywhere(batch) -> torch.Tensor:
 
 
 def test_batch_equals_the_model_on_each_prompt(bench) -> None:
-    vlm, transcoders, inputs, batch = bench
-    logits = run_edited(vlm.adapter, transcoders, batch, {}, "free")
+    scope, inputs, batch = bench
+    logits = run_edited(scope, batch, {}, "free")
     for row, one in enumerate(inputs):
-        assert torch.allclose(logits[row], vlm.model(**one.tensors).logits[0, -1], rtol=0, atol=1e-10)
-    assert (logits[0] - logits[1]).abs().max() > 1e-3 or not vlm.adapter.has_vision
+        assert torch.allclose(logits[row], scope.vlm.model(**one.tensors).logits[0, -1], rtol=0, atol=1e-10)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3 or not scope.adapter.has_vision
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_setting_features_to_what_they_are_changes_nothing(bench, mode: str) -> None:
-    vlm, transcoders, _, batch = bench
-    base = base_run(vlm.adapter, transcoders, batch)
+    scope, _, batch = bench
+    base = base_run(scope, batch)
     plan = {}
     for layer, x in base.mlp_in.items():
-        width = transcoders[layer].config.n_features
-        plan[layer] = set_features(torch.arange(width), transcoders[layer].encode(x).dense(width), everywhere(batch))
-    edited = run_edited(vlm.adapter, transcoders, batch, plan, mode, base)
+        width = scope.transcoders[layer].config.n_features
+        plan[layer] = set_features(
+            torch.arange(width), scope.transcoders[layer].encode(x).dense(width), everywhere(batch)
+        )
+    edited = run_edited(scope, batch, plan, mode, base)
     assert torch.allclose(edited, base.logits, rtol=0, atol=1e-10)
 
 
 def test_direct_equals_the_replacement_model(bench) -> None:
     """Two implementations: hooks on Hugging Face's modules, and the explicit affine replay."""
-    vlm, transcoders, inputs, _ = bench
-    batch = make_batch(vlm.adapter, inputs[1:2])
-    base = base_run(vlm.adapter, transcoders, batch)
-    replacement = build_replacement(vlm, transcoders, inputs[1])
+    scope, inputs, _ = bench
+    batch = make_batch(scope.adapter, inputs[1:2])
+    base = base_run(scope, batch)
+    replacement = build_replacement(scope, inputs[1])
     table = replacement.feature_activations
     for rows in ([0], [3, 17], list(range(len(table)))):
         delta, plan = {}, {}
@@ -70,19 +72,19 @@ def test_direct_equals_the_replacement_model(bench) -> None:
         for (layer, _), found in plan.items():  # direct effects add up: one run for each (layer, position)
             features = torch.tensor([f for f, _ in found])
             edit = scale_features(features, 2.5, found[0][1])
-            total += (run_edited(vlm.adapter, transcoders, batch, {layer: edit}, "direct", base) - base.logits)[0]
+            total += (run_edited(scope, batch, {layer: edit}, "direct", base) - base.logits)[0]
         assert torch.allclose(total, expected, rtol=0, atol=1e-9)
         assert expected.abs().max() > 1e-3
 
 
 def test_free_mode_adds_the_decoder_rows(bench) -> None:
     """Against a hook written out by hand."""
-    vlm, transcoders, _, batch = bench
+    scope, _, batch = bench
     layer, features = 1, torch.tensor([4, 9, 30])
     where = everywhere(batch)
     where[0] = False
     plan = {layer: set_features(features, torch.tensor([2.0, 0.0, 1.0]), where)}
-    transcoder = transcoders[layer]
+    transcoder = scope.transcoders[layer]
     seen = {}
 
     def hook(_module, args, out):
@@ -91,66 +93,67 @@ def test_free_mode_adds_the_decoder_rows(bench) -> None:
         delta = (torch.tensor([2.0, 0.0, 1.0]) - current) * where[:, None]
         return out + delta @ transcoder.W_dec[features]
 
-    handle = vlm.adapter.mlp(layer).register_forward_hook(hook)
-    expected = vlm.model(**batch.tensors).logits[:, -1]
+    handle = scope.adapter.mlp(layer).register_forward_hook(hook)
+    expected = scope.vlm.model(**batch.tensors).logits[:, -1]
     handle.remove()
-    got = run_edited(vlm.adapter, transcoders, batch, plan, "free")
+    got = run_edited(scope, batch, plan, "free")
     assert torch.allclose(got, expected, rtol=0, atol=1e-12)
-    assert (got - run_edited(vlm.adapter, transcoders, batch, {}, "free")).abs().max() > 1e-4
+    assert (got - run_edited(scope, batch, {}, "free")).abs().max() > 1e-4
 
 
 def test_modes_differ_and_frozen_attention_keeps_patterns(bench) -> None:
-    vlm, transcoders, _, batch = bench
-    base = base_run(vlm.adapter, transcoders, batch)
+    scope, _, batch = bench
+    base = base_run(scope, batch)
     plan = {0: scale_features(torch.arange(40), 3.0, everywhere(batch))}
-    found = {mode: run_edited(vlm.adapter, transcoders, batch, plan, mode, base) for mode in MODES}
+    found = {mode: run_edited(scope, batch, plan, mode, base) for mode in MODES}
     for a, b in (("direct", "frozen_attention"), ("frozen_attention", "free")):
         assert (found[a] - found[b]).abs().max() > 1e-6, (a, b)
-    with recording_patterns(vlm.adapter) as patterns, editing(vlm.adapter, transcoders, plan):
-        vlm.model(**batch.tensors)
+    with recording_patterns(scope.adapter) as patterns, editing(scope, plan):
+        scope.vlm.model(**batch.tensors)
     assert (patterns[2] - base.patterns[2]).abs().max() > 1e-6
-    again = run_edited(vlm.adapter, transcoders, batch, {}, "free")
+    again = run_edited(scope, batch, {}, "free")
     assert torch.equal(again, base.logits) or torch.allclose(again, base.logits, rtol=0, atol=1e-12)
 
 
 def test_generation_with_a_cache_equals_generation_without(bench) -> None:
     """Greedy tokens under edits of prompt and generated tokens, against a full forward for each token."""
-    vlm, transcoders, inputs, _ = bench
+    scope, inputs, _ = bench
     one = inputs[0]
     where = torch.ones(len(one), dtype=torch.bool)
     features = torch.arange(10)
     value = torch.linspace(1.0, 12.0, 10, dtype=torch.float64)
-    plan = {layer: set_features(features, value, where, value) for layer in transcoders.layers}
-    ids = generate_ids(vlm.adapter, one, transcoders, plan, max_new_tokens=5)
+    plan = {layer: set_features(features, value, where, value) for layer in scope.transcoders.layers}
+    ids = generate_ids(scope, one, plan, max_new_tokens=5)
     tensors = dict(one.tensors)
     tokens = []
     for _ in range(5):
         length = tensors["input_ids"].shape[1]
         whole = {
-            layer: set_features(features, value, torch.ones(length, dtype=torch.bool)) for layer in transcoders.layers
+            layer: set_features(features, value, torch.ones(length, dtype=torch.bool))
+            for layer in scope.transcoders.layers
         }
-        with torch.no_grad(), editing(vlm.adapter, transcoders, whole):
-            token = int(vlm.model(**tensors, use_cache=False).logits[0, -1].argmax())
+        with torch.no_grad(), editing(scope, whole):
+            token = int(scope.vlm.model(**tensors, use_cache=False).logits[0, -1].argmax())
         tokens.append(token)
-        if token in (vlm.tokenizer.eos_token_id,):
+        if token in (scope.vlm.tokenizer.eos_token_id,):
             break
         # PaliGemma's prompt (0) sees all of itself, its answer (1) what came before; in Gemma 3 text is 0.
-        kind = int(vlm.model.config.model_type == "paligemma")
+        kind = int(scope.vlm.model.config.model_type == "paligemma")
         added = {"input_ids": token, "attention_mask": 1, "token_type_ids": kind, "mm_token_type_ids": 0}
         for name, extra in added.items():
             if name in tensors:
                 tensors[name] = torch.cat([tensors[name], torch.tensor([[extra]])], 1)
     assert ids == tokens
-    assert generate_ids(vlm.adapter, one, max_new_tokens=5) != ids
-    text = generate_edited(vlm.adapter, vlm.tokenizer, one, transcoders, plan, max_new_tokens=5)
-    assert text == vlm.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    assert generate_ids(scope, one, max_new_tokens=5) != ids
+    text = generate_edited(scope, one, plan, max_new_tokens=5)
+    assert text == scope.vlm.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 def test_edits_on_prompt_only_leave_generated_tokens_alone(bench) -> None:
-    vlm, transcoders, inputs, _ = bench
+    scope, inputs, _ = bench
     none = {0: set_features(torch.arange(3), torch.ones(3), torch.zeros(len(inputs[0]), dtype=torch.bool))}
-    plain = generate_edited(vlm.adapter, vlm.tokenizer, inputs[0], max_new_tokens=4)
-    assert generate_edited(vlm.adapter, vlm.tokenizer, inputs[0], transcoders, none, max_new_tokens=4) == plain
+    plain = generate_edited(scope, inputs[0], max_new_tokens=4)
+    assert generate_edited(scope, inputs[0], none, max_new_tokens=4) == plain
 
 
 def test_merge_lets_the_later_edit_win() -> None:
@@ -170,20 +173,20 @@ def test_merge_lets_the_later_edit_win() -> None:
 
 
 def test_bad_requests_are_named(bench) -> None:
-    vlm, transcoders, inputs, batch = bench
+    scope, inputs, batch = bench
     where = everywhere(batch)
     edit = LayerEdit(torch.tensor([40]), torch.zeros(1), torch.zeros(1), where)
     with pytest.raises(UserError, match=r"feature 40 of layer 0, whose width is 40"):
-        run_edited(vlm.adapter, transcoders, batch, {0: edit})
+        run_edited(scope, batch, {0: edit})
     with pytest.raises(UserError, match="names layer 9"):
-        run_edited(vlm.adapter, transcoders, batch, {9: edit})
+        run_edited(scope, batch, {9: edit})
     with pytest.raises(UserError, match="unknown intervention mode 'frozen'"):
-        run_edited(vlm.adapter, transcoders, batch, {}, "frozen")
+        run_edited(scope, batch, {}, "frozen")
     with pytest.raises(UserError, match="no position has role 'answer'"):
         position_mask(batch.roles, "role_answer")
-    longer = vlm.prepare("what is this red planet ?", [tiny_image(0)] if inputs[0].is_image.any() else [])
+    longer = scope.vlm.prepare("what is this red planet ?", [tiny_image(0)] if inputs[0].is_image.any() else [])
     with pytest.raises(UserError, match="must align"):
-        make_batch(vlm.adapter, [inputs[0], longer])
+        make_batch(scope.adapter, [inputs[0], longer])
 
 
 def test_scopes_cover_the_prompt(bench) -> None:
@@ -195,24 +198,24 @@ def test_scopes_cover_the_prompt(bench) -> None:
 
 
 def test_mlp_inputs_are_the_base_runs(bench) -> None:
-    vlm, transcoders, _, batch = bench
-    base = base_run(vlm.adapter, transcoders, batch)
-    for layer, x in mlp_inputs(vlm.adapter, batch, [0, 2]).items():
+    scope, _, batch = bench
+    base = base_run(scope, batch)
+    for layer, x in mlp_inputs(scope.adapter, batch, [0, 2]).items():
         assert torch.allclose(x, base.mlp_in[layer], rtol=0, atol=1e-10)
 
 
 def test_a_base_run_keeps_what_its_modes_freeze(bench) -> None:
-    vlm, transcoders, _, batch = bench
-    whole = base_run(vlm.adapter, transcoders, batch)
+    scope, _, batch = bench
+    whole = base_run(scope, batch)
     plan = {1: scale_features(torch.arange(40), 2.0, everywhere(batch))}
     for mode in MODES:
-        base = base_run(vlm.adapter, transcoders, batch, [mode])
+        base = base_run(scope, batch, [mode])
         assert torch.allclose(base.logits, whole.logits, rtol=0, atol=1e-9)
         assert bool(base.patterns) == (mode != "free")
         assert bool(base.written) == bool(base.mlp_in) == bool(base.inverse_rms) == (mode == "direct")
-        found, expected = (run_edited(vlm.adapter, transcoders, batch, plan, mode, one) for one in (base, whole))
+        found, expected = (run_edited(scope, batch, plan, mode, one) for one in (base, whole))
         assert torch.allclose(found, expected, rtol=0, atol=1e-9)
         for other in set(MODES[: MODES.index(mode)]):
             with pytest.raises(AssertionError, match="not recorded for"):
-                run_edited(vlm.adapter, transcoders, batch, plan, other, base)
+                run_edited(scope, batch, plan, other, base)
     assert all(rms.shape[-1] == 1 for rms in whole.inverse_rms.values())

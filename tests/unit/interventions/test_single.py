@@ -23,18 +23,16 @@ def edits_of(table, rows: np.ndarray) -> SingleEdits:
 
 
 def test_direct_effects_are_the_edges(bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    vlm, transcoders, inputs, _ = bench
+    scope, inputs, _ = bench
     monkeypatch.setattr(single, "BATCH", 7)  # several forwards, the last one smaller
-    replacement = build_replacement(vlm, transcoders, inputs[1])
+    replacement = build_replacement(scope, inputs[1])
     table, adjoint = replacement.feature_activations, Adjoint(replacement)
     target = difference_target(replacement, *TOKENS, label="difference")
     edges = adjoint.stream_rows(target.layer, target.vectors, torch.from_numpy(target.positions))[0]
     rows = np.arange(0, len(table), max(len(table) // 17, 1))
     edits = edits_of(table, rows)
-    batch = make_batch(vlm.adapter, inputs[1:2])
-    found = single_effects(
-        vlm.adapter, transcoders, batch, base_run(vlm.adapter, transcoders, batch), edits, "direct", TOKENS
-    )
+    batch = make_batch(scope.adapter, inputs[1:2])
+    found = single_effects(scope, batch, base_run(scope, batch), edits, "direct", TOKENS)
     share = edits.scale - 1 + edits.value / table.activation[rows]
     expected = edges.numpy()[adjoint.columns.all_features()[rows]] * share
     assert np.abs(found - expected).max() < 1e-9
@@ -43,17 +41,17 @@ def test_direct_effects_are_the_edges(bench, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("mode", ["frozen_attention", "free"])
 def test_a_batch_equals_its_edits_one_by_one(bench, mode: str) -> None:
-    vlm, transcoders, inputs, _ = bench
-    table = build_replacement(vlm, transcoders, inputs[0]).feature_activations
+    scope, inputs, _ = bench
+    table = build_replacement(scope, inputs[0]).feature_activations
     edits = edits_of(table, np.array([0, 1, len(table) // 2, len(table) // 2 + 1, len(table) - 1]))
-    batch = make_batch(vlm.adapter, inputs[:1])
-    base = base_run(vlm.adapter, transcoders, batch)
-    found = single_effects(vlm.adapter, transcoders, batch, base, edits, mode, TOKENS)
+    batch = make_batch(scope.adapter, inputs[:1])
+    base = base_run(scope, batch)
+    found = single_effects(scope, batch, base, edits, mode, TOKENS)
     for i in range(len(edits)):
         where = torch.zeros(batch.length, dtype=torch.bool)
         where[edits.position[i]] = True
         scale, value = (torch.tensor([v[i]], dtype=torch.float64) for v in (edits.scale, edits.value))
         plan = {int(edits.layer[i]): LayerEdit(torch.tensor([edits.index[i]]), value, scale, where)}
-        moved = (run_edited(vlm.adapter, transcoders, batch, plan, mode, base) - base.logits)[0]
+        moved = (run_edited(scope, batch, plan, mode, base) - base.logits)[0]
         assert found[i] == pytest.approx(float(moved[TOKENS[0]] - moved[TOKENS[1]]), abs=1e-10)
     assert np.abs(found).max() > 1e-5

@@ -11,6 +11,7 @@ from vlmscope.models.loading import VLM
 from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import randomise, tiny_image, tiny_vlm
 from vlmscope.replacement.model import build_replacement
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 OWN_FAMILY = {"qwen2_5_vl_text", "qwen3_vl_text"}  # need the positions that their own family makes
@@ -33,7 +34,7 @@ def test_a_decoder_of_the_table_is_exact(kind: str) -> None:
     with exact_float64(), torch.no_grad():
         inputs = vlm.prepare("what is this red planet ?", [tiny_image(0)])
         logits = model(**inputs.tensors).logits[0]
-        replayed = build_replacement(vlm, transcoders, inputs).replay().logits
+        replayed = build_replacement(Scope(vlm, transcoders), inputs).replay().logits
     assert (replayed - logits).abs().max() <= 1e-9 * logits.abs().max()
 
 
@@ -48,7 +49,7 @@ def test_gemma_4_for_text_alone_is_exact() -> None:
     with exact_float64(), torch.no_grad():
         inputs = vlm.prepare("what is this red planet ?")
         logits = model(**inputs.tensors).logits[0]
-        replacement = build_replacement(vlm, transcoders, inputs)
+        replacement = build_replacement(Scope(vlm, transcoders), inputs)
         replayed = replacement.capped(replacement.replay().logits)
     assert (replayed - logits).abs().max() <= 1e-9 * logits.abs().max()
     with pytest.raises(UserError, match="takes no pictures but 1 were given"):

@@ -20,6 +20,7 @@ from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import VLM
 from vlmscope.models.sizes import attention_widths, state_elements
 from vlmscope.models.tiny import randomise, tiny_gemma3, tiny_image
+from vlmscope.scope import Scope
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.init import random_set
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
@@ -184,7 +185,7 @@ def test_its_config_at_two_layers_keeps_every_identity() -> None:
     assert text.rope_parameters["full_attention"]["factor"] == 8.0
     transcoders = random_set(2, vlm.adapter.d_model, 64, 4, skip=True, dtype=torch.float64)
     limits = Limits(targets=5000, sources=6, positions=4, new_tokens=3)
-    reports = list(run_cases(vlm, transcoders, "what is this planet ?", [tiny_image(1), tiny_image(2)], limits))
+    reports = list(run_cases(Scope(vlm, transcoders), "what is this planet ?", [tiny_image(1), tiny_image(2)], limits))
     assert [report.case for report in reports] == ["text", "one_picture", "two_pictures"]
     assert not failures(reports)
     held = [check for report in reports for check in report.exact]

@@ -17,6 +17,7 @@ from vlmscope.models import placement
 from vlmscope.models.loading import VLM, load_vlm
 from vlmscope.models.placement import Needs, check_device, check_memory, computing_device, is_offloaded, materialised
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 
@@ -91,7 +92,7 @@ def test_checks_want_the_weights_in_memory(tmp_path: Path) -> None:
     saved("gemma3", tmp_path)
     vlm = rests_on_disk(tmp_path)
     with pytest.raises(UserError, match="is offloaded, and the checks copy its weights to float64"):
-        next(iter(run_cases(vlm, random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 16, 4))))
+        next(iter(run_cases(Scope(vlm, random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 16, 4)))))
 
 
 def test_offload_to_another_dtype(tmp_path: Path) -> None:

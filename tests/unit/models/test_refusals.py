@@ -22,6 +22,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.tiny import tiny_image, tiny_vlm
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 
@@ -104,8 +105,8 @@ def test_half_precision_is_no_dtype_for_edges(dtype: str) -> None:
     transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 8, 2, dtype=vlm.adapter.dtype)
     inputs = vlm.prepare("what is this ?")
     with pytest.raises(UserError, match=f"in {dtype}, which has too few digits; set attribution.dtype=float32"):
-        trace(vlm, transcoders, inputs, AttributionConfig(dtype="model"))
-    traced = trace(vlm, transcoders, inputs, AttributionConfig())
+        trace(Scope(vlm, transcoders), inputs, AttributionConfig(dtype="model"))
+    traced = trace(Scope(vlm, transcoders), inputs, AttributionConfig())
     assert traced.replacement.errors.dtype == torch.float32
     # A graph in float32 of a forward that was rounded says so: its edges miss the model's own numbers by that much.
     assert 1e-4 < traced.graph.residual.max() < 0.05
@@ -117,7 +118,7 @@ def test_a_forward_that_overflows_is_told() -> None:
     inputs = vlm.prepare("what is this ?")
     vlm.adapter.norms(1).mlp_out_post.weight.fill_(60000.0)  # pyright: ignore[reportOptionalMemberAccess]
     with pytest.raises(UserError, match="not finite in float16: .* try model.dtype=bfloat16 or float32"):
-        trace(vlm, transcoders, inputs, AttributionConfig())
+        trace(Scope(vlm, transcoders), inputs, AttributionConfig())
 
 
 def test_a_bare_soft_token_in_a_prompt_is_refused() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from vlmscope.circuits.pair_subject import PairSubject, pair_subject
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 
@@ -18,5 +19,6 @@ def made() -> tuple[Any, PairSubject]:
     sides = [[vlm.prepare("what is this planet ?", [tiny_image(i)]) for i in some] for some in (range(3), range(3, 6))]
     logits = vlm.adapter.forward(sides[0][0].tensors, use_cache=False).logits[0, -1, : vlm.adapter.vocab_size]
     first, second = (logits.topk(2).indices[i].repeat(3) for i in (0, 1))
-    subject = pair_subject(vlm.adapter, transcoders, "name", sides[0], sides[1], first, second, 2, answerable=False)
-    return SimpleNamespace(vlm=vlm, transcoders=transcoders, cfg=SimpleNamespace(seed=0)), subject
+    scope = Scope(vlm, transcoders)
+    subject = pair_subject(scope, "name", sides[0], sides[1], first, second, 2, answerable=False)
+    return SimpleNamespace(vlm=vlm, scope=scope, transcoders=transcoders, cfg=SimpleNamespace(seed=0)), subject

@@ -20,8 +20,8 @@ def test_ranges_grow_to_all_layers_from_both_ends(made: tuple[Any, PairSubject])
     first, last = (range_curve(bench, subject, kind) for kind in ("first", "last"))
     assert first.shares.shape == (3, len(bench.transcoders.layers))
     np.testing.assert_allclose(first.shares[:, -1], last.shares[:, 0], rtol=1e-4)
-    plan = interchange_plan(bench.vlm.adapter, bench.transcoders, subject, all_features(bench.transcoders))
-    logits = run_edited(bench.vlm.adapter, bench.transcoders, subject.batch, {i: plan[i] for i in (0, 1)})
+    plan = interchange_plan(bench.scope, subject, all_features(bench.transcoders))
+    logits = run_edited(bench.scope, subject.batch, {i: plan[i] for i in (0, 1)})
     np.testing.assert_allclose(first.shares[:, 1], recovered(subject, logits), rtol=1e-4, atol=1e-5)
     assert np.ptp(first.shares, axis=1).max() > 1e-4  # the ranges differ
     assert len(first.outcomes) == len(first.directions) == len(bench.transcoders.layers)
@@ -29,7 +29,7 @@ def test_ranges_grow_to_all_layers_from_both_ends(made: tuple[Any, PairSubject])
 
 def test_silenced_features_are_zero_and_controls_are_as_many(made: tuple[Any, PairSubject]) -> None:
     bench, subject = made
-    means = mean_activations(bench.vlm.adapter, bench.transcoders, [subject.batch], bench.transcoders.layers)
+    means = mean_activations(bench.scope, [subject.batch], bench.transcoders.layers)
     nothing = silence(bench, subject, {0: torch.empty(0, dtype=torch.int64)}, means, 1)
     right = float((subject.base.logits.argmax(-1) == subject.tokens).float().mean())
     assert nothing.value == pytest.approx(1 - right) == nothing.control

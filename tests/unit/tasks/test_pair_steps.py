@@ -81,11 +81,11 @@ def test_features_elsewhere_are_left_alone_when_a_place_is_carried(made: tuple[A
     on[:, :2] = True
     features = all_features(bench.transcoders)
     found = carried_at(bench, PairCase([], subject), np.arange(subject.size), on, features)
-    plan = interchange_plan(bench.vlm.adapter, bench.transcoders, subject, features)
+    plan = interchange_plan(bench.scope, subject, features)
     for name, places in (("objects", soft[:2]), ("ground", soft[2:]), ("whole picture", soft)):
         where = torch.zeros(subject.batch.length, dtype=torch.bool)
         where[places] = True
-        expected = run_interchange(bench.vlm.adapter, bench.transcoders, subject, at_positions(plan, where)).recovered
+        expected = run_interchange(bench.scope, subject, at_positions(plan, where)).recovered
         assert expected is not None and abs(expected.value) > 1e-3
         assert found[name].value == pytest.approx(expected.value, rel=1e-4)
 
@@ -151,7 +151,7 @@ def test_curves_over_counts_are_of_questions_that_move_and_their_controls_follow
     still = replace(subject, question="cover", other_tokens=subject.tokens)
     cases = {"name": PairCase([], subject), "cover": PairCase([], still)}
     features = [CircuitFeature(FeatureId(0, index), "last", 1.0, 1.0) for index in (3, 4)]
-    means = mean_activations(bench.vlm.adapter, bench.transcoders, [subject.batch], bench.transcoders.layers)
+    means = mean_activations(bench.scope, [subject.batch], bench.transcoders.layers)
     found = interchange.count_curves(bench, cases, {"name": features, "cover": features}, means)
     assert [curve.name for curve in found["follows"]] == ["name", "name, matched"]
     assert seeds == [7, 7]

@@ -9,6 +9,7 @@ from vlmscope.models.conversations import LOSS_MASK, encode
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.models.tiny_families import FAMILIES
+from vlmscope.scope import Scope
 from vlmscope.training.conversation_batches import ConversationBatches, ValidationBatches, stacked
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
 from vlmscope.training.transcoder_data import collect
@@ -93,7 +94,7 @@ def test_transcoders_are_float32_and_learn_whatever_the_models_dtype(dtype: torc
     val = ValidationBatches(samples()[:4], lambda sample: encode(vlm, sample))
     assert len(val) == 4 and len(list(val)) == len(list(val)) == 4
     start, _ = train_transcoders(vlm, batches(vlm, 90), [], _short(1), tmp_path / "a")
-    before = evaluate_transcoders(vlm, start, val)
+    before = evaluate_transcoders(Scope(vlm, start), val)
     found, after = train_transcoders(vlm, batches(vlm, 90), val, CONFIG, tmp_path / "b")
     assert {p.dtype for p in found.parameters()} == {torch.float32}
     assert after["val/fvu"] < 0.8 * before["val/fvu"]

@@ -11,6 +11,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.metrics.reconstruction import fvu
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
+from vlmscope.scope import Scope
 from vlmscope.training.groups import cross_layer_losses
 from vlmscope.training.transcoder_data import collect
 from vlmscope.training.transcoder_evaluation import evaluate_transcoders, spliced
@@ -89,7 +90,7 @@ def test_splicing_rebuilds_every_layer_from_all_codes_below(vlm: VLM, module: Tr
     found, batch = module.finished_set(), _batch(3)
     adapter = vlm.adapter
     outputs = {}
-    with spliced(adapter, found):
+    with spliced(Scope(vlm, found)):
         activations = collect(adapter, batch)
         handles = [
             adapter.mlp(n).register_forward_hook(lambda _m, _a, out, n=n: outputs.__setitem__(n, out))
@@ -130,7 +131,7 @@ def test_trouble_in_one_layer_stops_all_and_keeps_the_weights(
 
 
 def test_a_set_of_another_model_is_evaluated_as_badly_as_it_is(vlm: VLM, module: TranscoderModule) -> None:
-    good = evaluate_transcoders(vlm, module.finished_set(), [_batch(0)])
+    good = evaluate_transcoders(Scope(vlm, module.finished_set()), [_batch(0)])
     assert good["val/fvu"] < 1
     assert {"val/duplicated_frac", "layers/duplicated_frac/layer_00"} <= good.keys()
 

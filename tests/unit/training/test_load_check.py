@@ -10,6 +10,7 @@ from vlmscope.config.paths import asset
 from vlmscope.core.errors import UserError
 from vlmscope.models.loading import VLM, load_vlm
 from vlmscope.models.tiny import tiny_vlm
+from vlmscope.scope import Scope
 from vlmscope.tasks.load_check import warn_if_unfit
 from vlmscope.training.load_check import check_hooks, fvu_on_load
 from vlmscope.transcoders.formats import load_set
@@ -28,7 +29,7 @@ def shipped() -> TranscoderSet:
 
 @pytest.mark.parametrize("prompt", [None, "what colour is mars ?"])
 def test_the_shipped_set_fits(orrery: VLM, caplog: pytest.LogCaptureFixture, prompt: str | None) -> None:
-    found = warn_if_unfit(orrery, shipped(), prompt)
+    found = warn_if_unfit(Scope(orrery, shipped()), prompt)
     assert sorted(found) == list(range(8)) and max(found.values()) < 0.2
     assert not caplog.records
 
@@ -38,7 +39,7 @@ def test_a_set_that_does_not_fit_is_named_by_its_layers(orrery: VLM, caplog: pyt
     for layer in (2, 5):
         set_weight(spoilt[layer].W_dec, -spoilt[layer].W_dec.clone())
     with caplog.at_level(logging.WARNING):
-        found = warn_if_unfit(orrery, spoilt, None)
+        found = warn_if_unfit(Scope(orrery, spoilt), None)
     (record,) = caplog.records
     said = record.getMessage()
     assert "FVU above 1 on 442 tokens in layer 2 (" in said and ", 5 (" in said and "\n" not in said
@@ -48,13 +49,13 @@ def test_a_set_that_does_not_fit_is_named_by_its_layers(orrery: VLM, caplog: pyt
 def test_a_set_moved_by_one_layer_is_noticed(orrery: VLM, caplog: pytest.LogCaptureFixture) -> None:
     base = shipped()
     moved = TranscoderSet({layer: base[(layer + 1) % 8] for layer in range(8)}, base.config)
-    found = warn_if_unfit(orrery, moved, None)
+    found = warn_if_unfit(Scope(orrery, moved), None)
     assert sum(value > 1 for value in found.values()) >= 5 and caplog.records
 
 
 def test_nothing_is_looked_at_without_an_input(caplog: pytest.LogCaptureFixture) -> None:
     vlm = tiny_vlm("gemma3_text", 0)
-    assert warn_if_unfit(vlm, random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 48, 4), None) == {}
+    assert warn_if_unfit(Scope(vlm, random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 48, 4)), None) == {}
 
 
 def with_hooks(transcoders: TranscoderSet, input_hook: str, output_hook: str) -> TranscoderSet:
@@ -81,18 +82,18 @@ def test_a_target_after_the_norm_is_compared_there() -> None:
         set_weight(transcoder.b_dec, 0 * transcoder.b_dec)
         assert transcoder.W_skip is not None
         set_weight(transcoder.W_skip, torch.linalg.lstsq(x[0], target).solution.T)
-    post, _ = fvu_on_load(vlm, with_hooks(made, "mlp_in", "mlp_out_post"), [inputs.tensors])
-    raw, tokens = fvu_on_load(vlm, with_hooks(made, "mlp_in", "mlp_out"), [inputs.tensors])
+    post, _ = fvu_on_load(Scope(vlm, with_hooks(made, "mlp_in", "mlp_out_post")), [inputs.tensors])
+    raw, tokens = fvu_on_load(Scope(vlm, with_hooks(made, "mlp_in", "mlp_out")), [inputs.tensors])
     assert tokens == len(inputs) and max(post.values()) < 1e-9 and min(raw.values()) > 1e-3
 
 
 def test_hooks_that_the_model_lacks_are_one_line() -> None:
     vlm = tiny_vlm("llava", 0)
     found = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 48, 4)
-    check_hooks(vlm.adapter, found)
+    check_hooks(Scope(vlm, found))
     with pytest.raises(
         UserError, match="layer 0 imitates mlp_out_post, the norm after the MLP, and this model has none"
     ):
-        check_hooks(vlm.adapter, with_hooks(found, "mlp_in", "mlp_out_post"))
+        check_hooks(Scope(vlm, with_hooks(found, "mlp_in", "mlp_out_post")))
     with pytest.raises(UserError, match="maps ln2.hook_normalized to mlp_out"):
-        check_hooks(vlm.adapter, with_hooks(found, "ln2.hook_normalized", "mlp_out"))
+        check_hooks(Scope(vlm, with_hooks(found, "ln2.hook_normalized", "mlp_out")))

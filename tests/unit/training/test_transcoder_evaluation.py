@@ -13,6 +13,7 @@ from vlmscope.core.seeds import generator
 from vlmscope.metrics.reconstruction import fvu
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
+from vlmscope.scope import Scope
 from vlmscope.training.transcoder_data import collect
 from vlmscope.training.transcoder_evaluation import evaluate_transcoders, spliced
 from vlmscope.transcoders.init import random_set, set_weight
@@ -44,7 +45,7 @@ def _batch(number: int) -> dict[str, Tensor]:
 def test_evaluation_equals_the_formula_on_all_tokens_at_once(vlm: VLM) -> None:
     transcoders = random_set(4, 24, 96, 8, seed=5)
     batches = [_batch(1), _batch(2)]
-    figures = evaluate_transcoders(vlm, transcoders, batches)
+    figures = evaluate_transcoders(Scope(vlm, transcoders), batches)
     parts = [collect(vlm.adapter, batch) for batch in batches]
     x, y = (torch.cat([part.by_layer[3][i] for part in parts]) for i in (0, 1))
     is_image = torch.cat([part.is_image for part in parts])
@@ -71,9 +72,9 @@ def test_ce_delta_is_the_rise_of_the_loss_on_answer_tokens(vlm: VLM) -> None:
         return -float(log_p.mean())
 
     own = loss()
-    with spliced(vlm.adapter, transcoders):
+    with spliced(Scope(vlm, transcoders)):
         replaced = loss()
-    figures = evaluate_transcoders(vlm, transcoders, [batch])
+    figures = evaluate_transcoders(Scope(vlm, transcoders), [batch])
     assert abs(replaced - own) > 0.01
     assert figures["val/ce"] == pytest.approx(own, rel=1e-5)
     assert figures["val/ce_delta"] == pytest.approx(replaced - own, rel=1e-4)
@@ -83,7 +84,7 @@ def test_ce_delta_is_the_rise_of_the_loss_on_answer_tokens(vlm: VLM) -> None:
 def test_figures_without_tokens_to_stand_on_are_left_out() -> None:
     text = tiny_gemma3(0, text_only=True)
     ids = torch.from_numpy(generator(0, "text").integers(9, 20, (4, 12)))
-    figures = evaluate_transcoders(text, random_set(4, 24, 48, 4), [{"input_ids": ids}])
+    figures = evaluate_transcoders(Scope(text, random_set(4, 24, 48, 4)), [{"input_ids": ids}])
     assert {"val/fvu_image", "val/ce_delta"}.isdisjoint(figures)
     assert figures["val/fvu_text"] == pytest.approx(figures["val/fvu"])
     assert all(math.isfinite(value) for value in figures.values())
@@ -91,11 +92,11 @@ def test_figures_without_tokens_to_stand_on_are_left_out() -> None:
 
 def test_evaluation_refuses_a_set_of_another_model_and_no_batches(vlm: VLM) -> None:
     with pytest.raises(UserError, match="width"):
-        evaluate_transcoders(vlm, random_set(4, 16, 48, 4), [_batch(0)])
+        evaluate_transcoders(Scope(vlm, random_set(4, 16, 48, 4)), [_batch(0)])
     with pytest.raises(UserError, match="layers"):
-        evaluate_transcoders(vlm, random_set(5, 24, 48, 4), [_batch(0)])
+        evaluate_transcoders(Scope(vlm, random_set(5, 24, 48, 4)), [_batch(0)])
     with pytest.raises(UserError, match="no tokens"):
-        evaluate_transcoders(vlm, random_set(4, 24, 48, 4), [])
+        evaluate_transcoders(Scope(vlm, random_set(4, 24, 48, 4)), [])
 
 
 def _perfect_after_the_norm(vlm: VLM, batch: dict[str, Tensor]) -> TranscoderSet:
@@ -120,14 +121,14 @@ def test_a_set_of_the_post_norms_output_is_compared_and_spliced_in_there() -> No
     loss_mask = torch.zeros(1, 12, dtype=torch.bool)
     loss_mask[:, -3:] = True
     batch = {"input_ids": ids, "loss_mask": loss_mask}
-    figures = evaluate_transcoders(vlm, _perfect_after_the_norm(vlm, batch), [batch])
+    figures = evaluate_transcoders(Scope(vlm, _perfect_after_the_norm(vlm, batch)), [batch])
     assert figures["val/fvu"] < 1e-12
     assert abs(figures["val/ce_delta"]) < 1e-6
-    with spliced(vlm.adapter, (other := random_set(4, 24, 96, 8, seed=5, dtype=torch.float64))), torch.no_grad():
+    with spliced(Scope(vlm, (other := random_set(4, 24, 96, 8, seed=5, dtype=torch.float64)))), torch.no_grad():
         at_the_mlp = vlm.model(input_ids=ids).logits
     for one in other.transcoders.values():
         one.config = replace(one.config, output_hook="mlp_out_post")
-    with spliced(vlm.adapter, other), torch.no_grad():
+    with spliced(Scope(vlm, other)), torch.no_grad():
         after_the_norm = vlm.model(input_ids=ids).logits
     assert (at_the_mlp - after_the_norm).abs().max() > 1e-3
 
@@ -136,4 +137,4 @@ def test_a_hook_point_that_the_model_lacks_is_refused(vlm: VLM) -> None:
     found = random_set(4, 24, 48, 4)
     found[1].config = replace(found[1].config, input_hook="resid_pre")
     with pytest.raises(UserError, match="layer 1 maps resid_pre to mlp_out"):
-        evaluate_transcoders(vlm, found, [_batch(0)])
+        evaluate_transcoders(Scope(vlm, found), [_batch(0)])

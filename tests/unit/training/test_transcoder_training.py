@@ -16,6 +16,7 @@ from vlmscope.core.seeds import generator
 from vlmscope.metrics.reconstruction import fvu
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
+from vlmscope.scope import Scope
 from vlmscope.training.captures import Captures
 from vlmscope.training.layer_trainer import LayerTrainer
 from vlmscope.training.losses.aux_k import aux_k
@@ -320,7 +321,7 @@ def test_a_trained_set_keeps_its_figures_through_a_file(vlm: VLM, tmp_path: Path
     transcoders, metrics = _train(vlm, tmp_path)
     save_set(transcoders, tmp_path / "set")
     loaded = load_set(tmp_path / "set", n_layers=4, d_model=24)
-    again = evaluate_transcoders(vlm, loaded, [_batch(100)])
+    again = evaluate_transcoders(Scope(vlm, loaded), [_batch(100)])
     assert {name: metrics[name] for name in again} == again
 
 

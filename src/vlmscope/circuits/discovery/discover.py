@@ -24,13 +24,11 @@ from vlmscope.core.intervention import Rate
 from vlmscope.core.seeds import generator
 from vlmscope.metrics.faithfulness import FaithfulnessCurve, faithfulness, faithfulness_curve, sizes
 from vlmscope.metrics.ranking import jaccard, mean_jaccard, spearman
-from vlmscope.models.base import Adapter
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 
 def discover(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     train: CircuitSubject,
     test: CircuitSubject,
     settings: DiscoveryConfig,
@@ -39,8 +37,7 @@ def discover(
     """Find the smallest circuit of a question that keeps `settings.keep` of the logit difference.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders, one a layer.
+        scope: the model and its transcoders.
         train: pairs that choose.
         test: other pairs of the same question and wording, which judge.
         settings: what is done.
@@ -53,18 +50,18 @@ def discover(
         raise UserError(
             f"question {train.pairs.question!r}: training and test prompts differ in length or wording; use the same"
         )
-    sides = measure(adapter, transcoders, train)
+    sides = measure(scope, train)
     if sides.clean.gaps.mean() <= sides.corrupt.gaps.mean():
         raise UserError(
             f"question {train.pairs.question!r}: the logit difference of the answers does not fall from original to "
             "counterfactual, so there is nothing to keep; give pairs that the model answers"
         )
-    nodes = changing_nodes(sides, transcoders)
-    choosing = Runner(adapter, transcoders, sides, nodes)
-    judging = Runner(adapter, transcoders, measure(adapter, transcoders, test), nodes)
-    effects = eap_ig(adapter, transcoders, sides, nodes, settings.steps)
-    traced = graph_scores(adapter, transcoders, train, nodes, settings.graphs, graphs or AttributionConfig())
-    change = activation_change(transcoders, sides, nodes)
+    nodes = changing_nodes(sides, scope.transcoders)
+    choosing = Runner(scope, sides, nodes)
+    judging = Runner(scope, measure(scope, test), nodes)
+    effects = eap_ig(scope, sides, nodes, settings.steps)
+    traced = graph_scores(scope, train, nodes, settings.graphs, graphs or AttributionConfig())
+    change = activation_change(scope.transcoders, sides, nodes)
     scores, orders = _rankings(choosing, effects, traced, change, settings)
     found = _found(choosing, judging, orders, change, settings)
     seen = (effects.mean(0) != 0) | (traced.nodes.mean(0) != 0)
@@ -191,7 +188,7 @@ def _stability(
     choices = resampled(effects, "eap_ig")
     # Two graphs, of both sides, belong to one pair.
     by_pair = traced.nodes.reshape(-1, 2, len(nodes)).mean(1)
-    other = eap_ig(judging.adapter, judging.transcoders, judging.sides, nodes, settings.steps).mean(0)
+    other = eap_ig(judging.scope, judging.sides, nodes, settings.steps).mean(0)
     rng = generator(settings.seed, "stability", "chance")
     random = [rng.choice(rows, count, replace=False).tolist() for _ in range(settings.resamples)]
     return Stability(
@@ -206,8 +203,8 @@ def _feature_change(runner: Runner) -> np.ndarray:
     """[N], mean change of activation of features, summed over the positions of their role."""
     nodes, out = runner.nodes, np.zeros(len(runner.nodes))
     role_of = runner.whole().role_of
-    for layer in runner.transcoders.layers:
-        change = changes(runner.sides, runner.transcoders, layer).mean(0)
+    for layer in runner.scope.transcoders.layers:
+        change = changes(runner.sides, runner.scope.transcoders, layer).mean(0)
         table = change.new_zeros(len(nodes.roles), change.shape[1]).index_add_(0, role_of, change)
         mine = nodes.is_feature & (nodes.layer == layer)
         out[mine] = table.double().cpu().numpy()[nodes.role[mine], nodes.index[mine]]

@@ -69,7 +69,7 @@ def discover_edges(
 
 def _pairs(runner: Runner, targets: np.ndarray, settings: DiscoveryConfig) -> list[PairEdges]:
     count = settings.edge_pairs
-    return pair_edges(runner.adapter, runner.transcoders, runner.sides, runner.nodes, targets, count, settings.steps)
+    return pair_edges(runner.scope, runner.sides, runner.nodes, targets, count, settings.steps)
 
 
 def _ends(pairs: list[PairEdges]) -> tuple[np.ndarray, np.ndarray]:

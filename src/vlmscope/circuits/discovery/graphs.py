@@ -24,9 +24,8 @@ from vlmscope.attribution.trace import attribute
 from vlmscope.circuits.discovery.nodes import Kind, Nodes
 from vlmscope.circuits.discovery.sides import CircuitSubject
 from vlmscope.core.graph import NodeKind, NodeTable, PrunedGraph
-from vlmscope.models.base import Adapter
 from vlmscope.replacement.model import build_replacement
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 ANSWER = -1  # stands for the answer where edges name node numbers
 _KINDS = {NodeKind.TOKEN: Kind.EMBEDDING, NodeKind.FEATURE: Kind.FEATURE, NodeKind.ERROR: Kind.ERROR}
@@ -46,8 +45,7 @@ class GraphScores:
 
 
 def graph_scores(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     subject: CircuitSubject,
     nodes: Nodes,
     count: int,
@@ -56,8 +54,7 @@ def graph_scores(
     """Trace both sides of the first `count` pairs.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders.
+        scope: the model and its transcoders.
         subject: the pairs.
         nodes: what gets a score; what is the same on both sides is none of them.
         count: pairs.
@@ -67,7 +64,7 @@ def graph_scores(
     edges: dict[tuple[int, int], float] = {}
     number = nodes.rows()
     roles = {role: place for place, role in enumerate(nodes.roles)}
-    graphs = list(_graphs(adapter, transcoders, subject, count, config))
+    graphs = list(_graphs(scope, subject, count, config))
     for pruned in graphs:
         graph = pruned.graph
         role_of = np.array([roles[role] for role in graph.roles.tolist()])
@@ -78,14 +75,12 @@ def graph_scores(
     return GraphScores(np.stack(table), edges)
 
 
-def _graphs(
-    adapter: Adapter, transcoders: TranscoderSet, subject: CircuitSubject, count: int, config: AttributionConfig
-) -> Iterator[PrunedGraph]:
+def _graphs(scope: Scope, subject: CircuitSubject, count: int, config: AttributionConfig) -> Iterator[PrunedGraph]:
     pairs = subject.pairs
     for row in range(min(count, pairs.size)):
         words = int(pairs.tokens[row]), int(pairs.other_tokens[row])
         for inputs in (subject.originals[row], subject.others[row]):
-            replacement = build_replacement(adapter, transcoders, inputs)
+            replacement = build_replacement(scope, inputs)
             targets = difference_target(replacement, *words, "original - counterfactual")
             graph = attribute(replacement, config, None, targets=targets)
             yield prune(graph, config.node_threshold, config.edge_threshold)

@@ -17,15 +17,14 @@ from vlmscope.circuits.discovery.graphs import ANSWER
 from vlmscope.circuits.discovery.nodes import Kind, Nodes, role_numbers
 from vlmscope.circuits.discovery.scores import mean_gradients
 from vlmscope.circuits.discovery.sides import Sides
-from vlmscope.models.base import Adapter
 from vlmscope.replacement.features import LayerFeatures, feature_table
 from vlmscope.replacement.model import ReplacementModel, build_replacement
+from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 
 def pair_edges(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     sides: Sides,
     nodes: Nodes,
     targets: np.ndarray,
@@ -35,29 +34,27 @@ def pair_edges(
     """The edges of the first `count` pairs.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders; one for every layer.
+        scope: the model and its transcoders.
         sides: the pairs.
         nodes: the nodes.
         targets: [n] numbers of the feature nodes that get incoming edges.
         count: pairs.
         steps: inputs at which gradients are taken.
     """
-    gradients = mean_gradients(adapter, transcoders, sides, steps)
+    gradients = mean_gradients(scope, sides, steps)
     number = {key: row for key, row in nodes.rows().items() if key[0] == Kind.FEATURE}
     wanted = set(targets.tolist())
     number = {key: row for key, row in number.items() if row in wanted}
     found = []
     for row in range(min(count, sides.subject.pairs.size)):
         writes = {layer: gradient[row] for layer, gradient in gradients.writes.items()}
-        found.append(_one(adapter, transcoders, sides, nodes, number, row, writes))
+        found.append(_one(scope, sides, nodes, number, row, writes))
     return found
 
 
 @torch.no_grad()
 def _one(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     sides: Sides,
     nodes: Nodes,
     number: dict[tuple[int, int, int, int], int],
@@ -65,10 +62,8 @@ def _one(
     writes: dict[int, Tensor],
 ) -> PairEdges:
     subject = sides.subject
-    dtype = torch.float64 if adapter.dtype == torch.float64 else torch.float32
-    clean, corrupt = (
-        build_replacement(adapter, transcoders, inputs[row], dtype) for inputs in (subject.originals, subject.others)
-    )
+    dtype = torch.float64 if scope.adapter.dtype == torch.float64 else torch.float32
+    clean, corrupt = (build_replacement(scope, inputs[row], dtype) for inputs in (subject.originals, subject.others))
     words = int(subject.pairs.tokens[row]), int(subject.pairs.other_tokens[row])
     ends = [difference_target(side, *words, "gap") for side in (clean, corrupt)]
     whole = difference(clean, corrupt)
@@ -88,7 +83,7 @@ def _one(
         instances += (columns.features(layer) + which).tolist()
         node += [name for _, name in mine]
         change.append(features.activation[which])
-        slope.append(_slopes(transcoders, writes, features, layer, which))
+        slope.append(_slopes(scope.transcoders, writes, features, layer, which))
     values = [float(end.values[0]) for end in ends]
     changes = torch.cat([*change, whole.errors.new_tensor([values[0] - values[1]])]).double().numpy(force=True)
     sources, groups = _groups(whole, columns, nodes, role_of)

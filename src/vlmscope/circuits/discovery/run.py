@@ -30,24 +30,22 @@ from vlmscope.circuits.discovery.nodes import Kept
 from vlmscope.circuits.discovery.sides import Sides
 from vlmscope.interventions.frozen import frozen_attention, target_module
 from vlmscope.interventions.run import watch_inputs
-from vlmscope.models.base import INJECTIONS, Adapter
+from vlmscope.models.base import INJECTIONS
+from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
 
 
 @torch.no_grad()
-def run_circuit(
-    adapter: Adapter, transcoders: TranscoderSet, sides: Sides, kept: Kept, mode: str = "free"
-) -> np.ndarray:
+def run_circuit(scope: Scope, sides: Sides, kept: Kept, mode: str = "free") -> np.ndarray:
     """m [B] float64: the logit differences of the pairs when only `kept` is clean."""
-    with circuit(adapter, transcoders, sides, kept, mode) as tensors:
-        logits = adapter.forward(tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+    with circuit(scope, sides, kept, mode) as tensors:
+        logits = scope.adapter.forward(tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
     return sides.subject.gaps(logits).double().cpu().numpy()
 
 
 @contextmanager
 def circuit(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     sides: Sides,
     kept: Kept,
     mode: str = "free",
@@ -55,23 +53,22 @@ def circuit(
     """Hooks that keep a circuit alone; gives the forward's arguments.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders.
+        scope: the model and its transcoders.
         sides: the pairs.
         kept: the circuit.
         mode: 'free' or 'frozen_attention'.
     """
     with ExitStack() as stack:
         if mode == "frozen_attention":
-            stack.enter_context(frozen_attention(adapter, sides.subject.pairs.base))
-        inputs = watch_inputs(stack, adapter, transcoders.layers)
+            stack.enter_context(frozen_attention(scope.adapter, sides.subject.pairs.base))
+        inputs = watch_inputs(stack, scope.adapter, scope.transcoders.layers)
         ahead_of: dict[int, list[Tensor]] = {}
-        for layer in transcoders.layers:
+        for layer in scope.transcoders.layers:
 
             def hook(_m: Any, _a: Any, out: Tensor, layer: int = layer) -> Tensor:
-                return _written(transcoders, sides, kept, layer, inputs.pop(layer), ahead_of).to(out)
+                return _written(scope.transcoders, sides, kept, layer, inputs.pop(layer), ahead_of).to(out)
 
-            target = target_module(adapter, layer, transcoders.config.output_hook)
+            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
             stack.callback(target.register_forward_hook(hook).remove)
         yield _entering(sides, kept)
 
@@ -117,9 +114,7 @@ def _mix(weight: Tensor, one: Tensor, other: Tensor) -> Tensor:
     return torch.where(weight, one, other) if weight.dtype == torch.bool else other + weight * (one - other)
 
 
-def mask_effects(
-    adapter: Adapter, transcoders: TranscoderSet, sides: Sides, kept: Kept, steps: int, mode: str = "free"
-) -> Kept:
+def mask_effects(scope: Scope, sides: Sides, kept: Kept, steps: int, mode: str = "free") -> Kept:
     """What each member of a circuit is worth to it, in logits, mean over pairs; in the shape of the masks.
 
     With every mask multiplied by alpha, m goes from the empty circuit to this one. A member's worth is the derivative
@@ -128,8 +123,7 @@ def mask_effects(
     On the way features of the counterfactual are still on, which a gradient at the circuit itself would not see.
 
     Args:
-        adapter: the model.
-        transcoders: its transcoders.
+        scope: the model and its transcoders.
         sides: the pairs.
         kept: the circuit, boolean masks.
         steps: values of alpha.
@@ -150,8 +144,8 @@ def mask_effects(
                 {layer: found["features", layer] for layer in kept.features},
                 kept.role_of,
             )
-            with circuit(adapter, transcoders, sides, partial, mode) as tensors:
-                logits = adapter.forward(tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+            with circuit(scope, sides, partial, mode) as tensors:
+                logits = scope.adapter.forward(tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
             slopes = torch.autograd.grad(sides.subject.gaps(logits).mean(), scaled)
         for total, slope, mask in zip(worth, slopes, whole, strict=True):
             total += torch.where(mask, slope, 0.0) / steps

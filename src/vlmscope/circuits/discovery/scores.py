@@ -20,18 +20,18 @@ from torch import Tensor
 from vlmscope.circuits.discovery.nodes import Kind, Nodes
 from vlmscope.circuits.discovery.sides import Sides, changes
 from vlmscope.circuits.pair_effects import GapGradients, code_slopes, gap_gradients
-from vlmscope.models.base import Adapter
+from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderSet
 
 
-def eap_ig(adapter: Adapter, transcoders: TranscoderSet, sides: Sides, nodes: Nodes, steps: int) -> np.ndarray:
+def eap_ig(scope: Scope, sides: Sides, nodes: Nodes, steps: int) -> np.ndarray:
     """[B, N] float64, e of every node on every pair, in logits; positive when the clean value helps the answer."""
-    return node_effects(transcoders, sides, nodes, mean_gradients(adapter, transcoders, sides, steps))
+    return node_effects(scope.transcoders, sides, nodes, mean_gradients(scope, sides, steps))
 
 
-def mean_gradients(adapter: Adapter, transcoders: TranscoderSet, sides: Sides, steps: int) -> GapGradients:
+def mean_gradients(scope: Scope, sides: Sides, steps: int) -> GapGradients:
     """Gradients of m, mean over the way between the sides."""
-    found = gap_gradients(adapter, transcoders, sides.subject.pairs, steps, inputs=True)
+    found = gap_gradients(scope, sides.subject.pairs, steps, inputs=True)
     # m is the original's answer minus the counterfactual's, the other way round than in `pair_effects`.
     entering, injections = (None if one is None else -one for one in (found.entering, found.injections))
     return GapGradients({layer: -one for layer, one in found.writes.items()}, entering, injections)

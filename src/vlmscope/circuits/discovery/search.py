@@ -14,8 +14,7 @@ import torch
 from vlmscope.circuits.discovery.nodes import Kept, Nodes, keep, keep_all, read
 from vlmscope.circuits.discovery.run import mask_effects, run_circuit
 from vlmscope.circuits.discovery.sides import Sides
-from vlmscope.models.base import Adapter
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 FINER = 1.1  # sizes that are looked at grow by this factor
 SHRINK = 0.6  # share of members that a round of the greedy elimination leaves
@@ -25,15 +24,14 @@ SHRINK = 0.6  # share of members that a round of the greedy elimination leaves
 class Runner:
     """Runs circuits of one set of nodes on one set of pairs."""
 
-    adapter: Adapter
-    transcoders: TranscoderSet
+    scope: Scope
     sides: Sides
     nodes: Nodes
 
     @property
     def widths(self) -> dict[int, int]:
         """Layer -> F."""
-        return self.transcoders.widths
+        return self.scope.transcoders.widths
 
     @property
     def device(self) -> torch.device:
@@ -50,7 +48,7 @@ class Runner:
 
     def run(self, kept: Kept, mode: str = "free") -> np.ndarray:
         """m [B]."""
-        return run_circuit(self.adapter, self.transcoders, self.sides, kept, mode)
+        return run_circuit(self.scope, self.sides, kept, mode)
 
     def ends(self, mode: str = "free") -> tuple[np.ndarray, np.ndarray]:
         """m [B] of the whole and of the empty circuit; of a free run, of the clean and corrupt ones."""
@@ -65,7 +63,7 @@ class Runner:
 
     def effects(self, chosen: np.ndarray, steps: int = 3) -> np.ndarray:
         """[N], what each member is worth to the circuit, in logits; 0 for what is no member."""
-        worth = mask_effects(self.adapter, self.transcoders, self.sides, self.kept(chosen), steps)
+        worth = mask_effects(self.scope, self.sides, self.kept(chosen), steps)
         return read(self.nodes, worth)
 
 

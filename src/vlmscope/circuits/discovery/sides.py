@@ -19,8 +19,9 @@ from vlmscope.circuits.discovery.nodes import Kind, Nodes, make_nodes, role_numb
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.core.errors import UserError
 from vlmscope.interventions.run import watch_inputs
-from vlmscope.models.base import INJECTIONS, Adapter, ModelInputs
+from vlmscope.models.base import INJECTIONS, ModelInputs
 from vlmscope.models.batching import InputBatch
+from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
 
 
@@ -86,26 +87,28 @@ class Sides:
 
 
 @torch.no_grad()
-def measure(adapter: Adapter, transcoders: TranscoderSet, subject: CircuitSubject) -> Sides:
+def measure(scope: Scope, subject: CircuitSubject) -> Sides:
     """Run both sides once and keep what circuits are made of."""
     pairs = subject.pairs
-    return Sides(subject, *(_side(adapter, transcoders, subject, batch) for batch in (pairs.batch, pairs.other)))
+    return Sides(subject, *(_side(scope, subject, batch) for batch in (pairs.batch, pairs.other)))
 
 
-def _side(adapter: Adapter, transcoders: TranscoderSet, subject: CircuitSubject, batch: InputBatch) -> Side:
+def _side(scope: Scope, subject: CircuitSubject, batch: InputBatch) -> Side:
     targets: dict[int, Tensor] = {}
     with ExitStack() as stack:
-        inputs = watch_inputs(stack, adapter, transcoders.layers)
-        for layer in transcoders.layers:
+        inputs = watch_inputs(stack, scope.adapter, scope.transcoders.layers)
+        for layer in scope.transcoders.layers:
 
             def hook(_m: Any, _a: Any, out: Tensor, layer: int = layer) -> None:
                 targets[layer] = out
 
-            module = target_module(adapter, layer, transcoders.config.output_hook)
+            module = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
             stack.callback(module.register_forward_hook(hook).remove)
-        logits = adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
-    codes = transcoders.encode(inputs)
-    errors = {layer: out - transcoders.decode(layer, codes, inputs[layer]).to(out) for layer, out in targets.items()}
+        logits = scope.forward(batch)
+    codes = scope.transcoders.encode(inputs)
+    errors = {
+        layer: out - scope.transcoders.decode(layer, codes, inputs[layer]).to(out) for layer, out in targets.items()
+    }
     gaps = subject.gaps(logits).double().cpu().numpy()
     return Side(batch.tensors["inputs_embeds"], batch.tensors.get(INJECTIONS), codes, errors, gaps)
 

@@ -20,9 +20,8 @@ from vlmscope.activations.mlp_inputs import watching_mlp_inputs
 from vlmscope.core.seeds import generator
 from vlmscope.core.study import IMAGE
 from vlmscope.features.study.inputs import StudyInput
-from vlmscope.models.base import Adapter
 from vlmscope.models.conversations import by_shape, joined
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 
 class StructurePass:
@@ -32,18 +31,17 @@ class StructurePass:
     projector make of it, before any feature reads it.
     """
 
-    def __init__(self, adapter: Adapter, transcoders: TranscoderSet, per_item: int, seed: int = 0) -> None:
+    def __init__(self, scope: Scope, per_item: int, seed: int = 0) -> None:
         """Nothing seen yet.
 
         Args:
-            adapter: of the model.
-            transcoders: on its device.
+            scope: the model and its transcoders.
             per_item: positions of an item that are drawn at most.
             seed: of the draw.
         """
-        self.adapter, self.transcoders, self.per_item, self.seed = adapter, transcoders, per_item, seed
-        widths = list(transcoders.widths.values())
-        self.offsets = dict(zip(transcoders.layers, np.cumsum([0, *widths[:-1]]).tolist(), strict=True))
+        self.adapter, self.transcoders, self.per_item, self.seed = scope.adapter, scope.transcoders, per_item, seed
+        widths = list(scope.transcoders.widths.values())
+        self.offsets = dict(zip(scope.transcoders.layers, np.cumsum([0, *widths[:-1]]).tolist(), strict=True))
         self.n_features = sum(widths)
         self._active: list[tuple[np.ndarray, np.ndarray]] = []  # position, feature
         self._peaks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # picture, feature, activation

@@ -24,8 +24,7 @@ from vlmscope.features.study.layer_tables import Logits
 from vlmscope.features.study.part import StudyPart
 from vlmscope.features.study.records import StudyFolder
 from vlmscope.features.study.study_pass import StudyPass
-from vlmscope.models.loading import VLM
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 _HOW = ("path", "checkpoint_every", "forward_tokens", "max_skipped")  # settings that change nothing in the files
 
@@ -49,8 +48,7 @@ class PassTimes:
 
 
 def run_part(
-    vlm: VLM,
-    transcoders: TranscoderSet,
+    scope: Scope,
     rows: NumberedRows,
     part: StudyPart,
     config: StudyConfig,
@@ -59,8 +57,7 @@ def run_part(
     """Go through one part of the data, from the state that is there; at the end there is a finished one.
 
     Args:
-        vlm: the model.
-        transcoders: a set for it, on its device.
+        scope: the model and its transcoders.
         rows: the data, at the beginning.
         part: where states are.
         config: what is kept.
@@ -70,8 +67,8 @@ def run_part(
         UserError: too many rows cannot be used, or the data cannot be read.
     """
     began, saving = time.perf_counter(), 0.0
-    seen = StudyPass(vlm.adapter, transcoders, config.top, config.samples, config.window)
-    make = InputMaker(vlm, config.max_tokens, config.max_skipped)
+    seen = StudyPass(scope, config.top, config.samples, config.window)
+    make = InputMaker(scope.vlm, config.max_tokens, config.max_skipped)
     if part.state is not None:
         part.load(seen)
         rows.load(part.state["rows"])
@@ -122,8 +119,7 @@ def study_parts(study: Path, total: int, settings: str) -> list[StudyPart]:
 
 def finish(
     study: Path,
-    vlm: VLM,
-    transcoders: TranscoderSet,
+    scope: Scope,
     parts: Sequence[StudyPart],
     config: StudyConfig,
     data: Mapping[str, Any],
@@ -132,21 +128,19 @@ def finish(
 
     Args:
         study: the folder.
-        vlm: the model.
-        transcoders: its set.
+        scope: the model and its transcoders.
         parts: of all processes.
         config: what was kept.
         data: `StudyInfo.data`.
     """
     found = totals(parts)
-    about = transcoders.config
-    widths = transcoders.widths
+    vlm, about = scope.vlm, scope.transcoders.config
     settings = {key: value for key, value in asdict(config).items() if key not in _HOW}
     kind = {"name": about.model_name, "activation": about.activation, "k": about.k}
     info = StudyInfo(
         vlm.name,
-        {**kind, "cross_layer": transcoders.cross_layer},
-        widths,
+        {**kind, "cross_layer": scope.transcoders.cross_layer},
+        scope.transcoders.widths,
         {**data, "bad_shards": found["bad_shards"]},
         settings,
         found["items"],
@@ -157,7 +151,7 @@ def finish(
 
     def logits(layer: int) -> Logits | None:
         count = min(config.logits, vlm.adapter.vocab_size)
-        return layer_logits(vlm.adapter, transcoders, layer, count) if count else None
+        return layer_logits(scope, layer, count) if count else None
 
     write_study(study, parts, info, config, logits, lambda number: vlm.tokenizer.decode([number]))
     return StudyFolder(study)
@@ -165,8 +159,7 @@ def finish(
 
 def study_alone(
     study: Path,
-    vlm: VLM,
-    transcoders: TranscoderSet,
+    scope: Scope,
     sources: Mapping[str, SourceConfig],
     config: StudyConfig,
     max_bad_shards: int = 0,
@@ -175,8 +168,7 @@ def study_alone(
 
     Args:
         study: the folder; when it holds a finished study, that is read.
-        vlm: the model.
-        transcoders: a set for it, on its device.
+        scope: the model and its transcoders.
         sources: the data.
         config: what is kept.
         max_bad_shards: corrupt shards that are left out at most.
@@ -194,6 +186,6 @@ def study_alone(
         "max_bad_shards": max_bad_shards,
         "sources": {name: asdict(one) for name, one in sources.items()},
     }
-    part = StudyPart(study, WHOLE, repr((vlm.name, transcoders.config, data, config)))
-    run_part(vlm, transcoders, NumberedRows(opened, config.batch_size, WHOLE, config.limit), part, config)
-    return finish(study, vlm, transcoders, study_parts(study, 1, part.settings), config, data)
+    part = StudyPart(study, WHOLE, repr((scope.vlm.name, scope.transcoders.config, data, config)))
+    run_part(scope, NumberedRows(opened, config.batch_size, WHOLE, config.limit), part, config)
+    return finish(study, scope, study_parts(study, 1, part.settings), config, data)

@@ -14,9 +14,8 @@ from vlmscope.activations.mlp_inputs import watching_mlp_inputs
 from vlmscope.core.study import KINDS
 from vlmscope.features.study.inputs import StudyInput
 from vlmscope.features.study.layer_study import LayerStudy, Tokens
-from vlmscope.models.base import Adapter
 from vlmscope.models.conversations import by_shape, joined
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.scope import Scope
 
 GATHERED = 64 << 20  # bytes of activations of all layers that wait at most, besides those of one forward
 
@@ -33,8 +32,7 @@ class StudyPass:
 
     def __init__(
         self,
-        adapter: Adapter,
-        transcoders: TranscoderSet,
+        scope: Scope,
         n: int,
         m: int,
         window: int,
@@ -43,17 +41,16 @@ class StudyPass:
         """Nothing seen yet.
 
         Args:
-            adapter: of the model.
-            transcoders: on the model's device.
+            scope: the model and its transcoders.
             n: strongest items a feature.
             m: items a feature drawn at random.
             window: text positions around the peak.
             only: layer -> features [F'], when not all of all layers are wanted.
         """
-        self.adapter, self.transcoders = adapter, transcoders
-        chosen = dict.fromkeys(transcoders.layers) if only is None else dict(sorted(only.items()))
+        self.adapter, self.transcoders = scope.adapter, scope.transcoders
+        chosen = dict.fromkeys(scope.transcoders.layers) if only is None else dict(sorted(only.items()))
         self.layers = {
-            layer: LayerStudy(transcoders[layer].config.n_features, n, m, window, adapter.device, features)
+            layer: LayerStudy(scope.transcoders[layer].config.n_features, n, m, window, scope.adapter.device, features)
             for layer, features in chosen.items()
         }
         self.positions = np.zeros(len(KINDS), dtype=np.int64)

@@ -14,9 +14,8 @@ from vlmscope.core.study import IMAGE, LEVELS, TEXT
 from vlmscope.features.study.config import MOST_TOKENS
 from vlmscope.features.study.kept_pairs import Pairs
 from vlmscope.features.study.study_pass import StudyPass
-from vlmscope.models.base import Adapter, ModelInputs
-from vlmscope.models.batching import make_batch
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.models.base import ModelInputs
+from vlmscope.scope import Scope
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,7 @@ class StudyItem:
 
 @torch.no_grad()
 def top_examples(
-    adapter: Adapter,
-    transcoders: TranscoderSet,
+    scope: Scope,
     features: Sequence[FeatureId],
     items: Sequence[StudyItem],
     count: int = 6,
@@ -46,14 +44,14 @@ def top_examples(
     for feature in dict.fromkeys(features):
         by_layer.setdefault(feature.layer, []).append(feature.index)
     only = {layer: torch.tensor(indices) for layer, indices in by_layer.items()}
-    study = StudyPass(adapter, transcoders, count, 0, MOST_TOKENS, only)
+    study = StudyPass(scope, count, 0, MOST_TOKENS, only)
     for group in _by_length(items):
         for start in range(0, len(group), batch_size):
             rows = group[start : start + batch_size]
-            batch = make_batch(adapter, [items[i].inputs for i in rows])
+            batch = scope.batch([items[i].inputs for i in rows])
             kinds = np.stack([np.where(items[i].inputs.is_image, IMAGE, TEXT) for i in rows])
             with study.watching(np.array(rows), kinds, batch.tensors.get("attention_mask")):
-                adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1)
+                scope.adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1)
     study.settle()
     found: dict[FeatureId, list[FeatureExample]] = {feature: [] for feature in features}
     for layer, indices in by_layer.items():

@@ -73,14 +73,14 @@ def draw_found(
     answers = list(dict.fromkeys(side.answer for pair in search.train for side in (pair.original, pair.counterfactual)))
     circuit = by_answer(circuit_of(bench, found), answers, words_of(bench, found))
     if asked:
-        graphs = traced(cfg, context, bench.vlm, bench.transcoders, asked)
+        graphs = traced(cfg, context, bench.scope, asked)
     else:
         pairs = spread_answers([search.train[row] for row in choose.pairs.rows.tolist()], cfg.task.traces)
         asked = [Asked(pair.original.prompt, pair.original.images, pair.original.answer) for pair in pairs]
         graphs = differences(bench, context, asked, pairs)
     sides = [side for pair in search.train for side in (pair.original, pair.counterfactual)]
     others = [Asked(side.prompt, side.images, side.answer) for side in sides]
-    scene = Scene(bench.vlm, bench.transcoders, asked, graphs, others)
+    scene = Scene(bench.scope, asked, graphs, others)
     origin = origin_of(bench, found, search, graphs) if cfg.task.figure else None
     return bench.metrics | finished(cfg, context, circuit, search.question, scene, study, origin)
 
@@ -120,10 +120,10 @@ def words_of(bench: Bench, found: Discovery) -> dict[FeatureId, str]:
     """The word that each feature at the last position writes most."""
     from vlmscope.features.logit_lens import top_and_bottom_logits
 
-    vlm, words = bench.vlm, {}
+    words = {}
     for member in found.features():
         if member.role == "last" and member.feature not in words:
-            top, _ = top_and_bottom_logits(vlm.adapter, bench.transcoders, vlm.tokenizer, member.feature, 1)
+            top, _ = top_and_bottom_logits(bench.scope, member.feature, 1)
             words[member.feature] = top[0][0].strip("▁Ġ ")
     return words
 
@@ -181,7 +181,7 @@ def differences(bench: Bench, context: RunContext, asked: Sequence[Asked], pairs
         as_difference(bench.cfg, *(f"id:{bench.token(side.answer)}" for side in (pair.original, pair.counterfactual)))
         for pair in pairs
     ]
-    graphs = traced(bench.cfg, context, bench.vlm, bench.transcoders, asked, settings)
+    graphs = traced(bench.cfg, context, bench.scope, asked, settings)
     ends = {word for one in graphs for word in one.graph.logit_tokens}
     end = ANSWER_PREFIX + (ends.pop() if len(ends) == 1 else RIGHT)
     return [replace(one, graph=replace(one.graph, logit_tokens=[end])) for one in graphs]

@@ -36,9 +36,9 @@ def examples_of(
     pool = [*scene.asked, *spread(scene.others, SEARCHED), *of_orrery(scene, seed)]
     items = [
         StudyItem(inputs, one.caption, png_bytes(one.pictures[0], 256) if one.pictures else None)
-        for inputs, one in zip(prepared(scene.vlm, pool), pool, strict=True)
+        for inputs, one in zip(prepared(scene.scope.vlm, pool), pool, strict=True)
     ]
-    return top_examples(scene.vlm.adapter, scene.transcoders, features, items) if items else {}
+    return top_examples(scene.scope, features, items) if items else {}
 
 
 def spread(asked: Sequence[Asked], count: int) -> list[Asked]:
@@ -52,7 +52,7 @@ def of_orrery(scene: Scene, seed: int) -> list[Asked]:
     from vlmscope.tasks.wiring import is_orrery
 
     prompts = list(dict.fromkeys(one.prompt for one in scene.asked if one.pictures)) or ["what planet is this ?"]
-    if not is_orrery(scene.vlm):
+    if not is_orrery(scene.scope.vlm):
         return []
     return [
         Asked(prompts[0], (picture,), planet)

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from vlmscope.core.positions import Positions
     from vlmscope.features.labels.reader import Labels
     from vlmscope.features.role_means import RoleMeans
-    from vlmscope.models.loading import VLM
+    from vlmscope.scope import Scope
     from vlmscope.tasks.circuits.inputs import Asked
-    from vlmscope.transcoders.transcoder import TranscoderSet
 
 
 @dataclass
@@ -79,20 +78,18 @@ class Finder:
     """Finds the supernodes.
 
     Attributes:
-        vlm: the model.
-        transcoders: its set.
+        scope: the model and its transcoders.
         material: what was gathered.
         graphs: of the run's own inputs.
     """
 
-    vlm: VLM
-    transcoders: TranscoderSet
+    scope: Scope
     material: Material
     graphs: Sequence[AttributionGraph]
 
     def __post_init__(self) -> None:
         self.known = self._known()
-        self.widths = self.transcoders.widths
+        self.name, self.widths = self.scope.vlm.name, self.scope.transcoders.widths
 
     def _known(self, positions: Positions | None = None) -> dict[FeatureId, float]:
         """Influence of features in the run's own graphs, at these positions."""
@@ -123,8 +120,8 @@ class Finder:
             nodes[name] = Supernode(name, tuple(members), node.where, chosen)
             if means is not None:
                 levels[name] = _levels(members, means)
-        circuit = Circuit(nodes, levels, (), self.vlm.name, self.widths)
-        circuit.check_fits(self.vlm.name, self.widths, "circuit_spec")
+        circuit = Circuit(nodes, levels, (), self.name, self.widths)
+        circuit.check_fits(self.name, self.widths, "circuit_spec")
         return circuit
 
     def _find(self, key: str, node: SupernodeConfig) -> tuple[list[CircuitFeature], str, str | None, RoleMeans | None]:
@@ -137,7 +134,7 @@ class Finder:
             from vlmscope.features.labels.reader import check_same
 
             labels = self.material.labels[key]
-            check_same(labels.study, self.vlm.name, self.widths)
+            check_same(labels.study, self.name, self.widths)
             found = selectors.by_label(node.label, labels, node, self.known)
             return found, f"label {node.label.query!r}", " ".join(node.label.query.split()), None
         if node.cluster is not None:
@@ -148,7 +145,7 @@ class Finder:
         assert node.contrast is not None, "checked when the spec was read"
         means = [self._means(asked, node) for asked in self.material.contrasts[key]]
         known = self._known(node.where) if node.contrast.confirmed else None
-        found = selectors.by_contrast(self.transcoders, means[0], means[1], node, known)
+        found = selectors.by_contrast(self.scope.transcoders, means[0], means[1], node, known)
         found = selectors.with_influence(found, self._known(node.where))
         return found, _of_contrast(node), None, means[0]
 
@@ -158,7 +155,7 @@ class Finder:
         assert node.influence is not None
         given, target = self.material.graphs.get(key), node.influence.target
         if given is not None:
-            selectors.check_graph(given, str(node.influence.run), self.vlm.name, self.widths)
+            selectors.check_graph(given, str(node.influence.run), self.name, self.widths)
             tables = [selectors.feature_influence(given, target, node.where)]
         else:
             tables = _of_own(self.graphs, target, node)
@@ -168,8 +165,8 @@ class Finder:
         from vlmscope.features.role_means import role_means
         from vlmscope.tasks.circuits.inputs import batches_of, prepared
 
-        batches = batches_of(self.vlm, prepared(self.vlm, asked))
-        return role_means(self.vlm.adapter, self.transcoders, batches, node.where)
+        batches = batches_of(self.scope.vlm, prepared(self.scope.vlm, asked))
+        return role_means(self.scope, batches, node.where)
 
     def _auto(self, key: str, members: Sequence[CircuitFeature]) -> str:
         """A name from the labels of any study that the spec uses, else from the words that the features write."""
@@ -183,8 +180,7 @@ class Finder:
         said = {i: short_label(texts[m.feature]) for i, m in enumerate(members) if m.feature in texts}
         if not said:
             for i, member in enumerate(members):
-                parts = (self.vlm.adapter, self.transcoders, self.vlm.tokenizer, member.feature)
-                said[i] = short_label(top_and_bottom_logits(*parts, 1)[0][0][0].strip("▁ "))
+                said[i] = short_label(top_and_bottom_logits(self.scope, member.feature, 1)[0][0][0].strip("▁ "))
         return cluster_names({0: list(range(len(members)))}, {}, {}, said, 1)[0] or key
 
 

@@ -12,11 +12,10 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.core.graph import PrunedGraph
     from vlmscope.features.study.records import StudyFolder
-    from vlmscope.models.loading import VLM
+    from vlmscope.scope import Scope
     from vlmscope.tasks.circuits.inputs import Asked
     from vlmscope.tasks.circuits.page import Origin, Scene
     from vlmscope.tasks.context import RunContext
-    from vlmscope.transcoders.transcoder import TranscoderSet
 
 
 def finished(
@@ -34,7 +33,7 @@ def finished(
     from vlmscope.tasks.studies.feature_labels import feature_labels
 
     circuit = with_edges(circuit, scene.graphs, cfg.task.answers)
-    circuit = labelled(circuit, feature_labels(cfg, scene.vlm.name, scene.transcoders))
+    circuit = labelled(circuit, feature_labels(cfg, scene.scope.vlm.name, scene.scope.transcoders))
     save_circuit(circuit, context.run_dir / "circuits" / name)
     metrics = circuit_metrics(circuit, scene.graphs)
     if cfg.task.figure:
@@ -45,8 +44,7 @@ def finished(
 def traced(
     cfg: AppConfig,
     context: RunContext,
-    vlm: VLM,
-    transcoders: TranscoderSet,
+    scope: Scope,
     asked: Sequence[Asked],
     settings: Sequence[AttributionConfig] = (),
 ) -> list[PrunedGraph]:
@@ -58,9 +56,9 @@ def traced(
     from vlmscope.tasks.circuits.inputs import prepared
 
     found: list[PrunedGraph] = []
-    each = zip(prepared(vlm, asked), settings or [cfg.attribution] * len(asked), strict=True)
+    each = zip(prepared(scope.vlm, asked), settings or [cfg.attribution] * len(asked), strict=True)
     for inputs, how in tqdm(each, desc="trace", unit="input", total=len(asked), disable=len(asked) < 2):
-        found.append(trace(vlm, transcoders, inputs, how, context.run_dir).pruned)
+        found.append(trace(scope, inputs, how, context.run_dir).pruned)
         if len(found) == 1:
             save_graph(context.run_dir / "graph.safetensors", found[0])
     return found

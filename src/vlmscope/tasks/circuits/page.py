@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.core.graph import PrunedGraph
     from vlmscope.features.study.records import StudyFolder
-    from vlmscope.models.loading import VLM
-    from vlmscope.transcoders.transcoder import TranscoderSet
+    from vlmscope.scope import Scope
 
 SHOWN = 6  # features of a supernode with evidence
 THUMBNAILS = 3  # pictures in a supernode's box
@@ -37,8 +36,7 @@ WRITES = "discovery, writes "  # how a discovered supernode of one answer was ch
 class Scene:
     """What the page is about: the model, what was traced, and other inputs in which features may fire."""
 
-    vlm: VLM
-    transcoders: TranscoderSet
+    scope: Scope
     asked: Sequence[Asked]
     graphs: Sequence[PrunedGraph]
     others: Sequence[Asked]
@@ -108,7 +106,7 @@ def draw_circuit(
             limits(),
             rerun(cfg, folder, name),
         ),
-        footer=f"vlmscope · {scene.vlm.name} · {folder.name}",
+        footer=f"vlmscope · {scene.scope.vlm.name} · {folder.name}",
     )
     page.write(folder / "report.html")
 
@@ -122,7 +120,6 @@ def described(circuit: Circuit, scene: Scene, study: StudyFolder | None, seed: i
     """The supernodes, their strongest features first and with top examples and the words that they write."""
     from vlmscope.features.logit_lens import top_and_bottom_logits
 
-    vlm, transcoders = scene.vlm, scene.transcoders
     order = {name: strongest(node) for name, node in circuit.supernodes.items()}
     wanted = list(dict.fromkeys(m.feature for members in order.values() for m in members[:SHOWN]))
     examples = examples_of(wanted, scene, study, seed, SHOWN)
@@ -130,7 +127,7 @@ def described(circuit: Circuit, scene: Scene, study: StudyFolder | None, seed: i
     for name, members in order.items():
         first = []
         for member in members[:SHOWN]:
-            top, bottom = top_and_bottom_logits(vlm.adapter, transcoders, vlm.tokenizer, member.feature)
+            top, bottom = top_and_bottom_logits(scene.scope, member.feature)
             found = examples.get(member.feature, ())
             first.append(replace(member, examples=found, top_logits=top, bottom_logits=bottom))
         nodes.append(replace(circuit.supernodes[name], features=(*first, *members[SHOWN:])))

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from vlmscope.attention.deletion import Painted
     from vlmscope.core.ids import FeatureId
     from vlmscope.core.patches import PictureMap
-    from vlmscope.models.loading import VLM
-    from vlmscope.transcoders.transcoder import TranscoderSet
+    from vlmscope.scope import Scope
 
 MEASURES = ("deletion", "insertion")
 RANDOM, CONTRAST, NO_FEATURE = "random", "contrast", "rollout_no_feature"
@@ -30,8 +29,7 @@ class Subject:
     `image` is uint8 `[H, W, 3]`, `answer` a token id or None.
     """
 
-    vlm: VLM
-    transcoders: TranscoderSet
+    scope: Scope
     prompt: str
     image: np.ndarray
     features: tuple[FeatureId, ...]
@@ -130,16 +128,17 @@ def _measured(subject: Subject, images: Sequence[np.ndarray]) -> tuple[np.ndarra
 
     from vlmscope.activations.mlp_inputs import mlp_inputs_and_logits
     from vlmscope.features.image_features import activations_at
-    from vlmscope.models.batching import make_batch
 
-    vlm, layers = subject.vlm, sorted({feature.layer for feature in subject.features})
+    scope, layers = subject.scope, sorted({feature.layer for feature in subject.features})
     acts, answers = [], []
     for start in range(0, len(images), _CHUNK):
-        inputs = [vlm.prepare(subject.prompt, [Image.fromarray(image)]) for image in images[start : start + _CHUNK]]
-        batch = make_batch(vlm.adapter, inputs)
+        inputs = [
+            scope.vlm.prepare(subject.prompt, [Image.fromarray(image)]) for image in images[start : start + _CHUNK]
+        ]
+        batch = scope.batch(inputs)
         soft = torch.from_numpy(batch.is_image)
-        mlp_in, logits = mlp_inputs_and_logits(vlm.adapter, batch, layers)
-        found = activations_at(subject.transcoders, {k: x[:, soft] for k, x in mlp_in.items()}, subject.features)
+        mlp_in, logits = mlp_inputs_and_logits(scope.adapter, batch, layers)
+        found = activations_at(scope.transcoders, {k: x[:, soft] for k, x in mlp_in.items()}, subject.features)
         acts.append(torch.stack([found[f].double().sum(1) for f in subject.features], 1).numpy(force=True))
         probabilities = logits.double().softmax(-1)
         answers.append(

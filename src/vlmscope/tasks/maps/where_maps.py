@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from vlmscope.attribution.config import AttributionConfig
     from vlmscope.core.patches import PictureMap, TokenMaps
     from vlmscope.models.base import ModelInputs
-    from vlmscope.models.loading import VLM
     from vlmscope.models.patches import PicturePatches
     from vlmscope.replacement.model import ReplacementModel
-    from vlmscope.transcoders.transcoder import TranscoderSet
+    from vlmscope.scope import Scope
 
 KINDS = ("rollout", "similarity", "vision_path", "activation")
 
@@ -42,8 +41,7 @@ class WhereMaps:
 
 
 def where_maps(
-    vlm: VLM,
-    transcoders: TranscoderSet,
+    scope: Scope,
     inputs: ModelInputs,
     features: Sequence[FeatureId],
     where: WhereConfig,
@@ -61,11 +59,11 @@ def where_maps(
     from vlmscope.attribution.vision import vision_path
     from vlmscope.replacement.model import build_replacement
 
-    tokens = token_maps(vlm, inputs, where)
+    tokens = token_maps(scope.vlm, inputs, where)
     dtype = {"float32": torch.float32, "float64": torch.float64, "model": None}[attribution.dtype]
-    replacement = build_replacement(vlm, transcoders, inputs, dtype)
+    replacement = build_replacement(scope, inputs, dtype)
     activations = {feature: _activations(replacement, feature) for feature in features}
-    path = vision_path(vlm, inputs, attribution.patch_rule)
+    path = vision_path(scope.vlm, inputs, attribution.patch_rule)
     path_maps = feature_path_maps(replacement, path, features, attribution.patch_effect, attribution.patch_baseline)
     maps: dict[FeatureId, dict[str, list[PictureMap]]] = {}
     for feature, values in activations.items():

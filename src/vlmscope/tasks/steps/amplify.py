@@ -53,12 +53,10 @@ def question_curves(bench: Bench, name: str, subject: PairSubject, train: PairSu
 
     The controls (as many matched features, a random direction of the same norm) act on the counterfactuals.
     """
-    adapter, transcoders = bench.vlm.adapter, bench.transcoders
-    ranked = pair_effects(adapter, transcoders, train, bench.cfg.interchange.steps).ranked(
-        bench.cfg.interchange.features
-    )
-    change = mean_change(bench, train, by_layer(transcoders, [member.feature for member in ranked]))
-    means = mean_activations(adapter, transcoders, [train.batch, train.other], transcoders.layers)
+    scope = bench.scope
+    ranked = pair_effects(scope, train, bench.cfg.interchange.steps).ranked(bench.cfg.interchange.features)
+    change = mean_change(bench, train, by_layer(scope.transcoders, [member.feature for member in ranked]))
+    means = mean_activations(scope, [train.batch, train.other], scope.transcoders.layers)
     describe(bench, name, subject)
     strengths = sorted(bench.cfg.interchange.strengths)
     (draw,) = control_draws(bench.cfg.seed, 1)
@@ -71,7 +69,7 @@ def question_curves(bench: Bench, name: str, subject: PairSubject, train: PairSu
             "original": said(bench, subject.batch, plan, subject.other_tokens),
             "matched features": said(bench, subject.other, control, subject.other_tokens),
         }
-        logits = run_random_direction(adapter, transcoders, subject.other, plan, draw)
+        logits = run_random_direction(scope, subject.other, plan, draw)
         runs["random direction"] = hits(logits, subject.other_tokens)
         for side, rate in runs.items():
             rates.setdefault(side, []).append(rate)
@@ -97,9 +95,9 @@ def describe(bench: Bench, name: str, subject: PairSubject) -> None:
 
 def mean_change(bench: Bench, train: PairSubject, features: Mapping[int, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
     """Layer -> (features [n], mean change of activation from original to counterfactual [T, n])."""
-    adapter, transcoders = bench.vlm.adapter, bench.transcoders
-    before = donor_activations(adapter, transcoders, train.batch, features)
-    after = donor_activations(adapter, transcoders, train.other, features)
+    scope = bench.scope
+    before = donor_activations(scope, train.batch, features)
+    after = donor_activations(scope, train.other, features)
     return {layer: (found, (after[layer][1] - values).mean(0)) for layer, (found, values) in before.items()}
 
 
@@ -115,7 +113,7 @@ def amplified(change: Mapping[int, tuple[Tensor, Tensor]], strength: float) -> d
 
 def said(bench: Bench, batch: InputBatch, plan: Plan, tokens: Tensor) -> Rate:
     """Share answered with `tokens` [B] under a plan, in free mode."""
-    return hits(run_edited(bench.vlm.adapter, bench.transcoders, batch, plan), tokens)
+    return hits(run_edited(bench.scope, batch, plan), tokens)
 
 
 def hits(logits: Tensor, tokens: Tensor) -> Rate:

@@ -14,7 +14,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
 from vlmscope.data.orrery.concepts import colour_scenes, concept_scenes, digit_scenes, pictures
 from vlmscope.tasks.studies.feature_labels import feature_labels
-from vlmscope.tasks.wiring import load_model, load_transcoders
+from vlmscope.tasks.wiring import load_model, load_scope
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vlmscope.interventions.edits import Plan
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
+    from vlmscope.scope import Scope
     from vlmscope.transcoders.transcoder import TranscoderSet
 
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 class Bench:
     """Steps take what they need from here. `records` holds what earlier steps made, by step kind.
 
-    `overrides` is what the user typed, where a tiny model is to get random transcoders (see `load_transcoders`).
+    `overrides` is what the user typed, where a tiny model is to get random transcoders (see `load_scope`).
     """
 
     cfg: AppConfig
@@ -51,9 +52,14 @@ class Bench:
         return load_model(self.cfg)
 
     @cached_property
+    def scope(self) -> Scope:
+        """The model with its transcoders, which are loaded on first use."""
+        return load_scope(self.cfg, self.vlm, self.overrides)
+
+    @property
     def transcoders(self) -> TranscoderSet:
-        """Its transcoders."""
-        return load_transcoders(self.cfg, self.vlm, self.overrides)
+        """Those of `scope`."""
+        return self.scope.transcoders
 
     @cached_property
     def labels(self) -> dict[FeatureId, str]:

@@ -28,7 +28,6 @@ from vlmscope.interventions.edits import Plan, at_positions
 from vlmscope.interventions.named import by_layer, mean_activations
 from vlmscope.interventions.run import editing
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
-from vlmscope.models.batching import make_batch
 from vlmscope.tasks.steps.caption_swaps import Swap, generated, likelihoods, right_pairs, score
 from vlmscope.tasks.steps.intervene import make_curve, rate_metrics
 
@@ -76,28 +75,27 @@ def run(bench: Bench) -> None:
 
 def steer(bench: Bench, train: Swap, validation: Swap, test: Swap, original: str) -> SwapResult:
     """Choose features, take levels, settle the strength, and generate under every condition."""
-    config, vlm, transcoders = bench.cfg.captions, bench.vlm, bench.transcoders
-    adapter, tokenizer = vlm.adapter, vlm.tokenizer
-    chosen = word_features(adapter, transcoders, tokenizer, train.pairs, config.features, config.steps)
+    config, scope = bench.cfg.captions, bench.scope
+    chosen = word_features(scope, train.pairs, config.features, config.steps)
     if not chosen:
         raise UserError(f"captions.swaps.{test.name}: no word differs in every training pair's captions")
-    features = by_layer(transcoders, [feature for some in chosen.values() for feature in some])
-    levels = levels_of(adapter, transcoders, tokenizer, train.pairs, features)
+    features = by_layer(scope.transcoders, [feature for some in chosen.values() for feature in some])
+    levels = levels_of(scope, train.pairs, features)
     strength = settled(bench, validation, levels) if config.strength is None else config.strength
     plan = levels.plan(strength, config.gate)
     result = SwapResult(test, sum(len(found) for found in features.values()), strength)
     inputs = [pair.original for pair in test.pairs]
-    for name, scoped in scoped_plans(plan, inputs[0].roles, adapter.n_layers).items():
-        record(bench, result, name, editing(adapter, transcoders, scoped), likely=name == STEERED)
+    for name, scoped in scoped_plans(plan, inputs[0].roles, scope.adapter.n_layers).items():
+        record(bench, result, name, editing(scope, scoped), likely=name == STEERED)
     if config.gate is not None:
-        record(bench, result, "without_gate", editing(adapter, transcoders, levels.plan(strength)), likely=True)
+        record(bench, result, "without_gate", editing(scope, levels.plan(strength)), likely=True)
     add_controls(bench, result, train, plan)
     for condition, side in (("counterfactual's own", 1), ("original's", 0)):
         ids = [[*pair.ids[side]] for pair in test.pairs]
         result.measures[condition] = {"log_likelihood": bootstrap_mean(likelihoods(bench, test, ids))}
     rates = []
     for one in sorted(config.strengths):
-        context = editing(adapter, transcoders, levels.plan(one, config.gate))
+        context = editing(scope, levels.plan(one, config.gate))
         rates.append(score(test, generated(bench, inputs, context)[1])["all_right"])
     result.curve = [make_curve(test.name.replace("_", " "), sorted(config.strengths), rates)]
     result.others = others_changed(bench, plan, original)
@@ -113,7 +111,7 @@ def settled(bench: Bench, validation: Swap, levels: Levels) -> float:
     strengths = sorted(config.strengths)
     rates = []
     for strength in strengths:
-        context = editing(bench.vlm.adapter, bench.transcoders, levels.plan(strength, config.gate))
+        context = editing(bench.scope, levels.plan(strength, config.gate))
         rates.append(score(validation, generated(bench, inputs, context)[1])["all_right"].value)
     return strengths[int(np.argmax(rates))]
 
@@ -132,18 +130,18 @@ def add_controls(bench: Bench, result: SwapResult, train: Swap, plan: Plan) -> N
     Matched features are steered without a gate, which only makes the control stronger. Every draw counts as cases of
     its own, so intervals are over pairs and draws.
     """
-    adapter, transcoders, tokenizer = bench.vlm.adapter, bench.transcoders, bench.vlm.tokenizer
-    batches = [make_batch(adapter, [side(pair) for pair in train.pairs])
+    scope = bench.scope
+    batches = [scope.batch([side(pair) for pair in train.pairs])
                for side in (lambda p: p.original, lambda p: p.counterfactual)]  # fmt: skip
-    means = mean_activations(adapter, transcoders, batches, transcoders.layers)
+    means = mean_activations(scope, batches, scope.transcoders.layers)
     contexts: dict[str, list[AbstractContextManager[None]]] = {"matched features": [], "random direction": []}
     for seed in control_draws(bench.cfg.seed, bench.intervention.controls):
         drawn = matched_features(plan, means, seed)
         others = {layer: edit.features for layer, edit in drawn.items()}
-        own = levels_of(adapter, transcoders, tokenizer, train.pairs, others)
+        own = levels_of(scope, train.pairs, others)
         control = own.plan(result.strength, None)
-        contexts["matched features"].append(editing(adapter, transcoders, control))
-        contexts["random direction"].append(random_directions(adapter, transcoders, plan, seed))
+        contexts["matched features"].append(editing(scope, control))
+        contexts["random direction"].append(random_directions(scope, plan, seed))
     for name, some in contexts.items():
         record(bench, result, name, *some, likely=True)
 
@@ -173,7 +171,7 @@ def others_changed(bench: Bench, plan: Plan, original: str) -> dict[str, Rate]:
         if not inputs:
             continue
         _, before = generated(bench, inputs)
-        _, after = generated(bench, inputs, editing(bench.vlm.adapter, bench.transcoders, plan))
+        _, after = generated(bench, inputs, editing(bench.scope, plan))
         found[kind] = bootstrap_rate([a != b for a, b in zip(before, after, strict=True)])
     return found
 

@@ -26,7 +26,6 @@ from vlmscope.data.orrery.scene import Scene, make_scene
 from vlmscope.interventions.generate import generate_batch
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
 from vlmscope.models.answers import continued
-from vlmscope.models.batching import make_batch
 from vlmscope.replacement.model import build_replacement
 from vlmscope.tasks.steps.intervene import rate_metrics
 
@@ -127,7 +126,7 @@ def shares_of(bench: Bench, kind: str, captions: Sequence[Caption], shown: list[
         inputs = bench.vlm.prepare(bench.cfg.captions.prompt, [Image.fromarray(caption.scene.image)])
         config = replace(bench.cfg.attribution, answer=" ".join(caption.words), weights="uniform")
         whole = continued(bench.vlm.adapter, inputs, caption.ids[:-1], bench.vlm.tokenizer)
-        replacement = build_replacement(bench.vlm, bench.transcoders, whole)
+        replacement = build_replacement(bench.scope, whole)
         targets = choose_targets(replacement, config, bench.vlm.tokenizer, tuple(caption.ids))
         graph = attribute(replacement, config, bench.vlm.tokenizer, bench.vlm.name, targets)
         sources = end_sources(graph)
@@ -185,8 +184,7 @@ def next_tokens(bench: Bench, pairs: Sequence[tuple[Caption, Caption]], at: int)
         assert own.scene.image is not None
         prompt = bench.vlm.prepare(bench.cfg.captions.prompt, [Image.fromarray(own.scene.image)])
         inputs.append(continued(bench.vlm.adapter, prompt, other.ids[:at], bench.vlm.tokenizer))
-    batch = make_batch(bench.vlm.adapter, inputs)
-    logits = bench.vlm.adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+    logits = bench.scope.forward(bench.scope.batch(inputs))
     return logits.argmax(-1).tolist()
 
 

@@ -35,9 +35,7 @@ def ablation_rows(bench: Bench, circuit: Circuit, cases: dict[str, Case], means:
         for name, case in cases.items():
             plan = ablation(bench, circuit, case)
             draws = bench.intervention.controls if mode == "free" else 1
-            effect = flip_effect(
-                bench.vlm.adapter, bench.transcoders, case.subject, plan, mode, means, draws, bench.cfg.seed
-            )
+            effect = flip_effect(bench.scope, case.subject, plan, mode, means, draws, bench.cfg.seed)
             found.append(
                 FlipRow("ablate", mode, name, "all", effect.flip, size_of(plan), effect.changed, effect.p_changed)
             )
@@ -80,7 +78,7 @@ def said(bench: Bench, case: Case, question: str, plan: Plan) -> list[list[int]]
     """Token ids of the first cases' generated answers under a plan made for so many."""
     prompt = bench.circuit_config.questions[question].prompt
     inputs = bench.inputs(case.images[: bench.intervention.generate], prompt)
-    context = editing(bench.vlm.adapter, bench.transcoders, plan)
+    context = editing(bench.scope, plan)
     return generate_batch(bench.vlm.adapter, inputs, ANSWER_TOKENS, context)
 
 

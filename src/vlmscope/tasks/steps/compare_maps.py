@@ -21,7 +21,6 @@ from vlmscope.features.image_features import image_features
 from vlmscope.features.logit_lens import top_and_bottom_logits
 from vlmscope.metrics.causal import bootstrap_mean
 from vlmscope.metrics.localisation import pointing_hit
-from vlmscope.models.batching import make_batch
 from vlmscope.report.figures import dose_response
 from vlmscope.report.where_figure import NAMES, feature_maps, pointing_bars
 from vlmscope.tasks.maps.curves import CONTRAST, MEASURES, NO_FEATURE, RANDOM, MapCurves, Subject, contrast, map_curves
@@ -86,15 +85,13 @@ def run(bench: Bench) -> None:
 
 def _kind(bench: Bench, found: Found, kind: str, question: str) -> None:
     """Choose features on training scenes, and compare their maps on test scenes."""
-    where, vlm, seed = bench.cfg.where, bench.vlm, bench.cfg.seed
+    where, seed = bench.cfg.where, bench.cfg.seed
     train = [make_scene("train", kind, i, seed) for i in range(where.chosen_on)]
-    batch = make_batch(vlm.adapter, bench.inputs([_picture(scene) for scene in train], question))
-    chosen = image_features(
-        vlm.adapter, bench.transcoders, batch, where.features, where.least_share, where.most_tokens, per_layer=1
-    )
+    batch = bench.scope.batch(bench.inputs([_picture(scene) for scene in train], question))
+    chosen = image_features(bench.scope, batch, where.features, where.least_share, where.most_tokens, per_layer=1)
     found.features[kind] = []
     for one in chosen:
-        top, bottom = top_and_bottom_logits(vlm.adapter, bench.transcoders, vlm.tokenizer, one.feature, 4)
+        top, bottom = top_and_bottom_logits(bench.scope, one.feature, 4)
         numbers = {"strength": one.strength, "fires": one.fires, "tokens": one.tokens}
         words = {"top": [word for word, _ in top], "bottom": [word for word, _ in bottom]}
         found.features[kind].append({"feature": str(one.feature), **numbers, **words})
@@ -125,12 +122,12 @@ def _scene(
     vlm, where = bench.vlm, bench.cfg.where
     assert scene.image is not None
     inputs = vlm.prepare(question, [_picture(scene)])
-    batch = make_batch(vlm.adapter, [inputs])
-    here = {one.feature: one.strength for one in image_features(vlm.adapter, bench.transcoders, batch, 10**6)}
+    batch = bench.scope.batch([inputs])
+    here = {one.feature: one.strength for one in image_features(bench.scope, batch, 10**6)}
     active = tuple(feature for feature, least in features.items() if here.get(feature, 0.0) >= max(least, 1e-6))
     if not active:
         return None
-    made = where_maps(vlm, bench.transcoders, inputs, active, where, bench.cfg.attribution)
+    made = where_maps(bench.scope, inputs, active, where, bench.cfg.attribution)
     if scene.kind not in found.drawn:
         first = {str(feature): made.maps[feature] for feature in active[:SHOWN]}
         found.drawn[scene.kind] = (first, scene.image)
@@ -140,7 +137,7 @@ def _scene(
     uniform = whole.weighted(np.ones(len(whole.class_token)), NO_FEATURE)
     shared = {NO_FEATURE: cell_values(uniform, where.side), CONTRAST: contrast(scene.image, where.side)}
     answer = bench.token(str(scene.facts[group])) if group in scene.facts else None
-    subject = Subject(vlm, bench.transcoders, question, scene.image, active, answer)
+    subject = Subject(bench.scope, question, scene.image, active, answer)
     maps = {feature: {kind: records[0] for kind, records in made.maps[feature].items()} for feature in active}
     curves = map_curves(subject, maps, where, bench.cfg.seed, shared)
     return _result(scene, active, made, shared, curves, where.side, answer is not None)

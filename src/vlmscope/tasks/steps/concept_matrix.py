@@ -20,7 +20,7 @@ from vlmscope.core.intervention import Rate
 from vlmscope.interventions.edits import Plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_rate
-from vlmscope.models.batching import InputBatch, make_batch
+from vlmscope.models.batching import InputBatch
 from vlmscope.tasks.steps.find_circuit import concept_influence, concept_means
 from vlmscope.tasks.steps.intervene import rate_metrics
 
@@ -114,8 +114,8 @@ def question_cells(
     tokens: dict[str, int],
 ) -> list[Cell]:
     """All cells of one question; each concept's pictures are encoded once as donors, and asked once as recipients."""
-    adapter, transcoders, config = bench.vlm.adapter, bench.transcoders, settings(bench)
-    batches = {c: make_batch(adapter, bench.inputs(found, question.prompt)) for c, found in images.items()}
+    scope, config = bench.scope, settings(bench)
+    batches = {c: scope.batch(bench.inputs(found, question.prompt)) for c, found in images.items()}
     rows = {c: right_rows(bench, c, name, batches[c], tokens[c]) for c in images}
     recipients = {c: batches[c].select(rows[c]) for c in images}
     cells: list[Cell] = []
@@ -123,16 +123,14 @@ def question_cells(
         others = [c for c in images if tokens[c] != tokens[donor]]
         if not others:
             continue
-        given = gifts(adapter, transcoders, batches[donor], [circuits.found[other, donor] for other in others])
+        given = gifts(scope, batches[donor], [circuits.found[other, donor] for other in others])
         for recipient in others:
             circuit, batch = circuits.found[recipient, donor], recipients[recipient]
             plans = {
                 "steer": steering(bench, circuit, recipient, donor, batch.roles, name),
                 "patch": patching(given, circuit, rows[recipient], batch.roles, bench.intervention.patch_strength),
             }
-            rates, p = measure(
-                adapter, transcoders, batch, plans, tokens[donor], circuits.means[recipient, donor], config.seed
-            )
+            rates, p = measure(scope, batch, plans, tokens[donor], circuits.means[recipient, donor], config.seed)
             size = sum(len(edit.features) for edit in plans["steer"].values())
             cells.append(Cell(recipient, donor, name, rates, p, {}, size))
     return cells
@@ -145,7 +143,7 @@ def right_rows(bench: Bench, concept: str, name: str, batch: InputBatch, token: 
         UserError: too few.
     """
     config = settings(bench)
-    rows = correct_rows(run_edited(bench.vlm.adapter, bench.transcoders, batch, {}, "free"), token)
+    rows = correct_rows(run_edited(bench.scope, batch, {}, "free"), token)
     bench.metrics[f"base/{name}/{concept}/accuracy"] = len(rows) / batch.size
     if len(rows) < config.least:
         raise UserError(
@@ -172,9 +170,9 @@ def third_concepts(
         outside = [i for c, of in images.items() if c not in (recipient, donor) for i in of[: config.third]]
         if not outside:
             continue
-        batch = make_batch(bench.vlm.adapter, bench.inputs(outside, question.prompt))
+        batch = bench.scope.batch(bench.inputs(outside, question.prompt))
         plan = steering(bench, circuit, recipient, donor, batch.roles, name)
-        logits = run_edited(bench.vlm.adapter, bench.transcoders, batch, plan, "free")
+        logits = run_edited(bench.scope, batch, plan, "free")
         found[recipient, donor] = bootstrap_rate((logits.argmax(-1) == tokens[name][donor]).cpu().numpy())
     return found
 

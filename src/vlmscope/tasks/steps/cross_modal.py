@@ -16,7 +16,6 @@ from vlmscope.features.cross_modal import PLACES, Shared, find_shared, picture_p
 from vlmscope.metrics.multiple import benjamini_hochberg
 from vlmscope.metrics.permutation import permutation_p
 from vlmscope.metrics.selectivity import Rule, matching_p
-from vlmscope.models.batching import make_batch
 from vlmscope.report.cross_modal_figures import coincidence_maps, effect_bars, shared_by_layer
 from vlmscope.tasks.steps.cross_modal_effects import Effects, measure_effects, rates
 
@@ -69,14 +68,13 @@ def associate(bench: Bench, config: CrossModalConfig, folder: Path) -> Associati
 
 def find(bench: Bench, config: CrossModalConfig, question: str) -> Shared:
     """What is shared under one question, from training pictures."""
-    adapter, asked = bench.vlm.adapter, config.questions[question]
+    asked = config.questions[question]
     texts = [bench.vlm.prepare(asked.asked_in_text(concept)) for concept in config.concepts]
-    candidates = text_candidates(adapter, bench.transcoders, texts, config.ratio)
+    candidates = text_candidates(bench.scope, texts, config.ratio)
     images = [bench.cross_pictures(config, question, one, "train") for one in config.concepts]
     wording = asked.picture
     parts = [
-        picture_peaks(adapter, bench.transcoders, make_batch(adapter, bench.inputs(of, wording)), candidates.by_layer())
-        for of in images
+        picture_peaks(bench.scope, bench.scope.batch(bench.inputs(of, wording)), candidates.by_layer()) for of in images
     ]
     labels = np.repeat(np.arange(len(images)), [len(of) for of in images])
     rule = Rule(config.ratio, config.fires)

@@ -16,7 +16,6 @@ from vlmscope.core.seeds import generator
 from vlmscope.features.cross_modal import Shared
 from vlmscope.interventions.named import mean_activations
 from vlmscope.metrics.causal import bootstrap_rate
-from vlmscope.models.batching import make_batch
 from vlmscope.tasks.steps.intervene import rate_metrics
 
 if TYPE_CHECKING:
@@ -93,7 +92,6 @@ def drawn_others(bench: Bench, config: CrossModalConfig, question: str) -> dict[
 
 def make_cases(bench: Bench, config: CrossModalConfig, question: str) -> tuple[Cases, dict[str, float]]:
     """Unseen pictures and the text of each concept, those that are answered rightly, and the accuracies."""
-    adapter = bench.vlm.adapter
     asked = config.questions[question]
     cases: Cases = {}
     right: dict[str, int] = dict.fromkeys(KINDS, 0)
@@ -107,7 +105,7 @@ def make_cases(bench: Bench, config: CrossModalConfig, question: str) -> tuple[C
         for kind, prompts in inputs.items():
             names = [f"{concept} {kind} {number}" for number in range(len(prompts))]
             answer = bench.token(asked.answers[concept])
-            case = ask(adapter, bench.transcoders, make_batch(adapter, prompts), names, answer)
+            case = ask(bench.scope, bench.scope.batch(prompts), names, answer)
             total[kind] += len(prompts)
             if case is not None:
                 cases[concept, kind] = case
@@ -117,7 +115,7 @@ def make_cases(bench: Bench, config: CrossModalConfig, question: str) -> tuple[C
 
 def case_means(bench: Bench, asked: Asked) -> dict[int, Tensor]:
     """Mean activation of all features on these prompts, by which controls are matched: as active, where it counts."""
-    return mean_activations(bench.vlm.adapter, bench.transcoders, [asked.batch], bench.transcoders.layers)
+    return mean_activations(bench.scope, [asked.batch], bench.transcoders.layers)
 
 
 def ablations_of(tested: Tested, into: Effects) -> None:
@@ -131,7 +129,7 @@ def ablations_of(tested: Tested, into: Effects) -> None:
 
         def ablated(features: set[FeatureId], n: int, asked: Asked = asked, matched: Mapping = matched) -> Outcome:
             outcome = Outcome()
-            ablate(bench.vlm.adapter, bench.transcoders, asked, features, matched, n, outcome, bench.cfg.seed)
+            ablate(bench.scope, asked, features, matched, n, outcome, bench.cfg.seed)
             return outcome
 
         found = ablated(tested.own[concept], draws)
@@ -155,7 +153,7 @@ def patches_of(tested: Tested, into: Mapping[tuple[str, str], Outcome]) -> None:
         for (other, other_kind), donor in tested.cases.items():
             if other_kind != kind and other in tested.others[concept] and donor.answer != recipient.answer:
                 patch_across(
-                    bench.vlm.adapter, bench.transcoders, recipient, donor, sorted(own[concept] | own[other]),
+                    bench.scope, recipient, donor, sorted(own[concept] | own[other]),
                     sorted(every[concept] | every[other]),
                     tested.means[concept, kind], outcomes, bench.cfg.seed,
                 )  # fmt: skip

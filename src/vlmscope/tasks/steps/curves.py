@@ -19,7 +19,6 @@ from vlmscope.interventions.edits import Plan, without_layers
 from vlmscope.interventions.named import patch_plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_rate
-from vlmscope.models.batching import make_batch
 from vlmscope.tasks.steps.intervene import Case, make_curve, rate_metrics
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def run(bench: Bench) -> None:
 
 
 def _rate(bench: Bench, subject: Subject, plan: Plan):
-    logits = run_edited(bench.vlm.adapter, bench.transcoders, subject.batch, plan, "free")
+    logits = run_edited(bench.scope, subject.batch, plan, "free")
     return bootstrap_rate(flips(logits, subject))
 
 
@@ -65,7 +64,7 @@ def strength_curves(bench: Bench, circuit: Circuit, cases: dict[str, Case]) -> l
     strengths = [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0]
     curves = []
     for name, case in cases.items():
-        carried = donor_activations(bench.vlm.adapter, bench.transcoders, case.donors, circuit)
+        carried = donor_activations(bench.scope, case.donors, circuit)
         rates = [_rate(bench, case.subject, patch_plan(carried, case.subject.batch.roles, s)) for s in strengths]
         curves.append(make_curve(f"patch {name}", strengths, rates))
         pooled = [
@@ -145,7 +144,7 @@ def role_output_means(bench: Bench) -> dict[tuple[int, str], Tensor]:
     counts: dict[tuple[int, str], int] = {}
     images = [i for planet in PLANETS for i in bench.concept_pictures(planet, "train", 10)]
     for question in bench.circuit_config.questions.values():
-        batch = make_batch(bench.vlm.adapter, bench.inputs(images, question.prompt))
+        batch = bench.scope.batch(bench.inputs(images, question.prompt))
         for layer, out in mlp_outputs(bench.vlm.adapter, batch).items():
             for role in ROLES:
                 part = out[:, torch.from_numpy(batch.roles == role)].flatten(0, 1)

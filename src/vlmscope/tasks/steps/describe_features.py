@@ -33,14 +33,12 @@ def describe_features(bench: Bench, circuit: Circuit) -> tuple[Supernode, ...]:
         for question in bench.circuit_config.questions.values():
             pairs = zip(bench.inputs(images, question.prompt), images, strict=True)
             items += [StudyItem(inputs, planet, png_bytes(image)) for inputs, image in pairs]
-    examples = top_examples(bench.vlm.adapter, bench.transcoders, wanted, items)
+    examples = top_examples(bench.scope, wanted, items)
     nodes = []
     for name, node in circuit.supernodes.items():
         first = []
         for member in strongest[name]:
-            top, bottom = top_and_bottom_logits(
-                bench.vlm.adapter, bench.transcoders, bench.vlm.tokenizer, member.feature
-            )
+            top, bottom = top_and_bottom_logits(bench.scope, member.feature)
             found = examples[member.feature]
             first.append(replace(member, examples=found, top_logits=top, bottom_logits=bottom))
         chosen = {m.feature for m in first}

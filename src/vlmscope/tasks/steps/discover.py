@@ -45,7 +45,7 @@ def run(bench: Bench) -> None:
 
 def discovered(bench: Bench, choose: CircuitSubject, judge: CircuitSubject) -> Discovery:
     """The circuit of a question by the pairs that choose and the pairs that judge."""
-    return discover(bench.vlm.adapter, bench.transcoders, choose, judge, bench.cfg.discovery, bench.cfg.attribution)
+    return discover(bench.scope, choose, judge, bench.cfg.discovery, bench.cfg.attribution)
 
 
 def circuit_of(bench: Bench, found: Discovery) -> Circuit:

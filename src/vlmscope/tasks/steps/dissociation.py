@@ -126,12 +126,10 @@ def changes(bench: Bench, both: dict[str, PairCase], facts: list[str]) -> dict[s
 
 def measure(bench: Bench, change: str, fact: str, case: PairCase, features: dict, means: dict) -> Cell:
     """Carry one fact's features over and look at one question."""
-    adapter, transcoders, subject = bench.vlm.adapter, bench.transcoders, case.subject
-    plan = interchange_plan(adapter, transcoders, subject, features)
-    logits = run_edited(adapter, transcoders, subject.batch, plan)
-    drawn = carried_controls(
-        adapter, transcoders, subject, plan, "free", means, bench.intervention.controls, bench.cfg.seed
-    )
+    scope, subject = bench.scope, case.subject
+    plan = interchange_plan(scope, subject, features)
+    logits = run_edited(scope, subject.batch, plan)
+    drawn = carried_controls(scope, subject, plan, "free", means, bench.intervention.controls, bench.cfg.seed)
     found = outcome(subject, logits)
     gained = found.recovered
     if gained is not None:
@@ -171,9 +169,7 @@ def activity_of(bench: Bench, cases: dict[str, PairCase], features: dict, fact: 
 
 def moved(bench: Bench, subject: PairSubject, features: dict) -> float:
     """Mean over pairs of the sum over features and positions of |a' - a| times the norm of what a feature writes."""
-    sides = [
-        donor_activations(bench.vlm.adapter, bench.transcoders, b, features) for b in (subject.batch, subject.other)
-    ]
+    sides = [donor_activations(bench.scope, b, features) for b in (subject.batch, subject.other)]
     total = 0.0
     for layer, (found, before) in sides[0].items():
         norms = bench.transcoders[layer].write_norms()[found]

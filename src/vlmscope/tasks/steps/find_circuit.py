@@ -17,7 +17,6 @@ from vlmscope.circuits.selectors import mean_shares
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.ids import FeatureId
 from vlmscope.features.role_means import RoleMeans, role_means
-from vlmscope.models.batching import make_batch
 from vlmscope.tasks.tracing.graph_metrics import graph_metrics
 
 if TYPE_CHECKING:
@@ -57,9 +56,8 @@ def concept_means(
     return {
         concept: {
             name: role_means(
-                bench.vlm.adapter,
-                bench.transcoders,
-                [make_batch(bench.vlm.adapter, bench.inputs(list(images), prompt))],
+                bench.scope,
+                [bench.scope.batch(bench.inputs(list(images), prompt))],
             )
             for name, prompt in prompts.items()
         }
@@ -84,7 +82,7 @@ def concept_influence(
         for prompt in prompts.values():
             for inputs in bench.inputs(list(images[:graphs]), prompt):
                 start = time.perf_counter()
-                traced = trace(bench.vlm, bench.transcoders, inputs, bench.cfg.attribution)
+                traced = trace(bench.scope, inputs, bench.cfg.attribution)
                 seconds.append(time.perf_counter() - start)
                 tables.append(feature_influence(traced))
                 first = first or [traced]

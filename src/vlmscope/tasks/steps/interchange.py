@@ -72,8 +72,7 @@ def run(bench: Bench) -> None:
     cases = test_cases(bench)
     chosen = chosen_features(bench, cases)
     means = mean_activations(
-        bench.vlm.adapter,
-        bench.transcoders,
+        bench.scope,
         [side for case in cases.values() for side in (case.subject.batch, case.subject.other)],
         bench.transcoders.layers,
     )
@@ -86,7 +85,7 @@ def run(bench: Bench) -> None:
     rows = interchange_rows(bench, cases, sets, means)
     curves = count_curves(bench, cases, chosen, means)
     grids = {
-        name: layer_role_grid(bench.vlm.adapter, bench.transcoders, case.subject, sets[ALL], roles_of(case.subject))
+        name: layer_role_grid(bench.scope, case.subject, sets[ALL], roles_of(case.subject))
         for name, case in cases.items()
         if case.subject.moves
     }
@@ -137,9 +136,7 @@ def chosen_features(bench: Bench, cases: Mapping[str, PairCase]) -> dict[str, li
     chosen: dict[str, list[CircuitFeature]] = {}
     for name, case in cases.items():
         if case.subject.moves and name in train:
-            effects = pair_effects(
-                bench.vlm.adapter, bench.transcoders, subject_of(bench, name, train[name]), settings.steps
-            )
+            effects = pair_effects(bench.scope, subject_of(bench, name, train[name]), settings.steps)
             chosen[name] = effects.ranked(max([settings.features, *settings.counts]))
     nodes = {
         name: with_labels(Supernode(name, tuple(found[: settings.features])), bench.labels)
@@ -184,10 +181,10 @@ def interchange_rows(
 
 def plan_of(bench: Bench, subject: PairSubject, label: str, features: Features) -> AnyPlan:
     """The interchange of a set's features, at the positions of its supernodes if it has any."""
-    adapter, transcoders = bench.vlm.adapter, bench.transcoders
+    scope = bench.scope
     if label == ALL:
-        return whole_plan(adapter, transcoders, subject)
-    return interchange_plan(adapter, transcoders, subject, features, nodes=nodes_of(bench, label))
+        return whole_plan(scope, subject)
+    return interchange_plan(scope, subject, features, nodes=nodes_of(bench, label))
 
 
 def one_row(
@@ -200,21 +197,19 @@ def one_row(
     means: Mapping[int, Tensor],
 ) -> InterchangeRow:
     """Run an interchange in one scope with its controls; where every feature is carried there are none to draw."""
-    adapter, transcoders, seed = bench.vlm.adapter, bench.transcoders, bench.cfg.seed
-    plan = in_scope(whole, scope, subject.batch.roles, adapter.n_layers - 1)
-    found = run_interchange(adapter, transcoders, subject, plan, mode)
+    seed = bench.cfg.seed
+    plan = in_scope(whole, scope, subject.batch.roles, bench.vlm.adapter.n_layers - 1)
+    found = run_interchange(bench.scope, subject, plan, mode)
     headline = (scope, mode) == ("all", "free")
     draws = bench.intervention.controls if headline else 1
     edits = {layer: edit for layer, edit in plan.items() if isinstance(edit, LayerEdit)}
-    controls = [] if label == ALL else carried_controls(adapter, transcoders, subject, edits, mode, means, draws, seed)
+    controls = [] if label == ALL else carried_controls(bench.scope, subject, edits, mode, means, draws, seed)
     rate = found.follows if subject.moves else found.changed
     control = None
     if controls:
         control = float(np.mean([(c.follows if subject.moves else c.changed).value for c in controls]))
     gained = [c.recovered.value for c in controls if c.recovered is not None]
-    directions = (
-        direction_controls(adapter, transcoders, subject, plan, draws, seed) if headline and subject.moves else []
-    )
+    directions = direction_controls(bench.scope, subject, plan, draws, seed) if headline and subject.moves else []
     size = sum(len(edit.features) for edit in plan.values())
     return InterchangeRow(
         FlipRow(label, mode, subject.question, scope, replace(rate, control=control), size),
@@ -248,7 +243,7 @@ def count_curves(
     bench: Bench, cases: Mapping[str, PairCase], chosen: Mapping[str, list[CircuitFeature]], means: Mapping[int, Tensor]
 ) -> dict[str, list[Curve]]:
     """Follow rate and recovered share against the number of features, each beside one draw of matched features."""
-    adapter, transcoders = bench.vlm.adapter, bench.transcoders
+    scope = bench.scope
     follow: list[Curve] = []
     gained: list[Curve] = []
     for name, features in chosen.items():
@@ -259,9 +254,9 @@ def count_curves(
         pairs = []
         for count in counts:
             chosen_now, nodes = layers_of(bench, features, count), nodes_of(bench, f"features of {name}")
-            plan = interchange_plan(adapter, transcoders, subject, chosen_now, nodes=nodes)
-            (control,) = carried_controls(adapter, transcoders, subject, plan, "free", means, 1, bench.cfg.seed)
-            pairs.append((run_interchange(adapter, transcoders, subject, plan), control))
+            plan = interchange_plan(scope, subject, chosen_now, nodes=nodes)
+            (control,) = carried_controls(scope, subject, plan, "free", means, 1, bench.cfg.seed)
+            pairs.append((run_interchange(scope, subject, plan), control))
         x = [float(count) for count in counts]
         for label, side in ((name, 0), (f"{name}, matched", 1)):
             follow.append(make_curve(label, x, [pair[side].follows for pair in pairs]))
@@ -294,7 +289,6 @@ def grid_metrics(bench: Bench, cases: Mapping[str, PairCase], grids: Mapping[str
 def generated(bench: Bench, cases: Mapping[str, PairCase], sets: Mapping[str, Features]) -> dict[str, float]:
     """The share of pairs whose generated answer, under the edit and with a KV cache, is the counterfactual's word."""
     metrics: dict[str, float] = {}
-    adapter, tokenizer = bench.vlm.adapter, bench.vlm.tokenizer
     for label, features in sets.items():
         for name, case in cases.items():
             nodes = nodes_of(bench, label)
@@ -308,7 +302,7 @@ def generated(bench: Bench, cases: Mapping[str, PairCase], sets: Mapping[str, Fe
                 )
                 plan = plan_of(bench, single, label, features)
                 inputs = bench.vlm.prepare(pair.original.prompt, list(pair.original.images))
-                said = generate_edited(adapter, tokenizer, inputs, bench.transcoders, plan, 6)
+                said = generate_edited(bench.scope, inputs, plan, 6)
                 hits.append(said.split()[:1] == [pair.counterfactual.answer])
             if hits:
                 key = f"interchange/{label.replace(' ', '_')}/generate/{name}/follow_rate"

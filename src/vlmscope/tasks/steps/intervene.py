@@ -27,7 +27,7 @@ from vlmscope.interventions.edits import Plan
 from vlmscope.interventions.named import patch_plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_rate
-from vlmscope.models.batching import InputBatch, make_batch
+from vlmscope.models.batching import InputBatch
 from vlmscope.tasks.steps.circuit_rows import (
     ablation_rows,
     generation_rows,
@@ -93,10 +93,9 @@ def make_case(bench: Bench, circuit: Circuit, question: str) -> Case:
     count = bench.intervention.pictures
     images = bench.concept_pictures(recipient, "test", count)
     gifts = bench.concept_pictures(donor, "test", max(len(images), 1))
-    adapter = bench.vlm.adapter
-    everything = make_batch(adapter, bench.inputs(images, asked.prompt))
+    everything = bench.scope.batch(bench.inputs(images, asked.prompt))
     tokens = bench.token(asked.answers[recipient]), bench.token(asked.answers[donor])
-    answers = run_edited(adapter, bench.transcoders, everything, {}, "free")
+    answers = run_edited(bench.scope, everything, {}, "free")
     rows = correct_rows(answers, tokens[0])
     if len(rows) == 0:
         said = ", ".join(sorted({bench.words(row, 1)[0][0] for row in answers}))
@@ -104,11 +103,9 @@ def make_case(bench: Bench, circuit: Circuit, question: str) -> Case:
             f"none of the {len(images)} pictures of {recipient} is answered {asked.answers[recipient]!r} to "
             f"{asked.prompt!r} (the model says: {said}): nothing to flip; give other pictures"
         )
-    subject = make_subject(
-        adapter, bench.transcoders, question, everything.select(rows), *tokens, bench.intervention.modes
-    )
-    donors = make_batch(adapter, bench.inputs([gifts[i % len(gifts)] for i in rows.tolist()], asked.prompt))
-    carried = donor_activations(adapter, bench.transcoders, donors, circuit)
+    subject = make_subject(bench.scope, question, everything.select(rows), *tokens, bench.intervention.modes)
+    donors = bench.scope.batch(bench.inputs([gifts[i % len(gifts)] for i in rows.tolist()], asked.prompt))
+    carried = donor_activations(bench.scope, donors, circuit)
     roles = subject.batch.roles
     return Case(
         subject,
@@ -133,7 +130,7 @@ def flip_rows(bench: Bench, circuit: Circuit, cases: dict[str, Case], means: dic
                 plan = in_scope(whole, scope, case.subject.batch.roles, adapter.n_layers - 1)
                 # The headline gets every draw of the controls, the rest one: they only back it up.
                 draws = settings.controls if (scope, mode) == ("all", "free") else 1
-                effect = flip_effect(adapter, bench.transcoders, case.subject, plan, mode, means, draws, bench.cfg.seed)
+                effect = flip_effect(bench.scope, case.subject, plan, mode, means, draws, bench.cfg.seed)
                 if (scope, mode) == ("all", "free"):
                     case.after[method] = effect.logits
                 found.append(
@@ -141,9 +138,7 @@ def flip_rows(bench: Bench, circuit: Circuit, cases: dict[str, Case], means: dic
                 )
             rows += [*found, worst(found)]
     for name, case in cases.items():
-        rate = direction_control(
-            adapter, bench.transcoders, case.subject, case.steer, settings.controls, bench.cfg.seed
-        )
+        rate = direction_control(bench.scope, case.subject, case.steer, settings.controls, bench.cfg.seed)
         bench.metrics[f"steer/free/{name}/flip_rate_random_direction"] = rate
     return rows
 
@@ -155,10 +150,10 @@ def third_concept(bench: Bench, circuit: Circuit) -> None:
         return
     images = bench.concept_pictures(config.third, "test", bench.intervention.pictures)
     for name, asked in config.questions.items():
-        batch = make_batch(bench.vlm.adapter, bench.inputs(images, asked.prompt))
+        batch = bench.scope.batch(bench.inputs(images, asked.prompt))
         for label, changed in steering_forms(bench).items():
             plan = bench.steer(circuit, batch.roles, name, **changed)
-            logits = run_edited(bench.vlm.adapter, bench.transcoders, batch, plan, "free")
+            logits = run_edited(bench.scope, batch, plan, "free")
             hits = (logits.argmax(-1) == bench.token(asked.answers[config.concepts[1]])).numpy(force=True)
             bench.metrics |= rate_metrics(f"third/{label}{config.third}/{name}/donor_rate", bootstrap_rate(hits))
 
@@ -176,7 +171,7 @@ def dose_response(bench: Bench, circuit: Circuit, cases: dict[str, Case]) -> lis
         rates: list[Rate] = []
         for strength in strengths:
             plan = bench.steer(circuit, case.subject.batch.roles, name, strength=strength)
-            logits = run_edited(bench.vlm.adapter, bench.transcoders, case.subject.batch, plan, "free")
+            logits = run_edited(bench.scope, case.subject.batch, plan, "free")
             rates.append(bootstrap_rate(flips(logits, case.subject)))
         curves.append(make_curve(name, strengths, rates))
     return curves
@@ -205,11 +200,10 @@ def measure_specificity(bench: Bench, circuit: Circuit) -> None:
         pictures = [] if scene.image is None else [Image.fromarray(scene.image)]
         inputs = bench.vlm.prepare(scene.questions[0].question, pictures)
         groups.setdefault((len(inputs), inputs.is_image.tobytes()), []).append(inputs)
-    batches = [make_batch(bench.vlm.adapter, group) for group in groups.values()]
+    batches = [bench.scope.batch(group) for group in groups.values()]
     for label, changed in steering_forms(bench).items():
         found = specificity(
-            bench.vlm.adapter,
-            bench.transcoders,
+            bench.scope,
             batches,
             lambda roles, changed=changed: bench.steer(circuit, roles, **changed),
         )

@@ -88,7 +88,7 @@ def run(bench: Bench) -> None:
     depths, gaps = depths_of(bench, cases, curves)
     everything = all_features(bench.transcoders)
     grids = {
-        name: layer_role_grid(bench.vlm.adapter, bench.transcoders, case.subject, everything, roles_of(case.subject))
+        name: layer_role_grid(bench.scope, case.subject, everything, roles_of(case.subject))
         for name, case in cases.items()
     }
     effects = effects_of(bench, cases)
@@ -116,9 +116,9 @@ def listed(values: np.ndarray) -> list[Any]:
 
 def effects_of(bench: Bench, cases: Mapping[str, PairCase]) -> dict[str, PairEffects]:
     """Effects on each question, estimated on training pairs whose answers differ."""
-    adapter, transcoders, steps = bench.vlm.adapter, bench.transcoders, bench.cfg.interchange.steps
+    scope, steps = bench.scope, bench.cfg.interchange.steps
     return {
-        name: pair_effects(adapter, transcoders, subject_of(bench, name, pairs), steps)
+        name: pair_effects(scope, subject_of(bench, name, pairs), steps)
         for name, pairs in moving(pairs_of(bench, "train")).items()
         if name in cases
     }
@@ -126,15 +126,15 @@ def effects_of(bench: Bench, cases: Mapping[str, PairCase]) -> dict[str, PairEff
 
 def range_curve(bench: Bench, subject: PairSubject, kind: str) -> RangeCurve:
     """Carry all features of growing ranges of layers."""
-    adapter, transcoders, layers = bench.vlm.adapter, bench.transcoders, bench.transcoders.layers
-    whole = whole_plan(adapter, transcoders, subject)
+    scope, layers = bench.scope, bench.transcoders.layers
+    whole = whole_plan(scope, subject)
     outcomes, shares, directions = [], [], []
     for layer in layers:
         plan = {i: edit for i, edit in whole.items() if (i <= layer if kind == "first" else i >= layer)}
-        logits = run_edited(adapter, transcoders, subject.batch, plan)
+        logits = run_edited(scope, subject.batch, plan)
         outcomes.append(outcome(subject, logits))
         shares.append(recovered(subject, logits))
-        (control,) = direction_controls(adapter, transcoders, subject, plan, 1, bench.cfg.seed)
+        (control,) = direction_controls(scope, subject, plan, 1, bench.cfg.seed)
         directions.append(control.follows.value)
     return RangeCurve(outcomes, np.stack(shares, 1), directions)
 
@@ -157,9 +157,9 @@ def depths_of(
 
 def by_way(bench: Bench, cases: Mapping[str, PairCase], effects: Mapping[str, PairEffects]) -> list[ByWay]:
     """Every question's features on every question, carried and silenced."""
-    adapter, transcoders, seed = bench.vlm.adapter, bench.transcoders, bench.cfg.seed
+    scope, seed = bench.scope, bench.cfg.seed
     means = mean_activations(
-        adapter, transcoders, [case.subject.batch for case in cases.values()], transcoders.layers
+        scope, [case.subject.batch for case in cases.values()], scope.transcoders.layers
     )  # fmt: skip
     count, draws = bench.cfg.interchange.features, bench.intervention.controls
     found = []
@@ -168,9 +168,9 @@ def by_way(bench: Bench, cases: Mapping[str, PairCase], effects: Mapping[str, Pa
         size = sum(len(of) for of in features.values())
         for name, case in cases.items():
             subject = case.subject
-            plan = interchange_plan(adapter, transcoders, subject, features)
-            got = run_interchange(adapter, transcoders, subject, plan)
-            controls = carried_controls(adapter, transcoders, subject, plan, "free", means, draws, seed)
+            plan = interchange_plan(scope, subject, features)
+            got = run_interchange(scope, subject, plan)
+            controls = carried_controls(scope, subject, plan, "free", means, draws, seed)
             gained = [one.recovered.value for one in controls if one.recovered is not None]
             assert got.recovered is not None, "only questions that move are looked at"
             carried = Rate(got.follows.value, got.follows.ci_low, got.follows.ci_high, got.follows.cases,
@@ -188,7 +188,7 @@ def silence(
     plan: Plan = {layer: scale_features(chosen, 0.0, where) for layer, chosen in features.items()}
 
     def changed(edits: Plan) -> np.ndarray:
-        logits = run_edited(bench.vlm.adapter, bench.transcoders, subject.batch, edits)
+        logits = run_edited(bench.scope, subject.batch, edits)
         return (logits.argmax(-1) != subject.tokens).numpy(force=True)
 
     controls = [changed(matched_features(plan, means, draw)).mean() for draw in control_draws(bench.cfg.seed, draws)]

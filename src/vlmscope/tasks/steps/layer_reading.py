@@ -16,14 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
 from vlmscope.core.seeds import generator
 from vlmscope.data.orrery.appearance import APPEARANCE, appearance
 from vlmscope.data.orrery.concepts import concept_scenes
 from vlmscope.data.orrery.facts import PLANET_QUESTIONS, PLANETS
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.metrics.decoding import class_means, held_out_r2, linear_accuracy, linear_prediction, simplest
-from vlmscope.models.batching import make_batch
 
 if TYPE_CHECKING:
     from vlmscope.core.intervention import Rate
@@ -91,9 +89,9 @@ def codes_of(bench: Bench, split: str, each: int) -> tuple[dict[str, dict[int, n
     for start in range(0, len(scenes), CHUNK):
         images = [Image.fromarray(s.image) for s in scenes[start : start + CHUNK] if s.image is not None]
         for name, wordings in PLANET_QUESTIONS.items():
-            batch = make_batch(bench.vlm.adapter, bench.inputs(images, wordings[0]))
+            batch = bench.scope.batch(bench.inputs(images, wordings[0]))
             soft = torch.from_numpy(batch.is_image)
-            for layer, x in mlp_inputs(bench.vlm.adapter, batch, layers).items():
+            for layer, x in bench.scope.capture(batch, layers).items():
                 transcoder = bench.transcoders[layer]
                 width = transcoder.config.n_features
                 with torch.no_grad():

@@ -58,7 +58,7 @@ def run(bench: Bench) -> None:
         control = matched_features(plan, record["means"], control_draws(bench.cfg.seed, 1)[0])
         drawn = dosed(bench, subject, {layer: edit.features for layer, edit in control.items()}, strength)
         for label, one in (("features of count", plan), ("matched features", drawn)):
-            logits = run_edited(bench.vlm.adapter, bench.transcoders, subject.batch, one)
+            logits = run_edited(bench.scope, subject.batch, one)
             shift = numbers_said(logits, numbers) - numbers_said(subject.base.logits, numbers)
             shifts.setdefault(label, []).append(bootstrap_mean(shift))
             if one is plan:
@@ -75,10 +75,10 @@ def run(bench: Bench) -> None:
 
 def dosed(bench: Bench, subject: PairSubject, features: Mapping[int, Tensor], strength: float) -> Plan:
     """Set the originals' activations to a + strength (a' - a), at least 0, position by position."""
-    adapter, transcoders = bench.vlm.adapter, bench.transcoders
-    before = donor_activations(adapter, transcoders, subject.batch, features)
+    scope = bench.scope
+    before = donor_activations(scope, subject.batch, features)
     plan: dict[int, LayerEdit] = {}
-    for layer, edit in interchange_plan(adapter, transcoders, subject, features).items():
+    for layer, edit in interchange_plan(scope, subject, features).items():
         start = before[layer][1]
         plan[layer] = replace(edit, value=(start + strength * (edit.value - start)).clamp_min(0))
     return plan
@@ -103,6 +103,6 @@ def kind_rows(bench: Bench, record: dict) -> list[InterchangeRow]:
         }
         found = {layer: chosen for layer, chosen in found.items() if len(chosen)}
         for case in cases.values() if found else ():
-            plan = interchange_plan(bench.vlm.adapter, bench.transcoders, case.subject, found)
+            plan = interchange_plan(bench.scope, case.subject, found)
             rows.append(one_row(bench, case.subject, f"{label} kind", plan, "all", "free", record["means"]))
     return rows

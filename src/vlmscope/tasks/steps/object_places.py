@@ -108,18 +108,18 @@ def carried_at(
         on: [n, S] bool, which soft tokens lie on an object.
         features: by layer.
     """
-    adapter, transcoders, subject = bench.vlm.adapter, bench.transcoders, part_of(case.subject, rows.tolist())
-    whole = interchange_plan(adapter, transcoders, subject, features, torch.from_numpy(subject.batch.is_image))
+    scope, subject = bench.scope, part_of(case.subject, rows.tolist())
+    whole = interchange_plan(scope, subject, features, torch.from_numpy(subject.batch.is_image))
     soft = np.flatnonzero(subject.batch.is_image)
     found = {}
     for name, chosen in zip(GROUNDS, (on, ~on, np.ones_like(on)), strict=True):
         mask = torch.zeros(subject.size, subject.batch.length, 1, dtype=torch.bool)
         mask[:, soft] = torch.from_numpy(chosen).unsqueeze(-1)
-        mask = mask.to(adapter.device)
+        mask = mask.to(scope.adapter.device)
         plan = {
             layer: replace(edit, value=mask * edit.value, scale=(~mask).to(edit.value)) for layer, edit in whole.items()
         }
-        found[name] = bootstrap_mean(recovered(subject, run_edited(adapter, transcoders, subject.batch, plan)))
+        found[name] = bootstrap_mean(recovered(subject, run_edited(scope, subject.batch, plan)))
     return found
 
 
@@ -147,9 +147,7 @@ def maps_of(bench: Bench, case: PairCase, features: Mapping[int, Tensor]) -> dic
     """What -> layer -> [B, S]: what the features write on each soft token of the originals, and how that changes."""
     subject = case.subject
     soft = torch.from_numpy(subject.batch.is_image)
-    sides = [
-        donor_activations(bench.vlm.adapter, bench.transcoders, b, features) for b in (subject.batch, subject.other)
-    ]
+    sides = [donor_activations(bench.scope, b, features) for b in (subject.batch, subject.other)]
     found: dict[str, dict[int, np.ndarray]] = {what: {} for what in WHATS}
     for layer, (chosen, before) in sides[0].items():
         norms = bench.transcoders[layer].write_norms()[chosen]

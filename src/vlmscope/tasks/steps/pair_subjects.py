@@ -52,8 +52,7 @@ def subject_of(
 
     originals, others = [p.original for p in pairs], [p.counterfactual for p in pairs]
     return pair_subject(
-        bench.vlm.adapter,
-        bench.transcoders,
+        bench.scope,
         question,
         [prepare(side) for side in originals],
         [prepare(side) for side in others],

@@ -95,19 +95,19 @@ def transfer(
     bench: Bench, question: str, fact: str, values: list[str], groups: dict[str, dict[str, list[Pair]]], means: dict
 ) -> Transfer:
     """Choose on each value, test on each."""
-    adapter, transcoders = bench.vlm.adapter, bench.transcoders
+    scope = bench.scope
     chosen = []
     for value in values:
         subject = subject_of(bench, question, groups["train"][value])
-        ranked = pair_effects(adapter, transcoders, subject, bench.cfg.interchange.steps)
+        ranked = pair_effects(scope, subject, bench.cfg.interchange.steps)
         ids = [member.feature for member in ranked.ranked(bench.cfg.interchange.features)]
-        chosen.append(by_layer(transcoders, ids))
+        chosen.append(by_layer(scope.transcoders, ids))
     subjects = [subject_of(bench, question, groups["test"][value]) for value in values]
     cells = [[measure(bench, subject, features) for subject in subjects] for features in chosen]
     matched = []
     for at, subject in enumerate(subjects):
-        plan = interchange_plan(adapter, transcoders, subject, chosen[at])
-        (control,) = carried_controls(adapter, transcoders, subject, plan, "free", means, 1, bench.cfg.seed)
+        plan = interchange_plan(scope, subject, chosen[at])
+        (control,) = carried_controls(scope, subject, plan, "free", means, 1, bench.cfg.seed)
         assert control.recovered is not None
         matched.append((control.recovered.value, control.follows.value, subject.size))
     weights = [size for *_, size in matched]
@@ -134,7 +134,7 @@ def transfer(
 
 def measure(bench: Bench, subject: PairSubject, features: dict) -> tuple[np.ndarray, np.ndarray]:
     """[B] recovered share and [B] whether the answer follows, pair by pair, when features are carried over."""
-    plan = interchange_plan(bench.vlm.adapter, bench.transcoders, subject, features)
-    logits = run_edited(bench.vlm.adapter, bench.transcoders, subject.batch, plan)
+    plan = interchange_plan(bench.scope, subject, features)
+    logits = run_edited(bench.scope, subject.batch, plan)
     follows = (logits.argmax(-1) == subject.other_tokens).cpu().numpy()
     return recovered(subject, logits), follows.astype(float)

@@ -143,8 +143,8 @@ def examples(bench: Bench, record: dict, folder: Path) -> Examples:
     moving: list[PairCase] = [case for case in record["cases"].values() if case.subject.moves]
     for case in moving:
         subject = case.subject
-        plan = whole_plan(bench.vlm.adapter, bench.transcoders, subject)
-        logits = run_edited(bench.vlm.adapter, bench.transcoders, subject.batch, plan)
+        plan = whole_plan(bench.scope, subject)
+        logits = run_edited(bench.scope, subject.batch, plan)
         for i in range(min(max(bench.intervention.examples // len(moving), 1), subject.size)):
             pair = case.pairs[i]
             before, after = (bench.words(found[i]) for found in (subject.base.logits, logits))

@@ -126,7 +126,7 @@ def one_case(bench: Bench, scene: Scene, question: Question, settings: Attributi
     assert scene.image is not None, "harder scenes have pictures"
     bench.token(question.answer)  # an answer of several tokens would never count as right
     inputs = bench.vlm.prepare(question.question, [Image.fromarray(scene.image)])
-    traced = trace(bench.vlm, bench.transcoders, inputs, settings)
+    traced = trace(bench.scope, inputs, settings)
     ends = traced.graph.nodes.ends()
     chances = traced.replacement.capped(traced.replacement.state.logits[-1].double()).log_softmax(-1)
     said = bench.vlm.tokenizer.decode([int(traced.graph.nodes.index[ends[0]])]).strip()

@@ -28,7 +28,6 @@ from vlmscope.core.seeds import generator
 from vlmscope.interventions.frozen import base_run
 from vlmscope.interventions.single import SingleEdits, single_effects
 from vlmscope.metrics.agreement import Agreement, agreement
-from vlmscope.models.batching import make_batch
 from vlmscope.replacement.model import ReplacementModel, build_replacement
 from vlmscope.tasks.steps.intervene import rate_metrics
 from vlmscope.tasks.steps.pair_subjects import pairs_of
@@ -154,14 +153,14 @@ def questions(bench: Bench) -> Iterator[Asked]:
 
 def measure(bench: Bench, one: Asked) -> Iterator[dict[str, np.ndarray]]:
     """Trace one input, draw features, predict and measure every edit in every mode: columns of equal length."""
-    adapter, transcoders, config = bench.vlm.adapter, bench.transcoders, bench.cfg.attribution
-    replacement = build_replacement(bench.vlm, transcoders, one.inputs, DTYPES[config.dtype])
+    scope, config = bench.scope, bench.cfg.attribution
+    replacement = build_replacement(scope, one.inputs, DTYPES[config.dtype])
     target = difference_target(replacement, *one.tokens, label=one.name)
     graph = attribute(replacement, config, bench.vlm.tokenizer, bench.vlm.name, target)
     total = total_effects(Adjoint(replacement), target)[0].double().cpu().numpy()
     sampled = draw(bench, graph, replacement, total, one.name)
-    batch = make_batch(adapter, [one.inputs])
-    base = base_run(adapter, transcoders, batch, bench.intervention.modes)
+    batch = scope.batch([one.inputs])
+    base = base_run(scope, batch, bench.intervention.modes)
     n = len(sampled.layer)
     for name, scale, value, share in edits_of(bench, sampled):
         edits = SingleEdits(sampled.layer, sampled.position, sampled.index, scale, value)
@@ -175,7 +174,7 @@ def measure(bench: Bench, one: Asked) -> Iterator[dict[str, np.ndarray]]:
                 "index": sampled.index,
                 "activation": sampled.activation,
                 "band": sampled.band,
-                "measured": single_effects(adapter, transcoders, batch, base, edits, mode, one.tokens),
+                "measured": single_effects(scope, batch, base, edits, mode, one.tokens),
                 **{predictor: share * effect for predictor, effect in sampled.effects.items()},
             }
 

@@ -138,12 +138,11 @@ def captions(bench: Bench, cases: dict[str, Case]) -> list[tuple[str, str]]:
     """Free generation with a KV cache, before and under the steering plan, for three pictures."""
     circuit: Circuit = bench.record("find_circuit")["circuit"]
     rows = []
-    adapter, tokenizer = bench.vlm.adapter, bench.vlm.tokenizer
     for image in next(iter(cases.values())).images[:3]:
         inputs = bench.vlm.prepare(CAPTION_PROMPT, [image])
         plan = bench.steer(circuit, inputs.roles)
-        before = generate_edited(adapter, tokenizer, inputs)
-        rows.append((before, generate_edited(adapter, tokenizer, inputs, bench.transcoders, plan)))
+        before = generate_edited(bench.scope, inputs)
+        rows.append((before, generate_edited(bench.scope, inputs, plan)))
     return rows
 
 

@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
-from vlmscope.models.batching import make_batch
-
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -36,9 +33,9 @@ def codes_of(
     layers = bench.transcoders.layers
     found: dict[str, dict[int, list[np.ndarray]]] = {place: {layer: [] for layer in layers} for place in places}
     for some in _chunks(images):
-        batch = make_batch(bench.vlm.adapter, bench.inputs(some, prompt))
+        batch = bench.scope.batch(bench.inputs(some, prompt))
         soft = torch.from_numpy(batch.is_image)
-        for layer, x in mlp_inputs(bench.vlm.adapter, batch, layers).items():
+        for layer, x in bench.scope.capture(batch, layers).items():
             transcoder = bench.transcoders[layer]
             width = transcoder.config.n_features
             for place in places:

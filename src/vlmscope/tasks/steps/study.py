@@ -24,9 +24,9 @@ def run(bench: Bench) -> None:
         folder, settings = bench.run_dir / "study", settings_of(cfg, config, ())
         sources = study_sources(cfg, config)
         rows = NumberedRows(opened(cfg, sources), config.batch_size, WHOLE, config.limit)
-        run_part(bench.vlm, bench.transcoders, rows, StudyPart(folder, WHOLE, settings), config)
+        run_part(bench.scope, rows, StudyPart(folder, WHOLE, settings), config)
         parts = study_parts(folder, 1, settings)
-        study = finish(folder, bench.vlm, bench.transcoders, parts, config, described(cfg, config, sources))
+        study = finish(folder, bench.scope, parts, config, described(cfg, config, sources))
     bench.records["study"] = study
     bench.metrics["study/items"] = float(study.info.items)
     bench.metrics |= {f"study/positions_{kind}": float(count) for kind, count in study.info.positions.items()}

@@ -113,6 +113,6 @@ def kind_rows(bench: Bench, kinds: dict[int, np.ndarray]) -> list[InterchangeRow
         features = {layer: torch.from_numpy(np.flatnonzero(np.isin(kind, names))) for layer, kind in kinds.items()}
         features = {layer: found for layer, found in features.items() if len(found)}
         for case in cases.values() if features else ():
-            plan = interchange_plan(bench.vlm.adapter, bench.transcoders, case.subject, features)
+            plan = interchange_plan(bench.scope, case.subject, features)
             rows.append(one_row(bench, case.subject, label, plan, "all", "free", record["means"]))
     return rows

@@ -32,9 +32,8 @@ from vlmscope.metrics.monosemanticity import monosemanticity, unit_embeddings
 from vlmscope.report.structure_figures import score_by_layer, twins_by_layer
 
 if TYPE_CHECKING:
-    from vlmscope.models.base import Adapter
+    from vlmscope.scope import Scope
     from vlmscope.tasks.structure import Config
-    from vlmscope.transcoders.transcoder import TranscoderSet
 
 SPACES = ("write", "read", "both")  # directions by which features are compared
 
@@ -70,8 +69,7 @@ class Structure:
     @classmethod
     def of(
         cls,
-        adapter: Adapter,
-        transcoders: TranscoderSet,
+        scope: Scope,
         study: StudyFolder,
         seen: StructurePass,
         modality: Sequence[LayerModality],
@@ -79,14 +77,14 @@ class Structure:
     ) -> Structure:
         """Put it together from the study, the pass and the transcoders."""
         alive = {one.layer: torch.from_numpy(one.found.kind != "dead") for one in modality}
-        write, read = write_directions(adapter, transcoders), read_directions(adapter, transcoders)
+        write, read = write_directions(scope), read_directions(scope)
         spaces = {
             "write": {layer: [write[layer]] for layer in write},
             "read": {layer: [read[layer]] for layer in read},
             "both": {layer: [write[layer], read[layer]] for layer in write},
         }
         twins = {
-            (space, own): nearest_twins(of, alive, own, device=adapter.device)
+            (space, own): nearest_twins(of, alive, own, device=scope.adapter.device)
             for space, of in spaces.items()
             for own in (True, False)
         }

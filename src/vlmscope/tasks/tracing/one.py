@@ -11,15 +11,13 @@ if TYPE_CHECKING:
 
     from vlmscope.config import AppConfig
     from vlmscope.models.base import ModelInputs
-    from vlmscope.models.loading import VLM
-    from vlmscope.transcoders.transcoder import TranscoderSet
+    from vlmscope.scope import Scope
 
 
 def trace_into(
     folder: Path,
     cfg: AppConfig,
-    vlm: VLM,
-    transcoders: TranscoderSet,
+    scope: Scope,
     inputs: ModelInputs,
     pictures: Sequence[Image.Image],
     name: str | None = None,
@@ -29,8 +27,7 @@ def trace_into(
     Args:
         folder: where to.
         cfg: the run's configuration: `attribution` and `task` count.
-        vlm: the model.
-        transcoders: its set.
+        scope: the model and its transcoders.
         inputs: the prompt with its pictures.
         pictures: for the figures.
         name: of the graph in `graph.json`; the folder's by default.
@@ -50,12 +47,14 @@ def trace_into(
     from vlmscope.tasks.tracing.graph_metrics import graph_metrics
     from vlmscope.tasks.tracing.patches import follow_to_patches
 
-    labels = feature_labels(cfg, vlm.name, transcoders)
-    traced = trace(vlm, transcoders, inputs, cfg.attribution, folder)
+    labels = feature_labels(cfg, scope.vlm.name, scope.transcoders)
+    traced = trace(scope, inputs, cfg.attribution, folder)
     save_graph(folder / "graph.safetensors", traced.pruned)
-    patches = follow_to_patches(cfg, vlm, traced, pictures, folder) if cfg.attribution.patches and pictures else None
+    patches = (
+        follow_to_patches(cfg, scope.vlm, traced, pictures, folder) if cfg.attribution.patches and pictures else None
+    )
     extra = None if patches is None else {"patches": patches.record}
-    size = write_graph_json(folder / "graph.json", traced.pruned, name or folder.name, vlm.name, labels, extra)
+    size = write_graph_json(folder / "graph.json", traced.pruned, name or folder.name, scope.vlm.name, labels, extra)
     if cfg.task.figure:
         shown = [np.asarray(picture) for picture in pictures]
         attribution_graph(traced.pruned, folder / "figures" / "graph.png", shown, labels=labels)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vlmscope.data.prompt_rows import PromptRow
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
+    from vlmscope.scope import Scope
     from vlmscope.tasks.context import RunContext
 
 _LOG = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from tqdm import tqdm
 
     from vlmscope.data.prompt_rows import read_rows
-    from vlmscope.tasks.wiring import load_model, load_transcoders
+    from vlmscope.tasks.wiring import load_model, load_scope
 
     if cfg.prompt is not None or cfg.image is not None:
         raise UserError("task.rows= brings its own prompts and pictures; leave out prompt= and image=")
@@ -54,14 +55,14 @@ def trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     left = [row for row in rows if row.id not in done]
     usable, refused = _usable(vlm, left)
     _refuse(cfg, refused)
-    transcoders = load_transcoders(cfg, vlm, context.overrides)
+    scope = load_scope(cfg, vlm, context.overrides)
     skipped = len(bad) + len(refused)
     with (context.run_dir / INDEX).open("w", encoding="utf-8") as index:
         index.writelines(_line(record) for record in done.values())
         index.flush()
         for row in tqdm(usable, desc="trace", unit="row", initial=len(done), total=len(done) + len(usable)):
             try:
-                done[row.id] = _trace(cfg, vlm, transcoders, row, folder, settings)
+                done[row.id] = _trace(cfg, scope, row, folder, settings)
             except UserError as error:
                 if not cfg.task.skip_bad:
                     raise UserError(
@@ -152,13 +153,13 @@ def _inputs(vlm: VLM, row: PromptRow) -> tuple[ModelInputs, list[Any]]:
     return inputs, pictures
 
 
-def _trace(cfg: AppConfig, vlm: VLM, transcoders: Any, row: PromptRow, folder: Path, settings: str) -> dict[str, Any]:
+def _trace(cfg: AppConfig, scope: Scope, row: PromptRow, folder: Path, settings: str) -> dict[str, Any]:
     from vlmscope.core.artifacts import atomic_folder, write_json
     from vlmscope.tasks.tracing.one import trace_into
 
-    inputs, pictures = _inputs(vlm, row)
+    inputs, pictures = _inputs(scope.vlm, row)
     with atomic_folder(folder / row.id) as half:
-        metrics = trace_into(half, cfg, vlm, transcoders, inputs, pictures, row.id)
+        metrics = trace_into(half, cfg, scope, inputs, pictures, row.id)
         record = {**_row_words(row), "folder": f"{ROWS}/{row.id}", "settings": settings, "metrics": metrics}
         write_json(half / ROW, record)
     return record

@@ -19,6 +19,7 @@ from vlmscope.circuits.pair_subject import pair_subject
 from vlmscope.core.errors import UserError
 from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 WIDTH = 24
@@ -45,11 +46,11 @@ def bench(request: pytest.FixtureRequest):
             [vlm.prepare("what is this planet ?", [tiny_image(i)]) for i in some] for some in ((0, 1, 2), (3, 4, 5))
         ]
         first, second = (torch.tensor([i, i + 1, i + 2]) for i in (3, 7))
-        pairs = pair_subject(adapter, transcoders, "name", sides[0], sides[1], first, second, 2, answerable=False)
+        pairs = pair_subject(Scope(vlm, transcoders), "name", sides[0], sides[1], first, second, 2, answerable=False)
         subject = CircuitSubject(pairs, *sides)
-        measured = measure(adapter, transcoders, subject)
+        measured = measure(Scope(vlm, transcoders), subject)
         nodes = changing_nodes(measured, transcoders)
-    return Runner(adapter, transcoders, measured, nodes), subject
+    return Runner(Scope(vlm, transcoders), measured, nodes), subject
 
 
 @pytest.mark.parametrize("mode", ["free", "frozen_attention"])
@@ -78,30 +79,30 @@ def test_kept_features_are_live_and_others_are_the_counterfactuals(bench) -> Non
     chosen = runner.nodes.is_feature & (runner.nodes.layer == 0) & (runner.nodes.role == 0)
     kept = runner.kept(chosen | (runner.nodes.kind == Kind.EMBEDDING))
     seen: dict[int, torch.Tensor] = {}
-    with torch.no_grad(), circuit(runner.adapter, runner.transcoders, runner.sides, kept) as tensors:
-        handle = runner.adapter.mlp(1).register_forward_pre_hook(lambda _m, args: seen.__setitem__(1, args[0]))
-        runner.adapter.forward(tensors, use_cache=False)
+    with torch.no_grad(), circuit(runner.scope, runner.sides, kept) as tensors:
+        handle = runner.scope.adapter.mlp(1).register_forward_pre_hook(lambda _m, args: seen.__setitem__(1, args[0]))
+        runner.scope.adapter.forward(tensors, use_cache=False)
         handle.remove()
-    ends = [mlp_inputs(runner.adapter, batch, [1])[1] for batch in (subject.pairs.batch, subject.pairs.other)]
+    ends = [mlp_inputs(runner.scope.adapter, batch, [1])[1] for batch in (subject.pairs.batch, subject.pairs.other)]
     assert all(not torch.allclose(seen[1], end) for end in ends)
 
 
 def test_worths_of_all_members_add_up_to_the_circuit(bench) -> None:
     runner, _ = bench
     kept = runner.kept(np.ones(len(runner.nodes), bool))
-    worth = read(runner.nodes, mask_effects(runner.adapter, runner.transcoders, runner.sides, kept, 16))
+    worth = read(runner.nodes, mask_effects(runner.scope, runner.sides, kept, 16))
     whole = (runner.sides.clean.gaps - runner.sides.corrupt.gaps).mean()
     # Supports change on the way, and the midpoint rule sees jumps of TopK only roughly.
     assert worth.sum() == pytest.approx(whole, abs=0.15 * np.abs(worth).sum())
     few = runner.kept(np.arange(4))
-    found = read(runner.nodes, mask_effects(runner.adapter, runner.transcoders, runner.sides, few, 3))
+    found = read(runner.nodes, mask_effects(runner.scope, runner.sides, few, 3))
     assert (found[4:] == 0).all()
 
 
 def test_eap_ig_of_features_is_that_of_pair_effects(bench) -> None:
     runner, subject = bench
-    scores = eap_ig(runner.adapter, runner.transcoders, runner.sides, runner.nodes, 2).mean(0)
-    effects = pair_effects(runner.adapter, runner.transcoders, subject.pairs, 2)
+    scores = eap_ig(runner.scope, runner.sides, runner.nodes, 2).mean(0)
+    effects = pair_effects(runner.scope, subject.pairs, 2)
     for row in np.flatnonzero(runner.nodes.is_feature)[::7]:
         role = effects.roles.index(runner.nodes.roles[runner.nodes.role[row]])
         layer, index = runner.nodes.feature(row)
@@ -110,7 +111,7 @@ def test_eap_ig_of_features_is_that_of_pair_effects(bench) -> None:
 
 def test_activation_change_is_what_is_written(bench) -> None:
     runner, _ = bench
-    change = activation_change(runner.transcoders, runner.sides, runner.nodes)
+    change = activation_change(runner.scope.transcoders, runner.sides, runner.nodes)
     assert (change > 0).all()
     assert order_of(np.array([1.0, -3.0, 2.0, 3.0])).tolist() == [1, 3, 2, 0]
 
@@ -119,9 +120,9 @@ def test_edges_into_a_target_add_up_to_its_score(bench) -> None:
     runner, _ = bench
     nodes = runner.nodes
     targets = np.flatnonzero(nodes.is_feature)[::3]
-    pairs = pair_edges(runner.adapter, runner.transcoders, runner.sides, nodes, targets, 2, 2)
+    pairs = pair_edges(runner.scope, runner.sides, nodes, targets, 2, 2)
     table = edge_table(pairs)
-    scores = eap_ig(runner.adapter, runner.transcoders, runner.sides, nodes, 2)[:2]
+    scores = eap_ig(runner.scope, runner.sides, nodes, 2)[:2]
     assert set(table.target.tolist()) <= {*targets.tolist(), -1}
     for target in set(table.target.tolist()) - {-1}:
         incoming = table.score[:, table.target == target].sum(1)

@@ -18,6 +18,7 @@ from vlmscope.features.study.inputs import StudyInput
 from vlmscope.metrics.monosemanticity import monosemanticity, unit_embeddings
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 F = 30
@@ -33,21 +34,22 @@ def bench():
         StudyInput(256 * i, one.tensors, np.where(one.is_image, IMAGE, TEXT).astype(np.uint8), {})
         for i, one in enumerate(prepared)
     ]
-    return vlm.adapter, transcoders, prepared, items
+    return Scope(vlm, transcoders), prepared, items
 
 
 @pytest.mark.parametrize("forward_tokens", [1, 10_000])
 def test_peaks_embeddings_and_firing_are_those_of_a_plain_loop(bench, forward_tokens: int) -> None:
-    adapter, transcoders, prepared, items = bench
-    found = StructurePass(adapter, transcoders, per_item=1000)
+    scope, prepared, items = bench
+    found = StructurePass(scope, per_item=1000)
     found.add(items, forward_tokens)
     active, peaks, embeddings = found.active().toarray(), found.peaks().toarray(), found.embeddings()
     with_picture = [i for i in range(9) if i % 3]
     counts, wanted, means = np.zeros(active.shape[1]), {}, {}
     for i, one in enumerate(prepared):
-        batch = make_batch(adapter, [one])
+        batch = make_batch(scope.adapter, [one])
         dense = [
-            transcoders[n].encode(x[0]).dense(F) for n, x in mlp_inputs(adapter, batch, transcoders.layers).items()
+            scope.transcoders[n].encode(x[0]).dense(F)
+            for n, x in mlp_inputs(scope.adapter, batch, scope.transcoders.layers).items()
         ]
         acts = torch.cat(dense, -1).numpy()
         counts += (acts[1:] > 0).sum(0)  # the first position is left out
@@ -68,27 +70,27 @@ def test_peaks_embeddings_and_firing_are_those_of_a_plain_loop(bench, forward_to
 
 
 def test_positions_are_bounded_and_do_not_depend_on_the_batch(bench) -> None:
-    adapter, transcoders, _, items = bench
-    whole, parts = (StructurePass(adapter, transcoders, per_item=3, seed=2) for _ in range(2))
+    scope, _, items = bench
+    whole, parts = (StructurePass(scope, per_item=3, seed=2) for _ in range(2))
     whole.add(items, 10_000)
     for item in reversed(items):
         parts.add([item], 10_000)
-    assert whole.active().shape == parts.active().shape == (27, F * adapter.n_layers)
+    assert whole.active().shape == parts.active().shape == (27, F * scope.adapter.n_layers)
     np.testing.assert_array_equal(whole.active().sum(0), parts.active().sum(0))
-    assert whole.active().sum() == 27 * 6 * adapter.n_layers
+    assert whole.active().sum() == 27 * 6 * scope.adapter.n_layers
 
 
 def test_directions_are_what_norms_let_through(bench) -> None:
-    adapter, transcoders, *_ = bench
-    x = torch.randn(3, adapter.d_model, generator=torch.Generator().manual_seed(0), dtype=adapter.dtype)
-    norm = adapter.norms(1).mlp_in
+    scope, *_ = bench
+    x = torch.randn(3, scope.adapter.d_model, generator=torch.Generator().manual_seed(0), dtype=scope.adapter.dtype)
+    norm = scope.adapter.norms(1).mlp_in
     plain = x / x.square().mean(-1, keepdim=True).sqrt()
-    read = read_directions(adapter, transcoders)[1]
-    torch.testing.assert_close(plain @ read.T, norm(x) @ transcoders[1].W_enc.T, rtol=1e-3, atol=1e-4)
-    post = adapter.norms(1).mlp_out_post
-    row = transcoders[1].W_dec[4]
+    read = read_directions(scope)[1]
+    torch.testing.assert_close(plain @ read.T, norm(x) @ scope.transcoders[1].W_enc.T, rtol=1e-3, atol=1e-4)
+    post = scope.adapter.norms(1).mlp_out_post
+    row = scope.transcoders[1].W_dec[4]
     through = post(row[None, None])[0, 0] if post is not None else row
-    cosine = torch.nn.functional.cosine_similarity(through, write_directions(adapter, transcoders)[1][4], dim=0)
+    cosine = torch.nn.functional.cosine_similarity(through, write_directions(scope)[1][4], dim=0)
     assert float(cosine) == pytest.approx(1.0, abs=1e-5)
 
 

@@ -23,6 +23,7 @@ from vlmscope.features.study.records import StudyFolder
 from vlmscope.features.study.run import finish, run_part, study_alone, study_parts
 from vlmscope.models.conversations import LOSS_MASK, encode
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
+from vlmscope.scope import Scope
 from vlmscope.transcoders.init import random_set
 
 WIDTH = 20
@@ -62,7 +63,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def _in_parts(study: Path, vlm, transcoders, data: Path, total: int, stop: Callable[[int], None] | None = None):
+def _in_parts(study: Path, scope: Scope, data: Path, total: int, stop: Callable[[int], None] | None = None):
     sources = _sources(data)
     described = {"name": "", "split": None, "limit": None, "max_bad_shards": 0}
     described["sources"] = {name: vars(one) for name, one in sources.items()}
@@ -71,8 +72,8 @@ def _in_parts(study: Path, vlm, transcoders, data: Path, total: int, stop: Calla
         opened = {name: (one.weight, open_source(name, one, None, 0, False)) for name, one in sources.items()}
         rows = NumberedRows(opened, CONFIG.batch_size, share)
         part = StudyPart(study, share, "same")
-        run_part(vlm, transcoders, rows, part, CONFIG, stop or (lambda _rows: None))
-    return finish(study, vlm, transcoders, study_parts(study, total, "same"), CONFIG, described)
+        run_part(scope, rows, part, CONFIG, stop or (lambda _rows: None))
+    return finish(study, scope, study_parts(study, total, "same"), CONFIG, described)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def _in_parts(study: Path, vlm, transcoders, data: Path, total: int, stop: Calla
 )
 def test_a_study_equals_a_plain_loop(vlm, data: Path, tmp_path: Path, activation: str, cross_layer: bool) -> None:
     transcoders = _set(vlm, activation, cross_layer)
-    study = study_alone(tmp_path / "study", vlm, transcoders, _sources(data), CONFIG)
+    study = study_alone(tmp_path / "study", Scope(vlm, transcoders), _sources(data), CONFIG)
     source = open_source("mine", _sources(data)["mine"])
     items, acts, kinds = [], {layer: [] for layer in transcoders.layers}, []
     for row in range(20):
@@ -139,8 +140,8 @@ def test_samples_are_cut_into_quantiles(vlm, data: Path, tmp_path: Path) -> None
 
 def test_three_parts_give_the_files_of_one(vlm, data: Path, tmp_path: Path) -> None:
     transcoders = _set(vlm)
-    whole = _in_parts(tmp_path / "one", vlm, transcoders, data, 1)
-    _in_parts(tmp_path / "three", vlm, transcoders, data, 3)
+    whole = _in_parts(tmp_path / "one", Scope(vlm, transcoders), data, 1)
+    _in_parts(tmp_path / "three", Scope(vlm, transcoders), data, 3)
     assert _files(tmp_path / "one") == _files(tmp_path / "three")
     assert whole.info.items == 20
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
@@ -158,17 +159,17 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_files(vlm, data: Path, tmp
             raise Killed
 
     transcoders = _set(vlm)
-    _in_parts(tmp_path / "one", vlm, transcoders, data, 1)
+    _in_parts(tmp_path / "one", Scope(vlm, transcoders), data, 1)
     with pytest.raises(Killed):
-        _in_parts(tmp_path / "two", vlm, transcoders, data, 1, stop)
-    _in_parts(tmp_path / "two", vlm, transcoders, data, 1)
+        _in_parts(tmp_path / "two", Scope(vlm, transcoders), data, 1, stop)
+    _in_parts(tmp_path / "two", Scope(vlm, transcoders), data, 1)
     assert _files(tmp_path / "one") == _files(tmp_path / "two")
 
 
 def test_a_state_of_other_settings_or_processes_is_refused(vlm, data: Path, tmp_path: Path) -> None:
     part = StudyPart(tmp_path / "study", Share(0, 2), "these")
     source = {"mine": (1.0, open_source("mine", _sources(data)["mine"]))}
-    run_part(vlm, _set(vlm), NumberedRows(source, 4, Share(0, 2)), part, CONFIG)
+    run_part(Scope(vlm, _set(vlm)), NumberedRows(source, 4, Share(0, 2)), part, CONFIG)
     with pytest.raises(UserError, match="other settings"):
         StudyPart(tmp_path / "study", Share(0, 2), "others")
     with pytest.raises(UserError, match="begun by 2 processes, this is one of 3"):
@@ -254,7 +255,7 @@ def test_families(family: str, tmp_path: Path) -> None:
         lines = [{"text": "the red planet"}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, WIDTH, 4).requires_grad_(False)
-    study = study_alone(tmp_path / "study", vlm, transcoders, _sources(tmp_path), replace(CONFIG, max_skipped=0))
+    study = study_alone(tmp_path / "study", Scope(vlm, transcoders), _sources(tmp_path), replace(CONFIG, max_skipped=0))
     assert study.info.items == len(lines) * (2 if family == "paligemma" else 1)
     for number in study.items.ids:
         item = study.items[number]

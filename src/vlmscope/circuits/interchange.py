@@ -30,6 +30,7 @@ from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, WholeEdit, at
 from vlmscope.interventions.named import donor_activations, patch_plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
+from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
 
@@ -80,16 +81,12 @@ def interchange_plan(
 
 @torch.no_grad()
 def whole_plan(
-    scope: Scope,
-    subject: PairSubject,
-    layers: Sequence[int] | None = None,
-    where: Tensor | None = None,
+    scope: Scope, donors: InputBatch, layers: Sequence[int] | None = None, where: Tensor | None = None
 ) -> dict[int, WholeEdit]:
-    """`interchange_plan` of every feature of some layers (all when None), of which only the active ones are kept."""
-    batch = subject.batch
-    last = torch.from_numpy(batch.roles == "last")
-    acts = torch.ones(batch.length, dtype=torch.bool) if where is None else where
-    inputs = scope.capture(subject.other, layers)
+    """Set every feature of some layers (all when None) to what it is in the donors; only active ones are kept."""
+    last = torch.from_numpy(donors.roles == "last")
+    acts = torch.ones(donors.length, dtype=torch.bool) if where is None else where
+    inputs = scope.capture(donors, layers)
     plan = {}
     for layer in sorted(inputs):
         code = scope.transcoders[layer].encode(inputs.pop(layer))
@@ -172,7 +169,9 @@ def layer_role_grid(scope: Scope, subject: PairSubject, features: Features, role
             continue
         whole = len(features[layer]) == scope.transcoders[layer].config.n_features
         plan: AnyPlan = (
-            whole_plan(scope, subject, [layer]) if whole else interchange_plan(scope, subject, {layer: features[layer]})
+            whole_plan(scope, subject.other, [layer])
+            if whole
+            else interchange_plan(scope, subject, {layer: features[layer]})
         )
         for column, role in enumerate(roles):
             where = torch.from_numpy(subject.batch.roles == role)

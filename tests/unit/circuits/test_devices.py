@@ -142,7 +142,7 @@ def test_interchanges_and_their_controls_run_there(there, pairs) -> None:
             run_interchange(scope, pairs, whole, mode)
         plan = interchange_plan(scope, pairs, some, nodes=nodes)
         carried_controls(scope, pairs, plan, "free", means, 1)
-        kept = whole_plan(scope, pairs)
+        kept = whole_plan(scope, pairs.other)
         for mode in MODES:
             run_interchange(scope, pairs, kept, mode)
         for one in (plan, kept):
@@ -181,11 +181,11 @@ def test_half_precision_runs_the_whole_way() -> None:
     means = mean_activations(Scope(vlm, transcoders), [pairs.batch], transcoders.layers)
     plan = interchange_plan(Scope(vlm, transcoders), pairs, {1: torch.tensor([2, 5])})
     carried_controls(Scope(vlm, transcoders), pairs, plan, "free", means, 1)
-    same = whole_plan(Scope(vlm, transcoders), replace(pairs, other=pairs.batch))
+    same = whole_plan(Scope(vlm, transcoders), pairs.batch)
     kept = run_edited(Scope(vlm, transcoders), pairs.batch, same)
     assert float((kept - pairs.base.logits).abs().max()) < 0.05
     for mode in MODES:
-        run_interchange(Scope(vlm, transcoders), pairs, whole_plan(Scope(vlm, transcoders), pairs), mode)
+        run_interchange(Scope(vlm, transcoders), pairs, whole_plan(Scope(vlm, transcoders), pairs.other), mode)
     assert len(pair_effects(Scope(vlm, transcoders), pairs, 2).ranked(3)) == 3
     measured = measure(Scope(vlm, transcoders), CircuitSubject(pairs, *sides))
     nodes = changing_nodes(measured, transcoders)

@@ -88,7 +88,7 @@ def test_carrying_every_feature_needs_no_table_of_them(bench, mode: str) -> None
     everything = all_features(scope.transcoders)
     for where in (None, torch.from_numpy(subject.batch.roles == "image")):
         dense = interchange_plan(scope, subject, everything, where)
-        whole = whole_plan(scope, subject, where=where)
+        whole = whole_plan(scope, subject.other, where=where)
         assert [len(edit.features) for edit in whole.values()] == [len(edit.features) for edit in dense.values()]
         for plans in ((dense, whole), *(({n: dense[n]}, {n: whole[n]}) for n in (1, 3))):
             expected, found = (run_edited(scope, subject.batch, plan, mode, subject.base) for plan in plans)
@@ -102,7 +102,7 @@ def test_every_feature_is_carried_into_generated_tokens_and_by_random_directions
     one = part_of(subject, [0])
     inputs = scope.vlm.prepare(PROMPT, [tiny_image(0)])
     dense = interchange_plan(scope, one, all_features(scope.transcoders))
-    whole = whole_plan(scope, one)
+    whole = whole_plan(scope, one.other)
     assert generate_ids(scope, inputs, dense, 4) == generate_ids(scope, inputs, whole, 4)
     for layer, edit in whole.items():
         x = mlp_inputs(scope.adapter, one.batch, [layer])[layer][:, :1]
@@ -119,7 +119,7 @@ def test_every_feature_is_carried_into_generated_tokens_and_by_random_directions
 def test_carrying_from_itself_changes_nothing(bench) -> None:
     scope, subject = bench
     same = replace(subject, other=subject.batch)
-    whole = whole_plan(scope, same)
+    whole = whole_plan(scope, same.other)
     for plan in (interchange_plan(scope, same, all_features(scope.transcoders)), whole):
         for mode in ("direct", "frozen_attention", "free"):
             logits = run_edited(scope, subject.batch, plan, mode, subject.base)

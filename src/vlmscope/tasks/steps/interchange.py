@@ -183,7 +183,7 @@ def plan_of(bench: Bench, subject: PairSubject, label: str, features: Features) 
     """The interchange of a set's features, at the positions of its supernodes if it has any."""
     scope = bench.scope
     if label == ALL:
-        return whole_plan(scope, subject)
+        return whole_plan(scope, subject.other)
     return interchange_plan(scope, subject, features, nodes=nodes_of(bench, label))
 
 

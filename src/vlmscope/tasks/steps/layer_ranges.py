@@ -127,7 +127,7 @@ def effects_of(bench: Bench, cases: Mapping[str, PairCase]) -> dict[str, PairEff
 def range_curve(bench: Bench, subject: PairSubject, kind: str) -> RangeCurve:
     """Carry all features of growing ranges of layers."""
     scope, layers = bench.scope, bench.transcoders.layers
-    whole = whole_plan(scope, subject)
+    whole = whole_plan(scope, subject.other)
     outcomes, shares, directions = [], [], []
     for layer in layers:
         plan = {i: edit for i, edit in whole.items() if (i <= layer if kind == "first" else i >= layer)}

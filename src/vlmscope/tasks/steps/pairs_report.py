@@ -143,7 +143,7 @@ def examples(bench: Bench, record: dict, folder: Path) -> Examples:
     moving: list[PairCase] = [case for case in record["cases"].values() if case.subject.moves]
     for case in moving:
         subject = case.subject
-        plan = whole_plan(bench.scope, subject)
+        plan = whole_plan(bench.scope, subject.other)
         logits = run_edited(bench.scope, subject.batch, plan)
         for i in range(min(max(bench.intervention.examples // len(moving), 1), subject.size)):
             pair = case.pairs[i]

@@ -1,0 +1,118 @@
+"""What trials do to activations: carry, move toward, shift, ablate, and exchange one supernode for another.
+
+Each class is an `Operation` of `vlmscope.interventions.trials`. Legend: B cases, T positions, n features of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmscope.circuits.circuit import Circuit
+from vlmscope.circuits.interchange import whole_plan
+from vlmscope.circuits.plans import at_supernodes, steer_plan
+from vlmscope.core.intervention import Supernode
+from vlmscope.interventions.edits import AnyPlan, LayerEdit, set_features
+from vlmscope.interventions.named import donor_activations, patch_plan
+from vlmscope.interventions.trials import Cases, Features
+from vlmscope.scope import Scope
+
+
+@dataclass(frozen=True)
+class Carry:
+    """Give features the donors' activations, times `strength`; every feature when `features` is None.
+
+    Attributes:
+        features: which, by layer.
+        pooled: every soft token gets the donor's mean over its soft tokens, instead of the one at the same place.
+        nodes: supernodes whose positions their features keep to.
+    """
+
+    features: Features | None
+    pooled: bool = False
+    nodes: tuple[Supernode, ...] = ()
+    rereads: ClassVar[bool] = True
+
+    def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
+        """As `Operation.plan`."""
+        assert cases.donors is not None, f"case set {cases.name!r} has no donors to carry anything from"
+        chosen = self.features if features is None else features
+        if chosen is None:
+            assert strength == 1, "all features are carried at their own level"
+            return whole_plan(scope, cases.donors)
+        live = {layer: found for layer, found in chosen.items() if len(found)}
+        plan = patch_plan(donor_activations(scope, cases.donors, live), cases.batch.roles, strength, self.pooled)
+        return at_supernodes(plan, self.nodes, cases.batch.places)
+
+
+@dataclass(frozen=True)
+class Toward:
+    """Move features `strength` of the way from their own activation to the donors' (2: twice as far), never below 0."""
+
+    features: Features
+    rereads: ClassVar[bool] = True
+
+    def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
+        """As `Operation.plan`."""
+        chosen = self.features if features is None else features
+        start = donor_activations(scope, cases.batch, chosen)
+        end = Carry(chosen).plan(scope, cases, 1.0)
+        return {
+            layer: replace(e, value=(start[layer][1] + strength * (e.value - start[layer][1])).clamp_min(0))
+            for layer, e in end.items()
+        }
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Add `strength` times a change [T, n] to whatever the activations are."""
+
+    change: Mapping[int, tuple[Tensor, Tensor]]
+    rereads: ClassVar[bool] = False
+
+    def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
+        """As `Operation.plan`."""
+        everywhere = torch.ones(cases.batch.length, dtype=torch.bool)
+        return {
+            layer: LayerEdit(found, strength * delta, delta.new_ones(len(found)), everywhere)
+            for layer, (found, delta) in self.change.items()
+        }
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Set features to 0 at every position and at generated tokens."""
+
+    features: Features
+    rereads: ClassVar[bool] = False
+
+    def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
+        """As `Operation.plan`."""
+        everywhere = torch.ones(cases.batch.length, dtype=torch.bool)
+        return {
+            n: set_features(f, torch.zeros(len(f)), everywhere, torch.zeros(len(f))) for n, f in self.features.items()
+        }
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Suppress one supernode and raise another to `strength` times its own level, as far as the gate is open."""
+
+    circuit: Circuit
+    suppress: str
+    raised: str
+    gate: float | None = None
+    limit: int | None = None
+    by_question: bool = True
+    rereads: ClassVar[bool] = False
+
+    def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
+        """As `Operation.plan`."""
+        question = cases.question if self.by_question else None
+        return steer_plan(
+            self.circuit, self.suppress, self.raised, cases.batch.roles, strength, question, self.limit, self.gate
+        )

@@ -1,0 +1,108 @@
+"""How an experiment declares its trials (docs/experiments.md): plain records, free of torch, for Hydra."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from vlmscope.core.errors import UserError
+
+OPERATIONS = ("exchange", "carry", "toward", "shift", "ablate")
+MODES = ("free", "frozen_attention", "direct", "generate")
+
+
+@dataclass
+class TrialConfig:
+    """What is done to features.
+
+    Attributes:
+        do: exchange one supernode for another, carry the donor's activations, move toward them, shift by the mean
+            change of training pairs, or ablate.
+        features: a set by name (those of a question, a supernode, "all"); the experiment's own where it is null.
+        strength: level of what is raised or carried, in units of its own; a setting may give others.
+        gate: of exchange: act in full from this share of the suppressed level; null acts everywhere.
+        pooled: of carry: soft tokens get the donor's mean.
+        measure: what its rate counts: "hit" (the answer is the target), or "changed".
+    """
+
+    do: str
+    features: str | None = None
+    strength: float = 1.0
+    gate: float | None = None
+    pooled: bool = False
+    measure: str = "hit"
+
+    def __post_init__(self) -> None:
+        if self.do not in OPERATIONS:
+            raise UserError(f"trials: do={self.do}: no such operation; choose from {', '.join(OPERATIONS)}")
+        if self.gate is not None and self.gate <= 0:
+            raise UserError(f"trials: gate={self.gate}: it must be above 0, or null for none")
+
+
+@dataclass
+class SettingConfig:
+    """Where and how trials act; lists are gone through in every combination.
+
+    Attributes:
+        of: which trials; all when empty.
+        on: which case set.
+        mode: free, frozen_attention, direct, or generate (token by token).
+        positions: all, no_last, or roles (image, question, last ...).
+        layers: all, no_last, a layer, or a range such as 0-3 and 4-.
+        strength: instead of the trial's own.
+        limit: at most so many features a layer (exchange) or in all.
+        matched: draws of matched features.
+        random_direction: draws of random directions of the same norm.
+        cases: at most so many of each case set; all when null.
+    """
+
+    of: list[str] = field(default_factory=list)
+    on: str = "test"
+    mode: list[str] = field(default_factory=lambda: ["free"])
+    positions: list[str] = field(default_factory=lambda: ["all"])
+    layers: list[str] = field(default_factory=lambda: ["all"])
+    strength: list[float] = field(default_factory=list)
+    limit: list[int] = field(default_factory=list)
+    matched: int = 1
+    random_direction: int = 0
+    cases: int | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [mode for mode in self.mode if mode not in MODES]
+        if unknown:
+            raise UserError(f"settings: mode={unknown[0]}: no such mode; choose from {', '.join(MODES)}")
+        for key in ("matched", "random_direction"):
+            if getattr(self, key) < 0:
+                raise UserError(f"settings: {key}={getattr(self, key)}: it counts draws; choose 0 or more")
+
+    def combinations(self, strength: float) -> list[dict[str, Any]]:
+        """Every combination of mode, positions, layers, strength and limit, for a trial of this strength."""
+        axes = (self.mode, self.positions, self.layers, self.strength or [strength], self.limit or [None])
+        return [
+            dict(zip(("mode", "positions", "layers", "strength", "limit"), one, strict=True)) for one in product(*axes)
+        ]
+
+
+@dataclass
+class MarkConfig:
+    """One part of a report, drawn from the run folder's tables (docs/experiments.md).
+
+    Attributes:
+        mark: cards, bars, curve, matrix, table, circuit, graph, features, examples or text.
+        title: over it.
+        trials: which trials and settings, as "steer/main"; all when empty.
+        x, by: columns of the table.
+        y: the measure; that of each trial where it is null.
+        says: words under the title; of "text" the paragraphs.
+        top: how many rows, features or examples.
+    """
+
+    mark: str
+    title: str = ""
+    trials: list[str] = field(default_factory=list)
+    x: str | None = None
+    by: str | None = None
+    y: str | None = None
+    says: str = ""
+    top: int = 8

@@ -1,0 +1,272 @@
+"""Causal trials as data: case sets x operations x settings x controls -> one tidy table.
+
+A *case set* is one question asked of B recipients. An *operation* turns a case set and a strength into a plan of
+edits. A *setting* says in which mode, at which positions and layers and how strongly to apply it, and next to how many
+control draws. `run_trials` takes the product and returns one row per case, trial and draw (docs/formats.md,
+`trials.parquet`); every rate, curve, matrix and p-value is a query on that table (`rates`).
+
+Legend: B cases, T positions, n features of a layer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from vlmscope.core.seeds import control_draws
+from vlmscope.interventions.controls import matched_features, run_random_direction
+from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, at_positions, position_mask
+from vlmscope.interventions.frozen import BaseRun
+from vlmscope.interventions.generate import generate_batch
+from vlmscope.interventions.run import editing, run_edited
+from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate, log_softmax, paired_p
+from vlmscope.metrics.multiple import benjamini_hochberg
+from vlmscope.models.base import ModelInputs
+from vlmscope.models.batching import InputBatch
+from vlmscope.scope import Scope
+
+Features = Mapping[int, Tensor]  # layer -> [n] int64
+ANSWER_TOKENS = 6  # of an answer in mode "generate", at most
+
+
+@dataclass(frozen=True)
+class Cases:
+    """One question asked of B recipients.
+
+    Attributes:
+        name: of the case set, for the table.
+        question: its name.
+        batch: the recipients' prompts.
+        base: their unedited run, recorded for the modes that they will be edited in.
+        answer: [B], the answers before any edit.
+        target: [B], the answers that an intervention should bring about.
+        ids: B, what tells the cases apart; equal ids in several case sets are the same scene.
+        donors: prompts whose activations are carried over, row by row.
+        donor_logits: [B, V], theirs; needed for `recovered`.
+        inputs: B prompts, needed for mode "generate".
+    """
+
+    name: str
+    question: str
+    batch: InputBatch
+    base: BaseRun
+    answer: Tensor
+    target: Tensor
+    ids: tuple[str, ...]
+    donors: InputBatch | None = None
+    donor_logits: Tensor | None = None
+    inputs: tuple[ModelInputs, ...] = ()
+
+    def select(self, rows: Sequence[int]) -> Cases:
+        """Some of the cases; of their unedited run only the logits, which is all that mode "free" needs."""
+        at = torch.tensor(list(rows), device=self.answer.device)
+        return replace(
+            self,
+            batch=self.batch.select(at),
+            base=BaseRun(self.base.logits[at], {}, {}, {}, {}),
+            answer=self.answer[at],
+            target=self.target[at],
+            ids=tuple(self.ids[row] for row in rows),
+            donors=None if self.donors is None else self.donors.select(at),
+            donor_logits=None if self.donor_logits is None else self.donor_logits[at],
+            inputs=tuple(self.inputs[row] for row in rows) if self.inputs else (),
+        )
+
+
+class Operation(Protocol):
+    """What is done to a case set."""
+
+    @property
+    def rereads(self) -> bool:
+        """Whether values come from the donors: a control with other features then carries their own values."""
+        ...
+
+    def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
+        """The edits; of other `features` than its own when given, for a control."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where, how and how strongly an operation is applied, and next to how many draws of which controls.
+
+    Attributes:
+        name: for the table and for metrics.
+        mode: "free", "frozen_attention", "direct", or "generate" (token by token with a KV cache).
+        positions: "all", "no_last", or a role.
+        layers: "all", "no_last", "0-5" or "3-" (both ends included).
+        strength: passed to the operation.
+        matched: draws of as many features, matched by layer and mean activation.
+        random_direction: draws of a random direction of the same norm at every layer and position.
+    """
+
+    name: str = "main"
+    mode: str = "free"
+    positions: str = "all"
+    layers: str = "all"
+    strength: float = 1.0
+    matched: int = 1
+    random_direction: int = 0
+
+    def restrict(self, plan: AnyPlan, roles: np.ndarray, n_layers: int) -> AnyPlan:
+        """The part of a plan that lies in the setting's layers and positions."""
+        low, high = layer_range(self.layers, n_layers)
+        kept = {layer: edit for layer, edit in plan.items() if low <= layer <= high}
+        if self.positions == "all":
+            return kept
+        where = "no_last_position" if self.positions == "no_last" else f"role_{self.positions}"
+        return at_positions(kept, position_mask(roles, where))
+
+
+def layer_range(text: str, n_layers: int) -> tuple[int, int]:
+    """The first and the last layer of "all", "no_last", "3", "0-5" or "3-"."""
+    if text in ("all", "no_last"):
+        return 0, n_layers - (1 if text == "all" else 2)
+    first, dash, last = text.partition("-")
+    return int(first), int(last) if last else n_layers - 1 if dash else int(first)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An operation on some case sets in some settings."""
+
+    operation: str
+    do: Operation
+    cases: Sequence[Cases]
+    settings: Sequence[Setting]
+    features_from: Mapping[int, Tensor] = field(default_factory=dict)  # layer -> [F], by which controls are matched
+
+
+def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataFrame:
+    """Every operation on its case sets in its settings, with its controls.
+
+    Returns:
+        One row per case, trial and draw: `operation`, the fields of the setting (its name as `setting`), `cases`,
+        `question`, `case`, `control` ("" for the trial itself, "matched", "random_direction"), `draw`, `features`
+        (edited), and the outcome (see `_outcome`).
+    """
+    parts = [part for trial in trials for part in _parts(scope, trial, seed)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _parts(scope: Scope, trial: Trial, seed: int) -> Iterator[pd.DataFrame]:
+    n_layers = scope.adapter.n_layers
+    for setting in trial.settings:
+        for cases in trial.cases:
+            whole = trial.do.plan(scope, cases, setting.strength)
+            plan = setting.restrict(whole, cases.batch.roles, n_layers)
+            size = sum(len(edit.features) for edit in plan.values())
+            labels = {"operation": trial.operation, "setting": setting.name, "mode": setting.mode,
+                      "positions": setting.positions, "layers": setting.layers, "strength": setting.strength,
+                      "cases": cases.name, "question": cases.question, "features": size}  # fmt: skip
+            yield _run(scope, cases, plan, setting).assign(**labels, control="", draw=0)
+            edits = {layer: edit for layer, edit in plan.items() if isinstance(edit, LayerEdit)}
+            for draw in control_draws(seed, setting.matched if edits else 0):
+                control = _matched(scope, trial, cases, setting, edits, draw)
+                yield _run(scope, cases, control, setting).assign(**labels, control="matched", draw=draw)
+            for draw in control_draws(seed, setting.random_direction):
+                logits = run_random_direction(scope, cases.batch, plan, draw)
+                yield _outcome(cases, logits).assign(**labels, control="random_direction", draw=draw)
+
+
+def _matched(scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: Plan, draw: int) -> Plan:
+    """The same edit of as many other features; where values are read from donors, of their own values."""
+    drawn = matched_features(plan, trial.features_from, draw)
+    if not trial.do.rereads:
+        return drawn
+    others = trial.do.plan(scope, cases, setting.strength, {layer: edit.features for layer, edit in drawn.items()})
+    return {
+        layer: replace(others[layer], where=edit.where, at=edit.at, at_generated=edit.at_generated)
+        for layer, edit in plan.items()
+    }
+
+
+def _run(scope: Scope, cases: Cases, plan: AnyPlan, setting: Setting) -> pd.DataFrame:
+    if setting.mode != "generate":
+        return _outcome(cases, run_edited(scope, cases.batch, plan, setting.mode, cases.base))
+    answers = generate_batch(scope.adapter, cases.inputs, ANSWER_TOKENS, editing(scope, plan))
+    own, target = cases.answer.tolist(), cases.target.tolist()
+    # An answer that names the target and then the old answer after all is no hit.
+    hits = [ids[:1] == [t] and a not in ids for ids, a, t in zip(answers, own, target, strict=True)]
+    said = [ids[0] if ids else -1 for ids in answers]
+    changed = [one != a for one, a in zip(said, own, strict=True)]
+    return pd.DataFrame({"case": cases.ids, "said": said, "hit": hits, "changed": changed})
+
+
+def _outcome(cases: Cases, logits: Tensor) -> pd.DataFrame:
+    """One row per case.
+
+    `said` is the most probable token, `hit` whether it is the target, `changed` whether it is no longer the unedited
+    answer; `drop` by how many nats the log-probability of the answer fell, `kl` the divergence of the next token from
+    the unedited run in nats. `recovered` is the share of the logit difference between target and answer that the edit
+    brings about: 0 when nothing moved, 1 when the logits are as far apart as in the donor's own run (Zhang and Nanda,
+    arXiv 2309.16042); missing without donor logits or where target and answer are the same.
+    """
+    before, after = (x.double().numpy(force=True) for x in (cases.base.logits, logits))
+    said, answer, target = (x.numpy(force=True) for x in (logits.argmax(-1), cases.answer, cases.target))
+    rows = np.arange(len(said))
+    table = pd.DataFrame({"case": cases.ids, "said": said, "hit": said == target, "changed": said != answer})
+    log_before, log_after = log_softmax(before), log_softmax(after)
+    table["drop"] = log_before[rows, answer] - log_after[rows, answer]
+    table["kl"] = (np.exp(log_before) * (log_before - log_after)).sum(-1)
+    if cases.donor_logits is not None:
+        end = cases.donor_logits.double().numpy(force=True)
+        start, now, full = (x[rows, target] - x[rows, answer] for x in (before, after, end))
+        table["recovered"] = np.divide(
+            now - start, full - start, out=np.full(len(rows), np.nan), where=target != answer
+        )
+    return table
+
+
+def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: str | None = None) -> pd.DataFrame:
+    """A measure of each group of trials with its interval, its controls and its p-value.
+
+    Args:
+        table: rows of `run_trials`.
+        by: columns that name a group.
+        measure: "hit", "changed", "recovered", "drop", "kl", or another numeric column.
+        groups: a column of clusters; the bootstrap then draws whole clusters.
+
+    Returns:
+        Indexed by `by`: `value`, `ci_low`, `ci_high` (bootstrap, 95 %), `cases`, `edited` features, `matched` and
+        `random_direction` (means over all draws, NaN without one), `p` (exact, one-sided, paired with the first matched
+        draw) and `q` (corrected over all rows, Benjamini and Hochberg); p and q only of shares.
+    """
+    found = {}
+    for key, group in table.groupby(list(by), sort=False, dropna=False):
+        done = group[group.control == ""]
+        values = done[measure].to_numpy()
+        share = values.dtype == bool
+        rate = (bootstrap_rate if share else bootstrap_mean)(values, groups=None if groups is None else done[groups])
+        row = {"value": rate.value, "ci_low": rate.ci_low, "ci_high": rate.ci_high, "cases": rate.cases}
+        row["edited"] = int(done.features.max())
+        for control in ("matched", "random_direction"):
+            draws = [
+                draw[measure].to_numpy() for _, draw in group[group.control == control].groupby("draw", sort=False)
+            ]
+            row[control] = float(np.mean([draw.mean() for draw in draws])) if draws else np.nan
+            if control == "matched":
+                row["p"] = paired_p(values, draws[0]) if draws and share else np.nan
+        found[key if len(by) > 1 else key[0]] = row
+    rows = pd.DataFrame.from_dict(found, orient="index")
+    rows.index = pd.MultiIndex.from_tuples(rows.index, names=by) if len(by) > 1 else rows.index.rename(by[0])
+    known = rows.p.notna()
+    rows["q"] = np.nan
+    rows.loc[known, "q"] = benjamini_hochberg(rows.p[known].to_numpy())
+    return rows
+
+
+def worst(rows: pd.DataFrame, over: str) -> pd.DataFrame:
+    """Of rows of `rates`, those with the least value over the level `over`, next to the highest controls of any."""
+    others = [name for name in rows.index.names if name != over]
+    groups = rows.groupby(level=others, sort=False)
+    lowest = rows.loc[groups["value"].idxmin()]
+    for control in ("matched", "random_direction"):
+        lowest[control] = groups[control].max().to_numpy()
+    return lowest.droplevel(over)

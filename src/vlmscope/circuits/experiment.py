@@ -19,6 +19,7 @@ from vlmscope.circuits.operations import Ablate, Carry, Exchange
 from vlmscope.circuits.plans import union
 from vlmscope.circuits.trial_config import SettingConfig, TrialConfig
 from vlmscope.core.errors import UserError
+from vlmscope.data.images import png_bytes
 from vlmscope.interventions.frozen import base_run
 from vlmscope.interventions.trials import Cases, Operation, Setting, Trial
 from vlmscope.models.base import ModelInputs
@@ -48,16 +49,16 @@ class Declared:
             UserError: a setting names a trial or a case set that is not there.
         """
         for name, setting in settings.items():
-            if setting.on not in self.cases:
-                raise UserError(f"settings.{name}.on={setting.on}: the case sets are {', '.join(self.cases)}")
+            if setting.cases not in self.cases:
+                raise UserError(f"settings.{name}.cases={setting.cases}: the case sets are {', '.join(self.cases)}")
             for one in setting.of or trials:
                 if one not in trials:
                     raise UserError(f"settings.{name}.of: no trial {one!r}; there are {', '.join(trials)}")
                 declared = trials[one]
-                for cases in self.cases[setting.on]:
-                    some = cases if setting.cases is None else cases.select(range(min(setting.cases, cases.batch.size)))
+                for cases in self.cases[setting.cases]:
+                    some = cases if setting.first is None else cases.select(range(min(setting.first, cases.batch.size)))
                     for found in setting.combinations(declared.strength):
-                        limit = found.pop("limit")
+                        limit = found["limit"]
                         where = Setting(
                             name, **found, matched=setting.matched, random_direction=setting.random_direction
                         )
@@ -121,6 +122,8 @@ def concept_cases(
                 tuple(f"{recipient} {row}" for row in kept),
                 donors,
                 inputs=tuple(inputs[row] for row in kept),
+                prompt=question.prompt,
+                pngs=tuple(png_bytes(images[row], 128) for row in kept),
             )
         )
     return found

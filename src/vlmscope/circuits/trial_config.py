@@ -46,7 +46,7 @@ class SettingConfig:
 
     Attributes:
         of: which trials; all when empty.
-        on: which case set.
+        cases: which case set.
         mode: free, frozen_attention, direct, or generate (token by token).
         positions: all, no_last, or roles (image, question, last ...).
         layers: all, no_last, a layer, or a range such as 0-3 and 4-.
@@ -54,11 +54,11 @@ class SettingConfig:
         limit: at most so many features a layer (exchange) or in all.
         matched: draws of matched features.
         random_direction: draws of random directions of the same norm.
-        cases: at most so many of each case set; all when null.
+        first: at most so many cases of each question; all when null.
     """
 
     of: list[str] = field(default_factory=list)
-    on: str = "test"
+    cases: str = "test"
     mode: list[str] = field(default_factory=lambda: ["free"])
     positions: list[str] = field(default_factory=lambda: ["all"])
     layers: list[str] = field(default_factory=lambda: ["all"])
@@ -66,7 +66,7 @@ class SettingConfig:
     limit: list[int] = field(default_factory=list)
     matched: int = 1
     random_direction: int = 0
-    cases: int | None = None
+    first: int | None = None
 
     def __post_init__(self) -> None:
         unknown = [mode for mode in self.mode if mode not in MODES]

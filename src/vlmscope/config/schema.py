@@ -20,6 +20,7 @@ from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.circuits.matrix_config import ConceptMatrixConfig
 from vlmscope.circuits.single_edits_config import SingleEditsConfig
 from vlmscope.circuits.spec_config import CircuitSpecConfig
+from vlmscope.circuits.trial_config import MarkConfig, SettingConfig, TrialConfig
 from vlmscope.config.headline import HeadlineConfig, check_reproducible
 from vlmscope.core.errors import UserError
 from vlmscope.data.pair_config import PairsConfig
@@ -231,6 +232,9 @@ class AppConfig:
     study: StudyConfig = field(default_factory=StudyConfig)
     where: WhereConfig = field(default_factory=WhereConfig)
     hallucination: HallucinationConfig = field(default_factory=HallucinationConfig)
+    trials: dict[str, TrialConfig] = field(default_factory=dict)
+    settings: dict[str, SettingConfig] = field(default_factory=dict)
+    report: dict[str, MarkConfig] = field(default_factory=dict)
     circuit: CircuitConfig | None = None
     circuit_spec: CircuitSpecConfig | None = None
     concept_matrix: ConceptMatrixConfig | None = None

@@ -3,7 +3,7 @@
 A *case set* is one question asked of B recipients. An *operation* turns a case set and a strength into a plan of
 edits. A *setting* says in which mode, at which positions and layers and how strongly to apply it, and next to how many
 control draws. `run_trials` takes the product and returns one row per case, trial and draw (docs/formats.md,
-`trials.parquet`); every rate, curve, matrix and p-value is a query on that table (`rates`).
+`trials.parquet`); every rate, curve, matrix and p-value is a query on that table (`vlmscope.metrics.table`).
 
 Legend: B cases, T positions, n features of a layer, V vocabulary.
 """
@@ -25,8 +25,7 @@ from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, at_positions,
 from vlmscope.interventions.frozen import BaseRun
 from vlmscope.interventions.generate import generate_batch
 from vlmscope.interventions.run import editing, run_edited
-from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate, log_softmax, paired_p
-from vlmscope.metrics.multiple import benjamini_hochberg
+from vlmscope.metrics.causal import log_softmax
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
@@ -50,6 +49,8 @@ class Cases:
         donors: prompts whose activations are carried over, row by row.
         donor_logits: [B, V], theirs; needed for `recovered`.
         inputs: B prompts, needed for mode "generate".
+        prompt: what is asked, for reports.
+        pngs: B small pictures, for reports.
     """
 
     name: str
@@ -62,6 +63,8 @@ class Cases:
     donors: InputBatch | None = None
     donor_logits: Tensor | None = None
     inputs: tuple[ModelInputs, ...] = ()
+    prompt: str = ""
+    pngs: tuple[bytes, ...] = ()
 
     def select(self, rows: Sequence[int]) -> Cases:
         """Some of the cases; of their unedited run only the logits, which is all that mode "free" needs."""
@@ -76,6 +79,7 @@ class Cases:
             donors=None if self.donors is None else self.donors.select(at),
             donor_logits=None if self.donor_logits is None else self.donor_logits[at],
             inputs=tuple(self.inputs[row] for row in rows) if self.inputs else (),
+            pngs=tuple(self.pngs[row] for row in rows) if self.pngs else (),
         )
 
 
@@ -102,6 +106,7 @@ class Setting:
         positions: "all", "no_last", or a role.
         layers: "all", "no_last", "0-5" or "3-" (both ends included).
         strength: passed to the operation.
+        limit: how many features the operation was made with, for the table; None for all.
         matched: draws of as many features, matched by layer and mean activation.
         random_direction: draws of a random direction of the same norm at every layer and position.
     """
@@ -111,6 +116,7 @@ class Setting:
     positions: str = "all"
     layers: str = "all"
     strength: float = 1.0
+    limit: int | None = None
     matched: int = 1
     random_direction: int = 0
 
@@ -164,6 +170,7 @@ def _parts(scope: Scope, trial: Trial, seed: int) -> Iterator[pd.DataFrame]:
             size = sum(len(edit.features) for edit in plan.values())
             labels = {"operation": trial.operation, "setting": setting.name, "mode": setting.mode,
                       "positions": setting.positions, "layers": setting.layers, "strength": setting.strength,
+                      "limit": setting.limit,
                       "cases": cases.name, "question": cases.question, "features": size}  # fmt: skip
             yield _run(scope, cases, plan, setting).assign(**labels, control="", draw=0)
             edits = {layer: edit for layer, edit in plan.items() if isinstance(edit, LayerEdit)}
@@ -222,51 +229,3 @@ def _outcome(cases: Cases, logits: Tensor) -> pd.DataFrame:
             now - start, full - start, out=np.full(len(rows), np.nan), where=target != answer
         )
     return table
-
-
-def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: str | None = None) -> pd.DataFrame:
-    """A measure of each group of trials with its interval, its controls and its p-value.
-
-    Args:
-        table: rows of `run_trials`.
-        by: columns that name a group.
-        measure: "hit", "changed", "recovered", "drop", "kl", or another numeric column.
-        groups: a column of clusters; the bootstrap then draws whole clusters.
-
-    Returns:
-        Indexed by `by`: `value`, `ci_low`, `ci_high` (bootstrap, 95 %), `cases`, `edited` features, `matched` and
-        `random_direction` (means over all draws, NaN without one), `p` (exact, one-sided, paired with the first matched
-        draw) and `q` (corrected over all rows, Benjamini and Hochberg); p and q only of shares.
-    """
-    found = {}
-    for key, group in table.groupby(list(by), sort=False, dropna=False):
-        done = group[group.control == ""]
-        values = done[measure].to_numpy()
-        share = values.dtype == bool
-        rate = (bootstrap_rate if share else bootstrap_mean)(values, groups=None if groups is None else done[groups])
-        row = {"value": rate.value, "ci_low": rate.ci_low, "ci_high": rate.ci_high, "cases": rate.cases}
-        row["edited"] = int(done.features.max())
-        for control in ("matched", "random_direction"):
-            draws = [
-                draw[measure].to_numpy() for _, draw in group[group.control == control].groupby("draw", sort=False)
-            ]
-            row[control] = float(np.mean([draw.mean() for draw in draws])) if draws else np.nan
-            if control == "matched":
-                row["p"] = paired_p(values, draws[0]) if draws and share else np.nan
-        found[key if len(by) > 1 else key[0]] = row
-    rows = pd.DataFrame.from_dict(found, orient="index")
-    rows.index = pd.MultiIndex.from_tuples(rows.index, names=by) if len(by) > 1 else rows.index.rename(by[0])
-    known = rows.p.notna()
-    rows["q"] = np.nan
-    rows.loc[known, "q"] = benjamini_hochberg(rows.p[known].to_numpy())
-    return rows
-
-
-def worst(rows: pd.DataFrame, over: str) -> pd.DataFrame:
-    """Of rows of `rates`, those with the least value over the level `over`, next to the highest controls of any."""
-    others = [name for name in rows.index.names if name != over]
-    groups = rows.groupby(level=others, sort=False)
-    lowest = rows.loc[groups["value"].idxmin()]
-    for control in ("matched", "random_direction"):
-        lowest[control] = groups[control].max().to_numpy()
-    return lowest.droplevel(over)

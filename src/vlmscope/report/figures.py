@@ -25,15 +25,13 @@ _FLIP_LABEL = "flip rate (% of cases)"
 def flip_rates(rows: Sequence[FlipRow], path: str | Path, mode: str = "free", scope: str = "all") -> Path:
     """Flip rate by question (groups) and method (bars) for one mode and scope."""
     chosen = [row for row in rows if row.mode == mode and row.scope == scope]
-    return _flip_figure(
-        chosen, path, lambda row: row.question, f"Flip rate by question ({label(mode)}, {label(scope)})"
-    )
+    return bars(chosen, path, lambda row: row.question, f"Flip rate by question ({label(mode)}, {label(scope)})")
 
 
 def scopes(rows: Sequence[FlipRow], path: str | Path, mode: str = "free", question: str = "worst") -> Path:
     """Flip rate by scope (groups) and method (bars) for one mode and question."""
     chosen = [row for row in rows if row.mode == mode and row.question == question]
-    return _flip_figure(chosen, path, lambda row: row.scope, f"Where it acts ({label(mode)}, {label(question)})")
+    return bars(chosen, path, lambda row: row.scope, f"Where it acts ({label(mode)}, {label(question)})")
 
 
 def modes(rows: Sequence[FlipRow], path: str | Path, question: str = "worst", scope: str = "all") -> Path:
@@ -42,7 +40,7 @@ def modes(rows: Sequence[FlipRow], path: str | Path, question: str = "worst", sc
     chosen = sorted(
         (row for row in rows if row.question == question and row.scope == scope), key=lambda row: order.index(row.mode)
     )
-    return _flip_figure(chosen, path, lambda row: row.mode, f"What is held frozen ({label(question)}, {label(scope)})")
+    return bars(chosen, path, lambda row: row.mode, f"What is held frozen ({label(question)}, {label(scope)})")
 
 
 def dose_response(curves: Sequence[Curve], path: str | Path, xlabel: str, ylabel: str, percent: bool = True) -> Path:
@@ -121,18 +119,19 @@ def layer_role_heatmap(
     return Path(path)
 
 
-def _flip_figure(rows: Sequence[FlipRow], path: str | Path, category: Callable[[FlipRow], str], title: str) -> Path:
+def bars(rows: Sequence[FlipRow], path: str | Path, category: Callable[[FlipRow], str], title: str) -> Path:
+    """A bar for each method in each category of rows, with intervals and controls."""
     if not rows:
         raise ValueError(f"no rows to draw for {title!r}")
-    bars: dict[str, dict[str, FlipRow]] = {}
+    found: dict[str, dict[str, FlipRow]] = {}
     for row in rows:
-        series = bars.setdefault(row.method, {})
+        series = found.setdefault(row.method, {})
         if category(row) in series:
             raise ValueError(f"two rows for {row.method}, {category(row)} in {title!r}")
         series[category(row)] = row
     names = list(dict.fromkeys(category(row) for row in rows))
-    ticks = [fill(label(name), 14) + _feature_note([s[name] for s in bars.values() if name in s]) for name in names]
-    rates = {method: [s[name].rate if name in s else None for name in names] for method, s in bars.items()}
+    ticks = [fill(label(name), 14) + _feature_note([s[name] for s in found.values() if name in s]) for name in names]
+    rates = {method: [s[name].rate if name in s else None for name in names] for method, s in found.items()}
     cases = sorted({row.rate.cases for row in rows})
     spread = f"{cases[0]}" if len(cases) == 1 else f"{cases[0]} to {cases[-1]}"
     with drawing(path, max(6.6, 1.6 + 1.15 * len(names)), 4.3) as figure:

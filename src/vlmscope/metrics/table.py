@@ -1,0 +1,59 @@
+"""Queries on tables of causal trials (`trials.parquet`): rates with intervals, controls and corrected p-values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate, paired_p
+from vlmscope.metrics.multiple import benjamini_hochberg
+
+
+def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: str | None = None) -> pd.DataFrame:
+    """A measure of each group of trials with its interval, its controls and its p-value.
+
+    Args:
+        table: rows of `run_trials`.
+        by: columns that name a group.
+        measure: "hit", "changed", "recovered", "drop", "kl", or another numeric column.
+        groups: a column of clusters; the bootstrap then draws whole clusters.
+
+    Returns:
+        Indexed by `by`: `value`, `ci_low`, `ci_high` (bootstrap, 95 %), `cases`, `edited` features, `matched` and
+        `random_direction` (means over all draws, NaN without one), `p` (exact, one-sided, paired with the first matched
+        draw) and `q` (corrected over all rows, Benjamini and Hochberg); p and q only of shares.
+    """
+    found = {}
+    for key, group in table.groupby(list(by), sort=False, dropna=False):
+        done = group[group.control == ""]
+        values = done[measure].to_numpy()
+        share = values.dtype == bool
+        rate = (bootstrap_rate if share else bootstrap_mean)(values, groups=None if groups is None else done[groups])
+        row = {"value": rate.value, "ci_low": rate.ci_low, "ci_high": rate.ci_high, "cases": rate.cases}
+        row["edited"] = int(done.features.max())
+        for control in ("matched", "random_direction"):
+            draws = [
+                draw[measure].to_numpy() for _, draw in group[group.control == control].groupby("draw", sort=False)
+            ]
+            row[control] = float(np.mean([draw.mean() for draw in draws])) if draws else np.nan
+            if control == "matched":
+                row["p"] = paired_p(values, draws[0]) if draws and share else np.nan
+        found[key if len(by) > 1 else key[0]] = row
+    rows = pd.DataFrame.from_dict(found, orient="index")
+    rows.index = pd.MultiIndex.from_tuples(rows.index, names=by) if len(by) > 1 else rows.index.rename(by[0])
+    known = rows.p.notna()
+    rows["q"] = np.nan
+    rows.loc[known, "q"] = benjamini_hochberg(rows.p[known].to_numpy())
+    return rows
+
+
+def worst(rows: pd.DataFrame, over: str) -> pd.DataFrame:
+    """Of rows of `rates`, those with the least value over the level `over`, next to the highest controls of any."""
+    others = [name for name in rows.index.names if name != over]
+    groups = rows.groupby(level=others, sort=False)
+    lowest = rows.loc[groups["value"].idxmin()]
+    for control in ("matched", "random_direction"):
+        lowest[control] = groups[control].max().to_numpy()
+    return lowest.droplevel(over)

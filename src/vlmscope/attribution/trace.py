@@ -134,12 +134,7 @@ def attribute(
     )
 
 
-def trace(
-    scope: Scope,
-    inputs: ModelInputs,
-    config: AttributionConfig,
-    folder: Path | None = None,
-) -> Trace:
+def trace(scope: Scope, inputs: ModelInputs, config: AttributionConfig, folder: Path | None = None) -> Trace:
     """Run the model once, make the local replacement model, attribute, and prune.
 
     Args:

@@ -108,11 +108,7 @@ def whole(scope: Scope, pairs: Sequence[CaptionPair], side: int) -> InputBatch:
     return scope.batch([continued(adapter, i, some, tokenizer) for i, some in zip(inputs, ids, strict=True)])
 
 
-def levels_of(
-    scope: Scope,
-    pairs: Sequence[CaptionPair],
-    features: Mapping[int, Tensor],
-) -> Levels:
+def levels_of(scope: Scope, pairs: Sequence[CaptionPair], features: Mapping[int, Tensor]) -> Levels:
     """Mean activations of features by position, on either side of equally long pairs."""
     sides = []
     for side in (0, 1):

@@ -125,11 +125,7 @@ class Specificity:
     changed: Rate
 
 
-def specificity(
-    scope: Scope,
-    batches: Sequence[InputBatch],
-    plan_for: Callable[[np.ndarray], Plan],
-) -> Specificity:
+def specificity(scope: Scope, batches: Sequence[InputBatch], plan_for: Callable[[np.ndarray], Plan]) -> Specificity:
     """Run unrelated prompts with and without the plan (made for each batch's roles)."""
     kls: list[np.ndarray] = []
     changed: list[np.ndarray] = []

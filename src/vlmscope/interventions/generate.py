@@ -14,12 +14,7 @@ from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.scope import Scope
 
 
-def generate_edited(
-    scope: Scope,
-    inputs: ModelInputs,
-    plan: AnyPlan | None = None,
-    max_new_tokens: int = 24,
-) -> str:
+def generate_edited(scope: Scope, inputs: ModelInputs, plan: AnyPlan | None = None, max_new_tokens: int = 24) -> str:
     """The answer to one prompt, edited in the prompt and, where the plan says so, at every generated token.
 
     Args:
@@ -36,12 +31,7 @@ def generate_edited(
 
 
 @torch.no_grad()
-def generate_ids(
-    scope: Scope,
-    inputs: ModelInputs,
-    plan: AnyPlan | None = None,
-    max_new_tokens: int = 24,
-) -> list[int]:
+def generate_ids(scope: Scope, inputs: ModelInputs, plan: AnyPlan | None = None, max_new_tokens: int = 24) -> list[int]:
     """The token ids of the answer, its end token included; arguments as in `generate_edited`."""
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
     with editing(scope, plan) if plan else nullcontext():

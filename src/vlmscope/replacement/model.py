@@ -157,11 +157,7 @@ def _check(scope: Scope) -> None:
 
 
 @torch.no_grad()
-def build_replacement(
-    scope: Scope,
-    inputs: ModelInputs,
-    dtype: torch.dtype | None = None,
-) -> ReplacementModel:
+def build_replacement(scope: Scope, inputs: ModelInputs, dtype: torch.dtype | None = None) -> ReplacementModel:
     """Run the model once and freeze it at that input.
 
     Args:

@@ -39,7 +39,7 @@ def exact():
 def test_features_are_chosen_for_every_word_that_differs(bench) -> None:
     scope, pairs = bench
     assert pairs[0].differs == (1, 2)
-    found = word_features(scope, scope.vlm.tokenizer, pairs, 4, 2)
+    found = word_features(scope, pairs, 4, 2)
     assert list(found) == [1, 2]
     assert all(len(set(some)) == 4 for some in found.values())
 
@@ -47,8 +47,8 @@ def test_features_are_chosen_for_every_word_that_differs(bench) -> None:
 def test_levels_are_means_at_every_position_and_the_plan_goes_from_one_side_to_the_other(bench) -> None:
     scope, pairs = bench
     features = {1: torch.tensor([3, 0, 7])}
-    levels = levels_of(scope, scope.vlm.tokenizer, pairs, features)
-    batch = whole(scope.adapter, scope.vlm.tokenizer, pairs, 1)
+    levels = levels_of(scope, pairs, features)
+    batch = whole(scope, pairs, 1)
     _, values = donor_activations(scope, batch, features)[1]
     torch.testing.assert_close(levels.counterfactual[1], values.mean(0))
     prompt = len(pairs[0].original)
@@ -64,7 +64,7 @@ def test_levels_are_means_at_every_position_and_the_plan_goes_from_one_side_to_t
 def test_a_gated_plan_opens_by_the_features_of_originals_alone(bench) -> None:
     scope, pairs = bench
     features = {layer: torch.arange(24) for layer in scope.transcoders.layers}
-    levels = levels_of(scope, scope.vlm.tokenizer, pairs, features)
+    levels = levels_of(scope, pairs, features)
     plan = levels.plan(1.0, 0.5)
     for layer, edit in plan.items():
         assert edit.gate is not None
@@ -78,14 +78,14 @@ def test_each_generated_token_gets_its_own_value(bench) -> None:
     """Token by token with a cache, against one forward of the whole in which every position has its value."""
     scope, pairs = bench
     features = {layer: torch.arange(6) for layer in scope.transcoders.layers}
-    levels = levels_of(scope, scope.vlm.tokenizer, pairs, features)
+    levels = levels_of(scope, pairs, features)
     plan = levels.plan(3.0)
     inputs = [pair.original for pair in pairs]
     together = generate_batch(scope.adapter, inputs, 4, editing(scope, plan))
     one_by_one = [generate_batch(scope.adapter, [one], 4, editing(scope, plan))[0] for one in inputs]
     assert together == one_by_one
     said = [CaptionPair(i, i, (tuple(ids[:3]), tuple(ids[:3]))) for i, ids in zip(inputs, together, strict=True)]
-    batch = whole(scope.adapter, scope.vlm.tokenizer, said, 0)
+    batch = whole(scope, said, 0)
     everywhere = {}
     for layer, edit in plan.items():
         assert edit.generated is not None

@@ -57,7 +57,7 @@ def test_a_box_takes_the_soft_tokens_that_overlap_it(bench) -> None:
 
 
 def test_pictures_of_other_shapes_leave_the_boxes_out(bench) -> None:
-    vlm, *_ = bench
+    vlm = bench[0].vlm
     one = vlm.prepare("what is this ?", [tiny_image(0)])
     other = replace(one, patch_boxes=[None if b is None else PatchBox(0, 0, 1, 1) for b in one.patch_boxes])
     assert make_batch(vlm.adapter, [one, one]).patch_boxes == tuple(one.patch_boxes)

@@ -86,16 +86,7 @@ def test_a_patch_carries_the_donors_activations_to_the_last_position_alone(bench
         torch.testing.assert_close(edit.value[:, 0], codes[layer])
     into = {name: Outcome() for name in PATCHES}
     means = mean_activations(scope, [recipient.batch], scope.transcoders.layers)
-    patch_across(
-        scope.adapter,
-        scope.transcoders,
-        recipient,
-        donor,
-        [FeatureId(1, 3), FeatureId(3, 4)],
-        [FeatureId(0, 1)],
-        means,
-        into,
-    )
+    patch_across(scope, recipient, donor, [FeatureId(1, 3), FeatureId(3, 4)], [FeatureId(0, 1)], means, into)
     pictures = recipient if kind == "picture" else donor
     cases = max(recipient.batch.size, donor.batch.size)
     for name, outcome in into.items():

@@ -23,12 +23,13 @@ SMALL = Limits(sources=2, positions=2, new_tokens=2)
 def bench(family: str, dtype: torch.dtype):
     vlm = tiny_vlm(family, seed=1, dtype=dtype)
     adapter = vlm.adapter
-    return vlm, random_set(adapter.n_layers, adapter.d_model, 40, 5, skip=True, dtype=dtype).requires_grad_(False)
+    transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 5, skip=True, dtype=dtype).requires_grad_(False)
+    return Scope(vlm, transcoders)
 
 
 @pytest.fixture(scope="module")
 def reports() -> list[CaseReport]:
-    return list(run_cases(*bench("gemma3", torch.bfloat16), limits=SMALL))
+    return list(run_cases(bench("gemma3", torch.bfloat16), limits=SMALL))
 
 
 def test_every_check_holds_on_every_case_whatever_the_dtype(reports: list[CaseReport]) -> None:
@@ -47,7 +48,7 @@ def test_the_models_own_dtype_is_told_and_not_judged(reports: list[CaseReport]) 
 
 
 def test_a_text_model_is_checked_on_text_and_a_float64_one_once() -> None:
-    text, one, two = run_cases(*bench("gemma3_text", torch.float64), limits=SMALL)
+    text, one, two = run_cases(bench("gemma3_text", torch.float64), limits=SMALL)
     assert all(check.held for check in text.exact if check.name != "soft_tokens")
     assert not text.own
     for report in (one, two):

@@ -55,7 +55,8 @@ def test_offloaded_weights_give_the_same_logits(family: str, load, tmp_path: Pat
 
 @pytest.mark.parametrize("load", [rests_on_disk, rests_in_memory])
 def test_an_adapter_reads_offloaded_weights(load, tmp_path: Path) -> None:
-    before, after = saved("qwen2_5_vl", tmp_path).adapter, load(tmp_path).adapter
+    models = saved("qwen2_5_vl", tmp_path), load(tmp_path)
+    before, after = (vlm.adapter for vlm in models)
     assert (after.device, after.dtype) == (before.device, before.dtype)
     for layer in range(before.n_layers):
         assert torch.equal(after.value_weight(layer), before.value_weight(layer))
@@ -68,8 +69,7 @@ def test_an_adapter_reads_offloaded_weights(load, tmp_path: Path) -> None:
     assert torch.equal(materialised(after.lm_head()), before.lm_head().weight)
     assert all(parameter.device.type == "meta" for parameter in after.model.parameters())  # back to rest
     transcoders = random_set(before.n_layers, before.d_model, 16, 4)
-    tokenizer = tiny_vlm("qwen2_5_vl", 3).tokenizer
-    words = [top_and_bottom_logits(each, transcoders, tokenizer, FeatureId(1, 3)) for each in (before, after)]
+    words = [top_and_bottom_logits(Scope(vlm, transcoders), FeatureId(1, 3)) for vlm in models]
     assert words[0] == words[1]
 
 

@@ -44,12 +44,7 @@ def run_circuit(scope: Scope, sides: Sides, kept: Kept, mode: str = "free") -> n
 
 
 @contextmanager
-def circuit(
-    scope: Scope,
-    sides: Sides,
-    kept: Kept,
-    mode: str = "free",
-) -> Iterator[dict[str, Tensor]]:
+def circuit(scope: Scope, sides: Sides, kept: Kept, mode: str = "free") -> Iterator[dict[str, Tensor]]:
     """Hooks that keep a circuit alone; gives the forward's arguments.
 
     Args:

@@ -30,14 +30,7 @@ class StudyPass:
         own_seconds: spent on codes and on what is made of them, the model's own work not included.
     """
 
-    def __init__(
-        self,
-        scope: Scope,
-        n: int,
-        m: int,
-        window: int,
-        only: Mapping[int, Tensor] | None = None,
-    ) -> None:
+    def __init__(self, scope: Scope, n: int, m: int, window: int, only: Mapping[int, Tensor] | None = None) -> None:
         """Nothing seen yet.
 
         Args:

@@ -55,10 +55,7 @@ def concept_means(
     """Concept -> question -> mean activations on the concept's pictures."""
     return {
         concept: {
-            name: role_means(
-                bench.scope,
-                [bench.scope.batch(bench.inputs(list(images), prompt))],
-            )
+            name: role_means(bench.scope, [bench.scope.batch(bench.inputs(list(images), prompt))])
             for name, prompt in prompts.items()
         }
         for concept, images in train.items()

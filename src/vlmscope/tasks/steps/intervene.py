@@ -202,10 +202,6 @@ def measure_specificity(bench: Bench, circuit: Circuit) -> None:
         groups.setdefault((len(inputs), inputs.is_image.tobytes()), []).append(inputs)
     batches = [bench.scope.batch(group) for group in groups.values()]
     for label, changed in steering_forms(bench).items():
-        found = specificity(
-            bench.scope,
-            batches,
-            lambda roles, changed=changed: bench.steer(circuit, roles, **changed),
-        )
+        found = specificity(bench.scope, batches, lambda roles, changed=changed: bench.steer(circuit, roles, **changed))
         bench.metrics[f"specificity/{label}kl"] = found.kl
         bench.metrics |= rate_metrics(f"specificity/{label}changed_rate", found.changed)

@@ -126,7 +126,7 @@ def test_a_study_equals_a_plain_loop(vlm, data: Path, tmp_path: Path, activation
 
 
 def test_samples_are_cut_into_quantiles(vlm, data: Path, tmp_path: Path) -> None:
-    study = study_alone(tmp_path / "study", vlm, _set(vlm), _sources(data), CONFIG)
+    study = study_alone(tmp_path / "study", Scope(vlm, _set(vlm)), _sources(data), CONFIG)
     seen = 0
     for record in study.features(0):
         low, high = (np.array([e.activation for e in record.group(name)]) for name in ("q1", "q2"))
@@ -179,7 +179,7 @@ def test_a_state_of_other_settings_or_processes_is_refused(vlm, data: Path, tmp_
 
 
 def test_items_lead_back_to_pictures_words_and_patches(vlm, data: Path, tmp_path: Path) -> None:
-    study = study_alone(tmp_path / "study", vlm, _set(vlm), _sources(data), CONFIG)
+    study = study_alone(tmp_path / "study", Scope(vlm, _set(vlm)), _sources(data), CONFIG)
     record = next(r for r in study.features(1) if r.fired["image"] and r.fired["answer"])
     for example in record.examples:
         view = study.view(example)
@@ -206,7 +206,7 @@ def test_items_lead_back_to_pictures_words_and_patches(vlm, data: Path, tmp_path
 
 
 def test_what_a_study_does_not_have_is_one_line(vlm, data: Path, tmp_path: Path) -> None:
-    study = study_alone(tmp_path / "study", vlm, _set(vlm), _sources(data), CONFIG)
+    study = study_alone(tmp_path / "study", Scope(vlm, _set(vlm)), _sources(data), CONFIG)
     with pytest.raises(UserError, match="no layer 9; it has 0, 1, 2, 3"):
         study.feature(FeatureId(9, 0))
     with pytest.raises(UserError, match="no feature L1/20: layer 1 has 0 to 19"):
@@ -226,20 +226,20 @@ def test_damaged_pictures_are_skipped_up_to_a_limit(vlm, tmp_path: Path) -> None
     (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:60])
     lines = [{"images": [f"{n}.png"], "text": "the red planet"} for n in range(5)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    study = study_alone(tmp_path / "study", vlm, _set(vlm), _sources(tmp_path), CONFIG)
+    study = study_alone(tmp_path / "study", Scope(vlm, _set(vlm)), _sources(tmp_path), CONFIG)
     assert study.info.skipped == {"mine": 2}
     assert (study.info.items, study.info.rows) == (3, 5)
     assert set(study.items.ids) == {0, 2 * 256, 4 * 256}
     with pytest.raises(
         UserError, match=r"2 rows of the data cannot be used, the last: .*train.jsonl line 4.*max_skipped=1"
     ):
-        study_alone(tmp_path / "strict", vlm, _set(vlm), _sources(tmp_path), replace(CONFIG, max_skipped=1))
+        study_alone(tmp_path / "strict", Scope(vlm, _set(vlm)), _sources(tmp_path), replace(CONFIG, max_skipped=1))
     (tmp_path / "train.jsonl").write_text(json.dumps(lines[1]) + "\n")
     with pytest.raises(UserError, match="no row of the data could be used"):
-        study_alone(tmp_path / "none", vlm, _set(vlm), _sources(tmp_path), CONFIG)
+        study_alone(tmp_path / "none", Scope(vlm, _set(vlm)), _sources(tmp_path), CONFIG)
     (tmp_path / "train.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no example"):
-        study_alone(tmp_path / "empty", vlm, _set(vlm), _sources(tmp_path), CONFIG)
+        study_alone(tmp_path / "empty", Scope(vlm, _set(vlm)), _sources(tmp_path), CONFIG)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "paligemma", "qwen2_5_vl", "idefics3", "llava_onevision"])

@@ -14,6 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from vlmscope.core.errors import UserError
+from vlmscope.core.images import as_rgb
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.checkpoint import check_weights, read_config
 from vlmscope.models.families import adapter_for, check_supported
@@ -86,12 +87,13 @@ class VLM:
         Args:
             prompt: what the user says, taken verbatim. If it spells image placeholders, there must be one a picture;
                 if it spells none, the pictures come first.
-            images: the pictures, in order.
+            images: the pictures, in order, of any mode: `as_rgb` says what becomes of them.
 
         Raises:
-            UserError: when the placeholders do not match the pictures, the model takes no pictures, or the prompt has
-                a word that the vocabulary lacks.
+            UserError: when the placeholders do not match the pictures, the model takes no pictures, the prompt has a
+                word that the vocabulary lacks, or `as_rgb` refuses a picture.
         """
+        images = _upright(images)
         _check_words(self.tokenizer, prompt)
         template = getattr(self.processor, "chat_template", None)
         turn = self.adapter.wrap_prompt(prompt, len(images), self.tokenizer, template)
@@ -117,7 +119,7 @@ class VLM:
         Raises:
             UserError: the text has a token that the model has no embedding for.
         """
-        batch = self._processed(text, images, **settings)
+        batch = self._processed(text, _upright(images), **settings)
         self._check_ids(batch["input_ids"])
         return self._tensors(batch)
 
@@ -148,6 +150,17 @@ class VLM:
                 f"token {token!r} has no embedding in {self.name} ({self.adapter.vocab_size:,} rows); leave it out of "
                 "the prompt, or use the tokenizer that was saved with the model"
             )
+
+
+def _upright(images: Sequence[Image]) -> list[Image]:
+    """Pictures as every door gives them to the processor, so that a PIL object and its file are the same input."""
+    found = []
+    for number, image in enumerate(images, start=1):
+        try:
+            found.append(as_rgb(image))
+        except UserError as error:
+            raise UserError(f"picture {number}: {error}") from error
+    return found
 
 
 def _check_words(tokenizer: Any, prompt: str) -> None:

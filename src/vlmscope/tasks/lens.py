@@ -24,6 +24,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
 
     from vlmscope.core.artifacts import write_json
     from vlmscope.core.errors import UserError
+    from vlmscope.data.images import for_figures
     from vlmscope.features.token_lens import token_lens
     from vlmscope.models.batching import make_batch
     from vlmscope.report.lens_figure import soft_token_words
@@ -68,7 +69,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     write_json(context.run_dir / "lens.json", record, indent=None)
     _say(name, on_soft, lens.rank[0, :, -1])
     if cfg.task.figure:
-        arrays = [np.asarray(picture) for picture in pictures]
+        arrays = for_figures(pictures)
         shown = [(int(inputs.image_index[at]), inputs.patch_boxes[at]) for at in soft]
         top, probability = words[:, :-1, 0], lens.word_probability[0, :, :-1]
         soft_token_words(arrays, shown, top, probability, name, context.run_dir / "figures" / "lens.png")

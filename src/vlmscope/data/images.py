@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -111,6 +112,25 @@ def _decoded(raw: Image.Image) -> Image.Image:
 def open_images(paths: Sequence[str | Path]) -> list[Image.Image]:
     """Open several pictures, in order."""
     return [open_image(path) for path in paths]
+
+
+class PictureFiles(Sequence[Image.Image]):
+    """Pictures that are opened whenever they are asked for, since many large ones do not fit into memory together.
+
+    Raises:
+        UserError: at once, as `open_image`, for the first that cannot be opened.
+    """
+
+    def __init__(self, paths: Sequence[str | Path]) -> None:
+        self.paths = tuple(paths)
+        for path in self.paths:
+            open_image(path)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        return open_images(self.paths[index]) if isinstance(index, slice) else open_image(self.paths[index])
 
 
 def for_figures(pictures: Sequence[Image.Image]) -> list[np.ndarray]:

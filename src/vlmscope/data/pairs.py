@@ -12,7 +12,7 @@ list of them; none for text alone. `question` groups lines that ask the same thi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from PIL import Image
 
 from vlmscope.core.artifacts import read_text
 from vlmscope.core.errors import UserError
-from vlmscope.data.images import check_image, open_images
+from vlmscope.data.images import PictureFiles, check_image
 from vlmscope.data.orrery.pairs import scene_pairs
 from vlmscope.data.orrery.scene import Scene
 from vlmscope.data.pair_config import PairsConfig
@@ -36,7 +36,7 @@ class Side:
     """One input of a pair: what is asked, the pictures, and the answer (one word)."""
 
     prompt: str
-    images: tuple[Image.Image, ...]
+    images: Sequence[Image.Image]
     answer: str
 
 
@@ -176,7 +176,7 @@ def _paths(value: Any, origin: str, folder: Path) -> list[Path]:
 
 def _opened(record: dict[str, Any]) -> Pair:
     sides = [
-        Side(side["prompt"], tuple(open_images(side["image"])), side["answer"])
+        Side(side["prompt"], PictureFiles(side["image"]), side["answer"])
         for side in (record["original"], record["counterfactual"])
     ]
     change = "prompt" if record["original"]["image"] == record["counterfactual"]["image"] else "picture"

@@ -14,7 +14,15 @@ from transformers.image_transforms import convert_to_rgb
 from vlmscope.core.errors import UserError
 from vlmscope.core.images import as_rgb
 from vlmscope.data import images
-from vlmscope.data.images import check_image, decode_image, for_figures, open_image, picture_format, png_bytes
+from vlmscope.data.images import (
+    PictureFiles,
+    check_image,
+    decode_image,
+    for_figures,
+    open_image,
+    picture_format,
+    png_bytes,
+)
 
 NOISE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 ALPHA = np.array([0, 255, 128, 0, 255, 64, 0], np.uint8) * np.ones((5, 1), np.uint8)
@@ -165,6 +173,19 @@ def test_nothing_is_shrunk_but_for_figures(tmp_path: Path) -> None:
     large = open_image(tmp_path / "large.png")
     assert large.size == (5000, 3000)
     assert [array.shape for array in for_figures([large])] == [(1229, 2048, 3)]
+
+
+def test_many_pictures_stay_in_their_files(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(path)
+    found = PictureFiles(paths)
+    assert len(found) == 3 and [picture.getpixel((0, 0)) for picture in found] == [(n, 0, 0) for n in range(3)]
+    assert [picture.getpixel((0, 0)) for picture in found[1:]] == [(1, 0, 0), (2, 0, 0)]
+    assert found[0] is not found[0]
+    paths[1].write_bytes(paths[1].read_bytes()[:40])
+    with pytest.raises(UserError, match=r"1\.png"):
+        PictureFiles(paths)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])

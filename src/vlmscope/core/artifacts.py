@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from vlmscope.core.errors import UserError
 
+_LFS = b"version https://git-lfs"
 _DISK_ERRORS = {
     errno.EACCES,
     errno.EPERM,
@@ -139,20 +140,76 @@ def save_tensors(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: M
         save_file(plain, temporary, metadata=dict(metadata or {}))
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read a safetensors file: its arrays and its metadata (empty when it has none).
+@contextmanager
+def open_tensors(path: str | Path, framework: str = "numpy") -> Iterator[Any]:
+    """An opened safetensors file, its header checked: dtypes, shapes, offsets, and that the file is exactly as long.
+
+    Args:
+        path: the file.
+        framework: of the tensors that it gives, "numpy" or "pt" (numpy has neither bfloat16 nor float8).
+
+    Raises:
+        UserError: the file is missing, a Git LFS pointer or not a whole safetensors file, or is found to be while open.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"cannot read {path}: no such file; check the path")
+    refuse_lfs_pointer(path)
+    try:
+        with safe_open(str(path), framework=framework) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]  # it quotes the header, which may be anything
+        size = f"{Path(path).stat().st_size:,} bytes"
+        raise UserError(
+            f"cannot read {path}: not a complete safetensors file ({size}; {reason}); download or make it again"
+        ) from error
+
+
+def refuse_lfs_pointer(path: str | Path) -> None:
+    """Raise a `UserError` for the few lines that a clone without Git LFS has in place of a large file."""
+    with Path(path).open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise UserError(
+                f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in the repository, or download "
+                "it with `hf download`"
+            )
+
+
+class TensorHead(NamedTuple):
+    """What a safetensors file's header says of one tensor; `dtype` in its own words, such as F32."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def tensor_heads(path: str | Path) -> dict[str, TensorHead]:
+    """Dtype and shape of each tensor of a safetensors file by name; no values are read.
 
     Raises:
         UserError: when the file is missing or not a complete safetensors file.
     """
-    if not Path(path).is_file():
-        raise UserError(f"cannot read {path}: no such file; check the path")
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            names: list[str] = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read {path}: not a complete safetensors file ({error}); write it anew") from error
+    with open_tensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        return {name: TensorHead(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read a safetensors file: its arrays and its metadata (empty when it has none).
+
+    Raises:
+        UserError: when the file is missing, is not a complete safetensors file, or has a dtype that numpy lacks.
+    """
+    with open_tensors(path) as file:
+        arrays = {}
+        for name in file.keys():  # noqa: SIM118  (not a mapping)
+            try:
+                arrays[name] = file.get_tensor(name)
+            except (AttributeError, TypeError) as error:
+                dtype = file.get_slice(name).get_dtype()
+                raise UserError(
+                    f"cannot read {path}: {name} is {dtype}, which this file never has; make it again"
+                ) from error
+        return arrays, dict(file.metadata() or {})
 
 
 @contextmanager

@@ -84,11 +84,36 @@ def circuit_tracer_folder(folder: Path, dtype: str, skip: bool) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(record))
 
 
+def to_safetensors_folder(folder: Path, dtype: str, skip: bool, kind: str = "jumprelu", ks: tuple = (K, K)) -> None:
+    """As `TranscoderSet.to_safetensors` lays it out, with the `config.yaml` that circuit-tracer's cache adds."""
+    for layer in range(L):
+        w = draw(layer, skip, threshold=kind == "jumprelu")
+        if kind == "jumprelu":
+            w["activation_function.threshold"] = w.pop("threshold")
+        put(folder / f"layer_{layer}.safetensors", w, dtype)
+        if kind == "topk":  # from circuit-tracer's pull request 94 on: `torch.tensor(activation_function.k)`
+            save_file(load_file(folder / f"layer_{layer}.safetensors") | {"k": np.array(ks[layer])},
+                      folder / f"layer_{layer}.safetensors")  # fmt: skip
+    record = {
+        "model_kind": "transcoder_set", "model_name": "some/llm", "feature_input_hook": "mlp.hook_in",
+        "feature_output_hook": "mlp.hook_out", "scan": "some/set", "revision": None,
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(record))
+
+
+def to_safetensors_topk_folder(folder: Path, dtype: str, skip: bool) -> None:
+    to_safetensors_folder(folder, dtype, skip, "topk")
+
+
 def circuit_tracer_formula(folder: Path, layer: int) -> np.ndarray:
     record = yaml.safe_load((folder / "config.yaml").read_text())
-    w = load_file(folder / record["transcoders"][layer])
+    w = load_file(folder / f"layer_{layer}.safetensors")
     pre = X @ w["W_enc"].T + w["b_enc"]
-    acts = topk(pre, record["k"]) if record.get("activation") == "topk" else np.maximum(pre, 0)
+    if "activation_function.threshold" in w:
+        acts = pre * (pre > w["activation_function.threshold"])
+    else:
+        k = w.get("k", record.get("k") if record.get("activation") == "topk" else None)
+        acts = np.maximum(pre, 0) if k is None else topk(pre, int(k))
     return acts @ w["W_dec"] + w["b_dec"] + (X @ w["W_skip"].T if "W_skip" in w else 0)
 
 
@@ -177,6 +202,8 @@ class Case(NamedTuple):
 CASES = {
     "paper": Case(paper_folder, paper_formula, ("mlp_in", "mlp_out")),
     "circuit_tracer": Case(circuit_tracer_folder, circuit_tracer_formula, ("mlp_in", "mlp_out")),
+    "circuit_tracer jumprelu": Case(to_safetensors_folder, circuit_tracer_formula, ("mlp_in", "mlp_out")),
+    "circuit_tracer topk": Case(to_safetensors_topk_folder, circuit_tracer_formula, ("mlp_in", "mlp_out")),
     "gemma_scope": Case(gemma_folder, gemma_formula, ("mlp_in", "mlp_out_post")),
     "sparsify": Case(sparsify_folder, sparsify_formula, ("mlp_in", "mlp_out")),
     "sae_lens": Case(sae_lens_folder, sae_lens_formula, ("mlp_in", "mlp_out")),
@@ -203,7 +230,7 @@ def test_a_folder_made_by_hand_is_read_as_its_own_tool_reads_it(
 ) -> None:
     case = CASES[name]
     case.folder(tmp_path, dtype, skip)
-    assert detect(tmp_path).name == name
+    assert detect(tmp_path).name == name.split()[0]
     loaded = load_set(tmp_path, n_layers=L, d_model=D, dtype=getattr(torch, dtype))
     assert (loaded.config.input_hook, loaded.config.output_hook) == case.hooks
     assert_computes(loaded, case.formula, tmp_path)
@@ -214,7 +241,7 @@ def test_what_we_write_is_read_the_same_by_the_other_tool_and_by_us(tmp_path: Pa
     case = CASES[name]
     case.folder(tmp_path / "hand", "float64", skip)
     loaded = load_set(tmp_path / "hand", dtype=torch.float64)
-    save_set(loaded, tmp_path / "ours", "float64", format=name)
+    save_set(loaded, tmp_path / "ours", "float64", format=name.split()[0])
     for layer in range(L):
         np.testing.assert_allclose(case.formula(tmp_path / "ours", layer), ours(loaded, layer), rtol=0, atol=1e-11)
     again = load_set(tmp_path / "ours", dtype=torch.float64)
@@ -249,6 +276,74 @@ def test_circuit_tracer_takes_relu_without_its_keys_and_what_we_write_has_all_th
     save_set(random_set(L, D, F, K), tmp_path / "ours")
     record = yaml.safe_load((tmp_path / "ours" / "config.yaml").read_text())
     assert (record["top_k"], record["activation"], record["k"]) == (K, "topk", K)
+
+
+def change_layer(folder: Path, layer: int, **arrays: np.ndarray | None) -> None:
+    where = folder / f"layer_{layer}.safetensors"
+    found = load_file(where) | {name.replace("__", "."): array for name, array in arrays.items()}
+    save_file({name: array for name, array in found.items() if array is not None}, where)
+
+
+def test_each_file_of_to_safetensors_says_its_own_nonlinearity(tmp_path: Path) -> None:
+    to_safetensors_folder(tmp_path / "topk", "float64", False, "topk", ks=(3, 5))
+    loaded = load_set(tmp_path / "topk", dtype=torch.float64)
+    assert [loaded[layer].config.k for layer in range(L)] == [3, 5]
+    assert_computes(loaded, circuit_tracer_formula, tmp_path / "topk")
+    to_safetensors_folder(tmp_path / "mixed", "float64", False)
+    change_layer(tmp_path / "mixed", 0, activation_function__threshold=np.array(0.7))  # `JumpReLU(0.7)`: a scalar
+    change_layer(tmp_path / "mixed", 1, activation_function__threshold=None)
+    loaded = load_set(tmp_path / "mixed", dtype=torch.float64)
+    assert [loaded[layer].config.activation for layer in range(L)] == ["jumprelu", "relu"]
+    assert_computes(loaded, circuit_tracer_formula, tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("said", [{}, {"activation": "jump_relu"}, {"layers": [0, 1], "num_model_layers": 2}])
+def test_thresholds_tell_circuit_tracers_set_whatever_config_yaml_leaves_out(tmp_path: Path, said: dict) -> None:
+    to_safetensors_folder(tmp_path, "float64", False)
+    where = tmp_path / "config.yaml"
+    record = yaml.safe_load(where.read_text())
+    where.write_text(yaml.safe_dump({n: v for n, v in record.items() if n != "scan"} | said))
+    assert detect(tmp_path).name == "circuit_tracer"
+    assert_computes(load_set(tmp_path, dtype=torch.float64), circuit_tracer_formula, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "arrays", "words"),
+    [
+        ("jumprelu", {"activation": "relu"}, {}, "activation is 'relu', but .*layer_0.safetensors holds thresholds"),
+        ("jumprelu", {"activation": "topk", "k": 4}, {}, "activation is 'topk', but .* holds thresholds"),
+        ("topk", {"activation": "relu"}, {}, "activation is 'relu', but .*layer_0.safetensors holds k"),
+        ("topk", {"activation": "topk", "k": 5}, {}, "k is 5, but layer_0.safetensors says 4"),
+        ("topk", {}, {"k": np.array([4, 4])}, r"layer_1.safetensors: k has shape \(2,\) and dtype I64 where one whole"),
+        ("topk", {}, {"k": np.array(4.5)}, r"layer_1.safetensors: k has shape \(\) and dtype F64 where one whole"),
+        ("topk", {}, {"k": np.array(0)}, "k must be a positive whole number, not 0"),
+        ("topk", {}, {"k": np.array(F + 1)}, f"k = {F + 1} must lie between 1 and n_features"),
+        ("jumprelu", {}, {"activation_function__threshold": -np.ones(F)}, "thresholds below 0"),
+        ("jumprelu", {}, {"threshold": np.ones(F)}, "holds its thresholds twice"),
+        ("jumprelu", {}, {"log_thresholds": np.ones(F)}, "holds log_thresholds"),
+    ],
+)  # fmt: skip
+def test_what_circuit_tracer_would_read_otherwise_is_refused(
+    tmp_path: Path, kind: str, said: dict, arrays: dict, words: str
+) -> None:
+    to_safetensors_folder(tmp_path, "float64", False, kind)
+    change_layer(tmp_path, 1, **arrays)
+    where = tmp_path / "config.yaml"
+    where.write_text(yaml.safe_dump(yaml.safe_load(where.read_text()) | said))
+    with pytest.raises(UserError, match=words) as caught:
+        load_set(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_without_config_yaml_are_told_what_to_write(tmp_path: Path) -> None:
+    """`to_safetensors` writes none, and hook points cannot be guessed."""
+    to_safetensors_folder(tmp_path, "float64", False)
+    (tmp_path / "config.yaml").unlink()
+    for format in ("auto", "circuit_tracer"):
+        with pytest.raises(
+            UserError, match="layer_0.safetensors is there; write .*feature_input_hook.* into .*config.yaml"
+        ):
+            load_set(tmp_path, format=format)
 
 
 def test_hook_mlp_out_lies_after_the_norm_in_gemma_alone(tmp_path: Path) -> None:
@@ -319,7 +414,7 @@ def test_an_affine_set_without_its_skip_path_is_damaged(tmp_path: Path) -> None:
         ({"num_latents": 25}, r"make 25 features, encoder.weight has \(24, 6\)"),
         ({"expansion_factor": 5}, r"make 30 features"),
         ({"d_in": 7}, "d_in is 7"),
-        ({"k": 0}, "k must be a positive number"),
+        ({"k": 0}, "k must be a positive whole number"),
     ],
 )
 def test_what_sparsify_would_read_otherwise_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -417,8 +512,6 @@ def set_of(
     ("activation", "hook", "format", "words"),
     [
         ("batchtopk", "mlp_out", "paper", "TopK alone"),
-        ("batchtopk", "mlp_out", "circuit_tracer", "no place for the threshold of batchtopk"),
-        ("jumprelu", "mlp_out", "circuit_tracer", "no place for the threshold"),
         ("jumprelu", "mlp_out", "sparsify", "no place for jumprelu"),
         ("topk", "mlp_out_post", "sparsify", "no module maps mlp_in to mlp_out_post"),
         ("topk", "mlp_out_post", "paper", "raw MLP output"),
@@ -441,7 +534,7 @@ def test_the_papers_code_counts_layers_from_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
-@pytest.mark.parametrize("format", ["gemma_scope", "sae_lens"])
+@pytest.mark.parametrize("format", ["gemma_scope", "sae_lens", "circuit_tracer"])
 def test_thresholds_carry_relu_and_batchtopk_too(tmp_path: Path, activation: str, format: str) -> None:
     found = set_of(activation, "mlp_out_post", skip=True).to(torch.float64)
     if activation == "batchtopk":

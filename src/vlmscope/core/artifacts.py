@@ -165,6 +165,20 @@ def open_tensors(path: str | Path, framework: str = "numpy") -> Iterator[Any]:
         ) from error
 
 
+@contextmanager
+def built_from(path: str | Path, what: str, remedy: str) -> Iterator[None]:
+    """Around code that builds `what` from a file's content: whatever does not fit is one line, `remedy` at its end.
+
+    Raises:
+        UserError: a key, a type, a number or a shape is not what the code expects.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{path} is an incomplete {what} ({reason}); {remedy}") from error
+
+
 def refuse_lfs_pointer(path: str | Path) -> None:
     """Raise a `UserError` for the few lines that a clone without Git LFS has in place of a large file."""
     with Path(path).open("rb") as file:

@@ -99,7 +99,7 @@ def load_checkpoint(path: Path, module: Any, optimizer: torch.optim.Optimizer | 
             metadata = file.metadata()
         module.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("module.")})
     except (SafetensorError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
+        first = str(error).splitlines()[0][:200]
         raise UserError(f"checkpoint {path} does not fit this run ({first}): remove it or change the config") from error
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in state.items():

@@ -149,7 +149,7 @@ def load_layer(path: Path, module: TranscoderModule, layer: int) -> None:
         state = load_file(path)
         trainer.load_state_dict({name[7:]: tensor for name, tensor in state.items() if name.startswith("module.")})
     except (SafetensorError, RuntimeError, OSError) as error:
-        first = str(error).splitlines()[0]
+        first = str(error).splitlines()[0][:200]
         raise UserError(f"checkpoint {path} does not fit this run ({first}): remove it or change the config") from error
     parameters = dict(trainer.named_parameters())
     for key, value in state.items():

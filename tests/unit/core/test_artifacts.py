@@ -1,13 +1,24 @@
 """What is read back is what was written, and a failed write leaves the old file."""
 
 import json
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from vlmscope.attention import map_io
+from vlmscope.attribution import patch_io
+from vlmscope.attribution.graph_io import load_graph
+from vlmscope.attribution.merged_io import load_merged
+from vlmscope.circuits.circuit import load_circuit
 from vlmscope.core import artifacts
 from vlmscope.core.errors import UserError
+from vlmscope.models.loading import load_vlm
+from vlmscope.training.resume import load_checkpoint
+from vlmscope.transcoders.formats import load_set
 
 
 def test_tensors_keep_every_bit_shape_dtype_and_metadata(tmp_path: Path) -> None:
@@ -110,3 +121,123 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with artifacts.atomic_folder(tmp_path / "empty") as folder:
         (folder / "a.txt").write_text("a")
     assert [path.name for path in (tmp_path / "empty").iterdir()] == ["a.txt"]
+
+
+def safetensors(header: object, body: int = 8, length: int | None = None) -> bytes:
+    """The bytes of a file with this header, true or not: `body` zeros after it, `length` as the header's own."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + bytes(body)
+
+
+def tensor(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+BROKEN = {
+    "empty": b"",
+    "shorter than a length": b"\x08\x00\x00",
+    "a page": b"<html>Access to this file is restricted</html>",
+    "a length past the end": safetensors({"a": tensor()}, length=2**63),
+    "a length of 4 GB": safetensors({"a": tensor()}, length=2**32),
+    "no JSON": safetensors(b"{a:"),
+    "no UTF-8": safetensors(b"\xff\xfe{}"),
+    "a list": safetensors([1]),
+    "a hundred thousand brackets": safetensors(b"[" * 100_000),
+    "cut off": safetensors({"a": tensor()}, body=7),
+    "more behind it": safetensors({"a": tensor()}, body=9),
+    "offsets that overlap": safetensors({"a": tensor(), "b": tensor(offsets=(4, 12))}, body=12),
+    "a hole": safetensors({"a": tensor(), "b": tensor(offsets=(12, 20))}, body=20),
+    "offsets backwards": safetensors({"a": tensor(offsets=(8, 0))}),
+    "a shape that does not fit": safetensors({"a": tensor(shape=(3,))}),
+    "a shape of 2^80": safetensors({"a": tensor(shape=(2**40, 2**40))}),
+    "a shape below 0": safetensors({"a": tensor(shape=(-2,))}),
+    "a dtype that there is not": safetensors({"a": tensor("X" * 5000)}),
+    "no offsets": safetensors({"a": {"dtype": "F32", "shape": [2]}}),
+    "metadata of numbers": safetensors({"__metadata__": {"format": 1}, "a": tensor()}),
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+}
+# Whole files, with nothing in them that the reader looks for, or with what numpy does not know.
+WRONG = {
+    "no tensors": safetensors({}, 0),
+    "others": safetensors({"a": tensor()}),
+    "bfloat16": safetensors({"a": tensor("BF16", (4,))}),
+    "float8": safetensors({"a": tensor("F8_E4M3", (8,))}),
+    "float4": safetensors({"a": tensor("F4", (16,))}),
+    **{
+        form: safetensors({"__metadata__": {"format": form, "version": version, **more}, "a": tensor()})
+        for form, version, more in (
+            ("vlmscope.graph", "2", {"meta": "[" * 9999}),
+            ("vlmscope.comparison", "1", {"prompts": "{"}),
+            ("vlmscope.maps", "1", {"maps": '{"targets": 3}'}),
+            ("vlmscope.patches", "1", {}),
+        )
+    },
+}
+
+
+def circuit(path: Path) -> object:
+    supernodes = "version: 2\nsupernodes: {a: {features: []}}\n"
+    (path.parent / "circuit.yaml").write_text(supernodes)
+    return load_circuit(path.parent)
+
+
+def model(path: Path) -> object:
+    (path.parent / "config.json").write_text('{"model_type": "gemma3"}')
+    return load_vlm(path.parent)
+
+
+def transcoders(config: str, text: str) -> Callable[[Path], object]:
+    def read(path: Path) -> object:
+        (path.parent / config).write_text(text)
+        top = path.parent.parent if config.endswith("json") else path.parent
+        return load_set(top if path.name != "params.safetensors" else path.parent)
+
+    return read
+
+
+NOTHING_WRONG = [("circuit", "no tensors")]  # its only supernode is empty
+DOORS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "arrays": ("x.safetensors", artifacts.load_tensors),
+    "graph": ("graph.safetensors", load_graph),
+    "merged": ("aggregate.safetensors", load_merged),
+    "maps": ("maps.safetensors", map_io.load_maps),
+    "patches": ("patches.safetensors", lambda path: patch_io.load_maps(path, [PATCH_RECORD])),
+    "circuit": ("levels.safetensors", circuit),
+    "checkpoint": ("checkpoint.safetensors", lambda path: load_checkpoint(path, torch.nn.Linear(1, 1), None)),
+    "model": ("model.safetensors", model),
+    "our set": ("layer_0.safetensors", transcoders("config.yaml", "activation: topk\ntop_k: 1\nk: 1\n")),
+    "circuit-tracer's set": ("layer_0.safetensors", transcoders("config.yaml", "scan: x\n")),
+    "paper's set": ("layer_0.safetensors", transcoders("config.yaml", "top_k: 1\n")),
+    "cross-layer set": ("W_enc_0.safetensors", transcoders("config.yaml", "k: 1\n")),
+    "sparsify": ("layers.0.mlp/sae.safetensors", transcoders("cfg.json", '{"transcode": true}')),
+    "sae_lens": (
+        "layer_0/sae_weights.safetensors",
+        transcoders("cfg.json", '{"hook_name": "blocks.0.mlp.hook_in", "hook_name_out": "blocks.0.mlp.hook_out"}'),
+    ),
+    "gemma_scope": ("layer_0_width_16k_l0_small/params.safetensors", transcoders("config.json", "{}")),
+}
+PATCH_RECORD = {
+    "target": "a", "picture": 0, "edge": 1.0, "remainder": 0.0,
+    "tiles": [{"boxes": [[0, 0, 1, 1]], "grid": "map_0_0", "scale": 1.0}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_broken_safetensors_file_is_one_line_at_every_door(door: str, tmp_path: Path) -> None:
+    name, read = DOORS[door]
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    for why, content in (BROKEN | WRONG).items():
+        if door == "arrays" and why in WRONG and not why.startswith(("b", "f")) or (door, why) in NOTHING_WRONG:
+            continue  # whole, and nobody asks what is in it
+        path.write_bytes(content)
+        (tmp_path / "W_dec_0.safetensors").write_bytes(content)
+        try:
+            read(path)
+        except UserError as error:
+            said = str(error)
+        except Exception as error:
+            raise AssertionError(f"{why}: {type(error).__name__}: {error}") from error
+        else:
+            raise AssertionError(f"{why}: read without a word")
+        assert path.parent.name in said and "\n" not in said and len(said) < 700, (why, said)

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from vlmscope.core.errors import UserError
 
 _LFS = b"version https://git-lfs"
+_MOST_VALUES = 10_000_000
 _DISK_ERRORS = {
     errno.EACCES,
     errno.EPERM,
@@ -106,7 +107,9 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}; write it anew") from error
+        raise UserError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}; write it again") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
+        raise UserError(f"{path} cannot be read as JSON: {str(error)[:200]}; write it again") from error
 
 
 def write_yaml(path: str | Path, obj: Any) -> None:
@@ -115,18 +118,49 @@ def write_yaml(path: str | Path, obj: Any) -> None:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Read YAML (safe loader: plain containers and scalars only).
+    """Read YAML (`parse_yaml`).
 
     Raises:
-        UserError: when the file is missing or not YAML.
+        UserError: when the file is missing or not YAML of plain values.
     """
-    text = read_text(path)
+    return parse_yaml(read_text(path), str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of YAML text, of plain containers and scalars only: a tag such as !!python/object makes nothing.
+
+    Args:
+        text: the YAML.
+        where: what it is, for messages.
+
+    Raises:
+        UserError: it is not YAML, has a value that no tag of its own fits, or says more than `_MOST_VALUES` by aliases.
+    """
     try:
-        return yaml.safe_load(text)
+        found = yaml.safe_load(text)
+        if _size(found, {}) > _MOST_VALUES:
+            raise UserError(f"{where}: its aliases unfold to more than {_MOST_VALUES:,} values; write them out")
+        return found
     except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where is not None else ""
-        raise UserError(f"{path} is not valid YAML{line}; correct it") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark is not None else ""
+        reason = " ".join((getattr(error, "problem", None) or "").split())[:200]
+        raise UserError(f"{where} is not valid YAML{line}{': ' if reason else ''}{reason}; correct it") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # such as 2024-13-45
+        raise UserError(f"{where} is not valid YAML: {str(error)[:200]}; correct it") from error
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Values in a tree, those that aliases repeat counted each time; a value within itself raises `RecursionError`."""
+    if not isinstance(value, dict | list | tuple | set):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = -1
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    if known[id(value)] < 0:
+        raise RecursionError("a value contains itself")
+    return known[id(value)]
 
 
 def save_tensors(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.artifacts import built_from, parse_yaml
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 CARD = "README.md"
@@ -170,10 +170,7 @@ def parts_of(text: str) -> tuple[dict[str, Any], str]:
     if not text.startswith(_MARK) or f"\n{_MARK}" not in text[len(_MARK) - 1 :]:
         return {}, text
     front, _, body = text[len(_MARK) :].partition(f"\n{_MARK}")
-    try:
-        head = yaml.safe_load(front)
-    except yaml.YAMLError as error:
-        raise UserError("the front matter of the set's README.md is not valid YAML; correct it") from error
+    head = parse_yaml(front, "the front matter of the set's README.md")
     return (head if isinstance(head, dict) else {}), body
 
 
@@ -197,7 +194,10 @@ def carried_over(own: CardFacts, text: str | None) -> CardFacts:
         kept = {name: getattr(said, name) for name in ("base_revision", "license", "figures", "ce", "ce_delta")}
         name, quoted = own.base_model or said.base_model, body.partition(_QUOTED)
         note = "".join(quoted[1:])
-        return replace(own, base_model=name, data=said.data, settings=said.settings, note=note, **kept)
+        facts = replace(own, base_model=name, data=said.data, settings=said.settings, note=note, **kept)
+        with built_from("the front matter of the set's README.md", "card", "correct what stands under vlmscope"):
+            render(facts)
+        return facts
     base = head.get("base_model")
     name = own.base_model or (base if isinstance(base, str) else "")
     license = str(head.get("license", own.license))

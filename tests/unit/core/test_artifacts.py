@@ -4,21 +4,27 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
+from vlmscope.app import main
 from vlmscope.attention import map_io
 from vlmscope.attribution import patch_io
 from vlmscope.attribution.graph_io import load_graph
 from vlmscope.attribution.merged_io import load_merged
 from vlmscope.circuits.circuit import load_circuit
+from vlmscope.circuits.spec_config import CircuitSpecConfig
+from vlmscope.config.circuit_file import declared
 from vlmscope.core import artifacts
 from vlmscope.core.errors import UserError
+from vlmscope.features.labels.reader import read_hand
 from vlmscope.models.loading import load_vlm
 from vlmscope.training.resume import load_checkpoint
-from vlmscope.transcoders.formats import load_set
+from vlmscope.transcoders.card import parts_of
+from vlmscope.transcoders.formats import ANY, clt, load_set
 
 
 def test_tensors_keep_every_bit_shape_dtype_and_metadata(tmp_path: Path) -> None:
@@ -72,6 +78,10 @@ def test_json_and_yaml_round_trip(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "n.json").read_text()) == {"x": 0.5, "y": [0, 1], "p": "q"}
 
 
+# A few hundred bytes that unfold to 10^30 values: the list of the line before ten times, thirty times over.
+BOMB = b"".join(b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 10)) for n in range(1, 31))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reader"),
     [
@@ -79,6 +89,17 @@ def test_json_and_yaml_round_trip(tmp_path: Path) -> None:
         ("x.json", b"\xff\xfe", artifacts.read_json),
         ("x.yaml", b"a: [1", artifacts.read_yaml),
         ("x.yaml", b"!!python/object/apply:os.getcwd []", artifacts.read_yaml),
+        ("x.yaml", b"a: !!python/name:os.system", artifacts.read_yaml),
+        ("x.yaml", b"day: 2024-13-45", artifacts.read_yaml),
+        ("x.yaml", b"a: !!bool maybe", artifacts.read_yaml),
+        ("x.yaml", b"a: !!timestamp today", artifacts.read_yaml),
+        ("x.yaml", b"a: !!int ''", artifacts.read_yaml),
+        ("x.yaml", b"a: " + b"9" * 5000, artifacts.read_yaml),
+        ("x.yaml", b"[" * 5000, artifacts.read_yaml),
+        ("x.yaml", b"&a [*a]", artifacts.read_yaml),
+        ("x.yaml", b"a0: &a0 [x]\n" + BOMB, artifacts.read_yaml),
+        ("x.json", b"[" * 5000, artifacts.read_json),
+        ("x.json", b"9" * 5000, artifacts.read_json),
         ("x.safetensors", b"\x08\x00\x00\x00", artifacts.load_tensors),
         ("x.json", None, artifacts.read_json),
         ("x.safetensors", None, artifacts.load_tensors),
@@ -241,3 +262,40 @@ def test_a_broken_safetensors_file_is_one_line_at_every_door(door: str, tmp_path
         else:
             raise AssertionError(f"{why}: read without a word")
         assert path.parent.name in said and "\n" not in said and len(said) < 700, (why, said)
+
+
+def hydra_folder(folder: Path) -> None:
+    """A configuration of the user's own, through the command line."""
+    if main(["--config-dir", str(folder), "task=list", "+own=x", "tracking=none", f"hydra.run.dir={folder}/run"]) == 2:
+        raise UserError("x.yaml, as printed")
+
+
+YAML_DOORS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
+    "a set": ("config.yaml", "top_k: {}", load_set),
+    "a cross-layer set": (
+        "config.yaml",
+        "k: {}",
+        lambda f: (f / "W_enc_0.safetensors").touch() or clt.open_set(f, ANY),
+    ),
+    "a card": ("README.md", "---\nlicense: {}\n---\n", lambda f: parts_of((f / "README.md").read_text())),
+    "a circuit": ("circuit.yaml", "version: {}", load_circuit),
+    "a declared circuit": ("own.yaml", "supernodes: {}", lambda f: declared(CircuitSpecConfig(path=f"{f}/own.yaml"))),
+    "labels by hand": ("labels.yaml", "L0/0: {}", lambda f: read_hand(f / "labels.yaml", cast(Any, None))),
+    "a configuration": ("own/x.yaml", "# @package _global_\nprompt: {}", hydra_folder),
+}
+
+
+@pytest.mark.parametrize("door", YAML_DOORS)
+def test_no_yaml_makes_an_object_of_python(door: str, tmp_path: Path) -> None:
+    name, text, read = YAML_DOORS[door]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    if door == "a cross-layer set":
+        for file in ("W_enc_0.safetensors", "W_dec_0.safetensors"):
+            (tmp_path / file).touch()
+    made = tmp_path / "made"
+    for tag in ("object/apply:os.mkdir", "object/new:os.mkdir", "name:os.mkdir"):
+        (tmp_path / name).write_text(text.format(f"!!python/{tag} ['{made}']"))
+        with pytest.raises(UserError) as caught:
+            read(tmp_path)
+        assert "\n" not in str(caught.value) and Path(name).stem.split("_")[0].lower() in str(caught.value).lower()
+        assert not made.exists()

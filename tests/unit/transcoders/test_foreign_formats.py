@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.formats import FORMATS, Choice, detect, load_set, refusal, save_set
@@ -551,3 +553,81 @@ def test_thresholds_carry_relu_and_batchtopk_too(tmp_path: Path, activation: str
 def test_an_unknown_format_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"choose one of: {', '.join(FORMATS)}"):
         load_set(tmp_path, format="pt")
+
+
+# -- what lies in a stranger's files
+
+ODD = [
+    None, True, -1, 0, 1.5, 10**30, float("inf"), float("nan"), "4", "", "x" * 300, "a\0b", "é²", [], [1], ["1"], {},
+    {"a": 1}, [[1]], ["x" * 300], ["a\0b", "é"], "cuda",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_odd_value_in_a_configuration_is_read_or_one_line(tmp_path: Path, name: str) -> None:
+    """Numbers as strings, lists where one is expected, names of 300 letters: no traceback."""
+    CASES[name].folder(tmp_path, "float32", False)
+    (where,) = [*tmp_path.rglob("*.yaml"), *sorted(tmp_path.rglob("c*fg.json")), *tmp_path.rglob("config.json")][:1]
+    yaml_file = where.suffix == ".yaml"
+    record = (yaml.safe_load if yaml_file else json.loads)(where.read_text())
+    keys = [*record, "activation", "k", "top_k", "layers", "num_model_layers", "l0", "activation_fn", "metadata"]
+    for key in dict.fromkeys(keys):
+        for value in ODD:
+            changed = record | {key: value}
+            where.write_text(yaml.safe_dump(changed) if yaml_file else json.dumps(changed))
+            try:
+                load_set(tmp_path)
+            except UserError as error:
+                assert len(str(error)) < 1000 and "\n" not in str(error), (key, str(value)[:50], str(error)[:300])
+            except Exception as error:
+                raise AssertionError(f"{key}: {str(value)[:50]}: {type(error).__name__} {str(error)[:200]}") from error
+
+
+FIRST = {
+    "paper": "layer_0.safetensors", "circuit_tracer": "layer_0.safetensors",
+    "circuit_tracer jumprelu": "layer_0.safetensors", "gemma_scope": f"{gemma_name(0, False)}/params.safetensors",
+    "sparsify": "layers.0.mlp/sae.safetensors", "sae_lens": "layer_0/sae_weights.safetensors",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_wrong_tensors_are_one_line_in_every_format(tmp_path: Path, name: str) -> None:
+    CASES[name].folder(tmp_path, "float32", False)
+    path = tmp_path / FIRST[name]
+    whole = load_file(path)
+    for tensor, array in whole.items():
+        wrong: dict[str, np.ndarray | None] = {
+            "missing": None, "not a number": np.full_like(array, np.nan), "infinite": np.full_like(array, np.inf),
+            "too large for float32": np.full(array.shape, 1e300), "integers": array.astype(np.int8),
+            "one dimension more": array[None], "one row less": np.ascontiguousarray(array[1:]), "empty": array[:0],
+            "turned": np.ascontiguousarray(array.T[::-1]) if array.ndim == 2 else array[:3],
+        }  # fmt: skip
+        for why, found in wrong.items():
+            if why == "turned" and array.shape == (D, D):
+                continue
+            save_file({n: a for n, a in (whole | {tensor: found}).items() if a is not None}, path)
+            if tensor == "activation_function.threshold" and why == "missing":
+                continue  # ReLU, as circuit-tracer takes it
+            try:
+                load_set(tmp_path)
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 600, (tensor, why)
+            else:
+                raise AssertionError(f"{tensor}, {why}: read without a word")
+    save_file(whole | {"extra": np.ones(3, np.float32)}, path)
+    with pytest.raises(UserError, match="extra"):
+        load_set(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("name", FIRST)
+def test_short_floats_are_read_as_the_numbers_that_they_are(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    CASES[name].folder(tmp_path, "float32", False)
+    for path in tmp_path.rglob("*.safetensors"):
+        stored = {n: torch.from_numpy(a).to(dtype) for n, a in load_file(path).items()}
+        save_torch(stored, path)
+    loaded = load_set(tmp_path)
+    for path in tmp_path.rglob("*.safetensors"):  # for the formula, which is numpy's
+        save_file({n: t.float().numpy() for n, t in load_torch(path).items()}, path)
+    with torch.no_grad():
+        assert_computes(loaded.to(torch.float32), CASES[name].formula, tmp_path)

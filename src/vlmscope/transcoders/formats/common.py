@@ -4,6 +4,7 @@ Our own convention, into which every reader translates: `W_enc` [F, d], `W_dec` 
 `W_skip` [d, d] applied as `x @ W_skip.T`, `threshold` [F], `W_later` [n, F, d] decoders to the n layers after its own.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -170,6 +171,11 @@ def positive(value: object, name: str, where: Path) -> int:
     return value
 
 
+def l0_of(value: object) -> int | None:
+    """A stated mean number of active features as a k of at least 1; None for what is no positive finite number."""
+    return max(1, round(value)) if isinstance(value, int | float) and 0 < value < math.inf else None
+
+
 def record_of(value: Any, where: Path) -> dict[str, Any]:
     """A configuration file's content.
 
@@ -244,7 +250,7 @@ def build_layer(
     tensors = source.translate(read_tensors(path))
     has_threshold = activation_has_threshold(activation)
     _check_names(path, tensors, activation, has_threshold)
-    f, d = _checked_shapes(path, tensors, d_model)
+    f, d = _checked_shapes(path, tensors, d_model, dtype)
     try:
         one = TranscoderConfig(
             d_model=d,
@@ -286,7 +292,7 @@ def _check_names(path: Path, tensors: Tensors, activation: str, has_threshold: b
         raise UserError(f"{path} holds {', '.join(unknown)}, which activation {activation!r} does not use")
 
 
-def _checked_shapes(path: Path, tensors: Tensors, d_model: int | None) -> tuple[int, int]:
+def _checked_shapes(path: Path, tensors: Tensors, d_model: int | None, dtype: torch.dtype) -> tuple[int, int]:
     w_enc = tensors["W_enc"]
     if w_enc.ndim != 2:
         raise UserError(f"{path}: W_enc has shape {tuple(w_enc.shape)} where (features, model width) is expected")
@@ -304,5 +310,8 @@ def _checked_shapes(path: Path, tensors: Tensors, d_model: int | None) -> tuple[
                 f"{path}: {name} has shape {tuple(tensor.shape)}, but W_enc {(f, d)} asks for {expected[name]}"
             )
         if not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds values that are not finite; train or copy the set anew")
+            raise UserError(f"{path}: {name} holds values that are not finite; train or copy the set again")
+        most = torch.finfo(dtype).max
+        if torch.finfo(tensor.dtype).max > most and bool((tensor.abs() > most).any()):
+            raise UserError(f"{path}: {name} holds values that {dtype} cannot; give a dtype that can")
     return f, d

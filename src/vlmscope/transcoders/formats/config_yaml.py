@@ -6,6 +6,7 @@ circuit-tracer reads `activation` and `k` and, without them, takes JumpReLU for 
 TopK. Our writer says all of it, so that each reads the same function. Tables: docs/formats_transcoders.md.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def _layer_files(folder: Path, record: dict[str, Any]) -> dict[int, Path]:
         raise UserError(f"{where}: model_kind is {record['model_kind']!r}; only transcoder_set can be read")
     names, layers = record.get("transcoders"), record.get("layers")
     if names is None and layers is None:
-        found = {int(path.stem[6:]): path for path in folder.glob("layer_*.safetensors") if path.stem[6:].isdigit()}
+        found = {int(path.stem[6:]): path for path in folder.glob("layer_*.safetensors") if path.stem[6:].isdecimal()}
         if not found:
             raise UserError(f"{folder} holds no layer_*.safetensors file; check the path")
         return dict(sorted(found.items()))
@@ -198,9 +199,9 @@ def _layer_files(folder: Path, record: dict[str, Any]) -> dict[int, Path]:
         if "://" in name or not _lies_in(folder, name):
             raise UserError(f"{where}: {name!r} does not lie in the set's folder; copy the file there and name it so")
         files[layer] = folder / name
-        if not files[layer].is_file():
+        if not os.path.isfile(files[layer]):  # Path.is_file raises for a name that is too long
             raise UserError(
-                f"{files[layer]} is missing (layer {layer} of the set); copy it there or train the set anew"
+                f"{files[layer]} is missing (layer {layer} of the set); copy it there or train the set again"
             )
     return dict(sorted(files.items()))
 

@@ -4,6 +4,8 @@ Pure functions of text and records. The facts stand twice: as tables to read, an
 matter, from where `facts_of` takes them again.
 """
 
+import html
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -97,8 +99,8 @@ def render(facts: CardFacts) -> str:
 
 
 def _title(facts: CardFacts) -> str:
-    model = facts.base_model or "an unnamed model"
-    at = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
+    model = _plain(facts.base_model or "an unnamed model")
+    at = f" at revision {_code(facts.base_revision)}" if facts.base_revision else ""
     widths = sorted(set(facts.widths.values()))
     wide = (
         f"{widths[0]:,}" if len(widths) == 1 else f"{widths[0]:,} to {widths[-1]:,}" if widths else "an unknown number"
@@ -110,9 +112,20 @@ def _title(facts: CardFacts) -> str:
     return (
         f"# Transcoders of {model}\n\n"
         f"One {facts.activation} transcoder ({aim}, {wide} features{skip}) for the MLP of each of {len(facts.widths)} "
-        f"layers of {model}{at}: from `{facts.input_hook}` to `{facts.output_hook}`. Format: {facts.format}. "
-        f"Licence: {facts.license}."
+        f"layers of {model}{at}: from {_code(facts.input_hook)} to {_code(facts.output_hook)}. Format: {facts.format}. "
+        f"Licence: {_plain(facts.license)}."
     )
+
+
+def _plain(value: object) -> str:
+    """Words from elsewhere as Markdown that shows them on one line: no HTML, link, code or end of a table's cell."""
+    return re.sub(r"([\\`|\[\]])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
+
+
+def _code(value: object) -> str:
+    """The same as code, where nothing in it could end the code or the cell."""
+    text = " ".join(str(value).split())
+    return _plain(text) if re.search(r"[`\\|<]", text) else f"`{text}`"
 
 
 def _table(rows: list[list[str]]) -> str:
@@ -151,14 +164,18 @@ def _data(facts: CardFacts) -> str:
         return ""
     total = sum(facts.data.values())
     rows = [["source", "tokens", "share"]]
-    rows += [[name, f"{count:,}", f"{100 * count / total:.0f} %"] for name, count in facts.data.items() if total]
+    rows += [
+        [_plain(name), f"{count:,}", f"{100 * count / total:.0f} %"] for name, count in facts.data.items() if total
+    ]
     return "## Training data\n\n" + _table(rows)
 
 
 def _settings(facts: CardFacts) -> str:
     if not facts.settings:
         return ""
-    return "## Training\n\n" + _table([["setting", "value"], *([n, f"`{v}`"] for n, v in facts.settings.items())])
+    return "## Training\n\n" + _table(
+        [["setting", "value"], *([_plain(n), _code(v)] for n, v in facts.settings.items())]
+    )
 
 
 def parts_of(text: str) -> tuple[dict[str, Any], str]:
@@ -205,5 +222,6 @@ def carried_over(own: CardFacts, text: str | None) -> CardFacts:
 
 
 def _deeper(body: str) -> str:
-    """Headings two levels down, so that they stand under the heading of the quotation."""
-    return "\n".join(f"##{line}" if line.startswith("#") else line for line in body.strip().splitlines())
+    """Headings two levels down, under that of the quotation; HTML shown as text, so that it does nothing."""
+    shown = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", body.strip())
+    return "\n".join(f"##{line}" if line.startswith("#") else line for line in shown.splitlines())

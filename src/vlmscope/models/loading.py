@@ -282,8 +282,22 @@ def _load_weights(name: str, folder: Path, dtype: str, device: str, offload: str
     device_map = None if place == "cpu" else {"": place}
     model = _from_pretrained(name, folder, dtype=DTYPES[dtype], device_map=device_map)
     model.eval().requires_grad_(False)
+    _check_finite(model, folder, dtype)
     if offload == "cpu" and device != "cpu":
         offload_to_cpu(model, device)
     elif offload == "disk":
         compute_on(model, device)
     return model
+
+
+def _check_finite(model: Any, folder: Path, dtype: str) -> None:
+    """Raise a `UserError` for weights that are NaN or infinite; those left on disk (`meta`) are not read for it."""
+    for name, weight in model.named_parameters():
+        if weight.is_meta or not weight.is_floating_point() or not weight.numel():
+            continue
+        # No mask as large as the weight is made, and NaN comes through.
+        if not all(bool(edge.isfinite()) for edge in weight.aminmax()):
+            advice = "take bfloat16 or float32, or another copy" if dtype == "float16" else "take another copy"
+            raise UserError(
+                f"the model at {folder} holds values that are not finite in {dtype}, first in {name}; {advice}"
+            )

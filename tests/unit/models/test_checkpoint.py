@@ -295,3 +295,27 @@ def test_pan_and_scan_stays_off_whatever_the_folder_says(folder: Path) -> None:
     inputs = vlm.prepare("what is this ?", [picture])
     assert inputs.tensors["pixel_values"].shape == (1, 3, 16, 16)
     assert int(inputs.is_image.sum()) == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_one_line(value: float, folder: Path) -> None:
+    """They would make every answer nan; the file is whole, so that nothing else notices."""
+    tensors = load_file(shard(folder))
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, shard(folder), metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=rf"holds values that are not finite in float32, first in .*{name.rpartition('layers.')[2]}"
+    ):
+        load_vlm(folder)
+    with pytest.raises(UserError, match="not finite"):
+        load_vlm(folder, dtype="bfloat16")
+
+
+def test_weights_beyond_the_dtype_are_one_line(folder: Path) -> None:
+    tensors = load_file(shard(folder))
+    tensors[sorted(tensors)[0]].view(-1)[0] = 1e6
+    save_file(tensors, shard(folder), metadata={"format": "pt"})
+    load_vlm(folder)
+    with pytest.raises(UserError, match=r"not finite in float16.*bfloat16 or float32"):
+        load_vlm(folder, dtype="float16")

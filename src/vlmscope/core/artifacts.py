@@ -70,13 +70,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """Read UTF-8 text.
+    """Read UTF-8 text, without the byte order mark with which editors on Windows begin a file.
 
     Raises:
         UserError: when the file is missing, unreadable or not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:

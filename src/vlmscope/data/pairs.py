@@ -126,7 +126,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(read_text(path).removeprefix("\ufeff").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if line.strip():
             origin = f"{path} line {number}"
             try:

@@ -75,7 +75,7 @@ def read_rows(path: str | Path) -> tuple[list[PromptRow], list[BadRow]]:
 
 
 def _csv_rows(path: Path) -> Iterator[Any]:
-    lines = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""))
+    lines = csv.DictReader(io.StringIO(read_text(path), newline=""))
     names = [name.strip() for name in lines.fieldnames or []]
     if "prompt" not in names or set(names) - set(_KEYS) or len(set(names)) < len(names):
         raise UserError(f"{path} has the columns {', '.join(names) or '(none)'}; give prompt, image and perhaps id")
@@ -91,7 +91,7 @@ def _csv_rows(path: Path) -> Iterator[Any]:
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    for line in read_text(path).removeprefix("\ufeff").splitlines():
+    for line in read_text(path).splitlines():
         if line.strip():
             try:
                 yield json.loads(line)

@@ -31,6 +31,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: when there are none, or the index cannot be read.
     """
+    if (folder / SINGLE).is_file():  # transformers takes it even where an index names other files
+        return [folder / SINGLE]
     index = folder / INDEX
     if index.is_file():
         refuse_lfs_pointer(index)
@@ -42,8 +44,6 @@ def weight_files(folder: Path) -> list[Path]:
         if outside:
             raise UserError(f"{index} names {outside[0]!r}, which does not lie in the folder; {_AGAIN}")
         return [folder / name for name in sorted(set(names.values()))]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     if shards:
         raise UserError(f"{index} is missing beside {shards[0].name}; {_AGAIN}")

@@ -67,6 +67,12 @@ def test_the_temporary_file_is_beside_the_target_and_keeps_its_suffix(tmp_path: 
     assert (tmp_path / "x.safetensors").read_bytes() == b"1"
 
 
+@pytest.mark.parametrize("reader", [artifacts.read_text, artifacts.read_json, artifacts.read_yaml])
+def test_a_byte_order_mark_is_no_part_of_a_text(reader, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbf[1]")
+    assert reader(tmp_path / "a") in ("[1]", [1])
+
+
 def test_json_and_yaml_round_trip(tmp_path: Path) -> None:
     value = {"b": [1, 2.5, None], "a": {"text": "Überschrift: {x}, ${y}\n"}}
     artifacts.write_json(tmp_path / "x.json", value)

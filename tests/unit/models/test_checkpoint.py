@@ -241,6 +241,20 @@ def test_weights_and_logits_come_back_from_shards(folder: Path) -> None:
         assert torch.equal(before.model(**inputs.tensors).logits, after.model(**inputs.tensors).logits)
 
 
+def test_weights_in_one_file_and_in_shards_are_those_that_transformers_takes(folder: Path) -> None:
+    """mlx-vlm#1464: a stray model.safetensors next to an index that names other files."""
+    model = load_vlm(folder).model
+    weights = {name: tensor * 0.5 for name, tensor in model.state_dict().items()}
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    assert weight_files(folder) == [folder / "model.safetensors"]
+    theirs = type(model).from_pretrained(folder).state_dict()
+    ours = load_vlm(folder).model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UserError, match="model.safetensors"):
+        check_weights(folder)
+
+
 def test_what_a_model_recomputes_may_lie_in_its_files(folder: Path) -> None:
     save_file({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "extra.safetensors")
 

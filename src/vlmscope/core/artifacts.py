@@ -105,11 +105,39 @@ def read_json(path: str | Path) -> Any:
     """
     text = read_text(path)
     try:
+        return parse_json(text)
+    except UserError as error:
+        raise UserError(f"{path} is {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        UserError: "not valid JSON ...", without the name of a file; also of brackets nested too deep, and of numbers
+            of thousands of digits.
+    """
+    try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}; write it again") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
-        raise UserError(f"{path} cannot be read as JSON: {str(error)[:200]}; write it again") from error
+        where = f"line {error.lineno}" if "\n" in text.rstrip() else f"column {error.colno}"
+        raise UserError(f"not valid JSON ({error.msg.removesuffix(' at')} at {where}); correct it") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"not valid JSON ({str(error)[:200]}); correct it") from error
+
+
+def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not blank, each with its number from 1.
+
+    Only a line feed (with or without a carriage return) ends a line. `str.splitlines` would also cut at form feeds and
+    at U+0085, U+2028 and U+2029, which stand unescaped inside the strings of valid JSON.
+
+    Raises:
+        UserError: as `read_text`.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield number, line
 
 
 def write_yaml(path: str | Path, obj: Any) -> None:

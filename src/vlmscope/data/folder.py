@@ -7,13 +7,13 @@ and its pictures opened, when it is asked for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
+from vlmscope.core.artifacts import parse_json
 from vlmscope.core.conversation import Sample
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
@@ -100,9 +100,9 @@ class JsonLines(Sequence[Sample]):
 
 def _record(line: bytes, origin: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{origin}: not valid JSON ({error.msg} at column {error.colno}); correct it") from error
+        return parse_json(line.decode("utf-8-sig"))
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{origin}: not UTF-8 text; save the file as UTF-8") from error
 

@@ -11,7 +11,6 @@ list of them; none for text alone. `question` groups lines that ask the same thi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlmscope.core.artifacts import read_text
+from vlmscope.core.artifacts import parse_json, text_lines
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import PictureFiles, check_image
 from vlmscope.data.orrery.pairs import scene_pairs
@@ -126,15 +125,12 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if line.strip():
-            origin = f"{path} line {number}"
-            try:
-                yield origin, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{origin}: not valid JSON ({error.msg} at column {error.colno}); correct it"
-                ) from error
+    for number, line in text_lines(path):
+        origin = f"{path} line {number}"
+        try:
+            yield origin, parse_json(line)
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from error
 
 
 def _checked(record: Any, origin: str, folder: Path) -> dict[str, Any]:

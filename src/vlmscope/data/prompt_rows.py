@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmscope.core.artifacts import read_text
+from vlmscope.core.artifacts import parse_json, read_text, text_lines
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import check_image
 
@@ -91,12 +90,11 @@ def _csv_rows(path: Path) -> Iterator[Any]:
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    for line in read_text(path).splitlines():
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                yield UserError(f"not valid JSON ({error.msg} at column {error.colno}); correct it")
+    for _, line in text_lines(path):
+        try:
+            yield parse_json(line)
+        except UserError as error:
+            yield error
 
 
 def _row(record: Any, number: int, origin: str, folder: Path) -> PromptRow:

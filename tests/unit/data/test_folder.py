@@ -73,6 +73,7 @@ def test_a_picture_damaged_after_its_header_is_found_on_reading(folder: Path) ->
         ([], "holds no example"),
         (["", " "], "holds no example"),
         ([{"text": "x"}, "{'text': 1}"], r"line 2: not valid JSON \(Expecting property name"),
+        (["[" * 99_999], "line 1: not valid JSON"),
         ([{"text": "x"}, {"caption": "x"}], "line 2: it has neither"),
         ([{"text": "x"}, {"images": ["pictures/9.png"], "text": "x"}], "line 2: image .*9.png: no such file"),
         ([{"images": ["pictures"], "text": "x"}], "line 1: image .*is a folder"),

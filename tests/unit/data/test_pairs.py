@@ -194,10 +194,17 @@ def test_own_pairs_fill_in_what_the_counterfactual_leaves_out(folder: Path) -> N
         load_pairs(PairsConfig(path=str(folder / "pairs.jsonl"), train=3), "test")
 
 
+def test_line_ends_of_unicode_do_not_end_a_pair(folder: Path) -> None:
+    asked = [f"a{mark}b ?" for mark in "\u2028\u2029\x85"]
+    lines = [json.dumps({**GOOD, "prompt": text, "id": text}, ensure_ascii=False) for text in asked]
+    assert [pair.original.prompt for pair in read_pairs(write(folder, *lines))] == asked
+
+
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
         ([], "has no pair"),
+        (["[" * 99_999], "line 1: not valid JSON"),
         (["{"], "line 1: not valid JSON"),
         ([[1]], "line 1: write"),
         ([{**GOOD, "counterfactual": None}], "line 1: write"),

@@ -100,6 +100,70 @@ def test_image_and_label_as_imagenet_has_them(tmp_path: Path, saved: str) -> Non
     assert len({caption.split()[0] for caption in captions}) == 2  # every template has its turn
 
 
+SFT = ["train_sft-00000-of-00001", "test_sft-00000-of-00001"]
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "chosen"),
+    [
+        # The hub's names, those that Hugging Face's `load_dataset` knows, and folders.
+        (["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"], "train", [0, 1]),
+        (["data/train-00000-of-00001", "data/validation-00000-of-00001"], "validation", [1]),
+        (SFT, "test_sft", [1]),
+        (["mine-train-00000-of-00001", "mine-test-00000-of-00001"], "test", [1]),
+        (["train_0", "train_1", "val_0"], "train", [0, 1]),
+        (["train", "val"], "val", [1]),
+        (["train/0000", "test/0000"], "test", [1]),
+        (["latest/train/0000", "latest/test/0000"], "train", [0]),
+        (["contest_train", "contest_dev"], "dev", [1]),
+        (["train-val", "val"], "val", [1]),
+        (["questions/0", "answers/0"], "answers", [1]),
+        # Files without a split's name are all of the training split, as `load_dataset` takes them.
+        (["0000", "0001"], "train", [0, 1]),
+        (["part-00000-of-00002", "part-00001-of-00002"], "train", [0, 1]),
+        (["0000", "0001"], "validation", "its files name no split, so that all of them are 'train'"),
+        (["part-00000-of-00002", "part-00001-of-00002"], "val", "its files name no split"),
+        # A split that no file carries.
+        (["train-00000-of-00001", "test-00000-of-00001"], "validation", "split 'validation'; .* one of test, train"),
+        (["train", "validation"], "val", "has no split 'val'; .* one of train, validation"),
+        (["test", "validation"], "train", "has no split 'train'; .* one of test, validation"),
+        (["test_0", "0"], "train", "has no split 'train'; .* one of test"),
+        (SFT, "train", "has no split 'train'; .* one of test_sft, train_sft"),
+        (["cats-00000-of-00001", "dogs-00000-of-00001"], "train", "one of cats, dogs"),
+        (["train/0000", "test/0000"], "val", "one of test, train"),
+    ],
+)
+def test_a_split_is_the_files_that_carry_its_name(
+    tmp_path: Path, files: list[str], split: str, chosen: list[int] | str
+) -> None:
+    for number, name in enumerate(files):
+        (tmp_path / "it" / name).parent.mkdir(parents=True, exist_ok=True)
+        text_table(30).select([number]).to_parquet(tmp_path / "it" / f"{name}.parquet")
+    config = SourceConfig("hf_text", str(tmp_path / "it"), val_split=split)
+    if isinstance(chosen, list):
+        assert {one.text for one in samples(config, split=split)} == {f"document {n}" for n in chosen}
+    else:
+        with pytest.raises(UserError, match=chosen) as error:
+            samples(config, split=split)
+        assert str(tmp_path / "it") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_folder_itself_may_name_the_split(tmp_path: Path) -> None:
+    text_table(3).to_parquet(tmp_path / "validation" / "0000.parquet")
+    assert len(samples(SourceConfig("hf_text", str(tmp_path / "validation"), split="validation"))) == 3
+
+
+@pytest.mark.parametrize("split", [None, "train", "test", "train[:50%]"])
+def test_a_table_saved_alone_is_one_split(tmp_path: Path, split: str | None) -> None:
+    table = text_table(4)
+    Dataset(table.data, split=split).save_to_disk(tmp_path / "it")  # pyright: ignore[reportArgumentType]
+    own = "test" if split == "test" else "train"
+    assert len(samples(SourceConfig("hf_text", str(tmp_path / "it"), split=own))) == 4
+    for other in {"train", "test", "validation"} - {own}:
+        with pytest.raises(UserError, match=f"has no split '{other}'; .* is one of {own}"):
+            samples(SourceConfig("hf_text", str(tmp_path / "it"), split=other))
+
+
 def test_pictures_with_captions_of_their_own(tmp_path: Path) -> None:
     table = imagenet_table(3).remove_columns("label").add_column("caption", ["one", "two", "three"])  # pyright: ignore
     table.save_to_disk(tmp_path / "data")

@@ -15,15 +15,17 @@ from typing import Any, cast
 from vlmscope.core.errors import UserError
 from vlmscope.data.build_part import Chunk, PartJob, chunks_of
 
-Claim = Callable[[list[bytes]], list[bool]]
+Claim = Callable[[PartJob, list[bytes]], list[bool]]
+Enter = Callable[[PartJob, Chunk], None]
+Finish = Callable[[PartJob], None]
 
 
 def run_jobs(
     jobs: list[PartJob],
     processes: int,
     claim: Claim,
-    enter: Callable[[str, Chunk], None],
-    finish: Callable[[str], None],
+    enter: Enter,
+    finish: Finish,
 ) -> None:
     """Go through all parts.
 
@@ -40,28 +42,28 @@ def run_jobs(
     if processes == 1 or len(jobs) == 1:
         for job in jobs:
             _here(job, claim, enter)
-            finish(job.key)
+            finish(job)
     elif jobs:
         _there(jobs, min(processes, len(jobs)), claim, enter, finish)
 
 
-def _here(job: PartJob, claim: Claim, enter: Callable[[str, Chunk], None]) -> None:
+def _here(job: PartJob, claim: Claim, enter: Enter) -> None:
     steps = chunks_of(job)
     said = next(steps, None)
     while said is not None:
         if isinstance(said, Chunk):
-            enter(job.key, said)
+            enter(job, said)
             said = next(steps, None)
         else:
-            said = steps.send(claim(said))
+            said = steps.send(claim(job, said))
 
 
 def _there(
     jobs: list[PartJob],
     processes: int,
     claim: Claim,
-    enter: Callable[[str, Chunk], None],
-    finish: Callable[[str], None],
+    enter: Enter,
+    finish: Finish,
 ) -> None:
     context = multiprocessing.get_context("spawn")
     waiting, working, started = list(jobs), dict[Connection, PartJob](), []
@@ -79,13 +81,13 @@ def _there(
                 job = working[connection]
                 match _received(connection, job):
                     case Chunk() as chunk:
-                        enter(job.key, chunk)
+                        enter(job, chunk)
                     case list() as digests:
-                        connection.send(claim(digests))
+                        connection.send(claim(job, digests))
                     case str() as error:
                         raise UserError(error)
                     case None:
-                        finish(job.key)
+                        finish(job)
                         del working[connection]
                         _hand_over(connection, waiting, working)
     finally:

@@ -16,9 +16,9 @@ from typing import Any
 
 import webdataset as wds
 
-from vlmscope.core.artifacts import atomic_path, read_json, write_json
+from vlmscope.core.artifacts import atomic_path, write_json
 from vlmscope.core.errors import UserError
-from vlmscope.data.shard_index import INDEX
+from vlmscope.data.shard_index import INDEX, damaged_shards, read_index
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def write_shards(
     meta: dict[str, Any],
     on_shard: Callable[[ShardPlan], None] = lambda _plan: None,
 ) -> int:
-    """Write the shards that `folder` still lacks; return how many were written.
+    """Write the shards that `folder` still lacks, and those that are damaged; return how many were written.
 
     Args:
         folder: where shards and index live.
@@ -65,12 +65,11 @@ def write_shards(
         UserError: the folder holds shards of another `meta`, or cannot be written.
     """
     index = open_index(folder, meta)
+    damaged = damaged_shards(folder, index["shards"])
     written = 0
     for plan in plans:
-        entry = index["shards"].get(plan.name)
-        path = folder / plan.name
-        if entry is None or not path.is_file() or path.stat().st_size != entry["bytes"]:
-            index["shards"][plan.name] = _write_shard(path, plan, make_sample)
+        if plan.name not in index["shards"] or plan.name in damaged:
+            index["shards"][plan.name] = _write_shard(folder / plan.name, plan, make_sample)
             write_json(folder / INDEX, index)
             written += 1
         on_shard(plan)
@@ -83,12 +82,13 @@ def open_index(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: it describes data of another `meta`.
     """
-    path = folder / INDEX
-    if not path.is_file():
+    if not (folder / INDEX).is_file():
         return {"meta": meta, "shards": {}}
-    index = read_json(path)
-    if index.get("meta") != json.loads(json.dumps(meta)):
-        raise UserError(f"{path} describes other data than asked for: choose another folder or remove this one")
+    index = read_index(folder, "data.path")
+    if index["meta"] != json.loads(json.dumps(meta)):
+        raise UserError(
+            f"{folder / INDEX} describes other data than asked for: choose another folder or remove this one"
+        )
     return index
 
 
@@ -110,17 +110,16 @@ def shard_files(folder: Path, split: str, kind: str) -> list[Path]:
     """The finished shards of a (split, kind), in order.
 
     Raises:
-        UserError: there is no index, or it lists none for this split and kind, or a listed file is missing.
+        UserError: there is no index, or it lists none for this split and kind, or a listed file is missing or damaged.
     """
-    if not (folder / INDEX).is_file():
-        raise UserError(f"no {INDEX} in {folder}: run `python run.py task=build_data` first, or set data.folder")
-    entries = read_json(folder / INDEX)["shards"]
+    entries = read_index(folder, "data.path")["shards"]
     names = sorted(n for n, e in entries.items() if e["split"] == split and e["kind"] == kind)
     if not names:
         raise UserError(f"{folder} has no shards of split {split!r}, kind {kind!r}: run task=build_data with them")
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"shard {folder / name} is in the index but missing: run task=build_data again")
+    damaged = damaged_shards(folder, {name: entries[name] for name in names})
+    for name in sorted(damaged):
+        what = "damaged" if (folder / name).is_file() else "in the index but missing"
+        raise UserError(f"shard {folder / name} is {what}: run task=build_data again, which mends it")
     return [folder / n for n in names]
 
 

@@ -1,6 +1,7 @@
 """Shards of a mix: each sample once for any number of processes, whole after any interruption, and read back."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -107,15 +108,84 @@ def test_an_interrupted_build_goes_on_without_loss_or_repeat(
     assert figures["data/duplicates"] == 20 and figures["data/rows"] == 121
 
 
-def test_a_shard_that_is_damaged_or_gone_is_written_again(tmp_path: Path) -> None:
-    made = sources(tmp_path / "words")
-    build_mix(made, settings(tmp_path / "out"))
-    shards = sorted((tmp_path / "out").glob("train-words*.tar"))
-    shards[0].unlink()
-    shards[-1].write_bytes(b"short")
-    assert build_mix(made, settings(tmp_path / "out"))["data/shards_written"] > 1
-    found = contents(tmp_path / "out")
-    assert set(found) == expected(tmp_path / "words") and set(found.values()) == {1}
+def flip(path: Path) -> None:
+    """One bit in the middle; the length stays."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(b"short")
+
+
+def read(path: Path) -> Any:
+    """The content of a file; the index lists shards in the order in which they were written."""
+    return read_json(path) if path.suffix == ".json" else path.read_bytes()
+
+
+ONE, DIGESTS = "train-words-all-000-00001.tar", "digests/words-all-001-00002.bin"
+
+
+@pytest.mark.parametrize(
+    ("files", "harm", "processes"),
+    [
+        (ONE, flip, 1), (ONE, shorten, 1), (ONE, Path.unlink, 1), (DIGESTS, flip, 1), (DIGESTS, Path.unlink, 1),
+        ("*.tar", flip, 1), pytest.param("*words*", flip, 2, id="two", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_damaged_shards_alone_are_written_again_bit_for_bit(
+    tmp_path: Path, files: str, harm: Callable[[Path], None], processes: int
+) -> None:
+    made, out = sources(tmp_path / "words"), tmp_path / "out"
+    build_mix(made, settings(out))
+    before = {path: (read(path), path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file()}
+    victims = list(out.glob(files))
+    for path in victims:
+        harm(path)
+    figures = build_mix(made, settings(out), processes)
+    index = read_json(out / "index.json")
+    touched = {name for part in index["parts"].values() for number, chunk in enumerate(part["chunks"])
+               for name in chunk["shards"] if {*chunk["shards"]} & {path.name for path in victims}
+               or f"{name.split('-', 1)[1][:-4]}.bin" in {path.name for path in victims}}  # fmt: skip
+    assert figures["data/shards_written"] == len(touched) > 0
+    for path, (content, time) in before.items():
+        assert read(path) == content, path
+        if path.suffix == ".tar":
+            assert (path.stat().st_mtime_ns == time) == (path.name not in touched), path
+    assert build_mix(made, settings(out))["data/shards_written"] == 0
+
+
+def test_a_build_that_was_cut_short_mends_what_it_has_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, out = sources(tmp_path / "words"), tmp_path / "out"
+    monkeypatch.setattr(build_part, "write_tar", Die(build_part.write_tar, [], 9))
+    with pytest.raises(KeyboardInterrupt):
+        build_mix(made, settings(out))
+    flip(out / "train-words-all-000-00000.tar")
+    figures = build_mix(made, settings(out))
+    build_mix(made, settings(tmp_path / "whole"))
+    for path in (tmp_path / "whole").rglob("*.*"):
+        assert read(path) == read(out / path.relative_to(tmp_path / "whole")), path
+    assert figures["data/duplicates"] == 20 and figures["data/rows"] == 121
+
+
+def test_a_source_that_has_changed_does_not_mend(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made, out = sources(tmp_path / "words"), tmp_path / "out"
+    build_mix(made, settings(out))
+    names = [ONE, "train-words-all-000-00002.tar"]
+    for name, texts in zip(names, ([f"other {n}" for n in range(81)], ["few"] * 8), strict=True):
+        shutil.rmtree(tmp_path / "words")
+        Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "words")
+        flip(out / name)
+        if texts[0] == "few":
+            with pytest.raises(UserError, match=r"data.sources.words gives 0 rows .* gave 7.*choose another folder"):
+                build_mix(made, settings(out))
+        else:
+            build_mix(made, settings(out))
+            said = [record.getMessage() for record in caplog.records if record.name.startswith("vlmscope")]
+            assert any(f"{name} differs from what was written first" in line for line in said)
 
 
 def test_other_sources_settings_and_too_small_disks_are_refused(

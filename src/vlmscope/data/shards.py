@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import webdataset as wds
@@ -124,9 +125,40 @@ def shard_files(folder: Path, split: str, kind: str) -> list[Path]:
 
 
 def read_samples(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """Yield the raw samples (`__key__`, bytes by extension) of shards in order, through WebDataset's own reader."""
-    urls = [str(f) for f in files]
-    yield from wds.WebDataset(urls, shardshuffle=False, empty_check=False, handler=wds.reraise_exception)  # pyright: ignore[reportAttributeAccessIssue]
+    """Yield the raw samples (`__key__`, bytes by extension) of shards in order.
+
+    Members are read one after another and never unpacked. WebDataset's own reader would pass over links, and unpack
+    compressed or sparse files, whose content may be thousands of times larger than the shard.
+
+    Raises:
+        ValueError, tarfile.TarError, OSError: a shard is corrupt, or holds what no build writes: members that
+            are no plain files, whose names lead elsewhere, or that are larger than the shard.
+    """
+    for path in files:
+        size, sample = path.stat().st_size, {}
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name)
+                key, _, extension = member.name.rpartition("/")[2].partition(".")
+                if name.is_absolute() or ".." in name.parts:
+                    raise ValueError(f"its member {member.name!r} leaves the shard")
+                if not member.isreg() or member.issparse():
+                    raise ValueError(f"its member {member.name!r} is no plain file")
+                if not 0 <= member.size <= size:
+                    raise ValueError(f"its member {member.name!r} claims {member.size:,} bytes")
+                if not key or not extension:
+                    raise ValueError(f"its member {member.name!r} has no ending, or nothing before it")
+                key = str(name.parent / key)
+                if sample and sample["__key__"] != key:
+                    yield sample
+                    sample = {}
+                if extension in sample:
+                    raise ValueError(f"its member {member.name!r} is there twice")
+                content = tar.extractfile(member)
+                assert content is not None, "it is a plain file"
+                sample |= {"__key__": key, extension: content.read()}
+        if sample:
+            yield sample
 
 
 def encode_png(image: Any) -> bytes:

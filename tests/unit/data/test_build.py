@@ -1,7 +1,9 @@
 """Shards of a mix: each sample once for any number of processes, whole after any interruption, and read back."""
 
+import gzip
 import json
 import shutil
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import webdataset as wds
 from datasets import Dataset
 
-from vlmscope.core.artifacts import read_json
+from vlmscope.core.artifacts import read_json, write_json
 from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.data import build, build_part
@@ -282,6 +284,77 @@ def test_a_corrupt_shard_is_skipped_with_a_count_up_to_a_limit(
     truncate(tmp_path / "train-s-3.tar")
     with pytest.warns(UserWarning), pytest.raises(UserError, match="number 2, and data.max_bad_shards=1"):
         answers(tmp_path, max_bad=1)
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int | None = None, **pax: str) -> bytes:
+    """A tar member whose header says what is given, whatever its content is."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.pax_headers = kind, link, pax
+    body = b'{"text": "x", "images": [], "origin": "o"}' if kind == tarfile.REGTYPE else b""
+    info.size = len(body) if size is None else size
+    return info.tobuf(tarfile.PAX_FORMAT) + body + bytes(-len(body) % 512)
+
+
+HOSTILE = {
+    "parent": (member("../../out.json"), "'../../out.json' leaves the shard"),
+    "parent inside": (member("a/../../out.json"), "leaves the shard"),
+    "absolute": (member("/tmp/out.json"), "'/tmp/out.json' leaves the shard"),
+    "symbolic link": (member("x.json", tarfile.SYMTYPE, "/etc/passwd"), "'x.json' is no plain file"),
+    "hard link": (member("x.json", tarfile.LNKTYPE, "s-0000.json"), "'x.json' is no plain file"),
+    "device": (member("x.json", tarfile.CHRTYPE), "'x.json' is no plain file"),
+    "pipe": (member("x.json", tarfile.FIFOTYPE), "'x.json' is no plain file"),
+    "folder": (member("x.json", tarfile.DIRTYPE), "'x.json' is no plain file"),
+    "sparse": (
+        member("x.json", **{"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**40)}),
+        "'x.json' is no plain file",
+    ),
+    "larger than the shard": (member("x.json", size=2**33), "'x.json' claims 8,589,934,592 bytes"),
+    "negative": (member("x.json", size=-512), "'x.json' claims -512 bytes"),
+    "twice": (member("x.json") * 2, "'x.json' is there twice"),
+    "no ending": (member("README"), "'README' has no ending"),
+    "gzip": (None, "not a gzip|invalid header|not a tar|bad checksum"),
+    "no json": (member("x.png"), "json"),
+    "empty": (b"", "empty"),
+    "cut in a member": (member("x.json")[:700], "unexpected end of data|truncated"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_members_that_no_shard_of_ours_has_make_it_corrupt(tmp_path: Path, case: str) -> None:
+    """Nothing is unpacked, and no member is read that is not a plain file inside the shard's own bytes."""
+    shards(tmp_path, (2, 3))
+    (content, reason), path = HOSTILE[case], tmp_path / "train-s-0.tar"
+    good = path.read_bytes()
+    end = b"" if case.startswith("cut") or case == "empty" else bytes(1024)
+    path.write_bytes(gzip.compress(good) if content is None else content + end)
+    index = read_json(tmp_path / "index.json")
+    index["shards"][path.name] |= {"bytes": path.stat().st_size, "samples": 1}
+    write_json(tmp_path / "index.json", index)
+    with pytest.raises(UserError, match=rf"train-s-0.tar is corrupt \((.*{reason}.*)\), number 1") as error:
+        answers(tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.warns(UserWarning, match="skipped"):
+        assert answers(tmp_path, max_bad=1) == [f"answer {n}" for n in range(2, 5)]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["index.json", "train-s-0.tar", "train-s-1.tar"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: [],
+        lambda index: index | {"shards": []},
+        lambda index: {"shards": index["shards"]},
+        lambda index: index | {"shards": {"../x.tar": index["shards"]["train-s-0.tar"]}},
+        lambda index: index | {"shards": {"/etc/x.tar": index["shards"]["train-s-0.tar"]}},
+        lambda index: index | {"shards": {"train-s-0.tar": {"split": "train", "kind": "s"}}},
+        lambda index: index | {"shards": {"train-s-0.tar": None}},
+    ],
+)
+def test_an_index_of_another_shape_is_one_line(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    shards(tmp_path, (1,))
+    write_json(tmp_path / "index.json", change(read_json(tmp_path / "index.json")))
+    with pytest.raises(UserError, match=r"index.json is no index of shards; correct data.sources.it.path"):
+        answers(tmp_path)
 
 
 def test_the_count_of_bad_shards_survives_resuming(tmp_path: Path) -> None:

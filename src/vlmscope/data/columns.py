@@ -16,7 +16,7 @@ from typing import Any
 from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import derive
-from vlmscope.data.raw import RawSample, words
+from vlmscope.data.raw import RawSample, file_bytes, words
 from vlmscope.data.source_config import SourceConfig
 
 Parser = Callable[[Mapping[str, Any], str], RawSample]  # (row, origin) -> sample
@@ -92,10 +92,7 @@ def picture_bytes(picture: Any, origin: str) -> bytes:
         if picture.get("bytes"):
             return picture["bytes"]
         if picture.get("path"):
-            try:
-                return Path(picture["path"]).read_bytes()
-            except OSError as error:
-                raise UserError(f"{origin}: cannot read its picture {picture['path']}: {error.strerror}") from error
+            return file_bytes(Path(picture["path"]), origin)
     if isinstance(picture, bytes) and picture:
         return picture
     raise UserError(f"{origin}: it has no picture")

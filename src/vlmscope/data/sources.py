@@ -11,7 +11,7 @@ from vlmscope.core.seeds import derive
 from vlmscope.data.hf_rows import hf_source
 from vlmscope.data.orrery.dataset import plain_facts
 from vlmscope.data.orrery.scene import KINDS, SPLITS, Scene, make_scene
-from vlmscope.data.raw import RawSample, held_out
+from vlmscope.data.raw import RawSample, file_bytes, held_out
 from vlmscope.data.readers import Indexed, Source
 from vlmscope.data.shard_rows import ShardSource
 from vlmscope.data.shards import encode_png
@@ -97,7 +97,7 @@ def _folder(name: str, config: SourceConfig, split: str, check_pictures: bool) -
     def sample(number: int) -> RawSample:
         record = lines.record(number)
         origin = lines.origin(number)
-        pictures = tuple(_file(lines.path.parent / image, origin) for image in record.get("images") or [])
+        pictures = tuple(file_bytes(lines.path.parent / image, origin) for image in record.get("images") or [])
         given = record.get("facts")
         facts = {k: v for k, v in given.items() if isinstance(v, str | int)} if isinstance(given, dict) else {}
         if "texts" in record:
@@ -108,13 +108,6 @@ def _folder(name: str, config: SourceConfig, split: str, check_pictures: bool) -
         return RawSample(text=record["text"], origin=origin, facts=facts)
 
     return Indexed(name, count, sample)
-
-
-def _file(path: Path, origin: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{origin}: cannot read {path}: {error.strerror}") from error
 
 
 def fingerprint(sources: dict[str, SourceConfig]) -> str:

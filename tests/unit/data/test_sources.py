@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from pyarrow.parquet import read_metadata, write_table
 
 from vlmscope.core.conversation import CAPTION_REQUEST, Conversation, Document
 from vlmscope.core.errors import UserError
+from vlmscope.data.columns import parser
 from vlmscope.data.raw import RawSample, held_out
 from vlmscope.data.share import WHOLE, Share
 from vlmscope.data.shuffled import ShuffledSource
@@ -361,6 +364,52 @@ def test_damaged_row_groups_are_left_out_with_a_count_up_to_a_limit(
     reader = open_source("it", config, max_bad_shards=3).open(WHOLE)
     assert [row().text for row in reader] == [f"document {n}" for n in (*range(10, 14), 18, 19, *range(24, 30))]
     assert reader.bad_shards == 3
+
+
+@pytest.mark.parametrize(
+    ("row_limit", "memory", "said"),
+    [
+        (2**20, 2**40, r"rows of 4,19\d,\d{3} bytes in its row group 1, at most 1,048,576"),
+        (2**30, 2**22, r"row group 1 takes 4,19\d,\d{3} bytes, more than this machine's memory"),
+    ],
+)
+def test_a_row_group_that_no_memory_holds_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_limit: int, memory: int, said: str
+) -> None:
+    """By its metadata alone: compressed, the row takes a few hundred bytes of the file."""
+    texts = ["a", " " * 4_194_304 + "x", "b"]
+    write_table(Dataset.from_dict({"text": texts}).data.table, tmp_path / "train.parquet", row_group_size=1)
+    assert (tmp_path / "train.parquet").stat().st_size < 10**6
+    monkeypatch.setattr("vlmscope.data.bad_files.MAX_ROW_BYTES", row_limit)
+    monkeypatch.setattr("vlmscope.data.bad_files.MEMORY", memory)
+    config = SourceConfig("hf_text", str(tmp_path))
+    with pytest.raises(UserError, match=f"train.parquet .*{said}.*number 1, and data.max_bad_shards=0") as error:
+        samples(config)
+    assert "\n" not in str(error.value)
+    reader = open_source("it", config, max_bad_shards=1).open(WHOLE)
+    assert [row().text for row in reader] == ["a", "b"] and reader.bad_shards == 1
+
+
+def test_pictures_that_are_no_files_or_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table or a folder of unknown origin may name any path: a device or a pipe would never end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large.png").write_bytes(b"x" * 2000)
+    monkeypatch.setattr("vlmscope.data.raw.MAX_FILE_BYTES", 1000)
+    names = {
+        "pipe": "no file",
+        "large.png": "2,000 bytes",
+        ".": "no file",
+        "none.png": "No such file",
+        "/dev/zero": "no file",
+    }
+    for name, said in names.items():
+        (tmp_path / "train.jsonl").write_text(json.dumps({"images": [name], "text": "x"}))
+        row = {"image": {"bytes": None, "path": str(tmp_path / name)}, "label": "x"}
+        folder = open_source("it", SourceConfig("folder", str(tmp_path)), check_pictures=False)
+        for read in (folder.open(WHOLE).__next__(), partial(parser(SourceConfig("hf_image_label")), row, "row 1")):
+            with pytest.raises(UserError, match=rf"(line|row) 1: .*{said}") as error:
+                read()
+            assert "\n" not in str(error.value)
 
 
 def test_a_pass_goes_on_from_any_mark_beside_damage(tmp_path: Path) -> None:

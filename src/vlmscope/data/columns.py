@@ -2,7 +2,7 @@
 
     hf_text          {text}                                       SmolLM2-135M-10B
     hf_image_label   {image, label} or {image, caption}           ImageNet-1k, or pictures with captions
-    hf_cauldron      {images: [...], texts: [{user, assistant}]}  the Cauldron, raw
+    hf_cauldron      {images: [...], texts: [{user, assistant}]}  the Cauldron, raw, and the layouts of `.conversation`
 
 A picture is {"bytes": ..., "path": ...}, as `datasets` stores it undecoded.
 """
@@ -16,6 +16,7 @@ from typing import Any
 from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import derive
+from vlmscope.data.conversation import exchanges_of
 from vlmscope.data.raw import RawSample, file_bytes, words
 from vlmscope.data.source_config import SourceConfig
 
@@ -27,7 +28,7 @@ def columns_of(config: SourceConfig) -> list[str]:
     if config.kind == "hf_text":
         return [config.text]
     if config.kind == "hf_cauldron":
-        return [config.images, config.texts]
+        return [column for column in (config.images, config.texts) if column is not None]
     return [config.image, config.caption or config.label]
 
 
@@ -46,14 +47,10 @@ def parser(config: SourceConfig, names: Sequence[str] | None = None) -> Parser:
 
 
 def _cauldron(config: SourceConfig, row: Mapping[str, Any], origin: str) -> RawSample:
-    turns = row[config.texts]
-    if not turns:
-        raise UserError(f"{origin}: {config.texts} is empty")
-    exchanges = tuple(
-        Exchange(*(words(turn.get(who), f"{origin}: {who} of exchange {number}") for who in ("user", "assistant")))
-        for number, turn in enumerate(turns, start=1)
-    )
-    pictures = row[config.images] or []
+    pictures = (row[config.images] or []) if config.images is not None else []
+    if not isinstance(pictures, list):
+        pictures = [pictures]
+    exchanges = exchanges_of(row[config.texts], len(pictures), f"{origin}: {config.texts}")
     return RawSample(tuple(picture_bytes(one, origin) for one in pictures), exchanges, origin=origin)
 
 

@@ -17,7 +17,7 @@ from vlmscope.core.artifacts import parse_json
 from vlmscope.core.conversation import Sample
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
-from vlmscope.data.conversation import check_record, sample_of
+from vlmscope.data.conversation import record_parts, sample_of
 from vlmscope.data.images import check_image, open_image
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ class JsonLines(Sequence[Sample]):
         with file, tqdm(desc=f"checking {self.path.name}", unit="line", delay=2.0) as bar:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    names = check_record(_record(line, self._origin(number)), self._origin(number))
+                    names = record_parts(_record(line, self._origin(number)), self._origin(number)).images
                     for name in set(names) - seen if self.check_pictures else ():
                         self._picture(check_image, name, self._origin(number))
                     seen.update(names)

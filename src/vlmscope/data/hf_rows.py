@@ -19,6 +19,7 @@ from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.data.bad_files import BadFiles, SoundGroups, readable_files
 from vlmscope.data.columns import Parser, columns_of, parser
+from vlmscope.data.conversation import CONVERSATIONS
 from vlmscope.data.readers import Indexed, Mark, Row, Source
 from vlmscope.data.share import Share
 from vlmscope.data.source_config import SourceConfig
@@ -210,9 +211,12 @@ def _check_columns(name: str, config: SourceConfig, table: Any) -> None:
         there = list(table.features)
     missing = [column for column in columns_of(config) if column not in there]
     if missing:
+        key, usual = ("texts", CONVERSATIONS) if missing[0] == config.texts else ("images", ("image",))
+        other = next((column for column in usual if column in there), None) if config.kind == "hf_cauldron" else None
+        hint = f"; data.sources.{name}.{key}={other} reads that one" if other else ""
         raise UserError(
             f"data.sources.{name}: no column {missing[0]!r}; the columns are {', '.join(there)} (the keys of "
-            f"{config.kind} that name columns: docs/data.md)"
+            f"{config.kind} that name columns: docs/data.md){hint}"
         )
 
 

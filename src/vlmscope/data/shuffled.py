@@ -46,6 +46,7 @@ class ShuffledSource:
         self.repeat, self.keep = repeat, keep
         self.epoch, self.block, self.place, self.given, self.skipped, self.ended = 0, 0, 0, 0, 0, False
         self.given_before = 0  # samples given before this epoch
+        self.first_error = ""  # of a sample that cannot be used
         self.start: Mark = None
         self._reader: Reader | None = None
         self._rows: list[Row] = []
@@ -94,6 +95,7 @@ class ShuffledSource:
             UserError: that very one, when nothing else has come yet `PATIENCE` times.
         """
         self.skipped += 1
+        self.first_error = self.first_error or str(error)
         if self.skipped == 1:
             warnings.warn(f"{error}; such samples of {self.source.name} are left out and counted", stacklevel=2)
         if self.skipped >= PATIENCE and self.skipped >= self.given:
@@ -130,7 +132,8 @@ class ShuffledSource:
         """Begin the next epoch; False when there is none."""
         got = self.given - self.given_before
         if self.epoch == 0 and got == 0 and self.share.total == 1:
-            raise UserError(f"data.sources.{self.source.name}: no sample of it can be used; check the data")
+            first = f", the first: {self.first_error}" if self.first_error else ""
+            raise UserError(f"data.sources.{self.source.name}: no sample of it can be used{first}; check the data")
         if not self.repeat or got == 0:
             return False
         self.epoch, self.block, self.place, self.given_before = self.epoch + 1, 0, 0, self.given

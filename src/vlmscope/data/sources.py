@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vlmscope.core.conversation import CAPTION_REQUEST, Exchange
+from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import derive
+from vlmscope.data.conversation import record_parts
 from vlmscope.data.hf_rows import hf_source
 from vlmscope.data.orrery.dataset import plain_facts
 from vlmscope.data.orrery.scene import KINDS, SPLITS, Scene, make_scene
@@ -97,15 +98,11 @@ def _folder(name: str, config: SourceConfig, split: str, check_pictures: bool) -
     def sample(number: int) -> RawSample:
         record = lines.record(number)
         origin = lines.origin(number)
-        pictures = tuple(file_bytes(lines.path.parent / image, origin) for image in record.get("images") or [])
+        names, exchanges, text = record_parts(record, origin)
+        pictures = tuple(file_bytes(lines.path.parent / image, origin) for image in names)
         given = record.get("facts")
         facts = {k: v for k, v in given.items() if isinstance(v, str | int)} if isinstance(given, dict) else {}
-        if "texts" in record:
-            exchanges = tuple(Exchange(e["user"], e["assistant"]) for e in record["texts"])
-            return RawSample(pictures, exchanges, "", origin, facts)
-        if pictures:
-            return RawSample(pictures, (Exchange(CAPTION_REQUEST, record["text"]),), "", origin, facts)
-        return RawSample(text=record["text"], origin=origin, facts=facts)
+        return RawSample(pictures, exchanges, text, origin, facts)
 
     return Indexed(name, count, sample)
 

@@ -10,6 +10,9 @@ from PIL import Image
 from vlmscope.core.conversation import Conversation, Document
 from vlmscope.core.errors import UserError
 from vlmscope.data.folder import JsonLines, load_folder
+from vlmscope.data.share import WHOLE
+from vlmscope.data.source_config import SourceConfig
+from vlmscope.data.sources import open_source
 
 TURN = {"user": "what is this ?", "assistant": "red"}
 
@@ -42,6 +45,14 @@ def test_lines_are_read_when_they_are_asked_for(folder: Path) -> None:
     assert lines[0].exchanges[0].assistant == "é0"
     with pytest.raises(UserError, match="line 6: image .*3.png: no such file"):
         _ = lines[4]
+
+
+def test_lines_as_llava_has_them_keep_their_picture(folder: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "red"}]
+    (sample,) = JsonLines(write(folder, [{"id": "1", "image": "pictures/2.png", "conversations": turns}]))
+    (row,) = open_source("it", SourceConfig("folder", str(folder))).open(WHOLE)
+    assert sample.exchanges == row().exchanges == (("what ?", "red"),)
+    assert [one.size for one in sample.images] == [one.size for one in row().opened().images] == [(10, 6)]
 
 
 def test_validation_is_its_own_file_or_a_seeded_share(folder: Path) -> None:

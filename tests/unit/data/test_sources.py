@@ -16,6 +16,7 @@ from pyarrow.parquet import read_metadata, write_table
 
 from vlmscope.core.conversation import CAPTION_REQUEST, Conversation, Document
 from vlmscope.core.errors import UserError
+from vlmscope.data.build import BuildSettings, build_mix
 from vlmscope.data.columns import parser
 from vlmscope.data.raw import RawSample, held_out
 from vlmscope.data.share import WHOLE, Share
@@ -188,6 +189,43 @@ def test_pictures_and_turns_as_the_cauldron_has_them(tmp_path: Path, saved: str)
     two = next(one for one in read if one.exchanges[0].user == "q 2 0 ?")
     assert two.images == (picture(20), picture(21)) and len(two.exchanges) == 1
     assert next(one for one in read if one.exchanges[0].user == "q 1 0 ?").exchanges[1] == ("q 1 1 ?", "a 1")
+
+
+@pytest.mark.parametrize("saved", ["disk", "parquet"])
+@pytest.mark.parametrize("layout", ["from", "parts", "json"])
+def test_pictures_and_turns_of_other_layouts(tmp_path: Path, saved: str, layout: str) -> None:
+    """As LLaVA's mixes have them (one picture a row), as chat templates take them, and encoded as JSON."""
+    turns: list[Any] = [[{"from": "human", "value": "<image>\nq ?"}, {"from": "gpt", "value": "a"}]] * 3
+    if layout == "parts":
+        parts = [{"type": "text", "text": "q ?", "index": None}, {"type": "image", "text": None, "index": 0}]
+        turns = [[{"role": "user", "content": parts}, {"role": "assistant", "content": [parts[0] | {"text": "a"}]}]] * 3
+    pictures = [{"bytes": picture(n), "path": None} for n in range(3)]
+    data = {"image": pictures, "said": list(map(json.dumps, turns)) if layout == "json" else turns}
+    table = Dataset.from_dict(data).cast_column("image", Image())
+    table.save_to_disk(tmp_path / "it") if saved == "disk" else parquet(table, tmp_path / "it", (2, 1))
+    read = samples(SourceConfig("hf_cauldron", str(tmp_path / "it"), images="image", texts="said"))
+    assert [(one.images, one.exchanges) for one in read] == [((picture(n),), (("q ?", "a"),)) for n in range(3)]
+    with pytest.raises(
+        UserError, match="no column 'images'; the columns are image, said .*images=image reads that one"
+    ):
+        samples(SourceConfig("hf_cauldron", str(tmp_path / "it"), texts="said"))
+    table.select_columns("said").rename_column("said", "messages").to_parquet(tmp_path / "text" / "0.parquet")
+    with pytest.raises(UserError, match="no column 'texts'; the columns are messages .*texts=messages reads that one"):
+        samples(SourceConfig("hf_cauldron", str(tmp_path / "text"), images=None))
+    plain = SourceConfig("hf_cauldron", str(tmp_path / "text"), images=None, texts="messages")
+    with pytest.raises(UserError, match="it row 0: messages: 1 <image> are written and 0 pictures are given"):
+        samples(plain)
+
+
+def test_an_unknown_layout_is_one_line_for_every_reader(tmp_path: Path) -> None:
+    turns = [[{"question": "q ?", "answer": "a"}]] * 3
+    Dataset.from_dict({"images": [[]] * 3, "texts": turns}).save_to_disk(tmp_path / "it")
+    config = SourceConfig("hf_cauldron", str(tmp_path / "it"))
+    said = r"it row \d: texts must be a list .*; its first entry has the keys answer, question"
+    with pytest.warns(UserWarning, match=said), pytest.raises(UserError, match=f"no sample of it can be used.*{said}"):
+        ShuffledSource(open_source("it", config)).next()
+    with pytest.raises(UserError, match=f"none of 3 rows of data.sources.it can be used; the last: {said}"):
+        build_mix({"it": config}, BuildSettings(tmp_path / "out", parts=1))
 
 
 def test_streams_are_shared_and_go_on_from_their_marks(tmp_path: Path) -> None:

@@ -181,5 +181,12 @@ def test_validation_takes_as_many_of_every_source(vlm: VLM) -> None:
     pictures = [any("pixel_values" in one for one in held[n]) for n in range(9)]
     assert pictures == [False] * 3 + [True] * 6
     assert [ids(one) for one in held] == [ids(one) for one in held]
-    with pytest.raises(UserError, match="no sample of it can be used|has no sample for validation"):
+    with pytest.raises(UserError, match="its 30 samples all fall on the same side of data.val_share"):
         MixValidation({"text": (stream("text", 0), encoder(vlm))}, 9)
+    long = encoder(vlm)
+    long.encode = lambda sample: encode(vlm, sample, 8)
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(UserError, match="for validation can be used, the first: .*max_tokens"),
+    ):
+        MixValidation({"captions": (stream("captions", 1), long)}, 9)

@@ -212,8 +212,11 @@ def _check_columns(name: str, config: SourceConfig, table: Any) -> None:
     missing = [column for column in columns_of(config) if column not in there]
     if missing:
         key, usual = ("texts", CONVERSATIONS) if missing[0] == config.texts else ("images", ("image",))
-        other = next((column for column in usual if column in there), None) if config.kind == "hf_cauldron" else None
-        hint = f"; data.sources.{name}.{key}={other} reads that one" if other else ""
+        hint = ""
+        if config.kind == "hf_cauldron":
+            other = next((column for column in usual if column in there), None)
+            hint = f"; data.sources.{name}.{key}={other} reads that one" if other else hint
+            hint = hint or (f"; data.sources.{name}.images=null if there are no pictures" if key == "images" else "")
         raise UserError(
             f"data.sources.{name}: no column {missing[0]!r}; the columns are {', '.join(there)} (the keys of "
             f"{config.kind} that name columns: docs/data.md){hint}"

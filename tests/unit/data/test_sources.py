@@ -212,6 +212,8 @@ def test_pictures_and_turns_of_other_layouts(tmp_path: Path, saved: str, layout:
     table.select_columns("said").rename_column("said", "messages").to_parquet(tmp_path / "text" / "0.parquet")
     with pytest.raises(UserError, match="no column 'texts'; the columns are messages .*texts=messages reads that one"):
         samples(SourceConfig("hf_cauldron", str(tmp_path / "text"), images=None))
+    with pytest.raises(UserError, match="no column 'images'; .*it.images=null if there are no pictures"):
+        samples(SourceConfig("hf_cauldron", str(tmp_path / "text"), texts="messages"))
     plain = SourceConfig("hf_cauldron", str(tmp_path / "text"), images=None, texts="messages")
     with pytest.raises(UserError, match="it row 0: messages: 1 <image> are written and 0 pictures are given"):
         samples(plain)

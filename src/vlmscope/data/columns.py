@@ -51,11 +51,11 @@ def _cauldron(config: SourceConfig, row: Mapping[str, Any], origin: str) -> RawS
     if not isinstance(pictures, list):
         pictures = [pictures]
     exchanges = exchanges_of(row[config.texts], len(pictures), f"{origin}: {config.texts}")
-    return RawSample(tuple(picture_bytes(one, origin) for one in pictures), exchanges, origin=origin)
+    return RawSample(tuple(picture_bytes(one, origin, config.path) for one in pictures), exchanges, origin=origin)
 
 
 def _image_label(config: SourceConfig, names: Sequence[str] | None, row: Mapping[str, Any], origin: str) -> RawSample:
-    picture = picture_bytes(row[config.image], origin)
+    picture = picture_bytes(row[config.image], origin, config.path)
     if config.caption is not None:
         caption = words(row[config.caption], f"{origin}: {config.caption}")
     else:
@@ -79,17 +79,16 @@ def label_name(label: Any, names: Sequence[str] | None, what: str) -> str:
     return str(names[label]).split(",")[0].strip()
 
 
-def picture_bytes(picture: Any, origin: str) -> bytes:
-    """The file of a picture as `datasets` stores it.
+def picture_bytes(picture: Any, origin: str, folder: str | None = None) -> bytes:
+    """The file of a picture as `datasets` stores it, or its path, which is relative to the data's `folder`.
 
     Raises:
         UserError: there is none.
     """
     if isinstance(picture, Mapping):
-        if picture.get("bytes"):
-            return picture["bytes"]
-        if picture.get("path"):
-            return file_bytes(Path(picture["path"]), origin)
+        picture = picture.get("bytes") or picture.get("path")
+    if isinstance(picture, str) and picture:
+        return file_bytes(Path(folder or ".") / picture, origin)
     if isinstance(picture, bytes) and picture:
         return picture
     raise UserError(f"{origin}: it has no picture")

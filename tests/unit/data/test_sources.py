@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Pictures
@@ -189,6 +190,17 @@ def test_pictures_and_turns_as_the_cauldron_has_them(tmp_path: Path, saved: str)
     two = next(one for one in read if one.exchanges[0].user == "q 2 0 ?")
     assert two.images == (picture(20), picture(21)) and len(two.exchanges) == 1
     assert next(one for one in read if one.exchanges[0].user == "q 1 0 ?").exchanges[1] == ("q 1 1 ?", "a 1")
+
+
+@pytest.mark.parametrize("stored", [picture(1), "a/1.png", {"bytes": None, "path": "a/1.png"}])
+def test_pictures_stored_as_bytes_or_as_paths_from_the_data_folder(tmp_path: Path, stored: Any) -> None:
+    """Tables of tools other than `datasets` (Roblox/FAI-RL#81)."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(picture(1))
+    rows = [{"images": [stored], "texts": [{"user": "q ?", "assistant": "a"}]}]
+    write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    (read,) = samples(SourceConfig("hf_cauldron", str(tmp_path)))
+    assert read.images == (picture(1),)
 
 
 @pytest.mark.parametrize("saved", ["disk", "parquet"])

@@ -27,7 +27,7 @@ vlmscope: transcoders, attribution graphs and causal tests for vision-language m
 {overview}
 
 Keys
-  prompt=TEXT, prompt_file=PATH   the prompt, taken exactly as it is written
+  prompt=TEXT, prompt_file=PATH   the prompt, taken exactly as it is written; so are paths and words everywhere
   prompts=SET prompt_name=NAME    a ready prompt of a set (docs/prompts.md)
   image=PATH, image=[A,B]         one picture or several
   images.NAME=[A,B]               a named set of your own pictures
@@ -185,8 +185,9 @@ def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
     from vlmscope.config.verbatim import quote_arguments
     from vlmscope.tasks import registry
 
-    arguments = quote_arguments(_checked(argv))
-    register(registry.configs())
+    configs = registry.configs()
+    arguments = quote_arguments(_checked(argv), configs)
+    register(configs)
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job(failures))
     try:

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -208,6 +209,8 @@ def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a folder's name is printed as the bytes that it has
     if not argv or {"-h", "--help"} & set(argv):
         print(_help())
         return 0 if argv else 2

@@ -80,6 +80,14 @@ def test_a_run_leaves_its_folder_and_prints_it_last(fresh, tmp_path) -> None:
     assert (folder / "artifact.txt").read_text() == "a, ${b} (c)"
 
 
+def test_names_that_are_not_utf8_pass_through(app, store, tmp_path) -> None:
+    folder, picture = (tmp_path / os.fsdecode(name) for name in (b"caf\xe9", b"p\xe9.png"))
+    result = app("task=dummy", f"hydra.run.dir={folder}", f"image={picture}", f"tracking.uri={store}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{folder}\n"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["image"] == [str(picture)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -36,7 +36,7 @@ def _flat_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
 @contextmanager
 def _log_file(run_dir: Path) -> Iterator[None]:
     """What is logged also goes into run.log in the run folder."""
-    handler = logging.FileHandler(run_dir / "run.log", delay=True, encoding="utf-8")
+    handler = logging.FileHandler(run_dir / "run.log", delay=True, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:

@@ -80,6 +80,8 @@ def test_json_and_yaml_round_trip(tmp_path: Path) -> None:
     assert artifacts.read_json(tmp_path / "x.json") == value
     assert artifacts.read_yaml(tmp_path / "x.yaml") == value
     assert list(artifacts.read_yaml(tmp_path / "x.yaml")) == ["b", "a"]
+    artifacts.write_json(tmp_path / "e.json", {"path": "caf\udce9"})  # a file name that is not UTF-8
+    assert artifacts.read_json(tmp_path / "e.json") == {"path": "caf\udce9"}
     artifacts.write_json(tmp_path / "n.json", {"x": np.float32(0.5), "y": np.arange(2), "p": Path("q")})
     assert json.loads((tmp_path / "n.json").read_text()) == {"x": 0.5, "y": [0, 1], "p": "q"}
 

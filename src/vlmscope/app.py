@@ -145,7 +145,10 @@ def _checked(argv: Sequence[str]) -> list[str]:
 
 def _job(failures: _Failures) -> Callable[[Any], None]:
     """`run_job` that keeps its failure: raised, Hydra would print a line of its own, and a sweep's others go on."""
+    from hydra.core.hydra_config import HydraConfig
+
     from vlmscope.config.errors import CONFIG_ERRORS, one_line
+    from vlmscope.core.artifacts import no_room
     from vlmscope.tasks.job import run_job
 
     def job(cfg: Any) -> None:
@@ -154,7 +157,9 @@ def _job(failures: _Failures) -> Callable[[Any], None]:
         except CONFIG_ERRORS as error:
             failures.add(UserError(one_line(error)))
         except Exception as error:
-            failures.add(error)
+            # Most writers say it themselves; this is for logs, other libraries' files and redirected output.
+            place = getattr(error, "filename", None) or HydraConfig.get().runtime.output_dir
+            failures.add(no_room(error, place) or error)
 
     return job
 

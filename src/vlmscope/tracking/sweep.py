@@ -55,9 +55,12 @@ def _open_parent(client: "MlflowClient") -> str:
         return known
     folder, experiment = json.loads(os.environ[_SWEEP])
     info = RunInfo(experiment, Path(folder).name, overrides=json.loads(os.environ[_OVERRIDES]), tags={"sweep": "true"})
-    with (Path(folder) / ".parent.lock").open("w") as lock:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.environ[_PARENT] = start_run(client, os.environ[_URI], Path(folder), info, resume=True)
+    finally:
+        os.close(lock)
     return os.environ[_PARENT]
 
 

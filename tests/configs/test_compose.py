@@ -112,7 +112,6 @@ def test_experiments_stay_short() -> None:
         ("optim.schedule=cosin", "did you mean 'cosine'"),
         ("trainer.max_steps=0", "at least 1"),
         ("model=path", "model.path has no value"),
-        ("image=3", "path or a list of paths"),
         ("hydra/launcher=submitit_cloud", r"pip install 'vlmscope\[slurm\]'"),
         ("study=nothing", "no study named|no study=nothing|there is no study"),
     ],

@@ -36,6 +36,7 @@ def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         near = get_close_matches(value, allowed, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(allowed)}"
+        hint = "several values make a sweep; add -m" if "," in value else hint
         raise UserError(f"{key}={value}: no such choice; {hint}")
 
 
@@ -211,6 +212,7 @@ class AppConfig:
     looks for. `images` names the user's own picture sets, `association` sets of concepts, each as `cross_modal`.
     `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit`, `circuit_spec`,
     `concept_matrix`, `cross_modal`, `prompts` and `pairs` may be None.
+    The metadata say what the types cannot (config/verbatim.py): `verbatim`, a text that nobody parses, and `paths`.
     An experiment with `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their
     ranges and shows them beside `paper`, what the paper reports, and `figure`, a file of its figures/.
     """
@@ -238,11 +240,11 @@ class AppConfig:
     association: dict[str, CrossModalConfig] = field(default_factory=dict)
     prompts: PromptSetConfig | None = None
     pairs: PairsConfig | None = None
-    image: Any = None
-    prompt: str | None = None
+    image: Any = field(default=None, metadata={"paths": True})
+    prompt: str | None = field(default=None, metadata={"verbatim": True})
     prompt_file: str | None = None
     prompt_name: str | None = None
-    query: str | None = None
+    query: str | None = field(default=None, metadata={"verbatim": True})
     images: dict[str, list[str]] = field(default_factory=dict)
     seed: int = 0
     name: str | None = None

@@ -7,6 +7,7 @@ flushes it to the disk and renames it over the target.
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,30 +20,55 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import NoRoom, UserError
 
 _LFS = b"version https://git-lfs"
 _MOST_VALUES = 10_000_000
-_DISK_ERRORS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENOENT,
-}
+_DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def _full(error: BaseException) -> int | None:
+    """The number of the system's error where a disk, a quota or a file's limit is full, as every library shows it."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, OSError) and current.errno in _FULL:
+            return current.errno
+        # safetensors keeps the number in its text only.
+        found = re.search(r"\(os error (\d+)\)", str(current)) if isinstance(current, SafetensorError) else None
+        if found and int(found[1]) in _FULL:
+            return int(found[1])
+        current = current.__cause__ or current.__context__
+    return None
+
+
+def no_room(error: BaseException, path: str | Path, written: int = 0, needed: int | None = None) -> NoRoom | None:
+    """What to tell the user when `error` came of a full disk while `path` was written, else None.
+
+    `needed` is the size of the whole file in bytes, `written` what of it was there when the disk was full.
+    """
+    code = None if isinstance(error, UserError) else _full(error)
+    if code is None:
+        return None
+    facts, most = f"cannot write {path}: {os.strerror(code)}", written
+    if code == errno.ENOSPC:  # a quota or a limit says nothing about the disk
+        place = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.is_dir())
+        most += shutil.disk_usage(place).free
+        facts += f", {most / 1e6:.1f} MB were free"
+    needs = f"{needed / 1e6:.1f}" if needed is not None else f"more than {most / 1e6:.1f}"
+    return NoRoom(f"{facts}; it needs {needs} MB; make room or choose another folder")
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
 
-    Missing parent folders are made. The temporary name keeps the suffix, since some writers look at it.
+    Missing parent folders are made. The temporary name keeps the suffix, since some writers look at it. `needed` is the
+    file's size in bytes where it is known before.
 
     Raises:
-        UserError: when the folder cannot be written or the disk is full.
+        UserError: when the folder cannot be written.
+        NoRoom: the disk or a quota is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}")
@@ -52,9 +78,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except Exception as error:
+        full = no_room(error, path, temporary.stat().st_size if temporary.is_file() else 0, needed)
+        if full is not None:
+            raise full from error
         # An OSError from the caller's own reading, for example of another file, must stay what it is.
-        if error.errno in _DISK_ERRORS and error.filename in (None, str(temporary), str(path), *map(str, path.parents)):
+        own = (None, str(temporary), str(path), *map(str, path.parents))
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS and error.filename in own:
             raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
         raise
     finally:
@@ -64,9 +94,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Write UTF-8 text atomically. Bytes of a file name that are not UTF-8 become `\\udce9`, which JSON reads back."""
+    data = text.encode("utf-8", "backslashreplace")
+    with atomic_path(path, len(data)) as temporary:
+        temporary.write_bytes(data)
 
 
 def read_text(path: str | Path) -> str:
@@ -198,7 +229,7 @@ def save_tensors(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: M
     """
     # safetensors writes the raw buffer, so an array that is not C-contiguous would come back scrambled.
     plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    with atomic_path(path) as temporary:
+    with atomic_path(path, sum(array.nbytes for array in plain.values())) as temporary:
         save_file(plain, temporary, metadata=dict(metadata or {}))
 
 

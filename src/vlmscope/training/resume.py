@@ -81,7 +81,7 @@ def save_checkpoint(path: Path, module: Any, optimizer: torch.optim.Optimizer) -
     for key in list(state):  # tied weights are one tensor: safetensors refuses to store shared memory twice
         if unique.setdefault(state[key].data_ptr(), key) != key and state[key].numel():
             state[key] = state[key].clone()
-    with atomic_path(path) as temporary:
+    with atomic_path(path, sum(t.nbytes for t in state.values())) as temporary:
         save_file(state, temporary, metadata={"steps_done": str(module.steps_done)})
 
 

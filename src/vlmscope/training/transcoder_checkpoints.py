@@ -47,8 +47,10 @@ class TranscoderCheckpoints(pl.Callback):
             return
         if ranks.writes:
             for layer in ranks.layers:
-                with atomic_path(folder / f"layer_{layer:02d}.safetensors") as temporary:
-                    save_file(layer_state(module, layer), temporary)
+                state = layer_state(module, layer)
+                size = sum(tensor.nbytes for tensor in state.values())
+                with atomic_path(folder / f"layer_{layer:02d}.safetensors", size) as temporary:
+                    save_file(state, temporary)
         ranks.barrier()
         if ranks.main:
             settings = dataclasses.asdict(self.config)

@@ -1,14 +1,21 @@
 """What is read back is what was written, and a failed write leaves the old file."""
 
+import errno
 import json
+import resource
+import shutil
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from vlmscope.app import main
 from vlmscope.attention import map_io
@@ -19,7 +26,7 @@ from vlmscope.circuits.circuit import load_circuit
 from vlmscope.circuits.spec_config import CircuitSpecConfig
 from vlmscope.config.circuit_file import declared
 from vlmscope.core import artifacts
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import NoRoom, UserError
 from vlmscope.features.labels.reader import read_hand
 from vlmscope.models.loading import load_vlm
 from vlmscope.training.resume import load_checkpoint
@@ -80,6 +87,8 @@ def test_json_and_yaml_round_trip(tmp_path: Path) -> None:
     assert artifacts.read_json(tmp_path / "x.json") == value
     assert artifacts.read_yaml(tmp_path / "x.yaml") == value
     assert list(artifacts.read_yaml(tmp_path / "x.yaml")) == ["b", "a"]
+    artifacts.write_json(tmp_path / "e.json", {"path": "caf\udce9"})  # a file name that is not UTF-8
+    assert artifacts.read_json(tmp_path / "e.json") == {"path": "caf\udce9"}
     artifacts.write_json(tmp_path / "n.json", {"x": np.float32(0.5), "y": np.arange(2), "p": Path("q")})
     assert json.loads((tmp_path / "n.json").read_text()) == {"x": 0.5, "y": [0, 1], "p": "q"}
 
@@ -305,3 +314,48 @@ def test_no_yaml_makes_an_object_of_python(door: str, tmp_path: Path) -> None:
             read(tmp_path)
         assert "\n" not in str(caught.value) and Path(name).stem.split("_")[0].lower() in str(caught.value).lower()
         assert not made.exists()
+
+
+def _parquet(path: Path) -> None:
+    with artifacts.atomic_path(path) as temporary:
+        pq.write_table(pa.table({"a": np.random.default_rng(0).normal(size=50_000)}), temporary)
+
+
+def _picture(path: Path) -> None:
+    with artifacts.atomic_path(path) as temporary:
+        Image.effect_noise((400, 400), 90).save(temporary, "PNG")
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "needs"),
+    [
+        (lambda path: artifacts.write_text(path, "x" * 300_000), "a.txt", "0.3 MB"),
+        (lambda path: artifacts.write_json(path, ["x" * 300_000]), "a.json", "0.3 MB"),
+        (lambda path: artifacts.save_tensors(path, {"a": np.zeros(50_000)}), "a.safetensors", "0.4 MB"),
+        (_parquet, "a.parquet", "more than 0."),
+        (_picture, "a.png", "more than 0."),
+    ],
+)
+def test_a_full_disk_is_one_line_with_what_was_needed(write, name: str, needs: str, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # each file may grow to 100 KB
+    try:
+        with pytest.raises(NoRoom) as raised:
+            write(tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    text = str(raised.value)
+    assert text.startswith(f"cannot write {tmp_path / name}: File too large; it needs {needs}")
+    assert "make room" in text and "\n" not in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_says_what_was_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    words = "No space left on device, 1.5 MB were free; it needs more than 1.5 MB; make room"
+    with pytest.raises(NoRoom, match=words), artifacts.atomic_path(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(bytes(500_000))
+        raise OSError(errno.ENOSPC, "No space left on device")

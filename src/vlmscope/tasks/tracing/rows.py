@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import NoRoom, UserError
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
@@ -62,6 +62,8 @@ def trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         for row in tqdm(usable, desc="trace", unit="row", initial=len(done), total=len(done) + len(usable)):
             try:
                 done[row.id] = _trace(cfg, vlm, transcoders, row, folder, settings)
+            except NoRoom as error:  # no bad row
+                raise NoRoom(f"{error}; trainer.resume=true with hydra.run.dir={context.run_dir} resumes") from error
             except UserError as error:
                 if not cfg.task.skip_bad:
                     raise UserError(

@@ -115,7 +115,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> None
         UserError: the folder cannot be written.
     """
     stored = {name: t.detach().to("cpu", STORED_DTYPES[dtype]).contiguous() for name, t in tensors.items()}
-    with atomic_path(path) as temporary:
+    with atomic_path(path, sum(t.nbytes for t in stored.values())) as temporary:
         save_file(stored, temporary, metadata={"format": "pt"})
 
 

@@ -93,6 +93,8 @@ class Adapter(ABC):
     # Whether positions come from the pictures (M-RoPE). Such a model remembers the shift that its last pictures made,
     # so that it must be told the positions whenever it is given embeddings instead of pictures.
     m_rope: bool = False
+    # The family's usual template, for a model that came without one; "" where the family knows no turns.
+    chat_template: str = ""
     # Whether the family was made for prompts with pictures alone.
     needs_pictures: bool = False
     # `token_type_ids` of an answer that follows the prompt.

@@ -36,7 +36,7 @@ def encode(vlm: VLM, sample: Sample, max_tokens: int | None = None) -> list[dict
     try:
         if isinstance(sample, Document):
             return [_cut(vlm, _document(vlm, sample), max_tokens)]
-        template = getattr(vlm.processor, "chat_template", None)
+        template = vlm.chat_template.text
         dialogues = vlm.adapter.wrap_exchanges(sample.exchanges, len(sample.images), vlm.tokenizer, template)
         return [_cut(vlm, _dialogue(vlm, one, sample), max_tokens) for one in dialogues]
     except UserError as error:

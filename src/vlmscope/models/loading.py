@@ -28,7 +28,7 @@ from vlmscope.models.placement import (
     offload_to_cpu,
 )
 from vlmscope.models.positions import describe_inputs, written_by_user
-from vlmscope.models.processors import check_processor, load_processor
+from vlmscope.models.processors import ChatTemplate, chat_template, check_processor, load_processor
 
 
 class _Classes(NamedTuple):
@@ -81,6 +81,11 @@ class VLM:
         """The tokenizer, inside the processor or itself the processor."""
         return getattr(self.processor, "tokenizer", self.processor)
 
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """What the model's turns are written with, and whose it is."""
+        return chat_template(self.processor)
+
     def prepare(self, prompt: str, images: Sequence[Image] = ()) -> ModelInputs:
         """The inputs of one user turn.
 
@@ -95,8 +100,7 @@ class VLM:
         """
         images = _upright(images)
         _check_words(self.tokenizer, prompt)
-        template = getattr(self.processor, "chat_template", None)
-        turn = self.adapter.wrap_prompt(prompt, len(images), self.tokenizer, template)
+        turn = self.adapter.wrap_prompt(prompt, len(images), self.tokenizer, self.chat_template.text)
         more = {"return_text_replacement_offsets": True} if self.adapter.has_vision else {}
         batch = self._processed(turn.text, images, return_offsets_mapping=True, **more)
         self._check_ids(batch["input_ids"])
@@ -203,9 +207,13 @@ def load_vlm(
         empty = _dry_run(names.model, folder, dtype)
         processor = load_processor(names.processor, folder)
         check_processor(processor, empty.config, folder)
+        template = chat_template(processor)
         check_memory(Needs.of(empty), f"the model at {folder}", dtype, device, offload)
         model = _load_weights(names.model, folder, dtype, device, offload)
-    return VLM(model, processor, adapter_for(model), name=name or folder.resolve().name, path=str(folder))
+    vlm = VLM(model, processor, adapter_for(model), name=name or folder.resolve().name, path=str(folder))
+    known = vlm.adapter.chat_template  # else the processor takes prompts as they are
+    log.info("chat template of %s: %s", vlm.name, template.source if known else "none, this family has no turns")
+    return vlm
 
 
 @contextmanager

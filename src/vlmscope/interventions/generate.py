@@ -48,7 +48,12 @@ def generate_ids(
     plan: AnyPlan | None = None,
     max_new_tokens: int = 24,
 ) -> list[int]:
-    """The token ids of the answer, its end token included; arguments as in `generate_edited`."""
+    """The token ids of the answer, its end token included; arguments as in `generate_edited`.
+
+    Raises:
+        UserError: prompt and answer might be longer than the model's positions.
+    """
+    adapter.check_length(inputs.tensors, max_new_tokens)
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
     if plan:
         assert transcoders is not None, "a plan needs the transcoders whose features it edits"
@@ -75,8 +80,10 @@ def generate_batch(
         context: around the forwards, such as `editing` or `random_directions`.
 
     Raises:
-        UserError: the prompts cannot be stacked.
+        UserError: the prompts cannot be stacked, or with their answers might be longer than the model's positions.
     """
+    for one in inputs:
+        adapter.check_length(one.tensors, max_new_tokens)
     names = inputs[0].tensors
     shapes = [{name: tensor.shape[1:] for name, tensor in one.tensors.items()} for one in inputs]
     if any(len(one) != len(inputs[0]) or shape != shapes[0] for one, shape in zip(inputs, shapes, strict=True)):

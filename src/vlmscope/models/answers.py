@@ -13,7 +13,12 @@ from vlmscope.models.base import Adapter, ModelInputs
 
 @torch.no_grad()
 def greedy_answer(adapter: Adapter, inputs: ModelInputs, max_tokens: int) -> list[int]:
-    """The model's own answer, the most probable token at each step: at most `max_tokens` ids, its end included."""
+    """The model's own answer, the most probable token at each step: at most `max_tokens` ids, its end included.
+
+    Raises:
+        UserError: prompt and answer might be longer than the model's positions.
+    """
+    adapter.check_length(inputs.tensors, max_tokens)
     found = adapter.model.generate(**inputs.tensors, max_new_tokens=max_tokens, do_sample=False, use_cache=True)
     return found[0, len(inputs) :].tolist()
 
@@ -26,10 +31,14 @@ def continued(adapter: Adapter, inputs: ModelInputs, token_ids: Sequence[int], t
         inputs: the prompt.
         token_ids: what follows it.
         tokenizer: names them.
+
+    Raises:
+        UserError: prompt and tokens are longer than the model's positions.
     """
     count = len(token_ids)
     if count == 0:
         return inputs
+    adapter.check_length(inputs.tensors, count)
     more = {
         "input_ids": list(token_ids),
         "attention_mask": [1] * count,

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmscope.core.conversation import Exchange
+from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
 from vlmscope.models.patches import PicturePatches
 from vlmscope.models.template import Dialogue, Turn
@@ -129,6 +130,27 @@ class Adapter(ABC):
             settings: such as `use_cache`.
         """
         return self.model(**tensors, **settings)
+
+    def positions_used(self, tensors: Mapping[str, Tensor]) -> int:
+        """How many of the model's positions the inputs take: one a token, but with M-RoPE."""
+        return int(tensors["input_ids"].shape[1])
+
+    def check_length(self, tensors: Mapping[str, Tensor], answer: int = 0) -> None:
+        """Refuse inputs that with an answer of so many tokens would leave the positions that the model was made for.
+
+        RoPE computes further ones all the same, and the model would answer with nonsense.
+
+        Raises:
+            UserError: with both lengths.
+        """
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        used = self.positions_used(tensors)
+        if longest is not None and used + answer > longest:
+            more = f" and its answer up to {answer}" if answer else ""
+            raise UserError(
+                f"the input is too long: {used} positions{more}, the model has {longest} positions; shorten "
+                f"{'it, or ask for a shorter answer' if answer else 'it (data: lower task.max_tokens)'}"
+            )
 
     def injections(self, decoder_arguments: Mapping[str, Any]) -> Float[Tensor, "b n t d"] | None:
         """What pictures add to the stream after the first n layers (DeepStack), 0 at other positions; None for nothing.

@@ -31,11 +31,11 @@ def encode(vlm: VLM, sample: Sample, max_tokens: int | None = None) -> list[dict
 
     Raises:
         UserError: with the example's origin: the model takes no pictures (or needs them), placeholders do not match the
-            pictures, or the cut would go through a picture.
+            pictures, the cut would go through a picture, or what is left is longer than the model's positions.
     """
     try:
         if isinstance(sample, Document):
-            return [_cut(vlm, _document(vlm, sample), max_tokens)]
+            return [sequence_forward(vlm, text_ids(vlm, sample.text, whole=True)[:max_tokens])]
         template = vlm.chat_template.text
         dialogues = vlm.adapter.wrap_exchanges(sample.exchanges, len(sample.images), vlm.tokenizer, template)
         return [_cut(vlm, _dialogue(vlm, one, sample), max_tokens) for one in dialogues]
@@ -107,11 +107,17 @@ def text_ids(vlm: VLM, text: str, whole: bool = False) -> list[int]:
 
 
 def sequence_forward(vlm: VLM, ids: list[int]) -> dict[str, Tensor]:
-    """Tokens of plain text as a forward."""
+    """Tokens of plain text as a forward.
+
+    Raises:
+        UserError: they are more than the model's positions.
+    """
     row = torch.tensor([ids], device=vlm.adapter.device)
     mask = torch.ones_like(row, dtype=torch.bool)
     mask[:, 0] = False
-    return {"input_ids": row, "attention_mask": torch.ones_like(row), LOSS_MASK: mask}
+    forward = {"input_ids": row, "attention_mask": torch.ones_like(row), LOSS_MASK: mask}
+    vlm.adapter.check_length(forward)
+    return forward
 
 
 def ends_of_text(tokenizer: Any) -> tuple[int, int | None]:
@@ -127,19 +133,18 @@ def ends_of_text(tokenizer: Any) -> tuple[int, int | None]:
     return tokenizer.eos_token_id, bos if bos is not None and first == [bos] else None
 
 
-def _document(vlm: VLM, document: Document) -> dict[str, Tensor]:
-    return sequence_forward(vlm, text_ids(vlm, document.text, whole=True))
-
-
 def _cut(vlm: VLM, forward: dict[str, Tensor], max_tokens: int | None) -> dict[str, Tensor]:
-    """The forward without the tokens beyond `max_tokens`."""
+    """The forward without the tokens beyond `max_tokens`, no longer than the model's positions."""
     ids = forward["input_ids"]
     length = ids.shape[1]
     if max_tokens is None or length <= max_tokens:
+        vlm.adapter.check_length(forward)
         return forward
     if vlm.adapter.has_vision and (ids[:, max_tokens:] == vlm.adapter.soft_token_id()).any():
         raise UserError(
             f"its pictures do not fit into {max_tokens} tokens ({length} with the text); raise task.max_tokens, or "
             "give fewer or smaller pictures"
         )
-    return {name: tensor[:, :max_tokens] if name in _BY_POSITION else tensor for name, tensor in forward.items()}
+    short = {name: tensor[:, :max_tokens] if name in _BY_POSITION else tensor for name, tensor in forward.items()}
+    vlm.adapter.check_length(short)
+    return short

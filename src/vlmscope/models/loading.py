@@ -96,7 +96,7 @@ class VLM:
 
         Raises:
             UserError: when the placeholders do not match the pictures, the model takes no pictures, the prompt has a
-                word that the vocabulary lacks, or `as_rgb` refuses a picture.
+                word that the vocabulary lacks, `as_rgb` refuses a picture, or it is longer than the model's positions.
         """
         images = _upright(images)
         _check_words(self.tokenizer, prompt)
@@ -108,6 +108,7 @@ class VLM:
         completed = self.adapter.completed_turn(turn, self.tokenizer)
         written = written_by_user(completed, replaced, batch["offset_mapping"][0].numpy())
         tensors = self._tensors(batch)
+        self.adapter.check_length(tensors)
         sizes = [image.size for image in images]
         boxes = self.adapter.soft_token_boxes(tensors, sizes, getattr(self.processor, "image_processor", None))
         return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes, written, sizes)

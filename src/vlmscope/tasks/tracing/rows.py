@@ -147,11 +147,7 @@ def _inputs(vlm: VLM, row: PromptRow) -> tuple[ModelInputs, list[Any]]:
     from vlmscope.data.images import open_images
 
     pictures = open_images(row.images)
-    inputs = vlm.prepare(row.prompt, pictures)
-    longest = getattr(vlm.model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and len(inputs) > longest:
-        raise UserError(f"the prompt is too long: {len(inputs)} tokens, the model has {longest} positions; shorten it")
-    return inputs, pictures
+    return vlm.prepare(row.prompt, pictures), pictures
 
 
 def _trace(cfg: AppConfig, vlm: VLM, transcoders: Any, row: PromptRow, folder: Path, settings: str) -> dict[str, Any]:

@@ -212,8 +212,8 @@ def load_vlm(
         check_memory(Needs.of(empty), f"the model at {folder}", dtype, device, offload)
         model = _load_weights(names.model, folder, dtype, device, offload)
     vlm = VLM(model, processor, adapter_for(model), name=name or folder.resolve().name, path=str(folder))
-    known = vlm.adapter.chat_template  # else the processor takes prompts as they are
-    log.info("chat template of %s: %s", vlm.name, template.source if known else "none, this family has no turns")
+    if vlm.adapter.chat_template and template.chosen:
+        log.info("chat template of %s: %s", vlm.name, template.chosen)
     return vlm
 
 

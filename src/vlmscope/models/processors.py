@@ -86,10 +86,13 @@ def load_processor(name: str, folder: Path) -> Any:
 
 
 class ChatTemplate(NamedTuple):
-    """A chat template in Jinja, None where the model came without one, and whose it is, in words."""
+    """A chat template in Jinja, None where the model came without one.
+
+    `chosen` says in words which one it is, where it is not simply the processor's only one.
+    """
 
     text: str | None
-    source: str
+    chosen: str = ""
 
 
 def chat_template(processor: Any) -> ChatTemplate:
@@ -100,7 +103,8 @@ def chat_template(processor: Any) -> ChatTemplate:
     Raises:
         UserError: none of several is.
     """
-    for owner, name in ((processor, "processor"), (getattr(processor, "tokenizer", None), "tokenizer")):
+    tokenizer = getattr(processor, "tokenizer", None)
+    for owner, name in ((processor, "processor"), (tokenizer, "tokenizer")):
         found = getattr(owner, "chat_template", None)
         if isinstance(found, dict):
             names = ", ".join(sorted(found))
@@ -111,7 +115,7 @@ def chat_template(processor: Any) -> ChatTemplate:
                 )
             return ChatTemplate(found["default"], f"the {name}'s, of {names} the default")
         if found:
-            return ChatTemplate(found, f"the {name}'s")
+            return ChatTemplate(found, "" if owner is processor else "the tokenizer's")
     return ChatTemplate(None, "the family's usual one; the model came without")
 
 

@@ -19,6 +19,7 @@ from vlmscope.core.study import Words
 from vlmscope.features.study.layer_tables import Logits
 from vlmscope.models.base import Adapter
 from vlmscope.models.placement import materialised
+from vlmscope.models.positions import token_strings
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 _NUMBERS = 1 << 25  # logits in memory at a time
@@ -33,7 +34,7 @@ def top_and_bottom_logits(
     top, bottom = logits.topk(count), (-logits).topk(count)
 
     def words(indices: torch.Tensor) -> Words:
-        return tuple((tokenizer.convert_ids_to_tokens(int(i)), float(logits[i])) for i in indices)
+        return tuple(zip(token_strings(tokenizer, indices.tolist()), logits[indices].tolist(), strict=True))
 
     return words(top.indices), words(bottom.indices)
 

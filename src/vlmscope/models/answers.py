@@ -9,6 +9,7 @@ import torch
 
 from vlmscope.core.positions import ANSWER
 from vlmscope.models.base import Adapter, ModelInputs
+from vlmscope.models.positions import token_strings
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def continued(adapter: Adapter, inputs: ModelInputs, token_ids: Sequence[int], t
     return replace(
         inputs,
         tensors=tensors,
-        tokens=[*inputs.tokens, *(tokenizer.decode([token]) for token in token_ids)],
+        tokens=[*inputs.tokens, *token_strings(tokenizer, token_ids)],
         is_image=np.append(inputs.is_image, np.zeros(count, dtype=bool)),
         image_index=np.append(inputs.image_index, np.full(count, -1)),
         patch_boxes=[*inputs.patch_boxes, *[None] * count],

@@ -27,6 +27,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.data.images import for_figures
     from vlmscope.features.token_lens import token_lens
     from vlmscope.models.batching import make_batch
+    from vlmscope.models.positions import token_strings
     from vlmscope.report.lens_figure import soft_token_words
     from vlmscope.tasks.wiring import load_model, user_pictures
 
@@ -44,7 +45,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     soft = np.flatnonzero(inputs.is_image)
     lens = token_lens(vlm.adapter, batch, np.append(soft, len(inputs) - 1), [word], cfg.task.count)
     on_soft = lens.rank[0, :, :-1]
-    names = vlm.tokenizer.convert_ids_to_tokens(lens.top[0].flatten().tolist())
+    names = token_strings(vlm.tokenizer, lens.top[0].flatten().tolist())
     words = np.reshape(np.array(names, dtype=object), lens.top[0].shape)
     name, first = vlm.tokenizer.decode([word]).strip(), on_soft.min(1) == 0
     seen = np.flatnonzero(first)

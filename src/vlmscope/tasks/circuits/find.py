@@ -184,7 +184,7 @@ class Finder:
         if not said:
             for i, member in enumerate(members):
                 parts = (self.vlm.adapter, self.transcoders, self.vlm.tokenizer, member.feature)
-                said[i] = short_label(top_and_bottom_logits(*parts, 1)[0][0][0].strip("▁ "))
+                said[i] = short_label(top_and_bottom_logits(*parts, 1)[0][0][0].strip())
         return cluster_names({0: list(range(len(members)))}, {}, {}, said, 1)[0] or key
 
 

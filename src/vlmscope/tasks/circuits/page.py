@@ -184,7 +184,7 @@ def peaks(member: CircuitFeature) -> list[str]:
     found = []
     for example in member.examples[:3]:
         if example.tokens and max(example.token_activations) >= max(example.patch_activations, default=0.0):
-            found.append(example.tokens[int(np.argmax(example.token_activations))].strip("▁ "))
+            found.append(example.tokens[int(np.argmax(example.token_activations))].strip())
     return [word for word in found if word]
 
 

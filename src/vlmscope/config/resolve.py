@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from vlmscope.config.errors import suggestion
 from vlmscope.config.schema import AppConfig
 from vlmscope.core.artifacts import read_text
+from vlmscope.core.conversation import check_characters
 from vlmscope.core.errors import UserError
 
 
@@ -80,6 +81,19 @@ def _refuse_unknown_choice(cfg: DictConfig) -> None:
             raise UserError(f"no {group} named {cfg[group]!r}; `ls conf/{group}` shows the choices")
 
 
+_TEXTS = ("prompt", "query", "task.donor_prompt", "task.second_prompt", "task.word") + tuple(
+    f"attribution.{key}" for key in ("answer", "tokens", "difference")
+)
+
+
+def _refuse_no_characters(cfg: DictConfig) -> None:
+    """A byte of the command line that is not UTF-8 may be a part of a file's name, but of no text."""
+    for key in _TEXTS:
+        found = OmegaConf.select(cfg, key)
+        for text in found if isinstance(found, ListConfig) else [found]:
+            check_characters(str(text or ""), f"{key}=")
+
+
 def to_app_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> AppConfig:
     """Resolve interpolations, read `prompt_file`, make `image` a list, and build the dataclasses.
 
@@ -91,6 +105,7 @@ def to_app_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> AppConfig:
         raise UserError(f"{key} has no value; give it on the command line as {key}=...")
     _refuse_unknown_choice(cfg)
     _refuse_unknown_keys(cfg)
+    _refuse_no_characters(cfg)
     app = OmegaConf.to_object(cfg)
     assert isinstance(app, AppConfig), type(app)
     app.prompt = _prompt_text(app.prompt, app.prompt_file, overrides)

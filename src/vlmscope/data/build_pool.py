@@ -8,9 +8,10 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.build_part import Chunk, PartJob, chunks_of
@@ -18,6 +19,12 @@ from vlmscope.data.build_part import Chunk, PartJob, chunks_of
 Claim = Callable[[PartJob, list[bytes]], list[bool]]
 Enter = Callable[[PartJob, Chunk], None]
 Finish = Callable[[PartJob], None]
+
+
+class _Fault(NamedTuple):
+    """The traceback of a fault of the program in another process."""
+
+    text: str
 
 
 def run_jobs(
@@ -37,7 +44,8 @@ def run_jobs(
         finish: told each part that is done.
 
     Raises:
-        UserError: that of any part.
+        UserError: that of any part, or its process was ended from outside.
+        RuntimeError: a fault of the program in another process, with its traceback.
     """
     if processes == 1 or len(jobs) == 1:
         for job in jobs:
@@ -86,6 +94,8 @@ def _there(
                         connection.send(claim(job, digests))
                     case str() as error:
                         raise UserError(error)
+                    case _Fault(text):
+                        raise RuntimeError(f"part {job.part.index} of {job.name} failed in its process:\n{text}")
                     case None:
                         finish(job)
                         del working[connection]
@@ -141,5 +151,9 @@ def _work(connection: Connection) -> None:
                 connection.send(None)
             except UserError as error:
                 connection.send(str(error))
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                raise
+            except Exception:
+                connection.send(_Fault(traceback.format_exc()))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmscope.core.conversation import Conversation, Document, Exchange, Sample
+from vlmscope.core.conversation import Conversation, Document, Exchange, Sample, check_characters
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import decode_image, picture_format
 
@@ -38,6 +38,15 @@ class RawSample:
     text: str = ""
     origin: str = ""
     facts: Mapping[str, str | int] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse words that neither a shard nor a model can take.
+
+        Raises:
+            UserError: with the origin and the place.
+        """
+        for text in (self.text, *(said for turn in self.exchanges for said in turn)):
+            check_characters(text, f"{self.origin}: {text[:30]!r}")
 
     def opened(self) -> Sample:
         """The record that a model reads.

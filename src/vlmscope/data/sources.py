@@ -92,7 +92,7 @@ def _folder(name: str, config: SourceConfig, split: str, check_pictures: bool) -
     path = Path(str(config.path)) / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}; data.sources.{name}.path: as docs/bring_your_own.md says")
-    lines = JsonLines(path, check_pictures)
+    lines = JsonLines(path, check_pictures, check_words=False)
     count = len(lines) if config.limit is None else min(len(lines), config.limit)
 
     def sample(number: int) -> RawSample:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmscope.core.conversation import Conversation, Document, Sample
+from vlmscope.core.conversation import Conversation, Document, Sample, check_characters
 from vlmscope.core.errors import UserError
-from vlmscope.models.loading import VLM
+from vlmscope.models.loading import VLM, refused_in_one_line
 from vlmscope.models.template import Dialogue
 
 LOSS_MASK = "loss_mask"
@@ -59,6 +59,7 @@ def joined(forwards: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _dialogue(vlm: VLM, dialogue: Dialogue, sample: Conversation) -> dict[str, Tensor]:
     if dialogue.suffix is not None:
+        check_characters(dialogue.suffix, "the answer")
         tensors = vlm.tokenised(dialogue.text, sample.images, suffix=[dialogue.suffix])
         answer = (tensors["token_type_ids"] == 1) & (tensors["input_ids"] != vlm.tokenizer.eos_token_id)
         return {**tensors, LOSS_MASK: answer}
@@ -100,7 +101,9 @@ def text_ids(vlm: VLM, text: str, whole: bool = False) -> list[int]:
     adapter = vlm.adapter
     if adapter.needs_pictures:
         raise UserError(f"{type(vlm.model).__name__} is not made for text without a picture; leave the line out")
-    ids = vlm.tokenizer(text, add_special_tokens=whole)["input_ids"]
+    check_characters(text, "the text")
+    with refused_in_one_line(text):
+        ids = vlm.tokenizer(text, add_special_tokens=whole)["input_ids"]
     if adapter.has_vision and adapter.soft_token_id() in ids:
         raise UserError("the text spells the token that stands for a picture; take it out")
     return ids

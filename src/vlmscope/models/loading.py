@@ -4,6 +4,7 @@ import inspect
 import logging
 import logging as python_logging
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL.Image import Image
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 
+from vlmscope.core.conversation import check_characters
 from vlmscope.core.errors import UserError
 from vlmscope.core.images import as_rgb
 from vlmscope.models.base import Adapter, ModelInputs
@@ -99,10 +101,13 @@ class VLM:
                 word that the vocabulary lacks, `as_rgb` refuses a picture, or it is longer than the model's positions.
         """
         images = _upright(images)
-        _check_words(self.tokenizer, prompt)
+        check_characters(prompt, "the prompt")
+        with refused_in_one_line(prompt):
+            _check_words(self.tokenizer, prompt)
         turn = self.adapter.wrap_prompt(prompt, len(images), self.tokenizer, self.chat_template.text)
         more = {"return_text_replacement_offsets": True} if self.adapter.has_vision else {}
-        batch = self._processed(turn.text, images, return_offsets_mapping=True, **more)
+        with refused_in_one_line(prompt, images):
+            batch = self._processed(turn.text, images, return_offsets_mapping=True, **more)
         self._check_ids(batch["input_ids"])
         replaced = batch["text_replacement_offsets"][0] if images else []
         completed = self.adapter.completed_turn(turn, self.tokenizer)
@@ -122,9 +127,12 @@ class VLM:
             settings: more arguments for the processor.
 
         Raises:
-            UserError: the text has a token that the model has no embedding for.
+            UserError: the text has a token that the model has no embedding for, or the processor refuses it.
         """
-        batch = self._processed(text, _upright(images), **settings)
+        images = _upright(images)
+        check_characters(text, "the text")
+        with refused_in_one_line(text, images):
+            batch = self._processed(text, images, **settings)
         self._check_ids(batch["input_ids"])
         return self._tensors(batch)
 
@@ -166,6 +174,20 @@ def _upright(images: Sequence[Image]) -> list[Image]:
         except UserError as error:
             raise UserError(f"picture {number}: {error}") from error
     return found
+
+
+@contextmanager
+def refused_in_one_line(said: str, images: Sequence[Image] = ()) -> Iterator[None]:
+    """Whatever a Hugging Face processor or tokenizer raises, as a `UserError` that names the text and its pictures."""
+    try:
+        yield
+    except (UserError, MemoryError, OutOfMemoryError):
+        raise
+    except Exception as error:
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+        what = f"{textwrap.shorten(said, 80)!r}" + (f" with a picture of {sizes} pixels" if images else "")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"the model's processor refuses {what}: {reason}; change it, or leave it out") from error
 
 
 def _check_words(tokenizer: Any, prompt: str) -> None:

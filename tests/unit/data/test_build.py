@@ -19,6 +19,8 @@ from vlmscope.core.errors import UserError
 from vlmscope.data import build, build_part
 from vlmscope.data.build import BuildSettings, build_mix
 from vlmscope.data.build_part import Chunk, PartJob, chunks_of
+from vlmscope.data.build_pool import run_jobs
+from vlmscope.data.folder import load_folder
 from vlmscope.data.orrery.scene import make_scene
 from vlmscope.data.raw import RawSample, held_out
 from vlmscope.data.shards import encode_png
@@ -220,6 +222,39 @@ def test_a_mistake_in_another_process_is_one_line_here(tmp_path: Path) -> None:
     made["words"] = SourceConfig("hf_text", str(tmp_path / "blank"))
     with pytest.raises(UserError, match="none of 7 rows of data.sources.words can be used; the last: words row"):
         build_mix(made, settings(tmp_path / "out"), 2)
+
+
+HALF = ("a \ud800 b", "caf\udce9")  # no characters: neither UTF-8 nor any tokenizer has them
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, id="two")])
+@pytest.mark.parametrize("kind", ["exchanges", "captions", "texts"])
+def test_texts_of_half_characters_are_left_out_and_counted(kind: str, processes: int, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(PNG)
+    texts = [*(f"text {n}" for n in range(12)), *HALF]
+    rows = {
+        "exchanges": [{"images": ["a.png"], "texts": [{"user": "what ?", "assistant": text}]} for text in texts],
+        "captions": [{"images": ["a.png"], "text": text} for text in texts],
+        "texts": [{"text": text} for text in texts],
+    }[kind]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = {"mine": SourceConfig("folder", str(folder))}
+    figures = build_mix(made, settings(tmp_path / "out"), processes)
+    assert (figures["data/rows"], figures["data/unusable"], figures["data/samples"]) == (14, 2, 12)
+    # A folder that is trained on as it is has all its lines looked at first.
+    with pytest.raises(UserError, match=r"train.jsonl line 13: .* '\\ud800' at character 3"):
+        load_folder(folder, 0.1, 0)
+
+
+def test_a_fault_of_the_program_in_another_process_shows_itself(tmp_path: Path) -> None:
+    made = sources(tmp_path / "words")["scenes"]
+    jobs = [
+        PartJob("scenes", made, "train", None, Share(n, 2), tmp_path / "out", -1, 0.2, 0) for n in range(2)
+    ]  # `islice` refuses -1
+    with pytest.raises(RuntimeError, match=r"(?s)part \d of scenes.*ValueError.*islice"):
+        run_jobs(jobs, 2, lambda *_: [], lambda *_: None, lambda *_: None)
 
 
 def shards(folder: Path, sizes: tuple[int, ...] = (5, 1, 4, 7)) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     CLIPVisionConfig,
     Gemma4ForConditionalGeneration,
@@ -18,7 +19,9 @@ from transformers import (
 
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.trace import trace
+from vlmscope.core.conversation import Conversation, Document, Exchange
 from vlmscope.core.errors import UserError
+from vlmscope.models.conversations import encode
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.tiny import tiny_image, tiny_vlm
@@ -133,3 +136,46 @@ def test_paligemma_wants_a_picture() -> None:
 def test_an_unknown_tiny_family_names_the_known_ones() -> None:
     with pytest.raises(UserError, match="no tiny model of type 'gpt'; choose one of: gemma3, gemma3_text, "):
         tiny_vlm("gpt")
+
+
+# What transformers' processors and tokenizers raise a ValueError or TypeError of: family, said, picture's size, reason.
+RAISED = [
+    ("llava_onevision", "what is <video> this", (16, 16), "Found 1 <video> tokens"),
+    ("internvl", "what is <video> this", (16, 16), "Found 1 <video> tokens"),
+    ("qwen2_5_vl", "what is <|video_pad|> this", (16, 16), "Found 1 <|video_pad|> tokens"),
+    ("qwen3_vl", "what is <|video_pad|> this", (16, 16), "Found 1 <|video_pad|> tokens"),
+    ("gemma4", "what is <|audio|> this", (16, 16), "Found 1 <|audio|> tokens"),
+    ("qwen2_5_vl", "what is this", (4060, 10), "picture of 4060 x 10 pixels.*aspect ratio must be smaller than 200"),
+    ("qwen3_vl", "what is this", (2, 3000), "picture of 2 x 3000 pixels.*aspect ratio must be smaller than 200"),
+    ("gemma3", "what \ud800 is this", (16, 16), r"'\\ud800' at character 6"),
+    ("gemma3_text", "caf\udce9", None, r"'\\udce9' at character 4"),
+    ("paligemma", "caf\udce9", (16, 16), r"'\\udce9' at character 4"),
+]
+
+
+@pytest.mark.parametrize(("family", "said", "size", "reason"), RAISED)
+def test_what_a_processor_raises_is_one_line_that_names_its_input(
+    family: str, said: str, size: tuple[int, int] | None, reason: str
+) -> None:
+    vlm = tiny_vlm(family, 5)
+    pictures = () if size is None else (Image.new("RGB", size),)
+    with pytest.raises(UserError, match=reason if "character" in reason else f"'{said[:7]}.*{reason}"):
+        vlm.prepare(said, pictures)
+    anywhere = reason.partition(" at character")[0]  # of the whole conversation
+    for exchange in (Exchange(said, "red"), Exchange("what is this", said)):
+        with pytest.raises(UserError, match=f"^line 4: .*{anywhere}"):
+            encode(vlm, Conversation(pictures, (exchange,), "line 4"))
+    if "character" in reason and not vlm.adapter.needs_pictures:
+        with pytest.raises(UserError, match=f"^line 5: .*{reason}"):
+            encode(vlm, Document(said, "line 5"))
+
+
+def test_memory_is_not_blamed_on_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = tiny_vlm("llava", 5)
+
+    def full(*_args: Any, **_kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(type(vlm.processor), "__call__", full)
+    with pytest.raises(MemoryError):
+        vlm.prepare("what is this", [tiny_image(0)])

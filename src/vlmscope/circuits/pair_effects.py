@@ -175,7 +175,7 @@ def _gradients(
 
             target = target_module(adapter, layer, transcoders.config.output_hook)
             stack.callback(target.register_forward_hook(hook).remove)
-        logits = adapter.forward(tensors | of_inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = adapter.next_logits(tensors | of_inputs)
         rows = torch.arange(len(tokens), device=logits.device)
         gaps = logits[rows, other_tokens] - logits[rows, tokens]
         leaves: dict[int | str, Tensor] = {**writes, **of_inputs}

@@ -89,7 +89,7 @@ def pair_subject(
     """
     both = make_batch(adapter, [*originals, *others])
     n = len(originals)
-    logits = adapter.forward(both.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+    logits = adapter.next_logits(both.tensors)
     right, other_right = logits[:n].argmax(-1) == tokens, logits[n:].argmax(-1) == other_tokens
     rows = torch.nonzero(right & other_right).flatten() if answerable else torch.arange(n, device=logits.device)
     if len(rows) < least:

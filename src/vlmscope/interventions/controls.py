@@ -103,4 +103,4 @@ def run_random_direction(
     position.
     """
     with random_directions(adapter, transcoders, plan, seed):
-        return adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return adapter.next_logits(batch.tensors)

@@ -66,7 +66,7 @@ def base_run(
             for norm in all_norms(adapter):
                 watch(norm, lambda m, args, _o: inverse_rms.__setitem__(m, adapter.inverse_rms(m, args[0])))
         patterns = stack.enter_context(recording_patterns(adapter)) if {*modes} - {"free"} else {}
-        logits = adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = adapter.next_logits(batch.tensors)
         recorded.update(patterns)
     return BaseRun(logits, recorded, mlp_in, written, inverse_rms)
 

@@ -11,6 +11,7 @@ import torch
 from vlmscope.core.errors import UserError
 from vlmscope.interventions.edits import AnyPlan
 from vlmscope.interventions.run import editing
+from vlmscope.models.answers import generated
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -48,20 +49,10 @@ def generate_ids(
     plan: AnyPlan | None = None,
     max_new_tokens: int = 24,
 ) -> list[int]:
-    """The token ids of the answer, its end token included; arguments as in `generate_edited`.
-
-    Raises:
-        UserError: prompt and answer might be longer than the model's positions.
-    """
-    adapter.check_length(inputs.tensors, max_new_tokens)
-    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
-    if plan:
-        assert transcoders is not None, "a plan needs the transcoders whose features it edits"
-        with editing(adapter, transcoders, plan):
-            ids = adapter.model.generate(**inputs.tensors, **settings)
-    else:
-        ids = adapter.model.generate(**inputs.tensors, **settings)
-    return ids[0, len(inputs) :].tolist()
+    """The token ids of the answer, its end token included; arguments as in `generate_edited`."""
+    assert not plan or transcoders is not None, "a plan needs the transcoders whose features it edits"
+    with editing(adapter, transcoders, plan) if plan and transcoders is not None else nullcontext():
+        return generated(adapter, inputs.tensors, max_new_tokens)[0].tolist()
 
 
 @torch.no_grad()
@@ -80,18 +71,15 @@ def generate_batch(
         context: around the forwards, such as `editing` or `random_directions`.
 
     Raises:
-        UserError: the prompts cannot be stacked, or with their answers might be longer than the model's positions.
+        UserError: the prompts cannot be stacked, or `generated` refuses them.
     """
-    for one in inputs:
-        adapter.check_length(one.tensors, max_new_tokens)
     names = inputs[0].tensors
     shapes = [{name: tensor.shape[1:] for name, tensor in one.tensors.items()} for one in inputs]
     if any(len(one) != len(inputs[0]) or shape != shapes[0] for one, shape in zip(inputs, shapes, strict=True)):
         raise UserError("prompts of a batch must have equal length and pictures of equal size: generate one by one")
     tensors = {name: torch.cat([one.tensors[name] for one in inputs]) for name in names}
-    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
     with context or nullcontext():
-        found = adapter.model.generate(**tensors, **settings)[:, len(inputs[0]) :].tolist()
+        found = generated(adapter, tensors, max_new_tokens).tolist()
     ends = adapter.model.generation_config.eos_token_id
     known: set[int] = {ends} if isinstance(ends, int) else {int(end) for end in ends or ()}
     return [_through_end(ids, known) for ids in found]

@@ -61,7 +61,7 @@ def run_edited(
             stack.enter_context(frozen_norms(adapter, base))
         else:
             stack.enter_context(editing(adapter, transcoders, plan))
-        return adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return adapter.next_logits(batch.tensors)
 
 
 def _check(transcoders: TranscoderSet, plan: AnyPlan) -> None:

@@ -1,11 +1,12 @@
 """A prompt with the beginning of an answer after it, as the model sees it while it answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vlmscope.core.positions import ANSWER
 from vlmscope.models.base import Adapter, ModelInputs
@@ -13,15 +14,33 @@ from vlmscope.models.positions import token_strings
 
 
 @torch.no_grad()
-def greedy_answer(adapter: Adapter, inputs: ModelInputs, max_tokens: int) -> list[int]:
-    """The model's own answer, the most probable token at each step: at most `max_tokens` ids, its end included.
+def generated(adapter: Adapter, tensors: Mapping[str, Tensor], max_tokens: int) -> Tensor:
+    """The most probable token at each step: `[B, at most max_tokens]`, ends included and padding after them.
+
+    Args:
+        adapter: the model.
+        tensors: arguments of its forward, `input_ids [B, T]` among them.
+        max_tokens: stop after so many.
 
     Raises:
-        UserError: prompt and answer might be longer than the model's positions.
+        UserError: prompt and answer might be longer than the model's positions, or logits are not finite.
     """
-    adapter.check_length(inputs.tensors, max_tokens)
-    found = adapter.model.generate(**inputs.tensors, max_new_tokens=max_tokens, do_sample=False, use_cache=True)
-    return found[0, len(inputs) :].tolist()
+    adapter.check_length(tensors, max_tokens)
+
+    def check(_module: object, _args: tuple, output: Any) -> None:
+        adapter.finite(output.logits[:, -1])  # of nan argmax would choose token 0
+
+    handle = adapter.model.register_forward_hook(check)  # before generation rules out tokens by -inf
+    try:
+        found = adapter.model.generate(**tensors, max_new_tokens=max_tokens, do_sample=False, use_cache=True)
+    finally:
+        handle.remove()
+    return found[:, tensors["input_ids"].shape[1] :]
+
+
+def greedy_answer(adapter: Adapter, inputs: ModelInputs, max_tokens: int) -> list[int]:
+    """The model's own answer as `generated` gives it: at most `max_tokens` ids, its end included."""
+    return generated(adapter, inputs.tensors, max_tokens)[0].tolist()
 
 
 def continued(adapter: Adapter, inputs: ModelInputs, token_ids: Sequence[int], tokenizer: Any) -> ModelInputs:

@@ -131,6 +131,25 @@ class Adapter(ABC):
         """
         return self.model(**tensors, **settings)
 
+    def next_logits(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "b v"]:
+        """The logits at the last position, `finite`."""
+        return self.finite(self.forward(tensors, use_cache=False, logits_to_keep=1).logits[:, -1])
+
+    def finite(self, logits: Tensor) -> Tensor:
+        """The same logits of any shape: called wherever the model's are read, for a table of nan says nothing.
+
+        Raises:
+            UserError: some are infinite or no numbers.
+        """
+        if not bool(logits.isfinite().all()):
+            name = str(self.dtype).removeprefix("torch.")
+            todo = "try model.dtype=bfloat16 or float32" if self.dtype == torch.float16 else "check both"
+            raise UserError(
+                f"the model's logits are not finite in {name}: its activations overflow (float16 ends at 65504), its "
+                f"weights are damaged, or an edit is too strong; {todo}"
+            )
+        return logits
+
     def positions_used(self, tensors: Mapping[str, Tensor]) -> int:
         """How many of the model's positions the inputs take: one a token, but with M-RoPE."""
         return int(tensors["input_ids"].shape[1])

@@ -40,7 +40,8 @@ class Qwen2_5_VLAdapter(DecoderAdapter):
         # A picture takes as many positions as its longer side has soft tokens.
         grids = tensors["image_grid_thw"].clone()
         grids[:, 1:] //= int(self.model.config.vision_config.spatial_merge_size)
-        return super().positions_used(tensors) + int((grids.amax(1) - grids.prod(1)).sum())
+        saved = int((grids.prod(1) - grids.amax(1)).sum()) // len(tensors["input_ids"])
+        return super().positions_used(tensors) - saved
 
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
         self._refuse_pads(prompt)

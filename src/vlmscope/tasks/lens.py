@@ -91,7 +91,7 @@ def _word(vlm: "VLM", batch: Any, text: str | None) -> int:
 
     if text is None:
         with torch.no_grad():
-            return int(vlm.adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
+            return int(vlm.adapter.next_logits(batch.tensors)[0].argmax())
     for spelt in (text, f" {text}"):
         ids = vlm.tokenizer(spelt, add_special_tokens=False)["input_ids"]
         if len(ids) == 1 and ids[0] != vlm.tokenizer.unk_token_id:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,10 +18,19 @@ from transformers import (
     PhiConfig,
 )
 
+from vlmscope.activations.mlp_inputs import mlp_inputs_and_logits
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.trace import trace
 from vlmscope.core.conversation import Conversation, Document, Exchange
 from vlmscope.core.errors import UserError
+from vlmscope.features.token_lens import token_lens
+from vlmscope.interventions.controls import run_random_direction
+from vlmscope.interventions.edits import LayerEdit
+from vlmscope.interventions.frozen import base_run
+from vlmscope.interventions.generate import generate_batch, generate_edited
+from vlmscope.interventions.run import run_edited
+from vlmscope.models.answers import greedy_answer
+from vlmscope.models.batching import make_batch
 from vlmscope.models.conversations import encode
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import load_vlm
@@ -119,8 +129,22 @@ def test_a_forward_that_overflows_is_told() -> None:
     transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 8, 2, dtype=vlm.adapter.dtype)
     inputs = vlm.prepare("what is this ?")
     vlm.adapter.norms(1).mlp_out_post.weight.fill_(60000.0)  # pyright: ignore[reportOptionalMemberAccess]
-    with pytest.raises(UserError, match="not finite in float16: .* try model.dtype=bfloat16 or float32"):
-        trace(vlm, transcoders, inputs, AttributionConfig())
+    adapter, batch = vlm.adapter, make_batch(vlm.adapter, [inputs])
+    one = torch.tensor([3])
+    plan = {1: LayerEdit(one, torch.zeros(1), torch.ones(1), torch.ones(len(inputs), dtype=torch.bool), torch.zeros(1))}
+    for read in (
+        lambda: trace(vlm, transcoders, inputs, AttributionConfig()),
+        lambda: greedy_answer(adapter, inputs, 2),
+        lambda: generate_edited(adapter, vlm.tokenizer, inputs),
+        lambda: generate_batch(adapter, [inputs, inputs], 2),
+        lambda: token_lens(adapter, batch, np.array([1]), [5]),
+        lambda: base_run(adapter, transcoders, batch),
+        lambda: run_edited(adapter, transcoders, batch, plan),
+        lambda: run_random_direction(adapter, transcoders, batch, plan, 0),
+        lambda: mlp_inputs_and_logits(adapter, batch, [0]),
+    ):
+        with pytest.raises(UserError, match="not finite in float16: .* try model.dtype=bfloat16 or float32"):
+            read()
 
 
 def test_a_bare_soft_token_in_a_prompt_is_refused() -> None:

@@ -40,7 +40,7 @@ def run_circuit(
 ) -> np.ndarray:
     """m [B] float64: the logit differences of the pairs when only `kept` is clean."""
     with circuit(adapter, transcoders, sides, kept, mode) as tensors:
-        logits = adapter.forward(tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = adapter.next_logits(tensors)
     return sides.subject.gaps(logits).double().cpu().numpy()
 
 
@@ -151,7 +151,7 @@ def mask_effects(
                 kept.role_of,
             )
             with circuit(adapter, transcoders, sides, partial, mode) as tensors:
-                logits = adapter.forward(tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+                logits = adapter.next_logits(tensors)
             slopes = torch.autograd.grad(sides.subject.gaps(logits).mean(), scaled)
         for total, slope, mask in zip(worth, slopes, whole, strict=True):
             total += torch.where(mask, slope, 0.0) / steps

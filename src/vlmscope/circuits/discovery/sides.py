@@ -103,7 +103,7 @@ def _side(adapter: Adapter, transcoders: TranscoderSet, subject: CircuitSubject,
 
             module = target_module(adapter, layer, transcoders.config.output_hook)
             stack.callback(module.register_forward_hook(hook).remove)
-        logits = adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = adapter.next_logits(batch.tensors)
     codes = transcoders.encode(inputs)
     errors = {layer: out - transcoders.decode(layer, codes, inputs[layer]).to(out) for layer, out in targets.items()}
     gaps = subject.gaps(logits).double().cpu().numpy()

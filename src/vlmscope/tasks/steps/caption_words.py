@@ -186,7 +186,7 @@ def next_tokens(bench: Bench, pairs: Sequence[tuple[Caption, Caption]], at: int)
         prompt = bench.vlm.prepare(bench.cfg.captions.prompt, [Image.fromarray(own.scene.image)])
         inputs.append(continued(bench.vlm.adapter, prompt, other.ids[:at], bench.vlm.tokenizer))
     batch = make_batch(bench.vlm.adapter, inputs)
-    logits = bench.vlm.adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+    logits = bench.vlm.adapter.next_logits(batch.tensors)
     return logits.argmax(-1).tolist()
 
 

@@ -36,7 +36,7 @@ MACHINE_FACTS = ("seconds", "per_s", "_gb", "over_forward")  # in a metric's nam
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    counts = dict.fromkeys(KINDS, 24)
+    counts: dict[str, int] = dict.fromkeys(KINDS, 24)
     build(OrreryDataConfig(folder=str(folder), train=counts, val=counts, test=counts))
     return folder
 

@@ -19,6 +19,10 @@ for _key, _value in {
     os.environ.setdefault(_key, _value)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden/*.json and print what changed")
+
+
 def _back_to_one_thread() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != 1:

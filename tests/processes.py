@@ -79,7 +79,9 @@ class Forked:
 
     def said(self) -> tuple[str, str]:
         """stdout and stderr up to now."""
-        out, err = (Path(name).read_text() if Path(name).exists() else "" for name in self._files)
+        out, err = (
+            Path(name).read_text(errors="surrogateescape") if Path(name).exists() else "" for name in self._files
+        )
         return out, err
 
     def communicate(self, timeout: float = 120) -> tuple[str, str]:

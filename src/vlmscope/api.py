@@ -220,15 +220,14 @@ def study(
     scope: Scope, prompt: str, images: Sequence[Picture], features: Sequence[str], count: int = 6
 ) -> dict[str, tuple[FeatureExample, ...]]:
     """The pictures on which each feature is most active, with the activation of every soft token and word."""
-    from vlmscope.data.images import open_image, png_bytes
+    from vlmscope.data.images import png_bytes
     from vlmscope.features.study.top_examples import StudyItem, top_examples
     from vlmscope.interventions.named import by_layer
 
-    pictures = [i if isinstance(i, Image.Image) else open_image(i) for i in images]
     names = [str(i) if not isinstance(i, Image.Image) else f"picture {n}" for n, i in enumerate(images)]
     items = [
         StudyItem(scope.vlm.prepare(prompt, [picture]), name, png_bytes(picture, 256))
-        for picture, name in zip(pictures, names, strict=True)
+        for picture, name in zip(map(opened, images), names, strict=True)  # one large picture at a time
     ]
     chosen = by_layer(scope.transcoders, map(FeatureId.parse, features))
     ids = [FeatureId(layer, index) for layer, found in chosen.items() for index in found.tolist()]

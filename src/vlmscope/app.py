@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,7 +28,7 @@ vlmscope: transcoders, attribution graphs and causal tests for vision-language m
 {overview}
 
 Keys
-  prompt=TEXT, prompt_file=PATH   the prompt, taken exactly as it is written
+  prompt=TEXT, prompt_file=PATH   the prompt, taken exactly as it is written; so are paths and words everywhere
   prompts=SET prompt_name=NAME    a ready prompt of a set (docs/prompts.md)
   image=PATH, image=[A,B]         one picture or several
   images.NAME=[A,B]               a named set of your own pictures
@@ -144,7 +145,10 @@ def _checked(argv: Sequence[str]) -> list[str]:
 
 def _job(failures: _Failures) -> Callable[[Any], None]:
     """`run_job` that keeps its failure: raised, Hydra would print a line of its own, and a sweep's others go on."""
+    from hydra.core.hydra_config import HydraConfig
+
     from vlmscope.config.errors import CONFIG_ERRORS, one_line
+    from vlmscope.core.artifacts import no_room
     from vlmscope.tasks.job import run_job
 
     def job(cfg: Any) -> None:
@@ -153,7 +157,9 @@ def _job(failures: _Failures) -> Callable[[Any], None]:
         except CONFIG_ERRORS as error:
             failures.add(UserError(one_line(error)))
         except Exception as error:
-            failures.add(error)
+            # Most writers say it themselves; this is for logs, other libraries' files and redirected output.
+            place = getattr(error, "filename", None) or HydraConfig.get().runtime.output_dir
+            failures.add(no_room(error, place) or error)
 
     return job
 
@@ -185,8 +191,9 @@ def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
     from vlmscope.config.verbatim import quote_arguments
     from vlmscope.tasks import registry
 
-    arguments = quote_arguments(_checked(argv))
-    register(registry.configs())
+    configs = registry.configs()
+    arguments = quote_arguments(_checked(argv), configs)
+    register(configs)
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job(failures))
     try:
@@ -207,6 +214,8 @@ def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a folder's name is printed as the bytes that it has
     if not argv or {"-h", "--help"} & set(argv):
         print(_help())
         return 0 if argv else 2

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.core.images import as_rgb
 from vlmscope.data.images import open_image
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.batching import InputBatch, make_batch
@@ -42,7 +43,7 @@ class Scope:
         Raises:
             UserError: as `VLM.prepare`, and for a picture that cannot be read.
         """
-        return self.vlm.prepare(prompt, [i if isinstance(i, Image.Image) else open_image(i) for i in images])
+        return self.vlm.prepare(prompt, [opened(image) for image in images])
 
     def batch(self, inputs: Sequence[ModelInputs]) -> InputBatch:
         """Prompts of equal length and equal positions of pictures as one batch."""
@@ -54,5 +55,14 @@ class Scope:
 
     @torch.no_grad()
     def forward(self, batch: InputBatch) -> Tensor:
-        """Logits [B, V] at the last position of one forward, under the hooks that are set."""
-        return self.adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+        """Logits [B, V] at the last position of one forward, under the hooks that are set.
+
+        Raises:
+            UserError: they are not finite.
+        """
+        return self.adapter.next_logits(batch.tensors)
+
+
+def opened(picture: Picture) -> Image.Image:
+    """A path opened, a PIL image in RGB: the same picture either way."""
+    return as_rgb(picture) if isinstance(picture, Image.Image) else open_image(picture)

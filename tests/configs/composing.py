@@ -17,7 +17,7 @@ from vlmscope.tasks import registry
 def composed(*overrides: str) -> AppConfig:
     """The typed configuration; shared by all who ask, so it is to be read only."""
     register(registry.configs())
-    quoted = quote_arguments(overrides)
+    quoted = quote_arguments(overrides, registry.configs())
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return to_app_config(compose("config", quoted), quoted)
 

@@ -67,6 +67,10 @@ def test_the_answer_leads_back_to_the_picture(run_dir: Path) -> None:
         (["image=/no/such.png"], "no such file"),
         (["prompt=what planet is this zebra ?"], "zebra"),
         (["prompt=<start_of_image> <start_of_image> what planet is this ?"], "2 times but 1 picture"),
+        # A Latin-1 byte on the command line, as Python passes it on.
+        (["prompt=what planet is caf\udce9 ?"], r"prompt= has '\udce9' at character 19"),
+        (["attribution.answer=caf\udce9"], "attribution.answer="),
+        (["attribution.tokens=[mars,caf\udce9]"], "attribution.tokens="),
         (["attribution.logit_mass=2"], "logit_mass"),
         (["attribution.choice=best"], "influence or total_effect"),
         (["attribution.memory_gb=-1"], "must be above 0"),

@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vlmscope.app import main
 from vlmscope.attention.map_io import load_maps
 from vlmscope.data.orrery.scene import make_scene
+from vlmscope.models.tiny import tiny_vlm
+from vlmscope.tasks.steps.bench import Bench
 
 QUESTION = "which shape is this ?"
 
@@ -76,6 +80,16 @@ def test_other_families_have_maps(family: str, picture: Path, tmp_path: Path) ->
     (residual,) = (value for name, value in metrics.items() if name.endswith("path_residual"))
     assert residual < 1e-5
     assert load_maps(tmp_path / "where" / "maps.safetensors").tokens
+    # Hugging Face's own next words, decoded; a byte-level vocabulary spells a space before them as another letter.
+    vlm = tiny_vlm(family.removeprefix("tiny_"))
+    inputs = vlm.prepare("what is this ?", [Image.open(picture)])
+    with torch.no_grad():
+        best = vlm.model(**inputs.tensors).logits[0, -1].topk(3).indices.tolist()
+    record = json.loads((tmp_path / "lens" / "lens.json").read_text())
+    assert record["states"][-1]["words"][-1] == [vlm.tokenizer.decode([token]) for token in best]
+    assert not any("Ġ" in word for state in record["states"] for place in state["words"] for word in place)
+    words = Bench.words(SimpleNamespace(vlm=vlm), vlm.model(**inputs.tensors).logits[0, -1], 3)  # pyright: ignore
+    assert [word for word, _ in words] == record["states"][-1]["words"][-1]
 
 
 def test_the_lens_says_what_the_model_says(picture: Path, tmp_path: Path) -> None:

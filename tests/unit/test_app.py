@@ -26,6 +26,8 @@ def run(cfg, context):
         raise UserError("the thing is wrong\\nhere; do that")
     if cfg.task.mode == "crash":
         raise RuntimeError("boom")
+    if cfg.task.mode == "full":
+        raise OSError(28, "No space left on device")
     if cfg.task.mode == "interrupt":
         raise KeyboardInterrupt
     (context.run_dir / "artifact.txt").write_text(str(cfg.prompt))
@@ -80,6 +82,14 @@ def test_a_run_leaves_its_folder_and_prints_it_last(fresh, tmp_path) -> None:
     assert (folder / "artifact.txt").read_text() == "a, ${b} (c)"
 
 
+def test_names_that_are_not_utf8_pass_through(app, store, tmp_path) -> None:
+    folder, picture = (tmp_path / os.fsdecode(name) for name in (b"caf\xe9", b"p\xe9.png"))
+    result = app("task=dummy", f"hydra.run.dir={folder}", f"image={picture}", f"tracking.uri={store}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{folder}\n"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["image"] == [str(picture)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -88,6 +98,7 @@ def test_a_run_leaves_its_folder_and_prints_it_last(fresh, tmp_path) -> None:
         (["task=dummy", "trainer.max_step=1"], "did you mean trainer.max_steps"),
         (["task=dummy", "seed=x"], "seed"),
         (["task=dummy", "task.mode=user"], "the thing is wrong here; do that"),
+        (["task=dummy", "task.mode=full"], "No space left on device"),
         (["task=dummy", "pairs=null"], "~pairs leaves it out"),
         (["task=dummy", "foo"], "write it as key=value"),
         (["task=dummy", "--nonsense"], "unrecognized arguments"),

@@ -38,5 +38,5 @@ def mlp_inputs_and_logits(
     """The same with the logits [B, V] of the last position."""
     found: dict[int, Tensor] = {}
     with watching_mlp_inputs(adapter, layers, found.__setitem__):
-        logits = adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = adapter.next_logits(batch.tensors)
     return found, logits

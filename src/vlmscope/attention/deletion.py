@@ -4,7 +4,7 @@ A picture is cut into `side * side` cells whatever the grid of patches, so that 
 compared on the same pictures. Painted cells have the picture's mean colour.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,15 +20,40 @@ _FINE = 8  # pixels of a raster down and across a cell
 class Painted:
     """The pictures of one order, from nothing changed to all: `counts[i]` cells are deleted, or are all that is left.
 
+    Each is painted when it is asked for, since together they take hundreds of times the picture's memory.
+
     Attributes:
         counts: ascending, from 0 to all cells.
-        deleted: a uint8 `[H, W, 3]` each.
-        inserted: likewise.
+        image: uint8 `[H, W, 3]`.
+        order: cells, the one to go, or to come, first.
+        side: cells down and across.
     """
 
     counts: tuple[int, ...]
-    deleted: list[np.ndarray]
-    inserted: list[np.ndarray]
+    image: np.ndarray
+    order: np.ndarray
+    side: int
+
+    def deleted(self) -> Iterator[np.ndarray]:
+        """The picture without the first `counts[i]` cells, uint8 `[H, W, 3]` each."""
+        return self._over(self.image, self._empty)
+
+    def inserted(self) -> Iterator[np.ndarray]:
+        """The first `counts[i]` cells alone, likewise."""
+        return self._over(self._empty, self.image)
+
+    @property
+    def _empty(self) -> np.ndarray:
+        return np.broadcast_to(self.image.mean((0, 1)).round().astype(np.uint8), self.image.shape)
+
+    def _over(self, base: np.ndarray, source: np.ndarray) -> Iterator[np.ndarray]:
+        spots = [box.pixels(self.image.shape[1], self.image.shape[0]) for box in grid_boxes(self.side, self.side)]
+        for count in self.counts:
+            out = base.copy()
+            for cell in self.order[:count]:
+                left, top, right, bottom = spots[int(cell)]
+                out[top:bottom, left:right] = source[top:bottom, left:right]
+            yield out
 
 
 def cell_values(found: PictureMap, side: int) -> np.ndarray:
@@ -55,16 +80,4 @@ def painted(image: np.ndarray, order: np.ndarray, side: int, counts: Sequence[in
         counts: how many cells; 0 and all are added.
     """
     every = tuple(sorted({0, side * side, *(count for count in counts if count < side * side)}))
-    empty = np.broadcast_to(image.mean((0, 1)).round().astype(np.uint8), image.shape)
-    spots = [box.pixels(image.shape[1], image.shape[0]) for box in grid_boxes(side, side)]
-
-    def over(base: np.ndarray, source: np.ndarray, count: int) -> np.ndarray:
-        out = base.copy()
-        for cell in order[:count]:
-            left, top, right, bottom = spots[int(cell)]
-            out[top:bottom, left:right] = source[top:bottom, left:right]
-        return out
-
-    return Painted(
-        every, [over(image, empty, count) for count in every], [over(empty, image, count) for count in every]
-    )
+    return Painted(every, image, order, side)

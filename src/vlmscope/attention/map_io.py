@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmscope.core.artifacts import load_tensors, save_tensors
+from vlmscope.core.artifacts import built_from, load_tensors, save_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.core.heatmaps import Grids, coarse_shape, decode, encode, resample
 from vlmscope.core.images import PatchBox
@@ -70,22 +70,23 @@ def load_maps(path: str | Path) -> Maps:
     arrays, metadata = load_tensors(path)
     if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{path} holds no maps of this layout; write it anew with task=where")
-    records = json.loads(metadata["maps"])
-    targets = []
-    for number, record in enumerate(records["targets"]):
-        parts = [_tile(arrays, f"map.{number}.{at}") for at in range(record["tiles"])]
-        tiles = [TileMap(boxes, values[0]) for boxes, values in parts]
-        targets.append(PictureMap(record["target"], record["picture"], tiles, record["edge"], record["remainder"]))
-    tokens = []
-    for number, record in enumerate(records["tokens"]):
-        tiles = []
-        for at in range(record["tiles"]):
-            name = f"token.{number}.{at}"
-            boxes, values = _tile(arrays, name)
-            tiles.append(TokenTile(boxes, arrays[f"{name}.tokens"].astype(np.int64), values))
-        on_class = arrays[f"token.{number}.class"].astype(np.float64)
-        tokens.append(TokenMaps(record["kind"], record["picture"], tiles, on_class))
-    return Maps(targets, tokens)
+    with built_from(path, "file of maps", "write it again with task=where"):
+        records = json.loads(metadata["maps"])
+        targets = []
+        for number, record in enumerate(records["targets"]):
+            parts = [_tile(arrays, f"map.{number}.{at}") for at in range(record["tiles"])]
+            tiles = [TileMap(boxes, values[0]) for boxes, values in parts]
+            targets.append(PictureMap(record["target"], record["picture"], tiles, record["edge"], record["remainder"]))
+        tokens = []
+        for number, record in enumerate(records["tokens"]):
+            tiles = []
+            for at in range(record["tiles"]):
+                name = f"token.{number}.{at}"
+                boxes, values = _tile(arrays, name)
+                tiles.append(TokenTile(boxes, arrays[f"{name}.tokens"].astype(np.int64), values))
+            on_class = arrays[f"token.{number}.class"].astype(np.float64)
+            tokens.append(TokenMaps(record["kind"], record["picture"], tiles, on_class))
+        return Maps(targets, tokens)
 
 
 def _arrays(name: str, boxes: Sequence[PatchBox], values: np.ndarray, most: int) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmscope.core.artifacts import load_tensors, save_tensors
+from vlmscope.core.artifacts import built_from, load_tensors, save_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, GraphScores, NodeTable, PrunedGraph
 from vlmscope.core.images import PatchBox
@@ -69,7 +69,7 @@ def load_graph(path: str | Path) -> PrunedGraph:
         raise UserError(f"{path} is not an attribution graph; give the graph.safetensors of a trace")
     if metadata.get("version") not in _READ:
         raise UserError(f"{path} has graph layout {metadata.get('version')}, this program reads {VERSION}; trace anew")
-    try:
+    with built_from(path, "attribution graph", "trace again"):
         words = {name: json.loads(text) for name, text in metadata.items() if name not in ("format", "version")}
         boxes = [None if np.isnan(row[0]) else PatchBox(*row.tolist()) for row in arrays["patch_boxes"]]
         graph = AttributionGraph(
@@ -83,12 +83,25 @@ def load_graph(path: str | Path) -> PrunedGraph:
             meta=words["meta"],
             target_weights=arrays.get("target_weights"),
         )
-        return PrunedGraph(
+        pruned = PrunedGraph(
             graph=graph,
             **{name: arrays[name] for name in _PRUNED_ARRAYS},
             scores=GraphScores(**words["scores"]),
             node_threshold=words["node_threshold"],
             edge_threshold=words["edge_threshold"],
         )
-    except (KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is an incomplete attribution graph ({error}); trace anew") from error
+        _check_lengths(pruned)
+        return pruned
+
+
+def _check_lengths(pruned: PrunedGraph) -> None:
+    """Raise a `ValueError` for arrays of different graphs, which would be read past their ends later on."""
+    graph = pruned.graph
+    n, e = len(graph.nodes), len(graph.indices)
+    by_node = [*vars(graph.nodes).values(), graph.residual, graph.indptr[1:], pruned.node_mask, pruned.influence]
+    if any(array.shape != (n,) for array in by_node) or any(len(a) != e for a in (graph.weights, pruned.edge_mask)):
+        raise ValueError(f"its arrays do not have one length: {n} nodes, {e} edges")
+    if graph.indptr[0] != 0 or graph.indptr[-1] != e or (np.diff(graph.indptr) < 0).any():
+        raise ValueError(f"indptr does not divide {e} edges")
+    if e and not 0 <= graph.indices.min() <= graph.indices.max() < n:
+        raise ValueError(f"an edge comes from a node that is none of {n}")

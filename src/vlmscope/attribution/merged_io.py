@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmscope.core.artifacts import load_tensors, save_tensors
+from vlmscope.core.artifacts import built_from, load_tensors, save_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.core.merged import AggregateGraph, GraphComparison, MatchedNodes
 
@@ -46,15 +46,13 @@ def load_merged(path: str | Path) -> GraphComparison | AggregateGraph:
         )
     if metadata.get("version") != VERSION:
         raise UserError(f"{path} has layout {metadata.get('version')}, this program reads {VERSION}; make it anew")
-    try:
+    with built_from(path, "comparison or aggregate", "make it again"):
         words = {name: json.loads(text) for name, text in metadata.items() if name not in ("format", "version")}
         fields: dict[str, Any] = {**arrays, **words}
         nodes = MatchedNodes(
             **{field.name: fields.pop(f"node_{field.name}") for field in dataclasses.fields(MatchedNodes)}
         )
         return kind(nodes=nodes, **fields)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is incomplete ({error}); make it anew") from error
 
 
 def _fields(record: Any) -> dict[str, Any]:

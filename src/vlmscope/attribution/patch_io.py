@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmscope.core.artifacts import load_tensors, save_tensors
+from vlmscope.core.artifacts import built_from, load_tensors, save_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
 from vlmscope.core.patches import PictureMap, TileMap
@@ -64,16 +64,12 @@ def load_maps(path: str | Path, records: Sequence[Mapping[str, Any]]) -> list[Pi
     arrays, metadata = load_tensors(path)
     if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{path} holds no maps over patches of this layout; trace anew with attribution.patches=true")
-    return [
-        PictureMap(
-            record["target"],
-            record["picture"],
-            [
-                TileMap([PatchBox(*box) for box in tile["boxes"]], arrays[tile["grid"]].astype(float) * tile["scale"])
-                for tile in record["tiles"]
-            ],
-            record["edge"],
-            record["remainder"],
-        )
-        for record in records
-    ]
+    with built_from(path, "file of maps", "trace again with attribution.patches=true"):
+        found = []
+        for record in records:
+            tiles = []
+            for tile in record["tiles"]:
+                boxes = [PatchBox(*box) for box in tile["boxes"]]
+                tiles.append(TileMap(boxes, arrays[tile["grid"]].astype(float) * tile["scale"]))
+            found.append(PictureMap(record["target"], record["picture"], tiles, record["edge"], record["remainder"]))
+        return found

@@ -17,6 +17,7 @@ from vlmscope.attribution.words import Tokenizer, answer_ids, token_ids
 from vlmscope.core.ids import FeatureId
 from vlmscope.models.answers import continued, greedy_answer
 from vlmscope.models.base import ModelInputs
+from vlmscope.models.positions import token_strings
 from vlmscope.replacement.model import ReplacementModel
 
 
@@ -107,4 +108,4 @@ def labels_of(targets: Targets, tokenizer: Tokenizer | None) -> list[str]:
     if targets.labels:
         return list(targets.labels)
     assert tokenizer is not None, "targets without labels are named by a tokenizer"
-    return [tokenizer.decode([int(token)]) for token in targets.token_ids]
+    return token_strings(tokenizer, targets.token_ids)

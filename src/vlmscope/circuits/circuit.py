@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.core.artifacts import load_tensors, read_yaml, save_tensors, write_yaml
+from vlmscope.core.artifacts import built_from, load_tensors, read_yaml, save_tensors, write_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.ids import FeatureId
 from vlmscope.core.images import PatchBox
@@ -173,16 +173,16 @@ def load_circuit(folder: Path) -> Circuit:
         raise UserError(f"{path} is not a circuit: it has no supernodes")
     if body.get("version") not in _READ:
         raise UserError(f"{path} has version {body.get('version')}, this program reads {VERSION}; find it anew")
-    try:
+    with built_from(path, "circuit", "find it again"):
         supernodes = {str(name): _node(str(name), found) for name, found in body["supernodes"].items()}
         edges = tuple(CircuitEdge(**edge) for edge in body.get("edges", ()))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is an incomplete circuit ({error}); find it anew") from error
     levels: dict[str, dict[str, dict[int, Tensor]]] = {}
-    arrays, _ = load_tensors(folder / "levels.safetensors")
-    for key, values in arrays.items():
-        name, role, layer = key.rsplit(".", 2)
-        levels.setdefault(name, {}).setdefault(role, {})[int(layer)] = torch.from_numpy(values)
+    stored = folder / "levels.safetensors"
+    arrays, _ = load_tensors(stored)
+    with built_from(stored, "circuit", "find it again"):
+        for key, values in arrays.items():
+            name, role, layer = key.rsplit(".", 2)
+            levels.setdefault(name, {}).setdefault(role, {})[int(layer)] = torch.from_numpy(values)
     return Circuit(supernodes, levels, edges, str(body.get("model", "")), body.get("n_features"))
 
 

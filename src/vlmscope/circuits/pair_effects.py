@@ -171,7 +171,7 @@ def _gradients(
 
             target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
             stack.callback(target.register_forward_hook(hook).remove)
-        logits = scope.adapter.forward(tensors | of_inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = scope.adapter.next_logits(tensors | of_inputs)
         rows = torch.arange(len(tokens), device=logits.device)
         gaps = logits[rows, other_tokens] - logits[rows, tokens]
         leaves: dict[int | str, Tensor] = {**writes, **of_inputs}

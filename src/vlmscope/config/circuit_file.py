@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import yaml
 from omegaconf import OmegaConf
 
 from vlmscope.circuits.spec_config import CircuitSpecConfig
 from vlmscope.config.errors import CONFIG_ERRORS, one_line
-from vlmscope.core.artifacts import read_text
+from vlmscope.core.artifacts import read_yaml
 from vlmscope.core.errors import UserError
 
 
@@ -21,9 +20,8 @@ def declared(given: CircuitSpecConfig) -> CircuitSpecConfig:
         return given
     if given.supernodes:
         raise UserError(f"circuit_spec.path={given.path} and circuit_spec.supernodes: give one of them")
-    text = read_text(given.path)
+    body = read_yaml(given.path)
     try:
-        body = yaml.safe_load(text)
         if not isinstance(body, dict):
             raise UserError(f"{given.path} is no declaration of a circuit; it begins with 'supernodes:'")
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CircuitSpecConfig), body))

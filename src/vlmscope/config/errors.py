@@ -92,7 +92,8 @@ def one_line(error: BaseException) -> str:
             case MissingConfigException() if link.missing_cfg_file:
                 return origin + _missing_option(link)
             case OverrideParseException():
-                hint = "quote its value, as in 'key=\"a, b\"'" if "=" in link.override else "write it as key=value"
+                value = '["a, b",c]' if "=[" in link.override else '"a, b"'
+                hint = f"quote its value, as in 'key={value}'" if "=" in link.override else "write it as key=value"
                 return f"cannot read the override {link.override!r}; {hint}"
             case yaml.MarkedYAMLError():
                 mark = link.problem_mark

@@ -1,14 +1,15 @@
 """From Hydra's composed configuration to the typed one that tasks receive."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from vlmscope.config.errors import suggestion
 from vlmscope.config.schema import AppConfig
 from vlmscope.core.artifacts import read_text
+from vlmscope.core.conversation import check_characters
 from vlmscope.core.errors import UserError
 
 
@@ -80,8 +81,43 @@ def _refuse_unknown_choice(cfg: DictConfig) -> None:
             raise UserError(f"no {group} named {cfg[group]!r}; `ls conf/{group}` shows the choices")
 
 
+_TEXTS = ("prompt", "query", "task.donor_prompt", "task.second_prompt", "task.word") + tuple(
+    f"attribution.{key}" for key in ("answer", "tokens", "difference")
+)
+
+
+def _refuse_no_characters(cfg: DictConfig) -> None:
+    """A byte of the command line that is not UTF-8 may be a part of a file's name, but of no text."""
+    for key in _TEXTS:
+        found = OmegaConf.select(cfg, key)
+        for text in found if isinstance(found, ListConfig) else [found]:
+            check_characters(str(text or ""), f"{key}=")
+
+
+def _limit(node: Any, path: Sequence[str], most: Any, given: Collection[str], prefix: str = "") -> None:
+    """Lower the numbers at `path` below `node` to `most`, where it has such a key; `*` stands for every key.
+
+    A list, and None (no limit), are replaced; what `most` is None for is left out. What the command line set, `given`,
+    stays.
+    """
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return
+    for key in [str(name) for name in node] if path[0] == "*" else [path[0]]:
+        if key not in node or prefix + key in given:
+            continue
+        if len(path) > 1:
+            _limit(node[key], path[1:], most, given, f"{prefix}{key}.")
+        elif most is None:
+            with open_dict(node):
+                del node[key]
+        elif isinstance(node[key], int | float):
+            node[key] = min(node[key], most)
+        else:
+            node[key] = most
+
+
 def to_app_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> AppConfig:
-    """Resolve interpolations, read `prompt_file`, make `image` a list, and build the dataclasses.
+    """Resolve interpolations, apply `limits`, read `prompt_file`, make `image` a list, and build the dataclasses.
 
     Raises:
         UserError: for a value that no dataclass accepts or a prompt file that cannot be read.
@@ -91,6 +127,10 @@ def to_app_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> AppConfig:
         raise UserError(f"{key} has no value; give it on the command line as {key}=...")
     _refuse_unknown_choice(cfg)
     _refuse_unknown_keys(cfg)
+    _refuse_no_characters(cfg)
+    given = {key for key in map(_override_key, overrides) if "." in key}  # without a dot it chooses a group's option
+    for key, most in cfg.limits.items():
+        _limit(cfg, key.split("."), most, given)
     app = OmegaConf.to_object(cfg)
     assert isinstance(app, AppConfig), type(app)
     app.prompt = _prompt_text(app.prompt, app.prompt_file, overrides)

@@ -29,6 +29,7 @@ from vlmscope.data.source_config import SourceConfig, check_source
 from vlmscope.features.cross_modal_config import CrossModalConfig
 from vlmscope.features.study.config import StudyConfig
 from vlmscope.tracking.config import TrackingConfig
+from vlmscope.training.transcoder_config import SCHEDULES
 from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES
 
 
@@ -37,6 +38,7 @@ def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         near = get_close_matches(value, allowed, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(allowed)}"
+        hint = "several values make a sweep; add -m" if "," in value else hint
         raise UserError(f"{key}={value}: no such choice; {hint}")
 
 
@@ -126,7 +128,7 @@ class TranscoderArchConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW. `warmup` counts the steps over which the learning rate rises from zero."""
+    """AdamW. The learning rate rises from zero over `warmup` steps; then `schedule` says how it falls."""
 
     lr: float = 5e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -135,7 +137,7 @@ class OptimConfig:
     warmup: int = 100
 
     def __post_init__(self) -> None:
-        check_choice("optim.schedule", self.schedule, ("cosine", "linear", "constant"))
+        check_choice("optim.schedule", self.schedule, SCHEDULES)
         if len(self.betas) != 2:
             raise UserError(f"optim.betas={self.betas}: AdamW takes two numbers; write optim.betas=[0.9,0.999]")
         if self.warmup < 0:
@@ -212,6 +214,9 @@ class AppConfig:
     looks for. `images` names the user's own picture sets, `association` sets of concepts, each as `cross_modal`.
     `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit`, `circuit_spec`,
     `concept_matrix`, `cross_modal`, `prompts` and `pairs` may be None.
+    The metadata say what the types cannot (config/verbatim.py): `verbatim`, a text that nobody parses, and `paths`.
+    `limits` lower settings wherever a run has them (`debug=fast`): a dotted key, in which `*` is any key -> the most,
+    or null to leave it out.
     An experiment with `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their
     ranges and shows them beside `paper`, what the paper reports, and `figure`, a file of its figures/.
     """
@@ -242,12 +247,13 @@ class AppConfig:
     association: dict[str, CrossModalConfig] = field(default_factory=dict)
     prompts: PromptSetConfig | None = None
     pairs: PairsConfig | None = None
-    image: Any = None
-    prompt: str | None = None
+    image: Any = field(default=None, metadata={"paths": True})
+    prompt: str | None = field(default=None, metadata={"verbatim": True})
     prompt_file: str | None = None
     prompt_name: str | None = None
-    query: str | None = None
+    query: str | None = field(default=None, metadata={"verbatim": True})
     images: dict[str, list[str]] = field(default_factory=dict)
+    limits: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     name: str | None = None
     reproduce: bool = False

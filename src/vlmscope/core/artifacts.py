@@ -7,40 +7,68 @@ flushes it to the disk and renames it over the target.
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import NoRoom, UserError
 
-_DISK_ERRORS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENOENT,
-}
+_LFS = b"version https://git-lfs"
+_MOST_VALUES = 10_000_000
+_DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def _full(error: BaseException) -> int | None:
+    """The number of the system's error where a disk, a quota or a file's limit is full, as every library shows it."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, OSError) and current.errno in _FULL:
+            return current.errno
+        # safetensors keeps the number in its text only.
+        found = re.search(r"\(os error (\d+)\)", str(current)) if isinstance(current, SafetensorError) else None
+        if found and int(found[1]) in _FULL:
+            return int(found[1])
+        current = current.__cause__ or current.__context__
+    return None
+
+
+def no_room(error: BaseException, path: str | Path, written: int = 0, needed: int | None = None) -> NoRoom | None:
+    """What to tell the user when `error` came of a full disk while `path` was written, else None.
+
+    `needed` is the size of the whole file in bytes, `written` what of it was there when the disk was full.
+    """
+    code = None if isinstance(error, UserError) else _full(error)
+    if code is None:
+        return None
+    facts, most = f"cannot write {path}: {os.strerror(code)}", written
+    if code == errno.ENOSPC:  # a quota or a limit says nothing about the disk
+        place = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.is_dir())
+        most += shutil.disk_usage(place).free
+        facts += f", {most / 1e6:.1f} MB were free"
+    needs = f"{needed / 1e6:.1f}" if needed is not None else f"more than {most / 1e6:.1f}"
+    return NoRoom(f"{facts}; it needs {needs} MB; make room or choose another folder")
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
 
-    Missing parent folders are made. The temporary name keeps the suffix, since some writers look at it.
+    Missing parent folders are made. The temporary name keeps the suffix, since some writers look at it. `needed` is the
+    file's size in bytes where it is known before.
 
     Raises:
-        UserError: when the folder cannot be written or the disk is full.
+        UserError: when the folder cannot be written.
+        NoRoom: the disk or a quota is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}")
@@ -50,9 +78,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except Exception as error:
+        full = no_room(error, path, temporary.stat().st_size if temporary.is_file() else 0, needed)
+        if full is not None:
+            raise full from error
         # An OSError from the caller's own reading, for example of another file, must stay what it is.
-        if error.errno in _DISK_ERRORS and error.filename in (None, str(temporary), str(path), *map(str, path.parents)):
+        own = (None, str(temporary), str(path), *map(str, path.parents))
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS and error.filename in own:
             raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
         raise
     finally:
@@ -62,19 +94,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Write UTF-8 text atomically. Bytes of a file name that are not UTF-8 become `\\udce9`, which JSON reads back."""
+    data = text.encode("utf-8", "backslashreplace")
+    with atomic_path(path, len(data)) as temporary:
+        temporary.write_bytes(data)
 
 
 def read_text(path: str | Path) -> str:
-    """Read UTF-8 text.
+    """Read UTF-8 text, without the byte order mark with which editors on Windows begin a file.
 
     Raises:
         UserError: when the file is missing, unreadable or not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
@@ -103,9 +136,39 @@ def read_json(path: str | Path) -> Any:
     """
     text = read_text(path)
     try:
+        return parse_json(text)
+    except UserError as error:
+        raise UserError(f"{path} is {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        UserError: "not valid JSON ...", without the name of a file; also of brackets nested too deep, and of numbers
+            of thousands of digits.
+    """
+    try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}; write it anew") from error
+        where = f"line {error.lineno}" if "\n" in text.rstrip() else f"column {error.colno}"
+        raise UserError(f"not valid JSON ({error.msg.removesuffix(' at')} at {where}); correct it") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"not valid JSON ({str(error)[:200]}); correct it") from error
+
+
+def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not blank, each with its number from 1.
+
+    Only a line feed (with or without a carriage return) ends a line. `str.splitlines` would also cut at form feeds and
+    at U+0085, U+2028 and U+2029, which stand unescaped inside the strings of valid JSON.
+
+    Raises:
+        UserError: as `read_text`.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield number, line
 
 
 def write_yaml(path: str | Path, obj: Any) -> None:
@@ -114,18 +177,49 @@ def write_yaml(path: str | Path, obj: Any) -> None:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Read YAML (safe loader: plain containers and scalars only).
+    """Read YAML (`parse_yaml`).
 
     Raises:
-        UserError: when the file is missing or not YAML.
+        UserError: when the file is missing or not YAML of plain values.
     """
-    text = read_text(path)
+    return parse_yaml(read_text(path), str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of YAML text, of plain containers and scalars only: a tag such as !!python/object makes nothing.
+
+    Args:
+        text: the YAML.
+        where: what it is, for messages.
+
+    Raises:
+        UserError: it is not YAML, has a value that no tag of its own fits, or says more than `_MOST_VALUES` by aliases.
+    """
     try:
-        return yaml.safe_load(text)
+        found = yaml.safe_load(text)
+        if _size(found, {}) > _MOST_VALUES:
+            raise UserError(f"{where}: its aliases unfold to more than {_MOST_VALUES:,} values; write them out")
+        return found
     except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where is not None else ""
-        raise UserError(f"{path} is not valid YAML{line}; correct it") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark is not None else ""
+        reason = " ".join((getattr(error, "problem", None) or "").split())[:200]
+        raise UserError(f"{where} is not valid YAML{line}{': ' if reason else ''}{reason}; correct it") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # such as 2024-13-45
+        raise UserError(f"{where} is not valid YAML: {str(error)[:200]}; correct it") from error
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Values in a tree, those that aliases repeat counted each time; a value within itself raises `RecursionError`."""
+    if not isinstance(value, dict | list | tuple | set):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = -1
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    if known[id(value)] < 0:
+        raise RecursionError("a value contains itself")
+    return known[id(value)]
 
 
 def save_tensors(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
@@ -135,24 +229,94 @@ def save_tensors(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: M
     """
     # safetensors writes the raw buffer, so an array that is not C-contiguous would come back scrambled.
     plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    with atomic_path(path) as temporary:
+    with atomic_path(path, sum(array.nbytes for array in plain.values())) as temporary:
         save_file(plain, temporary, metadata=dict(metadata or {}))
+
+
+@contextmanager
+def open_tensors(path: str | Path, framework: str = "numpy") -> Iterator[Any]:
+    """An opened safetensors file, its header checked: dtypes, shapes, offsets, and that the file is exactly as long.
+
+    Args:
+        path: the file.
+        framework: of the tensors that it gives, "numpy" or "pt" (numpy has neither bfloat16 nor float8).
+
+    Raises:
+        UserError: the file is missing, a Git LFS pointer or not a whole safetensors file, or is found to be while open.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"cannot read {path}: no such file; check the path")
+    refuse_lfs_pointer(path)
+    try:
+        with safe_open(str(path), framework=framework) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]  # it quotes the header, which may be anything
+        size = f"{Path(path).stat().st_size:,} bytes"
+        raise UserError(
+            f"cannot read {path}: not a complete safetensors file ({size}; {reason}); download or make it again"
+        ) from error
+
+
+@contextmanager
+def built_from(path: str | Path, what: str, remedy: str) -> Iterator[None]:
+    """Around code that builds `what` from a file's content: whatever does not fit is one line, `remedy` at its end.
+
+    Raises:
+        UserError: a key, a type, a number or a shape is not what the code expects.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{path} is an incomplete {what} ({reason}); {remedy}") from error
+
+
+def refuse_lfs_pointer(path: str | Path) -> None:
+    """Raise a `UserError` for the few lines that a clone without Git LFS has in place of a large file."""
+    with Path(path).open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise UserError(
+                f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in the repository, or download "
+                "it with `hf download`"
+            )
+
+
+class TensorHead(NamedTuple):
+    """What a safetensors file's header says of one tensor; `dtype` in its own words, such as F32."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def tensor_heads(path: str | Path) -> dict[str, TensorHead]:
+    """Dtype and shape of each tensor of a safetensors file by name; no values are read.
+
+    Raises:
+        UserError: when the file is missing or not a complete safetensors file.
+    """
+    with open_tensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        return {name: TensorHead(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Read a safetensors file: its arrays and its metadata (empty when it has none).
 
     Raises:
-        UserError: when the file is missing or not a complete safetensors file.
+        UserError: when the file is missing, is not a complete safetensors file, or has a dtype that numpy lacks.
     """
-    if not Path(path).is_file():
-        raise UserError(f"cannot read {path}: no such file; check the path")
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            names: list[str] = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read {path}: not a complete safetensors file ({error}); write it anew") from error
+    with open_tensors(path) as file:
+        arrays = {}
+        for name in file.keys():  # noqa: SIM118  (not a mapping)
+            try:
+                arrays[name] = file.get_tensor(name)
+            except (AttributeError, TypeError) as error:
+                dtype = file.get_slice(name).get_dtype()
+                raise UserError(
+                    f"cannot read {path}: {name} is {dtype}, which this file never has; make it again"
+                ) from error
+        return arrays, dict(file.metadata() or {})
 
 
 @contextmanager

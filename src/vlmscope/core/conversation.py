@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from vlmscope.core.errors import UserError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -44,6 +46,24 @@ class Document:
 
     text: str
     origin: str = ""
+
+
+def check_characters(text: str, what: str) -> None:
+    """Refuse a text with half a surrogate pair, which is no character: no tokenizer takes it, no UTF-8 file holds it.
+
+    JSON can spell one ("\\ud800"), and a byte of the command line that is not UTF-8 becomes one.
+
+    Raises:
+        UserError: with `what` and the place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = error.start
+        raise UserError(
+            f"{what} has {text[at]!r} at character {at + 1}, after {text[max(0, at - 20) : at]!r}, which is no "
+            "character; write it in UTF-8"
+        ) from error
 
 
 Sample = Conversation | Document

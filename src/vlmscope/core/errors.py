@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class NoRoom(UserError):
+    """A disk or a quota is full: nothing that skips bad data may go on after it."""
+
+
 class CheckFailed(Exception):
     """What a task was asked to check does not hold: one line that says what; nobody's mistake in typing.
 

@@ -6,12 +6,15 @@ shows itself when its row group is reached, which is then left out.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from vlmscope.core.errors import UserError
 
+MAX_ROW_BYTES = 2**30  # on average; the largest picture that is opened takes a third of it, uncompressed
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 _LOG = logging.getLogger(__name__)
 
 
@@ -105,14 +108,29 @@ class SoundGroups:
         from pyarrow.parquet import read_metadata
 
         for file, given in zip(files, row_groups_list, strict=True):
-            groups = range(read_metadata(file).num_row_groups) if given is None else given
+            metadata = read_metadata(file)
+            groups = range(metadata.num_row_groups) if given is None else given
             for group in groups:
                 try:
+                    _check_size(metadata.row_group(group), group)
                     yield from self.generate([file], [(group,)])
                 except MemoryError:
                     raise
                 except Exception as error:  # pyarrow raises its own, OSError and ValueError
                     self.bad.damaged(file, error)
+
+
+def _check_size(group: Any, number: int) -> None:
+    """Refuse a row group by its metadata, before it is read: all of it must fit into memory.
+
+    Raises:
+        ValueError: it does not, or its rows are larger than any sample.
+    """
+    size, rows = group.total_byte_size, group.num_rows
+    if size > MAX_ROW_BYTES * rows:
+        raise ValueError(f"rows of {size // max(1, rows):,} bytes in its row group {number}, at most {MAX_ROW_BYTES:,}")
+    if size > MEMORY:
+        raise ValueError(f"its row group {number} takes {size:,} bytes, more than this machine's memory")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,12 +1,15 @@
 """All sources of a mix written as shards: by several processes, each sample once, and going on after a kill.
 
 The builder alone writes the index and alone knows which samples are there already; processes ask it (`build_part`). A
-chunk counts when it is in the index, so whatever a kill leaves behind is written again.
+chunk counts when it is in the index, so whatever a kill leaves behind is written again. A chunk whose files are damaged
+is written again alone: its rows are read from its mark, and it keeps the samples that were its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,16 +17,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vlmscope.core.artifacts import atomic_path, read_json, write_json
+from vlmscope.core.artifacts import atomic_path, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.data.build_part import TRAIN, VAL, Chunk, PartJob
 from vlmscope.data.build_pool import run_jobs
 from vlmscope.data.raw import DIGEST_BYTES
-from vlmscope.data.shards import INDEX, open_index
+from vlmscope.data.shard_index import INDEX, damaged_shards, read_index
+from vlmscope.data.shards import open_index
 from vlmscope.data.share import Share
 from vlmscope.data.source_config import SourceConfig
 from vlmscope.data.sources import fingerprint, open_source
 
+_LOG = logging.getLogger(__name__)
 VERSION = 1  # raise when the layout of shards or index changes: old folders are then refused
 PROBES = 32  # samples from which the mean size is taken
 
@@ -43,7 +48,7 @@ class Builder:
     """The index of a build and the digests of all samples in it."""
 
     def __init__(self, sources: Mapping[str, SourceConfig], settings: BuildSettings) -> None:
-        """Open the folder; chunks whose files are not whole are forgotten, with those after them.
+        """Open the folder and look for chunks whose files are damaged.
 
         Raises:
             UserError: the folder holds shards of other sources or settings.
@@ -56,8 +61,14 @@ class Builder:
         self.index = open_index(settings.folder, meta)
         self.parts: dict[str, dict[str, Any]] = self.index.setdefault("parts", {})
         self.seen: set[bytes] = set()
+        self.own: dict[tuple[str, int], set[bytes]] = {}  # damaged chunks and, where they are known, their samples
+        sound = self.index["shards"].keys() - damaged_shards(settings.folder, self.index["shards"])
         for key, part in self.parts.items():
-            self._check(key, part)
+            for number, chunk in enumerate(part["chunks"]):
+                digests = self._read_digests(key, number, chunk)
+                self.seen |= digests or set()
+                if digests is None or not sound.issuperset(chunk["shards"]):
+                    self.own[key, number] = digests or set()
 
     def jobs(self) -> list[PartJob]:
         """What is still to be done."""
@@ -72,34 +83,62 @@ class Builder:
                     self.settings.shard_size, self.settings.val_share, self.settings.max_bad_shards,
                 )  # fmt: skip
                 part = self.parts.setdefault(job.key, {"done": False, "chunks": []})
+                chunks = part["chunks"]
+                found += [
+                    dataclasses.replace(job, mark=chunks[number]["start"], chunk=number, alone=True)
+                    for key, number in self.own
+                    if key == job.key
+                ]
                 if not part["done"]:
-                    chunks = part["chunks"]
                     mark = chunks[-1]["stop"] if chunks else None
                     found.append(dataclasses.replace(job, mark=mark, chunk=len(chunks)))
         return found
 
-    def claim(self, digests: list[bytes]) -> list[bool]:
-        """Which samples are new; they are not, from now on."""
+    def claim(self, job: PartJob, digests: list[bytes]) -> list[bool]:
+        """Which samples are new; they are not, from now on. To a damaged chunk its own samples are new."""
+        own = self.own.get((job.key, job.chunk), set()).copy() if job.alone else set()
         new = []
         for digest in digests:
-            new.append(digest not in self.seen)
+            new.append(digest in own or digest not in self.seen)
+            own.discard(digest)
             self.seen.add(digest)
         return new
 
-    def enter(self, key: str, chunk: Chunk) -> None:
-        """Note a chunk whose shards are on the disk."""
-        chunks = self.parts[key]["chunks"]
-        with atomic_path(self._digests(key, len(chunks))) as temporary:
+    def enter(self, job: PartJob, chunk: Chunk) -> None:
+        """Note a chunk whose shards are on the disk.
+
+        Raises:
+            UserError: a damaged chunk has another number of rows now.
+        """
+        chunks = self.parts[job.key]["chunks"]
+        record = {name: getattr(chunk, name) for name in ("start", "stop", "rows", "duplicates", "unusable")}
+        number = job.chunk if job.alone else len(chunks)
+        record |= {"shards": list(chunk.shards), "digests": hashlib.sha256(chunk.digests).hexdigest()}
+        if job.alone:
+            self._check_same(job, chunks[number], chunk)
+            for name in chunks[number]["shards"]:
+                self.index["shards"].pop(name, None)
+        with atomic_path(self._digests(job.key, number)) as temporary:
             temporary.write_bytes(chunk.digests)
-        counts = {name: getattr(chunk, name) for name in ("start", "stop", "rows", "duplicates", "unusable")}
-        chunks.append(counts | {"shards": list(chunk.shards)})
+        chunks[number : number + 1] = [record]  # or one more
         self.index["shards"] |= chunk.shards
         self._save()
 
-    def finish(self, key: str) -> None:
+    def _check_same(self, job: PartJob, old: dict[str, Any], new: Chunk) -> None:
+        if new.rows != old["rows"]:
+            raise UserError(
+                f"data.sources.{job.name} gives {new.rows} rows where it gave {old['rows']} when "
+                f"{self.settings.folder} was built, so its damaged shards cannot be mended; choose another folder"
+            )
+        for name in {*old["shards"], *new.shards}:
+            if self.index["shards"].get(name, {}).get("sha256") != new.shards.get(name, {}).get("sha256"):
+                _LOG.warning("%s differs from what was written first: data.sources.%s has changed", name, job.name)
+
+    def finish(self, job: PartJob) -> None:
         """Note that a part has been gone through."""
-        self.parts[key]["done"] = True
-        self._save()
+        if not job.alone:
+            self.parts[job.key]["done"] = True
+            self._save()
 
     def total(self, count: str) -> int:
         """The sum of a count ("rows", "duplicates", "unusable") over all chunks."""
@@ -112,21 +151,15 @@ class Builder:
     def _digests(self, key: str, number: int) -> Path:
         return self.settings.folder / "digests" / f"{key}-{number:05d}.bin"
 
-    def _check(self, key: str, part: dict[str, Any]) -> None:
-        for number, chunk in enumerate(part["chunks"]):
-            digests = self._digests(key, number)
-            if not digests.is_file() or not all(self._is_whole(name) for name in chunk["shards"]):
-                for late in part["chunks"][number:]:
-                    for name in late["shards"]:
-                        self.index["shards"].pop(name, None)
-                part["chunks"], part["done"] = part["chunks"][:number], False
-                return
-            data = digests.read_bytes()
-            self.seen.update(data[at : at + DIGEST_BYTES] for at in range(0, len(data), DIGEST_BYTES))
-
-    def _is_whole(self, name: str) -> bool:
-        path = self.settings.folder / name
-        return path.is_file() and path.stat().st_size == self.index["shards"][name]["bytes"]
+    def _read_digests(self, key: str, number: int, chunk: dict[str, Any]) -> set[bytes] | None:
+        """The digests of a chunk's samples; None when their file is missing or damaged."""
+        path = self._digests(key, number)
+        data = path.read_bytes() if path.is_file() else b""
+        kept = chunk["rows"] - chunk["duplicates"] - chunk["unusable"]
+        # Folders of earlier versions have no hash of it.
+        if len(data) != kept * DIGEST_BYTES or chunk.get("digests", "") not in ("", hashlib.sha256(data).hexdigest()):
+            return None
+        return {data[at : at + DIGEST_BYTES] for at in range(0, len(data), DIGEST_BYTES)}
 
 
 def build_mix(
@@ -135,7 +168,7 @@ def build_mix(
     processes: int = 1,
     on_rows: Callable[[int], None] = lambda _rows: None,
 ) -> dict[str, float]:
-    """Write what `settings.folder` still lacks.
+    """Write what `settings.folder` still lacks, and again what is damaged (`damaged_shards`).
 
     Args:
         sources: the mix; weights do not matter here.
@@ -157,11 +190,11 @@ def build_mix(
     check_disk(jobs, settings.folder, sum(one["bytes"] for one in builder.index["shards"].values()))
     written = 0
 
-    def enter(key: str, chunk: Chunk) -> None:
+    def enter(job: PartJob, chunk: Chunk) -> None:
         nonlocal written
-        builder.enter(key, chunk)
+        builder.enter(job, chunk)
         written += len(chunk.shards)
-        on_rows(chunk.rows)
+        on_rows(0 if job.alone else chunk.rows)
 
     run_jobs(jobs, processes, builder.claim, enter, builder.finish)
     shards = builder.index["shards"].values()
@@ -215,5 +248,5 @@ def known_rows(folder: Path) -> int:
     """How many rows the index of a folder says are done; 0 without one."""
     if not (folder / INDEX).is_file():
         return 0
-    parts = read_json(folder / INDEX).get("parts", {})
+    parts = read_index(folder, "data.path").get("parts", {})
     return sum(chunk["rows"] for part in parts.values() for chunk in part["chunks"])

@@ -36,6 +36,7 @@ class PartJob:
         role: the split of the shards: "train", "val", or None to hold `val_share` of the samples out.
         part: which part of how many.
         mark, chunk: where the part goes on: the reader's mark and the chunk's number.
+        alone: write this chunk alone, since its files are damaged.
     """
 
     name: str
@@ -49,6 +50,7 @@ class PartJob:
     max_bad_shards: int
     mark: Mark = None
     chunk: int = 0
+    alone: bool = False
 
     @property
     def key(self) -> str:
@@ -90,7 +92,7 @@ def chunks_of(job: PartJob) -> Generator[list[bytes] | Chunk, list[bool] | None,
     while True:
         start = reader.mark()
         rows = list(islice(reader, job.shard_size))
-        if not rows:
+        if not rows and not job.alone:
             return
         samples = _usable(job, rows, number)
         new = yield [digest for _, digest, _ in samples]
@@ -106,6 +108,8 @@ def chunks_of(job: PartJob) -> Generator[list[bytes] | Chunk, list[bool] | None,
                 name = f"{split}-{job.key}-{number:05d}.tar"
                 chunk.shards[name] = {"split": split, "kind": job.name} | write_tar(job.folder / name, mine)
         yield chunk
+        if job.alone:
+            return
         number += 1
 
 

@@ -8,22 +8,31 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.build_part import Chunk, PartJob, chunks_of
 
-Claim = Callable[[list[bytes]], list[bool]]
+Claim = Callable[[PartJob, list[bytes]], list[bool]]
+Enter = Callable[[PartJob, Chunk], None]
+Finish = Callable[[PartJob], None]
+
+
+class _Fault(NamedTuple):
+    """The traceback of a fault of the program in another process."""
+
+    text: str
 
 
 def run_jobs(
     jobs: list[PartJob],
     processes: int,
     claim: Claim,
-    enter: Callable[[str, Chunk], None],
-    finish: Callable[[str], None],
+    enter: Enter,
+    finish: Finish,
 ) -> None:
     """Go through all parts.
 
@@ -35,33 +44,34 @@ def run_jobs(
         finish: told each part that is done.
 
     Raises:
-        UserError: that of any part.
+        UserError: that of any part, or its process was ended from outside.
+        RuntimeError: a fault of the program in another process, with its traceback.
     """
     if processes == 1 or len(jobs) == 1:
         for job in jobs:
             _here(job, claim, enter)
-            finish(job.key)
+            finish(job)
     elif jobs:
         _there(jobs, min(processes, len(jobs)), claim, enter, finish)
 
 
-def _here(job: PartJob, claim: Claim, enter: Callable[[str, Chunk], None]) -> None:
+def _here(job: PartJob, claim: Claim, enter: Enter) -> None:
     steps = chunks_of(job)
     said = next(steps, None)
     while said is not None:
         if isinstance(said, Chunk):
-            enter(job.key, said)
+            enter(job, said)
             said = next(steps, None)
         else:
-            said = steps.send(claim(said))
+            said = steps.send(claim(job, said))
 
 
 def _there(
     jobs: list[PartJob],
     processes: int,
     claim: Claim,
-    enter: Callable[[str, Chunk], None],
-    finish: Callable[[str], None],
+    enter: Enter,
+    finish: Finish,
 ) -> None:
     context = multiprocessing.get_context("spawn")
     waiting, working, started = list(jobs), dict[Connection, PartJob](), []
@@ -79,13 +89,15 @@ def _there(
                 job = working[connection]
                 match _received(connection, job):
                     case Chunk() as chunk:
-                        enter(job.key, chunk)
+                        enter(job, chunk)
                     case list() as digests:
-                        connection.send(claim(digests))
+                        connection.send(claim(job, digests))
                     case str() as error:
                         raise UserError(error)
+                    case _Fault(text):
+                        raise RuntimeError(f"part {job.part.index} of {job.name} failed in its process:\n{text}")
                     case None:
-                        finish(job.key)
+                        finish(job)
                         del working[connection]
                         _hand_over(connection, waiting, working)
     finally:
@@ -139,5 +151,9 @@ def _work(connection: Connection) -> None:
                 connection.send(None)
             except UserError as error:
                 connection.send(str(error))
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                raise
+            except Exception:
+                connection.send(_Fault(traceback.format_exc()))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass

@@ -2,7 +2,7 @@
 
     hf_text          {text}                                       SmolLM2-135M-10B
     hf_image_label   {image, label} or {image, caption}           ImageNet-1k, or pictures with captions
-    hf_cauldron      {images: [...], texts: [{user, assistant}]}  the Cauldron, raw
+    hf_cauldron      {images: [...], texts: [{user, assistant}]}  the Cauldron, raw, and the layouts of `.conversation`
 
 A picture is {"bytes": ..., "path": ...}, as `datasets` stores it undecoded.
 """
@@ -16,7 +16,8 @@ from typing import Any
 from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import derive
-from vlmscope.data.raw import RawSample, words
+from vlmscope.data.conversation import exchanges_of
+from vlmscope.data.raw import RawSample, file_bytes, words
 from vlmscope.data.source_config import SourceConfig
 
 Parser = Callable[[Mapping[str, Any], str], RawSample]  # (row, origin) -> sample
@@ -27,7 +28,7 @@ def columns_of(config: SourceConfig) -> list[str]:
     if config.kind == "hf_text":
         return [config.text]
     if config.kind == "hf_cauldron":
-        return [config.images, config.texts]
+        return [column for column in (config.images, config.texts) if column is not None]
     return [config.image, config.caption or config.label]
 
 
@@ -46,19 +47,15 @@ def parser(config: SourceConfig, names: Sequence[str] | None = None) -> Parser:
 
 
 def _cauldron(config: SourceConfig, row: Mapping[str, Any], origin: str) -> RawSample:
-    turns = row[config.texts]
-    if not turns:
-        raise UserError(f"{origin}: {config.texts} is empty")
-    exchanges = tuple(
-        Exchange(*(words(turn.get(who), f"{origin}: {who} of exchange {number}") for who in ("user", "assistant")))
-        for number, turn in enumerate(turns, start=1)
-    )
-    pictures = row[config.images] or []
-    return RawSample(tuple(picture_bytes(one, origin) for one in pictures), exchanges, origin=origin)
+    pictures = (row[config.images] or []) if config.images is not None else []
+    if not isinstance(pictures, list):
+        pictures = [pictures]
+    exchanges = exchanges_of(row[config.texts], len(pictures), f"{origin}: {config.texts}")
+    return RawSample(tuple(picture_bytes(one, origin, config.path) for one in pictures), exchanges, origin=origin)
 
 
 def _image_label(config: SourceConfig, names: Sequence[str] | None, row: Mapping[str, Any], origin: str) -> RawSample:
-    picture = picture_bytes(row[config.image], origin)
+    picture = picture_bytes(row[config.image], origin, config.path)
     if config.caption is not None:
         caption = words(row[config.caption], f"{origin}: {config.caption}")
     else:
@@ -82,20 +79,16 @@ def label_name(label: Any, names: Sequence[str] | None, what: str) -> str:
     return str(names[label]).split(",")[0].strip()
 
 
-def picture_bytes(picture: Any, origin: str) -> bytes:
-    """The file of a picture as `datasets` stores it.
+def picture_bytes(picture: Any, origin: str, folder: str | None = None) -> bytes:
+    """The file of a picture as `datasets` stores it, or its path, which is relative to the data's `folder`.
 
     Raises:
         UserError: there is none.
     """
     if isinstance(picture, Mapping):
-        if picture.get("bytes"):
-            return picture["bytes"]
-        if picture.get("path"):
-            try:
-                return Path(picture["path"]).read_bytes()
-            except OSError as error:
-                raise UserError(f"{origin}: cannot read its picture {picture['path']}: {error.strerror}") from error
+        picture = picture.get("bytes") or picture.get("path")
+    if isinstance(picture, str) and picture:
+        return file_bytes(Path(folder or ".") / picture, origin)
     if isinstance(picture, bytes) and picture:
         return picture
     raise UserError(f"{origin}: it has no picture")

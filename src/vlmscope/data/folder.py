@@ -7,17 +7,18 @@ and its pictures opened, when it is asked for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from vlmscope.core.conversation import Sample
+from vlmscope.core.artifacts import parse_json
+from vlmscope.core.conversation import Sample, check_characters
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
-from vlmscope.data.conversation import check_record, sample_of
+from vlmscope.data.conversation import record_parts, sample_of
 from vlmscope.data.images import check_image, open_image
 
 T = TypeVar("T")
@@ -32,14 +33,17 @@ class Line(NamedTuple):
 
 
 class JsonLines(Sequence[Sample]):
-    """The examples of one file, or some of them.
+    """The examples of one file, or some of them; all lines are looked at first.
+
+    `check_words` refuses words that no model can take, too; else they show themselves at their row, as pictures do
+    without `check_pictures`.
 
     Raises:
         UserError: when the file cannot be read, holds no example, or a line is wrong: the message says which.
     """
 
-    def __init__(self, path: Path, check_pictures: bool = True) -> None:
-        self.path, self.check_pictures = path, check_pictures
+    def __init__(self, path: Path, check_pictures: bool = True, check_words: bool = True) -> None:
+        self.path, self.check_pictures, self.check_words = path, check_pictures, check_words
         self.lines = list(self._checked())
         if not self.lines:
             raise UserError(f"{path} holds no example; write one JSON object a line (docs/bring_your_own.md)")
@@ -79,9 +83,12 @@ class JsonLines(Sequence[Sample]):
         with file, tqdm(desc=f"checking {self.path.name}", unit="line", delay=2.0) as bar:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    names = check_record(_record(line, self._origin(number)), self._origin(number))
+                    origin = self._origin(number)
+                    names, exchanges, text = record_parts(_record(line, origin), origin)
+                    for said in (text, *chain(*exchanges)) if self.check_words else ():
+                        check_characters(said, f"{origin}: {said[:30]!r}")
                     for name in set(names) - seen if self.check_pictures else ():
-                        self._picture(check_image, name, self._origin(number))
+                        self._picture(check_image, name, origin)
                     seen.update(names)
                     yield Line(offset, number, len(names))
                 offset += len(line)
@@ -100,9 +107,9 @@ class JsonLines(Sequence[Sample]):
 
 def _record(line: bytes, origin: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{origin}: not valid JSON ({error.msg} at column {error.colno}); correct it") from error
+        return parse_json(line.decode("utf-8-sig"))
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{origin}: not UTF-8 text; save the file as UTF-8") from error
 

@@ -1,6 +1,7 @@
 """A short digest of a folder of data, by which later runs see whether it has changed; pictures are not read for it."""
 
 import hashlib
+import os
 from pathlib import Path
 
 _READ = ("*.jsonl", "index.json", "state.json", "dataset_info.json")  # small, and they list or hold the words
@@ -13,7 +14,7 @@ def folder_digest(folder: str | Path) -> str:
     """
     folder, digest = Path(folder), hashlib.blake2b(digest_size=8)
     for file in sorted(one for one in folder.rglob("*") if one.is_file()):
-        digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
+        digest.update(os.fsencode(f"{file.relative_to(folder)} {file.stat().st_size}\n"))
         if any(file.match(pattern) for pattern in _READ):
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

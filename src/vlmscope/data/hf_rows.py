@@ -19,12 +19,17 @@ from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.data.bad_files import BadFiles, SoundGroups, readable_files
 from vlmscope.data.columns import Parser, columns_of, parser
+from vlmscope.data.conversation import CONVERSATIONS
 from vlmscope.data.readers import Indexed, Mark, Row, Source
 from vlmscope.data.share import Share
 from vlmscope.data.source_config import SourceConfig
 
 _LOG = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_FILE = re.compile(
+    r"([\w.]+)-\d{5}-of-\d{5}"
+)  # as the hub names the files of a split; a split's name has no hyphen
+_SPLITS = "train|training|validation|valid|val|dev|testing|test|evaluation|eval"  # those that `load_dataset` knows
 
 
 def hf_source(name: str, config: SourceConfig, split: str, max_bad: int = 0) -> Source:
@@ -68,9 +73,11 @@ def _saved(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
     part = folder
     if (folder / "dataset_dict.json").is_file():
         there = _told(f"cannot read {folder}", lambda: read_json(folder / "dataset_dict.json")["splits"])
-        if split not in there:
-            raise UserError(f"{folder} has no split {split!r}; data.sources.{name}.split is one of {', '.join(there)}")
+        _check_split(name, folder, split, there)
         part = folder / split
+    else:
+        given = _told(f"cannot read {folder}", lambda: read_json(folder / "state.json").get("_split"))
+        _check_split(name, folder, split, re.findall(r"^\w+", given or "train"))  # such as "test[:10%]"
     if _is_empty(part):
         raise UserError(f"data.sources.{name}: {part} is empty; give data with samples")
     listed = _told(f"cannot read {part}", lambda: read_json(part / "state.json")["_data_files"])
@@ -91,9 +98,7 @@ def _parquet(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
         raise UserError(
             f"{folder} holds neither save_to_disk's output nor Parquet files; check data.sources.{name}.path"
         )
-    # As the hub names them: train-00000-of-00010.parquet. Files without a split's name are all of one split.
-    named = [file for file in files if re.match(rf"{re.escape(split)}\b", file.name) or file.parent.name == split]
-    chosen = [str(file) for file in readable_files(named or files, read_metadata, bad)]
+    chosen = [str(file) for file in readable_files(_of_split(name, folder, files, split), read_metadata, bad)]
 
     def opened() -> Any:
         builder: Any = load_dataset_builder("parquet", data_files=chosen)
@@ -101,6 +106,47 @@ def _parquet(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
         return builder.as_streaming_dataset(split="train")
 
     return _told(f"cannot read {folder}", opened)
+
+
+def _of_split(name: str, folder: Path, files: list[Path], split: str) -> list[Path]:
+    """The files that carry the name of a split; each file carries one at most, so that no two splits share a file.
+
+    Files of which none carries a name are all of the split "train", as for `load_dataset`, or of the one that the
+    folder itself is called.
+
+    Raises:
+        UserError: no file is of that split.
+    """
+    word = re.compile(rf"(?<![^\W\d_])({re.escape(split)}|{_SPLITS})(?![^\W\d_])")  # between signs and digits
+
+    def carried(file: Path) -> str | None:
+        if hub := _HUB_FILE.match(file.name):
+            return hub[1]
+        for part in (file.stem, *reversed(file.relative_to(folder).parent.parts)):
+            if found := word.search(part):
+                return found[1]
+        return None
+
+    owners = [carried(file) for file in files]
+    names = sorted({owner for owner in owners if owner is not None})
+    if len(names) == 1 and None not in owners and names[0] != split and not word.search(names[0]):
+        names = []  # part-00000-of-00002: a name that all files share, and no split's
+    if not names and split not in ("train", folder.name):
+        raise UserError(
+            f"{folder} has no split {split!r}: its files name no split, so that all of them are 'train'; correct "
+            f"split or val_split of data.sources.{name}"
+        )
+    if not names:
+        return files
+    _check_split(name, folder, split, names)
+    return [file for file, owner in zip(files, owners, strict=True) if owner == split]
+
+
+def _check_split(name: str, folder: Path, split: str, there: list[str]) -> None:
+    if split not in there:
+        raise UserError(
+            f"{folder} has no split {split!r}; split (or val_split) of data.sources.{name} is one of {', '.join(there)}"
+        )
 
 
 def _from_hub(name: str, config: SourceConfig, subset: str | None, split: str) -> Any:
@@ -165,9 +211,15 @@ def _check_columns(name: str, config: SourceConfig, table: Any) -> None:
         there = list(table.features)
     missing = [column for column in columns_of(config) if column not in there]
     if missing:
+        key, usual = ("texts", CONVERSATIONS) if missing[0] == config.texts else ("images", ("image",))
+        hint = ""
+        if config.kind == "hf_cauldron":
+            other = next((column for column in usual if column in there), None)
+            hint = f"; data.sources.{name}.{key}={other} reads that one" if other else hint
+            hint = hint or (f"; data.sources.{name}.images=null if there are no pictures" if key == "images" else "")
         raise UserError(
             f"data.sources.{name}: no column {missing[0]!r}; the columns are {', '.join(there)} (the keys of "
-            f"{config.kind} that name columns: docs/data.md)"
+            f"{config.kind} that name columns: docs/data.md){hint}"
         )
 
 

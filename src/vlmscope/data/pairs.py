@@ -11,17 +11,16 @@ list of them; none for text alone. `question` groups lines that ask the same thi
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vlmscope.core.artifacts import read_text
+from vlmscope.core.artifacts import parse_json, text_lines
 from vlmscope.core.errors import UserError
-from vlmscope.data.images import check_image, open_images
+from vlmscope.data.images import PictureFiles, check_image
 from vlmscope.data.orrery.pairs import scene_pairs
 from vlmscope.data.orrery.scene import Scene
 from vlmscope.data.pair_config import PairsConfig
@@ -36,7 +35,7 @@ class Side:
     """One input of a pair: what is asked, the pictures, and the answer (one word)."""
 
     prompt: str
-    images: tuple[Image.Image, ...]
+    images: Sequence[Image.Image]
     answer: str
 
 
@@ -126,15 +125,12 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(read_text(path).removeprefix("\ufeff").splitlines(), start=1):
-        if line.strip():
-            origin = f"{path} line {number}"
-            try:
-                yield origin, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{origin}: not valid JSON ({error.msg} at column {error.colno}); correct it"
-                ) from error
+    for number, line in text_lines(path):
+        origin = f"{path} line {number}"
+        try:
+            yield origin, parse_json(line)
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from error
 
 
 def _checked(record: Any, origin: str, folder: Path) -> dict[str, Any]:
@@ -176,7 +172,7 @@ def _paths(value: Any, origin: str, folder: Path) -> list[Path]:
 
 def _opened(record: dict[str, Any]) -> Pair:
     sides = [
-        Side(side["prompt"], tuple(open_images(side["image"])), side["answer"])
+        Side(side["prompt"], PictureFiles(side["image"]), side["answer"])
         for side in (record["original"], record["counterfactual"])
     ]
     change = "prompt" if record["original"]["image"] == record["counterfactual"]["image"] else "picture"

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmscope.core.artifacts import read_text
+from vlmscope.core.artifacts import parse_json, read_text, text_lines
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import check_image
 
@@ -75,7 +74,7 @@ def read_rows(path: str | Path) -> tuple[list[PromptRow], list[BadRow]]:
 
 
 def _csv_rows(path: Path) -> Iterator[Any]:
-    lines = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""))
+    lines = csv.DictReader(io.StringIO(read_text(path), newline=""))
     names = [name.strip() for name in lines.fieldnames or []]
     if "prompt" not in names or set(names) - set(_KEYS) or len(set(names)) < len(names):
         raise UserError(f"{path} has the columns {', '.join(names) or '(none)'}; give prompt, image and perhaps id")
@@ -91,12 +90,11 @@ def _csv_rows(path: Path) -> Iterator[Any]:
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    for line in read_text(path).removeprefix("\ufeff").splitlines():
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                yield UserError(f"not valid JSON ({error.msg} at column {error.colno}); correct it")
+    for _, line in text_lines(path):
+        try:
+            yield parse_json(line)
+        except UserError as error:
+            yield error
 
 
 def _row(record: Any, number: int, origin: str, folder: Path) -> PromptRow:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from vlmscope.core.conversation import Conversation, Document, Exchange, Sample
+from vlmscope.core.conversation import Conversation, Document, Exchange, Sample, check_characters
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import decode_image, picture_format
 
+MAX_FILE_BYTES = 2**30  # as `bad_files.MAX_ROW_BYTES`
 DIGEST_BYTES = 16  # of SHA-256: among 10^9 samples two differ in it but for a chance of 10^-21
 
 
@@ -35,6 +38,15 @@ class RawSample:
     text: str = ""
     origin: str = ""
     facts: Mapping[str, str | int] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse words that neither a shard nor a model can take.
+
+        Raises:
+            UserError: with the origin and the place.
+        """
+        for text in (self.text, *(said for turn in self.exchanges for said in turn)):
+            check_characters(text, f"{self.origin}: {text[:30]!r}")
 
     def opened(self) -> Sample:
         """The record that a model reads.
@@ -94,6 +106,24 @@ def held_out(sample: RawSample, share: float) -> bool:
 def _in_tar(size: int) -> int:
     """A file's bytes in a tar: a header of 512, and the content rounded up to 512."""
     return 512 + -(-size // 512) * 512
+
+
+def file_bytes(path: Path, origin: str) -> bytes:
+    """The content of a picture's file.
+
+    Raises:
+        UserError: there is none, it is a folder, a device or a pipe, or larger than `MAX_FILE_BYTES`.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{origin}: cannot read {path}: it is no file; give the path of a picture")
+        if status.st_size > MAX_FILE_BYTES:
+            raise UserError(f"{origin}: {path} has {status.st_size:,} bytes, at most {MAX_FILE_BYTES:,} are read")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{origin}: cannot read {path}: {reason}; correct the path") from error
 
 
 def words(value: Any, what: str) -> str:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import webdataset as wds
 
-from vlmscope.core.artifacts import atomic_path, read_json, write_json
+from vlmscope.core.artifacts import atomic_path, write_json
 from vlmscope.core.errors import UserError
-from vlmscope.data.shard_index import INDEX
+from vlmscope.data.shard_index import INDEX, damaged_shards, read_index
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def write_shards(
     meta: dict[str, Any],
     on_shard: Callable[[ShardPlan], None] = lambda _plan: None,
 ) -> int:
-    """Write the shards that `folder` still lacks; return how many were written.
+    """Write the shards that `folder` still lacks, and those that are damaged; return how many were written.
 
     Args:
         folder: where shards and index live.
@@ -65,12 +66,11 @@ def write_shards(
         UserError: the folder holds shards of another `meta`, or cannot be written.
     """
     index = open_index(folder, meta)
+    damaged = damaged_shards(folder, index["shards"])
     written = 0
     for plan in plans:
-        entry = index["shards"].get(plan.name)
-        path = folder / plan.name
-        if entry is None or not path.is_file() or path.stat().st_size != entry["bytes"]:
-            index["shards"][plan.name] = _write_shard(path, plan, make_sample)
+        if plan.name not in index["shards"] or plan.name in damaged:
+            index["shards"][plan.name] = _write_shard(folder / plan.name, plan, make_sample)
             write_json(folder / INDEX, index)
             written += 1
         on_shard(plan)
@@ -83,12 +83,13 @@ def open_index(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: it describes data of another `meta`.
     """
-    path = folder / INDEX
-    if not path.is_file():
+    if not (folder / INDEX).is_file():
         return {"meta": meta, "shards": {}}
-    index = read_json(path)
-    if index.get("meta") != json.loads(json.dumps(meta)):
-        raise UserError(f"{path} describes other data than asked for: choose another folder or remove this one")
+    index = read_index(folder, "data.path")
+    if index["meta"] != json.loads(json.dumps(meta)):
+        raise UserError(
+            f"{folder / INDEX} describes other data than asked for: choose another folder or remove this one"
+        )
     return index
 
 
@@ -110,24 +111,54 @@ def shard_files(folder: Path, split: str, kind: str) -> list[Path]:
     """The finished shards of a (split, kind), in order.
 
     Raises:
-        UserError: there is no index, or it lists none for this split and kind, or a listed file is missing.
+        UserError: there is no index, or it lists none for this split and kind, or a listed file is missing or damaged.
     """
-    if not (folder / INDEX).is_file():
-        raise UserError(f"no {INDEX} in {folder}: run `python run.py task=build_data` first, or set data.folder")
-    entries = read_json(folder / INDEX)["shards"]
+    entries = read_index(folder, "data.path")["shards"]
     names = sorted(n for n, e in entries.items() if e["split"] == split and e["kind"] == kind)
     if not names:
         raise UserError(f"{folder} has no shards of split {split!r}, kind {kind!r}: run task=build_data with them")
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"shard {folder / name} is in the index but missing: run task=build_data again")
+    damaged = damaged_shards(folder, {name: entries[name] for name in names})
+    for name in sorted(damaged):
+        what = "damaged" if (folder / name).is_file() else "in the index but missing"
+        raise UserError(f"shard {folder / name} is {what}: run task=build_data again, which mends it")
     return [folder / n for n in names]
 
 
 def read_samples(files: list[Path]) -> Iterator[dict[str, Any]]:
-    """Yield the raw samples (`__key__`, bytes by extension) of shards in order, through WebDataset's own reader."""
-    urls = [str(f) for f in files]
-    yield from wds.WebDataset(urls, shardshuffle=False, empty_check=False, handler=wds.reraise_exception)  # pyright: ignore[reportAttributeAccessIssue]
+    """Yield the raw samples (`__key__`, bytes by extension) of shards in order.
+
+    Members are read one after another and never unpacked. WebDataset's own reader would pass over links, and unpack
+    compressed or sparse files, whose content may be thousands of times larger than the shard.
+
+    Raises:
+        ValueError, tarfile.TarError, OSError: a shard is corrupt, or holds what no build writes: members that
+            are no plain files, whose names lead elsewhere, or that are larger than the shard.
+    """
+    for path in files:
+        size, sample = path.stat().st_size, {}
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name)
+                key, _, extension = member.name.rpartition("/")[2].partition(".")
+                if name.is_absolute() or ".." in name.parts:
+                    raise ValueError(f"its member {member.name!r} leaves the shard")
+                if not member.isreg() or member.issparse():
+                    raise ValueError(f"its member {member.name!r} is no plain file")
+                if not 0 <= member.size <= size:
+                    raise ValueError(f"its member {member.name!r} claims {member.size:,} bytes")
+                if not key or not extension:
+                    raise ValueError(f"its member {member.name!r} has no ending, or nothing before it")
+                key = str(name.parent / key)
+                if sample and sample["__key__"] != key:
+                    yield sample
+                    sample = {}
+                if extension in sample:
+                    raise ValueError(f"its member {member.name!r} is there twice")
+                content = tar.extractfile(member)
+                assert content is not None, "it is a plain file"
+                sample |= {"__key__": key, extension: content.read()}
+        if sample:
+            yield sample
 
 
 def encode_png(image: Any) -> bytes:

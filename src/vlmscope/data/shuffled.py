@@ -46,6 +46,8 @@ class ShuffledSource:
         self.repeat, self.keep = repeat, keep
         self.epoch, self.block, self.place, self.given, self.skipped, self.ended = 0, 0, 0, 0, 0, False
         self.given_before = 0  # samples given before this epoch
+        self.first_error = ""  # of a sample that cannot be used
+        self.passed_over = 0  # samples that `keep` left out
         self.start: Mark = None
         self._reader: Reader | None = None
         self._rows: list[Row] = []
@@ -55,7 +57,7 @@ class ShuffledSource:
         """The next sample; None at the end, and from then on.
 
         Raises:
-            UserError: the source is empty, or its first `PATIENCE` rows are all unusable.
+            UserError: the source is empty, `keep` leaves none of it, or its first `PATIENCE` rows are all unusable.
         """
         while not self.ended:
             if self._reader is None:
@@ -66,9 +68,12 @@ class ShuffledSource:
             row = self._rows[self._order[self.place]]
             self.place += 1
             sample = self._read(row)
-            if sample is not None and self.keep(sample):
+            if sample is None:
+                continue
+            if self.keep(sample):
                 self.given += 1
                 return sample
+            self.passed_over += 1
         return None
 
     def state(self) -> dict[str, Any]:
@@ -94,10 +99,21 @@ class ShuffledSource:
             UserError: that very one, when nothing else has come yet `PATIENCE` times.
         """
         self.skipped += 1
+        self.first_error = self.first_error or str(error)
         if self.skipped == 1:
             warnings.warn(f"{error}; such samples of {self.source.name} are left out and counted", stacklevel=2)
         if self.skipped >= PATIENCE and self.skipped >= self.given:
             raise UserError(f"{self.skipped} samples of {self.source.name} could not be used, the last: {error}")
+
+    def _why_nothing(self) -> str:
+        if self.passed_over:
+            return (
+                f"its {self.passed_over} samples all fall on the same side of data.val_share, by their hash, so that "
+                "training or validation has none; give more samples, another data.val_share, or a val_split"
+            )
+        if self.first_error:
+            return f"no sample of it can be used, the first: {self.first_error}; check the data"
+        return "it has no sample; check the data"
 
     def _read(self, row: Row) -> RawSample | None:
         try:
@@ -130,7 +146,7 @@ class ShuffledSource:
         """Begin the next epoch; False when there is none."""
         got = self.given - self.given_before
         if self.epoch == 0 and got == 0 and self.share.total == 1:
-            raise UserError(f"data.sources.{self.source.name}: no sample of it can be used; check the data")
+            raise UserError(f"data.sources.{self.source.name}: {self._why_nothing()}")
         if not self.repeat or got == 0:
             return False
         self.epoch, self.block, self.place, self.given_before = self.epoch + 1, 0, 0, self.given

@@ -32,7 +32,7 @@ class SourceConfig:
         caption: column of captions, instead of `label`.
         templates: what is made of a label; each picture gets one of them.
         request: what a caption answers.
-        images, texts: columns of picture lists and of lists of {user, assistant} (`hf_cauldron`).
+        images, texts: columns of pictures (a list, or one; None: there are none) and of conversations (`hf_cauldron`).
         stream: of `shards` the name of a source that was written; of `orrery` one of `ORRERY_STREAMS`.
     """
 
@@ -52,7 +52,7 @@ class SourceConfig:
     caption: str | None = None
     templates: list[str] = field(default_factory=lambda: ["a photo of a {label}."])
     request: str = CAPTION_REQUEST
-    images: str = "images"
+    images: str | None = "images"
     texts: str = "texts"
     stream: str | None = None
 

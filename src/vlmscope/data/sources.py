@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vlmscope.core.conversation import CAPTION_REQUEST, Exchange
+from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import derive
+from vlmscope.data.conversation import record_parts
 from vlmscope.data.hf_rows import hf_source
 from vlmscope.data.orrery.dataset import plain_facts
 from vlmscope.data.orrery.scene import KINDS, SPLITS, Scene, make_scene
-from vlmscope.data.raw import RawSample, held_out
+from vlmscope.data.raw import RawSample, file_bytes, held_out
 from vlmscope.data.readers import Indexed, Source
 from vlmscope.data.shard_rows import ShardSource
 from vlmscope.data.shards import encode_png
@@ -91,30 +92,19 @@ def _folder(name: str, config: SourceConfig, split: str, check_pictures: bool) -
     path = Path(str(config.path)) / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}; data.sources.{name}.path: as docs/bring_your_own.md says")
-    lines = JsonLines(path, check_pictures)
+    lines = JsonLines(path, check_pictures, check_words=False)
     count = len(lines) if config.limit is None else min(len(lines), config.limit)
 
     def sample(number: int) -> RawSample:
         record = lines.record(number)
         origin = lines.origin(number)
-        pictures = tuple(_file(lines.path.parent / image, origin) for image in record.get("images") or [])
+        names, exchanges, text = record_parts(record, origin)
+        pictures = tuple(file_bytes(lines.path.parent / image, origin) for image in names)
         given = record.get("facts")
         facts = {k: v for k, v in given.items() if isinstance(v, str | int)} if isinstance(given, dict) else {}
-        if "texts" in record:
-            exchanges = tuple(Exchange(e["user"], e["assistant"]) for e in record["texts"])
-            return RawSample(pictures, exchanges, "", origin, facts)
-        if pictures:
-            return RawSample(pictures, (Exchange(CAPTION_REQUEST, record["text"]),), "", origin, facts)
-        return RawSample(text=record["text"], origin=origin, facts=facts)
+        return RawSample(pictures, exchanges, text, origin, facts)
 
     return Indexed(name, count, sample)
-
-
-def _file(path: Path, origin: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{origin}: cannot read {path}: {error.strerror}") from error
 
 
 def fingerprint(sources: dict[str, SourceConfig]) -> str:

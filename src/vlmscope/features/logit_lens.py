@@ -17,6 +17,7 @@ from vlmscope.core.ids import FeatureId
 from vlmscope.core.study import Words
 from vlmscope.features.study.layer_tables import Logits
 from vlmscope.models.placement import materialised
+from vlmscope.models.positions import token_strings
 from vlmscope.scope import Scope
 
 _NUMBERS = 1 << 25  # logits in memory at a time
@@ -29,7 +30,7 @@ def top_and_bottom_logits(scope: Scope, feature: FeatureId, count: int = 6) -> t
     top, bottom = logits.topk(count), (-logits).topk(count)
 
     def words(indices: torch.Tensor) -> Words:
-        return tuple((scope.vlm.tokenizer.convert_ids_to_tokens(int(i)), float(logits[i])) for i in indices)
+        return tuple(zip(token_strings(scope.vlm.tokenizer, indices.tolist()), logits[indices].tolist(), strict=True))
 
     return words(top.indices), words(bottom.indices)
 

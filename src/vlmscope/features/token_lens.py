@@ -54,6 +54,9 @@ def token_lens(
         positions: `[P]` int64.
         words: B token ids, the word to look for in each prompt.
         count: K.
+
+    Raises:
+        UserError: logits overflow.
     """
     states = _states(adapter, batch)
     where = torch.from_numpy(positions)
@@ -84,7 +87,7 @@ def _read(adapter: Adapter, state: Tensor, target: Tensor, count: int) -> tuple[
     flat, wanted = state.flatten(0, 1), target.repeat_interleave(length)
     found: list[tuple[Tensor, ...]] = []
     for start in range(0, len(flat), _ROWS):
-        logits = adapter.lm_head()(adapter.final_norm()(flat[start : start + _ROWS])).double()
+        logits = adapter.finite(adapter.lm_head()(adapter.final_norm()(flat[start : start + _ROWS]))).double()
         if adapter.logit_softcap is not None:
             logits = torch.tanh(logits / adapter.logit_softcap) * adapter.logit_softcap
         words = wanted[start : start + _ROWS, None]

@@ -23,7 +23,7 @@ def mlp_outputs(adapter: Adapter, batch: InputBatch) -> dict[int, Tensor]:
                 found[layer] = out
 
             stack.callback(adapter.mlp(layer).register_forward_hook(hook).remove)
-        adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1)
+        adapter.next_logits(batch.tensors)
     return found
 
 
@@ -38,6 +38,6 @@ def mean_ablated(adapter: Adapter, batch: InputBatch, layer: int, where: Tensor,
 
     handle = adapter.mlp(layer).register_forward_hook(hook)
     try:
-        return adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return adapter.next_logits(batch.tensors)
     finally:
         handle.remove()

@@ -10,6 +10,7 @@ import torch
 from vlmscope.core.errors import UserError
 from vlmscope.interventions.edits import AnyPlan
 from vlmscope.interventions.run import editing
+from vlmscope.models.answers import generated
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.scope import Scope
 
@@ -33,10 +34,8 @@ def generate_edited(scope: Scope, inputs: ModelInputs, plan: AnyPlan | None = No
 @torch.no_grad()
 def generate_ids(scope: Scope, inputs: ModelInputs, plan: AnyPlan | None = None, max_new_tokens: int = 24) -> list[int]:
     """The token ids of the answer, its end token included; arguments as in `generate_edited`."""
-    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
     with editing(scope, plan) if plan else nullcontext():
-        ids = scope.adapter.model.generate(**inputs.tensors, **settings)
-    return ids[0, len(inputs) :].tolist()
+        return generated(scope.adapter, inputs.tensors, max_new_tokens)[0].tolist()
 
 
 @torch.no_grad()
@@ -55,16 +54,15 @@ def generate_batch(
         context: around the forwards, such as `editing` or `random_directions`.
 
     Raises:
-        UserError: the prompts cannot be stacked.
+        UserError: the prompts cannot be stacked, or `generated` refuses them.
     """
     names = inputs[0].tensors
     shapes = [{name: tensor.shape[1:] for name, tensor in one.tensors.items()} for one in inputs]
     if any(len(one) != len(inputs[0]) or shape != shapes[0] for one, shape in zip(inputs, shapes, strict=True)):
         raise UserError("prompts of a batch must have equal length and pictures of equal size: generate one by one")
     tensors = {name: torch.cat([one.tensors[name] for one in inputs]) for name in names}
-    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
     with context or nullcontext():
-        found = adapter.model.generate(**tensors, **settings)[:, len(inputs[0]) :].tolist()
+        found = generated(adapter, tensors, max_new_tokens).tolist()
     ends = adapter.model.generation_config.eos_token_id
     known: set[int] = {ends} if isinstance(ends, int) else {int(end) for end in ends or ()}
     return [_through_end(ids, known) for ids in found]

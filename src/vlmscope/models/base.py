@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmscope.core.conversation import Exchange
+from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
 from vlmscope.models.patches import PicturePatches
 from vlmscope.models.template import Dialogue, Turn
@@ -93,6 +94,8 @@ class Adapter(ABC):
     # Whether positions come from the pictures (M-RoPE). Such a model remembers the shift that its last pictures made,
     # so that it must be told the positions whenever it is given embeddings instead of pictures.
     m_rope: bool = False
+    # The family's usual template, for a model that came without one; "" where the family knows no turns.
+    chat_template: str = ""
     # Whether the family was made for prompts with pictures alone.
     needs_pictures: bool = False
     # `token_type_ids` of an answer that follows the prompt.
@@ -127,6 +130,46 @@ class Adapter(ABC):
             settings: such as `use_cache`.
         """
         return self.model(**tensors, **settings)
+
+    def next_logits(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "b v"]:
+        """The logits at the last position, `finite`."""
+        return self.finite(self.forward(tensors, use_cache=False, logits_to_keep=1).logits[:, -1])
+
+    def finite(self, logits: Tensor) -> Tensor:
+        """The same logits of any shape: called wherever the model's are read, for a table of nan says nothing.
+
+        Raises:
+            UserError: some are infinite or no numbers.
+        """
+        if not bool(logits.isfinite().all()):
+            name = str(self.dtype).removeprefix("torch.")
+            todo = "try model.dtype=bfloat16 or float32" if self.dtype == torch.float16 else "check both"
+            raise UserError(
+                f"the model's logits are not finite in {name}: its activations overflow (float16 ends at 65504), its "
+                f"weights are damaged, or an edit is too strong; {todo}"
+            )
+        return logits
+
+    def positions_used(self, tensors: Mapping[str, Tensor]) -> int:
+        """How many of the model's positions the inputs take: one a token, but with M-RoPE."""
+        return int(tensors["input_ids"].shape[1])
+
+    def check_length(self, tensors: Mapping[str, Tensor], answer: int = 0) -> None:
+        """Refuse inputs that with an answer of so many tokens would leave the positions that the model was made for.
+
+        RoPE computes further ones all the same, and the model would answer with nonsense.
+
+        Raises:
+            UserError: with both lengths.
+        """
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        used = self.positions_used(tensors)
+        if longest is not None and used + answer > longest:
+            more = f" and its answer up to {answer}" if answer else ""
+            raise UserError(
+                f"the input is too long: {used} positions{more}, the model has {longest} positions; shorten "
+                f"{'it, or ask for a shorter answer' if answer else 'it (data: lower task.max_tokens)'}"
+            )
 
     def injections(self, decoder_arguments: Mapping[str, Any]) -> Float[Tensor, "b n t d"] | None:
         """What pictures add to the stream after the first n layers (DeepStack), 0 at other positions; None for nothing.

@@ -1,29 +1,12 @@
-"""The weight files of a model folder, looked at before anything is loaded: which they are, and whether they are whole.
+"""The weight files of a model folder: which they are, and whether they are whole, before anything is loaded."""
 
-A safetensors file is eight bytes (little-endian length of the header), the header in JSON, then the tensors; only the
-header is read here.
-"""
-
-import json
-import struct
 from pathlib import Path
-from typing import NamedTuple
 
-from vlmscope.core.artifacts import read_json
+from vlmscope.core.artifacts import TensorHead, read_json, refuse_lfs_pointer, tensor_heads
 from vlmscope.core.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _AGAIN = "download it again (a download goes on where it stopped)"
-_LFS = b"version https://git-lfs"
-# A header of more than this is no header: the format's own limit.
-_MAX_HEADER = 100_000_000
-
-
-class TensorHead(NamedTuple):
-    """What the header says of one tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def read_config(folder: Path) -> dict[str, object]:
@@ -35,7 +18,7 @@ def read_config(folder: Path) -> dict[str, object]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"no model at {folder}: config.json is missing; give the folder of a Hugging Face model")
-    _refuse_pointer(path)
+    refuse_lfs_pointer(path)
     config = read_json(path)
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"{path} names no model_type; it is not the config.json of a Hugging Face model")
@@ -48,9 +31,11 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: when there are none, or the index cannot be read.
     """
+    if (folder / SINGLE).is_file():  # transformers takes it even where an index names other files
+        return [folder / SINGLE]
     index = folder / INDEX
     if index.is_file():
-        _refuse_pointer(index)
+        refuse_lfs_pointer(index)
         record = read_json(index)
         names = record.get("weight_map") if isinstance(record, dict) else None
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
@@ -59,8 +44,6 @@ def weight_files(folder: Path) -> list[Path]:
         if outside:
             raise UserError(f"{index} names {outside[0]!r}, which does not lie in the folder; {_AGAIN}")
         return [folder / name for name in sorted(set(names.values()))]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     if shards:
         raise UserError(f"{index} is missing beside {shards[0].name}; {_AGAIN}")
@@ -87,7 +70,7 @@ def check_weights(folder: Path) -> dict[str, TensorHead]:
         )
     tensors: dict[str, TensorHead] = {}
     for path in files:
-        tensors |= read_header(path)
+        tensors |= tensor_heads(path)
     return tensors
 
 
@@ -99,41 +82,6 @@ def is_complete(folder: Path) -> bool:
     except UserError:
         return False
     return True
-
-
-def read_header(path: Path) -> dict[str, TensorHead]:
-    """The tensors of one safetensors file.
-
-    Raises:
-        UserError: when the file is not one, or shorter than its header says.
-    """
-    _refuse_pointer(path)
-    size = path.stat().st_size
-    broken = f"{path} is not a whole safetensors file"
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size, _MAX_HEADER):
-                raise UserError(f"{broken}: {size:,} bytes, its header alone should have {length:,}; {_AGAIN}")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            tensors = {name: TensorHead(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-            end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{broken} ({size:,} bytes); {_AGAIN}") from error
-    expected = 8 + length + end
-    if size < expected:
-        raise UserError(f"{broken}: {size:,} of {expected:,} bytes are there; {_AGAIN}")
-    return tensors
-
-
-def _refuse_pointer(path: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(len(_LFS)) == _LFS:
-            raise UserError(
-                f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in the repository, or download "
-                "it with `hf download`"
-            )
 
 
 def _interrupted(folder: Path) -> str:

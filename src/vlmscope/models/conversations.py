@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmscope.core.conversation import Conversation, Document, Sample
+from vlmscope.core.conversation import Conversation, Document, Sample, check_characters
 from vlmscope.core.errors import UserError
-from vlmscope.models.loading import VLM
+from vlmscope.models.loading import VLM, refused_in_one_line
 from vlmscope.models.template import Dialogue
 
 LOSS_MASK = "loss_mask"
@@ -31,12 +31,12 @@ def encode(vlm: VLM, sample: Sample, max_tokens: int | None = None) -> list[dict
 
     Raises:
         UserError: with the example's origin: the model takes no pictures (or needs them), placeholders do not match the
-            pictures, or the cut would go through a picture.
+            pictures, the cut would go through a picture, or what is left is longer than the model's positions.
     """
     try:
         if isinstance(sample, Document):
-            return [_cut(vlm, _document(vlm, sample), max_tokens)]
-        template = getattr(vlm.processor, "chat_template", None)
+            return [sequence_forward(vlm, text_ids(vlm, sample.text, whole=True)[:max_tokens])]
+        template = vlm.chat_template.text
         dialogues = vlm.adapter.wrap_exchanges(sample.exchanges, len(sample.images), vlm.tokenizer, template)
         return [_cut(vlm, _dialogue(vlm, one, sample), max_tokens) for one in dialogues]
     except UserError as error:
@@ -59,6 +59,7 @@ def joined(forwards: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _dialogue(vlm: VLM, dialogue: Dialogue, sample: Conversation) -> dict[str, Tensor]:
     if dialogue.suffix is not None:
+        check_characters(dialogue.suffix, "the answer")
         tensors = vlm.tokenised(dialogue.text, sample.images, suffix=[dialogue.suffix])
         answer = (tensors["token_type_ids"] == 1) & (tensors["input_ids"] != vlm.tokenizer.eos_token_id)
         return {**tensors, LOSS_MASK: answer}
@@ -100,18 +101,26 @@ def text_ids(vlm: VLM, text: str, whole: bool = False) -> list[int]:
     adapter = vlm.adapter
     if adapter.needs_pictures:
         raise UserError(f"{type(vlm.model).__name__} is not made for text without a picture; leave the line out")
-    ids = vlm.tokenizer(text, add_special_tokens=whole)["input_ids"]
+    check_characters(text, "the text")
+    with refused_in_one_line(text):
+        ids = vlm.tokenizer(text, add_special_tokens=whole)["input_ids"]
     if adapter.has_vision and adapter.soft_token_id() in ids:
         raise UserError("the text spells the token that stands for a picture; take it out")
     return ids
 
 
 def sequence_forward(vlm: VLM, ids: list[int]) -> dict[str, Tensor]:
-    """Tokens of plain text as a forward."""
+    """Tokens of plain text as a forward.
+
+    Raises:
+        UserError: they are more than the model's positions.
+    """
     row = torch.tensor([ids], device=vlm.adapter.device)
     mask = torch.ones_like(row, dtype=torch.bool)
     mask[:, 0] = False
-    return {"input_ids": row, "attention_mask": torch.ones_like(row), LOSS_MASK: mask}
+    forward = {"input_ids": row, "attention_mask": torch.ones_like(row), LOSS_MASK: mask}
+    vlm.adapter.check_length(forward)
+    return forward
 
 
 def ends_of_text(tokenizer: Any) -> tuple[int, int | None]:
@@ -127,19 +136,18 @@ def ends_of_text(tokenizer: Any) -> tuple[int, int | None]:
     return tokenizer.eos_token_id, bos if bos is not None and first == [bos] else None
 
 
-def _document(vlm: VLM, document: Document) -> dict[str, Tensor]:
-    return sequence_forward(vlm, text_ids(vlm, document.text, whole=True))
-
-
 def _cut(vlm: VLM, forward: dict[str, Tensor], max_tokens: int | None) -> dict[str, Tensor]:
-    """The forward without the tokens beyond `max_tokens`."""
+    """The forward without the tokens beyond `max_tokens`, no longer than the model's positions."""
     ids = forward["input_ids"]
     length = ids.shape[1]
     if max_tokens is None or length <= max_tokens:
+        vlm.adapter.check_length(forward)
         return forward
     if vlm.adapter.has_vision and (ids[:, max_tokens:] == vlm.adapter.soft_token_id()).any():
         raise UserError(
             f"its pictures do not fit into {max_tokens} tokens ({length} with the text); raise task.max_tokens, or "
             "give fewer or smaller pictures"
         )
-    return {name: tensor[:, :max_tokens] if name in _BY_POSITION else tensor for name, tensor in forward.items()}
+    short = {name: tensor[:, :max_tokens] if name in _BY_POSITION else tensor for name, tensor in forward.items()}
+    vlm.adapter.check_length(short)
+    return short

@@ -46,7 +46,6 @@ class DecoderAdapter(Adapter):
 
     Attributes:
         placeholder: what stands for a picture in a prompt.
-        chat_template: the family's usual template, for a model that came without one.
         decoders: by `model_type`, those that the family may have.
 
     Raises:
@@ -55,7 +54,6 @@ class DecoderAdapter(Adapter):
     """
 
     placeholder = "<image>"
-    chat_template = ""
     decoders: Mapping[str, Decoder] = DECODERS
     # Whether the family reads the vision tower's last state through the tower's own norm, where it has one.
     _reads_norm = True

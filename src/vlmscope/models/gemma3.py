@@ -17,11 +17,23 @@ from vlmscope.core.images import PatchBox
 from vlmscope.models.boxes import WHOLE, grid_boxes
 from vlmscope.models.decoders import DecoderAdapter
 from vlmscope.models.patches import PicturePatches, batched_tiles, pooled
-from vlmscope.models.template import Dialogue, Span, Turn, spelt_in_first, spelt_placeholders
+from vlmscope.models.template import Dialogue, Turn
 
 
 class Gemma3Adapter(DecoderAdapter):
     """Both Gemma 3 classes; the text model is `decoder()` in either."""
+
+    placeholder = "<start_of_image>"
+    # The published one, but that it takes what is said verbatim (theirs trims it).
+    chat_template = (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for item in message['content'] %}"
+        "{% if item['type'] == 'image' %}{{ '<start_of_image>' }}{% else %}{{ item['text'] }}{% endif %}"
+        "{% endfor %}{% endif %}{{ '<end_of_turn>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+    )
 
     @property
     def has_vision(self) -> bool:
@@ -36,36 +48,23 @@ class Gemma3Adapter(DecoderAdapter):
         return self.model.model.language_model if self.has_vision else self.model.model
 
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
-        lead = ""
-        if self.has_vision:
-            self._refuse_soft_tokens(prompt, tokenizer)
-            if not spelt_placeholders(prompt, tokenizer.boi_token, n_images):
-                lead = tokenizer.boi_token * n_images
-        elif n_images:
-            raise UserError(
-                f"{type(self.model).__name__} takes no pictures but {n_images} were given; leave image= out"
-            )
-        # Gemma's turn is the same in every checkpoint, and the embedded model's words need these very tokens.
-        bos = tokenizer.bos_token or ""
-        return Turn(f"{bos}<start_of_turn>user\n{lead}", prompt, "<end_of_turn>\n<start_of_turn>model\n")
+        self._check(prompt, n_images, tokenizer)
+        return super().wrap_prompt(prompt, n_images, tokenizer, chat_template)
 
     def wrap_exchanges(
         self, exchanges: Sequence[Exchange], n_images: int, tokenizer: Any, chat_template: str | None = None
     ) -> list[Dialogue]:
-        if self.has_vision:
-            spelt_in_first(exchanges, tokenizer.boi_token, n_images)
-            self._refuse_soft_tokens("".join(text for exchange in exchanges for text in exchange), tokenizer)
-        spans: list[Span] = []
-        for number, exchange in enumerate(exchanges):
-            turn = self.wrap_prompt(exchange.user, 0 if number else n_images, tokenizer)
-            before = turn.text.removeprefix(tokenizer.bos_token or "") if number else turn.text
-            spans += [Span(before, False), Span(exchange.assistant, True), Span("<end_of_turn>\n", False)]
-        return [Dialogue(tuple(spans))]
+        self._check("".join(text for exchange in exchanges for text in exchange), n_images, tokenizer)
+        return super().wrap_exchanges(exchanges, n_images, tokenizer, chat_template)
 
-    def _refuse_soft_tokens(self, text: str, tokenizer: Any) -> None:
-        if tokenizer.image_token in text:
+    def _check(self, text: str, n_images: int, tokenizer: Any) -> None:
+        if self.has_vision and tokenizer.image_token in text:
             raise UserError(
-                f"the prompt spells {tokenizer.image_token}; write {tokenizer.boi_token} once for each picture"
+                f"the prompt spells {tokenizer.image_token}; write {self.placeholder} once for each picture"
+            )
+        if n_images and not self.has_vision:
+            raise UserError(
+                f"{type(self.model).__name__} takes no pictures but {n_images} were given; leave image= out"
             )
 
     def soft_token_boxes(

@@ -31,8 +31,9 @@ class _Canvas:
     Attributes:
         tiles: tiles down and across.
         window: the part of the picture that all tiles together show; it reaches beyond the picture.
-        kept_rows: patches down, those of padding alone left out, int64.
-        kept_columns: patches across, int64.
+        kept_rows: patches down, those of padding alone left out, int64; none of a strip thinner than a patch
+            where their number in a tile is even.
+        kept_columns: patches across, likewise.
         shape: rows and columns of soft tokens, fewer than patches where there are too many; each row has an end beside.
     """
 
@@ -44,26 +45,33 @@ class _Canvas:
 
     def boxes(self, side: int) -> list[PatchBox]:
         """The boxes of the tokens, each row's end included, with tiles of `side * side` patches."""
+        rows, columns = self.shape
+        if not rows:
+            return []
         width, height = self.window.right - self.window.left, self.window.bottom - self.window.top
         down, across = (number * side for number in self.tiles)
+        left, right = (self.kept_columns[0], self.kept_columns[-1] + 1) if columns else (0, across)
         window = PatchBox(
-            self.window.left + width * self.kept_columns[0] / across,
+            self.window.left + width * left / across,
             self.window.top + height * self.kept_rows[0] / down,
-            self.window.left + width * (self.kept_columns[-1] + 1) / across,
+            self.window.left + width * right / across,
             self.window.top + height * (self.kept_rows[-1] + 1) / down,
         )
-        rows, columns = self.shape
-        boxes = grid_boxes(rows, columns, window)
+        boxes, whole = grid_boxes(rows, columns, window), grid_boxes(rows, 1, window)
         found: list[PatchBox] = []
         for row in range(rows):
             line = boxes[row * columns : (row + 1) * columns]
-            found += [*line, PatchBox(line[-1].right, line[-1].top, line[-1].right, line[-1].bottom)]
+            end = line[-1] if line else whole[row]
+            found += [*line, PatchBox(end.right, end.top, end.right, end.bottom)]
         return found
 
     def pooling(self, side: int, n_class: int) -> sparse.csr_array:
         """`[rows * (columns + 1), sum of P]`: what each token takes from the tiles' tokens, ends nothing."""
         down, across = (number * side for number in self.tiles)
         rows, columns = self.shape
+        n_tokens = self.tiles[0] * self.tiles[1] * (n_class + side * side)
+        if not rows * columns:
+            return sparse.csr_array((rows * (columns + 1), n_tokens))
         grid = sparse.coo_array(
             sparse.kron(_resized(self.kept_rows, down, rows), _resized(self.kept_columns, across, columns))
         )
@@ -71,7 +79,6 @@ class _Canvas:
         tile = row // side * self.tiles[1] + column // side
         source = tile * (n_class + side * side) + n_class + row % side * side + column % side
         target = grid.row // columns * (columns + 1) + grid.row % columns
-        n_tokens = self.tiles[0] * self.tiles[1] * (n_class + side * side)
         return sparse.csr_array((grid.data, (target, source)), shape=(rows * (columns + 1), n_tokens))
 
 
@@ -134,12 +141,15 @@ class LlavaOnevisionAdapter(DecoderAdapter):
         window = PatchBox(-left / across, -top / down, (best[1] - left) / across, (best[0] - top) / down)
         tiles = (best[0] // int(config.vision_config.image_size), best[1] // int(config.vision_config.image_size))
         rows, columns = (number * side for number in tiles)
-        numbers = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
-        kept = unpad_image(numbers, (height, width))
-        rows, columns = kept.shape[1:]
+        kept = unpad_image(torch.empty(1, rows, columns), (height, width)).shape[1:]
+        # As many are dropped on both sides, of a strip thinner than a patch perhaps all: the ends of rows are left.
+        kept_rows, kept_columns = (
+            np.arange((n - k) // 2, (n + k) // 2) for n, k in zip((rows, columns), kept, strict=True)
+        )
+        rows, columns = kept
         ratio = math.sqrt(rows * columns / (int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * side**2))
         shape = (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
-        return _Canvas(tiles, window, kept[0, :, 0].numpy(), kept[1, 0].numpy(), shape)
+        return _Canvas(tiles, window, kept_rows, kept_columns, shape)
 
 
 make_adapter = LlavaOnevisionAdapter

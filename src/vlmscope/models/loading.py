@@ -4,6 +4,7 @@ import inspect
 import logging
 import logging as python_logging
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL.Image import Image
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 
+from vlmscope.core.conversation import check_characters
 from vlmscope.core.errors import UserError
+from vlmscope.core.images import as_rgb
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.checkpoint import check_weights, read_config
 from vlmscope.models.families import adapter_for, check_supported
@@ -27,7 +30,7 @@ from vlmscope.models.placement import (
     offload_to_cpu,
 )
 from vlmscope.models.positions import describe_inputs, written_by_user
-from vlmscope.models.processors import check_processor, load_processor
+from vlmscope.models.processors import ChatTemplate, chat_template, check_processor, load_processor
 
 
 class _Classes(NamedTuple):
@@ -80,28 +83,37 @@ class VLM:
         """The tokenizer, inside the processor or itself the processor."""
         return getattr(self.processor, "tokenizer", self.processor)
 
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """What the model's turns are written with, and whose it is."""
+        return chat_template(self.processor)
+
     def prepare(self, prompt: str, images: Sequence[Image] = ()) -> ModelInputs:
         """The inputs of one user turn.
 
         Args:
             prompt: what the user says, taken verbatim. If it spells image placeholders, there must be one a picture;
                 if it spells none, the pictures come first.
-            images: the pictures, in order.
+            images: the pictures, in order, of any mode: `as_rgb` says what becomes of them.
 
         Raises:
-            UserError: when the placeholders do not match the pictures, the model takes no pictures, or the prompt has
-                a word that the vocabulary lacks.
+            UserError: when the placeholders do not match the pictures, the model takes no pictures, the prompt has a
+                word that the vocabulary lacks, `as_rgb` refuses a picture, or it is longer than the model's positions.
         """
-        _check_words(self.tokenizer, prompt)
-        template = getattr(self.processor, "chat_template", None)
-        turn = self.adapter.wrap_prompt(prompt, len(images), self.tokenizer, template)
+        images = _upright(images)
+        check_characters(prompt, "the prompt")
+        with refused_in_one_line(prompt):
+            _check_words(self.tokenizer, prompt)
+        turn = self.adapter.wrap_prompt(prompt, len(images), self.tokenizer, self.chat_template.text)
         more = {"return_text_replacement_offsets": True} if self.adapter.has_vision else {}
-        batch = self._processed(turn.text, images, return_offsets_mapping=True, **more)
+        with refused_in_one_line(prompt, images):
+            batch = self._processed(turn.text, images, return_offsets_mapping=True, **more)
         self._check_ids(batch["input_ids"])
         replaced = batch["text_replacement_offsets"][0] if images else []
         completed = self.adapter.completed_turn(turn, self.tokenizer)
         written = written_by_user(completed, replaced, batch["offset_mapping"][0].numpy())
         tensors = self._tensors(batch)
+        self.adapter.check_length(tensors)
         sizes = [image.size for image in images]
         boxes = self.adapter.soft_token_boxes(tensors, sizes, getattr(self.processor, "image_processor", None))
         return describe_inputs(self.adapter.soft_token_id(), self.tokenizer, tensors, turn, boxes, written, sizes)
@@ -115,9 +127,12 @@ class VLM:
             settings: more arguments for the processor.
 
         Raises:
-            UserError: the text has a token that the model has no embedding for.
+            UserError: the text has a token that the model has no embedding for, or the processor refuses it.
         """
-        batch = self._processed(text, images, **settings)
+        images = _upright(images)
+        check_characters(text, "the text")
+        with refused_in_one_line(text, images):
+            batch = self._processed(text, images, **settings)
         self._check_ids(batch["input_ids"])
         return self._tensors(batch)
 
@@ -148,6 +163,31 @@ class VLM:
                 f"token {token!r} has no embedding in {self.name} ({self.adapter.vocab_size:,} rows); leave it out of "
                 "the prompt, or use the tokenizer that was saved with the model"
             )
+
+
+def _upright(images: Sequence[Image]) -> list[Image]:
+    """Pictures as every door gives them to the processor, so that a PIL object and its file are the same input."""
+    found = []
+    for number, image in enumerate(images, start=1):
+        try:
+            found.append(as_rgb(image))
+        except UserError as error:
+            raise UserError(f"picture {number}: {error}") from error
+    return found
+
+
+@contextmanager
+def refused_in_one_line(said: str, images: Sequence[Image] = ()) -> Iterator[None]:
+    """Whatever a Hugging Face processor or tokenizer raises, as a `UserError` that names the text and its pictures."""
+    try:
+        yield
+    except (UserError, MemoryError, OutOfMemoryError):
+        raise
+    except Exception as error:
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+        what = f"{textwrap.shorten(said, 80)!r}" + (f" with a picture of {sizes} pixels" if images else "")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"the model's processor refuses {what}: {reason}; change it, or leave it out") from error
 
 
 def _check_words(tokenizer: Any, prompt: str) -> None:
@@ -190,9 +230,13 @@ def load_vlm(
         empty = _dry_run(names.model, folder, dtype)
         processor = load_processor(names.processor, folder)
         check_processor(processor, empty.config, folder)
+        template = chat_template(processor)
         check_memory(Needs.of(empty), f"the model at {folder}", dtype, device, offload)
         model = _load_weights(names.model, folder, dtype, device, offload)
-    return VLM(model, processor, adapter_for(model), name=name or folder.resolve().name, path=str(folder))
+    vlm = VLM(model, processor, adapter_for(model), name=name or folder.resolve().name, path=str(folder))
+    if vlm.adapter.chat_template and template.chosen:
+        log.info("chat template of %s: %s", vlm.name, template.chosen)
+    return vlm
 
 
 @contextmanager
@@ -269,8 +313,22 @@ def _load_weights(name: str, folder: Path, dtype: str, device: str, offload: str
     device_map = None if place == "cpu" else {"": place}
     model = _from_pretrained(name, folder, dtype=DTYPES[dtype], device_map=device_map)
     model.eval().requires_grad_(False)
+    _check_finite(model, folder, dtype)
     if offload == "cpu" and device != "cpu":
         offload_to_cpu(model, device)
     elif offload == "disk":
         compute_on(model, device)
     return model
+
+
+def _check_finite(model: Any, folder: Path, dtype: str) -> None:
+    """Raise a `UserError` for weights that are NaN or infinite; those left on disk (`meta`) are not read for it."""
+    for name, weight in model.named_parameters():
+        if weight.is_meta or not weight.is_floating_point() or not weight.numel():
+            continue
+        # No mask as large as the weight is made, and NaN comes through.
+        if not all(bool(edge.isfinite()) for edge in weight.aminmax()):
+            advice = "take bfloat16 or float32, or another copy" if dtype == "float16" else "take another copy"
+            raise UserError(
+                f"the model at {folder} holds values that are not finite in {dtype}, first in {name}; {advice}"
+            )

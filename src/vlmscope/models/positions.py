@@ -1,6 +1,6 @@
 """What every position of a tokenised prompt is: its token, picture, part of the picture and role."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,15 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.template import Turn
+
+
+def token_strings(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """What each token stands for in text, a space before a word included.
+
+    The vocabulary's own spelling is not for readers: byte-level ones write a space as another letter and every byte
+    beyond ASCII as one. A token that is a part of a character is the replacement character.
+    """
+    return [tokenizer.decode([int(token)]) for token in ids]
 
 
 def describe_inputs(
@@ -37,7 +46,7 @@ def describe_inputs(
     """
     ids = [int(token) for token in tensors["input_ids"][0]]
     is_image = np.array([token == soft_token_id for token in ids])
-    tokens = [tokenizer.decode([token]) for token in ids]
+    tokens = token_strings(tokenizer, ids)
     flat = [(picture, box) for picture, found in enumerate(boxes) for box in found]
     if len(flat) != is_image.sum():
         raise UserError(

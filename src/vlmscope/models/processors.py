@@ -6,7 +6,7 @@ sound a feature extractor. Pictures need neither: their expansion of placeholder
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from transformers import ProcessorMixin
@@ -83,6 +83,40 @@ def load_processor(name: str, folder: Path) -> Any:
             )
         images.do_pan_and_scan = False
     return processor
+
+
+class ChatTemplate(NamedTuple):
+    """A chat template in Jinja, None where the model came without one.
+
+    `chosen` says in words which one it is, where it is not simply the processor's only one.
+    """
+
+    text: str | None
+    chosen: str = ""
+
+
+def chat_template(processor: Any) -> ChatTemplate:
+    """The template that `processor.apply_chat_template` takes: the processor's, or else its tokenizer's.
+
+    Of several named templates it is the one called "default".
+
+    Raises:
+        UserError: none of several is.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    for owner, name in ((processor, "processor"), (tokenizer, "tokenizer")):
+        found = getattr(owner, "chat_template", None)
+        if isinstance(found, dict):
+            names = ", ".join(sorted(found))
+            if "default" not in found:
+                raise UserError(
+                    f"the {name} has the chat templates {names} and none called default; save the one to use as "
+                    "chat_template.jinja"
+                )
+            return ChatTemplate(found["default"], f"the {name}'s, of {names} the default")
+        if found:
+            return ChatTemplate(found, "" if owner is processor else "the tokenizer's")
+    return ChatTemplate(None, "the family's usual one; the model came without")
 
 
 def check_processor(processor: Any, config: Any, folder: Path) -> None:

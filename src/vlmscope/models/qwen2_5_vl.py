@@ -34,6 +34,15 @@ class Qwen2_5_VLAdapter(DecoderAdapter):
     def vision_tower(self) -> Any:
         return self.model.model.visual
 
+    def positions_used(self, tensors: Mapping[str, Tensor]) -> int:
+        if "image_grid_thw" not in tensors:
+            return super().positions_used(tensors)
+        # A picture takes as many positions as its longer side has soft tokens.
+        grids = tensors["image_grid_thw"].clone()
+        grids[:, 1:] //= int(self.model.config.vision_config.spatial_merge_size)
+        saved = int((grids.prod(1) - grids.amax(1)).sum()) // len(tensors["input_ids"])
+        return super().positions_used(tensors) - saved
+
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
         self._refuse_pads(prompt)
         return super().wrap_prompt(prompt, n_images, tokenizer, chat_template)

@@ -64,7 +64,7 @@ def _text_config(
         sliding_window=window,
         layer_types=list(layer_types),
         attention_bias=attention_bias,
-        max_position_embeddings=256,
+        max_position_embeddings=4096,
         pad_token_id=SPECIAL.index(PAD),
         eos_token_id=SPECIAL.index(EOS),
         bos_token_id=SPECIAL.index(BOS),

@@ -176,12 +176,7 @@ def build_replacement(scope: Scope, inputs: ModelInputs, dtype: torch.dtype | No
         name = str(dtype).removeprefix("torch.")
         raise UserError(f"edges cannot be summed in {name}, which has too few digits; set attribution.dtype=float32")
     state = capture_state(adapter, inputs).to(dtype)
-    if not torch.isfinite(state.logits).all():
-        name = str(adapter.dtype).removeprefix("torch.")
-        raise UserError(
-            f"the model's logits are not finite in {name}: its weights are damaged, or its activations overflow "
-            "(float16 ends at 65504); try model.dtype=bfloat16 or float32"
-        )
+    adapter.finite(state.logits)
     layers, features, errors = [], [], []
     for layer in range(adapter.n_layers):
         transcoder = scope.transcoders[layer]

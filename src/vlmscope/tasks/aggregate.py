@@ -69,10 +69,8 @@ def _files(runs: list[str]) -> list[Path]:
     Raises:
         UserError: a run is none, or there are none.
     """
-    import json
-
     from vlmscope.attribution.compare import GRAPH_FILE, graph_file
-    from vlmscope.core.artifacts import read_text
+    from vlmscope.core.artifacts import parse_json, text_lines
     from vlmscope.core.errors import UserError
     from vlmscope.tasks.tracing.rows import INDEX
 
@@ -83,10 +81,10 @@ def _files(runs: list[str]) -> list[Path]:
             files.append(graph_file(place))
             continue
         try:
-            records = [json.loads(line) for line in read_text(index).splitlines()]
-            files += [graph_file(Path(place) / record["folder"] / GRAPH_FILE) for record in records]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            folders = [Path(place) / parse_json(line)["folder"] for _, line in text_lines(index)]
+        except (UserError, KeyError, TypeError) as error:
             raise UserError(f"{index} is incomplete; finish that run with trainer.resume=true") from error
+        files += [graph_file(folder / GRAPH_FILE) for folder in folders]
     if not files:
         raise UserError("no graphs: give task.runs=[RUN,...], the folders of task=trace runs")
     return files

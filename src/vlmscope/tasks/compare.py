@@ -23,8 +23,8 @@ class Config:
 
     first: str | None = None
     second: str | None = None
-    second_prompt: str | None = None
-    second_image: Any = None
+    second_prompt: str | None = field(default=None, metadata={"verbatim": True})
+    second_image: Any = field(default=None, metadata={"paths": True})
     names: list[str] = field(default_factory=list)
     match: str = "auto"
     figure: bool = True

@@ -78,10 +78,11 @@ def _widest(folder: Path, form: str, choice: Choice) -> torch.dtype:
     """float64 for weights that are stored so, float32 for all others, which it holds exactly."""
     import torch
 
+    from vlmscope.core.artifacts import tensor_heads
     from vlmscope.transcoders.formats import open_set
-    from vlmscope.transcoders.formats.common import stored_dtypes
 
-    wide = any("F64" in stored_dtypes(layer.path) for layer in open_set(folder, form, choice).layers.values())
+    files = [layer.path for layer in open_set(folder, form, choice).layers.values()]
+    wide = any(head.dtype == "F64" for file in files for head in tensor_heads(file).values())
     return torch.float64 if wide else torch.float32
 
 

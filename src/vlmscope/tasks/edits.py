@@ -193,9 +193,12 @@ def effect_metrics(name: str, effect: Effect) -> dict[str, float]:
 
 def top_tokens(tokenizer: Any, before: Tensor, after: Tensor) -> list[dict[str, str | float]]:
     """The `TOP` most probable next tokens of either run, logits [V] each, with both probabilities."""
+    from vlmscope.models.positions import token_strings
+
     p, q = before.double().softmax(-1), after.double().softmax(-1)
     ids = dict.fromkeys([*p.topk(min(TOP, len(p))).indices.tolist(), *q.topk(min(TOP, len(q))).indices.tolist()])
-    return [{"token": tokenizer.decode([i]), "before": float(p[i]), "after": float(q[i])} for i in ids]
+    named = zip(token_strings(tokenizer, ids), ids, strict=True)
+    return [{"token": token, "before": float(p[i]), "after": float(q[i])} for token, i in named]
 
 
 def _names(plan: Plan) -> list[str]:

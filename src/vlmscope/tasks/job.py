@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,14 +36,16 @@ def _flat_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
 @contextmanager
 def _log_file(run_dir: Path) -> Iterator[None]:
     """What is logged also goes into run.log in the run folder."""
-    handler = logging.FileHandler(run_dir / "run.log", delay=True, encoding="utf-8")
+    handler = logging.FileHandler(run_dir / "run.log", delay=True, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.handleError = lambda record: None  # a full disk must not print a traceback for each line
     logging.getLogger().addHandler(handler)
     try:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 def run_job(cfg: Any) -> None:

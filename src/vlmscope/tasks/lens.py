@@ -24,8 +24,10 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
 
     from vlmscope.core.artifacts import write_json
     from vlmscope.core.errors import UserError
+    from vlmscope.data.images import for_figures
     from vlmscope.features.token_lens import token_lens
     from vlmscope.models.batching import make_batch
+    from vlmscope.models.positions import token_strings
     from vlmscope.report.lens_figure import soft_token_words
     from vlmscope.tasks.wiring import load_model, user_pictures
 
@@ -43,7 +45,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     soft = np.flatnonzero(inputs.is_image)
     lens = token_lens(vlm.adapter, batch, np.append(soft, len(inputs) - 1), [word], cfg.task.count)
     on_soft = lens.rank[0, :, :-1]
-    names = vlm.tokenizer.convert_ids_to_tokens(lens.top[0].flatten().tolist())
+    names = token_strings(vlm.tokenizer, lens.top[0].flatten().tolist())
     words = np.reshape(np.array(names, dtype=object), lens.top[0].shape)
     name, first = vlm.tokenizer.decode([word]).strip(), on_soft.min(1) == 0
     seen = np.flatnonzero(first)
@@ -68,7 +70,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     write_json(context.run_dir / "lens.json", record, indent=None)
     _say(name, on_soft, lens.rank[0, :, -1])
     if cfg.task.figure:
-        arrays = [np.asarray(picture) for picture in pictures]
+        arrays = for_figures(pictures)
         shown = [(int(inputs.image_index[at]), inputs.patch_boxes[at]) for at in soft]
         top, probability = words[:, :-1, 0], lens.word_probability[0, :, :-1]
         soft_token_words(arrays, shown, top, probability, name, context.run_dir / "figures" / "lens.png")
@@ -89,7 +91,7 @@ def _word(vlm: "VLM", batch: Any, text: str | None) -> int:
 
     if text is None:
         with torch.no_grad():
-            return int(vlm.adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
+            return int(vlm.adapter.next_logits(batch.tensors)[0].argmax())
     for spelt in (text, f" {text}"):
         ids = vlm.tokenizer(spelt, add_special_tokens=False)["input_ids"]
         if len(ids) == 1 and ids[0] != vlm.tokenizer.unk_token_id:

@@ -20,8 +20,8 @@ class Config(EditConfig):
     """
 
     features: list[str] = field(default_factory=list)
-    donor_image: Any = None
-    donor_prompt: str | None = None
+    donor_image: Any = field(default=None, metadata={"paths": True})
+    donor_prompt: str | None = field(default=None, metadata={"verbatim": True})
     strength: float = 1.0
 
 

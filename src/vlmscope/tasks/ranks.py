@@ -50,7 +50,8 @@ def work_along(task: Task, cfg: AppConfig, context: RunContext, rank: int) -> No
     """The task on a process that is not rank 0: nothing is printed, and what is logged goes into `run.rank<N>.log`."""
     root = logging.getLogger()
     console = list(root.handlers)
-    file = logging.FileHandler(context.run_dir / f"run.rank{rank}.log", delay=True, encoding="utf-8")
+    name = context.run_dir / f"run.rank{rank}.log"
+    file = logging.FileHandler(name, delay=True, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.handlers = [file]
     logging.captureWarnings(True)

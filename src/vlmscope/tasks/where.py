@@ -33,12 +33,11 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Map features of `prompt=` over the patches of `image=`."""
     import time
 
-    import numpy as np
-
     from vlmscope.attention.map_io import save_maps
     from vlmscope.core.artifacts import write_json
     from vlmscope.core.errors import UserError
     from vlmscope.core.ids import FeatureId
+    from vlmscope.data.images import for_figures
     from vlmscope.report.where_figure import feature_maps
     from vlmscope.tasks.maps.where_maps import where_maps
     from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
@@ -69,7 +68,6 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         [record for records in found.tokens.values() for record in records],
     )
     metrics["where/maps_kb"] = size / 1000
-    arrays = [np.asarray(picture) for picture in pictures]
     record: dict[str, Any] = {"prompt": cfg.prompt, "maps": "maps.safetensors", "features": {}}
     record["order"] = [
         {"feature": str(feature), "kind": kind, "picture": one.picture} for feature, kind, one in named_maps
@@ -80,14 +78,13 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         name = str(feature).replace("/", "_")
         metrics |= {f"where/{name}/{key}": value for key, value in described["metrics"].items()}
         if cfg.task.curves:
-            metrics |= _curves(cfg, scope, found, feature, arrays)
+            metrics |= _curves(cfg, scope, found, feature, pictures)
     write_json(context.run_dir / "where.json", record)
     if cfg.task.figure:
         if len(features) > DRAWN:
             print(f"figures/where.png has the first {DRAWN} of {len(features)} features; where.json has all")
-        feature_maps(
-            {str(f): found.maps[f] for f in features[:DRAWN]}, arrays, context.run_dir / "figures" / "where.png"
-        )
+        drawn = {str(feature): found.maps[feature] for feature in features[:DRAWN]}
+        feature_maps(drawn, for_figures(pictures), context.run_dir / "figures" / "where.png")
     return metrics
 
 
@@ -139,15 +136,19 @@ def _correlation(first: "np.ndarray", second: "np.ndarray") -> float:
 
 
 def _curves(
-    cfg: "AppConfig", scope: "Scope", found: "WhereMaps", feature: "FeatureId", arrays: "list[np.ndarray]"
+    cfg: "AppConfig", scope: "Scope", found: "WhereMaps", feature: "FeatureId", pictures: list[Any]
 ) -> dict[str, float]:
     """Deletion and insertion on the one picture of the prompt, with as many random orders as `where.draws` says."""
+    import numpy as np
+
     from vlmscope.core.errors import UserError
     from vlmscope.tasks.maps.curves import MEASURES, Subject, map_curves
 
-    if len(arrays) != 1:
-        raise UserError(f"task.curves=true needs one picture, and {len(arrays)} were given; give one, or leave it out")
-    subject = Subject(scope, str(cfg.prompt), arrays[0], (feature,))
+    if len(pictures) != 1:
+        raise UserError(
+            f"task.curves=true needs one picture, and {len(pictures)} were given; give one, or leave it out"
+        )
+    subject = Subject(scope, str(cfg.prompt), np.asarray(pictures[0]), (feature,))
     maps = {kind: records[0] for kind, records in found.maps[feature].items()}
     measured = map_curves(subject, {feature: maps}, cfg.where, cfg.seed)
     name = str(feature).replace("/", "_")

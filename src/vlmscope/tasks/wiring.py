@@ -139,13 +139,13 @@ def _check_set_fits(folder: Path, form: str, choice: Choice, device: str, itemsi
     """Refuse a set that is too large before it is read; what is wrong with its files is for its reader to say."""
     from math import prod
 
-    from vlmscope.models.checkpoint import read_header
+    from vlmscope.core.artifacts import tensor_heads
     from vlmscope.models.placement import check_room
     from vlmscope.transcoders.formats import open_set
 
     try:
         files = [layer.path for layer in open_set(folder, form, choice).layers.values()]
-        count = sum(prod(head.shape) for file in files for head in read_header(file).values())
+        count = sum(prod(head.shape) for file in files for head in tensor_heads(file).values())
     except UserError:
         return
     advice = "choose narrower ones, or fewer layers (task=plan counts what they need)"

@@ -22,6 +22,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def clean_text(text: str) -> str:
+    """`text` as UTF-8 can hold it: a file name's other bytes, such as 0xe9, become `\\udce9`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def clean_key(key: str) -> str:
     """`key` with the characters that MLflow refuses replaced by `_`, cut to its limit."""
     return _FORBIDDEN.sub("_", key)[:MAX_KEY] or "_"
@@ -36,6 +41,6 @@ def to_params(config: Mapping[str, Any]) -> dict[str, str]:
         while name in params:
             name = f"{base[: MAX_KEY - 8]}_{number}"
             number += 1
-        text = str(value)
+        text = clean_text(str(value))
         params[name] = text if len(text) <= MAX_VALUE else text[: MAX_VALUE - len(_CUT)] + _CUT
     return params

@@ -2,17 +2,19 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlmscope.core.artifacts import write_text
+from vlmscope.core.errors import UserError
 from vlmscope.tracking import provenance
-from vlmscope.tracking.client import open_client, sqlite_file
+from vlmscope.tracking.client import PATIENCE, WAIT, Unreachable, check_store, open_client, patiently, sqlite_file
 from vlmscope.tracking.config import TrackingConfig
-from vlmscope.tracking.params import MAX_VALUE, clean_key, to_params
+from vlmscope.tracking.params import MAX_VALUE, clean_key, clean_text, to_params
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _ID_FILE = ".mlflow_run_id"
 _BATCH = 100
+_MOST_POINTS = 200_000  # that wait for a store, some 50 MB
+_FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0  # seconds between attempts
 
 
 class TrackedRun(Protocol):
@@ -53,14 +57,15 @@ class TrackedRun(Protocol):
 class RunInfo:
     """What is known of a run before it starts.
 
-    `experiment` is the study that it belongs to, `params` the resolved configuration, `parent_id` the run of its sweep.
+    `experiment` is the study that it belongs to, `params` the resolved configuration, `parent_id` the run of its sweep,
+    or what finds it in the store.
     """
 
     experiment: str
     name: str
     params: Mapping[str, Any] = field(default_factory=dict)
     overrides: Sequence[str] = ()
-    parent_id: str | None = None
+    parent_id: str | Callable[["MlflowClient"], str] | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -86,41 +91,42 @@ class NullRun:
 
 
 class MlflowRun:
-    """A run in an MLflow store."""
+    """A run in an MLflow store. What is logged is kept here until the store takes it: no work waits for the store long.
 
-    def __init__(self, client: "MlflowClient", run_id: str, step: int = 0) -> None:
-        self._client = client
-        self._step = step  # the latest; final figures at step 0 would send a curve back to its start
-        self.run_id: str | None = run_id
-        self._id = run_id
+    Writing is tried whenever something is logged, for WAIT seconds, after a failure with growing pauses, and at the end
+    for PATIENCE seconds. A failure is one warning when it begins, and one at the end where it lasted.
+    """
+
+    def __init__(self, uri: str, run_dir: Path, info: RunInfo, resume: bool) -> None:
+        self.run_id: str | None = None  # none yet while the store has not answered
+        self._client: MlflowClient | None = None
+        self._uri, self._run_dir, self._info, self._resume = uri, run_dir, info, resume
+        self._started = int(time.time() * 1000)
+        self._step = 0  # the latest; final figures at step 0 would send a curve back to its start
+        self._params: list[Mapping[str, Any]] = [info.params]
+        self._points: deque[tuple[str, float, int, int | None]] = deque(maxlen=_MOST_POINTS)
+        self._lost = 0
+        self._files: dict[Path, str] = {}
+        self._status: str | None = None
+        self._pause, self._next = _FIRST_PAUSE, 0.0
+        self._warned = False
+        check_store(uri)
+        self._write()
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log new parameters. MLflow's cannot change: one that did since a resume goes into a tag `changed.<name>`."""
-        from mlflow.entities import Param, RunTag
-
-        known = self._client.get_run(self._id).data.params
-        wanted = to_params(params)
-        new = [Param(key, value) for key, value in wanted.items() if key not in known]
-        changed = [
-            RunTag(clean_key(f"changed.{key}"), value)
-            for key, value in wanted.items()
-            if key in known and known[key] != value
-        ]
-        for start in range(0, len(new), _BATCH):
-            self._client.log_batch(self._id, params=new[start : start + _BATCH])
-        if changed:
-            self._client.log_batch(self._id, tags=changed)
+        self._params.append(params)
+        self._write()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log numbers in one transaction; `step` defaults to the latest one."""
-        from mlflow.entities import Metric
-
+        """Log numbers; `step` defaults to the latest one."""
         now = int(time.time() * 1000)
-        step = self._step if step is None else step
-        self._step = max(self._step, step)
-        entries = [Metric(clean_key(key), float(value), now, step) for key, value in metrics.items()]
-        for start in range(0, len(entries), 1000):
-            self._client.log_batch(self._id, metrics=entries[start : start + 1000])
+        if step is None and (self.run_id is not None or not self._resume):
+            step = self._step
+        self._step = max(self._step, step or 0)
+        self._lost += max(0, len(self._points) + len(metrics) - _MOST_POINTS)
+        self._points.extend((clean_key(key), float(value), now, step) for key, value in metrics.items())
+        self._write()
 
     def log_artifacts(self, path: str | Path) -> None:
         """Copy a file, or every file below a folder that is not hidden, keeping subfolders; not those of runs inside,
@@ -134,14 +140,114 @@ class MlflowRun:
             if inside.intersection(file.parents):
                 continue
             if file.is_file() and not any(part.startswith(".") for part in relative.parts):
-                folder = relative.parent.as_posix()
-                self._client.log_artifact(self._id, str(file), None if folder == "." else folder)
+                self._files[file] = relative.parent.as_posix()
+        self._write()
 
     def lightning_logger(self) -> "Logger":
         """A Lightning logger that writes into this run and leaves its status alone."""
         from vlmscope.tracking.lightning import RunLogger
 
         return RunLogger(self)
+
+    def close(self, status: str) -> None:
+        """End the run, with all that it has not written yet; one warning says what the store never took."""
+        self._status, ended = status, int(time.time() * 1000)
+        try:
+            try:
+                patiently(self._uri, lambda: self._send(ended), WAIT)
+            except Unreachable as error:
+                # Who kills a process waits for some seconds only.
+                if "locked" not in str(error) or status == "KILLED":
+                    raise
+                _LOG.info("%s is locked; waiting for it, at most %d s", self._uri, PATIENCE)
+                patiently(self._uri, lambda: self._send(ended), PATIENCE)
+        except (Unreachable, UserError) as error:
+            where = f"{self._run_dir} has metrics.json and config.yaml"
+            _LOG.warning("not in MLflow: %s (%s); %s", self._left(), error, where)
+            return
+        if self._lost:
+            _LOG.warning("MLflow lacks the %d oldest points of curves: too many waited for %s", self._lost, self._uri)
+        elif self._warned:
+            _LOG.info("all that was logged is in MLflow now")
+
+    def _write(self) -> None:
+        """Write what waits, unless the last failure was a moment ago."""
+        if time.monotonic() < self._next:
+            return
+        try:
+            patiently(self._uri, self._send, WAIT)
+        except (Unreachable, UserError) as error:
+            if isinstance(error, UserError) and self._client is None:
+                raise  # a store that cannot be used, at the start of the run
+            self._next, self._pause = time.monotonic() + self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+            if not self._warned:
+                _LOG.warning("%s does not take what is logged (%s); it is kept and written later", self._uri, error)
+            self._warned = True
+        else:
+            self._pause = _FIRST_PAUSE
+
+    def _send(self, ended: int | None = None) -> None:
+        """Write all that waits, each part forgotten when it is written, so that a repetition goes on from there."""
+        from mlflow.entities import Metric
+
+        client = self._client = self._client or open_client(self._uri)
+        if self.run_id is None:
+            run_id = start_run(client, self._uri, self._run_dir, self._info, self._resume, self._started)
+            self._step = max(self._step, _latest_step(client, run_id) if self._resume else 0)
+            self.run_id = run_id
+        while self._params:
+            _send_params(client, self.run_id, self._params[0])
+            del self._params[0]
+        while self._points:
+            batch = [self._points[at] for at in range(min(1000, len(self._points)))]
+            entries = [Metric(key, value, now, self._step if at is None else at) for key, value, now, at in batch]
+            client.log_batch(self.run_id, metrics=entries)
+            for _ in batch:
+                self._points.popleft()
+        for file, folder in list(self._files.items()):
+            copy_artifact(client, self.run_id, file, folder)
+            del self._files[file]
+        if self._status is not None:
+            client.set_terminated(self.run_id, self._status, ended)
+
+    def _left(self) -> str:
+        """What the store has not taken, as words."""
+        names = {key for key, *_ in self._points}
+        parts = [
+            "the run itself" if self.run_id is None else "",
+            "parameters" if self._params and self.run_id is not None else "",
+            f"{len(self._points) + self._lost} points of {len(names)} metrics" if names else "",
+            f"{len(self._files)} files of {sum(map(_size, self._files)) / 1e6:.1f} MB" if self._files else "",
+            f"the status {self._status}",
+        ]
+        return ", ".join(filter(None, parts))
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def copy_artifact(client: "MlflowClient", run_id: str, file: Path, folder: str) -> None:
+    """Copy a file into the folder of a run's artifacts ("." for their root); one that has vanished is left out."""
+    if file.exists():
+        client.log_artifact(run_id, str(file), None if folder == "." else folder)
+
+
+def _send_params(client: "MlflowClient", run_id: str, params: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param, RunTag
+
+    known = client.get_run(run_id).data.params
+    wanted = to_params(params)
+    new = [Param(key, value) for key, value in wanted.items() if key not in known]
+    changed = [
+        RunTag(clean_key(f"changed.{key}"), value)
+        for key, value in wanted.items()
+        if key in known and known[key] != value
+    ]
+    for start in range(0, len(new), _BATCH):
+        client.log_batch(run_id, params=new[start : start + _BATCH])
+    if changed:
+        client.log_batch(run_id, tags=changed)
 
 
 def _experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
@@ -183,12 +289,18 @@ def _latest_step(client: "MlflowClient", run_id: str) -> int:
     return max((entry.step for name in names for entry in client.get_metric_history(run_id, name)), default=0)
 
 
-def start_run(client: "MlflowClient", uri: str, run_dir: Path, info: RunInfo, resume: bool) -> str:
-    """Create the MLflow run, or with `resume` set the one that `run_dir` had to running again; returns its id."""
+def start_run(
+    client: "MlflowClient", uri: str, run_dir: Path, info: RunInfo, resume: bool, started: int | None = None
+) -> str:
+    """Create the MLflow run, or with `resume` set the one that `run_dir` had to running again; returns its id.
+
+    `started` is when its work began, in milliseconds, by default now.
+    """
     tags = {"run_dir": str(run_dir.resolve()), "overrides": " ".join(info.overrides)[:MAX_VALUE], **provenance.tags()}
-    if info.parent_id is not None:
-        tags["mlflow.parentRunId"] = info.parent_id
-    tags |= info.tags
+    parent = info.parent_id(client) if callable(info.parent_id) else info.parent_id
+    if parent is not None:
+        tags["mlflow.parentRunId"] = parent
+    tags = {key: clean_text(value) for key, value in (tags | dict(info.tags)).items()}
     run = _existing_run(client, run_dir) if resume else None
     if run is not None:
         from mlflow.entities import RunTag
@@ -196,7 +308,8 @@ def start_run(client: "MlflowClient", uri: str, run_dir: Path, info: RunInfo, re
         client.update_run(run.info.run_id, status="RUNNING")
         client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     else:
-        run = client.create_run(_experiment_id(client, uri, info.experiment), tags=tags, run_name=info.name)
+        experiment = _experiment_id(client, uri, clean_text(info.experiment))
+        run = client.create_run(experiment, started, tags, clean_text(info.name))
         write_text(run_dir / _ID_FILE, run.info.run_id + "\n")
     return run.info.run_id
 
@@ -205,7 +318,7 @@ def start_run(client: "MlflowClient", uri: str, run_dir: Path, info: RunInfo, re
 def open_run(config: TrackingConfig, run_dir: Path, info: RunInfo, *, resume: bool = False) -> Iterator[TrackedRun]:
     """A tracked run around the work: FINISHED at the end, FAILED on an exception, KILLED on Ctrl-C or a kill.
 
-    With `resume`, the MLflow run that `run_dir` belongs to is continued.
+    With `resume`, the MLflow run that `run_dir` belongs to is continued. A store that is locked or away costs no work.
 
     Raises:
         UserError: when the tracking store cannot be used.
@@ -213,16 +326,13 @@ def open_run(config: TrackingConfig, run_dir: Path, info: RunInfo, *, resume: bo
     if not config.enabled:
         yield NullRun()
         return
-    client = open_client(config.uri)
-    run_id = start_run(client, config.uri, run_dir, info, resume)
+    run = MlflowRun(config.uri, run_dir, info, resume)
     status = "FAILED"
     try:
-        run = MlflowRun(client, run_id, _latest_step(client, run_id) if resume else 0)
-        run.log_params(info.params)
         yield run
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:
-        client.set_terminated(run_id, status)
+        run.close(status)

@@ -1,50 +1,80 @@
 """Runs inside a run: the parent of a sweep, opened before its first job and closed with a status made of its jobs', and
 runs that another run starts in processes of their own."""
 
+import fcntl
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmscope.core.errors import UserError
-from vlmscope.tracking.client import open_client
+from vlmscope.tracking.client import PATIENCE, WAIT, Unreachable, check_store, open_client, patiently
 from vlmscope.tracking.config import TrackingConfig
-from vlmscope.tracking.run import RunInfo, start_run
+from vlmscope.tracking.run import RunInfo, copy_artifact, start_run
 
-# Jobs may run in other processes (a launcher starts them), so the id travels in the environment.
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+_LOG = logging.getLogger(__name__)
+
+# Jobs may run in other processes (a launcher starts them), so the id travels in the environment, and what it takes to
+# open the parent where the store was locked when the sweep began: its folder and its experiment.
 _PARENT = "VLMSCOPE_MLFLOW_PARENT"
 _URI = "VLMSCOPE_MLFLOW_URI"
 _OVERRIDES = "VLMSCOPE_MLFLOW_OVERRIDES"
+_SWEEP = "VLMSCOPE_MLFLOW_SWEEP"
 # Of a run that was started by another one: that one's id and the study that both belong to.
 _STARTER = "VLMSCOPE_MLFLOW_STARTER"
 _STUDY = "VLMSCOPE_MLFLOW_STUDY"
 
 
-def open_parent(config: TrackingConfig, sweep_dir: str | Path, experiment: str, overrides: Sequence[str]) -> str:
-    """Open the parent run, or continue that of an earlier sweep in this folder; jobs find it. Returns its id."""
+def open_parent(config: TrackingConfig, sweep_dir: str | Path, experiment: str, overrides: Sequence[str]) -> str | None:
+    """Open the parent run, or continue that of an earlier sweep in this folder; jobs find it. Returns its id.
+
+    None where the store is locked: the first job that reaches the store opens the parent then.
+    """
     folder = Path(sweep_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    client = open_client(config.uri)
-    info = RunInfo(experiment, folder.name, overrides=overrides, tags={"sweep": "true"})
-    run_id = start_run(client, config.uri, folder, info, resume=True)
-    os.environ[_PARENT] = run_id
+    check_store(config.uri)
     os.environ[_URI] = config.uri
     os.environ[_OVERRIDES] = json.dumps(list(overrides))
-    return run_id
+    os.environ[_SWEEP] = json.dumps([str(folder), experiment])
+    try:
+        return patiently(config.uri, lambda: _open_parent(open_client(config.uri)), WAIT)
+    except Unreachable as error:
+        _LOG.warning("%s does not take the parent of this sweep (%s); it is opened later", config.uri, error)
+        return None
 
 
-def parent_id() -> str:
-    """The parent of a job.
+def _open_parent(client: "MlflowClient") -> str:
+    """The parent's id, from whichever of the sweep's processes comes first; they may come at once."""
+    known = os.environ.get(_PARENT)
+    if known is not None:
+        return known
+    folder, experiment = json.loads(os.environ[_SWEEP])
+    info = RunInfo(experiment, Path(folder).name, overrides=json.loads(os.environ[_OVERRIDES]), tags={"sweep": "true"})
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.environ[_PARENT] = start_run(client, os.environ[_URI], Path(folder), info, resume=True)
+    finally:
+        os.close(lock)
+    return os.environ[_PARENT]
+
+
+def parent_id() -> "str | Callable[[MlflowClient], str]":
+    """The parent of a job, or what opens it where the store was locked when the sweep began.
 
     Raises:
         UserError: when there is none: Hydra only warns when opening it failed, and orphans would look like single runs.
     """
-    run_id = os.environ.get(_PARENT)
-    if run_id is None:
+    if _SWEEP not in os.environ:
         raise UserError(
             "this job's sweep has no tracked parent (see the warnings above); mend that or add tracking=none"
         )
-    return run_id
+    return os.environ.get(_PARENT, _open_parent)
 
 
 def started_by(run_id: str | None, study: str) -> dict[str, str]:
@@ -77,29 +107,45 @@ def job_name(settings: Sequence[str], fallback: str) -> str:
 
 def log_to_parent(files: Sequence[Path], root: Path) -> None:
     """Copy files below `root` into the parent run's artifacts, keeping subfolders; nothing without a parent."""
-    run_id, uri = os.environ.get(_PARENT), os.environ.get(_URI)
-    if run_id is None or uri is None:
-        return
-    client = open_client(uri)
-    for file in files:
-        below = file.relative_to(root).parent.as_posix()
-        client.log_artifact(run_id, str(file), None if below == "." else below)
+
+    def copy(uri: str) -> None:
+        client = open_client(uri)
+        for file in files:
+            copy_artifact(client, _open_parent(client), file, file.relative_to(root).parent.as_posix())
+
+    _at_the_end(copy, "the sweep's table and figure", PATIENCE)
 
 
 def close_parent(*, killed: bool = False, failed: bool = False) -> None:
     """End the parent run, if one is open: KILLED or FAILED as said or when a job was, else FINISHED."""
-    run_id, uri = os.environ.pop(_PARENT, None), os.environ.pop(_URI, None)
-    os.environ.pop(_OVERRIDES, None)
-    if run_id is None or uri is None:
+
+    def close(uri: str) -> None:
+        client = open_client(uri)
+        run_id = _open_parent(client)
+        experiment = client.get_run(run_id).info.experiment_id
+        jobs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=50000)
+        statuses = {job.info.status for job in jobs}
+        if killed or "KILLED" in statuses:
+            status = "KILLED"
+        elif failed or statuses - {"FINISHED"}:
+            status = "FAILED"
+        else:
+            status = "FINISHED"
+        client.set_terminated(run_id, status)
+
+    _at_the_end(close, "the status of the sweep", WAIT if killed else PATIENCE)
+    for name in (_PARENT, _URI, _OVERRIDES, _SWEEP):
+        os.environ.pop(name, None)
+
+
+def _at_the_end(work: Callable[[str], None], what: str, seconds: float) -> None:
+    """Do `work` with the URI of an open parent; one warning where the store does not take it."""
+    uri = os.environ.get(_URI)
+    if uri is None:
         return
-    client = open_client(uri)
-    experiment = client.get_run(run_id).info.experiment_id
-    jobs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'", max_results=50000)
-    statuses = {job.info.status for job in jobs}
-    if killed or "KILLED" in statuses:
-        status = "KILLED"
-    elif failed or statuses - {"FINISHED"}:
-        status = "FAILED"
-    else:
-        status = "FINISHED"
-    client.set_terminated(run_id, status)
+    try:
+        patiently(uri, lambda: work(uri), seconds)
+    except (Unreachable, UserError) as error:
+        _LOG.warning(
+            "not in MLflow: %s (%s); the sweep's folder has its table and each job's metrics.json", what, error
+        )

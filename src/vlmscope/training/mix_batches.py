@@ -203,6 +203,10 @@ class MixValidation(Sequence[list[Forward]]):
         self.made: list[Callable[[], list[Forward]]] = []
         for name, (samples, encoder) in sources.items():
             found = _first(samples, encoder, max(1, examples // len(sources)))
+            if not found and samples.first_error:
+                raise UserError(
+                    f"data.sources.{name}: no sample for validation can be used, the first: {samples.first_error}"
+                )
             if not found:
                 raise UserError(
                     f"data.sources.{name} has no sample for validation; raise data.val_share, or give "

@@ -16,6 +16,7 @@ from vlmscope.data.orrery.facts import NUMBERS
 from vlmscope.data.orrery.hands import hand_scene
 from vlmscope.data.orrery.scene import Scene
 from vlmscope.data.packing import IGNORE, PackedBatch
+from vlmscope.models.positions import token_strings
 
 BATCH = 50
 ALL = 100  # questions a scene: every one is asked
@@ -65,7 +66,6 @@ def six_finger_answers(module: Any, count: int = 200, seed: int = 0) -> dict[str
         states, labels = module.answer_states(batch)
         six = module.tokenizer.convert_tokens_to_ids(NUMBERS[6])
         top = module.model.lm_head(states[labels == six]).argmax(-1)
-        for token in top.tolist():
-            word = module.tokenizer.convert_ids_to_tokens(token)
+        for word in token_strings(module.tokenizer, top.tolist()):
             said[word] = said.get(word, 0) + 1
     return {word: n / count for word, n in sorted(said.items(), key=lambda item: -item[1])}

@@ -81,7 +81,7 @@ def save_checkpoint(path: Path, module: Any, optimizer: torch.optim.Optimizer) -
     for key in list(state):  # tied weights are one tensor: safetensors refuses to store shared memory twice
         if unique.setdefault(state[key].data_ptr(), key) != key and state[key].numel():
             state[key] = state[key].clone()
-    with atomic_path(path) as temporary:
+    with atomic_path(path, sum(t.nbytes for t in state.values())) as temporary:
         save_file(state, temporary, metadata={"steps_done": str(module.steps_done)})
 
 
@@ -99,7 +99,7 @@ def load_checkpoint(path: Path, module: Any, optimizer: torch.optim.Optimizer | 
             metadata = file.metadata()
         module.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("module.")})
     except (SafetensorError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
+        first = str(error).splitlines()[0][:200]
         raise UserError(f"checkpoint {path} does not fit this run ({first}): remove it or change the config") from error
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in state.items():

@@ -47,8 +47,10 @@ class TranscoderCheckpoints(pl.Callback):
             return
         if ranks.writes:
             for layer in ranks.layers:
-                with atomic_path(folder / f"layer_{layer:02d}.safetensors") as temporary:
-                    save_file(layer_state(module, layer), temporary)
+                state = layer_state(module, layer)
+                size = sum(tensor.nbytes for tensor in state.values())
+                with atomic_path(folder / f"layer_{layer:02d}.safetensors", size) as temporary:
+                    save_file(state, temporary)
         ranks.barrier()
         if ranks.main:
             settings = dataclasses.asdict(self.config)
@@ -149,7 +151,7 @@ def load_layer(path: Path, module: TranscoderModule, layer: int) -> None:
         state = load_file(path)
         trainer.load_state_dict({name[7:]: tensor for name, tensor in state.items() if name.startswith("module.")})
     except (SafetensorError, RuntimeError, OSError) as error:
-        first = str(error).splitlines()[0]
+        first = str(error).splitlines()[0][:200]
         raise UserError(f"checkpoint {path} does not fit this run ({first}): remove it or change the config") from error
     parameters = dict(trainer.named_parameters())
     for key, value in state.items():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from vlmscope.core.errors import UserError
 
 PRECISIONS = ("32", "bf16-mixed")
+SCHEDULES = ("cosine", "linear", "constant")  # after the warm-up
 
 
 @dataclass
@@ -23,8 +24,8 @@ class TranscoderTrainingConfig:
             changes nothing else (`vlmscope.training.micro_batches`); None: all at once.
         precision: "32", or "bf16-mixed": the encoder's dense product, from which the active features are chosen, in
             bfloat16; weights, moments, loss and the chosen features' activations stay float32.
-        max_steps: optimiser steps; the rate falls to `lr_floor x lr` at the last one.
-        lr, betas, weight_decay, schedule ("cosine" | "linear"), warmup, lr_floor: AdamW and its schedule.
+        max_steps: optimiser steps; the rate falls to `lr_floor x lr` at the last one, unless the schedule is constant.
+        lr, betas, weight_decay, schedule (one of `SCHEDULES`), warmup, lr_floor: AdamW and its schedule.
         matryoshka: fractions of the features that must do on their own (`vlmscope.training.losses.matryoshka`).
         sparsity_coefficient: weight of the penalty that JumpReLU (L0 aimed at k) and ReLU (L1) need; others have none.
         bandwidth: of JumpReLU's kernel, in pre-activations of standardised inputs.
@@ -117,7 +118,8 @@ class TranscoderTrainingConfig:
             raise UserError(
                 f"transcoder training: precision {self.precision!r} is unknown; choose {' or '.join(PRECISIONS)}"
             )
-        if self.schedule not in ("cosine", "linear"):
-            raise UserError(f"transcoder training: schedule {self.schedule!r} is unknown; choose cosine or linear")
+        if self.schedule not in SCHEDULES:
+            choices = ", ".join(SCHEDULES)
+            raise UserError(f"transcoder training: schedule {self.schedule!r} is unknown; choose one of {choices}")
         if self.init not in ("samples", "zero_decoder"):
             raise UserError(f"transcoder training: init {self.init!r} is unknown; choose samples or zero_decoder")

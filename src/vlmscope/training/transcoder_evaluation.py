@@ -7,7 +7,7 @@ its own `output_hook`: the raw MLP's output, or that of the norm after it.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,14 +142,14 @@ def _add_losses(scope: Scope, batch: Mapping[str, Tensor], losses: dict[str, flo
     chosen = answers[:, positions]
     labels = batch["input_ids"][:, 1:][:, positions][chosen]
 
-    def loss() -> float:
+    def loss(check: Callable[[Tensor], Tensor]) -> float:
         out = scope.adapter.forward(forward_arguments(batch), use_cache=False, logits_to_keep=positions)
-        return float(cross_entropy(out.logits[chosen], labels)) * len(labels)
+        return float(cross_entropy(check(out.logits[chosen]), labels)) * len(labels)
 
     losses["tokens"] += len(labels)
-    losses["own"] += loss()
+    losses["own"] += loss(scope.adapter.finite)
     with spliced(scope):
-        losses["spliced"] += loss()
+        losses["spliced"] += loss(lambda logits: logits)  # what a poor set makes of the model is its figure, nan too
 
 
 @contextmanager

@@ -133,6 +133,8 @@ class TranscoderModule(pl.LightningModule):
         config, step = self.config, self.steps_done
         if config.schedule == "cosine" or step < config.warmup:
             return config.lr * warmup_cosine(step, config.max_steps, config.warmup, config.lr_floor)
+        if config.schedule == "constant":
+            return config.lr
         progress = min((step - config.warmup) / max(config.max_steps - config.warmup, 1), 1.0)
         return config.lr * (1 - (1 - config.lr_floor) * progress)
 

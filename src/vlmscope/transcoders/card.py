@@ -4,13 +4,15 @@ Pure functions of text and records. The facts stand twice: as tables to read, an
 matter, from where `facts_of` takes them again.
 """
 
+import html
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import yaml
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.artifacts import built_from, parse_yaml
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 CARD = "README.md"
@@ -97,8 +99,8 @@ def render(facts: CardFacts) -> str:
 
 
 def _title(facts: CardFacts) -> str:
-    model = facts.base_model or "an unnamed model"
-    at = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
+    model = _plain(facts.base_model or "an unnamed model")
+    at = f" at revision {_code(facts.base_revision)}" if facts.base_revision else ""
     widths = sorted(set(facts.widths.values()))
     wide = (
         f"{widths[0]:,}" if len(widths) == 1 else f"{widths[0]:,} to {widths[-1]:,}" if widths else "an unknown number"
@@ -110,9 +112,20 @@ def _title(facts: CardFacts) -> str:
     return (
         f"# Transcoders of {model}\n\n"
         f"One {facts.activation} transcoder ({aim}, {wide} features{skip}) for the MLP of each of {len(facts.widths)} "
-        f"layers of {model}{at}: from `{facts.input_hook}` to `{facts.output_hook}`. Format: {facts.format}. "
-        f"Licence: {facts.license}."
+        f"layers of {model}{at}: from {_code(facts.input_hook)} to {_code(facts.output_hook)}. Format: {facts.format}. "
+        f"Licence: {_plain(facts.license)}."
     )
+
+
+def _plain(value: object) -> str:
+    """Words from elsewhere as Markdown that shows them on one line: no HTML, link, code or end of a table's cell."""
+    return re.sub(r"([\\`|\[\]])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
+
+
+def _code(value: object) -> str:
+    """The same as code, where nothing in it could end the code or the cell."""
+    text = " ".join(str(value).split())
+    return _plain(text) if re.search(r"[`\\|<]", text) else f"`{text}`"
 
 
 def _table(rows: list[list[str]]) -> str:
@@ -151,14 +164,18 @@ def _data(facts: CardFacts) -> str:
         return ""
     total = sum(facts.data.values())
     rows = [["source", "tokens", "share"]]
-    rows += [[name, f"{count:,}", f"{100 * count / total:.0f} %"] for name, count in facts.data.items() if total]
+    rows += [
+        [_plain(name), f"{count:,}", f"{100 * count / total:.0f} %"] for name, count in facts.data.items() if total
+    ]
     return "## Training data\n\n" + _table(rows)
 
 
 def _settings(facts: CardFacts) -> str:
     if not facts.settings:
         return ""
-    return "## Training\n\n" + _table([["setting", "value"], *([n, f"`{v}`"] for n, v in facts.settings.items())])
+    return "## Training\n\n" + _table(
+        [["setting", "value"], *([_plain(n), _code(v)] for n, v in facts.settings.items())]
+    )
 
 
 def parts_of(text: str) -> tuple[dict[str, Any], str]:
@@ -170,10 +187,7 @@ def parts_of(text: str) -> tuple[dict[str, Any], str]:
     if not text.startswith(_MARK) or f"\n{_MARK}" not in text[len(_MARK) - 1 :]:
         return {}, text
     front, _, body = text[len(_MARK) :].partition(f"\n{_MARK}")
-    try:
-        head = yaml.safe_load(front)
-    except yaml.YAMLError as error:
-        raise UserError("the front matter of the set's README.md is not valid YAML; correct it") from error
+    head = parse_yaml(front, "the front matter of the set's README.md")
     return (head if isinstance(head, dict) else {}), body
 
 
@@ -197,7 +211,10 @@ def carried_over(own: CardFacts, text: str | None) -> CardFacts:
         kept = {name: getattr(said, name) for name in ("base_revision", "license", "figures", "ce", "ce_delta")}
         name, quoted = own.base_model or said.base_model, body.partition(_QUOTED)
         note = "".join(quoted[1:])
-        return replace(own, base_model=name, data=said.data, settings=said.settings, note=note, **kept)
+        facts = replace(own, base_model=name, data=said.data, settings=said.settings, note=note, **kept)
+        with built_from("the front matter of the set's README.md", "card", "correct what stands under vlmscope"):
+            render(facts)
+        return facts
     base = head.get("base_model")
     name = own.base_model or (base if isinstance(base, str) else "")
     license = str(head.get("license", own.license))
@@ -205,5 +222,6 @@ def carried_over(own: CardFacts, text: str | None) -> CardFacts:
 
 
 def _deeper(body: str) -> str:
-    """Headings two levels down, so that they stand under the heading of the quotation."""
-    return "\n".join(f"##{line}" if line.startswith("#") else line for line in body.strip().splitlines())
+    """Headings two levels down, under that of the quotation; HTML shown as text, so that it does nothing."""
+    shown = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", body.strip())
+    return "\n".join(f"##{line}" if line.startswith("#") else line for line in shown.splitlines())

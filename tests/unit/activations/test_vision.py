@@ -230,6 +230,16 @@ def test_soft_tokens_take_the_patches_that_they_list(vlm: VLM, sizes: tuple[tupl
     check_pooling(vlm, prepared(vlm, *pictures(*sizes)))
 
 
+@pytest.mark.parametrize(("size", "rows"), [((1, 40), 2), ((40, 1), 0)])
+def test_a_strip_thinner_than_a_patch_leaves_the_ends_of_rows(size: tuple[int, int], rows: int) -> None:
+    """Only where a tile has an even number of patches: of the published 27 x 27 the middle column is always kept."""
+    vlm = tiny_vlm("llava_onevision", 5)
+    inputs = prepared(vlm, *pictures(size))
+    check_pooling(vlm, inputs)
+    ends = [box for box in inputs.patch_boxes if box is not None][4:]
+    assert [tuple(box) for box in ends] == [(1, row / 2, 1, (row + 1) / 2) for row in range(rows)]
+
+
 def test_soft_tokens_stand_for_the_patches_that_they_list(vlm: VLM) -> None:
     inputs = prepared(vlm, *pictures((72, 48), (48, 48)))
     boxes = iter(box for box in inputs.patch_boxes if box is not None)

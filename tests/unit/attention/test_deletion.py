@@ -33,14 +33,15 @@ def test_deleted_cells_are_grey_and_inserted_ones_are_all_that_is_left() -> None
     mean = image.mean((0, 1)).round().astype(np.uint8)
     order = np.array([3, 0, 2, 1])
     found = painted(image, order, 2, [1, 3])
+    deleted, inserted = list(found.deleted()), list(found.inserted())
     assert found.counts == (0, 1, 3, 4)
-    assert np.array_equal(found.deleted[0], image) and np.array_equal(found.inserted[-1], image)
-    assert (found.deleted[-1] == mean).all() and (found.inserted[0] == mean).all()
-    one, other = found.deleted[1], found.inserted[1]
+    assert np.array_equal(deleted[0], image) and np.array_equal(inserted[-1], image)
+    assert (deleted[-1] == mean).all() and (inserted[0] == mean).all()
+    one, other = deleted[1], inserted[1]
     assert (one[6:, 10:] == mean).all() and np.array_equal(other[6:, 10:], image[6:, 10:])
     assert np.array_equal(one[:6], image[:6]) and (other[:6] == mean).all()
-    assert np.array_equal(found.deleted[2][:6, 10:], image[:6, 10:])  # the cell that goes last
-    assert (found.deleted[2][:6, :10] == mean).all()
+    assert np.array_equal(deleted[2][:6, 10:], image[:6, 10:])  # the cell that goes last
+    assert (deleted[2][:6, :10] == mean).all()
 
 
 def test_areas_hits_and_means() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import vlmscope
 from vlmscope.attribution import export
-from vlmscope.attribution.compare import aggregate, compare
+from vlmscope.attribution.compare import GRAPH_FILE, aggregate, compare
 from vlmscope.attribution.graph_io import save_graph
 from vlmscope.attribution.influence import influence, logit_weights
 from vlmscope.attribution.merged_export import merged_ids, merged_to_json, write_merged_json
@@ -25,6 +25,8 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind, PrunedGraph
 from vlmscope.core.images import PatchBox
 from vlmscope.core.merged import AggregateGraph, GraphComparison
+from vlmscope.tasks.aggregate import _files
+from vlmscope.tasks.tracing.rows import INDEX, _line
 
 SCHEMA = Path(vlmscope.__file__).parent / "attribution" / "schema" / "neuronpedia-graph.schema.json"
 
@@ -293,3 +295,17 @@ def test_notebooks_see_a_small_table() -> None:
     assert "mars&lt;b&gt;" in merged._repr_html_()
     assert "<b>" not in merged._repr_html_()
     assert "AggregateGraph of 2 graphs" in repr(aggregate([traced(0), traced(1)]))
+
+
+def test_line_ends_of_unicode_in_a_prompt_do_not_cut_the_index_of_rows(tmp_path: Path) -> None:
+    """`task=trace task.rows=` writes prompts as they are, so a prompt may hold what `str.splitlines` cuts at."""
+    names = ["a", "b"]
+    for name in names:
+        (tmp_path / "rows" / name).mkdir(parents=True)
+        save_graph(tmp_path / "rows" / name / GRAPH_FILE, traced(0))
+    records = [{"folder": f"rows/{name}", "prompt": "one\u2028two\u2029three\x85four"} for name in names]
+    (tmp_path / INDEX).write_text("".join(map(_line, records)), encoding="utf-8")
+    assert _files([str(tmp_path)]) == [tmp_path / "rows" / name / GRAPH_FILE for name in names]
+    (tmp_path / INDEX).write_text(_line(records[0]) + _line(records[1])[:30])
+    with pytest.raises(UserError, match="graphs.jsonl is incomplete"):
+        _files([str(tmp_path)])

@@ -1,13 +1,37 @@
 """What is read back is what was written, and a failed write leaves the old file."""
 
+import errno
 import json
+import resource
+import shutil
+import signal
+import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 
+from vlmscope.app import main
+from vlmscope.attention import map_io
+from vlmscope.attribution import patch_io
+from vlmscope.attribution.graph_io import load_graph
+from vlmscope.attribution.merged_io import load_merged
+from vlmscope.circuits.circuit import load_circuit
+from vlmscope.circuits.spec_config import CircuitSpecConfig
+from vlmscope.config.circuit_file import declared
 from vlmscope.core import artifacts
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import NoRoom, UserError
+from vlmscope.features.labels.reader import read_hand
+from vlmscope.models.loading import load_vlm
+from vlmscope.training.resume import load_checkpoint
+from vlmscope.transcoders.card import parts_of
+from vlmscope.transcoders.formats import ANY, clt, load_set
 
 
 def test_tensors_keep_every_bit_shape_dtype_and_metadata(tmp_path: Path) -> None:
@@ -50,6 +74,12 @@ def test_the_temporary_file_is_beside_the_target_and_keeps_its_suffix(tmp_path: 
     assert (tmp_path / "x.safetensors").read_bytes() == b"1"
 
 
+@pytest.mark.parametrize("reader", [artifacts.read_text, artifacts.read_json, artifacts.read_yaml])
+def test_a_byte_order_mark_is_no_part_of_a_text(reader, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbf[1]")
+    assert reader(tmp_path / "a") in ("[1]", [1])
+
+
 def test_json_and_yaml_round_trip(tmp_path: Path) -> None:
     value = {"b": [1, 2.5, None], "a": {"text": "Überschrift: {x}, ${y}\n"}}
     artifacts.write_json(tmp_path / "x.json", value)
@@ -57,8 +87,14 @@ def test_json_and_yaml_round_trip(tmp_path: Path) -> None:
     assert artifacts.read_json(tmp_path / "x.json") == value
     assert artifacts.read_yaml(tmp_path / "x.yaml") == value
     assert list(artifacts.read_yaml(tmp_path / "x.yaml")) == ["b", "a"]
+    artifacts.write_json(tmp_path / "e.json", {"path": "caf\udce9"})  # a file name that is not UTF-8
+    assert artifacts.read_json(tmp_path / "e.json") == {"path": "caf\udce9"}
     artifacts.write_json(tmp_path / "n.json", {"x": np.float32(0.5), "y": np.arange(2), "p": Path("q")})
     assert json.loads((tmp_path / "n.json").read_text()) == {"x": 0.5, "y": [0, 1], "p": "q"}
+
+
+# A few hundred bytes that unfold to 10^30 values: the list of the line before ten times, thirty times over.
+BOMB = b"".join(b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 10)) for n in range(1, 31))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +104,17 @@ def test_json_and_yaml_round_trip(tmp_path: Path) -> None:
         ("x.json", b"\xff\xfe", artifacts.read_json),
         ("x.yaml", b"a: [1", artifacts.read_yaml),
         ("x.yaml", b"!!python/object/apply:os.getcwd []", artifacts.read_yaml),
+        ("x.yaml", b"a: !!python/name:os.system", artifacts.read_yaml),
+        ("x.yaml", b"day: 2024-13-45", artifacts.read_yaml),
+        ("x.yaml", b"a: !!bool maybe", artifacts.read_yaml),
+        ("x.yaml", b"a: !!timestamp today", artifacts.read_yaml),
+        ("x.yaml", b"a: !!int ''", artifacts.read_yaml),
+        ("x.yaml", b"a: " + b"9" * 5000, artifacts.read_yaml),
+        ("x.yaml", b"[" * 5000, artifacts.read_yaml),
+        ("x.yaml", b"&a [*a]", artifacts.read_yaml),
+        ("x.yaml", b"a0: &a0 [x]\n" + BOMB, artifacts.read_yaml),
+        ("x.json", b"[" * 5000, artifacts.read_json),
+        ("x.json", b"9" * 5000, artifacts.read_json),
         ("x.safetensors", b"\x08\x00\x00\x00", artifacts.load_tensors),
         ("x.json", None, artifacts.read_json),
         ("x.safetensors", None, artifacts.load_tensors),
@@ -110,3 +157,205 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with artifacts.atomic_folder(tmp_path / "empty") as folder:
         (folder / "a.txt").write_text("a")
     assert [path.name for path in (tmp_path / "empty").iterdir()] == ["a.txt"]
+
+
+def safetensors(header: object, body: int = 8, length: int | None = None) -> bytes:
+    """The bytes of a file with this header, true or not: `body` zeros after it, `length` as the header's own."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + bytes(body)
+
+
+def tensor(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+BROKEN = {
+    "empty": b"",
+    "shorter than a length": b"\x08\x00\x00",
+    "a page": b"<html>Access to this file is restricted</html>",
+    "a length past the end": safetensors({"a": tensor()}, length=2**63),
+    "a length of 4 GB": safetensors({"a": tensor()}, length=2**32),
+    "no JSON": safetensors(b"{a:"),
+    "no UTF-8": safetensors(b"\xff\xfe{}"),
+    "a list": safetensors([1]),
+    "a hundred thousand brackets": safetensors(b"[" * 100_000),
+    "cut off": safetensors({"a": tensor()}, body=7),
+    "more behind it": safetensors({"a": tensor()}, body=9),
+    "offsets that overlap": safetensors({"a": tensor(), "b": tensor(offsets=(4, 12))}, body=12),
+    "a hole": safetensors({"a": tensor(), "b": tensor(offsets=(12, 20))}, body=20),
+    "offsets backwards": safetensors({"a": tensor(offsets=(8, 0))}),
+    "a shape that does not fit": safetensors({"a": tensor(shape=(3,))}),
+    "a shape of 2^80": safetensors({"a": tensor(shape=(2**40, 2**40))}),
+    "a shape below 0": safetensors({"a": tensor(shape=(-2,))}),
+    "a dtype that there is not": safetensors({"a": tensor("X" * 5000)}),
+    "no offsets": safetensors({"a": {"dtype": "F32", "shape": [2]}}),
+    "metadata of numbers": safetensors({"__metadata__": {"format": 1}, "a": tensor()}),
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+}
+# Whole files, with nothing in them that the reader looks for, or with what numpy does not know.
+WRONG = {
+    "no tensors": safetensors({}, 0),
+    "others": safetensors({"a": tensor()}),
+    "bfloat16": safetensors({"a": tensor("BF16", (4,))}),
+    "float8": safetensors({"a": tensor("F8_E4M3", (8,))}),
+    "float4": safetensors({"a": tensor("F4", (16,))}),
+    **{
+        form: safetensors({"__metadata__": {"format": form, "version": version, **more}, "a": tensor()})
+        for form, version, more in (
+            ("vlmscope.graph", "2", {"meta": "[" * 9999}),
+            ("vlmscope.comparison", "1", {"prompts": "{"}),
+            ("vlmscope.maps", "1", {"maps": '{"targets": 3}'}),
+            ("vlmscope.patches", "1", {}),
+        )
+    },
+}
+
+
+def circuit(path: Path) -> object:
+    supernodes = "version: 2\nsupernodes: {a: {features: []}}\n"
+    (path.parent / "circuit.yaml").write_text(supernodes)
+    return load_circuit(path.parent)
+
+
+def model(path: Path) -> object:
+    (path.parent / "config.json").write_text('{"model_type": "gemma3"}')
+    return load_vlm(path.parent)
+
+
+def transcoders(config: str, text: str) -> Callable[[Path], object]:
+    def read(path: Path) -> object:
+        (path.parent / config).write_text(text)
+        top = path.parent.parent if config.endswith("json") else path.parent
+        return load_set(top if path.name != "params.safetensors" else path.parent)
+
+    return read
+
+
+NOTHING_WRONG = [("circuit", "no tensors")]  # its only supernode is empty
+DOORS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "arrays": ("x.safetensors", artifacts.load_tensors),
+    "graph": ("graph.safetensors", load_graph),
+    "merged": ("aggregate.safetensors", load_merged),
+    "maps": ("maps.safetensors", map_io.load_maps),
+    "patches": ("patches.safetensors", lambda path: patch_io.load_maps(path, [PATCH_RECORD])),
+    "circuit": ("levels.safetensors", circuit),
+    "checkpoint": ("checkpoint.safetensors", lambda path: load_checkpoint(path, torch.nn.Linear(1, 1), None)),
+    "model": ("model.safetensors", model),
+    "our set": ("layer_0.safetensors", transcoders("config.yaml", "activation: topk\ntop_k: 1\nk: 1\n")),
+    "circuit-tracer's set": ("layer_0.safetensors", transcoders("config.yaml", "scan: x\n")),
+    "paper's set": ("layer_0.safetensors", transcoders("config.yaml", "top_k: 1\n")),
+    "cross-layer set": ("W_enc_0.safetensors", transcoders("config.yaml", "k: 1\n")),
+    "sparsify": ("layers.0.mlp/sae.safetensors", transcoders("cfg.json", '{"transcode": true}')),
+    "sae_lens": (
+        "layer_0/sae_weights.safetensors",
+        transcoders("cfg.json", '{"hook_name": "blocks.0.mlp.hook_in", "hook_name_out": "blocks.0.mlp.hook_out"}'),
+    ),
+    "gemma_scope": ("layer_0_width_16k_l0_small/params.safetensors", transcoders("config.json", "{}")),
+}
+PATCH_RECORD = {
+    "target": "a", "picture": 0, "edge": 1.0, "remainder": 0.0,
+    "tiles": [{"boxes": [[0, 0, 1, 1]], "grid": "map_0_0", "scale": 1.0}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_broken_safetensors_file_is_one_line_at_every_door(door: str, tmp_path: Path) -> None:
+    name, read = DOORS[door]
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    for why, content in (BROKEN | WRONG).items():
+        if door == "arrays" and why in WRONG and not why.startswith(("b", "f")) or (door, why) in NOTHING_WRONG:
+            continue  # whole, and nobody asks what is in it
+        path.write_bytes(content)
+        (tmp_path / "W_dec_0.safetensors").write_bytes(content)
+        try:
+            read(path)
+        except UserError as error:
+            said = str(error)
+        except Exception as error:
+            raise AssertionError(f"{why}: {type(error).__name__}: {error}") from error
+        else:
+            raise AssertionError(f"{why}: read without a word")
+        assert path.parent.name in said and "\n" not in said and len(said) < 700, (why, said)
+
+
+def hydra_folder(folder: Path) -> None:
+    """A configuration of the user's own, through the command line."""
+    if main(["--config-dir", str(folder), "task=list", "+own=x", "tracking=none", f"hydra.run.dir={folder}/run"]) == 2:
+        raise UserError("x.yaml, as printed")
+
+
+YAML_DOORS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
+    "a set": ("config.yaml", "top_k: {}", load_set),
+    "a cross-layer set": (
+        "config.yaml",
+        "k: {}",
+        lambda f: (f / "W_enc_0.safetensors").touch() or clt.open_set(f, ANY),
+    ),
+    "a card": ("README.md", "---\nlicense: {}\n---\n", lambda f: parts_of((f / "README.md").read_text())),
+    "a circuit": ("circuit.yaml", "version: {}", load_circuit),
+    "a declared circuit": ("own.yaml", "supernodes: {}", lambda f: declared(CircuitSpecConfig(path=f"{f}/own.yaml"))),
+    "labels by hand": ("labels.yaml", "L0/0: {}", lambda f: read_hand(f / "labels.yaml", cast(Any, None))),
+    "a configuration": ("own/x.yaml", "# @package _global_\nprompt: {}", hydra_folder),
+}
+
+
+@pytest.mark.parametrize("door", YAML_DOORS)
+def test_no_yaml_makes_an_object_of_python(door: str, tmp_path: Path) -> None:
+    name, text, read = YAML_DOORS[door]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    if door == "a cross-layer set":
+        for file in ("W_enc_0.safetensors", "W_dec_0.safetensors"):
+            (tmp_path / file).touch()
+    made = tmp_path / "made"
+    for tag in ("object/apply:os.mkdir", "object/new:os.mkdir", "name:os.mkdir"):
+        (tmp_path / name).write_text(text.format(f"!!python/{tag} ['{made}']"))
+        with pytest.raises(UserError) as caught:
+            read(tmp_path)
+        assert "\n" not in str(caught.value) and Path(name).stem.split("_")[0].lower() in str(caught.value).lower()
+        assert not made.exists()
+
+
+def _parquet(path: Path) -> None:
+    with artifacts.atomic_path(path) as temporary:
+        pq.write_table(pa.table({"a": np.random.default_rng(0).normal(size=50_000)}), temporary)
+
+
+def _picture(path: Path) -> None:
+    with artifacts.atomic_path(path) as temporary:
+        Image.effect_noise((400, 400), 90).save(temporary, "PNG")
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "needs"),
+    [
+        (lambda path: artifacts.write_text(path, "x" * 300_000), "a.txt", "0.3 MB"),
+        (lambda path: artifacts.write_json(path, ["x" * 300_000]), "a.json", "0.3 MB"),
+        (lambda path: artifacts.save_tensors(path, {"a": np.zeros(50_000)}), "a.safetensors", "0.4 MB"),
+        (_parquet, "a.parquet", "more than 0."),
+        (_picture, "a.png", "more than 0."),
+    ],
+)
+def test_a_full_disk_is_one_line_with_what_was_needed(write, name: str, needs: str, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # each file may grow to 100 KB
+    try:
+        with pytest.raises(NoRoom) as raised:
+            write(tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    text = str(raised.value)
+    assert text.startswith(f"cannot write {tmp_path / name}: File too large; it needs {needs}")
+    assert "make room" in text and "\n" not in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_says_what_was_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    words = "No space left on device, 1.5 MB were free; it needs more than 1.5 MB; make room"
+    with pytest.raises(NoRoom, match=words), artifacts.atomic_path(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(bytes(500_000))
+        raise OSError(errno.ENOSPC, "No space left on device")

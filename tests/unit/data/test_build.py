@@ -1,6 +1,9 @@
 """Shards of a mix: each sample once for any number of processes, whole after any interruption, and read back."""
 
+import gzip
 import json
+import shutil
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +13,14 @@ import pytest
 import webdataset as wds
 from datasets import Dataset
 
-from vlmscope.core.artifacts import read_json
+from vlmscope.core.artifacts import read_json, write_json
 from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
 from vlmscope.data import build, build_part
 from vlmscope.data.build import BuildSettings, build_mix
 from vlmscope.data.build_part import Chunk, PartJob, chunks_of
+from vlmscope.data.build_pool import run_jobs
+from vlmscope.data.folder import load_folder
 from vlmscope.data.orrery.scene import make_scene
 from vlmscope.data.raw import RawSample, held_out
 from vlmscope.data.shards import encode_png
@@ -107,15 +112,84 @@ def test_an_interrupted_build_goes_on_without_loss_or_repeat(
     assert figures["data/duplicates"] == 20 and figures["data/rows"] == 121
 
 
-def test_a_shard_that_is_damaged_or_gone_is_written_again(tmp_path: Path) -> None:
-    made = sources(tmp_path / "words")
-    build_mix(made, settings(tmp_path / "out"))
-    shards = sorted((tmp_path / "out").glob("train-words*.tar"))
-    shards[0].unlink()
-    shards[-1].write_bytes(b"short")
-    assert build_mix(made, settings(tmp_path / "out"))["data/shards_written"] > 1
-    found = contents(tmp_path / "out")
-    assert set(found) == expected(tmp_path / "words") and set(found.values()) == {1}
+def flip(path: Path) -> None:
+    """One bit in the middle; the length stays."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(b"short")
+
+
+def read(path: Path) -> Any:
+    """The content of a file; the index lists shards in the order in which they were written."""
+    return read_json(path) if path.suffix == ".json" else path.read_bytes()
+
+
+ONE, DIGESTS = "train-words-all-000-00001.tar", "digests/words-all-001-00002.bin"
+
+
+@pytest.mark.parametrize(
+    ("files", "harm", "processes"),
+    [
+        (ONE, flip, 1), (ONE, shorten, 1), (ONE, Path.unlink, 1), (DIGESTS, flip, 1), (DIGESTS, Path.unlink, 1),
+        ("*.tar", flip, 1), pytest.param("*words*", flip, 2, id="two", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_damaged_shards_alone_are_written_again_bit_for_bit(
+    tmp_path: Path, files: str, harm: Callable[[Path], None], processes: int
+) -> None:
+    made, out = sources(tmp_path / "words"), tmp_path / "out"
+    build_mix(made, settings(out))
+    before = {path: (read(path), path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file()}
+    victims = list(out.glob(files))
+    for path in victims:
+        harm(path)
+    figures = build_mix(made, settings(out), processes)
+    index = read_json(out / "index.json")
+    touched = {name for part in index["parts"].values() for number, chunk in enumerate(part["chunks"])
+               for name in chunk["shards"] if {*chunk["shards"]} & {path.name for path in victims}
+               or f"{name.split('-', 1)[1][:-4]}.bin" in {path.name for path in victims}}  # fmt: skip
+    assert figures["data/shards_written"] == len(touched) > 0
+    for path, (content, time) in before.items():
+        assert read(path) == content, path
+        if path.suffix == ".tar":
+            assert (path.stat().st_mtime_ns == time) == (path.name not in touched), path
+    assert build_mix(made, settings(out))["data/shards_written"] == 0
+
+
+def test_a_build_that_was_cut_short_mends_what_it_has_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, out = sources(tmp_path / "words"), tmp_path / "out"
+    monkeypatch.setattr(build_part, "write_tar", Die(build_part.write_tar, [], 9))
+    with pytest.raises(KeyboardInterrupt):
+        build_mix(made, settings(out))
+    flip(out / "train-words-all-000-00000.tar")
+    figures = build_mix(made, settings(out))
+    build_mix(made, settings(tmp_path / "whole"))
+    for path in (tmp_path / "whole").rglob("*.*"):
+        assert read(path) == read(out / path.relative_to(tmp_path / "whole")), path
+    assert figures["data/duplicates"] == 20 and figures["data/rows"] == 121
+
+
+def test_a_source_that_has_changed_does_not_mend(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made, out = sources(tmp_path / "words"), tmp_path / "out"
+    build_mix(made, settings(out))
+    names = [ONE, "train-words-all-000-00002.tar"]
+    for name, texts in zip(names, ([f"other {n}" for n in range(81)], ["few"] * 8), strict=True):
+        shutil.rmtree(tmp_path / "words")
+        Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "words")
+        flip(out / name)
+        if texts[0] == "few":
+            with pytest.raises(UserError, match=r"data.sources.words gives 0 rows .* gave 7.*choose another folder"):
+                build_mix(made, settings(out))
+        else:
+            build_mix(made, settings(out))
+            said = [record.getMessage() for record in caplog.records if record.name.startswith("vlmscope")]
+            assert any(f"{name} differs from what was written first" in line for line in said)
 
 
 def test_other_sources_settings_and_too_small_disks_are_refused(
@@ -148,6 +222,39 @@ def test_a_mistake_in_another_process_is_one_line_here(tmp_path: Path) -> None:
     made["words"] = SourceConfig("hf_text", str(tmp_path / "blank"))
     with pytest.raises(UserError, match="none of 7 rows of data.sources.words can be used; the last: words row"):
         build_mix(made, settings(tmp_path / "out"), 2)
+
+
+HALF = ("a \ud800 b", "caf\udce9")  # no characters: neither UTF-8 nor any tokenizer has them
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, id="two")])
+@pytest.mark.parametrize("kind", ["exchanges", "captions", "texts"])
+def test_texts_of_half_characters_are_left_out_and_counted(kind: str, processes: int, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(PNG)
+    texts = [*(f"text {n}" for n in range(12)), *HALF]
+    rows = {
+        "exchanges": [{"images": ["a.png"], "texts": [{"user": "what ?", "assistant": text}]} for text in texts],
+        "captions": [{"images": ["a.png"], "text": text} for text in texts],
+        "texts": [{"text": text} for text in texts],
+    }[kind]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = {"mine": SourceConfig("folder", str(folder))}
+    figures = build_mix(made, settings(tmp_path / "out"), processes)
+    assert (figures["data/rows"], figures["data/unusable"], figures["data/samples"]) == (14, 2, 12)
+    # A folder that is trained on as it is has all its lines looked at first.
+    with pytest.raises(UserError, match=r"train.jsonl line 13: .* '\\ud800' at character 3"):
+        load_folder(folder, 0.1, 0)
+
+
+def test_a_fault_of_the_program_in_another_process_shows_itself(tmp_path: Path) -> None:
+    made = sources(tmp_path / "words")["scenes"]
+    jobs = [
+        PartJob("scenes", made, "train", None, Share(n, 2), tmp_path / "out", -1, 0.2, 0) for n in range(2)
+    ]  # `islice` refuses -1
+    with pytest.raises(RuntimeError, match=r"(?s)part \d of scenes.*ValueError.*islice"):
+        run_jobs(jobs, 2, lambda *_: [], lambda *_: None, lambda *_: None)
 
 
 def shards(folder: Path, sizes: tuple[int, ...] = (5, 1, 4, 7)) -> Path:
@@ -212,6 +319,77 @@ def test_a_corrupt_shard_is_skipped_with_a_count_up_to_a_limit(
     truncate(tmp_path / "train-s-3.tar")
     with pytest.warns(UserWarning), pytest.raises(UserError, match="number 2, and data.max_bad_shards=1"):
         answers(tmp_path, max_bad=1)
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int | None = None, **pax: str) -> bytes:
+    """A tar member whose header says what is given, whatever its content is."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.pax_headers = kind, link, pax
+    body = b'{"text": "x", "images": [], "origin": "o"}' if kind == tarfile.REGTYPE else b""
+    info.size = len(body) if size is None else size
+    return info.tobuf(tarfile.PAX_FORMAT) + body + bytes(-len(body) % 512)
+
+
+HOSTILE = {
+    "parent": (member("../../out.json"), "'../../out.json' leaves the shard"),
+    "parent inside": (member("a/../../out.json"), "leaves the shard"),
+    "absolute": (member("/tmp/out.json"), "'/tmp/out.json' leaves the shard"),
+    "symbolic link": (member("x.json", tarfile.SYMTYPE, "/etc/passwd"), "'x.json' is no plain file"),
+    "hard link": (member("x.json", tarfile.LNKTYPE, "s-0000.json"), "'x.json' is no plain file"),
+    "device": (member("x.json", tarfile.CHRTYPE), "'x.json' is no plain file"),
+    "pipe": (member("x.json", tarfile.FIFOTYPE), "'x.json' is no plain file"),
+    "folder": (member("x.json", tarfile.DIRTYPE), "'x.json' is no plain file"),
+    "sparse": (
+        member("x.json", **{"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**40)}),
+        "'x.json' is no plain file",
+    ),
+    "larger than the shard": (member("x.json", size=2**33), "'x.json' claims 8,589,934,592 bytes"),
+    "negative": (member("x.json", size=-512), "'x.json' claims -512 bytes"),
+    "twice": (member("x.json") * 2, "'x.json' is there twice"),
+    "no ending": (member("README"), "'README' has no ending"),
+    "gzip": (None, "not a gzip|invalid header|not a tar|bad checksum"),
+    "no json": (member("x.png"), "json"),
+    "empty": (b"", "empty"),
+    "cut in a member": (member("x.json")[:700], "unexpected end of data|truncated"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_members_that_no_shard_of_ours_has_make_it_corrupt(tmp_path: Path, case: str) -> None:
+    """Nothing is unpacked, and no member is read that is not a plain file inside the shard's own bytes."""
+    shards(tmp_path, (2, 3))
+    (content, reason), path = HOSTILE[case], tmp_path / "train-s-0.tar"
+    good = path.read_bytes()
+    end = b"" if case.startswith("cut") or case == "empty" else bytes(1024)
+    path.write_bytes(gzip.compress(good) if content is None else content + end)
+    index = read_json(tmp_path / "index.json")
+    index["shards"][path.name] |= {"bytes": path.stat().st_size, "samples": 1}
+    write_json(tmp_path / "index.json", index)
+    with pytest.raises(UserError, match=rf"train-s-0.tar is corrupt \((.*{reason}.*)\), number 1") as error:
+        answers(tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.warns(UserWarning, match="skipped"):
+        assert answers(tmp_path, max_bad=1) == [f"answer {n}" for n in range(2, 5)]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["index.json", "train-s-0.tar", "train-s-1.tar"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: [],
+        lambda index: index | {"shards": []},
+        lambda index: {"shards": index["shards"]},
+        lambda index: index | {"shards": {"../x.tar": index["shards"]["train-s-0.tar"]}},
+        lambda index: index | {"shards": {"/etc/x.tar": index["shards"]["train-s-0.tar"]}},
+        lambda index: index | {"shards": {"train-s-0.tar": {"split": "train", "kind": "s"}}},
+        lambda index: index | {"shards": {"train-s-0.tar": None}},
+    ],
+)
+def test_an_index_of_another_shape_is_one_line(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    shards(tmp_path, (1,))
+    write_json(tmp_path / "index.json", change(read_json(tmp_path / "index.json")))
+    with pytest.raises(UserError, match=r"index.json is no index of shards; correct data.sources.it.path"):
+        answers(tmp_path)
 
 
 def test_the_count_of_bad_shards_survives_resuming(tmp_path: Path) -> None:

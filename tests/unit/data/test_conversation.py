@@ -1,5 +1,6 @@
 """Records become conversations, captions and texts; the order of drawing has each once an epoch."""
 
+import json
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from PIL import Image
 
 from vlmscope.core.conversation import CAPTION_REQUEST, Conversation, Document, Exchange
 from vlmscope.core.errors import UserError
-from vlmscope.data.conversation import check_record, drawn, sample_of
+from vlmscope.data.conversation import drawn, exchanges_of, record_parts, sample_of
 
 PICTURE = Image.new("RGB", (2, 2))
 
@@ -25,11 +26,11 @@ def test_the_three_layouts() -> None:
             opened.append(name)
             return PICTURE
 
-        assert check_record(record, "line 1") == names
+        assert record_parts(record, "line 1").images == names
         assert sample_of(record, open_picture, "line 1") == Conversation((PICTURE,) * len(names), sample, "line 1")
         assert opened == names
     for record in ({"text": "words"}, {"text": "words", "images": []}):
-        assert check_record(record, "line 1") == []
+        assert record_parts(record, "line 1").images == []
         assert sample_of(record, lambda _: PICTURE) == Document("words")
 
 
@@ -37,11 +38,14 @@ def test_the_three_layouts() -> None:
     ("record", "words"),
     [
         ([1], "not a JSON object"),
-        ({"caption": "x"}, "neither texts nor text"),
+        ({"caption": "x", "id": 1}, "neither texts nor text, .*; its keys are caption, id"),
+        ({"messages": [], "conversations": []}, "both messages and conversations"),
+        ({"text": "x", "images": ["a"], "image": "b"}, "both images and image"),
+        ({"text": "x", "image": 3}, "image must be a path"),
         ({"texts": [], "text": "x"}, "both texts and text"),
         ({"texts": []}, "texts must be a list"),
         ({"texts": {"user": "x"}}, "texts must be a list"),
-        ({"texts": ["x"]}, "exchange 1 of texts is not a JSON object"),
+        ({"texts": ["x"]}, "texts must be a list"),
         ({"texts": [{"user": "a", "assistant": "b"}, {"user": "a"}]}, "assistant of exchange 2 is missing"),
         ({"texts": [{"user": " ", "assistant": "b"}]}, "user of exchange 1 is missing or empty"),
         ({"texts": [{"user": 3, "assistant": "b"}]}, "user of exchange 1 is missing"),
@@ -52,7 +56,115 @@ def test_the_three_layouts() -> None:
 )
 def test_other_records_are_refused_with_their_line(record: Any, words: str) -> None:
     with pytest.raises(UserError, match=f"train.jsonl line 7: .*{words}"):
-        check_record(record, "train.jsonl line 7")
+        record_parts(record, "train.jsonl line 7")
+
+
+def image_parts(*parts: str) -> list[dict[str, Any]]:
+    """Content as Hugging Face's processors take it; Arrow fills the keys that a part lacks with null."""
+    return [
+        {"type": "image", "text": None} if part == "<image>" else {"type": "text", "text": part, "index": None}
+        for part in parts
+    ]
+
+
+def said(layout: str, *turns: tuple[str, Any]) -> list[dict[str, Any]]:
+    """The same conversation in another layout; speakers in its own words."""
+    if layout == "from":
+        names = {"user": "human", "assistant": "gpt"}
+        return [{"from": names.get(who, who), "value": words} for who, words in turns]
+    return [{"role": who, "content": words} for who, words in turns]
+
+
+TWO = (Exchange("a ?", "b"), Exchange("c ?", "d"))
+TURNS = (("user", "a ?"), ("assistant", "b"), ("user", "c ?"), ("assistant", "d"))
+REST = TURNS[1:]
+
+
+@pytest.mark.parametrize(
+    ("value", "n_images", "exchanges"),
+    [
+        ([{"user": "a ?", "assistant": "b", "source": "x"}, {"user": "c ?", "assistant": "d"}], 1, TWO),
+        ({"user": ["a ?", "c ?"], "assistant": ["b", "d"], "source": ["x", "x"]}, 1, TWO),  # a column of structs
+        ([{"user": "see <image> ?", "assistant": "b"}], 1, (Exchange("see <image> ?", "b"),)),  # verbatim, as before
+        (said("role", *TURNS), 0, TWO),
+        (said("from", *TURNS), 0, TWO),
+        ({"role": ["user", "assistant"], "content": ["a ?", "b"]}, 0, TWO[:1]),
+        ({"from": ["human", "gpt"], "value": ["a ?", "b"]}, 0, TWO[:1]),
+        # Encoded as JSON, whole or each entry.
+        (json.dumps([{"user": "a ?", "assistant": "b"}, {"user": "c ?", "assistant": "d"}]), 2, TWO),
+        ([json.dumps(turn) for turn in said("role", *TURNS)], 0, TWO),
+        (json.dumps(said("from", *TURNS)), 0, TWO),
+        # Pictures: none written (the template places them), or one mark for each, before or after the first question.
+        (said("from", *TURNS), 2, TWO),
+        (said("from", ("user", "<image>\na ?"), *REST), 1, TWO),
+        (said("from", ("user", "a ?\n<image>"), *REST), 1, TWO),
+        (said("from", ("user", "<image>\n<image>\na ?"), *REST), 2, TWO),
+        (said("from", ("user", "<image> a ? <image>"), *REST), 2, TWO),
+        (said("role", ("user", "<image>a ?"), *REST), 1, TWO),
+        (said("role", ("user", image_parts("<image>", "a ?")), ("assistant", image_parts("b")), *TURNS[2:]), 1, TWO),
+        (said("role", ("user", image_parts("a", " ?", "<image>", "<image>")), *REST), 2, TWO),
+        # A system message goes before the first question, as Gemma's template puts it; an empty one is none.
+        (said("role", ("system", "Be kind."), *TURNS), 0, (Exchange("Be kind.\n\na ?", "b"), TWO[1])),
+        (said("from", ("system", "s"), ("user", "<image>\na ?"), *REST), 1, (Exchange("s\n\na ?", "b"), TWO[1])),
+        (said("role", ("system", ""), *TURNS), 0, TWO),
+    ],
+)
+def test_conversations_of_the_common_layouts(value: Any, n_images: int, exchanges: tuple[Exchange, ...]) -> None:
+    assert exchanges_of(value, n_images, "row 1: texts") == exchanges
+    key = "messages" if "role" in str(value) else "conversations"
+    names = [f"{n}.png" for n in range(n_images)]
+    record = {"images": names, key: value}
+    assert record_parts(record, "line 1") == (names, exchanges, "")
+    assert sample_of(record, lambda _: PICTURE, "o") == Conversation((PICTURE,) * n_images, exchanges, "o")
+    if n_images == 1:
+        assert record_parts({"image": "0.png", key: value}, "line 1") == (names, exchanges, "")
+
+
+@pytest.mark.parametrize(
+    ("value", "n_images", "words"),
+    [
+        (None, 0, "texts must be a list .*; it is null"),
+        ([], 0, "texts must be a list .*; it is empty"),
+        ("hello", 0, "texts must be a list .*; it is a text that is not JSON"),
+        (["hello", "you"], 0, "texts must be a list .*; its first entry is a text that is not JSON"),
+        ([3], 0, "texts must be a list .*; its first entry is a number"),
+        ([{"question": "a", "answer": "b"}], 0, "its first entry has the keys answer, question"),
+        ({"question": ["a"], "answer": ["b"]}, 0, "its first entry has the keys answer, question"),
+        ({"user": ["a"], "assistant": []}, 0, "texts must be a list"),
+        (
+            [*said("role", *TURNS), {"from": "human", "value": "x"}],
+            0,
+            "entry 5 has the keys from, value, the first .* role",
+        ),
+        (said("role", ("tool", "a"), *REST), 0, "message 1 is of 'tool'; user, assistant and system are read"),
+        (said("role", ("user", None), *REST), 0, "user of exchange 1 is missing or empty"),
+        (said("role", ("user", "a"), ("assistant", " ")), 0, "assistant of exchange 1 is missing or empty"),
+        (said("role", ("user", 3), *REST), 0, "message 1 is neither a text nor a list of parts"),
+        (said("role", *TURNS[:3]), 0, "it ends with a question"),
+        (said("from", *REST), 0, "message 1 is the assistant's where the user's is due"),
+        (said("from", TURNS[0], TURNS[0]), 0, "message 2 is the user's where the assistant's is due"),
+        (said("role", *TURNS, ("system", "s")), 0, "message 5 is the system's where the user's is due"),
+        (said("role", ("system", "s")), 0, "it has no question"),
+        (said("from", ("user", "<image>\na"), *REST), 2, "1 <image> are written and 2 pictures are given"),
+        (said("from", ("user", "<image>\na"), *REST), 0, "1 <image> are written and 0 pictures are given"),
+        (said("from", ("user", "compare <image> with <image> ?"), *REST), 2, "<image> within the words"),
+        (said("role", ("user", image_parts("a", "<image>", "b")), *REST), 1, "<image> within the words"),
+        (said("from", *TURNS[:2], ("user", "<image>\nc"), TURNS[3]), 1, "<image> within the words or after"),
+        (said("from", ("user", "a"), ("assistant", "<image>")), 1, "<image> within the words or after"),
+        (said("from", ("user", "<image>"), *REST), 1, "user of exchange 1 is missing or empty"),
+        (
+            said("role", ("user", [{"type": "image_url", "image_url": {"url": "x"}}]), *REST),
+            1,
+            "a part of type 'image_url'",
+        ),
+        (said("role", ("user", [{"type": "image", "path": "x.png"}]), *REST), 1, "brings a picture of its own"),
+        (said("role", ("user", ["a"]), *REST), 0, "a part that is no object"),
+    ],
+)
+def test_conversations_of_other_layouts_are_refused_in_one_line(value: Any, n_images: int, words: str) -> None:
+    with pytest.raises(UserError, match=f"row 1: .*{words}") as error:
+        exchanges_of(value, n_images, "row 1: texts")
+    assert "\n" not in str(error.value)
 
 
 def test_each_example_comes_once_an_epoch() -> None:

@@ -10,6 +10,9 @@ from PIL import Image
 from vlmscope.core.conversation import Conversation, Document
 from vlmscope.core.errors import UserError
 from vlmscope.data.folder import JsonLines, load_folder
+from vlmscope.data.share import WHOLE
+from vlmscope.data.source_config import SourceConfig
+from vlmscope.data.sources import open_source
 
 TURN = {"user": "what is this ?", "assistant": "red"}
 
@@ -44,6 +47,14 @@ def test_lines_are_read_when_they_are_asked_for(folder: Path) -> None:
         _ = lines[4]
 
 
+def test_lines_as_llava_has_them_keep_their_picture(folder: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "red"}]
+    (sample,) = JsonLines(write(folder, [{"id": "1", "image": "pictures/2.png", "conversations": turns}]))
+    (row,) = open_source("it", SourceConfig("folder", str(folder))).open(WHOLE)
+    assert sample.exchanges == row().exchanges == (("what ?", "red"),)
+    assert [one.size for one in sample.images] == [one.size for one in row().opened().images] == [(10, 6)]
+
+
 def test_validation_is_its_own_file_or_a_seeded_share(folder: Path) -> None:
     write(folder, [{"text": f"t{n}"} for n in range(40)])
     train, val = load_folder(folder, 0.1, 0)
@@ -73,6 +84,7 @@ def test_a_picture_damaged_after_its_header_is_found_on_reading(folder: Path) ->
         ([], "holds no example"),
         (["", " "], "holds no example"),
         ([{"text": "x"}, "{'text': 1}"], r"line 2: not valid JSON \(Expecting property name"),
+        (["[" * 99_999], "line 1: not valid JSON"),
         ([{"text": "x"}, {"caption": "x"}], "line 2: it has neither"),
         ([{"text": "x"}, {"images": ["pictures/9.png"], "text": "x"}], "line 2: image .*9.png: no such file"),
         ([{"images": ["pictures"], "text": "x"}], "line 1: image .*is a folder"),

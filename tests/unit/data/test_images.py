@@ -1,48 +1,199 @@
-"""Odd pictures become RGB; bad ones are refused in one line."""
+"""Odd pictures become RGB, from a file, its bytes or a PIL object alike; bad ones are refused in one line."""
 
+import io
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.image_transforms import convert_to_rgb
 
 from vlmscope.core.errors import UserError
+from vlmscope.core.images import as_rgb
 from vlmscope.data import images
-from vlmscope.data.images import check_image, open_image, png_bytes
+from vlmscope.data.images import (
+    PictureFiles,
+    check_image,
+    decode_image,
+    for_figures,
+    open_image,
+    picture_format,
+    png_bytes,
+)
+
+NOISE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+ALPHA = np.array([0, 255, 128, 0, 255, 64, 0], np.uint8) * np.ones((5, 1), np.uint8)
+HOLES = np.arange(35).reshape(5, 7) % 3 == 0
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16", "RGB"])
+def encoded(picture: Image.Image, form: str, **settings: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **settings)
+    return buffer.getvalue()
+
+
+def through_every_door(data: bytes, folder: Path) -> list[np.ndarray]:
+    (folder / "picture").write_bytes(data)
+    found = (open_image(folder / "picture"), decode_image(data, "x"), as_rgb(Image.open(io.BytesIO(data))))
+    assert all(picture.mode == "RGB" and as_rgb(picture) is picture for picture in found)
+    return [np.asarray(picture) for picture in found]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "RGB"])
 def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    suffix = "tiff" if mode == "CMYK" else "png"
-    if mode == "I;16":
-        Image.fromarray(np.full((5, 7), 40000, np.uint16)).save(tmp_path / "x.png")
-    else:
-        Image.new("RGB", (7, 5), (200, 200, 200)).convert(mode).save(tmp_path / f"x.{suffix}")
-    image = open_image(tmp_path / f"x.{suffix}")
-    assert image.mode == "RGB"
-    assert image.size == (7, 5)
-    expected = 156 if mode == "I;16" else 255 if mode == "1" else 200
-    if mode != "1":  # dithered
-        assert np.asarray(image).mean() == pytest.approx(expected, abs=6)
+    data = encoded(Image.new("RGB", (7, 5), (200, 200, 200)).convert(mode), "TIFF" if mode == "CMYK" else "PNG")
+    for pixels in through_every_door(data, tmp_path):
+        assert pixels.shape == (5, 7, 3)
+        if mode != "1":  # dithered
+            assert pixels.mean() == pytest.approx(200, abs=6)
 
 
-def test_transparency_is_laid_on_black(tmp_path: Path) -> None:
-    Image.new("RGBA", (4, 4), (255, 255, 255, 0)).save(tmp_path / "x.png")
-    assert np.asarray(open_image(tmp_path / "x.png")).max() == 0
+def rgba() -> Image.Image:
+    return Image.fromarray(np.dstack([NOISE, ALPHA]))
 
 
-def test_one_pixel_and_large_pictures(tmp_path: Path) -> None:
+def palette() -> Image.Image:
+    """Colour 0, which is black, where there are holes."""
+    picture = Image.fromarray(np.where(HOLES, 0, 1).astype(np.uint8))
+    picture.putpalette([0, 0, 0, 10, 120, 250])
+    return picture
+
+
+def keyed(mode: str) -> Image.Image:
+    return Image.fromarray(np.where(HOLES[..., None], 0, NOISE | 1).astype(np.uint8)).convert(mode)
+
+
+def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    share = alpha[..., None] / 255
+    return colours * share + 255 * (1 - share)
+
+
+SOLID = np.where(HOLES, 0, 255)
+GREY = np.asarray(keyed("L"))[..., None].repeat(3, 2)
+BLUE = np.full((5, 7, 3), (10, 120, 250))
+TRANSPARENT: dict[str, tuple[Callable[[], bytes], np.ndarray]] = {
+    "RGBA": (lambda: encoded(rgba(), "PNG"), on_white(NOISE, ALPHA)),
+    "RGBA TIFF": (lambda: encoded(rgba(), "TIFF"), on_white(NOISE, ALPHA)),
+    "RGBA WebP": (lambda: encoded(rgba(), "WEBP", lossless=True, exact=True), on_white(NOISE, ALPHA)),
+    "LA": (
+        lambda: encoded(Image.merge("LA", (keyed("L"), Image.fromarray(ALPHA))), "PNG"),
+        on_white(GREY, ALPHA),
+    ),
+    "palette": (lambda: encoded(palette(), "PNG", transparency=0), on_white(BLUE, SOLID)),
+    "palette with levels": (
+        lambda: encoded(palette(), "PNG", transparency=bytes([0, 128])),
+        on_white(BLUE, np.where(HOLES, 0, 128)),
+    ),
+    "GIF": (lambda: encoded(palette(), "GIF", transparency=0), on_white(BLUE, SOLID)),
+    "grey tRNS": (lambda: encoded(keyed("L"), "PNG", transparency=0), on_white(GREY, SOLID)),
+    "RGB tRNS": (lambda: encoded(keyed("RGB"), "PNG", transparency=(0, 0, 0)), on_white(NOISE | 1, SOLID)),
+    "1 bit tRNS": (lambda: encoded(Image.fromarray(~HOLES), "PNG", transparency=0), np.full((5, 7, 3), 255)),
+    "16 bit tRNS": (
+        lambda: encoded(Image.fromarray(np.where(HOLES, 7, 65535 // 5).astype(np.uint16)), "PNG", transparency=7),
+        on_white(np.full((5, 7, 3), 51), SOLID),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_transparency_is_laid_on_white_as_the_processors_do(tmp_path: Path, kind: str) -> None:
+    make, wanted = TRANSPARENT[kind]
+    data = make()
+    for pixels in through_every_door(data, tmp_path):
+        assert np.abs(pixels - wanted).max() <= 1  # Pillow rounds in whole numbers
+        if kind != "16 bit tRNS":  # which Pillow alone makes white altogether
+            theirs = convert_to_rgb(Image.open(io.BytesIO(data)), return_numpy=True)
+            assert np.array_equal(pixels, np.asarray(theirs))
+
+
+WIDE = {
+    "PNG": lambda values: encoded(Image.fromarray(values.astype(np.uint16)), "PNG"),
+    "TIFF": lambda values: encoded(Image.fromarray(values.astype(np.uint16)), "TIFF"),
+    "big-endian TIFF": lambda values: encoded(
+        Image.frombytes("I;16B", values.shape[::-1], values.astype(">u2").tobytes()), "TIFF"
+    ),
+    "PGM": lambda values: b"P5 %d %d 65535\n" % values.shape[::-1] + values.astype(">u2").tobytes(),
+    "float TIFF": lambda values: encoded(Image.fromarray((values / 65535).astype(np.float32)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("top", [0, 255, 256, 40000, 65535])
+@pytest.mark.parametrize("kind", WIDE)
+def test_the_scale_of_wide_pixels_is_that_of_the_format_whatever_values_occur(
+    tmp_path: Path, kind: str, top: int
+) -> None:
+    values = np.linspace(0, top, 35).round().reshape(5, 7)
+    for pixels in through_every_door(WIDE[kind](values), tmp_path):
+        assert np.array_equal(pixels, np.round(values / 65535 * 255)[..., None].repeat(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.array([[0, 255]], np.int32), "32-bit integers"),
+        (np.array([[0, 200]], np.float32), "from 0 to 200"),
+        (np.array([[-0.5, 1]], np.float32), "from -0.5 to 1"),
+        (np.array([[0, np.nan]], np.float32), "from nan to nan"),
+        (np.array([[0, np.inf]], np.float32), "from 0 to inf"),
+    ],
+)
+def test_pixels_of_unknown_scale_are_refused(tmp_path: Path, values: np.ndarray, words: str) -> None:
+    data = encoded(Image.fromarray(values), "TIFF")
+    (tmp_path / "x.tif").write_bytes(data)
+    doors = (
+        lambda: open_image(tmp_path / "x.tif"),
+        lambda: decode_image(data, "x.tif"),
+        lambda: as_rgb(Image.fromarray(values)),
+    )
+    for number, door in enumerate(doors):
+        with pytest.raises(UserError, match=words) as caught:
+            door()
+        assert "save it with 8 or 16 bits" in str(caught.value) and ("x.tif: " in str(caught.value)) == (number < 2)
+    if values.dtype == np.int32:  # the header says it
+        with pytest.raises(UserError, match=words):
+            check_image(tmp_path / "x.tif")
+
+
+def test_lab_is_what_pillow_makes_of_it(tmp_path: Path) -> None:
+    """Eight bits of Lab do not hold every colour: the mean is near, single saturated pixels need not be."""
+    source = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = encoded(source.convert("LAB"), "TIFF")
+    for pixels in through_every_door(data, tmp_path):
+        assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+        assert np.abs(pixels.astype(int) - np.asarray(source)).mean() < 2
+
+
+def test_nothing_is_shrunk_but_for_figures(tmp_path: Path) -> None:
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     assert open_image(tmp_path / "dot.png").size == (1, 1)
     Image.new("L", (5000, 3000)).save(tmp_path / "large.png")
-    assert max(open_image(tmp_path / "large.png").size) == images.KEEP_SIDE
+    large = open_image(tmp_path / "large.png")
+    assert large.size == (5000, 3000)
+    assert [array.shape for array in for_figures([large])] == [(1229, 2048, 3)]
 
 
-def test_orientation_is_applied(tmp_path: Path) -> None:
+def test_many_pictures_stay_in_their_files(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(path)
+    found = PictureFiles(paths)
+    assert len(found) == 3 and [picture.getpixel((0, 0)) for picture in found] == [(n, 0, 0) for n in range(3)]
+    assert [picture.getpixel((0, 0)) for picture in found[1:]] == [(1, 0, 0), (2, 0, 0)]
+    assert found[0] is not found[0]
+    paths[1].write_bytes(paths[1].read_bytes()[:40])
+    with pytest.raises(UserError, match=r"1\.png"):
+        PictureFiles(paths)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_orientation_is_applied(tmp_path: Path, form: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (8, 4)).save(tmp_path / "x.jpg", exif=exif)
-    assert open_image(tmp_path / "x.jpg").size == (4, 8)
+    for pixels in through_every_door(encoded(Image.new("RGB", (8, 4)), form, exif=exif), tmp_path):
+        assert pixels.shape == (8, 4, 3)
 
 
 def test_bad_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +208,47 @@ def test_bad_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert str(tmp_path / name) in str(caught.value)
         assert "\n" not in str(caught.value)
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
-    with pytest.raises(UserError, match="too many"):
+    with pytest.raises(UserError, match="64 x 64 pixels are too many"):
         open_image(good)
+
+
+def header(side: int) -> bytes:
+    """A grey PNG of `side * side` pixels, none of which it holds."""
+    fields = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + fields + struct.pack(">I", zlib.crc32(fields))
+    return head + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+@pytest.mark.parametrize(("side", "words"), [(10_001, "10,001 x 10,001"), (30_000, "900,000,000")])
+@pytest.mark.filterwarnings("error")  # Pillow's own, near the limit
+def test_decompression_bombs_are_refused_by_their_header(tmp_path: Path, side: int, words: str) -> None:
+    (tmp_path / "x.png").write_bytes(header(side))
+    doors = (
+        lambda: open_image(tmp_path / "x.png"),
+        lambda: check_image(tmp_path / "x.png"),
+        lambda: decode_image(header(side), "x.png"),
+        lambda: picture_format(header(side), "x.png"),
+    )
+    for door in doors:
+        with pytest.raises(UserError, match=rf"x.png: {words} pixels are too many \(at most 100,000,000\); shrink it"):
+            door()
+    (tmp_path / "x.png").write_bytes(header(9_900))  # allowed, and no warning either
+    check_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("decoder"), struct.error("short"), EOFError(), NotImplementedError("no")]
+)
+def test_whatever_a_decoder_raises_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """AVIF raises RuntimeError, DDS NotImplementedError, damaged EXIF struct.error."""
+
+    def broken(_: Image.Image) -> None:
+        raise error
+
+    monkeypatch.setattr(images, "as_rgb", broken)
+    with pytest.raises(UserError, match=r"^x: cannot be read as a picture \(") as caught:
+        decode_image(encoded(Image.new("L", (2, 2)), "PNG"), "x")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_header_is_checked_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

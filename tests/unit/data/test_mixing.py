@@ -1,6 +1,7 @@
 """The mix keeps its proportions, splits without loss or repeat, and goes on from its state with the very next item."""
 
 import json
+import warnings
 from collections import Counter
 from itertools import islice, product
 
@@ -154,8 +155,30 @@ def test_wrong_weights_sources_and_states_are_refused() -> None:
     other = TokenMix({"z": Lane(1.0, ShuffledSource(numbered("z", 3)), Words())})
     with pytest.raises(UserError, match="the state is of a, b, c, the sources are z"):
         other.load_state_dict(mix().state_dict())
-    with pytest.raises(UserError, match="no sample of it can be used"):
+    with pytest.raises(UserError, match="it has no sample"):
         ShuffledSource(numbered("a", 0), repeat=True).next()
+
+
+@pytest.mark.parametrize(
+    ("count", "bad", "kept", "said"),
+    [
+        (12, 0, False, "its 12 samples all fall on the same side of data.val_share"),
+        (12, 5, False, "its 7 samples all fall on the same side of data.val_share"),
+        (12, 12, True, "no sample of it can be used, the first: row [0-9]+ is empty; check the data"),
+        (0, 0, True, "it has no sample; check the data"),
+    ],
+)
+def test_a_source_that_gives_nothing_says_why(count: int, bad: int, kept: bool, said: str) -> None:
+    def sample(row: int) -> RawSample:
+        if row < bad:
+            raise UserError(f"row {row} is empty")
+        return RawSample(text=str(row))
+
+    stream = ShuffledSource(Indexed("small", count, sample), keep=lambda _: kept)
+    with warnings.catch_warnings(), pytest.raises(UserError, match=f"data.sources.small: {said}") as error:
+        warnings.simplefilter("ignore")
+        stream.next()
+    assert "\n" not in str(error.value)
 
 
 def test_unusable_samples_are_counted_and_too_many_are_an_error() -> None:

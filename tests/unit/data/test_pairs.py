@@ -187,17 +187,24 @@ def test_own_pairs_fill_in_what_the_counterfactual_leaves_out(folder: Path) -> N
     assert pairs[0].counterfactual.prompt == "p ?"
     assert pairs[0].original.images[0].getpixel((0, 0)) == (200, 0, 0)
     assert pairs[0].counterfactual.images[0].getpixel((0, 0)) == (0, 0, 200)
-    assert (pairs[1].change, pairs[1].original.images) == ("prompt", ())
+    assert (pairs[1].change, len(pairs[1].original.images)) == ("prompt", 0)
     config = PairsConfig(path=str(folder / "pairs.jsonl"), train=1, test=5)
     assert [len(load_pairs(config, split)) for split in ("train", "test")] == [1, 2]
     with pytest.raises(UserError, match="takes them all"):
         load_pairs(PairsConfig(path=str(folder / "pairs.jsonl"), train=3), "test")
 
 
+def test_line_ends_of_unicode_do_not_end_a_pair(folder: Path) -> None:
+    asked = [f"a{mark}b ?" for mark in "\u2028\u2029\x85"]
+    lines = [json.dumps({**GOOD, "prompt": text, "id": text}, ensure_ascii=False) for text in asked]
+    assert [pair.original.prompt for pair in read_pairs(write(folder, *lines))] == asked
+
+
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
         ([], "has no pair"),
+        (["[" * 99_999], "line 1: not valid JSON"),
         (["{"], "line 1: not valid JSON"),
         ([[1]], "line 1: write"),
         ([{**GOOD, "counterfactual": None}], "line 1: write"),

@@ -61,6 +61,34 @@ def test_a_bad_row_is_named_and_the_others_remain(folder: Path, line: object, wo
     assert "r.jsonl row 2: " in str(bad[0])
 
 
+# JSON lets every one of these stand in a string as it is (RFC 8259, section 7); only a line feed ends a line of JSONL.
+BREAKS = "\u2028\u2029\x85\x7f\x9c"
+
+
+def test_line_ends_of_unicode_do_not_end_a_row(folder: Path) -> None:
+    texts = [f"before{mark}after" for mark in BREAKS]
+    lines = [json.dumps({"prompt": text, "image": "a.png"}, ensure_ascii=False) for text in texts]
+    (folder / "r.jsonl").write_bytes("\r\n".join([*lines, ""]).encode())
+    (folder / "r.csv").write_bytes("\r\n".join(["prompt", *texts]).encode())
+    for name in ("r.jsonl", "r.csv"):
+        good, bad = read_rows(folder / name)
+        assert ([row.prompt for row in good], bad) == (texts, [])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "a\fb"}', "not valid JSON (Invalid control character at column 14"),
+        ("[" * 99_999, "not valid JSON"),
+        ('{"id": ' + "9" * 5000 + "}", "not valid JSON"),
+    ],
+)
+def test_a_line_that_is_not_json_is_one_bad_row(folder: Path, line: str, words: str) -> None:
+    (folder / "r.jsonl").write_text(f'{line}\n{{"prompt": "good"}}\n')
+    good, (bad,) = read_rows(folder / "r.jsonl")
+    assert [row.prompt for row in good] == ["good"] and "r.jsonl row 1: " in str(bad) and words in str(bad)
+
+
 def test_a_prompt_with_a_bare_comma_is_told_from_a_good_row(folder: Path) -> None:
     (folder / "r.csv").write_text("image,prompt\na.png,one, two\na.png,good\n")
     good, bad = read_rows(folder / "r.csv")

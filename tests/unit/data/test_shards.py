@@ -1,5 +1,6 @@
 """Shards survive a kill, are never half-written, and hold what was put in."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +57,29 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeyp
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 
 
-def test_a_shard_cut_short_is_written_again(tmp_path: Path) -> None:
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def flip(path: Path) -> None:
+    """One bit of the content; the length stays, and the tar can be read."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b'"questions"') + 20] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [cut, flip, Path.unlink])
+def test_a_damaged_shard_is_refused_and_the_build_writes_it_again(tmp_path: Path, harm: Callable[[Path], None]) -> None:
     build(small(tmp_path))
-    victim = next(tmp_path.glob("*.tar"))
-    victim.write_bytes(victim.read_bytes()[:100])
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    victim = tmp_path / "train-hands-0001.tar"
+    harm(victim)
+    with pytest.raises(UserError, match=r"train-hands-0001.tar is .*: run task=build_data again"):
+        ScenePool(tmp_path, "train")
     assert build(small(tmp_path)) == 1
+    for path, (content, time) in before.items():
+        assert path.read_bytes() == content
+        assert (path.stat().st_mtime_ns == time) == (path.name not in (victim.name, "index.json"))
 
 
 def test_other_data_in_the_folder_are_refused(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 import io
 import json
+import os
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Pictures
@@ -14,6 +17,8 @@ from pyarrow.parquet import read_metadata, write_table
 
 from vlmscope.core.conversation import CAPTION_REQUEST, Conversation, Document
 from vlmscope.core.errors import UserError
+from vlmscope.data.build import BuildSettings, build_mix
+from vlmscope.data.columns import parser
 from vlmscope.data.raw import RawSample, held_out
 from vlmscope.data.share import WHOLE, Share
 from vlmscope.data.shuffled import ShuffledSource
@@ -100,6 +105,70 @@ def test_image_and_label_as_imagenet_has_them(tmp_path: Path, saved: str) -> Non
     assert len({caption.split()[0] for caption in captions}) == 2  # every template has its turn
 
 
+SFT = ["train_sft-00000-of-00001", "test_sft-00000-of-00001"]
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "chosen"),
+    [
+        # The hub's names, those that Hugging Face's `load_dataset` knows, and folders.
+        (["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"], "train", [0, 1]),
+        (["data/train-00000-of-00001", "data/validation-00000-of-00001"], "validation", [1]),
+        (SFT, "test_sft", [1]),
+        (["mine-train-00000-of-00001", "mine-test-00000-of-00001"], "test", [1]),
+        (["train_0", "train_1", "val_0"], "train", [0, 1]),
+        (["train", "val"], "val", [1]),
+        (["train/0000", "test/0000"], "test", [1]),
+        (["latest/train/0000", "latest/test/0000"], "train", [0]),
+        (["contest_train", "contest_dev"], "dev", [1]),
+        (["train-val", "val"], "val", [1]),
+        (["questions/0", "answers/0"], "answers", [1]),
+        # Files without a split's name are all of the training split, as `load_dataset` takes them.
+        (["0000", "0001"], "train", [0, 1]),
+        (["part-00000-of-00002", "part-00001-of-00002"], "train", [0, 1]),
+        (["0000", "0001"], "validation", "its files name no split, so that all of them are 'train'"),
+        (["part-00000-of-00002", "part-00001-of-00002"], "val", "its files name no split"),
+        # A split that no file carries.
+        (["train-00000-of-00001", "test-00000-of-00001"], "validation", "split 'validation'; .* one of test, train"),
+        (["train", "validation"], "val", "has no split 'val'; .* one of train, validation"),
+        (["test", "validation"], "train", "has no split 'train'; .* one of test, validation"),
+        (["test_0", "0"], "train", "has no split 'train'; .* one of test"),
+        (SFT, "train", "has no split 'train'; .* one of test_sft, train_sft"),
+        (["cats-00000-of-00001", "dogs-00000-of-00001"], "train", "one of cats, dogs"),
+        (["train/0000", "test/0000"], "val", "one of test, train"),
+    ],
+)
+def test_a_split_is_the_files_that_carry_its_name(
+    tmp_path: Path, files: list[str], split: str, chosen: list[int] | str
+) -> None:
+    for number, name in enumerate(files):
+        (tmp_path / "it" / name).parent.mkdir(parents=True, exist_ok=True)
+        text_table(30).select([number]).to_parquet(tmp_path / "it" / f"{name}.parquet")
+    config = SourceConfig("hf_text", str(tmp_path / "it"), val_split=split)
+    if isinstance(chosen, list):
+        assert {one.text for one in samples(config, split=split)} == {f"document {n}" for n in chosen}
+    else:
+        with pytest.raises(UserError, match=chosen) as error:
+            samples(config, split=split)
+        assert str(tmp_path / "it") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_folder_itself_may_name_the_split(tmp_path: Path) -> None:
+    text_table(3).to_parquet(tmp_path / "validation" / "0000.parquet")
+    assert len(samples(SourceConfig("hf_text", str(tmp_path / "validation"), split="validation"))) == 3
+
+
+@pytest.mark.parametrize("split", [None, "train", "test", "train[:50%]"])
+def test_a_table_saved_alone_is_one_split(tmp_path: Path, split: str | None) -> None:
+    table = text_table(4)
+    Dataset(table.data, split=split).save_to_disk(tmp_path / "it")  # pyright: ignore[reportArgumentType]
+    own = "test" if split == "test" else "train"
+    assert len(samples(SourceConfig("hf_text", str(tmp_path / "it"), split=own))) == 4
+    for other in {"train", "test", "validation"} - {own}:
+        with pytest.raises(UserError, match=f"has no split '{other}'; .* is one of {own}"):
+            samples(SourceConfig("hf_text", str(tmp_path / "it"), split=other))
+
+
 def test_pictures_with_captions_of_their_own(tmp_path: Path) -> None:
     table = imagenet_table(3).remove_columns("label").add_column("caption", ["one", "two", "three"])  # pyright: ignore
     table.save_to_disk(tmp_path / "data")
@@ -121,6 +190,56 @@ def test_pictures_and_turns_as_the_cauldron_has_them(tmp_path: Path, saved: str)
     two = next(one for one in read if one.exchanges[0].user == "q 2 0 ?")
     assert two.images == (picture(20), picture(21)) and len(two.exchanges) == 1
     assert next(one for one in read if one.exchanges[0].user == "q 1 0 ?").exchanges[1] == ("q 1 1 ?", "a 1")
+
+
+@pytest.mark.parametrize("stored", [picture(1), "a/1.png", {"bytes": None, "path": "a/1.png"}])
+def test_pictures_stored_as_bytes_or_as_paths_from_the_data_folder(tmp_path: Path, stored: Any) -> None:
+    """Tables of tools other than `datasets` (Roblox/FAI-RL#81)."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(picture(1))
+    rows = [{"images": [stored], "texts": [{"user": "q ?", "assistant": "a"}]}]
+    write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    (read,) = samples(SourceConfig("hf_cauldron", str(tmp_path)))
+    assert read.images == (picture(1),)
+
+
+@pytest.mark.parametrize("saved", ["disk", "parquet"])
+@pytest.mark.parametrize("layout", ["from", "parts", "json"])
+def test_pictures_and_turns_of_other_layouts(tmp_path: Path, saved: str, layout: str) -> None:
+    """As LLaVA's mixes have them (one picture a row), as chat templates take them, and encoded as JSON."""
+    turns: list[Any] = [[{"from": "human", "value": "<image>\nq ?"}, {"from": "gpt", "value": "a"}]] * 3
+    if layout == "parts":
+        parts = [{"type": "text", "text": "q ?", "index": None}, {"type": "image", "text": None, "index": 0}]
+        turns = [[{"role": "user", "content": parts}, {"role": "assistant", "content": [parts[0] | {"text": "a"}]}]] * 3
+    pictures = [{"bytes": picture(n), "path": None} for n in range(3)]
+    data = {"image": pictures, "said": list(map(json.dumps, turns)) if layout == "json" else turns}
+    table = Dataset.from_dict(data).cast_column("image", Image())
+    table.save_to_disk(tmp_path / "it") if saved == "disk" else parquet(table, tmp_path / "it", (2, 1))
+    read = samples(SourceConfig("hf_cauldron", str(tmp_path / "it"), images="image", texts="said"))
+    assert [(one.images, one.exchanges) for one in read] == [((picture(n),), (("q ?", "a"),)) for n in range(3)]
+    with pytest.raises(
+        UserError, match="no column 'images'; the columns are image, said .*images=image reads that one"
+    ):
+        samples(SourceConfig("hf_cauldron", str(tmp_path / "it"), texts="said"))
+    table.select_columns("said").rename_column("said", "messages").to_parquet(tmp_path / "text" / "0.parquet")
+    with pytest.raises(UserError, match="no column 'texts'; the columns are messages .*texts=messages reads that one"):
+        samples(SourceConfig("hf_cauldron", str(tmp_path / "text"), images=None))
+    with pytest.raises(UserError, match="no column 'images'; .*it.images=null if there are no pictures"):
+        samples(SourceConfig("hf_cauldron", str(tmp_path / "text"), texts="messages"))
+    plain = SourceConfig("hf_cauldron", str(tmp_path / "text"), images=None, texts="messages")
+    with pytest.raises(UserError, match="it row 0: messages: 1 <image> are written and 0 pictures are given"):
+        samples(plain)
+
+
+def test_an_unknown_layout_is_one_line_for_every_reader(tmp_path: Path) -> None:
+    turns = [[{"question": "q ?", "answer": "a"}]] * 3
+    Dataset.from_dict({"images": [[]] * 3, "texts": turns}).save_to_disk(tmp_path / "it")
+    config = SourceConfig("hf_cauldron", str(tmp_path / "it"))
+    said = r"it row \d: texts must be a list .*; its first entry has the keys answer, question"
+    with pytest.warns(UserWarning, match=said), pytest.raises(UserError, match=f"no sample of it can be used.*{said}"):
+        ShuffledSource(open_source("it", config)).next()
+    with pytest.raises(UserError, match=f"none of 3 rows of data.sources.it can be used; the last: {said}"):
+        build_mix({"it": config}, BuildSettings(tmp_path / "out", parts=1))
 
 
 def test_streams_are_shared_and_go_on_from_their_marks(tmp_path: Path) -> None:
@@ -299,6 +418,52 @@ def test_damaged_row_groups_are_left_out_with_a_count_up_to_a_limit(
     assert reader.bad_shards == 3
 
 
+@pytest.mark.parametrize(
+    ("row_limit", "memory", "said"),
+    [
+        (2**20, 2**40, r"rows of 4,19\d,\d{3} bytes in its row group 1, at most 1,048,576"),
+        (2**30, 2**22, r"row group 1 takes 4,19\d,\d{3} bytes, more than this machine's memory"),
+    ],
+)
+def test_a_row_group_that_no_memory_holds_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_limit: int, memory: int, said: str
+) -> None:
+    """By its metadata alone: compressed, the row takes a few hundred bytes of the file."""
+    texts = ["a", " " * 4_194_304 + "x", "b"]
+    write_table(Dataset.from_dict({"text": texts}).data.table, tmp_path / "train.parquet", row_group_size=1)
+    assert (tmp_path / "train.parquet").stat().st_size < 10**6
+    monkeypatch.setattr("vlmscope.data.bad_files.MAX_ROW_BYTES", row_limit)
+    monkeypatch.setattr("vlmscope.data.bad_files.MEMORY", memory)
+    config = SourceConfig("hf_text", str(tmp_path))
+    with pytest.raises(UserError, match=f"train.parquet .*{said}.*number 1, and data.max_bad_shards=0") as error:
+        samples(config)
+    assert "\n" not in str(error.value)
+    reader = open_source("it", config, max_bad_shards=1).open(WHOLE)
+    assert [row().text for row in reader] == ["a", "b"] and reader.bad_shards == 1
+
+
+def test_pictures_that_are_no_files_or_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table or a folder of unknown origin may name any path: a device or a pipe would never end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large.png").write_bytes(b"x" * 2000)
+    monkeypatch.setattr("vlmscope.data.raw.MAX_FILE_BYTES", 1000)
+    names = {
+        "pipe": "no file",
+        "large.png": "2,000 bytes",
+        ".": "no file",
+        "none.png": "No such file",
+        "/dev/zero": "no file",
+    }
+    for name, said in names.items():
+        (tmp_path / "train.jsonl").write_text(json.dumps({"images": [name], "text": "x"}))
+        row = {"image": {"bytes": None, "path": str(tmp_path / name)}, "label": "x"}
+        folder = open_source("it", SourceConfig("folder", str(tmp_path)), check_pictures=False)
+        for read in (folder.open(WHOLE).__next__(), partial(parser(SourceConfig("hf_image_label")), row, "row 1")):
+            with pytest.raises(UserError, match=rf"(line|row) 1: .*{said}") as error:
+                read()
+            assert "\n" not in str(error.value)
+
+
 def test_a_pass_goes_on_from_any_mark_beside_damage(tmp_path: Path) -> None:
     damaged_folder(tmp_path / "data")
     source = open_source("it", SourceConfig("hf_text", str(tmp_path / "data")), max_bad_shards=1)
@@ -324,7 +489,7 @@ def test_a_table_of_corrupt_files_alone_is_told(tmp_path: Path) -> None:
 def test_empty_and_unreadable_tables_are_told(tmp_path: Path, saved: str) -> None:
     empty = Dataset.from_dict({"text": []}, Features({"text": Value("string")}))
     empty.save_to_disk(tmp_path / "e") if saved == "disk" else parquet(empty, tmp_path / "e", (0,))
-    with pytest.raises(UserError, match="is empty|no sample of it"):
+    with pytest.raises(UserError, match="is empty|it has no sample"):
         ShuffledSource(open_source("it", SourceConfig("hf_text", str(tmp_path / "e")))).next()
     (tmp_path / "bad").mkdir()
     name = "dataset_dict.json" if saved == "disk" else "train-0.parquet"

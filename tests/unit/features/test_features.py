@@ -54,7 +54,7 @@ def test_logit_lens_ranks_as_the_model_does(bench) -> None:
     row = scope.transcoders[layer].W_dec[4]
     written = post(row.expand(1, 1, -1) * 1000.0)
     logits = scope.adapter.lm_head()(scope.adapter.final_norm()(written * 1000.0))[0, 0]
-    order = scope.vlm.tokenizer.convert_ids_to_tokens(logits.argsort(descending=True).tolist())
+    order = [scope.vlm.tokenizer.decode([token]) for token in logits.argsort(descending=True).tolist()]
     assert [w for w, _ in top] == order[:3]
     assert [w for w, _ in bottom] == order[::-1][:3]
     assert top[0][1] > bottom[0][1]

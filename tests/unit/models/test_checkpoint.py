@@ -171,10 +171,10 @@ def large_tokenizer(folder: Path) -> None:
 DAMAGES = [
     (remove_shard, r"model-00002-of-0000\d.safetensors is missing \(1 of \d weight files are\); download it again"),
     (interrupt, r"is missing \(1 of \d weight files are\) \(a download of it was interrupted\)"),
-    (empty_shard, r"model-00002-of-0000\d.safetensors is not a whole safetensors file \(0 bytes\)"),
-    (cut_shard, r"00002-of-0000\d.safetensors is not a whole safetensors file: [\d,]+ of [\d,]+ bytes are there"),
-    (cut_header, r"00002-of-0000\d.safetensors is not a whole safetensors file: 30 bytes, its header alone"),
-    (page_instead, r"00002-of-0000\d.safetensors is not a whole safetensors file"),
+    (empty_shard, r"model-00002-of-0000\d.safetensors: not a complete safetensors file \(0 bytes; "),
+    (cut_shard, r"00002-of-0000\d.safetensors: not a complete safetensors file .*file not fully covered.*; download"),
+    (cut_header, r"00002-of-0000\d.safetensors: not a complete safetensors file \(30 bytes; "),
+    (page_instead, r"00002-of-0000\d.safetensors: not a complete safetensors file"),
     (lfs_pointer, r"00002-of-0000\d.safetensors is a Git LFS pointer, not the file itself; run `git lfs pull`"),
     (lose_index, r"model.safetensors.index.json is missing beside model-00001"),
     (break_index, r"model.safetensors.index.json is not valid JSON"),
@@ -241,6 +241,20 @@ def test_weights_and_logits_come_back_from_shards(folder: Path) -> None:
         assert torch.equal(before.model(**inputs.tensors).logits, after.model(**inputs.tensors).logits)
 
 
+def test_weights_in_one_file_and_in_shards_are_those_that_transformers_takes(folder: Path) -> None:
+    """mlx-vlm#1464: a stray model.safetensors next to an index that names other files."""
+    model = load_vlm(folder).model
+    weights = {name: tensor * 0.5 for name, tensor in model.state_dict().items()}
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    assert weight_files(folder) == [folder / "model.safetensors"]
+    theirs = type(model).from_pretrained(folder).state_dict()
+    ours = load_vlm(folder).model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UserError, match="model.safetensors"):
+        check_weights(folder)
+
+
 def test_what_a_model_recomputes_may_lie_in_its_files(folder: Path) -> None:
     save_file({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "extra.safetensors")
 
@@ -295,3 +309,27 @@ def test_pan_and_scan_stays_off_whatever_the_folder_says(folder: Path) -> None:
     inputs = vlm.prepare("what is this ?", [picture])
     assert inputs.tensors["pixel_values"].shape == (1, 3, 16, 16)
     assert int(inputs.is_image.sum()) == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_one_line(value: float, folder: Path) -> None:
+    """They would make every answer nan; the file is whole, so that nothing else notices."""
+    tensors = load_file(shard(folder))
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, shard(folder), metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=rf"holds values that are not finite in float32, first in .*{name.rpartition('layers.')[2]}"
+    ):
+        load_vlm(folder)
+    with pytest.raises(UserError, match="not finite"):
+        load_vlm(folder, dtype="bfloat16")
+
+
+def test_weights_beyond_the_dtype_are_one_line(folder: Path) -> None:
+    tensors = load_file(shard(folder))
+    tensors[sorted(tensors)[0]].view(-1)[0] = 1e6
+    save_file(tensors, shard(folder), metadata={"format": "pt"})
+    load_vlm(folder)
+    with pytest.raises(UserError, match=r"not finite in float16.*bfloat16 or float32"):
+        load_vlm(folder, dtype="float16")

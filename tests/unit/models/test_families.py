@@ -6,15 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
+from vlmscope.api import Scope
 from vlmscope.core.errors import UserError
 from vlmscope.core.images import PatchBox
+from vlmscope.data.images import decode_image
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import make_batch
 from vlmscope.models.loading import VLM, load_vlm
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.models.tiny_families import FAMILIES
+from vlmscope.transcoders.init import random_set
 
 PROMPT = "what is this red planet ?"
 SIZES = ((48, 48), (72, 48), (48, 96))  # width and height
@@ -22,6 +25,11 @@ SIZES = ((48, 48), (72, 48), (48, 96))  # width and height
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def vlm(request: pytest.FixtureRequest) -> VLM:
+    return tiny_vlm(request.param, 5)
+
+
+@pytest.fixture(scope="module", params=("gemma3", *FAMILIES))
+def any_vlm(request: pytest.FixtureRequest) -> VLM:
     return tiny_vlm(request.param, 5)
 
 
@@ -103,6 +111,73 @@ def test_boxes_are_where_the_soft_tokens_look(vlm: VLM, size: tuple[int, int]) -
         right.append(number == int(np.argmax(np.where(alike, moved, -1.0))))
     assert len(set(boxes)) > len(boxes) / 2 and len(right) >= 4
     assert all(right)
+
+
+def drawn(size: tuple[int, int]) -> Image.Image:
+    """Black strokes on a transparent ground, which without its alpha is all black."""
+    alpha = np.zeros(size[::-1], np.uint8)
+    alpha[::3, :] = alpha[:, ::5] = 255
+    return Image.merge("RGBA", [Image.new("L", size)] * 3 + [Image.fromarray(alpha)])
+
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+# Name of the file -> picture and how it is saved.
+FILES = {
+    "alpha.png": (drawn((72, 48)), {}),
+    "grey_alpha.png": (drawn((72, 48)).convert("LA"), {}),
+    "alpha.webp": (drawn((48, 96)), {"lossless": True}),
+    "alpha.gif": (drawn((72, 48)), {}),
+    "palette.png": (drawn((72, 48)).quantize(4), {}),
+    "scan.png": (tiny_image(1).resize((2100, 60)), {}),
+    "turned.jpg": (tiny_image(2).resize((72, 48)), {"exif": TURNED}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_door_gives_what_hugging_face_makes_of_a_file(any_vlm: VLM, tmp_path: Path, name: str) -> None:
+    vlm = any_vlm
+    path, (picture, settings) = tmp_path / name, FILES[name]
+    picture.save(path, **settings)
+    template = getattr(vlm.processor, "chat_template", None)
+    text = vlm.adapter.wrap_prompt(PROMPT, 1, vlm.tokenizer, template).text
+    upright = ImageOps.exif_transpose(Image.open(path)) if name == "turned.jpg" else Image.open(path)
+    theirs = vlm.processor(text=[text], images=[[upright]], return_tensors="pt", add_special_tokens=False)
+    transcoders = random_set(1, 2, 2, 1)  # no one looks at them
+    for given in (path, Image.open(path), decode_image(path.read_bytes(), name)):
+        inputs = Scope(vlm, transcoders).inputs(PROMPT, [given])
+        pictures = [] if isinstance(given, Path) else [given]
+        ours = [inputs.tensors, *(vlm.tokenised(text, [one]) for one in pictures)]
+        assert all(torch.equal(one["input_ids"], theirs["input_ids"]) for one in ours)
+        assert all(torch.equal(one["pixel_values"], theirs["pixel_values"]) for one in ours)
+        assert inputs.sizes == (upright.size,)
+        assert sum(box is not None for box in inputs.patch_boxes) == inputs.is_image.sum()
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_processor_alone_limits_the_soft_tokens(family: str, tmp_path: Path) -> None:
+    """A scan larger than 2,048 pixels has a soft token for every patch that the checkpoint's own limit allows."""
+    vlm = tiny_vlm(family, 5)
+    vlm.processor.image_processor.size["longest_edge"] = 10**6
+    tiny_image(1).resize((2400, 24)).save(tmp_path / "scan.png")
+    inputs = Scope(vlm, random_set(1, 2, 2, 1)).inputs(PROMPT, [tmp_path / "scan.png"])
+    assert inputs.is_image.sum() == 400 * 4  # patches of 3 pixels, of which 2 x 2 are a soft token
+    boxes = [box for box in inputs.patch_boxes if box is not None]
+    assert boxes[1] == pytest.approx(PatchBox(1 / 400, 0, 2 / 400, 1 / 4))
+    assert boxes[-1] == pytest.approx(PatchBox(399 / 400, 3 / 4, 1, 1))
+
+
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (3, 90), (90, 3), (1, 1)])
+def test_strips(any_vlm: VLM, size: tuple[int, int]) -> None:
+    """Some towers see a strip as less than a patch; Hugging Face's own forward says how many soft tokens are left."""
+    vlm = any_vlm
+    inputs = vlm.prepare(PROMPT, [tiny_image(1).resize(size)])
+    assert torch.isfinite(logits(vlm, inputs)).all()
+    boxes = [box for box in inputs.patch_boxes if box is not None]
+    assert len(boxes) == inputs.is_image.sum()
+    assert all(0 <= box.left <= box.right <= 1 and 0 <= box.top <= box.bottom <= 1 for box in boxes)
+    (patches,) = vlm.adapter.picture_patches(inputs.tensors, inputs.sizes, vlm.processor.image_processor)
+    assert patches.pooling.shape == (len(boxes), sum(len(tile.tokens) for tile in patches.tiles))
 
 
 def test_a_saved_model_is_the_same_model(vlm: VLM, tmp_path: Path) -> None:

@@ -4,9 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
+from vlmscope.core.conversation import Conversation, Exchange
 from vlmscope.core.errors import UserError
+from vlmscope.interventions.generate import generate_batch, generate_ids
+from vlmscope.models.answers import continued, greedy_answer
 from vlmscope.models.base import ModelInputs
+from vlmscope.models.conversations import LOSS_MASK, encode, sequence_forward
 from vlmscope.models.loading import VLM
 from vlmscope.models.orrery.processor import build_tokenizer
 from vlmscope.models.positions import written_by_user
@@ -97,3 +102,42 @@ def test_words_that_a_word_level_tokenizer_lacks_are_named() -> None:
     question = [token for token, role in zip(inputs.tokens, inputs.roles, strict=True) if role == "question"]
     assert question == ["what", "user", "is", "model", "this", "?"]
     assert inputs.tokens[:3] == ["<bos>", "<start_of_turn>", "user"] and inputs.roles[2] == "special"
+
+
+def test_nothing_longer_than_the_models_positions_runs(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = tuple(picture.resize((48, 24)) for picture in pictures(vlm, 1))
+    inputs = vlm.prepare("what is this ?", images)
+    conversation = Conversation(images, (Exchange("what is this ?", "red planet"),), "line 3")
+    (spoken,) = encode(vlm, conversation)
+    found: list[torch.Tensor] = []
+
+    def keep(_module: object, args: tuple, kwargs: dict) -> None:
+        found.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1])
+
+    hook = vlm.adapter.decoder().rotary_emb.register_forward_pre_hook(keep, with_kwargs=True)  # pyright: ignore
+    vlm.adapter.forward(inputs.tensors)
+    vlm.adapter.forward({name: tensor for name, tensor in spoken.items() if name != LOSS_MASK})
+    hook.remove()
+    # What Hugging Face counts; with rows and columns (M-RoPE) a picture takes fewer positions than soft tokens.
+    used, used_by_all = (int(one.max() - one.min()) + 1 for one in (found[0], found[-1]))
+    assert (used < len(inputs)) == vlm.adapter.m_rope
+    text = vlm.model.config.get_text_config()
+    monkeypatch.setattr(text, "max_position_embeddings", used)
+    assert len(vlm.prepare("what is this ?", images)) == len(inputs)
+    refused = f"has {used} positions; shorten"
+    for longer in (
+        lambda: vlm.prepare("what is this ? and", images),
+        lambda: continued(vlm.adapter, inputs, [5], vlm.tokenizer),
+        lambda: greedy_answer(vlm.adapter, inputs, 1),
+        lambda: generate_ids(vlm.adapter, inputs, max_new_tokens=1),
+        lambda: generate_batch(vlm.adapter, [inputs], max_new_tokens=1),
+        lambda: sequence_forward(vlm, [5] * (used + 1)),
+    ):
+        with pytest.raises(UserError, match=refused):
+            longer()
+    monkeypatch.setattr(text, "max_position_embeddings", used_by_all - 1)
+    with pytest.raises(
+        UserError, match=f"line 3: .*{used_by_all} positions.* has {used_by_all - 1} positions; shorten"
+    ):
+        encode(vlm, conversation)
+    assert encode(vlm, conversation, spoken["input_ids"].shape[1] - 1)

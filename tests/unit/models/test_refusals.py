@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     CLIPVisionConfig,
     Gemma4ForConditionalGeneration,
@@ -16,9 +18,20 @@ from transformers import (
     PhiConfig,
 )
 
+from vlmscope.activations.mlp_inputs import mlp_inputs_and_logits
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.trace import trace
+from vlmscope.core.conversation import Conversation, Document, Exchange
 from vlmscope.core.errors import UserError
+from vlmscope.features.token_lens import token_lens
+from vlmscope.interventions.controls import run_random_direction
+from vlmscope.interventions.edits import LayerEdit
+from vlmscope.interventions.frozen import base_run
+from vlmscope.interventions.generate import generate_batch, generate_edited
+from vlmscope.interventions.run import run_edited
+from vlmscope.models.answers import greedy_answer
+from vlmscope.models.batching import make_batch
+from vlmscope.models.conversations import encode
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.tiny import tiny_image, tiny_vlm
@@ -117,8 +130,23 @@ def test_a_forward_that_overflows_is_told() -> None:
     transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 8, 2, dtype=vlm.adapter.dtype)
     inputs = vlm.prepare("what is this ?")
     vlm.adapter.norms(1).mlp_out_post.weight.fill_(60000.0)  # pyright: ignore[reportOptionalMemberAccess]
-    with pytest.raises(UserError, match="not finite in float16: .* try model.dtype=bfloat16 or float32"):
-        trace(Scope(vlm, transcoders), inputs, AttributionConfig())
+    scope, adapter = Scope(vlm, transcoders), vlm.adapter
+    batch = make_batch(adapter, [inputs])
+    one = torch.tensor([3])
+    plan = {1: LayerEdit(one, torch.zeros(1), torch.ones(1), torch.ones(len(inputs), dtype=torch.bool), torch.zeros(1))}
+    for read in (
+        lambda: trace(scope, inputs, AttributionConfig()),
+        lambda: greedy_answer(adapter, inputs, 2),
+        lambda: generate_edited(scope, inputs),
+        lambda: generate_batch(adapter, [inputs, inputs], 2),
+        lambda: token_lens(adapter, batch, np.array([1]), [5]),
+        lambda: base_run(scope, batch),
+        lambda: run_edited(scope, batch, plan),
+        lambda: run_random_direction(scope, batch, plan, 0),
+        lambda: mlp_inputs_and_logits(adapter, batch, [0]),
+    ):
+        with pytest.raises(UserError, match="not finite in float16: .* try model.dtype=bfloat16 or float32"):
+            read()
 
 
 def test_a_bare_soft_token_in_a_prompt_is_refused() -> None:
@@ -134,3 +162,46 @@ def test_paligemma_wants_a_picture() -> None:
 def test_an_unknown_tiny_family_names_the_known_ones() -> None:
     with pytest.raises(UserError, match="no tiny model of type 'gpt'; choose one of: gemma3, gemma3_text, "):
         tiny_vlm("gpt")
+
+
+# What transformers' processors and tokenizers raise a ValueError or TypeError of: family, said, picture's size, reason.
+RAISED = [
+    ("llava_onevision", "what is <video> this", (16, 16), "Found 1 <video> tokens"),
+    ("internvl", "what is <video> this", (16, 16), "Found 1 <video> tokens"),
+    ("qwen2_5_vl", "what is <|video_pad|> this", (16, 16), "Found 1 <|video_pad|> tokens"),
+    ("qwen3_vl", "what is <|video_pad|> this", (16, 16), "Found 1 <|video_pad|> tokens"),
+    ("gemma4", "what is <|audio|> this", (16, 16), "Found 1 <|audio|> tokens"),
+    ("qwen2_5_vl", "what is this", (4060, 10), "picture of 4060 x 10 pixels.*aspect ratio must be smaller than 200"),
+    ("qwen3_vl", "what is this", (2, 3000), "picture of 2 x 3000 pixels.*aspect ratio must be smaller than 200"),
+    ("gemma3", "what \ud800 is this", (16, 16), r"'\\ud800' at character 6"),
+    ("gemma3_text", "caf\udce9", None, r"'\\udce9' at character 4"),
+    ("paligemma", "caf\udce9", (16, 16), r"'\\udce9' at character 4"),
+]
+
+
+@pytest.mark.parametrize(("family", "said", "size", "reason"), RAISED)
+def test_what_a_processor_raises_is_one_line_that_names_its_input(
+    family: str, said: str, size: tuple[int, int] | None, reason: str
+) -> None:
+    vlm = tiny_vlm(family, 5)
+    pictures = () if size is None else (Image.new("RGB", size),)
+    with pytest.raises(UserError, match=reason if "character" in reason else f"'{said[:7]}.*{reason}"):
+        vlm.prepare(said, pictures)
+    anywhere = reason.partition(" at character")[0]  # of the whole conversation
+    for exchange in (Exchange(said, "red"), Exchange("what is this", said)):
+        with pytest.raises(UserError, match=f"^line 4: .*{anywhere}"):
+            encode(vlm, Conversation(pictures, (exchange,), "line 4"))
+    if "character" in reason and not vlm.adapter.needs_pictures:
+        with pytest.raises(UserError, match=f"^line 5: .*{reason}"):
+            encode(vlm, Document(said, "line 5"))
+
+
+def test_memory_is_not_blamed_on_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = tiny_vlm("llava", 5)
+
+    def full(*_args: Any, **_kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(type(vlm.processor), "__call__", full)
+    with pytest.raises(MemoryError):
+        vlm.prepare("what is this", [tiny_image(0)])

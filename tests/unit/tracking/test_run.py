@@ -1,7 +1,11 @@
 """Status, resume, sweeps, limits: against a real MLflow store in SQLite."""
 
 import os
+import sqlite3
+import time
+from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ import pytest
 
 from vlmscope.core.errors import UserError
 from vlmscope.tracking import NullRun, RunInfo, TrackingConfig, open_run, sweep
+from vlmscope.tracking import run as tracked_run
 from vlmscope.tracking.client import open_client
 from vlmscope.tracking.params import MAX_KEY, MAX_VALUE, to_params
 
@@ -163,6 +168,7 @@ def test_a_store_that_cannot_be_used_is_one_line(tmp_path) -> None:
     for uri, words in [
         ("sqlite:////proc/none/x.db", "cannot write"),
         (f"sqlite:///{tmp_path}/text.db", "not a SQLite"),
+        (f"sqlite:///{tmp_path}/caf\udce9/x.db", "not UTF-8"),
     ]:
         with (
             pytest.raises(UserError, match=words) as raised,
@@ -212,3 +218,111 @@ def test_a_run_leaves_files_of_runs_inside_it_to_them_and_knows_who_started_it(c
     assert [item.path for item in client.list_artifacts(child.run_id)] == ["theirs.txt"]
     assert stored(config, child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
     assert sweep.started_by(None, "nested") == {}
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """Waits of the store's users as short as the locks below."""
+    for module in (tracked_run, sweep):
+        monkeypatch.setattr(module, "WAIT", 0.05)
+        monkeypatch.setattr(module, "PATIENCE", 0.3)
+    monkeypatch.setattr(tracked_run, "_FIRST_PAUSE", 0.0)
+
+
+@contextmanager
+def locked(uri: str) -> Iterator[None]:
+    """The database as another process leaves it in the middle of a transaction."""
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"), isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+        other.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("when", ["start", "middle", "start of a resumed run"])
+def test_a_locked_store_costs_no_work_and_catches_up(config, tmp_path, impatient, caplog, when) -> None:
+    run_dir, steps = folder(tmp_path), []
+    if "resumed" in when:
+        with open_run(config, run_dir, RunInfo("locked", "r")) as run:
+            run.log_metrics({"loss": 2.0}, step=5)
+        steps = [5]
+    with ExitStack() as lock:
+        if when != "middle":
+            lock.enter_context(locked(config.uri))
+        with open_run(config, run_dir, RunInfo("locked", "r", {"a": 1}), resume="resumed" in when) as run:
+            if when == "middle":
+                lock.enter_context(locked(config.uri))
+            before = time.monotonic()
+            for step in (10, 20, 30):
+                run.log_metrics({"loss": 1 / step}, step=step)
+            (run_dir / "a.txt").write_text("1")
+            run.log_artifacts(run_dir)
+            assert time.monotonic() - before < 8  # MLflow itself waits 20 s a call
+            lock.close()
+            run.log_metrics({"loss": 0.0})
+    client = open_client(config.uri)
+    found = stored(config, run.run_id)
+    assert (found.info.status, found.data.params) == ("FINISHED", {"a": "1"})
+    history = client.get_metric_history(found.info.run_id, "loss")
+    assert sorted(point.step for point in history) == [*steps, 10, 20, 30, 30]
+    assert "a.txt" in {item.path for item in client.list_artifacts(found.info.run_id)}
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "database is locked" in warning and "\n" not in warning
+
+
+def test_what_a_store_never_took_is_said_in_one_line(config, tmp_path, impatient, caplog, monkeypatch) -> None:
+    run_dir = folder(tmp_path)
+    with locked(config.uri), open_run(config, run_dir, RunInfo("locked", "r")) as run:
+        monkeypatch.setattr(run, "_points", deque(maxlen=3))
+        monkeypatch.setattr(tracked_run, "_MOST_POINTS", 3)
+        for step in range(5):
+            run.log_metrics({"loss": 1.0}, step=step)
+        (run_dir / "a.txt").write_text("1")
+        run.log_artifacts(run_dir)
+    first, last = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "kept and written later" in first
+    for words in ("the run itself, 5 points of 1 metrics, 1 files", "locked", f"{run_dir} has metrics.json"):
+        assert words in last
+
+
+def test_a_store_that_breaks_costs_no_work(config, tmp_path, caplog, monkeypatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with open_run(config, folder(tmp_path), RunInfo("broken", "r")) as run:
+        monkeypatch.setattr("mlflow.tracking.MlflowClient.log_batch", broken)
+        run.log_metrics({"loss": 1.0}, step=1)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("vlmscope")]
+    assert len(said) == 2
+    assert all("No space left on device" in words for words in said)
+
+
+def test_a_sweep_on_a_locked_store_gets_its_parent_later(config, tmp_path, impatient) -> None:
+    with locked(config.uri):
+        assert sweep.open_parent(config, tmp_path / "sweep", "late", ["seed=1,2"]) is None
+    jobs = []
+    for number in (1, 2):
+        with open_run(config, folder(tmp_path, str(number)), RunInfo("late", "x", parent_id=sweep.parent_id())) as job:
+            jobs.append(job.run_id)
+    (parent,) = {stored(config, job).data.tags["mlflow.parentRunId"] for job in jobs}
+    with locked(config.uri):
+        sweep.log_to_parent([], tmp_path)
+    sweep.close_parent()
+    found = stored(config, parent)
+    assert (found.info.status, found.data.tags["sweep"]) == ("FINISHED", "true")
+    assert len(open_client(config.uri).search_runs([found.info.experiment_id])) == 3
+
+
+def test_names_that_are_not_utf8_are_recorded_escaped(config, tmp_path) -> None:
+    run_dir = folder(tmp_path, os.fsdecode(b"caf\xe9"))
+    picture = run_dir / os.fsdecode(b"p\xe9.png")
+    picture.write_bytes(b"1")
+    info = RunInfo("names", run_dir.name, {"image": str(picture)}, [f"image={picture}"])
+    with open_run(config, run_dir, info) as run:
+        run.log_artifacts(run_dir)
+    found = stored(config, run.run_id)
+    assert found.info.run_name == r"caf\udce9"
+    assert found.data.tags["run_dir"].endswith(r"caf\udce9")
+    assert found.data.tags["overrides"].endswith(r"p\udce9.png")
+    assert found.data.params["image"].endswith(r"p\udce9.png")
+    (copied,) = Path(found.info.artifact_uri.removeprefix("file://")).iterdir()
+    assert os.fsencode(copied.name) == b"p\xe9.png"

@@ -1,5 +1,6 @@
 """Batches of a mix follow from the number alone, whatever was asked before, and from a state on the disk."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from vlmscope.data.sources import open_source
 from vlmscope.data.text_packing import TokenPacker
 from vlmscope.models.conversations import LOSS_MASK, encode, ends_of_text, sequence_forward, text_ids
 from vlmscope.models.loading import VLM
-from vlmscope.models.tiny import tiny_vlm
+from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.training.conversation_batches import Forward
 from vlmscope.training.mix_batches import EVERY, MixBatches, MixValidation, SampleEncoder
 from vlmscope.training.transcoder_data import OwnPart
@@ -181,5 +182,30 @@ def test_validation_takes_as_many_of_every_source(vlm: VLM) -> None:
     pictures = [any("pixel_values" in one for one in held[n]) for n in range(9)]
     assert pictures == [False] * 3 + [True] * 6
     assert [ids(one) for one in held] == [ids(one) for one in held]
-    with pytest.raises(UserError, match="no sample of it can be used|has no sample for validation"):
+    with pytest.raises(UserError, match="its 30 samples all fall on the same side of data.val_share"):
         MixValidation({"text": (stream("text", 0), encoder(vlm))}, 9)
+    long = encoder(vlm)
+    long.encode = lambda sample: encode(vlm, sample, 8)
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(UserError, match="for validation can be used, the first: .*max_tokens"),
+    ):
+        MixValidation({"captions": (stream("captions", 1), long)}, 9)
+
+
+def test_what_the_processor_refuses_is_left_out_and_counted(tmp_path: Path) -> None:
+    vlm = tiny_vlm("qwen2_5_vl", 1)
+    tiny_image(0).save(tmp_path / "a.png")
+    tiny_image(0).resize((401, 2)).save(tmp_path / "strip.png")
+    answers = ["red", "blue <|video_pad|>", "one", "a \ud800", "two", "planet"]
+    rows = [{"images": ["a.png"], "texts": [{"user": "what ?", "assistant": answer}]} for answer in answers]
+    rows += [{"images": ["strip.png"], "text": "red"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source("mine", SourceConfig("folder", str(tmp_path)))
+    samples = ShuffledSource(source, WHOLE, buffer=1, repeat=False)
+    made = MixBatches(
+        lambda: TokenMix({"mine": Lane(1.0, samples, encoder(vlm))}), 10**6, tmp_path / "s.json", "", False
+    )
+    with pytest.warns(UserWarning, match=r"line 2: .*<\|video_pad\|>.*; such samples of mine are left out and counted"):
+        assert sum(len(one["input_ids"]) for one in made(0)) == 4
+    assert made.figures()["data/mine/skipped"] == 3

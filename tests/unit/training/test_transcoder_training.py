@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlmscope.config.schema import OptimConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.seeds import generator
 from vlmscope.metrics.reconstruction import fvu
@@ -186,6 +187,27 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(vlm: VLM, tmp_path: P
     _train(vlm, tmp_path)
     with pytest.raises(UserError, match=r"\(k 8 -> 4, lr 0.003 -> 0.1\)"):
         _train(vlm, tmp_path, resume=True, k=4, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [1 / 2, 1, 1, 1, 1, 1]),
+        ("linear", [1 / 2, 1, 1, 0.7525, 0.505, 0.2575]),
+        ("cosine", [1 / 2, 1, 1, 0.01 + 0.99 * (1 + 0.5**0.5) / 2, 0.505, 0.01 + 0.99 * (1 - 0.5**0.5) / 2]),
+    ],
+)
+def test_the_rate_follows_every_schedule_that_the_configuration_takes(
+    vlm: VLM, schedule: str, factors: list[float]
+) -> None:
+    OptimConfig(schedule=schedule)
+    config = dataclasses.replace(CONFIG, schedule=schedule, lr_floor=0.01)  # 6 steps, 2 of them warm-up
+    config.check()
+    module = TranscoderModule(vlm.adapter, config, "tiny")
+    rates = []
+    for module.steps_done in range(6):
+        rates.append(module.rate() / config.lr)
+    assert rates == pytest.approx(factors)
 
 
 @pytest.mark.parametrize(("name", "value"), [("lr", 0.0), ("schedule", "steps"), ("init", "magic"), ("max_steps", 0)])

@@ -62,6 +62,15 @@ def test_a_strangers_card_is_quoted_with_its_licence_and_stays_quoted() -> None:
         carried_over(own, "---\na: [\n---\nText\n")
 
 
+@pytest.mark.parametrize(
+    "vlmscope", [{"figures": "x"}, {"data": [1]}, {"data": {"a": "b"}}, {"ce_delta": "x"}, {"settings": 3}]
+)
+def test_a_strangers_facts_that_do_not_fit_are_one_line(vlmscope: dict) -> None:
+    own = facts_of_set(random_set(2, 6, 24, 4))
+    with pytest.raises(UserError, match="front matter of the set's README.md is an incomplete card"):
+        carried_over(own, f"---\n{yaml.safe_dump({'vlmscope': vlmscope})}---\nText\n")
+
+
 def test_what_is_not_known_is_said_so() -> None:
     text = render(facts_of_set(random_set(2, 6, 24, 4)))
     assert "No figures are known" in text and "unknown" in text and "Training data" not in text

@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.formats import FORMATS, Choice, detect, load_set, refusal, save_set
@@ -84,11 +86,36 @@ def circuit_tracer_folder(folder: Path, dtype: str, skip: bool) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(record))
 
 
+def to_safetensors_folder(folder: Path, dtype: str, skip: bool, kind: str = "jumprelu", ks: tuple = (K, K)) -> None:
+    """As `TranscoderSet.to_safetensors` lays it out, with the `config.yaml` that circuit-tracer's cache adds."""
+    for layer in range(L):
+        w = draw(layer, skip, threshold=kind == "jumprelu")
+        if kind == "jumprelu":
+            w["activation_function.threshold"] = w.pop("threshold")
+        put(folder / f"layer_{layer}.safetensors", w, dtype)
+        if kind == "topk":  # from circuit-tracer's pull request 94 on: `torch.tensor(activation_function.k)`
+            save_file(load_file(folder / f"layer_{layer}.safetensors") | {"k": np.array(ks[layer])},
+                      folder / f"layer_{layer}.safetensors")  # fmt: skip
+    record = {
+        "model_kind": "transcoder_set", "model_name": "some/llm", "feature_input_hook": "mlp.hook_in",
+        "feature_output_hook": "mlp.hook_out", "scan": "some/set", "revision": None,
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(record))
+
+
+def to_safetensors_topk_folder(folder: Path, dtype: str, skip: bool) -> None:
+    to_safetensors_folder(folder, dtype, skip, "topk")
+
+
 def circuit_tracer_formula(folder: Path, layer: int) -> np.ndarray:
     record = yaml.safe_load((folder / "config.yaml").read_text())
-    w = load_file(folder / record["transcoders"][layer])
+    w = load_file(folder / f"layer_{layer}.safetensors")
     pre = X @ w["W_enc"].T + w["b_enc"]
-    acts = topk(pre, record["k"]) if record.get("activation") == "topk" else np.maximum(pre, 0)
+    if "activation_function.threshold" in w:
+        acts = pre * (pre > w["activation_function.threshold"])
+    else:
+        k = w.get("k", record.get("k") if record.get("activation") == "topk" else None)
+        acts = np.maximum(pre, 0) if k is None else topk(pre, int(k))
     return acts @ w["W_dec"] + w["b_dec"] + (X @ w["W_skip"].T if "W_skip" in w else 0)
 
 
@@ -177,6 +204,8 @@ class Case(NamedTuple):
 CASES = {
     "paper": Case(paper_folder, paper_formula, ("mlp_in", "mlp_out")),
     "circuit_tracer": Case(circuit_tracer_folder, circuit_tracer_formula, ("mlp_in", "mlp_out")),
+    "circuit_tracer jumprelu": Case(to_safetensors_folder, circuit_tracer_formula, ("mlp_in", "mlp_out")),
+    "circuit_tracer topk": Case(to_safetensors_topk_folder, circuit_tracer_formula, ("mlp_in", "mlp_out")),
     "gemma_scope": Case(gemma_folder, gemma_formula, ("mlp_in", "mlp_out_post")),
     "sparsify": Case(sparsify_folder, sparsify_formula, ("mlp_in", "mlp_out")),
     "sae_lens": Case(sae_lens_folder, sae_lens_formula, ("mlp_in", "mlp_out")),
@@ -203,7 +232,7 @@ def test_a_folder_made_by_hand_is_read_as_its_own_tool_reads_it(
 ) -> None:
     case = CASES[name]
     case.folder(tmp_path, dtype, skip)
-    assert detect(tmp_path).name == name
+    assert detect(tmp_path).name == name.split()[0]
     loaded = load_set(tmp_path, n_layers=L, d_model=D, dtype=getattr(torch, dtype))
     assert (loaded.config.input_hook, loaded.config.output_hook) == case.hooks
     assert_computes(loaded, case.formula, tmp_path)
@@ -214,7 +243,7 @@ def test_what_we_write_is_read_the_same_by_the_other_tool_and_by_us(tmp_path: Pa
     case = CASES[name]
     case.folder(tmp_path / "hand", "float64", skip)
     loaded = load_set(tmp_path / "hand", dtype=torch.float64)
-    save_set(loaded, tmp_path / "ours", "float64", format=name)
+    save_set(loaded, tmp_path / "ours", "float64", format=name.split()[0])
     for layer in range(L):
         np.testing.assert_allclose(case.formula(tmp_path / "ours", layer), ours(loaded, layer), rtol=0, atol=1e-11)
     again = load_set(tmp_path / "ours", dtype=torch.float64)
@@ -249,6 +278,74 @@ def test_circuit_tracer_takes_relu_without_its_keys_and_what_we_write_has_all_th
     save_set(random_set(L, D, F, K), tmp_path / "ours")
     record = yaml.safe_load((tmp_path / "ours" / "config.yaml").read_text())
     assert (record["top_k"], record["activation"], record["k"]) == (K, "topk", K)
+
+
+def change_layer(folder: Path, layer: int, **arrays: np.ndarray | None) -> None:
+    where = folder / f"layer_{layer}.safetensors"
+    found = load_file(where) | {name.replace("__", "."): array for name, array in arrays.items()}
+    save_file({name: array for name, array in found.items() if array is not None}, where)
+
+
+def test_each_file_of_to_safetensors_says_its_own_nonlinearity(tmp_path: Path) -> None:
+    to_safetensors_folder(tmp_path / "topk", "float64", False, "topk", ks=(3, 5))
+    loaded = load_set(tmp_path / "topk", dtype=torch.float64)
+    assert [loaded[layer].config.k for layer in range(L)] == [3, 5]
+    assert_computes(loaded, circuit_tracer_formula, tmp_path / "topk")
+    to_safetensors_folder(tmp_path / "mixed", "float64", False)
+    change_layer(tmp_path / "mixed", 0, activation_function__threshold=np.array(0.7))  # `JumpReLU(0.7)`: a scalar
+    change_layer(tmp_path / "mixed", 1, activation_function__threshold=None)
+    loaded = load_set(tmp_path / "mixed", dtype=torch.float64)
+    assert [loaded[layer].config.activation for layer in range(L)] == ["jumprelu", "relu"]
+    assert_computes(loaded, circuit_tracer_formula, tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("said", [{}, {"activation": "jump_relu"}, {"layers": [0, 1], "num_model_layers": 2}])
+def test_thresholds_tell_circuit_tracers_set_whatever_config_yaml_leaves_out(tmp_path: Path, said: dict) -> None:
+    to_safetensors_folder(tmp_path, "float64", False)
+    where = tmp_path / "config.yaml"
+    record = yaml.safe_load(where.read_text())
+    where.write_text(yaml.safe_dump({n: v for n, v in record.items() if n != "scan"} | said))
+    assert detect(tmp_path).name == "circuit_tracer"
+    assert_computes(load_set(tmp_path, dtype=torch.float64), circuit_tracer_formula, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "arrays", "words"),
+    [
+        ("jumprelu", {"activation": "relu"}, {}, "activation is 'relu', but .*layer_0.safetensors holds thresholds"),
+        ("jumprelu", {"activation": "topk", "k": 4}, {}, "activation is 'topk', but .* holds thresholds"),
+        ("topk", {"activation": "relu"}, {}, "activation is 'relu', but .*layer_0.safetensors holds k"),
+        ("topk", {"activation": "topk", "k": 5}, {}, "k is 5, but layer_0.safetensors says 4"),
+        ("topk", {}, {"k": np.array([4, 4])}, r"layer_1.safetensors: k has shape \(2,\) and dtype I64 where one whole"),
+        ("topk", {}, {"k": np.array(4.5)}, r"layer_1.safetensors: k has shape \(\) and dtype F64 where one whole"),
+        ("topk", {}, {"k": np.array(0)}, "k must be a positive whole number, not 0"),
+        ("topk", {}, {"k": np.array(F + 1)}, f"k = {F + 1} must lie between 1 and n_features"),
+        ("jumprelu", {}, {"activation_function__threshold": -np.ones(F)}, "thresholds below 0"),
+        ("jumprelu", {}, {"threshold": np.ones(F)}, "holds its thresholds twice"),
+        ("jumprelu", {}, {"log_thresholds": np.ones(F)}, "holds log_thresholds"),
+    ],
+)  # fmt: skip
+def test_what_circuit_tracer_would_read_otherwise_is_refused(
+    tmp_path: Path, kind: str, said: dict, arrays: dict, words: str
+) -> None:
+    to_safetensors_folder(tmp_path, "float64", False, kind)
+    change_layer(tmp_path, 1, **arrays)
+    where = tmp_path / "config.yaml"
+    where.write_text(yaml.safe_dump(yaml.safe_load(where.read_text()) | said))
+    with pytest.raises(UserError, match=words) as caught:
+        load_set(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_without_config_yaml_are_told_what_to_write(tmp_path: Path) -> None:
+    """`to_safetensors` writes none, and hook points cannot be guessed."""
+    to_safetensors_folder(tmp_path, "float64", False)
+    (tmp_path / "config.yaml").unlink()
+    for format in ("auto", "circuit_tracer"):
+        with pytest.raises(
+            UserError, match="layer_0.safetensors is there; write .*feature_input_hook.* into .*config.yaml"
+        ):
+            load_set(tmp_path, format=format)
 
 
 def test_hook_mlp_out_lies_after_the_norm_in_gemma_alone(tmp_path: Path) -> None:
@@ -319,7 +416,7 @@ def test_an_affine_set_without_its_skip_path_is_damaged(tmp_path: Path) -> None:
         ({"num_latents": 25}, r"make 25 features, encoder.weight has \(24, 6\)"),
         ({"expansion_factor": 5}, r"make 30 features"),
         ({"d_in": 7}, "d_in is 7"),
-        ({"k": 0}, "k must be a positive number"),
+        ({"k": 0}, "k must be a positive whole number"),
     ],
 )
 def test_what_sparsify_would_read_otherwise_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -417,8 +514,6 @@ def set_of(
     ("activation", "hook", "format", "words"),
     [
         ("batchtopk", "mlp_out", "paper", "TopK alone"),
-        ("batchtopk", "mlp_out", "circuit_tracer", "no place for the threshold of batchtopk"),
-        ("jumprelu", "mlp_out", "circuit_tracer", "no place for the threshold"),
         ("jumprelu", "mlp_out", "sparsify", "no place for jumprelu"),
         ("topk", "mlp_out_post", "sparsify", "no module maps mlp_in to mlp_out_post"),
         ("topk", "mlp_out_post", "paper", "raw MLP output"),
@@ -441,7 +536,7 @@ def test_the_papers_code_counts_layers_from_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
-@pytest.mark.parametrize("format", ["gemma_scope", "sae_lens"])
+@pytest.mark.parametrize("format", ["gemma_scope", "sae_lens", "circuit_tracer"])
 def test_thresholds_carry_relu_and_batchtopk_too(tmp_path: Path, activation: str, format: str) -> None:
     found = set_of(activation, "mlp_out_post", skip=True).to(torch.float64)
     if activation == "batchtopk":
@@ -458,3 +553,81 @@ def test_thresholds_carry_relu_and_batchtopk_too(tmp_path: Path, activation: str
 def test_an_unknown_format_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"choose one of: {', '.join(FORMATS)}"):
         load_set(tmp_path, format="pt")
+
+
+# -- what lies in a stranger's files
+
+ODD = [
+    None, True, -1, 0, 1.5, 10**30, float("inf"), float("nan"), "4", "", "x" * 300, "a\0b", "é²", [], [1], ["1"], {},
+    {"a": 1}, [[1]], ["x" * 300], ["a\0b", "é"], "cuda",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_odd_value_in_a_configuration_is_read_or_one_line(tmp_path: Path, name: str) -> None:
+    """Numbers as strings, lists where one is expected, names of 300 letters: no traceback."""
+    CASES[name].folder(tmp_path, "float32", False)
+    (where,) = [*tmp_path.rglob("*.yaml"), *sorted(tmp_path.rglob("c*fg.json")), *tmp_path.rglob("config.json")][:1]
+    yaml_file = where.suffix == ".yaml"
+    record = (yaml.safe_load if yaml_file else json.loads)(where.read_text())
+    keys = [*record, "activation", "k", "top_k", "layers", "num_model_layers", "l0", "activation_fn", "metadata"]
+    for key in dict.fromkeys(keys):
+        for value in ODD:
+            changed = record | {key: value}
+            where.write_text(yaml.safe_dump(changed) if yaml_file else json.dumps(changed))
+            try:
+                load_set(tmp_path)
+            except UserError as error:
+                assert len(str(error)) < 1000 and "\n" not in str(error), (key, str(value)[:50], str(error)[:300])
+            except Exception as error:
+                raise AssertionError(f"{key}: {str(value)[:50]}: {type(error).__name__} {str(error)[:200]}") from error
+
+
+FIRST = {
+    "paper": "layer_0.safetensors", "circuit_tracer": "layer_0.safetensors",
+    "circuit_tracer jumprelu": "layer_0.safetensors", "gemma_scope": f"{gemma_name(0, False)}/params.safetensors",
+    "sparsify": "layers.0.mlp/sae.safetensors", "sae_lens": "layer_0/sae_weights.safetensors",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_wrong_tensors_are_one_line_in_every_format(tmp_path: Path, name: str) -> None:
+    CASES[name].folder(tmp_path, "float32", False)
+    path = tmp_path / FIRST[name]
+    whole = load_file(path)
+    for tensor, array in whole.items():
+        wrong: dict[str, np.ndarray | None] = {
+            "missing": None, "not a number": np.full_like(array, np.nan), "infinite": np.full_like(array, np.inf),
+            "too large for float32": np.full(array.shape, 1e300), "integers": array.astype(np.int8),
+            "one dimension more": array[None], "one row less": np.ascontiguousarray(array[1:]), "empty": array[:0],
+            "turned": np.ascontiguousarray(array.T[::-1]) if array.ndim == 2 else array[:3],
+        }  # fmt: skip
+        for why, found in wrong.items():
+            if why == "turned" and array.shape == (D, D):
+                continue
+            save_file({n: a for n, a in (whole | {tensor: found}).items() if a is not None}, path)
+            if tensor == "activation_function.threshold" and why == "missing":
+                continue  # ReLU, as circuit-tracer takes it
+            try:
+                load_set(tmp_path)
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 600, (tensor, why)
+            else:
+                raise AssertionError(f"{tensor}, {why}: read without a word")
+    save_file(whole | {"extra": np.ones(3, np.float32)}, path)
+    with pytest.raises(UserError, match="extra"):
+        load_set(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("name", FIRST)
+def test_short_floats_are_read_as_the_numbers_that_they_are(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    CASES[name].folder(tmp_path, "float32", False)
+    for path in tmp_path.rglob("*.safetensors"):
+        stored = {n: torch.from_numpy(a).to(dtype) for n, a in load_file(path).items()}
+        save_torch(stored, path)
+    loaded = load_set(tmp_path)
+    for path in tmp_path.rglob("*.safetensors"):  # for the formula, which is numpy's
+        save_file({n: t.float().numpy() for n, t in load_torch(path).items()}, path)
+    with torch.no_grad():
+        assert_computes(loaded.to(torch.float32), CASES[name].formula, tmp_path)

@@ -105,7 +105,7 @@ def _edit(folder: Path, **changes: object) -> None:
         ({"model_kind": "cross_layer_transcoder"}, "model_kind is 'cross_layer_transcoder'"),
         ({"top_k": 5}, "top_k = 5 but k = 4"),
         ({"top_k": 21, "k": 21}, "config.yaml.*k = 21"),
-        ({"top_k": "many", "k": "absent"}, "k must be a positive number"),
+        ({"top_k": "many", "k": "absent"}, "k must be a positive whole number"),
         ({"layers": "all"}, "layers must be a list"),
         ({"layers": [0, 1]}, "3 transcoders for 2"),
         ({"transcoders": ["layer_0.safetensors", "../a.safetensors", "layer_2.safetensors"]}, "does not lie in"),

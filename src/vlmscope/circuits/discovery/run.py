@@ -39,7 +39,7 @@ from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
 def run_circuit(scope: Scope, sides: Sides, kept: Kept, mode: str = "free") -> np.ndarray:
     """m [B] float64: the logit differences of the pairs when only `kept` is clean."""
     with circuit(scope, sides, kept, mode) as tensors:
-        logits = scope.adapter.forward(tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = scope.adapter.next_logits(tensors)
     return sides.subject.gaps(logits).double().cpu().numpy()
 
 
@@ -140,7 +140,7 @@ def mask_effects(scope: Scope, sides: Sides, kept: Kept, steps: int, mode: str =
                 kept.role_of,
             )
             with circuit(scope, sides, partial, mode) as tensors:
-                logits = scope.adapter.forward(tensors, use_cache=False, logits_to_keep=1).logits[:, -1]
+                logits = scope.adapter.next_logits(tensors)
             slopes = torch.autograd.grad(sides.subject.gaps(logits).mean(), scaled)
         for total, slope, mask in zip(worth, slopes, whole, strict=True):
             total += torch.where(mask, slope, 0.0) / steps

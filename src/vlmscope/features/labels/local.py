@@ -51,7 +51,7 @@ class LocalExplainer:
         found = []
         for item in items:
             inputs = self.vlm.prepare(f"{JUDGE.format(label=label)}\n{item.text}", _opened(item))
-            logits = self.vlm.adapter.forward(inputs.tensors, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+            logits = self.vlm.adapter.next_logits(inputs.tensors)[0].float()
             yes, no = (torch.logsumexp(logits[sorted(ids)], 0) for ids in (self.yes, self.no))
             found.append(float(torch.sigmoid(yes - no)))
         return found

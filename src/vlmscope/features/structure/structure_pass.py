@@ -84,7 +84,7 @@ class StructurePass:
                 self._add_peaks(layer, indices, values)
 
         with self._watching_embeddings(soft), watching_mlp_inputs(self.adapter, self.transcoders.layers, take):
-            self.adapter.forward(joined([one.tensors for one in part]), use_cache=False, logits_to_keep=1)
+            self.adapter.next_logits(joined([one.tensors for one in part]))
         self._positions += len(position)
         self._pictures += len(part) if len(soft) else 0
 

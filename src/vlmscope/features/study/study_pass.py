@@ -63,7 +63,7 @@ class StudyPass:
                 ids = np.array([one.id for one in part])
                 tensors = joined([one.tensors for one in part])
                 with self.watching(ids, np.stack([one.kinds for one in part]), tensors.get("attention_mask")):
-                    self.adapter.forward(tensors, use_cache=False, logits_to_keep=1)
+                    self.adapter.next_logits(tensors)
         self.settle()
 
     @contextmanager

@@ -51,7 +51,7 @@ def top_examples(
             batch = scope.batch([items[i].inputs for i in rows])
             kinds = np.stack([np.where(items[i].inputs.is_image, IMAGE, TEXT) for i in rows])
             with study.watching(np.array(rows), kinds, batch.tensors.get("attention_mask")):
-                scope.adapter.forward(batch.tensors, use_cache=False, logits_to_keep=1)
+                scope.forward(batch)
     study.settle()
     found: dict[FeatureId, list[FeatureExample]] = {feature: [] for feature in features}
     for layer, indices in by_layer.items():

@@ -15,20 +15,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import Gemma3Processor, PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
+from vlmscope.models.gemma3 import Gemma3Adapter
+
 PAD, EOS, BOS, UNK = "<pad>", "<eos>", "<bos>", "<unk>"
 TURN, END_TURN = "<start_of_turn>", "<end_of_turn>"
 BOI, EOI, SOFT = "<start_of_image>", "<end_of_image>", "<image_soft_token>"
 SPECIAL = (PAD, EOS, BOS, UNK, TURN, END_TURN, BOI, EOI, SOFT)
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for item in message['content'] %}"
-    "{% if item['type'] == 'image' %}{{ '<start_of_image>' }}{% else %}{{ item['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '<end_of_turn>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
-)
 
 
 def build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -68,6 +60,6 @@ def gemma3_processor(tokenizer: PreTrainedTokenizerFast, image_size: int, mm_tok
     return Gemma3Processor(
         image_processor=images,
         tokenizer=tokenizer,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=Gemma3Adapter.chat_template,
         image_seq_length=mm_tokens_per_image,
     )

@@ -124,7 +124,7 @@ def words_of(bench: Bench, found: Discovery) -> dict[FeatureId, str]:
     for member in found.features():
         if member.role == "last" and member.feature not in words:
             top, _ = top_and_bottom_logits(bench.scope, member.feature, 1)
-            words[member.feature] = top[0][0].strip("▁Ġ ")
+            words[member.feature] = top[0][0].strip()
     return words
 
 

@@ -180,7 +180,7 @@ class Finder:
         said = {i: short_label(texts[m.feature]) for i, m in enumerate(members) if m.feature in texts}
         if not said:
             for i, member in enumerate(members):
-                said[i] = short_label(top_and_bottom_logits(self.scope, member.feature, 1)[0][0][0].strip("▁ "))
+                said[i] = short_label(top_and_bottom_logits(self.scope, member.feature, 1)[0][0][0].strip())
         return cluster_names({0: list(range(len(members)))}, {}, {}, said, 1)[0] or key
 
 

@@ -23,7 +23,7 @@ class Asked:
     """A prompt with its pictures, before a model has seen it; `caption` tells people what it is."""
 
     prompt: str
-    pictures: tuple[Image.Image, ...]
+    pictures: Sequence[Image.Image]
     caption: str
 
 
@@ -33,7 +33,7 @@ def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]
     Raises:
         UserError: two of these are given, or something of them is not there.
     """
-    from vlmscope.data.images import open_images
+    from vlmscope.data.images import PictureFiles
     from vlmscope.data.prompt_rows import read_rows
     from vlmscope.tasks.wiring import user_pictures
 
@@ -43,9 +43,9 @@ def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]
         rows, bad = read_rows(cfg.task.rows)
         if bad:
             raise UserError(f"{bad[0]}; correct the file")
-        return [Asked(row.prompt, tuple(open_images(row.images)), row.id) for row in rows]
+        return [Asked(row.prompt, PictureFiles(row.images), row.id) for row in rows]
     if cfg.prompt is not None:
-        return [Asked(cfg.prompt, tuple(user_pictures(cfg)), cfg.prompt)]
+        return [Asked(cfg.prompt, user_pictures(cfg), cfg.prompt)]
     if cfg.image is not None:
         raise UserError("image= without prompt=: add 'prompt=what is this ?'")
     return [] if spec is None or spec.inputs is None else asked_of("circuit_spec.inputs", spec.inputs, (), cfg.seed)
@@ -59,7 +59,7 @@ def asked_of(where: str, inputs: InputSetConfig, prompts: Sequence[str], seed: i
     """
     from pathlib import Path
 
-    from vlmscope.data.images import open_images
+    from vlmscope.data.images import PictureFiles
 
     asked = list(inputs.prompts) or list(prompts)
     if not asked:
@@ -67,8 +67,7 @@ def asked_of(where: str, inputs: InputSetConfig, prompts: Sequence[str], seed: i
     if inputs.concept is not None:
         found = [((picture,), inputs.concept) for picture in concept_pictures(inputs.concept, inputs.pictures, seed)]
     elif inputs.images:
-        names = [Path(path).name for path in inputs.images]
-        found = [((picture,), name) for picture, name in zip(open_images(inputs.images), names, strict=True)]
+        found = [(PictureFiles([path]), Path(path).name) for path in inputs.images]
     else:
         found = [((), "")]
     return [Asked(prompt, pictures, name or prompt) for prompt in asked for pictures, name in found]

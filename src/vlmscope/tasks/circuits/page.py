@@ -11,6 +11,7 @@ import numpy as np
 
 from vlmscope.circuits.spec_config import ANSWER_PREFIX, SOFT, SURROUNDINGS, TEXT
 from vlmscope.core.intervention import CircuitEdge, CircuitFeature, Supernode
+from vlmscope.data.images import for_figures
 from vlmscope.report.circuit_figure import circuit_diagram, drawable
 from vlmscope.report.html import ReportPage
 from vlmscope.report.sections import Card, Cards, Features, Percent, Section, Table, Text
@@ -74,9 +75,7 @@ def draw_circuit(
     """Write figures/circuit.png and report.html."""
     nodes = described(circuit, scene, study, cfg.seed)
     pictures: dict[str, Sequence[np.ndarray]] = {node.name: thumbnails(node) for node in nodes}
-    shown = next((np.asarray(one.pictures[0]) for one in scene.asked if one.pictures), None)
-    if shown is not None:
-        pictures[SOFT] = [shown]
+    pictures[SOFT] = next((for_figures(one.pictures[:1]) for one in scene.asked if one.pictures), [])
     answers = {node.name for node in nodes if node.chosen.startswith(WRITES)}
     shown_edges = [e for e in circuit.edges if shown_edge(e) and not {e.source, e.target} <= answers]
     drawn, left_out = drawable([(e.source, e.target, 100 * e.share) for e in shown_edges], 100 * cfg.task.min_share)
@@ -182,7 +181,7 @@ def peaks(member: CircuitFeature) -> list[str]:
     found = []
     for example in member.examples[:3]:
         if example.tokens and max(example.token_activations) >= max(example.patch_activations, default=0.0):
-            found.append(example.tokens[int(np.argmax(example.token_activations))].strip("▁ "))
+            found.append(example.tokens[int(np.argmax(example.token_activations))].strip())
     return [word for word in found if word]
 
 

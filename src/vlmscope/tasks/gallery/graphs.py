@@ -68,4 +68,4 @@ def _use(pruned: PrunedGraph, nodes: list[int], name: str, links: tuple[tuple[st
 
 def _links(run: Path, pages: Path) -> tuple[tuple[str, str], ...]:
     there = {words: run / file for words, file in _FILES.items() if (run / file).is_file()}
-    return tuple((words, quote(Path(os.path.relpath(file, pages)).as_posix())) for words, file in there.items())
+    return tuple((words, quote(os.fsencode(os.path.relpath(file, pages)))) for words, file in there.items())

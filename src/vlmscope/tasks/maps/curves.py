@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -89,7 +90,7 @@ def map_curves(
     """
     from vlmscope.attention.deletion import cell_values, painted, ranking
 
-    side, seed = where.side, derive(seed, "curves", subject.prompt, int(subject.image.astype(np.int64).sum()))
+    side, seed = where.side, derive(seed, "curves", subject.prompt, int(subject.image.sum(dtype=np.int64)))
     orders: list[tuple[str, tuple[FeatureId, ...], np.ndarray]] = []
     for feature, kinds in maps.items():
         orders += [(kind, (feature,), ranking(cell_values(one, side), seed)) for kind, one in kinds.items()]
@@ -116,12 +117,14 @@ def map_curves(
     return found
 
 
-def _flat(pictures: Sequence[Painted]) -> list[np.ndarray]:
+def _flat(pictures: Sequence[Painted]) -> Iterator[np.ndarray]:
     """All pictures in a row; what both measures share, the untouched and the empty one, once an order."""
-    return [image for one in pictures for image in (*one.deleted, *one.inserted[1:-1])]
+    for one in pictures:
+        yield from one.deleted()
+        yield from islice(one.inserted(), 1, len(one.counts) - 1)
 
 
-def _measured(subject: Subject, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _measured(subject: Subject, images: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """`[n, features]` sums of activations on soft tokens, and `[n]` probabilities of the answer (0 without one)."""
     import torch
     from PIL import Image
@@ -131,10 +134,8 @@ def _measured(subject: Subject, images: Sequence[np.ndarray]) -> tuple[np.ndarra
 
     scope, layers = subject.scope, sorted({feature.layer for feature in subject.features})
     acts, answers = [], []
-    for start in range(0, len(images), _CHUNK):
-        inputs = [
-            scope.vlm.prepare(subject.prompt, [Image.fromarray(image)]) for image in images[start : start + _CHUNK]
-        ]
+    waiting = iter(images)
+    while inputs := [scope.vlm.prepare(subject.prompt, [Image.fromarray(image)]) for image in islice(waiting, _CHUNK)]:
         batch = scope.batch(inputs)
         soft = torch.from_numpy(batch.is_image)
         mlp_in, logits = mlp_inputs_and_logits(scope.adapter, batch, layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -175,7 +176,7 @@ def base_digest() -> str:
     for folder in (project_root() / "src", project_root() / "assets"):
         for path in sorted(folder.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts and "egg-info" not in str(path.parent):
-                found.update(str(path.relative_to(folder)).encode() + b"\0")
+                found.update(os.fsencode(path.relative_to(folder)) + b"\0")
                 found.update(hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()
 

@@ -161,5 +161,7 @@ class Bench:
         shifted = np.exp(given - given.max())
         probabilities = shifted / shifted.sum()
         order = np.argsort(-probabilities)[:count]
-        names = self.vlm.tokenizer.convert_ids_to_tokens(order.tolist())
+        from vlmscope.models.positions import token_strings
+
+        names = token_strings(self.vlm.tokenizer, order)
         return tuple((name, float(probabilities[i])) for name, i in zip(names, order, strict=True))

@@ -121,8 +121,9 @@ def likelihoods(bench: Bench, swap: Swap, ids: Sequence[Sequence[int]]) -> np.nd
             for i, pair in zip(rows, pairs, strict=True)
         ]
         batch = make_batch(bench.vlm.adapter, inputs)
-        logits = bench.vlm.adapter.forward(batch.tensors, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
-        logs = logits.double().log_softmax(-1)
+        adapter = bench.vlm.adapter
+        logits = adapter.forward(batch.tensors, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
+        logs = adapter.finite(logits).double().log_softmax(-1)
         if length == 0:
             found[rows] = logs[:, -1].min(-1).values.cpu().numpy()
             continue

@@ -146,7 +146,7 @@ def questions(bench: Bench) -> Iterator[Asked]:
         if tokens[0] == tokens[1]:
             continue  # both answers are the same word: nothing to tell apart
         with torch.no_grad():
-            said = int(adapter.forward(inputs.tensors, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
+            said = int(adapter.next_logits(inputs.tensors)[0].argmax())
         if said == tokens[0]:
             yield Asked(name, inputs, tokens)
 

@@ -35,12 +35,11 @@ def trace_into(
     Returns:
         Metrics.
     """
-    import numpy as np
-
     from vlmscope.attribution.export import write_graph_json
     from vlmscope.attribution.graph_io import save_graph
     from vlmscope.attribution.pruning import reaches_image
     from vlmscope.attribution.trace import trace
+    from vlmscope.data.images import for_figures
     from vlmscope.report.graph_figure import attribution_graph
     from vlmscope.tasks.steps.trace_details import print_ends, write_heads, write_scores
     from vlmscope.tasks.studies.feature_labels import feature_labels
@@ -56,8 +55,7 @@ def trace_into(
     extra = None if patches is None else {"patches": patches.record}
     size = write_graph_json(folder / "graph.json", traced.pruned, name or folder.name, scope.vlm.name, labels, extra)
     if cfg.task.figure:
-        shown = [np.asarray(picture) for picture in pictures]
-        attribution_graph(traced.pruned, folder / "figures" / "graph.png", shown, labels=labels)
+        attribution_graph(traced.pruned, folder / "figures" / "graph.png", for_figures(pictures), labels=labels)
     graph = traced.graph
     if cfg.task.rows is None:
         print_ends(graph)

@@ -29,11 +29,10 @@ def follow_to_patches(
     cfg: AppConfig, vlm: VLM, traced: Trace, pictures: Sequence[Image.Image], run_dir: Path
 ) -> Patches:
     """Follow the targets of a trace to the patches; writes `patches.safetensors` and `figures/patches.png`."""
-    import numpy as np
-
     from vlmscope.attribution.patch_io import save_maps
     from vlmscope.attribution.readers import target_readers
     from vlmscope.attribution.vision import vision_path
+    from vlmscope.data.images import for_figures
     from vlmscope.report.patch_figure import patch_maps
 
     settings, replacement, graph = cfg.attribution, traced.replacement, traced.graph
@@ -48,8 +47,8 @@ def follow_to_patches(
         "maps": save_maps(run_dir / "patches.safetensors", maps),
     }
     if cfg.task.figure:
-        arrays = [np.asarray(picture) for picture in pictures]
-        patch_maps(maps[: _DRAWN * len(pictures)], arrays, run_dir / "figures" / "patches.png", settings.patch_effect)
+        file, first = run_dir / "figures" / "patches.png", maps[: _DRAWN * len(pictures)]
+        patch_maps(first, for_figures(pictures), file, settings.patch_effect)
     answer = maps[: len(pictures)]
     return Patches(
         record,

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import NoRoom, UserError
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
@@ -63,6 +63,8 @@ def trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         for row in tqdm(usable, desc="trace", unit="row", initial=len(done), total=len(done) + len(usable)):
             try:
                 done[row.id] = _trace(cfg, scope, row, folder, settings)
+            except NoRoom as error:  # no bad row
+                raise NoRoom(f"{error}; trainer.resume=true with hydra.run.dir={context.run_dir} resumes") from error
             except UserError as error:
                 if not cfg.task.skip_bad:
                     raise UserError(
@@ -146,11 +148,7 @@ def _inputs(vlm: VLM, row: PromptRow) -> tuple[ModelInputs, list[Any]]:
     from vlmscope.data.images import open_images
 
     pictures = open_images(row.images)
-    inputs = vlm.prepare(row.prompt, pictures)
-    longest = getattr(vlm.model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and len(inputs) > longest:
-        raise UserError(f"the prompt is too long: {len(inputs)} tokens, the model has {longest} positions; shorten it")
-    return inputs, pictures
+    return vlm.prepare(row.prompt, pictures), pictures
 
 
 def _trace(cfg: AppConfig, scope: Scope, row: PromptRow, folder: Path, settings: str) -> dict[str, Any]:

@@ -24,13 +24,14 @@ def _own(
     name: str,
     open_it: Callable[[Path, Choice], SetSource],
     refusal: Callable[[TranscoderSet], str | None],
+    write: Callable[[TranscoderSet, Path, str], None] = config_yaml.write,
 ) -> Format:
     """One of the three that share `config.yaml`."""
 
     def found(folder: Path) -> bool:
         return config_yaml.has_config(folder) and config_yaml.flavour(folder) == name
 
-    return Format(name, _CONFIG, found, open_it, refusal, config_yaml.write)
+    return Format(name, _CONFIG, found, open_it, refusal, write)
 
 
 FORMATS: dict[str, Format] = {
@@ -38,7 +39,12 @@ FORMATS: dict[str, Format] = {
     for form in (
         _own("vlmscope", config_yaml.open_own, uniform),
         _own("paper", config_yaml.open_paper, config_yaml.refuse_paper),
-        _own("circuit_tracer", config_yaml.open_circuit_tracer, config_yaml.refuse_circuit_tracer),
+        _own(
+            "circuit_tracer",
+            config_yaml.open_circuit_tracer,
+            config_yaml.refuse_circuit_tracer,
+            config_yaml.write_circuit_tracer,
+        ),
         Format(
             "clt", "W_enc_{i}.safetensors with W_dec_{i}.safetensors", clt.found_in, clt.open_set, clt.refuse, clt.write
         ),
@@ -95,6 +101,7 @@ def detect(folder: Path) -> Format:
         if form.found_in(folder):
             return form
     looked_for = "; ".join(dict.fromkeys(form.looks_for for form in FORMATS.values()))
+    looked_for += config_yaml.without_config(folder)
     raise UserError(f"no transcoder set in {folder}: it has none of {looked_for}; check the path")
 
 

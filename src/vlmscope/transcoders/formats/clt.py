@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vlmscope.core.artifacts import read_yaml, write_yaml
+from vlmscope.core.artifacts import read_yaml, tensor_heads, write_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import TranscoderSetConfig
 from vlmscope.transcoders.formats.common import (
@@ -23,6 +22,7 @@ from vlmscope.transcoders.formats.common import (
     LayerSource,
     SetSource,
     Tensors,
+    not_below_0,
     own_hook,
     own_tensors,
     positive,
@@ -63,7 +63,11 @@ def open_set(folder: Path, choice: Choice) -> SetSource:
     record = record_of(read_yaml(where), where) if where.is_file() else {}
     if record.get("model_kind", KIND) != KIND:
         raise UserError(f"{where}: model_kind is {record['model_kind']!r}, and the files beside it are of a {KIND}")
-    activation = str(record.get("activation", _by_threshold(folder / "W_enc_0.safetensors")))
+    activation = str(
+        record.get(
+            "activation", "jumprelu" if "threshold_0" in tensor_heads(folder / "W_enc_0.safetensors") else "relu"
+        )
+    )
     if activation == "topk" and "k" not in record:
         raise UserError(f"{where}: activation is topk but k is missing; write it there")
     model_name = str(record.get("model_name", ""))
@@ -77,19 +81,11 @@ def open_set(folder: Path, choice: Choice) -> SetSource:
     return SetSource(config, sources)
 
 
-def _by_threshold(path: Path) -> str:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return "jumprelu" if "threshold_0" in file.keys() else "relu"  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read {path}: not a complete safetensors file ({error}); copy it anew") from error
-
-
 def _translator(folder: Path, layer: int, n_layers: int) -> Any:
     def translate(tensors: Tensors) -> Tensors:
         encoder = folder / f"W_enc_{layer}.safetensors"
         names = {f"{name}_{layer}": name for name in ("W_enc", "b_enc", "b_dec", "threshold")}
-        ours = taken(tensors, names, (f"threshold_{layer}",), encoder)
+        ours = not_below_0(taken(tensors, names, (f"threshold_{layer}",), encoder), encoder)
         path = folder / f"W_dec_{layer}.safetensors"
         decoder = taken(read_tensors(path), {f"W_dec_{layer}": "W_dec"}, (), path)["W_dec"]
         return ours | _split(decoder, n_layers - layer, path)

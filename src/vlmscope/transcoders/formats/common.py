@@ -4,6 +4,7 @@ Our own convention, into which every reader translates: `W_enc` [F, d], `W_dec` 
 `W_skip` [d, d] applied as `x @ W_skip.T`, `threshold` [F], `W_later` [n, F, d] decoders to the n layers after its own.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,11 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmscope.core.artifacts import atomic_path
+from vlmscope.core.artifacts import atomic_path, open_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.init import set_weight
@@ -24,6 +24,7 @@ from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
 REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec")
 STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+READ_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # With ReLU and JumpReLU no number is fixed; where a format says none, this one stands for it in estimates of memory.
 UNKNOWN_L0 = 64
 
@@ -87,29 +88,24 @@ class Format:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """All tensors of a safetensors file.
+    """All tensors of a safetensors file, those in float8 as float32 (exactly).
 
     Raises:
-        UserError: it is missing or not complete.
+        UserError: it is missing or not complete, or weights are in no dtype of `READ_DTYPES`.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read {path}: not a complete safetensors file ({error}); copy it anew") from error
-
-
-def stored_dtypes(path: Path) -> set[str]:
-    """The dtypes of a file's tensors in safetensors' words, such as F32.
-
-    Raises:
-        UserError: it is missing or not complete.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read {path}: not a complete safetensors file ({error}); copy it anew") from error
+    found = {}
+    with open_tensors(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  (not a mapping)
+            head = file.get_slice(name)
+            dtype = head.get_dtype()
+            if dtype not in READ_DTYPES and head.get_shape():  # a lone number is a setting, for the format to read
+                raise UserError(
+                    f"{path}: {name} is stored as {dtype}, and without a scale that says no weights; give the set in "
+                    f"one of {', '.join(READ_DTYPES)}"
+                )
+            tensor = file.get_tensor(name)
+            found[name] = tensor.float() if dtype.startswith("F8") else tensor
+    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> None:
@@ -119,7 +115,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> None
         UserError: the folder cannot be written.
     """
     stored = {name: t.detach().to("cpu", STORED_DTYPES[dtype]).contiguous() for name, t in tensors.items()}
-    with atomic_path(path) as temporary:
+    with atomic_path(path, sum(t.nbytes for t in stored.values())) as temporary:
         save_file(stored, temporary, metadata={"format": "pt"})
 
 
@@ -146,6 +142,19 @@ def taken(tensors: Tensors, names: Mapping[str, str], optional: Iterable[str], p
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
+def not_below_0(tensors: Tensors, path: Path) -> Tensors:
+    """The same tensors, for a tool whose JumpReLU lets pass whatever is above its threshold, negative numbers too.
+
+    Raises:
+        UserError: a threshold is below 0.
+    """
+    if "threshold" in tensors and bool((tensors["threshold"] < 0).any()):
+        raise UserError(
+            f"{path} has thresholds below 0, so that features can be negative; only those that cannot can be read"
+        )
+    return tensors
+
+
 def transposed(tensors: Tensors, *names: str) -> Tensors:
     """The same tensors with those of these names transposed, where they are matrices."""
     return {n: t.mT.contiguous() if n in names and t.ndim == 2 else t for n, t in tensors.items()}
@@ -158,8 +167,13 @@ def positive(value: object, name: str, where: Path) -> int:
         UserError: it is not one.
     """
     if type(value) is not int or value < 1:
-        raise UserError(f"{where}: {name} must be a positive number, not {value!r}")
+        raise UserError(f"{where}: {name} must be a positive whole number, not {value!r}")
     return value
+
+
+def l0_of(value: object) -> int | None:
+    """A stated mean number of active features as a k of at least 1; None for what is no positive finite number."""
+    return max(1, round(value)) if isinstance(value, int | float) and 0 < value < math.inf else None
 
 
 def record_of(value: Any, where: Path) -> dict[str, Any]:
@@ -236,7 +250,7 @@ def build_layer(
     tensors = source.translate(read_tensors(path))
     has_threshold = activation_has_threshold(activation)
     _check_names(path, tensors, activation, has_threshold)
-    f, d = _checked_shapes(path, tensors, d_model)
+    f, d = _checked_shapes(path, tensors, d_model, dtype)
     try:
         one = TranscoderConfig(
             d_model=d,
@@ -278,7 +292,7 @@ def _check_names(path: Path, tensors: Tensors, activation: str, has_threshold: b
         raise UserError(f"{path} holds {', '.join(unknown)}, which activation {activation!r} does not use")
 
 
-def _checked_shapes(path: Path, tensors: Tensors, d_model: int | None) -> tuple[int, int]:
+def _checked_shapes(path: Path, tensors: Tensors, d_model: int | None, dtype: torch.dtype) -> tuple[int, int]:
     w_enc = tensors["W_enc"]
     if w_enc.ndim != 2:
         raise UserError(f"{path}: W_enc has shape {tuple(w_enc.shape)} where (features, model width) is expected")
@@ -296,5 +310,8 @@ def _checked_shapes(path: Path, tensors: Tensors, d_model: int | None) -> tuple[
                 f"{path}: {name} has shape {tuple(tensor.shape)}, but W_enc {(f, d)} asks for {expected[name]}"
             )
         if not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds values that are not finite; train or copy the set anew")
+            raise UserError(f"{path}: {name} holds values that are not finite; train or copy the set again")
+        most = torch.finfo(dtype).max
+        if torch.finfo(tensor.dtype).max > most and bool((tensor.abs() > most).any()):
+            raise UserError(f"{path}: {name} holds values that {dtype} cannot; give a dtype that can")
     return f, d

@@ -1,14 +1,16 @@
 """`config.yaml` + `layer_{i}.safetensors`: our own sets, those of the paper's code, and circuit-tracer's.
 
 The three differ in what a missing key means. The paper's code reads k from `top_k` alone and takes 48 without it;
-circuit-tracer reads `activation` and `k` and takes ReLU without them. Our writer says all of it, so that each reads the
-same function. Tables: docs/formats_transcoders.md.
+circuit-tracer reads `activation` and `k` and, without them, takes JumpReLU for a file that holds
+`activation_function.threshold` and ReLU for any other. Its `to_safetensors` writes that tensor, or a scalar `k` of
+TopK. Our writer says all of it, so that each reads the same function. Tables: docs/formats_transcoders.md.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
-from vlmscope.core.artifacts import read_yaml, write_yaml
+from vlmscope.core.artifacts import TensorHead, open_tensors, read_yaml, tensor_heads, write_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.formats.common import (
@@ -16,7 +18,9 @@ from vlmscope.transcoders.formats.common import (
     Choice,
     LayerSource,
     SetSource,
+    Tensors,
     no_cross_layer,
+    not_below_0,
     own_hook,
     own_tensors,
     positive,
@@ -30,6 +34,7 @@ from vlmscope.transcoders.transcoder import TranscoderSet
 CONFIG = "config.yaml"
 _KIND = "transcoder_set"
 _CROSS_LAYER = "cross_layer_transcoder_set"  # ours: other readers must not take it for a set of single layers
+_THRESHOLD = "activation_function.threshold"  # circuit-tracer's name: its state dict's
 _PAPER_K = 48  # the paper's reader takes this when `top_k` is absent
 _HOOK_KEYS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.hook_out"}
 
@@ -51,6 +56,8 @@ def flavour(folder: Path) -> str:
         return "vlmscope"
     if "activation" in record or "k" in record or "scan" in record:
         return "circuit_tracer"
+    if any({_THRESHOLD, "k"} & tensor_heads(file).keys() for file in _layer_files(folder, record).values()):
+        return "circuit_tracer"  # no other tool writes these
     if {"top_k", "layers", "num_model_layers"} & record.keys():
         return "paper"
     raise UserError(
@@ -78,15 +85,71 @@ def _open(folder: Path, name: str, choice: Choice) -> SetSource:
     del choice  # a folder of this layout holds one set
     where = folder / CONFIG
     if not where.is_file():
-        raise UserError(f"no transcoder set in {folder}: config.yaml is missing; check the path")
+        raise UserError(
+            f"no transcoder set in {folder}: config.yaml is missing{without_config(folder)}; check the path"
+        )
     record = record_of(read_yaml(where), where)
     files = _layer_files(folder, record)
     activation, k = _activation(record, name, where)
     n_model_layers = positive(record.get("num_model_layers", max(files) + 1), "num_model_layers", where)
     model_name = str(record.get("model_name", ""))
     hooks = [own_hook(str(record.get(key, default)), model_name) for key, default in _HOOK_KEYS.items()]
-    config = TranscoderSetConfig(n_model_layers, k, activation, model_name, *hooks)
-    return SetSource(config, {layer: LayerSource(path, where) for layer, path in files.items()})
+    said = "activation" in record or name != "circuit_tracer"
+    layers = {n: _layer(path, where, activation if said else None, k) for n, path in files.items()}
+    activation = next(iter(layers.values())).activation or activation
+    k = max(layer.k or k for layer in layers.values())
+    return SetSource(TranscoderSetConfig(n_model_layers, k, activation, model_name, *hooks), layers)
+
+
+def without_config(folder: Path) -> str:
+    """Words for layers that nothing describes, as circuit-tracer's `to_safetensors` leaves them; "" without any."""
+    first = next(iter(sorted(folder.glob("layer_*.safetensors"))), None)
+    if first is None:
+        return ""
+    keys = "model_kind: transcoder_set, model_name, feature_input_hook and feature_output_hook"
+    return f" ({first.name} is there; write {keys} of the set into {folder / CONFIG}, for no file says them)"
+
+
+def _layer(path: Path, where: Path, activation: str | None, k: int) -> LayerSource:
+    """One layer with what its own file says: thresholds under circuit-tracer's name, or k.
+
+    Args:
+        path: the layer's file.
+        where: the set's configuration.
+        activation: what that says; None where it says nothing, and each file decides as it does for circuit-tracer.
+        k: of the set, where `activation` is TopK.
+
+    Raises:
+        UserError: the two contradict each other.
+    """
+    heads = tensor_heads(path)
+    told = "jumprelu" if _THRESHOLD in heads else "topk" if "k" in heads else None
+    if told is not None and activation not in (None, told):
+        holds = "thresholds" if told == "jumprelu" else "k, of topk"
+        raise UserError(f"{where}: activation is {activation!r}, but {path} holds {holds}; make them agree")
+    own_k = _scalar(path, heads["k"]) if "k" in heads else None
+    if own_k is not None and activation == "topk" and own_k != k:
+        raise UserError(f"{where}: k is {k}, but {path.name} says {own_k}; make them agree")
+
+    def translate(tensors: Tensors) -> Tensors:
+        found = {name: tensor for name, tensor in tensors.items() if name not in ("k", _THRESHOLD)}
+        if _THRESHOLD in tensors:
+            if "threshold" in tensors:
+                raise UserError(f"{path} holds its thresholds twice, as threshold too; leave one of them away")
+            theirs = tensors[_THRESHOLD]
+            one = theirs.numel() == 1 and "b_enc" in tensors  # the same for all features
+            found["threshold"] = theirs.reshape(1).expand(tensors["b_enc"].shape) if one else theirs
+            not_below_0(found, path)
+        return found
+
+    return LayerSource(path, where, translate, own_k, activation or told or "relu")
+
+
+def _scalar(path: Path, head: TensorHead) -> int:
+    if head.shape or not head.dtype.startswith(("I", "U")):
+        raise UserError(f"{path}: k has shape {head.shape} and dtype {head.dtype} where one whole number is expected")
+    with open_tensors(path) as file:
+        return positive(int(file.get_tensor("k")), "k", path)
 
 
 def _activation(record: dict[str, Any], name: str, where: Path) -> tuple[str, int]:
@@ -101,6 +164,7 @@ def _activation(record: dict[str, Any], name: str, where: Path) -> tuple[str, in
         return activation, positive(_PAPER_K if top_k is None else top_k, "k", where)
     if name == "circuit_tracer":
         activation = str(record.get("activation", "relu"))
+        activation = "jumprelu" if activation == "jump_relu" else activation
         if activation == "topk" and k is None:
             raise UserError(f"{where}: activation is topk but k is missing; write it there")
         return activation, positive(UNKNOWN_L0 if k is None else k, "k", where)
@@ -116,7 +180,7 @@ def _layer_files(folder: Path, record: dict[str, Any]) -> dict[int, Path]:
         raise UserError(f"{where}: model_kind is {record['model_kind']!r}; only transcoder_set can be read")
     names, layers = record.get("transcoders"), record.get("layers")
     if names is None and layers is None:
-        found = {int(path.stem[6:]): path for path in folder.glob("layer_*.safetensors") if path.stem[6:].isdigit()}
+        found = {int(path.stem[6:]): path for path in folder.glob("layer_*.safetensors") if path.stem[6:].isdecimal()}
         if not found:
             raise UserError(f"{folder} holds no layer_*.safetensors file; check the path")
         return dict(sorted(found.items()))
@@ -135,9 +199,9 @@ def _layer_files(folder: Path, record: dict[str, Any]) -> dict[int, Path]:
         if "://" in name or not _lies_in(folder, name):
             raise UserError(f"{where}: {name!r} does not lie in the set's folder; copy the file there and name it so")
         files[layer] = folder / name
-        if not files[layer].is_file():
+        if not os.path.isfile(files[layer]):  # Path.is_file raises for a name that is too long
             raise UserError(
-                f"{files[layer]} is missing (layer {layer} of the set); copy it there or train the set anew"
+                f"{files[layer]} is missing (layer {layer} of the set); copy it there or train the set again"
             )
     return dict(sorted(files.items()))
 
@@ -172,12 +236,10 @@ def refuse_paper(transcoders: TranscoderSet) -> str | None:
 
 
 def refuse_circuit_tracer(transcoders: TranscoderSet) -> str | None:
-    """circuit-tracer reads TopK and ReLU from this layout."""
-    config, layers = _first(transcoders), transcoders.layers
+    """circuit-tracer reads TopK, ReLU and JumpReLU (and what is the same after training: BatchTopK)."""
+    layers = transcoders.layers
     if transcoders.cross_layer:
         return f"{no_cross_layer(transcoders)} (its own format for them is clt)"
-    if config.activation not in ("topk", "relu"):
-        return f"circuit-tracer reads topk and relu here, and has no place for the threshold of {config.activation}"
     if layers != list(range(len(layers))):
         return f"it counts the files as layers 0, 1, 2, ..., and these are {layers}"
     return uniform(transcoders)
@@ -189,10 +251,22 @@ def _first(transcoders: TranscoderSet) -> TranscoderConfig:
 
 def write(transcoders: TranscoderSet, folder: Path, dtype: str) -> None:
     """Write the set with the keys of all three readers."""
+    _write(transcoders, folder, dtype, {}, {})
+
+
+def write_circuit_tracer(transcoders: TranscoderSet, folder: Path, dtype: str) -> None:
+    """The same, with thresholds where circuit-tracer looks for them."""
+    activation = _first(transcoders).activation
+    said = {"activation": "jumprelu"} if activation == "batchtopk" else {}
+    _write(transcoders, folder, dtype, {"threshold": _THRESHOLD}, said)
+
+
+def _write(transcoders: TranscoderSet, folder: Path, dtype: str, names: dict[str, str], said: dict[str, Any]) -> None:
     for layer, transcoder in transcoders.transcoders.items():
-        write_tensors(folder / _file_name(layer), own_tensors(transcoder), dtype)
+        tensors = {names.get(name, name): tensor for name, tensor in own_tensors(transcoder).items()}
+        write_tensors(folder / _file_name(layer), tensors, dtype)
     # Last, so that a folder with a config is a whole set.
-    write_yaml(folder / CONFIG, _config_record(transcoders, dtype))
+    write_yaml(folder / CONFIG, _config_record(transcoders, dtype) | said)
 
 
 def _config_record(transcoders: TranscoderSet, dtype: str) -> dict[str, Any]:

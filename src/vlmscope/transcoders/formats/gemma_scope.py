@@ -21,6 +21,7 @@ from vlmscope.transcoders.formats.common import (
     LayerSource,
     SetSource,
     Tensors,
+    l0_of,
     no_cross_layer,
     own_tensors,
     record_of,
@@ -95,7 +96,7 @@ def open_set(folder: Path, choice: Choice) -> SetSource:
     if len(kinds) > 1 or len({variant.layer for variant in fitting}) < len(fitting):
         raise UserError(f"{folder} holds several sets; choose one of: {'; '.join(kinds)}")
     records = {variant.layer: _record(variant) for variant in fitting}
-    l0s = [found for record in records.values() if (found := _l0(record)) is not None]
+    l0s = [found for record in records.values() if (found := l0_of(record.get("l0"))) is not None]
     config = TranscoderSetConfig(
         n_model_layers=max(records) + 1,
         k=round(sum(l0s) / len(l0s)) if l0s else UNKNOWN_L0,
@@ -105,16 +106,11 @@ def open_set(folder: Path, choice: Choice) -> SetSource:
     )
     layers = {
         v.layer: LayerSource(
-            v.folder / "params.safetensors", v.folder / "config.json", _translator(v), _l0(records[v.layer])
+            v.folder / "params.safetensors", v.folder / "config.json", _translator(v), l0_of(records[v.layer].get("l0"))
         )
         for v in sorted(fitting)
     }
     return SetSource(config, layers)
-
-
-def _l0(record: dict[str, Any]) -> int | None:
-    l0 = record.get("l0")
-    return max(1, round(l0)) if isinstance(l0, int | float) and l0 > 0 else None
 
 
 def _record(variant: _Variant) -> dict[str, Any]:

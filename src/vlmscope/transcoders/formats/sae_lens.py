@@ -20,6 +20,7 @@ from vlmscope.transcoders.formats.common import (
     LayerSource,
     SetSource,
     Tensors,
+    l0_of,
     no_cross_layer,
     own_hook,
     own_tensors,
@@ -116,8 +117,7 @@ def _layer(folder: Path) -> tuple[int, LayerSource, dict[str, str]]:
 def _activation(record: dict[str, Any], where: Path) -> tuple[str, int | None]:
     """The nonlinearity, and k where there is one."""
     architecture = str(record.get("architecture", "standard"))
-    l0 = record.get("l0")
-    told = max(1, round(l0)) if isinstance(l0, int | float) and l0 > 0 else None
+    told = l0_of(record.get("l0"))
     if architecture in ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder"):
         return "jumprelu", told
     if architecture not in ("standard", "transcoder", "skip_transcoder", "topk"):

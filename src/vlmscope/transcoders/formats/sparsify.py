@@ -107,6 +107,9 @@ def _check_width(tensors: Tensors, record: dict[str, Any], where: Path) -> None:
     f, d = tensors["W_enc"].shape
     if record.get("d_in", d) != d:
         raise UserError(f"{where}: d_in is {record['d_in']}, but encoder.weight has shape {(f, d)}")
+    for key in ("num_latents", "expansion_factor"):
+        if type(record.get(key, 0)) not in (int, float):
+            raise UserError(f"{where}: {key} must be a number, not {record[key]!r}")
     said = record.get("num_latents") or d * record.get("expansion_factor", f / d)
     if said != f:
         raise UserError(f"{where}: num_latents and expansion_factor make {said} features, encoder.weight has {(f, d)}")

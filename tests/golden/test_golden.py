@@ -1,0 +1,100 @@
+"""Every experiment at the size of `debug=fast`: its numbers and files are those of `tests/golden/<experiment>.json`.
+
+`pytest tests/golden --update-golden` writes these files and prints what changed. On the kind of machine that wrote a
+file, numbers are equal to the last bit; on another, or with other threads, sums round otherwise (`CLOSE`).
+"""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vlmscope.app import main
+from vlmscope.config import catalog
+from vlmscope.data.orrery.dataset import OrreryDataConfig, build
+from vlmscope.data.orrery.scene import KINDS
+
+FOLDER = Path(__file__).parent
+EXPERIMENTS = sorted(catalog.options("experiment"))
+# Sweeps run these jobs; the others take the settings of their experiment and differ in the same keys.
+SWEEPS = {
+    "cross_layer": ["transcoder.cross_layer=false,true"],
+    "expansion_sweep": ["transcoder.expansion_factor=1,2"],
+    "modality_mix": ["modality=text,mixed", "seed=1"],
+    "sparsity_frontier": ["transcoder.activation=batchtopk,jumprelu", "transcoder.k=8"],
+}
+CLOSE = {"rel_tol": 1e-3, "abs_tol": 1e-5}
+MACHINE_FACTS = ("seconds", "per_s", "_gb", "over_forward")  # in a metric's name: time and memory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    counts: dict[str, int] = dict.fromkeys(KINDS, 24)
+    build(OrreryDataConfig(folder=str(folder), train=counts, val=counts, test=counts))
+    return folder
+
+
+def machine() -> str:
+    """What the last bits of a sum depend on."""
+    cpu = Path("/proc/cpuinfo")
+    names = [line.partition(": ")[2] for line in cpu.read_text().splitlines() if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, torch {torch.__version__}, numpy {np.__version__}"
+
+
+def outcome(run_dir: Path) -> dict:
+    """Numbers without times and memory, and all files; of a sweep, the numbers of each job."""
+    numbers: dict[str, float | None] = {}
+    for file in sorted(run_dir.rglob("metrics.json")):
+        prefix = "" if file.parent == run_dir else f"{file.parent.name}/"
+        found = json.loads(file.read_text())
+        numbers |= {prefix + key: found[key] for key in found if not any(part in key for part in MACHINE_FACTS)}
+    files = sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
+    return {"machine": machine(), "metrics": dict(sorted(numbers.items())), "files": files}
+
+
+def changes(old: dict, new: dict, exact: bool) -> Iterator[str]:
+    """A line for each metric and file that differs."""
+    before, after = old["metrics"], new["metrics"]
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before or name not in after:
+            yield f"{name}: {'new' if name in after else 'gone'} ({(before | after)[name]})"
+            continue
+        a, b = before[name], after[name]
+        same = a == b if exact or a is None or b is None else math.isclose(a, b, **CLOSE)
+        if not same:
+            yield f"{name}: {a} -> {b}"
+    yield from (f"no file {name}" for name in sorted(set(old["files"]) - set(new["files"])))
+    yield from (f"new file {name}" for name in sorted(set(new["files"]) - set(old["files"])))
+
+
+def test_every_experiment_has_its_numbers_and_its_card() -> None:
+    assert [path.stem for path in sorted(FOLDER.glob("*.json"))] == EXPERIMENTS
+    cards = Path(__file__).resolve().parents[2] / "experiments"
+    assert [name for name in EXPERIMENTS if not (cards / f"{name}.md").is_file()] == []
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_numbers(
+    name: str, data: Path, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, kind = tmp_path / "run", "sweep" if name in SWEEPS else "run"
+    where = [f"hydra.{kind}.dir={run_dir}", f"data.path={data}", "tracking=none", "trainer.threads=1"]
+    assert main([f"experiment={name}", "debug=fast", *SWEEPS.get(name, []), *where]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(run_dir)
+    new, file = outcome(run_dir), FOLDER / f"{name}.json"
+    old = json.loads(file.read_text()) if file.exists() else {"machine": None, "metrics": {}, "files": []}
+    exact = old["machine"] == new["machine"] and os.environ["OMP_NUM_THREADS"] == "1"
+    found = list(changes(old, new, exact))
+    if request.config.getoption("--update-golden"):
+        file.write_text(json.dumps(new, indent=0) + "\n")
+        with capsys.disabled():
+            print(f"\n{name}: {len(found)} changes", *(found if old["machine"] else []), sep="\n  ")
+    elif found:
+        pytest.fail(f"{name}: {len(found)} differ from {file.name}\n" + "\n".join(found), pytrace=False)

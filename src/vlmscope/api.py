@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from PIL import Image
 
 from vlmscope.core.ids import FeatureId
-from vlmscope.scope import Picture, Scope
+from vlmscope.scope import Picture, Scope, opened
 
 if TYPE_CHECKING:
     from vlmscope.attribution.trace import Trace

@@ -58,9 +58,10 @@ class Toward:
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`."""
+        assert cases.donors is not None, f"case set {cases.name!r} has no donors to move toward"
         chosen = self.features if features is None else features
         start = donor_activations(scope, cases.batch, chosen)
-        end = Carry(chosen).plan(scope, cases, 1.0)
+        end = patch_plan(donor_activations(scope, cases.donors, chosen), cases.batch.roles)
         return {
             layer: replace(e, value=(start[layer][1] + strength * (e.value - start[layer][1])).clamp_min(0))
             for layer, e in end.items()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import pandas as pd
@@ -84,12 +84,12 @@ class Cases:
 
 
 class Operation(Protocol):
-    """What is done to a case set."""
+    """What is done to a case set.
 
-    @property
-    def rereads(self) -> bool:
-        """Whether values come from the donors: a control with other features then carries their own values."""
-        ...
+    `rereads` says that values come from the donors: a control with other features then carries their own values.
+    """
+
+    rereads: ClassVar[bool]
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """The edits; of other `features` than its own when given, for a control."""
@@ -182,7 +182,7 @@ def _parts(scope: Scope, trial: Trial, seed: int) -> Iterator[pd.DataFrame]:
                 yield _outcome(cases, logits).assign(**labels, control="random_direction", draw=draw)
 
 
-def _matched(scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: Plan, draw: int) -> Plan:
+def _matched(scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: Plan, draw: int) -> AnyPlan:
     """The same edit of as many other features; where values are read from donors, of their own values."""
     drawn = matched_features(plan, trial.features_from, draw)
     if not trial.do.rereads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,9 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: 
         `random_direction` (means over all draws, NaN without one), `p` (exact, one-sided, paired with the first matched
         draw) and `q` (corrected over all rows, Benjamini and Hochberg); p and q only of shares.
     """
-    found = {}
+    found: dict[Any, dict[str, float]] = {}
+    key: Any
+    group: Any  # pandas' own types of what a selection gives are too wide to be of use
     for key, group in table.groupby(list(by), sort=False, dropna=False):
         done = group[group.control == ""]
         values = done[measure].to_numpy()
@@ -41,7 +44,7 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: 
             if control == "matched":
                 row["p"] = paired_p(values, draws[0]) if draws and share else np.nan
         found[key if len(by) > 1 else key[0]] = row
-    rows = pd.DataFrame.from_dict(found, orient="index")
+    rows: Any = pd.DataFrame.from_dict(found, orient="index")
     rows.index = pd.MultiIndex.from_tuples(rows.index, names=by) if len(by) > 1 else rows.index.rename(by[0])
     known = rows.p.notna()
     rows["q"] = np.nan
@@ -53,7 +56,7 @@ def worst(rows: pd.DataFrame, over: str) -> pd.DataFrame:
     """Of rows of `rates`, those with the least value over the level `over`, next to the highest controls of any."""
     others = [name for name in rows.index.names if name != over]
     groups = rows.groupby(level=others, sort=False)
-    lowest = rows.loc[groups["value"].idxmin()]
+    lowest: Any = rows.loc[groups["value"].idxmin()]
     for control in ("matched", "random_direction"):
         lowest[control] = groups[control].max().to_numpy()
     return lowest.droplevel(over)

@@ -64,7 +64,7 @@ class Folder:
         Raises:
             UserError: no trial is called so.
         """
-        table = self.trials
+        table: Any = self.trials
         if not names:
             return table
         keys = table.operation + "/" + table.setting
@@ -74,11 +74,11 @@ class Folder:
             raise UserError(f"report: no trial {missing[0]!r}; there are {', '.join(dict.fromkeys(keys))}")
         return table[wanted]
 
-    def rates(self, mark: Declared, by: Sequence[str]) -> pd.DataFrame:
-        """Rates of the mark's trials by columns, each operation by its own measure unless the mark names one."""
+    def rates(self, mark: Declared, by: Sequence[str], measure: str | None = None) -> pd.DataFrame:
+        """Rates of the mark's trials by columns, each operation by its own measure unless one is given or marked."""
         table = self.chosen(mark.trials)
         parts = [
-            rates(part, by, mark.y or self.measures.get(str(operation), "hit"))
+            rates(part, by, measure or mark.y or self.measures.get(str(operation), "hit"))
             for operation, part in table.groupby("operation", sort=False)
         ]
         return pd.concat(parts)
@@ -89,6 +89,7 @@ def cards(folder: Folder, name: str, mark: Declared) -> list[Section]:
     found = folder.rates(mark, ["operation", "setting", "question"])
     lowest = worst(found, "question") if found.index.get_level_values("question").nunique() > 1 else found
     made = []
+    key: Any
     for key, row in lowest.iterrows():
         operation, setting = key[:2]
         said = f"{label(operation)}: {label(setting)}"
@@ -118,8 +119,10 @@ def curve(folder: Folder, name: str, mark: Declared) -> list[Section]:
     found = folder.rates(mark, ["operation", by, x])
     operations = found.index.get_level_values("operation").unique()
     lines = []
-    for (operation, series), rows in found.groupby(level=["operation", by], sort=False):
-        rows = rows.droplevel(["operation", by]).sort_index()
+    key: Any
+    for key, of in found.groupby(level=["operation", by], sort=False):
+        operation, series = key
+        rows: Any = of.droplevel(["operation", by]).sort_index()
         called = str(series) if len(operations) == 1 else f"{label(operation)} {series}"
         at = rows.edited if x == "limit" else rows.index.astype(float)
         lines.append(Curve(called, *(tuple(map(float, one)) for one in (at, rows.value, rows.ci_low, rows.ci_high))))
@@ -199,11 +202,20 @@ def flip_rows(folder: Folder, mark: Declared) -> list[FlipRow]:
     """Rates of the mark's trials as rows of the table of results, the worst question after those of each trial."""
     by = ["operation", "setting", "mode", "question"]
     found = folder.rates(mark, by)
-    also = folder.rates(_Changed(mark), by)
+    also = folder.rates(mark, by, "changed")
     rows: list[FlipRow] = []
+    key: Any
     for key, group in found.groupby(level=by[:3], sort=False):
         operation, setting, mode = map(str, key)
-        lines = [(str(index[3]), row, also.loc[index]) for index, row in group.iterrows()]
+        lines: list[Any] = [
+            (str(at), *both)
+            for at, *both in zip(
+                group.index.get_level_values("question"),
+                group.itertuples(),
+                also.loc[group.index].itertuples(),
+                strict=True,
+            )
+        ]
         if len(lines) > 1:
             low, moved = (worst(part.loc[group.index], "question").iloc[0] for part in (found, also))
             lines.append(("worst", low, moved))
@@ -211,17 +223,6 @@ def flip_rows(folder: Folder, mark: Declared) -> list[FlipRow]:
             q = None if np.isnan(row.q) or question == "worst" else float(row.q)
             rows.append(FlipRow(operation, mode, question, setting, _rate(row), int(row.edited), _rate(moved), None, q))
     return rows
-
-
-@dataclass(frozen=True)
-class _Changed:
-    """A mark's trials under the measure "changed"."""
-
-    of: Declared
-    y: str = "changed"
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.of, name)
 
 
 def _rate(row: Any) -> Rate:

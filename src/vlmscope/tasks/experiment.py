@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -139,19 +139,22 @@ def trial_metrics(table: pd.DataFrame, trials: Mapping[str, TrialConfig]) -> dic
 
     metrics: dict[str, float] = {}
     axes = ["positions", "layers", "strength", "limit"]
-    for (operation, setting), part in table.groupby(["operation", "setting"], sort=False):
+    key: Any
+    part: Any
+    for key, part in table.groupby(["operation", "setting"], sort=False):
+        operation, setting = key
         if (part.groupby("mode")[axes].nunique(dropna=False) > 1).to_numpy().any():
             continue
         several = part["mode"].nunique() > 1
         for mode, of in part.groupby("mode", sort=False):
-            key = f"{operation}/{setting}" + (f"/{mode}" if several else "")
-            found = rates(of, ["setting", "question"], trials[str(operation)].measure)
+            name = f"{operation}/{setting}" + (f"/{mode}" if several else "")
+            found: Any = rates(of, ["setting", "question"], trials[str(operation)].measure)
             row = (worst(found, "question") if len(found) > 1 else found).iloc[0]
-            metrics |= {key: row.value, f"{key}_ci_low": row.ci_low, f"{key}_ci_high": row.ci_high}
+            metrics |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
             if not np.isnan(row.matched):
-                metrics[f"{key}_control"] = row.matched
+                metrics[f"{name}_control"] = row.matched
             if len(found) > 1 and not several:
-                metrics |= {f"{key}/{question}": one.value for (_, question), one in found.iterrows()}
+                metrics |= {f"{name}/{question}": one.value for (_, question), one in found.iterrows()}
     return metrics
 
 

@@ -26,6 +26,10 @@ class CheckFailed(Exception):
         self.metrics = dict(metrics)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which SLURM, containers and `kill` send: handled as Ctrl-C is, but the exit code is 143."""
+
+
 class NotMainRank(Exception):
     """Not an error: the work that this process shared is done, and the main process, rank 0, finishes alone."""
 

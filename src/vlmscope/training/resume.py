@@ -48,27 +48,38 @@ class ResumableCheckpoint(pl.Callback):
             save_checkpoint(self.path, pl_module, trainer.optimizers[0])
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Ctrl-C between two steps keeps what was learnt."""
+        """Ctrl-C or SIGTERM between two steps keeps what was learnt."""
         if isinstance(exception, KeyboardInterrupt) and trainer.optimizers:
-            previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
             save_checkpoint(self.path, pl_module, trainer.optimizers[0])
-            signal.signal(signal.SIGINT, previous)
+
+
+class _Heard(pl.Callback):
+    """Puts back the handler of Ctrl-C, which Lightning ignores while it shuts down: a second one is to be heard."""
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, self.handler)
 
 
 def fit_or_interrupt(trainer: pl.Trainer, module: pl.LightningModule, batches: Any) -> None:
-    """`trainer.fit`, in which Ctrl-C stays a `KeyboardInterrupt`.
+    """`trainer.fit`, in which Ctrl-C stays a `KeyboardInterrupt`, and SIGTERM a `Terminated`.
 
-    Lightning turns it into `SystemExit(1)` and leaves the signal ignored, which would lose exit code 130.
+    Lightning turns both into `SystemExit(1)` and leaves Ctrl-C ignored, which would lose exit codes 130 and 143.
     """
     handler = signal.getsignal(signal.SIGINT)
+    trainer.callbacks.insert(0, _Heard(handler))  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with warnings.catch_warnings():
             # Batches are made from the step number in this process on purpose; the last is a matter within Lightning.
             warnings.filterwarnings("ignore", message=".*num_workers.*|.*IterableDataset.*|.*LeafSpec.*")
             trainer.fit(module, batches)
-    except SystemExit:
+    except SystemExit as end:
         signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from None
+        stop = end.__context__
+        raise (stop if isinstance(stop, KeyboardInterrupt) else KeyboardInterrupt()) from None
 
 
 def save_checkpoint(path: Path, module: Any, optimizer: torch.optim.Optimizer) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints of a Lightning run without pickle: safetensors for every tensor, JSON for the rest, replaced atomically.
 
-A module takes part by counting its optimiser steps in `steps_done` and by drawing its data from the step number, so
-that a resumed run goes on with the very next batch.
+A module takes part by counting its optimiser steps in `steps_done`, by drawing its data from the step number, so that
+a resumed run continues with the very next batch, and by saying when it is `committing` a step.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class ResumableCheckpoint(pl.Callback):
             save_checkpoint(self.path, pl_module, trainer.optimizers[0])
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Ctrl-C or SIGTERM between two steps keeps what was learnt."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.optimizers:
+        """Ctrl-C or SIGTERM keeps what was learnt, unless it came in the middle of a change of the weights."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.optimizers and not pl_module.committing:
             save_checkpoint(self.path, pl_module, trainer.optimizers[0])
 
 

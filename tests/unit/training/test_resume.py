@@ -72,6 +72,28 @@ def test_ctrl_c_is_an_interrupt_and_keeps_what_was_learnt(data: Path, tmp_path: 
         assert torch.equal(a, b), name
 
 
+def test_a_signal_in_the_middle_of_a_change_of_the_weights_keeps_the_checkpoint_before(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, calls = torch.optim.AdamW.step, []
+
+    def half(self: torch.optim.AdamW, closure):
+        calls.append(closure())
+        if len(calls) == 4:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(1.0)
+            raise KeyboardInterrupt
+        return right(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.AdamW, "step", half)
+        fit(data, tmp_path / "cut", 6, resume=False)
+    resumed = fit(data, tmp_path / "cut", 6, resume=True)
+    whole = fit(data, tmp_path / "whole", 6, resume=False)
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_corrupt_and_foreign_checkpoints_are_named(data: Path, tmp_path: Path) -> None:
     module = fit(data, tmp_path, 2, resume=False)
     path = tmp_path / "checkpoint.safetensors"

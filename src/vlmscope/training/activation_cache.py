@@ -1,9 +1,9 @@
 """Captured activations on disk, so that the model need not run twice on the same batch.
 
-`<folder>/manifest.json` says what the activations hang on; `rank_00/batch_000000.safetensors` and so on hold a captured
-batch each, as one rank keeps it: `layer_00.in`, `layer_00.out` [n, d] in the dtype of the cache, `is_image` [n]. A file
-is written under another name and renamed, so what stands is whole: after a kill the next run goes on from there, and
-one that needs more batches adds them. Legend: n tokens of the batch on the rank's host, d model width.
+`<folder>/manifest.json` says what the activations depend on; `rank_00/batch_000000.safetensors` and so on hold a
+captured batch each, as one rank keeps it: `layer_00.in`, `layer_00.out` [n, d] in the dtype of the cache, `is_image`
+[n]. A file is written under another name and renamed, so what stands is whole: after a kill the next run goes on from
+there, and one that needs more batches adds them. Legend: n tokens of the batch on the rank's host, d model width.
 """
 
 import json
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vlmscope.core.artifacts import atomic_path, read_json, write_json
 from vlmscope.core.errors import UserError
+from vlmscope.core.origin import differences
 from vlmscope.training.transcoder_data import LayerActivations
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,8 +65,7 @@ class ActivationCache:
                 raise UserError(f"task.cache={self.folder} has no {_MANIFEST} and holds other files; choose another")
             write_json(file, now)
             return
-        then = read_json(file)
-        changed = [f"{key} {then.get(key)} -> {now.get(key)}" for key in now if then.get(key) != now.get(key)]
+        changed = differences(read_json(file), now)
         if changed:
             raise UserError(
                 f"task.cache={self.folder} was made with another {'; another '.join(changed)}; restore it, or choose "

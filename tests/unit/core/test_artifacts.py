@@ -239,7 +239,7 @@ DOORS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "maps": ("maps.safetensors", map_io.load_maps),
     "patches": ("patches.safetensors", lambda path: patch_io.load_maps(path, [PATCH_RECORD])),
     "circuit": ("levels.safetensors", circuit),
-    "checkpoint": ("checkpoint.safetensors", lambda path: load_checkpoint(path, torch.nn.Linear(1, 1), None)),
+    "checkpoint": ("checkpoint.safetensors", lambda path: load_checkpoint(path, torch.nn.Linear(1, 1), None, {})),
     "model": ("model.safetensors", model),
     "our set": ("layer_0.safetensors", transcoders("config.yaml", "activation: topk\ntop_k: 1\nk: 1\n")),
     "circuit-tracer's set": ("layer_0.safetensors", transcoders("config.yaml", "scan: x\n")),

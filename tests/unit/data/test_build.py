@@ -175,7 +175,10 @@ def test_a_build_that_was_cut_short_mends_what_it_has_and_goes_on(
     assert figures["data/duplicates"] == 20 and figures["data/rows"] == 121
 
 
-def test_a_source_that_has_changed_does_not_mend(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_source_that_has_changed_does_not_mend(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "folder_digest", lambda _: "as of a source on the hub, which is not read for it")
     made, out = sources(tmp_path / "words"), tmp_path / "out"
     build_mix(made, settings(out))
     names = [ONE, "train-words-all-000-00002.tar"]
@@ -206,6 +209,18 @@ def test_other_sources_settings_and_too_small_disks_are_refused(
     with pytest.raises(UserError, match=r"the shards need about .* GB, .* GB free; choose another folder"):
         build_mix(made, settings(tmp_path / "small"))
     assert not list((tmp_path / "small").glob("*.tar"))
+
+
+def test_a_source_whose_files_changed_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "mars is red"}\n')
+    given = {"words": SourceConfig("folder", str(folder))}
+    build_mix(given, settings(tmp_path / "shards"))
+    build_mix(given, settings(tmp_path / "shards"))
+    (folder / "train.jsonl").write_text('{"text": "mars is big"}\n')
+    with pytest.raises(UserError, match=r"\(data.sources.words \w+ -> \w+\); restore them, or choose another data"):
+        build_mix(given, settings(tmp_path / "shards"))
 
 
 def test_the_estimate_of_size_is_close(tmp_path: Path) -> None:

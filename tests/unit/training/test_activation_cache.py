@@ -193,7 +193,7 @@ def test_epochs_go_through_the_first_batches_again(vlm: VLM, tmp_path: Path, for
 
     changes = {"epoch_batches": 3, "max_steps": 8}
     plain = _train(vlm, tmp_path / "plain", None, noted, **changes)
-    assert asked == [0, 1, 0, 1, 2, 0, 1, 2, 0, 1]
+    assert asked[1:] == [0, 1, 0, 1, 2, 0, 1, 2, 0, 1]  # first, batch 0 is what a checkpoint knows the data by
     forwards.clear()
     cached = _train(vlm, tmp_path / "cached", CacheSettings(tmp_path / "cache"), **changes)
     assert len(forwards) == 3 and _equal(plain, cached)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from tests.processes import Forked, command_line
-from tests.smoke.test_launch import MIX
+from tests.smoke.test_launch import MIX, ended, errors, start
 
 from vlmscope.app import main
 from vlmscope.models.tiny import tiny_image, tiny_vlm
@@ -99,6 +99,92 @@ def test_a_killed_run_goes_on_as_the_same_run_in_mlflow(tmp_path: Path, capsys: 
     assert found.data.metrics["val/fvu"] > 0
 
 
+# Kills itself when a file whose path ends so is to get its name, or (with "after") has just got it.
+_KILLED = """
+import os, sys, signal
+from pathlib import Path
+from vlmscope.app import main
+when, name, replace = sys.argv.pop(1), sys.argv.pop(1), os.replace
+def killing(source, target):
+    hit = Path(target).match(name)
+    if not (hit and when == "before"):
+        replace(source, target)
+    if hit:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = killing
+sys.exit(main())
+"""
+_OF_THE_COMMAND = ("config.yaml", "overrides.yaml")  # they say trainer.resume
+
+
+def _files(run: Path) -> dict[str, bytes | dict[str, float]]:
+    """All files of a run, metrics without those of speed."""
+    found: dict[str, bytes | dict[str, float]] = {}
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if path.name == "metrics.json":
+            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("perf/")}
+        elif path.name not in _OF_THE_COMMAND:
+            found[name] = path.read_bytes() if path.is_file() else b"folder"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("task", "kills"),
+    [
+        ("train_transcoders", [
+            ("before", "step_00000004/layer_01.safetensors"), ("after", "step_00000004/complete.json"),
+            ("before", "fvu_by_layer.png"),
+        ]),
+        ("mix", [("after", "step_00000004/complete.json")]),
+        ("study", [("before", "checkpoint_1"), ("after", "study/study.json")]),
+    ],
+)  # fmt: skip
+def test_a_run_that_was_killed_and_resumed_has_the_files_of_an_uninterrupted_one(
+    mixed_data: Path, tmp_path: Path, task: str, kills: list[tuple[str, str]]
+) -> None:
+    data = {
+        "train_transcoders": [*FEW_STEPS, f"data.path={mixed_data}"], "study": [*FEW_ROWS, f"data.path={mixed_data}"],
+        "mix": [*MIX, "trainer.max_steps=4"],
+    }  # fmt: skip
+    command = [*data[task], "tracking=none"]
+    assert main([*command, f"hydra.run.dir={tmp_path / 'whole'}"]) == 0
+    whole = _files(tmp_path / "whole")
+    run = [f"hydra.run.dir={tmp_path / 'run'}", "trainer.resume=true"]
+    for when, name in kills:  # of one run, one after the other: what each leaves must go
+        process = Forked(_KILLED, when, name, *command, *run)
+        assert process.wait() == -signal.SIGKILL, (name, process.said())
+        if when == "before":
+            assert list((tmp_path / "run").rglob(".*.tmp*")), name
+    assert main([*command, *run]) == 0
+    resumed = _files(tmp_path / "run")
+    assert resumed.keys() == whole.keys()
+    assert [name for name in whole if resumed[name] != whole[name]] == []
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_a_killed_one_blocks_nothing(
+    mixed_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    command = [*FEW_ROWS, "tracking=none", f"data.path={mixed_data}", f"hydra.run.dir={run}", "trainer.resume=true"]
+    process = command_line(*command)
+    _reached(process, run, ".lock")
+    while not (run / ".lock").read_text():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)  # it stands still, and holds the folder
+    before = _files(run)
+    assert main(command) == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert f"process {process.pid} on " in line and f"is writing into {run}; wait" in line
+    assert _files(run) == before
+    processes = start([*command[:-1]])
+    codes, _, said = ended(processes)
+    assert codes == [2, 2] and [f"is writing into {run}" in text for text in errors(said)] == [True]
+    process.kill()
+    process.wait()
+    assert main(command) == 0 and not (run / ".lock").exists()
+
+
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, pictures with questions, and rows to trace, all on disk."""
@@ -151,6 +237,14 @@ TRAINING = [
     "task=train_transcoders", "data=folder", "transcoder=arch", "transcoder.expansion_factor=2", "transcoder.k=4",
     "trainer.max_steps=2", "task.steps_per_batch=1", "task.pool_batches=2", "task.tokens_per_batch=60",
     "optim.warmup=1",
+]  # fmt: skip
+FEW_STEPS = [
+    *TRAINING[:-3], "model=tiny_llava", "task.pool_batches=2", "task.tokens_per_batch=60", "optim.warmup=1",
+    "trainer.max_steps=4", "trainer.checkpoint_every=2",
+]  # fmt: skip
+FEW_ROWS = [
+    "task=study", "model=tiny_gemma3", "data=folder", "study.top=3", "study.samples=4", "study.batch_size=4",
+    "study.checkpoint_every=1",
 ]  # fmt: skip
 STUDY = ["task=study", "data=folder", "study.top=2", "study.samples=2", "study.batch_size=2"]
 ROWS = ["task=trace", "task.figure=false", "attribution.max_nodes=40"]

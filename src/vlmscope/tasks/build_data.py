@@ -34,15 +34,15 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from pathlib import Path
 
     from vlmscope.core.errors import UserError
+    from vlmscope.tasks.ranks import claimed
 
     if cfg.data.path is None:
         raise UserError("data.path is not set: give the folder that the shards shall go to")
     folder = Path(cfg.data.path)
-    if cfg.data.sources:
-        return _mix(cfg, folder)
-    if cfg.data.name != "orrery":
+    if not cfg.data.sources and cfg.data.name != "orrery":
         raise UserError(f"data={cfg.data.name}: shards are written of data=orrery and of mixes (docs/data.md)")
-    return _orrery(cfg, folder)
+    with claimed(folder, "data.path"):
+        return _mix(cfg, folder) if cfg.data.sources else _orrery(cfg, folder)
 
 
 def _mix(cfg: "AppConfig", folder: "Path") -> dict[str, float]:

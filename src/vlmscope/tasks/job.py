@@ -18,7 +18,7 @@ from vlmscope.core.errors import CheckFailed, UserError
 from vlmscope.core.launch import place_of
 from vlmscope.tasks import registry
 from vlmscope.tasks.context import RunContext
-from vlmscope.tasks.ranks import remove_empty, together, work_along
+from vlmscope.tasks.ranks import claimed, remove_empty, together, work_along
 from vlmscope.tracking import NullRun, RunInfo, open_run, sweep
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def run_job(cfg: Any) -> None:
             else:
                 work_along(task, own_cfg, context, place.rank)
     elif task.recorded:
-        _recorded_run(cfg, app_cfg, task, app_cfg, context)
+        with claimed(run_dir):
+            _recorded_run(cfg, app_cfg, task, app_cfg, context)
     else:
         task.run(app_cfg, context)
         remove_empty(run_dir)

@@ -8,7 +8,6 @@ there, and one that needs more batches adds them. Legend: n tokens of the batch 
 
 import json
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmscope.core.artifacts import atomic_path, read_json, write_json
+from vlmscope.core.artifacts import atomic_path, read_json, remove_leftovers, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.origin import differences
 from vlmscope.training.transcoder_data import LayerActivations
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MANIFEST = "manifest.json"
-_STALE = 3600  # seconds after which an unfinished file is taken for one of a killed process
+_STALE = 3600  # seconds for which an unfinished file may be that of a run on another machine
 _FORMAT = 1
 
 
@@ -48,9 +47,7 @@ class ActivationCache:
     def __init__(self, folder: Path, rank: int, dtype: torch.dtype, device: torch.device) -> None:
         self.folder, self.part = Path(folder), Path(folder) / f"rank_{rank:02d}"
         self.dtype, self.device = dtype, device
-        for left in self.part.glob(".*.tmp.safetensors"):
-            if time.time() - left.stat().st_mtime > _STALE:
-                left.unlink(missing_ok=True)
+        remove_leftovers(self.part, older_than=_STALE)
 
     def agree(self, keys: Mapping[str, str]) -> None:
         """Check what the cache was made with against `keys`, or write it down where there is no cache yet.

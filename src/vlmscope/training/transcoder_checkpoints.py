@@ -61,12 +61,20 @@ class TranscoderCheckpoints(pl.Callback):
             settings = dataclasses.asdict(self.config)
             done = {"steps_done": module.steps_done, "tokens_seen": module.tokens_seen}
             write_json(folder / _MARKER, {**done, "settings": settings, "origin": self.origin})
-            for other in self.folder.glob("step_*"):
-                if other != folder:
-                    (other / _MARKER).unlink(missing_ok=True)
-                    shutil.rmtree(other, ignore_errors=True)
+            self._remove_others(folder)
         ranks.barrier()
         self.stands = module.steps_done
+
+    def _remove_others(self, folder: Path | None) -> None:
+        for other in self.folder.glob("step_*"):
+            if other != folder:
+                (other / _MARKER).unlink(missing_ok=True)
+                shutil.rmtree(other, ignore_errors=True)
+
+    def restart(self, module: TranscoderModule) -> None:
+        """Remove the checkpoints of an earlier run in this folder, so that none is found when this one resumes."""
+        if module.ranks.main:
+            self._remove_others(None)
 
     def restore(self, module: TranscoderModule) -> bool:
         """Load the newest whole checkpoint into `module`; False when there is none.
@@ -100,6 +108,8 @@ class TranscoderCheckpoints(pl.Callback):
             load_layer(folder / f"layer_{layer:02d}.safetensors", module, layer)
         module.steps_done, module.tokens_seen = int(marker["steps_done"]), int(marker["tokens_seen"])
         self.stands = module.steps_done
+        if module.ranks.main:
+            self._remove_others(folder)  # half ones, and older ones that a kill left
         return True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -88,6 +88,8 @@ def train_transcoders(
         origin = {"model": model_fingerprint(adapter.model), **known}
     checkpoints = TranscoderCheckpoints(Path(run_dir), config, origin)
     restored = resume and checkpoints.restore(module)
+    if not restored:
+        checkpoints.restart(module)
     captures = open_captures(adapter, train_batch, config, ranks, cache, data_figures)
     if not restored:
         module.initialise([captures(number) for number in range(config.init_batches)])
@@ -103,6 +105,9 @@ def train_transcoders(
     transcoders = module.finished_set()
     if ranks.layout.world == 1:
         transcoders = transcoders.to(adapter.device)  # Lightning leaves the module on the CPU
+    if restored:  # figures are those up to the last batches, which an earlier session may have drawn
+        for number in dict.fromkeys((config.batches - 1, (config.max_steps - 1) // config.steps_per_batch)):
+            captures(number)
     drawn = captures.figures()  # of all ranks, so all ask
     if not ranks.main:
         raise NotMainRank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -132,6 +133,7 @@ def finished_study(study: Path, origin: Mapping[str, Any]) -> StudyFolder | None
         return None
     done = StudyFolder(study)
     refuse_other(str(study), done.info.origin or None, origin)
+    shutil.rmtree(study / "parts", ignore_errors=True)  # left by a kill at the very end
     return done
 
 

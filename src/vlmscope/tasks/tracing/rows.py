@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -78,12 +77,10 @@ def trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 
 def _start(folder: Path, *, resume: bool) -> Path:
-    """The folder of the rows, without what a killed run left half done."""
+    """The folder of the rows."""
     if folder.is_dir() and any(folder.iterdir()) and not resume:
         raise UserError(f"{folder} holds rows already; add trainer.resume=true to go on, or choose a new hydra.run.dir")
     folder.mkdir(parents=True, exist_ok=True)
-    for half in folder.glob(".*.tmp"):
-        shutil.rmtree(half)
     return folder
 
 

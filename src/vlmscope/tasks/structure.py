@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from vlmscope.tasks.context import RunContext
     from vlmscope.transcoders.transcoder import TranscoderSet
 
+MEMORY = "study.forward_tokens or study.batch_size"
+
 
 @dataclass
 class Config:

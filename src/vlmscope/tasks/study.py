@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vlmscope.tasks.context import RunContext
 
 RANKS = True  # several processes can run it together
+MEMORY = "study.forward_tokens (which a resumed study may change), study.batch_size or study.top"
 
 
 @dataclass

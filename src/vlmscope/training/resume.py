@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlmscope.core.artifacts import atomic_path
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, is_out_of_memory
 from vlmscope.core.origin import plain, refuse_other
 
 _LOG = logging.getLogger(__name__)
@@ -125,6 +125,8 @@ def load_checkpoint(
             _LOG.warning("%s does not record its settings and data: whether they are the same is not checked", path)
         module.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("module.")})
     except (SafetensorError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         first = str(error).splitlines()[0][:200]
         raise UserError(f"checkpoint {path} does not fit this run ({first}): remove it or change the config") from error
     moments: dict[int, dict[str, torch.Tensor]] = {}

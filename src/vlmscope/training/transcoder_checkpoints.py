@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlmscope.core.artifacts import atomic_path, read_json, write_json
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, is_out_of_memory
 from vlmscope.core.origin import plain, refuse_other
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
 from vlmscope.training.transcoder_module import TranscoderModule
@@ -169,6 +169,8 @@ def load_layer(path: Path, module: TranscoderModule, layer: int) -> None:
         state = load_file(path)
         trainer.load_state_dict({name[7:]: tensor for name, tensor in state.items() if name.startswith("module.")})
     except (SafetensorError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
         first = str(error).splitlines()[0][:200]
         raise UserError(f"checkpoint {path} does not fit this run ({first}): remove it or change the config") from error
     parameters = dict(trainer.named_parameters())

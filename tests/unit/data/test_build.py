@@ -16,7 +16,8 @@ from datasets import Dataset
 from vlmscope.core.artifacts import read_json, write_json
 from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
-from vlmscope.data import build, build_part
+from vlmscope.data import build, build_part, hf_rows
+from vlmscope.data.bad_files import BadFiles, readable_files
 from vlmscope.data.build import BuildSettings, build_mix
 from vlmscope.data.build_part import Chunk, PartJob, chunks_of
 from vlmscope.data.build_pool import run_jobs
@@ -437,3 +438,22 @@ def test_a_part_asks_before_it_writes(tmp_path: Path) -> None:
     chunk = steps.send([n == 4 for n in range(10)])
     assert isinstance(chunk, Chunk) and chunk.duplicates == 9 and chunk.digests == digests[4]
     assert [one["samples"] for one in chunk.shards.values()] == [1]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: ...")])
+def test_memory_that_runs_out_is_not_blamed_on_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def none_left(*_: Any) -> Any:
+        raise error
+
+    build_mix(sources(tmp_path / "texts"), settings(tmp_path / "shards"))
+    shards = SourceConfig("shards", str(tmp_path / "shards"), split="train", stream="words")
+    reader = open_source("words", shards, max_bad_shards=99).open(WHOLE)
+    monkeypatch.setattr(type(reader), "_opened", none_left)
+    for call in (lambda: next(reader), lambda: hf_rows._told("a file is damaged", none_left)):
+        with pytest.raises(type(error)):
+            call()
+    bad = BadFiles("words", 99)
+    with pytest.raises(type(error)):
+        readable_files([tmp_path], none_left, bad)

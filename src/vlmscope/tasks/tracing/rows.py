@@ -100,7 +100,9 @@ def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
     from vlmscope.core.origin import flat, folder_digest, plain
     from vlmscope.tasks.origin import model_origin, transcoder_origin
 
-    attribution, labels = asdict(cfg.attribution), cfg.attribution.labels
+    # The two that are left out change memory and time.
+    attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in ("batch_size", "memory_gb")}
+    labels = cfg.attribution.labels
     if labels is not None:
         attribution["labels"] = folder_digest(labels)
     task = {"task.figure": cfg.task.figure, "task.head_edges": cfg.task.head_edges, "seed": cfg.seed}

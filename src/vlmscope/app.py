@@ -1,20 +1,23 @@
 """The command line: Hydra composes the configuration, one task runs, its folder is printed last.
 
 Exit codes: 0 the work was done, 1 a failure of the program (with a traceback) or a check that came out negative (one
-line), 2 a mistake of the user (one line), 130 Ctrl-C.
+line), 2 a mistake of the user (one line), 130 Ctrl-C, 143 SIGTERM.
 """
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
-from vlmscope.core.errors import CheckFailed, RankLost, UserError
+from vlmscope.core.errors import CheckFailed, RankLost, Terminated, UserError
 from vlmscope.core.launch import Place, place_of
 
 USAGE = """\
@@ -211,6 +214,31 @@ def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
         raise UserError(f"cannot write {error.filename}: {error.strerror}; choose another hydra.run.dir") from error
 
 
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM is raised where the program is, so that it can leave its state; a second one, while
+    it does, ends the process at once.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be set
+        yield
+        return
+    told = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if told:
+            os._exit(128 + number)
+        told = True
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -219,16 +247,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(_help())
         return 0 if argv else 2
+    with _stopped_by_signals():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     failures = _Failures()
     killed = True
     try:
         _run_hydra(argv, failures)
         killed = False
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         place = _place()
         if place is None or place.main:
-            print("interrupted; trainer.resume=true with this run's hydra.run.dir goes on", file=sys.stderr)
-        return 130
+            print("interrupted; resume with trainer.resume=true and this run's hydra.run.dir", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 130
     except Exception as error:
         killed = False
         failures.add(error)

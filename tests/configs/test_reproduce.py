@@ -1,10 +1,14 @@
 """What task=reproduce runs: every tagged experiment states few numbers with ranges that say something, and composes."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from tests.configs.composing import composed
 
 from vlmscope.config import catalog
-from vlmscope.config.paths import conf_dir
+from vlmscope.config.paths import asset, conf_dir
+from vlmscope.tasks.reproduction import plan
 
 TAGGED = sorted(catalog.reproducible([conf_dir()]))
 
@@ -25,6 +29,20 @@ def test_a_tagged_experiment_states_ranges_that_can_be_missed(name: str) -> None
     assert any(wanted.low > 0 or wanted.high < 0 for wanted in app.headline.values())
     steps = [step for step, wanted in app.task.steps.items() if wanted]
     assert steps and "report" in steps[-1], "the last step writes report.html"
+
+
+def test_other_content_of_a_file_of_ones_own_is_other_work(tmp_path: Path) -> None:
+    picture, model = tmp_path / "a.png", tmp_path / "model"
+    picture.write_bytes(b"one")
+    shutil.copytree(asset("orrery"), model)
+    given = [f"experiment={TAGGED[0]}", f"model.path={model}", f"images.mine=[{picture}]"]
+    before = plan._digest("", composed(*given))
+    assert before == plan._digest("", composed(*given))
+    for file in (picture, model / "tokenizer_config.json"):
+        was = file.read_bytes()
+        file.write_bytes(was[:-1] + b" ")
+        assert plan._digest("", composed(*given)) != before, file
+        file.write_bytes(was)
 
 
 @pytest.mark.parametrize("name", TAGGED)

@@ -84,7 +84,7 @@ def test_a_run_goes_on_where_it_was_cut_off(pictures: Path, run: Path, tmp_path:
         for file in sorted((second / "rows" / name).glob("**/*"), reverse=True):
             file.unlink()
         (second / "rows" / name).rmdir()
-    half = second / "rows" / ".earth_1.77.abcd.tmp"
+    half = second / "rows" / ".earth_1.99999999.0123abcd.tmp"
     half.mkdir()
     (half / "graph.json").write_text("{")
     text = (second / "graphs.jsonl").read_text()

@@ -117,12 +117,18 @@ def test_hand_labels_are_found_and_reach_the_graph(study: Path, tmp_path: Path) 
         hand.unlink()
 
 
-def test_a_local_model_explains(study: Path, tmp_path: Path) -> None:
+def test_a_local_model_explains_and_its_set_takes_no_other_explainer(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     feature = next(iter(Labels(StudyFolder(study)).automatic))
     own = [f"task.features=[{feature}]", "task.explainer=local", "task.shown=2", "task.judged=3", "task.set_name=vlm"]
     assert main(["task=label", *own, *TINY, f"study.path={study}", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
     assert (study / "study/labels/vlm.parquet").is_file()
-    (study / "study/labels/vlm.parquet").unlink()
+    other = [*own[:3], "task.judged=2", own[-1], "seed=1"]
+    assert main(["task=label", *other, *TINY, f"study.path={study}", f"hydra.run.dir={tmp_path / 'run'}"]) == 2
+    assert "(seed 0 -> 1, task.judged 3 -> 2); restore them, or choose another task.set_name" in capsys.readouterr().err
+    for name in ("vlm.parquet", "vlm.json"):
+        (study / "study/labels" / name).unlink()
 
 
 @pytest.mark.parametrize(

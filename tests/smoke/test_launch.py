@@ -122,6 +122,20 @@ def test_ctrl_c_stops_all_after_one_step_and_a_mix_goes_on_exactly(tmp_path: Pat
     assert distance(tmp_path / "half", tmp_path / "whole") == 0
 
 
+def test_sigterm_to_one_process_stops_all_with_a_checkpoint_and_143(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    processes = start([*MIX, "tracking=none", "trainer.max_steps=100000", f"hydra.run.dir={run}"])
+    text = run / "data_states_1_of_2.json"
+    wait_for(text)
+    while len(json.loads(text.read_text())["states"]) < 2:  # some steps
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, _, said = ended(processes)
+    assert codes == [143, 143] and sum(words.count("trainer.resume=true") for words in said) == 1
+    (marker,) = (run / "transcoder_checkpoint").glob("step_*/complete.json")
+    assert 0 < json.loads(marker.read_text())["steps_done"] < 100000
+
+
 def test_a_mistake_is_one_line_and_a_task_for_one_process_says_so(tmp_path: Path) -> None:
     where = ["tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
     codes, out, said = ended(start(["task=trace", "model=tiny_llava", "prompt=red", *where]))

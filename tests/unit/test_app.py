@@ -17,6 +17,8 @@ DUMMY = '''"""A task for tests."""
 from dataclasses import dataclass
 from vlmscope.core.errors import UserError
 
+MEMORY = "task.many"
+
 @dataclass
 class Config:
     mode: str = "ok"
@@ -28,6 +30,13 @@ def run(cfg, context):
         raise RuntimeError("boom")
     if cfg.task.mode == "full":
         raise OSError(28, "No space left on device")
+    if cfg.task.mode.startswith("memory"):
+        import numpy, pyarrow, torch
+        many = 1 << 50
+        def cuda(_):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nGPU 0 has ...")
+        {"torch": torch.empty, "numpy": numpy.empty, "arrow": pyarrow.allocate_buffer, "cuda": cuda,
+         "list": lambda n: [0] * n}[cfg.task.mode.partition("_")[2]](many)
     if cfg.task.mode == "interrupt":
         raise KeyboardInterrupt
     (context.run_dir / "artifact.txt").write_text(str(cfg.prompt))
@@ -125,6 +134,14 @@ def test_a_crash_shows_its_traceback_and_exits_with_1(fresh) -> None:
     assert result.returncode == 1
     assert "RuntimeError: boom" in result.stderr
     assert result.stderr.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "arrow", "cuda", "list"])
+def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(app, kind: str) -> None:
+    result = app("task=dummy", f"task.mode=memory_{kind}", "tracking=none")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("error: task=dummy ran out of memory")
+    assert "lower task.many" in result.stderr and "model.dtype=bfloat16" in result.stderr
 
 
 def test_an_interrupt_exits_with_130(app) -> None:

@@ -10,8 +10,9 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ _LFS = b"version https://git-lfs"
 _MOST_VALUES = 10_000_000
 _DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_TEMPORARY = re.compile(r"\..*\.(\d+)\.[0-9a-f]{8}\.tmp(\..*)?")  # the names that are made here
 
 
 def _full(error: BaseException) -> int | None:
@@ -317,6 +319,33 @@ def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str
                     f"cannot read {path}: {name} is {dtype}, which this file never has; make it again"
                 ) from error
         return arrays, dict(file.metadata() or {})
+
+
+def remove_leftovers(folder: str | Path, older_than: float = 0.0) -> None:
+    """Remove the temporary files and folders that killed processes left anywhere below `folder`.
+
+    Args:
+        folder: it may be missing.
+        older_than: seconds; younger ones stay, where processes of other machines, which cannot be seen, write too.
+    """
+    for path in list(Path(folder).rglob(".*.tmp*")):
+        named = _TEMPORARY.fullmatch(path.name)
+        with suppress(FileNotFoundError):  # another process may be at it too
+            if named and _is_gone(int(named[1])) and time.time() - path.stat().st_mtime >= older_than:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_gone(process: int) -> bool:
+    """Whether a process has ended; what bears this one's own number is of one before it, in another container."""
+    if process == os.getpid():
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @contextmanager

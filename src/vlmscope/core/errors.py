@@ -15,6 +15,15 @@ class NoRoom(UserError):
     """A disk or a quota is full: nothing that skips bad data may go on after it."""
 
 
+_NO_MEMORY = ("allocate memory", "not enough memory", "out of memory", "alloc_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the CPU or a GPU; torch raises `RuntimeError` for that, safetensors `OSError`."""
+    named = isinstance(error, RuntimeError | OSError) and any(sign in str(error).lower() for sign in _NO_MEMORY)
+    return named or isinstance(error, MemoryError)
+
+
 class CheckFailed(Exception):
     """What a task was asked to check does not hold: one line that says what; nobody's mistake in typing.
 
@@ -24,6 +33,10 @@ class CheckFailed(Exception):
     def __init__(self, message: str, metrics: Mapping[str, float]) -> None:
         super().__init__(message)
         self.metrics = dict(metrics)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which SLURM, containers and `kill` send: handled as Ctrl-C is, but the exit code is 143."""
 
 
 class NotMainRank(Exception):

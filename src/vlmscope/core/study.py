@@ -248,6 +248,7 @@ class StudyInfo:
         items, rows: inputs of the model, and rows of the data that gave them.
         positions: of all items, by `KINDS`.
         skipped: rows that could not be used, by source.
+        origin: everything that decided the study, by name (`vlmscope.core.origin`); empty in those of earlier versions.
     """
 
     model: str
@@ -259,3 +260,4 @@ class StudyInfo:
     rows: int
     positions: dict[str, int]
     skipped: dict[str, int] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)

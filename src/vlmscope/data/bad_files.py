@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, is_out_of_memory
 
 MAX_ROW_BYTES = 2**30  # on average; the largest picture that is opened takes a third of it, uncompressed
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -79,6 +79,8 @@ def readable_files(files: Iterable[Path], opens: Callable[[Path], object], bad: 
         try:
             opens(file)
         except Exception as error:  # pyarrow, the disk and zlib each have their own
+            if is_out_of_memory(error):
+                raise
             bad.does_not_open(file, error)
         else:
             good.append(file)
@@ -114,9 +116,9 @@ class SoundGroups:
                 try:
                     _check_size(metadata.row_group(group), group)
                     yield from self.generate([file], [(group,)])
-                except MemoryError:
-                    raise
                 except Exception as error:  # pyarrow raises its own, OSError and ValueError
+                    if is_out_of_memory(error):
+                        raise
                     self.bad.damaged(file, error)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from vlmscope.core.artifacts import atomic_path, write_json
 from vlmscope.core.errors import UserError
+from vlmscope.core.origin import folder_digest, refuse_other
 from vlmscope.data.build_part import TRAIN, VAL, Chunk, PartJob
 from vlmscope.data.build_pool import run_jobs
 from vlmscope.data.raw import DIGEST_BYTES
@@ -51,7 +52,7 @@ class Builder:
         """Open the folder and look for chunks whose files are damaged.
 
         Raises:
-            UserError: the folder holds shards of other sources or settings.
+            UserError: the folder holds shards of other sources or settings, or the sources' files have changed.
         """
         self.sources, self.settings = dict(sources), settings
         meta = {
@@ -59,6 +60,12 @@ class Builder:
             "shard_size": settings.shard_size, "val_share": settings.val_share,
         }  # fmt: skip
         self.index = open_index(settings.folder, meta)
+        # A source that is gone may stay so when the shards are finished.
+        there = {name: one.path for name, one in self.sources.items() if one.path and Path(one.path).exists()}
+        files = {f"data.sources.{name}": folder_digest(path) for name, path in there.items()}
+        before = self.index.setdefault("files", files)
+        known = {name: before.get(name) for name in files}
+        refuse_other(str(settings.folder / INDEX), known, files, "choose another data.path")
         self.parts: dict[str, dict[str, Any]] = self.index.setdefault("parts", {})
         self.seen: set[bytes] = set()
         self.own: dict[tuple[str, int], set[bytes]] = {}  # damaged chunks and, where they are known, their samples

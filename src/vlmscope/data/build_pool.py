@@ -106,19 +106,21 @@ def _there(
         for process, _ in started:
             process.join(20)  # a process ends when it next asks or tells; it removes what it was writing
             if process.is_alive():
-                process.terminate()
+                process.kill()  # SIGTERM does not reach it
 
 
 def _start(process: Any) -> None:
-    """Start a process that Ctrl-C does not reach, not even while it imports: it is the builder's to end."""
+    """Start a process that Ctrl-C and SIGTERM do not reach, not even while it imports: it is the builder's to end."""
     if threading.current_thread() is not threading.main_thread():  # only there can signals be set
         process.start()
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process inherits it
+    # A new process inherits it.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         process.start()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _hand_over(connection: Connection, waiting: list[PartJob], working: dict[Connection, PartJob]) -> None:

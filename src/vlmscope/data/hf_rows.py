@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmscope.core.artifacts import read_json
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, is_out_of_memory
 from vlmscope.data.bad_files import BadFiles, SoundGroups, readable_files
 from vlmscope.data.columns import Parser, columns_of, parser
 from vlmscope.data.conversation import CONVERSATIONS
@@ -187,6 +187,8 @@ def _told(what: str, call: Any, mend: str = "check it, or write it anew") -> Any
     except UserError:
         raise
     except Exception as error:  # the libraries beneath raise dozens of unrelated classes
+        if is_out_of_memory(error):
+            raise
         first = (str(error).strip().splitlines() or [""])[0][:200]
         raise UserError(f"{what} ({type(error).__name__}: {first}); {mend}") from error
 

@@ -13,7 +13,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, is_out_of_memory
 from vlmscope.data.orrery.dataset import scene_row
 from vlmscope.data.raw import RawSample
 from vlmscope.data.readers import Mark, Row
@@ -90,6 +90,8 @@ class ShardReader:
                 sample = next(self.open_file)
             # A corrupt tar shows itself as a tar error, as JSON or names that make no sense, or as too few samples.
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 self._skip(number, error)
                 continue
             self.row += 1

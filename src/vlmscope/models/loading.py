@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL.Image import Image
-from torch import OutOfMemoryError, Tensor
+from torch import Tensor
 
 from vlmscope.core.conversation import check_characters
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, is_out_of_memory
 from vlmscope.core.images import as_rgb
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.checkpoint import check_weights, read_config
@@ -181,9 +181,9 @@ def refused_in_one_line(said: str, images: Sequence[Image] = ()) -> Iterator[Non
     """Whatever a Hugging Face processor or tokenizer raises, as a `UserError` that names the text and its pictures."""
     try:
         yield
-    except (UserError, MemoryError, OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
         what = f"{textwrap.shorten(said, 80)!r}" + (f" with a picture of {sizes} pixels" if images else "")
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -255,6 +255,8 @@ def _told_in_one_line(folder: Path) -> Iterator[None]:
         reason = " ".join(str(error).split())
         raise UserError(f"transformers refuses {folder / 'config.json'}: {reason}; correct it") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        if is_out_of_memory(error):  # the files are not to blame
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load the model at {folder}: {reason}; check its files") from error
     finally:

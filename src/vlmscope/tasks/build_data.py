@@ -13,6 +13,8 @@ TRAIN = {"planets": 10000, "digits": 28000, "shapes": 10000, "hands": 5000, "tex
 VAL = {"planets": 400, "digits": 400, "shapes": 400, "hands": 400, "text": 400}
 TEST = {"planets": 1000, "digits": 1000, "shapes": 1000, "hands": 1000, "text": 1000}
 
+MEMORY = "task.shard_size or task.workers"
+
 
 @dataclass
 class Config:
@@ -34,15 +36,15 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from pathlib import Path
 
     from vlmscope.core.errors import UserError
+    from vlmscope.tasks.ranks import claimed
 
     if cfg.data.path is None:
         raise UserError("data.path is not set: give the folder that the shards shall go to")
     folder = Path(cfg.data.path)
-    if cfg.data.sources:
-        return _mix(cfg, folder)
-    if cfg.data.name != "orrery":
+    if not cfg.data.sources and cfg.data.name != "orrery":
         raise UserError(f"data={cfg.data.name}: shards are written of data=orrery and of mixes (docs/data.md)")
-    return _orrery(cfg, folder)
+    with claimed(folder, "data.path"):
+        return _mix(cfg, folder) if cfg.data.sources else _orrery(cfg, folder)
 
 
 def _mix(cfg: "AppConfig", folder: "Path") -> dict[str, float]:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.context import RunContext
 
+MEMORY = "attribution.max_nodes, attribution.batch_size, attribution.memory_gb or task.traces"
+
 
 @dataclass
 class Config:

@@ -14,11 +14,11 @@ from hydra.core.hydra_config import HydraConfig
 from vlmscope.config.resolve import to_app_config
 from vlmscope.config.store import OVERRIDES, job_settings, run_label
 from vlmscope.core.artifacts import write_json, write_yaml
-from vlmscope.core.errors import CheckFailed, UserError
+from vlmscope.core.errors import CheckFailed, UserError, is_out_of_memory
 from vlmscope.core.launch import place_of
 from vlmscope.tasks import registry
 from vlmscope.tasks.context import RunContext
-from vlmscope.tasks.ranks import remove_empty, together, work_along
+from vlmscope.tasks.ranks import claimed, remove_empty, together, work_along
 from vlmscope.tracking import NullRun, RunInfo, open_run, sweep
 
 if TYPE_CHECKING:
@@ -48,6 +48,26 @@ def _log_file(run_dir: Path) -> Iterator[None]:
             handler.close()
 
 
+@contextmanager
+def _enough_memory(task: "Task") -> Iterator[None]:
+    """Memory that runs out is the user's to mend: one line that says what to lower.
+
+    Raises:
+        UserError: it ran out, on the CPU or a GPU.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        less = f"lower {task.memory}, or " if task.memory else ""
+        raise UserError(
+            f"task={task.name} ran out of memory ({said}); {less}choose a smaller model, model.dtype=bfloat16 or "
+            "model.offload=cpu; what is done stays, and trainer.resume=true with this hydra.run.dir resumes from it"
+        ) from error
+
+
 def run_job(cfg: Any) -> None:
     """One job, called by Hydra with the composed configuration.
 
@@ -67,14 +87,15 @@ def run_job(cfg: Any) -> None:
     place = place_of(os.environ)
     context = RunContext(run_dir, NullRun(), overrides)
     if place is not None:
-        with together(place, task, app_cfg, run_dir) as (own_cfg, shared):
+        with _enough_memory(task), together(place, task, app_cfg, run_dir) as (own_cfg, shared):
             context = replace(context, run_dir=shared, per_host=place.per_host)
             if place.main:
                 _recorded_run(cfg, app_cfg, task, own_cfg, context)
             else:
                 work_along(task, own_cfg, context, place.rank)
     elif task.recorded:
-        _recorded_run(cfg, app_cfg, task, app_cfg, context)
+        with _enough_memory(task), claimed(run_dir):
+            _recorded_run(cfg, app_cfg, task, app_cfg, context)
     else:
         task.run(app_cfg, context)
         remove_empty(run_dir)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vlmscope.core.errors import UserError
 
+_LOG = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from vlmscope.config import AppConfig
     from vlmscope.core.ids import FeatureId
@@ -140,7 +144,7 @@ def _explained(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     from vlmscope.core.ids import FeatureId
     from vlmscope.features.labels.automatic import judged
     from vlmscope.features.labels.explain import Material, explain
-    from vlmscope.features.labels.label import read_labels, set_path, write_labels
+    from vlmscope.features.labels.label import set_path, write_labels
 
     task: Config = cfg.task
     if not task.features:
@@ -151,13 +155,39 @@ def _explained(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     explainer = _explainer(cfg)
     material = Material(study, task.shown, task.judged, cfg.seed)
     path = set_path(study.path, task.set_name or explainer.name)
-    found: dict[FeatureId, Label] = read_labels(path) if path.is_file() else {}
+    found = _asked_before(cfg, study, path, explainer.name)
     for feature in tqdm(features, desc="labels", unit="feature"):
         found[feature] = explain(explainer, material, feature)
         found = dict(judged(sorted(found.items())))
         write_labels(path, list(found.items()))  # an answer costs money: none is lost
     _print([(feature, found[feature]) for feature in features])
     return _metrics([found[feature] for feature in features], "label")
+
+
+def _asked_before(cfg: AppConfig, study: StudyFolder, path: Path, name: str) -> dict[FeatureId, Label]:
+    """The labels of the set so far; what it is made of is recorded next to it.
+
+    Raises:
+        UserError: it was made by another explainer, or of another study.
+    """
+    from vlmscope.core.artifacts import read_json, write_json
+    from vlmscope.core.origin import files_digest, refuse_other
+    from vlmscope.core.study import MANIFEST
+    from vlmscope.features.labels.label import read_labels
+    from vlmscope.tasks.origin import model_origin
+
+    task: Config = cfg.task
+    origin = {"task.explainer": task.explainer, "explainer": name, "study": files_digest([study.path / MANIFEST])}
+    origin |= {f"task.{key}": getattr(task, key) for key in ("url", "shown", "judged")} | {"seed": cfg.seed}
+    origin |= model_origin(cfg) if task.explainer == "local" else {}
+    record = path.with_suffix(".json")
+    if path.is_file():
+        if record.is_file():
+            refuse_other(str(path), read_json(record), origin, "choose another task.set_name")
+            return read_labels(path)
+        _LOG.warning("%s does not record its explainer: whether it is the same is not checked", path)
+    write_json(record, origin)
+    return read_labels(path) if path.is_file() else {}
 
 
 def _explainer(cfg: AppConfig) -> Explainer:

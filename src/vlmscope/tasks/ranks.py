@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import logging
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
+from vlmscope.core.artifacts import remove_leftovers
 from vlmscope.core.errors import NotMainRank, UserError
 
 if TYPE_CHECKING:
@@ -18,13 +21,68 @@ if TYPE_CHECKING:
     from vlmscope.tasks.context import RunContext
     from vlmscope.tasks.registry import Task
 
+_LOG = logging.getLogger(__name__)
+
+
+@contextmanager
+def claimed(folder: Path, key: str = "hydra.run.dir") -> Iterator[None]:
+    """Keep other runs out of a folder while this one writes there, and remove what killed ones left in it.
+
+    The lock is the kernel's, so it ends with the process, however that ends; the file goes too when the work is done.
+
+    Args:
+        folder: it exists, or can be made.
+        key: which setting names it, for messages.
+
+    Raises:
+        UserError: another run writes there, or the folder cannot be written.
+    """
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _locked(path, key)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another {key}") from error
+    with file:
+        remove_leftovers(folder)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # while it is locked: who waits for this one sees that it is gone
+
+
+def _locked(path: Path, key: str) -> IO[str]:
+    """The open lock file."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                f"{owner} is writing into {path.parent}; wait until it has ended, or choose another {key}"
+            ) from None
+        except OSError as error:
+            _LOG.warning("%s: this disk has no locks (%s); start no second run there", path.parent, error.strerror)
+            return file
+        # Between opening and locking, the run before may have ended and removed the file.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            return file
+        file.close()
+
 
 @contextmanager
 def together(place: Place, task: Task, cfg: AppConfig, run_dir: Path) -> Iterator[tuple[AppConfig, Path]]:
     """The configuration for this process and rank 0's run folder, with the group of all processes open around the work.
 
     Raises:
-        UserError: the task is not made for several processes, or the GPUs do not suffice.
+        UserError: the task is not made for several processes, the GPUs do not suffice, or another run writes into the
+            folder.
         RankLost: another process ended or does not answer.
     """
     if not task.ranks:
@@ -35,7 +93,16 @@ def together(place: Place, task: Task, cfg: AppConfig, run_dir: Path) -> Iterato
     from vlmscope.training.process_group import opened
 
     device = _device(place, cfg.model.device)
-    with opened(place, device, cfg.trainer.rank_timeout) as meeting:
+    with ExitStack() as held, opened(place, device, cfg.trainer.rank_timeout) as meeting:
+        refusal = ""
+        if place.main:  # before any other knows the folder
+            try:
+                held.enter_context(claimed(run_dir))
+            except UserError as error:
+                refusal = str(error)
+        refusal = meeting.from_main("refusal", refusal)
+        if refusal:
+            raise UserError(refusal)
         shared = Path(meeting.from_main("run_dir", str(run_dir)))
         if (
             shared.resolve() != run_dir.resolve()

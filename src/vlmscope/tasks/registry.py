@@ -16,7 +16,7 @@ class Task(NamedTuple):
     """`recorded` is False for a task that only prints: it gets no configuration file, metrics or tracked run.
 
     `ranks` is True for one that several processes can run together (docs/scaling.md), `resumes` for one that always
-    goes on in a folder where it was before.
+    goes on in a folder where it was before. `memory` names settings that, lowered, make it take less memory.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Task(NamedTuple):
     recorded: bool
     ranks: bool
     resumes: bool
+    memory: str
 
 
 @cache
@@ -45,8 +46,8 @@ def load(name: str) -> Task:
     summary = summaries()[name]
     module: Any = importlib.import_module(f"{tasks.__name__}.{name}")
     recorded, ranks = getattr(module, "RECORDED", True), getattr(module, "RANKS", False)
-    resumes = getattr(module, "RESUMES", False)
-    return Task(name, summary, module.Config, module.run, recorded, ranks, resumes)
+    resumes, memory = getattr(module, "RESUMES", False), getattr(module, "MEMORY", "")
+    return Task(name, summary, module.Config, module.run, recorded, ranks, resumes, memory)
 
 
 def configs() -> dict[str, type]:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from vlmscope.scope import Scope
     from vlmscope.tasks.context import RunContext
 
+MEMORY = "study.forward_tokens or study.batch_size"
+
 
 @dataclass
 class Config:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vlmscope.tasks.context import RunContext
 
 RANKS = True  # several processes can run it together
+MEMORY = "study.forward_tokens (which a resumed study may change), study.batch_size or study.top"
 
 
 @dataclass
@@ -19,8 +20,7 @@ class Config:
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Go through the data, each process through its part; the main one writes the files."""
     from vlmscope.core.errors import NotMainRank, UserError
-    from vlmscope.core.study import MANIFEST
-    from vlmscope.tasks.studies.data import described, look_for, opened, settings_of, study_sources
+    from vlmscope.tasks.studies.data import described, look_for, opened, study_origin, study_sources
 
     config = cfg.study
     if cfg.prompt is not None or cfg.image is not None:
@@ -34,15 +34,15 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
 
     from vlmscope.data.numbered import NumberedRows
     from vlmscope.features.study.part import StudyPart
-    from vlmscope.features.study.records import StudyFolder
-    from vlmscope.features.study.run import finish, run_part, study_parts
+    from vlmscope.features.study.run import finish, finished_study, run_part, study_parts
     from vlmscope.tasks.wiring import load_model, load_scope
     from vlmscope.training.process_group import joint_sum, own_share
 
-    settings, share = settings_of(cfg, config, context.overrides), own_share()
-    if (folder / MANIFEST).is_file():
-        return metrics_of(StudyFolder(folder))
-    part = StudyPart(folder, share, settings)
+    origin, share = study_origin(cfg, config, sources, context.overrides), own_share()
+    done = finished_study(folder, origin)
+    if done is not None:
+        return metrics_of(done)
+    part = StudyPart(folder, share, origin)
     rows = NumberedRows(opened(cfg, sources), config.batch_size, share, config.limit)
     vlm = load_model(cfg)
     scope = load_scope(cfg, vlm, context.overrides)
@@ -50,7 +50,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     joint_sum([1.0])  # all parts are finished
     if share.index:
         raise NotMainRank
-    parts = study_parts(folder, share.total, settings)
+    parts = study_parts(folder, share.total, origin)
     found = metrics_of(finish(folder, scope, parts, config, described(cfg, config, sources)))
     return {**found, "perf/study_seconds": times.all, "perf/study_over_forward": times.ratio}
 

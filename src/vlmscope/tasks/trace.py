@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.context import RunContext
 
+MEMORY = "attribution.max_nodes, attribution.batch_size or attribution.memory_gb"
+
 
 @dataclass
 class Config:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.context import RunContext
 
+MEMORY = "task.training.vlm.batch"
+
 
 @dataclass
 class Config:

@@ -1,7 +1,7 @@
 """Train a sparse transcoder for every layer of the model from one forward a batch; saved as a transcoder set."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from vlmscope.core.errors import UserError
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 RANKS = True  # several processes can run it together
 _CACHE_DTYPES = ("float32", "bfloat16", "float16")
+MEMORY = "task.micro_tokens (which a resumed training may change), task.tokens_per_batch or transcoder.expansion_factor"
 
 
 @dataclass
@@ -71,6 +72,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.tasks.transcoders.batches import batches_for
     from vlmscope.tasks.transcoders.cards import training_card
     from vlmscope.tasks.wiring import load_model
+    from vlmscope.training.process_group import own_share
     from vlmscope.training.transcoder_config import PRECISIONS
     from vlmscope.training.transcoder_training import train_transcoders
     from vlmscope.transcoders.card import CARD
@@ -94,6 +96,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         per_host=cfg.trainer.per_host or context.per_host,
         data_figures=source.figures,
         cache=cache_settings(cfg, source.settings),
+        origin=_origin(cfg) if context.per_host is None or own_share().index == 0 else {},
     )
     save_set(transcoders, context.run_dir / "transcoders", dtype="bfloat16")
     write_text(context.run_dir / "transcoders" / CARD, training_card(cfg, training_config(cfg), transcoders, metrics))
@@ -107,6 +110,15 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     dead = [metrics[f"layers/dead_frac/layer_{i:02d}"] for i in layers]
     fvu_by_layer(series, dead, context.run_dir / "figures" / "fvu_by_layer.png")
     return metrics
+
+
+def _origin(cfg: "AppConfig") -> dict[str, Any]:
+    """What decides the set besides `training_config`, but for what says how it is made and by whom."""
+    from vlmscope.core.origin import flat
+    from vlmscope.tasks.origin import data_origin, model_origin
+
+    task = {key: value for key, value in asdict(cfg.task).items() if key not in ("cache", "micro_tokens", "license")}
+    return model_origin(cfg) | data_origin(cfg) | flat("task", task) | {"seed": cfg.seed}
 
 
 def training_config(cfg: "AppConfig", data: str | None = None):

@@ -1,14 +1,13 @@
 """Captured activations on disk, so that the model need not run twice on the same batch.
 
-`<folder>/manifest.json` says what the activations hang on; `rank_00/batch_000000.safetensors` and so on hold a captured
-batch each, as one rank keeps it: `layer_00.in`, `layer_00.out` [n, d] in the dtype of the cache, `is_image` [n]. A file
-is written under another name and renamed, so what stands is whole: after a kill the next run goes on from there, and
-one that needs more batches adds them. Legend: n tokens of the batch on the rank's host, d model width.
+`<folder>/manifest.json` says what the activations depend on; `rank_00/batch_000000.safetensors` and so on hold a
+captured batch each, as one rank keeps it: `layer_00.in`, `layer_00.out` [n, d] in the dtype of the cache, `is_image`
+[n]. A file is written under another name and renamed, so what stands is whole: after a kill the next run goes on from
+there, and one that needs more batches adds them. Legend: n tokens of the batch on the rank's host, d model width.
 """
 
 import json
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmscope.core.artifacts import atomic_path, read_json, write_json
+from vlmscope.core.artifacts import atomic_path, read_json, remove_leftovers, write_json
 from vlmscope.core.errors import UserError
+from vlmscope.core.origin import differences
 from vlmscope.training.transcoder_data import LayerActivations
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MANIFEST = "manifest.json"
-_STALE = 3600  # seconds after which an unfinished file is taken for one of a killed process
+_STALE = 3600  # seconds for which an unfinished file may be that of a run on another machine
 _FORMAT = 1
 
 
@@ -47,9 +47,7 @@ class ActivationCache:
     def __init__(self, folder: Path, rank: int, dtype: torch.dtype, device: torch.device) -> None:
         self.folder, self.part = Path(folder), Path(folder) / f"rank_{rank:02d}"
         self.dtype, self.device = dtype, device
-        for left in self.part.glob(".*.tmp.safetensors"):
-            if time.time() - left.stat().st_mtime > _STALE:
-                left.unlink(missing_ok=True)
+        remove_leftovers(self.part, older_than=_STALE)
 
     def agree(self, keys: Mapping[str, str]) -> None:
         """Check what the cache was made with against `keys`, or write it down where there is no cache yet.
@@ -64,8 +62,7 @@ class ActivationCache:
                 raise UserError(f"task.cache={self.folder} has no {_MANIFEST} and holds other files; choose another")
             write_json(file, now)
             return
-        then = read_json(file)
-        changed = [f"{key} {then.get(key)} -> {now.get(key)}" for key in now if then.get(key) != now.get(key)]
+        changed = differences(read_json(file), now)
         if changed:
             raise UserError(
                 f"task.cache={self.folder} was made with another {'; another '.join(changed)}; restore it, or choose "

@@ -1,27 +1,34 @@
-"""Ctrl-C, or the signal that ends a job, among processes that train together: all stop after the same step.
+"""Ctrl-C or SIGTERM among processes that train together: all stop after the same step.
 
 Each process may be told at another moment, or only one is, and one that stopped at once would leave the others waiting.
-So a signal is noted, and after each step the processes ask each other. A second Ctrl-C stops at once.
+So a signal is noted, and after each step the processes ask each other. A second signal ends the process at once.
 """
 
+import os
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
 
+from vlmscope.core.errors import Terminated
 from vlmscope.training.process_group import joint_sum
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# torchrun and srun pass on a signal that the terminal or SLURM sent to every process: the same one comes twice.
+SAME_SIGNAL_SECONDS = 1.0
 
 
 class AgreedStop(pl.Callback):
-    """Calls `save` and raises `KeyboardInterrupt` on every process after the step in which one was told to stop."""
+    """Calls `save` and raises `KeyboardInterrupt`, or `Terminated` when one of them got SIGTERM, on every process after
+    the step in which one was told to stop.
+    """
 
     def __init__(self, save: Callable[[Any], None]) -> None:
         self.save = save
-        self.told = False
+        self.told: dict[int, float] = {}  # when each signal first came
         self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -30,9 +37,10 @@ class AgreedStop(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Ask whether any process was told."""
-        if joint_sum([float(self.told)])[0] > 0:
+        interrupted, terminated = joint_sum([float(number in self.told) for number in SIGNALS])
+        if interrupted or terminated:
             self.save(pl_module)
-            raise KeyboardInterrupt
+            raise Terminated if terminated else KeyboardInterrupt
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Signals do again what they did before."""
@@ -43,9 +51,10 @@ class AgreedStop(pl.Callback):
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.told and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.told = True
+        now = time.monotonic()
+        if self.told and now - min(self.told.values()) > SAME_SIGNAL_SECONDS:
+            os._exit(128 + number)
+        self.told.setdefault(number, now)
 
     def _restore(self) -> None:
         for one, handler in self._before.items():

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from vlmscope.core.errors import UserError
 from vlmscope.core.hub import gb
 from vlmscope.models.base import Adapter
+from vlmscope.models.fingerprints import model_fingerprint, tensors_fingerprint
 from vlmscope.training.activation_cache import DTYPES, ActivationCache, CacheSettings
-from vlmscope.training.fingerprints import batch_fingerprint, model_fingerprint
 from vlmscope.training.process_group import joint_sum
 from vlmscope.training.ranks import Ranks
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
@@ -83,7 +83,7 @@ def open_captures(
                 "hook_points": f"mlp_in to mlp_out of layers 0 to {layout.n_layers - 1}, width {adapter.d_model}",
                 "dtype": str(dtype).removeprefix("torch."),
                 "data": settings.data,
-                "order": f"{settings.order}, batch 0 is {batch_fingerprint(first)} of {tokens} tokens",
+                "order": f"{settings.order}, batch 0 is {tensors_fingerprint(forwards(first))} of {tokens} tokens",
                 "processes": f"{layout.world}, {layout.per_host} a host",
             }
         )

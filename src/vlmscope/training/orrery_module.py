@@ -58,6 +58,7 @@ class ScheduledModule(pl.LightningModule):
         super().__init__()
         self.config = config
         self.steps_done = 0
+        self.committing = False  # the weights are being changed: what is there now belongs to no step
 
     def tower_parameters(self) -> list[nn.Parameter]:
         """Parameters that learn at `tower_rate` of the rate."""
@@ -85,10 +86,17 @@ class ScheduledModule(pl.LightningModule):
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
             group["lr"] = self.config.lr * factor * group["scale"]
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Count steps here: callbacks run before the module's own `on_train_batch_end`."""
-        super().optimizer_step(*args, **kwargs)
+
+        def gradients() -> Any:
+            loss = optimizer_closure()
+            self.committing = True
+            return loss
+
+        super().optimizer_step(epoch, batch_idx, optimizer, gradients)
         self.steps_done += 1
+        self.committing = False
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the loss under our own step count (Lightning's restarts on resume)."""

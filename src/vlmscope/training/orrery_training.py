@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from vlmscope.core.artifacts import write_json
+from vlmscope.core.origin import flat, folder_digest
 from vlmscope.data.orrery.dataset import ScenePool
 from vlmscope.data.orrery.facts import vocabulary
 from vlmscope.data.orrery.scene import KINDS, SPLITS
@@ -29,6 +33,7 @@ from vlmscope.training.resume import ResumableCheckpoint, fit_or_interrupt
 
 PICTURES = tuple(k for k in KINDS if k != "text")
 VAL_SCENES = 200
+STAGES = ("tower", "vlm", "polish")  # folders of their checkpoints
 
 
 class _Validate(pl.Callback):
@@ -66,10 +71,18 @@ def train_orrery(
         config: all stages.
         run_dir: checkpoints and model go here.
         logger: a Lightning logger, or False.
-        resume: go on from the checkpoints in `run_dir`.
+        resume: continue from the checkpoints in `run_dir`; else these are removed.
         test_scenes: how many test scenes of each kind; all when None.
+
+    Raises:
+        UserError: a checkpoint is of other settings or other data; each difference is named.
     """
     processor = build_processor(vocabulary(), architecture.image_size, architecture.soft_tokens)
+    settings = {key: value for key, value in asdict(config).items() if key not in ("checkpoint_every", "val_every")}
+    origin = {"data": folder_digest(data), **flat("training", settings), **flat("architecture", asdict(architecture))}
+    if not resume:  # a later stage's checkpoint of another run must not be found when this one resumes
+        for stage in STAGES:
+            shutil.rmtree(run_dir / stage, ignore_errors=True)
     model = build_orrery(architecture, len(processor.tokenizer), config.tower.seed)
     pools = {split: ScenePool(data, split) for split in SPLITS}
     projector = model.model.multi_modal_projector
@@ -85,11 +98,12 @@ def train_orrery(
         StepBatches(pools["train"], config.tower, lambda: tower.steps_done, tower_batch),
         lambda: tower_accuracy(tower, pools["val"]),
         config,
-        run_dir / "tower",
+        run_dir / STAGES[0],
         logger,
         resume,
+        origin,
     )
-    for name, stage in (("vlm", config.vlm), ("polish", config.polish)):
+    for name, stage in ((STAGES[1], config.vlm), (STAGES[2], config.polish)):
         vlm = VlmModule(stage, model, processor.tokenizer)
         _fit(
             vlm,
@@ -99,6 +113,7 @@ def train_orrery(
             run_dir / name,
             logger,
             resume,
+            origin,
         )
     model.to(torch.bfloat16).to(torch.float32)  # what is shipped is bf16: measure that  # pyright: ignore[reportArgumentType]
     vlm.eval()
@@ -146,9 +161,10 @@ def _fit(
     folder: Path,
     logger: Any,
     resume: bool,
+    origin: Mapping[str, Any],
 ) -> None:
     total = module.config.max_steps
-    checkpoint = ResumableCheckpoint(folder, config.checkpoint_every, resume)
+    checkpoint = ResumableCheckpoint(folder, config.checkpoint_every, resume, origin)
     checkpoint.restore_weights(module)
     trainer = pl.Trainer(
         max_steps=-1,

@@ -7,8 +7,9 @@ the step is all that resuming needs to know about the data; and since layers are
 """
 
 import dataclasses
-import json
+import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlmscope.core.artifacts import atomic_path, read_json, write_json
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, is_out_of_memory
+from vlmscope.core.origin import plain, refuse_other
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
 from vlmscope.training.transcoder_module import TranscoderModule
 
+_LOG = logging.getLogger(__name__)
 # Settings that may change between a run and its continuation, since no number depends on them.
-_FREE = {"checkpoint_every", "val_every", "log_every"}
+_FREE = {"checkpoint_every", "val_every", "log_every", "micro_tokens"}
 _MARKER = "complete.json"
 
 
 class TranscoderCheckpoints(pl.Callback):
     """Writes a checkpoint every N steps, at the end, and (in a run of one process) when it is interrupted."""
 
-    def __init__(self, run_dir: Path, config: TranscoderTrainingConfig) -> None:
+    def __init__(self, run_dir: Path, config: TranscoderTrainingConfig, origin: Mapping[str, Any]) -> None:
+        """`origin`: what decides the result besides `config`, by name (`vlmscope.core.origin`)."""
         self.folder = Path(run_dir) / "transcoder_checkpoint"
         self.config = config
+        self.origin = plain(origin)
         self.stands: int | None = None  # the step that this run has written or gone on from
 
     def newest(self) -> Path | None:
@@ -55,19 +60,28 @@ class TranscoderCheckpoints(pl.Callback):
         if ranks.main:
             settings = dataclasses.asdict(self.config)
             done = {"steps_done": module.steps_done, "tokens_seen": module.tokens_seen}
-            write_json(folder / _MARKER, {**done, "settings": settings})
-            for other in self.folder.glob("step_*"):
-                if other != folder:
-                    (other / _MARKER).unlink(missing_ok=True)
-                    shutil.rmtree(other, ignore_errors=True)
+            write_json(folder / _MARKER, {**done, "settings": settings, "origin": self.origin})
+            self._remove_others(folder)
         ranks.barrier()
         self.stands = module.steps_done
+
+    def _remove_others(self, folder: Path | None) -> None:
+        for other in self.folder.glob("step_*"):
+            if other != folder:
+                (other / _MARKER).unlink(missing_ok=True)
+                shutil.rmtree(other, ignore_errors=True)
+
+    def restart(self, module: TranscoderModule) -> None:
+        """Remove the checkpoints of an earlier run in this folder, so that none is found when this one resumes."""
+        if module.ranks.main:
+            self._remove_others(None)
 
     def restore(self, module: TranscoderModule) -> bool:
         """Load the newest whole checkpoint into `module`; False when there is none.
 
         Raises:
-            UserError: when it was written with other settings (each is named) or cannot be read.
+            UserError: when it was written with other settings, another model or other data (each is named), or cannot
+                be read.
         """
         if (self.folder / "state.safetensors").is_file():
             raise UserError(
@@ -80,18 +94,22 @@ class TranscoderCheckpoints(pl.Callback):
         marker = read_json(folder / _MARKER)
         # A setting that an older version did not know is at its default.
         known = dataclasses.asdict(TranscoderTrainingConfig()) | marker["settings"]
-        then, now = (json.loads(json.dumps(record)) for record in (known, dataclasses.asdict(self.config)))
-        changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
-        changed = [f"{name} {then.get(name)} -> {now.get(name)}" for name in changed if name not in _FREE]
-        if changed:
-            raise UserError(
-                f"{self.folder} was written with other settings ({', '.join(changed)}); "
-                "restore them, or train into a new run folder"
-            )
+        then, now = (
+            {name: value for name, value in settings.items() if name not in _FREE}
+            for settings in (known, dataclasses.asdict(self.config))
+        )
+        if "origin" not in marker:
+            _LOG.warning("%s does not record its model and data: whether they are the same is not checked", folder)
+        # All ranks have the same, and the main one has looked.
+        if module.ranks.main and "origin" in marker:
+            then, now = then | marker["origin"], now | self.origin
+        refuse_other(str(self.folder), then, now, "train into a new run folder")
         for layer in module.ranks.layers:
             load_layer(folder / f"layer_{layer:02d}.safetensors", module, layer)
         module.steps_done, module.tokens_seen = int(marker["steps_done"]), int(marker["tokens_seen"])
         self.stands = module.steps_done
+        if module.ranks.main:
+            self._remove_others(folder)  # half ones, and older ones that a kill left
         return True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -151,6 +169,8 @@ def load_layer(path: Path, module: TranscoderModule, layer: int) -> None:
         state = load_file(path)
         trainer.load_state_dict({name[7:]: tensor for name, tensor in state.items() if name.startswith("module.")})
     except (SafetensorError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
         first = str(error).splitlines()[0][:200]
         raise UserError(f"checkpoint {path} does not fit this run ({first}): remove it or change the config") from error
     parameters = dict(trainer.named_parameters())

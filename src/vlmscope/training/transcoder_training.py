@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vlmscope.core.errors import NotMainRank
+from vlmscope.models.fingerprints import model_fingerprint, tensors_fingerprint
 from vlmscope.models.loading import VLM
 from vlmscope.scope import Scope
 from vlmscope.training.activation_cache import CacheSettings
@@ -25,7 +26,7 @@ from vlmscope.training.ranks import Ranks
 from vlmscope.training.resume import fit_or_interrupt
 from vlmscope.training.transcoder_checkpoints import TranscoderCheckpoints
 from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.training.transcoder_data import Batch
+from vlmscope.training.transcoder_data import Batch, OwnPart, forwards
 from vlmscope.training.transcoder_evaluation import evaluate_transcoders
 from vlmscope.training.transcoder_module import TranscoderModule
 from vlmscope.training.transcoder_stream import ActivationStream
@@ -46,6 +47,7 @@ def train_transcoders(
     per_host: int | None = None,
     data_figures: Callable[[], Mapping[str, float]] = dict,
     cache: CacheSettings | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> tuple[TranscoderSet, dict[str, float]]:
     """Train the transcoders of all layers of a frozen model.
 
@@ -61,6 +63,8 @@ def train_transcoders(
         model_name: written into the set; by default the loaded model's own name.
         per_host: processes that share a host, where a `torch.distributed` group is open (docs/scaling.md); None: all.
         data_figures: what is to be logged about the data that were drawn so far, such as each source's share.
+        origin: what decides the result besides `config`, by name; the same is needed to resume (`vlmscope.core.origin`;
+            the main rank's counts). None: the model's weights and batch 0.
         cache: where captured activations are kept for this and other runs (`vlmscope.training.activation_cache`).
 
     Returns:
@@ -77,8 +81,15 @@ def train_transcoders(
     name = model_name if model_name is not None else vlm.name
     ranks = Ranks.current(adapter, per_host)
     module = TranscoderModule(adapter, config, name, ranks).to(adapter.device)
-    checkpoints = TranscoderCheckpoints(Path(run_dir), config)
+    if origin is None:
+        first = train_batch(0)
+        # A rank's own part of it depends on how many ranks there are.
+        known = {} if isinstance(first, OwnPart) else {"batch 0": tensors_fingerprint(forwards(first))}
+        origin = {"model": model_fingerprint(adapter.model), **known}
+    checkpoints = TranscoderCheckpoints(Path(run_dir), config, origin)
     restored = resume and checkpoints.restore(module)
+    if not restored:
+        checkpoints.restart(module)
     captures = open_captures(adapter, train_batch, config, ranks, cache, data_figures)
     if not restored:
         module.initialise([captures(number) for number in range(config.init_batches)])
@@ -94,6 +105,9 @@ def train_transcoders(
     transcoders = module.finished_set()
     if ranks.layout.world == 1:
         transcoders = transcoders.to(adapter.device)  # Lightning leaves the module on the CPU
+    if restored:  # figures are those up to the last batches, which an earlier session may have drawn
+        for number in dict.fromkeys((config.batches - 1, (config.max_steps - 1) // config.steps_per_batch)):
+            captures(number)
     drawn = captures.figures()  # of all ranks, so all ask
     if not ranks.main:
         raise NotMainRank

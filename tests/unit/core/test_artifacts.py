@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import resource
 import shutil
 import signal
@@ -78,6 +79,28 @@ def test_the_temporary_file_is_beside_the_target_and_keeps_its_suffix(tmp_path: 
 def test_a_byte_order_mark_is_no_part_of_a_text(reader, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbf[1]")
     assert reader(tmp_path / "a") in ("[1]", [1])
+
+
+def test_leftovers_of_dead_processes_and_of_an_earlier_one_of_this_number_go(tmp_path: Path) -> None:
+    dead, own, alive = 99_999_999, os.getpid(), os.getppid()
+    kept = {f".x.{alive}.0123abcd.tmp.json", ".x.tmp.json", "x.json", f".x.{dead}.tmp.json", f"x.{dead}.0123abcd.tmp"}
+    gone = {f".x.{dead}.0123abcd.tmp.json", f".a.b.{own}.0123abcd.tmp", f"below/.x.{dead}.0123abcd.tmp.safetensors"}
+    for name in kept | gone:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"half")
+    folder = tmp_path / f".row.{dead}.89abcdef.tmp"
+    folder.mkdir()
+    (folder / f".x.{dead}.0123abcd.tmp.png").write_bytes(b"half")
+    artifacts.remove_leftovers(tmp_path, older_than=60)
+    assert folder.exists()
+    artifacts.remove_leftovers(tmp_path)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == kept
+    assert not folder.exists()
+    with artifacts.atomic_path(tmp_path / "y.json") as temporary:  # the names are those that are made
+        temporary.write_text("{")
+        artifacts.remove_leftovers(tmp_path)
+        assert not temporary.exists()
+        temporary.write_text("{}")
 
 
 def test_json_and_yaml_round_trip(tmp_path: Path) -> None:
@@ -239,7 +262,7 @@ DOORS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "maps": ("maps.safetensors", map_io.load_maps),
     "patches": ("patches.safetensors", lambda path: patch_io.load_maps(path, [PATCH_RECORD])),
     "circuit": ("levels.safetensors", circuit),
-    "checkpoint": ("checkpoint.safetensors", lambda path: load_checkpoint(path, torch.nn.Linear(1, 1), None)),
+    "checkpoint": ("checkpoint.safetensors", lambda path: load_checkpoint(path, torch.nn.Linear(1, 1), None, {})),
     "model": ("model.safetensors", model),
     "our set": ("layer_0.safetensors", transcoders("config.yaml", "activation: topk\ntop_k: 1\nk: 1\n")),
     "circuit-tracer's set": ("layer_0.safetensors", transcoders("config.yaml", "scan: x\n")),

@@ -16,7 +16,8 @@ from datasets import Dataset
 from vlmscope.core.artifacts import read_json, write_json
 from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
-from vlmscope.data import build, build_part
+from vlmscope.data import build, build_part, hf_rows
+from vlmscope.data.bad_files import BadFiles, readable_files
 from vlmscope.data.build import BuildSettings, build_mix
 from vlmscope.data.build_part import Chunk, PartJob, chunks_of
 from vlmscope.data.build_pool import run_jobs
@@ -175,7 +176,10 @@ def test_a_build_that_was_cut_short_mends_what_it_has_and_goes_on(
     assert figures["data/duplicates"] == 20 and figures["data/rows"] == 121
 
 
-def test_a_source_that_has_changed_does_not_mend(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_source_that_has_changed_does_not_mend(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "folder_digest", lambda _: "as of a source on the hub, which is not read for it")
     made, out = sources(tmp_path / "words"), tmp_path / "out"
     build_mix(made, settings(out))
     names = [ONE, "train-words-all-000-00002.tar"]
@@ -206,6 +210,18 @@ def test_other_sources_settings_and_too_small_disks_are_refused(
     with pytest.raises(UserError, match=r"the shards need about .* GB, .* GB free; choose another folder"):
         build_mix(made, settings(tmp_path / "small"))
     assert not list((tmp_path / "small").glob("*.tar"))
+
+
+def test_a_source_whose_files_changed_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "mars is red"}\n')
+    given = {"words": SourceConfig("folder", str(folder))}
+    build_mix(given, settings(tmp_path / "shards"))
+    build_mix(given, settings(tmp_path / "shards"))
+    (folder / "train.jsonl").write_text('{"text": "mars is big"}\n')
+    with pytest.raises(UserError, match=r"\(data.sources.words \w+ -> \w+\); restore them, or choose another data"):
+        build_mix(given, settings(tmp_path / "shards"))
 
 
 def test_the_estimate_of_size_is_close(tmp_path: Path) -> None:
@@ -422,3 +438,22 @@ def test_a_part_asks_before_it_writes(tmp_path: Path) -> None:
     chunk = steps.send([n == 4 for n in range(10)])
     assert isinstance(chunk, Chunk) and chunk.duplicates == 9 and chunk.digests == digests[4]
     assert [one["samples"] for one in chunk.shards.values()] == [1]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: ...")])
+def test_memory_that_runs_out_is_not_blamed_on_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def none_left(*_: Any) -> Any:
+        raise error
+
+    build_mix(sources(tmp_path / "texts"), settings(tmp_path / "shards"))
+    shards = SourceConfig("shards", str(tmp_path / "shards"), split="train", stream="words")
+    reader = open_source("words", shards, max_bad_shards=99).open(WHOLE)
+    monkeypatch.setattr(type(reader), "_opened", none_left)
+    for call in (lambda: next(reader), lambda: hf_rows._told("a file is damaged", none_left)):
+        with pytest.raises(type(error)):
+            call()
+    bad = BadFiles("words", 99)
+    with pytest.raises(type(error)):
+        readable_files([tmp_path], none_left, bad)

@@ -171,7 +171,8 @@ def test_an_interrupt_saves_the_step_that_was_reached(vlm: VLM, tmp_path: Path) 
     resumed, _ = train_transcoders(vlm, record, [], CONFIG, tmp_path / "parts", resume=True)
     # The pool of three batches is captured anew and Lightning fetches one step ahead. From the last regular checkpoint,
     # at step 3, the first batch asked for would be 1.
-    assert asked == list(range(asked[0], 6)) and asked[0] > 1
+    # Before that, batch 0 shows that the data are the same; after it, the last gives the figures of the data.
+    assert asked[0] == 0 and asked[1:] == [*range(asked[1], 6), 5] and asked[1] > 1
     whole, _ = _train(vlm, tmp_path / "whole")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
@@ -208,6 +209,18 @@ def test_the_rate_follows_every_schedule_that_the_configuration_takes(
     for module.steps_done in range(6):
         rates.append(module.rate() / config.lr)
     assert rates == pytest.approx(factors)
+
+
+def test_a_new_start_removes_the_checkpoints_of_the_run_before(vlm: VLM, tmp_path: Path) -> None:
+    def stopped(step: int) -> dict[str, Tensor]:
+        if step == 2:
+            raise KeyboardInterrupt
+        return _batch(step)
+
+    _train(vlm, tmp_path)
+    with pytest.raises(KeyboardInterrupt):  # before its own first checkpoint
+        train_transcoders(vlm, stopped, [], dataclasses.replace(CONFIG, checkpoint_every=0), tmp_path)
+    assert not list(tmp_path.rglob("step_00000006"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("lr", 0.0), ("schedule", "steps"), ("init", "magic"), ("max_steps", 0)])

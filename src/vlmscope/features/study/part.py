@@ -8,7 +8,7 @@ between two checkpoints.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from vlmscope.core.artifacts import atomic_folder, load_tensors, read_json, save_tensors, write_json
 from vlmscope.core.errors import UserError
+from vlmscope.core.origin import plain, refuse_other
 from vlmscope.data.share import Share
 from vlmscope.features.study.schema import GEOMETRY_TABLE, ITEM_TABLE, read_table, write_table
 from vlmscope.features.study.study_pass import StudyPass
@@ -27,19 +28,19 @@ _STATE = "state.json"
 class StudyPart:
     """The folder of one part."""
 
-    def __init__(self, study: Path, share: Share, settings: str) -> None:
+    def __init__(self, study: Path, share: Share, origin: Mapping[str, Any]) -> None:
         """Read the state, if there is one.
 
         Args:
             study: the study's folder.
             share: which part.
-            settings: what a state hangs on.
+            origin: what decides the study, by name (`vlmscope.core.origin`).
 
         Raises:
-            UserError: the folder has a state of other settings, or parts of another number of processes.
+            UserError: the folder has a state of another origin, or parts of another number of processes.
         """
         parts = study / "parts"
-        self.folder, self.settings = parts / f"{share.index}_of_{share.total}", settings
+        self.folder, self.origin = parts / f"{share.index}_of_{share.total}", plain(origin)
         others = [one.name for one in parts.glob("*_of_*") if not one.name.endswith(f"_of_{share.total}")]
         if others:
             raise UserError(
@@ -48,10 +49,8 @@ class StudyPart:
             )
         path = self.folder / _STATE
         self.state: dict[str, Any] | None = read_json(path) if path.is_file() else None
-        if self.state is not None and self.state["settings"] != settings:
-            raise UserError(
-                f"{study} was begun with other settings, data or models; restore them, or choose a new hydra.run.dir"
-            )
+        if self.state is not None:
+            refuse_other(str(study), self.state.get("origin"), origin)
 
     @property
     def finished(self) -> bool:
@@ -79,7 +78,7 @@ class StudyPart:
             for layer, study in seen.layers.items():
                 save_tensors(folder / _layer(layer), study.state())
         counts = {"items": seen.items, "positions": seen.positions.tolist()}
-        self.state = {"settings": self.settings, "checkpoint": number, **counts, **more}
+        self.state = {"origin": self.origin, "checkpoint": number, **counts, **more}
         write_json(self.folder / _STATE, self.state, indent=None)
         for old in self.folder.glob("checkpoint_*"):
             if old.name != f"checkpoint_{number}":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vlmscope.core.errors import UserError
+from vlmscope.core.origin import flat, folder_digest, refuse_other
 from vlmscope.core.study import KINDS, MANIFEST, StudyInfo
 from vlmscope.data.numbered import NumberedRows
 from vlmscope.data.share import WHOLE, Share
@@ -24,9 +26,10 @@ from vlmscope.features.study.layer_tables import Logits
 from vlmscope.features.study.part import StudyPart
 from vlmscope.features.study.records import StudyFolder
 from vlmscope.features.study.study_pass import StudyPass
+from vlmscope.models.fingerprints import model_fingerprint
 from vlmscope.scope import Scope
 
-_HOW = ("path", "checkpoint_every", "forward_tokens", "max_skipped")  # settings that change nothing in the files
+HOW = ("path", "checkpoint_every", "forward_tokens", "max_skipped")  # settings that change nothing in the files
 
 
 @dataclass(frozen=True)
@@ -102,19 +105,33 @@ def run_part(
     return PassTimes(total, seen.own_seconds + saving)
 
 
-def study_parts(study: Path, total: int, settings: str) -> list[StudyPart]:
+def study_parts(study: Path, total: int, origin: Mapping[str, Any]) -> list[StudyPart]:
     """The finished parts of all processes.
 
     Raises:
         UserError: one is missing or not finished, or there was no item in any.
     """
-    parts = [StudyPart(study, Share(index, total), settings) for index in range(total)]
+    parts = [StudyPart(study, Share(index, total), origin) for index in range(total)]
     for index, part in enumerate(parts):
         if not part.finished:
             raise UserError(f"part {index + 1} of {total} of {study} is not finished; go on with trainer.resume=true")
     if not sum(part.state["items"] for part in parts if part.state is not None):
         raise UserError("no row of the data could be used; see the warnings above and check data=")
     return parts
+
+
+def finished_study(study: Path, origin: Mapping[str, Any]) -> StudyFolder | None:
+    """The study that is there already; None where it is not finished.
+
+    Raises:
+        UserError: it is of another origin.
+    """
+    if not (study / MANIFEST).is_file():
+        return None
+    done = StudyFolder(study)
+    refuse_other(str(study), done.info.origin or None, origin)
+    shutil.rmtree(study / "parts", ignore_errors=True)  # left by a kill at the very end
+    return done
 
 
 def finish(
@@ -135,7 +152,7 @@ def finish(
     """
     found = totals(parts)
     vlm, about = scope.vlm, scope.transcoders.config
-    settings = {key: value for key, value in asdict(config).items() if key not in _HOW}
+    settings = {key: value for key, value in asdict(config).items() if key not in HOW}
     kind = {"name": about.model_name, "activation": about.activation, "k": about.k}
     info = StudyInfo(
         vlm.name,
@@ -147,6 +164,7 @@ def finish(
         found["rows"],
         dict(zip(KINDS, found["positions"], strict=True)),
         found["skipped"],
+        parts[0].origin,
     )
 
     def logits(layer: int) -> Logits | None:
@@ -176,8 +194,6 @@ def study_alone(
     Raises:
         UserError: as `run_part`, or the folder holds a study of other settings.
     """
-    if (study / MANIFEST).is_file():
-        return StudyFolder(study)
     opened = {name: (one.weight, open_source(name, one, None, max_bad_shards, False)) for name, one in sources.items()}
     data = {
         "name": "",
@@ -186,6 +202,17 @@ def study_alone(
         "max_bad_shards": max_bad_shards,
         "sources": {name: asdict(one) for name, one in sources.items()},
     }
-    part = StudyPart(study, WHOLE, repr((scope.vlm.name, scope.transcoders.config, data, config)))
+    kept = {key: value for key, value in asdict(config).items() if key not in HOW}
+    origin = {
+        "model": f"{scope.vlm.name} {model_fingerprint(scope.vlm.model)}",
+        "transcoders": f"{scope.transcoders.config} {model_fingerprint(scope.transcoders)}",
+        **flat("data", data),
+        **{f"data.sources.{name}.files": folder_digest(one.path) for name, one in sources.items() if one.path},
+        **flat("study", kept),
+    }
+    done = finished_study(study, origin)
+    if done is not None:
+        return done
+    part = StudyPart(study, WHOLE, origin)
     run_part(scope, NumberedRows(opened, config.batch_size, WHOLE, config.limit), part, config)
-    return finish(study, scope, study_parts(study, 1, part.settings), config, data)
+    return finish(study, scope, study_parts(study, 1, origin), config, data)

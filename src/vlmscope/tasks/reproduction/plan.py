@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmscope.core.errors import UserError
 
@@ -181,6 +181,23 @@ def base_digest() -> str:
     return found.hexdigest()
 
 
+def _files(cfg: AppConfig) -> list[Any]:
+    """The content of model, transcoders, study and pictures, which may lie outside assets/ and change there."""
+    from vlmscope.config.schema import TranscoderSetConfig
+    from vlmscope.core.origin import files_digest, folder_digest
+    from vlmscope.tasks.origin import model_origin, transcoder_origin
+
+    found: list[Any] = []
+    if Path(cfg.model.path).is_dir():  # else a model of the hub at a fixed commit, or a tiny one
+        found.append(model_origin(cfg))
+    if isinstance(cfg.transcoder, TranscoderSetConfig) and Path(cfg.transcoder.path).is_dir():
+        found.append(transcoder_origin(cfg))
+    found += [folder_digest(path) for path in (cfg.study.path, cfg.attribution.labels) if path is not None]
+    files = [*(cfg.image or []), *(path for own in cfg.images.values() for path in own)]
+    files += [one.path for one in (cfg.pairs, cfg.circuit_spec) if one is not None and one.path is not None]
+    return [*found, files_digest(Path(path) for path in files)]
+
+
 def _digest(base: str, cfg: AppConfig) -> str:
     """Shards that are not there yet are those of seed 0, which the code stands for."""
     from vlmscope.data.shards import INDEX
@@ -188,5 +205,5 @@ def _digest(base: str, cfg: AppConfig) -> str:
     settings = {key: value for key, value in asdict(cfg).items() if key not in _NO_NUMBER}
     index = Path(cfg.data.path or "") / INDEX
     data = index.read_text(encoding="utf-8") if _reads_shards(cfg) and index.is_file() else ""
-    said = json.dumps([base, settings, data], sort_keys=True, default=str)
+    said = json.dumps([base, settings, data, _files(cfg)], sort_keys=True, default=str)
     return hashlib.sha256(said.encode()).hexdigest()

@@ -9,7 +9,7 @@ from vlmscope.data.share import WHOLE
 from vlmscope.features.study.part import StudyPart
 from vlmscope.features.study.records import StudyFolder
 from vlmscope.features.study.run import finish, run_part, study_parts
-from vlmscope.tasks.studies.data import described, opened, settings_of, study_sources
+from vlmscope.tasks.studies.data import described, opened, study_origin, study_sources
 
 if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
@@ -21,11 +21,11 @@ def run(bench: Bench) -> None:
     if config.path is not None:
         study = StudyFolder(config.path)
     else:
-        folder, settings = bench.run_dir / "study", settings_of(cfg, config, ())
-        sources = study_sources(cfg, config)
+        folder, sources = bench.run_dir / "study", study_sources(cfg, config)
+        origin = study_origin(cfg, config, sources, ("transcoder",))
         rows = NumberedRows(opened(cfg, sources), config.batch_size, WHOLE, config.limit)
-        run_part(bench.scope, rows, StudyPart(folder, WHOLE, settings), config)
-        parts = study_parts(folder, 1, settings)
+        run_part(bench.scope, rows, StudyPart(folder, WHOLE, origin), config)
+        parts = study_parts(folder, 1, origin)
         study = finish(folder, bench.scope, parts, config, described(cfg, config, sources))
     bench.records["study"] = study
     bench.metrics["study/items"] = float(study.info.items)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -98,11 +97,14 @@ def described(cfg: AppConfig, config: StudyConfig, sources: dict[str, SourceConf
     }
 
 
-def settings_of(cfg: AppConfig, config: StudyConfig, overrides: Sequence[str]) -> str:
-    """What a half-done study hangs on."""
-    kept = {
-        key: value for key, value in asdict(config).items() if key not in ("path", "checkpoint_every", "max_skipped")
-    }
-    said = [asdict(cfg.model), repr(cfg.transcoder), described(cfg, config, study_sources(cfg, config)), kept, cfg.seed]
-    said.append([override for override in overrides if override.lstrip("+").startswith("transcoder")])
-    return json.dumps(said, sort_keys=True, default=str)
+def study_origin(
+    cfg: AppConfig, config: StudyConfig, sources: Mapping[str, SourceConfig], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Everything that decides a study, by name."""
+    from vlmscope.core.origin import flat
+    from vlmscope.features.study.run import HOW
+    from vlmscope.tasks.origin import data_origin, model_origin, transcoder_origin
+
+    kept = {key: value for key, value in asdict(config).items() if key not in HOW}
+    found = model_origin(cfg) | transcoder_origin(cfg, overrides) | data_origin(cfg, sources)
+    return found | flat("study", kept) | {"seed": cfg.seed}

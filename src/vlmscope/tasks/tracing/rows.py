@@ -7,10 +7,8 @@ made anew from the folders, so that half a line does no harm.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -49,8 +47,8 @@ def trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     folder = _start(context.run_dir / ROWS, resume=cfg.trainer.resume)
     rows, bad = read_rows(cfg.task.rows)
     _refuse(cfg, [str(row) for row in bad])
-    settings = _settings(cfg, context.overrides)
-    done = {row.id: record for row in rows if (record := _finished(folder / row.id, row, settings)) is not None}
+    origin = _origin(cfg, context.overrides)
+    done = {row.id: record for row in rows if (record := _finished(folder / row.id, row, origin)) is not None}
     vlm = load_model(cfg)
     left = [row for row in rows if row.id not in done]
     usable, refused = _usable(vlm, left)
@@ -62,7 +60,7 @@ def trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         index.flush()
         for row in tqdm(usable, desc="trace", unit="row", initial=len(done), total=len(done) + len(usable)):
             try:
-                done[row.id] = _trace(cfg, scope, row, folder, settings)
+                done[row.id] = _trace(cfg, scope, row, folder, origin)
             except NoRoom as error:  # no bad row
                 raise NoRoom(f"{error}; trainer.resume=true with hydra.run.dir={context.run_dir} resumes") from error
             except UserError as error:
@@ -80,12 +78,10 @@ def trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 
 def _start(folder: Path, *, resume: bool) -> Path:
-    """The folder of the rows, without what a killed run left half done."""
+    """The folder of the rows."""
     if folder.is_dir() and any(folder.iterdir()) and not resume:
         raise UserError(f"{folder} holds rows already; add trainer.resume=true to go on, or choose a new hydra.run.dir")
     folder.mkdir(parents=True, exist_ok=True)
-    for half in folder.glob(".*.tmp"):
-        shutil.rmtree(half)
     return folder
 
 
@@ -100,33 +96,48 @@ def _refuse(cfg: AppConfig, bad: Sequence[str]) -> None:
         _LOG.warning("skipped %s", row)
 
 
-def _settings(cfg: AppConfig, overrides: Sequence[str]) -> str:
-    """A digest of all that a row's graph depends on besides the row."""
-    task = cfg.task
-    said = [asdict(cfg.model), asdict(cfg.attribution), repr(cfg.transcoder), task.figure, task.head_edges, cfg.seed]
-    said.append([override for override in overrides if override.lstrip("+").startswith("transcoder")])
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """Everything that a row's graph depends on besides the row, by name."""
+    from vlmscope.core.origin import flat, folder_digest, plain
+    from vlmscope.tasks.origin import model_origin, transcoder_origin
+
+    # The two that are left out change memory and time.
+    attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in ("batch_size", "memory_gb")}
+    labels = cfg.attribution.labels
+    if labels is not None:
+        attribution["labels"] = folder_digest(labels)
+    task = {"task.figure": cfg.task.figure, "task.head_edges": cfg.task.head_edges, "seed": cfg.seed}
+    found = model_origin(cfg) | transcoder_origin(cfg, overrides) | flat("attribution", attribution) | task
+    return plain(found)
 
 
 def _row_words(row: PromptRow) -> dict[str, Any]:
     return {"id": row.id, "prompt": row.prompt, "images": [str(image) for image in row.images]}
 
 
-def _finished(folder: Path, row: PromptRow, settings: str) -> dict[str, Any] | None:
+def _pictures_digest(row: PromptRow) -> str:
+    from vlmscope.core.origin import files_digest
+
+    return files_digest(map(Path, row.images))
+
+
+def _finished(folder: Path, row: PromptRow, origin: dict[str, Any]) -> dict[str, Any] | None:
     """What is known of a row that was traced before; None when it was not.
 
     Raises:
-        UserError: the folder is of another row or of other settings.
+        UserError: the folder is of another row, or of other settings, another model or other transcoders.
     """
     from vlmscope.core.artifacts import read_json
+    from vlmscope.core.origin import refuse_other
 
     if not folder.is_dir():
         return None
     record = read_json(folder / ROW)
-    what = "another prompt or other pictures" if {k: record.get(k) for k in _row_words(row)} != _row_words(row) else ""
-    what = what or ("other settings" if record.get("settings") != settings else "")
-    if what:
-        raise UserError(f"{row.origin}: {folder} was traced with {what}; choose a new hydra.run.dir, or remove it")
+    advice = "choose a new hydra.run.dir, or remove it"
+    refuse_other(f"{row.origin}: {folder}", record.get("origin"), origin, advice)
+    same = {key: record.get(key) for key in _row_words(row)} == _row_words(row)
+    if not same or record.get("pictures") != _pictures_digest(row):
+        raise UserError(f"{row.origin}: {folder} was traced with another prompt or other pictures; {advice}")
     return record
 
 
@@ -151,20 +162,26 @@ def _inputs(vlm: VLM, row: PromptRow) -> tuple[ModelInputs, list[Any]]:
     return vlm.prepare(row.prompt, pictures), pictures
 
 
-def _trace(cfg: AppConfig, scope: Scope, row: PromptRow, folder: Path, settings: str) -> dict[str, Any]:
+def _trace(cfg: AppConfig, scope: Scope, row: PromptRow, folder: Path, origin: dict[str, Any]) -> dict[str, Any]:
     from vlmscope.core.artifacts import atomic_folder, write_json
     from vlmscope.tasks.tracing.one import trace_into
 
     inputs, pictures = _inputs(scope.vlm, row)
     with atomic_folder(folder / row.id) as half:
         metrics = trace_into(half, cfg, scope, inputs, pictures, row.id)
-        record = {**_row_words(row), "folder": f"{ROWS}/{row.id}", "settings": settings, "metrics": metrics}
+        record = {**_row_words(row), "folder": f"{ROWS}/{row.id}", "metrics": metrics}
+        record |= {"origin": origin, "pictures": _pictures_digest(row)}
         write_json(half / ROW, record)
     return record
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps({key: value for key, value in record.items() if key != "settings"}, ensure_ascii=False) + "\n"
+    return (
+        json.dumps(
+            {key: value for key, value in record.items() if key not in ("origin", "pictures")}, ensure_ascii=False
+        )
+        + "\n"
+    )
 
 
 def _means(records: Sequence[dict[str, Any]], resumed: int, skipped: int, run_dir: Path) -> dict[str, float]:

@@ -17,7 +17,7 @@ def cache_settings(cfg: AppConfig, settings: str | None) -> CacheSettings | None
         cfg: of the run.
         settings: what resuming must find unchanged about the data.
     """
-    from vlmscope.data.folder_digest import folder_digest
+    from vlmscope.core.origin import folder_digest
     from vlmscope.training.activation_cache import CacheSettings
 
     task, data = cfg.task, cfg.data

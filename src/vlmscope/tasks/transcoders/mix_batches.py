@@ -27,8 +27,10 @@ def mix_batches(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple
     Raises:
         UserError: a source is wrong, or has no sample for validation.
     """
+    from vlmscope.core.origin import plain
     from vlmscope.data.mixing import Lane, TokenMix
     from vlmscope.data.sources import fingerprint
+    from vlmscope.tasks.origin import data_origin, model_origin
     from vlmscope.tasks.transcoders.batches import Source
     from vlmscope.training.mix_batches import MixBatches, MixValidation
     from vlmscope.training.process_group import joint_sum, own_share
@@ -50,7 +52,9 @@ def mix_batches(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple
     if share.total > 1:  # another number of processes reads in another order, and cannot go on
         settings += f", read by {share.total} processes"
     states = run_dir / "data_states.json"
-    batches = MixBatches(make, task.tokens_per_batch, states, settings, cfg.trainer.resume, share, joint_sum)
+    # A state holds tokens: it is of one tokenizer and of the files that were read.
+    known = f"{settings}, {plain(model_origin(cfg, weights=False) | data_origin(cfg))}"
+    batches = MixBatches(make, task.tokens_per_batch, states, known, cfg.trainer.resume, share, joint_sum)
     held = MixValidation({name: (one(), encoder(cfg, vlm)) for name, one in val.items()}, task.val_examples)
     return vlm, Source(batches, held, settings, batches.figures)
 

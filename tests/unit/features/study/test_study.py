@@ -71,9 +71,9 @@ def _in_parts(study: Path, scope: Scope, data: Path, total: int, stop: Callable[
         share = Share(index, total)
         opened = {name: (one.weight, open_source(name, one, None, 0, False)) for name, one in sources.items()}
         rows = NumberedRows(opened, CONFIG.batch_size, share)
-        part = StudyPart(study, share, "same")
+        part = StudyPart(study, share, {"is": "same"})
         run_part(scope, rows, part, CONFIG, stop or (lambda _rows: None))
-    return finish(study, scope, study_parts(study, total, "same"), CONFIG, described)
+    return finish(study, scope, study_parts(study, total, {"is": "same"}), CONFIG, described)
 
 
 @pytest.mark.parametrize(
@@ -167,15 +167,15 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_files(vlm, data: Path, tmp
 
 
 def test_a_state_of_other_settings_or_processes_is_refused(vlm, data: Path, tmp_path: Path) -> None:
-    part = StudyPart(tmp_path / "study", Share(0, 2), "these")
+    part = StudyPart(tmp_path / "study", Share(0, 2), {"is": "these"})
     source = {"mine": (1.0, open_source("mine", _sources(data)["mine"]))}
     run_part(Scope(vlm, _set(vlm)), NumberedRows(source, 4, Share(0, 2)), part, CONFIG)
     with pytest.raises(UserError, match="other settings"):
-        StudyPart(tmp_path / "study", Share(0, 2), "others")
+        StudyPart(tmp_path / "study", Share(0, 2), {"is": "others"})
     with pytest.raises(UserError, match="begun by 2 processes, this is one of 3"):
-        StudyPart(tmp_path / "study", Share(0, 3), "these")
+        StudyPart(tmp_path / "study", Share(0, 3), {"is": "these"})
     with pytest.raises(UserError, match="part 2 of 2 .* is not finished"):
-        study_parts(tmp_path / "study", 2, "these")
+        study_parts(tmp_path / "study", 2, {"is": "these"})
 
 
 def test_items_lead_back_to_pictures_words_and_patches(vlm, data: Path, tmp_path: Path) -> None:

@@ -113,9 +113,9 @@ def deletion(scope: Scope, cases: list[Case], order: Callable[[Case, int], np.nd
                 row, column = divmod(int(patch), SIDE)
                 painted[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = mean
             inputs.append(scope.inputs(case.prompt, [Image.fromarray(painted)]))
-        batch = make_batch(scope.vlm.adapter, inputs)
+        batch = make_batch(scope.adapter, inputs)
         with torch.no_grad():
-            logits = scope.vlm.adapter.forward(batch.tensors, use_cache=False).logits[:, -1]
+            logits = scope.adapter.forward(batch.tensors, use_cache=False).logits[:, -1]
         curves.append(logits.double().softmax(-1)[:, case.answer].numpy())
     return np.array(curves)
 

@@ -46,7 +46,7 @@ class CodesAlone(StudyPass):
         """Encode what waits."""
         for layer, found in self.waiting.items():
             if found:
-                self.transcoders[layer].encode(torch.cat(found))
+                self.scope.transcoders[layer].encode(torch.cat(found))
             self.waiting[layer] = []
         self.forwards, self.waiting_bytes = [], 0
 

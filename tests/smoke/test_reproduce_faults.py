@@ -81,7 +81,7 @@ def test_shuffled_decoder_rows_miss_a_range(bench: Bench, tmp_path: Path) -> Non
 
 def test_edits_that_are_not_applied_miss_a_range(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = amplify.run_edited
-    monkeypatch.setattr(amplify, "run_edited", lambda adapter, set_, batch, plan: real(adapter, set_, batch, {}))
+    monkeypatch.setattr(amplify, "run_edited", lambda scope, batch, plan: real(scope, batch, {}))
     found = judged(bench, tmp_path)
     assert missed(found[STEERED], bench), found[STEERED].told
 

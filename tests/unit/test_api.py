@@ -1,4 +1,4 @@
-"""`vlmscope.load`: folders and hub ids, and the check that the transcoders fit."""
+"""`vlmscope.load`: folders and hub ids, and the check that the transcoders fit; what a Scope runs."""
 
 import logging
 import shutil
@@ -7,6 +7,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants
 
 import vlmscope
@@ -108,3 +109,20 @@ def test_where_features_look() -> None:
     assert list(map(str, again.maps)) == [name]
     with pytest.raises(UserError, match="no picture"):
         vlmscope.where(scope, "what is this ?", [])
+
+
+def test_a_scope_runs_the_model_as_hugging_face_does(saved: Path, tmp_path: Path) -> None:
+    """`inputs`, `batch`, `capture` and `forward` against the model's own forward and a plain hook."""
+    scope = vlmscope.load(saved / "model", saved / "set", check=False)
+    tiny_image(0).save(tmp_path / "0.png")
+    asked = [scope.inputs("what is this ?", [image]) for image in (tmp_path / "0.png", tiny_image(1))]
+    batch = scope.batch(asked)
+    seen: list[torch.Tensor] = []
+    with torch.no_grad():
+        handle = scope.adapter.mlp(1).register_forward_pre_hook(lambda _module, args: seen.append(args[0][0]))
+        expected = torch.stack([scope.vlm.model(**one.tensors).logits[0, -1] for one in asked])
+        handle.remove()
+    torch.testing.assert_close(scope.forward(batch), expected, rtol=1e-4, atol=1e-5)
+    captured = scope.capture(batch, [1])
+    assert list(captured) == [1] and list(scope.capture(batch)) == scope.transcoders.layers
+    torch.testing.assert_close(captured[1], torch.stack(seen), rtol=1e-4, atol=1e-5)

@@ -88,7 +88,7 @@ class Chosen:
         if self.circuit is not None:
             self.circuit.check_fits(scope.vlm.name, widths, self.source)
         if self.graph is not None:
-            n_layers = scope.vlm.adapter.n_layers
+            n_layers = scope.adapter.n_layers
             if self.graph.n_layers != n_layers:
                 layers = f"{self.graph.n_layers} layers, this one has {n_layers}"
                 raise UserError(f"{self.source} is of a model with {layers}; trace this model")

@@ -70,7 +70,7 @@ def warn_on_load(scope: Scope) -> dict[int, float]:
     """
     if _speaks_orrery(scope.vlm):
         return warn_if_unfit(scope, None)
-    found = warn_if_unfit(scope, PLAIN, [_colours()] if scope.vlm.adapter.has_vision else [])
+    found = warn_if_unfit(scope, PLAIN, [_colours()] if scope.adapter.has_vision else [])
     if not found:
         _LOG.warning(
             "the transcoders were not tried on %s: its vocabulary lacks words of the check's text", scope.vlm.name

@@ -39,7 +39,7 @@ class StructurePass:
             per_item: positions of an item that are drawn at most.
             seed: of the draw.
         """
-        self.adapter, self.transcoders, self.per_item, self.seed = scope.adapter, scope.transcoders, per_item, seed
+        self.scope, self.per_item, self.seed = scope, per_item, seed
         widths = list(scope.transcoders.widths.values())
         self.offsets = dict(zip(scope.transcoders.layers, np.cumsum([0, *widths[:-1]]).tolist(), strict=True))
         self.n_features = sum(widths)
@@ -66,7 +66,7 @@ class StructurePass:
 
     def embeddings(self) -> np.ndarray:
         """[I', d] float32, of the items that have pictures."""
-        return np.concatenate(self._embeddings or [np.zeros((0, self.adapter.d_model), np.float32)])
+        return np.concatenate(self._embeddings or [np.zeros((0, self.scope.adapter.d_model), np.float32)])
 
     def _forward(self, part: Sequence[StudyInput]) -> None:
         kinds = np.stack([one.kinds for one in part])
@@ -76,15 +76,18 @@ class StructurePass:
         position = np.concatenate(rows)
 
         def take(layer: int, x: Tensor) -> None:
-            code = self.transcoders[layer].encode(x)
+            code = self.scope.transcoders[layer].encode(x)
             indices, values = (one.numpy(force=True) for one in (code.indices, code.values.float()))
             at, slot = np.nonzero(values[item, position] > 0)
             self._active.append((self._positions + at, self.offsets[layer] + indices[item, position][at, slot]))
             if len(soft):
                 self._add_peaks(layer, indices, values)
 
-        with self._watching_embeddings(soft), watching_mlp_inputs(self.adapter, self.transcoders.layers, take):
-            self.adapter.next_logits(joined([one.tensors for one in part]))
+        with (
+            self._watching_embeddings(soft),
+            watching_mlp_inputs(self.scope.adapter, self.scope.transcoders.layers, take),
+        ):
+            self.scope.adapter.next_logits(joined([one.tensors for one in part]))
         self._positions += len(position)
         self._pictures += len(part) if len(soft) else 0
 
@@ -100,7 +103,7 @@ class StructurePass:
     def _add_peaks(self, layer: int, indices: np.ndarray, values: np.ndarray) -> None:
         """Largest activations of each item's features, from codes [B, T, k]."""
         size = len(indices)
-        width = self.transcoders[layer].config.n_features
+        width = self.scope.transcoders[layer].config.n_features
         pair = np.arange(size)[:, None, None] * width + indices
         fires = values > 0
         pair, value = pair[fires], values[fires]
@@ -116,7 +119,7 @@ class StructurePass:
                 entering = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
                 self._embeddings.append(entering[:, torch.from_numpy(soft)].mean(1).float().numpy(force=True))
 
-        handle = self.adapter.decoder().register_forward_pre_hook(hook, with_kwargs=True)
+        handle = self.scope.adapter.decoder().register_forward_pre_hook(hook, with_kwargs=True)
         try:
             yield
         finally:

@@ -40,7 +40,7 @@ class StudyPass:
             window: text positions around the peak.
             only: layer -> features [F'], when not all of all layers are wanted.
         """
-        self.adapter, self.transcoders = scope.adapter, scope.transcoders
+        self.scope = scope
         chosen = dict.fromkeys(scope.transcoders.layers) if only is None else dict(sorted(only.items()))
         self.layers = {
             layer: LayerStudy(scope.transcoders[layer].config.n_features, n, m, window, scope.adapter.device, features)
@@ -63,7 +63,7 @@ class StudyPass:
                 ids = np.array([one.id for one in part])
                 tensors = joined([one.tensors for one in part])
                 with self.watching(ids, np.stack([one.kinds for one in part]), tensors.get("attention_mask")):
-                    self.adapter.next_logits(tensors)
+                    self.scope.adapter.next_logits(tensors)
         self.settle()
 
     @contextmanager
@@ -76,13 +76,13 @@ class StudyPass:
             mask: `[B, T]`, 0 at padding.
         """
         valid = np.ones(kinds.shape, dtype=bool) if mask is None else mask.bool().numpy(force=True)
-        chosen = None if valid.all() else torch.from_numpy(valid).to(self.adapter.device)
+        chosen = None if valid.all() else torch.from_numpy(valid).to(self.scope.adapter.device)
 
         def take(layer: int, x: Tensor) -> None:
             self.waiting[layer].append(x.detach().flatten(0, 1) if chosen is None else x.detach()[chosen])
             self.waiting_bytes += self.waiting[layer][-1].nbytes
 
-        with watching_mlp_inputs(self.adapter, list(self.layers), take):
+        with watching_mlp_inputs(self.scope.adapter, list(self.layers), take):
             yield
         self.forwards.append((ids, kinds, valid))
         self.positions += np.bincount(kinds[valid], minlength=len(KINDS))
@@ -98,10 +98,10 @@ class StudyPass:
         ids = np.concatenate([ids for ids, _, _ in self.forwards])
         kinds = [row for _, kinds, _ in self.forwards for row in kinds]
         valid = [row for _, _, valid in self.forwards for row in valid]
-        tokens = Tokens.of(ids, kinds, valid, self.adapter.device)
+        tokens = Tokens.of(ids, kinds, valid, self.scope.adapter.device)
         for layer, study in self.layers.items():
             found = self.waiting.pop(layer)
-            study.add(self.transcoders[layer].encode(found[0] if len(found) == 1 else torch.cat(found)), tokens)
+            study.add(self.scope.transcoders[layer].encode(found[0] if len(found) == 1 else torch.cat(found)), tokens)
             self.waiting[layer] = []
         self.forwards, self.waiting_bytes = [], 0
         self.own_seconds += time.perf_counter() - began

@@ -97,8 +97,8 @@ def _refuse_no_characters(cfg: DictConfig) -> None:
 def _limit(node: Any, path: Sequence[str], most: Any, given: Collection[str], prefix: str = "") -> None:
     """Lower the numbers at `path` below `node` to `most`, where it has such a key; `*` stands for every key.
 
-    A list, and None (no limit), are replaced; what `most` is None for is left out. What the command line set, `given`,
-    stays.
+    A list keeps its first `most` entries; `most` None leaves the key out; else the value is replaced. What the command
+    line set, `given`, stays.
     """
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return
@@ -112,6 +112,8 @@ def _limit(node: Any, path: Sequence[str], most: Any, given: Collection[str], pr
                 del node[key]
         elif isinstance(node[key], int | float):
             node[key] = min(node[key], most)
+        elif isinstance(node[key], ListConfig) and isinstance(most, int):
+            node[key] = node[key][:most]
         else:
             node[key] = most
 

@@ -215,8 +215,8 @@ class AppConfig:
     `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit`, `circuit_spec`,
     `concept_matrix`, `cross_modal`, `prompts` and `pairs` may be None.
     The metadata say what the types cannot (config/verbatim.py): `verbatim`, a text that nobody parses, and `paths`.
-    `limits` lower settings wherever a run has them (`debug=fast`): a dotted key, in which `*` is any key -> the most,
-    or null to leave it out.
+    `limits` lower settings wherever a run has them (`debug=fast`): a dotted key, in which `*` is any key -> the most
+    (of a list: entries), or null to leave the key out.
     An experiment with `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their
     ranges and shows them beside `paper`, what the paper reports, and `figure`, a file of its figures/.
     """

@@ -37,9 +37,8 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: 
         row = {"value": rate.value, "ci_low": rate.ci_low, "ci_high": rate.ci_high, "cases": rate.cases}
         row["edited"] = int(done.features.max())
         for control in ("matched", "random_direction"):
-            draws = [
-                draw[measure].to_numpy() for _, draw in group[group.control == control].groupby("draw", sort=False)
-            ]
+            drawn: Any = group[group.control == control].groupby("draw", sort=False)
+            draws = [draw[measure].to_numpy() for _, draw in drawn]
             row[control] = float(np.mean([draw.mean() for draw in draws])) if draws else np.nan
             if control == "matched":
                 row["p"] = paired_p(values, draws[0]) if draws and share else np.nan

@@ -28,7 +28,7 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: 
     """
     found: dict[Any, dict[str, float]] = {}
     key: Any
-    group: Any  # pandas' own types of what a selection gives are too wide to be of use
+    group: Any  # what pandas says of a selection is too wide to be of use
     for key, group in table.groupby(list(by), sort=False, dropna=False):
         done = group[group.control == ""]
         values = done[measure].to_numpy()

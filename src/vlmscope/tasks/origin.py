@@ -62,6 +62,14 @@ def transcoder_origin(cfg: AppConfig, overrides: Sequence[str] = ("transcoder",)
     return {"transcoder.files": files_digest(sorted(layers | about)), **flat("transcoder", choice._asdict())}
 
 
+def study_digest(path: str) -> str:
+    """Of a study (its folder, or the run folder around it): its head, which records what it was made of, and labels."""
+    from vlmscope.core.study import MANIFEST
+
+    wanted = [f"{at}{name}" for at in ("", "study/") for name in (MANIFEST, "labels/*.parquet")]
+    return files_digest(file for pattern in wanted for file in sorted(Path(path).glob(pattern)))
+
+
 def data_origin(cfg: AppConfig, sources: Mapping[str, SourceConfig] | None = None) -> dict[str, Any]:
     """The data of `data=`, or `sources` in its place."""
     chosen = cfg.data

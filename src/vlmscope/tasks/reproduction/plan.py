@@ -184,15 +184,15 @@ def base_digest() -> str:
 def _files(cfg: AppConfig) -> list[Any]:
     """The content of model, transcoders, study and pictures, which may lie outside assets/ and change there."""
     from vlmscope.config.schema import TranscoderSetConfig
-    from vlmscope.core.origin import files_digest, folder_digest
-    from vlmscope.tasks.origin import model_origin, transcoder_origin
+    from vlmscope.core.origin import files_digest
+    from vlmscope.tasks.origin import model_origin, study_digest, transcoder_origin
 
     found: list[Any] = []
     if Path(cfg.model.path).is_dir():  # else a model of the hub at a fixed commit, or a tiny one
         found.append(model_origin(cfg))
     if isinstance(cfg.transcoder, TranscoderSetConfig) and Path(cfg.transcoder.path).is_dir():
         found.append(transcoder_origin(cfg))
-    found += [folder_digest(path) for path in (cfg.study.path, cfg.attribution.labels) if path is not None]
+    found += [study_digest(path) for path in (cfg.study.path, cfg.attribution.labels) if path is not None]
     files = [*(cfg.image or []), *(path for own in cfg.images.values() for path in own)]
     files += [one.path for one in (cfg.pairs, cfg.circuit_spec) if one is not None and one.path is not None]
     return [*found, files_digest(Path(path) for path in files)]

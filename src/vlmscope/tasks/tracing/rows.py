@@ -98,14 +98,14 @@ def _refuse(cfg: AppConfig, bad: Sequence[str]) -> None:
 
 def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """Everything that a row's graph depends on besides the row, by name."""
-    from vlmscope.core.origin import flat, folder_digest, plain
-    from vlmscope.tasks.origin import model_origin, transcoder_origin
+    from vlmscope.core.origin import flat, plain
+    from vlmscope.tasks.origin import model_origin, study_digest, transcoder_origin
 
     # The two that are left out change memory and time.
     attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in ("batch_size", "memory_gb")}
     labels = cfg.attribution.labels
     if labels is not None:
-        attribution["labels"] = folder_digest(labels)
+        attribution["labels"] = study_digest(labels)
     task = {"task.figure": cfg.task.figure, "task.head_edges": cfg.task.head_edges, "seed": cfg.seed}
     found = model_origin(cfg) | transcoder_origin(cfg, overrides) | flat("attribution", attribution) | task
     return plain(found)

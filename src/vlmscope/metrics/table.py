@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -27,9 +27,8 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: 
         draw) and `q` (corrected over all rows, Benjamini and Hochberg); p and q only of shares.
     """
     found: dict[Any, dict[str, float]] = {}
-    key: Any
-    group: Any  # what pandas says of a selection is too wide to be of use
-    for key, group in table.groupby(list(by), sort=False, dropna=False):
+    groupings = cast(Any, table.groupby(list(by), sort=False, dropna=False))  # pandas' own types are too wide
+    for key, group in groupings:
         done = group[group.control == ""]
         values = done[measure].to_numpy()
         share = values.dtype == bool
@@ -37,7 +36,7 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: 
         row = {"value": rate.value, "ci_low": rate.ci_low, "ci_high": rate.ci_high, "cases": rate.cases}
         row["edited"] = int(done.features.max())
         for control in ("matched", "random_direction"):
-            drawn: Any = group[group.control == control].groupby("draw", sort=False)
+            drawn = group[group.control == control].groupby("draw", sort=False)
             draws = [draw[measure].to_numpy() for _, draw in drawn]
             row[control] = float(np.mean([draw.mean() for draw in draws])) if draws else np.nan
             if control == "matched":

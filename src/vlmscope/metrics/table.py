@@ -56,5 +56,5 @@ def worst(rows: pd.DataFrame, over: str) -> pd.DataFrame:
     groups = rows.groupby(level=others, sort=False)
     lowest: Any = rows.loc[groups["value"].idxmin()]
     for control in ("matched", "random_direction"):
-        lowest[control] = groups[control].max().to_numpy()
+        lowest[control] = np.asarray(groups[control].max())
     return lowest.droplevel(over)

@@ -6,19 +6,19 @@ from typing import Any
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter
 
-_FAMILIES = {
-    "gemma3": "vlmscope.models.gemma3",
-    "gemma3_text": "vlmscope.models.gemma3",
-    "gemma4": "vlmscope.models.gemma4",
-    "gemma4_text": "vlmscope.models.gemma4",
-    "idefics3": "vlmscope.models.idefics3",
-    "internvl": "vlmscope.models.internvl",
-    "llava": "vlmscope.models.llava",
-    "llava_onevision": "vlmscope.models.llava_onevision",
-    "paligemma": "vlmscope.models.paligemma",
-    "qwen2_5_vl": "vlmscope.models.qwen2_5_vl",
-    "qwen3_vl": "vlmscope.models.qwen3_vl",
-    "smolvlm": "vlmscope.models.idefics3",
+_FAMILIES = {  # module and class of the adapter; imported when asked for, since transformers is slow to import
+    "gemma3": "gemma3.Gemma3Adapter",
+    "gemma3_text": "gemma3.Gemma3Adapter",
+    "gemma4": "gemma4.Gemma4Adapter",
+    "gemma4_text": "gemma4.Gemma4Adapter",
+    "idefics3": "idefics3.Idefics3Adapter",
+    "internvl": "internvl.InternVLAdapter",
+    "llava": "llava.LlavaAdapter",
+    "llava_onevision": "llava_onevision.LlavaOnevisionAdapter",
+    "paligemma": "paligemma.PaliGemmaAdapter",
+    "qwen2_5_vl": "qwen2_5_vl.Qwen2_5_VLAdapter",
+    "qwen3_vl": "qwen3_vl.Qwen3VLAdapter",
+    "smolvlm": "idefics3.Idefics3Adapter",
 }
 
 # Families that people ask for, and what in them the replacement model does not represent.
@@ -51,4 +51,5 @@ def adapter_for(model: Any) -> Adapter:
     """
     model_type = str(model.config.model_type)
     check_supported(model_type, type(model).__name__)
-    return importlib.import_module(_FAMILIES[model_type]).make_adapter(model)
+    module, _, name = _FAMILIES[model_type].partition(".")
+    return getattr(importlib.import_module(f"vlmscope.models.{module}"), name)(model)

@@ -106,6 +106,3 @@ class Gemma4Adapter(DecoderAdapter):
 
     def soft_token_id(self) -> int | None:
         return super().soft_token_id() if self.has_vision else None
-
-
-make_adapter = Gemma4Adapter

@@ -62,6 +62,3 @@ class Idefics3Adapter(DecoderAdapter):
         # Tiles are cut from the picture resized to whole tiles, so they cover all of it, whatever its aspect ratio.
         width, height = size
         return image_processor.get_number_of_image_patches(height, width)[1:]
-
-
-make_adapter = Idefics3Adapter

@@ -52,6 +52,3 @@ class InternVLAdapter(DecoderAdapter):
             (height, width), tile, image_processor.min_patches, image_processor.max_patches
         )
         return (rows, columns) if rows * columns > 1 else (0, 0)
-
-
-make_adapter = InternVLAdapter

@@ -50,6 +50,3 @@ class LlavaAdapter(DecoderAdapter):
         patch = int(self.model.config.vision_config.patch_size)
         height, width = tensors["pixel_values"].shape[-2:]
         return height // patch, width // patch
-
-
-make_adapter = LlavaAdapter

@@ -150,6 +150,3 @@ class LlavaOnevisionAdapter(DecoderAdapter):
         ratio = math.sqrt(rows * columns / (int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * side**2))
         shape = (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
         return _Canvas(tiles, window, kept_rows, kept_columns, shape)
-
-
-make_adapter = LlavaOnevisionAdapter

@@ -68,6 +68,3 @@ class PaliGemmaAdapter(DecoderAdapter):
         """Patches down and across a picture."""
         vision = self.model.config.vision_config
         return int(vision.image_size) // int(vision.patch_size)
-
-
-make_adapter = PaliGemmaAdapter

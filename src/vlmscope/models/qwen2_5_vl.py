@@ -74,6 +74,3 @@ class Qwen2_5_VLAdapter(DecoderAdapter):
         grids = [(rows, columns) for _, rows, columns in tensors["image_grid_thw"].tolist()]
         tiles = merged_tiles(grids, merge, vision.window_size // merge // vision.patch_size)
         return [pooled([tile], merge) for tile in tiles]
-
-
-make_adapter = Qwen2_5_VLAdapter

@@ -62,6 +62,3 @@ class Qwen3VLAdapter(Qwen2_5_VLAdapter):
         merge = int(self.model.config.vision_config.spatial_merge_size)
         grids = [(rows, columns) for _, rows, columns in tensors["image_grid_thw"].tolist()]
         return [pooled([tile], merge) for tile in merged_tiles(grids, merge)]
-
-
-make_adapter = Qwen3VLAdapter

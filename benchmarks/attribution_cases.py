@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 from vlmscope.activations.capture import capture_state
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import generator
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
 from vlmscope.transcoders.formats import load_set, save_set
-from vlmscope.transcoders.init import random_set, set_weight
-from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet, random_set, set_weight
 
 
 @dataclass(frozen=True)

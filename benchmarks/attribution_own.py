@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.pruning import prune
+from vlmscope.attribution.influence import prune
 from vlmscope.attribution.random_graph import random_graph
 from vlmscope.attribution.trace import attribute
 from vlmscope.core.graph import AttributionGraph, NodeKind

@@ -17,11 +17,10 @@ from PIL import Image
 
 from vlmscope.api import load
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.influence import influence, logit_weights
-from vlmscope.attribution.scores import scores
+from vlmscope.attribution.influence import influence, logit_weights, scores
 from vlmscope.attribution.trace import attribute
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.data.orrery.scene import KINDS, make_scene
+from vlmscope.data.orrery.scenes import KINDS, make_scene
 from vlmscope.models.base import ModelInputs
 from vlmscope.replacement.model import build_replacement
 from vlmscope.scope import Scope

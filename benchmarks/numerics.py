@@ -28,13 +28,12 @@ from vlmscope.attribution.trace import Trace, trace
 from vlmscope.conformance.subject import Limits
 from vlmscope.conformance.suite import PROMPT, noise_picture, own_dtype_errors
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.data.orrery.concepts import concept_scenes
-from vlmscope.data.orrery.facts import PLANETS
-from vlmscope.models.precision import exact_float64
-from vlmscope.models.tiny import tiny_vlm
-from vlmscope.models.tiny_families import FAMILIES
+from vlmscope.data.orrery.dataset import concept_scenes
+from vlmscope.data.orrery.scenes import PLANETS
+from vlmscope.models.base import exact_float64
+from vlmscope.models.tiny import FAMILIES, tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 Errors = dict[str, float]
 TOP = 100  # nodes by influence

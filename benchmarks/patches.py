@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 
 from vlmscope.api import load
-from vlmscope.attribution.readers import target_readers
+from vlmscope.attribution.adjoint import target_readers
 from vlmscope.attribution.targets import choose_logits
 from vlmscope.attribution.vision import vision_path
 from vlmscope.core.intervention import Curve
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import generator
 from vlmscope.data.orrery.objects import covered_cells, object_mask
-from vlmscope.data.orrery.scene import Scene, make_scene
+from vlmscope.data.orrery.scenes import Scene, make_scene
 from vlmscope.models.batching import make_batch
 from vlmscope.replacement.model import build_replacement
 from vlmscope.report.figures import feature_count_curve

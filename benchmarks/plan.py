@@ -2,7 +2,7 @@
 
 `python benchmarks/plan.py [--repeat 7] [--threads 1]` measures the machine (a matrix product and a copy), then for
 several sizes each part of a step of `vlmscope.training.layer_trainer`, and prints both beside what
-`vlmscope.training.times` says for the measured machine.
+`vlmscope.training.sizes` says for the measured machine.
 """
 
 import argparse
@@ -14,10 +14,9 @@ import torch
 from started import started
 
 from vlmscope.core.hardware import Hardware
-from vlmscope.training.layout import Layout
-from vlmscope.training.sizes import TrainingSizes
-from vlmscope.training.times import bounds, layer_work
-from vlmscope.training.transcoder_config import TranscoderTrainingConfig
+from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.training.ranks import Layout
+from vlmscope.training.sizes import TrainingSizes, bounds, layer_work
 
 SIZES = [(2048, 128, 2048, 16), (2048, 256, 8192, 16), (1024, 512, 16384, 48), (512, 1024, 16384, 48)]  # n, d, F, k
 GROUPS = {

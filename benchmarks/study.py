@@ -24,16 +24,13 @@ from pathlib import Path
 import torch
 
 import vlmscope
-from vlmscope.data.numbered import NumberedRow, NumberedRows
-from vlmscope.data.orrery.scene import KINDS
-from vlmscope.data.share import WHOLE
-from vlmscope.data.source_config import SourceConfig
-from vlmscope.data.sources import open_source
+from vlmscope.data.config import SourceConfig
+from vlmscope.data.folder import NumberedRow, NumberedRows
+from vlmscope.data.mixing import open_source
+from vlmscope.data.orrery.scenes import KINDS
+from vlmscope.data.samples import WHOLE
 from vlmscope.features.study.config import StudyConfig
-from vlmscope.features.study.inputs import InputMaker, StudyInput
-from vlmscope.features.study.part import StudyPart
-from vlmscope.features.study.run import finish, study_parts
-from vlmscope.features.study.study_pass import StudyPass
+from vlmscope.features.study.run import InputMaker, StudyInput, StudyPart, StudyPass, finish, study_parts
 from vlmscope.models.conversations import encode
 
 BATCHES = 2  # a block

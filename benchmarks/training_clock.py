@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmscope.metrics.reconstruction import FvuAccumulator
+from vlmscope.metrics.dictionary import FvuAccumulator
 
 Judge = Callable[[Callable[[int, Tensor], Tensor]], float]
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from vlmscope.api import load
 from vlmscope.core.artifacts import atomic_path
-from vlmscope.core.seeds import generator
-from vlmscope.data.chat import chat_batch
+from vlmscope.core.records import generator
 from vlmscope.data.orrery.dataset import ScenePool
-from vlmscope.data.text_packing import TokenPacker, packed
+from vlmscope.data.packing import TokenPacker, packed
+from vlmscope.data.samples import chat_batch
 from vlmscope.models.loading import VLM
-from vlmscope.training.transcoder_data import LayerActivations, collect, joined
+from vlmscope.training.batches import LayerActivations, collect
+from vlmscope.training.batches import joined_activations as joined
 
 PICTURES = {"planets": 14, "digits": 18, "shapes": 12, "hands": 8}  # scenes of a batch
 LAYER = 4  # the layer whose transcoder is trained where one is

@@ -19,7 +19,7 @@ import torch
 from started import started
 from training_data import Activations
 
-from vlmscope.training.transcoder_config import TranscoderTrainingConfig
+from vlmscope.training.config import TranscoderTrainingConfig
 
 
 def measure(job: dict[str, Any], data: Activations) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from training_clock import Clock, Judge, fvu_judge
 from training_data import Activations
 from training_peer import ReplayModel, peer
 
-from vlmscope.training.transcoder_config import TranscoderTrainingConfig
+from vlmscope.training.config import TranscoderTrainingConfig
 
 # `optim=short`, chosen on seed 0 of one layer: 120 steps on pictures, 40 on text. At 1,000 steps (0.5, 0.99) and 5e-3
 # did better than the shipped set's (0.9, 0.999), 3e-3 and a cosine.
@@ -120,7 +120,7 @@ class Replay:
 
 def replayed(by_layer: dict[int, tuple[Tensor, Tensor]], order: Tensor) -> Iterator[Any]:
     """A batch for each row of token numbers [steps, N]."""
-    from vlmscope.training.transcoder_data import LayerActivations
+    from vlmscope.training.batches import LayerActivations
 
     for rows in order:
         parts = {layer: (x[rows], y[rows]) for layer, (x, y) in by_layer.items()}
@@ -154,9 +154,8 @@ def on_pictures(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 def on_text(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """All layers of Orrery, end to end on packed text."""
     from vlmscope.api import load
-    from vlmscope.training.captures import Captures
-    from vlmscope.training.transcoder_data import collect
-    from vlmscope.training.transcoder_stream import ActivationStream
+    from vlmscope.training.batches import collect
+    from vlmscope.training.captures import ActivationStream, Captures
 
     vlm = load().vlm
     train, val = training_data.text(folder)

@@ -20,12 +20,10 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from vlmscope.activations.vision import capture_vision_attention
 from vlmscope.api import load
 from vlmscope.attention.config import WhereConfig
-from vlmscope.attention.map_io import save_maps
-from vlmscope.attention.token_maps import token_maps
-from vlmscope.attribution.feature_paths import feature_path_maps
-from vlmscope.attribution.vision import vision_path
-from vlmscope.data.orrery.scene import make_scene
-from vlmscope.features.image_features import image_features
+from vlmscope.attention.rollout import save_maps, token_maps
+from vlmscope.attribution.vision import feature_path_maps, vision_path
+from vlmscope.data.orrery.scenes import make_scene
+from vlmscope.features.readouts import image_features
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import make_batch
 from vlmscope.models.families import adapter_for

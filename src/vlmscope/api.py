@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from PIL import Image
 
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 from vlmscope.scope import Picture, Scope, opened
 
 if TYPE_CHECKING:
     from vlmscope.attribution.trace import Trace
-    from vlmscope.core.graph import PrunedGraph
+    from vlmscope.core.graph import AggregateGraph, GraphComparison, PrunedGraph
     from vlmscope.core.intervention import FeatureExample
-    from vlmscope.core.merged import AggregateGraph, GraphComparison
     from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.maps.where_maps import WhereMaps
 
@@ -59,11 +58,11 @@ def load(
         UserError: a folder is not what it should be, a hub id has no pinned commit or cannot be fetched, or the
             transcoders do not fit the model.
     """
-    from vlmscope.config.paths import asset
-    from vlmscope.models.hub import is_hub_id, model_folder
+    from vlmscope.config.catalog import asset
+    from vlmscope.models.checkpoint import is_hub_id, model_folder
     from vlmscope.models.loading import load_vlm
     from vlmscope.tasks.load_check import warn_on_load
-    from vlmscope.training.load_check import check_hooks
+    from vlmscope.training.evaluation import check_hooks
     from vlmscope.transcoders.hub import from_pretrained
 
     named = str(model or asset("orrery"))
@@ -118,7 +117,7 @@ def aggregate(
 
 def _graph(given: Graph) -> PrunedGraph:
     from vlmscope.attribution.compare import graph_file
-    from vlmscope.attribution.graph_io import load_graph
+    from vlmscope.attribution.export import load_graph
     from vlmscope.attribution.trace import Trace
 
     if isinstance(given, str | Path):
@@ -147,8 +146,8 @@ def steer(
     Raises:
         UserError: an id that cannot be read, or a feature or position that is not there.
     """
-    from vlmscope.interventions.generate import generate_edited
     from vlmscope.interventions.named import steer_plan
+    from vlmscope.interventions.run import generate_edited
 
     inputs = scope.inputs(prompt, images)
     values = {FeatureId.parse(text): value for text, value in features.items()}
@@ -170,8 +169,8 @@ def patch(
     Raises:
         UserError: as `steer`, or the two prompts do not align.
     """
-    from vlmscope.interventions.generate import generate_edited
     from vlmscope.interventions.named import by_layer, donor_activations, patch_plan
+    from vlmscope.interventions.run import generate_edited
 
     inputs, donor = scope.inputs(prompt, images), scope.inputs(prompt, donor_images)
     scope.batch([inputs, donor])  # refuses prompts that do not align
@@ -202,7 +201,7 @@ def where(
     from vlmscope.attention.config import WhereConfig
     from vlmscope.attribution.config import AttributionConfig
     from vlmscope.core.errors import UserError
-    from vlmscope.features.image_features import image_features
+    from vlmscope.features.readouts import image_features
     from vlmscope.tasks.maps.where_maps import where_maps
 
     if not images:
@@ -248,7 +247,7 @@ def study_data(scope: Scope, data: str | Path | Mapping[str, Any], folder: str |
     Raises:
         UserError: the data are not there or mostly unusable, or the folder is of another study.
     """
-    from vlmscope.data.source_config import SourceConfig
+    from vlmscope.data.config import SourceConfig
     from vlmscope.features.study.config import StudyConfig
     from vlmscope.features.study.run import study_alone
 

@@ -69,7 +69,7 @@ class _Failures:
                 traceback.print_exception(error)
         self.errors.append(error)
         if place is not None:
-            from vlmscope.training.process_group import see_off
+            from vlmscope.training.ranks import see_off
 
             see_off(place)
         if os.getpid() != self.process:
@@ -91,7 +91,7 @@ def _place() -> Place | None:
 
 
 def _first(place: Place) -> bool:
-    from vlmscope.training.process_group import first_to_fail
+    from vlmscope.training.ranks import first_to_fail
 
     return first_to_fail(place)
 
@@ -118,7 +118,7 @@ def _checked(argv: Sequence[str]) -> list[str]:
     """
     from hydra._internal.utils import get_args_parser
 
-    from vlmscope.config.paths import conf_dir
+    from vlmscope.config.catalog import conf_dir
 
     parser = get_args_parser()
 
@@ -150,7 +150,7 @@ def _job(failures: _Failures) -> Callable[[Any], None]:
     """`run_job` that keeps its failure: raised, Hydra would print a line of its own, and a sweep's others go on."""
     from hydra.core.hydra_config import HydraConfig
 
-    from vlmscope.config.errors import CONFIG_ERRORS, one_line
+    from vlmscope.config.resolve import CONFIG_ERRORS, one_line
     from vlmscope.core.artifacts import no_room
     from vlmscope.tasks.job import run_job
 
@@ -188,10 +188,9 @@ def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
     import hydra
 
     from vlmscope.config.callbacks import SweepRefused
-    from vlmscope.config.errors import CONFIG_ERRORS, one_line
-    from vlmscope.config.paths import conf_dir
+    from vlmscope.config.catalog import conf_dir
+    from vlmscope.config.resolve import CONFIG_ERRORS, one_line, quote_arguments
     from vlmscope.config.store import register
-    from vlmscope.config.verbatim import quote_arguments
     from vlmscope.tasks import registry
 
     configs = registry.configs()

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
-from vlmscope.core.images import as_rgb
+from vlmscope.activations.capture import mlp_inputs
+from vlmscope.core.records import as_rgb
 from vlmscope.data.images import open_image
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.batching import InputBatch, make_batch

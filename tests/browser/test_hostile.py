@@ -13,14 +13,13 @@ from tests.unit.report.feature_cases import FACTS, make_feature_page
 
 from vlmscope.app import main
 from vlmscope.core.intervention import Rate
-from vlmscope.core.reproduction import Number, Reproduced
-from vlmscope.core.tables import html_table
+from vlmscope.core.runs import Number, Reproduced, html_table
 from vlmscope.models.tiny import tiny_image
 from vlmscope.report.feature_page import PageLabel
 from vlmscope.report.gallery import Gallery
-from vlmscope.report.html import TEMPLATES
+from vlmscope.report.page import TEMPLATES
 from vlmscope.tasks.reproduction.page import write_page
-from vlmscope.transcoders.card import CardFacts, carried_over, parts_of, render
+from vlmscope.transcoders.hub import CardFacts, carried_over, parts_of, render
 
 pytestmark = pytest.mark.browser
 RUN = "window.hacked=1"

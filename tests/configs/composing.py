@@ -6,10 +6,9 @@ from itertools import zip_longest
 from hydra import compose, initialize_config_dir
 
 from vlmscope.config import AppConfig, catalog
-from vlmscope.config.paths import conf_dir
-from vlmscope.config.resolve import to_app_config
+from vlmscope.config.catalog import conf_dir
+from vlmscope.config.resolve import quote_arguments, to_app_config
 from vlmscope.config.store import register
-from vlmscope.config.verbatim import quote_arguments
 from vlmscope.tasks import registry
 
 

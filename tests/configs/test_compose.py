@@ -11,11 +11,11 @@ from omegaconf import DictConfig
 from tests.configs.composing import composed, rounds
 
 from vlmscope.config import catalog
-from vlmscope.config.errors import CONFIG_ERRORS, one_line
-from vlmscope.config.paths import conf_dir
+from vlmscope.config.catalog import conf_dir
+from vlmscope.config.resolve import CONFIG_ERRORS, one_line
 from vlmscope.config.store import register
 from vlmscope.core.errors import UserError
-from vlmscope.data.source_config import SourceConfig
+from vlmscope.data.config import SourceConfig
 from vlmscope.tasks import registry
 
 EXPERIMENTS = sorted(catalog.options("experiment"))

@@ -8,10 +8,10 @@ from tests.configs.composing import composed
 from transformers import AutoTokenizer
 
 from vlmscope.config import catalog
-from vlmscope.config.errors import CONFIG_ERRORS
-from vlmscope.config.paths import asset
+from vlmscope.config.catalog import asset
+from vlmscope.config.resolve import CONFIG_ERRORS
 from vlmscope.core.errors import UserError
-from vlmscope.data.orrery import facts
+from vlmscope.data.orrery import scenes as facts
 from vlmscope.data.prompts import PromptConfig, PromptSetConfig
 from vlmscope.models.tiny import tiny_vlm
 

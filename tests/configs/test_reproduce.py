@@ -7,7 +7,7 @@ import pytest
 from tests.configs.composing import composed
 
 from vlmscope.config import catalog
-from vlmscope.config.paths import asset, conf_dir
+from vlmscope.config.catalog import asset, conf_dir
 from vlmscope.tasks.reproduction import plan
 
 TAGGED = sorted(catalog.reproducible([conf_dir()]))

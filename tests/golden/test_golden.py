@@ -19,7 +19,7 @@ import torch
 from vlmscope.app import main
 from vlmscope.config import catalog
 from vlmscope.data.orrery.dataset import OrreryDataConfig, build
-from vlmscope.data.orrery.scene import KINDS
+from vlmscope.data.orrery.scenes import KINDS
 
 FOLDER = Path(__file__).parent
 EXPERIMENTS = sorted(catalog.options("experiment"))

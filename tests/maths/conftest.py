@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from tests.maths.maths_cases import CASES, WHOLE, Case, case_of
 
-from vlmscope.models.precision import exact_float64
+from vlmscope.models.base import exact_float64
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import torch
 
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.trace import attribute
-from vlmscope.conformance.record import TOLERANCE
+from vlmscope.conformance.identities import TOLERANCE
 from vlmscope.conformance.subject import Limits, Subject, make_subject
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.models.base import ModelInputs
@@ -19,8 +19,7 @@ from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.replacement.model import ReplacementModel, Replay
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.transcoders.transcoder import TranscoderSet, random_set
 
 __all__ = [
     "CASES",

@@ -22,7 +22,7 @@ from vlmscope.circuits.discovery.graphs import ANSWER
 from vlmscope.circuits.discovery.nodes import Kind, Nodes
 from vlmscope.circuits.discovery.sides import CircuitSubject
 from vlmscope.circuits.pair_subject import pair_subject
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import generator
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3

@@ -5,14 +5,12 @@ import pytest
 from scipy.linalg import solve_triangular
 from tests.maths.maths_cases import TOLERANCE, Case, config, dense, key_of, read_targets, rows_of
 
-from vlmscope.attribution.adjoint import Adjoint
-from vlmscope.attribution.effects import total_effects
-from vlmscope.attribution.influence import influence, logit_weights
-from vlmscope.attribution.pruning import prune
+from vlmscope.attribution.adjoint import Adjoint, total_effects
+from vlmscope.attribution.influence import influence, logit_weights, prune
 from vlmscope.attribution.targets import choose_logits, feature_target
 from vlmscope.attribution.trace import attribute
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 
 CHOICES = ("influence", "total_effect")
 

@@ -9,14 +9,23 @@ from tests.maths.maths_cases import TOLERANCE, Case, case_of
 
 from vlmscope.activations.capture import capture_state
 from vlmscope.attribution.adjoint import Adjoint
-from vlmscope.conformance.behaviour import direct_mode, generation, soft_tokens, weights
-from vlmscope.conformance.identities import batching, completeness, direct_effects, parity, total_effects
-from vlmscope.conformance.record import Check
+from vlmscope.conformance.identities import (
+    Check,
+    batching,
+    completeness,
+    direct_effects,
+    direct_mode,
+    generation,
+    parity,
+    soft_tokens,
+    total_effects,
+    weights,
+)
 from vlmscope.conformance.subject import Subject, find_edges
 from vlmscope.conformance.suite import in_float64
 from vlmscope.interventions import run
 from vlmscope.interventions.edits import LayerEdit
-from vlmscope.models.precision import exact_float64
+from vlmscope.models.base import exact_float64
 from vlmscope.replacement.features import active_features, feature_table
 from vlmscope.replacement.model import ReplacementModel
 from vlmscope.transcoders.transcoder import Transcoder

@@ -18,9 +18,9 @@ from vlmscope.circuits.discovery.scores import activation_change, eap_ig, order_
 from vlmscope.circuits.discovery.search import Runner, greedy_order, prune_members, smallest
 from vlmscope.circuits.discovery.sides import Sides, changing_nodes, measure
 from vlmscope.core.errors import UserError
-from vlmscope.core.seeds import generator
-from vlmscope.metrics.ranking import auroc
-from vlmscope.models.precision import exact_float64
+from vlmscope.core.records import generator
+from vlmscope.metrics.prediction import auroc
+from vlmscope.models.base import exact_float64
 
 FOUND = 0.95
 

@@ -8,7 +8,7 @@ from tests.maths.maths_cases import TOLERANCE, Case, dense, key_of, read_targets
 from vlmscope.circuits.supernode_edges import direct_edges, groups_of, supernode_mask
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.intervention import CircuitFeature, Supernode
-from vlmscope.core.positions import Positions
+from vlmscope.core.records import Positions
 
 
 def supernodes(graph: AttributionGraph) -> list[Supernode]:

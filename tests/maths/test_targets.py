@@ -7,17 +7,16 @@ import pytest
 import torch
 from tests.maths.maths_cases import TOLERANCE, Case, case_of, config
 
-from vlmscope.activations import scores as model_scores
-from vlmscope.activations.scores import HeadSide
+from vlmscope.activations import capture as model_scores
+from vlmscope.activations.capture import HeadSide
 from vlmscope.attribution.adjoint import Adjoint
-from vlmscope.attribution.head_scores import Place, ScoreParts, score_parts, top_pairs
-from vlmscope.attribution.heads import HeadSplitter
+from vlmscope.attribution.heads import HeadSplitter, Place, ScoreParts, score_parts, top_pairs
 from vlmscope.attribution.targets import Targets, answer_targets, choose_logits, difference_target, feature_target
 from vlmscope.attribution.trace import attribute
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.core.ids import FeatureId
-from vlmscope.models.answers import continued, greedy_answer
-from vlmscope.models.precision import exact_float64
+from vlmscope.core.records import FeatureId
+from vlmscope.models.base import exact_float64
+from vlmscope.models.conversations import continued, greedy_answer
 from vlmscope.replacement.model import ReplacementModel, build_replacement
 
 # Layer, head, query and key from the end of the prompt: early and late layers, the last position and another.

@@ -10,17 +10,16 @@ from PIL import Image
 from tests.maths.maths_cases import CASES, PROMPT, TOLERANCE, Case, case_of, dense
 from torch import Tensor, nn
 
-from vlmscope.attribution.readers import Readers, target_readers
+from vlmscope.attribution.adjoint import Readers, target_readers
 from vlmscope.attribution.targets import choose_logits, feature_target
 from vlmscope.attribution.vision import VisionPath, _PatchEmbedding, vision_path
 from vlmscope.core.graph import NodeKind
-from vlmscope.core.patches import PictureMap
-from vlmscope.models import frozen_vision
+from vlmscope.core.maps import PictureMap
+from vlmscope.models import attention as frozen_vision
+from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import entering
-from vlmscope.models.precision import exact_float64
-from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.models.tiny_families import FAMILIES
-from vlmscope.models.towers import tower_kind
+from vlmscope.models.boxes import tower_kind
+from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 
 PICTURED = tuple(
     name

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from vlmscope.app import main
-from vlmscope.attribution.graph_io import load_graph
+from vlmscope.attribution.export import load_graph
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.transcoders.formats import load_set
 

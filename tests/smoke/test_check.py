@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlmscope.app import main
-from vlmscope.attribution.graph_io import load_graph
+from vlmscope.attribution.export import load_graph
 from vlmscope.conformance import suite
 from vlmscope.models.tiny import tiny_image
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from vlmscope.app import main
-from vlmscope.attribution.graph_io import load_graph
+from vlmscope.attribution.export import load_graph
 from vlmscope.circuits.circuit import load_circuit
 from vlmscope.circuits.supernode_edges import direct_edges
-from vlmscope.core.positions import Places
+from vlmscope.core.records import Places
 from vlmscope.models.tiny import tiny_image
 
 MODEL = ["model=tiny_gemma3", "transcoder=random", "tracking=none"]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from vlmscope.app import main
-from vlmscope.attribution.graph_io import load_graph
+from vlmscope.attribution.export import load_graph
 from vlmscope.circuits.circuit import load_circuit
-from vlmscope.core.positions import Positions
+from vlmscope.core.records import Positions
 from vlmscope.tasks.circuits.inputs import concept_pictures
 
 SMALL = [

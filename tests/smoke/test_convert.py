@@ -8,11 +8,10 @@ import torch
 import yaml
 
 from vlmscope.app import main
-from vlmscope.config.paths import asset
-from vlmscope.transcoders.card import parts_of
+from vlmscope.config.catalog import asset
 from vlmscope.transcoders.formats import FORMATS, load_set, refusal, save_set
-from vlmscope.transcoders.init import random_set
-from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet, TranscoderSetConfig
+from vlmscope.transcoders.hub import parts_of
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet, TranscoderSetConfig, random_set
 
 
 def convert(source: Path | str, to: str, out: Path, *more: str) -> int:

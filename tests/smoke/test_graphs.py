@@ -15,10 +15,10 @@ from PIL import Image
 
 import vlmscope
 from vlmscope.app import main
-from vlmscope.attribution.graph_io import load_graph
-from vlmscope.attribution.merged_io import load_merged
-from vlmscope.core.merged import AggregateGraph, GraphComparison
-from vlmscope.data.orrery.concepts import concept_scenes
+from vlmscope.attribution.export import load_graph
+from vlmscope.attribution.merged import load_merged
+from vlmscope.core.graph import AggregateGraph, GraphComparison
+from vlmscope.data.orrery.dataset import concept_scenes
 
 SCHEMA = Path(vlmscope.__file__).parent / "attribution" / "schema" / "neuronpedia-graph.schema.json"
 ROOT = Path(__file__).parents[2]

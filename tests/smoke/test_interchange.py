@@ -7,10 +7,10 @@ import pytest
 
 from vlmscope.app import main
 from vlmscope.circuits.circuit import Circuit, load_circuit, save_circuit
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import CircuitFeature, Supernode
+from vlmscope.core.records import FeatureId
 from vlmscope.data.images import png_bytes
-from vlmscope.data.orrery.pairs import scene_pairs
+from vlmscope.data.orrery.dataset import scene_pairs
 
 SMALL = [
     "experiment=visual_arithmetic",

@@ -15,7 +15,7 @@ from vlmscope.app import main
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.tracking.client import open_client
 from vlmscope.transcoders.formats import save_set
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 
 def _reached(process: Forked, run: Path, pattern: str) -> None:

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from vlmscope.app import main
-from vlmscope.core.ids import FeatureId
-from vlmscope.features.labels.facts_cache import study_facts
-from vlmscope.features.labels.item_facts import item_facts
-from vlmscope.features.labels.reader import Labels
+from vlmscope.core.records import FeatureId
+from vlmscope.features.labels.facts import item_facts, study_facts
+from vlmscope.features.labels.propose import Labels
 from vlmscope.features.study.records import StudyFolder
 from vlmscope.models.tiny import tiny_image
 

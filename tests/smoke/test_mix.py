@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from vlmscope.app import main
-from vlmscope.training.transcoder_checkpoints import TranscoderCheckpoints
+from vlmscope.training.resume import TranscoderCheckpoints
 
 TRAIN = [
     "task=train_transcoders", "model=tiny_llava", "transcoder=arch", "transcoder.expansion_factor=2", "transcoder.k=4",

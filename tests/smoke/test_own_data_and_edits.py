@@ -10,10 +10,10 @@ from PIL import Image
 
 import vlmscope
 from vlmscope.app import main
-from vlmscope.data.conversation import drawn
 from vlmscope.data.folder import load_folder
+from vlmscope.data.samples import drawn
 from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.transcoders.card import parts_of
+from vlmscope.transcoders.hub import parts_of
 
 TRAIN = [
     "task=train_transcoders", "model=tiny_llava", "transcoder=arch", "transcoder.expansion_factor=2", "transcoder.k=4",
@@ -161,7 +161,7 @@ def test_mistakes_in_an_edit_are_one_line(
 
 def test_the_command_line_and_the_python_api_say_the_same(tmp_path: Path) -> None:
     """On Orrery, with what a graph says: features whose removal or exchange moves the answer more than others do."""
-    from vlmscope.data.orrery.concepts import concept_scenes
+    from vlmscope.data.orrery.dataset import concept_scenes
 
     prompt = "what planet is this ?"
     paths = {}

@@ -10,7 +10,7 @@ from tests.smoke.test_study import STUDY
 
 import vlmscope
 from vlmscope.app import main
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 from vlmscope.features.labels.label import Label, set_path, write_labels
 from vlmscope.features.study.records import StudyFolder
 

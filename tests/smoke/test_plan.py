@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vlmscope.app import main
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 
 def plan(run_dir: Path, *arguments: str) -> dict[str, float]:

@@ -12,10 +12,10 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from vlmscope.config import AppConfig
-from vlmscope.config.paths import conf_dir
+from vlmscope.config.catalog import conf_dir
 from vlmscope.config.resolve import to_app_config
 from vlmscope.config.store import register
-from vlmscope.core.reproduction import Number
+from vlmscope.core.runs import Number
 from vlmscope.tasks import registry
 from vlmscope.tasks.headline_numbers import numbers_of
 from vlmscope.tasks.steps import amplify

@@ -8,7 +8,7 @@ import pytest
 
 from vlmscope.app import main
 from vlmscope.data.orrery.dataset import OrreryDataConfig, build
-from vlmscope.data.orrery.scene import KINDS
+from vlmscope.data.orrery.scenes import KINDS
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from tests.processes import ROOT, command_line
 
 from vlmscope.app import main
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 from vlmscope.features.study.records import StudyFolder
 
 STUDY = [

@@ -12,10 +12,10 @@ from PIL import Image
 
 import vlmscope
 from vlmscope.app import main
-from vlmscope.attribution.graph_io import load_graph
-from vlmscope.attribution.pruning import reaches_image
+from vlmscope.attribution.export import load_graph
+from vlmscope.attribution.influence import reaches_image
 from vlmscope.core.graph import NodeKind
-from vlmscope.data.orrery.concepts import concept_scenes
+from vlmscope.data.orrery.dataset import concept_scenes
 
 SCHEMA = Path(vlmscope.__file__).parent / "attribution" / "schema" / "neuronpedia-graph.schema.json"
 QUESTION = "what planet is this ?"

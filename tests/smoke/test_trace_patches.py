@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from vlmscope.app import main
-from vlmscope.attribution.patch_io import load_maps
-from vlmscope.data.orrery.scene import make_scene
+from vlmscope.attribution.vision import load_maps
+from vlmscope.data.orrery.scenes import make_scene
 
 QUESTION = "which shape is this ?"
 

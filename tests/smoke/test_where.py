@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from vlmscope.app import main
-from vlmscope.attention.map_io import load_maps
-from vlmscope.data.orrery.scene import make_scene
+from vlmscope.attention.rollout import load_maps
+from vlmscope.data.orrery.scenes import make_scene
 from vlmscope.models.tiny import tiny_vlm
 from vlmscope.tasks.steps.bench import Bench
 

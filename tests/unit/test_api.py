@@ -14,7 +14,7 @@ import vlmscope
 from vlmscope.core.errors import UserError
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.transcoders.formats import save_set
-from vlmscope.transcoders.init import random_set, set_weight
+from vlmscope.transcoders.transcoder import random_set, set_weight
 
 MODEL, SET, COMMIT = "some-org/tiny-vlm", "me/tiny-set", "0123456789abcdef0123456789abcdef01234567"
 

@@ -1,11 +1,21 @@
-"""Reading a model's activations with forward hooks, without gradients.
+"""The points between which transcoders map, by their names in `docs/glossary.md`.
+
+Reading a model's activations with forward hooks, without gradients.
 
 `capture_mlp` is the fast way for training (batches, the model's own attention kernels); `capture_state` keeps
 everything that the local replacement model of one prompt needs, from one forward.
 Legend: B batch, T positions, d model width, L layers, H heads, Hkv key/value heads, D head width, V vocabulary.
+
+The transcoders' inputs of a batch, for analyses that need no outputs.
+
+How one head's query at one position and its key at another read the stream, with norms frozen and RoPE applied.
+
+Legend: T positions, d model width, H heads, Hkv key/value heads, D head width.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,10 +24,41 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlmscope.models.attention import recording_patterns
-from vlmscope.models.base import Adapter, ModelInputs
-from vlmscope.models.batching import watching_injections
-from vlmscope.models.norms import all_norms
+from vlmscope.models.attention import (
+    AttentionInput,
+    FoundScores,
+    recording_patterns,
+    stopping_at_scores,
+    using_vlmscope_attention,
+)
+from vlmscope.models.base import Adapter, ModelInputs, all_norms
+from vlmscope.models.batching import InputBatch, watching_injections
+from vlmscope.models.placement import materialised
+
+
+def target_module(adapter: Adapter, layer: int, hook: str) -> nn.Module:
+    """The module whose output a transcoder with this `output_hook` imitates."""
+    if hook == "mlp_out":
+        return adapter.mlp(layer)
+    norm = adapter.norms(layer).mlp_out_post
+    assert norm is not None, f"hook {hook!r} needs a norm after the MLP"
+    return norm
+
+
+def target_at(adapter: Adapter, layer: int, hook: str, mlp_out: Tensor) -> Tensor:
+    """What a transcoder with this `output_hook` imitates, from the raw MLP's output: [.., d] -> [.., d]."""
+    return mlp_out if hook == "mlp_out" else target_module(adapter, layer, hook)(mlp_out)
+
+
+def norm_weight_after(adapter: Adapter, layer: int, hook: str, like: Tensor) -> Tensor | None:
+    """Weights [d] by which the norm after a layer's MLP multiplies what a transcoder writes, up to one positive factor.
+
+    In dtype and place of `like`. None where no norm lies between `hook` and the residual stream.
+    """
+    norm = adapter.norms(layer).mlp_out_post
+    if hook != "mlp_out" or norm is None:
+        return None
+    return adapter.norm_scale(norm, torch.ones(adapter.d_model, dtype=adapter.dtype, device=adapter.device)).to(like)
 
 
 class HasAdapter(Protocol):
@@ -60,7 +101,7 @@ class ForwardState:
     value_scales: list[Tensor | None]
     injections: Float[Tensor, "n t d"]
 
-    def to(self, dtype: torch.dtype) -> "ForwardState":
+    def to(self, dtype: torch.dtype) -> ForwardState:
         """The same state with every tensor in `dtype`."""
         scales = [None if scale is None else scale.to(dtype) for scale in self.value_scales]
         tensors = {name: value.to(dtype) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -151,3 +192,168 @@ def capture_state(model: Adapter | HasAdapter, inputs: ModelInputs) -> ForwardSt
         value_scales=[None if norm is None else scale(norm).flatten(1) for norm in value_norms],
         injections=injections[0][0] if injections else embeddings.new_zeros(0, *embeddings.shape),
     )
+
+
+@contextmanager
+def watching_mlp_inputs(adapter: Adapter, layers: Sequence[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Hand every layer's MLP input [B, T, d] to `take(layer, x)` while the model runs, layer after layer."""
+    with ExitStack() as stack:
+        for layer in layers:
+
+            def hook(_module: Any, args: tuple, layer: int = layer) -> None:
+                take(layer, args[0])
+
+            stack.callback(adapter.mlp(layer).register_forward_pre_hook(hook).remove)
+        yield
+
+
+def mlp_inputs(adapter: Adapter, batch: InputBatch, layers: Sequence[int]) -> dict[int, Tensor]:
+    """MLP inputs by layer [B, T, d] of one unedited forward, with the model's fast kernels."""
+    return mlp_inputs_and_logits(adapter, batch, layers)[0]
+
+
+@torch.no_grad()
+def mlp_inputs_and_logits(
+    adapter: Adapter, batch: InputBatch, layers: Sequence[int]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """The same with the logits [B, V] of the last position."""
+    found: dict[int, Tensor] = {}
+    with watching_mlp_inputs(adapter, layers, found.__setitem__):
+        logits = adapter.next_logits(batch.tensors)
+    return found, logits
+
+
+@dataclass(frozen=True)
+class HeadSide:
+    """A query, or a key, of one head at one position: `value = weight @ attn_in + constant`.
+
+    Attributes:
+        value: `[D]`, the model's own, norm and RoPE applied.
+        weight: `[D, d]`: projection, frozen norm scale and rotation in one.
+        constant: `[D]`, of the projection's bias; 0 in most families.
+    """
+
+    value: Tensor
+    weight: Tensor
+    constant: Tensor
+
+
+@dataclass(frozen=True)
+class HeadScore:
+    """A head's score `scale * query . key` before the softmax, before the cap of a family that caps scores.
+
+    Attributes:
+        query: of the position that looks.
+        key: of the position that is looked at.
+        scale: the model's factor.
+        softcap: the cap of the scores, or None.
+    """
+
+    query: HeadSide
+    key: HeadSide
+    scale: float
+    softcap: float | None
+
+    @property
+    def value(self) -> float:
+        """The score."""
+        return self.scale * float(self.query.value.double() @ self.key.value.double())
+
+
+def head_score(
+    model: Adapter | HasAdapter,
+    inputs: ModelInputs,
+    layer: int,
+    head: int,
+    query: int,
+    key: int,
+    dtype: torch.dtype,
+) -> HeadScore:
+    """Run the model up to a layer's attention and take apart one head's score there.
+
+    The rotation is not computed anew: the attention module is run once more on its own input with the outputs of its
+    query and key projections made leaves and its norms replaced by their frozen scales; what it then hands to the
+    softmax is linear in the leaves, and its derivative is the map, whatever kind of RoPE a family has.
+
+    Args:
+        model: an adapter or a loaded model, in evaluation mode.
+        inputs: the prompt.
+        layer: decoder layer.
+        head: query head.
+        query: the position that looks.
+        key: the position that is looked at.
+        dtype: of the result; the model runs in its own.
+    """
+    adapter = adapter_of(model)
+    module = adapter.attention(layer)
+    given = _attention_input(adapter, module, inputs)
+    parts = adapter.score_parts(layer)
+    leaves: dict[nn.Module, Tensor] = {}
+
+    def leaf(projection: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        leaves[projection] = output.detach().to(dtype).requires_grad_()
+        return leaves[projection]
+
+    def frozen(norm: nn.Module, args: tuple[Any, ...], _output: Tensor) -> Tensor:
+        return args[0] * adapter.norm_scale(norm, args[0].detach())
+
+    with torch.enable_grad(), ExitStack() as stack:
+        stack.enter_context(using_vlmscope_attention(adapter))
+        for projection in (parts.query, parts.key):
+            stack.callback(projection.register_forward_hook(leaf).remove)
+        for norm in (parts.query_norm, parts.key_norm):
+            if norm is not None:
+                stack.callback(norm.register_forward_hook(frozen).remove)
+        found = _scores_of(module, given)
+        group = found.query.shape[1] // found.key.shape[1]
+        sides = (
+            _side(found.query[0, head, query], parts.query, leaves[parts.query], query, head),
+            _side(found.key[0, head // group, key], parts.key, leaves[parts.key], key, head // group),
+        )
+    return HeadScore(*sides, scale=found.scaling, softcap=found.softcap)
+
+
+def _attention_input(adapter: Adapter, module: nn.Module, inputs: ModelInputs) -> AttentionInput:
+    """What an attention module is called with; the forward ends there."""
+    kept: list[AttentionInput] = []
+
+    class _Found(Exception):
+        """Ends the forward."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept.append(AttentionInput(args, dict(kwargs)))
+        raise _Found
+
+    with torch.no_grad(), using_vlmscope_attention(adapter):
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            adapter.forward(inputs.tensors, use_cache=False)
+        except _Found:
+            pass
+        finally:
+            handle.remove()
+    return kept[0]
+
+
+def _scores_of(module: Any, given: AttentionInput) -> FoundScores:
+    with stopping_at_scores(module):
+        try:
+            module(*given.args, **given.kwargs)
+        except FoundScores as found:
+            return found
+    raise AssertionError("the attention module did not call its attention function")
+
+
+def _side(value: Tensor, projection: nn.Module, leaf: Tensor, position: int, head: int) -> HeadSide:
+    """`value [D]` as a map of what `projection` reads, whose output `[1, T, heads * D]` is `leaf`."""
+    width = len(value)
+    mine = slice(head * width, (head + 1) * width)
+    rows = [torch.autograd.grad(value[i], leaf, retain_graph=True)[0][0, position, mine] for i in range(width)]
+    turn = torch.stack(rows)
+    with torch.no_grad():
+        weight = materialised(projection)[mine].to(turn.dtype)
+        bias = getattr(projection, "bias", None)
+        constant = turn.new_zeros(width)
+        if bias is not None:
+            constant = turn @ materialised(projection, "bias")[mine].to(turn.dtype)
+        return HeadSide(value.detach(), turn @ weight, constant)

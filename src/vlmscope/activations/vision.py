@@ -17,8 +17,8 @@ from vlmscope.core.errors import UserError
 from vlmscope.models.attention import recording_vision_patterns
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.batching import make_batch
+from vlmscope.models.boxes import Tile
 from vlmscope.models.loading import VLM
-from vlmscope.models.patches import Tile
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,13 @@
-"""The linear adjoint of the local replacement model, batched over targets; no autograd.
+"""Where each source has its column in a row of edges, before nodes are chosen.
+
+Order: T embeddings; then for each layer its bias, its active features (by position, index) and its T errors. A target
+of layer t reads the columns before `start[t]` and, for its own biases, `start[t]` itself: rows are prefixes.
+
+What is written into the stream at each layer's MLP, position by position, and which column each edge goes to.
+
+Legend: T positions, d width, K features of one position that write to a layer.
+
+The linear adjoint of the local replacement model, batched over targets; no autograd.
 
 A target reads the residual stream at one position by a vector g. Going down, with G the gradient at the stream,
     leaving     edge G . v into the soft token's column;  G <- c G
@@ -10,17 +19,170 @@ A soft token is one source, whether the vision tower writes it into the stream o
 Only positions that the frozen patterns let a target see are carried.
 Legend: B targets, S carried positions, d width, H heads, Hkv key/value heads, D head width, K features of one position
 that write to a layer.
+
+How targets read the soft tokens: the gradient of each target with respect to what a token writes into the stream.
+
+The frozen linear model of `vlmscope.replacement` run forwards from changes of embeddings (and of what DeepStack adds
+again after later layers), and back by autograd: a second way to the edges from tokens beside the adjoint, and the only
+one to total effects, where active features respond. Legend: B targets, T positions, d width, n injections.
+
+Total effects of all sources on what a graph explains, by one backward sweep; no row of a feature is needed.
+
+With active features responding linearly, a change of pre-activation is one of activation, so a change delta of sources
+moves the targets by `J_t (I - J)^-1 delta`, J the direct effects between features, J_t those on the targets. Its
+transpose is the adjoint's sweep with one addition: at each MLP the gradient also goes on through the features that the
+layer reads,
+    G <- G + s3 * sum_f (dt / da_f) W_enc[f],    dt / da_f = sum over the layers that f writes to of (s4 * G) . W_dec[f]
+All targets are carried at once. Legend: as in `vlmscope.attribution.adjoint`; n active features.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.attribution.columns import Columns
-from vlmscope.attribution.sources import SourceVectors
+from vlmscope.attribution.targets import Targets
+from vlmscope.replacement.features import LayerFeatures, written
 from vlmscope.replacement.frozen import FrozenLayer
 from vlmscope.replacement.model import ReplacementModel
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column numbers of the sources.
+
+    Attributes:
+        start: `[L + 1]`; the bias of layer l is column `start[l]`, and `start[L]` is the number of columns.
+        n_features: `[L]`, active features of each layer.
+        n_positions: T.
+    """
+
+    start: np.ndarray
+    n_features: np.ndarray
+    n_positions: int
+
+    @property
+    def total(self) -> int:
+        """Number of columns."""
+        return int(self.start[-1])
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return len(self.n_features)
+
+    def bias(self, layer: int) -> int:
+        """Column of a layer's bias."""
+        return int(self.start[layer])
+
+    def features(self, layer: int) -> int:
+        """First column of a layer's features."""
+        return int(self.start[layer]) + 1
+
+    def errors(self, layer: int) -> int:
+        """First column of a layer's errors."""
+        return self.features(layer) + int(self.n_features[layer])
+
+    def all_features(self) -> np.ndarray:
+        """The columns of all features in the order of the feature table, int64."""
+        spans = [self.features(layer) + np.arange(self.n_features[layer]) for layer in range(self.n_layers)]
+        return np.concatenate(spans).astype(np.int64)
+
+
+def columns_of(replacement: ReplacementModel) -> Columns:
+    """The column layout of a replacement model."""
+    counts = np.array([len(features) for features in replacement.features], dtype=np.int64)
+    widths = 1 + counts + replacement.n_positions
+    start = replacement.n_positions + np.concatenate([[0], np.cumsum(widths)])
+    return Columns(start, counts, replacement.n_positions)
+
+
+# Vectors of all layers are kept when they fit into this many bytes, else gathered anew for each batch.
+CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class LayerSources:
+    """Sources of one layer.
+
+    Attributes:
+        vectors: `[T, K + 2, d]`: features (zero where a position has fewer), error, decoder bias, all write-scaled.
+        columns: `[T, K + 1]`: of features and error; padding points at the scratch column after the last.
+    """
+
+    vectors: Tensor
+    columns: Tensor
+
+
+class SourceVectors:
+    """The sources of all layers, kept once they were gathered if that takes at most `cache_bytes`."""
+
+    def __init__(self, replacement: ReplacementModel, cache_bytes: float = CACHE_BYTES) -> None:
+        self.replacement = replacement
+        self.columns: Columns = columns_of(replacement)
+        self._cache: dict[int, LayerSources] | None = {} if sum(self.layer_bytes()) <= cache_bytes else None
+
+    @property
+    def cached(self) -> bool:
+        """Whether they are kept."""
+        return self._cache is not None
+
+    def layer_bytes(self) -> list[int]:
+        """Memory of each layer's sources."""
+        errors = self.replacement.errors
+        element, (n_layers, positions, width) = errors.element_size(), errors.shape
+        writers = [self._writers_at_a_position(layer) for layer in range(n_layers)]
+        return [positions * ((most + 2) * width * element + (most + 1) * 8) for most in writers]
+
+    def of(self, layer: int) -> LayerSources:
+        """One layer's sources."""
+        if self._cache is None:
+            return self._gather(layer)
+        if layer not in self._cache:
+            self._cache[layer] = self._gather(layer)
+        return self._cache[layer]
+
+    def _gather(self, layer: int) -> LayerSources:
+        replacement = self.replacement
+        positions, width = replacement.errors.shape[1:]
+        most = self._writers_at_a_position(layer)
+        vectors = replacement.errors.new_zeros(positions, most + 2, width)
+        columns = torch.full((positions, most + 1), -1, dtype=torch.int64, device=vectors.device)
+        first = 0
+        for lower in self._writers(layer):
+            features = replacement.features[lower]
+            number, slot = numbers_and_slots(features)
+            vectors[features.position, first + slot] = features.vectors(layer - lower)
+            columns[features.position, first + slot] = self.columns.features(lower) + number
+            first += most_at_a_position(features)
+        vectors[:, -2] = replacement.errors[layer]
+        vectors[:, -1] = replacement.features[layer].b_dec
+        vectors *= replacement.layers[layer].write_scale[:, None]
+        columns[:, -1] = self.columns.errors(layer) + torch.arange(positions, device=vectors.device)
+        return LayerSources(vectors, columns)
+
+    def _writers(self, layer: int) -> list[int]:
+        """The layers whose features write at a layer's MLP: itself, and lower ones of a cross-layer set."""
+        return [low for low in range(layer + 1) if self.replacement.features[low].reaches(layer - low)]
+
+    def _writers_at_a_position(self, layer: int) -> int:
+        """K of a layer."""
+        return sum(most_at_a_position(self.replacement.features[low]) for low in self._writers(layer))
+
+
+def most_at_a_position(features: LayerFeatures) -> int:
+    """The largest number of active features at one position."""
+    return max(after - before for before, after in zip(features.offsets[:-1], features.offsets[1:], strict=True))
+
+
+def numbers_and_slots(features: LayerFeatures) -> tuple[Tensor, Tensor]:
+    """`[n]` int64 each: the numbers of a layer's active features, and their places among those of their position."""
+    offsets = torch.tensor(features.offsets, device=features.position.device)
+    number = torch.arange(len(features), device=features.position.device)
+    return number, number - offsets[features.position]
 
 
 @dataclass
@@ -32,7 +194,7 @@ class Sweep:
     out: Tensor
 
     @property
-    def at(self) -> "Tensor | slice":
+    def at(self) -> Tensor | slice:
         """The positions as an index: a slice where they follow each other, which reads without a copy."""
         return _index(self.positions)
 
@@ -179,3 +341,98 @@ def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor | slice, 
     n_below = pattern.shape[-1]
     values = torch.bmm(pattern.transpose(1, 2), by_head).view(n_kv_heads, n_below, n_targets, head_dim)
     return values.permute(1, 2, 0, 3).reshape(n_below, n_targets, n_kv_heads * head_dim)
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Gradients of B targets.
+
+    Attributes:
+        embeddings: `[B, T, d]`, with respect to what enters the first layer.
+        injections: `[B, n, T, d]`, with respect to what pictures add after the first n layers; n is 0 in most families.
+    """
+
+    embeddings: Tensor
+    injections: Tensor
+
+    def edges(self, embeddings: Tensor, injections: Tensor) -> Tensor:
+        """`[B, T]`: each token's edge, from what it writes: `[T, d]` and `[n, T, d]`."""
+        return (self.embeddings * embeddings).sum(-1) + (self.injections * injections).sum((1, 3))
+
+
+def target_readers(replacement: ReplacementModel, targets: Targets, *, total: bool, summed: bool = False) -> Readers:
+    """Readers of what a graph explains, whatever it is.
+
+    Args:
+        replacement: the frozen model.
+        targets: the graph's targets, B of them.
+        total: whether active features respond (total effect) or stay (the graph's own edges, direct effect).
+        summed: one reader of the sum of all targets, in one backward pass, instead of B.
+    """
+    state = replacement.state
+    tokens = torch.zeros_like(state.embeddings, requires_grad=True)
+    injected = torch.zeros_like(state.injections, requires_grad=True)
+    with torch.enable_grad():
+        x, changes = tokens, []
+        for layer in range(targets.layer):
+            frozen, features = replacement.layers[layer], replacement.features[layer]
+            h = x + frozen.attend(x, with_bias=False)
+            mlp_in = frozen.mlp_in_scale * h
+            changes.append(features.read(mlp_in) if total else torch.zeros_like(features.activation))
+            out = written(replacement.features[: layer + 1], changes, mlp_in)
+            x = frozen.leave(h + frozen.write_scale * out, with_injection=False)
+            x = x + injected[layer] if layer < len(injected) else x
+        if targets.after_attention:
+            x = x + replacement.layers[targets.layer].attend(x, with_bias=False)
+        values = (targets.vectors * x[targets.positions]).sum(-1)
+        values = values.sum(0, keepdim=True) if summed else values
+    found = [
+        torch.autograd.grad(value, (tokens, injected), retain_graph=True, materialize_grads=True) for value in values
+    ]
+    return Readers(torch.stack([grads[0] for grads in found]), torch.stack([grads[1] for grads in found]))
+
+
+class TotalAdjoint(Adjoint):
+    """Rows of total effects, each times its source, in place of edges."""
+
+    def _mlp(self, layer: int, sweep: Sweep) -> None:
+        super()._mlp(layer, sweep)
+        vectors, columns = self._readers(layer)
+        # Complete by now: what a feature writes to, its own layer and later ones, lies above.
+        effects = sweep.out[:, columns[sweep.at].flatten()].view(len(sweep.out), -1, columns.shape[1])
+        sweep.gradient = torch.baddbmm(sweep.gradient, effects.transpose(0, 1), vectors[sweep.at])
+
+    def _readers(self, layer: int) -> tuple[Tensor, Tensor]:
+        """What carries an effect of one activation on into the stream: `[T, K, d]`, padded with zeros, and columns."""
+        features, frozen = self.replacement.features[layer], self.replacement.layers[layer]
+        n_positions, width = frozen.mlp_in_scale.shape
+        vectors = frozen.mlp_in_scale.new_zeros(n_positions, most_at_a_position(features), width)
+        columns = torch.full(vectors.shape[:2], -1, dtype=torch.int64, device=vectors.device)
+        number, slot = numbers_and_slots(features)
+        scale = frozen.mlp_in_scale[features.position] / features.activation[:, None]
+        vectors[features.position, slot] = scale * features.w_enc[features.index]
+        columns[features.position, slot] = self.columns.features(layer) + number
+        return vectors, columns
+
+
+def total_effects(adjoint: Adjoint, targets: Targets, some: slice = slice(None)) -> Tensor:
+    """The total effect of each source on each target, times the source: what scaling a source by 1 + x moves, over x.
+
+    Args:
+        adjoint: of the replacement model; the vectors that it keeps are used.
+        targets: what the graph explains.
+        some: which of them, B.
+
+    Returns:
+        `[B, columns]`, over the columns of `vlmscope.attribution.adjoint`, 0 for sources above the targets.
+    """
+    sweeping = TotalAdjoint(adjoint.replacement, adjoint.sources)
+    constants = targets.constants[some] if targets.layer < adjoint.columns.n_layers else None
+    rows = sweeping.stream_rows(
+        targets.layer,
+        targets.vectors[some],
+        torch.from_numpy(targets.positions[some]).to(targets.vectors.device),
+        constants,
+        after_attention=targets.after_attention,
+    )
+    return torch.nn.functional.pad(rows, (0, adjoint.columns.total - rows.shape[1]))

@@ -1,20 +1,382 @@
-"""From rows over columns to a graph over nodes.
+"""Where the edges of a graph lie while it is made and used: in memory, or in files that have no name.
+
+A file without a name takes room on the disk and goes with its last array, however the program ends. Its room is
+reserved when it is made, so that a full disk is an error then and not a crash in the middle.
+
+Rows of edges as they are computed: compressed in batches, with what influence and completeness need of them.
+
+The fewest values that hold a share of a sum, without a sort of all of them.
+
+The values come in blocks that can be made again. Positive floats are ordered as their bits are, so a histogram of sums
+over the leading bits finds the narrow range in which the last value lies that is needed; only that range is sorted, or
+cut up again when it still holds too many. Memory does not grow with the number of values.
+
+Which features get a row when not all do: the most influential ones, by one of two rankings.
+
+`influence`: through the rows known so far, which is exact for those rows (every column counts in a row's sum). Rows of
+features that have not been visited are not known yet, so the ranking is refreshed every few rows, as in circuit-tracer.
+`total_effect`: by what scaling a feature does to the targets when all others respond, known from one backward sweep
+before any row (`vlmscope.attribution.adjoint`).
+
+From rows over columns to a graph over nodes.
 
 Features without a row of their own stay in the graph as one LEFT_OUT source a layer: the edge is their signed sum (so
 that rows still sum to their targets), and the sum of their |edges| is kept beside it (so that influence is not lost).
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
+import torch
+from numpy.typing import DTypeLike
 from scipy import sparse
 
-from vlmscope.attribution.columns import Columns
-from vlmscope.attribution.rows import RowChunk
-from vlmscope.attribution.storage import MEMORY, Memory
+from vlmscope.attribution.adjoint import Adjoint, Columns, total_effects
+from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.targets import Targets
+from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind, NodeTable
 from vlmscope.replacement.model import ReplacementModel
+
+
+class Memory:
+    """Arrays in memory."""
+
+    on_disk = False
+
+    def zeros(self, count: int, dtype: DTypeLike) -> np.ndarray:
+        """`[count]`."""
+        return np.zeros(count, dtype)
+
+
+class Disk(Memory):
+    """Arrays that are files in a folder, mapped into memory: the system reads and drops their pages as needed."""
+
+    on_disk = True
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = Path(tempfile.gettempdir()) if folder is None else folder
+
+    def zeros(self, count: int, dtype: DTypeLike) -> np.ndarray:
+        """`[count]`.
+
+        Raises:
+            UserError: the folder cannot be written or has no room.
+        """
+        if count == 0:
+            return np.zeros(0, dtype)
+        size = count * np.dtype(dtype).itemsize
+        try:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                # The mapping outlives the file's handle.
+                return np.asarray(np.memmap(file, dtype=dtype, mode="r+" if file.seek(0, 2) else "w+", shape=(count,)))
+        except OSError as error:
+            raise UserError(
+                f"cannot put {size / 1e9:.2g} GB of edges into {self.folder}: {error.strerror}; choose another "
+                "hydra.run.dir, fewer attribution.max_nodes, or more attribution.memory_gb"
+            ) from error
+
+    def free_bytes(self) -> int:
+        """Room on the folder's disk."""
+        return shutil.disk_usage(self.folder).free
+
+
+MEMORY = Memory()
+
+
+@dataclass(frozen=True)
+class RowChunk:
+    """Rows of one batch of targets of one layer, as CSR over the columns of `vlmscope.attribution.adjoint`.
+
+    Attributes:
+        layer: layer of the targets, L for logits.
+        targets: `[B]` int64, rows of the feature table, or numbers of ends.
+        counts: `[B]` int64, edges of each row.
+        indices: int32, columns, ascending in a row.
+        weights: float, edges; exact zeros are not stored.
+        absolute: `[B]` float64, sum of |edges| of each row, before any rounding to the stored dtype.
+        residual: `[B]` float64, |target - sum of edges| / sum of |edges|.
+        values: `[B]` float64, the targets' own affine values.
+    """
+
+    layer: int
+    targets: np.ndarray
+    counts: np.ndarray
+    indices: np.ndarray
+    weights: np.ndarray
+    absolute: np.ndarray
+    residual: np.ndarray
+    values: np.ndarray
+
+
+def _chunk(layer: int, targets: np.ndarray, rows: torch.Tensor, values: torch.Tensor, dtype: str) -> RowChunk:
+    absolute = rows.abs().sum(1, dtype=torch.float64)
+    # A row without any edge has nothing to be incomplete of: its residual is its target alone.
+    short = (values.double() - rows.sum(1, dtype=torch.float64)).abs()
+    residual = short / torch.where(absolute > 0, absolute, 1.0)
+    dense = rows.cpu().numpy()
+    # Places in the flat rows: a third of the time of a two-dimensional `nonzero`.
+    present = dense != 0
+    counts = np.count_nonzero(present, axis=1)
+    place = np.flatnonzero(present)
+    weights = dense.reshape(-1)[place]
+    place -= np.repeat(np.arange(len(dense)) * dense.shape[1], counts)
+    return RowChunk(
+        layer=layer,
+        targets=targets,
+        counts=counts,
+        indices=place.astype(np.int32),
+        weights=weights.astype(dtype, copy=False),
+        absolute=absolute.cpu().numpy(),
+        residual=residual.cpu().numpy(),
+        values=values.double().cpu().numpy(),
+    )
+
+
+def feature_chunks(adjoint: Adjoint, targets: np.ndarray, batch_size: int, dtype: str) -> Iterator[RowChunk]:
+    """Rows of features, by layer and position so that a batch carries few positions.
+
+    Args:
+        adjoint: the adjoint.
+        targets: rows of the feature table, in any order.
+        batch_size: targets at once.
+        dtype: of the stored weights.
+    """
+    first = np.concatenate([[0], np.cumsum(adjoint.columns.n_features)])
+    ordered = np.sort(targets)
+    for layer in range(adjoint.columns.n_layers):
+        mine = ordered[(ordered >= first[layer]) & (ordered < first[layer + 1])]
+        features = adjoint.replacement.features[layer]
+        for begin in range(0, len(mine), batch_size):
+            batch = mine[begin : begin + batch_size]
+            which = torch.from_numpy(batch - first[layer]).to(features.position.device)
+            # No name for the rows here: they would stay while the next ones are made.
+            yield _chunk(layer, batch, adjoint.feature_rows(layer, which), features.pre_activation[which], dtype)
+
+
+def target_chunk(adjoint: Adjoint, targets: Targets, dtype: str, batch_size: int | None = None) -> RowChunk:
+    """The rows of what the graph explains, `batch_size` swept at once."""
+    constants = targets.constants if targets.layer < adjoint.columns.n_layers else None
+    size = len(targets) if batch_size is None else batch_size
+    chunks = []
+    for begin in range(0, len(targets), size):
+        some = slice(begin, begin + size)
+        position = torch.from_numpy(targets.positions[some]).to(targets.vectors.device)
+        rows = adjoint.stream_rows(
+            targets.layer,
+            targets.vectors[some],
+            position,
+            None if constants is None else constants[some],
+            after_attention=targets.after_attention,
+        )
+        chunks.append(_chunk(targets.layer, begin + np.arange(len(rows)), rows, targets.values[some], dtype))
+    if len(chunks) == 1:
+        return chunks[0]
+    names = [field.name for field in fields(RowChunk) if field.name != "layer"]
+    return RowChunk(targets.layer, **{name: np.concatenate([getattr(c, name) for c in chunks]) for name in names})
+
+
+class RowStore:
+    """Keeps the edges of rows as they come: as they are in memory, or one after another on a disk."""
+
+    def __init__(self, storage: Memory, most_edges: int, dtype: str) -> None:
+        """Make room.
+
+        Args:
+            storage: where.
+            most_edges: so many edges come at most; no room is taken for them in memory.
+            dtype: of the weights.
+        """
+        self._taken = 0
+        self._arrays = (
+            (storage.zeros(most_edges, "int32"), storage.zeros(most_edges, dtype)) if storage.on_disk else None
+        )
+
+    def keep(self, chunk: RowChunk) -> RowChunk:
+        """The same rows with their edges where they are kept."""
+        if self._arrays is None:
+            return chunk
+        indices, weights = (array[self._taken : self._taken + len(chunk.indices)] for array in self._arrays)
+        indices[:], weights[:] = chunk.indices, chunk.weights
+        self._taken += len(indices)
+        return replace(chunk, indices=indices, weights=weights)
+
+
+_BITS = 17  # of a float64 that one histogram tells apart
+_SORTED = 1 << 17  # at most so many values are sorted
+
+Blocks = Callable[[], Iterator[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a smallest set ends: it holds every value above `value`, and the first `ties` of those equal to it."""
+
+    value: float
+    ties: int
+
+
+def smallest_set(values: np.ndarray, share: float) -> np.ndarray:
+    """Mask of the fewest `values [n]` (>= 0) whose sum reaches `share` of the total; of equals, the first come
+    first.
+    """
+    cut = find_cut(lambda: iter([values]), len(values), share)
+    mask = values > cut.value
+    mask[np.flatnonzero(values == cut.value)[: cut.ties]] = True
+    return mask
+
+
+def cumulative_share(values: np.ndarray) -> np.ndarray:
+    """For each of `values [n]` the share of the total held by it and all before it in descending order."""
+    order = np.argsort(-values, kind="stable")
+    sums = np.cumsum(values[order])
+    out = np.empty(len(values))
+    out[order] = sums / sums[-1] if len(sums) and sums[-1] > 0 else 1.0
+    return out
+
+
+def find_cut(blocks: Blocks, count: int, share: float) -> Cut:
+    """Where the fewest values end whose sum reaches `share` of the total. Zeros are never needed.
+
+    Args:
+        blocks: makes the values (>= 0, float64) anew, in blocks, in the same order each time.
+        count: how many there are.
+        share: of their sum, in (0, 1].
+    """
+    # A share of 1 would stop early by rounding.
+    if share >= 1.0:
+        return Cut(0.0, 0)
+    low, shift, above, target = 0, 63, 0.0, None
+    while count > _SORTED and shift > 0:
+        parent, shift = shift, max(shift - _BITS, 0)
+        sums, counts = _histogram(blocks, low, parent, shift)
+        target = share * float(sums.sum()) if target is None else target
+        from_top = above + np.concatenate([[0.0], np.cumsum(sums[::-1])])
+        filled = np.flatnonzero(sums[::-1] > 0)
+        if not len(filled):
+            return Cut(0.0, 0)
+        # Sums in another order may miss the target by rounding: then the lowest filled bin is the last needed.
+        back = min(int(np.searchsorted(from_top[1:], target)), int(filled[-1]))
+        above, chosen = float(from_top[back]), len(sums) - 1 - back
+        low, count = low + (chosen << shift), int(counts[chosen])
+    if shift == 0:
+        value = float(np.array(low, dtype=np.int64).view(np.float64))
+        assert target is not None
+        return Cut(value, min(count, max(1, int(np.ceil((target - above) / value)))))
+    rest = -np.sort(-np.concatenate([_within(values, low, shift) for values in blocks()] or [np.empty(0)]))
+    rest = rest[rest > 0]
+    if not len(rest):
+        return Cut(0.0, 0)
+    reached = above + np.cumsum(rest)
+    goal = share * float(reached[-1]) if target is None else target
+    last = min(int(np.searchsorted(reached, goal)), len(rest) - 1)
+    return Cut(float(rest[last]), last + 1 - int(np.searchsorted(-rest, -rest[last])))
+
+
+def _within(values: np.ndarray, low: int, shift: int) -> np.ndarray:
+    """The values whose bits begin as `low` does, above the last `shift`."""
+    if shift == 63:
+        return values
+    return values[values.view(np.int64) >> shift == low >> shift]
+
+
+def _histogram(blocks: Blocks, low: int, parent: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and numbers of the values in the range `(low, parent)`, by their bits between `parent` and `shift`."""
+    bins = 1 << (parent - shift)
+    sums, counts = np.zeros(bins), np.zeros(bins, dtype=np.int64)
+    for block in blocks():
+        values = _within(block, low, parent)
+        values = values[values > 0]
+        if not len(values):
+            continue
+        key = (values.view(np.int64) >> shift) - (low >> shift)
+        # The bins in use lie close together; the rest of the histogram need not be touched.
+        first, last = int(key.min()), int(key.max()) + 1
+        key -= first
+        sums[first:last] += np.bincount(key, weights=values)
+        counts[first:last] += np.bincount(key)
+    return sums, counts
+
+
+def partial_influence(
+    columns: Columns, ends: RowChunk, chunks: Iterable[RowChunk], end_weights: np.ndarray
+) -> np.ndarray:
+    """Influence of every column on the graph's ends through the known rows, `[columns]` float64.
+
+    A chunk's targets belong to one layer and their sources lie below, so one pass from the top layer down is exact.
+    """
+    influence = np.zeros(columns.total)
+    feature_columns = columns.all_features()
+    _spread(influence, ends, end_weights)
+    for chunk in sorted(chunks, key=lambda chunk: -chunk.layer):
+        _spread(influence, chunk, influence[feature_columns[chunk.targets]])
+    return influence
+
+
+def _spread(influence: np.ndarray, chunk: RowChunk, mass: np.ndarray) -> None:
+    """Hand each target's `mass` to its sources in proportion to |edge|."""
+    share = mass / np.where(chunk.absolute > 0, chunk.absolute, 1.0)
+    spread = np.repeat(share, chunk.counts) * np.abs(chunk.weights)
+    influence += np.bincount(chunk.indices, weights=spread, minlength=len(influence))
+
+
+def total_effect_scores(adjoint: Adjoint, ends: RowChunk, targets: Targets, batch_size: int) -> np.ndarray:
+    """`sum_t w_t |total effect on t| / sum |edges of t|` of every column, `[columns]` float64.
+
+    Targets are put on one scale as influence does it, by the sum of what goes into them.
+    """
+    share = targets.weights / np.where(ends.absolute > 0, ends.absolute, 1.0)
+    scores = np.zeros(adjoint.columns.total)
+    for begin in range(0, len(targets), batch_size):
+        effects = total_effects(adjoint, targets, slice(begin, begin + batch_size))
+        scores += share[begin : begin + batch_size] @ effects.abs().double().numpy(force=True)
+    return scores
+
+
+def select_rows(
+    adjoint: Adjoint,
+    ends: RowChunk,
+    targets: Targets,
+    config: AttributionConfig,
+    batch_size: int,
+    store: RowStore,
+    dtype: str,
+) -> list[RowChunk]:
+    """Rows of all features below the ends if they fit into `config.max_nodes`, else of those that `config.choice`
+    ranks highest.
+
+    Which ones does not depend on `batch_size`, but for rounding: rows are ranked anew after `config.update_every`.
+    """
+    columns = adjoint.columns
+    n_features = int(columns.n_features[: ends.layer].sum())
+
+    def rows(chosen: np.ndarray) -> list[RowChunk]:
+        return [store.keep(chunk) for chunk in feature_chunks(adjoint, chosen, batch_size, dtype)]
+
+    def ranked(scores: np.ndarray) -> np.ndarray:
+        return np.argsort(-scores[columns.all_features()][:n_features], kind="stable")
+
+    if n_features <= config.max_nodes:
+        return rows(np.arange(n_features))
+    if config.choice == "total_effect":
+        return rows(ranked(total_effect_scores(adjoint, ends, targets, batch_size))[: config.max_nodes])
+    chunks: list[RowChunk] = []
+    visited = np.zeros(n_features, dtype=bool)
+    while (room := config.max_nodes - int(visited.sum())) > 0:
+        order = ranked(partial_influence(columns, ends, chunks, targets.weights))
+        some = order[~visited[order]][: min(room, config.update_every)]
+        chunks += rows(some)
+        visited[some] = True
+    return chunks
 
 
 @dataclass(frozen=True)

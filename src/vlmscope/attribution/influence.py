@@ -4,7 +4,34 @@ With `A_hat = |A| / row sum` and w the probabilities of the logit nodes, `I = w 
 counts every source: biases, errors, and the features that were left out of the graph. Sources come before their
 targets, so a node's influence is complete once all rows above it have handed theirs down: one sweep over the rows,
 from the last to the first, gives the whole series. |A| is made a block of rows at a time and never kept.
+
+How much of the logits' influence a graph explains (Ameisen et al. 2025), with biases and left-out features told
+apart.
+
+    replacement  = I_tokens / (I_tokens + I_unexplained)
+    completeness = sum_i (1 - sum_{s unexplained} A_hat_is) (I_i + w_i) / sum_i (I_i + w_i)
+Unexplained are the errors and the features that were left out. Soft tokens are tokens. Biases are neither: they are
+part of the model and known exactly, so they are no error, but nothing of the input flows through them; the influence
+that ends in them is a share of its own, absent from the replacement score and explained in the completeness score.
+What a source takes of all rows together, `sum_i A_hat_is (I_i + w_i)`, is its influence I_s, so no edge is read again:
+    completeness = 1 - I_unexplained / sum_i (I_i + w_i)
+
+Pruning a graph to what matters to its logits (Ameisen et al. 2025).
+
+Nodes: the smallest set that reaches a share of the total influence; embeddings and logits stay. Edges: on the matrix
+of the kept nodes, normalised anew, an edge scores `A_hat_ij (I_i + w_i)`; the smallest set that reaches a share
+stays. Then, until nothing changes, go features, errors, biases and left-out nodes without an outgoing edge, and
+features without an incoming one.
+
+The features of a graph that matter most to its most probable answer, to be steered or patched.
+
+What each end of a graph is made of: where its influence ends, position by position.
+
+Influence is linear in what the ends are worth, and every row hands all of its influence down. So a graph of a whole
+answer says of each word by itself how much of it comes from each token, from constants, errors and left-out features.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +39,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from vlmscope.core.graph import AttributionGraph, NodeKind
+from vlmscope.attribution.edges import MEMORY, Memory, cumulative_share, find_cut, smallest_set
+from vlmscope.core.errors import UserError
+from vlmscope.core.graph import ENDS, AttributionGraph, GraphScores, NodeKind, PrunedGraph
+from vlmscope.core.records import FeatureId
 
 # Edges at once: enough that the work on a block outweighs making it; copies of it take some 20 MB.
 BLOCK = 1 << 19
@@ -122,3 +152,203 @@ def take_rows(graph: AttributionGraph, values: np.ndarray, rows: np.ndarray) -> 
         places = np.arange(begins[-1]) + np.repeat(starts - begins[:-1], counts)
         data, indices = data[places], indices[places]
     return sparse.csr_matrix((data, indices, begins), shape=(len(rows), graph.n_nodes))
+
+
+def graph_scores(graph: AttributionGraph, flow: np.ndarray) -> GraphScores:
+    """Scores from the influence `[N]` of the same graph."""
+    kind = graph.nodes.kind
+
+    def share(which: NodeKind) -> float:
+        return float(flow[kind == which].sum())
+
+    token, error = share(NodeKind.TOKEN), share(NodeKind.ERROR)
+    bias, left_out = share(NodeKind.BIAS), share(NodeKind.LEFT_OUT)
+    ends = token + error + bias + left_out
+    output = float(flow.sum() + logit_weights(graph).sum())
+    known = token + error + left_out
+    return GraphScores(
+        replacement=token / known if known else 0.0,
+        completeness=1.0 - (error + left_out) / output,
+        token_share=token / ends,
+        error_share=error / ends,
+        bias_share=bias / ends,
+        left_out_share=left_out / ends,
+    )
+
+
+def scores(graph: AttributionGraph) -> GraphScores:
+    """Scores of a graph."""
+    return graph_scores(graph, influence(graph, logit_weights(graph)).nodes)
+
+
+def prune(
+    graph: AttributionGraph, node_threshold: float = 0.8, edge_threshold: float = 0.98, storage: Memory = MEMORY
+) -> PrunedGraph:
+    """Mark the nodes and edges that matter.
+
+    Args:
+        graph: the whole graph.
+        node_threshold: share of influence that the kept nodes reach.
+        edge_threshold: share of edge influence that the kept edges reach.
+        storage: where the mask of the edges goes.
+    """
+    weights = logit_weights(graph)
+    flow = influence(graph, weights).nodes
+    nodes = smallest_set(flow, node_threshold) | np.isin(graph.nodes.kind, (NodeKind.TOKEN, *ENDS))
+    edges = _edges_of(graph, nodes, influence(graph, weights, nodes), edge_threshold, storage)
+    alive = nodes & ~_dead_ends(graph, nodes, edges)
+    _drop_edges(graph, nodes, alive, edges)
+    return PrunedGraph(
+        graph=graph,
+        node_mask=alive,
+        edge_mask=edges,
+        influence=flow,
+        cumulative=cumulative_share(flow),
+        scores=graph_scores(graph, flow),
+        node_threshold=node_threshold,
+        edge_threshold=edge_threshold,
+    )
+
+
+def _edges_of(graph: AttributionGraph, nodes: np.ndarray, flow: Influence, share: float, storage: Memory) -> np.ndarray:
+    """`[E]` bool: the fewest edges among `nodes` that carry `share` of what all edges among them carry."""
+    rows = rows_of(graph, nodes)
+    inside = nodes.astype(np.float64)
+
+    def scores() -> Iterator[np.ndarray]:
+        for block in row_blocks(graph, rows):
+            edges = absolute_rows(graph, block)
+            yield edges.data * inside[edges.indices] * np.repeat(flow.per_edge[block], np.diff(edges.indptr))
+
+    counts = np.diff(graph.indptr)[rows]
+    cut = find_cut(scores, int(counts.sum()), share)
+    mask, ties = storage.zeros(graph.n_edges, bool), cut.ties
+    for block, values in zip(row_blocks(graph, rows), scores(), strict=True):
+        kept = values > cut.value
+        if ties:
+            equal = np.flatnonzero(values == cut.value)[:ties]
+            kept[equal] = True
+            ties -= len(equal)
+        mask[_places(graph, block)] = kept
+    return mask
+
+
+def _places(graph: AttributionGraph, rows: np.ndarray) -> np.ndarray:
+    """The edge numbers of some rows, one after another, int64."""
+    counts = np.diff(graph.indptr)[rows]
+    return np.arange(counts.sum()) + np.repeat(graph.indptr[rows] - np.cumsum(counts) + counts, counts)
+
+
+def _dead_ends(graph: AttributionGraph, nodes: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """`[N]` bool: which `nodes` go when those without a needed edge go until nothing changes.
+
+    A node that went because nothing enters it leaves no source with an edge less, and one that went because nothing
+    leaves it no target. So the two kinds of dead ends do not meet, and one sweep upwards and one downwards find them.
+    """
+    rows = rows_of(graph, nodes)
+    blocks = list(row_blocks(graph, rows, by_level=True))
+    entered = nodes & (graph.nodes.kind != NodeKind.FEATURE)
+    left = nodes & np.isin(graph.nodes.kind, (NodeKind.TOKEN, *ENDS))
+    for block in blocks:
+        entered[block] |= nodes[block] & (take_rows(graph, edges, block) @ entered)
+    for block in reversed(blocks):
+        left |= nodes & (left[block] @ take_rows(graph, edges, block))
+    return nodes & ~(entered & left)
+
+
+def _drop_edges(graph: AttributionGraph, nodes: np.ndarray, alive: np.ndarray, edges: np.ndarray) -> None:
+    """Clear in `edges [E]` those that lost an end, in place."""
+    if (alive == nodes).all():
+        return
+    for block in row_blocks(graph, rows_of(graph, nodes)):
+        taken = take_rows(graph, edges, block)
+        edges[_places(graph, block)] = (
+            taken.data & alive[taken.indices] & np.repeat(alive[block], np.diff(taken.indptr))
+        )
+
+
+def reaches_image(pruned: PrunedGraph, logit: int) -> bool:
+    """Whether kept edges lead back from a logit, or what else the graph explains, to a soft token.
+
+    Args:
+        pruned: the pruned graph.
+        logit: its node number.
+
+    Raises:
+        ValueError: when the node is none that the graph explains.
+    """
+    graph = pruned.graph
+    if graph.nodes.kind[logit] not in ENDS:
+        raise ValueError(f"node {logit} is no logit")
+    reached = np.zeros(graph.n_nodes, dtype=bool)
+    reached[logit] = True
+    # Sources come before their targets, so one pass downwards visits every path.
+    for node in range(logit, -1, -1):
+        if reached[node]:
+            row = slice(graph.indptr[node], graph.indptr[node + 1])
+            reached[graph.indices[row][pruned.edge_mask[row]]] = True
+    tokens = graph.nodes.of(NodeKind.TOKEN)
+    return bool((reached[tokens] & graph.is_image[graph.nodes.position[tokens]]).any())
+
+
+def top_features(graph: AttributionGraph, count: int) -> dict[FeatureId, float]:
+    """The features with the most influence on the most probable logit, the strongest first.
+
+    A feature's influence is the sum over the positions where it is active, in the whole graph: a pruned one, which is
+    for reading, may keep hardly any feature.
+
+    Args:
+        graph: of one prompt.
+        count: at most so many features.
+
+    Raises:
+        UserError: no feature has any influence.
+    """
+    weights = np.zeros(graph.n_nodes)
+    weights[graph.nodes.ends()[int(np.argmax(graph.logit_probabilities))]] = 1.0
+    flow = influence(graph, weights).nodes
+    sums: dict[FeatureId, float] = {}
+    for node in graph.nodes.of(NodeKind.FEATURE).tolist():
+        feature = graph.nodes.feature_id(node)
+        sums[feature] = sums.get(feature, 0.0) + float(flow[node])
+    ranked = sorted((f for f in sums if sums[f] > 0), key=lambda feature: (-sums[feature], feature))
+    if not ranked:
+        raise UserError("no feature of the graph has influence on its answer; name the features instead")
+    return {feature: sums[feature] for feature in ranked[:count]}
+
+
+@dataclass(frozen=True)
+class EndSources:
+    """Shares of the influence on each of K ends, by where it ends; those of an end sum to 1.
+
+    Attributes:
+        tokens: [K, T], at the embedding (or soft token) of each position.
+        bias, error, left_out: [K].
+    """
+
+    tokens: np.ndarray
+    bias: np.ndarray
+    error: np.ndarray
+    left_out: np.ndarray
+
+    def of_tokens(self, groups: np.ndarray, count: int) -> np.ndarray:
+        """[K, count], shares of the influence that ends at tokens, by the group 0 .. count - 1 of each position [T]."""
+        member = np.eye(count)[groups]
+        total = self.tokens.sum(1, keepdims=True)
+        return (self.tokens @ member) / np.where(total > 0, total, 1.0)
+
+
+def end_sources(graph: AttributionGraph) -> EndSources:
+    """Follow each end of a graph down to the sources."""
+    nodes, ends = graph.nodes, graph.nodes.ends()
+    tokens = nodes.of(NodeKind.TOKEN)
+    found = np.zeros((len(ends), len(graph.tokens)))
+    rest = {kind: np.zeros(len(ends)) for kind in (NodeKind.BIAS, NodeKind.ERROR, NodeKind.LEFT_OUT)}
+    for row, end in enumerate(ends.tolist()):
+        weights = np.zeros(graph.n_nodes)
+        weights[end] = 1.0
+        flow = influence(graph, weights).nodes
+        np.add.at(found[row], nodes.position[tokens], flow[tokens])
+        for kind, values in rest.items():
+            values[row] = flow[nodes.kind == kind].sum()
+    return EndSources(found, rest[NodeKind.BIAS], rest[NodeKind.ERROR], rest[NodeKind.LEFT_OUT])

@@ -1,23 +1,104 @@
-"""What a graph explains, and the vectors that read it from the residual stream.
+"""Tokens named by the user, as words or ids.
+
+What a graph explains, and the vectors that read it from the residual stream.
 
 A logit target is `W_U[t] - mean(W_U)` at the normed last state: the logit minus the mean logit, since a constant
 added to all logits changes no probability; the difference of two logits is `W_U[a] - W_U[b]`. Of a model that caps its
 logits, targets are of the logits before the cap, which are affine in the sources and keep the order; probabilities are
 the model's own, after it. A feature's target is its pre-activation.
+
+From what the user asks to the targets of a graph: words become tokens, an answer continues the prompt.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vlmscope.activations.capture import HasAdapter
+from vlmscope.attribution.config import AttributionConfig, parse_feature
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
-from vlmscope.core.ids import FeatureId
-from vlmscope.models.base import ModelInputs
+from vlmscope.core.records import FeatureId
+from vlmscope.models.base import ModelInputs, token_strings
+from vlmscope.models.conversations import continued, greedy_answer
 from vlmscope.replacement.model import ReplacementModel
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer."""
+
+    unk_token_id: int | None
+
+    def decode(self, token_ids: list[int]) -> str: ...  # a tokenizer's own words
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+
+def token_id(tokenizer: Tokenizer, word: str, key: str) -> int:
+    """The one token of a word; `id:17` is token 17.
+
+    A word is taken as it stands; where it is no single token so, with a space before it, as inside a sentence.
+
+    Args:
+        tokenizer: the model's.
+        word: as the user wrote it.
+        key: the setting that has it, for messages.
+
+    Raises:
+        UserError: the word is no single token of the vocabulary; the message names the nearest that is.
+    """
+    prefix, _, number = word.partition("id:")
+    if not prefix and number.isdecimal():
+        return int(number)
+    for text in (word, " " + word):
+        found = _known(tokenizer, text)
+        if len(found) == 1:
+            return found[0]
+    pieces = _known(tokenizer, word)
+    vocabulary = {tokenizer.decode([token]).strip(): token for token in tokenizer.get_vocab().values()}
+    near = get_close_matches(word.strip(), [text for text in vocabulary if text], n=1, cutoff=0.0)
+    hint = f"the nearest is {near[0]!r}" if near else "write it as id:NUMBER"
+    if len(pieces) > 1:
+        raise UserError(
+            f"{key}: {word!r} is {len(pieces)} tokens, not one; {hint} (a whole answer is attribution.answer=)"
+        )
+    raise UserError(f"{key}: {word!r} is no token of the model; {hint}")
+
+
+def _known(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text; none if one of them is unknown."""
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    return [] if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids else ids
+
+
+def answer_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of an answer, as they would follow the prompt.
+
+    Raises:
+        UserError: the answer is empty or has a word that the model does not know.
+    """
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    if not ids:
+        raise UserError("attribution.answer is empty; write what the model would say, as in attribution.answer=mars")
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        for word in text.split():
+            token_id(tokenizer, word, "attribution.answer")
+        raise UserError(f"attribution.answer: the model does not know every word of {text!r}; use other words")
+    return ids
+
+
+def token_ids(tokenizer: Tokenizer, words: Sequence[str], key: str) -> list[int]:
+    """`token_id` of several."""
+    return [token_id(tokenizer, word, key) for word in words]
 
 
 @dataclass(frozen=True)
@@ -89,7 +170,7 @@ def answer_targets(replacement: ReplacementModel, answer: Sequence[int], weights
     """Each token of an answer that follows the prompt, at the position that predicts it.
 
     Args:
-        replacement: of the prompt with all of the answer but its last token (`vlmscope.models.answers.continued`).
+        replacement: of the prompt with all of the answer but its last token (`models.conversations.continued`).
         answer: token ids.
         weights: as in `weighted`.
     """
@@ -277,3 +358,93 @@ def place(text: str, n_positions: int, key: str) -> int:
     if int(text) >= n_positions:
         raise UserError(f"{key}: the prompt has positions 0 to {n_positions - 1}, not {text}; choose one of them")
     return int(text)
+
+
+class TraceableModel(HasAdapter, Protocol):
+    """What `trace` needs of a loaded model; `vlmscope.models.loading.VLM` is one."""
+
+    @property
+    def name(self) -> str:
+        """Short name for records."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Turns token ids into strings and back."""
+        ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is explained, with words as token ids.
+
+    Attributes:
+        inputs: the prompt, continued by all tokens of an answer but the last.
+        ids: of `tokens`, `difference`, or the answer.
+    """
+
+    inputs: ModelInputs
+    ids: tuple[int, ...] = ()
+
+
+def ask(vlm: TraceableModel, inputs: ModelInputs, config: AttributionConfig) -> Question:
+    """Read the question of a configuration, before the model runs (an answer of its own it must give first).
+
+    Raises:
+        UserError: a word is no token.
+    """
+    tokenizer = vlm.tokenizer
+    match config.asked:
+        case "tokens":
+            return Question(inputs, tuple(token_ids(tokenizer, config.tokens, "attribution.tokens")))
+        case "difference":
+            return Question(inputs, tuple(token_ids(tokenizer, config.difference, "attribution.difference")))
+        case "answer":
+            ids = answer_ids(tokenizer, config.answer or "")
+        case "answer_tokens":
+            ids = greedy_answer(vlm.adapter, inputs, config.answer_tokens)
+        case _:
+            return Question(inputs)
+    return Question(continued(vlm.adapter, inputs, ids[:-1], tokenizer), tuple(ids))
+
+
+def choose_targets(
+    replacement: ReplacementModel, config: AttributionConfig, tokenizer: Tokenizer, ids: tuple[int, ...] = ()
+) -> Targets:
+    """The targets of a question, but for an attention score (`vlmscope.attribution.scores_of_heads`).
+
+    Args:
+        replacement: at the question's inputs.
+        config: the settings.
+        tokenizer: names tokens.
+        ids: the question's.
+
+    Raises:
+        UserError: the model has not what is asked for.
+    """
+    match config.asked:
+        case "tokens":
+            return token_targets(replacement, ids, config.weights)
+        case "difference":
+            first, second = ids
+            shown = f"{_shown(tokenizer, first)} - {_shown(tokenizer, second)}"
+            return difference_target(replacement, first, second, shown)
+        case "answer" | "answer_tokens":
+            return answer_targets(replacement, ids, config.weights)
+        case "feature":
+            name, where = parse_feature(config.feature or "")
+            return feature_target(replacement, FeatureId.parse(name), where)
+        case _:
+            return choose_logits(replacement, config.logit_mass, config.max_logits, config.token_ids)
+
+
+def _shown(tokenizer: Tokenizer, token: int) -> str:
+    return tokenizer.decode([token]).strip() or f"id:{token}"
+
+
+def labels_of(targets: Targets, tokenizer: Tokenizer | None) -> list[str]:
+    """What the ends are called: their tokens, or their own labels."""
+    if targets.labels:
+        return list(targets.labels)
+    assert tokenizer is not None, "targets without labels are named by a tokenizer"
+    return token_strings(tokenizer, targets.token_ids)

@@ -6,21 +6,23 @@ from pathlib import Path
 
 import torch
 
-from vlmscope.attribution.adjoint import Adjoint
+from vlmscope.attribution.adjoint import Adjoint, SourceVectors
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.edges import assemble
-from vlmscope.attribution.head_scores import Place, ScoreParts, find_place, score_parts
-from vlmscope.attribution.heads import HeadFlow, head_flow
+from vlmscope.attribution.edges import RowStore, assemble, select_rows, target_chunk
+from vlmscope.attribution.heads import HeadFlow, Place, ScoreParts, find_place, head_flow, score_parts
+from vlmscope.attribution.influence import prune
 from vlmscope.attribution.memory import MemoryPlan, plan_memory
-from vlmscope.attribution.pruning import prune
-from vlmscope.attribution.questions import TraceableModel, ask, choose_targets, labels_of
-from vlmscope.attribution.rows import RowStore, target_chunk
-from vlmscope.attribution.select import select_rows
-from vlmscope.attribution.sources import SourceVectors
-from vlmscope.attribution.targets import Targets, choose_logits
-from vlmscope.attribution.words import Tokenizer
+from vlmscope.attribution.targets import (
+    Targets,
+    Tokenizer,
+    TraceableModel,
+    ask,
+    choose_logits,
+    choose_targets,
+    labels_of,
+)
 from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
-from vlmscope.core.tables import html_table, text_table
+from vlmscope.core.runs import html_table, text_table
 from vlmscope.models.base import ModelInputs
 from vlmscope.replacement.model import ReplacementModel, build_replacement
 from vlmscope.scope import Scope

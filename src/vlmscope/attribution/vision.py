@@ -1,15 +1,27 @@
 """From soft tokens on down: what each patch of a picture contributes to a target, through projector, pooling and tower.
 
-With the tower frozen as `vlmscope.models.frozen_vision` does it, what the soft tokens write is `J e + c`, e the patch
-embeddings without bias. A target reads it by G (`vlmscope.attribution.readers`), so patch p contributes
+With the tower frozen as `vlmscope.models.attention` does it, what the soft tokens write is `J e + c`, e the patch
+embeddings without bias. A target reads it by G (`vlmscope.attribution.adjoint`), so patch p contributes
 `(G J)_p . (e_p - e0_p)` for a baseline e0: one backward pass a target. c is found apart from it, by running the frozen
 tower forwards at e = 0, so that `edge = patches + remainder` can fail.
 Legend: B targets, N patch embeddings, d_v their width, T positions.
+
+What the patches of a picture contribute to a feature wherever it is active on soft tokens, in one map a picture.
+
+The sum of its pre-activations there is one affine function of the sources, so one reader and one backward pass do.
+
+`patches.safetensors`: maps over patches as small float16 grids, and the record that says what they are.
+
+A grid is kept relative to its own largest absolute value (its `scale` in the record), so that float16
+has all its digits.
 """
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,15 +29,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from vlmscope.attribution.readers import Readers
+from vlmscope.attribution.adjoint import Readers, target_readers
+from vlmscope.attribution.targets import Targets, feature_target
+from vlmscope.core.artifacts import built_from, load_tensors, save_tensors
 from vlmscope.core.errors import UserError
-from vlmscope.core.patches import PictureMap, TileMap
+from vlmscope.core.maps import PictureMap, TileMap
+from vlmscope.core.records import FeatureId, PatchBox
+from vlmscope.models.attention import frozen_vision
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.batching import Entering, entering
-from vlmscope.models.frozen_vision import frozen_vision
+from vlmscope.models.boxes import PicturePatches, tower_kind
 from vlmscope.models.loading import VLM
-from vlmscope.models.patches import PicturePatches
-from vlmscope.models.towers import tower_kind
+from vlmscope.replacement.model import ReplacementModel
 
 RULES = ("frozen", "gradient")
 BASELINES = ("grey", "mean")
@@ -199,3 +214,121 @@ def _additive(adapter: Adapter) -> Iterator[dict[str, tuple[Tensor, GradientEdge
     finally:
         for name, parameter in found.items():
             parameter.requires_grad_(before[name])
+
+
+def feature_at(replacement: ReplacementModel, feature: FeatureId, positions: np.ndarray) -> Targets:
+    """The pre-activations of a feature at those of some positions where it is active, a target each.
+
+    Args:
+        replacement: the frozen model.
+        feature: which.
+        positions: `[n]` int64.
+
+    Raises:
+        UserError: the model has no such feature, or it is active nowhere in the prompt.
+    """
+    one = feature_target(replacement, feature)
+    found = replacement.features[feature.layer]
+    here = torch.from_numpy(np.isin(found.position.numpy(force=True), positions)).to(found.index.device)
+    rows = torch.nonzero((found.index == feature.index) & here)[:, 0]
+    at = found.position[rows].numpy(force=True)
+    scale = replacement.layers[feature.layer].mlp_in_scale[found.position[rows]]
+    return replace(
+        one,
+        positions=at,
+        token_ids=np.full(len(at), feature.index),
+        probabilities=np.ones(len(at)),
+        weights=np.ones(len(at)),
+        vectors=found.w_enc[found.index[rows]] * scale,
+        constants=found.encoder_bias[rows],
+        values=found.pre_activation[rows],
+        labels=tuple(f"{feature} at {position}" for position in at),
+    )
+
+
+def feature_path_maps(
+    replacement: ReplacementModel,
+    path: VisionPath,
+    features: Sequence[FeatureId],
+    effect: str = "total",
+    baseline: str = "grey",
+) -> dict[FeatureId, list[PictureMap]]:
+    """For each feature a map a picture: what its patches contribute to the feature's sum over all soft tokens.
+
+    Args:
+        replacement: the frozen model.
+        path: the vision path of the same prompt.
+        features: those active on at least one soft token.
+        effect: "total" (active features of earlier layers respond) or "direct".
+        baseline: as for `VisionPath.maps`.
+
+    Raises:
+        UserError: as `feature_at`, or no such baseline.
+    """
+    soft = np.flatnonzero(replacement.inputs.is_image)
+    found = {}
+    for feature in features:
+        targets = feature_at(replacement, feature, soft)
+        readers = target_readers(replacement, targets, total=effect == "total", summed=True)
+        found[feature] = path.maps(readers, [str(feature)], baseline)
+    return found
+
+
+FORMAT, VERSION = "vlmscope.patches", "1"
+
+
+def save_maps(path: str | Path, maps: Sequence[PictureMap]) -> list[dict[str, Any]]:
+    """Write the grids, atomically.
+
+    Returns:
+        For each map its target, picture, edge, remainder, residual, and of each tile the name of its grid in the file,
+        its scale and the boxes of its patches.
+
+    Raises:
+        UserError: when the file cannot be written.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    records = []
+    for number, found in enumerate(maps):
+        tiles = []
+        for at, tile in enumerate(found.tiles):
+            name, scale = f"map_{number}_{at}", float(np.abs(tile.values).max(initial=0.0))
+            arrays[name] = (tile.values / (scale or 1.0)).astype(np.float16)
+            tiles.append({"grid": name, "scale": scale, "boxes": [list(box) for box in tile.boxes]})
+        records.append(
+            {
+                "target": found.target,
+                "picture": found.picture,
+                "edge": found.edge,
+                "from_patches": found.from_patches,
+                "remainder": found.remainder,
+                "residual": found.residual,
+                "tiles": tiles,
+            }
+        )
+    save_tensors(path, arrays, {"format": FORMAT, "version": VERSION})
+    return records
+
+
+def load_maps(path: str | Path, records: Sequence[Mapping[str, Any]]) -> list[PictureMap]:
+    """Read what `save_maps` wrote, to float16's accuracy.
+
+    Args:
+        path: the file.
+        records: what `save_maps` returned, as `graph.json` has it under `vlmscope.patches.maps`.
+
+    Raises:
+        UserError: when the file is missing or is of another kind or layout.
+    """
+    arrays, metadata = load_tensors(path)
+    if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+        raise UserError(f"{path} holds no maps over patches of this layout; trace anew with attribution.patches=true")
+    with built_from(path, "file of maps", "trace again with attribution.patches=true"):
+        found = []
+        for record in records:
+            tiles = []
+            for tile in record["tiles"]:
+                boxes = [PatchBox(*box) for box in tile["boxes"]]
+                tiles.append(TileMap(boxes, arrays[tile["grid"]].astype(float) * tile["scale"]))
+            found.append(PictureMap(record["target"], record["picture"], tiles, record["edge"], record["remainder"]))
+        return found

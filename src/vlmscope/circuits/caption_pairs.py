@@ -17,12 +17,12 @@ from torch import Tensor
 
 from vlmscope.circuits.pair_effects import pair_effects
 from vlmscope.circuits.pair_subject import pair_subject
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 from vlmscope.interventions.edits import Gate, LayerEdit, Plan
 from vlmscope.interventions.named import donor_activations
-from vlmscope.models.answers import continued
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch
+from vlmscope.models.conversations import continued
 from vlmscope.scope import Scope
 
 

@@ -18,10 +18,8 @@ from torch import Tensor
 
 from vlmscope.core.artifacts import built_from, load_tensors, read_yaml, save_tensors, write_yaml
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
-from vlmscope.core.images import PatchBox
 from vlmscope.core.intervention import CircuitEdge, CircuitFeature, Supernode
-from vlmscope.core.positions import Positions
+from vlmscope.core.records import FeatureId, PatchBox, Positions
 
 VERSION = 2
 _READ = (1, VERSION)  # version 1 had neither positions nor edges

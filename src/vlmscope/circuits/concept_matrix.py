@@ -15,12 +15,10 @@ from torch import Tensor
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.plans import union
 from vlmscope.core.intervention import Rate
-from vlmscope.interventions.controls import matched_features
 from vlmscope.interventions.edits import Plan, without_layers
-from vlmscope.interventions.named import donor_activations, patch_plan
+from vlmscope.interventions.named import donor_activations, matched_features, patch_plan
 from vlmscope.interventions.run import run_edited
-from vlmscope.metrics.causal import bootstrap_rate, paired_p
-from vlmscope.metrics.multiple import benjamini_hochberg
+from vlmscope.metrics.causal import benjamini_hochberg, bootstrap_rate, paired_p
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from vlmscope.circuits.circuit import Circuit
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import CircuitFeature, Supernode
-from vlmscope.features.role_means import RoleMeans
+from vlmscope.core.records import FeatureId
+from vlmscope.features.readouts import RoleMeans
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 CANDIDATES = 4  # times `per_layer`: below these the contrast says nothing, whatever the influence

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from vlmscope.core.intervention import MODES, Rate
-from vlmscope.core.seeds import control_draws
-from vlmscope.interventions.controls import matched_features, run_random_direction
+from vlmscope.core.records import control_draws
 from vlmscope.interventions.edits import Edit, Plan, at_positions, position_mask, without_layers
-from vlmscope.interventions.frozen import BaseRun, base_run
-from vlmscope.interventions.run import run_edited
+from vlmscope.interventions.named import matched_features, run_random_direction
+from vlmscope.interventions.run import BaseRun, base_run, run_edited
 from vlmscope.metrics.causal import bootstrap_rate, kl_divergence, paired_p
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope

@@ -20,7 +20,7 @@ from vlmscope.circuits.plans import union
 from vlmscope.circuits.trial_config import SettingConfig, TrialConfig
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import png_bytes
-from vlmscope.interventions.frozen import base_run
+from vlmscope.interventions.run import base_run
 from vlmscope.interventions.trials import Cases, Operation, Setting, Trial
 from vlmscope.models.base import ModelInputs
 from vlmscope.scope import Scope

@@ -8,7 +8,7 @@ import numpy as np
 
 from vlmscope.circuits.spec_config import SOFT, TEXT
 from vlmscope.core.graph import NodeKind, PrunedGraph
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 
 
 def circuit_edges(

@@ -24,10 +24,9 @@ from torch import Tensor
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.circuits.plans import at_supernodes
 from vlmscope.core.intervention import Rate, Supernode
-from vlmscope.core.seeds import control_draws
-from vlmscope.interventions.controls import matched_features, run_random_direction
+from vlmscope.core.records import control_draws
 from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, WholeEdit, at_positions
-from vlmscope.interventions.named import donor_activations, patch_plan
+from vlmscope.interventions.named import donor_activations, matched_features, patch_plan, run_random_direction
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
 from vlmscope.models.batching import InputBatch

@@ -23,15 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.hook_points import target_module
+from vlmscope.activations.capture import target_module
 from vlmscope.circuits.pair_subject import PairSubject
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import CircuitFeature
+from vlmscope.core.records import FeatureId
 from vlmscope.models.base import INJECTIONS
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
-from vlmscope.transcoders.sparse import sampled_dots
-from vlmscope.transcoders.transcoder import SparseCode, Transcoder
+from vlmscope.transcoders.transcoder import SparseCode, Transcoder, sampled_dots
 
 CHUNK = 32  # pairs whose graph is held at once
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import MODES, Rate
-from vlmscope.interventions.frozen import BaseRun, base_run
+from vlmscope.interventions.run import BaseRun, base_run
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch

@@ -15,7 +15,7 @@ from torch import Tensor
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Supernode
-from vlmscope.core.positions import Places
+from vlmscope.core.records import Places
 from vlmscope.interventions import named
 from vlmscope.interventions.edits import Gate, LayerEdit, Plan, features_at, merge, position_mask, set_features
 from vlmscope.models.batching import InputBatch

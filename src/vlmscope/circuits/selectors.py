@@ -20,12 +20,11 @@ from vlmscope.attribution.influence import influence
 from vlmscope.circuits.spec_config import ClusterConfig, LabelConfig, SupernodeConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import CircuitFeature
-from vlmscope.core.positions import Places, Positions
-from vlmscope.features.labels.reader import Labels
+from vlmscope.core.records import FeatureId, Places, Positions
+from vlmscope.features.labels.propose import Labels
 from vlmscope.features.labels.search import stems
-from vlmscope.features.role_means import RoleMeans
+from vlmscope.features.readouts import RoleMeans
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 Influence = Mapping[FeatureId, float]  # a feature's share of influence, mean over graphs

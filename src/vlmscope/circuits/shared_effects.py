@@ -17,11 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.core.ids import FeatureId
-from vlmscope.core.seeds import control_draws
-from vlmscope.interventions.controls import matched_features
+from vlmscope.core.records import FeatureId, control_draws
 from vlmscope.interventions.edits import LayerEdit, Plan, scale_features, set_features, without_layers
-from vlmscope.interventions.named import by_layer
+from vlmscope.interventions.named import by_layer, matched_features
 from vlmscope.interventions.run import activations, run_edited
 from vlmscope.metrics.causal import log_softmax
 from vlmscope.models.batching import InputBatch

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
-from vlmscope.core.images import PatchBox
-from vlmscope.core.positions import ANSWER, ROLES, Positions
+from vlmscope.core.records import ANSWER, ROLES, FeatureId, PatchBox, Positions
 
 SELECTORS = ("ids", "label", "contrast", "influence", "cluster")
 AUTO = "auto"  # a supernode that is to be named after its features

@@ -22,7 +22,7 @@ from scipy import sparse
 from vlmscope.circuits.spec_config import ANSWER_PREFIX, BIASES, ERRORS, OTHER, SOFT, TEXT
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.intervention import CircuitEdge, Supernode
-from vlmscope.core.positions import Places
+from vlmscope.core.records import Places
 
 
 @dataclass(frozen=True)

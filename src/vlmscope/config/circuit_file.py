@@ -5,7 +5,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from vlmscope.circuits.spec_config import CircuitSpecConfig
-from vlmscope.config.errors import CONFIG_ERRORS, one_line
+from vlmscope.config.resolve import CONFIG_ERRORS, one_line
 from vlmscope.core.artifacts import read_yaml
 from vlmscope.core.errors import UserError
 

@@ -11,8 +11,7 @@ from typing import Any
 from omegaconf import II, MISSING
 
 from vlmscope.attention.config import WhereConfig
-from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.indicator_config import HallucinationConfig
+from vlmscope.attribution.config import AttributionConfig, HallucinationConfig
 from vlmscope.circuits.captions_config import CaptionsConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.circuits.discovery.config import DiscoveryConfig
@@ -23,13 +22,12 @@ from vlmscope.circuits.spec_config import CircuitSpecConfig
 from vlmscope.circuits.trial_config import MarkConfig, SettingConfig, TrialConfig
 from vlmscope.config.headline import HeadlineConfig, check_reproducible
 from vlmscope.core.errors import UserError
-from vlmscope.data.pair_config import PairsConfig
+from vlmscope.data.config import PairsConfig, SourceConfig, check_source
 from vlmscope.data.prompts import PromptSetConfig
-from vlmscope.data.source_config import SourceConfig, check_source
 from vlmscope.features.cross_modal_config import CrossModalConfig
 from vlmscope.features.study.config import StudyConfig
 from vlmscope.tracking.config import TrackingConfig
-from vlmscope.training.transcoder_config import SCHEDULES
+from vlmscope.training.config import SCHEDULES
 from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES
 
 
@@ -214,7 +212,7 @@ class AppConfig:
     looks for. `images` names the user's own picture sets, `association` sets of concepts, each as `cross_modal`.
     `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit`, `circuit_spec`,
     `concept_matrix`, `cross_modal`, `prompts` and `pairs` may be None.
-    The metadata say what the types cannot (config/verbatim.py): `verbatim`, a text that nobody parses, and `paths`.
+    The metadata say what the types cannot (config/resolve.py): `verbatim`, a text that nobody parses, and `paths`.
     `limits` lower settings wherever a run has them (`debug=fast`): a dotted key, in which `*` is any key -> the most
     (of a list: entries), or null to leave the key out.
     An experiment with `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their

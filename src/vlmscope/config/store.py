@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from vlmscope.config.paths import asset
+from vlmscope.config.catalog import asset
 from vlmscope.config.schema import AppConfig, RandomTranscodersConfig, TranscoderArchConfig, TranscoderSetConfig
 
 

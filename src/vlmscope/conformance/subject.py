@@ -12,11 +12,10 @@ from scipy import sparse
 
 from vlmscope.activations.capture import capture_mlp
 from vlmscope.attribution.adjoint import Adjoint
-from vlmscope.attribution.edges import Edges, assemble
-from vlmscope.attribution.rows import feature_chunks, target_chunk
+from vlmscope.attribution.edges import Edges, assemble, feature_chunks, target_chunk
 from vlmscope.attribution.targets import choose_logits
 from vlmscope.core.graph import NodeKind
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import generator
 from vlmscope.models.base import ModelInputs
 from vlmscope.replacement.model import ReplacementModel, Replay, build_replacement
 from vlmscope.scope import Scope

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vlmscope.core.ids import FeatureId
-from vlmscope.core.images import PatchBox
-from vlmscope.core.positions import Positions
+from vlmscope.core.records import FeatureId, PatchBox, Positions
 
 MODES = ("direct", "frozen_attention", "free")
 

@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
-from vlmscope.core.images import PatchBox
+from vlmscope.core.records import Exchange, FeatureId, PatchBox
 
 KINDS = ("text", "image", "answer")  # of positions: what the user and the template say, soft tokens, what is answered
 TEXT, IMAGE, ANSWER = range(3)

@@ -1,4 +1,13 @@
-"""All sources of a mix written as shards: by several processes, each sample once, and going on after a kill.
+"""One part of a source written as shards: what a process of `vlmscope.data.build` does, chunk after chunk.
+
+A chunk is `shard_size` rows. Its digests go to the builder, which answers which of them are new; those are written, the
+training and the validation samples into a tar each, and the builder enters the chunk in the index.
+
+Runs parts of a build in this process, or in several that ask this one which samples are new.
+
+Processes are started afresh (`spawn`): the libraries beneath keep threads, which a fork would break.
+
+All sources of a mix written as shards: by several processes, each sample once, and going on after a kill.
 
 The builder alone writes the index and alone knows which samples are there already; processes ask it (`build_part`). A
 chunk counts when it is in the index, so whatever a kill leaves behind is written again. A chunk whose files are damaged
@@ -10,24 +19,295 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
+
+import webdataset as wds
 
 from vlmscope.core.artifacts import atomic_path, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.origin import folder_digest, refuse_other
-from vlmscope.data.build_part import TRAIN, VAL, Chunk, PartJob
-from vlmscope.data.build_pool import run_jobs
-from vlmscope.data.raw import DIGEST_BYTES
-from vlmscope.data.shard_index import INDEX, damaged_shards, read_index
-from vlmscope.data.shards import open_index
-from vlmscope.data.share import Share
-from vlmscope.data.source_config import SourceConfig
-from vlmscope.data.sources import fingerprint, open_source
+from vlmscope.data.config import SourceConfig
+from vlmscope.data.mixing import fingerprint, open_source
+from vlmscope.data.samples import DIGEST_BYTES, Mark, RawSample, Row, Share, held_out
+from vlmscope.data.shards import INDEX, damaged_shards, open_index, read_index
+
+TRAIN, VAL = "train", "val"
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """Which rows a process goes through, and from where on.
+
+    Attributes:
+        name, config: the source.
+        split: the split of the source that is read.
+        role: the split of the shards: "train", "val", or None to hold `val_share` of the samples out.
+        part: which part of how many.
+        mark, chunk: where the part goes on: the reader's mark and the chunk's number.
+        alone: write this chunk alone, since its files are damaged.
+    """
+
+    name: str
+    config: SourceConfig
+    split: str
+    role: str | None
+    part: Share
+    folder: Path
+    shard_size: int
+    val_share: float
+    max_bad_shards: int
+    mark: Mark = None
+    chunk: int = 0
+    alone: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in the index and in file names."""
+        return f"{self.name}-{self.role or 'all'}-{self.part.index:03d}"
+
+
+@dataclass
+class Chunk:
+    """What became of a chunk: index entries of its shards, by file name, and counts.
+
+    Attributes:
+        start: the reader's mark before it.
+        stop: the reader's mark after it.
+        rows, duplicates, unusable: how many rows it had, and how many of them were left out.
+        digests: of the samples written, joined.
+    """
+
+    start: Mark
+    stop: Mark
+    rows: int
+    duplicates: int
+    unusable: int
+    digests: bytes
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+Written = tuple[RawSample, bytes, dict[str, Any]]  # a sample, its digest, and what goes into the tar
+
+
+def chunks_of(job: PartJob) -> Generator[list[bytes] | Chunk, list[bool] | None, None]:
+    """Yield the digests of a chunk, be sent which are new, yield the `Chunk`; again until the part ends.
+
+    Raises:
+        UserError: the source cannot be read, too many shards are corrupt, or a chunk has no usable row.
+    """
+    source = open_source(job.name, job.config, job.split, job.max_bad_shards)
+    reader, number = source.open(job.part, job.mark), job.chunk
+    while True:
+        start = reader.mark()
+        rows = list(islice(reader, job.shard_size))
+        if not rows and not job.alone:
+            return
+        samples = _usable(job, rows, number)
+        new = yield [digest for _, digest, _ in samples]
+        assert new is not None
+        kept = [one for one, is_new in zip(samples, new, strict=True) if is_new]
+        chunk = Chunk(
+            start, reader.mark(), len(rows), len(samples) - len(kept), len(rows) - len(samples),
+            b"".join(digest for _, digest, _ in kept),
+        )  # fmt: skip
+        for split in (TRAIN, VAL):
+            mine = [body for sample, _, body in kept if _split(job, sample) == split]
+            if mine:
+                name = f"{split}-{job.key}-{number:05d}.tar"
+                chunk.shards[name] = {"split": split, "kind": job.name} | write_tar(job.folder / name, mine)
+        yield chunk
+        if job.alone:
+            return
+        number += 1
+
+
+def _usable(job: PartJob, rows: list[Row], number: int) -> list[Written]:
+    found: list[Written] = []
+    error: UserError | None = None
+    for place, row in enumerate(rows):
+        try:
+            sample = row()
+            key = f"{job.key}-{number:05d}-{place:05d}"
+            found.append((sample, sample.digest(), sample.to_shard(key)))
+        except UserError as wrong:
+            error = wrong
+    if error is not None and not found:
+        raise UserError(f"none of {len(rows)} rows of data.sources.{job.name} can be used; the last: {error}")
+    return found
+
+
+def _split(job: PartJob, sample: RawSample) -> str:
+    return job.role or (VAL if held_out(sample, job.val_share) else TRAIN)
+
+
+def write_tar(path: Path, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write WebDataset samples in one atomic file.
+
+    Returns:
+        samples, bytes and sha256 for the index.
+    """
+    with atomic_path(path) as temporary, wds.TarWriter(str(temporary), mtime=0) as writer:  # pyright: ignore[reportAttributeAccessIssue]
+        for sample in samples:
+            writer.write(sample)
+    data = path.read_bytes()
+    return {"samples": len(samples), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+Claim = Callable[[PartJob, list[bytes]], list[bool]]
+Enter = Callable[[PartJob, Chunk], None]
+Finish = Callable[[PartJob], None]
+
+
+class _Fault(NamedTuple):
+    """The traceback of a fault of the program in another process."""
+
+    text: str
+
+
+def run_jobs(
+    jobs: list[PartJob],
+    processes: int,
+    claim: Claim,
+    enter: Enter,
+    finish: Finish,
+) -> None:
+    """Go through all parts.
+
+    Args:
+        jobs: the parts.
+        processes: how many at the same time.
+        claim: which digests are new.
+        enter: told each chunk that is on the disk.
+        finish: told each part that is done.
+
+    Raises:
+        UserError: that of any part, or its process was ended from outside.
+        RuntimeError: a fault of the program in another process, with its traceback.
+    """
+    if processes == 1 or len(jobs) == 1:
+        for job in jobs:
+            _here(job, claim, enter)
+            finish(job)
+    elif jobs:
+        _there(jobs, min(processes, len(jobs)), claim, enter, finish)
+
+
+def _here(job: PartJob, claim: Claim, enter: Enter) -> None:
+    steps = chunks_of(job)
+    said = next(steps, None)
+    while said is not None:
+        if isinstance(said, Chunk):
+            enter(job, said)
+            said = next(steps, None)
+        else:
+            said = steps.send(claim(job, said))
+
+
+def _there(
+    jobs: list[PartJob],
+    processes: int,
+    claim: Claim,
+    enter: Enter,
+    finish: Finish,
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    waiting, working, started = list(jobs), dict[Connection, PartJob](), []
+    try:
+        for _ in range(processes):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            _start(process)
+            theirs.close()
+            started.append((process, mine))
+            _hand_over(cast(Connection, mine), waiting, working)
+        while working:
+            for ready in wait(list(working)):
+                connection = cast(Connection, ready)
+                job = working[connection]
+                match _received(connection, job):
+                    case Chunk() as chunk:
+                        enter(job, chunk)
+                    case list() as digests:
+                        connection.send(claim(job, digests))
+                    case str() as error:
+                        raise UserError(error)
+                    case _Fault(text):
+                        raise RuntimeError(f"part {job.part.index} of {job.name} failed in its process:\n{text}")
+                    case None:
+                        finish(job)
+                        del working[connection]
+                        _hand_over(connection, waiting, working)
+    finally:
+        for _, connection in started:
+            connection.close()
+        for process, _ in started:
+            process.join(20)  # a process ends when it next asks or tells; it removes what it was writing
+            if process.is_alive():
+                process.kill()  # SIGTERM does not reach it
+
+
+def _start(process: Any) -> None:
+    """Start a process that Ctrl-C and SIGTERM do not reach, not even while it imports: it is the builder's to end."""
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be set
+        process.start()
+        return
+    # A new process inherits it.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        process.start()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _hand_over(connection: Connection, waiting: list[PartJob], working: dict[Connection, PartJob]) -> None:
+    job = waiting.pop(0) if waiting else None
+    connection.send(job)
+    if job is not None:
+        working[connection] = job
+
+
+def _received(connection: Connection, job: PartJob) -> Any:
+    try:
+        return connection.recv()
+    except EOFError as error:
+        raise UserError(
+            f"the process that wrote part {job.part.index} of {job.name} was ended from outside (out of memory?); run "
+            "the same again, with fewer task.workers"
+        ) from error
+
+
+def _work(connection: Connection) -> None:
+    """A process: parts until it is told None, or the builder is gone."""
+    try:
+        while (job := connection.recv()) is not None:
+            try:
+                steps = chunks_of(job)
+                said = next(steps, None)
+                while said is not None:
+                    connection.send(said)
+                    said = next(steps, None) if isinstance(said, Chunk) else steps.send(connection.recv())
+                connection.send(None)
+            except UserError as error:
+                connection.send(str(error))
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                raise
+            except Exception:
+                connection.send(_Fault(traceback.format_exc()))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass
+
 
 _LOG = logging.getLogger(__name__)
 VERSION = 1  # raise when the layout of shards or index changes: old folders are then refused

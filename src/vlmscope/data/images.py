@@ -1,4 +1,4 @@
-"""Opening picture files: the only place that does it; `vlmscope.core.images.as_rgb` says what RGB a file becomes.
+"""Opening picture files: the only place that does it; `vlmscope.core.records.as_rgb` says what RGB a file becomes.
 
 Nothing is shrunk: how many pixels a model sees is for its checkpoint's processor to say. Of an animation or a file of
 several pages the first frame counts.
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.images import as_rgb, check_mode
+from vlmscope.core.records import as_rgb, check_mode
 
 MAX_PIXELS = 100_000_000  # larger files are refused before they are decoded, which would take gigabytes
 FIGURE_SIDE = 2048  # pixels of the longer side in figures, which show no more

@@ -20,10 +20,10 @@ from PIL import Image
 
 from vlmscope.core.artifacts import parse_json, text_lines
 from vlmscope.core.errors import UserError
+from vlmscope.data.config import PairsConfig
 from vlmscope.data.images import PictureFiles, check_image
-from vlmscope.data.orrery.pairs import scene_pairs
-from vlmscope.data.orrery.scene import Scene
-from vlmscope.data.pair_config import PairsConfig
+from vlmscope.data.orrery.dataset import scene_pairs
+from vlmscope.data.orrery.scenes import Scene
 
 _SIDE_KEYS = ("prompt", "image", "answer")
 _KEYS = (*_SIDE_KEYS, "counterfactual", "question", "id")

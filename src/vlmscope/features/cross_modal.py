@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.core.ids import FeatureId
-from vlmscope.metrics.multiple import benjamini_hochberg
-from vlmscope.metrics.selectivity import Contrast, Rule, contrast, contrast_p, shuffled
+from vlmscope.core.records import FeatureId
+from vlmscope.metrics.causal import benjamini_hochberg
+from vlmscope.metrics.decoding import Contrast, Rule, contrast, contrast_p, shuffled
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope

@@ -1,27 +1,103 @@
-"""Run a batch under a plan of edits: `free`, `frozen_attention` or `direct` (DESIGN: three strengths).
+"""One recorded batch run, and contexts that freeze parts of the model to it.
+
+`frozen_attention` freezes the patterns. `direct` freezes patterns, norm scales and MLP outputs, so that a change
+reaches the logits through the residual stream and the value/output path only (and through W_skip, if the transcoder
+has one): exactly the edges of the attribution graph.
+
+Run a batch under a plan of edits: `free`, `frozen_attention` or `direct` (DESIGN: three strengths).
 
 Legend: B prompts, T positions, n edited features of a layer, F all, k slots of a code, d model width, V vocabulary.
+
+Greedy generation under a plan of edits, with a KV cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmscope.activations.capture import target_module
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import MODES
 from vlmscope.interventions.edits import AnyPlan, LayerEdit, WholeEdit, at_step
-from vlmscope.interventions.frozen import BaseRun, frozen_attention, frozen_norms, target_module
-from vlmscope.models.base import Adapter
+from vlmscope.models.attention import recording_patterns, replacing_patterns
+from vlmscope.models.base import Adapter, ModelInputs, all_norms
 from vlmscope.models.batching import InputBatch
+from vlmscope.models.conversations import generated
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderSet
+
+
+@dataclass(frozen=True)
+class BaseRun:
+    """What an unedited run computed, as far as the modes that it was recorded for need it.
+
+    Attributes:
+        logits: [B, V] at the last position.
+        patterns: layer -> [B, H, T, T]; for both frozen modes.
+        mlp_in: layer -> [B, T, d], the transcoder's input; for direct, as all below.
+        written: layer -> [B, T, d], the transcoder's target.
+        inverse_rms: norm module -> [B, T, 1], of values [B, T, Hkv, 1], from which its scales follow.
+    """
+
+    logits: Tensor
+    patterns: dict[int, Tensor]
+    mlp_in: dict[int, Tensor]
+    written: dict[int, Tensor]
+    inverse_rms: dict[nn.Module, Tensor]
+
+
+@torch.no_grad()
+def base_run(scope: Scope, batch: InputBatch, modes: Collection[str] = MODES) -> BaseRun:
+    """Run a batch unedited and keep what the modes freeze: for free nothing, for frozen_attention the patterns."""
+    hook_name = scope.transcoders.config.output_hook
+    mlp_in: dict[int, Tensor] = {}
+    written: dict[int, Tensor] = {}
+    inverse_rms: dict[nn.Module, Tensor] = {}
+    recorded: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+
+        def watch(module: nn.Module, hook: Any) -> None:
+            stack.callback(module.register_forward_hook(hook).remove)
+
+        if "direct" in modes:
+            for layer in range(scope.adapter.n_layers):
+                watch(scope.adapter.mlp(layer), lambda _m, args, _o, layer=layer: mlp_in.__setitem__(layer, args[0]))
+                target = target_module(scope.adapter, layer, hook_name)
+                watch(target, lambda _m, _a, out, layer=layer: written.__setitem__(layer, out))
+            for norm in all_norms(scope.adapter):
+                watch(norm, lambda m, args, _o: inverse_rms.__setitem__(m, scope.adapter.inverse_rms(m, args[0])))
+        patterns = stack.enter_context(recording_patterns(scope.adapter)) if {*modes} - {"free"} else {}
+        logits = scope.forward(batch)
+        recorded.update(patterns)
+    return BaseRun(logits, recorded, mlp_in, written, inverse_rms)
+
+
+@contextmanager
+def frozen_attention(adapter: Adapter, base: BaseRun) -> Iterator[None]:
+    """Use the base run's attention patterns."""
+    assert base.patterns, "the base run was not recorded for frozen attention"
+    with replacing_patterns(adapter, base.patterns):
+        yield
+
+
+@contextmanager
+def frozen_norms(adapter: Adapter, base: BaseRun) -> Iterator[None]:
+    """Multiply by the base run's norm scales instead of normalising."""
+    with ExitStack() as stack:
+        for norm in all_norms(adapter):
+
+            def hook(module: nn.Module, args: tuple, _out: Tensor) -> Tensor:
+                return args[0] * adapter.norm_factor(module, base.inverse_rms[module], args[0].dtype)
+
+            stack.callback(norm.register_forward_hook(hook).remove)
+        yield
 
 
 @torch.no_grad()
@@ -246,3 +322,62 @@ def _direct(scope: Scope, plan: AnyPlan, base: BaseRun) -> Iterator[None]:
             target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
             stack.callback(target.register_forward_hook(hook).remove)
         yield
+
+
+def generate_edited(scope: Scope, inputs: ModelInputs, plan: AnyPlan | None = None, max_new_tokens: int = 24) -> str:
+    """The answer to one prompt, edited in the prompt and, where the plan says so, at every generated token.
+
+    Args:
+        scope: the model and its transcoders.
+        inputs: one prompt with its pictures.
+        plan: edits by layer; None generates freely.
+        max_new_tokens: stop after so many tokens even without an end of turn.
+
+    Returns:
+        The text of the answer without special tokens.
+    """
+    ids = generate_ids(scope, inputs, plan, max_new_tokens)
+    return scope.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def generate_ids(scope: Scope, inputs: ModelInputs, plan: AnyPlan | None = None, max_new_tokens: int = 24) -> list[int]:
+    """The token ids of the answer, its end token included; arguments as in `generate_edited`."""
+    with editing(scope, plan) if plan else nullcontext():
+        return generated(scope.adapter, inputs.tensors, max_new_tokens)[0].tolist()
+
+
+@torch.no_grad()
+def generate_batch(
+    adapter: Adapter,
+    inputs: Sequence[ModelInputs],
+    max_new_tokens: int = 24,
+    context: AbstractContextManager[None] | None = None,
+) -> list[list[int]]:
+    """The greedy answers to several prompts at once, each up to and with its end token.
+
+    Args:
+        adapter: the model.
+        inputs: prompts of equal length, each with equally many pictures of equal size.
+        max_new_tokens: stop after so many tokens.
+        context: around the forwards, such as `editing` or `random_directions`.
+
+    Raises:
+        UserError: the prompts cannot be stacked, or `generated` refuses them.
+    """
+    names = inputs[0].tensors
+    shapes = [{name: tensor.shape[1:] for name, tensor in one.tensors.items()} for one in inputs]
+    if any(len(one) != len(inputs[0]) or shape != shapes[0] for one, shape in zip(inputs, shapes, strict=True)):
+        raise UserError("prompts of a batch must have equal length and pictures of equal size: generate one by one")
+    tensors = {name: torch.cat([one.tensors[name] for one in inputs]) for name in names}
+    with context or nullcontext():
+        found = generated(adapter, tensors, max_new_tokens).tolist()
+    ends = adapter.model.generation_config.eos_token_id
+    known: set[int] = {ends} if isinstance(ends, int) else {int(end) for end in ends or ()}
+    return [_through_end(ids, known) for ids in found]
+
+
+def _through_end(ids: list[int], ends: set[int]) -> list[int]:
+    """The ids up to the first end token, itself included: what follows it in a batch is padding."""
+    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: stop + 1]

@@ -19,12 +19,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vlmscope.core.seeds import control_draws
-from vlmscope.interventions.controls import matched_features, run_random_direction
+from vlmscope.core.records import control_draws
 from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, at_positions, position_mask
-from vlmscope.interventions.frozen import BaseRun
-from vlmscope.interventions.generate import generate_batch
-from vlmscope.interventions.run import editing, run_edited
+from vlmscope.interventions.named import matched_features, run_random_direction
+from vlmscope.interventions.run import BaseRun, editing, generate_batch, run_edited
 from vlmscope.metrics.causal import log_softmax
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch

@@ -1,4 +1,11 @@
-"""Statistics of causal claims: rates with bootstrap intervals, divergences. Pure functions of arrays."""
+"""Statistics of causal claims: rates with bootstrap intervals, divergences. Pure functions of arrays.
+
+Correction of p-values when many hypotheses are tried at once.
+
+p-values by permutation.
+
+A range for a number from repeated seeds, wide enough for another seed and too narrow for a broken build.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from vlmscope.core.intervention import Rate
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import generator
 
 RESAMPLES = 2000
 
@@ -93,3 +100,84 @@ def paired_p(done: Sequence[bool] | np.ndarray, control: Sequence[bool] | np.nda
     gained, lost = int((a & ~b).sum()), int((b & ~a).sum())
     n = gained + lost
     return sum(math.comb(n, k) for k in range(gained, n + 1)) / 2**n
+
+
+def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+    """Adjusted p-values that control the false discovery rate (Benjamini and Hochberg 1995).
+
+    `q[i] = min over j with p[j] >= p[i] of p[j] * m / rank(j)`, at most 1: rejecting all with q <= alpha keeps the
+    expected share of false rejections below alpha when the tests are independent or positively dependent.
+
+    Args:
+        p: any shape, m p-values in [0, 1].
+
+    Returns:
+        q, the same shape, float64.
+
+    Raises:
+        ValueError: a value is NaN or outside [0, 1].
+    """
+    values = np.asarray(p, np.float64)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("p-values lie between 0 and 1")
+    flat = values.ravel()
+    order = np.argsort(flat, kind="stable")
+    raised = flat[order] * len(flat) / np.arange(1, len(flat) + 1)
+    adjusted = np.empty_like(flat)
+    adjusted[order] = np.minimum(np.minimum.accumulate(raised[::-1])[::-1], 1.0)
+    return adjusted.reshape(values.shape)
+
+
+def permutation_p(observed: np.ndarray, null: np.ndarray) -> np.ndarray:
+    """One-sided p-values (r + 1) / (n + 1), r null draws at least as large (Phipson and Smyth 2010): never 0.
+
+    Args:
+        observed: [..].
+        null: [n, ..], the same under n permutations.
+    """
+    observed, null = np.asarray(observed), np.asarray(null)
+    return ((null >= observed).sum(0) + 1) / (len(null) + 1)
+
+
+SHARE_FLOOR = 0.03  # of a share: what 100 cases without a single failure leave open at 95 % (the rule of three)
+VALUE_FLOOR = 0.05  # of any other number, relative to its mean
+RULE = (
+    "lowest and highest value over the seeds, widened on both sides by the larger of the spread between the seeds and "
+    "the half-width of the 95 % interval of any seed; of a number without an interval, by the spread or "
+    f"{SHARE_FLOOR:g} of a share, {VALUE_FLOOR:.0%} of the mean of anything else; shares stay within 0 and 1; rounded "
+    "outwards to two decimals (three digits)"
+)
+
+
+def half_width(value: float, low: float, high: float) -> float:
+    """The longer side of an interval around a value."""
+    return max(value - low, high - value, 0.0)
+
+
+def suggested_range(values: Sequence[float], half_widths: Sequence[float], share: bool) -> tuple[float, float]:
+    """The range by `RULE`.
+
+    Args:
+        values: one a seed.
+        half_widths: of the intervals of those that have one.
+        share: whether the number is a share of cases.
+
+    Raises:
+        ValueError: no values, or one that is not finite.
+    """
+    if not values or not all(math.isfinite(value) for value in values):
+        raise ValueError(f"a range needs finite values: {list(values)}")
+    low, high = min(values), max(values)
+    floor = SHARE_FLOOR if share else VALUE_FLOOR * abs(sum(values) / len(values))
+    margin = max([*(half_widths or [floor]), high - low])
+    if share:
+        return _outwards(max(low - margin, 0.0), -1, 2), _outwards(min(high + margin, 1.0), 1, 2)
+    size = max(abs(low - margin), abs(high + margin))
+    decimals = 2 - math.floor(math.log10(size)) if size else 2
+    return _outwards(low - margin, -1, decimals), _outwards(high + margin, 1, decimals)
+
+
+def _outwards(value: float, sign: int, decimals: int) -> float:
+    """Rounded up for sign 1, down for -1; what float arithmetic alone moved past a decimal does not count."""
+    scaled = round(value * 10.0**decimals, 6)
+    return round((math.ceil(scaled) if sign > 0 else math.floor(scaled)) / 10.0**decimals, max(decimals, 0))

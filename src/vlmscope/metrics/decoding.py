@@ -1,13 +1,40 @@
 """What a feature's activation says about a fact, on data that were not used to learn it. Pure functions of arrays.
 
 Legend: n training cases, m held-out cases, F features, c classes of a fact.
+
+How features depend on a number: tuning curves, rank correlation, and the shape of a curve. Pure functions of arrays.
+
+Legend: N cases, F features, C levels of the number.
+
+Which features prefer one concept to the others, and how many would if concepts were shuffled.
+
+A feature is selective for a concept when it fires on at least a share of the concept's cases and its mean there is at
+least `ratio` times its mean over the cases of all other concepts (a case counts with 0 where the feature is silent).
+
+Legend: N cases, C concepts, M features (or features at places).
+
+At what layer something is carried: the mean layer of a cumulative curve. Pure functions of arrays.
+
+With r_k the share of an effect that layers 0 .. k recover together (k = 0 .. L - 1, r of all layers last), the share
+that layer k adds is r_k - r_{k-1}, and its mean layer is
+
+    depth = sum_k k (r_k - r_{k-1}) / r_{L-1} = sum_{k < L-1} (1 - r_k / r_{L-1})
+
+Legend: n cases, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
+from scipy import stats
+
+from vlmscope.core.intervention import Rate
+from vlmscope.core.records import generator
+from vlmscope.metrics.causal import RESAMPLES, permutation_p
 
 
 def held_out_r2(test: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -110,3 +137,179 @@ def simplest(scores: Mapping[str, np.ndarray], least: float, share: float = 0.9)
     for name in reversed(list(scores)):
         kinds[(best >= least) & (scores[name] >= share * best)] = name
     return kinds
+
+
+SLACK = 0.05  # of a curve's range, by which a step may go the wrong way
+UP, DOWN, PEAK, OTHER = "up", "down", "peak", "other"
+
+
+def tuning_curves(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """[C, F], mean of `values [N, F]` at each of the C different `levels [N]`, ascending."""
+    _, codes = np.unique(levels, return_inverse=True)
+    counts = np.bincount(codes)
+    return (np.eye(len(counts), dtype=values.dtype)[codes].T @ values) / counts[:, None]
+
+
+def rank_correlation(values: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """[F], Spearman's rho of each column of `values [N, F]` with `x [N]`; 0 where either is constant."""
+    ranks = stats.rankdata(values, axis=0)
+    other = stats.rankdata(x)
+    ranks -= ranks.mean(0)
+    other -= other.mean()
+    norms = np.sqrt((ranks**2).sum(0)) * np.sqrt((other**2).sum())
+    return np.divide(other @ ranks, norms, out=np.zeros(values.shape[1]), where=norms > 0)
+
+
+def partial_correlation(first: np.ndarray, second: np.ndarray, between: float) -> np.ndarray:
+    """[F], what is left of correlations `first [F]` with one quantity when another is held fixed.
+
+    Args:
+        first: [F], with the quantity of interest.
+        second: [F], with the one that is held fixed.
+        between: of the two quantities.
+    """
+    spread = np.sqrt(np.clip((1 - second**2) * (1 - between**2), 1e-12, None))
+    return (first - second * between) / spread
+
+
+def level_p(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """[F], p-values of a one-way analysis of variance: does the mean of `values [N, F]` differ between `levels [N]`?
+
+    1 where a feature never varies, 0 where it varies between levels alone.
+    """
+    names, codes = np.unique(levels, return_inverse=True)
+    curves = tuning_curves(values.astype(np.float64), levels)
+    counts = np.bincount(codes)[:, None]
+    mean = values.mean(0, dtype=np.float64)
+    between = (counts * (curves - mean) ** 2).sum(0)
+    within = ((values - curves[codes]) ** 2).sum(0)
+    freedom = len(values) - len(names)
+    varies = between + within > 1e-8 * (values.astype(np.float64) ** 2).sum(0)
+    ratio = np.where(varies, np.inf, 0.0)
+    np.divide(between / (len(names) - 1), within / freedom, out=ratio, where=varies & (within > 0))
+    return np.where(varies, stats.f.sf(ratio, len(names) - 1, freedom), 1.0)
+
+
+def curve_kinds(curves: np.ndarray) -> np.ndarray:
+    """[F] names of the shape of `curves [C, F]`: up, down, peak (one maximum, not at an end), or other.
+
+    A curve goes up when no step goes down by more than `SLACK` of its range, and it peaks when it goes up to its
+    maximum and down from there. A constant one is other.
+    """
+    count, width = curves.shape
+    span = curves.max(0) - curves.min(0)
+    steps = np.diff(curves, axis=0)
+    rising, falling = steps >= -SLACK * span, steps <= SLACK * span
+    top = curves.argmax(0)
+    at = np.arange(count - 1)[:, None]
+    single = np.where(at < top, rising, falling).all(0)
+    kinds = np.full(width, OTHER, dtype=object)
+    varies = span > 0
+    kinds[varies & single & (top > 0) & (top < count - 1)] = PEAK
+    kinds[varies & rising.all(0)] = UP
+    kinds[varies & falling.all(0)] = DOWN
+    return kinds
+
+
+_EXACT = 8  # concepts up to which all orders of their names are gone through
+_DRAWS = 10_000  # orders that are drawn when there are more
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a feature is selective: `ratio` > 1 and `fires`, a share of the concept's cases."""
+
+    ratio: float = 2.0
+    fires: float = 0.5
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Each feature on each concept, [C, M] float64: mean, mean over all other concepts, share of cases that fire."""
+
+    mean: np.ndarray
+    rest: np.ndarray
+    rate: np.ndarray
+
+    def selective(self, rule: Rule) -> np.ndarray:
+        """[C, M] bool."""
+        return (self.rate >= rule.fires) & (self.mean > 0) & (self.mean >= rule.ratio * self.rest)
+
+
+def contrast(values: np.ndarray, labels: np.ndarray, n_concepts: int) -> Contrast:
+    """Compare concepts.
+
+    Args:
+        values: [N, M] activations >= 0.
+        labels: [N] concept of each case, 0 .. C - 1; every concept has a case.
+        n_concepts: C, at least two.
+    """
+    member = (labels == np.arange(n_concepts)[:, None]).astype(np.float32)
+    counts = member.sum(1, keepdims=True)
+    sums = (member @ values).astype(np.float64)
+    rate = (member @ (values > 0).astype(np.float32)) / counts
+    rest = (sums.sum(0) - sums) / (len(labels) - counts)
+    return Contrast(sums / counts, rest, rate.astype(np.float64))
+
+
+def shuffled(values: np.ndarray, labels: np.ndarray, n_concepts: int, count: int, seed: int) -> Iterator[Contrast]:
+    """The contrast under `count` random orders of the labels, as if each case showed another's concept."""
+    rng = generator(seed, "shuffled labels")
+    for _ in range(count):
+        yield contrast(values, rng.permutation(labels), n_concepts)
+
+
+def contrast_p(observed: Contrast, null: Iterator[Contrast]) -> np.ndarray:
+    """[C, M], one-sided p-value of each difference of mean and rest under shuffled labels."""
+    gap = observed.mean - observed.rest
+    draws, larger = 0, np.zeros(gap.shape)
+    for one in null:
+        draws += 1
+        # A sum in another order must not turn an equal difference into a smaller one.
+        larger += one.mean - one.rest >= gap - 1e-6 * np.abs(gap)
+    return (larger + 1) / (draws + 1)
+
+
+def matching_p(table: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Whether a table of coincidences [C, C] of the same concepts is heavier on its diagonal than under other names.
+
+    Columns are put in every other order (a random 10,000 of them above eight concepts): the number that each row and
+    each column adds up to stays, only who belongs to whom is lost.
+
+    Returns:
+        The mean of the diagonal's sum over orders, and the one-sided p-value of that which was seen.
+    """
+    count = len(table)
+    rows = np.arange(count)
+    if count <= _EXACT:
+        orders = np.array(list(permutations(range(count))))
+        sums = table[rows, orders].sum(1)
+        return float(sums.mean()), float((sums >= table.trace()).mean())
+    rng = generator(seed, "matching")
+    sums = np.array([table[rows, rng.permutation(count)].sum() for _ in range(_DRAWS)])
+    return float(sums.mean()), float(permutation_p(np.asarray(table.trace()), sums))
+
+
+def mean_depth(curves: np.ndarray) -> float:
+    """Depth, in layers, of the mean of cumulative curves [n, L]."""
+    mean = curves.mean(0)
+    return float((1 - mean[:-1] / mean[-1]).sum())
+
+
+def bootstrap_depth(curves: np.ndarray, less: np.ndarray | None = None, seed: int = 0) -> Rate:
+    """Depth with its percentile-bootstrap 95 % interval over cases.
+
+    Args:
+        curves: [n, L].
+        less: [n, L] of the same cases: the value is then the difference of the two depths, on the same draws.
+        seed: of the draws.
+    """
+
+    def value(rows: np.ndarray) -> float:
+        found = mean_depth(curves[rows])
+        return found if less is None else found - mean_depth(less[rows])
+
+    n = len(curves)
+    drawn = [value(rows) for rows in generator(seed, "bootstrap depth").integers(0, n, (RESAMPLES, n))]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Rate(value(np.arange(n)), float(low), float(high), n)

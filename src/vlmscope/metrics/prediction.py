@@ -1,21 +1,121 @@
-"""How well some numbers predict which answers are wrong, on cases that were not fitted. Pure functions of arrays.
+"""How well predictions agree with what was measured: correlations and slope with intervals. Pure numpy.
+
+How well some numbers predict which answers are wrong, on cases that were not fitted. Pure functions of arrays.
 
 The area under the ROC curve is the share of pairs (a wrong case, a right one) in which the wrong one scores higher,
 ties counting half (Hanley and McNeil 1982). With strata only pairs within one count, so that what tells the strata
 apart helps nobody.
 
 Legend: n cases, k numbers a case.
+
+How well scores put the right things first, and how alike two rankings or choices are. Pure functions of arrays.
+
+How well a map points, and the area under a curve of deletion or insertion. Pure functions of arrays.
+
+Faithfulness of circuits over their size, and its areas CPR and CMD (MIB, arXiv 2504.13151). Pure functions.
+
+With m the mean logit difference over pairs,
+
+    f(k) = (m(circuit of share k) - m(corrupt)) / (m(clean) - m(corrupt))
+    CPR = integral of f(k) dk,   CMD = integral of |1 - f(k)| dk
+
+*Integration rule*, that of MIB's published evaluation: the trapezoid rule over the shares 0.001, 0.002, 0.005, 0.01,
+0.02, 0.05, 0.1, 0.2, 0.5 and 1 on a linear axis, without the part below 0.001. So CPR is 0.999 and CMD 0 for a circuit
+method that is faithful at every size; f may leave [0, 1]. A circuit of share k of N things has floor(k N) of them.
+
+Legend: K sizes, B pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
+from scipy.stats import rankdata
 
 from vlmscope.core.intervention import Rate
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import generator
 from vlmscope.metrics.causal import RESAMPLES
+
+AGREEMENT_RESAMPLES = 400
+SHUFFLES = 50
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Predicted x against measured y over n cases, each number with its bootstrap 95 % interval.
+
+    Attributes:
+        pearson, spearman: correlations; `control` is the mean absolute correlation after shuffling x within groups.
+        slope: of the line through the origin, sum x y / sum x x; 1 where predictions have the right size.
+        same_sign: the share of cases with x != 0 where y has the sign of x.
+        error: sum |y - x| / sum |x|, 0 where predictions are exact.
+    """
+
+    pearson: Rate
+    spearman: Rate
+    slope: Rate
+    same_sign: Rate
+    error: Rate
+
+
+def agreement(
+    predicted: np.ndarray, measured: np.ndarray, groups: Sequence[str] | np.ndarray, seed: int = 0
+) -> Agreement:
+    """Compare [n] predictions with [n] measurements; whole `groups` [n] are drawn for the intervals.
+
+    A correlation with something constant is 0.
+
+    Raises:
+        ValueError: not a measurement and a group for each, fewer than three cases, or fewer than two groups.
+    """
+    x, y = np.asarray(predicted, np.float64), np.asarray(measured, np.float64)
+    names, of = np.unique(np.asarray(groups), return_inverse=True)
+    if not x.shape == y.shape == of.shape:
+        raise ValueError(f"{x.size} predictions, {y.size} measurements and {of.size} groups")
+    if x.size < 3 or len(names) < 2:
+        raise ValueError(f"an interval needs 3 cases of 2 groups, not {x.size} of {len(names)}")
+    members = [np.flatnonzero(of == g) for g in range(len(names))]
+    drawn = generator(seed, "agreement")
+    resampled = []
+    for _ in range(AGREEMENT_RESAMPLES):
+        rows = np.concatenate([members[g] for g in drawn.integers(0, len(names), len(names))])
+        resampled.append(_numbers(x[rows], y[rows]))
+    low, high = np.quantile(np.array(resampled), (0.025, 0.975), axis=0)
+    shuffled = []
+    for _ in range(SHUFFLES):
+        mixed = x.copy()
+        for rows in members:
+            mixed[rows] = x[drawn.permutation(rows)]
+        shuffled.append([abs(pearson(mixed, y)), abs(_rank_correlation(mixed, y))])
+    controls = [*np.mean(shuffled, 0).tolist(), None, None, None]
+    values = _numbers(x, y)
+    return Agreement(*(Rate(values[i], float(low[i]), float(high[i]), x.size, controls[i]) for i in range(len(values))))
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's correlation of [n] and [n]; 0 where either is constant."""
+    a, b = x - x.mean(), y - y.mean()
+    norm = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / norm if norm > 0 else 0.0
+
+
+def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """0 where one of them is constant."""
+    return float(np.nan_to_num(spearman(x, y)))
+
+
+def _numbers(x: np.ndarray, y: np.ndarray) -> list[float]:
+    square, size, signed = float(x @ x), float(np.abs(x).sum()), x != 0
+    return [
+        pearson(x, y),
+        _rank_correlation(x, y),
+        float(x @ y) / square if square > 0 else 0.0,
+        float((np.sign(x) == np.sign(y))[signed].mean()) if signed.any() else 0.0,
+        float(np.abs(y - x).sum()) / size if size > 0 else 0.0,
+    ]
 
 
 def auc(scores: np.ndarray, wrong: np.ndarray, strata: np.ndarray | None = None) -> float:
@@ -177,3 +277,167 @@ def shuffled_aucs(
             mixed[rows] = rng.permutation(wrong[rows])
         found.append(auc(held_out_scores(values, mixed, folds, centred), mixed, strata))
     return np.array(found)
+
+
+def auroc(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Probability that a true case scores above a false one, ties counting half (Mann and Whitney 1947); 0.5 is chance.
+
+    Args:
+        scores: [N], larger is more likely.
+        truth: [N] bool.
+
+    Raises:
+        ValueError: all cases are true, or none is.
+    """
+    truth = np.asarray(truth, bool)
+    positive, negative = int(truth.sum()), int((~truth).sum())
+    if not positive or not negative:
+        raise ValueError(f"an AUROC needs true and false cases, and there are {positive} and {negative}")
+    ranks = rankdata(scores)
+    return float((ranks[truth].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Rank correlation of two lists of scores [N], tied ones at their mean rank; NaN where one of them is constant."""
+    ranks = [rankdata(values) - (len(values) + 1) / 2 for values in (first, second)]
+    spread = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
+    return float((ranks[0] * ranks[1]).sum() / spread) if spread > 0 else float("nan")
+
+
+def jaccard(first: Collection, second: Collection) -> float:
+    """|A and B| / |A or B| of two choices; 1 for two empty ones."""
+    one, other = set(first), set(second)
+    return len(one & other) / len(one | other) if one | other else 1.0
+
+
+def mean_jaccard(choices: Sequence[Collection]) -> float:
+    """Mean over all pairs of choices.
+
+    Raises:
+        ValueError: fewer than two choices.
+    """
+    if len(choices) < 2:
+        raise ValueError("stability compares choices: give two or more")
+    return float(np.mean([jaccard(a, b) for a, b in combinations(choices, 2)]))
+
+
+def pointing_hit(values: np.ndarray, on_object: np.ndarray) -> float:
+    """Whether the largest value lies on the object; where several are largest, the share of them that do.
+
+    Args:
+        values: any shape.
+        on_object: bool of the same shape. A random cell would hit as often as its mean.
+    """
+    flat = np.asarray(values, float).ravel()
+    scale = np.abs(flat).max(initial=0.0) or 1.0
+    largest = flat >= flat.max() - 1e-9 * scale
+    return float(np.asarray(on_object, bool).ravel()[largest].mean())
+
+
+def area_under(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The mean height of curves by the trapezoid rule: `x [n]` ascending, `y [.., n]` -> `[..]`."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    return ((y[..., 1:] + y[..., :-1]) / 2 * np.diff(x)).sum(-1) / (x[-1] - x[0])
+
+
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class FaithfulnessCurve:
+    """f over size, with 95 % intervals of a bootstrap over pairs.
+
+    Attributes:
+        shares: K shares of all things that a circuit may have.
+        counts: K numbers of things.
+        rates: f at each size.
+        cpr: area under f.
+        cmd: area between f and 1.
+    """
+
+    shares: tuple[float, ...]
+    counts: tuple[int, ...]
+    rates: tuple[Rate, ...]
+    cpr: Rate
+    cmd: Rate
+
+
+def faithfulness(circuit: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, seed: int = 0) -> Rate:
+    """f of one circuit from logit differences [B]: a ratio of means over pairs, with its bootstrap 95 % interval.
+
+    Raises:
+        ValueError: no pairs, or clean and corrupt runs do not differ on average.
+    """
+    return _rates(np.asarray(circuit)[None], clean, corrupt, seed)[0]
+
+
+def faithfulness_curve(
+    circuits: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, counts: tuple[int, ...], seed: int = 0
+) -> FaithfulnessCurve:
+    """The curve of circuits at `SHARES` from their logit differences.
+
+    Args:
+        circuits: [K, B], K = len(SHARES).
+        clean: [B].
+        corrupt: [B].
+        counts: K sizes.
+        seed: of the bootstrap; the same pairs are drawn for every size.
+
+    Raises:
+        ValueError: as `faithfulness`, or not a row for each share.
+    """
+    if len(circuits) != len(SHARES):
+        raise ValueError(f"{len(circuits)} sizes, but MIB's areas take {len(SHARES)}: {SHARES}")
+    rates = _rates(circuits, clean, corrupt, seed)
+    drawn = _resampled(circuits, clean, corrupt, seed)
+    values = np.array([rate.value for rate in rates])
+    areas = []
+    for curve, resampled in ((values, drawn), (np.abs(1 - values), np.abs(1 - drawn))):
+        low, high = np.quantile(area(resampled), (0.025, 0.975))
+        areas.append(Rate(float(area(curve)), float(low), float(high), len(clean)))
+    return FaithfulnessCurve(SHARES, tuple(counts), rates, *areas)
+
+
+def cpr(values: np.ndarray) -> float:
+    """Circuit performance ratio: area under f [K] at `SHARES`."""
+    return float(area(values))
+
+
+def cmd(values: np.ndarray) -> float:
+    """Circuit-model distance: area of |1 - f| for f [K] at `SHARES`."""
+    return float(area(np.abs(1 - np.asarray(values))))
+
+
+def area(values: np.ndarray) -> np.ndarray:
+    """Trapezoid rule over `SHARES` of values [.., K], on a linear axis."""
+    values, x = np.asarray(values, float), np.asarray(SHARES)
+    return ((values[..., 1:] + values[..., :-1]) / 2 * np.diff(x)).sum(-1)
+
+
+def sizes(total: int, shares: tuple[float, ...] = SHARES) -> tuple[int, ...]:
+    """floor(share x total) of things for each share."""
+    return tuple(int(share * total + 1e-9) for share in shares)
+
+
+def _rates(circuits: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, seed: int) -> tuple[Rate, ...]:
+    circuits, clean, corrupt = (np.asarray(x, float) for x in (circuits, clean, corrupt))
+    if not clean.size:
+        raise ValueError("faithfulness needs at least one pair")
+    whole = clean.mean() - corrupt.mean()
+    if not abs(whole) > 0:
+        raise ValueError("clean and corrupt runs have the same mean logit difference: there is nothing to recover")
+    values = (circuits.mean(-1) - corrupt.mean()) / whole
+    low, high = np.quantile(_resampled(circuits, clean, corrupt, seed), (0.025, 0.975), axis=0)
+    return tuple(
+        Rate(float(value), float(one), float(other), clean.size)
+        for value, one, other in zip(values, low, high, strict=True)
+    )
+
+
+def _resampled(circuits: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, seed: int) -> np.ndarray:
+    """f [RESAMPLES, K] under bootstrap resamples of the pairs."""
+    rng = generator(seed, "faithfulness")
+    # How often each pair is drawn: the resampled means are products with these counts.
+    weights = rng.multinomial(clean.size, np.full(clean.size, 1 / clean.size), RESAMPLES) / clean.size
+    low = weights @ corrupt
+    return (weights @ np.asarray(circuits, float).T - low[:, None]) / (weights @ clean - low)[:, None]

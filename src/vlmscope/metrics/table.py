@@ -8,8 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate, paired_p
-from vlmscope.metrics.multiple import benjamini_hochberg
+from vlmscope.metrics.causal import benjamini_hochberg, bootstrap_mean, bootstrap_rate, paired_p
 
 
 def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: str | None = None) -> pd.DataFrame:

@@ -1,12 +1,24 @@
-"""What the rest of vlmscope may ask of a model, whatever its family.
+"""What every position of a tokenised prompt is: its token, picture, part of the picture and role.
+
+What the rest of vlmscope may ask of a model, whatever its family.
 
 Legend: B prompts, T positions, d model width, L layers, Hkv key/value heads, D head width, V vocabulary.
 A decoder layer is `h = x + N2(Attn(N1(x)))`, `x' = h + N4(MLP(N3(h)))`; families without post norms lack N2 and N4.
 Some go on to `c x' + v`: `stream_scale` is c, a learned constant, and `injections` are v, from the pictures alone.
+
+The norms whose scales are frozen.
+
+Float64 that stays float64.
+
+Hugging Face computes RMSNorm, the eager softmax and rotary angles in float32 whatever the model's dtype (`x.float()`,
+`dtype=torch.float32`), so a float64 model is only good to about 1e-7. `exact_float64` keeps those casts in float64.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +26,95 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
-from vlmscope.core.images import PatchBox
-from vlmscope.models.patches import PicturePatches
+from vlmscope.core.records import Exchange, PatchBox
+from vlmscope.models.boxes import PicturePatches
 from vlmscope.models.template import Dialogue, Turn
+
+
+def token_strings(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """What each token stands for in text, a space before a word included.
+
+    The vocabulary's own spelling is not for readers: byte-level ones write a space as another letter and every byte
+    beyond ASCII as one. A token that is a part of a character is the replacement character.
+    """
+    return [tokenizer.decode([int(token)]) for token in ids]
+
+
+def describe_inputs(
+    soft_token_id: int | None,
+    tokenizer: Any,
+    tensors: dict[str, Tensor],
+    turn: Turn,
+    boxes: Sequence[Sequence[PatchBox]],
+    written: np.ndarray,
+    sizes: Sequence[tuple[int, int]] = (),
+) -> ModelInputs:
+    """Name every position of tokenised inputs.
+
+    Args:
+        soft_token_id: the id of soft tokens in `input_ids`, None for a text-only model.
+        tokenizer: the model's tokenizer.
+        tensors: the model's inputs, batch size 1.
+        turn: the prompt in its template, from which the inputs were made.
+        boxes: for each picture the box of each of its soft tokens, in order.
+        written: `[T]` bool, tokens with a part of what the user wrote, as `written_by_user` finds them.
+        sizes: width and height of each picture in pixels.
+
+    Raises:
+        UserError: boxes and soft tokens differ in number, so that the processor and the model do not belong together.
+    """
+    ids = [int(token) for token in tensors["input_ids"][0]]
+    is_image = np.array([token == soft_token_id for token in ids])
+    tokens = token_strings(tokenizer, ids)
+    flat = [(picture, box) for picture, found in enumerate(boxes) for box in found]
+    if len(flat) != is_image.sum():
+        raise UserError(
+            f"the processor made {is_image.sum()} soft tokens where the model's pictures have {len(flat)}; "
+            "use the processor that was saved with the model"
+        )
+    image_index = np.full(len(ids), -1, dtype=np.int64)
+    patch_boxes: list[PatchBox | None] = [None] * len(ids)
+    for position, (picture, box) in zip(np.flatnonzero(is_image), flat, strict=True):
+        image_index[position], patch_boxes[position] = picture, box
+    # Special tokens that the user spells are the template's all the same.
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    by_user = written & np.array([token not in special for token in ids])
+    roles = np.select([is_image, by_user], ["image", "question"], "special").astype("<U8")
+    roles[-1] = "last"
+    return ModelInputs(tensors, tokens, is_image, image_index, patch_boxes, roles, turn.content, tuple(sizes))
+
+
+def written_by_user(turn: Turn, replaced: Sequence[Mapping[str, Any]], offsets: np.ndarray) -> np.ndarray:
+    """Which tokens hold a part of the prompt, told by characters.
+
+    Neither words nor ids would do: a character may be several tokens, a token may reach from the template into the
+    prompt, and what the processor puts around soft tokens may change how the text beside it is cut.
+
+    Args:
+        turn: the text before placeholders were replaced.
+        replaced: what the processor put in the place of placeholders, in order: `span`, first and last character (past
+            the end) in the turn, `text`, what stood there, and `replacement`.
+        offsets: `[T, 2]`, first and last character (past the end) of every token in the text after the replacement.
+
+    Returns:
+        `[T]` bool. What replaces a placeholder is not written by the user, wherever it was spelt.
+    """
+    start, end = len(turn.before), len(turn.before) + len(turn.content)
+    prompt = np.zeros(len(turn.text), dtype=bool)
+    prompt[start:end] = True
+    pieces, done = [], 0
+    for change in replaced:
+        first, last = change["span"]
+        assert turn.text[first:last] == change["text"], "the processor was given another text than the turn"
+        pieces += [prompt[done:first], np.zeros(len(change["replacement"]), dtype=bool)]
+        done = last
+    characters = np.concatenate([*pieces, prompt[done:]])
+    assert offsets.max(initial=0) <= len(characters), "the processor added text that the turn does not have"
+    return np.array([characters[first:last].any() for first, last in offsets], dtype=bool)
+
 
 INJECTIONS = "injections"  # [B, n, T, d], among an `InputBatch`'s tensors
 
@@ -35,7 +130,7 @@ class ModelInputs:
         is_image: `[T]` bool, soft tokens.
         image_index: `[T]` int64, which picture a soft token belongs to, -1 for text.
         patch_boxes: T entries, the part of the picture that a soft token stands for, None for text.
-        roles: `[T]` strings of `vlmscope.core.positions.ROLES`; `last` is the final position, which predicts the
+        roles: `[T]` strings of `vlmscope.core.records.ROLES`; `last` is the final position, which predicts the
             answer; `question` is what the user wrote; everything that the template adds is `special`.
         prompt: the prompt as the user wrote it.
         sizes: width and height of each picture in pixels, as it was given.
@@ -341,3 +436,46 @@ class Adapter(ABC):
     @abstractmethod
     def soft_token_id(self) -> int | None:
         """The token id that stands for a soft token in `input_ids`, or None for a text-only model."""
+
+
+def all_norms(adapter: Adapter) -> Iterator[nn.Module]:
+    """Every norm on the way of the stream: four a layer or fewer, those of values, and the final one.
+
+    Norms of queries and keys are inside the frozen attention patterns.
+    """
+    for layer in range(adapter.n_layers):
+        yield from (norm for norm in (*adapter.norms(layer), adapter.value_norm(layer)) if norm is not None)
+    yield adapter.final_norm()
+
+
+# A product of what stayed float64 with a table that was made in float32 (Gemma 4's pooling weights) would be an error.
+_PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, torch.nn.functional.linear}
+
+
+class _KeepFloat64(TorchFunctionMode):
+    """Turns a cast of a float64 tensor to float32 into none; float32 models are unmoved."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+            if func in (Tensor.to, Tensor.type):
+                args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        if func in _PRODUCTS and {torch.float32, torch.float64} <= {a.dtype for a in args if isinstance(a, Tensor)}:
+            args = tuple(a.to(torch.float64) if isinstance(a, Tensor) else a for a in args)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def exact_float64() -> Iterator[None]:
+    """While active, casts of float64 tensors to float32 leave them in float64; float32 models compute as ever.
+
+    For checks that compare two float64 computations to better than float32's accuracy.
+    """
+    with _KeepFloat64():
+        yield

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.images import PatchBox
-from vlmscope.core.positions import Places
+from vlmscope.core.records import PatchBox, Places
 from vlmscope.models.base import INJECTIONS, Adapter, ModelInputs
 
 CHUNK = 64  # prompts a forward of the vision tower

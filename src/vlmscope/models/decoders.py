@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
+from vlmscope.core.records import Exchange
 from vlmscope.models.base import Adapter, LayerNorms, ScoreParts
-from vlmscope.models.patches import PicturePatches
+from vlmscope.models.boxes import PicturePatches, tower_attention, tower_states
 from vlmscope.models.placement import computing_device, materialised
 from vlmscope.models.template import Dialogue, Turn, dialogue, user_turn
-from vlmscope.models.towers import tower_attention, tower_states
 
 
 class Decoder(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
+from vlmscope.core.records import Exchange
 
 _MARK = "\ue000"  # a private character, where the prompt goes; no template spells it
 _ANSWER = "\ue001"  # where an answer goes

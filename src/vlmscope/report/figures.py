@@ -2,7 +2,13 @@
 
 Every function takes records, writes one PNG and returns its path. `ValueError` means that the records hold nothing to
 draw or say two things about one bar.
+
+What the logit lens says at the soft tokens of a picture, state by state, and how early over many pictures.
+
+Shares of a matrix of concepts as numbers on grey: who is turned into whom.
 """
+
+from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +18,16 @@ from textwrap import fill
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator, PercentFormatter
 from PIL import Image
 
 from vlmscope.core.intervention import MODES, AnswerExample, Curve, FlipRow, Rate
+from vlmscope.core.records import PatchBox
+from vlmscope.report.graph_figure import shrunk
 from vlmscope.report.style import COLOURS, HATCHES, INK, LINES, MARKERS, drawing, label, pick, tidy
 
 _FLIP_LABEL = "flip rate (% of cases)"
@@ -257,3 +268,94 @@ def _shift_bars(axes: Axes, example: AnswerExample, max_words: int) -> None:
     axes.set_xlabel("probability (%)", fontsize=8)
     axes.set_title(fill(example.intervention, 34), fontsize=9)
     tidy(axes, "x")
+
+
+_READABLE = 36  # soft tokens whose words still fit
+_COLUMNS = 5
+
+
+def soft_token_words(
+    pictures: Sequence[np.ndarray],
+    places: Sequence[tuple[int, PatchBox | None]],
+    words: np.ndarray,
+    probability: np.ndarray,
+    word: str,
+    path: str | Path,
+) -> Path:
+    """The first picture, then one panel a state: the probability of a word, with the most probable word as text.
+
+    Args:
+        pictures: uint8 `[H, W, 3]`; the first one is drawn.
+        places: picture and box of each of the S soft tokens.
+        words: `[states, S]` strings.
+        probability: `[states, S]`, of `word`.
+        word: the word that is looked for.
+        path: the PNG to write.
+    """
+    mine = [(at, box) for at, (picture, box) in enumerate(places) if picture == 0 and box is not None]
+    rows = -(-(len(words) + 1) // _COLUMNS)
+    colours = sns.light_palette("#0072B2", as_cmap=True)
+    with drawing(path, 2.1 * _COLUMNS, 2.3 * rows + 0.3) as figure:
+        grid = figure.subplots(rows, _COLUMNS, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        grid.flat[0].imshow(shrunk(pictures[0]))
+        grid.flat[0].set_title("picture", loc="left", fontsize=9)
+        for state, axes in enumerate(grid.flat[1 : len(words) + 1]):
+            name = f"before layer {state}" if state < len(words) - 1 else "after the last layer"
+            axes.set_title(name, loc="left", fontsize=9)
+            axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
+            for at, box in mine:
+                value = float(probability[state, at])
+                width, height = box.right - box.left, box.bottom - box.top
+                spot = Rectangle((box.left, box.top), width, height, facecolor=colours(value), edgecolor="white")
+                axes.add_patch(spot)
+                if len(mine) <= _READABLE:
+                    middle = (box.left + width / 2, box.top + height / 2)
+                    ink = "white" if value > 0.6 else INK
+                    axes.text(*middle, _short(words[state, at]), ha="center", va="center", fontsize=5.5, color=ink)
+        bar = ScalarMappable(Normalize(0, 1), colours)
+        figure.colorbar(bar, ax=grid, label=f"probability of {word!r}", shrink=0.6)
+    return Path(path)
+
+
+def _short(word: str) -> str:
+    return word if len(word) <= 9 else f"{word[:8]}…"
+
+
+def share_matrices(names: Sequence[str], panels: Mapping[str, np.ndarray], path: str | Path, rows: int = 1) -> Path:
+    """One matrix a panel, recipients down and donors across, in per cent; hatched where there is nothing to measure.
+
+    Args:
+        names: n concepts.
+        panels: title -> [n, n] shares 0..1, nan where there is none.
+        path: the PNG to write.
+        rows: of panels.
+    """
+    columns = -(-len(panels) // rows)
+    with drawing(path, 4.1 * columns, 3.9 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        for axes, (title, shares) in zip(grid.flat, panels.items(), strict=False):
+            _panel(axes, names, np.asarray(shares, float))
+            axes.set_title(title, loc="left")
+        for row in grid:
+            row[0].set_ylabel("pictures of")
+        for axes in grid[-1]:
+            axes.set_xlabel("given the features of")
+    return Path(path)
+
+
+def _panel(axes: Axes, names: Sequence[str], shares: np.ndarray) -> None:
+    nothing = np.isnan(shares)
+    axes.set_facecolor("#f2f2f2")
+    sns.heatmap(
+        100 * shares, mask=nothing, ax=axes, cmap="Blues", vmin=0, vmax=100, annot=True, fmt=".0f", cbar=False,
+        square=True, linewidths=1, linecolor="white", xticklabels=list(names), yticklabels=list(names),
+        annot_kws={"fontsize": 9},
+    )  # fmt: skip
+    for row, column in zip(*np.nonzero(nothing), strict=True):
+        axes.add_patch(Rectangle((column, row), 1, 1, facecolor="#f2f2f2", edgecolor="#c8c8c8", hatch="///", lw=0))
+    axes.tick_params(axis="x", rotation=45, colors=INK, length=0)
+    axes.tick_params(axis="y", rotation=0, colors=INK, length=0)

@@ -1,37 +1,200 @@
-"""A pruned attribution graph as a layered picture: positions from left to right, layers from bottom to top.
+"""The plan of a layered graph picture: columns from left to right, layers from bottom to top.
+
+A key below a figure: the features that it names by their numbers, with their labels.
+
+A pruned attribution graph as a layered picture: positions from left to right, layers from bottom to top.
 
 Only the strongest edges are drawn, and the nodes at their ends. An edge's strength is its share of its target's
 incoming
 |weight| times the target's influence on the logits, the quantity that pruning ranks by.
+
+Pictures under the maps of what their patches contribute to targets.
 """
+
+from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image
 
 from vlmscope.core.graph import ENDS, AttributionGraph, NodeKind, PrunedGraph
-from vlmscope.core.ids import FeatureId
-from vlmscope.core.images import PatchBox
-from vlmscope.report.feature_key import draw_key, key_entries, key_height
-from vlmscope.report.layers import (
-    ACROSS,
-    INCHES,
-    LEFT,
-    MARKS,
-    SIDE_COLUMN,
-    Layout,
-    draw_edges,
-    edge_widths,
-    frame,
-    lay_out,
-)
+from vlmscope.core.maps import PictureMap
+from vlmscope.core.records import FeatureId, PatchBox
 from vlmscope.report.style import COLOURS, INK, MUTED, NEGATIVE, POSITIVE, drawing, pick
+
+MARKS = {  # kind: (marker, face colour, words)
+    NodeKind.TOKEN: ("s", "#444444", "token or soft token"),
+    NodeKind.FEATURE: ("o", "#56B4E9", "feature"),
+    NodeKind.ERROR: ("D", "#bdbdbd", "error"),
+    NodeKind.BIAS: ("^", "#F0E442", "bias"),
+    NodeKind.LEFT_OUT: ("P", "#999999", "features left out"),
+}
+_NODES_ACROSS = 84  # room for this many nodes side by side over the whole width
+_LOGIT_STEP = 7.0  # distance between logits, in nodes
+INCHES, LEFT, ACROSS = 14.0, 0.068, 0.925  # picture width; the axes' left edge and width as fractions of it
+SIDE_COLUMN = -1  # position of nodes without one (bias, left out)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things go. `xy [N, 2]` is NaN for nodes that are not drawn; `slots[position]` = (centre, width)."""
+
+    xy: np.ndarray
+    slots: dict[int, tuple[float, float]]
+    rows: dict[int, int]  # layer -> height in the picture
+
+
+class Placed(Protocol):
+    """A table of nodes; `position` is the number of a column, -1 for none."""
+
+    @property
+    def kind(self) -> np.ndarray:
+        """`[N]`, `NodeKind`."""
+        ...
+
+    @property
+    def layer(self) -> np.ndarray:
+        """`[N]`."""
+        ...
+
+    @property
+    def position(self) -> np.ndarray:
+        """`[N]`."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+def lay_out(nodes: Placed, shown: np.ndarray, strength: np.ndarray, is_image: np.ndarray, n_layers: int) -> Layout:
+    """Give the nodes `shown` a place each.
+
+    Args:
+        nodes: N nodes, of which the last is an end.
+        shown: node numbers, ascending.
+        strength: `[N]`, the strongest of a cell stand first.
+        is_image: `[T]` bool, columns that need room for a thumbnail.
+        n_layers: of the model.
+    """
+    ends = np.isin(nodes.kind[shown], ENDS)
+    body = shown[~ends]
+    cells: dict[tuple[int, int], list[int]] = {}
+    for node in body[np.argsort(-strength[body], kind="stable")]:
+        cells.setdefault((int(nodes.position[node]), int(nodes.layer[node])), []).append(int(node))
+    n_tokens = len(is_image)
+    used = {position for position, _ in cells}
+    # A short prompt keeps its empty positions as context; a long one only has room for those that matter.
+    positions = sorted(used | set(range(n_tokens)) if n_tokens <= 48 else used)
+    widest = dict.fromkeys(positions, 0)
+    for (position, _), cell in cells.items():
+        widest[position] = max(widest[position], len(cell))
+    # A thumbnail needs some room even where hardly anything fires.
+    least = {at: 1.6 if at >= 0 and is_image[at] else 1.0 for at in positions}
+    most = max(widest.values())  # nodes side by side in one cell before they wrap: as many as the picture has room for
+    while most > 3 and sum(max(least[at], min(most, widest[at])) + 0.35 for at in positions) > _NODES_ACROSS:
+        most -= 1
+    slots, edge = {}, 0.0
+    for position in positions:
+        width = max(least[position], min(most, widest[position])) + 0.35
+        slots[position] = (edge + width / 2, width)
+        edge += width
+    # What is explained stands in a row of its own, above all that its layer holds.
+    last_layer = nodes.layer[-1]
+    above = int(last_layer) + int(last_layer < n_layers)
+    seen = {int(layer) for layer in nodes.layer[body]} | {above}
+    every = range(-1, above + 1)
+    rows = {layer: at for at, layer in enumerate(every if len(every) <= 16 else sorted(seen))}
+    xy = np.full((len(nodes), 2), np.nan)
+    for (position, layer), cell in cells.items():
+        lines = [cell[at : at + most] for at in range(0, len(cell), most)]
+        for level, line in enumerate(lines):
+            y = rows[layer] + (level - (len(lines) - 1) / 2) * min(0.28, 0.8 / len(lines))
+            for at, node in enumerate(line):
+                xy[node] = slots[position][0] + (at - (len(line) - 1) / 2), y
+    top = shown[ends]
+    # Logits share the last position; side by side they need more room than it has, which is to its left.
+    step = min(_LOGIT_STEP, edge / max(len(top), 1))
+    last = slots[positions[-1]][0]
+    first = min(last - step * (len(top) - 1) / 2, edge - step * (len(top) - 0.5))
+    xy[top] = [(max(first, step / 2) + step * at, rows[above] + 0.1) for at in range(len(top))]
+    return Layout(xy, slots, rows)
+
+
+def frame(axes: Axes, layout: Layout, above: str, title: str) -> None:
+    """Draw rows, columns and the names of the layers; `above` names the row of what is explained."""
+    first, last = min(layout.slots), max(layout.slots)
+    axes.set_xlim(
+        layout.slots[first][0] - layout.slots[first][1] / 2, layout.slots[last][0] + layout.slots[last][1] / 2
+    )
+    axes.set_ylim(-0.5, len(layout.rows) - 0.35)
+    axes.grid(False)
+    axes.set_xticks([])
+    names = {-1: "embedding", max(layout.rows): above}
+    axes.set_yticks(list(layout.rows.values()), [names.get(layer, str(layer)) for layer in layout.rows])
+    axes.set_ylabel("layer")
+    axes.yaxis.set_label_coords(-0.058, 0.5)
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    for row in layout.rows.values():
+        if row % 2:
+            axes.axhspan(row - 0.5, row + 0.5, color="#f5f6f8", zorder=0)
+    for number, (centre, width) in enumerate(layout.slots.values()):
+        if number:
+            axes.axvline(centre - width / 2, color="#e4e4e4", linewidth=0.6, zorder=0.5)
+    axes.set_title(title, loc="left", fontsize=10)
+
+
+def draw_edges(
+    axes: Axes, layout: Layout, ends: tuple[np.ndarray, np.ndarray], widths: np.ndarray, style: tuple[str, object]
+) -> None:
+    """Draw edges from `ends[0]` to `ends[1]`, node numbers `[n]`, `widths [n]` points wide, in one colour and dash."""
+    if len(widths):
+        lines = np.stack([layout.xy[ends[0]], layout.xy[ends[1]]], axis=1)
+        chosen = LineCollection(list(lines), linewidths=widths, colors=style[0], linestyles=style[1])  # pyright: ignore[reportArgumentType]
+        chosen.set_alpha(0.42)
+        chosen.set_zorder(1)
+        axes.add_collection(chosen)
+
+
+def edge_widths(sizes: np.ndarray) -> np.ndarray:
+    """Points, for `sizes [n]` >= 0; the root keeps weak edges visible beside one that dwarfs them all."""
+    return 0.35 + 3.4 * np.sqrt(sizes / (sizes.max() or 1.0))
+
+
+_LINE = 0.17  # inches
+_CHARACTERS = 88  # of an entry; two stand side by side
+
+
+def key_entries(features: Sequence[FeatureId], labels: Mapping[FeatureId, str] | None) -> list[str]:
+    """`L5/709  planet = mars (0.97)` for each different feature that has a label, in order."""
+    found = [f"{one}  {labels[one]}" for one in dict.fromkeys(features) if labels and one in labels]
+    return [text if len(text) <= _CHARACTERS else f"{text[: _CHARACTERS - 3]}..." for text in found]
+
+
+def key_height(entries: Sequence[str]) -> float:
+    """Inches that the key takes; 0 without entries."""
+    return _LINE * ((len(entries) + 1) // 2) + 0.15 if entries else 0.0
+
+
+def draw_key(figure: Figure, entries: Sequence[str]) -> None:
+    """Write the entries in two columns at the bottom of a figure, in `key_height` inches."""
+    height = float(figure.get_figheight())
+    rows = (len(entries) + 1) // 2
+    for number, text in enumerate(entries):
+        column, row = divmod(number, rows)
+        y = (key_height(entries) - 0.05 - row * _LINE) / height
+        figure.text(0.03 + 0.48 * column, y, text, ha="left", va="top", fontsize=8)
 
 
 def attribution_graph(
@@ -225,3 +388,56 @@ def _legend(pruned: PrunedGraph, shown: np.ndarray, marked: Mapping[str, str]) -
     handles.append(Line2D([], [], color=POSITIVE, linewidth=2, label="positive edge"))
     handles.append(Line2D([], [], color=NEGATIVE, linewidth=2, linestyle=(0, (3, 1.5)), label="negative edge"))
     return handles
+
+
+_SIDE = 256  # pixels of the longer edge
+_SIGNED = LinearSegmentedColormap.from_list("signed", [NEGATIVE, "#ffffff", POSITIVE])
+
+
+def patch_maps(maps: Sequence[PictureMap], pictures: Sequence[np.ndarray], path: str | Path, effect: str) -> Path:
+    """One row a map: the picture, the map over it, and what the picture's edge is made of.
+
+    Colours are relative to the largest contribution for an area of the map.
+
+    Args:
+        maps: at least one.
+        pictures: uint8 `[H, W, 3]`, by number.
+        path: the PNG to write.
+        effect: "total" or "direct", for the title.
+    """
+    if not maps:
+        raise ValueError("no maps to draw")
+    with drawing(path, 8.6, 0.5 + 2.5 * len(maps)) as figure:
+        grid = figure.subplots(len(maps), 3, squeeze=False, width_ratios=[1, 1, 1.25])
+        for row, found in zip(grid, maps, strict=True):
+            shown = shrunk(pictures[found.picture])
+            row[0].imshow(shown)
+            row[0].set_title(f"picture {found.picture + 1}", loc="left")
+            signed_overlay(row[1], shown, found.raster(shown.shape[0], shown.shape[1]))
+            row[1].set_title(f"{effect} effect on {found.target!r}", loc="left")
+            for axes in row[:2]:
+                axes.set_axis_off()
+            parts = {"patches": found.from_patches, **found.remainder}
+            names = [name for name, value in parts.items() if value or name == "patches"]
+            values = [parts[name] for name in names]
+            row[2].barh(names, values, color=[POSITIVE if value >= 0 else NEGATIVE for value in values])
+            row[2].axvline(0, color="black", linewidth=0.8)
+            row[2].set_title(f"sum {found.edge:.3g}, unexplained {found.residual:.0e}", loc="left", fontsize=9)
+            row[2].invert_yaxis()
+            row[2].set_xlabel("logits")
+    return Path(path)
+
+
+def shrunk(picture: np.ndarray) -> np.ndarray:
+    """A picture at the size of figures, longer edge `_SIDE` pixels."""
+    found = Image.fromarray(picture)
+    factor = _SIDE / max(found.size)
+    size = (max(1, round(found.width * factor)), max(1, round(found.height * factor)))
+    return np.asarray(found.resize(size, Image.Resampling.NEAREST))
+
+
+def signed_overlay(axes: Axes, shown: np.ndarray, raster: np.ndarray) -> None:
+    """A signed map over the grey picture, relative to its largest absolute value."""
+    top = float(np.abs(raster).max()) or 1.0
+    axes.imshow(np.asarray(Image.fromarray(shown).convert("L")), cmap="gray", vmin=0, vmax=255)
+    axes.imshow(raster, cmap=_SIGNED, vmin=-top, vmax=top, alpha=0.15 + 0.75 * np.abs(raster) / top)

@@ -21,13 +21,12 @@ import pyarrow.parquet as pq
 
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
-from vlmscope.core.images import PatchBox
 from vlmscope.core.intervention import AnswerExample, CircuitFeature, Curve, FeatureExample, FlipRow, Rate, Supernode
+from vlmscope.core.records import FeatureId, PatchBox
 from vlmscope.metrics.table import rates, worst
 from vlmscope.report import figures
-from vlmscope.report.matrix_figure import share_matrices
-from vlmscope.report.sections import Card, Cards, Examples, Features, Figure, Picture, Section, Text, flip_table
+from vlmscope.report.figures import share_matrices
+from vlmscope.report.page import Card, Cards, Examples, Features, Figure, Picture, Section, Text, flip_table
 from vlmscope.report.style import label
 
 AXES = ["operation", "setting", "mode", "positions", "layers", "strength", "limit"]

@@ -12,11 +12,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from vlmscope.core.graph import ENDS, NodeKind
-from vlmscope.core.ids import FeatureId
-from vlmscope.core.merged import AggregateGraph, GraphComparison, MergedGraph
-from vlmscope.report.feature_key import draw_key, key_entries, key_height
-from vlmscope.report.layers import ACROSS, INCHES, LEFT, MARKS, Layout, draw_edges, edge_widths, frame, lay_out
+from vlmscope.core.graph import ENDS, AggregateGraph, GraphComparison, MergedGraph, NodeKind
+from vlmscope.core.records import FeatureId
+from vlmscope.report.graph_figure import (
+    ACROSS,
+    INCHES,
+    LEFT,
+    MARKS,
+    Layout,
+    draw_edges,
+    draw_key,
+    edge_widths,
+    frame,
+    key_entries,
+    key_height,
+    lay_out,
+)
 from vlmscope.report.style import COLOURS, HATCHES, INK, NEGATIVE, POSITIVE, drawing, tidy
 
 _FIRST, _SECOND, _BOTH = COLOURS[0], COLOURS[1], "#8a8a8a"

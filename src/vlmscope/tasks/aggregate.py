@@ -31,9 +31,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from tqdm import tqdm
 
     from vlmscope.attribution.compare import aggregate
-    from vlmscope.attribution.merged_export import write_merged_json
-    from vlmscope.attribution.merged_io import save_merged
-    from vlmscope.attribution.merged_tables import write_tables
+    from vlmscope.attribution.merged import save_merged, write_merged_json, write_tables
     from vlmscope.report.merged_figure import aggregate_graph
     from vlmscope.tasks.studies.feature_labels import feature_labels, look_for_labels
 

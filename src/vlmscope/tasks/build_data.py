@@ -67,7 +67,7 @@ def _orrery(cfg: "AppConfig", folder: "Path") -> dict[str, float]:
 
     from vlmscope.core.errors import UserError
     from vlmscope.data.orrery.dataset import OrreryDataConfig, build, plans_of
-    from vlmscope.data.orrery.scene import KINDS
+    from vlmscope.data.orrery.scenes import KINDS
 
     task: Config = cfg.task
     for split in ("train", "val", "test"):

@@ -40,8 +40,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from tqdm import tqdm
 
     from vlmscope.conformance.subject import Limits
-    from vlmscope.conformance.suite import CASES, PROMPT, run_cases
-    from vlmscope.conformance.table import failures, flat_metrics, render
+    from vlmscope.conformance.suite import CASES, PROMPT, failures, flat_metrics, render, run_cases
     from vlmscope.tasks.wiring import load_model, user_pictures
 
     pictures = user_pictures(cfg)

@@ -44,9 +44,7 @@ class _Side:
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write comparison.safetensors, graph.json, nodes.csv, edges.csv and the figures."""
     from vlmscope.attribution.compare import compare
-    from vlmscope.attribution.merged_export import write_merged_json
-    from vlmscope.attribution.merged_io import save_merged
-    from vlmscope.attribution.merged_tables import write_tables
+    from vlmscope.attribution.merged import save_merged, write_merged_json, write_tables
     from vlmscope.report.merged_figure import difference_graph, share_bars
     from vlmscope.tasks.studies.feature_labels import feature_labels, look_for_labels
 
@@ -127,13 +125,12 @@ def _names(cfg: AppConfig, sides: tuple[_Side, _Side]) -> list[str]:
 
 def _graphs(cfg: AppConfig, context: RunContext, sides: tuple[_Side, _Side]) -> list[PrunedGraph]:
     """Read or trace both; what is traced goes into `first/` and `second/`."""
-    from vlmscope.attribution.graph_io import load_graph
+    from vlmscope.attribution.export import load_graph
 
     found = [load_graph(side.file) if side.file else None for side in sides]
     if None not in found:
         return [graph for graph in found if graph is not None]
-    from vlmscope.attribution.export import write_graph_json
-    from vlmscope.attribution.graph_io import save_graph
+    from vlmscope.attribution.export import save_graph, write_graph_json
     from vlmscope.attribution.trace import trace
     from vlmscope.data.images import open_images
     from vlmscope.tasks.wiring import load_model, load_scope

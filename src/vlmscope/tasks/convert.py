@@ -48,8 +48,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from vlmscope.core.artifacts import atomic_folder, read_text, write_text
     from vlmscope.tasks.wiring import chosen_set, limit_threads
-    from vlmscope.transcoders.card import CARD, carried_over, facts_of_set, render
     from vlmscope.transcoders.formats import load_set, refusal, save_set
+    from vlmscope.transcoders.hub import CARD, carried_over, facts_of_set, render
 
     for key in ("to", "out"):
         if not getattr(cfg.task, key):
@@ -122,7 +122,7 @@ def _check(expected: TranscoderSet, folder: Path, form: str, dtype: str) -> None
 
     import torch
 
-    from vlmscope.core.seeds import generator
+    from vlmscope.core.records import generator
     from vlmscope.transcoders.formats import load_set
 
     wide = next(expected.parameters()).dtype

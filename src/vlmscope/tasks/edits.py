@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import MODES
+from vlmscope.core.records import FeatureId
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,8 +101,8 @@ def chosen_features(named: Sequence[str], task: EditConfig) -> Chosen:
     Raises:
         UserError: none or several were given, an id cannot be read, or a file is not there or not what it should be.
     """
-    from vlmscope.attribution.graph_io import load_graph
-    from vlmscope.attribution.top_features import top_features
+    from vlmscope.attribution.export import load_graph
+    from vlmscope.attribution.influence import top_features
     from vlmscope.circuits.circuit import load_circuit
 
     if bool(named) + (task.from_graph is not None) + (task.circuit is not None) != 1:
@@ -151,10 +151,9 @@ def report_edit(
         `_random_direction`; `<name>/features` and how many of them are active there, `<name>/features_active`.
     """
     from vlmscope.core.artifacts import write_json
-    from vlmscope.interventions.effect import measure_effect
-    from vlmscope.interventions.frozen import base_run
-    from vlmscope.interventions.generate import generate_edited
+    from vlmscope.interventions.effects import measure_effect
     from vlmscope.interventions.named import mean_activations
+    from vlmscope.interventions.run import base_run, generate_edited
 
     batch = scope.batch([inputs])
     base = base_run(scope, batch, task.modes)
@@ -193,7 +192,7 @@ def effect_metrics(name: str, effect: Effect) -> dict[str, float]:
 
 def top_tokens(tokenizer: Any, before: Tensor, after: Tensor) -> list[dict[str, str | float]]:
     """The `TOP` most probable next tokens of either run, logits [V] each, with both probabilities."""
-    from vlmscope.models.positions import token_strings
+    from vlmscope.models.base import token_strings
 
     p, q = before.double().softmax(-1), after.double().softmax(-1)
     ids = dict.fromkeys([*p.topk(min(TOP, len(p))).indices.tolist(), *q.topk(min(TOP, len(q))).indices.tolist()])

@@ -95,7 +95,7 @@ def unrelated_cases(bench: Bench) -> Sequence[Cases]:
     from PIL import Image
 
     from vlmscope.circuits.experiment import bystanders
-    from vlmscope.data.orrery.concepts import unrelated_scenes
+    from vlmscope.data.orrery.dataset import unrelated_scenes
 
     config, groups = bench.circuit_config, {}
     scenes = unrelated_scenes("test", bench.intervention.unrelated, config.seed, without=tuple(config.concepts))

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
     from vlmscope.config import AppConfig
     from vlmscope.features.labels.label import Label
-    from vlmscope.features.labels.reader import Labels
+    from vlmscope.features.labels.propose import Labels
     from vlmscope.features.labels.search import Match
     from vlmscope.features.study.records import StudyFolder
-    from vlmscope.report.feature_sheet import FeatureRow
+    from vlmscope.report.feature_page import FeatureRow
     from vlmscope.tasks.context import RunContext
 
 
@@ -48,11 +48,11 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     if task.count < 1 or task.examples < 1:
         raise UserError("task.count and task.examples must be at least 1")
 
-    from vlmscope.features.labels.facts_cache import study_facts
-    from vlmscope.features.labels.reader import Labels
+    from vlmscope.features.labels.facts import study_facts
+    from vlmscope.features.labels.propose import Labels
     from vlmscope.features.labels.search import find_by_words
     from vlmscope.features.study.records import StudyFolder
-    from vlmscope.report.feature_sheet import feature_sheet
+    from vlmscope.report.feature_page import feature_sheet
 
     study = StudyFolder(folder)
     labels = Labels(study, task.hand)
@@ -75,7 +75,7 @@ def _by_picture(cfg: AppConfig, context: RunContext, study: StudyFolder) -> tupl
     """Features that are active on the user's picture."""
     import torch
 
-    from vlmscope.features.labels.reader import check_same
+    from vlmscope.features.labels.propose import check_same
     from vlmscope.features.labels.search import find_by_activations
     from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
 
@@ -105,7 +105,7 @@ def _usual_question(study: StudyFolder) -> str:
 
 
 def _print(found: Sequence[Match], labels: Labels) -> None:
-    from vlmscope.core.tables import text_table
+    from vlmscope.core.runs import text_table
 
     rows = [["feature", "label", "relevance", "because of"]]
     rows += [[str(one.feature), str(labels.of(one.feature)) or "-", f"{one.relevance:.2f}", one.why] for one in found]
@@ -134,7 +134,7 @@ def _record(study: StudyFolder, match: Match, labels: Labels) -> dict[str, objec
 
 
 def _row(study: StudyFolder, match: Match, label: Label, count: int) -> FeatureRow:
-    from vlmscope.report.feature_sheet import FeatureRow
+    from vlmscope.report.feature_page import FeatureRow
     from vlmscope.tasks.studies.examples import study_example
 
     examples = tuple(study_example(study, one) for one in study.feature(match.feature).group("top")[:count])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from vlmscope.config.headline import HeadlineConfig
 from vlmscope.core.intervention import Rate
-from vlmscope.core.reproduction import Number
+from vlmscope.core.runs import Number
 
 _SHARES = ("rate", "accuracy", "share", "frac")
 

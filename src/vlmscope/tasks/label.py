@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vlmscope.config import AppConfig
-    from vlmscope.core.ids import FeatureId
-    from vlmscope.features.labels.explainer import Explainer
+    from vlmscope.core.records import FeatureId
+    from vlmscope.features.labels.explainers import Explainer
     from vlmscope.features.labels.label import Label
     from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.context import RunContext
@@ -79,11 +79,10 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 def _automatic(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     from tqdm import tqdm
 
-    from vlmscope.core.ids import FeatureId
-    from vlmscope.features.labels.automatic import judged, label_layer
-    from vlmscope.features.labels.facts_cache import study_facts
+    from vlmscope.core.records import FeatureId
+    from vlmscope.features.labels.facts import study_facts
     from vlmscope.features.labels.label import set_path, write_labels
-    from vlmscope.features.labels.places import places
+    from vlmscope.features.labels.propose import judged, label_layer, places
 
     task: Config = cfg.task
     if not int(str(study.info.settings["samples"])):
@@ -124,7 +123,7 @@ def _chance(labels: Sequence[Label], shuffled: Sequence[Label]) -> dict[str, flo
     """How many shuffled labels the test lets pass, and the false discovery rate that this makes of the real ones."""
     import numpy as np
 
-    from vlmscope.features.labels.scores import would_pass
+    from vlmscope.features.labels.label import would_pass
 
     if not shuffled:
         return {}
@@ -141,10 +140,10 @@ def _chance(labels: Sequence[Label], shuffled: Sequence[Label]) -> dict[str, flo
 def _explained(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     from tqdm import tqdm
 
-    from vlmscope.core.ids import FeatureId
-    from vlmscope.features.labels.automatic import judged
-    from vlmscope.features.labels.explain import Material, explain
+    from vlmscope.core.records import FeatureId
+    from vlmscope.features.labels.explainers import Material, explain
     from vlmscope.features.labels.label import set_path, write_labels
+    from vlmscope.features.labels.propose import judged
 
     task: Config = cfg.task
     if not task.features:
@@ -193,19 +192,19 @@ def _asked_before(cfg: AppConfig, study: StudyFolder, path: Path, name: str) -> 
 def _explainer(cfg: AppConfig) -> Explainer:
     task: Config = cfg.task
     if task.explainer == "endpoint":
-        from vlmscope.features.labels.endpoint import Endpoint
+        from vlmscope.features.labels.explainers import Endpoint
 
         if not task.url or not task.name_at_url:
             raise UserError("add task.url=http://host/v1 and task.name_at_url=MODEL, the service and its model")
         return Endpoint(task.url, task.name_at_url, task.key_variable, task.timeout, task.retries)
-    from vlmscope.features.labels.local import LocalExplainer
+    from vlmscope.features.labels.explainers import LocalExplainer
     from vlmscope.tasks.wiring import load_model
 
     return LocalExplainer(load_model(cfg))
 
 
 def _print(found: Sequence[tuple[FeatureId, Label]], most: int = 12) -> None:
-    from vlmscope.core.tables import text_table
+    from vlmscope.core.runs import text_table
 
     scored = [(feature, label) for feature, label in found if label.text]
     best = sorted(scored, key=lambda one: -(one[1].low or 0.0))[:most]

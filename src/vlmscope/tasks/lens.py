@@ -25,10 +25,10 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.core.artifacts import write_json
     from vlmscope.core.errors import UserError
     from vlmscope.data.images import for_figures
-    from vlmscope.features.token_lens import token_lens
+    from vlmscope.features.readouts import token_lens
+    from vlmscope.models.base import token_strings
     from vlmscope.models.batching import make_batch
-    from vlmscope.models.positions import token_strings
-    from vlmscope.report.lens_figure import soft_token_words
+    from vlmscope.report.figures import soft_token_words
     from vlmscope.tasks.wiring import load_model, user_pictures
 
     if cfg.prompt is None:

@@ -42,7 +42,7 @@ def warn_if_unfit(scope: Scope, prompt: str | None, pictures: Sequence[Image] = 
     Raises:
         UserError: the set's hook points are not ones that the model has.
     """
-    from vlmscope.training.load_check import check_hooks, fvu_on_load
+    from vlmscope.training.evaluation import check_hooks, fvu_on_load
 
     check_hooks(scope)
     forwards = _inputs(scope.vlm, prompt, pictures)
@@ -96,16 +96,16 @@ def _inputs(vlm: VLM, prompt: str | None, pictures: Sequence[Image]) -> list[Map
 
 
 def _speaks_orrery(vlm: VLM) -> bool:
-    from vlmscope.data.orrery.facts import vocabulary
+    from vlmscope.data.orrery.scenes import vocabulary
 
     return {"<image_soft_token>", *vocabulary()} <= vlm.tokenizer.get_vocab().keys()
 
 
 def _orrery_scenes(vlm: VLM) -> dict[str, Tensor]:
     """Some scenes as one batch. Digits are left out: their library takes longer to load than all the rest."""
-    from vlmscope.core.seeds import generator
-    from vlmscope.data.chat import chat_batch
-    from vlmscope.data.orrery.scene import make_scene
+    from vlmscope.core.records import generator
+    from vlmscope.data.orrery.scenes import make_scene
+    from vlmscope.data.samples import chat_batch
 
     scenes = [make_scene("val", kind, i) for kind in ("planets", "shapes", "hands", "text") for i in range(_SCENES)]
     return chat_batch(scenes, vlm.tokenizer, int(vlm.processor.image_seq_length), generator(0, "load check"))

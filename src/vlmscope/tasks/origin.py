@@ -14,7 +14,7 @@ from vlmscope.core.origin import files_digest, flat, folder_digest
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.data.source_config import SourceConfig
+    from vlmscope.data.config import SourceConfig
 
 # Of a model's folder: what decides which tokens it is given, and what it makes of them.
 _MODEL_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*/*.jinja")
@@ -27,7 +27,7 @@ def model_origin(cfg: AppConfig, weights: bool = True) -> dict[str, Any]:
     Raises:
         UserError: it is not there and cannot be fetched.
     """
-    from vlmscope.models.hub import model_folder
+    from vlmscope.models.checkpoint import model_folder
 
     chosen = cfg.model
     found: dict[str, Any] = {"model.dtype": chosen.dtype}

@@ -59,8 +59,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     start, task, place = perf_counter(), cfg.task, needed_study(cfg)
 
     from vlmscope.features.study.records import StudyFolder
-    from vlmscope.report.feature_json import feature_json
-    from vlmscope.report.gallery import Gallery
+    from vlmscope.report.gallery import Gallery, feature_json
     from vlmscope.tasks.gallery.choice import choose
     from vlmscope.tasks.gallery.graphs import graph_uses
     from vlmscope.tasks.gallery.parts import PageMaker, study_labels

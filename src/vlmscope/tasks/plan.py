@@ -10,7 +10,7 @@ from vlmscope.core.hardware import HARDWARE
 from vlmscope.tasks.transcoders.plan import TrainingPlan
 
 if TYPE_CHECKING:
-    from vlmscope.attribution.sizes import GraphSizes
+    from vlmscope.attribution.memory import GraphSizes
     from vlmscope.config import AppConfig
     from vlmscope.models.base import Adapter
     from vlmscope.tasks.context import RunContext
@@ -53,8 +53,8 @@ class _Transcoders(NamedTuple):
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Print the tables and return their numbers: `plan/...`, sizes in bytes, times in seconds."""
-    from vlmscope.models.architecture import empty_model
     from vlmscope.models.families import adapter_for
+    from vlmscope.models.sizes import empty_model
 
     adapter = adapter_for(empty_model(_config(cfg), _dtype(cfg.model.dtype)))
     task, machine = cfg.task, HARDWARE[cfg.task.device]
@@ -110,7 +110,7 @@ def _verdict(needed: float, memory: float | None, device: str) -> None:
 
 
 def _config(cfg: AppConfig) -> dict[str, Any]:
-    from vlmscope.models.architecture import find_config
+    from vlmscope.models.sizes import find_config
 
     if cfg.model.tiny is None:
         return find_config(cfg.model.path, cfg.model.hub, cfg.model.revision)
@@ -174,7 +174,7 @@ def _transcoders(cfg: AppConfig, adapter: Adapter, overrides: tuple[str, ...]) -
 
 
 def _graph(cfg: AppConfig, adapter: Adapter, chosen: _Transcoders, n_tokens: int, n_soft: int) -> GraphSizes:
-    from vlmscope.attribution.sizes import GraphSizes
+    from vlmscope.attribution.memory import GraphSizes
     from vlmscope.models.sizes import attention_widths
 
     cfg.attribution.check()

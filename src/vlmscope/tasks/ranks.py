@@ -90,7 +90,7 @@ def together(place: Place, task: Task, cfg: AppConfig, run_dir: Path) -> Iterato
         raise UserError(
             f"task={task.name} is made for one process, and {place.launcher} started {place.world}; start it alone"
         )
-    from vlmscope.training.process_group import opened
+    from vlmscope.training.ranks import opened
 
     device = _device(place, cfg.model.device)
     with ExitStack() as held, opened(place, device, cfg.trainer.rank_timeout) as meeting:

@@ -47,9 +47,8 @@ def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str,
     from vlmscope.config import catalog
     from vlmscope.config.headline import HeadlineConfig
     from vlmscope.core.artifacts import read_text
-    from vlmscope.report.html import ReportPage
     from vlmscope.report.marks import Folder, sections_of
-    from vlmscope.report.sections import Details, Section, Text, measured, show
+    from vlmscope.report.page import Details, ReportPage, Section, Text, measured, show
     from vlmscope.report.style import label
     from vlmscope.tasks.headline_numbers import numbers_of
     from vlmscope.tasks.steps.figures_report import number_table

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vlmscope.config import AppConfig
-    from vlmscope.core.reproduction import Reproduced
+    from vlmscope.core.runs import Reproduced
     from vlmscope.tasks.context import RunContext
     from vlmscope.tasks.reproduction.jobs import Ended
     from vlmscope.tasks.reproduction.plan import Job
@@ -83,8 +83,8 @@ def _shards(run_dir: "Path") -> tuple[str, ...]:
     """
     import shutil
 
-    from vlmscope.config.verbatim import quote
-    from vlmscope.data.orrery.scene import KINDS
+    from vlmscope.config.resolve import quote
+    from vlmscope.data.orrery.scenes import KINDS
     from vlmscope.tasks.reproduction.jobs import finished, run_job
     from vlmscope.tasks.reproduction.plan import SHARDS, base_digest
 
@@ -102,7 +102,7 @@ def _shards(run_dir: "Path") -> tuple[str, ...]:
 
 def _judged(run_dir: "Path", job: "Job", how: "Ended") -> "Reproduced":
     from vlmscope.core.artifacts import read_json
-    from vlmscope.core.reproduction import Reproduced
+    from vlmscope.core.runs import Reproduced
     from vlmscope.tasks.headline_numbers import numbers_of
     from vlmscope.tasks.reproduction.page import key_picture
 

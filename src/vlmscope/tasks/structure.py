@@ -79,11 +79,11 @@ def seen(cfg: AppConfig, scope: Scope, study: StudyFolder) -> Any:
     """The pass over the first rows of the study's data."""
     from tqdm import tqdm
 
-    from vlmscope.data.numbered import NumberedRows
-    from vlmscope.data.source_config import SourceConfig
-    from vlmscope.data.sources import open_source
+    from vlmscope.data.config import SourceConfig
+    from vlmscope.data.folder import NumberedRows
+    from vlmscope.data.mixing import open_source
     from vlmscope.features.structure.structure_pass import StructurePass
-    from vlmscope.features.study.inputs import InputMaker
+    from vlmscope.features.study.run import InputMaker
 
     task = cfg.task
     data: dict[str, Any] = study.info.data

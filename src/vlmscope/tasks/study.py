@@ -32,11 +32,10 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         raise UserError(f"{folder} is there already; add trainer.resume=true to go on, or choose a new hydra.run.dir")
     look_for(sources)  # torch takes seconds to import: a mistake should not wait for it
 
-    from vlmscope.data.numbered import NumberedRows
-    from vlmscope.features.study.part import StudyPart
-    from vlmscope.features.study.run import finish, finished_study, run_part, study_parts
+    from vlmscope.data.folder import NumberedRows
+    from vlmscope.features.study.run import StudyPart, finish, finished_study, run_part, study_parts
     from vlmscope.tasks.wiring import load_model, load_scope
-    from vlmscope.training.process_group import joint_sum, own_share
+    from vlmscope.training.ranks import joint_sum, own_share
 
     origin, share = study_origin(cfg, config, sources, context.overrides), own_share()
     done = finished_study(folder, origin)

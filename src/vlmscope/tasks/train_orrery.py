@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vlmscope.models.orrery.config import OrreryConfig
-from vlmscope.training.orrery_config import OrreryTrainingConfig
+from vlmscope.training.config import OrreryTrainingConfig
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
@@ -29,7 +29,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
 
     from vlmscope.core.errors import UserError
     from vlmscope.tasks.wiring import limit_threads
-    from vlmscope.training.orrery_training import train_orrery
+    from vlmscope.training.orrery import train_orrery
 
     if cfg.data.path is None:
         raise UserError("data.path is not set: give the folder with Orrery's shards (task=build_data writes them)")

@@ -72,11 +72,11 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.tasks.transcoders.batches import batches_for
     from vlmscope.tasks.transcoders.cards import training_card
     from vlmscope.tasks.wiring import load_model
-    from vlmscope.training.process_group import own_share
-    from vlmscope.training.transcoder_config import PRECISIONS
+    from vlmscope.training.config import PRECISIONS
+    from vlmscope.training.ranks import own_share
     from vlmscope.training.transcoder_training import train_transcoders
-    from vlmscope.transcoders.card import CARD
     from vlmscope.transcoders.formats import save_set
+    from vlmscope.transcoders.hub import CARD
 
     if not isinstance(cfg.transcoder, TranscoderArchConfig):
         raise UserError("training needs an architecture, not a trained set: add transcoder=arch")
@@ -124,7 +124,7 @@ def _origin(cfg: "AppConfig") -> dict[str, Any]:
 def training_config(cfg: "AppConfig", data: str | None = None):
     """The settings of `vlmscope.training` from the groups transcoder, optim, trainer and this task; `data` as there."""
     from vlmscope.config.schema import TranscoderArchConfig
-    from vlmscope.training.transcoder_config import TranscoderTrainingConfig
+    from vlmscope.training.config import TranscoderTrainingConfig
 
     task: Config = cfg.task
     arch: TranscoderArchConfig = cfg.transcoder

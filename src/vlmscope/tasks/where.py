@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vlmscope.config import AppConfig
-    from vlmscope.core.ids import FeatureId
+    from vlmscope.core.records import FeatureId
     from vlmscope.scope import Scope
     from vlmscope.tasks.context import RunContext
     from vlmscope.tasks.maps.where_maps import WhereMaps
@@ -33,12 +33,12 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Map features of `prompt=` over the patches of `image=`."""
     import time
 
-    from vlmscope.attention.map_io import save_maps
+    from vlmscope.attention.rollout import save_maps
     from vlmscope.core.artifacts import write_json
     from vlmscope.core.errors import UserError
-    from vlmscope.core.ids import FeatureId
+    from vlmscope.core.records import FeatureId
     from vlmscope.data.images import for_figures
-    from vlmscope.report.where_figure import feature_maps
+    from vlmscope.report.study_figures import feature_maps
     from vlmscope.tasks.maps.where_maps import where_maps
     from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
 
@@ -90,7 +90,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
 
 def _strongest(scope: "Scope", inputs: Any, top: int) -> "list[FeatureId]":
     from vlmscope.core.errors import UserError
-    from vlmscope.features.image_features import image_features
+    from vlmscope.features.readouts import image_features
 
     found = image_features(scope, scope.batch([inputs]), top)
     if not found:
@@ -102,7 +102,7 @@ def _described(found: "WhereMaps", feature: "FeatureId", is_image: "np.ndarray")
     """Where each map has its peak, and how far the maps agree; printed too."""
     import numpy as np
 
-    from vlmscope.attention.deletion import cell_values
+    from vlmscope.attention.rollout import cell_values
 
     values = found.activations[feature]
     maps = found.maps[feature]

@@ -39,7 +39,7 @@ def load_model(cfg: AppConfig) -> VLM:
     limit_threads(cfg)
     chosen = cfg.model
     if chosen.tiny is None:
-        from vlmscope.models.hub import is_hub_id, model_folder
+        from vlmscope.models.checkpoint import is_hub_id, model_folder
         from vlmscope.models.loading import load_vlm
 
         folder = model_folder(chosen.path, chosen.hub, chosen.revision)
@@ -60,7 +60,7 @@ def load_model(cfg: AppConfig) -> VLM:
 
 def is_orrery(vlm: VLM) -> bool:
     """Whether this is the shipped model, however its path is written."""
-    from vlmscope.config.paths import asset
+    from vlmscope.config.catalog import asset
 
     return bool(vlm.path) and Path(vlm.path).resolve() == Path(asset("orrery")).resolve()
 
@@ -157,7 +157,7 @@ def _check_set_fits(folder: Path, form: str, choice: Choice, device: str, itemsi
 def random_transcoders(config: RandomTranscodersConfig, vlm: VLM) -> TranscoderSet:
     """A random set of the model's width and number of layers, in its dtype; `transcoder=random`."""
     from vlmscope.models.placement import check_room
-    from vlmscope.transcoders.init import random_set
+    from vlmscope.transcoders.transcoder import random_set
 
     adapter = vlm.adapter
     width = 4 * adapter.d_model if config.n_features is None else config.n_features

@@ -1,27 +1,125 @@
-"""An MLflow client: quiet, offline, safe to open from several processes at once, patient with a locked database.
+"""A nested configuration as the flat, bounded strings that MLflow takes as parameters.
+
+Where a run's code came from: git commit and package versions.
+
+An MLflow client: quiet, offline, safe to open from several processes at once, patient with a locked database.
 
 Importing MLflow takes 2 to 3 s on a slow core and its SQLite store 1 s more (3 s when the database is made), so both
 happen here, when the first run is opened, and never at import.
 """
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import logging
 import os
+import platform
+import re
 import sqlite3
+import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmscope.core.errors import UserError
-from vlmscope.tracking.params import clean_text
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
+
+
+MAX_KEY = 250
+MAX_VALUE = 6000
+_FORBIDDEN = re.compile(r"[^\w\-. :/]")
+_CUT = " ... (cut; whole in config.yaml)"
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists and empty mappings stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def clean_text(text: str) -> str:
+    """`text` as UTF-8 can hold it: a file name's other bytes, such as 0xe9, become `\\udce9`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def clean_key(key: str) -> str:
+    """`key` with the characters that MLflow refuses replaced by `_`, cut to its limit."""
+    return _FORBIDDEN.sub("_", key)[:MAX_KEY] or "_"
+
+
+def to_params(config: Mapping[str, Any]) -> dict[str, str]:
+    """Every leaf of `config` as one parameter. Keys that become equal by cleaning get a number; long values are cut."""
+    params: dict[str, str] = {}
+    for key, value in flatten(config).items():
+        name = base = clean_key(str(key))
+        number = 2
+        while name in params:
+            name = f"{base[: MAX_KEY - 8]}_{number}"
+            number += 1
+        text = clean_text(str(value))
+        params[name] = text if len(text) <= MAX_VALUE else text[: MAX_VALUE - len(_CUT)] + _CUT
+    return params
+
+
+_PACKAGES = (
+    "vlmscope",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "pytorch-lightning",
+    "hydra-core",
+    "mlflow",
+    "numpy",
+    "safetensors",
+)
+
+
+def git_state() -> tuple[str, bool]:
+    """The commit that this code runs from and whether tracked files differ from it; ("none", False) without git."""
+    folder = Path(__file__).resolve().parent
+    try:
+        commit, changes = (
+            subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True, timeout=20).stdout
+            for args in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "none", False
+    return commit.strip(), bool(changes.strip())
+
+
+def package_versions() -> dict[str, str]:
+    """Version of Python and of each package that can change a number."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def tags() -> dict[str, str]:
+    """Provenance as tags of a tracked run."""
+    commit, dirty = git_state()
+    found = {"git_commit": commit, "git_dirty": str(dirty).lower()}
+    if commit != "none":
+        found["mlflow.source.git.commit"] = commit
+    return found | {f"version.{name}": version for name, version in package_versions().items()}
+
 
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -120,7 +218,7 @@ def check_store(uri: str) -> None:
         raise UserError(f"tracking.uri={uri}: {path} is not a SQLite database; choose another file or tracking=none")
 
 
-def open_client(uri: str) -> "MlflowClient":
+def open_client(uri: str) -> MlflowClient:
     """A client for `uri`, its database made or checked.
 
     Raises:

@@ -11,10 +11,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vlmscope.core.artifacts import write_text
 from vlmscope.core.errors import UserError
-from vlmscope.tracking import provenance
-from vlmscope.tracking.client import PATIENCE, WAIT, Unreachable, check_store, open_client, patiently, sqlite_file
+from vlmscope.tracking import client as provenance
+from vlmscope.tracking.client import (
+    MAX_VALUE,
+    PATIENCE,
+    WAIT,
+    Unreachable,
+    check_store,
+    clean_key,
+    clean_text,
+    open_client,
+    patiently,
+    sqlite_file,
+    to_params,
+)
 from vlmscope.tracking.config import TrackingConfig
-from vlmscope.tracking.params import MAX_VALUE, clean_key, clean_text, to_params
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

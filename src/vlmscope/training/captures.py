@@ -1,18 +1,140 @@
-"""Captured batches by number: from the cache on disk where it has them, else from the model, which fills the cache."""
+"""Captured activations on disk, so that the model need not run twice on the same batch.
+
+`<folder>/manifest.json` says what the activations depend on; `rank_00/batch_000000.safetensors` and so on hold a
+captured batch each, as one rank keeps it: `layer_00.in`, `layer_00.out` [n, d] in the dtype of the cache, `is_image`
+[n]. A file is written under another name and renamed, so what stands is whole: after a kill the next run goes on from
+there, and one that needs more batches adds them. Legend: n tokens of the batch on the rank's host, d model width.
+
+Captured batches by number: from the cache on disk where it has them, else from the model, which fills the cache.
+
+The tokens of each training step, drawn from a small pool of captured batches.
+
+The model's forward costs more than a step of all transcoders, and tokens of one batch resemble each other. So the last
+`pool_batches` captured batches are kept, a new one replaces the oldest every `steps_per_batch` steps, and a step draws
+its tokens from all of them. The draw depends on the step alone: a resumed run captures the pool anew and goes on with
+the same tokens. With both settings at 1 every step sees exactly its own batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from vlmscope.core.artifacts import atomic_path, read_json, remove_leftovers, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.hub import gb
+from vlmscope.core.origin import differences
+from vlmscope.core.records import generator
 from vlmscope.models.base import Adapter
 from vlmscope.models.fingerprints import model_fingerprint, tensors_fingerprint
-from vlmscope.training.activation_cache import DTYPES, ActivationCache, CacheSettings
-from vlmscope.training.process_group import joint_sum
-from vlmscope.training.ranks import Ranks
-from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.training.transcoder_data import Batch, LayerActivations, OwnPart, forwards
+from vlmscope.training.batches import Batch, LayerActivations, OwnPart, forwards
+from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.training.ranks import Ranks, joint_sum
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MANIFEST = "manifest.json"
+_STALE = 3600  # seconds for which an unfinished file may be that of a run on another machine
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where activations are kept and in what; `data` says in words what batches hang on, `order` their order.
+
+    `dtype` is one of `DTYPES`, None: the model's own, which changes no number.
+    """
+
+    folder: Path
+    dtype: str | None = None
+    data: str = ""
+    order: str = ""
+
+
+class ActivationCache:
+    """The batches of one rank."""
+
+    def __init__(self, folder: Path, rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.folder, self.part = Path(folder), Path(folder) / f"rank_{rank:02d}"
+        self.dtype, self.device = dtype, device
+        remove_leftovers(self.part, older_than=_STALE)
+
+    def agree(self, keys: Mapping[str, str]) -> None:
+        """Check what the cache was made with against `keys`, or write it down where there is no cache yet.
+
+        Raises:
+            UserError: something differs, by name, or the folder holds other things.
+        """
+        now = {"format": str(_FORMAT), **keys}
+        file = self.folder / _MANIFEST
+        if not file.is_file():
+            if self.folder.exists() and any(one.name != self.part.name for one in self.folder.iterdir()):
+                raise UserError(f"task.cache={self.folder} has no {_MANIFEST} and holds other files; choose another")
+            write_json(file, now)
+            return
+        changed = differences(read_json(file), now)
+        if changed:
+            raise UserError(
+                f"task.cache={self.folder} was made with another {'; another '.join(changed)}; restore it, or choose "
+                "another folder"
+            )
+
+    def path(self, number: int) -> Path:
+        """The file of a batch."""
+        return self.part / f"batch_{number:06d}.safetensors"
+
+    def read(self, number: int) -> tuple[LayerActivations, dict[str, float]] | None:
+        """A batch and the figures of the data up to it; None where the cache has no whole one."""
+        try:
+            with safe_open(self.path(number), "pt", device=str(self.device)) as file:
+                said = json.loads(file.metadata()["batch"])
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, TypeError):  # absent or damaged
+            return None
+        layers = sorted(int(name[6:-3]) for name in tensors if name.endswith(".in"))
+        by_layer = {n: (tensors[f"layer_{n:02d}.in"], tensors[f"layer_{n:02d}.out"]) for n in layers}
+        return LayerActivations(by_layer, tensors["is_image"], said["first"], said["joint"]), said["figures"]
+
+    def rounded(self, activations: LayerActivations) -> LayerActivations:
+        """What reading would give.
+
+        Raises:
+            UserError: the dtype cannot hold the activations.
+        """
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for layer, pair in activations.by_layer.items():
+            x, y = (one.to(self.dtype) for one in pair)
+            lost = any(bool((one.isfinite() & ~own.isfinite()).any()) for one, own in zip(pair, (x, y), strict=True))
+            if lost:
+                raise UserError(f"task.cache_dtype=float16 cannot hold the activations of layer {layer}; take bfloat16")
+            found[layer] = (x, y)
+        return LayerActivations(found, activations.is_image, activations.first, activations.joint)
+
+    def write(self, number: int, activations: LayerActivations, figures: Mapping[str, float]) -> None:
+        """Keep a batch in the cache's dtype (`rounded`), with the figures of the data up to it."""
+        tensors = {"is_image": activations.is_image.contiguous()}
+        for layer, (x, y) in activations.by_layer.items():
+            tensors |= {f"layer_{layer:02d}.in": x.contiguous(), f"layer_{layer:02d}.out": y.contiguous()}
+        said = {"first": activations.first, "joint": activations.joint, "figures": dict(figures)}
+        with atomic_path(self.path(number), sum(t.nbytes for t in tensors.values())) as temporary:
+            save_file(tensors, temporary, metadata={"batch": json.dumps(said)})
+
+    def missing(self, batches: int) -> int:
+        """How many of the first so many batches this rank has no file of."""
+        return sum(not self.path(number).is_file() for number in range(batches))
+
+    def free(self) -> int:
+        """Bytes free where the cache is, or is to be."""
+        place = next(one for one in (self.folder, *self.folder.resolve().parents) if one.exists())
+        return shutil.disk_usage(place).free
 
 
 class Captures:
@@ -114,3 +236,45 @@ def _check_room(cache: ActivationCache, config: TranscoderTrainingConfig, layers
             "free there; choose another folder, task.cache_dtype=bfloat16, or a smaller task.epoch_batches"
         )
     print(f"cache of activations: {said}, {gb(needed)} of it to be written; {gb(free)} are free", flush=True)
+
+
+class ActivationStream(IterableDataset[LayerActivations]):
+    """Activations of the steps from `first()` to the last."""
+
+    def __init__(
+        self,
+        capture: Callable[[int], LayerActivations],
+        config: TranscoderTrainingConfig,
+        first: Callable[[], int],
+    ) -> None:
+        self.capture, self.config, self.first = capture, config, first
+
+    def __iter__(self) -> Iterator[LayerActivations]:
+        pool: dict[int, LayerActivations] = {}
+        for step in range(self.first(), self.config.max_steps):
+            newest = step // self.config.steps_per_batch
+            wanted = range(max(0, newest - self.config.pool_batches + 1), newest + 1)
+            pool = {n: pool[n] if n in pool else self.capture(n) for n in wanted}
+            yield pool[newest] if self.config.pool_batches == 1 else self._draw(pool, newest, step)
+
+    def _draw(self, pool: dict[int, LayerActivations], newest: int, step: int) -> LayerActivations:
+        """As many tokens as the newest batch has, without repeats, from all batches of the pool."""
+        sizes = [batch.joint_tokens for batch in pool.values()]
+        rng = generator(self.config.seed, "activation_pool", step)
+        chosen = torch.from_numpy(rng.choice(sum(sizes), pool[newest].joint_tokens, replace=False)).sort().values
+        parts, offset = [], 0
+        for batch, size in zip(pool.values(), sizes, strict=True):
+            # Of the tokens drawn from all hosts, those that are here.
+            first = offset + batch.first
+            rows = chosen[(chosen >= first) & (chosen < first + batch.n_tokens)] - first
+            parts.append((batch, rows.to(batch.is_image.device)))
+            offset += size
+        by_layer = {
+            layer: (
+                torch.cat([batch.by_layer[layer][0][rows] for batch, rows in parts]),
+                torch.cat([batch.by_layer[layer][1][rows] for batch, rows in parts]),
+            )
+            for layer in pool[newest].by_layer
+        }
+        is_image = torch.cat([batch.is_image[rows] for batch, rows in parts])
+        return LayerActivations(by_layer, is_image, joint=len(chosen))

@@ -2,12 +2,21 @@
 
 A module takes part by counting its optimiser steps in `steps_done`, by drawing its data from the step number, so that
 a resumed run continues with the very next batch, and by saying when it is `committing` a step.
+
+Checkpoints of transcoder training: one safetensors file a layer, written by its owner, and one marker for all.
+
+`<run_dir>/transcoder_checkpoint/step_00000200/` holds `layer_07.safetensors` (parameters, coordinates, clocks, moments)
+for every layer and, written last and by rank 0 alone, `complete.json` with the settings: a folder without it is no
+checkpoint. Only after that are older folders removed, so a whole one always stands. Tokens are drawn by step number, so
+the step is all that resuming needs to know about the data; and since layers are files, any number of ranks can go on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import shutil
 import signal
 import warnings
 from collections.abc import Mapping
@@ -16,11 +25,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vlmscope.core.artifacts import atomic_path
+from vlmscope.core.artifacts import atomic_path, read_json, write_json
 from vlmscope.core.errors import UserError, is_out_of_memory
 from vlmscope.core.origin import plain, refuse_other
+from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.training.transcoder_module import TranscoderModule
 
 _LOG = logging.getLogger(__name__)
 
@@ -139,3 +151,159 @@ def load_checkpoint(
         full["state"] = moments
         optimizer.load_state_dict(full)
     module.steps_done = int(metadata["steps_done"])
+
+
+# Settings that may change between a run and its continuation, since no number depends on them.
+_FREE = {"checkpoint_every", "val_every", "log_every", "micro_tokens"}
+_MARKER = "complete.json"
+
+
+class TranscoderCheckpoints(pl.Callback):
+    """Writes a checkpoint every N steps, at the end, and (in a run of one process) when it is interrupted."""
+
+    def __init__(self, run_dir: Path, config: TranscoderTrainingConfig, origin: Mapping[str, Any]) -> None:
+        """`origin`: what decides the result besides `config`, by name (`vlmscope.core.origin`)."""
+        self.folder = Path(run_dir) / "transcoder_checkpoint"
+        self.config = config
+        self.origin = plain(origin)
+        self.stands: int | None = None  # the step that this run has written or gone on from
+
+    def newest(self) -> Path | None:
+        """The folder of the newest whole checkpoint."""
+        return max((marker.parent for marker in self.folder.glob(f"step_*/{_MARKER}")), default=None)
+
+    def save(self, module: TranscoderModule) -> None:
+        """Write this rank's layers; when every rank has, the marker."""
+        ranks = module.ranks
+        folder = self.folder / f"step_{module.steps_done:08d}"
+        if self.stands == module.steps_done:  # known to every rank without a look at a disk that may lag behind
+            return
+        if ranks.writes:
+            for layer in ranks.layers:
+                state = layer_state(module, layer)
+                size = sum(tensor.nbytes for tensor in state.values())
+                with atomic_path(folder / f"layer_{layer:02d}.safetensors", size) as temporary:
+                    save_file(state, temporary)
+        ranks.barrier()
+        if ranks.main:
+            settings = dataclasses.asdict(self.config)
+            done = {"steps_done": module.steps_done, "tokens_seen": module.tokens_seen}
+            write_json(folder / _MARKER, {**done, "settings": settings, "origin": self.origin})
+            self._remove_others(folder)
+        ranks.barrier()
+        self.stands = module.steps_done
+
+    def _remove_others(self, folder: Path | None) -> None:
+        for other in self.folder.glob("step_*"):
+            if other != folder:
+                (other / _MARKER).unlink(missing_ok=True)
+                shutil.rmtree(other, ignore_errors=True)
+
+    def restart(self, module: TranscoderModule) -> None:
+        """Remove the checkpoints of an earlier run in this folder, so that none is found when this one resumes."""
+        if module.ranks.main:
+            self._remove_others(None)
+
+    def restore(self, module: TranscoderModule) -> bool:
+        """Load the newest whole checkpoint into `module`; False when there is none.
+
+        Raises:
+            UserError: when it was written with other settings, another model or other data (each is named), or cannot
+                be read.
+        """
+        if (self.folder / "state.safetensors").is_file():
+            raise UserError(
+                f"{self.folder} is of an earlier version, one file for all layers, and cannot be continued; "
+                "train into a new run folder"
+            )
+        folder = self.newest()
+        if folder is None:
+            return False
+        marker = read_json(folder / _MARKER)
+        # A setting that an older version did not know is at its default.
+        known = dataclasses.asdict(TranscoderTrainingConfig()) | marker["settings"]
+        then, now = (
+            {name: value for name, value in settings.items() if name not in _FREE}
+            for settings in (known, dataclasses.asdict(self.config))
+        )
+        if "origin" not in marker:
+            _LOG.warning("%s does not record its model and data: whether they are the same is not checked", folder)
+        # All ranks have the same, and the main one has looked.
+        if module.ranks.main and "origin" in marker:
+            then, now = then | marker["origin"], now | self.origin
+        refuse_other(str(self.folder), then, now, "train into a new run folder")
+        for layer in module.ranks.layers:
+            load_layer(folder / f"layer_{layer:02d}.safetensors", module, layer)
+        module.steps_done, module.tokens_seen = int(marker["steps_done"]), int(marker["tokens_seen"])
+        self.stands = module.steps_done
+        if module.ranks.main:
+            self._remove_others(folder)  # half ones, and older ones that a kill left
+        return True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save after every N-th step and after the last."""
+        done = pl_module.steps_done
+        every = self.config.checkpoint_every
+        if (every and done % every == 0) or done == self.config.max_steps:
+            self.save(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Ctrl-C or a damaged picture keeps what was learnt, unless it came in the middle of a change of the state.
+
+        Several ranks save when they have agreed to stop (`vlmscope.training.ranks`).
+        """
+        kept = isinstance(exception, KeyboardInterrupt | UserError) and not pl_module.committing
+        if kept and pl_module.steps_done and pl_module.ranks.layout.world == 1:
+            self.save(pl_module)
+
+    def check_space(self, module: TranscoderModule) -> None:
+        """Refuse to begin what the disk cannot hold: the new checkpoint beside the old one, and the finished set.
+
+        Raises:
+            UserError: with both figures.
+        """
+        if not module.ranks.main:
+            return
+        # Parameters and two moments, in float32; the finished set at most as large as the parameters.
+        own = sum(4 * p.numel() for p in module.parameters())
+        needed = own * module.ranks.layout.n_layers / len(module.ranks.layers) * (3 * (1 if self.newest() else 2) + 1)
+        place = next(folder for folder in (self.folder, *self.folder.resolve().parents) if folder.exists())
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise UserError(
+                f"{place} has {free / 1e9:.3g} GB free, and checkpoints and set take {needed / 1e9:.3g} GB; "
+                "make room, or choose another hydra.run.dir"
+            )
+
+
+def layer_state(module: TranscoderModule, layer: int) -> dict[str, torch.Tensor]:
+    """Everything that the coming steps of a layer depend on."""
+    trainer = module.layer(layer)
+    state = {f"module.{name}": tensor.detach().contiguous() for name, tensor in trainer.state_dict().items()}
+    for name, parameter in trainer.named_parameters():
+        for moment, value in module.optimizer.state.get(parameter, {}).items():
+            state[f"optimizer.{moment}.{name}"] = torch.as_tensor(value).contiguous()
+    return state
+
+
+def load_layer(path: Path, module: TranscoderModule, layer: int) -> None:
+    """Restore what `layer_state` gave.
+
+    Raises:
+        UserError: the file is missing, corrupt or of another shape.
+    """
+    trainer = module.layer(layer)
+    try:
+        state = load_file(path)
+        trainer.load_state_dict({name[7:]: tensor for name, tensor in state.items() if name.startswith("module.")})
+    except (SafetensorError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
+        first = str(error).splitlines()[0][:200]
+        raise UserError(f"checkpoint {path} does not fit this run ({first}): remove it or change the config") from error
+    parameters = dict(trainer.named_parameters())
+    for key, value in state.items():
+        if key.startswith("optimizer."):
+            _, moment, name = key.split(".", 2)
+            parameter = parameters[name]
+            module.optimizer.state[parameter][moment] = value.to(parameter.device)

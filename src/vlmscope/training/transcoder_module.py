@@ -1,8 +1,8 @@
 """Training of the transcoders of a rank's layers at once, on activations made on the fly by the frozen model.
 
 Layers share nothing but the forward of the model: each has its own parameters, loss and gradient norm
-(`vlmscope.training.layer_trainer`), so they may be owned by different ranks (`vlmscope.training.layout`), and one that
-goes wrong stops alone. The layers of a cross-layer set are one group and do neither (`vlmscope.training.groups`).
+(`vlmscope.training.layer_trainer`), so they may be owned by different ranks (`vlmscope.training.ranks`), and one that
+goes wrong stops alone. The layers of a cross-layer set are one group and do neither (`vlmscope.training.ranks`).
 """
 
 import logging
@@ -16,13 +16,10 @@ from torch import Tensor, nn
 
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter
-from vlmscope.training.groups import group_steps
-from vlmscope.training.layer_trainer import LayerTrainer
-from vlmscope.training.micro_batches import LayerStep
-from vlmscope.training.ranks import Ranks
-from vlmscope.training.schedule import warmup_cosine
-from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.training.transcoder_data import LayerActivations
+from vlmscope.training.batches import LayerActivations
+from vlmscope.training.config import TranscoderTrainingConfig, warmup_cosine
+from vlmscope.training.layer_trainer import LayerStep, LayerTrainer
+from vlmscope.training.ranks import Ranks, group_steps
 from vlmscope.transcoders.transcoder import (
     Transcoder,
     TranscoderConfig,
@@ -90,7 +87,7 @@ class TranscoderModule(pl.LightningModule):
 
     @property
     def groups(self) -> list[list[int]]:
-        """This rank's layers, those whose losses are taken together as one (`vlmscope.training.groups`)."""
+        """This rank's layers, those whose losses are taken together as one (`vlmscope.training.ranks`)."""
         layers = list(self.ranks.layers)
         return [layers] if self.config.cross_layer else [[layer] for layer in layers]
 

@@ -19,17 +19,13 @@ from vlmscope.core.errors import NotMainRank
 from vlmscope.models.fingerprints import model_fingerprint, tensors_fingerprint
 from vlmscope.models.loading import VLM
 from vlmscope.scope import Scope
-from vlmscope.training.activation_cache import CacheSettings
-from vlmscope.training.agreed_stop import AgreedStop
-from vlmscope.training.captures import Captures, open_captures
-from vlmscope.training.ranks import Ranks
-from vlmscope.training.resume import fit_or_interrupt
-from vlmscope.training.transcoder_checkpoints import TranscoderCheckpoints
-from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.training.transcoder_data import Batch, OwnPart, forwards
-from vlmscope.training.transcoder_evaluation import evaluate_transcoders
+from vlmscope.training.batches import Batch, OwnPart, forwards
+from vlmscope.training.captures import ActivationStream, CacheSettings, Captures, open_captures
+from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.training.evaluation import evaluate_transcoders
+from vlmscope.training.ranks import AgreedStop, Ranks
+from vlmscope.training.resume import TranscoderCheckpoints, fit_or_interrupt
 from vlmscope.training.transcoder_module import TranscoderModule
-from vlmscope.training.transcoder_stream import ActivationStream
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 _LOG = logging.getLogger(__name__)
@@ -54,8 +50,8 @@ def train_transcoders(
     Args:
         vlm: a loaded model; its parameters are frozen and it is set to evaluation.
         train_batch: batch number 0, 1, ... of the data, a pure function of the number, so that a resumed run sees the
-            same data. What a batch is: `vlmscope.training.transcoder_data`.
-        val_batches: batches for the figures of `vlmscope.training.transcoder_evaluation`.
+            same data. What a batch is: `vlmscope.training.batches`.
+        val_batches: batches for the figures of `vlmscope.training.evaluation`.
         config: settings.
         run_dir: where checkpoints go.
         logger: a Lightning logger, or None.
@@ -65,7 +61,7 @@ def train_transcoders(
         data_figures: what is to be logged about the data that were drawn so far, such as each source's share.
         origin: what decides the result besides `config`, by name; the same is needed to resume (`vlmscope.core.origin`;
             the main rank's counts). None: the model's weights and batch 0.
-        cache: where captured activations are kept for this and other runs (`vlmscope.training.activation_cache`).
+        cache: where captured activations are kept for this and other runs (`vlmscope.training.captures`).
 
     Returns:
         The set in the model's own coordinates, and its final figures with `perf/tokens_per_s` and `train/tokens`, those

@@ -1,17 +1,243 @@
-"""Transcoder sets on the Hugging Face hub: from a repository at one commit to a set, and from a folder to a repository.
+"""The card of a transcoder set: `README.md` with YAML front matter, for people, the hub and the next conversion.
+
+Pure functions of text and records. The facts stand twice: as tables to read, and under the key `vlmscope` of the front
+matter, from where `facts_of` takes them again.
+
+Transcoder sets on the Hugging Face hub: from a repository at one commit to a set, and from a folder to a repository.
 
 Order: a folder that is there; the hub's cache on this machine, without a network; a download into that cache. Only
 safetensors, YAML, JSON and Markdown travel, never a pickle and never code.
 """
 
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
+from vlmscope.core.artifacts import built_from, parse_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.hub import Wanted, cached_folder, fetch, is_commit, is_hub_id, push
 from vlmscope.transcoders.formats import ANY, Choice, detect, load_set, open_set
 from vlmscope.transcoders.transcoder import TranscoderSet
+
+CARD = "README.md"
+_TAGS = ["transcoder", "mechanistic-interpretability", "sparse-features"]
+_FIGURES = {"fvu": "FVU", "fvu_text": "FVU, text", "fvu_image": "FVU, image", "l0": "L0", "dead_frac": "dead"}
+_MARK = "---\n"
+_QUOTED = "## The card of the source"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says. A thing that is not known is None or empty, and then not printed.
+
+    Attributes:
+        base_model: name or hub id of the model.
+        base_revision: its commit.
+        license: identifier of the hub, such as apache-2.0; "unknown" when nobody said.
+        activation, k, input_hook, output_hook, skip, cross_layer: the architecture.
+        format: of the files, one of `vlmscope.transcoders.formats.FORMATS`.
+        widths: layer -> features.
+        figures: layer -> name ("fvu", "l0", "dead_frac", ...) -> value, on validation data.
+        ce, ce_delta: cross-entropy on answer tokens in nats, and its rise with all layers spliced in.
+        data: source -> training tokens.
+        settings: of training.
+        note: Markdown that follows, such as the card of the set that this one was made from.
+    """
+
+    base_model: str
+    base_revision: str | None = None
+    license: str = "unknown"
+    activation: str = "topk"
+    k: int = 1
+    input_hook: str = "mlp_in"
+    output_hook: str = "mlp_out"
+    skip: bool = False
+    cross_layer: bool = False
+    format: str = "vlmscope"
+    widths: dict[int, int] = field(default_factory=dict)
+    figures: dict[int, dict[str, float]] = field(default_factory=dict)
+    ce: float | None = None
+    ce_delta: float | None = None
+    data: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+def facts_of_set(transcoders: TranscoderSet, format: str = "vlmscope") -> CardFacts:
+    """What the set itself tells."""
+    first = transcoders[transcoders.layers[0]].config
+    return CardFacts(
+        base_model=transcoders.config.model_name,
+        activation=first.activation,
+        k=first.k,
+        input_hook=first.input_hook,
+        output_hook=first.output_hook,
+        skip=first.skip,
+        cross_layer=transcoders.cross_layer,
+        format=format,
+        widths=transcoders.widths,
+    )
+
+
+def with_metrics(facts: CardFacts, metrics: Mapping[str, float]) -> CardFacts:
+    """Add the figures of a training run, from its metrics: `layers/<name>/layer_07`, `val/ce`, `val/ce_delta`."""
+    figures: dict[int, dict[str, float]] = {}
+    for name in _FIGURES:
+        for layer in facts.widths:
+            value = metrics.get(f"layers/{name}/layer_{layer:02d}")
+            if value is not None:
+                figures.setdefault(layer, {})[name] = float(value)
+    return replace(facts, figures=figures, ce=metrics.get("val/ce"), ce_delta=metrics.get("val/ce_delta"))
+
+
+def render(facts: CardFacts) -> str:
+    """The card as Markdown with front matter."""
+    head: dict[str, Any] = {"library_name": "vlmscope"}
+    if facts.base_model:
+        head["base_model"] = facts.base_model
+    said = {name: value for name, value in asdict(facts).items() if name != "note" and value not in (None, {}, "")}
+    head |= {"license": facts.license, "tags": _TAGS, "vlmscope": said}
+    front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=120)
+    parts = [_title(facts), _figures(facts), _data(facts), _settings(facts), facts.note.strip()]
+    return f"{_MARK}{front}{_MARK}\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _title(facts: CardFacts) -> str:
+    model = _plain(facts.base_model or "an unnamed model")
+    at = f" at revision {_code(facts.base_revision)}" if facts.base_revision else ""
+    widths = sorted(set(facts.widths.values()))
+    wide = (
+        f"{widths[0]:,}" if len(widths) == 1 else f"{widths[0]:,} to {widths[-1]:,}" if widths else "an unknown number"
+    )
+    aim = f"k = {facts.k}" if facts.activation in ("topk", "batchtopk") else f"L0 aimed at {facts.k}"
+    skip = ", with a skip path" if facts.skip else ""
+    if facts.cross_layer:
+        skip += ", writing to its own layer and later ones"
+    return (
+        f"# Transcoders of {model}\n\n"
+        f"One {facts.activation} transcoder ({aim}, {wide} features{skip}) for the MLP of each of {len(facts.widths)} "
+        f"layers of {model}{at}: from {_code(facts.input_hook)} to {_code(facts.output_hook)}. Format: {facts.format}. "
+        f"Licence: {_plain(facts.license)}."
+    )
+
+
+def _plain(value: object) -> str:
+    """Words from elsewhere as Markdown that shows them on one line: no HTML, link, code or end of a table's cell."""
+    return re.sub(r"([\\`|\[\]])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
+
+
+def _code(value: object) -> str:
+    """The same as code, where nothing in it could end the code or the cell."""
+    text = " ".join(str(value).split())
+    return _plain(text) if re.search(r"[`\\|<]", text) else f"`{text}`"
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def _figures(facts: CardFacts) -> str:
+    names = [name for name in _FIGURES if any(name in figures for figures in facts.figures.values())]
+    rows = [["layer", "features", *(_FIGURES[name] for name in names)]]
+    for layer, width in facts.widths.items():
+        values = facts.figures.get(layer, {})
+        rows.append([str(layer), f"{width:,}", *(_shown(name, values.get(name)) for name in names)])
+    if names:
+        rows.append(["mean", "", *(_shown(name, _mean(facts, name)) for name in names)])
+    told = [] if names else ["No figures are known for this set."]
+    if facts.ce_delta is not None:
+        own = "" if facts.ce is None else f"Cross-entropy on answer tokens: {facts.ce:.3f} nats; "
+        told.append(f"{own}{'w' if own else 'W'}ith all layers spliced in: {facts.ce_delta:+.3f} nats.")
+    return "\n\n".join(["## Figures", _table(rows), *told])
+
+
+def _mean(facts: CardFacts, name: str) -> float | None:
+    values = [figures[name] for figures in facts.figures.values() if name in figures]
+    return sum(values) / len(values) if values else None
+
+
+def _shown(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.1f} %" if name == "dead_frac" else f"{value:.1f}" if name == "l0" else f"{value:.3f}"
+
+
+def _data(facts: CardFacts) -> str:
+    if not facts.data:
+        return ""
+    total = sum(facts.data.values())
+    rows = [["source", "tokens", "share"]]
+    rows += [
+        [_plain(name), f"{count:,}", f"{100 * count / total:.0f} %"] for name, count in facts.data.items() if total
+    ]
+    return "## Training data\n\n" + _table(rows)
+
+
+def _settings(facts: CardFacts) -> str:
+    if not facts.settings:
+        return ""
+    return "## Training\n\n" + _table(
+        [["setting", "value"], *([_plain(n), _code(v)] for n, v in facts.settings.items())]
+    )
+
+
+def parts_of(text: str) -> tuple[dict[str, Any], str]:
+    """Front matter and body of a Markdown file; no front matter is an empty one.
+
+    Raises:
+        UserError: it is not YAML.
+    """
+    if not text.startswith(_MARK) or f"\n{_MARK}" not in text[len(_MARK) - 1 :]:
+        return {}, text
+    front, _, body = text[len(_MARK) :].partition(f"\n{_MARK}")
+    head = parse_yaml(front, "the front matter of the set's README.md")
+    return (head if isinstance(head, dict) else {}), body
+
+
+def carried_over(own: CardFacts, text: str | None) -> CardFacts:
+    """The card of a converted set: the source's facts, with the architecture and format of the new one.
+
+    Args:
+        own: `facts_of_set` of the new set.
+        text: the source's card; None when it has none. One that this project did not write is quoted whole.
+
+    Raises:
+        UserError: its front matter is not YAML.
+    """
+    if text is None:
+        return own
+    head, body = parts_of(text)
+    known = head.get("vlmscope")
+    if isinstance(known, dict):
+        names = {item.name for item in fields(CardFacts)} - {"note"}
+        said = CardFacts(**{"base_model": "", **{name: value for name, value in known.items() if name in names}})
+        kept = {name: getattr(said, name) for name in ("base_revision", "license", "figures", "ce", "ce_delta")}
+        name, quoted = own.base_model or said.base_model, body.partition(_QUOTED)
+        note = "".join(quoted[1:])
+        facts = replace(own, base_model=name, data=said.data, settings=said.settings, note=note, **kept)
+        with built_from("the front matter of the set's README.md", "card", "correct what stands under vlmscope"):
+            render(facts)
+        return facts
+    base = head.get("base_model")
+    name = own.base_model or (base if isinstance(base, str) else "")
+    license = str(head.get("license", own.license))
+    return replace(own, base_model=name, license=license, note=f"{_QUOTED}\n\n{_deeper(body)}")
+
+
+def _deeper(body: str) -> str:
+    """Headings two levels down, under that of the quotation; HTML shown as text, so that it does nothing."""
+    shown = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", body.strip())
+    return "\n".join(f"##{line}" if line.startswith("#") else line for line in shown.splitlines())
+
 
 ALLOWED = ("*.safetensors", "*.yaml", "*.json", "*.md")
 

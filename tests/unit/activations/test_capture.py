@@ -8,14 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmscope.activations.capture import capture_mlp, capture_state
-from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.activations.capture import capture_mlp, capture_state, mlp_inputs
 from vlmscope.models.attention import IMPLEMENTATION, recording_patterns
+from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import make_batch
 from vlmscope.models.loading import VLM
-from vlmscope.models.precision import exact_float64
-from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
-from vlmscope.models.tiny_families import FAMILIES
+from vlmscope.models.tiny import FAMILIES, tiny_gemma3, tiny_image, tiny_vlm
 
 PROMPT = "what is this red planet ? describe it"
 ALL = ("gemma3", "gemma3_text", *FAMILIES)

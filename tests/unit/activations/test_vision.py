@@ -15,18 +15,15 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlmscope.activations.vision import PictureAttention, capture_vision_attention
 from vlmscope.core.errors import UserError
-from vlmscope.core.images import PatchBox
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import PatchBox, generator
 from vlmscope.models import attention
 from vlmscope.models.attention import recording_vision_patterns
-from vlmscope.models.base import ModelInputs
+from vlmscope.models.base import ModelInputs, exact_float64
 from vlmscope.models.batching import make_batch
+from vlmscope.models.boxes import PicturePatches, Tile
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import VLM
-from vlmscope.models.patches import PicturePatches, Tile
-from vlmscope.models.precision import exact_float64
-from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.models.tiny_families import FAMILIES
+from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 
 VISION = ("gemma3", *FAMILIES)
 PROMPT = "what is this red planet ?"

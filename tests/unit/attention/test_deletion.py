@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from vlmscope.attention.deletion import cell_values, painted, ranking
-from vlmscope.core.patches import PictureMap, TileMap
-from vlmscope.core.seeds import generator
+from vlmscope.attention.rollout import cell_values, painted, ranking
+from vlmscope.core.maps import PictureMap, TileMap
+from vlmscope.core.records import generator
 from vlmscope.metrics.causal import bootstrap_mean
-from vlmscope.metrics.localisation import area_under, pointing_hit
+from vlmscope.metrics.prediction import area_under, pointing_hit
 from vlmscope.models.boxes import grid_boxes
 
 

@@ -5,13 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmscope.attention.map_io import CELLS, load_maps, save_maps
+from vlmscope.attention.rollout import CELLS, load_maps, save_maps
 from vlmscope.core.artifacts import save_tensors
 from vlmscope.core.errors import UserError
-from vlmscope.core.heatmaps import coarse_shape, decode, encode, resample
-from vlmscope.core.images import PatchBox
-from vlmscope.core.patches import PictureMap, TileMap, TokenMaps, TokenTile
-from vlmscope.core.seeds import generator
+from vlmscope.core.maps import PictureMap, TileMap, TokenMaps, TokenTile, coarse_shape, decode, encode, resample
+from vlmscope.core.records import PatchBox, generator
 from vlmscope.models.boxes import grid_boxes
 
 

@@ -16,18 +16,18 @@ from vlmscope.attention.rollout import (
     focused_heads,
     head_entropy,
     mixed_layer,
+    own_map,
     pool_rows,
     rollout,
     similarity,
     soft_token_rollout,
+    token_maps,
 )
-from vlmscope.attention.token_maps import own_map, token_maps
 from vlmscope.core.errors import UserError
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import generator
 from vlmscope.models import attention
 from vlmscope.models.loading import VLM
-from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.models.tiny_families import FAMILIES
+from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 
 VISION = ("gemma3", *FAMILIES)
 PROMPT = "what is this red planet ?"

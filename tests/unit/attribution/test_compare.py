@@ -14,17 +14,20 @@ import pytest
 import vlmscope
 from vlmscope.attribution import export
 from vlmscope.attribution.compare import GRAPH_FILE, aggregate, compare
-from vlmscope.attribution.graph_io import save_graph
-from vlmscope.attribution.influence import influence, logit_weights
-from vlmscope.attribution.merged_export import merged_ids, merged_to_json, write_merged_json
-from vlmscope.attribution.merged_io import load_merged, save_merged
-from vlmscope.attribution.merged_tables import write_tables
-from vlmscope.attribution.pruning import prune
+from vlmscope.attribution.export import save_graph
+from vlmscope.attribution.influence import influence, logit_weights, prune
+from vlmscope.attribution.merged import (
+    load_merged,
+    merged_ids,
+    merged_to_json,
+    save_merged,
+    write_merged_json,
+    write_tables,
+)
 from vlmscope.attribution.random_graph import random_graph
 from vlmscope.core.errors import UserError
-from vlmscope.core.graph import NodeKind, PrunedGraph
-from vlmscope.core.images import PatchBox
-from vlmscope.core.merged import AggregateGraph, GraphComparison
+from vlmscope.core.graph import AggregateGraph, GraphComparison, NodeKind, PrunedGraph
+from vlmscope.core.records import PatchBox
 from vlmscope.tasks.aggregate import _files
 from vlmscope.tasks.tracing.rows import INDEX, _line
 

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.end_sources import end_sources
-from vlmscope.attribution.scores import scores
+from vlmscope.attribution.influence import end_sources, scores
 from vlmscope.attribution.trace import trace
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 
 @pytest.fixture(scope="module")

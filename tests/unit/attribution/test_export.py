@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 
+from vlmscope.attribution.edges import smallest_set
 from vlmscope.attribution.export import cantor_pair, graph_to_json, node_id
-from vlmscope.attribution.pruning import prune
+from vlmscope.attribution.influence import prune
 from vlmscope.attribution.random_graph import random_graph
-from vlmscope.attribution.shares import smallest_set
 from vlmscope.core.graph import NodeKind, PrunedGraph
 
 

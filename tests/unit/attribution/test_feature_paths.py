@@ -4,16 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.attribution.feature_paths import feature_at, feature_path_maps
-from vlmscope.attribution.readers import target_readers
+from vlmscope.attribution.adjoint import target_readers
 from vlmscope.attribution.targets import feature_target
-from vlmscope.attribution.vision import vision_path
-from vlmscope.core.ids import FeatureId
-from vlmscope.models.precision import exact_float64
+from vlmscope.attribution.vision import feature_at, feature_path_maps, vision_path
+from vlmscope.core.records import FeatureId
+from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.replacement.model import build_replacement
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 
 @pytest.mark.parametrize("effect", ["total", "direct"])

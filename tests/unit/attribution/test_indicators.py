@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlmscope.attribution.indicators import NAMES, PAPER, graph_indicators
-from vlmscope.attribution.pruning import prune
+from vlmscope.attribution.influence import prune
 from vlmscope.attribution.random_graph import random_graph
 from vlmscope.core.graph import NodeKind
 

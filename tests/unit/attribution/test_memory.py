@@ -17,14 +17,13 @@ from allocations import allocated
 from vlmscope.attribution import memory, trace
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.graph_io import load_graph, save_graph
+from vlmscope.attribution.edges import Disk, feature_chunks
+from vlmscope.attribution.export import load_graph, save_graph
+from vlmscope.attribution.influence import prune
 from vlmscope.attribution.memory import GraphCosts, MemoryPlan, plan_memory
-from vlmscope.attribution.pruning import prune
-from vlmscope.attribution.questions import choose_targets
-from vlmscope.attribution.rows import feature_chunks
-from vlmscope.attribution.storage import Disk
+from vlmscope.attribution.targets import choose_targets
 from vlmscope.attribution.trace import attribute
-from vlmscope.config.paths import asset
+from vlmscope.config.catalog import asset
 from vlmscope.core.artifacts import load_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import PrunedGraph
@@ -33,7 +32,7 @@ from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.replacement.model import ReplacementModel, build_replacement
 from vlmscope.scope import Scope
 from vlmscope.transcoders.formats import load_set
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
+from vlmscope.attribution import edges as shares
 from vlmscope.attribution import influence as influence_module
-from vlmscope.attribution import shares
-from vlmscope.attribution.influence import influence, logit_weights
-from vlmscope.attribution.pruning import prune
+from vlmscope.attribution.edges import find_cut, smallest_set
+from vlmscope.attribution.influence import influence, logit_weights, prune, scores
 from vlmscope.attribution.random_graph import random_graph
-from vlmscope.attribution.scores import scores
-from vlmscope.attribution.shares import find_cut, smallest_set
 from vlmscope.core.graph import AttributionGraph, NodeKind
 
 GRAPHS = {

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.graph_io import load_graph, save_graph
+from vlmscope.attribution.export import load_graph, save_graph
+from vlmscope.attribution.targets import token_id
 from vlmscope.attribution.trace import Trace, trace
-from vlmscope.attribution.words import token_id
 from vlmscope.core.artifacts import load_tensors, save_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
+from vlmscope.models.base import exact_float64
 from vlmscope.models.loading import VLM
-from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 PROMPT = "what is this planet ?"
 

@@ -10,11 +10,11 @@ import torch
 
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.graph_io import save_graph
-from vlmscope.attribution.pruning import prune
-from vlmscope.attribution.sizes import GraphSizes
+from vlmscope.attribution.export import save_graph
+from vlmscope.attribution.influence import prune
+from vlmscope.attribution.memory import GraphSizes
 from vlmscope.attribution.trace import attribute
-from vlmscope.config.paths import asset
+from vlmscope.config.catalog import asset
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.sizes import attention_widths
@@ -22,7 +22,7 @@ from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.replacement.model import build_replacement
 from vlmscope.scope import Scope
 from vlmscope.transcoders.formats import load_set
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 
 def sizes(adapter: Adapter, inputs: ModelInputs, k: int, config: AttributionConfig, skip: bool = False) -> GraphSizes:
@@ -86,7 +86,7 @@ def test_rows_and_sources_have_the_foreseen_shapes() -> None:
 def test_operations_are_those_that_torch_counts() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from vlmscope.attribution.rows import feature_chunks
+    from vlmscope.attribution.edges import feature_chunks
 
     vlm, transcoders = load_vlm(asset("orrery")), load_set(asset("orrery_transcoders"))
     inputs = vlm.prepare("what planet is this ?", [tiny_image(1)])

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.top_features import top_features
+from vlmscope.attribution.influence import top_features
 from vlmscope.attribution.trace import trace
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 
 @pytest.fixture(scope="module")

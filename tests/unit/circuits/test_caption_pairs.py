@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from vlmscope.circuits.caption_pairs import CaptionPair, levels_of, prompt_only, whole, word_features
-from vlmscope.interventions.generate import generate_batch
 from vlmscope.interventions.named import donor_activations
-from vlmscope.interventions.run import editing, run_edited
-from vlmscope.models.precision import exact_float64
+from vlmscope.interventions.run import editing, generate_batch, run_edited
+from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 PROMPT = "what is this ?"
 IDS = ((10, 11, 12), (10, 13, 14))

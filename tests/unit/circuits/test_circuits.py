@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.activations.capture import mlp_inputs
 from vlmscope.circuits.circuit import Circuit, commonest_label, labelled, load_circuit, save_circuit
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig, QuestionConfig
 from vlmscope.circuits.contrast import contrast_circuit
@@ -15,15 +15,15 @@ from vlmscope.circuits.effects import flip_effect, in_scope, make_subject, speci
 from vlmscope.circuits.flow import circuit_edges
 from vlmscope.circuits.plans import donor_activations, steer_plan, union
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import CircuitFeature, Supernode
-from vlmscope.features.role_means import RoleMeans, role_means
+from vlmscope.core.records import FeatureId
+from vlmscope.features.readouts import RoleMeans, role_means
 from vlmscope.interventions.named import patch_plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 PROMPT = "what is this planet ?"
 N = 30
@@ -214,7 +214,7 @@ def test_specificity_is_zero_for_no_plan(bench) -> None:
 
 def test_role_means_equal_a_plain_loop(bench) -> None:
     scope, batch = bench
-    from vlmscope.activations.mlp_inputs import mlp_inputs
+    from vlmscope.activations.capture import mlp_inputs
 
     found = role_means(scope, [batch, batch.select([0])])
     dense = scope.transcoders[2].encode(mlp_inputs(scope.adapter, batch, [2])[2]).dense(N)

@@ -9,8 +9,8 @@ from vlmscope.circuits.concept_matrix import METHODS, Cell, carried, corrected
 from vlmscope.circuits.config import QuestionConfig
 from vlmscope.circuits.matrix_config import ConceptMatrixConfig
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import CircuitFeature, Rate, Supernode
+from vlmscope.core.records import FeatureId
 
 ASKED = {"name": QuestionConfig("what ?", {"a": "x", "b": "y"})}
 

@@ -30,10 +30,9 @@ from vlmscope.circuits.interchange import (
 from vlmscope.circuits.pair_effects import pair_effects
 from vlmscope.circuits.pair_subject import pair_subject, part_of
 from vlmscope.circuits.plans import at_supernodes, donor_activations, steer_plan
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import CircuitFeature, Supernode
-from vlmscope.core.positions import Positions
-from vlmscope.features.role_means import role_means
+from vlmscope.core.records import FeatureId, Positions
+from vlmscope.features.readouts import role_means
 from vlmscope.interventions.edits import merge, position_mask, scale_features
 from vlmscope.interventions.named import by_layer, mean_activations, patch_plan
 from vlmscope.interventions.named import steer_plan as named_plan
@@ -41,7 +40,7 @@ from vlmscope.interventions.run import run_edited
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 PROMPT = "what is this planet ?"
 WIDTH = 24

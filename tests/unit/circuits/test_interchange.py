@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.activations.capture import mlp_inputs
 from vlmscope.circuits.interchange import (
     all_features,
     carried_controls,
@@ -21,15 +21,13 @@ from vlmscope.circuits.interchange import (
 from vlmscope.circuits.pair_effects import between, gap_gradients, interpolation, pair_effects
 from vlmscope.circuits.pair_subject import PairSubject, pair_subject, part_of
 from vlmscope.core.errors import UserError
-from vlmscope.interventions.controls import matched_features, run_random_direction
 from vlmscope.interventions.edits import at_positions
-from vlmscope.interventions.generate import generate_ids
-from vlmscope.interventions.named import mean_activations
-from vlmscope.interventions.run import edit_changes, run_edited
-from vlmscope.models.precision import exact_float64
+from vlmscope.interventions.named import matched_features, mean_activations, run_random_direction
+from vlmscope.interventions.run import edit_changes, generate_ids, run_edited
+from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 PROMPT = "what is this planet ?"
 WIDTH = 24

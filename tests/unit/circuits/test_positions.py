@@ -11,17 +11,15 @@ from vlmscope.circuits.circuit import Circuit, load_circuit, save_circuit
 from vlmscope.circuits.plans import at_supernodes, steer_plan
 from vlmscope.core.artifacts import save_tensors, write_yaml
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
-from vlmscope.core.images import PatchBox
 from vlmscope.core.intervention import CircuitEdge, CircuitFeature, Supernode
-from vlmscope.core.positions import Places, Positions
-from vlmscope.interventions.controls import matched_features
+from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
 from vlmscope.interventions.edits import merge, set_features
+from vlmscope.interventions.named import matched_features
 from vlmscope.interventions.run import edit_changes
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 N = 30
 

@@ -14,16 +14,14 @@ from vlmscope.attribution.trace import trace
 from vlmscope.circuits import selectors
 from vlmscope.circuits.spec_config import ClusterConfig, InfluenceConfig, LabelConfig, SupernodeConfig
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
-from vlmscope.core.images import PatchBox
-from vlmscope.core.positions import Places, Positions
+from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
 from vlmscope.features.labels.label import Label
-from vlmscope.features.labels.reader import Labels
-from vlmscope.features.role_means import RoleMeans, role_means
+from vlmscope.features.labels.propose import Labels
+from vlmscope.features.readouts import RoleMeans, role_means
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 N = 40
 A, B, C = FeatureId(0, 3), FeatureId(1, 5), FeatureId(2, 7)

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.activations.capture import mlp_inputs
 from vlmscope.circuits.shared_effects import Asked, Outcome, ablate, ask, carried_plan, fall, patch_across
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 from vlmscope.interventions.named import by_layer, mean_activations
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import log_softmax
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 PATCHES = ("shared", "no_last_layer", "every_question", "everything", "everything_no_last_layer")
 

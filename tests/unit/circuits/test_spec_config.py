@@ -16,8 +16,7 @@ from vlmscope.circuits.spec_config import (
 )
 from vlmscope.config.circuit_file import declared
 from vlmscope.core.errors import UserError
-from vlmscope.core.images import PatchBox
-from vlmscope.core.positions import Positions
+from vlmscope.core.records import PatchBox, Positions
 
 MARS, EARTH = InputSetConfig(concept="mars"), InputSetConfig(concept="earth")
 IDS = ["L1/3"]

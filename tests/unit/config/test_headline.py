@@ -9,14 +9,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from vlmscope.config import AppConfig, catalog
-from vlmscope.config.errors import CONFIG_ERRORS
+from vlmscope.config.catalog import conf_dir
 from vlmscope.config.headline import HeadlineConfig
-from vlmscope.config.paths import conf_dir
-from vlmscope.config.resolve import to_app_config
+from vlmscope.config.resolve import CONFIG_ERRORS, to_app_config
 from vlmscope.config.store import register
 from vlmscope.core.errors import UserError
 from vlmscope.tasks import registry
-from vlmscope.tracking.params import to_params
+from vlmscope.tracking.client import to_params
 
 GOOD = """# @package _global_
 # Does it work?

@@ -7,7 +7,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from vlmscope.config.verbatim import quote, quote_arguments
+from vlmscope.config.resolve import quote, quote_arguments
 from vlmscope.tasks import registry
 
 NASTY = [

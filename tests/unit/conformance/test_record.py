@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from vlmscope.conformance.record import Check, Skipped, check
+from vlmscope.conformance.identities import Check, Skipped, check
 
 
 @check("half", "a number is small", 0.5)

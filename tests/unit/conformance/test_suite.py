@@ -5,17 +5,26 @@ import dataclasses
 import pytest
 import torch
 
-from vlmscope.conformance.identities import completeness, direct_effects, total_effects
-from vlmscope.conformance.record import Check
+from vlmscope.conformance.identities import Check, completeness, direct_effects, total_effects
 from vlmscope.conformance.subject import Limits, Subject, make_subject
-from vlmscope.conformance.suite import BEHAVIOUR, CASES, IDENTITIES, PROMPT, CaseReport, noise_picture, run_cases
-from vlmscope.conformance.table import failures, flat_metrics, render
+from vlmscope.conformance.suite import (
+    BEHAVIOUR,
+    CASES,
+    IDENTITIES,
+    PROMPT,
+    CaseReport,
+    failures,
+    flat_metrics,
+    noise_picture,
+    render,
+    run_cases,
+)
 from vlmscope.core.errors import UserError
+from vlmscope.models.base import exact_float64
 from vlmscope.models.orrery.processor import build_tokenizer
-from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 SMALL = Limits(sources=2, positions=2, new_tokens=2)
 

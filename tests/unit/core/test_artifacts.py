@@ -19,20 +19,20 @@ import torch
 from PIL import Image
 
 from vlmscope.app import main
-from vlmscope.attention import map_io
-from vlmscope.attribution import patch_io
-from vlmscope.attribution.graph_io import load_graph
-from vlmscope.attribution.merged_io import load_merged
+from vlmscope.attention import rollout as map_io
+from vlmscope.attribution import vision as patch_io
+from vlmscope.attribution.export import load_graph
+from vlmscope.attribution.merged import load_merged
 from vlmscope.circuits.circuit import load_circuit
 from vlmscope.circuits.spec_config import CircuitSpecConfig
 from vlmscope.config.circuit_file import declared
 from vlmscope.core import artifacts
 from vlmscope.core.errors import NoRoom, UserError
-from vlmscope.features.labels.reader import read_hand
+from vlmscope.features.labels.propose import read_hand
 from vlmscope.models.loading import load_vlm
 from vlmscope.training.resume import load_checkpoint
-from vlmscope.transcoders.card import parts_of
 from vlmscope.transcoders.formats import ANY, clt, load_set
+from vlmscope.transcoders.hub import parts_of
 
 
 def test_tensors_keep_every_bit_shape_dtype_and_metadata(tmp_path: Path) -> None:

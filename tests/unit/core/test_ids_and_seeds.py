@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId, parse
-from vlmscope.core.images import PatchBox
-from vlmscope.core.seeds import control_draws, derive, generator
+from vlmscope.core.records import FeatureId, PatchBox, control_draws, derive, generator, parse
 
 
 def test_feature_ids_round_trip_and_sort_by_layer_then_index() -> None:

@@ -3,10 +3,10 @@
 import csv
 from pathlib import Path
 
+from vlmscope.config.callbacks import summarise
 from vlmscope.config.store import job_settings
-from vlmscope.config.sweep_summary import summarise
 from vlmscope.core.artifacts import write_json, write_yaml
-from vlmscope.core.sweep import SweepJob, differing, read_jobs, write_table
+from vlmscope.core.runs import SweepJob, differing, read_jobs, write_table
 
 
 def test_only_what_differs_names_a_job() -> None:

@@ -14,21 +14,19 @@ import webdataset as wds
 from datasets import Dataset
 
 from vlmscope.core.artifacts import read_json, write_json
-from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
-from vlmscope.data import build, build_part, hf_rows
-from vlmscope.data.bad_files import BadFiles, readable_files
-from vlmscope.data.build import BuildSettings, build_mix
-from vlmscope.data.build_part import Chunk, PartJob, chunks_of
-from vlmscope.data.build_pool import run_jobs
+from vlmscope.core.records import Exchange
+from vlmscope.data import build
+from vlmscope.data import build as build_part
+from vlmscope.data import tables as hf_rows
+from vlmscope.data.build import BuildSettings, Chunk, PartJob, build_mix, chunks_of, run_jobs
+from vlmscope.data.config import SourceConfig
 from vlmscope.data.folder import load_folder
-from vlmscope.data.orrery.scene import make_scene
-from vlmscope.data.raw import RawSample, held_out
+from vlmscope.data.mixing import ShuffledSource, open_source
+from vlmscope.data.orrery.scenes import make_scene
+from vlmscope.data.samples import WHOLE, RawSample, Share, held_out
 from vlmscope.data.shards import encode_png
-from vlmscope.data.share import WHOLE, Share
-from vlmscope.data.shuffled import ShuffledSource
-from vlmscope.data.source_config import SourceConfig
-from vlmscope.data.sources import open_source
+from vlmscope.data.tables import BadFiles, readable_files
 
 PNG = encode_png(make_scene("train", "shapes", 0).image)
 

@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 
 from vlmscope.core.errors import UserError
-from vlmscope.data.orrery.appearance import APPEARANCE, appearance
-from vlmscope.data.orrery.concepts import colour_scenes, concept_scenes, digit_scenes
-from vlmscope.data.orrery.facts import SHAPE_COLOURS
-from vlmscope.data.orrery.scene import Scene
+from vlmscope.data.orrery.dataset import colour_scenes, concept_scenes, digit_scenes
+from vlmscope.data.orrery.scenes import APPEARANCE, SHAPE_COLOURS, Scene, appearance
 
 
 def numbers(scene: Scene, fact: str) -> list[float]:

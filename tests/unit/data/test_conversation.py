@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmscope.core.conversation import CAPTION_REQUEST, Conversation, Document, Exchange
 from vlmscope.core.errors import UserError
-from vlmscope.data.conversation import drawn, exchanges_of, record_parts, sample_of
+from vlmscope.core.records import CAPTION_REQUEST, Conversation, Document, Exchange
+from vlmscope.data.samples import drawn, exchanges_of, record_parts, sample_of
 
 PICTURE = Image.new("RGB", (2, 2))
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmscope.core.conversation import Conversation, Document
 from vlmscope.core.errors import UserError
+from vlmscope.core.records import Conversation, Document
+from vlmscope.data.config import SourceConfig
 from vlmscope.data.folder import JsonLines, load_folder
-from vlmscope.data.share import WHOLE
-from vlmscope.data.source_config import SourceConfig
-from vlmscope.data.sources import open_source
+from vlmscope.data.mixing import open_source
+from vlmscope.data.samples import WHOLE
 
 TURN = {"user": "what is this ?", "assistant": "red"}
 

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.images import as_rgb
+from vlmscope.core.records import as_rgb
 from vlmscope.data import images
 from vlmscope.data.images import (
     PictureFiles,

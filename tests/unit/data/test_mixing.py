@@ -8,12 +8,9 @@ from itertools import islice, product
 import pytest
 
 from vlmscope.core.errors import UserError
-from vlmscope.data.mixing import Lane, TokenMix
-from vlmscope.data.raw import RawSample
-from vlmscope.data.readers import Indexed
-from vlmscope.data.share import WHOLE, Share
-from vlmscope.data.shuffled import PATIENCE, ShuffledSource
-from vlmscope.data.text_packing import TokenPacker, packed
+from vlmscope.data.mixing import PATIENCE, Lane, ShuffledSource, TokenMix
+from vlmscope.data.packing import TokenPacker, packed
+from vlmscope.data.samples import WHOLE, Indexed, RawSample, Share
 
 
 def numbered(name: str, count: int) -> Indexed:

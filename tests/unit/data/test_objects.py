@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from vlmscope.core.images import PatchBox
+from vlmscope.core.records import PatchBox
 from vlmscope.data.orrery.objects import covered_cells, object_mask, painted_mask, share_in_boxes
-from vlmscope.data.orrery.scene import make_scene
+from vlmscope.data.orrery.scenes import make_scene
 
 
 @pytest.mark.parametrize("kind", ["planets", "digits", "shapes", "hands"])

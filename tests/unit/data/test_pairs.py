@@ -8,10 +8,9 @@ import pytest
 from PIL import Image
 
 from vlmscope.core.errors import UserError
-from vlmscope.data.orrery.facts import NUMBERS
-from vlmscope.data.orrery.pairs import CHANGES, ScenePair, scene_pairs
-from vlmscope.data.orrery.scene import SIDE
-from vlmscope.data.pair_config import PairsConfig
+from vlmscope.data.config import PairsConfig
+from vlmscope.data.orrery.dataset import CHANGES, ScenePair, scene_pairs
+from vlmscope.data.orrery.scenes import NUMBERS, SIDE
 from vlmscope.data.pairs import load_pairs, orrery_pairs, read_pairs
 
 N = 24

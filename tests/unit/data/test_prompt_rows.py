@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vlmscope.core.errors import UserError
-from vlmscope.data.prompt_rows import read_rows
+from vlmscope.data.prompts import read_rows
 
 
 @pytest.fixture

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import generator
 from vlmscope.data.orrery import hands, planets, shapes
 from vlmscope.data.orrery.digits import glyphs
-from vlmscope.data.orrery.facts import NUMBERS, PLANETS, vocabulary
-from vlmscope.data.orrery.scene import KINDS, SIDE, SPLITS, make_scene
+from vlmscope.data.orrery.scenes import KINDS, NUMBERS, PLANETS, SIDE, SPLITS, make_scene, vocabulary
 
 
 @pytest.mark.parametrize("kind", KINDS)

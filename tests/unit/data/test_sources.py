@@ -15,15 +15,13 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from PIL import Image as Pictures
 from pyarrow.parquet import read_metadata, write_table
 
-from vlmscope.core.conversation import CAPTION_REQUEST, Conversation, Document
 from vlmscope.core.errors import UserError
+from vlmscope.core.records import CAPTION_REQUEST, Conversation, Document
 from vlmscope.data.build import BuildSettings, build_mix
-from vlmscope.data.columns import parser
-from vlmscope.data.raw import RawSample, held_out
-from vlmscope.data.share import WHOLE, Share
-from vlmscope.data.shuffled import ShuffledSource
-from vlmscope.data.source_config import SourceConfig
-from vlmscope.data.sources import open_source
+from vlmscope.data.config import SourceConfig
+from vlmscope.data.mixing import ShuffledSource, open_source
+from vlmscope.data.samples import WHOLE, RawSample, Share, held_out
+from vlmscope.data.tables import parser
 
 PNG, JPEG = "PNG", "JPEG"
 
@@ -432,8 +430,8 @@ def test_a_row_group_that_no_memory_holds_is_not_read(
     texts = ["a", " " * 4_194_304 + "x", "b"]
     write_table(Dataset.from_dict({"text": texts}).data.table, tmp_path / "train.parquet", row_group_size=1)
     assert (tmp_path / "train.parquet").stat().st_size < 10**6
-    monkeypatch.setattr("vlmscope.data.bad_files.MAX_ROW_BYTES", row_limit)
-    monkeypatch.setattr("vlmscope.data.bad_files.MEMORY", memory)
+    monkeypatch.setattr("vlmscope.data.tables.MAX_ROW_BYTES", row_limit)
+    monkeypatch.setattr("vlmscope.data.tables.MEMORY", memory)
     config = SourceConfig("hf_text", str(tmp_path))
     with pytest.raises(UserError, match=f"train.parquet .*{said}.*number 1, and data.max_bad_shards=0") as error:
         samples(config)
@@ -446,7 +444,7 @@ def test_pictures_that_are_no_files_or_too_large_are_not_read(tmp_path: Path, mo
     """A table or a folder of unknown origin may name any path: a device or a pipe would never end."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large.png").write_bytes(b"x" * 2000)
-    monkeypatch.setattr("vlmscope.data.raw.MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr("vlmscope.data.samples.MAX_FILE_BYTES", 1000)
     names = {
         "pipe": "no file",
         "large.png": "2,000 bytes",

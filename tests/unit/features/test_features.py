@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
-from vlmscope.core.ids import FeatureId
-from vlmscope.features.logit_lens import top_and_bottom_logits
+from vlmscope.activations.capture import mlp_inputs
+from vlmscope.core.records import FeatureId
+from vlmscope.features.readouts import top_and_bottom_logits
 from vlmscope.features.study.top_examples import StudyItem, top_examples
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 
 @pytest.fixture(scope="module")

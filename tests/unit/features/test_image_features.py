@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.activations.mlp_inputs import mlp_inputs, mlp_inputs_and_logits
-from vlmscope.features.image_features import activations_at, image_features
-from vlmscope.features.token_lens import token_lens
+from vlmscope.activations.capture import mlp_inputs, mlp_inputs_and_logits
+from vlmscope.features.readouts import activations_at, image_features, token_lens
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
+from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import make_batch
-from vlmscope.models.precision import exact_float64
-from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.models.tiny_families import FAMILIES
+from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 PROMPT = "what is this planet ?"
 

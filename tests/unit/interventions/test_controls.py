@@ -2,8 +2,8 @@
 
 import torch
 
-from vlmscope.interventions.controls import matched_features, run_random_direction
 from vlmscope.interventions.edits import set_features
+from vlmscope.interventions.named import matched_features, run_random_direction
 from vlmscope.interventions.run import run_edited
 
 

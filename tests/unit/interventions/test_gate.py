@@ -7,8 +7,7 @@ import torch
 
 from vlmscope.core.errors import UserError
 from vlmscope.interventions.edits import Gate, LayerEdit, merge, set_features
-from vlmscope.interventions.frozen import base_run
-from vlmscope.interventions.run import edit_changes, run_edited
+from vlmscope.interventions.run import base_run, edit_changes, run_edited
 
 LAYER = 1
 

@@ -4,18 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.activations.capture import mlp_inputs
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
-from vlmscope.interventions.effect import measure_effect
-from vlmscope.interventions.frozen import base_run
+from vlmscope.core.records import FeatureId
+from vlmscope.interventions.effects import measure_effect
 from vlmscope.interventions.named import by_layer, donor_activations, mean_activations, patch_plan, steer_plan
-from vlmscope.interventions.run import activations, run_edited
+from vlmscope.interventions.run import activations, base_run, run_edited
 from vlmscope.metrics.causal import kl_divergence
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 
 def dense(scope, batch, layer: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.activations.capture import mlp_inputs
 from vlmscope.core.errors import UserError
 from vlmscope.interventions.edits import (
     LayerEdit,
@@ -14,9 +14,7 @@ from vlmscope.interventions.edits import (
     set_features,
     without_layers,
 )
-from vlmscope.interventions.frozen import base_run
-from vlmscope.interventions.generate import generate_edited, generate_ids
-from vlmscope.interventions.run import editing, run_edited
+from vlmscope.interventions.run import base_run, editing, generate_edited, generate_ids, run_edited
 from vlmscope.models.attention import recording_patterns
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_image

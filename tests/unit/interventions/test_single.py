@@ -6,11 +6,10 @@ import torch
 
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.targets import difference_target
-from vlmscope.interventions import single
+from vlmscope.interventions import effects as single
 from vlmscope.interventions.edits import LayerEdit
-from vlmscope.interventions.frozen import base_run
-from vlmscope.interventions.run import run_edited
-from vlmscope.interventions.single import SingleEdits, single_effects
+from vlmscope.interventions.effects import SingleEdits, single_effects
+from vlmscope.interventions.run import base_run, run_edited
 from vlmscope.models.batching import make_batch
 from vlmscope.replacement.model import build_replacement
 

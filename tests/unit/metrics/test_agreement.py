@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vlmscope.metrics.agreement import agreement
+from vlmscope.metrics.prediction import agreement
 
 
 def cases(noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

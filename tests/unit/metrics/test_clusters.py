@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import generator
 from vlmscope.metrics.clusters import louvain, modularity
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from vlmscope.core.seeds import generator
-from vlmscope.metrics.coactivation import coactive, npmi, phi
+from vlmscope.core.records import generator
+from vlmscope.metrics.clusters import coactive, npmi, phi
 
 N, F = 300, 23
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import generator
 from vlmscope.metrics.causal import bootstrap_mean
 from vlmscope.metrics.decoding import additive, class_means, held_out_r2, linear_accuracy, linear_prediction, simplest
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlmscope.metrics.depth import bootstrap_depth, mean_depth
+from vlmscope.metrics.decoding import bootstrap_depth, mean_depth
 
 
 def test_the_depth_is_the_mean_of_the_layers_by_what_they_add() -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from vlmscope.metrics.duplication import duplicated_fraction, nearest_twins
+from vlmscope.metrics.dictionary import duplicated_fraction, nearest_twins
 
 
 def rows(seed: int, n: int = 40, d: int = 64) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlmscope.metrics.faithfulness import SHARES, area, cmd, cpr, faithfulness, faithfulness_curve, sizes
+from vlmscope.metrics.prediction import SHARES, area, cmd, cpr, faithfulness, faithfulness_curve, sizes
 
 
 def test_areas_follow_the_trapezoid_rule_on_a_linear_axis() -> None:

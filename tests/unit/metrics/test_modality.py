@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from vlmscope.core.seeds import generator
-from vlmscope.metrics.modality import modality, wilson_interval
+from vlmscope.core.records import generator
+from vlmscope.metrics.dictionary import modality, wilson_interval
 
 
 def test_the_index_is_a_share_of_rates() -> None:

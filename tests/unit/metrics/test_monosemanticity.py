@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from vlmscope.core.seeds import generator
-from vlmscope.metrics.monosemanticity import monosemanticity, unit_embeddings
+from vlmscope.core.records import generator
+from vlmscope.metrics.dictionary import monosemanticity, unit_embeddings
 
 N, D, F = 40, 7, 12
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control
 
-from vlmscope.core.seeds import generator
-from vlmscope.metrics.multiple import benjamini_hochberg
+from vlmscope.core.records import generator
+from vlmscope.metrics.causal import benjamini_hochberg
 
 
 def by_definition(p: np.ndarray) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vlmscope.core.seeds import generator
-from vlmscope.metrics.permutation import permutation_p
+from vlmscope.core.records import generator
+from vlmscope.metrics.causal import permutation_p
 
 
 def test_p_counts_draws_as_large() -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from vlmscope.metrics.ranges import half_width, suggested_range
+from vlmscope.metrics.causal import half_width, suggested_range
 
 
 @pytest.mark.parametrize(

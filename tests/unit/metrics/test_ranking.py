@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from vlmscope.metrics.ranking import auroc, jaccard, mean_jaccard, spearman
+from vlmscope.metrics.prediction import auroc, jaccard, mean_jaccard, spearman
 
 
 def test_auroc_is_the_share_of_pairs_in_the_right_order() -> None:

@@ -5,14 +5,7 @@ import math
 import pytest
 import torch
 
-from vlmscope.metrics.reconstruction import (
-    FvuAccumulator,
-    cross_entropy_delta,
-    dead_fraction,
-    firing_counts,
-    fvu,
-    l0,
-)
+from vlmscope.metrics.dictionary import FvuAccumulator, cross_entropy_delta, dead_fraction, firing_counts, fvu, l0
 
 
 def test_fvu_of_hand_made_numbers() -> None:

@@ -5,9 +5,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from vlmscope.core.seeds import generator
-from vlmscope.metrics.multiple import benjamini_hochberg
-from vlmscope.metrics.selectivity import Rule, contrast, contrast_p, matching_p, shuffled
+from vlmscope.core.records import generator
+from vlmscope.metrics.causal import benjamini_hochberg
+from vlmscope.metrics.decoding import Rule, contrast, contrast_p, matching_p, shuffled
 
 C, EACH, M = 4, 12, 60
 

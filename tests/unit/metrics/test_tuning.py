@@ -4,13 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vlmscope.metrics.tuning import (
-    curve_kinds,
-    level_p,
-    partial_correlation,
-    rank_correlation,
-    tuning_curves,
-)
+from vlmscope.metrics.decoding import curve_kinds, level_p, partial_correlation, rank_correlation, tuning_curves
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vlmscope.core.images import PatchBox
+from vlmscope.core.records import PatchBox
 from vlmscope.models.boxes import grid_boxes, seen_window, square_window
 
 

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from vlmscope.core.conversation import Conversation, Document, Exchange
 from vlmscope.core.errors import UserError
+from vlmscope.core.records import Conversation, Document, Exchange
 from vlmscope.models.conversations import LOSS_MASK, encode
 from vlmscope.models.loading import VLM
-from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.models.tiny_families import FAMILIES
+from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 
 # No word is said by both, so that a shifted mask shows.
 EXCHANGES = (

@@ -5,14 +5,14 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, Gemma4ForCausalLM
 
 from vlmscope.core.errors import UserError
+from vlmscope.models.base import exact_float64
 from vlmscope.models.decoders import DECODERS
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import VLM
-from vlmscope.models.precision import exact_float64
 from vlmscope.models.tiny import randomise, tiny_image, tiny_vlm
 from vlmscope.replacement.model import build_replacement
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 OWN_FAMILY = {"qwen2_5_vl_text", "qwen3_vl_text"}  # need the positions that their own family makes
 

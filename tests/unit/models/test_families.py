@@ -10,14 +10,13 @@ from PIL import Image, ImageOps
 
 from vlmscope.api import Scope
 from vlmscope.core.errors import UserError
-from vlmscope.core.images import PatchBox
+from vlmscope.core.records import PatchBox
 from vlmscope.data.images import decode_image
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import make_batch
 from vlmscope.models.loading import VLM, load_vlm
-from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.models.tiny_families import FAMILIES
-from vlmscope.transcoders.init import random_set
+from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
+from vlmscope.transcoders.transcoder import random_set
 
 PROMPT = "what is this red planet ?"
 SIZES = ((48, 48), (72, 48), (48, 96))  # width and height

@@ -12,18 +12,15 @@ from transformers.models.gemma3 import modeling_gemma3
 
 from vlmscope.activations.capture import capture_state
 from vlmscope.conformance.subject import Limits
-from vlmscope.conformance.suite import run_cases
-from vlmscope.conformance.table import failures
-from vlmscope.models.architecture import empty_model, find_config
+from vlmscope.conformance.suite import failures, run_cases
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import VLM
-from vlmscope.models.sizes import attention_widths, state_elements
+from vlmscope.models.sizes import attention_widths, empty_model, find_config, state_elements
 from vlmscope.models.tiny import randomise, tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
-from vlmscope.transcoders.init import random_set
-from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet, random_set
 
 LAYERS, D, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 34, 2560, 8, 4, 256, 262_208
 SOFT, T = 256, 320

@@ -14,9 +14,9 @@ from huggingface_hub import constants, errors
 from omegaconf import OmegaConf
 
 from vlmscope.app import main
-from vlmscope.config.paths import conf_dir
+from vlmscope.config.catalog import conf_dir
 from vlmscope.core.errors import UserError
-from vlmscope.models.hub import is_commit, is_hub_id, model_folder, wanted
+from vlmscope.models.checkpoint import is_commit, is_hub_id, model_folder, wanted
 from vlmscope.models.tiny import tiny_gemma3
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from vlmscope.app import main
-from vlmscope.attribution.graph_io import load_graph
+from vlmscope.attribution.export import load_graph
 from vlmscope.conformance.suite import run_cases
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
-from vlmscope.features.logit_lens import top_and_bottom_logits
+from vlmscope.core.records import FeatureId
+from vlmscope.features.readouts import top_and_bottom_logits
 from vlmscope.models import placement
 from vlmscope.models.loading import VLM, load_vlm
 from vlmscope.models.placement import Needs, check_device, check_memory, computing_device, is_offloaded, materialised
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 
 def saved(family: str, folder: Path) -> VLM:

@@ -6,18 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.core.conversation import Conversation, Exchange
 from vlmscope.core.errors import UserError
-from vlmscope.interventions.generate import generate_batch, generate_ids
-from vlmscope.models.answers import continued, greedy_answer
-from vlmscope.models.base import ModelInputs
-from vlmscope.models.conversations import LOSS_MASK, encode, sequence_forward
+from vlmscope.core.records import Conversation, Exchange
+from vlmscope.interventions.run import generate_batch, generate_ids
+from vlmscope.models.base import ModelInputs, written_by_user
+from vlmscope.models.conversations import LOSS_MASK, continued, encode, greedy_answer, sequence_forward
 from vlmscope.models.loading import VLM
 from vlmscope.models.orrery.processor import build_tokenizer
-from vlmscope.models.positions import written_by_user
 from vlmscope.models.template import Turn
-from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.models.tiny_families import FAMILIES
+from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 
 PROMPTS = (
     "describe this picture",

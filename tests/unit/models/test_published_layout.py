@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from vlmscope.core.conversation import Exchange
 from vlmscope.core.errors import UserError
+from vlmscope.core.records import Exchange
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 

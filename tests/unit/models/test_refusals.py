@@ -18,25 +18,22 @@ from transformers import (
     PhiConfig,
 )
 
-from vlmscope.activations.mlp_inputs import mlp_inputs_and_logits
+from vlmscope.activations.capture import mlp_inputs_and_logits
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.trace import trace
-from vlmscope.core.conversation import Conversation, Document, Exchange
 from vlmscope.core.errors import UserError
-from vlmscope.features.token_lens import token_lens
-from vlmscope.interventions.controls import run_random_direction
+from vlmscope.core.records import Conversation, Document, Exchange
+from vlmscope.features.readouts import token_lens
 from vlmscope.interventions.edits import LayerEdit
-from vlmscope.interventions.frozen import base_run
-from vlmscope.interventions.generate import generate_batch, generate_edited
-from vlmscope.interventions.run import run_edited
-from vlmscope.models.answers import greedy_answer
+from vlmscope.interventions.named import run_random_direction
+from vlmscope.interventions.run import base_run, generate_batch, generate_edited, run_edited
 from vlmscope.models.batching import make_batch
-from vlmscope.models.conversations import encode
+from vlmscope.models.conversations import encode, greedy_answer
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 
 @pytest.mark.parametrize(

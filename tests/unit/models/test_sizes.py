@@ -4,15 +4,23 @@ import pytest
 import torch
 
 from vlmscope.activations.capture import capture_state
-from vlmscope.config.paths import asset
+from vlmscope.config.catalog import asset
 from vlmscope.core.errors import UserError
-from vlmscope.models.architecture import PUBLISHED, empty_model, find_config, published_models
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.placement import Needs
-from vlmscope.models.sizes import forward_flops, n_patches, parameters_by_part, soft_tokens, state_elements
-from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.models.tiny_families import FAMILIES
+from vlmscope.models.sizes import (
+    PUBLISHED,
+    empty_model,
+    find_config,
+    forward_flops,
+    n_patches,
+    parameters_by_part,
+    published_models,
+    soft_tokens,
+    state_elements,
+)
+from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 
 # Total parameters as the models' pages state them (safetensors metadata).
 COUNTS = {

@@ -2,9 +2,7 @@
 
 import pytest
 
-from vlmscope.models.tiny import tiny_vlm
-from vlmscope.models.tiny_families import FAMILIES
-from vlmscope.models.tiny_tokenizer import WORDS, byte_tokenizer
+from vlmscope.models.tiny import FAMILIES, WORDS, byte_tokenizer, tiny_vlm
 
 TEXTS = (
     "describe this picture",

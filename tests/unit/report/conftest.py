@@ -8,8 +8,6 @@ import pytest
 from PIL import Image
 
 from vlmscope.core.graph import AttributionGraph, GraphScores, NodeKind, NodeTable, PrunedGraph
-from vlmscope.core.ids import FeatureId
-from vlmscope.core.images import PatchBox
 from vlmscope.core.intervention import (
     AnswerExample,
     CircuitFeature,
@@ -19,8 +17,9 @@ from vlmscope.core.intervention import (
     Rate,
     Supernode,
 )
-from vlmscope.report import sections as s
-from vlmscope.report.html import ReportPage
+from vlmscope.core.records import FeatureId, PatchBox
+from vlmscope.report import page as s
+from vlmscope.report.page import ReportPage
 
 HOSTILE = "<start_of_image> & \"quotes\" <script>alert('x')</script>"
 SIDE, GRID, LAYERS = 64, 4, 6

@@ -7,8 +7,7 @@ import numpy as np
 from PIL import Image
 from tests.unit.report.conftest import BOXES, GRID, HOSTILE, MARS
 
-from vlmscope.core.conversation import Exchange
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import Exchange, FeatureId
 from vlmscope.core.study import (
     ANSWER,
     BINS,
@@ -22,7 +21,7 @@ from vlmscope.core.study import (
 )
 from vlmscope.report.feature_page import ExampleGroup, FeaturePage, GraphUse, PageExample, PageLabel, StudyFacts
 from vlmscope.report.gallery import Gallery
-from vlmscope.report.heat import HeatPicture, thumbnail
+from vlmscope.report.thumbnails import HeatPicture, thumbnail
 
 N = len(BOXES)
 INFO = StudyInfo(

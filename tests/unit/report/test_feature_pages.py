@@ -25,13 +25,10 @@ from tests.unit.report.test_html import Parsed
 
 import vlmscope
 from vlmscope.core.study import BINS, bin_edges
-from vlmscope.report import feature_words
-from vlmscope.report.feature_json import feature_json, quantile_name
-from vlmscope.report.feature_page import PageLabel, StudyFacts
-from vlmscope.report.gallery import Gallery
-from vlmscope.report.heat import Geometries, HeatPicture, thumbnail
-from vlmscope.report.histogram import HEIGHT, histogram
-from vlmscope.report.scripted import inert_json
+from vlmscope.report import feature_page as feature_words
+from vlmscope.report.feature_page import HEIGHT, PageLabel, StudyFacts, histogram, inert_json
+from vlmscope.report.gallery import Gallery, feature_json, quantile_name
+from vlmscope.report.thumbnails import Geometries, HeatPicture, thumbnail
 
 SCHEMA = Path(vlmscope.__file__).parent / "report" / "schema" / "feature.schema.json"
 

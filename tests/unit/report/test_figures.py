@@ -7,15 +7,14 @@ import pytest
 from PIL import Image
 
 from vlmscope.core.graph import NodeKind
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import Curve, FlipRow, Rate, Supernode
-from vlmscope.core.sweep import SweepJob
+from vlmscope.core.records import FeatureId
+from vlmscope.core.runs import SweepJob
 from vlmscope.report import figures, training_figures
 from vlmscope.report.circuit_figure import circuit_diagram, describe, drawable
-from vlmscope.report.feature_key import key_entries
-from vlmscope.report.graph_figure import attribution_graph, strongest_edges
+from vlmscope.report.graph_figure import attribution_graph, key_entries, strongest_edges
 from vlmscope.report.style import COLOURS
-from vlmscope.report.sweep_figure import sweep_overview
+from vlmscope.report.training_figures import sweep_overview
 
 DPI = 150
 
@@ -176,7 +175,7 @@ def test_a_graph_with_labels_has_a_key_below(pruned, tmp_path: Path) -> None:
 
 def test_twelve_settings_of_a_sweep_look_different_and_are_named_briefly() -> None:
     from vlmscope.report.style import COLOURS, pick
-    from vlmscope.report.sweep_figure import _marker, _short
+    from vlmscope.report.training_figures import _marker, _short
 
     assert len({(pick(COLOURS, number), _marker(number)) for number in range(12)}) == 12
     assert _short("transcoder.activation=topk, transcoder.k=8") == "activation=topk, k=8"

@@ -7,8 +7,8 @@ import pytest
 from tests.unit.report.conftest import HOSTILE
 
 from vlmscope.core.errors import UserError
-from vlmscope.report import sections as s
-from vlmscope.report.html import ReportPage
+from vlmscope.report import page as s
+from vlmscope.report.page import ReportPage
 
 VOID = {"meta", "img", "input", "br", "link", "line", "path", "circle"}
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vlmscope.core.intervention import Rate
-from vlmscope.report.linear_figure import by_edit, predicted_scatter
+from vlmscope.report.experiment_figures import by_edit, predicted_scatter
 
 
 def test_figures_are_drawn(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vlmscope.core.intervention import Rate
-from vlmscope.report.prediction_figures import AskedPicture, areas, asked_pictures, probabilities
+from vlmscope.report.experiment_figures import AskedPicture, areas, asked_pictures, probabilities
 
 
 def shown(path: Path) -> float:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmscope.core.images import PatchBox
 from vlmscope.core.intervention import FeatureExample
+from vlmscope.core.records import PatchBox
 from vlmscope.report import thumbnails
 
 HALVES = (PatchBox(0, 0, 0.5, 1), PatchBox(0.5, 0, 1, 1))

@@ -8,7 +8,7 @@ import pytest
 from vlmscope.circuits.pair_subject import PairSubject, pair_subject
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 
 @pytest.fixture(scope="session")

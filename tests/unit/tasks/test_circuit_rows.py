@@ -4,7 +4,7 @@ import torch
 
 from vlmscope.core.intervention import FlipRow, Rate
 from vlmscope.interventions.edits import set_features
-from vlmscope.report.sections import flip_table
+from vlmscope.report.page import flip_table
 from vlmscope.tasks.steps.circuit_rows import first_cases, row_metrics, with_q, worst
 
 

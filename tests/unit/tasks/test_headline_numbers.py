@@ -3,8 +3,8 @@
 import pytest
 
 from vlmscope.config.headline import HeadlineConfig
-from vlmscope.core.reproduction import Number, Reproduced
-from vlmscope.report.sections import Percent, duration, measured, range_of
+from vlmscope.core.runs import Number, Reproduced
+from vlmscope.report.page import Percent, duration, measured, range_of
 from vlmscope.tasks.headline_numbers import numbers_of
 
 METRICS: dict[str, float | None] = {

@@ -14,10 +14,10 @@ from vlmscope.circuits.interchange import Outcome, all_features, carried_control
 from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import CircuitFeature, Rate
-from vlmscope.data.orrery.facts import SHAPES
-from vlmscope.data.pair_config import PairsConfig
+from vlmscope.core.records import FeatureId
+from vlmscope.data.config import PairsConfig
+from vlmscope.data.orrery.scenes import SHAPES
 from vlmscope.data.pairs import Pair, Side
 from vlmscope.interventions.edits import at_positions
 from vlmscope.interventions.named import mean_activations

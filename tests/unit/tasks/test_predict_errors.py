@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlmscope.attribution.indicator_config import HallucinationConfig
+from vlmscope.attribution.config import HallucinationConfig
 from vlmscope.core.errors import UserError
 from vlmscope.tasks.steps import predict_errors
 from vlmscope.tasks.steps.predict_errors import Case, asked_cases

@@ -14,8 +14,7 @@ import pytest
 from vlmscope.core.errors import UserError
 from vlmscope.tracking import NullRun, RunInfo, TrackingConfig, open_run, sweep
 from vlmscope.tracking import run as tracked_run
-from vlmscope.tracking.client import open_client
-from vlmscope.tracking.params import MAX_KEY, MAX_VALUE, to_params
+from vlmscope.tracking.client import MAX_KEY, MAX_VALUE, open_client, to_params
 
 
 @pytest.fixture(scope="module")

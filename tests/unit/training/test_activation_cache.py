@@ -22,8 +22,8 @@ from vlmscope.core.hub import gb
 from vlmscope.models.base import Adapter
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
-from vlmscope.training.activation_cache import CacheSettings
-from vlmscope.training.transcoder_config import TranscoderTrainingConfig
+from vlmscope.training.captures import CacheSettings
+from vlmscope.training.config import TranscoderTrainingConfig
 from vlmscope.training.transcoder_training import train_transcoders
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -209,7 +209,7 @@ import torch.distributed as dist
 from tests.unit.training.test_ranks import _WORKER
 from vlmscope.models.base import Adapter
 import vlmscope.training.transcoder_training as training
-from vlmscope.training.activation_cache import CacheSettings
+from vlmscope.training.captures import CacheSettings
 
 count, right = [0], Adapter.forward
 def counted(self, *arguments, **settings):

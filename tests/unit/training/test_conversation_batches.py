@@ -3,17 +3,15 @@
 import pytest
 import torch
 
-from vlmscope.core.conversation import Conversation, Document, Exchange, Sample
 from vlmscope.core.errors import UserError
+from vlmscope.core.records import Conversation, Document, Exchange, Sample
 from vlmscope.models.conversations import LOSS_MASK, encode
 from vlmscope.models.loading import VLM
-from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.models.tiny_families import FAMILIES
+from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.training.conversation_batches import ConversationBatches, ValidationBatches, stacked
-from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.training.transcoder_data import collect
-from vlmscope.training.transcoder_evaluation import evaluate_transcoders
+from vlmscope.training.batches import ConversationBatches, ValidationBatches, collect, stacked
+from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.training.evaluation import evaluate_transcoders
 from vlmscope.training.transcoder_training import train_transcoders
 
 SIZES = ((16, 16), (40, 24), (24, 60))

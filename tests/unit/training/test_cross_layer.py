@@ -8,13 +8,13 @@ import torch
 from tests.unit.training.test_transcoder_training import CONFIG, _batch, _state, _train
 
 from vlmscope.core.errors import UserError
-from vlmscope.metrics.reconstruction import fvu
+from vlmscope.metrics.dictionary import fvu
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
 from vlmscope.scope import Scope
-from vlmscope.training.groups import cross_layer_losses
-from vlmscope.training.transcoder_data import collect
-from vlmscope.training.transcoder_evaluation import evaluate_transcoders, spliced
+from vlmscope.training.batches import collect
+from vlmscope.training.evaluation import evaluate_transcoders, spliced
+from vlmscope.training.ranks import cross_layer_losses
 from vlmscope.training.transcoder_module import TranscoderModule
 
 CROSS = dataclasses.replace(CONFIG, cross_layer=True)
@@ -116,7 +116,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(vlm: VLM, tmp_path: Path
 def test_trouble_in_one_layer_stops_all_and_keeps_the_weights(
     vlm: VLM, module: TranscoderModule, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from vlmscope.training.transcoder_data import LayerActivations
+    from vlmscope.training.batches import LayerActivations
 
     activations = collect(vlm.adapter, _batch(3))
     x, y = activations.by_layer[1]

@@ -6,16 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vlmscope.config.paths import asset
+from vlmscope.config.catalog import asset
 from vlmscope.core.errors import UserError
 from vlmscope.models.loading import VLM, load_vlm
 from vlmscope.models.tiny import tiny_vlm
 from vlmscope.scope import Scope
 from vlmscope.tasks.load_check import warn_if_unfit
-from vlmscope.training.load_check import check_hooks, fvu_on_load
+from vlmscope.training.evaluation import check_hooks, fvu_on_load
 from vlmscope.transcoders.formats import load_set
-from vlmscope.transcoders.init import random_set, set_weight
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.transcoders.transcoder import TranscoderSet, random_set, set_weight
 
 
 @pytest.fixture(scope="module")

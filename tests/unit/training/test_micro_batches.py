@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from vlmscope.core.errors import UserError
 from vlmscope.models.loading import VLM
-from vlmscope.training.layer_trainer import LayerTrainer
+from vlmscope.training.layer_trainer import LayerStep, LayerTrainer, differentiate
 from vlmscope.training.losses.aux_k import dead_features
-from vlmscope.training.micro_batches import LayerStep, differentiate
 from vlmscope.training.transcoder_training import train_transcoders
 from vlmscope.transcoders.transcoder import TranscoderConfig
 

@@ -9,18 +9,15 @@ import torch
 
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
-from vlmscope.data.mixing import Lane, TokenMix
-from vlmscope.data.share import WHOLE, Share
-from vlmscope.data.shuffled import ShuffledSource
-from vlmscope.data.source_config import SourceConfig
-from vlmscope.data.sources import open_source
-from vlmscope.data.text_packing import TokenPacker
+from vlmscope.data.config import SourceConfig
+from vlmscope.data.mixing import Lane, ShuffledSource, TokenMix, open_source
+from vlmscope.data.packing import TokenPacker
+from vlmscope.data.samples import WHOLE, Share
 from vlmscope.models.conversations import LOSS_MASK, encode, ends_of_text, sequence_forward, text_ids
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.training.conversation_batches import Forward
-from vlmscope.training.mix_batches import EVERY, MixBatches, MixValidation, SampleEncoder
-from vlmscope.training.transcoder_data import OwnPart
+from vlmscope.training.batches import EVERY, MixBatches, MixValidation, OwnPart, SampleEncoder
+from vlmscope.training.batches import EncodedForward as Forward
 
 WEIGHTS = {"text": 2.0, "captions": 2.0, "questions": 1.0}
 

@@ -11,10 +11,9 @@ from torch import Tensor
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter
 from vlmscope.models.loading import VLM
-from vlmscope.training.layer_trainer import LayerTrainer
-from vlmscope.training.micro_batches import differentiate
+from vlmscope.training.batches import Batch, LayerActivations
+from vlmscope.training.layer_trainer import LayerTrainer, differentiate
 from vlmscope.training.ranks import Ranks
-from vlmscope.training.transcoder_data import Batch, LayerActivations
 from vlmscope.training.transcoder_training import train_transcoders
 from vlmscope.transcoders.transcoder import TranscoderConfig
 

@@ -4,15 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vlmscope.core.seeds import generator
-from vlmscope.data.orrery.facts import vocabulary
-from vlmscope.data.orrery.scene import make_scene
+from vlmscope.core.records import generator
+from vlmscope.data.orrery.scenes import make_scene, vocabulary
 from vlmscope.data.packing import pack
 from vlmscope.models.orrery.build import build_orrery
 from vlmscope.models.orrery.config import OrreryConfig
 from vlmscope.models.orrery.processor import build_processor
-from vlmscope.training.orrery_config import StageConfig
-from vlmscope.training.orrery_module import VlmModule
+from vlmscope.training.config import StageConfig
+from vlmscope.training.orrery import VlmModule
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from vlmscope.core.errors import UserError
 from vlmscope.models.loading import VLM
-from vlmscope.training.layer_trainer import LayerTrainer
-from vlmscope.training.micro_batches import differentiate
-from vlmscope.training.transcoder_config import TranscoderTrainingConfig
+from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.training.layer_trainer import LayerTrainer, differentiate
 from vlmscope.training.transcoder_training import train_transcoders
 from vlmscope.transcoders.config import ACTIVATIONS
 from vlmscope.transcoders.transcoder import TranscoderConfig

@@ -9,15 +9,15 @@ from safetensors.torch import load_file
 from tests.processes import Forked, all_codes
 
 from vlmscope.core.errors import UserError
-from vlmscope.training.layout import Layout
+from vlmscope.training.ranks import Layout
 
 _WORKER = """
 import os, sys, dataclasses, numpy as np, torch
 import torch.distributed as dist
 from vlmscope.core.errors import NotMainRank
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import generator
 from vlmscope.models.tiny import tiny_gemma3
-from vlmscope.training.transcoder_config import TranscoderTrainingConfig
+from vlmscope.training.config import TranscoderTrainingConfig
 from vlmscope.training.transcoder_training import train_transcoders
 from vlmscope.transcoders.formats import save_set
 

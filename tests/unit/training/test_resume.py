@@ -9,15 +9,13 @@ import torch
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.orrery.dataset import OrreryDataConfig, ScenePool, build
-from vlmscope.data.orrery.facts import vocabulary
-from vlmscope.data.orrery.scene import KINDS
+from vlmscope.data.orrery.scenes import KINDS, vocabulary
 from vlmscope.models.orrery.build import build_orrery
 from vlmscope.models.orrery.config import OrreryConfig
 from vlmscope.models.orrery.processor import build_processor
-from vlmscope.training import orrery_training
-from vlmscope.training.orrery_config import OrreryTrainingConfig, StageConfig
-from vlmscope.training.orrery_module import StepBatches, VlmModule
-from vlmscope.training.orrery_training import _fit, train_orrery
+from vlmscope.training import orrery as orrery_training
+from vlmscope.training.config import OrreryTrainingConfig, StageConfig
+from vlmscope.training.orrery import StepBatches, VlmModule, _fit, train_orrery
 from vlmscope.training.resume import load_checkpoint
 
 SMALL = OrreryConfig(d_model=16, n_layers=2, d_mlp=16, head_dim=4, vision_width=8, vision_layers=1, vision_mlp=8)

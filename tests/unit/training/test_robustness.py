@@ -16,9 +16,9 @@ from tests.unit.training.test_transcoder_training import CONFIG, _batch, _one_th
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter
 from vlmscope.models.loading import VLM
+from vlmscope.training.batches import Batch, LayerActivations
 from vlmscope.training.layer_trainer import LayerTrainer
 from vlmscope.training.ranks import Ranks
-from vlmscope.training.transcoder_data import Batch, LayerActivations
 from vlmscope.training.transcoder_training import train_transcoders
 from vlmscope.transcoders.transcoder import TranscoderSet
 

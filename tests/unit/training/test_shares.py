@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmscope.training.shares import share
-from vlmscope.training.transcoder_data import Forward
+from vlmscope.training.batches import Forward
+from vlmscope.training.ranks import share
 
 SOFT = 8
 

@@ -12,17 +12,14 @@ from tests.processes import Forked, all_codes
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.hardware import HARDWARE, Hardware
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import generator
 from vlmscope.models.tiny import tiny_gemma3
-from vlmscope.training.captures import Captures
+from vlmscope.training.captures import ActivationStream, Captures
+from vlmscope.training.config import TranscoderTrainingConfig
 from vlmscope.training.layer_trainer import LayerTrainer
-from vlmscope.training.layout import Layout
-from vlmscope.training.ranks import Ranks
-from vlmscope.training.sizes import TrainingSizes, transcoder_numbers
-from vlmscope.training.times import bounds, layer_work, step_work
-from vlmscope.training.transcoder_config import TranscoderTrainingConfig
+from vlmscope.training.ranks import Layout, Ranks
+from vlmscope.training.sizes import TrainingSizes, bounds, layer_work, step_work, transcoder_numbers
 from vlmscope.training.transcoder_module import TranscoderModule
-from vlmscope.training.transcoder_stream import ActivationStream
 from vlmscope.training.transcoder_training import train_transcoders
 from vlmscope.transcoders.config import ACTIVATIONS
 from vlmscope.transcoders.formats import save_set
@@ -104,11 +101,11 @@ _WORKER = """
 import sys, json, torch
 import torch.distributed as dist
 from vlmscope.core.errors import NotMainRank
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import generator
 from vlmscope.models.tiny import tiny_gemma3
 from vlmscope.training.ranks import Ranks
-from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.training.transcoder_data import LayerActivations
+from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.training.batches import LayerActivations
 from vlmscope.training.transcoder_module import TranscoderModule
 from vlmscope.training.transcoder_training import train_transcoders
 

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.seeds import generator
-from vlmscope.metrics.reconstruction import fvu
+from vlmscope.core.records import generator
+from vlmscope.metrics.dictionary import fvu
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
 from vlmscope.scope import Scope
-from vlmscope.training.transcoder_data import collect
-from vlmscope.training.transcoder_evaluation import evaluate_transcoders, spliced
-from vlmscope.transcoders.init import random_set, set_weight
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.training.batches import collect
+from vlmscope.training.evaluation import evaluate_transcoders, spliced
+from vlmscope.transcoders.transcoder import TranscoderSet, random_set, set_weight
 
 
 @pytest.fixture(scope="module")

@@ -13,25 +13,22 @@ from torch import Tensor
 
 from vlmscope.config.schema import OptimConfig
 from vlmscope.core.errors import UserError
-from vlmscope.core.seeds import generator
-from vlmscope.metrics.reconstruction import fvu
+from vlmscope.core.records import generator
+from vlmscope.metrics.dictionary import fvu
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
 from vlmscope.scope import Scope
-from vlmscope.training.captures import Captures
-from vlmscope.training.layer_trainer import LayerTrainer
+from vlmscope.training.batches import collect
+from vlmscope.training.captures import ActivationStream, Captures
+from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.training.evaluation import evaluate_transcoders
+from vlmscope.training.layer_trainer import LayerTrainer, start
 from vlmscope.training.losses.aux_k import aux_k
 from vlmscope.training.losses.matryoshka import prefix_fvu
-from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.training.transcoder_data import collect
-from vlmscope.training.transcoder_evaluation import evaluate_transcoders
 from vlmscope.training.transcoder_module import TranscoderModule
-from vlmscope.training.transcoder_start import start
-from vlmscope.training.transcoder_stream import ActivationStream
 from vlmscope.training.transcoder_training import train_transcoders
 from vlmscope.transcoders.formats import load_set, save_set
-from vlmscope.transcoders.init import random_set
-from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet, random_set
 
 SOFT, PAD = 8, 0
 CONFIG = TranscoderTrainingConfig(
@@ -284,7 +281,7 @@ def test_rescaling_to_one_threshold_leaves_the_function_as_it_was(monkeypatch: p
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     outputs = []
     for threshold in (1.0, 4.0):
-        monkeypatch.setattr("vlmscope.training.transcoder_start._THRESHOLD", threshold)
+        monkeypatch.setattr("vlmscope.training.layer_trainer._THRESHOLD", threshold)
         transcoder = Transcoder(TranscoderConfig(8, 40, 4, activation="jumprelu")).double()
         start(transcoder, x.double(), [x.double()], "samples", np.random.default_rng(0))
         outputs.append(transcoder(x[:50].double() * 1.01).reconstruction)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlmscope.config.paths import asset
+from vlmscope.config.catalog import asset
 from vlmscope.core.errors import UserError
-from vlmscope.transcoders.card import carried_over, facts_of_set, parts_of, render, with_metrics
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.hub import carried_over, facts_of_set, parts_of, render, with_metrics
+from vlmscope.transcoders.transcoder import random_set
 
 METRICS = {
     "layers/fvu/layer_00": 0.1234, "layers/fvu/layer_01": 0.25, "layers/l0/layer_00": 3.96, "layers/l0/layer_01": 4.0,

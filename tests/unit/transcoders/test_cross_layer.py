@@ -11,8 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.formats import FORMATS, detect, load_set, refusal, save_set
-from vlmscope.transcoders.init import Standardisation, fold, random_set
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.transcoders.transcoder import Standardisation, TranscoderSet, fold, random_set
 
 D, F, K, L = 6, 24, 4, 3
 

@@ -19,8 +19,7 @@ from safetensors.torch import save_file as save_torch
 
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.formats import FORMATS, Choice, detect, load_set, refusal, save_set
-from vlmscope.transcoders.init import random_set
-from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet, TranscoderSetConfig
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet, TranscoderSetConfig, random_set
 
 D, F, L, K = 6, 24, 2, 4
 RNG = np.random.default_rng(0)

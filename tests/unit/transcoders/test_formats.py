@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.formats import load_set, save_set
-from vlmscope.transcoders.init import random_set
-from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet, random_set
 
 D, F, K, L = 6, 20, 4, 3
 

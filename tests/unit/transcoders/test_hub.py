@@ -14,8 +14,7 @@ from huggingface_hub import constants
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.formats import Choice, save_set
 from vlmscope.transcoders.hub import from_pretrained, push_to_hub, set_folder
-from vlmscope.transcoders.init import random_set
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.transcoders.transcoder import TranscoderSet, random_set
 
 REPO, COMMIT = "some-org/some-set", "0123456789abcdef0123456789abcdef01234567"
 

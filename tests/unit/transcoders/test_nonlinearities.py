@@ -8,11 +8,10 @@ from vlmscope.training.losses.l0 import l0_penalty
 from vlmscope.training.losses.l1 import l1_penalty
 from vlmscope.training.losses.matryoshka import prefix_fvu, prefix_sizes
 from vlmscope.transcoders.config import ACTIVATIONS
-from vlmscope.transcoders.init import random_set
 from vlmscope.transcoders.nonlinearities import NONLINEARITIES
 from vlmscope.transcoders.nonlinearities.batch_topk import BatchTopK
 from vlmscope.transcoders.nonlinearities.jump_relu import JumpReLU
-from vlmscope.transcoders.transcoder import Transcoder
+from vlmscope.transcoders.transcoder import Transcoder, random_set
 
 D, F, K, N = 6, 20, 4, 17
 FREE = ("batchtopk", "jumprelu", "relu")  # the number of active features is free

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmscope.transcoders import sparse
-from vlmscope.transcoders.sparse import FeatureOrder, gather_pre_activations, sparse_decode, transposed_bags
+from vlmscope.transcoders import transcoder as sparse
+from vlmscope.transcoders.transcoder import FeatureOrder, gather_pre_activations, sparse_decode, transposed_bags
 
 N, D, F, K = 7, 5, 11, 3
 

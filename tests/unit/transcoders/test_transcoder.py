@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 
 from vlmscope.core.errors import UserError
-from vlmscope.transcoders.init import Standardisation, fold, random_set
-from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
+from vlmscope.transcoders.transcoder import (
+    Standardisation,
+    Transcoder,
+    TranscoderConfig,
+    TranscoderSet,
+    fold,
+    random_set,
+)
 
 D, F, K = 6, 20, 4
 

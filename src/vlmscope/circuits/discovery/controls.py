@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from vlmscope.circuits.discovery.nodes import Nodes
-from vlmscope.core.seeds import control_draws, generator
+from vlmscope.core.records import control_draws, generator
 
 NEIGHBOURS = 8  # candidates, nearest in change, of which one is drawn
 

@@ -21,9 +21,16 @@ from vlmscope.circuits.discovery.search import Runner, greedy_order, prune_membe
 from vlmscope.circuits.discovery.sides import CircuitSubject, changes, changing_nodes, measure
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Rate
-from vlmscope.core.seeds import generator
-from vlmscope.metrics.faithfulness import FaithfulnessCurve, faithfulness, faithfulness_curve, sizes
-from vlmscope.metrics.ranking import jaccard, mean_jaccard, spearman
+from vlmscope.core.records import generator
+from vlmscope.metrics.prediction import (
+    FaithfulnessCurve,
+    faithfulness,
+    faithfulness_curve,
+    jaccard,
+    mean_jaccard,
+    sizes,
+    spearman,
+)
 from vlmscope.scope import Scope
 
 

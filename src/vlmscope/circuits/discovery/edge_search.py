@@ -11,9 +11,8 @@ from vlmscope.circuits.discovery.pair_edges import pair_edges
 from vlmscope.circuits.discovery.result import EdgesFound
 from vlmscope.circuits.discovery.scores import order_of
 from vlmscope.circuits.discovery.search import FINER, Runner
-from vlmscope.core.seeds import generator
-from vlmscope.metrics.faithfulness import faithfulness, faithfulness_curve, sizes
-from vlmscope.metrics.ranking import spearman
+from vlmscope.core.records import generator
+from vlmscope.metrics.prediction import faithfulness, faithfulness_curve, sizes, spearman
 
 Edge = tuple[int, int]
 

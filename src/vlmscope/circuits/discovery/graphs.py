@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.attribution.influence import absolute_rows, influence, logit_weights, rows_of
-from vlmscope.attribution.pruning import prune
+from vlmscope.attribution.influence import absolute_rows, influence, logit_weights, prune, rows_of
 from vlmscope.attribution.targets import difference_target
 from vlmscope.attribution.trace import attribute
 from vlmscope.circuits.discovery.nodes import Kind, Nodes

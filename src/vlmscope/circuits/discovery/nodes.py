@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 
 
 class Kind(IntEnum):

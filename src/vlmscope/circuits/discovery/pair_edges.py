@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.attribution.adjoint import Adjoint
-from vlmscope.attribution.columns import Columns
+from vlmscope.attribution.adjoint import Adjoint, Columns
 from vlmscope.attribution.targets import Targets, difference_target
 from vlmscope.circuits.discovery.edges import OTHER, REST, PairEdges
 from vlmscope.circuits.discovery.graphs import ANSWER

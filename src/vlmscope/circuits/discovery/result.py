@@ -14,8 +14,8 @@ import numpy as np
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.discovery.nodes import Kind, Nodes
 from vlmscope.core.intervention import CircuitFeature, Rate, Supernode
-from vlmscope.core.positions import Positions
-from vlmscope.metrics.faithfulness import FaithfulnessCurve
+from vlmscope.core.records import Positions
+from vlmscope.metrics.prediction import FaithfulnessCurve
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,7 @@ from torch.nn import functional
 
 from vlmscope.circuits.discovery.nodes import Kept
 from vlmscope.circuits.discovery.sides import Sides
-from vlmscope.interventions.frozen import frozen_attention, target_module
-from vlmscope.interventions.run import watch_inputs
+from vlmscope.interventions.run import frozen_attention, target_module, watch_inputs
 from vlmscope.models.base import INJECTIONS
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.hook_points import target_module
+from vlmscope.activations.capture import target_module
 from vlmscope.circuits.discovery.nodes import Kind, Nodes, make_nodes, role_numbers
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.core.errors import UserError

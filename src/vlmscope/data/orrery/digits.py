@@ -9,9 +9,8 @@ from functools import cache
 
 import numpy as np
 
-from vlmscope.core.seeds import generator
-from vlmscope.data.orrery.facts import CAPTION_PROMPTS, DIGIT_QUESTIONS, NUMBERS
-from vlmscope.data.orrery.scene import SIDE, Question, Scene, pick
+from vlmscope.core.records import generator
+from vlmscope.data.orrery.scenes import CAPTION_PROMPTS, DIGIT_QUESTIONS, NUMBERS, SIDE, Question, Scene, pick
 
 _SHARES = {"train": (0.0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1.0)}
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlmscope.data.orrery.facts import CAPTION_PROMPTS, HAND_QUESTIONS, NUMBERS
-from vlmscope.data.orrery.scene import SIDE, Question, Scene, pick
+from vlmscope.data.orrery.scenes import CAPTION_PROMPTS, HAND_QUESTIONS, NUMBERS, SIDE, Question, Scene, pick
 
 SUPER = 3
 TILT = 0.35  # radians either way

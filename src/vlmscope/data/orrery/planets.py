@@ -15,8 +15,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from vlmscope.core.errors import UserError
-from vlmscope.data.orrery.facts import CAPTION_PROMPTS, PLANET_QUESTIONS, PLANETS
-from vlmscope.data.orrery.scene import SIDE, Question, Scene, pick
+from vlmscope.data.orrery.scenes import CAPTION_PROMPTS, PLANET_QUESTIONS, PLANETS, SIDE, Question, Scene, pick
 
 SUPER = 2  # samples a pixel and axis, averaged
 RING = (1.35, 2.05)  # inner and outer radius of Saturn's rings, in planet radii

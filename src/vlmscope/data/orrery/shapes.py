@@ -5,8 +5,18 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlmscope.data.orrery.facts import CAPTION_PROMPTS, NUMBERS, SHAPE_COLOURS, SHAPE_QUESTIONS, SHAPES, plural
-from vlmscope.data.orrery.scene import SIDE, Question, Scene, pick
+from vlmscope.data.orrery.scenes import (
+    CAPTION_PROMPTS,
+    NUMBERS,
+    SHAPE_COLOURS,
+    SHAPE_QUESTIONS,
+    SHAPES,
+    SIDE,
+    Question,
+    Scene,
+    pick,
+    plural,
+)
 
 SUPER = 3
 _CELLS = 3  # shapes sit in a jittered 3 x 3 grid

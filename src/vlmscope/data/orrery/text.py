@@ -6,8 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from vlmscope.data.orrery.facts import text_facts
-from vlmscope.data.orrery.scene import Question, Scene
+from vlmscope.data.orrery.scenes import Question, Scene, text_facts
 
 QUESTIONS_A_SCENE = 6
 

@@ -17,10 +17,10 @@ from difflib import get_close_matches
 import numpy as np
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 from vlmscope.core.study import TOP
-from vlmscope.features.labels.item_facts import ItemFacts, words_of
-from vlmscope.features.labels.reader import Labels
+from vlmscope.features.labels.facts import ItemFacts, words_of
+from vlmscope.features.labels.propose import Labels
 from vlmscope.features.study.records import StudyFolder
 
 _OF_LABEL = 0.5  # of a word's match; the other half is that of the examples

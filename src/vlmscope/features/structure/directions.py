@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlmscope.activations.hook_points import norm_weight_after
+from vlmscope.activations.capture import norm_weight_after
 from vlmscope.scope import Scope
 
 

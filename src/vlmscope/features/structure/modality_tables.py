@@ -14,7 +14,7 @@ import numpy as np
 from vlmscope.core.errors import UserError
 from vlmscope.core.study import ANSWER, IMAGE, TEXT
 from vlmscope.features.study.records import StudyFolder
-from vlmscope.metrics.modality import Modality, modality
+from vlmscope.metrics.dictionary import Modality, modality
 
 GROUPS = ("image", "both", "words beside a picture", "words in either", "words alone", "unsettled", "rare", "dead")
 

@@ -16,10 +16,10 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from vlmscope.activations.mlp_inputs import watching_mlp_inputs
-from vlmscope.core.seeds import generator
+from vlmscope.activations.capture import watching_mlp_inputs
+from vlmscope.core.records import generator
 from vlmscope.core.study import IMAGE
-from vlmscope.features.study.inputs import StudyInput
+from vlmscope.features.study.run import StudyInput
 from vlmscope.models.conversations import by_shape, joined
 from vlmscope.scope import Scope
 

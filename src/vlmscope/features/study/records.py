@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 from vlmscope.core.study import (
     BINS,
     KINDS,
@@ -34,14 +34,14 @@ from vlmscope.core.study import (
     Words,
     study_folder,
 )
-from vlmscope.features.study.items import StudyItems
-from vlmscope.features.study.schema import (
+from vlmscope.features.study.items import (
     EXAMPLE_TABLE,
     EXAMPLES,
     FEATURE_TABLE,
     FEATURES,
     NAME,
     VERSION,
+    StudyItems,
     read_table,
 )
 

@@ -1,33 +1,487 @@
-"""A study from beginning to end: the pass over one part of the data, and the files made of all parts."""
+"""Rows of data as inputs of the model, each with the record by which it is found again.
+
+The files of a study from its finished parts: the same bytes however the data were divided.
+
+One process's part of a study on disk: states from which it goes on, and the records of the items that it has seen.
+
+`parts/<i>_of_<n>/`: `checkpoint_<k>/layer_<ll>.safetensors`, complete or absent; `state.json`, which names the last
+checkpoint and replaces the one before it in one step; `items_<k>.parquet` and `geometry_<k>.parquet`, what was seen
+between two checkpoints.
+
+The model's forward with every feature of every layer watched.
+
+A study from beginning to end: the pass over one part of the data, and the files made of all parts.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from vlmscope.activations.capture import watching_mlp_inputs
+from vlmscope.core.artifacts import atomic_folder, load_tensors, read_json, save_tensors, write_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.origin import flat, folder_digest, refuse_other
-from vlmscope.core.study import KINDS, MANIFEST, StudyInfo
-from vlmscope.data.numbered import NumberedRows
-from vlmscope.data.share import WHOLE, Share
-from vlmscope.data.source_config import SourceConfig
-from vlmscope.data.sources import open_source
-from vlmscope.features.logit_lens import layer_logits
+from vlmscope.core.origin import flat, folder_digest, plain, refuse_other
+from vlmscope.core.records import Document, PatchBox
+from vlmscope.core.study import ANSWER, IMAGE, KINDS, MANIFEST, TEXT, StudyInfo
+from vlmscope.data.config import SourceConfig
+from vlmscope.data.folder import NumberedRow, NumberedRows
+from vlmscope.data.mixing import open_source
+from vlmscope.data.samples import WHOLE, RawSample, Share
+from vlmscope.features.readouts import layer_logits
 from vlmscope.features.study.config import StudyConfig
-from vlmscope.features.study.files import totals, write_study
-from vlmscope.features.study.inputs import InputMaker
-from vlmscope.features.study.layer_tables import Logits
-from vlmscope.features.study.part import StudyPart
+from vlmscope.features.study.items import (
+    EXAMPLES,
+    FEATURES,
+    GEOMETRY,
+    GEOMETRY_TABLE,
+    ITEM_TABLE,
+    ITEMS,
+    NAME,
+    ROWS_A_GROUP,
+    VERSION,
+    VOCABULARY,
+    VOCABULARY_TABLE,
+    geometry_row,
+    read_table,
+    table_writer,
+    write_table,
+)
 from vlmscope.features.study.records import StudyFolder
-from vlmscope.features.study.study_pass import StudyPass
+from vlmscope.features.study.tables import LayerStudy, LayerTables, Logits, Tokens, layer_tables
+from vlmscope.models.conversations import LOSS_MASK, by_shape, encode, joined
 from vlmscope.models.fingerprints import model_fingerprint
+from vlmscope.models.loading import VLM
 from vlmscope.scope import Scope
+
+_LOG = logging.getLogger(__name__)
+PARTS = 256  # inputs of one row at most, so that an id is row and part
+
+
+@dataclass(frozen=True)
+class StudyInput:
+    """One input of the model.
+
+    Attributes:
+        id: row number * `PARTS` + part.
+        tensors: arguments of the model's forward, batch size 1.
+        kinds: `[T]` uint8 of `core.study.KINDS`.
+        record: its row of the table of items.
+    """
+
+    id: int
+    tensors: dict[str, Tensor]
+    kinds: np.ndarray
+    record: dict[str, Any]
+
+
+class InputMaker:
+    """Makes inputs of rows, counts the rows that give none, and collects where soft tokens lie.
+
+    Attributes:
+        geometries: rows of the table of geometries that are new since they were taken out.
+        skipped: rows without an input, by source.
+    """
+
+    def __init__(self, vlm: VLM, max_tokens: int, max_skipped: int) -> None:
+        """Nothing made yet.
+
+        Args:
+            vlm: the model.
+            max_tokens: what is longer is cut off.
+            max_skipped: rows that may be unusable.
+        """
+        self.vlm, self.max_tokens, self.max_skipped = vlm, max_tokens, max_skipped
+        self.geometries: list[dict[str, Any]] = []
+        self.known: set[str] = set()
+        self.skipped: dict[str, int] = {}
+
+    def __call__(self, rows: Sequence[NumberedRow]) -> list[StudyInput]:
+        """The inputs of a batch of rows, in order.
+
+        Raises:
+            UserError: more rows cannot be used than may be.
+        """
+        found: list[StudyInput] = []
+        for row in rows:
+            try:
+                found += self._inputs(row)
+            except UserError as error:
+                self._skip(row.source, error)
+        return found
+
+    def _skip(self, source: str, error: UserError) -> None:
+        self.skipped[source] = self.skipped.get(source, 0) + 1
+        total = sum(self.skipped.values())
+        if total > self.max_skipped:
+            raise UserError(
+                f"{total} rows of the data cannot be used, the last: {error}; mend the data, or raise "
+                f"study.max_skipped={self.max_skipped}"
+            ) from error
+        if self.skipped[source] == 1:
+            _LOG.warning("%s; such rows of %s are left out and counted", error, source)
+
+    def _inputs(self, row: NumberedRow) -> list[StudyInput]:
+        raw = row.read()
+        sample = raw.opened()
+        sizes = [] if isinstance(sample, Document) else [picture.size for picture in sample.images]
+        forwards = encode(self.vlm, sample, self.max_tokens)
+        if len(forwards) > PARTS:
+            raise UserError(f"{raw.origin}: {len(forwards)} inputs of one row, at most {PARTS}; divide it")
+        return [self._input(row, part, raw, sizes, forward) for part, forward in enumerate(forwards)]
+
+    def _input(
+        self, row: NumberedRow, part: int, raw: RawSample, sizes: Sequence[tuple[int, int]], forward: dict[str, Tensor]
+    ) -> StudyInput:
+        adapter = self.vlm.adapter
+        ids = forward["input_ids"][0].numpy(force=True)
+        kinds = np.full(len(ids), TEXT, dtype=np.uint8)
+        if raw.exchanges:
+            kinds[forward[LOSS_MASK][0].numpy(force=True)] = ANSWER
+        kinds[ids == adapter.soft_token_id()] = IMAGE
+        tensors = {name: tensor for name, tensor in forward.items() if name != LOSS_MASK}
+        boxes = adapter.soft_token_boxes(tensors, sizes, getattr(self.vlm.processor, "image_processor", None))
+        if sum(map(len, boxes)) != int((kinds == IMAGE).sum()):
+            raise UserError(
+                f"{raw.origin}: {int((kinds == IMAGE).sum())} soft tokens where the model's pictures have "
+                f"{sum(map(len, boxes))}; use the processor that was saved with the model"
+            )
+        number = row.number * PARTS + part
+        record = {
+            "item": number,
+            "source": row.source,
+            "row": row.source_row,
+            "part": part,
+            "origin": raw.origin,
+            "digest": raw.digest().hex(),
+            "users": [turn.user for turn in raw.exchanges],
+            "assistants": [turn.assistant for turn in raw.exchanges],
+            "text": raw.text,
+            "n_pictures": len(sizes),
+            "token_ids": ids.astype(np.int32),
+            "kinds": kinds,
+            "geometry": self._geometry(boxes),
+        }
+        return StudyInput(number, tensors, kinds, record)
+
+    def _geometry(self, boxes: list[list[PatchBox]]) -> str:
+        numbers = np.array([box for found in boxes for box in found], dtype=np.float64)
+        key = hashlib.sha256(repr([len(found) for found in boxes]).encode() + numbers.tobytes()).hexdigest()[:16]
+        if key not in self.known:
+            self.known.add(key)
+            self.geometries.append(geometry_row(key, boxes))
+        return key
+
+
+_ITEMS_A_GROUP = 1024
+
+
+def write_study(
+    study: Path,
+    parts: Sequence[StudyPart],
+    info: StudyInfo,
+    config: StudyConfig,
+    logits: Callable[[int], Logits | None],
+    token: Callable[[int], str],
+) -> None:
+    """Write all tables, `study.json` last, and remove the parts.
+
+    Args:
+        study: the folder.
+        parts: all of them, finished.
+        info: the head.
+        config: what was kept.
+        logits: of a layer's features; None to leave them out.
+        token: the string of an id.
+    """
+    items: set[int] = set()
+    for layer, width in sorted(info.n_features.items()):
+        found: LayerTables = layer_tables([part.layer(layer) for part in parts], width, config, logits(layer), token)
+        write_table(study / FEATURES.format(layer), found.features)
+        write_table(study / EXAMPLES.format(layer), found.examples, ROWS_A_GROUP)
+        items.update(found.items.tolist())
+    _write_items(study, parts, np.array(sorted(items), dtype=np.int64), token)
+    write_json(study / MANIFEST, {"format": NAME, "version": VERSION, **json.loads(json.dumps(asdict(info)))})
+    shutil.rmtree(study / "parts")
+
+
+def _write_items(study: Path, parts: Sequence[StudyPart], wanted: np.ndarray, token: Callable[[int], str]) -> None:
+    """Items that examples refer to, with their geometries and tokens."""
+    known, ids = pa.array(wanted), set()
+    shapes: set[str] = set()
+    with table_writer(study / ITEMS, ITEM_TABLE) as writer:
+        tables = [_chosen(part.items(), "item", known) for part in parts]
+        for table in _regrouped(_in_order(tables), writer):
+            ids.update(pc.unique(pc.list_flatten(table["token_ids"])).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
+            shapes.update(table["geometry"].to_pylist())
+    rows = {}
+    for part in parts:
+        for table in _chosen(part.geometries(), "geometry", pa.array(sorted(shapes), pa.string())):
+            rows |= {row["geometry"]: row for row in table.to_pylist()}
+    write_table(study / GEOMETRY, pa.Table.from_pylist([rows[key] for key in sorted(rows)], GEOMETRY_TABLE))
+    words = [{"id": number, "token": token(number)} for number in sorted(ids)]
+    write_table(study / VOCABULARY, pa.Table.from_pylist(words, VOCABULARY_TABLE))
+
+
+def _chosen(tables: Iterable[pa.Table], column: str, values: pa.Array) -> Iterator[pa.Table]:
+    for table in tables:
+        yield table.filter(pc.is_in(table[column], value_set=values))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _in_order(streams: Sequence[Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    """Rows of several streams of tables, each by id, as one by id; of each no more than a table is in memory."""
+    held: list[pa.Table | None] = [_next(stream) for stream in streams]
+    while any(table is not None for table in held):
+        # What comes later has larger ids than this.
+        bound = min(table["item"][-1].as_py() for table in held if table is not None)
+        ready = []
+        for place, table in enumerate(held):
+            if table is None:
+                continue
+            count = int(np.searchsorted(table["item"].to_numpy(), bound, side="right"))
+            ready.append(table.slice(0, count))
+            held[place] = table.slice(count) if count < len(table) else _next(streams[place])
+        yield pa.concat_tables(ready).sort_by("item")
+
+
+def _next(stream: Iterator[pa.Table]) -> pa.Table | None:
+    return next((table for table in stream if len(table)), None)
+
+
+def _regrouped(tables: Iterator[pa.Table], writer: pq.ParquetWriter) -> Iterator[pa.Table]:
+    """Write tables in groups of one size, whatever theirs is, so that files are the same; each group is yielded."""
+    rest: list[pa.Table] = []
+
+    def write(table: pa.Table) -> pa.Table:
+        whole = table.combine_chunks()
+        writer.write_table(whole, _ITEMS_A_GROUP)
+        return whole
+
+    for one in tables:
+        table = pa.concat_tables([*rest, one])
+        full = len(table) // _ITEMS_A_GROUP * _ITEMS_A_GROUP
+        for start in range(0, full, _ITEMS_A_GROUP):
+            yield write(table.slice(start, _ITEMS_A_GROUP))
+        rest = [table.slice(full)]
+    if rest and len(rest[0]):
+        yield write(rest[0])
+
+
+def totals(parts: Sequence[StudyPart]) -> dict[str, Any]:
+    """What all parts together went through: items, rows, positions by kind and skipped rows by source."""
+    states = [part.state for part in parts if part.state is not None]
+    skipped: dict[str, int] = {}
+    for state in states:
+        for name, count in state["skipped"].items():
+            skipped[name] = skipped.get(name, 0) + count
+    positions = np.sum([state["positions"] for state in states], axis=0).tolist()
+    rows = sum(states[0]["rows"]["taken"].values())  # every part counts all
+    return {
+        "items": sum(state["items"] for state in states),
+        "rows": rows,
+        "positions": positions,
+        "skipped": dict(sorted(skipped.items())),
+        "bad_shards": states[0]["bad_shards"],
+    }
+
+
+_STATE = "state.json"
+
+
+class StudyPart:
+    """The folder of one part."""
+
+    def __init__(self, study: Path, share: Share, origin: Mapping[str, Any]) -> None:
+        """Read the state, if there is one.
+
+        Args:
+            study: the study's folder.
+            share: which part.
+            origin: what decides the study, by name (`vlmscope.core.origin`).
+
+        Raises:
+            UserError: the folder has a state of another origin, or parts of another number of processes.
+        """
+        parts = study / "parts"
+        self.folder, self.origin = parts / f"{share.index}_of_{share.total}", plain(origin)
+        others = [one.name for one in parts.glob("*_of_*") if not one.name.endswith(f"_of_{share.total}")]
+        if others:
+            raise UserError(
+                f"{study} was begun by {others[0].rpartition('_')[2]} processes, this is one of {share.total}; start "
+                "as many as then, or choose a new hydra.run.dir"
+            )
+        path = self.folder / _STATE
+        self.state: dict[str, Any] | None = read_json(path) if path.is_file() else None
+        if self.state is not None:
+            refuse_other(str(study), self.state.get("origin"), origin)
+
+    @property
+    def finished(self) -> bool:
+        """Whether its data have ended."""
+        return self.state is not None and self.state["finished"]
+
+    def save(
+        self, seen: StudyPass, records: list[dict[str, Any]], geometries: list[dict[str, Any]], more: dict[str, Any]
+    ) -> None:
+        """Write a state.
+
+        Args:
+            seen: counts and examples so far.
+            records: of items since the last state; `geometries` likewise.
+            geometries: rows of the table of geometries.
+            more: JSON values; "finished" among them.
+        """
+        number = 0 if self.state is None else self.state["checkpoint"] + 1
+        write_table(self.folder / f"items_{number}.parquet", pa.Table.from_pylist(records, ITEM_TABLE))
+        write_table(self.folder / f"geometry_{number}.parquet", pa.Table.from_pylist(geometries, GEOMETRY_TABLE))
+        place = self.folder / f"checkpoint_{number}"
+        if place.is_dir():  # of a run that was killed before it was named
+            shutil.rmtree(place)
+        with atomic_folder(place) as folder:
+            for layer, study in seen.layers.items():
+                save_tensors(folder / _layer(layer), study.state())
+        counts = {"items": seen.items, "positions": seen.positions.tolist()}
+        self.state = {"origin": self.origin, "checkpoint": number, **counts, **more}
+        write_json(self.folder / _STATE, self.state, indent=None)
+        for old in self.folder.glob("checkpoint_*"):
+            if old.name != f"checkpoint_{number}":
+                shutil.rmtree(old)
+
+    def load(self, into: StudyPass) -> None:
+        """Take up the state."""
+        assert self.state is not None
+        for layer, study in into.layers.items():
+            study.load(self.layer(layer))
+        into.items, into.positions = self.state["items"], np.array(self.state["positions"], dtype=np.int64)
+
+    def layer(self, layer: int) -> dict[str, np.ndarray]:
+        """The arrays of `LayerStudy.state`."""
+        assert self.state is not None
+        return load_tensors(self.folder / f"checkpoint_{self.state['checkpoint']}" / _layer(layer))[0]
+
+    def items(self) -> Iterator[pa.Table]:
+        """Tables of the items seen, by id."""
+        for number in self._numbers():
+            yield read_table(self.folder / f"items_{number}.parquet", ITEM_TABLE)
+
+    def geometries(self) -> Iterator[pa.Table]:
+        """Tables of where soft tokens lie."""
+        for number in self._numbers():
+            yield read_table(self.folder / f"geometry_{number}.parquet", GEOMETRY_TABLE)
+
+    def _numbers(self) -> range:
+        return range(0 if self.state is None else self.state["checkpoint"] + 1)
+
+
+def _layer(layer: int) -> str:
+    return f"layer_{layer:02d}.safetensors"
+
+
+GATHERED = 64 << 20  # bytes of activations of all layers that wait at most, besides those of one forward
+
+
+class StudyPass:
+    """Counts and kept examples of all layers.
+
+    Attributes:
+        layers: by number.
+        positions: `[3]` int64, positions gone through by `KINDS`.
+        items: inputs gone through.
+        own_seconds: spent on codes and on what is made of them, the model's own work not included.
+    """
+
+    def __init__(self, scope: Scope, n: int, m: int, window: int, only: Mapping[int, Tensor] | None = None) -> None:
+        """Nothing seen yet.
+
+        Args:
+            scope: the model and its transcoders.
+            n: strongest items a feature.
+            m: items a feature drawn at random.
+            window: text positions around the peak.
+            only: layer -> features [F'], when not all of all layers are wanted.
+        """
+        self.scope = scope
+        chosen = dict.fromkeys(scope.transcoders.layers) if only is None else dict(sorted(only.items()))
+        self.layers = {
+            layer: LayerStudy(scope.transcoders[layer].config.n_features, n, m, window, scope.adapter.device, features)
+            for layer, features in chosen.items()
+        }
+        self.positions = np.zeros(len(KINDS), dtype=np.int64)
+        self.items, self.own_seconds = 0, 0.0
+        self.forwards: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # ids, kinds, valid positions
+        self.waiting: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        self.waiting_bytes = 0
+
+    @torch.no_grad()
+    def add(self, inputs: Sequence[StudyInput], forward_tokens: int) -> None:
+        """Run the model on some inputs: those of one shape together, at most so many tokens a forward."""
+        for group in by_shape([one.tensors for one in inputs]):
+            length = len(inputs[group[0]].kinds)
+            size = max(1, forward_tokens // length)
+            for start in range(0, len(group), size):
+                part = [inputs[i] for i in group[start : start + size]]
+                ids = np.array([one.id for one in part])
+                tensors = joined([one.tensors for one in part])
+                with self.watching(ids, np.stack([one.kinds for one in part]), tensors.get("attention_mask")):
+                    self.scope.adapter.next_logits(tensors)
+        self.settle()
+
+    @contextmanager
+    def watching(self, ids: np.ndarray, kinds: np.ndarray, mask: Tensor | None = None) -> Iterator[None]:
+        """Around one forward of items, whose activations are looked at when there are enough, or at `settle`.
+
+        Args:
+            ids: `[B]` int64, each given once in all.
+            kinds: `[B, T]` of `KINDS`.
+            mask: `[B, T]`, 0 at padding.
+        """
+        valid = np.ones(kinds.shape, dtype=bool) if mask is None else mask.bool().numpy(force=True)
+        chosen = None if valid.all() else torch.from_numpy(valid).to(self.scope.adapter.device)
+
+        def take(layer: int, x: Tensor) -> None:
+            self.waiting[layer].append(x.detach().flatten(0, 1) if chosen is None else x.detach()[chosen])
+            self.waiting_bytes += self.waiting[layer][-1].nbytes
+
+        with watching_mlp_inputs(self.scope.adapter, list(self.layers), take):
+            yield
+        self.forwards.append((ids, kinds, valid))
+        self.positions += np.bincount(kinds[valid], minlength=len(KINDS))
+        self.items += len(ids)
+        if self.waiting_bytes > GATHERED:
+            self.settle()
+
+    def settle(self) -> None:
+        """Look at the activations that wait: small forwards one by one would cost more than their arithmetic."""
+        if not self.forwards:
+            return
+        began = time.perf_counter()
+        ids = np.concatenate([ids for ids, _, _ in self.forwards])
+        kinds = [row for _, kinds, _ in self.forwards for row in kinds]
+        valid = [row for _, _, valid in self.forwards for row in valid]
+        tokens = Tokens.of(ids, kinds, valid, self.scope.adapter.device)
+        for layer, study in self.layers.items():
+            found = self.waiting.pop(layer)
+            study.add(self.scope.transcoders[layer].encode(found[0] if len(found) == 1 else torch.cat(found)), tokens)
+            self.waiting[layer] = []
+        self.forwards, self.waiting_bytes = [], 0
+        self.own_seconds += time.perf_counter() - began
+
 
 HOW = ("path", "checkpoint_every", "forward_tokens", "max_skipped")  # settings that change nothing in the files
 

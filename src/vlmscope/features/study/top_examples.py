@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import FeatureExample
+from vlmscope.core.records import FeatureId
 from vlmscope.core.study import IMAGE, LEVELS, TEXT
 from vlmscope.features.study.config import MOST_TOKENS
-from vlmscope.features.study.kept_pairs import Pairs
-from vlmscope.features.study.study_pass import StudyPass
+from vlmscope.features.study.run import StudyPass
+from vlmscope.features.study.tables import Pairs
 from vlmscope.models.base import ModelInputs
 from vlmscope.scope import Scope
 
@@ -38,7 +38,7 @@ def top_examples(
     """The `count` items on which each feature is most active at any position, strongest first; ties keep their order.
 
     Items of equal length are run together. A feature that never fires gets no example. Activations below the peak are
-    good to 1/510 of it, as in a study (`vlmscope.features.study.study_pass`), whose way this is.
+    good to 1/510 of it, as in a study (`vlmscope.features.study.run`), whose way this is.
     """
     by_layer: dict[int, list[int]] = {}
     for feature in dict.fromkeys(features):

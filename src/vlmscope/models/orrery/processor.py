@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import Gemma3Processor, PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-from vlmscope.models.gemma3 import Gemma3Adapter
+from vlmscope.models.gemma import Gemma3Adapter
 
 PAD, EOS, BOS, UNK = "<pad>", "<eos>", "<bos>", "<unk>"
 TURN, END_TURN = "<start_of_turn>", "<end_of_turn>"

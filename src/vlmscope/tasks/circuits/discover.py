@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from vlmscope.circuits.discovery.result import Discovery
     from vlmscope.config import AppConfig
     from vlmscope.core.graph import PrunedGraph
-    from vlmscope.core.ids import FeatureId
     from vlmscope.core.intervention import CircuitFeature, Supernode
+    from vlmscope.core.records import FeatureId
     from vlmscope.data.pairs import Pair
     from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.circuits.page import Origin
@@ -118,7 +118,7 @@ def searched(bench: Bench) -> Search:
 
 def words_of(bench: Bench, found: Discovery) -> dict[FeatureId, str]:
     """The word that each feature at the last position writes most."""
-    from vlmscope.features.logit_lens import top_and_bottom_logits
+    from vlmscope.features.readouts import top_and_bottom_logits
 
     words = {}
     for member in found.features():

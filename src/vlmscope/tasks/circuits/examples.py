@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import FeatureExample
+from vlmscope.core.records import FeatureId
 from vlmscope.tasks.circuits.inputs import Asked, concept_pictures, prepared
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def spread(asked: Sequence[Asked], count: int) -> list[Asked]:
 
 def of_orrery(scene: Scene, seed: int) -> list[Asked]:
     """Pictures of every planet under the prompts that were traced, where the model is Orrery."""
-    from vlmscope.data.orrery.facts import PLANETS
+    from vlmscope.data.orrery.scenes import PLANETS
     from vlmscope.tasks.wiring import is_orrery
 
     prompts = list(dict.fromkeys(one.prompt for one in scene.asked if one.pictures)) or ["what planet is this ?"]

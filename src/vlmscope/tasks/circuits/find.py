@@ -13,11 +13,10 @@ if TYPE_CHECKING:
     from vlmscope.circuits.spec_config import CircuitSpecConfig, SupernodeConfig
     from vlmscope.config import AppConfig
     from vlmscope.core.graph import AttributionGraph
-    from vlmscope.core.ids import FeatureId
     from vlmscope.core.intervention import CircuitFeature
-    from vlmscope.core.positions import Positions
-    from vlmscope.features.labels.reader import Labels
-    from vlmscope.features.role_means import RoleMeans
+    from vlmscope.core.records import FeatureId, Positions
+    from vlmscope.features.labels.propose import Labels
+    from vlmscope.features.readouts import RoleMeans
     from vlmscope.scope import Scope
     from vlmscope.tasks.circuits.inputs import Asked
 
@@ -50,9 +49,9 @@ def gather(cfg: AppConfig, spec: CircuitSpecConfig, asked: Sequence[Asked]) -> M
         UserError: something is not there, or a supernode needs inputs that the run does not have.
     """
     from vlmscope.attribution.compare import graph_file
-    from vlmscope.attribution.graph_io import load_graph
+    from vlmscope.attribution.export import load_graph
     from vlmscope.circuits.selectors import read_clusters
-    from vlmscope.features.labels.reader import Labels
+    from vlmscope.features.labels.propose import Labels
     from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.circuits.inputs import contrast_sets
 
@@ -131,7 +130,7 @@ class Finder:
         if node.ids:
             return selectors.by_ids(node.ids, self.known), "ids", None, None
         if node.label is not None:
-            from vlmscope.features.labels.reader import check_same
+            from vlmscope.features.labels.propose import check_same
 
             labels = self.material.labels[key]
             check_same(labels.study, self.name, self.widths)
@@ -162,7 +161,7 @@ class Finder:
         return selectors.by_influence(tables, node)
 
     def _means(self, asked: Sequence[Asked], node: SupernodeConfig) -> RoleMeans:
-        from vlmscope.features.role_means import role_means
+        from vlmscope.features.readouts import role_means
         from vlmscope.tasks.circuits.inputs import batches_of, prepared
 
         batches = batches_of(self.scope.vlm, prepared(self.scope.vlm, asked))
@@ -171,7 +170,7 @@ class Finder:
     def _auto(self, key: str, members: Sequence[CircuitFeature]) -> str:
         """A name from the labels of any study that the spec uses, else from the words that the features write."""
         from vlmscope.features.labels.label import short_label
-        from vlmscope.features.logit_lens import top_and_bottom_logits
+        from vlmscope.features.readouts import top_and_bottom_logits
         from vlmscope.features.structure.cluster_names import cluster_names
 
         texts: dict[FeatureId, str] = {}

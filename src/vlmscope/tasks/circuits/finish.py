@@ -51,7 +51,7 @@ def traced(
     """The graphs of all inputs, with settings of their own if given; the first one is written to the run folder."""
     from tqdm import tqdm
 
-    from vlmscope.attribution.graph_io import save_graph
+    from vlmscope.attribution.export import save_graph
     from vlmscope.attribution.trace import trace
     from vlmscope.tasks.circuits.inputs import prepared
 

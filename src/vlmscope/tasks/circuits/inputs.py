@@ -34,7 +34,7 @@ def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]
         UserError: two of these are given, or something of them is not there.
     """
     from vlmscope.data.images import PictureFiles
-    from vlmscope.data.prompt_rows import read_rows
+    from vlmscope.data.prompts import read_rows
     from vlmscope.tasks.wiring import user_pictures
 
     if cfg.task.rows is not None:
@@ -81,7 +81,7 @@ def concept_pictures(concept: str, count: int, seed: int, split: str = "train") 
     """
     from PIL import Image
 
-    from vlmscope.data.orrery.concepts import concept_scenes, pictures
+    from vlmscope.data.orrery.dataset import concept_scenes, pictures
 
     return [Image.fromarray(found) for found in pictures(concept_scenes(concept, split, count, seed))]
 

@@ -13,8 +13,7 @@ from vlmscope.circuits.spec_config import ANSWER_PREFIX, SOFT, SURROUNDINGS, TEX
 from vlmscope.core.intervention import CircuitEdge, CircuitFeature, Supernode
 from vlmscope.data.images import for_figures
 from vlmscope.report.circuit_figure import circuit_diagram, drawable
-from vlmscope.report.html import ReportPage
-from vlmscope.report.sections import Card, Cards, Features, Percent, Section, Table, Text
+from vlmscope.report.page import Card, Cards, Features, Percent, ReportPage, Section, Table, Text
 from vlmscope.report.thumbnails import decode, example_png
 from vlmscope.tasks.circuits.examples import examples_of
 from vlmscope.tasks.circuits.inputs import Asked
@@ -117,7 +116,7 @@ def shown_edge(edge: CircuitEdge) -> bool:
 
 def described(circuit: Circuit, scene: Scene, study: StudyFolder | None, seed: int) -> list[Supernode]:
     """The supernodes, their strongest features first and with top examples and the words that they write."""
-    from vlmscope.features.logit_lens import top_and_bottom_logits
+    from vlmscope.features.readouts import top_and_bottom_logits
 
     order = {name: strongest(node) for name, node in circuit.supernodes.items()}
     wanted = list(dict.fromkeys(m.feature for members in order.values() for m in members[:SHOWN]))

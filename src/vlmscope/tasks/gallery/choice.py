@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 
 if TYPE_CHECKING:
     from vlmscope.features.labels.label import Label
@@ -79,8 +79,8 @@ def choose(study: StudyFolder, task: Config, labels: Mapping[FeatureId, Label], 
 
 def _of_graph(place: str, top: int) -> Chosen:
     from vlmscope.attribution.compare import graph_file
-    from vlmscope.attribution.graph_io import load_graph
-    from vlmscope.attribution.top_features import top_features
+    from vlmscope.attribution.export import load_graph
+    from vlmscope.attribution.influence import top_features
 
     graph = load_graph(graph_file(place)).graph
     return Chosen(list(top_features(graph, top)), "influence in the graph", f"Features behind “{graph.prompt}”")
@@ -126,7 +126,7 @@ def _by_rule(study: StudyFolder, task: Config, labels: Mapping[FeatureId, Label]
 
 def _grades(table: LayerTable, rule: str, labels: Mapping[FeatureId, Label], seed: int) -> np.ndarray:
     """`[F]`, the larger the earlier; 0 for features that are out."""
-    from vlmscope.core.seeds import generator
+    from vlmscope.core.records import generator
 
     fires = table.items_fired > 0
     if rule == "activation":

@@ -12,7 +12,7 @@ import numpy as np
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 from vlmscope.report.feature_page import GraphUse
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def graph_uses(places: Sequence[str], info: StudyInfo, pages: Path) -> dict[Feat
         UserError: no graph there, or one of another model.
     """
     from vlmscope.attribution.compare import graph_file
-    from vlmscope.attribution.graph_io import load_graph
+    from vlmscope.attribution.export import load_graph
 
     uses: dict[FeatureId, list[GraphUse]] = {}
     for file in dict.fromkeys(graph_file(place) for place in places):

@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 from vlmscope.core.study import IMAGE, TOP
-from vlmscope.report.feature_page import ExampleGroup, FeaturePage, GraphUse, PageExample, PageLabel, StudyFacts
-from vlmscope.report.feature_words import guess, word_shares
-from vlmscope.report.heat import HeatPicture, thumbnail
+from vlmscope.report.feature_page import (
+    ExampleGroup,
+    FeaturePage,
+    GraphUse,
+    PageExample,
+    PageLabel,
+    StudyFacts,
+    guess,
+    word_shares,
+)
+from vlmscope.report.thumbnails import HeatPicture, thumbnail
 
 if TYPE_CHECKING:
     from vlmscope.core.study import ExampleView, FeatureRecord, StudyItem

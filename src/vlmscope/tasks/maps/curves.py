@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmscope.core.seeds import derive, generator
+from vlmscope.core.records import derive, generator
 
 if TYPE_CHECKING:
     from vlmscope.attention.config import WhereConfig
-    from vlmscope.attention.deletion import Painted
-    from vlmscope.core.ids import FeatureId
-    from vlmscope.core.patches import PictureMap
+    from vlmscope.attention.rollout import Painted
+    from vlmscope.core.maps import PictureMap
+    from vlmscope.core.records import FeatureId
     from vlmscope.scope import Scope
 
 MEASURES = ("deletion", "insertion")
@@ -55,7 +55,7 @@ class MapCurves:
 
     def area(self, feature: FeatureId, measure: str, of_answer: bool = False) -> float:
         """The mean height of that curve."""
-        from vlmscope.metrics.localisation import area_under
+        from vlmscope.metrics.prediction import area_under
 
         return float(area_under(np.array(self.counts), self.curve(feature, measure, of_answer)))
 
@@ -88,7 +88,7 @@ def map_curves(
         seed: of random orders and of ties.
         shared: kind -> `[side, side]`, orders that are measured on all features.
     """
-    from vlmscope.attention.deletion import cell_values, painted, ranking
+    from vlmscope.attention.rollout import cell_values, painted, ranking
 
     side, seed = where.side, derive(seed, "curves", subject.prompt, int(subject.image.sum(dtype=np.int64)))
     orders: list[tuple[str, tuple[FeatureId, ...], np.ndarray]] = []
@@ -129,8 +129,8 @@ def _measured(subject: Subject, images: Iterable[np.ndarray]) -> tuple[np.ndarra
     import torch
     from PIL import Image
 
-    from vlmscope.activations.mlp_inputs import mlp_inputs_and_logits
-    from vlmscope.features.image_features import activations_at
+    from vlmscope.activations.capture import mlp_inputs_and_logits
+    from vlmscope.features.readouts import activations_at
 
     scope, layers = subject.scope, sorted({feature.layer for feature in subject.features})
     acts, answers = [], []

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 
 if TYPE_CHECKING:
     import numpy as np
 
     from vlmscope.attention.config import WhereConfig
     from vlmscope.attribution.config import AttributionConfig
-    from vlmscope.core.patches import PictureMap, TokenMaps
+    from vlmscope.core.maps import PictureMap, TokenMaps
     from vlmscope.models.base import ModelInputs
-    from vlmscope.models.patches import PicturePatches
+    from vlmscope.models.boxes import PicturePatches
     from vlmscope.replacement.model import ReplacementModel
     from vlmscope.scope import Scope
 
@@ -54,9 +54,8 @@ def where_maps(
     """
     import torch
 
-    from vlmscope.attention.token_maps import on_pictures, own_map, token_maps
-    from vlmscope.attribution.feature_paths import feature_path_maps
-    from vlmscope.attribution.vision import vision_path
+    from vlmscope.attention.rollout import on_pictures, own_map, token_maps
+    from vlmscope.attribution.vision import feature_path_maps, vision_path
     from vlmscope.replacement.model import build_replacement
 
     tokens = token_maps(scope.vlm, inputs, where)

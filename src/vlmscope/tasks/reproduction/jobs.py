@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from vlmscope.config.paths import project_root
-from vlmscope.config.verbatim import quote
+from vlmscope.config.catalog import project_root
+from vlmscope.config.resolve import quote
 from vlmscope.core.artifacts import read_json, write_json
 from vlmscope.core.errors import UserError
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vlmscope.core.artifacts import write_json, write_text
-from vlmscope.core.reproduction import Reproduced
-from vlmscope.metrics.ranges import RULE, half_width, suggested_range
-from vlmscope.report.html import ReportPage
-from vlmscope.report.sections import Card, Cards, Experiments, Section, Text, duration, mapping_table
+from vlmscope.core.runs import Reproduced
+from vlmscope.metrics.causal import RULE, half_width, suggested_range
+from vlmscope.report.page import Card, Cards, Experiments, ReportPage, Section, Text, duration, mapping_table
 from vlmscope.report.thumbnails import decode, enlarge, png_bytes
-from vlmscope.tracking.provenance import git_state, package_versions
+from vlmscope.tracking.client import git_state, package_versions
 
 _THUMB = 380  # pixels of the longer edge: twice the width at which it is shown
 _COLOURS = 64

@@ -71,7 +71,7 @@ def planned(cfg: AppConfig, context: RunContext) -> list[Job]:
 
 
 def _chosen(cfg: AppConfig, found: dict[str, Path]) -> list[str]:
-    from vlmscope.config.errors import suggestion
+    from vlmscope.config.resolve import suggestion
 
     if not found:
         raise UserError("no experiment says reproduce: true; tag one, with its headline (docs/reproduce.md)")
@@ -106,8 +106,7 @@ def _composed(name: str, overrides: Sequence[str]) -> AppConfig:
     from hydra import compose
     from omegaconf import OmegaConf
 
-    from vlmscope.config.errors import CONFIG_ERRORS, one_line
-    from vlmscope.config.resolve import to_app_config
+    from vlmscope.config.resolve import CONFIG_ERRORS, one_line, to_app_config
 
     try:
         cfg = compose("config", list(overrides), return_hydra_config=True)
@@ -134,7 +133,7 @@ def _without_hydra(cfg):
 def _check_files(name: str, cfg: AppConfig) -> None:
     """Model, transcoders and a named study are there; what a hub id names is looked for when it is fetched."""
     from vlmscope.config.schema import TranscoderSetConfig
-    from vlmscope.models.hub import is_hub_id
+    from vlmscope.models.checkpoint import is_hub_id
 
     wanted = {}
     if cfg.model.tiny is None and cfg.model.hub is None:
@@ -156,7 +155,7 @@ def _reads_shards(cfg: AppConfig) -> bool:
 
 def _lacks_shards(cfg: AppConfig) -> bool:
     """Whether it reads the validation scenes, and not all kinds of them are there."""
-    from vlmscope.data.orrery.scene import KINDS
+    from vlmscope.data.orrery.scenes import KINDS
     from vlmscope.data.shards import shard_files
 
     if not _reads_shards(cfg):
@@ -169,8 +168,8 @@ def _lacks_shards(cfg: AppConfig) -> bool:
 
 def base_digest() -> str:
     """Of the code, the shipped assets and the packages that can change a number."""
-    from vlmscope.config.paths import project_root
-    from vlmscope.tracking.provenance import package_versions
+    from vlmscope.config.catalog import project_root
+    from vlmscope.tracking.client import package_versions
 
     found = hashlib.sha256(json.dumps(package_versions()).encode())
     for folder in (project_root() / "src", project_root() / "assets"):

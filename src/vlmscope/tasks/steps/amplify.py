@@ -18,10 +18,15 @@ from vlmscope.circuits.pair_effects import pair_effects
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve, Rate
-from vlmscope.core.seeds import control_draws
-from vlmscope.interventions.controls import matched_features, run_random_direction
+from vlmscope.core.records import control_draws
 from vlmscope.interventions.edits import LayerEdit, Plan
-from vlmscope.interventions.named import by_layer, donor_activations, mean_activations
+from vlmscope.interventions.named import (
+    by_layer,
+    donor_activations,
+    matched_features,
+    mean_activations,
+    run_random_direction,
+)
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.models.batching import InputBatch

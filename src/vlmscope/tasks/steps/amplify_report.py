@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmscope.report import figures
-from vlmscope.report.sections import Section, Table
+from vlmscope.report.page import Section, Table
 from vlmscope.tasks.steps.report_parts import figure
 
 if TYPE_CHECKING:

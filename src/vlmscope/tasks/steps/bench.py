@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
-from vlmscope.data.orrery.concepts import colour_scenes, concept_scenes, digit_scenes, pictures
+from vlmscope.data.orrery.dataset import colour_scenes, concept_scenes, digit_scenes, pictures
 from vlmscope.tasks.studies.feature_labels import feature_labels
 from vlmscope.tasks.wiring import load_model, load_scope
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.config import CircuitConfig, InterventionConfig
     from vlmscope.config import AppConfig
-    from vlmscope.core.ids import FeatureId
+    from vlmscope.core.records import FeatureId
     from vlmscope.features.cross_modal_config import CrossModalConfig
     from vlmscope.interventions.edits import Plan
     from vlmscope.models.base import ModelInputs
@@ -161,7 +161,7 @@ class Bench:
         shifted = np.exp(given - given.max())
         probabilities = shifted / shifted.sum()
         order = np.argsort(-probabilities)[:count]
-        from vlmscope.models.positions import token_strings
+        from vlmscope.models.base import token_strings
 
         names = token_strings(self.vlm.tokenizer, order)
         return tuple((name, float(probabilities[i])) for name, i in zip(names, order, strict=True))

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from vlmscope.core.intervention import Rate
 from vlmscope.report import figures
-from vlmscope.report.caption_figures import CaptionedPicture, captioned, word_bars
-from vlmscope.report.html import ReportPage
-from vlmscope.report.sections import Card, Cards, Figure, Percent, Section, Table, Text
+from vlmscope.report.experiment_figures import CaptionedPicture, captioned, word_bars
+from vlmscope.report.page import Card, Cards, Figure, Percent, ReportPage, Section, Table, Text
 from vlmscope.report.style import label
 from vlmscope.tasks.steps.caption_words import SOURCES, WordSources
 from vlmscope.tasks.steps.report_parts import configuration, figure, picture, rerun

@@ -21,11 +21,10 @@ from vlmscope.circuits.effects import in_scope
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve, Rate
-from vlmscope.core.seeds import control_draws
-from vlmscope.data.orrery.scene import Scene, make_scene
-from vlmscope.interventions.controls import matched_features, random_directions
+from vlmscope.core.records import control_draws
+from vlmscope.data.orrery.scenes import Scene, make_scene
 from vlmscope.interventions.edits import Plan, at_positions
-from vlmscope.interventions.named import by_layer, mean_activations
+from vlmscope.interventions.named import by_layer, matched_features, mean_activations, random_directions
 from vlmscope.interventions.run import editing
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
 from vlmscope.tasks.steps.caption_swaps import Swap, generated, likelihoods, right_pairs, score

@@ -14,11 +14,11 @@ from PIL import Image
 from vlmscope.circuits.caption_pairs import CaptionPair
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Rate
-from vlmscope.data.orrery.pairs import scene_pairs
-from vlmscope.interventions.generate import generate_batch
+from vlmscope.data.orrery.dataset import scene_pairs
+from vlmscope.interventions.run import generate_batch
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
-from vlmscope.models.answers import continued
 from vlmscope.models.batching import make_batch
+from vlmscope.models.conversations import continued
 
 if TYPE_CHECKING:
     from vlmscope.models.base import ModelInputs

@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from vlmscope.attribution.end_sources import end_sources
-from vlmscope.attribution.questions import choose_targets
+from vlmscope.attribution.influence import end_sources
+from vlmscope.attribution.targets import choose_targets
 from vlmscope.attribution.trace import attribute
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Rate
-from vlmscope.data.orrery.scene import Scene, make_scene
-from vlmscope.interventions.generate import generate_batch
+from vlmscope.data.orrery.scenes import Scene, make_scene
+from vlmscope.interventions.run import generate_batch
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
-from vlmscope.models.answers import continued
+from vlmscope.models.conversations import continued
 from vlmscope.replacement.model import build_replacement
 from vlmscope.tasks.steps.intervene import rate_metrics
 

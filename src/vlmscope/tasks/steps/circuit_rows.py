@@ -12,12 +12,11 @@ from torch import Tensor
 
 from vlmscope.circuits.effects import compared, flip_effect
 from vlmscope.core.intervention import FlipRow, Rate
-from vlmscope.core.seeds import control_draws
-from vlmscope.interventions.controls import matched_features
+from vlmscope.core.records import control_draws
 from vlmscope.interventions.edits import LayerEdit, Plan, position_mask, set_features
-from vlmscope.interventions.generate import generate_batch
-from vlmscope.interventions.run import editing
-from vlmscope.metrics.multiple import benjamini_hochberg
+from vlmscope.interventions.named import matched_features
+from vlmscope.interventions.run import editing, generate_batch
+from vlmscope.metrics.causal import benjamini_hochberg
 
 if TYPE_CHECKING:
     from vlmscope.circuits.circuit import Circuit

@@ -9,26 +9,24 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vlmscope.attention.deletion import cell_values
-from vlmscope.attention.map_io import save_maps
+from vlmscope.attention.rollout import cell_values, save_maps
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
-from vlmscope.data.orrery import facts
+from vlmscope.data.orrery import scenes as facts
 from vlmscope.data.orrery.objects import covered_cells, object_mask
-from vlmscope.data.orrery.scene import KINDS as SCENE_KINDS
-from vlmscope.data.orrery.scene import Scene, make_scene
-from vlmscope.features.image_features import image_features
-from vlmscope.features.logit_lens import top_and_bottom_logits
+from vlmscope.data.orrery.scenes import KINDS as SCENE_KINDS
+from vlmscope.data.orrery.scenes import Scene, make_scene
+from vlmscope.features.readouts import image_features, top_and_bottom_logits
 from vlmscope.metrics.causal import bootstrap_mean
-from vlmscope.metrics.localisation import pointing_hit
+from vlmscope.metrics.prediction import pointing_hit
 from vlmscope.report.figures import dose_response
-from vlmscope.report.where_figure import NAMES, feature_maps, pointing_bars
+from vlmscope.report.study_figures import NAMES, feature_maps, pointing_bars
 from vlmscope.tasks.maps.curves import CONTRAST, MEASURES, NO_FEATURE, RANDOM, MapCurves, Subject, contrast, map_curves
 from vlmscope.tasks.maps.where_maps import KINDS, WhereMaps, where_maps
 from vlmscope.tasks.steps.intervene import make_curve, rate_metrics
 
 if TYPE_CHECKING:
-    from vlmscope.core.ids import FeatureId
+    from vlmscope.core.records import FeatureId
     from vlmscope.tasks.steps.bench import Bench
 
 ALL = (*KINDS, NO_FEATURE, CONTRAST)

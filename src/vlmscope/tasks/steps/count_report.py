@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vlmscope.core.intervention import Rate
 from vlmscope.report import figures
-from vlmscope.report.sections import Figure, Percent, Section, Table, flip_table
+from vlmscope.report.page import Figure, Percent, Section, Table, flip_table
 from vlmscope.tasks.steps.number_line import COLUMNS, COUNTS
 from vlmscope.tasks.steps.report_parts import figure, picture
 

@@ -11,12 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmscope.core.artifacts import atomic_path
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 from vlmscope.features.cross_modal import PLACES, Shared, find_shared, picture_peaks, text_candidates
-from vlmscope.metrics.multiple import benjamini_hochberg
-from vlmscope.metrics.permutation import permutation_p
-from vlmscope.metrics.selectivity import Rule, matching_p
-from vlmscope.report.cross_modal_figures import coincidence_maps, effect_bars, shared_by_layer
+from vlmscope.metrics.causal import benjamini_hochberg, permutation_p
+from vlmscope.metrics.decoding import Rule, matching_p
+from vlmscope.report.experiment_figures import coincidence_maps, effect_bars, shared_by_layer
 from vlmscope.tasks.steps.cross_modal_effects import Effects, measure_effects, rates
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from vlmscope.circuits.shared_effects import KINDS, Asked, Outcome, ablate, ask, patch_across
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import Rate
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import FeatureId, generator
 from vlmscope.features.cross_modal import Shared
 from vlmscope.interventions.named import mean_activations
 from vlmscope.metrics.causal import bootstrap_rate

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from vlmscope.core.intervention import Rate
 from vlmscope.features.cross_modal_config import PLACEHOLDER
-from vlmscope.report.html import ReportPage
-from vlmscope.report.sections import Card, Cards, Figure, Percent, Section, Table, Text, Value
+from vlmscope.report.page import Card, Cards, Figure, Percent, ReportPage, Section, Table, Text, Value
 from vlmscope.tasks.steps.cross_modal import Association
 from vlmscope.tasks.steps.cross_modal_effects import rates
 from vlmscope.tasks.steps.report_parts import configuration, picture, rerun

@@ -12,10 +12,10 @@ from vlmscope.circuits.effects import Subject, flips, in_scope
 from vlmscope.circuits.plans import donor_activations
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.intervention import Curve, FlipRow
-from vlmscope.core.positions import ROLES
-from vlmscope.data.orrery.facts import PLANETS
-from vlmscope.interventions.ablation import mean_ablated, mlp_outputs
+from vlmscope.core.records import ROLES
+from vlmscope.data.orrery.scenes import PLANETS
 from vlmscope.interventions.edits import Plan, without_layers
+from vlmscope.interventions.effects import mean_ablated, mlp_outputs
 from vlmscope.interventions.named import patch_plan
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_rate

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vlmscope.circuits.circuit import Circuit
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import Supernode
+from vlmscope.core.records import FeatureId
 from vlmscope.data.images import png_bytes
-from vlmscope.data.orrery.facts import PLANETS
-from vlmscope.features.logit_lens import top_and_bottom_logits
+from vlmscope.data.orrery.scenes import PLANETS
+from vlmscope.features.readouts import top_and_bottom_logits
 from vlmscope.features.study.top_examples import StudyItem, top_examples
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Rate
 from vlmscope.data.pairs import check_choosing
-from vlmscope.metrics.faithfulness import FaithfulnessCurve
+from vlmscope.metrics.prediction import FaithfulnessCurve
 from vlmscope.tasks.steps.intervene import rate_metrics
 from vlmscope.tasks.steps.pair_subjects import pairs_of, subject_of
 

@@ -10,10 +10,9 @@ import numpy as np
 from vlmscope.circuits.discovery.discover import node_name
 from vlmscope.circuits.discovery.result import Discovery, EdgesFound
 from vlmscope.core.intervention import Rate
-from vlmscope.metrics.faithfulness import FaithfulnessCurve
+from vlmscope.metrics.prediction import FaithfulnessCurve
 from vlmscope.report import figures
-from vlmscope.report.html import ReportPage
-from vlmscope.report.sections import Card, Cards, Figure, Percent, Section, Table, Text
+from vlmscope.report.page import Card, Cards, Figure, Percent, ReportPage, Section, Table, Text
 from vlmscope.report.style import label
 from vlmscope.tasks.steps.intervene import make_curve
 from vlmscope.tasks.steps.report_parts import configuration, picture, rerun

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmscope.core.intervention import Rate
-from vlmscope.core.seeds import generator
-from vlmscope.report.html import ReportPage
-from vlmscope.report.prediction_figures import AskedPicture, areas, asked_pictures, probabilities
-from vlmscope.report.sections import Card, Cards, Percent, Section, Table, Text
+from vlmscope.core.records import generator
+from vlmscope.report.experiment_figures import AskedPicture, areas, asked_pictures, probabilities
+from vlmscope.report.page import Card, Cards, Percent, ReportPage, Section, Table, Text
 from vlmscope.tasks.steps.predict_errors import Case, Prediction, areas_by_question
 from vlmscope.tasks.steps.report_parts import configuration, figure, rerun
 

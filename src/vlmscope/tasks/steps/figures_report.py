@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmscope.config import catalog
-from vlmscope.config.paths import conf_dir
+from vlmscope.config.catalog import conf_dir
 from vlmscope.core.artifacts import read_text
-from vlmscope.core.reproduction import Number
-from vlmscope.report.html import ReportPage
-from vlmscope.report.sections import (
+from vlmscope.core.runs import Number
+from vlmscope.report.page import (
     Figure,
     Percent,
+    ReportPage,
     Section,
     Table,
     Text,

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlmscope.attribution.export import write_graph_json
-from vlmscope.attribution.graph_io import save_graph
+from vlmscope.attribution.export import save_graph, write_graph_json
 from vlmscope.attribution.trace import Trace, trace
 from vlmscope.circuits.circuit import labelled, save_circuit
 from vlmscope.circuits.contrast import contrast_circuit
 from vlmscope.circuits.selectors import mean_shares
 from vlmscope.core.graph import NodeKind
-from vlmscope.core.ids import FeatureId
-from vlmscope.features.role_means import RoleMeans, role_means
+from vlmscope.core.records import FeatureId
+from vlmscope.features.readouts import RoleMeans, role_means
 from vlmscope.tasks.tracing.graph_metrics import graph_metrics
 
 if TYPE_CHECKING:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmscope.core.intervention import Curve, Rate
-from vlmscope.data.orrery.appearance import APPEARANCE
+from vlmscope.data.orrery.scenes import APPEARANCE
 from vlmscope.report import figures
-from vlmscope.report.html import ReportPage
-from vlmscope.report.sections import Card, Cards, Figure, Percent, Section, Table, Text
+from vlmscope.report.page import Card, Cards, Figure, Percent, ReportPage, Section, Table, Text
 from vlmscope.tasks.steps.interchange import roles_of
 from vlmscope.tasks.steps.intervene import make_curve
 from vlmscope.tasks.steps.layer_ranges import Alike, ByWay

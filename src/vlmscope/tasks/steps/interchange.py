@@ -29,8 +29,8 @@ from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import CircuitFeature, Curve, FlipRow, Rate, Supernode
 from vlmscope.interventions.edits import AnyPlan, LayerEdit
-from vlmscope.interventions.generate import generate_edited
 from vlmscope.interventions.named import by_layer, mean_activations
+from vlmscope.interventions.run import generate_edited
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.tasks.steps.intervene import make_curve, rate_metrics
 from vlmscope.tasks.steps.pair_subjects import moving, pairs_of, subject_of

@@ -22,7 +22,7 @@ from vlmscope.circuits.effects import (
 from vlmscope.circuits.plans import donor_activations
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve, FlipRow, Rate
-from vlmscope.data.orrery.concepts import unrelated_scenes
+from vlmscope.data.orrery.dataset import unrelated_scenes
 from vlmscope.interventions.edits import Plan
 from vlmscope.interventions.named import patch_plan
 from vlmscope.interventions.run import run_edited

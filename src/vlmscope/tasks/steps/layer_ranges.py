@@ -36,13 +36,12 @@ from vlmscope.circuits.pair_effects import PairEffects, pair_effects
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.intervention import Rate
-from vlmscope.core.seeds import control_draws, generator
-from vlmscope.interventions.controls import matched_features
+from vlmscope.core.records import control_draws, generator
 from vlmscope.interventions.edits import Plan, scale_features
-from vlmscope.interventions.named import mean_activations
+from vlmscope.interventions.named import matched_features, mean_activations
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_rate
-from vlmscope.metrics.depth import bootstrap_depth
+from vlmscope.metrics.decoding import bootstrap_depth
 from vlmscope.tasks.steps.interchange import PairCase, layers_of, roles_of, test_cases
 from vlmscope.tasks.steps.intervene import rate_metrics
 from vlmscope.tasks.steps.pair_subjects import moving, pairs_of, subject_of

@@ -1,6 +1,6 @@
 """What features say of planets, layer by layer: appearance, planet, facts; read on pictures that were not fitted.
 
-Appearance (`data/orrery/appearance.py`) is read within planets, as what differs between pictures of one planet, since
+Appearance (`data/orrery/scenes.py`) is read within planets, as what differs between pictures of one planet, since
 across planets a colour gives the planet away. Each feature is also sorted by what predicts its activation on held-out
 pictures: a linear function of appearance, a level for each colour word, a level for each planet, or appearance and
 planet together; it is of the simplest kind that comes near the best. With pictures shuffled in training, the same
@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlmscope.core.seeds import generator
-from vlmscope.data.orrery.appearance import APPEARANCE, appearance
-from vlmscope.data.orrery.concepts import concept_scenes
-from vlmscope.data.orrery.facts import PLANET_QUESTIONS, PLANETS
+from vlmscope.core.records import generator
+from vlmscope.data.orrery.dataset import concept_scenes
+from vlmscope.data.orrery.scenes import APPEARANCE, PLANET_QUESTIONS, PLANETS, appearance
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.metrics.decoding import class_means, held_out_r2, linear_accuracy, linear_prediction, simplest
 

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from vlmscope.core.intervention import Curve
-from vlmscope.data.orrery.scene import make_scene
-from vlmscope.features.token_lens import token_lens
+from vlmscope.data.orrery.scenes import make_scene
+from vlmscope.features.readouts import token_lens
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.models.batching import make_batch
 from vlmscope.report.figures import dose_response

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmscope.circuits.concept_matrix import METHODS, NO_LAST_LAYER, Cell, mean_rate
-from vlmscope.report.html import ReportPage
-from vlmscope.report.matrix_figure import share_matrices
-from vlmscope.report.sections import Card, Cards, Figure, Percent, Section, Table
+from vlmscope.report.figures import share_matrices
+from vlmscope.report.page import Card, Cards, Figure, Percent, ReportPage, Section, Table
 from vlmscope.report.style import label
 from vlmscope.tasks.steps.report_parts import configuration, limits, picture, rerun
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.features.structure.modality_tables import GROUPS, LayerModality, modality_tables
-from vlmscope.metrics.modality import wilson_interval
-from vlmscope.report.structure_figures import modality_by_layer
+from vlmscope.metrics.dictionary import wilson_interval
+from vlmscope.report.study_figures import modality_by_layer
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,11 +19,10 @@ from vlmscope.circuits.interchange import interchange_plan
 from vlmscope.circuits.pair_subject import part_of
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Rate
-from vlmscope.core.seeds import control_draws
-from vlmscope.data.orrery.facts import NUMBERS
-from vlmscope.interventions.controls import matched_features
+from vlmscope.core.records import control_draws
+from vlmscope.data.orrery.scenes import NUMBERS
 from vlmscope.interventions.edits import LayerEdit, Plan
-from vlmscope.interventions.named import donor_activations
+from vlmscope.interventions.named import donor_activations, matched_features
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
 from vlmscope.tasks.steps.interchange import InterchangeRow, PairCase, interchange_metrics, one_row

@@ -16,22 +16,20 @@ from PIL import Image
 
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import Curve
-from vlmscope.core.seeds import generator
-from vlmscope.data.orrery.facts import SHAPE_COLOURS, SHAPE_QUESTIONS, SHAPES
+from vlmscope.core.records import FeatureId, generator
 from vlmscope.data.orrery.objects import painted_mask
+from vlmscope.data.orrery.scenes import SHAPE_COLOURS, SHAPE_QUESTIONS, SHAPES
 from vlmscope.data.orrery.shapes import shape_scene
-from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
-from vlmscope.metrics.decoding import linear_accuracy
-from vlmscope.metrics.multiple import benjamini_hochberg
-from vlmscope.metrics.tuning import (
+from vlmscope.metrics.causal import benjamini_hochberg, bootstrap_mean, bootstrap_rate
+from vlmscope.metrics.decoding import (
     DOWN,
     OTHER,
     PEAK,
     UP,
     curve_kinds,
     level_p,
+    linear_accuracy,
     partial_correlation,
     rank_correlation,
     tuning_curves,

@@ -19,19 +19,18 @@ from vlmscope.circuits.interchange import interchange_plan, recovered
 from vlmscope.circuits.pair_subject import part_of
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve, Rate
-from vlmscope.core.seeds import control_draws
+from vlmscope.core.records import control_draws
 from vlmscope.data.orrery.objects import COVERED, painted_mask, share_in_boxes
-from vlmscope.interventions.controls import matched_features
 from vlmscope.interventions.edits import LayerEdit
-from vlmscope.interventions.named import donor_activations
+from vlmscope.interventions.named import donor_activations, matched_features
 from vlmscope.interventions.run import run_edited
 from vlmscope.metrics.causal import bootstrap_mean
-from vlmscope.metrics.localisation import pointing_hit
+from vlmscope.metrics.prediction import pointing_hit
 from vlmscope.tasks.steps.interchange import ALL, PairCase
 from vlmscope.tasks.steps.intervene import make_curve, rate_metrics
 
 if TYPE_CHECKING:
-    from vlmscope.core.images import PatchBox
+    from vlmscope.core.records import PatchBox
     from vlmscope.tasks.steps.bench import Bench
 
 WHATS = ("fires", "changes")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmscope.report import figures
-from vlmscope.report.object_maps import object_maps
-from vlmscope.report.sections import Figure, Percent, Section, Table
+from vlmscope.report.page import Figure, Percent, Section, Table
+from vlmscope.report.study_figures import object_maps
 from vlmscope.report.style import label
 from vlmscope.tasks.steps.report_parts import picture
 

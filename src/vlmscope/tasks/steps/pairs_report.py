@@ -11,8 +11,7 @@ from vlmscope.core.intervention import AnswerExample, Rate
 from vlmscope.data.images import png_bytes
 from vlmscope.interventions.run import run_edited
 from vlmscope.report import figures
-from vlmscope.report.html import ReportPage
-from vlmscope.report.sections import Card, Cards, Examples, Figure, Percent, Section, Table, Text, flip_table
+from vlmscope.report.page import Card, Cards, Examples, Figure, Percent, ReportPage, Section, Table, Text, flip_table
 from vlmscope.report.style import label
 from vlmscope.tasks.steps.amplify_report import amplify_sections, amplify_summary
 from vlmscope.tasks.steps.count_report import dose_sections, number_sections, number_summary, transfer_sections

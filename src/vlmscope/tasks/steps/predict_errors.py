@@ -25,13 +25,13 @@ from vlmscope.attribution.trace import trace
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Rate
-from vlmscope.data.orrery.harder import harder_scenes
+from vlmscope.data.orrery.objects import harder_scenes
 from vlmscope.metrics.prediction import auc, bootstrap_auc, group_folds, held_out_scores, shuffled_aucs
 from vlmscope.tasks.steps.intervene import rate_metrics
 
 if TYPE_CHECKING:
     from vlmscope.attribution.config import AttributionConfig
-    from vlmscope.data.orrery.scene import Question, Scene
+    from vlmscope.data.orrery.scenes import Question, Scene
     from vlmscope.tasks.steps.bench import Bench
 
 VIEWS = ("pooled", "within", "unseen_question")

@@ -16,18 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from vlmscope.attribution.adjoint import Adjoint
-from vlmscope.attribution.effects import total_effects
-from vlmscope.attribution.pruning import prune
+from vlmscope.attribution.adjoint import Adjoint, total_effects
+from vlmscope.attribution.influence import prune
 from vlmscope.attribution.targets import difference_target
 from vlmscope.attribution.trace import attribute
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.core.seeds import generator
-from vlmscope.interventions.frozen import base_run
-from vlmscope.interventions.single import SingleEdits, single_effects
-from vlmscope.metrics.agreement import Agreement, agreement
+from vlmscope.core.records import generator
+from vlmscope.interventions.effects import SingleEdits, single_effects
+from vlmscope.interventions.run import base_run
+from vlmscope.metrics.prediction import Agreement, agreement
 from vlmscope.replacement.model import ReplacementModel, build_replacement
 from vlmscope.tasks.steps.intervene import rate_metrics
 from vlmscope.tasks.steps.pair_subjects import pairs_of

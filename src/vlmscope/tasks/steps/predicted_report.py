@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlmscope.metrics.agreement import Agreement
-from vlmscope.report.html import ReportPage
-from vlmscope.report.linear_figure import by_edit, predicted_scatter
-from vlmscope.report.sections import Card, Cards, Figure, Section, Table, Text
+from vlmscope.metrics.prediction import Agreement
+from vlmscope.report.experiment_figures import by_edit, predicted_scatter
+from vlmscope.report.page import Card, Cards, Figure, ReportPage, Section, Table, Text
 from vlmscope.report.style import label
 from vlmscope.tasks.steps.predicted_effects import NAMES, Measured
 from vlmscope.tasks.steps.report_parts import configuration, picture, rerun

@@ -12,18 +12,18 @@ from vlmscope.circuits.circuit import Circuit, commonest_label
 from vlmscope.circuits.flow import circuit_edges
 from vlmscope.core.intervention import AnswerExample, Supernode
 from vlmscope.data.images import png_bytes
-from vlmscope.interventions.generate import generate_edited
+from vlmscope.interventions.run import generate_edited
 from vlmscope.report import figures
 from vlmscope.report.circuit_figure import circuit_diagram
 from vlmscope.report.graph_figure import attribution_graph
-from vlmscope.report.html import ReportPage
-from vlmscope.report.sections import (
+from vlmscope.report.page import (
     Card,
     Cards,
     Examples,
     Features,
     Figure,
     Percent,
+    ReportPage,
     Section,
     Table,
     flip_table,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmscope.core.artifacts import read_text
-from vlmscope.report.sections import Details, Figure, Picture, Text
+from vlmscope.report.page import Details, Figure, Picture, Text
 
 if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench

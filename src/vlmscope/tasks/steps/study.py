@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlmscope.data.numbered import NumberedRows
-from vlmscope.data.share import WHOLE
-from vlmscope.features.study.part import StudyPart
+from vlmscope.data.folder import NumberedRows
+from vlmscope.data.samples import WHOLE
 from vlmscope.features.study.records import StudyFolder
-from vlmscope.features.study.run import finish, run_part, study_parts
+from vlmscope.features.study.run import StudyPart, finish, run_part, study_parts
 from vlmscope.tasks.studies.data import described, opened, study_origin, study_sources
 
 if TYPE_CHECKING:

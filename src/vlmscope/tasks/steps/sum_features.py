@@ -17,9 +17,9 @@ from PIL import Image
 from vlmscope.circuits.interchange import interchange_plan
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.intervention import Curve
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import generator
 from vlmscope.data.orrery.digits import digit_scene
-from vlmscope.data.orrery.facts import DIGIT_QUESTIONS
+from vlmscope.data.orrery.scenes import DIGIT_QUESTIONS
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.metrics.decoding import additive, class_means, held_out_r2, linear_accuracy, simplest
 from vlmscope.tasks.steps.interchange import InterchangeRow, PairCase, interchange_metrics, one_row

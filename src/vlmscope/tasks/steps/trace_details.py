@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmscope.attribution.adjoint import Adjoint
-    from vlmscope.attribution.head_scores import ScoreParts
+    from vlmscope.attribution.heads import ScoreParts
     from vlmscope.attribution.trace import Trace
     from vlmscope.core.graph import AttributionGraph
 
@@ -34,7 +34,7 @@ def write_scores(path: Path, traced: Trace, count: int) -> dict[str, float]:
     if not traced.scores:
         return {}
     from vlmscope.attribution.adjoint import Adjoint
-    from vlmscope.attribution.head_scores import top_pairs
+    from vlmscope.attribution.heads import top_pairs
     from vlmscope.core.artifacts import write_json
 
     adjoint = Adjoint(traced.replacement)
@@ -59,7 +59,7 @@ def _score_record(traced: Trace, adjoint: Adjoint, parts: ScoreParts, count: int
     import numpy as np
 
     from vlmscope.attribution.export import source_id
-    from vlmscope.attribution.head_scores import Pairs, source_of, top_pairs
+    from vlmscope.attribution.heads import Pairs, source_of, top_pairs
 
     columns, tokens, place = adjoint.columns, traced.replacement.inputs.tokens, parts.place
     features = np.zeros(parts.query.shape[1], dtype=bool)

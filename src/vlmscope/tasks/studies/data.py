@@ -11,8 +11,8 @@ from vlmscope.core.errors import UserError
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.data.readers import Source
-    from vlmscope.data.source_config import SourceConfig
+    from vlmscope.data.config import SourceConfig
+    from vlmscope.data.samples import Source
     from vlmscope.features.study.config import StudyConfig
 
 
@@ -22,8 +22,8 @@ def study_sources(cfg: AppConfig, config: StudyConfig) -> dict[str, SourceConfig
     Raises:
         UserError: the data is not one that can be studied, or has no path.
     """
-    from vlmscope.data.orrery.scene import KINDS
-    from vlmscope.data.source_config import SourceConfig
+    from vlmscope.data.config import SourceConfig
+    from vlmscope.data.orrery.scenes import KINDS
 
     data = cfg.data
     if data.sources:
@@ -65,7 +65,7 @@ def look_for(sources: Mapping[str, SourceConfig]) -> None:
     Raises:
         UserError: a folder has no index.
     """
-    from vlmscope.data.shard_index import read_index
+    from vlmscope.data.shards import read_index
 
     for name, one in sources.items():
         if one.kind == "shards":
@@ -78,7 +78,7 @@ def opened(cfg: AppConfig, sources: dict[str, SourceConfig]) -> dict[str, tuple[
     Raises:
         UserError: one is not there, empty, or of another schema.
     """
-    from vlmscope.data.sources import open_source
+    from vlmscope.data.mixing import open_source
 
     most = cfg.data.max_bad_shards
     # A study leaves bad pictures out, up to a limit, so they are not looked for first.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.core.ids import FeatureId
+    from vlmscope.core.records import FeatureId
     from vlmscope.transcoders.transcoder import TranscoderSet
 
 
@@ -35,7 +35,7 @@ def feature_labels(cfg: AppConfig, model: str, transcoders: TranscoderSet | None
     """
     if cfg.attribution.labels is None:
         return {}
-    from vlmscope.features.labels.reader import labels_for
+    from vlmscope.features.labels.propose import labels_for
 
     widths = None
     if transcoders is not None:

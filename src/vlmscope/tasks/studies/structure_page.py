@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import FeatureExample
+from vlmscope.core.records import FeatureId
 from vlmscope.features.study.records import StudyFolder
-from vlmscope.report.feature_sheet import FeatureRow, feature_sheet
-from vlmscope.report.html import ReportPage
-from vlmscope.report.sections import Card, Cards, Figure, Percent, Section, Table, Text, Value, mapping_table
+from vlmscope.report.feature_page import FeatureRow, feature_sheet
+from vlmscope.report.page import Card, Cards, Figure, Percent, ReportPage, Section, Table, Text, Value, mapping_table
 from vlmscope.tasks.steps.report_parts import figure, picture
 from vlmscope.tasks.studies.examples import study_example
 from vlmscope.tasks.studies.structure_tables import Structure, cluster_table

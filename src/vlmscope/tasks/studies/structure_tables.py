@@ -16,20 +16,17 @@ import pyarrow.parquet as pq
 import torch
 
 from vlmscope.core.artifacts import atomic_path
-from vlmscope.core.ids import FeatureId
-from vlmscope.core.seeds import generator
+from vlmscope.core.records import FeatureId, generator
 from vlmscope.features.labels.label import short_label
-from vlmscope.features.labels.reader import Labels
+from vlmscope.features.labels.propose import Labels
 from vlmscope.features.structure.cluster_names import cluster_names, words_of
 from vlmscope.features.structure.directions import read_directions, write_directions
 from vlmscope.features.structure.modality_tables import LayerModality
 from vlmscope.features.structure.structure_pass import StructurePass
 from vlmscope.features.study.records import StudyFolder
-from vlmscope.metrics.clusters import louvain
-from vlmscope.metrics.coactivation import Neighbours, coactive, nearest_of
-from vlmscope.metrics.duplication import Twin, nearest_twins
-from vlmscope.metrics.monosemanticity import monosemanticity, unit_embeddings
-from vlmscope.report.structure_figures import score_by_layer, twins_by_layer
+from vlmscope.metrics.clusters import Neighbours, coactive, louvain, nearest_of
+from vlmscope.metrics.dictionary import Twin, monosemanticity, nearest_twins, unit_embeddings
+from vlmscope.report.study_figures import score_by_layer, twins_by_layer
 
 if TYPE_CHECKING:
     from vlmscope.scope import Scope

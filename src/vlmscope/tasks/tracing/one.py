@@ -35,9 +35,8 @@ def trace_into(
     Returns:
         Metrics.
     """
-    from vlmscope.attribution.export import write_graph_json
-    from vlmscope.attribution.graph_io import save_graph
-    from vlmscope.attribution.pruning import reaches_image
+    from vlmscope.attribution.export import save_graph, write_graph_json
+    from vlmscope.attribution.influence import reaches_image
     from vlmscope.attribution.trace import trace
     from vlmscope.data.images import for_figures
     from vlmscope.report.graph_figure import attribution_graph

@@ -29,11 +29,10 @@ def follow_to_patches(
     cfg: AppConfig, vlm: VLM, traced: Trace, pictures: Sequence[Image.Image], run_dir: Path
 ) -> Patches:
     """Follow the targets of a trace to the patches; writes `patches.safetensors` and `figures/patches.png`."""
-    from vlmscope.attribution.patch_io import save_maps
-    from vlmscope.attribution.readers import target_readers
-    from vlmscope.attribution.vision import vision_path
+    from vlmscope.attribution.adjoint import target_readers
+    from vlmscope.attribution.vision import save_maps, vision_path
     from vlmscope.data.images import for_figures
-    from vlmscope.report.patch_figure import patch_maps
+    from vlmscope.report.graph_figure import patch_maps
 
     settings, replacement, graph = cfg.attribution, traced.replacement, traced.graph
     readers = target_readers(replacement, traced.targets, total=settings.patch_effect == "total")

@@ -18,7 +18,7 @@ from vlmscope.core.errors import NoRoom, UserError
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.data.prompt_rows import PromptRow
+    from vlmscope.data.prompts import PromptRow
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
     from vlmscope.scope import Scope
@@ -39,7 +39,7 @@ def trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """
     from tqdm import tqdm
 
-    from vlmscope.data.prompt_rows import read_rows
+    from vlmscope.data.prompts import read_rows
     from vlmscope.tasks.wiring import load_model, load_scope
 
     if cfg.prompt is not None or cfg.image is not None:

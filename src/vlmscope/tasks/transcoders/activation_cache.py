@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.training.activation_cache import CacheSettings
+    from vlmscope.training.captures import CacheSettings
 
 
 def cache_settings(cfg: AppConfig, settings: str | None) -> CacheSettings | None:
@@ -18,7 +18,7 @@ def cache_settings(cfg: AppConfig, settings: str | None) -> CacheSettings | None
         settings: what resuming must find unchanged about the data.
     """
     from vlmscope.core.origin import folder_digest
-    from vlmscope.training.activation_cache import CacheSettings
+    from vlmscope.training.captures import CacheSettings
 
     task, data = cfg.task, cfg.data
     if task.cache is None:

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vlmscope.config import AppConfig
-    from vlmscope.core.conversation import Sample
+    from vlmscope.core.records import Sample
     from vlmscope.data.folder import JsonLines
     from vlmscope.models.loading import VLM
-    from vlmscope.training.transcoder_data import Batch
+    from vlmscope.training.batches import Batch
 
 
 def _none() -> dict[str, float]:
@@ -55,11 +55,10 @@ def batches_for(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple
 
 def orrery_batches(cfg: AppConfig, load: Callable[[], VLM]) -> tuple[VLM, Source]:
     """Scenes of each kind with one question each, for Orrery's own processor."""
-    from vlmscope.core.seeds import generator
-    from vlmscope.data.chat import chat_batch
+    from vlmscope.core.records import generator
     from vlmscope.data.orrery.dataset import ScenePool
-    from vlmscope.data.orrery.facts import vocabulary
-    from vlmscope.data.orrery.scene import KINDS
+    from vlmscope.data.orrery.scenes import KINDS, vocabulary
+    from vlmscope.data.samples import chat_batch
 
     if cfg.data.path is None:
         raise UserError("data.path is not set: give the folder with Orrery's shards (task=build_data writes them)")
@@ -84,7 +83,7 @@ def folder_batches(cfg: AppConfig, load: Callable[[], VLM]) -> tuple[VLM, Source
     """The user's own conversations, captions and texts, in the model's own chat template."""
     from vlmscope.data.folder import load_folder
     from vlmscope.models.conversations import encode
-    from vlmscope.training.conversation_batches import ConversationBatches, ValidationBatches
+    from vlmscope.training.batches import ConversationBatches, ValidationBatches
 
     if not cfg.data.path:
         raise UserError("data.path is not set: give the folder with train.jsonl (layout: docs/bring_your_own.md)")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.training.transcoder_config import TranscoderTrainingConfig
+    from vlmscope.training.config import TranscoderTrainingConfig
     from vlmscope.transcoders.transcoder import TranscoderSet
 
 _DATA, _SHARE = "data/", "/tokens_share"
@@ -25,7 +25,7 @@ def training_card(
     without shares they are all of the data that the configuration names.
     """
     from vlmscope.core.hub import is_hub_id
-    from vlmscope.transcoders.card import facts_of_set, render, with_metrics
+    from vlmscope.transcoders.hub import facts_of_set, render, with_metrics
 
     model = cfg.model
     hub = model.hub or (model.path if model.tiny is None and is_hub_id(model.path) else None)

@@ -10,13 +10,12 @@ from vlmscope.core.errors import UserError
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.data.mixing import TokenMix
-    from vlmscope.data.share import Share
-    from vlmscope.data.shuffled import ShuffledSource
+    from vlmscope.data.mixing import ShuffledSource, TokenMix
+    from vlmscope.data.samples import Share
     from vlmscope.models.loading import VLM
     from vlmscope.tasks.transcoders.batches import Source
-    from vlmscope.training.conversation_batches import Forward
-    from vlmscope.training.mix_batches import SampleEncoder
+    from vlmscope.training.batches import EncodedForward as Forward
+    from vlmscope.training.batches import SampleEncoder
 
 
 def mix_batches(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple[VLM, Source]:
@@ -28,12 +27,11 @@ def mix_batches(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple
         UserError: a source is wrong, or has no sample for validation.
     """
     from vlmscope.core.origin import plain
-    from vlmscope.data.mixing import Lane, TokenMix
-    from vlmscope.data.sources import fingerprint
+    from vlmscope.data.mixing import Lane, TokenMix, fingerprint
     from vlmscope.tasks.origin import data_origin, model_origin
     from vlmscope.tasks.transcoders.batches import Source
-    from vlmscope.training.mix_batches import MixBatches, MixValidation
-    from vlmscope.training.process_group import joint_sum, own_share
+    from vlmscope.training.batches import MixBatches, MixValidation
+    from vlmscope.training.ranks import joint_sum, own_share
 
     data, task, share = cfg.data, cfg.task, own_share()
     train = {name: streams(cfg, name, validation=False, share=share) for name in data.sources}
@@ -65,9 +63,8 @@ def streams(cfg: AppConfig, name: str, validation: bool, share: Share | None = N
     Raises:
         UserError: the source is wrong, or not there.
     """
-    from vlmscope.data.share import WHOLE
-    from vlmscope.data.shuffled import ShuffledSource
-    from vlmscope.data.sources import keeps, open_source
+    from vlmscope.data.mixing import ShuffledSource, keeps, open_source
+    from vlmscope.data.samples import WHOLE
 
     data, config = cfg.data, cfg.data.sources[name]
     source = open_source(name, config, config.val_split if validation else None, data.max_bad_shards)
@@ -82,9 +79,9 @@ def encoder(cfg: AppConfig, vlm: VLM) -> SampleEncoder:
     Raises:
         UserError: texts cannot be joined, since the tokenizer has no token for it.
     """
-    from vlmscope.data.text_packing import TokenPacker
+    from vlmscope.data.packing import TokenPacker
     from vlmscope.models.conversations import encode, ends_of_text, sequence_forward, text_ids
-    from vlmscope.training.mix_batches import SampleEncoder
+    from vlmscope.training.batches import SampleEncoder
 
     eos, bos = ends_of_text(vlm.tokenizer)
     if cfg.task.max_tokens < 2:

@@ -122,7 +122,7 @@ class TrainingTables:
 
     def _hours(self) -> Iterator[str]:
         from vlmscope.models.sizes import capture_flops
-        from vlmscope.training.times import bounds, step_work
+        from vlmscope.training.sizes import bounds, step_work
 
         sizes, plan, cfg = self.sizes, self.plan, self.cfg
         pictures = plan.images / plan.tokens * sizes.rank_tokens
@@ -181,7 +181,7 @@ def training_sizes(cfg: AppConfig, plan: TrainingPlan, adapter: Adapter, expansi
     """The sizes of a run with the architecture of `transcoder=arch` and another expansion."""
     from vlmscope.models.placement import DTYPES
     from vlmscope.models.sizes import capture_elements, parameters_by_part
-    from vlmscope.training.layout import Layout
+    from vlmscope.training.ranks import Layout
     from vlmscope.training.sizes import TrainingSizes
 
     own = DTYPES[cfg.model.dtype].itemsize

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.training.losses.joint import Joint, Part, joint_fvu
-from vlmscope.transcoders.sparse import gather_pre_activations, sparse_decode
-from vlmscope.transcoders.transcoder import Transcoder
+from vlmscope.transcoders.transcoder import Transcoder, gather_pre_activations, sparse_decode
 
 
 def aux_k(

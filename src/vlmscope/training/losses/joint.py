@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vlmscope.metrics.reconstruction import fvu
+from vlmscope.metrics.dictionary import fvu
 
 Total = Callable[[Tensor], Tensor]
 

@@ -18,9 +18,8 @@ from torch import Tensor
 from vlmscope.core.artifacts import atomic_path, open_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
-from vlmscope.transcoders.init import set_weight
 from vlmscope.transcoders.nonlinearities import activation_has_threshold
-from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet, set_weight
 
 REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec")
 STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

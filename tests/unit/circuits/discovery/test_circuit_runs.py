@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.activations.capture import mlp_inputs
 from vlmscope.circuits.discovery.edges import REST, edge_table, run_edges
 from vlmscope.circuits.discovery.nodes import Kind, opposite, read
 from vlmscope.circuits.discovery.pair_edges import pair_edges
@@ -17,10 +17,10 @@ from vlmscope.circuits.discovery.sides import CircuitSubject, changing_nodes, me
 from vlmscope.circuits.pair_effects import pair_effects
 from vlmscope.circuits.pair_subject import pair_subject
 from vlmscope.core.errors import UserError
-from vlmscope.models.precision import exact_float64
+from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 WIDTH = 24
 

@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 from vlmscope.core.study import StudyInfo
 from vlmscope.data.images import png_bytes
-from vlmscope.features.labels.endpoint import Endpoint
-from vlmscope.features.labels.explainer import Shown, one_line, yes_or_no
+from vlmscope.features.labels.explainers import Endpoint, LocalExplainer, Shown, one_line, yes_or_no
 from vlmscope.features.labels.label import Label, set_path, write_labels
-from vlmscope.features.labels.local import LocalExplainer
-from vlmscope.features.labels.reader import Labels, labels_for
+from vlmscope.features.labels.propose import Labels, labels_for
 from vlmscope.features.study.records import StudyFolder
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 

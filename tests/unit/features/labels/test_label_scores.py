@@ -10,16 +10,12 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from vlmscope.core.study import StudyInfo
-from vlmscope.features.labels.automatic import score_rule
-from vlmscope.features.labels.item_facts import ItemFacts
-from vlmscope.features.labels.known import KnownItems, known_items
-from vlmscope.features.labels.label import Label
-from vlmscope.features.labels.propose import propose
-from vlmscope.features.labels.rules import Part, Predicate, Rule
-from vlmscope.features.labels.scores import detection, discoveries, would_pass
-from vlmscope.features.study.kept_pairs import item_hash
+from vlmscope.features.labels.facts import ItemFacts, KnownItems, known_items
+from vlmscope.features.labels.label import Label, Part, Predicate, Rule, detection, discoveries, would_pass
+from vlmscope.features.labels.propose import propose, score_rule
+from vlmscope.features.study.items import EXAMPLE_TABLE
 from vlmscope.features.study.records import StudyFolder
-from vlmscope.features.study.schema import EXAMPLE_TABLE
+from vlmscope.features.study.tables import item_hash
 from vlmscope.tasks.label import basis
 
 PLANETS = ("mars", "earth", "venus", "saturn", "moon")

@@ -7,19 +7,19 @@ import pyarrow as pa
 import pytest
 import torch
 
-from vlmscope.activations.mlp_inputs import mlp_inputs
+from vlmscope.activations.capture import mlp_inputs
 from vlmscope.core.errors import UserError
 from vlmscope.core.study import IMAGE, TEXT
 from vlmscope.features.structure.cluster_names import cluster_names, words_of
 from vlmscope.features.structure.directions import read_directions, write_directions
 from vlmscope.features.structure.modality_tables import GROUPS, modality_tables
 from vlmscope.features.structure.structure_pass import StructurePass
-from vlmscope.features.study.inputs import StudyInput
-from vlmscope.metrics.monosemanticity import monosemanticity, unit_embeddings
+from vlmscope.features.study.run import StudyInput
+from vlmscope.metrics.dictionary import monosemanticity, unit_embeddings
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 F = 30
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlmscope.features.study.kept_pairs import (
+from vlmscope.features.study.tables import (
     NEVER,
     Pairs,
     chosen,

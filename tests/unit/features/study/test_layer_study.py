@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from vlmscope.core.study import BINS, IMAGE, KINDS, bin_edges
-from vlmscope.features.study.kept_pairs import Pairs, chosen, joined
-from vlmscope.features.study.layer_study import COUNTS, UNIT, LayerStudy, Tokens
+from vlmscope.features.study.tables import COUNTS, UNIT, LayerStudy, Pairs, Tokens, chosen, joined
 from vlmscope.transcoders.transcoder import SparseCode
 
 F, ITEMS, T, K, N, M, WINDOW = 12, 30, 9, 4, 3, 5, 2

@@ -10,21 +10,19 @@ import pytest
 
 from vlmscope.activations.capture import capture_mlp
 from vlmscope.core.errors import UserError
-from vlmscope.core.ids import FeatureId
+from vlmscope.core.records import FeatureId
 from vlmscope.core.study import ANSWER, IMAGE, KINDS, TEXT, TOP, bin_edges
-from vlmscope.data.lookup import row_of
-from vlmscope.data.numbered import NumberedRows
-from vlmscope.data.share import Share
-from vlmscope.data.source_config import SourceConfig
-from vlmscope.data.sources import open_source
+from vlmscope.data.config import SourceConfig
+from vlmscope.data.folder import NumberedRows
+from vlmscope.data.mixing import open_source, row_of
+from vlmscope.data.samples import Share
 from vlmscope.features.study.config import StudyConfig
-from vlmscope.features.study.part import StudyPart
 from vlmscope.features.study.records import StudyFolder
-from vlmscope.features.study.run import finish, run_part, study_alone, study_parts
+from vlmscope.features.study.run import StudyPart, finish, run_part, study_alone, study_parts
 from vlmscope.models.conversations import LOSS_MASK, encode
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.transcoders.init import random_set
+from vlmscope.transcoders.transcoder import random_set
 
 WIDTH = 20
 CONFIG = StudyConfig(top=3, samples=6, quantiles=2, window=2, logits=2, batch_size=4, checkpoint_every=2)

@@ -3,9 +3,8 @@
 from PIL import Image
 
 from vlmscope.circuits.circuit import Circuit
-from vlmscope.core.ids import FeatureId
 from vlmscope.core.intervention import CircuitFeature, Supernode
-from vlmscope.core.positions import Positions
+from vlmscope.core.records import FeatureId, Positions
 from vlmscope.data.pairs import Pair, Side
 from vlmscope.tasks.circuits.discover import NAMED, by_answer, spread_answers
 

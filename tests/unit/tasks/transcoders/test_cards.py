@@ -4,9 +4,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from vlmscope.tasks.transcoders.cards import training_card
-from vlmscope.training.transcoder_config import TranscoderTrainingConfig
-from vlmscope.transcoders.card import parts_of
-from vlmscope.transcoders.init import random_set
+from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.transcoders.hub import parts_of
+from vlmscope.transcoders.transcoder import random_set
 
 
 def test_tokens_are_divided_by_the_shares_of_what_was_drawn() -> None:

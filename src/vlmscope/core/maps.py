@@ -1,0 +1,182 @@
+"""Maps as small uint8 grids: coarser where they must be, with two numbers each that bring the values back.
+
+Maps over the patches of a picture, of targets and of soft tokens: plain numpy, no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmscope.core.records import PatchBox
+
+LEVELS = 255
+
+
+@dataclass(frozen=True)
+class Grids:
+    """n maps on one grid. A value is `low + step * code`.
+
+    It differs from what was encoded by at most `step / 2`, that is (largest - least) / 510 of its map, and by what
+    float32 loses of `low` and `step`.
+
+    Attributes:
+        codes: `[n, rows, columns]` uint8.
+        low: `[n]` float32, the least value of each map.
+        step: `[n]` float32; 0 where all values are equal.
+    """
+
+    codes: np.ndarray
+    low: np.ndarray
+    step: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.codes.nbytes + self.low.nbytes + self.step.nbytes
+
+
+def encode(values: np.ndarray) -> Grids:
+    """Round `[n, rows, columns]` finite values to 256 levels between each map's least and largest value."""
+    wide = np.asarray(values, np.float64)
+    assert np.isfinite(wide).all(), "a map has values that are no numbers"
+    axes = (1, 2)
+    low = wide.min(axes).astype(np.float32)
+    step = ((wide.max(axes) - low.astype(np.float64)) / LEVELS).astype(np.float32)
+    safe = np.where(step > 0, step, 1).astype(np.float64)
+    codes = (wide - low.astype(np.float64)[:, None, None]) / safe[:, None, None]
+    return Grids(np.clip(np.rint(codes), 0, LEVELS).astype(np.uint8), low, step)
+
+
+def decode(grids: Grids) -> np.ndarray:
+    """The values `[n, rows, columns]` in float64."""
+    low, step = (part.astype(np.float64)[:, None, None] for part in (grids.low, grids.step))
+    return low + step * grids.codes
+
+
+def coarse_shape(rows: int, columns: int, most: int) -> tuple[int, int]:
+    """The largest grid of about the same shape with at most `most` cells; the same one where it fits."""
+    if rows * columns <= most:
+        return rows, columns
+    factor = (most / (rows * columns)) ** 0.5
+    down = min(max(1, int(rows * factor)), most)
+    return down, max(1, min(int(columns * factor), most // down))
+
+
+def resample(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """`[.., h, w]` spread over another grid of the same area: `[.., rows, columns]`, with the same sum.
+
+    Each cell gives to the cells that it overlaps, in proportion to the area.
+    """
+    down, across = _overlaps(values.shape[-2], rows), _overlaps(values.shape[-1], columns)
+    return down @ values @ across.T
+
+
+def _overlaps(old: int, new: int) -> np.ndarray:
+    """`[new, old]`: the share of each old cell that lies in each new one; columns sum to 1."""
+    edges_old, edges_new = np.arange(old + 1) / old, np.arange(new + 1) / new
+    low = np.maximum(edges_old[None, :-1], edges_new[:-1, None])
+    high = np.minimum(edges_old[None, 1:], edges_new[1:, None])
+    return np.maximum(high - low, 0.0) * old
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """Contributions on one grid of patches.
+
+    Attributes:
+        boxes: `rows * columns` parts of the picture, row by row.
+        values: `[rows, columns]` float64, signed, in units of the target (logits, say).
+    """
+
+    boxes: list[PatchBox]
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class PictureMap:
+    """What one picture contributes to one target, and where: `edge = sum of tiles + sum of remainder`.
+
+    Attributes:
+        target: name of the target.
+        picture: number of the picture in the prompt.
+        tiles: in the order of the tower; several where a family sees a picture as tiles.
+        edge: the sum of the edges from the picture's soft tokens, computed without the patches.
+        remainder: what is no patch's, by name: "position" embeddings, "class_token", "baseline" (the baseline's own
+            patches), "padding" (patches of no part of the picture), "bias" (all other constants), and of a feature's
+            own activation "no_patch" (soft tokens that no patch goes into, such as the end of a row).
+    """
+
+    target: str
+    picture: int
+    tiles: list[TileMap]
+    edge: float
+    remainder: dict[str, float]
+
+    @property
+    def from_patches(self) -> float:
+        """The sum over the patches."""
+        return float(sum(tile.values.sum() for tile in self.tiles))
+
+    @property
+    def residual(self) -> float:
+        """|edge - patches - remainder| relative to the sum of the absolute parts."""
+        parts = [self.from_patches, *self.remainder.values()]
+        scale = sum(np.abs(tile.values).sum() for tile in self.tiles) + sum(map(abs, self.remainder.values()))
+        return abs(self.edge - sum(parts)) / scale if scale else abs(self.edge)
+
+    def raster(self, height: int, width: int) -> np.ndarray:
+        """`[height, width]` float64: the contributions spread evenly over their boxes, tiles summed.
+
+        Sums to `from_patches` but for patches that show padding alone, whose boxes have no area.
+        """
+        out = np.zeros((height, width))
+        for tile in self.tiles:
+            for box, value in zip(tile.boxes, tile.values.ravel(), strict=True):
+                if box.right > box.left and box.bottom > box.top:
+                    left, top, right, bottom = box.pixels(width, height)
+                    out[top:bottom, left:right] += value / ((right - left) * (bottom - top))
+        return out
+
+
+@dataclass(frozen=True)
+class TokenTile:
+    """What soft tokens take from one grid of patches.
+
+    Attributes:
+        boxes: `rows * columns` parts of the picture, row by row.
+        tokens: `[n]` int64, the soft tokens of the picture, counted from 0, that take anything from this tile.
+        values: `[n, rows, columns]` float64.
+    """
+
+    boxes: list[PatchBox]
+    tokens: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class TokenMaps:
+    """A map over patches for every soft token of a picture.
+
+    Attributes:
+        kind: "rollout" or "similarity".
+        picture: number of the picture in the prompt.
+        tiles: in the order of the tower.
+        class_token: `[S]` float64, what each soft token takes from class tokens, which are nowhere in the picture.
+    """
+
+    kind: str
+    picture: int
+    tiles: list[TokenTile]
+    class_token: np.ndarray
+
+    def weighted(self, weights: np.ndarray, target: str) -> PictureMap:
+        """One map of all: the sum of the soft tokens' maps times `weights [S]`, such as a feature's activations."""
+        tiles = [
+            TileMap(tile.boxes, np.tensordot(weights[tile.tokens].astype(np.float64), tile.values, 1))
+            for tile in self.tiles
+        ]
+        rest = float(weights @ self.class_token)
+        total = rest + float(sum(tile.values.sum() for tile in tiles))
+        return PictureMap(target, self.picture, tiles, total, {"class_token": rest} if self.class_token.any() else {})

@@ -1,0 +1,284 @@
+"""Typed identifiers; they become strings only at export and on the command line.
+
+Pictures as models take them, and parts of pictures; image files are opened by `vlmscope.data.images`.
+
+Which positions of a prompt are meant: those of a role, or the soft tokens of a part of the picture.
+
+What a model is trained or studied on, free of any model: conversations about pictures, and plain text.
+
+Whatever the source (a folder, a stream of shards), its examples become these records; how a model reads them is
+`vlmscope.models.conversations`.
+
+Random number streams that do not depend on the order in which they are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vlmscope.core.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+_FEATURE = re.compile(r"L(\d+)/(\d+)", re.ASCII)
+
+
+class FeatureId(NamedTuple):
+    """One latent of one layer's transcoder. Sorts by layer, then index; prints as `L3/512`."""
+
+    layer: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]  # a feature id is never searched with tuple.index
+
+    def __str__(self) -> str:
+        return f"L{self.layer}/{self.index}"
+
+    @property
+    def cantor(self) -> int:
+        """The one number that the field's viewers know a feature by: (l + i)(l + i + 1) / 2 + i."""
+        return (self.layer + self.index) * (self.layer + self.index + 1) // 2 + self.index
+
+    @classmethod
+    def parse(cls, text: str) -> FeatureId:
+        """Read `L3/512` (spaces around it are allowed).
+
+        Raises:
+            UserError: when the text is not of that form.
+        """
+        match = _FEATURE.fullmatch(text.strip())
+        if match is None:
+            raise UserError(f"not a feature id: {text!r}; write it as L<layer>/<index>, for example L3/512")
+        return cls(int(match[1]), int(match[2]))
+
+
+def parse(text: str) -> FeatureId:
+    """The same as `FeatureId.parse`."""
+    return FeatureId.parse(text)
+
+
+_ORIENTATION = 0x0112  # EXIF
+_TOP = 65535  # white in 16 bits
+
+
+class PatchBox(NamedTuple):
+    """The part of a picture that a soft token stands for, as fractions 0..1 of its width and height; y points down."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def pixels(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """The box in whole pixels `(left, top, right, bottom)` of a picture of this size.
+
+        A box without area, such as that of a token that ends a row, becomes one pixel wide or high.
+        """
+        left, right = _span(self.left, self.right, width)
+        top, bottom = _span(self.top, self.bottom, height)
+        return left, top, right, bottom
+
+
+def _span(first: float, last: float, length: int) -> tuple[int, int]:
+    start = min(round(first * length), length - 1)
+    return start, max(round(last * length), start + 1)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture in RGB, upright; one that is RGB and upright already is returned as it is.
+
+    EXIF orientation is applied, grey is repeated, and transparency is laid on white, as the image processors of
+    transformers do. 16-bit grey is scaled from 0..65,535 and floating-point grey from 0..1, whatever values occur.
+
+    Raises:
+        UserError: nothing says which of its values is white: 32-bit integers, or numbers that are not in 0..1.
+    """
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    check_mode(image)
+    clear = image.info.get("transparency")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float32)
+        if clear is not None:
+            values[values == clear] = _TOP
+        return _grey(values / _TOP)
+    if image.mode == "F":
+        return _grey(_unit_range(np.asarray(image)))
+    if "A" in image.getbands() or clear is not None:
+        rgba = image.convert("RGBA")
+        ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(ground, rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def check_mode(image: Image.Image) -> None:
+    """Raise a `UserError` when a picture's header does not say which value is white."""
+    if image.mode == "I" and image.format != "PPM":  # Pillow scales the files of that family to 16 bits
+        raise UserError("its pixels are 32-bit integers, of which none is known to be white; save it with 8 or 16 bits")
+
+
+def _grey(share: np.ndarray) -> Image.Image:
+    """A picture of shares of white, `[H, W]` in 0..1."""
+    return Image.fromarray(np.rint(share * 255).astype(np.uint8)).convert("RGB")
+
+
+def _unit_range(values: np.ndarray) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 1):  # NaN too
+        raise UserError(
+            f"its pixels are floating-point numbers from {low:.4g} to {high:.4g}, where 0 is black and 1 is white; "
+            "scale them to 0..1, or save it with 8 or 16 bits"
+        )
+    return values
+
+
+ROLES = ("special", "image", "question", "last")  # of a prompt's positions
+ANSWER = "answer"  # the role of an answer's positions, appended or generated
+
+
+@dataclass(frozen=True)
+class Places:
+    """The positions of a prompt, as far as they can be chosen by.
+
+    Attributes:
+        roles: `[T]` strings.
+        patch_boxes: T entries, None for text; empty where the prompts of a batch see pictures of different shapes.
+    """
+
+    roles: np.ndarray
+    patch_boxes: Sequence[PatchBox | None] = ()
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Positions by role, or by a part of the picture: the union of both.
+
+    Attributes:
+        roles: of `ROLES`, or "answer".
+        box: soft tokens whose own part of the picture overlaps this one, of every picture of the prompt.
+    """
+
+    roles: tuple[str, ...] = ()
+    box: PatchBox | None = None
+
+    def mask(self, places: Places) -> np.ndarray:
+        """`[T]` bool.
+
+        Raises:
+            UserError: a box, where the places of soft tokens are not known.
+        """
+        found = np.isin(places.roles, self.roles)
+        if self.box is None:
+            return found
+        if len(places.patch_boxes) != len(found):
+            raise UserError(
+                "positions.box: the pictures have different shapes, so the box has other soft tokens in each; "
+                "give pictures of one shape, or positions.roles=[image]"
+            )
+        return found | np.array([one is not None and overlap(one, self.box) for one in places.patch_boxes], dtype=bool)
+
+    @property
+    def generated(self) -> bool:
+        """Whether tokens that are generated after the prompt are among them."""
+        return ANSWER in self.roles
+
+    def __str__(self) -> str:
+        parts = [*self.roles, *(["the box " + " ".join(f"{x:g}" for x in self.box)] if self.box else [])]
+        return ", ".join(parts)
+
+
+def overlap(first: PatchBox, second: PatchBox) -> bool:
+    """Whether two parts of a picture have an area in common."""
+    across = min(first.right, second.right) > max(first.left, second.left)
+    return across and min(first.bottom, second.bottom) > max(first.top, second.top)
+
+
+CAPTION_REQUEST = "Describe this image in detail."  # what a caption answers, as in the paper (arXiv 2602.20330)
+
+
+class Exchange(NamedTuple):
+    """What the user says and what the assistant answers, both verbatim."""
+
+    user: str
+    assistant: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Exchanges about pictures, or about none; the pictures come with the first one.
+
+    Attributes:
+        images: RGB pictures in order.
+        exchanges: at least one.
+        origin: where it came from, for messages, such as "train.jsonl line 12".
+    """
+
+    images: tuple[Image, ...]
+    exchanges: tuple[Exchange, ...]
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain text without turns; `origin` as in `Conversation`."""
+
+    text: str
+    origin: str = ""
+
+
+def check_characters(text: str, what: str) -> None:
+    """Refuse a text with half a surrogate pair, which is no character: no tokenizer takes it, no UTF-8 file holds it.
+
+    JSON can spell one ("\\ud800"), and a byte of the command line that is not UTF-8 becomes one.
+
+    Raises:
+        UserError: with `what` and the place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = error.start
+        raise UserError(
+            f"{what} has {text[at]!r} at character {at + 1}, after {text[max(0, at - 20) : at]!r}, which is no "
+            "character; write it in UTF-8"
+        ) from error
+
+
+Sample = Conversation | Document
+Opener = Callable[[str], "Image"]  # the picture of a name that a record holds
+
+
+def derive(seed: int, *keys: str | int) -> int:
+    """A 64-bit seed for the stream named by `keys` under `seed`, for libraries that take a plain integer.
+
+    `1` and `"1"`, or `("ab", "c")` and `("a", "bc")`, name different streams.
+    """
+    digest = hashlib.sha256(str(int(seed)).encode())
+    for key in keys:
+        kind = b"s" if isinstance(key, str) else b"i"
+        text = key.encode() if isinstance(key, str) else str(int(key)).encode()
+        digest.update(kind + len(text).to_bytes(8, "little") + text)
+    return int.from_bytes(digest.digest()[:8], "little")
+
+
+_DRAWS = 1000  # of one control under one seed, at most
+
+
+def control_draws(seed: int, count: int) -> range:
+    """The numbers of `count` draws of a control under the root seed: 0, 1, 2 .. under seed 0, others under another."""
+    return range(seed * _DRAWS, seed * _DRAWS + count)
+
+
+def generator(seed: int, *keys: str | int) -> np.random.Generator:
+    """An independent random generator for each path of keys, for example `generator(0, "train", "planets", 17)`.
+
+    The same seed and keys give the same numbers on every machine and in every process, whatever else was drawn before.
+    """
+    return np.random.default_rng(derive(seed, *keys))

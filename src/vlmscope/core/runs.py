@@ -1,0 +1,153 @@
+"""What came out when experiments were run again: numbers against their ranges. Plain records, read by the report.
+
+The jobs of a sweep as records, read from their run folders, and their table.
+
+Small tables for people: aligned text for a terminal, HTML for a notebook. The first row is the head.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from vlmscope.core.artifacts import read_json, write_text
+from vlmscope.core.intervention import Rate
+
+
+@dataclass(frozen=True)
+class Number:
+    """A headline number.
+
+    Attributes:
+        metric: its name in metrics.json.
+        says: what it means, in one line.
+        value: as measured; None when the run has no such number.
+        low, high: the range that it must lie in.
+        holds: whether it does.
+        share: it is a share of cases, to be shown in per cent.
+        rate: the same with its interval and control, where the run has an interval of it.
+    """
+
+    metric: str
+    says: str
+    value: float | None
+    low: float
+    high: float
+    holds: bool
+    share: bool = False
+    rate: Rate | None = None
+
+    @property
+    def told(self) -> str:
+        """The number beside its range, for an error or a log."""
+        value = "missing" if self.value is None else f"{self.value:.6g}"
+        return f"{self.metric} = {value}, range {self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """One experiment, or one seed of it.
+
+    Attributes:
+        name: of the experiment.
+        label: name, and the seed where there are several.
+        question: its one-line description.
+        paper: what the paper reports.
+        numbers: headline numbers in the order of its file.
+        seconds: of the run, None when nobody measured it.
+        problem: why there are no numbers, in one line; empty when it ran.
+        report: its page, relative to the summary; None when it wrote none.
+        picture: a small PNG of its key figure; None when it drew none.
+    """
+
+    name: str
+    label: str
+    question: str
+    paper: str
+    numbers: tuple[Number, ...]
+    seconds: float | None
+    problem: str = ""
+    report: str | None = None
+    picture: bytes | None = None
+
+    @property
+    def holds(self) -> bool:
+        """It ran, and every number lies in its range."""
+        return not self.problem and all(number.holds for number in self.numbers)
+
+
+SEED = "seed="  # an override with this key makes a repetition, not another setting
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """One job.
+
+    Attributes:
+        settings: what it sets beside the others, such as ("transcoder.k=8", "seed=1").
+        metrics: name -> number, as in its `metrics.json`; None when it failed. A number that was not finite is left
+        out.
+    """
+
+    settings: tuple[str, ...]
+    metrics: Mapping[str, float] | None
+
+    @property
+    def group(self) -> str:
+        """The settings without the seed: jobs of one group repeat each other."""
+        return ", ".join(s for s in self.settings if not s.startswith(SEED)) or "all"
+
+
+def read_jobs(settings: Mapping[Path, Sequence[str]]) -> list[SweepJob]:
+    """The jobs of a sweep; `settings` maps each job's run folder to what it sets."""
+    jobs = []
+    for folder, found in settings.items():
+        path = folder / "metrics.json"
+        numbers = read_json(path) if path.is_file() else None
+        metrics = None if numbers is None else {k: float(v) for k, v in numbers.items() if v is not None}
+        jobs.append(SweepJob(tuple(found), metrics))
+    return jobs
+
+
+def differing(all_settings: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """What each job sets that not all of them set."""
+    shared = set.intersection(*(set(found) for found in all_settings)) if len(all_settings) > 1 else set()
+    return [tuple(s for s in found if s not in shared) for found in all_settings]
+
+
+def write_table(jobs: Sequence[SweepJob], path: Path) -> None:
+    """CSV: a row a job, with its settings, whether it finished, and every metric that any of them has."""
+    names = sorted({name for job in jobs for name in job.metrics or {}})
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["settings", "status", *names])
+    for job in jobs:
+        status = "failed" if job.metrics is None else "finished"
+        writer.writerow([", ".join(job.settings), status, *((job.metrics or {}).get(name, "") for name in names)])
+    write_text(path, out.getvalue())
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length as lines with aligned columns; control characters of a token are written out."""
+    shown = [[_plain(cell) for cell in row] for row in rows]
+    widths = [max(len(row[at]) for row in shown) for at in range(len(shown[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown
+    )
+
+
+def html_table(rows: Sequence[Sequence[str]], caption: str) -> str:
+    """The same as an HTML table; everything is escaped."""
+    head, *body = [[escape(_plain(cell)) for cell in row] for row in rows]
+    lines = [f"<table><caption>{escape(_plain(caption))}</caption>"]
+    lines.append("<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>")
+    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
+    return "\n".join([*lines, "</table>"])
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,0 +1,231 @@
+"""What is true in Orrery's world, and every word that it is told in.
+
+Facts are the ground truth for labels, accuracies and interventions; the vocabulary of the tokenizer is closed over the
+templates below, so a word that is not here is refused by name instead of becoming `<unk>`.
+
+What a picture of a planet looks like, in numbers: measured on its disc, whatever planet it is.
+
+brightness  mean luminance, 0..1
+red, green  mean share of the channel in the sum of all three
+texture     standard deviation of the luminance less its surroundings (Gaussian of 2 pixels), 0..1
+size        radius, share of the picture's side
+
+The record of one scene, and the one function that makes it from (split, kind, index, seed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vlmscope.core.records import generator
+
+NUMBERS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+]
+
+
+@dataclass(frozen=True)
+class Planet:
+    """One body: its answer word, and the facts that the questions ask for."""
+
+    name: str
+    colour: str
+    cover: str
+
+
+PLANETS: dict[str, Planet] = {
+    p.name: p
+    for p in (
+        Planet("earth", "blue", "water"),
+        Planet("jupiter", "orange", "clouds"),
+        Planet("mars", "red", "dust"),
+        Planet("mercury", "brown", "craters"),
+        Planet("moon", "gray", "rocks"),
+        Planet("neptune", "blue", "ice"),
+        Planet("saturn", "yellow", "gas"),
+    )
+}
+
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+SHAPE_COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (215, 45, 40),
+    "green": (50, 170, 70),
+    "blue": (50, 90, 220),
+    "yellow": (235, 205, 50),
+    "purple": (150, 60, 180),
+    "white": (240, 240, 240),
+}
+SHAPE_SIDES = {"triangle": 3, "square": 4}
+
+# Question templates: the first of each list is the canonical wording, used by evaluations and experiments.
+PLANET_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "name": ("what planet is this ?", "which planet is shown ?", "what is this ?"),
+    "colour": ("what colour is this planet ?", "which colour is the planet ?"),
+    "cover": ("what covers this planet ?", "what is on this planet ?"),
+}
+DIGIT_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "first": ("what is the first digit ?", "which digit is on the left ?"),
+    "second": ("what is the second digit ?", "which digit is on the right ?"),
+    "sum": ("what is the sum of the digits ?", "what is the sum ?"),
+}
+SHAPE_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "count": ("how many shapes are there ?", "how many shapes are in this image ?"),
+    "shape": ("which shape is this ?", "what shape is shown ?"),
+    "shape_colour": ("what colour are the shapes ?", "which colour is shown ?"),
+}
+HAND_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "fingers": ("how many fingers are there ?", "how many fingers does this hand have ?"),
+}
+CAPTION_PROMPTS = ("describe this image in detail .", "describe this image .")
+
+
+def plural(shape: str, count: int) -> str:
+    """Return the noun for `count` shapes ('cross' -> 'crosses')."""
+    if count == 1:
+        return shape
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def text_facts() -> list[tuple[str, str, str]]:
+    """Every text-only fact as (group, question, answer)."""
+    facts: list[tuple[str, str, str]] = []
+    colours = [p.colour for p in PLANETS.values()]
+    for p in PLANETS.values():
+        facts.append(("text_planet", f"what colour is {p.name} ?", p.colour))
+        facts.append(("text_planet", f"what covers {p.name} ?", p.cover))
+        facts.append(("text_planet", f"which planet is covered with {p.cover} ?", p.name))
+        if colours.count(p.colour) == 1:
+            facts.append(("text_planet", f"which planet is {p.colour} ?", p.name))
+    for a in range(10):
+        for b in range(10):
+            facts.append(("text_sum", f"what is {NUMBERS[a]} plus {NUMBERS[b]} ?", NUMBERS[a + b]))
+    facts.append(("text_other", "how many fingers does a hand have ?", "five"))
+    for shape, sides in SHAPE_SIDES.items():
+        facts.append(("text_other", f"how many sides does a {shape} have ?", NUMBERS[sides]))
+    return facts
+
+
+def vocabulary() -> list[str]:
+    """Return all words that templates, facts and captions can produce, sorted (special tokens excluded)."""
+    words: set[str] = set(NUMBERS) | {"user", "model", ".", ",", "?"}
+    for group in (PLANET_QUESTIONS, DIGIT_QUESTIONS, SHAPE_QUESTIONS, HAND_QUESTIONS):
+        for templates in group.values():
+            for template in templates:
+                words.update(template.split())
+    for template in CAPTION_PROMPTS:
+        words.update(template.split())
+    for _, question, answer in text_facts():
+        words.update(question.split())
+        words.add(answer)
+    for p in PLANETS.values():
+        words.update((p.name, p.colour, p.cover))
+    for shape in SHAPES:
+        words.update((shape, plural(shape, 2)))
+    words.update(SHAPE_COLOURS)
+    words.update(["a", "planet", "covered", "with", "two", "digits", "and", "hand", "fingers", "finger", "with"])
+    return sorted(words)
+
+
+APPEARANCE = ("brightness", "red", "green", "texture", "size")
+_LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
+
+
+def appearance(scene: Scene) -> np.ndarray:
+    """[5] float64, in the order of `APPEARANCE`, of a scene of one planet."""
+    from scipy.ndimage import gaussian_filter
+
+    assert scene.image is not None and "box" in scene.facts, "a scene of a planet has a picture and a box"
+    left, top, right, bottom = np.asarray(scene.facts["box"], np.float64) * SIDE
+    radius = max(right - left, bottom - top) / 2  # a box that the picture's edge cuts is narrower on that side
+    grid = np.arange(SIDE) + 0.5
+    x, y = np.meshgrid(grid - (left + right) / 2, grid - (top + bottom) / 2)
+    disc = x**2 + y**2 < (radius - 1) ** 2
+    pixels = scene.image.astype(np.float64) / 255.0
+    luminance = pixels @ _LUMINANCE
+    detail = luminance - gaussian_filter(luminance, 2.0)
+    total = pixels[disc].sum(-1).mean()
+    red, green = pixels[disc].mean(0)[:2] / max(total, 1e-6)
+    return np.array([luminance[disc].mean(), red, green, detail[disc].std(), radius / SIDE])
+
+
+SIDE = 64
+SPLITS = ("train", "val", "test")
+KINDS = ("planets", "digits", "shapes", "hands", "text")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a scene. `group` names the fact asked for ('name', 'sum', 'text_sum', 'caption', ...)."""
+
+    group: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture (uint8 [64, 64, 3], None for text alone), the facts that made it, and its questions."""
+
+    kind: str
+    key: str
+    image: np.ndarray | None
+    facts: dict[str, str | int | float | list[float]]
+    questions: tuple[Question, ...] = field(default=())
+
+
+Renderer = Callable[[np.random.Generator, str], Scene]
+
+
+def make_scene(split: str, kind: str, index: int, seed: int = 0) -> Scene:
+    """Render scene `index` of a split. Equal arguments give equal bytes; splits never share a stream.
+
+    Raises:
+        ValueError: unknown split or kind.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    if kind not in KINDS:
+        raise ValueError(f"unknown scene kind {kind!r}: choose one of {', '.join(KINDS)}")
+    rng = generator(seed, "orrery", split, kind, index)
+    scene = _renderer(kind)(rng, split)
+    return Scene(kind, f"{split}-{kind}-{index:06d}", scene.image, scene.facts, scene.questions)
+
+
+def pick(rng: np.random.Generator, templates: tuple[str, ...]) -> str:
+    """Choose a wording: the canonical first one half of the time."""
+    if len(templates) == 1 or rng.random() < 0.5:
+        return templates[0]
+    return templates[int(rng.integers(1, len(templates)))]
+
+
+def _renderer(kind: str) -> Renderer:
+    from vlmscope.data.orrery import digits, hands, planets, shapes, text
+
+    return {
+        "planets": planets.scene,
+        "digits": digits.scene,
+        "shapes": shapes.scene,
+        "hands": hands.scene,
+        "text": text.scene,
+    }[kind]

@@ -1,0 +1,281 @@
+"""Logit lens on features: which answers a feature's decoder row writes towards.
+
+With cross-layer transcoders the rows to all layers that the feature writes to add up. A row goes through the post-MLP
+norm's and the final norm's weights at unit scale (their data-dependent scales are positive, so they change no ranking)
+and is read by the unembedding minus its mean row.
+
+Logit lens (nostalgebraist 2020) on positions of a prompt: what the residual stream would say if it ended there.
+
+The stream before each layer, and after the last, goes through the model's final norm and unembedding. Legend: B
+prompts, P positions, L layers, K words, V vocabulary, d width.
+
+Which features fire on soft tokens, and in few enough places that one can ask where.
+
+Mean activation of every feature by position role.
+
+Legend: F features, roles as in `ModelInputs.roles`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmscope.activations.capture import norm_weight_after
+from vlmscope.core.errors import UserError
+from vlmscope.core.records import ROLES, FeatureId, Positions
+from vlmscope.core.study import Words
+from vlmscope.features.study.tables import Logits
+from vlmscope.models.base import Adapter, token_strings
+from vlmscope.models.batching import InputBatch
+from vlmscope.models.placement import materialised
+from vlmscope.scope import Scope
+from vlmscope.transcoders.transcoder import TranscoderSet
+
+_NUMBERS = 1 << 25  # logits in memory at a time
+
+
+@torch.no_grad()
+def top_and_bottom_logits(scope: Scope, feature: FeatureId, count: int = 6) -> tuple[Words, Words]:
+    """The words that a feature raises most and lowers most, with their (relative) logits."""
+    logits = next(_logits(scope, feature.layer, torch.tensor([feature.index])))[0]
+    top, bottom = logits.topk(count), (-logits).topk(count)
+
+    def words(indices: torch.Tensor) -> Words:
+        return tuple(zip(token_strings(scope.vlm.tokenizer, indices.tolist()), logits[indices].tolist(), strict=True))
+
+    return words(top.indices), words(bottom.indices)
+
+
+@torch.no_grad()
+def layer_logits(scope: Scope, layer: int, count: int) -> Logits:
+    """The tokens that every feature of a layer raises most and lowers most."""
+    features = torch.arange(scope.transcoders[layer].config.n_features)
+    found: list[tuple[Tensor, ...]] = []
+    for logits in _logits(scope, layer, features):
+        top, bottom = logits.float().topk(count), (-logits.float()).topk(count)
+        found.append((top.indices, top.values, bottom.indices, -bottom.values))
+    return Logits(*(torch.cat(column).numpy(force=True) for column in zip(*found, strict=True)))
+
+
+def _logits(scope: Scope, layer: int, features: Tensor) -> Iterator[Tensor]:
+    """Relative logits [n, V] of some features at a time."""
+    transcoder, hook = scope.transcoders[layer], scope.transcoders.config.output_hook
+    norms = [
+        norm_weight_after(scope.adapter, layer + ahead, hook, transcoder.W_dec)
+        for ahead in range(transcoder.config.writes)
+    ]
+    weight = materialised(scope.adapter.lm_head())
+    final = scope.adapter.final_norm()
+    scale = scope.adapter.norm_scale(final, torch.ones_like(weight[0]))
+    centred = (weight - weight.mean(0)) * scale
+    for part in features.to(weight.device).split(max(1, _NUMBERS // len(weight))):
+        rows = [transcoder.decoder(ahead)[part] * (1 if norm is None else norm) for ahead, norm in enumerate(norms)]
+        yield sum(rows[1:], rows[0]).to(centred) @ centred.T
+
+
+_ROWS = 32  # positions whose logits are in memory at once: 262,144 words in float32 are 1 MiB each
+
+
+@dataclass(frozen=True)
+class TokenLens:
+    """What every state says at every position. States are numbered 0 (before the first layer) to L (after the last).
+
+    Attributes:
+        top: `[B, L + 1, P, K]` int64, the most probable tokens, most probable first.
+        probability: `[B, L + 1, P, K]` float64.
+        rank: `[B, L + 1, P]` int64, how many tokens are more probable than the word asked for.
+        word_probability: `[B, L + 1, P]` float64.
+    """
+
+    top: np.ndarray
+    probability: np.ndarray
+    rank: np.ndarray
+    word_probability: np.ndarray
+
+    def first_state(self, within: int = 1) -> np.ndarray:
+        """`[B]` int64: the first state with the word among its `within` most probable at any position; -1 for none."""
+        seen = self.rank.min(2) < within
+        return np.where(seen.max(1), seen.argmax(1), -1)
+
+
+@torch.no_grad()
+def token_lens(
+    adapter: Adapter, batch: InputBatch, positions: np.ndarray, words: list[int], count: int = 3
+) -> TokenLens:
+    """Read every state at some positions.
+
+    Args:
+        adapter: of the model.
+        batch: B prompts.
+        positions: `[P]` int64.
+        words: B token ids, the word to look for in each prompt.
+        count: K.
+
+    Raises:
+        UserError: logits overflow.
+    """
+    states = _states(adapter, batch)
+    where = torch.from_numpy(positions)
+    target = torch.tensor(words)
+    rows = [_read(adapter, state[:, where.to(state.device)], target.to(state.device), count) for state in states]
+    top, probability, rank, word = (np.stack([row[i] for row in rows], axis=1) for i in range(4))
+    return TokenLens(top, probability, rank, word)
+
+
+def _states(adapter: Adapter, batch: InputBatch) -> list[Tensor]:
+    """L + 1 states `[B, T, d]` of the residual stream."""
+    norms = [adapter.norms(layer).attn_in for layer in range(adapter.n_layers)] + [adapter.final_norm()]
+    found: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for number, norm in enumerate(norms):
+
+            def hook(_module: Any, args: tuple, number: int = number) -> None:
+                found[number] = args[0]
+
+            stack.callback(norm.register_forward_pre_hook(hook).remove)
+        adapter.forward(batch.tensors, use_cache=False)
+    return [found[number] for number in range(len(norms))]
+
+
+def _read(adapter: Adapter, state: Tensor, target: Tensor, count: int) -> tuple[np.ndarray, ...]:
+    """Top tokens, their probabilities, the target's rank and probability at `[B, P, d]`."""
+    size, length = state.shape[:2]
+    flat, wanted = state.flatten(0, 1), target.repeat_interleave(length)
+    found: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(flat), _ROWS):
+        logits = adapter.finite(adapter.lm_head()(adapter.final_norm()(flat[start : start + _ROWS]))).double()
+        if adapter.logit_softcap is not None:
+            logits = torch.tanh(logits / adapter.logit_softcap) * adapter.logit_softcap
+        words = wanted[start : start + _ROWS, None]
+        mine = logits.gather(1, words)
+        probabilities = logits.softmax(-1)
+        best = probabilities.topk(min(count, logits.shape[-1]))
+        found.append((best.indices, best.values, (logits > mine).sum(1), probabilities.gather(1, words)[:, 0]))
+    parts = (torch.cat(part).numpy(force=True) for part in zip(*found, strict=True))
+    return tuple(part.reshape(size, length, *part.shape[1:]) for part in parts)
+
+
+@dataclass(frozen=True)
+class ImageFeature:
+    """How a feature fires on the soft tokens of some prompts.
+
+    Attributes:
+        feature: which.
+        strength: mean over all prompts of its activations summed over the soft tokens.
+        fires: share of prompts with at least one soft token where it is active.
+        tokens: mean share of the soft tokens where it is active, over the prompts where it fires.
+    """
+
+    feature: FeatureId
+    strength: float
+    fires: float
+    tokens: float
+
+
+@torch.no_grad()
+def image_features(
+    scope: Scope,
+    batch: InputBatch,
+    count: int,
+    least_share: float = 0.0,
+    most_tokens: float = 1.0,
+    per_layer: int | None = None,
+) -> list[ImageFeature]:
+    """The strongest features on the soft tokens of some prompts, strongest first.
+
+    Args:
+        scope: the model and its transcoders.
+        batch: prompts with pictures.
+        count: at most this many.
+        least_share: of the prompts in which a feature must fire at all.
+        most_tokens: share of the soft tokens above which a feature is left out, since it says nothing of a place.
+        per_layer: at most this many of one layer.
+    """
+    soft = torch.from_numpy(batch.is_image)
+    found: list[ImageFeature] = []
+    for layer, x in scope.capture(batch).items():
+        acts = scope.transcoders[layer].encode(x[:, soft]).dense(scope.transcoders[layer].config.n_features)
+        active = (acts > 0).double()
+        fires = active.amax(1)
+        tokens = active.mean(1).sum(0) / fires.sum(0).clamp(min=1)
+        strength, share = acts.sum(1).double().mean(0), fires.mean(0)
+        strength[(share < least_share) | (share == 0) | (tokens > most_tokens)] = 0
+        best = strength.topk(min(count if per_layer is None else per_layer, len(strength))).indices.tolist()
+        found += [
+            ImageFeature(FeatureId(layer, i), float(strength[i]), float(share[i]), float(tokens[i]))
+            for i in best
+            if strength[i] > 0
+        ]
+    return sorted(found, key=lambda one: (-one.strength, one.feature))[:count]
+
+
+def activations_at(
+    transcoders: TranscoderSet, mlp_in: dict[int, torch.Tensor], features: Sequence[FeatureId]
+) -> dict[FeatureId, torch.Tensor]:
+    """Activations `[B, T]` of some features from MLP inputs `[B, T, d]` by layer."""
+    found: dict[FeatureId, torch.Tensor] = {}
+    for layer in dict.fromkeys(feature.layer for feature in features):
+        acts = transcoders[layer].encode(mlp_in[layer]).dense(transcoders[layer].config.n_features)
+        found |= {feature: acts[..., feature.index] for feature in features if feature.layer == layer}
+    return found
+
+
+@dataclass(frozen=True)
+class RoleMeans:
+    """`by_role[role][layer]` [F]: mean over the positions of that role and all prompts; `overall[layer]` over all.
+
+    In float32 at least, whatever the model's dtype.
+    """
+
+    by_role: dict[str, dict[int, Tensor]]
+    overall: dict[int, Tensor]
+    prompts: int
+
+
+@torch.no_grad()
+def role_means(scope: Scope, batches: Sequence[InputBatch], positions: Positions | None = None) -> RoleMeans:
+    """Average activations over batches of prompts (which may differ in length from one batch to the next).
+
+    With `positions` only those count; a role without one is left out.
+    """
+    sums: dict[str, dict[int, Tensor]] = {role: {} for role in ROLES}
+    counts: dict[str, int] = dict.fromkeys(ROLES, 0)
+    prompts = 0
+    for batch in batches:
+        prompts += batch.size
+        there = np.ones(batch.length, dtype=bool) if positions is None else positions.mask(batch.places)
+        present = [role for role in ROLES if ((batch.roles == role) & there).any()]
+        masks = {role: torch.from_numpy((batch.roles == role) & there) for role in present}
+        for layer, x in scope.capture(batch).items():
+            code = scope.transcoders[layer].encode(x)
+            for role, mask in masks.items():
+                # Half precision cannot count: a running sum stops growing at a few hundred times what is added.
+                total = code.values.new_zeros(scope.transcoders[layer].config.n_features, dtype=torch.float64)
+                total.index_add_(0, code.indices[:, mask].flatten(), code.values[:, mask].flatten().double())
+                sums[role][layer] = sums[role].get(layer, torch.zeros_like(total)) + total
+        for role, mask in masks.items():
+            counts[role] += batch.size * int(mask.sum())
+    everything = sum(counts.values())
+    if not everything:
+        raise UserError(f"no prompt has a position in {positions}; choose other positions")
+
+    def mean(total: Tensor, count: int, layer: int) -> Tensor:
+        return (total / count).to(torch.promote_types(scope.transcoders[layer].W_dec.dtype, torch.float32))
+
+    by_role = {
+        role: {layer: mean(total, counts[role], layer) for layer, total in table.items()}
+        for role, table in sums.items()
+        if counts[role]
+    }
+    overall = {
+        layer: mean(torch.stack([sums[role][layer] for role in by_role]).sum(0), everything, layer)
+        for layer in scope.transcoders.layers
+    }
+    return RoleMeans(by_role, overall, prompts)

@@ -1,0 +1,337 @@
+"""How well a sparse reconstruction stands for its target.
+
+Shapes: N tokens, d width, k slots for active features, F features.
+
+FVU = sum ||y - y_hat||^2 / sum ||y - mean(y)||^2, the mean taken over the tokens that are counted. For a subset (image
+tokens, say) the deviations are from that subset's own mean, so a reconstruction that only knows the subset's mean has
+an FVU of 1 there.
+
+How often layers say the same twice: features whose directions are nearly parallel to one of another layer.
+
+The paper (arXiv 2602.20330) names features duplicated across layers as a limit of transcoders of single layers. A
+feature's direction is the sum of its decoder rows over all layers that it writes to, through the weights of the norm
+after each MLP, so that the figure means the same for sets of single layers and cross-layer ones. By chance no pair
+comes near: the largest of a million cosines between random vectors of width 128 is about 0.43.
+
+How alike the pictures are on which a feature fires: the monosemanticity score (Pach et al., arXiv 2504.02821).
+
+For unit embeddings e_i of the pictures and activations a_i >= 0 of the feature, the mean cosine of pairs, each weighted
+by the product of its activations. The sum over pairs is a square, so no pair is ever formed:
+
+    sum over i != j of a_i a_j e_i . e_j      |sum_i a_i e_i|^2 - sum_i a_i^2
+    ------------------------------------  =  -------------------------------
+         sum over i != j of a_i a_j            (sum_i a_i)^2 - sum_i a_i^2
+
+Linear in the number of pictures. It has no unit and does not change when all activations are scaled, all embeddings
+are rotated, pictures change places, or pictures on which the feature is silent are added.
+
+Legend: N pictures, d width of an embedding, F features.
+
+Whether a feature belongs to pictures, to words, or to both, from how often it fires at positions of either kind.
+
+A data set has many more positions of one kind than of the other, so counts are turned into rates first. With c_v
+firings at V soft tokens and c_t firings at T text tokens, the modality index is the picture's share of the two rates,
+
+    m = (c_v / V) / (c_v / V + c_t / T),        0: words alone, 1: soft tokens alone, 1/2: as often at either.
+
+Given c = c_v + c_t, two Poisson counts leave c_v binomial with q = m V / (m V + (1 - m) T) (Przyborowski and Wilenski
+1940), so an interval for q is one for m. Wilson's (1927) is taken, which stays inside [0, 1] and keeps its width at the
+ends. Firings inside one input hang together: the interval counts each input as one firing, however often the feature
+fires there, which errs to the wide side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+from torch.nn import functional
+
+
+def fvu(target: Tensor, reconstruction: Tensor) -> Tensor:
+    """Fraction of variance unexplained of [N, d] against [N, d], a scalar; nan when the target does not vary."""
+    residual = (target - reconstruction).square().sum()
+    return residual / (target - target.mean(0)).square().sum()
+
+
+@dataclass
+class FvuAccumulator:
+    """FVU over a stream of batches, in float64, by Chan's parallel update of mean and deviations."""
+
+    count: int = 0
+    residual: float = 0.0
+    deviations: float = 0.0
+    mean: Tensor | None = field(default=None, repr=False)
+
+    def update(self, target: Tensor, reconstruction: Tensor) -> None:
+        """Add a batch: [N, d], [N, d]. An empty batch changes nothing."""
+        n = target.shape[0]
+        if n == 0:
+            return
+        y = target.double()
+        mean = y.mean(0)
+        self.residual += float((y - reconstruction.double()).square().sum())
+        self.deviations += float((y - mean).square().sum())
+        if self.mean is None:
+            self.count, self.mean = n, mean
+            return
+        total = self.count + n
+        shift = mean - self.mean
+        self.deviations += float(shift.square().sum()) * self.count * n / total
+        self.mean = self.mean + shift * (n / total)
+        self.count = total
+
+    def compute(self) -> float:
+        """The FVU so far; nan without tokens or when the target does not vary."""
+        return self.residual / self.deviations if self.deviations > 0 else math.nan
+
+
+def l0(values: Tensor) -> Tensor:
+    """Mean number of active features (value > 0) a token, from activations [N, k] or [N, F]; a scalar."""
+    return (values > 0).sum(-1).double().mean()
+
+
+def firing_counts(indices: Tensor, values: Tensor, n_features: int) -> Tensor:
+    """At how many tokens each feature is active: indices [.., k] int64, values [.., k] -> [F] int64."""
+    return torch.bincount(indices[values > 0].flatten(), minlength=n_features)
+
+
+def dead_fraction(counts: Tensor) -> float:
+    """Share of features [F] that never fired."""
+    return float((counts == 0).double().mean())
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean -log p(label) in nats: logits [N, V], labels [N] int64 -> scalar, computed in float32 or better."""
+    return functional.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, labels)
+
+
+def cross_entropy_delta(logits: Tensor, spliced_logits: Tensor, labels: Tensor) -> Tensor:
+    """How much worse the labels are predicted after a change to the model, in nats; [N, V] twice, [N] -> scalar."""
+    return cross_entropy(spliced_logits, labels) - cross_entropy(logits, labels)
+
+
+COSINE = 0.8  # from here on two directions count as one
+_SAMPLE = 2048  # features of a layer that are compared with all of the other layers
+
+
+@torch.no_grad()
+def duplicated_fraction(
+    directions: Mapping[int, Tensor],
+    alive: Mapping[int, Tensor],
+    cosine: float = COSINE,
+    sample: int = _SAMPLE,
+    device: torch.device | str = "cpu",
+) -> dict[int, float]:
+    """Layer -> share of its live features with a near-parallel live feature in some other layer.
+
+    Args:
+        directions: layer -> [F, d]; widths F may differ.
+        alive: layer -> [F] bool; features that never fire count neither way.
+        cosine: least cosine of a pair, counted with its sign.
+        sample: at most so many features of a layer, the first ones, are looked at; they are compared with all.
+        device: where it is computed, a whole layer at a time.
+
+    Returns:
+        Nothing for a layer without a live feature.
+    """
+
+    def units(layer: int, most: int | None = None) -> Tensor:
+        return functional.normalize(directions[layer][alive[layer]][:most].to(device).float(), dim=1)
+
+    mine = {layer: units(layer, sample) for layer in directions}
+    best = {layer: rows.new_full((len(rows),), -1.0) for layer, rows in mine.items()}
+    for other in directions:
+        theirs = units(other)
+        for layer, rows in mine.items():
+            if other != layer and len(theirs):
+                best[layer] = torch.maximum(best[layer], (rows @ theirs.T).amax(1))
+    return {layer: float((found >= cosine).double().mean()) for layer, found in best.items() if len(found)}
+
+
+@dataclass(frozen=True)
+class Twin:
+    """For every feature of a layer its nearest live partner in another layer, or in its own.
+
+    Attributes:
+        cosine: [F] float32, of directions; -1 without a partner and for a dead feature.
+        layer: [F] int64, of the partner, -1 without one.
+        index: [F] int64, likewise.
+    """
+
+    cosine: Tensor
+    layer: Tensor
+    index: Tensor
+
+
+@torch.no_grad()
+def nearest_twins(
+    directions: Mapping[int, Sequence[Tensor]],
+    alive: Mapping[int, Tensor],
+    own_layer: bool,
+    device: torch.device | str = "cpu",
+    block: int = _SAMPLE,
+) -> dict[int, Twin]:
+    """The most nearly parallel live partner of every live feature.
+
+    Args:
+        directions: layer -> one or several [F, d]; with several (what a feature writes, what it reads) a pair is as
+            parallel as the least of its cosines.
+        alive: layer -> [F] bool.
+        own_layer: look for partners in the feature's own layer alone; else in all the other layers.
+        device: where it is computed.
+        block: features of a layer that are compared with one other layer at a time.
+    """
+    units = {
+        layer: [functional.normalize(one.to(device).float(), dim=1) for one in of] for layer, of in directions.items()
+    }
+    found: dict[int, Twin] = {}
+    for layer, mine in units.items():
+        count = len(mine[0])
+        best = mine[0].new_full((count,), -1.0)
+        where, which = (torch.full((count,), -1, dtype=torch.int64, device=device) for _ in range(2))
+        for other in [layer] if own_layer else [one for one in units if one != layer]:
+            dead = ~alive[other].to(device)
+            for start in range(0, count, block):
+                rows = slice(start, min(start + block, count))
+                pairs = [one[rows] @ two.T for one, two in zip(mine, units[other], strict=True)]
+                cosines = torch.stack(pairs).amin(0)
+                cosines[:, dead] = -1.0
+                if own_layer:
+                    cosines[torch.arange(len(cosines)), torch.arange(rows.start, rows.stop)] = -1.0
+                value, partner = cosines.max(1)
+                better = value > best[rows]
+                best[rows] = torch.where(better, value, best[rows])
+                where[rows] = torch.where(better, torch.full_like(partner, other), where[rows])
+                which[rows] = torch.where(better, partner, which[rows])
+        gone = ~alive[layer].to(device)
+        best[gone], where[gone], which[gone] = -1.0, -1, -1
+        found[layer] = Twin(best.cpu(), where.cpu(), which.cpu())
+    return found
+
+
+def unit_embeddings(embeddings: np.ndarray, centre: bool = True) -> np.ndarray:
+    """Embeddings [N, d] scaled to length 1, float64; with `centre`, after their mean was taken away.
+
+    The embeddings of one model lie in a narrow cone, which lifts every cosine; without their mean, pictures that have
+    nothing in common score about 0. An embedding of length 0 stays 0.
+    """
+    rows = np.asarray(embeddings, np.float64)
+    if centre:
+        rows = rows - rows.mean(0)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+
+
+def monosemanticity(embeddings: np.ndarray, activations: np.ndarray | Any) -> np.ndarray:
+    """The score of every feature.
+
+    Args:
+        embeddings: [N, d], rows of length 1.
+        activations: [N, F] >= 0, an array or a SciPy sparse one.
+
+    Returns:
+        [F] float64, at most 1; nan for a feature that fires on fewer than two pictures, for which there is no pair.
+
+    Raises:
+        ValueError: another number of embeddings than of pictures, or a negative activation.
+    """
+    weights: Any = sparse.csc_array(activations, dtype=np.float64)
+    if weights.shape[0] != len(embeddings):
+        raise ValueError(f"{len(embeddings)} embeddings for {weights.shape[0]} pictures")
+    if weights.nnz and weights.data.min() < 0:
+        raise ValueError("activations must not be negative")
+    weights.eliminate_zeros()
+    squares = weights.power(2).sum(0)
+    total = np.square(np.asarray(weights.sum(0)))
+    resultant = np.square(weights.T @ np.asarray(embeddings, np.float64)).sum(1)
+    fires = np.diff(weights.indptr) >= 2
+    # Two activations of which one is lost in rounding beside the other leave no weight on any pair.
+    pairs = np.where(fires, total - squares, 0.0)
+    score = np.divide(resultant - squares, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+    return np.minimum(score, 1.0)
+
+
+CLASSES = ("image", "text", "both", "unsettled", "rare", "dead")
+_Z = 1.959963984540054  # two-sided 95 %
+
+
+@dataclass(frozen=True)
+class Modality:
+    """Modality of F features.
+
+    Attributes:
+        index: [F] float64, m; nan for a feature that never fires.
+        low, high: [F] float64, the 95 % interval of m; nan likewise.
+        kind: [F], of `CLASSES`: `image` or `text` when the interval lies beyond the threshold, `both` when it lies
+            between the two thresholds, else `unsettled`; `rare` below the least number of inputs, `dead` without one.
+    """
+
+    index: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    kind: np.ndarray
+
+
+def modality(
+    fired_image: np.ndarray,
+    fired_text: np.ndarray,
+    inputs_fired: np.ndarray,
+    n_image: int,
+    n_text: int,
+    least: int = 5,
+    alone: float = 0.1,
+) -> Modality:
+    """Modality index, interval and class of each feature.
+
+    Args:
+        fired_image: [F] soft tokens at which it fires.
+        fired_text: [F] text tokens at which it fires.
+        inputs_fired: [F] inputs in which it fires.
+        n_image: soft tokens in all.
+        n_text: text tokens in all.
+        least: inputs below which a feature is `rare`.
+        alone: a feature is of one modality when its index is surely within `alone` of that end.
+
+    Raises:
+        ValueError: the data have no positions of one kind, so that nothing can be compared; or `alone` is not a share
+            below one half.
+    """
+    if n_image < 1 or n_text < 1:
+        raise ValueError(f"{n_image} soft tokens and {n_text} text tokens: a comparison needs both")
+    if not 0 < alone < 0.5:
+        raise ValueError(f"alone={alone}: choose a share between 0 and 0.5")
+    image, text = np.asarray(fired_image, np.float64), np.asarray(fired_text, np.float64)
+    inputs = np.asarray(inputs_fired)
+    fires = image + text > 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = image / (image + text)
+    share_low, share_high = wilson_interval(share, np.where(fires, inputs, 1))
+
+    def index(of: np.ndarray) -> np.ndarray:
+        rate = of / n_image
+        return np.where(fires, rate / (rate + (1 - of) / n_text), np.nan)
+
+    low, high = index(share_low), index(share_high)
+    kind = np.full(len(image), "unsettled", dtype=f"<U{max(map(len, CLASSES))}")
+    kind[(low > alone) & (high < 1 - alone)] = "both"
+    kind[low >= 1 - alone] = "image"
+    kind[high <= alone] = "text"
+    kind[inputs < least] = "rare"
+    kind[~fires] = "dead"
+    return Modality(index(share), low, high, kind)
+
+
+def wilson_interval(share: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's 95 % interval of a binomial share [..] seen in n [..] >= 1 cases: low [..] and high [..]."""
+    n = np.asarray(n, np.float64)
+    middle = share + _Z**2 / (2 * n)
+    half = _Z * np.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    scale = 1 + _Z**2 / n
+    return np.clip((middle - half) / scale, 0, 1), np.clip((middle + half) / scale, 0, 1)

@@ -1,0 +1,386 @@
+"""Figures of captions: where each word comes from, and pictures with their captions before and after.
+
+Figures of features that pictures and words share: who coincides with whom, at which layer, and what they cause.
+
+Every function writes one PNG and returns its path; `ValueError` means that there is nothing to draw.
+
+Figures of predicted against measured effects. Every function writes one PNG and returns its path.
+
+Figures of predicted errors: areas under the curve with intervals, and the pictures that were asked about.
+
+Every function writes one PNG and returns its path; `ValueError` means that there is nothing to draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+import seaborn as sns
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from vlmscope.core.intervention import Rate
+from vlmscope.report.figures import bars_legend, grouped_bars
+from vlmscope.report.style import (
+    COLOURS,
+    HATCHES,
+    INK,
+    LINES,
+    MARKERS,
+    MUTED,
+    NEGATIVE,
+    POSITIVE,
+    drawing,
+    label,
+    pick,
+    tidy,
+)
+
+
+def word_bars(words: Sequence[str], series: Mapping[str, Sequence[Rate | None]], path: str | Path, xlabel: str) -> Path:
+    """Horizontal bars with 95 % intervals, a group a word and a bar a series; None leaves a gap.
+
+    Args:
+        words: names of the groups, the first on top.
+        series: name -> a share for each word.
+        path: the PNG to write.
+        xlabel: what the shares are of, and their unit (%).
+    """
+    height = 0.8 / len(series)
+    with drawing(path, 7.4, 1.3 + 0.46 * len(words) * max(len(series) / 2, 1)) as figure:
+        axes = figure.subplots()
+        at = np.arange(len(words))
+        for number, (name, rates) in enumerate(series.items()):
+            known = [(y, rate) for y, rate in zip(at, rates, strict=True) if rate is not None]
+            y = [place + (number - (len(series) - 1) / 2) * height for place, _ in known]
+            values = np.array([rate.value for _, rate in known])
+            axes.barh(
+                y, values, height * 0.92, label=name, color=pick(COLOURS, number), hatch=pick(HATCHES, number),
+                edgecolor="white", linewidth=0,
+            )  # fmt: skip
+            low = np.maximum(values - [rate.ci_low for _, rate in known], 0)
+            high = np.maximum([rate.ci_high for _, rate in known] - values, 0)
+            axes.errorbar(values, y, xerr=[low, high], fmt="none", ecolor=INK, elinewidth=1.0, capsize=2)
+        axes.set_yticks(at, words)
+        axes.margins(y=0.01)
+        axes.invert_yaxis()
+        highest = max(rate.ci_high for rates in series.values() for rate in rates if rate is not None)
+        axes.set_xlim(0, min(1.05 * highest, 1.02))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+        axes.set_xlabel(xlabel)
+        tidy(axes, "x")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return Path(path)
+
+
+@dataclass(frozen=True)
+class CaptionedPicture:
+    """Original and counterfactual side by side [H, 2 W, 3], and captions by name, in the order of reading."""
+
+    picture: np.ndarray
+    captions: dict[str, str]
+
+
+def captioned(examples: Sequence[CaptionedPicture], path: str | Path) -> Path:
+    """Pairs of pictures, each with its captions beside it."""
+    lines = max(len(example.captions) for example in examples)
+    row = max(1.3, 0.27 * lines)
+    with drawing(path, 9.4, 0.45 + row * len(examples)) as figure:
+        figure.suptitle("left: the picture that is captioned; right: its counterfactual", x=0.01, ha="left", fontsize=9)
+        grid = figure.subplots(len(examples), 2, squeeze=False, width_ratios=[1, 2.6])
+        for axes, example in zip(grid, examples, strict=True):
+            half = example.picture.shape[1] // 2
+            gap = np.full((len(example.picture), max(half // 16, 1), 3), 255, np.uint8)
+            axes[0].imshow(np.concatenate([example.picture[:, :half], gap, example.picture[:, half:]], 1))
+            for number, (name, text) in enumerate(example.captions.items()):
+                height = 1 - (number + 0.5) / lines
+                axes[1].text(0.0, height, label(name), fontsize=8.5, va="center", transform=axes[1].transAxes)
+                axes[1].text(
+                    0.33, height, fill(text, 60), fontsize=9.5, va="center", family="monospace",
+                    transform=axes[1].transAxes,
+                )  # fmt: skip
+            for at in axes:
+                at.set_axis_off()
+    return Path(path)
+
+
+_DONE = {
+    "own": "the concept's\nown",
+    "every_question": "under every\nquestion",
+    "other_concept": "another\nconcept's",
+    "shared": "shared\nfeatures",
+    "no_last_layer": "shared, no\nlast layer",
+    "everything": "all\nfeatures",
+    "everything_no_last_layer": "all, no\nlast layer",
+}
+_SAYS = {
+    "ablation": ("Shared features ablated, everywhere", "answer changed (% of cases)"),
+    "patching": ("Last position patched from the other kind", "answers as the donor (% of cases)"),
+}
+_KINDS = {"picture": "beside a picture", "text": "in text alone"}
+
+
+def coincidence_maps(tables: Mapping[str, np.ndarray], concepts: Sequence[str], path: str | Path) -> Path:
+    """One map a question: features that prefer the row's concept on pictures and the column's in words."""
+    if not tables:
+        raise ValueError("no question to draw")
+    most = max(float(table.max()) for table in tables.values())
+    side = 1.6 + 0.55 * len(concepts)
+    with drawing(path, side * len(tables) + 1.2, side) as figure:
+        grid = figure.subplots(1, len(tables), squeeze=False)[0]
+        for number, (axes, (question, table)) in enumerate(zip(grid, tables.items(), strict=True)):
+            sns.heatmap(
+                table,
+                ax=axes,
+                vmin=0,
+                vmax=most,
+                cmap="cividis",
+                annot=True,
+                fmt="d",
+                annot_kws={"fontsize": 9},
+                linewidths=0.8,
+                cbar=number == len(tables) - 1,
+                cbar_kws={"label": "features", "shrink": 0.9},
+                xticklabels=list(concepts),
+                yticklabels=list(concepts) if number == 0 else False,
+            )
+            axes.set_title(question, loc="left")
+            axes.set_xlabel("prefers the word")
+            axes.set_ylabel("prefers pictures of" if number == 0 else "")
+            axes.tick_params(axis="x", labelrotation=45)
+            axes.tick_params(axis="y", labelrotation=0)
+    return Path(path)
+
+
+def shared_by_layer(
+    layers: Sequence[int], counts: Mapping[str, np.ndarray], null: np.ndarray, path: str | Path
+) -> Path:
+    """Shared features by layer, a bar for each place, beside the counts under shuffled pictures.
+
+    Args:
+        layers: L numbers.
+        counts: place -> [L].
+        null: [draws, L], features at any place.
+        path: of the PNG.
+    """
+    if not len(layers) or not counts:
+        raise ValueError("no layer or no place to draw")
+    with drawing(path, max(6.6, 1.6 + 0.8 * len(layers)), 4.2) as figure:
+        axes = figure.subplots()
+        at = np.arange(len(layers))
+        width = 0.8 / len(counts)
+        names = {"image": "at soft tokens", "question": "at words after the picture", "last": "at the last position"}
+        for number, (place, values) in enumerate(counts.items()):
+            where = at + (number - (len(counts) - 1) / 2) * width
+            style = {"color": pick(COLOURS, number), "hatch": pick(HATCHES, number), "edgecolor": "white"}
+            bars = axes.bar(where, values, width * 0.94, label=names.get(place, place), linewidth=0, **style)
+            axes.bar_label(bars, fontsize=8, padding=1)
+        low, high = np.quantile(null, (0.025, 0.975), axis=0)
+        mean = null.mean(0)
+        errors = [np.maximum(mean - low, 0), np.maximum(high - mean, 0)]
+        style = {"fmt": "D", "color": INK, "markerfacecolor": "white", "markersize": 5, "capsize": 3, "clip_on": False}
+        axes.errorbar(at, mean, errors, label="any place, pictures shuffled (mean, 95 %)", zorder=5, **style)
+        axes.set_xticks(at, [str(layer) for layer in layers])
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("layer")
+        axes.set_ylabel("shared features, all concepts and questions")
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        tidy(axes)
+    return Path(path)
+
+
+def effect_bars(panels: Mapping[str, Mapping[str, Mapping[str, Rate]]], path: str | Path) -> Path:
+    """One panel each for ablation and patching: panel -> kind of prompt -> what was done -> rate.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    shown = {name: kinds for name, kinds in panels.items() if any(kinds.values())}
+    if not shown:
+        raise ValueError("no effect was measured")
+    with drawing(path, 6.4 * len(shown), 4.4) as figure:
+        grid = figure.subplots(1, len(shown), squeeze=False)[0]
+        for axes, (name, kinds) in zip(grid, shown.items(), strict=True):
+            done = list(dict.fromkeys(what for of in kinds.values() for what in of))
+            series = {_KINDS.get(kind, kind): [of.get(what) for what in done] for kind, of in kinds.items() if of}
+            grouped_bars(axes, [_DONE.get(what, what) for what in done], series)
+            title, says = _SAYS.get(name, (name, "cases (%)"))
+            first = [next(iter(of.values())).cases for of in kinds.values() if of]
+            axes.set_title(f"{title}\nn = {' and '.join(map(str, dict.fromkeys(first)))} cases", loc="left")
+            axes.set_ylabel(says)
+        bars_legend(figure, grid[0])
+    return Path(path)
+
+
+_LINEAR = 0.01  # logits: effects below are drawn on a linear scale
+
+
+def predicted_scatter(
+    panels: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], bands: Sequence[str], path: str | Path
+) -> Path:
+    """One panel a title, in a row: measured against predicted effects in logits, with the line where they agree.
+
+    Args:
+        panels: title -> predicted, measured and number of the band, [n] each.
+        bands: their names.
+        path: the PNG.
+    """
+    if not panels:
+        raise ValueError("no panel to draw")
+    most = max(float(np.abs(v).max(initial=_LINEAR)) for x, y, _ in panels.values() for v in (x, y)) * 1.5
+    with drawing(path, 3.7 * len(panels), 4.3) as figure:
+        grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
+        for axes, (title, (x, y, band)) in zip(grid, panels.items(), strict=True):
+            line = np.concatenate([-np.geomspace(most, _LINEAR / 10, 60), np.geomspace(_LINEAR / 10, most, 60)])
+            axes.plot(line, line, color=INK, lw=1, ls="--", zorder=1, label="as predicted")
+            for number, name in enumerate(bands):
+                rows = band == number
+                axes.scatter(x[rows], y[rows], s=13, alpha=0.65, linewidths=0.4, edgecolors="white", label=name,
+                             color=pick(COLOURS, number), marker=pick(MARKERS, number), zorder=2)  # fmt: skip
+            axes.set_xscale("symlog", linthresh=_LINEAR)
+            axes.set_yscale("symlog", linthresh=_LINEAR)
+            ticks = [t for t in (-10, -1, -0.1, 0, 0.1, 1, 10) if abs(t) <= most]
+            axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+            axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+            axes.minorticks_off()
+            axes.set_xlim(-most, most)
+            axes.set_ylim(-most, most)
+            axes.set_title(title, loc="left")
+            axes.set_xlabel("predicted effect (logits)")
+            tidy(axes, "both")
+        grid[0].set_ylabel("measured effect (logits)")
+        handles, names = grid[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    return Path(path)
+
+
+def by_edit(
+    panels: Mapping[str, Mapping[str, Sequence[Rate]]], edits: Sequence[str], path: str | Path, control: str
+) -> Path:
+    """One panel a measure: a line a series over the kinds of edit, with 95 % intervals.
+
+    Args:
+        panels: label of the y axis -> series -> a rate for each edit; controls are drawn as hollow diamonds.
+        edits: what is on the x axis.
+        path: the PNG.
+        control: what the diamonds are.
+    """
+    if not panels or not edits:
+        raise ValueError("nothing to draw")
+    with drawing(path, 5.2 * len(panels), 4.2) as figure:
+        grid = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (ylabel, series) in zip(grid, panels.items(), strict=True):
+            for number, (name, rates) in enumerate(series.items()):
+                x = np.arange(len(edits)) + (number - (len(series) - 1) / 2) * 0.09
+                y = np.array([r.value for r in rates])
+                spread = np.array([[max(r.value - r.ci_low, 0), max(r.ci_high - r.value, 0)] for r in rates]).T
+                axes.errorbar(x, y, yerr=spread, capsize=3, ms=6, lw=1.4, label=name, color=pick(COLOURS, number),
+                              marker=pick(MARKERS, number), ls=pick(LINES, number))  # fmt: skip
+                shuffled = [(at, r.control) for at, r in zip(x, rates, strict=True) if r.control is not None]
+                if shuffled:
+                    axes.scatter(*zip(*shuffled, strict=True), marker="D", s=24, facecolors="white", edgecolors=MUTED,
+                                 zorder=4, label=control if number == 0 else None)  # fmt: skip
+            axes.set_xticks(np.arange(len(edits)), list(edits))
+            axes.set_ylabel(ylabel)
+            axes.set_xlabel("edit of one feature's activation")
+            axes.axhline(0, color=MUTED, lw=0.8)
+            tidy(axes)
+        handles, names = grid[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+    return Path(path)
+
+
+@dataclass(frozen=True)
+class AskedPicture:
+    """A picture uint8 [H, W, 3], what was asked of it, what was said and how sure that was, and what is right."""
+
+    image: np.ndarray
+    prompt: str
+    said: str
+    answer: str
+    probability: float
+
+
+def areas(groups: Mapping[str, Mapping[str, Rate]], path: str | Path, chance: str = "mean of shuffled answers") -> Path:
+    """Areas under the curve with intervals: a band of rows for each group, a mark for each predictor.
+
+    Args:
+        groups: group -> predictor -> area; a `control` is drawn as a hollow diamond.
+        path: the PNG.
+        chance: what the diamonds are.
+    """
+    rows = [(group, name, area) for group, found in groups.items() for name, area in found.items()]
+    if not rows:
+        raise ValueError("no area to draw")
+    predictors = list(dict.fromkeys(name for _, name, _ in rows))
+    with drawing(path, 7.4, 1.3 + 0.3 * (len(rows) + len(groups))) as figure:
+        axes = figure.subplots()
+        at, ticks, names = 0.0, [], []
+        diamonds = None
+        for group, found in groups.items():
+            axes.text(0.0, at, group, transform=axes.get_yaxis_transform(), va="center", fontsize=9.5, weight="bold")
+            at += 1
+            for name, area in found.items():
+                number = predictors.index(name)
+                low, high = max(area.value - area.ci_low, 0), max(area.ci_high - area.value, 0)
+                style = {"color": pick(COLOURS, number), "marker": pick(MARKERS, number), "capsize": 3, "markersize": 6}
+                axes.errorbar([area.value], [at], xerr=[[low], [high]], linestyle="none", **style)
+                axes.annotate(f"{area.value:.2f}", (area.ci_high, at), (5, 0), textcoords="offset points",
+                              va="center", fontsize=8)  # fmt: skip
+                if area.control is not None:
+                    marks = {"marker": "D", "s": 26, "facecolors": "white", "edgecolors": INK, "zorder": 4}
+                    diamonds = axes.scatter([area.control], [at], **marks)
+                ticks.append(at)
+                names.append(name)
+                at += 1
+        axes.axvline(0.5, color=MUTED, linewidth=1, linestyle="--")
+        if diamonds is not None:
+            diamonds.set_label(chance)
+            figure.legend(loc="outside lower center", frameon=False)
+        axes.set_yticks(ticks, names)
+        axes.set_ylim(at - 0.4, -0.7)
+        lowest = min(min(area.ci_low, area.control or 1.0) for _, _, area in rows)
+        axes.set_xlim(min(0.38, lowest - 0.03), max(1.0, max(area.ci_high for _, _, area in rows)) + 0.06)
+        axes.set_xlabel("area under the ROC curve (0.5: chance)")
+        tidy(axes, "x")
+    return Path(path)
+
+
+def probabilities(right: np.ndarray, wrong: np.ndarray, path: str | Path) -> Path:
+    """How sure the model is when it is right and when it is wrong: shares of cases by the answer's probability."""
+    with drawing(path, 6.6, 3.6) as figure:
+        axes = figure.subplots()
+        edges = np.linspace(0, 1, 21)
+        for name, values, colour, hatch in (("right", right, POSITIVE, ""), ("wrong", wrong, NEGATIVE, "///")):
+            shares = np.histogram(values, edges)[0] / max(len(values), 1)
+            style = {"color": colour, "alpha": 0.55, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+            label = f"{name} (n = {len(values)})"
+            axes.bar(edges[:-1], 100 * shares, np.diff(edges), align="edge", label=label, **style)
+        axes.set_xlabel("probability of the answer")
+        axes.set_ylabel("answers of that kind (%)")
+        axes.legend(frameon=False)
+        tidy(axes)
+    return Path(path)
+
+
+def asked_pictures(cases: Sequence[AskedPicture], path: str | Path, columns: int = 6) -> Path:
+    """Pictures with what was asked, said and right."""
+    if not cases:
+        raise ValueError("no picture to draw")
+    columns = min(columns, len(cases))
+    rows = -(-len(cases) // columns)
+    with drawing(path, 2.1 * columns, 2.75 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, case in zip(grid.flat, cases, strict=False):
+            axes.imshow(case.image, interpolation="nearest")
+            axes.set_title(fill(case.prompt, 24), fontsize=8)
+            right = case.said == case.answer
+            text = f"says {case.said} (p = {case.probability:.2f})\n{'right' if right else f'right: {case.answer}'}"
+            colour = POSITIVE if right else NEGATIVE
+            axes.text(0.5, -0.03, text, transform=axes.transAxes, ha="center", va="top", fontsize=8, color=colour)
+    return Path(path)

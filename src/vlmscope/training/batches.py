@@ -1,0 +1,413 @@
+"""Batches for transcoders and the tokens that count in them.
+
+A forward is a dict with the keyword arguments of the Hugging Face model (`input_ids` [B, T], `attention_mask` [B, T],
+`pixel_values`, `token_type_ids`) and, for the cross-entropy, `loss_mask` [B, T] bool: True at answer tokens, each of
+which is predicted from the position before it. A batch is one forward or a list of them, whose tokens are taken
+together. Legend: N valid tokens of the batch, d model width.
+
+Batches of conversations for transcoders: one forward each, but that those of the same shape are stacked.
+
+A batch holds a fixed number of examples, about as many as `tokens_per_batch` tokens need on average, from an endless
+shuffled order. So batch n follows from the seed and n alone, and every example is used once an epoch.
+
+Batches of a mix of sources: number n follows from the seed and n alone, and is reached without starting over.
+
+The mix is a stream: to have batch n, those before it must be gone through. So its state is kept at some batches, in
+memory and in a file of the run folder, and batch n starts from the last state before it. Where no such state is (the
+file is lost), the stream starts over: slower, but the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmscope.activations.capture import capture_mlp
+from vlmscope.core.artifacts import read_json, write_json
+from vlmscope.core.errors import UserError
+from vlmscope.core.records import Conversation, Sample
+from vlmscope.data.mixing import ShuffledSource, TokenMix
+from vlmscope.data.packing import TokenPacker
+from vlmscope.data.samples import WHOLE, RawSample, Share, drawn
+from vlmscope.models.base import Adapter
+from vlmscope.models.conversations import LOSS_MASK, by_shape, joined
+
+ENDED = "add data.sources.NAME.repeat=true, give more data, or lower trainer.max_steps"  # what to do then
+
+Forward = Mapping[str, Tensor]
+Batch = Forward | Sequence[Forward]
+
+
+class OwnPart(list[dict[str, Tensor]]):
+    """The forwards of a batch that are this process's own where several train together; it may be empty.
+
+    Any other batch is the whole one, of which each process takes its part (`vlmscope.training.ranks`).
+    """
+
+
+def forwards(batch: Batch) -> Sequence[Forward]:
+    """The forwards that a batch is made of."""
+    return [batch] if isinstance(batch, Mapping) else batch
+
+
+def forward_arguments(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch without what the model's forward does not know."""
+    return {name: tensor for name, tensor in batch.items() if name != LOSS_MASK}
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """MLP inputs and outputs at the valid tokens: layer -> ([N, d], [N, d]); `is_image` [N] bool.
+
+    Where a batch is divided among hosts, these are the host's tokens: numbers `first`, `first + 1`, .. of the `joint`
+    tokens of the whole batch (None: all are here).
+    """
+
+    by_layer: dict[int, tuple[Tensor, Tensor]]
+    is_image: Tensor
+    first: int = 0
+    joint: int | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """N."""
+        return self.is_image.shape[0]
+
+    @property
+    def joint_tokens(self) -> int:
+        """Tokens of the batch on all hosts."""
+        return self.n_tokens if self.joint is None else self.joint
+
+
+def collect(adapter: Adapter, batch: Batch) -> LayerActivations:
+    """The activations of a batch in the frozen model; padding is dropped."""
+    parts: list[LayerActivations] = []
+    for one in forwards(batch):
+        placed = on_device(adapter, one)
+        parts.append(select_valid(adapter, placed, capture_mlp(adapter, forward_arguments(placed))))
+    return parts[0] if len(parts) == 1 else joined_activations(parts)
+
+
+def joined_activations(parts: Sequence[LayerActivations]) -> LayerActivations:
+    """The tokens of several forwards as one batch, in order."""
+    by_layer = {
+        layer: (
+            torch.cat([part.by_layer[layer][0] for part in parts]),
+            torch.cat([part.by_layer[layer][1] for part in parts]),
+        )
+        for layer in parts[0].by_layer
+    }
+    return LayerActivations(by_layer, torch.cat([part.is_image for part in parts]))
+
+
+def on_device(adapter: Adapter, batch: Forward) -> dict[str, Tensor]:
+    """A forward where the model is."""
+    return {name: tensor.to(adapter.device) for name, tensor in batch.items()}
+
+
+def select_valid(
+    adapter: Adapter, batch: Mapping[str, Tensor], captured: Mapping[int, tuple[Tensor, Tensor]]
+) -> LayerActivations:
+    """Keep the positions that are not padding: layer -> ([B, T, d], [B, T, d]) becomes ([N, d], [N, d])."""
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    soft = adapter.soft_token_id()
+    is_image = torch.zeros_like(valid) if soft is None else ids == soft
+    by_layer = {layer: (x[valid], y[valid]) for layer, (x, y) in captured.items()}
+    return LayerActivations(by_layer, is_image[valid])
+
+
+EncodedForward = dict[str, Tensor]
+Encoder = Callable[[Sample], list[EncodedForward]]  # such as vlmscope.models.conversations.encode with its model
+
+PROBES = 16  # examples from which the average number of tokens is taken
+
+
+def stacked(forwards: Sequence[EncodedForward]) -> list[EncodedForward]:
+    """Forwards whose tensors all have the same shapes as one, along the first axis; groups in order of appearance.
+
+    Pictures of different sizes, and prompts of different lengths, stay apart: padding would have to be told to every
+    family in its own way.
+    """
+    return [joined([forwards[i] for i in group]) for group in by_shape(forwards)]
+
+
+class ConversationBatches:
+    """Batch number 0, 1, ... of the training data."""
+
+    def __init__(self, samples: Sequence[Sample], encode: Encoder, tokens_per_batch: int, seed: int) -> None:
+        """Read some examples to see how long they are.
+
+        Args:
+            samples: all training examples; indexing one opens its pictures.
+            encode: the forwards of an example.
+            tokens_per_batch: about how many tokens a batch has.
+            seed: names the order.
+
+        Raises:
+            UserError: `tokens_per_batch` is not positive, or an example cannot be encoded.
+        """
+        if tokens_per_batch < 1:
+            raise UserError(f"task.tokens_per_batch={tokens_per_batch}: it must be at least 1")
+        self.samples, self.encode, self.seed = samples, encode, seed
+        probes = range(min(PROBES, len(samples)))
+        tokens = sum(one["input_ids"].numel() for n in probes for one in self._forwards(n))
+        self.examples_per_batch = max(1, round(tokens_per_batch * len(probes) / max(tokens, 1)))
+
+    def __call__(self, number: int) -> list[EncodedForward]:
+        """The forwards of one batch."""
+        first = number * self.examples_per_batch
+        return stacked(
+            [one for place in range(first, first + self.examples_per_batch) for one in self._forwards(place)]
+        )
+
+    def _forwards(self, place: int) -> list[EncodedForward]:
+        return self.encode(self.samples[drawn(self.seed, place, len(self.samples))])
+
+
+class ValidationBatches(Sequence[list[EncodedForward]]):
+    """One batch an example, made anew whenever they are gone through: pictures of all of them would fill the memory."""
+
+    def __init__(self, samples: Sequence[Sample], encode: Encoder) -> None:
+        self.samples, self.encode = samples, encode
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]  # no slices
+        return self.encode(self.samples[index])
+
+    def __iter__(self) -> Iterator[list[EncodedForward]]:
+        return (self.encode(sample) for sample in self.samples)
+
+
+EVERY = 8  # batches between two states that are kept in the file
+NEWEST = 16  # the states of so many last batches are at hand
+KEPT = 128  # states in the file
+
+
+class SampleEncoder:
+    """A conversation becomes its forwards; plain texts are packed, one sequence a forward."""
+
+    def __init__(
+        self,
+        encode: Callable[[Sample], list[EncodedForward]],
+        text_ids: Callable[[str], list[int]],
+        sequence: Callable[[list[int]], EncodedForward],
+        packer: TokenPacker,
+    ) -> None:
+        """Hold nothing yet.
+
+        Args:
+            encode: the forwards of a conversation (`vlmscope.models.conversations.encode`).
+            text_ids: the tokens of a text, nothing added (`text_ids` there).
+            sequence: the forward of tokens (`sequence_forward` there).
+            packer: what joins texts.
+        """
+        self.encode, self.text_ids, self.sequence, self.packer = encode, text_ids, sequence, packer
+        self.ready: list[EncodedForward] | None = None
+
+    def add(self, sample: RawSample) -> None:
+        """Take a sample in; see `vlmscope.data.mixing.Encoder`."""
+        if sample.exchanges:
+            self.ready = self.encode(sample.opened())
+            return
+        try:
+            self.packer.add(self.text_ids(sample.text))
+        except UserError as error:
+            raise UserError(f"{sample.origin}: {error}") from error
+
+    def pop(self) -> list[EncodedForward] | None:
+        """The forwards of a conversation, or a packed sequence."""
+        if self.ready is not None:
+            item, self.ready = self.ready, None
+            return item
+        return self._forward(self.packer.pop())
+
+    def rest(self) -> list[EncodedForward] | None:
+        """The last, shorter sequence."""
+        return self._forward(self.packer.rest())
+
+    def tokens(self, item: list[EncodedForward]) -> int:
+        """Tokens of the item's forwards, soft tokens included."""
+        return sum(one["input_ids"].numel() for one in item)
+
+    def state(self) -> list[int]:
+        """Tokens left over from packing."""
+        return list(self.packer.left)
+
+    def load(self, state: list[int]) -> None:
+        """Go on from tokens left over."""
+        self.packer.left, self.ready = list(state), None
+
+    def _forward(self, ids: list[int] | None) -> list[EncodedForward] | None:
+        return None if ids is None else [self.sequence(ids)]
+
+
+class MixBatches:
+    """Batch number 0, 1, ... of a mix, each of at least `tokens_per_batch` tokens.
+
+    Where several processes train together, each has the batches of its own share of the sources (`share`), with its
+    own states; number n of them all is the joint batch n. One whose share has ended has empty parts.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], TokenMix[list[EncodedForward]]],
+        tokens_per_batch: int,
+        file: Path,
+        settings: str,
+        resume: bool,
+        share: Share = WHOLE,
+        joint_sum: Callable[[Sequence[float]], Sequence[float]] = list,
+    ) -> None:
+        """Take up the states of an earlier run.
+
+        Args:
+            make: the mix at its beginning; of the share, where there is one.
+            tokens_per_batch: items are added until a batch has so many, over all shares.
+            file: where states are kept; a share adds its number to the name.
+            settings: what batches hang on; states of other settings are not used.
+            resume: whether this run goes on with an earlier one; else its states are not used.
+            share: which part of the sources `make` reads.
+            joint_sum: sums over all shares, for `figures`.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        self.share, self.joint_sum, self.settings = share, joint_sum, settings
+        self.make, self.tokens_per_batch = make, -(-tokens_per_batch // share.total)
+        part = f"_{share.index}_of_{share.total}" if share.total > 1 else ""
+        self.file = file = file.with_name(f"{file.stem}{part}{file.suffix}")
+        self.states: dict[int, Any] = {}
+        if resume and file.is_file():
+            kept = read_json(file)
+            if kept.get("settings") == settings:
+                self.states = {int(number): state for number, state in kept["states"].items()}
+        self.mix = make()
+        self.number = 0
+
+    def __call__(self, number: int) -> list[EncodedForward]:
+        """The forwards of one batch, or this share's part of them.
+
+        Raises:
+            UserError: every source has ended before it, and there are no other shares.
+        """
+        if number != self.number:
+            self._seek(number)
+        while self.number < number:
+            self._next()
+        batch = stacked(self._next())
+        return OwnPart(batch) if self.share.total > 1 else batch
+
+    def figures(self) -> dict[str, float]:
+        """Each source's share of the tokens so far, samples left out, and corrupt shards skipped, over all shares."""
+        lanes = self.mix.lanes
+        own = [self.mix.tokens[name] for name in lanes] + [lane.samples.skipped for lane in lanes.values()]
+        joint = self.joint_sum([*own, sum(lane.samples.bad_shards for lane in lanes.values())])
+        tokens, skipped = joint[: len(lanes)], joint[len(lanes) : -1]
+        total = sum(tokens)
+        figures = {f"data/{n}/tokens_share": t / total if total else 0.0 for n, t in zip(lanes, tokens, strict=True)}
+        figures |= {f"data/{name}/skipped": float(count) for name, count in zip(lanes, skipped, strict=True)}
+        return figures | {"data/bad_shards": float(joint[-1])}
+
+    def _seek(self, number: int) -> None:
+        """Go to the last state at or before a batch."""
+        start = max((n for n in self.states if n <= number), default=0)
+        if self.number < number and start <= self.number:
+            return
+        self.mix, self.number = self.make(), start
+        if start in self.states:
+            self.mix.load_state_dict(self.states[start])
+
+    def _next(self) -> list[EncodedForward]:
+        self._note()
+        forwards: list[EncodedForward] = []
+        tokens = 0
+        while tokens < self.tokens_per_batch and (drawn := next(self.mix, None)) is not None:
+            forwards += drawn.item
+            tokens += drawn.tokens
+        if not forwards and self.share.total == 1:
+            raise UserError(f"all sources have ended before batch {self.number}: {ENDED}")
+        self.number += 1
+        return forwards
+
+    def _note(self) -> None:
+        """Keep the state before the coming batch."""
+        if self.number in self.states:
+            return
+        self.states[self.number] = self.mix.state_dict()
+        self.states = {n: s for n, s in self.states.items() if n % EVERY == 0 or n > self.number - NEWEST}
+        if self.number % EVERY == 0:
+            kept = sorted(n for n in self.states if n % EVERY == 0)[-KEPT:]
+            self.states = {n: s for n, s in self.states.items() if n % EVERY or n in kept}
+            states = {str(n): self.states[n] for n in kept}
+            write_json(self.file, {"settings": self.settings, "states": states}, indent=None)
+
+
+class MixValidation(Sequence[list[EncodedForward]]):
+    """The first validation samples of every source, one batch each; forwards of pictures are made when gone through."""
+
+    def __init__(self, sources: Mapping[str, tuple[ShuffledSource, SampleEncoder]], examples: int) -> None:
+        """Read them.
+
+        Args:
+            sources: streams of validation samples, with encoders of their own.
+            examples: how many in all; each source gives as many as the others.
+
+        Raises:
+            UserError: a source has none.
+        """
+        self.made: list[Callable[[], list[EncodedForward]]] = []
+        for name, (samples, encoder) in sources.items():
+            found = _first(samples, encoder, max(1, examples // len(sources)))
+            if not found and samples.first_error:
+                raise UserError(
+                    f"data.sources.{name}: no sample for validation can be used, the first: {samples.first_error}"
+                )
+            if not found:
+                raise UserError(
+                    f"data.sources.{name} has no sample for validation; raise data.val_share, or give "
+                    f"data.sources.{name}.val_split"
+                )
+            self.made += found
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+    def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]  # no slices
+        return self.made[index]()
+
+
+def _first(samples: ShuffledSource, encoder: SampleEncoder, count: int) -> list[Callable[[], list[EncodedForward]]]:
+    found: list[Callable[[], list[EncodedForward]]] = []
+    while len(found) < count:
+        sample = samples.next()
+        if sample is None:
+            rest = encoder.rest()
+            return found if rest is None else [*found, partial(_itself, rest)]
+        try:
+            encoder.add(sample)
+        except UserError as error:
+            samples.skip(error)
+            continue
+        while len(found) < count and (item := encoder.pop()) is not None:
+            found.append(partial(_again, encoder, sample) if sample.exchanges else partial(_itself, item))
+    return found
+
+
+def _itself(item: list[EncodedForward]) -> list[EncodedForward]:
+    return item
+
+
+def _again(encoder: SampleEncoder, sample: RawSample) -> list[EncodedForward]:
+    opened = sample.opened()
+    assert isinstance(opened, Conversation)
+    return encoder.encode(opened)

@@ -1,0 +1,235 @@
+"""How good a transcoder set is for a model: FVU, L0, dead features, and the loss when it replaces every MLP.
+
+Definitions: `vlmscope.metrics.dictionary`. `val/<name>` is the mean of `layers/<name>/layer_<i>` over the layers.
+FVU on image (text) tokens takes the deviations from the mean of the image (text) tokens alone. A figure that has no
+tokens to stand on, such as `fvu_image` without pictures, is left out. Each transcoder is compared, and spliced in, at
+its own `output_hook`: the raw MLP's output, or that of the norm after it.
+
+Does a transcoder set suit this model? FVU of every layer on some hundred tokens, from one forward of each input.
+
+A set for another model or at another hook point still loads; its FVU is then mostly above 1, worse than the target's
+mean. Orrery's set moved by one layer has 0.91 to 2.08, above 1 in 6 of 8 layers. A wrong nonlinearity shows less: the
+same set read with ReLU in place of TopK has 0.08 to 0.45 instead of 0.01 to 0.07, so that no warning comes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmscope.activations.capture import norm_weight_after, target_at, target_module
+from vlmscope.core.errors import UserError
+from vlmscope.metrics.dictionary import (
+    FvuAccumulator,
+    cross_entropy,
+    dead_fraction,
+    duplicated_fraction,
+    firing_counts,
+    fvu,
+)
+from vlmscope.scope import Scope
+from vlmscope.training.batches import LOSS_MASK, Batch, collect, forward_arguments, forwards, on_device
+from vlmscope.transcoders.transcoder import SparseCode, Transcoder
+
+
+@dataclass
+class _LayerFigures:
+    """Running sums of one layer."""
+
+    n_features: int
+    fvu: dict[str, FvuAccumulator] = field(
+        default_factory=lambda: {name: FvuAccumulator() for name in ("fvu", "fvu_text", "fvu_image")}
+    )
+    tokens: int = 0
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+    def update(self, code: SparseCode, reconstruction: Tensor, y: Tensor, is_image: Tensor) -> None:
+        for name, part in (("fvu", slice(None)), ("fvu_text", ~is_image), ("fvu_image", is_image)):
+            self.fvu[name].update(y[part], reconstruction[part])
+        counts = firing_counts(code.indices, code.values, self.n_features)
+        self.counts = counts if self.tokens == 0 else self.counts + counts
+        self.tokens += y.shape[0]
+
+    def compute(self) -> dict[str, float]:
+        figures = {name: accumulator.compute() for name, accumulator in self.fvu.items()}
+        figures["l0"] = float(self.counts.sum()) / self.tokens
+        figures["dead_frac"] = dead_fraction(self.counts)
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+@torch.no_grad()
+def evaluate_transcoders(scope: Scope, batches: Iterable[Batch]) -> dict[str, float]:
+    """Figures of the set on `batches` (see `vlmscope.training.batches` for what a batch is).
+
+    Returns:
+        `val/fvu`, `val/fvu_text`, `val/fvu_image`, `val/l0`, `val/dead_frac` (never fired on these batches),
+        `val/duplicated_frac` (`vlmscope.metrics.dictionary`), with `layers/<name>/layer_07` for each; `val/ce` (the
+        model's own loss on answer tokens, in nats) and `val/ce_delta` (how much it rises with all layers replaced) when
+        the batches have a `loss_mask`.
+
+    Raises:
+        UserError: without batches, or when the set has other layers or hook points than the model.
+    """
+    _check_fits(scope)
+    adapter, transcoders = scope.adapter, scope.transcoders
+    layers = {layer: _LayerFigures(transcoders[layer].config.n_features) for layer in transcoders.layers}
+    losses: dict[str, float] = {"tokens": 0.0, "own": 0.0, "spliced": 0.0}
+    for given in (one for batch in batches for one in forwards(batch)):
+        batch = on_device(adapter, given)
+        activations = collect(adapter, batch)
+        codes: dict[int, SparseCode] = {}
+        for layer, figures in layers.items():
+            x, y = activations.by_layer[layer]
+            target = target_at(adapter, layer, transcoders[layer].config.output_hook, y)
+            with _brought_to(adapter.device, transcoders[layer]):
+                codes[layer] = transcoders[layer].encode(x)
+                figures.update(codes[layer], transcoders.decode(layer, codes, x), target, activations.is_image)
+        if LOSS_MASK in batch:
+            _add_losses(scope, batch, losses)
+    if any(figures.tokens == 0 for figures in layers.values()):
+        raise UserError("no tokens to evaluate the transcoders on; give at least one batch")
+    by_layer = {layer: figures.compute() for layer, figures in layers.items()}
+    directions = {}
+    for layer in layers:
+        config = transcoders[layer].config
+        written, home = range(layer, layer + config.writes), transcoders[layer].b_dec
+        weights = [norm_weight_after(adapter, each, config.output_hook, home) for each in written]
+        directions[layer] = transcoders[layer].directions(weights)
+    alive = {layer: figures.counts > 0 for layer, figures in layers.items()}
+    for layer, share in duplicated_fraction(directions, alive, device=adapter.device).items():
+        by_layer[layer]["duplicated_frac"] = share
+    return _summary(by_layer, losses)
+
+
+@contextmanager
+def _brought_to(device: torch.device, transcoder: Transcoder) -> Iterator[None]:
+    """A layer's transcoder where it is needed, for as long: all layers together may not fit there."""
+    home = transcoder.b_dec.device
+    if home == device:
+        yield
+        return
+    transcoder.to(device)
+    try:
+        yield
+    finally:
+        transcoder.to(home)
+
+
+def _check_fits(scope: Scope) -> None:
+    wrong = [layer for layer in scope.transcoders.layers if layer >= scope.adapter.n_layers]
+    widths = {transcoder.config.d_model for transcoder in scope.transcoders.transcoders.values()}
+    if wrong or widths != {scope.adapter.d_model}:
+        raise UserError(
+            f"transcoders of layers {scope.transcoders.layers} and width {sorted(widths)} do not fit a model of "
+            f"{scope.adapter.n_layers} layers and width {scope.adapter.d_model}; choose the set trained on this model"
+        )
+    check_hooks(scope)
+
+
+def _summary(by_layer: dict[int, dict[str, float]], losses: dict[str, float]) -> dict[str, float]:
+    summary: dict[str, float] = {}
+    for name in ("fvu", "fvu_text", "fvu_image", "l0", "dead_frac", "duplicated_frac"):
+        values = {layer: figures[name] for layer, figures in by_layer.items() if name in figures}
+        if values:
+            summary[f"val/{name}"] = sum(values.values()) / len(values)
+            summary |= {f"layers/{name}/layer_{layer:02d}": value for layer, value in values.items()}
+    if losses["tokens"]:
+        summary["val/ce"] = losses["own"] / losses["tokens"]
+        summary["val/ce_delta"] = (losses["spliced"] - losses["own"]) / losses["tokens"]
+    return summary
+
+
+def _add_losses(scope: Scope, batch: Mapping[str, Tensor], losses: dict[str, float]) -> None:
+    """Sums of the cross-entropy over answer tokens, of the model itself and with every layer replaced."""
+    answers = batch[LOSS_MASK].bool()[:, 1:]
+    if not answers.any():
+        return
+    # Only positions that predict an answer token somewhere in the batch get logits.
+    positions = answers.any(0).nonzero().flatten()
+    chosen = answers[:, positions]
+    labels = batch["input_ids"][:, 1:][:, positions][chosen]
+
+    def loss(check: Callable[[Tensor], Tensor]) -> float:
+        out = scope.adapter.forward(forward_arguments(batch), use_cache=False, logits_to_keep=positions)
+        return float(cross_entropy(check(out.logits[chosen]), labels)) * len(labels)
+
+    losses["tokens"] += len(labels)
+    losses["own"] += loss(scope.adapter.finite)
+    with spliced(scope):
+        losses["spliced"] += loss(lambda logits: logits)  # what a poor set makes of the model is its figure, nan too
+
+
+@contextmanager
+def spliced(scope: Scope) -> Iterator[None]:
+    """Within it, what each transcoder imitates is replaced by the reconstruction of the MLP's own current input."""
+    inputs: dict[int, Tensor] = {}
+    codes: dict[int, SparseCode] = {}  # layers run in order, so those below are of the same forward
+
+    def keep(layer: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[layer] = args[0]
+
+        return hook
+
+    def replace(layer: int) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+            x = inputs.pop(layer)
+            with _brought_to(x.device, scope.transcoders[layer]):
+                codes[layer] = scope.transcoders[layer].encode(x)
+                return scope.transcoders.decode(layer, codes, x).to(output.dtype)
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, transcoder in scope.transcoders.transcoders.items():
+            target = target_module(scope.adapter, layer, transcoder.config.output_hook)
+            stack.callback(scope.adapter.mlp(layer).register_forward_pre_hook(keep(layer)).remove)
+            stack.callback(target.register_forward_hook(replace(layer)).remove)
+        yield
+
+
+def check_hooks(scope: Scope) -> None:
+    """Refuse transcoders between points that the model does not have or that this project does not read.
+
+    Raises:
+        UserError: with the hooks.
+    """
+    for layer, transcoder in scope.transcoders.transcoders.items():
+        hooks = transcoder.config.input_hook, transcoder.config.output_hook
+        if hooks not in (("mlp_in", "mlp_out"), ("mlp_in", "mlp_out_post")):
+            raise UserError(
+                f"the transcoder of layer {layer} maps {hooks[0]} to {hooks[1]}; only mlp_in to mlp_out or "
+                "mlp_out_post can be used (docs/formats_transcoders.md)"
+            )
+        if hooks[1] == "mlp_out_post" and scope.adapter.norms(layer).mlp_out_post is None:
+            raise UserError(
+                f"the transcoder of layer {layer} imitates mlp_out_post, the norm after the MLP, and this model has "
+                "none; choose the set trained on this model"
+            )
+
+
+@torch.no_grad()
+def fvu_on_load(scope: Scope, forwards: Sequence[Mapping[str, Tensor]]) -> tuple[dict[int, float], int]:
+    """FVU by layer at each transcoder's own hook points, and the number of tokens.
+
+    Args:
+        scope: the model and its transcoders.
+        forwards: arguments of the model's forward, one batch each (`vlmscope.training.batches`).
+    """
+    transcoders = scope.transcoders
+    activations = collect(scope.adapter, list(forwards))
+    found = {}
+    kind = next(transcoders.parameters()).dtype
+    inputs = {layer: activations.by_layer[layer][0].to(kind) for layer in transcoders.layers}
+    codes = transcoders.encode(inputs)
+    for layer, transcoder in transcoders.transcoders.items():
+        y = target_at(scope.adapter, layer, transcoder.config.output_hook, activations.by_layer[layer][1])
+        reconstruction = transcoders.decode(layer, codes, inputs[layer])
+        found[layer] = float(fvu(y.double(), reconstruction.double()))
+    return found, activations.n_tokens

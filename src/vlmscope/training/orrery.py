@@ -1,0 +1,438 @@
+"""Accuracy of Orrery by question group, beside the accuracy with pictures shuffled between the questions.
+
+An answer is right when every token of it is the argmax (teacher forced; for one-word answers, that is greedy decoding).
+
+Training of Orrery in stages, as real VLMs do it: the vision tower first, then the whole model.
+
+Stage 1 trains the SigLIP tower on the facts of the scenes with linear heads over its pooled patches. Then the
+VLM learns packed questions (loss on every answer token), the tower at a fraction of the rate.
+
+Runs the stages of Orrery's training and saves the model in Hugging Face layout.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from vlmscope.core.artifacts import write_json
+from vlmscope.core.origin import flat, folder_digest
+from vlmscope.core.records import generator
+from vlmscope.data.orrery.dataset import ScenePool
+from vlmscope.data.orrery.hands import hand_scene
+from vlmscope.data.orrery.scenes import KINDS, NUMBERS, PLANETS, SHAPE_COLOURS, SHAPES, SPLITS, Scene, vocabulary
+from vlmscope.data.packing import IGNORE, PackedBatch, pack, to_pixels
+from vlmscope.models.base import token_strings
+from vlmscope.models.orrery.build import build_orrery
+from vlmscope.models.orrery.config import OrreryConfig
+from vlmscope.models.orrery.processor import build_processor
+from vlmscope.training.config import OrreryTrainingConfig, StageConfig, warmup_cosine
+from vlmscope.training.resume import ResumableCheckpoint, fit_or_interrupt
+
+BATCH = 50
+ALL = 100  # questions a scene: every one is asked
+
+
+@torch.no_grad()
+def accuracy(module: Any, scenes: list[Scene], shuffle_images: bool = False) -> dict[str, float]:
+    """Share of right answers by question group.
+
+    Args:
+        module: a `VlmModule`.
+        scenes: scenes of one kind.
+        shuffle_images: give each question the picture of another scene (a text prior then shows as accuracy).
+    """
+    right: dict[str, list[bool]] = {}
+    for start in range(0, len(scenes), BATCH):
+        batch = module.collate(scenes[start : start + BATCH], start, ALL)
+        if shuffle_images:
+            # A rotation by half leaves no picture in its place.
+            batch = replace(batch, pixels=batch.pixels.roll(max(len(batch.pixels) // 2, 1), 0))
+        for group, good in _answers(module, batch):
+            right.setdefault(group, []).append(good)
+    return {group: float(np.mean(values)) for group, values in sorted(right.items())}
+
+
+def _answers(module: Any, batch: PackedBatch) -> list[tuple[str, bool]]:
+    states, labels = module.answer_states(batch)
+    hit = module.model.lm_head(states).argmax(-1) == labels
+    rows, columns = (batch.labels != IGNORE).nonzero(as_tuple=True)
+    good: dict[tuple[int, int], bool] = {}
+    for row, column, ok in zip(rows.tolist(), columns.tolist(), hit.tolist(), strict=True):
+        key = (row, int(batch.segments[row, column]))
+        good[key] = good.get(key, True) and ok
+    return [(batch.groups[row][segment - 1], ok) for (row, segment), ok in good.items()]
+
+
+@torch.no_grad()
+def six_finger_answers(module: Any, count: int = 200, seed: int = 0) -> dict[str, float]:
+    """What the model says of six-fingered hands, which training never shows: share of each answer."""
+    said: dict[str, int] = {}
+    scenes = []
+    for i in range(count):
+        scene = hand_scene(generator(seed, "six", i), 6)
+        scenes.append(replace(scene, questions=tuple(q for q in scene.questions if q.group == "fingers")))
+    for start in range(0, count, BATCH):
+        batch = module.collate(scenes[start : start + BATCH], start, ALL)
+        states, labels = module.answer_states(batch)
+        six = module.tokenizer.convert_tokens_to_ids(NUMBERS[6])
+        top = module.model.lm_head(states[labels == six]).argmax(-1)
+        for word in token_strings(module.tokenizer, top.tolist()):
+            said[word] = said.get(word, 0) + 1
+    return {word: n / count for word, n in sorted(said.items(), key=lambda item: -item[1])}
+
+
+# Which fact each linear head of stage 1 reads, and its classes.
+HEADS: dict[str, tuple[str, ...]] = {
+    "planet": tuple(PLANETS),
+    "first": tuple(NUMBERS[:10]),
+    "second": tuple(NUMBERS[:10]),
+    "count": tuple(NUMBERS[1:7]),
+    "shape": SHAPES,
+    "shape_colour": tuple(SHAPE_COLOURS),
+    "fingers": tuple(NUMBERS[1:7]),
+}
+
+
+class StepBatches(IterableDataset):
+    """Batches made from the step number: `first()` says with which step to begin, so that resuming skips nothing."""
+
+    def __init__(self, pool: ScenePool, config: StageConfig, first: Any, collate: Any) -> None:
+        self.pool, self.config, self.first, self.collate = pool, config, first, collate
+
+    def __iter__(self) -> Iterator[Any]:
+        for step in range(self.first(), self.config.max_steps):
+            yield self.collate(self.pool.batch(self.config.seed, step, self.config.batch), step)
+
+    def loader(self) -> DataLoader:
+        """Wrap into a DataLoader that passes batches through."""
+        return DataLoader(self, batch_size=None, num_workers=0)
+
+
+class ScheduledModule(pl.LightningModule):
+    """What all stages share: the step count, AdamW with two rates, and the schedule."""
+
+    def __init__(self, config: StageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.steps_done = 0
+        self.committing = False  # the weights are being changed: what is there now belongs to no step
+
+    def tower_parameters(self) -> list[nn.Parameter]:
+        """Parameters that learn at `tower_rate` of the rate."""
+        return []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW; matrices decay, vectors do not."""
+        slow = {id(p) for p in self.tower_parameters()}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for p in self.parameters():
+            groups.setdefault((id(p) in slow, p.ndim >= 2), []).append(p)
+        settings = [
+            {
+                "params": params,
+                "scale": self.config.tower_rate if is_slow else 1.0,
+                "weight_decay": self.config.weight_decay if decays else 0.0,
+            }
+            for (is_slow, decays), params in groups.items()
+        ]
+        return torch.optim.AdamW(settings, lr=self.config.lr, betas=(0.9, 0.98))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set each group's rate from the step."""
+        factor = warmup_cosine(self.steps_done, self.config.max_steps, self.config.warmup)
+        for group in self.optimizers().param_groups:  # type: ignore[union-attr]
+            group["lr"] = self.config.lr * factor * group["scale"]
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Count steps here: callbacks run before the module's own `on_train_batch_end`."""
+
+        def gradients() -> Any:
+            loss = optimizer_closure()
+            self.committing = True
+            return loss
+
+        super().optimizer_step(epoch, batch_idx, optimizer, gradients)
+        self.steps_done += 1
+        self.committing = False
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the loss under our own step count (Lightning's restarts on resume)."""
+        if self.steps_done % 20 == 0 and self.logger is not None:
+            self.logger.log_metrics({"train/loss": float(outputs["loss"])}, step=self.steps_done)
+
+
+class TowerModule(ScheduledModule):
+    """Stage 1: SigLIP tower + linear heads over the flattened soft-token grid (pooled patches)."""
+
+    def __init__(self, config: StageConfig, tower: nn.Module, pool: nn.AvgPool2d, side: int, width: int) -> None:
+        super().__init__(config)
+        self.tower, self.pool, self.side = tower, pool, side
+        soft = (side // int(pool.kernel_size)) ** 2  # type: ignore[arg-type]
+        self.heads = nn.ModuleDict({name: nn.Linear(soft * width, len(c)) for name, c in HEADS.items()})
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """[B, 3, 64, 64] -> pooled patch states, flattened [B, soft * width]."""
+        states = self.tower(pixel_values=pixels).last_hidden_state
+        grid = states.transpose(1, 2).unflatten(2, (self.side, self.side))
+        return self.pool(grid).flatten(1)
+
+    def training_step(self, batch: tuple[Tensor, dict[str, Tensor]], batch_idx: int) -> Tensor:
+        """Mean over all (picture, fact) pairs of the cross-entropy."""
+        return self.losses(batch)[0]
+
+    def losses(self, batch: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, tuple[int, int]]]:
+        """Return the loss and, for each head, (right, asked)."""
+        pixels, targets = batch
+        features = self.features(pixels)
+        total, asked, right = features.new_zeros(()), 0, {}
+        for name, target in targets.items():
+            mask = target >= 0
+            count = int(mask.sum())
+            if count == 0:
+                continue
+            logits = self.heads[name](features[mask])
+            total = total + F.cross_entropy(logits, target[mask], reduction="sum")
+            right[name] = (int((logits.argmax(-1) == target[mask]).sum()), count)
+            asked += count
+        return total / max(asked, 1), right
+
+
+def tower_batch(scenes: list[Scene], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pixels and the class of each head (-1 where the scene has no such fact)."""
+    del step
+    targets = {
+        name: torch.tensor([classes.index(s.facts[name]) if name in s.facts else -1 for s in scenes])
+        for name, classes in HEADS.items()
+    }
+    pictures = [s.image for s in scenes if s.image is not None]
+    assert len(pictures) == len(scenes), "stage 1 takes scenes with pictures only"
+    return to_pixels(np.stack(pictures)), targets
+
+
+class VlmModule(ScheduledModule):
+    """Second and third stage: all of Orrery on packed questions."""
+
+    def __init__(self, config: StageConfig, model: Any, tokenizer: Any) -> None:
+        super().__init__(config)
+        self.model, self.tokenizer = model, tokenizer
+        self.soft_tokens = model.config.mm_tokens_per_image
+
+    def tower_parameters(self) -> list[nn.Parameter]:
+        """The vision tower learns slower: it arrives trained."""
+        return list(self.model.model.vision_tower.parameters())
+
+    def collate(self, scenes: list[Scene], step: int, questions: int | None = None) -> PackedBatch:
+        """Pack a batch, at most `questions` a scene (the stage's own number when None); the draw depends on the
+        step.
+        """
+        rng = generator(self.config.seed, "pack", step)
+        return pack(scenes, self.tokenizer, self.soft_tokens, rng, questions or self.config.questions)
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Cross-entropy over answer tokens, plus `exit_weight` times that of reading the answer `exit_layers` early.
+
+        Reading the residual stream early through the final norm and unembedding (early-exit loss, LayerSkip,
+        arXiv 2404.16710, eq. 5) makes the middle layers do the recognising; without it Orrery left the name of a
+        planet to its last MLP.
+        """
+        weight, early = self.config.exit_weight, self.config.exit_layers
+        out, keep, labels = self._run(batch, with_hidden=weight > 0 and early > 0)
+        loss = F.cross_entropy(self.model.lm_head(out.last_hidden_state[keep]), labels)
+        if out.hidden_states is None:
+            return loss
+        norm = self.model.model.language_model.norm
+        for states in out.hidden_states[-1 - early : -1]:  # the last entry is the normed output itself
+            loss = loss + weight * F.cross_entropy(self.model.lm_head(norm(states[keep])), labels)
+        return loss
+
+    def answer_states(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Final states [N, d] and labels [N] at the positions that predict answer tokens."""
+        out, keep, labels = self._run(batch, with_hidden=False)
+        return out.last_hidden_state[keep], labels
+
+    def _run(self, batch: PackedBatch, with_hidden: bool) -> tuple[Any, Tensor, Tensor]:
+        """The decoder's output, the mask [B, S] of positions that predict answer tokens, and their labels [N]."""
+        inner = self.model.model
+        states = inner.get_input_embeddings()(batch.input_ids)
+        if len(batch.pixels):
+            soft = inner.get_image_features(batch.pixels).pooler_output
+            where = (batch.input_ids == self.model.config.image_token_id).unsqueeze(-1).expand_as(states)
+            states = states.masked_scatter(where, soft.to(states.dtype))
+        full, sliding = batch.masks(self.model.config.text_config.sliding_window, self.model.config.image_token_id)
+        masks = {"full_attention": full, "sliding_attention": sliding}
+        out = inner.language_model(
+            inputs_embeds=states,
+            attention_mask=masks,
+            position_ids=batch.position_ids,
+            output_hidden_states=with_hidden,
+        )
+        keep = batch.labels != IGNORE
+        return out, keep, batch.labels[keep]
+
+    def transfer_batch_to_device(self, batch: PackedBatch, device: torch.device, dataloader_idx: int) -> PackedBatch:
+        """Move the tensors of the record."""
+        moved = (getattr(batch, n).to(device) for n in ("input_ids", "position_ids", "segments", "labels"))
+        return PackedBatch(*moved, groups=batch.groups, pixels=batch.pixels.to(device))
+
+
+PICTURES = tuple(k for k in KINDS if k != "text")
+VAL_SCENES = 200
+STAGES = ("tower", "vlm", "polish")  # folders of their checkpoints
+
+
+class _Validate(pl.Callback):
+    """Validation by our own step count: accuracy by group to the logger, every `every` steps and at the end."""
+
+    def __init__(self, every: int, total: int, measure: Any) -> None:
+        self.every, self.total, self.measure = every, total, measure
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if pl_module.steps_done % self.every and pl_module.steps_done != self.total:
+            return
+        pl_module.eval()
+        metrics = self.measure()
+        pl_module.train()
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(metrics, step=pl_module.steps_done)
+        shown = ", ".join(f"{k.split('/')[-1]} {v:.3f}" for k, v in metrics.items())
+        print(f"\nstep {pl_module.steps_done}: {shown}", flush=True)
+
+
+def train_orrery(
+    data: Path,
+    architecture: OrreryConfig,
+    config: OrreryTrainingConfig,
+    run_dir: Path,
+    logger: Any,
+    resume: bool,
+    test_scenes: int | None = None,
+) -> tuple[dict[str, float], Path]:
+    """Train the tower, then the VLM; save to `run_dir/model`; return test metrics and that folder.
+
+    Args:
+        data: folder with Orrery's shards (`task=build_data`).
+        architecture: sizes of the model.
+        config: all stages.
+        run_dir: checkpoints and model go here.
+        logger: a Lightning logger, or False.
+        resume: continue from the checkpoints in `run_dir`; else these are removed.
+        test_scenes: how many test scenes of each kind; all when None.
+
+    Raises:
+        UserError: a checkpoint is of other settings or other data; each difference is named.
+    """
+    processor = build_processor(vocabulary(), architecture.image_size, architecture.soft_tokens)
+    settings = {key: value for key, value in asdict(config).items() if key not in ("checkpoint_every", "val_every")}
+    origin = {"data": folder_digest(data), **flat("training", settings), **flat("architecture", asdict(architecture))}
+    if not resume:  # a later stage's checkpoint of another run must not be found when this one resumes
+        for stage in STAGES:
+            shutil.rmtree(run_dir / stage, ignore_errors=True)
+    model = build_orrery(architecture, len(processor.tokenizer), config.tower.seed)
+    pools = {split: ScenePool(data, split) for split in SPLITS}
+    projector = model.model.multi_modal_projector
+    tower = TowerModule(
+        config.tower,
+        model.model.vision_tower,
+        projector.avg_pool,
+        projector.patches_per_image,
+        architecture.vision_width,
+    )
+    _fit(
+        tower,
+        StepBatches(pools["train"], config.tower, lambda: tower.steps_done, tower_batch),
+        lambda: tower_accuracy(tower, pools["val"]),
+        config,
+        run_dir / STAGES[0],
+        logger,
+        resume,
+        origin,
+    )
+    for name, stage in ((STAGES[1], config.vlm), (STAGES[2], config.polish)):
+        vlm = VlmModule(stage, model, processor.tokenizer)
+        _fit(
+            vlm,
+            StepBatches(pools["train"], stage, partial(getattr, vlm, "steps_done"), vlm.collate),
+            partial(validation, vlm, pools["val"]),
+            config,
+            run_dir / name,
+            logger,
+            resume,
+            origin,
+        )
+    model.to(torch.bfloat16).to(torch.float32)  # what is shipped is bf16: measure that  # pyright: ignore[reportArgumentType]
+    vlm.eval()
+    metrics = {f"test/accuracy/{k}": v for k, v in vlm_accuracy(vlm, pools["test"], test_scenes).items()}
+    shuffled = vlm_accuracy(vlm, pools["test"], test_scenes, shuffle_images=True)
+    metrics |= {f"test/accuracy_shuffled/{k}": v for k, v in shuffled.items()}
+    metrics |= {f"test/six_fingers/{word}": share for word, share in six_finger_answers(vlm).items()}
+    folder = run_dir / "model"
+    model.to(torch.bfloat16).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
+    processor.save_pretrained(folder)
+    write_json(folder / "metrics.json", metrics)
+    return metrics, folder
+
+
+def validation(vlm: VlmModule, pool: ScenePool) -> dict[str, float]:
+    """Accuracies on the first validation scenes, under the names that the logger gets."""
+    return {f"val/accuracy/{k}": v for k, v in vlm_accuracy(vlm, pool, VAL_SCENES).items()}
+
+
+def tower_accuracy(tower: TowerModule, pool: ScenePool) -> dict[str, float]:
+    """Validation accuracy of each head of stage 1."""
+    right: dict[str, list[int]] = {}
+    with torch.no_grad():
+        for kind in PICTURES:
+            for name, (good, asked) in tower.losses(tower_batch(pool.scenes(kind, VAL_SCENES), 0))[1].items():
+                entry = right.setdefault(name, [0, 0])
+                entry[0], entry[1] = entry[0] + good, entry[1] + asked
+    return {f"val/tower_accuracy/{name}": good / asked for name, (good, asked) in right.items()}
+
+
+def vlm_accuracy(vlm: VlmModule, pool: ScenePool, limit: int | None, shuffle_images: bool = False) -> dict[str, float]:
+    """Accuracy of every question group of every kind, captions as `caption_<kind>`."""
+    result: dict[str, float] = {}
+    for kind in PICTURES if shuffle_images else KINDS:
+        for group, value in accuracy(vlm, pool.scenes(kind, limit), shuffle_images).items():
+            result[f"caption_{kind}" if group == "caption" else group] = value
+    return result
+
+
+def _fit(
+    module: ScheduledModule,
+    batches: StepBatches,
+    measure: Any,
+    config: OrreryTrainingConfig,
+    folder: Path,
+    logger: Any,
+    resume: bool,
+    origin: Mapping[str, Any],
+) -> None:
+    total = module.config.max_steps
+    checkpoint = ResumableCheckpoint(folder, config.checkpoint_every, resume, origin)
+    checkpoint.restore_weights(module)
+    trainer = pl.Trainer(
+        max_steps=-1,
+        max_epochs=1,
+        accelerator="cpu",
+        logger=logger,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        gradient_clip_val=module.config.clip,
+        callbacks=[checkpoint, _Validate(config.val_every, total, measure)],
+        log_every_n_steps=20,
+    )
+    if module.steps_done < total:
+        fit_or_interrupt(trainer, module, batches.loader())
+    checkpoint.save(trainer, module)

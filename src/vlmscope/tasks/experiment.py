@@ -24,24 +24,56 @@ class Config:
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
-    """Run every trial, write trials.parquet, draw report.html."""
-    from vlmscope.core.artifacts import atomic_path
+    """Run every declared trial, write trials.parquet, let `experiments/<name>.py` analyse, draw report.html.
+
+    Raises:
+        UserError: nothing is declared, or nothing that it can act on.
+    """
     from vlmscope.core.errors import UserError
-    from vlmscope.interventions.trials import run_trials
     from vlmscope.tasks.report import draw_report
     from vlmscope.tasks.steps.bench import Bench
 
-    if not cfg.trials or not cfg.settings:
-        raise UserError("this task runs what trials and settings declare: choose an experiment (docs/experiments.md)")
+    analysis = own_analysis(cfg.name)
+    if not cfg.trials and analysis is None:
+        raise UserError("this task runs what an experiment declares: choose one (docs/experiments.md)")
+    if hasattr(analysis, "check"):
+        analysis.check(cfg)
     bench = Bench(cfg, context.run_dir)
-    declared = from_circuit(bench)
+    if cfg.trials:
+        bench.metrics |= run_declared(bench)
+    if analysis is not None:
+        bench.metrics |= analysis.analyse(bench)
+    draw_report(context.run_dir, asdict(cfg), bench.metrics)
+    return bench.metrics
+
+
+def own_analysis(name: str | None) -> Any:
+    """The module `experiments/<name>.py` with `analyse(bench) -> metrics`, for what no trial measures; None without."""
+    import importlib.util
+
+    from vlmscope.config.catalog import conf_dir
+
+    path = conf_dir() / "experiment" / f"{name}.py"
+    if not path.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location(f"experiments_{name}", path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_declared(bench: Bench) -> dict[str, float]:
+    """All trials: trials.parquet, examples.parquet and their metrics."""
+    from vlmscope.core.artifacts import atomic_path
+    from vlmscope.interventions.trials import run_trials
+
+    cfg, declared = bench.cfg, from_circuit(bench)
     table = run_trials(bench.scope, declared.trials(cfg.trials, cfg.settings), cfg.seed)
-    with atomic_path(context.run_dir / "trials.parquet") as temporary:
+    with atomic_path(bench.run_dir / "trials.parquet") as temporary:
         table.to_parquet(temporary, index=False)
     write_examples(bench, declared)
-    metrics = bench.metrics | trial_metrics(table, cfg.trials)
-    draw_report(context.run_dir, asdict(cfg), metrics)
-    return metrics
+    return trial_metrics(table, cfg.trials)
 
 
 def from_circuit(bench: Bench) -> Declared:

@@ -1,4 +1,6 @@
-"""The points between which transcoders map, by their names in `docs/glossary.md`.
+"""Activations of a decoder, captured by hooks: hook points, MLP inputs, attention scores.
+
+The points between which transcoders map, by their names in `docs/glossary.md`.
 
 Reading a model's activations with forward hooks, without gradients.
 

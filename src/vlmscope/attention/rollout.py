@@ -1,4 +1,6 @@
-"""Attention rollout of a vision tower (Abnar and Zuidema 2020), as Yang et al. (arXiv 2602.20330) use it.
+"""Maps of where a tower looks: rollout, maps by soft token, deletion curves, and their files.
+
+Attention rollout of a vision tower (Abnar and Zuidema 2020), as Yang et al. (arXiv 2602.20330) use it.
 
 Of each layer the patterns of the most focused heads (lowest entropy) are averaged to A; with the residual stream as
 `B = rownorm(A + I)` the rollout over layers 1..n is `R = B_n ... B_1`, where R[i, j] says how much of token j's state

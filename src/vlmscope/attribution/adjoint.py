@@ -1,4 +1,6 @@
-"""Where each source has its column in a row of edges, before nodes are chosen.
+"""The linear adjoint of the local replacement model: columns of sources, what they write, and sweeps over them.
+
+Where each source has its column in a row of edges, before nodes are chosen.
 
 Order: T embeddings; then for each layer its bias, its active features (by position, index) and its T errors. A target
 of layer t reads the columns before `start[t]` and, for its own biases, `start[t]` itself: rows are prefixes.

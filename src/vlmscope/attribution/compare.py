@@ -1,4 +1,6 @@
-"""When nodes of two graphs of one model are the same node.
+"""Several graphs of one model laid on one another: matching nodes, merging, comparing, averaging.
+
+When nodes of two graphs of one model are the same node.
 
 | kind | same when |
 | --- | --- |

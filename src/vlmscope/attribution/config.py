@@ -1,4 +1,6 @@
-"""How an attribution graph is made: a plain record, free of torch, so that Hydra can register it.
+"""Settings of attribution graphs and of what is read from them: plain records, free of torch, for Hydra.
+
+How an attribution graph is made: a plain record, free of torch, so that Hydra can register it.
 
 Settings of the prediction of wrong answers from graphs: a plain record, so that Hydra can register it.
 """

@@ -1,4 +1,6 @@
-"""Where the edges of a graph lie while it is made and used: in memory, or in files that have no name.
+"""From targets to the edges of a graph: storage, rows, the choice of features that get one, and assembly.
+
+Where the edges of a graph lie while it is made and used: in memory, or in files that have no name.
 
 A file without a name takes room on the disk and goes with its last array, however the program ends. Its room is
 reserved when it is made, so that a full disk is an error then and not a crash in the middle.

@@ -1,4 +1,6 @@
-"""`graph.safetensors`: a graph, whole and pruned, bit for bit. Layout: `docs/formats.md`.
+"""Files of one graph: `graph.safetensors`, exact, and `graph.json` for viewers.
+
+`graph.safetensors`: a graph, whole and pruned, bit for bit. Layout: `docs/formats.md`.
 
 `graph.json`: the pruned graph for Neuronpedia's and circuit-tracer's viewers, valid against their schema.
 

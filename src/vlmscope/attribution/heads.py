@@ -1,4 +1,6 @@
-"""Which attention heads carry an edge, and which carry most of a graph's flow.
+"""Attention in graphs: the heads of an edge, and a head's score taken apart.
+
+Which attention heads carry an edge, and which carry most of a graph's flow.
 
 An edge is a sum over the paths from its source to its target through the frozen model. A path goes from position to
 position only through heads, so every path has a first head (nearest to its source) and a last one (nearest to its

@@ -1,4 +1,6 @@
-"""Influence of nodes on the logits (Ameisen et al. 2025).
+"""Influence, scores and pruning of an attribution graph (Ameisen et al. 2025), and what is read from them.
+
+Influence of nodes on the logits (Ameisen et al. 2025).
 
 With `A_hat = |A| / row sum` and w the probabilities of the logit nodes, `I = w A_hat + w A_hat^2 + ...`. A row's sum
 counts every source: biases, errors, and the features that were left out of the graph. Sources come before their

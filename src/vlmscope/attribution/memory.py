@@ -1,4 +1,6 @@
-"""How large one attribution graph gets and what computing it takes, before anything runs.
+"""Sizes, memory and least time of a graph, counted before anything runs.
+
+How large one attribution graph gets and what computing it takes, before anything runs.
 
 Counted as `vlmscope.attribution` works: a row of edges for each feature kept and each logit, over the columns of
 `vlmscope.attribution.adjoint`. Exact are the active features, rows, nodes and columns. The edges are those that causal

@@ -1,4 +1,6 @@
-"""`comparison.safetensors` and `aggregate.safetensors`: merged graphs, bit for bit (docs/graphs.md).
+"""Files and tables of merged graphs.
+
+`comparison.safetensors` and `aggregate.safetensors`: merged graphs, bit for bit (docs/graphs.md).
 
 Merged graphs as tables for people: `nodes.csv` and `edges.csv`.
 

@@ -1,4 +1,6 @@
-"""Tokens named by the user, as words or ids.
+"""What a graph explains: from words to target vectors.
+
+Tokens named by the user, as words or ids.
 
 What a graph explains, and the vectors that read it from the residual stream.
 

@@ -1,4 +1,6 @@
-"""From soft tokens on down: what each patch of a picture contributes to a target, through projector, pooling and tower.
+"""From soft tokens down to patches: maps of targets and of features, and their files.
+
+From soft tokens on down: what each patch of a picture contributes to a target, through projector, pooling and tower.
 
 With the tower frozen as `vlmscope.models.attention` does it, what the soft tokens write is `J e + c`, e the patch
 embeddings without bias. A target reads it by G (`vlmscope.attribution.adjoint`), so patch p contributes

@@ -1,4 +1,6 @@
-"""What a sweep leaves behind beside its jobs: a table of all of them and, for transcoders, a figure.
+"""Sweeps: their tracked parent and their summary.
+
+What a sweep leaves behind beside its jobs: a table of all of them and, for transcoders, a figure.
 
 Hydra callbacks: the tracked parent of a sweep.
 """

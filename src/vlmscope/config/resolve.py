@@ -1,4 +1,6 @@
-"""Hydra's and OmegaConf's errors as one line that says what is wrong, where, and the nearest name that exists.
+"""From a command line to the typed configuration: words taken as typed, errors in one line.
+
+Hydra's and OmegaConf's errors as one line that says what is wrong, where, and the nearest name that exists.
 
 Overrides that reach the configuration as they were typed, whatever Hydra's grammar makes of them.
 

@@ -1,4 +1,6 @@
-"""One identity, checked: what it says, how far it was off, whether that is within its tolerance, and the time taken.
+"""The identities of docs/maths.md as checks.
+
+One identity, checked: what it says, how far it was off, whether that is within its tolerance, and the time taken.
 
 The identities of the attribution graph, each as the largest error found.
 

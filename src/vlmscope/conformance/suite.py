@@ -1,4 +1,6 @@
-"""The outcome of a suite as text for people and as flat numbers for records.
+"""All checks on one model, and their outcome as text and numbers.
+
+The outcome of a suite as text for people and as flat numbers for records.
 
 All checks on one model: text alone, with one picture, with two, exactly and as the model computes otherwise.
 """

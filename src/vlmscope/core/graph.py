@@ -1,4 +1,6 @@
-"""Records of attribution graphs: plain numpy, no torch.
+"""Records of attribution graphs and of graphs laid on one another: plain numpy, no torch.
+
+Records of attribution graphs: plain numpy, no torch.
 
 Legend: N nodes, E edges, T positions, L decoder layers. Node order is by layer (embeddings, then per layer the bias,
 the features by position and index, the errors by position, the left-out features; last the ends, K nodes that the

@@ -1,4 +1,6 @@
-"""Maps as small uint8 grids: coarser where they must be, with two numbers each that bring the values back.
+"""Maps over pictures as small grids: plain numpy, no torch.
+
+Maps as small uint8 grids: coarser where they must be, with two numbers each that bring the values back.
 
 Maps over the patches of a picture, of targets and of soft tokens: plain numpy, no torch.
 """

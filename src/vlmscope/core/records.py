@@ -1,4 +1,6 @@
-"""Typed identifiers; they become strings only at export and on the command line.
+"""Typed ids, parts of pictures, positions, conversations and random streams, shared by all packages.
+
+Typed identifiers; they become strings only at export and on the command line.
 
 Pictures as models take them, and parts of pictures; image files are opened by `vlmscope.data.images`.
 

@@ -1,4 +1,6 @@
-"""What came out when experiments were run again: numbers against their ranges. Plain records, read by the report.
+"""Records of finished runs: reproductions, sweeps, and small tables of them.
+
+What came out when experiments were run again: numbers against their ranges. Plain records, read by the report.
 
 The jobs of a sweep as records, read from their run folders, and their table.
 

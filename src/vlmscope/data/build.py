@@ -1,4 +1,6 @@
-"""One part of a source written as shards: what a process of `vlmscope.data.build` does, chunk after chunk.
+"""A mix written as shards by several processes: what each part does, the pool, and the whole.
+
+One part of a source written as shards: what a process of `vlmscope.data.build` does, chunk after chunk.
 
 A chunk is `shard_size` rows. Its digests go to the builder, which answers which of them are new; those are written, the
 training and the validation samples into a tar each, and the builder enters the chunk in the index.

@@ -1,4 +1,6 @@
-"""Settings of one source of samples: a plain record, free of torch and of `datasets`, so that Hydra can register it.
+"""Settings of data sources and pairs: plain records, free of torch, for Hydra.
+
+Settings of one source of samples: a plain record, free of torch and of `datasets`, so that Hydra can register it.
 
 Settings of counterfactual pairs: a plain record, so that Hydra can register it.
 """

@@ -1,4 +1,6 @@
-"""A folder of the user's own data: `train.jsonl`, `val.jsonl` if there is one, and the pictures that they name.
+"""A folder of the user's own data, and rows of several sources numbered for a study.
+
+A folder of the user's own data: `train.jsonl`, `val.jsonl` if there is one, and the pictures that they name.
 
 One JSON object a line (layouts: `vlmscope.data.samples`), picture paths relative to the folder. The files are read
 through once, to find mistakes before anything long starts and to note where each line begins; a line is read again,

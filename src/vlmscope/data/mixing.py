@@ -1,4 +1,6 @@
-"""Shards that `task=build_data` wrote, read back; a corrupt one is skipped with a warning and a count, up to a limit.
+"""Sources mixed by tokens: shards read back, shuffled, weighted, and resumed to the sample.
+
+Shards that `task=build_data` wrote, read back; a corrupt one is skipped with a warning and a count, up to a limit.
 
 A consumer reads one stretch of the rows, counted over all shards in the order of their names: it opens only the shards
 in which its stretch lies, however uneven they are.

@@ -1,4 +1,6 @@
-"""Pack several questions about one picture into one sequence without letting them see each other.
+"""Texts packed to sequences of one length.
+
+Pack several questions about one picture into one sequence without letting them see each other.
 
 The picture is encoded once as a shared prefix; each question with its answer is a segment that attends to the prefix
 and to itself only, at the positions it would have alone. Every segment is therefore exactly the single-turn prompt

@@ -1,4 +1,6 @@
-"""Many prompts with their pictures, from a file: the rows of `task=trace task.rows=FILE`.
+"""Prompts from files: many rows for `task.rows`, and named sets for `prompts=`.
+
+Many prompts with their pictures, from a file: the rows of `task=trace task.rows=FILE`.
 
 A CSV file has a head line with the columns `prompt`, `image` (one path, or several separated by `;`; empty for text
 alone) and perhaps `id`; a JSONL file has an object with these keys a line, where `image` may be a list too. Paths are

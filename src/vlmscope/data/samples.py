@@ -1,4 +1,6 @@
-"""Which part of a stream one consumer reads, when several ranks with several workers each read it together.
+"""A sample as it is stored, passed on and said, and the passes that sources offer over them.
+
+Which part of a stream one consumer reads, when several ranks with several workers each read it together.
 
 A sample as it is stored and passed on: pictures as the bytes of their files, and what is said about them.
 

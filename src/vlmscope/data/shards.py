@@ -1,4 +1,6 @@
-"""The index of a folder of shards, and which of its files are damaged. Nothing heavy is imported.
+"""WebDataset shards and their index: written once, always with the same bytes.
+
+The index of a folder of shards, and which of its files are damaged. Nothing heavy is imported.
 
 WebDataset shards with an index, written so that a kill never leaves a half-written shard in use.
 

@@ -1,4 +1,6 @@
-"""Corrupt files of a local table: left out with a count, up to a limit, each told in one line.
+"""Tables read with Hugging Face's `datasets`, their schemas as samples, and their damaged parts.
+
+Corrupt files of a local table: left out with a count, up to a limit, each told in one line.
 
 A Parquet file is corrupt when its footer cannot be read, an Arrow file when its record batches cannot be found: that is
 what a copy or a download that stopped leaves behind. Looking costs a few reads a file. Damage inside a Parquet file

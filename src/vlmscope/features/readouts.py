@@ -1,4 +1,6 @@
-"""Logit lens on features: which answers a feature's decoder row writes towards.
+"""What features and tokens say: logit lenses, features of a picture, means by position role.
+
+Logit lens on features: which answers a feature's decoder row writes towards.
 
 With cross-layer transcoders the rows to all layers that the feature writes to add up. A row goes through the post-MLP
 norm's and the final norm's weights at unit scale (their data-dependent scales are positive, so they change no ranking)

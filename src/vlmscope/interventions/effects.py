@@ -1,4 +1,6 @@
-"""What a plan does to the next token of some prompts, beside its controls.
+"""Effects of plans, of mean ablation, and of many single edits at once.
+
+What a plan does to the next token of some prompts, beside its controls.
 
 Legend: B prompts, V vocabulary, F width of a transcoder.
 

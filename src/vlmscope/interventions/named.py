@@ -1,4 +1,6 @@
-"""Plans from features that the user names: set to given values, or carried over from a donor run.
+"""Plans from named features or donors, and the controls of a plan.
+
+Plans from features that the user names: set to given values, or carried over from a donor run.
 
 Legend: B prompts, T positions, n features of a layer, F width of its transcoder.
 

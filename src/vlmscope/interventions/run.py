@@ -1,4 +1,6 @@
-"""One recorded batch run, and contexts that freeze parts of the model to it.
+"""Running under edits: base runs and what modes freeze, edited forwards, generation.
+
+One recorded batch run, and contexts that freeze parts of the model to it.
 
 `frozen_attention` freezes the patterns. `direct` freezes patterns, norm scales and MLP outputs, so that a change
 reaches the logits through the residual stream and the value/output path only (and through W_skip, if the transcoder

@@ -1,4 +1,6 @@
-"""Which features fire together, from one sparse table of who fires where.
+"""Which features fire together, and clusters of them.
+
+Which features fire together, from one sparse table of who fires where.
 
 For features f and g that fire in n_f and n_g of N cases and together in n_fg, phi is the correlation of the two
 yes/no series and NPMI (Bouma 2009) the pointwise mutual information over its largest value:

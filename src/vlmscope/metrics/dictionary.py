@@ -1,4 +1,6 @@
-"""How well a sparse reconstruction stands for its target.
+"""How good a dictionary of features is: reconstruction, duplicates, monosemanticity, modality.
+
+How well a sparse reconstruction stands for its target.
 
 Shapes: N tokens, d width, k slots for active features, F features.
 

@@ -1,4 +1,6 @@
-"""How well predictions agree with what was measured: correlations and slope with intervals. Pure numpy.
+"""How well some numbers predict others: agreement, classifiers, rankings, maps, faithfulness of circuits.
+
+How well predictions agree with what was measured: correlations and slope with intervals. Pure numpy.
 
 How well some numbers predict which answers are wrong, on cases that were not fitted. Pure functions of arrays.
 

@@ -1,4 +1,6 @@
-"""Eager attention whose patterns can be recorded or replaced, as the implementation "vlmscope" of transformers.
+"""Attention patterns and vision towers, recorded and frozen.
+
+Eager attention whose patterns can be recorded or replaced, as the implementation "vlmscope" of transformers.
 
 The computation is that of Hugging Face's eager attention, `softmax(q k^T * scaling + mask) v` with the softmax in
 float32; grouped key/value heads are repeated. Decoder and vision tower are switched to it apart from each other.

@@ -1,4 +1,6 @@
-"""What every position of a tokenised prompt is: its token, picture, part of the picture and role.
+"""What all of vlmscope sees of a model: the adapter of a family, named positions, norms and precision.
+
+What every position of a tokenised prompt is: its token, picture, part of the picture and role.
 
 What the rest of vlmscope may ask of a model, whatever its family.
 

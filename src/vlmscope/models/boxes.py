@@ -1,4 +1,6 @@
-"""Where on a picture the cells of a vision tower's grid lie, through the processor's padding, resizing and cropping.
+"""From soft tokens to patches to places in the picture, for every family.
+
+Where on a picture the cells of a vision tower's grid lie, through the processor's padding, resizing and cropping.
 
 Boxes are fractions of the picture as it was given; x points right, y points down.
 

@@ -1,4 +1,6 @@
-"""The weight files of a model folder: which they are, and whether they are whole, before anything is loaded.
+"""The files of a model, in a folder or on the hub, looked at before anything is loaded.
+
+The weight files of a model folder: which they are, and whether they are whole, before anything is loaded.
 
 From a model of the Hugging Face hub, at one commit, to a local folder.
 

@@ -1,4 +1,6 @@
-"""A prompt with the beginning of an answer after it, as the model sees it while it answers.
+"""Conversations as forwards of a model, and its answers.
+
+A prompt with the beginning of an answer after it, as the model sees it while it answers.
 
 Conversations and plain text as forwards of a model, with the tokens that the assistant said marked.
 

@@ -1,4 +1,6 @@
-"""Gemma 3, with pictures (`Gemma3ForConditionalGeneration`) and text only (`Gemma3ForCausalLM`).
+"""Adapters of Gemma 3, Gemma 4 and PaliGemma.
+
+Gemma 3, with pictures (`Gemma3ForConditionalGeneration`) and text only (`Gemma3ForCausalLM`).
 
 Embeddings are scaled by sqrt(d); sliding and full layers have their own RoPE base; soft tokens of one picture see each
 other. None of it matters to attribution, which takes the attention patterns and the embeddings as the model computed

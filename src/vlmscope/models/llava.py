@@ -1,4 +1,6 @@
-"""LLaVA-1.5 (`LlavaForConditionalGeneration`): a ViT's patches, each through a two-layer projector, as soft tokens.
+"""Adapters of LLaVA, LLaVA-OneVision, Idefics3 (SmolVLM) and InternVL.
+
+LLaVA-1.5 (`LlavaForConditionalGeneration`): a ViT's patches, each through a two-layer projector, as soft tokens.
 
 LLaVA-OneVision (`LlavaOnevisionForConditionalGeneration`): one picture in several resolutions, several in one.
 

@@ -1,4 +1,6 @@
-"""Hugging Face's processors without their video and audio halves.
+"""A loaded model with its processor, and the making of its inputs from a prompt and pictures.
+
+Hugging Face's processors without their video and audio halves.
 
 A processor that takes videos owns a video processor, which cannot be built without torchvision, and one that takes
 sound a feature extractor. Pictures need neither: their expansion of placeholders into soft tokens is what we want.

@@ -1,4 +1,6 @@
-"""Qwen2.5-VL (`Qwen2_5_VLForConditionalGeneration`): pictures at nearly their own resolution, 4 patches a soft token.
+"""Adapters of Qwen2.5-VL and Qwen3-VL.
+
+Qwen2.5-VL (`Qwen2_5_VLForConditionalGeneration`): pictures at nearly their own resolution, 4 patches a soft token.
 
 Soft tokens have positions in rows and columns (M-RoPE), which matter to attention patterns alone, and these are frozen.
 

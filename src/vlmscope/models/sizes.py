@@ -1,4 +1,6 @@
-"""A model's architecture without its weights: from a folder, the hub's cache, or the facts kept here of published ones.
+"""Parameters and memory of a model from its configuration, without weights.
+
+A model's architecture without its weights: from a folder, the hub's cache, or the facts kept here of published ones.
 
 `published/NAME.json` holds the numbers of `google/NAME`'s `config.json` in transformers' present spelling, written down
 for `task=plan` and the tests, so that both work without a network. The models' parameter counts, as published, agree:

@@ -1,4 +1,6 @@
-"""Byte-level tokenizers of a few hundred tokens for tiny models: any text can be asked, and nothing is unknown.
+"""Tiny random models of every family, with their tokenizer, for tests and self-checks.
+
+Byte-level tokenizers of a few hundred tokens for tiny models: any text can be asked, and nothing is unknown.
 
 The alphabet is the 256 bytes, so a word that is not in the vocabulary becomes as many tokens as it has bytes, as in the
 byte-level BPE of GPT-2 and its heirs (Radford et al. 2019). Given words are one token each, with and without a space

@@ -1,4 +1,6 @@
-"""Figures of captions: where each word comes from, and pictures with their captions before and after.
+"""Figures of single experiments.
+
+Figures of captions: where each word comes from, and pictures with their captions before and after.
 
 Figures of features that pictures and words share: who coincides with whom, at which layer, and what they cause.
 

@@ -1,4 +1,6 @@
-"""Pages with a script: it is in the page, and the page's content security policy names its hash, so no other runs.
+"""Pages about features: histogram, words, strongest examples, and the page with its script.
+
+Pages with a script: it is in the page, and the page's content security policy names its hash, so no other runs.
 
 A histogram of activations as numbers to draw: bars by kind of position, two bins an octave.
 

@@ -1,4 +1,6 @@
-"""Figures of interventions: flip rates beside their controls, dose response, shifted answers, where a circuit acts.
+"""Figures of interventions and of matrices.
+
+Figures of interventions: flip rates beside their controls, dose response, shifted answers, where a circuit acts.
 
 Every function takes records, writes one PNG and returns its path. `ValueError` means that the records hold nothing to
 draw or say two things about one bar.

@@ -1,4 +1,6 @@
-"""A feature as JSON that the field's viewers read (Neuronpedia's, circuit-tracer's), and more for ours.
+"""The gallery of feature pages, and features as JSON for viewers.
+
+A feature as JSON that the field's viewers read (Neuronpedia's, circuit-tracer's), and more for ours.
 
 What they know: `index`, `transcoder_id`, `examples_quantiles` (each with `quantile_name` and `examples` of `tokens`,
 `tokens_acts_list`, `train_token_ind`, `is_repeated_datapoint`), `top_logits`, `bottom_logits`, `act_min`, `act_max`,

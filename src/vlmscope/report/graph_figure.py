@@ -1,4 +1,6 @@
-"""The plan of a layered graph picture: columns from left to right, layers from bottom to top.
+"""Figures of attribution graphs and of patches.
+
+The plan of a layered graph picture: columns from left to right, layers from bottom to top.
 
 A key below a figure: the features that it names by their numbers, with their labels.
 

@@ -1,4 +1,6 @@
-"""The parts that a report page is made of: plain records, each drawn by the template of the same name.
+"""Report pages: their sections as records, and the self-contained HTML page.
+
+The parts that a report page is made of: plain records, each drawn by the template of the same name.
 
 A cell or card value is a string (shown as it is), a number (three significant digits), a share wrapped in `Percent`,
 or a

@@ -1,4 +1,6 @@
-"""Figures of a dictionary's structure: which features belong to pictures, words or both, layer by layer.
+"""Figures of a dictionary's structure and of maps over pictures.
+
+Figures of a dictionary's structure: which features belong to pictures, words or both, layer by layer.
 
 Every function writes one PNG and returns its path; `ValueError` means that there is nothing to draw or lengths differ.
 

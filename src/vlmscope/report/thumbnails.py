@@ -1,4 +1,6 @@
-"""Pictures of where a feature fires: the input with its activation grid over it, and text as shaded tokens.
+"""Small pictures of where features fire.
+
+Pictures of where a feature fires: the input with its activation grid over it, and text as shaded tokens.
 
 Activation grids stay small numbers until someone looks at them; only here do they become PNG bytes or shades.
 

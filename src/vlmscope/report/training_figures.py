@@ -1,4 +1,6 @@
-"""Figures of training and quality: reconstruction by layer, accuracy beside shuffled pictures, training curves.
+"""Figures of training and of sweeps.
+
+Figures of training and quality: reconstruction by layer, accuracy beside shuffled pictures, training curves.
 
 Every function writes one PNG and returns its path; `ValueError` means that there is nothing to draw or lengths differ.
 

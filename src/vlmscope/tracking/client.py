@@ -1,4 +1,6 @@
-"""A nested configuration as the flat, bounded strings that MLflow takes as parameters.
+"""The MLflow client and what it is given.
+
+A nested configuration as the flat, bounded strings that MLflow takes as parameters.
 
 Where a run's code came from: git commit and package versions.
 

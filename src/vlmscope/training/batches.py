@@ -1,4 +1,6 @@
-"""Batches for transcoders and the tokens that count in them.
+"""Batches that transcoders are trained on: from conversations, from a mix, from scenes.
+
+Batches for transcoders and the tokens that count in them.
 
 A forward is a dict with the keyword arguments of the Hugging Face model (`input_ids` [B, T], `attention_mask` [B, T],
 `pixel_values`, `token_type_ids`) and, for the cross-entropy, `loss_mask` [B, T] bool: True at answer tokens, each of

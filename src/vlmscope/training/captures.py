@@ -1,4 +1,6 @@
-"""Captured activations on disk, so that the model need not run twice on the same batch.
+"""Activations of the model for training: captured, cached on disk, streamed.
+
+Captured activations on disk, so that the model need not run twice on the same batch.
 
 `<folder>/manifest.json` says what the activations depend on; `rank_00/batch_000000.safetensors` and so on hold a
 captured batch each, as one rank keeps it: `layer_00.in`, `layer_00.out` [n, d] in the dtype of the cache, `is_image`

@@ -1,4 +1,6 @@
-"""Settings of transcoder training: a plain record, free of torch, so that Hydra can register it.
+"""Settings of trainings: plain records, free of torch, for Hydra.
+
+Settings of transcoder training: a plain record, free of torch, so that Hydra can register it.
 
 Settings of Orrery's training: plain records, free of torch, so that Hydra can register them.
 

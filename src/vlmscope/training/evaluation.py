@@ -1,4 +1,6 @@
-"""How good a transcoder set is for a model: FVU, L0, dead features, and the loss when it replaces every MLP.
+"""Quality of trained transcoders, and the check on loading them.
+
+How good a transcoder set is for a model: FVU, L0, dead features, and the loss when it replaces every MLP.
 
 Definitions: `vlmscope.metrics.dictionary`. `val/<name>` is the mean of `layers/<name>/layer_<i>` over the layers.
 FVU on image (text) tokens takes the deviations from the mean of the image (text) tokens alone. A figure that has no

@@ -1,4 +1,6 @@
-"""Starting points of a transcoder, in standardised coordinates (`vlmscope.transcoders.transcoder.Standardisation`).
+"""The training of one layer's transcoder: its start, its step, and micro-batches.
+
+Starting points of a transcoder, in standardised coordinates (`vlmscope.transcoders.transcoder.Standardisation`).
 
 zero_decoder  W_dec = 0, W_enc uniform as kaiming_uniform(a = sqrt 5), biases 0: with means and scales taken out, this
               is the start of the paper (b_dec = mean y, b_enc = -W_enc mean x).

@@ -1,4 +1,6 @@
-"""Accuracy of Orrery by question group, beside the accuracy with pictures shuffled between the questions.
+"""Training and evaluation of Orrery.
+
+Accuracy of Orrery by question group, beside the accuracy with pictures shuffled between the questions.
 
 An answer is right when every token of it is the argmax (teacher forced; for one-word answers, that is greedy decoding).
 

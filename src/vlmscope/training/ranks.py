@@ -1,4 +1,6 @@
-"""Which process ("rank") owns which layers, and which ranks make up a host.
+"""Layers and batches over several processes: layout, groups, agreement, and the exchange of activations.
+
+Which process ("rank") owns which layers, and which ranks make up a host.
 
 Ranks are numbered host by host. Within a host each layer belongs to one rank, in contiguous runs whose sizes differ by
 one at most; every host has the same division. The ranks that own the same layers on different hosts are peers.

@@ -1,4 +1,6 @@
-"""Checkpoints of a Lightning run without pickle: safetensors for every tensor, JSON for the rest, replaced atomically.
+"""States of trainings: saved, found again, refused where they are of something else.
+
+Checkpoints of a Lightning run without pickle: safetensors for every tensor, JSON for the rest, replaced atomically.
 
 A module takes part by counting its optimiser steps in `steps_done`, by drawing its data from the step number, so that
 a resumed run continues with the very next batch, and by saying when it is `committing` a step.

@@ -1,4 +1,6 @@
-"""What training the transcoders of all layers keeps in memory, sends and writes, before anything runs.
+"""Memory, traffic and least time of a training, counted before anything runs.
+
+What training the transcoders of all layers keeps in memory, sends and writes, before anything runs.
 
 Counted as `vlmscope.training` works. Exact, and tested against it: parameters, weights, gradients, moments, buffers,
 checkpoint, set, and the bytes sent in a step. Estimates: the model's forward and the tensors of the layer in work.

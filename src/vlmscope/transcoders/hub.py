@@ -1,4 +1,6 @@
-"""The card of a transcoder set: `README.md` with YAML front matter, for people, the hub and the next conversion.
+"""Transcoder sets on the hub, and their cards.
+
+The card of a transcoder set: `README.md` with YAML front matter, for people, the hub and the next conversion.
 
 Pure functions of text and records. The facts stand twice: as tables to read, and under the key `vlmscope` of the front
 matter, from where `facts_of` takes them again.

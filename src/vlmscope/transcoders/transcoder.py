@@ -1,4 +1,6 @@
-"""Sparse encoder gather and sparse decoder, with sparse gradients.
+"""Transcoders: sparse codes, the modules of a layer and of a set, and random ones.
+
+Sparse encoder gather and sparse decoder, with sparse gradients.
 
 Shapes: N tokens, k active features a token, F features, d model width.
 

@@ -1,4 +1,6 @@
-"""Pictures of one concept (a planet, a digit, a colour), for finding circuits and for testing them on unseen ones.
+"""Orrery's scenes as data: sets of concepts, shards, and counterfactual pairs.
+
+Pictures of one concept (a planet, a digit, a colour), for finding circuits and for testing them on unseen ones.
 
 Orrery's scenes as shards, and the shards as an in-memory pool that training draws from by step number.
 

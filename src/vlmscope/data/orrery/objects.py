@@ -1,4 +1,6 @@
-"""Where the objects of a scene are, by the pixel; scenes know it, so maps over patches can be held against it.
+"""Where a scene's objects are, and harder versions of a scene.
+
+Where the objects of a scene are, by the pixel; scenes know it, so maps over patches can be held against it.
 
 Test scenes made harder until Orrery errs on many of them, and hands whose sixth finger it denies.
 

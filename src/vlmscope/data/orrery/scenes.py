@@ -1,4 +1,6 @@
-"""What is true in Orrery's world, and every word that it is told in.
+"""Orrery's world: its facts and words, what planets look like, and the record of a scene.
+
+What is true in Orrery's world, and every word that it is told in.
 
 Facts are the ground truth for labels, accuracies and interventions; the vocabulary of the tokenizer is closed over the
 templates below, so a word that is not here is refused by name instead of becoming `<unk>`.

@@ -1,4 +1,6 @@
-"""What an outside explainer is asked and what it answers: a protocol, implemented by `endpoint` and `local`.
+"""Explainers that are asked for a label: an endpoint, a local model, and what they are asked.
+
+What an outside explainer is asked and what it answers: a protocol, implemented by `endpoint` and `local`.
 
 An explainer behind an OpenAI-compatible chat endpoint, by the standard library alone. The key is never written.
 

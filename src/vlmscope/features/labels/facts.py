@@ -1,4 +1,6 @@
-"""What can be said of the items of a study: facts that its data know (a scene's planet, its colour) and words.
+"""Facts about a study's items, by which features are labelled.
+
+What can be said of the items of a study: facts that its data know (a scene's planet, its colour) and words.
 
 Legend: N items, in the order of their hashes; P predicates.
 

@@ -1,4 +1,6 @@
-"""The record of a label, and the file of the labels of a study: `labels/<set>.parquet` in the study's folder.
+"""Labels of features by contrast: rules, scores and records.
+
+The record of a label, and the file of the labels of a study: `labels/<set>.parquet` in the study's folder.
 
 How well a label tells the items on which a feature fires from others: detection AUROC and balanced accuracy.
 

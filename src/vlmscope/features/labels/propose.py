@@ -1,4 +1,6 @@
-"""Proposals of labels by contrast: which rule tells the items on which a feature fires best from a background.
+"""Proposing labels: from facts, places and texts, and all of them for a study.
+
+Proposals of labels by contrast: which rule tells the items on which a feature fires best from a background.
 
 The contrast of a rule is Youden's J = share of positives that match - share of negatives that match, each with half an
 item added to matches and one to items, since few positives are known. J adds up over values of one fact (an item has

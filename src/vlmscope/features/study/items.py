@@ -1,4 +1,6 @@
-"""The Parquet tables of a study folder (docs/study.md), written atomically and always with the same bytes.
+"""The items of a study and the tables that lead back to them.
+
+The Parquet tables of a study folder (docs/study.md), written atomically and always with the same bytes.
 
 The items that a study's examples refer to, and their pictures, which stay where the data are.
 """

@@ -1,4 +1,6 @@
-"""Rows of data as inputs of the model, each with the record by which it is found again.
+"""A study from beginning to end: inputs, one process's part, the pass, and the files.
+
+Rows of data as inputs of the model, each with the record by which it is found again.
 
 The files of a study from its finished parts: the same bytes however the data were divided.
 

@@ -1,4 +1,6 @@
-"""The strongest items of every feature and a random draw of its items, exactly, in bounded memory.
+"""The strongest examples, samples and counts of a layer's features, exact and mergeable.
+
+The strongest items of every feature and a random draw of its items, exactly, in bounded memory.
 
 A *pair* is a feature with an item on which it fires. Kept are the pairs among the n with the largest peaks of their
 feature (of equal peaks the earlier item), and those among the m with the smallest hash of the item. Both choices hang

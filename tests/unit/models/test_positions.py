@@ -15,6 +15,8 @@ from vlmscope.models.loading import VLM
 from vlmscope.models.orrery.processor import build_tokenizer
 from vlmscope.models.template import Turn
 from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
+from vlmscope.scope import Scope
+from vlmscope.transcoders.transcoder import random_set
 
 PROMPTS = (
     "describe this picture",
@@ -122,11 +124,12 @@ def test_nothing_longer_than_the_models_positions_runs(vlm: VLM, monkeypatch: py
     monkeypatch.setattr(text, "max_position_embeddings", used)
     assert len(vlm.prepare("what is this ?", images)) == len(inputs)
     refused = f"has {used} positions; shorten"
+    scope = Scope(vlm, random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 8, 2))
     for longer in (
         lambda: vlm.prepare("what is this ? and", images),
         lambda: continued(vlm.adapter, inputs, [5], vlm.tokenizer),
         lambda: greedy_answer(vlm.adapter, inputs, 1),
-        lambda: generate_ids(vlm.adapter, inputs, max_new_tokens=1),
+        lambda: generate_ids(scope, inputs, max_new_tokens=1),
         lambda: generate_batch(vlm.adapter, [inputs], max_new_tokens=1),
         lambda: sequence_forward(vlm, [5] * (used + 1)),
     ):

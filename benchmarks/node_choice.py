@@ -20,7 +20,8 @@ from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.influence import influence, logit_weights, scores
 from vlmscope.attribution.trace import attribute
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.data.orrery.scenes import KINDS, make_scene
+from vlmscope.data.orrery.rendering import make_scene
+from vlmscope.data.orrery.scenes import KINDS
 from vlmscope.models.base import ModelInputs
 from vlmscope.replacement.model import build_replacement
 from vlmscope.scope import Scope

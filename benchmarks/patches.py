@@ -25,7 +25,8 @@ from vlmscope.attribution.vision import vision_path
 from vlmscope.core.intervention import Curve
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.objects import covered_cells, object_mask
-from vlmscope.data.orrery.scenes import Scene, make_scene
+from vlmscope.data.orrery.rendering import make_scene
+from vlmscope.data.orrery.scenes import Scene
 from vlmscope.models.batching import make_batch
 from vlmscope.replacement.model import build_replacement
 from vlmscope.report.figures import feature_count_curve

@@ -22,7 +22,7 @@ from vlmscope.api import load
 from vlmscope.attention.config import WhereConfig
 from vlmscope.attention.rollout import save_maps, token_maps
 from vlmscope.attribution.vision import feature_path_maps, vision_path
-from vlmscope.data.orrery.scenes import make_scene
+from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.features.readouts import image_features
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import make_batch

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlmscope.app import main
 from vlmscope.attribution.vision import load_maps
-from vlmscope.data.orrery.scenes import make_scene
+from vlmscope.data.orrery.rendering import make_scene
 
 QUESTION = "which shape is this ?"
 

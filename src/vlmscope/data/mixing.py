@@ -35,7 +35,8 @@ from vlmscope.core.errors import UserError, is_out_of_memory
 from vlmscope.core.records import Exchange, derive, generator
 from vlmscope.data.config import SourceConfig, check_source
 from vlmscope.data.orrery.dataset import plain_facts, scene_row
-from vlmscope.data.orrery.scenes import KINDS, SPLITS, Scene, make_scene
+from vlmscope.data.orrery.rendering import make_scene
+from vlmscope.data.orrery.scenes import KINDS, SPLITS, Scene
 from vlmscope.data.samples import (
     WHOLE,
     Indexed,

@@ -104,7 +104,7 @@ def _speaks_orrery(vlm: VLM) -> bool:
 def _orrery_scenes(vlm: VLM) -> dict[str, Tensor]:
     """Some scenes as one batch. Digits are left out: their library takes longer to load than all the rest."""
     from vlmscope.core.records import generator
-    from vlmscope.data.orrery.scenes import make_scene
+    from vlmscope.data.orrery.rendering import make_scene
     from vlmscope.data.samples import chat_batch
 
     scenes = [make_scene("val", kind, i) for kind in ("planets", "shapes", "hands", "text") for i in range(_SCENES)]

@@ -23,7 +23,7 @@ from vlmscope.data.build import BuildSettings, Chunk, PartJob, build_mix, chunks
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.folder import load_folder
 from vlmscope.data.mixing import ShuffledSource, open_source
-from vlmscope.data.orrery.scenes import make_scene
+from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.samples import WHOLE, RawSample, Share, held_out
 from vlmscope.data.shards import encode_png
 from vlmscope.data.tables import BadFiles, readable_files

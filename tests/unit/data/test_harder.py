@@ -5,7 +5,7 @@ import pytest
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.orrery.objects import degrade, harder_scenes
-from vlmscope.data.orrery.scenes import make_scene
+from vlmscope.data.orrery.rendering import make_scene
 
 
 def test_scenes_are_test_scenes_with_their_answers() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from vlmscope.core.records import PatchBox
 from vlmscope.data.orrery.objects import covered_cells, object_mask, painted_mask, share_in_boxes
-from vlmscope.data.orrery.scenes import make_scene
+from vlmscope.data.orrery.rendering import make_scene
 
 
 @pytest.mark.parametrize("kind", ["planets", "digits", "shapes", "hands"])

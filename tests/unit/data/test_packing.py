@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from vlmscope.core.records import generator
-from vlmscope.data.orrery.scenes import Scene, make_scene, vocabulary
+from vlmscope.data.orrery.rendering import make_scene
+from vlmscope.data.orrery.scenes import Scene, vocabulary
 from vlmscope.data.packing import pack, to_pixels
 from vlmscope.data.samples import chat_batch
 from vlmscope.models.orrery.build import build_orrery

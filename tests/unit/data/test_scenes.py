@@ -6,7 +6,8 @@ import pytest
 from vlmscope.core.records import generator
 from vlmscope.data.orrery import hands, planets, shapes
 from vlmscope.data.orrery.digits import glyphs
-from vlmscope.data.orrery.scenes import KINDS, NUMBERS, PLANETS, SIDE, SPLITS, make_scene, vocabulary
+from vlmscope.data.orrery.rendering import make_scene
+from vlmscope.data.orrery.scenes import KINDS, NUMBERS, PLANETS, SIDE, SPLITS, vocabulary
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,8 @@ from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
 from vlmscope.data import shards
 from vlmscope.data.orrery.dataset import OrreryDataConfig, ScenePool, build
-from vlmscope.data.orrery.scenes import KINDS, make_scene
+from vlmscope.data.orrery.rendering import make_scene
+from vlmscope.data.orrery.scenes import KINDS
 
 
 def small(folder: Path, **changes) -> OrreryDataConfig:

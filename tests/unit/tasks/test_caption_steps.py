@@ -5,7 +5,7 @@ import pytest
 
 from vlmscope.circuits.caption_pairs import CaptionPair
 from vlmscope.core.intervention import Rate
-from vlmscope.data.orrery.scenes import make_scene
+from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.tasks.steps.caption_swaps import Swap, score
 from vlmscope.tasks.steps.caption_words import REST, slots_of
 

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from vlmscope.core.records import generator
-from vlmscope.data.orrery.scenes import make_scene, vocabulary
+from vlmscope.data.orrery.rendering import make_scene
+from vlmscope.data.orrery.scenes import vocabulary
 from vlmscope.data.packing import pack
 from vlmscope.models.orrery.build import build_orrery
 from vlmscope.models.orrery.config import OrreryConfig

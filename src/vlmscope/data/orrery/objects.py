@@ -26,7 +26,8 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import PatchBox, generator
 from vlmscope.data.orrery.dataset import plainly_asked
 from vlmscope.data.orrery.hands import hand_scene
-from vlmscope.data.orrery.scenes import KINDS, SIDE, Scene, make_scene
+from vlmscope.data.orrery.rendering import make_scene
+from vlmscope.data.orrery.scenes import KINDS, SIDE, Scene
 
 INK = 70  # grey levels above the darkest pixel
 SKIN = 25  # grey levels of any channel from the ground's colour

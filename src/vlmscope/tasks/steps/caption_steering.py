@@ -22,7 +22,8 @@ from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve, Rate
 from vlmscope.core.records import control_draws
-from vlmscope.data.orrery.scenes import Scene, make_scene
+from vlmscope.data.orrery.rendering import make_scene
+from vlmscope.data.orrery.scenes import Scene
 from vlmscope.interventions.edits import Plan, at_positions
 from vlmscope.interventions.named import by_layer, matched_features, mean_activations, random_directions
 from vlmscope.interventions.run import editing

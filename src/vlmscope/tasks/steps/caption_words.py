@@ -22,7 +22,8 @@ from vlmscope.attribution.trace import attribute
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Rate
-from vlmscope.data.orrery.scenes import Scene, make_scene
+from vlmscope.data.orrery.rendering import make_scene
+from vlmscope.data.orrery.scenes import Scene
 from vlmscope.interventions.run import generate_batch
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
 from vlmscope.models.conversations import continued

@@ -14,8 +14,9 @@ from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.data.orrery import scenes as facts
 from vlmscope.data.orrery.objects import covered_cells, object_mask
+from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import KINDS as SCENE_KINDS
-from vlmscope.data.orrery.scenes import Scene, make_scene
+from vlmscope.data.orrery.scenes import Scene
 from vlmscope.features.readouts import image_features, top_and_bottom_logits
 from vlmscope.metrics.causal import bootstrap_mean
 from vlmscope.metrics.prediction import pointing_hit

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from vlmscope.core.intervention import Curve
-from vlmscope.data.orrery.scenes import make_scene
+from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.features.readouts import token_lens
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.models.batching import make_batch

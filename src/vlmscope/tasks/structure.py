@@ -83,7 +83,7 @@ def seen(cfg: AppConfig, scope: Scope, study: StudyFolder) -> Any:
     from vlmscope.data.folder import NumberedRows
     from vlmscope.data.mixing import open_source
     from vlmscope.features.structure.structure_pass import StructurePass
-    from vlmscope.features.study.run import InputMaker
+    from vlmscope.features.study.forwards import InputMaker
 
     task = cfg.task
     data: dict[str, Any] = study.info.data

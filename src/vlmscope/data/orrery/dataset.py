@@ -29,6 +29,7 @@ from vlmscope.core.records import Exchange, derive, generator
 from vlmscope.data.orrery.digits import digit_scene
 from vlmscope.data.orrery.hands import SPREAD, TILT, hand_scene
 from vlmscope.data.orrery.planets import planet_scene
+from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import (
     DIGIT_QUESTIONS,
     HAND_QUESTIONS,
@@ -41,7 +42,6 @@ from vlmscope.data.orrery.scenes import (
     SHAPES,
     Question,
     Scene,
-    make_scene,
 )
 from vlmscope.data.orrery.shapes import shape_scene
 from vlmscope.data.samples import RawSample

@@ -19,7 +19,7 @@ from torch import Tensor
 from vlmscope.activations.capture import watching_mlp_inputs
 from vlmscope.core.records import generator
 from vlmscope.core.study import IMAGE
-from vlmscope.features.study.run import StudyInput
+from vlmscope.features.study.forwards import StudyInput
 from vlmscope.models.conversations import by_shape, joined
 from vlmscope.scope import Scope
 

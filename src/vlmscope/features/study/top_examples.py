@@ -12,7 +12,7 @@ from vlmscope.core.intervention import FeatureExample
 from vlmscope.core.records import FeatureId
 from vlmscope.core.study import IMAGE, LEVELS, TEXT
 from vlmscope.features.study.config import MOST_TOKENS
-from vlmscope.features.study.run import StudyPass
+from vlmscope.features.study.forwards import StudyPass
 from vlmscope.features.study.tables import Pairs
 from vlmscope.models.base import ModelInputs
 from vlmscope.scope import Scope

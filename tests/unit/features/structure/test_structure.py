@@ -14,7 +14,7 @@ from vlmscope.features.structure.cluster_names import cluster_names, words_of
 from vlmscope.features.structure.directions import read_directions, write_directions
 from vlmscope.features.structure.modality_tables import GROUPS, modality_tables
 from vlmscope.features.structure.structure_pass import StructurePass
-from vlmscope.features.study.run import StudyInput
+from vlmscope.features.study.forwards import StudyInput
 from vlmscope.metrics.dictionary import monosemanticity, unit_embeddings
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image

@@ -54,18 +54,21 @@ class Folder:
     path: Path
     measures: Mapping[str, str] = field(default_factory=dict)
 
-    @cached_property
-    def trials(self) -> pd.DataFrame:
-        """The table of all trials, and as `place` the setting with those of its axes that have several values.
+    def file(self, name: str) -> Path:
+        """A file of the folder.
 
         Raises:
-            UserError: the run has none.
+            UserError: the run has none of this name.
         """
-        path = self.path / "trials.parquet"
+        path = self.path / name
         if not path.is_file():
-            raise UserError(
-                f"{path}: no such file; a mark of the report reads it, so the experiment must declare trials"
-            )
+            raise UserError(f"{path}: no such file; a mark of the report shows it, and this run did not make it")
+        return path
+
+    @cached_property
+    def trials(self) -> pd.DataFrame:
+        """The table of all trials, and as `place` the setting with those of its axes that have several values."""
+        path = self.file("trials.parquet")
         table: Any = pd.read_parquet(path)
         groups: Any = table.groupby(["operation", "setting"], sort=False)
         table["place"] = table.setting
@@ -102,10 +105,12 @@ class Folder:
         missing = [column for column in by if column not in table]
         if missing:
             raise UserError(f"report: trials have no column {missing[0]!r}; choose from {', '.join(table.columns)}")
+        chosen = measure or mark.y
+        if chosen is not None and chosen not in table:
+            raise UserError(f"report: trials have no column {chosen!r}; choose from {', '.join(table.columns)}")
         measures = (table.operation + "/" + table.setting).map(lambda key: self.measures.get(key, "hit"))
         parts = [
-            rates(part, by, measure or mark.y or str(own))
-            for (_, own), part in table.groupby(["operation", measures], sort=False)
+            rates(part, by, chosen or str(own)) for (_, own), part in table.groupby(["operation", measures], sort=False)
         ]
         return corrected(pd.concat(parts))
 
@@ -139,7 +144,7 @@ def bars(folder: Folder, name: str, mark: Declared) -> list[Section]:
 def table(folder: Folder, name: str, mark: Declared) -> list[Section]:
     """All rates with their controls, intervals and q-values; with `file` that table instead."""
     if mark.file is not None:
-        found = pq.read_table(folder.path / mark.file)
+        found = pq.read_table(folder.file(mark.file))
         rows = tuple(tuple(row.values()) for row in found.to_pylist())
         return [Table(mark.title or label(name), tuple(map(label, found.column_names)), rows, mark.says)]
     return [flip_table(mark.title or "All rates", flip_rows(folder, mark), note=mark.says)]
@@ -187,13 +192,13 @@ def matrix(folder: Folder, name: str, mark: Declared) -> list[Section]:
 
 def examples(folder: Folder, name: str, mark: Declared) -> list[Section]:
     """Answers before and after, with pictures."""
-    shown = read_records(folder.path / "examples.parquet", AnswerExample)
+    shown = read_records(folder.file("examples.parquet"), AnswerExample)
     return [Examples(mark.title or "Answers before and after", tuple(shown[: mark.top]), mark.says)]
 
 
 def features(folder: Folder, name: str, mark: Declared) -> list[Section]:
     """The features of each supernode, the strongest with pictures on which they fire."""
-    rows = pq.read_table(folder.path / "evidence.parquet").to_pylist()
+    rows = pq.read_table(folder.file("evidence.parquet")).to_pylist()
     sections: list[Section] = []
     for node in dict.fromkeys(row["supernode"] for row in rows):
         members = [_member(row) for row in rows if row["supernode"] == node]
@@ -205,9 +210,7 @@ def features(folder: Folder, name: str, mark: Declared) -> list[Section]:
 
 def picture(folder: Folder, name: str, mark: Declared) -> list[Section]:
     """A figure that the run made: figures/<name>.png."""
-    path = folder.path / "figures" / f"{name}.png"
-    if not path.is_file():
-        raise UserError(f"report.{name}: the run has no {path}; a mark picture shows figures/<its name>.png")
+    path = folder.file(f"figures/{name}.png")
     return [Figure(mark.title or label(name), (_picture(path, mark.title or label(name), True),), mark.says)]
 
 

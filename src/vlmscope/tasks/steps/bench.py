@@ -105,8 +105,8 @@ class Bench:
         return self.records[step]
 
     def concept_pictures(self, concept: str, split: str, count: int, seed: int | None = None) -> list[Image.Image]:
-        """Pictures of a concept: the user's own from `images.<concept>` (to test on) or `images.<concept>_train` (to find
-        features on, at most `count`), else Orrery's. Without a `seed` the circuit's is taken.
+        """Pictures of a concept: the user's own, `images.<concept>` to test on and `images.<concept>_train` to find
+        features on (at most `count`), else Orrery's. Without a `seed` the circuit's is taken.
 
         Raises:
             UserError: the user gives none and Orrery has no such planet.

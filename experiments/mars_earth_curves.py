@@ -1,5 +1,7 @@
 """The smallest circuit that flips a question, and how much each layer's MLP matters at each position role."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
@@ -38,7 +40,8 @@ def analyse(bench: Bench) -> dict[str, float]:
 
 def smallest(table: pd.DataFrame) -> dict[str, float]:
     """The fewest features that flip `ENOUGH` of the pictures under a question, if any number does."""
-    found = rates(table[table.setting == "features"], ["question", "limit"])
+    some: Any = table[table.setting == "features"]
+    found = rates(some, ["question", "limit"])
     counts = found[found["value"] >= ENOUGH].groupby(level="question").edited.min()
     return {f"circuit/smallest/{question}/features": float(count) for question, count in counts.items()}
 

@@ -1,6 +1,7 @@
 """Trials: restricted plans, outcomes and controls against plain loops, and tables of rates by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -96,6 +97,7 @@ def test_outcomes_are_those_of_a_plain_loop(cases: tuple[Scope, Cases]) -> None:
     scope, made = cases
     table = run_trials(scope, [Trial("patch", Carry(SOME), [made], [Setting(matched=0, strength=3.0)])])
     logits = run_edited(scope, made.batch, Carry(SOME).plan(scope, made, 3.0))
+    found: Any
     for row, found in enumerate(table.itertuples()):
         before, after = (x[row].log_softmax(-1) for x in (made.base.logits, logits))
         own, goal = int(made.answer[row]), int(made.target[row])
@@ -115,7 +117,7 @@ def test_controls_carry_their_own_values_and_ablation_keeps_its_own(cases: tuple
     setting = [Setting(matched=2, random_direction=2, positions="image")]
     for do in (Carry(SOME), Ablate(SOME)):
         table = run_trials(scope, [Trial("do", do, [made], setting, means)], seed=3)
-        plan = setting[0].restrict(do.plan(scope, made, 1.0), made.batch.roles, scope.adapter.n_layers)
+        plan: Any = setting[0].restrict(do.plan(scope, made, 1.0), made.batch.roles, scope.adapter.n_layers)
         for draw in control_draws(3, 2):
             drawn = matched_features(plan, means, draw)
             if isinstance(do, Carry):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ MARKS = {
     "evidence": {"mark": "features"},
 }
 SETTINGS = {"main": {}, "dose": {"strength": [1.0, 2.0]}, "layers": {"layers": ["0-0", "0-1"]}}
-TRIALS = {"steer": {"do": "exchange"}, "ablate": {"do": "ablate", "measure": "changed"}}
+TRIALS: dict[str, dict[str, Any]] = {"steer": {"do": "exchange"}, "ablate": {"do": "ablate", "measure": "changed"}}
 
 
 def rows(

@@ -71,9 +71,7 @@ class InterventionConfig:
         modes: direct, frozen_attention, free.
         controls: seeds of the matched random features and of the random directions.
         unrelated: scenes of each other kind, to see how specific the intervention is; 0 leaves that out.
-        strengths: points of the dose-response curve.
         examples: pictures shown before and after in the report.
-        generate: cases of each question that are also answered token by token under the edits; 0 leaves that out.
     """
 
     strength: float = 2.0
@@ -84,9 +82,7 @@ class InterventionConfig:
     modes: list[str] = field(default_factory=lambda: ["direct", "frozen_attention", "free"])
     controls: int = 3
     unrelated: int = 25
-    strengths: list[float] = field(default_factory=lambda: [0.0, 1.0, 2.0, 3.0, 4.0])
     examples: int = 6
-    generate: int = 20
 
     def __post_init__(self) -> None:
         known = ("direct", "frozen_attention", "free")
@@ -103,5 +99,3 @@ class InterventionConfig:
         for key in ("pictures", "controls", "examples"):
             if getattr(self, key) < 1:
                 raise UserError(f"intervention.{key}={getattr(self, key)}: it must be at least 1")
-        if self.generate < 0:
-            raise UserError(f"intervention.generate={self.generate}: it counts cases; choose 0 or more")

@@ -144,6 +144,10 @@ def concept_operation(circuit: Circuit, config: CircuitConfig) -> Callable[[Tria
     recipient, donor = config.concepts
 
     def made(trial: TrialConfig, cases: Cases, limit: int | None) -> Operation:
+        if trial.features is not None and trial.do != "ablate":
+            raise UserError(
+                f"trials: features={trial.features}: of two concepts, only ablate can act on one; leave it out"
+            )
         if trial.do == "exchange":
             return Exchange(
                 circuit, recipient, donor, trial.gate, limit, by_question=cases.question in config.questions
@@ -151,7 +155,7 @@ def concept_operation(circuit: Circuit, config: CircuitConfig) -> Callable[[Tria
         if trial.do == "carry":
             return Carry(union(circuit, limit), trial.pooled)
         if trial.do == "ablate":
-            return Ablate(circuit.indices(recipient, limit))
+            return Ablate(circuit.indices(trial.features or recipient, limit))
         raise UserError(f"trials: do={trial.do} needs pairs; with two concepts choose exchange, carry or ablate")
 
     return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -10,6 +12,18 @@ from vlmscope.core.errors import UserError
 
 OPERATIONS = ("exchange", "carry", "toward", "shift", "ablate")
 MODES = ("free", "frozen_attention", "direct", "generate")
+MEASURES = ("hit", "changed", "recovered", "drop", "kl")
+
+
+def check_measure(where: str, measure: str) -> None:
+    """Raise a UserError when trials have no such column."""
+    if measure not in MEASURES:
+        raise UserError(f"{where}={measure}: no such measure; choose from {', '.join(MEASURES)}")
+
+
+def measures_of(trial: Mapping[str, Any], setting: Mapping[str, Any]) -> list[str]:
+    """What is counted of a trial in a setting, both as mappings; the first is the rate."""
+    return list(setting["measures"]) or [trial["measure"]]
 
 
 @dataclass
@@ -23,7 +37,8 @@ class TrialConfig:
         strength: level of what is raised or carried, in units of its own; a setting may give others.
         gate: of exchange: act in full from this share of the suppressed level; null acts everywhere.
         pooled: of carry: soft tokens get the donor's mean.
-        measure: what its rate counts: "hit" (the answer is the target), or "changed".
+        measure: what its rate counts: "hit" (the answer is the target), "changed", or the mean of "recovered", "drop"
+            or "kl" (docs/experiments.md).
     """
 
     do: str
@@ -38,6 +53,7 @@ class TrialConfig:
             raise UserError(f"trials: do={self.do}: no such operation; choose from {', '.join(OPERATIONS)}")
         if self.gate is not None and self.gate <= 0:
             raise UserError(f"trials: gate={self.gate}: it must be above 0, or null for none")
+        check_measure("trials: measure", self.measure)
 
 
 @dataclass
@@ -55,6 +71,8 @@ class SettingConfig:
         matched: draws of matched features.
         random_direction: draws of random directions of the same norm.
         first: at most so many cases of each question; all when null.
+        measures: what is counted instead of the trial's own measure: hit, changed, recovered, drop or kl. The first is
+            the rate; the means of the others are metrics too.
     """
 
     of: list[str] = field(default_factory=list)
@@ -67,11 +85,17 @@ class SettingConfig:
     matched: int = 1
     random_direction: int = 0
     first: int | None = None
+    measures: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         unknown = [mode for mode in self.mode if mode not in MODES]
         if unknown:
             raise UserError(f"settings: mode={unknown[0]}: no such mode; choose from {', '.join(MODES)}")
+        for measure in self.measures:
+            check_measure("settings: measures", measure)
+        for layers in self.layers:
+            if layers not in ("all", "no_last") and not re.fullmatch(r"\d+(-\d*)?", layers):
+                raise UserError(f"settings: layers={layers}: write all, no_last, a layer or a range such as 0-3 or 4-")
         for key in ("matched", "random_direction"):
             if getattr(self, key) < 0:
                 raise UserError(f"settings: {key}={getattr(self, key)}: it counts draws; choose 0 or more")
@@ -89,13 +113,14 @@ class MarkConfig:
     """One part of a report, drawn from the run folder's tables (docs/experiments.md).
 
     Attributes:
-        mark: cards, bars, curve, matrix, table, circuit, graph, features, examples or text.
+        mark: cards, bars, table, curve, matrix, examples, features, picture or text.
         title: over it.
         trials: which trials and settings, as "steer/main"; all when empty.
         x, by: columns of the table.
         y: the measure; that of each trial where it is null.
         says: words under the title; of "text" the paragraphs.
-        top: how many rows, features or examples.
+        top: how many features or examples.
+        file: of "table", a Parquet file of the run folder that is shown as it is.
     """
 
     mark: str
@@ -106,3 +131,4 @@ class MarkConfig:
     y: str | None = None
     says: str = ""
     top: int = 8
+    file: str | None = None

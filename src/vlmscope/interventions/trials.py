@@ -211,7 +211,8 @@ def _outcome(cases: Cases, logits: Tensor) -> pd.DataFrame:
     answer; `drop` by how many nats the log-probability of the answer fell, `kl` the divergence of the next token from
     the unedited run in nats. `recovered` is the share of the logit difference between target and answer that the edit
     brings about: 0 when nothing moved, 1 when the logits are as far apart as in the donor's own run (Zhang and Nanda,
-    arXiv 2309.16042); missing without donor logits or where target and answer are the same.
+    arXiv 2309.16042); missing without donor logits, where target and answer are the same or where the donor's logits
+    are no further apart.
     """
     before, after = (x.double().numpy(force=True) for x in (cases.base.logits, logits))
     said, answer, target = (x.numpy(force=True) for x in (logits.argmax(-1), cases.answer, cases.target))
@@ -224,6 +225,6 @@ def _outcome(cases: Cases, logits: Tensor) -> pd.DataFrame:
         end = cases.donor_logits.double().numpy(force=True)
         start, now, full = (x[rows, target] - x[rows, answer] for x in (before, after, end))
         table["recovered"] = np.divide(
-            now - start, full - start, out=np.full(len(rows), np.nan), where=target != answer
+            now - start, full - start, out=np.full(len(rows), np.nan), where=(target != answer) & (full != start)
         )
     return table

@@ -43,10 +43,15 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: 
         found[key if len(by) > 1 else key[0]] = row
     rows: Any = pd.DataFrame.from_dict(found, orient="index")
     rows.index = pd.MultiIndex.from_tuples(rows.index, names=by) if len(by) > 1 else rows.index.rename(by[0])
-    known = rows.p.notna()
-    rows["q"] = np.nan
-    rows.loc[known, "q"] = benjamini_hochberg(rows.p[known].to_numpy())
-    return rows
+    return corrected(rows)
+
+
+def corrected(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `rates`, of several calls perhaps, with `q` corrected over all of them together."""
+    known = rows.p.notna().to_numpy()
+    q = np.full(len(rows), np.nan)
+    q[known] = benjamini_hochberg(rows.p.to_numpy(float)[known])
+    return rows.assign(q=q)
 
 
 def worst(rows: pd.DataFrame, over: str) -> pd.DataFrame:

@@ -27,7 +27,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator, PercentFormatter
 from PIL import Image
 
-from vlmscope.core.intervention import MODES, AnswerExample, Curve, FlipRow, Rate
+from vlmscope.core.intervention import AnswerExample, Curve, FlipRow, Rate
 from vlmscope.core.records import PatchBox
 from vlmscope.report.graph_figure import shrunk
 from vlmscope.report.style import COLOURS, HATCHES, INK, LINES, MARKERS, drawing, label, pick, tidy
@@ -39,21 +39,6 @@ def flip_rates(rows: Sequence[FlipRow], path: str | Path, mode: str = "free", sc
     """Flip rate by question (groups) and method (bars) for one mode and scope."""
     chosen = [row for row in rows if row.mode == mode and row.scope == scope]
     return bars(chosen, path, lambda row: row.question, f"Flip rate by question ({label(mode)}, {label(scope)})")
-
-
-def scopes(rows: Sequence[FlipRow], path: str | Path, mode: str = "free", question: str = "worst") -> Path:
-    """Flip rate by scope (groups) and method (bars) for one mode and question."""
-    chosen = [row for row in rows if row.mode == mode and row.question == question]
-    return bars(chosen, path, lambda row: row.scope, f"Where it acts ({label(mode)}, {label(question)})")
-
-
-def modes(rows: Sequence[FlipRow], path: str | Path, question: str = "worst", scope: str = "all") -> Path:
-    """Flip rate by mode (groups, weakest first) and method (bars) for one question and scope."""
-    order = (*MODES, "generate")
-    chosen = sorted(
-        (row for row in rows if row.question == question and row.scope == scope), key=lambda row: order.index(row.mode)
-    )
-    return bars(chosen, path, lambda row: row.mode, f"What is held frozen ({label(question)}, {label(scope)})")
 
 
 def dose_response(curves: Sequence[Curve], path: str | Path, xlabel: str, ylabel: str, percent: bool = True) -> Path:

@@ -23,13 +23,14 @@ from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import AnswerExample, CircuitFeature, Curve, FeatureExample, FlipRow, Rate, Supernode
 from vlmscope.core.records import FeatureId, PatchBox
-from vlmscope.metrics.table import rates, worst
+from vlmscope.metrics.table import corrected, rates, worst
 from vlmscope.report import figures
 from vlmscope.report.figures import share_matrices
-from vlmscope.report.page import Card, Cards, Examples, Features, Figure, Picture, Section, Text, flip_table
+from vlmscope.report.page import Card, Cards, Examples, Features, Figure, Picture, Section, Table, Text, flip_table
 from vlmscope.report.style import label
 
-AXES = ["operation", "setting", "mode", "positions", "layers", "strength", "limit"]
+AXES = ["positions", "layers", "strength", "limit"]  # of a setting, besides its mode
+LISTED = 24  # members of a supernode in a report; all are in circuits/ of the run folder
 
 
 class Declared(Protocol):
@@ -43,19 +44,38 @@ class Declared(Protocol):
     y: str | None
     says: str
     top: int
+    file: str | None
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A run folder as marks read it; `measures` says what each operation's rate counts."""
+    """A run folder as marks read it; `measures` says what the rate of each "operation/setting" counts."""
 
     path: Path
     measures: Mapping[str, str] = field(default_factory=dict)
 
+    def file(self, name: str) -> Path:
+        """A file of the folder.
+
+        Raises:
+            UserError: the run has none of this name.
+        """
+        path = self.path / name
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; a mark of the report shows it, and this run did not make it")
+        return path
+
     @cached_property
     def trials(self) -> pd.DataFrame:
-        """The table of all trials."""
-        return pd.read_parquet(self.path / "trials.parquet")
+        """The table of all trials, and as `place` the setting with those of its axes that have several values."""
+        path = self.file("trials.parquet")
+        table: Any = pd.read_parquet(path)
+        groups: Any = table.groupby(["operation", "setting"], sort=False)
+        table["place"] = table.setting
+        for axis in AXES:
+            varies = groups[axis].transform("nunique", dropna=False) > 1
+            table.loc[varies, "place"] += f", {axis} " + table.loc[varies, axis].astype(str)
+        return table
 
     def chosen(self, names: Sequence[str]) -> pd.DataFrame:
         """The trials that "operation/setting" or "setting" names; all when there is no name.
@@ -74,13 +94,25 @@ class Folder:
         return table[wanted]
 
     def rates(self, mark: Declared, by: Sequence[str], measure: str | None = None) -> pd.DataFrame:
-        """Rates of the mark's trials by columns, each operation by its own measure unless one is given or marked."""
-        table = self.chosen(mark.trials)
+        """Rates of the mark's trials by columns, each trial by its own measure unless one is given or marked.
+
+        q-values are corrected over all of them together.
+
+        Raises:
+            UserError: the table has no such column.
+        """
+        table: Any = self.chosen(mark.trials)
+        missing = [column for column in by if column not in table]
+        if missing:
+            raise UserError(f"report: trials have no column {missing[0]!r}; choose from {', '.join(table.columns)}")
+        chosen = measure or mark.y
+        if chosen is not None and chosen not in table:
+            raise UserError(f"report: trials have no column {chosen!r}; choose from {', '.join(table.columns)}")
+        measures = (table.operation + "/" + table.setting).map(lambda key: self.measures.get(key, "hit"))
         parts = [
-            rates(part, by, measure or mark.y or self.measures.get(str(operation), "hit"))
-            for operation, part in table.groupby("operation", sort=False)
+            rates(part, by, chosen or str(own)) for (_, own), part in table.groupby(["operation", measures], sort=False)
         ]
-        return pd.concat(parts)
+        return corrected(pd.concat(parts))
 
 
 def cards(folder: Folder, name: str, mark: Declared) -> list[Section]:
@@ -103,12 +135,18 @@ def bars(folder: Folder, name: str, mark: Declared) -> list[Section]:
     if x != "question" and any(row.question == "worst" for row in rows):
         rows = [row for row in rows if row.question == "worst"]
     columns = {"question": lambda r: r.question, "mode": lambda r: r.mode, "setting": lambda r: r.scope}
+    if x not in columns:
+        raise UserError(f"report.{name}.x={x}: bars stand for {', '.join(columns)}; choose one, or mark: curve")
     drawn = figures.bars(rows, folder.path / "figures" / f"{name}.png", columns[x], mark.title or f"By {x}")
     return [Figure(mark.title or f"By {x}", (_picture(drawn, f"{mark.title}: rates by {x}"),), mark.says)]
 
 
 def table(folder: Folder, name: str, mark: Declared) -> list[Section]:
-    """All rates with their controls, intervals and q-values."""
+    """All rates with their controls, intervals and q-values; with `file` that table instead."""
+    if mark.file is not None:
+        found = pq.read_table(folder.file(mark.file))
+        rows = tuple(tuple(row.values()) for row in found.to_pylist())
+        return [Table(mark.title or label(name), tuple(map(label, found.column_names)), rows, mark.says)]
     return [flip_table(mark.title or "All rates", flip_rows(folder, mark), note=mark.says)]
 
 
@@ -123,13 +161,14 @@ def curve(folder: Folder, name: str, mark: Declared) -> list[Section]:
         operation, series = key
         rows: Any = of.droplevel(["operation", by]).sort_index()
         called = str(series) if len(operations) == 1 else f"{label(operation)} {series}"
-        at = rows.edited if x == "limit" else rows.index.astype(float)
+        at = rows.edited if x == "limit" else rows.index.map(_end) if x == "layers" else rows.index.astype(float)
         lines.append(Curve(called, *(tuple(map(float, one)) for one in (at, rows.value, rows.ci_low, rows.ci_high))))
         if rows.matched.notna().all():
             flat = tuple(map(float, rows.matched))
             lines.append(Curve(f"{called}, matched", tuple(map(float, at)), flat, flat, flat))
     draw = figures.feature_count_curve if x == "limit" else figures.dose_response
-    drawn = draw(lines, folder.path / "figures" / f"{name}.png", label(x), f"{label(mark.y or 'hit')} (%)")
+    xlabel = {"limit": "features edited (number)", "layers": "layer"}.get(x, label(x))
+    drawn = draw(lines, folder.path / "figures" / f"{name}.png", xlabel, f"{label(mark.y or 'hit')} (%)")
     return [Figure(mark.title or f"Against {x}", (_picture(drawn, f"{mark.title} against {x}"),), mark.says)]
 
 
@@ -153,23 +192,25 @@ def matrix(folder: Folder, name: str, mark: Declared) -> list[Section]:
 
 def examples(folder: Folder, name: str, mark: Declared) -> list[Section]:
     """Answers before and after, with pictures."""
-    shown = read_records(folder.path / "examples.parquet", AnswerExample)
+    shown = read_records(folder.file("examples.parquet"), AnswerExample)
     return [Examples(mark.title or "Answers before and after", tuple(shown[: mark.top]), mark.says)]
 
 
 def features(folder: Folder, name: str, mark: Declared) -> list[Section]:
     """The features of each supernode, the strongest with pictures on which they fire."""
-    rows = pq.read_table(folder.path / "evidence.parquet").to_pylist()
+    rows = pq.read_table(folder.file("evidence.parquet")).to_pylist()
     sections: list[Section] = []
     for node in dict.fromkeys(row["supernode"] for row in rows):
-        members = tuple(_member(row) for row in rows if row["supernode"] == node)
-        sections.append(Features(f"Features of {node}", Supernode(node, members), mark.says, shown=mark.top))
+        members = [_member(row) for row in rows if row["supernode"] == node]
+        says = f"{mark.says} The {min(LISTED, len(members))} most influential of {len(members)}.".strip()
+        listed = Supernode(node, tuple(members[:LISTED]))
+        sections.append(Features(f"Features of {node}", listed, says, shown=mark.top))
     return sections
 
 
 def picture(folder: Folder, name: str, mark: Declared) -> list[Section]:
     """A figure that the run made: figures/<name>.png."""
-    path = folder.path / "figures" / f"{name}.png"
+    path = folder.file(f"figures/{name}.png")
     return [Figure(mark.title or label(name), (_picture(path, mark.title or label(name), True),), mark.says)]
 
 
@@ -184,43 +225,57 @@ MARKS: dict[str, Callable[[Folder, str, Any], list[Section]]] = {
 
 
 def sections_of(folder: Folder, marks: Mapping[str, Any]) -> list[Section]:
-    """All sections of a report in the order of its marks.
-
-    Raises:
-        UserError: no such mark, or one that names a trial that the run does not have.
-    """
+    """All sections of a report in the order of its marks, which `check_marks` accepts."""
     sections: list[Section] = []
     for name, mark in marks.items():
-        if mark.mark not in MARKS:
-            raise UserError(f"report.{name}.mark={mark.mark}: no such mark; choose from {', '.join(MARKS)}")
         sections += MARKS[mark.mark](folder, name, mark)
     return sections
 
 
+def check_marks(marks: Mapping[str, Any], trials: Mapping[str, Sequence[str]]) -> None:
+    """Refuse marks that could not be drawn, before anything is run.
+
+    Args:
+        marks: of the report.
+        trials: setting -> the trials that it runs.
+
+    Raises:
+        UserError: no such mark, or one of a trial or setting that is not declared.
+    """
+    names = {f"{trial}/{setting}" for setting, of in trials.items() for trial in of} | set(trials)
+    for name, mark in marks.items():
+        if mark.mark not in MARKS:
+            raise UserError(f"report.{name}.mark={mark.mark}: no such mark; choose from {', '.join(MARKS)}")
+        for one in mark.trials:
+            if one not in names:
+                raise UserError(f"report.{name}.trials: {one!r} is not declared; there are {', '.join(sorted(names))}")
+
+
 def flip_rows(folder: Folder, mark: Declared) -> list[FlipRow]:
-    """Rates of the mark's trials as rows of the table of results, the worst question after those of each trial."""
-    by = ["operation", "setting", "mode", "question"]
-    found = folder.rates(mark, by)
-    also = folder.rates(mark, by, "changed")
+    """Rates of the mark's trials as rows of the table of results, the worst question after those of each trial.
+
+    Of a trial that counts changed answers, `rate` are its hits all the same.
+    """
+    by = ["operation", "setting", "place", "mode", "question"]
+    found, hits, also = (folder.rates(mark, by, measure) for measure in (None, "hit", "changed"))
     rows: list[FlipRow] = []
     key: Any
-    for key, group in found.groupby(level=by[:3], sort=False):
-        operation, setting, mode = map(str, key)
-        lines: list[Any] = [
-            (str(at), *both)
-            for at, *both in zip(
-                group.index.get_level_values("question"),
-                group.itertuples(),
-                also.loc[group.index].itertuples(),
-                strict=True,
-            )
-        ]
-        if len(lines) > 1:
-            low, moved = (worst(part.loc[group.index], "question").iloc[0] for part in (found, also))
-            lines.append(("worst", low, moved))
-        for question, row, moved in lines:
-            q = None if np.isnan(row.q) or question == "worst" else float(row.q)
-            rows.append(FlipRow(operation, mode, question, setting, _rate(row), int(row.edited), _rate(moved), None, q))
+    for key, group in found.groupby(level=by[:-1], sort=False):
+        operation, setting, place, mode = map(str, key)
+        counted = mark.y or folder.measures.get(f"{operation}/{setting}", "hit")
+        shown, moved = (part.loc[group.index] for part in (hits if counted == "changed" else found, also))
+        for at, question in enumerate(group.index.get_level_values("question")):
+            q = None if np.isnan(group.q.iloc[at]) else float(group.q.iloc[at])
+            both = _rate(shown.iloc[at]), _rate(moved.iloc[at])
+            size = int(group.edited.iloc[at])
+            rows.append(FlipRow(operation, mode, str(question), place, both[0], size, both[1], None, q))
+        if len(group) > 1:
+            low = int(np.argmin(group["value"]))
+            both = [
+                _rate(part.iloc[low].where(part.columns != "matched", part.matched.max())) for part in (shown, moved)
+            ]
+            size = int(group.edited.iloc[low])
+            rows.append(FlipRow(operation, mode, "worst", place, both[0], size, both[1]))
     return rows
 
 
@@ -229,14 +284,25 @@ def _rate(row: Any) -> Rate:
     return Rate(float(row.value), float(row.ci_low), float(row.ci_high), int(row.cases), control)
 
 
+def _end(layers: str) -> float:
+    """The end of a range of layers that is not an end of the model: 3 of "0-3", "3-" and "3"."""
+    first, _, last = layers.partition("-")
+    return float(last or first)
+
+
 def _picture(path: Path, alt: str, wide: bool = False) -> Picture:
     return Picture(path.read_bytes(), alt, alt, wide)
 
 
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A Parquet file of rows, as the mark "table" shows one."""
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(list(rows)), temporary)
+
+
 def write_records(path: Path, records: Sequence[Any]) -> None:
     """Dataclass records as a Parquet file, a column for each field."""
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist([_plain(asdict(record)) for record in records]), temporary)
+    write_rows(path, [_plain(asdict(record)) for record in records])
 
 
 def read_records(path: Path, kind: type[Any]) -> list[Any]:
@@ -292,5 +358,4 @@ def write_evidence(path: Path, nodes: Sequence[Supernode]) -> None:
         for node in nodes
         for member in node.features
     ]
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows), temporary)
+    write_rows(path, rows)

@@ -8,14 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy as np
     import pandas as pd
 
+    from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.experiment import Declared
-    from vlmscope.circuits.trial_config import TrialConfig
+    from vlmscope.circuits.trial_config import SettingConfig, TrialConfig
     from vlmscope.config import AppConfig
+    from vlmscope.core.graph import PrunedGraph
+    from vlmscope.features.readouts import RoleMeans
+    from vlmscope.features.study.top_examples import StudyItem
     from vlmscope.interventions.trials import Cases
     from vlmscope.tasks.context import RunContext
     from vlmscope.tasks.steps.bench import Bench
+
+CAPTION_PROMPT = "describe this image in detail ."
 
 
 @dataclass
@@ -30,14 +37,21 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         UserError: nothing is declared, or nothing that it can act on.
     """
     from vlmscope.core.errors import UserError
-    from vlmscope.tasks.report import draw_report
+    from vlmscope.data.images import check_image
+    from vlmscope.report.marks import check_marks
+    from vlmscope.tasks.run_report import draw_report
     from vlmscope.tasks.steps.bench import Bench
+    from vlmscope.tasks.studies.feature_labels import look_for_labels
 
     analysis = own_analysis(cfg.name)
     if not cfg.trials and analysis is None:
         raise UserError("this task runs what an experiment declares: choose one (docs/experiments.md)")
     if hasattr(analysis, "check"):
         analysis.check(cfg)
+    check_marks(cfg.report, {name: setting.of or list(cfg.trials) for name, setting in cfg.settings.items()})
+    look_for_labels(cfg)
+    for path in (path for own in cfg.images.values() for path in own):
+        check_image(path)
     bench = Bench(cfg, context.run_dir)
     if cfg.trials:
         bench.metrics |= run_declared(bench)
@@ -73,31 +87,75 @@ def run_declared(bench: Bench) -> dict[str, float]:
     with atomic_path(bench.run_dir / "trials.parquet") as temporary:
         table.to_parquet(temporary, index=False)
     write_examples(bench, declared)
-    return trial_metrics(table, cfg.trials)
+    return trial_metrics(table, cfg.trials, cfg.settings)
 
 
 def from_circuit(bench: Bench) -> Declared:
     """Pictures of two concepts; the circuit is found, and written with its graph and evidence, first."""
-    from vlmscope.circuits.experiment import Declared, concept_cases, concept_operation
-    from vlmscope.report.marks import write_evidence
-    from vlmscope.tasks.steps import find_circuit
-    from vlmscope.tasks.steps.describe_features import describe_features
-    from vlmscope.tasks.steps.intervene import control_means
+    from functools import cache
 
-    config, settings = bench.circuit_config, bench.cfg.settings
-    find_circuit.run(bench)
-    circuit = bench.record("find_circuit")["circuit"]
+    from vlmscope.circuits.contrast import control_means
+    from vlmscope.circuits.experiment import Declared, concept_cases, concept_operation
+
+    config, settings, count = bench.circuit_config, bench.cfg.settings, bench.intervention.pictures
+    circuit, means = find_circuit(bench)
+    pictures = cache(bench.concept_pictures)
     modes = {mode for setting in settings.values() for mode in setting.mode}
     cases = {
-        "test": concept_cases(bench.scope, config, bench.concept_pictures, bench.intervention.pictures, sorted(modes)),
+        "test": concept_cases(bench.scope, config, pictures, count, sorted(modes)),
         "third": third_cases(bench),
         "unrelated": unrelated_cases(bench),
     }
     for one in cases["test"]:
-        bench.metrics[f"base/{one.question}/accuracy"] = one.batch.size / bench.intervention.pictures
-    write_evidence(bench.run_dir / "evidence.parquet", describe_features(bench, circuit))
-    draw_circuit(bench)
-    return Declared(cases, concept_operation(circuit, config), control_means(bench))
+        bench.metrics[f"base/{one.question}/accuracy"] = one.batch.size / len(
+            pictures(config.concepts[0], "test", count)
+        )
+    return Declared(cases, concept_operation(circuit, config), control_means(means))
+
+
+def find_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, RoleMeans]]]:
+    """The circuit of two concepts and their role means: circuits/, graph files, evidence.parquet and their figures."""
+    import numpy as np
+
+    from vlmscope.attribution.export import save_graph, write_graph_json
+    from vlmscope.circuits.circuit import labelled, save_circuit
+    from vlmscope.circuits.contrast import concept_influence, concept_means, contrast_circuit, described
+    from vlmscope.report.marks import write_evidence
+    from vlmscope.tasks.tracing.graph_metrics import graph_metrics
+
+    config, folder = bench.circuit_config, bench.run_dir
+    train = {concept: bench.concept_pictures(concept, "train", config.pictures) for concept in config.concepts}
+    prompts = {name: question.prompt for name, question in config.questions.items()}
+    means = concept_means(bench.scope, train, prompts)
+    influence, traces, seconds = concept_influence(bench.scope, train, prompts, config.graphs, bench.cfg.attribution)
+    circuit, metrics = contrast_circuit(bench.transcoders, means, influence, config.per_layer, bench.vlm.name)
+    circuit, pruned = labelled(circuit, bench.labels), traces[0].pruned
+    save_circuit(circuit, folder / "circuits" / "_".join(config.concepts))
+    save_graph(folder / "graph.safetensors", pruned)
+    write_graph_json(folder / "graph.json", pruned, folder.name, bench.vlm.name, bench.labels)
+    write_evidence(folder / "evidence.parquet", described(bench.scope, circuit, evidence_items(bench)))
+    draw_circuit(bench, circuit, pruned, np.asarray(train[config.concepts[0]][0]))
+    bench.metrics |= metrics | graph_metrics(traces[0], float(np.median(seconds)))
+    return circuit, means
+
+
+def evidence_items(bench: Bench, count: int = 10) -> list[StudyItem]:
+    """Training pictures searched for top examples, `count` of every planet, or of the concepts if these are none.
+
+    Each is asked every question: a feature that writes `dust` is silent unless it is asked for.
+    """
+    from vlmscope.data.images import png_bytes
+    from vlmscope.data.orrery.scenes import PLANETS
+    from vlmscope.features.study.top_examples import StudyItem
+
+    config = bench.circuit_config
+    items = []
+    for concept in PLANETS if set(config.concepts) <= set(PLANETS) else config.concepts:
+        images = bench.concept_pictures(concept, "train", count)
+        for question in config.questions.values():
+            pairs = zip(bench.inputs(images, question.prompt), images, strict=True)
+            items += [StudyItem(inputs, concept, png_bytes(image)) for inputs, image in pairs]
+    return items
 
 
 def third_cases(bench: Bench) -> Sequence[Cases]:
@@ -141,18 +199,14 @@ def unrelated_cases(bench: Bench) -> Sequence[Cases]:
     ]
 
 
-def draw_circuit(bench: Bench) -> None:
-    """figures/circuit.png and figures/graph.png."""
-    import numpy as np
-
+def draw_circuit(bench: Bench, circuit: Circuit, pruned: PrunedGraph, image: np.ndarray) -> None:
+    """figures/circuit.png and figures/graph.png, of the graph of one training picture."""
     from vlmscope.circuits.circuit import commonest_label
     from vlmscope.circuits.flow import circuit_edges
     from vlmscope.report.circuit_figure import circuit_diagram
     from vlmscope.report.graph_figure import attribution_graph
 
-    found, folder = bench.record("find_circuit"), bench.run_dir / "figures"
-    pruned, image = found["trace"].pruned, np.asarray(found["trace_image"])
-    nodes = tuple(found["circuit"].supernodes.values())
+    folder, nodes = bench.run_dir / "figures", tuple(circuit.supernodes.values())
     edges = circuit_edges(pruned, {node.name: {m.feature for m in node.features} for node in nodes})
     words = {node.name: said for node in nodes if (said := commonest_label(node))}
     circuit_diagram(nodes, edges, folder / "circuit.png", {"soft tokens": image}, words=words)
@@ -160,13 +214,17 @@ def draw_circuit(bench: Bench) -> None:
     attribution_graph(pruned, folder / "graph.png", [image], groups, labels=bench.labels)
 
 
-def trial_metrics(table: pd.DataFrame, trials: Mapping[str, TrialConfig]) -> dict[str, float]:
+def trial_metrics(
+    table: pd.DataFrame, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]
+) -> dict[str, float]:
     """`steer/main` (the worst question) with `_ci_low`, `_ci_high`, `_control`, and `steer/main/name`.
 
     A setting of several modes gives `steer/frozen/direct`; one of several strengths or places is in the table alone.
+    Further measures of a setting are means over its cases: `steer/unrelated_kl`.
     """
     import numpy as np
 
+    from vlmscope.circuits.trial_config import measures_of
     from vlmscope.metrics.table import rates, worst
 
     metrics: dict[str, float] = {}
@@ -178,9 +236,11 @@ def trial_metrics(table: pd.DataFrame, trials: Mapping[str, TrialConfig]) -> dic
         if (part.groupby("mode")[axes].nunique(dropna=False) > 1).to_numpy().any():
             continue
         several = part["mode"].nunique() > 1
+        measure, *others = measures_of(vars(trials[str(operation)]), vars(settings[str(setting)]))
         for mode, of in part.groupby("mode", sort=False):
             name = f"{operation}/{setting}" + (f"/{mode}" if several else "")
-            found: Any = rates(of, ["setting", "question"], trials[str(operation)].measure)
+            found: Any = rates(of, ["setting", "question"], measure)
+            metrics |= {f"{name}_{other}": float(of[of.control == ""][other].mean()) for other in others}
             row = (worst(found, "question") if len(found) > 1 else found).iloc[0]
             metrics |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
             if not np.isnan(row.matched):
@@ -208,3 +268,24 @@ def write_examples(bench: Bench, declared: Declared) -> None:
                 before, after = bench.words(few.base.logits[row]), bench.words(logits[row])
                 shown.append(AnswerExample(few.pngs[row], few.prompt, name, before[0][0], after[0][0], before, after))
     write_records(bench.run_dir / "examples.parquet", shown)
+    write_captions(bench, declared)
+
+
+def write_captions(bench: Bench, declared: Declared, count: int = 3) -> None:
+    """captions.parquet: descriptions of some test pictures, token by token, before and under the first exchange."""
+    from vlmscope.circuits.experiment import bystanders
+    from vlmscope.interventions.run import generate_edited
+    from vlmscope.report.marks import write_rows
+
+    trial = next((trial for trial in bench.cfg.trials.values() if trial.do == "exchange"), None)
+    if trial is None:
+        return
+    recipient, rows = bench.circuit_config.concepts[0], []
+    for image in bench.concept_pictures(recipient, "test", count)[:count]:
+        inputs = bench.scope.inputs(CAPTION_PROMPT, [image])
+        cases = bystanders(bench.scope, "captions", CAPTION_PROMPT, [inputs], [recipient])
+        plan = declared.operation(trial, cases, None).plan(bench.scope, cases, trial.strength)
+        rows.append(
+            {"before": generate_edited(bench.scope, inputs), "after": generate_edited(bench.scope, inputs, plan)}
+        )
+    write_rows(bench.run_dir / "captions.parquet", rows)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from vlmscope.tasks.context import RunContext
 
 KINDS = (
-    "find_circuit", "intervene", "curves", "report", "compare_maps", "lens", "study", "modality", "cross_modal",
+    "compare_maps", "lens", "study", "modality", "cross_modal",
     "interchange", "sum_features", "amplify", "pairs_report",
     "figures_report",
     "predict_errors", "errors_report", "layer_reading", "layer_ranges", "hierarchy_report",

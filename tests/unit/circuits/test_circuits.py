@@ -11,15 +11,16 @@ from vlmscope.activations.capture import mlp_inputs
 from vlmscope.circuits.circuit import Circuit, commonest_label, labelled, load_circuit, save_circuit
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig, QuestionConfig
 from vlmscope.circuits.contrast import contrast_circuit
-from vlmscope.circuits.effects import flip_effect, in_scope, make_subject, specificity
 from vlmscope.circuits.flow import circuit_edges
+from vlmscope.circuits.operations import Carry, Exchange
 from vlmscope.circuits.plans import donor_activations, steer_plan, union
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId
 from vlmscope.features.readouts import RoleMeans, role_means
 from vlmscope.interventions.named import patch_plan
-from vlmscope.interventions.run import run_edited
+from vlmscope.interventions.run import base_run, run_edited
+from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
@@ -171,47 +172,6 @@ def test_pooled_patch_gives_every_soft_token_the_mean(bench) -> None:
     assert torch.equal(edit.value[:, ~image], carried[1][1][:, ~image] * 2.0)
 
 
-def test_flip_rate_counts_donor_answers(bench) -> None:
-    scope, batch = bench
-    circuit, _ = two_concepts(scope.transcoders)
-    means = {layer: torch.rand(N) for layer in scope.transcoders.layers}
-    plan = steer_plan(circuit, "mars", "earth", batch.roles, 50.0)
-    after = run_edited(scope, batch, plan).argmax(-1)
-    token = int(after[0])
-    subject = make_subject(scope, "name", batch, 0, token)
-    found = flip_effect(scope, subject, plan, "free", means, controls=2)
-    rate = found.flip
-    assert rate.value == pytest.approx(float((after == token).double().mean()))
-    assert rate.control is not None
-    before = int(run_edited(scope, batch, {}).argmax(-1)[0])
-    moved = make_subject(scope, "name", batch, before, token)
-    changed = flip_effect(scope, moved, plan, "free", means, controls=1)
-    assert changed.changed.value == pytest.approx(float((after != before).double().mean()))
-    assert changed.p_flip is not None
-    assert changed.p_flip <= 1
-    assert flip_effect(scope, moved, {}, "free", means, controls=0).p_changed is None
-
-
-def test_scopes_drop_layer_and_position(bench) -> None:
-    scope, batch = bench
-    transcoders = scope.transcoders
-    circuit, _ = two_concepts(transcoders)
-    plan = steer_plan(circuit, "mars", "earth", batch.roles, 1.0)
-    assert set(in_scope(plan, "no_last_layer", batch.roles, 3)) == {0, 1, 2}
-    for edit in in_scope(plan, "no_last_position", batch.roles, 3).values():
-        assert edit.where.tolist() == [True] * (batch.length - 1) + [False]
-
-
-def test_specificity_is_zero_for_no_plan(bench) -> None:
-    scope, batch = bench
-    none = specificity(scope, [batch], lambda _roles: {})
-    assert none.kl == pytest.approx(0.0, abs=1e-9)
-    assert none.changed.value == 0.0
-    circuit, _ = two_concepts(scope.transcoders)
-    some = specificity(scope, [batch], lambda r: steer_plan(circuit, "mars", "earth", r, 50.0))
-    assert some.kl > 1e-3
-
-
 def test_role_means_equal_a_plain_loop(bench) -> None:
     scope, batch = bench
     from vlmscope.activations.capture import mlp_inputs
@@ -247,12 +207,18 @@ def test_circuits_of_half_precision_are_saved_and_matched(tmp_path: Path) -> Non
         name: {k: {n: v.bfloat16() for n, v in t.items()} for k, t in of.items()} for name, of in circuit.levels.items()
     }
     save_circuit(replace(circuit, levels=halves), tmp_path)
-    plan = steer_plan(load_circuit(tmp_path), "mars", "earth", batch.roles, 2.0, gate=0.5)
-    subject = make_subject(Scope(half, transcoders), "name", batch, 1, 2)
-    means = {layer: torch.rand(N, dtype=torch.bfloat16) for layer in transcoders.layers}
-    for mode in ("direct", "frozen_attention", "free"):
-        found = flip_effect(Scope(half, transcoders), subject, plan, mode, means, controls=1)
-        assert found.logits.dtype == torch.bfloat16 and bool(found.logits.isfinite().all())
+    scope, means = (
+        Scope(half, transcoders),
+        {layer: torch.rand(N, dtype=torch.bfloat16) for layer in transcoders.layers},
+    )
+    ones = torch.ones(batch.size, dtype=torch.int64)
+    base = base_run(scope, batch)
+    cases = Cases("test", "name", batch, base, ones, 2 * ones, ("a", "b", "c"), batch, base.logits.flip(0))
+    settings = [Setting(mode, mode, random_direction=1) for mode in ("direct", "frozen_attention", "free")]
+    for do in (Exchange(load_circuit(tmp_path), "mars", "earth", 0.5), Carry(union(circuit))):
+        table = run_trials(scope, [Trial("do", do, [cases], settings, means)])
+        assert len(table) == 3 * 3 * 3 and np.isfinite(table[["drop", "kl"]].to_numpy()).all()
+        assert (table.recovered.isna() == (table.case == "b")).all()  # whose donor is itself
 
 
 def test_flow_sums_the_influence_of_edges_between_supernodes(bench) -> None:
@@ -289,8 +255,6 @@ def test_bad_settings_are_named() -> None:
         CircuitConfig(["neptune", "earth"], {"colour": both})
     with pytest.raises(UserError, match=r"circuit.third=mars is one of circuit.concepts"):
         CircuitConfig(["mars", "earth"], {}, third="mars")
-    with pytest.raises(UserError, match=r"intervention.generate=-1"):
-        InterventionConfig(generate=-1)
     with pytest.raises(UserError, match="no mode 'fre'"):
         InterventionConfig(modes=["fre"])
     with pytest.raises(UserError, match="no scope 'last'"):

@@ -17,7 +17,6 @@ from vlmscope.circuits.discovery.pair_edges import pair_edges
 from vlmscope.circuits.discovery.scores import activation_change, eap_ig
 from vlmscope.circuits.discovery.search import Runner
 from vlmscope.circuits.discovery.sides import CircuitSubject, changing_nodes, measure
-from vlmscope.circuits.effects import direction_control, flip_effect, make_subject
 from vlmscope.circuits.interchange import (
     all_features,
     carried_controls,
@@ -27,16 +26,18 @@ from vlmscope.circuits.interchange import (
     run_interchange,
     whole_plan,
 )
+from vlmscope.circuits.operations import Ablate, Carry, Exchange, Toward
 from vlmscope.circuits.pair_effects import pair_effects
 from vlmscope.circuits.pair_subject import pair_subject, part_of
-from vlmscope.circuits.plans import at_supernodes, donor_activations, steer_plan
+from vlmscope.circuits.plans import at_supernodes, donor_activations, steer_plan, union
 from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId, Positions
 from vlmscope.features.readouts import role_means
 from vlmscope.interventions.edits import merge, position_mask, scale_features
 from vlmscope.interventions.named import by_layer, mean_activations, patch_plan
 from vlmscope.interventions.named import steer_plan as named_plan
-from vlmscope.interventions.run import run_edited
+from vlmscope.interventions.run import base_run, run_edited
+from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
@@ -99,8 +100,10 @@ def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
         influence = {n: {FeatureId(k, i): 1.0 for k in range(4) for i in range(WIDTH)} for n in "ab"}
         found, _ = contrast_circuit(scope.transcoders, means, influence, 2, scope.vlm.name)
         save_circuit(found, tmp_path)
-        subject = make_subject(scope, "name", batches[0], 1, 2)
+        base, own = base_run(scope, batches[0], MODES), mark(torch.arange(3))
+        cases = Cases("test", "name", batches[0], base, own, own + 3, ("a", "b", "c"), batches[1], base.logits)
         overall = means["a"]["name"].overall
+        operations = [Carry(None)]
         for circuit in (found, load_circuit(tmp_path)):
             roles = batches[0].roles
             steered = steer_plan(circuit, "a", "b", roles, 2.0, gate=0.5)
@@ -113,8 +116,14 @@ def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
             crossed = concept_matrix.patching(held, circuit, torch.arange(3), roles, 1.0)
             for plan in (steered, patched, some, ablated, merge([patched, crossed])):
                 for mode in MODES:
-                    assert marked(flip_effect(scope, subject, plan, mode, overall, 1).logits)
-            direction_control(scope, subject, steered, 1)
+                    assert marked(run_edited(scope, batches[0], plan, mode, base))
+            both = union(circuit)
+            operations += [Exchange(circuit, "a", "b", 0.5), Carry(both, nodes=(node,)), Toward(both), Ablate(both)]
+        settings = [Setting(mode=mode, random_direction=1) for mode in MODES] + [
+            Setting(layers="no_last", positions="image")
+        ]
+        table = run_trials(scope, [Trial("do", do, [cases], settings, overall) for do in operations])
+        assert np.isfinite(table[["kl", "drop"]].to_numpy()).all()
 
 
 def test_named_features_and_levels_are_set_there(there) -> None:

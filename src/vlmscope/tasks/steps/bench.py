@@ -13,6 +13,7 @@ from PIL import Image
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
 from vlmscope.data.orrery.dataset import colour_scenes, concept_scenes, digit_scenes, pictures
+from vlmscope.data.orrery.scenes import PLANETS
 from vlmscope.tasks.studies.feature_labels import feature_labels
 from vlmscope.tasks.wiring import load_model, load_scope
 
@@ -104,13 +105,20 @@ class Bench:
         return self.records[step]
 
     def concept_pictures(self, concept: str, split: str, count: int, seed: int | None = None) -> list[Image.Image]:
-        """Pictures of a concept. On the test split the user's own (`images.<concept>=[...]`) take their place.
+        """Pictures of a concept: the user's own, `images.<concept>` to test on and `images.<concept>_train` to find
+        features on (at most `count`), else Orrery's. Without a `seed` the circuit's is taken.
 
-        Without a `seed` the circuit's is taken.
+        Raises:
+            UserError: the user gives none and Orrery has no such planet.
         """
-        own = self.cfg.images.get(concept)
-        if own and split == "test":
-            return open_images(own)
+        key = concept if split == "test" else f"{concept}_{split}"
+        own = self.cfg.images.get(key)
+        if own:
+            return open_images(own if split == "test" else own[:count])
+        if concept not in PLANETS:
+            raise UserError(
+                f"no pictures of {concept}: give images.{key}=[...], or choose a planet: {', '.join(PLANETS)}"
+            )
         seed = self.circuit_config.seed if seed is None else seed
         return [Image.fromarray(p) for p in pictures(concept_scenes(concept, split, count, seed))]
 

@@ -1,0 +1,48 @@
+"""report.html of an experiment, from what is in its run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmscope.circuits.trial_config import MarkConfig, measures_of
+from vlmscope.config import catalog
+from vlmscope.config.headline import HeadlineConfig
+from vlmscope.core.artifacts import read_text
+from vlmscope.report.marks import Folder, check_marks, sections_of
+from vlmscope.report.page import Details, ReportPage, Section, Text, measured, show
+from vlmscope.report.style import label
+from vlmscope.tasks.headline_numbers import numbers_of
+from vlmscope.tasks.steps.figures_report import number_table
+
+
+def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str, float | None]) -> Path:
+    """report.html from a run's folder, its resolved configuration and its numbers.
+
+    Raises:
+        UserError: a mark that cannot be drawn from what the folder has.
+    """
+    name = str(settings.get("name") or "experiment")
+    numbers = numbers_of({key: HeadlineConfig(**one) for key, one in settings["headline"].items()}, metrics)
+    marks = {key: MarkConfig(**one) for key, one in settings["report"].items()}
+    counted = {
+        f"{trial}/{setting}": measures_of(one, where)[0]
+        for trial, one in settings["trials"].items()
+        for setting, where in settings["settings"].items()
+    }
+    check_marks(marks, {key: one["of"] or list(settings["trials"]) for key, one in settings["settings"].items()})
+    found = Folder(folder, counted)
+    sections: list[Section] = [number_table(numbers)] if numbers else []
+    sections += sections_of(found, marks)
+    same = ("The same seed gives the same numbers on the same machine.",)
+    sections.append(Text("Run it again", same, code=f"python run.py experiment={name}"))
+    sections.append(Details("Configuration", "config.yaml of this run", read_text(folder / "config.yaml")))
+    page = ReportPage(
+        title=label(name),
+        question=catalog.options("experiment").get(name, ""),
+        summary="; ".join(f"{number.says}: {show(measured(number))}" for number in numbers) or "See the figures.",
+        sections=tuple(sections),
+        footer=f"vlmscope · {settings['model']['name']} · {folder.name}",
+    )
+    return page.write(folder / "report.html")

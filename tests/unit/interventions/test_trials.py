@@ -1,0 +1,173 @@
+"""Trials: restricted plans, outcomes and controls against plain loops, and tables of rates by hand."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tests.unit.interventions.conftest import PROMPT
+
+from vlmscope.circuits.operations import Ablate, Carry, Shift, Toward
+from vlmscope.core.records import control_draws
+from vlmscope.interventions.edits import set_features
+from vlmscope.interventions.named import matched_features, run_random_direction
+from vlmscope.interventions.run import base_run, run_edited
+from vlmscope.interventions.trials import Cases, Setting, Trial, layer_range, run_trials
+from vlmscope.metrics.causal import benjamini_hochberg, bootstrap_rate, paired_p
+from vlmscope.metrics.table import corrected, rates, worst
+from vlmscope.models.base import exact_float64
+from vlmscope.models.batching import make_batch
+from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.scope import Scope
+from vlmscope.transcoders.transcoder import random_set
+
+MODES = ("free", "frozen_attention", "direct")
+
+
+@pytest.fixture(scope="module")
+def cases(exact_model) -> tuple[Scope, Cases]:
+    """Three prompts, each with the next one as its donor; the target is what the donor is answered."""
+    scope, inputs = exact_model
+    batch = make_batch(scope.adapter, inputs)
+    with exact_float64():
+        base = base_run(scope, batch, MODES)
+    donors, answer = batch.select([1, 2, 0]), base.logits.argmax(-1)
+    target = base.logits[[1, 2, 0]].topk(3).indices[:, 2]
+    ids = ("a", "b", "c")
+    return scope, Cases(
+        "test", "name", batch, base, answer, target, ids, donors, base.logits[[1, 2, 0]], tuple(inputs), PROMPT
+    )
+
+
+@pytest.fixture(scope="module")
+def exact_model():
+    with exact_float64():
+        vlm = tiny_gemma3(11, dtype=torch.float64)
+        width = vlm.adapter.d_model
+        transcoders = random_set(vlm.adapter.n_layers, width, 40, 6, seed=6, dtype=torch.float64).requires_grad_(False)
+        return Scope(vlm, transcoders), [vlm.prepare(PROMPT, [tiny_image(i)]) for i in range(3)]
+
+
+SOME = {1: torch.tensor([2, 7]), 3: torch.tensor([5])}
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [("all", (0, 7)), ("no_last", (0, 6)), ("3", (3, 3)), ("0-0", (0, 0)), ("0-5", (0, 5)), ("3-", (3, 7))],
+)
+def test_ranges_of_layers_have_both_ends(text: str, ends: tuple[int, int]) -> None:
+    assert layer_range(text, 8) == ends
+
+
+def test_a_setting_keeps_its_layers_and_positions(cases: tuple[Scope, Cases]) -> None:
+    roles = cases[1].batch.roles
+    every = torch.ones(len(roles), dtype=torch.bool)
+    plan = {layer: set_features(torch.tensor([1]), torch.ones(1), every) for layer in range(4)}
+    assert list(Setting(layers="no_last").restrict(plan, roles, 4)) == [0, 1, 2]
+    assert list(Setting(layers="1-2").restrict(plan, roles, 4)) == [1, 2]
+    for positions, kept in (("no_last", roles != "last"), ("image", roles == "image"), ("all", roles != "")):
+        for edit in Setting(positions=positions).restrict(plan, roles, 4).values():
+            assert edit.where.tolist() == kept.tolist()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_carrying_from_itself_changes_nothing(mode: str, cases: tuple[Scope, Cases]) -> None:
+    scope, made = cases
+    same = replace(made, donors=made.batch, donor_logits=None)
+    nothing = Shift({1: (SOME[1], torch.zeros(made.batch.length, 2))})
+    for do in (Carry(None), Carry(SOME), Toward(SOME), nothing):
+        table = run_trials(scope, [Trial("same", do, [same], [Setting(mode=mode, matched=0)])])
+        assert np.abs(table[["kl", "drop"]].to_numpy()).max() < 1e-12 and not table.changed.any()
+
+
+def test_in_mode_direct_logits_are_affine_in_what_is_added(cases: tuple[Scope, Cases]) -> None:
+    scope, made = cases
+    do = Shift({1: (SOME[1], torch.ones(made.batch.length, 2)), 3: (SOME[3], torch.ones(made.batch.length, 1))})
+    once, twice = (
+        run_edited(scope, made.batch, do.plan(scope, made, strength), "direct", made.base) - made.base.logits
+        for strength in (1.0, 2.0)
+    )
+    assert once.abs().max() > 1e-3
+    torch.testing.assert_close(twice, 2 * once, rtol=1e-9, atol=1e-12)
+
+
+def test_outcomes_are_those_of_a_plain_loop(cases: tuple[Scope, Cases]) -> None:
+    scope, made = cases
+    table = run_trials(scope, [Trial("patch", Carry(SOME), [made], [Setting(matched=0, strength=3.0)])])
+    logits = run_edited(scope, made.batch, Carry(SOME).plan(scope, made, 3.0))
+    found: Any
+    for row, found in enumerate(table.itertuples()):
+        before, after = (x[row].log_softmax(-1) for x in (made.base.logits, logits))
+        own, goal = int(made.answer[row]), int(made.target[row])
+        assert found.case == made.ids[row] and found.said == int(logits[row].argmax())
+        assert found.hit == (found.said == goal) and found.changed == (found.said != own)
+        assert found.drop == pytest.approx(float(before[own] - after[own]), rel=1e-9)
+        assert found.kl == pytest.approx(float((before.exp() * (before - after)).sum()), rel=1e-9)
+        assert made.donor_logits is not None
+        gap = [float(x[row, goal] - x[row, own]) for x in (made.base.logits, logits, made.donor_logits)]
+        assert found.recovered == pytest.approx((gap[1] - gap[0]) / (gap[2] - gap[0]), rel=1e-9)
+    assert (table.features == 3).all() and (table.operation == "patch").all()
+
+
+def test_controls_carry_their_own_values_and_ablation_keeps_its_own(cases: tuple[Scope, Cases]) -> None:
+    scope, made = cases
+    means = {layer: torch.linspace(0.1, 1.0, 40) for layer in SOME}
+    setting = [Setting(matched=2, random_direction=2, positions="image")]
+    for do in (Carry(SOME), Ablate(SOME)):
+        table = run_trials(scope, [Trial("do", do, [made], setting, means)], seed=3)
+        plan: Any = setting[0].restrict(do.plan(scope, made, 1.0), made.batch.roles, scope.adapter.n_layers)
+        for draw in control_draws(3, 2):
+            drawn = matched_features(plan, means, draw)
+            if isinstance(do, Carry):
+                others = Carry({layer: edit.features for layer, edit in drawn.items()})
+                drawn = setting[0].restrict(others.plan(scope, made, 1.0), made.batch.roles, scope.adapter.n_layers)
+            for control, logits in (
+                ("matched", run_edited(scope, made.batch, drawn)),
+                ("random_direction", run_random_direction(scope, made.batch, plan, draw)),
+            ):
+                rows = table[(table.control == control) & (table.draw == draw)]
+                assert rows.said.tolist() == logits.argmax(-1).tolist()
+                before, after = made.base.logits.log_softmax(-1), logits.log_softmax(-1)
+                expected = (before.exp() * (before - after)).sum(-1)
+                np.testing.assert_allclose(rows.kl, expected, rtol=1e-9, atol=1e-15)
+        assert len(table) == 3 * 5
+
+
+def test_answers_are_generated_and_cases_can_be_chosen(cases: tuple[Scope, Cases]) -> None:
+    scope, made = cases
+    few = made.select([2, 0])
+    assert few.ids == ("c", "a") and torch.equal(few.answer, made.answer[[2, 0]])
+    table = run_trials(scope, [Trial("none", Ablate({1: SOME[1][:0]}), [few], [Setting(mode="generate", matched=0)])])
+    assert table.said.tolist() == few.answer.tolist() and not table.changed.any() and not table.hit.any()
+
+
+def tidy(hits: dict[tuple[str, str, int], list[bool]]) -> pd.DataFrame:
+    """A table of (question, control, draw) -> hits."""
+    return pd.DataFrame(
+        {"question": question, "control": control, "draw": draw, "hit": hit, "features": 4}
+        for (question, control, draw), found in hits.items()
+        for hit in found
+    )
+
+
+def test_rates_worst_and_corrected_p_values_are_those_by_hand() -> None:
+    name, none = [True] * 9 + [False], [False] * 10
+    half, some = [True] * 5 + [False] * 5, [True] * 2 + [False] * 8
+    controls = {("name", "matched", 0): none, ("name", "matched", 1): some, ("colour", "matched", 0): some}
+    table = tidy({("name", "", 0): name, ("colour", "", 0): half} | controls)
+    found = rates(table, ["question"])
+    expected = bootstrap_rate(name)
+    assert (found.value["name"], found.ci_low["name"], found.ci_high["name"]) == (
+        0.9,
+        expected.ci_low,
+        expected.ci_high,
+    )
+    assert (found.cases["name"], found.edited["name"], found.matched["name"]) == (10, 4, 0.1)
+    assert found.p["name"] == paired_p(name, none) == 1 / 2**9 and found.p["colour"] == 1 / 2**3
+    assert found.q.tolist() == benjamini_hochberg(np.array([1 / 2**9, 1 / 2**3])).tolist()
+    again = corrected(pd.concat([rates(part, ["question"]) for _, part in table.groupby("question", sort=False)]))
+    assert again.q.tolist() == found.q.tolist()
+    row = worst(rates(table.assign(setting="main"), ["setting", "question"]), "question").loc["main"]
+    assert (row.value, row.matched) == (0.5, 0.2)  # the least rate next to the highest control

@@ -89,13 +89,14 @@ class MarkConfig:
     """One part of a report, drawn from the run folder's tables (docs/experiments.md).
 
     Attributes:
-        mark: cards, bars, curve, matrix, table, circuit, graph, features, examples or text.
+        mark: cards, bars, table, curve, matrix, examples, features, picture or text.
         title: over it.
         trials: which trials and settings, as "steer/main"; all when empty.
         x, by: columns of the table.
         y: the measure; that of each trial where it is null.
         says: words under the title; of "text" the paragraphs.
-        top: how many rows, features or examples.
+        top: how many features or examples.
+        file: of "table", a Parquet file of the run folder that is shown as it is.
     """
 
     mark: str
@@ -106,3 +107,4 @@ class MarkConfig:
     y: str | None = None
     says: str = ""
     top: int = 8
+    file: str | None = None

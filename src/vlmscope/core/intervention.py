@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +23,11 @@ class Rate:
     ci_high: float
     cases: int
     control: float | None = None
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """Metrics: its value as `name`, with `_ci_low`, `_ci_high` and, where there is one, `_control`."""
+        found = {name: self.value, f"{name}_ci_low": self.ci_low, f"{name}_ci_high": self.ci_high}
+        return found if self.control is None else found | {f"{name}_control": self.control}
 
 
 class Change(NamedTuple):
@@ -88,6 +94,12 @@ class Curve:
     y: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
+
+    @classmethod
+    def of(cls, name: str, x: Sequence[float], rates: Sequence[Rate]) -> Curve:
+        """Rates at `x` with their intervals."""
+        columns = (x, *([getattr(rate, key) for rate in rates] for key in ("value", "ci_low", "ci_high")))
+        return cls(name, *(tuple(map(float, column)) for column in columns))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from vlmscope.core.records import FeatureId, PatchBox
 from vlmscope.metrics.table import rates, worst
 from vlmscope.report import figures
 from vlmscope.report.figures import share_matrices
-from vlmscope.report.page import Card, Cards, Examples, Features, Figure, Picture, Section, Text, flip_table
+from vlmscope.report.page import Card, Cards, Examples, Features, Figure, Picture, Section, Table, Text, flip_table
 from vlmscope.report.style import label
 
 AXES = ["operation", "setting", "mode", "positions", "layers", "strength", "limit"]
@@ -43,6 +43,7 @@ class Declared(Protocol):
     y: str | None
     says: str
     top: int
+    file: str | None
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,11 @@ def bars(folder: Folder, name: str, mark: Declared) -> list[Section]:
 
 
 def table(folder: Folder, name: str, mark: Declared) -> list[Section]:
-    """All rates with their controls, intervals and q-values."""
+    """All rates with their controls, intervals and q-values; with `file` that table instead."""
+    if mark.file is not None:
+        found = pq.read_table(folder.path / mark.file)
+        rows = tuple(tuple(row.values()) for row in found.to_pylist())
+        return [Table(mark.title or label(name), tuple(map(label, found.column_names)), rows, mark.says)]
     return [flip_table(mark.title or "All rates", flip_rows(folder, mark), note=mark.says)]
 
 
@@ -233,10 +238,15 @@ def _picture(path: Path, alt: str, wide: bool = False) -> Picture:
     return Picture(path.read_bytes(), alt, alt, wide)
 
 
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A Parquet file of rows, as the mark "table" shows one."""
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(list(rows)), temporary)
+
+
 def write_records(path: Path, records: Sequence[Any]) -> None:
     """Dataclass records as a Parquet file, a column for each field."""
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist([_plain(asdict(record)) for record in records]), temporary)
+    write_rows(path, [_plain(asdict(record)) for record in records])
 
 
 def read_records(path: Path, kind: type[Any]) -> list[Any]:
@@ -292,5 +302,4 @@ def write_evidence(path: Path, nodes: Sequence[Supernode]) -> None:
         for node in nodes
         for member in node.features
     ]
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows), temporary)
+    write_rows(path, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    """Nothing of its own: `trials`, `settings` and `report` say what is done."""
+    """`study`: the analysis reads a study of all features, that of `study.path` or one made first.
+
+    What is done is in `trials`, `settings`, `analysis` and `report`.
+    """
+
+    study: bool = False
+
+    def reads_shards(self, cfg: AppConfig) -> bool:
+        """Whether the run goes through the data's shards."""
+        return self.study and cfg.study.path is None
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
@@ -30,15 +39,26 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         UserError: nothing is declared, or nothing that it can act on.
     """
     from vlmscope.core.errors import UserError
-    from vlmscope.tasks.report import draw_report
-    from vlmscope.tasks.steps.bench import Bench
+    from vlmscope.data.images import check_image
+    from vlmscope.tasks.studies.data import look_for, study_sources
+    from vlmscope.tasks.studies.feature_labels import look_for_labels
 
+    if cfg.task.reads_shards(cfg):
+        look_for(study_sources(cfg, cfg.study))
+    look_for_labels(cfg)
+    for path in (path for own in cfg.images.values() for path in own):
+        check_image(path)
     analysis = own_analysis(cfg.name)
+    settings = own_settings(cfg.analysis, analysis)
     if not cfg.trials and analysis is None:
         raise UserError("this task runs what an experiment declares: choose one (docs/experiments.md)")
     if hasattr(analysis, "check"):
         analysis.check(cfg)
-    bench = Bench(cfg, context.run_dir)
+
+    from vlmscope.tasks.report import draw_report
+    from vlmscope.tasks.steps.bench import Bench
+
+    bench = Bench(cfg, context.run_dir, analysis=settings)
     if cfg.trials:
         bench.metrics |= run_declared(bench)
     if analysis is not None:
@@ -61,6 +81,32 @@ def own_analysis(name: str | None) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def own_settings(given: Mapping[str, Any], analysis: Any) -> Any:
+    """`analysis:` of the configuration as the module's own dataclass `Settings`; None where it has none.
+
+    Raises:
+        UserError: a key that it does not have, a value of another type, or a key without a value.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from vlmscope.core.errors import UserError
+
+    settings = getattr(analysis, "Settings", None)
+    if settings is None:
+        if given:
+            raise UserError(f"analysis.{next(iter(given))}: this experiment has no such setting; leave it out")
+        return None
+    known = [item.name for item in fields(settings)]
+    for key in given:
+        if key not in known:
+            raise UserError(f"analysis.{key}: no such setting; this experiment has {', '.join(known)}")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings), dict(given)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"analysis.{error.full_key}: {str(error.msg).splitlines()[0]}; correct it") from error
 
 
 def run_declared(bench: Bench) -> dict[str, float]:

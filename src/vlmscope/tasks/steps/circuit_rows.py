@@ -147,5 +147,4 @@ def row_metrics(rows: list[FlipRow]) -> dict[str, float]:
 
 def rate_metrics(key: str, rate: Rate) -> dict[str, float]:
     """A rate under its own name with `_ci_low`, `_ci_high` and `_control`."""
-    found = {key: rate.value, f"{key}_ci_low": rate.ci_low, f"{key}_ci_high": rate.ci_high}
-    return found if rate.control is None else found | {f"{key}_control": rate.control}
+    return rate.metrics(key)

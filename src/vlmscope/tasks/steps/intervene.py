@@ -179,13 +179,7 @@ def dose_response(bench: Bench, circuit: Circuit, cases: dict[str, Case]) -> lis
 
 def make_curve(name: str, x: Sequence[float], rates: Sequence[Rate]) -> Curve:
     """Rates as a named curve."""
-    return Curve(
-        name,
-        tuple(float(v) for v in x),
-        tuple(r.value for r in rates),
-        tuple(r.ci_low for r in rates),
-        tuple(r.ci_high for r in rates),
-    )
+    return Curve.of(name, x, rates)
 
 
 def measure_specificity(bench: Bench, circuit: Circuit) -> None:

@@ -30,7 +30,6 @@ GROUPS = (
     "attribution",
     "intervention",
     "where",
-    "hallucination",
     "study",
     "concept_matrix",
     "cross_modal",

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import II, MISSING
 
 from vlmscope.attention.config import WhereConfig
-from vlmscope.attribution.config import AttributionConfig, HallucinationConfig
+from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.captions_config import CaptionsConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.circuits.discovery.config import DiscoveryConfig
@@ -235,7 +235,6 @@ class AppConfig:
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     where: WhereConfig = field(default_factory=WhereConfig)
-    hallucination: HallucinationConfig = field(default_factory=HallucinationConfig)
     trials: dict[str, TrialConfig] = field(default_factory=dict)
     settings: dict[str, SettingConfig] = field(default_factory=dict)
     report: dict[str, MarkConfig] = field(default_factory=dict)

@@ -70,6 +70,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 def own_analysis(name: str | None) -> Any:
     """The module `experiments/<name>.py` with `analyse(bench) -> metrics`, for what no trial measures; None without."""
     import importlib.util
+    import sys
 
     from vlmscope.config.catalog import conf_dir
 
@@ -79,6 +80,7 @@ def own_analysis(name: str | None) -> Any:
     spec = importlib.util.spec_from_file_location(f"experiments_{name}", path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 

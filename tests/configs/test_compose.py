@@ -35,7 +35,6 @@ GROUPS = (
     "cross_modal",
     "interchange",
     "discovery",
-    "single_edits",
     "circuit_spec",
     "captions",
     "prompts",

@@ -17,7 +17,6 @@ from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.circuits.discovery.config import DiscoveryConfig
 from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.circuits.matrix_config import ConceptMatrixConfig
-from vlmscope.circuits.single_edits_config import SingleEditsConfig
 from vlmscope.circuits.spec_config import CircuitSpecConfig
 from vlmscope.circuits.trial_config import MarkConfig, SettingConfig, TrialConfig
 from vlmscope.config.headline import HeadlineConfig, check_reproducible
@@ -231,7 +230,6 @@ class AppConfig:
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     interchange: InterchangeConfig = field(default_factory=InterchangeConfig)
     discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
-    single_edits: SingleEditsConfig = field(default_factory=SingleEditsConfig)
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     where: WhereConfig = field(default_factory=WhereConfig)

@@ -105,6 +105,9 @@ def own_settings(given: Mapping[str, Any], analysis: Any) -> Any:
     for key in given:
         if key not in known:
             raise UserError(f"analysis.{key}: no such setting; this experiment has {', '.join(known)}")
+    for key in known:
+        if key not in given:
+            raise UserError(f"analysis.{key} has no value; give it on the command line as analysis.{key}=...")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings), dict(given)))
     except OmegaConfBaseException as error:

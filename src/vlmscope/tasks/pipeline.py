@@ -18,7 +18,6 @@ KINDS = (
     "number_line", "number_dose", "pair_transfer", "dissociation", "object_places",
     "caption_words", "caption_steering", "caption_report", "concept_matrix", "matrix_report",
     "discover", "discover_report",
-    "predicted_effects", "predicted_report",
 )  # fmt: skip
 
 

@@ -229,6 +229,10 @@ def scatter(bench: Bench, table: pd.DataFrame) -> None:
                 axes.scatter(of[by], of.measured, label=says, linewidths=0.4, edgecolors="white", **style)
             axes.set_xscale("symlog", linthresh=LINEAR)
             axes.set_yscale("symlog", linthresh=LINEAR)
+            ticks = [tick for tick in (-10, -1, -0.1, 0, 0.1, 1, 10) if abs(tick) <= most]
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
             axes.set_title(f"{label(mode)}, {by}", loc="left")
             axes.set_xlabel("predicted effect (logits)")
             tidy(axes, "both")

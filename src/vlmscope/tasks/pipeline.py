@@ -12,12 +12,10 @@ if TYPE_CHECKING:
 KINDS = (
     "find_circuit", "intervene", "curves", "report", "cross_modal",
     "interchange", "sum_features", "amplify", "pairs_report",
-    "figures_report",
     "layer_reading", "layer_ranges", "hierarchy_report",
     "cross_modal_association", "cross_modal_report",
     "number_line", "number_dose", "pair_transfer", "dissociation", "object_places",
     "caption_words", "caption_steering", "caption_report", "concept_matrix", "matrix_report",
-    "discover", "discover_report",
 )  # fmt: skip
 
 

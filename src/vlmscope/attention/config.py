@@ -5,12 +5,6 @@ from dataclasses import dataclass, field
 from vlmscope.core.errors import UserError
 
 POOLS = ("max", "mean")
-QUESTIONS = {
-    "planets": "what planet is this ?",
-    "digits": "what is the first digit ?",
-    "shapes": "which shape is this ?",
-    "hands": "how many fingers are there ?",
-}
 
 
 @dataclass
@@ -22,14 +16,6 @@ class WhereConfig:
         head_share: share of a layer's heads that count, those of lowest entropy.
         identity: whether the residual stream counts as much as the attention.
         pool: how rows of patches become those of soft tokens: "max" (the paper's code) or "mean" (as the model pools).
-        questions: for experiments on Orrery: kind of scene -> what is asked.
-        chosen_on: scenes of each kind (training split) on which features are chosen.
-        scenes: scenes of each kind (test split) on which their maps are compared.
-        features: so many a kind, at most one a layer, the strongest on soft tokens
-        least_share: of those that fire in at least this share of the scenes
-        most_tokens: and on at most this share of the soft tokens, on average over the scenes where they fire.
-        least_active: a feature counts on a test scene where its activations on the soft tokens sum to this share of
-            their mean over the training scenes or more, since curves are relative to that sum.
         side: cells down and across the picture, to delete and to insert.
         counts: numbers of cells at which a curve is measured, besides none and all.
         draws: random orders a scene.
@@ -39,13 +25,6 @@ class WhereConfig:
     head_share: float = 0.3
     identity: bool = True
     pool: str = "max"
-    questions: dict[str, str] = field(default_factory=lambda: dict(QUESTIONS))
-    chosen_on: int = 32
-    scenes: int = 16
-    features: int = 4
-    least_share: float = 0.33
-    most_tokens: float = 0.5
-    least_active: float = 0.5
     side: int = 8
     counts: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32])
     draws: int = 3
@@ -58,7 +37,7 @@ class WhereConfig:
             raise UserError(f"where.head_share={self.head_share}: it must lie in (0, 1]; 0.3 is the paper's")
         if self.pool not in POOLS:
             raise UserError(f"where.pool={self.pool!r}: choose one of {', '.join(POOLS)}")
-        for name in ("chosen_on", "scenes", "features", "side", "draws"):
+        for name in ("side", "draws"):
             if getattr(self, name) < 1:
                 raise UserError(f"where.{name}={getattr(self, name)}: it must be at least 1")
         if not all(0 < count < self.side**2 for count in self.counts):

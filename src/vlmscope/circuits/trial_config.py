@@ -120,7 +120,8 @@ class MarkConfig:
         y: the measure; that of each trial where it is null.
         says: words under the title; of "text" the paragraphs.
         top: how many features or examples.
-        file: of "table", a Parquet file of the run folder that is shown as it is.
+        file: of "table", a Parquet file of the run folder that is shown as it is; of "picture", a pattern of names in
+            figures/, such as faithfulness_*.
     """
 
     mark: str

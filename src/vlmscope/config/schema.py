@@ -11,13 +11,12 @@ from typing import Any
 from omegaconf import II, MISSING
 
 from vlmscope.attention.config import WhereConfig
-from vlmscope.attribution.config import AttributionConfig, HallucinationConfig
+from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.captions_config import CaptionsConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.circuits.discovery.config import DiscoveryConfig
 from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.circuits.matrix_config import ConceptMatrixConfig
-from vlmscope.circuits.single_edits_config import SingleEditsConfig
 from vlmscope.circuits.spec_config import CircuitSpecConfig
 from vlmscope.circuits.trial_config import MarkConfig, SettingConfig, TrialConfig
 from vlmscope.config.headline import HeadlineConfig, check_reproducible
@@ -213,6 +212,7 @@ class AppConfig:
     `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit`, `circuit_spec`,
     `concept_matrix`, `cross_modal`, `prompts` and `pairs` may be None.
     The metadata say what the types cannot (config/resolve.py): `verbatim`, a text that nobody parses, and `paths`.
+    `analysis` holds the settings of `experiments/<name>.py`, which its class `Settings` checks.
     `limits` lower settings wherever a run has them (`debug=fast`): a dotted key, in which `*` is any key -> the most
     (of a list: entries), or null to leave the key out.
     An experiment with `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their
@@ -230,14 +230,13 @@ class AppConfig:
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     interchange: InterchangeConfig = field(default_factory=InterchangeConfig)
     discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
-    single_edits: SingleEditsConfig = field(default_factory=SingleEditsConfig)
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     where: WhereConfig = field(default_factory=WhereConfig)
-    hallucination: HallucinationConfig = field(default_factory=HallucinationConfig)
     trials: dict[str, TrialConfig] = field(default_factory=dict)
     settings: dict[str, SettingConfig] = field(default_factory=dict)
     report: dict[str, MarkConfig] = field(default_factory=dict)
+    analysis: dict[str, Any] = field(default_factory=dict)
     circuit: CircuitConfig | None = None
     circuit_spec: CircuitSpecConfig | None = None
     concept_matrix: ConceptMatrixConfig | None = None

@@ -189,6 +189,24 @@ def grouped_bars(axes: Axes, groups: Sequence[str], series: Mapping[str, Sequenc
     tidy(axes)
 
 
+def rate_bars(
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[Rate | None]],
+    path: str | Path,
+    title: str,
+    ylabel: str,
+    control: str = "matched control",
+) -> Path:
+    """`grouped_bars` as a figure of its own; `control` says what the diamonds are."""
+    with drawing(path, max(6.6, 1.6 + 0.35 * len(groups) * len(series)), 4.4) as figure:
+        axes = figure.subplots()
+        grouped_bars(axes, groups, series)
+        axes.set_title(title, loc="left")
+        axes.set_ylabel(ylabel)
+        bars_legend(figure, axes, control)
+    return Path(path)
+
+
 def bars_legend(figure: Figure, axes: Axes, control: str = "matched control") -> None:
     """Legend of `grouped_bars` under the axes: bars first, then what the marks on them are; `control` names
     diamonds.

@@ -209,9 +209,12 @@ def features(folder: Folder, name: str, mark: Declared) -> list[Section]:
 
 
 def picture(folder: Folder, name: str, mark: Declared) -> list[Section]:
-    """A figure that the run made: figures/<name>.png."""
-    path = folder.file(f"figures/{name}.png")
-    return [Figure(mark.title or label(name), (_picture(path, mark.title or label(name), True),), mark.says)]
+    """Figures that the run made: figures/<name>.png, or those whose names the pattern `file` fits."""
+    title, pattern = mark.title or label(name), f"{mark.file or name}.png"
+    paths = sorted((folder.path / "figures").glob(pattern))
+    if not paths:
+        return [Text(title, (f"This run has no figures/{pattern}.",))]
+    return [Figure(title, tuple(_picture(path, label(path.stem), True) for path in paths), mark.says)]
 
 
 def text(folder: Folder, name: str, mark: Declared) -> list[Section]:

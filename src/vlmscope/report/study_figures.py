@@ -21,10 +21,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from vlmscope.core.intervention import Rate
 from vlmscope.core.maps import PictureMap
 from vlmscope.core.records import PatchBox
-from vlmscope.report.figures import bars_legend, grouped_bars
 from vlmscope.report.graph_figure import shrunk
 from vlmscope.report.graph_figure import signed_overlay as overlay
 from vlmscope.report.style import COLOURS, INK, LINES, MARKERS, POSITIVE, drawing, pick, tidy
@@ -243,17 +241,6 @@ def _draw(axes: Axes, shown: np.ndarray, found: PictureMap) -> None:
     share = (raster - low) / ((high - low) or 1.0)
     axes.imshow(np.asarray(Image.fromarray(shown).convert("L")), cmap="gray", vmin=0, vmax=255)
     axes.imshow(share, cmap=_UNSIGNED, vmin=0, vmax=1, alpha=0.1 + 0.75 * share)
-
-
-def pointing_bars(groups: Sequence[str], series: Mapping[str, Sequence[Rate | None]], path: str | Path) -> Path:
-    """How often the peak of each map lies on the object, by kind of scene; `control` is a random cell's chance."""
-    with drawing(path, 9.4, 4.4) as figure:
-        axes = figure.subplots()
-        grouped_bars(axes, groups, series)
-        axes.set_title("Where the peak of a map lies", loc="left")
-        axes.set_ylabel("peak on the object (% of features and scenes)")
-        bars_legend(figure, axes, control="a random cell")
-    return Path(path)
 
 
 _SHADE = LinearSegmentedColormap.from_list("shade", ["#ffffff", POSITIVE])

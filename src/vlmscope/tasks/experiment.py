@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,7 +27,16 @@ CAPTION_PROMPT = "describe this image in detail ."
 
 @dataclass
 class Config:
-    """Nothing of its own: `trials`, `settings` and `report` say what is done."""
+    """`study`: the analysis reads a study of all features, that of `study.path` or one made first.
+
+    What is done is in `trials`, `settings`, `analysis` and `report`.
+    """
+
+    study: bool = False
+
+    def reads_shards(self, cfg: AppConfig) -> bool:
+        """Whether the run goes through the data's shards."""
+        return self.study and cfg.study.path is None
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
@@ -41,18 +50,22 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.report.marks import check_marks
     from vlmscope.tasks.run_report import draw_report
     from vlmscope.tasks.steps.bench import Bench
+    from vlmscope.tasks.studies.data import look_for, study_sources
     from vlmscope.tasks.studies.feature_labels import look_for_labels
 
+    if cfg.task.reads_shards(cfg):
+        look_for(study_sources(cfg, cfg.study))
+    look_for_labels(cfg)
+    for path in (path for own in cfg.images.values() for path in own):
+        check_image(path)
     analysis = own_analysis(cfg.name)
+    settings = own_settings(cfg.analysis, analysis)
     if not cfg.trials and analysis is None:
         raise UserError("this task runs what an experiment declares: choose one (docs/experiments.md)")
     if hasattr(analysis, "check"):
         analysis.check(cfg)
     check_marks(cfg.report, {name: setting.of or list(cfg.trials) for name, setting in cfg.settings.items()})
-    look_for_labels(cfg)
-    for path in (path for own in cfg.images.values() for path in own):
-        check_image(path)
-    bench = Bench(cfg, context.run_dir)
+    bench = Bench(cfg, context.run_dir, analysis=settings)
     if cfg.trials:
         bench.metrics |= run_declared(bench)
     if analysis is not None:
@@ -64,6 +77,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 def own_analysis(name: str | None) -> Any:
     """The module `experiments/<name>.py` with `analyse(bench) -> metrics`, for what no trial measures; None without."""
     import importlib.util
+    import sys
 
     from vlmscope.config.catalog import conf_dir
 
@@ -73,8 +87,38 @@ def own_analysis(name: str | None) -> Any:
     spec = importlib.util.spec_from_file_location(f"experiments_{name}", path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def own_settings(given: Mapping[str, Any], analysis: Any) -> Any:
+    """`analysis:` of the configuration as the module's own dataclass `Settings`; None where it has none.
+
+    Raises:
+        UserError: a key that it does not have, a value of another type, or a key without a value.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from vlmscope.core.errors import UserError
+
+    settings = getattr(analysis, "Settings", None)
+    if settings is None:
+        if given:
+            raise UserError(f"analysis.{next(iter(given))}: this experiment has no such setting; leave it out")
+        return None
+    known = [item.name for item in fields(settings)]
+    for key in given:
+        if key not in known:
+            raise UserError(f"analysis.{key}: no such setting; this experiment has {', '.join(known)}")
+    for key in known:
+        if key not in given:
+            raise UserError(f"analysis.{key} has no value; give it on the command line as analysis.{key}=...")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings), dict(given)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"analysis.{error.full_key}: {str(error.msg).splitlines()[0]}; correct it") from error
 
 
 def run_declared(bench: Bench) -> dict[str, float]:

@@ -10,17 +10,13 @@ if TYPE_CHECKING:
     from vlmscope.tasks.context import RunContext
 
 KINDS = (
-    "compare_maps", "lens", "study", "modality", "cross_modal",
+    "cross_modal",
     "interchange", "sum_features", "amplify", "pairs_report",
-    "figures_report",
-    "predict_errors", "errors_report", "layer_reading", "layer_ranges", "hierarchy_report",
+    "layer_reading", "layer_ranges", "hierarchy_report",
     "cross_modal_association", "cross_modal_report",
     "number_line", "number_dose", "pair_transfer", "dissociation", "object_places",
     "caption_words", "caption_steering", "caption_report", "concept_matrix", "matrix_report",
-    "discover", "discover_report",
-    "predicted_effects", "predicted_report",
 )  # fmt: skip
-READ_SHARDS = ("study",)  # steps that go through the data's shards, unless study.path names what they would make
 
 
 @dataclass
@@ -41,14 +37,11 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     import time
 
     from vlmscope.data.images import check_image
-    from vlmscope.tasks.studies.data import look_for, study_sources
     from vlmscope.tasks.studies.feature_labels import look_for_labels
 
     chosen = [name for name, wanted in cfg.task.steps.items() if wanted]
     if not chosen:
         raise UserError("task.steps is empty: choose an experiment, such as experiment=mars_earth_patch")
-    if reads_shards(cfg):
-        look_for(study_sources(cfg, cfg.study))
     look_for_labels(cfg)
     for path in (path for own in cfg.images.values() for path in own):
         check_image(path)
@@ -69,8 +62,3 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
             step.run(bench)
             bench.metrics[f"perf/{name}_seconds"] = time.perf_counter() - start
     return bench.metrics
-
-
-def reads_shards(cfg: "AppConfig") -> bool:
-    """Whether a step that is switched on reads the data's shards."""
-    return cfg.study.path is None and any(cfg.task.steps.get(name) for name in READ_SHARDS)

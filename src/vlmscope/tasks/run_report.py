@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from vlmscope.circuits.trial_config import MarkConfig, measures_of
 from vlmscope.config import catalog
 from vlmscope.config.headline import HeadlineConfig
 from vlmscope.core.artifacts import read_text
+from vlmscope.core.runs import Number
 from vlmscope.report.marks import Folder, check_marks, sections_of
-from vlmscope.report.page import Details, ReportPage, Section, Text, measured, show
+from vlmscope.report.page import Details, Percent, ReportPage, Section, Table, Text, measured, range_of, show
 from vlmscope.report.style import label
 from vlmscope.tasks.headline_numbers import numbers_of
-from vlmscope.tasks.steps.figures_report import number_table
 
 
 def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str, float | None]) -> Path:
@@ -36,6 +37,8 @@ def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str,
     sections: list[Section] = [number_table(numbers)] if numbers else []
     sections += sections_of(found, marks)
     same = ("The same seed gives the same numbers on the same machine.",)
+    said = limits(catalog.conf_dir() / "experiment" / f"{name}.md")
+    sections += [Text("Limits", (said,))] if said else []
     sections.append(Text("Run it again", same, code=f"python run.py experiment={name}"))
     sections.append(Details("Configuration", "config.yaml of this run", read_text(folder / "config.yaml")))
     page = ReportPage(
@@ -46,3 +49,21 @@ def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str,
         footer=f"vlmscope · {settings['model']['name']} · {folder.name}",
     )
     return page.write(folder / "report.html")
+
+
+def number_table(numbers: Sequence[Number]) -> Table:
+    """Each headline number with its interval, its control, and the range that the experiment states."""
+
+    def control(number: Number) -> Any:
+        value = None if number.rate is None else number.rate.control
+        return Percent(value) if number.share and value is not None else value
+
+    rows = tuple((one.says, measured(one), control(one), range_of(one), one.metric) for one in numbers)
+    return Table("Result", ("what", "here, 95 % interval", "control", "stated range", "metric"), rows)
+
+
+def limits(card: Path) -> str:
+    """The paragraph of an experiment's card that says what its numbers do not; empty when there is none."""
+    text = read_text(card) if card.is_file() else ""
+    found = re.search(r"\*\*Limits\.\*\*\s*(.+?)(?:\n\n|\Z)", text, re.DOTALL)
+    return " ".join(found[1].replace("`", "").replace("*", "").split()) if found else ""

@@ -55,9 +55,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     folder = needed_study(cfg)
 
-    from vlmscope.features.structure.modality_tables import modality_tables
+    from vlmscope.features.structure.modality_tables import modality_metrics, modality_parts, modality_tables
     from vlmscope.features.study.records import StudyFolder
-    from vlmscope.tasks.steps.modality import draw, modality_metrics
+    from vlmscope.report.study_figures import modality_by_layer
     from vlmscope.tasks.studies.structure_page import write_page
     from vlmscope.tasks.studies.structure_tables import Structure, write_structure
     from vlmscope.tasks.wiring import load_model, load_scope
@@ -69,7 +69,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     if scope.transcoders.widths != study.info.n_features:
         raise UserError(f"{study.path} is of other transcoders: layers or widths differ; give those with transcoder=")
     structure = Structure.of(scope, study, seen(cfg, scope, study), modality, cfg.task)
-    draw(modality, context.run_dir / "figures" / "modality_by_layer.png")
+    modality_by_layer(*modality_parts(modality), context.run_dir / "figures" / "modality_by_layer.png")
     metrics = modality_metrics(modality) | write_structure(context.run_dir, structure)
     write_page(context.run_dir, study, structure, metrics, vlm.name)
     return metrics

@@ -7,6 +7,7 @@ that never fires without a picture may carry what was seen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from vlmscope.core.errors import UserError
 from vlmscope.core.study import ANSWER, IMAGE, TEXT
 from vlmscope.features.study.records import StudyFolder
-from vlmscope.metrics.dictionary import Modality, modality
+from vlmscope.metrics.dictionary import Modality, modality, wilson_interval
 
 GROUPS = ("image", "both", "words beside a picture", "words in either", "words alone", "unsettled", "rare", "dead")
 
@@ -91,3 +92,40 @@ def modality_tables(study: StudyFolder, least: int = 5, alone: float = 0.1) -> l
         found = modality(image, text, table.items_fired, n_image, n_text, least, alone)
         tables.append(LayerModality(layer, found, with_picture, image, text))
     return tables
+
+
+def modality_metrics(tables: Sequence[LayerModality]) -> dict[str, float]:
+    """`layers/modality_<group>/layer_03`, shares of all features of the layer; of features of both modalities the 95 %
+    interval too, and their share of the firing at soft tokens and at words; `modality/meeting_layer` has most of them.
+    """
+    found: dict[str, float] = {}
+    for one in tables:
+        counts, width = one.counts(), len(one.found.index)
+
+        def name(what: str, layer: int = one.layer) -> str:
+            return f"layers/modality_{what.replace(' ', '_')}/layer_{layer:02d}"
+
+        found |= {name(group): count / width for group, count in counts.items()}
+        low, high = wilson_interval(np.array(counts["both"] / width), np.array(width))
+        found |= {name("both_ci_low"): float(low), name("both_ci_high"): float(high)}
+        found[name("both_firing_image")], found[name("both_firing_text")] = one.shared_firing()
+    totals = {group: sum(one.counts()[group] for one in tables) for group in GROUPS}
+    everything = sum(totals.values())
+    found |= {f"modality/{group.replace(' ', '_')}": count / everything for group, count in totals.items()}
+    most = max(tables, key=lambda one: one.counts()["both"] / len(one.found.index))
+    return found | {"modality/meeting_layer": float(most.layer)}
+
+
+def modality_parts(tables: Sequence[LayerModality]) -> tuple[Sequence[int], dict, Sequence[np.ndarray], dict]:
+    """Columns by layer as `report.study_figures.modality_by_layer` draws them.
+
+    Numbers of layers, counts by group, modality indices of the features that fire often enough, and the share of all
+    firing that is by features of both modalities.
+    """
+    counts, shared = [one.counts() for one in tables], [one.shared_firing() for one in tables]
+    return (
+        [one.layer for one in tables],
+        {group: [of[group] for of in counts] for group in GROUPS},
+        [one.found.index[~np.isin(one.found.kind, ("rare", "dead"))] for one in tables],
+        {"at soft tokens": [image for image, _ in shared], "at words": [text for _, text in shared]},
+    )

@@ -59,17 +59,17 @@ def draw_found(
     Raises:
         UserError: the pairs have no contrast, or the model does not answer them.
     """
+    from vlmscope.tasks.circuits.discovery import circuit_of, circuit_subject, discovered, write_found
     from vlmscope.tasks.circuits.finish import finished, traced
     from vlmscope.tasks.circuits.page import Scene
     from vlmscope.tasks.steps.bench import Bench
-    from vlmscope.tasks.steps.discover import circuit_of, circuit_subject, discovered, leave
 
     check_target(cfg, bool(asked))
     bench = Bench(cfg, context.run_dir, overrides=context.overrides)
     search = searched(bench)
     choose, judge = (circuit_subject(bench, search.question, pairs) for pairs in (search.train, search.test))
     found = discovered(bench, choose, judge)
-    leave(bench, {search.question: found})
+    bench.metrics |= write_found(bench, {search.question: found})
     answers = list(dict.fromkeys(side.answer for pair in search.train for side in (pair.original, pair.counterfactual)))
     circuit = by_answer(circuit_of(bench, found), answers, words_of(bench, found))
     if asked:
@@ -106,7 +106,7 @@ def searched(bench: Bench) -> Search:
     Raises:
         UserError: there is none, or the pairs cannot be read.
     """
-    from vlmscope.tasks.steps.discover import questions
+    from vlmscope.tasks.circuits.discovery import questions
     from vlmscope.tasks.steps.pair_subjects import pairs_of
 
     train, test = (pairs_of(bench, split) for split in ("train", "test"))
@@ -190,8 +190,8 @@ def differences(bench: Bench, context: RunContext, asked: Sequence[Asked], pairs
 def origin_of(bench: Bench, found: Discovery, search: Search, graphs: Sequence[PrunedGraph]) -> Origin:
     """What the page says of the discovery; draws its figures."""
     from vlmscope.report.style import label
+    from vlmscope.tasks.circuits.discovery_page import detail_sections, headline, reading, summary
     from vlmscope.tasks.circuits.page import Origin
-    from vlmscope.tasks.steps.discover_report import detail_sections, headline, reading, summary
 
     intro = (
         "Features at the last position that write an answer of the pairs most are named by it; the others, and those "

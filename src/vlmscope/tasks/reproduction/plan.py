@@ -148,9 +148,9 @@ def _check_files(name: str, cfg: AppConfig) -> None:
 
 
 def _reads_shards(cfg: AppConfig) -> bool:
-    from vlmscope.tasks.pipeline import Config, reads_shards
+    from vlmscope.tasks.experiment import Config
 
-    return isinstance(cfg.task, Config) and cfg.data.name == "orrery" and reads_shards(cfg)
+    return isinstance(cfg.task, Config) and cfg.data.name == "orrery" and cfg.task.reads_shards(cfg)
 
 
 def _lacks_shards(cfg: AppConfig) -> bool:
@@ -172,8 +172,8 @@ def base_digest() -> str:
     from vlmscope.tracking.client import package_versions
 
     found = hashlib.sha256(json.dumps(package_versions()).encode())
-    for folder in (project_root() / "src", project_root() / "assets"):
-        for path in sorted(folder.rglob("*")):
+    for folder in (project_root() / "src", project_root() / "assets", project_root() / "experiments"):
+        for path in sorted(folder.rglob("*.py" if folder.name == "experiments" else "*")):
             if path.is_file() and "__pycache__" not in path.parts and "egg-info" not in str(path.parent):
                 found.update(os.fsencode(path.relative_to(folder)) + b"\0")
                 found.update(hashlib.sha256(path.read_bytes()).digest())

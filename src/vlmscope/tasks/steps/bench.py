@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.core.records import FeatureId
     from vlmscope.features.cross_modal_config import CrossModalConfig
+    from vlmscope.features.study.records import StudyFolder
     from vlmscope.interventions.edits import Plan
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 class Bench:
     """Steps take what they need from here. `records` holds what earlier steps made, by step kind.
 
-    `overrides` is what the user typed, where a tiny model is to get random transcoders (see `load_scope`).
+    `overrides` is what the user typed, where a tiny model is to get random transcoders (see `load_scope`);
+    `analysis` are the settings of the experiment's own module.
     """
 
     cfg: AppConfig
@@ -46,6 +48,7 @@ class Bench:
     records: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     overrides: Sequence[str] = ("transcoder",)
+    analysis: Any = None
 
     @cached_property
     def vlm(self) -> VLM:
@@ -56,6 +59,15 @@ class Bench:
     def scope(self) -> Scope:
         """The model with its transcoders, which are loaded on first use."""
         return load_scope(self.cfg, self.vlm, self.overrides)
+
+    @cached_property
+    def study(self) -> StudyFolder:
+        """The study of all features that `study.path` names, or one made in the run folder as task=study makes it."""
+        from vlmscope.features.study.records import StudyFolder
+        from vlmscope.tasks.studies.data import made_study
+
+        own = self.cfg.study.path
+        return StudyFolder(own) if own is not None else made_study(self.cfg, self.scope, self.run_dir / "study")
 
     @property
     def transcoders(self) -> TranscoderSet:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vlmscope.data.config import SourceConfig
     from vlmscope.data.samples import Source
     from vlmscope.features.study.config import StudyConfig
+    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.scope import Scope
 
 
 def study_sources(cfg: AppConfig, config: StudyConfig) -> dict[str, SourceConfig]:
@@ -108,3 +110,16 @@ def study_origin(
     kept = {key: value for key, value in asdict(config).items() if key not in HOW}
     found = model_origin(cfg) | transcoder_origin(cfg, overrides) | data_origin(cfg, sources)
     return found | flat("study", kept) | {"seed": cfg.seed}
+
+
+def made_study(cfg: AppConfig, scope: Scope, folder: Path) -> StudyFolder:
+    """A study of `cfg.study` and `cfg.data`, made in one go in `folder`."""
+    from vlmscope.data.folder import NumberedRows
+    from vlmscope.data.samples import WHOLE
+    from vlmscope.features.study.run import StudyPart, finish, run_part, study_parts
+
+    config, sources = cfg.study, study_sources(cfg, cfg.study)
+    origin = study_origin(cfg, config, sources, ("transcoder",))
+    rows = NumberedRows(opened(cfg, sources), config.batch_size, WHOLE, config.limit)
+    run_part(scope, rows, StudyPart(folder, WHOLE, origin), config)
+    return finish(folder, scope, study_parts(folder, 1, origin), config, described(cfg, config, sources))

@@ -1,46 +1,22 @@
-"""Find the smallest circuit of each question of the pairs, and say how faithful, complete, minimal and stable it is."""
+"""The smallest circuit of a question of the pairs, and how faithful, complete, minimal and stable it is."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlmscope.circuits.circuit import Circuit, save_circuit
+from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.discovery.discover import discover, node_name
 from vlmscope.circuits.discovery.result import Discovery
 from vlmscope.circuits.discovery.sides import CircuitSubject
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Rate
-from vlmscope.data.pairs import check_choosing
 from vlmscope.metrics.prediction import FaithfulnessCurve
-from vlmscope.tasks.steps.intervene import rate_metrics
-from vlmscope.tasks.steps.pair_subjects import pairs_of, subject_of
+from vlmscope.tasks.steps.pair_subjects import subject_of
 
 if TYPE_CHECKING:
-    from vlmscope.config import AppConfig
     from vlmscope.data.pairs import Pair
     from vlmscope.tasks.steps.bench import Bench
-
-
-def check(cfg: AppConfig) -> None:
-    """Pairs that can choose a circuit.
-
-    Raises:
-        UserError: they cannot.
-    """
-    if cfg.pairs is not None:
-        check_choosing(cfg.pairs)
-
-
-def run(bench: Bench) -> None:
-    """Leaves a `Discovery` a question in `bench.records`; writes circuits/ and discovery.json; metrics: discovery/."""
-    train, test = (pairs_of(bench, split) for split in ("train", "test"))
-    found: dict[str, Discovery] = {}
-    for name in questions(bench, train, test):
-        choose, judge = (circuit_subject(bench, name, pairs[name]) for pairs in (train, test))
-        found[name] = discovered(bench, choose, judge)
-        save_circuit(circuit_of(bench, found[name]), bench.run_dir / "circuits" / name)
-    leave(bench, found)
 
 
 def discovered(bench: Bench, choose: CircuitSubject, judge: CircuitSubject) -> Discovery:
@@ -53,12 +29,10 @@ def circuit_of(bench: Bench, found: Discovery) -> Circuit:
     return found.to_circuit(bench.vlm.name, bench.transcoders.widths)
 
 
-def leave(bench: Bench, found: dict[str, Discovery]) -> None:
-    """Write discovery.json and leave metrics and records."""
-    for one in found.values():
-        bench.metrics |= discovery_metrics(one)
+def write_found(bench: Bench, found: dict[str, Discovery]) -> dict[str, float]:
+    """Write discovery.json; metrics of all questions."""
     write_json(bench.run_dir / "discovery.json", {name: as_json(one) for name, one in found.items()})
-    bench.records["discover"] = found
+    return {key: value for one in found.values() for key, value in discovery_metrics(one).items()}
 
 
 def questions(bench: Bench, train: dict[str, list[Pair]], test: dict[str, list[Pair]]) -> list[str]:
@@ -95,10 +69,10 @@ def discovery_metrics(found: Discovery) -> dict[str, float]:
     metrics[f"{root}/members"] = float(len(circuit.members))
     metrics[f"{root}/features"] = float(nodes.is_feature[circuit.members].sum())
     metrics[f"{root}/members_before_pruning"] = float(circuit.cut)
-    metrics |= rate_metrics(f"{root}/train_faithfulness", circuit.train)
+    metrics |= circuit.train.metrics(f"{root}/train_faithfulness")
     for mode, rate in circuit.test.items():
-        metrics |= rate_metrics(f"{root}/{mode}/faithfulness", rate)
-        metrics |= rate_metrics(f"{root}/{mode}/without_circuit", circuit.ablated[mode])
+        metrics |= rate.metrics(f"{root}/{mode}/faithfulness")
+        metrics |= circuit.ablated[mode].metrics(f"{root}/{mode}/without_circuit")
     for mode, curves in found.curves.items():
         for method, curve in curves.items():
             metrics |= curve_metrics(f"{root}/{mode}/{method}", curve)
@@ -112,7 +86,7 @@ def discovery_metrics(found: Discovery) -> dict[str, float]:
         edges = found.edges
         metrics[f"{root}/edges/candidates"] = float(len(edges.source))
         metrics[f"{root}/edges/members"] = float(edges.smallest)
-        metrics |= rate_metrics(f"{root}/edges/faithfulness", edges.smallest_test)
+        metrics |= edges.smallest_test.metrics(f"{root}/edges/faithfulness")
         metrics[f"{root}/edges/rank_correlation"] = edges.correlation
         metrics[f"{root}/edges/rest"] = edges.rest
         for method, curve in edges.curves.items():
@@ -121,15 +95,8 @@ def discovery_metrics(found: Discovery) -> dict[str, float]:
 
 
 def curve_metrics(root: str, curve: FaithfulnessCurve) -> dict[str, float]:
-    """CPR and CMD with their intervals, and f at each share."""
-    out: dict[str, float] = {}
-    for name, rate in (("cpr", curve.cpr), ("cmd", curve.cmd)):
-        out |= {
-            f"{root}/{name}": rate.value,
-            f"{root}/{name}_ci_low": rate.ci_low,
-            f"{root}/{name}_ci_high": rate.ci_high,
-        }
-    return out
+    """CPR and CMD with their intervals."""
+    return curve.cpr.metrics(f"{root}/cpr") | curve.cmd.metrics(f"{root}/cmd")
 
 
 def as_json(found: Discovery) -> dict:

@@ -1,9 +1,22 @@
-"""Areas under the curve against brute force; cross-validation by groups leaks nothing."""
+"""Areas under the curve against brute force; cross-validation by groups leaks nothing; indicators of a graph."""
+
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from vlmscope.metrics.prediction import auc, bootstrap_auc, group_folds, held_out_scores, shuffled_aucs
+from vlmscope.attribution.influence import prune
+from vlmscope.attribution.random_graph import random_graph
+from vlmscope.core.errors import UserError
+from vlmscope.core.graph import NodeKind
+from vlmscope.tasks.experiment import own_analysis
+
+experiment = own_analysis("hallucination_prediction")
+auc, bootstrap_auc, shuffled_aucs = experiment.auc, experiment.bootstrap_auc, experiment.shuffled_aucs
+group_folds, held_out_scores = experiment.group_folds, experiment.held_out_scores
+graph_indicators = experiment.graph_indicators
 
 
 def brute(scores: np.ndarray, wrong: np.ndarray, strata: np.ndarray | None = None) -> float:
@@ -137,3 +150,57 @@ def test_the_interval_covers_the_value_and_draws_whole_groups() -> None:
     assert four.ci_high - four.ci_low == pytest.approx(one.ci_high - one.ci_low)
     none = bootstrap_auc(scores, wrong, np.arange(50), less=scores, resamples=50)
     assert (none.value, none.ci_low, none.ci_high) == (0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def graph():
+    plain = random_graph(4, 6, 18, 2, density=0.5, left_out=True, seed=3)
+    return replace(plain, is_image=np.array([False, True, True, True, False, False]))
+
+
+def test_indicators_are_what_they_say(graph) -> None:
+    pruned = prune(graph)
+    found, nodes = graph_indicators(pruned), graph.nodes
+    flow = {i: pruned.influence[i] for i in nodes.of(NodeKind.FEATURE)}
+    share = {i: value / sum(flow.values()) for i, value in flow.items()}
+    assert found["entropy"] == pytest.approx(-sum(c * np.log(c) for c in share.values() if c > 0))
+    assert found["top1"] == pytest.approx(max(share.values()))
+    assert found["distance"] == pytest.approx(sum(c * (5 - nodes.position[i]) for i, c in share.items()))
+    ends = sum(pruned.influence[nodes.of(k)].sum() for k in (NodeKind.TOKEN, NodeKind.ERROR, NodeKind.BIAS,
+                                                              NodeKind.LEFT_OUT))  # fmt: skip
+    image = sum(pruned.influence[i] for i in nodes.of(NodeKind.TOKEN) if nodes.position[i] in (1, 2, 3))
+    assert found["image_share"] == pytest.approx(image / ends) and found["image_share"] > 0
+    assert found["image_share"] + found["text_share"] == pytest.approx(pruned.scores.token_share)
+    assert (found["replacement"], found["error_share"]) == (pruned.scores.replacement, pruned.scores.error_share)
+    assert found["nodes"] == pruned.n_nodes
+    assert set(experiment.NAMES) == set(found)
+
+
+def test_they_do_not_depend_on_how_probable_the_answer_is(graph) -> None:
+    unsure = replace(graph, logit_probabilities=graph.logit_probabilities * 0.1)
+    for name, value in graph_indicators(prune(unsure)).items():
+        assert value == pytest.approx(graph_indicators(prune(graph))[name]), name
+
+
+def test_a_graph_of_one_feature_is_not_scattered(graph) -> None:
+    pruned = prune(graph)
+    features = graph.nodes.of(NodeKind.FEATURE)
+    flow = pruned.influence.copy()
+    flow[features] = 0
+    none = graph_indicators(replace(pruned, influence=flow))
+    assert (none["entropy"], none["distance"], none["top1"]) == (0, 0, 0)
+    flow[features[4]] = 0.3
+    one = graph_indicators(replace(pruned, influence=flow))
+    assert (one["entropy"], one["top1"], one["distance"]) == (0, 1, 5 - graph.nodes.position[features[4]])
+
+
+def test_one_question_is_refused_before_anything_is_traced() -> None:
+    settings = experiment.Settings({"planets": 0, "hands": 4}, [0.0, 0.6], 10, 50)
+    with pytest.raises(UserError, match="analysis.scenes asks 1 question"):
+        next(experiment.asked_cases(SimpleNamespace(analysis=settings, cfg=SimpleNamespace(seed=0))))
+
+
+def test_questions_that_are_all_right_or_all_wrong_are_refused() -> None:
+    cases = pd.DataFrame({"question": ["name", "name", "cover"], "wrong": [False, False, True]})
+    with pytest.raises(UserError, match="no question has right and wrong answers"):
+        experiment.check_errors(cases)

@@ -1,24 +1,19 @@
-"""Figures and report.html of circuit discovery."""
+"""Figures of circuit discovery, and the sections of a page that show them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vlmscope.circuits.discovery.discover import node_name
 from vlmscope.circuits.discovery.result import Discovery, EdgesFound
-from vlmscope.core.intervention import Rate
+from vlmscope.core.intervention import Curve, Rate
 from vlmscope.metrics.prediction import FaithfulnessCurve
 from vlmscope.report import figures
-from vlmscope.report.page import Card, Cards, Figure, Percent, ReportPage, Section, Table, Text
+from vlmscope.report.page import Card, Cards, Figure, Percent, Section, Table, Text
 from vlmscope.report.style import label
-from vlmscope.tasks.steps.intervene import make_curve
-from vlmscope.tasks.steps.report_parts import configuration, picture, rerun
-
-if TYPE_CHECKING:
-    from vlmscope.tasks.steps.bench import Bench
+from vlmscope.tasks.steps.report_parts import picture
 
 NAMES = {
     "graph": "attribution graphs",
@@ -28,27 +23,6 @@ NAMES = {
     "random": "random features",
 }
 SHOWN = 20  # members and edges in tables
-
-
-def run(bench: Bench) -> None:
-    """Write figures/ and report.html."""
-    found: dict[str, Discovery] = bench.record("discover")
-    folder = bench.run_dir / "figures"
-    sections: list[Section] = []
-    for one in found.values():
-        sections += question_sections(one, folder)
-    sections += [reading(), rerun(bench), configuration(bench)]
-    pairs = bench.cfg.pairs
-    what = "own pairs" if pairs is None or pairs.change is None else label(pairs.change)
-    page = ReportPage(
-        title=f"Circuits: {what}",
-        question="Which is the smallest part of the model that still prefers the original's answer to the "
-        "counterfactual's, when everything else is as in the counterfactual's run?",
-        summary=" ".join(summary(one) for one in found.values()),
-        sections=tuple(sections),
-        footer=f"vlmscope · {bench.vlm.name} · {bench.run_dir.name}",
-    )
-    page.write(bench.run_dir / "report.html")
 
 
 def summary(found: Discovery) -> str:
@@ -70,38 +44,35 @@ def beside(rate: Rate) -> str:
     return "too few to draw" if rate.control is None else f"{rate.control:.0%}"
 
 
-def question_sections(found: Discovery, folder: Path) -> list[Section]:
-    """Numbers, curves, members, groups and edges of one question."""
-    return [headline(found), *detail_sections(found, folder)]
+def draw_figures(found: Discovery, folder: Path) -> dict[str, Path]:
+    """Draw faithfulness over size by mode, "groups" (where the circuit is) and, if they were searched, "edges"."""
+    name = found.question
+    drawn = {
+        mode: draw(curves, folder / f"faithfulness_{name}_{mode}.png", "nodes kept (number)")
+        for mode, curves in found.curves.items()
+    }
+    drawn["groups"] = figures.layer_role_heatmap(
+        *group_matrix(found), folder / f"groups_{name}.png", "loss of faithfulness when dropped", "position role"
+    )
+    if found.edges is not None:
+        drawn["edges"] = draw(found.edges.curves, folder / f"edges_{name}.png", "edges kept (number)")
+    return drawn
 
 
 def detail_sections(found: Discovery, folder: Path) -> list[Section]:
     """Curves, members, groups and edges of one question; draws figures."""
-    circuit, name = found.circuit, found.question
-    drawn = []
-    for mode, curves in found.curves.items():
-        path = folder / f"faithfulness_{name}_{mode}.png"
-        drawn.append(
-            picture(draw(curves, path, "nodes kept (number)"), f"Faithfulness over size: {name}, {label(mode)}")
-        )
-    sections: list[Section] = [
-        Figure(
-            f"Faithfulness over circuit size: {name}",
-            tuple(drawn),
-            f"On {found.test_pairs} test pairs; ranked on {found.train_pairs} other pairs. Bands are 95 % intervals.",
-        ),
-        areas(f"Areas under and beside the curves: {name}", found.curves),
-        members(found),
-    ]
-    path = figures.layer_role_heatmap(
-        *group_matrix(found), folder / f"groups_{name}.png", "loss of faithfulness when dropped", "position role"
-    )
+    circuit, name, drawn = found.circuit, found.question, draw_figures(found, folder)
+    curves = tuple(picture(drawn[mode], f"Faithfulness over size: {name}, {label(mode)}") for mode in found.curves)
+    intro = f"On {found.test_pairs} test pairs; ranked on {found.train_pairs} other pairs. Bands are 95 % intervals."
     alt = f"Loss of faithfulness when the circuit's nodes of a layer and role are dropped: {name}"
     note = f"Layer -1 is what enters the model. The circuit has {len(circuit.members)} nodes."
-    sections.append(Figure(f"Where the circuit is: {name}", (picture(path, alt),), note))
-    if found.edges is not None:
-        sections += edge_sections(found, found.edges, folder)
-    return sections
+    sections: list[Section] = [
+        Figure(f"Faithfulness over circuit size: {name}", curves, intro),
+        areas(f"Areas under and beside the curves: {name}", found.curves),
+        members(found),
+        Figure(f"Where the circuit is: {name}", (picture(drawn["groups"], alt),), note),
+    ]
+    return sections if found.edges is None else sections + edge_sections(found, found.edges, drawn["edges"])
 
 
 def headline(found: Discovery) -> Cards:
@@ -140,7 +111,7 @@ def draw(curves: dict[str, FaithfulnessCurve], path: Path, xlabel: str) -> Path:
     lines = []
     for method, curve in curves.items():
         points = dict(zip(curve.counts, curve.rates, strict=True))  # small sets have equal sizes at several shares
-        lines.append(make_curve(NAMES[method], [float(count) for count in points], list(points.values())))
+        lines.append(Curve.of(NAMES[method], list(points), list(points.values())))
     return figures.feature_count_curve(lines, path, xlabel, "faithfulness (%)")
 
 
@@ -194,9 +165,8 @@ def group_matrix(found: Discovery) -> tuple[np.ndarray, list[int], list[str]]:
     return matrix, layers, roles
 
 
-def edge_sections(found: Discovery, edges: EdgesFound, folder: Path) -> list[Section]:
-    """Circuits of edges in the frozen model."""
-    path = draw(edges.curves, folder / f"edges_{found.question}.png", "edges kept (number)")
+def edge_sections(found: Discovery, edges: EdgesFound, path: Path) -> list[Section]:
+    """Circuits of edges in the frozen model, with their drawn curves."""
     order = np.argsort(-np.abs(edges.score), kind="stable")[:SHOWN]
     rows = tuple(
         (

@@ -1,0 +1,332 @@
+"""Can the attribution graph of an answer tell that the answer is wrong, and more than the answer's probability tells?
+
+A graph explains the model's own answer, whatever its probability. Its indicators go into a logistic classifier that is
+tested on scenes it was not fitted to, beside one that has the probability of the answer and the entropy of all answers.
+A mix of questions makes errors easy to predict (some questions are harder), so all is measured within questions too,
+and on questions that the classifier has never seen.
+
+With I the influence on the graph's ends (`attribution.influence`), over feature nodes i (the first three are those by
+which arXiv 2605.22902 predicts hallucinations):
+
+    c_i = I_i / sum_j I_j                               contribution
+    entropy   = -sum_i c_i log c_i                      nats
+    distance  = sum_i c_i (T - 1 - position_i)          tokens before the last one
+    top1      = max_i c_i
+
+Shares are of the influence that ends at sources. None depends on the scale of the ends' weights, hence not on the
+probability of the answer. The area under the ROC curve is the share of pairs (a wrong case, a right one) in which the
+wrong one scores higher, ties counting half (Hanley and McNeil 1982); with strata only pairs within one count.
+Shapes: n cases, k numbers a case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from scipy.stats import rankdata
+from sklearn.linear_model import LogisticRegression
+from tqdm import tqdm
+
+from vlmscope.attribution.trace import trace
+from vlmscope.core.artifacts import atomic_path
+from vlmscope.core.errors import UserError
+from vlmscope.core.graph import NodeKind, PrunedGraph
+from vlmscope.core.intervention import Rate
+from vlmscope.core.records import generator
+from vlmscope.data.orrery.objects import harder_scenes
+from vlmscope.metrics.causal import RESAMPLES
+from vlmscope.report.figures import rate_bars
+from vlmscope.report.marks import write_rows
+
+if TYPE_CHECKING:
+    from vlmscope.tasks.steps.bench import Bench
+
+SURE = ("probability", "answer_entropy")
+PAPER = ("entropy", "distance", "top1")
+NAMES = (*PAPER, "image_share", "text_share", "error_share", "replacement", "completeness", "nodes")
+# What each predictor looks at; a scene's level of hardness, which no model is told, only for comparison.
+PREDICTORS = {
+    "question": (),
+    "question_probability": SURE,
+    "probability": SURE,
+    "paper": PAPER,
+    "graph": NAMES,
+    "both": (*SURE, *NAMES),
+    "level": ("level", *SURE),
+    "level_both": ("level", *SURE, *NAMES),
+}
+
+
+@dataclass
+class Settings:
+    """`scenes` of each kind from the test split, made harder by a level between the two `levels` (0: as in training);
+    `folds` of the cross-validation, which never split a scene; `shuffles` of which answers are wrong, for controls.
+    """
+
+    scenes: dict[str, int]
+    levels: list[float]
+    folds: int
+    shuffles: int
+
+    def __post_init__(self) -> None:
+        if len(self.levels) != 2 or not 0 <= self.levels[0] <= self.levels[1] <= 1:
+            raise UserError(f"analysis.levels={list(self.levels)}: give two levels, 0 <= least <= highest <= 1")
+        if sum(self.scenes.values()) < 2 or min(self.scenes.values()) < 0:
+            raise UserError(f"analysis.scenes={dict(self.scenes)}: they count scenes; ask for two or more")
+        for key, least in (("folds", 2), ("shuffles", 1)):
+            if getattr(self, key) < least:
+                raise UserError(f"analysis.{key}={getattr(self, key)}: it must be at least {least}")
+
+
+def analyse(bench: Bench) -> dict[str, float]:
+    """Write cases.parquet (a row a case), areas.parquet and figures/areas.png, single.png; metrics `errors/...`.
+
+    `errors/<view>/<predictor>/auc`; `_control` is the mean under shuffling, `_shuffled_high` its 97.5 % quantile;
+    `errors/<view>/gain` is that of the graph over the probability; `errors/single/<number>/auc` of each number alone.
+    """
+    cases, seed = pd.DataFrame(asked_cases(bench)), bench.cfg.seed
+    check_errors(cases)
+    with atomic_path(bench.run_dir / "cases.parquet") as temporary:
+        cases.to_parquet(temporary, index=False, compression="zstd")
+    wrong, scenes, questions = (cases[name].to_numpy() for name in ("wrong", "scene", "question"))
+    metrics = {"errors/cases": float(len(cases)), "errors/wrong_rate": float(wrong.mean())}
+    metrics |= {f"errors/{name}/wrong_rate": float(of.mean()) for name, of in cases.groupby("question").wrong}
+    # View -> what is never split between folds, what values are centred by, within what pairs are compared.
+    views = {
+        "pooled": (scenes, None, None),
+        "within": (scenes, questions, questions),
+        "unseen_question": (questions, None, questions),
+    }
+    bars: dict[str, dict[str, Rate]] = {}
+    for view, (held, centred, compared) in views.items():
+        folds = group_folds(held, bench.analysis.folds if view != "unseen_question" else None, seed)
+        scores = {}
+        for name in PREDICTORS if view == "pooled" else list(PREDICTORS)[2:]:
+            values = inputs_of(cases, name)
+            scores[name] = held_out_scores(values, wrong, folds, centred)
+            null = shuffled_aucs(values, wrong, folds, bench.analysis.shuffles, compared, seed, centred)
+            area = replace(bootstrap_auc(scores[name], wrong, scenes, compared, seed=seed), control=float(null.mean()))
+            metrics |= area.metrics(f"errors/{view}/{name}/auc")
+            metrics[f"errors/{view}/{name}/auc_shuffled_high"] = float(np.quantile(null, 0.975))
+            bars.setdefault(name, {})[view] = area
+        gain = bootstrap_auc(scores["both"], wrong, scenes, compared, scores["probability"], seed)
+        metrics |= gain.metrics(f"errors/{view}/gain")
+    # Each number alone, nothing fitted, within questions: above 0.5 where it is higher for wrong answers.
+    alone = (*SURE, *NAMES, "level")
+    values = columns(cases, alone)
+    single = [bootstrap_auc(values[:, i], wrong, scenes, questions, seed=seed) for i in range(len(alone))]
+    metrics |= {f"errors/single/{name}/auc": area.value for name, area in zip(alone, single, strict=True)}
+    rows = [(view, name, area) for name, of in bars.items() for view, area in of.items()]
+    rows += [("each number alone", name, area) for name, area in zip(alone, single, strict=True)]
+    names = ("pairs", "predictor", "area", "from", "to", "shuffled")
+    table = [(view, name, one.value, one.ci_low, one.ci_high, one.control) for view, name, one in rows]
+    write_rows(bench.run_dir / "areas.parquet", [dict(zip(names, row, strict=True)) for row in table])
+    series = {name: [of.get(view) for view in views] for name, of in bars.items()}
+    folder, ylabel = bench.run_dir / "figures", "area under the ROC curve (%)"
+    rate_bars(list(views), series, folder / "areas.png", "Held-out areas", ylabel, "wrong and right shuffled")
+    names = [name.replace("_", "\n") for name in alone]
+    rate_bars(names, {"alone": single}, folder / "single.png", "Each number alone, within a question", ylabel)
+    return metrics
+
+
+def check_errors(cases: pd.DataFrame) -> None:
+    """Refuse answers that are all right or all wrong, also within every question."""
+    wrong, more = cases.wrong, "change analysis.levels or ask about more scenes (analysis.scenes)"
+    if wrong.all() or not wrong.any():
+        raise UserError(f"{int(wrong.sum())} of {len(cases)} answers are wrong: there is nothing to tell apart; {more}")
+    if not any(0 < of.sum() < len(of) for _, of in cases.groupby("question").wrong):
+        raise UserError(f"no question has right and wrong answers: there is nothing to tell apart within one; {more}")
+
+
+def asked_cases(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Ask every question of every scene and trace the answer: a row a case.
+
+    `probability` is that of what was said, `answer_entropy` (nats) of all next tokens; the rest are indicators.
+
+    Raises:
+        UserError: fewer than two questions, so that none can be left unseen.
+    """
+    scenes = harder_scenes(bench.analysis.scenes, tuple(bench.analysis.levels), bench.cfg.seed)
+    asked = [(scene, question) for scene in scenes for question in scene.questions]
+    questions = sorted({question.group for _, question in asked})
+    if len(questions) < 2:
+        raise UserError(
+            f"analysis.scenes asks {len(questions)} question ({', '.join(questions)}), and errors are predicted "
+            "on questions not seen too; ask about another kind of scene"
+        )
+    settings = replace(bench.cfg.attribution, max_logits=1)  # more targets would tell how sure the model is
+    for scene, question in tqdm(asked, desc="graphs", unit="graph"):
+        assert scene.image is not None, "harder scenes have pictures"
+        bench.token(question.answer)  # an answer of several tokens would never count as right
+        traced = trace(bench.scope, bench.vlm.prepare(question.question, [Image.fromarray(scene.image)]), settings)
+        ends = traced.graph.nodes.ends()
+        chances = traced.replacement.capped(traced.replacement.state.logits[-1].double()).log_softmax(-1)
+        said = bench.vlm.tokenizer.decode([int(traced.graph.nodes.index[ends[0]])]).strip()
+        yield {
+            "scene": scene.key,
+            "question": question.group,
+            "prompt": question.question,
+            "answer": question.answer,
+            "said": said,
+            "level": float(scene.facts["level"]),  # pyright: ignore[reportArgumentType]
+            "wrong": said != question.answer,
+            "probability": float(torch.exp(chances.max())),
+            "answer_entropy": float(-(chances.exp() * chances).sum()),
+            **graph_indicators(traced.pruned),
+        }
+
+
+def graph_indicators(pruned: PrunedGraph) -> dict[str, float]:
+    """The indicators of a graph. Without a feature that has influence, entropy, distance and top1 are 0."""
+    graph, flow, scores = pruned.graph, pruned.influence, pruned.scores
+    features = graph.nodes.of(NodeKind.FEATURE)
+    share = flow[features]
+    share = share / share.sum() if share.sum() > 0 else share
+    used = share > 0
+    tokens = graph.nodes.of(NodeKind.TOKEN)
+    seen = float(flow[tokens].sum())
+    image = float(flow[tokens[graph.is_image[graph.nodes.position[tokens]]]].sum())
+    return {
+        "entropy": float(-(share[used] * np.log(share[used])).sum()),
+        "distance": float(share @ (len(graph.tokens) - 1 - graph.nodes.position[features])),
+        "top1": float(share.max()) if len(share) else 0.0,
+        "image_share": scores.token_share * image / seen if seen else 0.0,
+        "text_share": scores.token_share * (1 - image / seen) if seen else 0.0,
+        "error_share": scores.error_share,
+        "replacement": scores.replacement,
+        "completeness": scores.completeness,
+        "nodes": float(pruned.n_nodes),
+    }
+
+
+def columns(cases: pd.DataFrame, names: tuple[str, ...]) -> np.ndarray:
+    """[n, k] float64; the probability as log-odds, since its own scale hides what lies near 1."""
+    table = cases[list(names)].copy()
+    if "probability" in names:
+        p = np.clip(table.probability, 1e-12, 1 - 1e-12)
+        table["probability"] = np.log(p) - np.log1p(-p)
+    return table.to_numpy(np.float64)
+
+
+def inputs_of(cases: pd.DataFrame, predictor: str) -> np.ndarray:
+    """[n, k], what a predictor may look at; the question as a column for each."""
+    values = columns(cases, PREDICTORS[predictor])
+    if not predictor.startswith("question"):
+        return values
+    questions = cases.question.to_numpy(str)
+    return np.column_stack([(questions[:, None] == np.unique(questions)).astype(np.float64), values])
+
+
+def parts(strata: np.ndarray | None, n: int) -> Iterator[np.ndarray]:
+    """The rows of each stratum; all n without strata."""
+    yield from [np.arange(n)] if strata is None else [np.flatnonzero(strata == name) for name in np.unique(strata)]
+
+
+def auc(scores: np.ndarray, wrong: np.ndarray, strata: np.ndarray | None = None) -> float:
+    """Area under the curve of scores [n] for what is `wrong` [n] bool; nan where no pair can be made."""
+    won = pairs = 0.0
+    for chosen in parts(strata, len(scores)):
+        bad = wrong[chosen]
+        n_bad, n_good = int(bad.sum()), int((~bad).sum())
+        if n_bad and n_good:
+            won += float(rankdata(scores[chosen])[bad].sum()) - n_bad * (n_bad + 1) / 2
+            pairs += n_bad * n_good
+    return won / pairs if pairs else float("nan")
+
+
+def bootstrap_auc(
+    scores: np.ndarray,
+    wrong: np.ndarray,
+    groups: np.ndarray,
+    strata: np.ndarray | None = None,
+    less: np.ndarray | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Rate:
+    """The area with its percentile-bootstrap 95 % interval: whole groups [n] (scenes) are drawn, the scores [n] stay.
+
+    With `less` [n], other scores, the value is the difference of the two areas on the same draws.
+    """
+    names, of = np.unique(groups, return_inverse=True)
+    rng = generator(seed, "bootstrap auc")
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
+    weights = np.concatenate([np.ones((1, len(scores))), drawn[:, of]])  # the first row is the data as they are
+    won, pairs = np.zeros(len(weights)), np.zeros(len(weights))
+    for chosen in parts(strata, len(scores)):
+        bad, good = chosen[wrong[chosen]], chosen[~wrong[chosen]]
+        order = in_order(scores, bad, good) - (0 if less is None else in_order(less, bad, good))
+        won += (weights[:, bad] @ order * weights[:, good]).sum(1)
+        pairs += weights[:, bad].sum(1) * weights[:, good].sum(1)
+    if not pairs[0]:
+        raise ValueError("an area needs a wrong and a right case")
+    areas = won[pairs > 0] / pairs[pairs > 0]
+    low, high = np.quantile(areas[1:], (0.025, 0.975))
+    return Rate(float(areas[0]), float(low), float(high), len(scores))
+
+
+def in_order(scores: np.ndarray, bad: np.ndarray, good: np.ndarray) -> np.ndarray:
+    """[bad, good], 1 where the wrong case scores higher, 0.5 where they are equal."""
+    gap = scores[bad][:, None] - scores[good]
+    return (gap > 0) + 0.5 * (gap == 0)
+
+
+def group_folds(groups: np.ndarray, folds: int | None, seed: int = 0) -> np.ndarray:
+    """[n], the fold in which each case is tested; a group is never split. None: every group is a fold."""
+    names, of = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError("cases of one group alone cannot be held out")
+    order = generator(seed, "folds").permutation(len(names))
+    return order[of] % min(folds or len(names), len(names))
+
+
+def held_out_scores(
+    values: np.ndarray, wrong: np.ndarray, folds: np.ndarray, strata: np.ndarray | None = None
+) -> np.ndarray:
+    """[n], the log-odds of being wrong that a logistic classifier (C = 1) gives each case, fitted to the other folds.
+
+    Values [n, k] are standardised by the training cases; with strata [n] each counts from its stratum's mean there.
+    """
+    scores = np.zeros(len(wrong))
+    for fold in np.unique(folds):
+        test = folds == fold
+        train = ~test
+        if wrong[train].all() or not wrong[train].any():
+            continue  # nothing to learn: all cases of this fold score alike
+        centres = np.broadcast_to(values[train].mean(0), values.shape).copy()
+        for rows in parts(strata, len(values)) if strata is not None else ():
+            if train[rows].any():
+                centres[rows] = values[rows[train[rows]]].mean(0)
+        centred = values - centres
+        scale = centred[train].std(0)
+        used = scale > 1e-9 * (np.abs(values[train]).max(0) + 1e-12)
+        if used.any():
+            x = centred[:, used] / scale[used]
+            fitted = LogisticRegression(C=1.0, max_iter=1000).fit(x[train], wrong[train])
+            scores[test] = fitted.decision_function(x[test])
+    return scores
+
+
+def shuffled_aucs(
+    values: np.ndarray,
+    wrong: np.ndarray,
+    folds: np.ndarray,
+    draws: int,
+    strata: np.ndarray | None = None,
+    seed: int = 0,
+    centred: np.ndarray | None = None,
+) -> np.ndarray:
+    """[draws], the held-out area when it is shuffled within strata which cases are wrong."""
+    rng = generator(seed, "shuffled answers")
+    found: list[float] = []
+    for _ in range(draws):
+        mixed = wrong.copy()
+        for rows in parts(strata, len(wrong)):
+            mixed[rows] = rng.permutation(wrong[rows])
+        found.append(auc(held_out_scores(values, mixed, folds, centred), mixed, strata))
+    return np.array(found)

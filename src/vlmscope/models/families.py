@@ -7,18 +7,18 @@ from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter
 
 _FAMILIES = {  # module and class of the adapter; imported when asked for, since transformers is slow to import
-    "gemma3": "gemma3.Gemma3Adapter",
-    "gemma3_text": "gemma3.Gemma3Adapter",
-    "gemma4": "gemma4.Gemma4Adapter",
-    "gemma4_text": "gemma4.Gemma4Adapter",
-    "idefics3": "idefics3.Idefics3Adapter",
-    "internvl": "internvl.InternVLAdapter",
+    "gemma3": "gemma.Gemma3Adapter",
+    "gemma3_text": "gemma.Gemma3Adapter",
+    "gemma4": "gemma.Gemma4Adapter",
+    "gemma4_text": "gemma.Gemma4Adapter",
+    "idefics3": "llava.Idefics3Adapter",
+    "internvl": "llava.InternVLAdapter",
     "llava": "llava.LlavaAdapter",
-    "llava_onevision": "llava_onevision.LlavaOnevisionAdapter",
-    "paligemma": "paligemma.PaliGemmaAdapter",
-    "qwen2_5_vl": "qwen2_5_vl.Qwen2_5_VLAdapter",
-    "qwen3_vl": "qwen3_vl.Qwen3VLAdapter",
-    "smolvlm": "idefics3.Idefics3Adapter",
+    "llava_onevision": "llava.LlavaOnevisionAdapter",
+    "paligemma": "gemma.PaliGemmaAdapter",
+    "qwen2_5_vl": "qwen.Qwen2_5_VLAdapter",
+    "qwen3_vl": "qwen.Qwen3VLAdapter",
+    "smolvlm": "llava.Idefics3Adapter",
 }
 
 # Families that people ask for, and what in them the replacement model does not represent.

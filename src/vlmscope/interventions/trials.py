@@ -208,16 +208,20 @@ def _outcome(cases: Cases, logits: Tensor) -> pd.DataFrame:
     """One row per case.
 
     `said` is the most probable token, `hit` whether it is the target, `changed` whether it is no longer the unedited
-    answer; `drop` by how many nats the log-probability of the answer fell, `kl` the divergence of the next token from
-    the unedited run in nats. `recovered` is the share of the logit difference between target and answer that the edit
-    brings about: 0 when nothing moved, 1 when the logits are as far apart as in the donor's own run (Zhang and Nanda,
-    arXiv 2309.16042); missing without donor logits or where target and answer are the same.
+    answer; `answer` and `target` are those tokens, `p_target` the target's probability and `gap` its logit minus the
+    answer's, under the edit; `drop` by how many nats the log-probability of the answer fell, `kl` the divergence of the
+    next token from the unedited run in nats. `recovered` is the share of the logit difference between target and answer
+    that the edit brings about: 0 when nothing moved, 1 when the logits are as far apart as in the donor's own run
+    (Zhang and Nanda, arXiv 2309.16042); missing without donor logits or where target and answer are the same.
     """
     before, after = (x.double().numpy(force=True) for x in (cases.base.logits, logits))
     said, answer, target = (x.numpy(force=True) for x in (logits.argmax(-1), cases.answer, cases.target))
     rows = np.arange(len(said))
     table = pd.DataFrame({"case": cases.ids, "said": said, "hit": said == target, "changed": said != answer})
     log_before, log_after = log_softmax(before), log_softmax(after)
+    table["answer"], table["target"] = answer, target
+    table["p_target"] = np.exp(log_after[rows, target])
+    table["gap"] = after[rows, target] - after[rows, answer]
     table["drop"] = log_before[rows, answer] - log_after[rows, answer]
     table["kl"] = (np.exp(log_before) * (log_before - log_after)).sum(-1)
     if cases.donor_logits is not None:

@@ -22,7 +22,7 @@ class InterchangeConfig:
         answerable: only pairs count that are answered rightly on both sides; false takes all.
         least: fewer answerable pairs than this give no interval, and an error.
         scenes: train and held-out scenes on which `sum_features` and `number_line` look at what features say.
-        strengths: of `amplify` and `number_dose`, in units of the (mean) change from original to counterfactual.
+        strengths: of `number_dose`, in units of the (mean) change from original to counterfactual.
         transfer: pairs of each split that `pair_transfer` parts by another fact.
     """
 

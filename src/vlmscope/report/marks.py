@@ -128,8 +128,12 @@ def curve(folder: Folder, name: str, mark: Declared) -> list[Section]:
         if rows.matched.notna().all():
             flat = tuple(map(float, rows.matched))
             lines.append(Curve(f"{called}, matched", tuple(map(float, at)), flat, flat, flat))
-    draw = figures.feature_count_curve if x == "limit" else figures.dose_response
-    drawn = draw(lines, folder.path / "figures" / f"{name}.png", label(x), f"{label(mark.y or 'hit')} (%)")
+    path, share = folder.path / "figures" / f"{name}.png", mark.y in (None, "hit", "changed", "recovered")
+    said = f"{label(mark.y or 'hit')}{' (%)' if share else ''}"
+    if x == "limit":
+        drawn = figures.feature_count_curve(lines, path, label(x), said)
+    else:
+        drawn = figures.dose_response(lines, path, label(x), said, percent=share)
     return [Figure(mark.title or f"Against {x}", (_picture(drawn, f"{mark.title} against {x}"),), mark.says)]
 
 

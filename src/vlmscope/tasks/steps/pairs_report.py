@@ -13,7 +13,6 @@ from vlmscope.interventions.run import run_edited
 from vlmscope.report import figures
 from vlmscope.report.page import Card, Cards, Examples, Figure, Percent, ReportPage, Section, Table, Text, flip_table
 from vlmscope.report.style import label
-from vlmscope.tasks.steps.amplify_report import amplify_sections, amplify_summary
 from vlmscope.tasks.steps.count_report import dose_sections, number_sections, number_summary, transfer_sections
 from vlmscope.tasks.steps.interchange import ALL, CIRCUIT, InterchangeRow, PairCase, roles_of
 from vlmscope.tasks.steps.object_report import dissociation_sections, object_summary, place_sections
@@ -33,19 +32,15 @@ QUESTIONS = {
 def run(bench: Bench) -> None:
     """Write figures/ and report.html."""
     folder = bench.run_dir / "figures"
-    sections: list[Section] = []
-    said = ""
-    if "amplify" not in bench.records or "interchange" in bench.records:
-        record = bench.record("interchange")
-        said = summary(record["rows"])
-        sections += [headline(record), data(bench, record), examples(bench, record, folder)]
-        sections += rate_sections(record["rows"], folder)
-        sections += curve_sections(record, folder)
-        sections += grid_sections(bench, record, folder)
-        sections.append(reading())
+    record = bench.record("interchange")
+    said = summary(record["rows"])
+    sections: list[Section] = [headline(record), data(bench, record), examples(bench, record, folder)]
+    sections += rate_sections(record["rows"], folder)
+    sections += curve_sections(record, folder)
+    sections += grid_sections(bench, record, folder)
+    sections.append(reading())
     for step, made in (
         ("sum_features", sum_sections),
-        ("amplify", amplify_sections),
         ("number_line", number_sections),
         ("number_dose", dose_sections),
         ("pair_transfer", transfer_sections),
@@ -53,8 +48,6 @@ def run(bench: Bench) -> None:
         ("object_places", place_sections),
     ):
         sections += made(bench, folder) if step in bench.records else []
-    if "amplify" in bench.records:
-        said = f"{said} {amplify_summary(bench)}".strip()
     for step, sentence in (("number_dose", number_summary), ("object_places", object_summary)):
         said = f"{said} {sentence(bench)}".strip() if step in bench.records else said
     sections += [rerun(bench), configuration(bench)]

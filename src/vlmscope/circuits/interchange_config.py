@@ -21,7 +21,7 @@ class InterchangeConfig:
         generate: pairs on which the answer is generated too, token by token; 0 leaves that out.
         answerable: only pairs count that are answered rightly on both sides; false takes all.
         least: fewer answerable pairs than this give no interval, and an error.
-        scenes: train and held-out scenes on which `sum_features` and `number_line` look at what features say.
+        scenes: train and held-out scenes on which visual_arithmetic and counting look at what features say.
         strengths: of `number_dose`, in units of the (mean) change from original to counterfactual.
         transfer: pairs of each split that `pair_transfer` parts by another fact.
     """

@@ -8,7 +8,7 @@ A run folder has `trials.parquet` (one row per case, trial and control draw), an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -47,10 +47,11 @@ class Declared(Protocol):
 
 @dataclass(frozen=True)
 class Folder:
-    """A run folder as marks read it; `measures` says what each operation's rate counts."""
+    """A run folder as marks read it: what each operation's rate counts, and the settings that the run declared."""
 
     path: Path
     measures: Mapping[str, str] = field(default_factory=dict)
+    settings: Collection[str] = ()
 
     @cached_property
     def trials(self) -> pd.DataFrame:
@@ -68,7 +69,8 @@ class Folder:
             return table
         keys = table.operation + "/" + table.setting
         wanted = keys.isin(names) | table.setting.isin(names)
-        missing = [name for name in names if not (keys.eq(name) | table.setting.eq(name)).any()]
+        # A setting whose case set was empty, such as questions that stay, has no trial, and that is no mistake.
+        missing = [n for n in names if n not in self.settings and not (keys.eq(n) | table.setting.eq(n)).any()]
         if missing:
             raise UserError(f"report: no trial {missing[0]!r}; there are {', '.join(dict.fromkeys(keys))}")
         return table[wanted]
@@ -77,7 +79,7 @@ class Folder:
         """Rates of the mark's trials by columns, each operation by its own measure unless one is given or marked."""
         table = self.chosen(mark.trials)
         parts = [
-            rates(part, by, measure or mark.y or self.measures.get(str(operation), "hit"))
+            rates(part, by, measure or mark.y or self.measures.get(str(operation).partition("/")[0], "hit"))
             for operation, part in table.groupby("operation", sort=False)
         ]
         return pd.concat(parts)
@@ -155,6 +157,22 @@ def matrix(folder: Folder, name: str, mark: Declared) -> list[Section]:
     return sections
 
 
+def heatmap(folder: Folder, name: str, mark: Declared) -> list[Section]:
+    """A measure by layer and position, a panel for each question."""
+    by, x = mark.by or "layers", mark.x or "positions"
+    found: Any = folder.rates(mark, ["operation", "question", by, x])
+    pictures = []
+    key: Any
+    for key, of in found.groupby(level=["operation", "question"], sort=False):
+        cells = of.value.droplevel(["operation", "question"]).unstack(sort=False)
+        said = f"{label(mark.y or 'hit')}, question: {key[1]}"
+        path = folder.path / "figures" / f"{name}_{key[1]}.png"
+        values, rows = np.round(cells.to_numpy(), 3) + 0.0, [str(row) for row in cells.index]
+        figures.layer_role_heatmap(values, rows, list(cells.columns), path, said, label(x), label(by))
+        pictures.append(_picture(path, said))
+    return [Figure(mark.title or label(name), tuple(pictures), mark.says)]
+
+
 def examples(folder: Folder, name: str, mark: Declared) -> list[Section]:
     """Answers before and after, with pictures."""
     shown = read_records(folder.path / "examples.parquet", AnswerExample)
@@ -183,7 +201,7 @@ def text(folder: Folder, name: str, mark: Declared) -> list[Section]:
 
 
 MARKS: dict[str, Callable[[Folder, str, Any], list[Section]]] = {
-    one.__name__: one for one in (cards, bars, table, curve, matrix, examples, features, picture, text)
+    one.__name__: one for one in (cards, bars, table, curve, matrix, heatmap, examples, features, picture, text)
 }
 
 

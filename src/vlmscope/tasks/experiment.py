@@ -219,6 +219,9 @@ def trial_metrics(table: pd.DataFrame, trials: Mapping[str, TrialConfig]) -> dic
         for mode, of in part.groupby("mode", sort=False):
             name = f"{operation}/{setting}" + (f"/{mode}" if several else "")
             found: Any = rates(of, ["setting", "question"], measure_of(trials, str(operation)))
+            if "/" in str(operation):  # another set's features on a question: no question is the worst of them
+                metrics |= {f"{name}/{question}": one.value for (_, question), one in found.iterrows()}
+                continue
             row = (worst(found, "question") if len(found) > 1 else found).iloc[0]
             metrics |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
             if not np.isnan(row.matched):

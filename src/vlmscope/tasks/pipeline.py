@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 KINDS = (
     "find_circuit", "intervene", "curves", "report", "compare_maps", "lens", "study", "modality", "cross_modal",
-    "interchange", "sum_features", "pairs_report",
+    "interchange", "pairs_report",
     "figures_report",
     "predict_errors", "errors_report", "layer_reading", "layer_ranges", "hierarchy_report",
     "cross_modal_association", "cross_modal_report",

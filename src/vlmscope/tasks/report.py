@@ -56,7 +56,7 @@ def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str,
     name = str(settings.get("name") or "experiment")
     numbers = numbers_of({key: HeadlineConfig(**one) for key, one in settings["headline"].items()}, metrics)
     marks = {key: MarkConfig(**one) for key, one in settings["report"].items()}
-    found = Folder(folder, {key: one["measure"] for key, one in settings["trials"].items()})
+    found = Folder(folder, {key: one["measure"] for key, one in settings["trials"].items()}, settings["settings"])
     sections: list[Section] = [number_table(numbers)] if numbers else []
     sections += sections_of(found, marks)
     same = ("The same seed gives the same numbers on the same machine.",)

@@ -16,8 +16,7 @@ from vlmscope.report.style import label
 from vlmscope.tasks.steps.count_report import dose_sections, number_sections, number_summary, transfer_sections
 from vlmscope.tasks.steps.interchange import ALL, CIRCUIT, InterchangeRow, PairCase, roles_of
 from vlmscope.tasks.steps.object_report import dissociation_sections, object_summary, place_sections
-from vlmscope.tasks.steps.report_parts import configuration, figure, picture, rerun
-from vlmscope.tasks.steps.sum_features import KINDS
+from vlmscope.tasks.steps.report_parts import configuration, picture, rerun
 
 if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
@@ -40,7 +39,6 @@ def run(bench: Bench) -> None:
     sections += grid_sections(bench, record, folder)
     sections.append(reading())
     for step, made in (
-        ("sum_features", sum_sections),
         ("number_line", number_sections),
         ("number_dose", dose_sections),
         ("pair_transfer", transfer_sections),
@@ -225,27 +223,6 @@ def grid_sections(bench: Bench, record: dict, folder: Path) -> list[Section]:
     return [
         Figure("Where it is", tuple(pictures), "All features of one layer at the positions of one role, free mode.")
     ]
-
-
-def sum_sections(bench: Bench, folder: Path) -> list[Section]:
-    """What features say of the digits."""
-    found = bench.record("sum_features")
-    read = figures.dose_response(found["curves"], folder / "read.png", "layer", "held-out accuracy (%)")
-    kinds = figures.layer_role_heatmap(
-        found["counts"], bench.transcoders.layers, KINDS, folder / "kinds.png", "features", "kind of feature"
-    )
-    said = (
-        "Activations at the last position under the question for the sum. A feature is of the simplest kind whose "
-        f"held-out R² comes near the best; with shuffled digits {found['chance']} features would count."
-    )
-    sections: list[Section] = [
-        figure("What can be read from the features", read, "Linear readout by layer, on handwriting never seen"),
-        figure("Features for sums, carries, digits", kinds, "Number of features by layer and kind", said),
-    ]
-    rows: list[InterchangeRow] = found["rows"]
-    if rows:
-        sections.append(flip_table("Carrying one kind of feature only", [one.row for one in rows]))
-    return sections
 
 
 def reading() -> Text:

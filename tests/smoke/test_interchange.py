@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from vlmscope.app import main
@@ -13,15 +14,12 @@ from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.dataset import scene_pairs
 
 SMALL = [
-    "experiment=visual_arithmetic",
-    "task.steps.sum_features=false",
+    "experiment=interchange",
     "interchange.least=2",
-    "interchange.counts=[3]",
     "interchange.features=3",
-    "interchange.generate=0",
-    "intervention.controls=1",
-    "intervention.scopes=[]",
-    "intervention.modes=[free]",
+    *(f"settings.{name}.{key}=1" for name in ("main", "cross") for key in ("matched", "random_direction")),
+    *(f"~settings.{name}" for name in ("stays", "held", "no_last_layer", "no_last_position", "generated", "counts")),
+    "~report",
     "tracking=none",
 ]
 
@@ -50,7 +48,7 @@ def run(own: Path, run_dir: Path, *more: str) -> int:
 def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(own: Path, tmp_path: Path) -> None:
     assert run(own, tmp_path / "first") == 0
     metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
-    assert metrics["interchange/all_features/free/answer/follow_rate"] == 1.0
+    assert metrics["all/main"] == 1.0
     assert metrics["base/answer/pairs"] == 3.0
     (folder,) = (tmp_path / "first" / "circuits").iterdir()
     saved = load_circuit(folder)
@@ -58,8 +56,9 @@ def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(own: 
     assert folder.name == "pairs" and saved.model == "orrery" and saved.n_features is not None
     assert run(own, tmp_path / "again", f"interchange.circuit={folder}") == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
-    key = "interchange/features_of_answer/free/answer/recovered"
-    assert again[key] == metrics[key]
+    tables = [pd.read_parquet(tmp_path / name / "trials.parquet") for name in ("first", "again")]
+    assert again == metrics
+    pd.testing.assert_frame_equal(*tables)
 
 
 @pytest.mark.parametrize(

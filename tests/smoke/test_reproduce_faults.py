@@ -16,14 +16,15 @@ from vlmscope.config.catalog import conf_dir
 from vlmscope.config.resolve import to_app_config
 from vlmscope.config.store import register
 from vlmscope.core.runs import Number
+from vlmscope.interventions import trials
 from vlmscope.tasks import registry
+from vlmscope.tasks.experiment import run_declared
 from vlmscope.tasks.headline_numbers import numbers_of
-from vlmscope.tasks.steps import amplify
 from vlmscope.tasks.steps.bench import Bench
 
 SMALL = ["pairs.train=16", "pairs.test=24", "interchange.steps=2"]
-ALWAYS = ["interchange.strengths=[6,8]", "trainer.threads=1"]
-STEERED = "amplify/fingers/counterfactual/strength_8/follow_rate"
+ALWAYS = ["settings.six.strength=[6,8]", "settings.five.strength=[6,8]", "trainer.threads=1"]
+STEERED = "amplify/six/strength_8"
 
 
 def configured(overrides: list[str]) -> AppConfig:
@@ -51,8 +52,8 @@ def shuffled(bench: Bench) -> Iterator[None]:
 def judged(bench: Bench, tmp_path: Path) -> dict[str, Number]:
     again = Bench(bench.cfg, tmp_path)
     again.vlm, again.scope = bench.vlm, bench.scope
-    amplify.run(again)
-    return {number.metric: number for number in numbers_of(bench.cfg.headline, again.metrics)}
+    found = again.metrics | run_declared(again)
+    return {number.metric: number for number in numbers_of(bench.cfg.headline, found)}
 
 
 def missed(number: Number, bench: Bench) -> bool:
@@ -80,8 +81,8 @@ def test_shuffled_decoder_rows_miss_a_range(bench: Bench, tmp_path: Path) -> Non
 
 
 def test_edits_that_are_not_applied_miss_a_range(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = amplify.run_edited
-    monkeypatch.setattr(amplify, "run_edited", lambda scope, batch, plan: real(scope, batch, {}))
+    real = trials.run_edited
+    monkeypatch.setattr(trials, "run_edited", lambda scope, batch, plan, *rest: real(scope, batch, {}, *rest))
     found = judged(bench, tmp_path)
     assert missed(found[STEERED], bench), found[STEERED].told
 

@@ -6,25 +6,37 @@ contrast; and counterfactual pairs (`PairSource`), whose features are chosen by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.config import CircuitConfig
-from vlmscope.circuits.operations import Ablate, Carry, Exchange
+from vlmscope.circuits.interchange import all_features
+from vlmscope.circuits.interchange_config import InterchangeConfig
+from vlmscope.circuits.operations import Ablate, Carry, Exchange, Shift, Toward
+from vlmscope.circuits.pair_effects import pair_effects
+from vlmscope.circuits.pair_subject import PairSubject, pair_subject
 from vlmscope.circuits.plans import union
 from vlmscope.circuits.trial_config import SettingConfig, TrialConfig
 from vlmscope.core.errors import UserError
+from vlmscope.core.intervention import CircuitFeature, Supernode
+from vlmscope.data.config import PairsConfig
 from vlmscope.data.images import png_bytes
+from vlmscope.data.pairs import Pair, Side, load_pairs
+from vlmscope.interventions.named import by_layer, donor_activations, mean_activations
 from vlmscope.interventions.run import base_run
-from vlmscope.interventions.trials import Cases, Operation, Setting, Trial
+from vlmscope.interventions.trials import Cases, Features, Operation, Setting, Trial
 from vlmscope.models.base import ModelInputs
+from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
 
+ALL, OWN, EACH = "all", "own", "each"  # sets of features that a trial may name besides questions and supernodes
 Pictures = Callable[[str, str, int], Sequence[Image.Image]]  # concept, split, count
 
 
@@ -35,12 +47,14 @@ class Declared:
     Attributes:
         cases: case set -> its questions' cases.
         operation: makes the operation of a trial for a case set, at most `limit` features.
-        means: layer -> [F], by which controls are matched.
+        means: layer -> [F], by which controls are matched; or what gives those of a trial on a case set.
+        sets: names of the sets of features that `features: each` goes through, as trials `<trial>/<set>`.
     """
 
     cases: Mapping[str, Sequence[Cases]]
     operation: Callable[[TrialConfig, Cases, int | None], Operation]
-    means: Mapping[int, Tensor]
+    means: Mapping[int, Tensor] | Callable[[TrialConfig, Cases], Mapping[int, Tensor]]
+    sets: Sequence[str] = ()
 
     def trials(self, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]) -> Iterator[Trial]:
         """Every trial in its settings, in the order of the declaration.
@@ -54,15 +68,25 @@ class Declared:
             for one in setting.of or trials:
                 if one not in trials:
                     raise UserError(f"settings.{name}.of: no trial {one!r}; there are {', '.join(trials)}")
-                declared = trials[one]
-                for cases in self.cases[setting.cases]:
-                    some = cases if setting.first is None else cases.select(range(min(setting.first, cases.batch.size)))
-                    for found in setting.combinations(declared.strength):
-                        limit = found["limit"]
-                        where = Setting(
-                            name, **found, matched=setting.matched, random_direction=setting.random_direction
-                        )
-                        yield Trial(one, self.operation(declared, cases, limit), [some], [where], self.means)
+                for called, declared in self.spread(one, trials[one]).items():
+                    for cases in self.cases[setting.cases]:
+                        yield from self._settings(called, declared, cases, name, setting)
+
+    def spread(self, name: str, trial: TrialConfig) -> dict[str, TrialConfig]:
+        """The trial itself, or one for each set of features."""
+        if trial.features != EACH:
+            return {name: trial}
+        return {f"{name}/{found}": replace(trial, features=found) for found in self.sets}
+
+    def _settings(
+        self, called: str, declared: TrialConfig, cases: Cases, name: str, setting: SettingConfig
+    ) -> Iterator[Trial]:
+        some = cases if setting.first is None else cases.select(range(min(setting.first, cases.batch.size)))
+        means = self.means(declared, cases) if callable(self.means) else self.means
+        draws = {"matched": setting.matched, "random_direction": setting.random_direction}
+        for found in setting.combinations(declared.strength):
+            do = self.operation(declared, cases, found["limit"])
+            yield Trial(called, do, [some], [Setting(name, **found, **draws)], means)
 
 
 def answer_token(scope: Scope, word: str) -> int:
@@ -159,3 +183,241 @@ def concept_operation(circuit: Circuit, config: CircuitConfig) -> Callable[[Tria
         raise UserError(f"trials: do={trial.do} needs pairs; with two concepts choose exchange, carry or ablate")
 
     return made
+
+
+def pairs_by_question(config: PairsConfig, split: str) -> dict[str, list[Pair]]:
+    """The pairs of a split by question. Of a question whose answer differs in some pairs, only those count."""
+    found: dict[str, list[Pair]] = {}
+    for pair in load_pairs(config, split):
+        found.setdefault(pair.question, []).append(pair)
+    return {name: [p for p in some if p.moves] or some for name, some in found.items()}
+
+
+def subject_of_pairs(
+    scope: Scope,
+    question: str,
+    pairs: Sequence[Pair],
+    least: int,
+    answerable: bool = True,
+    modes: Collection[str] = ("free",),
+) -> PairSubject:
+    """Both sides of a question's pairs, run once.
+
+    Args:
+        scope: the model and its transcoders.
+        question: its name.
+        pairs: its pairs.
+        least: how many must be left.
+        answerable: keep only pairs that are answered rightly on both sides; else all.
+        modes: those that the originals will be edited in.
+    """
+
+    def tokens(sides: Sequence[Side]) -> Tensor:
+        known = {word: answer_token(scope, word) for word in {side.answer for side in sides}}
+        return torch.tensor([known[side.answer] for side in sides], device=scope.adapter.device)
+
+    originals, others = [pair.original for pair in pairs], [pair.counterfactual for pair in pairs]
+    inputs = [[scope.inputs(side.prompt, list(side.images)) for side in sides] for sides in (originals, others)]
+    return pair_subject(scope, question, *inputs, tokens(originals), tokens(others), least, answerable, modes)
+
+
+def pair_cases(scope: Scope, subject: PairSubject, pairs: Sequence[Pair], name: str = "test") -> Cases:
+    """The originals as recipients and the counterfactuals as donors; `pairs` are those that the subject chose from."""
+    kept = [pairs[row] for row in subject.rows.tolist()]
+    return Cases(
+        name,
+        subject.question,
+        subject.batch,
+        subject.base,
+        subject.tokens,
+        subject.other_tokens,
+        tuple(pair.id for pair in kept),
+        subject.other,
+        subject.other_logits,
+        inputs=tuple(scope.inputs(pair.original.prompt, list(pair.original.images)) for pair in kept),
+        prompt=kept[0].original.prompt,
+        pngs=tuple(_both_sides(pair) for pair in kept),
+    )
+
+
+def _both_sides(pair: Pair) -> bytes:
+    """Original and counterfactual in one picture, the original alone where they differ in height."""
+    sides = [np.asarray(side.images[0]) for side in (pair.original, pair.counterfactual) if side.images]
+    if not sides:
+        return png_bytes(np.full((8, 8, 3), 255, np.uint8))
+    same = len({side.shape[0] for side in sides}) == 1
+    return png_bytes(np.concatenate(sides, 1) if same else sides[0], 256)
+
+
+@dataclass
+class PairSource:
+    """Counterfactual pairs: case sets, the features of each question, and operations on them.
+
+    Features are chosen, for each question whose answers differ, by estimated effect on training pairs; or they are
+    the supernodes of a given circuit, which keep to their positions.
+
+    Attributes:
+        scope: the model and its transcoders.
+        pairs: which pairs.
+        config: how features are chosen.
+        circuit: a given circuit, instead of choosing.
+        deepest: the most features that any setting asks for.
+        accuracy: once there are cases, `base/<question>/<side>/accuracy` and how many pairs are used.
+    """
+
+    scope: Scope
+    pairs: PairsConfig
+    config: InterchangeConfig
+    circuit: Circuit | None = None
+    deepest: int = 0
+    accuracy: dict[str, float] = field(default_factory=dict)
+    _sides: list[InputBatch] = field(default_factory=list)
+    _subjects: dict[str, PairSubject] = field(default_factory=dict)
+    _ranked: dict[str, list[CircuitFeature]] = field(default_factory=dict)
+    _matched: dict[str | None, Mapping[int, Tensor]] = field(default_factory=dict)
+
+    def cases(self, modes: Mapping[str, Collection[str]]) -> dict[str, list[Cases]]:
+        """Case sets "test" (questions whose answers differ within pairs), "counterfactual" (the other side of these
+        pairs, with the same target) and "stays" (questions whose answers do not differ: the target is the answer).
+
+        Args:
+            modes: case set -> modes that it will be edited in.
+
+        Raises:
+            UserError: no question's answer differs, or too few pairs are answered rightly.
+        """
+        found: dict[str, list[Cases]] = {"test": [], "stays": [], "counterfactual": []}
+        for question, pairs in pairs_by_question(self.pairs, "test").items():
+            name = "test" if pairs[0].moves else "stays"
+            subject = self.subject(question, pairs, modes.get(name, ("free",)))
+            cases = pair_cases(self.scope, subject, pairs, name)
+            found[name].append(cases)
+            self._sides += [subject.batch, subject.other]
+            self.accuracy[f"base/{question}/pairs"] = float(subject.size)
+            for side, rate in zip(("original", "counterfactual", "both"), subject.accuracy, strict=True):
+                self.accuracy[f"base/{question}/{side}/accuracy"] = rate.value
+            if name == "test" and "counterfactual" in modes:
+                base = base_run(self.scope, subject.other, modes["counterfactual"])
+                other = replace(
+                    cases,
+                    name="counterfactual",
+                    batch=subject.other,
+                    base=base,
+                    inputs=(),
+                    donors=None,
+                    donor_logits=None,
+                )
+                found["counterfactual"].append(other)
+        if not found["test"]:
+            raise UserError("no question's answer differs within a pair: there is nothing that could follow")
+        return found
+
+    def subject(self, question: str, pairs: Sequence[Pair], modes: Collection[str] = ("free",)) -> PairSubject:
+        """The pairs that count, as `interchange` has it."""
+        return subject_of_pairs(self.scope, question, pairs, self.config.least, self.config.answerable, modes)
+
+    @cached_property
+    def _training(self) -> dict[str, list[Pair]]:
+        return pairs_by_question(self.pairs, "train")
+
+    @cached_property
+    def questions(self) -> list[str]:
+        """Those whose answers differ within training pairs, so that features can be chosen for them."""
+        return [name for name, pairs in self._training.items() if pairs[0].moves]
+
+    def training(self, question: str) -> PairSubject:
+        """The training pairs of a question, kept for the next call.
+
+        Raises:
+            UserError: it has none.
+        """
+        if question not in self._training:
+            raise UserError(f"question {question!r} has no training pairs to choose features by: raise pairs.train")
+        if question not in self._subjects:
+            self._subjects[question] = self.subject(question, self._training[question])
+        return self._subjects[question]
+
+    def ranked(self, question: str) -> list[CircuitFeature]:
+        """The features of a question by estimated effect on its training pairs, best first.
+
+        Raises:
+            UserError: it has no training pairs, or their answers do not differ.
+        """
+        if question not in self._ranked:
+            subject = self.training(question)
+            if not subject.moves:
+                raise UserError(
+                    f"question {question!r}: its answer is the same on both sides, so no feature changes it"
+                )
+            effects = pair_effects(self.scope, subject, self.config.steps)
+            self._ranked[question] = effects.ranked(max(self.config.features, self.deepest))
+        return self._ranked[question]
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The sets of features by name: supernodes of the given circuit, or questions."""
+        return tuple(self.questions if self.circuit is None else self.circuit.supernodes)
+
+    def chosen(self, named: str | None, question: str, limit: int | None) -> tuple[Features, tuple[Supernode, ...]]:
+        """A set of features, at most `limit`, and the supernodes whose positions they keep to.
+
+        Args:
+            named: a question or a supernode; OWN or None: those of the case set's question, or the whole circuit.
+            question: that of the case set.
+            limit: how many; `config.features` of those chosen here, and all of a circuit, when None.
+
+        Raises:
+            UserError: there is no such set.
+        """
+        if named == ALL:
+            return all_features(self.scope.transcoders), ()
+        own = named in (None, OWN)
+        if self.circuit is not None and (own or named in self.circuit.supernodes):
+            nodes = [node for name, node in self.circuit.supernodes.items() if own or name == named]
+            members = [member for node in nodes for member in node.features[:limit]]
+            return self._by_layer(members), tuple(nodes)
+        wanted = question if own else str(named)
+        if self.circuit is not None or wanted not in self.questions:
+            there = ", ".join((ALL, OWN, EACH, *self.sets))
+            raise UserError(f"trials: features={named}: no such set for question {question!r}; choose from {there}")
+        return self._by_layer(self.ranked(wanted)[: limit or self.config.features]), ()
+
+    def _by_layer(self, members: Sequence[CircuitFeature]) -> Features:
+        return by_layer(self.scope.transcoders, [member.feature for member in members])
+
+    def operation(self, trial: TrialConfig, cases: Cases, limit: int | None) -> Operation:
+        """The operation of a trial on a case set.
+
+        Raises:
+            UserError: it needs two concepts, or features that are not there.
+        """
+        if trial.do == "carry" and trial.features == ALL and not trial.pooled and trial.strength == 1:
+            return Carry(None)
+        features, nodes = self.chosen(trial.features, cases.question, limit)
+        if trial.do == "carry":
+            return Carry(features, trial.pooled, nodes)
+        if trial.do == "toward":
+            return Toward(features, nodes)
+        if trial.do == "ablate":
+            return Ablate(features, nodes)
+        if trial.do == "shift":
+            return Shift(self.change(cases.question, features), nodes)
+        raise UserError(f"trials: do={trial.do} needs two concepts; with pairs choose carry, toward, shift or ablate")
+
+    def change(self, question: str, features: Features) -> dict[int, tuple[Tensor, Tensor]]:
+        """Layer -> (features [n], mean change [T, n] of activation from original to counterfactual, training pairs)."""
+        train = self.training(question)
+        before, after = (donor_activations(self.scope, side, features) for side in (train.batch, train.other))
+        return {layer: (found, (after[layer][1] - values).mean(0)) for layer, (found, values) in before.items()}
+
+    def means(self, trial: TrialConfig, cases: Cases) -> Mapping[int, Tensor]:
+        """Mean activations by which controls are matched: on both sides of the pairs that its values come from."""
+        if trial.do == "shift":
+            train = self.training(cases.question)
+            return self._means(cases.question, [train.batch, train.other])
+        return self._means(None, self._sides)
+
+    def _means(self, key: str | None, batches: Sequence[InputBatch]) -> Mapping[int, Tensor]:
+        if key not in self._matched:
+            self._matched[key] = mean_activations(self.scope, batches, self.scope.transcoders.layers)
+        return self._matched[key]

@@ -19,9 +19,10 @@ class InterchangeConfig:
         counts: points of the curve over the number of features.
         steps: inputs at which gradients are taken for the estimate.
         generate: pairs on which the answer is generated too, token by token; 0 leaves that out.
+        answerable: only pairs count that are answered rightly on both sides; false takes all.
         least: fewer answerable pairs than this give no interval, and an error.
-        scenes: train and held-out scenes on which `sum_features` and `number_line` look at what features say.
-        strengths: of `amplify` and `number_dose`, in units of the (mean) change from original to counterfactual.
+        scenes: train and held-out scenes on which visual_arithmetic and counting look at what features say.
+        strengths: of `number_dose`, in units of the (mean) change from original to counterfactual.
         transfer: pairs of each split that `pair_transfer` parts by another fact.
     """
 
@@ -30,6 +31,7 @@ class InterchangeConfig:
     counts: list[int] = field(default_factory=lambda: [10, 30, 100, 300, 1000])
     steps: int = 5
     generate: int = 20
+    answerable: bool = True
     least: int = 10
     scenes: list[int] = field(default_factory=lambda: [1500, 700])
     strengths: list[float] = field(default_factory=lambda: [0.0, 1.0, 2.0, 4.0, 6.0, 8.0])

@@ -15,11 +15,24 @@ from torch import Tensor
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.interchange import whole_plan
 from vlmscope.circuits.plans import at_supernodes, steer_plan
+from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Supernode
 from vlmscope.interventions.edits import AnyPlan, LayerEdit, set_features
 from vlmscope.interventions.named import donor_activations, patch_plan
 from vlmscope.interventions.trials import Cases, Features
+from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
+
+
+def _donors(cases: Cases) -> InputBatch:
+    """The donors of a case set.
+
+    Raises:
+        UserError: it has none.
+    """
+    if cases.donors is None:
+        raise UserError(f"settings: cases={cases.name} has no donors to carry anything from; choose test, or do: shift")
+    return cases.donors
 
 
 @dataclass(frozen=True)
@@ -39,13 +52,13 @@ class Carry:
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`."""
-        assert cases.donors is not None, f"case set {cases.name!r} has no donors to carry anything from"
+        donors = _donors(cases)
         chosen = self.features if features is None else features
         if chosen is None:
             assert strength == 1, "all features are carried at their own level"
-            return whole_plan(scope, cases.donors)
+            return whole_plan(scope, donors)
         live = {layer: found for layer, found in chosen.items() if len(found)}
-        plan = patch_plan(donor_activations(scope, cases.donors, live), cases.batch.roles, strength, self.pooled)
+        plan = patch_plan(donor_activations(scope, donors, live), cases.batch.roles, strength, self.pooled)
         return at_supernodes(plan, self.nodes, cases.batch.places)
 
 
@@ -54,18 +67,19 @@ class Toward:
     """Move features `strength` of the way from their own activation to the donors' (2: twice as far), never below 0."""
 
     features: Features
+    nodes: tuple[Supernode, ...] = ()
     rereads: ClassVar[bool] = True
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`."""
-        assert cases.donors is not None, f"case set {cases.name!r} has no donors to move toward"
         chosen = self.features if features is None else features
         start = donor_activations(scope, cases.batch, chosen)
-        end = patch_plan(donor_activations(scope, cases.donors, chosen), cases.batch.roles)
-        return {
+        end = patch_plan(donor_activations(scope, _donors(cases), chosen), cases.batch.roles)
+        plan = {
             layer: replace(e, value=(start[layer][1] + strength * (e.value - start[layer][1])).clamp_min(0))
             for layer, e in end.items()
         }
+        return at_supernodes(plan, self.nodes, cases.batch.places)
 
 
 @dataclass(frozen=True)
@@ -73,15 +87,17 @@ class Shift:
     """Add `strength` times a change [T, n] to whatever the activations are."""
 
     change: Mapping[int, tuple[Tensor, Tensor]]
+    nodes: tuple[Supernode, ...] = ()
     rereads: ClassVar[bool] = False
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`."""
         everywhere = torch.ones(cases.batch.length, dtype=torch.bool)
-        return {
+        plan = {
             layer: LayerEdit(found, strength * delta, delta.new_ones(len(found)), everywhere)
             for layer, (found, delta) in self.change.items()
         }
+        return at_supernodes(plan, self.nodes, cases.batch.places)
 
 
 @dataclass(frozen=True)
@@ -89,14 +105,16 @@ class Ablate:
     """Set features to 0 at every position and at generated tokens."""
 
     features: Features
+    nodes: tuple[Supernode, ...] = ()
     rereads: ClassVar[bool] = False
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`."""
         everywhere = torch.ones(cases.batch.length, dtype=torch.bool)
-        return {
+        plan = {
             n: set_features(f, torch.zeros(len(f)), everywhere, torch.zeros(len(f))) for n, f in self.features.items()
         }
+        return at_supernodes(plan, self.nodes, cases.batch.places)
 
 
 @dataclass(frozen=True)

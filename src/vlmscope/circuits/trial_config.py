@@ -33,7 +33,8 @@ class TrialConfig:
     Attributes:
         do: exchange one supernode for another, carry the donor's activations, move toward them, shift by the mean
             change of training pairs, or ablate.
-        features: a set by name (those of a question, a supernode, "all"); the experiment's own where it is null.
+        features: a set by name (a question, a supernode), "all", "each" set in turn (trials `<trial>/<set>`), or "own":
+            those of each question, or the whole circuit that was given; null is the same.
         strength: level of what is raised or carried, in units of its own; a setting may give others.
         gate: of exchange: act in full from this share of the suppressed level; null acts everywhere.
         pooled: of carry: soft tokens get the donor's mean.
@@ -64,8 +65,8 @@ class SettingConfig:
         of: which trials; all when empty.
         cases: which case set.
         mode: free, frozen_attention, direct, or generate (token by token).
-        positions: all, no_last, or roles (image, question, last ...).
-        layers: all, no_last, a layer, or a range such as 0-3 and 4-.
+        positions: all, no_last, roles (image, question, last ...), or each role by itself.
+        layers: all, no_last, a layer, a range such as 0-3 and 4-, or each layer by itself.
         strength: instead of the trial's own.
         limit: at most so many features a layer (exchange) or in all.
         matched: draws of matched features.
@@ -113,7 +114,7 @@ class MarkConfig:
     """One part of a report, drawn from the run folder's tables (docs/experiments.md).
 
     Attributes:
-        mark: cards, bars, table, curve, matrix, examples, features, picture or text.
+        mark: cards, bars, table, curve, matrix, heatmap, examples, features, picture or text.
         title: over it.
         trials: which trials and settings, as "steer/main"; all when empty.
         x, by: columns of the table.

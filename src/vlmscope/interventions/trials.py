@@ -101,8 +101,8 @@ class Setting:
     Attributes:
         name: for the table and for metrics.
         mode: "free", "frozen_attention", "direct", or "generate" (token by token with a KV cache).
-        positions: "all", "no_last", or a role.
-        layers: "all", "no_last", "0-5" or "3-" (both ends included).
+        positions: "all", "no_last", a role, or "each" role by itself.
+        layers: "all", "no_last", "0-5" or "3-" (both ends included), or "each" layer by itself.
         strength: passed to the operation.
         limit: how many features the operation was made with, for the table; None for all.
         matched: draws of as many features, matched by layer and mean activation.
@@ -117,6 +117,12 @@ class Setting:
     limit: int | None = None
     matched: int = 1
     random_direction: int = 0
+
+    def everywhere(self, layers: Sequence[int], roles: np.ndarray) -> list[Setting]:
+        """The setting itself; where its layers or positions are "each", one for each layer or role in reading order."""
+        over = [str(layer) for layer in layers] if self.layers == "each" else [self.layers]
+        places = dict.fromkeys(roles.tolist()) if self.positions == "each" else [self.positions]
+        return [replace(self, layers=layer, positions=place) for layer in over for place in places]
 
     def restrict(self, plan: AnyPlan, roles: np.ndarray, n_layers: int) -> AnyPlan:
         """The part of a plan that lies in the setting's layers and positions."""
@@ -160,24 +166,30 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
 
 
 def _parts(scope: Scope, trial: Trial, seed: int) -> Iterator[pd.DataFrame]:
-    n_layers = scope.adapter.n_layers
     for setting in trial.settings:
         for cases in trial.cases:
             whole = trial.do.plan(scope, cases, setting.strength)
-            plan = setting.restrict(whole, cases.batch.roles, n_layers)
-            size = sum(len(edit.features) for edit in plan.values())
-            labels = {"operation": trial.operation, "setting": setting.name, "mode": setting.mode,
-                      "positions": setting.positions, "layers": setting.layers, "strength": setting.strength,
-                      "limit": setting.limit,
-                      "cases": cases.name, "question": cases.question, "features": size}  # fmt: skip
-            yield _run(scope, cases, plan, setting).assign(**labels, control="", draw=0)
-            edits = {layer: edit for layer, edit in plan.items() if isinstance(edit, LayerEdit)}
-            for draw in control_draws(seed, setting.matched if edits else 0):
-                control = _matched(scope, trial, cases, setting, edits, draw)
-                yield _run(scope, cases, control, setting).assign(**labels, control="matched", draw=draw)
-            for draw in control_draws(seed, setting.random_direction):
-                logits = run_random_direction(scope, cases.batch, plan, draw)
-                yield _outcome(cases, logits).assign(**labels, control="random_direction", draw=draw)
+            for here in setting.everywhere(scope.transcoders.layers, cases.batch.roles):
+                plan = here.restrict(whole, cases.batch.roles, scope.adapter.n_layers)
+                yield from _with_controls(scope, trial, cases, here, plan, seed)
+
+
+def _with_controls(
+    scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: AnyPlan, seed: int
+) -> Iterator[pd.DataFrame]:
+    size = sum(len(edit.features) for edit in plan.values())
+    labels = {"operation": trial.operation, "setting": setting.name, "mode": setting.mode,
+              "positions": setting.positions, "layers": setting.layers, "strength": setting.strength,
+              "limit": setting.limit,
+              "cases": cases.name, "question": cases.question, "features": size}  # fmt: skip
+    yield _run(scope, cases, plan, setting).assign(**labels, control="", draw=0)
+    edits = {layer: edit for layer, edit in plan.items() if isinstance(edit, LayerEdit)}
+    for draw in control_draws(seed, setting.matched if edits else 0):
+        control = _matched(scope, trial, cases, setting, edits, draw)
+        yield _run(scope, cases, control, setting).assign(**labels, control="matched", draw=draw)
+    for draw in control_draws(seed, setting.random_direction):
+        logits = run_random_direction(scope, cases.batch, plan, draw)
+        yield _outcome(cases, logits).assign(**labels, control="random_direction", draw=draw)
 
 
 def _matched(scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: Plan, draw: int) -> AnyPlan:
@@ -208,23 +220,32 @@ def _outcome(cases: Cases, logits: Tensor) -> pd.DataFrame:
     """One row per case.
 
     `said` is the most probable token, `hit` whether it is the target, `changed` whether it is no longer the unedited
-    answer; `drop` by how many nats the log-probability of the answer fell, `kl` the divergence of the next token from
-    the unedited run in nats. `recovered` is the share of the logit difference between target and answer that the edit
-    brings about: 0 when nothing moved, 1 when the logits are as far apart as in the donor's own run (Zhang and Nanda,
-    arXiv 2309.16042); missing without donor logits, where target and answer are the same or where the donor's logits
-    are no further apart.
+    answer; `answer` and `target` are those tokens, `p_target` the target's probability and `gap` its logit minus the
+    answer's, under the edit; `drop` by how many nats the log-probability of the answer fell, `kl` the divergence of the
+    next token from the unedited run in nats. `recovered` is the share of the logit difference between target and answer
+    that the edit brings about: 0 when nothing moved, 1 when the logits are as far apart as in the donor's own run
+    (Zhang and Nanda, arXiv 2309.16042); missing without donor logits, where target and answer are the
+    same or where the donor's logits are no further apart.
     """
     before, after = (x.double().numpy(force=True) for x in (cases.base.logits, logits))
     said, answer, target = (x.numpy(force=True) for x in (logits.argmax(-1), cases.answer, cases.target))
     rows = np.arange(len(said))
     table = pd.DataFrame({"case": cases.ids, "said": said, "hit": said == target, "changed": said != answer})
     log_before, log_after = log_softmax(before), log_softmax(after)
+    table["answer"], table["target"] = answer, target
+    table["p_target"] = np.exp(log_after[rows, target])
+    table["gap"] = now = _gap(cases, logits)
     table["drop"] = log_before[rows, answer] - log_after[rows, answer]
     table["kl"] = (np.exp(log_before) * (log_before - log_after)).sum(-1)
     if cases.donor_logits is not None:
-        end = cases.donor_logits.double().numpy(force=True)
-        start, now, full = (x[rows, target] - x[rows, answer] for x in (before, after, end))
+        start, full = _gap(cases, cases.base.logits), _gap(cases, cases.donor_logits)
         table["recovered"] = np.divide(
             now - start, full - start, out=np.full(len(rows), np.nan), where=(target != answer) & (full != start)
         )
     return table
+
+
+def _gap(cases: Cases, logits: Tensor) -> np.ndarray:
+    """[B], the target's logit minus the answer's; logits [B, V]."""
+    rows = torch.arange(len(logits), device=logits.device)
+    return (logits[rows, cases.target] - logits[rows, cases.answer]).double().numpy(force=True)

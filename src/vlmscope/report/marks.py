@@ -8,7 +8,7 @@ A run folder has `trials.parquet` (one row per case, trial and control draw), an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,10 +49,11 @@ class Declared(Protocol):
 
 @dataclass(frozen=True)
 class Folder:
-    """A run folder as marks read it; `measures` says what the rate of each "operation/setting" counts."""
+    """A run folder as marks read it: what the rate of each "operation/setting" counts, and the declared settings."""
 
     path: Path
     measures: Mapping[str, str] = field(default_factory=dict)
+    settings: Collection[str] = ()
 
     def file(self, name: str) -> Path:
         """A file of the folder.
@@ -88,7 +89,8 @@ class Folder:
             return table
         keys = table.operation + "/" + table.setting
         wanted = keys.isin(names) | table.setting.isin(names)
-        missing = [name for name in names if not (keys.eq(name) | table.setting.eq(name)).any()]
+        # A setting whose case set was empty, such as questions that stay, has no trial, and that is no mistake.
+        missing = [n for n in names if n not in self.settings and not (keys.eq(n) | table.setting.eq(n)).any()]
         if missing:
             raise UserError(f"report: no trial {missing[0]!r}; there are {', '.join(dict.fromkeys(keys))}")
         return table[wanted]
@@ -108,7 +110,8 @@ class Folder:
         chosen = measure or mark.y
         if chosen is not None and chosen not in table:
             raise UserError(f"report: trials have no column {chosen!r}; choose from {', '.join(table.columns)}")
-        measures = (table.operation + "/" + table.setting).map(lambda key: self.measures.get(key, "hit"))
+        trials = table.operation.str.partition("/")[0]  # "carry/name" is the trial `carry` with the features of a name
+        measures = (trials + "/" + table.setting).map(lambda key: self.measures.get(key, "hit"))
         parts = [
             rates(part, by, chosen or str(own)) for (_, own), part in table.groupby(["operation", measures], sort=False)
         ]
@@ -166,9 +169,13 @@ def curve(folder: Folder, name: str, mark: Declared) -> list[Section]:
         if rows.matched.notna().all():
             flat = tuple(map(float, rows.matched))
             lines.append(Curve(f"{called}, matched", tuple(map(float, at)), flat, flat, flat))
-    draw = figures.feature_count_curve if x == "limit" else figures.dose_response
+    path, share = folder.path / "figures" / f"{name}.png", mark.y in (None, "hit", "changed", "recovered")
+    said = f"{label(mark.y or 'hit')}{' (%)' if share else ''}"
     xlabel = {"limit": "features edited (number)", "layers": "layer"}.get(x, label(x))
-    drawn = draw(lines, folder.path / "figures" / f"{name}.png", xlabel, f"{label(mark.y or 'hit')} (%)")
+    if x == "limit":
+        drawn = figures.feature_count_curve(lines, path, xlabel, said)
+    else:
+        drawn = figures.dose_response(lines, path, xlabel, said, percent=share)
     return [Figure(mark.title or f"Against {x}", (_picture(drawn, f"{mark.title} against {x}"),), mark.says)]
 
 
@@ -188,6 +195,22 @@ def matrix(folder: Folder, name: str, mark: Declared) -> list[Section]:
             Figure(f"{mark.title} {label(str(operation))}".strip(), (_picture(drawn, alt, True),), mark.says)
         )
     return sections
+
+
+def heatmap(folder: Folder, name: str, mark: Declared) -> list[Section]:
+    """A measure by layer and position, a panel for each question."""
+    by, x = mark.by or "layers", mark.x or "positions"
+    found: Any = folder.rates(mark, ["operation", "question", by, x])
+    pictures = []
+    key: Any
+    for key, of in found.groupby(level=["operation", "question"], sort=False):
+        cells = of.value.droplevel(["operation", "question"]).unstack(sort=False)
+        said = f"{label(mark.y or 'hit')}, question: {key[1]}"
+        path = folder.path / "figures" / f"{name}_{key[1]}.png"
+        values, rows = np.round(cells.to_numpy(), 3) + 0.0, [str(row) for row in cells.index]
+        figures.layer_role_heatmap(values, rows, list(cells.columns), path, said, label(x), label(by))
+        pictures.append(_picture(path, said))
+    return [Figure(mark.title or label(name), tuple(pictures), mark.says)]
 
 
 def examples(folder: Folder, name: str, mark: Declared) -> list[Section]:
@@ -223,7 +246,7 @@ def text(folder: Folder, name: str, mark: Declared) -> list[Section]:
 
 
 MARKS: dict[str, Callable[[Folder, str, Any], list[Section]]] = {
-    one.__name__: one for one in (cards, bars, table, curve, matrix, examples, features, picture, text)
+    one.__name__: one for one in (cards, bars, table, curve, matrix, heatmap, examples, features, picture, text)
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     check_marks(cfg.report, {name: setting.of or list(cfg.trials) for name, setting in cfg.settings.items()})
     bench = Bench(cfg, context.run_dir, analysis=settings)
     if cfg.trials:
-        bench.metrics |= run_declared(bench)
+        bench.metrics |= run_declared(bench, analysis)
     if analysis is not None:
         bench.metrics |= analysis.analyse(bench)
     draw_report(context.run_dir, asdict(cfg), bench.metrics)
@@ -121,13 +122,18 @@ def own_settings(given: Mapping[str, Any], analysis: Any) -> Any:
         raise UserError(f"analysis.{error.full_key}: {str(error.msg).splitlines()[0]}; correct it") from error
 
 
-def run_declared(bench: Bench) -> dict[str, float]:
-    """All trials: trials.parquet, examples.parquet and their metrics."""
+def run_declared(bench: Bench, analysis: Any = None) -> dict[str, float]:
+    """All trials, with those of `analysis.trials(bench, declared)`: trials.parquet, examples.parquet and metrics."""
+    from itertools import chain
+
     from vlmscope.core.artifacts import atomic_path
     from vlmscope.interventions.trials import run_trials
 
-    cfg, declared = bench.cfg, from_circuit(bench)
-    table = run_trials(bench.scope, declared.trials(cfg.trials, cfg.settings), cfg.seed)
+    cfg = bench.cfg
+    declared = from_circuit(bench) if cfg.pairs is None else from_pairs(bench)
+    trials = declared.trials(cfg.trials, cfg.settings)
+    own = getattr(analysis, "trials", None)
+    table = run_trials(bench.scope, chain(trials, own(bench, declared) if own else ()), cfg.seed)
     with atomic_path(bench.run_dir / "trials.parquet") as temporary:
         table.to_parquet(temporary, index=False)
     write_examples(bench, declared)
@@ -202,6 +208,32 @@ def evidence_items(bench: Bench, count: int = 10) -> list[StudyItem]:
     return items
 
 
+def from_pairs(bench: Bench) -> Declared:
+    """Counterfactual pairs with the features of a given circuit, or with some chosen on training pairs and saved."""
+    from vlmscope.circuits.circuit import Circuit, load_circuit, save_circuit, with_labels
+    from vlmscope.circuits.experiment import ALL, Declared, PairSource
+    from vlmscope.core.intervention import Supernode
+
+    cfg, config = bench.cfg, bench.cfg.interchange
+    assert cfg.pairs is not None, "cases come from pairs where there are some"
+    circuit = None if config.circuit is None else load_circuit(Path(config.circuit))
+    if circuit is not None:
+        circuit.check_fits(bench.vlm.name, bench.transcoders.widths, str(config.circuit))
+    modes: dict[str, set[str]] = {}
+    for setting in cfg.settings.values():
+        modes.setdefault(setting.cases, set()).update(set(setting.mode) - {"generate"})
+    deepest = max((limit for setting in cfg.settings.values() for limit in setting.limit), default=0)
+    source = PairSource(bench.scope, cfg.pairs, config, circuit, deepest)
+    cases = source.cases(modes)
+    bench.metrics |= source.accuracy
+    if circuit is None and any(trial.features != ALL for trial in cfg.trials.values()):
+        ranked = {name: source.ranked(name)[: config.features] for name in source.questions}
+        nodes = {name: with_labels(Supernode(name, tuple(found)), bench.labels) for name, found in ranked.items()}
+        found = Circuit(nodes, {}, model=bench.vlm.name, n_features=bench.transcoders.widths)
+        save_circuit(found, bench.run_dir / "circuits" / (cfg.pairs.change or "pairs"))
+    return Declared(cases, source.operation, source.means, source.sets)
+
+
 def third_cases(bench: Bench) -> Sequence[Cases]:
     """Pictures of a concept that is neither; a hit is the donor's word."""
     from vlmscope.circuits.experiment import answer_token, bystanders
@@ -263,12 +295,12 @@ def trial_metrics(
 ) -> dict[str, float]:
     """`steer/main` (the worst question) with `_ci_low`, `_ci_high`, `_control`, and `steer/main/name`.
 
-    A setting of several modes gives `steer/frozen/direct`; one of several strengths or places is in the table alone.
-    Further measures of a setting are means over its cases: `steer/unrelated_kl`.
+    A setting of several modes gives `steer/frozen/direct`, one of several strengths or limits `steer/dose/strength_2`
+    (the worst question) alone; several places are in the table. Further measures of a setting are means over its cases:
+    `steer/unrelated_kl`.
     """
     import numpy as np
 
-    from vlmscope.circuits.trial_config import measures_of
     from vlmscope.metrics.table import rates, worst
 
     metrics: dict[str, float] = {}
@@ -276,15 +308,23 @@ def trial_metrics(
     key: Any
     part: Any
     for key, part in table.groupby(["operation", "setting"], sort=False):
-        operation, setting = key
-        if (part.groupby("mode")[axes].nunique(dropna=False) > 1).to_numpy().any():
+        operation, setting = map(str, key)
+        measure, *others = counted(trials, settings, operation, setting)
+        varied = [axis for axis in axes if (part.groupby("mode")[axis].nunique(dropna=False) > 1).any()]
+        if varied in (["strength"], ["limit"]) and part["mode"].nunique() == 1:
+            doses: Any = rates(part, [*varied, "question"], measure)
+            lowest = doses.groupby(level=varied[0], sort=False)["value"].min()
+            metrics |= {f"{operation}/{setting}/{varied[0]}_{dose:g}": value for dose, value in lowest.items()}
+        if varied:
             continue
         several = part["mode"].nunique() > 1
-        measure, *others = measures_of(vars(trials[str(operation)]), vars(settings[str(setting)]))
         for mode, of in part.groupby("mode", sort=False):
             name = f"{operation}/{setting}" + (f"/{mode}" if several else "")
             found: Any = rates(of, ["setting", "question"], measure)
             metrics |= {f"{name}_{other}": float(of[of.control == ""][other].mean()) for other in others}
+            if "/" in operation:  # another set's features on a question: no question is the worst of them
+                metrics |= {f"{name}/{question}": one.value for (_, question), one in found.iterrows()}
+                continue
             row = (worst(found, "question") if len(found) > 1 else found).iloc[0]
             metrics |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
             if not np.isnan(row.matched):
@@ -294,8 +334,21 @@ def trial_metrics(
     return metrics
 
 
+def counted(
+    trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig], operation: str, setting: str
+) -> list[str]:
+    """The measures of a trial in a setting, its rate first; "hit" of trials that an experiment makes by itself."""
+    from vlmscope.circuits.trial_config import measures_of
+
+    trial, where = trials.get(operation.partition("/")[0]), settings.get(setting)
+    if trial is None or where is None:
+        return ["hit" if trial is None else trial.measure]
+    return measures_of(vars(trial), vars(where))
+
+
 def write_examples(bench: Bench, declared: Declared) -> None:
     """examples.parquet: some answers before and after each exchange and transfer, in free mode everywhere."""
+    from vlmscope.circuits.experiment import EACH
     from vlmscope.core.intervention import AnswerExample
     from vlmscope.interventions.run import run_edited
     from vlmscope.report.marks import write_records
@@ -304,7 +357,7 @@ def write_examples(bench: Bench, declared: Declared) -> None:
     for cases in declared.cases["test"]:
         few = cases.select(range(min(2, cases.batch.size)))
         for name, trial in bench.cfg.trials.items():
-            if trial.do not in ("exchange", "carry"):
+            if trial.do not in ("exchange", "carry") or trial.features == EACH:
                 continue
             plan = declared.operation(trial, few, None).plan(bench.scope, few, trial.strength)
             logits = run_edited(bench.scope, few.batch, plan)

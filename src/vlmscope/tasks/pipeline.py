@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 KINDS = (
     "cross_modal",
-    "interchange", "sum_features", "amplify", "pairs_report",
+    "interchange", "pairs_report",
     "layer_reading", "layer_ranges", "hierarchy_report",
     "cross_modal_association", "cross_modal_report",
     "number_line", "number_dose", "pair_transfer", "dissociation", "object_places",

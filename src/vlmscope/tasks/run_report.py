@@ -33,7 +33,7 @@ def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str,
         for setting, where in settings["settings"].items()
     }
     check_marks(marks, {key: one["of"] or list(settings["trials"]) for key, one in settings["settings"].items()})
-    found = Folder(folder, counted)
+    found = Folder(folder, counted, settings["settings"])
     sections: list[Section] = [number_table(numbers)] if numbers else []
     sections += sections_of(found, marks)
     same = ("The same seed gives the same numbers on the same machine.",)

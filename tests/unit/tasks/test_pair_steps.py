@@ -22,7 +22,7 @@ from vlmscope.data.pairs import Pair, Side
 from vlmscope.interventions.edits import at_positions
 from vlmscope.interventions.named import mean_activations
 from vlmscope.models.tiny import tiny_image
-from vlmscope.tasks.steps import amplify, interchange, layer_ranges
+from vlmscope.tasks.steps import interchange, layer_ranges
 from vlmscope.tasks.steps.dissociation import Cell, check, contrast
 from vlmscope.tasks.steps.interchange import PairCase
 from vlmscope.tasks.steps.number_line import COLUMNS, drawn_scenes, tuned_features
@@ -124,15 +124,13 @@ def test_training_pairs_whose_answers_agree_choose_nothing(
     bench: Any = SimpleNamespace(**vars(base) | {"cfg": cfg})
     side = Side("what ?", (), "x")
     splits = {"test": replace(side, answer="y"), "train": side}
-    for step in (amplify, interchange, layer_ranges):
+    for step in (interchange, layer_ranges):
         monkeypatch.setattr(step, "pairs_of", lambda _b, split: {"name": [Pair("1", "name", "x", side, splits[split])]})
         monkeypatch.setattr(step, "subject_of", lambda *_args, **_kwargs: subject)
         monkeypatch.setattr(step, "pair_effects", lambda *_args: pytest.fail("there is no effect to estimate"))
     cases = {"name": PairCase([], subject)}
     assert interchange.chosen_features(bench, cases) == {}
     assert layer_ranges.effects_of(bench, cases) == {}
-    with pytest.raises(UserError, match="nothing to amplify"):
-        amplify.run(bench)
 
 
 def test_curves_over_counts_are_of_questions_that_move_and_their_controls_follow_the_seed(

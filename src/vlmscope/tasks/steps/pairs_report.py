@@ -13,12 +13,10 @@ from vlmscope.interventions.run import run_edited
 from vlmscope.report import figures
 from vlmscope.report.page import Card, Cards, Examples, Figure, Percent, ReportPage, Section, Table, Text, flip_table
 from vlmscope.report.style import label
-from vlmscope.tasks.steps.amplify_report import amplify_sections, amplify_summary
 from vlmscope.tasks.steps.count_report import dose_sections, number_sections, number_summary, transfer_sections
 from vlmscope.tasks.steps.interchange import ALL, CIRCUIT, InterchangeRow, PairCase, roles_of
 from vlmscope.tasks.steps.object_report import dissociation_sections, object_summary, place_sections
-from vlmscope.tasks.steps.report_parts import configuration, figure, picture, rerun
-from vlmscope.tasks.steps.sum_features import KINDS
+from vlmscope.tasks.steps.report_parts import configuration, picture, rerun
 
 if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
@@ -33,19 +31,14 @@ QUESTIONS = {
 def run(bench: Bench) -> None:
     """Write figures/ and report.html."""
     folder = bench.run_dir / "figures"
-    sections: list[Section] = []
-    said = ""
-    if "amplify" not in bench.records or "interchange" in bench.records:
-        record = bench.record("interchange")
-        said = summary(record["rows"])
-        sections += [headline(record), data(bench, record), examples(bench, record, folder)]
-        sections += rate_sections(record["rows"], folder)
-        sections += curve_sections(record, folder)
-        sections += grid_sections(bench, record, folder)
-        sections.append(reading())
+    record = bench.record("interchange")
+    said = summary(record["rows"])
+    sections: list[Section] = [headline(record), data(bench, record), examples(bench, record, folder)]
+    sections += rate_sections(record["rows"], folder)
+    sections += curve_sections(record, folder)
+    sections += grid_sections(bench, record, folder)
+    sections.append(reading())
     for step, made in (
-        ("sum_features", sum_sections),
-        ("amplify", amplify_sections),
         ("number_line", number_sections),
         ("number_dose", dose_sections),
         ("pair_transfer", transfer_sections),
@@ -53,8 +46,6 @@ def run(bench: Bench) -> None:
         ("object_places", place_sections),
     ):
         sections += made(bench, folder) if step in bench.records else []
-    if "amplify" in bench.records:
-        said = f"{said} {amplify_summary(bench)}".strip()
     for step, sentence in (("number_dose", number_summary), ("object_places", object_summary)):
         said = f"{said} {sentence(bench)}".strip() if step in bench.records else said
     sections += [rerun(bench), configuration(bench)]
@@ -232,27 +223,6 @@ def grid_sections(bench: Bench, record: dict, folder: Path) -> list[Section]:
     return [
         Figure("Where it is", tuple(pictures), "All features of one layer at the positions of one role, free mode.")
     ]
-
-
-def sum_sections(bench: Bench, folder: Path) -> list[Section]:
-    """What features say of the digits."""
-    found = bench.record("sum_features")
-    read = figures.dose_response(found["curves"], folder / "read.png", "layer", "held-out accuracy (%)")
-    kinds = figures.layer_role_heatmap(
-        found["counts"], bench.transcoders.layers, KINDS, folder / "kinds.png", "features", "kind of feature"
-    )
-    said = (
-        "Activations at the last position under the question for the sum. A feature is of the simplest kind whose "
-        f"held-out R² comes near the best; with shuffled digits {found['chance']} features would count."
-    )
-    sections: list[Section] = [
-        figure("What can be read from the features", read, "Linear readout by layer, on handwriting never seen"),
-        figure("Features for sums, carries, digits", kinds, "Number of features by layer and kind", said),
-    ]
-    rows: list[InterchangeRow] = found["rows"]
-    if rows:
-        sections.append(flip_table("Carrying one kind of feature only", [one.row for one in rows]))
-    return sections
 
 
 def reading() -> Text:

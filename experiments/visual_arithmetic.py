@@ -1,4 +1,4 @@
-"""Are there features for sums, carries, digits or pairs of digits? Told by held-out scenes, then by interchange.
+"""Are there features for sums, carries, digits or pairs of digits? Asked of held-out scenes, then by interchange.
 
 Each feature's activation at the last position, under the question for the sum, is predicted from the digits by models
 of growing size: carry (2 levels), first digit, second digit (10), the sum (19), a term for each digit (20) and a level
@@ -8,61 +8,89 @@ to. The same with digits shuffled among training scenes says how many features w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 
-from vlmscope.circuits.interchange import interchange_plan
+from vlmscope.circuits.operations import Carry
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.intervention import Curve
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.digits import digit_scene
 from vlmscope.data.orrery.scenes import DIGIT_QUESTIONS
+from vlmscope.interventions.trials import Setting, Trial
 from vlmscope.metrics.causal import bootstrap_rate
 from vlmscope.metrics.decoding import additive, class_means, held_out_r2, linear_accuracy, simplest
-from vlmscope.tasks.steps.interchange import InterchangeRow, PairCase, interchange_metrics, one_row
-from vlmscope.tasks.steps.intervene import make_curve
+from vlmscope.report import figures
 from vlmscope.tasks.steps.scene_codes import Codes, codes_of
 
 if TYPE_CHECKING:
+    from vlmscope.circuits.experiment import Declared
     from vlmscope.tasks.steps.bench import Bench
 
 KINDS = ("carry", "first", "second", "sum", "both digits", "pair")
+GROUPS = {"sum_and_carry": ("sum", "carry"), "pair": ("pair",), "digit": ("first", "second", "both digits")}
 LEAST = 0.3  # held-out R^2 from which a feature says something of the digits
 
 
-def run(bench: Bench) -> None:
-    """Leaves kinds by layer, accuracies by layer and interchange rows in `bench.records`; metrics under sums/."""
-    seed = 0 if bench.cfg.pairs is None else bench.cfg.pairs.seed
+def trials(bench: Bench, declared: Declared) -> Iterator[Trial]:
+    """Carry only the features of one kind over, on every question."""
+    kinds = bench.records["kinds"] = kinds_of(bench)
+    main, means = bench.cfg.settings["main"], declared.means
+    here = Setting("kind", matched=main.matched, random_direction=main.random_direction)
+    still = Setting("kind_stays", matched=main.matched)
+    for label, names in GROUPS.items():
+        found = {layer: torch.from_numpy(np.flatnonzero(np.isin(kind, names))) for layer, kind in kinds.items()}
+        carry = Carry({layer: chosen for layer, chosen in found.items() if len(chosen)})
+        for setting, cases in ((here, declared.cases["test"]), (still, declared.cases["stays"])):
+            if carry.features and cases:
+                assert callable(means), "pairs match controls by trial"
+                matched = means(bench.cfg.trials["own"], cases[0])
+                yield Trial(f"kind/{label}", carry, cases, [setting], matched)
+
+
+def analyse(bench: Bench) -> dict[str, float]:
+    """How many features are of each kind: sums/ metrics, sum_features.json, figures/read.png and figures/kinds.png."""
+    kinds, curves, chance = bench.records["kinds"], bench.records["read"], bench.records["chance"]
+    counts = np.array([[int((kind == name).sum()) for name in KINDS] for kind in kinds.values()])
+    named = {kind: [f"L{i}/{f}" for i, k in kinds.items() for f in np.flatnonzero(k == kind)] for kind in KINDS}
+    read = {curve.name: curve.y for curve in curves}  # held-out accuracy by layer
+    write_json(bench.run_dir / "sum_features.json", {"least_r2": LEAST, "features": named, "read": read})
+    folder = bench.run_dir / "figures"
+    figures.dose_response(curves, folder / "read.png", "layer", "held-out accuracy (%)")
+    figures.layer_role_heatmap(counts, list(kinds), KINDS, folder / "kinds.png", "features", "kind of feature")
+    found = {f"sums/features/{kind.replace(' ', '_')}": float(n) for kind, n in zip(KINDS, counts.sum(0), strict=True)}
+    last = {f"sums/read/{name}/accuracy": by_layer[-1] for name, by_layer in read.items()}
+    return found | last | {"sums/features/by_chance": float(chance)}
+
+
+def kinds_of(bench: Bench) -> dict[int, np.ndarray]:
+    """Layer -> [F] kind of each feature, "" of none; leaves readouts by layer and the number by chance in records."""
+    assert bench.cfg.pairs is not None, "cases come from pairs"
+    seed = bench.cfg.pairs.seed
     n_train, n_test = bench.cfg.interchange.scenes
     train, digits = digit_codes(bench, "train", n_train, seed)
     test, test_digits = digit_codes(bench, "test", n_test, seed)
     shuffled = generator(seed, "shuffled digits").permutation(digits)
     kinds: dict[int, np.ndarray] = {}
-    chance = 0
-    tables: list[Curve] = []
     read: dict[str, list] = {name: [] for name in ("first", "second", "sum", "carry")}
+    chance = 0
     for layer in bench.transcoders.layers:
         kinds[layer] = simplest(scores(train[layer], digits, test[layer], test_digits), LEAST)
-        false = simplest(scores(train[layer], shuffled, test[layer], test_digits), LEAST)
-        chance += int((false != "").sum())
+        chance += int((simplest(scores(train[layer], shuffled, test[layer], test_digits), LEAST) != "").sum())
         for name, found in read.items():
             hits = linear_accuracy(train[layer], facts(digits)[name], test[layer], facts(test_digits)[name])
             found.append(bootstrap_rate(hits))
-            bench.metrics[f"sums/read/{name}/layer_{layer:02d}/accuracy"] = found[-1].value
-    x = [float(layer) for layer in bench.transcoders.layers]
-    tables = [make_curve(name, x, found) for name, found in read.items()]
-    counts = np.array([[int((kinds[layer] == kind).sum()) for kind in KINDS] for layer in bench.transcoders.layers])
-    for column, kind in enumerate(KINDS):
-        bench.metrics[f"sums/features/{kind.replace(' ', '_')}"] = float(counts[:, column].sum())
-    bench.metrics["sums/features/by_chance"] = float(chance)
-    rows = kind_rows(bench, kinds)
-    bench.metrics |= interchange_metrics(rows)
-    named = {kind: [f"L{i}/{f}" for i, k in kinds.items() for f in np.flatnonzero(k == kind)] for kind in KINDS}
-    write_json(bench.run_dir / "sum_features.json", {"least_r2": LEAST, "features": named})
-    bench.records["sum_features"] = {"counts": counts, "curves": tables, "rows": rows, "chance": chance}
+    x = tuple(float(layer) for layer in kinds)
+    bench.records["chance"] = chance
+    bench.records["read"] = [
+        Curve(name, x, *(tuple(getattr(rate, key) for rate in found) for key in ("value", "ci_low", "ci_high")))
+        for name, found in read.items()
+    ]
+    return kinds
 
 
 def digit_codes(bench: Bench, split: str, count: int, seed: int) -> tuple[Codes, np.ndarray]:
@@ -95,24 +123,3 @@ def scores(train: np.ndarray, digits: np.ndarray, test: np.ndarray, test_digits:
     both = additive(train, [own["first"], own["second"]], [other["first"], other["second"]])
     predicted = {kind: both if kind == "both digits" else class_means(train, own[kind], other[kind]) for kind in KINDS}
     return {kind: held_out_r2(test, found) for kind, found in predicted.items()}
-
-
-def kind_rows(bench: Bench, kinds: dict[int, np.ndarray]) -> list[InterchangeRow]:
-    """Carry only the features of one kind over, on every question, where the pairs are of digits."""
-    if "interchange" not in bench.records or "sum" not in bench.record("interchange")["cases"]:
-        return []
-    record = bench.record("interchange")
-    cases: dict[str, PairCase] = record["cases"]
-    groups = {
-        "sum and carry kind": ("sum", "carry"),
-        "pair kind": ("pair",),
-        "digit kind": ("first", "second", "both digits"),
-    }
-    rows = []
-    for label, names in groups.items():
-        features = {layer: torch.from_numpy(np.flatnonzero(np.isin(kind, names))) for layer, kind in kinds.items()}
-        features = {layer: found for layer, found in features.items() if len(found)}
-        for case in cases.values() if features else ():
-            plan = interchange_plan(bench.scope, case.subject, features)
-            rows.append(one_row(bench, case.subject, label, plan, "all", "free", record["means"]))
-    return rows

@@ -95,8 +95,10 @@ class SettingConfig:
         for measure in self.measures:
             check_measure("settings: measures", measure)
         for layers in self.layers:
-            if layers not in ("all", "no_last") and not re.fullmatch(r"\d+(-\d*)?", layers):
-                raise UserError(f"settings: layers={layers}: write all, no_last, a layer or a range such as 0-3 or 4-")
+            if layers not in ("all", "no_last", "each") and not re.fullmatch(r"\d+(-\d*)?", layers):
+                raise UserError(
+                    f"settings: layers={layers}: write all, no_last, each, a layer or a range such as 0-3 or 4-"
+                )
         for key in ("matched", "random_direction"):
             if getattr(self, key) < 0:
                 raise UserError(f"settings: {key}={getattr(self, key)}: it counts draws; choose 0 or more")

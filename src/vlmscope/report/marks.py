@@ -258,12 +258,13 @@ def sections_of(folder: Folder, marks: Mapping[str, Any]) -> list[Section]:
     return sections
 
 
-def check_marks(marks: Mapping[str, Any], trials: Mapping[str, Sequence[str]]) -> None:
+def check_marks(marks: Mapping[str, Any], trials: Mapping[str, Sequence[str]], more: bool = False) -> None:
     """Refuse marks that could not be drawn, before anything is run.
 
     Args:
         marks: of the report.
         trials: setting -> the trials that it runs.
+        more: the experiment's own analysis makes further trials, whose names are not known before.
 
     Raises:
         UserError: no such mark, or one of a trial or setting that is not declared.
@@ -273,7 +274,7 @@ def check_marks(marks: Mapping[str, Any], trials: Mapping[str, Sequence[str]]) -
         if mark.mark not in MARKS:
             raise UserError(f"report.{name}.mark={mark.mark}: no such mark; choose from {', '.join(MARKS)}")
         for one in mark.trials:
-            if one not in names:
+            if one not in names and not more:
                 raise UserError(f"report.{name}.trials: {one!r} is not declared; there are {', '.join(sorted(names))}")
 
 

@@ -65,7 +65,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         raise UserError("this task runs what an experiment declares: choose one (docs/experiments.md)")
     if hasattr(analysis, "check"):
         analysis.check(cfg)
-    check_marks(cfg.report, {name: setting.of or list(cfg.trials) for name, setting in cfg.settings.items()})
+    declared = {name: setting.of or list(cfg.trials) for name, setting in cfg.settings.items()}
+    check_marks(cfg.report, declared, more=hasattr(analysis, "trials"))
     bench = Bench(cfg, context.run_dir, analysis=settings)
     if cfg.trials:
         bench.metrics |= run_declared(bench, analysis)

@@ -12,7 +12,7 @@ from vlmscope.config import catalog
 from vlmscope.config.headline import HeadlineConfig
 from vlmscope.core.artifacts import read_text
 from vlmscope.core.runs import Number
-from vlmscope.report.marks import Folder, check_marks, sections_of
+from vlmscope.report.marks import Folder, sections_of
 from vlmscope.report.page import Details, Percent, ReportPage, Section, Table, Text, measured, range_of, show
 from vlmscope.report.style import label
 from vlmscope.tasks.headline_numbers import numbers_of
@@ -32,7 +32,6 @@ def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str,
         for trial, one in settings["trials"].items()
         for setting, where in settings["settings"].items()
     }
-    check_marks(marks, {key: one["of"] or list(settings["trials"]) for key, one in settings["settings"].items()})
     found = Folder(folder, counted, settings["settings"])
     sections: list[Section] = [number_table(numbers)] if numbers else []
     sections += sections_of(found, marks)

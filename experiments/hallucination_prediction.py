@@ -127,11 +127,10 @@ def analyse(bench: Bench) -> dict[str, float]:
     names = ("pairs", "predictor", "area", "from", "to", "shuffled")
     table = [(view, name, one.value, one.ci_low, one.ci_high, one.control) for view, name, one in rows]
     write_rows(bench.run_dir / "areas.parquet", [dict(zip(names, row, strict=True)) for row in table])
-    series = {name: [of.get(view) for view in views] for name, of in bars.items()}
+    series = {view: [of.get(view) for of in bars.values()] for view in views}
     folder, ylabel = bench.run_dir / "figures", "area under the ROC curve (%)"
-    rate_bars(list(views), series, folder / "areas.png", "Held-out areas", ylabel, "wrong and right shuffled")
-    names = [name.replace("_", "\n") for name in alone]
-    rate_bars(names, {"alone": single}, folder / "single.png", "Each number alone, within a question", ylabel)
+    rate_bars(list(bars), series, folder / "areas.png", "Held-out areas", ylabel, "wrong and right shuffled")
+    rate_bars(list(alone), {"alone": single}, folder / "single.png", "Each number alone, within a question", ylabel)
     return metrics
 
 

@@ -123,9 +123,10 @@ def questions(bench: Bench) -> Iterator[Asked]:
     wanted: list[tuple[str, ModelInputs, str, str]] = []
     if circuit is None and bench.cfg.pairs is None:
         raise UserError("linear_story needs inputs: choose a circuit or pairs, such as circuit=mars_earth")
-    for concept, other in (circuit.concepts, circuit.concepts[::-1]) if circuit is not None else ():
+    asked = {} if circuit is None else circuit.questions
+    for concept, other in () if circuit is None else (circuit.concepts, circuit.concepts[::-1]):
         images = bench.concept_pictures(concept, "test", count, bench.cfg.seed)
-        for name, question in circuit.questions.items():
+        for name, question in asked.items():
             words = question.answers[concept], question.answers[other]
             for i, inputs in enumerate(bench.inputs(images, question.prompt)):
                 wanted.append((f"{concept} {i}, {name}", inputs, *words))
@@ -214,7 +215,9 @@ def agreements(bench: Bench, table: pd.DataFrame) -> dict[tuple[str, ...], Agree
 
 def scatter(bench: Bench, table: pd.DataFrame) -> None:
     """figures/predicted.png: measured against predicted effects of the first edit, a panel a mode."""
-    modes, rows = bench.intervention.modes, table[table.edit == table.edit[0]]
+    modes = bench.intervention.modes
+    rows: Any = table[table.edit == table.edit[0]]
+    band: Any
     most = 1.5 * float(np.abs(rows[["edge", "total", "measured"]].to_numpy()).max(initial=LINEAR))
     line = np.concatenate([-np.geomspace(most, LINEAR / 10, 60), np.geomspace(LINEAR / 10, most, 60)])
     lows = [0.0, *bench.analysis.shares]

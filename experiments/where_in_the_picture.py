@@ -72,7 +72,7 @@ def analyse(bench: Bench) -> dict[str, float]:
     rows = [{"kind": s["kind"], "features": s["features"], "map": m, **s["values"][m]} for s in found for m in ALL]
     write_rows(bench.run_dir / "scenes.parquet", rows)
     write_rows(bench.run_dir / "features.parquet", bench.records["features"])
-    means = pd.DataFrame(rows).drop(columns=["kind", "features"]).groupby("map", sort=False).mean()
+    means: Any = pd.DataFrame(rows).drop(columns=["kind", "features"]).groupby("map", sort=False).mean()
     write_rows(bench.run_dir / "maps.parquet", means.reset_index().to_dict("records"))
     draw(bench, found)
     size = float(np.mean([scene["bytes"] for scene in found])) / 1000

@@ -19,8 +19,9 @@ from vlmscope.data.config import SourceConfig
 from vlmscope.tasks import registry
 
 EXPERIMENTS = sorted(catalog.options("experiment"))
-# Of keys that no other experiment has.
+# These have keys that no other experiment has.
 LIMITED = ("train_orrery", "train_orrery_transcoders", "captioning", "mars_earth_patch", "mars_earth_curves")
+LIMITED += ("linear_story", "where_in_the_picture", "hallucination_prediction")
 GROUPS = (
     "model",
     "data",

@@ -143,7 +143,8 @@ def test_seeds_give_ranges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_scenes_that_a_study_needs_are_rendered_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    studied = EMPTY.replace("name: NAME", "name: NAME\ntask: {steps: {study: true}}").replace("some/rate", "a/rate")
+    studied = EMPTY.replace("pipeline", "experiment").replace("name: NAME", "name: NAME\ntask: {study: true}")
+    studied = studied.replace("some/rate", "a/rate")
     found, run = experiments(tmp_path, studied=studied), tmp_path / "run"
     command = ["task=reproduce", only("studied"), found, f"hydra.run.dir={run}", "tracking=none"]
     assert main([*command, f"data.path={tmp_path}/none"]) == 0

@@ -198,9 +198,10 @@ def rate_bars(
     control: str = "matched control",
 ) -> Path:
     """`grouped_bars` as a figure of its own; `control` says what the diamonds are."""
-    with drawing(path, max(6.6, 1.6 + 0.35 * len(groups) * len(series)), 4.4) as figure:
+    width = max(6.6, 1.6 + 0.35 * len(groups) * len(series), 1.1 * len(groups))
+    with drawing(path, width, 4.4) as figure:
         axes = figure.subplots()
-        grouped_bars(axes, groups, series)
+        grouped_bars(axes, [fill(label(name), 14) for name in groups], series)
         axes.set_title(title, loc="left")
         axes.set_ylabel(ylabel)
         bars_legend(figure, axes, control)

@@ -46,6 +46,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     Raises:
         UserError: nothing is declared, or nothing that it can act on.
     """
+    from hydra.core.hydra_config import HydraConfig
+
     from vlmscope.core.errors import UserError
     from vlmscope.data.images import check_image
     from vlmscope.report.marks import check_marks
@@ -59,7 +61,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     look_for_labels(cfg)
     for path in (path for own in cfg.images.values() for path in own):
         check_image(path)
-    analysis = own_analysis(cfg.name)
+    chosen = HydraConfig.get().runtime.choices.get("experiment")  # `name=` may call the run something else
+    analysis = own_analysis(cfg.name if chosen in (None, "null") else chosen)
     settings = own_settings(cfg.analysis, analysis)
     if not cfg.trials and analysis is None:
         raise UserError("this task runs what an experiment declares: choose one (docs/experiments.md)")

@@ -49,12 +49,14 @@ class Declared:
         operation: makes the operation of a trial for a case set, at most `limit` features.
         means: layer -> [F], by which controls are matched; or what gives those of a trial on a case set.
         sets: names of the sets of features that `features: each` goes through, as trials `<trial>/<set>`.
+        pairs: the source, where the cases are counterfactual pairs.
     """
 
     cases: Mapping[str, Sequence[Cases]]
     operation: Callable[[TrialConfig, Cases, int | None], Operation]
     means: Mapping[int, Tensor] | Callable[[TrialConfig, Cases], Mapping[int, Tensor]]
     sets: Sequence[str] = ()
+    pairs: PairSource | None = None
 
     def trials(self, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]) -> Iterator[Trial]:
         """Every trial in its settings, in the order of the declaration.
@@ -410,11 +412,53 @@ class PairSource:
         before, after = (donor_activations(self.scope, side, features) for side in (train.batch, train.other))
         return {layer: (found, (after[layer][1] - values).mean(0)) for layer, (found, values) in before.items()}
 
+    def transfer(self, question: str, fact: str, count: int) -> Iterator[Trial]:
+        """Features of a question chosen on pairs of one value of another fact, carried on test pairs of each value.
+
+        Trials are called `over_<fact>/<value chosen on>`, case sets by the value tested on; the setting is "same", with
+        matched features, where these are equal, else "another".
+
+        Args:
+            question: whose answers differ within pairs.
+            fact: a question whose answers do not.
+            count: pairs of each split, before they are grouped; values with fewer than `config.least` are left out.
+
+        Raises:
+            UserError: fewer than two values are left.
+        """
+        groups: dict[str, dict[str, list[Pair]]] = {}
+        for split in ("train", "test"):
+            found = pairs_by_question(replace(self.pairs, train=count, test=count), split)
+            value_of = {pair.id: pair.original.answer for pair in found[fact]}
+            for pair in found[question]:
+                if pair.id in value_of:
+                    groups.setdefault(value_of[pair.id], {}).setdefault(split, []).append(pair)
+        sizes = {
+            value: min(len(sides.get(split, ())) for split in ("train", "test")) for value, sides in groups.items()
+        }
+        enough = sorted(value for value, size in sizes.items() if size >= self.config.least)
+        if len(enough) < 2:
+            raise UserError(f"{fact}: fewer than two values have {self.config.least} pairs; raise interchange.transfer")
+        chosen, tested = [], []
+        for value in enough:
+            train, test = (self.subject(question, groups[value][split]) for split in ("train", "test"))
+            effects = pair_effects(self.scope, train, self.config.steps)
+            chosen.append(self._by_layer(effects.ranked(self.config.features)))
+            tested.append(pair_cases(self.scope, test, groups[value]["test"], value))
+        for value, features in zip(enough, chosen, strict=True):
+            for cases in tested:
+                setting = Setting("same", matched=1) if cases.name == value else Setting("another", matched=0)
+                yield Trial(f"over_{fact}/{value}", Carry(features), [cases], [setting], self.matched())
+
     def means(self, trial: TrialConfig, cases: Cases) -> Mapping[int, Tensor]:
         """Mean activations by which controls are matched: on both sides of the pairs that its values come from."""
         if trial.do == "shift":
             train = self.training(cases.question)
             return self._means(cases.question, [train.batch, train.other])
+        return self.matched()
+
+    def matched(self) -> Mapping[int, Tensor]:
+        """Mean activations over both sides of all test pairs."""
         return self._means(None, self._sides)
 
     def _means(self, key: str | None, batches: Sequence[InputBatch]) -> Mapping[int, Tensor]:

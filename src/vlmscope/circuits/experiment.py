@@ -85,10 +85,10 @@ class Declared:
     ) -> Iterator[Trial]:
         some = cases if setting.first is None else cases.select(range(min(setting.first, cases.batch.size)))
         means = self.means(declared, cases) if callable(self.means) else self.means
-        draws = {"matched": setting.matched, "random_direction": setting.random_direction}
         for found in setting.combinations(declared.strength):
             do = self.operation(declared, cases, found["limit"])
-            yield Trial(called, do, [some], [Setting(name, **found, **draws)], means)
+            here = Setting(name, **found, matched=setting.matched, random_direction=setting.random_direction)
+            yield Trial(called, do, [some], [here], means)
 
 
 def answer_token(scope: Scope, word: str) -> int:
@@ -219,8 +219,8 @@ def subject_of_pairs(
         return torch.tensor([known[side.answer] for side in sides], device=scope.adapter.device)
 
     originals, others = [pair.original for pair in pairs], [pair.counterfactual for pair in pairs]
-    inputs = [[scope.inputs(side.prompt, list(side.images)) for side in sides] for sides in (originals, others)]
-    return pair_subject(scope, question, *inputs, tokens(originals), tokens(others), least, answerable, modes)
+    first, second = ([scope.inputs(side.prompt, list(side.images)) for side in sides] for sides in (originals, others))
+    return pair_subject(scope, question, first, second, tokens(originals), tokens(others), least, answerable, modes)
 
 
 def pair_cases(scope: Scope, subject: PairSubject, pairs: Sequence[Pair], name: str = "test") -> Cases:

@@ -56,9 +56,9 @@ def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(own: 
     assert folder.name == "pairs" and saved.model == "orrery" and saved.n_features is not None
     assert run(own, tmp_path / "again", f"interchange.circuit={folder}") == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
-    tables = [pd.read_parquet(tmp_path / name / "trials.parquet") for name in ("first", "again")]
+    one, other = (pd.read_parquet(tmp_path / name / "trials.parquet") for name in ("first", "again"))
     assert again == metrics
-    pd.testing.assert_frame_equal(*tables)
+    pd.testing.assert_frame_equal(one, other)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_too_few_scenes_for_a_number_line_are_told_before_the_first_step(
     arguments = [f"interchange.scenes={scenes}", "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
     assert main(["experiment=counting", *arguments]) == 2
     said = capsys.readouterr().err
-    assert "at least 30 training and 30 held-out ones" in said
+    assert "at least 30 training and 30 held-out scenes" in said
 
 
 def test_a_pipeline_without_pairs_says_what_to_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,8 @@ LEAST = 0.3  # held-out R^2 from which a feature says something of the digits
 def trials(bench: Bench, declared: Declared) -> Iterator[Trial]:
     """Carry only the features of one kind over, on every question."""
     kinds = bench.records["kinds"] = kinds_of(bench)
-    main, means = bench.cfg.settings["main"], declared.means
+    assert declared.pairs is not None, "cases come from pairs"
+    main, matched = bench.cfg.settings["main"], declared.pairs.matched()
     here = Setting("kind", matched=main.matched, random_direction=main.random_direction)
     still = Setting("kind_stays", matched=main.matched)
     for label, names in GROUPS.items():
@@ -47,8 +48,6 @@ def trials(bench: Bench, declared: Declared) -> Iterator[Trial]:
         carry = Carry({layer: chosen for layer, chosen in found.items() if len(chosen)})
         for setting, cases in ((here, declared.cases["test"]), (still, declared.cases["stays"])):
             if carry.features and cases:
-                assert callable(means), "pairs match controls by trial"
-                matched = means(bench.cfg.trials["own"], cases[0])
                 yield Trial(f"kind/{label}", carry, cases, [setting], matched)
 
 
@@ -84,12 +83,8 @@ def kinds_of(bench: Bench) -> dict[int, np.ndarray]:
         for name, found in read.items():
             hits = linear_accuracy(train[layer], facts(digits)[name], test[layer], facts(test_digits)[name])
             found.append(bootstrap_rate(hits))
-    x = tuple(float(layer) for layer in kinds)
     bench.records["chance"] = chance
-    bench.records["read"] = [
-        Curve(name, x, *(tuple(getattr(rate, key) for rate in found) for key in ("value", "ci_low", "ci_high")))
-        for name, found in read.items()
-    ]
+    bench.records["read"] = [Curve.of(name, kinds, found) for name, found in read.items()]
     return kinds
 
 

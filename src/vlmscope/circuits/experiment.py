@@ -49,12 +49,14 @@ class Declared:
         operation: makes the operation of a trial for a case set, at most `limit` features.
         means: layer -> [F], by which controls are matched; or what gives those of a trial on a case set.
         sets: names of the sets of features that `features: each` goes through, as trials `<trial>/<set>`.
+        pairs: the source, where the cases are counterfactual pairs.
     """
 
     cases: Mapping[str, Sequence[Cases]]
     operation: Callable[[TrialConfig, Cases, int | None], Operation]
     means: Mapping[int, Tensor] | Callable[[TrialConfig, Cases], Mapping[int, Tensor]]
     sets: Sequence[str] = ()
+    pairs: PairSource | None = None
 
     def trials(self, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]) -> Iterator[Trial]:
         """Every trial in its settings, in the order of the declaration.
@@ -83,10 +85,10 @@ class Declared:
     ) -> Iterator[Trial]:
         some = cases if setting.first is None else cases.select(range(min(setting.first, cases.batch.size)))
         means = self.means(declared, cases) if callable(self.means) else self.means
-        draws = {"matched": setting.matched, "random_direction": setting.random_direction}
         for found in setting.combinations(declared.strength):
             do = self.operation(declared, cases, found["limit"])
-            yield Trial(called, do, [some], [Setting(name, **found, **draws)], means)
+            here = Setting(name, **found, matched=setting.matched, random_direction=setting.random_direction)
+            yield Trial(called, do, [some], [here], means)
 
 
 def answer_token(scope: Scope, word: str) -> int:
@@ -217,8 +219,8 @@ def subject_of_pairs(
         return torch.tensor([known[side.answer] for side in sides], device=scope.adapter.device)
 
     originals, others = [pair.original for pair in pairs], [pair.counterfactual for pair in pairs]
-    inputs = [[scope.inputs(side.prompt, list(side.images)) for side in sides] for sides in (originals, others)]
-    return pair_subject(scope, question, *inputs, tokens(originals), tokens(others), least, answerable, modes)
+    first, second = ([scope.inputs(side.prompt, list(side.images)) for side in sides] for sides in (originals, others))
+    return pair_subject(scope, question, first, second, tokens(originals), tokens(others), least, answerable, modes)
 
 
 def pair_cases(scope: Scope, subject: PairSubject, pairs: Sequence[Pair], name: str = "test") -> Cases:
@@ -410,11 +412,53 @@ class PairSource:
         before, after = (donor_activations(self.scope, side, features) for side in (train.batch, train.other))
         return {layer: (found, (after[layer][1] - values).mean(0)) for layer, (found, values) in before.items()}
 
+    def transfer(self, question: str, fact: str, count: int) -> Iterator[Trial]:
+        """Features of a question chosen on pairs of one value of another fact, carried on test pairs of each value.
+
+        Trials are called `over_<fact>/<value chosen on>`, case sets by the value tested on; the setting is "same", with
+        matched features, where these are equal, else "another".
+
+        Args:
+            question: whose answers differ within pairs.
+            fact: a question whose answers do not.
+            count: pairs of each split, before they are grouped; values with fewer than `config.least` are left out.
+
+        Raises:
+            UserError: fewer than two values are left.
+        """
+        groups: dict[str, dict[str, list[Pair]]] = {}
+        for split in ("train", "test"):
+            found = pairs_by_question(replace(self.pairs, train=count, test=count), split)
+            value_of = {pair.id: pair.original.answer for pair in found[fact]}
+            for pair in found[question]:
+                if pair.id in value_of:
+                    groups.setdefault(value_of[pair.id], {}).setdefault(split, []).append(pair)
+        sizes = {
+            value: min(len(sides.get(split, ())) for split in ("train", "test")) for value, sides in groups.items()
+        }
+        enough = sorted(value for value, size in sizes.items() if size >= self.config.least)
+        if len(enough) < 2:
+            raise UserError(f"{fact}: fewer than two values have {self.config.least} pairs; raise interchange.transfer")
+        chosen, tested = [], []
+        for value in enough:
+            train, test = (self.subject(question, groups[value][split]) for split in ("train", "test"))
+            effects = pair_effects(self.scope, train, self.config.steps)
+            chosen.append(self._by_layer(effects.ranked(self.config.features)))
+            tested.append(pair_cases(self.scope, test, groups[value]["test"], value))
+        for value, features in zip(enough, chosen, strict=True):
+            for cases in tested:
+                setting = Setting("same", matched=1) if cases.name == value else Setting("another", matched=0)
+                yield Trial(f"over_{fact}/{value}", Carry(features), [cases], [setting], self.matched())
+
     def means(self, trial: TrialConfig, cases: Cases) -> Mapping[int, Tensor]:
         """Mean activations by which controls are matched: on both sides of the pairs that its values come from."""
         if trial.do == "shift":
             train = self.training(cases.question)
             return self._means(cases.question, [train.batch, train.other])
+        return self.matched()
+
+    def matched(self) -> Mapping[int, Tensor]:
+        """Mean activations over both sides of all test pairs."""
         return self._means(None, self._sides)
 
     def _means(self, key: str | None, batches: Sequence[InputBatch]) -> Mapping[int, Tensor]:

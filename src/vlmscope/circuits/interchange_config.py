@@ -22,8 +22,7 @@ class InterchangeConfig:
         answerable: only pairs count that are answered rightly on both sides; false takes all.
         least: fewer answerable pairs than this give no interval, and an error.
         scenes: train and held-out scenes on which visual_arithmetic and counting look at what features say.
-        strengths: of `number_dose`, in units of the (mean) change from original to counterfactual.
-        transfer: pairs of each split that `pair_transfer` parts by another fact.
+        transfer: pairs of each split that counting groups by another fact.
     """
 
     circuit: str | None = None
@@ -34,7 +33,6 @@ class InterchangeConfig:
     answerable: bool = True
     least: int = 10
     scenes: list[int] = field(default_factory=lambda: [1500, 700])
-    strengths: list[float] = field(default_factory=lambda: [0.0, 1.0, 2.0, 4.0, 6.0, 8.0])
     transfer: int = 240
 
     def __post_init__(self) -> None:

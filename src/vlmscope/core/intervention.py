@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -96,7 +96,7 @@ class Curve:
     high: tuple[float, ...]
 
     @classmethod
-    def of(cls, name: str, x: Sequence[float], rates: Sequence[Rate]) -> Curve:
+    def of(cls, name: str, x: Iterable[float], rates: Sequence[Rate]) -> Curve:
         """Rates at `x` with their intervals."""
         columns = (x, *([getattr(rate, key) for rate in rates] for key in ("value", "ci_low", "ci_high")))
         return cls(name, *(tuple(map(float, column)) for column in columns))

@@ -34,7 +34,7 @@ from scipy import stats
 
 from vlmscope.core.intervention import Rate
 from vlmscope.core.records import generator
-from vlmscope.metrics.causal import RESAMPLES, permutation_p
+from vlmscope.metrics.causal import RESAMPLES, benjamini_hochberg, bootstrap_mean, bootstrap_rate, permutation_p
 
 
 def held_out_r2(test: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -188,6 +188,96 @@ def level_p(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
     ratio = np.where(varies, np.inf, 0.0)
     np.divide(between / (len(names) - 1), within / freedom, out=ratio, where=varies & (within > 0))
     return np.where(varies, stats.f.sf(ratio, len(names) - 1, freedom), 1.0)
+
+
+def tuned(
+    codes: Mapping[int, np.ndarray], levels: np.ndarray, q: float = 0.01
+) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Features that depend on a number, by analysis of variance with a false discovery rate of `q` over all layers.
+
+    Args:
+        codes: layer -> [N, F] activations.
+        levels: [N], the number.
+        q: false discoveries among the features named.
+
+    Returns:
+        Layer -> [F] the shape of the tuning curve: "up", "down", "peak <level>", or "" of the others; and layer -> [F]
+        the share of variance that the number explains.
+    """
+    p = np.concatenate([level_p(code, levels) for code in codes.values()])
+    sure = np.split(benjamini_hochberg(p) <= q, np.cumsum([code.shape[1] for code in codes.values()])[:-1])
+    names, strength = {}, {}
+    for (layer, code), passed in zip(codes.items(), sure, strict=True):
+        curves = tuning_curves(code, levels)
+        kinds = curve_kinds(curves)
+        peaked = np.array([f"{PEAK} {np.unique(levels)[top]}" for top in curves.argmax(0)], dtype=object)
+        column = np.where(kinds == PEAK, peaked, kinds)
+        column[~passed | (kinds == OTHER)] = ""
+        names[layer] = column
+        strength[layer] = curves.var(0) / np.maximum(code.var(0), 1e-12)
+    return names, strength
+
+
+def held_out_tuning(
+    names: Mapping[int, np.ndarray], codes: Mapping[int, np.ndarray], levels: np.ndarray, other: np.ndarray
+) -> dict[str, Rate]:
+    """Whether tuning found on some cases (`tuned`) is there on others.
+
+    Args:
+        names: layer -> [F] shapes of tuning curves.
+        codes: layer -> [N, F] activations on other cases.
+        levels: [N], the number there.
+        other: [N], a quantity that goes with the number, such as painted area.
+
+    Returns:
+        `<kind>/holds`, the share of features with the same kind of curve; of those that go up or down, signed so that a
+        feature going down counts positive, `monotone/rho` (rank correlation with the number), `rho_at_equal_area`
+        (partial, `other` held fixed) and `same_sign_at_equal_area`. What has no feature is left out.
+    """
+    holds: dict[str, list[bool]] = {kind: [] for kind in (UP, DOWN, PEAK)}
+    between = float(rank_correlation(levels[:, None].astype(float), other)[0])
+    monotone: list[np.ndarray] = []
+    for layer, of in names.items():
+        chosen, lines = np.flatnonzero(of != ""), np.flatnonzero(np.isin(of, (UP, DOWN)))
+        kinds = curve_kinds(tuning_curves(codes[layer][:, chosen], levels))
+        for name, kind in zip(of[chosen], kinds, strict=True):
+            holds[name.split()[0]].append(bool(kind == name.split()[0]))
+        rho, of_other = (rank_correlation(codes[layer][:, lines], x) for x in (levels, other))
+        sign = np.where(of[lines] == UP, 1.0, -1.0)
+        monotone.append(np.stack([rho * sign, partial_correlation(rho, of_other, between) * sign]))
+    found = {f"{kind}/holds": bootstrap_rate(hits) for kind, hits in holds.items() if hits}
+    rho, equal = np.concatenate(monotone, 1)
+    if len(rho):
+        found |= {"monotone/rho": bootstrap_mean(rho), "monotone/rho_at_equal_area": bootstrap_mean(equal)}
+        found["monotone/same_sign_at_equal_area"] = bootstrap_rate(equal > 0)
+    return found
+
+
+def accuracy_across(
+    train: np.ndarray,
+    levels: np.ndarray,
+    groups: np.ndarray,
+    test: np.ndarray,
+    test_levels: np.ndarray,
+    test_groups: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hits of linear readouts of a number, each fitted to one group, on held-out cases of that group and of others.
+
+    Args:
+        train: [n, F]; its `levels` [n] and `groups` [n].
+        levels: see `train`.
+        groups: see `train`.
+        test: [m, F], with `test_levels` [m] and `test_groups` [m].
+        test_levels: see `test`.
+        test_groups: see `test`.
+    """
+    same, others = [], []
+    for value in np.unique(groups):
+        rows, own = groups == value, test_groups == value
+        right = linear_accuracy(train[rows], levels[rows], test, test_levels)
+        same.append(right[own])
+        others.append(right[~own])
+    return np.concatenate(same), np.concatenate(others)
 
 
 def curve_kinds(curves: np.ndarray) -> np.ndarray:

@@ -235,7 +235,7 @@ def from_pairs(bench: Bench) -> Declared:
         nodes = {name: with_labels(Supernode(name, tuple(found)), bench.labels) for name, found in ranked.items()}
         found = Circuit(nodes, {}, model=bench.vlm.name, n_features=bench.transcoders.widths)
         save_circuit(found, bench.run_dir / "circuits" / (cfg.pairs.change or "pairs"))
-    return Declared(cases, source.operation, source.means, source.sets)
+    return Declared(cases, source.operation, source.means, source.sets, source)
 
 
 def third_cases(bench: Bench) -> Sequence[Cases]:

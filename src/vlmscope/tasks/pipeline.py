@@ -14,7 +14,7 @@ KINDS = (
     "interchange", "pairs_report",
     "layer_reading", "layer_ranges", "hierarchy_report",
     "cross_modal_association", "cross_modal_report",
-    "number_line", "number_dose", "pair_transfer", "dissociation", "object_places",
+    "dissociation", "object_places",
     "caption_words", "caption_steering", "caption_report", "concept_matrix", "matrix_report",
 )  # fmt: skip
 

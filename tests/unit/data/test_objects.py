@@ -6,6 +6,8 @@ import pytest
 from vlmscope.core.records import PatchBox
 from vlmscope.data.orrery.objects import covered_cells, object_mask, painted_mask, share_in_boxes
 from vlmscope.data.orrery.rendering import make_scene
+from vlmscope.data.orrery.scenes import SHAPES
+from vlmscope.data.orrery.shapes import counted_scenes
 
 
 @pytest.mark.parametrize("kind", ["planets", "digits", "shapes", "hands"])
@@ -45,3 +47,12 @@ def test_painted_pixels_lie_in_the_boxes_and_shares_are_of_each_box() -> None:
     shares = share_in_boxes(painted, halves)
     assert shares.mean() == painted.mean()
     assert shares[0] == painted[:, :32].mean()
+
+
+def test_counted_scenes_are_balanced_and_painted_as_they_say() -> None:
+    pixels, facts = counted_scenes("test", 60, 0)
+    count, shape, _ = facts.T
+    assert np.bincount(count)[1:].tolist() == [10] * 6
+    assert np.bincount(shape).tolist() == [12] * len(SHAPES)
+    assert np.corrcoef(count, [painted_mask(one).sum() for one in pixels])[0, 1] > 0.8
+    assert not np.array_equal(pixels[0], counted_scenes("train", 1, 0)[0][0])

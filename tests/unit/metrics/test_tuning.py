@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vlmscope.metrics.decoding import curve_kinds, level_p, partial_correlation, rank_correlation, tuning_curves
+from vlmscope.metrics.decoding import (
+    accuracy_across,
+    curve_kinds,
+    held_out_tuning,
+    level_p,
+    partial_correlation,
+    rank_correlation,
+    tuned,
+    tuning_curves,
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +73,46 @@ def test_a_feature_of_area_is_none_of_count() -> None:
 def test_a_step_the_wrong_way_counts_from_the_slack_on() -> None:
     curves = np.array([[0.0, 1.0, 0.97, 2.0], [0.0, 1.0, 0.5, 2.0]]).T
     assert list(curve_kinds(curves)) == ["up", "other"]
+
+
+def test_features_that_depend_on_the_count_are_found_and_no_others() -> None:
+    rng = np.random.default_rng(0)
+    counts = np.tile(np.arange(1, 7), 60)
+    values = rng.normal(0, 1, (360, 200)).astype(np.float32) ** 2
+    values[:, 3] += counts
+    values[:, 5] += 6 - np.abs(counts - 4) * 2
+    names, strength = tuned({2: values}, counts)
+    assert (names[2][3], names[2][5]) == ("up", "peak 4")
+    assert int((names[2] != "").sum()) <= 4
+    assert strength[2][3] > 0.4 > strength[2][4]
+    chance, _ = tuned({2: values}, rng.permutation(counts))
+    assert int((chance[2] != "").sum()) <= 2
+
+
+def test_tuning_holds_on_other_cases_and_not_at_equal_area_where_area_is_all_that_counts(
+    cases: tuple[np.ndarray, np.ndarray],
+) -> None:
+    values, counts = cases
+    rng = np.random.default_rng(1)
+    area = counts + rng.normal(0, 1, len(counts))
+    values = np.column_stack([values, area + rng.normal(0, 0.1, len(counts))])
+    names = {0: np.array(["up", "down", "peak 3", "", "", "up"], dtype=object)}
+    found = held_out_tuning(names, {0: values}, counts, area)
+    assert {name: rate.value for name, rate in found.items() if name.endswith("holds")} == {
+        "up/holds": 1.0,
+        "down/holds": 1.0,
+        "peak/holds": 1.0,
+    }
+    rho = [abs(stats.spearmanr(values[:, f], counts)[0]) for f in (0, 1, 5)]
+    assert found["monotone/rho"].value == pytest.approx(np.mean(rho))
+    lines = held_out_tuning({0: names[0][[3, 3, 3, 3, 3, 5]]}, {0: values}, counts, area)
+    assert abs(lines["monotone/rho_at_equal_area"].value) < 0.15 < lines["monotone/rho"].value
+
+
+def test_a_readout_of_one_group_is_tested_on_its_own_and_on_the_others() -> None:
+    levels, groups = np.tile(np.arange(3), 40), np.repeat(np.arange(2), 60)
+    codes = np.zeros((120, 6))
+    codes[np.arange(120), levels + 3 * groups] = 1  # each group has features of its own
+    same, others = accuracy_across(codes, levels, groups, codes, levels, groups)
+    assert same.all() and len(same) == 120
+    assert others.mean() == pytest.approx(1 / 3)

@@ -17,7 +17,6 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import CircuitFeature, Rate
 from vlmscope.core.records import FeatureId
 from vlmscope.data.config import PairsConfig
-from vlmscope.data.orrery.scenes import SHAPES
 from vlmscope.data.pairs import Pair, Side
 from vlmscope.interventions.edits import at_positions
 from vlmscope.interventions.named import mean_activations
@@ -25,7 +24,6 @@ from vlmscope.models.tiny import tiny_image
 from vlmscope.tasks.steps import interchange, layer_ranges
 from vlmscope.tasks.steps.dissociation import Cell, check, contrast
 from vlmscope.tasks.steps.interchange import PairCase
-from vlmscope.tasks.steps.number_line import COLUMNS, drawn_scenes, tuned_features
 from vlmscope.tasks.steps.object_places import carried_at, share_of
 
 RATE = Rate(0.5, 0.4, 0.6, 10)
@@ -40,28 +38,6 @@ def test_a_contrast_compares_the_pairs_that_both_questions_have() -> None:
     found = contrast(cells, "both", "shape")
     assert found.cases == 2
     assert found.value == pytest.approx(((0.9 - 0.3) + (0.7 - 0.1)) / 2)
-
-
-def test_scenes_are_balanced_and_painted_as_they_say() -> None:
-    scenes = drawn_scenes("test", 60, 0)
-    assert np.bincount(scenes.count)[1:].tolist() == [10] * 6
-    assert np.bincount(scenes.shape).tolist() == [12] * len(SHAPES)
-    assert np.corrcoef(scenes.count, scenes.area)[0, 1] > 0.8
-    assert not np.array_equal(np.asarray(scenes.images[0]), np.asarray(drawn_scenes("train", 1, 0).images[0]))
-
-
-def test_features_that_depend_on_the_count_are_found_and_no_others() -> None:
-    rng = np.random.default_rng(0)
-    counts = np.tile(np.arange(1, 7), 60)
-    values = rng.normal(0, 1, (360, 200)).astype(np.float32) ** 2
-    values[:, 3] += counts
-    values[:, 5] += 6 - np.abs(counts - 4) * 2
-    found = tuned_features({2: values}, counts, 0)
-    assert found.names[2][3] == "up"
-    assert found.names[2][5] == "peak 4"
-    assert set(found.names[2]) <= {"", *COLUMNS}
-    assert int((found.names[2] != "").sum()) <= 4
-    assert found.chance <= 2
 
 
 def test_the_share_on_objects_is_told_beside_the_share_of_places() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vlmscope.core.records import generator
 from vlmscope.data.orrery.scenes import (
     CAPTION_PROMPTS,
     NUMBERS,
@@ -82,3 +83,20 @@ def _polar(radii: list[float]) -> np.ndarray:
     """Corners at equal angles, the first one up: [n, 2]."""
     angles = np.arange(len(radii)) * 2 * np.pi / len(radii)
     return np.stack([np.sin(angles), -np.cos(angles)], -1) * np.array(radii)[:, None]
+
+
+def counted_scenes(split: str, size: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """`size` pictures of 1 to 6 shapes in turn, and the shapes in turn, in any colour.
+
+    Returns:
+        Pixels, and [size, 3] what they show: how many, the shape's and the colour's place in the lists of `scenes`.
+    """
+    colours, i = list(SHAPE_COLOURS), np.arange(size)
+    tints = generator(seed, "number line", split).integers(0, len(colours), size)
+    facts, pixels = np.stack([i % 6 + 1, i // 6 % len(SHAPES), tints], 1), []
+    for number, (count, shape, colour) in enumerate(facts.tolist()):
+        rng = generator(seed, "number line", split, number)
+        image = shape_scene(rng, SHAPES[shape], colours[colour], count).image
+        assert image is not None, "scenes of shapes have pictures"
+        pixels.append(image)
+    return pixels, facts

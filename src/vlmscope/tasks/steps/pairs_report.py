@@ -13,7 +13,6 @@ from vlmscope.interventions.run import run_edited
 from vlmscope.report import figures
 from vlmscope.report.page import Card, Cards, Examples, Figure, Percent, ReportPage, Section, Table, Text, flip_table
 from vlmscope.report.style import label
-from vlmscope.tasks.steps.count_report import dose_sections, number_sections, number_summary, transfer_sections
 from vlmscope.tasks.steps.interchange import ALL, CIRCUIT, InterchangeRow, PairCase, roles_of
 from vlmscope.tasks.steps.object_report import dissociation_sections, object_summary, place_sections
 from vlmscope.tasks.steps.report_parts import configuration, picture, rerun
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 # What the page asks besides, by the step that answers it.
 QUESTIONS = {
-    "number_line": "Are there features for numbers, on a line that can be walked along, whatever is counted?",
     "dissociation": "Does each fact have features of its own, and where in the picture do they fire?",
 }
 
@@ -39,14 +37,11 @@ def run(bench: Bench) -> None:
     sections += grid_sections(bench, record, folder)
     sections.append(reading())
     for step, made in (
-        ("number_line", number_sections),
-        ("number_dose", dose_sections),
-        ("pair_transfer", transfer_sections),
         ("dissociation", dissociation_sections),
         ("object_places", place_sections),
     ):
         sections += made(bench, folder) if step in bench.records else []
-    for step, sentence in (("number_dose", number_summary), ("object_places", object_summary)):
+    for step, sentence in ("object_places", object_summary):
         said = f"{said} {sentence(bench)}".strip() if step in bench.records else said
     sections += [rerun(bench), configuration(bench)]
     pairs = bench.cfg.pairs

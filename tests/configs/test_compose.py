@@ -33,8 +33,6 @@ GROUPS = (
     "intervention",
     "where",
     "study",
-    "concept_matrix",
-    "cross_modal",
     "interchange",
     "discovery",
     "circuit_spec",
@@ -181,7 +179,7 @@ def test_debug_lowers_what_an_experiment_says_and_not_what_the_command_line_says
     shipped, small = composed("experiment=mars_earth_patch"), composed("experiment=mars_earth_patch", "debug=fast")
     assert shipped.circuit is not None and small.circuit is not None
     assert (shipped.circuit.pictures, small.circuit.pictures) == (40, 4)
-    assert list(small.circuit.questions) == ["name", "colour"] and small.pairs is None and small.concept_matrix is None
+    assert list(small.circuit.questions) == ["name", "colour"] and small.pairs is None
     own = ("circuit.pictures=7", "association.digits={pictures: 9}", "interchange.strengths=[5.0]", "study.limit=null")
     given = composed("experiment=cross_modal_association", "circuit=mars_earth", "debug=fast", *own)
     assert given.circuit is not None and given.circuit.pictures == 7 and given.circuit.per_layer == 3
@@ -195,7 +193,7 @@ def test_debug_lowers_what_an_experiment_says_and_not_what_the_command_line_says
 
 def test_every_limit_of_debug_is_a_setting(hydra: None) -> None:
     limits = compose("config", ["debug=fast"]).limits
-    everything = ["circuit=mars_earth", "pairs=count", "cross_modal=planets", "concept_matrix=planets"]
+    everything = ["circuit=mars_earth", "pairs=count"]
     runs = (["experiment=cross_modal_association", *everything], *([f"experiment={x}"] for x in LIMITED))
     composed_runs = [compose("config", run) for run in runs]
 

@@ -8,7 +8,7 @@ from tests.configs.composing import composed, rounds
 
 from vlmscope.config import catalog
 
-GROUPS = ("circuit", "cross_modal", "interchange", "pairs", "study", "where")
+GROUPS = ("circuit", "interchange", "pairs", "study", "where")
 EXPERIMENTS = [(f"experiment={name}",) for name in catalog.options("experiment")]
 
 

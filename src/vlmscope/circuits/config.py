@@ -20,12 +20,14 @@ class CircuitConfig:
     """How a circuit of two concepts is found.
 
     Attributes:
-        concepts: the two concepts; the first is the recipient of interventions, the second the donor.
+        concepts: two concepts, of which the first is the recipient of interventions and the second the donor; of more,
+            each is turned into each other, with a circuit for each pair.
         third: a concept that belongs to neither, to see what the donor's circuit does to it.
         questions: name -> question, all asked of every picture.
         pictures: training pictures a concept.
         graphs: attribution graphs a concept and question; a feature counts only if it has influence in one.
         per_layer: features a layer and concept.
+        least: rightly answered test pictures of a recipient; fewer are no result.
         seed: of the pictures.
     """
 
@@ -35,24 +37,25 @@ class CircuitConfig:
     pictures: int = 40
     graphs: int = 1
     per_layer: int = 16
+    least: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.concepts) != 2 or self.concepts[0] == self.concepts[1]:
+        if len(self.concepts) < 2 or len(set(self.concepts)) < len(self.concepts):
             raise UserError(f"circuit.concepts={list(self.concepts)}: a contrast needs two different concepts")
         for name, question in self.questions.items():
             missing = [c for c in self.concepts if c not in question.answers]
             if missing:
                 raise UserError(f"circuit.questions.{name}.answers lacks {', '.join(missing)}")
-            first, second = (question.answers[concept] for concept in self.concepts)
-            if first == second:
+            first, second = (question.answers[concept] for concept in self.concepts[:2])
+            if first == second and len(self.concepts) == 2:
                 raise UserError(
                     f"{' and '.join(self.concepts)} are both {first!r} to circuit.questions.{name}: no answer could "
                     f"flip; leave the question out with '~circuit.questions.{name}'"
                 )
         if self.third in self.concepts:
             raise UserError(f"circuit.third={self.third} is one of circuit.concepts; choose another, or null")
-        for key in ("pictures", "graphs", "per_layer"):
+        for key in ("pictures", "graphs", "per_layer", "least"):
             if getattr(self, key) < 1:
                 raise UserError(f"circuit.{key}={getattr(self, key)}: it must be at least 1")
 

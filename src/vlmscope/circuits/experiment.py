@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import permutations
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -38,6 +40,7 @@ from vlmscope.scope import Scope
 
 ALL, OWN, EACH = "all", "own", "each"  # sets of features that a trial may name besides questions and supernodes
 Pictures = Callable[[str, str, int], Sequence[Image.Image]]  # concept, split, count
+Metrics = Callable[[pd.DataFrame, Mapping[str, TrialConfig], Mapping[str, SettingConfig]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Declared:
         means: layer -> [F], by which controls are matched; or what gives those of a trial on a case set.
         sets: names of the sets of features that `features: each` goes through, as trials `<trial>/<set>`.
         pairs: the source, where the cases are counterfactual pairs.
+        metrics: what is reported of the table; None for the rates of each trial (see `trial_metrics`).
     """
 
     cases: Mapping[str, Sequence[Cases]]
@@ -57,6 +61,7 @@ class Declared:
     means: Mapping[int, Tensor] | Callable[[TrialConfig, Cases], Mapping[int, Tensor]]
     sets: Sequence[str] = ()
     pairs: PairSource | None = None
+    metrics: Metrics | None = None
 
     def trials(self, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]) -> Iterator[Trial]:
         """Every trial in its settings, in the order of the declaration.
@@ -109,50 +114,100 @@ def most_probable(scope: Scope, logits: Tensor) -> str:
     return scope.vlm.tokenizer.decode([int(logits.argmax())]).strip()
 
 
+def right_cases(
+    scope: Scope, config: CircuitConfig, name: str, concept: str, images: Sequence[Image.Image], modes: Sequence[str]
+) -> tuple[Cases, list[int], InputBatch]:
+    """A concept's test pictures that are answered rightly to a question, without target or donors.
+
+    Returns:
+        The cases, the numbers of their pictures, and all pictures as a batch.
+
+    Raises:
+        UserError: fewer than `config.least` are.
+    """
+    question = config.questions[name]
+    inputs = [scope.inputs(question.prompt, [image]) for image in images]
+    own = answer_token(scope, question.answers[concept])
+    everything = scope.batch(inputs)
+    logits = scope.forward(everything)
+    rows = torch.nonzero(logits.argmax(-1) == own).flatten()
+    if len(rows) < config.least:
+        said = ", ".join(sorted({most_probable(scope, row) for row in logits}))
+        raise UserError(
+            f"{f'only {len(rows)}' if len(rows) else 'none'} of the {len(images)} pictures of {concept} is answered "
+            f"{question.answers[concept]!r} to {question.prompt!r} (the model says: {said}): nothing to flip; give "
+            "other pictures"
+        )
+    kept = rows.tolist()
+    batch = everything.select(rows)
+    answers = torch.full((len(kept),), own, device=rows.device)
+    cases = Cases(
+        "test",
+        name,
+        batch,
+        base_run(scope, batch, [mode for mode in modes if mode != "generate"]),
+        answers,
+        torch.full_like(answers, -1),
+        tuple(f"{concept} {row}" for row in kept),
+        inputs=tuple(inputs[row] for row in kept),
+        prompt=question.prompt,
+        pngs=tuple(png_bytes(images[row], 128) for row in kept),
+    )
+    return cases, kept, everything
+
+
 def concept_cases(
     scope: Scope, config: CircuitConfig, pictures: Pictures, count: int, modes: Sequence[str]
 ) -> list[Cases]:
-    """The recipient's test pictures that are answered rightly, a case set per question; donors row by row.
-
-    Raises:
-        UserError: none of them is.
-    """
+    """The recipient's test pictures that are answered rightly, a case set per question; donors row by row."""
     recipient, donor = config.concepts
     images = pictures(recipient, "test", count)
     gifts = pictures(donor, "test", max(len(images), 1))
     found = []
     for name, question in config.questions.items():
-        inputs = [scope.inputs(question.prompt, [image]) for image in images]
-        own, target = (answer_token(scope, question.answers[concept]) for concept in (recipient, donor))
-        everything = scope.batch(inputs)
-        logits = scope.forward(everything)
-        rows = torch.nonzero(logits.argmax(-1) == own).flatten()
-        if not len(rows):
-            said = ", ".join(sorted({most_probable(scope, row) for row in logits}))
-            raise UserError(
-                f"none of the {len(images)} pictures of {recipient} is answered {question.answers[recipient]!r} to "
-                f"{question.prompt!r} (the model says: {said}): nothing to flip; give other pictures"
-            )
-        kept = rows.tolist()
-        batch = everything.select(rows)
-        donors = scope.batch([scope.inputs(question.prompt, [gifts[row % len(gifts)]]) for row in kept])
-        answers = torch.full((len(kept),), own, device=rows.device)
-        found.append(
-            Cases(
-                "test",
-                name,
-                batch,
-                base_run(scope, batch, [mode for mode in modes if mode != "generate"]),
-                answers,
-                torch.full_like(answers, target),
-                tuple(f"{recipient} {row}" for row in kept),
-                donors,
-                inputs=tuple(inputs[row] for row in kept),
-                prompt=question.prompt,
-                pngs=tuple(png_bytes(images[row], 128) for row in kept),
-            )
-        )
+        target = answer_token(scope, question.answers[donor])
+        cases, rows, _ = right_cases(scope, config, name, recipient, images, modes)
+        donors = scope.batch([scope.inputs(question.prompt, [gifts[row % len(gifts)]]) for row in rows])
+        found.append(replace(cases, target=torch.full_like(cases.answer, target), donors=donors))
     return found
+
+
+def matrix_cases(
+    scope: Scope, config: CircuitConfig, pictures: Pictures, count: int, modes: Sequence[str]
+) -> dict[str, list[Cases]]:
+    """Every ordered pair of concepts, tagged `recipient` and `donor`, under each question that tells them apart.
+
+    Returns:
+        "test": the recipients that are answered rightly, with donors row by row; "third": all pictures of each concept
+        outside the pair, under the first question; a hit is the donor's word.
+
+    Raises:
+        UserError: no question tells two concepts apart, or too few pictures of a concept are answered rightly.
+    """
+    images = {concept: pictures(concept, "test", count) for concept in config.concepts}
+    test: list[Cases] = []
+    third: list[Cases] = []
+    for number, (name, question) in enumerate(config.questions.items()):
+        token = {concept: answer_token(scope, question.answers[concept]) for concept in images}
+        right = {concept: right_cases(scope, config, name, concept, of, modes) for concept, of in images.items()}
+        asked = {}
+        for concept, of in images.items() if number == 0 else ():
+            inputs = [scope.inputs(question.prompt, [image]) for image in of]
+            asked[concept] = bystanders(scope, "third", name, inputs, [f"{concept} {i}" for i in range(len(of))])
+        for recipient, donor in permutations(images, 2):
+            tags = {"recipient": recipient, "donor": donor}
+
+            def turned(cases: Cases, tags: Mapping[str, str] = tags, target: int = token[donor]) -> Cases:
+                return replace(cases, target=torch.full_like(cases.answer, target), tags=tags)
+
+            third += [turned(one) for concept, one in asked.items() if concept not in (recipient, donor)]
+            if token[recipient] != token[donor]:
+                cases, rows, _ = right[recipient]
+                at = [row % len(images[donor]) for row in rows]
+                test.append(replace(turned(cases), donors=right[donor][2].select(torch.tensor(at))))
+    if not test:
+        raise UserError(f"no question of {', '.join(config.questions)} tells two of circuit.concepts apart")
+    return {"test": test, "third": third}
 
 
 def bystanders(
@@ -165,9 +220,11 @@ def bystanders(
     return Cases(name, question, batch, base, answer, torch.full_like(answer, target), tuple(ids))
 
 
-def concept_operation(circuit: Circuit, config: CircuitConfig) -> Callable[[TrialConfig, Cases, int | None], Operation]:
-    """Operations between the two supernodes of a circuit found by contrast."""
-    recipient, donor = config.concepts
+def concept_operation(
+    circuit: Circuit, config: CircuitConfig, pair: Sequence[str] = ()
+) -> Callable[[TrialConfig, Cases, int | None], Operation]:
+    """Operations between the two supernodes of a circuit found by contrast: `pair`, or the two concepts."""
+    recipient, donor = pair or config.concepts
 
     def made(trial: TrialConfig, cases: Cases, limit: int | None) -> Operation:
         if trial.features is not None and trial.do != "ablate":
@@ -179,7 +236,7 @@ def concept_operation(circuit: Circuit, config: CircuitConfig) -> Callable[[Tria
                 circuit, recipient, donor, trial.gate, limit, by_question=cases.question in config.questions
             )
         if trial.do == "carry":
-            return Carry(union(circuit, limit), trial.pooled)
+            return Carry(union(circuit, limit), trial.pooled, last=trial.last)
         if trial.do == "ablate":
             return Ablate(circuit.indices(trial.features or recipient, limit))
         raise UserError(f"trials: do={trial.do} needs pairs; with two concepts choose exchange, carry or ablate")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,11 +18,12 @@ from vlmscope.circuits.interchange import whole_plan
 from vlmscope.circuits.plans import at_supernodes, steer_plan
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Supernode
-from vlmscope.interventions.edits import AnyPlan, LayerEdit, set_features
+from vlmscope.interventions.edits import AnyPlan, LayerEdit, WholeEdit, position_mask, set_features
 from vlmscope.interventions.named import donor_activations, patch_plan
 from vlmscope.interventions.trials import Cases, Features
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
+from vlmscope.transcoders.transcoder import SparseCode
 
 
 def _donors(cases: Cases) -> InputBatch:
@@ -43,11 +45,13 @@ class Carry:
         features: which, by layer.
         pooled: every soft token gets the donor's mean over its soft tokens, instead of the one at the same place.
         nodes: supernodes whose positions their features keep to.
+        last: the donors' last position into the last position, and nothing else: they may have any length.
     """
 
     features: Features | None
     pooled: bool = False
     nodes: tuple[Supernode, ...] = ()
+    last: bool = False
     rereads: ClassVar[bool] = True
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
@@ -56,10 +60,22 @@ class Carry:
         chosen = self.features if features is None else features
         if chosen is None:
             assert strength == 1, "all features are carried at their own level"
-            return whole_plan(scope, donors)
+            whole = whole_plan(scope, donors)
+            return {layer: _last_code(edit, cases.batch.roles) for layer, edit in whole.items()} if self.last else whole
         live = {layer: found for layer, found in chosen.items() if len(found)}
-        plan = patch_plan(donor_activations(scope, donors, live), cases.batch.roles, strength, self.pooled)
+        given = donor_activations(scope, donors, live)
+        if self.last:
+            where = position_mask(cases.batch.roles, "role_last")
+            return {layer: set_features(f, strength * acts[:, -1:], where) for layer, (f, acts) in given.items()}
+        plan = patch_plan(given, cases.batch.roles, strength, self.pooled)
         return at_supernodes(plan, self.nodes, cases.batch.places)
+
+
+def _last_code(edit: WholeEdit, roles: np.ndarray) -> WholeEdit:
+    """The donors' code at their last position, for the last position of recipients with roles [T]."""
+    indices, values = (one[:, -1:].expand(-1, len(roles), -1) for one in (edit.code.indices, edit.code.values))
+    code = SparseCode(indices, values)
+    return WholeEdit(code, edit.width, position_mask(roles, "role_last"))
 
 
 @dataclass(frozen=True)

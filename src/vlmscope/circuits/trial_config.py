@@ -38,6 +38,7 @@ class TrialConfig:
         strength: level of what is raised or carried, in units of its own; a setting may give others.
         gate: of exchange: act in full from this share of the suppressed level; null acts everywhere.
         pooled: of carry: soft tokens get the donor's mean.
+        last: of carry: only from the donor's last position to the last position; the two may differ in length.
         measure: what its rate counts: "hit" (the answer is the target), "changed", or the mean of "recovered", "drop"
             or "kl" (docs/experiments.md).
     """
@@ -47,6 +48,7 @@ class TrialConfig:
     strength: float = 1.0
     gate: float | None = None
     pooled: bool = False
+    last: bool = False
     measure: str = "hit"
 
     def __post_init__(self) -> None:

@@ -16,7 +16,6 @@ from vlmscope.circuits.captions_config import CaptionsConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.circuits.discovery.config import DiscoveryConfig
 from vlmscope.circuits.interchange_config import InterchangeConfig
-from vlmscope.circuits.matrix_config import ConceptMatrixConfig
 from vlmscope.circuits.spec_config import CircuitSpecConfig
 from vlmscope.circuits.trial_config import MarkConfig, SettingConfig, TrialConfig
 from vlmscope.config.headline import HeadlineConfig, check_reproducible
@@ -208,9 +207,9 @@ class AppConfig:
 
     `image` is a path or a list of paths on the command line and always a list of paths (or None) in a task; `prompt`
     holds the text of `prompt_file`, or the prompt of `prompts` that `prompt_name` names; `query` is what task=find
-    looks for. `images` names the user's own picture sets, `association` sets of concepts, each as `cross_modal`.
+    looks for. `images` names the user's own picture sets, `association` sets of concepts (conf/cross_modal/).
     `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit`, `circuit_spec`,
-    `concept_matrix`, `cross_modal`, `prompts` and `pairs` may be None.
+    `prompts` and `pairs` may be None.
     The metadata say what the types cannot (config/resolve.py): `verbatim`, a text that nobody parses, and `paths`.
     `analysis` holds the settings of `experiments/<name>.py`, which its class `Settings` checks.
     `limits` lower settings wherever a run has them (`debug=fast`): a dotted key, in which `*` is any key -> the most
@@ -239,8 +238,6 @@ class AppConfig:
     analysis: dict[str, Any] = field(default_factory=dict)
     circuit: CircuitConfig | None = None
     circuit_spec: CircuitSpecConfig | None = None
-    concept_matrix: ConceptMatrixConfig | None = None
-    cross_modal: CrossModalConfig | None = None
     association: dict[str, CrossModalConfig] = field(default_factory=dict)
     prompts: PromptSetConfig | None = None
     pairs: PairsConfig | None = None

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
-from vlmscope.core.records import FeatureId
-from vlmscope.metrics.causal import benjamini_hochberg
-from vlmscope.metrics.decoding import Contrast, Rule, contrast, contrast_p, shuffled
+from vlmscope.core.records import FeatureId, generator
+from vlmscope.features.cross_modal_config import CrossModalConfig
+from vlmscope.metrics.causal import benjamini_hochberg, permutation_p
+from vlmscope.metrics.decoding import Contrast, Rule, contrast, contrast_p, matching_p, shuffled
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
@@ -206,3 +209,91 @@ def find_shared(
     coincidences = picture.any(1).astype(np.int64) @ candidates.text.T.astype(np.int64)
     shared = picture & (q_values <= q)  # nan, what was not tested, is no less than anything
     return Shared(candidates, observed, q_values, picture, shared, null, null_layers, coincidences)
+
+
+def counts(found: Mapping[str, Shared], concepts: Sequence[str], layers: Sequence[int], seed: int) -> pd.DataFrame:
+    """What is shared next to what shuffled pictures share.
+
+    Args:
+        found: question -> what is shared.
+        concepts: their names.
+        layers: of the transcoders.
+        seed: under which names are exchanged.
+
+    Returns:
+        A row for each question and group of features: `of` is "all", "concept", "place", "layer", "every question"
+        (shared under all of them) or "other concepts" (another concept's under the others, a mean), `name` which.
+        `shared` with q below the threshold, `by_rule` by the rule alone, `by_rule_null` its mean under shuffling with
+        `by_rule_p`; of concepts `by_rule_q`; of "all" `by_rule_null_max`, `candidates`, and `matching`,
+        `matching_expected` and `matching_p` of names exchanged.
+    """
+    rows: list[dict[str, str | float]] = []
+    for question, one in found.items():
+        observed, null = one.by_rule(), one.null
+        own = [one.features(c) for c in range(len(concepts))]
+        p = permutation_p(observed[:, -1], null[..., -1])
+        expected, p_names = matching_p(one.coincidences, seed)
+        total, totals = observed[:, -1].sum(), null[..., -1].sum(1)
+        rows.append({
+            "question": question, "of": "all", "name": "", "candidates": len(one.candidates.features),
+            "shared": sum(map(len, own)), "by_rule": total, "by_rule_null": totals.mean(),
+            "by_rule_null_max": totals.max(), "by_rule_p": float(permutation_p(total, totals)),
+            "matching": one.coincidences.trace(), "matching_expected": expected, "matching_p": p_names,
+        })  # fmt: skip
+        for c, (concept, q) in enumerate(zip(concepts, benjamini_hochberg(p), strict=True)):
+            rows.append({"question": question, "of": "concept", "name": concept, "shared": len(own[c]),
+                         "by_rule": observed[c, -1], "by_rule_null": null[:, c, -1].mean(), "by_rule_p": p[c],
+                         "by_rule_q": q})  # fmt: skip
+        for at, place in enumerate(PLACES):
+            rows.append({"question": question, "of": "place", "name": place, "shared": one.shared[:, at].sum(),
+                         "by_rule": observed[:, at].sum(), "by_rule_null": null[:, :, at].sum(1).mean()})  # fmt: skip
+        for layer, drawn in zip(layers, one.null_layers.mean(0), strict=True):
+            here = sum(feature.layer == layer for of in own for feature in of)
+            rows.append({"question": question, "of": "layer", "name": str(layer), "shared": here,
+                         "by_rule_null": drawn})  # fmt: skip
+    for concept, always in zip(concepts, in_every_question(found), strict=True):
+        rows.append({"question": "", "of": "every question", "name": concept, "shared": len(always)})
+    first, *rest = found.values()
+    crossed = [
+        len(first.features(c).intersection(*(one.features(d) for one in rest)))
+        for c, d in permutations(range(len(concepts)), 2)
+    ]
+    rows.append({"question": "", "of": "other concepts", "name": "", "shared": float(np.mean(crossed))})
+    return pd.DataFrame(rows)
+
+
+def in_every_question(found: Mapping[str, Shared]) -> list[set[FeatureId]]:
+    """For each concept the features that are shared whatever is asked: of the concept, not of one answer."""
+    n_concepts = len(next(iter(found.values())).coincidences)
+    return [set.intersection(*(one.features(c) for one in found.values())) for c in range(n_concepts)]
+
+
+def drawn_others(config: CrossModalConfig, question: str, seed: int) -> dict[str, list[str]]:
+    """For each concept the other ones that it is tested with: those with another answer go first."""
+    found: dict[str, list[str]] = {}
+    answers = config.questions[question].answers
+    for concept in config.concepts:
+        rest = [other for other in config.concepts if other != concept]
+        if config.others is not None:
+            rest = generator(seed, "others", question, concept).permutation(rest).tolist()
+            rest = sorted(rest, key=lambda other: answers[other] == answers[concept])[: config.others]
+        found[concept] = rest
+    return found
+
+
+SHARED_COLUMNS = ("question", "concept", "feature", "layer", "place", "text_place", "text_peak", "picture_mean",
+                  "other_pictures_mean", "fires_on", "q", "every_question")  # fmt: skip
+
+
+def shared_features(found: Mapping[str, Shared], concepts: Sequence[str]) -> pd.DataFrame:
+    """A row (`SHARED_COLUMNS`) for each question, concept, feature and place at which it is shared."""
+    rows, every = [], in_every_question(found)
+    for question, one in found.items():
+        shape, candidates = one.shared.shape, one.candidates
+        mean, rest, rate = (getattr(one.contrast, name).reshape(shape) for name in ("mean", "rest", "rate"))
+        for c, place, m in np.argwhere(one.shared).tolist():
+            at, feature = (c, place, m), candidates.features[m]
+            rows.append((question, concepts[c], str(feature), feature.layer, PLACES[place], candidates.place[c, m],
+                         candidates.peaks[c, m], mean[at], rest[at], rate[at], one.q[at],
+                         feature in every[c]))  # fmt: skip
+    return pd.DataFrame(rows, columns=list(SHARED_COLUMNS))

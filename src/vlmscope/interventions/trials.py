@@ -49,6 +49,7 @@ class Cases:
         inputs: B prompts, needed for mode "generate".
         prompt: what is asked, for reports.
         pngs: B small pictures, for reports.
+        tags: whatever else tells case sets apart, such as recipient and donor; columns of the table.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Cases:
     inputs: tuple[ModelInputs, ...] = ()
     prompt: str = ""
     pngs: tuple[bytes, ...] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     def select(self, rows: Sequence[int]) -> Cases:
         """Some of the cases; of their unedited run only the logits, which is all that mode "free" needs."""
@@ -79,6 +81,18 @@ class Cases:
             inputs=tuple(self.inputs[row] for row in rows) if self.inputs else (),
             pngs=tuple(self.pngs[row] for row in rows) if self.pngs else (),
         )
+
+    def tagged(self, tags: Mapping[str, str]) -> Cases:
+        """The same cases with more tags."""
+        return replace(self, tags={**self.tags, **tags})
+
+    def facing(self, donors: Cases, ids: tuple[str, ...]) -> Cases:
+        """The same cases under other ids, with another case set as donors, whose answers are the targets.
+
+        Where one of the two is a single prompt, it is repeated for each of the other's.
+        """
+        mine, theirs = (one.select([0] * len(ids)) if one.batch.size == 1 else one for one in (self, donors))
+        return replace(mine, ids=ids, donors=theirs.batch, target=theirs.answer)
 
 
 class Operation(Protocol):
@@ -158,8 +172,8 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
 
     Returns:
         One row per case, trial and draw: `operation`, the fields of the setting (its name as `setting`), `cases`,
-        `question`, `case`, `control` ("" for the trial itself, "matched", "random_direction"), `draw`, `features`
-        (edited), and the outcome (see `_outcome`).
+        `question`, the tags of the case set, `case`, `control` ("" for the trial itself, "matched",
+        "random_direction"), `draw`, `features` (edited), and the outcome (see `_outcome`).
     """
     parts = [part for trial in trials for part in _parts(scope, trial, seed)]
     return pd.concat(parts, ignore_index=True)
@@ -181,10 +195,11 @@ def _with_controls(
     labels = {"operation": trial.operation, "setting": setting.name, "mode": setting.mode,
               "positions": setting.positions, "layers": setting.layers, "strength": setting.strength,
               "limit": setting.limit,
-              "cases": cases.name, "question": cases.question, "features": size}  # fmt: skip
+              "cases": cases.name, "question": cases.question, "features": size, **cases.tags}  # fmt: skip
     yield _run(scope, cases, plan, setting).assign(**labels, control="", draw=0)
     edits = {layer: edit for layer, edit in plan.items() if isinstance(edit, LayerEdit)}
-    for draw in control_draws(seed, setting.matched if edits else 0):
+    # Without features to edit the control edits none either: each case still has its pair.
+    for draw in control_draws(seed, setting.matched if edits or not plan else 0):
         control = _matched(scope, trial, cases, setting, edits, draw)
         yield _run(scope, cases, control, setting).assign(**labels, control="matched", draw=draw)
     for draw in control_draws(seed, setting.random_direction):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +18,7 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: 
         table: rows of `run_trials`.
         by: columns that name a group.
         measure: "hit", "changed", "recovered", "drop", "kl", or another numeric column.
-        groups: a column of clusters; the bootstrap then draws whole clusters.
+        groups: a column of clusters, of which the bootstrap draws whole ones; the cases where one occurs several times.
 
     Returns:
         Indexed by `by`: `value`, `ci_low`, `ci_high` (bootstrap, 95 %), `cases`, `edited` features, `matched` and
@@ -31,7 +31,9 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: 
         done = group[group.control == ""]
         values = done[measure].to_numpy()
         share = values.dtype == bool
-        rate = (bootstrap_rate if share else bootstrap_mean)(values, groups=None if groups is None else done[groups])
+        repeated = "case" in done and bool(done["case"].duplicated().any())
+        clusters = done[groups] if groups else done["case"] if repeated else None
+        rate = (bootstrap_rate if share else bootstrap_mean)(values, groups=clusters)
         row = {"value": rate.value, "ci_low": rate.ci_low, "ci_high": rate.ci_high, "cases": rate.cases}
         row["edited"] = int(done.features.max())
         for control in ("matched", "random_direction"):
@@ -52,6 +54,42 @@ def corrected(rows: pd.DataFrame) -> pd.DataFrame:
     q = np.full(len(rows), np.nan)
     q[known] = benjamini_hochberg(rows.p.to_numpy(float)[known])
     return rows.assign(q=q)
+
+
+def measured(table: pd.DataFrame, by: Sequence[str], measures: Mapping[str, str]) -> pd.DataFrame:
+    """`rates` of each operation by its own measure ("hit" where none is given), q corrected over all rows together."""
+    by_operation = table.groupby("operation", sort=False)
+    parts = [rates(part, by, measures.get(str(name), "hit")) for name, part in by_operation]
+    return corrected(pd.concat(parts))
+
+
+CELL = ["question", "recipient", "donor"]
+ALPHA = 0.01  # the false discovery rate below which a cell counts as above its control
+
+
+def cell_means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Means over cells (levels `CELL` of rows of `rates`), each counted once whatever its number of cases.
+
+    Returns:
+        Indexed by `by`: the columns of `rates` without p and q, with `cases` the number of cells and an interval that
+        draws unordered pairs of concepts, since a pair's cells share one circuit; and `lowest`, `highest` (cell) and
+        `significant`, the share of cells whose q is below `ALPHA`.
+    """
+    found: dict[Any, dict[str, float]] = {}
+    groups = cast(Any, rows.groupby(level=list(by), sort=False))
+    for key, cells in groups:
+        pairs = ["-".join(sorted(pair)) for pair in cells.reset_index()[["recipient", "donor"]].to_numpy()]
+        mean = bootstrap_rate(cells.value.to_numpy(), groups=pairs)
+        found[key if len(by) > 1 else key[0]] = {
+            "value": mean.value, "ci_low": mean.ci_low, "ci_high": mean.ci_high, "cases": mean.cases,
+            "edited": cells.edited.max(), "matched": cells.matched.mean(),
+            "random_direction": cells.random_direction.mean(), "lowest": cells.value.min(),
+            "highest": cells.value.max(),
+            "significant": (cells.q < ALPHA).mean() if cells.q.notna().any() else np.nan,
+        }  # fmt: skip
+    means: Any = pd.DataFrame.from_dict(found, orient="index")
+    means.index = pd.MultiIndex.from_tuples(means.index, names=by) if len(by) > 1 else means.index.rename(by[0])
+    return means
 
 
 def worst(rows: pd.DataFrame, over: str) -> pd.DataFrame:

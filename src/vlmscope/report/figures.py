@@ -329,7 +329,14 @@ def _short(word: str) -> str:
     return word if len(word) <= 9 else f"{word[:8]}…"
 
 
-def share_matrices(names: Sequence[str], panels: Mapping[str, np.ndarray], path: str | Path, rows: int = 1) -> Path:
+def share_matrices(
+    names: Sequence[str],
+    panels: Mapping[str, np.ndarray],
+    path: str | Path,
+    rows: int = 1,
+    axes_of: tuple[str, str] = ("pictures of", "given the features of"),
+    percent: bool = True,
+) -> Path:
     """One matrix a panel, recipients down and donors across, in per cent; hatched where there is nothing to measure.
 
     Args:
@@ -337,27 +344,30 @@ def share_matrices(names: Sequence[str], panels: Mapping[str, np.ndarray], path:
         panels: title -> [n, n] shares 0..1, nan where there is none.
         path: the PNG to write.
         rows: of panels.
+        axes_of: what stands down and across.
+        percent: values are shares; else counts.
     """
+    most = 1 if percent else max(float(np.nanmax(of)) for of in panels.values())
     columns = -(-len(panels) // rows)
     with drawing(path, 4.1 * columns, 3.9 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
         for axes, (title, shares) in zip(grid.flat, panels.items(), strict=False):
-            _panel(axes, names, np.asarray(shares, float))
+            _panel(axes, names, np.asarray(shares, float) * (100 if percent else 1), (100 if percent else 1) * most)
             axes.set_title(title, loc="left")
         for row in grid:
-            row[0].set_ylabel("pictures of")
+            row[0].set_ylabel(axes_of[0])
         for axes in grid[-1]:
-            axes.set_xlabel("given the features of")
+            axes.set_xlabel(axes_of[1])
     return Path(path)
 
 
-def _panel(axes: Axes, names: Sequence[str], shares: np.ndarray) -> None:
-    nothing = np.isnan(shares)
+def _panel(axes: Axes, names: Sequence[str], values: np.ndarray, most: float) -> None:
+    nothing = np.isnan(values)
     axes.set_facecolor("#f2f2f2")
     sns.heatmap(
-        100 * shares, mask=nothing, ax=axes, cmap="Blues", vmin=0, vmax=100, annot=True, fmt=".0f", cbar=False,
+        values, mask=nothing, ax=axes, cmap="Blues", vmin=0, vmax=most, annot=True, fmt=".0f", cbar=False,
         square=True, linewidths=1, linecolor="white", xticklabels=list(names), yticklabels=list(names),
         annot_kws={"fontsize": 9},
     )  # fmt: skip

@@ -23,10 +23,22 @@ from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import AnswerExample, CircuitFeature, Curve, FeatureExample, FlipRow, Rate, Supernode
 from vlmscope.core.records import FeatureId, PatchBox
-from vlmscope.metrics.table import corrected, rates, worst
+from vlmscope.metrics.table import CELL, cell_means, corrected, rates, worst
 from vlmscope.report import figures
 from vlmscope.report.figures import share_matrices
-from vlmscope.report.page import Card, Cards, Examples, Features, Figure, Picture, Section, Table, Text, flip_table
+from vlmscope.report.page import (
+    Card,
+    Cards,
+    Examples,
+    Features,
+    Figure,
+    Percent,
+    Picture,
+    Section,
+    Table,
+    Text,
+    flip_table,
+)
 from vlmscope.report.style import label
 
 AXES = ["positions", "layers", "strength", "limit"]  # of a setting, besides its mode
@@ -119,9 +131,12 @@ class Folder:
 
 
 def cards(folder: Folder, name: str, mark: Declared) -> list[Section]:
-    """The worst question of each trial as a headline number."""
-    found = folder.rates(mark, ["operation", "setting", "question"])
-    lowest = worst(found, "question") if found.index.get_level_values("question").nunique() > 1 else found
+    """The worst question of each trial as a headline number; of recipients and donors the mean over cells."""
+    if "donor" in folder.trials:
+        lowest = cell_means(folder.rates(mark, ["operation", "setting", *CELL]), ["operation", "setting"])
+    else:
+        found = folder.rates(mark, ["operation", "setting", "question"])
+        lowest = worst(found, "question") if found.index.get_level_values("question").nunique() > 1 else found
     made = []
     key: Any
     for key, row in lowest.iterrows():
@@ -180,8 +195,8 @@ def curve(folder: Folder, name: str, mark: Declared) -> list[Section]:
 
 
 def matrix(folder: Folder, name: str, mark: Declared) -> list[Section]:
-    """Recipients against donors, a panel for each question."""
-    found = folder.rates(mark, ["operation", "question", "recipient", "donor"])
+    """Recipients against donors, a panel for each question, and the `top` lowest cells with their controls."""
+    found = folder.rates(mark, ["operation", *CELL])
     names = sorted({*found.index.get_level_values("recipient"), *found.index.get_level_values("donor")})
     sections: list[Section] = []
     for operation, rows in found.groupby(level="operation", sort=False):
@@ -191,9 +206,16 @@ def matrix(folder: Folder, name: str, mark: Declared) -> list[Section]:
         }
         drawn = share_matrices(names, panels, folder.path / "figures" / f"{name}_{operation}.png")
         alt = f"{label(str(operation))}: answers with the donor's word in per cent"
-        sections.append(
-            Figure(f"{mark.title} {label(str(operation))}".strip(), (_picture(drawn, alt, True),), mark.says)
+        title = f"{mark.title} {label(str(operation))}".strip()
+        sections.append(Figure(title, (_picture(drawn, alt, True),), mark.says))
+        lowest: Any = rows.sort_values("value", kind="stable").head(mark.top)
+        lines = tuple(
+            (recipient, donor, label(question), int(row.cases), _rate(row), *_control(row))
+            for (_, question, recipient, donor), row in lowest.iterrows()
         )
+        columns = ("recipient", "donor", "question", "cases", "rate", "matched features", "q")
+        note = f"q is corrected over all cells shown; the mean of all {len(rows)} is {rows.value.mean():.0%}."
+        sections.append(Table(f"{title}: lowest cells", columns, lines, note=note))
     return sections
 
 
@@ -315,6 +337,11 @@ def _end(layers: str) -> float:
     """The end of a range of layers that is not an end of the model: 3 of "0-3", "3-" and "3"."""
     first, _, last = layers.partition("-")
     return float(last or first)
+
+
+def _control(row: Any) -> tuple[Percent | None, float | None]:
+    """The control's rate and q, where there was a control."""
+    return (None, None) if np.isnan(row.matched) else (Percent(float(row.matched)), float(row.q))
 
 
 def _picture(path: Path, alt: str, wide: bool = False) -> Picture:

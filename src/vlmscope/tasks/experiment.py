@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     import pandas as pd
+    from torch import Tensor
 
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.experiment import Declared
@@ -73,14 +74,18 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     bench = Bench(cfg, context.run_dir, analysis=settings)
     if cfg.trials:
         bench.metrics |= run_declared(bench, analysis)
-    if analysis is not None:
+    if hasattr(analysis, "analyse"):
         bench.metrics |= analysis.analyse(bench)
     draw_report(context.run_dir, asdict(cfg), bench.metrics)
     return bench.metrics
 
 
 def own_analysis(name: str | None) -> Any:
-    """The module `experiments/<name>.py` with `analyse(bench) -> metrics`, for what no trial measures; None without."""
+    """The module `experiments/<name>.py`; None without one.
+
+    It may have `check(config)`, `declare(bench) -> Declared` where its trials run on other cases or features than a
+    circuit's, and `analyse(bench) -> metrics` for what no trial measures.
+    """
     import importlib.util
     import sys
 
@@ -134,14 +139,20 @@ def run_declared(bench: Bench, analysis: Any = None) -> dict[str, float]:
     from vlmscope.interventions.trials import run_trials
 
     cfg = bench.cfg
-    declared = from_circuit(bench) if cfg.pairs is None else from_pairs(bench)
+    if hasattr(analysis, "declare"):
+        declared = analysis.declare(bench)
+    elif cfg.pairs is not None:
+        declared = from_pairs(bench)
+    else:
+        declared = from_circuit(bench) if len(bench.circuit_config.concepts) == 2 else from_matrix(bench)
     trials = declared.trials(cfg.trials, cfg.settings)
     own = getattr(analysis, "trials", None)
     table = run_trials(bench.scope, chain(trials, own(bench, declared) if own else ()), cfg.seed)
     with atomic_path(bench.run_dir / "trials.parquet") as temporary:
         table.to_parquet(temporary, index=False)
-    write_examples(bench, declared)
-    return trial_metrics(table, cfg.trials, cfg.settings)
+    if declared.metrics is None:  # else the case sets are not one question's pictures before and after
+        write_examples(bench, declared)
+    return (declared.metrics or trial_metrics)(table, cfg.trials, cfg.settings)
 
 
 def from_circuit(bench: Bench) -> Declared:
@@ -236,6 +247,44 @@ def from_pairs(bench: Bench) -> Declared:
         found = Circuit(nodes, {}, model=bench.vlm.name, n_features=bench.transcoders.widths)
         save_circuit(found, bench.run_dir / "circuits" / (cfg.pairs.change or "pairs"))
     return Declared(cases, source.operation, source.means, source.sets, source)
+
+
+def from_matrix(bench: Bench) -> Declared:
+    """Pictures of every ordered pair of concepts; means and graphs are computed once per concept, for all circuits."""
+    from itertools import combinations
+
+    from vlmscope.circuits.circuit import save_circuit
+    from vlmscope.circuits.contrast import concept_influence, concept_means, contrast_circuit, control_means
+    from vlmscope.circuits.experiment import Declared, concept_operation, matrix_cases
+    from vlmscope.interventions.trials import Operation
+
+    config, modes = bench.circuit_config, {mode for setting in bench.cfg.settings.values() for mode in setting.mode}
+    count = bench.intervention.pictures
+    cases = matrix_cases(bench.scope, config, bench.concept_pictures, count, sorted(modes))
+    for one in cases["test"]:
+        bench.metrics[f"base/{one.question}/{one.tags['recipient']}/accuracy"] = one.batch.size / count
+    train = {c: bench.concept_pictures(c, "train", config.pictures) for c in config.concepts}
+    prompts = {name: question.prompt for name, question in config.questions.items()}
+    means = concept_means(bench.scope, train, prompts)
+    influence, _, _ = concept_influence(bench.scope, train, prompts, config.graphs, bench.cfg.attribution)
+    circuits: dict[frozenset[str], Circuit] = {}
+    controls: dict[frozenset[str], Mapping[int, Tensor]] = {}
+    for pair in combinations(config.concepts, 2):
+        both = {concept: means[concept] for concept in pair}
+        circuit, _ = contrast_circuit(bench.transcoders, both, influence, config.per_layer, bench.vlm.name)
+        save_circuit(circuit, bench.run_dir / "circuits" / "_".join(pair))
+        circuits[frozenset(pair)], controls[frozenset(pair)] = circuit, control_means(both)
+
+    def operation(trial: TrialConfig, of: Cases, limit: int | None) -> Operation:
+        pair = (of.tags["recipient"], of.tags["donor"])
+        return concept_operation(circuits[frozenset(pair)], config, pair)(trial, of, limit)
+
+    return Declared(
+        cases,
+        operation,
+        lambda _, of: controls[frozenset((of.tags["recipient"], of.tags["donor"]))],
+        metrics=cell_metrics,
+    )
 
 
 def third_cases(bench: Bench) -> Sequence[Cases]:
@@ -348,6 +397,30 @@ def counted(
     if trial is None or where is None:
         return ["hit" if trial is None else trial.measure]
     return measures_of(vars(trial), vars(where))
+
+
+def cell_metrics(
+    table: pd.DataFrame, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]
+) -> dict[str, float]:
+    """`steer/main`, the mean over cells of recipient, donor and question, with its interval, and `steer/main/name`.
+
+    `_control` is the mean over cells, `_lowest` and `_highest` are cells, `_significant` the share above its control.
+    """
+    from vlmscope.metrics.table import CELL, cell_means, measured
+
+    by = ["operation", "setting"]
+    found = measured(table, [*by, *CELL], {name: trial.measure for name, trial in trials.items()})
+    metrics: dict[str, float] = {"cells": float(len(found.groupby(level=CELL)))}
+    key: Any
+    row: Any
+    for key, row in cell_means(found, by).iterrows():
+        name = "/".join(key)
+        metrics |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
+        more = {"control": row.matched, "lowest": row.lowest, "highest": row.highest, "significant": row.significant}
+        metrics |= {f"{name}_{which}": float(value) for which, value in more.items() if value == value}
+    for key, row in cell_means(found, [*by, "question"]).iterrows():
+        metrics["/".join(key)] = row.value
+    return metrics
 
 
 def write_examples(bench: Bench, declared: Declared) -> None:

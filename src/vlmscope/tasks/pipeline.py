@@ -10,12 +10,10 @@ if TYPE_CHECKING:
     from vlmscope.tasks.context import RunContext
 
 KINDS = (
-    "cross_modal",
     "interchange", "pairs_report",
     "layer_reading", "layer_ranges", "hierarchy_report",
-    "cross_modal_association", "cross_modal_report",
     "dissociation", "object_places",
-    "caption_words", "caption_steering", "caption_report", "concept_matrix", "matrix_report",
+    "caption_words", "caption_steering", "caption_report",
 )  # fmt: skip
 
 

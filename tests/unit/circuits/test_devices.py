@@ -8,7 +8,6 @@ import pytest
 import torch
 from tests.unit.circuits.pretended_device import PretendDevice, mark, marked, move
 
-from vlmscope.circuits import concept_matrix
 from vlmscope.circuits.caption_pairs import Levels
 from vlmscope.circuits.circuit import load_circuit, save_circuit
 from vlmscope.circuits.contrast import contrast_circuit
@@ -33,7 +32,7 @@ from vlmscope.circuits.plans import at_supernodes, donor_activations, steer_plan
 from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId, Positions
 from vlmscope.features.readouts import role_means
-from vlmscope.interventions.edits import merge, position_mask, scale_features
+from vlmscope.interventions.edits import position_mask, scale_features
 from vlmscope.interventions.named import by_layer, mean_activations, patch_plan
 from vlmscope.interventions.named import steer_plan as named_plan
 from vlmscope.interventions.run import base_run, run_edited
@@ -112,9 +111,7 @@ def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
             some = at_supernodes(patched, [node], batches[0].places)
             where = position_mask(roles, "all")
             ablated = {k: scale_features(f, 0.0, where) for k, f in circuit.indices("a").items()}
-            held = concept_matrix.gifts(scope, batches[1], [circuit])
-            crossed = concept_matrix.patching(held, circuit, torch.arange(3), roles, 1.0)
-            for plan in (steered, patched, some, ablated, merge([patched, crossed])):
+            for plan in (steered, patched, some, ablated):
                 for mode in MODES:
                     assert marked(run_edited(scope, batches[0], plan, mode, base))
             both = union(circuit)

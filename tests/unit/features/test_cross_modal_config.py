@@ -3,6 +3,7 @@
 import pytest
 
 from vlmscope.core.errors import UserError
+from vlmscope.features.cross_modal import drawn_others
 from vlmscope.features.cross_modal_config import CrossModalConfig, CrossQuestion
 
 ANSWERS = {"red": "red", "yellow": "yellow", "blue": "blue"}
@@ -23,3 +24,17 @@ def test_an_unknown_source_is_refused() -> None:
     CrossModalConfig(list(ANSWERS), {"colour": question()}, source="colours")
     with pytest.raises(UserError, match=r"cross_modal.source=animals: choose one of planets, digits, colours"):
         CrossModalConfig(list(ANSWERS), {"colour": question()}, source="animals")
+
+
+def test_all_others_or_some_with_another_answer() -> None:
+    answers = {"earth": "blue", "neptune": "blue", "mars": "red", "saturn": "yellow"}
+
+    def drawn(others: int | None, seed: int = 0) -> dict[str, list[str]]:
+        config = CrossModalConfig(list(answers), {"colour": question(answers=answers)}, others=others)
+        return drawn_others(config, "colour", seed)
+
+    assert drawn(None)["earth"] == ["neptune", "mars", "saturn"]
+    some = [drawn(2, seed) for seed in range(9)]
+    assert all(set(one["earth"]) == {"mars", "saturn"} for one in some)  # neptune is blue too
+    assert all(len(one["mars"]) == 2 and "mars" not in one["mars"] for one in some)
+    assert len({tuple(one["mars"]) for one in some}) > 1

@@ -12,10 +12,21 @@ import yaml
 from vlmscope.app import main
 from vlmscope.circuits.trial_config import MarkConfig, SettingConfig, TrialConfig
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import CircuitFeature, Supernode
+from vlmscope.core.intervention import CircuitFeature, Rate, Supernode
 from vlmscope.core.records import FeatureId
-from vlmscope.report.marks import LISTED, Folder, check_marks, flip_rows, sections_of, write_evidence, write_rows
-from vlmscope.report.page import Figure, Table
+from vlmscope.report import marks
+from vlmscope.report.marks import (
+    LISTED,
+    Folder,
+    cards,
+    check_marks,
+    flip_rows,
+    matrix,
+    sections_of,
+    write_evidence,
+    write_rows,
+)
+from vlmscope.report.page import Figure, Percent, Table
 
 MARKS = {
     "result": {"mark": "cards", "trials": ["steer/main"]},
@@ -124,3 +135,47 @@ def test_a_folder_without_a_report_is_one_line(tmp_path: Path, capsys: pytest.Ca
     for run, words in ((None, "task.run is not given"), (tmp_path, "config.yaml")):
         assert main(["task=report", *([f"task.run={run}"] if run else [])]) == 2
         assert words in capsys.readouterr().err
+
+
+HITS = {("a", "b"): 4, ("b", "a"): 3, ("a", "c"): 0}  # of 4 cases; the other cells have no question
+
+
+def matrix_folder(path: Path) -> Folder:
+    same = {"operation": "steer", "setting": "main", "mode": "free", "question": "name", "features": 2, "draw": 0}
+    same |= {"positions": "all", "layers": "all", "strength": 1.0, "limit": None}
+    rows = [
+        same | {"recipient": r, "donor": d, "control": control, "case": i, "hit": not control and i < hits}
+        for (r, d), hits in HITS.items()
+        for control in ("", "matched")
+        for i in range(4)
+    ]
+    pd.DataFrame(rows).to_parquet(path / "trials.parquet")
+    return Folder(path)
+
+
+def test_a_matrix_has_recipients_down_and_its_lowest_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+
+    def draw(names: list[str], panels: dict[str, pd.DataFrame], path: Path) -> Path:
+        drawn.update({title: np.asarray(of, float) for title, of in panels.items()}, names=names)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"png")
+        return path
+
+    monkeypatch.setattr(marks, "share_matrices", draw)
+    figure, table = matrix(matrix_folder(tmp_path), "cells", MarkConfig("matrix", top=2))
+    nan = np.nan
+    assert drawn["names"] == ["a", "b", "c"] and isinstance(figure, Figure) and isinstance(table, Table)
+    np.testing.assert_array_equal(drawn["name"], [[nan, 1, 0], [0.75, nan, nan], [nan, nan, nan]])
+    first, second = table.rows
+    assert first[:4] == ("a", "c", "name", 4) and second[:2] == ("b", "a")
+    # p of 3 and of 4 hits to none: 1/8 and 1/16; of nothing 1. Corrected over three cells.
+    assert isinstance(second[4], Rate) and second[4].value == 0.75
+    assert second[5] == Percent(0.0) and second[6] == pytest.approx(min(3 / 8 / 2, 1))
+
+
+def test_cards_of_a_matrix_are_means_over_its_cells(tmp_path: Path) -> None:
+    (section,) = cards(matrix_folder(tmp_path), "result", MarkConfig("cards"))
+    (card,) = section.cards  # type: ignore[attr-defined]
+    assert isinstance(card.value, Rate)
+    assert card.value.value == pytest.approx(1.75 / 3) and card.value.cases == 3

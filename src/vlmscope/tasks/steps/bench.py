@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
-from vlmscope.data.orrery.dataset import colour_scenes, concept_scenes, digit_scenes, pictures
+from vlmscope.data.orrery.dataset import concept_scenes, pictures
 from vlmscope.data.orrery.scenes import PLANETS
 from vlmscope.tasks.studies.feature_labels import feature_labels
 from vlmscope.tasks.wiring import load_model, load_scope
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from vlmscope.circuits.config import CircuitConfig, InterventionConfig
     from vlmscope.config import AppConfig
     from vlmscope.core.records import FeatureId
-    from vlmscope.features.cross_modal_config import CrossModalConfig
     from vlmscope.features.study.records import StudyFolder
     from vlmscope.interventions.edits import Plan
     from vlmscope.models.base import ModelInputs
@@ -91,17 +90,6 @@ class Bench:
         return self.cfg.circuit
 
     @property
-    def cross_modal(self) -> CrossModalConfig:
-        """The `cross_modal` group.
-
-        Raises:
-            UserError: the experiment chose none.
-        """
-        if self.cfg.cross_modal is None:
-            raise UserError("this experiment needs concepts: choose some, such as cross_modal=planets")
-        return self.cfg.cross_modal
-
-    @property
     def intervention(self) -> InterventionConfig:
         """The `intervention` group."""
         return self.cfg.intervention
@@ -133,17 +121,6 @@ class Bench:
             )
         seed = self.circuit_config.seed if seed is None else seed
         return [Image.fromarray(p) for p in pictures(concept_scenes(concept, split, count, seed))]
-
-    def cross_pictures(self, config: CrossModalConfig, question: str, concept: str, split: str) -> list[Image.Image]:
-        """Pictures of a concept for a question asked across modalities; the user's own as in `concept_pictures`."""
-        count = config.pictures if split == "train" else config.test_pictures
-        if config.source == "planets" or (split == "test" and self.cfg.images.get(concept)):
-            return self.concept_pictures(concept, split, count, config.seed)
-        if config.source == "digits":
-            scenes = digit_scenes(concept, split, count, config.seed, config.questions[question].second)
-        else:
-            scenes = colour_scenes(concept, split, count, config.seed)
-        return [Image.fromarray(p) for p in pictures(scenes)]
 
     def inputs(self, images: list[Image.Image], prompt: str) -> list[ModelInputs]:
         """One prompt for each picture."""

@@ -1,0 +1,97 @@
+"""Carrying activations to the last position alone, from donors of any length, and the controls of it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from vlmscope.circuits.experiment import bystanders
+from vlmscope.circuits.operations import Ablate, Carry
+from vlmscope.interventions.run import run_edited
+from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
+from vlmscope.models.tiny import tiny_gemma3, tiny_image
+from vlmscope.scope import Scope
+from vlmscope.transcoders.transcoder import random_set
+
+WIDTH = 30
+
+
+@pytest.fixture(scope="module")
+def scope() -> Scope:
+    vlm = tiny_gemma3(5)
+    transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, WIDTH, 6, seed=6).requires_grad_(False)
+    return Scope(vlm, transcoders)
+
+
+@pytest.fixture(scope="module")
+def sides(scope: Scope) -> dict[str, Cases]:
+    pictures = [scope.inputs("what is this planet ?", [tiny_image(i)]) for i in range(4)]
+    texts = [scope.inputs("what is the other planet in this ?")]
+    return {
+        "picture": bystanders(scope, "picture", "name", pictures, [f"picture {i}" for i in range(4)]),
+        "text": bystanders(scope, "text", "name", texts, ["text 0"]),
+    }
+
+
+@pytest.mark.parametrize(("to", "of"), [("picture", "text"), ("text", "picture")])
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_donors_last_position_is_carried_to_the_last_alone(
+    scope: Scope, sides: dict[str, Cases], to: str, of: str, everything: bool
+) -> None:
+    """The edited run is the one in which hooks add (donor - own) activations times decoder rows at the last token."""
+    cases = sides[to].facing(sides[of], sides["picture"].ids)
+    assert cases.batch.size == 4 and cases.ids == sides["picture"].ids and cases.donors is not None
+    assert cases.batch.length != cases.donors.length and torch.equal(cases.target, sides[of].answer.expand(4))
+    chosen = {layer: torch.arange(WIDTH) if everything else torch.tensor([3, 17, 4]) for layer in (0, 2)}
+    every = {layer: torch.arange(WIDTH) for layer in scope.transcoders.layers}
+    plan = Carry(None if everything else chosen, last=True).plan(scope, cases, 1.0)
+    edited = run_edited(scope, cases.batch, plan)
+    handles = []
+    given = {layer: scope.transcoders[layer].encode(x).dense(WIDTH) for layer, x in scope.capture(cases.donors).items()}
+    for layer, features in (every if everything else chosen).items():
+        transcoder = scope.transcoders[layer]
+
+        def hook(_module, args, out, layer=layer, features=features, transcoder=transcoder):
+            own = transcoder.encode(args[0]).dense(WIDTH)
+            out = out.clone()
+            delta = (given[layer][:, -1] - own[:, -1])[:, features]
+            out[:, -1] += delta @ transcoder.W_dec[features]
+            return out
+
+        handles.append(scope.adapter.mlp(layer).register_forward_hook(hook))
+    torch.testing.assert_close(edited, scope.forward(cases.batch), atol=1e-4, rtol=1e-4)
+    for handle in handles:
+        handle.remove()
+    assert not torch.allclose(edited, scope.forward(cases.batch), atol=1e-3)
+
+
+def test_cases_without_features_keep_their_control_and_tags_are_columns(scope: Scope, sides: dict[str, Cases]) -> None:
+    none, some = (sides["picture"].tagged({"concept": name}) for name in ("none", "some"))
+    means = {layer: torch.arange(1.0, WIDTH + 1) for layer in scope.transcoders.layers}
+    trials = [
+        Trial("ablate", Ablate(features), [cases], [Setting(matched=2)], means)
+        for cases, features in ((none, {}), (some, {1: torch.arange(5)}))
+    ]
+    table: pd.DataFrame = run_trials(scope, trials)
+    assert table.groupby(["concept", "control", "draw"]).size().to_dict() == {
+        (concept, control, draw): 4
+        for concept in ("none", "some")
+        for control, draw in (("", 0), ("matched", 0), ("matched", 1))
+    }
+    unedited = table[table.concept == "none"]
+    assert not unedited.changed.any() and np.abs(unedited["drop"]).max() < 1e-6 and set(unedited.features) == {0}
+    assert np.abs(table[table.concept == "some"]["drop"]).max() > 1e-4
+
+
+def test_a_rate_is_clustered_where_a_case_occurs_several_times(scope: Scope, sides: dict[str, Cases]) -> None:
+    from vlmscope.metrics.causal import bootstrap_rate
+    from vlmscope.metrics.table import rates
+
+    twice = [sides["picture"], replace(sides["picture"], question="colour")]
+    rows = run_trials(scope, [Trial("ablate", Ablate({0: torch.arange(9)}), twice, [Setting(matched=0)])])
+    rows["changed"] = [True, False, True, True, False, False, True, True]
+    found = rates(rows, ["operation"], "changed").loc["ablate"]
+    expected = bootstrap_rate(rows.changed.to_numpy(), groups=list(rows.case))
+    assert (found.ci_low, found.ci_high) == (expected.ci_low, expected.ci_high)

@@ -111,7 +111,6 @@ def test_marks_are_refused_before_anything_runs(mark: dict, words: str) -> None:
     [
         ({"mark": "bars", "x": "strength", "trials": ["main"]}, "report.mine.x=strength: bars stand for question"),
         ({"mark": "curve", "x": "dosis"}, "no column 'dosis'"),
-        ({"mark": "picture"}, "figures/mine.png"),
         ({"mark": "table", "file": "mine.parquet"}, "mine.parquet: no such file"),
         ({"mark": "table", "trials": ["main"], "y": "recovered"}, "no column 'recovered'"),
     ],

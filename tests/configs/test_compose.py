@@ -21,7 +21,7 @@ from vlmscope.tasks import registry
 EXPERIMENTS = sorted(catalog.options("experiment"))
 # These have keys that no other experiment has.
 LIMITED = ("train_orrery", "train_orrery_transcoders", "captioning", "mars_earth_patch", "mars_earth_curves")
-LIMITED += ("linear_story", "where_in_the_picture", "hallucination_prediction")
+LIMITED += ("visual_arithmetic", "linear_story", "where_in_the_picture", "hallucination_prediction")
 GROUPS = (
     "model",
     "data",

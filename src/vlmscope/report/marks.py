@@ -185,7 +185,8 @@ def curve(folder: Folder, name: str, mark: Declared) -> list[Section]:
             flat = tuple(map(float, rows.matched))
             lines.append(Curve(f"{called}, matched", tuple(map(float, at)), flat, flat, flat))
     path, share = folder.path / "figures" / f"{name}.png", mark.y in (None, "hit", "changed", "recovered")
-    said = f"{label(mark.y or 'hit')}{' (%)' if share else ''}"
+    counted = "flip rate" if mark.y in (None, "hit") else label(mark.y)
+    said = f"{counted}{' (%)' if share else ''}"
     xlabel = {"limit": "features edited (number)", "layers": "layer"}.get(x, label(x))
     if x == "limit":
         drawn = figures.feature_count_curve(lines, path, xlabel, said)

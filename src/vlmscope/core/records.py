@@ -20,16 +20,12 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from vlmscope.core.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 
 _FEATURE = re.compile(r"L(\d+)/(\d+)", re.ASCII)
 
@@ -222,7 +218,7 @@ class Conversation:
         origin: where it came from, for messages, such as "train.jsonl line 12".
     """
 
-    images: tuple[Image, ...]
+    images: tuple[Image.Image, ...]
     exchanges: tuple[Exchange, ...]
     origin: str = ""
 
@@ -254,7 +250,7 @@ def check_characters(text: str, what: str) -> None:
 
 
 Sample = Conversation | Document
-Opener = Callable[[str], "Image"]  # the picture of a name that a record holds
+Opener = Callable[[str], Image.Image]  # the picture of a name that a record holds
 
 
 def derive(seed: int, *keys: str | int) -> int:

@@ -273,7 +273,7 @@ def head_score(
 ) -> HeadScore:
     """Run the model up to a layer's attention and take apart one head's score there.
 
-    The rotation is not computed anew: the attention module is run once more on its own input with the outputs of its
+    The rotation is not computed again: the attention module is run once more on its own input with the outputs of its
     query and key projections made leaves and its norms replaced by their frozen scales; what it then hands to the
     softmax is linear in the leaves, and its derivative is the map, whatever kind of RoPE a family has.
 

@@ -290,7 +290,7 @@ def painted(image: np.ndarray, order: np.ndarray, side: int, counts: Sequence[in
 
 
 FORMAT, VERSION = "vlmscope.maps", "1"
-CELLS = 225  # of a soft token's map: 15 x 15 for a square; with the numbers beside them 256 of them fill 62 KB
+CELLS = 225  # of a soft token's map: 15 x 15 for a square; with their numbers 256 of them fill 62 KB
 _GRID = ("codes", "low", "step", "x", "y")
 
 
@@ -341,7 +341,7 @@ def load_maps(path: str | Path) -> Maps:
     """
     arrays, metadata = load_tensors(path)
     if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{path} holds no maps of this layout; write it anew with task=where")
+        raise UserError(f"{path} holds no maps of this layout; write it again with task=where")
     with built_from(path, "file of maps", "write it again with task=where"):
         records = json.loads(metadata["maps"])
         targets = []

@@ -404,7 +404,7 @@ def _is_empty(folder: Path) -> bool:
     return state is not None and not state.get("_data_files")
 
 
-def _told(what: str, call: Any, mend: str = "check it, or write it anew") -> Any:
+def _told(what: str, call: Any, mend: str = "check it, or write it again") -> Any:
     """The result of `call`; whatever `datasets`, the network or a file format raises becomes one line."""
     try:
         return call()

@@ -19,7 +19,7 @@ MEMORY = "attribution.max_nodes, attribution.batch_size, attribution.memory_gb o
 class Config:
     """What is traced is `prompt=` on `image=`, every row of `rows` (a CSV or JSONL file), or the spec's own inputs.
 
-    `load` draws a saved circuit (`/run/circuits/name`) instead of finding one; with inputs its edges are computed anew.
+    `load` draws a saved circuit (`/run/circuits/name`) instead of finding one; with inputs its edges are theirs.
     Without `load` and without supernodes in a circuit_spec, `pairs=` finds the circuit (`discovery`), and `traces` of
     its training pairs' originals are traced where no input is given.
     Edges go to the `answers` most probable answers; those of at least `min_share` of what a target takes in are drawn.

@@ -192,7 +192,7 @@ def gather_pre_activations(
     """Values of `pre = x @ w_enc.T + b_enc` at `indices`, with sparse gradients to `x`, `w_enc` and `b_enc`.
 
     `pre` [N, F] is the product computed beforehand without a gradient; indices [N, k] int64, x [N, d], w_enc [F, d],
-    b_enc [F] -> [N, k] in the dtype of `w_enc`: where `pre` is of another one, the values are computed anew. `order` is
+    b_enc [F] -> [N, k] in the dtype of `w_enc`: where `pre` is of another, values are computed again. `order` is
     shared by what has the same indices.
     """
     return _Gather.apply(pre, indices, x, w_enc, b_enc, order)  # pyright: ignore[reportReturnType]

@@ -1,6 +1,7 @@
 """Exceptions that are told in one line: a mistake of the user, and a check that came out negative."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -9,6 +10,21 @@ class UserError(Exception):
     `vlmscope.app` prints it as `error: ...` without a traceback and exits with code 2. Broken invariants of the
     program itself are `assert`s or other exceptions, which do show a traceback.
     """
+
+
+class BadPicture(UserError):
+    """A file cannot be decoded: nothing was computed from it; work may continue once it is mended."""
+
+    def __init__(self, message: str, path: Path | None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+def bad_picture(error: BaseException | None) -> Path | None:
+    """The picture that an error, or one that caused it, found undecodable."""
+    while error is not None and not isinstance(error, BadPicture):
+        error = error.__cause__
+    return error.path if error is not None else None
 
 
 class NoRoom(UserError):

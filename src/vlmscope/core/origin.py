@@ -76,8 +76,8 @@ def files_digest(files: Iterable[Path]) -> str:
     return total.hexdigest()[:_HEX]
 
 
-def folder_digest(folder: str | Path) -> str:
-    """Digest of a folder of data: names and contents of all files below it, hidden ones left out.
+def folder_digest(folder: str | Path, without: Path | None = None) -> str:
+    """Digest of a folder of data: names and contents of all files below it, hidden ones and one file left out.
 
     Of a file above 1 MiB that is no list, 16 blocks from its beginning to its end and its size stand for its content:
     a data set may have terabytes. Of shards, the digests in their index do.
@@ -86,6 +86,8 @@ def folder_digest(folder: str | Path) -> str:
     folder, total = Path(folder), hashlib.sha256()
     indexed = (folder / "index.json").is_file()
     for file in sorted(one for one in folder.rglob("*") if one.is_file()):
+        if without is not None and file.absolute() == without.absolute():
+            continue
         name = file.relative_to(folder)
         # `datasets` writes its caches next to the data that it reads.
         if any(part.startswith(".") for part in name.parts) or file.match("cache-*.arrow"):

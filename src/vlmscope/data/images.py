@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import BadPicture, UserError
 from vlmscope.core.records import as_rgb, check_mode
 
 MAX_PIXELS = 100_000_000  # larger files are refused before they are decoded, which would take gigabytes
@@ -94,9 +94,8 @@ def _opened(source: Path | io.BytesIO, what: str) -> Iterator[Image.Image]:
         raise UserError(f"{what}: there is not enough memory to open it; shrink it") from error
     except Exception as error:  # decoders raise what they like at damaged files, struct.error and RuntimeError included
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error).partition("\n")[0]
-        raise UserError(
-            f"{what}: cannot be read as a picture ({reason or type(error).__name__}); give a PNG, JPEG or WebP"
-        ) from error
+        said = f"{what}: cannot be read as a picture ({reason or type(error).__name__}); give a PNG, JPEG or WebP"
+        raise BadPicture(said, source if isinstance(source, Path) else None) from error
 
 
 def _too_many(pixels: str) -> str:

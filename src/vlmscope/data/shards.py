@@ -1,8 +1,4 @@
-"""WebDataset shards and their index: written once, always with the same bytes.
-
-The index of a folder of shards, and which of its files are damaged. Nothing heavy is imported.
-
-WebDataset shards with an index, written so that a kill never leaves a half-written shard in use.
+"""WebDataset shards with an index: always the same bytes, and a kill never leaves a half-written shard in use.
 
 A shard is filled under a temporary name, flushed, renamed, and only then entered in `index.json` (itself replaced
 atomically). Which samples a shard holds depends only on its number, so a build that was cut short goes on where it was.
@@ -20,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import webdataset as wds
 from tqdm import tqdm
 
 from vlmscope.core.artifacts import atomic_path, read_json, write_json
@@ -151,6 +146,8 @@ def open_index(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_shard(path: Path, plan: ShardPlan, make_sample: Callable[[str, str, int], dict[str, Any]]) -> dict[str, Any]:
+    import webdataset as wds  # it imports torch, and reading an index needs neither
+
     with atomic_path(path) as temporary, wds.TarWriter(str(temporary), mtime=0) as writer:  # pyright: ignore[reportAttributeAccessIssue]
         for i in range(plan.start, plan.stop):
             writer.write(make_sample(plan.split, plan.kind, i))

@@ -1,9 +1,10 @@
 """Train a sparse transcoder for every layer of the model from one forward a batch; saved as a transcoder set."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, bad_picture
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
@@ -66,7 +67,8 @@ class Config:
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Train, save to `<run_dir>/transcoders`, and report FVU, L0, dead features and the change of cross-entropy."""
     from vlmscope.config.schema import TranscoderArchConfig
-    from vlmscope.core.artifacts import write_text
+    from vlmscope.core.artifacts import read_json, write_json, write_text
+    from vlmscope.core.origin import folder_digest
     from vlmscope.report.training_figures import fvu_by_layer
     from vlmscope.tasks.transcoders.activation_cache import cache_settings, rounding
     from vlmscope.tasks.transcoders.batches import batches_for
@@ -83,21 +85,35 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     if cfg.trainer.precision not in PRECISIONS:
         raise UserError(f"trainer.precision={cfg.trainer.precision}: transcoders take {' or '.join(PRECISIONS)}")
     training_config(cfg).check()
+    origin = _origin(cfg) if context.per_host is None or own_share().index == 0 else {}
+    unread = context.run_dir / "unread_picture.json"
+    if cfg.trainer.resume and unread.is_file() and cfg.data.path is not None and origin:
+        stopped = read_json(unread)
+        if folder_digest(cfg.data.path, Path(stopped["picture"])) == stopped["others"]:
+            origin |= {"data.files": stopped["data.files"]}  # as they were, but for the picture that is mended
     vlm, source = batches_for(cfg, lambda: load_model(cfg), context.run_dir)
     data = ", ".join(words for words in (source.settings, rounding(cfg)) if words is not None) or None
-    transcoders, metrics = train_transcoders(
-        vlm,
-        source.train,
-        source.val,
-        training_config(cfg, data),
-        context.run_dir,
-        context.tracked.lightning_logger(),
-        cfg.trainer.resume,
-        per_host=cfg.trainer.per_host or context.per_host,
-        data_figures=source.figures,
-        cache=cache_settings(cfg, source.settings),
-        origin=_origin(cfg) if context.per_host is None or own_share().index == 0 else {},
-    )
+    try:
+        transcoders, metrics = train_transcoders(
+            vlm,
+            source.train,
+            source.val,
+            training_config(cfg, data),
+            context.run_dir,
+            context.tracked.lightning_logger(),
+            cfg.trainer.resume,
+            per_host=cfg.trainer.per_host or context.per_host,
+            data_figures=source.figures,
+            cache=cache_settings(cfg, source.settings),
+            origin=origin,
+        )
+    except UserError as error:
+        picture = bad_picture(error)
+        if picture is not None and cfg.data.path is not None and "data.files" in origin:
+            others = folder_digest(cfg.data.path, picture)
+            write_json(unread, {"picture": str(picture), "others": others, "data.files": origin["data.files"]})
+        raise
+    unread.unlink(missing_ok=True)
     save_set(transcoders, context.run_dir / "transcoders", dtype="bfloat16")
     write_text(context.run_dir / "transcoders" / CARD, training_card(cfg, training_config(cfg), transcoders, metrics))
     layers = range(vlm.adapter.n_layers)

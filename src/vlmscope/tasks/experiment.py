@@ -51,15 +51,17 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from vlmscope.core.errors import UserError
     from vlmscope.data.images import check_image
-    from vlmscope.report.marks import check_marks
-    from vlmscope.tasks.run_report import draw_report
-    from vlmscope.tasks.steps.bench import Bench
     from vlmscope.tasks.studies.data import look_for, study_sources
     from vlmscope.tasks.studies.feature_labels import look_for_labels
 
     if cfg.task.reads_shards(cfg):
         look_for(study_sources(cfg, cfg.study))
     look_for_labels(cfg)
+    # They import torch and pandas, and what is missing is said before.
+    from vlmscope.report.marks import check_marks
+    from vlmscope.tasks.run_report import draw_report
+    from vlmscope.tasks.steps.bench import Bench
+
     for path in (path for own in cfg.images.values() for path in own):
         check_image(path)
     chosen = HydraConfig.get().runtime.choices.get("experiment")  # `name=` may call the run something else

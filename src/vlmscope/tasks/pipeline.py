@@ -13,7 +13,6 @@ KINDS = (
     "interchange", "pairs_report",
     "layer_reading", "layer_ranges", "hierarchy_report",
     "dissociation", "object_places",
-    "caption_words", "caption_steering", "caption_report",
 )  # fmt: skip
 
 

@@ -5,6 +5,8 @@ unseen prompts), "picture_other" and "text_other" (once for each other concept w
 "picture_to_text" and "text_to_picture" (another concept's prompts of the other kind as donors).
 """
 
+from typing import cast
+
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -96,7 +98,8 @@ def images_of(bench, config, question, concept, split, count):
 
 def add_cases(bench, name, config, question, cases, means):
     """Add the case sets of one question, the means that match their controls, and accuracies."""
-    asked, right, total = config.questions[question], {}, dict.fromkeys(KINDS, 0)
+    asked, right = config.questions[question], {}
+    total = dict[str, int](picture=0, text=0)
     for concept in config.concepts:
         images = images_of(bench, config, question, concept, "test", config.test_pictures)
         texts = [bench.scope.inputs(asked.asked_in_text(concept))]
@@ -131,7 +134,7 @@ def draw(found, concepts, layers, folder, name):
     maps = {question: shared.coincidences for question, shared in found.items()}
     labels = {"axes_of": ("prefers pictures of", "prefers the word"), "percent": False}
     share_matrices(concepts, maps, folder / f"{name}_coincidences.png", **labels)
-    lines, null, x = [], sum(shared.null_layers for shared in found.values()), tuple(map(float, layers))
+    lines, null, x = [], np.sum([shared.null_layers for shared in found.values()], 0), tuple(map(float, layers))
     for at, place in enumerate(search.PLACES):
         of = [one.candidates.features[m].layer for one in found.values() for _, m in np.argwhere(one.shared[:, at])]
         lines.append(Curve(place, x, *3 * [tuple(float(of.count(layer)) for layer in layers)]))
@@ -144,7 +147,7 @@ def metrics(table, trials, settings):
     """`<trial>/<setting>/<set>` over all questions, with an interval over pictures and the control's rate."""
     found, reported = measured(table, ["operation", "setting", "set"], {k: t.measure for k, t in trials.items()}), {}
     for key, row in found.iterrows():
-        name = "/".join(key)
+        name = "/".join(cast(tuple[str, ...], key))
         reported |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
         reported |= {} if np.isnan(row.matched) else {f"{name}_control": row.matched}
     return reported

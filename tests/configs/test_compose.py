@@ -179,11 +179,11 @@ def test_debug_lowers_what_an_experiment_says_and_not_what_the_command_line_says
     assert shipped.circuit is not None and small.circuit is not None
     assert (shipped.circuit.pictures, small.circuit.pictures) == (40, 4)
     assert list(small.circuit.questions) == ["name", "colour"] and small.pairs is None
-    own = ("circuit.pictures=7", "association.digits={pictures: 9}", "interchange.strengths=[5.0]", "study.limit=null")
+    own = ("circuit.pictures=7", "association.digits={pictures: 9}", "study.limit=null")
     given = composed("experiment=cross_modal_association", "circuit=mars_earth", "debug=fast", *own)
     assert given.circuit is not None and given.circuit.pictures == 7 and given.circuit.per_layer == 3
     assert given.association["digits"].pictures == 9 and given.association["colours"].pictures == 4
-    assert given.interchange.strengths == [5.0] and given.study.limit is None
+    assert given.study.limit is None
     # 0 switches these off, in the experiment too; a number below the limit stays.
     training = composed("experiment=train_orrery_transcoders", "debug=fast")
     assert (training.trainer.max_steps, training.trainer.checkpoint_every, training.trainer.val_every) == (4, 2, 0)

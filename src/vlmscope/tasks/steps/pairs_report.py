@@ -41,8 +41,8 @@ def run(bench: Bench) -> None:
         ("object_places", place_sections),
     ):
         sections += made(bench, folder) if step in bench.records else []
-    for step, sentence in ("object_places", object_summary):
-        said = f"{said} {sentence(bench)}".strip() if step in bench.records else said
+    if "object_places" in bench.records:
+        said = f"{said} {object_summary(bench)}".strip()
     sections += [rerun(bench), configuration(bench)]
     pairs = bench.cfg.pairs
     what = "own pairs" if pairs is None or pairs.change is None else label(pairs.change)

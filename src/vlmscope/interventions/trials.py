@@ -125,8 +125,8 @@ class Setting:
     Attributes:
         name: for the table and for metrics.
         mode: "free", "frozen_attention", "direct", or "generate" (token by token with a KV cache).
-        positions: "all"; "prompt", which leaves generated tokens alone; of the prompt "no_last", a role, or "each" role
-            by itself.
+        positions: "all"; "prompt", which leaves generated tokens alone; of it "no_last", a role, or "each" role by
+            itself.
         layers: "all", "no_last", "0-5" or "3-" (both ends included), or "each" layer by itself.
         strength: passed to the operation.
         limit: how many features the operation was made with, for the table; None for all.

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 KINDS = (
     "interchange", "pairs_report",
     "layer_reading", "layer_ranges", "hierarchy_report",
-    "dissociation", "object_places",
 )  # fmt: skip
 
 

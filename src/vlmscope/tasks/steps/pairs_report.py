@@ -14,16 +14,13 @@ from vlmscope.report import figures
 from vlmscope.report.page import Card, Cards, Examples, Figure, Percent, ReportPage, Section, Table, Text, flip_table
 from vlmscope.report.style import label
 from vlmscope.tasks.steps.interchange import ALL, CIRCUIT, InterchangeRow, PairCase, roles_of
-from vlmscope.tasks.steps.object_report import dissociation_sections, object_summary, place_sections
 from vlmscope.tasks.steps.report_parts import configuration, picture, rerun
 
 if TYPE_CHECKING:
     from vlmscope.tasks.steps.bench import Bench
 
 # What the page asks besides, by the step that answers it.
-QUESTIONS = {
-    "dissociation": "Does each fact have features of its own, and where in the picture do they fire?",
-}
+QUESTIONS = {}
 
 
 def run(bench: Bench) -> None:
@@ -36,13 +33,6 @@ def run(bench: Bench) -> None:
     sections += curve_sections(record, folder)
     sections += grid_sections(bench, record, folder)
     sections.append(reading())
-    for step, made in (
-        ("dissociation", dissociation_sections),
-        ("object_places", place_sections),
-    ):
-        sections += made(bench, folder) if step in bench.records else []
-    if "object_places" in bench.records:
-        said = f"{said} {object_summary(bench)}".strip()
     sections += [rerun(bench), configuration(bench)]
     pairs = bench.cfg.pairs
     what = "own pairs" if pairs is None or pairs.change is None else label(pairs.change)

@@ -72,7 +72,7 @@ class SettingConfig:
         mode: free, frozen_attention, direct, or generate (token by token).
         positions: all, prompt (no generated tokens), no_last, roles (image, question, last ...), or each role by
             itself.
-        layers: all, no_last, a layer, a range such as 0-3 and 4-, or each layer by itself.
+        layers: all, no_last, a layer, a range such as 0-3 and 4-; each layer by itself, or the ranges 0-each or each-.
         strength: instead of the trial's own.
         limit: at most so many features a layer (exchange) or in all.
         matched: draws of matched features.
@@ -103,9 +103,9 @@ class SettingConfig:
         for measure in self.measures:
             check_measure("settings: measures", measure)
         for layers in self.layers:
-            if layers not in ("all", "no_last", "each") and not re.fullmatch(r"\d+(-\d*)?", layers):
+            if layers not in ("all", "no_last") and not re.fullmatch(r"\d+(-\d*|-each)?|each-?", layers):
                 raise UserError(
-                    f"settings: layers={layers}: write all, no_last, each, a layer or a range such as 0-3 or 4-"
+                    f"settings: layers={layers}: write all, no_last, each, a layer or a range such as 0-3, 4- or 0-each"
                 )
         for key in ("matched", "random_direction"):
             if getattr(self, key) < 0:

@@ -127,7 +127,8 @@ class Setting:
         mode: "free", "frozen_attention", "direct", or "generate" (token by token with a KV cache).
         positions: "all"; "prompt", which leaves generated tokens alone; of it "no_last", a role, or "each" role by
             itself.
-        layers: "all", "no_last", "0-5" or "3-" (both ends included), or "each" layer by itself.
+        layers: "all", "no_last", "0-5" or "3-" (both ends included), "each" layer by itself, or the ranges "0-each" and
+            "each-" that end or begin at each.
         strength: passed to the operation.
         limit: how many features the operation was made with, for the table; None for all.
         matched: draws of as many features, matched by layer and mean activation.
@@ -147,7 +148,8 @@ class Setting:
 
     def everywhere(self, layers: Sequence[int], roles: np.ndarray) -> list[Setting]:
         """The setting itself; where its layers or positions are "each", one for each layer or role in reading order."""
-        over = [str(layer) for layer in layers] if self.layers == "each" else [self.layers]
+        every = [self.layers.replace("each", str(layer)) for layer in layers]
+        over = every if "each" in self.layers else [self.layers]
         places = dict.fromkeys(roles.tolist()) if self.positions == "each" else [self.positions]
         return [replace(self, layers=layer, positions=place) for layer in over for place in places]
 

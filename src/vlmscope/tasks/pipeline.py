@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
 KINDS = (
     "interchange", "pairs_report",
-    "layer_reading", "layer_ranges", "hierarchy_report",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from vlmscope.interventions.named import mean_activations
 from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
 from vlmscope.models.tiny import tiny_image
 from vlmscope.tasks.experiment import own_analysis
-from vlmscope.tasks.steps import interchange, layer_ranges
+from vlmscope.tasks.steps import interchange
 from vlmscope.tasks.steps.interchange import PairCase
 
 OBJECTS: Any = own_analysis("object_recognition")
@@ -90,13 +90,12 @@ def test_training_pairs_whose_answers_agree_choose_nothing(
     bench: Any = SimpleNamespace(**vars(base) | {"cfg": cfg})
     side = Side("what ?", (), "x")
     splits = {"test": replace(side, answer="y"), "train": side}
-    for step in (interchange, layer_ranges):
-        monkeypatch.setattr(step, "pairs_of", lambda _b, split: {"name": [Pair("1", "name", "x", side, splits[split])]})
-        monkeypatch.setattr(step, "subject_of", lambda *_args, **_kwargs: subject)
-        monkeypatch.setattr(step, "pair_effects", lambda *_args: pytest.fail("there is no effect to estimate"))
+    train = [Pair("1", "name", "x", side, splits["train"])]
+    monkeypatch.setattr(interchange, "pairs_of", lambda _b, _split: {"name": train})
+    monkeypatch.setattr(interchange, "subject_of", lambda *_args, **_kwargs: subject)
+    monkeypatch.setattr(interchange, "pair_effects", lambda *_args: pytest.fail("there is no effect to estimate"))
     cases = {"name": PairCase([], subject)}
     assert interchange.chosen_features(bench, cases) == {}
-    assert layer_ranges.effects_of(bench, cases) == {}
 
 
 def test_curves_over_counts_are_of_questions_that_move_and_their_controls_follow_the_seed(

@@ -1,7 +1,6 @@
 """What the steps on pairs compute from what was run."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,24 +10,17 @@ import pandas as pd
 import pytest
 import torch
 
-from vlmscope.circuits.interchange import Outcome, all_features, carried_controls, interchange_plan, run_interchange
-from vlmscope.circuits.interchange_config import InterchangeConfig
+from vlmscope.circuits.interchange import all_features, interchange_plan, run_interchange
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import CircuitFeature, Rate
-from vlmscope.core.records import FeatureId
 from vlmscope.data.config import PairsConfig
-from vlmscope.data.pairs import Pair, Side
 from vlmscope.interventions.edits import at_positions
-from vlmscope.interventions.named import mean_activations
 from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
 from vlmscope.models.tiny import tiny_image
 from vlmscope.tasks.experiment import own_analysis
-from vlmscope.tasks.steps import interchange
-from vlmscope.tasks.steps.interchange import PairCase
+from vlmscope.tasks.steps.pair_subjects import pairs_of
 
 OBJECTS: Any = own_analysis("object_recognition")
-RATE = Rate(0.5, 0.4, 0.6, 10)
 
 
 def test_a_contrast_compares_the_pairs_that_both_questions_have() -> None:
@@ -82,39 +74,7 @@ def test_own_pairs_with_ids_and_orrerys_pass(tmp_path: Path) -> None:
     OBJECTS.check(SimpleNamespace(pairs=PairsConfig(change="object")))
 
 
-def test_training_pairs_whose_answers_agree_choose_nothing(
-    made: tuple[Any, PairSubject], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base, subject = made
-    cfg = SimpleNamespace(interchange=InterchangeConfig(), pairs=None)
-    bench: Any = SimpleNamespace(**vars(base) | {"cfg": cfg})
-    side = Side("what ?", (), "x")
-    splits = {"test": replace(side, answer="y"), "train": side}
-    train = [Pair("1", "name", "x", side, splits["train"])]
-    monkeypatch.setattr(interchange, "pairs_of", lambda _b, _split: {"name": train})
-    monkeypatch.setattr(interchange, "subject_of", lambda *_args, **_kwargs: subject)
-    monkeypatch.setattr(interchange, "pair_effects", lambda *_args: pytest.fail("there is no effect to estimate"))
-    cases = {"name": PairCase([], subject)}
-    assert interchange.chosen_features(bench, cases) == {}
-
-
-def test_curves_over_counts_are_of_questions_that_move_and_their_controls_follow_the_seed(
-    made: tuple[Any, PairSubject], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base, subject = made
-    cfg = SimpleNamespace(interchange=InterchangeConfig(counts=[1, 2]), seed=7)
-    bench: Any = SimpleNamespace(**vars(base) | {"cfg": cfg, "records": {}, "metrics": {}})
-    seeds = []
-
-    def spy(*args: Any) -> list[Outcome]:
-        seeds.append(args[-1])
-        return carried_controls(*args)
-
-    monkeypatch.setattr(interchange, "carried_controls", spy)
-    still = replace(subject, question="cover", other_tokens=subject.tokens)
-    cases = {"name": PairCase([], subject), "cover": PairCase([], still)}
-    features = [CircuitFeature(FeatureId(0, index), "last", 1.0, 1.0) for index in (3, 4)]
-    means = mean_activations(bench.scope, [subject.batch], bench.transcoders.layers)
-    found = interchange.count_curves(bench, cases, {"name": features, "cover": features}, means)
-    assert [curve.name for curve in found["follows"]] == ["name", "name, matched"]
-    assert seeds == [7, 7]
+def test_without_pairs_it_is_said_what_to_choose() -> None:
+    bench: Any = SimpleNamespace(cfg=SimpleNamespace(pairs=None))
+    with pytest.raises(UserError, match="choose some, such as pairs=first_digit"):
+        pairs_of(bench, "test")

@@ -36,7 +36,6 @@ GROUPS = (
     "interchange",
     "discovery",
     "circuit_spec",
-    "captions",
     "prompts",
     "pairs",
     "debug",

@@ -6,17 +6,15 @@ import pytest
 
 from vlmscope.app import main
 
-STEERING = ["experiment=captioning", "task.steps.caption_words=false"]
-
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["experiment=mars_earth_patch", "+images.mars=[/no/mars.png]"], "/no/mars.png: no such file"),
         (["experiment=find_circuits", "pairs.train=0"], "pairs.train=0 leaves no pair to choose a circuit by"),
-        (["experiment=captioning", "captions.swaps.mars_to_earth=[planet,mars]"], "[change, original, counterfactual]"),
-        ([*STEERING, "captions.swaps.mars_to_earth=[planet,mars,pink]"], "no value 'pink'"),
-        (["experiment=captioning", "captions.gate=0"], "captions.gate=0"),
+        (["experiment=captioning", "analysis.swaps.mars_to_earth=[planet,mars]"], "[change, original, counterfactual]"),
+        (["experiment=captioning", "analysis.swaps.mars_to_earth=[planet,mars,pink]"], "no value 'pink'"),
+        (["experiment=captioning", "trials.steer.gate=0"], "trials: gate=0"),
     ],
 )
 def test_mistakes_are_told_before_any_step(

@@ -89,12 +89,6 @@ def test_too_few_scenes_for_a_number_line_are_told_before_the_first_step(
     assert "at least 30 training and 30 held-out scenes" in said
 
 
-def test_a_pipeline_without_pairs_says_what_to_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    steps = ["task=pipeline", "+task.steps.interchange=true", "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
-    assert main(steps) == 2
-    assert "choose some, such as pairs=first_digit" in capsys.readouterr().err
-
-
 def test_a_circuit_of_features_that_are_not_there_is_refused(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

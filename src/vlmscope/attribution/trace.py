@@ -1,16 +1,18 @@
 """From a prompt to its attribution graph, whole and pruned, in one call."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from vlmscope.attribution.adjoint import Adjoint, SourceVectors
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.edges import RowStore, assemble, select_rows, target_chunk
 from vlmscope.attribution.heads import HeadFlow, Place, ScoreParts, find_place, head_flow, score_parts
-from vlmscope.attribution.influence import prune
+from vlmscope.attribution.influence import end_sources, prune
 from vlmscope.attribution.memory import MemoryPlan, plan_memory
 from vlmscope.attribution.targets import (
     Targets,
@@ -24,6 +26,7 @@ from vlmscope.attribution.targets import (
 from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.runs import html_table, text_table
 from vlmscope.models.base import ModelInputs
+from vlmscope.models.conversations import continued
 from vlmscope.replacement.model import ReplacementModel, build_replacement
 from vlmscope.scope import Scope
 
@@ -192,3 +195,25 @@ def _trace_attention(
     adjoint = Adjoint(replacement)
     scores = tuple(score_parts(vlm, replacement, adjoint, place) for place in places)
     return _traced(vlm, replacement, config, scores[0].targets, folder, scores, flow)
+
+
+def word_sources(scope: Scope, inputs: ModelInputs, ids: Sequence[int], config: AttributionConfig) -> np.ndarray:
+    """[n, 4], where the influence on each token of an answer ends.
+
+    Of what ends at tokens the shares of the picture, of the rest of the prompt, and of the answer's own earlier tokens;
+    then the share of errors in all influence.
+
+    Args:
+        scope: the model and its transcoders.
+        inputs: the prompt.
+        ids: the answer's n tokens; each is explained by itself in one graph of the whole answer.
+        config: settings of the graph.
+    """
+    adapter, tokenizer = scope.adapter, scope.vlm.tokenizer
+    config = replace(config, answer=tokenizer.decode(list(ids)).strip(), weights="uniform")
+    whole = continued(adapter, inputs, ids[:-1], tokenizer)
+    replacement = build_replacement(scope, whole)
+    targets = choose_targets(replacement, config, tokenizer, tuple(ids))
+    sources = end_sources(attribute(replacement, config, tokenizer, scope.vlm.name, targets))
+    groups = np.where(whole.is_image, 0, np.where(np.arange(len(whole)) < len(inputs), 1, 2))
+    return np.concatenate([sources.of_tokens(groups, 3), sources.error[:, None]], 1)

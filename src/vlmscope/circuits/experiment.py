@@ -33,7 +33,7 @@ from vlmscope.data.images import png_bytes
 from vlmscope.data.pairs import Pair, Side, load_pairs
 from vlmscope.interventions.named import by_layer, donor_activations, mean_activations
 from vlmscope.interventions.run import base_run
-from vlmscope.interventions.trials import Cases, Features, Operation, Setting, Trial
+from vlmscope.interventions.trials import Cases, Features, Operation, Setting, Trial, run_trials
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
@@ -54,6 +54,7 @@ class Declared:
         sets: names of the sets of features that `features: each` goes through, as trials `<trial>/<set>`.
         pairs: the source, where the cases are counterfactual pairs.
         metrics: what is reported of the table; None for the rates of each trial (see `trial_metrics`).
+        settled: question -> the strength of trials that leave it open.
     """
 
     cases: Mapping[str, Sequence[Cases]]
@@ -62,6 +63,7 @@ class Declared:
     sets: Sequence[str] = ()
     pairs: PairSource | None = None
     metrics: Metrics | None = None
+    settled: Mapping[str, float] = field(default_factory=dict)
 
     def trials(self, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]) -> Iterator[Trial]:
         """Every trial in its settings, in the order of the declaration.
@@ -90,10 +92,38 @@ class Declared:
     ) -> Iterator[Trial]:
         some = cases if setting.first is None else cases.select(range(min(setting.first, cases.batch.size)))
         means = self.means(declared, cases) if callable(self.means) else self.means
-        for found in setting.combinations(declared.strength):
+        strength = self.settled.get(cases.question) if declared.strength is None else declared.strength
+        if strength is None and not setting.strength:
+            raise UserError(f"trials.{called}.strength=null, but no trial has `settle`")
+        more = {key: getattr(setting, key) for key in ("matched", "random_direction", "new_tokens")}
+        for found in setting.combinations(strength):
             do = self.operation(declared, cases, found["limit"])
-            here = Setting(name, **found, matched=setting.matched, random_direction=setting.random_direction)
-            yield Trial(called, do, [some], [here], means)
+            yield Trial(called, do, [some], [Setting(name, **found, **more)], means)
+
+
+def settle(
+    scope: Scope, declared: Declared, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]
+) -> Declared:
+    """The same with the strengths of trials that have `settle`: the least with most hits on the validation cases.
+
+    They run in the first setting of the trial, everywhere and without controls.
+
+    Raises:
+        UserError: there are no validation cases, or no setting runs the trial.
+    """
+    found: dict[str, float] = {}
+    for name, trial in trials.items():
+        if not trial.settle:
+            continue
+        used = [one for one in settings.values() if name in (one.of or trials)]
+        if not used or "validation" not in declared.cases:
+            raise UserError(f"trials.{name}.settle: it needs a setting that runs {name}, and validation cases")
+        first = replace(used[0], cases="validation", mode=used[0].mode[:1], strength=sorted(trial.settle), matched=0)
+        first = replace(first, of=[name], positions=["all"], layers=["all"], random_direction=0)
+        table = run_trials(scope, declared.trials(trials, {"settle": first}))
+        for question, of in table.groupby("question", sort=False):
+            found[str(question)] = float(of.groupby("strength").hit.mean().idxmax())
+    return replace(declared, settled=found)
 
 
 def answer_token(scope: Scope, word: str) -> int:
@@ -217,7 +247,7 @@ def bystanders(
     batch = scope.batch(list(inputs))
     base = base_run(scope, batch, ["free"])
     answer = base.logits.argmax(-1)
-    return Cases(name, question, batch, base, answer, torch.full_like(answer, target), tuple(ids))
+    return Cases(name, question, batch, base, answer, torch.full_like(answer, target), tuple(ids), inputs=tuple(inputs))
 
 
 def concept_operation(

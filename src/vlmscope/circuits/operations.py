@@ -1,4 +1,4 @@
-"""What trials do to activations: carry, move toward, shift, ablate, and exchange one supernode for another.
+"""What trials do to activations: carry, move toward, shift, ablate, set to a mean level, exchange two supernodes.
 
 Each class is an `Operation` of `vlmscope.interventions.trials`. Legend: B cases, T positions, n features of a layer.
 """
@@ -18,7 +18,7 @@ from vlmscope.circuits.interchange import whole_plan
 from vlmscope.circuits.plans import at_supernodes, steer_plan
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Supernode
-from vlmscope.interventions.edits import AnyPlan, LayerEdit, WholeEdit, position_mask, set_features
+from vlmscope.interventions.edits import AnyPlan, Gate, LayerEdit, WholeEdit, position_mask, set_features
 from vlmscope.interventions.named import donor_activations, patch_plan
 from vlmscope.interventions.trials import Cases, Features
 from vlmscope.models.batching import InputBatch
@@ -131,6 +131,49 @@ class Ablate:
             n: set_features(f, torch.zeros(len(f)), everywhere, torch.zeros(len(f))) for n, f in self.features.items()
         }
         return at_supernodes(plan, self.nodes, cases.batch.places)
+
+
+@dataclass(frozen=True)
+class Level:
+    """Set features to the originals' mean level, moved `strength` of the way to the counterfactuals', never below 0.
+
+    Means are taken place by place, over the prompt and over the answer after it, so that the n-th generated token has
+    its own; the last serves those after it.
+
+    Attributes:
+        features: which, by layer.
+        sides: originals and counterfactuals of training pairs with their answers, all equally long.
+        prompt: positions before the answer.
+        gate: act at each layer and place only as far as the features that are stronger on originals are active there,
+            in full from this share of their level; a layer without such features is left alone. None acts everywhere,
+            as controls do, which only makes them stronger.
+    """
+
+    features: Features
+    sides: tuple[InputBatch, InputBatch]
+    prompt: int
+    gate: float | None = None
+    rereads: ClassVar[bool] = True
+
+    def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
+        """As `Operation.plan`."""
+        chosen = self.features if features is None else features
+        starts, ends = (donor_activations(scope, side, chosen) for side in self.sides)
+        where = torch.ones(self.prompt, dtype=torch.bool)
+        plan: dict[int, LayerEdit] = {}
+        for layer, (found, values) in starts.items():
+            start, end = values.mean(0), ends[layer][1].mean(0)  # [T + S, n] over S tokens of the answer
+            value = (start + strength * (end - start)).clamp_min(0)
+            steps = value[self.prompt :].unsqueeze(1)
+            edit = set_features(found, value[: self.prompt], where, steps if len(steps) else None)
+            if self.gate is not None and features is None:
+                own = torch.nonzero(start.sum(0) > end.sum(0)).flatten()
+                if not len(own):
+                    continue
+                level = start[:, own]
+                edit = replace(edit, gate=Gate(found[own], level[: self.prompt], level[self.prompt :], self.gate))
+            plan[layer] = edit
+        return plan
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmscope.core.errors import UserError
 
-OPERATIONS = ("exchange", "carry", "toward", "shift", "ablate")
+OPERATIONS = ("exchange", "carry", "toward", "shift", "ablate", "level")
 MODES = ("free", "frozen_attention", "direct", "generate")
 MEASURES = ("hit", "changed", "recovered", "drop", "kl")
 
@@ -32,11 +32,13 @@ class TrialConfig:
 
     Attributes:
         do: exchange one supernode for another, carry the donor's activations, move toward them, shift by the mean
-            change of training pairs, or ablate.
+            change of training pairs, ablate, or set to the mean level of training pairs, place by place.
         features: a set by name (a question, a supernode), "all", "each" set in turn (trials `<trial>/<set>`), or "own":
             those of each question, or the whole circuit that was given; null is the same.
-        strength: level of what is raised or carried, in units of its own; a setting may give others.
-        gate: of exchange: act in full from this share of the suppressed level; null acts everywhere.
+        strength: level of what is raised or carried, in units of its own; a setting may give others. null takes, for
+            each question, what a trial with `settle` settled.
+        settle: strengths of which the least with most hits on the case set "validation" is taken.
+        gate: of exchange and level: act in full from this share of the suppressed level; null acts everywhere.
         pooled: of carry: soft tokens get the donor's mean.
         last: of carry: only from the donor's last position to the last position; the two may differ in length.
         measure: what its rate counts: "hit" (the answer is the target), "changed", or the mean of "recovered", "drop"
@@ -45,7 +47,8 @@ class TrialConfig:
 
     do: str
     features: str | None = None
-    strength: float = 1.0
+    strength: float | None = 1.0
+    settle: list[float] = field(default_factory=list)
     gate: float | None = None
     pooled: bool = False
     last: bool = False
@@ -67,8 +70,9 @@ class SettingConfig:
         of: which trials; all when empty.
         cases: which case set.
         mode: free, frozen_attention, direct, or generate (token by token).
-        positions: all, no_last, roles (image, question, last ...), or each role by itself.
-        layers: all, no_last, a layer, a range such as 0-3 and 4-, or each layer by itself.
+        positions: all, prompt (no generated tokens), no_last, roles (image, question, last ...), or each role by
+            itself.
+        layers: all, no_last, a layer, a range such as 0-3 and 4-; each layer by itself, or the ranges 0-each or each-.
         strength: instead of the trial's own.
         limit: at most so many features a layer (exchange) or in all.
         matched: draws of matched features.
@@ -76,6 +80,7 @@ class SettingConfig:
         first: at most so many cases of each question; all when null.
         measures: what is counted instead of the trial's own measure: hit, changed, recovered, drop or kl. The first is
             the rate; the means of the others are metrics too.
+        new_tokens: length of generated answers, at most.
     """
 
     of: list[str] = field(default_factory=list)
@@ -89,6 +94,7 @@ class SettingConfig:
     random_direction: int = 0
     first: int | None = None
     measures: list[str] = field(default_factory=list)
+    new_tokens: int = 6
 
     def __post_init__(self) -> None:
         unknown = [mode for mode in self.mode if mode not in MODES]
@@ -97,15 +103,15 @@ class SettingConfig:
         for measure in self.measures:
             check_measure("settings: measures", measure)
         for layers in self.layers:
-            if layers not in ("all", "no_last", "each") and not re.fullmatch(r"\d+(-\d*)?", layers):
+            if layers not in ("all", "no_last") and not re.fullmatch(r"\d+(-\d*|-each)?|each-?", layers):
                 raise UserError(
-                    f"settings: layers={layers}: write all, no_last, each, a layer or a range such as 0-3 or 4-"
+                    f"settings: layers={layers}: write all, no_last, each, a layer or a range such as 0-3, 4- or 0-each"
                 )
         for key in ("matched", "random_direction"):
             if getattr(self, key) < 0:
                 raise UserError(f"settings: {key}={getattr(self, key)}: it counts draws; choose 0 or more")
 
-    def combinations(self, strength: float) -> list[dict[str, Any]]:
+    def combinations(self, strength: float | None) -> list[dict[str, Any]]:
         """Every combination of mode, positions, layers, strength and limit, for a trial of this strength."""
         axes = (self.mode, self.positions, self.layers, self.strength or [strength], self.limit or [None])
         return [
@@ -118,7 +124,7 @@ class MarkConfig:
     """One part of a report, drawn from the run folder's tables (docs/experiments.md).
 
     Attributes:
-        mark: cards, bars, table, curve, matrix, heatmap, examples, features, picture or text.
+        mark: cards, bars, table, curve, matrix, heatmap, examples, features, picture, groups or text.
         title: over it.
         trials: which trials and settings, as "steer/main"; all when empty.
         x, by: columns of the table.

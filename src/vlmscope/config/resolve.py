@@ -405,13 +405,13 @@ def _refuse_no_characters(cfg: DictConfig) -> None:
 def _limit(node: Any, path: Sequence[str], most: Any, given: Collection[str], prefix: str = "") -> None:
     """Lower the numbers at `path` below `node` to `most`, where it has such a key; `*` stands for every key.
 
-    A list keeps its first `most` entries; `most` None leaves the key out; else the value is replaced. What the command
-    line set, `given`, stays.
+    A list keeps its first `most` entries; `most` None leaves the key out; else the value is replaced. An empty list
+    stays, and so does what the command line set, `given`.
     """
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return
     for key in [str(name) for name in node] if path[0] == "*" else [path[0]]:
-        if key not in node or prefix + key in given:
+        if key not in node or prefix + key in given or (isinstance(node[key], ListConfig) and not len(node[key])):
             continue
         if len(path) > 1:
             _limit(node[key], path[1:], most, given, f"{prefix}{key}.")

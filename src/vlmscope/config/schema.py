@@ -12,7 +12,6 @@ from omegaconf import II, MISSING
 
 from vlmscope.attention.config import WhereConfig
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.circuits.captions_config import CaptionsConfig
 from vlmscope.circuits.config import CircuitConfig, InterventionConfig
 from vlmscope.circuits.discovery.config import DiscoveryConfig
 from vlmscope.circuits.interchange_config import InterchangeConfig
@@ -229,7 +228,6 @@ class AppConfig:
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     interchange: InterchangeConfig = field(default_factory=InterchangeConfig)
     discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
-    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     where: WhereConfig = field(default_factory=WhereConfig)
     trials: dict[str, TrialConfig] = field(default_factory=dict)

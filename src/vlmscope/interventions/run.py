@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +32,7 @@ from vlmscope.interventions.edits import AnyPlan, LayerEdit, WholeEdit, at_step
 from vlmscope.models.attention import recording_patterns, replacing_patterns
 from vlmscope.models.base import Adapter, ModelInputs, all_norms
 from vlmscope.models.batching import InputBatch
-from vlmscope.models.conversations import generated
+from vlmscope.models.conversations import continued, generated
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderSet
 
@@ -377,6 +378,48 @@ def generate_batch(
     ends = adapter.model.generation_config.eos_token_id
     known: set[int] = {ends} if isinstance(ends, int) else {int(end) for end in ends or ()}
     return [_through_end(ids, known) for ids in found]
+
+
+def without_special(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Token ids without special ones, such as the end of a turn."""
+    special = {token for token, kind in tokenizer.added_tokens_decoder.items() if kind.special}
+    return [token for token in ids if token not in special]
+
+
+def whole_answers(
+    scope: Scope, inputs: Sequence[ModelInputs], max_new_tokens: int = 24, batch: int = 64
+) -> list[tuple[list[int], str]]:
+    """The greedy answer to each prompt, `batch` at once: its tokens without special ones, and its text."""
+    found = []
+    for start in range(0, len(inputs), batch):
+        for ids in generate_batch(scope.adapter, inputs[start : start + batch], max_new_tokens):
+            words = without_special(scope.vlm.tokenizer, ids)
+            found.append((words, scope.vlm.tokenizer.decode(words).strip()))
+    return found
+
+
+@torch.no_grad()
+def log_likelihoods(scope: Scope, prompts: Sequence[ModelInputs], answers: Sequence[Sequence[int]]) -> np.ndarray:
+    """[n], mean log-probability of a token of each answer after its prompt, in nats.
+
+    An empty answer counts with the log-probability of the token that the model gives last there: the worst.
+    """
+    found = np.zeros(len(answers))
+    by_length: dict[int, list[int]] = {}
+    for row, ids in enumerate(answers):
+        by_length.setdefault(len(ids), []).append(row)
+    for length, rows in by_length.items():
+        whole = [continued(scope.adapter, prompts[row], answers[row][:-1], scope.vlm.tokenizer) for row in rows]
+        tensors, kept = scope.batch(whole).tensors, max(length, 1)
+        logits = scope.adapter.forward(tensors, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
+        logs = scope.adapter.finite(logits).double().log_softmax(-1)
+        if length:
+            tokens = torch.tensor([list(answers[row]) for row in rows], device=logs.device)
+            logs = logs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        else:
+            logs = logs[:, -1].min(-1, keepdim=True).values
+        found[rows] = logs.mean(-1).numpy(force=True)
+    return found
 
 
 def _through_end(ids: list[int], ends: set[int]) -> list[int]:

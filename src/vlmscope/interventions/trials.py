@@ -10,9 +10,11 @@ Legend: B cases, T positions, n features of a layer, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from itertools import zip_longest
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pandas as pd
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from vlmscope.core.records import control_draws
 from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, at_positions, position_mask
-from vlmscope.interventions.named import matched_features, run_random_direction
+from vlmscope.interventions.named import matched_features, random_directions, run_random_direction
 from vlmscope.interventions.run import BaseRun, editing, generate_batch, run_edited
 from vlmscope.metrics.causal import log_softmax
 from vlmscope.models.base import ModelInputs
@@ -50,6 +52,9 @@ class Cases:
         prompt: what is asked, for reports.
         pngs: B small pictures, for reports.
         tags: whatever else tells case sets apart, such as recipient and donor; columns of the table.
+        texts: B, the whole unedited answers, where whole answers are compared (mode "generate").
+        target_texts: B, the whole answers that an intervention should bring about.
+        score: further columns of whole answers, from the cases' ids and the generated token ids.
     """
 
     name: str
@@ -65,6 +70,9 @@ class Cases:
     prompt: str = ""
     pngs: tuple[bytes, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
+    target_texts: tuple[str, ...] = ()
+    score: Callable[[Sequence[str], Sequence[Sequence[int]]], Mapping[str, Any]] | None = None
 
     def select(self, rows: Sequence[int]) -> Cases:
         """Some of the cases; of their unedited run only the logits, which is all that mode "free" needs."""
@@ -80,6 +88,8 @@ class Cases:
             donor_logits=None if self.donor_logits is None else self.donor_logits[at],
             inputs=tuple(self.inputs[row] for row in rows) if self.inputs else (),
             pngs=tuple(self.pngs[row] for row in rows) if self.pngs else (),
+            texts=tuple(self.texts[row] for row in rows) if self.texts else (),
+            target_texts=tuple(self.target_texts[row] for row in rows) if self.target_texts else (),
         )
 
     def tagged(self, tags: Mapping[str, str]) -> Cases:
@@ -115,12 +125,15 @@ class Setting:
     Attributes:
         name: for the table and for metrics.
         mode: "free", "frozen_attention", "direct", or "generate" (token by token with a KV cache).
-        positions: "all", "no_last", a role, or "each" role by itself.
-        layers: "all", "no_last", "0-5" or "3-" (both ends included), or "each" layer by itself.
+        positions: "all"; "prompt", which leaves generated tokens alone; of it "no_last", a role, or "each" role by
+            itself.
+        layers: "all", "no_last", "0-5" or "3-" (both ends included), "each" layer by itself, or the ranges "0-each" and
+            "each-" that end or begin at each.
         strength: passed to the operation.
         limit: how many features the operation was made with, for the table; None for all.
         matched: draws of as many features, matched by layer and mean activation.
         random_direction: draws of a random direction of the same norm at every layer and position.
+        new_tokens: length of a generated answer, at most.
     """
 
     name: str = "main"
@@ -131,10 +144,12 @@ class Setting:
     limit: int | None = None
     matched: int = 1
     random_direction: int = 0
+    new_tokens: int = ANSWER_TOKENS
 
     def everywhere(self, layers: Sequence[int], roles: np.ndarray) -> list[Setting]:
         """The setting itself; where its layers or positions are "each", one for each layer or role in reading order."""
-        over = [str(layer) for layer in layers] if self.layers == "each" else [self.layers]
+        every = [self.layers.replace("each", str(layer)) for layer in layers]
+        over = every if "each" in self.layers else [self.layers]
         places = dict.fromkeys(roles.tolist()) if self.positions == "each" else [self.positions]
         return [replace(self, layers=layer, positions=place) for layer in over for place in places]
 
@@ -144,7 +159,8 @@ class Setting:
         kept = {layer: edit for layer, edit in plan.items() if low <= layer <= high}
         if self.positions == "all":
             return kept
-        where = "no_last_position" if self.positions == "no_last" else f"role_{self.positions}"
+        kept = {layer: replace(edit, generated=None) for layer, edit in kept.items()}
+        where = {"prompt": "all", "no_last": "no_last_position"}.get(self.positions, f"role_{self.positions}")
         return at_positions(kept, position_mask(roles, where))
 
 
@@ -203,8 +219,11 @@ def _with_controls(
         control = _matched(scope, trial, cases, setting, edits, draw)
         yield _run(scope, cases, control, setting).assign(**labels, control="matched", draw=draw)
     for draw in control_draws(seed, setting.random_direction):
-        logits = run_random_direction(scope, cases.batch, plan, draw)
-        yield _outcome(cases, logits).assign(**labels, control="random_direction", draw=draw)
+        if setting.mode == "generate":
+            found = _generated(scope, cases, setting, random_directions(scope, plan, draw))
+        else:
+            found = _outcome(cases, run_random_direction(scope, cases.batch, plan, draw))
+        yield found.assign(**labels, control="random_direction", draw=draw)
 
 
 def _matched(scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: Plan, draw: int) -> AnyPlan:
@@ -214,21 +233,55 @@ def _matched(scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: P
         return drawn
     others = trial.do.plan(scope, cases, setting.strength, {layer: edit.features for layer, edit in drawn.items()})
     return {
-        layer: replace(others[layer], where=edit.where, at=edit.at, at_generated=edit.at_generated)
+        layer: replace(
+            others[layer],
+            where=edit.where,
+            generated=None if edit.generated is None else others[layer].generated,
+            at=edit.at,
+            at_generated=edit.at_generated,
+        )
         for layer, edit in plan.items()
     }
 
 
 def _run(scope: Scope, cases: Cases, plan: AnyPlan, setting: Setting) -> pd.DataFrame:
-    if setting.mode != "generate":
-        return _outcome(cases, run_edited(scope, cases.batch, plan, setting.mode, cases.base))
-    answers = generate_batch(scope.adapter, cases.inputs, ANSWER_TOKENS, editing(scope, plan))
+    if setting.mode == "generate":
+        return _generated(scope, cases, setting, editing(scope, plan))
+    return _outcome(cases, run_edited(scope, cases.batch, plan, setting.mode, cases.base))
+
+
+def _generated(scope: Scope, cases: Cases, setting: Setting, context: AbstractContextManager[None]) -> pd.DataFrame:
+    """One row per case: `text`, the answer; `said`, its first token; `hit` and `changed`, of whole answers if given.
+
+    With target texts also `right_words` and `kept_words`: the shares of the words that differ between the unedited and
+    the target text, and of those that do not, that are the target's, each in its place.
+    """
+    answers = generate_batch(scope.adapter, cases.inputs, setting.new_tokens, context)
+    texts = [scope.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+    said = [ids[0] if ids else -1 for ids in answers]
     own, target = cases.answer.tolist(), cases.target.tolist()
     # An answer that names the target and then the old answer after all is no hit.
     hits = [ids[:1] == [t] and a not in ids for ids, a, t in zip(answers, own, target, strict=True)]
-    said = [ids[0] if ids else -1 for ids in answers]
-    changed = [one != a for one, a in zip(said, own, strict=True)]
-    return pd.DataFrame({"case": cases.ids, "said": said, "hit": hits, "changed": changed})
+    table = pd.DataFrame(
+        {"case": cases.ids, "said": said, "text": texts, "hit": hits, "changed": np.not_equal(said, own)}
+    )
+    if cases.texts:
+        table["changed"] = np.not_equal(texts, cases.texts)
+    if cases.target_texts:
+        table["hit"] = np.equal(texts, cases.target_texts)
+        rows = zip(texts, cases.texts, cases.target_texts, strict=True)
+        table[["right_words", "kept_words"]] = [word_shares(*row) for row in rows]
+    return table if cases.score is None else table.assign(**cases.score(cases.ids, answers))
+
+
+def word_shares(text: str, before: str, after: str) -> tuple[float, float]:
+    """Of the words of `after`, equally many as in `before`: the shares that `text` has in their places, of those that
+    differ from `before` and of those that do not (nan where there are none).
+    """
+    said, old, new = (np.array(one.split(), dtype=object) for one in (text, before, after))
+    hits = np.array([a == b for a, b in zip_longest(said[: len(new)], new)])
+    right, kept = (float(hits[which].mean()) if which.any() else np.nan for which in (old != new, old == new))
+    return right, kept
 
 
 def _outcome(cases: Cases, logits: Tensor) -> pd.DataFrame:

@@ -1,24 +1,9 @@
-"""Figures of single experiments.
-
-Figures of captions: where each word comes from, and pictures with their captions before and after.
-
-Figures of features that pictures and words share: who coincides with whom, at which layer, and what they cause.
-
-Every function writes one PNG and returns its path; `ValueError` means that there is nothing to draw.
-
-Figures of predicted against measured effects. Every function writes one PNG and returns its path.
-
-Figures of predicted errors: areas under the curve with intervals, and the pictures that were asked about.
-
-Every function writes one PNG and returns its path; `ValueError` means that there is nothing to draw.
-"""
+"""Horizontal bars of groups, such as where each word of a caption comes from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from textwrap import fill
 
 import numpy as np
 from matplotlib.ticker import PercentFormatter
@@ -29,7 +14,6 @@ from vlmscope.report.style import (
     HATCHES,
     INK,
     drawing,
-    label,
     pick,
     tidy,
 )
@@ -70,33 +54,4 @@ def word_bars(words: Sequence[str], series: Mapping[str, Sequence[Rate | None]],
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return Path(path)
 
-
-@dataclass(frozen=True)
-class CaptionedPicture:
-    """Original and counterfactual side by side [H, 2 W, 3], and captions by name, in the order of reading."""
-
-    picture: np.ndarray
-    captions: dict[str, str]
-
-
-def captioned(examples: Sequence[CaptionedPicture], path: str | Path) -> Path:
-    """Pairs of pictures, each with its captions beside it."""
-    lines = max(len(example.captions) for example in examples)
-    row = max(1.3, 0.27 * lines)
-    with drawing(path, 9.4, 0.45 + row * len(examples)) as figure:
-        figure.suptitle("left: the picture that is captioned; right: its counterfactual", x=0.01, ha="left", fontsize=9)
-        grid = figure.subplots(len(examples), 2, squeeze=False, width_ratios=[1, 2.6])
-        for axes, example in zip(grid, examples, strict=True):
-            half = example.picture.shape[1] // 2
-            gap = np.full((len(example.picture), max(half // 16, 1), 3), 255, np.uint8)
-            axes[0].imshow(np.concatenate([example.picture[:, :half], gap, example.picture[:, half:]], 1))
-            for number, (name, text) in enumerate(example.captions.items()):
-                height = 1 - (number + 0.5) / lines
-                axes[1].text(0.0, height, label(name), fontsize=8.5, va="center", transform=axes[1].transAxes)
-                axes[1].text(
-                    0.33, height, fill(text, 60), fontsize=9.5, va="center", family="monospace",
-                    transform=axes[1].transAxes,
-                )  # fmt: skip
-            for at in axes:
-                at.set_axis_off()
     return Path(path)

@@ -23,8 +23,10 @@ from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import AnswerExample, CircuitFeature, Curve, FeatureExample, FlipRow, Rate, Supernode
 from vlmscope.core.records import FeatureId, PatchBox
+from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
 from vlmscope.metrics.table import CELL, cell_means, corrected, rates, worst
 from vlmscope.report import figures
+from vlmscope.report.experiment_figures import word_bars
 from vlmscope.report.figures import share_matrices
 from vlmscope.report.page import (
     Card,
@@ -263,13 +265,25 @@ def picture(folder: Folder, name: str, mark: Declared) -> list[Section]:
     return [Figure(title, tuple(_picture(path, label(path.stem), True) for path in paths), mark.says)]
 
 
+def groups(folder: Folder, name: str, mark: Declared) -> list[Section]:
+    """Horizontal bars of the run's table <name>.parquet: the mean of `y` for each `x`, a bar for each value of `by`."""
+    found: Any = pd.read_parquet(folder.path / f"{name}.parquet")
+    x, by, y = mark.x or "name", mark.by or "series", mark.y or "value"
+    mean = bootstrap_rate if found[y].dtype == bool else bootstrap_mean
+    rows = {key: mean(of[y].to_numpy()) for key, of in found.groupby([by, x], sort=False)}
+    names = list(dict.fromkeys(found[x]))
+    series = {label(str(one)): [rows.get((one, at)) for at in names] for one in dict.fromkeys(found[by])}
+    drawn = word_bars(names, series, folder.path / "figures" / f"{name}.png", f"{label(y)} (%)")
+    return [Figure(mark.title or label(name), (_picture(drawn, f"{mark.title}: {label(y)}"),), mark.says)]
+
+
 def text(folder: Folder, name: str, mark: Declared) -> list[Section]:
     """Paragraphs."""
     return [Text(mark.title or label(name), tuple(part for part in mark.says.split("\n\n") if part))]
 
 
 MARKS: dict[str, Callable[[Folder, str, Any], list[Section]]] = {
-    one.__name__: one for one in (cards, bars, table, curve, matrix, heatmap, examples, features, picture, text)
+    one.__name__: one for one in (cards, bars, table, curve, matrix, heatmap, examples, features, picture, groups, text)
 }
 
 

@@ -85,8 +85,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 def own_analysis(name: str | None) -> Any:
     """The module `experiments/<name>.py`; None without one.
 
-    It may have `check(config)`, `declare(bench) -> Declared` where its trials run on other cases or features than a
-    circuit's, and `analyse(bench) -> metrics` for what no trial measures.
+    It may have `check(config)`, which refuses settings before anything is loaded, `declare(bench) -> Declared` where
+    its trials run on other cases or features than a circuit's, and `analyse(bench) -> metrics` for what no trial
+    measures.
     """
     import importlib.util
     import sys
@@ -137,6 +138,7 @@ def run_declared(bench: Bench, analysis: Any = None) -> dict[str, float]:
     """All trials, with those of `analysis.trials(bench, declared)`: trials.parquet, examples.parquet and metrics."""
     from itertools import chain
 
+    from vlmscope.circuits.experiment import settle
     from vlmscope.core.artifacts import atomic_path
     from vlmscope.interventions.trials import run_trials
 
@@ -147,13 +149,15 @@ def run_declared(bench: Bench, analysis: Any = None) -> dict[str, float]:
         declared = from_pairs(bench)
     else:
         declared = from_circuit(bench) if len(bench.circuit_config.concepts) == 2 else from_matrix(bench)
+    declared = settle(bench.scope, declared, cfg.trials, cfg.settings)
+    bench.metrics |= {f"settled/{question}": strength for question, strength in declared.settled.items()}
     trials = declared.trials(cfg.trials, cfg.settings)
     own = getattr(analysis, "trials", None)
     table = run_trials(bench.scope, chain(trials, own(bench, declared) if own else ()), cfg.seed)
     with atomic_path(bench.run_dir / "trials.parquet") as temporary:
         table.to_parquet(temporary, index=False)
     if declared.metrics is None:  # else the case sets are not one question's pictures before and after
-        write_examples(bench, declared)
+        write_examples(bench, declared, table)
     return (declared.metrics or trial_metrics)(table, cfg.trials, cfg.settings)
 
 
@@ -365,7 +369,7 @@ def trial_metrics(
     for key, part in table.groupby(["operation", "setting"], sort=False):
         operation, setting = map(str, key)
         measure, *others = counted(trials, settings, operation, setting)
-        varied = [axis for axis in axes if (part.groupby("mode")[axis].nunique(dropna=False) > 1).any()]
+        varied = [axis for axis in axes if (part.groupby(["mode", "question"])[axis].nunique(dropna=False) > 1).any()]
         if varied in (["strength"], ["limit"]) and part["mode"].nunique() == 1:
             doses: Any = rates(part, [*varied, "question"], measure)
             lowest = doses.groupby(level=varied[0], sort=False)["value"].min()
@@ -425,8 +429,10 @@ def cell_metrics(
     return metrics
 
 
-def write_examples(bench: Bench, declared: Declared) -> None:
-    """examples.parquet: some answers before and after each exchange and transfer, in free mode everywhere."""
+def write_examples(bench: Bench, declared: Declared, table: pd.DataFrame) -> None:
+    """examples.parquet: some answers before and after each exchange and transfer, in free mode everywhere; whole
+    answers are those of the trial's first setting.
+    """
     from vlmscope.circuits.experiment import EACH
     from vlmscope.core.intervention import AnswerExample
     from vlmscope.interventions.run import run_edited
@@ -436,9 +442,16 @@ def write_examples(bench: Bench, declared: Declared) -> None:
     for cases in declared.cases["test"]:
         few = cases.select(range(min(2, cases.batch.size)))
         for name, trial in bench.cfg.trials.items():
-            if trial.do not in ("exchange", "carry") or trial.features == EACH:
+            if few.texts:
+                run: Any = table[(table.operation == name) & (table.question == few.question) & (table.control == "")]
+                said = run.drop_duplicates("case").set_index("case").text
+                shown += [
+                    AnswerExample(few.pngs[row], few.prompt, name, few.texts[row], said[few.ids[row]], (), ())
+                    for row in range(few.batch.size)
+                ]
+            if few.texts or trial.do not in ("exchange", "carry") or trial.features == EACH:
                 continue
-            plan = declared.operation(trial, few, None).plan(bench.scope, few, trial.strength)
+            plan = declared.operation(trial, few, None).plan(bench.scope, few, trial.strength or 0.0)
             logits = run_edited(bench.scope, few.batch, plan)
             for row in range(few.batch.size):
                 before, after = bench.words(few.base.logits[row]), bench.words(logits[row])
@@ -460,7 +473,7 @@ def write_captions(bench: Bench, declared: Declared, count: int = 3) -> None:
     for image in bench.concept_pictures(recipient, "test", count)[:count]:
         inputs = bench.scope.inputs(CAPTION_PROMPT, [image])
         cases = bystanders(bench.scope, "captions", CAPTION_PROMPT, [inputs], [recipient])
-        plan = declared.operation(trial, cases, None).plan(bench.scope, cases, trial.strength)
+        plan = declared.operation(trial, cases, None).plan(bench.scope, cases, trial.strength or 0.0)
         rows.append(
             {"before": generate_edited(bench.scope, inputs), "after": generate_edited(bench.scope, inputs, plan)}
         )

@@ -8,7 +8,6 @@ import pytest
 import torch
 from tests.unit.circuits.pretended_device import PretendDevice, mark, marked, move
 
-from vlmscope.circuits.caption_pairs import Levels
 from vlmscope.circuits.circuit import load_circuit, save_circuit
 from vlmscope.circuits.contrast import contrast_circuit
 from vlmscope.circuits.discovery.edges import run_edges
@@ -16,6 +15,7 @@ from vlmscope.circuits.discovery.pair_edges import pair_edges
 from vlmscope.circuits.discovery.scores import activation_change, eap_ig
 from vlmscope.circuits.discovery.search import Runner
 from vlmscope.circuits.discovery.sides import CircuitSubject, changing_nodes, measure
+from vlmscope.circuits.experiment import bystanders
 from vlmscope.circuits.interchange import (
     all_features,
     carried_controls,
@@ -25,7 +25,7 @@ from vlmscope.circuits.interchange import (
     run_interchange,
     whole_plan,
 )
-from vlmscope.circuits.operations import Ablate, Carry, Exchange, Toward
+from vlmscope.circuits.operations import Ablate, Carry, Exchange, Level, Toward
 from vlmscope.circuits.pair_effects import pair_effects
 from vlmscope.circuits.pair_subject import pair_subject, part_of
 from vlmscope.circuits.plans import at_supernodes, donor_activations, steer_plan, union
@@ -123,17 +123,17 @@ def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
         assert np.isfinite(table[["kl", "drop"]].to_numpy()).all()
 
 
-def test_named_features_and_levels_are_set_there(there) -> None:
+def test_named_features_and_levels_are_set_there(there, pairs) -> None:
     scope, sides = there
     with PretendDevice(), torch.no_grad():
         batch = make_batch(scope.adapter, sides[0])
         plan = named_plan(scope, {FeatureId(1, 3): 2.0, FeatureId(2, 5): 0.0}, batch.length, [1, 2])
         assert marked(run_edited(scope, batch, plan))
         features = by_layer(scope.transcoders, [FeatureId(1, 3), FeatureId(1, 7)])
-        start, end = (mark(torch.rand(batch.length + 2, 2)) for _ in range(2))
-        levels = Levels(features, {1: start}, {1: end}, batch.length)
+        cases = bystanders(scope, "test", "name", sides[0], ["0", "1", "2"])
         for gate in (None, 0.5):
-            assert marked(run_edited(scope, batch, levels.plan(1.5, gate)))
+            level = Level(features, (pairs.batch, pairs.other), batch.length, gate)
+            assert marked(run_edited(scope, batch, level.plan(scope, cases, 1.5)))
 
 
 def test_interchanges_and_their_controls_run_there(there, pairs) -> None:

@@ -8,33 +8,47 @@ import pytest
 import torch
 
 from vlmscope.circuits.interchange import all_features, interchange_plan, recovered
+from vlmscope.circuits.operations import Ablate, Carry
 from vlmscope.circuits.pair_effects import PairEffects
 from vlmscope.circuits.pair_subject import PairSubject
 from vlmscope.interventions.named import mean_activations
 from vlmscope.interventions.run import run_edited
-from vlmscope.tasks.steps.layer_ranges import cosine, likenesses, range_curve, silence
+from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
+from vlmscope.tasks.experiment import own_analysis
+
+HIERARCHY: Any = own_analysis("hierarchy")
+
+
+def cases_of(subject: PairSubject) -> Cases:
+    test = (subject.question, subject.batch, subject.base, subject.tokens, subject.other_tokens, ("a", "b", "c"))
+    return Cases("test", *test, subject.other, subject.other_logits)
 
 
 def test_ranges_grow_to_all_layers_from_both_ends(made: tuple[Any, PairSubject]) -> None:
     bench, subject = made
-    first, last = (range_curve(bench, subject, kind) for kind in ("first", "last"))
-    assert first.shares.shape == (3, len(bench.transcoders.layers))
-    np.testing.assert_allclose(first.shares[:, -1], last.shares[:, 0], rtol=1e-4)
+    settings = [Setting("first", layers="0-each", matched=0), Setting("last", layers="each-", matched=0)]
+    table = run_trials(bench.scope, [Trial("all", Carry(None), [cases_of(subject)], settings)])
+    first, last = (of.pivot(index="case", columns="layers", values="recovered") for _, of in table.groupby("setting"))
+    layers = bench.transcoders.layers
+    assert first.columns.tolist() == [f"0-{n}" for n in layers] and last.columns.tolist() == [f"{n}-" for n in layers]
+    np.testing.assert_allclose(first[f"0-{layers[-1]}"], last["0-"], rtol=1e-4)
     plan = interchange_plan(bench.scope, subject, all_features(bench.transcoders))
     logits = run_edited(bench.scope, subject.batch, {i: plan[i] for i in (0, 1)})
-    np.testing.assert_allclose(first.shares[:, 1], recovered(subject, logits), rtol=1e-4, atol=1e-5)
-    assert np.ptp(first.shares, axis=1).max() > 1e-4  # the ranges differ
-    assert len(first.outcomes) == len(first.directions) == len(bench.transcoders.layers)
+    np.testing.assert_allclose(first["0-1"], recovered(subject, logits), rtol=1e-4, atol=1e-5)
+    assert np.ptp(first.to_numpy(), axis=1).max() > 1e-4  # the ranges differ
 
 
 def test_silenced_features_are_zero_and_controls_are_as_many(made: tuple[Any, PairSubject]) -> None:
     bench, subject = made
     means = mean_activations(bench.scope, [subject.batch], bench.transcoders.layers)
-    nothing = silence(bench, subject, {0: torch.empty(0, dtype=torch.int64)}, means, 1)
-    right = float((subject.base.logits.argmax(-1) == subject.tokens).float().mean())
-    assert nothing.value == pytest.approx(1 - right) == nothing.control
-    some = silence(bench, subject, {layer: torch.arange(8) for layer in (0, 1)}, means, 2)
-    assert some.cases == 3 and some.control is not None
+    right = (subject.base.logits.argmax(-1) == subject.tokens).numpy(force=True)
+    for features in ({0: torch.empty(0, dtype=torch.int64)}, {layer: torch.arange(8) for layer in (0, 1)}):
+        trial = Trial("silence", Ablate(features), [cases_of(subject)], [Setting(matched=2)], means)
+        table = run_trials(bench.scope, [trial])
+        assert table.features.unique().tolist() == [sum(map(len, features.values()))]
+        assert table.groupby(["control", "draw"]).size().tolist() == [3, 3, 3]
+        if not len(features[0]):
+            assert all((of.changed == ~right).all() for _, of in table.groupby(["control", "draw"]))
 
 
 def test_likeness_is_of_absolute_effects_role_by_role() -> None:
@@ -45,7 +59,6 @@ def test_likeness_is_of_absolute_effects_role_by_role() -> None:
     bench: Any = SimpleNamespace(transcoders=SimpleNamespace(layers=[0]), cfg=SimpleNamespace(seed=0))
     one = effects([[1.0, -2.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
     other = effects([[-1.0, 2.0, 0.0, 0.0], [0.0, 3.0, 0.0, 0.0]])
-    found = likenesses(bench, {"name": one, "cover": other})
-    assert found["name", "cover", "image"][0].tolist() == pytest.approx([1.0])
-    assert found["name", "cover", "last"][0].tolist() == pytest.approx([0.0])
-    assert np.isnan(cosine(np.zeros(3), np.ones(3)))
+    found = HIERARCHY.likenesses(bench, {"name": one, "cover": other}).set_index("role").alike
+    assert found["image"] == pytest.approx(1.0) and found["last"] == pytest.approx(0.0)
+    assert np.isnan(HIERARCHY.cosine(np.zeros(3), np.ones(3)))

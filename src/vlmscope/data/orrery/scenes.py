@@ -17,6 +17,7 @@ The record of one scene, and the one function that makes it from (split, kind, i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -191,6 +192,21 @@ class Scene:
     image: np.ndarray | None
     facts: dict[str, str | int | float | list[float]]
     questions: tuple[Question, ...] = field(default=())
+
+    def answer(self, group: str) -> str:
+        """The right answer to its question about a fact; "" without such a question."""
+        return next((question.answer for question in self.questions if question.group == group), "")
+
+    def facts_named(self, words: Sequence[str]) -> tuple[str, ...]:
+        """The fact that each word of its caption names, "" for none; each fact once, in the order of reading."""
+        left = {q.group: q.answer for q in self.questions if q.group not in ("caption", "sum")}
+        found = []
+        for word in words:
+            # The plural of a shape's name begins with it.
+            named = (n for n, answer in left.items() if word == answer or (n == "shape" and word.startswith(answer)))
+            found.append(next(named, ""))
+            left.pop(found[-1], None)
+        return tuple(found)
 
 
 def pick(rng: np.random.Generator, templates: tuple[str, ...]) -> str:

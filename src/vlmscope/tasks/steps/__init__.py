@@ -1,1 +1,1 @@
-"""The steps that `task=pipeline` chains; each reads and writes the run folder. One file a step."""
+"""What experiments share: the bench they work on, and parts of runs and reports."""

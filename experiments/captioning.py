@@ -1,0 +1,175 @@
+"""Captions, word by word: where each comes from, and pairs of right captions to steer from one to the other.
+
+`declare`: features are chosen for each word that differs in training pairs; what is captioned are test pairs, and other
+pictures. `analyse`: of the influence on a word, how much ends at the picture, at the prompt, and at earlier words? And
+a caption begun about another scene follows a picture: whose word comes next?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from vlmscope.attribution.trace import word_sources
+from vlmscope.circuits.experiment import Declared, bystanders
+from vlmscope.circuits.text_pairs import TextPair, text_cases, text_level, text_pairs
+from vlmscope.core.artifacts import atomic_path
+from vlmscope.core.errors import UserError
+from vlmscope.data.images import png_bytes
+from vlmscope.data.orrery.dataset import pictures, scene_pairs
+from vlmscope.data.orrery.rendering import make_scene
+from vlmscope.data.orrery.scenes import Scene
+from vlmscope.interventions.run import log_likelihoods, whole_answers
+from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
+from vlmscope.metrics.table import rates
+from vlmscope.models.base import ModelInputs
+from vlmscope.models.conversations import continued
+from vlmscope.report.style import label
+
+if TYPE_CHECKING:
+    from vlmscope.tasks.steps.bench import Bench
+
+SOURCES = ("from_picture", "from_prompt", "from_text_so_far")
+SIDES = ("original", "counterfactual")
+
+
+@dataclass
+class Settings:
+    """A swap is [change, original's word, counterfactual's]; word_features count for a word, others for a kind."""
+
+    prompt: str
+    kinds: list[str]
+    swaps: dict[str, list[str]]
+    pairs: dict[str, int]
+    graphs: int
+    conflicts: int
+    others: int
+    word_features: int
+    steps: int
+    new_tokens: int
+
+
+class Caption(NamedTuple):
+    """A scene, its prompt, the words of its generated caption, and the fact that each names ("" for none)."""
+
+    scene: Scene
+    inputs: ModelInputs
+    ids: list[int]
+    text: str
+    facts: tuple[str, ...]
+
+
+def check(cfg: Any) -> None:
+    """Refuse kinds without pictures, and swaps that no pair has, before the model is loaded."""
+    if "text" in cfg.analysis["kinds"]:
+        raise UserError("analysis.kinds: text has no pictures; choose planets, digits, shapes, hands")
+    for name, swap in cfg.analysis["swaps"].items():
+        if len(swap) != 3:
+            raise UserError(f"analysis.swaps.{name}={list(swap)}: write [change, original, counterfactual]")
+        scene_pairs(swap[0], "train", 1, cfg.seed, *swap[1:])
+
+
+def captions_of(bench: Bench, scenes: Sequence[Scene]) -> list[Caption]:
+    """The scenes as the model captions them."""
+    prompts = bench.inputs([Image.fromarray(one) for one in pictures(list(scenes))], bench.analysis.prompt)
+    rows = zip(scenes, prompts, whole_answers(bench.scope, prompts, bench.analysis.new_tokens), strict=True)
+    return [Caption(scene, one, ids, text, scene.facts_named(text.split())) for scene, one, (ids, text) in rows]
+
+
+def pairs_of(bench: Bench, swap: str, split: str) -> list[TextPair]:
+    """Pairs that are captioned rightly on both sides; base/<swap>/accuracy is the share of those asked for last."""
+    (change, *words), count = bench.analysis.swaps[swap], bench.analysis.pairs[split]
+    scenes = scene_pairs(change, split, count, bench.cfg.seed, *words)
+    shown = [[Image.fromarray(one) for one in pictures([getattr(pair, side) for pair in scenes])] for side in SIDES]
+    sides = [bench.inputs(some, bench.analysis.prompt) for some in shown]
+    right = list(zip(*(one.captions for one in scenes), strict=True))
+    pairs = text_pairs(bench.scope, sides, right, bench.analysis.new_tokens, [png_bytes(one) for one in shown[0]])
+    if len(pairs) < 2:
+        raise UserError(f"analysis.swaps.{swap}: {len(pairs)} of {count} pairs are captioned rightly on both sides")
+    bench.metrics |= bootstrap_rate(np.arange(count) < len(pairs)).metrics(f"base/{swap}/accuracy")
+    return pairs
+
+
+def declare(bench: Bench) -> Declared:
+    """Swaps as questions: validation and test pairs, and pictures whose caption does not have the original's word."""
+    own, scope = bench.analysis, bench.scope
+    cases: dict[str, list] = {"validation": [], "test": [], "others": []}
+    chosen = {}
+    for swap, (_, word, _) in own.swaps.items():
+        level, _ = chosen[swap] = text_level(scope, pairs_of(bench, swap, "train"), own.word_features, own.steps)
+        bench.metrics[f"base/{swap}/features"] = float(sum(map(len, level.features.values())))
+        cases["validation"].append(text_cases(scope, "val", swap, pairs_of(bench, swap, "val")))
+        pairs = pairs_of(bench, swap, "test")
+        cases["test"].append(text_cases(scope, "test", swap, pairs, own.prompt))
+        for side, name in enumerate(SIDES):
+            unedited = log_likelihoods(scope, [pair.sides[1] for pair in pairs], [pair.ids[side] for pair in pairs])
+            bench.metrics |= bootstrap_mean(unedited).metrics(f"log_likelihood/{swap}/{name}")
+        for kind in own.kinds:
+            scenes = [make_scene("test", kind, i, bench.cfg.seed) for i in range(4 * own.others)]
+            fit = [one for one in scenes if not any(said.startswith(word) for said in one.answer("caption").split())]
+            if fit:
+                some = captions_of(bench, fit[: own.others])
+                found = bystanders(scope, kind, swap, [one.inputs for one in some], [one.scene.key for one in some])
+                cases["others"].append(replace(found, texts=tuple(one.text for one in some)))
+    levels, means = ({swap: one[part] for swap, one in chosen.items()} for part in (0, 1))
+    return Declared(cases, lambda t, of, _: replace(levels[of.question], gate=t.gate), lambda _, of: means[of.question])
+
+
+def analyse(bench: Bench) -> dict[str, float]:
+    """captions/<kind>/<fact>/from_<source>, follows_picture, follows_text; log_likelihood/<swap>/<condition>.
+
+    word_sources.parquet and conflicts.parquet have a row for each caption, fact and source.
+    """
+    own, metrics = bench.analysis, {}
+    tables: dict[str, list] = {"word_sources": [], "conflicts": []}
+    for kind in own.kinds:
+        count = max(own.graphs, own.conflicts)
+        captions = captions_of(bench, [make_scene("test", kind, i, bench.cfg.seed) for i in range(count)])
+        captions = [one for one in captions if one.text == one.scene.answer("caption")]
+        metrics[f"captions/{kind}/right"] = len(captions) / count
+        if not captions:
+            raise UserError(f"analysis.kinds: none of the captions of {kind} is right, so its words say nothing")
+        for caption in captions[: own.graphs]:
+            rows = word_sources(bench.scope, caption.inputs, caption.ids, bench.cfg.attribution)
+            for fact in dict.fromkeys(caption.facts):
+                *shares, errors = rows[[one == fact for one in caption.facts]].mean(0)
+                tables["word_sources"] += [(kind, fact, *one, errors) for one in zip(SOURCES, shares, strict=True)]
+        for fact in filter(None, dict.fromkeys(captions[0].facts)):
+            found = follows(bench, captions[: own.conflicts], fact)
+            tables["conflicts"] += [(kind, fact, *one, np.nan) for one in found]
+    for name, rows in tables.items():
+        table = pd.DataFrame(rows, columns=["kind", "fact", "source", "share", "errors"])
+        table["fact"] = table.fact.replace("", "other_words")
+        table["word"] = table.kind + ": " + table.fact.map(label)
+        means = table[table.source.str.endswith("picture")].groupby(["kind", "fact", "source"], sort=False).share.mean()
+        metrics |= {"/".join(("captions", *key)): float(share) for key, share in means.items()}
+        with atomic_path(bench.run_dir / f"{name}.parquet") as temporary:
+            table.to_parquet(temporary, index=False)
+    steered = pd.read_parquet(bench.run_dir / "trials.parquet").query("setting == 'main'")
+    for swap, row in rates(steered, ["question"], "log_likelihood").iterrows():
+        names = {"steered": row.value, "matched": row.matched, "random_direction": row.random_direction}
+        metrics |= {f"log_likelihood/{swap}/{name}": value for name, value in names.items()}
+    return metrics
+
+
+def follows(bench: Bench, captions: Sequence[Caption], fact: str) -> Iterator[tuple[str, bool]]:
+    """Whether the word that comes is the picture's, and whether the text's, where the text so far is another caption's:
+    of the next one with the same facts up to there and another word for this fact.
+    """
+    cases: dict[int, list[tuple[Caption, Caption]]] = {}
+    for i, own in enumerate(captions):
+        for other in [*captions[i + 1 :], *captions[:i]]:
+            at = other.facts.index(fact) if fact in other.facts else 0
+            if at and own.facts[: at + 1] == other.facts[: at + 1] and own.ids[at] != other.ids[at]:
+                cases.setdefault(at, []).append((own, other))
+                break
+    for at, pairs in cases.items():
+        inputs = [continued(bench.vlm.adapter, a.inputs, b.ids[:at], bench.vlm.tokenizer) for a, b in pairs]
+        said = bench.scope.forward(bench.scope.batch(inputs)).argmax(-1).tolist()
+        for token, (own, other) in zip(said, pairs, strict=True):
+            yield from (("follows_picture", token == own.ids[at]), ("follows_text", token == other.ids[at]))

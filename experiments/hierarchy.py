@@ -1,0 +1,219 @@
+"""From appearance to planet to facts: what is read at which layer, how deep an answer is carried, and by way of what.
+
+Appearance is read within planets, since across planets a colour gives the planet away. Each feature is of the simplest
+kind that predicts its activation on held-out pictures nearly as well as the best: appearance, a level for each colour
+word, one for each planet, or appearance and planet; with pictures shuffled in training, the same counts what chance
+finds. An answer's depth is the mean layer of what carrying layers 0 .. k recovers. Likeness is the cosine of absolute
+effects on two questions, since an effect's sign depends on the answer that a pair starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from vlmscope.circuits.experiment import Declared, pairs_by_question, subject_of_pairs
+from vlmscope.circuits.pair_effects import PairEffects, pair_effects
+from vlmscope.core.artifacts import atomic_path
+from vlmscope.core.intervention import Curve
+from vlmscope.core.records import generator
+from vlmscope.data.orrery.dataset import concept_scenes, pictures
+from vlmscope.data.orrery.scenes import APPEARANCE, PLANET_QUESTIONS, PLANETS, appearance
+from vlmscope.interventions.named import mean_activations
+from vlmscope.metrics.decoding import (
+    bootstrap_depth,
+    class_means,
+    held_out_r2,
+    linear_accuracy,
+    linear_prediction,
+    simplest,
+)
+from vlmscope.report.figures import dose_response
+from vlmscope.tasks.experiment import from_pairs
+
+if TYPE_CHECKING:
+    from vlmscope.tasks.steps.bench import Bench
+
+PICTURE = "picture"
+PLACES = (PICTURE, *(f"last_{name}" for name in PLANET_QUESTIONS))  # soft tokens; last position under each question
+KINDS = ("appearance", "colour word", "planet", "appearance and planet")
+LEAST = 0.3  # held-out R^2 from which a feature says something
+CHUNK = 70  # scenes a forward
+
+
+@dataclass(frozen=True)
+class Seen:
+    """n pictures: planet and colour word as numbers [n], appearance [n, 5]."""
+
+    planet: np.ndarray
+    colour: np.ndarray
+    looks: np.ndarray
+
+
+def declare(bench: Bench) -> Declared:
+    """Pairs, with controls that are matched on their originals alone."""
+    declared = from_pairs(bench)
+    batches = [cases.batch for cases in declared.cases["test"]]
+    return replace(declared, means=mean_activations(bench.scope, batches, bench.transcoders.layers))
+
+
+def analyse(bench: Bench) -> dict[str, float]:
+    """depth/<question>, depth/<a>_less_<b>, alike/<a>_<b>/image/layer_03 and read/<place>/features_by_chance.
+
+    reading.parquet has what is read at each place and layer, alike.parquet the likenesses at every role.
+    """
+    seed, x = bench.cfg.seed, tuple(map(float, bench.transcoders.layers))
+    metrics: dict[str, float] = {}
+    table = pd.read_parquet(bench.run_dir / "trials.parquet").query("setting == 'first' and control == ''")
+    table["end"] = table.layers.str.rpartition("-")[2].astype(int)
+    shares = {}
+    for question, of in table.groupby("question", sort=False):
+        shares[question] = of.pivot(index="case", columns="end", values="recovered").reindex(of.case.unique())
+        metrics |= bootstrap_depth(shares[question].to_numpy(), seed=seed).metrics(f"depth/{question}")
+    for a, b in combinations(shares, 2):
+        common = [scene for scene in shares[a].index if scene in shares[b].index]
+        if len(common) > 1:
+            one, other = (shares[name].loc[common].to_numpy() for name in (a, b))
+            metrics |= bootstrap_depth(one, other, seed).metrics(f"depth/{a}_less_{b}")
+    alike = likenesses(bench, effects_of(bench, shares))
+    image: Any = alike[alike.role == "image"]
+    metrics |= {f"alike/{a}_{b}/image/layer_{n:02d}": v for a, b, n, v in
+                image[["first", "second", "layer", "alike"]].itertuples(index=False)}  # fmt: skip
+    curves = []
+    for role, of in alike[alike.role.isin(["image", "question", "last"])].groupby("role", sort=False):
+        lines = of.pivot(index=["first", "second"], columns="layer", values="alike").to_numpy()
+        curves.append(Curve(str(role), x, *(tuple(f(lines, axis=0)) for f in (np.mean, np.min, np.max))))
+    flat = tuple(alike[alike.role.isin(["image", "question", "last"])].groupby("layer").shuffled.mean())
+    curves.append(Curve("features shuffled (mean)", x, flat, flat, flat))
+    dose_response(curves, bench.run_dir / "figures" / "alike.png", "layer", "cosine of effects on two questions", False)
+    n_train, n_test = (max(count // len(PLANETS), 2) for count in bench.cfg.interchange.scenes)
+    train, seen = codes_of(bench, "train", n_train)
+    test, new = codes_of(bench, "test", n_test)
+    reading = pd.concat([read_place(bench, place, train[place], seen, test[place], new) for place in PLACES])
+    for place, of in reading.groupby("place", sort=False):
+        metrics[f"read/{place}/features_by_chance"] = float(of.by_chance.sum())
+    lines = [(str(place), of.planet) for place, of in reading.groupby("place", sort=False)]
+    lines.append(("planets shuffled (mean)", reading.groupby("layer", sort=False).planet_shuffled.mean()))
+    planet = [Curve(name, x, *[tuple(map(float, values))] * 3) for name, values in lines]
+    dose_response(planet, bench.run_dir / "figures" / "planet_by_layer.png", "layer", "planet read rightly (%)")
+    for name, rows in (("reading", reading), ("alike", alike)):
+        with atomic_path(bench.run_dir / f"{name}.parquet") as temporary:
+            rows.to_parquet(temporary, index=False)
+    return metrics
+
+
+def effects_of(bench: Bench, questions: Collection[str]) -> dict[str, PairEffects]:
+    """Effects on each question whose answers differ within training pairs, estimated on these."""
+    config, pairs = bench.cfg.interchange, bench.cfg.pairs
+    assert pairs is not None, "cases come from pairs"
+    train = pairs_by_question(pairs, "train")
+    return {
+        name: pair_effects(bench.scope, subject_of_pairs(bench.scope, name, some, config.least), config.steps)
+        for name, some in train.items()
+        if name in questions and some[0].moves
+    }
+
+
+def likenesses(bench: Bench, effects: dict[str, PairEffects]) -> pd.DataFrame:
+    """For each two questions, role and layer the cosine of absolute effects; `shuffled`: with the features of one
+    shuffled among those that have an effect on either.
+    """
+    rng = generator(bench.cfg.seed, "alike")
+    rows = []
+    for a, b in combinations(effects, 2):
+        for at, role in enumerate(effects[a].roles):
+            for layer in bench.transcoders.layers:
+                first, second = (effects[n].effect[layer][at].abs().double().numpy(force=True) for n in (a, b))
+                live = (first > 0) | (second > 0)
+                null = cosine(first[live], rng.permutation(second[live]))
+                rows.append((a, b, role, layer, cosine(first, second), null))
+    return pd.DataFrame(rows, columns=["first", "second", "role", "layer", "alike", "shuffled"])
+
+
+def cosine(first: np.ndarray, second: np.ndarray) -> float:
+    """Of two vectors; nan where one is 0."""
+    norms = float(np.linalg.norm(first) * np.linalg.norm(second))
+    return float(first @ second) / norms if norms else float("nan")
+
+
+def codes_of(bench: Bench, split: str, each: int) -> tuple[dict[str, dict[int, np.ndarray]], Seen]:
+    """Place -> layer -> [n, F] activations (mean over soft tokens; at the last position), and what is seen."""
+    scenes = [scene for planet in PLANETS for scene in concept_scenes(planet, split, each, bench.cfg.seed)]
+    layers = bench.transcoders.layers
+    found: dict[str, dict[int, list[np.ndarray]]] = {place: {layer: [] for layer in layers} for place in PLACES}
+    for start in range(0, len(scenes), CHUNK):
+        images = [Image.fromarray(one) for one in pictures(scenes[start : start + CHUNK])]
+        for name, wordings in PLANET_QUESTIONS.items():
+            batch = bench.scope.batch(bench.inputs(images, wordings[0]))
+            soft = torch.from_numpy(batch.is_image)
+            for layer, x in bench.scope.capture(batch, layers).items():
+                transcoder = bench.transcoders[layer]
+                width = transcoder.config.n_features
+                with torch.no_grad():
+                    last = transcoder.encode(x[:, -1]).dense(width)
+                    found[f"last_{name}"][layer].append(last.float().numpy(force=True))
+                    if name == next(iter(PLANET_QUESTIONS)):  # soft tokens come before any question
+                        mean = transcoder.encode(x[:, soft]).dense(width).mean(1)
+                        found[PICTURE][layer].append(mean.float().numpy(force=True))
+    colours = list(dict.fromkeys(planet.colour for planet in PLANETS.values()))
+    planets = np.repeat(np.arange(len(PLANETS)), each)
+    colour = np.array([colours.index(planet.colour) for planet in PLANETS.values()])[planets]
+    joined = {place: {i: np.concatenate(parts) for i, parts in table.items()} for place, table in found.items()}
+    return joined, Seen(planets, colour, np.stack([appearance(scene) for scene in scenes]))
+
+
+def read_place(
+    bench: Bench, place: str, train: dict[int, np.ndarray], seen: Seen, test: dict[int, np.ndarray], new: Seen
+) -> pd.DataFrame:
+    """A row for each layer: `planet`, the share of pictures whose planet is read rightly (`planet_shuffled`: planets
+    shuffled in training), held-out R^2 of appearance within planets, features of each kind and of any by chance.
+    """
+    rng = generator(bench.cfg.seed, "layer reading")
+    mixed = Seen(*(values[rng.permutation(len(seen.planet))] for values in (seen.planet, seen.colour, seen.looks)))
+    within = np.concatenate([rng.permutation(np.flatnonzero(seen.planet == p)) for p in np.unique(seen.planet)])
+    left = seen.looks - class_means(seen.looks, seen.planet, seen.planet)
+    left_new = new.looks - class_means(seen.looks, seen.planet, new.planet)
+    rows = []
+    for layer in bench.transcoders.layers:
+        codes, held = train[layer], test[layer]
+        control = linear_accuracy(codes, mixed.planet, held, new.planet).mean()
+        right = linear_accuracy(codes, seen.planet, held, new.planet).mean()
+        both = linear_prediction(codes, np.concatenate([left, left[within]], 1), held)
+        looks, null = (held_out_r2(left_new, part) for part in np.split(both, 2, axis=1))
+        kind = simplest(kind_scores(codes, seen, held, new), LEAST)
+        chance = int((simplest(kind_scores(codes, mixed, held, new), LEAST) != "").sum())
+        row = {"place": place, "layer": layer, "planet": right, "planet_shuffled": control}
+        row |= dict(zip(APPEARANCE, looks, strict=True)) | {"looks_shuffled": null.max()}
+        rows.append(row | {f"{name} features": int((kind == name).sum()) for name in KINDS} | {"by_chance": chance})
+    return pd.DataFrame(rows)
+
+
+def kind_scores(codes: np.ndarray, seen: Seen, held: np.ndarray, new: Seen) -> dict[str, np.ndarray]:
+    """Held-out R^2 [F] of every kind of model, simplest first."""
+
+    def fitted(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return second @ np.linalg.lstsq(first, codes, rcond=None)[0]
+
+    def looks(of: Seen) -> np.ndarray:
+        scaled = (of.looks - seen.looks.mean(0)) / seen.looks.std(0)
+        return np.concatenate([np.ones((len(scaled), 1)), scaled], 1)
+
+    def planets(of: Seen) -> np.ndarray:
+        return np.eye(len(PLANETS))[of.planet]
+
+    predicted = {
+        "appearance": fitted(looks(seen), looks(new)),
+        "colour word": class_means(codes, seen.colour, new.colour),
+        "planet": class_means(codes, seen.planet, new.planet),
+        "appearance and planet": fitted(
+            np.concatenate([looks(seen)[:, 1:], planets(seen)], 1), np.concatenate([looks(new)[:, 1:], planets(new)], 1)
+        ),
+    }
+    return {name: held_out_r2(held, found) for name, found in predicted.items()}

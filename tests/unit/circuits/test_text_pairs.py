@@ -1,0 +1,155 @@
+"""Pairs of whole answers: features and levels of words that differ, steered while answers are generated."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from vlmscope.circuits.operations import Level
+from vlmscope.circuits.text_pairs import TextPair, text_cases, text_level, text_pairs
+from vlmscope.interventions.edits import LayerEdit
+from vlmscope.interventions.named import donor_activations
+from vlmscope.interventions.run import editing, generate_batch, log_likelihoods, run_edited, whole_answers
+from vlmscope.interventions.trials import Setting, Trial, run_trials, word_shares
+from vlmscope.models.base import exact_float64
+from vlmscope.models.conversations import continued
+from vlmscope.models.tiny import tiny_image, tiny_vlm
+from vlmscope.scope import Scope
+from vlmscope.transcoders.transcoder import random_set
+
+PROMPT = "what is this ?"
+IDS = ([10, 11, 12], [10, 13, 14])
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """(scope, pairs): three pairs of pictures whose answers differ in the last two of three words."""
+    with exact_float64():
+        vlm = tiny_vlm("gemma3", 9, dtype=torch.float64)
+        shape = (vlm.adapter.n_layers, vlm.adapter.d_model, 24, 5)
+        transcoders = random_set(*shape, seed=6, dtype=torch.float64).requires_grad_(False)
+        texts = tuple(vlm.tokenizer.decode(ids).strip() for ids in IDS)
+        sides = [[vlm.prepare(PROMPT, [tiny_image(i + start)]) for i in range(3)] for start in (0, 3)]
+        pairs = [TextPair(str(i), both, IDS, texts) for i, both in enumerate(zip(*sides, strict=True))]
+    return Scope(vlm, transcoders), pairs
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    with exact_float64():
+        yield
+
+
+@pytest.fixture
+def level(bench) -> Level:
+    scope, pairs = bench
+    made, _ = text_level(scope, pairs, 4, 2)
+    return replace(made, features={layer: torch.arange(6) for layer in scope.transcoders.layers})
+
+
+def test_only_right_and_equally_long_answers_make_pairs(bench) -> None:
+    scope, pairs = bench
+    sides = [[pair.sides[side] for pair in pairs] for side in (0, 1)]
+    said = [[text for _, text in whole_answers(scope, inputs, 3)] for inputs in sides]
+    found = text_pairs(scope, sides, said, 3)
+    assert [pair.texts for pair in found] == list(zip(*said, strict=True))
+    wrong = [said[0], ["something else", *said[1][1:]]]
+    assert [pair.name for pair in text_pairs(scope, sides, wrong, 3)] == ["1", "2"]
+
+
+def test_features_are_chosen_for_every_word_that_differs(bench) -> None:
+    scope, pairs = bench
+    made, means = text_level(scope, pairs, 4, 2)
+    first, _ = text_level(scope, [replace(pair, ids=([10, 11, 12], [10, 13, 12])) for pair in pairs], 4, 2)
+    assert 4 < sum(map(len, made.features.values())) <= 8 and sum(map(len, first.features.values())) == 4
+    assert made.prompt == len(pairs[0].sides[0]) and sorted(means) == list(scope.transcoders.layers)
+
+
+def test_levels_are_means_at_every_place_and_go_from_one_side_to_the_other(bench, level: Level) -> None:
+    scope, pairs = bench
+    cases = text_cases(scope, "test", "x", pairs)
+    for strength, side in ((0.0, 0), (1.0, 1)):
+        whole = scope.batch([continued(scope.adapter, p.sides[side], p.ids[side], scope.vlm.tokenizer) for p in pairs])
+        _, values = donor_activations(scope, whole, level.features)[1]
+        edit = level.plan(scope, cases, strength)[1]
+        assert isinstance(edit, LayerEdit) and edit.generated is not None
+        torch.testing.assert_close(torch.cat([edit.value, edit.generated[:, 0]]), values.mean(0))
+    assert all((edit.value >= 0).all() for edit in level.plan(scope, cases, -5.0).values())
+    for positions in ("prompt", "image", "no_last"):
+        plan = Setting(positions=positions).restrict(level.plan(scope, cases, 1.0), cases.batch.roles, 4)
+        assert all(edit.generated is None for edit in plan.values()), "generated tokens are at no place of the prompt"
+
+
+def test_a_gate_opens_by_the_features_of_originals_alone_and_controls_have_none(bench, level: Level) -> None:
+    scope, pairs = bench
+    cases, gated = text_cases(scope, "test", "x", pairs), replace(level, gate=0.5)
+    starts, ends = (donor_activations(scope, side, level.features) for side in level.sides)
+    plan = gated.plan(scope, cases, 1.0)
+    for layer in scope.transcoders.layers:
+        own = (starts[layer][1].mean(0).sum(0) > ends[layer][1].mean(0).sum(0)).nonzero().flatten()
+        assert (layer in plan) == bool(len(own))
+        if layer in plan:
+            assert plan[layer].gate.features.tolist() == own.tolist()
+    assert all(edit.gate is None for edit in gated.plan(scope, cases, 1.0, level.features).values())
+
+
+def test_each_generated_token_gets_its_own_value(bench, level: Level) -> None:
+    """Token by token with a cache, against one forward of the whole in which every position has its value."""
+    scope, pairs = bench
+    cases = text_cases(scope, "test", "x", pairs)
+    plan = level.plan(scope, cases, 3.0)
+    together = generate_batch(scope.adapter, cases.inputs, 4, editing(scope, plan))
+    assert together == [generate_batch(scope.adapter, [one], 4, editing(scope, plan))[0] for one in cases.inputs]
+    rows = zip(cases.inputs, together, strict=True)
+    begun = [continued(scope.adapter, one, ids[:3], scope.vlm.tokenizer) for one, ids in rows]
+    everywhere = {}
+    for layer, edit in plan.items():
+        value = torch.cat([edit.value, edit.generated[:, 0]])
+        everywhere[layer] = LayerEdit(edit.features, value, edit.scale, torch.ones(len(value), dtype=torch.bool))
+    logits = run_edited(scope, scope.batch(begun), everywhere)
+    assert logits.argmax(-1).tolist() == [ids[3] for ids in together]
+
+
+def test_trials_of_whole_answers_have_their_texts_and_scores(bench, level: Level) -> None:
+    scope, pairs = bench
+    cases = text_cases(scope, "test", "x", pairs)
+    where = Setting(mode="generate", strength=2.0, matched=1, random_direction=1, new_tokens=3)
+    means = {layer: torch.ones(24) for layer in scope.transcoders.layers}
+    table = run_trials(scope, [Trial("steer", level, [cases], [where], means)])
+    assert table.control.tolist() == [control for control in ("", "matched", "random_direction") for _ in range(3)]
+    ids = generate_batch(scope.adapter, cases.inputs, 3, editing(scope, level.plan(scope, cases, 2.0)))
+    said = table[table.control == ""]
+    assert said.text.tolist() == [scope.vlm.tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
+    assert said.hit.tolist() == [text == pairs[0].texts[1] for text in said.text]
+    np.testing.assert_allclose(
+        said.log_likelihood, log_likelihoods(scope, [pair.sides[1] for pair in pairs], ids), rtol=1e-9
+    )
+
+
+def test_the_log_likelihood_is_the_mean_over_the_answers_tokens(bench) -> None:
+    scope, pairs = bench
+    logs, least = [], []
+    for at, token in enumerate(IDS[1]):
+        begun = continued(scope.adapter, pairs[0].sides[1], IDS[1][:at], scope.vlm.tokenizer)
+        with torch.no_grad():
+            probabilities = scope.adapter.model(**begun.tensors).logits[0, -1].double().log_softmax(-1)
+        logs.append(float(probabilities[token]))
+        least.append(float(probabilities.min()))
+    found = log_likelihoods(scope, [pairs[0].sides[1]] * 2, [IDS[1], []])
+    np.testing.assert_allclose(found, [np.mean(logs), least[0]], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "changed", "kept"),
+    [
+        ("earth , a blue planet", 1.0, 1.0),
+        ("mars , a blue planet", 0.5, 1.0),
+        ("mars , a red planet", 0.0, 1.0),
+        ("earth , a blue", 1.0, 2 / 3),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_words_are_right_in_their_places(text: str, changed: float, kept: float) -> None:
+    found = word_shares(text, "mars , a red planet", "earth , a blue planet")
+    assert found == pytest.approx((changed, kept))

@@ -33,9 +33,9 @@ headline:
   plan/parameters/total: {low: 30000, high: 40000, says: 'parameters of the model: all parts'}
 """
 EMPTY = """# @package _global_
-# Does a pipeline without steps run?
+# Does an experiment that declares nothing run?
 defaults:
-  - override /task: pipeline
+  - override /task: experiment
   - _self_
 name: NAME
 reproduce: true
@@ -50,7 +50,7 @@ told = dict(argument.split("=", 1) for argument in sys.argv[1:])
 name, folder = told.get("experiment", "data"), pathlib.Path(json.loads(told["hydra.run.dir"]))
 folder.joinpath("config.yaml").write_text(json.dumps(told))
 if name.startswith("empty"):
-    sys.exit(print("steps: 0 of 0\\rerror: task.steps is empty: choose some", file=sys.stderr) or 2)
+    sys.exit(print("cases: 0\\rerror: this task runs what an experiment declares: choose one", file=sys.stderr) or 2)
 while name == "slow" and not folder.parent.joinpath("go").exists():
     time.sleep(0.02)
 numbers = {"plan/parameters/total": 36488.0, "a/rate": 0.97, "a/rate_ci_low": 0.9, "a/rate_ci_high": 1.0}
@@ -100,7 +100,7 @@ def test_numbers_are_judged_shown_and_not_measured_twice(tmp_path: Path, capsys:
     assert out.splitlines()[-1] == str(run)
     assert "small: 3 of 3 numbers in range" in out and "off: 0 of 1" in out
     last = err.splitlines()[-1]
-    assert last.startswith("error: empty failed: task.steps is empty")
+    assert last.startswith("error: empty failed: this task runs what an experiment declares")
     assert last.endswith("(exit code 2); off: plan/parameters/total = 36488, range 1 to 2")
     metrics = json.loads((run / "metrics.json").read_text())
     counts = {name: metrics[f"reproduce/{name}"] for name in ("experiments", "failed", "numbers", "out_of_range")}
@@ -109,7 +109,7 @@ def test_numbers_are_judged_shown_and_not_measured_twice(tmp_path: Path, capsys:
     page = Parsed((run / "summary.html").read_text())
     assert page.values["36488.0"].split()[0] == "36,488" and page.values["0.97"].startswith("97.0\u00a0%")
     asked = ["How many parameters has a tiny model?", "four thousand million", "1 of 3", "3 of 4"]
-    for words in (*asked, "out of range 1 to 2", "control 2.0\u00a0%", "in range 90 to 100\u00a0%", "choose some"):
+    for words in (*asked, "out of range 1 to 2", "control 2.0\u00a0%", "in range 90 to 100\u00a0%", "choose one"):
         assert words in page.text, words
 
     # Ranges are judged anew, work that succeeded is not done again, what failed is.
@@ -143,7 +143,7 @@ def test_seeds_give_ranges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_scenes_that_a_study_needs_are_rendered_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    studied = EMPTY.replace("pipeline", "experiment").replace("name: NAME", "name: NAME\ntask: {study: true}")
+    studied = EMPTY.replace("name: NAME", "name: NAME\ntask: {study: true}")
     studied = studied.replace("some/rate", "a/rate")
     found, run = experiments(tmp_path, studied=studied), tmp_path / "run"
     command = ["task=reproduce", only("studied"), found, f"hydra.run.dir={run}", "tracking=none"]
@@ -249,7 +249,7 @@ def test_real_processes_are_children_of_one_tracked_run(tmp_path: Path, capsys: 
     command = ["task=reproduce", found, f"hydra.run.dir={run}", f"tracking.uri={uri}"]
     assert main([*command, only("small", "empty")]) == 1
     out, err = capsys.readouterr()
-    assert "small: 1 of 1 numbers in range" in out and "empty failed: task.steps is empty" in err
+    assert "small: 1 of 1 numbers in range" in out and "empty failed: this task runs what an experiment declares" in err
     assert main([*command, only("small")]) == 0
     client = open_client(uri)
     study = client.get_experiment_by_name("reproduce")

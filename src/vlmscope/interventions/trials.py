@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vlmscope.core.records import control_draws
 from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, at_positions, position_mask
@@ -191,7 +192,13 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
         `question`, the tags of the case set, `case`, `control` ("" for the trial itself, "matched",
         "random_direction"), `draw`, `features` (edited), and the outcome (see `_outcome`).
     """
-    parts = [part for trial in trials for part in _parts(scope, trial, seed)]
+    parts = []
+    with tqdm(desc="trials", unit="run", disable=None) as bar:  # a run: some cases under one edit
+        for trial in trials:
+            for part in _parts(scope, trial, seed):
+                parts.append(part)
+                bar.set_postfix_str(f"{trial.operation}/{part.setting.iat[0]}", refresh=False)
+                bar.update()
     return pd.concat(parts, ignore_index=True)
 
 

@@ -1,4 +1,4 @@
-"""What the steps of one experiment share: the model, the pictures, the run folder and the records made so far."""
+"""What the parts of one experiment share: the model, the pictures, the run folder and its metrics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Bench:
-    """Steps take what they need from here. `records` holds what earlier steps made, by step kind.
+    """What an experiment takes its model, study, circuit and pictures from; each is loaded on first use.
 
     `overrides` is what the user typed, where a tiny model is to get random transcoders (see `load_scope`);
     `analysis` are the settings of the experiment's own module.
@@ -44,7 +44,6 @@ class Bench:
 
     cfg: AppConfig
     run_dir: Path
-    records: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     overrides: Sequence[str] = ("transcoder",)
     analysis: Any = None
@@ -93,16 +92,6 @@ class Bench:
     def intervention(self) -> InterventionConfig:
         """The `intervention` group."""
         return self.cfg.intervention
-
-    def record(self, step: str) -> Any:
-        """What an earlier step made.
-
-        Raises:
-            UserError: that step has not run.
-        """
-        if step not in self.records:
-            raise UserError(f"a step needs the result of {step}: put {step} before it in task.steps")
-        return self.records[step]
 
     def concept_pictures(self, concept: str, split: str, count: int, seed: int | None = None) -> list[Image.Image]:
         """Pictures of a concept: the user's own, `images.<concept>` to test on and `images.<concept>_train` to find

@@ -38,12 +38,14 @@ if TYPE_CHECKING:
 class Bench:
     """What an experiment takes its model, study, circuit and pictures from; each is loaded on first use.
 
+    `records` hands what `trials` of an experiment's module made over to its `analyse`.
     `overrides` is what the user typed, where a tiny model is to get random transcoders (see `load_scope`);
     `analysis` are the settings of the experiment's own module.
     """
 
     cfg: AppConfig
     run_dir: Path
+    records: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     overrides: Sequence[str] = ("transcoder",)
     analysis: Any = None

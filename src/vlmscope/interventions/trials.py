@@ -203,9 +203,11 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
 
 
 def _parts(scope: Scope, trial: Trial, seed: int) -> Iterator[pd.DataFrame]:
+    plans: dict[tuple[int, float], AnyPlan] = {}  # most settings share them, and donors need a forward
     for setting in trial.settings:
-        for cases in trial.cases:
-            whole = trial.do.plan(scope, cases, setting.strength)
+        for at, cases in enumerate(trial.cases):
+            key = at, setting.strength
+            whole = plans[key] = plans[key] if key in plans else trial.do.plan(scope, cases, setting.strength)
             for here in setting.everywhere(scope.transcoders.layers, cases.batch.roles):
                 plan = here.restrict(whole, cases.batch.roles, scope.adapter.n_layers)
                 yield from _with_controls(scope, trial, cases, here, plan, seed)

@@ -215,7 +215,7 @@ def own_map(activations: np.ndarray, patches: PicturePatches, picture: int, targ
 
 
 def on_pictures(values: np.ndarray, inputs: ModelInputs) -> list[np.ndarray]:
-    """What lies on each picture's soft tokens, of `values [T]` at all positions."""
+    """The part of each picture's soft tokens of `values [T]` at all positions."""
     return [values[inputs.image_index == picture] for picture in range(len(inputs.sizes))]
 
 
@@ -263,7 +263,7 @@ class Painted:
 
 
 def cell_values(found: PictureMap, side: int) -> np.ndarray:
-    """`[side, side]`: what of a map lies in each cell of the picture."""
+    """`[side, side]`: the share of a map in each cell of the picture."""
     fine = found.raster(side * _FINE, side * _FINE)
     return fine.reshape(side, _FINE, side, _FINE).sum((1, 3))
 

@@ -102,7 +102,7 @@ def columns_of(replacement: ReplacementModel) -> Columns:
     return Columns(start, counts, replacement.n_positions)
 
 
-# Vectors of all layers are kept when they fit into this many bytes, else gathered anew for each batch.
+# Vectors of all layers are kept when they fit into this many bytes, else gathered again for each batch.
 CACHE_BYTES = 1 << 30
 
 

@@ -19,7 +19,7 @@ the same positions, else `role`. A node made of several has the sum of their inf
 
 Graphs laid on one another: which nodes and edges there are in all, and what one graph has of them.
 
-Edges are told apart by one integer made of the numbers of their ends. Only the edges between nodes of the union are
+An edge is one integer made of the numbers of its two ends. Only the edges between nodes of the union are
 looked at, a block of rows at a time, so that whole graphs of many millions of edges need no second copy.
 
 Intersection and difference of two graphs, and the mean of many (rules of matching: `vlmscope.attribution.compare`).

@@ -195,7 +195,7 @@ class RowStore:
 
         Args:
             storage: where.
-            most_edges: so many edges come at most; no room is taken for them in memory.
+            most_edges: upper bound on the number of edges; no memory is reserved for them.
             dtype: of the weights.
         """
         self._taken = 0

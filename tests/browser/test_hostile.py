@@ -18,7 +18,7 @@ from vlmscope.models.tiny import tiny_image
 from vlmscope.report.feature_page import PageLabel
 from vlmscope.report.gallery import Gallery
 from vlmscope.report.page import TEMPLATES
-from vlmscope.tasks.reproduction.page import write_page
+from vlmscope.report.reproduction import write_page
 from vlmscope.transcoders.hub import CardFacts, carried_over, parts_of, render
 
 pytestmark = pytest.mark.browser

@@ -8,7 +8,7 @@ from tests.configs.composing import composed
 
 from vlmscope.config import catalog
 from vlmscope.config.catalog import asset, conf_dir
-from vlmscope.tasks.reproduction import plan
+from vlmscope.tasks.reproduction import work_digest
 
 TAGGED = sorted(catalog.reproducible([conf_dir()]))
 
@@ -35,12 +35,12 @@ def test_other_content_of_a_file_of_ones_own_is_other_work(tmp_path: Path) -> No
     picture.write_bytes(b"one")
     shutil.copytree(asset("orrery"), model)
     given = [f"experiment={TAGGED[0]}", f"model.path={model}", f"images.mine=[{picture}]"]
-    before = plan._digest("", composed(*given))
-    assert before == plan._digest("", composed(*given))
+    before = work_digest("", composed(*given))
+    assert before == work_digest("", composed(*given))
     for file in (picture, model / "tokenizer_config.json"):
         was = file.read_bytes()
         file.write_bytes(was[:-1] + b" ")
-        assert plan._digest("", composed(*given)) != before, file
+        assert work_digest("", composed(*given)) != before, file
         file.write_bytes(was)
 
 

@@ -17,7 +17,7 @@ import yaml
 from tests.unit.report.test_html import Parsed
 
 from vlmscope.app import main
-from vlmscope.tasks.reproduction import jobs as reproduce_jobs
+from vlmscope.tasks import reproduction
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """# @package _global_
@@ -60,9 +60,9 @@ folder.joinpath("metrics.json").write_text(json.dumps(numbers | {"a/rate_control
 DRIVER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from vlmscope.tasks.reproduction import jobs as reproduce_jobs
+from vlmscope.tasks import reproduction
 program = sys.argv.pop(1)
-reproduce_jobs._program = lambda: [sys.executable, program]
+reproduction._program = lambda: [sys.executable, program]
 from vlmscope.app import main
 sys.exit(main())
 """
@@ -72,7 +72,7 @@ sys.exit(main())
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
-    monkeypatch.setattr(reproduce_jobs, "_program", lambda: [sys.executable, str(path)])
+    monkeypatch.setattr(reproduction, "_program", lambda: [sys.executable, str(path)])
     return path
 
 
@@ -156,7 +156,7 @@ def test_scenes_that_a_study_needs_are_rendered_first(
     assert "rendering" not in capsys.readouterr().out
     left = run / "shards" / "data" / "left"
     left.mkdir(parents=True)
-    monkeypatch.setattr("vlmscope.tasks.reproduction.plan.base_digest", lambda: "other code renders other scenes")
+    monkeypatch.setattr("vlmscope.tasks.reproduction.base_digest", lambda: "other code renders other scenes")
     assert main([*command, f"data.path={tmp_path}/none"]) == 0
     assert not left.exists()
 

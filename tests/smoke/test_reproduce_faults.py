@@ -13,13 +13,13 @@ from hydra import compose, initialize_config_dir
 
 from vlmscope.config import AppConfig
 from vlmscope.config.catalog import conf_dir
+from vlmscope.config.headline import numbers_of
 from vlmscope.config.resolve import to_app_config
 from vlmscope.config.store import register
 from vlmscope.core.runs import Number
 from vlmscope.interventions import trials
 from vlmscope.tasks import registry
 from vlmscope.tasks.experiment import run_declared
-from vlmscope.tasks.headline_numbers import numbers_of
 from vlmscope.tasks.steps.bench import Bench
 
 SMALL = ["pairs.train=16", "pairs.test=24", "interchange.steps=2"]

@@ -77,13 +77,13 @@ class InterventionConfig:
         examples: pictures shown before and after in the report.
     """
 
-    strength: float = 2.0
+    strength: float = 3.0
     gate: float | None = 0.5
-    patch_strength: float = 1.0
+    patch_strength: float = 3.0
     pictures: int = 100
     scopes: list[str] = field(default_factory=lambda: ["no_last_layer", "no_last_position"])
     modes: list[str] = field(default_factory=lambda: ["direct", "frozen_attention", "free"])
-    controls: int = 3
+    controls: int = 2
     unrelated: int = 25
     examples: int = 6
 

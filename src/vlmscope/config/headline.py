@@ -1,21 +1,21 @@
-"""The numbers by which an experiment is judged when it is run again: a plain record for its YAML."""
+"""The numbers by which an experiment is judged when it is run again (docs/reproduce.md)."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from omegaconf import MISSING
 
 from vlmscope.core.errors import UserError
+from vlmscope.core.intervention import Rate
+from vlmscope.core.runs import Number
+
+_SHARES = ("rate", "accuracy", "share", "frac")  # ends of names of shares of cases
 
 
 @dataclass
 class HeadlineConfig:
-    """Where one metric of an experiment must lie, both ends included (docs/reproduce.md).
-
-    Attributes:
-        low: the least, in the metric's own unit. `task=reproduce task.seeds=[0,1,2]` makes ranges.
-        high: the most.
-        says: what the number means, in one line.
-    """
+    """Where one metric of an experiment must lie, both ends included, and what it means, in one line."""
 
     low: float = MISSING
     high: float = MISSING
@@ -42,3 +42,25 @@ def check_reproducible(reproduce: bool, paper: str | None, headline: dict[str, H
         raise UserError("reproduce=true needs numbers to check: give headline.<metric> its low, high and says")
     if reproduce and not (paper or "").strip():
         raise UserError("reproduce=true needs paper: what the paper reports, in one sentence, or: nothing comparable")
+
+
+def numbers_of(headline: Mapping[str, HeadlineConfig], metrics: Mapping[str, float | None]) -> tuple[Number, ...]:
+    """The headline numbers of a run, each against its range; one that the run does not have is missing, and is out."""
+    numbers = []
+    for metric, wanted in headline.items():
+        value, low, high, control = (
+            metrics.get(_beside(metric, end)) for end in ("", "_ci_low", "_ci_high", "_control")
+        )
+        rate = None if value is None or low is None or high is None else Rate(value, low, high, 0, control)
+        # Shown in per cent if value and range lie within 0 and 1, and its name or an interval says that it is a share.
+        base = metric.removesuffix("_control")
+        named = _beside(base, "_ci_low") in metrics or base.rpartition("/")[2].endswith(_SHARES)
+        share = named and wanted.low >= 0 and wanted.high <= 1 and (value is None or 0 <= value <= 1)
+        numbers.append(Number(metric, wanted.says, value, wanted.low, wanted.high, wanted.holds(value), share, rate))
+    return tuple(numbers)
+
+
+def _beside(metric: str, end: str) -> str:
+    """The name of a number that belongs to a metric: `a/rate_ci_low`, but `layers/a_ci_low/layer_07`."""
+    name, slash, layer = metric.rpartition("/")
+    return f"{name}{end}/{layer}" if slash and re.fullmatch(r"layer_\d+", layer) else metric + end

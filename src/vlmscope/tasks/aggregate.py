@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.context import RunContext
 
+USES = ("attribution",)
+
 
 @dataclass
 class Config:

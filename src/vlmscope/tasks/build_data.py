@@ -13,6 +13,7 @@ TRAIN = {"planets": 10000, "digits": 28000, "shapes": 10000, "hands": 5000, "tex
 VAL = {"planets": 400, "digits": 400, "shapes": 400, "hands": 400, "text": 400}
 TEST = {"planets": 1000, "digits": 1000, "shapes": 1000, "hands": 1000, "text": 1000}
 
+USES = ("data",)
 MEMORY = "task.shard_size or task.workers"
 
 

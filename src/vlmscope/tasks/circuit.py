@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.context import RunContext
 
+USES = (
+    "attribution",
+    "circuit",
+    "circuit_spec",
+    "data",
+    "discovery",
+    "images",
+    "interchange",
+    "intervention",
+    "pairs",
+    "study",
+)
 MEMORY = "attribution.max_nodes, attribution.batch_size, attribution.memory_gb or task.traces"
 
 

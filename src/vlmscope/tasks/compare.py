@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vlmscope.core.graph import PrunedGraph
     from vlmscope.tasks.context import RunContext
 
+USES = ("attribution",)
 MEMORY = "attribution.max_nodes, attribution.batch_size or attribution.memory_gb"
 
 

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 CAPTION_PROMPT = "describe this image in detail ."
 
+USES = (
+    "data", "attribution", "intervention", "interchange", "discovery", "study", "where", "trials", "settings",
+    "association", "circuit", "pairs", "images", "analysis", "report", "headline", "paper", "figure",
+)  # fmt: skip
+
 
 @dataclass
 class Config:

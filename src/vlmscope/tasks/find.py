@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from vlmscope.report.feature_page import FeatureRow
     from vlmscope.tasks.context import RunContext
 
+USES = ("data", "query", "study")
+
 
 @dataclass
 class Config:

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,7 @@ def run_job(cfg: Any) -> None:
     overrides = tuple(hydra.overrides.task)
     app_cfg = to_app_config(cfg, overrides)
     task = registry.load(hydra.runtime.choices["task"])
+    task.check_used(overrides)
     place = place_of(os.environ)
     context = RunContext(run_dir, NullRun(), overrides)
     if place is not None:
@@ -105,7 +106,7 @@ def _recorded_run(cfg: Any, app_cfg: "AppConfig", task: "Task", own_cfg: "AppCon
     """Run the task with `own_cfg`; `app_cfg`, as it was composed from `cfg`, is what is written down."""
     hydra, run_dir, overrides = HydraConfig.get(), context.run_dir, context.overrides
     # Not by way of OmegaConf: a prompt that holds `${` would be taken for an interpolation.
-    resolved = asdict(app_cfg)
+    resolved = task.settings(app_cfg)
     write_yaml(run_dir / "config.yaml", resolved)
     write_yaml(run_dir / OVERRIDES, list(overrides))
     in_sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 FEW, ADVISED = 20, 60  # held-out items below which a score is unsure, and the samples that are then advised
 
+USES = ("data", "study")
+
 
 @dataclass
 class Config:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 RULES = ("frequency", "activation", "image", "text", "answer", "random", "score")
 
+USES = ("data", "study")
+
 
 @dataclass
 class Config:

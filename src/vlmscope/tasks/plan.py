@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from vlmscope.models.base import Adapter
     from vlmscope.tasks.context import RunContext
 
+USES = ("attribution",)
+
 
 @dataclass
 class Config:

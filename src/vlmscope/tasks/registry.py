@@ -2,21 +2,33 @@
 
 import ast
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlmscope import tasks
 from vlmscope.config import AppConfig
+from vlmscope.core.errors import UserError
 from vlmscope.tasks.context import RunContext
+
+# Groups of settings that only some tasks read; what is not here (model, trainer, tracking, ...) all of them may.
+OPTIONAL = (
+    "data", "optim", "attribution", "intervention", "interchange", "discovery", "study", "where", "trials", "settings",
+    "association", "circuit", "circuit_spec", "pairs", "images", "query", "analysis", "report", "headline", "paper",
+    "figure",
+)  # fmt: skip
+
+SUBJECTS = {"intervention": "circuit", "interchange": "pairs", "discovery": "pairs"}  # groups that say nothing alone
 
 
 class Task(NamedTuple):
     """`recorded` is False for a task that only prints: it gets no configuration file, metrics or tracked run.
 
     `ranks` is True for one that several processes can run together (docs/scaling.md), `resumes` for one that always
-    goes on in a folder where it was before. `memory` names settings that, lowered, make it take less memory.
+    goes on in a folder where it was before. `memory` names settings that, lowered, make it take less memory. `uses`
+    names those groups of `OPTIONAL` that it reads.
     """
 
     name: str
@@ -27,6 +39,20 @@ class Task(NamedTuple):
     ranks: bool
     resumes: bool
     memory: str
+    uses: tuple[str, ...]
+
+    def check_used(self, overrides: Sequence[str]) -> None:
+        """Refuse settings that would change nothing, as in `task=trace study.limit=5`."""
+        for override in overrides:
+            group = override.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
+            if group in OPTIONAL and group not in self.uses:
+                raise UserError(f"{override}: task={self.name} does not use {group}; leave it out")
+
+    def settings(self, app: AppConfig) -> dict[str, Any]:
+        """What config.yaml and MLflow record: the settings that this run can use."""
+        unused = {key for key in OPTIONAL if key not in self.uses or getattr(app, key) in (None, {}, [])}
+        unused |= {key for key, subject in SUBJECTS.items() if subject in unused} | {"limits"}  # which were applied
+        return {key: value for key, value in asdict(app).items() if key not in unused}
 
 
 @cache
@@ -47,7 +73,8 @@ def load(name: str) -> Task:
     module: Any = importlib.import_module(f"{tasks.__name__}.{name}")
     recorded, ranks = getattr(module, "RECORDED", True), getattr(module, "RANKS", False)
     resumes, memory = getattr(module, "RESUMES", False), getattr(module, "MEMORY", "")
-    return Task(name, summary, module.Config, module.run, recorded, ranks, resumes, memory)
+    uses = getattr(module, "USES", ())
+    return Task(name, summary, module.Config, module.run, recorded, ranks, resumes, memory, uses)
 
 
 def configs() -> dict[str, type]:

@@ -1,7 +1,11 @@
 """Run every experiment that needs no training, hold its numbers against their ranges, and show all on one page."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from vlmscope.tasks.registry import OPTIONAL
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -9,10 +13,11 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.core.runs import Reproduced
     from vlmscope.tasks.context import RunContext
-    from vlmscope.tasks.reproduction.jobs import Ended
-    from vlmscope.tasks.reproduction.plan import Job
+    from vlmscope.tasks.reproduction import Ended, Job
 
 RESUMES = True
+USES = OPTIONAL  # what is set is passed on to the experiments
+_SHARDS = "shards"  # where validation scenes go when an experiment needs them and there are none
 
 
 @dataclass
@@ -25,7 +30,7 @@ class Config:
     seeds: list[int] = field(default_factory=list)
 
 
-def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
+def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Run what this folder does not hold yet, and judge everything.
 
     Raises:
@@ -33,50 +38,61 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         CheckFailed: afterwards: an experiment failed or a number lies outside its range.
     """
     from vlmscope.core.errors import CheckFailed
-    from vlmscope.tasks.reproduction.page import write_page, write_ranges
-    from vlmscope.tasks.reproduction.plan import planned
+    from vlmscope.report.reproduction import write_page, write_ranges
+    from vlmscope.tasks.reproduction import planned
 
-    jobs = planned(cfg, context)
-    ended = _run_all(cfg, context, jobs)
-    found = [_judged(context.run_dir, job, how) for job, how in zip(jobs, ended, strict=True)]
+    results = _run_all(context, planned(cfg, context))
     if cfg.task.seeds:
-        write_ranges(context.run_dir, found)
-    print(f"summary: {write_page(context.run_dir, context.overrides, found)}")
-    metrics = _metrics(found)
-    wrong = [told for one in found for told in _wrong(one)]
+        write_ranges(context.run_dir, results)
+    print(f"summary: {write_page(context.run_dir, context.overrides, results)}")
+    numbers = [(result.label, number) for result in results for number in result.numbers]
+    metrics = {
+        "reproduce/experiments": float(len(results)),
+        "reproduce/failed": float(sum(bool(result.problem) for result in results)),
+        "reproduce/numbers": float(len(numbers)),
+        "reproduce/out_of_range": float(sum(not number.holds for _, number in numbers)),
+        "perf/reproduce_seconds": float(sum(result.seconds or 0.0 for result in results)),
+    }
+    metrics |= {f"{label}/{n.metric}": n.value for label, n in numbers if n.value is not None}
+    wrong = []
+    for result in results:
+        if result.problem:
+            wrong.append(f"{result.label} failed: {result.problem}")
+        else:
+            wrong += [f"{result.label}: {number.told}" for number in result.numbers if not number.holds]
     if wrong:
         raise CheckFailed("; ".join(wrong), metrics)
     return metrics
 
 
-def _run_all(cfg: "AppConfig", context: "RunContext", jobs: "list[Job]") -> "list[Ended]":
-    """How every job ended, now or in an earlier run in this folder."""
+def _run_all(context: RunContext, jobs: list[Job]) -> list[Reproduced]:
+    """What came out of every job, now or in an earlier run in this folder."""
     from tqdm import tqdm
 
-    from vlmscope.tasks.reproduction.jobs import finished, run_job
+    from vlmscope.tasks.reproduction import finished, run_job
     from vlmscope.tracking import sweep
 
     run_dir = context.run_dir
-    before = {job.label: finished(run_dir, job.label, job.digest) for job in jobs}
-    left = [job for job in jobs if before[job.label] is None]
+    ended = {job.label: finished(run_dir, job.label, job.digest) for job in jobs}
+    left = [job for job in jobs if ended[job.label] is None]
     if len(left) < len(jobs):
         print(f"{len(jobs) - len(left)} of {len(jobs)} are in {run_dir} already", flush=True)
-    data = _shards(run_dir) if any(job.needs_shards for job in left) else ()
+    shards = _shards(run_dir) if any(job.needs_shards for job in left) else ()
     env = sweep.started_by(context.tracked.run_id, "reproduce")
-    ended = dict(before)
     with tqdm(left, desc="experiments", unit="experiment") as bar:
         for job in bar:
             bar.set_postfix_str(job.label)
-            own = data if job.needs_shards else ()
-            how = ended[job.label] = run_job(run_dir, job.label, job.digest, (*job.overrides, *own), env)
-            bar.write(_line(_judged(run_dir, job, how)))
-    return [how for job in jobs if (how := ended[job.label]) is not None]
+            overrides = (*job.overrides, *(shards if job.needs_shards else ()))
+            how = ended[job.label] = run_job(run_dir, job.label, job.digest, overrides, env)
+            result = _judged(run_dir, job, how)
+            good = sum(number.holds for number in result.numbers)
+            outcome = f"failed: {how.problem}" if how.problem else f"{good} of {len(result.numbers)} numbers in range"
+            bar.write(f"{job.label}: {outcome} ({how.seconds:.0f} s)")
+    return [_judged(run_dir, job, how) for job in jobs if (how := ended[job.label]) is not None]
 
 
-def _shards(run_dir: "Path") -> tuple[str, ...]:
-    """Render the 2,000 validation scenes into the run folder; returns the override that names them.
-
-    They are those of task=build_data, to the byte.
+def _shards(run_dir: Path) -> tuple[str, ...]:
+    """Render the 2,000 validation scenes of task=build_data into the run folder; returns the override that names them.
 
     Raises:
         RuntimeError: that failed.
@@ -85,56 +101,31 @@ def _shards(run_dir: "Path") -> tuple[str, ...]:
 
     from vlmscope.config.resolve import quote
     from vlmscope.data.orrery.scenes import KINDS
-    from vlmscope.tasks.reproduction.jobs import finished, run_job
-    from vlmscope.tasks.reproduction.plan import SHARDS, base_digest
+    from vlmscope.tasks import reproduction
 
     print("no shards of Orrery's validation scenes (task=build_data writes them): rendering those 2,000", flush=True)
-    where = f"data.path={quote(str(run_dir / SHARDS / 'data'))}"
+    where = f"data.path={quote(str(run_dir / _SHARDS / 'data'))}"
     none = [f"task.{split}={{{','.join(f'{kind}:0' for kind in KINDS)}}}" for split in ("train", "test")]
-    digest = base_digest()
-    if finished(run_dir, SHARDS, digest) is None:
-        shutil.rmtree(run_dir / SHARDS / "data", ignore_errors=True)  # of other code, or not complete
-        how = run_job(run_dir, SHARDS, digest, ["task=build_data", "tracking=none", where, *none], {})
+    digest = reproduction.base_digest()
+    if reproduction.finished(run_dir, _SHARDS, digest) is None:
+        shutil.rmtree(run_dir / _SHARDS / "data", ignore_errors=True)  # of other code, or not complete
+        command = ["task=build_data", "tracking=none", where, *none]
+        how = reproduction.run_job(run_dir, _SHARDS, digest, command, {})
         if how.code:
             raise RuntimeError(f"the validation scenes could not be rendered: {how.problem}")
     return (where,)
 
 
-def _judged(run_dir: "Path", job: "Job", how: "Ended") -> "Reproduced":
+def _judged(run_dir: Path, job: Job, how: Ended) -> Reproduced:
+    from vlmscope.config.headline import numbers_of
     from vlmscope.core.artifacts import read_json
     from vlmscope.core.runs import Reproduced
-    from vlmscope.tasks.headline_numbers import numbers_of
-    from vlmscope.tasks.reproduction.page import key_picture
+    from vlmscope.report.reproduction import key_picture
 
-    folder = run_dir / job.label
-    metrics = read_json(folder / "metrics.json") if how.code == 0 else {}
+    folder, done = run_dir / job.label, how.code == 0
+    metrics = read_json(folder / "metrics.json") if done else {}
     report = f"{job.label}/report.html" if (folder / "report.html").is_file() else None
     return Reproduced(
         job.name, job.label, job.question, job.cfg.paper or "", numbers_of(job.cfg.headline, metrics), how.seconds,
-        how.problem, report, key_picture(folder, job.cfg.figure) if how.code == 0 else None,
+        how.problem, report, key_picture(folder, job.cfg.figure) if done else None,
     )  # fmt: skip
-
-
-def _line(one: "Reproduced") -> str:
-    good = sum(number.holds for number in one.numbers)
-    said = f"failed: {one.problem}" if one.problem else f"{good} of {len(one.numbers)} numbers in range"
-    return f"{one.label}: {said} ({one.seconds:.0f} s)"
-
-
-def _wrong(one: "Reproduced") -> list[str]:
-    if one.problem:
-        return [f"{one.label} failed: {one.problem}"]
-    return [f"{one.label}: {number.told}" for number in one.numbers if not number.holds]
-
-
-def _metrics(found: "list[Reproduced]") -> dict[str, float]:
-    """Counts under reproduce/, and every headline number as `<experiment>/<metric>`."""
-    numbers = [(one.label, number) for one in found for number in one.numbers]
-    metrics = {
-        "reproduce/experiments": float(len(found)),
-        "reproduce/failed": float(sum(bool(one.problem) for one in found)),
-        "reproduce/numbers": float(len(numbers)),
-        "reproduce/out_of_range": float(sum(not number.holds for _, number in numbers)),
-        "perf/reproduce_seconds": float(sum(one.seconds or 0.0 for one in found)),
-    }
-    return metrics | {f"{label}/{n.metric}": n.value for label, n in numbers if n.value is not None}

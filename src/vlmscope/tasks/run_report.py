@@ -9,13 +9,12 @@ from typing import Any
 
 from vlmscope.circuits.trial_config import MarkConfig, measures_of
 from vlmscope.config import catalog
-from vlmscope.config.headline import HeadlineConfig
+from vlmscope.config.headline import HeadlineConfig, numbers_of
 from vlmscope.core.artifacts import read_text
 from vlmscope.core.runs import Number
 from vlmscope.report.marks import Folder, sections_of
 from vlmscope.report.page import Details, Percent, ReportPage, Section, Table, Text, measured, range_of, show
 from vlmscope.report.style import label
-from vlmscope.tasks.headline_numbers import numbers_of
 
 
 def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str, float | None]) -> Path:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vlmscope.scope import Scope
     from vlmscope.tasks.context import RunContext
 
+USES = ("attribution", "circuit", "data", "images", "intervention", "study")
 MEMORY = "study.forward_tokens or study.batch_size"
 
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from vlmscope.features.study.records import StudyFolder
     from vlmscope.tasks.context import RunContext
 
+USES = ("data", "study")
 RANKS = True  # several processes can run it together
 MEMORY = "study.forward_tokens (which a resumed study may change), study.batch_size or study.top"
 

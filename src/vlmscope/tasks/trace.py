@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.context import RunContext
 
+USES = ("attribution",)
 MEMORY = "attribution.max_nodes, attribution.batch_size or attribution.memory_gb"
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.context import RunContext
 
+USES = ("data",)
 MEMORY = "task.training.vlm.batch"
 
 

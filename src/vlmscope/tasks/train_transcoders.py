@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.context import RunContext
 
+USES = ("data", "optim")
 RANKS = True  # several processes can run it together
 _CACHE_DTYPES = ("float32", "bfloat16", "float16")
 MEMORY = "task.micro_tokens (which a resumed training may change), task.tokens_per_batch or transcoder.expansion_factor"

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 DRAWN = 30  # features in the figure, a row a picture
 
+USES = ("attribution", "where")
+
 
 @dataclass
 class Config:

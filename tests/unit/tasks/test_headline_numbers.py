@@ -2,10 +2,9 @@
 
 import pytest
 
-from vlmscope.config.headline import HeadlineConfig
+from vlmscope.config.headline import HeadlineConfig, numbers_of
 from vlmscope.core.runs import Number, Reproduced
 from vlmscope.report.page import Percent, duration, measured, range_of
-from vlmscope.tasks.headline_numbers import numbers_of
 
 METRICS: dict[str, float | None] = {
     "a/flip_rate": 0.5, "a/flip_rate_ci_low": 0.4, "a/flip_rate_ci_high": 0.6, "a/flip_rate_control": 0.01,

@@ -29,7 +29,7 @@ class StudyConfig:
 
     path: str | None = None
     split: str | None = None
-    limit: int | None = None
+    limit: int | None = 20_000
     top: int = 20
     samples: int = 20
     quantiles: int = 4

@@ -15,10 +15,9 @@ from vlmscope.data.pairs import check_choosing
 from vlmscope.report.marks import write_rows
 from vlmscope.tasks.circuits.discovery import circuit_of, circuit_subject, discovered, questions, write_found
 from vlmscope.tasks.circuits.discovery_page import draw_figures
-from vlmscope.tasks.steps.pair_subjects import pairs_of
 
 if TYPE_CHECKING:
-    from vlmscope.tasks.steps.bench import Bench
+    from vlmscope.tasks.bench import Bench
 
 SHOWN = 20  # members of each question in members.parquet; all are in discovery.json
 
@@ -31,7 +30,7 @@ def check(cfg: Any) -> None:
 
 def analyse(bench: Bench) -> dict[str, float]:
     """Write circuits/, discovery.json, areas.parquet, members.parquet, figures/; metrics `discovery/<question>/...`."""
-    train, test = (pairs_of(bench, split) for split in ("train", "test"))
+    train, test = (bench.pairs(split) for split in ("train", "test"))
     found: dict[str, Discovery] = {}
     for name in questions(bench, train, test):
         choose, judge = (circuit_subject(bench, name, pairs[name]) for pairs in (train, test))

@@ -39,7 +39,7 @@ from vlmscope.report.figures import dose_response
 from vlmscope.tasks.experiment import from_pairs
 
 if TYPE_CHECKING:
-    from vlmscope.tasks.steps.bench import Bench
+    from vlmscope.tasks.bench import Bench
 
 PICTURE = "picture"
 PLACES = (PICTURE, *(f"last_{name}" for name in PLANET_QUESTIONS))  # soft tokens; last position under each question

@@ -31,11 +31,10 @@ from vlmscope.replacement.model import build_replacement
 from vlmscope.report.figures import dose_response
 from vlmscope.report.marks import write_rows
 from vlmscope.report.style import COLOURS, INK, MARKERS, drawing, label, pick, tidy
-from vlmscope.tasks.steps.pair_subjects import pairs_of
 
 if TYPE_CHECKING:
     from vlmscope.models.base import ModelInputs
-    from vlmscope.tasks.steps.bench import Bench
+    from vlmscope.tasks.bench import Bench
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "model": None}
 PREDICTED_BY = {"direct": "edge", "frozen_attention": "total", "free": "total"}  # headline of a mode
@@ -130,7 +129,7 @@ def questions(bench: Bench) -> Iterator[Asked]:
             words = question.answers[concept], question.answers[other]
             for i, inputs in enumerate(bench.inputs(images, question.prompt)):
                 wanted.append((f"{concept} {i}, {name}", inputs, *words))
-    for name, pairs in pairs_of(bench, "test").items() if circuit is None else ():
+    for name, pairs in bench.pairs("test").items() if circuit is None else ():
         for pair in [p for p in pairs if p.moves][:count]:
             inputs = bench.vlm.prepare(pair.original.prompt, list(pair.original.images))
             wanted.append((f"{pair.id}, {name}", inputs, pair.original.answer, pair.counterfactual.answer))

@@ -13,7 +13,7 @@ from vlmscope.interventions.effects import mean_ablated, mlp_outputs
 from vlmscope.metrics.table import rates
 from vlmscope.report.figures import layer_role_heatmap
 from vlmscope.report.marks import write_rows
-from vlmscope.tasks.steps.bench import Bench
+from vlmscope.tasks.bench import Bench
 
 ENOUGH = 0.95  # of the pictures flipped
 

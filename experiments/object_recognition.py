@@ -35,7 +35,7 @@ from vlmscope.report.study_figures import object_maps
 
 if TYPE_CHECKING:
     from vlmscope.scope import Scope
-    from vlmscope.tasks.steps.bench import Bench
+    from vlmscope.tasks.bench import Bench
 
 NEEDS = "dissociation needs pairs that differ in two facts, such as pairs=object, and pairs.train > 0"
 SHOWN = 4  # pictures drawn with their maps

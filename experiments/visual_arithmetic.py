@@ -29,7 +29,7 @@ from vlmscope.tasks.steps.scene_codes import Codes, codes_of
 
 if TYPE_CHECKING:
     from vlmscope.circuits.experiment import Declared
-    from vlmscope.tasks.steps.bench import Bench
+    from vlmscope.tasks.bench import Bench
 
 KINDS = ("carry", "first", "second", "sum", "both digits", "pair")
 GROUPS = {"sum_and_carry": ("sum", "carry"), "pair": ("pair",), "digit": ("first", "second", "both digits")}

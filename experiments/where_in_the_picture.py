@@ -31,7 +31,7 @@ from vlmscope.tasks.maps.curves import CONTRAST, MEASURES, NO_FEATURE, RANDOM, S
 from vlmscope.tasks.maps.where_maps import KINDS, where_maps
 
 if TYPE_CHECKING:
-    from vlmscope.tasks.steps.bench import Bench
+    from vlmscope.tasks.bench import Bench
 
 ALL = (*KINDS, NO_FEATURE, CONTRAST)
 COMPARED = ("rollout", NO_FEATURE, CONTRAST)  # maps that each map is compared with, scene by scene

@@ -115,7 +115,7 @@ def test_mistakes_are_one_line_before_a_model_loads(
     def load(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("vlmscope.tasks.steps.bench.load_model", load)
+    monkeypatch.setattr("vlmscope.tasks.bench.load_model", load)
     capsys.readouterr()
     assert main([*PAIRS, f"hydra.run.dir={tmp_path / 'r'}", *more]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

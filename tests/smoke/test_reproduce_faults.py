@@ -19,8 +19,8 @@ from vlmscope.config.store import register
 from vlmscope.core.runs import Number
 from vlmscope.interventions import trials
 from vlmscope.tasks import registry
+from vlmscope.tasks.bench import Bench
 from vlmscope.tasks.experiment import run_declared
-from vlmscope.tasks.steps.bench import Bench
 
 SMALL = ["pairs.train=16", "pairs.test=24", "interchange.steps=2"]
 ALWAYS = ["settings.six.strength=[6,8]", "settings.five.strength=[6,8]", "trainer.threads=1"]

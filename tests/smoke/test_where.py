@@ -13,7 +13,7 @@ from vlmscope.app import main
 from vlmscope.attention.rollout import load_maps
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.models.tiny import tiny_vlm
-from vlmscope.tasks.steps.bench import Bench
+from vlmscope.tasks.bench import Bench
 
 QUESTION = "which shape is this ?"
 

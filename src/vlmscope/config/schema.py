@@ -210,7 +210,8 @@ class AppConfig:
     `task` and `transcoder` hold the dataclass (or mapping) of the chosen option; `circuit`, `circuit_spec`,
     `prompts` and `pairs` may be None.
     The metadata say what the types cannot (config/resolve.py): `verbatim`, a text that nobody parses, and `paths`.
-    `analysis` holds the settings of `experiments/<name>.py`, which its class `Settings` checks.
+    `analyses` names general analyses (docs/experiments.md) with their settings; `analysis` holds the settings of
+    `experiments/<name>.py`. Their own classes check them.
     `limits` lower settings wherever a run has them (`debug=fast`): a dotted key, in which `*` is any key -> the most
     (of a list: entries), or null to leave the key out.
     An experiment with `reproduce` is run by task=reproduce, which holds the metrics named in `headline` against their
@@ -233,6 +234,7 @@ class AppConfig:
     trials: dict[str, TrialConfig] = field(default_factory=dict)
     settings: dict[str, SettingConfig] = field(default_factory=dict)
     report: dict[str, MarkConfig] = field(default_factory=dict)
+    analyses: dict[str, dict[str, Any]] = field(default_factory=dict)
     analysis: dict[str, Any] = field(default_factory=dict)
     circuit: CircuitConfig | None = None
     circuit_spec: CircuitSpecConfig | None = None

@@ -94,6 +94,11 @@ class Picture:
     wide: bool = False
 
 
+def drawn(path: Path, alt: str, wide: bool = False) -> Picture:
+    """A figure that lies in a file."""
+    return Picture(path.read_bytes(), alt, alt, wide)
+
+
 @dataclass(frozen=True)
 class Figure:
     """One or more pictures."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,19 @@ if TYPE_CHECKING:
     from vlmscope.features.readouts import RoleMeans
     from vlmscope.features.study.top_examples import StudyItem
     from vlmscope.interventions.trials import Cases
+    from vlmscope.tasks.bench import Bench
     from vlmscope.tasks.context import RunContext
-    from vlmscope.tasks.steps.bench import Bench
 
+# Name in `analyses:` -> its class, a dataclass of settings with some of `check(cfg)`, `declare(bench)`,
+# `trials(bench, declared)` and `analyse(bench)`. Imported when used: they need torch and pandas.
+ANALYSES = {
+    "modality": "vlmscope.tasks.analyses.Modality",
+}
 CAPTION_PROMPT = "describe this image in detail ."
 
 USES = (
     "data", "attribution", "intervention", "interchange", "discovery", "study", "where", "trials", "settings",
-    "association", "circuit", "pairs", "images", "analysis", "report", "headline", "paper", "figure",
+    "association", "circuit", "pairs", "images", "analyses", "analysis", "report", "headline", "paper", "figure",
 )  # fmt: skip
 
 
@@ -64,27 +69,45 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     look_for_labels(cfg)
     # They import torch and pandas, and what is missing is said before.
     from vlmscope.report.marks import check_marks
+    from vlmscope.tasks.bench import Bench
     from vlmscope.tasks.run_report import draw_report
-    from vlmscope.tasks.steps.bench import Bench
 
     for path in (path for own in cfg.images.values() for path in own):
         check_image(path)
     chosen = HydraConfig.get().runtime.choices.get("experiment")  # `name=` may call the run something else
-    analysis = own_analysis(cfg.name if chosen in (None, "null") else chosen)
-    settings = own_settings(cfg.analysis, analysis)
-    if not cfg.trials and analysis is None:
+    module = own_analysis(cfg.name if chosen in (None, "null") else chosen)
+    own = checked_settings(getattr(module, "Settings", None), cfg.analysis, "analysis")
+    analyses = [general_analysis(name, given) for name, given in cfg.analyses.items()]
+    analyses += [] if module is None else [module]
+    if not cfg.trials and not analyses:
         raise UserError("this task runs what an experiment declares: choose one (docs/experiments.md)")
-    if hasattr(analysis, "check"):
-        analysis.check(cfg)
+    for analysis in analyses:
+        if hasattr(analysis, "check"):
+            analysis.check(cfg)
     declared = {name: setting.of or list(cfg.trials) for name, setting in cfg.settings.items()}
-    check_marks(cfg.report, declared, more=hasattr(analysis, "trials"))
-    bench = Bench(cfg, context.run_dir, analysis=settings)
+    check_marks(cfg.report, declared, more=any(hasattr(one, "trials") for one in analyses))
+    bench = Bench(cfg, context.run_dir, analysis=own)
     if cfg.trials:
-        bench.metrics |= run_declared(bench, analysis)
-    if hasattr(analysis, "analyse"):
-        bench.metrics |= analysis.analyse(bench)
+        bench.metrics |= run_declared(bench, analyses)
+    for analysis in analyses:
+        if hasattr(analysis, "analyse"):
+            bench.metrics |= analysis.analyse(bench)
     draw_report(context.run_dir, asdict(cfg), bench.metrics)
     return bench.metrics
+
+
+def general_analysis(name: str, given: Mapping[str, Any]) -> Any:
+    """One of `ANALYSES` with its settings.
+
+    Raises:
+        UserError: there is no such analysis, or it has no such setting.
+    """
+    from pydoc import locate
+
+    from vlmscope.config.schema import check_choice
+
+    check_choice("analyses", name, tuple(ANALYSES))
+    return checked_settings(locate(ANALYSES[name]), given, f"analyses.{name}")
 
 
 def own_analysis(name: str | None) -> Any:
@@ -110,8 +133,8 @@ def own_analysis(name: str | None) -> Any:
     return module
 
 
-def own_settings(given: Mapping[str, Any], analysis: Any) -> Any:
-    """`analysis:` of the configuration as the module's own dataclass `Settings`; None where it has none.
+def checked_settings(settings: Any, given: Mapping[str, Any], where: str) -> Any:
+    """Keys of the configuration as an instance of the dataclass `settings`; None where there is none.
 
     Raises:
         UserError: a key that it does not have, a value of another type, or a key without a value.
@@ -121,26 +144,22 @@ def own_settings(given: Mapping[str, Any], analysis: Any) -> Any:
 
     from vlmscope.core.errors import UserError
 
-    settings = getattr(analysis, "Settings", None)
-    if settings is None:
-        if given:
-            raise UserError(f"analysis.{next(iter(given))}: this experiment has no such setting; leave it out")
-        return None
-    known = [item.name for item in fields(settings)]
+    known = () if settings is None else fields(settings)
     for key in given:
-        if key not in known:
-            raise UserError(f"analysis.{key}: no such setting; this experiment has {', '.join(known)}")
-    for key in known:
-        if key not in given:
-            raise UserError(f"analysis.{key} has no value; give it on the command line as analysis.{key}=...")
+        if key not in [item.name for item in known]:
+            there = ", ".join(item.name for item in known) or "none at all"
+            raise UserError(f"{where}.{key}: no such setting; there are {there}")
+    for item in known:
+        if item.name not in given and item.default is MISSING and item.default_factory is MISSING:
+            raise UserError(f"{where}.{item.name} has no value; give it as {where}.{item.name}=...")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings), dict(given)))
+        return settings and OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(settings), dict(given)))
     except OmegaConfBaseException as error:
-        raise UserError(f"analysis.{error.full_key}: {str(error.msg).splitlines()[0]}; correct it") from error
+        raise UserError(f"{where}.{error.full_key}: {str(error.msg).splitlines()[0]}; correct it") from error
 
 
-def run_declared(bench: Bench, analysis: Any = None) -> dict[str, float]:
-    """All trials, with those of `analysis.trials(bench, declared)`: trials.parquet, examples.parquet and metrics."""
+def run_declared(bench: Bench, analyses: Sequence[Any] = ()) -> dict[str, float]:
+    """All trials, with those that analyses add: trials.parquet, examples.parquet and metrics."""
     from itertools import chain
 
     from vlmscope.circuits.experiment import settle
@@ -148,17 +167,18 @@ def run_declared(bench: Bench, analysis: Any = None) -> dict[str, float]:
     from vlmscope.interventions.trials import run_trials
 
     cfg = bench.cfg
-    if hasattr(analysis, "declare"):
-        declared = analysis.declare(bench)
+    declare = next((one.declare for one in analyses if hasattr(one, "declare")), None)
+    if declare is not None:
+        declared = declare(bench)
     elif cfg.pairs is not None:
         declared = from_pairs(bench)
     else:
         declared = from_circuit(bench) if len(bench.circuit_config.concepts) == 2 else from_matrix(bench)
     declared = settle(bench.scope, declared, cfg.trials, cfg.settings)
     bench.metrics |= {f"settled/{question}": strength for question, strength in declared.settled.items()}
-    trials = declared.trials(cfg.trials, cfg.settings)
-    own = getattr(analysis, "trials", None)
-    table = run_trials(bench.scope, chain(trials, own(bench, declared) if own else ()), cfg.seed)
+    more = (one.trials(bench, declared) for one in analyses if hasattr(one, "trials"))
+    trials = chain(declared.trials(cfg.trials, cfg.settings), *more)
+    table = run_trials(bench.scope, trials, cfg.seed)
     with atomic_path(bench.run_dir / "trials.parquet") as temporary:
         table.to_parquet(temporary, index=False)
     if declared.metrics is None:  # else the case sets are not one question's pictures before and after
@@ -459,10 +479,22 @@ def write_examples(bench: Bench, declared: Declared, table: pd.DataFrame) -> Non
             plan = declared.operation(trial, few, None).plan(bench.scope, few, trial.strength or 0.0)
             logits = run_edited(bench.scope, few.batch, plan)
             for row in range(few.batch.size):
-                before, after = bench.words(few.base.logits[row]), bench.words(logits[row])
+                before, after = (probable_words(bench, one[row]) for one in (few.base.logits, logits))
                 shown.append(AnswerExample(few.pngs[row], few.prompt, name, before[0][0], after[0][0], before, after))
     write_records(bench.run_dir / "examples.parquet", shown)
     write_captions(bench, declared)
+
+
+def probable_words(bench: Bench, logits: Tensor, count: int = 5) -> tuple[tuple[str, float], ...]:
+    """The most probable next words of logits [V] with their probabilities."""
+    import numpy as np
+
+    from vlmscope.metrics.causal import log_softmax
+    from vlmscope.models.base import token_strings
+
+    probabilities = np.exp(log_softmax(logits.double().numpy(force=True)))
+    best = np.argsort(-probabilities)[:count]
+    return tuple(zip(token_strings(bench.vlm.tokenizer, best), map(float, probabilities[best]), strict=True))
 
 
 def write_captions(bench: Bench, declared: Declared, count: int = 3) -> None:

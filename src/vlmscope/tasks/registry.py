@@ -16,7 +16,7 @@ from vlmscope.tasks.context import RunContext
 # Groups of settings that only some tasks read; what is not here (model, trainer, tracking, ...) all of them may.
 OPTIONAL = (
     "data", "optim", "attribution", "intervention", "interchange", "discovery", "study", "where", "trials", "settings",
-    "association", "circuit", "circuit_spec", "pairs", "images", "query", "analysis", "report", "headline", "paper",
+    "association", "circuit", "circuit_spec", "pairs", "images", "query", "analyses", "analysis", "report", "headline", "paper",
     "figure",
 )  # fmt: skip
 

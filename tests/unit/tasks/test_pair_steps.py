@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -17,8 +17,8 @@ from vlmscope.data.config import PairsConfig
 from vlmscope.interventions.edits import at_positions
 from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
 from vlmscope.models.tiny import tiny_image
+from vlmscope.tasks.bench import Bench
 from vlmscope.tasks.experiment import own_analysis
-from vlmscope.tasks.steps.pair_subjects import pairs_of
 
 OBJECTS: Any = own_analysis("object_recognition")
 
@@ -75,6 +75,6 @@ def test_own_pairs_with_ids_and_orrerys_pass(tmp_path: Path) -> None:
 
 
 def test_without_pairs_it_is_said_what_to_choose() -> None:
-    bench: Any = SimpleNamespace(cfg=SimpleNamespace(pairs=None))
+    bench = Bench(cast(Any, SimpleNamespace(pairs=None)), Path())
     with pytest.raises(UserError, match="choose some, such as pairs=first_digit"):
-        pairs_of(bench, "test")
+        bench.pairs("test")

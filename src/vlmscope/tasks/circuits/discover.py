@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from vlmscope.core.records import FeatureId
     from vlmscope.data.pairs import Pair
     from vlmscope.features.study.records import StudyFolder
+    from vlmscope.tasks.bench import Bench
     from vlmscope.tasks.circuits.page import Origin
     from vlmscope.tasks.context import RunContext
-    from vlmscope.tasks.steps.bench import Bench
 
 NAMED = 6  # supernodes of one answer each
 ROLE_NAMES = {
@@ -59,10 +59,10 @@ def draw_found(
     Raises:
         UserError: the pairs have no contrast, or the model does not answer them.
     """
+    from vlmscope.tasks.bench import Bench
     from vlmscope.tasks.circuits.discovery import circuit_of, circuit_subject, discovered, write_found
     from vlmscope.tasks.circuits.finish import finished, traced
     from vlmscope.tasks.circuits.page import Scene
-    from vlmscope.tasks.steps.bench import Bench
 
     check_target(cfg, bool(asked))
     bench = Bench(cfg, context.run_dir, overrides=context.overrides)
@@ -107,9 +107,8 @@ def searched(bench: Bench) -> Search:
         UserError: there is none, or the pairs cannot be read.
     """
     from vlmscope.tasks.circuits.discovery import questions
-    from vlmscope.tasks.steps.pair_subjects import pairs_of
 
-    train, test = (pairs_of(bench, split) for split in ("train", "test"))
+    train, test = (bench.pairs(split) for split in ("train", "test"))
     question, *others = questions(bench, train, test)
     if others:
         print(f"the circuit of the question {question}; discovery.question= takes {' or '.join(others)}")

@@ -12,11 +12,10 @@ from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Rate
 from vlmscope.metrics.prediction import FaithfulnessCurve
-from vlmscope.tasks.steps.pair_subjects import subject_of
 
 if TYPE_CHECKING:
     from vlmscope.data.pairs import Pair
-    from vlmscope.tasks.steps.bench import Bench
+    from vlmscope.tasks.bench import Bench
 
 
 def discovered(bench: Bench, choose: CircuitSubject, judge: CircuitSubject) -> Discovery:
@@ -53,7 +52,7 @@ def questions(bench: Bench, train: dict[str, list[Pair]], test: dict[str, list[P
 
 def circuit_subject(bench: Bench, name: str, pairs: list[Pair]) -> CircuitSubject:
     """Pairs that are answered rightly on both sides, with the prompts of each."""
-    subject = subject_of(bench, name, pairs, modes=bench.cfg.discovery.modes)
+    subject = bench.pair_subject(name, pairs, bench.cfg.discovery.modes)
     rows = [pairs[i] for i in subject.rows.tolist()]
     sides = [[bench.vlm.prepare(s.prompt, list(s.images)) for s in some] for some in zip(
         *((pair.original, pair.counterfactual) for pair in rows), strict=True)]  # fmt: skip

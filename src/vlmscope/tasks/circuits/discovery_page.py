@@ -12,8 +12,8 @@ from vlmscope.core.intervention import Curve, Rate
 from vlmscope.metrics.prediction import FaithfulnessCurve
 from vlmscope.report import figures
 from vlmscope.report.page import Card, Cards, Figure, Percent, Section, Table, Text
+from vlmscope.report.page import drawn as picture
 from vlmscope.report.style import label
-from vlmscope.tasks.steps.report_parts import picture
 
 NAMES = {
     "graph": "attribution graphs",

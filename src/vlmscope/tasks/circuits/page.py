@@ -13,11 +13,11 @@ from vlmscope.circuits.spec_config import ANSWER_PREFIX, SOFT, SURROUNDINGS, TEX
 from vlmscope.core.intervention import CircuitEdge, CircuitFeature, Supernode
 from vlmscope.data.images import for_figures
 from vlmscope.report.circuit_figure import circuit_diagram, drawable
-from vlmscope.report.page import Card, Cards, Features, Percent, ReportPage, Section, Table, Text
+from vlmscope.report.page import Card, Cards, Features, Figure, Percent, ReportPage, Section, Table, Text
+from vlmscope.report.page import drawn as picture_of
 from vlmscope.report.thumbnails import decode, example_png
 from vlmscope.tasks.circuits.examples import examples_of
 from vlmscope.tasks.circuits.inputs import Asked
-from vlmscope.tasks.steps.report_parts import figure
 
 if TYPE_CHECKING:
     from vlmscope.circuits.circuit import Circuit
@@ -96,7 +96,9 @@ def draw_circuit(
         sections=(
             headline(metrics),
             *origin.numbers,
-            figure("The circuit", path, f"Diagram of the circuit {name}: {said(drawn)}", words_above, True),
+            Figure(
+                "The circuit", (picture_of(path, f"Diagram of the circuit {name}: {said(drawn)}", True),), words_above
+            ),
             edge_table(circuit.edges),
             chosen_table(nodes),
             *feature_sections(nodes),

@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vlmscope.tasks.steps.bench import Bench
+    from vlmscope.tasks.bench import Bench
 
 CHUNK = 100  # pictures a forward
 PLACES = ("last", "picture")

@@ -10,8 +10,19 @@ from vlmscope.core.intervention import FeatureExample
 from vlmscope.core.records import FeatureId
 from vlmscope.features.study.records import StudyFolder
 from vlmscope.report.feature_page import FeatureRow, feature_sheet
-from vlmscope.report.page import Card, Cards, Figure, Percent, ReportPage, Section, Table, Text, Value, mapping_table
-from vlmscope.tasks.steps.report_parts import figure, picture
+from vlmscope.report.page import (
+    Card,
+    Cards,
+    Figure,
+    Percent,
+    ReportPage,
+    Section,
+    Table,
+    Text,
+    Value,
+    drawn,
+    mapping_table,
+)
 from vlmscope.tasks.studies.examples import study_example
 from vlmscope.tasks.studies.structure_tables import Structure, cluster_table
 
@@ -28,12 +39,12 @@ def write_page(folder: Path, study: StudyFolder, found: Structure, metrics: Mapp
     """Draw figures/clusters.png and write report.html; the other figures have been drawn."""
     rows = cluster_table(found).to_pylist()
     of = {kind: sorted((row for row in rows if row["kind"] == kind), key=lambda row: -row["size"]) for kind in KINDS}
-    by_layer = tuple(picture(folder / "figures" / f"{name}.png", alt) for name, alt in FIGURES.items())
+    by_layer = tuple(drawn(folder / "figures" / f"{name}.png", alt) for name, alt in FIGURES.items())
     sections: list[Section] = [headline(metrics), Figure("By layer", by_layer)]
     sheet = pictured(folder / "figures" / "clusters.png", study, of["firing"])
     if sheet:
         alt = "Inputs on which members are most active: " + "; ".join(row["name"] for row in of["firing"][:PICTURED])
-        sections.append(figure("The largest clusters of features that fire together", sheet, alt))
+        sections.append(Figure("The largest clusters of features that fire together", (drawn(sheet, alt),)))
     sections += [listed(f"Clusters of features {says}", of[kind]) for kind, says in KINDS.items()]
     page = ReportPage(
         title=f"Structure of {sum(study.info.n_features.values()):,} features",

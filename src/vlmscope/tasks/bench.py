@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 
+from vlmscope.circuits.experiment import answer_token, pairs_by_question, subject_of_pairs
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
@@ -18,16 +18,14 @@ from vlmscope.tasks.studies.feature_labels import feature_labels
 from vlmscope.tasks.wiring import load_model, load_scope
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
-    from torch import Tensor
-
-    from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.config import CircuitConfig, InterventionConfig
+    from vlmscope.circuits.pair_subject import PairSubject
     from vlmscope.config import AppConfig
     from vlmscope.core.records import FeatureId
+    from vlmscope.data.pairs import Pair
     from vlmscope.features.study.records import StudyFolder
-    from vlmscope.interventions.edits import Plan
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
     from vlmscope.scope import Scope
@@ -117,39 +115,20 @@ class Bench:
         """One prompt for each picture."""
         return [self.vlm.prepare(prompt, [image]) for image in images]
 
-    def steer(self, circuit: Circuit, roles: np.ndarray, question: str | None = None, **changed: Any) -> Plan:
-        """The configured steering plan from the first concept to the second for prompts of these position roles.
-
-        Args:
-            circuit: what to steer.
-            roles: [T] position roles.
-            question: whose levels to take; the mean over all questions when None.
-            changed: `strength`, `gate` or `limit`, to differ from the configuration.
-        """
-        from vlmscope.circuits.plans import steer_plan
-
-        settings = {"strength": self.intervention.strength, "gate": self.intervention.gate} | changed
-        recipient, donor = self.circuit_config.concepts
-        return steer_plan(circuit, recipient, donor, roles, question=question, **settings)
-
     def token(self, word: str) -> int:
-        """The id of an answer word.
+        """The id of an answer word, which must be one token."""
+        return answer_token(self.scope, word)
+
+    def pairs(self, split: str) -> dict[str, list[Pair]]:
+        """The counterfactual pairs of a split by question.
 
         Raises:
-            UserError: the tokenizer does not have it as one token.
+            UserError: the run has none.
         """
-        ids = self.vlm.tokenizer(word, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1 or ids[0] == self.vlm.tokenizer.unk_token_id:
-            raise UserError(f"the answer {word!r} is not one token of this model: choose one that is")
-        return int(ids[0])
+        if self.cfg.pairs is None:
+            raise UserError("this experiment needs pairs: choose some, such as pairs=first_digit")
+        return pairs_by_question(self.cfg.pairs, split)
 
-    def words(self, logits: Tensor, count: int = 5) -> tuple[tuple[str, float], ...]:
-        """The most probable next words of logits [V] with their probabilities."""
-        given = logits.double().numpy(force=True)
-        shifted = np.exp(given - given.max())
-        probabilities = shifted / shifted.sum()
-        order = np.argsort(-probabilities)[:count]
-        from vlmscope.models.base import token_strings
-
-        names = token_strings(self.vlm.tokenizer, order)
-        return tuple((name, float(probabilities[i])) for name, i in zip(names, order, strict=True))
+    def pair_subject(self, question: str, pairs: Sequence[Pair], modes: Collection[str] = ("free",)) -> PairSubject:
+        """Both sides of a question's pairs, run once; only pairs that are answered rightly on both sides."""
+        return subject_of_pairs(self.scope, question, pairs, self.cfg.interchange.least, True, modes)

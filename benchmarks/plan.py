@@ -2,7 +2,7 @@
 
 `python benchmarks/plan.py [--repeat 7] [--threads 1]` measures the machine (a matrix product and a copy), then for
 several sizes each part of a step of `vlmscope.training.layer_trainer`, and prints both beside what
-`vlmscope.training.sizes` says for the measured machine.
+`vlmscope.tasks.plan` says for the measured machine.
 """
 
 import argparse
@@ -13,17 +13,17 @@ from statistics import median
 import torch
 from started import started
 
-from vlmscope.core.hardware import Hardware
+from vlmscope.config.schema import TranscoderArchConfig
+from vlmscope.tasks.plan import Machine, TrainingPlan, TrainingSizes, least_time
 from vlmscope.training.config import TranscoderTrainingConfig
 from vlmscope.training.ranks import Layout
-from vlmscope.training.sizes import TrainingSizes, bounds, layer_work
 
 SIZES = [(2048, 128, 2048, 16), (2048, 256, 8192, 16), (1024, 512, 16384, 48), (512, 1024, 16384, 48)]  # n, d, F, k
 GROUPS = {
-    "encoder": ("encoder",),
-    "choice": ("choice",),
-    "rest of loss and gradient": ("sparse", "elementwise"),
-    "clipping and AdamW": ("clipping", "optimiser"),
+    "encoder": "encoder",
+    "choice": "choice",
+    "rest of loss and gradient": "sparse",
+    "clipping and AdamW": "optimiser",
 }
 
 
@@ -38,14 +38,14 @@ def seconds(work: Callable[[], object], repeat: int) -> float:
     return median(found)
 
 
-def this_machine(repeat: int) -> Hardware:
+def this_machine(repeat: int) -> Machine:
     """The rates of a product of 2048 x 2048 in float32 and of a copy of 256 MiB, read and written."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     source = torch.randn(1 << 26)
     target = torch.empty_like(source)
     flops = 2 * 2048**3 / seconds(lambda: a @ b, repeat)
     moved = 2 * 4 * source.numel() / seconds(lambda: target.copy_(source), repeat)
-    return Hardware("this machine", {"float32": flops}, moved, None, moved)
+    return Machine("this machine", {"float32": flops / 1e12}, moved / 1e9, None, moved / 1e9)
 
 
 def measured(n: int, d: int, f: int, k: int, repeat: int) -> dict[str, float]:
@@ -79,14 +79,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     machine = this_machine(arguments.repeat)
-    rates = f"{machine.flops['float32'] / 1e9:.1f} GFLOP/s, {machine.bandwidth / 1e9:.2f} GB/s"
+    rates = f"{machine.rates['float32'] * 1e3:.1f} GFLOP/s, {machine.bandwidth:.2f} GB/s"
     print(f"{rates}, medians of {arguments.repeat}\n")
     print("| n | d | F | k | part | plan, ms | measured, ms | measured / plan |")
     print("|" + " --- |" * 8)
     for n, d, f, k in SIZES:
-        sizes = TrainingSizes(Layout(1), d, f, k, n, 4, 0)
-        least = bounds(layer_work(sizes), machine)
-        planned = {group: sum(least[part].seconds for part in parts) for group, parts in GROUPS.items()}
+        work = TrainingSizes(Layout(1), d, TranscoderArchConfig(f // d, k), TrainingPlan(step_tokens=n)).layer_work()
+        planned = {group: least_time(work[part], machine)[0] for group, part in GROUPS.items()}
         found = measured(n, d, f, k, arguments.repeat)
         rows = {group: (planned[group], found[group]) for group in GROUPS}
         rows["all"] = (sum(planned.values()), sum(found.values()))

@@ -81,14 +81,10 @@ def test_training_of_gemma_4b_is_planned_by_rank(tmp_path: Path, capsys: pytest.
     assert "Training does not fit" not in out
 
 
-def test_what_does_not_fit_comes_with_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_names_what_to_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan(tmp_path / "run", *PAPER, "transcoder.expansion_factor=32", "task.training.step_tokens=65536")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Training does not fit")]
-    assert "of the 80.0 GB of h100; would fit: " in line
-    wanted = re.findall(r"(transcoder\.expansion_factor=\d+)", line)
-    assert wanted
-    plan(tmp_path / "again", *PAPER, *wanted, "task.training.step_tokens=65536")
-    assert "Training does not fit" not in capsys.readouterr().out
+    assert "of the 80.0 GB of h100; choose a smaller task.training.step_tokens" in line
 
 
 def test_training_over_hosts_and_in_half_precision(tmp_path: Path) -> None:
@@ -110,7 +106,6 @@ def test_training_over_hosts_and_in_half_precision(tmp_path: Path) -> None:
         ([*PAPER, "task.training.gpus=40"], "40 processes on a host for 34 layers"),
         ([*PAPER, "trainer.precision=64"], "trainer.precision=64: transcoders take 32 or bf16-mixed"),
         ([*PAPER, "task.training.tokens=0"], "task.training.tokens=0: it must be at least 1"),
-        ([*PAPER, "task.training.dead=1"], "a share of features in [0, 1)"),
         ([*PAPER, "task.device=l4", "task.training.hosts=2"], "no network between hosts is known of NVIDIA L4"),
         (["model=tiny_qwen2_5_vl"], "depends on its size here; say task.tokens="),
         (["model=gemma3_4b_it", "transcoder=path", "transcoder.path=/no/set"], "no transcoder set in /no/set"),

@@ -1,0 +1,321 @@
+"""What `task=plan` counts, against models, graphs and training that were made."""
+
+import dataclasses
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.processes import Forked, all_codes
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlmscope.activations.capture import capture_state
+from vlmscope.attribution.adjoint import Adjoint
+from vlmscope.attribution.config import AttributionConfig
+from vlmscope.attribution.edges import feature_chunks
+from vlmscope.attribution.export import save_graph
+from vlmscope.attribution.influence import prune
+from vlmscope.attribution.trace import attribute
+from vlmscope.config.catalog import asset
+from vlmscope.config.schema import TranscoderArchConfig
+from vlmscope.core.errors import UserError
+from vlmscope.core.records import generator
+from vlmscope.models.families import adapter_for
+from vlmscope.models.loading import load_vlm
+from vlmscope.models.sizes import (
+    PUBLISHED,
+    empty_model,
+    find_config,
+    forward_flops,
+    n_patches,
+    parameters_by_part,
+    soft_tokens,
+    state_elements,
+)
+from vlmscope.models.tiny import FAMILIES, tiny_gemma3, tiny_image, tiny_vlm
+from vlmscope.replacement.model import build_replacement
+from vlmscope.scope import Scope
+from vlmscope.tasks.plan import (
+    Machine,
+    TrainingPlan,
+    TrainingSizes,
+    Work,
+    graph_sizes,
+    least_time,
+    transcoder_numbers,
+)
+from vlmscope.training.captures import ActivationStream, Captures
+from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.training.ranks import Layout
+from vlmscope.training.transcoder_module import TranscoderModule
+from vlmscope.training.transcoder_training import train_transcoders
+from vlmscope.transcoders.config import ACTIVATIONS
+from vlmscope.transcoders.formats import load_set
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig
+
+# Total parameters as the models' pages state them (safetensors metadata).
+COUNTS = {
+    "google/gemma-3-270m-it": 268_098_176,
+    "google/gemma-3-1b-it": 999_885_952,
+    "google/gemma-3-4b-it": 4_300_079_472,
+    "google/gemma-3-12b-it": 12_187_325_040,
+    "google/gemma-3-27b-it": 27_432_406_640,
+    "google/medgemma-4b-it": 4_300_079_472,
+}
+D, L, ROWS, LENGTH = 24, 4, 6, 12
+
+
+def test_every_published_count_is_met() -> None:
+    assert set(PUBLISHED) == set(COUNTS)
+    for name, count in COUNTS.items():
+        assert parameters_by_part(adapter_for(empty_model(find_config(name))))["total"] == count, name
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma3_text", *sorted(FAMILIES)])
+def test_parts_add_up_in_every_family(family: str) -> None:
+    model = tiny_vlm(family).model
+    parts = parameters_by_part(adapter_for(model))
+    assert parts["total"] == sum(parameter.numel() for parameter in model.parameters())
+    assert parts["decoder"] > 0 and parts["embeddings"] > 0
+    assert (parts["vision"] > 0) == (family != "gemma3_text")
+    assert (parts["head"] > 0) == (model.lm_head.weight is not model.get_input_embeddings().weight)
+    assert parameters_by_part(adapter_for(empty_model(model.config.to_dict()))) == parts
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma3_text", "llava", "paligemma", "idefics3", "smolvlm", "internvl"])
+def test_soft_tokens_are_those_of_a_picture(family: str) -> None:
+    vlm = tiny_vlm(family)
+    made = int(vlm.prepare("what is this ?", [] if family == "gemma3_text" else [tiny_image(0)]).is_image.sum())
+    per_image = soft_tokens(vlm.adapter)
+    assert per_image is not None and made % max(per_image, 1) == 0 and (made > 0) == (per_image > 0)
+
+
+def test_patches_are_those_of_the_tower() -> None:
+    adapter = adapter_for(empty_model(find_config("google/gemma-3-4b-it")))
+    assert (n_patches(adapter), soft_tokens(adapter)) == (64 * 64, 256)
+    assert soft_tokens(tiny_vlm("qwen2_5_vl").adapter) is None
+
+
+def test_what_is_recorded_of_a_forward_is_counted_exactly() -> None:
+    for vlm in (load_vlm(asset("orrery")), *map(tiny_vlm, ("qwen2_5_vl", "qwen3_vl", "gemma4"))):
+        inputs = vlm.prepare("what is this planet ?", [tiny_image(1)])
+        state = capture_state(vlm, inputs)
+        held = {name: tensor.numel() for name, tensor in vars(state).items() if isinstance(tensor, torch.Tensor)}
+        held["value_scales"] = sum(scale.numel() for scale in state.value_scales if scale is not None)
+        assert state_elements(vlm.adapter, len(inputs)) == held
+
+
+def test_an_unknown_architecture_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="of org/other nothing is known here: .* known without it: google/gemma-3"):
+        find_config("org/other")
+    with pytest.raises(UserError, match="transformers refuses the config.json of this gemma3 model"):
+        empty_model({"model_type": "gemma3", "text_config": {"hidden_size": "wide"}})
+
+
+@pytest.mark.parametrize("max_nodes", [7500, 1000])
+def test_orrerys_graph_is_foreseen(max_nodes: int, tmp_path: Path) -> None:
+    vlm, transcoders = load_vlm(asset("orrery")), load_set(asset("orrery_transcoders"))
+    config = AttributionConfig(max_nodes=max_nodes, batch_size=64)
+    inputs = vlm.prepare("what planet is this ?", [tiny_image(1)])
+    replacement = build_replacement(Scope(vlm, transcoders), inputs, torch.float32)
+    tracemalloc.start()
+    graph = attribute(replacement, config, vlm.tokenizer)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    soft = np.flatnonzero(inputs.is_image)
+    config = dataclasses.replace(config, max_logits=len(graph.logit_tokens))
+    sizes = graph_sizes(vlm.adapter, len(inputs), (int(soft[0]), int(soft[-1]) + 1), 16, False, config)
+    adjoint = Adjoint(replacement)
+    assert sizes["active_features"] == graph.meta["n_active_features"]
+    assert sizes["rows"] == min(sizes["active_features"], max_nodes)
+    assert sizes["nodes"] == graph.n_nodes
+    assert sizes["columns"] == adjoint.columns.total
+    assert sizes["row_buffer"] == 64 * adjoint.columns.total * (4 + 4 + 1 + 8)
+    held = [adjoint.sources.of(layer).vectors for layer in range(vlm.adapter.n_layers)]
+    assert sizes["sources"] == sum(vectors.numel() * 4 for vectors in held)
+    assert graph.n_edges <= sizes["edges"] < 1.2 * graph.n_edges
+    save_graph(tmp_path / "graph.safetensors", prune(graph, 0.8, 0.98))
+    assert (tmp_path / "graph.safetensors").stat().st_size == pytest.approx(sizes["file"], rel=0.2)
+    # numpy's memory, which is where rows are assembled; torch's is not traced.
+    assert peak == pytest.approx(sizes["assembly"], rel=0.25)
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    vlm, transcoders = load_vlm(asset("orrery")), load_set(asset("orrery_transcoders"))
+    inputs = vlm.prepare("what planet is this ?", [tiny_image(1)])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vlm.model(**inputs.tensors)
+    assert forward_flops(vlm.adapter, len(inputs), 1) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    adjoint = Adjoint(build_replacement(Scope(vlm, transcoders), inputs, torch.float32))
+    soft = np.flatnonzero(inputs.is_image)
+    bidirectional = (int(soft[0]), int(soft[-1]) + 1)
+    sizes = graph_sizes(vlm.adapter, len(inputs), bidirectional, 16, False, AttributionConfig())
+    with FlopCounterMode(display=False) as counter:
+        for _ in feature_chunks(adjoint, np.arange(sizes["active_features"]), 64, "float32"):
+            pass
+    assert sizes["flops"] == pytest.approx(counter.get_total_flops(), rel=0.3)
+
+
+def sizes(layout: Layout | None = None, **changes: Any) -> TrainingSizes:
+    """Of a run on a tiny Gemma 3; changes of the plan, the architecture or the sizes themselves."""
+    plan, arch = TrainingPlan(step_tokens=ROWS * LENGTH, pool_batches=2, steps_per_batch=1), TranscoderArchConfig(4, 8)
+    base = TrainingSizes(layout or Layout(L), D, arch, plan, model_bytes=1000, forward_flops=1e9)
+    for name, value in changes.items():
+        inner = next((part for part in ("plan", "arch") if hasattr(getattr(base, part), name)), None)
+        change = {name: value} if inner is None else {inner: dataclasses.replace(getattr(base, inner), **{name: value})}
+        base = dataclasses.replace(base, **change)
+    return base
+
+
+def batch(step: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.from_numpy(generator(5, "batch", step).integers(9, 20, (ROWS, LENGTH)))}
+
+
+def bytes_of(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_numbers_of_a_transcoder_are_exact(activation: str, skip: bool) -> None:
+    made = Transcoder(TranscoderConfig(D, 96, 8, activation=activation, skip=skip))
+    assert transcoder_numbers(D, 96, skip, activation) == sum(p.numel() for p in made.parameters())
+
+
+@pytest.mark.parametrize(("activation", "skip"), [("topk", False), ("batchtopk", False), ("jumprelu", True)])
+def test_memory_is_what_training_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activation: str, skip: bool
+) -> None:
+    kept: list[TranscoderModule] = []
+    original = TranscoderModule.training_step
+
+    def watched(self: TranscoderModule, *arguments: Any) -> Any:
+        kept[:] = [self]
+        return original(self, *arguments)
+
+    monkeypatch.setattr(TranscoderModule, "training_step", watched)
+    config = TranscoderTrainingConfig(
+        expansion_factor=4, k=8, activation=activation, skip=skip, max_steps=2, init_batches=1, pool_batches=2,
+        checkpoint_every=0, val_every=0, log_every=0,
+    )  # fmt: skip
+    made, _ = train_transcoders(tiny_gemma3(0, text_only=True), batch, [], config, tmp_path / "run")
+    parts, parameters = sizes(activation=activation, skip=skip).memory(0), list(kept[0].parameters())
+    assert parts["weights"] == bytes_of(parameters)
+    assert parts["gradients"] == bytes_of(p.grad for p in parameters)
+    moments = [state[name] for state in kept[0].optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert parts["moments"] == bytes_of(moments)
+    assert parts["gathered"] == bytes_of(made.parameters())
+    written = [load_file(file) for file in tmp_path.rglob("layer_*.safetensors")]
+    state = parts["weights"] + parts["moments"]
+    assert state <= sum(bytes_of(layer.values()) for layer in written) < 1.2 * state  # clocks and coordinates besides
+
+
+def test_the_pool_is_what_the_stream_keeps() -> None:
+    vlm = tiny_gemma3(0, text_only=True)
+    config = TranscoderTrainingConfig(pool_batches=2, steps_per_batch=1, max_steps=3)
+    stream = iter(ActivationStream(Captures(vlm.adapter, batch), config, lambda: 0))
+    next(stream)
+    drawn = next(stream)
+    size = bytes_of([drawn.is_image, *(tensor for pair in drawn.by_layer.values() for tensor in pair)])
+    assert sizes().memory(0)["pool"] == 3 * size
+
+
+_WORKER = """
+import sys, json, torch
+import torch.distributed as dist
+from vlmscope.core.errors import NotMainRank
+from vlmscope.core.records import generator
+from vlmscope.models.tiny import tiny_gemma3
+from vlmscope.training.ranks import Ranks
+from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.training.batches import LayerActivations
+from vlmscope.training.transcoder_module import TranscoderModule
+from vlmscope.training.transcoder_training import train_transcoders
+
+rank, world, per_host, init, out = sys.argv[1:6]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=init, rank=int(rank), world_size=int(world))
+told = {"tokens": [], "sent": 0, "summed": 0, "steps": 0}
+inside = False
+
+def batch(step):
+    ids = generator(5, "batch", step).integers(9, 20, (7, 12))
+    return {"input_ids": torch.from_numpy(ids)}
+
+exchange, send, reduce, step = Ranks._exchange, dist.batch_isend_irecv, dist.all_reduce, TranscoderModule.training_step
+
+def watched_exchange(self, own):
+    told["tokens"].append(own.n_tokens)
+    return exchange(self, own)
+
+def watched_send(operations):
+    told["sent"] += sum(one.tensor.numel() * one.tensor.element_size() for one in operations if one.op is dist.isend)
+    return send(operations)
+
+def watched_reduce(tensor, *arguments, **settings):
+    if inside:
+        told["summed"] += tensor.numel() * tensor.element_size()
+    return reduce(tensor, *arguments, **settings)
+
+def watched_step(self, *arguments):
+    global inside
+    inside = True
+    told["steps"] += 1
+    found = step(self, *arguments)
+    inside = False
+    return found
+
+Ranks._exchange, dist.batch_isend_irecv, dist.all_reduce = watched_exchange, watched_send, watched_reduce
+TranscoderModule.training_step = watched_step
+config = TranscoderTrainingConfig(expansion_factor=4, k=8, max_steps=2, init_batches=1, pool_batches=1,
+    steps_per_batch=1, checkpoint_every=0, val_every=0, log_every=0)
+try:
+    train_transcoders(tiny_gemma3(0, text_only=True), batch, [], config, out, per_host=int(per_host))
+except NotMainRank:
+    pass
+open(f"{out}_{rank}.json", "w").write(json.dumps(told))
+"""
+
+
+@pytest.mark.parametrize(("world", "per_host"), [pytest.param(3, 3, marks=pytest.mark.slow), (2, 1)])
+def test_bytes_sent_are_those_that_ranks_send(tmp_path: Path, world: int, per_host: int) -> None:
+    init = (tmp_path / "rendezvous").as_uri()
+    rest = (world, per_host, init, tmp_path / "run")
+    assert all_codes([Forked(_WORKER, rank, *rest) for rank in range(world)]) == [0] * world
+    planned = sizes(Layout(L, world, per_host), step_tokens=7 * 12)
+    for rank in range(world):
+        told = json.loads((tmp_path / f"run_{rank}.json").read_text())
+        assert len(told["tokens"]) == 3 and told["steps"] == 2
+        assert told["sent"] == sum(planned.sent_in_host(rank, tokens) for tokens in told["tokens"])
+        assert told["summed"] == 2 * planned.summed_over_hosts(rank)
+    assert (planned.sent_in_host(0) > 0, planned.summed_over_hosts(0) > 0) == (per_host > 1, per_host < world)
+
+
+def test_ranks_work_and_precision() -> None:
+    three, whole = sizes(Layout(L, 3, 3)), sizes()
+    assert three.memory(0)["weights"] == 2 * three.memory(2)["weights"]
+    assert three.peak(0) > three.peak(1) == three.peak(2)
+    assert whole.memory(0)["gathered"] == L * three.memory(0)["gathered"]
+    assert whole.layer_work()["encoder"].flops == 2 * ROWS * LENGTH * 4 * D * D
+    often, seldom = (sizes(steps_per_batch=steps).step_work()["forward"] for steps in (1, 2))
+    assert often.flops == 2 * seldom.flops
+    two = sizes(Layout(L, 4, 2))
+    assert two.step_work()["sums"].networked == two.summed_over_hosts(0) > 0
+    half = sizes(encoder_dtype="bfloat16")
+    assert half.layer_work()["encoder"].dtype == "bfloat16"
+    assert {part for part, size in half.memory(0).items() if size != whole.memory(0)[part]} == {"work"}
+
+
+def test_what_bounds_a_part_is_named() -> None:
+    machine = Machine("a machine", {"float32": 1e-11}, 5e-9, None, 2e-9, 1e-9)
+    for work, seconds, bound in (
+        (Work(100, 10), 10, "arithmetic"),
+        (Work(100, 100), 20, "memory"),
+        (Work(10, 10, linked=10), 5, "link"),
+        (Work(10, 10, linked=10, networked=10), 10, "network"),
+    ):
+        assert least_time(work, machine) == (pytest.approx(seconds), bound)

@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 
 from vlmscope.config import AppConfig
 from vlmscope.config.catalog import conf_dir
-from vlmscope.config.headline import numbers_of
 from vlmscope.config.resolve import to_app_config
+from vlmscope.config.schema import numbers_of
 from vlmscope.config.store import register
 from vlmscope.core.runs import Number
 from vlmscope.interventions import trials

@@ -1,9 +1,4 @@
-"""Sweeps: their tracked parent and their summary.
-
-What a sweep leaves behind beside its jobs: a table of all of them and, for transcoders, a figure.
-
-Hydra callbacks: the tracked parent of a sweep.
-"""
+"""Hydra callbacks of a sweep: its tracked parent, and a table of all jobs with, for transcoders, a figure."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Where the clone's folders are and what can be chosen in them.
-
-Where the clone's own folders are: configuration and shipped assets are found from any current folder.
-
-What can be chosen: the options of every group with a line each, read without composing anything.
-"""
+"""Where the clone's folders are, from any current folder, and what can be chosen in them, without composing."""
 
 from __future__ import annotations
 

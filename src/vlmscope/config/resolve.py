@@ -1,14 +1,8 @@
 """From a command line to the typed configuration: words taken as typed, errors in one line.
 
-Hydra's and OmegaConf's errors as one line that says what is wrong, where, and the nearest name that exists.
-
-Overrides that reach the configuration as they were typed, whatever Hydra's grammar makes of them.
-
 Hydra parses the right side of an override: commas make a sweep, parentheses a function, `=`, `#` and accents an error,
 `1e3` a number. The schema says which keys hold words (`str`, `list[str]`); their values are quoted here before Hydra
 parses them. What a user quoted for Hydra already stays as it is (docs/bring_your_own.md, "Paths and words").
-
-From Hydra's composed configuration to the typed one that tasks receive.
 """
 
 from __future__ import annotations
@@ -19,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
@@ -36,9 +31,10 @@ from omegaconf.errors import (
 )
 from omegaconf.grammar_parser import parse
 
+from vlmscope.circuits.spec_config import CircuitSpecConfig
 from vlmscope.config.catalog import conf_dir
 from vlmscope.config.schema import AppConfig, RandomTranscodersConfig, TranscoderArchConfig, TranscoderSetConfig
-from vlmscope.core.artifacts import read_text
+from vlmscope.core.artifacts import read_text, read_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import check_characters
 
@@ -448,3 +444,26 @@ def to_app_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> AppConfig:
     if app.prompt_name is not None:
         app.prompt = _named_prompt(app, app.prompt_name, overrides)
     return app
+
+
+def declared_circuit(given: CircuitSpecConfig) -> CircuitSpecConfig:
+    """What the group says, or the file that it names.
+
+    Raises:
+        UserError: the file is not there or not such a declaration, or both say something.
+    """
+    if given.path is None:
+        return given
+    if given.supernodes:
+        raise UserError(f"circuit_spec.path={given.path} and circuit_spec.supernodes: give one of them")
+    body = read_yaml(given.path)
+    try:
+        if not isinstance(body, dict):
+            raise UserError(f"{given.path} is no declaration of a circuit; it begins with 'supernodes:'")
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CircuitSpecConfig), body))
+    except CONFIG_ERRORS as error:
+        raise UserError(f"{given.path}: {one_line(error)}") from error
+    except UserError as error:
+        raise UserError(str(error).replace("circuit_spec.", f"{Path(given.path).name}: ", 1)) from error
+    assert isinstance(merged, CircuitSpecConfig), type(merged)
+    return merged

@@ -4,6 +4,8 @@ A component with settings of its own keeps its dataclass beside its code (`attri
 the ones here are read by several tasks. Defaults are values that suit two CPU cores.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -17,13 +19,14 @@ from vlmscope.circuits.discovery.config import DiscoveryConfig
 from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.circuits.spec_config import CircuitSpecConfig
 from vlmscope.circuits.trial_config import MarkConfig, SettingConfig, TrialConfig
-from vlmscope.config.headline import HeadlineConfig, check_reproducible
 from vlmscope.core.errors import UserError
+from vlmscope.core.intervention import Rate
+from vlmscope.core.runs import Number
 from vlmscope.data.config import PairsConfig, SourceConfig, check_source
 from vlmscope.data.prompts import PromptSetConfig
 from vlmscope.features.cross_modal_config import CrossModalConfig
 from vlmscope.features.study.config import StudyConfig
-from vlmscope.tracking.config import TrackingConfig
+from vlmscope.tracking import TrackingConfig
 from vlmscope.training.config import SCHEDULES
 from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES
 
@@ -201,6 +204,29 @@ class DataConfig:
 
 
 @dataclass
+class HeadlineConfig:
+    """Where one metric of an experiment must lie, both ends included, and what it means, in one line."""
+
+    low: float = MISSING
+    high: float = MISSING
+    says: str = MISSING
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.high:
+            raise UserError(
+                f"headline: low={self.low:g} and high={self.high:g} leave no range; low must be at most high"
+            )
+        if not self.says.strip():
+            raise UserError(
+                f"headline: the range {self.low:g} to {self.high:g} does not say what it means; fill in says"
+            )
+
+    def holds(self, value: float | None) -> bool:
+        """Whether a measured value lies in the range; one that is missing or not a number does not."""
+        return value is not None and self.low <= value <= self.high
+
+
+@dataclass
 class AppConfig:
     """Everything that one run is told. Tasks receive it resolved, as real instances of these classes.
 
@@ -256,4 +282,32 @@ class AppConfig:
     headline: dict[str, HeadlineConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_reproducible(self.reproduce, self.paper, self.headline)
+        if self.reproduce and not self.headline:
+            raise UserError("reproduce=true needs numbers to check: give headline.<metric> its low, high and says")
+        if self.reproduce and not (self.paper or "").strip():
+            raise UserError("reproduce=true needs paper: what the paper reports, in a sentence, or: nothing comparable")
+
+
+_SHARES = ("rate", "accuracy", "share", "frac")  # ends of names of shares of cases
+
+
+def numbers_of(headline: Mapping[str, HeadlineConfig], metrics: Mapping[str, float | None]) -> tuple[Number, ...]:
+    """The headline numbers of a run, each against its range; one that the run does not have is missing, and is out."""
+    numbers = []
+    for metric, wanted in headline.items():
+        value, low, high, control = (
+            metrics.get(_beside(metric, end)) for end in ("", "_ci_low", "_ci_high", "_control")
+        )
+        rate = None if value is None or low is None or high is None else Rate(value, low, high, 0, control)
+        # Shown in per cent if value and range lie within 0 and 1, and its name or an interval says that it is a share.
+        base = metric.removesuffix("_control")
+        named = _beside(base, "_ci_low") in metrics or base.rpartition("/")[2].endswith(_SHARES)
+        share = named and wanted.low >= 0 and wanted.high <= 1 and (value is None or 0 <= value <= 1)
+        numbers.append(Number(metric, wanted.says, value, wanted.low, wanted.high, wanted.holds(value), share, rate))
+    return tuple(numbers)
+
+
+def _beside(metric: str, end: str) -> str:
+    """The name of a number that belongs to a metric: `a/rate_ci_low`, but `layers/a_ci_low/layer_07`."""
+    name, slash, layer = metric.rpartition("/")
+    return f"{name}{end}/{layer}" if slash and re.fullmatch(r"layer_\d+", layer) else metric + end

@@ -62,12 +62,12 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """
     from pathlib import Path
 
-    from vlmscope.config.circuit_file import declared
+    from vlmscope.config.resolve import declared_circuit
     from vlmscope.tasks.circuits.inputs import traced_inputs
     from vlmscope.tasks.studies.feature_labels import look_for_labels
 
     look_for_labels(cfg)
-    spec = None if cfg.circuit_spec is None else declared(cfg.circuit_spec)
+    spec = None if cfg.circuit_spec is None else declared_circuit(cfg.circuit_spec)
     check_source(cfg, spec)
     asked = traced_inputs(cfg, spec)
 

@@ -19,12 +19,11 @@ from vlmscope.core.launch import place_of
 from vlmscope.tasks import registry
 from vlmscope.tasks.context import RunContext
 from vlmscope.tasks.ranks import claimed, remove_empty, together, work_along
-from vlmscope.tracking import NullRun, RunInfo, open_run, sweep
+from vlmscope.tracking import RunInfo, TrackedRun, open_run, sweep
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.registry import Task
-    from vlmscope.tracking import TrackedRun
 
 
 def _flat_metrics(metrics: Mapping[str, float]) -> dict[str, float | None]:
@@ -86,7 +85,7 @@ def run_job(cfg: Any) -> None:
     task = registry.load(hydra.runtime.choices["task"])
     task.check_used(overrides)
     place = place_of(os.environ)
-    context = RunContext(run_dir, NullRun(), overrides)
+    context = RunContext(run_dir, TrackedRun(), overrides)
     if place is not None:
         with _enough_memory(task), together(place, task, app_cfg, run_dir) as (own_cfg, shared):
             context = replace(context, run_dir=shared, per_host=place.per_host)
@@ -128,7 +127,7 @@ def _recorded_run(cfg: Any, app_cfg: "AppConfig", task: "Task", own_cfg: "AppCon
         _record(metrics, tracked, run_dir)
 
 
-def _record(metrics: Mapping[str, float], tracked: "TrackedRun", run_dir: Path) -> None:
+def _record(metrics: Mapping[str, float], tracked: TrackedRun, run_dir: Path) -> None:
     """Write and log what a task returned, and print where it is."""
     tracked.log_metrics(metrics)
     write_json(run_dir / "metrics.json", _flat_metrics(metrics))

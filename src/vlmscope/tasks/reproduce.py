@@ -117,7 +117,7 @@ def _shards(run_dir: Path) -> tuple[str, ...]:
 
 
 def _judged(run_dir: Path, job: Job, how: Ended) -> Reproduced:
-    from vlmscope.config.headline import numbers_of
+    from vlmscope.config.schema import numbers_of
     from vlmscope.core.artifacts import read_json
     from vlmscope.core.runs import Reproduced
     from vlmscope.report.reproduction import key_picture

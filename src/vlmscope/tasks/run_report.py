@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmscope.circuits.trial_config import MarkConfig, measures_of
 from vlmscope.config import catalog
-from vlmscope.config.headline import HeadlineConfig, numbers_of
+from vlmscope.config.schema import HeadlineConfig, numbers_of
 from vlmscope.core.artifacts import read_text
 from vlmscope.core.runs import Number
 from vlmscope.report.marks import Folder, sections_of

@@ -1,10 +1,4 @@
-"""The MLflow client and what it is given.
-
-A nested configuration as the flat, bounded strings that MLflow takes as parameters.
-
-Where a run's code came from: git commit and package versions.
-
-An MLflow client: quiet, offline, safe to open from several processes at once, patient with a locked database.
+"""An MLflow client: quiet, offline, safe to open from several processes at once, patient with a locked database.
 
 Importing MLflow takes 2 to 3 s on a slow core and its SQLite store 1 s more (3 s when the database is made), so both
 happen here, when the first run is opened, and never at import.
@@ -30,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmscope.core.errors import UserError
+from vlmscope.core.origin import flat
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -39,18 +34,6 @@ MAX_KEY = 250
 MAX_VALUE = 6000
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
 _CUT = " ... (cut; whole in config.yaml)"
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; lists and empty mappings stay values."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat
 
 
 def clean_text(text: str) -> str:
@@ -66,8 +49,9 @@ def clean_key(key: str) -> str:
 def to_params(config: Mapping[str, Any]) -> dict[str, str]:
     """Every leaf of `config` as one parameter. Keys that become equal by cleaning get a number; long values are cut."""
     params: dict[str, str] = {}
-    for key, value in flatten(config).items():
-        name = base = clean_key(str(key))
+    leaves = {key: leaf for group, inner in config.items() for key, leaf in flat(str(group), inner).items()}
+    for key, value in leaves.items():
+        name = base = clean_key(key)
         number = 2
         while name in params:
             name = f"{base[: MAX_KEY - 8]}_{number}"

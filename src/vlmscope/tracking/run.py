@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from vlmscope.core.artifacts import write_text
 from vlmscope.core.errors import UserError
@@ -25,7 +25,6 @@ from vlmscope.tracking.client import (
     sqlite_file,
     to_params,
 )
-from vlmscope.tracking.config import TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -39,29 +38,12 @@ _MOST_POINTS = 200_000  # that wait for a store, some 50 MB
 _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0  # seconds between attempts
 
 
-class TrackedRun(Protocol):
-    """What a task may log. Metrics are floats under the names of the contract, such as `val/fvu`."""
+@dataclass
+class TrackingConfig:
+    """`uri` is an MLflow tracking URI, such as `sqlite:///outputs/mlflow.db` (relative to the current folder)."""
 
-    @property
-    def run_id(self) -> str | None:
-        """MLflow's id of the run, or None when nothing is tracked."""
-        ...
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log a (nested) mapping as flat parameters; one that has another value already keeps it."""
-        ...
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log numbers at a training step; without one, at the latest that this run logged (0 before any)."""
-        ...
-
-    def log_artifacts(self, path: str | Path) -> None:
-        """Copy a file, or all files below a folder, into the run's artifacts. Hidden files are left out."""
-        ...
-
-    def lightning_logger(self) -> "Logger":
-        """A logger for a Lightning Trainer that writes into this run."""
-        ...
+    enabled: bool = True
+    uri: str = "sqlite:///outputs/mlflow.db"
 
 
 @dataclass(frozen=True)
@@ -80,28 +62,25 @@ class RunInfo:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-class NullRun:
-    """A run that is not tracked."""
+class TrackedRun:
+    """What a task may log; this one keeps nothing. Metrics are floats under the names of the contract: `val/fvu`."""
 
-    run_id: str | None = None
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Do nothing."""
+    run_id: str | None = None  # MLflow's, None while there is none
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Do nothing."""
+        """Log numbers at a training step; without one, at the latest that this run logged (0 before any)."""
 
     def log_artifacts(self, path: str | Path) -> None:
-        """Do nothing."""
+        """Copy a file, or all files below a folder, into the run's artifacts. Hidden files are left out."""
 
     def lightning_logger(self) -> "Logger":
-        """A Lightning logger that writes nowhere."""
+        """A logger for a Lightning Trainer that writes into this run and leaves its status alone."""
         from vlmscope.tracking.lightning import RunLogger
 
         return RunLogger(self)
 
 
-class MlflowRun:
+class MlflowRun(TrackedRun):
     """A run in an MLflow store. What is logged is kept here until the store takes it: no work waits for the store long.
 
     Writing is tried whenever something is logged, for WAIT seconds, after a failure with growing pauses, and at the end
@@ -114,7 +93,7 @@ class MlflowRun:
         self._uri, self._run_dir, self._info, self._resume = uri, run_dir, info, resume
         self._started = int(time.time() * 1000)
         self._step = 0  # the latest; final figures at step 0 would send a curve back to its start
-        self._params: list[Mapping[str, Any]] = [info.params]
+        self._params: Mapping[str, Any] | None = info.params
         self._points: deque[tuple[str, float, int, int | None]] = deque(maxlen=_MOST_POINTS)
         self._lost = 0
         self._files: dict[Path, str] = {}
@@ -124,13 +103,7 @@ class MlflowRun:
         check_store(uri)
         self._write()
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log new parameters. MLflow's cannot change: one that did since a resume goes into a tag `changed.<name>`."""
-        self._params.append(params)
-        self._write()
-
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log numbers; `step` defaults to the latest one."""
         now = int(time.time() * 1000)
         if step is None and (self.run_id is not None or not self._resume):
             step = self._step
@@ -153,12 +126,6 @@ class MlflowRun:
             if file.is_file() and not any(part.startswith(".") for part in relative.parts):
                 self._files[file] = relative.parent.as_posix()
         self._write()
-
-    def lightning_logger(self) -> "Logger":
-        """A Lightning logger that writes into this run and leaves its status alone."""
-        from vlmscope.tracking.lightning import RunLogger
-
-        return RunLogger(self)
 
     def close(self, status: str) -> None:
         """End the run, with all that it has not written yet; one warning says what the store never took."""
@@ -206,9 +173,9 @@ class MlflowRun:
             run_id = start_run(client, self._uri, self._run_dir, self._info, self._resume, self._started)
             self._step = max(self._step, _latest_step(client, run_id) if self._resume else 0)
             self.run_id = run_id
-        while self._params:
-            _send_params(client, self.run_id, self._params[0])
-            del self._params[0]
+        if self._params is not None:
+            _send_params(client, self.run_id, self._params)
+            self._params = None
         while self._points:
             batch = [self._points[at] for at in range(min(1000, len(self._points)))]
             entries = [Metric(key, value, now, self._step if at is None else at) for key, value, now, at in batch]
@@ -224,18 +191,15 @@ class MlflowRun:
     def _left(self) -> str:
         """What the store has not taken, as words."""
         names = {key for key, *_ in self._points}
+        megabytes = sum(file.stat().st_size for file in self._files if file.exists()) / 1e6
         parts = [
             "the run itself" if self.run_id is None else "",
-            "parameters" if self._params and self.run_id is not None else "",
+            "parameters" if self._params is not None and self.run_id is not None else "",
             f"{len(self._points) + self._lost} points of {len(names)} metrics" if names else "",
-            f"{len(self._files)} files of {sum(map(_size, self._files)) / 1e6:.1f} MB" if self._files else "",
+            f"{len(self._files)} files of {megabytes:.1f} MB" if self._files else "",
             f"the status {self._status}",
         ]
         return ", ".join(filter(None, parts))
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
 
 
 def copy_artifact(client: "MlflowClient", run_id: str, file: Path, folder: str) -> None:
@@ -245,6 +209,7 @@ def copy_artifact(client: "MlflowClient", run_id: str, file: Path, folder: str) 
 
 
 def _send_params(client: "MlflowClient", run_id: str, params: Mapping[str, Any]) -> None:
+    """Log the configuration. MLflow's parameters cannot change: one that did since a resume becomes a tag."""
     from mlflow.entities import Param, RunTag
 
     known = client.get_run(run_id).data.params
@@ -335,7 +300,7 @@ def open_run(config: TrackingConfig, run_dir: Path, info: RunInfo, *, resume: bo
         UserError: when the tracking store cannot be used.
     """
     if not config.enabled:
-        yield NullRun()
+        yield TrackedRun()
         return
     run = MlflowRun(config.uri, run_dir, info, resume)
     status = "FAILED"

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from vlmscope.core.errors import UserError
 from vlmscope.tracking.client import PATIENCE, WAIT, Unreachable, check_store, open_client, patiently
-from vlmscope.tracking.config import TrackingConfig
-from vlmscope.tracking.run import RunInfo, copy_artifact, start_run
+from vlmscope.tracking.run import RunInfo, TrackingConfig, copy_artifact, start_run
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

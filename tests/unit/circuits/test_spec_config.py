@@ -14,7 +14,7 @@ from vlmscope.circuits.spec_config import (
     PositionsConfig,
     SupernodeConfig,
 )
-from vlmscope.config.circuit_file import declared
+from vlmscope.config.resolve import declared_circuit
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import PatchBox, Positions
 
@@ -79,7 +79,7 @@ def test_positions_are_records() -> None:
 
 def written(folder: Path, text: str) -> CircuitSpecConfig:
     (folder / "mine.yaml").write_text(text)
-    return declared(CircuitSpecConfig(path=str(folder / "mine.yaml")))
+    return declared_circuit(CircuitSpecConfig(path=str(folder / "mine.yaml")))
 
 
 def test_a_file_of_ones_own_is_read(tmp_path: Path) -> None:
@@ -112,4 +112,4 @@ def test_mistakes_in_a_file_name_it(tmp_path: Path, text: str, said: str) -> Non
 
 def test_a_file_and_supernodes_are_two_declarations(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give one of them"):
-        declared(CircuitSpecConfig(path=str(tmp_path / "x.yaml"), supernodes={"a": SupernodeConfig(IDS)}))
+        declared_circuit(CircuitSpecConfig(path=str(tmp_path / "x.yaml"), supernodes={"a": SupernodeConfig(IDS)}))

@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 
 from vlmscope.config import AppConfig, catalog
 from vlmscope.config.catalog import conf_dir
-from vlmscope.config.headline import HeadlineConfig
 from vlmscope.config.resolve import CONFIG_ERRORS, to_app_config
+from vlmscope.config.schema import HeadlineConfig
 from vlmscope.config.store import register
 from vlmscope.core.errors import UserError
 from vlmscope.tasks import registry

@@ -25,7 +25,7 @@ from vlmscope.attribution.export import load_graph
 from vlmscope.attribution.merged import load_merged
 from vlmscope.circuits.circuit import load_circuit
 from vlmscope.circuits.spec_config import CircuitSpecConfig
-from vlmscope.config.circuit_file import declared
+from vlmscope.config.resolve import declared_circuit
 from vlmscope.core import artifacts
 from vlmscope.core.errors import NoRoom, UserError
 from vlmscope.features.labels.propose import read_hand
@@ -317,7 +317,11 @@ YAML_DOORS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     ),
     "a card": ("README.md", "---\nlicense: {}\n---\n", lambda f: parts_of((f / "README.md").read_text())),
     "a circuit": ("circuit.yaml", "version: {}", load_circuit),
-    "a declared circuit": ("own.yaml", "supernodes: {}", lambda f: declared(CircuitSpecConfig(path=f"{f}/own.yaml"))),
+    "a declared circuit": (
+        "own.yaml",
+        "supernodes: {}",
+        lambda f: declared_circuit(CircuitSpecConfig(path=f"{f}/own.yaml")),
+    ),
     "labels by hand": ("labels.yaml", "L0/0: {}", lambda f: read_hand(f / "labels.yaml", cast(Any, None))),
     "a configuration": ("own/x.yaml", "# @package _global_\nprompt: {}", hydra_folder),
 }

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlmscope.config.headline import HeadlineConfig, numbers_of
+from vlmscope.config.schema import HeadlineConfig, numbers_of
 from vlmscope.core.runs import Number, Reproduced
 from vlmscope.report.page import Percent, duration, measured, range_of
 

@@ -16,8 +16,8 @@ from vlmscope.tasks.context import RunContext
 # Groups of settings that only some tasks read; what is not here (model, trainer, tracking, ...) all of them may.
 OPTIONAL = (
     "data", "optim", "attribution", "intervention", "interchange", "discovery", "study", "where", "trials", "settings",
-    "association", "circuit", "circuit_spec", "pairs", "images", "query", "analyses", "analysis", "report", "headline", "paper",
-    "figure",
+    "association", "circuit", "circuit_spec", "pairs", "images", "query", "analyses", "analysis", "report", "headline",
+    "paper", "figure",
 )  # fmt: skip
 
 SUBJECTS = {"intervention": "circuit", "interchange": "pairs", "discovery": "pairs"}  # groups that say nothing alone

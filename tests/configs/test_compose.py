@@ -22,24 +22,7 @@ EXPERIMENTS = sorted(catalog.options("experiment"))
 # These have keys that no other experiment has.
 LIMITED = ("train_orrery", "train_orrery_transcoders", "captioning", "mars_earth_patch", "mars_earth_curves")
 LIMITED += ("linear_story", "where_in_the_picture", "hallucination_prediction", "visual_arithmetic", "counting")
-GROUPS = (
-    "model",
-    "data",
-    "transcoder",
-    "optim",
-    "trainer",
-    "tracking",
-    "attribution",
-    "intervention",
-    "where",
-    "study",
-    "interchange",
-    "discovery",
-    "circuit_spec",
-    "prompts",
-    "pairs",
-    "debug",
-)
+GROUPS = ("model", "data", "transcoder", "optim", "tracking", "study", "circuit_spec", "prompts", "pairs", "debug")
 
 
 @pytest.fixture

@@ -109,6 +109,7 @@ class TrainingPlan:
     pool_batches: int = 8
     steps_per_batch: int = 2
 
+
 USES = ("attribution",)
 
 

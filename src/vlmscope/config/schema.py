@@ -7,7 +7,6 @@ the ones here are read by several tasks. Defaults are values that suit two CPU c
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from omegaconf import II, MISSING
@@ -19,7 +18,7 @@ from vlmscope.circuits.discovery.config import DiscoveryConfig
 from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.circuits.spec_config import CircuitSpecConfig
 from vlmscope.circuits.trial_config import MarkConfig, SettingConfig, TrialConfig
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.core.intervention import Rate
 from vlmscope.core.runs import Number
 from vlmscope.data.config import PairsConfig, SourceConfig, check_source
@@ -29,15 +28,6 @@ from vlmscope.features.study.config import StudyConfig
 from vlmscope.tracking import TrackingConfig
 from vlmscope.training.config import SCHEDULES
 from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES
-
-
-def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise a UserError that names the nearest allowed value when `value` is not one of `allowed`."""
-    if value not in allowed:
-        near = get_close_matches(value, allowed, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(allowed)}"
-        hint = "several values make a sweep; add -m" if "," in value else hint
-        raise UserError(f"{key}={value}: no such choice; {hint}")
 
 
 @dataclass
@@ -138,8 +128,7 @@ class OptimConfig:
         check_choice("optim.schedule", self.schedule, SCHEDULES)
         if len(self.betas) != 2:
             raise UserError(f"optim.betas={self.betas}: AdamW takes two numbers; write optim.betas=[0.9,0.999]")
-        if self.warmup < 0:
-            raise UserError(f"optim.warmup={self.warmup}: it counts steps; choose 0 or more")
+        check_least("optim", self, warmup=0)
 
 
 @dataclass
@@ -165,14 +154,10 @@ class TrainerConfig:
     rank_timeout: float = 30.0
 
     def __post_init__(self) -> None:
-        if self.per_host is not None and self.per_host < 1:
-            raise UserError(f"trainer.per_host={self.per_host}: it counts processes; choose 1 or more, or null")
         if not self.rank_timeout > 0:
             raise UserError(f"trainer.rank_timeout={self.rank_timeout}: it is minutes; choose a number above 0")
         check_choice("trainer.precision", self.precision, ("32", "bf16-mixed", "64"))
-        for key in ("max_steps", "batch_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"trainer.{key}={getattr(self, key)}: it must be at least 1")
+        check_least("trainer", self, max_steps=1, batch_size=1, per_host=1)
 
 
 @dataclass
@@ -194,9 +179,7 @@ class DataConfig:
     max_bad_shards: int = 0
 
     def __post_init__(self) -> None:
-        for key, least in (("shuffle", 1), ("context", 2), ("max_bad_shards", 0)):
-            if getattr(self, key) < least:
-                raise UserError(f"data.{key}={getattr(self, key)}: it must be at least {least}")
+        check_least("data", self, shuffle=1, context=2, max_bad_shards=0)
         for name, source in self.sources.items():
             check_source(name, source)
         if not 0 < self.val_share < 1:

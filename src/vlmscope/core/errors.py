@@ -1,6 +1,7 @@
-"""Exceptions that are told in one line: a mistake of the user, and a check that came out negative."""
+"""Exceptions that are told in one line, a mistake of the user or a failed check; checks of settings that raise them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 
 
@@ -61,3 +62,20 @@ class NotMainRank(Exception):
 
 class RankLost(Exception):
     """Another process of those that work together ended or does not answer: one line that says what to do."""
+
+
+def check_choice(key: str, value: str, allowed: Collection[str]) -> None:
+    """Refuse a `value` that is not one of `allowed`, naming the nearest one."""
+    if value not in allowed:
+        near = get_close_matches(value, allowed, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(allowed)}"
+        hint = "several values make a sweep; add -m" if "," in value else hint
+        raise UserError(f"{key}={value}: no such choice; {hint}")
+
+
+def check_least(group: str, settings: object, **least: float) -> None:
+    """Refuse a setting of `settings` that is below its bound: `check_least("study", self, top=1)`. None passes."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= bound:
+            raise UserError(f"{group}.{name}={value}: it must be at least {bound}")

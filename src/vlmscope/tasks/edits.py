@@ -45,7 +45,7 @@ class EditConfig:
     new_tokens: int = 24
 
     def __post_init__(self) -> None:
-        from vlmscope.config.schema import check_choice
+        from vlmscope.core.errors import check_choice
 
         check_choice("task.mode", self.mode, (*MODES, "all"))
         for key, least in (("top", 1), ("controls", 0), ("new_tokens", 1)):

@@ -104,7 +104,7 @@ def general_analysis(name: str, given: Mapping[str, Any]) -> Any:
     """
     from pydoc import locate
 
-    from vlmscope.config.schema import check_choice
+    from vlmscope.core.errors import check_choice
 
     check_choice("analyses", name, tuple(ANALYSES))
     return checked_settings(locate(ANALYSES[name]), given, f"analyses.{name}")

@@ -39,8 +39,7 @@ class Config:
     title: str | None = None
 
     def __post_init__(self) -> None:
-        from vlmscope.config.schema import check_choice
-        from vlmscope.core.errors import UserError
+        from vlmscope.core.errors import UserError, check_choice
 
         if self.rule is not None:
             check_choice("task.rule", self.rule, RULES)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from benchmarks.attribution_cases import load_case
 from benchmarks.measured import measured
+from tests.random_graphs import random_graph
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.influence import prune
-from vlmscope.attribution.random_graph import random_graph
 from vlmscope.attribution.trace import attribute
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.replacement.features import LayerFeatures, feature_table

@@ -15,8 +15,7 @@ from PIL import Image
 
 import vlmscope
 from vlmscope.app import main
-from vlmscope.attribution.export import load_graph
-from vlmscope.attribution.merged import load_merged
+from vlmscope.attribution.export import load_graph, load_merged
 from vlmscope.core.graph import AggregateGraph, GraphComparison
 from vlmscope.data.orrery.dataset import concept_scenes
 

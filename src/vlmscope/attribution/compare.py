@@ -1,6 +1,6 @@
-"""Several graphs of one model laid on one another: matching nodes, merging, comparing, averaging.
+"""Graphs of one model laid on one another: two compared, many averaged (docs/graphs.md).
 
-When nodes of two graphs of one model are the same node.
+Nodes of two graphs are the same node by these rules:
 
 | kind | same when |
 | --- | --- |
@@ -17,143 +17,70 @@ the position's role (image, question, special, last), so that the nodes of a rol
 that those at all positions become one. `auto` is `position` for prompts of the same length whose soft tokens stand at
 the same positions, else `role`. A node made of several has the sum of their influence, an edge the sum of the weights.
 
-Graphs laid on one another: which nodes and edges there are in all, and what one graph has of them.
-
-An edge is one integer made of the numbers of its two ends. Only the edges between nodes of the union are
-looked at, a block of rows at a time, so that whole graphs of many millions of edges need no second copy.
-
-Intersection and difference of two graphs, and the mean of many (rules of matching: `vlmscope.attribution.compare`).
-
 What counts is what pruning kept in at least one graph; its weights and shares are read from the whole graphs, so that a
-node which just missed the cut of one is not taken for absent there.
+node which just missed the cut of one is not taken for absent there. Only the edges between nodes of the union are
+looked at, a block of rows at a time, so that graphs of many millions of edges need no second copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmscope.attribution.export import load_graph
+from vlmscope.attribution.export import GRAPH_FILE, Merged, kept_by, load_graph
 from vlmscope.attribution.influence import absolute_rows, influence, logit_weights, row_blocks, rows_of, take_rows
+from vlmscope.core.artifacts import write_text
 from vlmscope.core.errors import UserError
-from vlmscope.core.graph import (
-    ENDS,
-    AggregateGraph,
-    AttributionGraph,
-    GraphComparison,
-    MatchedNodes,
-    NodeKind,
-    PrunedGraph,
-)
+from vlmscope.core.graph import AggregateGraph, AttributionGraph, GraphComparison, MatchedNodes, NodeKind, PrunedGraph
+from vlmscope.core.records import FeatureId
 
 MATCHES = ("position", "from_end", "role", "feature")
-_ANYWHERE = "any position"
-_ORDER = {kind: at for at, kind in enumerate((0, 3, 1, 2, 5, 4, 6))}  # of the node table of one graph
+# The order of kinds within a layer, that of the node table of one graph.
+_RANK = [NodeKind[kind] for kind in ("TOKEN", "BIAS", "FEATURE", "ERROR", "LEFT_OUT", "LOGIT", "TARGET")]
+_SHIFT = 32  # an edge is the integer `target << 32 | source`
 
 
 class NodeKey(NamedTuple):
     """What makes a node the same; `place` is a position, a role, or None for a node that stands nowhere.
 
-    `token` is a feature's index or a token's id, `image` and `box` are of a soft token, `label` of an end.
+    `token` is a feature's index or a token's id, `image` and `box` are of a soft token, `name` of an end.
     """
 
     layer: int
     kind: int
     place: int | str | None
-    token: int
-    image: int
-    box: tuple[float, ...]
-    label: str
+    token: int = -1
+    image: int = -1
+    box: tuple[float, ...] = ()
+    name: str = ""
 
 
 def choose_match(match: str, graphs: Sequence[AttributionGraph]) -> str:
-    """`match`, or what `auto` stands for with these graphs.
-
-    Raises:
-        UserError: no such rule.
-    """
+    """`match`, or what `auto` stands for with these graphs."""
     if match not in ("auto", *MATCHES):
         raise UserError(f"match={match}: no such rule; choose one of auto, {', '.join(MATCHES)}")
     if match != "auto":
         return match
-    first = graphs[0].is_image
-    same = all(len(g.is_image) == len(first) and (g.is_image == first).all() for g in graphs)
+    same = all(np.array_equal(graph.is_image, graphs[0].is_image) for graph in graphs)
     return "position" if same else "role"
 
 
-def check_same_model(graphs: Sequence[AttributionGraph], names: Sequence[str]) -> None:
-    """Refuse graphs of different models: their features have nothing in common.
-
-    Raises:
-        UserError: which two graphs, and of which models.
-    """
-    first = _model(graphs[0])
-    for graph, name in zip(graphs, names, strict=True):
-        if _model(graph) != first:
-            raise UserError(
-                f"{names[0]} is a graph of {_words(graphs[0])}, {name} of {_words(graph)}: "
-                "features of two models are not the same; give graphs of one"
-            )
+def _check_same_model(first: AttributionGraph, other: AttributionGraph, names: Sequence[str]) -> None:
+    models = [(graph.meta.get("model") or "a model without a name", graph.n_layers) for graph in (first, other)]
+    if models[0] != models[1]:
+        (one, layers), (two, other_layers) = models
+        raise UserError(
+            f"{names[0]} is a graph of {one} ({layers} layers), {names[1]} of {two} ({other_layers} layers): "
+            "features of two models are not the same; give graphs of one"
+        )
 
 
-def _model(graph: AttributionGraph) -> tuple[str, int]:
-    return str(graph.meta.get("model", "")), graph.n_layers
-
-
-def _words(graph: AttributionGraph) -> str:
-    return f"{graph.meta.get('model') or 'a model without a name'} ({graph.n_layers} layers)"
-
-
-def node_keys(graph: AttributionGraph, match: str) -> list[NodeKey]:
-    """The key of every node, in order."""
-    nodes, places = graph.nodes, _places(graph, match)
-    ends = nodes.ends()
-    names = {int(node): text for node, text in zip(ends, graph.logit_tokens, strict=True)}
-    spread = len(np.unique(nodes.position[ends])) > 1
-    columns = (nodes.kind.tolist(), nodes.layer.tolist(), nodes.position.tolist(), nodes.index.tolist())
-    return [
-        _key(graph, places, NodeKind(kind), layer, position, index, names.get(node, ""), spread)
-        for node, (kind, layer, position, index) in enumerate(zip(*columns, strict=True))
-    ]
-
-
-def _key(
-    graph: AttributionGraph,
-    places: list[int | str],
-    kind: NodeKind,
-    layer: int,
-    position: int,
-    index: int,
-    name: str,
-    spread: bool,
-) -> NodeKey:
-    place = places[position] if position >= 0 else None
-    match kind:
-        case NodeKind.TOKEN:
-            box = graph.patch_boxes[position]
-            if box is not None:
-                # A soft token's place only says where it is drawn: equal cells match wherever the picture stands.
-                rounded = tuple(round(float(edge), 6) for edge in box)
-                return NodeKey(layer, kind, None, -1, int(graph.image_index[position]), rounded, "")
-            return NodeKey(layer, kind, place, index, -1, (), "")
-        case NodeKind.FEATURE:
-            return NodeKey(layer, kind, place, index, -1, (), "")
-        case NodeKind.ERROR:
-            return NodeKey(layer, kind, place, -1, -1, (), "")
-        case NodeKind.LOGIT:
-            return NodeKey(layer, kind, place if spread else None, index, -1, (), name)
-        case NodeKind.TARGET:
-            # The name of a feature that is explained says where it fires; that may differ between prompts.
-            return NodeKey(layer, kind, None, index, -1, (), name if index < 0 else "")
-        case _:
-            return NodeKey(layer, kind, None, -1, -1, (), "")
-
-
-def _places(graph: AttributionGraph, match: str) -> list[int | str]:
+def places(graph: AttributionGraph, match: str) -> list[int | str]:
+    """The place of each position under a rule."""
     count = len(graph.tokens)
     match match:
         case "position":
@@ -163,107 +90,153 @@ def _places(graph: AttributionGraph, match: str) -> list[int | str]:
         case "role":
             return [str(role) for role in graph.roles]
         case _:
-            return [_ANYWHERE] * count
+            return ["any position"] * count
 
 
-class Columns:
-    """The places of several graphs in order, with what stands there; soft tokens and logits stand where first seen."""
+def node_keys(graph: AttributionGraph, match: str) -> list[NodeKey]:
+    """The key of every node, in order."""
+    nodes, place_of = graph.nodes, places(graph, match)
+    ends = nodes.ends()
+    names = dict(zip(ends.tolist(), graph.logit_tokens, strict=True))
+    spread = len(np.unique(nodes.position[ends])) > 1
+    keys = []
+    table = zip(nodes.kind.tolist(), nodes.layer.tolist(), nodes.position.tolist(), nodes.index.tolist(), strict=True)
+    for node, (kind, layer, position, index) in enumerate(table):
+        key = NodeKey(layer, kind, place_of[position] if position >= 0 else None)
+        match NodeKind(kind):
+            case NodeKind.TOKEN if (box := graph.patch_boxes[position]) is not None:
+                rounded = tuple(round(float(edge), 6) for edge in box)
+                key = key._replace(place=None, image=int(graph.image_index[position]), box=rounded)
+            case NodeKind.TOKEN | NodeKind.FEATURE:
+                key = key._replace(token=index)
+            case NodeKind.LOGIT:
+                key = key._replace(place=key.place if spread else None, token=index, name=names[node])
+            case NodeKind.TARGET:
+                # The name of a feature that is explained says where it fires; that may differ between prompts.
+                key = key._replace(place=None, token=index, name=names[node] if index < 0 else "")
+        keys.append(key)
+    return keys
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The nodes and edges that remain; `numbers` gives a node's row, `edges [E]` the sorted edge integers."""
+
+    match: str
+    numbers: dict[NodeKey, int]
+    edges: np.ndarray
+    nodes: MatchedNodes
+    columns: list[str]
+    column_is_image: np.ndarray
+
+    def common(self, first: AttributionGraph, names: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
+        """The fields that comparisons and aggregates share."""
+        return {
+            "nodes": self.nodes,
+            "columns": self.columns,
+            "column_is_image": self.column_is_image,
+            "sources": (self.edges & ((1 << _SHIFT) - 1)).astype(np.int32),
+            "targets": (self.edges >> _SHIFT).astype(np.int32),
+            "match": self.match,
+            "n_layers": first.n_layers,
+            "model": str(first.meta.get("model", "")),
+            "names": list(names),
+            "prompts": list(prompts),
+        }
+
+
+class Union:
+    """The kept nodes and edges of graphs that are added one after another, and how many graphs keep each.
+
+    A soft token or an end is drawn where it was first seen, and called what it was called there.
+    """
 
     def __init__(self, match: str) -> None:
         self.match = match
-        self.texts: dict[int | str, list[str]] = {}
-        self.image: dict[int | str, bool] = {}
-        self.soft: dict[tuple[int, tuple[float, ...]], int | str] = {}
-        self.ends: dict[tuple[int, str], int | str] = {}
-        self.names: dict[int, str] = {}  # of features that are explained, by index
-        self.words: dict[int, str] = {}  # token id -> string
+        self._numbers: dict[NodeKey, int] = {}
+        self._drawn: list[tuple[int | str | None, str]] = []  # of each number: place and label
+        self._counts: list[int] = []
+        self._edges = np.empty(0, np.int64)
+        self._edge_counts = np.empty(0, np.int64)
+        self._texts: dict[int | str, list[str]] = {}  # what stands at each place
+        self._image: dict[int | str, bool] = {}  # whether only soft tokens do
 
-    def add(self, graph: AttributionGraph) -> None:
-        """Take in the places of a graph."""
-        places = _places(graph, self.match)
-        for position, place in enumerate(places):
-            box = graph.patch_boxes[position]
-            text = graph.tokens[position] if box is None else soft_name(graph, position)
-            seen = self.texts.setdefault(place, [])
-            if text not in seen and isinstance(place, int):
-                seen.append(text)
-            self.image[place] = self.image.get(place, True) and bool(graph.is_image[position])
-            if box is not None:
-                where = int(graph.image_index[position]), tuple(round(float(edge), 6) for edge in box)
-                self.soft.setdefault(where, place)
-        nodes = graph.nodes
-        for node, text in zip(nodes.ends(), graph.logit_tokens, strict=True):
-            index, named = int(nodes.index[node]), nodes.kind[node] == NodeKind.LOGIT or nodes.index[node] < 0
-            self.ends.setdefault((index, text if named else ""), places[int(nodes.position[node])])
-            if not named:
-                self.names.setdefault(index, text)
-        for node in nodes.of(NodeKind.TOKEN):
-            self.words.setdefault(int(nodes.index[node]), graph.tokens[int(nodes.position[node])])
+    def add(self, pruned: PrunedGraph) -> None:
+        """Take in what pruning kept of a graph."""
+        graph = pruned.graph
+        place_of = places(graph, self.match)
+        for position, place in enumerate(place_of):
+            text = graph.tokens[position] if graph.patch_boxes[position] is None else _cell(graph, position)
+            texts = self._texts.setdefault(place, [])
+            if text not in texts:
+                texts.append(text)
+            self._image[place] = self._image.get(place, True) and bool(graph.is_image[position])
+        keys = node_keys(graph, self.match)
+        number = np.full(graph.n_nodes, -1, np.int64)
+        for node in np.flatnonzero(pruned.node_mask).tolist():
+            key = keys[node]
+            number[node] = self._numbers.setdefault(key, len(self._numbers))
+            if number[node] == len(self._drawn):
+                position = int(graph.nodes.position[node])
+                self._drawn.append((place_of[position] if position >= 0 else None, _label(graph, node, key)))
+                self._counts.append(0)
+        for seen in set(number[number >= 0].tolist()):
+            self._counts[seen] += 1
+        kept = np.flatnonzero(pruned.edge_mask)
+        new = np.unique(number[graph.targets_of(kept)] << _SHIFT | number[graph.indices[kept]])
+        edges, inverse = np.unique(np.concatenate([self._edges, new]), return_inverse=True)
+        counted = np.concatenate([self._edge_counts, np.ones(len(new), np.int64)])
+        self._edges, self._edge_counts = edges, np.bincount(inverse, counted, len(edges)).astype(np.int64)
 
-    def order(self) -> list[int | str]:
-        """The places from left to right: positions by number, roles as first met."""
-        return sorted(self.texts) if self.match in ("position", "from_end") else list(self.texts)  # type: ignore[type-var]
+    def layout(self, min_count: int = 1) -> Layout:
+        """What at least `min_count` graphs keep; an edge needs both of its ends. Sources stand before targets."""
+        order = sorted(self._texts) if self.match in ("position", "from_end") else list(self._texts)
+        column = {place: number for number, place in enumerate(order)} | {None: -1}
 
-    def labels(self) -> list[str]:
-        """What is written at each place: the tokens of the graphs, or the role."""
-        return [" | ".join(self.texts[place]) if isinstance(place, int) else place for place in self.order()]
+        def rank(key: NodeKey) -> tuple[Any, ...]:
+            left_top = (key.box[1], key.box[0]) if key.box else ()
+            at = column[self._drawn[self._numbers[key]][0]]
+            return key.layer, _RANK.index(key.kind), at, key.token, key.image, left_top, key.name
 
-    def is_image(self) -> np.ndarray:
-        """`[C]` bool, places where only soft tokens stand."""
-        return np.array([self.image[place] for place in self.order()], dtype=bool)
-
-    def place(self, key: NodeKey) -> int | str | None:
-        """Where a node is drawn."""
-        if key.kind in ENDS and key.place is None:
-            return self.ends[key.token, key.label]
-        return self.soft[key.image, key.box] if key.image >= 0 else key.place
-
-    def table(self, keys: Iterable[NodeKey]) -> tuple[MatchedNodes, np.ndarray]:
-        """The node table of some keys, sources before targets, and the order: row i is the `order[i]`-th key."""
-        number: dict[int | str | None, int] = {place: at for at, place in enumerate(self.order())} | {None: -1}
-        given = list(keys)
-        at = [number[self.place(key)] for key in given]
-        rank = [
-            (key.layer, _ORDER[key.kind], at[i], key.token, key.image, _row_major(key.box), key.label)
-            for i, key in enumerate(given)
-        ]
-        order = np.array(sorted(range(len(given)), key=rank.__getitem__), dtype=np.int64)
-        chosen = [given[i] for i in order]
+        chosen = sorted((key for key, number in self._numbers.items() if self._counts[number] >= min_count), key=rank)
+        old = np.array([self._numbers[key] for key in chosen], np.int64)
+        drawn = [self._drawn[number] for number in old]
         nodes = MatchedNodes(
             kind=np.array([key.kind for key in chosen], np.int8),
             layer=np.array([key.layer for key in chosen], np.int16),
-            position=np.array([at[i] for i in order], np.int32),
+            position=np.array([column[place] for place, _ in drawn], np.int32),
             index=np.array([key.token for key in chosen], np.int64),
             image=np.array([key.image for key in chosen], np.int64),
             box=np.array([key.box or (np.nan,) * 4 for key in chosen], np.float64).reshape(-1, 4),
-            label=[self._label(key) for key in chosen],
+            label=[label for _, label in drawn],
         )
-        return nodes, order
-
-    def _label(self, key: NodeKey) -> str:
-        match NodeKind(key.kind):
-            case NodeKind.TOKEN if key.image >= 0:
-                left, top, right, bottom = key.box
-                return f"picture {key.image + 1} at {(left + right) / 2:.0%}, {(top + bottom) / 2:.0%}"
-            case NodeKind.TOKEN:
-                return f'"{self.words[key.token]}"'
-            case NodeKind.FEATURE:
-                return f"feature {key.token} of layer {key.layer}"
-            case NodeKind.ERROR:
-                return f"error L{key.layer}"
-            case NodeKind.BIAS:
-                return f"bias L{key.layer}"
-            case NodeKind.LEFT_OUT:
-                return f"left out L{key.layer}"
-            case _:
-                return key.label or self.names[key.token]
+        renamed = np.full(len(self._numbers), -1, np.int64)
+        renamed[old] = np.arange(len(old))
+        often = self._edges[self._edge_counts >= min_count]
+        targets, sources = renamed[often >> _SHIFT], renamed[often & ((1 << _SHIFT) - 1)]
+        inside = (targets >= 0) & (sources >= 0)
+        edges = np.sort(targets[inside] << _SHIFT | sources[inside])
+        numbers = {key: number for number, key in enumerate(chosen)}
+        columns = [" | ".join(self._texts[place]) if isinstance(place, int) else place for place in order]
+        return Layout(self.match, numbers, edges, nodes, columns, np.array([self._image[place] for place in order]))
 
 
-def _row_major(box: tuple[float, ...]) -> tuple[float, ...]:
-    return (box[1], box[0]) if box else ()
+def _label(graph: AttributionGraph, node: int, key: NodeKey) -> str:
+    match NodeKind(key.kind):
+        case NodeKind.TOKEN if key.box:
+            left, top, right, bottom = key.box
+            return f"picture {key.image + 1} at {(left + right) / 2:.0%}, {(top + bottom) / 2:.0%}"
+        case NodeKind.TOKEN:
+            return f'"{graph.tokens[int(graph.nodes.position[node])]}"'
+        case NodeKind.FEATURE:
+            return f"feature {key.token} of layer {key.layer}"
+        case NodeKind.ERROR | NodeKind.BIAS | NodeKind.LEFT_OUT as kind:
+            return f"{kind.name.lower().replace('_', ' ')} L{key.layer}"
+        case _:
+            return graph.logit_tokens[node - int(graph.nodes.ends()[0])]
 
 
-def soft_name(graph: AttributionGraph, position: int) -> str:
+def _cell(graph: AttributionGraph, position: int) -> str:
     """`1: 2,3` for the soft token of picture 1 in row 2 and column 3, all from 1."""
     picture, box = int(graph.image_index[position]), graph.patch_boxes[position]
     assert box is not None, f"position {position} is no soft token"
@@ -273,159 +246,50 @@ def soft_name(graph: AttributionGraph, position: int) -> str:
     return f"{picture + 1}: {row},{column}"
 
 
-_SHIFT = 32  # an edge is `target << 32 | source`
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The nodes and edges that remain; `numbers` gives a node's row, `edges [E]` the sorted edge integers."""
-
-    match: str
-    nodes: MatchedNodes
-    numbers: dict[NodeKey, int]
-    edges: np.ndarray
-    columns: list[str]
-    column_is_image: np.ndarray
-
-    @property
-    def sources(self) -> np.ndarray:
-        """`[E]` int32."""
-        return (self.edges & ((1 << _SHIFT) - 1)).astype(np.int32)
-
-    @property
-    def targets(self) -> np.ndarray:
-        """`[E]` int32."""
-        return (self.edges >> _SHIFT).astype(np.int32)
-
-
-class Union:
-    """The kept nodes and edges of graphs that are added one after another, and how many graphs keep each."""
-
-    def __init__(self, match: str) -> None:
-        self.match = match
-        self._columns = Columns(match)
-        self._numbers: dict[NodeKey, int] = {}
-        self._counts: list[int] = []
-        self._edges = np.empty(0, np.int64)
-        self._edge_counts = np.empty(0, np.int64)
-        self.n_graphs = 0
-
-    def add(self, pruned: PrunedGraph) -> None:
-        """Take in what pruning kept of a graph."""
-        graph = pruned.graph
-        self.n_graphs += 1
-        self._columns.add(graph)
-        keys = node_keys(graph, self.match)
-        number = np.full(graph.n_nodes, -1, np.int64)
-        for node in np.flatnonzero(pruned.node_mask).tolist():
-            number[node] = self._numbers.setdefault(keys[node], len(self._numbers))
-        self._counts += [0] * (len(self._numbers) - len(self._counts))
-        for node in set(number[number >= 0].tolist()):
-            self._counts[node] += 1
-        kept = np.flatnonzero(pruned.edge_mask)
-        found = np.unique(number[graph.targets_of(kept)] << _SHIFT | number[graph.indices[kept]])
-        edges, inverse = np.unique(np.concatenate([self._edges, found]), return_inverse=True)
-        counted = np.concatenate([self._edge_counts, np.ones(len(found), np.int64)])
-        self._edges, self._edge_counts = edges, np.bincount(inverse, counted, len(edges)).astype(np.int64)
-
-    def layout(self, min_count: int = 1) -> Layout:
-        """What at least `min_count` graphs keep; an edge needs both of its ends."""
-        keys = [key for key, number in self._numbers.items() if self._counts[number] >= min_count]
-        nodes, order = self._columns.table(keys)
-        numbers = {keys[old]: new for new, old in enumerate(order.tolist())}
-        renamed = np.full(len(self._numbers), -1, np.int64)
-        for key, new in numbers.items():
-            renamed[self._numbers[key]] = new
-        often = self._edges[self._edge_counts >= min_count]
-        targets, sources = renamed[often >> _SHIFT], renamed[often & ((1 << _SHIFT) - 1)]
-        inside = (targets >= 0) & (sources >= 0)
-        edges = np.sort(targets[inside] << _SHIFT | sources[inside])
-        return Layout(self.match, nodes, numbers, edges, self._columns.labels(), self._columns.is_image())
-
-
-@dataclass(frozen=True)
-class Projection:
+def project(pruned: PrunedGraph, layout: Layout) -> dict[str, np.ndarray]:
     """What one graph has of a layout's M nodes and E edges.
 
-    `share [M]`, `weight [E]` and `edge_share [E]` are float64 and of the whole graph; `kept [M]`, `edge_kept [E]` and
-    `present [M]` bool; `activation [M]` float64, NaN where absent.
+    Of the whole graph `share`, `activation` (NaN where absent) `[M]`, `weights` and `edge_share` `[E]`, float64; bool
+    `kept`, `present` `[M]` and `edge_kept` `[E]`.
     """
-
-    share: np.ndarray
-    kept: np.ndarray
-    present: np.ndarray
-    activation: np.ndarray
-    weight: np.ndarray
-    edge_share: np.ndarray
-    edge_kept: np.ndarray
-
-
-def project(pruned: PrunedGraph, layout: Layout) -> Projection:
-    """Find a graph's part of a layout."""
     graph = pruned.graph
     number = np.array([layout.numbers.get(key, -1) for key in node_keys(graph, layout.match)], np.int64)
     flow = influence(graph, logit_weights(graph))
     total = flow.nodes.sum() or 1.0
     inside = np.flatnonzero(number >= 0)
-    count = len(layout.nodes)
-    share = np.bincount(number[inside], flow.nodes[inside], count) / total
-    kept, present = np.zeros(count, bool), np.zeros(count, bool)
+    m, e = len(layout.nodes), len(layout.edges)
+    kept, present, edge_kept = np.zeros(m, bool), np.zeros(m, bool), np.zeros(e, bool)
     present[number[inside]] = True
     kept[number[inside[pruned.node_mask[inside]]]] = True
-    weight, edge_share = _edges(graph, layout, number, flow.per_edge / total)
-    edges = np.flatnonzero(pruned.edge_mask)
-    targets, sources = number[graph.targets_of(edges)], number[graph.indices[edges]]
-    at, hit = _find(layout.edges, targets, sources)
-    edge_kept = np.zeros(len(layout.edges), bool)
-    edge_kept[at[hit]] = True
-    return Projection(share, kept, present, _activations(graph, number, count), weight, edge_share, edge_kept)
+    activation = np.full(m, np.nan)
+    shown = np.flatnonzero((number >= 0) & np.isin(graph.nodes.kind, (NodeKind.FEATURE, NodeKind.LOGIT)))
+    np.fmax.at(activation, number[shown], graph.nodes.activation[shown].astype(np.float64))
 
+    def find(targets: np.ndarray, sources: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where edges between numbered nodes stand in the layout, and which are there; -1 is nowhere."""
+        wanted = targets << _SHIFT | np.maximum(sources, 0)
+        at = np.minimum(np.searchsorted(layout.edges, wanted), max(e - 1, 0))
+        return at, (targets >= 0) & (sources >= 0) & (layout.edges[at] == wanted if e else False)
 
-def _find(edges: np.ndarray, targets: np.ndarray, sources: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where edges between numbered nodes stand among `edges`, and which are there; a number of -1 is nowhere."""
-    wanted = targets << _SHIFT | np.maximum(sources, 0)
-    at = np.minimum(np.searchsorted(edges, wanted), max(len(edges) - 1, 0))
-    if len(edges) == 0:
-        return at, np.zeros(len(wanted), bool)
-    return at, (edges[at] == wanted) & (targets >= 0) & (sources >= 0)
-
-
-def _edges(
-    graph: AttributionGraph, layout: Layout, number: np.ndarray, per_edge: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weight and share of the layout's edges in a whole graph, `[E]` each."""
-    weight, share = np.zeros(len(layout.edges)), np.zeros(len(layout.edges))
+    weights, edge_share, per_edge = np.zeros(e), np.zeros(e), flow.per_edge / total
     for rows in row_blocks(graph, rows_of(graph, number >= 0)):
         signed, absolute = take_rows(graph, graph.weights, rows), absolute_rows(graph, rows)
         row = np.repeat(rows, np.diff(signed.indptr))
-        at, hit = _find(layout.edges, number[row], number[signed.indices])
-        weight += np.bincount(at[hit], signed.data[hit], len(layout.edges))
-        share += np.bincount(at[hit], absolute.data[hit] * per_edge[row[hit]], len(layout.edges))
-    return weight, share
-
-
-def _activations(graph: AttributionGraph, number: np.ndarray, count: int) -> np.ndarray:
-    out = np.full(count, np.nan)
-    shown = np.flatnonzero((number >= 0) & np.isin(graph.nodes.kind, (NodeKind.FEATURE, NodeKind.LOGIT)))
-    np.fmax.at(out, number[shown], graph.nodes.activation[shown].astype(np.float64))
-    return out
-
-
-GRAPH_FILE = "graph.safetensors"
-
-
-def graph_file(place: str | Path) -> Path:
-    """The graph's file in a run folder, or the file itself.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(place)
-    found = path / GRAPH_FILE if path.is_dir() else path
-    if not found.is_file():
-        what = f"holds no {GRAPH_FILE}" if path.is_dir() else "is neither a run folder nor a file"
-        raise UserError(f"{path} {what}; give the folder of a task=trace run")
-    return found
+        at, hit = find(number[row], number[signed.indices])
+        weights += np.bincount(at[hit], signed.data[hit], e)
+        edge_share += np.bincount(at[hit], absolute.data[hit] * per_edge[row[hit]], e)
+    edges = np.flatnonzero(pruned.edge_mask)
+    at, hit = find(number[graph.targets_of(edges)], number[graph.indices[edges]])
+    edge_kept[at[hit]] = True
+    return {
+        "share": np.bincount(number[inside], flow.nodes[inside], m) / total,
+        "kept": kept,
+        "present": present,
+        "activation": activation,
+        "weights": weights,
+        "edge_share": edge_share,
+        "edge_kept": edge_kept,
+    }
 
 
 def compare(
@@ -438,27 +302,16 @@ def compare(
         second: the other.
         names: what to call them.
         match: when nodes are the same: auto, position, from_end, role or feature.
-
-    Raises:
-        UserError: the graphs are of different models, or there is no such rule.
     """
-    both = (first, second)
-    check_same_model([pruned.graph for pruned in both], names)
-    union = Union(choose_match(match, [pruned.graph for pruned in both]))
-    for pruned in both:
-        union.add(pruned)
+    graphs = [first.graph, second.graph]
+    _check_same_model(*graphs, names)
+    union = Union(choose_match(match, graphs))
+    union.add(first)
+    union.add(second)
     layout = union.layout()
-    a, b = (project(pruned, layout) for pruned in both)
-    return GraphComparison(
-        **_common(layout, first, list(names), [pruned.graph.prompt for pruned in both]),
-        share=np.stack([a.share, b.share]),
-        kept=np.stack([a.kept, b.kept]),
-        present=np.stack([a.present, b.present]),
-        activation=np.stack([a.activation, b.activation]),
-        weights=np.stack([a.weight, b.weight]),
-        edge_share=np.stack([a.edge_share, b.edge_share]),
-        edge_kept=np.stack([a.edge_kept, b.edge_kept]),
-    )
+    a, b = project(first, layout), project(second, layout)
+    common = layout.common(first.graph, names, [graph.prompt for graph in graphs])
+    return GraphComparison(**common, **{name: np.stack([a[name], b[name]]) for name in a})
 
 
 def aggregate(
@@ -476,81 +329,92 @@ def aggregate(
         match: when nodes are the same: position, from_end, role or feature; auto looks at the first two.
         min_present: nodes and edges that pruning kept in a smaller share of the graphs are left out.
         each: wraps each of the two passes, for a progress bar.
-
-    Raises:
-        UserError: no graphs, graphs of different models, a file that is none, or a setting that makes no sense.
     """
     if not graphs:
         raise UserError("no graphs to aggregate; give the folders of task=trace runs")
     if not 0.0 <= min_present <= 1.0:
         raise UserError(f"min_present={min_present}: it is a share of the graphs; choose a number between 0 and 1")
-    names = list(names) if names is not None else [_name(place, at) for at, place in enumerate(graphs)]
-    head = [_loaded(place) for place in graphs[:2]]
-    union, prompts = Union(choose_match(match, [pruned.graph for pruned in head])), []
-    for pruned, name in zip(each(map(_loaded, graphs)), names, strict=True):
-        check_same_model([head[0].graph, pruned.graph], [names[0], name])
+
+    def loaded(graph: PrunedGraph | str | Path) -> PrunedGraph:
+        return graph if isinstance(graph, PrunedGraph) else load_graph(graph_file(graph))
+
+    if names is None:
+        numbered = enumerate(graphs, 1)
+        names = [f"graph {n}" if isinstance(g, PrunedGraph) else graph_file(g).parent.name for n, g in numbered]
+    head = [loaded(graph).graph for graph in graphs[:2]]
+    union, prompts = Union(choose_match(match, head)), []
+    for pruned, name in zip(each(map(loaded, graphs)), names, strict=True):
+        _check_same_model(head[0], pruned.graph, (names[0], name))
         union.add(pruned)
         prompts.append(pruned.graph.prompt)
     layout = union.layout(max(1, int(np.ceil(min_present * len(graphs) - 1e-9))))
-    sums = _Sums(layout)
-    for pruned in each(map(_loaded, graphs)):
-        sums.add(project(pruned, layout))
-    return sums.mean(_common(layout, head[0], names, prompts))
+    sums: dict[str, Any] = {}
+    for pruned in each(map(loaded, graphs)):
+        part = project(pruned, layout)
+        part |= {"activation": np.nan_to_num(part["activation"]), "absolute": np.abs(part["weights"])}
+        sums = {name: values + sums.get(name, 0) for name, values in part.items()}
+    return AggregateGraph(
+        **layout.common(head[0], names, prompts),
+        share=sums["share"] / len(graphs),
+        count=sums["kept"],
+        present=sums["present"],
+        activation=sums["activation"] / np.maximum(sums["present"], 1),
+        weight=sums["weights"] / len(graphs),
+        absolute=sums["absolute"] / len(graphs),
+        edge_share=sums["edge_share"] / len(graphs),
+        edge_count=sums["edge_kept"],
+    )
 
 
-class _Sums:
-    """Running sums of projections onto one layout."""
-
-    def __init__(self, layout: Layout) -> None:
-        nodes, edges = len(layout.nodes), len(layout.edges)
-        self.share, self.activation = np.zeros(nodes), np.zeros(nodes)
-        self.count, self.present = np.zeros(nodes, np.int64), np.zeros(nodes, np.int64)
-        self.weight, self.absolute, self.edge_share = np.zeros(edges), np.zeros(edges), np.zeros(edges)
-        self.edge_count = np.zeros(edges, np.int64)
-
-    def add(self, one: Projection) -> None:
-        self.share += one.share
-        self.count += one.kept
-        self.present += one.present
-        self.activation += np.nan_to_num(one.activation)
-        self.weight += one.weight
-        self.absolute += np.abs(one.weight)
-        self.edge_share += one.edge_share
-        self.edge_count += one.edge_kept
-
-    def mean(self, common: dict) -> AggregateGraph:
-        n_graphs = len(common["names"])
-        return AggregateGraph(
-            **common,
-            share=self.share / n_graphs,
-            count=self.count,
-            present=self.present,
-            activation=self.activation / np.maximum(self.present, 1),
-            weight=self.weight / n_graphs,
-            absolute=self.absolute / n_graphs,
-            edge_share=self.edge_share / n_graphs,
-            edge_count=self.edge_count,
-        )
+def graph_file(place: str | Path) -> Path:
+    """The graph's file in a run folder, or the file itself."""
+    path = Path(place)
+    file = path / GRAPH_FILE if path.is_dir() else path
+    if not file.is_file():
+        what = f"holds no {GRAPH_FILE}" if path.is_dir() else "is neither a run folder nor a file"
+        raise UserError(f"{path} {what}; give the folder of a task=trace run")
+    return file
 
 
-def _common(layout: Layout, first: PrunedGraph, names: list[str], prompts: list[str]) -> dict:
-    return {
-        "nodes": layout.nodes,
-        "columns": layout.columns,
-        "column_is_image": layout.column_is_image,
-        "sources": layout.sources,
-        "targets": layout.targets,
-        "match": layout.match,
-        "n_layers": first.graph.n_layers,
-        "model": str(first.graph.meta.get("model", "")),
-        "names": names,
-        "prompts": prompts,
+def write_tables(folder: str | Path, merged: Merged, labels: Mapping[FeatureId, str] | None = None) -> None:
+    """Write `nodes.csv` and `edges.csv`: what differs most (of a comparison), or matters most, comes first.
+
+    With `labels` nodes have a last column `label`.
+    """
+    import pandas as pd
+
+    table, where = merged.nodes, list(map(merged.where, range(len(merged.nodes))))
+    names = list(map(table.name, range(len(table))))
+    nodes: dict[str, Any] = {
+        "node": names,
+        "kind": [NodeKind(int(kind)).name.lower() for kind in table.kind],
+        "where": where,
     }
-
-
-def _loaded(place: PrunedGraph | str | Path) -> PrunedGraph:
-    return place if isinstance(place, PrunedGraph) else load_graph(graph_file(place))
-
-
-def _name(place: PrunedGraph | str | Path, number: int) -> str:
-    return f"graph {number + 1}" if isinstance(place, PrunedGraph) else graph_file(place).parent.name
+    edges: dict[str, Any] = {
+        "source": [names[node] for node in merged.sources],
+        "source_where": [where[node] for node in merged.sources],
+        "target": [names[node] for node in merged.targets],
+        "target_where": [where[node] for node in merged.targets],
+    }
+    if isinstance(merged, GraphComparison):
+        share, edge_share = merged.share[0] - merged.share[1], merged.edge_share[0] - merged.edge_share[1]
+        nodes |= {"share_first": merged.share[0], "share_second": merged.share[1], "share_difference": share}
+        nodes |= {"activation_first": merged.activation[0], "activation_second": merged.activation[1]}
+        nodes["kept_by"] = [kept_by(merged, kept) for kept in merged.kept.T]
+        edges |= {"weight_first": merged.weights[0], "weight_second": merged.weights[1]}
+        edges |= {"difference": merged.difference}
+        edges |= {"share_first": merged.edge_share[0], "share_second": merged.edge_share[1]}
+        edges["kept_by"] = [kept_by(merged, kept) for kept in merged.edge_kept.T]
+    else:
+        share, edge_share, count = merged.share, merged.edge_share, merged.n_graphs
+        nodes |= {"mean_share": share, "kept_in": merged.count, "present_in": merged.present, "graphs": count}
+        nodes |= {"mean_activation": merged.activation}
+        edges |= {"mean_weight": merged.weight, "mean_absolute": merged.absolute, "mean_share": edge_share}
+        edges |= {"kept_in": merged.edge_count, "graphs": count}
+    if labels:
+        ids = map(FeatureId, table.layer.tolist(), table.index.tolist())
+        is_feature = table.kind == NodeKind.FEATURE
+        nodes["label"] = [labels.get(each, "") if named else "" for each, named in zip(ids, is_feature, strict=True)]
+    for name, columns, size in (("nodes", nodes, share), ("edges", edges, edge_share)):
+        rows = pd.DataFrame(columns).iloc[np.argsort(-np.abs(size), kind="stable")]
+        write_text(Path(folder) / f"{name}.csv", rows.to_csv(index=False, float_format="%.6g", lineterminator="\n"))

@@ -1,11 +1,9 @@
-"""Files of one graph: `graph.safetensors`, exact, and `graph.json` for viewers.
+"""Files of graphs: exact ones in safetensors, and `graph.json` for viewers (docs/formats.md, docs/graphs.md).
 
-`graph.safetensors`: a graph, whole and pruned, bit for bit. Layout: `docs/formats.md`.
-
-`graph.json`: the pruned graph for Neuronpedia's and circuit-tracer's viewers, valid against their schema.
-
-What they do not know is in extra keys: `vlmscope` at the top (schema version, scores, prompt tokens with modality and
-patch box) and `modality`, `patch` at nodes. String ids exist only here.
+`graph.safetensors` holds a graph, whole and pruned, bit for bit; `comparison.safetensors` and `aggregate.safetensors`
+hold merged graphs. `graph.json` is valid against the schema of Neuronpedia's and circuit-tracer's viewers; what they do
+not know is in extra keys: `vlmscope` at the top, `modality`, `patch` and shares at nodes and links. In a comparison a
+link weighs what the first graph has more than the second, in an aggregate the mean. String ids exist only here.
 """
 
 from __future__ import annotations
@@ -19,14 +17,35 @@ from typing import Any
 
 import numpy as np
 
+from vlmscope.attribution.edges import cumulative_share
 from vlmscope.core.artifacts import built_from, load_tensors, save_tensors, write_text
 from vlmscope.core.errors import UserError
-from vlmscope.core.graph import ENDS, AttributionGraph, GraphScores, NodeKind, NodeTable, PrunedGraph
+from vlmscope.core.graph import (
+    ENDS,
+    AggregateGraph,
+    AttributionGraph,
+    GraphComparison,
+    GraphScores,
+    MatchedNodes,
+    NodeKind,
+    NodeTable,
+    PrunedGraph,
+)
 from vlmscope.core.records import FeatureId, PatchBox
 
+_LOG = logging.getLogger(__name__)
+
+Merged = GraphComparison | AggregateGraph
+Labels = Mapping[FeatureId, str] | None
+
+GRAPH_FILE = "graph.safetensors"
 FORMAT, VERSION = "vlmscope.graph", "2"
 # Version 1 had no weights of what is explained: they were the probabilities.
 _READ = ("1", VERSION)
+_MERGED_FORMATS = {"vlmscope.comparison": GraphComparison, "vlmscope.aggregate": AggregateGraph}
+_MERGED_VERSION = "1"
+SCHEMA_VERSION = 2
+UPLOAD_MB = 100.0  # Neuronpedia takes no larger file
 
 _NODE_FIELDS = tuple(field.name for field in dataclasses.fields(NodeTable))
 _GRAPH_ARRAYS = (
@@ -41,21 +60,27 @@ _GRAPH_ARRAYS = (
 )
 _PRUNED_ARRAYS = ("node_mask", "edge_mask", "influence", "cumulative")
 
+# The viewers draw the first four by these names.
+_FEATURE_TYPES = {
+    NodeKind.TOKEN: "embedding",
+    NodeKind.FEATURE: "cross layer transcoder",
+    NodeKind.ERROR: "mlp reconstruction error",
+    NodeKind.LOGIT: "logit",
+    NodeKind.BIAS: "bias",
+    NodeKind.LEFT_OUT: "left out features",
+    NodeKind.TARGET: "logit",  # the viewers know no other kind of end; `clerp` says what it is
+}
+
 
 def save_graph(path: str | Path, pruned: PrunedGraph) -> None:
-    """Write a graph and its pruning, atomically.
-
-    Raises:
-        UserError: when the file cannot be written.
-    """
+    """Write a graph and its pruning, atomically."""
     graph = pruned.graph
     arrays = {f"node_{name}": getattr(graph.nodes, name) for name in _NODE_FIELDS}
     arrays |= {name: getattr(graph, name) for name in _GRAPH_ARRAYS}
     arrays |= {name: getattr(pruned, name) for name in _PRUNED_ARRAYS}
     arrays["target_weights"] = graph.end_weights
-    arrays["patch_boxes"] = np.array(
-        [(np.nan,) * 4 if box is None else tuple(box) for box in graph.patch_boxes], dtype=np.float64
-    )
+    boxes = [(np.nan,) * 4 if box is None else tuple(box) for box in graph.patch_boxes]
+    arrays["patch_boxes"] = np.array(boxes, dtype=np.float64)
     words = {
         "tokens": graph.tokens,
         "logit_tokens": graph.logit_tokens,
@@ -66,31 +91,24 @@ def save_graph(path: str | Path, pruned: PrunedGraph) -> None:
         "node_threshold": pruned.node_threshold,
         "edge_threshold": pruned.edge_threshold,
     }
-    # Python writes floats with as many digits as bring the same bits back.
-    metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in words.items()}
-    save_tensors(path, arrays, {"format": FORMAT, "version": VERSION, **metadata})
+    _save(path, arrays, words, FORMAT, VERSION)
 
 
 def load_graph(path: str | Path) -> PrunedGraph:
-    """Read what `save_graph` wrote.
-
-    Raises:
-        UserError: when the file is missing, is no graph, or was written in another version of the layout.
-    """
+    """Read what `save_graph` wrote."""
     arrays, metadata = load_tensors(path)
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is not an attribution graph; give the graph.safetensors of a trace")
     if metadata.get("version") not in _READ:
         raise UserError(f"{path} has graph layout {metadata.get('version')}, this program reads {VERSION}; trace anew")
     with built_from(path, "attribution graph", "trace again"):
-        words = {name: json.loads(text) for name, text in metadata.items() if name not in ("format", "version")}
-        boxes = [None if np.isnan(row[0]) else PatchBox(*row.tolist()) for row in arrays["patch_boxes"]]
+        words = _words(metadata)
         graph = AttributionGraph(
             nodes=NodeTable(**{name: arrays[f"node_{name}"] for name in _NODE_FIELDS}),
             **{name: arrays[name] for name in _GRAPH_ARRAYS},
             logit_tokens=words["logit_tokens"],
             tokens=words["tokens"],
-            patch_boxes=boxes,
+            patch_boxes=[None if np.isnan(row[0]) else PatchBox(*row.tolist()) for row in arrays["patch_boxes"]],
             roles=np.array(words["roles"]),
             prompt=words["prompt"],
             meta=words["meta"],
@@ -120,25 +138,42 @@ def _check_lengths(pruned: PrunedGraph) -> None:
         raise ValueError(f"an edge comes from a node that is none of {n}")
 
 
-_LOG = logging.getLogger(__name__)
-SCHEMA_VERSION = 2
-UPLOAD_MB = 100.0  # Neuronpedia takes no larger file
-
-# The viewers draw the first four by these names.
-FEATURE_TYPES = {
-    NodeKind.TOKEN: "embedding",
-    NodeKind.FEATURE: "cross layer transcoder",
-    NodeKind.ERROR: "mlp reconstruction error",
-    NodeKind.LOGIT: "logit",
-    NodeKind.BIAS: "bias",
-    NodeKind.LEFT_OUT: "left out features",
-    NodeKind.TARGET: "logit",  # the viewers know no other kind of end; `clerp` says what it is
-}
+def save_merged(path: str | Path, merged: Merged) -> None:
+    """Write a comparison or an aggregate, atomically."""
+    values = {f"node_{name}": value for name, value in vars(merged.nodes).items()}
+    values |= {name: value for name, value in vars(merged).items() if name != "nodes"}
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    words = {name: value for name, value in values.items() if name not in arrays}
+    form = next(name for name, kind in _MERGED_FORMATS.items() if isinstance(merged, kind))
+    _save(path, arrays, words, form, _MERGED_VERSION)
 
 
-def cantor_pair(layer: int, index: int) -> int:
-    """The one number that the viewers know a feature by; see `FeatureId.cantor`."""
-    return FeatureId(layer, index).cantor
+def load_merged(path: str | Path) -> Merged:
+    """Read what `save_merged` wrote."""
+    arrays, metadata = load_tensors(path)
+    kind = _MERGED_FORMATS.get(metadata.get("format", ""))
+    if kind is None:
+        raise UserError(
+            f"{path} is no comparison and no aggregate of graphs; give one that task=compare or aggregate wrote"
+        )
+    if metadata.get("version") != _MERGED_VERSION:
+        raise UserError(
+            f"{path} has layout {metadata.get('version')}, this program reads {_MERGED_VERSION}; make it anew"
+        )
+    with built_from(path, "comparison or aggregate", "make it again"):
+        values: dict[str, Any] = {**arrays, **_words(metadata)}
+        names = [field.name for field in dataclasses.fields(MatchedNodes)]
+        return kind(nodes=MatchedNodes(**{name: values.pop(f"node_{name}") for name in names}), **values)
+
+
+def _save(path: str | Path, arrays: dict[str, np.ndarray], words: dict[str, Any], form: str, version: str) -> None:
+    # Python writes floats with as many digits as bring the same bits back.
+    metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in words.items()}
+    save_tensors(path, arrays, {"format": form, "version": version, **metadata})
+
+
+def _words(metadata: dict[str, str]) -> dict[str, Any]:
+    return {name: json.loads(text) for name, text in metadata.items() if name not in ("format", "version")}
 
 
 def node_id(graph: AttributionGraph, node: int) -> str:
@@ -146,7 +181,7 @@ def node_id(graph: AttributionGraph, node: int) -> str:
     table = graph.nodes
     layer, position = int(table.layer[node]), int(table.position[node])
     if table.kind[node] == NodeKind.TARGET:
-        return f"TARGET_{_number_of_end(graph, node)}_{layer}_{position}"
+        return f"TARGET_{node - int(table.ends()[0])}_{layer}_{position}"
     return source_id(NodeKind(int(table.kind[node])), layer, position, int(table.index[node]))
 
 
@@ -170,13 +205,175 @@ def source_id(kind: NodeKind, layer: int, position: int, index: int) -> str:
             raise AssertionError("targets are told apart by their number")
 
 
-def _number_of_end(graph: AttributionGraph, node: int) -> int:
-    return node - int(graph.nodes.ends()[0])
+def merged_ids(merged: Merged) -> list[str]:
+    """The ids of the nodes of a merged graph, in the form of one prompt's."""
+    nodes, ids = merged.nodes, []
+    for node in range(len(nodes)):
+        kind, layer, column = NodeKind(int(nodes.kind[node])), int(nodes.layer[node]), max(int(nodes.position[node]), 0)
+        if kind == NodeKind.TARGET:
+            ids.append(f"TARGET_{node}_{layer}_{column}")
+        elif nodes.image[node] >= 0:  # the cells of two pictures can stand in one column
+            ids.append(f"E_soft{node}_{column}")
+        else:
+            ids.append(source_id(kind, layer, column, int(nodes.index[node])))
+    assert len(set(ids)) == len(ids), "two nodes have one id"
+    return ids
 
 
-def _label(graph: AttributionGraph, node: int, labels: Mapping[FeatureId, str]) -> str:
+def graph_to_json(
+    pruned: PrunedGraph, slug: str, scan: str, labels: Labels = None, extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The pruned graph as the viewers' JSON; the edges that it keeps become links with exactly their weights.
+
+    Args:
+        pruned: the graph.
+        slug: its name.
+        scan: name of the model.
+        labels: what features mean, where known.
+        extra: more for the key `vlmscope`.
+    """
+    graph, table = pruned.graph, pruned.graph.nodes
+    names = {node: node_id(graph, node) for node in np.flatnonzero(pruned.node_mask).tolist()}
+    where = []
+    for position, image in enumerate(graph.is_image):
+        box = graph.patch_boxes[position]
+        patch = {} if box is None else {"patch": {"image": int(graph.image_index[position]), "box": list(box)}}
+        where.append({"modality": "image" if image else "text", **patch})
+    nodes, first_end = [], int(table.ends()[0])
+    for node, name in names.items():
+        position, value = int(table.position[node]), _number(table.activation[node])
+        record = _viewer_node(
+            table, node, name, _label(graph, node, first_end, labels or {}), value, pruned.cumulative[node]
+        )
+        record["is_target_logit"] = node == first_end
+        nodes.append({**record, "modality": None, **(where[position] if position >= 0 else {})})
+    edges = np.flatnonzero(pruned.edge_mask)
+    ends = zip(graph.indices[edges].tolist(), graph.targets_of(edges).tolist(), graph.weights[edges], strict=True)
+    links = [{"source": names[s], "target": names[t], "weight": _number(w)} for s, t, w in ends]
+    metadata = {
+        "slug": slug,
+        "scan": scan,
+        "prompt_tokens": list(graph.tokens),
+        "prompt": graph.prompt,
+        "node_threshold": pruned.node_threshold,
+        "info": {"generator": {"name": "vlmscope"}},
+        "generation_settings": {
+            "max_n_logits": int(graph.meta["max_logits"]),
+            "desired_logit_prob": float(graph.meta["logit_mass"]),
+            "max_feature_nodes": int(graph.meta["max_nodes"]),
+        },
+        "pruning_settings": {"node_threshold": pruned.node_threshold, "edge_threshold": pruned.edge_threshold},
+    }
+    own = {
+        "tokens": [
+            {"token": token, "role": str(role), **place}
+            for token, role, place in zip(graph.tokens, graph.roles, where, strict=True)
+        ],
+        "scores": {name: float(value) for name, value in vars(pruned.scores).items()},
+        "n_nodes_unpruned": graph.n_nodes,
+        "n_edges_unpruned": graph.n_edges,
+        "target": str(graph.meta.get("target", "logits")),
+        "target_weights": [float(weight) for weight in graph.end_weights],
+        **(extra or {}),
+    }
+    return _body(metadata, nodes, links, own)
+
+
+def merged_to_json(merged: Merged, slug: str, labels: Labels = None) -> dict[str, Any]:
+    """A comparison or an aggregate as the viewers' JSON."""
+    ids, table = merged_ids(merged), merged.nodes
+    comparison = isinstance(merged, GraphComparison)
+    strength = merged.share.max(axis=0) if comparison else merged.share
+    cumulative = cumulative_share(strength) if strength.sum() > 0 else np.ones(len(ids))
+    finite = np.where(np.isnan(merged.activation), -np.inf, merged.activation)
+    values = finite.max(axis=0) if comparison else finite
+    best = values[table.kind == NodeKind.LOGIT].max(initial=-np.inf)
+    nodes = []
+    for node, name in enumerate(ids):
+        value = float(values[node]) if np.isfinite(values[node]) else None
+        record = _viewer_node(
+            table, node, name, _merged_label(table, node, value, labels or {}), value, cumulative[node]
+        )
+        column = int(table.position[node])
+        record["is_target_logit"] = bool(table.kind[node] in ENDS and value == best)
+        record["modality"] = None if column < 0 else "image" if merged.column_is_image[column] else "text"
+        if table.image[node] >= 0:
+            record["patch"] = {"image": int(table.image[node]), "box": table.box[node].tolist()}
+        if isinstance(merged, GraphComparison):
+            activations = [None if np.isnan(value) else float(value) for value in merged.activation[:, node]]
+            kept = kept_by(merged, merged.kept[:, node])
+            own = {"shares": merged.share[:, node].tolist(), "activations": activations, "kept_by": kept}
+        else:
+            own = {"share": float(merged.share[node]), "kept_in": int(merged.count[node])}
+        nodes.append({**record, **own})
+    links = []
+    for edge, (source, target) in enumerate(zip(merged.sources.tolist(), merged.targets.tolist(), strict=True)):
+        if isinstance(merged, GraphComparison):
+            first, second = merged.weights[:, edge].tolist()
+            kept, shares = kept_by(merged, merged.edge_kept[:, edge]), merged.edge_share[:, edge].tolist()
+            own = {"weight": first - second, "weights": [first, second], "shares": shares, "kept_by": kept}
+        else:
+            kept, absolute = int(merged.edge_count[edge]), float(merged.absolute[edge])
+            own = {"weight": float(merged.weight[edge]), "mean_absolute": absolute, "kept_in": kept}
+        links.append({"source": ids[source], "target": ids[target], **own})
+    if comparison:
+        words = f"weights are {merged.names[0]} minus {merged.names[1]}; nodes matched by {merged.match}"
+    else:
+        words = f"mean weights of {len(merged.names)} graphs; nodes matched by {merged.match}"
+    metadata = {
+        "slug": slug,
+        "scan": merged.model,
+        "prompt_tokens": list(merged.columns),
+        "prompt": " | ".join(dict.fromkeys(merged.prompts)),
+        "info": {"generator": {"name": "vlmscope"}, "description": words},
+    }
+    own = {
+        "kind": "comparison" if comparison else "aggregate",
+        "match": merged.match,
+        "names": merged.names,
+        "prompts": merged.prompts,
+        "columns_with_soft_tokens": np.flatnonzero(merged.column_is_image).tolist(),
+    }
+    return _body(metadata, nodes, links, own)
+
+
+def kept_by(merged: GraphComparison, kept: np.ndarray) -> str:
+    """Which of the two graphs keeps a node or edge, from `kept [2]`."""
+    return "both" if kept.all() else merged.names[0] if kept[0] else merged.names[1] if kept[1] else "neither"
+
+
+def _body(metadata: dict[str, Any], nodes: list[Any], links: list[Any], own: dict[str, Any]) -> dict[str, Any]:
+    view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
+    own = {"schema_version": SCHEMA_VERSION, **own}
+    return {"metadata": metadata, "qParams": view, "nodes": nodes, "links": links, "vlmscope": own}
+
+
+def _viewer_node(
+    table: NodeTable | MatchedNodes, node: int, name: str, label: str, value: float | None, cumulative: float
+) -> dict[str, Any]:
+    """What the viewers read of a node; `value` is a feature's activation or a logit's probability."""
+    kind, layer, index = NodeKind(int(table.kind[node])), int(table.layer[node]), int(table.index[node])
+    end = kind in ENDS
+    feature = index if kind in (NodeKind.TOKEN, NodeKind.LOGIT) and index >= 0 else None
+    return {
+        "node_id": name,
+        "feature": FeatureId(layer, index).cantor if kind == NodeKind.FEATURE else feature,
+        # Ends stand above what their own layer adds.
+        "layer": "E" if kind == NodeKind.TOKEN else str(layer + end),
+        # Nodes without a position stand at the first, where the viewers find room for them.
+        "ctx_idx": max(int(table.position[node]), 0),
+        "feature_type": _FEATURE_TYPES[kind],
+        "token_prob": (value or 0.0) if kind == NodeKind.LOGIT else 0.0,
+        "jsNodeId": name,
+        "clerp": label,
+        "influence": None if end else float(cumulative),
+        "activation": value if kind == NodeKind.FEATURE else None,
+    }
+
+
+def _label(graph: AttributionGraph, node: int, first_end: int, labels: Mapping[FeatureId, str]) -> str:
     table = graph.nodes
-    layer, position = int(table.layer[node]), int(table.position[node])
+    layer, position, end = int(table.layer[node]), int(table.position[node]), node - first_end
     match NodeKind(int(table.kind[node])):
         case NodeKind.TOKEN:
             return f'Emb: "{graph.tokens[position]}"'
@@ -188,61 +385,22 @@ def _label(graph: AttributionGraph, node: int, labels: Mapping[FeatureId, str]) 
             return f"Bias: layer {layer}"
         case NodeKind.LEFT_OUT:
             return f"Features left out: layer {layer}"
-        case NodeKind.LOGIT:
-            number = _number_of_end(graph, node)
-            return f'Output "{graph.logit_tokens[number]}" (p={graph.logit_probabilities[number]:.3f})'
+        case NodeKind.LOGIT:  # the viewers read the probability out of the label
+            return f'Output "{graph.logit_tokens[end]}" (p={graph.logit_probabilities[end]:.3f})'
         case NodeKind.TARGET:
-            return f"{graph.logit_tokens[_number_of_end(graph, node)]} = {table.target[node]:+.3f}"
+            return f"{graph.logit_tokens[end]} = {table.target[node]:+.3f}"
 
 
-def _layer(graph: AttributionGraph, node: int) -> str:
-    layer = int(graph.nodes.layer[node])
-    match NodeKind(int(graph.nodes.kind[node])):
+def _merged_label(nodes: MatchedNodes, node: int, value: float | None, labels: Mapping[FeatureId, str]) -> str:
+    match NodeKind(int(nodes.kind[node])):
+        case NodeKind.LOGIT:
+            return f'Output "{nodes.label[node]}" (p={value or 0.0:.3f})'
         case NodeKind.TOKEN:
-            return "E"
-        case NodeKind.LOGIT | NodeKind.TARGET:
-            return str(layer + 1)  # a target above what its own layer adds
+            return f"Emb: {nodes.label[node]}"
+        case NodeKind.FEATURE:
+            return labels.get(FeatureId(int(nodes.layer[node]), int(nodes.index[node])), "")
         case _:
-            return str(layer)
-
-
-def _patch(graph: AttributionGraph, position: int) -> dict[str, Any] | None:
-    box = graph.patch_boxes[position] if position >= 0 else None
-    return None if box is None else {"image": int(graph.image_index[position]), "box": list(box)}
-
-
-def _modality(graph: AttributionGraph, position: int) -> str | None:
-    if position < 0:
-        return None
-    return "image" if graph.is_image[position] else "text"
-
-
-def _node(pruned: PrunedGraph, node: int, labels: Mapping[FeatureId, str]) -> dict[str, Any]:
-    graph, table = pruned.graph, pruned.graph.nodes
-    kind, position = NodeKind(int(table.kind[node])), int(table.position[node])
-    name, end = node_id(graph, node), kind in ENDS
-    feature: int | None = None
-    if kind == NodeKind.FEATURE:
-        feature = cantor_pair(int(table.layer[node]), int(table.index[node]))
-    elif kind in (NodeKind.TOKEN, NodeKind.LOGIT):
-        feature = int(table.index[node])
-    record: dict[str, Any] = {
-        "node_id": name,
-        "feature": feature,
-        "layer": _layer(graph, node),
-        # Nodes without a position stand at the first, where the viewers find room for them.
-        "ctx_idx": max(position, 0),
-        "feature_type": FEATURE_TYPES[kind],
-        "token_prob": float(table.activation[node]) if kind == NodeKind.LOGIT else 0.0,
-        "is_target_logit": end and _number_of_end(graph, node) == 0,
-        "jsNodeId": name,
-        "clerp": _label(graph, node, labels),
-        "influence": None if end else float(pruned.cumulative[node]),
-        "activation": _number(table.activation[node]) if kind == NodeKind.FEATURE else None,
-        "modality": _modality(graph, position),
-    }
-    patch = _patch(graph, position)
-    return record if patch is None else {**record, "patch": patch}
+            return nodes.label[node]
 
 
 def _number(value: np.floating) -> float:
@@ -250,88 +408,30 @@ def _number(value: np.floating) -> float:
     return float(str(value))
 
 
-def graph_to_json(
-    pruned: PrunedGraph,
-    slug: str,
-    scan: str,
-    labels: Mapping[FeatureId, str] | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The pruned graph as the viewers' JSON.
-
-    Args:
-        pruned: the graph; edges that it keeps become links with exactly their weights.
-        slug: name of the graph.
-        scan: name of the model.
-        labels: what features mean, where known.
-        extra: more for the key `vlmscope`.
-    """
-    graph = pruned.graph
-    kept = np.flatnonzero(pruned.node_mask)
-    names = {int(node): node_id(graph, int(node)) for node in kept}
-    edges = np.flatnonzero(pruned.edge_mask)
-    ends = zip(graph.indices[edges].tolist(), graph.targets_of(edges).tolist(), graph.weights[edges], strict=True)
-    tokens = [
-        {"token": token, "modality": _modality(graph, position), "role": str(graph.roles[position])}
-        | ({"patch": patch} if (patch := _patch(graph, position)) else {})
-        for position, token in enumerate(graph.tokens)
-    ]
-    return {
-        "metadata": {
-            "slug": slug,
-            "scan": scan,
-            "prompt_tokens": list(graph.tokens),
-            "prompt": graph.prompt,
-            "node_threshold": pruned.node_threshold,
-            "info": {"generator": {"name": "vlmscope"}},
-            "generation_settings": {
-                "max_n_logits": int(graph.meta["max_logits"]),
-                "desired_logit_prob": float(graph.meta["logit_mass"]),
-                "max_feature_nodes": int(graph.meta["max_nodes"]),
-            },
-            "pruning_settings": {
-                "node_threshold": pruned.node_threshold,
-                "edge_threshold": pruned.edge_threshold,
-            },
-        },
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
-        "nodes": [_node(pruned, int(node), labels or {}) for node in kept],
-        "links": [{"source": names[s], "target": names[t], "weight": _number(w)} for s, t, w in ends],
-        "vlmscope": {
-            "schema_version": SCHEMA_VERSION,
-            "tokens": tokens,
-            "scores": {name: float(value) for name, value in vars(pruned.scores).items()},
-            "n_nodes_unpruned": graph.n_nodes,
-            "n_edges_unpruned": graph.n_edges,
-            "target": str(graph.meta.get("target", "logits")),
-            "target_weights": [float(weight) for weight in graph.end_weights],
-            **(extra or {}),
-        },
-    }
-
-
 def write_graph_json(
     path: str | Path,
     pruned: PrunedGraph,
     slug: str,
     scan: str,
-    labels: Mapping[FeatureId, str] | None = None,
+    labels: Labels = None,
     extra: Mapping[str, Any] | None = None,
 ) -> float:
-    """Write `graph_to_json` to a file, atomically; returns its size in megabytes (10^6 bytes).
+    """Write `graph_to_json`, atomically; returns its size in megabytes (10^6 bytes).
 
-    A file that is too large for an upload to Neuronpedia is written all the same, with a warning that says what to
-    change.
-
-    Raises:
-        UserError: when the file cannot be written.
+    A file that is too large for an upload to Neuronpedia is written all the same, with a warning.
     """
     advice = "attribution.edge_threshold, attribution.node_threshold or attribution.max_nodes lower"
-    return write_graph_body(path, graph_to_json(pruned, slug, scan, labels, extra), advice)
+    return _write(path, graph_to_json(pruned, slug, scan, labels, extra), advice)
 
 
-def write_graph_body(path: str | Path, body: Mapping[str, Any], advice: str) -> float:
-    """Write a graph's JSON as `write_graph_json` does; `advice` ends the warning "make ..."."""
+def write_merged_json(path: str | Path, merged: Merged, slug: str, labels: Labels = None) -> float:
+    """Write `merged_to_json` as `write_graph_json` does."""
+    thresholds = "attribution.node_threshold or attribution.edge_threshold of the traces lower"
+    advice = thresholds if isinstance(merged, GraphComparison) else f"task.min_present higher, or {thresholds}"
+    return _write(path, merged_to_json(merged, slug, labels), advice)
+
+
+def _write(path: str | Path, body: Mapping[str, Any], advice: str) -> float:
     text = json.dumps(body, ensure_ascii=False, allow_nan=False) + "\n"
     size = len(text.encode()) / 1e6
     if size > UPLOAD_MB:

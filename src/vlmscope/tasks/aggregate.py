@@ -32,8 +32,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write aggregate.safetensors, graph.json, nodes.csv, edges.csv and the figure."""
     from tqdm import tqdm
 
-    from vlmscope.attribution.compare import aggregate
-    from vlmscope.attribution.merged import save_merged, write_merged_json, write_tables
+    from vlmscope.attribution.compare import aggregate, write_tables
+    from vlmscope.attribution.export import save_merged, write_merged_json
     from vlmscope.report.merged_figure import aggregate_graph
     from vlmscope.tasks.studies.feature_labels import feature_labels, look_for_labels
 

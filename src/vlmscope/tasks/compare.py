@@ -44,8 +44,8 @@ class _Side:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write comparison.safetensors, graph.json, nodes.csv, edges.csv and the figures."""
-    from vlmscope.attribution.compare import compare
-    from vlmscope.attribution.merged import save_merged, write_merged_json, write_tables
+    from vlmscope.attribution.compare import compare, write_tables
+    from vlmscope.attribution.export import save_merged, write_merged_json
     from vlmscope.report.merged_figure import difference_graph, share_bars
     from vlmscope.tasks.studies.feature_labels import feature_labels, look_for_labels
 

@@ -4,12 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+from tests.random_graphs import random_graph
 
 from vlmscope.attribution import edges as shares
 from vlmscope.attribution import influence as influence_module
 from vlmscope.attribution.edges import find_cut, smallest_set
 from vlmscope.attribution.influence import influence, logit_weights, prune, scores
-from vlmscope.attribution.random_graph import random_graph
 from vlmscope.core.graph import AttributionGraph, NodeKind
 
 GRAPHS = {

@@ -21,8 +21,7 @@ from PIL import Image
 from vlmscope.app import main
 from vlmscope.attention import rollout as map_io
 from vlmscope.attribution import vision as patch_io
-from vlmscope.attribution.export import load_graph
-from vlmscope.attribution.merged import load_merged
+from vlmscope.attribution.export import load_graph, load_merged
 from vlmscope.circuits.circuit import load_circuit
 from vlmscope.circuits.spec_config import CircuitSpecConfig
 from vlmscope.config.resolve import declared_circuit

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from tests.random_graphs import random_graph
 
 from vlmscope.attribution.influence import prune
-from vlmscope.attribution.random_graph import random_graph
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
 from vlmscope.tasks.experiment import own_analysis

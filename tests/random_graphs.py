@@ -19,16 +19,9 @@ def random_graph(
 ) -> AttributionGraph:
     """A graph of a causal model: a row reads its layer's bias and all sources below it at its position and before.
 
-    Args:
-        n_layers: L.
-        n_positions: T.
-        n_features: features of each layer, spread evenly over the positions.
-        n_logits: logit nodes; equally probable.
-        density: share of the possible edges that are there.
-        grid: weights are small multiples of 1 / `grid`, so that many are equal; if not given, of wide spread.
-        left_out: every layer has features without a row.
-        seed: of weights and edges.
-        dtype: of the weights.
+    `n_features` are per layer, spread evenly over the positions; `density` is the share of possible edges; weights are
+    multiples of 1 / `grid`, so that many are equal, or without it of wide spread; with `left_out` every layer has
+    features without a row.
     """
     rng = np.random.default_rng(seed)
     nodes = _nodes(n_layers, n_positions, n_features, n_logits, left_out)

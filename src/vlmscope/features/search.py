@@ -4,13 +4,13 @@ A word matches a label that has it, or things that are true of a feature's stron
 (the facts of their scenes, words of question and answer). By activations, features that are active come first which
 are rarely so strong in the study.
 
-Legend: F features of a layer, N items, P predicates.
+Legend: F features of a layer, P predicates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -19,11 +19,12 @@ import numpy as np
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.core.study import TOP
-from vlmscope.features.labels.facts import ItemFacts, words_of
-from vlmscope.features.labels.propose import Labels
-from vlmscope.features.study.records import StudyFolder
+from vlmscope.features.item_facts import ItemFacts, words_of
+from vlmscope.features.labels import WORDS, Labels
+from vlmscope.features.study_files import StudyFolder
 
 _OF_LABEL = 0.5  # of a word's match; the other half is that of the examples
+_LEAST = 0.05  # relevance, and match of a word, that is worth reporting
 _SMALL = {"a", "an", "the", "of", "in", "on", "at", "is", "are", "to", "and", "or", "with", "this", "that", "what"}
 
 
@@ -58,80 +59,58 @@ def stems(text: str) -> set[str]:
 
 
 def find_by_words(study: StudyFolder, facts: ItemFacts, labels: Labels, query: str, count: int = 12) -> list[Match]:
-    """The features that a query describes, best first; those that match more of its words, and more surely.
+    """The features that a query describes, best first: those that match more of its words, and more surely.
 
-    Raises:
-        UserError: the query has no word, or no feature has to do with any of them.
+    A `UserError` when the query has no word, or no feature has to do with any of them.
     """
-    said = list(dict.fromkeys(stem(word) for word in words_of(query)))
-    asked = [word for word in said if word not in _SMALL] or said
+    words = list(dict.fromkeys(stem(word) for word in words_of(query)))
+    asked = [word for word in words if word not in _SMALL] or words
     if not asked:
         raise UserError(f"query={query}: it has no word; write for example 'query=red planet'")
-    columns = _columns(facts)
+    columns: dict[str, list[int]] = {}  # the predicates that speak of each word
+    for column, (key, value) in enumerate(facts.names):
+        for word in stems(value if key in WORDS else f"{key.replace('_', ' ')} {value}"):
+            columns.setdefault(word, []).append(column)
     named = {feature: stems(label.text) for feature, label in labels.all().items()}
-    found: list[Match] = []
+    matches: list[Match] = []
     for layer in study.layers:
-        found += _in_layer(study, layer, facts, labels, asked, columns, named, count)
-    found = sorted(found, key=lambda one: (-one.relevance, one.feature))[:count]
-    if not found:
+        lifts = _lifts(study, layer, facts)  # [F, P]
+        by_examples, reason = np.zeros((len(lifts), len(asked))), np.full((len(lifts), len(asked)), -1)
+        for number, word in enumerate(asked):
+            if word in columns:
+                own = lifts[:, columns[word]]
+                by_examples[:, number] = (1 - _OF_LABEL) * np.maximum(own.max(1), 0)
+                reason[:, number] = np.array(columns[word])[own.argmax(1)]
+        by_label = np.zeros_like(by_examples)
+        for feature, known in named.items():
+            if feature.layer == layer and known.intersection(asked):
+                label = labels.of(feature)
+                # A label counts as far as it can be trusted: at chance, nothing.
+                trust = 1.0 if label.source == "hand" else max(0.0, 2 * (label.low or 0.5) - 1) * label.beats_chance
+                by_label[feature.index] = [_OF_LABEL * trust * (word in known) for word in asked]
+        total = (by_examples + by_label).mean(1)
+        for index in np.argsort(-total, kind="stable")[:count].tolist():
+            if total[index] > _LEAST:
+                why = ["the label"] if by_label[index].any() else []
+                why += [_says(facts, column) for column in reason[index][by_examples[index] > _LEAST]]
+                matches.append(Match(FeatureId(layer, index), float(total[index]), "; ".join(dict.fromkeys(why))))
+    if not matches:
         known = sorted(set(columns) | set().union(*named.values()))
         near = [hit for word in asked for hit in get_close_matches(word, known, n=2)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"words that occur: {', '.join(known[:12])} ..."
         raise UserError(f"query={query}: no feature of {study.path} has to do with that; {hint}")
-    return found
-
-
-def _columns(facts: ItemFacts) -> dict[str, list[int]]:
-    """The predicates that speak of each word."""
-    found: dict[str, list[int]] = {}
-    for column, (key, value) in enumerate(facts.names):
-        for word in stems(value if key in ("question", "answer", "text") else f"{key.replace('_', ' ')} {value}"):
-            found.setdefault(word, []).append(column)
-    return found
-
-
-def _in_layer(
-    study: StudyFolder, layer: int, facts: ItemFacts, labels: Labels, asked: Sequence[str],
-    columns: Mapping[str, list[int]], named: Mapping[FeatureId, set[str]], count: int,
-) -> list[Match]:  # fmt: skip
-    lifts = _lifts(study, layer, facts)  # [F, P]
-    n_features = len(lifts)
-    parts, reasons = np.zeros((n_features, len(asked))), np.full((n_features, len(asked)), -1)
-    for number, word in enumerate(asked):
-        if word in columns:
-            own = lifts[:, columns[word]]
-            best = own.argmax(1)
-            parts[:, number] = (1 - _OF_LABEL) * np.maximum(own.max(1), 0)
-            reasons[:, number] = np.array(columns[word])[best]
-    by_label = np.zeros_like(parts)
-    for feature, words in named.items():
-        if feature.layer == layer and words.intersection(asked):
-            label = labels.of(feature)
-            # A label counts as far as it can be trusted: at chance, nothing.
-            trust = 1.0 if label.source == "hand" else max(0.0, 2 * (label.low or 0.5) - 1) * label.beats_chance
-            by_label[feature.index] = [_OF_LABEL * trust * (word in words) for word in asked]
-    total = (parts + by_label).mean(1)
-    out = []
-    for index in np.argsort(-total, kind="stable")[:count].tolist():
-        if total[index] > 0.05:
-            why = ["the label"] if by_label[index].any() else []
-            matched = zip(reasons[index], parts[index], strict=True)
-            why += [_says(facts, column) for column, part in matched if part > 0.05]
-            out.append(Match(FeatureId(layer, index), float(total[index]), "; ".join(dict.fromkeys(why))))
-    return out
+    return sorted(matches, key=lambda match: (-match.relevance, match.feature))[:count]
 
 
 def _says(facts: ItemFacts, column: int) -> str:
     key, value = facts.names[column]
-    return f'"{value}" in the {key}' if key in ("question", "answer", "text") else f"{key} = {value}"
+    return f'"{value}" in the {key}' if key in WORDS else f"{key} = {value}"
 
 
 def _lifts(study: StudyFolder, layer: int, facts: ItemFacts) -> np.ndarray:
     """`[F, P]`: how much more often predicates hold of the strongest items than of all; from -1 to 1."""
-    table = study.examples(layer)
-    top = table["group"].to_numpy() == TOP
-    feature = table["feature"].to_numpy()[top]
-    matrix = facts.matrix[facts.places(table["item"].to_numpy()[top])]
+    feature, items = study.example_items(layer, top=True)
+    matrix = facts.matrix[facts.places(items)]
     n_features = study.info.n_features[layer]
     sums = np.zeros((n_features, matrix.shape[1]), dtype=np.float32)
     if len(feature):
@@ -144,7 +123,7 @@ def _lifts(study: StudyFolder, layer: int, facts: ItemFacts) -> np.ndarray:
 
 
 def find_by_activations(study: StudyFolder, peaks: Mapping[int, np.ndarray], count: int = 12) -> list[Match]:
-    """The features that are active and rarely so strong, rarest first.
+    """The features that are active and rarely so strong, rarest first; a `UserError` when none is active.
 
     How rare: the share of the study's items that fire the feature, times the share of its drawn items that reach the
     activation, with half an item added to both, in bits.
@@ -152,12 +131,9 @@ def find_by_activations(study: StudyFolder, peaks: Mapping[int, np.ndarray], cou
     Args:
         study: the study.
         peaks: by layer `[F]`, the largest activation of every feature at any position of the input.
-        count: so many.
-
-    Raises:
-        UserError: no feature is active.
+        count: matches in all.
     """
-    found: list[tuple[float, float, Match]] = []
+    ranked: list[tuple[float, float, Match]] = []
     for layer, own in peaks.items():
         table, counts = study.examples(layer), study.layer(layer)
         drawn = table["group"].to_numpy() != TOP
@@ -170,8 +146,7 @@ def find_by_activations(study: StudyFolder, peaks: Mapping[int, np.ndarray], cou
             bits = -math.log2(float(share[index]))
             relative = float(own[index] / max(float(counts.activation_max[index]), 1e-30))
             why = f"fires on {100 * firing[index]:.1f} % of items; {relative:.2f} of its largest activation"
-            match = Match(FeatureId(layer, index), bits, why, float(own[index]))
-            found.append((-bits, -relative, match))
-    if not found:
+            ranked.append((-bits, -relative, Match(FeatureId(layer, index), bits, why, float(own[index]))))
+    if not ranked:
         raise UserError(f"no feature of {study.path} is active on this input; give another picture or prompt")
-    return [match for _, _, match in sorted(found, key=lambda one: one[:2])[:count]]
+    return [match for _, _, match in sorted(ranked, key=lambda row: row[:2])[:count]]

@@ -1,12 +1,8 @@
-"""Explainers that are asked for a label: an endpoint, a local model, and what they are asked.
+"""Labels from outside explainers: a chat endpoint or a local model proposes one from examples, and it is scored.
 
-What an outside explainer is asked and what it answers: a protocol, implemented by `endpoint` and `local`.
-
-An explainer behind an OpenAI-compatible chat endpoint, by the standard library alone. The key is never written.
-
-An explainer that is a local model, of any family that the project reads.
-
-A label from an outside explainer, scored as automatic ones are: on items that it was not shown.
+As automatic labels are, each is scored on items that the explainer was not shown: it judges, item by item, whether the
+feature fires. `Explainer` is the protocol; `Endpoint` asks an OpenAI-compatible service by the standard library alone,
+and its key is never written; `LocalExplainer` asks a model of any family that the project reads.
 """
 
 from __future__ import annotations
@@ -20,7 +16,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,12 +24,11 @@ from PIL.Image import Image
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, generator
+from vlmscope.core.study import IMAGE, TOP
 from vlmscope.data.images import decode_image, png_bytes
-from vlmscope.features.labels.facts import ItemFacts, KnownItems, known_items, scoring_half
-from vlmscope.features.labels.label import NONE, Label, detection
-from vlmscope.features.study.items import StudyItems
-from vlmscope.features.study.records import StudyFolder
-from vlmscope.features.study.tables import item_hash
+from vlmscope.features.item_facts import ItemFacts, known_items
+from vlmscope.features.labels import NONE, Label, detection
+from vlmscope.features.study_files import StudyFolder
 from vlmscope.models.conversations import greedy_answer
 from vlmscope.models.loading import VLM
 
@@ -48,6 +42,8 @@ JUDGE = (
     "Is it active on the following input? Answer with one word, yes or no."
 )
 MOST_CHARACTERS = 120  # of a label
+SIDE = 512  # pixels of a picture that is sent
+_AGAIN = {408, 429, 500, 502, 503, 504}  # status codes that mean "later"
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,8 @@ def yes_or_no(answer: str) -> float:
     return 1.0 if word.startswith("yes") else 0.0 if word.startswith("no") else 0.5
 
 
-_AGAIN = {408, 429, 500, 502, 503, 504}
+def _file_name(model: str) -> str:
+    return re.sub(r"[^\w-]+", "_", model)
 
 
 class Endpoint:
@@ -108,12 +105,7 @@ class Endpoint:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"task.url={url}: it must begin with http:// or https://")
         self.url, self.model, self.key_variable = url.rstrip("/"), model, key_variable
-        self.timeout, self.retries = timeout, retries
-
-    @property
-    def name(self) -> str:
-        """The model's name, as a file's."""
-        return re.sub(r"[^\w-]+", "_", self.model)
+        self.timeout, self.retries, self.name = timeout, retries, _file_name(model)
 
     def propose(self, examples: Sequence[Shown]) -> str:
         """One request with all examples."""
@@ -123,7 +115,7 @@ class Endpoint:
         return self._ask(content, 40)
 
     def judge(self, label: str, items: Sequence[Shown]) -> list[float]:
-        """One request an item, so that no answer hangs on another item."""
+        """One request per item, so that no answer depends on another item."""
         ask = JUDGE.format(label=label)
         return [
             yes_or_no(self._ask([{"type": "text", "text": f"{ask}\n{item.text}"}, *_pictures(item)], 5))
@@ -131,17 +123,12 @@ class Endpoint:
         ]
 
     def _ask(self, content: list[dict[str, Any]], max_tokens: int) -> str:
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-        }
+        messages = [{"role": "user", "content": content}]
+        body = {"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key_variable):
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
-        answer = self._sent(request)
+        answer = self._send(urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers))
         try:
             return str(json.loads(answer)["choices"][0]["message"]["content"] or "")
         except (ValueError, KeyError, IndexError, TypeError) as error:
@@ -149,7 +136,7 @@ class Endpoint:
                 f"{self.url} answered with what is no chat completion ({answer[:60]!r}); check task.url"
             ) from error
 
-    def _sent(self, request: urllib.request.Request) -> bytes:
+    def _send(self, request: urllib.request.Request) -> bytes:
         reason = ""
         for attempt in range(self.retries + 1):
             if attempt:
@@ -170,33 +157,22 @@ class Endpoint:
 
 
 def _pictures(item: Shown) -> list[dict[str, Any]]:
-    return [
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"}}
-        for png in item.pictures
-    ]
+    addresses = [f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}" for png in item.pictures]
+    return [{"type": "image_url", "image_url": {"url": address}} for address in addresses]
 
 
 class LocalExplainer:
     """Labels are generated greedily; an item is judged by the probabilities of "yes" and of "no" as the next token."""
 
     def __init__(self, vlm: VLM, max_tokens: int = 24) -> None:
-        """Look up the two answers.
-
-        Raises:
-            UserError: the tokenizer does not tell them apart.
-        """
-        self.vlm, self.max_tokens = vlm, max_tokens
+        """Look up the two answers; a `UserError` when the tokenizer does not tell them apart."""
+        self.vlm, self.max_tokens, self.name = vlm, max_tokens, _file_name(vlm.name)
         yes, no = self._first_tokens("yes"), self._first_tokens("no")
         self.yes, self.no = yes - no, no - yes
         if not self.yes or not self.no:
             raise UserError(
                 f"{vlm.name} has no tokens of its own for yes and no, so it cannot judge; use another model"
             )
-
-    @property
-    def name(self) -> str:
-        """The model's name, as a file's."""
-        return re.sub(r"[^\w-]+", "_", self.vlm.name)
 
     def propose(self, examples: Sequence[Shown]) -> str:
         """One prompt with all examples and their pictures."""
@@ -209,114 +185,69 @@ class LocalExplainer:
     @torch.no_grad()
     def judge(self, label: str, items: Sequence[Shown]) -> list[float]:
         """P(yes) / (P(yes) + P(no)) for each item."""
-        found = []
+        grades = []
         for item in items:
             inputs = self.vlm.prepare(f"{JUDGE.format(label=label)}\n{item.text}", _opened(item))
             logits = self.vlm.adapter.next_logits(inputs.tensors)[0].float()
             yes, no = (torch.logsumexp(logits[sorted(ids)], 0) for ids in (self.yes, self.no))
-            found.append(float(torch.sigmoid(yes - no)))
-        return found
+            grades.append(float(torch.sigmoid(yes - no)))
+        return grades
 
     def _first_tokens(self, word: str) -> set[int]:
         """The first token of the word, as it may be spelt at the beginning of an answer."""
-        tokenizer, found = self.vlm.tokenizer, set()
+        tokenizer, first = self.vlm.tokenizer, set()
         for spelt in (word, word.capitalize(), f" {word}", f" {word.capitalize()}"):
             ids = tokenizer.encode(spelt, add_special_tokens=False)
             if ids and ids[0] != tokenizer.unk_token_id:
-                found.add(ids[0])
-        return found
+                first.add(ids[0])
+        return first
 
 
 def _opened(item: Shown) -> list[Image]:
     return [decode_image(png, "a picture for the explainer") for png in item.pictures]
 
 
-SIDE = 512  # pixels of a picture that is sent
-
-
-@dataclass(frozen=True)
-class Material:
-    """What explainers are shown of a study.
-
-    Attributes:
-        study: the study.
-        shown: examples from which a label is proposed: the strongest.
-        judged: items on which it fires and items on which it does not, each, by which the label is scored.
-        seed: draws these.
-    """
-
-    study: StudyFolder
-    shown: int
-    judged: int
-    seed: int = 0
-
-    @cached_property
-    def items(self) -> ItemFacts:
-        """The items in the order of their hashes, and which are for scoring; no predicates."""
-        return bare_items(self.study.items)
-
-    def known(self, layer: int) -> KnownItems:
-        """The rows of a layer."""
-        return known_items(self.study, layer, self.study.examples(layer), self.items)
-
-    def marked(self, feature: FeatureId) -> list[Shown]:
-        """The strongest examples on items for proposing, with where they fire."""
-        record = self.study.feature(feature)
-        own = [one for one in record.group("top") if not self.items.half[self.items.places(np.array([one.item]))[0]]]
-        out = []
-        for example in own[: self.shown]:
-            view = self.study.view(example)
-            peak = example.position
-            words = [
-                f"<<{token}>>" if at == peak else token
-                for at, token in enumerate(view.item.tokens)
-                if view.item.kinds[at] != 1
-            ]
-            out.append(Shown(" ".join(words), self._pictures(example.item)))
-        return out
-
-    def plain(self, item: int) -> Shown:
-        """An item as it is."""
-        return Shown(self.study.items[item].caption, self._pictures(item))
-
-    def _pictures(self, item: int) -> tuple[bytes, ...]:
-        return tuple(png_bytes(picture, SIDE) for picture in self.study.pictures(self.study.items[item]))
-
-
-def bare_items(items: StudyItems) -> ItemFacts:
-    """Items without predicates: their order and halves are those of `item_facts`."""
-    ids = items.ids[np.argsort(item_hash(items.ids), kind="stable")]
-    return ItemFacts(ids, scoring_half(ids), (), np.zeros((len(ids), 0), dtype=np.float32))
-
-
-def explain(explainer: Explainer, material: Material, feature: FeatureId) -> Label:
+def explain(
+    explainer: Explainer, study: StudyFolder, feature: FeatureId, shown: int, judged: int, seed: int = 0
+) -> Label:
     """Ask for a label, and score it on held-out items of both kinds; without text when nothing can be shown.
 
-    Raises:
-        UserError: the explainer does not answer.
+    Args:
+        explainer: who is asked.
+        study: the study.
+        feature: what is to be labelled.
+        shown: examples from which the label is proposed: the strongest on items for proposing.
+        judged: items on which the feature fires and items on which it does not, each, by which the label is scored.
+        seed: draws these.
     """
-    shown = material.marked(feature)
-    if not shown:
+    facts = ItemFacts.without_predicates(study.items)
+
+    def pictures(item: int) -> tuple[bytes, ...]:
+        return tuple(png_bytes(picture, SIDE) for picture in study.pictures(study.items[item]))
+
+    examples = []
+    strongest = [e for e in study.feature(feature).group(TOP) if not facts.half[facts.places(np.array([e.item]))[0]]]
+    for example in strongest[:shown]:
+        item = study.items[example.item]
+        text = np.flatnonzero(item.kinds != IMAGE).tolist()
+        words = [f"<<{item.tokens[i]}>>" if i == example.position else item.tokens[i] for i in text]
+        examples.append(Shown(" ".join(words), pictures(example.item)))
+    if not examples:
         return NONE
-    text = one_line(explainer.propose(shown))
-    if not text:
+    label = one_line(explainer.propose(examples))
+    if not label:
         raise UserError(f"{explainer.name} gave no label for {feature}; try again, or another model")
-    known = material.known(feature.layer)
-    rows = known.rows(feature.index)
+    known = known_items(study, feature.layer, study.examples(feature.layer), facts)
+    rows, strong = known.rows(feature.index), bool(known.strong[feature.index])
     drawn = known.item[rows][known.drawn[rows]]
     wanted = known.item[rows][known.drawn[rows] & known.positive[rows]]
-    scoring = np.flatnonzero(material.items.half[: int(known.reach[feature.index])])
-    rng = generator(material.seed, "judged", str(feature))
-    positive = rng.permutation(np.intersect1d(wanted, scoring))[: material.judged]
-    others = np.setdiff1d(scoring, wanted if known.strong[feature.index] else drawn)
-    negative = rng.permutation(others)[: material.judged]
-    items = [material.plain(int(material.items.ids[place])) for place in [*positive, *negative]]
-    grades = np.array(explainer.judge(text, items))
+    scoring = np.flatnonzero(facts.half[: int(known.reach[feature.index])])
+    rng = generator(seed, "judged", str(feature))
+    positive = rng.permutation(np.intersect1d(wanted, scoring))[:judged]
+    negative = rng.permutation(np.setdiff1d(scoring, wanted if strong else drawn))[:judged]
+    ids = facts.ids[np.concatenate([positive, negative])].tolist()
+    grades = np.array(explainer.judge(label, [Shown(study.items[item].caption, pictures(item)) for item in ids]))
     score = detection(grades[: len(positive)], grades[len(positive) :])
-    strong = bool(known.strong[feature.index])
     if score is None:
-        return Label(text, explainer.name, strong=strong)
-    return Label(
-        text, explainer.name, "items", score.auroc, score.low, score.high, score.balanced, score.p,
-        score.positives, score.negatives, strong=strong,
-    )  # fmt: skip
+        return Label(label, explainer.name, strong=strong)
+    return Label(label, explainer.name, "items", **vars(score), strong=strong)

@@ -1,0 +1,126 @@
+"""Settings of feature studies and of the search for cross-modal features: free of torch, so that Hydra can read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vlmscope.core.errors import UserError
+
+MOST_TOKENS = 65_535  # positions are stored in two bytes
+PLACEHOLDER = "{concept}"
+SOURCES = ("planets", "digits", "colours")
+
+
+@dataclass
+class StudyConfig:
+    """How much of a data set is studied and what is kept (docs/study.md).
+
+    `path` is a finished study (its run folder) that is read instead of making one. `split` null takes that of each
+    source (of Orrery's scenes, validation), `limit` null all rows. Of every feature the `top` strongest items are kept
+    and `samples` drawn ones, cut into `quantiles` groups by activation; of each item the activations within `window`
+    text tokens of the peak; and the `logits` tokens that the feature raises, and lowers, most. Inputs are cut off at
+    `max_tokens`. Rows are read and sorted by shape in batches of `batch_size`, at most `forward_tokens` tokens go
+    through the model at once, and a state to resume from is written every `checkpoint_every` batches. More than
+    `max_skipped` unusable rows (damaged pictures, no text) end the study.
+    """
+
+    path: str | None = None
+    split: str | None = None
+    limit: int | None = 20_000
+    top: int = 20
+    samples: int = 20
+    quantiles: int = 4
+    window: int = 32
+    logits: int = 10
+    max_tokens: int = 1024
+    batch_size: int = 256
+    forward_tokens: int = 8192
+    max_skipped: int = 100
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("top", "quantiles", "batch_size", "forward_tokens", "checkpoint_every"), 1)
+        least |= {"samples": 0, "window": 0, "logits": 0, "max_skipped": 0, "max_tokens": 2}
+        if self.limit is not None:
+            least["limit"] = 1
+        for key, bound in least.items():
+            if getattr(self, key) < bound:
+                raise UserError(f"study.{key}={getattr(self, key)}: it must be at least {bound}")
+        if self.max_tokens > MOST_TOKENS:
+            raise UserError(f"study.max_tokens={self.max_tokens}: at most {MOST_TOKENS}")
+
+
+@dataclass
+class CrossQuestion:
+    """One fact asked twice.
+
+    Attributes:
+        picture: the question beside a picture, which must not name the concept.
+        text: the same without a picture, with `{concept}` where the concept is named.
+        answers: concept -> the word that answers it.
+        words: concept -> what stands for it in the text, where that is not its name: "dust" for mars.
+        second: of pictures of digits, the second digit; drawn when None.
+    """
+
+    picture: str
+    text: str
+    answers: dict[str, str]
+    words: dict[str, str] = field(default_factory=dict)
+    second: str | None = None
+
+    def asked_in_text(self, concept: str) -> str:
+        """The question in words."""
+        return self.text.replace(PLACEHOLDER, self.words.get(concept, concept))
+
+
+@dataclass
+class CrossModalConfig:
+    """Which concepts, how they are asked for, and what counts as shared by pictures and words (docs/structure.md).
+
+    Attributes:
+        concepts: names, as they stand in the text questions.
+        questions: name -> question.
+        source: what the pictures show: planets, two digits of which the concept is the first, or shapes of a colour.
+        pictures: training pictures per concept.
+        test_pictures: unseen pictures per concept for the causal tests.
+        others: other concepts, drawn, from which each is patched and whose features are ablated with it; all when None.
+        ratio: a feature prefers a concept when its mean there is at least so many times that on the others.
+        fires: least share of a concept's pictures on which it must fire.
+        permutations: orders in which the pictures' concepts are shuffled.
+        q: false discovery rate of single features.
+        seed: of pictures, permutations and controls.
+    """
+
+    concepts: list[str]
+    questions: dict[str, CrossQuestion]
+    source: str = "planets"
+    pictures: int = 40
+    test_pictures: int = 20
+    others: int | None = None
+    ratio: float = 2.0
+    fires: float = 0.5
+    permutations: int = 1000
+    q: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(set(self.concepts)) < 3 or len(set(self.concepts)) != len(self.concepts):
+            raise UserError(f"cross_modal.concepts={list(self.concepts)}: give three or more different ones")
+        if self.source not in SOURCES:
+            raise UserError(f"cross_modal.source={self.source}: choose one of {', '.join(SOURCES)}")
+        for name, question in self.questions.items():
+            where = f"cross_modal.questions.{name}"
+            missing = [concept for concept in self.concepts if concept not in question.answers]
+            named = [concept for concept in self.concepts if concept in question.picture.split()]
+            if missing:
+                raise UserError(f"{where}.answers lacks {', '.join(missing)}")
+            if PLACEHOLDER not in question.text:
+                raise UserError(f"{where}.text={question.text!r} lacks {PLACEHOLDER}")
+            if named:
+                raise UserError(f"{where}.picture names {named[0]}: the picture alone must show it")
+        for key in ("pictures", "test_pictures", "permutations", "others"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"cross_modal.{key}={value}: it must be at least 1")
+        if self.ratio <= 1 or not 0 < self.fires <= 1 or not 0 < self.q < 1:
+            raise UserError("cross_modal: ratio must be above 1, fires a share up to 1, and q a share below 1")

@@ -1,0 +1,265 @@
+"""What is known of a study's items: facts and words by which features are labelled, and which items fire a feature.
+
+Facts are those of the data (a scene's planet, its colour); words are those of question, answer or plain text.
+
+A study keeps, of every feature, the m items of smallest hash on which it fires. So of all items up to the last of these
+(of all items, when there are fewer than m), those that are kept fire it and the others do not: exactly, without running
+the model again (`KnownItems`).
+
+Legend: N items, in the order of their hashes; P predicates; F features of a layer; R rows (a feature with an item on
+which it fires).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy import sparse
+
+from vlmscope.core.artifacts import load_tensors, save_tensors
+from vlmscope.core.errors import UserError
+from vlmscope.core.study import MANIFEST, TOP
+from vlmscope.data.samples import WHOLE
+from vlmscope.features.labels import WORDS, Part, Predicate, Rule
+from vlmscope.features.study_files import StudyFolder, StudyItems
+from vlmscope.features.study_tables import item_hash
+
+_LOG = logging.getLogger(__name__)
+MOST_WORDS = 2000  # the most frequent ones become predicates
+MOST_FIRING = 0.5  # of the items; a feature that fires on more is labelled by the items on which it is strong
+CACHE = f"index/item_facts_{MOST_WORDS}.safetensors"  # in the study folder; may be deleted
+_VERSION = "1"  # of the cache
+_FEWEST = 3  # items that must have a predicate
+_LOOK = 20  # rows after which a source without facts is left
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in small letters."""
+    return _WORD.findall(text.lower())
+
+
+@dataclass(frozen=True)
+class ItemFacts:
+    """All predicates of all items.
+
+    Attributes:
+        ids: `[N]` int64, items of the study in the order of their hashes, in which studies draw their samples.
+        half: `[N]` bool: items on which labels are scored; on the others they are proposed.
+        names: P predicates, facts first.
+        matrix: `[N, P]` float32, 0 or 1.
+    """
+
+    ids: np.ndarray
+    half: np.ndarray
+    names: tuple[Predicate, ...]
+    matrix: np.ndarray
+
+    @classmethod
+    def without_predicates(cls, items: StudyItems) -> ItemFacts:
+        """Items in their order, and their halves."""
+        hashes = item_hash(items.ids)
+        order = np.argsort(hashes, kind="stable")
+        # Another bit of the hash than those that order the items.
+        half = (hashes[order] & 1).astype(bool)
+        return cls(items.ids[order], half, (), np.zeros((len(order), 0), dtype=np.float32))
+
+    @cached_property
+    def columns(self) -> dict[Predicate, int]:
+        """The column of each predicate."""
+        return {name: column for column, name in enumerate(self.names)}
+
+    @cached_property
+    def keys(self) -> dict[str, np.ndarray]:
+        """The columns of each fact of which an item has one value, so that values can be joined."""
+        columns: dict[str, list[int]] = {}
+        for column, (key, _) in enumerate(self.names):
+            if key not in WORDS:
+                columns.setdefault(key, []).append(column)
+        return {key: np.array(own) for key, own in columns.items() if len(own) > 1}
+
+    @cached_property
+    def proposing(self) -> np.ndarray:
+        """`[N + 1, P]` int32: how many of the first n items are for proposing and have each predicate."""
+        out = np.zeros((len(self.matrix) + 1, self.matrix.shape[1]), dtype=np.int32)
+        np.cumsum(np.where(self.half[:, None], np.float32(0), self.matrix), axis=0, out=out[1:])
+        return out
+
+    @cached_property
+    def _by_predicate(self) -> np.ndarray:
+        """`[P, N]` bool, `matrix` the other way round: quicker to pick from."""
+        return np.ascontiguousarray(self.matrix.T.astype(bool))
+
+    @cached_property
+    def _by_id(self) -> np.ndarray:
+        return np.argsort(self.ids)
+
+    def places(self, items: np.ndarray) -> np.ndarray:
+        """Where items (ids) stand in `ids`."""
+        return self._by_id[np.searchsorted(self.ids, items, sorter=self._by_id)]
+
+    def holds(self, part: Part, rows: np.ndarray) -> np.ndarray:
+        """`[rows]` bool: items of which a part of a rule is true; a predicate that no item has is true of none."""
+        true = np.zeros(len(rows), dtype=bool)
+        for value in part.values:
+            column = self.columns.get(Predicate(part.key, value))
+            if column is not None:
+                true |= self._by_predicate[column][rows]
+        return true
+
+    def grades(self, rule: Rule, rows: np.ndarray) -> np.ndarray:
+        """`[rows]` float64, how well items match: 1, or 0; of two parts that must both hold, 0.5 for one of them."""
+        held = np.stack([self.holds(part, rows) for part in rule.parts])
+        return held.any(0).astype(float) if rule.joint == "or" else held.mean(0)
+
+
+def item_facts(items: StudyItems) -> ItemFacts:
+    """Read facts and words of all items of a study; a `UserError` when its data are gone or others than it saw."""
+    bare = ItemFacts.without_predicates(items)
+    table = items.table.select(["source", "users", "assistants", "text", "n_pictures"])
+    rows = table.take(np.searchsorted(items.ids, bare.ids)).to_pylist()
+    facts = _facts(items)
+    several = len({row["source"] for row in rows}) > 1
+    predicates: list[list[Predicate]] = []
+    for item, row in zip(bare.ids.tolist(), rows, strict=True):
+        known = {**facts.get(item, {}), "pictures": row["n_pictures"]} | ({"source": row["source"]} if several else {})
+        own = [Predicate(key, str(value)) for key, value in known.items()]
+        for key, texts in (("answer", row["assistants"]), ("question", row["users"]), ("text", [row["text"]])):
+            own += [Predicate(key, word) for word in sorted({word for text in texts for word in words_of(text)})]
+        predicates.append(own)
+    # Predicates that some, but not all items have: facts as they come, then the most frequent words.
+    counts = Counter(name for own in predicates for name in own)
+    useful = [name for name, count in counts.items() if _FEWEST <= count < len(predicates)]
+    words = sorted((n for n in useful if n.key in WORDS), key=lambda n: (-counts[n], n))[:MOST_WORDS]
+    names = [name for name in useful if name.key not in WORDS] + sorted(words, key=lambda n: WORDS.index(n.key))
+    column = {name: number for number, name in enumerate(names)}
+    entries = [(row, column[name]) for row, own in enumerate(predicates) for name in own if name in column]
+    at = np.array(entries, dtype=np.int64).reshape(-1, 2).T
+    ones = np.ones(at.shape[1], np.float32)
+    matrix = sparse.csr_array((ones, (at[0], at[1])), (len(predicates), len(names))).toarray()
+    # Of predicates that hold of the same items the first one is kept.
+    _, first = np.unique(np.packbits(matrix.astype(bool), axis=0).T, axis=0, return_index=True)
+    keep = np.sort(first)
+    return replace(bare, names=tuple(names[n] for n in keep), matrix=np.ascontiguousarray(matrix[:, keep]))
+
+
+def _facts(items: StudyItems) -> dict[int, Mapping[str, str | int]]:
+    """Facts by item, of the sources that have any: each is gone through once, and only rows of items are read."""
+    wanted: dict[str, dict[int, list[int]]] = {}
+    for row in items.table.select(["item", "source", "row"]).to_pylist():
+        wanted.setdefault(row["source"], {}).setdefault(row["row"], []).append(row["item"])
+    known: dict[int, Mapping[str, str | int]] = {}
+    for name, rows in wanted.items():
+        reader, read, some = items.source(name).open(WHOLE), 0, False
+        for row in reader:
+            if reader.last in rows:
+                facts, read = row().facts, read + 1
+                known |= {item: facts for item in rows[reader.last] if facts}
+                some |= bool(facts)
+                if read == len(rows) or (read == _LOOK and not some):
+                    break
+    return known
+
+
+def study_facts(study: StudyFolder) -> ItemFacts:
+    """`item_facts` of a study, read from `index/` in it when they were read before."""
+    path = study.path / CACHE
+    mark = {"version": _VERSION, "study": hashlib.sha256((study.path / MANIFEST).read_bytes()).hexdigest()}
+    with suppress(UserError, KeyError, ValueError, TypeError):  # none was kept, or it is damaged
+        arrays, head = load_tensors(path)
+        if mark.items() <= head.items():
+            names = tuple(Predicate(*pair) for pair in json.loads(head["names"]))
+            bits = np.unpackbits(arrays["matrix"], axis=1, count=len(names))
+            bare = ItemFacts.without_predicates(study.items)
+            return replace(bare, names=names, matrix=np.ascontiguousarray(bits.astype(np.float32)))
+    facts = item_facts(study.items)
+    arrays = {"matrix": np.packbits(facts.matrix.astype(bool), axis=1)}
+    try:
+        save_tensors(path, arrays, {**mark, "names": json.dumps([list(name) for name in facts.names])})
+    except UserError as error:  # a study that others own can be read all the same
+        _LOG.warning("facts of the items are read anew each time: %s", error)
+    return facts
+
+
+@dataclass(frozen=True)
+class KnownItems:
+    """The rows of a layer, by feature.
+
+    Attributes:
+        item: `[R]` int64, place in `ItemFacts.ids`.
+        peak: `[R]` float32.
+        drawn: `[R]` bool: one of the feature's random draw; else only among its strongest.
+        top: `[R]` bool: among its strongest.
+        positive: `[R]` bool: what a label must tell from other items: where the feature fires; or, if it does so on
+            more than half of the items, where its peak is at least the median of those drawn.
+        row: `[R]` int64, in the table of examples.
+        starts: `[F + 1]`, where each feature's rows begin.
+        reach: `[F]`: of so many first items it is known whether the feature fires.
+        strong: `[F]` bool: the second meaning of `positive`.
+    """
+
+    item: np.ndarray
+    peak: np.ndarray
+    drawn: np.ndarray
+    top: np.ndarray
+    positive: np.ndarray
+    row: np.ndarray
+    starts: np.ndarray
+    reach: np.ndarray
+    strong: np.ndarray
+
+    def rows(self, feature: int) -> slice:
+        """The rows of one feature."""
+        return slice(self.starts[feature], self.starts[feature + 1])
+
+    def shuffled(self, rng: np.random.Generator, n_items: int) -> KnownItems:
+        """The same activations on random items: each feature's draw among its first `reach`, its other rows anywhere.
+
+        What is left to find is chance, so that the scores of labels of the outcome are those of no meaning.
+        """
+        item = self.item.copy()
+        for feature, reach in enumerate(self.reach.tolist()):
+            rows = np.arange(self.starts[feature], self.starts[feature + 1])
+            drawn, others = rows[self.drawn[rows]], rows[~self.drawn[rows]]
+            item[drawn] = rng.permutation(reach)[: len(drawn)]
+            item[others] = reach + rng.permutation(n_items - reach)[: len(others)]
+        return replace(self, item=item)
+
+
+def known_items(study: StudyFolder, layer: int, examples: pa.Table, facts: ItemFacts) -> KnownItems:
+    """Read the rows of a layer off its table of examples."""
+    n_features = study.info.n_features[layer]
+    feature = examples["feature"].to_numpy().astype(np.int64)
+    top = examples["group"].to_numpy() == TOP
+    item = facts.places(examples["item"].to_numpy())
+    # An item may be among the strongest and drawn: then it is one row, which comes as drawn (last).
+    order = np.lexsort((~top, item, feature))
+    key = feature[order] * len(facts.ids) + item[order]
+    last = np.append(np.diff(key) != 0, True)
+    first = np.append(True, last[:-1])
+    rows, any_top = order[last], top[order[first]]
+    feature, item, drawn = feature[rows], item[rows], ~top[rows]
+    starts = np.searchsorted(feature, np.arange(n_features + 1))
+    peak = examples["activation"].to_numpy()[rows]
+    latest = np.zeros(n_features, dtype=np.int64)
+    np.maximum.at(latest, feature[drawn], item[drawn] + 1)
+    full = np.bincount(feature[drawn], minlength=n_features) >= int(study.info.settings["samples"])
+    reach = np.where(full, latest, len(facts.ids))
+    strong = study.layer(layer).items_fired > MOST_FIRING * study.info.items
+    positive = np.ones(len(rows), dtype=bool)
+    for index in np.flatnonzero(strong).tolist():
+        span = slice(starts[index], starts[index + 1])
+        if drawn[span].any():
+            positive[span] = peak[span] >= np.median(peak[span][drawn[span]])
+    return KnownItems(item, peak, drawn, any_top, positive, rows, starts, reach, strong)

@@ -1,0 +1,326 @@
+"""Labels of features: rules that can be checked, their scores, and the sets of labels in a study's folder.
+
+A label says of a feature on which items it fires, and at which positions of them. The score is the detection AUROC, the
+chance that a random item on which the feature fires gets a higher grade from the label than a random other one, ties
+counting one half. Its variance is that of DeLong et al. (1988), its 95 % interval Wilson's with as many trials as that
+variance is worth; p is Mann and Whitney's, one-sided, corrected for ties. Chance is 0.5.
+
+Every set is a file `labels/<set>.parquet` in the study's folder. Hand labels come first, then of the automatic ones
+that of the surest score: `Labels(StudyFolder("outputs/study/..")).of(FeatureId(5, 123)).text`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from scipy.special import ndtr
+
+from vlmscope.core.artifacts import read_yaml
+from vlmscope.core.errors import UserError
+from vlmscope.core.records import FeatureId
+from vlmscope.features.study_files import StudyFolder, read_table, write_table
+from vlmscope.metrics.causal import benjamini_hochberg
+from vlmscope.metrics.dictionary import wilson_interval
+
+FOLDER = "labels"
+HAND = "hand.yaml"  # beside the sets; no task writes it
+WORDS = ("answer", "question", "text")  # keys whose values are words: an item has many of each
+MOST_VALUES = 3  # of one key: a longer list is no label
+_KINDS = {"text": "in the words of the user", "image": "on the picture", "answer": "in the answer"}
+LABEL_TABLE = pa.schema(
+    {"layer": pa.int32(), "feature": pa.int32(), "text": pa.string(), "source": pa.string(), "level": pa.string()}
+    | dict.fromkeys(("score", "low", "high", "balanced_accuracy", "p"), pa.float64())
+    | {"positives": pa.int32(), "negatives": pa.int32(), "beats_chance": pa.bool_(), "strong": pa.bool_()}
+    | {"top_score": pa.float64(), "rule": pa.string(), "place": pa.string(), "place_score": pa.float64()}
+)
+
+
+class Predicate(NamedTuple):
+    """One thing that is or is not so of an item (`planet = mars`, a word of its question) or of a position."""
+
+    key: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Any of some values of one key."""
+
+    key: str
+    values: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The part in words, of a rule about items."""
+        if self.key in WORDS:
+            return f"{self._quoted} in the {self.key}"
+        return f"{self.key} = {' or '.join(self.values)}"
+
+    @property
+    def place(self) -> str:
+        """The part in words, of a rule about positions."""
+        if self.key == "kind":
+            return " or ".join(_KINDS[value] for value in self.values)
+        if self.key in ("rows", "columns"):
+            return f"in the {' or '.join(self.values)} of the picture"
+        return f"{'at' if self.key == 'token' else 'right after'} {self._quoted}"
+
+    @property
+    def _quoted(self) -> str:
+        return " or ".join(f'"{word}"' for word in self.values)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One part, or two that must both hold ("and") or of which one is enough ("or")."""
+
+    parts: tuple[Part, ...]
+    joint: str = "and"
+
+    @property
+    def text(self) -> str:
+        """The rule in words."""
+        return f" {self.joint} ".join(part.text for part in self.parts)
+
+    def to_json(self) -> str:
+        """One line: how the parts are joined, then of each its key and values."""
+        return json.dumps([self.joint, [[part.key, *part.values] for part in self.parts]], ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The score of a label on items of both kinds, named as in `Label`."""
+
+    score: float
+    low: float
+    high: float
+    balanced_accuracy: float
+    p: float
+    positives: int
+    negatives: int
+
+
+def detection(positive: np.ndarray, negative: np.ndarray) -> Detection | None:
+    """Score grades (0 to 1) of items of both kinds; None when there are none of one."""
+    n, m = len(positive), len(negative)
+    if not n or not m:
+        return None
+    levels, code = np.unique(np.concatenate([positive, negative]), return_inverse=True)
+    up = np.bincount(code[:n], minlength=len(levels))
+    down = np.bincount(code[n:], minlength=len(levels))
+    beaten = (np.cumsum(down) - 0.5 * down) / m  # by a positive of each level
+    beating = (n - np.cumsum(up) + 0.5 * up) / n  # a negative of each level
+    auroc = float(up @ beaten / n)
+    variance = _spread(beaten, up) / n + _spread(beating, down) / m
+    trials = auroc * (1 - auroc) / variance if variance > 0 else min(n, m)
+    low, high = wilson(auroc, max(min(trials, n + m), 1.0))
+    both = up + down
+    ties = float((both.astype(float) ** 3 - both).sum())
+    null = (n + m + 1 - ties / max((n + m) * (n + m - 1), 1)) / (12.0 * n * m)
+    p = float(ndtr(-(auroc - 0.5) / np.sqrt(null))) if null > 1e-15 else 1.0
+    balanced = 0.5 * (float((positive > 0.5).mean()) + float((negative <= 0.5).mean()))
+    return Detection(auroc, low, high, balanced, p, n, m)
+
+
+def wilson(share: float, trials: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of so many trials."""
+    low, high = wilson_interval(np.array(share), np.array(trials))
+    return float(low), float(high)
+
+
+def _spread(values: np.ndarray, counts: np.ndarray) -> float:
+    """The sample variance of values with multiplicities."""
+    total = counts.sum()
+    if total < 2:
+        return 0.0
+    mean = values @ counts / total
+    return float((values - mean) ** 2 @ counts / (total - 1))
+
+
+def discoveries(p: np.ndarray, rate: float = 0.05) -> np.ndarray:
+    """`[..]` bool: what may be called better than chance so that at most `rate` of it is not (Benjamini & Hochberg).
+
+    p-values that are nan never are.
+    """
+    known = np.isfinite(p)
+    passed = np.zeros(p.shape, dtype=bool)
+    passed[known] = benjamini_hochberg(p[known]) <= rate
+    return passed
+
+
+def would_pass(p: np.ndarray, passed: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    """`[M]` bool: which p-values that chance gave would be called discoveries beside the real ones.
+
+    Those at most as large as the largest p that passed. Their share, times N over the number that passed, estimates the
+    false discovery rate without assuming that p is right.
+
+    Args:
+        p: `[N]`, of the real set.
+        passed: `[N]` bool, its `discoveries`.
+        chance: `[M]`, where nothing is to be found; nan for none.
+    """
+    cut = float(p[passed].max()) if passed.any() else -1.0
+    return np.isfinite(chance) & (np.nan_to_num(chance, nan=np.inf) <= cut)
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a feature is called, and how far that can be trusted.
+
+    Attributes:
+        text: the label.
+        source: "hand", "auto", or what an outside explainer is called.
+        level: what the score is about: "items" (does the feature fire on this item), "positions" (at which positions
+            of an item does it fire), or "" for no score.
+        score, low, high: detection AUROC on items that the label was not made from, with its 95 % interval.
+        balanced_accuracy: of "fires" (a grade above one half) against "does not".
+        p: one-sided, of chance.
+        positives, negatives: items scored on; of "positions", `positives` alone.
+        beats_chance: survives a false discovery rate of 5 % over all labels of the set.
+        strong: the feature fires on most items; the label says where it is strong.
+        top_score: AUROC of the feature's strongest items against those on which it does not fire.
+        rule: the item's part as `Rule.to_json`; "" for none.
+        place, place_score: where in the item, and its AUROC.
+    """
+
+    text: str
+    source: str
+    level: str = ""
+    score: float | None = None
+    low: float | None = None
+    high: float | None = None
+    balanced_accuracy: float | None = None
+    p: float | None = None
+    positives: int = 0
+    negatives: int = 0
+    beats_chance: bool = False
+    strong: bool = False
+    top_score: float | None = None
+    rule: str = ""
+    place: str = ""
+    place_score: float | None = None
+
+    def __str__(self) -> str:
+        """The label with its score, as `mars on the picture (0.97)`."""
+        if self.score is None:
+            return self.text
+        doubt = "" if self.beats_chance else ", no better than chance"
+        return f"{self.text} ({self.score:.2f}{doubt})"
+
+
+NONE = Label("", "")
+
+
+def short_label(text: str) -> str:
+    """The first thing that a label says, as a name: 'planet = mars or scene = hands, ..' is planet mars."""
+    first = text.removeprefix("strong: ").split(" or ")[0].split(",")[0]
+    return " ".join(re.sub(r"[^\w. -]", " ", first).split())[:40].strip()
+
+
+def set_path(study: Path, name: str) -> Path:
+    """The file of a set of labels."""
+    return study / FOLDER / f"{name}.parquet"
+
+
+def write_labels(path: Path, labels: Sequence[tuple[FeatureId, Label]]) -> None:
+    """Write a set; features without a label are left out."""
+    rows = [
+        {"layer": feature.layer, "feature": feature.index, **asdict(label)} for feature, label in labels if label.text
+    ]
+    write_table(path, pa.Table.from_pylist(rows, schema=LABEL_TABLE))
+
+
+def read_labels(path: Path) -> dict[FeatureId, Label]:
+    """Read a set; a `UserError` when the file is missing, damaged, or of another layout."""
+    names = [item.name for item in fields(Label)]
+    return {
+        FeatureId(row["layer"], row["feature"]): Label(**{name: row[name] for name in names})
+        for row in read_table(path, LABEL_TABLE).to_pylist()
+    }
+
+
+def read_hand(path: Path, study: StudyFolder) -> dict[FeatureId, Label]:
+    """Labels that a person wrote as `L<layer>/<index>: text`; what is not of that form or study is a `UserError`."""
+    body = read_yaml(path)
+    if body is None:
+        return {}
+    if not isinstance(body, dict):
+        raise UserError(f"{path}: it holds no labels; write a line such as 'L5/123: red planet' for each")
+    labels = {}
+    for name, text in body.items():
+        try:
+            feature = FeatureId.parse(str(name))
+            study.check(feature)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{path}: {name} has no text; write a line such as '{name}: red planet'")
+        labels[feature] = Label(" ".join(text.split()), "hand")
+    return labels
+
+
+class Labels:
+    """All labels of a study: every set, and those of a YAML file by hand, by default the study's own if it is there."""
+
+    def __init__(self, study: StudyFolder, hand: str | Path | None = None) -> None:
+        self.study = study
+        self.automatic: dict[FeatureId, Label] = {}
+        for path in sorted((study.path / FOLDER).glob("*.parquet")):
+            for feature, label in read_labels(path).items():
+                if _rank(label) > _rank(self.automatic.get(feature, NONE)):
+                    self.automatic[feature] = label
+        path = Path(hand) if hand is not None else study.path / FOLDER / HAND
+        self.hand = read_hand(path, study) if hand is not None or path.is_file() else {}
+
+    def of(self, feature: FeatureId) -> Label:
+        """The label of a feature; one without text when there is none."""
+        self.study.check(feature)
+        return self.hand.get(feature) or self.automatic.get(feature, NONE)
+
+    def all(self) -> dict[FeatureId, Label]:
+        """Every label."""
+        return {**self.automatic, **self.hand}
+
+    def trusted(self) -> dict[FeatureId, Label]:
+        """Hand labels, and those that beat chance."""
+        return {feature: own for feature, own in self.all().items() if own.source == "hand" or own.beats_chance}
+
+    def texts(self) -> dict[FeatureId, str]:
+        """The trusted labels, each with its score."""
+        return {feature: str(label) for feature, label in self.trusted().items()}
+
+
+def _rank(label: Label) -> tuple[bool, float]:
+    return bool(label.text), -1.0 if label.low is None else label.low
+
+
+def labels_for(path: str | Path, model: str, n_features: Mapping[int, int] | None) -> Labels:
+    """The labels of a study, which must have some and be of this model and transcoders (`check_same`)."""
+    study = StudyFolder(path)
+    check_same(study, model, n_features)
+    labels = Labels(study)
+    if not labels.all():
+        raise UserError(f"{study.path} has no labels; run task=label study.path={path}")
+    return labels
+
+
+def check_same(study: StudyFolder, model: str, n_features: Mapping[int, int] | None) -> None:
+    """Refuse a study of another model, or of transcoders of other widths by layer (None where they are not known)."""
+
+    def widths(of: Mapping[int, int]) -> str:
+        return f"{len(of)} layers, {sum(of.values()):,} features"
+
+    if study.info.model != model:
+        raise UserError(f"{study.path} is a study of the model {study.info.model}, not of {model}; give one of {model}")
+    if n_features is not None and study.info.n_features != dict(n_features):
+        raise UserError(
+            f"{study.path} is a study of other transcoders ({widths(study.info.n_features)}) than these "
+            f"({widths(n_features)}); run task=study with them"
+        )

@@ -1,0 +1,321 @@
+"""Automatic labels of all features of a study, offline: proposed by contrast on one half of the items, scored on the
+other.
+
+*Rules about items.* The contrast of a rule is Youden's J = share of positives that match - share of negatives that
+match, each with half an item added to matches and one to items, since few positives are known. J adds up over values of
+one fact (an item has one), so the best set of values is read off the values' own contrasts. Pairs of the best parts are
+then tried, both ways of joining them. A longer rule must earn its length. Whether the winner beats chance is asked with
+a G-test, corrected (Bonferroni) for how many rules were tried.
+
+*Places in items.* Within the items on which a feature fires, positions at which it does are held against those at which
+it does not: at which tokens, after which, on which part of the picture. The score is the AUROC of "the position is such
+a place": 0.5 + (share of firing positions there - share of others) / 2.
+
+Legend: R rows of a layer, T positions of all items together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy.special import chdtrc, ndtr, xlogy
+
+from vlmscope.core.records import FeatureId, generator
+from vlmscope.core.study import IMAGE, KINDS
+from vlmscope.features.item_facts import ItemFacts, KnownItems, known_items
+from vlmscope.features.labels import MOST_VALUES, NONE, Detection, Label, Part, Rule, detection, discoveries, wilson
+from vlmscope.features.study_files import StudyFolder, StudyItems
+
+GAIN = 0.05  # in contrast, that another value or part must bring
+CHANCE = 0.05
+_PAIRED = 10  # parts that are tried in pairs
+_BACKGROUND = 1000  # negatives for pairs; the first in the order of hashes are a random draw
+KEYS = ("kind", "token", "after", "rows", "columns")  # of places
+_ROWS, _COLUMNS = ("upper part", "middle rows", "lower part"), ("left part", "middle columns", "right part")
+_TOGETHER = 1 << 22  # positions in memory
+
+
+def propose(facts: ItemFacts, known: KnownItems, feature: int) -> Rule | None:
+    """The best rule for one feature, from items for proposing alone; None when nothing beats chance."""
+    rows = known.rows(feature)
+    item, wanted = known.item[rows], known.positive[rows]
+    own = ~facts.half[item]
+    positive = item[wanted & own]
+    reach = int(known.reach[feature])
+    if len(positive) < 2 or not len(facts.names):
+        return None
+    inside = positive[known.drawn[rows][wanted & own]]
+    others = facts.proposing[reach] - facts.matrix[inside].sum(0)
+    n_others = int((~facts.half[:reach]).sum()) - len(inside)
+    if n_others < 2:
+        return None
+    contrast = _rate(facts.matrix[positive].sum(0), len(positive)) - _rate(others, n_others)
+    negative = np.setdiff1d(np.flatnonzero(~facts.half[:reach]), inside)[:_BACKGROUND]
+    parts = _parts(facts, contrast)
+    up = np.stack([facts.holds(part, positive) for part in parts], axis=1)
+    down = np.stack([facts.holds(part, negative) for part in parts], axis=1)
+    rule, tried = _best(parts, up, down)
+    return rule if _beats_chance(facts, rule, positive, negative, tried + len(facts.names)) else None
+
+
+def _rate(matched: np.ndarray, total: int) -> np.ndarray:
+    return (matched + 0.5) / (total + 1)
+
+
+def _parts(facts: ItemFacts, contrast: np.ndarray) -> list[Part]:
+    """The best single predicates, and the best set of values of each fact."""
+    best = np.argsort(-contrast, kind="stable")[:_PAIRED].tolist()
+    # The best one stays even without any contrast.
+    parts = [Part(facts.names[c].key, (facts.names[c].value,)) for c in best if contrast[c] > 0 or c == best[0]]
+    for columns in facts.keys.values():
+        order = columns[np.argsort(-contrast[columns], kind="stable")][:MOST_VALUES]
+        order = order[contrast[order] > GAIN].tolist()
+        if len(order) > 1:
+            parts.append(Part(facts.names[order[0]].key, tuple(facts.names[c].value for c in order)))
+    return parts
+
+
+def _best(parts: Sequence[Part], up: np.ndarray, down: np.ndarray) -> tuple[Rule, int]:
+    """The rule of the largest contrast less `GAIN` for each value after the first, and how many were tried.
+
+    Args:
+        parts: of rules.
+        up: [positives, parts] bool, whether items match.
+        down: [negatives, parts] likewise.
+    """
+    length = np.array([len(part.values) for part in parts])
+    single = _rate(up.sum(0), len(up)) - _rate(down.sum(0), len(down)) - GAIN * (length - 1)
+    first = int(single.argmax())
+    rule, value = Rule((parts[first],)), float(single[first])
+    up, down = up.astype(np.float32), down.astype(np.float32)  # products of bool arrays would be bool
+    both_up, both_down = up.T @ up, down.T @ down
+    either_up = up.sum(0)[:, None] + up.sum(0) - both_up
+    either_down = down.sum(0)[:, None] + down.sum(0) - both_down
+    keys = np.array([part.key for part in parts])
+    allowed = np.triu(keys[:, None] != keys, 1)
+    lengths = length[:, None] + length - 1
+    for joint, ups, downs in (("and", both_up, both_down), ("or", either_up, either_down)):
+        contrast = _rate(ups, len(up)) - _rate(downs, len(down))
+        values = np.where(allowed, contrast - GAIN * lengths, -np.inf)
+        best = int(values.argmax())
+        if values.flat[best] > value:
+            value, pair = float(values.flat[best]), divmod(best, len(parts))
+            rule = Rule(tuple(parts[i] for i in pair), joint)
+    return rule, int(2 * allowed.sum()) + len(parts)
+
+
+def _beats_chance(facts: ItemFacts, rule: Rule, positive: np.ndarray, negative: np.ndarray, tried: int) -> bool:
+    up, down = facts.grades(rule, positive) > 0.75, facts.grades(rule, negative) > 0.75
+    table = np.array([[up.sum(), (~up).sum()], [down.sum(), (~down).sum()]], dtype=float)
+    if table[0, 0] * len(down) <= table[1, 0] * len(up):
+        return False
+    expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()
+    g = 2 * float((xlogy(table, table) - xlogy(table, expected)).sum())
+    return float(chdtrc(1, g)) * tried < CHANCE
+
+
+def score_rule(facts: ItemFacts, known: KnownItems, feature: int, rule: Rule) -> tuple[Detection | None, float | None]:
+    """A rule on the items for scoring: detection of the drawn items, and the AUROC of the strongest ones alone."""
+    rows = known.rows(feature)
+    item, drawn = known.item[rows], known.drawn[rows]
+    own = facts.half[item]
+    positive = item[own & drawn & known.positive[rows]]
+    background = np.flatnonzero(facts.half[: int(known.reach[feature])])
+    others = facts.grades(rule, np.setdiff1d(background, positive))
+    silent = facts.grades(rule, np.setdiff1d(background, item[drawn]))
+    top = detection(facts.grades(rule, item[own & known.top[rows]]), silent)
+    return detection(facts.grades(rule, positive), others), None if top is None else top.score
+
+
+@dataclass(frozen=True)
+class Places:
+    """What can be said of all positions of a study's items.
+
+    Attributes:
+        starts: `[N + 1]`, where each item's positions begin; items as in `ItemFacts`.
+        codes: `[T, keys]` int32, which value of each of `KEYS`, -1 for none.
+        values: the values by key.
+        picture: `[T]` bool.
+        text: `[T]` int32, text positions of the item up to here.
+    """
+
+    starts: np.ndarray
+    codes: np.ndarray
+    values: tuple[tuple[str, ...], ...]
+    picture: np.ndarray
+    text: np.ndarray
+
+
+def places(items: StudyItems, facts: ItemFacts) -> Places:
+    """Read the positions of all items of a study."""
+    table = items.table.take(np.searchsorted(items.ids, facts.ids))
+    tokens, kinds = (table[name].combine_chunks() for name in ("token_ids", "kinds"))
+    starts = tokens.offsets.to_numpy().astype(np.int64)
+    starts = starts - starts[0]
+    token, kind = tokens.flatten().to_numpy(), kinds.flatten().to_numpy()
+    vocabulary = np.array(sorted(items.words))
+    code = np.searchsorted(vocabulary, token).astype(np.int32)
+    picture = kind == IMAGE
+    before = np.concatenate([[-1], code[:-1]]).astype(np.int32)
+    before[starts[:-1]] = -1
+    thirds: dict[str, np.ndarray] = {}  # of the picture, down and across, that soft tokens lie in
+    geometries = table["geometry"].to_pylist()
+    for name in set(geometries):
+        boxes = np.array(items.boxes(name)).reshape(-1, 4)
+        middle = np.stack([boxes[:, 1] + boxes[:, 3], boxes[:, 0] + boxes[:, 2]]) / 2
+        thirds[name] = np.minimum((middle * 3).astype(np.int32), 2)
+    codes = np.full((len(token), len(KEYS)), -1, dtype=np.int32)
+    codes[:, 0] = kind
+    codes[:, 1] = np.where(picture, -1, code)
+    codes[:, 2] = np.where(picture, -1, before)
+    codes[picture, 3], codes[picture, 4] = np.concatenate([thirds[name] for name in geometries], axis=1)
+    words = tuple(items.words[number] for number in vocabulary.tolist())
+    values = (KINDS, words, words, _ROWS, _COLUMNS)
+    return Places(starts, codes, values, picture, np.cumsum(~picture).astype(np.int32))
+
+
+PlaceLabel = tuple[Part, Detection]
+
+
+def place_labels(
+    at: Places,
+    facts: ItemFacts,
+    known: KnownItems,
+    examples: pa.Table,
+    window: int,
+    rng: np.random.Generator | None = None,
+) -> list[PlaceLabel | None]:
+    """The best place of every feature of a layer with its score; None where none beats `GAIN`.
+
+    Args:
+        at: all positions.
+        facts: which items are for proposing, which for scoring.
+        known: the layer's rows.
+        examples: its table of examples.
+        window: of the study: text positions around the peak that it kept.
+        rng: when given, each row's positions are shuffled first, so that scores are those of chance.
+    """
+    labels: list[PlaceLabel | None] = []
+    total = np.concatenate([[0], np.cumsum(np.diff(at.starts)[known.item])])[known.starts]
+    first, n_features = 0, len(known.reach)
+    while first < n_features:
+        last = int(np.searchsorted(total, total[first] + _TOGETHER, "right")) - 1
+        last = min(max(last, first + 1), n_features)
+        labels += _place_labels(at, facts, known, examples, window, range(first, last), rng)
+        first = last
+    return labels
+
+
+def _place_labels(
+    at: Places, facts: ItemFacts, known: KnownItems, examples: pa.Table, window: int, features: range,
+    rng: np.random.Generator | None,
+) -> list[PlaceLabel | None]:  # fmt: skip
+    rows = np.arange(known.starts[features.start], known.starts[features.stop])
+    item = known.item[rows]
+    lengths = np.diff(at.starts)[item]
+    begins = np.concatenate([[0], np.cumsum(lengths)])
+    row = np.repeat(np.arange(len(rows)), lengths)
+    position = np.arange(begins[-1]) - np.repeat(begins[:-1] - at.starts[item], lengths)
+    fired = np.zeros(len(position), dtype=bool)
+    picked = examples.take(known.row[rows])
+    kept = picked["positions"].combine_chunks()
+    fired[kept.flatten().to_numpy() + np.repeat(begins[:-1], np.diff(kept.offsets.to_numpy()))] = True
+    # The study kept soft tokens, and the text near the peak.
+    peak = at.starts[item] + picked["position"].to_numpy()
+    near = at.picture[position] | (np.abs(at.text[position] - np.repeat(at.text[peak], lengths)) <= window)
+    row, position, fired = row[near], position[near], fired[near]
+    if rng is not None:
+        fired = fired[np.lexsort((rng.random(len(row)), row))]
+    feature = np.repeat(np.arange(len(features)), np.diff(known.starts[features.start : features.stop + 1]))
+    scoring, drawn = facts.half[item], known.drawn[rows]
+    # Scored on the random draw alone; the strongest help to propose.
+    use = (~scoring | drawn)[row]
+    row, position, fired = row[use], position[use], fired[use]
+    items = np.bincount(feature[scoring & drawn], minlength=len(features))
+    group = feature[row] * 4 + scoring[row] * 2 + fired  # [features, half, fired]
+    return _best_places(at, position, group, items)
+
+
+def _best_places(at: Places, position: np.ndarray, group: np.ndarray, items: np.ndarray) -> list[PlaceLabel | None]:
+    count = len(items)
+    totals = np.bincount(group, minlength=4 * count).reshape(count, 2, 2)
+    best: list[PlaceLabel | None] = [None] * count
+    value = np.full(count, GAIN)
+    for number, key in enumerate(KEYS):
+        code, size = at.codes[position, number], len(at.values[number])
+        has = code >= 0
+        counts = np.bincount(group[has] * size + code[has], minlength=4 * count * size).reshape(count, 2, 2, size)
+        share = (counts + 0.5 / size) / (totals[..., None] + 1)
+        contrast = share[:, 0, 1] - share[:, 0, 0]
+        most = np.argsort(-contrast, axis=1, kind="stable")[:, : min(MOST_VALUES, size - 1)]
+        gains = np.take_along_axis(contrast, most, 1)
+        taken = gains > np.where(np.arange(most.shape[1]) == 0, 0, GAIN)
+        score = (gains * taken).sum(1) - GAIN * (taken.sum(1) - 1)
+        better = np.flatnonzero((score > value) & taken[:, 0] & (totals[:, 1] > 0).all(1))
+        value[better] = score[better]
+        for feature in better.tolist():
+            picks = most[feature][taken[feature]]
+            rates = counts[feature, 1][:, picks].sum(1) / totals[feature, 1]
+            auroc = 0.5 + 0.5 * float(rates[1] - rates[0])
+            # Positions of one item are not independent, so interval and p count items, at the largest variance (1/4)
+            # that an item's own AUROC can have.
+            n = max(int(items[feature]), 1)
+            p = float(ndtr(-(auroc - 0.5) * 2 * n**0.5))
+            part = Part(key, tuple(at.values[number][pick] for pick in picks.tolist()))
+            best[feature] = part, Detection(auroc, *wilson(auroc, n), auroc, p, n, 0)
+    return best
+
+
+def label_layer(
+    study: StudyFolder, layer: int, facts: ItemFacts, at: Places, seed: int = 0, shuffled: int = 256
+) -> tuple[list[Label], list[Label]]:
+    """Labels of all features of a layer, and those that the same steps give on shuffled activations.
+
+    Args:
+        study: the study.
+        layer: which.
+        facts: of its items.
+        at: of its items' positions.
+        seed: of the shuffles.
+        shuffled: number of the layer's features whose activations are shuffled.
+    """
+    examples = study.examples(layer)
+    known = known_items(study, layer, examples, facts)
+    window = int(study.info.settings["window"])
+    own_places = place_labels(at, facts, known, examples, window)
+    labels = [_label(facts, known, feature, place) for feature, place in enumerate(own_places)]
+    if not shuffled:
+        return labels, []
+    rng = generator(seed, "shuffled labels", layer)
+    mixed = known.shuffled(rng, len(facts.ids))
+    # Places are shuffled within the items on which the feature fires, so those stay as they are.
+    mixed_places = place_labels(at, facts, known, examples, window, rng)
+    picked = np.sort(rng.permutation(len(labels))[:shuffled]).tolist()
+    return labels, [_label(facts, mixed, feature, mixed_places[feature]) for feature in picked]
+
+
+def _label(facts: ItemFacts, known: KnownItems, feature: int, place: PlaceLabel | None) -> Label:
+    where: dict[str, Any] = {"strong": bool(known.strong[feature])}
+    if place is not None:
+        where |= {"place": place[0].place, "place_score": place[1].score}
+    rule = propose(facts, known, feature)
+    if rule is not None:
+        score, top = score_rule(facts, known, feature, rule)
+        if score is not None:
+            words = ", ".join(part for part in (rule.text, where.get("place")) if part)
+            words = f"strong: {words}" if where["strong"] else words
+            return Label(words, "auto", "items", **vars(score), top_score=top, rule=rule.to_json(), **where)
+    return NONE if place is None else Label(place[0].place, "auto", "positions", **vars(place[1]), **where)
+
+
+def judged(labels: Sequence[tuple[FeatureId, Label]]) -> list[tuple[FeatureId, Label]]:
+    """Labels of a set, with what beats chance decided over all of them together."""
+    better = discoveries(np.array([np.nan if label.p is None else label.p for _, label in labels]))
+    return [
+        (feature, replace(label, beats_chance=bool(beats)))
+        for (feature, label), beats in zip(labels, better, strict=True)
+    ]

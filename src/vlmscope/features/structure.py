@@ -1,0 +1,430 @@
+"""Structure of a dictionary of features: modality, monosemanticity, duplicates and clusters (docs/structure.md).
+
+*Modality* comes from a study alone. At which positions a feature fires is in its counts: soft tokens or words. In which
+prompts it fires at words is in its random examples: beside a picture, without one, or either; a feature of words that
+never fires without a picture may carry what was seen.
+
+The rest needs `StructurePass`, a pass over part of the study's data: who fires with whom at drawn positions, and how
+alike the pictures are on which a feature fires. Its memory is bounded by the settings.
+
+Legend: N drawn positions, I items, F features of a layer, or of all layers together, by layer; d model width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from vlmscope.activations.capture import norm_weight_after, watching_mlp_inputs
+from vlmscope.core.errors import UserError
+from vlmscope.core.records import FeatureId, generator
+from vlmscope.core.study import ANSWER, IMAGE, TEXT
+from vlmscope.features.item_facts import words_of
+from vlmscope.features.labels import Labels, short_label
+from vlmscope.features.study import StudyInput, grouped
+from vlmscope.features.study_files import StudyFolder
+from vlmscope.metrics.clusters import Neighbours, coactive, louvain, nearest_of
+from vlmscope.metrics.dictionary import (
+    Modality,
+    modality,
+    monosemanticity,
+    nearest_twins,
+    unit_embeddings,
+    wilson_interval,
+)
+from vlmscope.models.conversations import joined
+from vlmscope.scope import Scope
+
+GROUPS = ("image", "both", "words beside a picture", "words in either", "words alone", "unsettled", "rare", "dead")
+
+
+@dataclass(frozen=True)
+class LayerModality:
+    """Where the features of one layer belong: pictures, words, or both.
+
+    Attributes:
+        layer: which.
+        found: index, interval and class of its F features.
+        with_picture: [F] float64, share of the sampled items on which a feature fires that have a picture; nan where
+            there is none.
+        fired_image, fired_text: [F] int64, active positions; the answer's count as text.
+    """
+
+    layer: int
+    found: Modality
+    with_picture: np.ndarray
+    fired_image: np.ndarray
+    fired_text: np.ndarray
+
+    @property
+    def group(self) -> np.ndarray:
+        """[F], of `GROUPS`: the class, with features of words divided by the prompts in which they fire."""
+        names = self.found.kind.astype(f"<U{max(map(len, GROUPS))}")
+        words = names == "text"
+        names[words] = "words in either"
+        names[words & (self.with_picture == 1)] = "words beside a picture"
+        names[words & (self.with_picture == 0)] = "words alone"
+        return names
+
+    def counts(self) -> dict[str, int]:
+        """How many features each of `GROUPS` has."""
+        counts = Counter(self.group.tolist())
+        return {name: counts[name] for name in GROUPS}
+
+    def shared_firing(self) -> tuple[float, float]:
+        """Share of all firing at soft tokens, and at words, that is by features of both; nan where nothing fires."""
+        both = self.found.kind == "both"
+        sums = [(fired[both].sum(), fired.sum()) for fired in (self.fired_image, self.fired_text)]
+        image, text = (float(part / whole) if whole else float("nan") for part, whole in sums)
+        return image, text
+
+
+def modality_tables(study: StudyFolder) -> list[LayerModality]:
+    """All layers of a study, whose data must have both pictures and words."""
+    positions = study.info.positions
+    n_image, n_text = positions["image"], positions["text"] + positions["answer"]
+    if not n_image or not n_text:
+        raise UserError(
+            f"{study.path} went through {n_image} soft tokens and {n_text} words; study data that have both"
+        )
+    ids, pictures = study.items.ids, study.items.table["n_pictures"].to_numpy()
+    tables = []
+    for layer in study.layers:
+        table = study.layer(layer)
+        image, text = table.fired[:, IMAGE], table.fired[:, TEXT] + table.fired[:, ANSWER]
+        features, items = study.example_items(layer, top=False)
+        seen = pictures[np.searchsorted(ids, items)] > 0
+        total = np.bincount(features, minlength=len(image))
+        with_picture = np.full(len(image), np.nan)
+        np.divide(np.bincount(features, seen, len(image)), total, out=with_picture, where=total > 0)
+        found = modality(image, text, table.items_fired, n_image, n_text)
+        tables.append(LayerModality(layer, found, with_picture, image, text))
+    return tables
+
+
+def modality_metrics(tables: Sequence[LayerModality]) -> dict[str, float]:
+    """`layers/modality_<group>/layer_03`, shares of all features of the layer; of features of both modalities the 95 %
+    interval too, and their share of the firing at soft tokens and at words; `modality/meeting_layer` has most of them.
+    """
+    metrics: dict[str, float] = {}
+    for table in tables:
+        counts, width = table.counts(), len(table.found.index)
+        low, high = wilson_interval(np.array(counts["both"] / width), np.array(width))
+        image, text = table.shared_firing()
+        own = {group: count / width for group, count in counts.items()}
+        own |= {"both_ci_low": float(low), "both_ci_high": float(high)}
+        own |= {"both_firing_image": image, "both_firing_text": text}
+        for name, value in own.items():
+            metrics[f"layers/modality_{name.replace(' ', '_')}/layer_{table.layer:02d}"] = value
+    totals = {group: sum(table.counts()[group] for table in tables) for group in GROUPS}
+    everything = sum(totals.values())
+    metrics |= {f"modality/{group.replace(' ', '_')}": count / everything for group, count in totals.items()}
+    most = max(tables, key=lambda table: table.counts()["both"] / len(table.found.index))
+    return metrics | {"modality/meeting_layer": float(most.layer)}
+
+
+def modality_parts(tables: Sequence[LayerModality]) -> tuple[Sequence[int], dict, Sequence[np.ndarray], dict]:
+    """Columns by layer as `report.study_figures.modality_by_layer` draws them.
+
+    Numbers of layers, counts by group, modality indices of the features that fire often enough, and the share of all
+    firing that is by features of both modalities.
+    """
+    counts, shared = [table.counts() for table in tables], [table.shared_firing() for table in tables]
+    return (
+        [table.layer for table in tables],
+        {group: [of[group] for of in counts] for group in GROUPS},
+        [table.found.index[~np.isin(table.found.kind, ("rare", "dead"))] for table in tables],
+        {"at soft tokens": [image for image, _ in shared], "at words": [text for _, text in shared]},
+    )
+
+
+class StructurePass:
+    """What fires at drawn positions, each picture's peaks, and its embedding.
+
+    A picture's embedding is the mean of its soft tokens as they enter the decoder: what the model's own tower and
+    projector make of it, before any feature reads it.
+    """
+
+    def __init__(self, scope: Scope, per_item: int, seed: int = 0) -> None:
+        """Nothing seen yet; at most `per_item` positions of an item are drawn, by its id and the seed."""
+        self.scope, self.per_item, self.seed = scope, per_item, seed
+        widths = list(scope.transcoders.widths.values())
+        self.offsets = dict(zip(scope.transcoders.layers, np.cumsum([0, *widths[:-1]]).tolist(), strict=True))
+        self.n_features = sum(widths)
+        self._active: list[tuple[np.ndarray, np.ndarray]] = []  # position, feature
+        self._peaks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # picture, feature, activation
+        self._embeddings: list[np.ndarray] = []
+        self._positions = self._pictures = 0
+
+    @torch.no_grad()
+    def add(self, inputs: Sequence[StudyInput], forward_tokens: int) -> None:
+        """Run the model on some inputs."""
+        for group in grouped(inputs, forward_tokens):
+            self._forward(group)
+
+    def _forward(self, group: Sequence[StudyInput]) -> None:
+        soft = np.flatnonzero(group[0].kinds == IMAGE)
+        rows = [self._drawn(given) for given in group]
+        item, position = np.repeat(np.arange(len(group)), list(map(len, rows))), np.concatenate(rows)
+
+        def take(layer: int, x: Tensor) -> None:
+            code = self.scope.transcoders[layer].encode(x)
+            indices, values = (array.numpy(force=True) for array in (code.indices, code.values.float()))
+            at, slot = np.nonzero(values[item, position] > 0)
+            self._active.append((self._positions + at, self.offsets[layer] + indices[item, position][at, slot]))
+            if len(soft):
+                self._add_peaks(layer, indices, values)
+
+        layers = self.scope.transcoders.layers
+        with self._watching_embeddings(soft), watching_mlp_inputs(self.scope.adapter, layers, take):
+            self.scope.adapter.next_logits(joined([given.tensors for given in group]))
+        self._positions += len(position)
+        self._pictures += len(group) if len(soft) else 0
+
+    def active(self) -> Any:
+        """[N, F] sparse float32, 1 where a feature fires."""
+        return _sparse(self._active, (self._positions, self.n_features))
+
+    def peaks(self) -> Any:
+        """[I', F] sparse float32, the largest activation of each feature in each item that has pictures."""
+        return _sparse(self._peaks, (self._pictures, self.n_features))
+
+    def embeddings(self) -> np.ndarray:
+        """[I', d] float32, of the items that have pictures."""
+        return np.concatenate(self._embeddings or [np.zeros((0, self.scope.adapter.d_model), np.float32)])
+
+    def _drawn(self, given: StudyInput) -> np.ndarray:
+        """Positions of an item, ascending; the first is left out, where every item begins alike."""
+        mask = given.tensors.get("attention_mask")
+        valid = np.ones(len(given.kinds), bool) if mask is None else mask[0].bool().numpy(force=True)
+        there = np.flatnonzero(valid)[1:]
+        count = min(self.per_item, len(there))
+        return np.sort(generator(self.seed, "positions", given.id).choice(there, count, replace=False))
+
+    def _add_peaks(self, layer: int, indices: np.ndarray, values: np.ndarray) -> None:
+        """Largest activations of each item's features, from codes [B, T, k]."""
+        width = self.scope.transcoders[layer].config.n_features
+        pair = np.arange(len(indices))[:, None, None] * width + indices
+        fires = values > 0
+        pair, value = pair[fires], values[fires]
+        order = np.lexsort((-value, pair))
+        pair, first = np.unique(pair[order], return_index=True)
+        item, feature = np.divmod(pair, width)
+        self._peaks.append((self._pictures + item, self.offsets[layer] + feature, value[order][first]))
+
+    @contextmanager
+    def _watching_embeddings(self, soft: np.ndarray) -> Iterator[None]:
+        def hook(_module: object, args: tuple, kwargs: dict) -> None:
+            if len(soft):
+                entering = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
+                self._embeddings.append(entering[:, torch.from_numpy(soft)].mean(1).float().numpy(force=True))
+
+        handle = self.scope.adapter.decoder().register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _sparse(parts: Sequence[tuple[np.ndarray, ...]], shape: tuple[int, int]) -> Any:
+    if not parts:
+        return sparse.csr_array(shape, dtype=np.float32)
+    rows, columns = (np.concatenate([part[i] for part in parts]) for i in range(2))
+    values = np.concatenate([part[2] for part in parts]) if len(parts[0]) > 2 else np.ones(len(rows))
+    return sparse.csr_array((values.astype(np.float32), (rows, columns)), shape=shape)
+
+
+@torch.no_grad()
+def write_directions(scope: Scope) -> dict[int, Tensor]:
+    """Layer -> [F, d]: decoder rows, over all layers that they write to, through the norm after each MLP."""
+    directions, hook = {}, scope.transcoders.config.output_hook
+    for layer in scope.transcoders.layers:
+        own = scope.transcoders[layer]
+        reached = range(layer, layer + own.config.writes)
+        directions[layer] = own.directions([norm_weight_after(scope.adapter, at, hook, own.b_dec) for at in reached])
+    return directions
+
+
+@torch.no_grad()
+def read_directions(scope: Scope) -> dict[int, Tensor]:
+    """Layer -> [F, d]: encoder rows, through the weights of the norm before each MLP."""
+    ones = torch.ones(scope.adapter.d_model, dtype=scope.adapter.dtype, device=scope.adapter.device)
+    return {
+        layer: scope.transcoders[layer].W_enc
+        * scope.adapter.norm_scale(scope.adapter.norms(layer).mlp_in, ones).to(scope.transcoders[layer].W_enc)
+        for layer in scope.transcoders.layers
+    }
+
+
+class Settings(Protocol):
+    """What `feature_table` reads of the settings of task=structure."""
+
+    neighbours: int
+    phi: float
+    cosine: float
+    resolution: float
+    seed: int
+
+
+def feature_table(
+    scope: Scope, seen: StructurePass, tables: Sequence[LayerModality], settings: Settings
+) -> pd.DataFrame:
+    """A row per feature, by layer: scores, modality, nearest parallel partners, neighbours by firing, and clusters.
+
+    Columns: `layer`, `feature`, `monosemanticity` and `shuffled` (the same when pictures have each other's embeddings),
+    `pictures` on which it fires; `modality_index`, `_low`, `_high`, `_kind`, `_group`; `cosine_<space>_<where>` and
+    `twin_<space>_<where>`, the partner most nearly parallel in what features write, read, or both, in the `own_layer`
+    or in `other_layers`; `fires_with` and `phi`, strongest first; `cluster_firing` and `cluster_direction`.
+    """
+    ids = [FeatureId(table.layer, index) for table in tables for index in range(len(table.found.index))]
+    peaks, units = seen.peaks(), unit_embeddings(seen.embeddings())
+    order = generator(settings.seed, "shuffled pictures").permutation(len(units))
+    columns: dict[str, Any] = {
+        "layer": np.array([feature.layer for feature in ids], np.int32),
+        "feature": np.array([feature.index for feature in ids], np.int32),
+        "monosemanticity": monosemanticity(units, peaks),
+        "shuffled": monosemanticity(units[order], peaks),
+        "pictures": np.bincount(peaks.indices, minlength=peaks.shape[1]),
+    }
+    for name in ("index", "low", "high", "kind"):
+        columns[f"modality_{name}"] = np.concatenate([getattr(table.found, name) for table in tables])
+    columns["modality_group"] = np.concatenate([table.group for table in tables])
+    alive = {table.layer: torch.from_numpy(table.found.kind != "dead") for table in tables}
+    write, read = write_directions(scope), read_directions(scope)
+    spaces = {"write": (write,), "read": (read,), "both": (write, read)}
+    for space, directions in spaces.items():
+        by_layer = {layer: [of[layer] for of in directions] for layer in write}
+        for own, where in ((True, "own_layer"), (False, "other_layers")):
+            twins = nearest_twins(by_layer, alive, own, device=scope.adapter.device).values()
+            partners = [zip(twin.layer.tolist(), twin.index.tolist(), strict=True) for twin in twins]
+            columns[f"cosine_{space}_{where}"] = torch.cat([twin.cosine for twin in twins]).numpy()
+            columns[f"twin_{space}_{where}"] = [
+                str(FeatureId(*pair)) if pair[0] >= 0 else None for layer in partners for pair in layer
+            ]
+    together = coactive(seen.active(), settings.neighbours)
+    columns["fires_with"] = [[str(ids[i]) for i in row if i >= 0] for row in together.index.tolist()]
+    columns["phi"] = [[score for score in row if score > 0] for row in together.score.tolist()]
+    living = np.concatenate([own.numpy() for own in alive.values()])
+    parallel = _near_directions(torch.cat(list(write.values())), living, settings.neighbours)
+    columns["cluster_firing"] = louvain(together.graph(settings.phi), settings.seed, settings.resolution)
+    columns["cluster_direction"] = louvain(parallel.graph(settings.cosine), settings.seed, settings.resolution)
+    return pd.DataFrame(columns)
+
+
+def _near_directions(directions: Tensor, alive: np.ndarray, neighbours: int) -> Neighbours:
+    """The features with the largest cosines beside each, from directions [F, d] of all layers."""
+    units = torch.nn.functional.normalize(directions.float(), dim=1)
+
+    def scores(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cosines = (units[torch.from_numpy(features)] @ units.T).numpy(force=True)
+        return cosines, np.zeros(cosines.shape, np.int64)
+
+    return nearest_of(scores, len(units), neighbours, alive)
+
+
+def cluster_table(study: StudyFolder, features: pd.DataFrame, top: int) -> pd.DataFrame:
+    """A row per cluster of two or more features, the largest of a kind first.
+
+    Its name is made of the labels of its members where the study has trusted ones, else of the words of their `top`
+    strongest examples.
+    """
+    place = {key: i for i, key in enumerate(zip(features.layer.tolist(), features.feature.tolist(), strict=True))}
+    ids = [str(FeatureId(*key)) for key in place]
+    table = study.items.table.select(["users", "assistants", "text"]).to_pylist()
+    words = {
+        item: frozenset(words_of(" ".join([*row["users"], *row["assistants"], row["text"]])))
+        for item, row in zip(study.items.ids.tolist(), table, strict=True)
+    }
+    examples: dict[int, list[int]] = {}
+    for layer in study.layers:
+        for feature, item in zip(*(column.tolist() for column in study.example_items(layer, top=True)), strict=True):
+            own = examples.setdefault(place[layer, feature], [])
+            if len(own) < top:
+                own.append(item)
+    labels = {place[feature]: short_label(label.text) for feature, label in Labels(study).trusted().items()}
+    rows = []
+    for kind in ("firing", "direction"):
+        groups = features.groupby(f"cluster_{kind}", sort=True).indices
+        members = {int(cluster): own.tolist() for cluster, own in groups.items() if len(own) > 1}
+        names = cluster_names(members, examples, words, labels)
+        for cluster, own in members.items():
+            part = features.iloc[own]
+            layers, index = (part.layer.min(), part.layer.max()), part.modality_index.mean()
+            rows.append((kind, cluster, names[cluster], len(own), *layers, index, [ids[i] for i in own]))
+    columns = ["kind", "cluster", "name", "size", "first_layer", "last_layer", "modality_index", "features"]
+    return pd.DataFrame(rows, columns=pd.Index(columns))
+
+
+def cluster_names(
+    members: Mapping[int, Sequence[int]],
+    items: Mapping[int, Sequence[int]],
+    words: Mapping[int, frozenset[str]],
+    labels: Mapping[int, str] | None = None,
+    count: int = 3,
+) -> dict[int, str]:
+    """A name for each cluster.
+
+    Args:
+        members: cluster -> its features.
+        items: feature -> the items of its strongest examples.
+        words: item -> the different words of it, of all items, which are what is usual.
+        labels: feature -> what it is called; a cluster with labels is named by its most frequent ones.
+        count: words or labels of a name at most.
+
+    Returns:
+        Words joined by spaces (labels by "; "), those first whose share of the examples p stands highest above the
+        usual one q, in its standard deviations (p - q) / sqrt(q (1 - q)); "" without an example or such a word.
+    """
+    usual = Counter(word for own in words.values() for word in own)
+    names = {}
+    for cluster, features in members.items():
+        given = Counter(labels[feature] for feature in features if labels and feature in labels)
+        if given:
+            names[cluster] = "; ".join(label for label, _ in given.most_common(count))
+            continue
+        examples = [item for feature in features for item in items.get(feature, ())]
+        excess = {}
+        for word, n in Counter(word for item in examples for word in words[item]).items():
+            p, q = n / len(examples), usual[word] / len(words)
+            excess[word] = (p - q) / sqrt(q * (1 - q)) if q < 1 else 0.0
+        best = sorted((word for word in excess if excess[word] > 0), key=lambda word: (-excess[word], word))
+        names[cluster] = " ".join(best[:count])
+    return names
+
+
+def duplicate_shares(features: pd.DataFrame, twin: float) -> pd.DataFrame:
+    """[L, ways] by layer: share of the live features with a partner of at least the cosine `twin`, in each way."""
+    cosines = features.set_index("layer").filter(regex="^cosine_").rename(columns=lambda name: name.removeprefix("cosine_"))
+    living = (features.modality_kind != "dead").groupby(features.layer).sum().clip(lower=1)
+    return (cosines >= np.float32(twin)).groupby(level=0).sum().div(living, axis=0)
+
+
+def structure_metrics(features: pd.DataFrame, clusters: pd.DataFrame, shares: pd.DataFrame) -> dict[str, float]:
+    """`monosemanticity/median` (over features that fire on two pictures or more) and by layer, `duplicates/<way>` of
+    `duplicate_shares` and by layer, and `clusters/<kind>/count`, `features_frac` and `largest`.
+    """
+    metrics = {
+        "monosemanticity/median": float(features.monosemanticity.median()),
+        "monosemanticity/shuffled_median": float(features.shuffled.median()),
+    }
+    for layer, score in features.groupby("layer").monosemanticity.median().items():
+        metrics[f"layers/monosemanticity/layer_{layer:02d}"] = float(score)
+    for way, column in shares.items():
+        metrics[f"duplicates/{way}"] = float(column.mean())
+        metrics |= {f"layers/duplicates_{way}/layer_{layer:02d}": float(share) for layer, share in column.items()}
+    for kind in ("firing", "direction"):
+        sizes = clusters.loc[clusters.kind == kind, "size"]
+        metrics[f"clusters/{kind}/count"] = float(len(sizes))
+        metrics[f"clusters/{kind}/features_frac"] = float(sizes.sum()) / max(len(features), 1)
+        metrics[f"clusters/{kind}/largest"] = float(sizes.max()) if len(sizes) else 0.0
+    return metrics

@@ -1,0 +1,508 @@
+"""A feature study: one pass over data for all features of all layers, its resumable parts, and its files.
+
+Rows of data become inputs of the model (`InputMaker`), each with the record by which it is found again. `StudyPass`
+runs the model and hands every layer's codes to its `LayerStudy`. Each process goes through one part of the data and
+writes states to `parts/<i>_of_<n>/`: `checkpoint_<k>/layer_<ll>.safetensors`, complete or absent; `state.json`, which
+names the last checkpoint and replaces the one before it in one step; `items_<k>.parquet` and `geometry_<k>.parquet`,
+what was seen between two checkpoints. `finish` makes the study's files of all parts: the same bytes however the data
+were divided.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vlmscope.activations.capture import watching_mlp_inputs
+from vlmscope.core.artifacts import atomic_folder, load_tensors, read_json, save_tensors, write_json
+from vlmscope.core.errors import UserError
+from vlmscope.core.origin import flat, folder_digest, plain, refuse_other
+from vlmscope.core.records import Document, PatchBox
+from vlmscope.core.study import ANSWER, IMAGE, KINDS, MANIFEST, TEXT, StudyInfo
+from vlmscope.data.config import SourceConfig
+from vlmscope.data.folder import NumberedRow, NumberedRows
+from vlmscope.data.samples import WHOLE, RawSample, Share
+from vlmscope.features import study_files as files
+from vlmscope.features.config import StudyConfig
+from vlmscope.features.readouts import layer_logits
+from vlmscope.features.study_files import StudyFolder, geometry_row, open_sources, read_table, write_table
+from vlmscope.features.study_tables import LayerStudy, Tokens, layer_tables
+from vlmscope.models.conversations import LOSS_MASK, by_shape, encode, joined
+from vlmscope.models.fingerprints import model_fingerprint
+from vlmscope.models.loading import VLM
+from vlmscope.scope import Scope
+
+_LOG = logging.getLogger(__name__)
+PARTS = 256  # inputs of one row at most, so that an id is row and part
+HOW = ("path", "checkpoint_every", "forward_tokens", "max_skipped")  # settings that change nothing in the files
+_GATHERED = 64 << 20  # bytes of activations of all layers that wait at most, besides those of one forward
+_EXAMPLES_PER_GROUP = 2048  # what some dozens of features have, so that one feature is read quickly
+_ITEMS_PER_GROUP = 1024
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class StudyInput:
+    """One input of the model.
+
+    Attributes:
+        id: row number * `PARTS` + part.
+        tensors: arguments of the model's forward, batch size 1.
+        kinds: `[T]` uint8 of `core.study.KINDS`.
+        record: its row of the table of items.
+    """
+
+    id: int
+    tensors: dict[str, Tensor]
+    kinds: np.ndarray
+    record: dict[str, Any]
+
+
+class InputMaker:
+    """Makes inputs of rows, counts the rows that give none, and collects where soft tokens lie.
+
+    Attributes:
+        geometries: new rows of the table of geometries; `known` holds the keys of all so far.
+        skipped: rows without an input, by source.
+    """
+
+    def __init__(self, vlm: VLM, max_tokens: int, max_skipped: int) -> None:
+        """Cut inputs off at `max_tokens`; allow `max_skipped` unusable rows."""
+        self.vlm, self.max_tokens, self.max_skipped = vlm, max_tokens, max_skipped
+        self.geometries: list[dict[str, Any]] = []
+        self.known: set[str] = set()
+        self.skipped: Counter[str] = Counter()
+
+    def __call__(self, rows: Sequence[NumberedRow]) -> list[StudyInput]:
+        """The inputs of a batch of rows, in order; a `UserError` when more rows cannot be used than may be."""
+        inputs: list[StudyInput] = []
+        for row in rows:
+            try:
+                inputs += self._inputs(row)
+            except UserError as error:
+                self.skipped[row.source] += 1
+                if self.skipped.total() > self.max_skipped:
+                    raise UserError(
+                        f"{self.skipped.total()} rows of the data cannot be used, the last: {error}; mend the data, or "
+                        f"raise study.max_skipped={self.max_skipped}"
+                    ) from error
+                if self.skipped[row.source] == 1:
+                    _LOG.warning("%s; such rows of %s are left out and counted", error, row.source)
+        return inputs
+
+    def _inputs(self, row: NumberedRow) -> list[StudyInput]:
+        raw = row.read()
+        sample = raw.opened()
+        sizes = [] if isinstance(sample, Document) else [picture.size for picture in sample.images]
+        forwards = encode(self.vlm, sample, self.max_tokens)
+        if len(forwards) > PARTS:
+            raise UserError(f"{raw.origin}: {len(forwards)} inputs of one row, at most {PARTS}; divide it")
+        return [self._input(row, part, raw, sizes, forward) for part, forward in enumerate(forwards)]
+
+    def _input(
+        self, row: NumberedRow, part: int, raw: RawSample, sizes: Sequence[tuple[int, int]], forward: dict[str, Tensor]
+    ) -> StudyInput:
+        adapter = self.vlm.adapter
+        ids = forward["input_ids"][0].numpy(force=True)
+        kinds = np.full(len(ids), TEXT, dtype=np.uint8)
+        if raw.exchanges:
+            kinds[forward[LOSS_MASK][0].numpy(force=True)] = ANSWER
+        kinds[ids == adapter.soft_token_id()] = IMAGE
+        tensors = {name: tensor for name, tensor in forward.items() if name != LOSS_MASK}
+        boxes = adapter.soft_token_boxes(tensors, sizes, getattr(self.vlm.processor, "image_processor", None))
+        soft, expected = int((kinds == IMAGE).sum()), sum(map(len, boxes))
+        if soft != expected:
+            raise UserError(
+                f"{raw.origin}: {soft} soft tokens where the model's pictures have {expected}; use the processor that "
+                "was saved with the model"
+            )
+        number = row.number * PARTS + part
+        record = {
+            "item": number,
+            "source": row.source,
+            "row": row.source_row,
+            "part": part,
+            "origin": raw.origin,
+            "digest": raw.digest().hex(),
+            "users": [turn.user for turn in raw.exchanges],
+            "assistants": [turn.assistant for turn in raw.exchanges],
+            "text": raw.text,
+            "n_pictures": len(sizes),
+            "token_ids": ids.astype(np.int32),
+            "kinds": kinds,
+            "geometry": self._geometry(boxes),
+        }
+        return StudyInput(number, tensors, kinds, record)
+
+    def _geometry(self, boxes: list[list[PatchBox]]) -> str:
+        numbers = np.array([box for picture in boxes for box in picture], dtype=np.float64)
+        key = hashlib.sha256(repr([len(picture) for picture in boxes]).encode() + numbers.tobytes()).hexdigest()[:16]
+        if key not in self.known:
+            self.known.add(key)
+            self.geometries.append(geometry_row(key, boxes))
+        return key
+
+
+class StudyPass:
+    """Counts and kept examples of all layers.
+
+    Attributes:
+        layers: `LayerStudy` by number.
+        positions: `[3]` int64, positions gone through by `KINDS`.
+        items: inputs gone through.
+        own_seconds: spent on codes and on what is made of them, the model's own work not included.
+    """
+
+    def __init__(self, scope: Scope, n: int, m: int, window: int, only: Mapping[int, Tensor] | None = None) -> None:
+        """Nothing seen yet: n strongest and m drawn items per feature; `only` layer -> features [F'], all when None."""
+        self.scope = scope
+        wanted = dict.fromkeys(scope.transcoders.layers) if only is None else dict(sorted(only.items()))
+        self.layers = {
+            layer: LayerStudy(scope.transcoders[layer].config.n_features, n, m, window, scope.adapter.device, features)
+            for layer, features in wanted.items()
+        }
+        self.positions = np.zeros(len(KINDS), dtype=np.int64)
+        self.items, self.own_seconds = 0, 0.0
+        self.forwards: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # ids, kinds, valid positions
+        self.waiting: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        self.waiting_bytes = 0
+
+    @torch.no_grad()
+    def add(self, inputs: Sequence[StudyInput], forward_tokens: int) -> None:
+        """Run the model on some inputs."""
+        for group in grouped(inputs, forward_tokens):
+            tensors = joined([given.tensors for given in group])
+            ids, kinds = np.array([given.id for given in group]), np.stack([given.kinds for given in group])
+            with self.watching(ids, kinds, tensors.get("attention_mask")):
+                self.scope.adapter.next_logits(tensors)
+        self.settle()
+
+    @contextmanager
+    def watching(self, ids: np.ndarray, kinds: np.ndarray, mask: Tensor | None = None) -> Iterator[None]:
+        """Around one forward of items, whose activations are looked at when there are enough, or at `settle`.
+
+        Args:
+            ids: `[B]` int64, each given once in all.
+            kinds: `[B, T]` of `KINDS`.
+            mask: `[B, T]`, 0 at padding.
+        """
+        valid = np.ones(kinds.shape, dtype=bool) if mask is None else mask.bool().numpy(force=True)
+        kept = None if valid.all() else torch.from_numpy(valid).to(self.scope.adapter.device)
+
+        def take(layer: int, x: Tensor) -> None:
+            self.waiting[layer].append(x.detach().flatten(0, 1) if kept is None else x.detach()[kept])
+            self.waiting_bytes += self.waiting[layer][-1].nbytes
+
+        with watching_mlp_inputs(self.scope.adapter, list(self.layers), take):
+            yield
+        self.forwards.append((ids, kinds, valid))
+        self.positions += np.bincount(kinds[valid], minlength=len(KINDS))
+        self.items += len(ids)
+        if self.waiting_bytes > _GATHERED:
+            self.settle()
+
+    def settle(self) -> None:
+        """Look at the activations that wait: small forwards one by one would cost more than their arithmetic."""
+        if not self.forwards:
+            return
+        began = time.perf_counter()
+        ids = np.concatenate([ids for ids, _, _ in self.forwards])
+        kinds = [row for _, kinds, _ in self.forwards for row in kinds]
+        valid = [row for _, _, valid in self.forwards for row in valid]
+        tokens = Tokens(ids, kinds, valid, self.scope.adapter.device)
+        for layer, study in self.layers.items():
+            x = self.waiting.pop(layer)
+            study.add(self.scope.transcoders[layer].encode(x[0] if len(x) == 1 else torch.cat(x)), tokens)
+            self.waiting[layer] = []
+        self.forwards, self.waiting_bytes = [], 0
+        self.own_seconds += time.perf_counter() - began
+
+
+def grouped(inputs: Sequence[StudyInput], forward_tokens: int) -> Iterator[list[StudyInput]]:
+    """Inputs for one forward each: of one shape, at most so many tokens together."""
+    for group in by_shape([given.tensors for given in inputs]):
+        size = max(1, forward_tokens // len(inputs[group[0]].kinds))
+        for start in range(0, len(group), size):
+            yield [inputs[i] for i in group[start : start + size]]
+
+
+class StudyPart:
+    """The folder of one part, with its last state (None before the first)."""
+
+    def __init__(self, study: Path, share: Share, origin: Mapping[str, Any]) -> None:
+        """Read the state, if there is one.
+
+        Args:
+            study: the study's folder.
+            share: which part.
+            origin: what decides the study, by name (`vlmscope.core.origin`).
+
+        Raises:
+            UserError: the folder has a state of another origin, or parts of another number of processes.
+        """
+        parts = study / "parts"
+        self.folder, self.origin = parts / f"{share.index}_of_{share.total}", plain(origin)
+        others = [path.name for path in parts.glob("*_of_*") if not path.name.endswith(f"_of_{share.total}")]
+        if others:
+            raise UserError(
+                f"{study} was begun by {others[0].rpartition('_')[2]} processes, this is one of {share.total}; start "
+                "as many as then, or choose a new hydra.run.dir"
+            )
+        path = self.folder / _STATE
+        self.state: dict[str, Any] | None = read_json(path) if path.is_file() else None
+        if self.state is not None:
+            refuse_other(str(study), self.state.get("origin"), origin)
+
+    @property
+    def finished(self) -> bool:
+        """Whether its data have ended."""
+        return self.state is not None and self.state["finished"]
+
+    def save(
+        self, seen: StudyPass, records: list[dict[str, Any]], geometries: list[dict[str, Any]], more: dict[str, Any]
+    ) -> None:
+        """Write a state: counts and examples so far, the records and geometries since the last one, and JSON values."""
+        number = 0 if self.state is None else self.state["checkpoint"] + 1
+        write_table(self.folder / f"items_{number}.parquet", pa.Table.from_pylist(records, files.ITEM_TABLE))
+        write_table(self.folder / f"geometry_{number}.parquet", pa.Table.from_pylist(geometries, files.GEOMETRY_TABLE))
+        place = self.folder / f"checkpoint_{number}"
+        if place.is_dir():  # of a run that was killed before it was named
+            shutil.rmtree(place)
+        with atomic_folder(place) as folder:
+            for layer, study in seen.layers.items():
+                save_tensors(folder / f"layer_{layer:02d}.safetensors", study.state())
+        counts = {"items": seen.items, "positions": seen.positions.tolist()}
+        self.state = {"origin": self.origin, "checkpoint": number, **counts, **more}
+        write_json(self.folder / _STATE, self.state, indent=None)
+        for old in self.folder.glob("checkpoint_*"):
+            if old != place:
+                shutil.rmtree(old)
+
+    def load(self, into: StudyPass) -> None:
+        """Resume from the state."""
+        assert self.state is not None
+        for layer, study in into.layers.items():
+            study.load(self.layer(layer))
+        into.items, into.positions = self.state["items"], np.array(self.state["positions"], dtype=np.int64)
+
+    def layer(self, layer: int) -> dict[str, np.ndarray]:
+        """The arrays of `LayerStudy.state`."""
+        assert self.state is not None
+        return load_tensors(self.folder / f"checkpoint_{self.state['checkpoint']}" / f"layer_{layer:02d}.safetensors")[0]
+
+    def tables(self, name: str, schema: pa.Schema) -> Iterator[pa.Table]:
+        """What was seen between checkpoints: tables of "items", by id, or "geometry"."""
+        for number in range(0 if self.state is None else self.state["checkpoint"] + 1):
+            yield read_table(self.folder / f"{name}_{number}.parquet", schema)
+
+
+def run_part(
+    scope: Scope,
+    rows: NumberedRows,
+    part: StudyPart,
+    config: StudyConfig,
+    after_batch: Callable[[int], None] = lambda _rows: None,
+) -> tuple[float, float]:
+    """Go through one part of the data, from the state that is there; at the end there is a finished one.
+
+    Args:
+        scope: the model and its transcoders.
+        rows: the data, at the beginning.
+        part: where states are.
+        config: what is kept.
+        after_batch: called with the number of rows gone through.
+
+    Returns:
+        Seconds of this process, and their ratio to those of a plain pass, without codes, sorting and checkpoints.
+    """
+    began, saving = time.perf_counter(), 0.0
+    seen = StudyPass(scope, config.top, config.samples, config.window)
+    make = InputMaker(scope.vlm, config.max_tokens, config.max_skipped)
+    if part.state is not None:
+        part.load(seen)
+        rows.load(part.state["rows"])
+        make.skipped.update(part.state["skipped"])
+        tables = part.tables("geometry", files.GEOMETRY_TABLE)
+        make.known = {key for table in tables for key in table["geometry"].to_pylist()}
+    records: list[dict[str, Any]] = []
+
+    def save(finished: bool) -> None:
+        nonlocal saving
+        start = time.perf_counter()
+        more = {"finished": finished, "skipped": make.skipped, "rows": rows.state(), "bad_shards": rows.bad_shards}
+        part.save(seen, records, make.geometries, more)
+        records.clear()
+        make.geometries.clear()
+        saving += time.perf_counter() - start
+
+    if not part.finished:
+        share = f" {rows.share.index + 1}/{rows.share.total}" if rows.share.total > 1 else ""
+        with tqdm(desc=f"study{share}", unit="row", total=rows.size(), initial=rows.done) as bar:
+            for number, batch in enumerate(rows, start=1):
+                inputs = make(batch)
+                seen.add(inputs, config.forward_tokens)
+                records += [given.record for given in inputs]
+                if number % config.checkpoint_every == 0:
+                    save(finished=False)
+                bar.update(rows.done - bar.n)
+                after_batch(rows.done)
+        save(finished=True)
+    total = time.perf_counter() - began
+    return total, total / max(total - seen.own_seconds - saving, 1e-9)
+
+
+def study_parts(study: Path, total: int, origin: Mapping[str, Any]) -> list[StudyPart]:
+    """The parts of all processes; a `UserError` where one is not finished, or there was no item in any."""
+    parts = [StudyPart(study, Share(index, total), origin) for index in range(total)]
+    for index, part in enumerate(parts):
+        if not part.finished:
+            raise UserError(f"part {index + 1} of {total} of {study} is not finished; go on with trainer.resume=true")
+    if not sum(part.state["items"] for part in parts if part.state is not None):
+        raise UserError("no row of the data could be used; see the warnings above and check data=")
+    return parts
+
+
+def finished_study(study: Path, origin: Mapping[str, Any]) -> StudyFolder | None:
+    """The study that is there already, which must be of the same origin; None where it is not finished."""
+    if not (study / MANIFEST).is_file():
+        return None
+    done = StudyFolder(study)
+    refuse_other(str(study), done.info.origin or None, origin)
+    shutil.rmtree(study / "parts", ignore_errors=True)  # left by a kill at the very end
+    return done
+
+
+def finish(
+    study: Path, scope: Scope, parts: Sequence[StudyPart], config: StudyConfig, data: Mapping[str, Any]
+) -> StudyFolder:
+    """Write the files of a study whose parts are all finished, `study.json` last, and remove the parts.
+
+    Args:
+        study: the folder.
+        scope: the model and its transcoders.
+        parts: of all processes.
+        config: what was kept.
+        data: `StudyInfo.data`.
+    """
+    vlm, about = scope.vlm, scope.transcoders.config
+    states = [part.state for part in parts if part.state is not None]
+    skipped = sum((Counter(state["skipped"]) for state in states), Counter[str]())
+    positions = np.sum([state["positions"] for state in states], axis=0).tolist()
+    kind = {"name": about.model_name, "activation": about.activation, "k": about.k}
+    info = StudyInfo(
+        model=vlm.name,
+        transcoders={**kind, "cross_layer": scope.transcoders.cross_layer},
+        n_features=scope.transcoders.widths,
+        data={**data, "bad_shards": states[0]["bad_shards"]},
+        settings={key: value for key, value in asdict(config).items() if key not in HOW},
+        items=sum(state["items"] for state in states),
+        rows=sum(states[0]["rows"]["taken"].values()),  # every part counts all
+        positions=dict(zip(KINDS, positions, strict=True)),
+        skipped=dict(sorted(skipped.items())),
+        origin=parts[0].origin,
+    )
+
+    def token(number: int) -> str:
+        return vlm.tokenizer.decode([number])
+
+    count = min(config.logits, vlm.adapter.vocab_size)
+    wanted: set[int] = set()
+    for layer, width in sorted(info.n_features.items()):
+        logits = layer_logits(scope, layer, count) if count else None
+        features, examples = layer_tables([part.layer(layer) for part in parts], width, config, logits, token)
+        write_table(study / files.FEATURES.format(layer), features)
+        write_table(study / files.EXAMPLES.format(layer), examples, _EXAMPLES_PER_GROUP)
+        wanted.update(pc.unique(examples["item"]).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
+    _write_items(study, parts, wanted, token)
+    head = {"format": files.NAME, "version": files.VERSION, **asdict(info)}
+    write_json(study / MANIFEST, json.loads(json.dumps(head)))
+    shutil.rmtree(study / "parts")
+    return StudyFolder(study)
+
+
+def _write_items(study: Path, parts: Sequence[StudyPart], wanted: set[int], token: Callable[[int], str]) -> None:
+    """Items that examples refer to, by id, with their geometries and tokens."""
+    ids, shapes, geometries = set(), set(), {}
+
+    def rows(part: StudyPart) -> Iterator[tuple[int, pa.Table]]:
+        for table in part.tables("items", files.ITEM_TABLE):
+            for place, item in enumerate(table["item"].to_pylist()):
+                if item in wanted:
+                    yield item, table.slice(place, 1)
+
+    with files.table_writer(study / files.ITEMS, files.ITEM_TABLE) as writer:
+        merged = heapq.merge(*map(rows, parts), key=itemgetter(0))
+        # Groups of one size, so that the file is the same however the data were divided.
+        while group := list(islice(merged, _ITEMS_PER_GROUP)):
+            table = pa.concat_tables([row for _, row in group]).combine_chunks()
+            writer.write_table(table, _ITEMS_PER_GROUP)
+            ids.update(pc.unique(pc.list_flatten(table["token_ids"])).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
+            shapes.update(table["geometry"].to_pylist())
+    for part in parts:
+        for table in part.tables("geometry", files.GEOMETRY_TABLE):
+            geometries |= {row["geometry"]: row for row in table.to_pylist() if row["geometry"] in shapes}
+    used = [geometries[key] for key in sorted(geometries)]
+    write_table(study / files.GEOMETRY, pa.Table.from_pylist(used, files.GEOMETRY_TABLE))
+    words = [{"id": number, "token": token(number)} for number in sorted(ids)]
+    write_table(study / files.VOCABULARY, pa.Table.from_pylist(words, files.VOCABULARY_TABLE))
+
+
+def data_record(
+    sources: Mapping[str, SourceConfig], config: StudyConfig, max_bad_shards: int = 0, name: str = ""
+) -> dict[str, Any]:
+    """`StudyInfo.data`: what a study goes through, and how its pictures are opened again."""
+    settings = {source: asdict(own) for source, own in sources.items()}
+    head = {"name": name, "split": config.split, "limit": config.limit, "max_bad_shards": max_bad_shards}
+    return {**head, "sources": settings}
+
+
+def make_study(
+    study: Path, scope: Scope, data: Mapping[str, Any], config: StudyConfig, origin: Mapping[str, Any]
+) -> StudyFolder:
+    """A whole study by this process, resumed if it was begun; a finished one in the folder is read.
+
+    Args:
+        study: the folder.
+        scope: the model and its transcoders.
+        data: of `data_record`.
+        config: what is kept.
+        origin: what decides the study, by name; a `UserError` when the folder holds a study of another one.
+    """
+    done = finished_study(study, origin)
+    if done is not None:
+        return done
+    rows = NumberedRows(open_sources(data), config.batch_size, WHOLE, config.limit)
+    run_part(scope, rows, StudyPart(study, WHOLE, origin), config)
+    return finish(study, scope, study_parts(study, 1, origin), config, data)
+
+
+def study_alone(study: Path, scope: Scope, sources: Mapping[str, SourceConfig], config: StudyConfig) -> StudyFolder:
+    """`make_study` from sources, with the fingerprints of model and transcoders and the files' digests as origin."""
+    data = data_record(sources, config)
+    origin = {
+        "model": f"{scope.vlm.name} {model_fingerprint(scope.vlm.model)}",
+        "transcoders": f"{scope.transcoders.config} {model_fingerprint(scope.transcoders)}",
+        **flat("data", data),
+        **{f"data.sources.{name}.files": folder_digest(own.path) for name, own in sources.items() if own.path},
+        **flat("study", {key: value for key, value in asdict(config).items() if key not in HOW}),
+    }
+    return make_study(study, scope, data, config, origin)

@@ -1,1 +1,0 @@
-"""Studies: one pass over data for all features, its files, and reading them (docs/study.md)."""

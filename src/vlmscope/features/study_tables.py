@@ -1,0 +1,396 @@
+"""What the features of one layer fire on: exact counts, strongest items and a random draw of items, in bounded memory.
+
+A *pair* is a feature with an item on which it fires. Kept are the pairs among the n with the largest peaks of their
+feature (of equal peaks the earlier item), and those among the m with the smallest hash of the item, a uniform draw
+without replacement (Broder 1997; Cohen & Kaplan 2007). Both choices depend on the set of pairs alone, so parts of the
+data can come in any order, be made by several processes, and be merged: `chosen(joined([..]))`.
+
+`LayerStudy` gathers pairs from sparse codes while the model runs. Only the few active entries that can still change
+what is kept are sorted: those whose peak exceeds the n-th strongest so far, or whose item is drawn. `layer_tables`
+makes the two tables of a layer, features and examples, from the arrays of all parts of a study.
+
+Legend: B items, T positions of one, N of all, k slots of the code, F features, V active entries, P pairs, E positions
+of all pairs together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from vlmscope.core.study import BINS, IMAGE, KINDS, LEVELS, LOWEST_OCTAVE, TOP
+from vlmscope.features.config import StudyConfig
+from vlmscope.features.study_files import EXAMPLE_TABLE, FEATURE_TABLE
+from vlmscope.transcoders.transcoder import SparseCode
+
+NEVER = np.iinfo(np.int64).max
+UNIT = 2.0**-20  # of sums: whole numbers add up to the same in any order
+COUNTS = ("histogram", "sums", "items_fired")  # add up over parts of the data
+_FEWEST = 4096  # pairs that wait at least before they are sorted in
+_FIRST_BIN = (127 + LOWEST_OCTAVE) << 1  # of a float32's exponent with the first bit of its mantissa
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs with the positions at which the feature fires.
+
+    Attributes:
+        feature: `[P]` int32.
+        item: `[P]` int64.
+        peak: `[P]` float32, above 0.
+        position: `[P]` int32, the first at which the peak is reached.
+        starts: `[P + 1]` int64, where each pair's positions begin.
+        positions: `[E]` uint16, ascending for each pair.
+        levels: `[E]` uint8.
+    """
+
+    feature: np.ndarray
+    item: np.ndarray
+    peak: np.ndarray
+    position: np.ndarray
+    starts: np.ndarray
+    positions: np.ndarray
+    levels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.feature)
+
+    def take(self, rows: np.ndarray) -> Pairs:
+        """Some pairs, in the order of `rows`."""
+        counts = np.diff(self.starts)[rows]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        entries = np.repeat(self.starts[rows] - starts[:-1], counts) + np.arange(starts[-1])
+        by_pair = (self.feature[rows], self.item[rows], self.peak[rows], self.position[rows])
+        return Pairs(*by_pair, starts, self.positions[entries], self.levels[entries])
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> Pairs:
+        """From arrays by name, such as those of a file (`vars(pairs)`)."""
+        return cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
+
+
+def no_pairs() -> Pairs:
+    """Nothing."""
+    by_pair = (np.zeros(0, dtype) for dtype in (np.int32, np.int64, np.float32, np.int32))
+    return Pairs(*by_pair, np.zeros(1, np.int64), np.zeros(0, np.uint16), np.zeros(0, np.uint8))
+
+
+def joined(parts: Sequence[Pairs]) -> Pairs:
+    """All pairs of several parts."""
+    offsets = np.cumsum([0, *(len(part.positions) for part in parts)])
+    starts = [part.starts[:-1] + offset for part, offset in zip(parts, offsets[:-1], strict=True)]
+    names = [name for name in Pairs.__dataclass_fields__ if name != "starts"]
+    whole = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return Pairs(**whole, starts=np.concatenate([*starts, offsets[-1:]]))
+
+
+def item_hash(item: np.ndarray) -> np.ndarray:
+    """A well mixed number of 0 .. 2^63 - 1 for each item: [..] int64 -> [..] int64 (splitmix64, Steele et al. 2014)."""
+    z = item.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
+
+
+def strongest_first(pairs: Pairs) -> np.ndarray:
+    """`[P]`, the pairs by feature, then from the strongest to the weakest, then by item."""
+    # A positive float's bits grow with it, so that one integer holds feature and peak.
+    key = (pairs.feature.astype(np.int64) << 32) - pairs.peak.view(np.int32)
+    return np.lexsort((pairs.item, key))
+
+
+def drawn_first(pairs: Pairs) -> np.ndarray:
+    """`[P]`, the pairs by feature, then in the order in which they are drawn."""
+    return np.lexsort((pairs.item, item_hash(pairs.item), pairs.feature))
+
+
+def ranks(features: np.ndarray) -> np.ndarray:
+    """`[P]`, for features in order: how many of the same one stand before each."""
+    first = np.flatnonzero(np.diff(features, prepend=-1))
+    return np.arange(len(features)) - np.repeat(first, np.diff(np.append(first, len(features))))
+
+
+class Chosen(NamedTuple):
+    """The pairs that are kept, and what another pair must beat to be kept too.
+
+    Attributes:
+        pairs: by feature, strongest first.
+        peak: `[F]` float32, of the n-th strongest; 0 where there are fewer.
+        item: `[F]` int64, its item; `NEVER` where there are fewer.
+        hash: `[F]` int64, that of the m-th drawn; `NEVER` where there are fewer, -1 for m = 0.
+    """
+
+    pairs: Pairs
+    peak: np.ndarray
+    item: np.ndarray
+    hash: np.ndarray
+
+
+def chosen(pairs: Pairs, n_features: int, n: int, m: int) -> Chosen:
+    """The n strongest and m drawn pairs of each feature, of pairs in any order, each there once."""
+    order = strongest_first(pairs)
+    keep = np.zeros(len(pairs), dtype=bool)
+    peak, item = np.zeros(n_features, np.float32), np.full(n_features, NEVER)
+    rank = ranks(pairs.feature[order])
+    keep[order[rank < n]] = True
+    last = order[rank == n - 1]
+    peak[pairs.feature[last]], item[pairs.feature[last]] = pairs.peak[last], pairs.item[last]
+    limit = np.full(n_features, NEVER if m else -1)
+    if m:
+        draw = drawn_first(pairs)
+        rank = ranks(pairs.feature[draw])
+        keep[draw[rank < m]] = True
+        last = draw[rank == m - 1]
+        limit[pairs.feature[last]] = item_hash(pairs.item[last])
+    return Chosen(pairs.take(order[keep[order]]), peak, item, limit)
+
+
+class Tokens:
+    """The positions of some items, one after another; padding is left out.
+
+    Attributes:
+        ids: `[B]` int64, the items.
+        item: `[N]` int64, which of these each position belongs to.
+        position: `[N]` int64, its place in the item.
+        kind: `[N]` int64 of `KINDS`.
+        on_device: `ids`, `item`, `kind` and the `item_hash` of `ids`, where the codes are.
+    """
+
+    def __init__(
+        self, ids: np.ndarray, kinds: Sequence[np.ndarray], valid: Sequence[np.ndarray], device: torch.device
+    ) -> None:
+        """From ids [B], and for each item the kinds [T] of its positions and which of these are valid [T]."""
+        self.ids = ids
+        self.item = np.repeat(np.arange(len(ids)), [int(mask.sum()) for mask in valid])
+        self.position = np.concatenate([np.flatnonzero(mask) for mask in valid])
+        self.kind = np.concatenate([own[mask] for own, mask in zip(kinds, valid, strict=True)]).astype(np.int64)
+        self.on_device = [torch.from_numpy(a).to(device) for a in (ids, self.item, self.kind, item_hash(ids))]
+
+
+class LayerStudy:
+    """Counts and kept pairs of one layer."""
+
+    def __init__(
+        self, n_features: int, n: int, m: int, window: int, device: torch.device, only: Tensor | None = None
+    ) -> None:
+        """Nothing seen yet.
+
+        Args:
+            n_features: F of the transcoder.
+            n: strongest items that are kept.
+            m: items that are drawn.
+            window: text positions around the peak that are kept.
+            device: of the codes.
+            only: these features alone, `[F']`; all when None. Results are then of F' features, in this order.
+        """
+        self.n, self.m, self.window = n, m, window
+        self.column: Tensor | None = None
+        if only is not None:
+            self.column = torch.full((n_features,), -1, device=device)
+            self.column[only.to(device)] = torch.arange(len(only), device=device)
+        self.n_features = n_features if only is None else len(only)
+        self.histogram = torch.zeros(self.n_features * len(KINDS) * BINS, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(self.n_features, dtype=torch.int64, device=device)  # in UNIT
+        self.items_fired = torch.zeros(self.n_features, dtype=torch.int64, device=device)
+        self.waiting: list[Pairs] = []
+        self._keep(no_pairs())
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All of it as arrays, after `settle`; all there is to merge, too."""
+        self.settle()
+        return {name: getattr(self, name).numpy(force=True) for name in COUNTS} | vars(self.kept)
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Resume from a state."""
+        for name in COUNTS:
+            getattr(self, name).copy_(torch.from_numpy(state[name]))
+        self._keep(Pairs.of(state))
+
+    @torch.no_grad()
+    def add(self, code: SparseCode, tokens: Tokens) -> None:
+        """Take in the codes [N, k] of some items, each whole."""
+        _, token_item, token_kind, _ = tokens.on_device
+        feature, value = code.indices, code.values.float()
+        active = value > 0
+        if self.column is not None:
+            feature = self.column[feature]
+            active &= feature >= 0
+        pair = token_item[:, None] * self.n_features + feature
+        # Histograms lie feature by feature and kind by kind, without the bin, which the activation gives.
+        cell = (feature * len(KINDS) + token_kind[:, None]) * BINS
+        token = torch.arange(len(value), device=value.device)[:, None].expand_as(feature)
+        entries = (feature, value, pair, cell, token)
+        if bool(active.all()):
+            feature, value, pair, cell, token = (entry.reshape(-1) for entry in entries)
+        else:
+            feature, value, pair, cell, token = (entry[active] for entry in entries)
+        bins = ((value.view(torch.int32) >> 22) - _FIRST_BIN).clamp_(0, BINS - 1)
+        self.histogram += torch.bincount(cell + bins, minlength=len(self.histogram))
+        units = value.double().div_(UNIT).round_()  # whole numbers below 2^53 add up exactly in float64
+        self.sums += torch.bincount(feature, weights=units, minlength=self.n_features).long()
+        peaks = value.new_zeros(len(tokens.ids) * self.n_features).scatter_reduce_(0, pair, value, "amax")
+        wanted = self._wanted(peaks.view(-1, self.n_features), tokens).view(-1)[pair].nonzero().squeeze(1)
+        if len(wanted):
+            self.waiting.append(self._pairs(*(entry[wanted].numpy(force=True) for entry in (pair, token, value)), tokens))
+            if sum(map(len, self.waiting)) > max(_FEWEST, len(self.kept) // 4):
+                self.settle()
+
+    def settle(self) -> None:
+        """Sort in what waits."""
+        if self.waiting:
+            self._keep(joined([self.kept, *self.waiting]))
+            self.waiting = []
+
+    def _keep(self, pairs: Pairs) -> None:
+        self.kept, *limits = chosen(pairs, self.n_features, self.n, self.m)
+        known = limits[1][limits[1] != NEVER]
+        self.last_item = int(known.max()) if len(known) else -1
+        self.least_peak, self.least_item, self.most_hash = (
+            torch.from_numpy(limit).to(self.histogram.device) for limit in limits
+        )
+
+    def _wanted(self, peaks: Tensor, tokens: Tokens) -> Tensor:
+        """`[B, F]` bool: pairs that may be kept."""
+        ids, _, _, hashes = tokens.on_device
+        fired = peaks > 0
+        self.items_fired += fired.sum(0)
+        wanted = hashes[:, None] <= self.most_hash
+        wanted &= fired
+        wanted |= peaks > self.least_peak
+        if int(tokens.ids.min()) < self.last_item:  # else all that is kept is earlier, and wins a tie
+            wanted |= fired & (peaks == self.least_peak) & (ids[:, None] < self.least_item)
+        return wanted
+
+    def _pairs(self, pair: np.ndarray, token: np.ndarray, value: np.ndarray, tokens: Tokens) -> Pairs:
+        """Pairs from entries [V]: `pair` is item * F + feature, `token` ascends for each pair."""
+        order = np.argsort(pair, kind="stable")
+        pair, token, value = pair[order], token[order], value[order]
+        first = np.flatnonzero(np.diff(pair, prepend=-1))
+        counts = np.diff(np.append(first, len(pair)))
+        peak = np.maximum.reduceat(value, first)
+        at_peak = np.where(value == np.repeat(peak, counts), token, NEVER)
+        top = np.minimum.reduceat(at_peak, first)
+        item, feature = np.divmod(pair[first], self.n_features)
+        # Distance in text positions: a picture between the peak and a word has no length.
+        text = np.cumsum(tokens.kind != IMAGE)
+        near = np.abs(text[token] - text[np.repeat(top, counts)]) <= self.window
+        near |= tokens.kind[token] == IMAGE
+        levels = np.clip(np.rint(value * (LEVELS / np.repeat(peak, counts))), 1, LEVELS)
+        return Pairs(
+            feature.astype(np.int32),
+            tokens.ids[item],
+            peak,
+            tokens.position[top].astype(np.int32),
+            np.concatenate([[0], np.cumsum(np.add.reduceat(near.astype(np.int64), first))]),
+            tokens.position[token[near]].astype(np.uint16),
+            levels[near].astype(np.uint8),
+        )
+
+
+class Logits(NamedTuple):
+    """What features write towards: token ids and logits [F, c] of those raised most and of those lowered most."""
+
+    top_ids: np.ndarray
+    top: np.ndarray
+    bottom_ids: np.ndarray
+    bottom: np.ndarray
+
+
+def layer_tables(
+    states: Sequence[Mapping[str, np.ndarray]],
+    n_features: int,
+    config: StudyConfig,
+    logits: Logits | None,
+    token: Callable[[int], str],
+) -> tuple[pa.Table, pa.Table]:
+    """`FEATURE_TABLE` and `EXAMPLE_TABLE` of a layer from the states of its parts (`LayerStudy.state`).
+
+    Args:
+        states: of all parts.
+        n_features: F.
+        config: how many examples are kept, and in how many groups.
+        logits: of its features; None to leave them out.
+        token: the string of a token id.
+    """
+    pairs = chosen(joined([Pairs.of(state) for state in states]), n_features, config.top, config.samples).pairs
+    counts = {name: np.sum([state[name] for state in states], axis=0) for name in COUNTS}
+    # The strongest, and those that are drawn, both by feature from strong to weak.
+    order = strongest_first(pairs)
+    rank = ranks(pairs.feature[order])
+    top, top_rank = order[rank < config.top], rank[rank < config.top]
+    draw = drawn_first(pairs)
+    is_drawn = np.zeros(len(pairs), dtype=bool)
+    is_drawn[draw[ranks(pairs.feature[draw]) < config.samples]] = True
+    drawn = order[is_drawn[order]]
+    # Drawn ones are cut into groups of equal size by activation: 1 is the weakest; 0 are the strongest of all.
+    feature, quantiles = pairs.feature[drawn], config.quantiles
+    count = np.bincount(feature, minlength=n_features)
+    quantile = (count[feature] - 1 - ranks(feature)) * quantiles // np.maximum(count[feature], 1)
+    quantile_rank = ranks(feature.astype(np.int64) * quantiles + (quantiles - 1 - quantile))
+    row, group = np.concatenate([top, drawn]), np.concatenate([np.zeros_like(top), quantile + 1])
+    rank = np.concatenate([top_rank, quantile_rank])
+    by = np.lexsort((rank, group, pairs.feature[row]))
+    # Weakest first, group i + 1 begins at number ceil(i n / quantiles) of a feature's n drawn ones.
+    begins = np.minimum(-(-np.arange(1, quantiles) * count[:, None] // quantiles), count[:, None] - 1)
+    borders = pairs.peak[drawn][(np.cumsum(count)[:, None] - 1 - begins)[count > 0]].ravel()
+    starts = np.cumsum([0, *np.where(count > 0, quantiles - 1, 0)])
+    features = _feature_table(pairs, counts, _lists(starts, borders), logits, token)
+    return features, _example_table(pairs.take(row[by]), group[by], rank[by], quantiles)
+
+
+def _example_table(pairs: Pairs, group: np.ndarray, rank: np.ndarray, quantiles: int) -> pa.Table:
+    names = pa.array([TOP, *(f"q{n}" for n in range(1, quantiles + 1))])
+    columns = [
+        pa.array(pairs.feature),
+        pa.DictionaryArray.from_arrays(pa.array(group.astype(np.int32)), names).cast(pa.string()),
+        pa.array(rank.astype(np.int32)),
+        pa.array(pairs.peak),
+        pa.array(pairs.item),
+        pa.array(pairs.position),
+        _lists(pairs.starts, pairs.positions),
+        _lists(pairs.starts, pairs.levels),
+    ]
+    return pa.Table.from_arrays(columns, schema=EXAMPLE_TABLE)
+
+
+def _feature_table(
+    pairs: Pairs,
+    counts: Mapping[str, np.ndarray],
+    borders: pa.Array,
+    logits: Logits | None,
+    token: Callable[[int], str],
+) -> pa.Table:
+    n_features = len(borders)
+    histogram = counts["histogram"].reshape(n_features, len(KINDS), BINS)
+    by_kind = [np.ascontiguousarray(histogram[:, kind]) for kind in range(len(KINDS))]
+    largest = np.zeros(n_features, dtype=np.float32)
+    np.maximum.at(largest, pairs.feature, pairs.peak)
+    columns: list[pa.Array] = [
+        pa.array(np.arange(n_features, dtype=np.int32)),
+        pa.array(counts["items_fired"]),
+        *(pa.array(bins.sum(-1)) for bins in by_kind),
+        pa.array(counts["sums"] * UNIT),
+        pa.array(largest),
+        *(pa.FixedSizeListArray.from_arrays(pa.array(bins.ravel()), BINS) for bins in by_kind),
+        borders,
+    ]
+    if logits is None:
+        empty = [[] for _ in range(n_features)]
+        columns += [pa.array(empty, FEATURE_TABLE.field(name).type) for name in FEATURE_TABLE.names[-4:]]
+    else:
+        strings = {number: token(number) for number in np.unique([logits.top_ids, logits.bottom_ids]).tolist()}
+        for ids, values in ((logits.top_ids, logits.top), (logits.bottom_ids, logits.bottom)):
+            starts = np.arange(0, ids.size + 1, ids.shape[1])
+            columns.append(_lists(starts, [strings[number] for number in ids.ravel().tolist()]))
+            columns.append(_lists(starts, values.astype(np.float32).ravel()))
+    return pa.Table.from_arrays(columns, schema=FEATURE_TABLE)
+
+
+def _lists(starts: np.ndarray, values: np.ndarray | list[str]) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), pa.array(values))

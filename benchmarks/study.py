@@ -29,9 +29,8 @@ from vlmscope.data.folder import NumberedRow, NumberedRows
 from vlmscope.data.mixing import open_source
 from vlmscope.data.orrery.scenes import KINDS
 from vlmscope.data.samples import WHOLE
-from vlmscope.features.study.config import StudyConfig
-from vlmscope.features.study.forwards import InputMaker, StudyInput, StudyPass
-from vlmscope.features.study.run import StudyPart, finish, study_parts
+from vlmscope.features.config import StudyConfig
+from vlmscope.features.study import InputMaker, StudyInput, StudyPart, StudyPass, finish, study_parts
 from vlmscope.models.conversations import encode
 
 BATCHES = 2  # a block

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vlmscope.attribution.trace import Trace
     from vlmscope.core.graph import AggregateGraph, GraphComparison, PrunedGraph
     from vlmscope.core.intervention import FeatureExample
-    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.maps.where_maps import WhereMaps
 
 Graph: TypeAlias = "Trace | PrunedGraph | str | Path"  # the last two: a run folder, or graph.safetensors
@@ -220,7 +220,7 @@ def study(
 ) -> dict[str, tuple[FeatureExample, ...]]:
     """The pictures on which each feature is most active, with the activation of every soft token and word."""
     from vlmscope.data.images import png_bytes
-    from vlmscope.features.study.top_examples import StudyItem, top_examples
+    from vlmscope.features.top_examples import StudyItem, top_examples
     from vlmscope.interventions.named import by_layer
 
     names = [str(i) if not isinstance(i, Image.Image) else f"picture {n}" for n, i in enumerate(images)]
@@ -248,8 +248,8 @@ def study_data(scope: Scope, data: str | Path | Mapping[str, Any], folder: str |
         UserError: the data are not there or mostly unusable, or the folder is of another study.
     """
     from vlmscope.data.config import SourceConfig
-    from vlmscope.features.study.config import StudyConfig
-    from vlmscope.features.study.run import study_alone
+    from vlmscope.features.config import StudyConfig
+    from vlmscope.features.study import study_alone
 
     config = StudyConfig(**settings)
     folder_source: dict[str, Any] = {"folder": {"kind": "folder", "path": str(data)}}
@@ -261,6 +261,6 @@ def study_data(scope: Scope, data: str | Path | Mapping[str, Any], folder: str |
 
 def open_study(folder: str | Path) -> StudyFolder:
     """A finished study: `open_study(folder).feature(FeatureId(6, 512))`."""
-    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.features.study_files import StudyFolder
 
     return StudyFolder(folder)

@@ -11,8 +11,8 @@ from tests.smoke.test_study import STUDY
 import vlmscope
 from vlmscope.app import main
 from vlmscope.core.records import FeatureId
-from vlmscope.features.labels.label import Label, set_path, write_labels
-from vlmscope.features.study.records import StudyFolder
+from vlmscope.features.labels import Label, set_path, write_labels
+from vlmscope.features.study_files import StudyFolder
 
 SCHEMA = Path(vlmscope.__file__).parent / "report" / "schema" / "feature.schema.json"
 

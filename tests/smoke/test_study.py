@@ -13,7 +13,7 @@ from tests.processes import ROOT, command_line
 
 from vlmscope.app import main
 from vlmscope.core.records import FeatureId
-from vlmscope.features.study.records import StudyFolder
+from vlmscope.features.study_files import StudyFolder
 
 STUDY = [
     "task=study", "model=tiny_gemma3", "data=folder", "study.top=3", "study.samples=4", "study.batch_size=2",

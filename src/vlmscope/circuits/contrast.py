@@ -25,7 +25,7 @@ from vlmscope.core.graph import NodeKind
 from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId
 from vlmscope.features.readouts import RoleMeans, role_means, top_and_bottom_logits
-from vlmscope.features.study.top_examples import StudyItem, top_examples
+from vlmscope.features.top_examples import StudyItem, top_examples
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import TranscoderSet
 

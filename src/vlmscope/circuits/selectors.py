@@ -22,9 +22,9 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.intervention import CircuitFeature
 from vlmscope.core.records import FeatureId, Places, Positions
-from vlmscope.features.labels.propose import Labels
-from vlmscope.features.labels.search import stems
+from vlmscope.features.labels import Labels
 from vlmscope.features.readouts import RoleMeans
+from vlmscope.features.search import stems
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 Influence = Mapping[FeatureId, float]  # a feature's share of influence, mean over graphs

@@ -23,8 +23,7 @@ from vlmscope.core.intervention import Rate
 from vlmscope.core.runs import Number
 from vlmscope.data.config import PairsConfig, SourceConfig, check_source
 from vlmscope.data.prompts import PromptSetConfig
-from vlmscope.features.cross_modal_config import CrossModalConfig
-from vlmscope.features.study.config import StudyConfig
+from vlmscope.features.config import CrossModalConfig, StudyConfig
 from vlmscope.tracking import TrackingConfig
 from vlmscope.training.config import SCHEDULES
 from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES

@@ -1,12 +1,14 @@
-"""Settings of feature studies and of the search for cross-modal features: free of torch, so that Hydra can read them."""
+"""Settings of feature studies and of the search for cross-modal features, free of torch so that Hydra can read them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from vlmscope.core.errors import UserError
 
 MOST_TOKENS = 65_535  # positions are stored in two bytes
+_HOW = ("path", "checkpoint_every", "forward_tokens", "max_skipped")
 PLACEHOLDER = "{concept}"
 SOURCES = ("planets", "digits", "colours")
 
@@ -48,6 +50,10 @@ class StudyConfig:
                 raise UserError(f"study.{key}={getattr(self, key)}: it must be at least {bound}")
         if self.max_tokens > MOST_TOKENS:
             raise UserError(f"study.max_tokens={self.max_tokens}: at most {MOST_TOKENS}")
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that change something in a study's files."""
+        return {key: value for key, value in asdict(self).items() if key not in _HOW}
 
 
 @dataclass

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.core.records import FeatureId, generator
-from vlmscope.features.cross_modal_config import CrossModalConfig
+from vlmscope.features.config import CrossModalConfig
 from vlmscope.metrics.causal import benjamini_hochberg, permutation_p
 from vlmscope.metrics.decoding import Contrast, Rule, contrast, contrast_p, matching_p, shuffled
 from vlmscope.models.base import ModelInputs

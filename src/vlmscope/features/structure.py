@@ -13,14 +13,16 @@ Legend: N drawn positions, I items, F features of a layer, or of all layers toge
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from math import sqrt
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from scipy import sparse
 from torch import Tensor
@@ -45,6 +47,12 @@ from vlmscope.metrics.dictionary import (
 from vlmscope.models.conversations import joined
 from vlmscope.scope import Scope
 
+KINDS = ("firing", "direction")  # of clusters
+SPACES, WHERE = ("write", "read", "both"), ("own_layer", "other_layers")  # in which partners are looked for
+CLUSTER_TABLE = pa.schema(
+    {"kind": pa.string(), "cluster": pa.int64(), "name": pa.string(), "size": pa.int64(), "first_layer": pa.int32()}
+    | {"last_layer": pa.int32(), "modality_index": pa.float64(), "features": pa.list_(pa.string())}
+)
 GROUPS = ("image", "both", "words beside a picture", "words in either", "words alone", "unsettled", "rare", "dead")
 
 
@@ -301,16 +309,13 @@ def feature_table(
     columns["modality_group"] = np.concatenate([table.group for table in tables])
     alive = {table.layer: torch.from_numpy(table.found.kind != "dead") for table in tables}
     write, read = write_directions(scope), read_directions(scope)
-    spaces = {"write": (write,), "read": (read,), "both": (write, read)}
-    for space, directions in spaces.items():
-        by_layer = {layer: [of[layer] for of in directions] for layer in write}
-        for own, where in ((True, "own_layer"), (False, "other_layers")):
-            twins = nearest_twins(by_layer, alive, own, device=scope.adapter.device).values()
-            partners = [zip(twin.layer.tolist(), twin.index.tolist(), strict=True) for twin in twins]
-            columns[f"cosine_{space}_{where}"] = torch.cat([twin.cosine for twin in twins]).numpy()
-            columns[f"twin_{space}_{where}"] = [
-                str(FeatureId(*pair)) if pair[0] >= 0 else None for layer in partners for pair in layer
-            ]
+    directions = {"write": (write,), "read": (read,), "both": (write, read)}
+    for space, where in product(SPACES, WHERE):
+        by_layer = {layer: [of[layer] for of in directions[space]] for layer in write}
+        twins = nearest_twins(by_layer, alive, where == "own_layer", device=scope.adapter.device).values()
+        partners = [pair for twin in twins for pair in zip(twin.layer.tolist(), twin.index.tolist(), strict=True)]
+        columns[f"cosine_{space}_{where}"] = torch.cat([twin.cosine for twin in twins]).numpy()
+        columns[f"twin_{space}_{where}"] = [str(FeatureId(*pair)) if pair[0] >= 0 else None for pair in partners]
     together = coactive(seen.active(), settings.neighbours)
     columns["fires_with"] = [[str(ids[i]) for i in row if i >= 0] for row in together.index.tolist()]
     columns["phi"] = [[score for score in row if score > 0] for row in together.score.tolist()]
@@ -332,14 +337,14 @@ def _near_directions(directions: Tensor, alive: np.ndarray, neighbours: int) -> 
     return nearest_of(scores, len(units), neighbours, alive)
 
 
-def cluster_table(study: StudyFolder, features: pd.DataFrame, top: int) -> pd.DataFrame:
-    """A row per cluster of two or more features, the largest of a kind first.
+def cluster_rows(study: StudyFolder, features: pd.DataFrame, top: int) -> list[dict[str, Any]]:
+    """A row of `CLUSTER_TABLE` per cluster of two or more features of `feature_table`, the largest of a kind first.
 
     Its name is made of the labels of its members where the study has trusted ones, else of the words of their `top`
     strongest examples.
     """
-    place = {key: i for i, key in enumerate(zip(features.layer.tolist(), features.feature.tolist(), strict=True))}
-    ids = [str(FeatureId(*key)) for key in place]
+    ids = [FeatureId(*key) for key in zip(features.layer.tolist(), features.feature.tolist(), strict=True)]
+    place = {feature: i for i, feature in enumerate(ids)}
     table = study.items.table.select(["users", "assistants", "text"]).to_pylist()
     words = {
         item: frozenset(words_of(" ".join([*row["users"], *row["assistants"], row["text"]])))
@@ -347,28 +352,32 @@ def cluster_table(study: StudyFolder, features: pd.DataFrame, top: int) -> pd.Da
     }
     examples: dict[int, list[int]] = {}
     for layer in study.layers:
-        for feature, item in zip(*(column.tolist() for column in study.example_items(layer, top=True)), strict=True):
-            own = examples.setdefault(place[layer, feature], [])
+        for index, item in zip(*(column.tolist() for column in study.example_items(layer, top=True)), strict=True):
+            own = examples.setdefault(place[FeatureId(layer, index)], [])
             if len(own) < top:
                 own.append(item)
     labels = {place[feature]: short_label(label.text) for feature, label in Labels(study).trusted().items()}
-    rows = []
-    for kind in ("firing", "direction"):
-        groups = features.groupby(f"cluster_{kind}", sort=True).indices
-        members = {int(cluster): own.tolist() for cluster, own in groups.items() if len(own) > 1}
+    index = features.modality_index.to_numpy()
+    rows: list[dict[str, Any]] = []
+    for kind in KINDS:
+        members: dict[int, list[int]] = {}
+        for i, cluster in enumerate(features[f"cluster_{kind}"].tolist()):
+            members.setdefault(cluster, []).append(i)
+        members = {cluster: own for cluster, own in sorted(members.items()) if len(own) > 1}
         names = cluster_names(members, examples, words, labels)
         for cluster, own in members.items():
-            part = features.iloc[own]
-            layers, index = (part.layer.min(), part.layer.max()), part.modality_index.mean()
-            rows.append((kind, cluster, names[cluster], len(own), *layers, index, [ids[i] for i in own]))
-    columns = ["kind", "cluster", "name", "size", "first_layer", "last_layer", "modality_index", "features"]
-    return pd.DataFrame(rows, columns=pd.Index(columns))
+            known = index[own][~np.isnan(index[own])]
+            row = {"kind": kind, "cluster": cluster, "name": names[cluster], "size": len(own)}
+            row |= {"first_layer": ids[own[0]].layer, "last_layer": ids[own[-1]].layer}  # features are by layer
+            row |= {"modality_index": float(known.mean()) if len(known) else None}
+            rows.append(row | {"features": [str(ids[i]) for i in own]})
+    return rows
 
 
 def cluster_names(
     members: Mapping[int, Sequence[int]],
     items: Mapping[int, Sequence[int]],
-    words: Mapping[int, frozenset[str]],
+    words: Mapping[int, Collection[str]],
     labels: Mapping[int, str] | None = None,
     count: int = 3,
 ) -> dict[int, str]:
@@ -402,29 +411,36 @@ def cluster_names(
     return names
 
 
-def duplicate_shares(features: pd.DataFrame, twin: float) -> pd.DataFrame:
-    """[L, ways] by layer: share of the live features with a partner of at least the cosine `twin`, in each way."""
-    cosines = features.set_index("layer").filter(regex="^cosine_").rename(columns=lambda name: name.removeprefix("cosine_"))
-    living = (features.modality_kind != "dead").groupby(features.layer).sum().clip(lower=1)
-    return (cosines >= np.float32(twin)).groupby(level=0).sum().div(living, axis=0)
+def duplicate_shares(features: pd.DataFrame, twin: float) -> dict[str, list[float]]:
+    """Share of each layer's live features with a partner of at least the cosine `twin`, in each way of comparing."""
+    ways = [f"{space}_{where}" for space in SPACES for where in WHERE]
+    shares: dict[str, list[float]] = {way: [] for way in ways}
+    for _, own in features.groupby("layer"):
+        living = max(int((own.modality_kind != "dead").sum()), 1)
+        for way in ways:
+            shares[way].append(float((own[f"cosine_{way}"] >= twin).sum()) / living)
+    return shares
 
 
-def structure_metrics(features: pd.DataFrame, clusters: pd.DataFrame, shares: pd.DataFrame) -> dict[str, float]:
+def structure_metrics(
+    features: pd.DataFrame, clusters: Sequence[Mapping[str, Any]], shares: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
     """`monosemanticity/median` (over features that fire on two pictures or more) and by layer, `duplicates/<way>` of
     `duplicate_shares` and by layer, and `clusters/<kind>/count`, `features_frac` and `largest`.
     """
+    layers = features.layer.unique().tolist()
     metrics = {
         "monosemanticity/median": float(features.monosemanticity.median()),
         "monosemanticity/shuffled_median": float(features.shuffled.median()),
     }
-    for layer, score in features.groupby("layer").monosemanticity.median().items():
-        metrics[f"layers/monosemanticity/layer_{layer:02d}"] = float(score)
-    for way, column in shares.items():
-        metrics[f"duplicates/{way}"] = float(column.mean())
-        metrics |= {f"layers/duplicates_{way}/layer_{layer:02d}": float(share) for layer, share in column.items()}
-    for kind in ("firing", "direction"):
-        sizes = clusters.loc[clusters.kind == kind, "size"]
+    for number, layer in enumerate(layers):
+        own = features[features.layer == layer]
+        metrics[f"layers/monosemanticity/layer_{layer:02d}"] = float(own.monosemanticity.median())
+        metrics |= {f"layers/duplicates_{way}/layer_{layer:02d}": of[number] for way, of in shares.items()}
+    metrics |= {f"duplicates/{way}": float(np.mean(of)) for way, of in shares.items()}
+    for kind in KINDS:
+        sizes = [row["size"] for row in clusters if row["kind"] == kind]
         metrics[f"clusters/{kind}/count"] = float(len(sizes))
-        metrics[f"clusters/{kind}/features_frac"] = float(sizes.sum()) / max(len(features), 1)
-        metrics[f"clusters/{kind}/largest"] = float(sizes.max()) if len(sizes) else 0.0
+        metrics[f"clusters/{kind}/features_frac"] = sum(sizes) / max(len(features), 1)
+        metrics[f"clusters/{kind}/largest"] = float(max(sizes, default=0))
     return metrics

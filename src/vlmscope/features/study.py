@@ -53,7 +53,6 @@ from vlmscope.scope import Scope
 
 _LOG = logging.getLogger(__name__)
 PARTS = 256  # inputs of one row at most, so that an id is row and part
-HOW = ("path", "checkpoint_every", "forward_tokens", "max_skipped")  # settings that change nothing in the files
 _GATHERED = 64 << 20  # bytes of activations of all layers that wait at most, besides those of one forward
 _EXAMPLES_PER_GROUP = 2048  # what some dozens of features have, so that one feature is read quickly
 _ITEMS_PER_GROUP = 1024
@@ -307,7 +306,9 @@ class StudyPart:
     def layer(self, layer: int) -> dict[str, np.ndarray]:
         """The arrays of `LayerStudy.state`."""
         assert self.state is not None
-        return load_tensors(self.folder / f"checkpoint_{self.state['checkpoint']}" / f"layer_{layer:02d}.safetensors")[0]
+        return load_tensors(self.folder / f"checkpoint_{self.state['checkpoint']}" / f"layer_{layer:02d}.safetensors")[
+            0
+        ]
 
     def tables(self, name: str, schema: pa.Schema) -> Iterator[pa.Table]:
         """What was seen between checkpoints: tables of "items", by id, or "geometry"."""
@@ -413,7 +414,7 @@ def finish(
         transcoders={**kind, "cross_layer": scope.transcoders.cross_layer},
         n_features=scope.transcoders.widths,
         data={**data, "bad_shards": states[0]["bad_shards"]},
-        settings={key: value for key, value in asdict(config).items() if key not in HOW},
+        settings=config.decisive(),
         items=sum(state["items"] for state in states),
         rows=sum(states[0]["rows"]["taken"].values()),  # every part counts all
         positions=dict(zip(KINDS, positions, strict=True)),
@@ -503,6 +504,6 @@ def study_alone(study: Path, scope: Scope, sources: Mapping[str, SourceConfig], 
         "transcoders": f"{scope.transcoders.config} {model_fingerprint(scope.transcoders)}",
         **flat("data", data),
         **{f"data.sources.{name}.files": folder_digest(own.path) for name, own in sources.items() if own.path},
-        **flat("study", {key: value for key, value in asdict(config).items() if key not in HOW}),
+        **flat("study", config.decisive()),
     }
     return make_study(study, scope, data, config, origin)

@@ -193,11 +193,13 @@ class LayerTable:
     """All features of a layer as arrays; row f is feature f.
 
     Attributes:
+        layer: which.
         fired: `[F, 3]` int64, active positions by `KINDS`.
         items_fired: `[F]` int64.
         activation_max: `[F]` float32.
     """
 
+    layer: int
     fired: np.ndarray
     items_fired: np.ndarray
     activation_max: np.ndarray
@@ -256,7 +258,7 @@ class StudyFolder:
         self.check(FeatureId(layer, 0))
         table = read_table(self.path / FEATURES.format(layer), FEATURE_TABLE)
         fired = np.stack([table[f"fired_{kind}"].to_numpy() for kind in KINDS], axis=1)
-        return LayerTable(fired, table["items_fired"].to_numpy(), table["activation_max"].to_numpy())
+        return LayerTable(layer, fired, table["items_fired"].to_numpy(), table["activation_max"].to_numpy())
 
     def examples(self, layer: int) -> pa.Table:
         """The table of all examples of a layer (`EXAMPLE_TABLE`), by feature, group and rank."""

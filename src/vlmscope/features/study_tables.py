@@ -77,8 +77,10 @@ class Pairs:
 
 def no_pairs() -> Pairs:
     """Nothing."""
-    by_pair = (np.zeros(0, dtype) for dtype in (np.int32, np.int64, np.float32, np.int32))
-    return Pairs(*by_pair, np.zeros(1, np.int64), np.zeros(0, np.uint16), np.zeros(0, np.uint8))
+    feature, item, peak, position, positions, levels = (
+        np.zeros(0, dtype) for dtype in (np.int32, np.int64, np.float32, np.int32, np.uint16, np.uint8)
+    )
+    return Pairs(feature, item, peak, position, np.zeros(1, np.int64), positions, levels)
 
 
 def joined(parts: Sequence[Pairs]) -> Pairs:
@@ -237,7 +239,8 @@ class LayerStudy:
         peaks = value.new_zeros(len(tokens.ids) * self.n_features).scatter_reduce_(0, pair, value, "amax")
         wanted = self._wanted(peaks.view(-1, self.n_features), tokens).view(-1)[pair].nonzero().squeeze(1)
         if len(wanted):
-            self.waiting.append(self._pairs(*(entry[wanted].numpy(force=True) for entry in (pair, token, value)), tokens))
+            pair, token, value = (entry[wanted].numpy(force=True) for entry in (pair, token, value))
+            self.waiting.append(self._pairs(pair, token, value, tokens))
             if sum(map(len, self.waiting)) > max(_FEWEST, len(self.kept) // 4):
                 self.settle()
 

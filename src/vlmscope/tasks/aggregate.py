@@ -35,7 +35,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.attribution.compare import aggregate, write_tables
     from vlmscope.attribution.export import save_merged, write_merged_json
     from vlmscope.report.merged_figure import aggregate_graph
-    from vlmscope.tasks.studies.feature_labels import feature_labels, look_for_labels
+    from vlmscope.tasks.label import feature_labels, look_for_labels
 
     look_for_labels(cfg)
     files = _files(cfg.task.runs)

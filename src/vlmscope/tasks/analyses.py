@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.core.artifacts import atomic_path
-from vlmscope.features.structure.modality_tables import modality_metrics, modality_parts, modality_tables
+from vlmscope.features.structure import modality_metrics, modality_parts, modality_tables
 from vlmscope.report.marks import write_rows
 from vlmscope.report.study_figures import modality_by_layer
 

@@ -14,7 +14,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
 from vlmscope.data.orrery.scenes import PLANETS
-from vlmscope.tasks.studies.feature_labels import feature_labels
+from vlmscope.tasks.label import feature_labels
 from vlmscope.tasks.wiring import load_model, load_scope
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.core.records import FeatureId
     from vlmscope.data.pairs import Pair
-    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.features.study_files import StudyFolder
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
     from vlmscope.scope import Scope
@@ -61,8 +61,8 @@ class Bench:
     @cached_property
     def study(self) -> StudyFolder:
         """The study of all features that `study.path` names, or one made in the run folder as task=study makes it."""
-        from vlmscope.features.study.records import StudyFolder
-        from vlmscope.tasks.studies.data import made_study
+        from vlmscope.features.study_files import StudyFolder
+        from vlmscope.tasks.study import made_study
 
         own = self.cfg.study.path
         return StudyFolder(own) if own is not None else made_study(self.cfg, self.scope, self.run_dir / "study")

@@ -64,7 +64,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from vlmscope.config.resolve import declared_circuit
     from vlmscope.tasks.circuits.inputs import traced_inputs
-    from vlmscope.tasks.studies.feature_labels import look_for_labels
+    from vlmscope.tasks.label import look_for_labels
 
     look_for_labels(cfg)
     spec = None if cfg.circuit_spec is None else declared_circuit(cfg.circuit_spec)
@@ -73,7 +73,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     # These import torch: what can be told without it has been.
     from vlmscope.circuits.circuit import load_circuit
-    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.circuits.discover import draw_found
     from vlmscope.tasks.circuits.find import Finder, gather
     from vlmscope.tasks.circuits.finish import finished, traced

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.core.graph import PrunedGraph
     from vlmscope.features.readouts import RoleMeans
-    from vlmscope.features.study.top_examples import StudyItem
+    from vlmscope.features.top_examples import StudyItem
     from vlmscope.interventions.trials import Cases
     from vlmscope.tasks.bench import Bench
     from vlmscope.tasks.context import RunContext
@@ -61,11 +61,11 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from vlmscope.core.errors import UserError
     from vlmscope.data.images import check_image
-    from vlmscope.tasks.studies.data import look_for, study_sources
-    from vlmscope.tasks.studies.feature_labels import look_for_labels
+    from vlmscope.tasks.label import look_for_labels
+    from vlmscope.tasks.study import look_for, study_sources
 
     if cfg.task.reads_shards(cfg):
-        look_for(study_sources(cfg, cfg.study))
+        look_for(study_sources(cfg))
     look_for_labels(cfg)
     # They import torch and pandas, and what is missing is said before.
     from vlmscope.report.marks import check_marks
@@ -242,7 +242,7 @@ def evidence_items(bench: Bench, count: int = 10) -> list[StudyItem]:
     """
     from vlmscope.data.images import png_bytes
     from vlmscope.data.orrery.scenes import PLANETS
-    from vlmscope.features.study.top_examples import StudyItem
+    from vlmscope.features.top_examples import StudyItem
 
     config = bench.circuit_config
     items = []

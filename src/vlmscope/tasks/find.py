@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING
 from vlmscope.core.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from vlmscope.config import AppConfig
-    from vlmscope.features.labels.label import Label
-    from vlmscope.features.labels.propose import Labels
-    from vlmscope.features.labels.search import Match
-    from vlmscope.features.study.records import StudyFolder
-    from vlmscope.report.feature_page import FeatureRow
+    from vlmscope.features.labels import Labels
+    from vlmscope.features.search import Match
+    from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.context import RunContext
 
 USES = ("data", "query", "study")
@@ -34,14 +30,12 @@ class Config:
     hand: str | None = None
     count: int = 10
     examples: int = 6
-    words: int = 2000
     figure: bool = True
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Print a table; write find.json and figures/find.png."""
-    from vlmscope.core.artifacts import write_json
-    from vlmscope.tasks.studies.data import needed_study
+    from vlmscope.tasks.study import needed_study
 
     task: Config = cfg.task
     folder = needed_study(cfg)
@@ -50,55 +44,63 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     if task.count < 1 or task.examples < 1:
         raise UserError("task.count and task.examples must be at least 1")
 
-    from vlmscope.features.labels.facts import study_facts
-    from vlmscope.features.labels.propose import Labels
-    from vlmscope.features.labels.search import find_by_words
-    from vlmscope.features.study.records import StudyFolder
-    from vlmscope.report.feature_page import feature_sheet
+    from vlmscope.core.artifacts import write_json
+    from vlmscope.core.runs import text_table
+    from vlmscope.features.item_facts import study_facts
+    from vlmscope.features.labels import Labels
+    from vlmscope.features.search import find_by_words
+    from vlmscope.features.study_files import StudyFolder
+    from vlmscope.features.top_examples import study_examples
+    from vlmscope.report.feature_page import FeatureRow, feature_sheet
 
     study = StudyFolder(folder)
     labels = Labels(study, task.hand)
     if cfg.query is not None:
-        found = find_by_words(study, study_facts(study, task.words), labels, cfg.query, task.count)
-        what = cfg.query
+        what, matches = cfg.query, find_by_words(study, study_facts(study), labels, cfg.query, task.count)
     else:
-        found, what = _by_picture(cfg, context, study)
-    _print(found, labels)
-    write_json(
-        context.run_dir / "find.json", {"query": what, "features": [_record(study, one, labels) for one in found]}
-    )
+        what, matches = find_by_picture(cfg, context, study)
+    rows = [[str(m.feature), str(labels.of(m.feature)) or "-", f"{m.relevance:.2f}", m.why] for m in matches]
+    print(text_table([["feature", "label", "relevance", "because of"], *rows]))
+    records = [record(study, match, labels) for match in matches]
+    write_json(context.run_dir / "find.json", {"query": what, "features": records})
     if task.figure:
-        rows = [_row(study, one, labels.of(one.feature), task.examples) for one in found]
-        feature_sheet(rows, context.run_dir / "figures" / "find.png", what, task.examples)
-    return {"find/features": float(len(found))}
+        sheet = [
+            FeatureRow(
+                f"{match.feature}  {labels.of(match.feature)}",
+                f"{match.relevance:.2f}: {match.why}",
+                study_examples(study, match.feature, task.examples),
+            )
+            for match in matches
+        ]
+        feature_sheet(sheet, context.run_dir / "figures" / "find.png", what, task.examples)
+    return {"find/features": float(len(matches))}
 
 
-def _by_picture(cfg: AppConfig, context: RunContext, study: StudyFolder) -> tuple[list[Match], str]:
-    """Features that are active on the user's picture."""
+def find_by_picture(cfg: AppConfig, context: RunContext, study: StudyFolder) -> tuple[str, list[Match]]:
+    """What was looked for, and the features that are active on the user's picture."""
     import torch
 
-    from vlmscope.features.labels.propose import check_same
-    from vlmscope.features.labels.search import find_by_activations
+    from vlmscope.features.labels import check_same
+    from vlmscope.features.search import find_by_activations
     from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
 
-    prompt = cfg.prompt if cfg.prompt is not None else _usual_question(study)
+    prompt = cfg.prompt if cfg.prompt is not None else usual_question(study)
     pictures = user_pictures(cfg)
-    vlm = load_model(cfg)
-    scope = load_scope(cfg, vlm, context.overrides)
-    check_same(study, vlm.name, scope.transcoders.widths)
-    inputs = vlm.prepare(prompt, pictures)
-    found = scope.capture(scope.batch([inputs]), study.layers)
+    scope = load_scope(cfg, load_model(cfg), context.overrides)
+    check_same(study, scope.vlm.name, scope.transcoders.widths)
+    inputs = scope.vlm.prepare(prompt, pictures)
     # Without a question of the user's the picture alone counts.
     where = torch.from_numpy(inputs.is_image) if cfg.prompt is None else slice(None)
     peaks = {}
-    for layer, x in found.items():
+    for layer, x in scope.capture(scope.batch([inputs]), study.layers).items():
         transcoder = scope.transcoders[layer]
         peaks[layer] = transcoder.encode(x).dense(transcoder.config.n_features)[0, where].amax(0).float().numpy()
     names = ", ".join(str(image) for image in cfg.image)
-    return find_by_activations(study, peaks, cfg.task.count), f"{names}: {prompt}"
+    return f"{names}: {prompt}", find_by_activations(study, peaks, cfg.task.count)
 
 
-def _usual_question(study: StudyFolder) -> str:
+def usual_question(study: StudyFolder) -> str:
+    """The study's most frequent question about a picture."""
     table = study.items.table.select(["users", "n_pictures"]).to_pylist()
     asked = Counter(row["users"][0] for row in table if row["users"] and row["n_pictures"])
     if not asked:
@@ -106,17 +108,9 @@ def _usual_question(study: StudyFolder) -> str:
     return asked.most_common(1)[0][0]
 
 
-def _print(found: Sequence[Match], labels: Labels) -> None:
-    from vlmscope.core.runs import text_table
-
-    rows = [["feature", "label", "relevance", "because of"]]
-    rows += [[str(one.feature), str(labels.of(one.feature)) or "-", f"{one.relevance:.2f}", one.why] for one in found]
-    print(text_table(rows))
-
-
-def _record(study: StudyFolder, match: Match, labels: Labels) -> dict[str, object]:
-    label = labels.of(match.feature)
-    record = study.feature(match.feature)
+def record(study: StudyFolder, match: Match, labels: Labels) -> dict[str, object]:
+    """A match as find.json has it."""
+    label, feature = labels.of(match.feature), study.feature(match.feature)
     return {
         "layer": match.feature.layer,
         "index": match.feature.index,
@@ -127,17 +121,9 @@ def _record(study: StudyFolder, match: Match, labels: Labels) -> dict[str, objec
         "relevance": match.relevance,
         "why": match.why,
         "activation": match.activation,
-        "items_fired": record.items_fired,
+        "items_fired": feature.items_fired,
         "examples": [
-            {"item": one.item, "origin": study.items[one.item].origin, "activation": one.activation}
-            for one in record.group("top")
+            {"item": example.item, "origin": study.items[example.item].origin, "activation": example.activation}
+            for example in feature.group("top")
         ],
     }
-
-
-def _row(study: StudyFolder, match: Match, label: Label, count: int) -> FeatureRow:
-    from vlmscope.report.feature_page import FeatureRow
-    from vlmscope.tasks.studies.examples import study_example
-
-    examples = tuple(study_example(study, one) for one in study.feature(match.feature).group("top")[:count])
-    return FeatureRow(f"{match.feature}  {label}", f"{match.relevance:.2f}: {match.why}", examples)

@@ -55,11 +55,11 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from tqdm import tqdm
 
     from vlmscope.core.artifacts import write_json
-    from vlmscope.tasks.studies.data import needed_study
+    from vlmscope.tasks.study import needed_study
 
     start, task, place = perf_counter(), cfg.task, needed_study(cfg)
 
-    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.features.study_files import StudyFolder
     from vlmscope.report.gallery import Gallery, feature_json
     from vlmscope.tasks.gallery.choice import choose
     from vlmscope.tasks.gallery.graphs import graph_uses

@@ -5,14 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vlmscope.core.errors import UserError
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
     from vlmscope.config import AppConfig
-    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.features.structure import StructurePass
+    from vlmscope.features.study_files import StudyFolder
+    from vlmscope.report.page import Table
     from vlmscope.scope import Scope
     from vlmscope.tasks.context import RunContext
 
-USES = ("attribution", "circuit", "data", "images", "intervention", "study")
+Row = dict[str, Any]  # of the table of clusters
+
+USES = ("data", "study")
 MEMORY = "study.forward_tokens or study.batch_size"
+KINDS = {"firing": "that fire together", "direction": "that write in a like direction"}
+FIGURES = {
+    "modality_by_layer": "How many features of each layer belong to soft tokens, to words, to both",
+    "monosemanticity": "How alike the pictures are on which a feature fires, by layer and modality",
+    "duplicates": "Share of live features with a near-parallel partner, by layer",
+}
+LISTED, PICTURED, EXAMPLES, IDS = 25, 8, 6, 4  # clusters in a table and with pictures; pictures and ids of each
 
 
 @dataclass
@@ -37,8 +53,6 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        from vlmscope.core.errors import UserError
-
         for key in ("items", "per_item", "neighbours", "top"):
             if getattr(self, key) < 1:
                 raise UserError(f"task.{key}={getattr(self, key)}: it must be at least 1")
@@ -51,53 +65,141 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write structure.parquet, clusters.parquet, the figures and report.html."""
-    from vlmscope.core.errors import UserError
-    from vlmscope.tasks.studies.data import needed_study
+    from vlmscope.tasks.study import needed_study
 
     folder = needed_study(cfg)
 
-    from vlmscope.features.structure.modality_tables import modality_metrics, modality_parts, modality_tables
-    from vlmscope.features.study.records import StudyFolder
-    from vlmscope.report.study_figures import modality_by_layer
-    from vlmscope.tasks.studies.structure_page import write_page
-    from vlmscope.tasks.studies.structure_tables import Structure, write_structure
+    import pyarrow as pa
+
+    from vlmscope.features import structure
+    from vlmscope.features.study_files import StudyFolder, write_table
+    from vlmscope.report.study_figures import modality_by_layer, score_by_layer, twins_by_layer
     from vlmscope.tasks.wiring import load_model, load_scope
 
-    study = StudyFolder(folder)
-    modality = modality_tables(study)
-    vlm = load_model(cfg)
-    scope = load_scope(cfg, vlm, context.overrides)
+    study, figures = StudyFolder(folder), context.run_dir / "figures"
+    tables = structure.modality_tables(study)
+    scope = load_scope(cfg, load_model(cfg), context.overrides)
     if scope.transcoders.widths != study.info.n_features:
         raise UserError(f"{study.path} is of other transcoders: layers or widths differ; give those with transcoder=")
-    structure = Structure.of(scope, study, seen(cfg, scope, study), modality, cfg.task)
-    modality_by_layer(*modality_parts(modality), context.run_dir / "figures" / "modality_by_layer.png")
-    metrics = modality_metrics(modality) | write_structure(context.run_dir, structure)
-    write_page(context.run_dir, study, structure, metrics, vlm.name)
+    features = structure.feature_table(scope, seen(cfg, scope, study), tables, cfg.task)
+    clusters = structure.cluster_rows(study, features, cfg.task.top)
+    write_table(context.run_dir / "structure.parquet", pa.Table.from_pandas(features, preserve_index=False))
+    write_table(context.run_dir / "clusters.parquet", pa.Table.from_pylist(clusters, structure.CLUSTER_TABLE))
+    shares = structure.duplicate_shares(features, cfg.task.twin)
+    layer, score, group = (features[name].to_numpy() for name in ("layer", "monosemanticity", "modality_group"))
+    modality_by_layer(*structure.modality_parts(tables), figures / "modality_by_layer.png")
+    score_by_layer(layer, score, group, figures / "monosemanticity.png")
+    twins_by_layer(study.layers, shares, figures / "duplicates.png", cfg.task.twin)
+    metrics = structure.modality_metrics(tables) | structure.structure_metrics(features, clusters, shares)
+    write_page(context.run_dir, study, clusters, metrics, scope.vlm.name)
     return metrics
 
 
-def seen(cfg: AppConfig, scope: Scope, study: StudyFolder) -> Any:
+def seen(cfg: AppConfig, scope: Scope, study: StudyFolder) -> StructurePass:
     """The pass over the first rows of the study's data."""
     from tqdm import tqdm
 
-    from vlmscope.data.config import SourceConfig
     from vlmscope.data.folder import NumberedRows
-    from vlmscope.data.mixing import open_source
-    from vlmscope.features.structure.structure_pass import StructurePass
-    from vlmscope.features.study.forwards import InputMaker
+    from vlmscope.features.structure import StructurePass
+    from vlmscope.features.study import InputMaker
+    from vlmscope.features.study_files import open_sources
 
-    task = cfg.task
-    data: dict[str, Any] = study.info.data
-    sources = {}
-    for name, settings in data["sources"].items():
-        one = SourceConfig(**settings)
-        sources[name] = (one.weight, open_source(name, one, None, data["max_bad_shards"], False))
-    limit = min(task.items, study.info.rows)
-    rows = NumberedRows(sources, cfg.study.batch_size, limit=limit)
+    limit = min(cfg.task.items, study.info.rows)
+    rows = NumberedRows(open_sources(study.info.data), cfg.study.batch_size, limit=limit)
     make = InputMaker(scope.vlm, study.info.settings["max_tokens"], cfg.study.max_skipped)
-    found = StructurePass(scope, task.per_item, task.seed)
+    passed = StructurePass(scope, cfg.task.per_item, cfg.task.seed)
     with tqdm(desc="structure", unit="row", total=limit) as bar:
         for batch in rows:
-            found.add(make(batch), cfg.study.forward_tokens)
+            passed.add(make(batch), cfg.study.forward_tokens)
             bar.update(rows.done - bar.n)
-    return found
+    return passed
+
+
+def write_page(
+    folder: Path, study: StudyFolder, clusters: Sequence[Row], metrics: Mapping[str, float], model: str
+) -> None:
+    """report.html: sizes, figures (drawn before, in figures/), the largest clusters with names and examples."""
+    from vlmscope.report.page import Card, Cards, Figure, Percent, ReportPage, Section, Text, drawn, mapping_table
+
+    counts = {kind: metrics[f"clusters/{kind}/count"] for kind in KINDS}
+    median, shuffled = metrics["monosemanticity/median"], metrics["monosemanticity/shuffled_median"]
+    cards = (
+        Card("monosemanticity, median", median, f"pictures shuffled: {shuffled:.3f}"),
+        Card("write as another of their layer", Percent(metrics["duplicates/write_own_layer"]), "of live features"),
+        Card("read and write as another", Percent(metrics["duplicates/both_own_layer"]), "of their layer"),
+        Card("clusters by firing", counts["firing"], f"by direction: {counts['direction']:.0f}"),
+    )
+    by_layer = tuple(drawn(folder / "figures" / f"{name}.png", alt) for name, alt in FIGURES.items())
+    sections: list[Section] = [Cards("In short", cards), Figure("By layer", by_layer)]
+    largest = [row for row in clusters if row["kind"] == "firing"][:PICTURED]
+    sheet = draw_clusters(folder / "figures" / "clusters.png", study, largest)
+    if sheet:
+        alt = "Inputs on which members are most active: " + "; ".join(row["name"] for row in largest)
+        sections.append(Figure("The largest clusters of features that fire together", (drawn(sheet, alt),)))
+    for kind, what in KINDS.items():
+        sections.append(cluster_list(f"Clusters of features {what}", [row for row in clusters if row["kind"] == kind]))
+    use = (
+        "clusters.parquet has all clusters, structure.parquet a row a feature. A cluster can be a supernode: in a "
+        f"circuit_spec, cluster: {{run: {folder}, cluster: 0, kind: firing}} (docs/circuits.md)."
+    )
+    pages = f"python run.py task=pages study.path={study.path} 'task.features=[L0/0]'"
+    sections += [Text("Go on", (use,), code=pages), mapping_table("All numbers", dict(metrics), ("metric", "value"))]
+    page = ReportPage(
+        title=f"Structure of {sum(study.info.n_features.values()):,} features",
+        question="What do the features of all layers look like together: which belong to pictures or to words, which "
+        "are double, which fire together?",
+        summary=f"{counts['firing']:.0f} clusters of features that fire together hold "
+        f"{100 * metrics['clusters/firing/features_frac']:.0f} % of the features; features of both modalities are most "
+        f"frequent in layer {metrics['modality/meeting_layer']:.0f}.",
+        sections=tuple(sections),
+        footer=f"vlmscope · {model} · {folder.name}",
+    )
+    page.write(folder / "report.html")
+
+
+def cluster_list(title: str, clusters: Sequence[Row]) -> Table:
+    """The largest clusters of a kind, a row each."""
+    from vlmscope.report.page import Percent, Table
+
+    rows = tuple(
+        (
+            row["cluster"],
+            row["name"] or "–",
+            row["size"],
+            f"{row['first_layer']} to {row['last_layer']}",
+            None if row["modality_index"] is None else Percent(row["modality_index"]),
+            ", ".join(spread(row["features"])[:IDS]),
+        )
+        for row in clusters[:LISTED]
+    )
+    columns = ("cluster", "name", "features", "layers", "at soft tokens", "some of them")
+    note = (
+        f"The {len(rows)} largest of {len(clusters)}. At soft tokens: mean modality index, 0 % for words alone, 100 % "
+        "for pictures alone."
+    )
+    return Table(title, columns, rows, note=note)
+
+
+def draw_clusters(path: Path, study: StudyFolder, clusters: Sequence[Row]) -> Path | None:
+    """The strongest example of some members of each cluster; None where no member has one."""
+    from vlmscope.core.records import FeatureId
+    from vlmscope.features.top_examples import study_examples
+    from vlmscope.report.feature_page import FeatureRow, feature_sheet
+
+    sheet = []
+    for row in clusters:
+        examples = []
+        for name in spread(row["features"]):
+            examples += study_examples(study, FeatureId.parse(name), 1)
+            if len(examples) == EXAMPLES:
+                break
+        if examples:
+            where = f"{row['size']} features, layers {row['first_layer']} to {row['last_layer']}"
+            sheet.append(FeatureRow(row["name"] or f"cluster {row['cluster']}", where, tuple(examples)))
+    return feature_sheet(sheet, path, columns=EXAMPLES) if sheet else None
+
+
+def spread(features: list[str]) -> list[str]:
+    """All features, in an order whose first ones come from all over the cluster, and so from its layers."""
+    step = max(1, len(features) // EXAMPLES)
+    return [feature for first in range(step) for feature in features[first::step]]

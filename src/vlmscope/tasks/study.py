@@ -1,11 +1,19 @@
 """Feature study: one pass over data for all features: top examples, samples, histograms, counts (docs/study.md)."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmscope.core.errors import NotMainRank, UserError
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.data.config import SourceConfig
+    from vlmscope.features.study_files import StudyFolder
+    from vlmscope.scope import Scope
     from vlmscope.tasks.context import RunContext
 
 USES = ("data", "study")
@@ -18,53 +26,113 @@ class Config:
     """What is kept is in `study=`, the data in `data=`. The files are in `study/` of the run folder."""
 
 
-def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
+def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Go through the data, each process through its part; the main one writes the files."""
-    from vlmscope.core.errors import NotMainRank, UserError
-    from vlmscope.tasks.studies.data import described, look_for, opened, study_origin, study_sources
-
     config = cfg.study
     if cfg.prompt is not None or cfg.image is not None:
         raise UserError("task=study goes through data; leave out prompt= and image=, or put them into data=folder")
     if config.path is not None:
         raise UserError("study.path names a study that is there already; leave it out of task=study, which makes one")
-    folder, sources = context.run_dir / "study", study_sources(cfg, config)
+    folder, sources = context.run_dir / "study", study_sources(cfg)
     if folder.exists() and not cfg.trainer.resume:
         raise UserError(f"{folder} is there already; add trainer.resume=true to go on, or choose a new hydra.run.dir")
     look_for(sources)  # torch takes seconds to import: a mistake should not wait for it
 
     from vlmscope.data.folder import NumberedRows
-    from vlmscope.features.study.run import StudyPart, finish, finished_study, run_part, study_parts
+    from vlmscope.features.study import StudyPart, data_record, finish, finished_study, run_part, study_parts
+    from vlmscope.features.study_files import open_sources
     from vlmscope.tasks.wiring import load_model, load_scope
     from vlmscope.training.ranks import joint_sum, own_share
 
-    origin, share = study_origin(cfg, config, sources, context.overrides), own_share()
+    origin, share = study_origin(cfg, sources, context.overrides), own_share()
     done = finished_study(folder, origin)
     if done is not None:
         return metrics_of(done)
     part = StudyPart(folder, share, origin)
-    rows = NumberedRows(opened(cfg, sources), config.batch_size, share, config.limit)
-    vlm = load_model(cfg)
-    scope = load_scope(cfg, vlm, context.overrides)
-    times = run_part(scope, rows, part, config)
+    data = data_record(sources, config, cfg.data.max_bad_shards, cfg.data.name)
+    rows = NumberedRows(open_sources(data), config.batch_size, share, config.limit)
+    scope = load_scope(cfg, load_model(cfg), context.overrides)
+    seconds, over_forward = run_part(scope, rows, part, config)
     joint_sum([1.0])  # all parts are finished
     if share.index:
         raise NotMainRank
-    parts = study_parts(folder, share.total, origin)
-    found = metrics_of(finish(folder, scope, parts, config, described(cfg, config, sources)))
-    return {**found, "perf/study_seconds": times.all, "perf/study_over_forward": times.ratio}
+    study = finish(folder, scope, study_parts(folder, share.total, origin), config, data)
+    return metrics_of(study) | {"perf/study_seconds": seconds, "perf/study_over_forward": over_forward}
 
 
-def metrics_of(study: "StudyFolder") -> dict[str, float]:
+def metrics_of(study: StudyFolder) -> dict[str, float]:
     """Items, positions by kind, rows left out, features that fired, and the share of dead ones by layer."""
     info = study.info
-    found = {"study/items": float(info.items), "study/rows": float(info.rows)}
-    found |= {f"study/positions_{kind}": float(count) for kind, count in info.positions.items()}
-    found["study/skipped"] = float(sum(info.skipped.values()))
-    fired = 0
-    for layer in study.layers:
-        dead = study.layer(layer).dead
-        fired += int((~dead).sum())
-        found[f"layers/study_dead_frac/layer_{layer:02d}"] = float(dead.mean())
-    total = sum(info.n_features.values())
-    return found | {"study/features_fired": float(fired), "study/dead_frac": 1 - fired / total}
+    dead = {layer: study.layer(layer).dead for layer in study.layers}
+    fired = sum(int((~own).sum()) for own in dead.values())
+    return {
+        "study/items": float(info.items),
+        "study/rows": float(info.rows),
+        **{f"study/positions_{kind}": float(count) for kind, count in info.positions.items()},
+        "study/skipped": float(sum(info.skipped.values())),
+        **{f"layers/study_dead_frac/layer_{layer:02d}": float(own.mean()) for layer, own in dead.items()},
+        "study/features_fired": float(fired),
+        "study/dead_frac": 1 - fired / sum(info.n_features.values()),
+    }
+
+
+def study_sources(cfg: AppConfig) -> dict[str, SourceConfig]:
+    """The sources of any `data=` that can be studied, with absolute paths and the split that is studied."""
+    from vlmscope.data.config import SourceConfig
+    from vlmscope.data.orrery.scenes import KINDS
+
+    data = cfg.data
+    if data.sources:
+        sources = dict(data.sources)
+    elif data.name == "orrery":
+        if data.path is None:
+            raise UserError("data.path is not set: give the folder with Orrery's shards (task=build_data writes them)")
+        sources = {kind: SourceConfig("shards", data.path, split="val", stream=kind) for kind in KINDS}
+    elif data.name == "folder":
+        if not data.path:
+            raise UserError("data.path is not set: give the folder with train.jsonl (docs/bring_your_own.md)")
+        sources = {"folder": SourceConfig("folder", data.path)}
+    else:
+        raise UserError(f"data={data.name}: a study goes through orrery, folder, or a mix (docs/data.md)")
+    return {
+        name: replace(own, split=cfg.study.split or own.split, path=own.path and str(Path(own.path).absolute()))
+        for name, own in sources.items()
+    }
+
+
+def look_for(sources: Mapping[str, SourceConfig]) -> None:
+    """Refuse shards that are not there, before anything heavy is imported."""
+    from vlmscope.data.shards import read_index
+
+    for name, own in sources.items():
+        if own.kind == "shards":
+            read_index(Path(str(own.path)), f"data.path or data.sources.{name}.path")
+
+
+def needed_study(cfg: AppConfig) -> Path:
+    """The folder of the study that `study.path=` names, looked for before anything heavy is imported."""
+    from vlmscope.core.study import study_folder
+
+    if cfg.study.path is None:
+        raise UserError(
+            "no study: add study.path=FOLDER, the run folder of a finished task=study (python run.py task=study)"
+        )
+    return study_folder(cfg.study.path)
+
+
+def study_origin(cfg: AppConfig, sources: Mapping[str, SourceConfig], overrides: Sequence[str]) -> dict[str, Any]:
+    """Everything that decides a study, by name."""
+    from vlmscope.core.origin import flat
+    from vlmscope.tasks.origin import data_origin, model_origin, transcoder_origin
+
+    origin = model_origin(cfg) | transcoder_origin(cfg, overrides) | data_origin(cfg, sources)
+    return origin | flat("study", cfg.study.decisive()) | {"seed": cfg.seed}
+
+
+def made_study(cfg: AppConfig, scope: Scope, folder: Path) -> StudyFolder:
+    """A study of `cfg.study` and `cfg.data`, made in one go in `folder`."""
+    from vlmscope.features.study import data_record, make_study
+
+    sources = study_sources(cfg)
+    data = data_record(sources, cfg.study, cfg.data.max_bad_shards, cfg.data.name)
+    return make_study(folder, scope, data, cfg.study, study_origin(cfg, sources, ("transcoder",)))

@@ -29,7 +29,7 @@ class Config:
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Trace `prompt=` on `image=` (none for text alone), or every row of `task.rows=`."""
     from vlmscope.core.errors import UserError
-    from vlmscope.tasks.studies.feature_labels import look_for_labels
+    from vlmscope.tasks.label import look_for_labels
 
     look_for_labels(cfg)
 

@@ -15,8 +15,7 @@ from vlmscope.circuits import selectors
 from vlmscope.circuits.spec_config import ClusterConfig, InfluenceConfig, LabelConfig, SupernodeConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
-from vlmscope.features.labels.label import Label
-from vlmscope.features.labels.propose import Labels
+from vlmscope.features.labels import Label, Labels
 from vlmscope.features.readouts import RoleMeans, role_means
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image

@@ -27,7 +27,7 @@ from vlmscope.circuits.spec_config import CircuitSpecConfig
 from vlmscope.config.resolve import declared_circuit
 from vlmscope.core import artifacts
 from vlmscope.core.errors import NoRoom, UserError
-from vlmscope.features.labels.propose import read_hand
+from vlmscope.features.labels import read_hand
 from vlmscope.models.loading import load_vlm
 from vlmscope.training.resume import load_checkpoint
 from vlmscope.transcoders.formats import ANY, clt, load_set

@@ -3,8 +3,8 @@
 import pytest
 
 from vlmscope.core.errors import UserError
+from vlmscope.features.config import CrossModalConfig, CrossQuestion
 from vlmscope.features.cross_modal import drawn_others
-from vlmscope.features.cross_modal_config import CrossModalConfig, CrossQuestion
 
 ANSWERS = {"red": "red", "yellow": "yellow", "blue": "blue"}
 

@@ -6,7 +6,7 @@ import torch
 from vlmscope.activations.capture import mlp_inputs
 from vlmscope.core.records import FeatureId
 from vlmscope.features.readouts import top_and_bottom_logits
-from vlmscope.features.study.top_examples import StudyItem, top_examples
+from vlmscope.features.top_examples import StudyItem, top_examples
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vlmscope.core.intervention import CircuitFeature, Supernode
     from vlmscope.core.records import FeatureId
     from vlmscope.data.pairs import Pair
-    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.bench import Bench
     from vlmscope.tasks.circuits.page import Origin
     from vlmscope.tasks.context import RunContext

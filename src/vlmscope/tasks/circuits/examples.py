@@ -12,7 +12,7 @@ from vlmscope.core.records import FeatureId
 from vlmscope.tasks.circuits.inputs import Asked, concept_pictures, prepared
 
 if TYPE_CHECKING:
-    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.circuits.page import Scene
 
 SEARCHED = 60  # inputs of contrasts and pairs in which top examples are looked for
@@ -24,15 +24,12 @@ def examples_of(
 ) -> Mapping[FeatureId, tuple[FeatureExample, ...]]:
     """Inputs on which features are most active: of a study, or of what is at hand."""
     from vlmscope.data.images import png_bytes
-    from vlmscope.features.study.top_examples import StudyItem, top_examples
+    from vlmscope.features.top_examples import StudyItem, top_examples
 
     if study is not None:
-        from vlmscope.tasks.studies.examples import study_example
+        from vlmscope.features.top_examples import study_examples
 
-        return {
-            feature: tuple(study_example(study, one) for one in study.feature(feature).group("top")[:count])
-            for feature in features
-        }
+        return {feature: study_examples(study, feature, count) for feature in features}
     pool = [*scene.asked, *spread(scene.others, SEARCHED), *of_orrery(scene, seed)]
     items = [
         StudyItem(inputs, one.caption, png_bytes(one.pictures[0], 256) if one.pictures else None)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vlmscope.core.graph import AttributionGraph
     from vlmscope.core.intervention import CircuitFeature
     from vlmscope.core.records import FeatureId, Positions
-    from vlmscope.features.labels.propose import Labels
+    from vlmscope.features.labels import Labels
     from vlmscope.features.readouts import RoleMeans
     from vlmscope.scope import Scope
     from vlmscope.tasks.circuits.inputs import Asked
@@ -51,8 +51,8 @@ def gather(cfg: AppConfig, spec: CircuitSpecConfig, asked: Sequence[Asked]) -> M
     from vlmscope.attribution.compare import graph_file
     from vlmscope.attribution.export import load_graph
     from vlmscope.circuits.selectors import read_clusters
-    from vlmscope.features.labels.propose import Labels
-    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.features.labels import Labels
+    from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.circuits.inputs import contrast_sets
 
     found = Material()
@@ -130,7 +130,7 @@ class Finder:
         if node.ids:
             return selectors.by_ids(node.ids, self.known), "ids", None, None
         if node.label is not None:
-            from vlmscope.features.labels.propose import check_same
+            from vlmscope.features.labels import check_same
 
             labels = self.material.labels[key]
             check_same(labels.study, self.name, self.widths)
@@ -169,9 +169,9 @@ class Finder:
 
     def _auto(self, key: str, members: Sequence[CircuitFeature]) -> str:
         """A name from the labels of any study that the spec uses, else from the words that the features write."""
-        from vlmscope.features.labels.label import short_label
+        from vlmscope.features.labels import short_label
         from vlmscope.features.readouts import top_and_bottom_logits
-        from vlmscope.features.structure.cluster_names import cluster_names
+        from vlmscope.features.structure import cluster_names
 
         texts: dict[FeatureId, str] = {}
         for labels in self.material.labels.values():

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.config import AppConfig
     from vlmscope.core.graph import PrunedGraph
-    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.features.study_files import StudyFolder
     from vlmscope.scope import Scope
     from vlmscope.tasks.circuits.inputs import Asked
     from vlmscope.tasks.circuits.page import Origin, Scene
@@ -30,7 +30,7 @@ def finished(
     """Give a circuit its edges and labels, save it and draw it; its metrics."""
     from vlmscope.circuits.circuit import labelled, save_circuit
     from vlmscope.tasks.circuits.page import Origin, draw_circuit
-    from vlmscope.tasks.studies.feature_labels import feature_labels
+    from vlmscope.tasks.label import feature_labels
 
     circuit = with_edges(circuit, scene.graphs, cfg.task.answers)
     circuit = labelled(circuit, feature_labels(cfg, scene.scope.vlm.name, scene.scope.transcoders))

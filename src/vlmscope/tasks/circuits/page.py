@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.config import AppConfig
     from vlmscope.core.graph import PrunedGraph
-    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.features.study_files import StudyFolder
     from vlmscope.scope import Scope
 
 SHOWN = 6  # features of a supernode with evidence

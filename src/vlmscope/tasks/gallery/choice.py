@@ -13,8 +13,8 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 
 if TYPE_CHECKING:
-    from vlmscope.features.labels.label import Label
-    from vlmscope.features.study.records import LayerTable, StudyFolder
+    from vlmscope.features.labels import Label
+    from vlmscope.features.study_files import LayerTable, StudyFolder
     from vlmscope.tasks.pages import Config
 
 _KINDS = {"text": 0, "image": 1, "answer": 2}

@@ -25,8 +25,8 @@ from vlmscope.report.thumbnails import HeatPicture, thumbnail
 
 if TYPE_CHECKING:
     from vlmscope.core.study import ExampleView, FeatureRecord, StudyItem
-    from vlmscope.features.labels.label import Label
-    from vlmscope.features.study.records import StudyFolder
+    from vlmscope.features.labels import Label
+    from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.pages import Config
 
 AUTOMATIC = "auto"  # the set of labels that may be missing
@@ -40,7 +40,7 @@ def study_labels(study: StudyFolder, name: str) -> dict[FeatureId, Label]:
     Raises:
         UserError: another set is not there, or it cannot be read.
     """
-    from vlmscope.features.labels.label import read_labels, set_path
+    from vlmscope.features.labels import read_labels, set_path
 
     path = set_path(study.path, name)
     if name == AUTOMATIC and not path.is_file():

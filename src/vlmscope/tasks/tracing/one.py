@@ -40,7 +40,7 @@ def trace_into(
     from vlmscope.attribution.trace import trace
     from vlmscope.data.images import for_figures
     from vlmscope.report.graph_figure import attribution_graph
-    from vlmscope.tasks.studies.feature_labels import feature_labels
+    from vlmscope.tasks.label import feature_labels
     from vlmscope.tasks.tracing.details import print_ends, write_heads, write_scores
     from vlmscope.tasks.tracing.graph_metrics import graph_metrics
     from vlmscope.tasks.tracing.patches import follow_to_patches

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlmscope.features.study.tables import (
+from vlmscope.features.study_tables import (
     NEVER,
     Pairs,
     chosen,

@@ -16,9 +16,9 @@ from vlmscope.data.config import SourceConfig
 from vlmscope.data.folder import NumberedRows
 from vlmscope.data.mixing import open_source, row_of
 from vlmscope.data.samples import Share
-from vlmscope.features.study.config import StudyConfig
-from vlmscope.features.study.records import StudyFolder
-from vlmscope.features.study.run import StudyPart, finish, run_part, study_alone, study_parts
+from vlmscope.features.config import StudyConfig
+from vlmscope.features.study import StudyPart, finish, run_part, study_alone, study_parts
+from vlmscope.features.study_files import StudyFolder
 from vlmscope.models.conversations import LOSS_MASK, encode
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.scope import Scope

@@ -10,11 +10,16 @@ import torch
 from vlmscope.activations.capture import mlp_inputs
 from vlmscope.core.errors import UserError
 from vlmscope.core.study import IMAGE, TEXT
-from vlmscope.features.structure.cluster_names import cluster_names, words_of
-from vlmscope.features.structure.directions import read_directions, write_directions
-from vlmscope.features.structure.modality_tables import GROUPS, modality_tables
-from vlmscope.features.structure.structure_pass import StructurePass
-from vlmscope.features.study.forwards import StudyInput
+from vlmscope.features.structure import (
+    GROUPS,
+    StructurePass,
+    cluster_names,
+    modality_tables,
+    read_directions,
+    words_of,
+    write_directions,
+)
+from vlmscope.features.study import StudyInput
 from vlmscope.metrics.dictionary import monosemanticity, unit_embeddings
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vlmscope.core.study import BINS, IMAGE, KINDS, bin_edges
-from vlmscope.features.study.tables import COUNTS, UNIT, LayerStudy, Pairs, Tokens, chosen, joined
+from vlmscope.features.study_tables import COUNTS, UNIT, LayerStudy, Pairs, Tokens, chosen, joined
 from vlmscope.transcoders.transcoder import SparseCode
 
 F, ITEMS, T, K, N, M, WINDOW = 12, 30, 9, 4, 3, 5, 2
@@ -27,7 +27,7 @@ def data():
 def _codes(data, rows) -> tuple[SparseCode, Tokens]:
     indices, values, kinds, valid, _ = data
     there = valid[rows]
-    tokens = Tokens.of(rows * 256, list(kinds[rows]), list(there.numpy()), CPU)
+    tokens = Tokens(rows * 256, list(kinds[rows]), list(there.numpy()), CPU)
     return SparseCode(indices[rows][there], values[rows][there]), tokens
 
 
@@ -93,7 +93,7 @@ def test_parts_merge_to_the_whole(data) -> None:
     parts = [_run(data, np.arange(ITEMS)[i::3], 4).state() for i in range(3)]
     merged = chosen(joined([Pairs.of(part) for part in parts]), F, N, M).pairs
     counts = {name: np.sum([part[name] for part in parts], axis=0) for name in COUNTS}
-    _same({**counts, **merged.arrays()}, wanted)
+    _same({**counts, **vars(merged)}, wanted)
 
 
 def test_a_loaded_state_goes_on(data) -> None:
@@ -122,8 +122,8 @@ def test_few_pairs_wait_once_the_strongest_are_known() -> None:
     kinds = [np.zeros(T, dtype=np.uint8)] * 10
     valid = [np.ones(T, dtype=bool)] * 10
     code = SparseCode(torch.zeros(10 * T, 1, dtype=torch.int64), torch.ones(10 * T, 1))
-    study.add(code, Tokens.of(np.arange(10), kinds, valid, CPU))
+    study.add(code, Tokens(np.arange(10), kinds, valid, CPU))
     study.settle()
-    study.add(code, Tokens.of(np.arange(10, 20), kinds, valid, CPU))
+    study.add(code, Tokens(np.arange(10, 20), kinds, valid, CPU))
     assert not study.waiting
     assert study.kept.item.tolist() == [0, 1, 2]

@@ -12,10 +12,9 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.core.study import StudyInfo
 from vlmscope.data.images import png_bytes
-from vlmscope.features.labels.explainers import Endpoint, LocalExplainer, Shown, one_line, yes_or_no
-from vlmscope.features.labels.label import Label, set_path, write_labels
-from vlmscope.features.labels.propose import Labels, labels_for
-from vlmscope.features.study.records import StudyFolder
+from vlmscope.features.explainers import Endpoint, LocalExplainer, Shown, one_line, yes_or_no
+from vlmscope.features.labels import Label, Labels, labels_for, set_path, write_labels
+from vlmscope.features.study_files import StudyFolder
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 
 RED = Shown("what is red ?", (png_bytes(tiny_image(1)),))

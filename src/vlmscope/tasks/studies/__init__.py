@@ -1,1 +1,0 @@
-"""What tasks take from a feature study: its data, examples, labels and tables."""

@@ -433,9 +433,9 @@ def structure_metrics(
         "monosemanticity/median": float(features.monosemanticity.median()),
         "monosemanticity/shuffled_median": float(features.shuffled.median()),
     }
+    medians = features.groupby("layer").monosemanticity.median().to_numpy()
     for number, layer in enumerate(layers):
-        own = features[features.layer == layer]
-        metrics[f"layers/monosemanticity/layer_{layer:02d}"] = float(own.monosemanticity.median())
+        metrics[f"layers/monosemanticity/layer_{layer:02d}"] = float(medians[number])
         metrics |= {f"layers/duplicates_{way}/layer_{layer:02d}": of[number] for way, of in shares.items()}
     metrics |= {f"duplicates/{way}": float(np.mean(of)) for way, of in shares.items()}
     for kind in KINDS:

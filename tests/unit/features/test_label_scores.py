@@ -145,9 +145,7 @@ def test_planted_rules_are_found_and_score_high(planted: tuple[Planted, KnownIte
     world, known = planted
     found = propose(world.facts, known, feature)
     assert found is not None
-    assert {(p.key, frozenset(p.values)) for p in found.parts} == {
-        (p.key, frozenset(p.values)) for p in rule.parts
-    }
+    assert {(p.key, frozenset(p.values)) for p in found.parts} == {(p.key, frozenset(p.values)) for p in rule.parts}
     assert len(rule.parts) == 1 or found.joint == rule.joint
     score, top = score_rule(world.facts, known, feature, found)
     assert score is not None and top is not None

@@ -25,8 +25,7 @@ from PIL import Image
 from vlmscope.api import load
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.trace import Trace, trace
-from vlmscope.conformance.subject import Limits
-from vlmscope.conformance.suite import PROMPT, noise_picture, own_dtype_errors
+from vlmscope.conformance import PROMPT, Limits, noise_picture, own_dtype_errors
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.data.orrery.dataset import concept_scenes
 from vlmscope.data.orrery.scenes import PLANETS

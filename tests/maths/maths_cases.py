@@ -11,8 +11,7 @@ import torch
 
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.trace import attribute
-from vlmscope.conformance.identities import TOLERANCE
-from vlmscope.conformance.subject import Limits, Subject, make_subject
+from vlmscope.conformance import TOLERANCE, Limits, Subject, make_subject
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.loading import VLM

@@ -9,20 +9,21 @@ from tests.maths.maths_cases import TOLERANCE, Case, case_of
 
 from vlmscope.activations.capture import capture_state
 from vlmscope.attribution.adjoint import Adjoint
-from vlmscope.conformance.identities import (
+from vlmscope.conformance import (
     Check,
+    Subject,
     batching,
     completeness,
     direct_effects,
     direct_mode,
+    find_edges,
     generation,
+    in_float64,
     parity,
     soft_tokens,
     total_effects,
     weights,
 )
-from vlmscope.conformance.subject import Subject, find_edges
-from vlmscope.conformance.suite import in_float64
 from vlmscope.interventions import run
 from vlmscope.interventions.edits import LayerEdit
 from vlmscope.models.base import exact_float64

@@ -8,9 +8,7 @@ import pytest
 from tests.maths.maths_cases import TOLERANCE, Case, config, dense, read_targets, rows_of
 
 from vlmscope.attribution.trace import attribute
-from vlmscope.conformance.identities import Check, soft_tokens
-from vlmscope.conformance.subject import Subject
-from vlmscope.conformance.suite import BEHAVIOUR, IDENTITIES
+from vlmscope.conformance import BEHAVIOUR, IDENTITIES, Check, Subject, soft_tokens
 from vlmscope.core.graph import NodeKind
 from vlmscope.replacement.frozen import FrozenLayer
 from vlmscope.replacement.model import ReplacementModel

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from vlmscope import conformance
 from vlmscope.app import main
 from vlmscope.attribution.export import load_graph
-from vlmscope.conformance import suite
 from vlmscope.models.tiny import tiny_image
 
 SMALL = ["task.sources=2", "task.positions=2", "task.new_tokens=2"]
@@ -65,7 +65,7 @@ def test_orrery_is_checked_with_its_own_transcoders(tmp_path: Path, capsys: pyte
 def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
     tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = suite.make_subject
+    right = conformance.make_subject
 
     def wrong(*arguments, **settings):
         subject = right(*arguments, **settings)
@@ -73,7 +73,7 @@ def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
         replacement = dataclasses.replace(subject.replacement, features=features)
         return dataclasses.replace(subject, replacement=replacement)
 
-    monkeypatch.setattr(suite, "make_subject", wrong)
+    monkeypatch.setattr(conformance, "make_subject", wrong)
     run_dir = tmp_path / "run"
     code = main(command(run_dir, "task=check", "model=tiny_gemma3_text", *SMALL, f"tracking.uri={store}"))
     captured = capsys.readouterr()

@@ -47,8 +47,8 @@ from vlmscope.features.readouts import layer_logits
 from vlmscope.features.study_files import StudyFolder, geometry_row, open_sources, read_table, write_table
 from vlmscope.features.study_tables import LayerStudy, Tokens, layer_tables
 from vlmscope.models.conversations import LOSS_MASK, by_shape, encode, joined
-from vlmscope.models.fingerprints import model_fingerprint
 from vlmscope.models.loading import VLM
+from vlmscope.models.placement import model_fingerprint
 from vlmscope.scope import Scope
 
 _LOG = logging.getLogger(__name__)

@@ -1,19 +1,17 @@
-"""Attention patterns and vision towers, recorded and frozen.
+"""Attention patterns and vision towers, recorded, replaced and frozen.
 
-Eager attention whose patterns can be recorded or replaced, as the implementation "vlmscope" of transformers.
+The implementation "vlmscope" of transformers' attention interface is Hugging Face's eager attention,
+`softmax(q k^T * scaling + mask) v` with the softmax in float32, whose patterns can be recorded or replaced. Decoder and
+vision tower are switched to it apart from each other.
 
-The computation is that of Hugging Face's eager attention, `softmax(q k^T * scaling + mask) v` with the softmax in
-float32; grouped key/value heads are repeated. Decoder and vision tower are switched to it apart from each other.
-
-The vision tower and projector at one input made affine, for autograd: every nonlinearity's state is a constant.
-
-Frozen are, at the input of the recording pass,
+`frozen_vision` makes vision tower and projector affine at one input, for autograd. Every nonlinearity's state there is
+a constant:
     attention     the patterns (softmax);
     norms         the scale; the mean that LayerNorm subtracts is linear and stays;
     GELU, SiLU    the gate phi(z) / z of every unit, so that `phi(z) = gate * z` is exact and linear in z;
     gated MLPs    all of `phi(gate)`, so that the product with `up` is linear in `up`.
-What is left is affine in the patch embeddings, whatever the family, since the ops themselves are caught and no
-module is written anew. A second pass at another input replays the recorded constants in the order of calls.
+The ops themselves are caught, so that it holds whatever the family and no module is written anew. A second pass at
+another input replays the recorded constants in the order of calls.
 """
 
 from __future__ import annotations
@@ -30,7 +28,6 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from vlmscope.models.base import Adapter
-from vlmscope.models.families import adapter_for
 
 IMPLEMENTATION = "vlmscope"
 
@@ -62,29 +59,6 @@ class FoundScores(Exception):  # no error: it ends a run that has what it was fo
         self.query, self.key, self.scaling, self.softcap = query, key, scaling, softcap
 
 
-def _repeat_heads(states: Tensor, n_repeats: int) -> Tensor:
-    return states if n_repeats == 1 else states.repeat_interleave(n_repeats, dim=1)
-
-
-def _pattern(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float,
-    softcap: float | None,
-) -> Tensor:
-    """The attention probabilities `[B, H, Tq, Tk]` in the dtype of `query`."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    pattern = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return nn.functional.dropout(pattern, p=dropout, training=module.training)
-
-
 def attention_forward(
     module: Any,
     query: Tensor,
@@ -99,7 +73,7 @@ def attention_forward(
     """The attention function with the signature that transformers' `AttentionInterface` asks for.
 
     Args:
-        module: the attention module, which knows its number of key/value groups.
+        module: the attention module.
         query: `[B, H, Tq, D]`.
         key: `[B, Hkv, Tk, D]`.
         value: `[B, Hkv, Tk, D]`.
@@ -109,16 +83,23 @@ def attention_forward(
         softcap: cap of the scores, or None.
 
     Returns:
-        The mixed values `[B, Tq, H, D]` and the pattern `[B, H, Tq, Tk]`.
+        The mixed values `[B, Tq, H, D]` and the pattern `[B, H, Tq, Tk]` in the dtype of `query`.
     """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if module in _stopping:
-        raise FoundScores(query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling), softcap)
-    key = _repeat_heads(key, query.shape[1] // key.shape[1])
-    value = _repeat_heads(value, query.shape[1] // value.shape[1])
+        raise FoundScores(query, key, float(scaling), softcap)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     pattern = _replacements.get(module)
     if pattern is None:
-        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-        pattern = _pattern(module, query, key, attention_mask, dropout, factor, softcap)
+        scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        pattern = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        pattern = nn.functional.dropout(pattern, p=dropout, training=module.training)
     else:
         expected = (query.shape[1], query.shape[2], key.shape[2])
         if tuple(pattern.shape[1:]) != expected:
@@ -131,10 +112,6 @@ def attention_forward(
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
-
-
-def _as_adapter(model: Any) -> Adapter:
-    return model if isinstance(model, Adapter) else adapter_for(model)
 
 
 @contextmanager
@@ -153,39 +130,31 @@ def _switched(configs: Iterable[Any]) -> Iterator[None]:
 
 @contextmanager
 def _entered(table: dict[nn.Module, Any], entries: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Put entries into a table, and back on leaving what an enclosing context had there."""
-    before = {module: table.get(module) for module in entries}
+    """Put entries into a table, and on leaving put back what an enclosing context had there."""
+    before = dict(table)
     try:
         table.update(entries)
         yield
     finally:
-        for module, value in before.items():
-            if value is None:
-                table.pop(module, None)
-            else:
-                table[module] = value
+        table.clear()
+        table.update(before)
 
 
 @contextmanager
-def using_vlmscope_attention(model: Any) -> Iterator[None]:
-    """Switch the decoder of a model (or of an adapter's model) to this implementation, and back on leaving."""
-    adapter = _as_adapter(model)
+def using_vlmscope_attention(adapter: Adapter) -> Iterator[None]:
+    """Switch the decoder to this implementation, and back on leaving."""
     owners: list[Any] = [adapter.decoder(), *(adapter.attention(layer) for layer in range(adapter.n_layers))]
     with _switched([adapter.model.config.get_text_config(), *(owner.config for owner in owners)]):
         yield
 
 
 @contextmanager
-def recording_patterns(model: Any) -> Iterator[dict[int, Tensor]]:
+def recording_patterns(adapter: Adapter) -> Iterator[dict[int, Tensor]]:
     """Record the decoder's attention patterns.
-
-    Args:
-        model: a Hugging Face model or an adapter.
 
     Yields:
         A dict that each forward fills: layer -> pattern `[B, H, Tq, Tk]` (of the latest forward, detached).
     """
-    adapter = _as_adapter(model)
     store: dict[int, Tensor] = {}
     recorders = {adapter.attention(layer): partial(store.__setitem__, layer) for layer in range(adapter.n_layers)}
     with using_vlmscope_attention(adapter), _entered(_recorders, recorders):
@@ -193,12 +162,8 @@ def recording_patterns(model: Any) -> Iterator[dict[int, Tensor]]:
 
 
 @contextmanager
-def recording_vision_patterns(model: Any, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
-    """Record the attention patterns of some layers of the vision tower; the others keep nothing.
-
-    Args:
-        model: a Hugging Face model or an adapter.
-        layers: indices into `Adapter.vision_attention()`.
+def recording_vision_patterns(adapter: Adapter, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
+    """Record the attention patterns of some layers of `Adapter.vision_attention()`; the others keep nothing.
 
     Yields:
         A dict that forwards fill: layer -> patterns `[B, H, S, S]` (detached), one a call of the attention in the order
@@ -207,10 +172,9 @@ def recording_vision_patterns(model: Any, layers: Sequence[int]) -> Iterator[dic
     Raises:
         UserError: the tower's attention cannot be recorded.
     """
-    adapter = _as_adapter(model)
     modules: list[Any] = adapter.vision_attention()
     store: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    recorders = {modules[layer]: found.append for layer, found in store.items()}
+    recorders = {modules[layer]: patterns.append for layer, patterns in store.items()}
     # The tower's own configuration decides in which form it makes its mask.
     configs = [adapter.model.config.vision_config, *(module.config for module in modules)]
     with _switched(configs), _entered(_recorders, recorders):
@@ -225,17 +189,12 @@ def stopping_at_scores(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def replacing_patterns(model: Any, patterns: Mapping[int, Tensor]) -> Iterator[None]:
-    """Use given attention patterns in the decoder instead of computed ones.
-
-    Args:
-        model: a Hugging Face model or an adapter.
-        patterns: layer -> `[B or 1, H, Tq, Tk]`; layers that are not named compute their own.
+def replacing_patterns(adapter: Adapter, patterns: Mapping[int, Tensor]) -> Iterator[None]:
+    """Use given attention patterns `[B or 1, H, Tq, Tk]` in these decoder layers; the others compute their own.
 
     Raises:
         ValueError: in the forward, when a pattern does not fit the run.
     """
-    adapter = _as_adapter(model)
     given = {adapter.attention(layer): pattern for layer, pattern in patterns.items()}
     with using_vlmscope_attention(adapter), _entered(_replacements, given):
         yield
@@ -272,8 +231,7 @@ _POWERS = {torch.pow, Tensor.pow, Tensor.__pow__}
 class FrozenVision(TorchFunctionMode):
     """While active, freezes what the module's docstring lists; the first pass records, `replaying` ones reuse.
 
-    Attributes:
-        constants: what was frozen, in the order of calls.
+    `constants` are what was frozen, in the order of calls.
     """
 
     def __init__(self) -> None:
@@ -305,10 +263,12 @@ class FrozenVision(TorchFunctionMode):
         x = args[0] if args else kwargs.get("input")
         if not (isinstance(x, Tensor) and x.requires_grad):
             return func(*args, **kwargs)
-        if func in _WHOLE or (func in _POWERS and _negative(args, kwargs)):
+        exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
+        is_root = func in _POWERS and isinstance(exponent, float | int) and exponent < 0
+        if func in _WHOLE or is_root:
             return self.keep(lambda: func(*args, **kwargs))
-        if func in _UNITS:
-            return x * self.keep(lambda: _secant(x, func(*args, **kwargs)))
+        if func in _UNITS:  # the gate is 0 where x is 0, for there the result is 0 too
+            return x * self.keep(lambda: torch.where(x == 0, 0.0, func(*args, **kwargs) / torch.where(x == 0, 1.0, x)))
         if func is _functional.layer_norm:
             return self._layer_norm(*args, **kwargs)
         assert func is not _functional.scaled_dot_product_attention, "a fused attention hides its pattern"
@@ -329,16 +289,6 @@ class FrozenVision(TorchFunctionMode):
         out = centred * self.keep(lambda: torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps).to(input.dtype))
         out = out if weight is None else out * weight
         return out if bias is None else out + bias
-
-
-def _negative(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
-    return isinstance(exponent, float | int) and exponent < 0
-
-
-def _secant(x: Tensor, y: Tensor) -> Tensor:
-    """`y / x`, 0 where x is 0 (there y is 0 too)."""
-    return torch.where(x == 0, 0.0, y / torch.where(x == 0, 1.0, x))
 
 
 @contextmanager

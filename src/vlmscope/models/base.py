@@ -1,28 +1,19 @@
-"""What all of vlmscope sees of a model: the adapter of a family, named positions, norms and precision.
-
-What every position of a tokenised prompt is: its token, picture, part of the picture and role.
-
-What the rest of vlmscope may ask of a model, whatever its family.
+"""What vlmscope sees of a model: an `Adapter` around it, and one prompt as `ModelInputs`.
 
 Legend: B prompts, T positions, d model width, L layers, Hkv key/value heads, D head width, V vocabulary.
 A decoder layer is `h = x + N2(Attn(N1(x)))`, `x' = h + N4(MLP(N3(h)))`; families without post norms lack N2 and N4.
 Some go on to `c x' + v`: `stream_scale` is c, a learned constant, and `injections` are v, from the pictures alone.
-
-The norms whose scales are frozen.
-
-Float64 that stays float64.
-
-Hugging Face computes RMSNorm, the eager softmax and rotary angles in float32 whatever the model's dtype (`x.float()`,
-`dtype=torch.float32`), so a float64 model is only good to about 1e-7. `exact_float64` keeps those casts in float64.
+RMSNorm is `x * rsqrt(mean(x^2) + eps) * (offset + w)`. Scaled embeddings, kinds of RoPE, query/key norms, sliding
+windows, caps on attention scores and masks need nothing: attribution takes embeddings and attention patterns as the
+model computed them.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,92 +23,13 @@ from torch.overrides import TorchFunctionMode
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Exchange, PatchBox
-from vlmscope.models.boxes import PicturePatches
-from vlmscope.models.template import Dialogue, Turn
+from vlmscope.models.boxes import WHOLE, PicturePatches, batched_tiles, grid_boxes, pooled, tower_kind
+from vlmscope.models.placement import computing_device, materialised
+from vlmscope.models.template import Dialogue, Turn, dialogue, user_turn
 
-
-def token_strings(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """What each token stands for in text, a space before a word included.
-
-    The vocabulary's own spelling is not for readers: byte-level ones write a space as another letter and every byte
-    beyond ASCII as one. A token that is a part of a character is the replacement character.
-    """
-    return [tokenizer.decode([int(token)]) for token in ids]
-
-
-def describe_inputs(
-    soft_token_id: int | None,
-    tokenizer: Any,
-    tensors: dict[str, Tensor],
-    turn: Turn,
-    boxes: Sequence[Sequence[PatchBox]],
-    written: np.ndarray,
-    sizes: Sequence[tuple[int, int]] = (),
-) -> ModelInputs:
-    """Name every position of tokenised inputs.
-
-    Args:
-        soft_token_id: the id of soft tokens in `input_ids`, None for a text-only model.
-        tokenizer: the model's tokenizer.
-        tensors: the model's inputs, batch size 1.
-        turn: the prompt in its template, from which the inputs were made.
-        boxes: for each picture the box of each of its soft tokens, in order.
-        written: `[T]` bool, tokens with a part of what the user wrote, as `written_by_user` finds them.
-        sizes: width and height of each picture in pixels.
-
-    Raises:
-        UserError: boxes and soft tokens differ in number, so that the processor and the model do not belong together.
-    """
-    ids = [int(token) for token in tensors["input_ids"][0]]
-    is_image = np.array([token == soft_token_id for token in ids])
-    tokens = token_strings(tokenizer, ids)
-    flat = [(picture, box) for picture, found in enumerate(boxes) for box in found]
-    if len(flat) != is_image.sum():
-        raise UserError(
-            f"the processor made {is_image.sum()} soft tokens where the model's pictures have {len(flat)}; "
-            "use the processor that was saved with the model"
-        )
-    image_index = np.full(len(ids), -1, dtype=np.int64)
-    patch_boxes: list[PatchBox | None] = [None] * len(ids)
-    for position, (picture, box) in zip(np.flatnonzero(is_image), flat, strict=True):
-        image_index[position], patch_boxes[position] = picture, box
-    # Special tokens that the user spells are the template's all the same.
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    by_user = written & np.array([token not in special for token in ids])
-    roles = np.select([is_image, by_user], ["image", "question"], "special").astype("<U8")
-    roles[-1] = "last"
-    return ModelInputs(tensors, tokens, is_image, image_index, patch_boxes, roles, turn.content, tuple(sizes))
-
-
-def written_by_user(turn: Turn, replaced: Sequence[Mapping[str, Any]], offsets: np.ndarray) -> np.ndarray:
-    """Which tokens hold a part of the prompt, told by characters.
-
-    Neither words nor ids would do: a character may be several tokens, a token may reach from the template into the
-    prompt, and what the processor puts around soft tokens may change how the text beside it is cut.
-
-    Args:
-        turn: the text before placeholders were replaced.
-        replaced: what the processor put in the place of placeholders, in order: `span`, first and last character (past
-            the end) in the turn, `text`, what stood there, and `replacement`.
-        offsets: `[T, 2]`, first and last character (past the end) of every token in the text after the replacement.
-
-    Returns:
-        `[T]` bool. What replaces a placeholder is not written by the user, wherever it was spelt.
-    """
-    start, end = len(turn.before), len(turn.before) + len(turn.content)
-    prompt = np.zeros(len(turn.text), dtype=bool)
-    prompt[start:end] = True
-    pieces, done = [], 0
-    for change in replaced:
-        first, last = change["span"]
-        assert turn.text[first:last] == change["text"], "the processor was given another text than the turn"
-        pieces += [prompt[done:first], np.zeros(len(change["replacement"]), dtype=bool)]
-        done = last
-    characters = np.concatenate([*pieces, prompt[done:]])
-    assert offsets.max(initial=0) <= len(characters), "the processor added text that the turn does not have"
-    return np.array([characters[first:last].any() for first, last in offsets], dtype=bool)
-
-
+Tensors = Mapping[str, Tensor]  # keyword arguments of a forward
+Size = tuple[int, int]  # width and height of a picture in pixels
+Sizes = Sequence[Size]
 INJECTIONS = "injections"  # [B, n, T, d], among an `InputBatch`'s tensors
 
 
@@ -145,7 +57,7 @@ class ModelInputs:
     patch_boxes: list[PatchBox | None]
     roles: np.ndarray
     prompt: str
-    sizes: tuple[tuple[int, int], ...] = ()
+    sizes: tuple[Size, ...] = ()
 
     @property
     def input_ids(self) -> list[int]:
@@ -156,22 +68,21 @@ class ModelInputs:
         return len(self.tokens)
 
 
-@dataclass(frozen=True)
-class LayerNorms:
-    """The norm modules of one decoder layer; None where the family has none."""
+def token_strings(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """Each token as readable text, its leading space included; part of a character is the replacement character."""
+    return [tokenizer.decode([int(token)]) for token in ids]
+
+
+class LayerNorms(NamedTuple):
+    """The norm modules of one decoder layer in the order of use; None where the family has none."""
 
     attn_in: nn.Module
     attn_out_post: nn.Module | None
     mlp_in: nn.Module
     mlp_out_post: nn.Module | None
 
-    def __iter__(self) -> Iterator[nn.Module | None]:
-        """The four norms in the order of use."""
-        return iter((self.attn_in, self.attn_out_post, self.mlp_in, self.mlp_out_post))
 
-
-@dataclass(frozen=True)
-class ScoreParts:
+class ScoreParts(NamedTuple):
     """The modules that make the queries and keys of a decoder layer; norms act head by head, before RoPE."""
 
     query: nn.Module
@@ -180,55 +91,89 @@ class ScoreParts:
     key_norm: nn.Module | None
 
 
-class Adapter(ABC):
-    """Everything that differs between families; the rest of vlmscope sees a model only through this."""
+class Decoder(NamedTuple):
+    """What differs between decoders: the constant added to a norm's weight, and whether there are post norms."""
 
-    model: Any
-    n_layers: int
-    d_model: int
-    n_heads: int
-    vocab_size: int
-    # Whether positions come from the pictures (M-RoPE). Such a model remembers the shift that its last pictures made,
-    # so that it must be told the positions whenever it is given embeddings instead of pictures.
-    m_rope: bool = False
-    # The family's usual template, for a model that came without one; "" where the family knows no turns.
-    chat_template: str = ""
-    # Whether the family was made for prompts with pictures alone.
-    needs_pictures: bool = False
-    # `token_type_ids` of an answer that follows the prompt.
-    answer_type: int = 0
+    norm_offset: float
+    post_norms: bool
+
+
+LLAMA, GEMMA, GEMMA2 = Decoder(0.0, False), Decoder(1.0, False), Decoder(1.0, True)
+DECODERS = {
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA2,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen2_5_vl_text": LLAMA,
+    "qwen3": LLAMA,
+    "qwen3_vl_text": LLAMA,
+}
+
+
+class Adapter:
+    """A Hugging Face model whose decoder is of the Llama or Gemma line, which name their parts alike.
+
+    The class attributes are what most families differ in; a family overrides methods only for the rest. By default
+    every tile of a picture is a square grid of patches, pooled in blocks (`pool`) to soft tokens, row by row.
+
+    Raises:
+        UserError: the model has no language-model head, or a decoder that is not known to be exact.
+    """
+
+    decoders: Mapping[str, Decoder] = DECODERS  # by `model_type`
+    decoder_name = "language_model"
+    tower_name = "vision_tower"
+    reads_tower_norm = True  # whether the tower's last state is read through its own norm
+    caps_logits = False  # whether the Hugging Face class applies the decoder's `final_logit_softcapping`
+    placeholder = "<image>"  # stands for a picture in a prompt
+    chat_template = ""  # for a model that came without one; "" where the family knows no turns
+    needs_pictures = False
+    answer_type = 0  # `token_type_ids` of an answer that follows the prompt
+    # Positions come from the pictures (M-RoPE). Such a model remembers the shift that its last pictures made, so that
+    # it must be told the positions whenever it is given embeddings instead of pictures.
+    m_rope = False
+
+    def __init__(self, model: Any) -> None:
+        name = type(model).__name__
+        if not isinstance(getattr(model, "lm_head", None), nn.Linear):
+            raise UserError(f"{name} has no language-model head; load the ForConditionalGeneration class")
+        text = model.config.get_text_config()
+        if text.model_type not in self.decoders:
+            raise UserError(
+                f"{name} has a decoder of type {text.model_type!r}, which is not known to be exact here (mixtures of "
+                f"experts, parallel blocks, cross-attention are not); choose one of: {', '.join(sorted(self.decoders))}"
+            )
+        self.model = model
+        self._kind = self.decoders[text.model_type]
+        self.has_vision = getattr(model.config, "vision_config", None) is not None
+        self.n_layers = int(text.num_hidden_layers)
+        self.d_model = int(text.hidden_size)
+        self.n_heads = int(text.num_attention_heads)
+        self.vocab_size = int(text.vocab_size)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the decoder's weights."""
-        return self.output_weight(0).dtype
+        return self._layer(0).self_attn.o_proj.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the decoder's weights."""
-        return self.output_weight(0).device
+        """The device on which the decoder computes."""
+        return computing_device(self._layer(0).self_attn.o_proj)
 
-    @property
-    @abstractmethod
-    def has_vision(self) -> bool:
-        """Whether the model takes pictures."""
+    # Forwards
 
-    @property
-    @abstractmethod
-    def logit_softcap(self) -> float | None:
-        """The cap c of `c tanh(u / c)`, by which the model's forward bends its unembedding's output u, or None."""
-
-    def forward(self, tensors: Mapping[str, Tensor], **settings: Any) -> Any:
+    def forward(self, tensors: Tensors, **settings: Any) -> Any:
         """The Hugging Face forward, of a prompt's own inputs or of an `InputBatch`'s tensors.
 
-        Args:
-            tensors: keyword arguments of the model; `INJECTIONS` among them stand for what its pictures add to the
-                stream between layers, which the model itself would take from pixels only.
-            settings: such as `use_cache`.
+        `INJECTIONS` among the tensors stand for what its pictures add to the stream between layers, which the model
+        itself would take from pixels only.
         """
         return self.model(**tensors, **settings)
 
-    def next_logits(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "b v"]:
+    def next_logits(self, tensors: Tensors) -> Float[Tensor, "b v"]:
         """The logits at the last position, `finite`."""
         return self.finite(self.forward(tensors, use_cache=False, logits_to_keep=1).logits[:, -1])
 
@@ -247,17 +192,14 @@ class Adapter(ABC):
             )
         return logits
 
-    def positions_used(self, tensors: Mapping[str, Tensor]) -> int:
+    def positions_used(self, tensors: Tensors) -> int:
         """How many of the model's positions the inputs take: one a token, but with M-RoPE."""
         return int(tensors["input_ids"].shape[1])
 
-    def check_length(self, tensors: Mapping[str, Tensor], answer: int = 0) -> None:
+    def check_length(self, tensors: Tensors, answer: int = 0) -> None:
         """Refuse inputs that with an answer of so many tokens would leave the positions that the model was made for.
 
         RoPE computes further ones all the same, and the model would answer with nonsense.
-
-        Raises:
-            UserError: with both lengths.
         """
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         used = self.positions_used(tensors)
@@ -276,6 +218,62 @@ class Adapter(ABC):
         """
         return None
 
+    # The decoder
+
+    def decoder(self) -> Any:
+        """The text model whose forward takes `inputs_embeds`."""
+        return getattr(self.model.model, self.decoder_name, self.model.model)  # a text-only class has no name for it
+
+    def _layer(self, layer: int) -> Any:
+        return self.decoder().layers[layer]
+
+    def attention(self, layer: int) -> nn.Module:
+        """The attention module of a decoder layer."""
+        return self._layer(layer).self_attn
+
+    def mlp(self, layer: int) -> nn.Module:
+        """The raw MLP: its input is `mlp_in` (after N3), its output `mlp_out` (before N4)."""
+        return self._layer(layer).mlp
+
+    def norms(self, layer: int) -> LayerNorms:
+        """The norms of a decoder layer."""
+        block = self._layer(layer)
+        attn_in, after_attention = block.input_layernorm, block.post_attention_layernorm
+        if not self._kind.post_norms:  # Llama's name for the norm before the MLP, after the attention
+            return LayerNorms(attn_in, None, after_attention, None)
+        return LayerNorms(attn_in, after_attention, block.pre_feedforward_layernorm, block.post_feedforward_layernorm)
+
+    def final_norm(self) -> nn.Module:
+        """The norm before the unembedding."""
+        return self.decoder().norm
+
+    def lm_head(self) -> nn.Linear:
+        """The unembedding, `weight [V, d]`."""
+        return self.model.lm_head
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """The cap c of `c tanh(u / c)`, by which the model's forward bends its unembedding's output u, or None."""
+        text = self.model.config.get_text_config()
+        return getattr(text, "final_logit_softcapping", None) if self.caps_logits else None
+
+    def norm_scale(self, norm: nn.Module, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """The factor with `norm(x) == x * norm_scale(norm, x)`, in the dtype of `x`."""
+        return self.norm_factor(norm, self.inverse_rms(norm, x), x.dtype).expand_as(x)
+
+    def inverse_rms(self, norm: nn.Module, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch 1"]:
+        """What of `norm_scale` depends on `x`, a number a row, in float32 at least."""
+        # Half precision is normalised in float32, as the model does.
+        wide = x if x.dtype == torch.float64 else x.float()
+        eps = float(getattr(norm, "eps", None) or norm.variance_epsilon)  # pyright: ignore[reportArgumentType]
+        return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+
+    def norm_factor(self, norm: nn.Module, inverse_rms: Float[Tensor, "*batch 1"], dtype: torch.dtype) -> Tensor:
+        """`norm_scale` from `inverse_rms`, in `dtype`: `[*batch, width]`, or `[*batch, 1]` of a norm without weight."""
+        if getattr(norm, "weight", None) is None:  # a norm of values has none
+            return inverse_rms.to(dtype)
+        return (inverse_rms * (self._kind.norm_offset + materialised(norm).to(inverse_rms.dtype))).to(dtype)
+
     def stream_scale(self, layer: int) -> float:
         """The constant by which a layer multiplies all that leaves it."""
         return 1.0
@@ -284,105 +282,128 @@ class Adapter(ABC):
         """The norm of each head's values `[.., Hkv, D]`, after the value projection; None where the family has none."""
         return None
 
-    @abstractmethod
-    def decoder(self) -> nn.Module:
-        """The text model whose forward takes `inputs_embeds`."""
+    def value_projection(self, layer: int) -> nn.Module:
+        """`v = attn_in @ weight.T (+ bias)`, rows ordered by key/value head: weight `[Hkv * D, d]`."""
+        return self._layer(layer).self_attn.v_proj
 
-    @abstractmethod
-    def attention(self, layer: int) -> nn.Module:
-        """The attention module of a decoder layer."""
-
-    @abstractmethod
-    def mlp(self, layer: int) -> nn.Module:
-        """The raw MLP: its input is `mlp_in` (after N3), its output `mlp_out` (before N4)."""
-
-    @abstractmethod
-    def norms(self, layer: int) -> LayerNorms:
-        """The norms of a decoder layer."""
-
-    @abstractmethod
-    def final_norm(self) -> nn.Module:
-        """The norm before the unembedding."""
-
-    @abstractmethod
-    def lm_head(self) -> nn.Linear:
-        """The unembedding, `weight [V, d]`."""
-
-    @abstractmethod
-    def norm_scale(self, norm: nn.Module, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        """The factor with `norm(x) == x * norm_scale(norm, x)`, in the dtype of `x`."""
-
-    @abstractmethod
-    def inverse_rms(self, norm: nn.Module, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch 1"]:
-        """What of `norm_scale` depends on `x`, a number a row, in float32 at least."""
-
-    @abstractmethod
-    def norm_factor(self, norm: nn.Module, inverse_rms: Float[Tensor, "*batch 1"], dtype: torch.dtype) -> Tensor:
-        """`norm_scale` from `inverse_rms`, in `dtype`: `[*batch, width]`, or `[*batch, 1]` of a norm without weight."""
-
-    @abstractmethod
     def value_weight(self, layer: int) -> Float[Tensor, "hkv_times_head d"]:
-        """The value projection: `v = attn_in @ weight.T (+ bias)`, rows ordered by key/value head."""
+        """The value projection's weight, wherever it rests."""
+        return materialised(self.value_projection(layer))
 
-    @abstractmethod
     def value_bias(self, layer: int) -> Tensor | None:
         """The value projection's bias `[Hkv * D]`."""
+        return _bias(self.value_projection(layer))
 
-    @abstractmethod
     def output_weight(self, layer: int) -> Float[Tensor, "d h_times_head"]:
         """The output projection: `attn_out = z @ weight.T (+ bias)`, columns ordered by query head."""
+        return materialised(self._layer(layer).self_attn.o_proj)
 
-    @abstractmethod
     def output_bias(self, layer: int) -> Tensor | None:
         """The output projection's bias `[d]`."""
+        return _bias(self._layer(layer).self_attn.o_proj)
 
-    @abstractmethod
     def score_parts(self, layer: int) -> ScoreParts:
         """The projections, with rows ordered by head, and norms that make queries and keys."""
+        module = self._layer(layer).self_attn
+        return ScoreParts(
+            module.q_proj, module.k_proj, getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+        )
 
-    @abstractmethod
+    # Prompts
+
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
-        """The prompt in its chat template with one placeholder a picture.
-
-        Args:
-            prompt: what the user says.
-            n_images: the number of pictures.
-            tokenizer: the model's tokenizer.
-            chat_template: the template that came with the model, in Jinja; the family's usual one when None.
+        """The prompt in a chat template (the family's usual one when None) with one placeholder a picture.
 
         Raises:
-            UserError: when the prompt spells another number of placeholders than there are pictures.
+            UserError: the prompt spells another number of placeholders than there are pictures.
         """
+        self._check_text(prompt, n_images, tokenizer)
+        return user_turn(tokenizer, chat_template or self.chat_template, prompt, self.placeholder, n_images)
 
     def completed_turn(self, turn: Turn, tokenizer: Any) -> Turn:
-        """The turn with what the family's processor adds by itself before it expands placeholders; mostly nothing.
-
-        Args:
-            turn: what `wrap_prompt` gave.
-            tokenizer: the model's tokenizer.
-        """
+        """The turn with what the family's processor adds by itself before it expands placeholders; mostly nothing."""
         return turn
 
-    @abstractmethod
     def wrap_exchanges(
         self, exchanges: Sequence[Exchange], n_images: int, tokenizer: Any, chat_template: str | None = None
     ) -> list[Dialogue]:
         """A conversation in its chat template, as one dialogue; one an exchange for a family that knows no turns.
 
-        Args:
-            exchanges: what user and assistant say, at least one; the pictures come with the first.
-            n_images: the number of pictures.
-            tokenizer: the model's tokenizer.
-            chat_template: as in `wrap_prompt`.
-
         Raises:
             UserError: the exchanges spell placeholders that do not match the pictures, or the template has no answers.
         """
+        self._check_text("\n".join(text for exchange in exchanges for text in exchange), n_images, tokenizer)
+        return [dialogue(tokenizer, chat_template or self.chat_template, exchanges, self.placeholder, n_images)]
 
-    @abstractmethod
-    def soft_token_boxes(
-        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
-    ) -> list[list[PatchBox]]:
+    def _check_text(self, text: str, n_images: int, tokenizer: Any) -> None:
+        """Refuse pictures for a text-only model, and soft tokens that stand in the text without their placeholder."""
+        if not self.has_vision:
+            if n_images:
+                name = type(self.model).__name__
+                raise UserError(f"{name} takes no pictures but {n_images} were given; leave image= out")
+            return
+        soft = tokenizer.convert_ids_to_tokens(self.soft_token_id())
+        if text.count(soft) != text.count(self.placeholder) * self.placeholder.count(soft):
+            raise UserError(f"the prompt spells {soft}; write {self.placeholder} once for each picture")
+
+    def soft_token_id(self) -> int | None:
+        """The token id that stands for a soft token in `input_ids`, or None for a text-only model."""
+        return int(self.model.config.image_token_id) if self.has_vision else None
+
+    # Pictures
+
+    def vision_tower(self) -> Any:
+        """The vision tower; only for a model that takes pictures."""
+        return getattr(self.model.model, self.tower_name)
+
+    def vision_attention(self) -> list[nn.Module]:
+        """The attention modules of the vision tower, from the first to the last that the decoder is given anything of.
+
+        Raises:
+            UserError: the tower's attention cannot be recorded.
+        """
+        if not self.has_vision:
+            return []
+        kind = tower_kind(self.vision_tower())
+        layers = self.vision_tower().get_submodule(kind.layers)
+        return [layer.get_submodule(kind.attention) for layer in layers[: self._last_state(len(layers))]]
+
+    def vision_states(self) -> nn.Module:
+        """The module of the vision tower whose output, or its first entry, is what the decoder's side is given.
+
+        Its tokens are those of `vision_attention`, in the same order: `[B, S, d_v]`, or `[N, d_v]`.
+        """
+        tower = self.vision_tower()
+        kind = tower_kind(tower)
+        layers = tower.get_submodule(kind.layers)
+        last = self._last_state(len(layers))
+        if self.reads_tower_norm and kind.norm and last == len(layers):
+            return tower.get_submodule(kind.norm)
+        return layers[last - 1]
+
+    def _last_state(self, n_layers: int) -> int:
+        """The last hidden state of the tower that is read, counted from 0, what enters the first layer."""
+        read = getattr(self.model.config, "vision_feature_layer", -1)
+        states = [read] if isinstance(read, int) else read
+        return max(state if state >= 0 else n_layers + 1 + state for state in states)
+
+    @property
+    def tile_side(self) -> int:
+        """Patches down and across a tile."""
+        vision = self.model.config.vision_config
+        size, patch = (getattr(vision, name) for name in ("image_size", "patch_size"))
+        return int(size) // int(patch) if isinstance(size, int) else size[0] // patch[0]
+
+    @property
+    def pool(self) -> int:
+        """Patches down and across a soft token."""
+        return 1
+
+    def tiles(self, size: Size, image_processor: Any) -> list[PatchBox]:
+        """The part of a picture, given by width and height, that each of its tiles shows."""
+        return [WHOLE]
+
+    def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
         """The part of its picture that each soft token stands for.
 
         Args:
@@ -394,50 +415,24 @@ class Adapter(ABC):
             One list a picture, in the order of its soft tokens. A token that stands for no part of the picture, such
             as the end of a row, has a box without area.
         """
+        if not (self.has_vision and sizes):
+            return [[] for _ in sizes]
+        side = self.tile_side // self.pool
+        pictures = (self.tiles(size, image_processor) for size in sizes)
+        return [[box for tile in tiles for box in grid_boxes(side, side, tile)] for tiles in pictures]
 
-    @abstractmethod
-    def vision_attention(self) -> list[nn.Module]:
-        """The attention modules of the vision tower, from the first to the last that the decoder is given anything of.
-
-        Returns:
-            Modules that call transformers' attention interface; none for a text-only model.
-
-        Raises:
-            UserError: the tower's attention cannot be recorded.
-        """
-
-    @abstractmethod
-    def vision_states(self) -> nn.Module:
-        """The module of the vision tower whose output, or its first entry, is what the decoder's side is given.
-
-        Its tokens are those of `vision_attention`, in the same order: `[B, S, d_v]`, or `[N, d_v]`.
-
-        Raises:
-            UserError: it is not known which that is.
-        """
-
-    @abstractmethod
-    def vision_tower(self) -> Any:
-        """The vision tower; only for a model that takes pictures."""
-
-    @abstractmethod
-    def picture_patches(
-        self, tensors: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]], image_processor: Any
-    ) -> list[PicturePatches]:
+    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
         """The patches that the vision tower sees of each picture, and how they are pooled to soft tokens.
 
-        Args:
-            tensors: as for `soft_token_boxes`.
-            sizes: as for `soft_token_boxes`, of one picture or more.
-            image_processor: as for `soft_token_boxes`.
-
-        Raises:
-            UserError: it is not known how this tower holds its patches.
+        The arguments are those of `soft_token_boxes`, of one picture or more.
         """
+        side, n_class = self.tile_side, tower_kind(self.vision_tower()).n_class
+        windows = [self.tiles(size, image_processor) for size in sizes]
+        return [pooled(tiles, self.pool) for tiles in batched_tiles(windows, side, side, n_class)]
 
-    @abstractmethod
-    def soft_token_id(self) -> int | None:
-        """The token id that stands for a soft token in `input_ids`, or None for a text-only model."""
+
+def _bias(projection: Any) -> Tensor | None:
+    return None if projection.bias is None else materialised(projection, "bias")
 
 
 def all_norms(adapter: Adapter) -> Iterator[nn.Module]:
@@ -477,7 +472,8 @@ class _KeepFloat64(TorchFunctionMode):
 def exact_float64() -> Iterator[None]:
     """While active, casts of float64 tensors to float32 leave them in float64; float32 models compute as ever.
 
-    For checks that compare two float64 computations to better than float32's accuracy.
+    Hugging Face computes RMSNorm, the eager softmax and rotary angles in float32 whatever the model's dtype, so a
+    float64 model is otherwise only good to about 1e-7. For checks that compare two float64 computations.
     """
     with _KeepFloat64():
         yield

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,31 +83,25 @@ def make_batch(adapter: Adapter, inputs: Sequence[ModelInputs]) -> InputBatch:
                 f"prompts of a batch must align: {first.prompt!r} has {len(first)} tokens, "
                 f"{other.prompt!r} has {len(other)}; use the same wording, and pictures of the same shape"
             )
-    chunk = CHUNK if _stackable(inputs) else 1
-    each = [entering(adapter, inputs[i : i + chunk]) for i in range(0, len(inputs), chunk)]
+    # Pictures of several shapes cannot be one tensor, though their soft tokens are as many.
+    shapes = [{name: tensor.shape[1:] for name, tensor in each.tensors.items()} for each in inputs]
+    chunk = CHUNK if all(shape == shapes[0] for shape in shapes) else 1
+    parts = [entering(adapter, inputs[i : i + chunk]) for i in range(0, len(inputs), chunk)]
     # The pictures are in the embeddings: what says how to read them is of no more use.
     names = [name for name in _TEXT if name in first.tensors]
     tensors = {name: torch.cat([i.tensors[name] for i in inputs]) for name in names}
-    ids = torch.cat([i.tensors["input_ids"] for i in inputs])
-    tensors["inputs_embeds"] = torch.cat([found.embeddings for found in each])
-    positions = [found.positions for found in each if found.positions is not None]
-    if positions:
-        tensors[_POSITIONS] = torch.cat(positions, dim=1)
-    injections = [found.injections for found in each if found.injections is not None]
+    tensors["inputs_embeds"] = torch.cat([part.embeddings for part in parts])
+    if adapter.m_rope:
+        tensors[_POSITIONS] = torch.cat([part.positions for part in parts if part.positions is not None], dim=1)
+    injections = [part.injections for part in parts if part.injections is not None]
     if injections:
         tensors[INJECTIONS] = torch.cat(injections)
+    ids = torch.cat([i.tensors["input_ids"] for i in inputs])
     boxes = tuple(first.patch_boxes) if all(i.patch_boxes == first.patch_boxes for i in inputs) else ()
     return InputBatch(tensors, ids, first.roles, first.is_image, boxes)
 
 
-def _stackable(inputs: Sequence[ModelInputs]) -> bool:
-    """Whether every tensor of the prompts has the same shape but for its first axis."""
-    shapes = [{name: tensor.shape[1:] for name, tensor in one.tensors.items()} for one in inputs]
-    return all(other == shapes[0] for other in shapes)
-
-
-@dataclass(frozen=True)
-class Entering:
+class Entering(NamedTuple):
     """What enters the decoder: `embeddings [B, T, d]`; for M-RoPE `positions [3, B, T]`, which the model could not
     derive again from embeddings alone; for DeepStack `injections [B, n, T, d]`.
     """
@@ -118,47 +113,47 @@ class Entering:
 
 def entering(adapter: Adapter, inputs: Sequence[ModelInputs]) -> Entering:
     """What enters the first decoder layer and is added after others, as the model makes it, with its gradient."""
-    kept: list[Entering] = []
+    calls: list[Entering] = []
 
-    class _Found(Exception):
+    class _Reached(Exception):
         """Ends the forward: nothing after the embeddings is wanted."""
 
     def hook(_module: object, args: tuple, kwargs: dict) -> None:
         embeddings = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
-        kept.append(Entering(embeddings, kwargs.get(_POSITIONS), adapter.injections(kwargs)))
-        raise _Found
+        calls.append(Entering(embeddings, kwargs.get(_POSITIONS), adapter.injections(kwargs)))
+        raise _Reached
 
     tensors = {name: torch.cat([i.tensors[name] for i in inputs]) for name in inputs[0].tensors}
     handle = adapter.decoder().register_forward_pre_hook(hook, with_kwargs=True)
     try:
         adapter.forward(tensors, use_cache=False)
-    except _Found:
+    except _Reached:
         pass
     finally:
         handle.remove()
-    found = kept[0]
-    if found.embeddings is None:  # a text-only model embeds inside its decoder
-        found = replace(found, embeddings=adapter.model.get_input_embeddings()(tensors["input_ids"]))
+    embeddings, positions, injections = calls[0]
+    if embeddings is None:  # a text-only model embeds inside its decoder
+        embeddings = adapter.model.get_input_embeddings()(tensors["input_ids"])
     if not adapter.m_rope:
-        return replace(found, positions=None)
-    if found.positions is None:  # text alone
-        size, length = found.embeddings.shape[:2]
-        found = replace(found, positions=torch.arange(length, device=found.embeddings.device).expand(3, size, -1))
-    return found
+        positions = None
+    elif positions is None:  # text alone
+        size, length = embeddings.shape[:2]
+        positions = torch.arange(length, device=embeddings.device).expand(3, size, -1)
+    return Entering(embeddings, positions, injections)
 
 
 @contextmanager
 def watching_injections(adapter: Adapter) -> Iterator[list[Tensor]]:
     """A list to which every forward appends its injections `[B, n, T, d]`, if it has any."""
-    found: list[Tensor] = []
+    seen: list[Tensor] = []
 
     def hook(_module: object, _args: tuple, kwargs: dict) -> None:
         injections = adapter.injections(kwargs)
         if injections is not None:
-            found.append(injections)
+            seen.append(injections)
 
     handle = adapter.decoder().register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        yield found
+        yield seen
     finally:
         handle.remove()

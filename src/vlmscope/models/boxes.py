@@ -1,18 +1,8 @@
 """From soft tokens to patches to places in the picture, for every family.
 
-Where on a picture the cells of a vision tower's grid lie, through the processor's padding, resizing and cropping.
-
-Boxes are fractions of the picture as it was given; x points right, y points down.
-
-Vision towers whose attention can be recorded: where attention and patch embeddings are, and their class tokens.
-
-The attention modules of all of them call transformers' attention interface, as `vlmscope.models.attention` needs.
-
-The patches that a vision tower sees of a picture, and what each soft token takes from them.
-
-A picture is one tile or several. Of each the tower sees a grid of patches, which it may hold in an order of its own:
-`Tile.tokens` is the way back to rows. Legend: P tokens of a tile, C class tokens among them, S soft tokens of a
-picture.
+A picture is one tile or several. Of each the vision tower sees a grid of patches, which it may hold in an order of its
+own: `Tile.tokens` is the way back to rows. Boxes are fractions of the picture as it was given; x points right, y down.
+Legend: P tokens of a tile, C class tokens among them, S soft tokens of a picture.
 """
 
 from __future__ import annotations
@@ -24,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
-from torch import nn
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import PatchBox
@@ -33,39 +22,20 @@ WHOLE = PatchBox(0.0, 0.0, 1.0, 1.0)
 
 
 def grid_boxes(rows: int, columns: int, window: PatchBox = WHOLE) -> list[PatchBox]:
-    """The cells of a grid over a part of a picture, row by row.
+    """The cells of a grid over a part of a picture, row by row, cut at the picture's edges.
 
-    Args:
-        rows: cells down.
-        columns: cells across.
-        window: the part that the grid covers; it may reach beyond the picture, where the processor padded.
-
-    Returns:
-        `rows * columns` boxes, cut at the picture's edges: a cell of nothing but padding has no area.
+    The window may reach beyond the picture, where the processor padded: a cell of nothing but padding has no area.
     """
-    return [PatchBox(*map(_clip, cell)) for cell in grid_windows(rows, columns, window)]
+    return [PatchBox(*(min(max(edge, 0.0), 1.0) for edge in cell)) for cell in grid_windows(rows, columns, window)]
 
 
 def grid_windows(rows: int, columns: int, window: PatchBox) -> list[PatchBox]:
-    """The cells of a grid row by row, not cut at the picture's edges, so that they can be divided further."""
-
-    def x(column: int) -> float:
-        return window.left + (window.right - window.left) * column / columns
-
-    def y(row: int) -> float:
-        return window.top + (window.bottom - window.top) * row / rows
-
-    return [PatchBox(x(c), y(r), x(c + 1), y(r + 1)) for r in range(rows) for c in range(columns)]
-
-
-def tile_boxes(rows: int, columns: int, side: int) -> list[PatchBox]:
-    """A picture cut into `rows * columns` tiles of `side * side` cells, tile by tile, then the picture as one tile."""
-    tiles = [cell for tile in grid_boxes(rows, columns) for cell in grid_boxes(side, side, tile)] if rows else []
-    return tiles + grid_boxes(side, side)
-
-
-def _clip(value: float) -> float:
-    return min(max(value, 0.0), 1.0)
+    """The cells of `grid_boxes`, not cut at the picture's edges, so that they can be divided further."""
+    if not rows * columns:
+        return []
+    xs = [window.left + (window.right - window.left) * column / columns for column in range(columns + 1)]
+    ys = [window.top + (window.bottom - window.top) * row / rows for row in range(rows + 1)]
+    return [PatchBox(xs[c], ys[r], xs[c + 1], ys[r + 1]) for r in range(rows) for c in range(columns)]
 
 
 def square_window(size: tuple[int, int]) -> PatchBox:
@@ -77,11 +47,9 @@ def square_window(size: tuple[int, int]) -> PatchBox:
 
 
 def seen_window(size: tuple[int, int], processor: Any) -> PatchBox:
-    """The part of a picture that a pad-resize-crop image processor shows to the tower.
+    """The part of a picture of this width and height that a pad-resize-crop image processor shows to the tower.
 
-    Args:
-        size: width and height of the picture in pixels.
-        processor: a Hugging Face image processor with `do_resize`, `do_center_crop` and perhaps `do_pad` (to a square).
+    The processor is Hugging Face's, with `do_resize`, `do_center_crop` and perhaps `do_pad` (to a square).
     """
     width, height = size
     window = square_window(size) if getattr(processor, "do_pad", None) else WHOLE
@@ -101,13 +69,12 @@ def _resized(width: float, height: float, size: Mapping[str, int]) -> tuple[int,
     shortest = size.get("shortest_edge")
     if shortest is None:
         return size["width"], size["height"]
-    short, long = min(width, height), max(width, height)
-    longer = int(shortest * long / short)
+    longer = int(shortest * max(width, height) / min(width, height))
     return (shortest, longer) if width <= height else (longer, shortest)
 
 
 class Tower(NamedTuple):
-    """How a tower names its parts, and how many tokens it puts before the patches.
+    """How a vision tower names its parts, and how many tokens it puts before the patches.
 
     `patches` is the linear map or convolution from pixels to patch embeddings, `positions` the parameter of learned
     position embeddings ("" where there is none), `class_token` that of class tokens, `norm` the norm of all tokens
@@ -130,6 +97,7 @@ _SIGLIP = Tower(
     "embeddings.position_embedding.weight",
     norm="post_layernorm",
 )
+# Towers whose attention can be recorded: the modules call transformers' attention interface.
 TOWERS = {
     # CLIP's norm is of the class token alone.
     "clip_vision_model": _SIGLIP._replace(n_class=1, class_token="embeddings.class_embedding", norm=""),
@@ -154,11 +122,7 @@ TOWERS = {
 
 
 def tower_kind(tower: Any) -> Tower:
-    """The entry of a vision tower in `TOWERS`.
-
-    Raises:
-        UserError: it has none.
-    """
+    """The entry of a vision tower in `TOWERS`, or a `UserError` that names the known ones."""
     kind = str(tower.config.model_type)
     if kind not in TOWERS:
         raise UserError(
@@ -166,47 +130,6 @@ def tower_kind(tower: Any) -> Tower:
             f"{', '.join(sorted(TOWERS))}"
         )
     return TOWERS[kind]
-
-
-def tower_attention(tower: Any, read: int | list[int]) -> list[nn.Module]:
-    """The attention modules of a vision tower from the first to the last that matters.
-
-    Args:
-        tower: the Hugging Face module.
-        read: which of the tower's hidden states the decoder is given (0 is what enters the first layer, -1 what leaves
-            the last), one or several; later layers change nothing and are left out.
-
-    Raises:
-        UserError: the tower is not one of `TOWERS`.
-    """
-    kind = tower_kind(tower)
-    layers = tower.get_submodule(kind.layers)
-    return [layer.get_submodule(kind.attention) for layer in layers[: _last_state(len(layers), read)]]
-
-
-def tower_states(tower: Any, read: int | list[int], normed: bool) -> nn.Module:
-    """The module whose output is the last hidden state that the decoder is given.
-
-    Args:
-        tower: the Hugging Face module.
-        read: as for `tower_attention`.
-        normed: whether the family reads the state after the last layer through the tower's own norm.
-
-    Raises:
-        UserError: the tower is not one of `TOWERS`.
-    """
-    kind = tower_kind(tower)
-    layers = tower.get_submodule(kind.layers)
-    last = _last_state(len(layers), read)
-    if normed and kind.norm and last == len(layers):
-        return tower.get_submodule(kind.norm)
-    return layers[last - 1]
-
-
-def _last_state(n_layers: int, read: int | list[int]) -> int:
-    """The last of the states that are read, counted from 0, what enters the first layer."""
-    states = [read] if isinstance(read, int) else read
-    return max(state if state >= 0 else n_layers + 1 + state for state in states)
 
 
 @dataclass(frozen=True)
@@ -244,14 +167,11 @@ class Tile:
         return len(self.tokens)
 
 
-@dataclass(frozen=True)
-class PicturePatches:
-    """One picture in the tower.
+class PicturePatches(NamedTuple):
+    """One picture in the tower: its tiles in the tower's order, and what each soft token takes from their tokens.
 
-    Attributes:
-        tiles: in the order of the tower.
-        pooling: `[S, sum of P]` float64, columns tile by tile: how much of each tower token goes into a soft token.
-            Rows sum to 1; that of a soft token of no patch, such as the end of a row, is empty.
+    `pooling` is `[S, sum of P]` float64, columns tile by tile. Rows sum to 1; that of a soft token of no patch, such as
+    the end of a row, is empty.
     """
 
     tiles: list[Tile]
@@ -269,11 +189,12 @@ def batched_tiles(windows: Sequence[Sequence[PatchBox]], rows: int, columns: int
     """
     n_patches, numbers = rows * columns, count()
 
-    def tile(window: PatchBox, number: int) -> Tile:
+    def tile(window: PatchBox) -> Tile:
+        number = next(numbers)
         tokens = np.arange(n_class + n_patches) + number * (n_class + n_patches)
         return Tile(rows, columns, grid_boxes(rows, columns, window), tokens, np.arange(n_patches) + number * n_patches)
 
-    return [[tile(window, number) for window, number in zip(found, numbers, strict=False)] for found in windows]
+    return [[tile(window) for window in picture] for picture in windows]
 
 
 def merged_tiles(grids: Sequence[Sequence[int]], merge: int, window: int | None = None) -> list[Tile]:
@@ -292,7 +213,7 @@ def merged_tiles(grids: Sequence[Sequence[int]], merge: int, window: int | None 
         embedded = tokens = first + np.argsort(np.lexsort(keys))  # windows are made of what is embedded
         if window is not None:
             tokens = first + np.argsort(np.lexsort([*keys, across // window, down // window]))
-        tiles.append(Tile(rows, columns, grid_boxes(rows, columns, WHOLE), tokens, embedded))
+        tiles.append(Tile(rows, columns, grid_boxes(rows, columns), tokens, embedded))
         first += rows * columns
     return tiles
 
@@ -302,17 +223,15 @@ def pool_tile(tile: Tile, factor: int = 1) -> sparse.csr_array:
 
     Patches that fill no block, and class tokens, go nowhere.
     """
-    grid = sparse.kron(_blocks(tile.rows, factor), _blocks(tile.columns, factor))
-    n_soft = (tile.rows // factor) * (tile.columns // factor)
-    return sparse.csr_array(sparse.hstack([sparse.csr_array((n_soft, tile.n_class)), grid]))
 
+    def blocks(length: int) -> sparse.csr_array:
+        """`[length // factor, length]`, the mean of each block."""
+        cells = np.arange(length // factor * factor)
+        means = (np.full(len(cells), 1 / factor), (cells // factor, cells))
+        return sparse.csr_array(means, shape=(length // factor, length))
 
-def _blocks(length: int, factor: int) -> sparse.csr_array:
-    """`[length // factor, length]`, the mean of each block."""
-    used = length // factor * factor
-    cells = np.arange(used)
-    shape = (length // factor, length)
-    return sparse.csr_array((np.full(used, 1 / factor), (cells // factor, cells)), shape=shape)
+    grid = sparse.kron(blocks(tile.rows), blocks(tile.columns))
+    return sparse.csr_array(sparse.hstack([sparse.csr_array((grid.shape[0], tile.n_class)), grid]))
 
 
 def pooled(tiles: Sequence[Tile], factor: int = 1) -> PicturePatches:
@@ -331,15 +250,16 @@ def masked(
         windows: for each picture the part that each tile shows in the patches that are left.
         seen: `[tiles of all pictures, rows, columns]` bool.
     """
-    kept, left = iter(seen), []
-    for picture, found in zip(pictures, windows, strict=True):
-        masks = [next(kept) for _ in picture.tiles]
-        tiles = []
-        for tile, window, mask in zip(picture.tiles, found, masks, strict=True):
+    masks, left = iter(seen), []
+    for picture, parts in zip(pictures, windows, strict=True):
+        tiles, inside = [], []
+        for tile, window in zip(picture.tiles, parts, strict=True):
+            mask = next(masks)
             rows, columns = int(mask.any(1).sum()), int(mask.any(0).sum())
-            boxes, inside = grid_boxes(rows, columns, window), mask.ravel()
-            tiles.append(Tile(rows, columns, boxes, tile.tokens[inside], tile.patches[inside]))
-        pooling = picture.pooling[:, np.concatenate(masks, axis=None)]
+            inside.append(mask.ravel())
+            boxes = grid_boxes(rows, columns, window)
+            tiles.append(Tile(rows, columns, boxes, tile.tokens[inside[-1]], tile.patches[inside[-1]]))
+        pooling = picture.pooling[:, np.concatenate(inside)]
         total = pooling.sum(axis=1)
         scale = np.divide(1.0, total, out=np.zeros_like(total), where=total > 0)
         left.append(PicturePatches(tiles, sparse.csr_array(sparse.diags_array(scale) @ pooling)))

@@ -1,33 +1,27 @@
 """The files of a model, in a folder or on the hub, looked at before anything is loaded.
 
-The weight files of a model folder: which they are, and whether they are whole, before anything is loaded.
-
-From a model of the Hugging Face hub, at one commit, to a local folder.
-
-Order: a folder that is there; the hub's cache on this machine, without a network; a download into that cache. Only
-safetensors, configuration and tokenizer files are fetched, never a pickle and never code.
+A model's order of search: a folder that is there; the hub's cache on this machine, without a network; a download into
+that cache at one commit. Only safetensors, configuration and tokenizer files are fetched, never a pickle, never code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-from vlmscope.core.artifacts import TensorHead, read_json, refuse_lfs_pointer, tensor_heads
+from vlmscope.core.artifacts import read_json, refuse_lfs_pointer, tensor_heads
 from vlmscope.core.errors import UserError
 from vlmscope.core.hub import Wanted, cached_folder, fetch, is_commit, is_hub_id
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _AGAIN = "download it again (a download goes on where it stopped)"
+WANTED = Wanted(
+    ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"),
+    ("*/*", "consolidated*"),  # other copies of the weights
+)
 
 
 def read_config(folder: Path) -> dict[str, object]:
-    """`config.json` of a model folder.
-
-    Raises:
-        UserError: when it is missing, is not JSON, or holds no keys.
-    """
+    """`config.json` of a model folder; a `UserError` when it is missing, is not JSON, or names no model type."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"no model at {folder}: config.json is missing; give the folder of a Hugging Face model")
@@ -42,11 +36,11 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that a model is loaded from; that they exist is not checked.
 
     Raises:
-        UserError: when there are none, or the index cannot be read.
+        UserError: there are none, or the index cannot be read.
     """
-    if (folder / SINGLE).is_file():  # transformers takes it even where an index names other files
-        return [folder / SINGLE]
-    index = folder / INDEX
+    if (folder / _SINGLE).is_file():  # transformers takes it even where an index names other files
+        return [folder / _SINGLE]
+    index = folder / _INDEX
     if index.is_file():
         refuse_lfs_pointer(index)
         record = read_json(index)
@@ -60,31 +54,32 @@ def weight_files(folder: Path) -> list[Path]:
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     if shards:
         raise UserError(f"{index} is missing beside {shards[0].name}; {_AGAIN}")
-    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    pickled = sorted(path for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:
         raise UserError(
             f"{folder} has its weights as {pickled[0].name}, which is a pickle and never read; convert it to "
             "safetensors (save_pretrained does), or take a revision that has them"
         )
-    raise UserError(f"{folder} has no weights{_interrupted(folder)}: {SINGLE} is missing; {_AGAIN}")
+    raise UserError(f"{folder} has no weights{_interrupted(folder)}: {_SINGLE} is missing; {_AGAIN}")
 
 
-def check_weights(folder: Path) -> dict[str, TensorHead]:
-    """All tensors of a model by name, from the headers of its files.
-
-    Raises:
-        UserError: when a file is missing, is a Git LFS pointer, or is cut off; the message names it.
-    """
+def check_weights(folder: Path) -> None:
+    """Raise a `UserError` that names the weight file that is missing, is a Git LFS pointer, or is cut off."""
     files = weight_files(folder)
     missing = [path for path in files if not path.is_file()]
     if missing:
         raise UserError(
             f"{missing[0]} is missing ({len(missing)} of {len(files)} weight files are){_interrupted(folder)}; {_AGAIN}"
         )
-    tensors: dict[str, TensorHead] = {}
     for path in files:
-        tensors |= tensor_heads(path)
-    return tensors
+        tensor_heads(path)
+
+
+def _interrupted(folder: Path) -> str:
+    """Words for what an interrupted download left: beside a local folder, or among the blobs of the hub's cache."""
+    places = (folder, folder / ".cache" / "huggingface" / "download", folder.parent.parent / "blobs")
+    left = any(any(place.glob("*.incomplete")) for place in places if place.is_dir())
+    return " (a download of it was interrupted)" if left else ""
 
 
 def is_complete(folder: Path) -> bool:
@@ -95,39 +90,6 @@ def is_complete(folder: Path) -> bool:
     except UserError:
         return False
     return True
-
-
-def _interrupted(folder: Path) -> str:
-    """Words for what an interrupted download left: beside a local folder, or among the blobs of the hub's cache."""
-    places = (folder, folder / ".cache" / "huggingface" / "download", folder.parent.parent / "blobs")
-    found = any(any(place.glob("*.incomplete")) for place in places if place.is_dir())
-    return " (a download of it was interrupted)" if found else ""
-
-
-__all__ = ["WANTED", "cached_folder", "is_commit", "is_hub_id", "model_folder", "wanted"]
-
-WANTED = Wanted(
-    ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"),
-    ("*/*", "consolidated*"),  # other copies of the weights
-)
-
-
-class _Source(NamedTuple):
-    """A repository at a commit, the folder that a copy of it may lie in, and whether a model's config names that."""
-
-    repo: str
-    revision: str
-    local: str
-    preset: bool
-
-    def refusal(self, reason: str) -> UserError:
-        """The one line that says what to download and where to put it."""
-        where = "set VLMSCOPE_MODELS to the folder that has it" if self.preset else "put it elsewhere"
-        given = "" if self.preset else f" and give model.path={self.local}"
-        return UserError(
-            f"no model at {self.local}, and {reason}: run `hf download {self.repo} --revision {self.revision} "
-            f"--local-dir {self.local}`{given}, or {where}"
-        )
 
 
 def model_folder(path: str, hub: str | None = None, revision: str | None = None) -> Path:
@@ -145,18 +107,20 @@ def model_folder(path: str, hub: str | None = None, revision: str | None = None)
     repo = hub or (path if is_hub_id(path) else None)
     if repo is None or Path(path).is_dir():
         return Path(path)
-    local = path if hub is not None else f"models/{repo.partition('/')[2]}"
     if revision is None or not is_commit(revision):
         given = "has no pinned revision here" if revision is None else f"is asked for at {revision!r}, which may move"
         raise UserError(
             f"no folder {path}, and the hub model {repo} {given}: add model.revision=<commit, 40 hex digits> (the "
             f"model's page lists them under Files, History), or put the model into a folder and give model.path="
         )
-    source = _Source(repo, revision, local, hub is not None)
+
+    def refusal(reason: str) -> UserError:
+        local = f"models/{repo.partition('/')[2]}" if hub is None else path
+        advice = f"and give model.path={local}, or put it elsewhere"
+        if hub is not None:  # a configuration of conf/model names the place
+            advice = "or set VLMSCOPE_MODELS to the folder that has it"
+        download = f"hf download {repo} --revision {revision} --local-dir {local}"
+        return UserError(f"no model at {local}, and {reason}: run `{download}` {advice}")
+
     cached = cached_folder(repo, revision)
-    return cached if is_complete(cached) else fetch(repo, revision, WANTED, source.refusal)
-
-
-def wanted(names: Iterable[str]) -> list[str]:
-    """The files of a repository that are fetched."""
-    return WANTED.of(names)
+    return cached if is_complete(cached) else fetch(repo, revision, WANTED, refusal)

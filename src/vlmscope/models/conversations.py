@@ -1,8 +1,4 @@
-"""Conversations as forwards of a model, and its answers.
-
-A prompt with the beginning of an answer after it, as the model sees it while it answers.
-
-Conversations and plain text as forwards of a model, with the tokens that the assistant said marked.
+"""Conversations and plain text as forwards of a model, with the tokens that the assistant said marked; and answers.
 
 A forward is a dict with the keyword arguments of the Hugging Face model, batch size 1, and `loss_mask [1, T]` bool:
 True at the assistant's words, each of which is predicted from the position before it. Of plain text every token but
@@ -26,15 +22,15 @@ from vlmscope.models.base import Adapter, ModelInputs, token_strings
 from vlmscope.models.loading import VLM, refused_in_one_line
 from vlmscope.models.template import Dialogue
 
+LOSS_MASK = "loss_mask"
+_BY_POSITION = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", LOSS_MASK)
+
 
 @torch.no_grad()
 def generated(adapter: Adapter, tensors: Mapping[str, Tensor], max_tokens: int) -> Tensor:
     """The most probable token at each step: `[B, at most max_tokens]`, ends included and padding after them.
 
-    Args:
-        adapter: the model.
-        tensors: arguments of its forward, `input_ids [B, T]` among them.
-        max_tokens: stop after so many.
+    `tensors` are arguments of the model's forward, `input_ids [B, T]` among them.
 
     Raises:
         UserError: prompt and answer might be longer than the model's positions, or logits are not finite.
@@ -46,10 +42,10 @@ def generated(adapter: Adapter, tensors: Mapping[str, Tensor], max_tokens: int) 
 
     handle = adapter.model.register_forward_hook(check)  # before generation rules out tokens by -inf
     try:
-        found = adapter.model.generate(**tensors, max_new_tokens=max_tokens, do_sample=False, use_cache=True)
+        ids = adapter.model.generate(**tensors, max_new_tokens=max_tokens, do_sample=False, use_cache=True)
     finally:
         handle.remove()
-    return found[:, tensors["input_ids"].shape[1] :]
+    return ids[:, tensors["input_ids"].shape[1] :]
 
 
 def greedy_answer(adapter: Adapter, inputs: ModelInputs, max_tokens: int) -> list[int]:
@@ -58,13 +54,7 @@ def greedy_answer(adapter: Adapter, inputs: ModelInputs, max_tokens: int) -> lis
 
 
 def continued(adapter: Adapter, inputs: ModelInputs, token_ids: Sequence[int], tokenizer: Any) -> ModelInputs:
-    """The prompt with these tokens after it, at positions of role "answer".
-
-    Args:
-        adapter: the model's family, which knows what kind of token an answer's are.
-        inputs: the prompt.
-        token_ids: what follows it.
-        tokenizer: names them.
+    """The prompt with these tokens after it, at positions of role "answer", as the model sees it while it answers.
 
     Raises:
         UserError: prompt and tokens are longer than the model's positions.
@@ -94,10 +84,6 @@ def continued(adapter: Adapter, inputs: ModelInputs, token_ids: Sequence[int], t
     )
 
 
-LOSS_MASK = "loss_mask"
-_BY_POSITION = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", LOSS_MASK)
-
-
 def encode(vlm: VLM, sample: Sample, max_tokens: int | None = None) -> list[dict[str, Tensor]]:
     """The forwards of one example: one, or one an exchange for a family that knows no turns (PaliGemma).
 
@@ -115,23 +101,9 @@ def encode(vlm: VLM, sample: Sample, max_tokens: int | None = None) -> list[dict
             return [sequence_forward(vlm, text_ids(vlm, sample.text, whole=True)[:max_tokens])]
         template = vlm.chat_template.text
         dialogues = vlm.adapter.wrap_exchanges(sample.exchanges, len(sample.images), vlm.tokenizer, template)
-        return [_cut(vlm, _dialogue(vlm, one, sample), max_tokens) for one in dialogues]
+        return [_cut(vlm, _dialogue(vlm, dialogue, sample), max_tokens) for dialogue in dialogues]
     except UserError as error:
         raise UserError(f"{sample.origin}: {error}" if sample.origin else str(error)) from error
-
-
-def by_shape(forwards: Sequence[Mapping[str, Tensor]]) -> list[list[int]]:
-    """Which forwards have tensors of the same shapes, and can be one; groups in order of appearance."""
-    groups: dict[tuple, list[int]] = {}
-    for number, one in enumerate(forwards):
-        key = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(one.items()))
-        groups.setdefault(key, []).append(number)
-    return list(groups.values())
-
-
-def joined(forwards: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Forwards of the same shapes as one, along the first axis."""
-    return {name: torch.cat([one[name] for one in forwards]) for name in forwards[0]}
 
 
 def _dialogue(vlm: VLM, dialogue: Dialogue, sample: Conversation) -> dict[str, Tensor]:
@@ -155,18 +127,27 @@ def _tail_by_assistant(tokenizer: Any, dialogue: Dialogue, ids: list[int]) -> li
     there on the tokens are those of the text alone, where it is known which characters they cover.
     """
     encoded = tokenizer(dialogue.text, add_special_tokens=False, return_offsets_mapping=True)
-    said = [False] * len(encoded["input_ids"])
-    start = 0
-    for text, by_assistant in dialogue.spans:
-        end = start + len(text)
-        if by_assistant:
-            said = [old or (a < end and b > start) for old, (a, b) in zip(said, encoded["offset_mapping"], strict=True)]
-        start = end
+    by_assistant = np.concatenate([np.full(len(text), by_assistant) for text, by_assistant in dialogue.spans])
+    said = [bool(by_assistant[first:last].any()) for first, last in encoded["offset_mapping"]]
     first = said.index(True) if any(said) else len(said)
     tail = encoded["input_ids"][first:]
     if ids[len(ids) - len(tail) :] != tail:
         raise UserError("the processor changes the words of the answers; use the processor saved with the model")
     return said[first:]
+
+
+def _cut(vlm: VLM, forward: dict[str, Tensor], max_tokens: int | None) -> dict[str, Tensor]:
+    """The forward without the tokens beyond `max_tokens`, no longer than the model's positions."""
+    ids = forward["input_ids"]
+    if max_tokens is not None and ids.shape[1] > max_tokens:
+        if vlm.adapter.has_vision and (ids[:, max_tokens:] == vlm.adapter.soft_token_id()).any():
+            raise UserError(
+                f"its pictures do not fit into {max_tokens} tokens ({ids.shape[1]} with the text); raise "
+                "task.max_tokens, or give fewer or smaller pictures"
+            )
+        forward = {name: tensor[:, :max_tokens] if name in _BY_POSITION else tensor for name, tensor in forward.items()}
+    vlm.adapter.check_length(forward)
+    return forward
 
 
 def text_ids(vlm: VLM, text: str, whole: bool = False) -> list[int]:
@@ -187,11 +168,7 @@ def text_ids(vlm: VLM, text: str, whole: bool = False) -> list[int]:
 
 
 def sequence_forward(vlm: VLM, ids: list[int]) -> dict[str, Tensor]:
-    """Tokens of plain text as a forward.
-
-    Raises:
-        UserError: they are more than the model's positions.
-    """
+    """Tokens of plain text as a forward; a `UserError` where they are more than the model's positions."""
     row = torch.tensor([ids], device=vlm.adapter.device)
     mask = torch.ones_like(row, dtype=torch.bool)
     mask[:, 0] = False
@@ -201,30 +178,23 @@ def sequence_forward(vlm: VLM, ids: list[int]) -> dict[str, Tensor]:
 
 
 def ends_of_text(tokenizer: Any) -> tuple[int, int | None]:
-    """The token that ends a document, and the one that the tokenizer puts before one (None: it puts none).
-
-    Raises:
-        UserError: the tokenizer has no end-of-sequence token.
-    """
+    """The token that ends a document, and the one that the tokenizer puts before one (None: it puts none)."""
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, with which texts are joined; set its eos_token")
-    first = tokenizer("a", add_special_tokens=True)["input_ids"][:1]
     bos = tokenizer.bos_token_id
-    return tokenizer.eos_token_id, bos if bos is not None and first == [bos] else None
+    starts = bos is not None and tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [bos]
+    return tokenizer.eos_token_id, bos if starts else None
 
 
-def _cut(vlm: VLM, forward: dict[str, Tensor], max_tokens: int | None) -> dict[str, Tensor]:
-    """The forward without the tokens beyond `max_tokens`, no longer than the model's positions."""
-    ids = forward["input_ids"]
-    length = ids.shape[1]
-    if max_tokens is None or length <= max_tokens:
-        vlm.adapter.check_length(forward)
-        return forward
-    if vlm.adapter.has_vision and (ids[:, max_tokens:] == vlm.adapter.soft_token_id()).any():
-        raise UserError(
-            f"its pictures do not fit into {max_tokens} tokens ({length} with the text); raise task.max_tokens, or "
-            "give fewer or smaller pictures"
-        )
-    short = {name: tensor[:, :max_tokens] if name in _BY_POSITION else tensor for name, tensor in forward.items()}
-    vlm.adapter.check_length(short)
-    return short
+def by_shape(forwards: Sequence[Mapping[str, Tensor]]) -> list[list[int]]:
+    """Which forwards have tensors of the same shapes, and can be one; groups in order of appearance."""
+    groups: dict[tuple, list[int]] = {}
+    for number, forward in enumerate(forwards):
+        key = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(forward.items()))
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def joined(forwards: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Forwards of the same shapes as one, along the first axis."""
+    return {name: torch.cat([forward[name] for forward in forwards]) for name in forwards[0]}

@@ -1,26 +1,504 @@
-"""The supported families by `model_type`, and the adapter of a model."""
+"""The supported families, each as an `Adapter` of what it does in its own way, and the adapter of a loaded model.
 
-import importlib
-from typing import Any
+Gemma 3 and 4 (pictures, or text alone), PaliGemma 1 and 2, LLaVA-1.5, LLaVA-OneVision, Idefics3 and SmolVLM, InternVL,
+Qwen2.5-VL and Qwen3-VL. Attention patterns are frozen as the model computed them, so that positions in rows and columns
+(M-RoPE), soft tokens that see each other, and caps on attention scores matter to no adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor, nn
+from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+from transformers.image_utils import ChannelDimension
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.llava_onevision.modeling_llava_onevision import unpad_image
 
 from vlmscope.core.errors import UserError
-from vlmscope.models.base import Adapter
+from vlmscope.core.records import Exchange, PatchBox
+from vlmscope.models.base import INJECTIONS, Adapter, Decoder, Size, Sizes, Tensors
+from vlmscope.models.boxes import (
+    WHOLE,
+    PicturePatches,
+    Tile,
+    batched_tiles,
+    grid_boxes,
+    grid_windows,
+    masked,
+    merged_tiles,
+    pool_tile,
+    pooled,
+    seen_window,
+    square_window,
+    tower_kind,
+)
+from vlmscope.models.template import Dialogue, Span, Turn, spelt_placeholders
 
-_FAMILIES = {  # module and class of the adapter; imported when asked for, since transformers is slow to import
-    "gemma3": "gemma.Gemma3Adapter",
-    "gemma3_text": "gemma.Gemma3Adapter",
-    "gemma4": "gemma.Gemma4Adapter",
-    "gemma4_text": "gemma.Gemma4Adapter",
-    "idefics3": "llava.Idefics3Adapter",
-    "internvl": "llava.InternVLAdapter",
-    "llava": "llava.LlavaAdapter",
-    "llava_onevision": "llava.LlavaOnevisionAdapter",
-    "paligemma": "gemma.PaliGemmaAdapter",
-    "qwen2_5_vl": "qwen.Qwen2_5_VLAdapter",
-    "qwen3_vl": "qwen.Qwen3VLAdapter",
-    "smolvlm": "llava.Idefics3Adapter",
+
+def _chatml(image: str) -> str:
+    """ChatML (Qwen's turns) with a mark for each picture."""
+    return (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+        "{% for item in message['content'] %}{{ '"
+        + image
+        + "' if item['type'] == 'image' else item['text'] }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
+
+class Gemma3Adapter(Adapter):
+    """`Gemma3ForConditionalGeneration` and `Gemma3ForCausalLM`: the whole picture, resized without cropping."""
+
+    placeholder = "<start_of_image>"
+    caps_logits = True
+    # The published one, but that it takes what is said verbatim (theirs trims it).
+    chat_template = (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for item in message['content'] %}"
+        "{% if item['type'] == 'image' %}{{ '<start_of_image>' }}{% else %}{{ item['text'] }}{% endif %}"
+        "{% endfor %}{% endif %}{{ '<end_of_turn>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+    )
+
+    @property
+    def logit_softcap(self) -> float | None:
+        return None if self.has_vision else super().logit_softcap  # only the text-only class applies the cap
+
+    @property
+    def pool(self) -> int:
+        return self.tile_side // round(int(self.model.config.mm_tokens_per_image) ** 0.5)
+
+
+class Gemma4Adapter(Adapter):
+    """`Gemma4ForConditionalGeneration` and `Gemma4ForCausalLM`, where every layer is dense.
+
+    Each layer multiplies what leaves it by a constant; values are normalised head by head; full layers may have wider
+    heads, fewer of them for keys and values, and values that are the keys before their norm. All of it is affine once
+    the norms' scales are frozen. Pictures keep their shape: the grid of soft tokens follows it, and nothing is cut off.
+    """
+
+    placeholder = "<|image|>"
+    decoders = {"gemma4_text": Decoder(norm_offset=0.0, post_norms=True)}
+    caps_logits = True
+    chat_template = (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}"
+        "{% for item in message['content'] %}{{ '<|image|>' if item['type'] == 'image' else item['text'] }}"
+        "{% endfor %}{{ '<turn|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif %}"
+    )
+    # Setting -> what it switches on: each makes a layer depend on more than the stream that enters it.
+    _refused = {
+        "hidden_size_per_layer_input": "per-layer embeddings, as in E2B and E4B",
+        "num_kv_shared_layers": "layers that reuse keys and values of earlier ones",
+        "enable_moe_block": "mixture-of-experts MLPs, as in 26B-A4B",
+    }
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        text = model.config.get_text_config()
+        for setting, part in self._refused.items():
+            if getattr(text, setting, None):
+                raise UserError(
+                    f"{type(model).__name__} has {part} ({setting} = {getattr(text, setting)}), which attribution does "
+                    "not cover; choose a dense Gemma 4, such as 31B"
+                )
+
+    def value_norm(self, layer: int) -> nn.Module | None:
+        return self._layer(layer).self_attn.v_norm
+
+    def value_projection(self, layer: int) -> nn.Module:
+        attention = self._layer(layer).self_attn
+        return attention.k_proj if attention.v_proj is None else attention.v_proj
+
+    def stream_scale(self, layer: int) -> float:
+        return float(self._layer(layer).layer_scalar)
+
+    @property
+    def pool(self) -> int:
+        return int(self.model.config.vision_config.pooling_kernel_size)
+
+    def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
+        return [grid_boxes(rows // self.pool, columns // self.pool) for rows, columns in _grids(tensors, sizes)]
+
+    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
+        # Patches stand row by row, behind them padding that the tower masks.
+        length, pictures = tensors["image_position_ids"].shape[1], []
+        for number, (rows, columns) in enumerate(_grids(tensors, sizes)):
+            tokens = number * length + np.arange(rows * columns)
+            pictures.append(pooled([Tile(rows, columns, grid_boxes(rows, columns), tokens)], self.pool))
+        return pictures
+
+
+def _grids(tensors: Tensors, sizes: Sizes) -> list[tuple[int, int]]:
+    """Rows and columns of Gemma 4's patches of each picture."""
+    if not sizes:
+        return []
+    # Column and row of every patch, -1 for padding.
+    return [(rows, columns) for columns, rows in (tensors["image_position_ids"].amax(1) + 1).tolist()]
+
+
+class PaliGemmaAdapter(Adapter):
+    """PaliGemma (Gemma decoder) and PaliGemma 2 (Gemma 2): patches of the whole picture before the prompt.
+
+    Everything up to the answer sees everything (`token_type_ids` is 0 there); generated tokens are causal. Of logits
+    that Gemma 2 caps, graphs explain those before the cap.
+    """
+
+    needs_pictures = True
+    answer_type = 1
+    caps_logits = True
+
+    def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
+        # There is no chat: the processor adds the first token after the pictures and a newline after the prompt.
+        if not n_images:
+            raise UserError("PaliGemma answers about pictures only; give at least one")
+        lead = "" if spelt_placeholders(prompt, self.placeholder, n_images) else self.placeholder * n_images
+        return Turn(lead, prompt, "")
+
+    def completed_turn(self, turn: Turn, tokenizer: Any) -> Turn:
+        bos = tokenizer.bos_token
+        if turn.before:
+            return Turn(turn.before + bos, turn.content, "\n")
+        end = turn.content.rfind(self.placeholder) + len(self.placeholder)  # the user placed the pictures
+        return Turn("", turn.content[:end] + bos + turn.content[end:], "\n")
+
+    def wrap_exchanges(
+        self, exchanges: Sequence[Exchange], n_images: int, tokenizer: Any, chat_template: str | None = None
+    ) -> list[Dialogue]:
+        if any(self.placeholder in exchange.assistant for exchange in exchanges):
+            raise UserError(f"an answer spells {self.placeholder}, which stands for a picture; take it out")
+        prompts = [self.wrap_prompt(exchange.user, n_images, tokenizer).text for exchange in exchanges]
+        return [
+            Dialogue((Span(prompt, False),), suffix=exchange.assistant)
+            for prompt, exchange in zip(prompts, exchanges, strict=True)
+        ]
+
+
+class LlavaAdapter(Adapter):
+    """LLaVA-1.5: one soft token a patch; the class token, where the model keeps it, stands for the whole picture."""
+
+    reads_tower_norm = False
+    chat_template = (
+        "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+        "{% for item in message['content'] %}{{ '<image>\\n' if item['type'] == 'image' else item['text'] }}"
+        "{% endfor %} {% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )
+
+    def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
+        rows, columns = self._grid(tensors) if sizes else (0, 0)
+        tokens = int((tensors["input_ids"] == self.soft_token_id()).sum()) // max(len(sizes), 1)
+        extra = tokens - rows * columns  # the class token, unless `vision_feature_select_strategy` drops it
+        windows = (seen_window(size, image_processor) for size in sizes)
+        return [grid_boxes(1, 1, window) * extra + grid_boxes(rows, columns, window) for window in windows]
+
+    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
+        n_class = tower_kind(self.vision_tower()).n_class
+        windows = [[seen_window(size, image_processor)] for size in sizes]
+        drops = self.model.config.vision_feature_select_strategy == "default"  # the first token, whatever the tower
+        pictures = []
+        for tiles in batched_tiles(windows, *self._grid(tensors), n_class):
+            every = sparse.csr_array(sparse.eye_array(len(tiles[0])))
+            pictures.append(PicturePatches(tiles, every[1:] if drops else every))
+        return pictures
+
+    def _grid(self, tensors: Tensors) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        patch = int(self.model.config.vision_config.patch_size)
+        height, width = tensors["pixel_values"].shape[-2:]
+        return height // patch, width // patch
+
+
+@dataclass(frozen=True)
+class _Canvas:
+    """A picture laid out on tiles, as LLaVA-OneVision makes rows of tokens of it.
+
+    Attributes:
+        tiles: tiles down and across, of `side * side` patches each.
+        side: see `tiles`.
+        window: the part of the picture that all tiles together show; it reaches beyond the picture.
+        kept_rows: patches down, those of padding alone left out, int64; none of a strip thinner than a patch
+            where their number in a tile is even. `kept_columns` likewise across.
+        kept_columns: see `kept_rows`.
+        shape: rows and columns of soft tokens, fewer than patches where there are too many; each row has an end beside.
+    """
+
+    tiles: tuple[int, int]
+    side: int
+    window: PatchBox
+    kept_rows: np.ndarray
+    kept_columns: np.ndarray
+    shape: tuple[int, int]
+
+    def boxes(self) -> list[PatchBox]:
+        """The boxes of the tokens; the one that ends a row has no area and lies at the row's end."""
+        rows, columns = self.shape
+        if not rows:
+            return []
+        width, height = self.window.right - self.window.left, self.window.bottom - self.window.top
+        down, across = (number * self.side for number in self.tiles)
+        left, right = (self.kept_columns[0], self.kept_columns[-1] + 1) if columns else (0, across)
+        window = PatchBox(
+            self.window.left + width * left / across,
+            self.window.top + height * self.kept_rows[0] / down,
+            self.window.left + width * right / across,
+            self.window.top + height * (self.kept_rows[-1] + 1) / down,
+        )
+        cells, whole_rows = grid_boxes(rows, columns, window), grid_boxes(rows, 1, window)
+        boxes: list[PatchBox] = []
+        for row in range(rows):
+            line = cells[row * columns : (row + 1) * columns]
+            end = line[-1] if line else whole_rows[row]
+            boxes += [*line, PatchBox(end.right, end.top, end.right, end.bottom)]
+        return boxes
+
+    def pooling(self, n_class: int) -> sparse.csr_array:
+        """`[rows * (columns + 1), sum of P]`: what each token takes from the tiles' tokens, ends nothing."""
+        side, (rows, columns) = self.side, self.shape
+        down, across = (number * side for number in self.tiles)
+        shape = (rows * (columns + 1), self.tiles[0] * self.tiles[1] * (n_class + side * side))
+        if not rows * columns:
+            return sparse.csr_array(shape)
+        by_row, by_column = _resized(self.kept_rows, down, rows), _resized(self.kept_columns, across, columns)
+        grid = sparse.coo_array(sparse.kron(by_row, by_column))
+        row, column = np.divmod(grid.col, across)
+        tile = row // side * self.tiles[1] + column // side
+        source = tile * (n_class + side * side) + n_class + row % side * side + column % side
+        target = grid.row // columns * (columns + 1) + grid.row % columns
+        return sparse.csr_array((grid.data, (target, source)), shape=shape)
+
+
+def _resized(kept: np.ndarray, length: int, wanted: int) -> np.ndarray:
+    """`[wanted, length]`: linear interpolation of the kept cells, the identity when as many are wanted."""
+    cells = torch.eye(len(kept), dtype=torch.float64)
+    weights = np.zeros((wanted, length))
+    weights[:, kept] = torch.nn.functional.interpolate(cells[None], size=wanted, mode="linear")[0].T.numpy()
+    return weights
+
+
+class LlavaOnevisionAdapter(Adapter):
+    """LLaVA-OneVision: one picture in several resolutions, several in one.
+
+    A single picture is seen whole, then as tiles that keep its aspect ratio, their tokens laid out in rows that end
+    with a learned token; of several pictures each is padded to a square and ends with one such token.
+    """
+
+    reads_tower_norm = False
+    chat_template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+        "{% for item in message['content'] %}{{ '<image>' if item['type'] == 'image' else '\\n' + item['text'] }}"
+        "{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
+    def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
+        side = self.tile_side
+        if len(sizes) == 1:
+            return [grid_boxes(side, side) + self._canvas(sizes[0]).boxes()]
+        end = PatchBox(1.0, 1.0, 1.0, 1.0)
+        return [[*grid_boxes(side, side, square_window(size)), end] for size in sizes]
+
+    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
+        side, n_class = self.tile_side, tower_kind(self.vision_tower()).n_class
+        if len(sizes) > 1:
+            tiles = batched_tiles([[square_window(size)] for size in sizes], side, side, n_class)
+            end = sparse.csr_array((1, side * side + n_class))
+            return [PicturePatches(t, sparse.csr_array(sparse.vstack([pool_tile(t[0]), end]))) for t in tiles]
+        canvas = self._canvas(sizes[0])
+        windows = [[WHOLE, *grid_windows(*canvas.tiles, canvas.window)]]
+        (tiles,) = batched_tiles(windows, side, side, n_class)
+        pooling = sparse.block_diag([pool_tile(tiles[0]), canvas.pooling(n_class)])
+        return [PicturePatches(tiles, sparse.csr_array(pooling))]
+
+    def _canvas(self, size: Size) -> _Canvas:
+        config, (width, height), side = self.model.config, size, self.tile_side
+        best = select_best_resolution((height, width), config.image_grid_pinpoints)
+        blank = np.broadcast_to(np.uint8(0), (3, height, width))
+        down, across = get_patch_output_size(blank, best, ChannelDimension.FIRST)
+        # The resized picture lies in the middle of the tiles, and the model drops rows or columns of padding alone.
+        top, left = (best[0] - down) // 2, (best[1] - across) // 2
+        window = PatchBox(-left / across, -top / down, (best[1] - left) / across, (best[0] - top) / down)
+        tiles = (best[0] // int(config.vision_config.image_size), best[1] // int(config.vision_config.image_size))
+        rows, columns = (number * side for number in tiles)
+        kept = unpad_image(torch.empty(1, rows, columns), (height, width)).shape[1:]
+        # As many are dropped on both sides, of a strip thinner than a patch perhaps all: the ends of rows are left.
+        kept_rows, kept_columns = (
+            np.arange((n - k) // 2, (n + k) // 2) for n, k in zip((rows, columns), kept, strict=True)
+        )
+        rows, columns = kept
+        ratio = math.sqrt(rows * columns / (int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * side**2))
+        shape = (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+        return _Canvas(tiles, side, window, kept_rows, kept_columns, shape)
+
+
+class Idefics3Adapter(Adapter):
+    """Idefics3 and SmolVLM: tiles of a picture, then the whole of it, pooled by pixel shuffle.
+
+    Row and column tokens between the tiles are text. A picture no larger than a tile is seen as a whole alone.
+    """
+
+    decoder_name = "text_model"
+    tower_name = "vision_model"
+    chat_template = (
+        "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+        "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
+        "{% for item in message['content'] %}{{ '<image>' if item['type'] == 'image' else item['text'] }}{% endfor %}"
+        "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    )
+
+    @property
+    def pool(self) -> int:
+        return int(self.model.config.scale_factor)
+
+    def tiles(self, size: Size, image_processor: Any) -> list[PatchBox]:
+        # Tiles are cut from the picture resized to whole tiles, so they cover all of it, whatever its aspect ratio.
+        width, height = size
+        _, rows, columns = image_processor.get_number_of_image_patches(height, width)
+        return [*grid_boxes(rows, columns), WHOLE]
+
+    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
+        pictures = super().picture_patches(tensors, sizes, image_processor)
+        mask = tensors.get("pixel_attention_mask")
+        if mask is None or bool(mask.all()):
+            return pictures
+        # The tower masks a patch only if it is padding alone.
+        patch = int(self.model.config.vision_config.patch_size)
+        seen = torch.nn.functional.max_pool2d(mask[0].float(), patch).bool().numpy(force=True)
+        return masked(pictures, [self.tiles(size, image_processor) for size in sizes], seen)
+
+
+class InternVLAdapter(Adapter):
+    """InternVL: tiles of a picture, then the whole of it, pooled by pixel shuffle.
+
+    A picture that fits one tile best is seen as a whole alone.
+    """
+
+    placeholder = "<IMG_CONTEXT>"
+    chat_template = _chatml("<IMG_CONTEXT>\\n")
+
+    @property
+    def pool(self) -> int:
+        return round(1 / self.model.config.downsample_ratio)
+
+    def tiles(self, size: Size, image_processor: Any) -> list[PatchBox]:
+        width, height = size
+        tile = (image_processor.size["height"], image_processor.size["width"])
+        columns, rows = get_optimal_tiled_canvas(
+            (height, width), tile, image_processor.min_patches, image_processor.max_patches
+        )
+        return [*grid_boxes(rows, columns), WHOLE] if rows * columns > 1 else [WHOLE]
+
+
+class Qwen3VLAdapter(Adapter):
+    """Qwen3-VL: pictures at nearly their own resolution, 4 patches a soft token, and DeepStack (arXiv 2406.04334).
+
+    DeepStack adds features of earlier tower layers to the soft tokens again after the first decoder layers. For the
+    decoder these are constants, so the replacement model stays affine: `injections` of a soft token belong to its
+    source.
+    """
+
+    tower_name = "visual"
+    m_rope = True
+    placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
+    chat_template = _chatml(placeholder)
+
+    @property
+    def pool(self) -> int:
+        return int(self.model.config.vision_config.spatial_merge_size)
+
+    def positions_used(self, tensors: Tensors) -> int:
+        if "image_grid_thw" not in tensors:
+            return super().positions_used(tensors)
+        # A picture takes as many positions as its longer side has soft tokens.
+        grids = tensors["image_grid_thw"].clone()
+        grids[:, 1:] //= self.pool
+        saved = int((grids.prod(1) - grids.amax(1)).sum()) // len(tensors["input_ids"])
+        return super().positions_used(tensors) - saved
+
+    def forward(self, tensors: Tensors, **settings: Any) -> Any:
+        injections = tensors.get(INJECTIONS)
+        if injections is None:
+            return super().forward(tensors, **settings)
+
+        def hook(_module: object, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            size, n_layers, length, width = injections.shape
+            everywhere = torch.ones(size, length, dtype=torch.bool, device=injections.device)
+            rows = [injections[:, layer].reshape(-1, width) for layer in range(n_layers)]
+            return args, {**kwargs, "visual_pos_masks": everywhere, "deepstack_visual_embeds": rows}
+
+        # The model's forward takes DeepStack's features from pixels only; its decoder takes them as they are.
+        handle = self.decoder().register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            return super().forward({name: t for name, t in tensors.items() if name != INJECTIONS}, **settings)
+        finally:
+            handle.remove()
+
+    def injections(self, decoder_arguments: Mapping[str, Any]) -> Tensor | None:
+        features = decoder_arguments.get("deepstack_visual_embeds")
+        if not features:
+            return None
+        where, embeddings = decoder_arguments["visual_pos_masks"], decoder_arguments["inputs_embeds"]
+        size, length, width = embeddings.shape
+        dense = embeddings.new_zeros(size, len(features), length, width)
+        for layer, rows in enumerate(features):
+            dense[:, layer][where] = rows.to(dense)
+        return dense
+
+    def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
+        grids = tensors["image_grid_thw"].tolist() if sizes else []
+        return [grid_boxes(rows // self.pool, columns // self.pool) for _, rows, columns in grids]
+
+    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
+        grids = [(rows, columns) for _, rows, columns in tensors["image_grid_thw"].tolist()]
+        return [pooled([tile], self.pool) for tile in merged_tiles(grids, self.pool, self._window())]
+
+    def _window(self) -> int | None:
+        """Soft tokens down and across a window of the tower; None of a tower without windows."""
+        return None
+
+
+class Qwen2_5_VLAdapter(Qwen3VLAdapter):
+    """Qwen2.5-VL: a tower with windows, a system turn in the usual template, and no DeepStack."""
+
+    chat_template = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + Qwen3VLAdapter.chat_template
+
+    def _window(self) -> int | None:
+        vision = self.model.config.vision_config
+        return vision.window_size // self.pool // vision.patch_size
+
+
+class Family(NamedTuple):
+    """The adapter of a family, and the names of its model and processor in `transformers`."""
+
+    adapter: type[Adapter]
+    model: str
+    processor: str = "AutoTokenizer"
+
+
+FAMILIES = {  # by `model_type`
+    "gemma3": Family(Gemma3Adapter, "Gemma3ForConditionalGeneration", "Gemma3Processor"),
+    "gemma3_text": Family(Gemma3Adapter, "Gemma3ForCausalLM"),
+    "gemma4": Family(Gemma4Adapter, "Gemma4ForConditionalGeneration", "Gemma4Processor"),
+    "gemma4_text": Family(Gemma4Adapter, "Gemma4ForCausalLM"),
+    "idefics3": Family(Idefics3Adapter, "Idefics3ForConditionalGeneration", "Idefics3Processor"),
+    "internvl": Family(InternVLAdapter, "InternVLForConditionalGeneration", "InternVLProcessor"),
+    "llava": Family(LlavaAdapter, "LlavaForConditionalGeneration", "LlavaProcessor"),
+    "llava_onevision": Family(
+        LlavaOnevisionAdapter, "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionProcessor"
+    ),
+    "paligemma": Family(PaliGemmaAdapter, "PaliGemmaForConditionalGeneration", "PaliGemmaProcessor"),
+    "qwen2_5_vl": Family(Qwen2_5_VLAdapter, "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"),
+    "qwen3_vl": Family(Qwen3VLAdapter, "Qwen3VLForConditionalGeneration", "Qwen3VLProcessor"),
+    "smolvlm": Family(Idefics3Adapter, "SmolVLMForConditionalGeneration", "SmolVLMProcessor"),
 }
-
 # Families that people ask for, and what in them the replacement model does not represent.
 _REFUSED = {
     "gemma3n": "per-layer embeddings and AltUp streams",
@@ -31,25 +509,19 @@ _REFUSED = {
 }
 
 
-def check_supported(model_type: str, where: str) -> None:
-    """Raise a `UserError` that names the supported types when `model_type` is not one of them."""
+def family_of(model_type: str, where: str) -> Family:
+    """The family of a `model_type`; for another a `UserError` that says `where` it stands and names the known ones."""
+    known = ", ".join(sorted(FAMILIES))
     if model_type in _REFUSED:
         raise UserError(
             f"models of type {model_type!r} have {_REFUSED[model_type]}, which attribution does not cover ({where}); "
-            f"choose one of: {', '.join(sorted(_FAMILIES))}"
+            f"choose one of: {known}"
         )
-    if model_type not in _FAMILIES:
-        known = ", ".join(sorted(_FAMILIES))
+    if model_type not in FAMILIES:
         raise UserError(f"models of type {model_type!r} are not supported ({where}); choose one of: {known}")
+    return FAMILIES[model_type]
 
 
 def adapter_for(model: Any) -> Adapter:
-    """The adapter of a Hugging Face model, chosen by `model.config.model_type`.
-
-    Raises:
-        UserError: when the type is not supported.
-    """
-    model_type = str(model.config.model_type)
-    check_supported(model_type, type(model).__name__)
-    module, _, name = _FAMILIES[model_type].partition(".")
-    return getattr(importlib.import_module(f"vlmscope.models.{module}"), name)(model)
+    """The adapter of a Hugging Face model, chosen by `model.config.model_type`."""
+    return family_of(str(model.config.model_type), type(model).__name__).adapter(model)

@@ -5,12 +5,14 @@ hooks do that around each forward). In between they are on the `meta` device, so
 asks `materialised` for it.
 """
 
+from __future__ import annotations
+
+import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,16 +49,13 @@ def free_bytes(device: str) -> int | None:
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     if device == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    known = [found for found in (_available_memory(), _cgroup_memory()) if found is not None]
-    return min(known, default=None)
+    return min((free for free in (_machine_memory(), _container_memory()) if free is not None), default=None)
 
 
-def _available_memory() -> int | None:
+def _machine_memory() -> int | None:
     try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
+        return _kernel_table(Path("/proc/meminfo"))["MemAvailable:"] * 1024
+    except (OSError, ValueError, KeyError):
         pass
     try:  # not Linux: all that there is, an upper bound
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -64,7 +63,7 @@ def _available_memory() -> int | None:
         return None
 
 
-def _cgroup_memory() -> int | None:
+def _container_memory() -> int | None:
     """What a container may still take: its limit less what it holds, page cache that can go not counted."""
     root = Path("/sys/fs/cgroup")
     try:
@@ -72,92 +71,72 @@ def _cgroup_memory() -> int | None:
         if limit == "max":
             return None
         held = int((root / "memory.current").read_text(encoding="ascii"))
-        words = dict(line.split() for line in (root / "memory.stat").read_text(encoding="ascii").splitlines())
-        return int(limit) - held + int(words.get("inactive_file", 0))
+        return int(limit) - held + _kernel_table(root / "memory.stat").get("inactive_file", 0)
     except (OSError, ValueError):
         return None
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a model's weights take.
+def _kernel_table(path: Path) -> dict[str, int]:
+    """Lines of a name and a number, perhaps with a unit behind."""
+    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return {words[0]: int(words[1]) for words in lines}
 
-    Attributes:
-        n_parameters: how many, shared ones once.
-        largest: of the largest module, which offload moves as a whole.
+
+class Needs(NamedTuple):
+    """What a model's weights take: the number of parameters, shared ones counted once, and those of the largest module,
+    which offload moves as a whole.
     """
 
     n_parameters: int
     largest: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Needs":
+    def of(cls, model: nn.Module) -> Needs:
         """Of any model, on the `meta` device too."""
         largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
         return cls(sum(p.numel() for p in model.parameters()), largest)
 
-    def at(self, dtype: str, device: str, offload: str) -> dict[str, float]:
+    def by_device(self, dtype: str, device: str, offload: str) -> dict[str, float]:
         """Bytes on each device, with a margin."""
         size = DTYPES[dtype].itemsize * _MARGIN
-        everything, one = self.n_parameters * size, self.largest * size
         if offload == "none":
-            return {device: everything}
-        return {device: one, **({"cpu": everything} if offload == "cpu" else {})}
+            return {device: self.n_parameters * size}
+        return {device: self.largest * size, **({"cpu": self.n_parameters * size} if offload == "cpu" else {})}
+
+    def shortage(self, dtype: str, device: str, offload: str) -> tuple[str, float, float] | None:
+        """The first device with too little: its name, the bytes asked for and those that are free."""
+        for where, asked in self.by_device(dtype, device, offload).items():
+            free = free_bytes(where)
+            if free is not None and asked > free:
+                return where, asked, free
+        return None
 
 
 def check_memory(needs: Needs, what: str, dtype: str, device: str, offload: str) -> None:
-    """Raise a `UserError` that says what would fit when the weights do not.
-
-    Args:
-        needs: of the model.
-        what: its name, for the message.
-        dtype: key of `DTYPES`.
-        device: the computing device.
-        offload: one of `OFFLOADS`.
-    """
-    short = _short(needs, dtype, device, offload)
-    if short is None:
+    """Raise a `UserError` that says what would fit when the weights of a model, `what`, do not."""
+    shortage = needs.shortage(dtype, device, offload)
+    if shortage is None:
         return
-    where, asked, free = short
     narrower = [(d, offload) for d in ("float32", "bfloat16") if DTYPES[d].itemsize < DTYPES[dtype].itemsize]
     elsewhere = [(dtype, o) for o in OFFLOADS if o not in ("none", offload) and (o, device) != ("cpu", "cpu")]
     both = [("bfloat16", o) for _, o in elsewhere if DTYPES[dtype].itemsize > 2]
-    fitting = [
-        option for option in (*narrower, *elsewhere, *both) if _short(needs, option[0], device, option[1]) is None
-    ]
-    said = [_option(needs, dtype, device, offload, *option) for option in fitting[:2]]
-    advice = ", ".join(said) or "nothing of it fits: choose a smaller model or a larger machine"
-    raise UserError(f"{what} needs about {gb(asked)} in {dtype} on {where}, {gb(free)} are free; {advice}")
+    advice = []
+    for other_dtype, other_offload in (*narrower, *elsewhere, *both):
+        if needs.shortage(other_dtype, device, other_offload) is None:
+            keys = [f"model.dtype={other_dtype}"] if other_dtype != dtype else []
+            keys += [f"model.offload={other_offload}"] if other_offload != offload else []
+            sizes = needs.by_device(other_dtype, device, other_offload).items()
+            advice.append(f"{' '.join(keys)} needs {' and '.join(f'{gb(size)} on {where}' for where, size in sizes)}")
+    where, asked, free = shortage
+    todo = ", ".join(advice[:2]) or "nothing of it fits: choose a smaller model or a larger machine"
+    raise UserError(f"{what} needs about {gb(asked)} in {dtype} on {where}, {gb(free)} are free; {todo}")
 
 
 def check_room(asked: float, what: str, device: str, advice: str) -> None:
-    """Raise a `UserError` when a device has fewer than `asked` bytes left.
-
-    Args:
-        asked: bytes.
-        what: that needs them, in the plural, for the message.
-        device: a torch device's name.
-        advice: what to do then.
-    """
+    """Raise a `UserError` with an advice when a device has fewer than `asked` bytes left for `what` (a plural)."""
     free = free_bytes(device)
     if free is not None and asked > free:
         raise UserError(f"{what} need about {gb(asked)} on {device}, {gb(free)} are free; {advice}")
-
-
-def _short(needs: Needs, dtype: str, device: str, offload: str) -> tuple[str, float, float] | None:
-    """The first device with too little: its name, the bytes asked for and those that are free."""
-    for where, asked in needs.at(dtype, device, offload).items():
-        free = free_bytes(where)
-        if free is not None and asked > free:
-            return where, asked, free
-    return None
-
-
-def _option(needs: Needs, dtype: str, device: str, offload: str, other: str, elsewhere: str) -> str:
-    keys = [f"model.dtype={other}"] if other != dtype else []
-    keys += [f"model.offload={elsewhere}"] if elsewhere != offload else []
-    asked = needs.at(other, device, elsewhere)
-    return f"{' '.join(keys)} needs {' and '.join(f'{gb(size)} on {where}' for where, size in asked.items())}"
 
 
 def offload_to_cpu(model: Any, device: str) -> None:
@@ -168,7 +147,7 @@ def offload_to_cpu(model: Any, device: str) -> None:
 
 
 def compute_on(model: nn.Module, device: str) -> None:
-    """Where the modules of an offloaded model compute."""
+    """Set the device on which the modules of an offloaded model compute."""
     for hook in _hooks(model.modules()):
         hook.execution_device = torch.device(device)
 
@@ -203,3 +182,31 @@ def computing_device(module: nn.Module) -> torch.device:
         if getattr(hook, "offload", False):
             return torch.device(hook.execution_device)
     return module.get_parameter("weight").device
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Digest of every parameter and buffer: name, shape, dtype and bytes, wherever offload keeps them."""
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+            if isinstance(tensor, nn.Parameter):
+                module, _, own = name.rpartition(".")
+                tensor = materialised(model.get_submodule(module), own)
+            if tensor.is_meta:
+                raise UserError(f"weight {name} of the model is not in memory, so the model cannot be told from others")
+            yield name, tensor
+
+    return _digest(tensors())
+
+
+def tensors_fingerprint(forwards: Iterable[Mapping[str, Tensor]]) -> str:
+    """Digest of every tensor of every forward, such as what a model is given."""
+    return _digest(named for tensors in forwards for named in sorted(tensors.items()))
+
+
+def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -17,10 +17,10 @@ from huggingface_hub.errors import StrictDataclassError
 
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
+from vlmscope.core.hub import cached_folder, is_commit, is_hub_id
 from vlmscope.models.base import Adapter
-from vlmscope.models.checkpoint import cached_folder, is_commit, is_hub_id, read_config
-from vlmscope.models.families import check_supported
-from vlmscope.models.loading import CLASSES
+from vlmscope.models.checkpoint import read_config
+from vlmscope.models.families import family_of
 
 PUBLISHED = {f"google/{file.stem}": file for file in sorted(Path(__file__).with_name("published").glob("*.json"))}
 
@@ -45,8 +45,7 @@ def find_config(path: str, hub: str | None = None, revision: str | None = None) 
 def empty_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     """The Hugging Face model of a `config.json` on the `meta` device: shapes, no memory."""
     model_type = str(config.get("model_type"))
-    check_supported(model_type, "config.json")
-    model_class: Any = getattr(transformers, CLASSES[model_type].model)
+    model_class: Any = getattr(transformers, family_of(model_type, "config.json").model)
     try:
         with torch.device("meta"):
             read = model_class.config_class.from_dict(config)

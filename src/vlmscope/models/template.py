@@ -1,27 +1,25 @@
-"""User turns and conversations in a model's chat template, kept apart from the template's own words."""
+"""User turns and conversations in a model's chat template, with what is said kept apart from the template's words."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from jinja2 import TemplateError
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Exchange
 
-_MARK = "\ue000"  # a private character, where the prompt goes; no template spells it
-_ANSWER = "\ue001"  # where an answer goes
+# Private characters, where what the user and the assistant say goes; no template spells them.
+_MARKS = {"user": "\ue000", "assistant": "\ue001"}
 
 
 @dataclass(frozen=True)
 class Turn:
     """What the model is given, before pictures become soft tokens: `before + content + after`.
 
-    Attributes:
-        before: the template's words before the prompt, pictures' placeholders among them.
-        content: the prompt.
-        after: the template's words after it.
+    `content` is the prompt; before and after it are the template's words, pictures' placeholders among them.
     """
 
     before: str
@@ -32,6 +30,31 @@ class Turn:
     def text(self) -> str:
         """The whole of it."""
         return self.before + self.content + self.after
+
+    def written(self, replaced: Sequence[Mapping[str, Any]], offsets: np.ndarray) -> np.ndarray:
+        """Which tokens hold a part of the prompt, told by characters: `[T]` bool.
+
+        Neither words nor ids would do: a character may be several tokens, a token may reach from the template into the
+        prompt, and what the processor puts around soft tokens may change how the text beside it is cut. What replaces a
+        placeholder is not written by the user, wherever it was spelt.
+
+        Args:
+            replaced: what the processor put in the place of placeholders, in order: `span`, first and last character
+                (past the end) in the turn, `text`, what stood there, and `replacement`.
+            offsets: `[T, 2]`, first and last character (past the end) of every token in the text after the replacement.
+        """
+        start = len(self.before)
+        prompt = np.zeros(len(self.text), dtype=bool)
+        prompt[start : start + len(self.content)] = True
+        pieces, done = [], 0
+        for change in replaced:
+            first, last = change["span"]
+            assert self.text[first:last] == change["text"], "the processor was given another text than the turn"
+            pieces += [prompt[done:first], np.zeros(len(change["replacement"]), dtype=bool)]
+            done = last
+        characters = np.concatenate([*pieces, prompt[done:]])
+        assert offsets.max(initial=0) <= len(characters), "the processor added text that the turn does not have"
+        return np.array([characters[first:last].any() for first, last in offsets], dtype=bool)
 
 
 class Span(NamedTuple):
@@ -61,11 +84,7 @@ class Dialogue:
 
 
 def spelt_placeholders(prompt: str, placeholder: str, n_images: int) -> int:
-    """How many placeholders the prompt spells: none, or one a picture.
-
-    Raises:
-        UserError: it spells another number.
-    """
+    """How many placeholders the prompt spells: none, or one a picture; another number is a `UserError`."""
     spelt = prompt.count(placeholder)
     if spelt not in (0, n_images):
         raise UserError(
@@ -88,84 +107,62 @@ def user_turn(tokenizer: Any, template: str, prompt: str, placeholder: str, n_im
         UserError: the prompt spells another number of placeholders than there are pictures, or the template does not
             show what the user says.
     """
-    n_given = 0 if spelt_placeholders(prompt, placeholder, n_images) else n_images
-    items = [{"type": "image"}] * n_given + [{"type": "text", "text": _MARK}]
-    before, found, after = _render(tokenizer, template, items).partition(_MARK)
-    if not found or "'type'" in before:  # a template for text alone takes a string, and would print the list
-        before, found, after = _render(tokenizer, template, placeholder * n_given + _MARK).partition(_MARK)
-    if not found or before.count(placeholder) + prompt.count(placeholder) != n_images:
+    n_given = n_images - spelt_placeholders(prompt, placeholder, n_images)
+    words = _template_words(tokenizer, template, ["user"], placeholder, n_given)
+    if words is None:
         raise UserError(f"the model's chat template does not show the prompt with its {n_images} pictures; repair it")
-    return Turn(_first_token(tokenizer, before) + before, prompt, after)
+    return Turn(words[0], prompt, words[1])
 
 
 def dialogue(tokenizer: Any, template: str, exchanges: Sequence[Exchange], placeholder: str, n_images: int) -> Dialogue:
     """Render a Hugging Face chat template around what user and assistant say, taken verbatim.
 
-    Args:
-        tokenizer: renders the template and knows its special tokens.
-        template: a chat template in Jinja.
-        exchanges: what they say; the first may spell the pictures' placeholders, else the template places them first.
-        placeholder: what stands for a picture.
-        n_images: the number of pictures.
+    The arguments are those of `user_turn`; the first exchange may spell the pictures' placeholders.
 
     Raises:
         UserError: placeholders are spelt elsewhere or in another number, or the template cannot show an answer.
     """
-    n_given = 0 if spelt_in_first(exchanges, placeholder, n_images) else n_images
-
-    def render(as_items: bool) -> list[str]:
-        messages: list[dict[str, Any]] = []
-        for number in range(len(exchanges)):
-            n_here = n_given if number == 0 else 0
-            for role, mark, count in (("user", _MARK, n_here), ("assistant", _ANSWER, 0)):
-                items = [{"type": "image"}] * count + [{"type": "text", "text": mark}]
-                messages.append({"role": role, "content": items if as_items else placeholder * count + mark})
-        text = _apply(tokenizer, template, messages, add_generation_prompt=False)
-        return re.split(f"({_MARK}|{_ANSWER})", text)
-
-    wanted = [_MARK, _ANSWER] * len(exchanges)
-    pieces = render(as_items=True)
-    if pieces[1::2] != wanted or "'type'" in pieces[0]:
-        pieces = render(as_items=False)
-    if pieces[1::2] != wanted or pieces[0].count(placeholder) != n_given:
+    later = [exchanges[0].assistant, *(text for exchange in exchanges[1:] for text in exchange)]
+    if any(placeholder in text for text in later):
+        raise UserError(f"{placeholder} is spelt after the first user turn; pictures come with the first user turn")
+    n_given = n_images - spelt_placeholders(exchanges[0].user, placeholder, n_images)
+    words = _template_words(tokenizer, template, ["user", "assistant"] * len(exchanges), placeholder, n_given)
+    if words is None:
         raise UserError(
             f"the model's chat template does not show {len(exchanges)} exchanges with {n_images} pictures as they "
             "were said; repair it"
         )
-    spans = [Span(_first_token(tokenizer, pieces[0]) + pieces[0], False)]
-    for exchange, between, after in zip(exchanges, pieces[2::4], pieces[4::4], strict=True):
+    spans = [Span(words[0], False)]
+    for exchange, between, after in zip(exchanges, words[1::2], words[2::2], strict=True):
         spans += [Span(exchange.user + between, False), Span(exchange.assistant, True), Span(after, False)]
     return Dialogue(tuple(spans))
 
 
-def spelt_in_first(exchanges: Sequence[Exchange], placeholder: str, n_images: int) -> int:
-    """How many placeholders the first user turn spells: none, or one a picture.
-
-    Raises:
-        UserError: it spells another number, or some other turn spells one.
-    """
-    later = [exchanges[0].assistant, *(text for exchange in exchanges[1:] for text in exchange)]
-    if any(placeholder in text for text in later):
-        raise UserError(f"{placeholder} is spelt after the first user turn; pictures come with the first user turn")
-    return spelt_placeholders(exchanges[0].user, placeholder, n_images)
-
-
-def _first_token(tokenizer: Any, text: str) -> str:
-    """The first token's string where `text` lacks it: templates leave it to the tokenizer, which is not asked here."""
-    bos = tokenizer.bos_token
-    missing = bos and not text.startswith(bos) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    return bos if missing else ""
-
-
-def _render(tokenizer: Any, template: str, content: Any) -> str:
-    return _apply(tokenizer, template, [{"role": "user", "content": content}], add_generation_prompt=True)
-
-
-def _apply(tokenizer: Any, template: str, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-    """The rendered messages, or nothing when the template cannot take them: one for strings chokes on lists."""
-    try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except (TypeError, TemplateError):
-        return ""
+def _template_words(
+    tokenizer: Any, template: str, roles: Sequence[str], placeholder: str, n_images: int
+) -> list[str] | None:
+    """The template's words before, between and after what these roles say; None where it does not show all of it."""
+    marks = [_MARKS[role] for role in roles]
+    for as_items in (True, False):  # a template for text alone takes a string
+        messages = []
+        for number, (role, mark) in enumerate(zip(roles, marks, strict=True)):
+            count = n_images if number == 0 else 0
+            items = [{"type": "image"}] * count + [{"type": "text", "text": mark}]
+            messages.append({"role": role, "content": items if as_items else placeholder * count + mark})
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=roles[-1] == "user"
+            )
+        except (TypeError, TemplateError):
+            continue
+        words = re.split("|".join(_MARKS.values()), text)
+        if [character for character in text if character in marks] != marks or "'type'" in words[0]:
+            continue  # it dropped something, or printed the list
+        if words[0].count(placeholder) != n_images:
+            return None
+        # Templates may leave the first token to the tokenizer, which is not asked here.
+        bos = tokenizer.bos_token
+        if bos and not words[0].startswith(bos) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+            words[0] = bos + words[0]
+        return words
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,7 @@ from vlmscope.core.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.models.loading import VLM
-    from vlmscope.scope import Scope
+    from vlmscope.conformance import CaseReport, Check
     from vlmscope.tasks.context import RunContext
 
 
@@ -28,29 +28,43 @@ class Config:
     new_tokens: int = 6
 
     def __post_init__(self) -> None:
-        for key in ("targets", "sources", "positions"):
-            if getattr(self, key) < 1:
-                raise UserError(f"task.{key}={getattr(self, key)}: it must be at least 1")
-        if self.new_tokens < 2:
-            raise UserError(f"task.new_tokens={self.new_tokens}: it must be at least 2, since the first needs no cache")
+        # The first generated token needs no cache.
+        for key, least in (("targets", 1), ("sources", 1), ("positions", 1), ("new_tokens", 2)):
+            if getattr(self, key) < least:
+                raise UserError(f"task.{key}={getattr(self, key)}: it must be at least {least}")
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Check the model on `prompt=` (it has a default) and `image=` (random pictures fill up)."""
     from tqdm import tqdm
 
-    from vlmscope.conformance.subject import Limits
-    from vlmscope.conformance.suite import CASES, PROMPT, failures, flat_metrics, render, run_cases
-    from vlmscope.tasks.wiring import load_model, user_pictures
+    from vlmscope.config.schema import RandomTranscodersConfig
+    from vlmscope.conformance import CASES, PROMPT, Limits, run_cases
+    from vlmscope.scope import Scope
+    from vlmscope.tasks.wiring import (
+        is_orrery,
+        load_model,
+        load_scope,
+        names_transcoders,
+        random_transcoders,
+        user_pictures,
+    )
 
     pictures = user_pictures(cfg)
     vlm = load_model(cfg)
-    scope, said = _scope(cfg, vlm, context.overrides)
+    # The named set; else the shipped one for Orrery and a random one for any other model.
+    if names_transcoders(context.overrides) or is_orrery(vlm):
+        scope = load_scope(cfg, vlm)
+        which = "random" if isinstance(cfg.transcoder, RandomTranscodersConfig) else cfg.transcoder.path
+    else:
+        scope, which = Scope(vlm, random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm)), "random"
     adapter, task = vlm.adapter, cfg.task
     limits = Limits(task.targets, task.sources, task.positions, new_tokens=task.new_tokens, seed=cfg.seed)
     cases = run_cases(scope, cfg.prompt or PROMPT, pictures, limits)
     reports = list(tqdm(cases, desc="check", total=len(CASES), unit="case"))
-    print(f"{vlm.name}: {adapter.n_layers} layers of width {adapter.d_model}; transcoders: {said}; errors in float64\n")
+    print(
+        f"{vlm.name}: {adapter.n_layers} layers of width {adapter.d_model}; transcoders: {which}; errors in float64\n"
+    )
     print(render(reports, "" if cfg.model.dtype == "float64" else cfg.model.dtype))
     metrics = flat_metrics(reports)
     broken = failures(reports)
@@ -59,13 +73,63 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     return metrics
 
 
-def _scope(cfg: AppConfig, vlm: VLM, overrides: tuple[str, ...]) -> tuple[Scope, str]:
-    """The model with the named set; else with the shipped one for Orrery and a random one for any other model."""
-    from vlmscope.config.schema import RandomTranscodersConfig
-    from vlmscope.scope import Scope
-    from vlmscope.tasks.wiring import is_orrery, load_scope, names_transcoders, random_transcoders
+def render(reports: Sequence[CaseReport], own_dtype: str = "") -> str:
+    """An aligned table, a row an identity, and below it what was skipped and why.
 
-    if not names_transcoders(overrides) and not is_orrery(vlm):
-        return Scope(vlm, random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm)), "random"
-    said = "random" if isinstance(cfg.transcoder, RandomTranscodersConfig) else cfg.transcoder.path
-    return load_scope(cfg, vlm), said
+    `own_dtype` heads the column of errors outside float64; no such column when empty.
+    """
+    done = [report for report in reports if report.exact]
+    lines = [["identity", *(report.case for report in done), "tolerance", "holds", "seconds"]]
+    lines[0] += [f"in {own_dtype}", "what it says"] if own_dtype else ["what it says"]
+    for outcomes in zip(*(report.exact for report in done), strict=True):
+        first, seconds = outcomes[0], sum(outcome.seconds for outcome in outcomes)
+        verdict = "skipped" if all(outcome.skipped for outcome in outcomes) else "yes"
+        verdict = "NO" if any(outcome.failed for outcome in outcomes) else verdict
+        cells = [first.name, *(_number(o.error) for o in outcomes), _bound(first), verdict, f"{seconds:.1f}"]
+        if own_dtype:
+            cells.append(_number(max((r.own[first.name] for r in done if first.name in r.own), default=None)))
+        lines.append([*cells, first.claim])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(1, "-" * max(map(len, text)))
+    for r in reports:
+        size = f"{r.n_tokens} tokens, {r.n_features:,} active features, {r.seconds:.1f} s"
+        text.append(f"{r.case}: {size if r.exact else f'skipped, {r.reason}'}")
+    text += [f"{o.name}, {r.case}: skipped, {o.reason}" for r in reports for o in r.exact if o.skipped]
+    return "\n".join(text)
+
+
+def _number(error: float | None) -> str:
+    if error is None:
+        return "-"
+    return f"{error:.0f}" if error == 0 else f"{error:.1e}"
+
+
+def _bound(outcome: Check) -> str:
+    return f"{'>' if outcome.at_least else '<='} {outcome.tolerance:.0e}" if outcome.tolerance else "= 0"
+
+
+def failures(reports: Sequence[CaseReport]) -> list[str]:
+    """A phrase for each identity that was measured and does not hold."""
+    return [
+        f"{outcome.name} on {report.case} ({_number(outcome.error)}, needs {_bound(outcome)})"
+        for report in reports
+        for outcome in report.exact
+        if outcome.failed
+    ]
+
+
+def flat_metrics(reports: Sequence[CaseReport]) -> dict[str, float]:
+    """`check/<case>/<identity>/error`, `.../seconds`, `.../error_own_dtype`, and the counts of all."""
+    every = [outcome for report in reports for outcome in report.exact]
+    metrics = {f"check/{what}": float(sum(getattr(o, what) for o in every)) for what in ("held", "failed", "skipped")}
+    for report in reports:
+        for outcome in report.exact:
+            if outcome.error is not None:
+                metrics[f"check/{report.case}/{outcome.name}/error"] = outcome.error
+                metrics[f"check/{report.case}/{outcome.name}/seconds"] = outcome.seconds
+        for name, error in report.own.items():
+            metrics[f"check/{report.case}/{name}/error_own_dtype"] = error
+        if report.exact:
+            metrics[f"check/{report.case}/seconds"] = report.seconds
+    return metrics

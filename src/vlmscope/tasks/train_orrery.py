@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vlmscope.models.orrery.config import OrreryConfig
+from vlmscope.models.orrery import OrreryConfig
 from vlmscope.training.config import OrreryTrainingConfig
 
 if TYPE_CHECKING:

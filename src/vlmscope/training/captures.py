@@ -37,7 +37,7 @@ from vlmscope.core.hub import gb
 from vlmscope.core.origin import differences
 from vlmscope.core.records import generator
 from vlmscope.models.base import Adapter
-from vlmscope.models.fingerprints import model_fingerprint, tensors_fingerprint
+from vlmscope.models.placement import model_fingerprint, tensors_fingerprint
 from vlmscope.training.batches import Batch, LayerActivations, OwnPart, forwards
 from vlmscope.training.config import TranscoderTrainingConfig
 from vlmscope.training.ranks import Ranks, joint_sum

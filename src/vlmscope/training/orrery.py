@@ -36,9 +36,7 @@ from vlmscope.data.orrery.hands import hand_scene
 from vlmscope.data.orrery.scenes import KINDS, NUMBERS, PLANETS, SHAPE_COLOURS, SHAPES, SPLITS, Scene, vocabulary
 from vlmscope.data.packing import IGNORE, PackedBatch, pack, to_pixels
 from vlmscope.models.base import token_strings
-from vlmscope.models.orrery.build import build_orrery
-from vlmscope.models.orrery.config import OrreryConfig
-from vlmscope.models.orrery.processor import build_processor
+from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig, warmup_cosine
 from vlmscope.training.resume import ResumableCheckpoint, fit_or_interrupt
 

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vlmscope.core.errors import NotMainRank
-from vlmscope.models.fingerprints import model_fingerprint, tensors_fingerprint
 from vlmscope.models.loading import VLM
+from vlmscope.models.placement import model_fingerprint, tensors_fingerprint
 from vlmscope.scope import Scope
 from vlmscope.training.batches import Batch, OwnPart, forwards
 from vlmscope.training.captures import ActivationStream, CacheSettings, Captures, open_captures

@@ -138,7 +138,7 @@ def test_capture_takes_its_hooks_away() -> None:
     inputs = prepared(vlm)[0]
     capture_mlp(vlm, inputs.tensors)
     capture_state(vlm, inputs)
-    with recording_patterns(vlm.model) as patterns:
+    with recording_patterns(vlm.adapter) as patterns:
         pass
     assert not patterns
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in vlm.model.modules())

@@ -4,17 +4,17 @@ import math
 
 import pytest
 
-from vlmscope.conformance.identities import Check, Skipped, check
+from vlmscope.conformance import Check, Skipped, check
 
 
-@check("half", "a number is small", 0.5)
+@check("a number is small", 0.5)
 def half(subject: float) -> float:
     if subject < 0:
         raise Skipped("negative")
     return subject
 
 
-@check("moves", "a number is large", 0.5, at_least=True)
+@check("a number is large", 0.5, at_least=True)
 def moves(subject: float) -> float:
     return subject
 

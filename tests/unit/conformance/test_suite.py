@@ -5,25 +5,28 @@ import dataclasses
 import pytest
 import torch
 
-from vlmscope.conformance.identities import Check, completeness, direct_effects, total_effects
-from vlmscope.conformance.subject import Limits, Subject, make_subject
-from vlmscope.conformance.suite import (
+from vlmscope.conformance import (
     BEHAVIOUR,
     CASES,
     IDENTITIES,
     PROMPT,
     CaseReport,
-    failures,
-    flat_metrics,
+    Check,
+    Limits,
+    Subject,
+    completeness,
+    direct_effects,
+    make_subject,
     noise_picture,
-    render,
     run_cases,
+    total_effects,
 )
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import exact_float64
-from vlmscope.models.orrery.processor import build_tokenizer
+from vlmscope.models.orrery import build_tokenizer
 from vlmscope.models.tiny import tiny_vlm
 from vlmscope.scope import Scope
+from vlmscope.tasks.check import failures, flat_metrics, render
 from vlmscope.transcoders.transcoder import random_set
 
 SMALL = Limits(sources=2, positions=2, new_tokens=2)

@@ -10,9 +10,7 @@ from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import Scene, vocabulary
 from vlmscope.data.packing import pack, to_pixels
 from vlmscope.data.samples import chat_batch
-from vlmscope.models.orrery.build import build_orrery
-from vlmscope.models.orrery.config import OrreryConfig
-from vlmscope.models.orrery.processor import build_processor
+from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
 from vlmscope.training.config import StageConfig
 from vlmscope.training.orrery import VlmModule
 

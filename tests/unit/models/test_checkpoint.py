@@ -13,7 +13,7 @@ from vlmscope.app import main
 from vlmscope.core.errors import UserError
 from vlmscope.models.checkpoint import check_weights, is_complete, weight_files
 from vlmscope.models.loading import load_vlm
-from vlmscope.models.orrery.processor import build_tokenizer
+from vlmscope.models.orrery import build_tokenizer
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 
 

@@ -5,8 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, Gemma4ForCausalLM
 
 from vlmscope.core.errors import UserError
-from vlmscope.models.base import exact_float64
-from vlmscope.models.decoders import DECODERS
+from vlmscope.models.base import DECODERS, exact_float64
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import randomise, tiny_image, tiny_vlm

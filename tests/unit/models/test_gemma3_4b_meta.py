@@ -11,14 +11,14 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.models.gemma3 import modeling_gemma3
 
 from vlmscope.activations.capture import capture_state
-from vlmscope.conformance.subject import Limits
-from vlmscope.conformance.suite import failures, run_cases
+from vlmscope.conformance import Limits, run_cases
 from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import VLM
 from vlmscope.models.sizes import attention_widths, empty_model, find_config, state_elements
 from vlmscope.models.tiny import randomise, tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
+from vlmscope.tasks.check import failures
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet, random_set
 

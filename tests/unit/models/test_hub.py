@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from vlmscope.app import main
 from vlmscope.config.catalog import conf_dir
 from vlmscope.core.errors import UserError
-from vlmscope.models.checkpoint import is_commit, is_hub_id, model_folder, wanted
+from vlmscope.core.hub import is_commit, is_hub_id
+from vlmscope.models.checkpoint import WANTED, model_folder
 from vlmscope.models.tiny import tiny_gemma3
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -147,7 +148,7 @@ def test_nothing_but_weights_configuration_and_tokenizer_is_wanted() -> None:
         "original/model.safetensors",
         "consolidated.safetensors",
     ]
-    assert wanted([*names, *never, "model.pt", "tf_model.h5", "training_args.bin"]) == names
+    assert WANTED.of([*names, *never, "model.pt", "tf_model.h5", "training_args.bin"]) == names
 
 
 FAILURES = [

@@ -9,7 +9,7 @@ import torch
 
 from vlmscope.app import main
 from vlmscope.attribution.export import load_graph
-from vlmscope.conformance.suite import run_cases
+from vlmscope.conformance import run_cases
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.features.readouts import top_and_bottom_logits

@@ -9,10 +9,10 @@ import torch
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Conversation, Exchange
 from vlmscope.interventions.run import generate_batch, generate_ids
-from vlmscope.models.base import ModelInputs, written_by_user
+from vlmscope.models.base import ModelInputs
 from vlmscope.models.conversations import LOSS_MASK, continued, encode, greedy_answer, sequence_forward
 from vlmscope.models.loading import VLM
-from vlmscope.models.orrery.processor import build_tokenizer
+from vlmscope.models.orrery import build_tokenizer
 from vlmscope.models.template import Turn
 from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 from vlmscope.scope import Scope
@@ -85,11 +85,11 @@ def test_words_that_the_processor_adds_are_not_the_users() -> None:
     replaced = [{"span": (9, 14), "text": "<img>", "replacement": "here is <soft>"}]
     # "user see here is <soft>! model", a token a word; the last but one reaches from the prompt into the template.
     offsets = np.array([(0, 4), (4, 8), (9, 13), (13, 16), (17, 23), (23, 25), (25, 30)])
-    assert written_by_user(turn, replaced, offsets).tolist() == [False, True, False, False, False, True, False]
+    assert turn.written(replaced, offsets).tolist() == [False, True, False, False, False, True, False]
     with pytest.raises(AssertionError, match="another text"):
-        written_by_user(turn, [{**replaced[0], "text": "<pic>"}], offsets)
+        turn.written([{**replaced[0], "text": "<pic>"}], offsets)
     with pytest.raises(AssertionError, match="does not have"):
-        written_by_user(turn, replaced, offsets + 1)
+        turn.written(replaced, offsets + 1)
 
 
 def test_words_that_a_word_level_tokenizer_lacks_are_named() -> None:

@@ -10,9 +10,7 @@ import torch
 from vlmscope.core.errors import UserError
 from vlmscope.data.orrery.dataset import OrreryDataConfig, ScenePool, build
 from vlmscope.data.orrery.scenes import KINDS, vocabulary
-from vlmscope.models.orrery.build import build_orrery
-from vlmscope.models.orrery.config import OrreryConfig
-from vlmscope.models.orrery.processor import build_processor
+from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
 from vlmscope.training import orrery as orrery_training
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig
 from vlmscope.training.orrery import StepBatches, VlmModule, _fit, train_orrery

@@ -1,1 +1,0 @@
-"""Orrery, the embedded VLM: Gemma 3 classes at toy size, with a word-level tokenizer."""

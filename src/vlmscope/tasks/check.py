@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlmscope.core.errors import CheckFailed, UserError
+from vlmscope.core.errors import CheckFailed, check_least
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
@@ -29,9 +29,7 @@ class Config:
 
     def __post_init__(self) -> None:
         # The first generated token needs no cache.
-        for key, least in (("targets", 1), ("sources", 1), ("positions", 1), ("new_tokens", 2)):
-            if getattr(self, key) < least:
-                raise UserError(f"task.{key}={getattr(self, key)}: it must be at least {least}")
+        check_least("task", self, targets=1, sources=1, positions=1, new_tokens=2)
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:

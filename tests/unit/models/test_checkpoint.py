@@ -226,9 +226,6 @@ def test_from_the_command_line_it_is_exit_code_2(
 
 def test_a_whole_folder_is_whole(folder: Path) -> None:
     assert len(weight_files(folder)) > 5
-    tensors = check_weights(folder)
-    stored = {name: tuple(tensor.shape) for path in weight_files(folder) for name, tensor in load_file(path).items()}
-    assert {name: head.shape for name, head in tensors.items()} == stored
     assert is_complete(folder)
     cut_shard(folder)
     assert not is_complete(folder)

@@ -16,8 +16,8 @@ import pandas as pd
 from PIL import Image
 
 from vlmscope.attribution.trace import word_sources
-from vlmscope.circuits.experiment import Declared, bystanders
-from vlmscope.circuits.text_pairs import TextPair, text_cases, text_level, text_pairs
+from vlmscope.circuits.cases import TextPair, bystanders, text_cases, text_pairs
+from vlmscope.circuits.experiment import Declared, text_level
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import png_bytes

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from vlmscope.circuits.experiment import Declared, answer_token, bystanders
+from vlmscope.circuits.cases import answer_token, bystanders
+from vlmscope.circuits.experiment import Declared
 from vlmscope.circuits.operations import Ablate, Carry
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError

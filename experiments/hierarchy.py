@@ -19,8 +19,9 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from vlmscope.circuits.experiment import Declared, pairs_by_question, subject_of_pairs
-from vlmscope.circuits.pair_effects import PairEffects, pair_effects
+from vlmscope.circuits.cases import pairs_by_question, subject_of_pairs
+from vlmscope.circuits.experiment import Declared
+from vlmscope.circuits.pairs import PairEffects, pair_effects
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.intervention import Curve
 from vlmscope.core.records import generator
@@ -36,7 +37,7 @@ from vlmscope.metrics.decoding import (
     simplest,
 )
 from vlmscope.report.figures import dose_response
-from vlmscope.tasks.experiment import from_pairs
+from vlmscope.tasks.declared import from_pairs
 
 if TYPE_CHECKING:
     from vlmscope.tasks.bench import Bench

@@ -22,7 +22,7 @@ from vlmscope.attribution.trace import attribute
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
-from vlmscope.core.intervention import Curve
+from vlmscope.core.intervention import MODES, Curve
 from vlmscope.core.records import generator
 from vlmscope.interventions.effects import SingleEdits, single_effects
 from vlmscope.interventions.run import base_run
@@ -167,11 +167,11 @@ def measure(bench: Bench, one: Asked) -> Iterator[pd.DataFrame]:
     if settings.add:
         edits["add_mean"] = (1.0, mean, mean / activation)
     batch = scope.batch([one.inputs])
-    base = base_run(scope, batch, bench.intervention.modes)
+    base = base_run(scope, batch, MODES)
     fixed = {"layer": layer, "position": position, "index": index, "activation": activation, "band": bands}
     for name, (scale, value, share) in edits.items():
         single = SingleEdits(layer, position, index, np.full(len(at), float(scale)), value)
-        for mode in bench.intervention.modes:
+        for mode in MODES:
             measured = single_effects(scope, batch, base, single, mode, one.tokens)
             predicted = {by: share * effect for by, effect in effects.items()}
             yield pd.DataFrame(
@@ -214,7 +214,7 @@ def agreements(bench: Bench, table: pd.DataFrame) -> dict[tuple[str, ...], Agree
 
 def scatter(bench: Bench, table: pd.DataFrame) -> None:
     """figures/predicted.png: measured against predicted effects of the first edit, a panel a mode."""
-    modes = bench.intervention.modes
+    modes = MODES
     rows: Any = table[table.edit == table.edit[0]]
     band: Any
     most = 1.5 * float(np.abs(rows[["edge", "total", "measured"]].to_numpy()).max(initial=LINEAR))
@@ -246,7 +246,7 @@ def scatter(bench: Bench, table: pd.DataFrame) -> None:
 def by_factor(bench: Bench, found: dict[tuple[str, ...], Agreement], name: str) -> None:
     """figures/spearman.png or slope.png: agreement against what activations are multiplied by, a line a mode."""
     curves = []
-    for mode in bench.intervention.modes:
+    for mode in MODES:
         edits = {s: "ablate" if s == 0 else f"times_{s:g}" for s in sorted(bench.analysis.factors)}
         rates = [getattr(found[mode, edit, PREDICTED_BY[mode]], name) for edit in edits.values()]
         curves.append(Curve.of(f"{label(mode)}, {PREDICTED_BY[mode]}", list(edits), rates))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vlmscope.circuits.experiment import concept_cases
+from vlmscope.circuits.cases import concept_cases
 from vlmscope.core.records import ROLES
 from vlmscope.data.orrery.scenes import PLANETS
 from vlmscope.interventions.effects import mean_ablated, mlp_outputs
@@ -50,7 +50,7 @@ def accuracy_drops(bench: Bench) -> np.ndarray:
     """[layers, roles]: the fall of accuracy, mean over questions, when a layer's MLP output at a role is its mean."""
     means = role_output_means(bench)
     adapter, config = bench.scope.adapter, bench.circuit_config
-    questions = concept_cases(bench.scope, config, bench.concept_pictures, bench.intervention.pictures, ["free"])
+    questions = concept_cases(bench.scope, config, bench.concept_pictures, bench.cfg.intervention.pictures, ["free"])
     drops = np.zeros((adapter.n_layers, len(ROLES)))
     for cases in questions:
         for layer in range(adapter.n_layers):

@@ -16,10 +16,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vlmscope.circuits.experiment import Declared, pair_cases, pairs_by_question, subject_of_pairs
-from vlmscope.circuits.interchange import all_features
-from vlmscope.circuits.operations import Carry
-from vlmscope.circuits.trial_config import TrialConfig
+from vlmscope.circuits.cases import pair_cases, pairs_by_question, subject_of_pairs
+from vlmscope.circuits.config import TrialConfig
+from vlmscope.circuits.experiment import Declared
+from vlmscope.circuits.operations import Carry, all_features
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve

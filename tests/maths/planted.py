@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vlmscope.circuits.discovery.graphs import ANSWER
 from vlmscope.circuits.discovery.nodes import Kind, Nodes
 from vlmscope.circuits.discovery.sides import CircuitSubject
-from vlmscope.circuits.pair_subject import pair_subject
+from vlmscope.circuits.pairs import pair_subject
 from vlmscope.core.records import generator
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.loading import VLM

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vlmscope.app import main
-from vlmscope.circuits.trial_config import MarkConfig, SettingConfig, TrialConfig
+from vlmscope.circuits.config import MarkConfig, SettingConfig, TrialConfig
 from vlmscope.data.orrery.dataset import colour_scenes, pictures
 from vlmscope.report.marks import MARKS
 

@@ -20,7 +20,7 @@ from vlmscope.core.runs import Number
 from vlmscope.interventions import trials
 from vlmscope.tasks import registry
 from vlmscope.tasks.bench import Bench
-from vlmscope.tasks.experiment import run_declared
+from vlmscope.tasks.declared import run_declared
 
 SMALL = ["pairs.train=16", "pairs.test=24", "interchange.steps=2"]
 ALWAYS = ["settings.six.strength=[6,8]", "settings.five.strength=[6,8]", "trainer.threads=1"]

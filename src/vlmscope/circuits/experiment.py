@@ -1,45 +1,37 @@
 """From an experiment's declaration to trials: case sets, features, operations and settings.
 
-Two sources of cases: pictures of two concepts under some questions (`ConceptSource`), whose circuit is found by
-contrast; and counterfactual pairs (`PairSource`), whose features are chosen by estimated effect.
+Two sources of cases: pictures of two concepts under some questions, whose circuit is found by contrast; and
+counterfactual pairs (`PairSource`), whose features are chosen by estimated effect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import permutations
 
-import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from torch import Tensor
 
+from vlmscope.circuits.cases import TextPair, pair_cases, pairs_by_question, subject_of_pairs
 from vlmscope.circuits.circuit import Circuit
-from vlmscope.circuits.config import CircuitConfig
-from vlmscope.circuits.interchange import all_features
-from vlmscope.circuits.interchange_config import InterchangeConfig
-from vlmscope.circuits.operations import Ablate, Carry, Exchange, Shift, Toward
-from vlmscope.circuits.pair_effects import pair_effects
-from vlmscope.circuits.pair_subject import PairSubject, pair_subject
+from vlmscope.circuits.config import CircuitConfig, InterchangeConfig, SettingConfig, TrialConfig
+from vlmscope.circuits.operations import Ablate, Carry, Exchange, Level, Shift, Toward, all_features
+from vlmscope.circuits.pairs import PairEffects, PairSubject, pair_effects, pair_subject
 from vlmscope.circuits.plans import union
-from vlmscope.circuits.trial_config import SettingConfig, TrialConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import CircuitFeature, Supernode
+from vlmscope.core.records import FeatureId
 from vlmscope.data.config import PairsConfig
-from vlmscope.data.images import png_bytes
-from vlmscope.data.pairs import Pair, Side, load_pairs
+from vlmscope.data.pairs import Pair
 from vlmscope.interventions.named import by_layer, donor_activations, mean_activations
 from vlmscope.interventions.run import base_run
 from vlmscope.interventions.trials import Cases, Features, Operation, Setting, Trial, run_trials
-from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
 
 ALL, OWN, EACH = "all", "own", "each"  # sets of features that a trial may name besides questions and supernodes
-Pictures = Callable[[str, str, int], Sequence[Image.Image]]  # concept, split, count
 Metrics = Callable[[pd.DataFrame, Mapping[str, TrialConfig], Mapping[str, SettingConfig]], dict[str, float]]
 
 
@@ -74,31 +66,26 @@ class Declared:
         for name, setting in settings.items():
             if setting.cases not in self.cases:
                 raise UserError(f"settings.{name}.cases={setting.cases}: the case sets are {', '.join(self.cases)}")
-            for one in setting.of or trials:
-                if one not in trials:
-                    raise UserError(f"settings.{name}.of: no trial {one!r}; there are {', '.join(trials)}")
-                for called, declared in self.spread(one, trials[one]).items():
+            for called in setting.of or trials:
+                if called not in trials:
+                    raise UserError(f"settings.{name}.of: no trial {called!r}; there are {', '.join(trials)}")
+                each = {f"{called}/{one}": replace(trials[called], features=one) for one in self.sets}
+                for operation, trial in (each if trials[called].features == EACH else {called: trials[called]}).items():
                     for cases in self.cases[setting.cases]:
-                        yield from self._settings(called, declared, cases, name, setting)
+                        yield from self._combined(operation, trial, cases, name, setting)
 
-    def spread(self, name: str, trial: TrialConfig) -> dict[str, TrialConfig]:
-        """The trial itself, or one for each set of features."""
-        if trial.features != EACH:
-            return {name: trial}
-        return {f"{name}/{found}": replace(trial, features=found) for found in self.sets}
-
-    def _settings(
-        self, called: str, declared: TrialConfig, cases: Cases, name: str, setting: SettingConfig
+    def _combined(
+        self, operation: str, trial: TrialConfig, cases: Cases, name: str, setting: SettingConfig
     ) -> Iterator[Trial]:
         some = cases if setting.first is None else cases.select(range(min(setting.first, cases.batch.size)))
-        means = self.means(declared, cases) if callable(self.means) else self.means
-        strength = self.settled.get(cases.question) if declared.strength is None else declared.strength
+        means = self.means(trial, cases) if callable(self.means) else self.means
+        strength = self.settled.get(cases.question) if trial.strength is None else trial.strength
         if strength is None and not setting.strength:
-            raise UserError(f"trials.{called}.strength=null, but no trial has `settle`")
+            raise UserError(f"trials.{operation}.strength=null, but no trial has `settle`")
         more = {key: getattr(setting, key) for key in ("matched", "random_direction", "new_tokens")}
-        for found in setting.combinations(strength):
-            do = self.operation(declared, cases, found["limit"])
-            yield Trial(called, do, [some], [Setting(name, **found, **more)], means)
+        for axes in setting.combinations(strength):
+            do = self.operation(trial, cases, axes["limit"])
+            yield Trial(operation, do, [some], [Setting(name, **axes, **more)], means)
 
 
 def settle(
@@ -126,130 +113,6 @@ def settle(
     return replace(declared, settled=found)
 
 
-def answer_token(scope: Scope, word: str) -> int:
-    """The id of an answer word.
-
-    Raises:
-        UserError: the tokenizer does not have it as one token.
-    """
-    tokenizer = scope.vlm.tokenizer
-    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        raise UserError(f"the answer {word!r} is not one token of this model: choose one that is")
-    return int(ids[0])
-
-
-def most_probable(scope: Scope, logits: Tensor) -> str:
-    """The word of the most probable token of logits [V]."""
-    return scope.vlm.tokenizer.decode([int(logits.argmax())]).strip()
-
-
-def right_cases(
-    scope: Scope, config: CircuitConfig, name: str, concept: str, images: Sequence[Image.Image], modes: Sequence[str]
-) -> tuple[Cases, list[int], InputBatch]:
-    """A concept's test pictures that are answered rightly to a question, without target or donors.
-
-    Returns:
-        The cases, the numbers of their pictures, and all pictures as a batch.
-
-    Raises:
-        UserError: fewer than `config.least` are.
-    """
-    question = config.questions[name]
-    inputs = [scope.inputs(question.prompt, [image]) for image in images]
-    own = answer_token(scope, question.answers[concept])
-    everything = scope.batch(inputs)
-    logits = scope.forward(everything)
-    rows = torch.nonzero(logits.argmax(-1) == own).flatten()
-    if len(rows) < config.least:
-        said = ", ".join(sorted({most_probable(scope, row) for row in logits}))
-        raise UserError(
-            f"{f'only {len(rows)}' if len(rows) else 'none'} of the {len(images)} pictures of {concept} is answered "
-            f"{question.answers[concept]!r} to {question.prompt!r} (the model says: {said}): nothing to flip; give "
-            "other pictures"
-        )
-    kept = rows.tolist()
-    batch = everything.select(rows)
-    answers = torch.full((len(kept),), own, device=rows.device)
-    cases = Cases(
-        "test",
-        name,
-        batch,
-        base_run(scope, batch, [mode for mode in modes if mode != "generate"]),
-        answers,
-        torch.full_like(answers, -1),
-        tuple(f"{concept} {row}" for row in kept),
-        inputs=tuple(inputs[row] for row in kept),
-        prompt=question.prompt,
-        pngs=tuple(png_bytes(images[row], 128) for row in kept),
-    )
-    return cases, kept, everything
-
-
-def concept_cases(
-    scope: Scope, config: CircuitConfig, pictures: Pictures, count: int, modes: Sequence[str]
-) -> list[Cases]:
-    """The recipient's test pictures that are answered rightly, a case set per question; donors row by row."""
-    recipient, donor = config.concepts
-    images = pictures(recipient, "test", count)
-    gifts = pictures(donor, "test", max(len(images), 1))
-    found = []
-    for name, question in config.questions.items():
-        target = answer_token(scope, question.answers[donor])
-        cases, rows, _ = right_cases(scope, config, name, recipient, images, modes)
-        donors = scope.batch([scope.inputs(question.prompt, [gifts[row % len(gifts)]]) for row in rows])
-        found.append(replace(cases, target=torch.full_like(cases.answer, target), donors=donors))
-    return found
-
-
-def matrix_cases(
-    scope: Scope, config: CircuitConfig, pictures: Pictures, count: int, modes: Sequence[str]
-) -> dict[str, list[Cases]]:
-    """Every ordered pair of concepts, tagged `recipient` and `donor`, under each question that tells them apart.
-
-    Returns:
-        "test": the recipients that are answered rightly, with donors row by row; "third": all pictures of each concept
-        outside the pair, under the first question; a hit is the donor's word.
-
-    Raises:
-        UserError: no question tells two concepts apart, or too few pictures of a concept are answered rightly.
-    """
-    images = {concept: pictures(concept, "test", count) for concept in config.concepts}
-    test: list[Cases] = []
-    third: list[Cases] = []
-    for number, (name, question) in enumerate(config.questions.items()):
-        token = {concept: answer_token(scope, question.answers[concept]) for concept in images}
-        right = {concept: right_cases(scope, config, name, concept, of, modes) for concept, of in images.items()}
-        asked = {}
-        for concept, of in images.items() if number == 0 else ():
-            inputs = [scope.inputs(question.prompt, [image]) for image in of]
-            asked[concept] = bystanders(scope, "third", name, inputs, [f"{concept} {i}" for i in range(len(of))])
-        for recipient, donor in permutations(images, 2):
-            tags = {"recipient": recipient, "donor": donor}
-
-            def turned(cases: Cases, tags: Mapping[str, str] = tags, target: int = token[donor]) -> Cases:
-                return replace(cases, target=torch.full_like(cases.answer, target), tags=tags)
-
-            third += [turned(one) for concept, one in asked.items() if concept not in (recipient, donor)]
-            if token[recipient] != token[donor]:
-                cases, rows, _ = right[recipient]
-                at = [row % len(images[donor]) for row in rows]
-                test.append(replace(turned(cases), donors=right[donor][2].select(torch.tensor(at))))
-    if not test:
-        raise UserError(f"no question of {', '.join(config.questions)} tells two of circuit.concepts apart")
-    return {"test": test, "third": third}
-
-
-def bystanders(
-    scope: Scope, name: str, question: str, inputs: Sequence[ModelInputs], ids: Sequence[str], target: int = -1
-) -> Cases:
-    """Prompts about something else, whatever they are answered; hits are answers `target`."""
-    batch = scope.batch(list(inputs))
-    base = base_run(scope, batch, ["free"])
-    answer = base.logits.argmax(-1)
-    return Cases(name, question, batch, base, answer, torch.full_like(answer, target), tuple(ids), inputs=tuple(inputs))
-
-
 def concept_operation(
     circuit: Circuit, config: CircuitConfig, pair: Sequence[str] = ()
 ) -> Callable[[TrialConfig, Cases, int | None], Operation]:
@@ -274,68 +137,38 @@ def concept_operation(
     return made
 
 
-def pairs_by_question(config: PairsConfig, split: str) -> dict[str, list[Pair]]:
-    """The pairs of a split by question. Of a question whose answer differs in some pairs, only those count."""
-    found: dict[str, list[Pair]] = {}
-    for pair in load_pairs(config, split):
-        found.setdefault(pair.question, []).append(pair)
-    return {name: [p for p in some if p.moves] or some for name, some in found.items()}
-
-
-def subject_of_pairs(
-    scope: Scope,
-    question: str,
-    pairs: Sequence[Pair],
-    least: int,
-    answerable: bool = True,
-    modes: Collection[str] = ("free",),
-) -> PairSubject:
-    """Both sides of a question's pairs, run once.
+def text_level(scope: Scope, pairs: Sequence[TextPair], count: int, steps: int) -> tuple[Level, dict[int, Tensor]]:
+    """The `count` features of most estimated effect on each token that differs within every pair, and their levels.
 
     Args:
         scope: the model and its transcoders.
-        question: its name.
-        pairs: its pairs.
-        least: how many must be left.
-        answerable: keep only pairs that are answered rightly on both sides; else all.
-        modes: those that the originals will be edited in.
+        pairs: all equally long.
+        count: features a token.
+        steps: inputs at which gradients are taken (see `pair_effects`).
+
+    Returns:
+        The operation, and layer -> [F] mean activations in the prompts, by which controls are matched.
+
+    Raises:
+        UserError: no token differs within every pair.
     """
-
-    def tokens(sides: Sequence[Side]) -> Tensor:
-        known = {word: answer_token(scope, word) for word in {side.answer for side in sides}}
-        return torch.tensor([known[side.answer] for side in sides], device=scope.adapter.device)
-
-    originals, others = [pair.original for pair in pairs], [pair.counterfactual for pair in pairs]
-    first, second = ([scope.inputs(side.prompt, list(side.images)) for side in sides] for sides in (originals, others))
-    return pair_subject(scope, question, first, second, tokens(originals), tokens(others), least, answerable, modes)
-
-
-def pair_cases(scope: Scope, subject: PairSubject, pairs: Sequence[Pair], name: str = "test") -> Cases:
-    """The originals as recipients and the counterfactuals as donors; `pairs` are those that the subject chose from."""
-    kept = [pairs[row] for row in subject.rows.tolist()]
-    return Cases(
-        name,
-        subject.question,
-        subject.batch,
-        subject.base,
-        subject.tokens,
-        subject.other_tokens,
-        tuple(pair.id for pair in kept),
-        subject.other,
-        subject.other_logits,
-        inputs=tuple(scope.inputs(pair.original.prompt, list(pair.original.images)) for pair in kept),
-        prompt=kept[0].original.prompt,
-        pngs=tuple(_both_sides(pair) for pair in kept),
+    differ = [{at for at, (a, b) in enumerate(zip(*pair.ids, strict=True)) if a != b} for pair in pairs]
+    found: list[FeatureId] = []
+    for at in sorted(set.intersection(*differ)):
+        a, b = ([pair.begun(scope, side, at) for pair in pairs] for side in (0, 1))
+        own, other = (
+            torch.tensor([pair.ids[side][at] for pair in pairs], device=scope.adapter.device) for side in (0, 1)
+        )
+        subject = pair_subject(scope, f"word {at}", a, b, own, other, least=1, answerable=False, modes=())
+        found += [member.feature for member in pair_effects(scope, subject, steps).ranked(count)]
+    if not found:
+        raise UserError("no word differs within every training pair's answers, so no feature can be chosen")
+    prompts, whole = (
+        [scope.batch([pair.begun(scope, side, tokens) for pair in pairs]) for side in (0, 1)]
+        for tokens in (0, len(pairs[0].ids[0]))
     )
-
-
-def _both_sides(pair: Pair) -> bytes:
-    """Original and counterfactual in one picture, the original alone where they differ in height."""
-    sides = [np.asarray(side.images[0]) for side in (pair.original, pair.counterfactual) if side.images]
-    if not sides:
-        return png_bytes(np.full((8, 8, 3), 255, np.uint8))
-    same = len({side.shape[0] for side in sides}) == 1
-    return png_bytes(np.concatenate(sides, 1) if same else sides[0], 256)
+    level = Level(by_layer(scope.transcoders, found), (whole[0], whole[1]), prompts[0].length)
+    return level, mean_activations(scope, prompts, scope.transcoders.layers)
 
 
 @dataclass
@@ -346,10 +179,6 @@ class PairSource:
     the supernodes of a given circuit, which keep to their positions.
 
     Attributes:
-        scope: the model and its transcoders.
-        pairs: which pairs.
-        config: how features are chosen.
-        circuit: a given circuit, instead of choosing.
         deepest: the most features that any setting asks for.
         accuracy: once there are cases, `base/<question>/<side>/accuracy` and how many pairs are used.
     """
@@ -362,7 +191,7 @@ class PairSource:
     accuracy: dict[str, float] = field(default_factory=dict)
     _sides: list[InputBatch] = field(default_factory=list)
     _subjects: dict[str, PairSubject] = field(default_factory=dict)
-    _ranked: dict[str, list[CircuitFeature]] = field(default_factory=dict)
+    _effects: dict[str, PairEffects] = field(default_factory=dict)
     _matched: dict[str | None, Mapping[int, Tensor]] = field(default_factory=dict)
 
     def cases(self, modes: Mapping[str, Collection[str]]) -> dict[str, list[Cases]]:
@@ -387,22 +216,14 @@ class PairSource:
                 self.accuracy[f"base/{question}/{side}/accuracy"] = rate.value
             if name == "test" and "counterfactual" in modes:
                 base = base_run(self.scope, subject.other, modes["counterfactual"])
-                other = replace(
-                    cases,
-                    name="counterfactual",
-                    batch=subject.other,
-                    base=base,
-                    inputs=(),
-                    donors=None,
-                    donor_logits=None,
-                )
-                found["counterfactual"].append(other)
+                other = replace(cases, name="counterfactual", batch=subject.other, base=base, inputs=())
+                found["counterfactual"].append(replace(other, donors=None, donor_logits=None))
         if not found["test"]:
             raise UserError("no question's answer differs within a pair: there is nothing that could follow")
         return found
 
     def subject(self, question: str, pairs: Sequence[Pair], modes: Collection[str] = ("free",)) -> PairSubject:
-        """The pairs that count, as `interchange` has it."""
+        """The pairs that count, as `config` has it."""
         return subject_of_pairs(self.scope, question, pairs, self.config.least, self.config.answerable, modes)
 
     @cached_property
@@ -415,32 +236,27 @@ class PairSource:
         return [name for name, pairs in self._training.items() if pairs[0].moves]
 
     def training(self, question: str) -> PairSubject:
-        """The training pairs of a question, kept for the next call.
-
-        Raises:
-            UserError: it has none.
-        """
+        """The training pairs of a question, run once."""
         if question not in self._training:
             raise UserError(f"question {question!r} has no training pairs to choose features by: raise pairs.train")
         if question not in self._subjects:
             self._subjects[question] = self.subject(question, self._training[question])
         return self._subjects[question]
 
-    def ranked(self, question: str) -> list[CircuitFeature]:
-        """The features of a question by estimated effect on its training pairs, best first.
-
-        Raises:
-            UserError: it has no training pairs, or their answers do not differ.
-        """
-        if question not in self._ranked:
+    def effects(self, question: str) -> PairEffects:
+        """What each feature is estimated to do to a question's answers on its training pairs, which must differ."""
+        if question not in self._effects:
             subject = self.training(question)
             if not subject.moves:
                 raise UserError(
                     f"question {question!r}: its answer is the same on both sides, so no feature changes it"
                 )
-            effects = pair_effects(self.scope, subject, self.config.steps)
-            self._ranked[question] = effects.ranked(max(self.config.features, self.deepest))
-        return self._ranked[question]
+            self._effects[question] = pair_effects(self.scope, subject, self.config.steps)
+        return self._effects[question]
+
+    def ranked(self, question: str) -> list[CircuitFeature]:
+        """The features of a question by estimated effect, best first."""
+        return self.effects(question).ranked(max(self.config.features, self.deepest))
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -463,23 +279,18 @@ class PairSource:
         own = named in (None, OWN)
         if self.circuit is not None and (own or named in self.circuit.supernodes):
             nodes = [node for name, node in self.circuit.supernodes.items() if own or name == named]
-            members = [member for node in nodes for member in node.features[:limit]]
-            return self._by_layer(members), tuple(nodes)
+            return self._by_layer(member for node in nodes for member in node.features[:limit]), tuple(nodes)
         wanted = question if own else str(named)
         if self.circuit is not None or wanted not in self.questions:
             there = ", ".join((ALL, OWN, EACH, *self.sets))
             raise UserError(f"trials: features={named}: no such set for question {question!r}; choose from {there}")
         return self._by_layer(self.ranked(wanted)[: limit or self.config.features]), ()
 
-    def _by_layer(self, members: Sequence[CircuitFeature]) -> Features:
+    def _by_layer(self, members: Iterable[CircuitFeature]) -> Features:
         return by_layer(self.scope.transcoders, [member.feature for member in members])
 
     def operation(self, trial: TrialConfig, cases: Cases, limit: int | None) -> Operation:
-        """The operation of a trial on a case set.
-
-        Raises:
-            UserError: it needs two concepts, or features that are not there.
-        """
+        """The operation of a trial on a case set."""
         if trial.do == "carry" and trial.features == ALL and not trial.pooled and trial.strength == 1:
             return Carry(None)
         features, nodes = self.chosen(trial.features, cases.question, limit)
@@ -489,15 +300,14 @@ class PairSource:
             return Toward(features, nodes)
         if trial.do == "ablate":
             return Ablate(features, nodes)
-        if trial.do == "shift":
-            return Shift(self.change(cases.question, features), nodes)
-        raise UserError(f"trials: do={trial.do} needs two concepts; with pairs choose carry, toward, shift or ablate")
-
-    def change(self, question: str, features: Features) -> dict[int, tuple[Tensor, Tensor]]:
-        """Layer -> (features [n], mean change [T, n] of activation from original to counterfactual, training pairs)."""
-        train = self.training(question)
+        if trial.do != "shift":
+            raise UserError(
+                f"trials: do={trial.do} needs two concepts; with pairs choose carry, toward, shift or ablate"
+            )
+        train = self.training(cases.question)
         before, after = (donor_activations(self.scope, side, features) for side in (train.batch, train.other))
-        return {layer: (found, (after[layer][1] - values).mean(0)) for layer, (found, values) in before.items()}
+        change = {layer: (some, (after[layer][1] - values).mean(0)) for layer, (some, values) in before.items()}
+        return Shift(change, nodes)
 
     def transfer(self, question: str, fact: str, count: int) -> Iterator[Trial]:
         """Features of a question chosen on pairs of one value of another fact, carried on test pairs of each value.
@@ -515,15 +325,12 @@ class PairSource:
         """
         groups: dict[str, dict[str, list[Pair]]] = {}
         for split in ("train", "test"):
-            found = pairs_by_question(replace(self.pairs, train=count, test=count), split)
-            value_of = {pair.id: pair.original.answer for pair in found[fact]}
-            for pair in found[question]:
+            pairs = pairs_by_question(replace(self.pairs, train=count, test=count), split)
+            value_of = {pair.id: pair.original.answer for pair in pairs[fact]}
+            for pair in pairs[question]:
                 if pair.id in value_of:
-                    groups.setdefault(value_of[pair.id], {}).setdefault(split, []).append(pair)
-        sizes = {
-            value: min(len(sides.get(split, ())) for split in ("train", "test")) for value, sides in groups.items()
-        }
-        enough = sorted(value for value, size in sizes.items() if size >= self.config.least)
+                    groups.setdefault(value_of[pair.id], {"train": [], "test": []})[split].append(pair)
+        enough = sorted(v for v, sides in groups.items() if min(map(len, sides.values())) >= self.config.least)
         if len(enough) < 2:
             raise UserError(f"{fact}: fewer than two values have {self.config.least} pairs; raise interchange.transfer")
         chosen, tested = [], []

@@ -1,6 +1,7 @@
 """What trials do to activations: carry, move toward, shift, ablate, set to a mean level, exchange two supernodes.
 
-Each class is an `Operation` of `vlmscope.interventions.trials`. Legend: B cases, T positions, n features of a layer.
+Each class is an `Operation` of `vlmscope.interventions.trials`. Carrying activations from a donor is an interchange
+intervention (Geiger et al., arXiv 2106.02997). Legend: B cases, T positions, n features of a layer.
 """
 
 from __future__ import annotations
@@ -9,32 +10,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vlmscope.circuits.circuit import Circuit
-from vlmscope.circuits.interchange import whole_plan
 from vlmscope.circuits.plans import at_supernodes, steer_plan
-from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Supernode
 from vlmscope.interventions.edits import AnyPlan, Gate, LayerEdit, WholeEdit, position_mask, set_features
 from vlmscope.interventions.named import donor_activations, patch_plan
 from vlmscope.interventions.trials import Cases, Features
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
-from vlmscope.transcoders.transcoder import SparseCode
+from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
 
 
-def _donors(cases: Cases) -> InputBatch:
-    """The donors of a case set.
-
-    Raises:
-        UserError: it has none.
-    """
-    if cases.donors is None:
-        raise UserError(f"settings: cases={cases.name} has no donors to carry anything from; choose test, or do: shift")
-    return cases.donors
+def all_features(transcoders: TranscoderSet) -> dict[int, Tensor]:
+    """Every feature of every layer."""
+    return {layer: torch.arange(transcoders[layer].config.n_features) for layer in transcoders.layers}
 
 
 @dataclass(frozen=True)
@@ -56,26 +48,26 @@ class Carry:
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
         """As `Operation.plan`."""
-        donors = _donors(cases)
+        roles, donors = cases.batch.roles, cases.donor_codes(scope)
         chosen = self.features if features is None else features
         if chosen is None:
             assert strength == 1, "all features are carried at their own level"
-            whole = whole_plan(scope, donors)
-            return {layer: _last_code(edit, cases.batch.roles) for layer, edit in whole.items()} if self.last else whole
-        live = {layer: found for layer, found in chosen.items() if len(found)}
-        given = donor_activations(scope, donors, live)
+            return {layer: self._whole(scope, cases, layer, code) for layer, code in donors.items()}
+        given = donor_activations(scope, donors, {layer: some for layer, some in chosen.items() if len(some)})
         if self.last:
-            where = position_mask(cases.batch.roles, "role_last")
+            where = position_mask(roles, "last")
             return {layer: set_features(f, strength * acts[:, -1:], where) for layer, (f, acts) in given.items()}
-        plan = patch_plan(given, cases.batch.roles, strength, self.pooled)
-        return at_supernodes(plan, self.nodes, cases.batch.places)
+        return at_supernodes(patch_plan(given, roles, strength, self.pooled), self.nodes, cases.batch.places)
 
-
-def _last_code(edit: WholeEdit, roles: np.ndarray) -> WholeEdit:
-    """The donors' code at their last position, for the last position of recipients with roles [T]."""
-    indices, values = (one[:, -1:].expand(-1, len(roles), -1) for one in (edit.code.indices, edit.code.values))
-    code = SparseCode(indices, values)
-    return WholeEdit(code, edit.width, position_mask(roles, "role_last"))
+    def _whole(self, scope: Scope, cases: Cases, layer: int, code: SparseCode) -> WholeEdit:
+        """Every feature of a layer set to what it is in the donors; only active ones are kept."""
+        roles, width = cases.batch.roles, scope.transcoders[layer].config.n_features
+        if self.last:
+            ends = (one[:, -1:].expand(-1, len(roles), -1) for one in (code.indices, code.values))
+            return WholeEdit(SparseCode(*ends), width, position_mask(roles, "last"))
+        last = torch.from_numpy(roles == "last")
+        generated = SparseCode(code.indices[:, last][:, 0], code.values[:, last][:, 0])
+        return WholeEdit(code, width, position_mask(roles, "all"), generated)
 
 
 @dataclass(frozen=True)
@@ -90,7 +82,7 @@ class Toward:
         """As `Operation.plan`."""
         chosen = self.features if features is None else features
         start = donor_activations(scope, cases.batch, chosen)
-        end = patch_plan(donor_activations(scope, _donors(cases), chosen), cases.batch.roles)
+        end = patch_plan(donor_activations(scope, cases.donor_codes(scope), chosen), cases.batch.roles)
         plan = {
             layer: replace(e, value=(start[layer][1] + strength * (e.value - start[layer][1])).clamp_min(0))
             for layer, e in end.items()

@@ -13,11 +13,16 @@ from omegaconf import II, MISSING
 
 from vlmscope.attention.config import WhereConfig
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.circuits.config import CircuitConfig, InterventionConfig
+from vlmscope.circuits.config import (
+    CircuitConfig,
+    InterchangeConfig,
+    InterventionConfig,
+    MarkConfig,
+    SettingConfig,
+    TrialConfig,
+)
 from vlmscope.circuits.discovery.config import DiscoveryConfig
-from vlmscope.circuits.interchange_config import InterchangeConfig
 from vlmscope.circuits.spec_config import CircuitSpecConfig
-from vlmscope.circuits.trial_config import MarkConfig, SettingConfig, TrialConfig
 from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.core.intervention import Rate
 from vlmscope.core.runs import Number

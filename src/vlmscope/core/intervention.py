@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from vlmscope.core.records import FeatureId, PatchBox, Positions
 
@@ -28,26 +27,6 @@ class Rate:
         """Metrics: its value as `name`, with `_ci_low`, `_ci_high` and, where there is one, `_control`."""
         found = {name: self.value, f"{name}_ci_low": self.ci_low, f"{name}_ci_high": self.ci_high}
         return found if self.control is None else found | {f"{name}_control": self.control}
-
-
-class Change(NamedTuple):
-    """How far next tokens moved: mean KL(before || after) in nats, share whose most probable token is another."""
-
-    kl: float
-    top1_changed: float
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What a plan did in a mode, beside matched random features and (free mode) random directions of the same norm.
-
-    The controls are means over their draws, None when none was drawn.
-    """
-
-    mode: str
-    change: Change
-    matched: Change | None
-    direction: Change | None
 
 
 @dataclass(frozen=True)

@@ -74,30 +74,19 @@ class LayerEdit:
     at: Tensor | None = None
     at_generated: Tensor | None = None
 
-    def new(self, current: Tensor) -> Tensor:
-        """New activations for current ones [B, T, n]."""
-        return self.scale * current + self.value
-
     def to(self, device: torch.device) -> LayerEdit:
         """The same on a device, but for `where`, which indexes tensors of any device from the CPU."""
+        moved = {key: one.to(device) for key, one in vars(self).items() if isinstance(one, Tensor) and key != "where"}
+        if self.gate is not None:
+            tensors = {key: one.to(device) for key, one in vars(self.gate).items() if isinstance(one, Tensor)}
+            moved["gate"] = replace(self.gate, **tensors)
+        return replace(self, **moved)
 
-        def moved(one: Tensor | None) -> Tensor | None:
-            return None if one is None else one.to(device)
-
-        gate = self.gate
-        if gate is not None:
-            level, generated = gate.level.to(device), gate.generated.to(device)
-            gate = replace(gate, features=gate.features.to(device), level=level, generated=generated)
-        return replace(
-            self,
-            features=self.features.to(device),
-            value=self.value.to(device),
-            scale=self.scale.to(device),
-            generated=moved(self.generated),
-            gate=gate,
-            at=moved(self.at),
-            at_generated=moved(self.at_generated),
-        )
+    def places(self) -> tuple[Tensor, Tensor]:
+        """`at` [T, n] and `at_generated` [n], also where all are meant."""
+        every = torch.ones(len(self.where), len(self.features), dtype=torch.bool, device=self.features.device)
+        generated = every[0] if self.at_generated is None else self.at_generated
+        return (every if self.at is None else self.at), generated
 
 
 @dataclass(frozen=True)
@@ -133,11 +122,7 @@ def at_step(values: Tensor, rank: int, step: int) -> Tensor:
 
 
 def merge(plans: Iterable[Plan]) -> dict[int, LayerEdit]:
-    """Join plans that act on the same positions; where two name the same feature the later one wins.
-
-    Raises:
-        UserError: the plans act on different positions of one layer, or one of them has a gate (add it afterwards).
-    """
+    """Join ungated plans that act on the same positions; where two name the same feature the later one wins."""
     merged: dict[int, LayerEdit] = {}
     for plan in plans:
         for layer, edit in plan.items():
@@ -150,30 +135,27 @@ def _join(first: LayerEdit, second: LayerEdit, layer: int) -> LayerEdit:
         raise UserError(f"two edits of layer {layer} act on different positions: give them as two runs")
     if first.gate is not None or second.gate is not None:
         raise UserError(f"two edits of layer {layer}, one of them gated: merge them first and gate the result")
-    second = second.to(first.features.device)
-    keep = ~torch.isin(first.features, second.features)
     if (first.generated is None) != (second.generated is None):
         raise UserError(f"two edits of layer {layer} disagree on generated tokens: set both or neither")
+    second = second.to(first.features.device)
+    keep = ~torch.isin(first.features, second.features)
 
-    def pair(a: Tensor, b: Tensor, n_a: int, n_b: int) -> Tensor:
-        a, b = a.expand(*a.shape[:-1], n_a)[..., keep], b.expand(*b.shape[:-1], n_b)
-        rank = max(a.ndim, b.ndim)
-        a, b = (t.reshape((1,) * (rank - t.ndim) + t.shape) for t in (a, b))
+    def joined(a: Tensor, b: Tensor) -> Tensor:
+        """Values of the features kept and of the second's, both broadcast to the same leading dimensions."""
+        a = a.expand(*a.shape[:-1], len(first.features))[..., keep]
+        b = b.expand(*b.shape[:-1], len(second.features))
         lead = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
         return torch.cat([a.expand(*lead, a.shape[-1]), b.expand(*lead, b.shape[-1])], -1)
 
-    sizes = (len(first.features), len(second.features))
-    at = at_generated = None
-    if first.at is not None or second.at is not None:
-        places = [_places(first, keep), _places(second, torch.ones_like(second.features, dtype=torch.bool))]
-        at, at_generated = torch.cat([p for p, _ in places], -1), torch.cat([g for _, g in places])
-    generated = None
+    generated = at = at_generated = None
     if first.generated is not None and second.generated is not None:
-        generated = pair(first.generated, second.generated, *sizes)
+        generated = joined(first.generated, second.generated)
+    if first.at is not None or second.at is not None:
+        at, at_generated = (joined(a, b) for a, b in zip(first.places(), second.places(), strict=True))
     return LayerEdit(
         torch.cat([first.features[keep], second.features]),
-        pair(first.value, second.value, *sizes),
-        pair(first.scale, second.scale, *sizes),
+        joined(first.value, second.value),
+        joined(first.scale, second.scale),
         first.where,
         generated,
         at=at,
@@ -181,23 +163,9 @@ def _join(first: LayerEdit, second: LayerEdit, layer: int) -> LayerEdit:
     )
 
 
-def _places(edit: LayerEdit, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """`at` and `at_generated` of the features to keep [n] bool."""
-    n, length = len(edit.features), len(edit.where)
-    every = torch.ones(length, n, dtype=torch.bool, device=edit.features.device)
-    at, generated = (every if edit.at is None else edit.at), edit.at_generated
-    return at[:, keep], (every[0] if generated is None else generated)[keep]
-
-
 def set_features(features: Tensor, value: Tensor, where: Tensor, generated: Tensor | None = None) -> LayerEdit:
     """Set activations to `value`, whatever they are."""
     return LayerEdit(features, value, value.new_zeros(len(features)), where, generated)
-
-
-def scale_features(features: Tensor, factor: float, where: Tensor) -> LayerEdit:
-    """Multiply activations (0 ablates)."""
-    n = len(features)
-    return LayerEdit(features, torch.zeros(n), torch.full((n,), float(factor)), where)
 
 
 def at_positions(plan: Mapping[int, Edit], where: Tensor) -> dict[int, Edit]:
@@ -206,37 +174,25 @@ def at_positions(plan: Mapping[int, Edit], where: Tensor) -> dict[int, Edit]:
 
 
 def features_at(edit: LayerEdit, features: Tensor, where: Tensor, generated: bool) -> LayerEdit:
-    """The same edit, in which some features are edited only at some positions.
-
-    Args:
-        edit: of one layer.
-        features: [m] int64, some of the edit's; each keeps what it had been restricted to.
-        where: [T] bool.
-        generated: whether they are edited at generated tokens.
+    """The same edit, in which `features` [m], some of the edit's, are edited only at positions `where` [T] bool and,
+    if `generated`, at generated tokens; each keeps what it had been restricted to.
     """
-    at, at_generated = _places(edit, torch.ones_like(edit.features, dtype=torch.bool))
+    at, at_generated = edit.places()
     theirs = torch.isin(edit.features, features.to(edit.features.device))
     where = where.to(at.device)
     return replace(edit, at=at & (where[:, None] | ~theirs), at_generated=at_generated & (~theirs | generated))
 
 
-def without_layers(plan: Mapping[int, Edit], layers: Iterable[int]) -> dict[int, Edit]:
-    """The same plan without some layers."""
-    dropped = set(layers)
-    return {layer: edit for layer, edit in plan.items() if layer not in dropped}
-
-
-def position_mask(roles: np.ndarray, scope: str) -> Tensor:
-    """[T] bool for a scope: 'all', 'no_last_position', or 'role_<role>'.
+def position_mask(roles: np.ndarray, positions: str) -> Tensor:
+    """[T] bool for "all", "no_last" or a role.
 
     Raises:
         UserError: a role that the prompt does not have.
     """
-    if scope == "all":
+    if positions == "all":
         return torch.ones(len(roles), dtype=torch.bool)
-    if scope == "no_last_position":
+    if positions == "no_last":
         return torch.from_numpy(roles != "last")
-    role = scope.removeprefix("role_")
-    if not np.any(roles == role):
-        raise UserError(f"no position has role {role!r}; this prompt has {', '.join(sorted(set(roles)))}")
-    return torch.from_numpy(roles == role)
+    if not np.any(roles == positions):
+        raise UserError(f"no position has role {positions!r}; this prompt has {', '.join(sorted(set(roles)))}")
+    return torch.from_numpy(roles == positions)

@@ -1,19 +1,10 @@
-"""Effects of plans, of mean ablation, and of many single edits at once.
+"""Edits that are no plan: mean ablation of whole MLP outputs, and many single edits of one prompt run as a batch.
 
-What a plan does to the next token of some prompts, beside its controls.
-
-Legend: B prompts, V vocabulary, F width of a transcoder.
-
-Mean ablation of whole MLP outputs: how much a layer matters at some positions.
-
-Many edits of one prompt, each of a single feature at a single position, run together as a batch.
-
-Legend: n edits, B edits of one forward, T positions, V vocabulary.
+Legend: n edits, B prompts or edits of one forward, T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,66 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.core.intervention import Change, Effect
-from vlmscope.core.records import control_draws
-from vlmscope.interventions.edits import LayerEdit, Plan
-from vlmscope.interventions.named import matched_features, run_random_direction
+from vlmscope.interventions.edits import LayerEdit
 from vlmscope.interventions.run import BaseRun, run_edited
-from vlmscope.metrics.causal import kl_divergence
 from vlmscope.models.base import Adapter
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
 
-
-def measure_effect(
-    scope: Scope,
-    batch: InputBatch,
-    base: BaseRun,
-    plan: Plan,
-    mode: str,
-    mean_activation: Mapping[int, Tensor],
-    draws: int,
-    seed: int = 0,
-) -> tuple[Effect, Tensor]:
-    """Run a plan and its controls.
-
-    Args:
-        scope: the model and its transcoders.
-        batch: the prompts.
-        base: their unedited run.
-        plan: edits by layer.
-        mode: 'direct', 'frozen_attention' or 'free'. Random directions are run in free mode alone.
-        mean_activation: layer -> [F], by which matched features are chosen.
-        draws: how often each control is drawn; 0 for no controls.
-        seed: under which they are drawn.
-
-    Returns:
-        The effect, and the edited logits [B, V] at the last position.
-    """
-    logits = run_edited(scope, batch, plan, mode, base)
-    matched = [
-        run_edited(scope, batch, matched_features(plan, mean_activation, draw), mode, base)
-        for draw in control_draws(seed, draws)
-    ]
-    directions = [
-        run_random_direction(scope, batch, plan, draw) for draw in control_draws(seed, draws if mode == "free" else 0)
-    ]
-    effect = Effect(
-        mode,
-        _change(base.logits, [logits]),
-        _change(base.logits, matched) if matched else None,
-        _change(base.logits, directions) if directions else None,
-    )
-    return effect, logits
-
-
-def _change(before: Tensor, after: Sequence[Tensor]) -> Change:
-    """Mean over prompts and runs of KL(before || after), and the share whose most probable token is another."""
-    first = before.double().cpu().numpy()
-    found = [logits.double().cpu().numpy() for logits in after]
-    kl = np.mean([kl_divergence(first, logits).mean() for logits in found])
-    changed = np.mean([(first.argmax(-1) != logits.argmax(-1)).mean() for logits in found])
-    return Change(float(kl), float(changed))
+BATCH = 96  # edits of one forward
 
 
 @torch.no_grad()
@@ -115,9 +53,6 @@ def mean_ablated(adapter: Adapter, batch: InputBatch, layer: int, where: Tensor,
         handle.remove()
 
 
-BATCH = 96  # edits of one forward
-
-
 @dataclass(frozen=True)
 class SingleEdits:
     """n edits: row i makes feature `index[i]` of `layer[i]` at `position[i]` `scale[i] * current + value[i]`.
@@ -138,7 +73,7 @@ class SingleEdits:
 
     def rows(self, some: slice) -> SingleEdits:
         """Some of them."""
-        return SingleEdits(*(v[some] for v in (self.layer, self.position, self.index, self.scale, self.value)))
+        return SingleEdits(*(values[some] for values in vars(self).values()))
 
 
 def single_plan(edits: SingleEdits, size: int, length: int, like: Tensor) -> dict[int, LayerEdit]:
@@ -166,18 +101,12 @@ def single_plan(edits: SingleEdits, size: int, length: int, like: Tensor) -> dic
 
 def repeated(base: BaseRun, size: int) -> BaseRun:
     """The run of one prompt as that of a batch of `size` copies, without copying it."""
-
-    def tiled(table: dict) -> dict:
-        return {key: v.expand(size, *v.shape[1:]) for key, v in table.items()}
-
-    return replace(
-        base,
-        logits=base.logits.expand(size, -1),
-        patterns=tiled(base.patterns),
-        mlp_in=tiled(base.mlp_in),
-        written=tiled(base.written),
-        inverse_rms=tiled(base.inverse_rms),
-    )
+    tables = {
+        key: {at: v.expand(size, *v.shape[1:]) for at, v in table.items()}
+        for key, table in vars(base).items()
+        if key != "logits"
+    }
+    return replace(base, logits=base.logits.expand(size, -1), **tables)
 
 
 def single_effects(
@@ -188,10 +117,10 @@ def single_effects(
     mode: str,
     tokens: tuple[int, int],
 ) -> np.ndarray:
-    """How far each edit moves the logit of one token minus that of another at the last position.
+    """[n] float64, how far each edit moves the logit of one token minus that of another at the last position.
 
     Every forward carries an unedited row besides, from which the others are counted: rounding that depends on the
-    batch's size cancels.
+    batch's size cancels. Of a model that caps its logits, differences before the cap.
 
     Args:
         scope: the model and its transcoders.
@@ -200,9 +129,6 @@ def single_effects(
         edits: n edits.
         mode: 'direct', 'frozen_attention' or 'free'.
         tokens: the two tokens.
-
-    Returns:
-        [n] float64. Of a model that caps its logits, differences before the cap.
     """
     assert batch.size == 1, f"single edits are of one prompt, not of {batch.size}"
     found = []

@@ -1,21 +1,16 @@
-"""Plans from named features or donors, and the controls of a plan.
+"""Plans from features that the user names or from donors, and the features that a control edits instead.
 
-Plans from features that the user names: set to given values, or carried over from a donor run.
+A matched control edits as many features of each layer in the same way, drawn at random among those that are about as
+active on the same inputs but belong to no circuit. The other control, a random direction of the same norm, is
+`run.editing(direction=...)`.
 
 Legend: B prompts, T positions, n features of a layer, F width of its transcoder.
-
-Controls of an intervention: random features matched by layer and activation, and norm-matched random directions.
-
-A control edits as many features of each layer, set to the same values, drawn at random among features that are about as
-active on the same inputs but belong to no circuit. A random direction adds a vector of the same norm at each position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,19 +18,10 @@ from torch import Tensor
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, generator
-from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, position_mask, set_features
-from vlmscope.interventions.run import (
-    activations,
-    add_ahead,
-    edit_changes,
-    layers_written,
-    target_module,
-    watch_inputs,
-    watch_length,
-)
+from vlmscope.interventions.edits import LayerEdit, Plan, position_mask, set_features
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
 
 
 def by_layer(transcoders: TranscoderSet, features: Iterable[FeatureId]) -> dict[int, Tensor]:
@@ -61,13 +47,9 @@ def steer_plan(
     length: int,
     positions: Sequence[int] | None = None,
 ) -> dict[int, LayerEdit]:
-    """Set features to given activations (0 ablates).
+    """Set features to given activations (0 ablates) in a prompt of `length` tokens.
 
-    Args:
-        scope: the model and its transcoders.
-        values: feature -> activation.
-        length: T of the prompt.
-        positions: prompt positions to act on, and then not on generated tokens; everywhere when None.
+    With `positions` the edit acts on these alone, and not on generated tokens; without them everywhere.
 
     Raises:
         UserError: a feature or position that is not there.
@@ -80,22 +62,32 @@ def steer_plan(
         where = torch.zeros_like(where)
         where[list(positions)] = True
     plan: dict[int, LayerEdit] = {}
-    for layer, found in by_layer(scope.transcoders, values).items():
-        chosen = [values[FeatureId(layer, index)] for index in found.tolist()]
+    for layer, features in by_layer(scope.transcoders, values).items():
+        chosen = [values[FeatureId(layer, index)] for index in features.tolist()]
         value = torch.tensor(chosen, dtype=scope.adapter.dtype, device=scope.adapter.device)
-        plan[layer] = set_features(found.to(scope.adapter.device), value, where, value if positions is None else None)
+        generated = value if positions is None else None
+        plan[layer] = set_features(features.to(scope.adapter.device), value, where, generated)
     return plan
 
 
 @torch.no_grad()
+def codes(scope: Scope, batch: InputBatch, layers: Sequence[int] | None = None) -> dict[int, SparseCode]:
+    """Layer -> the code [B, T, k] of a batch, from one forward; all layers when None."""
+    inputs = scope.capture(batch, layers)
+    return {layer: scope.transcoders[layer].encode(inputs.pop(layer)) for layer in sorted(inputs)}
+
+
 def donor_activations(
-    scope: Scope, donors: InputBatch, features: Mapping[int, Tensor]
+    scope: Scope, donors: InputBatch | Mapping[int, SparseCode], features: Mapping[int, Tensor]
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """The donors' activations of chosen features: layer -> (features [n], activations [B, T, n])."""
+    """The donors' activations of chosen features: layer -> (features [n], activations [B, T, n]); `donors` are
+    prompts, or their codes.
+    """
+    coded = codes(scope, donors, sorted(features)) if isinstance(donors, InputBatch) else donors
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for layer, x in scope.capture(donors, sorted(features)).items():
-        chosen = features[layer].to(x.device)
-        found[layer] = (chosen, activations(scope.transcoders[layer], x, chosen))
+    for layer in sorted(features):
+        chosen = features[layer].to(coded[layer].indices.device)
+        found[layer] = (chosen, coded[layer].select(chosen, scope.transcoders[layer].config.n_features))
     return found
 
 
@@ -116,8 +108,7 @@ def patch_plan(
         pooled: give every soft token the donor's mean over its soft tokens, instead of the one at the same place.
     """
     where = position_mask(roles, "all")
-    soft = torch.from_numpy(roles == "image")
-    last = torch.from_numpy(roles == "last")
+    soft, last = torch.from_numpy(roles == "image"), torch.from_numpy(roles == "last")
     plan: dict[int, LayerEdit] = {}
     for layer, (features, values) in activations.items():
         carried = values
@@ -129,16 +120,14 @@ def patch_plan(
     return plan
 
 
-@torch.no_grad()
 def mean_activations(scope: Scope, batches: Sequence[InputBatch], layers: Sequence[int]) -> dict[int, Tensor]:
     """Layer -> [F] float64, mean activation of every feature over the positions of all prompts (equally long)."""
     means: dict[int, Tensor] = {}
     for batch in batches:
-        for layer, x in scope.capture(batch, layers).items():
-            code, width = scope.transcoders[layer].encode(x), scope.transcoders[layer].config.n_features
-            dense = torch.zeros(width, dtype=torch.float64, device=x.device)
+        for layer, code in codes(scope, batch, layers).items():
+            dense = code.values.new_zeros(scope.transcoders[layer].config.n_features, dtype=torch.float64)
             dense.scatter_add_(0, code.indices.flatten(), code.values.flatten().double())
-            share = dense / (x.shape[0] * x.shape[1] * len(batches))
+            share = dense / (batch.size * batch.length * len(batches))
             means[layer] = means[layer] + share if layer in means else share
     return means
 
@@ -146,16 +135,13 @@ def mean_activations(scope: Scope, batches: Sequence[InputBatch], layers: Sequen
 def matched_features(
     plan: Plan, mean_activation: Mapping[int, Tensor], seed: int, neighbours: int = 8
 ) -> dict[int, LayerEdit]:
-    """Replace each edited feature by a random one of its layer with a similar mean activation.
+    """The plan with each edited feature replaced by a random other one of its layer with a similar mean activation.
 
     Args:
         plan: the intervention to be controlled.
-        mean_activation: layer -> [F], mean activation of every feature on the data that the circuit was found on.
+        mean_activation: layer -> [F], mean activation of every feature on the data that the circuit was chosen on.
         seed: which control.
         neighbours: how many candidates nearest in mean activation each replacement is drawn from.
-
-    Returns:
-        A plan with the same values, scales and positions on other features, never on those of `plan`.
 
     Raises:
         UserError: a layer has too few other features.
@@ -165,60 +151,19 @@ def matched_features(
         rng = generator(seed, "control", layer)
         means = mean_activation[layer].double().numpy(force=True)
         free = np.setdiff1d(np.arange(len(means)), edit.features.numpy(force=True))
-        chosen: list[int] = []
         if len(free) < len(edit.features):
             raise UserError(
                 f"{len(edit.features)} of the {len(means)} features of layer {layer} are edited, so no control can be "
                 "drawn from the others; name fewer features, or draw no controls"
             )
+        chosen: list[int] = []
         for feature in edit.features.tolist():
             gap = np.abs(means[free] - means[feature])
             # Dead features are no control: a change along a row that the model never uses proves nothing.
             gap[means[free] <= 0] += means.max() + 1.0
             near = free[np.argpartition(gap, min(neighbours, len(free) - 1))[:neighbours]]
             live = near[means[near] > 0]
-            near = live if len(live) else near
-            pick = int(rng.choice(near))
-            chosen.append(pick)
-            free = free[free != pick]
+            chosen.append(int(rng.choice(live if len(live) else near)))
+            free = free[free != chosen[-1]]
         control[layer] = replace(edit, features=edit.features.new_tensor(chosen))
     return control
-
-
-@contextmanager
-def random_directions(scope: Scope, plan: AnyPlan, seed: int) -> Iterator[None]:
-    """As `editing`, but every layer gets, instead of its edit, a random direction of the same norm at every position;
-    also token by token, where the plan edits generated tokens.
-    """
-    with ExitStack() as stack:
-        seen = watch_length(stack, scope.adapter)
-        inputs = watch_inputs(stack, scope.adapter, plan)
-        pending: dict[int, Tensor] = {}
-        for layer in layers_written(scope.transcoders, plan):
-            rng = generator(seed, "direction", layer)
-            vector = torch.from_numpy(rng.standard_normal(scope.adapter.d_model)).to(scope.adapter.dtype)
-            unit = vector / vector.norm()
-
-            def hook(_m: Any, _args: Any, out: Tensor, layer: int = layer, unit: Tensor = unit) -> Tensor:
-                if layer in plan:
-                    add_ahead(
-                        pending,
-                        layer,
-                        edit_changes(scope.transcoders[layer], inputs.pop(layer), plan[layer], seen["tokens"]),
-                    )
-                if layer not in pending:
-                    return out
-                return out + pending.pop(layer).norm(dim=-1, keepdim=True) * unit.to(out)
-
-            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
-            stack.callback(target.register_forward_hook(hook).remove)
-        yield
-
-
-@torch.no_grad()
-def run_random_direction(scope: Scope, batch: InputBatch, plan: AnyPlan, seed: int) -> Tensor:
-    """Logits [B, V] when each layer gets, instead of its edit, a random direction of the same norm at every
-    position.
-    """
-    with random_directions(scope, plan, seed):
-        return scope.forward(batch)

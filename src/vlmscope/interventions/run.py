@@ -1,23 +1,17 @@
 """Running under edits: base runs and what modes freeze, edited forwards, generation.
 
-One recorded batch run, and contexts that freeze parts of the model to it.
-
-`frozen_attention` freezes the patterns. `direct` freezes patterns, norm scales and MLP outputs, so that a change
+Three modes, from strict to loose. `direct` freezes attention patterns, norm scales and MLP outputs, so that a change
 reaches the logits through the residual stream and the value/output path only (and through W_skip, if the transcoder
-has one): exactly the edges of the attribution graph.
-
-Run a batch under a plan of edits: `free`, `frozen_attention` or `direct` (DESIGN: three strengths).
+has one): exactly the edges of the attribution graph. `frozen_attention` freezes the patterns alone. `free` nothing.
 
 Legend: B prompts, T positions, n edited features of a layer, F all, k slots of a code, d model width, V vocabulary.
-
-Greedy generation under a plan of edits, with a KV cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,13 +22,14 @@ from torch.nn import functional as F
 from vlmscope.activations.capture import target_module
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import MODES
+from vlmscope.core.records import generator
 from vlmscope.interventions.edits import AnyPlan, LayerEdit, WholeEdit, at_step
 from vlmscope.models.attention import recording_patterns, replacing_patterns
 from vlmscope.models.base import Adapter, ModelInputs, all_norms
 from vlmscope.models.batching import InputBatch
 from vlmscope.models.conversations import continued, generated
 from vlmscope.scope import Scope
-from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderSet
+from vlmscope.transcoders.transcoder import SparseCode, Transcoder
 
 
 @dataclass(frozen=True)
@@ -82,27 +77,6 @@ def base_run(scope: Scope, batch: InputBatch, modes: Collection[str] = MODES) ->
     return BaseRun(logits, recorded, mlp_in, written, inverse_rms)
 
 
-@contextmanager
-def frozen_attention(adapter: Adapter, base: BaseRun) -> Iterator[None]:
-    """Use the base run's attention patterns."""
-    assert base.patterns, "the base run was not recorded for frozen attention"
-    with replacing_patterns(adapter, base.patterns):
-        yield
-
-
-@contextmanager
-def frozen_norms(adapter: Adapter, base: BaseRun) -> Iterator[None]:
-    """Multiply by the base run's norm scales instead of normalising."""
-    with ExitStack() as stack:
-        for norm in all_norms(adapter):
-
-            def hook(module: nn.Module, args: tuple, _out: Tensor) -> Tensor:
-                return args[0] * adapter.norm_factor(module, base.inverse_rms[module], args[0].dtype)
-
-            stack.callback(norm.register_forward_hook(hook).remove)
-        yield
-
-
 @torch.no_grad()
 def run_edited(
     scope: Scope,
@@ -110,8 +84,9 @@ def run_edited(
     plan: AnyPlan,
     mode: str = "free",
     base: BaseRun | None = None,
+    direction: int | None = None,
 ) -> Tensor:
-    """Logits at the last position under a plan.
+    """Logits [B, V] at the last position of a batch under a plan.
 
     Args:
         scope: the model and its transcoders.
@@ -119,43 +94,113 @@ def run_edited(
         plan: edits by layer.
         mode: 'direct', 'frozen_attention' or 'free'.
         base: the unedited run of the same batch, recorded for this mode; needed by the two frozen modes.
-
-    Returns:
-        [B, V] float tensor.
+        direction: in free mode, add a random direction of each edit's norm instead (see `editing`).
 
     Raises:
         UserError: unknown mode, or features that the transcoders do not have.
     """
     if mode not in MODES:
         raise UserError(f"unknown intervention mode {mode!r}: choose one of {', '.join(MODES)}")
-    _check(scope.transcoders, plan)
-    with ExitStack() as stack:
-        if mode != "free":
-            assert base is not None, f"mode {mode!r} needs the base run"
-            stack.enter_context(frozen_attention(scope.adapter, base))
-        if mode == "direct":
-            assert base is not None and base.written, "the base run was not recorded for direct mode"
-            stack.enter_context(_direct(scope, plan, base))
-            stack.enter_context(frozen_norms(scope.adapter, base))
-        else:
-            stack.enter_context(editing(scope, plan))
-        return scope.forward(batch)
-
-
-def _check(transcoders: TranscoderSet, plan: AnyPlan) -> None:
     for layer, edit in plan.items():
-        if layer not in transcoders:
-            raise UserError(f"the circuit names layer {layer}, but the transcoders have layers {transcoders.layers}")
-        width = transcoders[layer].config.n_features
+        if layer not in scope.transcoders:
+            layers = scope.transcoders.layers
+            raise UserError(f"the circuit names layer {layer}, but the transcoders have layers {layers}")
+        width = scope.transcoders[layer].config.n_features
         if len(edit.features) and int(edit.features.max()) >= width:
             raise UserError(
                 f"the circuit names feature {int(edit.features.max())} of layer {layer}, whose width is {width}"
             )
+    assert direction is None or mode == "free", "random directions are of free mode"
+    with ExitStack() as stack:
+        if mode == "free":
+            stack.enter_context(editing(scope, plan, direction))
+            return scope.forward(batch)
+        assert base is not None and base.patterns, f"the base run was not recorded for mode {mode}"
+        stack.enter_context(replacing_patterns(scope.adapter, base.patterns))
+        if mode == "frozen_attention":
+            stack.enter_context(editing(scope, plan))
+        else:
+            assert base.written, "the base run was not recorded for mode direct"
+            stack.enter_context(_direct(scope, plan, base))
+            stack.enter_context(_frozen_norms(scope.adapter, base))
+        return scope.forward(batch)
 
 
-def activations(transcoder: Transcoder, x: Tensor, features: Tensor) -> Tensor:
-    """Activations [.., n] of chosen features for MLP inputs [.., d]: 0 where the nonlinearity drops them."""
-    return transcoder.encode(x).select(features, transcoder.config.n_features)
+@contextmanager
+def _frozen_norms(adapter: Adapter, base: BaseRun) -> Iterator[None]:
+    """Multiply by the base run's norm scales instead of normalising."""
+
+    def hook(module: nn.Module, args: tuple, _out: Tensor) -> Tensor:
+        return args[0] * adapter.norm_factor(module, base.inverse_rms[module], args[0].dtype)
+
+    with ExitStack() as stack:
+        for norm in all_norms(adapter):
+            stack.callback(norm.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def _direct(scope: Scope, plan: AnyPlan, base: BaseRun) -> Iterator[None]:
+    """Every transcoder target is the base run's, plus the edit at base activations, plus W_skip's response."""
+    changes: dict[int, Tensor] = {}
+    for layer, edit in plan.items():
+        _add_ahead(changes, layer, edit_changes(scope.transcoders[layer], base.mlp_in[layer], edit, 0))
+    with ExitStack() as stack:
+        inputs = watch_inputs(stack, scope.adapter, range(scope.adapter.n_layers))
+        for layer in range(scope.adapter.n_layers):
+
+            def hook(_m: Any, _args: Any, _out: Tensor, layer: int = layer) -> Tensor:
+                out = base.written[layer]
+                x = inputs.pop(layer)
+                skip = scope.transcoders[layer].W_skip if layer in scope.transcoders else None
+                if skip is not None:
+                    out = out + F.linear(x - base.mlp_in[layer], skip.to(x.dtype))
+                return out + changes[layer] if layer in changes else out
+
+            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
+            stack.callback(target.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def editing(scope: Scope, plan: AnyPlan, direction: int | None = None) -> Iterator[None]:
+    """Edit features in every forward inside the context, also token by token in `generate` with a KV cache.
+
+    The first forward is the prompt; later ones are generated tokens, which only edits with `generated` touch. With
+    `direction`, a seed, every layer gets instead of its edit a random direction of the same norm at every position.
+    """
+    seen = {"tokens": 0}  # that the KV cache holds before each forward
+
+    def count(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
+        cache = kwargs.get("past_key_values")
+        seen["tokens"] = 0 if cache is None else int(cache.get_seq_length())
+
+    with ExitStack() as stack:
+        stack.callback(scope.adapter.decoder().register_forward_pre_hook(count, with_kwargs=True).remove)
+        inputs = watch_inputs(stack, scope.adapter, plan)
+        pending: dict[int, Tensor] = {}  # what edits of lower layers write to a later one (cross-layer transcoders)
+        written = {layer + ahead for layer in plan for ahead in range(scope.transcoders[layer].config.writes)}
+        for layer in sorted(written):
+            unit = None if direction is None else _random_unit(scope.adapter, direction, layer)
+
+            def hook(_m: Any, _args: Any, out: Tensor, layer: int = layer, unit: Tensor | None = unit) -> Tensor:
+                if layer in plan:
+                    changes = edit_changes(scope.transcoders[layer], inputs.pop(layer), plan[layer], seen["tokens"])
+                    _add_ahead(pending, layer, changes)
+                if layer not in pending:
+                    return out
+                change = pending.pop(layer)
+                return out + (change if unit is None else change.norm(dim=-1, keepdim=True) * unit.to(out))
+
+            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
+            stack.callback(target.register_forward_hook(hook).remove)
+        yield
+
+
+def _random_unit(adapter: Adapter, seed: int, layer: int) -> Tensor:
+    """[d], of length 1."""
+    vector = torch.from_numpy(generator(seed, "direction", layer).standard_normal(adapter.d_model)).to(adapter.dtype)
+    return vector / vector.norm()
 
 
 def watch_inputs(stack: ExitStack, adapter: Adapter, layers: Iterable[int]) -> dict[int, Tensor]:
@@ -170,50 +215,9 @@ def watch_inputs(stack: ExitStack, adapter: Adapter, layers: Iterable[int]) -> d
     return found
 
 
-def watch_length(stack: ExitStack, adapter: Adapter) -> dict[str, int]:
-    """A dict whose "tokens" is, during every forward, how many tokens the KV cache holds, until `stack` closes."""
-    seen = {"tokens": 0}
-
-    def count(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
-        cache = kwargs.get("past_key_values")
-        seen["tokens"] = 0 if cache is None else int(cache.get_seq_length())
-
-    stack.callback(adapter.decoder().register_forward_pre_hook(count, with_kwargs=True).remove)
-    return seen
-
-
-@contextmanager
-def editing(scope: Scope, plan: AnyPlan) -> Iterator[None]:
-    """Edit features in every forward inside the context, also token by token in `generate` with a KV cache.
-
-    The first forward is the prompt; later ones are generated tokens, which only edits with `generated` touch.
-    """
-    with ExitStack() as stack:
-        seen = watch_length(stack, scope.adapter)
-        inputs = watch_inputs(stack, scope.adapter, plan)
-        pending: dict[int, Tensor] = {}  # what edits of lower layers write to a later one (cross-layer transcoders)
-        for layer in layers_written(scope.transcoders, plan):
-
-            def hook(_m: Any, _args: Any, out: Tensor, layer: int = layer) -> Tensor:
-                if layer in plan:
-                    changes = edit_changes(scope.transcoders[layer], inputs.pop(layer), plan[layer], seen["tokens"])
-                    add_ahead(pending, layer, changes)
-                return out + pending.pop(layer) if layer in pending else out
-
-            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
-            stack.callback(target.register_forward_hook(hook).remove)
-        yield
-
-
-def layers_written(transcoders: TranscoderSet, plan: AnyPlan) -> list[int]:
-    """The layers where a plan changes something, ascending."""
-    return sorted({layer + ahead for layer in plan for ahead in range(transcoders[layer].config.writes)})
-
-
-def add_ahead(pending: dict[int, Tensor], layer: int, changes: Sequence[Tensor]) -> None:
+def _add_ahead(pending: dict[int, Tensor], layer: int, changes: Sequence[Tensor]) -> None:
     """Add the changes that an edit of `layer` makes there and at the layers after it, in order."""
-    for ahead, change in enumerate(changes):
-        target = layer + ahead
+    for target, change in enumerate(changes, layer):
         # A later layer may lie on another device, where the model is spread over several.
         pending[target] = pending[target].to(change.device) + change if target in pending else change
 
@@ -223,77 +227,68 @@ def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit | WholeEdit,
 
     `x` are the transcoder's inputs at positions offset..offset + t. Empty when the edit does nothing there.
     """
-    if isinstance(edit, WholeEdit):
-        return _whole_changes(transcoder, x, edit, offset)
-    if len(edit.features) == 0:
+    if isinstance(edit, LayerEdit) and not len(edit.features):
         return []
-    # Plans made of circuits and of names lie on the CPU.
-    edit = edit.to(x.device)
-    length, prompt, gate = x.shape[1], len(edit.where), edit.gate
+    length, prompt, where = x.shape[1], len(edit.where), edit.where
     if offset >= prompt:
         if edit.generated is None:
             return []
-        now = at_step(edit.generated, 2, offset - prompt)
-        value = now.unsqueeze(-2) if now.ndim > 1 else now
-        level = None if gate is None else at_step(gate.generated, 1, offset - prompt)
-        return [c.to(x.dtype) for c in _written(transcoder, x, edit, value, level, edit.at_generated)]
+        step = offset - prompt
+        if isinstance(edit, WholeEdit):
+            written = _exchanged(
+                transcoder, x, SparseCode(edit.generated.indices[:, None], edit.generated.values[:, None])
+            )
+        else:
+            edit = edit.to(x.device)
+            now = at_step(edit.generated, 2, step)
+            level = None if edit.gate is None else at_step(edit.gate.generated, 1, step)
+            value = now.unsqueeze(-2) if now.ndim > 1 else now
+            written = _written(transcoder, x, edit, (value, edit.scale), level, edit.at_generated)
+        return [one.to(x.dtype) for one in written]
     assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
-    if not bool(edit.where.any()):
+    if not bool(where.any()):
         return []
-    value, scale = (v if v.ndim < 2 or v.shape[-2] == 1 else v[..., edit.where, :] for v in (edit.value, edit.scale))
-    edit = replace(edit, scale=scale)
-    level = None if gate is None else gate.level[edit.where]
-    at = None if edit.at is None else edit.at[edit.where]
-    return _placed(_written(transcoder, x[:, edit.where], edit, value, level, at), edit.where, x)
-
-
-def _placed(written: Iterable[Tensor], where: Tensor, like: Tensor) -> list[Tensor]:
-    """What is written [B, t, d] at positions `where` [T] bool, as [B, T, d] with zeros elsewhere."""
+    if isinstance(edit, WholeEdit):
+        code = SparseCode(edit.code.indices[:, where], edit.code.values[:, where])
+        written = _exchanged(transcoder, x[:, where], code)
+    else:
+        edit = edit.to(x.device)  # plans made of circuits and of names lie on the CPU
+        pair = (v if v.ndim < 2 or v.shape[-2] == 1 else v[..., where, :] for v in (edit.value, edit.scale))
+        level = None if edit.gate is None else edit.gate.level[where]
+        written = _written(
+            transcoder, x[:, where], edit, tuple(pair), level, None if edit.at is None else edit.at[where]
+        )
     changes = []
     for one in written:
-        changes.append(like.new_zeros(like.shape))
-        changes[-1][:, where] = one.to(like.dtype)
+        changes.append(x.new_zeros(x.shape))
+        changes[-1][:, where] = one.to(x.dtype)
     return changes
 
 
-def _whole_changes(transcoder: Transcoder, x: Tensor, edit: WholeEdit, offset: int) -> list[Tensor]:
-    """`edit_changes` of all features."""
-    length, prompt = x.shape[1], len(edit.where)
-    if offset >= prompt:
-        code = edit.generated
-        if code is None:
-            return []
-        found = _exchanged(transcoder, x, code.indices[:, None], code.values[:, None])
-        return [one.to(x.dtype) for one in found]
-    assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
-    if not bool(edit.where.any()):
-        return []
-    code = edit.code
-    found = _exchanged(transcoder, x[:, edit.where], code.indices[:, edit.where], code.values[:, edit.where])
-    return _placed(found, edit.where, x)
-
-
-def _exchanged(transcoder: Transcoder, x: Tensor, indices: Tensor, values: Tensor) -> list[Tensor]:
-    """What a code [B, t, k] writes minus what the live one does, [B, t, d] by layer written.
-
-    One sum over the entries of both: in half precision the difference of two rounded sums would be mostly rounding.
-    """
+def _exchanged(transcoder: Transcoder, x: Tensor, code: SparseCode) -> list[Tensor]:
+    """What a code [B, t, k] writes minus what the live one does, [B, t, d] by layer written."""
     live = transcoder.encode(x)
     lead = live.indices.shape[:-1]
-    indices, values = (one.to(x.device).expand(*lead, one.shape[-1]) for one in (indices, values))
+    indices, values = (one.to(x.device).expand(*lead, one.shape[-1]) for one in (code.indices, code.values))
+    # One sum over the entries of both: in half precision the difference of two rounded sums would be mostly rounding.
     both = SparseCode(torch.cat([indices, live.indices], -1), torch.cat([values.to(live.values), -live.values], -1))
     return [transcoder.write(both, ahead) for ahead in range(transcoder.config.writes)]
 
 
 def _written(
-    transcoder: Transcoder, x: Tensor, edit: LayerEdit, value: Tensor, level: Tensor | None, at: Tensor | None
+    transcoder: Transcoder,
+    x: Tensor,
+    edit: LayerEdit,
+    value_and_scale: tuple[Tensor, Tensor],
+    level: Tensor | None,
+    at: Tensor | None,
 ) -> list[Tensor]:
     """`g (new - current) W_dec` [B, t, d] by layer written, at the given positions; `level` is the gate's there, if
     it has one, and `at` (broadcastable to [t, n]) says which features are edited where.
     """
     code, width = transcoder.encode(x), transcoder.config.n_features
-    current = code.select(edit.features, width)
-    delta = edit.scale * current + value - current
+    current, (value, scale) = code.select(edit.features, width), value_and_scale
+    delta = scale * current + value - current
     if at is not None:
         delta = delta * at.to(delta)
     if edit.gate is not None and level is not None:
@@ -303,51 +298,12 @@ def _written(
     return [delta @ transcoder.decoder(ahead)[edit.features] for ahead in range(transcoder.config.writes)]
 
 
-@contextmanager
-def _direct(scope: Scope, plan: AnyPlan, base: BaseRun) -> Iterator[None]:
-    """Every transcoder target is the base run's, plus the edit at base activations, plus W_skip's response."""
-    changes: dict[int, Tensor] = {}
-    for layer, edit in plan.items():
-        add_ahead(changes, layer, edit_changes(scope.transcoders[layer], base.mlp_in[layer], edit, 0))
-    with ExitStack() as stack:
-        inputs = watch_inputs(stack, scope.adapter, range(scope.adapter.n_layers))
-        for layer in range(scope.adapter.n_layers):
-
-            def hook(_m: Any, _args: Any, _out: Tensor, layer: int = layer) -> Tensor:
-                out = base.written[layer]
-                x = inputs.pop(layer)
-                if layer in scope.transcoders:
-                    skip = scope.transcoders[layer].W_skip
-                    if skip is not None:
-                        out = out + F.linear(x - base.mlp_in[layer], skip.to(x.dtype))
-                return out + changes[layer] if layer in changes else out
-
-            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
-            stack.callback(target.register_forward_hook(hook).remove)
-        yield
-
-
 def generate_edited(scope: Scope, inputs: ModelInputs, plan: AnyPlan | None = None, max_new_tokens: int = 24) -> str:
-    """The answer to one prompt, edited in the prompt and, where the plan says so, at every generated token.
-
-    Args:
-        scope: the model and its transcoders.
-        inputs: one prompt with its pictures.
-        plan: edits by layer; None generates freely.
-        max_new_tokens: stop after so many tokens even without an end of turn.
-
-    Returns:
-        The text of the answer without special tokens.
+    """The greedy answer to one prompt without special tokens, edited in the prompt and, where the plan says so, at
+    every generated token; None generates freely.
     """
-    ids = generate_ids(scope, inputs, plan, max_new_tokens)
+    ids = generate_batch(scope.adapter, [inputs], max_new_tokens, editing(scope, plan) if plan else None)[0]
     return scope.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-@torch.no_grad()
-def generate_ids(scope: Scope, inputs: ModelInputs, plan: AnyPlan | None = None, max_new_tokens: int = 24) -> list[int]:
-    """The token ids of the answer, its end token included; arguments as in `generate_edited`."""
-    with editing(scope, plan) if plan else nullcontext():
-        return generated(scope.adapter, inputs.tensors, max_new_tokens)[0].tolist()
 
 
 @torch.no_grad()
@@ -363,7 +319,7 @@ def generate_batch(
         adapter: the model.
         inputs: prompts of equal length, each with equally many pictures of equal size.
         max_new_tokens: stop after so many tokens.
-        context: around the forwards, such as `editing` or `random_directions`.
+        context: around the forwards, such as `editing`.
 
     Raises:
         UserError: the prompts cannot be stacked, or `generated` refuses them.
@@ -374,10 +330,12 @@ def generate_batch(
         raise UserError("prompts of a batch must have equal length and pictures of equal size: generate one by one")
     tensors = {name: torch.cat([one.tensors[name] for one in inputs]) for name in names}
     with context or nullcontext():
-        found = generated(adapter, tensors, max_new_tokens).tolist()
+        rows = generated(adapter, tensors, max_new_tokens).tolist()
     ends = adapter.model.generation_config.eos_token_id
     known: set[int] = {ends} if isinstance(ends, int) else {int(end) for end in ends or ()}
-    return [_through_end(ids, known) for ids in found]
+    # What follows the first end token in a batch is padding.
+    stops = [next((i for i, token in enumerate(ids) if token in known), len(ids) - 1) for ids in rows]
+    return [ids[: stop + 1] for ids, stop in zip(rows, stops, strict=True)]
 
 
 def without_special(tokenizer: Any, ids: Sequence[int]) -> list[int]:
@@ -420,9 +378,3 @@ def log_likelihoods(scope: Scope, prompts: Sequence[ModelInputs], answers: Seque
             logs = logs[:, -1].min(-1, keepdim=True).values
         found[rows] = logs.mean(-1).numpy(force=True)
     return found
-
-
-def _through_end(ids: list[int], ends: set[int]) -> list[int]:
-    """The ids up to the first end token, itself included: what follows it in a batch is padding."""
-    stop = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return ids[: stop + 1]

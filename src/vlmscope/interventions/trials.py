@@ -22,17 +22,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vlmscope.core.errors import UserError
 from vlmscope.core.records import control_draws
 from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, at_positions, position_mask
-from vlmscope.interventions.named import matched_features, random_directions, run_random_direction
+from vlmscope.interventions.named import codes, matched_features
 from vlmscope.interventions.run import BaseRun, editing, generate_batch, run_edited
 from vlmscope.metrics.causal import log_softmax
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
+from vlmscope.transcoders.transcoder import SparseCode
 
 Features = Mapping[int, Tensor]  # layer -> [n] int64
 ANSWER_TOKENS = 6  # of an answer in mode "generate", at most
+PER_CASE = ("ids", "inputs", "pngs", "texts", "target_texts")  # fields of a case set with an entry for each case
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,7 @@ class Cases:
         question: its name.
         batch: the recipients' prompts.
         base: their unedited run, recorded for the modes that they will be edited in.
-        answer: [B], the answers before any edit.
-        target: [B], the answers that an intervention should bring about.
+        answer, target: [B], the answers before any edit, and those that an intervention should bring about.
         ids: B, what tells the cases apart; equal ids in several case sets are the same scene.
         donors: prompts whose activations are carried over, row by row.
         donor_logits: [B, V], theirs; needed for `recovered`.
@@ -53,8 +55,7 @@ class Cases:
         prompt: what is asked, for reports.
         pngs: B small pictures, for reports.
         tags: whatever else tells case sets apart, such as recipient and donor; columns of the table.
-        texts: B, the whole unedited answers, where whole answers are compared (mode "generate").
-        target_texts: B, the whole answers that an intervention should bring about.
+        texts, target_texts: B whole answers, unedited and aimed at, where whole answers are compared ("generate").
         score: further columns of whole answers, from the cases' ids and the generated token ids.
     """
 
@@ -74,23 +75,35 @@ class Cases:
     texts: tuple[str, ...] = ()
     target_texts: tuple[str, ...] = ()
     score: Callable[[Sequence[str], Sequence[Sequence[int]]], Mapping[str, Any]] | None = None
+    _donor_codes: dict[int, SparseCode] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def donor_codes(self, scope: Scope) -> Mapping[int, SparseCode]:
+        """The donors' codes of every layer, from one forward: all settings and control draws carry from it.
+
+        Raises:
+            UserError: there are no donors.
+        """
+        if self.donors is None:
+            raise UserError(
+                f"settings: cases={self.name} has no donors to carry anything from; choose test, or do: shift"
+            )
+        if not self._donor_codes:
+            self._donor_codes.update(codes(scope, self.donors))
+        return self._donor_codes
 
     def select(self, rows: Sequence[int]) -> Cases:
         """Some of the cases; of their unedited run only the logits, which is all that mode "free" needs."""
         at = torch.tensor(list(rows), device=self.answer.device)
+        tuples = {key: tuple(one[row] for row in rows) for key, one in vars(self).items() if key in PER_CASE and one}
         return replace(
             self,
             batch=self.batch.select(at),
             base=BaseRun(self.base.logits[at], {}, {}, {}, {}),
             answer=self.answer[at],
             target=self.target[at],
-            ids=tuple(self.ids[row] for row in rows),
             donors=None if self.donors is None else self.donors.select(at),
             donor_logits=None if self.donor_logits is None else self.donor_logits[at],
-            inputs=tuple(self.inputs[row] for row in rows) if self.inputs else (),
-            pngs=tuple(self.pngs[row] for row in rows) if self.pngs else (),
-            texts=tuple(self.texts[row] for row in rows) if self.texts else (),
-            target_texts=tuple(self.target_texts[row] for row in rows) if self.target_texts else (),
+            **tuples,
         )
 
     def tagged(self, tags: Mapping[str, str]) -> Cases:
@@ -161,8 +174,7 @@ class Setting:
         if self.positions == "all":
             return kept
         kept = {layer: replace(edit, generated=None) for layer, edit in kept.items()}
-        where = {"prompt": "all", "no_last": "no_last_position"}.get(self.positions, f"role_{self.positions}")
-        return at_positions(kept, position_mask(roles, where))
+        return at_positions(kept, position_mask(roles, "all" if self.positions == "prompt" else self.positions))
 
 
 def layer_range(text: str, n_layers: int) -> tuple[int, int]:
@@ -203,11 +215,9 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
 
 
 def _parts(scope: Scope, trial: Trial, seed: int) -> Iterator[pd.DataFrame]:
-    plans: dict[tuple[int, float], AnyPlan] = {}  # most settings share them, and donors need a forward
     for setting in trial.settings:
-        for at, cases in enumerate(trial.cases):
-            key = at, setting.strength
-            whole = plans[key] = plans[key] if key in plans else trial.do.plan(scope, cases, setting.strength)
+        for cases in trial.cases:
+            whole = trial.do.plan(scope, cases, setting.strength)
             for here in setting.everywhere(scope.transcoders.layers, cases.batch.roles):
                 plan = here.restrict(whole, cases.batch.roles, scope.adapter.n_layers)
                 yield from _with_controls(scope, trial, cases, here, plan, seed)
@@ -229,9 +239,9 @@ def _with_controls(
         yield _run(scope, cases, control, setting).assign(**labels, control="matched", draw=draw)
     for draw in control_draws(seed, setting.random_direction):
         if setting.mode == "generate":
-            found = _generated(scope, cases, setting, random_directions(scope, plan, draw))
+            found = _generated(scope, cases, setting, editing(scope, plan, draw))
         else:
-            found = _outcome(cases, run_random_direction(scope, cases.batch, plan, draw))
+            found = _outcome(cases, run_edited(scope, cases.batch, plan, direction=draw))
         yield found.assign(**labels, control="random_direction", draw=draw)
 
 

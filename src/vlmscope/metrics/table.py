@@ -100,3 +100,74 @@ def worst(rows: pd.DataFrame, over: str) -> pd.DataFrame:
     for control in ("matched", "random_direction"):
         lowest[control] = np.asarray(groups[control].max())
     return lowest.droplevel(over)
+
+
+def trial_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, float]:
+    """`steer/main` (the worst question) with `_ci_low`, `_ci_high`, `_control`, and `steer/main/name`.
+
+    A setting of several modes gives `steer/frozen/direct`, one of several strengths or limits `steer/dose/strength_2`
+    (the worst question) alone; several places are in the table. Further measures of a setting are means over its cases:
+    `steer/unrelated_kl`.
+    """
+    metrics: dict[str, float] = {}
+    axes = ["positions", "layers", "strength", "limit"]
+    key: Any
+    part: Any
+    for key, part in table.groupby(["operation", "setting"], sort=False):
+        operation, setting = map(str, key)
+        measure, *others = counted(trials, settings, operation, setting)
+        varied = [axis for axis in axes if (part.groupby(["mode", "question"])[axis].nunique(dropna=False) > 1).any()]
+        if varied in (["strength"], ["limit"]) and part["mode"].nunique() == 1:
+            doses: Any = rates(part, [*varied, "question"], measure)
+            lowest = doses.groupby(level=varied[0], sort=False)["value"].min()
+            metrics |= {f"{operation}/{setting}/{varied[0]}_{dose:g}": value for dose, value in lowest.items()}
+        if varied:
+            continue
+        several = part["mode"].nunique() > 1
+        for mode, of in part.groupby("mode", sort=False):
+            name = f"{operation}/{setting}" + (f"/{mode}" if several else "")
+            found: Any = rates(of, ["setting", "question"], measure)
+            metrics |= {f"{name}_{other}": float(of[of.control == ""][other].mean()) for other in others}
+            if "/" in operation:  # another set's features on a question: no question is the worst of them
+                metrics |= {f"{name}/{question}": one.value for (_, question), one in found.iterrows()}
+                continue
+            row = (worst(found, "question") if len(found) > 1 else found).iloc[0]
+            metrics |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
+            if not np.isnan(row.matched):
+                metrics[f"{name}_control"] = row.matched
+            if len(found) > 1 and not several:
+                metrics |= {f"{name}/{question}": one.value for (_, question), one in found.iterrows()}
+    return metrics
+
+
+def measures_of(trial: Mapping[str, Any], setting: Mapping[str, Any]) -> list[str]:
+    """What is counted of a trial in a setting, both as mappings; the first is the rate."""
+    return list(setting["measures"]) or [trial["measure"]]
+
+
+def counted(trials: Mapping[str, Any], settings: Mapping[str, Any], operation: str, setting: str) -> list[str]:
+    """`measures_of` of a row's trial and setting; "hit" of trials that an analysis adds."""
+    trial, where = trials.get(operation.partition("/")[0]), settings.get(setting)
+    if trial is None or where is None:
+        return ["hit" if trial is None else trial.measure]
+    return measures_of(vars(trial), vars(where))
+
+
+def cell_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, float]:
+    """`steer/main`, the mean over cells of recipient, donor and question, with its interval, and `steer/main/name`.
+
+    `_control` is the mean over cells, `_lowest` and `_highest` are cells, `_significant` the share above its control.
+    """
+    by = ["operation", "setting"]
+    found = measured(table, [*by, *CELL], {name: trial.measure for name, trial in trials.items()})
+    metrics: dict[str, float] = {"cells": float(len(found.groupby(level=CELL)))}
+    key: Any
+    row: Any
+    for key, row in cell_means(found, by).iterrows():
+        name = "/".join(key)
+        metrics |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
+        more = {"control": row.matched, "lowest": row.lowest, "highest": row.highest, "significant": row.significant}
+        metrics |= {f"{name}_{which}": float(value) for which, value in more.items() if value == value}
+    for key, row in cell_means(found, [*by, "question"]).iterrows():
+        metrics["/".join(key)] = row.value
+    return metrics

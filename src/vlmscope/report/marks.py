@@ -48,7 +48,7 @@ LISTED = 24  # members of a supernode in a report; all are in circuits/ of the r
 
 
 class Declared(Protocol):
-    """A mark, as `vlmscope.circuits.trial_config.MarkConfig` declares it."""
+    """A mark, as `vlmscope.circuits.config.MarkConfig` declares it."""
 
     mark: str
     title: str

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vlmscope.circuits.experiment import answer_token, pairs_by_question, subject_of_pairs
+from vlmscope.circuits.cases import answer_token, pairs_by_question, subject_of_pairs
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
@@ -20,8 +20,8 @@ from vlmscope.tasks.wiring import load_model, load_scope
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from vlmscope.circuits.config import CircuitConfig, InterventionConfig
-    from vlmscope.circuits.pair_subject import PairSubject
+    from vlmscope.circuits.config import CircuitConfig
+    from vlmscope.circuits.pairs import PairSubject
     from vlmscope.config import AppConfig
     from vlmscope.core.records import FeatureId
     from vlmscope.data.pairs import Pair
@@ -87,11 +87,6 @@ class Bench:
         if self.cfg.circuit is None:
             raise UserError("this experiment needs a circuit: choose one, such as circuit=mars_earth")
         return self.cfg.circuit
-
-    @property
-    def intervention(self) -> InterventionConfig:
-        """The `intervention` group."""
-        return self.cfg.intervention
 
     def concept_pictures(self, concept: str, split: str, count: int, seed: int | None = None) -> list[Image.Image]:
         """Pictures of a concept: the user's own, `images.<concept>` to test on and `images.<concept>_train` to find

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.core.intervention import MODES
 from vlmscope.core.records import FeatureId
 
@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.core.graph import AttributionGraph
-    from vlmscope.core.intervention import Change, Effect, Supernode
+    from vlmscope.core.intervention import Supernode
     from vlmscope.interventions.edits import Plan
+    from vlmscope.interventions.trials import Cases, Features
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.batching import InputBatch
     from vlmscope.scope import Scope
     from vlmscope.tasks.context import RunContext
 
 TOP = 5  # next tokens that are shown
+SAYS = {"control": "random features, as many, alike in layer and activation",
+        "random_direction": "random directions of the same norm"}  # fmt: skip
 
 
 @dataclass
@@ -45,12 +48,8 @@ class EditConfig:
     new_tokens: int = 24
 
     def __post_init__(self) -> None:
-        from vlmscope.core.errors import check_choice
-
         check_choice("task.mode", self.mode, (*MODES, "all"))
-        for key, least in (("top", 1), ("controls", 0), ("new_tokens", 1)):
-            if getattr(self, key) < least:
-                raise UserError(f"task.{key}={getattr(self, key)}: it must be at least {least}")
+        check_least("task", self, top=1, controls=0, new_tokens=1)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -60,14 +59,9 @@ class EditConfig:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Features to edit, and what they were taken from.
+    """Features to edit, each once, and the graph or circuit at `source` that they were taken from, if any.
 
-    Attributes:
-        features: each once.
-        source: the path of a graph or circuit; "" where features were named.
-        graph: that they were taken from.
-        circuit: that they were taken from.
-        nodes: of the circuit; they may say at which positions they are meant.
+    `nodes` are those of the circuit; they may say at which positions they are meant.
     """
 
     features: list[FeatureId]
@@ -77,20 +71,15 @@ class Chosen:
     nodes: tuple[Supernode, ...] = ()
 
     def check_fits(self, scope: Scope) -> None:
-        """Refuse a graph or circuit of another model or set.
-
-        Raises:
-            UserError: it is of another one.
-        """
+        """Refuse a graph or circuit of another model or set."""
         from vlmscope.circuits.selectors import check_graph
 
         widths = scope.transcoders.widths
         if self.circuit is not None:
             self.circuit.check_fits(scope.vlm.name, widths, self.source)
         if self.graph is not None:
-            n_layers = scope.adapter.n_layers
-            if self.graph.n_layers != n_layers:
-                layers = f"{self.graph.n_layers} layers, this one has {n_layers}"
+            if self.graph.n_layers != scope.adapter.n_layers:
+                layers = f"{self.graph.n_layers} layers, this one has {scope.adapter.n_layers}"
                 raise UserError(f"{self.source} is of a model with {layers}; trace this model")
             check_graph(self.graph, self.source, scope.vlm.name, widths)
 
@@ -124,6 +113,18 @@ def chosen_features(named: Sequence[str], task: EditConfig) -> Chosen:
     return Chosen(list(top_features(graph, task.top)), task.from_graph, graph)
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """The operation of a trial that has its plan already; controls edit other features in the same way."""
+
+    edits: Plan
+    rereads: ClassVar[bool] = False
+
+    def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> Plan:
+        """The plan, whatever the cases and the strength."""
+        return self.edits
+
+
 def report_edit(
     name: str,
     scope: Scope,
@@ -150,47 +151,57 @@ def report_edit(
         `<name>/<mode>/kl`, `<name>/<mode>/top1_changed`, each with `_control` (matched features) and, in free mode,
         `_random_direction`; `<name>/features` and how many of them are active there, `<name>/features_active`.
     """
+    from vlmscope.circuits.cases import bystanders
     from vlmscope.core.artifacts import write_json
-    from vlmscope.interventions.effects import measure_effect
     from vlmscope.interventions.named import mean_activations
-    from vlmscope.interventions.run import base_run, generate_edited
+    from vlmscope.interventions.run import base_run, generate_edited, run_edited
+    from vlmscope.interventions.trials import Setting, Trial, run_trials
 
-    batch = scope.batch([inputs])
-    base = base_run(scope, batch, task.modes)
+    cases = bystanders(scope, "prompt", inputs.prompt, [inputs], ["prompt"])
+    cases = replace(cases, base=base_run(scope, cases.batch, task.modes))
     means = mean_activations(scope, matched_on, sorted(plan))
     active = sum(int((means[layer][edit.features] > 0).sum()) for layer, edit in plan.items())
     size = sum(len(edit.features) for edit in plan.values())
     metrics = {f"{name}/features": float(size), f"{name}/features_active": float(active)}
     print(f"{size} features in {len(plan)} layers, {active} of them active there")
-    written: dict[str, Any] = {"prompt": inputs.prompt, "features": _names(plan), "modes": {}}
-    for mode in task.modes:
-        effect, logits = measure_effect(scope, batch, base, plan, mode, means, task.controls, seed)
-        found = effect_metrics(name, effect)
-        rows = top_tokens(scope.vlm.tokenizer, base.logits[0], logits[0])
-        print(_described(effect, task.controls), *_table(rows), sep="\n")
+    named = [str(FeatureId(layer, index)) for layer, edit in plan.items() for index in edit.features.tolist()]
+    written: dict[str, Any] = {"prompt": inputs.prompt, "features": named, "modes": {}}
+    settings = [Setting(mode, mode, matched=task.controls, random_direction=task.controls * (mode == "free"))
+                for mode in task.modes]  # fmt: skip
+    table = run_trials(scope, [Trial(name, Fixed(plan), [cases], settings, means)], seed)
+    for mode, rows in table.groupby("mode", sort=False):
+        means_by = rows.groupby("control")[["kl", "changed"]].mean()
+        found = {}
+        for control in means_by.index:
+            suffix = {"": "", "matched": "_control"}.get(control, f"_{control}")
+            kl, changed = means_by.loc[control]
+            found |= {f"{name}/{mode}/kl{suffix}": float(kl), f"{name}/{mode}/top1_changed{suffix}": float(changed)}
+        logits = run_edited(scope, cases.batch, plan, str(mode), cases.base)
+        tokens = top_tokens(scope.vlm.tokenizer, cases.base.logits[0], logits[0])
+        print(*described(f"{name}/{mode}", found, task.controls), *token_lines(tokens), sep="\n")
         metrics |= found
-        written["modes"][mode] = {"metrics": found, "next_token": rows}
+        written["modes"][mode] = {"metrics": found, "next_token": tokens}
     if "free" in task.modes:
-        before = generate_edited(scope, inputs, max_new_tokens=task.new_tokens)
-        after = generate_edited(scope, inputs, plan, task.new_tokens)
+        before, after = (generate_edited(scope, inputs, edits, task.new_tokens) for edits in (None, plan))
         print(f"answer before: {before}\nanswer after:  {after}")
         written["answer"] = {"before": before, "after": after}
     write_json(context.run_dir / f"{name}.json", written)
     return metrics
 
 
-def effect_metrics(name: str, effect: Effect) -> dict[str, float]:
-    """An effect and its controls under their names."""
-    parts = (("", effect.change), ("_control", effect.matched), ("_random_direction", effect.direction))
-    return {
-        f"{name}/{effect.mode}/{key}{suffix}": getattr(change, key)
-        for suffix, change in parts
-        if change is not None
-        for key in ("kl", "top1_changed")
-    }
+def described(root: str, found: dict[str, float], draws: int) -> list[str]:
+    """What an edit did in a mode and what its controls did, from the metrics under `root`."""
+    changed = "changes" if found[f"{root}/top1_changed"] else "stays"
+    mode = root.rpartition("/")[2]
+    lines = [f"\n{mode}: KL {found[f'{root}/kl']:.3g} nats, the most probable next token {changed}"]
+    for suffix, words in SAYS.items():
+        if f"{root}/kl_{suffix}" in found:
+            kl, moved = found[f"{root}/kl_{suffix}"], found[f"{root}/top1_changed_{suffix}"]
+            lines.append(f"  {words} ({draws} draws): KL {kl:.3g} nats, changed {moved:.0%}")
+    return lines
 
 
-def top_tokens(tokenizer: Any, before: Tensor, after: Tensor) -> list[dict[str, str | float]]:
+def top_tokens(tokenizer: Any, before: Tensor, after: Tensor) -> list[dict[str, Any]]:
     """The `TOP` most probable next tokens of either run, logits [V] each, with both probabilities."""
     from vlmscope.models.base import token_strings
 
@@ -200,25 +211,7 @@ def top_tokens(tokenizer: Any, before: Tensor, after: Tensor) -> list[dict[str, 
     return [{"token": token, "before": float(p[i]), "after": float(q[i])} for token, i in named]
 
 
-def _names(plan: Plan) -> list[str]:
-    return [str(FeatureId(layer, index)) for layer, edit in plan.items() for index in edit.features.tolist()]
-
-
-def _described(effect: Effect, draws: int) -> str:
-    def said(change: Change) -> str:
-        return f"KL {change.kl:.3g} nats, changed {change.top1_changed:.0%}"
-
-    changed = "changes" if effect.change.top1_changed else "stays"
-    lines = [f"\n{effect.mode}: KL {effect.change.kl:.3g} nats, the most probable next token {changed}"]
-    if effect.matched is not None:
-        lines.append(
-            f"  random features, as many, alike in layer and activation ({draws} draws): {said(effect.matched)}"
-        )
-    if effect.direction is not None:
-        lines.append(f"  random directions of the same norm ({draws} draws): {said(effect.direction)}")
-    return "\n".join(lines)
-
-
-def _table(rows: Sequence[dict[str, str | float]]) -> list[str]:
+def token_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """`top_tokens` as a table."""
     lines = [f"  {'next token':<16} {'p before':>9} {'p after':>9}"]
     return lines + [f"  {row['token']!r:<16} {row['before']:>9.4f} {row['after']:>9.4f}" for row in rows]

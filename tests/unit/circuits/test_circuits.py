@@ -9,7 +9,7 @@ import torch
 
 from vlmscope.activations.capture import mlp_inputs
 from vlmscope.circuits.circuit import Circuit, commonest_label, labelled, load_circuit, save_circuit
-from vlmscope.circuits.config import CircuitConfig, InterventionConfig, QuestionConfig
+from vlmscope.circuits.config import CircuitConfig, QuestionConfig, SettingConfig
 from vlmscope.circuits.contrast import contrast_circuit
 from vlmscope.circuits.flow import circuit_edges
 from vlmscope.circuits.operations import Carry, Exchange
@@ -97,7 +97,7 @@ def test_steering_sets_levels_by_role(bench) -> None:
     circuit, _ = two_concepts(transcoders)
     edit = steer_plan(circuit, "mars", "earth", batch.roles, 2.0)[0]
     assert edit.features.tolist() == [3, 8]
-    new = edit.new(torch.full((1, batch.length, 2), 9.0))[0]
+    new = edit.scale * 9.0 + edit.value
     assert (new[:, 0] == 0).all()
     image = torch.from_numpy(batch.roles == "image")
     assert (new[image, 1] == 3.0).all()
@@ -255,10 +255,10 @@ def test_bad_settings_are_named() -> None:
         CircuitConfig(["neptune", "earth"], {"colour": both})
     with pytest.raises(UserError, match=r"circuit.third=mars is one of circuit.concepts"):
         CircuitConfig(["mars", "earth"], {}, third="mars")
-    with pytest.raises(UserError, match="no mode 'fre'"):
-        InterventionConfig(modes=["fre"])
-    with pytest.raises(UserError, match="no scope 'last'"):
-        InterventionConfig(scopes=["last"])
+    with pytest.raises(UserError, match="settings.mode=fre: no such choice; did you mean 'free'"):
+        SettingConfig(mode=["fre"])
+    with pytest.raises(UserError, match="settings: layers=last: write all, no_last"):
+        SettingConfig(layers=["last"])
 
 
 def test_labels_go_with_a_circuit_and_are_read_back(tmp_path: Path) -> None:

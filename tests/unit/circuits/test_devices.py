@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from tests.unit.circuits.pretended_device import PretendDevice, mark, marked, move
+from tests.unit.circuits.subjects import carried, cases_of
 
+from vlmscope.circuits.cases import bystanders
 from vlmscope.circuits.circuit import load_circuit, save_circuit
 from vlmscope.circuits.contrast import contrast_circuit
 from vlmscope.circuits.discovery.edges import run_edges
@@ -15,24 +17,13 @@ from vlmscope.circuits.discovery.pair_edges import pair_edges
 from vlmscope.circuits.discovery.scores import activation_change, eap_ig
 from vlmscope.circuits.discovery.search import Runner
 from vlmscope.circuits.discovery.sides import CircuitSubject, changing_nodes, measure
-from vlmscope.circuits.experiment import bystanders
-from vlmscope.circuits.interchange import (
-    all_features,
-    carried_controls,
-    direction_controls,
-    interchange_plan,
-    layer_role_grid,
-    run_interchange,
-    whole_plan,
-)
 from vlmscope.circuits.operations import Ablate, Carry, Exchange, Level, Toward
-from vlmscope.circuits.pair_effects import pair_effects
-from vlmscope.circuits.pair_subject import pair_subject, part_of
+from vlmscope.circuits.pairs import pair_effects, pair_subject
 from vlmscope.circuits.plans import at_supernodes, donor_activations, steer_plan, union
 from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId, Positions
 from vlmscope.features.readouts import role_means
-from vlmscope.interventions.edits import position_mask, scale_features
+from vlmscope.interventions.edits import position_mask, set_features
 from vlmscope.interventions.named import by_layer, mean_activations, patch_plan
 from vlmscope.interventions.named import steer_plan as named_plan
 from vlmscope.interventions.run import base_run, run_edited
@@ -110,7 +101,7 @@ def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
             node = replace(circuit.node("a"), positions=Positions(("image",)))
             some = at_supernodes(patched, [node], batches[0].places)
             where = position_mask(roles, "all")
-            ablated = {k: scale_features(f, 0.0, where) for k, f in circuit.indices("a").items()}
+            ablated = {k: set_features(f, torch.zeros(len(f)), where) for k, f in circuit.indices("a").items()}
             for plan in (steered, patched, some, ablated):
                 for mode in MODES:
                     assert marked(run_edited(scope, batches[0], plan, mode, base))
@@ -138,23 +129,15 @@ def test_named_features_and_levels_are_set_there(there, pairs) -> None:
 
 def test_interchanges_and_their_controls_run_there(there, pairs) -> None:
     scope, _ = there
-    nodes = [Supernode("a", (CircuitFeature(FeatureId(1, 2), "", 0, 0),), Positions(("image",)))]
+    nodes = (Supernode("a", (CircuitFeature(FeatureId(1, 2), "", 0, 0),), Positions(("image",))),)
     some = {1: torch.tensor([2, 5]), 3: torch.tensor([4])}
+    settings = [Setting(mode=mode, random_direction=int(mode == "free")) for mode in MODES]
     with PretendDevice(), torch.no_grad():
         means = mean_activations(scope, [pairs.batch], scope.transcoders.layers)
-        whole = interchange_plan(scope, pairs, all_features(scope.transcoders))
-        for mode in MODES:
-            run_interchange(scope, pairs, whole, mode)
-        plan = interchange_plan(scope, pairs, some, nodes=nodes)
-        carried_controls(scope, pairs, plan, "free", means, 1)
-        kept = whole_plan(scope, pairs.other)
-        for mode in MODES:
-            run_interchange(scope, pairs, kept, mode)
-        for one in (plan, kept):
-            direction_controls(scope, pairs, one, 1)
-        layer_role_grid(scope, pairs, some, ("image", "last"))
-        few = part_of(pairs, [0, 2])
-        run_interchange(scope, few, interchange_plan(scope, few, some))
+        cases = cases_of(pairs)
+        for do in (Carry(None), Carry(some, nodes=nodes)):
+            run_trials(scope, [Trial("carry", do, [cases], settings, means)])
+        run_trials(scope, [Trial("carry", Carry(some), [cases.select([0, 2])], [Setting()], means)])
     with PretendDevice():
         assert len(pair_effects(scope, pairs, 2).ranked(3)) == 3
 
@@ -182,19 +165,17 @@ def test_half_precision_runs_the_whole_way() -> None:
     transcoders.requires_grad_(False)
     sides = [[vlm.prepare(PROMPT, [tiny_image(i)]) for i in some] for some in (range(3), range(3, 6))]
     first, second = (torch.arange(3) + start for start in (3, 7))
-    pairs = pair_subject(Scope(vlm, transcoders), "name", sides[0], sides[1], first, second, 2, answerable=False)
-    means = mean_activations(Scope(vlm, transcoders), [pairs.batch], transcoders.layers)
-    plan = interchange_plan(Scope(vlm, transcoders), pairs, {1: torch.tensor([2, 5])})
-    carried_controls(Scope(vlm, transcoders), pairs, plan, "free", means, 1)
-    same = whole_plan(Scope(vlm, transcoders), pairs.batch)
-    kept = run_edited(Scope(vlm, transcoders), pairs.batch, same)
-    assert float((kept - pairs.base.logits).abs().max()) < 0.05
-    for mode in MODES:
-        run_interchange(Scope(vlm, transcoders), pairs, whole_plan(Scope(vlm, transcoders), pairs.other), mode)
-    assert len(pair_effects(Scope(vlm, transcoders), pairs, 2).ranked(3)) == 3
-    measured = measure(Scope(vlm, transcoders), CircuitSubject(pairs, *sides))
+    scope = Scope(vlm, transcoders)
+    pairs = pair_subject(scope, "name", sides[0], sides[1], first, second, 2, answerable=False)
+    means = mean_activations(scope, [pairs.batch], transcoders.layers)
+    for do in (Carry({1: torch.tensor([2, 5])}), Carry(None)):
+        run_trials(scope, [Trial("carry", do, [cases_of(pairs)], [Setting(mode=mode) for mode in MODES], means)])
+    same = carried(scope, replace(pairs, other=pairs.batch), None)
+    assert float((run_edited(scope, pairs.batch, same) - pairs.base.logits).abs().max()) < 0.05
+    assert len(pair_effects(scope, pairs, 2).ranked(3)) == 3
+    measured = measure(scope, CircuitSubject(pairs, *sides))
     nodes = changing_nodes(measured, transcoders)
-    assert np.isfinite(eap_ig(Scope(vlm, transcoders), measured, nodes, 2)).all()
+    assert np.isfinite(eap_ig(scope, measured, nodes, 2)).all()
     targets = np.flatnonzero(nodes.is_feature)[:20]
-    edges = pair_edges(Scope(vlm, transcoders), measured, nodes, targets, 1, 1)
+    edges = pair_edges(scope, measured, nodes, targets, 1, 1)
     assert np.isfinite(run_edges(edges, [None])).all()

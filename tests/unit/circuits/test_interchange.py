@@ -5,25 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.unit.circuits.subjects import carried, cases_of, recovered
 
 from vlmscope.activations.capture import mlp_inputs
-from vlmscope.circuits.interchange import (
-    all_features,
-    carried_controls,
-    direction_controls,
-    interchange_plan,
-    layer_role_grid,
-    outcome,
-    recovered,
-    run_interchange,
-    whole_plan,
-)
-from vlmscope.circuits.pair_effects import between, gap_gradients, interpolation, pair_effects
-from vlmscope.circuits.pair_subject import PairSubject, pair_subject, part_of
+from vlmscope.circuits.operations import Carry, all_features
+from vlmscope.circuits.pairs import PairSubject, between, gap_gradients, interpolation, pair_effects, pair_subject
 from vlmscope.core.errors import UserError
-from vlmscope.interventions.edits import at_positions
-from vlmscope.interventions.named import matched_features, mean_activations, run_random_direction
-from vlmscope.interventions.run import edit_changes, generate_ids, run_edited
+from vlmscope.interventions.named import matched_features, mean_activations
+from vlmscope.interventions.run import edit_changes, editing, generate_batch, run_edited
+from vlmscope.interventions.trials import Setting, Trial, run_trials
 from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope
@@ -73,11 +63,11 @@ def gaps(subject: PairSubject, logits: torch.Tensor) -> torch.Tensor:
 
 def test_carried_features_have_the_counterfactuals_activations(bench) -> None:
     scope, subject = bench
-    plan = interchange_plan(scope, subject, all_features(scope.transcoders))
+    plan = carried(scope, subject, all_features(scope.transcoders))
     inputs = mlp_inputs(scope.adapter, subject.other, scope.transcoders.layers)
     for layer, edit in plan.items():
         wanted = scope.transcoders[layer].encode(inputs[layer]).dense(WIDTH)
-        assert torch.equal(edit.new(torch.full_like(wanted, 7.0)), wanted)
+        assert torch.equal(edit.scale * 7.0 + edit.value, wanted)
 
 
 @pytest.mark.parametrize("mode", ["direct", "frozen_attention", "free"])
@@ -85,8 +75,7 @@ def test_carrying_every_feature_needs_no_table_of_them(bench, mode: str) -> None
     scope, subject = bench
     everything = all_features(scope.transcoders)
     for where in (None, torch.from_numpy(subject.batch.roles == "image")):
-        dense = interchange_plan(scope, subject, everything, where)
-        whole = whole_plan(scope, subject.other, where=where)
+        dense, whole = (carried(scope, subject, features, where) for features in (everything, None))
         assert [len(edit.features) for edit in whole.values()] == [len(edit.features) for edit in dense.values()]
         for plans in ((dense, whole), *(({n: dense[n]}, {n: whole[n]}) for n in (1, 3))):
             expected, found = (run_edited(scope, subject.batch, plan, mode, subject.base) for plan in plans)
@@ -97,16 +86,16 @@ def test_carrying_every_feature_needs_no_table_of_them(bench, mode: str) -> None
 
 def test_every_feature_is_carried_into_generated_tokens_and_by_random_directions(bench) -> None:
     scope, subject = bench
-    one = part_of(subject, [0])
-    inputs = scope.vlm.prepare(PROMPT, [tiny_image(0)])
-    dense = interchange_plan(scope, one, all_features(scope.transcoders))
-    whole = whole_plan(scope, one.other)
-    assert generate_ids(scope, inputs, dense, 4) == generate_ids(scope, inputs, whole, 4)
+    inputs = [scope.vlm.prepare(PROMPT, [tiny_image(i)]) for i in range(4)]
+    dense, whole = (carried(scope, subject, features) for features in (all_features(scope.transcoders), None))
+    answers = [generate_batch(scope.adapter, inputs, 4, editing(scope, plan)) for plan in (dense, whole)]
+    assert answers[0] == answers[1]
     for layer, edit in whole.items():
-        x = mlp_inputs(scope.adapter, one.batch, [layer])[layer][:, :1]
-        found, expected = (edit_changes(scope.transcoders[layer], x, e, one.batch.length) for e in (edit, dense[layer]))
+        x = mlp_inputs(scope.adapter, subject.batch, [layer])[layer][:, :1]
+        length = subject.batch.length
+        found, expected = (edit_changes(scope.transcoders[layer], x, e, length) for e in (edit, dense[layer]))
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    pair = [run_random_direction(scope, one.batch, plan, 3) for plan in (dense, whole)]
+    pair = [run_edited(scope, subject.batch, plan, direction=3) for plan in (dense, whole)]
     torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
     # There are no others to draw a control from, however the plan is held.
     means = mean_activations(scope, [subject.batch], scope.transcoders.layers)
@@ -117,32 +106,21 @@ def test_every_feature_is_carried_into_generated_tokens_and_by_random_directions
 def test_carrying_from_itself_changes_nothing(bench) -> None:
     scope, subject = bench
     same = replace(subject, other=subject.batch)
-    whole = whole_plan(scope, same.other)
-    for plan in (interchange_plan(scope, same, all_features(scope.transcoders)), whole):
+    for features in (all_features(scope.transcoders), None):
+        plan = carried(scope, same, features)
         for mode in ("direct", "frozen_attention", "free"):
             logits = run_edited(scope, subject.batch, plan, mode, subject.base)
             torch.testing.assert_close(logits, subject.base.logits, rtol=1e-9, atol=1e-9)
 
 
-def test_recovered_is_0_at_the_original_and_1_at_the_counterfactual(bench) -> None:
-    _, subject = bench
+def test_recovered_is_the_share_of_the_logit_difference(bench) -> None:
+    scope, subject = bench
+    half = {layer: torch.arange(0, WIDTH, 2) for layer in scope.transcoders.layers}
+    table = run_trials(scope, [Trial("carry", Carry(half), [cases_of(subject)], [Setting(matched=0)])])
+    logits = run_edited(scope, subject.batch, carried(scope, subject, half))
+    np.testing.assert_allclose(table.recovered, recovered(subject, logits), rtol=1e-9)
     assert np.abs(recovered(subject, subject.base.logits)).max() < 1e-12
     assert np.abs(recovered(subject, subject.other_logits) - 1).max() < 1e-12
-    middle = (subject.base.logits + subject.other_logits) / 2
-    assert np.abs(recovered(subject, middle) - 0.5).max() < 1e-9
-
-
-def test_outcome_counts_what_follows_and_what_changed(bench) -> None:
-    _, subject = bench
-    logits = subject.base.logits.clone()
-    rows = torch.arange(subject.size)
-    logits[0, subject.other_tokens[0]] = 1e3
-    third = next(i for i in range(logits.shape[1]) if i not in (int(subject.tokens[1]), int(subject.other_tokens[1])))
-    logits[1, third] = 1e3
-    found = outcome(subject, logits)
-    assert (found.follows.value, found.changed.value) == (1 / len(rows), 2 / len(rows))
-    still = outcome(replace(subject, other_tokens=subject.tokens), logits)
-    assert (still.changed.value, still.recovered) == (2 / len(rows), None)
 
 
 def test_estimated_effects_are_the_slopes_of_measured_ones(bench) -> None:
@@ -152,7 +130,7 @@ def test_estimated_effects_are_the_slopes_of_measured_ones(bench) -> None:
     step = 1e-5
     checked = 0
     for layer in scope.transcoders.layers:
-        plan = interchange_plan(scope, subject, all_features(scope.transcoders))[layer]
+        plan = carried(scope, subject, all_features(scope.transcoders))[layer]
         for index in effects.effect[layer].abs().sum(0).topk(3).indices.tolist():
             # A small step on the way from the original's activation to the counterfactual's.
             edit = replace(
@@ -187,7 +165,7 @@ def test_effects_over_many_steps_add_up_to_the_whole_way(bench) -> None:
 def test_effects_equal_the_dense_product_pair_by_pair(bench, monkeypatch: pytest.MonkeyPatch) -> None:
     scope, subject = bench
     gradients = gap_gradients(scope, subject, 3).writes
-    monkeypatch.setattr("vlmscope.circuits.pair_effects.CHUNK", 3)  # of four pairs
+    monkeypatch.setattr("vlmscope.circuits.pairs.CHUNK", 3)  # of four pairs
     found = pair_effects(scope, subject, 3)
     sides = [mlp_inputs(scope.adapter, side, scope.transcoders.layers) for side in (subject.batch, subject.other)]
     for layer in scope.transcoders.layers:
@@ -214,44 +192,6 @@ def test_ranking_is_by_effect_and_leaves_out_features_without_one(bench) -> None
     table = effects.effect[best.feature.layer][:, best.feature.index]
     assert best.influence == float(table.sum())
     assert best.role == effects.roles[int(table.abs().argmax())]
-
-
-def test_controls_are_as_many_other_features_at_the_same_positions(bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    scope, subject = bench
-    features = {0: torch.tensor([1, 4]), 1: torch.tensor([2])}
-    where = torch.from_numpy(subject.batch.roles == "last")
-    plan = interchange_plan(scope, subject, features, where)
-    means = mean_activations(scope, [subject.batch, subject.other], scope.transcoders.layers)
-    seen = []
-    real = run_interchange
-
-    def spy(scope, subject, plan, mode="free"):
-        seen.append(plan)
-        return real(scope, subject, plan, mode)
-
-    monkeypatch.setattr("vlmscope.circuits.interchange.run_interchange", spy)
-    assert len(carried_controls(scope, subject, plan, "free", means, 2)) == 2
-    for control in seen:
-        for layer, edit in control.items():
-            assert len(edit.features) == len(features[layer])
-            assert not set(edit.features.tolist()) & set(features[layer].tolist())
-            assert torch.equal(edit.where, where)
-            inputs = mlp_inputs(scope.adapter, subject.other, [layer])[layer]
-            own = scope.transcoders[layer].encode(inputs).select(edit.features, WIDTH)
-            assert torch.equal(edit.value, own)  # the controls' own activations, not those of the controlled
-    assert len(direction_controls(scope, subject, plan, 2)) == 2
-
-
-def test_grid_is_the_interchange_of_one_layer_and_role(bench) -> None:
-    scope, subject = bench
-    features = {1: torch.tensor([0, 3, 5])}
-    grid = layer_role_grid(scope, subject, features, ("image", "last", "answer"))
-    where = torch.from_numpy(subject.batch.roles == "image")
-    plan = at_positions(interchange_plan(scope, subject, features), where)
-    found = run_interchange(scope, subject, plan)
-    assert found.recovered is not None
-    assert grid[1, 0].tolist() == [found.recovered.value, found.follows.value]
-    assert np.isnan(grid[0]).all() and np.isnan(grid[1, 2]).all()
 
 
 def test_too_few_answerable_pairs_are_one_line(bench) -> None:

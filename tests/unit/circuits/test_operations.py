@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vlmscope.circuits.experiment import bystanders
+from vlmscope.circuits.cases import bystanders
 from vlmscope.circuits.operations import Ablate, Carry
 from vlmscope.interventions.run import run_edited
 from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials

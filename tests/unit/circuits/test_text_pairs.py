@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from vlmscope.circuits.cases import TextPair, text_cases, text_pairs
+from vlmscope.circuits.experiment import text_level
 from vlmscope.circuits.operations import Level
-from vlmscope.circuits.text_pairs import TextPair, text_cases, text_level, text_pairs
 from vlmscope.interventions.edits import LayerEdit
 from vlmscope.interventions.named import donor_activations
 from vlmscope.interventions.run import editing, generate_batch, log_likelihoods, run_edited, whole_answers

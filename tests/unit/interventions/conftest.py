@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vlmscope.interventions.edits import LayerEdit
 from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
@@ -34,3 +35,8 @@ def exact():
     """Each test of this folder compares float64 computations."""
     with exact_float64():
         yield
+
+
+def scaled(features: torch.Tensor, factor: float, where: torch.Tensor) -> LayerEdit:
+    """Activations times a factor."""
+    return LayerEdit(features, torch.zeros(len(features)), torch.full((len(features),), factor), where)

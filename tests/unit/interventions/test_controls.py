@@ -3,7 +3,7 @@
 import torch
 
 from vlmscope.interventions.edits import set_features
-from vlmscope.interventions.named import matched_features, run_random_direction
+from vlmscope.interventions.named import matched_features
 from vlmscope.interventions.run import run_edited
 
 
@@ -50,7 +50,7 @@ def test_random_direction_moves_as_far_elsewhere(bench) -> None:
     for name, go in (
         ("base", lambda: run_edited(scope, batch, {})),
         ("edit", lambda: run_edited(scope, batch, plan)),
-        ("random", lambda: run_random_direction(scope, batch, plan, 0)),
+        ("random", lambda: run_edited(scope, batch, plan, direction=0)),
     ):
         handle = watch(name)
         go()

@@ -12,7 +12,7 @@ from tests.unit.interventions.conftest import PROMPT
 from vlmscope.circuits.operations import Ablate, Carry, Shift, Toward
 from vlmscope.core.records import control_draws
 from vlmscope.interventions.edits import set_features
-from vlmscope.interventions.named import matched_features, run_random_direction
+from vlmscope.interventions.named import matched_features
 from vlmscope.interventions.run import base_run, run_edited
 from vlmscope.interventions.trials import Cases, Setting, Trial, layer_range, run_trials
 from vlmscope.metrics.causal import benjamini_hochberg, bootstrap_rate, paired_p
@@ -125,7 +125,7 @@ def test_controls_carry_their_own_values_and_ablation_keeps_its_own(cases: tuple
                 drawn = setting[0].restrict(others.plan(scope, made, 1.0), made.batch.roles, scope.adapter.n_layers)
             for control, logits in (
                 ("matched", run_edited(scope, made.batch, drawn)),
-                ("random_direction", run_random_direction(scope, made.batch, plan, draw)),
+                ("random_direction", run_edited(scope, made.batch, plan, direction=draw)),
             ):
                 rows = table[(table.control == control) & (table.draw == draw)]
                 assert rows.said.tolist() == logits.argmax(-1).tolist()

@@ -8,7 +8,7 @@ import torch
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Conversation, Exchange
-from vlmscope.interventions.run import generate_batch, generate_ids
+from vlmscope.interventions.run import generate_batch, generate_edited
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.conversations import LOSS_MASK, continued, encode, greedy_answer, sequence_forward
 from vlmscope.models.loading import VLM
@@ -129,7 +129,7 @@ def test_nothing_longer_than_the_models_positions_runs(vlm: VLM, monkeypatch: py
         lambda: vlm.prepare("what is this ? and", images),
         lambda: continued(vlm.adapter, inputs, [5], vlm.tokenizer),
         lambda: greedy_answer(vlm.adapter, inputs, 1),
-        lambda: generate_ids(scope, inputs, max_new_tokens=1),
+        lambda: generate_edited(scope, inputs, max_new_tokens=1),
         lambda: generate_batch(vlm.adapter, [inputs], max_new_tokens=1),
         lambda: sequence_forward(vlm, [5] * (used + 1)),
     ):

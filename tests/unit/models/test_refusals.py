@@ -25,7 +25,6 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import Conversation, Document, Exchange
 from vlmscope.features.readouts import token_lens
 from vlmscope.interventions.edits import LayerEdit
-from vlmscope.interventions.named import run_random_direction
 from vlmscope.interventions.run import base_run, generate_batch, generate_edited, run_edited
 from vlmscope.models.batching import make_batch
 from vlmscope.models.conversations import encode, greedy_answer
@@ -139,7 +138,7 @@ def test_a_forward_that_overflows_is_told() -> None:
         lambda: token_lens(adapter, batch, np.array([1]), [5]),
         lambda: base_run(scope, batch),
         lambda: run_edited(scope, batch, plan),
-        lambda: run_random_direction(scope, batch, plan, 0),
+        lambda: run_edited(scope, batch, plan, direction=0),
         lambda: mlp_inputs_and_logits(adapter, batch, [0]),
     ):
         with pytest.raises(UserError, match="not finite in float16: .* try model.dtype=bfloat16 or float32"):

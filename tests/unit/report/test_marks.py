@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from vlmscope.app import main
-from vlmscope.circuits.trial_config import MarkConfig, SettingConfig, TrialConfig
+from vlmscope.circuits.config import MarkConfig, SettingConfig, TrialConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import CircuitFeature, Rate, Supernode
 from vlmscope.core.records import FeatureId

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vlmscope.circuits.pair_subject import PairSubject, pair_subject
+from vlmscope.circuits.pairs import PairSubject, pair_subject
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set

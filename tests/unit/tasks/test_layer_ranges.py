@@ -6,22 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.unit.circuits.subjects import carried, cases_of, recovered
 
-from vlmscope.circuits.interchange import all_features, interchange_plan, recovered
 from vlmscope.circuits.operations import Ablate, Carry
-from vlmscope.circuits.pair_effects import PairEffects
-from vlmscope.circuits.pair_subject import PairSubject
+from vlmscope.circuits.pairs import PairEffects, PairSubject
 from vlmscope.interventions.named import mean_activations
 from vlmscope.interventions.run import run_edited
-from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
+from vlmscope.interventions.trials import Setting, Trial, run_trials
 from vlmscope.tasks.experiment import own_analysis
 
 HIERARCHY: Any = own_analysis("hierarchy")
-
-
-def cases_of(subject: PairSubject) -> Cases:
-    test = (subject.question, subject.batch, subject.base, subject.tokens, subject.other_tokens, ("a", "b", "c"))
-    return Cases("test", *test, subject.other, subject.other_logits)
 
 
 def test_ranges_grow_to_all_layers_from_both_ends(made: tuple[Any, PairSubject]) -> None:
@@ -32,7 +26,7 @@ def test_ranges_grow_to_all_layers_from_both_ends(made: tuple[Any, PairSubject])
     layers = bench.transcoders.layers
     assert first.columns.tolist() == [f"0-{n}" for n in layers] and last.columns.tolist() == [f"{n}-" for n in layers]
     np.testing.assert_allclose(first[f"0-{layers[-1]}"], last["0-"], rtol=1e-4)
-    plan = interchange_plan(bench.scope, subject, all_features(bench.transcoders))
+    plan = carried(bench.scope, subject, None)
     logits = run_edited(bench.scope, subject.batch, {i: plan[i] for i in (0, 1)})
     np.testing.assert_allclose(first["0-1"], recovered(subject, logits), rtol=1e-4, atol=1e-5)
     assert np.ptp(first.to_numpy(), axis=1).max() > 1e-4  # the ranges differ

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tests.unit.circuits.subjects import carried, cases_of, recovered
 
-from vlmscope.circuits.interchange import all_features, interchange_plan, run_interchange
-from vlmscope.circuits.pair_subject import PairSubject
+from vlmscope.circuits.pairs import PairSubject
 from vlmscope.core.errors import UserError
 from vlmscope.data.config import PairsConfig
-from vlmscope.interventions.edits import at_positions
-from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
+from vlmscope.interventions.run import run_edited
+from vlmscope.interventions.trials import Setting, Trial, run_trials
 from vlmscope.models.tiny import tiny_image
 from vlmscope.tasks.bench import Bench
 from vlmscope.tasks.experiment import own_analysis
@@ -34,18 +34,15 @@ def test_features_elsewhere_are_left_alone_when_a_place_is_carried(made: tuple[A
     soft = np.flatnonzero(subject.batch.is_image)
     on = np.zeros((subject.size, len(soft)), bool)
     on[:, :2] = True
-    features = all_features(bench.transcoders)
-    test = (subject.question, subject.batch, subject.base, subject.tokens, subject.other_tokens, ("a", "b", "c"))
-    cases = Cases("test", *test, subject.other, subject.other_logits)
-    plan = interchange_plan(bench.scope, subject, features)
     for chosen, places in ((on, soft[:2]), (~on, soft[2:]), (np.ones_like(on), soft)):
         where = torch.zeros(subject.batch.length, dtype=torch.bool)
         where[places] = True
-        expected = run_interchange(bench.scope, subject, at_positions(plan, where)).recovered
-        assert expected is not None and abs(expected.value) > 1e-3
-        trial = Trial("carry", OBJECTS.CarryAt(chosen), [cases], [Setting(positions="image", matched=0)])
+        logits = run_edited(bench.scope, subject.batch, carried(bench.scope, subject, None, where))
+        expected = float(recovered(subject, logits).mean())
+        assert abs(expected) > 1e-3
+        trial = Trial("carry", OBJECTS.CarryAt(chosen), [cases_of(subject)], [Setting(positions="image", matched=0)])
         found = run_trials(bench.scope, [trial]).recovered.mean()
-        assert found == pytest.approx(expected.value, rel=1e-4)
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 def own_pairs(folder: Path, ids: tuple[str | None, str | None]) -> Any:

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vlmscope.activations.capture import target_module
 from vlmscope.circuits.discovery.nodes import Kept
 from vlmscope.circuits.discovery.sides import Sides
-from vlmscope.interventions.run import frozen_attention, target_module, watch_inputs
+from vlmscope.interventions.run import watch_inputs
+from vlmscope.models.attention import replacing_patterns
 from vlmscope.models.base import INJECTIONS
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
@@ -54,7 +56,7 @@ def circuit(scope: Scope, sides: Sides, kept: Kept, mode: str = "free") -> Itera
     """
     with ExitStack() as stack:
         if mode == "frozen_attention":
-            stack.enter_context(frozen_attention(scope.adapter, sides.subject.pairs.base))
+            stack.enter_context(replacing_patterns(scope.adapter, sides.subject.pairs.base.patterns))
         inputs = watch_inputs(stack, scope.adapter, scope.transcoders.layers)
         ahead_of: dict[int, list[Tensor]] = {}
         for layer in scope.transcoders.layers:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlmscope.circuits.discovery.nodes import Kind, Nodes
 from vlmscope.circuits.discovery.sides import Sides, changes
-from vlmscope.circuits.pair_effects import GapGradients, code_slopes, gap_gradients
+from vlmscope.circuits.pairs import GapGradients, code_slopes, gap_gradients
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, Transcoder, TranscoderSet
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlmscope.activations.capture import target_module
 from vlmscope.circuits.discovery.nodes import Kind, Nodes, make_nodes, role_numbers
-from vlmscope.circuits.pair_subject import PairSubject
+from vlmscope.circuits.pairs import PairSubject
 from vlmscope.core.errors import UserError
 from vlmscope.interventions.run import watch_inputs
 from vlmscope.models.base import INJECTIONS, ModelInputs

@@ -14,8 +14,7 @@ from vlmscope.circuits.discovery.run import circuit, mask_effects
 from vlmscope.circuits.discovery.scores import activation_change, eap_ig, order_of
 from vlmscope.circuits.discovery.search import Runner
 from vlmscope.circuits.discovery.sides import CircuitSubject, changing_nodes, measure
-from vlmscope.circuits.pair_effects import pair_effects
-from vlmscope.circuits.pair_subject import pair_subject
+from vlmscope.circuits.pairs import pair_effects, pair_subject
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm

@@ -1,0 +1,261 @@
+"""Case sets: pictures of concepts under questions, counterfactual pairs, and pairs of prompts with whole answers.
+
+Legend: B cases, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlmscope.circuits.config import CircuitConfig
+from vlmscope.circuits.pairs import PairSubject, pair_subject
+from vlmscope.core.errors import UserError
+from vlmscope.data.config import PairsConfig
+from vlmscope.data.images import png_bytes
+from vlmscope.data.pairs import Pair, Side, load_pairs
+from vlmscope.interventions.run import base_run, log_likelihoods, whole_answers, without_special
+from vlmscope.interventions.trials import Cases
+from vlmscope.models.base import ModelInputs
+from vlmscope.models.batching import InputBatch
+from vlmscope.models.conversations import continued
+from vlmscope.scope import Scope
+
+Pictures = Callable[[str, str, int], Sequence[Image.Image]]  # concept, split, count
+
+
+def answer_token(scope: Scope, word: str) -> int:
+    """The id of an answer word.
+
+    Raises:
+        UserError: the tokenizer does not have it as one token.
+    """
+    tokenizer = scope.vlm.tokenizer
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise UserError(f"the answer {word!r} is not one token of this model: choose one that is")
+    return int(ids[0])
+
+
+def bystanders(
+    scope: Scope, name: str, question: str, inputs: Sequence[ModelInputs], ids: Sequence[str], target: int = -1
+) -> Cases:
+    """Prompts about something else, whatever they are answered; hits are answers `target`."""
+    batch = scope.batch(list(inputs))
+    base = base_run(scope, batch, ["free"])
+    answer = base.logits.argmax(-1)
+    return Cases(name, question, batch, base, answer, torch.full_like(answer, target), tuple(ids), inputs=tuple(inputs))
+
+
+def right_cases(
+    scope: Scope, config: CircuitConfig, name: str, concept: str, images: Sequence[Image.Image], modes: Collection[str]
+) -> tuple[Cases, list[int], InputBatch]:
+    """A concept's test pictures that are answered rightly to a question, without target or donors.
+
+    Returns:
+        The cases, the numbers of their pictures, and all pictures as a batch.
+
+    Raises:
+        UserError: fewer than `config.least` are.
+    """
+    question = config.questions[name]
+    inputs = [scope.inputs(question.prompt, [image]) for image in images]
+    own = answer_token(scope, question.answers[concept])
+    everything = scope.batch(inputs)
+    answers = scope.forward(everything).argmax(-1)
+    rows = torch.nonzero(answers == own).flatten()
+    kept = rows.tolist()
+    if len(kept) < config.least:
+        words = ", ".join(sorted({scope.vlm.tokenizer.decode([token]).strip() for token in answers.tolist()}))
+        raise UserError(
+            f"{f'only {len(kept)}' if kept else 'none'} of the {len(images)} pictures of {concept} is answered "
+            f"{question.answers[concept]!r} to {question.prompt!r} (the model says: {words}): nothing to flip; give "
+            "other pictures"
+        )
+    batch = everything.select(rows)
+    cases = Cases(
+        "test",
+        name,
+        batch,
+        base_run(scope, batch, {*modes} - {"generate"}),
+        answers[rows],
+        torch.full_like(rows, -1),
+        tuple(f"{concept} {row}" for row in kept),
+        inputs=tuple(inputs[row] for row in kept),
+        prompt=question.prompt,
+        pngs=tuple(png_bytes(images[row], 128) for row in kept),
+    )
+    return cases, kept, everything
+
+
+def concept_cases(
+    scope: Scope, config: CircuitConfig, pictures: Pictures, count: int, modes: Collection[str]
+) -> list[Cases]:
+    """The recipient's test pictures that are answered rightly, a case set per question; donors row by row."""
+    recipient, donor = config.concepts
+    images = pictures(recipient, "test", count)
+    donor_images = pictures(donor, "test", max(len(images), 1))
+    found = []
+    for name, question in config.questions.items():
+        target = answer_token(scope, question.answers[donor])
+        cases, rows, _ = right_cases(scope, config, name, recipient, images, modes)
+        donors = [scope.inputs(question.prompt, [donor_images[row % len(donor_images)]]) for row in rows]
+        found.append(replace(cases, target=torch.full_like(cases.answer, target), donors=scope.batch(donors)))
+    return found
+
+
+def matrix_cases(
+    scope: Scope, config: CircuitConfig, pictures: Pictures, count: int, modes: Collection[str]
+) -> dict[str, list[Cases]]:
+    """Every ordered pair of concepts, tagged `recipient` and `donor`, under each question that tells them apart.
+
+    Returns:
+        "test": the recipients that are answered rightly, with donors row by row; "third": all pictures of each concept
+        outside the pair, under the first question; a hit is the donor's word.
+
+    Raises:
+        UserError: no question tells two concepts apart, or too few pictures of a concept are answered rightly.
+    """
+    images = {concept: pictures(concept, "test", count) for concept in config.concepts}
+    test: list[Cases] = []
+    third: list[Cases] = []
+    for number, (name, question) in enumerate(config.questions.items()):
+        token = {concept: answer_token(scope, question.answers[concept]) for concept in images}
+        right = {concept: right_cases(scope, config, name, concept, of, modes) for concept, of in images.items()}
+        asked = {}
+        for concept, of in images.items() if number == 0 else ():
+            inputs = [scope.inputs(question.prompt, [image]) for image in of]
+            asked[concept] = bystanders(scope, "third", name, inputs, [f"{concept} {i}" for i in range(len(of))])
+        for recipient, donor in permutations(images, 2):
+            tags = {"recipient": recipient, "donor": donor}
+
+            def turned(cases: Cases, tags: Mapping[str, str] = tags, target: int = token[donor]) -> Cases:
+                return replace(cases, target=torch.full_like(cases.answer, target), tags=tags)
+
+            third += [turned(one) for concept, one in asked.items() if concept not in (recipient, donor)]
+            if token[recipient] != token[donor]:
+                cases, rows, _ = right[recipient]
+                donors = right[donor][2].select([row % len(images[donor]) for row in rows])
+                test.append(replace(turned(cases), donors=donors))
+    if not test:
+        raise UserError(f"no question of {', '.join(config.questions)} tells two of circuit.concepts apart")
+    return {"test": test, "third": third}
+
+
+def pairs_by_question(config: PairsConfig, split: str) -> dict[str, list[Pair]]:
+    """The pairs of a split by question. Of a question whose answer differs in some pairs, only those count."""
+    found: dict[str, list[Pair]] = {}
+    for pair in load_pairs(config, split):
+        found.setdefault(pair.question, []).append(pair)
+    return {name: [p for p in some if p.moves] or some for name, some in found.items()}
+
+
+def subject_of_pairs(
+    scope: Scope,
+    question: str,
+    pairs: Sequence[Pair],
+    least: int,
+    answerable: bool = True,
+    modes: Collection[str] = ("free",),
+) -> PairSubject:
+    """Both sides of a question's pairs, run once (see `pair_subject`)."""
+    sides: list[list[Side]] = [[pair.original for pair in pairs], [pair.counterfactual for pair in pairs]]
+    inputs, tokens = [], []
+    for some in sides:
+        known = {word: answer_token(scope, word) for word in {side.answer for side in some}}
+        tokens.append(torch.tensor([known[side.answer] for side in some], device=scope.adapter.device))
+        inputs.append([scope.inputs(side.prompt, list(side.images)) for side in some])
+    return pair_subject(scope, question, *inputs, *tokens, least, answerable, modes)
+
+
+def pair_cases(scope: Scope, subject: PairSubject, pairs: Sequence[Pair], name: str = "test") -> Cases:
+    """The originals as recipients and the counterfactuals as donors; `pairs` are those that the subject chose from."""
+    kept = [pairs[row] for row in subject.rows.tolist()]
+    return Cases(
+        name,
+        subject.question,
+        subject.batch,
+        subject.base,
+        subject.tokens,
+        subject.other_tokens,
+        tuple(pair.id for pair in kept),
+        subject.other,
+        subject.other_logits,
+        inputs=tuple(scope.inputs(pair.original.prompt, list(pair.original.images)) for pair in kept),
+        prompt=kept[0].original.prompt,
+        pngs=tuple(_both_sides(pair) for pair in kept),
+    )
+
+
+def _both_sides(pair: Pair) -> bytes:
+    """Original and counterfactual in one picture, the original alone where they differ in height."""
+    sides = [np.asarray(side.images[0]) for side in (pair.original, pair.counterfactual) if side.images]
+    if not sides:
+        return png_bytes(np.full((8, 8, 3), 255, np.uint8))
+    same = len({side.shape[0] for side in sides}) == 1
+    return png_bytes(np.concatenate(sides, 1) if same else sides[0], 256)
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """Two prompts of equal length and the model's whole answers to them, equally many tokens, of which some differ."""
+
+    name: str
+    sides: tuple[ModelInputs, ModelInputs]
+    ids: tuple[list[int], list[int]]
+    texts: tuple[str, str]
+    png: bytes = b""
+
+    def begun(self, scope: Scope, side: int, tokens: int) -> ModelInputs:
+        """A side's prompt with the first tokens of its answer."""
+        return continued(scope.adapter, self.sides[side], self.ids[side][:tokens], scope.vlm.tokenizer)
+
+
+def text_pairs(
+    scope: Scope,
+    sides: Sequence[Sequence[ModelInputs]],
+    right: Sequence[Sequence[str]],
+    new_tokens: int,
+    pngs: Sequence[bytes] = (),
+) -> list[TextPair]:
+    """The pairs whose whole answers are right on both sides, all answers equally long.
+
+    Args:
+        scope: the model and its transcoders.
+        sides: [2][n] prompts.
+        right: [2][n] right answers.
+        new_tokens: length of an answer, at most.
+        pngs: n small pictures, for reports.
+    """
+    answers = [whole_answers(scope, inputs, new_tokens) for inputs in sides]
+    found: list[TextPair] = []
+    for row, ((ids, text), (other_ids, other_text)) in enumerate(zip(*answers, strict=True)):
+        lengths = {len(ids), len(other_ids), len(found[0].ids[0]) if found else len(ids)}
+        if (text, other_text) == (right[0][row], right[1][row]) and len(lengths) == 1:
+            png = pngs[row] if pngs else b""
+            pair = TextPair(str(row), (sides[0][row], sides[1][row]), (ids, other_ids), (text, other_text), png)
+            found.append(pair)
+    return found
+
+
+def text_cases(scope: Scope, name: str, question: str, pairs: Sequence[TextPair], prompt: str = "") -> Cases:
+    """The first sides; the second sides' whole answers are their targets.
+
+    A generated answer has the column `log_likelihood`: of a token of it, in nats, after the second side's prompt in the
+    unedited model. It is high where the answer is both fluent and true of that side.
+    """
+    others = {pair.name: pair.sides[1] for pair in pairs}
+
+    def score(ids: Sequence[str], answers: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        words = [without_special(scope.vlm.tokenizer, answer) for answer in answers]
+        return {"log_likelihood": log_likelihoods(scope, [others[one] for one in ids], words)}
+
+    cases = bystanders(scope, name, question, [pair.sides[0] for pair in pairs], list(others))
+    texts, targets = zip(*(pair.texts for pair in pairs), strict=True)
+    pngs = tuple(pair.png for pair in pairs)
+    return replace(cases, texts=texts, target_texts=targets, score=score, prompt=prompt, pngs=pngs)

@@ -1,0 +1,261 @@
+"""What the trials of an experiment run on: case sets and operations from concepts or from counterfactual pairs.
+
+Called by `vlmscope.tasks.experiment`, which is free of torch. Also the parts of the report that trials do not give:
+graph, evidence, examples and captions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from torch import Tensor
+
+from vlmscope.attribution.export import save_graph, write_graph_json
+from vlmscope.circuits.cases import answer_token, bystanders, concept_cases, matrix_cases
+from vlmscope.circuits.circuit import (
+    Circuit,
+    commonest_label,
+    labelled,
+    load_circuit,
+    save_circuit,
+    with_labels,
+)
+from vlmscope.circuits.config import TrialConfig
+from vlmscope.circuits.contrast import concept_influence, concept_means, contrast_circuit, control_means, described
+from vlmscope.circuits.experiment import ALL, EACH, Declared, PairSource, concept_operation, settle
+from vlmscope.circuits.flow import circuit_edges
+from vlmscope.core.artifacts import atomic_path
+from vlmscope.core.graph import PrunedGraph
+from vlmscope.core.intervention import AnswerExample, Supernode
+from vlmscope.data.images import png_bytes
+from vlmscope.data.orrery.dataset import unrelated_scenes
+from vlmscope.data.orrery.scenes import PLANETS
+from vlmscope.features.readouts import RoleMeans
+from vlmscope.features.top_examples import StudyItem
+from vlmscope.interventions.run import generate_edited, run_edited
+from vlmscope.interventions.trials import Cases, Operation, run_trials
+from vlmscope.metrics.causal import log_softmax
+from vlmscope.metrics.table import cell_metrics, trial_metrics
+from vlmscope.models.base import token_strings
+from vlmscope.report.circuit_figure import circuit_diagram
+from vlmscope.report.graph_figure import attribution_graph
+from vlmscope.report.marks import write_evidence, write_records, write_rows
+from vlmscope.tasks.bench import Bench
+from vlmscope.tasks.tracing.graph_metrics import graph_metrics
+
+CAPTION_PROMPT = "describe this image in detail ."
+CAPTIONS = 3  # test pictures described before and under the first exchange
+SHOWN = 2  # cases of each question with their words before and after
+
+
+def run_declared(bench: Bench, analyses: Sequence[Any] = ()) -> dict[str, float]:
+    """All trials, with those that analyses add: trials.parquet, examples.parquet and metrics."""
+    cfg = bench.cfg
+    declare = next((one.declare for one in analyses if hasattr(one, "declare")), None)
+    if declare is None:
+        matrix = cfg.pairs is None and len(bench.circuit_config.concepts) > 2
+        declare = from_pairs if cfg.pairs is not None else from_matrix if matrix else from_circuit
+    declared = settle(bench.scope, declare(bench), cfg.trials, cfg.settings)
+    bench.metrics |= {f"settled/{question}": strength for question, strength in declared.settled.items()}
+    more = (one.trials(bench, declared) for one in analyses if hasattr(one, "trials"))
+    table = run_trials(bench.scope, chain(declared.trials(cfg.trials, cfg.settings), *more), cfg.seed)
+    with atomic_path(bench.run_dir / "trials.parquet") as temporary:
+        table.to_parquet(temporary, index=False)
+    if declared.metrics is None:  # else the case sets are not one question's pictures before and after
+        write_records(bench.run_dir / "examples.parquet", [*examples(bench, declared, table)])
+        write_captions(bench, declared)
+    return (declared.metrics or trial_metrics)(table, cfg.trials, cfg.settings)
+
+
+def modes_of(bench: Bench) -> set[str]:
+    """Modes that some setting uses."""
+    return {mode for setting in bench.cfg.settings.values() for mode in setting.mode}
+
+
+def training(bench: Bench) -> tuple[dict[str, list[Image.Image]], dict[str, str]]:
+    """Training pictures by concept, and prompts by question."""
+    config = bench.circuit_config
+    images = {concept: bench.concept_pictures(concept, "train", config.pictures) for concept in config.concepts}
+    return images, {name: question.prompt for name, question in config.questions.items()}
+
+
+def from_circuit(bench: Bench) -> Declared:
+    """Pictures of two concepts; their circuit is chosen by contrast first."""
+    config, count = bench.circuit_config, bench.cfg.intervention.pictures
+    circuit, means = concept_circuit(bench)
+    pictures = cache(bench.concept_pictures)
+    cases = {
+        "test": concept_cases(bench.scope, config, pictures, count, modes_of(bench)),
+        "third": third_cases(bench),
+        "unrelated": unrelated_cases(bench),
+    }
+    shown = len(pictures(config.concepts[0], "test", count))
+    bench.metrics |= {f"base/{one.question}/accuracy": one.batch.size / shown for one in cases["test"]}
+    return Declared(cases, concept_operation(circuit, config), control_means(means))
+
+
+def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, RoleMeans]]]:
+    """The circuit of two concepts and their role means: circuits/, graph files, evidence.parquet and their figures."""
+    config, folder = bench.circuit_config, bench.run_dir
+    train, prompts = training(bench)
+    means = concept_means(bench.scope, train, prompts)
+    influence, traces, seconds = concept_influence(bench.scope, train, prompts, config.graphs, bench.cfg.attribution)
+    circuit, metrics = contrast_circuit(bench.transcoders, means, influence, config.per_layer, bench.vlm.name)
+    circuit, pruned = labelled(circuit, bench.labels), traces[0].pruned
+    save_circuit(circuit, folder / "circuits" / "_".join(config.concepts))
+    save_graph(folder / "graph.safetensors", pruned)
+    write_graph_json(folder / "graph.json", pruned, folder.name, bench.vlm.name, bench.labels)
+    write_evidence(folder / "evidence.parquet", described(bench.scope, circuit, evidence_items(bench)))
+    draw_circuit(bench, circuit, pruned, np.asarray(train[config.concepts[0]][0]))
+    bench.metrics |= metrics | graph_metrics(traces[0], float(np.median(seconds)))
+    return circuit, means
+
+
+def evidence_items(bench: Bench, count: int = 10) -> list[StudyItem]:
+    """Training pictures searched for top examples, `count` of every planet, or of the concepts if these are none.
+
+    Each is asked every question: a feature that writes `dust` is silent unless it is asked for.
+    """
+    config = bench.circuit_config
+    items = []
+    for concept in PLANETS if set(config.concepts) <= set(PLANETS) else config.concepts:
+        images = bench.concept_pictures(concept, "train", count)
+        for question in config.questions.values():
+            pairs = zip(bench.inputs(images, question.prompt), images, strict=True)
+            items += [StudyItem(inputs, concept, png_bytes(image)) for inputs, image in pairs]
+    return items
+
+
+def draw_circuit(bench: Bench, circuit: Circuit, pruned: PrunedGraph, image: np.ndarray) -> None:
+    """figures/circuit.png and figures/graph.png, of the graph of one training picture."""
+    folder, nodes = bench.run_dir / "figures", tuple(circuit.supernodes.values())
+    edges = circuit_edges(pruned, {node.name: {m.feature for m in node.features} for node in nodes})
+    words = {node.name: word for node in nodes if (word := commonest_label(node))}
+    circuit_diagram(nodes, edges, folder / "circuit.png", {"soft tokens": image}, words=words)
+    groups = {m.feature: node.name for node in nodes for m in node.features}
+    attribution_graph(pruned, folder / "graph.png", [image], groups, labels=bench.labels)
+
+
+def third_cases(bench: Bench) -> Sequence[Cases]:
+    """Pictures of a concept that is neither; a hit is the donor's word."""
+    config = bench.circuit_config
+    if config.third is None:
+        return ()
+    images = bench.concept_pictures(config.third, "test", bench.cfg.intervention.pictures)
+    ids = [f"{config.third} {i}" for i in range(len(images))]
+    found = []
+    for name, question in config.questions.items():
+        target = answer_token(bench.scope, question.answers[config.concepts[1]])
+        found.append(bystanders(bench.scope, "third", name, bench.inputs(images, question.prompt), ids, target))
+    return found
+
+
+def unrelated_cases(bench: Bench) -> Sequence[Cases]:
+    """Other scenes and text alone, of which no question names a concept; prompts of one shape are one case set."""
+    config, groups = bench.circuit_config, {}
+    scenes = unrelated_scenes("test", bench.cfg.intervention.unrelated, config.seed, without=tuple(config.concepts))
+    for number, scene in enumerate(scenes):
+        pictures = [] if scene.image is None else [Image.fromarray(scene.image)]
+        inputs = bench.scope.inputs(scene.questions[0].question, pictures)
+        groups.setdefault((len(inputs), inputs.is_image.tobytes()), []).append((f"scene {number}", inputs))
+    return [
+        bystanders(bench.scope, "unrelated", "other", [one for _, one in group], [name for name, _ in group])
+        for group in groups.values()
+    ]
+
+
+def from_matrix(bench: Bench) -> Declared:
+    """Pictures of every ordered pair of concepts; means and graphs are computed once per concept, for all circuits."""
+    config, count = bench.circuit_config, bench.cfg.intervention.pictures
+    cases = matrix_cases(bench.scope, config, bench.concept_pictures, count, modes_of(bench))
+    for one in cases["test"]:
+        bench.metrics[f"base/{one.question}/{one.tags['recipient']}/accuracy"] = one.batch.size / count
+    train, prompts = training(bench)
+    means = concept_means(bench.scope, train, prompts)
+    influence, _, _ = concept_influence(bench.scope, train, prompts, config.graphs, bench.cfg.attribution)
+    circuits: dict[frozenset[str], Circuit] = {}
+    controls: dict[frozenset[str], Mapping[int, Tensor]] = {}
+    for pair in combinations(config.concepts, 2):
+        both = {concept: means[concept] for concept in pair}
+        circuit, _ = contrast_circuit(bench.transcoders, both, influence, config.per_layer, bench.vlm.name)
+        save_circuit(circuit, bench.run_dir / "circuits" / "_".join(pair))
+        circuits[frozenset(pair)], controls[frozenset(pair)] = circuit, control_means(both)
+
+    def pair_of(of: Cases) -> tuple[str, str]:
+        return of.tags["recipient"], of.tags["donor"]
+
+    def operation(trial: TrialConfig, of: Cases, limit: int | None) -> Operation:
+        return concept_operation(circuits[frozenset(pair_of(of))], config, pair_of(of))(trial, of, limit)
+
+    return Declared(cases, operation, lambda _, of: controls[frozenset(pair_of(of))], metrics=cell_metrics)
+
+
+def from_pairs(bench: Bench) -> Declared:
+    """Counterfactual pairs with the features of a given circuit, or with some chosen on training pairs and saved."""
+    cfg, config = bench.cfg, bench.cfg.interchange
+    assert cfg.pairs is not None, "cases come from pairs where there are some"
+    circuit = None if config.circuit is None else load_circuit(Path(config.circuit))
+    if circuit is not None:
+        circuit.check_fits(bench.vlm.name, bench.transcoders.widths, str(config.circuit))
+    modes: dict[str, set[str]] = {}
+    for setting in cfg.settings.values():
+        modes.setdefault(setting.cases, set()).update(set(setting.mode) - {"generate"})
+    deepest = max((limit for setting in cfg.settings.values() for limit in setting.limit), default=0)
+    source = PairSource(bench.scope, cfg.pairs, config, circuit, deepest)
+    cases = source.cases(modes)
+    bench.metrics |= source.accuracy
+    if circuit is None and any(trial.features != ALL for trial in cfg.trials.values()):
+        ranked = {name: source.ranked(name)[: config.features] for name in source.questions}
+        nodes = {name: with_labels(Supernode(name, tuple(some)), bench.labels) for name, some in ranked.items()}
+        chosen = Circuit(nodes, {}, model=bench.vlm.name, n_features=bench.transcoders.widths)
+        save_circuit(chosen, bench.run_dir / "circuits" / (cfg.pairs.change or "pairs"))
+    return Declared(cases, source.operation, source.means, source.sets, source)
+
+
+def examples(bench: Bench, declared: Declared, table: pd.DataFrame) -> Iterator[AnswerExample]:
+    """Some answers before and after each exchange and transfer, in free mode everywhere; whole answers are those of
+    the trial's first setting.
+    """
+    for cases in declared.cases["test"]:
+        few = cases.select(range(min(SHOWN, cases.batch.size)))
+        for name, trial in bench.cfg.trials.items():
+            if few.texts:
+                run: Any = table[(table.operation == name) & (table.question == few.question) & (table.control == "")]
+                after = run.drop_duplicates("case").set_index("case").text
+                for png, case, text in zip(few.pngs, few.ids, few.texts, strict=True):
+                    yield AnswerExample(png, few.prompt, name, text, after[case], (), ())
+            elif trial.do in ("exchange", "carry") and trial.features != EACH:
+                plan = declared.operation(trial, few, None).plan(bench.scope, few, trial.strength or 0.0)
+                rows = zip(few.pngs, few.base.logits, run_edited(bench.scope, few.batch, plan), strict=True)
+                for png, *logits in rows:
+                    words = [probable_words(bench, one) for one in logits]
+                    yield AnswerExample(png, few.prompt, name, words[0][0][0], words[1][0][0], *words)
+
+
+def probable_words(bench: Bench, logits: Tensor, count: int = 5) -> tuple[tuple[str, float], ...]:
+    """The most probable next words of logits [V] with their probabilities."""
+    probabilities = np.exp(log_softmax(logits.double().numpy(force=True)))
+    best = np.argsort(-probabilities)[:count]
+    return tuple(zip(token_strings(bench.vlm.tokenizer, best), map(float, probabilities[best]), strict=True))
+
+
+def write_captions(bench: Bench, declared: Declared) -> None:
+    """captions.parquet: descriptions of some test pictures, token by token, before and under the first exchange."""
+    trial = next((trial for trial in bench.cfg.trials.values() if trial.do == "exchange"), None)
+    if trial is None:
+        return
+    recipient, rows = bench.circuit_config.concepts[0], []
+    for image in bench.concept_pictures(recipient, "test", CAPTIONS)[:CAPTIONS]:
+        inputs = bench.scope.inputs(CAPTION_PROMPT, [image])
+        cases = bystanders(bench.scope, "captions", CAPTION_PROMPT, [inputs], [recipient])
+        plan = declared.operation(trial, cases, None).plan(bench.scope, cases, trial.strength or 0.0)
+        answers = (generate_edited(bench.scope, inputs, edits) for edits in (None, plan))
+        rows.append(dict(zip(("before", "after"), answers, strict=True)))
+    write_rows(bench.run_dir / "captions.parquet", rows)

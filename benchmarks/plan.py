@@ -13,9 +13,8 @@ from statistics import median
 import torch
 from started import started
 
-from vlmscope.config.schema import TranscoderArchConfig
 from vlmscope.tasks.plan import Machine, TrainingPlan, TrainingSizes, least_time
-from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.training.config import TranscoderArchConfig, TranscoderTrainingConfig
 from vlmscope.training.ranks import Layout
 
 SIZES = [(2048, 128, 2048, 16), (2048, 256, 8192, 16), (1024, 512, 16384, 48), (512, 1024, 16384, 48)]  # n, d, F, k

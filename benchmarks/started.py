@@ -11,5 +11,5 @@ def started(d_model: int, n_features: int, k: int, x: Tensor, y: Tensor) -> Laye
     trainer = LayerTrainer(TranscoderConfig(d_model, n_features, k))
     trainer.standardise(x, y)
     standard_x, standard_y = trainer.standard.apply(x, y)
-    trainer.start(standard_x, [standard_y], "samples", 0)
+    trainer.start(standard_x, [standard_y], 0)
     return trainer

@@ -19,7 +19,13 @@ from training_clock import Clock, Judge, fvu_judge
 from training_data import Activations
 from training_peer import ReplayModel, peer
 
-from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.training.config import (
+    OptimConfig,
+    RecipeConfig,
+    TrainerConfig,
+    TranscoderArchConfig,
+    TranscoderTrainingConfig,
+)
 
 # `optim=short`, chosen on seed 0 of one layer: 120 steps on pictures, 40 on text. At 1,000 steps (0.5, 0.99) and 5e-3
 # did better than the shipped set's (0.9, 0.999), 3e-3 and a cosine.
@@ -55,16 +61,12 @@ class _Ticking(IterableDataset[Any]):
 
 def settings(job: dict[str, Any], width: int) -> TranscoderTrainingConfig:
     """Our recipe for a job: `optim=short`, its warm-up cut to a tenth of the run."""
+    warmup = max(1, min(100, job["steps"] // 10))
     return TranscoderTrainingConfig(
-        expansion_factor=job["latents"] // width,
-        k=job["k"],
-        lr=LEARNING_RATE,
-        betas=BETAS,
-        schedule=SCHEDULE,
-        warmup=max(1, min(100, job["steps"] // 10)),
-        max_steps=job["steps"],
-        pool_batches=job.get("pool", 8),
-        steps_per_batch=job.get("each", 2),
+        TranscoderArchConfig(expansion_factor=job["latents"] // width, k=job["k"]),
+        OptimConfig(lr=LEARNING_RATE, betas=list(BETAS), schedule=SCHEDULE, warmup=warmup),
+        TrainerConfig(max_steps=job["steps"]),
+        RecipeConfig(pool_batches=job.get("pool", 8), steps_per_batch=job.get("each", 2)),
     )
 
 
@@ -78,7 +80,7 @@ def ours(
     """Train by `TranscoderModule` under Lightning; `first` gives the batches of the starting point."""
     import pytorch_lightning as pl
 
-    from vlmscope.training.transcoder_module import TranscoderModule
+    from vlmscope.training.transcoder_training import TranscoderModule
 
     config = settings(job, adapter.d_model)
     module = TranscoderModule(adapter, config)
@@ -93,7 +95,7 @@ def ours(
         return judge(reconstruct)
 
     folded: dict[int, Any] = {}
-    clock = Clock(config.max_steps, job["marks"], judged)
+    clock = Clock(config.trainer.max_steps, job["marks"], judged)
     module.initialise(first())
     trainer = pl.Trainer(
         max_epochs=1,
@@ -106,7 +108,7 @@ def ours(
         num_sanity_val_steps=0,
     )
     trainer.fit(module, DataLoader(_Ticking(lambda: stream(adapter, config), lambda: clock), batch_size=None))
-    assert len(clock.seconds) == config.max_steps + 1
+    assert len(clock.seconds) == config.trainer.max_steps + 1
     return clock.record()
 
 

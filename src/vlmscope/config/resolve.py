@@ -33,10 +33,11 @@ from omegaconf.grammar_parser import parse
 
 from vlmscope.circuits.spec_config import CircuitSpecConfig
 from vlmscope.config.catalog import conf_dir
-from vlmscope.config.schema import AppConfig, RandomTranscodersConfig, TranscoderArchConfig, TranscoderSetConfig
+from vlmscope.config.schema import AppConfig, RandomTranscodersConfig, TranscoderSetConfig
 from vlmscope.core.artifacts import read_text, read_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import check_characters
+from vlmscope.training.config import TranscoderArchConfig
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 

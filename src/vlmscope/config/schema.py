@@ -30,7 +30,7 @@ from vlmscope.data.config import PairsConfig, SourceConfig, check_source
 from vlmscope.data.prompts import PromptSetConfig
 from vlmscope.features.config import CrossModalConfig, StudyConfig
 from vlmscope.tracking import TrackingConfig
-from vlmscope.training.config import SCHEDULES
+from vlmscope.training.config import OptimConfig, TrainerConfig
 from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES
 
 
@@ -96,72 +96,6 @@ class RandomTranscodersConfig:
 
     def __post_init__(self) -> None:
         check_choice("transcoder.activation", self.activation, ACTIVATIONS)
-
-
-@dataclass
-class TranscoderArchConfig:
-    """The architecture of transcoders to be trained; the width is `expansion_factor` times the model's.
-
-    `k` features are active at a token (topk), on average over a batch (batchtopk), or aimed at (jumprelu); relu has as
-    many as its L1 penalty leaves. `bandwidth` is that of JumpReLU's kernel. With `cross_layer` a feature writes to its
-    own layer and to every later one.
-    """
-
-    expansion_factor: int = 16
-    k: int = 16
-    activation: str = "topk"
-    skip: bool = False
-    cross_layer: bool = False
-    bandwidth: float = 0.05
-
-    def __post_init__(self) -> None:
-        check_choice("transcoder.activation", self.activation, ACTIVATIONS)
-
-
-@dataclass
-class OptimConfig:
-    """AdamW. The learning rate rises from zero over `warmup` steps; then `schedule` says how it falls."""
-
-    lr: float = 5e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    warmup: int = 100
-
-    def __post_init__(self) -> None:
-        check_choice("optim.schedule", self.schedule, SCHEDULES)
-        if len(self.betas) != 2:
-            raise UserError(f"optim.betas={self.betas}: AdamW takes two numbers; write optim.betas=[0.9,0.999]")
-        check_least("optim", self, warmup=0)
-
-
-@dataclass
-class TrainerConfig:
-    """How long and how a model is trained; the `_every` keys count optimiser steps, and 0 switches that off.
-
-    With several processes (docs/scaling.md), `per_host` of them share the layers, each `per_host` a copy of all layers
-    (null: those on one machine); `rank_timeout` is how many minutes one waits for another that does not answer.
-    `precision` of transcoders is "32", or "bf16-mixed", which chooses features by a bfloat16 product (docs/scaling.md).
-    """
-
-    max_steps: int = 1000
-    batch_size: int = 64
-    seed: int = II("seed")
-    precision: str = "32"
-    checkpoint_every: int = 500
-    log_every: int = 20
-    val_every: int = 500
-    num_workers: int = 0
-    threads: int | None = None
-    resume: bool = False
-    per_host: int | None = None
-    rank_timeout: float = 30.0
-
-    def __post_init__(self) -> None:
-        if not self.rank_timeout > 0:
-            raise UserError(f"trainer.rank_timeout={self.rank_timeout}: it is minutes; choose a number above 0")
-        check_choice("trainer.precision", self.precision, ("32", "bf16-mixed", "64"))
-        check_least("trainer", self, max_steps=1, batch_size=1, per_host=1)
 
 
 @dataclass

@@ -8,7 +8,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from vlmscope.config.catalog import asset
-from vlmscope.config.schema import AppConfig, RandomTranscodersConfig, TranscoderArchConfig, TranscoderSetConfig
+from vlmscope.config.schema import AppConfig, RandomTranscodersConfig, TranscoderSetConfig
+from vlmscope.training.config import TranscoderArchConfig
 
 
 def _run_label(*names: Any) -> str:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+
+from PIL import Image
+from torch import Tensor
 
 from vlmscope.core.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
-
-    from vlmscope.models.loading import VLM
-    from vlmscope.scope import Scope
+from vlmscope.core.records import generator
+from vlmscope.data.orrery.scenes import vocabulary
+from vlmscope.data.samples import chat_batch
+from vlmscope.models.loading import VLM
+from vlmscope.scope import Scope
+from vlmscope.training.evaluation import check_hooks, fvu_on_load
 
 _LOG = logging.getLogger(__name__)
 _SCENES = 4  # of each kind: some 440 tokens
@@ -28,28 +29,17 @@ PLAIN = (
 )
 
 
-def warn_if_unfit(scope: Scope, prompt: str | None, pictures: Sequence[Image] = ()) -> dict[int, float]:
-    """Log a warning for layers with an FVU above 1 on the run's own input, or on Orrery's scenes when it has none.
+def warn_if_unfit(scope: Scope, prompt: str | None, pictures: Sequence[Image.Image] = ()) -> dict[int, float]:
+    """Log a warning for layers with an FVU above 1 on the run's own prompt, or on Orrery's scenes when it has none.
 
-    Args:
-        scope: the model and its transcoders.
-        prompt: what the run asks, None when its inputs come later.
-        pictures: of the prompt.
-
-    Returns:
-        FVU by layer; empty when there was nothing to look at.
-
-    Raises:
-        UserError: the set's hook points are not ones that the model has.
+    Returns FVU by layer, empty when there was nothing to look at.
     """
-    from vlmscope.training.evaluation import check_hooks, fvu_on_load
-
     check_hooks(scope)
-    forwards = _inputs(scope.vlm, prompt, pictures)
-    if not forwards:
+    forward = _input(scope.vlm, prompt, pictures)
+    if forward is None:
         return {}
-    found, tokens = fvu_on_load(scope, forwards)
-    bad = {layer: value for layer, value in found.items() if not value <= 1}
+    fvus, tokens = fvu_on_load(scope, [forward])
+    bad = {layer: value for layer, value in fvus.items() if not value <= 1}
     if bad:
         named = ", ".join(f"{layer} ({value:.3g})" for layer, value in bad.items())
         _LOG.warning(
@@ -59,53 +49,42 @@ def warn_if_unfit(scope: Scope, prompt: str | None, pictures: Sequence[Image] = 
             tokens,
             named,
         )
-    return found
+    return fvus
 
 
 def warn_on_load(scope: Scope) -> dict[int, float]:
     """`warn_if_unfit` where no run says what to look at: Orrery's scenes, else a text and a picture of colours.
 
-    Returns:
-        FVU by layer; empty, with a warning, when the model's vocabulary lacks words of the text.
+    A warning too when the model's vocabulary lacks words of the text.
     """
-    if _speaks_orrery(scope.vlm):
+    if speaks_orrery(scope.vlm):
         return warn_if_unfit(scope, None)
-    found = warn_if_unfit(scope, PLAIN, [_colours()] if scope.adapter.has_vision else [])
-    if not found:
+    # Red rises from left to right and green from top to bottom.
+    rise = Image.linear_gradient("L").resize((_PICTURE, _PICTURE))
+    colours = Image.merge("RGB", (rise.rotate(90), rise, Image.new("L", rise.size, 128)))
+    fvus = warn_if_unfit(scope, PLAIN, [colours] if scope.adapter.has_vision else [])
+    if not fvus:
         _LOG.warning(
             "the transcoders were not tried on %s: its vocabulary lacks words of the check's text", scope.vlm.name
         )
-    return found
+    return fvus
 
 
-def _colours() -> Image:
-    """A picture in which red rises from left to right and green from top to bottom."""
-    from PIL import Image
-
-    rise = Image.linear_gradient("L").resize((_PICTURE, _PICTURE))
-    return Image.merge("RGB", (rise.rotate(90), rise, Image.new("L", rise.size, 128)))
-
-
-def _inputs(vlm: VLM, prompt: str | None, pictures: Sequence[Image]) -> list[Mapping[str, Tensor]]:
-    if prompt is not None:
-        try:
-            return [vlm.prepare(prompt, pictures).tensors]
-        except UserError:
-            return []  # the task says so itself, in its own words
-    return [_orrery_scenes(vlm)] if _speaks_orrery(vlm) else []
-
-
-def _speaks_orrery(vlm: VLM) -> bool:
-    from vlmscope.data.orrery.scenes import vocabulary
-
+def speaks_orrery(vlm: VLM) -> bool:
+    """Whether the model's vocabulary has the words of Orrery's scenes."""
     return {"<image_soft_token>", *vocabulary()} <= vlm.tokenizer.get_vocab().keys()
 
 
-def _orrery_scenes(vlm: VLM) -> dict[str, Tensor]:
-    """Some scenes as one batch. Digits are left out: their library takes longer to load than all the rest."""
-    from vlmscope.core.records import generator
+def _input(vlm: VLM, prompt: str | None, pictures: Sequence[Image.Image]) -> dict[str, Tensor] | None:
+    if prompt is not None:
+        try:
+            return vlm.prepare(prompt, pictures).tensors
+        except UserError:
+            return None  # the task says so itself, in its own words
+    if not speaks_orrery(vlm):
+        return None
     from vlmscope.data.orrery.rendering import make_scene
-    from vlmscope.data.samples import chat_batch
 
+    # Some scenes as one batch. Digits are left out: their library takes longer to load than all the rest.
     scenes = [make_scene("val", kind, i) for kind in ("planets", "shapes", "hands", "text") for i in range(_SCENES)]
     return chat_batch(scenes, vlm.tokenizer, int(vlm.processor.image_seq_length), generator(0, "load check"))

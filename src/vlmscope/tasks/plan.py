@@ -24,9 +24,9 @@ from vlmscope.core.hub import gb
 if TYPE_CHECKING:
     from vlmscope.attribution.config import AttributionConfig
     from vlmscope.config import AppConfig
-    from vlmscope.config.schema import TranscoderArchConfig
     from vlmscope.models.base import Adapter
     from vlmscope.tasks.context import RunContext
+    from vlmscope.training.config import TranscoderArchConfig
     from vlmscope.training.ranks import Layout
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -140,10 +140,10 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Print the tables and return their numbers: `plan/...`, sizes in bytes, times in seconds."""
-    from vlmscope.config.schema import TranscoderArchConfig
     from vlmscope.models.families import adapter_for
     from vlmscope.models.placement import DTYPES
     from vlmscope.models.sizes import empty_model
+    from vlmscope.training.config import TranscoderArchConfig
 
     task, machine = cfg.task, MACHINES[cfg.task.device]
     adapter = adapter_for(empty_model(_architecture(cfg), DTYPES[cfg.model.dtype]))
@@ -211,8 +211,9 @@ class _Transcoders(NamedTuple):
 
 def _transcoders(cfg: AppConfig, adapter: Adapter, overrides: tuple[str, ...]) -> _Transcoders:
     """The set that the user named, if it is for this model; else new ones of the default architecture."""
-    from vlmscope.config.schema import RandomTranscodersConfig, TranscoderArchConfig
+    from vlmscope.config.schema import RandomTranscodersConfig
     from vlmscope.tasks.wiring import trained_transcoders
+    from vlmscope.training.config import TranscoderArchConfig
 
     chosen, layers, d = cfg.transcoder, adapter.n_layers, adapter.d_model
     if not isinstance(chosen, RandomTranscodersConfig | TranscoderArchConfig):

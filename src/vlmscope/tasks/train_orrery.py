@@ -1,8 +1,12 @@
 """Train Orrery, the embedded VLM: vision tower first, then the whole model; saved in Hugging Face layout."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmscope.core.errors import UserError
 from vlmscope.models.orrery import OrreryConfig
 from vlmscope.training.config import OrreryTrainingConfig
 
@@ -24,11 +28,8 @@ class Config:
     test_scenes: int | None = None
 
 
-def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
+def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Train (or resume, with trainer.resume=true) and report test accuracies beside those with shuffled pictures."""
-    from pathlib import Path
-
-    from vlmscope.core.errors import UserError
     from vlmscope.tasks.wiring import limit_threads
     from vlmscope.training.orrery import train_orrery
 
@@ -40,13 +41,6 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         for stage in (task.training.tower, task.training.vlm, task.training.polish):
             stage.max_steps = min(stage.max_steps, task.max_steps)
             stage.warmup = min(stage.warmup, max(stage.max_steps // 4, 1))
-    metrics, _ = train_orrery(
-        Path(cfg.data.path),
-        task.architecture,
-        task.training,
-        context.run_dir,
-        context.tracked.lightning_logger(),
-        cfg.trainer.resume,
-        task.test_scenes,
-    )
-    return metrics
+    logger = context.tracked.lightning_logger()
+    data, resume = Path(cfg.data.path), cfg.trainer.resume
+    return train_orrery(data, task.architecture, task.training, context.run_dir, logger, resume, task.test_scenes)

@@ -1,22 +1,11 @@
-"""Batches that transcoders are trained on: from conversations, from a mix, from scenes.
-
-Batches for transcoders and the tokens that count in them.
+"""Batches that transcoders are trained on, from conversations or a mix of sources, and the tokens that count in them.
 
 A forward is a dict with the keyword arguments of the Hugging Face model (`input_ids` [B, T], `attention_mask` [B, T],
 `pixel_values`, `token_type_ids`) and, for the cross-entropy, `loss_mask` [B, T] bool: True at answer tokens, each of
 which is predicted from the position before it. A batch is one forward or a list of them, whose tokens are taken
-together. Legend: N valid tokens of the batch, d model width.
+together. Batch n follows from the seed and n alone.
 
-Batches of conversations for transcoders: one forward each, but that those of the same shape are stacked.
-
-A batch holds a fixed number of examples, about as many as `tokens_per_batch` tokens need on average, from an endless
-shuffled order. So batch n follows from the seed and n alone, and every example is used once an epoch.
-
-Batches of a mix of sources: number n follows from the seed and n alone, and is reached without starting over.
-
-The mix is a stream: to have batch n, those before it must be gone through. So its state is kept at some batches, in
-memory and in a file of the run folder, and batch n starts from the last state before it. Where no such state is (the
-file is lost), the stream starts over: slower, but the same batches.
+Shapes: N valid tokens of the batch, d model width.
 """
 
 from __future__ import annotations
@@ -33,20 +22,30 @@ from torch import Tensor
 from vlmscope.activations.capture import capture_mlp
 from vlmscope.core.artifacts import read_json, write_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import Conversation, Sample
+from vlmscope.core.records import Sample
 from vlmscope.data.mixing import ShuffledSource, TokenMix
 from vlmscope.data.packing import TokenPacker
 from vlmscope.data.samples import WHOLE, RawSample, Share, drawn
 from vlmscope.models.base import Adapter
-from vlmscope.models.conversations import LOSS_MASK, by_shape, joined
+from vlmscope.models.conversations import (
+    LOSS_MASK,
+    by_shape,
+    encode,
+    ends_of_text,
+    joined,
+    sequence_forward,
+    text_ids,
+)
+from vlmscope.models.loading import VLM
 
 ENDED = "add data.sources.NAME.repeat=true, give more data, or lower trainer.max_steps"  # what to do then
 
 Forward = Mapping[str, Tensor]
+EncodedForward = dict[str, Tensor]
 Batch = Forward | Sequence[Forward]
 
 
-class OwnPart(list[dict[str, Tensor]]):
+class OwnPart(list[EncodedForward]):
     """The forwards of a batch that are this process's own where several train together; it may be empty.
 
     Any other batch is the whole one, of which each process takes its part (`vlmscope.training.ranks`).
@@ -86,13 +85,23 @@ class LayerActivations:
         """Tokens of the batch on all hosts."""
         return self.n_tokens if self.joint is None else self.joint
 
+    def rows(self, rows: Tensor) -> LayerActivations:
+        """Some of these tokens, by row numbers [n]."""
+        by_layer = {layer: (x[rows], y[rows]) for layer, (x, y) in self.by_layer.items()}
+        return LayerActivations(by_layer, self.is_image[rows])
+
 
 def collect(adapter: Adapter, batch: Batch) -> LayerActivations:
     """The activations of a batch in the frozen model; padding is dropped."""
     parts: list[LayerActivations] = []
-    for one in forwards(batch):
-        placed = on_device(adapter, one)
-        parts.append(select_valid(adapter, placed, capture_mlp(adapter, forward_arguments(placed))))
+    for forward in forwards(batch):
+        placed = on_device(adapter, forward)
+        captured = capture_mlp(adapter, forward_arguments(placed))
+        ids, mask = placed["input_ids"], placed.get("attention_mask")
+        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        soft = adapter.soft_token_id()
+        is_image = torch.zeros_like(valid) if soft is None else ids == soft
+        parts.append(LayerActivations({n: (x[valid], y[valid]) for n, (x, y) in captured.items()}, is_image[valid]))
     return parts[0] if len(parts) == 1 else joined_activations(parts)
 
 
@@ -113,23 +122,9 @@ def on_device(adapter: Adapter, batch: Forward) -> dict[str, Tensor]:
     return {name: tensor.to(adapter.device) for name, tensor in batch.items()}
 
 
-def select_valid(
-    adapter: Adapter, batch: Mapping[str, Tensor], captured: Mapping[int, tuple[Tensor, Tensor]]
-) -> LayerActivations:
-    """Keep the positions that are not padding: layer -> ([B, T, d], [B, T, d]) becomes ([N, d], [N, d])."""
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    soft = adapter.soft_token_id()
-    is_image = torch.zeros_like(valid) if soft is None else ids == soft
-    by_layer = {layer: (x[valid], y[valid]) for layer, (x, y) in captured.items()}
-    return LayerActivations(by_layer, is_image[valid])
-
-
-EncodedForward = dict[str, Tensor]
 Encoder = Callable[[Sample], list[EncodedForward]]  # such as vlmscope.models.conversations.encode with its model
 
-PROBES = 16  # examples from which the average number of tokens is taken
+_PROBES = 16  # examples from which the average number of tokens is taken
 
 
 def stacked(forwards: Sequence[EncodedForward]) -> list[EncodedForward]:
@@ -142,24 +137,15 @@ def stacked(forwards: Sequence[EncodedForward]) -> list[EncodedForward]:
 
 
 class ConversationBatches:
-    """Batch number 0, 1, ... of the training data."""
+    """Batch number 0, 1, ... of the user's own examples, of about `tokens_per_batch` tokens.
+
+    A batch holds a fixed number of examples, from an endless shuffled order: every example is used once an epoch.
+    Indexing `samples` opens an example's pictures.
+    """
 
     def __init__(self, samples: Sequence[Sample], encode: Encoder, tokens_per_batch: int, seed: int) -> None:
-        """Read some examples to see how long they are.
-
-        Args:
-            samples: all training examples; indexing one opens its pictures.
-            encode: the forwards of an example.
-            tokens_per_batch: about how many tokens a batch has.
-            seed: names the order.
-
-        Raises:
-            UserError: `tokens_per_batch` is not positive, or an example cannot be encoded.
-        """
-        if tokens_per_batch < 1:
-            raise UserError(f"task.tokens_per_batch={tokens_per_batch}: it must be at least 1")
         self.samples, self.encode, self.seed = samples, encode, seed
-        probes = range(min(PROBES, len(samples)))
+        probes = range(min(_PROBES, len(samples)))
         tokens = sum(one["input_ids"].numel() for n in probes for one in self._forwards(n))
         self.examples_per_batch = max(1, round(tokens_per_batch * len(probes) / max(tokens, 1)))
 
@@ -175,9 +161,9 @@ class ConversationBatches:
 
 
 class ValidationBatches(Sequence[list[EncodedForward]]):
-    """One batch an example, made anew whenever they are gone through: pictures of all of them would fill the memory."""
+    """One batch for each example, made anew whenever it is asked for: all pictures would fill the memory."""
 
-    def __init__(self, samples: Sequence[Sample], encode: Encoder) -> None:
+    def __init__(self, samples: Sequence[Any], encode: Callable[[Any], list[EncodedForward]]) -> None:
         self.samples, self.encode = samples, encode
 
     def __len__(self) -> int:
@@ -186,43 +172,30 @@ class ValidationBatches(Sequence[list[EncodedForward]]):
     def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]  # no slices
         return self.encode(self.samples[index])
 
-    def __iter__(self) -> Iterator[list[EncodedForward]]:
-        return (self.encode(sample) for sample in self.samples)
-
-
-EVERY = 8  # batches between two states that are kept in the file
-NEWEST = 16  # the states of so many last batches are at hand
-KEPT = 128  # states in the file
-
 
 class SampleEncoder:
-    """A conversation becomes its forwards; plain texts are packed, one sequence a forward."""
+    """A conversation becomes its forwards, of at most `max_tokens` tokens; plain texts are packed to `context` tokens.
 
-    def __init__(
-        self,
-        encode: Callable[[Sample], list[EncodedForward]],
-        text_ids: Callable[[str], list[int]],
-        sequence: Callable[[list[int]], EncodedForward],
-        packer: TokenPacker,
-    ) -> None:
-        """Hold nothing yet.
+    An encoder of `vlmscope.data.mixing`.
+    """
 
-        Args:
-            encode: the forwards of a conversation (`vlmscope.models.conversations.encode`).
-            text_ids: the tokens of a text, nothing added (`text_ids` there).
-            sequence: the forward of tokens (`sequence_forward` there).
-            packer: what joins texts.
-        """
-        self.encode, self.text_ids, self.sequence, self.packer = encode, text_ids, sequence, packer
+    def __init__(self, vlm: VLM, context: int, max_tokens: int | None = None) -> None:
+        eos, bos = ends_of_text(vlm.tokenizer)
+        self.vlm, self.max_tokens = vlm, max_tokens
+        self.packer = TokenPacker(eos, context, bos)
         self.ready: list[EncodedForward] | None = None
 
+    def encode(self, sample: RawSample) -> list[EncodedForward]:
+        """The forwards of a conversation."""
+        return encode(self.vlm, sample.opened(), self.max_tokens)
+
     def add(self, sample: RawSample) -> None:
-        """Take a sample in; see `vlmscope.data.mixing.Encoder`."""
+        """Take a sample in."""
         if sample.exchanges:
-            self.ready = self.encode(sample.opened())
+            self.ready = self.encode(sample)
             return
         try:
-            self.packer.add(self.text_ids(sample.text))
+            self.packer.add(text_ids(self.vlm, sample.text))
         except UserError as error:
             raise UserError(f"{sample.origin}: {error}") from error
 
@@ -250,11 +223,20 @@ class SampleEncoder:
         self.packer.left, self.ready = list(state), None
 
     def _forward(self, ids: list[int] | None) -> list[EncodedForward] | None:
-        return None if ids is None else [self.sequence(ids)]
+        return None if ids is None else [sequence_forward(self.vlm, ids)]
+
+
+EVERY = 8  # batches between two states that are kept in the file
+_NEWEST = 16  # the states of so many last batches are at hand
+_KEPT = 128  # states in the file
 
 
 class MixBatches:
     """Batch number 0, 1, ... of a mix, each of at least `tokens_per_batch` tokens.
+
+    The mix is a stream: to have batch n, those before it must be gone through. So its state is kept at some batches, in
+    memory and in a file of the run folder, and batch n starts from the last state before it. Where no such state is
+    (the file is lost), the stream starts over: slower, but the same batches.
 
     Where several processes train together, each has the batches of its own share of the sources (`share`), with its
     own states; number n of them all is the joint batch n. One whose share has ended has empty parts.
@@ -270,19 +252,10 @@ class MixBatches:
         share: Share = WHOLE,
         joint_sum: Callable[[Sequence[float]], Sequence[float]] = list,
     ) -> None:
-        """Take up the states of an earlier run.
+        """Take up the states of an earlier run in `file`, with `resume` and if they are of the same `settings`.
 
-        Args:
-            make: the mix at its beginning; of the share, where there is one.
-            tokens_per_batch: items are added until a batch has so many, over all shares.
-            file: where states are kept; a share adds its number to the name.
-            settings: what batches hang on; states of other settings are not used.
-            resume: whether this run goes on with an earlier one; else its states are not used.
-            share: which part of the sources `make` reads.
-            joint_sum: sums over all shares, for `figures`.
-
-        Raises:
-            UserError: the file cannot be read.
+        `make` gives the mix, or the share of it, at its beginning; a share adds its number to the file's name;
+        `joint_sum` adds numbers up over all shares.
         """
         self.share, self.joint_sum, self.settings = share, joint_sum, settings
         self.make, self.tokens_per_batch = make, -(-tokens_per_batch // share.total)
@@ -297,13 +270,13 @@ class MixBatches:
         self.number = 0
 
     def __call__(self, number: int) -> list[EncodedForward]:
-        """The forwards of one batch, or this share's part of them.
-
-        Raises:
-            UserError: every source has ended before it, and there are no other shares.
-        """
+        """The forwards of one batch, or this share's part of them."""
         if number != self.number:
-            self._seek(number)
+            start = max((n for n in self.states if n <= number), default=0)
+            if not self.number < number or start > self.number:
+                self.mix, self.number = self.make(), start
+                if start in self.states:
+                    self.mix.load_state_dict(self.states[start])
         while self.number < number:
             self._next()
         batch = stacked(self._next())
@@ -320,22 +293,13 @@ class MixBatches:
         figures |= {f"data/{name}/skipped": float(count) for name, count in zip(lanes, skipped, strict=True)}
         return figures | {"data/bad_shards": float(joint[-1])}
 
-    def _seek(self, number: int) -> None:
-        """Go to the last state at or before a batch."""
-        start = max((n for n in self.states if n <= number), default=0)
-        if self.number < number and start <= self.number:
-            return
-        self.mix, self.number = self.make(), start
-        if start in self.states:
-            self.mix.load_state_dict(self.states[start])
-
     def _next(self) -> list[EncodedForward]:
         self._note()
         forwards: list[EncodedForward] = []
         tokens = 0
-        while tokens < self.tokens_per_batch and (drawn := next(self.mix, None)) is not None:
-            forwards += drawn.item
-            tokens += drawn.tokens
+        while tokens < self.tokens_per_batch and (item := next(self.mix, None)) is not None:
+            forwards += item.item
+            tokens += item.tokens
         if not forwards and self.share.total == 1:
             raise UserError(f"all sources have ended before batch {self.number}: {ENDED}")
         self.number += 1
@@ -346,70 +310,49 @@ class MixBatches:
         if self.number in self.states:
             return
         self.states[self.number] = self.mix.state_dict()
-        self.states = {n: s for n, s in self.states.items() if n % EVERY == 0 or n > self.number - NEWEST}
+        self.states = {n: s for n, s in self.states.items() if n % EVERY == 0 or n > self.number - _NEWEST}
         if self.number % EVERY == 0:
-            kept = sorted(n for n in self.states if n % EVERY == 0)[-KEPT:]
+            kept = sorted(n for n in self.states if n % EVERY == 0)[-_KEPT:]
             self.states = {n: s for n, s in self.states.items() if n % EVERY or n in kept}
             states = {str(n): self.states[n] for n in kept}
             write_json(self.file, {"settings": self.settings, "states": states}, indent=None)
 
 
-class MixValidation(Sequence[list[EncodedForward]]):
-    """The first validation samples of every source, one batch each; forwards of pictures are made when gone through."""
-
-    def __init__(self, sources: Mapping[str, tuple[ShuffledSource, SampleEncoder]], examples: int) -> None:
-        """Read them.
-
-        Args:
-            sources: streams of validation samples, with encoders of their own.
-            examples: how many in all; each source gives as many as the others.
-
-        Raises:
-            UserError: a source has none.
-        """
-        self.made: list[Callable[[], list[EncodedForward]]] = []
-        for name, (samples, encoder) in sources.items():
-            found = _first(samples, encoder, max(1, examples // len(sources)))
-            if not found and samples.first_error:
-                raise UserError(
-                    f"data.sources.{name}: no sample for validation can be used, the first: {samples.first_error}"
-                )
-            if not found:
-                raise UserError(
-                    f"data.sources.{name} has no sample for validation; raise data.val_share, or give "
-                    f"data.sources.{name}.val_split"
-                )
-            self.made += found
-
-    def __len__(self) -> int:
-        return len(self.made)
-
-    def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]  # no slices
-        return self.made[index]()
+def mix_validation(sources: Mapping[str, tuple[ShuffledSource, SampleEncoder]], examples: int) -> ValidationBatches:
+    """The first of `examples` validation samples, as many of every source; streams with encoders of their own."""
+    items: list[_Held] = []
+    for name, (samples, encoder) in sources.items():
+        held = list(_first(samples, encoder, max(1, examples // len(sources))))
+        if not held and samples.first_error:
+            raise UserError(
+                f"data.sources.{name}: no sample for validation can be used, the first: {samples.first_error}"
+            )
+        if not held:
+            raise UserError(
+                f"data.sources.{name} has no sample for validation; raise data.val_share, or give "
+                f"data.sources.{name}.val_split"
+            )
+        items += held
+    return ValidationBatches(items, lambda item: item())
 
 
-def _first(samples: ShuffledSource, encoder: SampleEncoder, count: int) -> list[Callable[[], list[EncodedForward]]]:
-    found: list[Callable[[], list[EncodedForward]]] = []
-    while len(found) < count:
+_Held = Callable[[], list[EncodedForward]]
+
+
+def _first(samples: ShuffledSource, encoder: SampleEncoder, count: int) -> Iterator[_Held]:
+    """What makes the first items: a conversation's pictures are opened when its forwards are asked for."""
+    while count:
         sample = samples.next()
         if sample is None:
             rest = encoder.rest()
-            return found if rest is None else [*found, partial(_itself, rest)]
+            if rest is not None:
+                yield partial(list, rest)
+            return
         try:
             encoder.add(sample)
         except UserError as error:
             samples.skip(error)
             continue
-        while len(found) < count and (item := encoder.pop()) is not None:
-            found.append(partial(_again, encoder, sample) if sample.exchanges else partial(_itself, item))
-    return found
-
-
-def _itself(item: list[EncodedForward]) -> list[EncodedForward]:
-    return item
-
-
-def _again(encoder: SampleEncoder, sample: RawSample) -> list[EncodedForward]:
-    opened = sample.opened()
-    assert isinstance(opened, Conversation)
-    return encoder.encode(opened)
+        while count and (item := encoder.pop()) is not None:
+            yield partial(encoder.encode, sample) if sample.exchanges else partial(list, item)
+            count -= 1

@@ -1,20 +1,16 @@
-"""Activations of the model for training: captured, cached on disk, streamed.
+"""Activations of the model for training: captured by batch number, cached on disk, streamed by step.
 
-Captured activations on disk, so that the model need not run twice on the same batch.
-
-`<folder>/manifest.json` says what the activations depend on; `rank_00/batch_000000.safetensors` and so on hold a
+Cache: `<folder>/manifest.json` says what the activations depend on; `rank_00/batch_000000.safetensors` and so on hold a
 captured batch each, as one rank keeps it: `layer_00.in`, `layer_00.out` [n, d] in the dtype of the cache, `is_image`
 [n]. A file is written under another name and renamed, so what stands is whole: after a kill the next run goes on from
-there, and one that needs more batches adds them. Legend: n tokens of the batch on the rank's host, d model width.
+there, and one that needs more batches adds them.
 
-Captured batches by number: from the cache on disk where it has them, else from the model, which fills the cache.
+Stream: the model's forward costs more than a step of all transcoders, and tokens of one batch resemble each other. So
+the last `pool_batches` captured batches are kept, a new one replaces the oldest every `steps_per_batch` steps, and a
+step draws its tokens from all of them. The draw depends on the step alone: a resumed run captures the pool anew and
+goes on with the same tokens. With both settings at 1 every step sees exactly its own batch.
 
-The tokens of each training step, drawn from a small pool of captured batches.
-
-The model's forward costs more than a step of all transcoders, and tokens of one batch resemble each other. So the last
-`pool_batches` captured batches are kept, a new one replaces the oldest every `steps_per_batch` steps, and a step draws
-its tokens from all of them. The draw depends on the step alone: a resumed run captures the pool anew and goes on with
-the same tokens. With both settings at 1 every step sees exactly its own batch.
+Shapes: n tokens of the batch on the rank's host, d model width.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,11 +34,11 @@ from vlmscope.core.origin import differences
 from vlmscope.core.records import generator
 from vlmscope.models.base import Adapter
 from vlmscope.models.placement import model_fingerprint, tensors_fingerprint
-from vlmscope.training.batches import Batch, LayerActivations, OwnPart, forwards
+from vlmscope.training.batches import Batch, LayerActivations, OwnPart, forwards, joined_activations
 from vlmscope.training.config import TranscoderTrainingConfig
 from vlmscope.training.ranks import Ranks, joint_sum
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MANIFEST = "manifest.json"
 _STALE = 3600  # seconds for which an unfinished file may be that of a run on another machine
 _FORMAT = 1
@@ -50,9 +46,9 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where activations are kept and in what; `data` says in words what batches hang on, `order` their order.
+    """Where activations are kept, and in which dtype (None: the model's own, which changes no number).
 
-    `dtype` is one of `DTYPES`, None: the model's own, which changes no number.
+    `data` says in words what the batches depend on, `order` what their order depends on.
     """
 
     folder: Path
@@ -70,15 +66,11 @@ class ActivationCache:
         remove_leftovers(self.part, older_than=_STALE)
 
     def agree(self, keys: Mapping[str, str]) -> None:
-        """Check what the cache was made with against `keys`, or write it down where there is no cache yet.
-
-        Raises:
-            UserError: something differs, by name, or the folder holds other things.
-        """
+        """Check what the cache was made with against `keys`, or write it down where there is no cache yet."""
         now = {"format": str(_FORMAT), **keys}
         file = self.folder / _MANIFEST
         if not file.is_file():
-            if self.folder.exists() and any(one.name != self.part.name for one in self.folder.iterdir()):
+            if self.folder.exists() and any(path.name != self.part.name for path in self.folder.iterdir()):
                 raise UserError(f"task.cache={self.folder} has no {_MANIFEST} and holds other files; choose another")
             write_json(file, now)
             return
@@ -97,52 +89,39 @@ class ActivationCache:
         """A batch and the figures of the data up to it; None where the cache has no whole one."""
         try:
             with safe_open(self.path(number), "pt", device=str(self.device)) as file:
-                said = json.loads(file.metadata()["batch"])
+                record = json.loads(file.metadata()["batch"])
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, TypeError):  # absent or damaged
             return None
         layers = sorted(int(name[6:-3]) for name in tensors if name.endswith(".in"))
         by_layer = {n: (tensors[f"layer_{n:02d}.in"], tensors[f"layer_{n:02d}.out"]) for n in layers}
-        return LayerActivations(by_layer, tensors["is_image"], said["first"], said["joint"]), said["figures"]
+        return LayerActivations(by_layer, tensors["is_image"], record["first"], record["joint"]), record["figures"]
 
     def rounded(self, activations: LayerActivations) -> LayerActivations:
-        """What reading would give.
-
-        Raises:
-            UserError: the dtype cannot hold the activations.
-        """
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        """Activations in the cache's dtype, as reading would give them."""
+        rounded: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, pair in activations.by_layer.items():
-            x, y = (one.to(self.dtype) for one in pair)
-            lost = any(bool((one.isfinite() & ~own.isfinite()).any()) for one, own in zip(pair, (x, y), strict=True))
-            if lost:
+            x, y = (side.to(self.dtype) for side in pair)
+            if any(bool((side.isfinite() & ~own.isfinite()).any()) for side, own in zip(pair, (x, y), strict=True)):
                 raise UserError(f"task.cache_dtype=float16 cannot hold the activations of layer {layer}; take bfloat16")
-            found[layer] = (x, y)
-        return LayerActivations(found, activations.is_image, activations.first, activations.joint)
+            rounded[layer] = (x, y)
+        return replace(activations, by_layer=rounded)
 
     def write(self, number: int, activations: LayerActivations, figures: Mapping[str, float]) -> None:
         """Keep a batch in the cache's dtype (`rounded`), with the figures of the data up to it."""
         tensors = {"is_image": activations.is_image.contiguous()}
         for layer, (x, y) in activations.by_layer.items():
             tensors |= {f"layer_{layer:02d}.in": x.contiguous(), f"layer_{layer:02d}.out": y.contiguous()}
-        said = {"first": activations.first, "joint": activations.joint, "figures": dict(figures)}
+        record = {"first": activations.first, "joint": activations.joint, "figures": dict(figures)}
         with atomic_path(self.path(number), sum(t.nbytes for t in tensors.values())) as temporary:
-            save_file(tensors, temporary, metadata={"batch": json.dumps(said)})
-
-    def missing(self, batches: int) -> int:
-        """How many of the first so many batches this rank has no file of."""
-        return sum(not self.path(number).is_file() for number in range(batches))
-
-    def free(self) -> int:
-        """Bytes free where the cache is, or is to be."""
-        place = next(one for one in (self.folder, *self.folder.resolve().parents) if one.exists())
-        return shutil.disk_usage(place).free
+            save_file(tensors, temporary, metadata={"batch": json.dumps(record)})
 
 
 class Captures:
     """The activations of batch number 0, 1, ... on this rank; with `epoch_batches` the first so many again and again.
 
-    Number n is asked for by every rank at the same point of its work.
+    From the cache on disk where it has them, else from the model, which fills the cache. Number n is asked for by every
+    rank at the same point of its work.
     """
 
     def __init__(
@@ -169,10 +148,10 @@ class Captures:
         if joint_sum([float(kept is None)])[0]:  # a rank lacks it, and all must take part in capturing
             kept = None
         if kept is None:
-            found = self.cache.rounded(self.ranks.collect(self.adapter, self.batch_of(number)))
-            kept = found, dict(self._data_figures())
+            captured = self.cache.rounded(self.ranks.collect(self.adapter, self.batch_of(number)))
+            kept = captured, dict(self._data_figures())
             self.cache.write(number, *kept)
-        self._newest = max(self._newest, (number, kept[1]), key=lambda one: one[0])
+        self._newest = max(self._newest, (number, kept[1]), key=lambda pair: pair[0])
         return kept[0]
 
     def figures(self) -> Mapping[str, float]:
@@ -188,19 +167,15 @@ def open_captures(
     settings: CacheSettings | None,
     data_figures: Callable[[], Mapping[str, float]],
 ) -> Captures:
-    """The captures of a run, with its cache opened, and its size said, where one is asked for.
-
-    Raises:
-        UserError: the cache is of something else, or does not fit the disk.
-    """
+    """The captures of a run; where a cache is asked for, it is checked, and its size is printed."""
+    epoch = config.recipe.epoch_batches
     if settings is None:
-        return Captures(adapter, batch_of, ranks, config.epoch_batches, data_figures)
-    dtype = DTYPES.get(settings.dtype or "", adapter.dtype)
+        return Captures(adapter, batch_of, ranks, epoch, data_figures)
+    dtype = _DTYPES.get(settings.dtype or "", adapter.dtype)
     cache = ActivationCache(settings.folder, ranks.rank, dtype, adapter.device)
     if ranks.main:
-        first = batch_of(0)
+        first, layout = batch_of(0), ranks.layout
         tokens = sum(int(one.get("attention_mask", one["input_ids"] >= 0).sum()) for one in forwards(first))
-        layout = ranks.layout
         cache.agree(
             {
                 "model": model_fingerprint(adapter.model),
@@ -213,31 +188,28 @@ def open_captures(
         )
         # Of a mix each rank has its own part.
         joint = tokens * layout.world if isinstance(first, OwnPart) else tokens
-        _check_room(cache, config, layout.n_layers, adapter.d_model, joint)
+        _check_room(cache, config.batches, layout.n_layers, adapter.d_model, joint)
     ranks.barrier()
-    return Captures(adapter, batch_of, ranks, config.epoch_batches, data_figures, cache)
+    return Captures(adapter, batch_of, ranks, epoch, data_figures, cache)
 
 
-def _check_room(cache: ActivationCache, config: TranscoderTrainingConfig, layers: int, width: int, tokens: int) -> None:
-    """Say how large the cache will be, from the tokens of its first batch.
-
-    Raises:
-        UserError: what is still to be written does not fit the disk.
-    """
-    a_token = 2 * width * cache.dtype.itemsize
-    batches = config.batches
-    each = a_token * layers * tokens
-    needed, free = each * cache.missing(batches), cache.free()
-    said = (
-        f"{gb(each * batches)} ({a_token:,} bytes a token and layer x {layers} layers x {tokens:,} tokens x "
+def _check_room(cache: ActivationCache, batches: int, layers: int, width: int, tokens: int) -> None:
+    """Print how large the cache will be, from the tokens of its first batch; refuse what does not fit the disk."""
+    token_bytes = 2 * width * cache.dtype.itemsize
+    batch_bytes = token_bytes * layers * tokens
+    needed = batch_bytes * sum(not cache.path(number).is_file() for number in range(batches))
+    place = next(path for path in (cache.folder, *cache.folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    size = (
+        f"{gb(batch_bytes * batches)} ({token_bytes:,} bytes a token and layer x {layers} layers x {tokens:,} tokens x "
         f"{batches:,} batches)"
     )
     if needed > free:
         raise UserError(
-            f"task.cache={cache.folder} would take {said}, {gb(needed)} of it still to be written, and {gb(free)} are "
+            f"task.cache={cache.folder} would take {size}, {gb(needed)} of it still to be written, and {gb(free)} are "
             "free there; choose another folder, task.cache_dtype=bfloat16, or a smaller task.epoch_batches"
         )
-    print(f"cache of activations: {said}, {gb(needed)} of it to be written; {gb(free)} are free", flush=True)
+    print(f"cache of activations: {size}, {gb(needed)} of it to be written; {gb(free)} are free", flush=True)
 
 
 class ActivationStream(IterableDataset[LayerActivations]):
@@ -252,31 +224,24 @@ class ActivationStream(IterableDataset[LayerActivations]):
         self.capture, self.config, self.first = capture, config, first
 
     def __iter__(self) -> Iterator[LayerActivations]:
+        recipe = self.config.recipe
         pool: dict[int, LayerActivations] = {}
-        for step in range(self.first(), self.config.max_steps):
-            newest = step // self.config.steps_per_batch
-            wanted = range(max(0, newest - self.config.pool_batches + 1), newest + 1)
+        for step in range(self.first(), self.config.trainer.max_steps):
+            newest = step // recipe.steps_per_batch
+            wanted = range(max(0, newest - recipe.pool_batches + 1), newest + 1)
             pool = {n: pool[n] if n in pool else self.capture(n) for n in wanted}
-            yield pool[newest] if self.config.pool_batches == 1 else self._draw(pool, newest, step)
+            yield pool[newest] if recipe.pool_batches == 1 else self._draw(pool, newest, step)
 
     def _draw(self, pool: dict[int, LayerActivations], newest: int, step: int) -> LayerActivations:
         """As many tokens as the newest batch has, without repeats, from all batches of the pool."""
         sizes = [batch.joint_tokens for batch in pool.values()]
-        rng = generator(self.config.seed, "activation_pool", step)
+        rng = generator(self.config.trainer.seed, "activation_pool", step)
         chosen = torch.from_numpy(rng.choice(sum(sizes), pool[newest].joint_tokens, replace=False)).sort().values
         parts, offset = [], 0
         for batch, size in zip(pool.values(), sizes, strict=True):
             # Of the tokens drawn from all hosts, those that are here.
             first = offset + batch.first
             rows = chosen[(chosen >= first) & (chosen < first + batch.n_tokens)] - first
-            parts.append((batch, rows.to(batch.is_image.device)))
+            parts.append(batch.rows(rows.to(batch.is_image.device)))
             offset += size
-        by_layer = {
-            layer: (
-                torch.cat([batch.by_layer[layer][0][rows] for batch, rows in parts]),
-                torch.cat([batch.by_layer[layer][1][rows] for batch, rows in parts]),
-            )
-            for layer in pool[newest].by_layer
-        }
-        is_image = torch.cat([batch.is_image[rows] for batch, rows in parts])
-        return LayerActivations(by_layer, is_image, joint=len(chosen))
+        return replace(joined_activations(parts), joint=len(chosen))

@@ -1,17 +1,13 @@
-"""Quality of trained transcoders, and the check on loading them.
-
-How good a transcoder set is for a model: FVU, L0, dead features, and the loss when it replaces every MLP.
+"""How good a transcoder set is for a model: FVU, L0, dead features, and the loss when it replaces every MLP.
 
 Definitions: `vlmscope.metrics.dictionary`. `val/<name>` is the mean of `layers/<name>/layer_<i>` over the layers.
 FVU on image (text) tokens takes the deviations from the mean of the image (text) tokens alone. A figure that has no
 tokens to stand on, such as `fvu_image` without pictures, is left out. Each transcoder is compared, and spliced in, at
 its own `output_hook`: the raw MLP's output, or that of the norm after it.
 
-Does a transcoder set suit this model? FVU of every layer on some hundred tokens, from one forward of each input.
-
 A set for another model or at another hook point still loads; its FVU is then mostly above 1, worse than the target's
-mean. Orrery's set moved by one layer has 0.91 to 2.08, above 1 in 6 of 8 layers. A wrong nonlinearity shows less: the
-same set read with ReLU in place of TopK has 0.08 to 0.45 instead of 0.01 to 0.07, so that no warning comes.
+mean (`fvu_on_load`). Orrery's set moved by one layer has 0.91 to 2.08, above 1 in 6 of 8 layers. A wrong nonlinearity
+shows less: the same set read with ReLU in place of TopK has 0.08 to 0.45 instead of 0.01 to 0.07, so no warning comes.
 """
 
 from __future__ import annotations
@@ -20,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,23 +64,25 @@ class _LayerFigures:
 
 @torch.no_grad()
 def evaluate_transcoders(scope: Scope, batches: Iterable[Batch]) -> dict[str, float]:
-    """Figures of the set on `batches` (see `vlmscope.training.batches` for what a batch is).
+    """Figures of the set on `batches` (`vlmscope.training.batches`).
 
-    Returns:
-        `val/fvu`, `val/fvu_text`, `val/fvu_image`, `val/l0`, `val/dead_frac` (never fired on these batches),
-        `val/duplicated_frac` (`vlmscope.metrics.dictionary`), with `layers/<name>/layer_07` for each; `val/ce` (the
-        model's own loss on answer tokens, in nats) and `val/ce_delta` (how much it rises with all layers replaced) when
-        the batches have a `loss_mask`.
-
-    Raises:
-        UserError: without batches, or when the set has other layers or hook points than the model.
+    `val/fvu`, `val/fvu_text`, `val/fvu_image`, `val/l0`, `val/dead_frac` (never fired on these batches),
+    `val/duplicated_frac`, with `layers/<name>/layer_07` for each; `val/ce` (the model's own loss on answer tokens, in
+    nats) and `val/ce_delta` (how much it rises with all layers replaced) when the batches have a `loss_mask`.
     """
-    _check_fits(scope)
     adapter, transcoders = scope.adapter, scope.transcoders
+    wrong = [layer for layer in transcoders.layers if layer >= adapter.n_layers]
+    widths = {transcoder.config.d_model for transcoder in transcoders.transcoders.values()}
+    if wrong or widths != {adapter.d_model}:
+        raise UserError(
+            f"transcoders of layers {transcoders.layers} and width {sorted(widths)} do not fit a model of "
+            f"{adapter.n_layers} layers and width {adapter.d_model}; choose the set trained on this model"
+        )
+    check_hooks(scope)
     layers = {layer: _LayerFigures(transcoders[layer].config.n_features) for layer in transcoders.layers}
     losses: dict[str, float] = {"tokens": 0.0, "own": 0.0, "spliced": 0.0}
-    for given in (one for batch in batches for one in forwards(batch)):
-        batch = on_device(adapter, given)
+    for forward in (forward for batch in batches for forward in forwards(batch)):
+        batch = on_device(adapter, forward)
         activations = collect(adapter, batch)
         codes: dict[int, SparseCode] = {}
         for layer, figures in layers.items():
@@ -104,37 +103,8 @@ def evaluate_transcoders(scope: Scope, batches: Iterable[Batch]) -> dict[str, fl
         weights = [norm_weight_after(adapter, each, config.output_hook, home) for each in written]
         directions[layer] = transcoders[layer].directions(weights)
     alive = {layer: figures.counts > 0 for layer, figures in layers.items()}
-    for layer, share in duplicated_fraction(directions, alive, device=adapter.device).items():
-        by_layer[layer]["duplicated_frac"] = share
-    return _summary(by_layer, losses)
-
-
-@contextmanager
-def _brought_to(device: torch.device, transcoder: Transcoder) -> Iterator[None]:
-    """A layer's transcoder where it is needed, for as long: all layers together may not fit there."""
-    home = transcoder.b_dec.device
-    if home == device:
-        yield
-        return
-    transcoder.to(device)
-    try:
-        yield
-    finally:
-        transcoder.to(home)
-
-
-def _check_fits(scope: Scope) -> None:
-    wrong = [layer for layer in scope.transcoders.layers if layer >= scope.adapter.n_layers]
-    widths = {transcoder.config.d_model for transcoder in scope.transcoders.transcoders.values()}
-    if wrong or widths != {scope.adapter.d_model}:
-        raise UserError(
-            f"transcoders of layers {scope.transcoders.layers} and width {sorted(widths)} do not fit a model of "
-            f"{scope.adapter.n_layers} layers and width {scope.adapter.d_model}; choose the set trained on this model"
-        )
-    check_hooks(scope)
-
-
-def _summary(by_layer: dict[int, dict[str, float]], losses: dict[str, float]) -> dict[str, float]:
+    for layer, fraction in duplicated_fraction(directions, alive, device=adapter.device).items():
+        by_layer[layer]["duplicated_frac"] = fraction
     summary: dict[str, float] = {}
     for name in ("fvu", "fvu_text", "fvu_image", "l0", "dead_frac", "duplicated_frac"):
         values = {layer: figures[name] for layer, figures in by_layer.items() if name in figures}
@@ -145,6 +115,17 @@ def _summary(by_layer: dict[int, dict[str, float]], losses: dict[str, float]) ->
         summary["val/ce"] = losses["own"] / losses["tokens"]
         summary["val/ce_delta"] = (losses["spliced"] - losses["own"]) / losses["tokens"]
     return summary
+
+
+@contextmanager
+def _brought_to(device: torch.device, transcoder: Transcoder) -> Iterator[None]:
+    """A layer's transcoder on the device while it is needed: all layers together may not fit there."""
+    home = transcoder.b_dec.device
+    transcoder.to(device)
+    try:
+        yield
+    finally:
+        transcoder.to(home)
 
 
 def _add_losses(scope: Scope, batch: Mapping[str, Tensor], losses: dict[str, float]) -> None:
@@ -173,35 +154,25 @@ def spliced(scope: Scope) -> Iterator[None]:
     inputs: dict[int, Tensor] = {}
     codes: dict[int, SparseCode] = {}  # layers run in order, so those below are of the same forward
 
-    def keep(layer: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[layer] = args[0]
+    def keep(layer: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs[layer] = args[0]
 
-        return hook
-
-    def replace(layer: int) -> Any:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
-            x = inputs.pop(layer)
-            with _brought_to(x.device, scope.transcoders[layer]):
-                codes[layer] = scope.transcoders[layer].encode(x)
-                return scope.transcoders.decode(layer, codes, x).to(output.dtype)
-
-        return hook
+    def replace(layer: int, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = inputs.pop(layer)
+        with _brought_to(x.device, scope.transcoders[layer]):
+            codes[layer] = scope.transcoders[layer].encode(x)
+            return scope.transcoders.decode(layer, codes, x).to(output.dtype)
 
     with ExitStack() as stack:
         for layer, transcoder in scope.transcoders.transcoders.items():
             target = target_module(scope.adapter, layer, transcoder.config.output_hook)
-            stack.callback(scope.adapter.mlp(layer).register_forward_pre_hook(keep(layer)).remove)
-            stack.callback(target.register_forward_hook(replace(layer)).remove)
+            stack.callback(scope.adapter.mlp(layer).register_forward_pre_hook(partial(keep, layer)).remove)
+            stack.callback(target.register_forward_hook(partial(replace, layer)).remove)
         yield
 
 
 def check_hooks(scope: Scope) -> None:
-    """Refuse transcoders between points that the model does not have or that this project does not read.
-
-    Raises:
-        UserError: with the hooks.
-    """
+    """Refuse transcoders between points that the model does not have or that this project does not read."""
     for layer, transcoder in scope.transcoders.transcoders.items():
         hooks = transcoder.config.input_hook, transcoder.config.output_hook
         if hooks not in (("mlp_in", "mlp_out"), ("mlp_in", "mlp_out_post")):
@@ -218,20 +189,15 @@ def check_hooks(scope: Scope) -> None:
 
 @torch.no_grad()
 def fvu_on_load(scope: Scope, forwards: Sequence[Mapping[str, Tensor]]) -> tuple[dict[int, float], int]:
-    """FVU by layer at each transcoder's own hook points, and the number of tokens.
-
-    Args:
-        scope: the model and its transcoders.
-        forwards: arguments of the model's forward, one batch each (`vlmscope.training.batches`).
-    """
+    """FVU by layer at each transcoder's own hook points, and the number of tokens, from one forward of each input."""
     transcoders = scope.transcoders
     activations = collect(scope.adapter, list(forwards))
-    found = {}
-    kind = next(transcoders.parameters()).dtype
-    inputs = {layer: activations.by_layer[layer][0].to(kind) for layer in transcoders.layers}
+    dtype = next(transcoders.parameters()).dtype
+    inputs = {layer: activations.by_layer[layer][0].to(dtype) for layer in transcoders.layers}
     codes = transcoders.encode(inputs)
+    fvus = {}
     for layer, transcoder in transcoders.transcoders.items():
         y = target_at(scope.adapter, layer, transcoder.config.output_hook, activations.by_layer[layer][1])
         reconstruction = transcoders.decode(layer, codes, inputs[layer])
-        found[layer] = float(fvu(y.double(), reconstruction.double()))
-    return found, activations.n_tokens
+        fvus[layer] = float(fvu(y.double(), reconstruction.double()))
+    return fvus, activations.n_tokens

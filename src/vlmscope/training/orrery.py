@@ -1,21 +1,16 @@
-"""Training and evaluation of Orrery.
+"""Training of Orrery in stages, as real VLMs do it: the vision tower first, then the whole model.
 
-Accuracy of Orrery by question group, beside the accuracy with pictures shuffled between the questions.
+Stage 1 trains the SigLIP tower on the facts of the scenes with linear heads over its pooled patches. Then the VLM
+learns packed questions (loss on every answer token), the tower at a fraction of the rate.
 
-An answer is right when every token of it is the argmax (teacher forced; for one-word answers, that is greedy decoding).
-
-Training of Orrery in stages, as real VLMs do it: the vision tower first, then the whole model.
-
-Stage 1 trains the SigLIP tower on the facts of the scenes with linear heads over its pooled patches. Then the
-VLM learns packed questions (loss on every answer token), the tower at a fraction of the rate.
-
-Runs the stages of Orrery's training and saves the model in Hugging Face layout.
+Accuracy is counted by question group, next to the accuracy with pictures shuffled between the questions. An answer is
+right when every token of it is the argmax (teacher forced; for one-word answers, that is greedy decoding).
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -37,25 +32,36 @@ from vlmscope.data.orrery.scenes import KINDS, NUMBERS, PLANETS, SHAPE_COLOURS, 
 from vlmscope.data.packing import IGNORE, PackedBatch, pack, to_pixels
 from vlmscope.models.base import token_strings
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
-from vlmscope.training.config import OrreryTrainingConfig, StageConfig, warmup_cosine
+from vlmscope.training.config import OrreryTrainingConfig, StageConfig, rate_factor
 from vlmscope.training.resume import ResumableCheckpoint, fit_or_interrupt
 
-BATCH = 50
-ALL = 100  # questions a scene: every one is asked
+_BATCH = 50
+_ALL = 100  # questions of a scene: every one is asked
+_LR_FLOOR = 0.02  # of the peak rate, at the last step
+PICTURES = tuple(kind for kind in KINDS if kind != "text")
+_VAL_SCENES = 200
+_STAGES = ("tower", "vlm", "polish")  # folders of their checkpoints
+# Which fact each linear head of stage 1 reads, and its classes.
+_HEADS: dict[str, tuple[str, ...]] = {
+    "planet": tuple(PLANETS),
+    "first": tuple(NUMBERS[:10]),
+    "second": tuple(NUMBERS[:10]),
+    "count": tuple(NUMBERS[1:7]),
+    "shape": SHAPES,
+    "shape_colour": tuple(SHAPE_COLOURS),
+    "fingers": tuple(NUMBERS[1:7]),
+}
 
 
 @torch.no_grad()
 def accuracy(module: Any, scenes: list[Scene], shuffle_images: bool = False) -> dict[str, float]:
-    """Share of right answers by question group.
+    """Fraction of right answers of a `VlmModule` by question group, on scenes of one kind.
 
-    Args:
-        module: a `VlmModule`.
-        scenes: scenes of one kind.
-        shuffle_images: give each question the picture of another scene (a text prior then shows as accuracy).
+    `shuffle_images` gives each question the picture of another scene (a text prior then shows as accuracy).
     """
     right: dict[str, list[bool]] = {}
-    for start in range(0, len(scenes), BATCH):
-        batch = module.collate(scenes[start : start + BATCH], start, ALL)
+    for start in range(0, len(scenes), _BATCH):
+        batch = module.collate(scenes[start : start + _BATCH], start, _ALL)
         if shuffle_images:
             # A rotation by half leaves no picture in its place.
             batch = replace(batch, pixels=batch.pixels.roll(max(len(batch.pixels) // 2, 1), 0))
@@ -77,47 +83,32 @@ def _answers(module: Any, batch: PackedBatch) -> list[tuple[str, bool]]:
 
 @torch.no_grad()
 def six_finger_answers(module: Any, count: int = 200, seed: int = 0) -> dict[str, float]:
-    """What the model says of six-fingered hands, which training never shows: share of each answer."""
-    said: dict[str, int] = {}
+    """What the model answers to six-fingered hands, which training never shows: fraction of each answer."""
+    answers: dict[str, int] = {}
     scenes = []
     for i in range(count):
         scene = hand_scene(generator(seed, "six", i), 6)
         scenes.append(replace(scene, questions=tuple(q for q in scene.questions if q.group == "fingers")))
-    for start in range(0, count, BATCH):
-        batch = module.collate(scenes[start : start + BATCH], start, ALL)
+    for start in range(0, count, _BATCH):
+        batch = module.collate(scenes[start : start + _BATCH], start, _ALL)
         states, labels = module.answer_states(batch)
         six = module.tokenizer.convert_tokens_to_ids(NUMBERS[6])
         top = module.model.lm_head(states[labels == six]).argmax(-1)
         for word in token_strings(module.tokenizer, top.tolist()):
-            said[word] = said.get(word, 0) + 1
-    return {word: n / count for word, n in sorted(said.items(), key=lambda item: -item[1])}
-
-
-# Which fact each linear head of stage 1 reads, and its classes.
-HEADS: dict[str, tuple[str, ...]] = {
-    "planet": tuple(PLANETS),
-    "first": tuple(NUMBERS[:10]),
-    "second": tuple(NUMBERS[:10]),
-    "count": tuple(NUMBERS[1:7]),
-    "shape": SHAPES,
-    "shape_colour": tuple(SHAPE_COLOURS),
-    "fingers": tuple(NUMBERS[1:7]),
-}
+            answers[word] = answers.get(word, 0) + 1
+    return {word: n / count for word, n in sorted(answers.items(), key=lambda item: -item[1])}
 
 
 class StepBatches(IterableDataset):
-    """Batches made from the step number: `first()` says with which step to begin, so that resuming skips nothing."""
+    """Batches made from the step number, from the module's next step on, so that resuming skips nothing."""
 
-    def __init__(self, pool: ScenePool, config: StageConfig, first: Any, collate: Any) -> None:
-        self.pool, self.config, self.first, self.collate = pool, config, first, collate
+    def __init__(self, pool: ScenePool, module: ScheduledModule) -> None:
+        self.pool, self.module = pool, module
 
     def __iter__(self) -> Iterator[Any]:
-        for step in range(self.first(), self.config.max_steps):
-            yield self.collate(self.pool.batch(self.config.seed, step, self.config.batch), step)
-
-    def loader(self) -> DataLoader:
-        """Wrap into a DataLoader that passes batches through."""
-        return DataLoader(self, batch_size=None, num_workers=0)
+        config = self.module.config
+        for step in range(self.module.steps_done, config.max_steps):
+            yield self.module.collate(self.pool.batch(config.seed, step, config.batch), step)
 
 
 class ScheduledModule(pl.LightningModule):
@@ -128,6 +119,10 @@ class ScheduledModule(pl.LightningModule):
         self.config = config
         self.steps_done = 0
         self.committing = False  # the weights are being changed: what is there now belongs to no step
+
+    def collate(self, scenes: list[Scene], step: int) -> Any:
+        """A batch of these scenes."""
+        raise NotImplementedError
 
     def tower_parameters(self) -> list[nn.Parameter]:
         """Parameters that learn at `tower_rate` of the rate."""
@@ -151,7 +146,7 @@ class ScheduledModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set each group's rate from the step."""
-        factor = warmup_cosine(self.steps_done, self.config.max_steps, self.config.warmup)
+        factor = rate_factor(self.steps_done, self.config.max_steps, self.config.warmup, _LR_FLOOR)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
             group["lr"] = self.config.lr * factor * group["scale"]
 
@@ -180,7 +175,17 @@ class TowerModule(ScheduledModule):
         super().__init__(config)
         self.tower, self.pool, self.side = tower, pool, side
         soft = (side // int(pool.kernel_size)) ** 2  # type: ignore[arg-type]
-        self.heads = nn.ModuleDict({name: nn.Linear(soft * width, len(c)) for name, c in HEADS.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(soft * width, len(c)) for name, c in _HEADS.items()})
+
+    def collate(self, scenes: list[Scene], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixels and the class of each head (-1 where the scene has no such fact)."""
+        targets = {
+            name: torch.tensor([classes.index(s.facts[name]) if name in s.facts else -1 for s in scenes])
+            for name, classes in _HEADS.items()
+        }
+        pictures = [s.image for s in scenes if s.image is not None]
+        assert len(pictures) == len(scenes), "stage 1 takes scenes with pictures only"
+        return to_pixels(np.stack(pictures)), targets
 
     def features(self, pixels: Tensor) -> Tensor:
         """[B, 3, 64, 64] -> pooled patch states, flattened [B, soft * width]."""
@@ -209,18 +214,6 @@ class TowerModule(ScheduledModule):
         return total / max(asked, 1), right
 
 
-def tower_batch(scenes: list[Scene], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Pixels and the class of each head (-1 where the scene has no such fact)."""
-    del step
-    targets = {
-        name: torch.tensor([classes.index(s.facts[name]) if name in s.facts else -1 for s in scenes])
-        for name, classes in HEADS.items()
-    }
-    pictures = [s.image for s in scenes if s.image is not None]
-    assert len(pictures) == len(scenes), "stage 1 takes scenes with pictures only"
-    return to_pixels(np.stack(pictures)), targets
-
-
 class VlmModule(ScheduledModule):
     """Second and third stage: all of Orrery on packed questions."""
 
@@ -234,9 +227,7 @@ class VlmModule(ScheduledModule):
         return list(self.model.model.vision_tower.parameters())
 
     def collate(self, scenes: list[Scene], step: int, questions: int | None = None) -> PackedBatch:
-        """Pack a batch, at most `questions` a scene (the stage's own number when None); the draw depends on the
-        step.
-        """
+        """Pack a batch, at most `questions` of a scene (None: the stage's number); the draw depends on the step."""
         rng = generator(self.config.seed, "pack", step)
         return pack(scenes, self.tokenizer, self.soft_tokens, rng, questions or self.config.questions)
 
@@ -287,11 +278,6 @@ class VlmModule(ScheduledModule):
         return PackedBatch(*moved, groups=batch.groups, pixels=batch.pixels.to(device))
 
 
-PICTURES = tuple(k for k in KINDS if k != "text")
-VAL_SCENES = 200
-STAGES = ("tower", "vlm", "polish")  # folders of their checkpoints
-
-
 class _Validate(pl.Callback):
     """Validation by our own step count: accuracy by group to the logger, every `every` steps and at the end."""
 
@@ -318,75 +304,57 @@ def train_orrery(
     logger: Any,
     resume: bool,
     test_scenes: int | None = None,
-) -> tuple[dict[str, float], Path]:
-    """Train the tower, then the VLM; save to `run_dir/model`; return test metrics and that folder.
+) -> dict[str, float]:
+    """Train the tower, then the VLM on Orrery's shards in `data`; save to `run_dir/model`; return test metrics.
 
-    Args:
-        data: folder with Orrery's shards (`task=build_data`).
-        architecture: sizes of the model.
-        config: all stages.
-        run_dir: checkpoints and model go here.
-        logger: a Lightning logger, or False.
-        resume: continue from the checkpoints in `run_dir`; else these are removed.
-        test_scenes: how many test scenes of each kind; all when None.
-
-    Raises:
-        UserError: a checkpoint is of other settings or other data; each difference is named.
+    With `resume` the stages continue from the checkpoints in `run_dir`, which are else removed. `logger` is that of
+    Lightning, or False; `test_scenes` of each kind are tested, all when None.
     """
     processor = build_processor(vocabulary(), architecture.image_size, architecture.soft_tokens)
     settings = {key: value for key, value in asdict(config).items() if key not in ("checkpoint_every", "val_every")}
     origin = {"data": folder_digest(data), **flat("training", settings), **flat("architecture", asdict(architecture))}
     if not resume:  # a later stage's checkpoint of another run must not be found when this one resumes
-        for stage in STAGES:
+        for stage in _STAGES:
             shutil.rmtree(run_dir / stage, ignore_errors=True)
     model = build_orrery(architecture, len(processor.tokenizer), config.tower.seed)
     pools = {split: ScenePool(data, split) for split in SPLITS}
-    projector = model.model.multi_modal_projector
-    tower = TowerModule(
-        config.tower,
-        model.model.vision_tower,
-        projector.avg_pool,
-        projector.patches_per_image,
-        architecture.vision_width,
-    )
-    _fit(
-        tower,
-        StepBatches(pools["train"], config.tower, lambda: tower.steps_done, tower_batch),
-        lambda: tower_accuracy(tower, pools["val"]),
-        config,
-        run_dir / STAGES[0],
-        logger,
-        resume,
-        origin,
-    )
-    for name, stage in ((STAGES[1], config.vlm), (STAGES[2], config.polish)):
-        vlm = VlmModule(stage, model, processor.tokenizer)
-        _fit(
-            vlm,
-            StepBatches(pools["train"], stage, partial(getattr, vlm, "steps_done"), vlm.collate),
-            partial(validation, vlm, pools["val"]),
-            config,
-            run_dir / name,
-            logger,
-            resume,
-            origin,
+
+    def fit(name: str, module: ScheduledModule, measure: Callable[[], dict[str, float]]) -> None:
+        total = module.config.max_steps
+        checkpoint = ResumableCheckpoint(run_dir / name, config.checkpoint_every, resume, origin)
+        checkpoint.restore_weights(module)
+        trainer = pl.Trainer(
+            max_steps=-1,
+            max_epochs=1,
+            accelerator="cpu",
+            logger=logger,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            gradient_clip_val=module.config.clip,
+            callbacks=[checkpoint, _Validate(config.val_every, total, measure)],
+            log_every_n_steps=20,
         )
+        if module.steps_done < total:
+            batches = StepBatches(pools["train"], module)
+            fit_or_interrupt(trainer, module, DataLoader(batches, batch_size=None, num_workers=0))
+        checkpoint.save(trainer, module)
+
+    projector, width = model.model.multi_modal_projector, architecture.vision_width
+    tower = TowerModule(config.tower, model.model.vision_tower, projector.avg_pool, projector.patches_per_image, width)
+    fit(_STAGES[0], tower, lambda: tower_accuracy(tower, pools["val"]))
+    for name, stage in zip(_STAGES[1:], (config.vlm, config.polish), strict=True):
+        vlm = VlmModule(stage, model, processor.tokenizer)
+        fit(name, vlm, partial(vlm_accuracy, vlm, pools["val"], _VAL_SCENES, prefix="val/accuracy/"))
     model.to(torch.bfloat16).to(torch.float32)  # what is shipped is bf16: measure that  # pyright: ignore[reportArgumentType]
     vlm.eval()
-    metrics = {f"test/accuracy/{k}": v for k, v in vlm_accuracy(vlm, pools["test"], test_scenes).items()}
-    shuffled = vlm_accuracy(vlm, pools["test"], test_scenes, shuffle_images=True)
-    metrics |= {f"test/accuracy_shuffled/{k}": v for k, v in shuffled.items()}
-    metrics |= {f"test/six_fingers/{word}": share for word, share in six_finger_answers(vlm).items()}
+    metrics = vlm_accuracy(vlm, pools["test"], test_scenes, prefix="test/accuracy/")
+    metrics |= vlm_accuracy(vlm, pools["test"], test_scenes, shuffle_images=True, prefix="test/accuracy_shuffled/")
+    metrics |= {f"test/six_fingers/{word}": fraction for word, fraction in six_finger_answers(vlm).items()}
     folder = run_dir / "model"
     model.to(torch.bfloat16).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
     processor.save_pretrained(folder)
     write_json(folder / "metrics.json", metrics)
-    return metrics, folder
-
-
-def validation(vlm: VlmModule, pool: ScenePool) -> dict[str, float]:
-    """Accuracies on the first validation scenes, under the names that the logger gets."""
-    return {f"val/accuracy/{k}": v for k, v in vlm_accuracy(vlm, pool, VAL_SCENES).items()}
+    return metrics
 
 
 def tower_accuracy(tower: TowerModule, pool: ScenePool) -> dict[str, float]:
@@ -394,45 +362,18 @@ def tower_accuracy(tower: TowerModule, pool: ScenePool) -> dict[str, float]:
     right: dict[str, list[int]] = {}
     with torch.no_grad():
         for kind in PICTURES:
-            for name, (good, asked) in tower.losses(tower_batch(pool.scenes(kind, VAL_SCENES), 0))[1].items():
+            for name, (good, asked) in tower.losses(tower.collate(pool.scenes(kind, _VAL_SCENES), 0))[1].items():
                 entry = right.setdefault(name, [0, 0])
                 entry[0], entry[1] = entry[0] + good, entry[1] + asked
     return {f"val/tower_accuracy/{name}": good / asked for name, (good, asked) in right.items()}
 
 
-def vlm_accuracy(vlm: VlmModule, pool: ScenePool, limit: int | None, shuffle_images: bool = False) -> dict[str, float]:
-    """Accuracy of every question group of every kind, captions as `caption_<kind>`."""
+def vlm_accuracy(
+    vlm: VlmModule, pool: ScenePool, limit: int | None, shuffle_images: bool = False, prefix: str = ""
+) -> dict[str, float]:
+    """Accuracy of every question group of every kind, captions as `caption_<kind>`, under names with a prefix."""
     result: dict[str, float] = {}
     for kind in PICTURES if shuffle_images else KINDS:
         for group, value in accuracy(vlm, pool.scenes(kind, limit), shuffle_images).items():
-            result[f"caption_{kind}" if group == "caption" else group] = value
+            result[prefix + (f"caption_{kind}" if group == "caption" else group)] = value
     return result
-
-
-def _fit(
-    module: ScheduledModule,
-    batches: StepBatches,
-    measure: Any,
-    config: OrreryTrainingConfig,
-    folder: Path,
-    logger: Any,
-    resume: bool,
-    origin: Mapping[str, Any],
-) -> None:
-    total = module.config.max_steps
-    checkpoint = ResumableCheckpoint(folder, config.checkpoint_every, resume, origin)
-    checkpoint.restore_weights(module)
-    trainer = pl.Trainer(
-        max_steps=-1,
-        max_epochs=1,
-        accelerator="cpu",
-        logger=logger,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        gradient_clip_val=module.config.clip,
-        callbacks=[checkpoint, _Validate(config.val_every, total, measure)],
-        log_every_n_steps=20,
-    )
-    if module.steps_done < total:
-        fit_or_interrupt(trainer, module, batches.loader())
-    checkpoint.save(trainer, module)

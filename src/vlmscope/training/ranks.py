@@ -1,36 +1,16 @@
-"""Layers and batches over several processes: layout, groups, agreement, and the exchange of activations.
+"""Layers and batches over several processes: layout, agreement, and the exchange of activations.
 
-Which process ("rank") owns which layers, and which ranks make up a host.
+Ranks (processes) are numbered host by host. Within a host each layer belongs to one rank, in contiguous runs whose
+sizes differ by one at most; every host has the same division. The ranks that own the same layers on different hosts are
+peers.
 
-Ranks are numbered host by host. Within a host each layer belongs to one rank, in contiguous runs whose sizes differ by
-one at most; every host has the same division. The ranks that own the same layers on different hosts are peers.
-
-Layers whose losses are taken together: each by itself, or all of a cross-layer set, whose features serve later ones.
-
-The loss of a cross-layer set is the sum of its layers' losses, each from the features of its own layer and of all below
-(Ameisen et al. 2025), in each layer's own standardised coordinates.
-
-A batch divided among processes: whole rows, in their order.
-
-Rows of a forward can be parted when every tensor but the pictures has the shape [B, T, ..] of the tokens, and every
-picture takes the same number of tokens, so that it is known whose it is. Otherwise the forward stays whole.
-
-Ctrl-C or SIGTERM among processes that train together: all stop after the same step.
-
-Each process may be told at another moment, or only one is, and one that stopped at once would leave the others waiting.
-So a signal is noted, and after each step the processes ask each other. A second signal ends the process at once.
-
-The processes of one launch: where they meet, the group in which they train, and how one's end ends the others.
-
-Besides the `torch.distributed` group they share its key-value store. There they agree on the run folder, and the first
-that fails says so, which makes it the one that prints; a watch in each process sees it and ends the process where
-waiting for the failed one would not.
-
-This process among those that train together: what they send each other.
-
-Within a host: each rank runs the frozen model on its share of the batch and sends every other rank the activations of
-the layers which that rank owns. Between hosts, among the owners of a layer: sums for the loss, gradients, and which
+Within a host each rank runs the frozen model on its share of the batch, whole rows in their order, and sends every
+other rank the activations of the layers which that rank owns. Between peers go sums for the loss, gradients, and which
 features fired. Everything is sent as tensors, so nothing is pickled. Alone, nothing is sent.
+
+Besides the `torch.distributed` group the processes of a launch share its key-value store. There they agree on the run
+folder, and the first that fails says so, which makes it the one that prints; a watch in each process sees it and ends
+the process where waiting for the failed one would not.
 """
 
 from __future__ import annotations
@@ -60,19 +40,12 @@ from vlmscope.core.launch import Place
 from vlmscope.data.samples import WHOLE, Share
 from vlmscope.models.base import Adapter
 from vlmscope.training.batches import ENDED, Batch, Forward, LayerActivations, OwnPart, collect, forwards
-from vlmscope.training.config import TranscoderTrainingConfig
-from vlmscope.training.layer_trainer import LayerStep, LayerTrainer, differentiate
-from vlmscope.training.losses.joint import Total
-from vlmscope.transcoders.transcoder import SparseCode, TranscoderOutput, written_before
+from vlmscope.training.losses import Total
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`n_layers` layers over `world` ranks, of which `per_host` stand on one host.
-
-    Raises:
-        UserError: more ranks on a host than layers, or hosts of different sizes.
-    """
+    """`n_layers` layers over `world` ranks, of which `per_host` are on one host."""
 
     n_layers: int
     world: int = 1
@@ -118,93 +91,60 @@ class Layout:
         return next(rank for rank in self.members(host) if layer in self.layers(rank))
 
 
-def group_steps(
-    trainers: Mapping[int, LayerTrainer],
-    by_layer: Mapping[int, tuple[Tensor, Tensor]],
-    config: TranscoderTrainingConfig,
-    total: Total | None,
-    backward: Callable[[Tensor], None],
-) -> dict[int, LayerStep]:
-    """Add the gradients of a group's loss to its layers' parameters, from raw activations ([N, d], [N, d]) by layer."""
-    if not config.cross_layer:
-        return {n: differentiate(one, *by_layer[n], config, total, backward) for n, one in trainers.items()}
-    found = cross_layer_losses(trainers, by_layer, config, total)
-    backward(torch.stack([loss for loss, _, _ in found.values()]).sum())
-    return {
-        layer: LayerStep(float(loss.detach()), float(fvu.detach()), trainers[layer].fired(out), len(out.reconstruction))
-        for layer, (loss, fvu, out) in found.items()
-    }
-
-
-def cross_layer_losses(
-    trainers: Mapping[int, LayerTrainer],
-    by_layer: Mapping[int, tuple[Tensor, Tensor]],
-    config: TranscoderTrainingConfig,
-    total: Total | None,
-) -> dict[int, tuple[Tensor, Tensor, TranscoderOutput]]:
-    """What `LayerTrainer.loss` gives for each layer, from the codes of its own features and of those below."""
-    transcoders = {layer: trainer.transcoder for layer, trainer in trainers.items()}
-    codes: dict[int, SparseCode] = {}
-    found = {}
-    for layer, trainer in sorted(trainers.items()):
-        earlier = written_before(transcoders, layer, codes)
-        found[layer] = trainer.loss(*by_layer[layer], config, total, earlier)
-        codes[layer] = found[layer][2].code
-    return found
-
-
 _PICTURES = "pixel_values"
 
 
 def share(batch: Batch, part: int, parts: int, soft_token: int | None) -> list[Forward]:
-    """Part number `part` of `parts`: consecutive rows; together the parts are the batch. It may be empty."""
+    """Part number `part` of `parts`: consecutive rows; together the parts are the batch. It may be empty.
+
+    Rows of a forward can be parted when every tensor but the pictures has the shape [B, T, ..] of the tokens, and every
+    picture takes the same number of tokens, so that it is known whose it is. Otherwise the forward stays whole.
+    """
     given = forwards(batch)
-    pictures = [_pictures(one, soft_token) for one in given]
+    pictures = [_pictures(forward, soft_token) for forward in given]
     units = [(n, row) for n, counts in enumerate(pictures) for row in range(1 if counts is None else len(counts))]
     cuts = np.linspace(0, len(units), parts + 1).round().astype(int)
     mine = units[cuts[part] : cuts[part + 1]]
-    found = []
+    taken = []
     for n in sorted({n for n, _ in mine}):
-        rows = [row for m, row in mine if m == n]
-        counts = pictures[n]
-        found.append(given[n] if counts is None else _take(given[n], rows, counts))
-    return found
+        forward, counts = given[n], pictures[n]
+        if counts is not None:
+            rows = [row for m, row in mine if m == n]
+            first, last = rows[0], rows[-1] + 1
+            begin, end = sum(counts[:first]), sum(counts[:last])
+            images = {_PICTURES: forward[_PICTURES][begin:end]} if end > begin else {}
+            forward = {k: tensor[first:last] for k, tensor in forward.items() if k != _PICTURES} | images
+        taken.append(forward)
+    return taken
 
 
-def _pictures(one: Forward, soft_token: int | None) -> Sequence[int] | None:
+def _pictures(forward: Forward, soft_token: int | None) -> Sequence[int] | None:
     """How many pictures each row has; None when the rows cannot be parted."""
-    ids: Tensor = one["input_ids"]
-    if any(tensor.shape[:2] != ids.shape for name, tensor in one.items() if name != _PICTURES):
+    ids: Tensor = forward["input_ids"]
+    if any(tensor.shape[:2] != ids.shape for name, tensor in forward.items() if name != _PICTURES):
         return None
-    if _PICTURES not in one:
+    if _PICTURES not in forward:
         return [0] * len(ids)
     if soft_token is None:
         return None
-    tokens, number = (ids == soft_token).sum(1), len(one[_PICTURES])
+    tokens, number = (ids == soft_token).sum(1), len(forward[_PICTURES])
     each = int(tokens.sum()) // number if number else 0
     if not each or each * number != int(tokens.sum()) or bool((tokens % each).any()):
         return None
     return (tokens // each).tolist()
 
 
-def _take(one: Forward, rows: Sequence[int], pictures: Sequence[int]) -> Forward:
-    """Consecutive rows and their pictures."""
-    first, last = rows[0], rows[-1] + 1
-    part = {name: tensor[first:last] for name, tensor in one.items() if name != _PICTURES}
-    begin, end = sum(pictures[:first]), sum(pictures[:last])
-    if end > begin:
-        part[_PICTURES] = one[_PICTURES][begin:end]
-    return part
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # torchrun and srun pass on a signal that the terminal or SLURM sent to every process: the same one comes twice.
-SAME_SIGNAL_SECONDS = 1.0
+_SAME_SIGNAL_SECONDS = 1.0
 
 
 class AgreedStop(pl.Callback):
-    """Calls `save` and raises `KeyboardInterrupt`, or `Terminated` when one of them got SIGTERM, on every process after
-    the step in which one was told to stop.
+    """Ctrl-C or SIGTERM among processes that train together: all stop after the same step.
+
+    Each process may be told at another moment, or only one is, and one that stopped at once would leave the others
+    waiting. So a signal is noted, and after each step the processes ask each other; then all `save` and raise
+    `KeyboardInterrupt`, or `Terminated` when one got SIGTERM. A second signal ends the process at once.
     """
 
     def __init__(self, save: Callable[[Any], None]) -> None:
@@ -214,37 +154,34 @@ class AgreedStop(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """From here on signals are noted."""
-        self._before = {one: signal.signal(one, self._note) for one in SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Ask whether any process was told."""
-        interrupted, terminated = joint_sum([float(number in self.told) for number in SIGNALS])
+        interrupted, terminated = joint_sum([float(number in self.told) for number in _SIGNALS])
         if interrupted or terminated:
             self.save(pl_module)
             raise Terminated if terminated else KeyboardInterrupt
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Signals do again what they did before."""
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Signals do again what they did before."""
-        self._restore()
+        self.on_train_end(trainer, pl_module)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.told and now - min(self.told.values()) > SAME_SIGNAL_SECONDS:
+        if self.told and now - min(self.told.values()) > _SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
         self.told.setdefault(number, now)
 
-    def _restore(self) -> None:
-        for one, handler in self._before.items():
-            signal.signal(one, handler)
-        self._before = {}
 
-
-MEETING_SECONDS = 300  # to find each other when the processes start
-GRACE_SECONDS = 15  # for a process to end by itself after another has failed
+_MEETING_SECONDS = 300  # to find each other when the processes start
+_GRACE_SECONDS = 15  # for a process to end by itself after another has failed
 _FAILED = "vlmscope/failed"
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out")
 
@@ -254,28 +191,23 @@ class Meeting:
 
     _open: Meeting | None = None
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.address, str(place.port)
-        wait = timedelta(seconds=MEETING_SECONDS)
-        self.store: Any = None
-        self.store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=wait))
+    def __init__(self, place: Place, store: Any) -> None:
+        self.place, self.store = place, store
 
     @classmethod
     def of(cls, place: Place) -> Meeting:
-        """The meeting of this process, which lasts until it ends.
-
-        Raises:
-            RankLost: the others were not found in `MEETING_SECONDS`.
-        """
+        """The meeting of this process, which lasts until it ends; RankLost if the others do not come in time."""
         if cls._open is None:
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.address, str(place.port)
+            wait = timedelta(seconds=_MEETING_SECONDS)
             try:
-                cls._open = cls(place)
+                store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=wait))
             except (dist.DistError, RuntimeError) as error:
                 raise RankLost(
                     f"process {place.rank} of {place.world} found no other at {place.address}:{place.port}: "
                     f"{str(error).splitlines()[0]}; set MASTER_ADDR and MASTER_PORT to what rank 0 can be reached at"
                 ) from error
+            cls._open = cls(place, store)
         return cls._open
 
     def from_main(self, name: str, text: str) -> str:
@@ -285,13 +217,9 @@ class Meeting:
             return text
         return self.store.get(f"vlmscope/{name}").decode()
 
-    def failed(self) -> int:
-        """Say that this process has failed; how many now have."""
-        return self.store.add(_FAILED, 1)
-
     def wait_for_failures(self) -> None:
         """Wait until every process has failed too, so that it hears who was first, but not for ever."""
-        end = time.monotonic() + GRACE_SECONDS
+        end = time.monotonic() + _GRACE_SECONDS
         while self.store.add(_FAILED, 0) < self.place.world and time.monotonic() < end:
             time.sleep(0.1)
 
@@ -299,7 +227,7 @@ class Meeting:
 def first_to_fail(place: Place) -> bool:
     """Say that this process has failed; whether no other had before, or that can no longer be known."""
     try:
-        return Meeting.of(place).failed() == 1
+        return Meeting.of(place).store.add(_FAILED, 1) == 1
     except (RankLost, RuntimeError):
         return True
 
@@ -315,13 +243,7 @@ def see_off(place: Place) -> None:
 def opened(place: Place, device: str, timeout_minutes: float) -> Iterator[Meeting]:
     """The `torch.distributed` group of all processes around the work: NCCL on GPUs, else gloo.
 
-    Args:
-        place: which process this is.
-        device: where the model computes, such as "cpu" or "cuda:1".
-        timeout_minutes: how long one waits for another that neither answers nor ends.
-
-    Raises:
-        RankLost: another process ended, or did not answer in time.
+    `device` is where the model computes; RankLost when another process ended, or did not answer in time.
     """
     meeting = Meeting.of(place)
     on_gpu = device.startswith("cuda")
@@ -358,7 +280,7 @@ def _watch(store: Any, done: threading.Event, rank: int) -> None:
             failed = store.add(_FAILED, 0)
         except RuntimeError:
             failed = 1  # the keeper of the store is gone, and with it rank 0
-        if failed and not done.wait(GRACE_SECONDS):
+        if failed and not done.wait(_GRACE_SECONDS):
             print(f"process {rank} stops, since another has failed", file=sys.stderr, flush=True)
             os._exit(1)
 
@@ -462,11 +384,7 @@ class Ranks:
         return dict(enumerate(vector.tolist()))
 
     def collect(self, adapter: Adapter, batch: Batch) -> LayerActivations:
-        """The activations of this rank's layers at all tokens of its host, from the joint batch or its own part.
-
-        Raises:
-            UserError: on every rank, when no rank has a part of the batch any more.
-        """
+        """The activations of this rank's layers at all tokens of its host, from the joint batch or its own part."""
         if self.layout.world == 1:
             return collect(adapter, batch)
         own = isinstance(batch, OwnPart)

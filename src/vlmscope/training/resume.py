@@ -1,78 +1,43 @@
-"""States of trainings: saved, found again, refused where they are of something else.
-
-Checkpoints of a Lightning run without pickle: safetensors for every tensor, JSON for the rest, replaced atomically.
+"""Checkpoints without pickle: safetensors for every tensor, JSON for the rest, replaced atomically.
 
 A module takes part by counting its optimiser steps in `steps_done`, by drawing its data from the step number, so that
-a resumed run continues with the very next batch, and by saying when it is `committing` a step.
+a resumed run continues with the very next batch, and by telling when it is `committing` a step. A checkpoint records
+the run's origin, what decides the result by name (`vlmscope.core.origin`), and is continued only with the same.
 
-Checkpoints of transcoder training: one safetensors file a layer, written by its owner, and one marker for all.
-
-`<run_dir>/transcoder_checkpoint/step_00000200/` holds `layer_07.safetensors` (parameters, coordinates, clocks, moments)
-for every layer and, written last and by rank 0 alone, `complete.json` with the settings: a folder without it is no
-checkpoint. Only after that are older folders removed, so a whole one always stands. Tokens are drawn by step number, so
-the step is all that resuming needs to know about the data; and since layers are files, any number of ranks can go on.
+Orrery: `checkpoint.safetensors` in the folder of a stage. Transcoders: `<run_dir>/transcoder_checkpoint/step_00000200/`
+holds `layer_07.safetensors` (parameters, coordinates, clocks, moments) for every layer, written by its owner, and,
+written last and by rank 0 alone, `complete.json` with the settings: a folder without it is no checkpoint. Only after
+that are older folders removed, so a whole one always stands. Since layers are files, any number of ranks can go on.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import shutil
 import signal
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from vlmscope.core.artifacts import atomic_path, read_json, write_json
 from vlmscope.core.errors import UserError, is_out_of_memory
 from vlmscope.core.origin import plain, refuse_other
 from vlmscope.training.config import TranscoderTrainingConfig
-from vlmscope.training.transcoder_module import TranscoderModule
+
+if TYPE_CHECKING:
+    from vlmscope.training.transcoder_training import TranscoderModule
 
 _LOG = logging.getLogger(__name__)
-
-
-class ResumableCheckpoint(pl.Callback):
-    """Save module and optimiser to `<folder>/checkpoint.safetensors` every `every` steps and at the end of fitting."""
-
-    def __init__(self, folder: Path, every: int, resume: bool, origin: Mapping[str, Any]) -> None:
-        """`origin`: what decides the result, by name (`vlmscope.core.origin`); a run resumes only with the same."""
-        self.path = Path(folder) / "checkpoint.safetensors"
-        self.every = every
-        self.resume = resume
-        self.origin = origin
-
-    def restore_weights(self, module: Any) -> None:
-        """Before fitting: take weights and step count, so that a finished stage is not trained again."""
-        if self.resume and self.path.is_file():
-            load_checkpoint(self.path, module, None, self.origin)
-
-    def save(self, trainer: pl.Trainer, module: Any) -> None:
-        """Save now, unless nothing was trained."""
-        if trainer.optimizers:
-            save_checkpoint(self.path, module, trainer.optimizers[0], self.origin)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Take the optimiser's moments too."""
-        if self.resume and self.path.is_file():
-            load_checkpoint(self.path, pl_module, trainer.optimizers[0], self.origin)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Save after every `every`-th step."""
-        if pl_module.steps_done % self.every == 0:
-            save_checkpoint(self.path, pl_module, trainer.optimizers[0], self.origin)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Ctrl-C or SIGTERM keeps what was learnt, unless it came in the middle of a change of the weights."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.optimizers and not pl_module.committing:
-            save_checkpoint(self.path, pl_module, trainer.optimizers[0], self.origin)
+_MARKER = "complete.json"
+_UNRECORDED = "%s does not record its model and data: whether they are the same is not checked"
 
 
 class _Heard(pl.Callback):
@@ -104,6 +69,55 @@ def fit_or_interrupt(trainer: pl.Trainer, module: pl.LightningModule, batches: A
         raise (stop if isinstance(stop, KeyboardInterrupt) else KeyboardInterrupt()) from None
 
 
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Around reading a checkpoint: one line for a file that is missing, corrupt or of another shape."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
+        first = str(error).splitlines()[0][:200]
+        raise UserError(f"checkpoint {path} does not fit this run ({first}): remove it or change the config") from error
+
+
+def _of_module(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("module."): t for name, t in state.items() if name.startswith("module.")}
+
+
+class ResumableCheckpoint(pl.Callback):
+    """Save module and optimiser to `<folder>/checkpoint.safetensors` every `every` steps and when interrupted."""
+
+    def __init__(self, folder: Path, every: int, resume: bool, origin: Mapping[str, Any]) -> None:
+        self.path = Path(folder) / "checkpoint.safetensors"
+        self.every, self.resume, self.origin = every, resume, origin
+
+    def restore_weights(self, module: Any) -> None:
+        """Before fitting: take weights and step count, so that a finished stage is not trained again."""
+        if self.resume and self.path.is_file():
+            load_checkpoint(self.path, module, None, self.origin)
+
+    def save(self, trainer: pl.Trainer, module: Any) -> None:
+        """Save now, unless nothing was trained."""
+        if trainer.optimizers:
+            save_checkpoint(self.path, module, trainer.optimizers[0], self.origin)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Take the optimiser's moments too."""
+        if self.resume and self.path.is_file():
+            load_checkpoint(self.path, pl_module, trainer.optimizers[0], self.origin)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Save after every `every`-th step."""
+        if pl_module.steps_done % self.every == 0:
+            self.save(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Ctrl-C or SIGTERM keeps what was learnt, unless it came in the middle of a change of the weights."""
+        if isinstance(exception, KeyboardInterrupt) and not pl_module.committing:
+            self.save(trainer, pl_module)
+
+
 def save_checkpoint(path: Path, module: Any, optimizer: torch.optim.Optimizer, origin: Mapping[str, Any]) -> None:
     """Write parameters, buffers, optimiser moments, the step count and the run's origin in one atomic file."""
     state: dict[str, torch.Tensor] = {f"module.{k}": v.detach().contiguous() for k, v in module.state_dict().items()}
@@ -122,42 +136,24 @@ def save_checkpoint(path: Path, module: Any, optimizer: torch.optim.Optimizer, o
 def load_checkpoint(
     path: Path, module: Any, optimizer: torch.optim.Optimizer | None, origin: Mapping[str, Any]
 ) -> None:
-    """Restore what `save_checkpoint` wrote (without an optimiser: parameters and step count only).
-
-    Raises:
-        UserError: the file is corrupt, or of a run with another origin (each difference is named).
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
+    """Restore what `save_checkpoint` wrote (without an optimiser: parameters and step count only)."""
+    with _fitting(path):
         state = load_file(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         if "origin" in metadata:
             refuse_other(str(path), json.loads(metadata["origin"]), origin)
         else:
-            _LOG.warning("%s does not record its settings and data: whether they are the same is not checked", path)
-        module.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("module.")})
-    except (SafetensorError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        first = str(error).splitlines()[0][:200]
-        raise UserError(f"checkpoint {path} does not fit this run ({first}): remove it or change the config") from error
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in state.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            moments.setdefault(int(index), {})[name] = value
+            _LOG.warning(_UNRECORDED, path)
+        module.load_state_dict(_of_module(state))
     if optimizer is not None:
-        full = optimizer.state_dict()
-        full["state"] = moments
-        optimizer.load_state_dict(full)
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in state.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                moments.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     module.steps_done = int(metadata["steps_done"])
-
-
-# Settings that may change between a run and its continuation, since no number depends on them.
-_FREE = {"checkpoint_every", "val_every", "log_every", "micro_tokens"}
-_MARKER = "complete.json"
 
 
 class TranscoderCheckpoints(pl.Callback):
@@ -166,8 +162,7 @@ class TranscoderCheckpoints(pl.Callback):
     def __init__(self, run_dir: Path, config: TranscoderTrainingConfig, origin: Mapping[str, Any]) -> None:
         """`origin`: what decides the result besides `config`, by name (`vlmscope.core.origin`)."""
         self.folder = Path(run_dir) / "transcoder_checkpoint"
-        self.config = config
-        self.origin = plain(origin)
+        self.config, self.origin = config, plain(origin)
         self.stands: int | None = None  # the step that this run has written or gone on from
 
     def newest(self) -> Path | None:
@@ -188,9 +183,8 @@ class TranscoderCheckpoints(pl.Callback):
                     save_file(state, temporary)
         ranks.barrier()
         if ranks.main:
-            settings = dataclasses.asdict(self.config)
             done = {"steps_done": module.steps_done, "tokens_seen": module.tokens_seen}
-            write_json(folder / _MARKER, {**done, "settings": settings, "origin": self.origin})
+            write_json(folder / _MARKER, {**done, "settings": self.config.settings(), "origin": self.origin})
             self._remove_others(folder)
         ranks.barrier()
         self.stands = module.steps_done
@@ -209,30 +203,21 @@ class TranscoderCheckpoints(pl.Callback):
     def restore(self, module: TranscoderModule) -> bool:
         """Load the newest whole checkpoint into `module`; False when there is none.
 
-        Raises:
-            UserError: when it was written with other settings, another model or other data (each is named), or cannot
-                be read.
+        One that was written with other settings, another model or other data is refused, each by name.
         """
-        if (self.folder / "state.safetensors").is_file():
-            raise UserError(
-                f"{self.folder} is of an earlier version, one file for all layers, and cannot be continued; "
-                "train into a new run folder"
-            )
         folder = self.newest()
         if folder is None:
             return False
         marker = read_json(folder / _MARKER)
-        # A setting that an older version did not know is at its default.
-        known = dataclasses.asdict(TranscoderTrainingConfig()) | marker["settings"]
-        then, now = (
-            {name: value for name, value in settings.items() if name not in _FREE}
-            for settings in (known, dataclasses.asdict(self.config))
-        )
-        if "origin" not in marker:
-            _LOG.warning("%s does not record its model and data: whether they are the same is not checked", folder)
+        now = plain(self.config.settings())
+        # A setting that an older version did not know is at its default; one that this version does not know is gone.
+        known = TranscoderTrainingConfig().settings() | marker["settings"]
+        then = {name: known[name] for name in now}
         # All ranks have the same, and the main one has looked.
         if module.ranks.main and "origin" in marker:
             then, now = then | marker["origin"], now | self.origin
+        elif "origin" not in marker:
+            _LOG.warning(_UNRECORDED, folder)
         refuse_other(str(self.folder), then, now, "train into a new run folder")
         for layer in module.ranks.layers:
             load_layer(folder / f"layer_{layer:02d}.safetensors", module, layer)
@@ -244,9 +229,8 @@ class TranscoderCheckpoints(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save after every N-th step and after the last."""
-        done = pl_module.steps_done
-        every = self.config.checkpoint_every
-        if (every and done % every == 0) or done == self.config.max_steps:
+        done, every = pl_module.steps_done, self.config.trainer.checkpoint_every
+        if (every and done % every == 0) or done == self.config.trainer.max_steps:
             self.save(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -259,11 +243,7 @@ class TranscoderCheckpoints(pl.Callback):
             self.save(pl_module)
 
     def check_space(self, module: TranscoderModule) -> None:
-        """Refuse to begin what the disk cannot hold: the new checkpoint beside the old one, and the finished set.
-
-        Raises:
-            UserError: with both figures.
-        """
+        """Refuse to begin what the disk cannot hold: the new checkpoint beside the old one, and the finished set."""
         if not module.ranks.main:
             return
         # Parameters and two moments, in float32; the finished set at most as large as the parameters.
@@ -289,20 +269,11 @@ def layer_state(module: TranscoderModule, layer: int) -> dict[str, torch.Tensor]
 
 
 def load_layer(path: Path, module: TranscoderModule, layer: int) -> None:
-    """Restore what `layer_state` gave.
-
-    Raises:
-        UserError: the file is missing, corrupt or of another shape.
-    """
+    """Restore what `layer_state` gave."""
     trainer = module.layer(layer)
-    try:
+    with _fitting(path):
         state = load_file(path)
-        trainer.load_state_dict({name[7:]: tensor for name, tensor in state.items() if name.startswith("module.")})
-    except (SafetensorError, RuntimeError, OSError) as error:
-        if is_out_of_memory(error):
-            raise
-        first = str(error).splitlines()[0][:200]
-        raise UserError(f"checkpoint {path} does not fit this run ({first}): remove it or change the config") from error
+        trainer.load_state_dict(_of_module(state))
     parameters = dict(trainer.named_parameters())
     for key, value in state.items():
         if key.startswith("optimizer."):

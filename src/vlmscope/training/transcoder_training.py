@@ -1,4 +1,11 @@
-"""The one call that trains a transcoder set: start or resume, fit with Lightning, evaluate."""
+"""Training of the transcoders of all layers at once, on activations made on the fly by the frozen model.
+
+Layers share nothing but the forward of the model: each has its own parameters, loss and gradient norm
+(`vlmscope.training.layer_trainer`), so they may be owned by different ranks (`vlmscope.training.ranks`), and one that
+goes wrong stops alone. The layers of a cross-layer set share a loss, so they stop together, on one rank.
+
+`train_transcoders` is the one call: start or resume, fit with Lightning, evaluate.
+"""
 
 import logging
 import math
@@ -12,23 +19,231 @@ import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vlmscope.core.errors import NotMainRank
+from vlmscope.core.errors import NotMainRank, UserError
+from vlmscope.models.base import Adapter
 from vlmscope.models.loading import VLM
 from vlmscope.models.placement import model_fingerprint, tensors_fingerprint
 from vlmscope.scope import Scope
-from vlmscope.training.batches import Batch, OwnPart, forwards
-from vlmscope.training.captures import ActivationStream, CacheSettings, Captures, open_captures
-from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.training.batches import Batch, LayerActivations, OwnPart, forwards
+from vlmscope.training.captures import ActivationStream, CacheSettings, open_captures
+from vlmscope.training.config import TranscoderTrainingConfig, rate_factor
 from vlmscope.training.evaluation import evaluate_transcoders
+from vlmscope.training.layer_trainer import LayerStep, LayerTrainer, cross_layer_losses, differentiate
 from vlmscope.training.ranks import AgreedStop, Ranks
 from vlmscope.training.resume import TranscoderCheckpoints, fit_or_interrupt
-from vlmscope.training.transcoder_module import TranscoderModule
-from vlmscope.transcoders.transcoder import TranscoderSet
+from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
+from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
 _LOG = logging.getLogger(__name__)
+_LR_FLOOR = 0.01  # of the peak rate, at the last step
+
+
+class TranscoderModule(pl.LightningModule):
+    """The trainers of this rank's layers, one optimiser, one forward of the frozen model for each step."""
+
+    def __init__(
+        self, adapter: Adapter, config: TranscoderTrainingConfig, model_name: str = "", ranks: Ranks | None = None
+    ) -> None:
+        super().__init__()
+        self.ranks = ranks if ranks is not None else Ranks.single(adapter.n_layers)
+        self.cross_layer = config.transcoder.cross_layer
+        if self.cross_layer and len(self.ranks.layers) < adapter.n_layers:
+            raise UserError(
+                "cross-layer transcoders couple all layers, so one process of a host trains them; start one"
+            )
+        if self.ranks.layout.hosts > 1 and config.transcoder.activation == "batchtopk":
+            raise UserError("batchtopk chooses among a whole batch, which lies on one host; take one host, or topk")
+        self.automatic_optimization = False
+        self.config, self.model_name = config, model_name
+        self.steps_done, self.tokens_seen = 0, 0
+        self.committing = False
+        # Hidden from nn.Module: the model is frozen, and neither saved nor counted.
+        self._frozen = (adapter,)
+        adapter.model.requires_grad_(False).eval()
+        # Of the product alone: float32 weights take updates that bfloat16 would round away.
+        half = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else None
+        layers = {str(n): LayerTrainer(self._architecture(n), config.recipe, half) for n in self.ranks.layers}
+        self.trainers = nn.ModuleDict(layers)
+        optim = config.optim
+        betas = (optim.betas[0], optim.betas[1])
+        self.optimizer = torch.optim.AdamW(
+            self.parameters(), lr=optim.lr, betas=betas, weight_decay=optim.weight_decay, fused=True
+        )
+
+    def _architecture(self, layer: int) -> TranscoderConfig:
+        chosen, width = self.config.transcoder, self.adapter.d_model
+        return TranscoderConfig(
+            d_model=width,
+            n_features=chosen.expansion_factor * width,
+            k=chosen.k,
+            layer=layer,
+            activation=chosen.activation,
+            skip=chosen.skip,
+            bandwidth=chosen.bandwidth,
+            writes=self.adapter.n_layers - layer if chosen.cross_layer else 1,
+        )
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """This rank's layers, those that share a loss together."""
+        layers = list(self.ranks.layers)
+        return [layers] if self.cross_layer else [[layer] for layer in layers]
+
+    @property
+    def adapter(self) -> Adapter:
+        """The frozen model."""
+        return self._frozen[0]
+
+    def layer(self, layer: int) -> LayerTrainer:
+        """The trainer of one layer."""
+        trainer = self.trainers[str(layer)]
+        assert isinstance(trainer, LayerTrainer)
+        return trainer
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimiser, which exists before fitting so that a checkpoint can be loaded into it."""
+        return self.optimizer
+
+    def initialise(self, batches: list[LayerActivations]) -> None:
+        """Standardisation and starting point of every layer from the tokens of `batches`."""
+        whole = [self.ranks.all_tokens(batch) for batch in batches]
+        for group in self.groups:
+            targets: list[Tensor] = []  # of the layers from the current one upwards
+            for layer in reversed(group):
+                trainer = self.layer(layer)
+                x, y = (torch.cat([by_layer[layer][side] for by_layer in whole]).float() for side in (0, 1))
+                trainer.standardise(x, y)
+                x, y = trainer.standard.apply(*trainer.within_limits(x, y))
+                # Layer m of a cross-layer set is written to from m + 1 layers.
+                targets = [y / (layer + 1) if self.cross_layer else y, *targets]
+                trainer.start(x, targets, self.config.trainer.seed)
+
+    def rate(self) -> float:
+        """The learning rate of the coming step."""
+        optim = self.config.optim
+        steps = self.config.trainer.max_steps
+        return optim.lr * rate_factor(self.steps_done, steps, optim.warmup, _LR_FLOOR, optim.schedule)
+
+    def transfer_batch_to_device(
+        self, batch: LayerActivations, device: torch.device, dataloader_idx: int
+    ) -> LayerActivations:
+        """Nothing to do: activations are captured where the model is."""
+        return batch
+
+    def training_step(self, batch: LayerActivations, batch_idx: int) -> dict[str, Any]:
+        """One step of every layer that is not stopped; returns what the callbacks log."""
+        self.optimizer.zero_grad(set_to_none=True)
+        steps: dict[int, LayerStep] = {}
+        troubles: dict[int, str] = {}
+        for group in self.groups:
+            trainers = {layer: self.layer(layer) for layer in group}
+            if not all(trainer.running for trainer in trainers.values()):
+                continue
+            # A step in training mode of BatchTopK moves its threshold; a bad one must leave no trace.
+            buffers = [buffer for trainer in trainers.values() for buffer in trainer.transcoder.buffers()]
+            before = [buffer.clone() for buffer in buffers]
+            # Differentiated at once, so that only one group's graph is alive.
+            taken = self._differentiated(trainers, batch.by_layer)
+            wrong = self._clipped(trainers, taken)
+            if not wrong:
+                steps |= taken
+                continue
+            cause = min(wrong, key=lambda layer: math.isfinite(taken[layer].loss))
+            troubles |= {layer: wrong[layer] if layer == cause else f"with layer {cause}" for layer in group}
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(old)
+            for trainer in trainers.values():
+                trainer.zero_grad(set_to_none=True)  # so the optimiser passes the layer by
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        self._commit(steps, troubles, batch.joint_tokens)
+        return {"fvu": {layer: taken.fvu for layer, taken in steps.items()}, "tokens": batch.joint_tokens}
+
+    def _differentiated(
+        self, trainers: Mapping[int, LayerTrainer], by_layer: Mapping[int, tuple[Tensor, Tensor]]
+    ) -> dict[int, LayerStep]:
+        """Add the gradients of a group's loss to its layers' parameters, from raw activations ([N, d], [N, d])."""
+        total, backward = self.ranks.total, self.manual_backward
+        if not self.cross_layer:
+            return {n: differentiate(one, *by_layer[n], total, backward) for n, one in trainers.items()}
+        losses = cross_layer_losses(trainers, by_layer, total)
+        backward(torch.stack([loss for loss, _, _ in losses.values()]).sum())
+        return {
+            n: LayerStep(float(loss.detach()), float(fvu.detach()), trainers[n].fired(out), len(out.reconstruction))
+            for n, (loss, fvu, out) in losses.items()
+        }
+
+    def _clipped(self, trainers: Mapping[int, LayerTrainer], steps: Mapping[int, LayerStep]) -> dict[int, str]:
+        """Add up and clip the gradients of each layer; layer -> what is wrong with its step, where something is."""
+        wrong: dict[int, str] = {}
+        for layer, trainer in trainers.items():
+            self.ranks.add_up([p.grad for p in trainer.parameters() if p.grad is not None])
+            norm = nn.utils.clip_grad_norm_(trainer.parameters(), self.config.recipe.clip)
+            trouble = trainer.trouble(steps[layer].loss, float(norm))
+            if trouble is not None:
+                wrong[layer] = trouble
+        return wrong
+
+    def _commit(self, steps: dict[int, LayerStep], troubles: dict[int, str], tokens: int) -> None:
+        """Everything that changes the state, in one place: an interrupt elsewhere leaves a state that can be saved."""
+        self.committing = True
+        # Through Lightning's wrapper, which counts the step.
+        wrapped = self.optimizers()
+        assert not isinstance(wrapped, list)
+        wrapped.step()
+        for layer, taken in steps.items():
+            self.layer(layer).note(taken, self.steps_done, self.ranks.add_up)
+        for layer, trouble in troubles.items():
+            self.layer(layer).stopped.fill_(self.steps_done)
+            if self.ranks.writes:
+                _LOG.warning(
+                    "layer %d stopped before step %d (%s); it keeps its weights, layers not named go on",
+                    layer, self.steps_done + 1, trouble,
+                )  # fmt: skip
+        self.tokens_seen += tokens
+        self.steps_done += 1
+        self.committing = False
+
+    def figures(self, fvus: dict[int, float]) -> dict[str, float]:
+        """Figures of training over all layers, from a step's FVU of each of this rank's; every rank must ask."""
+        after = self.config.recipe.dead_after_tokens
+        own = {layer: self.layer(layer) for layer in self.ranks.layers}
+        dead = self.ranks.by_layer({n: float((one.silent >= after).double().mean()) for n, one in own.items()})
+        running = self.ranks.by_layer({n: float(one.running) for n, one in own.items()})
+        joint = self.ranks.by_layer(fvus)
+        known = [joint[layer] for layer, on in running.items() if on and layer in joint]
+        figures = {"train/fvu": sum(known) / len(known)} if known else {}
+        figures["train/dead_frac"] = sum(dead.values()) / len(dead)
+        if self.config.recipe.max_norm_ratio is not None:
+            counts = {n: one.left_out.tolist() for n, one in own.items()}
+            fractions = self.ranks.by_layer({n: out / max(seen, 1) for n, (out, seen) in counts.items()})
+            figures["train/filtered_frac"] = sum(fractions.values()) / len(fractions)
+        figures["train/stopped_layers"] = float(sum(not on for on in running.values()))
+        return figures
+
+    def finished_set(self) -> TranscoderSet:
+        """The transcoders as they stand, in the model's own coordinates, detached from training.
+
+        All layers on rank 0, which the others send theirs; their own on the other ranks. Every rank must ask. With
+        several ranks the set lies in CPU memory: together the layers may not fit the device of one.
+        """
+        folded = {}
+        for layer in range(self.adapter.n_layers) if self.ranks.main else self.ranks.layers:
+            if layer in self.ranks.layers:
+                later = range(layer + 1, layer + self._architecture(layer).writes)
+                folded[layer] = self.layer(layer).folded([self.layer(each).standard.y_scale for each in later])
+            else:
+                folded[layer] = Transcoder(self._architecture(layer)).requires_grad_(False).to(self.adapter.device)
+            self.ranks.to_main(folded[layer].state_dict(), layer)
+            if self.ranks.layout.world > 1:
+                folded[layer] = folded[layer].cpu()
+        chosen = self.config.transcoder
+        config = TranscoderSetConfig(self.adapter.n_layers, chosen.k, chosen.activation, self.model_name)
+        return TranscoderSet(folded, config)
 
 
 def train_transcoders(
@@ -38,9 +253,7 @@ def train_transcoders(
     config: TranscoderTrainingConfig,
     run_dir: str | Path,
     logger: Logger | None = None,
-    resume: bool = False,
     model_name: str | None = None,
-    per_host: int | None = None,
     data_figures: Callable[[], Mapping[str, float]] = dict,
     cache: CacheSettings | None = None,
     origin: Mapping[str, Any] | None = None,
@@ -52,30 +265,28 @@ def train_transcoders(
         train_batch: batch number 0, 1, ... of the data, a pure function of the number, so that a resumed run sees the
             same data. What a batch is: `vlmscope.training.batches`.
         val_batches: batches for the figures of `vlmscope.training.evaluation`.
-        config: settings.
+        config: settings; with `trainer.resume` it continues from the checkpoint in `run_dir` if there is one, and
+            `trainer.per_host` processes of an open `torch.distributed` group share a host (None: all).
         run_dir: where checkpoints go.
         logger: a Lightning logger, or None.
-        resume: continue from the checkpoint in `run_dir` if there is one.
         model_name: written into the set; by default the loaded model's own name.
-        per_host: processes that share a host, where a `torch.distributed` group is open (docs/scaling.md); None: all.
         data_figures: what is to be logged about the data that were drawn so far, such as each source's share.
+        cache: where captured activations are kept for this and other runs (`vlmscope.training.captures`).
         origin: what decides the result besides `config`, by name; the same is needed to resume (`vlmscope.core.origin`;
             the main rank's counts). None: the model's weights and batch 0.
-        cache: where captured activations are kept for this and other runs (`vlmscope.training.captures`).
 
     Returns:
         The set in the model's own coordinates, and its final figures with `perf/tokens_per_s` and `train/tokens`, those
         of all sessions of the run.
 
     Raises:
-        UserError: for impossible settings, a checkpoint or a cache that does not belong to them, or a full disk.
+        UserError: a checkpoint or a cache does not belong to these settings, or the disk is full.
         NotMainRank: on every rank but 0 when training is done, since rank 0 alone has the set.
-        KeyboardInterrupt: after Ctrl-C; the state is saved and `resume` goes on from it.
+        KeyboardInterrupt: after Ctrl-C; the state is saved and `trainer.resume` goes on from it.
     """
-    config.check()
-    adapter = vlm.adapter
+    adapter, steps = vlm.adapter, config.trainer.max_steps
+    ranks = Ranks.current(adapter, config.trainer.per_host)
     name = model_name if model_name is not None else vlm.name
-    ranks = Ranks.current(adapter, per_host)
     module = TranscoderModule(adapter, config, name, ranks).to(adapter.device)
     if origin is None:
         first = train_batch(0)
@@ -83,26 +294,27 @@ def train_transcoders(
         known = {} if isinstance(first, OwnPart) else {"batch 0": tensors_fingerprint(forwards(first))}
         origin = {"model": model_fingerprint(adapter.model), **known}
     checkpoints = TranscoderCheckpoints(Path(run_dir), config, origin)
-    restored = resume and checkpoints.restore(module)
+    restored = config.trainer.resume and checkpoints.restore(module)
     if not restored:
         checkpoints.restart(module)
     captures = open_captures(adapter, train_batch, config, ranks, cache, data_figures)
     if not restored:
-        module.initialise([captures(number) for number in range(config.init_batches)])
+        module.initialise([captures(number) for number in range(config.recipe.init_batches)])
     checkpoints.check_space(module)
     logger = logger if ranks.main else None
     progress = _Progress(vlm, config, val_batches, logger, captures.figures)
-    if module.steps_done < config.max_steps:
+    if module.steps_done < steps:
         # The stop is asked for last, when the step has been written if it was to be.
         stop = [AgreedStop(checkpoints.save)] if ranks.layout.world > 1 else []
-        _fit(module, captures, [progress, checkpoints, *stop], logger)
+        stream = ActivationStream(captures, config, lambda: module.steps_done)
+        trainer = _lightning_trainer(module, [progress, checkpoints, *stop], logger)
+        fit_or_interrupt(trainer, module, DataLoader(stream, batch_size=None, num_workers=0))
     last = module.figures({})
-    stopped = last["train/stopped_layers"]
     transcoders = module.finished_set()
     if ranks.layout.world == 1:
         transcoders = transcoders.to(adapter.device)  # Lightning leaves the module on the CPU
     if restored:  # figures are those up to the last batches, which an earlier session may have drawn
-        for number in dict.fromkeys((config.batches - 1, (config.max_steps - 1) // config.steps_per_batch)):
+        for number in dict.fromkeys((config.batches - 1, (steps - 1) // config.recipe.steps_per_batch)):
             captures(number)
     drawn = captures.figures()  # of all ranks, so all ask
     if not ranks.main:
@@ -110,29 +322,23 @@ def train_transcoders(
     metrics = evaluate_transcoders(Scope(vlm, transcoders), val_batches) if val_batches else {}
     metrics |= {**progress.speed(), **drawn, "train/tokens": float(module.tokens_seen)}
     metrics |= {name: last[name] for name in ("train/stopped_layers", "train/filtered_frac") if name in last}
-    if stopped:
-        _LOG.warning("%d layers stopped early; the set has their last good weights", int(stopped))
+    if last["train/stopped_layers"]:
+        _LOG.warning("%d layers stopped early; the set has their last good weights", int(last["train/stopped_layers"]))
     if logger is not None:
         logger.log_metrics(metrics, step=module.steps_done)
     return transcoders, metrics
 
 
-def _fit(
-    module: TranscoderModule,
-    captures: Captures,
-    callbacks: list[pl.Callback],
-    logger: Logger | None,
-) -> None:
-    stream = ActivationStream(captures, module.config, lambda: module.steps_done)
+def _lightning_trainer(module: TranscoderModule, callbacks: list[pl.Callback], logger: Logger | None) -> pl.Trainer:
     device = module.adapter.device  # activations are captured there, so the transcoders must be there too
-    on_gpu = device.type == "cuda"
-    trainer = pl.Trainer(
+    on_gpu, several = device.type == "cuda", module.ranks.layout.world > 1
+    return pl.Trainer(
         max_epochs=1,
         accelerator="gpu" if on_gpu else "cpu",
         devices=[device.index or 0] if on_gpu else 1,
         # Each rank is a run of its own to Lightning: its layers are not those of the others (docs/adr/001).
-        strategy=SingleDeviceStrategy(torch.device(device)) if module.ranks.layout.world > 1 else "auto",
-        plugins=[LightningEnvironment()] if module.ranks.layout.world > 1 else None,
+        strategy=SingleDeviceStrategy(torch.device(device)) if several else "auto",
+        plugins=[LightningEnvironment()] if several else None,
         callbacks=callbacks,
         logger=logger if logger is not None else False,
         enable_checkpointing=False,
@@ -140,7 +346,6 @@ def _fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    fit_or_interrupt(trainer, module, DataLoader(stream, batch_size=None, num_workers=0))
 
 
 class _Progress(pl.Callback):
@@ -154,7 +359,7 @@ class _Progress(pl.Callback):
         logger: Logger | None,
         data_figures: Callable[[], Mapping[str, float]],
     ) -> None:
-        self.vlm, self.config, self.val_batches = vlm, config, val_batches
+        self.vlm, self.settings, self.val_batches = vlm, config.trainer, val_batches
         self.logger, self.data_figures = logger, data_figures
         self.tokens, self.seconds, self.began = 0, 0.0, 0.0
         self.bar: Any = None
@@ -162,7 +367,7 @@ class _Progress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Open the bar at the step where training goes on."""
         self.bar = tqdm(
-            total=self.config.max_steps,
+            total=self.settings.max_steps,
             initial=pl_module.steps_done,
             desc="transcoders",
             unit="step",
@@ -176,13 +381,13 @@ class _Progress(pl.Callback):
         self.seconds += time.perf_counter() - self.began
         self.tokens += outputs["tokens"]
         self.bar.update()
-        done = pl_module.steps_done
-        if self.config.log_every and done % self.config.log_every == 0:
+        done, settings = pl_module.steps_done, self.settings
+        if settings.log_every and done % settings.log_every == 0:
             figures = pl_module.figures(outputs["fvu"])
             fvu, dead = figures.get("train/fvu", math.nan), figures["train/dead_frac"]
             self.bar.set_postfix(fvu=f"{fvu:.4f}", dead=f"{dead:.3f}")
             self._log({**figures, **self.speed(), **self.data_figures()}, done)
-        due = self.config.val_every and done % self.config.val_every == 0 and done < self.config.max_steps
+        due = settings.val_every and done % settings.val_every == 0 and done < settings.max_steps
         if due and self.val_batches:
             transcoders = pl_module.finished_set()
             if pl_module.ranks.main:
@@ -201,7 +406,7 @@ class _Progress(pl.Callback):
             self.bar.close()
 
     def speed(self) -> dict[str, float]:
-        """Tokens a second of training, data and forward included; nothing when no step was taken."""
+        """Tokens per second of training, data and forward included; nothing when no step was taken."""
         return {"perf/tokens_per_s": self.tokens / self.seconds} if self.seconds else {}
 
     def _log(self, figures: dict[str, float], step: int) -> None:

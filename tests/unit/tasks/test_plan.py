@@ -21,7 +21,7 @@ from vlmscope.attribution.export import save_graph
 from vlmscope.attribution.influence import prune
 from vlmscope.attribution.trace import attribute
 from vlmscope.config.catalog import asset
-from vlmscope.config.schema import TranscoderArchConfig
+from vlmscope.training.config import TranscoderArchConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.models.families import adapter_for

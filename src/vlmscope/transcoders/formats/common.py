@@ -18,7 +18,6 @@ from torch import Tensor
 from vlmscope.core.artifacts import atomic_path, open_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
-from vlmscope.transcoders.nonlinearities import activation_has_threshold
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet, set_weight
 
 REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec")
@@ -247,7 +246,7 @@ def build_layer(
     """
     path, activation = source.path, source.activation or config.activation
     tensors = source.translate(read_tensors(path))
-    has_threshold = activation_has_threshold(activation)
+    has_threshold = activation in ("batchtopk", "jumprelu")
     _check_names(path, tensors, activation, has_threshold)
     f, d = _checked_shapes(path, tensors, d_model, dtype)
     try:

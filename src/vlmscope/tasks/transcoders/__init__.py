@@ -1,1 +1,0 @@
-"""task=train_transcoders and task=plan: batches, caches, cards, and what training needs."""

@@ -14,7 +14,7 @@ import torch
 from started import started
 
 from vlmscope.tasks.plan import Machine, TrainingPlan, TrainingSizes, least_time
-from vlmscope.training.config import TranscoderArchConfig, TranscoderTrainingConfig
+from vlmscope.training.config import TranscoderArchConfig
 from vlmscope.training.ranks import Layout
 
 SIZES = [(2048, 128, 2048, 16), (2048, 256, 8192, 16), (1024, 512, 16384, 48), (512, 1024, 16384, 48)]  # n, d, F, k
@@ -51,7 +51,6 @@ def measured(n: int, d: int, f: int, k: int, repeat: int) -> dict[str, float]:
     """Seconds of the groups of one layer's step."""
     x, y = torch.randn(n, d), torch.randn(n, d)
     trainer = started(d, f, k, x, y)
-    config = TranscoderTrainingConfig()
     optimiser = torch.optim.AdamW(trainer.parameters(), lr=1e-4, fused=True)
     standard = trainer.standard.apply(x, y)[0]
     with torch.no_grad():
@@ -61,7 +60,7 @@ def measured(n: int, d: int, f: int, k: int, repeat: int) -> dict[str, float]:
 
     def gradient() -> None:
         optimiser.zero_grad(set_to_none=True)
-        trainer.loss(x, y, config)[0].backward()
+        trainer.loss(x, y)[0].backward()
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)

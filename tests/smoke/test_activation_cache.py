@@ -50,11 +50,11 @@ def test_the_second_job_of_a_sweep_reads_what_the_first_captured(
     [
         (
             ["task.cache_dtype=int8", "task.cache=there"],
-            "task.cache_dtype=int8: choose one of float32, bfloat16, float",
+            "task.cache_dtype=int8: no such choice",
         ),
         (["task.cache_dtype=bfloat16"], "task.cache_dtype=bfloat16 without a cache; name its folder"),
-        (["task.epoch_batches=2"], "epoch_batches = 2 must be 8 at least"),
-        (["trainer.precision=64"], "trainer.precision=64: transcoders take 32 or bf16-mixed"),
+        (["task.epoch_batches=2"], "task.epoch_batches=2: it must be at least 8"),
+        (["trainer.precision=64"], "trainer.precision=64: no such choice; choose one of 32, bf16-mixed"),
     ],
 )
 def test_mistakes_are_one_line(

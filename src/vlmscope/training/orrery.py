@@ -320,24 +320,9 @@ def train_orrery(
     pools = {split: ScenePool(data, split) for split in SPLITS}
 
     def fit(name: str, module: ScheduledModule, measure: Callable[[], dict[str, float]]) -> None:
-        total = module.config.max_steps
         checkpoint = ResumableCheckpoint(run_dir / name, config.checkpoint_every, resume, origin)
-        checkpoint.restore_weights(module)
-        trainer = pl.Trainer(
-            max_steps=-1,
-            max_epochs=1,
-            accelerator="cpu",
-            logger=logger,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            gradient_clip_val=module.config.clip,
-            callbacks=[checkpoint, _Validate(config.val_every, total, measure)],
-            log_every_n_steps=20,
-        )
-        if module.steps_done < total:
-            batches = StepBatches(pools["train"], module)
-            fit_or_interrupt(trainer, module, DataLoader(batches, batch_size=None, num_workers=0))
-        checkpoint.save(trainer, module)
+        validate = _Validate(config.val_every, module.config.max_steps, measure)
+        fit_stage(module, pools["train"], checkpoint, validate, logger)
 
     projector, width = model.model.multi_modal_projector, architecture.vision_width
     tower = TowerModule(config.tower, model.model.vision_tower, projector.avg_pool, projector.patches_per_image, width)
@@ -355,6 +340,27 @@ def train_orrery(
     processor.save_pretrained(folder)
     write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def fit_stage(
+    module: ScheduledModule, pool: ScenePool, checkpoint: ResumableCheckpoint, validate: pl.Callback, logger: Any
+) -> None:
+    """Take the steps of a stage that its checkpoint has not, and save."""
+    checkpoint.restore_weights(module)
+    trainer = pl.Trainer(
+        max_steps=-1,
+        max_epochs=1,
+        accelerator="cpu",
+        logger=logger,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        gradient_clip_val=module.config.clip,
+        callbacks=[checkpoint, validate],
+        log_every_n_steps=20,
+    )
+    if module.steps_done < module.config.max_steps:
+        fit_or_interrupt(trainer, module, DataLoader(StepBatches(pool, module), batch_size=None, num_workers=0))
+    checkpoint.save(trainer, module)
 
 
 def tower_accuracy(tower: TowerModule, pool: ScenePool) -> dict[str, float]:

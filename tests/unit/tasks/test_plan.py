@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.processes import Forked, all_codes
+from tests.unit.training.helpers import settings
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmscope.activations.capture import capture_state
@@ -21,7 +22,6 @@ from vlmscope.attribution.export import save_graph
 from vlmscope.attribution.influence import prune
 from vlmscope.attribution.trace import attribute
 from vlmscope.config.catalog import asset
-from vlmscope.training.config import TranscoderArchConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.models.families import adapter_for
@@ -49,10 +49,9 @@ from vlmscope.tasks.plan import (
     transcoder_numbers,
 )
 from vlmscope.training.captures import ActivationStream, Captures
-from vlmscope.training.config import TranscoderTrainingConfig
+from vlmscope.training.config import TranscoderArchConfig
 from vlmscope.training.ranks import Layout
-from vlmscope.training.transcoder_module import TranscoderModule
-from vlmscope.training.transcoder_training import train_transcoders
+from vlmscope.training.transcoder_training import TranscoderModule, train_transcoders
 from vlmscope.transcoders.config import ACTIVATIONS
 from vlmscope.transcoders.formats import load_set
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig
@@ -198,7 +197,7 @@ def test_memory_is_what_training_keeps(
         return original(self, *arguments)
 
     monkeypatch.setattr(TranscoderModule, "training_step", watched)
-    config = TranscoderTrainingConfig(
+    config = settings(
         expansion_factor=4, k=8, activation=activation, skip=skip, max_steps=2, init_batches=1, pool_batches=2,
         checkpoint_every=0, val_every=0, log_every=0,
     )  # fmt: skip
@@ -216,7 +215,7 @@ def test_memory_is_what_training_keeps(
 
 def test_the_pool_is_what_the_stream_keeps() -> None:
     vlm = tiny_gemma3(0, text_only=True)
-    config = TranscoderTrainingConfig(pool_batches=2, steps_per_batch=1, max_steps=3)
+    config = settings(pool_batches=2, steps_per_batch=1, max_steps=3)
     stream = iter(ActivationStream(Captures(vlm.adapter, batch), config, lambda: 0))
     next(stream)
     drawn = next(stream)
@@ -227,14 +226,13 @@ def test_the_pool_is_what_the_stream_keeps() -> None:
 _WORKER = """
 import sys, json, torch
 import torch.distributed as dist
+from tests.unit.training.helpers import settings
 from vlmscope.core.errors import NotMainRank
 from vlmscope.core.records import generator
 from vlmscope.models.tiny import tiny_gemma3
 from vlmscope.training.ranks import Ranks
-from vlmscope.training.config import TranscoderTrainingConfig
 from vlmscope.training.batches import LayerActivations
-from vlmscope.training.transcoder_module import TranscoderModule
-from vlmscope.training.transcoder_training import train_transcoders
+from vlmscope.training.transcoder_training import TranscoderModule, train_transcoders
 
 rank, world, per_host, init, out = sys.argv[1:6]
 torch.set_num_threads(1)
@@ -271,10 +269,10 @@ def watched_step(self, *arguments):
 
 Ranks._exchange, dist.batch_isend_irecv, dist.all_reduce = watched_exchange, watched_send, watched_reduce
 TranscoderModule.training_step = watched_step
-config = TranscoderTrainingConfig(expansion_factor=4, k=8, max_steps=2, init_batches=1, pool_batches=1,
-    steps_per_batch=1, checkpoint_every=0, val_every=0, log_every=0)
+config = settings(expansion_factor=4, k=8, max_steps=2, init_batches=1, pool_batches=1,
+    steps_per_batch=1, checkpoint_every=0, val_every=0, log_every=0, per_host=int(per_host))
 try:
-    train_transcoders(tiny_gemma3(0, text_only=True), batch, [], config, out, per_host=int(per_host))
+    train_transcoders(tiny_gemma3(0, text_only=True), batch, [], config, out)
 except NotMainRank:
     pass
 open(f"{out}_{rank}.json", "w").write(json.dumps(told))

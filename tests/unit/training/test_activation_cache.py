@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.unit.training.test_ranks import _distance
-from tests.unit.training.test_transcoder_training import CONFIG, _batch, _one_thread, _state, vlm  # noqa: F401
+from tests.processes import Forked, all_codes
+from tests.unit.training.helpers import CONFIG, interrupted_at, make_batch, settings, state
+from tests.unit.training.test_ranks import distance
 from torch import Tensor
 
 from vlmscope.core.errors import UserError
@@ -23,7 +22,6 @@ from vlmscope.models.base import Adapter
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3
 from vlmscope.training.captures import CacheSettings
-from vlmscope.training.config import TranscoderTrainingConfig
 from vlmscope.training.transcoder_training import train_transcoders
 from vlmscope.transcoders.transcoder import TranscoderSet
 
@@ -45,16 +43,9 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def _train(
-    model: VLM,
-    folder: Path,
-    cache: CacheSettings | None,
-    batch: Number = _batch,
-    resume: bool = False,
-    config: TranscoderTrainingConfig = CONFIG,
-    **changes: Any,
+    model: VLM, folder: Path, cache: CacheSettings | None, batch: Number = make_batch, **changes: Any
 ) -> TranscoderSet:
-    config = dataclasses.replace(config, **changes)
-    return train_transcoders(model, batch, [], config, folder, resume=resume, cache=cache)[0]
+    return train_transcoders(model, batch, [], settings(CONFIG, **changes), folder, cache=cache)[0]
 
 
 def _equal(one: TranscoderSet, other: TranscoderSet) -> bool:
@@ -62,48 +53,43 @@ def _equal(one: TranscoderSet, other: TranscoderSet) -> bool:
 
 
 def test_the_weights_are_those_without_a_cache_and_later_runs_never_run_the_model(
-    vlm: VLM,  # noqa: F811
+    gemma: VLM,
     tmp_path: Path,
     forwards: list[int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    plain = _train(vlm, tmp_path / "plain", None)
+    plain = _train(gemma, tmp_path / "plain", None)
     assert len(forwards) == 8  # the two of the start, and again with the others
     forwards.clear()
     cache = CacheSettings(tmp_path / "cache")
-    first = _train(vlm, tmp_path / "first", cache)
+    first = _train(gemma, tmp_path / "first", cache)
     assert len(forwards) == 6 and _equal(plain, first)
     # 4 layers, 78 tokens, inputs and outputs of width 24 in float32, 6 batches.
-    size = 4 * 78 * 2 * vlm.adapter.d_model * 4
+    size = 4 * 78 * 2 * gemma.adapter.d_model * 4
     (line,) = capsys.readouterr().out.splitlines()
     assert f"x 78 tokens x 6 batches), {gb(6 * size)} of it to be written" in line, line
     tensors = sum(t.nbytes for file in cache.folder.rglob("*.safetensors") for t in load_file(file).values())
     assert tensors == 6 * (size + 78)  # and which tokens are soft
     forwards.clear()
-    second = _train(vlm, tmp_path / "second", cache)
-    assert not forwards and _equal(plain, second) and _state(tmp_path / "plain") == _state(tmp_path / "second")
-    other = _train(vlm, tmp_path / "other", cache, expansion_factor=8)  # a sweep
-    assert not forwards and _equal(other, _train(vlm, tmp_path / "alone", None, expansion_factor=8))
+    second = _train(gemma, tmp_path / "second", cache)
+    assert not forwards and _equal(plain, second) and state(tmp_path / "plain") == state(tmp_path / "second")
+    other = _train(gemma, tmp_path / "other", cache, expansion_factor=8)  # a sweep
+    assert not forwards and _equal(other, _train(gemma, tmp_path / "alone", None, expansion_factor=8))
     forwards.clear()
-    _train(vlm, tmp_path / "longer", cache, max_steps=8)
+    _train(gemma, tmp_path / "longer", cache, max_steps=8)
     assert len(forwards) == 2  # batches that no run had asked for
 
 
 def test_a_kill_leaves_whole_batches_and_a_checkpoint_that_goes_on_bit_for_bit(
-    vlm: VLM,  # noqa: F811
+    gemma: VLM,
     tmp_path: Path,
     forwards: list[int],
 ) -> None:
-    whole = _train(vlm, tmp_path / "whole", None)
+    whole = _train(gemma, tmp_path / "whole", None)
     cache = CacheSettings(tmp_path / "cache")
 
-    def until_five(number: int) -> dict[str, Tensor]:
-        if number == 5:
-            raise KeyboardInterrupt
-        return _batch(number)
-
     with pytest.raises(KeyboardInterrupt):
-        _train(vlm, tmp_path / "parts", cache, until_five)
+        _train(gemma, tmp_path / "parts", cache, interrupted_at(5))
     part = cache.folder / "rank_00"
     assert sorted(file.name for file in part.iterdir()) == [f"batch_{n:06d}.safetensors" for n in range(5)]
     # What a killed process was writing, long ago and just now; and a file that the disk has cut short.
@@ -114,26 +100,26 @@ def test_a_kill_leaves_whole_batches_and_a_checkpoint_that_goes_on_bit_for_bit(
     damaged = part / "batch_000004.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     forwards.clear()
-    resumed = _train(vlm, tmp_path / "parts", cache, resume=True)
+    resumed = _train(gemma, tmp_path / "parts", cache, resume=True)
     assert len(forwards) == 2  # batches 4 and 5
-    assert _equal(whole, resumed) and _state(tmp_path / "whole") == _state(tmp_path / "parts")
+    assert _equal(whole, resumed) and state(tmp_path / "whole") == state(tmp_path / "parts")
     assert [file.name for file in part.glob(".*")] == [new.name]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_smaller_dtype_gives_the_same_run_whoever_captured(
-    vlm: VLM,  # noqa: F811
+    gemma: VLM,
     tmp_path: Path,
     dtype: str,
 ) -> None:
     cache = CacheSettings(tmp_path / "cache", dtype)
-    first, second = (_train(vlm, tmp_path / name, cache) for name in ("first", "second"))
-    assert _equal(first, second) and not _equal(first, _train(vlm, tmp_path / "plain", None))
+    first, second = (_train(gemma, tmp_path / name, cache) for name in ("first", "second"))
+    assert _equal(first, second) and not _equal(first, _train(gemma, tmp_path / "plain", None))
     kept = load_file(cache.folder / "rank_00" / "batch_000000.safetensors")
     assert kept["layer_00.in"].dtype == getattr(torch, dtype)
 
 
-def test_float16_that_overflows_is_told(vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_float16_that_overflows_is_told(gemma: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import vlmscope.training.ranks as ranks
 
     right = ranks.collect
@@ -144,16 +130,16 @@ def test_float16_that_overflows_is_told(vlm: VLM, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(ranks, "collect", loud)
     with pytest.raises(UserError, match="float16 cannot hold the activations of layer 0; take bfloat16"):
-        _train(vlm, tmp_path / "run", CacheSettings(tmp_path / "cache", "float16"))
+        _train(gemma, tmp_path / "run", CacheSettings(tmp_path / "cache", "float16"))
 
 
-def test_what_differs_is_named(vlm: VLM, tmp_path: Path) -> None:  # noqa: F811
+def test_what_differs_is_named(gemma: VLM, tmp_path: Path) -> None:
     cache = CacheSettings(tmp_path / "cache", None, "my data", "seed 0")
-    _train(vlm, tmp_path / "run", cache)
+    _train(gemma, tmp_path / "run", cache)
 
-    def message(settings: CacheSettings = cache, model: VLM = vlm, batch: Number = _batch) -> str:
+    def message(kept: CacheSettings = cache, model: VLM = gemma, batch: Number = make_batch) -> str:
         with pytest.raises(UserError) as raised:
-            _train(model, tmp_path / "again", settings, batch)
+            _train(model, tmp_path / "again", kept, batch)
         said = str(raised.value)
         assert "\n" not in said and said.startswith(f"task.cache={cache.folder} was made with another ")
         return said.partition("was made with another ")[2]
@@ -162,7 +148,7 @@ def test_what_differs_is_named(vlm: VLM, tmp_path: Path) -> None:  # noqa: F811
     assert message(dataclasses.replace(cache, dtype="bfloat16")).startswith("dtype float32 -> bfloat16; restore")
     assert message(dataclasses.replace(cache, order="seed 1")).startswith("order seed 0, batch 0 is ")
     # A batch that differs although nothing said so, such as another tokenizer or processor.
-    assert message(batch=lambda number: _batch(number + 1)).startswith("order seed 0, batch 0 is ")
+    assert message(batch=lambda number: make_batch(number + 1)).startswith("order seed 0, batch 0 is ")
     tiny = tiny_gemma3(0)
     with torch.no_grad():
         tiny.adapter.mlp(2).down_proj.weight[0, 0] += 1e-3  # one number of one weight
@@ -170,43 +156,35 @@ def test_what_differs_is_named(vlm: VLM, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(UserError, match=r"mine has no manifest\.json and holds other files; choose another"):
-        _train(vlm, tmp_path / "again", CacheSettings(tmp_path / "mine"))
+        _train(gemma, tmp_path / "again", CacheSettings(tmp_path / "mine"))
 
 
 def test_a_full_disk_is_told_before_anything_is_written(
-    vlm: VLM,  # noqa: F811
+    gemma: VLM,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    needed = 6 * 4 * 78 * 2 * vlm.adapter.d_model * 4
+    needed = 6 * 4 * 78 * 2 * gemma.adapter.d_model * 4
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, needed - 1))
     with pytest.raises(UserError, match=r"would take .* are free there; choose another folder, task.cache_dtype="):
-        _train(vlm, tmp_path / "run", CacheSettings(tmp_path / "cache"))
+        _train(gemma, tmp_path / "run", CacheSettings(tmp_path / "cache"))
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_epochs_go_through_the_first_batches_again(vlm: VLM, tmp_path: Path, forwards: list[int]) -> None:  # noqa: F811
+def test_epochs_go_through_the_first_batches_again(gemma: VLM, tmp_path: Path, forwards: list[int]) -> None:
     asked: list[int] = []
-
-    def noted(number: int) -> dict[str, Tensor]:
-        asked.append(number)
-        return _batch(number)
-
     changes = {"epoch_batches": 3, "max_steps": 8}
-    plain = _train(vlm, tmp_path / "plain", None, noted, **changes)
+    plain = _train(gemma, tmp_path / "plain", None, lambda n: asked.append(n) or make_batch(n), **changes)
     assert asked[1:] == [0, 1, 0, 1, 2, 0, 1, 2, 0, 1]  # first, batch 0 is what a checkpoint knows the data by
     forwards.clear()
-    cached = _train(vlm, tmp_path / "cached", CacheSettings(tmp_path / "cache"), **changes)
+    cached = _train(gemma, tmp_path / "cached", CacheSettings(tmp_path / "cache"), **changes)
     assert len(forwards) == 3 and _equal(plain, cached)
-    with pytest.raises(UserError, match="epoch_batches = 2 must be 3 at least"):
-        _train(vlm, tmp_path / "few", None, epoch_batches=2)
 
 
-_WORKER = """
-import json, sys, torch
+COUNTING = """
+import json, sys
 from pathlib import Path
-import torch.distributed as dist
-from tests.unit.training.test_ranks import _WORKER
+from tests.unit.training.test_ranks import WORKER
 from vlmscope.models.base import Adapter
 import vlmscope.training.transcoder_training as training
 from vlmscope.training.captures import CacheSettings
@@ -216,27 +194,20 @@ def counted(self, *arguments, **settings):
     count[0] += 1
     return right(self, *arguments, **settings)
 Adapter.forward = counted
-plain, cache = training.train_transcoders, CacheSettings(Path(sys.argv[9]))
+plain, cache = training.train_transcoders, CacheSettings(Path(sys.argv[8]))
 training.train_transcoders = lambda *a, **s: plain(*a, **s, cache=cache)
-exec(_WORKER)
+exec(WORKER)
 Path(out).parent.joinpath(f"forwards_{rank}.json").write_text(json.dumps(count[0]))
 """
 
 
-def _together(folder: Path, cache: Path, world: int, per_host: int) -> list[int]:
+def together(folder: Path, cache: Path, world: int, per_host: int) -> list[int]:
     """Train with `world` processes into `folder`/set; how many forwards each ran."""
     folder.mkdir()
-    init = (folder / "rendezvous").as_uri()
-    rest = (world, per_host, init, folder / "set", folder / "run", 99, 0, cache)
-    root = Path(__file__).parents[3]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", _WORKER, *map(str, (rank, *rest))], env=env, stderr=subprocess.PIPE)
-        for rank in range(world)
-    ]
-    for process in processes:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said.decode()[-2000:]
+    init, changes = (folder / "rendezvous").as_uri(), json.dumps({"per_host": per_host})
+    rest = (world, init, folder / "set", folder / "run", 99, changes, cache)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert all_codes([Forked(COUNTING, rank, *rest, env=env) for rank in range(world)]) == [0] * world
     return [json.loads((folder / f"forwards_{rank}.json").read_text()) for rank in range(world)]
 
 
@@ -244,11 +215,11 @@ def _together(folder: Path, cache: Path, world: int, per_host: int) -> list[int]
 @pytest.mark.parametrize("per_host", [2, 1])
 def test_two_processes_keep_what_each_captured(tmp_path: Path, per_host: int) -> None:
     cache = tmp_path / "cache"
-    assert _together(tmp_path / "one", cache, 2, per_host) == [6, 6]
+    assert together(tmp_path / "one", cache, 2, per_host) == [6, 6]
     # One rank lacks a batch: both run the model on their part of it.
     (cache / "rank_01" / "batch_000003.safetensors").unlink()
-    assert _together(tmp_path / "two", cache, 2, per_host) == [1, 1]
-    assert _together(tmp_path / "three", cache, 2, per_host) == [0, 0]
-    assert _distance(tmp_path / "one", tmp_path / "two") == _distance(tmp_path / "one", tmp_path / "three") == 0
+    assert together(tmp_path / "two", cache, 2, per_host) == [1, 1]
+    assert together(tmp_path / "three", cache, 2, per_host) == [0, 0]
+    assert distance(tmp_path / "one", tmp_path / "two") == distance(tmp_path / "one", tmp_path / "three") == 0
     kept = load_file(cache / "rank_01" / "batch_000000.safetensors")
     assert ("layer_00.in" in kept) == (per_host == 1)

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from vlmscope.tasks.transcoders.cards import training_card
+from vlmscope.tasks.train_transcoders import training_card
 from vlmscope.training.config import TranscoderTrainingConfig
 from vlmscope.transcoders.hub import parts_of
 from vlmscope.transcoders.transcoder import random_set

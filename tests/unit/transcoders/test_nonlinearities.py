@@ -4,13 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmscope.training.losses.l0 import l0_penalty
-from vlmscope.training.losses.l1 import l1_penalty
-from vlmscope.training.losses.matryoshka import prefix_fvu, prefix_sizes
+from vlmscope.training.losses import l0_penalty, l1_penalty, prefix_fvu, prefix_sizes
+from vlmscope.transcoders import nonlinearities
 from vlmscope.transcoders.config import ACTIVATIONS
-from vlmscope.transcoders.nonlinearities import NONLINEARITIES
-from vlmscope.transcoders.nonlinearities.batch_topk import BatchTopK
-from vlmscope.transcoders.nonlinearities.jump_relu import JumpReLU
+from vlmscope.transcoders.nonlinearities import BatchTopK, JumpReLU, largest
 from vlmscope.transcoders.transcoder import Transcoder, random_set
 
 D, F, K, N = 6, 20, 4, 17
@@ -31,11 +28,7 @@ def dense_code(transcoder: Transcoder, x: Tensor) -> Tensor:
     return torch.where(pre > (0 if thresholds is None else thresholds), pre, 0)
 
 
-def test_the_configuration_knows_all_of_them() -> None:
-    assert set(ACTIVATIONS) == set(NONLINEARITIES)
-
-
-@pytest.mark.parametrize("activation", sorted(NONLINEARITIES))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("skip", [False, True])
 def test_codes_and_reconstructions_are_those_of_the_equation(activation: str, skip: bool) -> None:
     transcoder, x = one(activation, skip)
@@ -50,7 +43,7 @@ def test_codes_and_reconstructions_are_those_of_the_equation(activation: str, sk
         assert counts.min() < counts.max() == code.indices.shape[-1]
 
 
-@pytest.mark.parametrize("activation", sorted(NONLINEARITIES))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_tokens_code_does_not_depend_on_its_batch(activation: str) -> None:
     transcoder, x = one(activation)
     together = transcoder.encode(x).dense(F)
@@ -58,7 +51,7 @@ def test_a_tokens_code_does_not_depend_on_its_batch(activation: str) -> None:
     assert torch.equal(together > 0, alone > 0) and torch.allclose(together, alone, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("activation", sorted(NONLINEARITIES))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_no_token_is_no_error(activation: str) -> None:
     transcoder, x = one(activation)
     out = transcoder(x[:0])
@@ -154,3 +147,77 @@ def test_prefixes_explain_with_the_first_features_alone() -> None:
         reconstruction = dense @ transcoder.W_dec + transcoder.b_dec + x @ transcoder.W_skip.T
         terms.append((y - reconstruction).square().sum() / (y - y.mean(0)).square().sum())
     torch.testing.assert_close(prefix_fvu(transcoder, code, x, y, [5, 10]), torch.stack(terms).mean())
+
+
+# -- the k largest by blocks against `torch.topk`
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def numbers(n: int, f: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, f, generator=torch.Generator().manual_seed(seed))
+
+
+def by_blocks(pre: Tensor, k: int) -> Tensor:
+    """The path under test, which must not have given up."""
+    found = nonlinearities._by_blocks(pre, k, nonlinearities._block_size(pre.shape[1], k))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("f", "k"), [(2048, 16), (1024, 32), (10240, 32), (1536, 1), (64, 4), (2048, 128)])
+def test_the_largest_come_in_order(f: int, k: int) -> None:
+    pre = numbers(300, f)
+    assert nonlinearities._block_size(f, k) >= 4
+    found, known = by_blocks(pre, k), pre.topk(k)
+    assert torch.equal(pre.gather(1, found), known.values)
+    assert all(len(set(row)) == k for row in found.tolist())  # indices may differ from topk's where numbers are equal
+
+
+def test_all_the_largest_in_one_block_and_all_in_different_ones() -> None:
+    pre = numbers(200, 1024)
+    pre[0, ::64] += 100  # the sixteen numbers of block 0
+    pre[1, 64:80] += 100
+    assert torch.equal(by_blocks(pre, 16), pre.topk(16).indices)
+
+
+def test_rows_with_equal_numbers_or_nan_are_still_served() -> None:
+    pre = numbers(300, 1024)
+    pre[3] = 0.25
+    pre[4, 100:120] = 9.0  # more than k, equal, in different blocks
+    pre[5, 7] = torch.nan
+    pre[6] = -torch.inf
+    pre[7, 5:900] = -torch.inf
+    found, known = by_blocks(pre, 8), pre.topk(8)
+    assert torch.equal(pre.gather(1, found).nan_to_num(1e9), known.values.nan_to_num(1e9))
+    assert all(len(set(row)) == 8 for row in found.tolist())
+
+
+def test_a_matrix_full_of_equal_numbers_goes_to_topk() -> None:
+    pre = torch.zeros(300, 2048)
+    assert nonlinearities._by_blocks(pre, 16, 8) is None
+    assert all(len(set(row)) == 16 for row in largest(pre, 16).tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_and_widths_without_blocks_go_to_topk(dtype: torch.dtype) -> None:
+    for pre in (numbers(200, 2048).to(dtype), numbers(300, 2047).to(dtype)):
+        assert torch.equal(largest(pre, 16), pre.topk(16).indices)
+
+
+def test_large_matrices_take_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = nonlinearities._by_blocks
+    monkeypatch.setattr(nonlinearities, "_by_blocks", lambda pre, k, size: seen.append(size) or real(pre, k, size))
+    pre = numbers(256, 2048)
+    assert torch.equal(largest(pre, 16), pre.topk(16).indices)
+    largest(pre[:8], 16)
+    torch.set_num_threads(8)
+    largest(pre, 16)
+    assert seen == [16]

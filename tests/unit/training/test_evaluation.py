@@ -1,51 +1,34 @@
-"""Figures of a transcoder set on a tiny Gemma 3 against formulas written out."""
+"""Figures of a transcoder set against formulas written out; the check of a loaded set warns where it does not fit."""
 
+import logging
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tests.unit.training.helpers import make_batch
 from torch import Tensor
 
+from vlmscope.config.catalog import asset
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.metrics.dictionary import fvu
-from vlmscope.models.loading import VLM
-from vlmscope.models.tiny import tiny_gemma3
+from vlmscope.models.loading import VLM, load_vlm
+from vlmscope.models.tiny import tiny_gemma3, tiny_vlm
 from vlmscope.scope import Scope
+from vlmscope.tasks.load_check import warn_if_unfit
 from vlmscope.training.batches import collect
-from vlmscope.training.evaluation import evaluate_transcoders, spliced
+from vlmscope.training.evaluation import check_hooks, evaluate_transcoders, spliced
+from vlmscope.transcoders.formats import load_set
 from vlmscope.transcoders.transcoder import TranscoderSet, random_set, set_weight
 
 
-@pytest.fixture(scope="module")
-def vlm() -> VLM:
-    return tiny_gemma3(0)
-
-
-def _batch(number: int) -> dict[str, Tensor]:
-    """Five pictures with questions, two of them padded at the left, the last two tokens being the answer."""
-    rng = generator(8, "batch", number)
-    ids = rng.integers(9, 20, (5, 13))
-    ids[:, 2], ids[:, 3:7], ids[:, 7] = 6, 8, 7
-    ids[:2, :1] = 0
-    loss_mask = np.zeros(ids.shape, dtype=bool)
-    loss_mask[:, -2:] = True
-    return {
-        "input_ids": torch.from_numpy(ids),
-        "attention_mask": torch.from_numpy((ids != 0).astype(np.int64)),
-        "token_type_ids": torch.from_numpy((ids == 8).astype(np.int64)),
-        "pixel_values": torch.from_numpy(rng.standard_normal((5, 3, 16, 16)).astype(np.float32)),
-        "loss_mask": torch.from_numpy(loss_mask),
-    }
-
-
-def test_evaluation_equals_the_formula_on_all_tokens_at_once(vlm: VLM) -> None:
+def test_evaluation_equals_the_formula_on_all_tokens_at_once(gemma: VLM) -> None:
     transcoders = random_set(4, 24, 96, 8, seed=5)
-    batches = [_batch(1), _batch(2)]
-    figures = evaluate_transcoders(Scope(vlm, transcoders), batches)
-    parts = [collect(vlm.adapter, batch) for batch in batches]
+    batches = [make_batch(1), make_batch(2)]
+    figures = evaluate_transcoders(Scope(gemma, transcoders), batches)
+    parts = [collect(gemma.adapter, batch) for batch in batches]
     x, y = (torch.cat([part.by_layer[3][i] for part in parts]) for i in (0, 1))
     is_image = torch.cat([part.is_image for part in parts])
     with torch.no_grad():
@@ -59,21 +42,21 @@ def test_evaluation_equals_the_formula_on_all_tokens_at_once(vlm: VLM) -> None:
     assert figures["val/fvu"] == pytest.approx(np.mean([figures[f"layers/fvu/layer_0{i}"] for i in range(4)]))
 
 
-def test_ce_delta_is_the_rise_of_the_loss_on_answer_tokens(vlm: VLM) -> None:
+def test_ce_delta_is_the_rise_of_the_loss_on_answer_tokens(gemma: VLM) -> None:
     transcoders = random_set(4, 24, 96, 8, seed=5)
-    batch = _batch(1)
+    batch = make_batch(1)
     arguments = {name: tensor for name, tensor in batch.items() if name != "loss_mask"}
 
     def loss() -> float:
         with torch.no_grad():
-            logits = vlm.model(**arguments).logits
+            logits = gemma.model(**arguments).logits
         log_p = logits[:, -3:-1].log_softmax(-1).gather(-1, batch["input_ids"][:, -2:, None])
         return -float(log_p.mean())
 
     own = loss()
-    with spliced(Scope(vlm, transcoders)):
+    with spliced(Scope(gemma, transcoders)):
         replaced = loss()
-    figures = evaluate_transcoders(Scope(vlm, transcoders), [batch])
+    figures = evaluate_transcoders(Scope(gemma, transcoders), [batch])
     assert abs(replaced - own) > 0.01
     assert figures["val/ce"] == pytest.approx(own, rel=1e-5)
     assert figures["val/ce_delta"] == pytest.approx(replaced - own, rel=1e-4)
@@ -89,13 +72,13 @@ def test_figures_without_tokens_to_stand_on_are_left_out() -> None:
     assert all(math.isfinite(value) for value in figures.values())
 
 
-def test_evaluation_refuses_a_set_of_another_model_and_no_batches(vlm: VLM) -> None:
+def test_evaluation_refuses_a_set_of_another_model_and_no_batches(gemma: VLM) -> None:
     with pytest.raises(UserError, match="width"):
-        evaluate_transcoders(Scope(vlm, random_set(4, 16, 48, 4)), [_batch(0)])
+        evaluate_transcoders(Scope(gemma, random_set(4, 16, 48, 4)), [make_batch(0)])
     with pytest.raises(UserError, match="layers"):
-        evaluate_transcoders(Scope(vlm, random_set(5, 24, 48, 4)), [_batch(0)])
+        evaluate_transcoders(Scope(gemma, random_set(5, 24, 48, 4)), [make_batch(0)])
     with pytest.raises(UserError, match="no tokens"):
-        evaluate_transcoders(Scope(vlm, random_set(4, 24, 48, 4)), [])
+        evaluate_transcoders(Scope(gemma, random_set(4, 24, 48, 4)), [])
 
 
 def _perfect_after_the_norm(vlm: VLM, batch: dict[str, Tensor]) -> TranscoderSet:
@@ -132,8 +115,62 @@ def test_a_set_of_the_post_norms_output_is_compared_and_spliced_in_there() -> No
     assert (at_the_mlp - after_the_norm).abs().max() > 1e-3
 
 
-def test_a_hook_point_that_the_model_lacks_is_refused(vlm: VLM) -> None:
-    found = random_set(4, 24, 48, 4)
-    found[1].config = replace(found[1].config, input_hook="resid_pre")
-    with pytest.raises(UserError, match="layer 1 maps resid_pre to mlp_out"):
-        evaluate_transcoders(Scope(vlm, found), [_batch(0)])
+# -- the check on loading
+
+
+@pytest.fixture(scope="module")
+def orrery() -> VLM:
+    return load_vlm(asset("orrery"))
+
+
+def shipped() -> TranscoderSet:
+    return load_set(asset("orrery_transcoders")).requires_grad_(False)
+
+
+@pytest.mark.parametrize("prompt", [None, "what colour is mars ?"])
+def test_the_shipped_set_fits(orrery: VLM, caplog: pytest.LogCaptureFixture, prompt: str | None) -> None:
+    found = warn_if_unfit(Scope(orrery, shipped()), prompt)
+    assert sorted(found) == list(range(8)) and max(found.values()) < 0.2
+    assert not caplog.records
+
+
+def test_a_set_that_does_not_fit_is_named_by_its_layers(orrery: VLM, caplog: pytest.LogCaptureFixture) -> None:
+    spoilt = shipped()
+    for layer in (2, 5):
+        set_weight(spoilt[layer].W_dec, -spoilt[layer].W_dec.clone())
+    with caplog.at_level(logging.WARNING):
+        found = warn_if_unfit(Scope(orrery, spoilt), None)
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert "FVU above 1 on 442 tokens in layer 2 (" in said and ", 5 (" in said and "\n" not in said
+    assert [layer for layer, value in found.items() if value > 1] == [2, 5]
+
+
+def test_a_set_moved_by_one_layer_is_noticed(orrery: VLM, caplog: pytest.LogCaptureFixture) -> None:
+    base = shipped()
+    moved = TranscoderSet({layer: base[(layer + 1) % 8] for layer in range(8)}, base.config)
+    found = warn_if_unfit(Scope(orrery, moved), None)
+    assert sum(value > 1 for value in found.values()) >= 5 and caplog.records
+
+
+def test_nothing_is_looked_at_without_an_input(caplog: pytest.LogCaptureFixture) -> None:
+    vlm = tiny_vlm("gemma3_text", 0)
+    assert warn_if_unfit(Scope(vlm, random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 48, 4)), None) == {}
+
+
+def with_hooks(transcoders: TranscoderSet, input_hook: str, output_hook: str) -> TranscoderSet:
+    for transcoder in transcoders.transcoders.values():
+        transcoder.config = replace(transcoder.config, input_hook=input_hook, output_hook=output_hook)
+    return transcoders
+
+
+def test_hooks_that_the_model_lacks_are_one_line() -> None:
+    vlm = tiny_vlm("llava", 0)
+    found = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 48, 4)
+    check_hooks(Scope(vlm, found))
+    with pytest.raises(
+        UserError, match="layer 0 imitates mlp_out_post, the norm after the MLP, and this model has none"
+    ):
+        check_hooks(Scope(vlm, with_hooks(found, "mlp_in", "mlp_out_post")))
+    with pytest.raises(UserError, match="maps ln2.hook_normalized to mlp_out"):
+        check_hooks(Scope(vlm, with_hooks(found, "ln2.hook_normalized", "mlp_out")))

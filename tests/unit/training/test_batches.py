@@ -1,4 +1,4 @@
-"""Batches of a mix follow from the number alone, whatever was asked before, and from a state on the disk."""
+"""Batches of conversations and of a mix follow from seed and number alone, and are their forwards in order."""
 
 import json
 from collections.abc import Sequence
@@ -6,18 +6,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.unit.training.helpers import settings
 
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
+from vlmscope.core.records import Conversation, Document, Exchange, Sample
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.mixing import Lane, ShuffledSource, TokenMix, open_source
-from vlmscope.data.packing import TokenPacker
 from vlmscope.data.samples import WHOLE, Share
-from vlmscope.models.conversations import LOSS_MASK, encode, ends_of_text, sequence_forward, text_ids
+from vlmscope.models.conversations import LOSS_MASK, encode, ends_of_text, text_ids
 from vlmscope.models.loading import VLM
-from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.training.batches import EVERY, MixBatches, MixValidation, OwnPart, SampleEncoder
+from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
+from vlmscope.scope import Scope
+from vlmscope.training.batches import (
+    EVERY,
+    ConversationBatches,
+    MixBatches,
+    OwnPart,
+    SampleEncoder,
+    ValidationBatches,
+    collect,
+    mix_validation,
+    stacked,
+)
 from vlmscope.training.batches import EncodedForward as Forward
+from vlmscope.training.evaluation import evaluate_transcoders
+from vlmscope.training.transcoder_training import train_transcoders
 
 WEIGHTS = {"text": 2.0, "captions": 2.0, "questions": 1.0}
 
@@ -27,14 +41,8 @@ def vlm() -> VLM:
     return tiny_vlm("smolvlm", 1)
 
 
-def encoder(vlm: VLM) -> SampleEncoder:
-    eos, bos = ends_of_text(vlm.tokenizer)
-    return SampleEncoder(
-        lambda sample: encode(vlm, sample),
-        lambda text: text_ids(vlm, text),
-        lambda ids: sequence_forward(vlm, ids),
-        TokenPacker(eos, 16, bos),
-    )
+def encoder(vlm: VLM, max_tokens: int | None = None) -> SampleEncoder:
+    return SampleEncoder(vlm, 16, max_tokens)
 
 
 def mix(vlm: VLM, repeat: bool = True, share: Share = WHOLE) -> TokenMix[list[Forward]]:
@@ -174,20 +182,18 @@ def test_validation_takes_as_many_of_every_source(vlm: VLM) -> None:
         source = open_source(name, SourceConfig("orrery", stream=name, limit=30))
         return ShuffledSource(source, buffer=1, keep=lambda _sample: share > 0)
 
-    held = MixValidation({name: (stream(name, 1), encoder(vlm)) for name in WEIGHTS}, 9)
+    held = mix_validation({name: (stream(name, 1), encoder(vlm)) for name in WEIGHTS}, 9)
     assert len(held) == 9
     pictures = [any("pixel_values" in one for one in held[n]) for n in range(9)]
     assert pictures == [False] * 3 + [True] * 6
     assert [ids(one) for one in held] == [ids(one) for one in held]
     with pytest.raises(UserError, match="its 30 samples all fall on the same side of data.val_share"):
-        MixValidation({"text": (stream("text", 0), encoder(vlm))}, 9)
-    long = encoder(vlm)
-    long.encode = lambda sample: encode(vlm, sample, 8)
+        mix_validation({"text": (stream("text", 0), encoder(vlm))}, 9)
     with (
         pytest.warns(UserWarning),
         pytest.raises(UserError, match="for validation can be used, the first: .*max_tokens"),
     ):
-        MixValidation({"captions": (stream("captions", 1), long)}, 9)
+        mix_validation({"captions": (stream("captions", 1), encoder(vlm, 8))}, 9)
 
 
 def test_what_the_processor_refuses_is_left_out_and_counted(tmp_path: Path) -> None:
@@ -206,3 +212,79 @@ def test_what_the_processor_refuses_is_left_out_and_counted(tmp_path: Path) -> N
     with pytest.warns(UserWarning, match=r"line 2: .*<\|video_pad\|>.*; such samples of mine are left out and counted"):
         assert sum(len(one["input_ids"]) for one in made(0)) == 4
     assert made.figures()["data/mine/skipped"] == 3
+
+
+# -- conversations
+
+SIZES = ((16, 16), (40, 24), (24, 60))
+SHORT = settings(
+    expansion_factor=2, k=4, max_steps=30, warmup=2, init_batches=2, pool_batches=2, steps_per_batch=1, lr=5e-3,
+    checkpoint_every=0, val_every=0,
+)  # fmt: skip
+
+
+def samples() -> list[Sample]:
+    found: list[Sample] = []
+    for number in range(9):
+        picture = tiny_image(number).resize(SIZES[number % 3])
+        answer = ("red", "blue planet", "the other one")[number % 3]
+        found.append(Conversation((picture,), (Exchange("what is this ?", answer),), f"line {number}"))
+    return [*found, Document("the red planet and the other one")]
+
+
+def conversations(vlm: VLM, tokens: int, seed: int = 0) -> ConversationBatches:
+    return ConversationBatches(samples(), lambda sample: encode(vlm, sample), tokens, seed)
+
+
+def test_a_batch_follows_from_seed_and_number(vlm: VLM) -> None:
+    first, again = conversations(vlm, 90), conversations(vlm, 90)
+    whole = [ids(first(n)) for n in range(6)]
+    assert [ids(again(n)) for n in (4, 1)] == [whole[4], whole[1]]
+    assert ids(conversations(vlm, 90, seed=1)(0)) != whole[0]
+    sizes = [sum(map(len, batch)) for batch in whole]
+    assert 60 < sum(sizes) / len(sizes) < 120
+    assert ids(conversations(vlm, 1)(0))[0] in ids(first(0))
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl", "llava_onevision", "gemma3"])
+def test_a_batch_is_its_forwards_one_after_the_other(family: str) -> None:
+    vlm = tiny_vlm(family, 1)
+    forwards = [one for sample in samples() for one in encode(vlm, sample)]
+    together = collect(vlm.adapter, forwards)
+    parts = [collect(vlm.adapter, one) for one in reversed(forwards)][::-1]  # no forward remembers another
+    assert together.n_tokens == sum(len(one["input_ids"][0]) for one in forwards)
+    for layer in range(vlm.adapter.n_layers):
+        assert torch.equal(together.by_layer[layer][1], torch.cat([part.by_layer[layer][1] for part in parts]))
+    soft = sum(int((one["input_ids"] == vlm.adapter.soft_token_id()).sum()) for one in forwards)
+    assert int(together.is_image.sum()) == soft > 0
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma3_text", *FAMILIES])
+def test_stacked_forwards_compute_what_each_does(family: str) -> None:
+    vlm = tiny_vlm(family, 1)
+    asked = (Exchange("what is this ?", "red planet"),)
+    given = [(tiny_image(n).resize(SIZES[n % 2]),) if vlm.adapter.has_vision else () for n in range(4)]
+    forwards = [encode(vlm, Conversation(images, asked))[0] for images in given]
+    groups = stacked(forwards)
+    by_size = [[0, 2], [1, 3]] if len(groups) == 2 else [[0, 1, 2, 3]]
+    assert len(groups) == len(by_size)
+    for group, members in zip(groups, by_size, strict=True):
+        together, alone = collect(vlm.adapter, group), collect(vlm.adapter, [forwards[n] for n in members])
+        assert torch.equal(together.is_image, alone.is_image)
+        for layer in range(vlm.adapter.n_layers):
+            found, expected = together.by_layer[layer][1], alone.by_layer[layer][1]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert torch.equal(group[LOSS_MASK], torch.cat([forwards[n][LOSS_MASK] for n in members]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transcoders_are_float32_and_learn_whatever_the_models_dtype(dtype: torch.dtype, tmp_path) -> None:
+    vlm = tiny_vlm("smolvlm", 1, dtype=dtype)
+    val = ValidationBatches(samples()[:4], lambda sample: encode(vlm, sample))
+    assert len(val) == 4 and len(list(val)) == len(list(val)) == 4
+    start, _ = train_transcoders(vlm, conversations(vlm, 90), [], settings(SHORT, max_steps=1, lr=1e-9), tmp_path / "a")
+    before = evaluate_transcoders(Scope(vlm, start), val)
+    trained, after = train_transcoders(vlm, conversations(vlm, 90), val, SHORT, tmp_path / "b")
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    assert after["val/fvu"] < 0.8 * before["val/fvu"]
+    assert {"val/fvu_text", "val/fvu_image", "val/l0", "val/dead_frac", "val/ce", "val/ce_delta"} <= after.keys()

@@ -1,20 +1,24 @@
-"""A run that was stopped and resumed ends with the same weights as one that was not."""
+"""Orrery's training: the loss of a stage, and a run that was stopped and resumed ends as one that was not."""
 
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from torch.nn import functional as F
 
 from vlmscope.core.errors import UserError
+from vlmscope.core.records import generator
 from vlmscope.data.orrery.dataset import OrreryDataConfig, ScenePool, build
+from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import KINDS, vocabulary
+from vlmscope.data.packing import pack
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
-from vlmscope.training import orrery as orrery_training
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig
-from vlmscope.training.orrery import StepBatches, VlmModule, _fit, train_orrery
-from vlmscope.training.resume import load_checkpoint
+from vlmscope.training.orrery import TowerModule, VlmModule, fit_stage, train_orrery
+from vlmscope.training.resume import ResumableCheckpoint, load_checkpoint
 
 SMALL = OrreryConfig(d_model=16, n_layers=2, d_mlp=16, head_dim=4, vision_width=8, vision_layers=1, vision_mlp=8)
 BATCH = {"planets": 1, "digits": 1}
@@ -28,48 +32,35 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def fit(data: Path, folder: Path, steps: int, resume: bool, total: int = 6) -> VlmModule:
-    processor = build_processor(vocabulary(), 64, 16)
-    stage = StageConfig(total, BATCH, warmup=2)
-    module = VlmModule(stage, build_orrery(SMALL, len(processor.tokenizer), 0), processor.tokenizer)
-    batches = StepBatches(
-        ScenePool(data, "train"), StageConfig(steps, BATCH), lambda: module.steps_done, module.collate
-    )
-    config = OrreryTrainingConfig(checkpoint_every=2, val_every=100)
-    _fit(module, batches, dict, config, folder, False, resume, {})
-    return module
-
-
-def test_resumed_equals_uninterrupted(data: Path, tmp_path: Path) -> None:
-    whole = fit(data, tmp_path / "whole", 6, resume=False)
-    fit(data, tmp_path / "cut", 3, resume=False)
-    resumed = fit(data, tmp_path / "cut", 6, resume=True)
-    assert resumed.steps_done == whole.steps_done == 6
-    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
-
-
-def test_ctrl_c_is_an_interrupt_and_keeps_what_was_learnt(data: Path, tmp_path: Path) -> None:
+def fit(data: Path, folder: Path, resume: bool = False, stop_at: int = 99) -> VlmModule:
+    """Six steps of the second stage, with Ctrl-C before a step."""
     processor = build_processor(vocabulary(), 64, 16)
     stage = StageConfig(6, BATCH, warmup=2)
     module = VlmModule(stage, build_orrery(SMALL, len(processor.tokenizer), 0), processor.tokenizer)
 
-    def collate(scenes, step: int):
-        if step == 3:
+    def collate(scenes: list, step: int):
+        if step == stop_at:
             raise KeyboardInterrupt
-        return module.collate(scenes, step)
+        return VlmModule.collate(module, scenes, step)
 
-    batches = StepBatches(ScenePool(data, "train"), stage, lambda: module.steps_done, collate)
+    module.collate = collate  # pyright: ignore[reportAttributeAccessIssue]
+    checkpoint = ResumableCheckpoint(folder, 2, resume, {})
+    fit_stage(module, ScenePool(data, "train"), checkpoint, pl.Callback(), False)
+    return module
+
+
+def same(one: VlmModule, other: VlmModule) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_ctrl_c_is_an_interrupt_and_a_resumed_run_equals_an_uninterrupted_one(data: Path, tmp_path: Path) -> None:
+    whole = fit(data, tmp_path / "whole")
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        _fit(
-            module, batches, dict, OrreryTrainingConfig(checkpoint_every=100, val_every=100), tmp_path, False, False, {}
-        )
+        fit(data, tmp_path / "cut", stop_at=3)
     assert signal.getsignal(signal.SIGINT) is handler
-    resumed = fit(data, tmp_path, 6, resume=True)
-    whole = fit(data, tmp_path / "whole", 6, resume=False)
-    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
+    resumed = fit(data, tmp_path / "cut", resume=True)
+    assert resumed.steps_done == whole.steps_done == 6 and same(whole, resumed)
 
 
 def test_a_signal_in_the_middle_of_a_change_of_the_weights_keeps_the_checkpoint_before(
@@ -87,15 +78,14 @@ def test_a_signal_in_the_middle_of_a_change_of_the_weights_keeps_the_checkpoint_
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch.optim.AdamW, "step", half)
-        fit(data, tmp_path / "cut", 6, resume=False)
-    resumed = fit(data, tmp_path / "cut", 6, resume=True)
-    whole = fit(data, tmp_path / "whole", 6, resume=False)
-    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
+        fit(data, tmp_path / "cut")
+    resumed = fit(data, tmp_path / "cut", resume=True)
+    whole = fit(data, tmp_path / "whole")
+    assert same(whole, resumed)
 
 
 def test_corrupt_and_foreign_checkpoints_are_named(data: Path, tmp_path: Path) -> None:
-    module = fit(data, tmp_path, 2, resume=False)
+    module = fit(data, tmp_path)
     path = tmp_path / "checkpoint.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:50])
@@ -130,7 +120,7 @@ def test_other_data_or_settings_are_refused_by_name_and_a_new_start_forgets(
         raise KeyboardInterrupt
 
     # A new start that is stopped in its first stage must not find the last stage of the run before when it resumes.
-    monkeypatch.setattr(orrery_training, "tower_batch", interrupted)
+    monkeypatch.setattr(TowerModule, "collate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_orrery(data, SMALL, faster, run, False, False, test_scenes=1)
     assert not list(run.glob("vlm/*")) + list(run.glob("polish/*"))
@@ -140,9 +130,39 @@ def test_all_stages_end_in_a_hugging_face_folder(data: Path, tmp_path: Path) -> 
     from transformers import AutoProcessor, Gemma3ForConditionalGeneration
 
     config = OrreryTrainingConfig(*(StageConfig(2, BATCH, warmup=1) for _ in range(3)), checkpoint_every=2, val_every=2)
-    metrics, folder = train_orrery(data, SMALL, config, tmp_path, False, False, test_scenes=4)
+    metrics = train_orrery(data, SMALL, config, tmp_path, False, False, test_scenes=4)
+    folder = tmp_path / "model"
     assert {"test/accuracy/name", "test/accuracy_shuffled/sum", "test/accuracy/text_planet"} <= set(metrics)
     assert sum(v for k, v in metrics.items() if k.startswith("test/six_fingers/")) == pytest.approx(1.0)
     model = Gemma3ForConditionalGeneration.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     assert AutoProcessor.from_pretrained(folder).image_seq_length == 16
+
+
+@torch.no_grad()
+def test_early_exit_loss_is_that_of_shortened_models() -> None:
+    """Each early term is the loss of the model without its last layers."""
+    small = OrreryConfig(d_model=32, n_layers=4, d_mlp=48, head_dim=8, vision_width=32, vision_layers=1, vision_mlp=48)
+    processor = build_processor(vocabulary(), small.image_size, small.soft_tokens)
+    model = build_orrery(small, len(processor.tokenizer), 0).eval()
+    scenes = [make_scene("train", kind, 2) for kind in ("planets", "digits", "text")]
+    batch = pack(scenes, processor.tokenizer, small.soft_tokens, generator(0, "order"))
+
+    def plain() -> torch.Tensor:
+        states, labels = VlmModule(StageConfig(1, {}), model, processor.tokenizer).answer_states(batch)
+        return F.cross_entropy(model.lm_head(states), labels)
+
+    module = VlmModule(StageConfig(1, {}, exit_weight=0.3, exit_layers=2), model, processor.tokenizer)
+    got = module.training_step(batch, 0)
+    decoder, expected = model.model.language_model, plain()
+    whole = decoder.layers
+    try:
+        for early in (1, 2):
+            decoder.layers = whole[:-early]
+            decoder.config.num_hidden_layers = len(decoder.layers)
+            expected = expected + 0.3 * plain()
+    finally:
+        decoder.layers, decoder.config.num_hidden_layers = whole, len(whole)
+    assert torch.allclose(got, expected, rtol=0, atol=1e-5)
+    assert got > 1.5 * plain()
+    assert torch.equal(VlmModule(StageConfig(1, {}), model, processor.tokenizer).training_step(batch, 0), plain())

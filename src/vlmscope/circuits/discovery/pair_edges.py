@@ -16,8 +16,7 @@ from vlmscope.circuits.discovery.graphs import ANSWER
 from vlmscope.circuits.discovery.nodes import Kind, Nodes, role_numbers
 from vlmscope.circuits.discovery.scores import mean_gradients
 from vlmscope.circuits.discovery.sides import Sides
-from vlmscope.replacement.features import LayerFeatures, feature_table
-from vlmscope.replacement.model import ReplacementModel, build_replacement
+from vlmscope.replacement.model import LayerFeatures, ReplacementModel, build_replacement, feature_table
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import TranscoderSet
 

@@ -10,7 +10,7 @@ from vlmscope.core.errors import UserError
 if TYPE_CHECKING:
     from vlmscope.circuits.spec_config import CircuitSpecConfig
     from vlmscope.config import AppConfig
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 USES = (
     "attribution",

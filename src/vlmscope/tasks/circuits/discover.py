@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.bench import Bench
     from vlmscope.tasks.circuits.page import Origin
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 NAMED = 6  # supernodes of one answer each
 ROLE_NAMES = {

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vlmscope.scope import Scope
     from vlmscope.tasks.circuits.inputs import Asked
     from vlmscope.tasks.circuits.page import Origin, Scene
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 
 def finished(

@@ -18,9 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlmscope.circuits.discovery.graphs import ANSWER
-from vlmscope.circuits.discovery.nodes import Kind, Nodes
-from vlmscope.circuits.discovery.sides import CircuitSubject
+from vlmscope.circuits.discovery.nodes import ANSWER, CircuitSubject, Kind, Nodes
 from vlmscope.circuits.pairs import pair_subject
 from vlmscope.core.records import generator
 from vlmscope.models.base import ModelInputs

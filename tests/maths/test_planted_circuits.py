@@ -8,15 +8,21 @@ import torch
 from planted import Planted, planted
 
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.circuits.discovery.config import DiscoveryConfig
 from vlmscope.circuits.discovery.discover import discover
-from vlmscope.circuits.discovery.edges import EdgeTable, PairEdges, edge_table, run_edges
-from vlmscope.circuits.discovery.graphs import GraphScores, graph_scores
-from vlmscope.circuits.discovery.nodes import Nodes
-from vlmscope.circuits.discovery.pair_edges import pair_edges
-from vlmscope.circuits.discovery.scores import activation_change, eap_ig, order_of
+from vlmscope.circuits.discovery.edges import EdgeTable, PairEdges, edge_table, pair_edges, run_edges
+from vlmscope.circuits.discovery.nodes import (
+    GraphScores,
+    Nodes,
+    Sides,
+    activation_change,
+    changing_nodes,
+    eap_ig,
+    graph_scores,
+    measure,
+    order_of,
+)
 from vlmscope.circuits.discovery.search import Runner, greedy_order, prune_members, smallest
-from vlmscope.circuits.discovery.sides import Sides, changing_nodes, measure
+from vlmscope.circuits.spec_config import DiscoveryConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.metrics.prediction import auroc

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from tests.maths.maths_cases import TOLERANCE, Case, dense, key_of, read_targets
 
-from vlmscope.circuits.supernode_edges import direct_edges, groups_of, supernode_mask
+from vlmscope.circuits.circuit import direct_edges, groups_of, supernode_mask
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import Positions

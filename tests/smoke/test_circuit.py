@@ -8,8 +8,7 @@ import pytest
 
 from vlmscope.app import main
 from vlmscope.attribution.export import load_graph
-from vlmscope.circuits.circuit import load_circuit
-from vlmscope.circuits.supernode_edges import direct_edges
+from vlmscope.circuits.circuit import direct_edges, load_circuit
 from vlmscope.core.records import Places
 from vlmscope.models.tiny import tiny_image
 

@@ -7,9 +7,9 @@ import pytest
 
 from vlmscope.app import main
 from vlmscope.attribution.export import load_graph
+from vlmscope.circuits.build import concept_pictures
 from vlmscope.circuits.circuit import load_circuit
 from vlmscope.core.records import Positions
-from vlmscope.tasks.circuits.inputs import concept_pictures
 
 SMALL = [
     "tracking=none",

@@ -1,25 +1,42 @@
-"""A circuit: named supernodes, each a set of features with the activations that they have when it is on.
+"""A circuit: named supernodes, its file, the edges between its supernodes, and plans of edits made from it.
 
-Stored as YAML (ids, evidence, positions, edges) beside a safetensors file (activations by role), so that a circuit
-found once can be drawn, steered, patched and shared. Layout: `docs/formats.md`.
+A supernode is a set of features with the activations that they have when it is on. A circuit is stored as YAML (ids,
+evidence, positions, edges) beside a safetensors file (activations by role), so that it can be drawn, steered, patched
+and shared. Layout: `docs/formats.md`.
+
+Edges are direct effects, sums of the edges A of attribution graphs, which are not pruned:
+
+    W[s, t] = sum over members i of s and j of t, at their positions, of A[j, i]
+
+Scaling all members of s by 1 + x in the frozen model moves the sum of the pre-activations of t's members by x W[s, t],
+directly. Edges into features have units of their pre-activations and edges into answers are in logits, so for
+comparison each is also given as its share of |edges| into the target:
+
+    share[s, t] = W[s, t] / sum over j of t and all sources i of |A[j, i]|
+
+Legend: N nodes of a graph, T positions of a prompt, n features of a layer.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
+from vlmscope.attribution.influence import influence
+from vlmscope.circuits.spec_config import ANSWER_PREFIX, BIASES, ERRORS, OTHER, SOFT, TEXT
 from vlmscope.core.artifacts import built_from, load_tensors, read_yaml, save_tensors, write_yaml
 from vlmscope.core.errors import UserError
+from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.intervention import CircuitEdge, CircuitFeature, Supernode
-from vlmscope.core.records import FeatureId, PatchBox, Positions
+from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
+from vlmscope.interventions.edits import Gate, LayerEdit, Plan, features_at, merge, position_mask, set_features
 
 VERSION = 2
 _READ = (1, VERSION)  # version 1 had neither positions nor edges
@@ -44,25 +61,23 @@ class Circuit:
     n_features: Mapping[int, int] | None = None
 
     def node(self, name: str) -> Supernode:
-        """A supernode.
-
-        Raises:
-            UserError: there is none of that name.
-        """
+        """A supernode, which must be there."""
         if name not in self.supernodes:
             raise UserError(f"the circuit has no supernode {name!r}: it has {', '.join(self.supernodes)}")
         return self.supernodes[name]
 
     def indices(self, name: str, limit: int | None = None) -> dict[int, Tensor]:
-        """Feature indices of a supernode by layer, best first; at most `limit` a layer.
-
-        Raises:
-            UserError: no such supernode.
-        """
+        """Feature indices of a supernode by layer, best first; at most `limit` a layer."""
         table: dict[int, list[int]] = {}
         for member in self.node(name).features:
             table.setdefault(member.feature.layer, []).append(member.feature.index)
-        return {layer: torch.tensor(found[:limit]) for layer, found in sorted(table.items())}
+        return {layer: torch.tensor(indices[:limit]) for layer, indices in sorted(table.items())}
+
+    def union(self, limit: int | None = None) -> dict[int, Tensor]:
+        """The distinct features of all supernodes by layer."""
+        tables = [self.indices(name, limit) for name in self.supernodes]
+        layers = sorted({layer for table in tables for layer in table})
+        return {layer: torch.cat([table[layer] for table in tables if layer in table]).unique() for layer in layers}
 
     def level(self, name: str, role: str, layer: int, question: str | None = None) -> Tensor:
         """Mean activations [n] of a supernode's features of a layer at a role: under one question, or over all of them.
@@ -75,37 +90,24 @@ class Circuit:
             return torch.zeros(len(self.indices(name)[layer]))
         return torch.stack([tables[key][layer] for key in keys]).mean(0)
 
-    def size(self, *names: str, limit: int | None = None) -> int:
+    def size(self, *names: str) -> int:
         """Number of distinct features in these supernodes."""
-        ids = {(layer, i) for n in names for layer, found in self.indices(n, limit).items() for i in found.tolist()}
-        return len(ids)
+        return len({member.feature for name in names for member in self.node(name).features})
 
     def check_fits(self, model: str, n_features: Mapping[int, int], where: str | Path = "the circuit") -> None:
-        """Refuse a circuit of another model or of other transcoders.
-
-        Args:
-            model: the model's name.
-            n_features: width of each layer's transcoder.
-            where: what to call the circuit in the message.
-
-        Raises:
-            UserError: it is of another one, or names features that the transcoders do not have.
-        """
+        """Refuse a circuit, called `where`, of another model or of other transcoders than those of these widths."""
         if self.model and self.model != model:
             raise UserError(f"{where} is a circuit of the model {self.model}, not of {model}; give one of {model}")
         if self.n_features and dict(self.n_features) != dict(n_features):
             raise UserError(f"{where} is a circuit of other transcoders than these; give those with transcoder=")
         for node in self.supernodes.values():
-            for member in node.features:
-                layer, index = member.feature
-                if layer not in n_features:
-                    raise UserError(
-                        f"{where}: {node.name} has {member.feature}, but the transcoders have no such layer"
+            for layer, index in (member.feature for member in node.features):
+                if index >= n_features.get(layer, 0):
+                    width = n_features.get(layer)
+                    there = (
+                        "the transcoders have no such layer" if width is None else f"layer {layer} has {width} features"
                     )
-                if index >= n_features[layer]:
-                    raise UserError(
-                        f"{where}: {node.name} has {member.feature}, but layer {layer} has {n_features[layer]} features"
-                    )
+                    raise UserError(f"{where}: {node.name} has L{layer}/{index}, but {there}")
 
 
 def labelled(circuit: Circuit, labels: Mapping[FeatureId, str]) -> Circuit:
@@ -116,12 +118,6 @@ def labelled(circuit: Circuit, labels: Mapping[FeatureId, str]) -> Circuit:
 def with_labels(node: Supernode, labels: Mapping[FeatureId, str]) -> Supernode:
     """One supernode, as `labelled`."""
     return replace(node, features=tuple(replace(m, label=labels.get(m.feature, m.label)) for m in node.features))
-
-
-def commonest_label(node: Supernode) -> str:
-    """The label that most of its features have, without the score; the earlier of equals, "" without any."""
-    said = [m.label.rsplit(" (", 1)[0] for m in node.features if m.label]
-    return Counter(said).most_common(1)[0][0] if said else ""
 
 
 def save_circuit(circuit: Circuit, folder: Path) -> None:
@@ -147,10 +143,9 @@ def save_circuit(circuit: Circuit, folder: Path) -> None:
 def _node_body(node: Supernode) -> dict[str, Any]:
     body: dict[str, Any] = {"chosen": node.chosen} if node.chosen else {}
     if node.positions is not None:
-        where: dict[str, Any] = {"roles": list(node.positions.roles)}
-        if node.positions.box is not None:
-            where["box"] = [float(x) for x in node.positions.box]
-        body["positions"] = where
+        box = node.positions.box
+        body["positions"] = {"roles": list(node.positions.roles)}
+        body["positions"] |= {} if box is None else {"box": [float(x) for x in box]}
     body["features"] = [
         {"feature": str(m.feature), "role": m.role, "contrast": m.contrast, "influence": m.influence}
         | ({"label": m.label} if m.label else {})
@@ -172,30 +167,228 @@ def load_circuit(folder: Path) -> Circuit:
     if body.get("version") not in _READ:
         raise UserError(f"{path} has version {body.get('version')}, this program reads {VERSION}; find it anew")
     with built_from(path, "circuit", "find it again"):
-        supernodes = {str(name): _node(str(name), found) for name, found in body["supernodes"].items()}
+        supernodes = {str(name): _node(str(name), stored) for name, stored in body["supernodes"].items()}
         edges = tuple(CircuitEdge(**edge) for edge in body.get("edges", ()))
     levels: dict[str, dict[str, dict[int, Tensor]]] = {}
-    stored = folder / "levels.safetensors"
-    arrays, _ = load_tensors(stored)
-    with built_from(stored, "circuit", "find it again"):
+    tensors = folder / "levels.safetensors"
+    arrays, _ = load_tensors(tensors)
+    with built_from(tensors, "circuit", "find it again"):
         for key, values in arrays.items():
             name, role, layer = key.rsplit(".", 2)
             levels.setdefault(name, {}).setdefault(role, {})[int(layer)] = torch.from_numpy(values)
     return Circuit(supernodes, levels, edges, str(body.get("model", "")), body.get("n_features"))
 
 
-def _node(name: str, found: Any) -> Supernode:
+def _node(name: str, stored: Any) -> Supernode:
     """A supernode of the file; in version 1 it was the list of its features."""
-    body: dict[str, Any] = {"features": found} if isinstance(found, list) else found
+    body: dict[str, Any] = {"features": stored} if isinstance(stored, list) else stored
     members = tuple(
         CircuitFeature(
             FeatureId.parse(m["feature"]), m["role"], m["contrast"], m["influence"], label=str(m.get("label", ""))
         )
         for m in body["features"]
     )
-    places = body.get("positions")
     positions = None
-    if places is not None:
+    if (places := body.get("positions")) is not None:
         box = places.get("box")
         positions = Positions(tuple(places["roles"]), None if box is None else PatchBox(*map(float, box)))
     return Supernode(name, members, positions, body.get("chosen", ""))
+
+
+def steer_plan(
+    circuit: Circuit,
+    suppress: str,
+    raised: str,
+    places: Places,
+    strength: float,
+    question: str | None = None,
+    limit: int | None = None,
+    gate: float | None = None,
+) -> dict[int, LayerEdit]:
+    """Set one supernode's features to zero and the other's to `strength` times their level on their own concept.
+
+    With a gate the two are exchanged: each layer and position is edited only as far as the suppressed supernode is
+    active there, so that prompts which do not have it stay as they are.
+
+    Args:
+        circuit: with levels by role.
+        suppress: supernode that goes to zero. A feature of both supernodes is raised.
+        raised: supernode that is raised.
+        places: the T positions of the prompt.
+        strength: 1 is the mean activation on the raised concept.
+        question: take the levels of this question; the mean over all questions when None.
+        limit: at most so many features a layer and supernode.
+        gate: the share of the suppressed supernode's level at which the edit acts in full; None acts everywhere.
+    """
+    roles = places.roles.tolist()
+    everywhere = position_mask(places.roles, "all")
+
+    def levels(name: str, layer: int, n: int) -> tuple[Tensor, Tensor]:
+        """[T, n] of the prompt, [n] of generated tokens."""
+        table = {role: circuit.level(name, role, layer, question)[:n] for role in {*roles, "last"}}
+        return torch.stack([table[role] for role in roles]), table["last"]
+
+    suppressed = circuit.indices(suppress, limit)
+    off = {
+        layer: set_features(features, torch.zeros(len(features)), everywhere, torch.zeros(len(features)))
+        for layer, features in suppressed.items()
+    }
+    on: dict[int, LayerEdit] = {}
+    for layer, features in circuit.indices(raised, limit).items():
+        value, generated = levels(raised, layer, len(features))
+        on[layer] = set_features(features, value * strength, everywhere, generated * strength)
+    plan = merge(
+        [at_supernodes(off, [circuit.node(suppress)], places), at_supernodes(on, [circuit.node(raised)], places)]
+    )
+    if gate is None:
+        return plan
+    # A layer where nothing is suppressed has nothing to exchange.
+    return {
+        layer: replace(edit, gate=Gate(features, *levels(suppress, layer, len(features)), gate))
+        for layer, edit in plan.items()
+        if (features := suppressed.get(layer)) is not None
+    }
+
+
+def at_supernodes(plan: Plan, nodes: Iterable[Supernode], places: Places) -> dict[int, LayerEdit]:
+    """The plan, with every feature edited only at the positions of the supernodes that it belongs to.
+
+    Supernodes without positions are meant everywhere. A feature of several is edited at the positions of any of them;
+    features of none are left as they are. Generated tokens are touched where a supernode has the role "answer".
+
+    Raises:
+        UserError: no position of the prompt is one of a supernode's.
+    """
+    nodes = list(nodes)
+    free = {member.feature for node in nodes if node.positions is None for member in node.features}
+    masks: dict[tuple[int, int], tuple[Tensor, bool]] = {}
+    for node in nodes:
+        if node.positions is None:
+            continue
+        where = torch.from_numpy(node.positions.mask(places))
+        if not bool(where.any()) and not node.positions.generated:
+            raise UserError(f"supernode {node.name}: the prompt has no position in {node.positions}")
+        for member in node.features:
+            if member.feature not in free:
+                before, generated = masks.get(member.feature, (torch.zeros_like(where), False))
+                masks[member.feature] = (before | where, generated or node.positions.generated)
+    edited = dict(plan)
+    for (layer, index), (where, generated) in masks.items():
+        if layer in edited:
+            edited[layer] = features_at(edited[layer], torch.tensor([index]), where, generated)
+    return edited
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Nodes of a graph by group: `mask[name]` [N] bool. Supernodes may share nodes; all other groups are disjoint."""
+
+    supernodes: dict[str, np.ndarray]
+    around: dict[str, np.ndarray]
+    answers: dict[str, np.ndarray]
+
+
+def supernode_mask(graph: AttributionGraph, node: Supernode) -> np.ndarray:
+    """[N] bool, the graph's nodes that are members of a supernode at its positions."""
+    nodes = graph.nodes
+    mask = np.zeros(graph.n_nodes, dtype=bool)
+    wanted = {member.feature for member in node.features}
+    for place in nodes.of(NodeKind.FEATURE).tolist():
+        mask[place] = nodes.feature_id(place) in wanted
+    if node.positions is not None:
+        there = node.positions.mask(Places(graph.roles, graph.patch_boxes))
+        mask[mask] = there[nodes.position[mask]]
+    return mask
+
+
+def groups_of(graph: AttributionGraph, supernodes: Sequence[Supernode], answers: int) -> Groups:
+    """The groups of a graph, with at most so many of the answers that it explains, the most probable first."""
+    kind = graph.nodes.kind
+    inside = {node.name: supernode_mask(graph, node) for node in supernodes}
+    claimed = np.any([*inside.values(), np.zeros(graph.n_nodes, dtype=bool)], axis=0)
+    token = kind == NodeKind.TOKEN
+    soft = token.copy()
+    soft[token] = graph.is_image[graph.nodes.position[token]]
+    around = {
+        SOFT: soft,
+        TEXT: token & ~soft,
+        OTHER: ((kind == NodeKind.FEATURE) | (kind == NodeKind.LEFT_OUT)) & ~claimed,
+        ERRORS: kind == NodeKind.ERROR,
+        BIASES: kind == NodeKind.BIAS,
+    }
+    ends = graph.nodes.ends()
+    words: dict[str, np.ndarray] = {}
+    for number in np.argsort(-graph.end_weights, kind="stable")[:answers].tolist():
+        word = graph.logit_tokens[number].strip()
+        name = f"{ANSWER_PREFIX}{word}" if kind[ends[number]] == NodeKind.LOGIT else word
+        if name in words:  # tokens that read alike are answers of their own
+            name += f" (token {graph.nodes.index[ends[number]]})"
+        words[name] = np.arange(graph.n_nodes) == ends[number]
+    return Groups(inside, around, words)
+
+
+def direct_edges(
+    graphs: Iterable[AttributionGraph], supernodes: Sequence[Supernode], answers: int = 1
+) -> tuple[CircuitEdge, ...]:
+    """All edges into supernodes and answers, also from what is around the circuit; means over graphs, at least one.
+
+    A graph in which a target is not active adds nothing to its sums, and counts for the mean all the same. A feature of
+    several supernodes counts for each. Edges of no weight are left out; edges among a supernode's own members are
+    there, from its name to itself.
+    """
+    weights: dict[tuple[str, str], float] = {}
+    totals: dict[str, float] = {}
+    seen: dict[str, int] = {}
+    count = 0
+    for graph in graphs:
+        count += 1
+        groups = groups_of(graph, supernodes, answers)
+        sources, targets = groups.supernodes | groups.around, groups.supernodes | groups.answers
+        edges = sparse.csr_matrix(
+            (graph.weights.astype(np.float64), graph.indices, graph.indptr), shape=(graph.n_nodes, graph.n_nodes)
+        )
+        incoming = graph.absolute_sums()
+        for target, mask in targets.items():
+            totals[target] = totals.get(target, 0.0) + float(incoming[mask].sum())
+            seen[target] = seen.get(target, 0) + int(mask.any())
+            into = edges[np.flatnonzero(mask)].sum(0).A1  # [N]
+            for source, members in sources.items():
+                if (weight := float(into[members].sum())) != 0:
+                    weights[source, target] = weights.get((source, target), 0.0) + weight
+    assert count, "edges need a graph"
+    return tuple(
+        CircuitEdge(source, target, weight / count, weight / (totals[target] or 1.0), seen[target])
+        for (source, target), weight in weights.items()
+    )
+
+
+def circuit_metrics(circuit: Circuit, graphs: Sequence[AttributionGraph]) -> dict[str, float]:
+    """Sizes, edges, and how much of the graphs the circuit holds.
+
+    `circuit/influence_share` is the members' part of all features' influence on the most probable answer, mean over
+    the graphs; `circuit/<name>/active_frac` the share of a supernode's features that are active in some graph.
+    """
+    nodes = circuit.supernodes
+    metrics = {
+        "circuit/supernodes": float(len(nodes)),
+        "circuit/features": float(circuit.size(*nodes)),
+        "circuit/graphs": float(len(graphs)),
+        "circuit/edges": float(sum(edge.source in nodes and edge.source != edge.target for edge in circuit.edges)),
+    }
+    shares: list[float] = []
+    active: dict[str, set[FeatureId]] = {name: set() for name in nodes}
+    for graph in graphs:
+        weights = np.zeros(graph.n_nodes)
+        weights[graph.nodes.ends()[int(np.argmax(graph.end_weights))]] = 1.0
+        flow = influence(graph, weights).nodes
+        masks = {name: supernode_mask(graph, node) for name, node in nodes.items()}
+        total = float(flow[graph.nodes.of(NodeKind.FEATURE)].sum()) or 1.0
+        shares.append(float(flow[np.any(list(masks.values()), axis=0)].sum()) / total)
+        for name, mask in masks.items():
+            active[name] |= {graph.nodes.feature_id(place) for place in np.flatnonzero(mask).tolist()}
+    for name, node in nodes.items():
+        key = f"circuit/{name.replace(' ', '_')}"
+        metrics[f"{key}/features"] = float(len(node.features))
+        if graphs:
+            metrics[f"{key}/active_frac"] = len(active[name]) / max(len(node.features), 1)
+    return metrics if not shares else metrics | {"circuit/influence_share": float(np.mean(shares))}

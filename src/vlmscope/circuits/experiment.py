@@ -19,7 +19,6 @@ from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.config import CircuitConfig, InterchangeConfig, SettingConfig, TrialConfig
 from vlmscope.circuits.operations import Ablate, Carry, Exchange, Level, Shift, Toward, all_features
 from vlmscope.circuits.pairs import PairEffects, PairSubject, pair_effects, pair_subject
-from vlmscope.circuits.plans import union
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId
@@ -129,7 +128,7 @@ def concept_operation(
                 circuit, recipient, donor, trial.gate, limit, by_question=cases.question in config.questions
             )
         if trial.do == "carry":
-            return Carry(union(circuit, limit), trial.pooled, last=trial.last)
+            return Carry(circuit.union(limit), trial.pooled, last=trial.last)
         if trial.do == "ablate":
             return Ablate(circuit.indices(trial.features or recipient, limit))
         raise UserError(f"trials: do={trial.do} needs pairs; with two concepts choose exchange, carry or ablate")

@@ -13,8 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmscope.circuits.circuit import Circuit
-from vlmscope.circuits.plans import at_supernodes, steer_plan
+from vlmscope.circuits.circuit import Circuit, at_supernodes, steer_plan
 from vlmscope.core.intervention import Supernode
 from vlmscope.interventions.edits import AnyPlan, Gate, LayerEdit, WholeEdit, position_mask, set_features
 from vlmscope.interventions.named import donor_activations, patch_plan
@@ -184,5 +183,5 @@ class Exchange:
         """As `Operation.plan`."""
         question = cases.question if self.by_question else None
         return steer_plan(
-            self.circuit, self.suppress, self.raised, cases.batch.roles, strength, question, self.limit, self.gate
+            self.circuit, self.suppress, self.raised, cases.batch.places, strength, question, self.limit, self.gate
         )

@@ -1,13 +1,22 @@
-"""Choosing the features of a supernode: by id, label, contrast of inputs, influence in graphs, or cluster.
+"""Choosing the features of supernodes: by id, label, cluster, influence in graphs, or contrast of inputs.
 
-Every function returns members best first; what it found them by is in `contrast` and `influence`.
+*Contrast.* For each feature the difference of mean activations (one set of inputs minus another) is taken by position
+role and weighted by the norm of what it writes, since that is how far the feature moves the residual stream; a feature
+counts at its role of largest difference. Candidates may need influence on the answer in attribution graphs, too.
+
+A circuit of two concepts (`contrast_circuit`) contrasts them question by question: each question gives its own best
+features of each layer (a feature that writes `red` fires at the last position of one question only), and a supernode
+is their union. Declared supernodes (`by_contrast`) rank all layers together.
+
+The `by_` functions return members best first; what they were chosen by is in `contrast` and `influence`.
 Legend: N nodes of a graph, F features of a layer, R roles.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -15,152 +24,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
+from torch import Tensor
 
+from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.influence import influence
+from vlmscope.attribution.trace import Trace, trace
+from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.spec_config import ClusterConfig, LabelConfig, SupernodeConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.core.intervention import CircuitFeature
+from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId, Places, Positions
 from vlmscope.features.labels import Labels
-from vlmscope.features.readouts import RoleMeans
+from vlmscope.features.readouts import RoleMeans, role_means
 from vlmscope.features.search import stems
+from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 Influence = Mapping[FeatureId, float]  # a feature's share of influence, mean over graphs
 CLUSTERS = "clusters.parquet"
-CANDIDATES = 8
+CONFIRMING = 0.98  # share of influence whose nodes confirm a feature of two concepts
+CONFIRMABLE = 4  # times the features of a layer: below these the contrast of two concepts says nothing
+CANDIDATES = 8  # times `count`, of the largest differences of declared inputs
 ROUNDING = 1e-4  # a smaller difference, relative to the mean, is that of sums in another order
-
-
-def by_ids(ids: Iterable[str], known: Influence) -> list[CircuitFeature]:
-    """Features that are named, in that order."""
-    return [_member(FeatureId.parse(text), known) for text in dict.fromkeys(ids)]
-
-
-def by_label(config: LabelConfig, labels: Labels, node: SupernodeConfig, known: Influence) -> list[CircuitFeature]:
-    """Features whose label has all words of a query; those of most influence first, then by the label's score.
-
-    Labels that are no better than chance do not count.
-
-    Raises:
-        UserError: no label has these words.
-    """
-    asked = stems(config.query)
-    texts = labels.trusted()
-    found = [(feature, label) for feature, label in texts.items() if asked and asked <= stems(label.text)]
-    if not found:
-        words = sorted(set().union(*(stems(label.text) for label in texts.values())))
-        near = [hit for word in sorted(asked) for hit in get_close_matches(word, words, n=2)]
-        hint = f"did you mean {' or '.join(near)}?" if near else f"words that occur: {', '.join(words[:12])}"
-        raise UserError(f"label query {config.query!r}: no label of {config.study} has these words; {hint}")
-    score = {feature: 1.0 if label.low is None else label.low for feature, label in found}
-    ranked = sorted(score, key=lambda f: (-known.get(f, 0.0), -score[f], f))
-    return _first([_member(feature, known) for feature in ranked], node)
-
-
-def by_cluster(
-    table: pa.Table, config: ClusterConfig, node: SupernodeConfig, known: Influence
-) -> tuple[list[CircuitFeature], str]:
-    """Members of a cluster, those of most influence first, and the cluster's name.
-
-    Raises:
-        UserError: there is no such cluster, or several have the name.
-    """
-    rows = [row for row in table.to_pylist() if row["kind"] == config.kind]
-    said = str(config.cluster).strip()
-    hits = [row for row in rows if said in (str(row["cluster"]), row["name"])]
-    if len(hits) != 1:
-        names = [row["name"] for row in rows if row["name"]]
-        if hits:
-            numbers = ", ".join(str(row["cluster"]) for row in hits[:5])
-            raise UserError(
-                f"cluster {said!r}: {len(hits)} clusters of {config.run} are called so; give one of {numbers}"
-            )
-        near = get_close_matches(said, names, n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {len(rows)}: 0 is {names[:1]}"
-        raise UserError(f"cluster {said!r}: {config.run} has no such cluster by {config.kind}; {hint}")
-    features = sorted(map(FeatureId.parse, hits[0]["features"]), key=lambda f: (-known.get(f, 0.0), f))
-    return _first([_member(feature, known) for feature in features], node), hits[0]["name"]
-
-
-def read_clusters(run: str | Path) -> pa.Table:
-    """The clusters of a run of task=structure.
-
-    Raises:
-        UserError: there are none.
-    """
-    path = Path(run) / CLUSTERS
-    if not path.is_file():
-        raise UserError(f"{run} holds no {CLUSTERS}; give the run folder of a task=structure")
-    try:
-        return pq.read_table(path, columns=["kind", "cluster", "name", "features"])
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); run task=structure again") from error
-
-
-def by_contrast(
-    transcoders: TranscoderSet, of: RoleMeans, against: RoleMeans, node: SupernodeConfig, known: Influence | None
-) -> list[CircuitFeature]:
-    """Features that are more active on one set of inputs, each at the role of largest difference.
-
-    They are ranked over all layers by difference times the norm of what the feature writes, relative to the mean norm
-    of the layer's features: by how far the difference moves the stream, where the layers write on different scales.
-
-    With `known` the `CANDIDATES` times as many of the largest differences are ranked anew, by influence, and those
-    without any are left out: what differs and matters to the answer.
-
-    Args:
-        transcoders: whose features.
-        of: means of the inputs on which they are active.
-        against: means of the others.
-        node: how many, of which layers.
-        known: influence of features on the answer at the supernode's positions; None does not ask for it.
-
-    Raises:
-        UserError: no feature is like that.
-    """
-    roles = [role for role in of.by_role if role in against.by_role]
-    if not roles:
-        raise UserError("the two sets of inputs have no position role in common; give both pictures, or neither")
-    ranked: list[tuple[float, CircuitFeature]] = []
-    for layer in node.layer_range(transcoders.layers):
-        gaps = torch.stack([of.by_role[role][layer] - against.by_role[role][layer] for role in roles])
-        norms = transcoders[layer].write_norms()
-        best, at = (gaps * norms / norms.mean()).max(0)
-        for index in best.topk(min(CANDIDATES * node.count, len(best))).indices.tolist():
-            feature, row = FeatureId(layer, index), int(at[index])
-            share = 0.0 if known is None else known.get(feature, 0.0)
-            if best[index] > 0 and gaps[row, index] > ROUNDING * of.by_role[roles[row]][layer][index]:
-                ranked.append((float(best[index]), CircuitFeature(feature, roles[row], float(gaps[row, index]), share)))
-    ranked.sort(key=lambda one: (-one[0], one[1].feature))
-    found = [member for _, member in ranked]
-    if known is not None:
-        likely = [member for member in found[: CANDIDATES * node.count] if member.influence > 0]
-        found = sorted(likely, key=lambda member: (-member.influence, member.feature))
-    return found[: node.count]
-
-
-def by_influence(
-    shares: Sequence[Mapping[FeatureId, tuple[float, str]]], node: SupernodeConfig
-) -> list[CircuitFeature]:
-    """The features of most influence, mean over graphs.
-
-    Args:
-        shares: of each graph, what `feature_influence` found.
-        node: how many, of which layers, or up to which share.
-    """
-    means = mean_shares([{f: share for f, (share, _) in table.items()} for table in shares])
-    roles = {feature: role for table in reversed(shares) for feature, (_, role) in table.items()}
-    kept = [f for f in means if means[f] > 0 and node.layer_range([f.layer])]
-    ranked = sorted(kept, key=lambda f: (-means[f], f))
-    wanted = None if node.influence is None else node.influence.share
-    if wanted is None:
-        ranked = ranked[: node.count]
-    elif ranked:
-        sums = np.cumsum([means[f] for f in ranked])
-        ranked = ranked[: int(np.searchsorted(sums, wanted * sums[-1] * (1 - 1e-12))) + 1]
-    return [CircuitFeature(f, roles[f], 0.0, means[f]) for f in ranked]
 
 
 def feature_influence(
@@ -192,28 +79,30 @@ def feature_influence(
     if positions is not None:
         there = positions.mask(Places(graph.roles, graph.patch_boxes))
     parts: dict[FeatureId, dict[str, float]] = {}
-    for at in nodes[there[graph.nodes.position[nodes]]].tolist():
-        role = str(graph.roles[graph.nodes.position[at]])
-        by_role = parts.setdefault(graph.nodes.feature_id(at), {})
-        by_role[role] = by_role.get(role, 0.0) + float(flow[at]) / total
+    for node in nodes[there[graph.nodes.position[nodes]]].tolist():
+        role = str(graph.roles[graph.nodes.position[node]])
+        by_role = parts.setdefault(graph.nodes.feature_id(node), {})
+        by_role[role] = by_role.get(role, 0.0) + float(flow[node]) / total
     return {f: (sum(by_role.values()), max(by_role, key=lambda role: by_role[role])) for f, by_role in parts.items()}
 
 
 def mean_shares(tables: Sequence[Influence]) -> dict[FeatureId, float]:
     """Mean share over graphs; absent counts as zero."""
-    summed: dict[FeatureId, float] = {}
+    sums: dict[FeatureId, float] = {}
     for table in tables:
         for feature, share in table.items():
-            summed[feature] = summed.get(feature, 0.0) + share / len(tables)
-    return summed
+            sums[feature] = sums.get(feature, 0.0) + share / len(tables)
+    return sums
+
+
+def mean_influence(graphs: Sequence[AttributionGraph], positions: Positions | None = None) -> dict[FeatureId, float]:
+    """Mean share of influence of features on the most probable answer, at some positions."""
+    tables = [feature_influence(graph, None, positions) for graph in graphs]
+    return mean_shares([{feature: share for feature, (share, _) in table.items()} for table in tables])
 
 
 def check_graph(graph: AttributionGraph, where: str, model: str, n_features: Mapping[int, int]) -> None:
-    """Refuse a graph of another model or of other transcoders.
-
-    Raises:
-        UserError: it is.
-    """
+    """Refuse a graph, called `where`, of another model or of other transcoders than those of these widths."""
     of = str(graph.meta.get("model", ""))
     if of and of != model:
         raise UserError(f"{where} is a graph of the model {of}, not of {model}; give one of {model}")
@@ -226,14 +115,285 @@ def check_graph(graph: AttributionGraph, where: str, model: str, n_features: Map
             )
 
 
-def with_influence(members: Sequence[CircuitFeature], known: Influence) -> list[CircuitFeature]:
-    """Members with their influence in the run's own graphs filled in where nothing else is known."""
-    return [m if m.influence else replace(m, influence=known.get(m.feature, 0.0)) for m in members]
+def by_ids(ids: Iterable[str], known: Influence) -> list[CircuitFeature]:
+    """Features that are named, in that order."""
+    return _members((FeatureId.parse(text) for text in dict.fromkeys(ids)), known)
 
 
-def _member(feature: FeatureId, known: Influence) -> CircuitFeature:
-    return CircuitFeature(feature, "", 0.0, known.get(feature, 0.0))
+def by_label(config: LabelConfig, labels: Labels, node: SupernodeConfig, known: Influence) -> list[CircuitFeature]:
+    """Features whose label has all words of a query; those of most influence first, then by the label's score.
+
+    Labels that are no better than chance do not count.
+    """
+    asked = stems(config.query)
+    texts = labels.trusted()
+    score = {
+        feature: 1.0 if label.low is None else label.low
+        for feature, label in texts.items()
+        if asked and asked <= stems(label.text)
+    }
+    if not score:
+        words = sorted(set().union(*(stems(label.text) for label in texts.values())))
+        near = [hit for word in sorted(asked) for hit in get_close_matches(word, words, n=2)]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"words that occur: {', '.join(words[:12])}"
+        raise UserError(f"label query {config.query!r}: no label of {config.study} has these words; {hint}")
+    ranked = sorted(score, key=lambda f: (-known.get(f, 0.0), -score[f], f))
+    return _members(ranked, known, node)
 
 
-def _first(members: list[CircuitFeature], node: SupernodeConfig) -> list[CircuitFeature]:
-    return [m for m in members if node.layer_range([m.feature.layer])][: node.count]
+def by_cluster(
+    table: pa.Table, config: ClusterConfig, node: SupernodeConfig, known: Influence
+) -> tuple[list[CircuitFeature], str]:
+    """Members of a cluster, those of most influence first, and the cluster's name."""
+    rows = [row for row in table.to_pylist() if row["kind"] == config.kind]
+    asked = str(config.cluster).strip()
+    hits = [row for row in rows if asked in (str(row["cluster"]), row["name"])]
+    if len(hits) > 1:
+        numbers = ", ".join(str(row["cluster"]) for row in hits[:5])
+        raise UserError(f"cluster {asked!r}: {len(hits)} clusters of {config.run} are called so; give one of {numbers}")
+    if not hits:
+        names = [row["name"] for row in rows if row["name"]]
+        near = get_close_matches(asked, names, n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {len(rows)}: 0 is {names[:1]}"
+        raise UserError(f"cluster {asked!r}: {config.run} has no such cluster by {config.kind}; {hint}")
+    features = sorted(map(FeatureId.parse, hits[0]["features"]), key=lambda f: (-known.get(f, 0.0), f))
+    return _members(features, known, node), hits[0]["name"]
+
+
+def read_clusters(run: str | Path) -> pa.Table:
+    """The clusters of a run of task=structure."""
+    path = Path(run) / CLUSTERS
+    if not path.is_file():
+        raise UserError(f"{run} holds no {CLUSTERS}; give the run folder of a task=structure")
+    try:
+        return pq.read_table(path, columns=["kind", "cluster", "name", "features"])
+    except (pa.ArrowInvalid, OSError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); run task=structure again") from error
+
+
+def by_influence(
+    shares: Sequence[Mapping[FeatureId, tuple[float, str]]], node: SupernodeConfig
+) -> list[CircuitFeature]:
+    """The features of most influence, mean over what `feature_influence` gave of each graph; as many as the supernode
+    counts, or up to the share that it names.
+    """
+    means = mean_shares([{feature: share for feature, (share, _) in table.items()} for table in shares])
+    roles = {feature: role for table in reversed(shares) for feature, (_, role) in table.items()}
+    ranked = sorted((f for f in means if means[f] > 0 and node.layer_range([f.layer])), key=lambda f: (-means[f], f))
+    wanted = None if node.influence is None else node.influence.share
+    if wanted is None:
+        ranked = ranked[: node.count]
+    elif ranked:
+        sums = np.cumsum([means[f] for f in ranked])
+        ranked = ranked[: int(np.searchsorted(sums, wanted * sums[-1] * (1 - 1e-12))) + 1]
+    return [CircuitFeature(f, roles[f], 0.0, means[f]) for f in ranked]
+
+
+def _members(
+    features: Iterable[FeatureId], known: Influence, node: SupernodeConfig | None = None
+) -> list[CircuitFeature]:
+    """Features with their influence; of a supernode's layers, and no more than it takes."""
+    members = [CircuitFeature(feature, "", 0.0, known.get(feature, 0.0)) for feature in features]
+    return members if node is None else [m for m in members if node.layer_range([m.feature.layer])][: node.count]
+
+
+@dataclass(frozen=True)
+class _Contrast:
+    """Of a layer's features: `score` [F], difference times write norm at the role number `role` [F] where that is
+    largest, and all differences, `gaps` [R, F].
+    """
+
+    layer: int
+    roles: list[str]
+    gaps: Tensor
+    score: Tensor
+    role: Tensor
+
+    @classmethod
+    def of(cls, transcoders: TranscoderSet, layer: int, one: RoleMeans, other: RoleMeans) -> _Contrast:
+        roles = [role for role in one.by_role if role in other.by_role]
+        gaps = torch.stack([one.by_role[role][layer] - other.by_role[role][layer] for role in roles])
+        score, role = (gaps * transcoders[layer].write_norms()).max(0)
+        return cls(layer, roles, gaps, score, role)
+
+    def member(self, index: int, known: Influence) -> CircuitFeature:
+        """A feature at its role, with its difference there."""
+        feature, role = FeatureId(self.layer, index), int(self.role[index])
+        return CircuitFeature(feature, self.roles[role], float(self.gaps[role, index]), known.get(feature, 0.0))
+
+
+def by_contrast(
+    transcoders: TranscoderSet,
+    of: RoleMeans,
+    against: RoleMeans,
+    node: SupernodeConfig,
+    known: Influence,
+    confirmed: bool = False,
+) -> list[CircuitFeature]:
+    """Features that are more active on one set of inputs, each at the role of largest difference.
+
+    They are ranked over all layers by difference times write norm, relative to the mean norm of the layer's features,
+    as layers write on different scales.
+
+    Args:
+        transcoders: whose features.
+        of: means of the inputs on which they are active.
+        against: means of the others.
+        node: how many, of which layers.
+        known: influence of features on the answer at the supernode's positions.
+        confirmed: rank `CANDIDATES` times as many of the largest differences anew, by influence, and leave out those
+            without any: what differs and matters to the answer.
+    """
+    if not {*of.by_role} & {*against.by_role}:
+        raise UserError("the two sets of inputs have no position role in common; give both pictures, or neither")
+    ranked: list[tuple[float, CircuitFeature]] = []
+    for layer in node.layer_range(transcoders.layers):
+        found = _Contrast.of(transcoders, layer, of, against)
+        score = found.score / transcoders[layer].write_norms().mean()
+        for index in score.topk(min(CANDIDATES * node.count, len(score))).indices.tolist():
+            member = found.member(index, known)
+            if score[index] > 0 and member.contrast > ROUNDING * float(of.by_role[member.role][layer][index]):
+                ranked.append((float(score[index]), member))
+    ranked.sort(key=lambda row: (-row[0], row[1].feature))
+    members = [member for _, member in ranked]
+    if confirmed:
+        likely = [member for member in members[: CANDIDATES * node.count] if member.influence > 0]
+        members = sorted(likely, key=lambda member: (-member.influence, member.feature))
+    return members[: node.count]
+
+
+def contrast_circuit(
+    transcoders: TranscoderSet,
+    means: Mapping[str, Mapping[str, RoleMeans]],
+    influence: Mapping[str, Influence],
+    per_layer: int,
+    model: str,
+) -> tuple[Circuit, dict[str, float]]:
+    """Build a circuit of two supernodes from the means of two concepts.
+
+    Args:
+        transcoders: whose features are compared.
+        means: concept -> question -> role means on its training pictures; exactly two concepts, the same questions.
+        influence: concept -> influence of features in graphs of its pictures; a feature that is missing has none.
+        per_layer: how many features a layer, concept and question; questions may share them.
+        model: the model's name, by which a circuit of another one is refused.
+
+    Returns:
+        The circuit, and the share of the candidates that the graphs confirmed, as `circuit/<concept>/confirmed_frac`.
+        Its levels are keyed by `<question>:<role>`.
+    """
+    first, second = means
+    supernodes: dict[str, Supernode] = {}
+    metrics: dict[str, float] = {}
+    for concept, other in ((first, second), (second, first)):
+        members: dict[FeatureId, CircuitFeature] = {}
+        confirmed = candidates = 0
+        for layer in transcoders.layers:
+            picks = [
+                _confirmed(_Contrast.of(transcoders, layer, own, means[other][question]), influence[concept], per_layer)
+                for question, own in means[concept].items()
+            ]
+            confirmed += sum(len(chosen) for chosen, _ in picks)
+            candidates += sum(seen for _, seen in picks)
+            # Rank by rank over the questions, so that the first n of a layer serve all of them alike.
+            for rank in range(per_layer):
+                for chosen, _ in picks:
+                    if rank < len(chosen):
+                        members.setdefault(chosen[rank].feature, chosen[rank])
+        supernodes[concept] = Supernode(concept, tuple(members.values()))
+        metrics[f"circuit/{concept}/features"] = float(len(members))
+        metrics[f"circuit/{concept}/confirmed_frac"] = confirmed / max(candidates, 1)
+    levels: dict[str, dict[str, dict[int, Tensor]]] = {}
+    for concept, by_question in means.items():
+        levels[concept] = {}
+        for question, own in by_question.items():
+            levels[concept] |= mean_levels(supernodes[concept].features, own, question)
+    return Circuit(supernodes, levels, model=model, n_features=transcoders.widths), metrics
+
+
+def _confirmed(contrast: _Contrast, known: Influence, count: int) -> tuple[list[CircuitFeature], int]:
+    """The best confirmed features of a layer, and how many candidates were looked at to find them."""
+    chosen: list[CircuitFeature] = []
+    seen = 0
+    for index in contrast.score.argsort(descending=True).tolist():
+        if contrast.score[index] <= 0 or len(chosen) == count or seen == CONFIRMABLE * count:
+            break
+        seen += 1
+        member = contrast.member(index, known)
+        if member.influence > 0:
+            chosen.append(member)
+    return chosen, seen
+
+
+def mean_levels(members: Sequence[CircuitFeature], means: RoleMeans, question: str) -> dict[str, dict[int, Tensor]]:
+    """Mean activations of members by role and layer, as `Circuit.levels` has them."""
+    table: dict[int, list[int]] = {}
+    for member in members:
+        table.setdefault(member.feature.layer, []).append(member.feature.index)
+    return {
+        f"{question}:{role}": {layer: values[layer][table[layer]].cpu() for layer in sorted(table)}
+        for role, values in means.by_role.items()
+    }
+
+
+def concept_means(
+    scope: Scope, train: Mapping[str, Sequence[Image.Image]], prompts: Mapping[str, str]
+) -> dict[str, dict[str, RoleMeans]]:
+    """Concept -> question -> mean activations on the concept's pictures."""
+    return {
+        concept: {
+            name: role_means(scope, [scope.batch([scope.inputs(prompt, [image]) for image in images])])
+            for name, prompt in prompts.items()
+        }
+        for concept, images in train.items()
+    }
+
+
+def control_means(means: Mapping[str, Mapping[str, RoleMeans]]) -> dict[int, Tensor]:
+    """Layer -> [F], the mean activation of every feature over concepts and questions, by which controls are matched."""
+    tables = [table for by_question in means.values() for table in by_question.values()]
+    return {layer: torch.stack([table.overall[layer] for table in tables]).mean(0) for layer in tables[0].overall}
+
+
+def concept_influence(
+    scope: Scope,
+    train: Mapping[str, Sequence[Image.Image]],
+    prompts: Mapping[str, str],
+    graphs: int,
+    attribution: AttributionConfig,
+) -> tuple[dict[str, dict[FeatureId, float]], list[Trace], list[float]]:
+    """Each concept's influence of features, mean over `graphs` pictures and all questions.
+
+    Returns:
+        Concept -> feature -> share of influence; the first trace alone, since each holds a whole graph; the seconds of
+        each trace.
+    """
+    influence: dict[str, dict[FeatureId, float]] = {}
+    first: list[Trace] = []
+    seconds: list[float] = []
+    for concept, images in train.items():
+        tables = []
+        for prompt in prompts.values():
+            for image in images[:graphs]:
+                start = time.perf_counter()
+                traced = trace(scope, scope.inputs(prompt, [image]), attribution)
+                seconds.append(time.perf_counter() - start)
+                tables.append(_confirming(traced))
+                first = first or [traced]
+        influence[concept] = mean_shares(tables)
+    return influence, first, seconds
+
+
+def _confirming(traced: Trace) -> dict[FeatureId, float]:
+    """Share of all influence of each feature that belongs to the most influential nodes, summed over positions.
+
+    The nodes that reach `CONFIRMING` of the influence count, more than the pruned graph keeps: that one is for reading.
+    """
+    nodes, pruned = traced.graph.nodes, traced.pruned
+    total = float(pruned.influence.sum()) or 1.0
+    shares: dict[FeatureId, float] = {}
+    for node in nodes.of(NodeKind.FEATURE).tolist():
+        if pruned.influence[node] > 0 and pruned.cumulative[node] <= CONFIRMING:
+            feature = nodes.feature_id(node)
+            shares[feature] = shares.get(feature, 0.0) + float(pruned.influence[node]) / total
+    return shares

@@ -1,4 +1,4 @@
-"""The circuit language: how supernodes are chosen. Plain records, free of torch, so that Hydra can register them."""
+"""Settings of declared and of discovered circuits: plain records, free of torch, so that Hydra can register them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ AUTO = "auto"  # a supernode that is to be named after its features
 SOFT, TEXT, OTHER, ERRORS, BIASES = "soft tokens", "question", "other features", "errors", "biases"
 SURROUNDINGS = (SOFT, TEXT, OTHER, ERRORS, BIASES)  # what edges of a circuit may come from besides supernodes
 ANSWER_PREFIX = "answer: "
+METHODS = ("graph", "eap_ig", "greedy", "activation", "random")
 _NAME = re.compile(r"[\w-][\w. -]{0,59}")
 _FOLDER = re.compile(r"[\w-][\w.-]{0,59}", re.ASCII)
+
+
+def _refuse(mistaken: bool, message: str) -> None:
+    if mistaken:
+        raise UserError(message)
 
 
 @dataclass
@@ -35,6 +41,13 @@ class InputSetConfig:
     prompts: list[str] = field(default_factory=list)
     pictures: int = 20
 
+    def check(self, where: str) -> None:
+        """Refuse a set that says two things or none."""
+        _refuse(self.concept is not None and bool(self.images), f"{where}: give a concept or images, not both")
+        nothing = self.concept is None and not self.images and not self.prompts
+        _refuse(nothing, f"{where}: it names no inputs; give a concept, images, or prompts for text alone")
+        _refuse(self.pictures < 1, f"{where}.pictures={self.pictures}: it must be at least 1")
+
 
 @dataclass
 class ContrastConfig:
@@ -51,6 +64,33 @@ class ContrastConfig:
     against: InputSetConfig | None = None
     pairs: str | None = None
     confirmed: bool = False
+
+    def check(self, where: str) -> None:
+        """Refuse a contrast without two different sets of inputs."""
+        if self.pairs is not None:
+            more = self.of is not None or self.against is not None
+            _refuse(more, f"{where}: pairs brings both sets of inputs; leave out of and against")
+            advice = "choose original or counterfactual, the side of pairs="
+            _refuse(self.pairs not in ("original", "counterfactual"), f"{where}.pairs={self.pairs}: {advice}")
+            return
+        if self.of is None or self.against is None:
+            raise UserError(f"{where}: a contrast needs two sets of inputs; give of and against, or pairs")
+        self.of.check(f"{where}.of")
+        self.against.check(f"{where}.against")
+        same = self.of == self.against
+        _refuse(same, f"{where}: of and against are the same inputs, so nothing differs; change one")
+
+    def __str__(self) -> str:
+        if self.pairs is not None:
+            other = "counterfactual" if self.pairs == "original" else "original"
+            return f"contrast of the pairs' {self.pairs}s with their {other}s"
+
+        def words(inputs: InputSetConfig | None) -> str:
+            assert inputs is not None, "checked when the spec was read"
+            what = inputs.concept or (f"{len(inputs.images)} images" if inputs.images else "text")
+            return f"{what}{': ' + '; '.join(inputs.prompts) if inputs.prompts else ''}"
+
+        return f"contrast of {words(self.of)} with {words(self.against)}"
 
 
 @dataclass
@@ -79,13 +119,7 @@ class InfluenceConfig:
 
 @dataclass
 class ClusterConfig:
-    """Members of a cluster.
-
-    Attributes:
-        run: run folder of a task=structure.
-        cluster: its number, or its name.
-        kind: "firing" or "direction".
-    """
+    """Members of a cluster, by its number or name, of a task=structure run; `kind` is "firing" or "direction"."""
 
     run: str
     cluster: Any
@@ -103,6 +137,19 @@ class PositionsConfig:
 
     roles: list[str] = field(default_factory=list)
     box: list[float] = field(default_factory=list)
+
+    def check(self, where: str) -> None:
+        """Refuse positions that are none."""
+        known, box = (*ROLES, ANSWER), self.box
+        for role in self.roles:
+            _refuse(role not in known, f"{where}.roles: no role {role!r}; choose from {', '.join(known)}")
+        _refuse(not box and not self.roles, f"{where} is empty; give roles, a box, or leave it out")
+        if box:
+            inside = len(box) == 4 and all(0 <= x <= 1 for x in box) and box[0] < box[2] and box[1] < box[3]
+            form = "give left, top, right and bottom as fractions 0 to 1 of the picture, such as [0.25,0.25,0.75,0.75]"
+            _refuse(not inside, f"{where}.box={list(box)}: {form}")
+            advice = "the role image takes every soft token, so the box says nothing; leave one out"
+            _refuse("image" in self.roles, f"{where}: {advice}")
 
 
 @dataclass
@@ -130,11 +177,6 @@ class SupernodeConfig:
     positions: PositionsConfig | None = None
 
     @property
-    def selectors(self) -> list[str]:
-        """Those that are given."""
-        return [name for name in SELECTORS if getattr(self, name)]
-
-    @property
     def where(self) -> Positions | None:
         """The positions as a record."""
         if self.positions is None:
@@ -145,6 +187,30 @@ class SupernodeConfig:
     def layer_range(self, layers: Sequence[int]) -> list[int]:
         """Of these layers, those that features may be of."""
         return [i for i in layers if not self.layers or self.layers[0] <= i <= self.layers[1]]
+
+    def check(self, where: str) -> None:
+        """Refuse a supernode that nothing or several things choose, or a setting that makes no sense."""
+        given = [name for name in SELECTORS if getattr(self, name)]
+        what = f"{' and '.join(given)} are given" if given else "nothing chooses its features"
+        _refuse(len(given) != 1, f"{where}: {what}; give exactly one of {', '.join(SELECTORS)}")
+        _refuse(self.count < 1, f"{where}.count={self.count}: it must be at least 1")
+        ordered = not self.layers or (len(self.layers) == 2 and 0 <= self.layers[0] <= self.layers[1])
+        _refuse(not ordered, f"{where}.layers={list(self.layers)}: give the first and the last layer, as in [2,5]")
+        for text in self.ids:
+            try:
+                FeatureId.parse(text)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+        for key in ("positions", "contrast"):
+            if (part := getattr(self, key)) is not None:
+                part.check(f"{where}.{key}")
+        share = None if self.influence is None else self.influence.share
+        bad = share is not None and not 0 < share <= 1
+        _refuse(bad, f"{where}.influence.share={share}: it is a share; choose a number above 0 and at most 1")
+        kind = "firing" if self.cluster is None else self.cluster.kind
+        _refuse(kind not in ("firing", "direction"), f"{where}.cluster.kind={kind}: choose firing or direction")
+        empty = self.label is not None and not self.label.query.strip()
+        _refuse(empty, f"{where}.label.query is empty; give words of a label, as in query: red planet")
 
 
 @dataclass
@@ -164,98 +230,68 @@ class CircuitSpecConfig:
     supernodes: dict[str, SupernodeConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not _FOLDER.fullmatch(self.name):
-            raise UserError(f"circuit_spec.name={self.name}: it names a folder; use letters, digits, - and _")
+        bad = _FOLDER.fullmatch(self.name) is None
+        _refuse(bad, f"circuit_spec.name={self.name}: it names a folder; use letters, digits, - and _")
         if self.inputs is not None:
-            check_inputs("circuit_spec.inputs", self.inputs)
+            self.inputs.check("circuit_spec.inputs")
         names = [node.name or key for key, node in self.supernodes.items() if node.name != AUTO]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise UserError(f"circuit_spec: two supernodes are called {twice[0]!r}; give each a name of its own")
         for key, node in self.supernodes.items():
-            _check_name(key, node.name)
-            _check_node(f"circuit_spec.supernodes.{key}", node)
+            name = node.name if node.name and node.name != AUTO else key
+            taken = name in SURROUNDINGS or name.startswith(ANSWER_PREFIX)
+            advice = f"use letters, digits, spaces, - and _, and none of {', '.join(SURROUNDINGS)}"
+            bad = taken or _NAME.fullmatch(name) is None
+            _refuse(bad, f"circuit_spec.supernodes: {name!r} cannot be a supernode's name; {advice}")
+            twice = names.count(name) > 1
+            _refuse(twice, f"circuit_spec: two supernodes are called {name!r}; give each a name of its own")
+            node.check(f"circuit_spec.supernodes.{key}")
 
 
-def _check_name(key: str, name: str | None) -> None:
-    used = name if name and name != AUTO else key
-    if used in SURROUNDINGS or used.startswith(ANSWER_PREFIX) or not _NAME.fullmatch(used):
-        raise UserError(
-            f"circuit_spec.supernodes: {used!r} cannot be a supernode's name; use letters, digits, spaces, - and _, "
-            f"and none of {', '.join(SURROUNDINGS)}"
-        )
+@dataclass
+class DiscoveryConfig:
+    """How a circuit is searched on training pairs and judged on test pairs (docs/circuits.md).
 
-
-def _check_node(where: str, node: SupernodeConfig) -> None:
-    given = node.selectors
-    if len(given) != 1:
-        what = f"{' and '.join(given)} are given" if given else "nothing chooses its features"
-        raise UserError(f"{where}: {what}; give exactly one of {', '.join(SELECTORS)}")
-    if node.count < 1:
-        raise UserError(f"{where}.count={node.count}: it must be at least 1")
-    if node.layers and (len(node.layers) != 2 or node.layers[0] > node.layers[1] or node.layers[0] < 0):
-        raise UserError(f"{where}.layers={list(node.layers)}: give the first and the last layer, as in [2,5]")
-    for text in node.ids:
-        try:
-            FeatureId.parse(text)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-    if node.positions is not None:
-        _check_positions(f"{where}.positions", node.positions)
-    if node.contrast is not None:
-        _check_contrast(f"{where}.contrast", node.contrast)
-    share = None if node.influence is None else node.influence.share
-    if share is not None and not 0 < share <= 1:
-        raise UserError(f"{where}.influence.share={share}: it is a share; choose a number above 0 and at most 1")
-    if node.cluster is not None and node.cluster.kind not in ("firing", "direction"):
-        raise UserError(f"{where}.cluster.kind={node.cluster.kind}: choose firing or direction")
-    if node.label is not None and not node.label.query.strip():
-        raise UserError(f"{where}.label.query is empty; give words of a label, as in query: red planet")
-
-
-def _check_positions(where: str, positions: PositionsConfig) -> None:
-    known = (*ROLES, ANSWER)
-    for role in positions.roles:
-        if role not in known:
-            raise UserError(f"{where}.roles: no role {role!r}; choose from {', '.join(known)}")
-    box = positions.box
-    if not box and not positions.roles:
-        raise UserError(f"{where} is empty; give roles, a box, or leave it out")
-    if not box:
-        return
-    if len(box) != 4 or not all(0 <= x <= 1 for x in box) or box[0] >= box[2] or box[1] >= box[3]:
-        raise UserError(
-            f"{where}.box={list(box)}: give left, top, right and bottom as fractions 0 to 1 of the picture, such as "
-            "[0.25,0.25,0.75,0.75]"
-        )
-    if "image" in positions.roles:
-        raise UserError(f"{where}: the role image takes every soft token, so the box says nothing; leave one out")
-
-
-def _check_contrast(where: str, contrast: ContrastConfig) -> None:
-    if contrast.pairs is not None:
-        if contrast.of is not None or contrast.against is not None:
-            raise UserError(f"{where}: pairs brings both sets of inputs; leave out of and against")
-        if contrast.pairs not in ("original", "counterfactual"):
-            raise UserError(f"{where}.pairs={contrast.pairs}: choose original or counterfactual, the side of pairs=")
-        return
-    if contrast.of is None or contrast.against is None:
-        raise UserError(f"{where}: a contrast needs two sets of inputs; give of and against, or pairs")
-    check_inputs(f"{where}.of", contrast.of)
-    check_inputs(f"{where}.against", contrast.against)
-    if contrast.of == contrast.against:
-        raise UserError(f"{where}: of and against are the same inputs, so nothing differs; change one")
-
-
-def check_inputs(where: str, inputs: InputSetConfig) -> None:
-    """Refuse a set of inputs that says two things or none.
-
-    Raises:
-        UserError: it does.
+    Attributes:
+        question: which question of the pairs; every question whose answer differs when None.
+        keep: the share of the logit difference that the circuit must keep.
+        methods: rankings whose curves are drawn: graph, eap_ig, greedy, activation, random.
+        by: the ranking that the circuit is cut from; the one that needs fewest nodes on training pairs when None.
+        modes: free, frozen_attention.
+        graphs: training pairs whose two sides are traced.
+        steps: inputs between the two sides at which gradients are taken.
+        edge_nodes: features that get their incoming edges, those of most effect.
+        edge_pairs: pairs, of training and of test ones, on which circuits of edges are run; 0 leaves edges out.
+        draws: of matched random circuits.
+        minimality: members that are dropped one by one; 0 leaves that out.
+        threshold: members whose loss of faithfulness is below this are pruned.
+        resamples: bootstrap resamples of the pairs for stability.
+        seed: of everything random.
     """
-    if inputs.concept is not None and inputs.images:
-        raise UserError(f"{where}: give a concept or images, not both")
-    if inputs.concept is None and not inputs.images and not inputs.prompts:
-        raise UserError(f"{where}: it names no inputs; give a concept, images, or prompts for text alone")
-    if inputs.pictures < 1:
-        raise UserError(f"{where}.pictures={inputs.pictures}: it must be at least 1")
+
+    question: str | None = None
+    keep: float = 0.8
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    by: str | None = None
+    modes: list[str] = field(default_factory=lambda: ["free", "frozen_attention"])
+    graphs: int = 10
+    steps: int = 5
+    edge_nodes: int = 200
+    edge_pairs: int = 20
+    draws: int = 3
+    minimality: int = 40
+    threshold: float = 0.001
+    resamples: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        bad = not 0.0 < self.keep <= 1.0
+        _refuse(bad, f"discovery.keep={self.keep}: it is a share; choose a number above 0 and up to 1")
+        for key, known in (("methods", METHODS), ("modes", ("free", "frozen_attention"))):
+            values = getattr(self, key)
+            bad = not values or not set(values) <= set(known)
+            _refuse(bad, f"discovery.{key}={list(values)}: choose some of {', '.join(known)}")
+        advice = f"it must be one of discovery.methods, {', '.join(self.methods)}"
+        _refuse(self.by not in (None, *self.methods), f"discovery.by={self.by}: {advice}")
+        least = {"graphs": 1, "steps": 1, "edge_nodes": 1, "edge_pairs": 0, "draws": 1, "minimality": 0, "resamples": 2}
+        for key, smallest in least.items():
+            value = getattr(self, key)
+            _refuse(value < smallest, f"discovery.{key}={value}: it must be at least {smallest}")

@@ -21,8 +21,7 @@ from vlmscope.circuits.config import (
     SettingConfig,
     TrialConfig,
 )
-from vlmscope.circuits.discovery.config import DiscoveryConfig
-from vlmscope.circuits.spec_config import CircuitSpecConfig
+from vlmscope.circuits.spec_config import CircuitSpecConfig, DiscoveryConfig
 from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.core.intervention import Rate
 from vlmscope.core.runs import Number

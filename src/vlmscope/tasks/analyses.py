@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from vlmscope.circuits.circuit import save_circuit
+from vlmscope.circuits.discovery.discover import circuit_subject, discover, moving_questions
+from vlmscope.circuits.discovery.report import write_discoveries
 from vlmscope.core.artifacts import atomic_path
+from vlmscope.data.pairs import check_choosing
 from vlmscope.features.structure import modality_metrics, modality_parts, modality_tables
 from vlmscope.report.marks import write_rows
 from vlmscope.report.study_figures import modality_by_layer
 
 if TYPE_CHECKING:
+    from vlmscope.config import AppConfig
     from vlmscope.tasks.bench import Bench
 
 
@@ -57,3 +62,29 @@ class Modality:
         modality_by_layer(layers, groups, index, shared, bench.run_dir / "figures" / "modality_by_layer.png")
         positions = {f"study/positions_{kind}": float(count) for kind, count in info.positions.items()}
         return {"study/items": float(info.items)} | positions | modality_metrics(tables)
+
+
+@dataclass
+class Discover:
+    """The analysis `discovery` of an experiment: the circuit of every question of `pairs=` whose answer differs within
+    pairs, or of `discovery.question`; what is done is in the group `discovery`.
+    """
+
+    def check(self, cfg: AppConfig) -> None:
+        """Refuse pairs that cannot choose a circuit."""
+        if cfg.pairs is not None:
+            check_choosing(cfg.pairs)
+
+    def analyse(self, bench: Bench) -> dict[str, float]:
+        """Discover and write; metrics `discovery/<question>/...`."""
+        cfg, scope, found = bench.cfg, bench.scope, []
+        train, test = (bench.pairs(split) for split in ("train", "test"))
+        for question in moving_questions(train, test, cfg.discovery.question):
+            sides = (
+                circuit_subject(scope, question, pairs[question], cfg.interchange.least, cfg.discovery.modes)
+                for pairs in (train, test)
+            )
+            found.append(discover(scope, *sides, cfg.discovery, cfg.attribution))
+            circuit = found[-1].to_circuit(scope.vlm.name, scope.transcoders.widths)
+            save_circuit(circuit, bench.run_dir / "circuits" / question)
+        return write_discoveries(found, bench.run_dir)

@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING
 from vlmscope.core.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vlmscope.attribution.config import AttributionConfig
+    from vlmscope.circuits.build import Asked
+    from vlmscope.circuits.circuit import Circuit
+    from vlmscope.circuits.page import Origin
     from vlmscope.circuits.spec_config import CircuitSpecConfig
     from vlmscope.config import AppConfig
-    from vlmscope.tasks.registry import RunContext
+    from vlmscope.core.graph import PrunedGraph
+    from vlmscope.data.pairs import Pair
+    from vlmscope.features.study_files import StudyFolder
+    from vlmscope.tasks.bench import Bench
+    from vlmscope.tasks.context import RunContext
 
 USES = (
     "attribution",
@@ -25,6 +35,9 @@ USES = (
     "study",
 )
 MEMORY = "attribution.max_nodes, attribution.batch_size, attribution.memory_gb or task.traces"
+RIGHT = "right - other"  # the end of graphs whose pairs have different answers
+SEARCHED = 60  # inputs of contrasts and pairs in which top examples are looked for
+PER_PLANET = 4  # of Orrery's pictures besides
 
 
 @dataclass
@@ -47,10 +60,9 @@ class Config:
     figure: bool = True
 
     def __post_init__(self) -> None:
-        if self.answers < 1:
-            raise UserError(f"task.answers={self.answers}: it must be at least 1")
-        if self.traces < 1:
-            raise UserError(f"task.traces={self.traces}: it must be at least 1")
+        for key in ("answers", "traces"):
+            if getattr(self, key) < 1:
+                raise UserError(f"task.{key}={getattr(self, key)}: it must be at least 1")
         if not 0 <= self.min_share < 1:
             raise UserError(f"task.min_share={self.min_share}: it is a share; choose a number from 0 to below 1")
 
@@ -58,65 +70,65 @@ class Config:
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write circuits/<name>/, graph.safetensors, circuit.json, figures/circuit.png and report.html.
 
-    A circuit that is found also leaves discovery.json and its figures.
+    A circuit that is found also leaves discovery.json, its tables and its figures.
     """
+    from dataclasses import replace
     from pathlib import Path
 
+    from vlmscope.circuits.build import Sources, build_circuit
+    from vlmscope.circuits.circuit import circuit_metrics, direct_edges, labelled, load_circuit, save_circuit
     from vlmscope.config.resolve import declared_circuit
-    from vlmscope.tasks.circuits.inputs import traced_inputs
+    from vlmscope.features.study_files import StudyFolder
+    from vlmscope.tasks.bench import Bench
     from vlmscope.tasks.label import look_for_labels
 
+    # What can be refused without a model is refused first.
     look_for_labels(cfg)
     spec = None if cfg.circuit_spec is None else declared_circuit(cfg.circuit_spec)
     check_source(cfg, spec)
     asked = traced_inputs(cfg, spec)
-
-    # These import torch: what can be told without it has been.
-    from vlmscope.circuits.circuit import load_circuit
-    from vlmscope.features.study_files import StudyFolder
-    from vlmscope.tasks.circuits.discover import draw_found
-    from vlmscope.tasks.circuits.find import Finder, gather
-    from vlmscope.tasks.circuits.finish import finished, traced
-    from vlmscope.tasks.circuits.page import Scene
-    from vlmscope.tasks.wiring import load_model, load_scope
-
-    folder = None if cfg.task.load is None else Path(cfg.task.load)
-    loaded = None if folder is None else load_circuit(folder)
-    found = loaded is None and (spec is None or not spec.supernodes)
-    if not found and not asked and (loaded is None or not loaded.edges):
+    loaded = None if cfg.task.load is None else load_circuit(Path(cfg.task.load))
+    declares = loaded is None and spec is not None and bool(spec.supernodes)
+    discovers = loaded is None and not declares
+    if not discovers and not asked and (loaded is None or not loaded.edges):
         raise UserError("nothing to trace: add prompt= (and image=), task.rows=FILE, or inputs in the circuit_spec")
-    material = None if found or spec is None or loaded is not None else gather(cfg, spec, asked)
+    sources = Sources.of(spec, asked, cfg.pairs, cfg.seed) if declares and spec is not None else Sources()
     contrasts = [] if spec is None else [node.contrast for node in spec.supernodes.values() if node.contrast]
-    if cfg.pairs is not None and not found and not any(one.pairs for one in contrasts):
+    if cfg.pairs is not None and not discovers and not any(contrast.pairs for contrast in contrasts):
         print("pairs= finds circuits; this one is declared or loaded, so they are not used")
     study = None if cfg.study.path is None else StudyFolder(cfg.study.path)
-    if found:
-        return draw_found(cfg, context, asked, study)
-    vlm = load_model(cfg)
-    scope = load_scope(cfg, vlm, context.overrides)
-    if loaded is not None:
-        loaded.check_fits(vlm.name, scope.transcoders.widths, str(folder))
-    graphs = traced(cfg, context, scope, asked)
-    if loaded is None or folder is None:
-        assert spec is not None and material is not None
-        circuit = Finder(scope, material, [one.graph for one in graphs]).circuit(spec)
-        name = spec.name
+
+    bench, origin, others = Bench(cfg, context.run_dir, overrides=context.overrides), None, sources.inputs()
+    if discovers:
+        circuit, graphs, asked, others, origin = discovered(bench, asked)
+        name = origin.discovery.question
     else:
-        circuit, name = loaded, folder.name
-    scene = Scene(scope, asked, graphs, [] if material is None else material.inputs())
-    return finished(cfg, context, circuit, name, scene, study)
+        if loaded is not None:
+            loaded.check_fits(bench.vlm.name, bench.transcoders.widths, str(cfg.task.load))
+        graphs = traced(bench, asked)
+        if loaded is not None:
+            circuit, name = loaded, Path(cfg.task.load).name
+        else:
+            assert spec is not None, "without a spec a circuit is loaded or discovered"
+            circuit, name = build_circuit(bench.scope, spec, sources, [one.graph for one in graphs]), spec.name
+    whole = [pruned.graph for pruned in graphs]
+    if whole:
+        circuit = replace(circuit, edges=direct_edges(whole, list(circuit.supernodes.values()), cfg.task.answers))
+    circuit = labelled(circuit, bench.labels)
+    save_circuit(circuit, context.run_dir / "circuits" / name)
+    metrics = circuit_metrics(circuit, whole)
+    if cfg.task.figure:
+        draw(bench, circuit, name, asked, others, study, metrics, origin)
+    return bench.metrics | metrics
 
 
 def check_source(cfg: AppConfig, spec: CircuitSpecConfig | None) -> None:
-    """Refuse a run that names no circuit, several, or pairs that cannot find one; quick, without a model.
-
-    Raises:
-        UserError: it does.
-    """
+    """Refuse a run that names no circuit, several, or pairs that cannot find one."""
     from vlmscope.data.pairs import check_choosing
 
+    declares = spec is not None and bool(spec.supernodes)
     if cfg.task.load is not None:
-        if spec is not None and spec.supernodes:
+        if declares:
             raise UserError("task.load= brings a circuit and circuit_spec= declares one; leave one of them out")
         return
     if spec is None and cfg.pairs is None:
@@ -124,9 +136,154 @@ def check_source(cfg: AppConfig, spec: CircuitSpecConfig | None) -> None:
             "no circuit: find one with pairs=planet, declare one with circuit_spec=red_mars or circuit_spec=file "
             "circuit_spec.path=my.yaml, or load one with task.load=/run/circuits/name"
         )
-    if spec is not None and not spec.supernodes and cfg.pairs is None:
+    if not declares and cfg.pairs is None:
         raise UserError(
             "the circuit_spec has no supernodes; docs/circuits.md shows how to declare them; pairs=planet finds some"
         )
-    if cfg.pairs is not None and (spec is None or not spec.supernodes):
+    if not declares and cfg.pairs is not None:
         check_choosing(cfg.pairs)
+
+
+def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]:
+    """What is traced: the rows of `task.rows`, `prompt=` on `image=`, or the spec's own inputs."""
+    from vlmscope.circuits.build import Asked, asked_of
+    from vlmscope.data.images import PictureFiles
+    from vlmscope.data.prompts import read_rows
+    from vlmscope.tasks.wiring import user_pictures
+
+    if cfg.task.rows is not None:
+        if cfg.prompt is not None or cfg.image is not None:
+            raise UserError("task.rows= brings its own prompts and pictures; leave out prompt= and image=")
+        rows, bad = read_rows(cfg.task.rows)
+        if bad:
+            raise UserError(f"{bad[0]}; correct the file")
+        return [Asked(row.prompt, PictureFiles(row.images), row.id) for row in rows]
+    if cfg.prompt is not None:
+        return [Asked(cfg.prompt, user_pictures(cfg), cfg.prompt)]
+    if cfg.image is not None:
+        raise UserError("image= without prompt=: add 'prompt=what is this ?'")
+    return [] if spec is None or spec.inputs is None else asked_of("circuit_spec.inputs", spec.inputs, (), cfg.seed)
+
+
+def traced(bench: Bench, asked: Sequence[Asked], settings: Sequence[AttributionConfig] = ()) -> list[PrunedGraph]:
+    """The graphs of all inputs, with settings of their own if given; the first one is written to the run folder."""
+    from tqdm import tqdm
+
+    from vlmscope.attribution.export import save_graph
+    from vlmscope.attribution.trace import trace
+
+    graphs: list[PrunedGraph] = []
+    each = zip(asked, settings or [bench.cfg.attribution] * len(asked), strict=True)
+    for one, how in tqdm(each, desc="trace", unit="input", total=len(asked), disable=len(asked) < 2):
+        graphs.append(trace(bench.scope, one.prepared(bench.scope), how, bench.run_dir).pruned)
+        if len(graphs) == 1:
+            save_graph(bench.run_dir / "graph.safetensors", graphs[0])
+    return graphs
+
+
+def discovered(bench: Bench, asked: list[Asked]) -> tuple[Circuit, list[PrunedGraph], list[Asked], list[Asked], Origin]:
+    """The circuit of one question of the pairs with named supernodes, the graphs of what was asked (or else of the
+    pairs' originals), inputs in which its features may fire, and how it was found.
+    """
+    from dataclasses import replace
+
+    from vlmscope.circuits.build import Asked
+    from vlmscope.circuits.discovery.discover import by_answer, circuit_subject, discover, moving_questions
+    from vlmscope.circuits.discovery.report import write_discoveries
+    from vlmscope.circuits.page import Origin
+    from vlmscope.circuits.spec_config import ANSWER_PREFIX
+    from vlmscope.features.readouts import top_and_bottom_logits
+    from vlmscope.report.style import label
+
+    cfg = bench.cfg
+    if not asked and (cfg.attribution.asked != "logits" or cfg.attribution.token_ids):
+        key = "token_ids" if cfg.attribution.asked == "logits" else cfg.attribution.asked
+        raise UserError(
+            f"attribution.{key}: the graphs of pairs= explain the difference of the pair's two answers; leave it out, "
+            "or give prompt= (and image=) to trace an input of your own"
+        )
+    cfg.attribution.check()
+    train, test = (bench.pairs(split) for split in ("train", "test"))
+    question, *more = moving_questions(train, test, cfg.discovery.question)
+    if more:
+        print(f"the circuit of the question {question}; discovery.question= takes {' or '.join(more)}")
+    choose, judge = (
+        circuit_subject(bench.scope, question, pairs[question], cfg.interchange.least, cfg.discovery.modes)
+        for pairs in (train, test)
+    )
+    found = discover(bench.scope, choose, judge, cfg.discovery, cfg.attribution)
+    bench.metrics |= write_discoveries([found], bench.run_dir, cfg.task.figure)
+    sides = [side for pair in train[question] for side in (pair.original, pair.counterfactual)]
+    words = {
+        member.feature: top_and_bottom_logits(bench.scope, member.feature, 1)[0][0][0].strip()
+        for member in found.features()
+        if member.role == "last"
+    }
+    circuit = found.to_circuit(bench.vlm.name, bench.transcoders.widths)
+    circuit = by_answer(circuit, list(dict.fromkeys(side.answer for side in sides)), words)
+    explains = ""
+    if asked:
+        graphs = traced(bench, asked)
+    else:
+        # Each original's graph is of its own two answers, whose difference discovery keeps.
+        pairs = spread_answers([train[question][row] for row in choose.pairs.rows.tolist()], cfg.task.traces)
+        asked = [Asked.of(pair.original) for pair in pairs]
+        answers = [(pair.original.answer, pair.counterfactual.answer) for pair in pairs]
+        ends = [[f"id:{bench.token(word)}" for word in both] for both in answers]
+        graphs = traced(bench, asked, [replace(cfg.attribution, difference=end) for end in ends])
+        names = {word for pruned in graphs for word in pruned.graph.logit_tokens}
+        if len(names) > 1:
+            names = {RIGHT}
+            explains = f" {RIGHT}: the logit of the original's answer minus that of its counterfactual's."
+        name = ANSWER_PREFIX + names.pop()
+        graphs = [replace(pruned, graph=replace(pruned.graph, logit_tokens=[name])) for pruned in graphs]
+    change = None if cfg.pairs is None else cfg.pairs.change
+    what = "own pairs" if change is None else f"pairs of {label(change)}"
+    return circuit, graphs, asked, [Asked.of(side) for side in sides], Origin(found, what, explains, more)
+
+
+def spread_answers(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """At most so many pairs, whose originals have as many different answers as can be; earlier ones first."""
+    from collections import Counter
+
+    seen: Counter[str] = Counter()
+    turns: list[int] = []
+    for pair in pairs:
+        turns.append(seen[pair.original.answer])
+        seen[pair.original.answer] += 1
+    return [pairs[i] for i in sorted(range(len(pairs)), key=lambda i: turns[i])[:count]]
+
+
+def draw(
+    bench: Bench,
+    circuit: Circuit,
+    name: str,
+    asked: Sequence[Asked],
+    others: Sequence[Asked],
+    study: StudyFolder | None,
+    metrics: dict[str, float],
+    origin: Origin | None,
+) -> None:
+    """The diagram and the page, with inputs on which features are most active: of a study, or of what is at hand."""
+    import numpy as np
+
+    from vlmscope.circuits.build import Asked, concept_pictures
+    from vlmscope.circuits.page import SHOWN, Examples, described, examples_among, write_page
+    from vlmscope.core.records import FeatureId
+    from vlmscope.data.orrery.scenes import PLANETS
+    from vlmscope.features.top_examples import study_examples
+    from vlmscope.tasks.wiring import is_orrery
+
+    def examples(features: list[FeatureId]) -> Examples:
+        if study is not None:
+            return {feature: study_examples(study, feature, SHOWN) for feature in features}
+        spread = np.unique(np.linspace(0, len(others) - 1, SEARCHED).astype(int)) if others else []
+        pool = [*asked, *(others[i] for i in spread)]
+        if is_orrery(bench.vlm):
+            prompt = next((each.prompt for each in asked if each.pictures), "what planet is this ?")
+            shown = [(p, image) for p in PLANETS for image in concept_pictures(p, PER_PLANET, bench.cfg.seed + 1)]
+            pool += [Asked(prompt, (image,), planet) for planet, image in shown]
+        return examples_among(bench.scope, features, pool)
+
+    nodes = described(bench.scope, circuit, examples, SHOWN)
+    write_page(bench.run_dir, name, circuit, nodes, asked, metrics, bench.cfg.task.min_share, origin)

@@ -19,38 +19,30 @@ from torch import Tensor
 
 from vlmscope.attribution.export import save_graph, write_graph_json
 from vlmscope.circuits.cases import answer_token, bystanders, concept_cases, matrix_cases
-from vlmscope.circuits.circuit import (
-    Circuit,
-    commonest_label,
-    labelled,
-    load_circuit,
-    save_circuit,
-    with_labels,
-)
+from vlmscope.circuits.circuit import Circuit, direct_edges, labelled, load_circuit, save_circuit, with_labels
 from vlmscope.circuits.config import TrialConfig
-from vlmscope.circuits.contrast import concept_influence, concept_means, contrast_circuit, control_means, described
 from vlmscope.circuits.experiment import ALL, EACH, Declared, PairSource, concept_operation, settle
-from vlmscope.circuits.flow import circuit_edges
+from vlmscope.circuits.page import described, draw_diagram
+from vlmscope.circuits.selectors import concept_influence, concept_means, contrast_circuit, control_means
 from vlmscope.core.artifacts import atomic_path
-from vlmscope.core.graph import PrunedGraph
 from vlmscope.core.intervention import AnswerExample, Supernode
 from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.dataset import unrelated_scenes
 from vlmscope.data.orrery.scenes import PLANETS
 from vlmscope.features.readouts import RoleMeans
-from vlmscope.features.top_examples import StudyItem
+from vlmscope.features.top_examples import StudyItem, top_examples
 from vlmscope.interventions.run import generate_edited, run_edited
 from vlmscope.interventions.trials import Cases, Operation, run_trials
 from vlmscope.metrics.causal import log_softmax
 from vlmscope.metrics.table import cell_metrics, trial_metrics
 from vlmscope.models.base import token_strings
-from vlmscope.report.circuit_figure import circuit_diagram
 from vlmscope.report.graph_figure import attribution_graph
 from vlmscope.report.marks import write_evidence, write_records, write_rows
 from vlmscope.tasks.bench import Bench
 from vlmscope.tasks.tracing.graph_metrics import graph_metrics
 
 CAPTION_PROMPT = "describe this image in detail ."
+MIN_SHARE = 0.005  # of what a supernode takes in: weaker edges are not drawn
 CAPTIONS = 3  # test pictures described before and under the first exchange
 SHOWN = 2  # cases of each question with their words before and after
 
@@ -112,8 +104,12 @@ def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, Ro
     save_circuit(circuit, folder / "circuits" / "_".join(config.concepts))
     save_graph(folder / "graph.safetensors", pruned)
     write_graph_json(folder / "graph.json", pruned, folder.name, bench.vlm.name, bench.labels)
-    write_evidence(folder / "evidence.parquet", described(bench.scope, circuit, evidence_items(bench)))
-    draw_circuit(bench, circuit, pruned, np.asarray(train[config.concepts[0]][0]))
+    items, image = evidence_items(bench), np.asarray(train[config.concepts[0]][0])
+    nodes = described(bench.scope, circuit, lambda features: top_examples(bench.scope, features, items))
+    write_evidence(folder / "evidence.parquet", nodes)
+    draw_diagram(folder / "figures" / "circuit.png", nodes, direct_edges([pruned.graph], nodes), image, MIN_SHARE)
+    groups = {m.feature: node.name for node in nodes for m in node.features}
+    attribution_graph(pruned, folder / "figures" / "graph.png", [image], groups, labels=bench.labels)
     bench.metrics |= metrics | graph_metrics(traces[0], float(np.median(seconds)))
     return circuit, means
 
@@ -131,16 +127,6 @@ def evidence_items(bench: Bench, count: int = 10) -> list[StudyItem]:
             pairs = zip(bench.inputs(images, question.prompt), images, strict=True)
             items += [StudyItem(inputs, concept, png_bytes(image)) for inputs, image in pairs]
     return items
-
-
-def draw_circuit(bench: Bench, circuit: Circuit, pruned: PrunedGraph, image: np.ndarray) -> None:
-    """figures/circuit.png and figures/graph.png, of the graph of one training picture."""
-    folder, nodes = bench.run_dir / "figures", tuple(circuit.supernodes.values())
-    edges = circuit_edges(pruned, {node.name: {m.feature for m in node.features} for node in nodes})
-    words = {node.name: word for node in nodes if (word := commonest_label(node))}
-    circuit_diagram(nodes, edges, folder / "circuit.png", {"soft tokens": image}, words=words)
-    groups = {m.feature: node.name for node in nodes for m in node.features}
-    attribution_graph(pruned, folder / "graph.png", [image], groups, labels=bench.labels)
 
 
 def third_cases(bench: Bench) -> Sequence[Cases]:

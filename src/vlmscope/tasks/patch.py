@@ -8,7 +8,7 @@ from vlmscope.tasks.edits import EditConfig
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.tasks.registry import RunContext
+    from vlmscope.tasks.context import RunContext
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Config(EditConfig):
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Patch `prompt=` on `image=` with the activations of the donor run."""
-    from vlmscope.circuits.plans import at_supernodes
+    from vlmscope.circuits.circuit import at_supernodes
     from vlmscope.data.images import open_images
     from vlmscope.interventions.named import by_layer, donor_activations, patch_plan
     from vlmscope.models.batching import make_batch

@@ -18,7 +18,8 @@ from vlmscope.core.errors import NotMainRank, UserError
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.core.launch import Place
-    from vlmscope.tasks.registry import RunContext, Task
+    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import Task
 
 _LOG = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from vlmscope.tasks.edits import EditConfig
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.tasks.registry import RunContext
+    from vlmscope.tasks.context import RunContext
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Config(EditConfig):
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Steer `prompt=` on `image=` (none for text alone)."""
-    from vlmscope.circuits.plans import at_supernodes
+    from vlmscope.circuits.circuit import at_supernodes
     from vlmscope.interventions.named import steer_plan
     from vlmscope.tasks.edits import chosen_features, report_edit
     from vlmscope.tasks.wiring import load_model, load_scope, user_pictures

@@ -10,21 +10,18 @@ from tests.unit.circuits.pretended_device import PretendDevice, mark, marked, mo
 from tests.unit.circuits.subjects import carried, cases_of
 
 from vlmscope.circuits.cases import bystanders
-from vlmscope.circuits.circuit import load_circuit, save_circuit
-from vlmscope.circuits.contrast import contrast_circuit
-from vlmscope.circuits.discovery.edges import run_edges
-from vlmscope.circuits.discovery.pair_edges import pair_edges
-from vlmscope.circuits.discovery.scores import activation_change, eap_ig
+from vlmscope.circuits.circuit import at_supernodes, load_circuit, save_circuit, steer_plan
+from vlmscope.circuits.discovery.edges import pair_edges, run_edges
+from vlmscope.circuits.discovery.nodes import CircuitSubject, activation_change, changing_nodes, eap_ig, measure
 from vlmscope.circuits.discovery.search import Runner
-from vlmscope.circuits.discovery.sides import CircuitSubject, changing_nodes, measure
 from vlmscope.circuits.operations import Ablate, Carry, Exchange, Level, Toward
 from vlmscope.circuits.pairs import pair_effects, pair_subject
-from vlmscope.circuits.plans import at_supernodes, donor_activations, steer_plan, union
+from vlmscope.circuits.selectors import contrast_circuit
 from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId, Positions
 from vlmscope.features.readouts import role_means
 from vlmscope.interventions.edits import position_mask, set_features
-from vlmscope.interventions.named import by_layer, mean_activations, patch_plan
+from vlmscope.interventions.named import by_layer, donor_activations, mean_activations, patch_plan
 from vlmscope.interventions.named import steer_plan as named_plan
 from vlmscope.interventions.run import base_run, run_edited
 from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
@@ -96,8 +93,8 @@ def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
         operations = [Carry(None)]
         for circuit in (found, load_circuit(tmp_path)):
             roles = batches[0].roles
-            steered = steer_plan(circuit, "a", "b", roles, 2.0, gate=0.5)
-            patched = patch_plan(donor_activations(scope, batches[1], circuit), roles, pooled=True)
+            steered = steer_plan(circuit, "a", "b", batches[0].places, 2.0, gate=0.5)
+            patched = patch_plan(donor_activations(scope, batches[1], circuit.union()), roles, pooled=True)
             node = replace(circuit.node("a"), positions=Positions(("image",)))
             some = at_supernodes(patched, [node], batches[0].places)
             where = position_mask(roles, "all")
@@ -105,7 +102,7 @@ def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
             for plan in (steered, patched, some, ablated):
                 for mode in MODES:
                     assert marked(run_edited(scope, batches[0], plan, mode, base))
-            both = union(circuit)
+            both = circuit.union()
             operations += [Exchange(circuit, "a", "b", 0.5), Carry(both, nodes=(node,)), Toward(both), Ablate(both)]
         settings = [Setting(mode=mode, random_direction=1) for mode in MODES] + [
             Setting(layers="no_last", positions="image")

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.circuits.circuit import Circuit, load_circuit, save_circuit
-from vlmscope.circuits.plans import at_supernodes, steer_plan
+from vlmscope.circuits.circuit import Circuit, at_supernodes, load_circuit, save_circuit, steer_plan
 from vlmscope.core.artifacts import save_tensors, write_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import CircuitEdge, CircuitFeature, Supernode

@@ -120,15 +120,15 @@ def test_by_contrast_finds_what_was_planted_at_its_role(bench) -> None:
     of = means(transcoders, a=("image", 0, 3, 2.0), b=("last", 1, 5, 3.0), c=("last", 2, 7, 1.0))
     against = means(transcoders, c=("last", 2, 7, 1.5), d=("image", 0, 9, 4.0))
     node = SupernodeConfig(count=5)
-    found = selectors.by_contrast(transcoders, of, against, node, None)
+    found = selectors.by_contrast(transcoders, of, against, node, {})
     assert set(ids(found)) == {A, B}
     assert {m.feature: (m.role, m.contrast) for m in found} == {A: ("image", 2.0), B: ("last", 3.0)}
-    confirmed = selectors.by_contrast(transcoders, of, against, node, {A: 0.25})
+    confirmed = selectors.by_contrast(transcoders, of, against, node, {A: 0.25}, True)
     assert ids(confirmed) == [A] and confirmed[0].influence == 0.25
-    assert ids(selectors.by_contrast(transcoders, of, against, SupernodeConfig(layers=[1, 2]), None)) == [B]
-    assert selectors.by_contrast(transcoders, of, of, node, None) == []
+    assert ids(selectors.by_contrast(transcoders, of, against, SupernodeConfig(layers=[1, 2]), {})) == [B]
+    assert selectors.by_contrast(transcoders, of, of, node, {}) == []
     with pytest.raises(UserError, match="no position role in common"):
-        selectors.by_contrast(transcoders, of, RoleMeans({}, {}, 1), node, None)
+        selectors.by_contrast(transcoders, of, RoleMeans({}, {}, 1), node, {})
 
 
 def test_means_at_a_box_are_those_of_its_soft_tokens(bench) -> None:

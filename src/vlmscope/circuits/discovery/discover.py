@@ -1,27 +1,49 @@
-"""From pairs to a circuit: rankings on training pairs, curves on test pairs, the smallest circuit and its checks.
+"""From pairs to the smallest circuit of a question: rankings on training pairs, curves on test pairs, and its checks.
 
-Legend: N nodes, B pairs, K sizes.
+A run of a circuit is the original's run in which every embedding, feature and error outside the circuit has the value
+of the counterfactual's run (`search.py`). Faithfulness f is 0 for the counterfactual's run and 1 for the original's, a
+ratio of means over pairs.
+
+Legend: N nodes, B pairs.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import Tensor
 
 from vlmscope.attribution.config import AttributionConfig
-from vlmscope.circuits.discovery.config import DiscoveryConfig
-from vlmscope.circuits.discovery.controls import matched_circuits, random_order
-from vlmscope.circuits.discovery.edge_search import discover_edges
-from vlmscope.circuits.discovery.graphs import GraphScores, graph_scores
-from vlmscope.circuits.discovery.nodes import Nodes, opposite
-from vlmscope.circuits.discovery.result import Discovery, FoundCircuit, Stability
-from vlmscope.circuits.discovery.scores import activation_change, eap_ig, order_of
-from vlmscope.circuits.discovery.search import Runner, greedy_order, prune_members, smallest
-from vlmscope.circuits.discovery.sides import CircuitSubject, changes, changing_nodes, measure
+from vlmscope.circuits.cases import subject_of_pairs
+from vlmscope.circuits.circuit import Circuit
+from vlmscope.circuits.discovery.edges import EdgeCircuits, discover_edges
+from vlmscope.circuits.discovery.nodes import (
+    CircuitSubject,
+    GraphScores,
+    Kind,
+    Nodes,
+    activation_change,
+    changing_nodes,
+    eap_ig,
+    graph_scores,
+    measure,
+    order_of,
+)
+from vlmscope.circuits.discovery.search import (
+    Runner,
+    greedy_order,
+    matched_circuits,
+    prune_members,
+    random_order,
+    smallest,
+)
+from vlmscope.circuits.spec_config import SURROUNDINGS, DiscoveryConfig
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import Rate
-from vlmscope.core.records import generator
+from vlmscope.core.intervention import CircuitFeature, Rate, Supernode
+from vlmscope.core.records import FeatureId, Positions, generator
+from vlmscope.data.pairs import Pair
 from vlmscope.metrics.prediction import (
     FaithfulnessCurve,
     faithfulness,
@@ -32,6 +54,155 @@ from vlmscope.metrics.prediction import (
     spearman,
 )
 from vlmscope.scope import Scope
+
+NAMED = 6  # supernodes of one answer each
+ROLE_NAMES = {
+    "special": "special tokens",
+    "image": "picture",
+    "question": "question words",
+    "last": "last position",
+}
+WRITES = "discovery, writes "  # how a discovered supernode of one answer was chosen, before the answer
+
+
+@dataclass(frozen=True)
+class SmallestCircuit:
+    """The smallest circuit, chosen on training pairs.
+
+    Attributes:
+        by: the ranking that it was cut from.
+        members: node numbers, best first.
+        cut: how many first nodes of the ranking reached the wanted share, before members were pruned.
+        train: its f on the training pairs it was chosen on, free.
+        test: mode -> its f on test pairs; `control`: the mean f of matched random circuits, None where the circuit has
+            more than half of the features.
+        ablated: mode -> f of the whole model without the circuit's features, which should be low; `control`: without
+            as many matched features.
+        losses: member -> loss of f when it alone is dropped, on training pairs, of those that were tried.
+        groups: (layer, role) -> loss of f on test pairs when the circuit's nodes there are dropped; layer -1 is the
+            embeddings.
+    """
+
+    by: str
+    members: np.ndarray
+    cut: int
+    train: Rate
+    test: dict[str, Rate]
+    ablated: dict[str, Rate]
+    losses: dict[int, float]
+    groups: dict[tuple[int, str], float]
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How often the same features are chosen.
+
+    Attributes:
+        jaccard: method -> mean overlap |A and B| / |A or B| between the choices of bootstrap resamples of the pairs.
+        other_pairs: the same between training and test pairs (EAP-IG).
+        chance: the same between random choices of as many features.
+        frequency: [N], share of resamples in which EAP-IG chooses a node.
+    """
+
+    jaccard: dict[str, float]
+    other_pairs: float
+    chance: float
+    frequency: np.ndarray
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """Everything about one question.
+
+    Attributes:
+        question: its name.
+        nodes: the candidates.
+        scores: method -> [N] scores; of `greedy`, minus the rank.
+        curves: mode -> method -> f over the share of nodes kept, on test pairs.
+        circuit: the smallest circuit.
+        stability: of the choice of features.
+        correlation: Spearman's between |EAP-IG| and influence in graphs, over nodes in which either is not 0.
+        edges: None if they were left out.
+        change: [N], mean change of a feature's activation from counterfactual to original, a mean over pairs summed
+            over the positions of its role; 0 for other nodes.
+        train_pairs: how many chose.
+        test_pairs: how many judged.
+    """
+
+    question: str
+    nodes: Nodes
+    scores: dict[str, np.ndarray]
+    curves: dict[str, dict[str, FaithfulnessCurve]]
+    circuit: SmallestCircuit
+    stability: Stability
+    correlation: float
+    edges: EdgeCircuits | None
+    change: np.ndarray
+    train_pairs: int
+    test_pairs: int
+
+    @property
+    def n_features(self) -> int:
+        """How many members of the circuit are features."""
+        return int(self.nodes.is_feature[self.circuit.members].sum())
+
+    def features(self) -> tuple[CircuitFeature, ...]:
+        """The circuit's features, best first: `contrast` is the change of activation from counterfactual to original,
+        `influence` the EAP-IG score in logits.
+        """
+        nodes = self.nodes
+        return tuple(
+            CircuitFeature(
+                nodes.feature(row),
+                nodes.roles[nodes.role[row]],
+                float(self.change[row]),
+                float(self.scores["eap_ig"][row]),
+            )
+            for row in self.circuit.members.tolist()
+            if nodes.kind[row] == Kind.FEATURE
+        )
+
+    def to_circuit(self, model: str = "", n_features: Mapping[int, int] | None = None) -> Circuit:
+        """One supernode a position role, `<question>_<role>`, which is meant at that role alone."""
+        groups: dict[str, list[CircuitFeature]] = {}
+        for member in self.features():
+            groups.setdefault(member.role, []).append(member)
+        chosen = f"discovery, cut from {self.circuit.by}"
+        nodes = [
+            Supernode(f"{self.question}_{role}", tuple(members), Positions((role,)), chosen)
+            for role, members in groups.items()
+        ]
+        return Circuit({node.name: node for node in nodes}, {}, model=model, n_features=n_features)
+
+
+def moving_questions(
+    train: Mapping[str, Sequence[Pair]], test: Collection[str], wanted: str | None = None
+) -> list[str]:
+    """The questions of pairs whose answer differs within pairs, or the one that is `wanted` of them.
+
+    Raises:
+        UserError: there is none, or not the wanted one.
+    """
+    moving = [name for name in train if name in test and train[name][0].moves]
+    if wanted is not None and wanted not in moving:
+        known = f"choose from {', '.join(moving)}" if moving else "no question of these pairs has two answers"
+        raise UserError(f"discovery.question={wanted}: {known}")
+    if not moving:
+        raise UserError("no question's answer differs within a pair: there is no contrast to find a circuit by")
+    return moving if wanted is None else [wanted]
+
+
+def circuit_subject(
+    scope: Scope, question: str, pairs: Sequence[Pair], least: int, modes: Collection[str]
+) -> CircuitSubject:
+    """Pairs that are answered rightly on both sides, at least so many, with the prompts of each side."""
+    subject = subject_of_pairs(scope, question, pairs, least, modes=modes)
+    kept = [pairs[row] for row in subject.rows.tolist()]
+    originals, others = (
+        [scope.inputs(side.prompt, list(side.images)) for side in sides]
+        for sides in ([pair.original for pair in kept], [pair.counterfactual for pair in kept])
+    )
+    return CircuitSubject(subject, originals, others)
 
 
 def discover(
@@ -70,21 +241,20 @@ def discover(
     traced = graph_scores(scope, train, nodes, settings.graphs, graphs or AttributionConfig())
     change = activation_change(scope.transcoders, sides, nodes)
     scores, orders = _rankings(choosing, effects, traced, change, settings)
-    found = _found(choosing, judging, orders, change, settings)
+    circuit = _smallest_circuit(choosing, judging, orders, change, settings)
     seen = (effects.mean(0) != 0) | (traced.nodes.mean(0) != 0)
     return Discovery(
         train.pairs.question,
         nodes,
         scores,
         {mode: _curves(judging, orders, mode, settings) for mode in settings.modes},
-        found,
-        _stability(judging, effects, traced, found, settings),
+        circuit,
+        _stability(judging, effects, traced, circuit, settings),
         spearman(np.abs(effects.mean(0))[seen], traced.nodes.mean(0)[seen]),
         discover_edges(choosing, judging, effects, traced, settings) if settings.edge_pairs else None,
         _feature_change(choosing),
         train.pairs.size,
         test.pairs.size,
-        vars(settings),
     )
 
 
@@ -93,19 +263,17 @@ def _rankings(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Scores [N] and orders [N] by method; EAP-IG's are always there, as other things rest on them."""
     scores = {"eap_ig": effects.mean(0), "graph": traced.nodes.mean(0), "activation": change}
-    orders = {name: order_of(found) for name, found in scores.items()}
+    orders = {name: order_of(values) for name, values in scores.items()}
     # A graph leaves most nodes without a score: these follow in the order of their change.
     orders["graph"] = np.lexsort((-change, -scores["graph"]))
     if "greedy" in settings.methods:
         orders["greedy"] = greedy_order(runner)
         scores["greedy"] = np.empty(len(runner.nodes))
         scores["greedy"][orders["greedy"]] = -np.arange(len(runner.nodes), dtype=float)
-    chosen = [name for name in settings.methods if name != "random"]
-    if "random" in settings.methods:
-        orders["random"] = random_order(runner.nodes, orders["eap_ig"], settings.seed)
-    names = {*chosen, "eap_ig"}
-    return {name: scores[name] for name in scores if name in names}, {
-        name: order for name, order in orders.items() if name in names or name == "random"
+    orders["random"] = random_order(runner.nodes, orders["eap_ig"], settings.seed)
+    asked = {*settings.methods, "eap_ig"}
+    return {name: scores[name] for name in scores if name in asked}, {
+        name: orders[name] for name in orders if name in asked
     }
 
 
@@ -117,72 +285,47 @@ def _curves(
     counts = sizes(len(runner.nodes))
     curves = {}
     for name in settings.methods:
-        order = orders[name]
         # The whole model also has what training pairs never had.
-        values = [runner.run(runner.kept(order[:count]), mode) for count in counts[:-1]] + [clean]
-        curves[name] = faithfulness_curve(np.stack(values), clean, corrupt, counts, settings.seed)
+        m = [runner.run(runner.kept(orders[name][:count]), mode) for count in counts[:-1]] + [clean]
+        curves[name] = faithfulness_curve(np.stack(m), clean, corrupt, counts, settings.seed)
     return curves
 
 
-def _found(
+def _smallest_circuit(
     choosing: Runner, judging: Runner, orders: dict[str, np.ndarray], change: np.ndarray, settings: DiscoveryConfig
-) -> FoundCircuit:
+) -> SmallestCircuit:
     """Cut the best ranking where it reaches the wanted share, prune members, and judge the rest on test pairs."""
     names = [settings.by] if settings.by else [name for name in orders if name != "random"]
     cuts = {name: smallest(choosing, orders[name], settings.keep) for name in names}
     by = min(cuts, key=lambda name: cuts[name])
     pruned = prune_members(choosing, orders[by][: cuts[by]], settings.keep, settings.minimality, settings.threshold)
     members, nodes = pruned.members, choosing.nodes
-    clean, corrupt = choosing.ends()
     alike = matched_circuits(nodes, members, change, settings.seed, settings.draws)
-    features = members[nodes.is_feature[members]]
-    test, ablated = {}, {}
+    test: dict[str, Rate] = {}
+    ablated: dict[str, Rate] = {}
     for mode in settings.modes:
         ends = judging.ends(mode)
-
-        def rate(
-            rows: np.ndarray,
-            mode: str = mode,
-            ends: tuple[np.ndarray, np.ndarray] = ends,
-            without: bool = False,
-        ) -> Rate:
-            kept = judging.kept(rows)
-            return faithfulness(judging.run(opposite(kept) if without else kept, mode), *ends, settings.seed)
-
-        controls = [rate(rows).value for rows in alike]
-        left = [rate(rows[nodes.is_feature[rows]], without=True).value for rows in alike]
-        test[mode] = replace(rate(members), control=float(np.mean(controls)) if alike else None)
-        ablated[mode] = replace(rate(features, without=True), control=float(np.mean(left)) if alike else None)
-    return FoundCircuit(
-        by,
-        members,
-        cuts[by],
-        faithfulness(choosing.run(choosing.kept(members)), clean, corrupt, settings.seed),
-        test,
-        ablated,
-        pruned.losses,
-        _group_losses(judging, members),
-    )
-
-
-def _group_losses(runner: Runner, members: np.ndarray) -> dict[tuple[int, str], float]:
-    """Loss of f when the circuit's nodes of one layer and role are dropped; layer -1 is the embeddings."""
-    nodes, share = runner.nodes, runner.share(members)
-    groups = sorted({(int(nodes.layer[row]), int(nodes.role[row])) for row in members.tolist()})
-    losses = {}
-    for layer, role in groups:
-        mine = (nodes.layer[members] == layer) & (nodes.role[members] == role)
-        losses[layer, nodes.roles[role]] = share - runner.share(members[~mine])
-    return losses
+        kept = [judging.kept(rows) for rows in (members, *alike)]
+        without = [judging.without(rows[nodes.is_feature[rows]]) for rows in (members, *alike)]
+        for rates, circuits in ((test, kept), (ablated, without)):
+            own, *controls = (faithfulness(judging.run(each, mode), *ends, settings.seed) for each in circuits)
+            control = float(np.mean([rate.value for rate in controls])) if controls else None
+            rates[mode] = replace(own, control=control)
+    share, groups = judging.share(members), {}
+    for layer, role in sorted({(int(nodes.layer[row]), int(nodes.role[row])) for row in members.tolist()}):
+        there = (nodes.layer[members] == layer) & (nodes.role[members] == role)
+        groups[layer, nodes.roles[role]] = share - judging.share(members[~there])
+    train = faithfulness(choosing.run(choosing.kept(members)), *choosing.ends(), settings.seed)
+    return SmallestCircuit(by, members, cuts[by], train, test, ablated, pruned.losses, groups)
 
 
 def _stability(
-    judging: Runner, effects: np.ndarray, traced: GraphScores, found: FoundCircuit, settings: DiscoveryConfig
+    judging: Runner, effects: np.ndarray, traced: GraphScores, circuit: SmallestCircuit, settings: DiscoveryConfig
 ) -> Stability:
     """Features chosen again from resampled pairs, as many as the circuit has."""
     nodes = judging.nodes
     rows = np.flatnonzero(nodes.is_feature)
-    count = max(1, int(nodes.is_feature[found.members].sum()))
+    count = max(1, int(nodes.is_feature[circuit.members].sum()))
 
     def top(scores: np.ndarray) -> list[int]:
         return rows[order_of(scores[rows])[:count]].tolist()
@@ -208,18 +351,39 @@ def _stability(
 
 def _feature_change(runner: Runner) -> np.ndarray:
     """[N], mean change of activation of features, summed over the positions of their role."""
-    nodes, out = runner.nodes, np.zeros(len(runner.nodes))
-    role_of = runner.whole().role_of
-    for layer in runner.scope.transcoders.layers:
-        change = changes(runner.sides, runner.scope.transcoders, layer).mean(0)
-        table = change.new_zeros(len(nodes.roles), change.shape[1]).index_add_(0, role_of, change)
-        mine = nodes.is_feature & (nodes.layer == layer)
-        out[mine] = table.double().cpu().numpy()[nodes.role[mine], nodes.index[mine]]
-    return out
+    sides, transcoders = runner.sides, runner.scope.transcoders
+    nothing = sides.clean.entering.new_zeros(len(sides.roles))
+
+    def tables() -> Iterator[tuple[int, Tensor, Tensor]]:
+        for layer in transcoders.layers:
+            change = sides.changes(transcoders, layer).mean(0)
+            yield layer, nothing, change.new_zeros(len(nothing), change.shape[1]).index_add_(0, sides.role_of, change)
+
+    return runner.nodes.read(nothing, tables())
 
 
-def node_name(nodes: Nodes, row: int) -> str:
-    """A node's name, or what stands for the answer and for what is no node in an edge."""
-    if row >= 0:
-        return nodes.name(row)
-    return {-1: "answer", -2: "rest"}.get(row, "other features")
+def by_answer(circuit: Circuit, answers: Sequence[str], words: Mapping[FeatureId, str]) -> Circuit:
+    """A supernode a position role, and of the features at the last position one for each answer that they write.
+
+    Args:
+        circuit: of discovery, a supernode a role.
+        answers: of the pairs; the `NAMED` whose features have the most influence get a supernode of their own.
+        words: what features write; those that write no such answer stay with their role.
+    """
+    nodes: list[Supernode] = []
+    for node in circuit.supernodes.values():
+        assert node.positions is not None, "discovery's supernodes have one"
+        (role,) = node.positions.roles
+        groups: dict[str, list[CircuitFeature]] = {}
+        for member in node.features if role == "last" else ():
+            if (word := words.get(member.feature, "")) in answers:
+                groups.setdefault(word, []).append(member)
+        order = sorted(groups, key=lambda word: -sum(abs(m.influence) for m in groups[word]))[:NAMED]
+        taken = {member.feature for word in order for member in groups[word]}
+        rest = tuple(member for member in node.features if member.feature not in taken)
+        if rest:
+            nodes.append(replace(node, name=ROLE_NAMES.get(role, role), features=rest))
+        for word in order:
+            name = f"writes {word}" if word in (*SURROUNDINGS, *ROLE_NAMES.values()) else word
+            nodes.append(replace(node, name=name, features=tuple(groups[word]), chosen=f"{WRITES}{word}"))
+    return replace(circuit, supernodes={node.name: node for node in nodes})

@@ -1,22 +1,55 @@
-"""The nodes that a circuit may have: features, errors and embeddings, each at a position role.
+"""The nodes that a circuit may have, and scores of what each is worth for the logit difference of counterfactual pairs.
 
-A feature at (layer, role) is one node over all positions of the role, as prompts of one wording share roles. What is
-the same on both sides of every pair is no node: putting its counterfactual value there changes nothing.
+A node is a feature, the error of a layer (MLP output minus reconstruction), or what enters the model, each at a
+position role: one node stands for all positions of its role, since prompts of one wording share roles. What is the
+same on both sides of every pair is no node, as putting its counterfactual value there changes nothing.
 
-Legend: N nodes, R roles, T positions, F features of a layer.
+With m = l[y] - l[y'], a the value on the clean side (original) and a' on the corrupt one (counterfactual), a node's
+score is by
+
+- EAP-IG (Hanna et al., arXiv 2403.17806): `(a - a') dm/da`, summed over the positions of its role, with the gradient
+  averaged over inputs between the two sides (`circuits/pairs.py`). For a feature `(a - a') W_dec . dm/d(write)`,
+  summed over the layers that it writes to; for errors and embeddings the dot product of the vectors.
+- attribution graphs (Ameisen et al. 2025): influence in the pruned graphs of both sides, which explain m (0 if pruned).
+  A feature that is active in the counterfactual alone is in no graph of the original, and matters all the same when it
+  is put there: hence both sides. Influence has no sign, and says what the answer is made of, not what differs.
+- activation change: how far the node moves the stream, whatever the answer.
+
+Legend: B pairs, T positions, d model width, k slots of a code, R roles, F features of a layer, N nodes, G graphs,
+V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vlmscope.activations.capture import target_module
+from vlmscope.attribution.config import AttributionConfig
+from vlmscope.attribution.influence import absolute_rows, influence, logit_weights, prune, rows_of
+from vlmscope.attribution.targets import difference_target
+from vlmscope.attribution.trace import attribute
+from vlmscope.circuits.pairs import PairSubject, code_slopes, gap_gradients
+from vlmscope.core.errors import UserError
+from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.records import FeatureId
+from vlmscope.interventions.run import watch_inputs
+from vlmscope.models.base import INJECTIONS, ModelInputs
+from vlmscope.models.batching import InputBatch
+from vlmscope.replacement.model import build_replacement
+from vlmscope.scope import Scope
+from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
+
+# What edges have at their ends besides node numbers: the answer; as sources also what frozen edges do not carry, and
+# features that are no targets, OTHER - (layer R + role).
+ANSWER, REST, OTHER = -1, -2, -3
 
 
 class Kind(IntEnum):
@@ -24,19 +57,13 @@ class Kind(IntEnum):
 
     EMBEDDING = 0  # what enters the first layer (with DeepStack: what pictures add later) at a role
     FEATURE = 1
-    ERROR = 2  # MLP output minus reconstruction of a layer at a role
+    ERROR = 2
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """A row a node.
-
-    Attributes:
-        roles: R names.
-        kind: [N] int8.
-        layer: [N] int16, -1 for embeddings.
-        role: [N] int8, numbers in `roles`.
-        index: [N] int64, a feature's; -1 for others.
+    """N nodes: `kind` int8, `layer` int16 (-1 for embeddings), `role` int8 (a number in `roles`), `index` int64 (of a
+    feature, else -1), each [N].
     """
 
     roles: tuple[str, ...]
@@ -44,6 +71,12 @@ class Nodes:
     layer: np.ndarray
     role: np.ndarray
     index: np.ndarray
+
+    @classmethod
+    def of(cls, roles: Sequence[str], keys: Sequence[tuple[int, int, int, int]]) -> Nodes:
+        """Nodes from their (kind, layer, role, index)."""
+        kind, layer, role, index = np.array(list(keys), dtype=np.int64).reshape(-1, 4).T
+        return cls(tuple(roles), kind.astype(np.int8), layer.astype(np.int16), role.astype(np.int8), index)
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -54,7 +87,9 @@ class Nodes:
         return self.kind == Kind.FEATURE
 
     def name(self, row: int) -> str:
-        """`L5/123@last`, `error L5@image`, `embedding@image`."""
+        """`L5/123@last`, `error L5@image`, `embedding@image`; for the other ends of edges, what they are."""
+        if row < 0:
+            return {ANSWER: "answer", REST: "rest"}.get(row, "other features")
         role = self.roles[self.role[row]]
         if self.kind[row] == Kind.FEATURE:
             return f"{self.feature(row)}@{role}"
@@ -70,95 +105,247 @@ class Nodes:
         columns = (self.kind.tolist(), self.layer.tolist(), self.role.tolist(), self.index.tolist())
         return {key: row for row, key in enumerate(zip(*columns, strict=True))}
 
-
-def make_nodes(roles: Sequence[str], keys: Sequence[tuple[int, int, int, int]]) -> Nodes:
-    """Nodes from their (kind, layer, role, index)."""
-    table = np.array(list(keys), dtype=np.int64).reshape(-1, 4)
-    kind, layer, role, index = table.T
-    return Nodes(tuple(roles), kind.astype(np.int8), layer.astype(np.int16), role.astype(np.int8), index)
+    def read(self, embeddings: Tensor, layers: Iterable[tuple[int, Tensor, Tensor]]) -> np.ndarray:
+        """[.., N] float64: the nodes' entries of tables by role, from embeddings [.., R] and, layer by layer, its
+        number, errors [.., R] and features [.., R, F].
+        """
+        out = np.zeros((*embeddings.shape[:-1], len(self)))
+        mine = self.kind == Kind.EMBEDDING
+        out[..., mine] = embeddings.double().cpu().numpy()[..., self.role[mine]]
+        for layer, errors, features in layers:
+            mine = (self.layer == layer) & (self.kind == Kind.ERROR)
+            out[..., mine] = errors.double().cpu().numpy()[..., self.role[mine]]
+            mine = (self.layer == layer) & self.is_feature
+            out[..., mine] = features.double().cpu().numpy()[..., self.role[mine], self.index[mine]]
+        return out
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Which nodes a run keeps, as masks: bool, or numbers for what lies between.
+class CircuitSubject:
+    """Pairs of one question (their batches, answers and unedited runs) and, for tracing, the prompts of each side."""
+
+    pairs: PairSubject
+    originals: Sequence[ModelInputs]
+    others: Sequence[ModelInputs]
+
+    def __post_init__(self) -> None:
+        pairs = self.pairs
+        if not pairs.moves:
+            raise UserError(
+                f"question {pairs.question!r}: the contrast is empty, as both sides of a pair have the same answer; "
+                "choose pairs whose answers differ"
+            )
+        if not len(self.originals) == len(self.others) == pairs.size:
+            raise UserError(
+                f"question {pairs.question!r}: {len(self.originals)} originals, {len(self.others)} counterfactuals "
+                f"and {pairs.size} pairs do not match; give one of each for every pair"
+            )
+
+    def gaps(self, logits: Tensor) -> Tensor:
+        """m [B]: logit of the original's answer minus that of the counterfactual's, from logits [B, V]."""
+        rows = torch.arange(self.pairs.size, device=logits.device)
+        return logits[rows, self.pairs.tokens] - logits[rows, self.pairs.other_tokens]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of all pairs, unedited.
 
     Attributes:
-        embeddings: [T].
-        errors: layer -> [T].
-        features: layer -> [R, F].
-        role_of: [T] int64, the role of each position.
+        entering: [B, T, d], what enters the first layer.
+        injections: [B, n, T, d] or None, what pictures add after later layers.
+        codes: layer -> features [B, T, k].
+        errors: layer -> [B, T, d].
+        gaps: m [B] float64.
     """
 
-    embeddings: Tensor
+    entering: Tensor
+    injections: Tensor | None
+    codes: dict[int, SparseCode]
     errors: dict[int, Tensor]
-    features: dict[int, Tensor]
+    gaps: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Clean (originals) and corrupt (counterfactuals); `role_of` [T] is the number in `roles` of each position."""
+
+    subject: CircuitSubject
+    clean: Side
+    corrupt: Side
+    roles: tuple[str, ...]
     role_of: Tensor
 
+    def changes(self, transcoders: TranscoderSet, layer: int) -> Tensor:
+        """[B, T, F]: clean minus corrupt activation of a layer's features."""
+        width = transcoders[layer].config.n_features
+        return self.clean.codes[layer].dense(width) - self.corrupt.codes[layer].dense(width)
 
-def role_numbers(roles: Sequence[str], at: np.ndarray) -> np.ndarray:
-    """[T] int64: the number of each position's role among `roles`."""
-    numbers = {role: number for number, role in enumerate(roles)}
-    return np.array([numbers[role] for role in at.tolist()], dtype=np.int64)
+    def by_role(self, values: Tensor) -> Tensor:
+        """[B, R] float64: sums of values [B, T] over the positions of each role."""
+        sums = values.new_zeros(len(values), len(self.roles), dtype=torch.float64)
+        return sums.index_add_(1, self.role_of, values.double())
 
 
-def keep(nodes: Nodes, chosen: np.ndarray, widths: dict[int, int], at: np.ndarray, device: torch.device) -> Kept:
-    """Masks that keep some nodes and nothing else.
+@torch.no_grad()
+def measure(scope: Scope, subject: CircuitSubject) -> Sides:
+    """Run both sides once and keep what circuits are made of."""
+    positions = subject.pairs.batch.roles.tolist()
+    roles = tuple(dict.fromkeys(positions))
+    role_of = torch.tensor([roles.index(role) for role in positions], device=scope.adapter.device)
+    clean, corrupt = (_side(scope, subject, batch) for batch in (subject.pairs.batch, subject.pairs.other))
+    return Sides(subject, clean, corrupt, roles, role_of.to(clean.entering.device))
 
-    Args:
-        nodes: the nodes.
-        chosen: [N] bool, or row numbers.
-        widths: layer -> F.
-        at: [T] position roles of the prompt.
-        device: of the masks.
+
+def _side(scope: Scope, subject: CircuitSubject, batch: InputBatch) -> Side:
+    outputs: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        inputs = watch_inputs(stack, scope.adapter, scope.transcoders.layers)
+        for layer in scope.transcoders.layers:
+
+            def hook(_m: Any, _a: Any, out: Tensor, layer: int = layer) -> None:
+                outputs[layer] = out
+
+            module = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
+            stack.callback(module.register_forward_hook(hook).remove)
+        logits = scope.forward(batch)
+    codes = scope.transcoders.encode(inputs)
+    errors = {
+        layer: out - scope.transcoders.decode(layer, codes, inputs[layer]).to(out) for layer, out in outputs.items()
+    }
+    gaps = subject.gaps(logits).double().cpu().numpy()
+    return Side(batch.tensors["inputs_embeds"], batch.tensors.get(INJECTIONS), codes, errors, gaps)
+
+
+def changing_nodes(sides: Sides, transcoders: TranscoderSet) -> Nodes:
+    """All nodes whose value differs between the sides of some pair."""
+    clean, corrupt = sides.clean, sides.corrupt
+
+    def differing(first: Tensor, second: Tensor) -> list[int]:
+        """Roles where two tensors [B, T, ..] differ."""
+        moved = (first != second).flatten(2).any(-1).any(0)
+        return sides.role_of[moved].unique().tolist()
+
+    entering = differing(clean.entering, corrupt.entering)
+    if clean.injections is not None and corrupt.injections is not None:
+        added = differing(clean.injections.transpose(1, 2), corrupt.injections.transpose(1, 2))
+        entering = sorted({*entering, *added})
+    keys: list[tuple[int, int, int, int]] = [(Kind.EMBEDDING, -1, role, -1) for role in entering]
+    for layer in transcoders.layers:
+        moved = (sides.changes(transcoders, layer) != 0).any(0)  # [T, F]
+        for role in range(len(sides.roles)):
+            indices = torch.nonzero(moved[sides.role_of == role].any(0)).flatten().tolist()
+            keys += [(Kind.FEATURE, layer, role, index) for index in indices]
+        keys += [(Kind.ERROR, layer, role, -1) for role in differing(clean.errors[layer], corrupt.errors[layer])]
+    return Nodes.of(sides.roles, keys)
+
+
+def order_of(scores: np.ndarray) -> np.ndarray:
+    """[N] node numbers by |score|, largest first; equal ones in the order of the nodes."""
+    return np.argsort(-np.abs(scores), kind="stable")
+
+
+@torch.no_grad()
+def eap_ig(scope: Scope, sides: Sides, nodes: Nodes, steps: int) -> np.ndarray:
+    """[B, N] float64: EAP-IG's score of every node on every pair, in logits; positive where the clean value helps."""
+    clean, corrupt, transcoders = sides.clean, sides.corrupt, scope.transcoders
+    # These are gradients of -m, so every difference below is corrupt minus clean.
+    gradients = gap_gradients(scope, sides.subject.pairs, steps, inputs=True)
+    assert gradients.entering is not None, "embeddings are nodes: their gradient is needed"
+    at_input = ((corrupt.entering - clean.entering) * gradients.entering).sum(-1)
+    if gradients.injections is not None and clean.injections is not None and corrupt.injections is not None:
+        at_input = at_input + ((corrupt.injections - clean.injections) * gradients.injections).sum((1, 3))
+
+    def features(layer: int, code: SparseCode) -> Tensor:
+        """[B, R, F]: `a d(-m)/da` summed over the positions of each role."""
+        width = transcoders[layer].config.n_features
+        effect = code.values * code_slopes(transcoders[layer], code, gradients.writes, layer)
+        place = sides.role_of[:, None] * width + code.indices
+        sums = effect.new_zeros(len(effect), len(sides.roles) * width)
+        return sums.scatter_add_(1, place.flatten(1), effect.flatten(1)).view(len(effect), -1, width)
+
+    def tables() -> Iterable[tuple[int, Tensor, Tensor]]:
+        for layer in transcoders.layers:
+            errors = ((corrupt.errors[layer] - clean.errors[layer]) * gradients.writes[layer]).sum(-1)
+            effects = features(layer, corrupt.codes[layer]) - features(layer, clean.codes[layer])
+            yield layer, sides.by_role(errors), effects
+
+    return nodes.read(sides.by_role(at_input), tables())
+
+
+def activation_change(transcoders: TranscoderSet, sides: Sides, nodes: Nodes) -> np.ndarray:
+    """[N] float64, how far each node moves the stream: the norm of the change of what it writes, summed over positions,
+    mean over pairs.
     """
-    rows = np.flatnonzero(chosen) if np.asarray(chosen).dtype == bool else np.asarray(chosen, dtype=np.int64)
-    role_of = torch.from_numpy(role_numbers(nodes.roles, at)).to(device)
-    n_roles = len(nodes.roles)
-    embeddings = torch.zeros(n_roles, dtype=torch.bool, device=device)
-    errors = {layer: torch.zeros(n_roles, dtype=torch.bool, device=device) for layer in widths}
-    features = {layer: torch.zeros(n_roles, width, dtype=torch.bool, device=device) for layer, width in widths.items()}
-    kind, layers, role, index = (x[rows] for x in (nodes.kind, nodes.layer, nodes.role, nodes.index))
-    embeddings[torch.from_numpy(role[kind == Kind.EMBEDDING]).long()] = True
-    for layer in widths:
-        here = layers == layer
-        errors[layer][torch.from_numpy(role[here & (kind == Kind.ERROR)]).long()] = True
-        mine = here & (kind == Kind.FEATURE)
-        features[layer][torch.from_numpy(role[mine]).long(), torch.from_numpy(index[mine])] = True
-    return Kept(embeddings[role_of], {i: found[role_of] for i, found in errors.items()}, features, role_of)
+    clean, corrupt, size = sides.clean, sides.corrupt, sides.subject.pairs.size
+
+    def tables() -> Iterable[tuple[int, Tensor, Tensor]]:
+        for layer in transcoders.layers:
+            errors = sides.by_role((clean.errors[layer] - corrupt.errors[layer]).norm(dim=-1)).mean(0)
+            change = sides.changes(transcoders, layer).abs().sum(0) * transcoders[layer].write_norms()
+            sums = change.new_zeros(len(sides.roles), change.shape[1]).index_add_(0, sides.role_of, change)
+            yield layer, errors, sums / size
+
+    return nodes.read(sides.by_role((clean.entering - corrupt.entering).norm(dim=-1)).mean(0), tables())
 
 
-def keep_all(nodes: Nodes, widths: dict[int, int], at: np.ndarray, device: torch.device, value: bool = True) -> Kept:
-    """Keep everything (or nothing): also what is no node because training pairs never had it."""
-    role_of = torch.from_numpy(role_numbers(nodes.roles, at)).to(device)
-    whole = torch.full((len(at),), value, device=device)
-    features = {layer: torch.full((len(nodes.roles), width), value, device=device) for layer, width in widths.items()}
-    return Kept(whole, dict.fromkeys(widths, whole), features, role_of)
+@dataclass(frozen=True)
+class GraphScores:
+    """Influence of each node in each graph, `nodes` [G, N] float64, and of `edges`, (source, target) -> mean over
+    graphs; a target may be `ANSWER`.
+    """
+
+    nodes: np.ndarray
+    edges: dict[tuple[int, int], float]
 
 
-def opposite(kept: Kept) -> Kept:
-    """Keep what was not kept."""
-    return Kept(
-        ~kept.embeddings,
-        {layer: ~mask for layer, mask in kept.errors.items()},
-        {layer: ~mask for layer, mask in kept.features.items()},
-        kept.role_of,
-    )
+def graph_scores(
+    scope: Scope, subject: CircuitSubject, nodes: Nodes, count: int, config: AttributionConfig
+) -> GraphScores:
+    """Trace both sides of the first `count` pairs; what is the same on both sides of all pairs gets no score."""
+    table: list[np.ndarray] = []
+    edges: dict[tuple[int, int], float] = {}
+    rows, pairs = nodes.rows(), subject.pairs
+    sides = [(row, side[row]) for row in range(min(count, pairs.size)) for side in (subject.originals, subject.others)]
+    for row, inputs in sides:
+        replacement = build_replacement(scope, inputs)
+        words = int(pairs.tokens[row]), int(pairs.other_tokens[row])
+        targets = difference_target(replacement, *words, "original - counterfactual")
+        graph = attribute(replacement, config, None, targets=targets)
+        pruned = prune(graph, config.node_threshold, config.edge_threshold)
+        number = _numbers(graph, nodes, rows)
+        kept = pruned.node_mask & (number >= 0)
+        table.append(np.bincount(number[kept], weights=pruned.influence[kept], minlength=len(nodes)))
+        for pair, flow in _edge_flow(pruned, number).items():
+            edges[pair] = edges.get(pair, 0.0) + flow / len(sides)
+    return GraphScores(np.stack(table), edges)
 
 
-def read(nodes: Nodes, values: Kept) -> np.ndarray:
-    """[N] float64: the values of nodes from numbers in the shape of masks, summed over the positions of a role."""
-    out = np.zeros(len(nodes))
-    n_roles = len(nodes.roles)
-
-    def by_role(found: Tensor) -> np.ndarray:
-        sums = found.double().new_zeros(n_roles).index_add_(0, values.role_of, found.double())
-        return sums.cpu().numpy()
-
-    mine = nodes.kind == Kind.EMBEDDING
-    out[mine] = by_role(values.embeddings)[nodes.role[mine]]
-    for layer, found in values.features.items():
-        mine = (nodes.layer == layer) & (nodes.kind == Kind.FEATURE)
-        out[mine] = found.double().cpu().numpy()[nodes.role[mine], nodes.index[mine]]
-        mine = (nodes.layer == layer) & (nodes.kind == Kind.ERROR)
-        out[mine] = by_role(values.errors[layer])[nodes.role[mine]]
+def _numbers(graph: AttributionGraph, nodes: Nodes, rows: dict[tuple[int, int, int, int], int]) -> np.ndarray:
+    """[graph nodes] int64: the number of each, `ANSWER` for ends, below that for what is no node."""
+    kinds = {NodeKind.TOKEN: Kind.EMBEDDING, NodeKind.FEATURE: Kind.FEATURE, NodeKind.ERROR: Kind.ERROR}
+    table, role_of = graph.nodes, [nodes.roles.index(role) for role in graph.roles.tolist()]
+    out = np.full(len(table), REST, dtype=np.int64)
+    out[table.ends()] = ANSWER
+    for kind, ours in kinds.items():
+        for place in table.of(kind).tolist():
+            index = int(table.index[place]) if ours == Kind.FEATURE else -1
+            key = (int(ours), int(table.layer[place]), role_of[table.position[place]], index)
+            out[place] = rows.get(key, REST)
     return out
+
+
+def _edge_flow(pruned: PrunedGraph, number: np.ndarray) -> dict[tuple[int, int], float]:
+    """The influence that flows through each kept edge, `|A_ts| (I_t + w_t) / sum of |edges of t|`, by node numbers."""
+    graph = pruned.graph
+    flow = influence(graph, logit_weights(graph), pruned.node_mask)
+    rows = rows_of(graph, pruned.node_mask)
+    sums: dict[tuple[int, int], float] = {}
+    for row in rows[number[rows] >= ANSWER].tolist():
+        edges = absolute_rows(graph, np.array([row]))
+        kept = pruned.edge_mask[graph.indptr[row] : graph.indptr[row + 1]] & (number[edges.indices] >= 0)
+        values = edges.data[kept] * flow.per_edge[row]
+        for source, value in zip(number[edges.indices[kept]].tolist(), values.tolist(), strict=True):
+            pair = (source, int(number[row]))
+            sums[pair] = sums.get(pair, 0.0) + value
+    return sums

@@ -1,23 +1,113 @@
-"""From a ranking to the smallest circuit: threshold search, greedy elimination, and pruning of members.
+"""Running a circuit of nodes in the real model, the search for the smallest one, and random circuits like it.
 
-Legend: N nodes, B pairs.
+*A run of a circuit* is the originals' run in which everything outside the circuit has the value of the
+counterfactuals' run:
+
+    embeddings   clean at the roles that are kept, else corrupt
+    MLP of l     sum over kept f of a_f W_dec[f] + sum over the others of a'_f W_dec[f] + b_dec (+ W_skip x) + error,
+                 a_f as the features are in *this* run, a'_f and the error outside as measured in the counterfactual's;
+                 a kept error is the clean one
+
+Attention and norms are the model's own (`free`), or the patterns are those of the originals (`frozen_attention`). So a
+kept feature has its clean activation only as far as what it reads is kept, too: a circuit without its first half keeps
+nothing. The empty circuit is the counterfactual's run, and the one of everything the original's (Marks et al., arXiv
+2403.19647, and MIB, arXiv 2504.13151, run circuits in this way).
+
+*The search* goes from a ranking to the fewest nodes that keep a share f of the logit difference m, and prunes members.
+
+Legend: B pairs, T positions, d model width, k slots of a code, R roles, F features of a layer, N nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from vlmscope.circuits.discovery.nodes import Kept, Nodes, keep, keep_all, read
-from vlmscope.circuits.discovery.run import mask_effects, run_circuit
-from vlmscope.circuits.discovery.sides import Sides
+from vlmscope.activations.capture import target_module
+from vlmscope.circuits.discovery.nodes import Kind, Nodes, Sides
+from vlmscope.core.records import control_draws, generator
+from vlmscope.interventions.run import watch_inputs
+from vlmscope.models.attention import replacing_patterns
+from vlmscope.models.base import INJECTIONS
 from vlmscope.scope import Scope
+from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
 
 FINER = 1.1  # sizes that are looked at grow by this factor
 SHRINK = 0.6  # share of members that a round of the greedy elimination leaves
+NEIGHBOURS = 8  # candidates, nearest in change, of which a matched feature is drawn
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run keeps clean: true or false, or a number between corrupt (0) and clean (1).
+
+    Attributes:
+        embeddings: [R].
+        errors: layer -> [R].
+        features: layer -> [R, F].
+    """
+
+    embeddings: Tensor
+    errors: dict[int, Tensor]
+    features: dict[int, Tensor]
+
+
+@contextmanager
+def circuit(scope: Scope, sides: Sides, kept: Kept, mode: str = "free") -> Iterator[dict[str, Tensor]]:
+    """Hooks that keep a circuit alone, in the mode 'free' or 'frozen_attention'; gives the forward's arguments."""
+    clean, corrupt = sides.clean, sides.corrupt
+    tensors = dict(sides.subject.pairs.batch.tensors)
+    mask = kept.embeddings[sides.role_of][:, None]
+    tensors["inputs_embeds"] = _mix(mask, clean.entering, corrupt.entering)
+    if clean.injections is not None and corrupt.injections is not None:
+        tensors[INJECTIONS] = _mix(mask, clean.injections, corrupt.injections)
+    with ExitStack() as stack:
+        if mode == "frozen_attention":
+            stack.enter_context(replacing_patterns(scope.adapter, sides.subject.pairs.base.patterns))
+        inputs = watch_inputs(stack, scope.adapter, scope.transcoders.layers)
+        ahead_of: dict[int, list[Tensor]] = {}
+        for layer in scope.transcoders.layers:
+
+            def hook(_m: Any, _a: Any, out: Tensor, layer: int = layer) -> Tensor:
+                return _written(scope.transcoders, sides, kept, layer, inputs.pop(layer), ahead_of).to(out)
+
+            target = target_module(scope.adapter, layer, scope.transcoders.config.output_hook)
+            stack.callback(target.register_forward_hook(hook).remove)
+        yield tensors
+
+
+def _written(
+    transcoders: TranscoderSet, sides: Sides, kept: Kept, layer: int, x: Tensor, ahead_of: dict[int, list[Tensor]]
+) -> Tensor:
+    """What a layer writes, [B, T, d]; what its features write to later layers waits in `ahead_of`."""
+    transcoder, clean, corrupt = transcoders[layer], sides.clean, sides.corrupt
+    # Live activations of kept features, beside the counterfactual's of all others.
+    live, other, role = transcoder.encode(x), corrupt.codes[layer], sides.role_of[:, None]
+    mask = kept.features[layer]
+    inside = _mix(mask[role, live.indices], live.values, torch.zeros_like(live.values))
+    outside = _mix(mask[role, other.indices], torch.zeros_like(other.values), other.values)
+    mixed = SparseCode(torch.cat([live.indices, other.indices], -1), torch.cat([inside, outside], -1))
+    out = transcoder.b_dec + transcoder.write(mixed)
+    if transcoder.W_skip is not None:
+        out = out + functional.linear(x.to(transcoder.W_skip.dtype), transcoder.W_skip)
+    for ahead in range(1, transcoder.config.writes):
+        ahead_of.setdefault(layer + ahead, []).append(transcoder.write(mixed, ahead))
+    for earlier in ahead_of.pop(layer, []):
+        out = out + earlier.to(out.device)
+    return out + _mix(kept.errors[layer][sides.role_of][:, None], clean.errors[layer], corrupt.errors[layer])
+
+
+def _mix(weight: Tensor, clean: Tensor, corrupt: Tensor) -> Tensor:
+    """`clean` where `weight` is true, `corrupt` elsewhere; between them for a weight that is a number."""
+    return torch.where(weight, clean, corrupt) if weight.dtype == torch.bool else corrupt + weight * (clean - corrupt)
 
 
 @dataclass(frozen=True)
@@ -28,100 +118,140 @@ class Runner:
     sides: Sides
     nodes: Nodes
 
-    @property
-    def widths(self) -> dict[int, int]:
-        """Layer -> F."""
-        return self.scope.transcoders.widths
+    def kept(self, members: np.ndarray, rest: bool = False) -> Kept:
+        """Masks of members, [N] bool or row numbers; `rest` keeps what is no node, as training pairs never had it."""
+        chosen = np.zeros(len(self.nodes), dtype=bool)
+        chosen[members] = True
+        return self._masks(torch.from_numpy(chosen).to(self.sides.role_of.device), rest)
 
-    @property
-    def device(self) -> torch.device:
-        """Of the masks."""
-        return self.sides.clean.entering.device
+    def without(self, members: np.ndarray) -> Kept:
+        """Masks of everything but some members."""
+        others = np.ones(len(self.nodes), dtype=bool)
+        others[members] = False
+        return self.kept(others, rest=True)
 
-    def kept(self, chosen: np.ndarray) -> Kept:
-        """Masks of members, [N] bool or row numbers."""
-        return keep(self.nodes, chosen, self.widths, self.sides.subject.pairs.batch.roles, self.device)
+    def _masks(self, weights: Tensor, rest: bool = False) -> Kept:
+        """Masks in which each node has its weight [N]."""
+        nodes, n_roles = self.nodes, len(self.nodes.roles)
 
-    def whole(self, value: bool = True) -> Kept:
-        """Masks of everything, or of nothing."""
-        return keep_all(self.nodes, self.widths, self.sides.subject.pairs.batch.roles, self.device, value)
+        def table(mine: np.ndarray, *shape: int) -> Tensor:
+            columns = (nodes.role[mine], nodes.index[mine])[: len(shape)]
+            places = tuple(torch.from_numpy(column).long().to(weights.device) for column in columns)
+            rows = torch.from_numpy(np.flatnonzero(mine)).to(weights.device)
+            return weights.new_full(shape, rest).index_put(places, weights[rows])
 
+        errors, features = {}, {}
+        for layer, width in self.scope.transcoders.widths.items():
+            here = nodes.layer == layer
+            errors[layer] = table(here & (nodes.kind == Kind.ERROR), n_roles)
+            features[layer] = table(here & nodes.is_feature, n_roles, width)
+        return Kept(table(nodes.kind == Kind.EMBEDDING, n_roles), errors, features)
+
+    @torch.no_grad()
     def run(self, kept: Kept, mode: str = "free") -> np.ndarray:
-        """m [B]."""
-        return run_circuit(self.scope, self.sides, kept, mode)
+        """m [B] float64 of a circuit."""
+        with circuit(self.scope, self.sides, kept, mode) as tensors:
+            logits = self.scope.adapter.next_logits(tensors)
+        return self.sides.subject.gaps(logits).double().cpu().numpy()
 
     def ends(self, mode: str = "free") -> tuple[np.ndarray, np.ndarray]:
         """m [B] of the whole and of the empty circuit; of a free run, of the clean and corrupt ones."""
         if mode == "free":
             return self.sides.clean.gaps, self.sides.corrupt.gaps
-        return self.run(self.whole(), mode), self.run(self.whole(False), mode)
+        nothing = np.empty(0, dtype=np.int64)
+        return self.run(self.without(nothing), mode), self.run(self.kept(nothing), mode)
 
-    def share(self, chosen: np.ndarray) -> float:
-        """f of a circuit, free."""
+    def share(self, members: np.ndarray) -> float:
+        """f of a circuit, free: the share that it keeps of the change of m, a ratio of means over pairs."""
         clean, corrupt = self.ends()
-        return float((self.run(self.kept(chosen)).mean() - corrupt.mean()) / (clean.mean() - corrupt.mean()))
+        return float((self.run(self.kept(members)).mean() - corrupt.mean()) / (clean.mean() - corrupt.mean()))
 
-    def effects(self, chosen: np.ndarray, steps: int = 3) -> np.ndarray:
-        """[N], what each member is worth to the circuit, in logits; 0 for what is no member."""
-        worth = mask_effects(self.scope, self.sides, self.kept(chosen), steps)
-        return read(self.nodes, worth)
+    def effects(self, members: np.ndarray, steps: int = 3) -> np.ndarray:
+        """[N], what each member is worth to its circuit, in logits, mean over pairs; 0 for what is no member.
+
+        With every mask multiplied by alpha, m goes from the empty circuit to this one. A member's worth is the
+        derivative of m by its mask, integrated over alpha by the midpoint rule, so that all members together are worth
+        m(circuit) - m(empty), up to that rule (integrated gradients, Sundararajan et al., arXiv 1703.01365, of the
+        masks). On the way features of the counterfactual are still on, which a gradient at the circuit itself would
+        not see.
+        """
+        entering = self.sides.clean.entering
+        chosen = entering.new_zeros(len(self.nodes))
+        chosen[torch.from_numpy(members).to(entering.device)] = 1.0
+        worth = torch.zeros_like(chosen)
+        for step in range(steps):
+            with torch.enable_grad():
+                weights = ((step + 0.5) / steps * chosen).requires_grad_()
+                with circuit(self.scope, self.sides, self._masks(weights)) as tensors:
+                    logits = self.scope.adapter.next_logits(tensors)
+                (slope,) = torch.autograd.grad(self.sides.subject.gaps(logits).mean(), weights)
+            worth += chosen * slope / steps
+        return worth.double().cpu().numpy()
+
+
+def fewest(sizes: Sequence[int], reaches: Callable[[int], bool]) -> int:
+    """The first of ascending sizes from which on `reaches` is taken to hold, by bisection; the last if none does."""
+    return sizes[bisect_left(range(len(sizes) - 1), True, key=lambda place: reaches(sizes[place]))]
+
+
+def finer_sizes(count: int) -> list[int]:
+    """Sizes 1 to `count`, some 10 % apart."""
+    sizes = [1]
+    while sizes[-1] < count:
+        sizes.append(min(count, max(sizes[-1] + 1, int(sizes[-1] * FINER))))
+    return sizes
 
 
 def smallest(runner: Runner, order: np.ndarray, wanted: float) -> int:
-    """The fewest first nodes of an order whose f reaches `wanted`, by bisection over sizes 10 % apart; N if none does.
+    """The fewest first nodes of an order whose f reaches `wanted`; N if none does.
 
     f need not grow with every node, so a smaller circuit may exist; the one returned was measured.
     """
-    grid = [1]
-    while grid[-1] < len(order):
-        grid.append(min(len(order), max(grid[-1] + 1, int(grid[-1] * FINER))))
-    return grid[_first(len(grid), lambda i: runner.share(order[: grid[i]]) >= wanted)]
+    return fewest(finer_sizes(len(order)), lambda size: runner.share(order[:size]) >= wanted)
 
 
 def greedy_order(runner: Runner, least: int = 4) -> np.ndarray:
     """[N] node numbers, best first, by elimination: the members of least |effect| go, what is left is scored anew.
 
-    Each round asks what each member is worth to the circuit that is left (`mask_effects`) and drops 40 % of them.
-    Unlike one estimate around the whole model it sees what a member does when the others are gone.
+    Each round drops 40 % of the members by their worth to the circuit that is left. Unlike one estimate around the
+    whole model it sees what a member does when the others are gone.
     """
     members = np.arange(len(runner.nodes))
-    tail: list[np.ndarray] = []
+    dropped: list[np.ndarray] = []
     while True:
         size = np.abs(runner.effects(members))[members]
         ranked = members[np.argsort(-size, kind="stable")]
         left = int(SHRINK * len(ranked))
         if left < least:
-            return np.concatenate([ranked, *reversed(tail)])
-        tail.append(ranked[left:])
+            return np.concatenate([ranked, *reversed(dropped)])
+        dropped.append(ranked[left:])
         members = ranked[:left]
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What is left of a circuit, and what dropping single members costs.
-
-    Attributes:
-        members: node numbers, best first.
-        losses: node number -> loss of f when it alone is dropped, of those that were tried.
-        dropped: how many members went.
+    """What is left of a circuit: `members`, best first, and `losses`, node number -> loss of f when it alone is
+    dropped, of those that were tried.
     """
 
     members: np.ndarray
     losses: dict[int, float]
-    dropped: int
 
 
 def prune_members(runner: Runner, members: np.ndarray, wanted: float, tries: int, threshold: float) -> Pruned:
     """Drop what a circuit does not need: first by estimate, then by trial.
 
-    The members of least worth (`mask_effects`) go as long as f stays at `wanted`,
-    measured. Of what is left, the `tries` of least worth are dropped one by one; those that cost less than
-    `threshold` go together, if f stays at `wanted` then, else the better half of them, and so on.
+    The members of least worth go as long as f stays at `wanted`, measured. Of what is left, the `tries` of least worth
+    are dropped one by one; those that cost less than `threshold` go together, if f stays at `wanted` then, else the
+    better half of them, and so on.
     """
-    estimated = runner.effects(members)[members]
-    rising = np.argsort(estimated, kind="stable")
-    going = _most(len(members), lambda n: runner.share(np.sort(members[rising[n:]])) >= wanted)
-    left = members[np.sort(rising[going:])]
+    rising = np.argsort(runner.effects(members)[members], kind="stable")
+
+    def kept(size: int) -> np.ndarray:
+        return np.sort(rising[len(members) - size :])
+
+    size = fewest(range(1, len(members) + 1), lambda size: runner.share(members[kept(size)]) >= wanted)
+    left = members[kept(size)]
     share = runner.share(left)
     losses: dict[int, float] = {}
     if tries:
@@ -131,23 +261,47 @@ def prune_members(runner: Runner, members: np.ndarray, wanted: float, tries: int
     idle = sorted((node for node, loss in losses.items() if loss < threshold), key=lambda node: losses[node])
     while idle and runner.share(left[~np.isin(left, idle)]) < wanted:
         idle = idle[: len(idle) // 2]
-    left = left[~np.isin(left, idle)]
-    return Pruned(left, losses, len(members) - len(left))
+    return Pruned(left[~np.isin(left, idle)], losses)
 
 
-def _first(count: int, holds: Callable[[int], bool]) -> int:
-    """The first of 0 .. count - 1 from which on `holds` is taken to hold; the last if it never does."""
-    low, high = 0, count - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    return low
+def matched_circuits(nodes: Nodes, members: np.ndarray, change: np.ndarray, seed: int, draws: int) -> list[np.ndarray]:
+    """`draws` of `matched_circuit` under the root seed; none where the circuit has more than half of the features."""
+    chosen = int(nodes.is_feature[members].sum())
+    if 2 * chosen > int(nodes.is_feature.sum()):
+        return []
+    return [matched_circuit(nodes, members, change, draw) for draw in control_draws(seed, draws)]
 
 
-def _most(count: int, holds: Callable[[int], bool]) -> int:
-    """The largest n below `count` for which `holds` is taken to hold, 0 if none."""
-    low, high = 0, count - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low
+def matched_circuit(nodes: Nodes, members: np.ndarray, change: np.ndarray, seed: int) -> np.ndarray:
+    """Replace each feature of a circuit by a random one outside it, of its layer and role and about as much change.
+
+    Errors and embeddings stay, as there are no others like them. Where a layer and role have no more features outside
+    the circuit, one of the layer is taken, and then any: the number of features never differs.
+
+    Args:
+        nodes: the candidates, with at least as many features outside the circuit as in it.
+        members: [n] numbers of the circuit.
+        change: [N], how far each node moves the stream.
+        seed: which draw.
+    """
+    rng = generator(seed, "matched circuit")
+    free = nodes.is_feature.copy()
+    free[members] = False
+    out = [row for row in members.tolist() if not nodes.is_feature[row]]
+    for row in members[nodes.is_feature[members]].tolist():
+        same_layer = free & (nodes.layer == nodes.layer[row])
+        pools = (same_layer & (nodes.role == nodes.role[row]), same_layer, free)
+        pool = next(np.flatnonzero(pool) for pool in pools if pool.any())
+        near = pool[np.argsort(np.abs(change[pool] - change[row]), kind="stable")[:NEIGHBOURS]]
+        pick = int(rng.choice(near))
+        free[pick] = False
+        out.append(pick)
+    return np.array(out, dtype=np.int64)
+
+
+def random_order(nodes: Nodes, order: np.ndarray, seed: int) -> np.ndarray:
+    """An order with its features shuffled; errors and embeddings keep their places, so that only features differ."""
+    out = order.copy()
+    places = np.flatnonzero(nodes.is_feature[order])
+    out[places] = generator(seed, "random order").permutation(order[places])
+    return out

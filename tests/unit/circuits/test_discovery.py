@@ -1,24 +1,37 @@
-"""Running circuits of nodes and of edges: exact at both ends, complete, and alike where they must be."""
+"""Discovery: circuits of nodes and of edges are exact at both ends, controls are alike, supernodes get names."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vlmscope.activations.capture import mlp_inputs
-from vlmscope.circuits.discovery.edges import REST, edge_table, run_edges
-from vlmscope.circuits.discovery.nodes import Kind, opposite, read
-from vlmscope.circuits.discovery.pair_edges import pair_edges
-from vlmscope.circuits.discovery.run import circuit, mask_effects
-from vlmscope.circuits.discovery.scores import activation_change, eap_ig, order_of
-from vlmscope.circuits.discovery.search import Runner
-from vlmscope.circuits.discovery.sides import CircuitSubject, changing_nodes, measure
+from vlmscope.circuits.circuit import Circuit
+from vlmscope.circuits.discovery.discover import NAMED, by_answer
+from vlmscope.circuits.discovery.edges import edge_table, pair_edges, run_edges
+from vlmscope.circuits.discovery.nodes import (
+    REST,
+    CircuitSubject,
+    Kind,
+    Nodes,
+    activation_change,
+    changing_nodes,
+    eap_ig,
+    measure,
+    order_of,
+)
+from vlmscope.circuits.discovery.search import Runner, circuit, matched_circuit, matched_circuits
 from vlmscope.circuits.pairs import pair_effects, pair_subject
 from vlmscope.core.errors import UserError
+from vlmscope.core.intervention import CircuitFeature, Supernode
+from vlmscope.core.records import FeatureId, Positions
+from vlmscope.data.pairs import Pair, Side
 from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope
+from vlmscope.tasks.circuit import spread_answers
 from vlmscope.transcoders.transcoder import random_set
 
 WIDTH = 24
@@ -56,7 +69,8 @@ def bench(request: pytest.FixtureRequest):
 def test_everything_is_the_original_and_nothing_the_counterfactual(bench, mode: str) -> None:
     runner, _ = bench
     assert np.abs(runner.sides.clean.gaps - runner.sides.corrupt.gaps).min() > 1e-6
-    whole, none = (runner.run(runner.whole(value), mode) for value in (True, False))
+    nothing = np.empty(0, dtype=np.int64)
+    whole, none = runner.run(runner.without(nothing), mode), runner.run(runner.kept(nothing), mode)
     assert np.abs(whole - runner.sides.clean.gaps).max() < 1e-9
     if mode == "free":
         assert np.abs(none - runner.sides.corrupt.gaps).max() < 1e-9
@@ -66,11 +80,12 @@ def test_everything_is_the_original_and_nothing_the_counterfactual(bench, mode: 
 
 def test_a_circuit_and_its_complement_are_run_apart(bench) -> None:
     runner, _ = bench
-    half = runner.kept(np.arange(len(runner.nodes)) % 2 == 0)
-    one, other = runner.run(half), runner.run(opposite(half))
-    assert np.abs(one - other).min() > 1e-9
-    back = opposite(opposite(half))
-    assert np.array_equal(runner.run(back), one)
+    half = np.arange(len(runner.nodes)) % 2 == 0
+    kept, left = runner.kept(half), runner.without(half)
+    assert np.abs(runner.run(kept) - runner.run(left)).min() > 1e-9
+    assert torch.equal(kept.embeddings, ~left.embeddings)
+    for layer, mask in kept.features.items():
+        assert torch.equal(mask, ~left.features[layer]) and torch.equal(kept.errors[layer], ~left.errors[layer])
 
 
 def test_kept_features_are_live_and_others_are_the_counterfactuals(bench) -> None:
@@ -88,14 +103,11 @@ def test_kept_features_are_live_and_others_are_the_counterfactuals(bench) -> Non
 
 def test_worths_of_all_members_add_up_to_the_circuit(bench) -> None:
     runner, _ = bench
-    kept = runner.kept(np.ones(len(runner.nodes), bool))
-    worth = read(runner.nodes, mask_effects(runner.scope, runner.sides, kept, 16))
+    worth = runner.effects(np.arange(len(runner.nodes)), 16)
     whole = (runner.sides.clean.gaps - runner.sides.corrupt.gaps).mean()
     # Supports change on the way, and the midpoint rule sees jumps of TopK only roughly.
     assert worth.sum() == pytest.approx(whole, abs=0.15 * np.abs(worth).sum())
-    few = runner.kept(np.arange(4))
-    found = read(runner.nodes, mask_effects(runner.scope, runner.sides, few, 3))
-    assert (found[4:] == 0).all()
+    assert (runner.effects(np.arange(4))[4:] == 0).all()
 
 
 def test_eap_ig_of_features_is_that_of_pair_effects(bench) -> None:
@@ -141,3 +153,77 @@ def test_mistakes_are_named(bench) -> None:
         CircuitSubject(replace(subject.pairs, other_tokens=subject.pairs.tokens), subject.originals, subject.others)
     with pytest.raises(UserError, match="do not match"):
         CircuitSubject(subject.pairs, subject.originals[:2], subject.others)
+
+
+def candidates(count: int) -> Nodes:
+    """An embedding and `count` features, half of them of each of two layers, at one role."""
+    keys = [(int(Kind.FEATURE), i * 2 // count, 0, i) for i in range(count)]
+    return Nodes.of(("image",), [(int(Kind.EMBEDDING), -1, 0, -1), *keys])
+
+
+def test_a_matched_circuit_is_as_large_and_shares_no_feature() -> None:
+    nodes, members = candidates(20), np.arange(9)
+    for seed in range(5):
+        drawn = matched_circuit(nodes, members, np.ones(21), seed)
+        assert len(set(drawn.tolist())) == len(members)
+        assert set(drawn.tolist()) & set(members.tolist()) == {0}  # an embedding has no other like it
+
+
+def test_seeds_share_no_draw() -> None:
+    nodes, members, change = candidates(400), np.arange(9), np.ones(401)
+    drawn = [matched_circuits(nodes, members, change, seed, 3) for seed in (0, 1, 2)]
+    assert len({tuple(one.tolist()) for some in drawn for one in some}) == 9
+    for draw, one in enumerate(drawn[0]):
+        assert np.array_equal(one, matched_circuit(nodes, members, change, draw))
+
+
+def test_a_circuit_of_most_features_has_no_matched_ones() -> None:
+    members = np.arange(7)  # six features
+    assert [len(one) for one in matched_circuits(candidates(12), members, np.ones(13), 0, 2)] == [7, 7]
+    assert matched_circuits(candidates(11), members, np.ones(12), 0, 2) == []
+
+
+def node(role: str, influences: list[float], layer: int) -> Supernode:
+    members = [CircuitFeature(FeatureId(layer, i), role, 1.0, influence) for i, influence in enumerate(influences)]
+    return Supernode(f"name_{role}", tuple(members), Positions((role,)), "discovery")
+
+
+def of(*nodes: Supernode) -> Circuit:
+    return Circuit({one.name: one for one in nodes}, {})
+
+
+def names(found: Circuit) -> dict[str, list[int]]:
+    return {name: [member.feature.index for member in one.features] for name, one in found.supernodes.items()}
+
+
+def test_features_of_the_last_position_are_grouped_by_the_answer_that_they_write() -> None:
+    words = {FeatureId(1, 0): "mars", FeatureId(1, 1): "dust", FeatureId(1, 2): "earth", FeatureId(1, 3): "mars"}
+    found = by_answer(of(node("image", [1.0], 0), node("last", [1, 2, -9, 1], 1)), ["mars", "earth"], words)
+    assert names(found) == {"picture": [0], "last position": [1], "earth": [2], "mars": [0, 3]}
+    assert found.node("mars").chosen == "discovery, writes mars" and found.node("mars").positions == Positions(
+        ("last",)
+    )
+    assert found.node("picture").chosen == "discovery"
+
+
+def test_only_so_many_answers_get_a_supernode_and_names_of_surroundings_are_avoided() -> None:
+    answers = [f"a{i}" for i in range(NAMED + 2)]
+    words = {FeatureId(1, i): answer for i, answer in enumerate(answers)}
+    found = by_answer(of(node("last", [float(i) for i in range(NAMED + 2)], 1)), answers, words)
+    assert names(found)["last position"] == [0, 1] and len(found.supernodes) == NAMED + 1
+    found = by_answer(
+        of(node("last", [1.0, 1.0], 1)),
+        ["picture", "errors"],
+        {FeatureId(1, 0): "picture", FeatureId(1, 1): "errors"},
+    )
+    assert names(found) == {"writes picture": [0], "writes errors": [1]}
+
+
+def test_pairs_of_different_answers_come_first() -> None:
+    def pair(number: int, answer: str) -> Pair:
+        image = Image.new("RGB", (2, 2))
+        return Pair(str(number), "q", "planet", Side("what ?", (image,), answer), Side("what ?", (image,), "moon"))
+
+    pairs = [pair(i, answer) for i, answer in enumerate(["mars", "mars", "earth", "mars", "venus"])]
+    assert [one.id for one in spread_answers(pairs, 3)] == ["0", "2", "4"]
+    assert [one.id for one in spread_answers(pairs, 9)] == ["0", "2", "4", "1", "3"]

@@ -1,0 +1,237 @@
+"""From a circuit's declaration to the circuit: what it names is opened before a model loads, then features chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+from PIL import Image
+
+from vlmscope.attribution.compare import graph_file
+from vlmscope.attribution.export import load_graph
+from vlmscope.circuits import selectors
+from vlmscope.circuits.circuit import Circuit
+from vlmscope.circuits.spec_config import AUTO, CircuitSpecConfig, ContrastConfig, InputSetConfig, SupernodeConfig
+from vlmscope.core.errors import UserError
+from vlmscope.core.graph import AttributionGraph
+from vlmscope.core.intervention import CircuitFeature, Supernode
+from vlmscope.core.records import FeatureId
+from vlmscope.data.config import PairsConfig
+from vlmscope.data.images import PictureFiles
+from vlmscope.data.orrery.dataset import concept_scenes, pictures
+from vlmscope.data.pairs import Side, load_pairs
+from vlmscope.features.labels import Labels, check_same, short_label
+from vlmscope.features.readouts import RoleMeans, role_means, top_and_bottom_logits
+from vlmscope.features.structure import cluster_names
+from vlmscope.features.study_files import StudyFolder
+from vlmscope.models.base import ModelInputs
+from vlmscope.models.batching import InputBatch
+from vlmscope.scope import Scope
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt with its pictures, before a model has seen it; `caption` tells people what it is."""
+
+    prompt: str
+    pictures: Sequence[Image.Image]
+    caption: str
+
+    @classmethod
+    def of(cls, side: Side) -> Asked:
+        """A side of a pair, called by its answer."""
+        return cls(side.prompt, side.images, side.answer)
+
+    def prepared(self, scope: Scope) -> ModelInputs:
+        """As the model takes it."""
+        return scope.inputs(self.prompt, list(self.pictures))
+
+
+def asked_of(where: str, inputs: InputSetConfig, prompts: Sequence[str], seed: int) -> list[Asked]:
+    """A set of inputs: every prompt of every picture; `prompts` are asked where the set names none."""
+    prompts = inputs.prompts or prompts
+    if not prompts:
+        raise UserError(f"{where}: what is asked? give prompts there, or prompt=")
+    shown: list[tuple[Sequence[Image.Image], str]] = [((), "")]
+    if inputs.concept is not None:
+        shown = [((picture,), inputs.concept) for picture in concept_pictures(inputs.concept, inputs.pictures, seed)]
+    elif inputs.images:
+        shown = [(PictureFiles([path]), Path(path).name) for path in inputs.images]
+    return [Asked(prompt, images, name or prompt) for prompt in prompts for images, name in shown]
+
+
+def concept_pictures(concept: str, count: int, seed: int) -> list[Image.Image]:
+    """Training pictures of one of Orrery's planets."""
+    return [Image.fromarray(picture) for picture in pictures(concept_scenes(concept, "train", count, seed))]
+
+
+def _contrast_sets(
+    where: str, contrast: ContrastConfig, prompts: Sequence[str], pairs: PairsConfig | None, seed: int
+) -> tuple[list[Asked], list[Asked]]:
+    """The inputs on which features should be active, and those on which they should not."""
+    if contrast.pairs is None:
+        assert contrast.of is not None and contrast.against is not None, "checked when the spec was read"
+        return (
+            asked_of(f"{where}.of", contrast.of, prompts, seed),
+            asked_of(f"{where}.against", contrast.against, prompts, seed),
+        )
+    if pairs is None:
+        raise UserError(f"{where}.pairs={contrast.pairs}: which pairs? choose some, such as pairs=planet")
+    moving = [pair for pair in load_pairs(pairs, "train") if pair.moves]
+    if not moving:
+        raise UserError(f"{where}.pairs: no training pair's answers differ; give more pairs, or set pairs.train higher")
+    originals, others = ([Asked.of(getattr(pair, side)) for pair in moving] for side in ("original", "counterfactual"))
+    return (originals, others) if contrast.pairs == "original" else (others, originals)
+
+
+@dataclass
+class Sources:
+    """What supernodes are chosen from, by the supernode's key: graphs of named traces, labels of studies, tables of
+    clusters, and both sets of inputs of contrasts.
+    """
+
+    graphs: dict[str, AttributionGraph] = field(default_factory=dict)
+    labels: dict[str, Labels] = field(default_factory=dict)
+    clusters: dict[str, pa.Table] = field(default_factory=dict)
+    contrasts: dict[str, tuple[list[Asked], list[Asked]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, spec: CircuitSpecConfig, asked: Sequence[Asked], pairs: PairsConfig | None, seed: int) -> Sources:
+        """Open all that the supernodes name; contrasts that name no prompts ask those of `asked`."""
+        sources = cls()
+        prompts = list(dict.fromkeys(each.prompt for each in asked))
+        for key, node in spec.supernodes.items():
+            where = f"circuit_spec.supernodes.{key}"
+            if node.influence is not None and node.influence.run is not None:
+                sources.graphs[key] = load_graph(graph_file(node.influence.run)).graph
+            if node.label is not None:
+                sources.labels[key] = Labels(StudyFolder(node.label.study))
+                if not sources.labels[key].all():
+                    raise UserError(f"{where}: {node.label.study} has no labels; run task=label on it")
+            if node.cluster is not None:
+                sources.clusters[key] = selectors.read_clusters(node.cluster.run)
+            if node.contrast is not None:
+                sources.contrasts[key] = _contrast_sets(f"{where}.contrast", node.contrast, prompts, pairs, seed)
+        return sources
+
+    def inputs(self) -> list[Asked]:
+        """The inputs of all contrasts."""
+        return [each for sets in self.contrasts.values() for asked in sets for each in asked]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Members of a supernode, how they were chosen, a name that comes with them, and means at which they are active."""
+
+    members: list[CircuitFeature]
+    chosen: str
+    name: str = ""
+    means: RoleMeans | None = None
+
+
+def build_circuit(
+    scope: Scope, spec: CircuitSpecConfig, sources: Sources, graphs: Sequence[AttributionGraph]
+) -> Circuit:
+    """All supernodes, named; `graphs` are those of the run's own inputs.
+
+    Raises:
+        UserError: a supernode comes out empty, names what is not there, or two come out with one name.
+    """
+    nodes: dict[str, Supernode] = {}
+    levels = {}
+    known = selectors.mean_influence(graphs)
+    for key, node in spec.supernodes.items():
+        choice = _choose(scope, key, node, sources, graphs, known)
+        if not choice.members:
+            advice = "try other layers or positions" + (", or inputs that differ more" if node.contrast else "")
+            if node.contrast is not None and node.contrast.confirmed:
+                advice = advice.replace("try", "try confirmed: false,")
+            raise UserError(f"circuit_spec.supernodes.{key}: {choice.chosen} finds no feature; {advice}")
+        name = node.name or key
+        if name == AUTO:
+            name = choice.name or _auto_name(scope, sources, choice.members) or key
+        if name in nodes:
+            raise UserError(f"circuit_spec.supernodes.{key} comes out as {name!r} too; give it a name")
+        nodes[name] = Supernode(name, tuple(choice.members), node.where, choice.chosen)
+        if choice.means is not None:
+            levels[name] = selectors.mean_levels(choice.members, choice.means, "contrast")
+    circuit = Circuit(nodes, levels, (), scope.vlm.name, scope.transcoders.widths)
+    circuit.check_fits(scope.vlm.name, scope.transcoders.widths, "circuit_spec")
+    return circuit
+
+
+def _choose(
+    scope: Scope,
+    key: str,
+    node: SupernodeConfig,
+    sources: Sources,
+    graphs: Sequence[AttributionGraph],
+    known: Mapping[FeatureId, float],
+) -> _Choice:
+    """The features of a supernode by the one selector that it has."""
+    model, widths = scope.vlm.name, scope.transcoders.widths
+    if node.ids:
+        return _Choice(selectors.by_ids(node.ids, known), "ids")
+    if node.label is not None:
+        labels = sources.labels[key]
+        check_same(labels.study, model, widths)
+        members = selectors.by_label(node.label, labels, node, known)
+        return _Choice(members, f"label {node.label.query!r}", " ".join(node.label.query.split()))
+    if node.cluster is not None:
+        members, name = selectors.by_cluster(sources.clusters[key], node.cluster, node, known)
+        return _Choice(members, f"cluster {node.cluster.cluster} by {node.cluster.kind}", name)
+    if node.influence is not None:
+        target, run = node.influence.target, node.influence.run
+        if (graph := sources.graphs.get(key)) is not None:
+            selectors.check_graph(graph, str(run), model, widths)
+            graphs = [graph]
+        chosen = f"influence on {target or 'the most probable answer'} in {run or 'the graphs of the inputs'}"
+        return _Choice(selectors.by_influence(_influences(graphs, target, node), node), chosen)
+    assert node.contrast is not None, "checked when the spec was read"
+    of, against = (
+        role_means(scope, _aligned(scope, [each.prepared(scope) for each in asked]), node.where)
+        for asked in sources.contrasts[key]
+    )
+    there = selectors.mean_influence(graphs, node.where)
+    members = selectors.by_contrast(scope.transcoders, of, against, node, there, node.contrast.confirmed)
+    return _Choice(members, str(node.contrast), means=of)
+
+
+def _aligned(scope: Scope, inputs: Sequence[ModelInputs]) -> list[InputBatch]:
+    """Inputs that align as batches; those that do not, apart."""
+    groups: dict[tuple[int, bytes, tuple[object, ...]], list[ModelInputs]] = {}
+    for each in inputs:
+        groups.setdefault((len(each), each.is_image.tobytes(), tuple(each.patch_boxes)), []).append(each)
+    return [scope.batch(group) for group in groups.values()]
+
+
+def _influences(
+    graphs: Sequence[AttributionGraph], target: str | None, node: SupernodeConfig
+) -> list[Mapping[FeatureId, tuple[float, str]]]:
+    """Influence in each graph; of several, one that does not explain the target counts as none."""
+    tables: list[Mapping[FeatureId, tuple[float, str]]] = []
+    errors: list[UserError] = []
+    for graph in graphs:
+        try:
+            tables.append(selectors.feature_influence(graph, target, node.where))
+        except UserError as error:
+            tables.append({})
+            errors.append(error)
+    if errors and len(errors) == len(graphs):
+        raise errors[0]
+    return tables
+
+
+def _auto_name(scope: Scope, sources: Sources, members: Sequence[CircuitFeature]) -> str:
+    """A name from the labels of any study that the spec uses, else from the words that the features write."""
+    texts: dict[FeatureId, str] = {}
+    for labels in sources.labels.values():
+        texts |= {feature: label.text for feature, label in labels.trusted().items()}
+    words = {i: texts[member.feature] for i, member in enumerate(members) if member.feature in texts}
+    if not words:
+        tops = (top_and_bottom_logits(scope, member.feature, 1)[0] for member in members)
+        words = {i: top[0][0].strip() for i, top in enumerate(tops)}
+    short = {i: short_label(word) for i, word in words.items()}
+    return cluster_names({0: list(range(len(members)))}, {}, {}, short, 1)[0]

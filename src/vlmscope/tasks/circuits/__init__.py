@@ -1,1 +1,0 @@
-"""task=circuit: finding what is declared, discovering what is not, and the page."""

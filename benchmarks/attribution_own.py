@@ -25,8 +25,7 @@ from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.influence import prune
 from vlmscope.attribution.trace import attribute
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.replacement.features import LayerFeatures, feature_table
-from vlmscope.replacement.model import ReplacementModel, build_replacement
+from vlmscope.replacement.model import LayerFeatures, ReplacementModel, build_replacement, feature_table
 from vlmscope.scope import Scope
 
 

@@ -27,8 +27,7 @@ from vlmscope.conformance import (
 from vlmscope.interventions import run
 from vlmscope.interventions.edits import LayerEdit
 from vlmscope.models.base import exact_float64
-from vlmscope.replacement.features import active_features, feature_table
-from vlmscope.replacement.model import ReplacementModel
+from vlmscope.replacement.model import ReplacementModel, active_features, feature_table
 from vlmscope.transcoders.transcoder import Transcoder
 
 Fault = Callable[[Case], ReplacementModel]

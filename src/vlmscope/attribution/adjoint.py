@@ -1,65 +1,44 @@
-"""The linear adjoint of the local replacement model: columns of sources, what they write, and sweeps over them.
-
-Where each source has its column in a row of edges, before nodes are chosen.
-
-Order: T embeddings; then for each layer its bias, its active features (by position, index) and its T errors. A target
-of layer t reads the columns before `start[t]` and, for its own biases, `start[t]` itself: rows are prefixes.
-
-What is written into the stream at each layer's MLP, position by position, and which column each edge goes to.
-
-Legend: T positions, d width, K features of one position that write to a layer.
-
-The linear adjoint of the local replacement model, batched over targets; no autograd.
+"""The linear adjoint of the local replacement model: rows of edges, batched over targets, without autograd.
 
 A target reads the residual stream at one position by a vector g. Going down, with G the gradient at the stream,
     leaving     edge G . v into the soft token's column;  G <- c G
     MLP         edges (s4 * G) . (a W_dec | error | b_dec);  G <- G + s3 * ((s4 * G) W_skip)
                 (with cross-layer transcoders the features of all lower layers write here too)
     attention   G <- G + s1 * ((sv * (P^T ((s2 * G) W_o))) W_v)
-and the embeddings collect what arrives (Ameisen et al. 2025, with the frozen pieces of `vlmscope.replacement.frozen`).
-A soft token is one source, whether the vision tower writes it into the stream once or again after later layers.
-Only positions that the frozen patterns let a target see are carried.
-Legend: B targets, S carried positions, d width, H heads, Hkv key/value heads, D head width, K features of one position
-that write to a layer.
+and the embeddings collect what arrives (Ameisen et al. 2025, with the frozen pieces of `vlmscope.replacement`). A soft
+token is one source, whether the vision tower writes it into the stream once or again after later layers. Only positions
+that the frozen patterns let a target see are carried.
 
-How targets read the soft tokens: the gradient of each target with respect to what a token writes into the stream.
-
-The frozen linear model of `vlmscope.replacement` run forwards from changes of embeddings (and of what DeepStack adds
-again after later layers), and back by autograd: a second way to the edges from tokens beside the adjoint, and the only
-one to total effects, where active features respond. Legend: B targets, T positions, d width, n injections.
-
-Total effects of all sources on what a graph explains, by one backward sweep; no row of a feature is needed.
-
-With active features responding linearly, a change of pre-activation is one of activation, so a change delta of sources
-moves the targets by `J_t (I - J)^-1 delta`, J the direct effects between features, J_t those on the targets. Its
-transpose is the adjoint's sweep with one addition: at each MLP the gradient also goes on through the features that the
-layer reads,
+Total effects of all sources on what a graph explains need no row of a feature. With active features responding
+linearly, a change delta of sources moves the targets by `J_t (I - J)^-1 delta`, J the direct effects between features,
+J_t those on the targets. Its transpose is the sweep above with one addition: at each MLP the gradient also goes on
+through the features that the layer reads,
     G <- G + s3 * sum_f (dt / da_f) W_enc[f],    dt / da_f = sum over the layers that f writes to of (s4 * G) . W_dec[f]
-All targets are carried at once. Legend: as in `vlmscope.attribution.adjoint`; n active features.
+
+Legend: B targets, S carried positions, T positions, d width, H heads, Hkv key/value heads, D head width, K features of
+one position that write to a layer, L layers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlmscope.attribution.targets import Targets
-from vlmscope.replacement.features import LayerFeatures, written
-from vlmscope.replacement.frozen import FrozenLayer
-from vlmscope.replacement.model import ReplacementModel
+from vlmscope.replacement.model import FrozenLayer, LayerFeatures, ReplacementModel
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Column numbers of the sources.
+    """Where each source has its column in a row of edges, before nodes are chosen.
 
-    Attributes:
-        start: `[L + 1]`; the bias of layer l is column `start[l]`, and `start[L]` is the number of columns.
-        n_features: `[L]`, active features of each layer.
-        n_positions: T.
+    First T embeddings; then for each layer its bias (column `start[layer]`), its active features (`n_features[layer]`,
+    by position, index) and its T errors; `start[L]` is the number of columns. A target of layer t reads the columns
+    before `start[t]` and, for its own biases, `start[t]` itself: rows are prefixes.
     """
 
     start: np.ndarray
@@ -94,8 +73,7 @@ class Columns:
         return np.concatenate(spans).astype(np.int64)
 
 
-def columns_of(replacement: ReplacementModel) -> Columns:
-    """The column layout of a replacement model."""
+def _columns_of(replacement: ReplacementModel) -> Columns:
     counts = np.array([len(features) for features in replacement.features], dtype=np.int64)
     widths = 1 + counts + replacement.n_positions
     start = replacement.n_positions + np.concatenate([[0], np.cumsum(widths)])
@@ -106,13 +84,11 @@ def columns_of(replacement: ReplacementModel) -> Columns:
 CACHE_BYTES = 1 << 30
 
 
-@dataclass(frozen=True)
-class LayerSources:
-    """Sources of one layer.
+class LayerSources(NamedTuple):
+    """What the sources of one layer write into the stream at its MLP, write-scaled.
 
-    Attributes:
-        vectors: `[T, K + 2, d]`: features (zero where a position has fewer), error, decoder bias, all write-scaled.
-        columns: `[T, K + 1]`: of features and error; padding points at the scratch column after the last.
+    `vectors [T, K + 2, d]`: of features (zero where a position has fewer), error, decoder bias. `columns [T, K + 1]` of
+    features and error; padding points at the scratch column after the last.
     """
 
     vectors: Tensor
@@ -120,17 +96,12 @@ class LayerSources:
 
 
 class SourceVectors:
-    """The sources of all layers, kept once they were gathered if that takes at most `cache_bytes`."""
+    """The sources of all layers, kept once gathered if that takes at most `cache_bytes`."""
 
     def __init__(self, replacement: ReplacementModel, cache_bytes: float = CACHE_BYTES) -> None:
         self.replacement = replacement
-        self.columns: Columns = columns_of(replacement)
+        self.columns: Columns = _columns_of(replacement)
         self._cache: dict[int, LayerSources] | None = {} if sum(self.layer_bytes()) <= cache_bytes else None
-
-    @property
-    def cached(self) -> bool:
-        """Whether they are kept."""
-        return self._cache is not None
 
     def layer_bytes(self) -> list[int]:
         """Memory of each layer's sources."""
@@ -215,14 +186,9 @@ class Adjoint:
 
     @torch.no_grad()
     def feature_rows(self, layer: int, which: Tensor) -> Tensor:
-        """Edges into features of one layer.
+        """Edges into features of one layer, `[B, start[layer] + 1]`.
 
-        Args:
-            layer: the layer.
-            which: `[B]` int64, numbers among the layer's active features; sorted ones sweep fewest positions.
-
-        Returns:
-            `[B, start[layer] + 1]`, the columns that exist below the layer and its own bias.
+        `which [B]` are numbers among the layer's active features; sorted ones sweep fewest positions.
         """
         features = self.replacement.features[layer]
         position = features.position[which]
@@ -245,7 +211,7 @@ class Adjoint:
             layer: the layer; L reads what leaves the last one.
             vectors: `[B, d]`, with the scale of the norm that the target reads through.
             position: `[B]` int64.
-            constants: `[B]`, what the layer itself adds to each target, for its bias column; not for L.
+            constants: `[B]`, what the layer itself adds to each target, for its bias column; unused for L.
             after_attention: read after the layer's attention.
 
         Returns:
@@ -260,6 +226,17 @@ class Adjoint:
             self._attention(layer, sweep)
         self._descend(layer, sweep)
         return sweep.out[:, :width]
+
+    def target_rows(self, targets: Targets, some: slice) -> Tensor:
+        """Edges into some of what a graph explains."""
+        position = torch.from_numpy(targets.positions[some]).to(targets.vectors.device)
+        return self.stream_rows(
+            targets.layer,
+            targets.vectors[some],
+            position,
+            targets.constants[some],
+            after_attention=targets.after_attention,
+        )
 
     def _begin(self, vectors: Tensor, position: Tensor, width: int) -> Sweep:
         """A sweep that holds each target's vector at its own position."""
@@ -345,13 +322,11 @@ def _value_gradient(frozen: FrozenLayer, scaled: Tensor, above: Tensor | slice, 
     return values.permute(1, 2, 0, 3).reshape(n_below, n_targets, n_kv_heads * head_dim)
 
 
-@dataclass(frozen=True)
-class Readers:
-    """Gradients of B targets.
+class Readers(NamedTuple):
+    """Gradients of B targets with respect to what tokens write into the stream.
 
-    Attributes:
-        embeddings: `[B, T, d]`, with respect to what enters the first layer.
-        injections: `[B, n, T, d]`, with respect to what pictures add after the first n layers; n is 0 in most families.
+    `embeddings [B, T, d]` into the first layer, `injections [B, n, T, d]` what pictures add after the first n layers
+    (DeepStack; n is 0 in most families).
     """
 
     embeddings: Tensor
@@ -363,35 +338,25 @@ class Readers:
 
 
 def target_readers(replacement: ReplacementModel, targets: Targets, *, total: bool, summed: bool = False) -> Readers:
-    """Readers of what a graph explains, whatever it is.
+    """Readers of what a graph explains, by autograd through the frozen model run forwards.
 
-    Args:
-        replacement: the frozen model.
-        targets: the graph's targets, B of them.
-        total: whether active features respond (total effect) or stay (the graph's own edges, direct effect).
-        summed: one reader of the sum of all targets, in one backward pass, instead of B.
+    A second way to the edges from tokens beside the adjoint. `total`: active features respond (total effect) or stay
+    (the graph's own edges, direct effect). `summed`: one reader of the sum of all targets, in one backward pass.
     """
     state = replacement.state
     tokens = torch.zeros_like(state.embeddings, requires_grad=True)
     injected = torch.zeros_like(state.injections, requires_grad=True)
+    still = [torch.zeros_like(features.activation) for features in replacement.features]
     with torch.enable_grad():
-        x, changes = tokens, []
-        for layer in range(targets.layer):
-            frozen, features = replacement.layers[layer], replacement.features[layer]
-            h = x + frozen.attend(x, with_bias=False)
-            mlp_in = frozen.mlp_in_scale * h
-            changes.append(features.read(mlp_in) if total else torch.zeros_like(features.activation))
-            out = written(replacement.features[: layer + 1], changes, mlp_in)
-            x = frozen.leave(h + frozen.write_scale * out, with_injection=False)
-            x = x + injected[layer] if layer < len(injected) else x
+        x, _, _ = replacement.propagate(tokens, injected, still, respond=total, n_layers=targets.layer)
         if targets.after_attention:
             x = x + replacement.layers[targets.layer].attend(x, with_bias=False)
         values = (targets.vectors * x[targets.positions]).sum(-1)
         values = values.sum(0, keepdim=True) if summed else values
-    found = [
+    grads = [
         torch.autograd.grad(value, (tokens, injected), retain_graph=True, materialize_grads=True) for value in values
     ]
-    return Readers(torch.stack([grads[0] for grads in found]), torch.stack([grads[1] for grads in found]))
+    return Readers(*(torch.stack(gradient) for gradient in zip(*grads, strict=True)))
 
 
 class TotalAdjoint(Adjoint):
@@ -418,23 +383,9 @@ class TotalAdjoint(Adjoint):
 
 
 def total_effects(adjoint: Adjoint, targets: Targets, some: slice = slice(None)) -> Tensor:
-    """The total effect of each source on each target, times the source: what scaling a source by 1 + x moves, over x.
+    """The total effect of each source on each of some targets, times the source, `[B, columns]`; 0 above the targets.
 
-    Args:
-        adjoint: of the replacement model; the vectors that it keeps are used.
-        targets: what the graph explains.
-        some: which of them, B.
-
-    Returns:
-        `[B, columns]`, over the columns of `vlmscope.attribution.adjoint`, 0 for sources above the targets.
+    That is what scaling a source by 1 + x moves, over x.
     """
-    sweeping = TotalAdjoint(adjoint.replacement, adjoint.sources)
-    constants = targets.constants[some] if targets.layer < adjoint.columns.n_layers else None
-    rows = sweeping.stream_rows(
-        targets.layer,
-        targets.vectors[some],
-        torch.from_numpy(targets.positions[some]).to(targets.vectors.device),
-        constants,
-        after_attention=targets.after_attention,
-    )
+    rows = TotalAdjoint(adjoint.replacement, adjoint.sources).target_rows(targets, some)
     return torch.nn.functional.pad(rows, (0, adjoint.columns.total - rows.shape[1]))

@@ -1,22 +1,17 @@
-"""Settings of attribution graphs and of what is read from them: plain records, free of torch, for Hydra.
-
-How an attribution graph is made: a plain record, free of torch, so that Hydra can register it.
-
-Settings of the prediction of wrong answers from graphs: a plain record, so that Hydra can register it.
-"""
+"""Settings of attribution graphs: a plain record, free of torch, so that Hydra can register it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, check_choice, check_least
 
-QUESTIONS = ("tokens", "difference", "answer", "answer_tokens", "feature", "attention")
-WEIGHTS = ("uniform", "probability", "surprise")
+# What a graph can explain instead of the top logits.
+_QUESTIONS = ("tokens", "difference", "answer", "answer_tokens", "feature", "attention")
 _CHOICES = {
     "dtype": ("float32", "float64", "model"),
-    "weights": WEIGHTS,
+    "weights": ("uniform", "probability", "surprise"),
     "choice": ("influence", "total_effect"),
     "patch_effect": ("total", "direct"),
     "patch_baseline": ("grey", "mean"),
@@ -28,43 +23,30 @@ _HEAD = re.compile(r"L(\d+)H(\d+)(?:@(\w+)(?::(\w+))?)?", re.ASCII)
 
 
 def parse_feature(text: str) -> tuple[str, str]:
-    """`L5/123@17` as the feature's id and where it is looked at, which is "max" when nothing is said.
-
-    Raises:
-        UserError: the text is not of that form.
-    """
-    form = "L<layer>/<index>@<where> with where = max, last or a position, such as L5/123@max"
-    match = _matched(_FEATURE, "feature", text, form)
+    """`L5/123@17` as the feature's id and where it is looked at, "max" by default."""
+    match = _FEATURE.fullmatch(text.strip())
+    if match is None:
+        raise UserError(f"attribution.feature={text!r}: write L<layer>/<index>@<max, last or a position>: L5/123@max")
     return match[1], match[2] or "max"
 
 
 def parse_head(text: str) -> tuple[int, int, str, str]:
-    """`L5H2@17:4` as layer, head, query and key, which are "last" and "max" (the key most looked at) if not said.
-
-    Raises:
-        UserError: the text is not of that form.
-    """
-    form = (
-        "auto, or L<layer>H<head>@<query>:<key> with query = last or a position and key = max, last or a position, "
-        "such as L5H2@last:max"
-    )
-    match = _matched(_HEAD, "attention", text, form)
-    return int(match[1]), int(match[2]), match[3] or "last", match[4] or "max"
-
-
-def _matched(pattern: re.Pattern[str], key: str, text: str, form: str) -> re.Match[str]:
-    match = pattern.fullmatch(text.strip())
+    """`L5H2@17:4` as layer, head, query and key; by default "last" and "max" (the key most looked at)."""
+    match = _HEAD.fullmatch(text.strip())
     if match is None:
-        raise UserError(f"attribution.{key}={text!r}: write {form}")
-    return match
+        raise UserError(
+            f"attribution.attention={text!r}: write auto, or L<layer>H<head>@<query>:<key> with query = last or a "
+            "position and key = max, last or a position, such as L5H2@last:max"
+        )
+    return int(match[1]), int(match[2]), match[3] or "last", match[4] or "max"
 
 
 @dataclass
 class AttributionConfig:
-    """Settings of `vlmscope.attribution.trace`.
+    """Settings of `vlmscope.attribution.trace` (docs/attribution.md).
 
     What is explained is the top logits (`logit_mass`, `max_logits`, and `token_ids` besides) or one of: `tokens`,
-    `difference`, `answer` or `answer_tokens`, `feature`, `attention` (docs/attribution.md).
+    `difference`, `answer` or `answer_tokens`, `feature`, `attention`.
 
     Attributes:
         max_nodes: at most this many features get a row of their own; the rest is summed into one source a layer.
@@ -129,52 +111,42 @@ class AttributionConfig:
 
     def check(self) -> None:
         """Raise a `UserError` that names the first setting that makes no sense."""
-        for name in ("max_nodes", "max_logits", "batch_size", "update_every", "n_heads", "n_pairs"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"attribution.{name} = {getattr(self, name)} must be at least 1; correct it")
+        check_least("attribution", self, max_nodes=1, max_logits=1, batch_size=1, update_every=1, n_heads=1, n_pairs=1)
+        check_least("attribution", self, answer_tokens=0)
         for name in ("logit_mass", "node_threshold", "edge_threshold"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise UserError(f"attribution.{name} = {getattr(self, name)} must lie in (0, 1]; correct it")
         if self.memory_gb is not None and self.memory_gb <= 0:
             raise UserError(f"attribution.memory_gb = {self.memory_gb} must be above 0; correct it or leave it out")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                choices = f"{', '.join(known[:-1])} or {known[-1]}"
-                raise UserError(f"attribution.{name} = {getattr(self, name)!r} must be {choices}; correct it")
-        self._check_target()
-
-    def targets_at_once(self, n_positions: int, width: int) -> int:
-        """`batch_size`, or where it is left open as many as keep a batch's gradient `[positions, targets, width]` in a
-        core's cache, but 64 to 512.
-
-        Small prompts are bound by the number of calls, wide ones by memory: one thread, of 64, 256 and 512 at once the
-        best was 512 (21 ms, 64: 36 ms) at 8 positions of width 64, and 64 at 16 positions of width 256.
-        """
-        return self.batch_size or min(max(_IN_CACHE // (n_positions * width), 64), 512)
-
-    @property
-    def asked(self) -> str:
-        """What is explained instead of the top logits, "logits" for these."""
-        found = [name for name in QUESTIONS if getattr(self, name)]
-        if len(found) > 1:
-            raise UserError(f"attribution.{found[0]} and attribution.{found[1]}: a graph explains one; leave one out")
-        return found[0] if found else "logits"
-
-    def _check_target(self) -> None:
-        asked = self.asked
-        if asked != "logits" and self.token_ids:
+        for name, choices in _CHOICES.items():
+            check_choice(f"attribution.{name}", getattr(self, name), choices)
+        if self.asked != "logits" and self.token_ids:
             raise UserError(
-                f"attribution.token_ids adds to the top logits, which attribution.{asked} replaces; leave one out"
+                f"attribution.token_ids adds to the top logits, which attribution.{self.asked} replaces; leave one out"
                 " (a token by its number is id:NUMBER in attribution.tokens)"
             )
-        if self.answer_tokens < 0:
-            raise UserError(f"attribution.answer_tokens = {self.answer_tokens}: it counts tokens; choose 1 or more")
         if self.difference and len(self.difference) != 2:
             raise UserError(
-                f"attribution.difference has {len(self.difference)} tokens, and takes two: [mars,earth] is mars minus "
-                "earth"
+                f"attribution.difference has {len(self.difference)} tokens, and takes two: [mars,earth] is mars - earth"
             )
         if self.feature:
             parse_feature(self.feature)
         if self.attention and self.attention != "auto":
             parse_head(self.attention)
+
+    @property
+    def asked(self) -> str:
+        """What is explained: "logits" for the top logits, else the name of the setting that asks for something else."""
+        asked = [name for name in _QUESTIONS if getattr(self, name)]
+        if len(asked) > 1:
+            raise UserError(f"attribution.{asked[0]} and attribution.{asked[1]}: a graph explains one; leave one out")
+        return asked[0] if asked else "logits"
+
+    def targets_at_once(self, n_positions: int, width: int) -> int:
+        """`batch_size`, by default as many as keep a batch's gradient `[positions, targets, width]` in a core's cache,
+        but 64 to 512.
+
+        Small prompts are bound by the number of calls, wide ones by memory: one thread, of 64, 256 and 512 at once the
+        best was 512 (21 ms, 64: 36 ms) at 8 positions of width 64, and 64 at 16 positions of width 256.
+        """
+        return self.batch_size or min(max(_IN_CACHE // (n_positions * width), 64), 512)

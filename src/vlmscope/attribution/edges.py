@@ -1,27 +1,11 @@
-"""From targets to the edges of a graph: storage, rows, the choice of features that get one, and assembly.
+"""From targets to the edges of a graph: storage, rows, the choice of features that get a row, and assembly.
 
-Where the edges of a graph lie while it is made and used: in memory, or in files that have no name.
-
-A file without a name takes room on the disk and goes with its last array, however the program ends. Its room is
-reserved when it is made, so that a full disk is an error then and not a crash in the middle.
-
-Rows of edges as they are computed: compressed in batches, with what influence and completeness need of them.
-
-The fewest values that hold a share of a sum, without a sort of all of them.
-
-The values come in blocks that can be made again. Positive floats are ordered as their bits are, so a histogram of sums
-over the leading bits finds the narrow range in which the last value lies that is needed; only that range is sorted, or
-cut up again when it still holds too many. Memory does not grow with the number of values.
-
-Which features get a row when not all do: the most influential ones, by one of two rankings.
-
-`influence`: through the rows known so far, which is exact for those rows (every column counts in a row's sum). Rows of
-features that have not been visited are not known yet, so the ranking is refreshed every few rows, as in circuit-tracer.
-`total_effect`: by what scaling a feature does to the targets when all others respond, known from one backward sweep
-before any row (`vlmscope.attribution.adjoint`).
-
-From rows over columns to a graph over nodes.
-
+Rows are computed in batches over columns (`vlmscope.attribution.adjoint`), compressed as they come, and kept in memory
+or in anonymous temporary files. When not all features get a row, the most influential ones do, by one of two rankings:
+`influence`     through the rows known so far, which is exact for those rows (every column counts in a row's sum). Rows
+                of features that have not been visited are not known yet, so the ranking is refreshed every few rows, as
+                in circuit-tracer;
+`total_effect`  by what scaling a feature does to the targets when all others respond, known before any row.
 Features without a row of their own stay in the graph as one LEFT_OUT source a layer: the edge is their signed sum (so
 that rows still sum to their targets), and the sum of their |edges| is kept beside it (so that influence is not lost).
 """
@@ -34,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,7 +44,11 @@ class Memory:
 
 
 class Disk(Memory):
-    """Arrays that are files in a folder, mapped into memory: the system reads and drops their pages as needed."""
+    """Arrays that are anonymous files in a folder, mapped into memory: the system reads and drops pages as needed.
+
+    A file takes room on the disk and goes with its last array, however the program ends. Its room is reserved when it
+    is made, so that a full disk is an error then and not a crash in the middle.
+    """
 
     on_disk = True
 
@@ -67,11 +56,7 @@ class Disk(Memory):
         self.folder = Path(tempfile.gettempdir()) if folder is None else folder
 
     def zeros(self, count: int, dtype: DTypeLike) -> np.ndarray:
-        """`[count]`.
-
-        Raises:
-            UserError: the folder cannot be written or has no room.
-        """
+        """`[count]`, in a file of its own."""
         if count == 0:
             return np.zeros(0, dtype)
         size = count * np.dtype(dtype).itemsize
@@ -145,14 +130,7 @@ def _chunk(layer: int, targets: np.ndarray, rows: torch.Tensor, values: torch.Te
 
 
 def feature_chunks(adjoint: Adjoint, targets: np.ndarray, batch_size: int, dtype: str) -> Iterator[RowChunk]:
-    """Rows of features, by layer and position so that a batch carries few positions.
-
-    Args:
-        adjoint: the adjoint.
-        targets: rows of the feature table, in any order.
-        batch_size: targets at once.
-        dtype: of the stored weights.
-    """
+    """Rows of some features of the feature table, by layer and position: a batch carries few positions."""
     first = np.concatenate([[0], np.cumsum(adjoint.columns.n_features)])
     ordered = np.sort(targets)
     for layer in range(adjoint.columns.n_layers):
@@ -167,22 +145,11 @@ def feature_chunks(adjoint: Adjoint, targets: np.ndarray, batch_size: int, dtype
 
 def target_chunk(adjoint: Adjoint, targets: Targets, dtype: str, batch_size: int | None = None) -> RowChunk:
     """The rows of what the graph explains, `batch_size` swept at once."""
-    constants = targets.constants if targets.layer < adjoint.columns.n_layers else None
-    size = len(targets) if batch_size is None else batch_size
-    chunks = []
+    size, chunks = batch_size or len(targets), []
     for begin in range(0, len(targets), size):
         some = slice(begin, begin + size)
-        position = torch.from_numpy(targets.positions[some]).to(targets.vectors.device)
-        rows = adjoint.stream_rows(
-            targets.layer,
-            targets.vectors[some],
-            position,
-            None if constants is None else constants[some],
-            after_attention=targets.after_attention,
-        )
+        rows = adjoint.target_rows(targets, some)
         chunks.append(_chunk(targets.layer, begin + np.arange(len(rows)), rows, targets.values[some], dtype))
-    if len(chunks) == 1:
-        return chunks[0]
     names = [field.name for field in fields(RowChunk) if field.name != "layer"]
     return RowChunk(targets.layer, **{name: np.concatenate([getattr(c, name) for c in chunks]) for name in names})
 
@@ -191,13 +158,7 @@ class RowStore:
     """Keeps the edges of rows as they come: as they are in memory, or one after another on a disk."""
 
     def __init__(self, storage: Memory, most_edges: int, dtype: str) -> None:
-        """Make room.
-
-        Args:
-            storage: where.
-            most_edges: upper bound on the number of edges; no memory is reserved for them.
-            dtype: of the weights.
-        """
+        """Make room for at most so many edges; in memory, none is reserved."""
         self._taken = 0
         self._arrays = (
             (storage.zeros(most_edges, "int32"), storage.zeros(most_edges, dtype)) if storage.on_disk else None
@@ -219,8 +180,7 @@ _SORTED = 1 << 17  # at most so many values are sorted
 Blocks = Callable[[], Iterator[np.ndarray]]
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """Where a smallest set ends: it holds every value above `value`, and the first `ties` of those equal to it."""
 
     value: float
@@ -228,9 +188,7 @@ class Cut:
 
 
 def smallest_set(values: np.ndarray, share: float) -> np.ndarray:
-    """Mask of the fewest `values [n]` (>= 0) whose sum reaches `share` of the total; of equals, the first come
-    first.
-    """
+    """Mask of the fewest `values [n]` (>= 0) whose sum reaches `share` of the total; of equals the first."""
     cut = find_cut(lambda: iter([values]), len(values), share)
     mask = values > cut.value
     mask[np.flatnonzero(values == cut.value)[: cut.ties]] = True
@@ -247,12 +205,11 @@ def cumulative_share(values: np.ndarray) -> np.ndarray:
 
 
 def find_cut(blocks: Blocks, count: int, share: float) -> Cut:
-    """Where the fewest values end whose sum reaches `share` of the total. Zeros are never needed.
+    """Where the fewest of `count` values (>= 0, float64) end whose sum reaches `share` of the total.
 
-    Args:
-        blocks: makes the values (>= 0, float64) anew, in blocks, in the same order each time.
-        count: how many there are.
-        share: of their sum, in (0, 1].
+    `blocks` makes the values anew, in blocks, in the same order each time. Positive floats are ordered as their bits
+    are, so a histogram of sums over the leading bits finds the narrow range in which the last value lies that is
+    needed; only that range is sorted, or cut up again when it still holds too many. Zeros are never needed.
     """
     # A share of 1 would stop early by rounding.
     if share >= 1.0:
@@ -309,10 +266,10 @@ def _histogram(blocks: Blocks, low: int, parent: int, shift: int) -> tuple[np.nd
     return sums, counts
 
 
-def partial_influence(
+def _partial_influence(
     columns: Columns, ends: RowChunk, chunks: Iterable[RowChunk], end_weights: np.ndarray
 ) -> np.ndarray:
-    """Influence of every column on the graph's ends through the known rows, `[columns]` float64.
+    """Influence of every column on the ends through the known rows, `[columns]` float64.
 
     A chunk's targets belong to one layer and their sources lie below, so one pass from the top layer down is exact.
     """
@@ -331,19 +288,6 @@ def _spread(influence: np.ndarray, chunk: RowChunk, mass: np.ndarray) -> None:
     influence += np.bincount(chunk.indices, weights=spread, minlength=len(influence))
 
 
-def total_effect_scores(adjoint: Adjoint, ends: RowChunk, targets: Targets, batch_size: int) -> np.ndarray:
-    """`sum_t w_t |total effect on t| / sum |edges of t|` of every column, `[columns]` float64.
-
-    Targets are put on one scale as influence does it, by the sum of what goes into them.
-    """
-    share = targets.weights / np.where(ends.absolute > 0, ends.absolute, 1.0)
-    scores = np.zeros(adjoint.columns.total)
-    for begin in range(0, len(targets), batch_size):
-        effects = total_effects(adjoint, targets, slice(begin, begin + batch_size))
-        scores += share[begin : begin + batch_size] @ effects.abs().double().numpy(force=True)
-    return scores
-
-
 def select_rows(
     adjoint: Adjoint,
     ends: RowChunk,
@@ -353,8 +297,7 @@ def select_rows(
     store: RowStore,
     dtype: str,
 ) -> list[RowChunk]:
-    """Rows of all features below the ends if they fit into `config.max_nodes`, else of those that `config.choice`
-    ranks highest.
+    """Rows of all features below the ends if they fit into `config.max_nodes`, else of those ranked highest.
 
     Which ones does not depend on `batch_size`, but for rounding: rows are ranked anew after `config.update_every`.
     """
@@ -370,11 +313,17 @@ def select_rows(
     if n_features <= config.max_nodes:
         return rows(np.arange(n_features))
     if config.choice == "total_effect":
-        return rows(ranked(total_effect_scores(adjoint, ends, targets, batch_size))[: config.max_nodes])
+        # Targets are put on one scale as influence does it, by the sum of what goes into them.
+        share = targets.weights / np.where(ends.absolute > 0, ends.absolute, 1.0)
+        scores = np.zeros(columns.total)
+        for begin in range(0, len(targets), batch_size):
+            some = slice(begin, begin + batch_size)
+            scores += share[some] @ total_effects(adjoint, targets, some).abs().double().numpy(force=True)
+        return rows(ranked(scores)[: config.max_nodes])
     chunks: list[RowChunk] = []
     visited = np.zeros(n_features, dtype=bool)
     while (room := config.max_nodes - int(visited.sum())) > 0:
-        order = ranked(partial_influence(columns, ends, chunks, targets.weights))
+        order = ranked(_partial_influence(columns, ends, chunks, targets.weights))
         some = order[~visited[order]][: min(room, config.update_every)]
         chunks += rows(some)
         visited[some] = True
@@ -395,9 +344,9 @@ class Edges:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which node each column belongs to (`[columns]`), and the nodes' first four fields."""
+    """Which node each column belongs to (`[columns]` int32, -1 above the targets), and the nodes' first four fields."""
 
-    node_of_column: np.ndarray  # int32, -1 above the targets
+    node_of_column: np.ndarray
     kind: np.ndarray
     layer: np.ndarray
     position: np.ndarray
@@ -405,9 +354,7 @@ class _Layout:
 
 
 def _layout(replacement: ReplacementModel, columns: Columns, kept: np.ndarray, targets: Targets) -> _Layout:
-    """Number the nodes in the order of `vlmscope.core.graph`; `kept [n]` bool says which features have a row. Columns
-    above the targets have no node.
-    """
+    """Number the nodes in the order of `vlmscope.core.graph`; `kept [n]` bool says which features have a row."""
     table, positions = replacement.feature_activations, columns.n_positions
     node_of_column = np.full(columns.total, -1, dtype=np.int32)
     node_of_column[:positions] = np.arange(positions)
@@ -461,14 +408,7 @@ def assemble(
 ) -> Edges:
     """Put the rows in node order, merge left-out columns, and fill the node table.
 
-    Args:
-        replacement: the frozen model.
-        columns: its columns.
-        chunks: rows of features; used up, so that memory does not hold them twice.
-        ends: rows of what the graph explains.
-        targets: the same.
-        dtype: of the weights.
-        storage: where the edges of the graph go.
+    The `chunks` of rows of features are used up, so that memory does not hold them twice.
     """
     table = replacement.feature_activations
     kept = np.zeros(len(table), dtype=bool)
@@ -494,18 +434,26 @@ def assemble(
         layout.layer,
         layout.position,
         layout.index,
-        activation=_per_node(n_nodes, dtype, (feature_nodes[kept], table.activation[kept])),
-        target=_per_node(n_nodes, dtype, (row_nodes, values)),
+        activation=np.zeros(n_nodes, dtype),
+        target=np.zeros(n_nodes, dtype),
     )
+    nodes.activation[feature_nodes[kept]] = table.activation[kept]
     nodes.activation[end_nodes] = targets.probabilities
-    return Edges(nodes, indptr, indices, weights, _per_node(n_nodes, "float64", (row_nodes, residual)), left_out_mass)
+    nodes.target[row_nodes] = values
+    residual_of_node = np.zeros(n_nodes)
+    residual_of_node[row_nodes] = residual
+    return Edges(nodes, indptr, indices, weights, residual_of_node, left_out_mass)
 
 
 def _place(
     chunk: RowChunk, layout: _Layout, rows: np.ndarray, indptr: np.ndarray, indices: np.ndarray, weights: np.ndarray
 ) -> None:
     """Write a chunk's edges, over nodes, where the rows of its nodes `rows [B]` lie in the graph."""
-    sources, values, begins = layout.node_of_column[chunk.indices], chunk.weights, _starts(chunk.counts)
+    sources, values, begins = (
+        layout.node_of_column[chunk.indices],
+        chunk.weights,
+        np.concatenate([[0], np.cumsum(chunk.counts)]),
+    )
     if (layout.kind == NodeKind.LEFT_OUT).any():
         merged = sparse.csr_matrix((values.copy(), sources, begins), shape=(len(rows), len(layout.kind)))
         merged.sum_duplicates()
@@ -519,23 +467,12 @@ def _place(
         weights[there : there + begins[last] - begins[first]] = values[here]
 
 
-def _starts(counts: np.ndarray) -> np.ndarray:
-    """Where rows of so many edges begin, and the last ends: `[B + 1]`."""
-    return np.concatenate([[0], np.cumsum(counts)])
-
-
-def _per_node(n_nodes: int, dtype: str, pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Zeros `[N]` with values at the given nodes."""
-    out = np.zeros(n_nodes, dtype=dtype)
-    out[pair[0]] = pair[1]
-    return out
-
-
 def _left_out_mass(
     layout: _Layout, chunks: list[RowChunk], nodes_of: list[np.ndarray], n_layers: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`[N, L]`: per row the sum of |edges| from each layer's left-out features, `[N, 0]` when there are none; and per
-    row of the chunks how many edges are left when these are merged.
+    """`[N, L]`: per row the sum of |edges| from each layer's left-out features, `[N, 0]` when there are none.
+
+    And per row of the chunks how many edges are left when these are merged.
     """
     n_nodes = len(layout.kind)
     counts = np.concatenate([chunk.counts for chunk in chunks])

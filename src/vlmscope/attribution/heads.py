@@ -1,6 +1,4 @@
-"""Attention in graphs: the heads of an edge, and a head's score taken apart.
-
-Which attention heads carry an edge, and which carry most of a graph's flow.
+"""Attention in graphs: the heads of an edge, the heads of a graph's flow, and a head's score taken apart.
 
 An edge is a sum over the paths from its source to its target through the frozen model. A path goes from position to
 position only through heads, so every path has a first head (nearest to its source) and a last one (nearest to its
@@ -10,48 +8,40 @@ either, the shares of all heads and the direct one sum to the edge.
                               target's gradient above that attention
     last head h of layer l:   the edge from the source to the read-out of h's output by g, g the target's gradient
                               carried down to l without heads
-Legend: L layers, H heads, Hkv key/value heads, D head width, T positions, d width, B targets.
 
-Why a head looks where it looks: its score before the softmax, taken apart into what is at query and key.
-
-With patterns and norm scales frozen, the query `q = sum_i q_i` and the key `k = sum_j k_j` are sums over sources (and
-constants, which belong to bias nodes), so the score `s = c q . k` is
+A head's score before the softmax says why it looks where it looks. With patterns and norm scales frozen, the query
+`q = sum_i q_i` and the key `k = sum_j k_j` are sums over sources (and constants, which belong to bias nodes), so the
+score `s = c q . k` is
     sum_ij c q_i . k_j          bilinear, over pairs of sources
     sum_i  c q_i . k            the query's side: affine in its sources, the key as it is
     sum_j  c q . k_j            the key's side.
 All three sum to the model's own score (docs/maths.md). The cap of a family that caps its scores comes after s.
-Legend: D head width, W columns below the layer and its bias.
+Legend: L layers, H heads, Hkv key/value heads, D head width, T positions, d width, B targets, S carried positions,
+W columns below the layer and its bias.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.capture import HasAdapter, HeadScore, HeadSide, head_score
+from vlmscope.activations.capture import HasAdapter, HeadSide, head_score
 from vlmscope.attribution.adjoint import Adjoint, Sweep
 from vlmscope.attribution.config import parse_head
 from vlmscope.attribution.influence import influence, logit_weights
-from vlmscope.attribution.targets import Targets, one_target, place, shown_place
+from vlmscope.attribution.targets import Targets, other_targets, parse_position, shown_position
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import ENDS, AttributionGraph, NodeKind
 from vlmscope.replacement.model import ReplacementModel
 
 
-@dataclass(frozen=True)
-class HeadLoadings:
-    """An edge by the heads that carry it.
-
-    Attributes:
-        edge: its weight.
-        direct: what no head carries; 0 between two positions.
-        first: `[L, H]` float64, by the first head on the path.
-        last: `[L, H]` float64, by the last.
-    """
+class HeadLoadings(NamedTuple):
+    """An edge by the first and the last head on the path, `[L, H]` float64 each, and what no head carries."""
 
     edge: float
     direct: float
@@ -59,8 +49,7 @@ class HeadLoadings:
     last: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Read:
+class _Read(NamedTuple):
     """One target: `vector [d]` at a position of the stream before, or after, the attention of a layer."""
 
     layer: int
@@ -91,20 +80,10 @@ class HeadSplitter:
 
     @torch.no_grad()
     def split(self, source: int, target: int) -> HeadLoadings:
-        """The heads of one edge.
-
-        Args:
-            source: node number of a token, feature or error.
-            target: node number of a feature or of what the graph explains.
-
-        Raises:
-            UserError: the source has no position, or the target no edges.
-        """
-        nodes = self.graph.nodes
-        if nodes.kind[source] not in (NodeKind.TOKEN, NodeKind.FEATURE, NodeKind.ERROR):
-            raise UserError(f"node {source} has no position to go from; heads carry edges of tokens, features, errors")
-        if nodes.kind[target] not in (NodeKind.FEATURE, *ENDS):
-            raise UserError(f"node {target} has no edges into it; choose a feature, or what the graph explains")
+        """The heads of the edge from a token, feature or error to a feature or an end, by their node numbers."""
+        kinds = self.graph.nodes.kind
+        assert kinds[source] in (NodeKind.TOKEN, NodeKind.FEATURE, NodeKind.ERROR), "the source has no position"
+        assert kinds[target] in (NodeKind.FEATURE, *ENDS), "the target has no edges into it"
         read = self._read(target)
         if target not in self._by_target:
             seen = self._gradients(read)
@@ -161,8 +140,7 @@ class HeadSplitter:
         features = replacement.features[own]
         row = replacement.feature_activations.row(own, position, index)
         first = int(self._adjoint.columns.n_features[:own].sum())
-        decoder = features.w_dec if layer == own else features.w_later[layer - own - 1]
-        return scale * features.activation[row - first] * decoder[index]
+        return scale * features.activation[row - first] * features.decoder(layer - own)[index]
 
     def _first(self, source: int, read: _Read, seen: dict[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, float]:
         """`[L, H]` shares by first head, and the direct one."""
@@ -229,13 +207,10 @@ class HeadSplitter:
 
 @dataclass(frozen=True)
 class HeadFlow:
-    """How much of a graph's flow each head carries.
+    """How much of a graph's flow each head carries, `flow [L, H]` float64, summed over where it looks from and to.
 
-    Attributes:
-        flow: `[L, H]` float64, the flow through each head, summed over where it looks from and to.
-        query: `[L, H]` int64, where the most of it goes to.
-        key: `[L, H]` int64, and from.
-        covered: share of the rows' worth that was looked at.
+    The most of it goes to position `query` from position `key`, `[L, H]`; `covered` is the share of the rows' worth
+    that was looked at.
     """
 
     flow: np.ndarray
@@ -253,18 +228,11 @@ class HeadFlow:
 def head_flow(
     replacement: ReplacementModel, graph: AttributionGraph, targets: Targets, max_rows: int = 256, batch: int = 8
 ) -> HeadFlow:
-    """The flow through each head of the ends of a graph and of its most influential features.
+    """The flow through each head of the ends of a graph and of its `max_rows` most influential features.
 
     A row i hands (I_i + w_i) / sum |edges| down for each unit of |edge|. Of a target's value, head h carries
     `P_h[q, k] (G_q s2 W_o) . v_k` from key k to query q, biases of values included; its size times that factor, summed
-    over the rows, is the flow.
-
-    Args:
-        replacement: the frozen model.
-        graph: its graph.
-        targets: what the graph explains.
-        max_rows: features looked at.
-        batch: targets at once.
+    over the rows, is the flow. `batch` targets are swept at once.
     """
     weights = logit_weights(graph)
     found = influence(graph, weights)
@@ -326,8 +294,7 @@ def _values(replacement: ReplacementModel) -> list[Tensor]:
 _BLOCK = 1024  # rows of the matrix of pairs at once
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A head and where it looks from and to."""
 
     layer: int
@@ -368,11 +335,7 @@ class ScoreParts:
 
 
 def find_place(replacement: ReplacementModel, text: str) -> Place:
-    """The head, query and key of `L5H2@last:max`.
-
-    Raises:
-        UserError: the model has no such head or position, or its mask keeps the query from seeing the key.
-    """
+    """The head, query and key of `L5H2@last:max`."""
     layer, head, query_text, key_text = parse_head(text)
     patterns, tokens = replacement.state.patterns, replacement.inputs.tokens
     n_layers, n_heads = patterns.shape[:2]
@@ -380,96 +343,57 @@ def find_place(replacement: ReplacementModel, text: str) -> Place:
         raise UserError(
             f"attribution.attention={text}: the model has layers 0 to {n_layers - 1} with heads 0 to {n_heads - 1}"
         )
-    query = place(query_text, len(tokens), "attribution.attention")
+    query = parse_position(query_text, len(tokens), "attribution.attention")
     looks = patterns[layer, head, query]
-    key = int(looks.argmax()) if key_text == "max" else place(key_text, len(tokens), "attribution.attention")
+    most = int(looks.argmax())
+    key = most if key_text == "max" else parse_position(key_text, len(tokens), "attribution.attention")
     if looks[key] == 0:
         raise UserError(
             f"attribution.attention={text}: position {query} cannot see {key} in layer {layer}; choose another key, "
-            f"such as {int(looks.argmax())}, which it looks at most"
+            f"such as {most}, which it looks at most"
         )
     return Place(layer, head, query, key)
 
 
 @torch.no_grad()
-def score_parts(model: HasAdapter, replacement: ReplacementModel, adjoint: Adjoint, where: Place) -> ScoreParts:
-    """Take a score apart, with one row of edges for each number of query and key.
-
-    Args:
-        model: the model that the replacement model was made of.
-        replacement: the frozen model.
-        adjoint: its rows.
-        where: which score.
-    """
-    dtype = replacement.errors.dtype
-    found = head_score(model, replacement.inputs, where.layer, where.head, where.query, where.key, dtype)
-    scale = replacement.layers[where.layer].attn_in_scale
+def score_parts(model: HasAdapter, replacement: ReplacementModel, adjoint: Adjoint, place: Place) -> ScoreParts:
+    """Take a score of the model apart, with one row of edges for each number of query and key."""
+    layer, head, *positions = place
+    found = head_score(model, replacement.inputs, *place, replacement.errors.dtype)
+    scale = replacement.layers[layer].attn_in_scale
 
     def rows(side: HeadSide, position: int) -> Tensor:
         at = torch.full((len(side.weight),), position, device=scale.device)
-        return adjoint.stream_rows(where.layer, side.weight * scale[position], at, side.constant)
+        return adjoint.stream_rows(layer, side.weight * scale[position], at, side.constant)
 
+    # Each side is affine in its own sources, with the other side as it is.
+    sides = ((found.query, found.key, place.query), (found.key, found.query, place.key))
+    shown = [shown_position(replacement.inputs, position) for position in positions]
+    targets = other_targets(
+        "attention",
+        [f"L{layer}H{head} {name} {where}" for name, where in zip(("query", "key"), shown, strict=True)],
+        found.query.value.new_tensor([found.value, found.value]),
+        layer=layer,
+        positions=positions,
+        vectors=torch.stack([found.scale * (other.value @ mine.weight) * scale[at] for mine, other, at in sides]),
+        constants=torch.stack([found.scale * (other.value @ mine.constant) for mine, other, _ in sides]),
+    )
     return ScoreParts(
-        place=where,
+        place=place,
         score=found.value,
-        probability=float(replacement.state.patterns[where.layer, where.head, where.query, where.key]),
+        probability=float(replacement.state.patterns[layer, head, place.query, place.key]),
         scale=found.scale,
-        query=rows(found.query, where.query),
-        key=rows(found.key, where.key),
-        targets=_sides(replacement, found, where),
+        query=rows(found.query, place.query),
+        key=rows(found.key, place.key),
+        targets=targets,
     )
 
 
-def _sides(replacement: ReplacementModel, found: HeadScore, where: Place) -> Targets:
-    scale = replacement.layers[where.layer].attn_in_scale
-    both = [
-        one_target(
-            "attention",
-            f"L{where.layer}H{where.head} {name} {shown_place(replacement.inputs, at)}",
-            found.query.value.new_tensor([found.value]),
-            layer=where.layer,
-            position=at,
-            vectors=(found.scale * (other.value @ mine.weight) * scale[at])[None],
-            constants=(found.scale * (other.value @ mine.constant))[None],
-        )
-        for name, mine, other, at in (
-            ("query", found.query, found.key, where.query),
-            ("key", found.key, found.query, where.key),
-        )
-    ]
-    return join(both)
-
-
-def join(targets: list[Targets]) -> Targets:
-    """Ends of one kind and layer as one set, all worth the same."""
-    first = targets[0]
-
-    def arrays(name: str) -> np.ndarray:
-        return np.concatenate([getattr(one, name) for one in targets])
-
-    def tensors(name: str) -> Tensor:
-        return torch.cat([getattr(one, name) for one in targets])
-
-    count = sum(len(one) for one in targets)
-    return replace(
-        first,
-        **{name: arrays(name) for name in ("positions", "token_ids", "probabilities")},
-        **{name: tensors(name) for name in ("vectors", "constants", "values")},
-        weights=np.full(count, 1.0 / count),
-        labels=tuple(label for one in targets for label in one.labels),
-    )
-
-
-@dataclass(frozen=True)
-class Pairs:
+class Pairs(NamedTuple):
     """The pairs of sources that give a score most, by |term|, strongest first.
 
-    Attributes:
-        query: `[n]` int64, columns of the sources at the query.
-        key: `[n]` int64, columns of the sources at the key.
-        terms: `[n]` float64, `c q_i . k_j`.
-        total: the sum over all pairs, which is the score.
-        absolute: the sum of |term| over all pairs.
+    Columns of the sources at `query` and `key`, `[n]` int64, and `terms` `c q_i . k_j`, `[n]` float64; over all pairs
+    the sum of the terms, which is the score, and of |term|.
     """
 
     query: np.ndarray
@@ -481,13 +405,7 @@ class Pairs:
 
 @torch.no_grad()
 def top_pairs(parts: ScoreParts, count: int, only: np.ndarray | None = None) -> Pairs:
-    """The strongest pairs of sources.
-
-    Args:
-        parts: the score.
-        count: at most so many pairs.
-        only: `[W]` bool, sources that may be listed, such as features; totals are of all.
-    """
+    """The `count` strongest pairs of sources, of those that may be listed (`only [W]` bool); totals are of all."""
     allowed = None if only is None else torch.from_numpy(only).to(parts.query.device)
     best: list[tuple[Tensor, Tensor]] = []
     total, absolute, width = 0.0, 0.0, parts.key.shape[1]

@@ -1,36 +1,24 @@
 """Influence, scores and pruning of an attribution graph (Ameisen et al. 2025), and what is read from them.
 
-Influence of nodes on the logits (Ameisen et al. 2025).
+Influence of nodes on the ends: with `A_hat = |A| / row sum` and w what the ends are worth (the probabilities of the
+logits, mostly), `I = w A_hat + w A_hat^2 + ...`. A row's sum counts every source: biases, errors, and the features that
+were left out of the graph. Sources come before their targets, so a node's influence is complete once all rows above it
+have handed theirs down: one sweep over the rows, from the last to the first, gives the whole series. |A| is made a
+block of rows at a time and never kept.
 
-With `A_hat = |A| / row sum` and w the probabilities of the logit nodes, `I = w A_hat + w A_hat^2 + ...`. A row's sum
-counts every source: biases, errors, and the features that were left out of the graph. Sources come before their
-targets, so a node's influence is complete once all rows above it have handed theirs down: one sweep over the rows,
-from the last to the first, gives the whole series. |A| is made a block of rows at a time and never kept.
-
-How much of the logits' influence a graph explains (Ameisen et al. 2025), with biases and left-out features told
-apart.
-
+Scores tell biases and left-out features apart:
     replacement  = I_tokens / (I_tokens + I_unexplained)
     completeness = sum_i (1 - sum_{s unexplained} A_hat_is) (I_i + w_i) / sum_i (I_i + w_i)
-Unexplained are the errors and the features that were left out. Soft tokens are tokens. Biases are neither: they are
-part of the model and known exactly, so they are no error, but nothing of the input flows through them; the influence
-that ends in them is a share of its own, absent from the replacement score and explained in the completeness score.
-What a source takes of all rows together, `sum_i A_hat_is (I_i + w_i)`, is its influence I_s, so no edge is read again:
-    completeness = 1 - I_unexplained / sum_i (I_i + w_i)
+Unexplained are the errors and the features that were left out; soft tokens are tokens. Biases are neither: they are
+part of the model and known exactly, but nothing of the input flows through them; the influence that ends in them is a
+share of its own, absent from the replacement score and explained in the completeness score. What a source takes of all
+rows together, `sum_i A_hat_is (I_i + w_i)`, is its influence I_s, so `completeness = 1 - I_unexplained / sum_i (I_i +
+w_i)`.
 
-Pruning a graph to what matters to its logits (Ameisen et al. 2025).
-
-Nodes: the smallest set that reaches a share of the total influence; embeddings and logits stay. Edges: on the matrix
-of the kept nodes, normalised anew, an edge scores `A_hat_ij (I_i + w_i)`; the smallest set that reaches a share
-stays. Then, until nothing changes, go features, errors, biases and left-out nodes without an outgoing edge, and
+Pruning: of the nodes stay the ends, the tokens, and the smallest set that reaches a share of the total influence. On
+the matrix of the kept nodes, normalised anew, an edge scores `A_hat_ij (I_i + w_i)`; the smallest set that reaches a
+share stays. Then, until nothing changes, go features, errors, biases and left-out nodes without an outgoing edge, and
 features without an incoming one.
-
-The features of a graph that matter most to its most probable answer, to be steered or patched.
-
-What each end of a graph is made of: where its influence ends, position by position.
-
-Influence is linear in what the ends are worth, and every row hands all of its influence down. So a graph of a whole
-answer says of each word by itself how much of it comes from each token, from constants, errors and left-out features.
 """
 
 from __future__ import annotations
@@ -52,12 +40,9 @@ BLOCK = 1 << 19
 
 @dataclass(frozen=True)
 class Influence:
-    """What reaches the nodes from the logits.
+    """What reaches the nodes from the ends: `nodes` is I, `[N]` float64.
 
-    Attributes:
-        nodes: I, `[N]` float64.
-        per_edge: `[N]` float64, `(I_i + w_i) / row sum`: times |edge|, the influence that row i hands to a source;
-            0 for rows that hand down nothing.
+    `per_edge [N]` is `(I_i + w_i) / row sum`: times |edge|, the influence that row i hands to a source.
     """
 
     nodes: np.ndarray
@@ -72,16 +57,7 @@ def logit_weights(graph: AttributionGraph) -> np.ndarray:
 
 
 def influence(graph: AttributionGraph, weights: np.ndarray, inside: np.ndarray | None = None) -> Influence:
-    """I from w `[N]`, exact, not cut off.
-
-    Args:
-        graph: the graph.
-        weights: what each node is worth to begin with.
-        inside: `[N]` bool, the nodes to which the graph is cut before its rows are normalised; all if not given.
-
-    Raises:
-        AssertionError: a row has a source that does not come before it.
-    """
+    """I from w `[N]`, exact; `inside [N]` are the nodes to which the graph is cut before its rows are normalised."""
     nodes, per_edge = np.zeros(graph.n_nodes), np.zeros(graph.n_nodes)
     for rows in reversed(list(row_blocks(graph, rows_of(graph, inside), by_level=True))):
         edges = absolute_rows(graph, rows)
@@ -100,15 +76,9 @@ def rows_of(graph: AttributionGraph, inside: np.ndarray | None = None) -> np.nda
 
 
 def row_blocks(graph: AttributionGraph, rows: np.ndarray, by_level: bool = False) -> Iterator[np.ndarray]:
-    """Cut ascending `rows`, all with edges, into blocks of limited size, at least a row each.
+    """Cut ascending `rows`, all with edges, into blocks of at most `BLOCK` edges, but at least a row.
 
-    Args:
-        graph: the graph.
-        rows: the rows.
-        by_level: also cut so that no row is a source of another in its block.
-
-    Raises:
-        AssertionError: `by_level`, and a row has a source that does not come before it.
+    With `by_level` no row is a source of another in its block.
     """
     edges = np.concatenate([[0], np.cumsum(np.diff(graph.indptr)[rows])])
     # Indices ascend in a row, so its last one says how high its sources reach.
@@ -126,9 +96,7 @@ def row_blocks(graph: AttributionGraph, rows: np.ndarray, by_level: bool = False
 
 
 def absolute_rows(graph: AttributionGraph, rows: np.ndarray) -> sparse.csr_matrix:
-    """|edge| of some rows, `[rows, N]` float64; for a LEFT_OUT source the sum over its features, not that of their
-    sum.
-    """
+    """|edge| of some rows, `[rows, N]` float64; for a LEFT_OUT source the sum of its features' |edges|."""
     block = take_rows(graph, graph.weights, rows)
     absolute = np.abs(block.data).astype(np.float64)
     if graph.left_out_mass.shape[1]:
@@ -156,57 +124,44 @@ def take_rows(graph: AttributionGraph, values: np.ndarray, rows: np.ndarray) -> 
     return sparse.csr_matrix((data, indices, begins), shape=(len(rows), graph.n_nodes))
 
 
-def graph_scores(graph: AttributionGraph, flow: np.ndarray) -> GraphScores:
-    """Scores from the influence `[N]` of the same graph."""
-    kind = graph.nodes.kind
-
-    def share(which: NodeKind) -> float:
-        return float(flow[kind == which].sum())
-
-    token, error = share(NodeKind.TOKEN), share(NodeKind.ERROR)
-    bias, left_out = share(NodeKind.BIAS), share(NodeKind.LEFT_OUT)
-    ends = token + error + bias + left_out
-    output = float(flow.sum() + logit_weights(graph).sum())
+def scores(graph: AttributionGraph, flow: np.ndarray | None = None) -> GraphScores:
+    """Scores of a graph; `flow [N]` is its influence where it is known."""
+    flow = influence(graph, logit_weights(graph)).nodes if flow is None else flow
+    kinds = (NodeKind.TOKEN, NodeKind.ERROR, NodeKind.BIAS, NodeKind.LEFT_OUT)
+    token, error, bias, left_out = (float(flow[graph.nodes.kind == kind].sum()) for kind in kinds)
+    sources = token + error + bias + left_out
     known = token + error + left_out
     return GraphScores(
         replacement=token / known if known else 0.0,
-        completeness=1.0 - (error + left_out) / output,
-        token_share=token / ends,
-        error_share=error / ends,
-        bias_share=bias / ends,
-        left_out_share=left_out / ends,
+        completeness=1.0 - (error + left_out) / float(flow.sum() + logit_weights(graph).sum()),
+        token_share=token / sources,
+        error_share=error / sources,
+        bias_share=bias / sources,
+        left_out_share=left_out / sources,
     )
-
-
-def scores(graph: AttributionGraph) -> GraphScores:
-    """Scores of a graph."""
-    return graph_scores(graph, influence(graph, logit_weights(graph)).nodes)
 
 
 def prune(
     graph: AttributionGraph, node_threshold: float = 0.8, edge_threshold: float = 0.98, storage: Memory = MEMORY
 ) -> PrunedGraph:
-    """Mark the nodes and edges that matter.
-
-    Args:
-        graph: the whole graph.
-        node_threshold: share of influence that the kept nodes reach.
-        edge_threshold: share of edge influence that the kept edges reach.
-        storage: where the mask of the edges goes.
-    """
+    """Mark the nodes and edges whose influence reaches the thresholds; `storage` has the mask of the edges."""
     weights = logit_weights(graph)
     flow = influence(graph, weights).nodes
     nodes = smallest_set(flow, node_threshold) | np.isin(graph.nodes.kind, (NodeKind.TOKEN, *ENDS))
     edges = _edges_of(graph, nodes, influence(graph, weights, nodes), edge_threshold, storage)
     alive = nodes & ~_dead_ends(graph, nodes, edges)
-    _drop_edges(graph, nodes, alive, edges)
+    if (alive != nodes).any():  # edges that lost an end go
+        for block in row_blocks(graph, rows_of(graph, nodes)):
+            taken = take_rows(graph, edges, block)
+            ends = alive[taken.indices] & np.repeat(alive[block], np.diff(taken.indptr))
+            edges[_places(graph, block)] = taken.data & ends
     return PrunedGraph(
         graph=graph,
         node_mask=alive,
         edge_mask=edges,
         influence=flow,
         cumulative=cumulative_share(flow),
-        scores=graph_scores(graph, flow),
+        scores=scores(graph, flow),
         node_threshold=node_threshold,
         edge_threshold=edge_threshold,
     )
@@ -217,15 +172,15 @@ def _edges_of(graph: AttributionGraph, nodes: np.ndarray, flow: Influence, share
     rows = rows_of(graph, nodes)
     inside = nodes.astype(np.float64)
 
-    def scores() -> Iterator[np.ndarray]:
+    def edge_scores() -> Iterator[np.ndarray]:
         for block in row_blocks(graph, rows):
             edges = absolute_rows(graph, block)
             yield edges.data * inside[edges.indices] * np.repeat(flow.per_edge[block], np.diff(edges.indptr))
 
     counts = np.diff(graph.indptr)[rows]
-    cut = find_cut(scores, int(counts.sum()), share)
+    cut = find_cut(edge_scores, int(counts.sum()), share)
     mask, ties = storage.zeros(graph.n_edges, bool), cut.ties
-    for block, values in zip(row_blocks(graph, rows), scores(), strict=True):
+    for block, values in zip(row_blocks(graph, rows), edge_scores(), strict=True):
         kept = values > cut.value
         if ties:
             equal = np.flatnonzero(values == cut.value)[:ties]
@@ -258,30 +213,10 @@ def _dead_ends(graph: AttributionGraph, nodes: np.ndarray, edges: np.ndarray) ->
     return nodes & ~(entered & left)
 
 
-def _drop_edges(graph: AttributionGraph, nodes: np.ndarray, alive: np.ndarray, edges: np.ndarray) -> None:
-    """Clear in `edges [E]` those that lost an end, in place."""
-    if (alive == nodes).all():
-        return
-    for block in row_blocks(graph, rows_of(graph, nodes)):
-        taken = take_rows(graph, edges, block)
-        edges[_places(graph, block)] = (
-            taken.data & alive[taken.indices] & np.repeat(alive[block], np.diff(taken.indptr))
-        )
-
-
 def reaches_image(pruned: PrunedGraph, logit: int) -> bool:
-    """Whether kept edges lead back from a logit, or what else the graph explains, to a soft token.
-
-    Args:
-        pruned: the pruned graph.
-        logit: its node number.
-
-    Raises:
-        ValueError: when the node is none that the graph explains.
-    """
+    """Whether kept edges lead back from the node of a logit, or what else the graph explains, to a soft token."""
     graph = pruned.graph
-    if graph.nodes.kind[logit] not in ENDS:
-        raise ValueError(f"node {logit} is no logit")
+    assert graph.nodes.kind[logit] in ENDS, f"node {logit} is nothing that the graph explains"
     reached = np.zeros(graph.n_nodes, dtype=bool)
     reached[logit] = True
     # Sources come before their targets, so one pass downwards visits every path.
@@ -298,13 +233,6 @@ def top_features(graph: AttributionGraph, count: int) -> dict[FeatureId, float]:
 
     A feature's influence is the sum over the positions where it is active, in the whole graph: a pruned one, which is
     for reading, may keep hardly any feature.
-
-    Args:
-        graph: of one prompt.
-        count: at most so many features.
-
-    Raises:
-        UserError: no feature has any influence.
     """
     weights = np.zeros(graph.n_nodes)
     weights[graph.nodes.ends()[int(np.argmax(graph.logit_probabilities))]] = 1.0
@@ -319,38 +247,19 @@ def top_features(graph: AttributionGraph, count: int) -> dict[FeatureId, float]:
     return {feature: sums[feature] for feature in ranked[:count]}
 
 
-@dataclass(frozen=True)
-class EndSources:
-    """Shares of the influence on each of K ends, by where it ends; those of an end sum to 1.
+def end_sources(graph: AttributionGraph) -> tuple[np.ndarray, np.ndarray]:
+    """Where the influence on each of the K ends by itself ends: shares `[K, T]` of tokens, `[K]` of errors.
 
-    Attributes:
-        tokens: [K, T], at the embedding (or soft token) of each position.
-        bias, error, left_out: [K].
+    Influence is linear in what the ends are worth, and every row hands all of its influence down. So a graph of a whole
+    answer says of each word by itself how much of it comes from each token.
     """
-
-    tokens: np.ndarray
-    bias: np.ndarray
-    error: np.ndarray
-    left_out: np.ndarray
-
-    def of_tokens(self, groups: np.ndarray, count: int) -> np.ndarray:
-        """[K, count], shares of the influence that ends at tokens, by the group 0 .. count - 1 of each position [T]."""
-        member = np.eye(count)[groups]
-        total = self.tokens.sum(1, keepdims=True)
-        return (self.tokens @ member) / np.where(total > 0, total, 1.0)
-
-
-def end_sources(graph: AttributionGraph) -> EndSources:
-    """Follow each end of a graph down to the sources."""
     nodes, ends = graph.nodes, graph.nodes.ends()
-    tokens = nodes.of(NodeKind.TOKEN)
-    found = np.zeros((len(ends), len(graph.tokens)))
-    rest = {kind: np.zeros(len(ends)) for kind in (NodeKind.BIAS, NodeKind.ERROR, NodeKind.LEFT_OUT)}
+    tokens, errors = np.zeros((len(ends), len(graph.tokens))), np.zeros(len(ends))
+    own = nodes.of(NodeKind.TOKEN)
     for row, end in enumerate(ends.tolist()):
         weights = np.zeros(graph.n_nodes)
         weights[end] = 1.0
         flow = influence(graph, weights).nodes
-        np.add.at(found[row], nodes.position[tokens], flow[tokens])
-        for kind, values in rest.items():
-            values[row] = flow[nodes.kind == kind].sum()
-    return EndSources(found, rest[NodeKind.BIAS], rest[NodeKind.ERROR], rest[NodeKind.LEFT_OUT])
+        np.add.at(tokens[row], nodes.position[own], flow[own])
+        errors[row] = flow[nodes.kind == NodeKind.ERROR].sum()
+    return tokens, errors

@@ -1,9 +1,15 @@
-"""From a prompt to its attribution graph, whole and pruned, in one call."""
+"""From a prompt to its attribution graph, whole and pruned, in one call.
+
+The phases, one module each: what is explained (`targets`), the local replacement model (`vlmscope.replacement`), its
+adjoint (`adjoint`), rows of edges and the choice of features that get one (`edges`), influence and pruning
+(`influence`).
+"""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +20,7 @@ from vlmscope.attribution.edges import RowStore, assemble, select_rows, target_c
 from vlmscope.attribution.heads import HeadFlow, Place, ScoreParts, find_place, head_flow, score_parts
 from vlmscope.attribution.influence import end_sources, prune
 from vlmscope.attribution.memory import MemoryPlan, plan_memory
-from vlmscope.attribution.targets import (
-    Targets,
-    Tokenizer,
-    TraceableModel,
-    ask,
-    choose_logits,
-    choose_targets,
-    labels_of,
-)
+from vlmscope.attribution.targets import Targets, ask, choose_logits, choose_targets
 from vlmscope.core.graph import AttributionGraph, NodeKind, PrunedGraph
 from vlmscope.core.runs import html_table, text_table
 from vlmscope.models.base import ModelInputs
@@ -44,6 +42,9 @@ class Trace:
 
     def _rows(self) -> list[tuple[str, str, str]]:
         graph, scores = self.graph, self.pruned.scores
+        kinds, values = graph.nodes.kind[graph.nodes.ends()], graph.nodes.target[graph.nodes.ends()]
+        ends = zip(graph.logit_tokens, kinds, graph.logit_probabilities, values, strict=True)
+        words = [f"{end}  p = {p:.3f}" if kind == NodeKind.LOGIT else f"{end} = {v:+.3f}" for end, kind, p, v in ends]
         return [
             ("", "whole graph", "kept by pruning"),
             ("nodes", f"{graph.n_nodes:,}", f"{self.pruned.n_nodes:,}"),
@@ -51,7 +52,7 @@ class Trace:
             ("replacement score", f"{scores.replacement:.3f}", ""),
             ("completeness score", f"{scores.completeness:.3f}", ""),
             ("largest residual", f"{graph.residual.max():.1e}", ""),
-            *(("explains", end, "") for end in end_words(graph)[:5]),
+            *(("explains", end, "") for end in words[:5]),
         ]
 
     def _title(self) -> str:
@@ -64,17 +65,50 @@ class Trace:
         return html_table(self._rows(), self._title())
 
 
-def end_words(graph: AttributionGraph) -> list[str]:
-    """What the graph explains, a string each: a logit's token with its probability, else a label with its value."""
-    kinds, values = graph.nodes.kind[graph.nodes.ends()], graph.nodes.target[graph.nodes.ends()]
-    named = zip(graph.logit_tokens, kinds, graph.logit_probabilities, values, strict=True)
-    return [f"{word}  p = {p:.3f}" if kind == NodeKind.LOGIT else f"{word} = {v:+.3f}" for word, kind, p, v in named]
+def trace(scope: Scope, inputs: ModelInputs, config: AttributionConfig, folder: Path | None = None) -> Trace:
+    """Run the model once, make the local replacement model, attribute, and prune.
+
+    Args:
+        scope: the model and its transcoders.
+        inputs: the prompt.
+        config: settings.
+        folder: where edges go, in anonymous files, that do not fit into `config.memory_gb`; the system's folder for
+            temporary files when None.
+    """
+    config.check()
+    vlm = scope.vlm
+    inputs, ids = ask(vlm, inputs, config)
+    dtype = {"float32": torch.float32, "float64": torch.float64, "model": None}[config.dtype]
+    replacement = build_replacement(scope, inputs, dtype)
+
+    def graph_of(targets: Targets) -> tuple[AttributionGraph, MemoryPlan]:
+        plan = plan_memory(replacement, targets, config, folder)
+        return attribute(replacement, config, vlm.tokenizer, vlm.name, targets, plan), plan
+
+    scores: tuple[ScoreParts, ...] = ()
+    flow = None
+    if config.attention:
+        if config.attention == "auto":  # the heads that carry most in the graph of the top logits
+            logits = choose_logits(replacement, config.logit_mass, config.max_logits)
+            flow = head_flow(replacement, graph_of(logits)[0], logits)
+            heads = flow.ranked()[: config.n_heads]
+            places = [Place(*head, int(flow.query[head]), int(flow.key[head])) for head in heads]
+        else:
+            places = [find_place(replacement, config.attention)]
+        adjoint = Adjoint(replacement)
+        scores = tuple(score_parts(vlm, replacement, adjoint, place) for place in places)
+        targets = scores[0].targets
+    else:
+        targets = choose_targets(replacement, config, vlm.tokenizer, ids)
+    graph, plan = graph_of(targets)
+    pruned = prune(graph, config.node_threshold, config.edge_threshold, plan.storage)
+    return Trace(replacement, graph, pruned, targets, scores, flow)
 
 
 def attribute(
     replacement: ReplacementModel,
     config: AttributionConfig,
-    tokenizer: Tokenizer | None,
+    tokenizer: Any,
     model_name: str = "",
     targets: Targets | None = None,
     plan: MemoryPlan | None = None,
@@ -88,16 +122,12 @@ def attribute(
         model_name: for the record.
         targets: what to explain; what `config` says when None.
         plan: how memory is used; what follows from `config.memory_gb` when None.
-
-    Raises:
-        UserError: what is to be explained, or the memory that it may take, makes no sense here.
     """
     config.check()
     started = time.perf_counter()
     inputs = replacement.inputs
     dtype = "float64" if replacement.errors.dtype == torch.float64 else "float32"
     if targets is None:
-        assert tokenizer is not None, "words become targets by a tokenizer"
         targets = choose_targets(replacement, config, tokenizer)
     plan = plan or plan_memory(replacement, targets, config)
     adjoint = Adjoint(replacement, SourceVectors(replacement, plan.cache_bytes))
@@ -114,7 +144,7 @@ def attribute(
         residual=edges.residual,
         left_out_mass=edges.left_out_mass,
         logit_probabilities=targets.probabilities,
-        logit_tokens=labels_of(targets, tokenizer),
+        logit_tokens=targets.names(tokenizer),
         tokens=list(inputs.tokens),
         is_image=inputs.is_image,
         image_index=inputs.image_index,
@@ -139,81 +169,18 @@ def attribute(
     )
 
 
-def trace(scope: Scope, inputs: ModelInputs, config: AttributionConfig, folder: Path | None = None) -> Trace:
-    """Run the model once, make the local replacement model, attribute, and prune.
-
-    Args:
-        scope: the model and its transcoders.
-        inputs: the prompt.
-        config: settings.
-        folder: where edges go, in files without a name, that do not fit into `config.memory_gb`; the system's folder
-            for temporary files when None.
-
-    Raises:
-        UserError: when the settings make no sense, the model and the set do not fit each other, or memory or disk
-            have no room.
-    """
-    config.check()
-    dtype = {"float32": torch.float32, "float64": torch.float64, "model": None}[config.dtype]
-    question = ask(scope.vlm, inputs, config)
-    replacement = build_replacement(scope, question.inputs, dtype)
-    if config.attention:
-        return _trace_attention(scope.vlm, replacement, config, folder)
-    targets = choose_targets(replacement, config, scope.vlm.tokenizer, question.ids)
-    return _traced(scope.vlm, replacement, config, targets, folder)
-
-
-def _traced(
-    vlm: TraceableModel,
-    replacement: ReplacementModel,
-    config: AttributionConfig,
-    targets: Targets,
-    folder: Path | None,
-    scores: tuple[ScoreParts, ...] = (),
-    flow: HeadFlow | None = None,
-) -> Trace:
-    """Plan, attribute and prune."""
-    plan = plan_memory(replacement, targets, config, folder)
-    graph = attribute(replacement, config, vlm.tokenizer, vlm.name, targets, plan)
-    pruned = prune(graph, config.node_threshold, config.edge_threshold, plan.storage)
-    return Trace(replacement, graph, pruned, targets, scores, flow)
-
-
-def _trace_attention(
-    vlm: TraceableModel, replacement: ReplacementModel, config: AttributionConfig, folder: Path | None
-) -> Trace:
-    """The graph of a head's score: of the one that is named, or of the one that carries most in the logits' graph."""
-    flow = None
-    if config.attention == "auto":
-        logits = choose_logits(replacement, config.logit_mass, config.max_logits)
-        plan = plan_memory(replacement, logits, config, folder)
-        flow = head_flow(replacement, attribute(replacement, config, vlm.tokenizer, vlm.name, logits, plan), logits)
-        heads = flow.ranked()[: config.n_heads]
-        places = [Place(*head, int(flow.query[head]), int(flow.key[head])) for head in heads]
-    else:
-        places = [find_place(replacement, config.attention or "")]
-    adjoint = Adjoint(replacement)
-    scores = tuple(score_parts(vlm, replacement, adjoint, place) for place in places)
-    return _traced(vlm, replacement, config, scores[0].targets, folder, scores, flow)
-
-
 def word_sources(scope: Scope, inputs: ModelInputs, ids: Sequence[int], config: AttributionConfig) -> np.ndarray:
-    """[n, 4], where the influence on each token of an answer ends.
+    """[n, 4], where the influence on each of an answer's n tokens ends, from one graph of the whole answer.
 
     Of what ends at tokens the shares of the picture, of the rest of the prompt, and of the answer's own earlier tokens;
     then the share of errors in all influence.
-
-    Args:
-        scope: the model and its transcoders.
-        inputs: the prompt.
-        ids: the answer's n tokens; each is explained by itself in one graph of the whole answer.
-        config: settings of the graph.
     """
     adapter, tokenizer = scope.adapter, scope.vlm.tokenizer
     config = replace(config, answer=tokenizer.decode(list(ids)).strip(), weights="uniform")
     whole = continued(adapter, inputs, ids[:-1], tokenizer)
     replacement = build_replacement(scope, whole)
-    targets = choose_targets(replacement, config, tokenizer, tuple(ids))
-    sources = end_sources(attribute(replacement, config, tokenizer, scope.vlm.name, targets))
+    targets = choose_targets(replacement, config, tokenizer, ids)
+    tokens, error = end_sources(attribute(replacement, config, tokenizer, scope.vlm.name, targets))
     groups = np.where(whole.is_image, 0, np.where(np.arange(len(whole)) < len(inputs), 1, 2))
-    return np.concatenate([sources.of_tokens(groups, 3), sources.error[:, None]], 1)
+    grouped, total = tokens @ np.eye(3)[groups], tokens.sum(1, keepdims=True)
+    return np.concatenate([grouped / np.where(total > 0, total, 1.0), error[:, None]], 1)

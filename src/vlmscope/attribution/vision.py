@@ -1,28 +1,21 @@
-"""From soft tokens down to patches: maps of targets and of features, and their files.
-
-From soft tokens on down: what each patch of a picture contributes to a target, through projector, pooling and tower.
+"""From soft tokens on down: what each patch of a picture contributes to a target, through projector, pooling and tower.
 
 With the tower frozen as `vlmscope.models.attention` does it, what the soft tokens write is `J e + c`, e the patch
 embeddings without bias. A target reads it by G (`vlmscope.attribution.adjoint`), so patch p contributes
-`(G J)_p . (e_p - e0_p)` for a baseline e0: one backward pass a target. c is found apart from it, by running the frozen
-tower forwards at e = 0, so that `edge = patches + remainder` can fail.
+`(G J)_p . (e_p - e0_p)` for a baseline e0: one backward pass a target. c is computed apart from it, by running the
+frozen tower forwards at e = 0, so that `edge = patches + remainder` can fail. Of a feature the targets are its
+pre-activations wherever it is active on soft tokens; their sum is one affine function, so one pass does for all.
+
+`patches.safetensors` holds maps over patches as small float16 grids, each relative to its own largest absolute value
+(its `scale` in the record), so that float16 has all its digits.
 Legend: B targets, N patch embeddings, d_v their width, T positions.
-
-What the patches of a picture contribute to a feature wherever it is active on soft tokens, in one map a picture.
-
-The sum of its pre-activations there is one affine function of the sources, so one reader and one backward pass do.
-
-`patches.safetensors`: maps over patches as small float16 grids, and the record that says what they are.
-
-A grid is kept relative to its own largest absolute value (its `scale` in the record), so that float16
-has all its digits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vlmscope.attribution.adjoint import Readers, target_readers
-from vlmscope.attribution.targets import Targets, feature_target
+from vlmscope.attribution.targets import feature_at
 from vlmscope.core.artifacts import built_from, load_tensors, save_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.core.maps import PictureMap, TileMap
@@ -44,28 +37,24 @@ from vlmscope.models.boxes import PicturePatches, tower_kind
 from vlmscope.models.loading import VLM
 from vlmscope.replacement.model import ReplacementModel
 
-RULES = ("frozen", "gradient")
-BASELINES = ("grey", "mean")
+FORMAT, VERSION = "vlmscope.patches", "1"
 
 
 class _PatchEmbedding:
-    """Puts a leaf `values [N, d_v]` in the place of the patch embeddings, bias apart."""
+    """A forward hook that puts a leaf `values [N, d_v]` in the place of the patch embeddings, bias apart."""
 
     def __init__(self, module: Any) -> None:
         self._bias = 0.0 if module.bias is None else module.bias.detach()
         self.values: Tensor | None = None
 
-    def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         # Convolutions give [n, d_v, ...], linear maps [.., n, d_v].
-        rows = output.flatten(2).transpose(1, 2) if self._convolves(_module) else output
-        values = (rows.detach() - self._bias).flatten(0, -2).requires_grad_() if self.values is None else self.values
-        self.values = values
-        rows = (values + self._bias).reshape(rows.shape)
-        return rows.transpose(1, 2).reshape(output.shape) if self._convolves(_module) else rows
-
-    @staticmethod
-    def _convolves(module: nn.Module) -> bool:
-        return isinstance(module, nn.Conv2d | nn.Conv3d)
+        convolves = isinstance(module, nn.Conv2d | nn.Conv3d)
+        rows = output.flatten(2).transpose(1, 2) if convolves else output
+        if self.values is None:
+            self.values = (rows.detach() - self._bias).flatten(0, -2).requires_grad_()
+        rows = (self.values + self._bias).reshape(rows.shape)
+        return rows.transpose(1, 2).reshape(output.shape) if convolves else rows
 
 
 @dataclass(frozen=True)
@@ -91,28 +80,19 @@ class VisionPath:
     at_zero: Entering | None
 
     def maps(self, readers: Readers, names: Sequence[str], baseline: str = "grey") -> list[PictureMap]:
-        """One map a target and picture.
+        """One map a target and picture, from how B targets, with their names, read the soft tokens.
 
-        Args:
-            readers: how B targets read the soft tokens.
-            names: of the targets.
-            baseline: "grey", a picture of the processor's mean colour (pixels 0 after normalisation), or "mean": each
-                patch against the mean patch of its own picture.
-
-        Raises:
-            UserError: no such baseline.
+        A patch counts against a `baseline`: "grey", a picture of the processor's mean colour (pixels 0 after
+        normalisation), or "mean", the mean patch of its own picture.
         """
-        if baseline not in BASELINES:
-            raise UserError(f"unknown baseline {baseline!r} for patches; choose one of: {', '.join(BASELINES)}")
-        found = []
+        maps = []
         for number, name in enumerate(names):
             for picture in range(len(self.pictures)):
-                where = torch.from_numpy(self.inputs.image_index == picture)
-                reader = Readers(
-                    _only(readers.embeddings[number], where)[None], _only(readers.injections[number], where)[None]
-                )
-                found.append(self._map(reader, name, picture, baseline))
-        return found
+                # Only this picture's soft tokens are read.
+                own = torch.from_numpy(self.inputs.image_index == picture).to(readers.embeddings.device)[:, None]
+                reader = Readers(readers.embeddings[number, None] * own, readers.injections[number, None] * own)
+                maps.append(self._map(reader, name, picture, baseline))
+        return maps
 
     def _map(self, reader: Readers, name: str, picture: int, baseline: str) -> PictureMap:
         edge = _read(reader, self.written)
@@ -144,11 +124,6 @@ class VisionPath:
         return PictureMap(name, picture, tiles, total, remainder)
 
 
-def _only(gradient: Tensor, where: Tensor) -> Tensor:
-    """The gradient `[.., T, d]` at some positions, 0 elsewhere."""
-    return gradient * where.to(gradient.device)[:, None]
-
-
 def _read(reader: Readers, written: Entering) -> Tensor:
     """What one target reads of what the tower writes."""
     total = (reader.embeddings[0].to(written.embeddings.dtype) * written.embeddings[0]).sum()
@@ -160,16 +135,8 @@ def _read(reader: Readers, written: Entering) -> Tensor:
 def vision_path(vlm: VLM, inputs: ModelInputs, rule: str = "frozen") -> VisionPath:
     """Run the vision path of a prompt once with its gradient, and once more frozen at 0.
 
-    Args:
-        vlm: the model with its processor, in evaluation mode.
-        inputs: what `vlm.prepare` made of the prompt.
-        rule: "frozen" (complete) or "gradient" (the plain gradient, for comparison).
-
-    Raises:
-        UserError: no such rule, the prompt has no picture, or the tower is not known.
+    The rule is "frozen" (complete) or "gradient" (the plain gradient, for comparison).
     """
-    if rule not in RULES:
-        raise UserError(f"unknown rule {rule!r} for patches; choose one of: {', '.join(RULES)}")
     if not inputs.sizes:
         raise UserError("the prompt has no picture, so there are no patches; give one with image=")
     adapter = vlm.adapter
@@ -218,36 +185,6 @@ def _additive(adapter: Adapter) -> Iterator[dict[str, tuple[Tensor, GradientEdge
             parameter.requires_grad_(before[name])
 
 
-def feature_at(replacement: ReplacementModel, feature: FeatureId, positions: np.ndarray) -> Targets:
-    """The pre-activations of a feature at those of some positions where it is active, a target each.
-
-    Args:
-        replacement: the frozen model.
-        feature: which.
-        positions: `[n]` int64.
-
-    Raises:
-        UserError: the model has no such feature, or it is active nowhere in the prompt.
-    """
-    one = feature_target(replacement, feature)
-    found = replacement.features[feature.layer]
-    here = torch.from_numpy(np.isin(found.position.numpy(force=True), positions)).to(found.index.device)
-    rows = torch.nonzero((found.index == feature.index) & here)[:, 0]
-    at = found.position[rows].numpy(force=True)
-    scale = replacement.layers[feature.layer].mlp_in_scale[found.position[rows]]
-    return replace(
-        one,
-        positions=at,
-        token_ids=np.full(len(at), feature.index),
-        probabilities=np.ones(len(at)),
-        weights=np.ones(len(at)),
-        vectors=found.w_enc[found.index[rows]] * scale,
-        constants=found.encoder_bias[rows],
-        values=found.pre_activation[rows],
-        labels=tuple(f"{feature} at {position}" for position in at),
-    )
-
-
 def feature_path_maps(
     replacement: ReplacementModel,
     path: VisionPath,
@@ -257,70 +194,38 @@ def feature_path_maps(
 ) -> dict[FeatureId, list[PictureMap]]:
     """For each feature a map a picture: what its patches contribute to the feature's sum over all soft tokens.
 
-    Args:
-        replacement: the frozen model.
-        path: the vision path of the same prompt.
-        features: those active on at least one soft token.
-        effect: "total" (active features of earlier layers respond) or "direct".
-        baseline: as for `VisionPath.maps`.
-
-    Raises:
-        UserError: as `feature_at`, or no such baseline.
+    The features are active on at least one soft token; the effect is "total" (active features of earlier layers
+    respond) or "direct".
     """
     soft = np.flatnonzero(replacement.inputs.is_image)
-    found = {}
+    maps = {}
     for feature in features:
         targets = feature_at(replacement, feature, soft)
         readers = target_readers(replacement, targets, total=effect == "total", summed=True)
-        found[feature] = path.maps(readers, [str(feature)], baseline)
-    return found
-
-
-FORMAT, VERSION = "vlmscope.patches", "1"
+        maps[feature] = path.maps(readers, [str(feature)], baseline)
+    return maps
 
 
 def save_maps(path: str | Path, maps: Sequence[PictureMap]) -> list[dict[str, Any]]:
-    """Write the grids, atomically.
-
-    Returns:
-        For each map its target, picture, edge, remainder, residual, and of each tile the name of its grid in the file,
-        its scale and the boxes of its patches.
-
-    Raises:
-        UserError: when the file cannot be written.
-    """
+    """Write the grids, atomically; returns the record of each map, with the names of its grids and their boxes."""
     arrays: dict[str, np.ndarray] = {}
     records = []
-    for number, found in enumerate(maps):
+    for number, made in enumerate(maps):
         tiles = []
-        for at, tile in enumerate(found.tiles):
+        for at, tile in enumerate(made.tiles):
             name, scale = f"map_{number}_{at}", float(np.abs(tile.values).max(initial=0.0))
             arrays[name] = (tile.values / (scale or 1.0)).astype(np.float16)
             tiles.append({"grid": name, "scale": scale, "boxes": [list(box) for box in tile.boxes]})
-        records.append(
-            {
-                "target": found.target,
-                "picture": found.picture,
-                "edge": found.edge,
-                "from_patches": found.from_patches,
-                "remainder": found.remainder,
-                "residual": found.residual,
-                "tiles": tiles,
-            }
-        )
+        fields = ("target", "picture", "edge", "from_patches", "remainder", "residual")
+        records.append({name: getattr(made, name) for name in fields} | {"tiles": tiles})
     save_tensors(path, arrays, {"format": FORMAT, "version": VERSION})
     return records
 
 
 def load_maps(path: str | Path, records: Sequence[Mapping[str, Any]]) -> list[PictureMap]:
-    """Read what `save_maps` wrote, to float16's accuracy.
+    """Read what `save_maps` wrote, to float16's accuracy, with the records it returned.
 
-    Args:
-        path: the file.
-        records: what `save_maps` returned, as `graph.json` has it under `vlmscope.patches.maps`.
-
-    Raises:
-        UserError: when the file is missing or is of another kind or layout.
+    `graph.json` has them under `vlmscope.patches.maps`.
     """
     arrays, metadata = load_tensors(path)
     if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):

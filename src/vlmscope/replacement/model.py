@@ -1,38 +1,226 @@
 """The local replacement model of one input, and its forward replay.
 
 Frozen: attention patterns, norm scales, the supports of the sparse codes, the errors. What is left is affine in the
-embeddings, the feature activations, the errors and the biases. `replay`, `direct` and `total` run it forwards; the
-attribution engine runs its adjoint backwards, in code of its own, so that tests compare two implementations.
-Legend: L layers, T positions, d model width, n active features of all layers, V vocabulary.
+embeddings, the feature activations, the errors and the biases. One layer is
+    h  = x + s2 * (P (sv * (s1 * x W_v^T + b_v)) W_o^T + b_o)
+    x' = c (h + s4 * y) + v,    y = a W_dec + b_dec + skip path + error
+with P the pattern of each head, s1, s2, s3, s4 the scales of the norms, sv that of the norm of values (1 in most
+families), c the layer's constant (1 in most) and v what pictures add after it (0 in most). `replay`, `direct` and
+`total` run it forwards; the attribution engine runs its adjoint backwards, in code of its own, so that tests compare
+two implementations.
+Legend: L layers, T positions, d model width, n active features, F features of a transcoder, V vocabulary, H heads,
+Hkv key/value heads, D head width.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vlmscope.activations.capture import ForwardState, capture_state
 from vlmscope.core.errors import UserError
-from vlmscope.models.base import ModelInputs
+from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.placement import materialised
-from vlmscope.replacement.features import FeatureTable, LayerFeatures, active_features, feature_table, written
-from vlmscope.replacement.frozen import FrozenLayer, freeze_layer
 from vlmscope.scope import Scope
+from vlmscope.transcoders.transcoder import Transcoder
 
 # (layer, position, feature index) -> change of activation
 FeatureChange = Mapping[tuple[int, int, int], float]
 
 
 @dataclass(frozen=True)
-class Replay:
-    """A run of the replacement model, or the change of one.
+class FrozenLayer:
+    """One decoder layer with attention pattern and norm scales frozen, at one input.
 
     Attributes:
-        pre_activation: `[n]`, of the active features, in the order of `feature_activations`.
-        activation: `[n]`.
-        logits: `[T, V]`, before the cap of a model that caps its logits.
+        pattern: `[H, T, T]`, last two axes query and key.
+        value_weight: `[Hkv * D, d]`.
+        value_bias: `[Hkv * D]` or None.
+        output_weight: `[d, H * D]`.
+        output_bias: `[d]` or None.
+        attn_in_scale: `[T, d]`, s1.
+        attn_out_scale: `[T, d]`, s2.
+        mlp_in_scale: `[T, d]`, s3.
+        write_scale: `[T, d]`, from the transcoder's output to the residual stream: s4, or 1 when it imitates the MLP
+            output after the post norm.
+        n_kv_heads: Hkv.
+        value_scale: `[T, Hkv * D]`, sv, or None for 1.
+        stream_scale: c.
+        injection: `[T, d]`, v, or None for 0.
+    """
+
+    pattern: Tensor
+    value_weight: Tensor
+    value_bias: Tensor | None
+    output_weight: Tensor
+    output_bias: Tensor | None
+    attn_in_scale: Tensor
+    attn_out_scale: Tensor
+    mlp_in_scale: Tensor
+    write_scale: Tensor
+    n_kv_heads: int
+    value_scale: Tensor | None = None
+    stream_scale: float = 1.0
+    injection: Tensor | None = None
+
+    def attend(self, x: Tensor, *, with_bias: bool) -> Tensor:
+        """What attention adds to the residual stream `x [T, d]`; without biases it is the map of a change of `x`."""
+        n_heads, positions, _ = self.pattern.shape
+        values = (self.attn_in_scale * x) @ self.value_weight.T
+        if with_bias and self.value_bias is not None:
+            values = values + self.value_bias
+        if self.value_scale is not None:
+            values = values * self.value_scale
+        per_head = values.view(positions, self.n_kv_heads, -1).repeat_interleave(n_heads // self.n_kv_heads, dim=1)
+        z = torch.einsum("hqk,khd->qhd", self.pattern, per_head).reshape(positions, -1)
+        out = z @ self.output_weight.T
+        if with_bias and self.output_bias is not None:
+            out = out + self.output_bias
+        return self.attn_out_scale * out
+
+    def leave(self, stream: Tensor, *, with_injection: bool) -> Tensor:
+        """From the sum `[T, d]` after the MLP to the stream before the next layer; without injection for a change."""
+        out = stream if self.stream_scale == 1.0 else stream * self.stream_scale
+        return out + self.injection if with_injection and self.injection is not None else out
+
+
+@dataclass(frozen=True)
+class LayerFeatures:
+    """The active features of one layer, sorted by position, then index, with the weights that they read and write by.
+
+    Attributes:
+        position: `[n]` int64.
+        index: `[n]` int64.
+        activation: `[n]`, > 0.
+        pre_activation: `[n]`, `W_enc[index] . mlp_in[position] + b_enc[index]`.
+        offsets: T + 1 ints; features of position p are `offsets[p]:offsets[p + 1]`.
+        w_enc: `[F, d]`.
+        w_dec: `[F, d]`.
+        b_enc: `[F]`.
+        b_dec: `[d]`.
+        w_skip: `[d, d]` applied as `x @ w_skip.T`, or None.
+        w_later: decoders `[F, d]` to the layers after its own, in order (cross-layer transcoders).
+    """
+
+    position: Tensor
+    index: Tensor
+    activation: Tensor
+    pre_activation: Tensor
+    offsets: list[int]
+    w_enc: Tensor
+    w_dec: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    w_skip: Tensor | None
+    w_later: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def encoder_bias(self) -> Tensor:
+        """`[n]`, each active feature's own encoder bias."""
+        return self.b_enc[self.index]
+
+    def read(self, mlp_in: Tensor) -> Tensor:
+        """`W_enc` rows of the active features applied to `mlp_in [T, d]` at their positions: `[n]`, without bias."""
+        return (self.w_enc[self.index] * mlp_in[self.position]).sum(-1)
+
+    def reaches(self, ahead: int) -> bool:
+        """Whether the features write to the layer `ahead` of their own."""
+        return 0 <= ahead <= len(self.w_later)
+
+    def decoder(self, ahead: int) -> Tensor:
+        """`[F, d]`, by which they write to the layer `ahead` of their own."""
+        return self.w_dec if ahead == 0 else self.w_later[ahead - 1]
+
+    def vectors(self, ahead: int) -> Tensor:
+        """`[n, d]`, what each active feature writes to the layer `ahead` of its own, at its own activation."""
+        return self.activation[:, None] * self.decoder(ahead)[self.index]
+
+
+def written(layers: Sequence[LayerFeatures], activations: Sequence[Tensor], mlp_in: Tensor) -> Tensor:
+    """`[T, d]`, what the features of all layers write to the last of `layers`, with its skip path of `mlp_in [T, d]`.
+
+    `activations` has `[n]` a layer. Decoder biases are left out.
+    """
+    last = len(layers) - 1
+    w_skip = layers[last].w_skip
+    out = torch.zeros_like(mlp_in) if w_skip is None else mlp_in @ w_skip.T
+    for layer, (features, activation) in enumerate(zip(layers, activations, strict=True)):
+        if features.reaches(last - layer):
+            out.index_add_(0, features.position, activation[:, None] * features.decoder(last - layer)[features.index])
+    return out
+
+
+@torch.no_grad()
+def active_features(transcoder: Transcoder, mlp_in: Tensor) -> LayerFeatures:
+    """Encode `mlp_in [T, d]` and keep what is active, as the transcoder's own nonlinearity decides."""
+    code = transcoder.encode(mlp_in)
+    position, slot = torch.nonzero(code.values > 0, as_tuple=True)
+    index = code.indices[position, slot]
+    activation = code.values[position, slot]
+    order = torch.argsort(position * transcoder.W_enc.shape[0] + index)
+    position, index, activation = position[order], index[order], activation[order]
+    counts = torch.bincount(position, minlength=mlp_in.shape[0])
+    w_enc, b_enc = transcoder.W_enc.detach(), transcoder.b_enc.detach()
+    return LayerFeatures(
+        position=position,
+        index=index,
+        activation=activation.detach(),
+        pre_activation=(w_enc[index] * mlp_in[position]).sum(-1) + b_enc[index],
+        offsets=[0, *np.cumsum(counts.cpu().numpy()).tolist()],
+        w_enc=w_enc,
+        w_dec=transcoder.W_dec.detach(),
+        b_enc=b_enc,
+        b_dec=transcoder.b_dec.detach(),
+        w_skip=None if transcoder.W_skip is None else transcoder.W_skip.detach(),
+        w_later=tuple(decoder.detach() for decoder in transcoder.W_later),
+    )
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """The active features of all layers, one row each (`[n]`), sorted by (layer, position, index)."""
+
+    layer: np.ndarray
+    position: np.ndarray
+    index: np.ndarray
+    activation: np.ndarray
+    pre_activation: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+    @cached_property
+    def _rows(self) -> dict[tuple[int, int, int], int]:
+        keys = zip(self.layer.tolist(), self.position.tolist(), self.index.tolist(), strict=True)
+        return {key: row for row, key in enumerate(keys)}
+
+    def row(self, layer: int, position: int, index: int) -> int:
+        """The row of an active feature; a `KeyError` when the feature is not active there."""
+        try:
+            return self._rows[(layer, position, index)]
+        except KeyError:
+            raise KeyError(f"feature L{layer}/{index} is not active at position {position}") from None
+
+
+def feature_table(layers: Sequence[LayerFeatures]) -> FeatureTable:
+    """Join the layers' active features."""
+    names = ("position", "index", "activation", "pre_activation")
+    columns = (np.concatenate([getattr(layer, name).cpu().numpy() for layer in layers]) for name in names)
+    return FeatureTable(np.repeat(np.arange(len(layers)), [len(layer) for layer in layers]), *columns)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A run of the replacement model, or the change of one: pre-activation and activation `[n]`, logits `[T, V]`.
+
+    Features are in the order of `feature_activations`; logits are those before the cap of a model that caps them.
     """
 
     pre_activation: Tensor
@@ -80,8 +268,7 @@ class ReplacementModel:
     def replay(self, delta: FeatureChange | None = None) -> Replay:
         """Run the affine model from the embeddings, piece by piece, without the Hugging Face forward.
 
-        Args:
-            delta: changes of activations; the other features keep theirs.
+        `delta` changes some activations; the other features keep theirs.
         """
         changes = self._changes(delta or {})
         activation = [features.activation + change for features, change in zip(self.features, changes, strict=True)]
@@ -105,16 +292,38 @@ class ReplacementModel:
 
     @torch.no_grad()
     def _tangent(self, delta: FeatureChange, *, respond: bool) -> Replay:
+        still = torch.zeros_like(self.state.embeddings)
+        no_injection = torch.zeros_like(self.state.injections)
         changes = self._changes(delta)
-        x, pre, activation = torch.zeros_like(self.state.embeddings), [], []
-        for layer, (frozen, features) in enumerate(zip(self.layers, self.features, strict=True)):
+        x, pre, activation = self.propagate(still, no_injection, changes, respond=respond, n_layers=self.n_layers)
+        return Replay(torch.cat(pre), torch.cat(activation), self._unembed(x))
+
+    def propagate(
+        self, stream: Tensor, injected: Tensor, changes: Sequence[Tensor], *, respond: bool, n_layers: int
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Take changes through the first `n_layers` layers.
+
+        Args:
+            stream: `[T, d]`, change of what enters the first layer.
+            injected: `[m, T, d]`, of what pictures add after the first m layers.
+            changes: `[n]` a layer, of activations.
+            respond: whether active features also follow their pre-activations.
+            n_layers: how far.
+
+        Returns:
+            The change of the stream there, and a layer's changes of pre-activations and activations.
+        """
+        x, pre, activation = stream, [], []
+        for layer in range(n_layers):
+            frozen, features = self.layers[layer], self.features[layer]
             h = x + frozen.attend(x, with_bias=False)
             mlp_in = frozen.mlp_in_scale * h
             pre.append(features.read(mlp_in))
             activation.append(changes[layer] + pre[-1] if respond else changes[layer])
             out = written(self.features[: layer + 1], activation, mlp_in)
             x = frozen.leave(h + frozen.write_scale * out, with_injection=False)
-        return Replay(torch.cat(pre), torch.cat(activation), self._unembed(x))
+            x = x + injected[layer] if layer < len(injected) else x
+        return x, pre, activation
 
     def capped(self, logits: Tensor) -> Tensor:
         """The model's logits for its unembedding's output, any shape."""
@@ -130,6 +339,75 @@ class ReplacementModel:
         for key, change in delta.items():
             flat[self.feature_activations.row(*key)] += change
         return list(flat.split([len(features) for features in self.features]))
+
+
+@torch.no_grad()
+def build_replacement(scope: Scope, inputs: ModelInputs, dtype: torch.dtype | None = None) -> ReplacementModel:
+    """Run the model once and freeze it at that input.
+
+    Args:
+        scope: the model and its transcoders, one for every layer.
+        inputs: the prompt.
+        dtype: float32 or float64, of the replacement model; the model's own when None. A wider one than the model's
+            does not make the recorded forward any better.
+    """
+    _check(scope)
+    adapter = scope.adapter
+    dtype = dtype or adapter.dtype
+    if dtype not in (torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(f"edges cannot be summed in {name}, which has too few digits; set attribution.dtype=float32")
+    state = capture_state(adapter, inputs).to(dtype)
+    adapter.finite(state.logits)
+    layers, features, errors = [], [], []
+    for layer in range(adapter.n_layers):
+        transcoder = scope.transcoders[layer]
+        if transcoder.W_enc.dtype != dtype:
+            transcoder = copy.deepcopy(transcoder).to(dtype)
+        hook = transcoder.config.output_hook
+        active = active_features(transcoder, state.mlp_in[layer])
+        target = state.mlp_out[layer] if hook == "mlp_out" else state.norm_scales[layer, 3] * state.mlp_out[layer]
+        features.append(active)
+        reconstruction = written(features, [each.activation for each in features], state.mlp_in[layer]) + active.b_dec
+        errors.append(target - reconstruction)
+        layers.append(_freeze_layer(adapter, state, layer, hook))
+    return ReplacementModel(
+        inputs=inputs,
+        state=state,
+        layers=layers,
+        features=features,
+        errors=torch.stack(errors),
+        unembedding=materialised(adapter.lm_head()).detach().to(dtype),
+        feature_activations=feature_table(features),
+        logit_softcap=adapter.logit_softcap,
+    )
+
+
+def _freeze_layer(adapter: Adapter, state: ForwardState, layer: int, output_hook: str) -> FrozenLayer:
+    """The frozen layer of one forward, in the dtype of `state`."""
+    dtype = state.embeddings.dtype
+
+    def cast(weight: Tensor | None) -> Tensor | None:
+        return None if weight is None else weight.detach().to(dtype)
+
+    scales = state.norm_scales[layer]
+    value_weight, output_weight = (weight(layer).detach() for weight in (adapter.value_weight, adapter.output_weight))
+    return FrozenLayer(
+        pattern=state.patterns[layer],
+        value_weight=value_weight.to(dtype),
+        value_bias=cast(adapter.value_bias(layer)),
+        output_weight=output_weight.to(dtype),
+        output_bias=cast(adapter.output_bias(layer)),
+        attn_in_scale=scales[0],
+        attn_out_scale=scales[1],
+        mlp_in_scale=scales[2],
+        write_scale=scales[3] if output_hook == "mlp_out" else torch.ones_like(scales[3]),
+        # Heads may differ in width and number from layer to layer; query heads do not in number.
+        n_kv_heads=value_weight.shape[0] * state.patterns.shape[1] // output_weight.shape[1],
+        value_scale=state.value_scales[layer],
+        stream_scale=adapter.stream_scale(layer),
+        injection=state.injections[layer] if layer < len(state.injections) else None,
+    )
 
 
 def _check(scope: Scope) -> None:
@@ -154,48 +432,3 @@ def _check(scope: Scope) -> None:
                 f"the transcoder of layer {layer} maps {config.input_hook} to {config.output_hook}; "
                 "attribution covers mlp_in to mlp_out or mlp_out_post"
             )
-
-
-@torch.no_grad()
-def build_replacement(scope: Scope, inputs: ModelInputs, dtype: torch.dtype | None = None) -> ReplacementModel:
-    """Run the model once and freeze it at that input.
-
-    Args:
-        scope: the model and its transcoders, one for every layer.
-        inputs: the prompt.
-        dtype: float32 or float64, of the replacement model; the model's own when None. A wider one than the model's
-            does not make the recorded forward any better.
-
-    Raises:
-        UserError: when the model or the set cannot be represented; the message names what.
-    """
-    _check(scope)
-    adapter = scope.adapter
-    dtype = dtype or adapter.dtype
-    if dtype not in (torch.float32, torch.float64):
-        name = str(dtype).removeprefix("torch.")
-        raise UserError(f"edges cannot be summed in {name}, which has too few digits; set attribution.dtype=float32")
-    state = capture_state(adapter, inputs).to(dtype)
-    adapter.finite(state.logits)
-    layers, features, errors = [], [], []
-    for layer in range(adapter.n_layers):
-        transcoder = scope.transcoders[layer]
-        if transcoder.W_enc.dtype != state.embeddings.dtype:
-            transcoder = copy.deepcopy(transcoder).to(state.embeddings.dtype)
-        hook = transcoder.config.output_hook
-        found = active_features(transcoder, state.mlp_in[layer])
-        target = state.mlp_out[layer] if hook == "mlp_out" else state.norm_scales[layer, 3] * state.mlp_out[layer]
-        features.append(found)
-        reconstruction = written(features, [each.activation for each in features], state.mlp_in[layer]) + found.b_dec
-        errors.append(target - reconstruction)
-        layers.append(freeze_layer(adapter, state, layer, hook))
-    return ReplacementModel(
-        inputs=inputs,
-        state=state,
-        layers=layers,
-        features=features,
-        errors=torch.stack(errors),
-        unembedding=materialised(adapter.lm_head()).detach().to(state.embeddings.dtype),
-        feature_activations=feature_table(features),
-        logit_softcap=adapter.logit_softcap,
-    )

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vlmscope.config import AppConfig
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 TRAIN = {"planets": 10000, "digits": 28000, "shapes": 10000, "hands": 5000, "text": 2000}
 VAL = {"planets": 400, "digits": 400, "shapes": 400, "hands": 400, "text": 400}

@@ -11,7 +11,7 @@ from vlmscope.core.errors import CheckFailed, check_least
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.conformance import CaseReport, Check
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 
 @dataclass

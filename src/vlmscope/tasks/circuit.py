@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vlmscope.data.pairs import Pair
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.bench import Bench
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 USES = (
     "attribution",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vlmscope.config import AppConfig
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
     from vlmscope.transcoders.formats import Choice
     from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 

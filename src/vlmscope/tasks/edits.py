@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.batching import InputBatch
     from vlmscope.scope import Scope
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 TOP = 5  # next tokens that are shown
 SAYS = {"control": "random features, as many, alike in layer and activation",

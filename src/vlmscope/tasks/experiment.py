@@ -13,7 +13,7 @@ from vlmscope.core.errors import UserError, check_choice
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 # Name in `analyses:` -> its class, a dataclass of settings with some of `check(cfg)`, `declare(bench)`,
 # `trials(bench, declared)` and `analyse(bench)`. Imported when used: they need torch and pandas.

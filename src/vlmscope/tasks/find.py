@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vlmscope.features.labels import Labels
     from vlmscope.features.search import Match
     from vlmscope.features.study_files import StudyFolder
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 USES = ("data", "query", "study")
 

@@ -17,8 +17,8 @@ from vlmscope.core.artifacts import write_json, write_yaml
 from vlmscope.core.errors import CheckFailed, UserError, is_out_of_memory
 from vlmscope.core.launch import place_of
 from vlmscope.tasks import registry
-from vlmscope.tasks.context import RunContext
 from vlmscope.tasks.ranks import claimed, remove_empty, together, work_along
+from vlmscope.tasks.registry import RunContext
 from vlmscope.tracking import RunInfo, TrackedRun, open_run, sweep
 
 if TYPE_CHECKING:

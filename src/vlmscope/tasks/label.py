@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vlmscope.features.explainers import Explainer
     from vlmscope.features.labels import Label
     from vlmscope.features.study_files import StudyFolder
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
     from vlmscope.transcoders.transcoder import TranscoderSet
 
 _LOG = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def labels_so_far(cfg: AppConfig, study: StudyFolder, path: Path, name: str) -> 
     from vlmscope.core.origin import files_digest, refuse_other
     from vlmscope.core.study import MANIFEST
     from vlmscope.features.labels import read_labels
-    from vlmscope.tasks.origin import model_origin
+    from vlmscope.tasks.wiring import model_origin
 
     task: Config = cfg.task
     origin = {"task.explainer": task.explainer, "explainer": name, "study": files_digest([study.path / MANIFEST])}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vlmscope.config import AppConfig, catalog
 from vlmscope.tasks import registry
-from vlmscope.tasks.context import RunContext
+from vlmscope.tasks.registry import RunContext
 
 RECORDED = False
 

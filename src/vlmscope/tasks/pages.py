@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 RULES = ("frequency", "activation", "image", "text", "answer", "random", "score")
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vlmscope.attribution.config import AttributionConfig
     from vlmscope.config import AppConfig
     from vlmscope.models.base import Adapter
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
     from vlmscope.training.config import TranscoderArchConfig
     from vlmscope.training.ranks import Layout
 

@@ -18,8 +18,7 @@ from vlmscope.core.errors import NotMainRank, UserError
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.core.launch import Place
-    from vlmscope.tasks.context import RunContext
-    from vlmscope.tasks.registry import Task
+    from vlmscope.tasks.registry import RunContext, Task
 
 _LOG = logging.getLogger(__name__)
 

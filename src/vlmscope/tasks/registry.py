@@ -3,7 +3,7 @@
 import ast
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from vlmscope import tasks
 from vlmscope.config import AppConfig
 from vlmscope.core.errors import UserError
-from vlmscope.tasks.context import RunContext
+from vlmscope.tracking import TrackedRun
 
 # Groups of settings that only some tasks read; what is not here (model, trainer, tracking, ...) all of them may.
 OPTIONAL = (
@@ -21,6 +21,19 @@ OPTIONAL = (
 )  # fmt: skip
 
 SUBJECTS = {"intervention": "circuit", "interchange": "pairs", "discovery": "pairs"}  # groups that say nothing alone
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One run: its folder (it exists), where it is tracked, and the overrides that the user typed.
+
+    `per_host` is how many of the processes that share the run stand on one host; None where it runs alone.
+    """
+
+    run_dir: Path
+    tracked: TrackedRun
+    overrides: tuple[str, ...] = ()
+    per_host: int | None = None
 
 
 class Task(NamedTuple):

@@ -10,7 +10,7 @@ from vlmscope.core.errors import UserError
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 RECORDED = False  # nothing is measured
 

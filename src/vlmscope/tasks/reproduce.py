@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from vlmscope.config import AppConfig
     from vlmscope.core.runs import Reproduced
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
     from vlmscope.tasks.reproduction import Ended, Job
 
 RESUMES = True

@@ -32,12 +32,12 @@ from vlmscope.config.schema import TranscoderSetConfig
 from vlmscope.core.artifacts import read_json, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.origin import files_digest
-from vlmscope.tasks.origin import model_origin, study_digest, transcoder_origin
+from vlmscope.tasks.wiring import model_origin, study_digest, transcoder_origin
 from vlmscope.tracking.client import package_versions
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 # What belongs to this task and is not passed on; and keys of a run on which no number depends.
 _OWN = ("task=", "task.", "hydra", "experiment=", "name=")

@@ -9,7 +9,7 @@ from vlmscope.tasks.edits import EditConfig
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 
 @dataclass

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.report.page import Table
     from vlmscope.scope import Scope
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 Row = dict[str, Any]  # of the table of clusters
 

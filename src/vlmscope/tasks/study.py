@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vlmscope.data.config import SourceConfig
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.scope import Scope
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 USES = ("data", "study")
 RANKS = True  # several processes can run it together
@@ -123,7 +123,7 @@ def needed_study(cfg: AppConfig) -> Path:
 def study_origin(cfg: AppConfig, sources: Mapping[str, SourceConfig], overrides: Sequence[str]) -> dict[str, Any]:
     """Everything that decides a study, by name."""
     from vlmscope.core.origin import flat
-    from vlmscope.tasks.origin import data_origin, model_origin, transcoder_origin
+    from vlmscope.tasks.wiring import data_origin, model_origin, transcoder_origin
 
     origin = model_origin(cfg) | transcoder_origin(cfg, overrides) | data_origin(cfg, sources)
     return origin | flat("study", cfg.study.decisive()) | {"seed": cfg.seed}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 USES = ("attribution",)
 MEMORY = "attribution.max_nodes, attribution.batch_size or attribution.memory_gb"

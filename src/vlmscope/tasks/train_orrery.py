@@ -12,7 +12,7 @@ from vlmscope.training.config import OrreryTrainingConfig
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 USES = ("data",)
 MEMORY = "task.training.vlm.batch"

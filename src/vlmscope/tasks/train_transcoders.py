@@ -12,7 +12,7 @@ from vlmscope.training.config import RecipeConfig, TranscoderArchConfig, Transco
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
     from vlmscope.transcoders.transcoder import TranscoderSet
 
 USES = ("data", "optim")
@@ -58,9 +58,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.core.artifacts import read_json, write_json, write_text
     from vlmscope.core.origin import flat, folder_digest
     from vlmscope.report.training_figures import fvu_by_layer
-    from vlmscope.tasks.origin import data_origin, model_origin
     from vlmscope.tasks.transcoder_batches import batches_for, cache_settings
-    from vlmscope.tasks.wiring import load_model
+    from vlmscope.tasks.wiring import data_origin, load_model, model_origin
     from vlmscope.training.ranks import own_share
     from vlmscope.training.transcoder_training import train_transcoders
     from vlmscope.transcoders.formats import save_set

@@ -19,7 +19,7 @@ from vlmscope.data.samples import WHOLE, Share, chat_batch
 from vlmscope.models.conversations import encode
 from vlmscope.models.loading import VLM
 from vlmscope.tasks.load_check import speaks_orrery
-from vlmscope.tasks.origin import data_origin, model_origin
+from vlmscope.tasks.wiring import data_origin, model_origin
 from vlmscope.training.batches import (
     Batch,
     ConversationBatches,

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.core.records import FeatureId
     from vlmscope.scope import Scope
-    from vlmscope.tasks.context import RunContext
     from vlmscope.tasks.maps.where_maps import WhereMaps
+    from vlmscope.tasks.registry import RunContext
 
 DRAWN = 30  # features in the figure, a row a picture
 

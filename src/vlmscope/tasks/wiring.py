@@ -1,23 +1,35 @@
-"""What several tasks do in the same way: threads, loading the model and its transcoders, preparing inputs."""
+"""What a configuration chose: the model, its transcoders and pictures, and the origins that decide a run's result.
+
+An origin names model, transcoders and data, files by their content. Paths are left out, since a folder may be moved,
+and so is where a model computes (`model.device`, `model.offload`).
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from vlmscope.config.catalog import asset
+from vlmscope.config.schema import RandomTranscodersConfig, TranscoderSetConfig
 from vlmscope.core.errors import UserError
+from vlmscope.core.origin import files_digest, flat, folder_digest
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from vlmscope.config import AppConfig
-    from vlmscope.config.schema import RandomTranscodersConfig
+    from vlmscope.data.config import SourceConfig
     from vlmscope.models.loading import VLM
     from vlmscope.scope import Scope
     from vlmscope.transcoders.formats import Choice
     from vlmscope.transcoders.transcoder import TranscoderSet
+
+# Of a model's folder: what decides which tokens it is given, and what it makes of them.
+_MODEL_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*/*.jinja")
+_ABOUT = (".json", ".yaml")  # of a transcoder set
 
 
 def limit_threads(cfg: AppConfig) -> None:
@@ -60,8 +72,6 @@ def load_model(cfg: AppConfig) -> VLM:
 
 def is_orrery(vlm: VLM) -> bool:
     """Whether this is the shipped model, however its path is written."""
-    from vlmscope.config.catalog import asset
-
     return bool(vlm.path) and Path(vlm.path).resolve() == Path(asset("orrery")).resolve()
 
 
@@ -80,7 +90,6 @@ def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder
         vlm: the model.
         overrides: what the user typed; a tiny random model gets random transcoders when it names none.
     """
-    from vlmscope.config.schema import RandomTranscodersConfig
     from vlmscope.scope import Scope
     from vlmscope.tasks.load_check import warn_if_unfit
 
@@ -124,7 +133,6 @@ def chosen_set(cfg: AppConfig) -> tuple[Path, str, Choice]:
     Raises:
         UserError: the group names no trained set, or it cannot be fetched.
     """
-    from vlmscope.config.schema import TranscoderSetConfig
     from vlmscope.transcoders.formats import Choice
     from vlmscope.transcoders.hub import set_folder
 
@@ -172,7 +180,66 @@ def user_pictures(cfg: AppConfig) -> list[Image.Image]:
     """The pictures that `image=` names, in order."""
     from vlmscope.data.images import open_images
 
-    if cfg.image is None:
-        return []
-    paths: Sequence[str] = [cfg.image] if isinstance(cfg.image, str) else list(cfg.image)
-    return open_images(paths)
+    return open_images(cfg.image or [])
+
+
+def model_origin(cfg: AppConfig, weights: bool = True) -> dict[str, Any]:
+    """The model that `model=` names: its weights (where asked for), configuration, tokenizer, processor and template.
+
+    Raises:
+        UserError: it is not there and cannot be fetched.
+    """
+    from vlmscope.models.checkpoint import model_folder
+
+    chosen = cfg.model
+    found: dict[str, Any] = {"model.dtype": chosen.dtype}
+    if chosen.tiny is not None:
+        return found | {"model.tiny": chosen.tiny, "seed": cfg.seed}
+    folder = Path(model_folder(chosen.path, chosen.hub, chosen.revision))
+    files = {file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.name != "metrics.json"}
+    if weights:
+        found["model.weights"] = files_digest(sorted(folder.glob("*.safetensors")))
+    return found | {f"model.{file.relative_to(folder)}": files_digest([file]) for file in sorted(files)}
+
+
+def transcoder_origin(cfg: AppConfig, overrides: Sequence[str] = ("transcoder",)) -> dict[str, Any]:
+    """The transcoders that `load_transcoders` gives.
+
+    Raises:
+        UserError: they are not there, or are no set.
+    """
+    from vlmscope.transcoders.formats import open_set
+
+    if not isinstance(cfg.transcoder, TranscoderSetConfig):
+        return flat("transcoder", asdict(cfg.transcoder))
+    if cfg.model.tiny is not None and not names_transcoders(overrides):
+        return {"transcoder": "random", "seed": cfg.seed}
+    folder, form, choice = chosen_set(cfg)
+    layers = {layer.path for layer in open_set(folder, form, choice).layers.values()}
+    about = {
+        file for at in (folder, *(path.parent for path in layers)) for file in at.glob("*.*") if file.suffix in _ABOUT
+    }
+    return {"transcoder.files": files_digest(sorted(layers | about)), **flat("transcoder", choice._asdict())}
+
+
+def study_digest(path: str) -> str:
+    """Of a study (its folder, or the run folder around it): its head, which records what it was made of, and labels."""
+    from vlmscope.core.study import MANIFEST
+
+    wanted = [f"{at}{name}" for at in ("", "study/") for name in (MANIFEST, "labels/*.parquet")]
+    return files_digest(file for pattern in wanted for file in sorted(Path(path).glob(pattern)))
+
+
+def data_origin(cfg: AppConfig, sources: Mapping[str, SourceConfig] | None = None) -> dict[str, Any]:
+    """The data of `data=`, or `sources` in its place."""
+    chosen = cfg.data
+    sources = chosen.sources if sources is None else sources
+    # Where a mix is written, and how many corrupt shards are borne, do not change a row.
+    found = flat("data", {k: v for k, v in asdict(chosen).items() if k not in ("path", "sources", "max_bad_shards")})
+    if not sources and chosen.path is not None:
+        found["data.files"] = folder_digest(chosen.path)
+    for name, one in sources.items():
+        found |= flat(f"data.sources.{name}", {k: v for k, v in asdict(one).items() if k != "path"})
+        if one.path is not None:
+            found[f"data.sources.{name}.files"] = folder_digest(one.path)
+    return found

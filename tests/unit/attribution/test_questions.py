@@ -119,7 +119,7 @@ def test_a_feature_where_it_is_silent_names_where_it_is_not(vlm: VLM, whole: Tra
         ({"attention": "head 3"}, "L5H2@last:max"),
         ({"attention": "L9H0"}, "layers 0 to 3 with heads 0 to 3"),
         ({"attention": "L1H0@2:last"}, "cannot see"),
-        ({"answer_tokens": -1}, "1 or more"),
+        ({"answer_tokens": -1}, "at least 0"),
     ],
 )
 def test_mistakes_are_one_line(vlm: VLM, whole: Trace, settings: dict[str, object], words: str) -> None:

@@ -39,8 +39,7 @@ from vlmscope.circuits.spec_config import DiscoveryConfig
 from vlmscope.core.intervention import Rate
 from vlmscope.core.records import generator
 from vlmscope.metrics.prediction import FaithfulnessCurve, faithfulness, faithfulness_curve, sizes, spearman
-from vlmscope.replacement.features import LayerFeatures, feature_table
-from vlmscope.replacement.model import ReplacementModel, build_replacement
+from vlmscope.replacement.model import LayerFeatures, ReplacementModel, build_replacement, feature_table
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import Transcoder
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
     from vlmscope.scope import Scope
-    from vlmscope.tasks.context import RunContext
+    from vlmscope.tasks.registry import RunContext
 
 _LOG = logging.getLogger(__name__)
 INDEX, ROWS, ROW = "graphs.jsonl", "rows", "row.json"
@@ -99,7 +99,7 @@ def _refuse(cfg: AppConfig, bad: Sequence[str]) -> None:
 def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """Everything that a row's graph depends on besides the row, by name."""
     from vlmscope.core.origin import flat, plain
-    from vlmscope.tasks.origin import model_origin, study_digest, transcoder_origin
+    from vlmscope.tasks.wiring import model_origin, study_digest, transcoder_origin
 
     # The two that are left out change memory and time.
     attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in ("batch_size", "memory_gb")}

@@ -1,11 +1,4 @@
-"""Statistics of causal claims: rates with bootstrap intervals, divergences. Pure functions of arrays.
-
-Correction of p-values when many hypotheses are tried at once.
-
-p-values by permutation.
-
-A range for a number from repeated seeds, wide enough for another seed and too narrow for a broken build.
-"""
+"""Statistics of causal claims: rates with bootstrap intervals, p-values and their correction, ranges over seeds."""
 
 from __future__ import annotations
 
@@ -27,15 +20,10 @@ def bootstrap_rate(
     control: float | None = None,
     groups: Sequence[str] | None = None,
 ) -> Rate:
-    """The share of hits with its percentile-bootstrap 95 % interval.
-
-    With `groups`, a name for each case, whole groups are drawn instead of cases: cases of one picture hang together.
+    """The share of hits with its percentile-bootstrap 95 % interval; `groups` as for `bootstrap_mean`.
 
     When all cases agree every resample does too, which says nothing about the next case; the open end then comes from
     the rule of three (Hanley and Lippman-Hand 1983: 3 / n), so that 100 of 100 reads as 0.97 to 1.
-
-    Raises:
-        ValueError: no cases, or not a group for each.
     """
     found = bootstrap_mean(np.asarray(hits, dtype=float), seed, control, groups)
     n = found.cases if groups is None else len(set(groups))
@@ -50,10 +38,9 @@ def bootstrap_mean(
     control: float | None = None,
     groups: Sequence[str] | None = None,
 ) -> Rate:
-    """The mean of a measure with its percentile-bootstrap 95 % interval; `groups` as for `bootstrap_rate`.
+    """The mean of a measure with its percentile-bootstrap 95 % interval.
 
-    Raises:
-        ValueError: no cases, or not a group for each.
+    With `groups`, a name for each case, whole groups are drawn instead of cases: cases of one picture hang together.
     """
     found = np.asarray(values, dtype=float)
     if found.size == 0:
@@ -72,12 +59,6 @@ def bootstrap_mean(
     return Rate(float(found.mean()), low, high, int(found.size), control)
 
 
-def kl_divergence(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """KL(before || after) in nats of rows of logits [.., V] -> [..]."""
-    log_p, log_q = log_softmax(before), log_softmax(after)
-    return (np.exp(log_p) * (log_p - log_q)).sum(-1)
-
-
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities of logits [.., V], in float64."""
     shifted = np.asarray(logits, np.float64)
@@ -90,9 +71,6 @@ def paired_p(done: Sequence[bool] | np.ndarray, control: Sequence[bool] | np.nda
 
     McNemar's test in its exact form: of the cases where only one of the two hits, at least as many hits of the
     intervention as were seen, if either were as likely. 1 when none differs.
-
-    Raises:
-        ValueError: not the same number of cases.
     """
     a, b = np.asarray(done, bool), np.asarray(control, bool)
     if a.shape != b.shape:
@@ -103,19 +81,10 @@ def paired_p(done: Sequence[bool] | np.ndarray, control: Sequence[bool] | np.nda
 
 
 def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
-    """Adjusted p-values that control the false discovery rate (Benjamini and Hochberg 1995).
+    """Adjusted p-values q, of any shape, that control the false discovery rate (Benjamini and Hochberg 1995).
 
     `q[i] = min over j with p[j] >= p[i] of p[j] * m / rank(j)`, at most 1: rejecting all with q <= alpha keeps the
     expected share of false rejections below alpha when the tests are independent or positively dependent.
-
-    Args:
-        p: any shape, m p-values in [0, 1].
-
-    Returns:
-        q, the same shape, float64.
-
-    Raises:
-        ValueError: a value is NaN or outside [0, 1].
     """
     values = np.asarray(p, np.float64)
     if not ((values >= 0) & (values <= 1)).all():
@@ -129,11 +98,8 @@ def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
 
 
 def permutation_p(observed: np.ndarray, null: np.ndarray) -> np.ndarray:
-    """One-sided p-values (r + 1) / (n + 1), r null draws at least as large (Phipson and Smyth 2010): never 0.
-
-    Args:
-        observed: [..].
-        null: [n, ..], the same under n permutations.
+    """One-sided p-values (r + 1) / (n + 1) of `observed` [..]: r of the n null draws [n, ..] are at least as large
+    (Phipson and Smyth 2010), so never 0.
     """
     observed, null = np.asarray(observed), np.asarray(null)
     return ((null >= observed).sum(0) + 1) / (len(null) + 1)
@@ -155,15 +121,8 @@ def half_width(value: float, low: float, high: float) -> float:
 
 
 def suggested_range(values: Sequence[float], half_widths: Sequence[float], share: bool) -> tuple[float, float]:
-    """The range by `RULE`.
-
-    Args:
-        values: one a seed.
-        half_widths: of the intervals of those that have one.
-        share: whether the number is a share of cases.
-
-    Raises:
-        ValueError: no values, or one that is not finite.
+    """The range by `RULE` of values, one a seed, from the half-widths of those that have an interval; `share` says
+    whether the number is a share of cases.
     """
     if not values or not all(math.isfinite(value) for value in values):
         raise ValueError(f"a range needs finite values: {list(values)}")

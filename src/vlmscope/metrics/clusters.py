@@ -1,20 +1,12 @@
-"""Which features fire together, and clusters of them.
+"""Which features fire together, from one sparse table of who fires where, and clusters of them.
 
-Which features fire together, from one sparse table of who fires where.
+For features f and g that fire in n_f and n_g of N cases and together in n_fg, phi is the correlation of the two yes/no
+series:
 
-For features f and g that fire in n_f and n_g of N cases and together in n_fg, phi is the correlation of the two
-yes/no series and NPMI (Bouma 2009) the pointwise mutual information over its largest value:
-
-    phi  = (N n_fg - n_f n_g) / sqrt(n_f (N - n_f) n_g (N - n_g))
-    npmi = log(N n_fg / (n_f n_g)) / -log(n_fg / N)
+    phi = (N n_fg - n_f n_g) / sqrt(n_f (N - n_f) n_g (N - n_g))
 
 Only a block of features against all is ever dense, and of it only each feature's nearest are kept: memory is
 O(entries + F neighbours + block F), whatever the number of cases.
-
-Clusters of a weighted graph by modularity: Louvain's method (Blondel et al. 2008), in a fixed order of nodes.
-
-Each node in turn goes to the neighbouring cluster where modularity gains most, until none moves; then clusters become
-the nodes of a smaller graph, and so on. The order is drawn from a seed, so the result is the same every time.
 """
 
 from __future__ import annotations
@@ -61,23 +53,9 @@ def phi(together: np.ndarray, first: np.ndarray, second: np.ndarray, n: int) -> 
     return np.divide(n * together - first * second, spread, out=np.zeros(shape), where=spread > 0)
 
 
-def npmi(together: np.ndarray, first: np.ndarray, second: np.ndarray, n: int) -> np.ndarray:
-    """NPMI of pairs, in [-1, 1]; -1 where they never meet, 1 where neither fires without the other."""
-    together, first, second = (np.asarray(count, np.float64) for count in (together, first, second))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.log(n * together / (first * second)) / -np.log(together / n)
-    found = np.where(together >= n, 1.0, found)  # both always fire: 0 / 0
-    return np.where(together > 0, found, -1.0)
-
-
 def coactive(active: Any, neighbours: int = 10, least: int = 5, block: int = BLOCK) -> Neighbours:
-    """The features with the largest phi beside each feature.
-
-    Args:
-        active: [N, F] sparse, non-zero where a feature fires.
-        neighbours: m, kept for each.
-        least: cases in which a feature must fire to have neighbours and to be one.
-        block: features that are compared with all at a time.
+    """The `neighbours` features with the largest phi beside each feature, from `active` [N, F] sparse, non-zero where a
+    feature fires. A feature that fires in fewer than `least` cases has none and is none.
     """
     table: Any = sparse.csc_array(active, dtype=np.float32)
     table.eliminate_zeros()
@@ -105,7 +83,7 @@ def nearest_of(
     Args:
         scores: features [b] -> their scores and counts against all, [b, F] each.
         count: F.
-        neighbours: m; fewer where a feature has fewer partners with a score above 0.
+        neighbours: kept for each; fewer where a feature has fewer partners with a score above 0.
         eligible: [F] bool, those that have partners and are some.
         block: b.
     """
@@ -131,32 +109,13 @@ def nearest_of(
 _ROUNDS = 50  # passes over all nodes before a level is left; it settles in a few
 
 
-def modularity(graph: Any, clusters: np.ndarray, resolution: float = 1.0) -> float:
-    """Modularity of a division of the nodes [N] of a symmetric graph [N, N] of weights >= 0; 0 without an edge."""
-    table: Any = sparse.coo_array(graph, dtype=np.float64)
-    total = table.data.sum()
-    if total == 0:
-        return 0.0
-    degree = np.bincount(table.row, weights=table.data, minlength=table.shape[0])
-    inside = table.data[clusters[table.row] == clusters[table.col]].sum()
-    by_cluster = np.bincount(clusters, weights=degree)
-    return float(inside / total - resolution * np.square(by_cluster / total).sum())
-
-
 def louvain(graph: Any, seed: int = 0, resolution: float = 1.0) -> np.ndarray:
-    """Divide the nodes of a graph.
+    """Clusters [N] of a graph [N, N] (sparse, symmetric, weights >= 0) by modularity (Louvain: Blondel et al. 2008).
 
-    Args:
-        graph: [N, N] symmetric, sparse, weights >= 0.
-        seed: of the order in which nodes are looked at.
-        resolution: above 1 for more and smaller clusters.
-
-    Returns:
-        [N] int64, the largest cluster 0, the next 1 and so on; of equal ones that of the earliest node first. A node
-        without an edge is a cluster of its own.
-
-    Raises:
-        ValueError: the graph is not symmetric, or has a negative weight.
+    Each node in turn goes to the neighbouring cluster where modularity gains most, until none moves; then clusters
+    become the nodes of a smaller graph, and so on. The order is drawn from `seed`. Above 1, `resolution` gives more and
+    smaller clusters. The largest is 0, the next 1 and so on; of equal ones that of the earliest node first. A node
+    without an edge is a cluster of its own.
     """
     table: Any = sparse.csr_array(graph, dtype=np.float64)
     if table.nnz and (table.data.min() < 0 or abs(table - table.T).max() > 1e-9 * abs(table).max()):

@@ -1,26 +1,13 @@
-"""What a feature's activation says about a fact, on data that were not used to learn it. Pure functions of arrays.
+"""What features' activations say of facts: readouts, tuning curves, selectivity, depth. Pure functions of arrays.
 
-Legend: n training cases, m held-out cases, F features, c classes of a fact.
-
-How features depend on a number: tuning curves, rank correlation, and the shape of a curve. Pure functions of arrays.
-
-Legend: N cases, F features, C levels of the number.
-
-Which features prefer one concept to the others, and how many would if concepts were shuffled.
-
-A feature is selective for a concept when it fires on at least a share of the concept's cases and its mean there is at
+A feature is *selective* for a concept when it fires on at least a share of the concept's cases and its mean there is at
 least `ratio` times its mean over the cases of all other concepts (a case counts with 0 where the feature is silent).
-
-Legend: N cases, C concepts, M features (or features at places).
-
-At what layer something is carried: the mean layer of a cumulative curve. Pure functions of arrays.
-
-With r_k the share of an effect that layers 0 .. k recover together (k = 0 .. L - 1, r of all layers last), the share
-that layer k adds is r_k - r_{k-1}, and its mean layer is
+With r_k the share of an effect that layers 0 .. k recover together (k = 0 .. L - 1), its *depth* is the mean layer
 
     depth = sum_k k (r_k - r_{k-1}) / r_{L-1} = sum_{k < L-1} (1 - r_k / r_{L-1})
 
-Legend: n cases, L layers.
+Legend: n (or N) training cases, m held-out cases, F (or M) features, c classes of a fact, C levels of a number or
+concepts, L layers.
 """
 
 from __future__ import annotations
@@ -51,12 +38,8 @@ def held_out_r2(test: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 
 def class_means(train: np.ndarray, codes: np.ndarray, test_codes: np.ndarray) -> np.ndarray:
-    """[m, F], each held-out case predicted by the training mean of its class; the overall mean for a new class.
-
-    Args:
-        train: [n, F] activations.
-        codes: [n] int, classes.
-        test_codes: [m] int.
+    """[m, F], each held-out case (class `test_codes` [m]) predicted by the mean of its class in `train` [n, F] of
+    classes `codes` [n]; by the overall mean for a new class.
     """
     size = int(max(codes.max(), test_codes.max())) + 1
     counts = np.bincount(codes, minlength=size)
@@ -67,13 +50,7 @@ def class_means(train: np.ndarray, codes: np.ndarray, test_codes: np.ndarray) ->
 
 
 def additive(train: np.ndarray, codes: Sequence[np.ndarray], test_codes: Sequence[np.ndarray]) -> np.ndarray:
-    """[m, F], predicted by a sum of one term a fact, by least squares.
-
-    Args:
-        train: [n, F] activations.
-        codes: for each fact [n] int.
-        test_codes: for each fact [m] int.
-    """
+    """[m, F], predicted by a sum of one term a fact, by least squares: `train` [n, F], facts [n] and [m] int."""
     sizes = [int(max(a.max(), b.max())) + 1 for a, b in zip(codes, test_codes, strict=True)]
 
     def design(found: Sequence[np.ndarray]) -> np.ndarray:
@@ -86,17 +63,8 @@ def additive(train: np.ndarray, codes: Sequence[np.ndarray], test_codes: Sequenc
 def linear_accuracy(
     train: np.ndarray, codes: np.ndarray, test: np.ndarray, test_codes: np.ndarray, ridge: float = 1.0
 ) -> np.ndarray:
-    """[m] bool, which held-out cases a linear readout of activations classifies rightly.
-
-    Ridge regression to one-hot classes on standardised features; the largest output is the answer. Without a feature
-    that varies it is the most frequent class.
-
-    Args:
-        train: [n, F] activations.
-        codes: [n] int.
-        test: [m, F].
-        test_codes: [m] int.
-        ridge: penalty, in units of 1 % of the mean squared norm of a training case.
+    """[m] bool, which held-out cases a linear readout of activations classifies rightly (`linear_prediction` of one-hot
+    classes; the largest output is the answer). Without a feature that varies it is the most frequent class.
     """
     classes = np.eye(int(max(codes.max(), test_codes.max())) + 1)[codes]
     return linear_prediction(train, classes, test, ridge).argmax(1) == test_codes
@@ -105,11 +73,7 @@ def linear_accuracy(
 def linear_prediction(train: np.ndarray, targets: np.ndarray, test: np.ndarray, ridge: float = 1.0) -> np.ndarray:
     """[m, t], held-out targets as ridge regression on standardised features reads them off.
 
-    Args:
-        train: [n, F] activations.
-        targets: [n, t].
-        test: [m, F].
-        ridge: as for `linear_accuracy`.
+    `train` [n, F], `targets` [n, t], `test` [m, F]; `ridge` is in units of 1 % of the mean squared norm of a case.
     """
     train, test = train.astype(np.float64), test.astype(np.float64)
     scale = train.std(0)
@@ -124,13 +88,8 @@ def linear_prediction(train: np.ndarray, targets: np.ndarray, test: np.ndarray, 
 
 
 def simplest(scores: Mapping[str, np.ndarray], least: float, share: float = 0.9) -> np.ndarray:
-    """[F] names: the first model, in the order given, whose R^2 is at least `share` of the best one's; "" where the
-    best is below `least`.
-
-    Args:
-        scores: model -> held-out R^2 [F], simplest first.
-        least: below this a feature says nothing.
-        share: how near to the best a simpler model must come.
+    """[F] names: the first model (model -> held-out R^2 [F], simplest first) whose R^2 is at least `share` of the best
+    one's; "" where the best is below `least`.
     """
     best = np.max(list(scores.values()), axis=0)
     kinds = np.full(len(best), "", dtype=object)
@@ -161,12 +120,8 @@ def rank_correlation(values: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def partial_correlation(first: np.ndarray, second: np.ndarray, between: float) -> np.ndarray:
-    """[F], what is left of correlations `first [F]` with one quantity when another is held fixed.
-
-    Args:
-        first: [F], with the quantity of interest.
-        second: [F], with the one that is held fixed.
-        between: of the two quantities.
+    """[F], what is left of correlations `first` [F] with one quantity when another, of correlations `second` [F] and
+    correlated with it by `between`, is held fixed.
     """
     spread = np.sqrt(np.clip((1 - second**2) * (1 - between**2), 1e-12, None))
     return (first - second * between) / spread
@@ -198,7 +153,7 @@ def tuned(
     Args:
         codes: layer -> [N, F] activations.
         levels: [N], the number.
-        q: false discoveries among the features named.
+        q: share of false discoveries.
 
     Returns:
         Layer -> [F] the shape of the tuning curve: "up", "down", "peak <level>", or "" of the others; and layer -> [F]
@@ -221,11 +176,11 @@ def tuned(
 def held_out_tuning(
     names: Mapping[int, np.ndarray], codes: Mapping[int, np.ndarray], levels: np.ndarray, other: np.ndarray
 ) -> dict[str, Rate]:
-    """Whether tuning found on some cases (`tuned`) is there on others.
+    """Whether tuning as `tuned` names it is there on other cases.
 
     Args:
         names: layer -> [F] shapes of tuning curves.
-        codes: layer -> [N, F] activations on other cases.
+        codes: layer -> [N, F] activations on the other cases.
         levels: [N], the number there.
         other: [N], a quantity that goes with the number, such as painted area.
 
@@ -261,15 +216,8 @@ def accuracy_across(
     test_levels: np.ndarray,
     test_groups: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Hits of linear readouts of a number, each fitted to one group, on held-out cases of that group and of others.
-
-    Args:
-        train: [n, F]; its `levels` [n] and `groups` [n].
-        levels: see `train`.
-        groups: see `train`.
-        test: [m, F], with `test_levels` [m] and `test_groups` [m].
-        test_levels: see `test`.
-        test_groups: see `test`.
+    """Hits of linear readouts of a number, each fitted to the training cases of one group, on held-out cases of that
+    group and of the others.
     """
     same, others = [], []
     for value in np.unique(groups):
@@ -327,13 +275,7 @@ class Contrast:
 
 
 def contrast(values: np.ndarray, labels: np.ndarray, n_concepts: int) -> Contrast:
-    """Compare concepts.
-
-    Args:
-        values: [N, M] activations >= 0.
-        labels: [N] concept of each case, 0 .. C - 1; every concept has a case.
-        n_concepts: C, at least two.
-    """
+    """Compare concepts: `values` [N, M] >= 0; `labels` [N] in 0 .. C - 1, each concept with a case."""
     member = (labels == np.arange(n_concepts)[:, None]).astype(np.float32)
     counts = member.sum(1, keepdims=True)
     sums = (member @ values).astype(np.float64)
@@ -364,10 +306,8 @@ def matching_p(table: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """Whether a table of coincidences [C, C] of the same concepts is heavier on its diagonal than under other names.
 
     Columns are put in every other order (a random 10,000 of them above eight concepts): the number that each row and
-    each column adds up to stays, only who belongs to whom is lost.
-
-    Returns:
-        The mean of the diagonal's sum over orders, and the one-sided p-value of that which was seen.
+    each column adds up to stays, only who belongs to whom is lost. Returns the mean of the diagonal's sum over orders,
+    and the one-sided p-value of that which was seen.
     """
     count = len(table)
     rows = np.arange(count)
@@ -387,12 +327,8 @@ def mean_depth(curves: np.ndarray) -> float:
 
 
 def bootstrap_depth(curves: np.ndarray, less: np.ndarray | None = None, seed: int = 0) -> Rate:
-    """Depth with its percentile-bootstrap 95 % interval over cases.
-
-    Args:
-        curves: [n, L].
-        less: [n, L] of the same cases: the value is then the difference of the two depths, on the same draws.
-        seed: of the draws.
+    """Depth of curves [n, L] with its bootstrap 95 % interval over cases; with `less` [n, L] of the same cases, the
+    difference of the two depths on the same draws.
     """
 
     def value(rows: np.ndarray) -> float:

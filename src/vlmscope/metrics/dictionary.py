@@ -1,45 +1,29 @@
 """How good a dictionary of features is: reconstruction, duplicates, monosemanticity, modality.
 
-How well a sparse reconstruction stands for its target.
+*FVU* = sum ||y - y_hat||^2 / sum ||y - mean(y)||^2, the mean taken over the tokens that are counted: a reconstruction
+that only knows the mean of a subset (image tokens, say) has an FVU of 1 there.
 
-Shapes: N tokens, d width, k slots for active features, F features.
+*Duplicates* (a limit of transcoders of single layers, arXiv 2602.20330): a feature's direction is the sum of its
+decoder rows over all layers that it writes to, through the weights of the norm after each MLP. By chance no pair comes
+near: the largest of a million cosines between random vectors of width 128 is about 0.43.
 
-FVU = sum ||y - y_hat||^2 / sum ||y - mean(y)||^2, the mean taken over the tokens that are counted. For a subset (image
-tokens, say) the deviations are from that subset's own mean, so a reconstruction that only knows the subset's mean has
-an FVU of 1 there.
-
-How often layers say the same twice: features whose directions are nearly parallel to one of another layer.
-
-The paper (arXiv 2602.20330) names features duplicated across layers as a limit of transcoders of single layers. A
-feature's direction is the sum of its decoder rows over all layers that it writes to, through the weights of the norm
-after each MLP, so that the figure means the same for sets of single layers and cross-layer ones. By chance no pair
-comes near: the largest of a million cosines between random vectors of width 128 is about 0.43.
-
-How alike the pictures are on which a feature fires: the monosemanticity score (Pach et al., arXiv 2504.02821).
-
-For unit embeddings e_i of the pictures and activations a_i >= 0 of the feature, the mean cosine of pairs, each weighted
-by the product of its activations. The sum over pairs is a square, so no pair is ever formed:
+*Monosemanticity* (Pach et al., arXiv 2504.02821): for unit embeddings e_i of pictures and activations a_i >= 0 of a
+feature, the mean cosine of pairs, each weighted by the product of its activations, without ever forming a pair:
 
     sum over i != j of a_i a_j e_i . e_j      |sum_i a_i e_i|^2 - sum_i a_i^2
     ------------------------------------  =  -------------------------------
          sum over i != j of a_i a_j            (sum_i a_i)^2 - sum_i a_i^2
 
-Linear in the number of pictures. It has no unit and does not change when all activations are scaled, all embeddings
-are rotated, pictures change places, or pictures on which the feature is silent are added.
-
-Legend: N pictures, d width of an embedding, F features.
-
-Whether a feature belongs to pictures, to words, or to both, from how often it fires at positions of either kind.
-
-A data set has many more positions of one kind than of the other, so counts are turned into rates first. With c_v
-firings at V soft tokens and c_t firings at T text tokens, the modality index is the picture's share of the two rates,
+*Modality*: a data set has many more positions of one kind than of the other, so counts are turned into rates. With c_v
+firings at V soft tokens and c_t firings at T text tokens, the index is the picture's share of the two rates,
 
     m = (c_v / V) / (c_v / V + c_t / T),        0: words alone, 1: soft tokens alone, 1/2: as often at either.
 
 Given c = c_v + c_t, two Poisson counts leave c_v binomial with q = m V / (m V + (1 - m) T) (Przyborowski and Wilenski
 1940), so an interval for q is one for m. Wilson's (1927) is taken, which stays inside [0, 1] and keeps its width at the
-ends. Firings inside one input hang together: the interval counts each input as one firing, however often the feature
-fires there, which errs to the wide side.
+ends. Firings inside one input hang together: the interval counts each input as one firing, which errs to the wide side.
+
+Legend: N tokens or pictures, d width, k slots for active features, F features.
 """
 
 from __future__ import annotations
@@ -94,11 +78,6 @@ class FvuAccumulator:
         return self.residual / self.deviations if self.deviations > 0 else math.nan
 
 
-def l0(values: Tensor) -> Tensor:
-    """Mean number of active features (value > 0) a token, from activations [N, k] or [N, F]; a scalar."""
-    return (values > 0).sum(-1).double().mean()
-
-
 def firing_counts(indices: Tensor, values: Tensor, n_features: int) -> Tensor:
     """At how many tokens each feature is active: indices [.., k] int64, values [.., k] -> [F] int64."""
     return torch.bincount(indices[values > 0].flatten(), minlength=n_features)
@@ -112,11 +91,6 @@ def dead_fraction(counts: Tensor) -> float:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean -log p(label) in nats: logits [N, V], labels [N] int64 -> scalar, computed in float32 or better."""
     return functional.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, labels)
-
-
-def cross_entropy_delta(logits: Tensor, spliced_logits: Tensor, labels: Tensor) -> Tensor:
-    """How much worse the labels are predicted after a change to the model, in nats; [N, V] twice, [N] -> scalar."""
-    return cross_entropy(spliced_logits, labels) - cross_entropy(logits, labels)
 
 
 COSINE = 0.8  # from here on two directions count as one
@@ -135,13 +109,10 @@ def duplicated_fraction(
 
     Args:
         directions: layer -> [F, d]; widths F may differ.
-        alive: layer -> [F] bool; features that never fire count neither way.
+        alive: layer -> [F] bool; features that never fire count neither way; a layer without a live one is left out.
         cosine: least cosine of a pair, counted with its sign.
         sample: at most so many features of a layer, the first ones, are looked at; they are compared with all.
         device: where it is computed, a whole layer at a time.
-
-    Returns:
-        Nothing for a layer without a live feature.
     """
 
     def units(layer: int, most: int | None = None) -> Tensor:
@@ -232,17 +203,9 @@ def unit_embeddings(embeddings: np.ndarray, centre: bool = True) -> np.ndarray:
 
 
 def monosemanticity(embeddings: np.ndarray, activations: np.ndarray | Any) -> np.ndarray:
-    """The score of every feature.
+    """[F] float64, at most 1: the score of every feature; nan where it fires on fewer than two pictures.
 
-    Args:
-        embeddings: [N, d], rows of length 1.
-        activations: [N, F] >= 0, an array or a SciPy sparse one.
-
-    Returns:
-        [F] float64, at most 1; nan for a feature that fires on fewer than two pictures, for which there is no pair.
-
-    Raises:
-        ValueError: another number of embeddings than of pictures, or a negative activation.
+    `embeddings` [N, d], rows of length 1; `activations` [N, F] >= 0, an array or a SciPy sparse one.
     """
     weights: Any = sparse.csc_array(activations, dtype=np.float64)
     if weights.shape[0] != len(embeddings):
@@ -299,11 +262,7 @@ def modality(
         n_image: soft tokens in all.
         n_text: text tokens in all.
         least: inputs below which a feature is `rare`.
-        alone: a feature is of one modality when its index is surely within `alone` of that end.
-
-    Raises:
-        ValueError: the data have no positions of one kind, so that nothing can be compared; or `alone` is not a share
-            below one half.
+        alone: a feature is of one modality when its index is surely within `alone` (below one half) of that end.
     """
     if n_image < 1 or n_text < 1:
         raise ValueError(f"{n_image} soft tokens and {n_text} text tokens: a comparison needs both")

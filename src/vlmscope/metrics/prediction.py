@@ -1,14 +1,7 @@
-"""How well some numbers predict others: agreement, classifiers, rankings, maps, faithfulness of circuits.
+"""How well some numbers predict others: agreement, rankings, maps, faithfulness of circuits. Pure functions of arrays.
 
-How well predictions agree with what was measured: correlations and slope with intervals. Pure numpy.
-
-How well scores put the right things first, and how alike two rankings or choices are. Pure functions of arrays.
-
-How well a map points, and the area under a curve of deletion or insertion. Pure functions of arrays.
-
-Faithfulness of circuits over their size, and its areas CPR and CMD (MIB, arXiv 2504.13151). Pure functions.
-
-With m the mean logit difference over pairs,
+Faithfulness over the size of a circuit, and its areas CPR and CMD (MIB, arXiv 2504.13151), with m the mean logit
+difference over pairs:
 
     f(k) = (m(circuit of share k) - m(corrupt)) / (m(clean) - m(corrupt))
     CPR = integral of f(k) dk,   CMD = integral of |1 - f(k)| dk
@@ -61,9 +54,6 @@ def agreement(
     """Compare [n] predictions with [n] measurements; whole `groups` [n] are drawn for the intervals.
 
     A correlation with something constant is 0.
-
-    Raises:
-        ValueError: not a measurement and a group for each, fewer than three cases, or fewer than two groups.
     """
     x, y = np.asarray(predicted, np.float64), np.asarray(measured, np.float64)
     names, of = np.unique(np.asarray(groups), return_inverse=True)
@@ -83,7 +73,7 @@ def agreement(
         mixed = x.copy()
         for rows in members:
             mixed[rows] = x[drawn.permutation(rows)]
-        shuffled.append([abs(pearson(mixed, y)), abs(_rank_correlation(mixed, y))])
+        shuffled.append([abs(pearson(mixed, y)), abs(np.nan_to_num(spearman(mixed, y)))])
     controls = [*np.mean(shuffled, 0).tolist(), None, None, None]
     values = _numbers(x, y)
     return Agreement(*(Rate(values[i], float(low[i]), float(high[i]), x.size, controls[i]) for i in range(len(values))))
@@ -96,16 +86,11 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
     return float(a @ b) / norm if norm > 0 else 0.0
 
 
-def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """0 where one of them is constant."""
-    return float(np.nan_to_num(spearman(x, y)))
-
-
 def _numbers(x: np.ndarray, y: np.ndarray) -> list[float]:
     square, size, signed = float(x @ x), float(np.abs(x).sum()), x != 0
     return [
         pearson(x, y),
-        _rank_correlation(x, y),
+        float(np.nan_to_num(spearman(x, y))),
         float(x @ y) / square if square > 0 else 0.0,
         float((np.sign(x) == np.sign(y))[signed].mean()) if signed.any() else 0.0,
         float(np.abs(y - x).sum()) / size if size > 0 else 0.0,
@@ -115,12 +100,7 @@ def _numbers(x: np.ndarray, y: np.ndarray) -> list[float]:
 def auroc(scores: np.ndarray, truth: np.ndarray) -> float:
     """Probability that a true case scores above a false one, ties counting half (Mann and Whitney 1947); 0.5 is chance.
 
-    Args:
-        scores: [N], larger is more likely.
-        truth: [N] bool.
-
-    Raises:
-        ValueError: all cases are true, or none is.
+    `scores` [N], larger is more likely; `truth` [N] bool.
     """
     truth = np.asarray(truth, bool)
     positive, negative = int(truth.sum()), int((~truth).sum())
@@ -144,11 +124,7 @@ def jaccard(first: Collection, second: Collection) -> float:
 
 
 def mean_jaccard(choices: Sequence[Collection]) -> float:
-    """Mean over all pairs of choices.
-
-    Raises:
-        ValueError: fewer than two choices.
-    """
+    """Mean over all pairs of two or more choices."""
     if len(choices) < 2:
         raise ValueError("stability compares choices: give two or more")
     return float(np.mean([jaccard(a, b) for a, b in combinations(choices, 2)]))
@@ -157,9 +133,7 @@ def mean_jaccard(choices: Sequence[Collection]) -> float:
 def pointing_hit(values: np.ndarray, on_object: np.ndarray) -> float:
     """Whether the largest value lies on the object; where several are largest, the share of them that do.
 
-    Args:
-        values: any shape.
-        on_object: bool of the same shape. A random cell would hit as often as its mean.
+    Both are of one shape; a random cell would hit as often as the mean of `on_object`.
     """
     flat = np.asarray(values, float).ravel()
     scale = np.abs(flat).max(initial=0.0) or 1.0
@@ -169,8 +143,14 @@ def pointing_hit(values: np.ndarray, on_object: np.ndarray) -> float:
 
 def area_under(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The mean height of curves by the trapezoid rule: `x [n]` ascending, `y [.., n]` -> `[..]`."""
+    x = np.asarray(x, float)
+    return trapezoid(x, y) / (x[-1] - x[0])
+
+
+def trapezoid(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The area under curves `y [.., n]` over `x [n]`, ascending: `[..]`."""
     x, y = np.asarray(x, float), np.asarray(y, float)
-    return ((y[..., 1:] + y[..., :-1]) / 2 * np.diff(x)).sum(-1) / (x[-1] - x[0])
+    return ((y[..., 1:] + y[..., :-1]) / 2 * np.diff(x)).sum(-1)
 
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -196,28 +176,15 @@ class FaithfulnessCurve:
 
 
 def faithfulness(circuit: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, seed: int = 0) -> Rate:
-    """f of one circuit from logit differences [B]: a ratio of means over pairs, with its bootstrap 95 % interval.
-
-    Raises:
-        ValueError: no pairs, or clean and corrupt runs do not differ on average.
-    """
+    """f of one circuit from logit differences [B]: a ratio of means over pairs, with its bootstrap 95 % interval."""
     return _rates(np.asarray(circuit)[None], clean, corrupt, seed)[0]
 
 
 def faithfulness_curve(
     circuits: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, counts: tuple[int, ...], seed: int = 0
 ) -> FaithfulnessCurve:
-    """The curve of circuits at `SHARES` from their logit differences.
-
-    Args:
-        circuits: [K, B], K = len(SHARES).
-        clean: [B].
-        corrupt: [B].
-        counts: K sizes.
-        seed: of the bootstrap; the same pairs are drawn for every size.
-
-    Raises:
-        ValueError: as `faithfulness`, or not a row for each share.
+    """The curve of circuits of `counts` members at `SHARES` from their logit differences [K, B], and those of clean and
+    corrupt runs [B]; the same pairs are drawn for every size.
     """
     if len(circuits) != len(SHARES):
         raise ValueError(f"{len(circuits)} sizes, but MIB's areas take {len(SHARES)}: {SHARES}")
@@ -226,25 +193,9 @@ def faithfulness_curve(
     values = np.array([rate.value for rate in rates])
     areas = []
     for curve, resampled in ((values, drawn), (np.abs(1 - values), np.abs(1 - drawn))):
-        low, high = np.quantile(area(resampled), (0.025, 0.975))
-        areas.append(Rate(float(area(curve)), float(low), float(high), len(clean)))
+        low, high = np.quantile(trapezoid(SHARES, resampled), (0.025, 0.975))
+        areas.append(Rate(float(trapezoid(SHARES, curve)), float(low), float(high), len(clean)))
     return FaithfulnessCurve(SHARES, tuple(counts), rates, *areas)
-
-
-def cpr(values: np.ndarray) -> float:
-    """Circuit performance ratio: area under f [K] at `SHARES`."""
-    return float(area(values))
-
-
-def cmd(values: np.ndarray) -> float:
-    """Circuit-model distance: area of |1 - f| for f [K] at `SHARES`."""
-    return float(area(np.abs(1 - np.asarray(values))))
-
-
-def area(values: np.ndarray) -> np.ndarray:
-    """Trapezoid rule over `SHARES` of values [.., K], on a linear axis."""
-    values, x = np.asarray(values, float), np.asarray(SHARES)
-    return ((values[..., 1:] + values[..., :-1]) / 2 * np.diff(x)).sum(-1)
 
 
 def sizes(total: int, shares: tuple[float, ...] = SHARES) -> tuple[int, ...]:

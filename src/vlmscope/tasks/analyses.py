@@ -7,23 +7,34 @@ know no concept, question or data set by name.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 
+from vlmscope.circuits.cases import concept_cases
 from vlmscope.circuits.circuit import save_circuit
 from vlmscope.circuits.discovery.discover import circuit_subject, discover, moving_questions
 from vlmscope.circuits.discovery.report import write_discoveries
 from vlmscope.core.artifacts import atomic_path
+from vlmscope.core.intervention import Curve, Rate
+from vlmscope.core.records import ROLES
 from vlmscope.data.pairs import check_choosing
 from vlmscope.features.structure import modality_metrics, modality_parts, modality_tables
+from vlmscope.interventions.effects import mean_ablated, mlp_outputs
+from vlmscope.metrics.causal import bootstrap_mean
+from vlmscope.metrics.table import rates
+from vlmscope.report.figures import dose_response, layer_role_heatmap
 from vlmscope.report.marks import write_rows
 from vlmscope.report.study_figures import modality_by_layer
 
 if TYPE_CHECKING:
+    from vlmscope.circuits.experiment import Declared
     from vlmscope.config import AppConfig
+    from vlmscope.interventions.trials import Trial
     from vlmscope.tasks.bench import Bench
 
 
@@ -88,3 +99,135 @@ class Discover:
             circuit = found[-1].to_circuit(scope.vlm.name, scope.transcoders.widths)
             save_circuit(circuit, bench.run_dir / "circuits" / question)
         return write_discoveries(found, bench.run_dir)
+
+
+@dataclass
+class MeanAblation:
+    """How much each layer's MLP matters at each position role: the fall of accuracy when its output there is its mean.
+
+    The mean is over training pictures of every planet, or of the concepts of `circuit` if these are none, so that it
+    says nothing of one; accuracy is of the test pictures that are answered rightly, mean over questions. Writes
+    mlp_ablation.parquet and figures/ablation.png; metrics `ablation/layer_00/<role>/accuracy_drop`.
+    """
+
+    pictures: int = 10
+
+    def analyse(self, bench: Bench) -> dict[str, float]:
+        """Table, figure and metrics."""
+        adapter, config = bench.scope.adapter, bench.circuit_config
+        means = self.means(bench)
+        count = bench.cfg.intervention.pictures
+        questions = concept_cases(bench.scope, config, bench.concept_pictures, count, ["free"])
+        drops = np.zeros((adapter.n_layers, len(ROLES)))
+        for cases in questions:
+            for layer in range(adapter.n_layers):
+                for column, role in enumerate(ROLES):
+                    where = torch.from_numpy(cases.batch.roles == role)
+                    logits = mean_ablated(adapter, cases.batch, layer, where, means[layer, role])
+                    right = (logits.argmax(-1) == cases.answer).double().mean()
+                    drops[layer, column] += (1.0 - float(right)) / len(questions)
+        path = bench.run_dir / "figures" / "ablation.png"
+        layers = list(range(adapter.n_layers))
+        layer_role_heatmap(drops, layers, list(ROLES), path, "fall of accuracy under mean ablation")
+        rows = [{"layer": n, "role": role, "accuracy_drop": float(drops[n, column])}
+                for n in layers for column, role in enumerate(ROLES)]  # fmt: skip
+        write_rows(bench.run_dir / "mlp_ablation.parquet", rows)
+        return {f"ablation/layer_{row['layer']:02d}/{row['role']}/accuracy_drop": row["accuracy_drop"] for row in rows}
+
+    def means(self, bench: Bench) -> dict[tuple[int, str], torch.Tensor]:
+        """Mean MLP output [d] by layer and role."""
+        sums: dict[tuple[int, str], torch.Tensor] = {}
+        counts: dict[tuple[int, str], int] = {}
+        images = [image for concept in bench.all_concepts for image in
+                  bench.concept_pictures(concept, "train", self.pictures)]  # fmt: skip
+        for question in bench.circuit_config.questions.values():
+            batch = bench.scope.batch(bench.inputs(images, question.prompt))
+            for layer, out in mlp_outputs(bench.scope.adapter, batch).items():
+                for role in ROLES:
+                    part = out[:, torch.from_numpy(batch.roles == role)].flatten(0, 1)
+                    sums[layer, role] = sums.get((layer, role), torch.zeros_like(part[0])) + part.sum(0)
+                    counts[layer, role] = counts.get((layer, role), 0) + len(part)
+        return {key: total / counts[key] for key, total in sums.items()}
+
+
+@dataclass
+class Smallest:
+    """The fewest features with which a setting of several limits hits `share` of the cases of a question.
+
+    Metrics `circuit/smallest/<question>/features`, for questions where any number of features does.
+    """
+
+    setting: str
+    share: float = 0.95
+
+    def analyse(self, bench: Bench) -> dict[str, float]:
+        """From trials.parquet."""
+        table: Any = pd.read_parquet(bench.run_dir / "trials.parquet")
+        found = rates(table[table.setting == self.setting], ["question", "limit"])
+        counts = found[found["value"] >= self.share].groupby(level="question").edited.min()
+        return {f"circuit/smallest/{question}/features": float(count) for question, count in counts.items()}
+
+
+@dataclass
+class Transfer:
+    """Do features of a question that are chosen on pairs of one value of another fact work on pairs of the others?
+
+    Asked of every question of the pairs whose answer does not change. Figures over_<fact>.png; metrics
+    `transfer/<question>/<fact>/<same or another>/recovered` and `/follow_rate`.
+    """
+
+    question: str
+
+    def trials(self, bench: Bench, declared: Declared) -> Iterator[Trial]:
+        """Features chosen on each value, carried on pairs of each."""
+        assert declared.pairs is not None, "cases come from pairs"
+        for cases in declared.cases["stays"]:
+            yield from declared.pairs.transfer(self.question, cases.question, bench.cfg.interchange.transfer)
+
+    def analyse(self, bench: Bench) -> dict[str, float]:
+        """From trials.parquet."""
+        table: Any = pd.read_parquet(bench.run_dir / "trials.parquet")
+        found: dict[str, float] = {}
+        moved = table[table.operation.str.startswith("over_")]
+        for fact, part in moved.groupby(moved.operation.str.partition("/")[0]):
+            for (which, control), rows in part.groupby(["setting", "control"]):
+                # A pair that several other values' features were carried to is one case.
+                means = rows.groupby(["cases", "case"], sort=False)[["recovered", "hit"]].mean().mean()
+                key, tail = f"transfer/{self.question}/{fact}/{which}", "_control" * bool(control)
+                found |= {f"{key}/recovered{tail}": means["recovered"], f"{key}/follow_rate{tail}": means["hit"]}
+            cells = part[part.control == ""].pivot_table("recovered", "operation", "cases")
+            path, words = bench.run_dir / "figures" / f"{fact}.png", ("tested on pairs of", "chosen on pairs of")
+            layer_role_heatmap(cells.to_numpy(), list(cells.index), list(cells), path, "recovered share", *words)
+        return found
+
+
+@dataclass
+class NumberShift:
+    """By how much the number that is said changes with the strength of a setting: a dose on a number line.
+
+    `numbers` are the words for 0, 1, 2 ...; originals above `most` are left out, since what is added must have room.
+    Metrics `dose/<question>/strength_2/shift` and `/plus_<n>`; figures/dose.png.
+    """
+
+    setting: str
+    numbers: list[str]
+    most: int
+
+    def analyse(self, bench: Bench) -> dict[str, float]:
+        """From trials.parquet."""
+        table: Any = pd.read_parquet(bench.run_dir / "trials.parquet")
+        number = {bench.token(word): value for value, word in enumerate(self.numbers)}
+        dose = table[(table.setting == self.setting) & (table.answer.map(number) <= self.most)]
+        dose = dose.assign(shift=dose.said.map(number) - dose.answer.map(number))  # NaN where no number is said
+        found: dict[str, float] = {}
+        lines: dict[str, list[Rate]] = {}
+        for (question, strength, control), part in dose.groupby(["question", "strength", "control"]):
+            lines.setdefault(control or f"the {question}", []).append(bootstrap_mean(part["shift"].dropna().to_numpy()))
+            key = f"dose/{question}/strength_{strength:g}"
+            found[f"{key}/shift{'_control' * bool(control)}"] = float(part["shift"].mean())
+            if not control:
+                found |= {f"{key}/plus_{by}": float((part["shift"] == by).mean()) for by in range(self.most + 1)}
+        curves = [Curve.of(name, sorted(dose.strength.unique()), some) for name, some in lines.items()]
+        words = ("dose (1 = the counterfactual's activations)", "number said minus number before")
+        dose_response(curves, bench.run_dir / "figures" / "dose.png", *words, percent=False)
+        return found

@@ -88,6 +88,12 @@ class Bench:
             raise UserError("this experiment needs a circuit: choose one, such as circuit=mars_earth")
         return self.cfg.circuit
 
+    @property
+    def all_concepts(self) -> list[str]:
+        """Every planet, or the concepts of `circuit` if these are none."""
+        concepts = self.circuit_config.concepts
+        return list(PLANETS) if set(concepts) <= set(PLANETS) else concepts
+
     def concept_pictures(self, concept: str, split: str, count: int, seed: int | None = None) -> list[Image.Image]:
         """Pictures of a concept: the user's own, `images.<concept>` to test on and `images.<concept>_train` to find
         features on (at most `count`), else Orrery's. Without a `seed` the circuit's is taken.

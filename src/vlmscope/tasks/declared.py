@@ -6,7 +6,7 @@ graph, evidence, examples and captions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain, combinations
 from pathlib import Path
@@ -28,7 +28,6 @@ from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.intervention import AnswerExample, Supernode
 from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.dataset import unrelated_scenes
-from vlmscope.data.orrery.scenes import PLANETS
 from vlmscope.features.readouts import RoleMeans
 from vlmscope.features.top_examples import StudyItem, top_examples
 from vlmscope.interventions.run import generate_edited, run_edited
@@ -38,6 +37,7 @@ from vlmscope.metrics.table import cell_metrics, trial_metrics
 from vlmscope.models.base import token_strings
 from vlmscope.report.graph_figure import attribution_graph
 from vlmscope.report.marks import write_evidence, write_records, write_rows
+from vlmscope.tasks.association import from_association
 from vlmscope.tasks.bench import Bench
 from vlmscope.tasks.tracing.graph_metrics import graph_metrics
 
@@ -50,10 +50,8 @@ SHOWN = 2  # cases of each question with their words before and after
 def run_declared(bench: Bench, analyses: Sequence[Any] = ()) -> dict[str, float]:
     """All trials, with those that analyses add: trials.parquet, examples.parquet and metrics."""
     cfg = bench.cfg
-    declare = next((one.declare for one in analyses if hasattr(one, "declare")), None)
-    if declare is None:
-        matrix = cfg.pairs is None and len(bench.circuit_config.concepts) > 2
-        declare = from_pairs if cfg.pairs is not None else from_matrix if matrix else from_circuit
+    own = [analysis.declare for analysis in analyses if hasattr(analysis, "declare")]
+    declare = own[0] if own else source_of(bench)
     declared = settle(bench.scope, declare(bench), cfg.trials, cfg.settings)
     bench.metrics |= {f"settled/{question}": strength for question, strength in declared.settled.items()}
     more = (one.trials(bench, declared) for one in analyses if hasattr(one, "trials"))
@@ -64,6 +62,15 @@ def run_declared(bench: Bench, analyses: Sequence[Any] = ()) -> dict[str, float]
         write_records(bench.run_dir / "examples.parquet", [*examples(bench, declared, table)])
         write_captions(bench, declared)
     return (declared.metrics or trial_metrics)(table, cfg.trials, cfg.settings)
+
+
+def source_of(bench: Bench) -> Callable[[Bench], Declared]:
+    """What the cases come from: sets of concepts, pairs, or pictures of two or more concepts."""
+    if bench.cfg.association:
+        return from_association
+    if bench.cfg.pairs is not None:
+        return from_pairs
+    return from_circuit if len(bench.circuit_config.concepts) == 2 else from_matrix
 
 
 def modes_of(bench: Bench) -> set[str]:
@@ -119,11 +126,10 @@ def evidence_items(bench: Bench, count: int = 10) -> list[StudyItem]:
 
     Each is asked every question: a feature that writes `dust` is silent unless it is asked for.
     """
-    config = bench.circuit_config
     items = []
-    for concept in PLANETS if set(config.concepts) <= set(PLANETS) else config.concepts:
+    for concept in bench.all_concepts:
         images = bench.concept_pictures(concept, "train", count)
-        for question in config.questions.values():
+        for question in bench.circuit_config.questions.values():
             pairs = zip(bench.inputs(images, question.prompt), images, strict=True)
             items += [StudyItem(inputs, concept, png_bytes(image)) for inputs, image in pairs]
     return items

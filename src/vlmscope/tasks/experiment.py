@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 # `trials(bench, declared)` and `analyse(bench)`. Imported when used: they need torch and pandas.
 ANALYSES = {
     "discovery": "vlmscope.tasks.analyses.Discover",
+    "feature_kinds": "vlmscope.tasks.feature_codes.FeatureKinds",
+    "mean_ablation": "vlmscope.tasks.analyses.MeanAblation",
     "modality": "vlmscope.tasks.analyses.Modality",
+    "number_line": "vlmscope.tasks.feature_codes.NumberLine",
+    "number_shift": "vlmscope.tasks.analyses.NumberShift",
+    "predicted_effects": "vlmscope.tasks.predicted_effects.PredictedEffects",
+    "smallest": "vlmscope.tasks.analyses.Smallest",
+    "transfer": "vlmscope.tasks.analyses.Transfer",
 }
 USES = (
     "data", "attribution", "intervention", "interchange", "discovery", "study", "where", "trials", "settings",

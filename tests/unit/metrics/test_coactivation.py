@@ -1,11 +1,11 @@
-"""Phi and NPMI against their definitions on dense tables, whatever the blocks."""
+"""Phi against its definition on dense tables, whatever the blocks."""
 
 import numpy as np
 import pytest
 from scipy import sparse
 
 from vlmscope.core.records import generator
-from vlmscope.metrics.clusters import coactive, npmi, phi
+from vlmscope.metrics.clusters import coactive, phi
 
 N, F = 300, 23
 
@@ -27,15 +27,6 @@ def test_phi_is_the_correlation_of_the_two_series(table: np.ndarray) -> None:
     plain = [f for f in range(F) if 0 < counts[f] < N]
     np.testing.assert_allclose(found[np.ix_(plain, plain)], np.corrcoef(table[:, plain].T), atol=1e-12)
     assert (found[5] == 0).all() and (found[:, 6] == 0).all()
-
-
-def test_npmi_at_its_ends_and_between() -> None:
-    n = 100
-    assert npmi(np.array([10, 0, 100, 20]), np.array([10, 10, 100, 40]), np.array([10, 10, 100, 50]), n) == (
-        pytest.approx([1.0, -1.0, 1.0, 0.0])
-    )
-    expected = np.log(0.3 / (0.4 * 0.5)) / -np.log(0.3)
-    assert npmi(np.array([30]), np.array([40]), np.array([50]), n) == pytest.approx([expected])
 
 
 @pytest.mark.parametrize("block", [1, 7, 256])

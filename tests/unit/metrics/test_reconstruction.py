@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vlmscope.metrics.dictionary import FvuAccumulator, cross_entropy_delta, dead_fraction, firing_counts, fvu, l0
+from vlmscope.metrics.dictionary import FvuAccumulator, dead_fraction, firing_counts, fvu
 
 
 def test_fvu_of_hand_made_numbers() -> None:
@@ -35,16 +35,9 @@ def test_fvu_of_nothing_is_nan() -> None:
     assert math.isnan(stream.compute())
 
 
-def test_counts_l0_and_dead() -> None:
+def test_counts_and_dead() -> None:
     indices = torch.tensor([[0, 1], [1, 3]])
     values = torch.tensor([[1.0, 2.0], [0.5, 0.0]])  # feature 3 is listed but not active
-    assert float(l0(values)) == 1.5
     counts = firing_counts(indices, values, 4)
     assert counts.tolist() == [1, 2, 0, 0]
     assert dead_fraction(counts) == 0.5
-
-
-def test_cross_entropy_delta() -> None:
-    logits = torch.tensor([[0.0, 0.0]])
-    worse = torch.tensor([[0.0, math.log(3.0)]])  # p(label 0): 1/2 -> 1/4
-    assert float(cross_entropy_delta(logits, worse, torch.tensor([0]))) == pytest.approx(math.log(2.0))

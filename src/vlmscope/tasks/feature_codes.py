@@ -1,0 +1,300 @@
+"""What single features stand for: their activations on many scenes whose facts are known, and trials by kind.
+
+Each feature's activation is explained on training scenes, and what is said of it is judged on held-out ones; the same
+with facts shuffled among training scenes says how much would be found by chance. Legend: n scenes, F features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from vlmscope.circuits.operations import Carry
+from vlmscope.core.artifacts import write_json
+from vlmscope.core.errors import UserError
+from vlmscope.core.intervention import Curve, Rate
+from vlmscope.core.records import FeatureId, generator
+from vlmscope.data.orrery.digits import digit_scene
+from vlmscope.data.orrery.objects import painted_mask
+from vlmscope.data.orrery.shapes import counted_scenes
+from vlmscope.interventions.trials import Setting, Trial
+from vlmscope.metrics import decoding
+from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
+from vlmscope.metrics.decoding import DOWN, PEAK, UP
+from vlmscope.report.figures import dose_response, layer_role_heatmap
+
+if TYPE_CHECKING:
+    from vlmscope.circuits.experiment import Declared
+    from vlmscope.tasks.bench import Bench
+
+CHUNK = 100  # pictures a forward
+FEWEST = 30  # scenes for a number line
+PLACES = ("last", "picture")
+Codes = dict[int, np.ndarray]  # layer -> [n, F] float32
+Scenes = tuple[list[np.ndarray], pd.DataFrame]  # pictures, and a row of facts for each
+
+
+def digit_table(split: str, count: int, seed: int) -> Scenes:
+    """Two handwritten digits at random: their sum, whether it carries, and the pair as a number."""
+    digits = generator(seed, "sum features", split).integers(0, 10, (count, 2))
+    images = []
+    for i, (first, second) in enumerate(digits.tolist()):
+        image = digit_scene(generator(seed, "sum features", split, i), split, first, second).image
+        assert image is not None, "scenes of digits have pictures"
+        images.append(image)
+    facts = pd.DataFrame(digits, columns=["first", "second"])
+    facts["sum"], facts["pair"] = facts["first"] + facts["second"], 10 * facts["first"] + facts["second"]
+    return images, facts.assign(carry=(facts["sum"] >= 10).astype(int))
+
+
+def shape_table(split: str, count: int, seed: int) -> Scenes:
+    """1 to 6 shapes of one kind and colour: how many, which, and the painted area in pixels."""
+    images, facts = counted_scenes(split, count, seed)
+    table = pd.DataFrame(facts, columns=["count", "shape", "colour"])
+    return images, table.assign(area=[painted_mask(image).sum() for image in images])
+
+
+SCENE_TABLES = {"digits": digit_table, "shapes": shape_table}
+
+
+@torch.no_grad()
+def scene_codes(
+    bench: Bench, images: Sequence[np.ndarray], prompt: str, places: Sequence[str] = PLACES
+) -> dict[str, Codes]:
+    """Place -> layer -> [n, F]: activations at the last position, and summed over the soft tokens of the picture."""
+    found: dict[str, dict[int, list[np.ndarray]]] = {place: {} for place in places}
+    for start in range(0, len(images), CHUNK):
+        some = [Image.fromarray(image) for image in images[start : start + CHUNK]]
+        batch = bench.scope.batch(bench.inputs(some, prompt))
+        soft = torch.from_numpy(batch.is_image)
+        for layer, x in bench.scope.capture(batch).items():
+            transcoder = bench.transcoders[layer]
+            width = transcoder.config.n_features
+            for place in places:
+                if place == "last":
+                    code = transcoder.encode(x[:, -1]).dense(width)
+                else:
+                    sparse = transcoder.encode(x[:, soft])
+                    flat = sparse.indices.flatten(1)
+                    code = sparse.values.new_zeros(len(flat), width).scatter_add_(1, flat, sparse.values.flatten(1))
+                found[place].setdefault(layer, []).append(code.float().cpu().numpy())
+    return {place: {layer: np.concatenate(parts) for layer, parts in of.items()} for place, of in found.items()}
+
+
+def kind_trials(bench: Bench, declared: Declared, sets: Mapping[str, Mapping[int, np.ndarray]]) -> Iterator[Trial]:
+    """Carry each set of features alone (layer -> indices), on questions that should follow and on those that should
+    stay; controls as many as in the setting `main`.
+    """
+    assert declared.pairs is not None, "cases come from pairs"
+    main, matched = bench.cfg.settings["main"], declared.pairs.matched()
+    here = Setting("kind", matched=main.matched, random_direction=main.random_direction)
+    for label, found in sets.items():
+        carry = Carry({layer: torch.from_numpy(chosen) for layer, chosen in found.items() if len(chosen)})
+        for setting, name in ((here, "test"), (Setting("kind_stays", matched=main.matched), "stays")):
+            if carry.features and declared.cases[name]:
+                yield Trial(f"kind/{label}", carry, declared.cases[name], [setting], matched)
+
+
+def listed(names: Mapping[int, np.ndarray], kinds: Sequence[str]) -> dict[str, list[str]]:
+    """The features of each kind, from layer -> [F] kinds."""
+    return {kind: [str(FeatureId(i, int(f))) for i, of in names.items() for f in np.flatnonzero(of == kind)]
+            for kind in kinds}  # fmt: skip
+
+
+@dataclass
+class FeatureKinds:
+    """Which facts of a scene a feature's activation at the last position stands for.
+
+    It is predicted from facts by models of growing size: `kinds` names them, simplest first, each by one fact (a level
+    for each value) or several (a term for each). A feature is of the simplest kind that comes near the best on held-out
+    scenes, where that explains `least` of the variance. `read` are facts that a linear readout looks for, layer by
+    layer; `carry` groups kinds whose features are carried alone on every question. `scenes` is a table of
+    `SCENE_TABLES`, of sizes `interchange.scenes`.
+
+    Writes `<name>_features.json`, figures/read.png and kinds.png; metrics `<name>s/features/<kind>` and
+    `<name>s/read/<fact>/accuracy`.
+    """
+
+    name: str
+    scenes: str
+    prompt: str
+    kinds: dict[str, list[str]]
+    read: list[str]
+    carry: dict[str, list[str]]
+    least: float = 0.3
+    # What `trials` leaves for `analyse`: layer -> [F] kinds, readouts by layer, features of any kind by chance.
+    found: Any = field(default=None, init=False)
+
+    def trials(self, bench: Bench, declared: Declared) -> Iterator[Trial]:
+        """Carry only the features of one group of kinds."""
+        assert bench.cfg.pairs is not None, "cases come from pairs"
+        kinds, _, _ = self.found = self.explained(bench, bench.cfg.pairs.seed)
+        sets = {label: {layer: np.flatnonzero(np.isin(kind, names)) for layer, kind in kinds.items()}
+                for label, names in self.carry.items()}  # fmt: skip
+        yield from kind_trials(bench, declared, sets)
+
+    def explained(self, bench: Bench, seed: int) -> tuple[dict[int, np.ndarray], dict[str, list[Rate]], int]:
+        """Layer -> [F] kinds ("" of none); fact -> held-out accuracy by layer; how many have a kind by chance."""
+        codes, tables = [], []
+        for split, size in zip(("train", "test"), bench.cfg.interchange.scenes, strict=True):
+            images, facts = SCENE_TABLES[self.scenes](split, size, seed)
+            codes.append(scene_codes(bench, images, self.prompt, ("last",))["last"])
+            tables.append(facts)
+        seen, new = tables
+        mixed = seen.iloc[generator(seed, f"shuffled {self.scenes}").permutation(len(seen))]
+        kinds: dict[int, np.ndarray] = {}
+        read: dict[str, list[Rate]] = {fact: [] for fact in self.read}
+        chance = 0
+        for layer, train in codes[0].items():
+            test = codes[1][layer]
+            kinds[layer] = decoding.simplest(self.scores(train, seen, test, new), self.least)
+            chance += int((decoding.simplest(self.scores(train, mixed, test, new), self.least) != "").sum())
+            for fact, rates in read.items():
+                hits = decoding.linear_accuracy(train, seen[fact].to_numpy(), test, new[fact].to_numpy())
+                rates.append(bootstrap_rate(hits))
+        return kinds, read, chance
+
+    def scores(self, train: np.ndarray, seen: pd.DataFrame, test: np.ndarray, new: pd.DataFrame) -> dict[str, Any]:
+        """Held-out R^2 [F] of every kind."""
+        found = {}
+        for kind, facts in self.kinds.items():
+            own, other = ([table[fact].to_numpy() for fact in facts] for table in (seen, new))
+            one = len(facts) == 1
+            predicted = decoding.class_means(train, own[0], other[0]) if one else decoding.additive(train, own, other)
+            found[kind] = decoding.held_out_r2(test, predicted)
+        return found
+
+    def analyse(self, bench: Bench) -> dict[str, float]:
+        """How many features are of each kind, and what is read."""
+        kinds, read, chance = self.found
+        counts = np.array([[int((kind == name).sum()) for name in self.kinds] for kind in kinds.values()])
+        accuracy = {fact: [rate.value for rate in rates] for fact, rates in read.items()}
+        body = {"least_r2": self.least, "features": listed(kinds, list(self.kinds)), "read": accuracy}
+        write_json(bench.run_dir / f"{self.name}_features.json", body)
+        folder = bench.run_dir / "figures"
+        curves = [Curve.of(fact, kinds, rates) for fact, rates in read.items()]
+        dose_response(curves, folder / "read.png", "layer", "held-out accuracy (%)")
+        layer_role_heatmap(counts, list(kinds), list(self.kinds), folder / "kinds.png", "features", "kind of feature")
+        root = f"{self.name}s"
+        found = {f"{root}/features/{kind.replace(' ', '_')}": float(n)
+                 for kind, n in zip(self.kinds, counts.sum(0), strict=True)}  # fmt: skip
+        found |= {f"{root}/read/{fact}/accuracy": by_layer[-1] for fact, by_layer in accuracy.items()}
+        return found | {f"{root}/features/by_chance": float(chance)}
+
+
+@dataclass
+class NumberLine:
+    """Which features depend on a number, and whether that is a number line: the shape of their tuning curves.
+
+    On training scenes, curves go up, down or have a peak; held-out scenes say whether the shape holds, how activation
+    correlates with the number, and what of that is left when the fact `held` is fixed. A linear readout is fitted to
+    scenes of one value of each fact of `across`, and tested on the same and on the others. The features of one shape
+    are carried alone. `scenes` as for `FeatureKinds`.
+
+    Writes number_line.json and, for the last position and the picture, figures/tuning_<place>.png, kinds_<place>.png
+    and read_<place>.png; metrics `numbers/<place>/...`.
+    """
+
+    scenes: str
+    prompt: str
+    number: str
+    across: list[str]
+    held: str
+
+    def check(self, cfg: Any) -> None:
+        """Refuse too few scenes to show every number with every value of a fact."""
+        if min(cfg.interchange.scenes) < FEWEST:
+            many = f"at least {FEWEST} training and {FEWEST} held-out scenes"
+            raise UserError(f"interchange.scenes={list(cfg.interchange.scenes)}: a number line needs {many}")
+
+    def trials(self, bench: Bench, declared: Declared) -> Iterator[Trial]:
+        """Carry features of one shape of tuning curve."""
+        names = self.tuned(bench)["last"]
+        shapes = {layer: np.array([name.partition(" ")[0] for name in of]) for layer, of in names.items()}
+        kinds = (UP, DOWN, PEAK)
+        yield from kind_trials(
+            bench, declared, {kind: {i: np.flatnonzero(of == kind) for i, of in shapes.items()} for kind in kinds}
+        )
+
+    def tuned(self, bench: Bench) -> dict[str, dict[int, np.ndarray]]:
+        """Place -> layer -> [F] shapes of tuning curves; writes what is said of them."""
+        assert bench.cfg.pairs is not None, "cases come from pairs"
+        seed, folder = bench.cfg.pairs.seed, bench.run_dir / "figures"
+        codes, tables = [], []
+        for split, size in zip(("train", "test"), bench.cfg.interchange.scenes, strict=True):
+            images, facts = SCENE_TABLES[self.scenes](split, size, seed)
+            codes.append(scene_codes(bench, images, self.prompt))
+            tables.append(facts)
+        seen, new = tables
+        y, held_out = seen[self.number].to_numpy(), new[self.number].to_numpy()
+        levels = np.unique(y)
+        columns = (UP, DOWN, *(f"{PEAK} {level}" for level in levels[1:-1]))
+        record, named = {}, {}
+        for place in PLACES:
+            train, test = (of[place] for of in codes)
+            named[place], strength = names, strength = decoding.tuned(train, y)
+            chance, _ = decoding.tuned(train, generator(seed, "shuffled counts").permutation(y))
+            kinds = np.array([[int((of == column).sum()) for column in columns] for of in names.values()])
+            up, down, *peaks = kinds.sum(0).tolist()
+            found = {"up/features": up, "down/features": down, "peak/features": sum(peaks)}
+            found["by_chance"] = sum(int((of != "").sum()) for of in chance.values())
+            holds = decoding.held_out_tuning(names, test, held_out, new[self.held].to_numpy())
+            found |= {name: rate.value for name, rate in holds.items()}
+            bench.metrics |= {f"numbers/{place}/{name}": float(value) for name, value in found.items()}
+            read = self.readouts(train, seen, test, new, seed)
+            body = json.loads(json.dumps({"holds": holds, **read}, default=vars))
+            record[place] = {"features": listed(names, columns), **body}
+            words = ("features", "shape of the tuning curve")
+            layer_role_heatmap(kinds, list(names), columns, folder / f"kinds_{place}.png", *words)
+            lines = tuning_lines(names, strength, test, held_out, levels, columns)
+            words = (f"{self.number} in the picture (number)", "activation (share of its highest mean)")
+            dose_response(lines, folder / f"tuning_{place}.png", *words, percent=False)
+            lines = [Curve.of(name, names, rates) for name, rates in read.items()]
+            dose_response(lines, folder / f"read_{place}.png", "layer", f"held-out accuracy of the {self.number} (%)")
+        write_json(bench.run_dir / "number_line.json", record)
+        return named
+
+    def readouts(
+        self, train: Codes, seen: pd.DataFrame, test: Codes, new: pd.DataFrame, seed: int
+    ) -> dict[str, list[Rate]]:
+        """Held-out accuracy of the number by layer, fitted to one value of a fact, on the same and on the others."""
+        y, number = seen[self.number].to_numpy(), new[self.number].to_numpy()
+        shuffled = y[generator(seed, "shuffled counts", "read").permutation(len(y))]
+        found: dict[str, list[Rate]] = {}
+        for layer, x in train.items():
+            hits = {f"shuffled {self.number}": decoding.linear_accuracy(x, shuffled, test[layer], number)}
+            for fact in self.across:
+                of, other = seen[fact].to_numpy(), new[fact].to_numpy()
+                both = decoding.accuracy_across(x, y, of, test[layer], number, other)
+                hits |= dict(zip((f"same {fact}", f"another {fact}"), both, strict=True))
+            for name, one in hits.items():
+                found.setdefault(name, []).append(bootstrap_rate(one))
+        return found
+
+
+def tuning_lines(
+    names: Mapping[int, np.ndarray],
+    strength: Mapping[int, np.ndarray],
+    codes: Codes,
+    numbers: np.ndarray,
+    levels: np.ndarray,
+    columns: Sequence[str],
+) -> list[Curve]:
+    """Held-out tuning curves, in shares of their highest mean, of each shape's feature most tied to the number."""
+    lines = []
+    for column in columns:
+        rows = [(strength[i][f], i, f) for i, of in names.items() for f in np.flatnonzero(of == column).tolist()]
+        if rows:
+            _, layer, f = max(rows)
+            values = [codes[layer][numbers == level, f] for level in levels]
+            top = max(of.mean() for of in values) or 1.0
+            rates = [bootstrap_mean(of / top) for of in values]
+            lines.append(Curve.of(f"{column}: {FeatureId(layer, f)}", levels, rates))
+    return lines

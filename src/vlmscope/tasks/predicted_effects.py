@@ -1,0 +1,252 @@
+"""How far does an attribution graph predict what editing one of its features does to the answer?
+
+A graph explains the logit of an answer minus that of another. Multiplying a feature's activation by s should move this
+difference by (s - 1) times the feature's edge (direct effect), or by (s - 1) times its total effect where other active
+features respond linearly; adding c to an activation a, by c / a times it. Whether it does is measured in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from vlmscope.attribution.adjoint import Adjoint, total_effects
+from vlmscope.attribution.influence import prune
+from vlmscope.attribution.targets import difference_target
+from vlmscope.attribution.trace import attribute
+from vlmscope.core.artifacts import atomic_path
+from vlmscope.core.errors import UserError, check_least
+from vlmscope.core.graph import NodeKind
+from vlmscope.core.intervention import MODES, Curve
+from vlmscope.core.records import generator
+from vlmscope.interventions.effects import SingleEdits, single_effects
+from vlmscope.interventions.run import base_run
+from vlmscope.metrics.prediction import Agreement, agreement
+from vlmscope.replacement.model import build_replacement
+from vlmscope.report.figures import dose_response
+from vlmscope.report.marks import write_rows
+from vlmscope.report.style import COLOURS, INK, MARKERS, drawing, label, pick, tidy
+
+if TYPE_CHECKING:
+    from vlmscope.models.base import ModelInputs
+    from vlmscope.tasks.bench import Bench
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "model": None}
+PREDICTED_BY = {"direct": "edge", "frozen_attention": "total", "free": "total"}  # headline of a mode
+MEASURES = ("pearson", "spearman", "slope", "same_sign", "error")
+LINEAR = 0.01  # logits: effects below are drawn on a linear scale
+
+
+class Asked(NamedTuple):
+    """One input: its name, the prompt, and the two tokens whose logits are compared."""
+
+    name: str
+    inputs: ModelInputs
+    tokens: tuple[int, int]
+
+
+@dataclass
+class PredictedEffects:
+    """Predicted against measured effects of single edits, on pictures of `circuit` or on `pairs`, in every mode.
+
+    Writes predicted_effects.parquet (a row an edit), agreements.parquet and figures predicted, spearman and slope;
+    metrics `predicted/<mode>/<edit>/<edge or total>/<measure>`.
+
+    Attributes:
+        inputs: pictures a concept and question of `circuit`, or pairs a question of `pairs`.
+        shares: features are drawn alike from those that together hold so much of the influence on the answer, and
+            from each band between two shares; ascending.
+        features: drawn from each band, at most.
+        factors: what a feature's activation is multiplied by; 0 ablates.
+        add: also add the mean activation of the layer's active features.
+        least: fewer inputs than this give no interval, and an error.
+    """
+
+    inputs: int
+    shares: list[float]
+    features: int
+    factors: list[float]
+    add: bool
+    least: int
+
+    def __post_init__(self) -> None:
+        check_least("analyses.predicted_effects", self, inputs=1, features=1, least=2)
+        shares = list(self.shares)
+        if not shares or shares != sorted(set(shares)) or shares[0] <= 0 or shares[-1] > 1:
+            raise UserError(f"shares={shares}: give ascending shares of influence above 0, at most 1")
+        if not self.factors and not self.add:
+            raise UserError("factors=[] and add=false leave nothing to do; choose a factor")
+        if 1.0 in self.factors:
+            raise UserError("factors has 1, which changes nothing; leave it out")
+
+    def analyse(self, bench: Bench) -> dict[str, float]:
+        """Measure, compare, draw."""
+        asked = list(questions(bench, self.inputs))
+        if len(asked) < self.least:
+            raise UserError(
+                f"{len(asked)} inputs are answered as they should be, and an interval needs least={self.least}: raise "
+                "analyses.predicted_effects.inputs"
+            )
+        table = pd.concat([part for one in asked for part in self.measure(bench, one)], ignore_index=True)
+        with atomic_path(bench.run_dir / "predicted_effects.parquet") as temporary:
+            table.to_parquet(temporary, index=False, compression="zstd")
+        found = agreements(table, bench.cfg.seed)
+        metrics: dict[str, float] = {}
+        rows = []
+        for key, one in found.items():
+            row: dict[str, Any] = dict(zip(("mode", "edit", "predicted by", "influence"), (*key, "all"), strict=False))
+            for name in MEASURES:
+                rate = getattr(one, name)
+                metrics |= rate.metrics(f"predicted/{'/'.join(key)}/{name}")
+                row[name] = f"{rate.value:.2f} ({rate.ci_low:.2f} to {rate.ci_high:.2f})"  # correlations are no shares
+            rows.append({**row, "spearman shuffled": one.spearman.control, "features": one.pearson.cases})
+        write_rows(bench.run_dir / "agreements.parquet", rows)
+        self.draw(bench, table, found)
+        first = (table["mode"] == table["mode"][0]) & (table.edit == table.edit[0])
+        return metrics | {"predicted/inputs": float(len(asked)), "predicted/features": float(first.sum())}
+
+    def measure(self, bench: Bench, one: Asked) -> Iterator[pd.DataFrame]:
+        """Trace one input, draw features, predict and measure every edit in every mode."""
+        scope, config = bench.scope, bench.cfg.attribution
+        replacement = build_replacement(scope, one.inputs, DTYPES[config.dtype])
+        target = difference_target(replacement, *one.tokens, label=one.name)
+        graph = attribute(replacement, config, bench.vlm.tokenizer, bench.vlm.name, target)
+        adjoint, nodes = Adjoint(replacement), graph.nodes
+        total = total_effects(adjoint, target)[0].double().cpu().numpy()
+        rng = generator(bench.cfg.seed, "single edits", one.name)
+        at, bands = self.drawn(nodes.of(NodeKind.FEATURE), prune(graph), rng)
+        active = replacement.feature_activations
+        places = zip(nodes.layer[at], nodes.position[at], nodes.index[at], strict=True)
+        rows = np.array([active.row(*place) for place in places])
+        edges = np.zeros(graph.n_nodes)
+        sources, weights = graph.incoming(int(nodes.ends()[0]))
+        edges[sources] = weights
+        effects = {"edge": edges[at], "total": total[adjoint.columns.all_features()[rows]]}
+        layer, position, index = active.layer[rows], active.position[rows], active.index[rows]
+        activation = active.activation[rows].astype(np.float64)
+        counts = np.array([len(of) for of in replacement.features])
+        mean = (np.bincount(active.layer, active.activation, len(counts)) / np.maximum(counts, 1))[layer]
+        # Name of the edit -> scale and added value [n], and the change of the activation as a share of it.
+        edits = {edit_name(s): (s, np.zeros(len(at)), s - 1.0) for s in self.factors}
+        if self.add:
+            edits["add_mean"] = (1.0, mean, mean / activation)
+        batch = scope.batch([one.inputs])
+        base = base_run(scope, batch, MODES)
+        fixed = {"layer": layer, "position": position, "index": index, "activation": activation, "band": bands}
+        for name, (scale, value, share) in edits.items():
+            single = SingleEdits(layer, position, index, np.full(len(at), float(scale)), value)
+            predicted = {by: share * effect for by, effect in effects.items()}
+            for mode in MODES:
+                measured = single_effects(scope, batch, base, single, mode, one.tokens)
+                row = {"input": one.name, "edit": name, "mode": mode, **fixed, "measured": measured, **predicted}
+                yield pd.DataFrame(row)
+
+    def drawn(self, features: np.ndarray, pruned: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes [n], equally many from each band of influence on what the graph explains, and their bands [n]."""
+        chosen, bands, below = [], [], 0.0
+        for band, share in enumerate(self.shares):
+            inside = features[(pruned.cumulative[features] > below) & (pruned.cumulative[features] <= share)]
+            inside = inside[pruned.influence[inside] > 0]
+            chosen.append(np.sort(rng.choice(inside, min(self.features, len(inside)), replace=False)))
+            bands.append(np.full(len(chosen[-1]), band))
+            below = share
+        return np.concatenate(chosen).astype(np.int64), np.concatenate(bands)
+
+    def draw(self, bench: Bench, table: pd.DataFrame, found: dict[tuple[str, ...], Agreement]) -> None:
+        """figures/predicted.png, measured against predicted effects of the first edit, a panel a mode; spearman.png
+        and slope.png, agreement against what activations are multiplied by, a line a mode.
+        """
+        folder = bench.run_dir / "figures"
+        rows: Any = table[table.edit == table.edit[0]]
+        scatter(rows, [0.0, *self.shares], folder / "predicted.png")
+        for name in ("spearman", "slope") if self.factors else ():
+            curves = []
+            for mode, by in PREDICTED_BY.items():
+                factors = sorted(self.factors)
+                rates = [getattr(found[mode, edit_name(s), by], name) for s in factors]
+                curves.append(Curve.of(f"{label(mode)}, {by}", factors, rates))
+            dose_response(curves, folder / f"{name}.png", "activation multiplied by", name, percent=False)
+
+
+def edit_name(factor: float) -> str:
+    """What multiplying by a factor is called."""
+    return "ablate" if factor == 0 else f"times_{factor:g}"
+
+
+def questions(bench: Bench, count: int) -> Iterator[Asked]:
+    """Unseen inputs that the model answers rightly: each picture of the circuit's concepts under each of its questions,
+    against the other concept's word; or the originals of pairs, against the counterfactual's word.
+    """
+    circuit = bench.cfg.circuit
+    wanted: list[tuple[str, ModelInputs, str, str]] = []
+    if circuit is None and bench.cfg.pairs is None:
+        raise UserError("predicted_effects needs inputs: choose a circuit or pairs, such as circuit=mars_earth")
+    for concept, other in () if circuit is None else (circuit.concepts, circuit.concepts[::-1]):
+        images = bench.concept_pictures(concept, "test", count, bench.cfg.seed)
+        for name, question in circuit.questions.items():
+            words = question.answers[concept], question.answers[other]
+            for i, inputs in enumerate(bench.inputs(images, question.prompt)):
+                wanted.append((f"{concept} {i}, {name}", inputs, *words))
+    for name, pairs in bench.pairs("test").items() if circuit is None else ():
+        for pair in [p for p in pairs if p.moves][:count]:
+            inputs = bench.scope.inputs(pair.original.prompt, list(pair.original.images))
+            wanted.append((f"{pair.id}, {name}", inputs, pair.original.answer, pair.counterfactual.answer))
+    for name, inputs, right, other in wanted:
+        tokens = bench.token(right), bench.token(other)
+        with torch.no_grad():
+            answer = int(bench.vlm.adapter.next_logits(inputs.tensors)[0].argmax())
+        if answer == tokens[0] != tokens[1]:  # where both answers are the same word there is nothing to tell apart
+            yield Asked(name, inputs, tokens)
+
+
+def agreements(table: pd.DataFrame, seed: int) -> dict[tuple[str, ...], Agreement]:
+    """(mode, edit, predictor) -> agreement over features; for ablation also (mode, edit, predictor, band_<i>).
+
+    In direct mode nothing responds, so that only edges are predictions of it.
+    """
+
+    def compared(rows: pd.DataFrame, predictor: str) -> Agreement:
+        return agreement(rows[predictor].to_numpy(), rows.measured.to_numpy(), rows.input.to_numpy(str), seed)
+
+    found: dict[tuple[str, ...], Agreement] = {}
+    key: Any
+    for key, rows in table.groupby(["mode", "edit"], sort=False):
+        mode, edit = key
+        for predictor in ("edge",) if mode == "direct" else ("edge", "total"):
+            found[mode, edit, predictor] = compared(rows, predictor)
+        for band, some in rows.groupby("band") if edit == "ablate" else ():
+            if len(some) >= 10 and some.input.nunique() > 1:
+                found[mode, edit, PREDICTED_BY[mode], f"band_{band}"] = compared(some, PREDICTED_BY[mode])
+    return found
+
+
+def scatter(rows: pd.DataFrame, lows: list[float], path: Any) -> None:
+    """Measured against predicted effects, a panel a mode, coloured by band of influence."""
+    most = 1.5 * float(np.abs(rows[["edge", "total", "measured"]].to_numpy()).max(initial=LINEAR))
+    line = np.concatenate([-np.geomspace(most, LINEAR / 10, 60), np.geomspace(LINEAR / 10, most, 60)])
+    ticks = [tick for tick in (-10, -1, -0.1, 0, 0.1, 1, 10) if abs(tick) <= most]
+    with drawing(path, 3.7 * len(PREDICTED_BY), 4.3) as figure:
+        grid = figure.subplots(1, len(PREDICTED_BY), squeeze=False, sharex=True, sharey=True)[0]
+        for axes, (mode, by) in zip(grid, PREDICTED_BY.items(), strict=True):
+            axes.plot(line, line, color=INK, lw=1, ls="--", zorder=1, label="as predicted")
+            band: Any
+            for band, of in rows[rows["mode"] == mode].groupby("band"):
+                style = {"color": pick(COLOURS, band), "marker": pick(MARKERS, band), "s": 13, "alpha": 0.65}
+                says = f"influence {100 * lows[band]:.0f} to {100 * lows[band + 1]:.0f} %"
+                axes.scatter(of[by], of.measured, label=says, linewidths=0.4, edgecolors="white", **style)
+            axes.set_xscale("symlog", linthresh=LINEAR)
+            axes.set_yscale("symlog", linthresh=LINEAR)
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+            axes.set_title(f"{label(mode)}, {by}", loc="left")
+            axes.set_xlabel("predicted effect (logits)")
+            tidy(axes, "both")
+        grid[0].set_ylabel("measured effect (logits)")
+        handles, names = grid[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)

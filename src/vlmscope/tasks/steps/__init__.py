@@ -1,1 +1,0 @@
-"""What experiments share: the bench they work on, and parts of runs and reports."""

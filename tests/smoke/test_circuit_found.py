@@ -95,7 +95,7 @@ def test_an_input_of_ones_own_is_traced_instead_and_the_circuit_is_loaded_again(
         (["discovery.question=size"], "discovery.question=size: choose from name, colour, cover"),
         (["task.traces=0"], "task.traces=0: it must be at least 1"),
         (["attribution.tokens=[mars]"], "attribution.tokens: the graphs of pairs= explain the difference"),
-        (["attribution.max_nodes=0"], "attribution.max_nodes = 0 must be at least 1"),
+        (["attribution.max_nodes=0"], "attribution.max_nodes=0: it must be at least 1"),
         (["pairs.original=mars", "pairs.counterfactual=vulcan"], "vulcan"),
         (["pairs=file", "pairs.path=/no/pairs.jsonl"], "/no/pairs.jsonl"),
         (["pairs=file"], "pairs.path"),

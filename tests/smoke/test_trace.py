@@ -72,7 +72,7 @@ def test_the_answer_leads_back_to_the_picture(run_dir: Path) -> None:
         (["attribution.answer=caf\udce9"], "attribution.answer="),
         (["attribution.tokens=[mars,caf\udce9]"], "attribution.tokens="),
         (["attribution.logit_mass=2"], "logit_mass"),
-        (["attribution.choice=best"], "influence or total_effect"),
+        (["attribution.choice=best"], "influence, total_effect"),
         (["attribution.memory_gb=-1"], "must be above 0"),
         (["attribution.memory_gb=0.002"], "is too little for 29 tokens"),
         (["model=path", "model.path=/no/model"], "no model at"),

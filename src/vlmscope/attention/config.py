@@ -1,10 +1,8 @@
-"""How maps of features over a picture are made: a plain record, free of torch, so that Hydra can register it."""
+"""Settings of maps of features over a picture: a plain record, free of torch, so that Hydra can register it."""
 
 from dataclasses import dataclass, field
 
-from vlmscope.core.errors import UserError
-
-POOLS = ("max", "mean")
+from vlmscope.core.errors import UserError, check_choice, check_least
 
 
 @dataclass
@@ -31,14 +29,9 @@ class WhereConfig:
 
     def check(self) -> None:
         """Raise a `UserError` that names the first setting that makes no sense."""
-        if self.last_layers < 1:
-            raise UserError(f"where.last_layers={self.last_layers}: it counts layers; choose 1 or more")
+        check_least("where", self, last_layers=1, side=1, draws=1)
+        check_choice("where.pool", self.pool, ("max", "mean"))
         if not 0.0 < self.head_share <= 1.0:
             raise UserError(f"where.head_share={self.head_share}: it must lie in (0, 1]; 0.3 is the paper's")
-        if self.pool not in POOLS:
-            raise UserError(f"where.pool={self.pool!r}: choose one of {', '.join(POOLS)}")
-        for name in ("side", "draws"):
-            if getattr(self, name) < 1:
-                raise UserError(f"where.{name}={getattr(self, name)}: it must be at least 1")
         if not all(0 < count < self.side**2 for count in self.counts):
             raise UserError(f"where.counts={self.counts}: choose numbers of cells from 1 to {self.side**2 - 1}")

@@ -1,35 +1,24 @@
-"""Maps of where a tower looks: rollout, maps by soft token, deletion curves, and their files.
+"""Maps of where a vision tower looks: rollout, maps by soft token, deletion curves, and their files.
 
-Attention rollout of a vision tower (Abnar and Zuidema 2020), as Yang et al. (arXiv 2602.20330) use it.
+Attention rollout (Abnar and Zuidema 2020), as Yang et al. (arXiv 2602.20330) use it: of each layer the patterns of the
+most focused heads (lowest entropy) are averaged to A; with the residual stream as `B = rownorm(A + I)` the rollout over
+layers 1..n is `R = B_n ... B_1`, where R[i, j] says how much of token j's state before the first of them is in token
+i's after the last. Its rows are pooled to soft tokens. The paper's text has the last 4 layers and 30 % of the heads,
+its code pools by the maximum over a soft token's patches. The paper's "similarity" variant takes no attention at all:
+it pools the rows of the cosine similarity between the tower's last states.
 
-Of each layer the patterns of the most focused heads (lowest entropy) are averaged to A; with the residual stream as
-`B = rownorm(A + I)` the rollout over layers 1..n is `R = B_n ... B_1`, where R[i, j] says how much of token j's state
-before the first of them is in token i's after the last. Its rows are pooled to soft tokens. The paper's "similarity"
-variant takes no attention at all: it pools the rows of the cosine similarity between the tower's last states.
-
-The paper's text has the last 4 layers and 30 % of the heads, its code pools by the maximum over a soft token's patches.
-Legend: H heads, P tokens of a tile (class tokens, then patches row by row), S soft tokens, d_v width.
-
-Maps over patches for every soft token of a prompt's pictures, and for a feature by its activations on them.
-
-Legend: P tokens of a tile, S soft tokens of a picture.
-
-Deletion and insertion (Petsiuk et al. 2018): pictures with the cells that a map ranks first painted over, or alone.
-
-A picture is cut into `side * side` cells whatever the grid of patches, so that maps of all families and kinds can be
+Deletion and insertion (Petsiuk et al. 2018): pictures with the cells that a map ranks first painted over, or alone. A
+picture is cut into `side * side` cells whatever the grid of patches, so that maps of all families and kinds can be
 compared on the same pictures. Painted cells have the picture's mean colour.
 
-`maps.safetensors`: maps over patches as uint8 grids, at most 64 KB for the 256 soft tokens of a picture.
-
-A soft token has at most `CELLS` cells; finer grids of patches are spread over a coarser one with the same sum. Layout:
-`docs/formats.md`.
+`maps.safetensors` holds maps as uint8 grids, at most 64 KB for the 256 soft tokens of a picture (docs/formats.md).
+Legend: H heads, P tokens of a tile (class tokens, then patches row by row), S soft tokens, d_v width.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.vision import TileAttention, VisionAttention, capture_vision_attention
+from vlmscope.activations.vision import TileAttention, capture_vision_attention
 from vlmscope.attention.config import WhereConfig
 from vlmscope.core.artifacts import built_from, load_tensors, save_tensors
 from vlmscope.core.errors import UserError
@@ -48,34 +37,23 @@ from vlmscope.models.base import ModelInputs
 from vlmscope.models.boxes import PicturePatches, grid_boxes
 from vlmscope.models.loading import VLM
 
-
-def head_entropy(pattern: Tensor) -> Tensor:
-    """The entropy of each head's rows in nats, averaged over queries: `[H, P, P]` -> `[H]`."""
-    return torch.special.entr(pattern).sum(-1).mean(-1)
+FORMAT, VERSION = "vlmscope.maps", "1"
+CELLS = 225  # of a soft token's map: 15 x 15 for a square; with their numbers 256 of them fill 62 KB
+_GRID = ("codes", "low", "step", "x", "y")
+_FINE = 8  # pixels of a raster down and across a cell
 
 
 def focused_heads(pattern: Tensor, share: float) -> Tensor:
-    """The heads of lowest entropy, most focused first; of equal heads the first.
+    """The heads of lowest entropy of `pattern [H, P, P]` (rows sum to 1), most focused first; of equal heads the first.
 
-    Args:
-        pattern: `[H, P, P]`, rows summing to 1.
-        share: of the heads, in (0, 1]; at least one is kept, and halves are rounded to the even number.
-
-    Returns:
-        int64 indices.
+    A share of the heads, in (0, 1]; at least one is kept, and halves are rounded to the even number.
     """
-    count = max(1, round(share * len(pattern)))
-    return torch.argsort(head_entropy(pattern), stable=True)[:count]
+    entropy = torch.special.entr(pattern).sum(-1).mean(-1)  # in nats, averaged over queries
+    return torch.argsort(entropy, stable=True)[: max(1, round(share * len(pattern)))]
 
 
 def mixed_layer(pattern: Tensor, share: float, identity: bool = True) -> Tensor:
-    """One layer's mixing of tokens: `[H, P, P]` -> `[P, P]`, rows summing to 1.
-
-    Args:
-        pattern: attention probabilities.
-        share: of the heads, by `focused_heads`.
-        identity: whether the residual stream counts as much as the attention.
-    """
+    """One layer's mixing of tokens: `[H, P, P]` -> `[P, P]`, rows summing to 1; with the residual stream by default."""
     mean = pattern[focused_heads(pattern, share)].mean(0)
     if identity:
         mean = mean + torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
@@ -85,9 +63,7 @@ def mixed_layer(pattern: Tensor, share: float, identity: bool = True) -> Tensor:
 def rollout(layers: Sequence[Tensor], start: Tensor | None = None) -> Tensor:
     """The product of layers' mixings, first layer first: `[P, P]` each -> `[P, P]`.
 
-    Args:
-        layers: at least one.
-        start: rows `[n, P]` to be taken through the layers, last layer first, instead of every token's.
+    With `start`, its rows `[n, P]` are taken through the layers, last layer first, instead of every token's.
     """
     product = start
     for mixing in reversed(layers):
@@ -97,12 +73,9 @@ def rollout(layers: Sequence[Tensor], start: Tensor | None = None) -> Tensor:
 
 
 def pool_rows(matrix: Tensor, pooling: Tensor, reduce: str) -> Tensor:
-    """Rows of a matrix over tokens pooled to soft tokens: `[P, P]` -> `[S, P]`.
+    """Rows of a matrix over tokens pooled to soft tokens by `pooling [S, P]`: `[P, P]` -> `[S, P]`.
 
-    Args:
-        matrix: a row for every token.
-        pooling: `[S, P]`, how much of each token goes into each soft token, in the matrix's dtype.
-        reduce: "mean" (weighted as the model pools) or "max" (over the tokens that go in at all).
+    Reduced by "mean" (weighted as the model pools) or "max" (over the tokens that go in at all).
     """
     if reduce == "mean":
         return pooling @ matrix
@@ -115,16 +88,7 @@ def pool_rows(matrix: Tensor, pooling: Tensor, reduce: str) -> Tensor:
 
 
 def soft_token_rollout(layers: Sequence[Tensor], pooling: Tensor, reduce: str) -> Tensor:
-    """`pool_rows(rollout(layers), pooling, reduce)`; for the mean by way of S rows instead of P.
-
-    Args:
-        layers: mixings `[P, P]`, first layer first.
-        pooling: `[S, P]`.
-        reduce: "mean" or "max".
-
-    Returns:
-        `[S, P]`; with "mean" the row of a soft token of patches sums to 1.
-    """
+    """`pool_rows(rollout(layers), pooling, reduce)`, `[S, P]`; for the mean by way of S rows instead of P."""
     if reduce == "mean":
         return rollout(layers, pooling)
     return pool_rows(rollout(layers), pooling, reduce)
@@ -137,47 +101,30 @@ def similarity(states: Tensor) -> Tensor:
 
 
 def token_maps(vlm: VLM, inputs: ModelInputs, config: WhereConfig) -> dict[str, list[TokenMaps]]:
-    """Rollout and similarity of every soft token, from one forward of the tower.
+    """Rollout and similarity of every soft token, one record a picture each, from one forward of the tower.
 
     Of the attention only the last layers' is kept, and of each only one matrix `[P, P]` a tile.
-
-    Args:
-        vlm: the model with its processor, in evaluation mode.
-        inputs: what `vlm.prepare` made of the prompt.
-        config: settings of the rollout.
-
-    Returns:
-        "rollout" and "similarity": one record a picture.
-
-    Raises:
-        UserError: the model or the prompt has no pictures, or the tower's attention cannot be recorded.
     """
     config.check()
     n_layers = len(vlm.adapter.vision_attention()) if vlm.adapter.has_vision else 0
     layers = range(max(n_layers - config.last_layers, 0), n_layers)
     reduce = partial(mixed_layer, share=config.head_share, identity=config.identity)
     captured = capture_vision_attention(vlm, inputs, layers, reduce, states=True)
-    return {
-        "rollout": _maps(captured, "rollout", config.pool),
-        "similarity": _maps(captured, "similarity", config.pool),
-    }
-
-
-def _maps(captured: VisionAttention, kind: str, pool: str) -> list[TokenMaps]:
-    found = []
-    for number, picture in enumerate(captured.pictures):
-        every = torch.from_numpy(picture.pooling.toarray())
-        tiles, on_class, first = [], np.zeros(len(every)), 0
-        for tile in picture.tiles:
-            pooling = every[:, first : first + len(tile.tile)]
-            first += len(tile.tile)
-            rows = _rows(tile, pooling, kind, pool).double().numpy(force=True)
-            tokens = torch.nonzero(pooling.any(1))[:, 0].numpy()
-            n_class, shape = tile.tile.n_class, (tile.tile.rows, tile.tile.columns)
-            on_class += rows[:, :n_class].sum(1)
-            tiles.append(TokenTile(tile.tile.boxes, tokens, rows[tokens, n_class:].reshape(-1, *shape)))
-        found.append(TokenMaps(kind, number, tiles, on_class))
-    return found
+    maps: dict[str, list[TokenMaps]] = {"rollout": [], "similarity": []}
+    for kind, found in maps.items():
+        for number, picture in enumerate(captured.pictures):
+            every = torch.from_numpy(picture.pooling.toarray())
+            tiles, on_class, first = [], np.zeros(len(every)), 0
+            for tile in picture.tiles:
+                pooling = every[:, first : first + len(tile.tile)]
+                first += len(tile.tile)
+                rows = _rows(tile, pooling, kind, config.pool).double().numpy(force=True)
+                tokens = torch.nonzero(pooling.any(1))[:, 0].numpy()
+                n_class, shape = tile.tile.n_class, (tile.tile.rows, tile.tile.columns)
+                on_class += rows[:, :n_class].sum(1)
+                tiles.append(TokenTile(tile.tile.boxes, tokens, rows[tokens, n_class:].reshape(-1, *shape)))
+            found.append(TokenMaps(kind, number, tiles, on_class))
+    return maps
 
 
 def _rows(tile: TileAttention, pooling: Tensor, kind: str, pool: str) -> Tensor:
@@ -190,16 +137,9 @@ def _rows(tile: TileAttention, pooling: Tensor, kind: str, pool: str) -> Tensor:
 
 
 def own_map(activations: np.ndarray, patches: PicturePatches, picture: int, target: str) -> PictureMap:
-    """A feature's own activation on the soft tokens, shared out among the patches that go into each.
+    """A feature's own activations `[S]` on a picture's soft tokens, shared out among the patches that go into each.
 
-    Args:
-        activations: `[S]`, on the picture's soft tokens.
-        patches: the picture in the tower.
-        picture: its number in the prompt.
-        target: name of the feature.
-
-    Returns:
-        A map that sums to the activations, those of soft tokens of no patch apart.
+    The map sums to the activations, those of soft tokens of no patch apart.
     """
     shared = patches.pooling.T @ activations.astype(np.float64)
     tiles, on_class, first = [], 0.0, 0
@@ -219,52 +159,40 @@ def on_pictures(values: np.ndarray, inputs: ModelInputs) -> list[np.ndarray]:
     return [values[inputs.image_index == picture] for picture in range(len(inputs.sizes))]
 
 
-_FINE = 8  # pixels of a raster down and across a cell
-
-
-@dataclass(frozen=True)
 class Painted:
-    """The pictures of one order, from nothing changed to all: `counts[i]` cells are deleted, or are all that is left.
+    """The pictures of one order of cells, from nothing changed to all.
 
-    Each is painted when it is asked for, since together they take hundreds of times the picture's memory.
-
-    Attributes:
-        counts: ascending, from 0 to all cells.
-        image: uint8 `[H, W, 3]`.
-        order: cells, the one to go, or to come, first.
-        side: cells down and across.
+    `counts[i]` cells are deleted, or are all that is left. Each picture is painted when it is asked for, since together
+    they take hundreds of times the picture's memory.
     """
 
-    counts: tuple[int, ...]
-    image: np.ndarray
-    order: np.ndarray
-    side: int
+    def __init__(self, image: np.ndarray, order: np.ndarray, side: int, counts: Sequence[int]) -> None:
+        """Of an `image [H, W, 3]` uint8, with the cells in the order in which they go, or come; 0 and all are added."""
+        self.counts = tuple(sorted({0, side * side, *(count for count in counts if count < side * side)}))
+        self._image, self._order = image, order
+        self._boxes = [box.pixels(image.shape[1], image.shape[0]) for box in grid_boxes(side, side)]
+        self._empty = np.broadcast_to(image.mean((0, 1)).round().astype(np.uint8), image.shape)
 
     def deleted(self) -> Iterator[np.ndarray]:
         """The picture without the first `counts[i]` cells, uint8 `[H, W, 3]` each."""
-        return self._over(self.image, self._empty)
+        return self._over(self._image, self._empty)
 
     def inserted(self) -> Iterator[np.ndarray]:
         """The first `counts[i]` cells alone, likewise."""
-        return self._over(self._empty, self.image)
-
-    @property
-    def _empty(self) -> np.ndarray:
-        return np.broadcast_to(self.image.mean((0, 1)).round().astype(np.uint8), self.image.shape)
+        return self._over(self._empty, self._image)
 
     def _over(self, base: np.ndarray, source: np.ndarray) -> Iterator[np.ndarray]:
-        spots = [box.pixels(self.image.shape[1], self.image.shape[0]) for box in grid_boxes(self.side, self.side)]
         for count in self.counts:
             out = base.copy()
-            for cell in self.order[:count]:
-                left, top, right, bottom = spots[int(cell)]
+            for cell in self._order[:count]:
+                left, top, right, bottom = self._boxes[int(cell)]
                 out[top:bottom, left:right] = source[top:bottom, left:right]
             yield out
 
 
-def cell_values(found: PictureMap, side: int) -> np.ndarray:
+def cell_values(picture_map: PictureMap, side: int) -> np.ndarray:
     """`[side, side]`: the share of a map in each cell of the picture."""
-    fine = found.raster(side * _FINE, side * _FINE)
+    fine = picture_map.raster(side * _FINE, side * _FINE)
     return fine.reshape(side, _FINE, side, _FINE).sum((1, 3))
 
 
@@ -276,24 +204,6 @@ def ranking(values: np.ndarray, seed: int) -> np.ndarray:
     return shuffled[np.argsort(-np.round(flat[shuffled] / scale, 9), kind="stable")]
 
 
-def painted(image: np.ndarray, order: np.ndarray, side: int, counts: Sequence[int]) -> Painted:
-    """The pictures of one order.
-
-    Args:
-        image: uint8 `[H, W, 3]`.
-        order: cells, the one to go, or to come, first.
-        side: cells down and across.
-        counts: how many cells; 0 and all are added.
-    """
-    every = tuple(sorted({0, side * side, *(count for count in counts if count < side * side)}))
-    return Painted(every, image, order, side)
-
-
-FORMAT, VERSION = "vlmscope.maps", "1"
-CELLS = 225  # of a soft token's map: 15 x 15 for a square; with their numbers 256 of them fill 62 KB
-_GRID = ("codes", "low", "step", "x", "y")
-
-
 class Maps(NamedTuple):
     """What one file holds: of targets, and of soft tokens."""
 
@@ -302,25 +212,16 @@ class Maps(NamedTuple):
 
 
 def save_maps(path: str | Path, targets: Sequence[PictureMap] = (), tokens: Sequence[TokenMaps] = ()) -> int:
-    """Write maps atomically.
+    """Write maps of targets, kept on the grid of patches, and of soft tokens, atomically; returns the size in bytes.
 
-    Args:
-        path: the file.
-        targets: maps of features or logits, kept on the grid of patches.
-        tokens: maps of soft tokens, of one picture or of many.
-
-    Returns:
-        The file's size in bytes.
-
-    Raises:
-        UserError: when the file cannot be written.
+    A soft token has at most `CELLS` cells; finer grids of patches are spread over a coarser one with the same sum.
     """
     arrays: dict[str, np.ndarray] = {}
     records: dict[str, list[dict[str, Any]]] = {"targets": [], "tokens": []}
-    for number, found in enumerate(targets):
-        record = {"target": found.target, "picture": found.picture, "edge": found.edge, "remainder": found.remainder}
-        records["targets"].append({**record, "tiles": len(found.tiles)})
-        for at, tile in enumerate(found.tiles):
+    for number, target in enumerate(targets):
+        record = {name: getattr(target, name) for name in ("target", "picture", "edge", "remainder")}
+        records["targets"].append({**record, "tiles": len(target.tiles)})
+        for at, tile in enumerate(target.tiles):
             arrays |= _arrays(f"map.{number}.{at}", tile.boxes, tile.values[None], tile.values.size)
     for number, maps in enumerate(tokens):
         records["tokens"].append({"kind": maps.kind, "picture": maps.picture, "tiles": len(maps.tiles)})
@@ -334,26 +235,20 @@ def save_maps(path: str | Path, targets: Sequence[PictureMap] = (), tokens: Sequ
 
 
 def load_maps(path: str | Path) -> Maps:
-    """Read what `save_maps` wrote; values are good to half a step of their grid (`vlmscope.core.maps`).
-
-    Raises:
-        UserError: when the file is missing or is of another kind or layout.
-    """
+    """Read what `save_maps` wrote; values are good to half a step of their grid (`vlmscope.core.maps`)."""
     arrays, metadata = load_tensors(path)
     if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{path} holds no maps of this layout; write it again with task=where")
     with built_from(path, "file of maps", "write it again with task=where"):
         records = json.loads(metadata["maps"])
-        targets = []
+        targets, tokens = [], []
         for number, record in enumerate(records["targets"]):
             parts = [_tile(arrays, f"map.{number}.{at}") for at in range(record["tiles"])]
             tiles = [TileMap(boxes, values[0]) for boxes, values in parts]
             targets.append(PictureMap(record["target"], record["picture"], tiles, record["edge"], record["remainder"]))
-        tokens = []
         for number, record in enumerate(records["tokens"]):
             tiles = []
-            for at in range(record["tiles"]):
-                name = f"token.{number}.{at}"
+            for name in (f"token.{number}.{at}" for at in range(record["tiles"])):
                 boxes, values = _tile(arrays, name)
                 tiles.append(TokenTile(boxes, arrays[f"{name}.tokens"].astype(np.int64), values))
             on_class = arrays[f"token.{number}.class"].astype(np.float64)
@@ -362,19 +257,18 @@ def load_maps(path: str | Path) -> Maps:
 
 
 def _arrays(name: str, boxes: Sequence[PatchBox], values: np.ndarray, most: int) -> dict[str, np.ndarray]:
+    """Grids of at most so many cells, and the edges of their cells."""
     rows, columns = values.shape[1:]
     shape = coarse_shape(rows, columns, most)
     grids = encode(values if shape == (rows, columns) else resample(values, *shape))
-    x = np.array([box.left for box in boxes[:columns]] + [boxes[columns - 1].right])
-    y = np.array([box.top for box in boxes[::columns]] + [boxes[-1].bottom])
-    edges = (_thinned(x, shape[1]), _thinned(y, shape[0]))
-    found = (grids.codes, grids.low, grids.step, *(edge.astype(np.float32) for edge in edges))
-    return {f"{name}.{part}": array for part, array in zip(_GRID, found, strict=True)}
 
+    def thinned(edges: list[float], cells: int) -> np.ndarray:
+        return np.interp(np.linspace(0, len(edges) - 1, cells + 1), np.arange(len(edges)), edges).astype(np.float32)
 
-def _thinned(edges: np.ndarray, cells: int) -> np.ndarray:
-    """The edges of `cells` cells over the same length."""
-    return np.interp(np.linspace(0, len(edges) - 1, cells + 1), np.arange(len(edges)), edges)
+    x = thinned([box.left for box in boxes[:columns]] + [boxes[columns - 1].right], shape[1])
+    y = thinned([box.top for box in boxes[::columns]] + [boxes[-1].bottom], shape[0])
+    parts = zip(_GRID, (grids.codes, grids.low, grids.step, x, y), strict=True)
+    return {f"{name}.{part}": array for part, array in parts}
 
 
 def _tile(arrays: dict[str, np.ndarray], name: str) -> tuple[list[PatchBox], np.ndarray]:

@@ -88,7 +88,7 @@ def map_curves(
         seed: of random orders and of ties.
         shared: kind -> `[side, side]`, orders that are measured on all features.
     """
-    from vlmscope.attention.rollout import cell_values, painted, ranking
+    from vlmscope.attention.rollout import Painted, cell_values, ranking
 
     side, seed = where.side, derive(seed, "curves", subject.prompt, int(subject.image.sum(dtype=np.int64)))
     orders: list[tuple[str, tuple[FeatureId, ...], np.ndarray]] = []
@@ -98,7 +98,7 @@ def map_curves(
     for draw in range(where.draws):
         order = generator(seed, "random", draw).permutation(side * side)
         orders.append((RANDOM, subject.features, order))
-    pictures = [painted(subject.image, order, side, where.counts) for _, _, order in orders]
+    pictures = [Painted(subject.image, order, side, where.counts) for _, _, order in orders]
     acts, answers = _measured(subject, _flat(pictures))
     found: dict[str, MapCurves] = {}
     whole = acts[0]  # nothing deleted yet

@@ -24,7 +24,7 @@ from vlmscope.attribution.targets import choose_logits
 from vlmscope.attribution.vision import vision_path
 from vlmscope.core.intervention import Curve
 from vlmscope.core.records import generator
-from vlmscope.data.orrery.objects import covered_cells, object_mask
+from vlmscope.data.orrery.dataset import covered_cells, object_mask
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import Scene
 from vlmscope.models.batching import make_batch

@@ -25,8 +25,7 @@ import torch
 
 import vlmscope
 from vlmscope.data.config import SourceConfig
-from vlmscope.data.folder import NumberedRow, NumberedRows
-from vlmscope.data.mixing import open_source
+from vlmscope.data.mixing import NumberedRow, NumberedRows, open_source
 from vlmscope.data.orrery.scenes import KINDS
 from vlmscope.data.samples import WHOLE
 from vlmscope.features.config import StudyConfig

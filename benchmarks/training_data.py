@@ -14,8 +14,7 @@ from vlmscope.api import load
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.dataset import ScenePool
-from vlmscope.data.packing import TokenPacker, packed
-from vlmscope.data.samples import chat_batch
+from vlmscope.data.packing import TokenPacker, chat_batch
 from vlmscope.models.loading import VLM
 from vlmscope.training.batches import LayerActivations, collect
 from vlmscope.training.batches import joined_activations as joined
@@ -121,5 +120,7 @@ def _text(vlm: VLM, pool: ScenePool, sequences: int) -> Tensor:
             found += len(documents[-1]) + 1
     eos = vlm.tokenizer.eos_token_id
     assert eos is not None
-    rows = [row for row in packed(documents, TokenPacker(eos, SEQUENCE)) if len(row) == SEQUENCE]
-    return torch.tensor(rows[:sequences])
+    packer = TokenPacker(eos, SEQUENCE)
+    for document in documents:
+        packer.add(document)
+    return torch.tensor([packer.pop() for _ in range(sequences)])

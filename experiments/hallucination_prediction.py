@@ -39,7 +39,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind, PrunedGraph
 from vlmscope.core.intervention import Rate
 from vlmscope.core.records import generator
-from vlmscope.data.orrery.objects import harder_scenes
+from vlmscope.data.orrery.dataset import harder_scenes
 from vlmscope.metrics.causal import RESAMPLES
 from vlmscope.report.figures import rate_bars
 from vlmscope.report.marks import write_rows

@@ -24,7 +24,7 @@ from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve
 from vlmscope.core.records import control_draws
-from vlmscope.data.orrery.objects import COVERED, painted_mask, share_in_boxes
+from vlmscope.data.orrery.dataset import COVERED, painted_mask, share_in_boxes
 from vlmscope.interventions.edits import AnyPlan, LayerEdit
 from vlmscope.interventions.named import donor_activations, matched_features
 from vlmscope.interventions.trials import Cases, Features, Setting, Trial

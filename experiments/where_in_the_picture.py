@@ -18,7 +18,7 @@ from vlmscope.attention.rollout import cell_values, save_maps
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve
 from vlmscope.data.orrery import scenes as facts
-from vlmscope.data.orrery.objects import covered_cells, object_mask
+from vlmscope.data.orrery.dataset import covered_cells, object_mask
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import Scene
 from vlmscope.features.readouts import image_features, token_lens, top_and_bottom_logits

@@ -11,8 +11,8 @@ from vlmscope.config import catalog
 from vlmscope.config.catalog import asset
 from vlmscope.config.resolve import CONFIG_ERRORS
 from vlmscope.core.errors import UserError
+from vlmscope.data.config import PromptConfig, PromptSetConfig
 from vlmscope.data.orrery import scenes as facts
-from vlmscope.data.prompts import PromptConfig, PromptSetConfig
 from vlmscope.models.tiny import tiny_vlm
 
 SETS = sorted(catalog.options("prompts"))

@@ -18,7 +18,7 @@ import torch
 
 from vlmscope.app import main
 from vlmscope.config import catalog
-from vlmscope.data.orrery.dataset import OrreryDataConfig, build
+from vlmscope.data.orrery.dataset import build
 from vlmscope.data.orrery.scenes import KINDS
 
 FOLDER = Path(__file__).parent
@@ -38,7 +38,7 @@ MACHINE_FACTS = ("seconds", "per_s", "_gb", "over_forward")  # in a metric's nam
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     counts: dict[str, int] = dict.fromkeys(KINDS, 24)
-    build(OrreryDataConfig(folder=str(folder), train=counts, val=counts, test=counts))
+    build(folder, dict.fromkeys(("train", "val", "test"), counts))
     return folder
 
 

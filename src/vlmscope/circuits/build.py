@@ -20,8 +20,8 @@ from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId
 from vlmscope.data.config import PairsConfig
 from vlmscope.data.images import PictureFiles
+from vlmscope.data.inputs import Side, load_pairs
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
-from vlmscope.data.pairs import Side, load_pairs
 from vlmscope.features.labels import Labels, check_same, short_label
 from vlmscope.features.readouts import RoleMeans, role_means, top_and_bottom_logits
 from vlmscope.features.structure import cluster_names

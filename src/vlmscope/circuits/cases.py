@@ -18,7 +18,7 @@ from vlmscope.circuits.pairs import PairSubject, pair_subject
 from vlmscope.core.errors import UserError
 from vlmscope.data.config import PairsConfig
 from vlmscope.data.images import png_bytes
-from vlmscope.data.pairs import Pair, Side, load_pairs
+from vlmscope.data.inputs import Pair, Side, load_pairs
 from vlmscope.interventions.run import base_run, log_likelihoods, whole_answers, without_special
 from vlmscope.interventions.trials import Cases
 from vlmscope.models.base import ModelInputs

@@ -23,7 +23,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId
 from vlmscope.data.config import PairsConfig
-from vlmscope.data.pairs import Pair
+from vlmscope.data.inputs import Pair
 from vlmscope.interventions.named import by_layer, donor_activations, mean_activations
 from vlmscope.interventions.run import base_run
 from vlmscope.interventions.trials import Cases, Features, Operation, Setting, Trial, run_trials

@@ -25,8 +25,7 @@ from vlmscope.circuits.spec_config import CircuitSpecConfig, DiscoveryConfig
 from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.core.intervention import Rate
 from vlmscope.core.runs import Number
-from vlmscope.data.config import PairsConfig, SourceConfig, check_source
-from vlmscope.data.prompts import PromptSetConfig
+from vlmscope.data.config import PairsConfig, PromptSetConfig, SourceConfig, check_source
 from vlmscope.features.config import CrossModalConfig, StudyConfig
 from vlmscope.tracking import TrackingConfig
 from vlmscope.training.config import OptimConfig, TrainerConfig

@@ -246,7 +246,7 @@ class StudyInfo:
         items, rows: inputs of the model, and rows of the data that gave them.
         positions: of all items, by `KINDS`.
         skipped: rows that could not be used, by source.
-        origin: everything that decided the study, by name (`vlmscope.core.origin`); empty in those of earlier versions.
+        origin: everything that decided the study, by name (`vlmscope.core.artifacts`); empty in earlier versions.
     """
 
     model: str

@@ -1,73 +1,39 @@
-"""Texts packed to sequences of one length.
+"""Texts and questions packed to sequences.
 
-Pack several questions about one picture into one sequence without letting them see each other.
+Questions about one picture: the picture is encoded once as a shared prefix; each question with its answer is a segment
+that attends to the prefix and to itself only, at the positions it would have alone. Every segment is therefore exactly
+the single-turn prompt that the model meets in use (tests compare the logits), at a fraction of the cost, and no answer
+can be copied from another turn.
 
-The picture is encoded once as a shared prefix; each question with its answer is a segment that attends to the prefix
-and to itself only, at the positions it would have alone. Every segment is therefore exactly the single-turn prompt
-that the model meets in use (tests compare the logits), at a fraction of the cost, and no answer can be copied from
-another turn.
-
-Documents joined end to end and cut into sequences of one length, as the paper does with text (arXiv 2602.20330).
-
-Each document's tokens are followed by the end-of-sequence token; the join is cut every `length` tokens. A sequence is
-one piece for the model: positions run through, and documents in it see each other, as in the paper.
+Documents: joined end to end, each followed by the end-of-sequence token, and cut every `length` tokens, as in the paper
+(arXiv 2602.20330). A sequence is one piece for the model: positions run through, and documents in it see each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.data.orrery.scenes import Question, Scene
+from vlmscope.data.orrery.scenes import Scene
 
 IGNORE = -100
-
-
-@dataclass(frozen=True)
-class SpecialIds:
-    """Token ids that packing needs, read from the tokenizer once."""
-
-    bos: int
-    turn: int
-    end_turn: int
-    user: int
-    model: int
-    boi: int
-    eoi: int
-    soft: int
-    pad: int
-
-    @classmethod
-    def of(cls, tokenizer) -> SpecialIds:
-        """Look the ids up in an Orrery tokenizer."""
-        ids = tokenizer.convert_tokens_to_ids
-        names = ("<bos>", "<start_of_turn>", "<end_of_turn>", "user", "model", "<start_of_image>", "<end_of_image>")
-        return cls(*(ids(n) for n in names), soft=ids("<image_soft_token>"), pad=ids("<pad>"))
+SOFT = "<image_soft_token>"
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A padded batch of packed scenes. T is the longest sequence, P the number of scenes with a picture.
+    """A padded batch of packed scenes. T is the longest sequence, P the number of scenes with a picture."""
 
-    Attributes:
-        input_ids: [B, T] int64.
-        position_ids: [B, T] int64, restarting after the prefix for each segment.
-        segments: [B, T] int64, 0 prefix, 1.. questions, -1 padding.
-        labels: [B, T] int64, the next token where an answer is to be predicted, else -100.
-        groups: question group ('name', 'sum', ...) of each segment, for each scene.
-        pixels: [P, 3, 64, 64] float32 in -1..1.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    segments: Tensor
-    labels: Tensor
-    groups: list[list[str]]
-    pixels: Tensor
+    input_ids: Tensor  # [B, T] int64
+    position_ids: Tensor  # [B, T] int64, restarting after the prefix for each segment
+    segments: Tensor  # [B, T] int64, 0 prefix, 1.. questions, -1 padding
+    labels: Tensor  # [B, T] int64, the next token where an answer is to be predicted, else `IGNORE`
+    groups: list[list[str]]  # question group ('name', 'sum', ...) of each segment, for each scene
+    pixels: Tensor  # [P, 3, 64, 64] float32 in -1..1
 
     def masks(self, window: int, soft_id: int) -> tuple[Tensor, Tensor]:
         """Boolean attention masks [B, 1, T, T] (True = may attend) of global and of sliding layers."""
@@ -82,23 +48,37 @@ class PackedBatch:
         return full[:, None], (full & (pos[:, None, :] > pos[:, :, None] - window))[:, None]
 
 
-def pack(scenes: Sequence[Scene], tokenizer, soft_tokens: int, rng: np.random.Generator, max_questions: int = 6):
-    """Pack scenes, questions in random order, answers followed by `<end_of_turn>`. Returns a `PackedBatch`."""
-    ids = SpecialIds.of(tokenizer)
+def pack(
+    scenes: Sequence[Scene], tokenizer, soft_tokens: int, rng: np.random.Generator, max_questions: int = 6
+) -> PackedBatch:
+    """Pack scenes, questions in random order, answers followed by `<end_of_turn>`."""
     vocabulary = tokenizer.get_vocab()
-    rows = []
+    rows, groups = [], []
     for scene in scenes:
-        chosen = [scene.questions[int(i)] for i in rng.permutation(len(scene.questions))[:max_questions]]
-        rows.append(_pack_one(scene, chosen, ids, vocabulary, soft_tokens))
-    length = max(len(r[0]) for r in rows)
-    columns = [np.full((len(rows), length), fill, np.int64) for fill in (ids.pad, 0, -1, IGNORE)]
+        asked = [scene.questions[int(i)] for i in rng.permutation(len(scene.questions))[:max_questions]]
+        words = ["<bos>", "<start_of_turn>", "user"]
+        if scene.image is not None:
+            words += ["<start_of_image>", *[SOFT] * soft_tokens, "<end_of_image>"]
+        prefix = len(words)
+        positions, segments, labels = list(range(prefix)), [0] * prefix, [IGNORE] * prefix
+        for number, question in enumerate(asked, start=1):
+            prompt = [*question.question.split(), "<end_of_turn>", "<start_of_turn>", "model"]
+            answer = [*question.answer.split(), "<end_of_turn>"]
+            segment = prompt + answer[:-1]  # the last token predicts nothing that is scored
+            words += segment
+            positions += range(prefix, prefix + len(segment))
+            segments += [number] * len(segment)
+            labels += [IGNORE] * (len(prompt) - 1) + [vocabulary[word] for word in answer]
+        rows.append(([vocabulary[word] for word in words], positions, segments, labels))
+        groups.append([question.group for question in asked])
+    length = max(len(row[0]) for row in rows)
+    columns = [np.full((len(rows), length), fill, np.int64) for fill in (vocabulary["<pad>"], 0, -1, IGNORE)]
     for i, row in enumerate(rows):
-        for column, values in zip(columns, row[:4], strict=True):
+        for column, values in zip(columns, row, strict=True):
             column[i, : len(values)] = values
-    pictures = [s.image for s in scenes if s.image is not None]
-    pixels = to_pixels(np.stack(pictures)) if pictures else torch.zeros(0, 3, 64, 64)
-    tensors = [torch.from_numpy(c) for c in columns]
-    return PackedBatch(*tensors, groups=[r[4] for r in rows], pixels=pixels)
+    images = [scene.image for scene in scenes if scene.image is not None]
+    pixels = to_pixels(np.stack(images)) if images else torch.zeros(0, 3, 64, 64)
+    return PackedBatch(*map(torch.from_numpy, columns), groups=groups, pixels=pixels)
 
 
 def to_pixels(pictures: np.ndarray) -> Tensor:
@@ -106,34 +86,31 @@ def to_pixels(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1.0)
 
 
-def _pack_one(scene: Scene, questions: list[Question], ids: SpecialIds, vocabulary: dict[str, int], soft_tokens: int):
-    tokens = [ids.bos, ids.turn, ids.user]
-    if scene.image is not None:
-        tokens += [ids.boi, *[ids.soft] * soft_tokens, ids.eoi]
-    prefix = len(tokens)
-    positions, segments, labels = list(range(prefix)), [0] * prefix, [IGNORE] * prefix
-    for number, question in enumerate(questions, start=1):
-        asked = [vocabulary[w] for w in question.question.split()] + [ids.end_turn, ids.turn, ids.model]
-        answer = [vocabulary[w] for w in question.answer.split()] + [ids.end_turn]
-        segment = asked + answer[:-1]  # the last token predicts nothing that is scored
-        tokens += segment
-        positions += range(prefix, prefix + len(segment))
-        segments += [number] * len(segment)
-        labels += [IGNORE] * (len(asked) - 1) + answer
-    return tokens, positions, segments, labels, [q.group for q in questions]
+def chat_batch(scenes: Sequence[Scene], tokenizer, soft_tokens: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    """One random question a scene with its answer, in the form of the Hugging Face forward.
+
+    Returns:
+        `input_ids`, `attention_mask`, `token_type_ids` [B, T], `pixel_values` [P, 3, 64, 64] (absent without
+        pictures) and `loss_mask` [B, T] bool, True at answer tokens.
+    """
+    batch = pack(scenes, tokenizer, soft_tokens, rng, max_questions=1)
+    answers = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+    answers[:, 1:] = (batch.labels != IGNORE)[:, :-1]
+    alive = batch.segments >= 0
+    forward = {
+        "input_ids": batch.input_ids,
+        "attention_mask": alive.long(),
+        "token_type_ids": (batch.input_ids == tokenizer.convert_tokens_to_ids(SOFT)).long(),
+        "loss_mask": answers & alive,
+    }
+    return forward | ({"pixel_values": batch.pixels} if len(batch.pixels) else {})
 
 
 class TokenPacker:
     """Takes documents, gives sequences; its state is the tokens left over."""
 
     def __init__(self, eos: int, length: int, bos: int | None = None) -> None:
-        """Start empty.
-
-        Args:
-            eos: what follows each document.
-            length: tokens of a sequence.
-            bos: what begins each sequence, for models that expect it; None for nothing.
-        """
+        """`eos` follows each document, `bos` begins each sequence, for models that expect it."""
         if length < 2:
             raise ValueError(f"a sequence of {length} tokens predicts nothing: it needs at least 2")
         self.eos, self.length, self.head = eos, length, [] if bos is None else [bos]
@@ -155,13 +132,3 @@ class TokenPacker:
         """What is left at the end of the data, shorter than a full sequence; None when it is nothing."""
         sequence, self.left = self.head + self.left, []
         return sequence if len(sequence) > max(1, len(self.head)) else None
-
-
-def packed(documents: Iterable[Sequence[int]], packer: TokenPacker) -> Iterator[list[int]]:
-    """All sequences of all documents; no token is lost."""
-    for document in documents:
-        packer.add(document)
-        while (sequence := packer.pop()) is not None:
-            yield sequence
-    if (sequence := packer.rest()) is not None:
-        yield sequence

@@ -1,39 +1,33 @@
 """WebDataset shards with an index: always the same bytes, and a kill never leaves a half-written shard in use.
 
 A shard is filled under a temporary name, flushed, renamed, and only then entered in `index.json` (itself replaced
-atomically). Which samples a shard holds depends only on its number, so a build that was cut short goes on where it was.
+atomically). A consumer reads one stretch of the rows, counted over all shards in the order of their names: it opens
+only the shards in which its stretch lies, however uneven they are.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from itertools import accumulate, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tqdm import tqdm
 
-from vlmscope.core.artifacts import atomic_path, read_json, write_json
-from vlmscope.core.errors import UserError
+from vlmscope.core.artifacts import atomic_path, read_json
+from vlmscope.core.errors import UserError, is_out_of_memory
+from vlmscope.data.samples import BadFiles, Mark, RawSample, Reader, Row, Share
 
 INDEX = "index.json"
+_ENTRY = {"split": str, "kind": str, "samples": int, "bytes": int, "sha256": str}
 
 
 def read_index(folder: Path, key: str) -> dict[str, Any]:
-    """What `task=build_data` wrote about its shards.
-
-    Args:
-        folder: of the shards.
-        key: of the configuration, by which the folder was named.
-
-    Raises:
-        UserError: there is no index, or it is none of ours.
-    """
+    """What `task=build_data` wrote about its shards; `key` of the configuration named the folder."""
     if not (folder / INDEX).is_file():
         raise UserError(f"no {INDEX} in {folder}: run python run.py task=build_data first, or correct {key}")
     index = read_json(folder / INDEX)
@@ -43,98 +37,14 @@ def read_index(folder: Path, key: str) -> dict[str, Any]:
     return index
 
 
-_ENTRY = {"split": str, "kind": str, "samples": int, "bytes": int, "sha256": str}
-
-
 def _is_entry(name: str, entry: Any) -> bool:
     """Whether it describes a shard in the folder itself: an index of unknown origin must not name other files."""
     plain = PurePosixPath(name).name == name and name.endswith(".tar")
     return plain and isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in _ENTRY.items())
 
 
-def damaged_shards(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """The names of the shards that are missing, or whose size or SHA-256 is not the index's.
-
-    Everything is read: about 0.5 GB a second and core, with a bar when it takes long.
-
-    Args:
-        folder: of the shards.
-        entries: of the index, by name.
-    """
-    with ThreadPoolExecutor(4) as threads:  # hashing and reading release the lock
-        sound = threads.map(lambda name: _is_sound(folder / name, entries[name]), entries)
-        checked = tqdm(zip(entries, sound, strict=True), "checking shards", len(entries), unit="shard", delay=2.0)
-        return {name for name, is_sound in checked if not is_sound}
-
-
-def _is_sound(path: Path, entry: Mapping[str, Any]) -> bool:
-    if not path.is_file() or path.stat().st_size != entry["bytes"]:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One shard to write: its file name and the samples [start, stop) of a (split, kind) stream."""
-
-    name: str
-    split: str
-    kind: str
-    start: int
-    stop: int
-
-
-def plan_shards(counts: dict[str, dict[str, int]], shard_size: int) -> list[ShardPlan]:
-    """Cut `counts[split][kind]` samples into shards of at most `shard_size`, named so that sorting keeps their
-    order.
-    """
-    plans = []
-    for split, kinds in counts.items():
-        for kind, count in kinds.items():
-            for number, start in enumerate(range(0, count, shard_size)):
-                stop = min(start + shard_size, count)
-                plans.append(ShardPlan(f"{split}-{kind}-{number:04d}.tar", split, kind, start, stop))
-    return plans
-
-
-def write_shards(
-    folder: Path,
-    plans: list[ShardPlan],
-    make_sample: Callable[[str, str, int], dict[str, Any]],
-    meta: dict[str, Any],
-    on_shard: Callable[[ShardPlan], None] = lambda _plan: None,
-) -> int:
-    """Write the shards that `folder` still lacks, and those that are damaged; return how many were written.
-
-    Args:
-        folder: where shards and index live.
-        plans: all shards of the dataset.
-        make_sample: (split, kind, index) -> WebDataset sample with `__key__` and bytes by extension.
-        meta: what the data depend on (seed, version, licence ...), stored in the index.
-        on_shard: called after each shard, for a progress bar.
-
-    Raises:
-        UserError: the folder holds shards of another `meta`, or cannot be written.
-    """
-    index = open_index(folder, meta)
-    damaged = damaged_shards(folder, index["shards"])
-    written = 0
-    for plan in plans:
-        if plan.name not in index["shards"] or plan.name in damaged:
-            index["shards"][plan.name] = _write_shard(folder / plan.name, plan, make_sample)
-            write_json(folder / INDEX, index)
-            written += 1
-        on_shard(plan)
-    return written
-
-
 def open_index(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """The index of a folder, or a new one.
-
-    Raises:
-        UserError: it describes data of another `meta`.
-    """
+    """The index of a folder, or a new one; one of data of another `meta` is refused."""
     if not (folder / INDEX).is_file():
         return {"meta": meta, "shards": {}}
     index = read_index(folder, "data.path")
@@ -145,37 +55,48 @@ def open_index(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
     return index
 
 
-def _write_shard(path: Path, plan: ShardPlan, make_sample: Callable[[str, str, int], dict[str, Any]]) -> dict[str, Any]:
+def damaged_shards(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The names of the shards of an index that are missing, or whose size or SHA-256 is not the index's.
+
+    Everything is read: about 0.5 GB a second and core, with a bar when it takes long.
+    """
+
+    def is_sound(name: str) -> bool:
+        path, entry = folder / name, entries[name]
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+
+    with ThreadPoolExecutor(4) as threads:  # hashing and reading release the lock
+        sound = threads.map(is_sound, entries)
+        checked = tqdm(zip(entries, sound, strict=True), "checking shards", len(entries), unit="shard", delay=2.0)
+        return {name for name, whole in checked if not whole}
+
+
+def write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Write WebDataset samples in one atomic file; `samples`, `bytes` and `sha256` for the index."""
     import webdataset as wds  # it imports torch, and reading an index needs neither
 
+    count = 0
     with atomic_path(path) as temporary, wds.TarWriter(str(temporary), mtime=0) as writer:  # pyright: ignore[reportAttributeAccessIssue]
-        for i in range(plan.start, plan.stop):
-            writer.write(make_sample(plan.split, plan.kind, i))
+        for sample in samples:
+            writer.write(sample)
+            count += 1
     data = path.read_bytes()
-    return {
-        "split": plan.split,
-        "kind": plan.kind,
-        "samples": plan.stop - plan.start,
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    return {"samples": count, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def shard_files(folder: Path, split: str, kind: str) -> list[Path]:
-    """The finished shards of a (split, kind), in order.
-
-    Raises:
-        UserError: there is no index, or it lists none for this split and kind, or a listed file is missing or damaged.
-    """
+    """The finished shards of a (split, kind), in order; none, or a missing or damaged one, is a `UserError`."""
     entries = read_index(folder, "data.path")["shards"]
     names = sorted(n for n, e in entries.items() if e["split"] == split and e["kind"] == kind)
     if not names:
         raise UserError(f"{folder} has no shards of split {split!r}, kind {kind!r}: run task=build_data with them")
-    damaged = damaged_shards(folder, {name: entries[name] for name in names})
-    for name in sorted(damaged):
+    for name in sorted(damaged_shards(folder, {name: entries[name] for name in names})):
         what = "damaged" if (folder / name).is_file() else "in the index but missing"
         raise UserError(f"shard {folder / name} is {what}: run task=build_data again, which mends it")
-    return [folder / n for n in names]
+    return [folder / name for name in names]
 
 
 def read_samples(files: list[Path]) -> Iterator[dict[str, Any]]:
@@ -193,21 +114,20 @@ def read_samples(files: list[Path]) -> Iterator[dict[str, Any]]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name)
-                key, _, extension = member.name.rpartition("/")[2].partition(".")
-                if name.is_absolute() or ".." in name.parts:
-                    raise ValueError(f"its member {member.name!r} leaves the shard")
-                if not member.isreg() or member.issparse():
-                    raise ValueError(f"its member {member.name!r} is no plain file")
-                if not 0 <= member.size <= size:
-                    raise ValueError(f"its member {member.name!r} claims {member.size:,} bytes")
-                if not key or not extension:
-                    raise ValueError(f"its member {member.name!r} has no ending, or nothing before it")
-                key = str(name.parent / key)
+                stem, _, extension = member.name.rpartition("/")[2].partition(".")
+                key = str(name.parent / stem)
+                for wrong, reason in (
+                    (name.is_absolute() or ".." in name.parts, "leaves the shard"),
+                    (not member.isreg() or member.issparse(), "is no plain file"),
+                    (not 0 <= member.size <= size, f"claims {member.size:,} bytes"),
+                    (not stem or not extension, "has no ending, or nothing before it"),
+                    (sample.get("__key__") == key and extension in sample, "is there twice"),
+                ):
+                    if wrong:
+                        raise ValueError(f"its member {member.name!r} {reason}")
                 if sample and sample["__key__"] != key:
                     yield sample
                     sample = {}
-                if extension in sample:
-                    raise ValueError(f"its member {member.name!r} is there twice")
                 content = tar.extractfile(member)
                 assert content is not None, "it is a plain file"
                 sample |= {"__key__": key, extension: content.read()}
@@ -215,10 +135,79 @@ def read_samples(files: list[Path]) -> Iterator[dict[str, Any]]:
             yield sample
 
 
-def encode_png(image: Any) -> bytes:
-    """PNG bytes of a uint8 [H, W, 3] array."""
-    from PIL import Image
+class ShardSource:
+    """The samples of one stream and split that `task=build_data` wrote.
 
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=4)
-    return buffer.getvalue()
+    `parse` makes a row of a sample of Orrery's own shards, which hold scenes with all their questions; `max_bad` is how
+    many corrupt shards a pass may skip.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, stream: str, split: str, limit: int | None, max_bad: int, parse_scene: Callable
+    ) -> None:
+        index = read_index(folder, f"data.sources.{name}.path")
+        entries = sorted(index["shards"].items())
+        self.parse = parse_scene if index["meta"].get("dataset") == "orrery" else RawSample.from_shard
+        self.name, self.folder, self.limit, self.max_bad = name, folder, limit, max_bad
+        self.entries = {
+            file: one for file, one in entries if (one["kind"], one["split"]) == (stream, split) and one["samples"]
+        }
+        if not self.entries:
+            there = sorted({f"{one['kind']} ({one['split']})" for _, one in entries})
+            raise UserError(
+                f"data.sources.{name}: {folder} has no samples of stream {stream!r}, split {split!r}; it has "
+                f"{', '.join(there) or 'none'}"
+            )
+
+    def size(self) -> int:
+        """The number of samples that the index counts."""
+        total = sum(one["samples"] for one in self.entries.values())
+        return total if self.limit is None else min(total, self.limit)
+
+    def open(self, share: Share, mark: Mark = None) -> Reader:
+        return _ShardReader(self, share.stretch(self.size()), mark or {})
+
+
+class _ShardReader(Reader):
+    """Goes through a stretch of rows, those of corrupt shards counted too; its mark is the row and the bad shards."""
+
+    def __init__(self, source: ShardSource, stretch: range, mark: Mapping[str, int]) -> None:
+        super().__init__(mark.get("row", stretch.start))
+        self.source, self.stop = source, stretch.stop
+        mend = "run task=build_data again, which mends it"
+        self.bad = BadFiles(source.name, source.max_bad, mend, mark.get("bad", 0))
+        self.files = list(source.entries)
+        self.ends = list(accumulate(one["samples"] for one in source.entries.values()))
+        self.samples: Iterator[RawSample] | None = None  # of the open shard, from the next row on
+
+    def __next__(self) -> Row:
+        while self.row < self.stop:
+            number = next(n for n, end in enumerate(self.ends) if end > self.row)
+            file, entry = self.source.folder / self.files[number], self.source.entries[self.files[number]]
+            try:
+                if self.samples is None or self.row == self.ends[number] - entry["samples"]:
+                    size = file.stat().st_size
+                    if size != entry["bytes"]:
+                        raise ValueError(f"it has {size:,} bytes, the index says {entry['bytes']:,}")
+                    before = self.row - (self.ends[number] - entry["samples"])
+                    self.samples = map(self.source.parse, islice(read_samples([file]), before, None))
+                sample = next(self.samples, None)
+                if sample is None:
+                    raise ValueError("it ends too early")
+            # A corrupt tar shows itself as a tar error, as JSON or names that make no sense, or as too few samples.
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                self.bad.add(file, error)
+                self.row, self.samples = self.ends[number], None
+                continue
+            self.row += 1
+            return lambda: sample
+        raise StopIteration
+
+    @property
+    def bad_shards(self) -> int:
+        return len(self.bad)
+
+    def mark(self) -> Mark:
+        return {"row": self.row, "bad": self.bad_shards}

@@ -33,13 +33,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vlmscope.activations.capture import watching_mlp_inputs
-from vlmscope.core.artifacts import atomic_folder, load_tensors, read_json, save_tensors, write_json
+from vlmscope.core.artifacts import (
+    atomic_folder,
+    flat,
+    folder_digest,
+    load_tensors,
+    plain,
+    read_json,
+    refuse_other,
+    save_tensors,
+    write_json,
+)
 from vlmscope.core.errors import UserError
-from vlmscope.core.origin import flat, folder_digest, plain, refuse_other
 from vlmscope.core.records import Document, PatchBox
 from vlmscope.core.study import ANSWER, IMAGE, KINDS, MANIFEST, TEXT, StudyInfo
 from vlmscope.data.config import SourceConfig
-from vlmscope.data.folder import NumberedRow, NumberedRows
+from vlmscope.data.mixing import NumberedRow, NumberedRows
 from vlmscope.data.samples import WHOLE, RawSample, Share
 from vlmscope.features import study_files as files
 from vlmscope.features.config import StudyConfig
@@ -253,7 +262,7 @@ class StudyPart:
         Args:
             study: the study's folder.
             share: which part.
-            origin: what decides the study, by name (`vlmscope.core.origin`).
+            origin: what decides the study, by name (`vlmscope.core.artifacts`).
 
         Raises:
             UserError: the folder has a state of another origin, or parts of another number of processes.

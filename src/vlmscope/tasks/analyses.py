@@ -22,7 +22,7 @@ from vlmscope.circuits.discovery.report import write_discoveries
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.intervention import Curve, Rate
 from vlmscope.core.records import ROLES
-from vlmscope.data.pairs import check_choosing
+from vlmscope.data.inputs import check_choosing
 from vlmscope.features.structure import modality_metrics, modality_parts, modality_tables
 from vlmscope.interventions.effects import mean_ablated, mlp_outputs
 from vlmscope.metrics.causal import bootstrap_mean

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vlmscope.circuits.pairs import PairSubject
     from vlmscope.config import AppConfig
     from vlmscope.core.records import FeatureId
-    from vlmscope.data.pairs import Pair
+    from vlmscope.data.inputs import Pair
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM

@@ -1,17 +1,14 @@
 """Write Orrery's scenes, or a mix of sources, as WebDataset shards; goes on where a killed build stopped."""
 
+import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from vlmscope.config import AppConfig
     from vlmscope.tasks.registry import RunContext
 
 TRAIN = {"planets": 10000, "digits": 28000, "shapes": 10000, "hands": 5000, "text": 2000}
-VAL = {"planets": 400, "digits": 400, "shapes": 400, "hands": 400, "text": 400}
-TEST = {"planets": 1000, "digits": 1000, "shapes": 1000, "hands": 1000, "text": 1000}
 
 USES = ("data",)
 MEMORY = "task.shard_size or task.workers"
@@ -25,8 +22,8 @@ class Config:
     """
 
     train: dict[str, int] = field(default_factory=lambda: dict(TRAIN))
-    val: dict[str, int] = field(default_factory=lambda: dict(VAL))
-    test: dict[str, int] = field(default_factory=lambda: dict(TEST))
+    val: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TRAIN, 400))
+    test: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TRAIN, 1000))
     shard_size: int = 1000
     parts: int = 4
     workers: int | None = None
@@ -37,54 +34,26 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from pathlib import Path
 
     from vlmscope.core.errors import UserError
+    from vlmscope.data.orrery.dataset import build
+    from vlmscope.data.orrery.scenes import KINDS
     from vlmscope.tasks.ranks import claimed
 
+    task: Config = cfg.task
     if cfg.data.path is None:
         raise UserError("data.path is not set: give the folder that the shards shall go to")
     folder = Path(cfg.data.path)
     if not cfg.data.sources and cfg.data.name != "orrery":
         raise UserError(f"data={cfg.data.name}: shards are written of data=orrery and of mixes (docs/data.md)")
     with claimed(folder, "data.path"):
-        return _mix(cfg, folder) if cfg.data.sources else _orrery(cfg, folder)
+        if cfg.data.sources:
+            from vlmscope.data.build import BuildSettings, build_mix
 
-
-def _mix(cfg: "AppConfig", folder: "Path") -> dict[str, float]:
-    from tqdm import tqdm
-
-    from vlmscope.data.build import BuildSettings, build_mix, known_rows, processes_for
-
-    data, task = cfg.data, cfg.task
-    settings = BuildSettings(folder, task.shard_size, task.parts, data.val_share)
-    with tqdm(initial=known_rows(folder), unit="row", desc="shards") as bar:
-        return build_mix(data.sources, settings, processes_for(task.workers), lambda rows: _advance(bar, rows))
-
-
-def _advance(bar: Any, rows: int) -> None:
-    bar.update(rows)
-
-
-def _orrery(cfg: "AppConfig", folder: "Path") -> dict[str, float]:
-    from tqdm import tqdm
-
-    from vlmscope.core.errors import UserError
-    from vlmscope.data.orrery.dataset import OrreryDataConfig, build, plans_of
-    from vlmscope.data.orrery.scenes import KINDS
-
-    task: Config = cfg.task
-    for split in ("train", "val", "test"):
-        for kind, count in getattr(task, split).items():
-            if kind not in KINDS or count < 0:
-                raise UserError(f"task.{split}.{kind}={count}: kinds are {', '.join(KINDS)}, counts 0 or more")
-    data = OrreryDataConfig(
-        folder=str(folder), seed=cfg.seed, shard_size=task.shard_size, train=task.train, val=task.val, test=task.test
-    )
-    plans = plans_of(data)
-    with tqdm(total=sum(p.stop - p.start for p in plans), unit="scene", desc="scenes") as bar:
-        written = build(data, on_shard=lambda plan: bar.update(plan.stop - plan.start))
-    size = sum(f.stat().st_size for f in folder.glob("*.tar"))
-    return {
-        "data/shards": float(len(plans)),
-        "data/shards_written": float(written),
-        "data/scenes": float(sum(p.stop - p.start for p in plans)),
-        "data/bytes": float(size),
-    }
+            settings = BuildSettings(folder, task.shard_size, task.parts, cfg.data.val_share)
+            workers = task.workers if task.workers is not None else min(4, os.cpu_count() or 1)
+            return build_mix(cfg.data.sources, settings, workers)
+        counts = {split: dict(getattr(task, split)) for split in ("train", "val", "test")}
+        for split, kinds in counts.items():
+            for kind, count in kinds.items():
+                if kind not in KINDS or count < 0:
+                    raise UserError(f"task.{split}.{kind}={count}: kinds are {', '.join(KINDS)}, counts 0 or more")
+        return build(folder, counts, cfg.seed, task.shard_size)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vlmscope.circuits.spec_config import CircuitSpecConfig
     from vlmscope.config import AppConfig
     from vlmscope.core.graph import PrunedGraph
-    from vlmscope.data.pairs import Pair
+    from vlmscope.data.inputs import Pair
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.bench import Bench
     from vlmscope.tasks.registry import RunContext
@@ -124,7 +124,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 def check_source(cfg: AppConfig, spec: CircuitSpecConfig | None) -> None:
     """Refuse a run that names no circuit, several, or pairs that cannot find one."""
-    from vlmscope.data.pairs import check_choosing
+    from vlmscope.data.inputs import check_choosing
 
     declares = spec is not None and bool(spec.supernodes)
     if cfg.task.load is not None:
@@ -148,7 +148,7 @@ def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]
     """What is traced: the rows of `task.rows`, `prompt=` on `image=`, or the spec's own inputs."""
     from vlmscope.circuits.build import Asked, asked_of
     from vlmscope.data.images import PictureFiles
-    from vlmscope.data.prompts import read_rows
+    from vlmscope.data.inputs import read_rows
     from vlmscope.tasks.wiring import user_pictures
 
     if cfg.task.rows is not None:

@@ -21,9 +21,8 @@ from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve, Rate
 from vlmscope.core.records import FeatureId, generator
-from vlmscope.data.orrery.digits import digit_scene
-from vlmscope.data.orrery.objects import painted_mask
-from vlmscope.data.orrery.shapes import counted_scenes
+from vlmscope.data.orrery.dataset import counted_scenes, painted_mask
+from vlmscope.data.orrery.rendering import digit_scene
 from vlmscope.interventions.trials import Setting, Trial
 from vlmscope.metrics import decoding
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate

@@ -152,8 +152,7 @@ def chosen_explainer(cfg: AppConfig) -> Explainer:
 
 def labels_so_far(cfg: AppConfig, study: StudyFolder, path: Path, name: str) -> dict[FeatureId, Label]:
     """The labels of the set; what it is made of, recorded next to it, must be this explainer and this study."""
-    from vlmscope.core.artifacts import read_json, write_json
-    from vlmscope.core.origin import files_digest, refuse_other
+    from vlmscope.core.artifacts import files_digest, read_json, refuse_other, write_json
     from vlmscope.core.study import MANIFEST
     from vlmscope.features.labels import read_labels
     from vlmscope.tasks.wiring import model_origin

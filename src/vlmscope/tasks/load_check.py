@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.scenes import vocabulary
-from vlmscope.data.samples import chat_batch
+from vlmscope.data.packing import chat_batch
 from vlmscope.models.loading import VLM
 from vlmscope.scope import Scope
 from vlmscope.training.evaluation import check_hooks, fvu_on_load

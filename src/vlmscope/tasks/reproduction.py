@@ -29,9 +29,8 @@ from omegaconf import OmegaConf, open_dict
 from vlmscope.config.catalog import first_comment, project_root, reproducible
 from vlmscope.config.resolve import CONFIG_ERRORS, one_line, quote, suggestion, to_app_config
 from vlmscope.config.schema import TranscoderSetConfig
-from vlmscope.core.artifacts import read_json, write_json
+from vlmscope.core.artifacts import files_digest, read_json, write_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.origin import files_digest
 from vlmscope.tasks.wiring import model_origin, study_digest, transcoder_origin
 from vlmscope.tracking.client import package_versions
 

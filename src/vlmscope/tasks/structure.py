@@ -99,7 +99,7 @@ def seen(cfg: AppConfig, scope: Scope, study: StudyFolder) -> StructurePass:
     """The pass over the first rows of the study's data."""
     from tqdm import tqdm
 
-    from vlmscope.data.folder import NumberedRows
+    from vlmscope.data.mixing import NumberedRows
     from vlmscope.features.structure import StructurePass
     from vlmscope.features.study import InputMaker
     from vlmscope.features.study_files import open_sources

@@ -38,7 +38,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         raise UserError(f"{folder} is there already; add trainer.resume=true to go on, or choose a new hydra.run.dir")
     look_for(sources)  # torch takes seconds to import: a mistake should not wait for it
 
-    from vlmscope.data.folder import NumberedRows
+    from vlmscope.data.mixing import NumberedRows
     from vlmscope.features.study import StudyPart, data_record, finish, finished_study, run_part, study_parts
     from vlmscope.features.study_files import open_sources
     from vlmscope.tasks.wiring import load_model, load_scope
@@ -122,7 +122,7 @@ def needed_study(cfg: AppConfig) -> Path:
 
 def study_origin(cfg: AppConfig, sources: Mapping[str, SourceConfig], overrides: Sequence[str]) -> dict[str, Any]:
     """Everything that decides a study, by name."""
-    from vlmscope.core.origin import flat
+    from vlmscope.core.artifacts import flat
     from vlmscope.tasks.wiring import data_origin, model_origin, transcoder_origin
 
     origin = model_origin(cfg) | transcoder_origin(cfg, overrides) | data_origin(cfg, sources)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlmscope.config import AppConfig
+from vlmscope.core.artifacts import folder_digest, plain
 from vlmscope.core.errors import UserError
-from vlmscope.core.origin import folder_digest, plain
 from vlmscope.core.records import generator
 from vlmscope.data.folder import JsonLines, load_folder
 from vlmscope.data.mixing import Lane, ShuffledSource, TokenMix, fingerprint, keeps, open_source
 from vlmscope.data.orrery.dataset import ScenePool
 from vlmscope.data.orrery.scenes import KINDS
-from vlmscope.data.samples import WHOLE, Share, chat_batch
+from vlmscope.data.packing import chat_batch
+from vlmscope.data.samples import WHOLE, Share
 from vlmscope.models.conversations import encode
 from vlmscope.models.loading import VLM
 from vlmscope.tasks.load_check import speaks_orrery

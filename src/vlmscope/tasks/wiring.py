@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlmscope.config.catalog import asset
 from vlmscope.config.schema import RandomTranscodersConfig, TranscoderSetConfig
+from vlmscope.core.artifacts import files_digest, flat, folder_digest
 from vlmscope.core.errors import UserError
-from vlmscope.core.origin import files_digest, flat, folder_digest
 
 if TYPE_CHECKING:
     from PIL import Image

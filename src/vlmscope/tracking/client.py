@@ -23,8 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vlmscope.core.artifacts import flat
 from vlmscope.core.errors import UserError
-from vlmscope.core.origin import flat
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -27,10 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from vlmscope.core.artifacts import atomic_path, read_json, remove_leftovers, write_json
+from vlmscope.core.artifacts import atomic_path, differences, read_json, remove_leftovers, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.hub import gb
-from vlmscope.core.origin import differences
 from vlmscope.core.records import generator
 from vlmscope.models.base import Adapter
 from vlmscope.models.placement import model_fingerprint, tensors_fingerprint

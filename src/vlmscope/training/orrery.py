@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from vlmscope.core.artifacts import write_json
-from vlmscope.core.origin import flat, folder_digest
+from vlmscope.core.artifacts import flat, folder_digest, write_json
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.dataset import ScenePool
-from vlmscope.data.orrery.hands import hand_scene
+from vlmscope.data.orrery.rendering import hand_scene
 from vlmscope.data.orrery.scenes import KINDS, NUMBERS, PLANETS, SHAPE_COLOURS, SHAPES, SPLITS, Scene, vocabulary
 from vlmscope.data.packing import IGNORE, PackedBatch, pack, to_pixels
 from vlmscope.models.base import token_strings

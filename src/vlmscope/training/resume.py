@@ -2,7 +2,7 @@
 
 A module takes part by counting its optimiser steps in `steps_done`, by drawing its data from the step number, so that
 a resumed run continues with the very next batch, and by telling when it is `committing` a step. A checkpoint records
-the run's origin, what decides the result by name (`vlmscope.core.origin`), and is continued only with the same.
+the run's origin, what decides the result by name (`vlmscope.core.artifacts`), and is continued only with the same.
 
 Orrery: `checkpoint.safetensors` in the folder of a stage. Transcoders: `<run_dir>/transcoder_checkpoint/step_00000200/`
 holds `layer_07.safetensors` (parameters, coordinates, clocks, moments) for every layer, written by its owner, and,
@@ -27,9 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from vlmscope.core.artifacts import atomic_path, read_json, write_json
+from vlmscope.core.artifacts import atomic_path, plain, read_json, refuse_other, write_json
 from vlmscope.core.errors import UserError, is_out_of_memory
-from vlmscope.core.origin import plain, refuse_other
 from vlmscope.training.config import TranscoderTrainingConfig
 
 if TYPE_CHECKING:
@@ -160,7 +159,7 @@ class TranscoderCheckpoints(pl.Callback):
     """Writes a checkpoint every N steps, at the end, and (in a run of one process) when it is interrupted."""
 
     def __init__(self, run_dir: Path, config: TranscoderTrainingConfig, origin: Mapping[str, Any]) -> None:
-        """`origin`: what decides the result besides `config`, by name (`vlmscope.core.origin`)."""
+        """`origin`: what decides the result besides `config`, by name (`vlmscope.core.artifacts`)."""
         self.folder = Path(run_dir) / "transcoder_checkpoint"
         self.config, self.origin = config, plain(origin)
         self.stands: int | None = None  # the step that this run has written or gone on from

@@ -272,8 +272,8 @@ def train_transcoders(
         model_name: written into the set; by default the loaded model's own name.
         data_figures: what is to be logged about the data that were drawn so far, such as each source's share.
         cache: where captured activations are kept for this and other runs (`vlmscope.training.captures`).
-        origin: what decides the result besides `config`, by name; the same is needed to resume (`vlmscope.core.origin`;
-            the main rank's counts). None: the model's weights and batch 0.
+        origin: what decides the result besides `config`, by name; the same is needed to resume
+            (`vlmscope.core.artifacts`; the main rank's counts). None: the model's weights and batch 0.
 
     Returns:
         The set in the model's own coordinates, and its final figures with `perf/tokens_per_s` and `train/tokens`, those

@@ -27,7 +27,7 @@ from vlmscope.circuits.pairs import pair_effects, pair_subject
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId, Positions
-from vlmscope.data.pairs import Pair, Side
+from vlmscope.data.inputs import Pair, Side
 from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope

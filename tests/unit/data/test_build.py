@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 import tarfile
 from collections import Counter
@@ -17,16 +18,14 @@ from vlmscope.core.artifacts import read_json, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Exchange
 from vlmscope.data import build
-from vlmscope.data import build as build_part
-from vlmscope.data import tables as hf_rows
-from vlmscope.data.build import BuildSettings, Chunk, PartJob, build_mix, chunks_of, run_jobs
+from vlmscope.data.build import BuildSettings, Part, build_mix, mean_size, read_parts
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.folder import load_folder
+from vlmscope.data.images import encode_png
 from vlmscope.data.mixing import ShuffledSource, open_source
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.samples import WHOLE, RawSample, Share, held_out
-from vlmscope.data.shards import encode_png
-from vlmscope.data.tables import BadFiles, readable_files
+from vlmscope.data.shards import write_tar
 
 PNG = encode_png(make_scene("train", "shapes", 0).image)
 
@@ -100,9 +99,8 @@ class Die(NamedTuple):
 def test_an_interrupted_build_goes_on_without_loss_or_repeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, at: int
 ) -> None:
-    module = build_part if where == "write_tar" else build
     made = sources(tmp_path / "words")
-    monkeypatch.setattr(module, where, Die(getattr(module, where), [], at))
+    monkeypatch.setattr(build, where, Die(getattr(build, where), [], at))
     with pytest.raises(KeyboardInterrupt):
         build_mix(made, settings(tmp_path / "out"))
     figures = build_mix(made, settings(tmp_path / "out"))
@@ -163,7 +161,7 @@ def test_a_build_that_was_cut_short_mends_what_it_has_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, out = sources(tmp_path / "words"), tmp_path / "out"
-    monkeypatch.setattr(build_part, "write_tar", Die(build_part.write_tar, [], 9))
+    monkeypatch.setattr(build, "write_tar", Die(build.write_tar, [], 9))
     with pytest.raises(KeyboardInterrupt):
         build_mix(made, settings(out))
     flip(out / "train-words-all-000-00000.tar")
@@ -226,7 +224,7 @@ def test_the_estimate_of_size_is_close(tmp_path: Path) -> None:
     """Otherwise the check of the disk would mean nothing."""
     made = {"scenes": SourceConfig("orrery", stream="questions", limit=64, val_split="val")}
     figures = build_mix(made, settings(tmp_path / "out", shard_size=64, parts=1))
-    mean = build._mean_size(open_source("scenes", made["scenes"]))
+    mean = mean_size(open_source("scenes", made["scenes"]))
     assert mean == pytest.approx(figures["data/bytes"] / figures["data/samples"], rel=0.15)
 
 
@@ -263,12 +261,11 @@ def test_texts_of_half_characters_are_left_out_and_counted(kind: str, processes:
 
 
 def test_a_fault_of_the_program_in_another_process_shows_itself(tmp_path: Path) -> None:
-    made = sources(tmp_path / "words")["scenes"]
-    jobs = [
-        PartJob("scenes", made, "train", None, Share(n, 2), tmp_path / "out", -1, 0.2, 0) for n in range(2)
-    ]  # `islice` refuses -1
-    with pytest.raises(RuntimeError, match=r"(?s)part \d of scenes.*ValueError.*islice"):
-        run_jobs(jobs, 2, lambda *_: [], lambda *_: None, lambda *_: None)
+    broken = settings(tmp_path / "out", shard_size=-1)  # which `islice` refuses
+    scenes = sources(tmp_path / "words")["scenes"]
+    parts = [Part(broken, "scenes", scenes, "train", None, Share(n, 2)) for n in range(2)]
+    with pytest.raises(ValueError, match=r"(?s)worker process \d.*islice"):
+        list(read_parts(parts, 2))
 
 
 def shards(folder: Path, sizes: tuple[int, ...] = (5, 1, 4, 7)) -> Path:
@@ -282,7 +279,7 @@ def shards(folder: Path, sizes: tuple[int, ...] = (5, 1, 4, 7)) -> Path:
             body.append(sample.to_shard(f"s-{number:04d}"))
             number += 1
         name = f"train-s-{which}.tar"
-        index["shards"][name] = {"split": "train", "kind": "s"} | build_part.write_tar(folder / name, body)
+        index["shards"][name] = {"split": "train", "kind": "s"} | write_tar(folder / name, body)
     (folder / "index.json").write_text(json.dumps(index))
     return folder
 
@@ -320,18 +317,18 @@ def scramble(path: Path) -> None:
 
 @pytest.mark.parametrize(("harm", "left"), [(truncate, 12), (scramble, None), (Path.unlink, 12)])
 def test_a_corrupt_shard_is_skipped_with_a_count_up_to_a_limit(
-    tmp_path: Path, harm: Callable[[Path], None], left: int | None
+    tmp_path: Path, harm: Callable[[Path], None], left: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     shards(tmp_path)
     harm(tmp_path / "train-s-0.tar")
-    with pytest.raises(UserError, match=r"shard .*train-s-0.tar is corrupt .*number 1, and data.max_bad_shards=0"):
+    with pytest.raises(UserError, match=r"train-s-0.tar is corrupt .*number 1, and data.max_bad_shards=0"):
         answers(tmp_path)
-    with pytest.warns(UserWarning, match=r"train-s-0.tar is corrupt .*skipped \(1 of at most 1\)"):
-        read = answers(tmp_path, max_bad=1)
+    read = answers(tmp_path, max_bad=1)
+    assert re.search(r"train-s-0.tar is corrupt .*left out \(1 of at most 1\)", caplog.text)
     assert read[-12:] == [f"answer {n}" for n in range(5, 17)]
     assert len(read) == left if left is not None else 12 <= len(read) < 17
     truncate(tmp_path / "train-s-3.tar")
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="number 2, and data.max_bad_shards=1"):
+    with pytest.raises(UserError, match="number 2, and data.max_bad_shards=1"):
         answers(tmp_path, max_bad=1)
 
 
@@ -382,8 +379,7 @@ def test_members_that_no_shard_of_ours_has_make_it_corrupt(tmp_path: Path, case:
     with pytest.raises(UserError, match=rf"train-s-0.tar is corrupt \((.*{reason}.*)\), number 1") as error:
         answers(tmp_path)
     assert "\n" not in str(error.value)
-    with pytest.warns(UserWarning, match="skipped"):
-        assert answers(tmp_path, max_bad=1) == [f"answer {n}" for n in range(2, 5)]
+    assert answers(tmp_path, max_bad=1) == [f"answer {n}" for n in range(2, 5)]
     assert sorted(one.name for one in tmp_path.iterdir()) == ["index.json", "train-s-0.tar", "train-s-1.tar"]
 
 
@@ -411,8 +407,7 @@ def test_the_count_of_bad_shards_survives_resuming(tmp_path: Path) -> None:
     truncate(tmp_path / "train-s-0.tar")
     source = open_source("it", SourceConfig("shards", str(tmp_path), stream="s"), None, 1)
     stream = ShuffledSource(source, buffer=2)
-    with pytest.warns(UserWarning):
-        stream.next()
+    stream.next()
     again = ShuffledSource(source, buffer=2)
     for _ in range(4):
         stream.next()
@@ -427,17 +422,6 @@ def test_streams_that_are_not_there_are_named(tmp_path: Path) -> None:
         open_source("it", SourceConfig("shards", str(tmp_path), stream="z"))
 
 
-def test_a_part_asks_before_it_writes(tmp_path: Path) -> None:
-    made = sources(tmp_path / "words")
-    job = PartJob("words", made["words"], "train", "train", WHOLE, tmp_path / "out", 10, 0.0, 0)
-    steps = chunks_of(job)
-    digests = next(steps)
-    assert isinstance(digests, list) and not (tmp_path / "out").exists()
-    chunk = steps.send([n == 4 for n in range(10)])
-    assert isinstance(chunk, Chunk) and chunk.duplicates == 9 and chunk.digests == digests[4]
-    assert [one["samples"] for one in chunk.shards.values()] == [1]
-
-
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: ...")])
 def test_memory_that_runs_out_is_not_blamed_on_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -445,13 +429,11 @@ def test_memory_that_runs_out_is_not_blamed_on_a_file(
     def none_left(*_: Any) -> Any:
         raise error
 
-    build_mix(sources(tmp_path / "texts"), settings(tmp_path / "shards"))
-    shards = SourceConfig("shards", str(tmp_path / "shards"), split="train", stream="words")
-    reader = open_source("words", shards, max_bad_shards=99).open(WHOLE)
-    monkeypatch.setattr(type(reader), "_opened", none_left)
-    for call in (lambda: next(reader), lambda: hf_rows._told("a file is damaged", none_left)):
-        with pytest.raises(type(error)):
-            call()
-    bad = BadFiles("words", 99)
+    shards(tmp_path)
+    Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "tables" / "train.parquet")
+    monkeypatch.setattr("vlmscope.data.shards.read_samples", none_left)
+    monkeypatch.setattr("pyarrow.parquet.read_metadata", none_left)
     with pytest.raises(type(error)):
-        readable_files([tmp_path], none_left, bad)
+        answers(tmp_path, max_bad=99)
+    with pytest.raises(type(error)):
+        open_source("it", SourceConfig("hf_text", str(tmp_path / "tables")), max_bad_shards=99)

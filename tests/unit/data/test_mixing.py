@@ -9,7 +9,7 @@ import pytest
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.mixing import PATIENCE, Lane, ShuffledSource, TokenMix
-from vlmscope.data.packing import TokenPacker, packed
+from vlmscope.data.packing import TokenPacker
 from vlmscope.data.samples import WHOLE, Indexed, RawSample, Share
 
 
@@ -136,9 +136,14 @@ def test_ranks_and_workers_share_without_loss_or_repeat() -> None:
 
 def test_packing_loses_no_token_and_states_the_end_of_documents() -> None:
     documents = [[10, 11, 12], [], [20] * 9, [30]]
-    sequences = list(packed(documents, TokenPacker(eos=0, length=4)))
-    assert sequences == [[10, 11, 12, 0], [0, 20, 20, 20], [20, 20, 20, 20], [20, 20, 0, 30]]
-    with_head = list(packed(documents, TokenPacker(eos=0, length=4, bos=1)))
+
+    def packed(packer: TokenPacker) -> list[list[int]]:
+        for document in documents:
+            packer.add(document)
+        return [*iter(packer.pop, None), *filter(None, [packer.rest()])]
+
+    assert packed(TokenPacker(eos=0, length=4)) == [[10, 11, 12, 0], [0, 20, 20, 20], [20, 20, 20, 20], [20, 20, 0, 30]]
+    with_head = packed(TokenPacker(eos=0, length=4, bos=1))
     assert all(one[0] == 1 and len(one) <= 4 for one in with_head)
     assert sum((one[1:] for one in with_head), []) == sum(([*one, 0] for one in documents), [])
 

@@ -21,7 +21,7 @@ from vlmscope.data.build import BuildSettings, build_mix
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.mixing import ShuffledSource, open_source
 from vlmscope.data.samples import WHOLE, RawSample, Share, held_out
-from vlmscope.data.tables import parser
+from vlmscope.data.tables import row_parser
 
 PNG, JPEG = "PNG", "JPEG"
 
@@ -350,18 +350,18 @@ def test_corrupt_files_are_left_out_with_a_count_up_to_a_limit(
     table.save_to_disk(folder, num_shards=3) if saved == "disk" else parquet(table, folder, (3, 3, 3))
     first, second, _ = sorted([*folder.glob("*.arrow"), *folder.glob("*.parquet")])
     second.write_bytes(second.read_bytes()[: second.stat().st_size // 2])
-    with pytest.raises(UserError, match=rf"cannot read {second} .*number 1, and data.max_bad_shards=0; copy it anew"):
+    with pytest.raises(UserError, match=rf"{second} is corrupt .*number 1, and data.max_bad_shards=0; copy it anew"):
         open_source("it", config)
     reader = open_source("it", config, max_bad_shards=1).open(WHOLE)
     (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("vlmscope")]
-    assert f"it: 1 of 3 files are corrupt and left out, first {second} (" in said and "\n" not in said
+    assert f"it: {second} is corrupt (" in said and "left out (1 of at most 1)" in said and "\n" not in said
     assert reader.bad_shards == 1
     read = [row() for row in reader]
     assert [one.images[0] for one in read] == [picture(n, JPEG) for n in (0, 1, 2, 6, 7, 8)]
     assert read[1].exchanges == ((CAPTION_REQUEST, "a photo of a goldfish."),)
     first.unlink()
     first.write_bytes(b"")
-    with pytest.raises(UserError, match="corrupt file number 2, and data.max_bad_shards=1"):
+    with pytest.raises(UserError, match="corrupt .*number 2, and data.max_bad_shards=1"):
         open_source("it", config, max_bad_shards=1)
 
 
@@ -391,7 +391,7 @@ def test_damaged_row_groups_are_left_out_with_a_count_up_to_a_limit(
 ) -> None:
     files, config = damaged_folder(tmp_path / "data"), SourceConfig("hf_text", str(tmp_path / "data"))
     strict = open_source("it", config).open(WHOLE)
-    with pytest.raises(UserError, match=rf"cannot read {files[1]} .*number 1, and data.max_bad_shards=0") as error:
+    with pytest.raises(UserError, match=rf"{files[1]} is corrupt .*number 1, and data.max_bad_shards=0") as error:
         list(strict)
     assert "\n" not in str(error.value)
     source = open_source("it", config, max_bad_shards=1)
@@ -402,12 +402,12 @@ def test_damaged_row_groups_are_left_out_with_a_count_up_to_a_limit(
         assert reader.bad_shards == 0
         assert [row().text for row in reader] == whole and reader.bad_shards == 1
         (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("vlmscope")]
-        assert f"it: {files[1]} is damaged inside (" in said and "1 of at most 1" in said and "\n" not in said
+        assert f"it: {files[1]} is corrupt (" in said and "1 of at most 1" in said and "\n" not in said
     # Every part of two leaves out the same rows, and both have the others.
     parts = [[row().text for row in source.open(Share.of(index, 2))] for index in range(2)]
     assert sorted(sum(parts, [])) == sorted(whole)
     damage(files[2], 0)
-    with pytest.raises(UserError, match="corrupt file number 2, and data.max_bad_shards=1"):
+    with pytest.raises(UserError, match="corrupt .*number 2, and data.max_bad_shards=1"):
         list(open_source("it", config, max_bad_shards=1).open(WHOLE))
     # A file that does not open and one that is damaged inside are two.
     files[0].write_bytes(files[0].read_bytes()[:50])
@@ -420,7 +420,7 @@ def test_damaged_row_groups_are_left_out_with_a_count_up_to_a_limit(
     ("row_limit", "memory", "said"),
     [
         (2**20, 2**40, r"rows of 4,19\d,\d{3} bytes in its row group 1, at most 1,048,576"),
-        (2**30, 2**22, r"row group 1 takes 4,19\d,\d{3} bytes, more than this machine's memory"),
+        (2**30, 2**22, r"row group 1 takes 4,19\d,\d{3} bytes, more than the machine's memory"),
     ],
 )
 def test_a_row_group_that_no_memory_holds_is_not_read(
@@ -456,7 +456,7 @@ def test_pictures_that_are_no_files_or_too_large_are_not_read(tmp_path: Path, mo
         (tmp_path / "train.jsonl").write_text(json.dumps({"images": [name], "text": "x"}))
         row = {"image": {"bytes": None, "path": str(tmp_path / name)}, "label": "x"}
         folder = open_source("it", SourceConfig("folder", str(tmp_path)), check_pictures=False)
-        for read in (folder.open(WHOLE).__next__(), partial(parser(SourceConfig("hf_image_label")), row, "row 1")):
+        for read in (folder.open(WHOLE).__next__(), partial(row_parser(SourceConfig("hf_image_label")), row, "row 1")):
             with pytest.raises(UserError, match=rf"(line|row) 1: .*{said}") as error:
                 read()
             assert "\n" not in str(error.value)
@@ -492,7 +492,7 @@ def test_empty_and_unreadable_tables_are_told(tmp_path: Path, saved: str) -> Non
     (tmp_path / "bad").mkdir()
     name = "dataset_dict.json" if saved == "disk" else "train-0.parquet"
     (tmp_path / "bad" / name).write_text("not what it should be")
-    with pytest.raises(UserError, match="cannot read|failed|is not valid JSON"):
+    with pytest.raises(UserError, match="is corrupt|is not valid JSON"):
         samples(SourceConfig("hf_text", str(tmp_path / "bad")))
 
 

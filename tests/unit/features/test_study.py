@@ -13,8 +13,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.core.study import ANSWER, IMAGE, KINDS, TEXT, TOP, bin_edges
 from vlmscope.data.config import SourceConfig
-from vlmscope.data.folder import NumberedRows
-from vlmscope.data.mixing import open_source, row_of
+from vlmscope.data.mixing import NumberedRows, open_source, row_of
 from vlmscope.data.samples import Share
 from vlmscope.features.config import StudyConfig
 from vlmscope.features.study import StudyPart, finish, run_part, study_alone, study_parts

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
-from vlmscope.data.orrery.dataset import OrreryDataConfig, ScenePool, build
+from vlmscope.data.orrery.dataset import ScenePool, build
 from vlmscope.data.orrery.rendering import make_scene
-from vlmscope.data.orrery.scenes import KINDS, vocabulary
+from vlmscope.data.orrery.scenes import KINDS, SPLITS, vocabulary
 from vlmscope.data.packing import pack
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig
@@ -28,7 +28,7 @@ BATCH = {"planets": 1, "digits": 1}
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     counts = dict.fromkeys(KINDS, 6)
-    build(OrreryDataConfig(folder=str(folder), train=counts, val=counts, test=counts))
+    build(folder, dict.fromkeys(SPLITS, counts))
     return folder
 
 
@@ -101,7 +101,7 @@ def test_other_data_or_settings_are_refused_by_name_and_a_new_start_forgets(
 ) -> None:
     other = tmp_path / "other"
     counts = dict.fromkeys(KINDS, 6)
-    build(OrreryDataConfig(folder=str(other), seed=1, train=counts, val=counts, test=counts))
+    build(other, dict.fromkeys(SPLITS, counts), seed=1)
     config = OrreryTrainingConfig(*(StageConfig(1, BATCH, warmup=1) for _ in range(3)), checkpoint_every=2, val_every=2)
     faster = replace(config, vlm=replace(config.vlm, lr=0.1))
     run = tmp_path / "run"

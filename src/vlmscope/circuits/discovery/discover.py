@@ -43,7 +43,7 @@ from vlmscope.circuits.spec_config import SURROUNDINGS, DiscoveryConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import CircuitFeature, Rate, Supernode
 from vlmscope.core.records import FeatureId, Positions, generator
-from vlmscope.data.pairs import Pair
+from vlmscope.data.inputs import Pair
 from vlmscope.metrics.prediction import (
     FaithfulnessCurve,
     faithfulness,

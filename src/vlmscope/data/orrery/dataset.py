@@ -1,96 +1,84 @@
-"""Orrery's scenes as data: sets of concepts, shards, and counterfactual pairs.
+"""Sets of Orrery's scenes: of one concept, in pairs that differ in one fact, made harder, and stored as shards.
 
-Pictures of one concept (a planet, a digit, a colour), for finding circuits and for testing them on unseen ones.
-
-Orrery's scenes as shards, and the shards as an in-memory pool that training draws from by step number.
-
-Pairs of scenes that differ in one fact, so that an effect can be measured within a pair.
-
-Both scenes of a pair are drawn from equal random streams with one argument changed. Renderers take the same draws in
-the same order whatever the fact is, so everything else comes out alike, to the pixel: a planet's pose, light and stars,
-the other digit's glyph, the places of the shapes, the other fingers. `tests/unit/data/test_pairs.py` asserts it.
+Both scenes of a pair are drawn from equal random streams with one argument changed. Renderers take the same draws
+whatever the fact is, so everything else comes out alike, to the pixel: a planet's pose, light and stars, the other
+digit's glyph, the places of the shapes, the other fingers.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
+from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import Exchange, derive, generator
-from vlmscope.data.orrery.digits import digit_scene
-from vlmscope.data.orrery.hands import SPREAD, TILT, hand_scene
-from vlmscope.data.orrery.planets import planet_scene
-from vlmscope.data.orrery.rendering import make_scene
+from vlmscope.core.records import Exchange, PatchBox, derive, generator
+from vlmscope.data.images import encode_png
+from vlmscope.data.orrery.rendering import (
+    SPREAD,
+    TILT,
+    digit_scene,
+    hand_scene,
+    make_scene,
+    planet_scene,
+    shape_scene,
+)
 from vlmscope.data.orrery.scenes import (
-    DIGIT_QUESTIONS,
-    HAND_QUESTIONS,
+    DIGITS,
     KINDS,
     NUMBERS,
-    PLANET_QUESTIONS,
+    PICTURED,
     PLANETS,
+    QUESTIONS,
     SHAPE_COLOURS,
-    SHAPE_QUESTIONS,
     SHAPES,
+    SIDE,
     Question,
     Scene,
 )
-from vlmscope.data.orrery.shapes import shape_scene
 from vlmscope.data.samples import RawSample
-from vlmscope.data.shards import ShardPlan, encode_png, plan_shards, read_samples, shard_files, write_shards
-
-DIGITS = NUMBERS[:10]
+from vlmscope.data.shards import INDEX, damaged_shards, open_index, read_samples, shard_files, write_tar
 
 
 def concept_scenes(planet: str, split: str, count: int, seed: int = 0) -> list[Scene]:
-    """`count` scenes of a planet. Streams of different splits and planets never overlap.
-
-    Raises:
-        UserError: no such planet.
-    """
-    if planet not in PLANETS:
-        raise UserError(f"no planet {planet!r} in Orrery: choose one of {', '.join(PLANETS)}")
+    """`count` scenes of a planet. Streams of different splits and planets never overlap."""
+    _check_word("planet", planet, PLANETS)
     return [planet_scene(generator(seed, "concept", split, planet, i), planet) for i in range(count)]
 
 
 def digit_scenes(digit: str, split: str, count: int, seed: int = 0, second: str | None = None) -> list[Scene]:
-    """`count` scenes of two digits, the first one given; the second is drawn when None. Splits share no handwriting.
-
-    Raises:
-        UserError: no such digit.
-    """
-    for word in (digit, second):
-        if word is not None and word not in DIGITS:
-            raise UserError(f"no digit {word!r} in Orrery: choose one of {', '.join(DIGITS)}")
-    found = []
+    """`count` scenes of two digits, the first one given; the second is drawn when None. Splits share no handwriting."""
+    for word in (digit, second or digit):
+        _check_word("digit", word, DIGITS)
+    scenes = []
     for i in range(count):
         rng = generator(seed, "digit", split, digit, second or "", i)
         other = int(rng.integers(len(DIGITS))) if second is None else DIGITS.index(second)
-        found.append(digit_scene(rng, split, DIGITS.index(digit), other))
-    return found
+        scenes.append(digit_scene(rng, split, DIGITS.index(digit), other))
+    return scenes
 
 
 def colour_scenes(colour: str, split: str, count: int, seed: int = 0) -> list[Scene]:
-    """`count` scenes of one to six equal shapes of a colour; shape and number are drawn.
-
-    Raises:
-        UserError: shapes do not come in that colour.
-    """
-    if colour not in SHAPE_COLOURS:
-        raise UserError(f"no shapes are {colour} in Orrery: choose one of {', '.join(SHAPE_COLOURS)}")
-    found = []
+    """`count` scenes of one to six equal shapes of a colour; shape and number are drawn."""
+    _check_word("colour of shapes", colour, SHAPE_COLOURS)
+    scenes = []
     for i in range(count):
         rng = generator(seed, "colour", split, colour, i)
-        found.append(shape_scene(rng, str(rng.choice(SHAPES)), colour, int(rng.integers(1, 7))))
-    return found
+        scenes.append(shape_scene(rng, str(rng.choice(SHAPES)), colour, int(rng.integers(1, 7))))
+    return scenes
+
+
+def _check_word(what: str, word: str, known: Sequence[str] | Mapping[str, Any]) -> None:
+    if word not in known:
+        raise UserError(f"no {what} {word!r} in Orrery: choose one of {', '.join(known)}")
 
 
 def unrelated_scenes(
@@ -101,13 +89,29 @@ def unrelated_scenes(
     Questions that name one of `without`, in their words or their answer, are left out: text alone asks about planets
     too.
     """
-    found: list[Scene] = []
+    scenes: list[Scene] = []
     for kind in kinds:
         for i in range(count if kind != "planets" else 0):
             scene = make_scene(split, kind, i, seed)
             asked = tuple(q for q in scene.questions if not {*q.question.split(), *q.answer.split()} & {*without})
-            found.append(replace(scene, questions=asked))
-    return [scene for scene in found if scene.questions]
+            scenes.append(replace(scene, questions=asked))
+    return [scene for scene in scenes if scene.questions]
+
+
+def counted_scenes(split: str, size: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """`size` pictures of 1 to 6 shapes in turn, and the shapes in turn, in any colour.
+
+    Returns:
+        Pixels, and [size, 3] what they show: how many, and the places of shape and colour in their lists.
+    """
+    i = np.arange(size)
+    tints = generator(seed, "number line", split).integers(0, len(SHAPE_COLOURS), size)
+    facts = np.stack([i % 6 + 1, i // 6 % len(SHAPES), tints], 1)
+    scenes = [
+        shape_scene(generator(seed, "number line", split, number), SHAPES[shape], list(SHAPE_COLOURS)[colour], count)
+        for number, (count, shape, colour) in enumerate(facts.tolist())
+    ]
+    return pictures(scenes), facts
 
 
 def pictures(scenes: list[Scene]) -> list[np.ndarray]:
@@ -115,112 +119,10 @@ def pictures(scenes: list[Scene]) -> list[np.ndarray]:
     return [scene.image for scene in scenes if scene.image is not None]
 
 
-VERSION = 1  # raise when a renderer or template changes: old shards are then refused
-LICENCE = (
-    "pictures: Apache-2.0, from texture maps credited in assets/planet_textures/CREDITS.md and scikit-learn digits"
-)
-
-
-@dataclass
-class OrreryDataConfig:
-    """How many scenes of each kind to render, and where to."""
-
-    folder: str = "outputs/data/orrery"
-    seed: int = 0
-    shard_size: int = 1000
-    train: dict[str, int] = field(
-        default_factory=lambda: {"planets": 10000, "digits": 28000, "shapes": 10000, "hands": 5000, "text": 2000}
-    )
-    val: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 400))
-    test: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 1000))
-
-
-def build(config: OrreryDataConfig, on_shard: Any = lambda _plan: None) -> int:
-    """Write the shards that are still missing; return how many were written."""
-    counts = _counts(config)
-    meta = {"dataset": "orrery", "version": VERSION, "seed": config.seed, "counts": counts, "licence": LICENCE}
-
-    def sample(split: str, kind: str, index: int) -> dict[str, Any]:
-        return to_sample(make_scene(split, kind, index, config.seed))
-
-    return write_shards(Path(config.folder), plans_of(config), sample, meta, on_shard)
-
-
-def plans_of(config: OrreryDataConfig) -> list[ShardPlan]:
-    """All shards of the dataset, written or not."""
-    return plan_shards(_counts(config), config.shard_size)
-
-
-def _counts(config: OrreryDataConfig) -> dict[str, dict[str, int]]:
-    return {"train": config.train, "val": config.val, "test": config.test}
-
-
-def to_sample(scene: Scene) -> dict[str, Any]:
-    """A WebDataset sample: `<key>.json` with kind, facts and questions, and `<key>.png` unless the scene is text."""
-    body = {
-        "kind": scene.kind,
-        "facts": scene.facts,
-        "questions": [[q.group, q.question, q.answer] for q in scene.questions],
-    }
-    sample: dict[str, Any] = {"__key__": scene.key, "json": json.dumps(body).encode()}
-    if scene.image is not None:
-        sample["png"] = encode_png(scene.image)
-    return sample
-
-
-def from_sample(sample: dict[str, Any]) -> Scene:
-    """The inverse of `to_sample`."""
-    body = json.loads(sample["json"])
-    image = None
-    if "png" in sample:
-        with Image.open(io.BytesIO(sample["png"])) as picture:
-            image = np.asarray(picture.convert("RGB"))
-    questions = tuple(Question(*q) for q in body["questions"])
-    return Scene(body["kind"], sample["__key__"], image, body["facts"], questions)
-
-
-def scene_row(sample: dict[str, Any]) -> RawSample:
-    """A scene's sample as its picture, if it has one, with one of its questions, picked by the scene's key."""
-    body, key = json.loads(sample["json"]), sample["__key__"]
-    _, question, answer = body["questions"][derive(0, "question", key) % len(body["questions"])]
-    pictures = (sample["png"],) if "png" in sample else ()
-    return RawSample(pictures, (Exchange(question, answer),), "", key, plain_facts(body["kind"], body["facts"]))
-
-
-def plain_facts(kind: str, facts: Mapping[str, Any]) -> dict[str, str | int]:
-    """What a scene shows, in words and whole numbers: its kind and its facts, places left out."""
-    return {"scene": kind} | {name: value for name, value in facts.items() if isinstance(value, str | int)}
-
-
-class ScenePool:
-    """All scenes of a split in memory (compressed), drawn by step number: batch `n` is the same after any resume."""
-
-    def __init__(self, folder: Path, split: str, kinds: tuple[str, ...] = KINDS) -> None:
-        self.samples = {kind: list(read_samples(shard_files(folder, split, kind))) for kind in kinds}
-
-    def batch(self, seed: int, step: int, counts: dict[str, int]) -> list[Scene]:
-        """Draw `counts[kind]` scenes of each kind for one step, without repeats within the batch.
-
-        Raises:
-            UserError: a batch asks for more scenes of a kind than there are.
-        """
-        scenes: list[Scene] = []
-        for kind, count in counts.items():
-            pool = self.samples[kind]
-            if count > len(pool):
-                raise UserError(
-                    f"a batch asks for {count} scenes of {kind}, the data have {len(pool)}: build more data"
-                )
-            rng = generator(seed, "batch", step, kind)
-            scenes += [from_sample(pool[int(i)]) for i in rng.choice(len(pool), count, replace=False)]
-        return scenes
-
-    def scenes(self, kind: str, limit: int | None = None) -> list[Scene]:
-        """The first `limit` scenes of a kind, in order."""
-        return [from_sample(s) for s in self.samples[kind][:limit]]
-
-
-_WORDINGS = PLANET_QUESTIONS | DIGIT_QUESTIONS | SHAPE_QUESTIONS | HAND_QUESTIONS
+def plainly_asked(scene: Scene) -> Scene:
+    """The scene with its questions in the canonical words; without its caption, which is more than one word."""
+    asked = tuple(Question(q.group, QUESTIONS[q.group][0], q.answer) for q in scene.questions if q.group in QUESTIONS)
+    return replace(scene, questions=asked)
 
 
 @dataclass(frozen=True)
@@ -238,83 +140,20 @@ class ScenePair:
     counterfactual: Scene
     captions: tuple[str, str] = ("", "")
 
-    @property
-    def differs(self) -> np.ndarray:
-        """[64, 64] bool: the pixels that are not equal."""
-        first, second = self.original.image, self.counterfactual.image
-        assert first is not None and second is not None, "scenes of a pair have pictures"
-        return (first != second).any(-1)
 
-
-@dataclass(frozen=True)
-class _Change:
-    """A fact that can be changed: its words, whether the counterfactual is always the next word, and the renderer.
-
-    `draw(stream, split, word, rest, later)` makes one scene; `rest` draws what both scenes share and the stream does
-    not, `later` tells the counterfactual. `apart` says which two words may make a pair.
-    """
-
-    words: Sequence[str]
-    draw: Callable[[np.random.Generator, str, str, np.random.Generator, bool], Scene]
-    next_only: bool = False
-    apart: Callable[[str, str], bool] = operator.ne
-
-
-def _planet(stream: np.random.Generator, _split: str, word: str, _rest: np.random.Generator, _later: bool) -> Scene:
-    return planet_scene(stream, word)
-
-
-def _first(stream: np.random.Generator, split: str, word: str, rest: np.random.Generator, _later: bool) -> Scene:
-    return digit_scene(stream, split, NUMBERS.index(word), int(rest.integers(10)))
-
-
-def _second(stream: np.random.Generator, split: str, word: str, rest: np.random.Generator, _later: bool) -> Scene:
-    return digit_scene(stream, split, int(rest.integers(10)), NUMBERS.index(word))
-
-
-def _count(stream: np.random.Generator, _split: str, word: str, rest: np.random.Generator, _later: bool) -> Scene:
-    shape, colour = str(rest.choice(SHAPES)), str(rest.choice(list(SHAPE_COLOURS)))
-    return shape_scene(stream, shape, colour, NUMBERS.index(word))
-
-
-def _shape(stream: np.random.Generator, _split: str, word: str, rest: np.random.Generator, _later: bool) -> Scene:
-    count, colour = int(rest.integers(1, 7)), str(rest.choice(list(SHAPE_COLOURS)))
-    return shape_scene(stream, word, colour, count)
-
-
-def _colour(stream: np.random.Generator, _split: str, word: str, rest: np.random.Generator, _later: bool) -> Scene:
-    count, shape = int(rest.integers(1, 7)), str(rest.choice(SHAPES))
-    return shape_scene(stream, shape, word, count)
-
-
-def _object(stream: np.random.Generator, _split: str, word: str, rest: np.random.Generator, _later: bool) -> Scene:
-    colour, shape = word.split()
-    return shape_scene(stream, shape, colour, int(rest.integers(1, 7)))
-
-
-def _nothing_alike(first: str, second: str) -> bool:
-    """Whether two things of several words, such as `red circle` and `blue star`, share none."""
-    return all(a != b for a, b in zip(first.split(), second.split(), strict=True))
-
-
-def _fingers(stream: np.random.Generator, _split: str, word: str, rest: np.random.Generator, later: bool) -> Scene:
-    # One finger more turns the arc's middle by half a step; turned along, the other fingers stay where they were. Both
-    # tilts are ones that training has seen.
-    tilt = rest.uniform(-TILT, TILT - SPREAD / 2) + (SPREAD / 2 if later else 0.0)
-    return hand_scene(stream, NUMBERS.index(word), tilt)
-
-
-# Saturn is left out: it is smaller than the others and its rings draw from the stream, so no other planet matches it.
-CHANGES: dict[str, _Change] = {
-    "planet": _Change([name for name in PLANETS if name != "saturn"], _planet),
-    "first_digit": _Change(NUMBERS[:10], _first),
-    "second_digit": _Change(NUMBERS[:10], _second),
-    "count": _Change(NUMBERS[1:7], _count, next_only=True),
-    "shape": _Change(SHAPES, _shape),
-    "shape_colour": _Change(list(SHAPE_COLOURS), _colour),
-    "object": _Change([f"{c} {s}" for c in SHAPE_COLOURS for s in SHAPES], _object, apart=_nothing_alike),
-    "fingers": _Change(NUMBERS[1:7], _fingers, next_only=True),
+# The words of each fact that can be changed. Saturn is left out: it is smaller than the others and its rings draw from
+# the stream, so no other planet matches it.
+CHANGES: dict[str, Sequence[str]] = {
+    "planet": [name for name in PLANETS if name != "saturn"],
+    "first_digit": DIGITS,
+    "second_digit": DIGITS,
+    "count": NUMBERS[1:7],
+    "shape": SHAPES,
+    "shape_colour": list(SHAPE_COLOURS),
+    "object": [f"{colour} {shape}" for colour in SHAPE_COLOURS for shape in SHAPES],
+    "fingers": NUMBERS[1:7],
 }
+ONE_MORE = ("count", "fingers")  # changes whose counterfactual is always the next word
 
 
 def scene_pairs(
@@ -341,44 +180,266 @@ def scene_pairs(
     """
     if change not in CHANGES:
         raise UserError(f"no pairs that differ in {change!r}: choose one of {', '.join(CHANGES)}")
-    kind = CHANGES[change]
     choices = _choices(change, original, counterfactual)
     pairs = []
     for i in range(count):
         path = ("pair", change, split, i)
-        first, second = choices[int(generator(seed, *path, "values").integers(len(choices)))]
+        words = choices[int(generator(seed, *path, "values").integers(len(choices)))]
         scenes = [
-            kind.draw(generator(seed, *path, "scene"), split, word, generator(seed, *path, "rest"), later)
-            for word, later in ((first, False), (second, True))
+            _changed(change, word, split, generator(seed, *path, "scene"), generator(seed, *path, "rest"), later)
+            for word, later in zip(words, (False, True), strict=True)
         ]
-        asked = [plainly_asked(scene) for scene in scenes]
-        captions = (_caption(scenes[0]), _caption(scenes[1]))
-        name = f"{split}-{change}-{i:06d}"
-        pairs.append(ScenePair(name, change, (first, second), asked[0], asked[1], captions))
+        first, second = map(plainly_asked, scenes)
+        captions = (scenes[0].answer("caption"), scenes[1].answer("caption"))
+        pairs.append(ScenePair(f"{split}-{change}-{i:06d}", change, words, first, second, captions))
     return pairs
 
 
 def _choices(change: str, original: str | None, counterfactual: str | None) -> list[tuple[str, str]]:
     """The pairs of words that a change may have."""
-    kind = CHANGES[change]
-    words = list(kind.words)
+    words = CHANGES[change]
     for word in (original, counterfactual):
         if word is not None and word not in words:
             raise UserError(f"pairs that differ in {change}: no value {word!r}; choose from {', '.join(words)}")
-    ordered = zip(words, words[1:], strict=False) if kind.next_only else ((a, b) for a in words for b in words)
-    found = [(a, b) for a, b in ordered if kind.apart(a, b) and original in (None, a) and counterfactual in (None, b)]
-    if not found:
-        more = "the counterfactual has one more" if kind.next_only else "the two must differ, in every word"
-        raise UserError(f"pairs that differ in {change}: original {original}, counterfactual {counterfactual}: {more}")
-    return found
+    if change in ONE_MORE:
+        pairs = list(zip(words, words[1:], strict=False))
+    else:  # objects, of several words, share none
+        pairs = [(a, b) for a in words for b in words if not set(a.split()) & set(b.split())]
+    pairs = [(a, b) for a, b in pairs if original in (None, a) and counterfactual in (None, b)]
+    if not pairs:
+        rule = "the counterfactual has one more" if change in ONE_MORE else "the two must differ, in every word"
+        raise UserError(f"pairs that differ in {change}: original {original}, counterfactual {counterfactual}: {rule}")
+    return pairs
 
 
-def _caption(scene: Scene) -> str:
-    """What the scene is rightly described as."""
-    return next((q.answer for q in scene.questions if q.group == "caption"), "")
+def _changed(
+    change: str, word: str, split: str, stream: np.random.Generator, rest: np.random.Generator, later: bool
+) -> Scene:
+    """One scene of a pair: `stream` draws it, `rest` what both share besides; `later` tells the counterfactual."""
+    if change == "planet":
+        return planet_scene(stream, word)
+    if change == "first_digit":
+        return digit_scene(stream, split, NUMBERS.index(word), int(rest.integers(10)))
+    if change == "second_digit":
+        return digit_scene(stream, split, int(rest.integers(10)), NUMBERS.index(word))
+    if change == "fingers":
+        # One finger more turns the arc's middle by half a step; turned along, the other fingers stay where they were.
+        # Both tilts are ones that training has seen.
+        tilt = rest.uniform(-TILT, TILT - SPREAD / 2) + (SPREAD / 2 if later else 0.0)
+        return hand_scene(stream, NUMBERS.index(word), tilt)
+    # Of shapes, what the word does not say is drawn, in this order.
+    count = NUMBERS.index(word) if change == "count" else int(rest.integers(1, 7))
+    shape = next((shape for shape in SHAPES if shape in word.split()), None) or str(rest.choice(SHAPES))
+    colour = next((c for c in SHAPE_COLOURS if c in word.split()), None) or str(rest.choice(list(SHAPE_COLOURS)))
+    return shape_scene(stream, shape, colour, count)
 
 
-def plainly_asked(scene: Scene) -> Scene:
-    """The scene with its questions in the canonical words; without its caption, which is more than one word."""
-    asked = tuple(Question(q.group, _WORDINGS[q.group][0], q.answer) for q in scene.questions if q.group in _WORDINGS)
-    return replace(scene, questions=asked)
+# Harder scenes, on which Orrery errs often enough that errors can be predicted, are smaller, darker and noisy by one
+# level u: these are the shares of side and brightness that u = 1 takes, and the noise (pixels in 0..1) that it adds.
+SMALLER, DARKER, NOISE = 0.5, 0.7, 0.12
+
+
+def degrade(image: np.ndarray, level: float, rng: np.random.Generator) -> np.ndarray:
+    """A picture uint8 [64, 64, 3] made harder; level 0 gives it back as it is.
+
+    It is shrunk onto the picture's median colour at a random place, darkened, and given Gaussian noise.
+    """
+    side = round(SIDE * (1 - SMALLER * level))
+    row, column = (int(value) for value in rng.integers(0, SIDE - side + 1, 2))
+    small = Image.fromarray(image).resize((side, side), Image.Resampling.BOX)
+    canvas = np.empty(image.shape, np.float64)
+    canvas[:] = np.median(image.reshape(-1, 3), axis=0)
+    canvas[row : row + side, column : column + side] = np.asarray(small)
+    dark = canvas / 255.0 * (1 - DARKER * level)
+    noisy = dark + rng.normal(0.0, 1.0, image.shape) * NOISE * level
+    return (np.clip(noisy, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def harder_scenes(counts: dict[str, int], levels: tuple[float, float], seed: int = 0) -> list[Scene]:
+    """Test scenes with their questions in the canonical words; `facts["level"]` says how hard each is.
+
+    The facts stay as they are, so the right answers do. Hands have five or six fingers, each half of the time.
+
+    Args:
+        counts: scenes of each kind that has pictures.
+        levels: the least and the highest level, between which it is uniform.
+        seed: of scenes and levels.
+    """
+    scenes = []
+    for kind, count in counts.items():
+        if kind not in PICTURED:
+            raise UserError(f"no harder scenes of {kind!r}: choose from {', '.join(PICTURED)}")
+        for i in range(count):
+            rng = generator(seed, "harder", kind, i)
+            level = float(rng.uniform(*levels))
+            if kind == "hands":
+                scene = replace(hand_scene(rng, int(rng.choice([5, 6]))), key=f"test-hands-{i:06d}")
+            else:
+                scene = make_scene("test", kind, i, seed)
+            assert scene.image is not None, "kinds with pictures have one"
+            facts = {**scene.facts, "level": level}
+            scenes.append(replace(plainly_asked(scene), image=degrade(scene.image, level, rng), facts=facts))
+    return scenes
+
+
+INK = 70  # grey levels above the darkest pixel
+SKIN = 25  # grey levels of any channel from the ground's colour
+COVERED = 0.25  # of a cell, from which on it counts as lying on the object
+
+
+def object_mask(scene: Scene, group: str = "") -> np.ndarray:
+    """Pixels `[64, 64]` bool of what a question is about; of digits `group` "first" or "second" means that one."""
+    assert scene.image is not None, "a scene without a picture"
+    if scene.kind == "digits":
+        bright = scene.image.max(-1) > int(scene.image.max(-1).min()) + INK
+        left = np.arange(SIDE) < SIDE // 2
+        half = {"first": left, "second": ~left}.get(group, np.ones(SIDE, bool))
+        return bright & half[None]
+    if scene.kind == "hands":  # on a ground of one colour, which no hand covers up to the corners
+        return np.abs(scene.image.astype(int) - scene.image[0, 0].astype(int)).max(-1) > SKIN
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE + 0.5 / SIDE
+    mask = np.zeros((SIDE, SIDE), bool)
+    boxes = scene.facts["box"] if scene.kind == "planets" else scene.facts["boxes"]
+    for left, top, right, bottom in np.reshape(np.asarray(boxes, float), (-1, 4)):
+        if scene.kind == "planets":
+            radius = (right - left) / 2
+            mask |= (x - (left + right) / 2) ** 2 + (y - (top + bottom) / 2) ** 2 < radius**2
+        else:
+            mask |= (x > left) & (x < right) & (y > top) & (y < bottom)
+    return mask
+
+
+def covered_cells(mask: np.ndarray, side: int) -> np.ndarray:
+    """`[side, side]` bool: cells of which at least `COVERED` is the object; `side` divides the mask's sides."""
+    rows, columns = mask.shape[0] // side, mask.shape[1] // side
+    return mask.reshape(side, rows, side, columns).mean((1, 3)) >= COVERED
+
+
+def painted_mask(image: np.ndarray, contrast: int = SKIN) -> np.ndarray:
+    """Pixels `[H, W]` bool that are not of the ground's colour, which most of `image [H, W, 3]` has.
+
+    For pictures whose ground is of one colour, such as those of shapes; exact where `object_mask` knows boxes.
+    """
+    ground = np.median(image.reshape(-1, image.shape[-1]), axis=0)
+    return np.abs(image - ground).max(-1) > contrast
+
+
+def share_in_boxes(mask: np.ndarray, boxes: Sequence[PatchBox]) -> np.ndarray:
+    """`[n]`, the share of each box's pixels that `mask [H, W]` covers."""
+    corners = [box.pixels(mask.shape[1], mask.shape[0]) for box in boxes]
+    return np.array([float(mask[top:bottom, left:right].mean()) for left, top, right, bottom in corners])
+
+
+VERSION = 1  # raise when a renderer or template changes: old shards are then refused
+LICENCE = (
+    "pictures: Apache-2.0, from texture maps credited in assets/planet_textures/CREDITS.md and scikit-learn digits"
+)
+
+
+def build(folder: Path, counts: dict[str, dict[str, int]], seed: int = 0, shard_size: int = 1000) -> dict[str, float]:
+    """Write the shards of `counts[split][kind]` scenes that `folder` still lacks, and those that are damaged.
+
+    Which scenes a shard holds depends only on its number, so a build that was cut short goes on where it was.
+
+    Returns:
+        `data/shards`, `data/shards_written` by this call, `data/scenes` and `data/bytes`.
+
+    Raises:
+        UserError: the folder holds shards of other scenes, or cannot be written.
+    """
+    meta = {"dataset": "orrery", "version": VERSION, "seed": seed, "counts": counts, "licence": LICENCE}
+    index = open_index(folder, meta)
+    damaged = damaged_shards(folder, index["shards"])
+    plans = [
+        (f"{split}-{kind}-{number:04d}.tar", split, kind, range(start, min(start + shard_size, count)))
+        for split, kinds in counts.items()
+        for kind, count in kinds.items()
+        for number, start in enumerate(range(0, count, shard_size))
+    ]
+    scenes, written = sum(len(rows) for *_, rows in plans), 0
+    with tqdm(total=scenes, unit="scene", desc="scenes") as bar:
+        for name, split, kind, rows in plans:
+            if name not in index["shards"] or name in damaged:
+                samples = (to_sample(make_scene(split, kind, row, seed)) for row in rows)
+                index["shards"][name] = {"split": split, "kind": kind} | write_tar(folder / name, samples)
+                write_json(folder / INDEX, index)
+                written += 1
+            bar.update(len(rows))
+    size = sum(file.stat().st_size for file in folder.glob("*.tar"))
+    figures = {"shards": len(plans), "shards_written": written, "scenes": scenes, "bytes": size}
+    return {f"data/{name}": float(value) for name, value in figures.items()}
+
+
+def to_sample(scene: Scene) -> dict[str, Any]:
+    """A WebDataset sample: `<key>.json` with kind, facts and questions, and `<key>.png` unless the scene is text."""
+    asked = [[q.group, q.question, q.answer] for q in scene.questions]
+    body = {"kind": scene.kind, "facts": scene.facts, "questions": asked}
+    sample: dict[str, Any] = {"__key__": scene.key, "json": json.dumps(body).encode()}
+    if scene.image is not None:
+        sample["png"] = encode_png(scene.image)
+    return sample
+
+
+def from_sample(sample: dict[str, Any]) -> Scene:
+    """The inverse of `to_sample`."""
+    body = json.loads(sample["json"])
+    image = None
+    if "png" in sample:
+        with Image.open(io.BytesIO(sample["png"])) as picture:
+            image = np.asarray(picture.convert("RGB"))
+    questions = tuple(Question(*q) for q in body["questions"])
+    return Scene(body["kind"], sample["__key__"], image, body["facts"], questions)
+
+
+def row_of_shard(sample: dict[str, Any]) -> RawSample:
+    """A stored scene as its picture, if it has one, with one of its questions, picked by the scene's key."""
+    body, key = json.loads(sample["json"]), sample["__key__"]
+    _, question, answer = body["questions"][derive(0, "question", key) % len(body["questions"])]
+    images = (sample["png"],) if "png" in sample else ()
+    return RawSample(images, (Exchange(question, answer),), "", key, _plain_facts(body["kind"], body["facts"]))
+
+
+def row_of_scene(scene: Scene, stream: str) -> RawSample:
+    """A scene as plain text, or as its picture with the caption, with one question, or with all of them.
+
+    "questions" picks one by the scene's key, since Orrery was trained on single turns; "dialogues" asks all, caption
+    apart.
+    """
+    facts = _plain_facts(scene.kind, scene.facts)
+    if scene.image is None:
+        text = " ".join(f"{q.question} {q.answer}" for q in scene.questions)
+        return RawSample(text=text, origin=scene.key, facts=facts)
+    asked = [q for q in scene.questions if (q.group == "caption") == (stream == "captions")]
+    if stream == "questions":
+        asked = [asked[derive(0, "question", scene.key) % len(asked)]]
+    exchanges = tuple(Exchange(q.question, q.answer) for q in asked)
+    return RawSample((encode_png(scene.image),), exchanges, origin=scene.key, facts=facts)
+
+
+def _plain_facts(kind: str, facts: Mapping[str, Any]) -> dict[str, str | int]:
+    """What a scene shows, in words and whole numbers: its kind and its facts, places left out."""
+    return {"scene": kind} | {name: value for name, value in facts.items() if isinstance(value, str | int)}
+
+
+class ScenePool:
+    """All scenes of a split in memory (compressed), drawn by step number: batch `n` is the same after any resume."""
+
+    def __init__(self, folder: Path, split: str, kinds: tuple[str, ...] = KINDS) -> None:
+        self.samples = {kind: list(read_samples(shard_files(folder, split, kind))) for kind in kinds}
+
+    def batch(self, seed: int, step: int, counts: dict[str, int]) -> list[Scene]:
+        """Draw `counts[kind]` scenes of each kind for one step, without repeats within the batch."""
+        scenes: list[Scene] = []
+        for kind, count in counts.items():
+            pool = self.samples[kind]
+            if count > len(pool):
+                raise UserError(
+                    f"a batch asks for {count} scenes of {kind}, the data have {len(pool)}: build more data"
+                )
+            rng = generator(seed, "batch", step, kind)
+            scenes += [from_sample(pool[int(i)]) for i in rng.choice(len(pool), count, replace=False)]
+        return scenes
+
+    def scenes(self, kind: str, limit: int | None = None) -> list[Scene]:
+        """The first `limit` scenes of a kind, in order."""
+        return [from_sample(s) for s in self.samples[kind][:limit]]

@@ -1,50 +1,57 @@
-"""The scene of a split, kind, index and seed: rendered pictures, or text alone, which asks the same facts."""
+"""Orrery's pictures: planets, pairs of digits, shapes and hands, drawn from a random stream alone.
+
+Planets are spheres ray-cast from real texture maps. Orthographic rays along -z hit a sphere of radius r at (cx, cy);
+the hit point, rotated by a random rotation, gives longitude and latitude, hence the texel (bilinear). Light is
+Lambertian with an ambient floor. Digits are scikit-learn's handwritten 8 x 8 glyphs under a random affine map; each
+split has source glyphs of its own, so accuracy is about unseen handwriting. Shapes are equal, of one colour and never
+touch. Hands have five fingers in nine of ten scenes, one to four in the rest and six never in training: what the
+model says of six is the analogue of the paper's hallucination (arXiv 2602.20330).
+
+Renderers take the same draws in the same order whatever the fact is, so two scenes of equal streams with one argument
+changed are alike in all else, to the pixel (`vlmscope.data.orrery.dataset.scene_pairs`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
+from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
-from vlmscope.data.orrery import digits, hands, planets, shapes
-from vlmscope.data.orrery.scenes import KINDS, SPLITS, Question, Scene, text_facts
+from vlmscope.data.orrery.scenes import (
+    CAPTION_PROMPTS,
+    KINDS,
+    NUMBERS,
+    PLANETS,
+    QUESTIONS,
+    SHAPE_COLOURS,
+    SHAPES,
+    SIDE,
+    SPLITS,
+    Question,
+    Scene,
+    plural,
+    text_facts,
+)
 
-QUESTIONS_A_SCENE = 6
-
-
-@cache
-def _by_group() -> dict[str, list[tuple[str, str, str]]]:
-    groups: dict[str, list[tuple[str, str, str]]] = {}
-    for fact in text_facts():
-        groups.setdefault(fact[0], []).append(fact)
-    return groups
-
-
-def text_scene(rng: np.random.Generator, split: str) -> Scene:
-    """Six facts: half of them about planets, the rest sums, now and then a hand or a shape."""
-    del split  # facts are knowledge, not pictures: the same in every split
-    questions: list[Question] = []
-    for group, count in (("text_planet", 3), ("text_sum", 2), ("text_other", 1)):
-        pool = _by_group()[group]
-        for i in rng.choice(len(pool), count, replace=False):
-            questions.append(Question(*pool[int(i)]))
-    assert len(questions) == QUESTIONS_A_SCENE
-    return Scene("text", "", None, {}, tuple(questions))
-
-
-_RENDERERS: dict[str, Callable[[np.random.Generator, str], Scene]] = {
-    "planets": planets.scene,
-    "digits": digits.scene,
-    "shapes": shapes.scene,
-    "hands": hands.scene,
-    "text": text_scene,
-}
+PLANET_SAMPLES = 2  # a pixel and axis, averaged
+RING = (1.35, 2.05)  # inner and outer radius of Saturn's rings, in planet radii
+GLYPH_SHARES = {"train": (0.0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1.0)}
+SUPER = 3  # shapes and hands are drawn so many times larger, then averaged
+CELLS = 3  # shapes sit in a jittered 3 x 3 grid
+CROSS = 0.32  # half the width of its arms, of its radius
+TILT = 0.35  # of a hand, radians either way
+SPREAD = np.deg2rad(33.0)  # from one finger to the next
+SKINS = ((238, 200, 170), (224, 172, 120), (198, 134, 90), (141, 85, 54), (255, 219, 172), (250, 205, 70))
+TEXT_FACTS = {"text_planet": 3, "text_sum": 2, "text_other": 1}  # of each group in a scene of text
 
 
 def make_scene(split: str, kind: str, index: int, seed: int = 0) -> Scene:
-    """Render scene `index` of a split. Equal arguments give equal bytes; splits never share a stream.
+    """Scene `index` of a split. Equal arguments give equal bytes; splits never share a stream.
 
     Raises:
         ValueError: unknown split or kind.
@@ -54,5 +61,263 @@ def make_scene(split: str, kind: str, index: int, seed: int = 0) -> Scene:
     if kind not in KINDS:
         raise ValueError(f"unknown scene kind {kind!r}: choose one of {', '.join(KINDS)}")
     rng = generator(seed, "orrery", split, kind, index)
-    scene = _RENDERERS[kind](rng, split)
+    if kind == "planets":
+        scene = planet_scene(rng, str(rng.choice(list(PLANETS))))
+    elif kind == "digits":
+        first, second = (int(digit) for digit in rng.integers(0, 10, 2))
+        scene = digit_scene(rng, split, first, second)
+    elif kind == "shapes":
+        count = int(rng.integers(1, 7))
+        shape, colour = str(rng.choice(SHAPES)), str(rng.choice(list(SHAPE_COLOURS)))
+        scene = shape_scene(rng, shape, colour, count)
+    elif kind == "hands":
+        scene = hand_scene(rng, 5 if rng.random() < 0.9 else int(rng.integers(1, 5)))
+    else:
+        scene = _text_scene(rng)
     return Scene(kind, f"{split}-{kind}-{index:06d}", scene.image, scene.facts, scene.questions)
+
+
+def _text_scene(rng: np.random.Generator) -> Scene:
+    """Six facts: half of them about planets, the rest sums, and one of a hand or a shape."""
+    questions: list[Question] = []
+    for group, count in TEXT_FACTS.items():
+        pool = [fact for fact in text_facts() if fact[0] == group]
+        questions += [Question(*pool[int(i)]) for i in rng.choice(len(pool), count, replace=False)]
+    return Scene("text", "", None, {}, tuple(questions))
+
+
+def _asked(rng: np.random.Generator, answers: Mapping[str, str], caption: str) -> tuple[Question, ...]:
+    """One question for each fact and the caption, in drawn words."""
+    asked = [Question(group, _wording(rng, QUESTIONS[group]), answer) for group, answer in answers.items()]
+    return (*asked, Question("caption", _wording(rng, CAPTION_PROMPTS), caption))
+
+
+def _wording(rng: np.random.Generator, templates: tuple[str, ...]) -> str:
+    """A wording, the canonical first one half of the time."""
+    if len(templates) == 1 or rng.random() < 0.5:
+        return templates[0]
+    return templates[int(rng.integers(1, len(templates)))]
+
+
+def texture_folder() -> Path:
+    """Folder of the equirectangular maps: `assets/planet_textures` of the checkout."""
+    return Path(__file__).resolve().parents[4] / "assets" / "planet_textures"
+
+
+@cache
+def texture(name: str) -> np.ndarray:
+    """The map of a planet, float32 [128, 256, 3] in 0..1: halved, which is antialiasing enough at 64 pixels."""
+    path = texture_folder() / f"{name}.jpg"
+    if not path.is_file():
+        raise UserError(f"planet texture {path} is missing: restore assets/planet_textures from the repository")
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB").resize((256, 128), Image.Resampling.BOX), np.float32) / 255.0
+
+
+def planet_scene(rng: np.random.Generator, name: str) -> Scene:
+    """A planet in a random pose, size, light and sky; its facts have its box as fractions of the picture."""
+    planet = PLANETS[name]
+    image, box = _planet(rng, name)
+    answers = {"name": planet.name, "colour": planet.colour, "cover": planet.cover}
+    caption = f"{planet.name} , a {planet.colour} planet covered with {planet.cover} ."
+    return Scene("planets", "", image, {"planet": name, **answers, "box": box}, _asked(rng, answers, caption))
+
+
+def _planet(rng: np.random.Generator, name: str) -> tuple[np.ndarray, list[float]]:
+    from scipy.spatial.transform import Rotation
+
+    radius = rng.uniform(16, 20 if name == "saturn" else 29)
+    slack = max(SIDE / 2 - radius - 1, 1.0)
+    cx, cy = SIDE / 2 + rng.uniform(-slack, slack, 2)
+    rotation = Rotation.random(random_state=rng).as_matrix()  # pyright: ignore[reportCallIssue]
+    light = np.array([rng.uniform(-0.7, 0.7), rng.uniform(-0.7, 0.7), 1.0])
+    light /= np.linalg.norm(light)
+    grid = (np.arange(SIDE * PLANET_SAMPLES) + 0.5) / PLANET_SAMPLES
+    x, y = np.meshgrid((grid - cx) / radius, (grid - cy) / radius)
+    inside = x**2 + y**2 < 1
+    z = np.sqrt(np.clip(1 - x**2 - y**2, 0, None))
+    normal = np.stack([x[inside], y[inside], z[inside]], -1)
+    shade = np.clip(normal @ light, 0, None) * rng.uniform(0.75, 1.0) + rng.uniform(0.1, 0.25)
+    colour = _sphere_texels(texture(name), normal @ rotation.T) * np.clip(shade, 0, 1.15)[..., None]
+    if name == "earth":
+        colour = colour * 1.25 + 0.02  # the map is darker than the others: NASA's has no atmosphere
+    canvas = _sky(rng)
+    canvas[inside] = colour
+    if name == "saturn":
+        _add_rings(rng, canvas, x, y, z, inside)
+    tint = rng.uniform(0.98, 1.02, 3)
+    fine = np.clip(canvas * tint, 0, 1).reshape(SIDE, PLANET_SAMPLES, SIDE, PLANET_SAMPLES, 3)
+    box = [float(v / SIDE) for v in (cx - radius, cy - radius, cx + radius, cy + radius)]
+    return (fine.mean((1, 3)) * 255 + 0.5).astype(np.uint8), [min(max(v, 0.0), 1.0) for v in box]
+
+
+def _sphere_texels(tex: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Bilinear lookup of unit vectors [.., 3] in an equirectangular map; longitude wraps."""
+    height, width, _ = tex.shape
+    u = (np.arctan2(points[..., 0], points[..., 2]) / (2 * np.pi) + 0.5) * width - 0.5
+    v = np.clip((np.arcsin(np.clip(points[..., 1], -1, 1)) / np.pi + 0.5) * height - 0.5, 0, height - 1.001)
+    u0, v0 = np.floor(u).astype(int), np.floor(v).astype(int)
+    fu, fv = (u - u0)[..., None], (v - v0)[..., None]
+    left, right = u0 % width, (u0 + 1) % width
+    below = np.minimum(v0 + 1, height - 1)
+    top = tex[v0, left] * (1 - fu) + tex[v0, right] * fu
+    bottom = tex[below, left] * (1 - fu) + tex[below, right] * fu
+    return top * (1 - fv) + bottom * fv
+
+
+def _sky(rng: np.random.Generator) -> np.ndarray:
+    """A dark sky with up to 40 stars of two by two samples, float [2 * 64, 2 * 64, 3]."""
+    side = SIDE * PLANET_SAMPLES
+    sky = np.full((side, side, 3), rng.uniform(0.0, 0.06))
+    count = int(rng.integers(0, 40))
+    rows, columns = rng.integers(0, side - 1, (2, count))
+    brightness = rng.uniform(0.3, 1.0, (count, 1))
+    for down in (0, 1):
+        for across in (0, 1):
+            sky[rows + down, columns + across] = brightness
+    return sky
+
+
+def _add_rings(
+    rng: np.random.Generator, canvas: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarray, inside: np.ndarray
+) -> None:
+    """Draw rings in the plane n . p = 0, hidden where they pass behind the sphere."""
+    tilt, turn = rng.uniform(0.15, 0.6), rng.uniform(0, 2 * np.pi)
+    n = np.array([np.sqrt(1 - tilt**2) * np.cos(turn), np.sqrt(1 - tilt**2) * np.sin(turn), tilt])
+    depth = -(n[0] * x + n[1] * y) / n[2]
+    r = np.sqrt(x**2 + y**2 + depth**2)
+    visible = (r > RING[0]) & (r < RING[1]) & (~inside | (depth > z))
+    band = 0.55 + 0.25 * np.sin(r * 22)
+    canvas[visible] = (band[..., None] * np.array([0.93, 0.85, 0.68]))[visible]
+
+
+@cache
+def glyphs(split: str) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """For each digit 0-9 the split's glyphs, float32 [n, 8, 8] in 0..1, and their source indices [n]."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images, labels = data.images.astype(np.float32) / 16.0, data.target  # pyright: ignore[reportAttributeAccessIssue]
+    low, high = GLYPH_SHARES[split]
+    sources = []
+    for digit in range(10):
+        order = generator(0, "glyphs", digit).permutation(np.flatnonzero(labels == digit))
+        sources.append(order[int(low * len(order)) : int(high * len(order))])
+    return tuple(images[chosen] for chosen in sources), tuple(sources)
+
+
+def digit_scene(rng: np.random.Generator, split: str, first: int, second: int) -> Scene:
+    """A scene of two given digits (0-9), glyphs drawn at random from the split."""
+    background = rng.uniform(0.0, 0.18)
+    canvas = np.full((SIDE, SIDE), background, np.float32)
+    sources: list[float] = []
+    pictures, indices = glyphs(split)
+    for digit, centre in ((first, 16.0), (second, 48.0)):
+        chosen = int(rng.integers(len(pictures[digit])))
+        sources.append(float(indices[digit][chosen]))
+        ink = _warped_glyph(rng, pictures[digit][chosen], centre)
+        canvas = np.maximum(canvas, background + ink * (rng.uniform(0.7, 1.0) - background))
+    tint = rng.uniform(0.85, 1.0, 3)
+    image = (np.clip(canvas[..., None] * tint, 0, 1) * 255 + 0.5).astype(np.uint8)
+    answers = {"first": NUMBERS[first], "second": NUMBERS[second], "sum": NUMBERS[first + second]}
+    caption = f"two digits , {NUMBERS[first]} and {NUMBERS[second]} ."
+    return Scene("digits", "", image, {**answers, "sources": sources}, _asked(rng, answers, caption))
+
+
+def _warped_glyph(rng: np.random.Generator, glyph: np.ndarray, centre_x: float) -> np.ndarray:
+    """A glyph [8, 8] on [64, 64] by a random affine map (rotation, shear, scale, shift), bilinear."""
+    angle, shear = rng.uniform(-0.14, 0.14), rng.uniform(-0.1, 0.1)
+    width, height = rng.uniform(3.0, 3.6), rng.uniform(3.7, 4.6)  # pixels a glyph pixel
+    cx, cy = centre_x + rng.uniform(-2, 2), SIDE / 2 + rng.uniform(-4, 4)
+    cos, sin = np.cos(angle), np.sin(angle)
+    forward = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, shear], [0, 1]]) @ np.diag([width, height])
+    inverse = np.linalg.inv(forward)
+    grid = np.arange(SIDE) + 0.5
+    x, y = np.meshgrid(grid - cx, grid - cy)
+    u = inverse[0, 0] * x + inverse[0, 1] * y + 3.5 + 1  # +1: the glyph is padded by one empty pixel
+    v = inverse[1, 0] * x + inverse[1, 1] * y + 3.5 + 1
+    padded = np.pad(glyph, 1)
+    inside = (u >= 0) & (u < 9) & (v >= 0) & (v < 9)
+    u, v = np.clip(u, 0, 8.999), np.clip(v, 0, 8.999)
+    u0, v0 = u.astype(int), v.astype(int)
+    fu, fv = u - u0, v - v0
+    top = padded[v0, u0] * (1 - fu) + padded[v0, u0 + 1] * fu
+    bottom = padded[v0 + 1, u0] * (1 - fu) + padded[v0 + 1, u0 + 1] * fu
+    return np.where(inside, top * (1 - fv) + bottom * fv, 0.0).astype(np.float32)
+
+
+def shape_scene(rng: np.random.Generator, shape: str, colour: str, count: int) -> Scene:
+    """`count` (1-6) equal shapes; `boxes` of its facts are left, top, right, bottom of each, as fractions."""
+    ground = tuple(int(v) for v in rng.integers(5, 45, 3))
+    picture = Image.new("RGB", (SIDE * SUPER, SIDE * SUPER), ground)
+    draw = ImageDraw.Draw(picture)
+    base = np.array(SHAPE_COLOURS[colour])
+    fill = tuple(int(v) for v in np.clip(base * rng.uniform(0.85, 1.05) + rng.uniform(-8, 8, 3), 0, 255))
+    cell = SIDE / CELLS
+    boxes: list[float] = []
+    for slot in rng.permutation(CELLS * CELLS)[:count]:
+        radius = rng.uniform(5.5, 8.5)
+        jitter = rng.uniform(-1, 1, 2) * (cell / 2 - radius - 0.8)
+        cx = (slot % CELLS + 0.5) * cell + jitter[0]
+        cy = (slot // CELLS + 0.5) * cell + jitter[1]
+        _draw_shape(draw, shape, cx * SUPER, cy * SUPER, radius * SUPER, rng.uniform(-0.35, 0.35), fill)
+        boxes += [float(np.clip(v / SIDE, 0, 1)) for v in (cx - radius, cy - radius, cx + radius, cy + radius)]
+    answers = {"count": NUMBERS[count], "shape": shape, "shape_colour": colour}
+    asked = _asked(rng, answers, f"{NUMBERS[count]} {colour} {plural(shape, count)} .")
+    return Scene("shapes", "", _averaged(picture), {**answers, "boxes": boxes}, asked)
+
+
+def _draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, cx: float, cy: float, r: float, turn: float, fill: tuple
+) -> None:
+    if shape == "circle":
+        draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=fill)
+        return
+    if shape == "cross":
+        a = CROSS
+        points = np.array(
+            [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
+        )
+    else:  # corners at equal angles, the first one up
+        radii = {"square": [1.0] * 4, "triangle": [1.0] * 3, "star": [1.0, 0.45] * 5}[shape]
+        angles = np.arange(len(radii)) * 2 * np.pi / len(radii)
+        points = np.stack([np.sin(angles), -np.cos(angles)], -1) * np.array(radii)[:, None]
+    start = turn + (np.pi / 4 if shape == "square" else 0.0)
+    cos, sin = np.cos(start), np.sin(start)
+    turned = points @ np.array([[cos, sin], [-sin, cos]]) * r + (cx, cy)
+    draw.polygon([(float(x), float(y)) for x, y in turned], fill=fill)
+
+
+def hand_scene(rng: np.random.Generator, count: int, tilt: float | None = None) -> Scene:
+    """A hand with `count` fingers (1-6) spread over an arc.
+
+    `tilt`, in radians, is where the middle of the arc points; drawn at random when None. It takes a draw either way,
+    so that the rest of the hand stays the same.
+    """
+    if not 1 <= count <= 6:
+        raise ValueError(f"a hand has 1 to 6 fingers here, not {count}")
+    # The words are drawn before the picture.
+    asked = _asked(rng, {"fingers": NUMBERS[count]}, f"a hand with {NUMBERS[count]} {plural('finger', count)} .")
+    ground = tuple(int(v) for v in rng.integers(20, 90, 3))
+    picture = Image.new("RGB", (SIDE * SUPER, SIDE * SUPER), ground)
+    draw = ImageDraw.Draw(picture)
+    skin = tuple(int(v) for v in np.clip(np.array(SKINS[rng.integers(len(SKINS))]) * rng.uniform(0.9, 1.05), 0, 255))
+    palm = rng.uniform(10.5, 12.5)
+    cx, cy = SIDE / 2 + rng.uniform(-3, 3), SIDE * 0.6 + rng.uniform(-3, 3)
+    drawn = rng.uniform(-TILT, TILT)
+    for angle in (drawn if tilt is None else tilt) + (np.arange(count) - (count - 1) / 2) * SPREAD:
+        length, width = palm + rng.uniform(10, 14), rng.uniform(4.2, 5.2)
+        tip = (cx + length * np.sin(angle), cy - length * np.cos(angle))
+        ends = [(cx * SUPER, cy * SUPER), (tip[0] * SUPER, tip[1] * SUPER)]
+        draw.line(ends, fill=skin, width=int(width * SUPER))
+        r = width * SUPER / 2
+        draw.ellipse((ends[1][0] - r, ends[1][1] - r, ends[1][0] + r, ends[1][1] + r), fill=skin)
+    box = (cx - palm * 0.9, cy - palm * 0.75, cx + palm * 0.9, cy + palm)
+    draw.ellipse(tuple(v * SUPER for v in box), fill=skin)
+    wrist = (cx - palm * 0.5, cy + palm * 0.5, cx + palm * 0.5, SIDE)
+    draw.rectangle(tuple(v * SUPER for v in wrist), fill=skin)
+    return Scene("hands", "", _averaged(picture), {"fingers": NUMBERS[count]}, asked)
+
+
+def _averaged(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX), np.uint8)

@@ -1,53 +1,32 @@
-"""Orrery's world: its facts and words, what planets look like, and the record of a scene.
+"""Orrery's world: what is true in it, every word that it is told in, and the record of one scene.
 
-What is true in Orrery's world, and every word that it is told in.
-
-Facts are the ground truth for labels, accuracies and interventions; the vocabulary of the tokenizer is closed over the
+Facts are the ground truth for labels, accuracies and interventions. The vocabulary of the tokenizer is closed over the
 templates below, so a word that is not here is refused by name instead of becoming `<unk>`.
-
-What a picture of a planet looks like, in numbers: measured on its disc, whatever planet it is.
-
-brightness  mean luminance, 0..1
-red, green  mean share of the channel in the sum of all three
-texture     standard deviation of the luminance less its surroundings (Gaussian of 2 pixels), 0..1
-size        radius, share of the picture's side
-
-The record of one scene, and the one function that makes it from (split, kind, index, seed).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
+SIDE = 64  # pixels
+SPLITS = ("train", "val", "test")
+KINDS = ("planets", "digits", "shapes", "hands", "text")
+PICTURED = KINDS[:-1]
+
 NUMBERS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-]
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+]  # fmt: skip
+DIGITS = NUMBERS[:10]
 
 
 @dataclass(frozen=True)
 class Planet:
-    """One body: its answer word, and the facts that the questions ask for."""
+    """A body: its answer word, and the facts that the questions ask for."""
 
     name: str
     colour: str
@@ -55,8 +34,8 @@ class Planet:
 
 
 PLANETS: dict[str, Planet] = {
-    p.name: p
-    for p in (
+    planet.name: planet
+    for planet in (
         Planet("earth", "blue", "water"),
         Planet("jupiter", "orange", "clouds"),
         Planet("mars", "red", "dust"),
@@ -78,7 +57,7 @@ SHAPE_COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPE_SIDES = {"triangle": 3, "square": 4}
 
-# Question templates: the first of each list is the canonical wording, used by evaluations and experiments.
+# Wordings of each question: the first is the canonical one, which evaluations and experiments use.
 PLANET_QUESTIONS: dict[str, tuple[str, ...]] = {
     "name": ("what planet is this ?", "which planet is shown ?", "what is this ?"),
     "colour": ("what colour is this planet ?", "which colour is the planet ?"),
@@ -97,81 +76,45 @@ SHAPE_QUESTIONS: dict[str, tuple[str, ...]] = {
 HAND_QUESTIONS: dict[str, tuple[str, ...]] = {
     "fingers": ("how many fingers are there ?", "how many fingers does this hand have ?"),
 }
+QUESTIONS = PLANET_QUESTIONS | DIGIT_QUESTIONS | SHAPE_QUESTIONS | HAND_QUESTIONS
 CAPTION_PROMPTS = ("describe this image in detail .", "describe this image .")
+CAPTION_WORDS = "a planet covered with two digits and hand fingers finger"  # besides the facts
 
 
-def plural(shape: str, count: int) -> str:
-    """Return the noun for `count` shapes ('cross' -> 'crosses')."""
+def plural(noun: str, count: int) -> str:
+    """The noun for `count` things ('cross' -> 'crosses')."""
     if count == 1:
-        return shape
-    return shape + ("es" if shape.endswith("s") else "s")
+        return noun
+    return noun + ("es" if noun.endswith("s") else "s")
 
 
-def text_facts() -> list[tuple[str, str, str]]:
+@cache
+def text_facts() -> tuple[tuple[str, str, str], ...]:
     """Every text-only fact as (group, question, answer)."""
     facts: list[tuple[str, str, str]] = []
-    colours = [p.colour for p in PLANETS.values()]
-    for p in PLANETS.values():
-        facts.append(("text_planet", f"what colour is {p.name} ?", p.colour))
-        facts.append(("text_planet", f"what covers {p.name} ?", p.cover))
-        facts.append(("text_planet", f"which planet is covered with {p.cover} ?", p.name))
-        if colours.count(p.colour) == 1:
-            facts.append(("text_planet", f"which planet is {p.colour} ?", p.name))
+    colours = [planet.colour for planet in PLANETS.values()]
+    for name, planet in PLANETS.items():
+        facts.append(("text_planet", f"what colour is {name} ?", planet.colour))
+        facts.append(("text_planet", f"what covers {name} ?", planet.cover))
+        facts.append(("text_planet", f"which planet is covered with {planet.cover} ?", name))
+        if colours.count(planet.colour) == 1:
+            facts.append(("text_planet", f"which planet is {planet.colour} ?", name))
     for a in range(10):
         for b in range(10):
             facts.append(("text_sum", f"what is {NUMBERS[a]} plus {NUMBERS[b]} ?", NUMBERS[a + b]))
     facts.append(("text_other", "how many fingers does a hand have ?", "five"))
     for shape, sides in SHAPE_SIDES.items():
         facts.append(("text_other", f"how many sides does a {shape} have ?", NUMBERS[sides]))
-    return facts
+    return tuple(facts)
 
 
 def vocabulary() -> list[str]:
-    """Return all words that templates, facts and captions can produce, sorted (special tokens excluded)."""
-    words: set[str] = set(NUMBERS) | {"user", "model", ".", ",", "?"}
-    for group in (PLANET_QUESTIONS, DIGIT_QUESTIONS, SHAPE_QUESTIONS, HAND_QUESTIONS):
-        for templates in group.values():
-            for template in templates:
-                words.update(template.split())
-    for template in CAPTION_PROMPTS:
-        words.update(template.split())
-    for _, question, answer in text_facts():
-        words.update(question.split())
-        words.add(answer)
-    for p in PLANETS.values():
-        words.update((p.name, p.colour, p.cover))
-    for shape in SHAPES:
-        words.update((shape, plural(shape, 2)))
-    words.update(SHAPE_COLOURS)
-    words.update(["a", "planet", "covered", "with", "two", "digits", "and", "hand", "fingers", "finger", "with"])
-    return sorted(words)
-
-
-APPEARANCE = ("brightness", "red", "green", "texture", "size")
-_LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
-
-
-def appearance(scene: Scene) -> np.ndarray:
-    """[5] float64, in the order of `APPEARANCE`, of a scene of one planet."""
-    from scipy.ndimage import gaussian_filter
-
-    assert scene.image is not None and "box" in scene.facts, "a scene of a planet has a picture and a box"
-    left, top, right, bottom = np.asarray(scene.facts["box"], np.float64) * SIDE
-    radius = max(right - left, bottom - top) / 2  # a box that the picture's edge cuts is narrower on that side
-    grid = np.arange(SIDE) + 0.5
-    x, y = np.meshgrid(grid - (left + right) / 2, grid - (top + bottom) / 2)
-    disc = x**2 + y**2 < (radius - 1) ** 2
-    pixels = scene.image.astype(np.float64) / 255.0
-    luminance = pixels @ _LUMINANCE
-    detail = luminance - gaussian_filter(luminance, 2.0)
-    total = pixels[disc].sum(-1).mean()
-    red, green = pixels[disc].mean(0)[:2] / max(total, 1e-6)
-    return np.array([luminance[disc].mean(), red, green, detail[disc].std(), radius / SIDE])
-
-
-SIDE = 64
-SPLITS = ("train", "val", "test")
-KINDS = ("planets", "digits", "shapes", "hands", "text")
+    """All words that templates, facts and captions can produce, sorted (special tokens excluded)."""
+    texts = [*NUMBERS, *SHAPES, *SHAPE_COLOURS, *CAPTION_PROMPTS, CAPTION_WORDS, "user model . , ?"]
+    texts += [wording for wordings in QUESTIONS.values() for wording in wordings]
+    texts += [f"{question} {answer}" for _, question, answer in text_facts()]
+    texts += [plural(shape, 2) for shape in SHAPES]
+    return sorted({word for text in texts for word in text.split()})
 
 
 @dataclass(frozen=True)
@@ -200,17 +143,37 @@ class Scene:
     def facts_named(self, words: Sequence[str]) -> tuple[str, ...]:
         """The fact that each word of its caption names, "" for none; each fact once, in the order of reading."""
         left = {q.group: q.answer for q in self.questions if q.group not in ("caption", "sum")}
-        found = []
+        named = []
         for word in words:
             # The plural of a shape's name begins with it.
-            named = (n for n, answer in left.items() if word == answer or (n == "shape" and word.startswith(answer)))
-            found.append(next(named, ""))
-            left.pop(found[-1], None)
-        return tuple(found)
+            facts = (n for n, answer in left.items() if word == answer or (n == "shape" and word.startswith(answer)))
+            named.append(next(facts, ""))
+            left.pop(named[-1], None)
+        return tuple(named)
 
 
-def pick(rng: np.random.Generator, templates: tuple[str, ...]) -> str:
-    """Choose a wording: the canonical first one half of the time."""
-    if len(templates) == 1 or rng.random() < 0.5:
-        return templates[0]
-    return templates[int(rng.integers(1, len(templates)))]
+APPEARANCE = ("brightness", "red", "green", "texture", "size")
+_LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
+
+
+def appearance(scene: Scene) -> np.ndarray:
+    """What a planet's disc looks like whatever planet it is, [5] float64 in the order of `APPEARANCE`.
+
+    Brightness is mean luminance in 0..1; red and green are the channels' mean share in the sum of all three; texture
+    is the standard deviation of the luminance less its surroundings (Gaussian of 2 pixels); size is the radius as a
+    share of the picture's side.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    assert scene.image is not None and "box" in scene.facts, "a scene of a planet has a picture and a box"
+    left, top, right, bottom = np.asarray(scene.facts["box"], np.float64) * SIDE
+    radius = max(right - left, bottom - top) / 2  # a box that the picture's edge cuts is narrower on that side
+    grid = np.arange(SIDE) + 0.5
+    x, y = np.meshgrid(grid - (left + right) / 2, grid - (top + bottom) / 2)
+    disc = x**2 + y**2 < (radius - 1) ** 2
+    pixels = scene.image.astype(np.float64) / 255.0
+    luminance = pixels @ _LUMINANCE
+    detail = luminance - gaussian_filter(luminance, 2.0)
+    total = pixels[disc].sum(-1).mean()
+    red, green = pixels[disc].mean(0)[:2] / max(total, 1e-6)
+    return np.array([luminance[disc].mean(), red, green, detail[disc].std(), radius / SIDE])

@@ -18,7 +18,7 @@ from vlmscope.core.errors import NoRoom, UserError
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.data.prompts import PromptRow
+    from vlmscope.data.inputs import PromptRow
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.loading import VLM
     from vlmscope.scope import Scope
@@ -39,7 +39,7 @@ def trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """
     from tqdm import tqdm
 
-    from vlmscope.data.prompts import read_rows
+    from vlmscope.data.inputs import read_rows
     from vlmscope.tasks.wiring import load_model, load_scope
 
     if cfg.prompt is not None or cfg.image is not None:
@@ -98,7 +98,7 @@ def _refuse(cfg: AppConfig, bad: Sequence[str]) -> None:
 
 def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """Everything that a row's graph depends on besides the row, by name."""
-    from vlmscope.core.origin import flat, plain
+    from vlmscope.core.artifacts import flat, plain
     from vlmscope.tasks.wiring import model_origin, study_digest, transcoder_origin
 
     # The two that are left out change memory and time.
@@ -116,7 +116,7 @@ def _row_words(row: PromptRow) -> dict[str, Any]:
 
 
 def _pictures_digest(row: PromptRow) -> str:
-    from vlmscope.core.origin import files_digest
+    from vlmscope.core.artifacts import files_digest
 
     return files_digest(map(Path, row.images))
 
@@ -127,8 +127,7 @@ def _finished(folder: Path, row: PromptRow, origin: dict[str, Any]) -> dict[str,
     Raises:
         UserError: the folder is of another row, or of other settings, another model or other transcoders.
     """
-    from vlmscope.core.artifacts import read_json
-    from vlmscope.core.origin import refuse_other
+    from vlmscope.core.artifacts import read_json, refuse_other
 
     if not folder.is_dir():
         return None

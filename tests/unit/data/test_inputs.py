@@ -1,4 +1,4 @@
-"""Pairs differ in one fact and, to the pixel, in nothing else; one's own pairs are read or refused in one line."""
+"""Pairs differ in one fact and, to the pixel, in nothing else; rows and pairs of files are read or refused."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,9 @@ from PIL import Image
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.config import PairsConfig
+from vlmscope.data.inputs import load_pairs, orrery_pairs, read_pairs, read_rows
 from vlmscope.data.orrery.dataset import CHANGES, ScenePair, scene_pairs
 from vlmscope.data.orrery.scenes import NUMBERS, SIDE
-from vlmscope.data.pairs import load_pairs, orrery_pairs, read_pairs
 
 N = 24
 GROUPS = {
@@ -24,6 +24,13 @@ GROUPS = {
     "object": {"shape", "shape_colour"},
     "fingers": {"fingers"},
 }
+
+
+def differs(pair: ScenePair) -> np.ndarray:
+    """[64, 64] bool: the pixels that are not equal."""
+    first, second = pair.original.image, pair.counterfactual.image
+    assert first is not None and second is not None
+    return (first != second).any(-1)
 
 
 def answers(pair: ScenePair) -> list[tuple[str, str, str]]:
@@ -53,7 +60,7 @@ def test_only_the_changed_fact_gets_another_answer(change: str) -> None:
         assert GROUPS[change] - moved <= {"colour"}
         questions = [(q.group, q.question) for q in pair.original.questions]
         assert questions == [(q.group, q.question) for q in pair.counterfactual.questions]
-        assert pair.differs.any()
+        assert differs(pair).any()
 
 
 def boxes(pair: ScenePair) -> np.ndarray:
@@ -72,7 +79,7 @@ def boxes(pair: ScenePair) -> np.ndarray:
 @pytest.mark.parametrize("change", ["planet", "shape", "shape_colour", "object"])
 def test_nothing_differs_outside_the_things_themselves(change: str) -> None:
     for pair in scene_pairs(change, "test", N):
-        assert not (pair.differs & ~boxes(pair)).any()
+        assert not (differs(pair) & ~boxes(pair)).any()
         assert pair.original.facts.get("box") == pair.counterfactual.facts.get("box")
         if change == "shape_colour":
             assert pair.original.facts["boxes"] == pair.counterfactual.facts["boxes"]
@@ -96,7 +103,7 @@ def test_another_planet_has_the_same_stars_and_disc() -> None:
 )
 def test_the_other_digit_stays_the_same_glyph(change: str, own: str, other: str) -> None:
     for pair in scene_pairs(change, "test", N):
-        columns = np.flatnonzero(pair.differs.any(0))
+        columns = np.flatnonzero(differs(pair).any(0))
         # The glyph's cell: 9 columns of at most 3.6 pixels, turned and sheared, around 16 or 48, give or take 2.
         middle = 16 if own == "first" else 48
         assert np.abs(columns + 0.5 - middle).max() < 2 + 4.5 * 3.6 + 6
@@ -116,7 +123,7 @@ def test_one_shape_more_leaves_the_others_where_they_are() -> None:
         assert after[: len(before)] == before
         assert len(after) == len(before) + 4
         left, top, right, bottom = np.array(after[-4:]) * SIDE
-        rows, columns = np.nonzero(pair.differs)
+        rows, columns = np.nonzero(differs(pair))
         assert top - 2 <= rows.min() and rows.max() <= bottom + 1
         assert left - 2 <= columns.min() and columns.max() <= right + 1
 
@@ -128,8 +135,8 @@ def test_one_finger_more_is_all_that_is_drawn() -> None:
         ground = before[0, 0].astype(int)
         # What differs was ground (or its soft edge) and is skin now: nothing was erased.
         nearer = np.abs(after.astype(int) - ground).sum(-1) - np.abs(before.astype(int) - ground).sum(-1)
-        assert (nearer[pair.differs] > 0).all()
-        assert 10 < pair.differs.sum() < 200
+        assert (nearer[differs(pair)] > 0).all()
+        assert 10 < differs(pair).sum() < 200
 
 
 def test_values_can_be_chosen() -> None:
@@ -165,7 +172,7 @@ def test_every_question_of_a_scene_becomes_a_pair() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name, colour in (("a", (200, 0, 0)), ("b", (0, 0, 200))):
+    for name, colour in (("a", (200, 0, 0)), ("b", (0, 0, 200)), ("b, c", (0, 0, 0))):
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
     return tmp_path
 
@@ -191,12 +198,6 @@ def test_own_pairs_fill_in_what_the_counterfactual_leaves_out(folder: Path) -> N
     assert [len(load_pairs(config, split)) for split in ("train", "test")] == [1, 2]
     with pytest.raises(UserError, match="takes them all"):
         load_pairs(PairsConfig(path=str(folder / "pairs.jsonl"), train=3), "test")
-
-
-def test_line_ends_of_unicode_do_not_end_a_pair(folder: Path) -> None:
-    asked = [f"a{mark}b ?" for mark in "\u2028\u2029\x85"]
-    lines = [json.dumps({**GOOD, "prompt": text, "id": text}, ensure_ascii=False) for text in asked]
-    assert [pair.original.prompt for pair in read_pairs(write(folder, *lines))] == asked
 
 
 @pytest.mark.parametrize(
@@ -239,3 +240,99 @@ def test_captions_are_kept_beside_the_questions() -> None:
             assert caption.split()[2].startswith(shape)
         assert pair.values[0].split()[0] != pair.values[1].split()[0]
         assert pair.values[0].split()[1] != pair.values[1].split()[1]
+
+
+def test_csv_and_jsonl_say_the_same(folder: Path) -> None:
+    (folder / "r.csv").write_text('﻿id, image ,prompt\nx,a.png,"one, two"\n,"a.png; b, c.png",three\n3,,no picture\n')
+    lines = [
+        {"id": "x", "image": "a.png", "prompt": "one, two"},
+        {"image": ["a.png", "b, c.png"], "prompt": "three"},
+        {"id": 3, "prompt": "no picture", "image": None},
+    ]
+    (folder / "r.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    found = [read_rows(folder / name) for name in ("r.csv", "r.jsonl")]
+    assert [bad for _, bad in found] == [[], []]
+    for rows, _ in found:
+        assert [(row.id, row.prompt) for row in rows] == [
+            ("x", "one, two"),
+            ("row_00002", "three"),
+            ("3", "no picture"),
+        ]
+        assert [row.images for row in rows] == [(folder / "a.png",), (folder / "a.png", folder / "b, c.png"), ()]
+    assert found[0][0][1].origin.endswith("r.csv row 2")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"image": "nowhere.png", "prompt": "a"}, "no such file"),
+        ({"image": "a.png"}, "no prompt"),
+        ({"image": "a.png", "prompt": " "}, "no prompt"),
+        ({"image": 3, "prompt": "a"}, "neither a path nor a list"),
+        ({"img": "a.png", "prompt": "a"}, "no key 'img'"),
+        ({"id": "../x", "prompt": "a"}, "folder's name"),
+        ({"id": ".x", "prompt": "a"}, "folder's name"),
+        ({"id": "good", "prompt": "a"}, "row 1"),
+        (["a"], "not a JSON object"),
+    ],
+)
+def test_a_bad_row_is_named_and_the_others_remain(folder: Path, line: object, words: str) -> None:
+    rows = [{"id": "good", "prompt": "x"}, line, {"id": "last", "prompt": "y"}]
+    (folder / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    good, bad = read_rows(folder / "r.jsonl")
+    assert [row.id for row in good] == ["good", "last"]
+    assert len(bad) == 1
+    assert words in str(bad[0])
+    assert "r.jsonl row 2: " in str(bad[0])
+
+
+# JSON lets every one of these stand in a string as it is (RFC 8259, section 7); only a line feed ends a line of JSONL.
+BREAKS = "\u2028\u2029\x85\x7f\x9c"
+
+
+def test_line_ends_of_unicode_do_not_end_a_row(folder: Path) -> None:
+    texts = [f"before{mark}after" for mark in BREAKS]
+    lines = [json.dumps({"prompt": text, "image": "a.png"}, ensure_ascii=False) for text in texts]
+    (folder / "r.jsonl").write_bytes("\r\n".join([*lines, ""]).encode())
+    (folder / "r.csv").write_bytes("\r\n".join(["prompt", *texts]).encode())
+    for name in ("r.jsonl", "r.csv"):
+        good, bad = read_rows(folder / name)
+        assert ([row.prompt for row in good], bad) == (texts, [])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "a\fb"}', "not valid JSON (Invalid control character at column 14"),
+        ("[" * 99_999, "not valid JSON"),
+        ('{"id": ' + "9" * 5000 + "}", "not valid JSON"),
+    ],
+)
+def test_a_line_that_is_not_json_is_one_bad_row(folder: Path, line: str, words: str) -> None:
+    (folder / "r.jsonl").write_text(f'{line}\n{{"prompt": "good"}}\n')
+    good, (bad,) = read_rows(folder / "r.jsonl")
+    assert [row.prompt for row in good] == ["good"] and "r.jsonl row 1: " in str(bad) and words in str(bad)
+
+
+def test_a_prompt_with_a_bare_comma_is_told_from_a_good_row(folder: Path) -> None:
+    (folder / "r.csv").write_text("image,prompt\na.png,one, two\na.png,good\n")
+    good, bad = read_rows(folder / "r.csv")
+    assert len(good) == 1
+    assert "double quotes" in str(bad[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("r.txt", "a", "give a .csv or a .jsonl"),
+        ("r.csv", "image,question\na.png,b\n", "columns image, question"),
+        ("r.csv", "", "columns (none)"),
+        ("r.csv", "image,prompt\n", "has no row"),
+        ("r.jsonl", "\n", "has no row"),
+    ],
+)
+def test_files_that_hold_no_rows_are_refused(folder: Path, name: str, text: str, words: str) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        read_rows(folder / name)
+    assert words in str(error.value)

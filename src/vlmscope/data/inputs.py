@@ -1,0 +1,264 @@
+"""Inputs of experiments from files: prompts with their pictures, and counterfactual pairs.
+
+Many prompts are the rows of `task=trace task.rows=FILE`. A CSV file has a head line with the columns `prompt`, `image`
+(one path, or several separated by `;`; empty for text alone) and perhaps `id`; a JSONL file has an object with these
+keys a line, where `image` may be a list too.
+
+Pairs, two inputs that differ in one fact with the answer to each, come from Orrery's renderers or from a JSONL file of
+one's own, an object a line:
+
+    {"prompt": "what is this ?", "image": "cat.png", "answer": "cat",
+     "counterfactual": {"image": "dog.png", "answer": "dog"}, "question": "animal", "id": "a"}
+
+What the counterfactual does not give is that of the original. `question` groups lines that ask the same thing.
+
+Paths are relative to the file's folder. Everything is looked at before anything is returned, so that a mistake in the
+last row does not cost the work on the others.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlmscope.core.artifacts import parse_json, read_text, text_lines
+from vlmscope.core.errors import UserError
+from vlmscope.data.config import PairsConfig
+from vlmscope.data.images import PictureFiles, check_image
+from vlmscope.data.orrery.dataset import scene_pairs
+
+_ROW_KEYS = ("id", "prompt", "image")
+_SIDE_KEYS = ("prompt", "image", "answer")
+_PAIR_KEYS = (*_SIDE_KEYS, "counterfactual", "question", "id")
+_ID = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
+OWN_QUESTION = "answer"  # the group of lines that name none
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One row: a name that can be a folder's, the prompt, its pictures, and where it stands, for messages."""
+
+    id: str
+    prompt: str
+    images: tuple[Path, ...]
+    origin: str
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used: what is wrong, with the file and the row's number."""
+
+    origin: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.reason}"
+
+
+def read_rows(path: str | Path) -> tuple[list[PromptRow], list[BadRow]]:
+    """The rows of a file, good and bad, each in order. Rows count from 1 and the head line of a CSV does not count.
+
+    Raises:
+        UserError: the file cannot be read, is neither CSV nor JSONL, lacks a column, or has no row.
+    """
+    path = Path(path)
+    readers = {".csv": _csv_rows, ".jsonl": _json_rows}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"task.rows={path}: give a .csv or a .jsonl file")
+    good: list[PromptRow] = []
+    bad: list[BadRow] = []
+    seen: dict[str, str] = {}
+    for number, record in enumerate(readers[path.suffix.lower()](path), start=1):
+        origin = f"{path} row {number}"
+        try:
+            row = _row(record, number, origin, path.parent)
+            if row.id in seen:
+                raise UserError(f"id {row.id!r} is that of {seen[row.id]} too; give each row its own")
+            seen[row.id] = f"row {number}"
+            good.append(row)
+        except UserError as error:
+            bad.append(BadRow(origin, str(error)))
+    if not good and not bad:
+        raise UserError(f"{path} has no row; write one (image, prompt) a line")
+    return good, bad
+
+
+def _csv_rows(path: Path) -> Iterator[Any]:
+    lines = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    names = [name.strip() for name in lines.fieldnames or []]
+    if "prompt" not in names or set(names) - set(_ROW_KEYS) or len(set(names)) < len(names):
+        raise UserError(f"{path} has the columns {', '.join(names) or '(none)'}; give prompt, image and perhaps id")
+    lines.fieldnames = names
+    try:
+        for line in lines:
+            if None in line:
+                yield UserError("more fields than columns; put a prompt that holds a comma into double quotes")
+            else:
+                yield {key: value for key, value in line.items() if value}
+    except csv.Error as error:
+        raise UserError(f"{path} line {lines.line_num}: not valid CSV ({error}); correct it") from error
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    for _, line in text_lines(path):
+        try:
+            yield parse_json(line)
+        except UserError as error:
+            yield error
+
+
+def _row(record: Any, number: int, origin: str, folder: Path) -> PromptRow:
+    if isinstance(record, UserError):
+        raise record
+    if not isinstance(record, dict):
+        raise UserError('not a JSON object; write {"image": ..., "prompt": ...}')
+    _check_keys(record, _ROW_KEYS)
+    prompt = record.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError("no prompt; write one")
+    name = record.get("id", f"row_{number:05d}")
+    if not isinstance(name, str | int) or not _ID.fullmatch(str(name)):
+        raise UserError(f"id {name!r} cannot be a folder's name; use letters, digits, '_', '-' and '.', at most 100")
+    image = record.get("image")
+    names = [part.strip() for part in image.split(";") if part.strip()] if isinstance(image, str) else image
+    return PromptRow(str(name), prompt, tuple(_checked_paths(names, folder)), origin)
+
+
+def _check_keys(record: dict[str, Any], keys: Sequence[str]) -> None:
+    if unknown := set(record) - set(keys):
+        raise UserError(f"no key {min(unknown)!r}; keys are {', '.join(keys)}")
+
+
+def _checked_paths(value: Any, folder: Path) -> list[Path]:
+    """The paths that a record gives as one, a list or null, whose pictures' headers are sound."""
+    names = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"image {value!r} is neither a path nor a list of paths")
+    for name in names:
+        check_image(folder / name)
+    return [folder / name for name in names]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One input of a pair: what is asked, the pictures, and the answer (one word)."""
+
+    prompt: str
+    images: Sequence[Image.Image]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two inputs that differ in one fact.
+
+    `question` is the group that it is counted with; `id` names the scene, so that the questions about one scene share
+    it; `change` says what differs.
+    """
+
+    id: str
+    question: str
+    change: str
+    original: Side
+    counterfactual: Side
+
+    @property
+    def moves(self) -> bool:
+        """Whether the two answers differ; where they agree, an effect is a side effect."""
+        return self.original.answer != self.counterfactual.answer
+
+
+def load_pairs(config: PairsConfig, split: str) -> list[Pair]:
+    """The pairs of a split, 'train' or 'test'; of one's own, the first `config.train` scenes train and the rest test.
+
+    Raises:
+        UserError: the file or a line of it cannot be used, or there are no pairs left.
+    """
+    if config.path is None:
+        assert config.change is not None, "PairsConfig asks for one of both"
+        wanted = config.train if split == "train" else config.test
+        return orrery_pairs(config.change, split, wanted, config.seed, config.original, config.counterfactual)
+    pairs = read_pairs(config.path)
+    names = list(dict.fromkeys(pair.id for pair in pairs))
+    chosen = names[: config.train] if split == "train" else names[config.train : config.train + config.test]
+    if split == "test" and not chosen:
+        raise UserError(
+            f"{config.path} has {len(names)} pairs and pairs.train={config.train} takes them all; set pairs.train lower"
+        )
+    return [pair for pair in pairs if pair.id in set(chosen)]
+
+
+def check_choosing(config: PairsConfig) -> None:
+    """Look at all of one's own pairs, or at the first of rendered ones, before a model is loaded."""
+    if config.train < 1:
+        raise UserError("pairs.train=0 leaves no pair to choose a circuit by; set how many choose, the others judge")
+    load_pairs(config if config.path is not None else replace(config, train=1, test=1), "test")
+
+
+def orrery_pairs(
+    change: str, split: str, count: int, seed: int = 0, original: str | None = None, counterfactual: str | None = None
+) -> list[Pair]:
+    """Pairs of Orrery's scenes, one a question; arguments as in `scene_pairs`."""
+    pairs = []
+    for pair in scene_pairs(change, split, count, seed, original, counterfactual):
+        sides = []
+        for scene in (pair.original, pair.counterfactual):
+            assert scene.image is not None, "scenes of a pair have pictures"
+            images = (Image.fromarray(scene.image),)
+            sides.append([Side(asked.question, images, asked.answer) for asked in scene.questions])
+        groups = [asked.group for asked in pair.original.questions]
+        pairs += [Pair(pair.key, group, change, *both) for group, *both in zip(groups, *sides, strict=True)]
+    return pairs
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """One's own pairs, in order. The first line that cannot be used is a `UserError` with its number."""
+    path = Path(path)
+    lines: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]] = {}
+    for number, line in text_lines(path):
+        origin = f"{path} line {number}"
+        try:
+            record = parse_json(line)
+            sides = _sides(record, path.parent)
+            key = str(record.get("id", origin)), str(record.get("question", OWN_QUESTION))
+            if key in lines:
+                raise UserError(f"id {key[0]!r} asks {key[1]!r} twice; give each its own id")
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from error
+        lines[key] = sides
+    if not lines:
+        raise UserError(f"{path} has no pair; write one object a line")
+    pairs = []
+    for (name, question), sides in lines.items():
+        change = "prompt" if sides[0]["image"] == sides[1]["image"] else "picture"
+        opened = [Side(side["prompt"], PictureFiles(side["image"]), side["answer"]) for side in sides]
+        pairs.append(Pair(name, question, change, *opened))
+    return pairs
+
+
+def _sides(record: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Original and counterfactual of a line, with everything filled in."""
+    if not isinstance(record, dict) or not isinstance(record.get("counterfactual"), dict):
+        raise UserError('write {"prompt": ..., "image": ..., "answer": ..., "counterfactual": {...}}')
+    _check_keys(record, _PAIR_KEYS)
+    _check_keys(record["counterfactual"], _SIDE_KEYS)
+    own = {key: record[key] for key in _SIDE_KEYS if key in record}
+    other = own | record["counterfactual"]
+    for name, side in (("the original", own), ("the counterfactual", other)):
+        for key in ("prompt", "answer"):
+            if not isinstance(side.get(key), str) or not side[key].strip():
+                raise UserError(f"{name} has no {key}; write one")
+        side["image"] = _checked_paths(side.get("image"), folder)
+    if own["prompt"] == other["prompt"] and own["image"] == other["image"]:
+        raise UserError("original and counterfactual are the same; give another image or prompt")
+    if len(own["image"]) != len(other["image"]):
+        counts = f"the original has {len(own['image'])} pictures, the counterfactual {len(other['image'])}"
+        raise UserError(f"{counts}; make them equal")
+    return own, other

@@ -76,7 +76,7 @@ def circuit(folder: Path) -> Path:
     spec = {"name": "own", "supernodes": {"own": {"ids": ["L1/3", "L2/5"]}}}
     (folder / "own.yaml").write_text(json.dumps(spec))
     quoted = [f"{key}='{value}'" for key, value in {"image": picture, "hydra.run.dir": run}.items()]
-    asked = ["task=circuit", "model=tiny_gemma3", "transcoder=random", "tracking=none", "circuit_spec=file"]
+    asked = ["task=circuit", "model=tiny", "transcoder=random", "tracking=none", "circuit_spec=file"]
     assert main([*asked, f"circuit_spec.path={folder / 'own.yaml'}", "prompt=what is this ?", *quoted]) == 0
     return run / "report.html"
 

@@ -14,7 +14,7 @@ from vlmscope.app import main
 pytestmark = pytest.mark.browser
 FACTORS = (2, 4)
 SWEEP = [
-    "-m", "task=train_transcoders", "model=tiny_gemma3", "data=mix_orrery", "data.context=32", "transcoder=arch",
+    "-m", "task=train_transcoders", "model=tiny", "data=mix_orrery", "data.context=32", "transcoder=arch",
     "transcoder.k=4", f"transcoder.expansion_factor={FACTORS[0]},{FACTORS[1]}", "task.tokens_per_batch=80",
     "task.pool_batches=2", "task.val_examples=6", "optim.warmup=1", "trainer.max_steps=12", "trainer.val_every=4",
     "trainer.log_every=4", "name=tiny_sweep",

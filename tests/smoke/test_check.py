@@ -10,7 +10,7 @@ import torch
 from vlmscope import conformance
 from vlmscope.app import main
 from vlmscope.attribution.export import load_graph
-from vlmscope.models.tiny import tiny_image
+from vlmscope.models.tiny import FAMILIES, tiny_image
 
 SMALL = ["task.sources=2", "task.positions=2", "task.new_tokens=2"]
 
@@ -21,7 +21,7 @@ def command(run_dir: Path, *arguments: str) -> list[str]:
 
 
 def test_a_tiny_model_is_checked_without_further_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command(tmp_path / "run", "task=check", "model=tiny_gemma3")) == 0
+    assert main(command(tmp_path / "run", "task=check", "model=tiny")) == 0
     out = capsys.readouterr().out
     assert out.strip().splitlines()[-1] == str(tmp_path / "run")
     for words in (
@@ -38,18 +38,18 @@ def test_a_tiny_model_is_checked_without_further_keys(tmp_path: Path, capsys: py
     assert 1e-9 < metrics["check/one_picture/parity/error_own_dtype"] < 1e-4
 
 
-FAMILIES = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / "conf" / "model").glob("tiny_*.yaml"))
-
-
 # One of each kind of tower; the identities of all families are in tests/maths, and all names in `make test-slow`.
-QUICK = {"tiny_gemma3", "tiny_gemma3_text", "tiny_qwen2_5_vl", "tiny_smolvlm"}
-NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+QUICK = {"gemma3", "gemma3_text", "qwen2_5_vl", "smolvlm"}
+NAMES = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ("gemma3", "gemma3_text", *FAMILIES)
+]
 
 
-@pytest.mark.parametrize("model", NAMES)
-def test_every_family_can_be_checked_by_name(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command(tmp_path / "run", "task=check", f"model={model}", *SMALL, "task.targets=10")) == 0
-    assert f"{model}: " in capsys.readouterr().out
+@pytest.mark.parametrize("family", NAMES)
+def test_every_family_can_be_checked_by_name(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["task=check", "model=tiny", f"model.family={family}", *SMALL, "task.targets=10"]
+    assert main(command(tmp_path / "run", *asked)) == 0
+    assert f"tiny_{family}: " in capsys.readouterr().out
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["check/failed"] == 0
     assert metrics["check/held"] >= 6
@@ -75,7 +75,9 @@ def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
 
     monkeypatch.setattr(conformance, "make_subject", wrong)
     run_dir = tmp_path / "run"
-    code = main(command(run_dir, "task=check", "model=tiny_gemma3_text", *SMALL, f"tracking.uri={store}"))
+    code = main(
+        command(run_dir, "task=check", "model=tiny", "model.family=gemma3_text", *SMALL, f"tracking.uri={store}")
+    )
     captured = capsys.readouterr()
     assert code == 1
     errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
@@ -98,17 +100,17 @@ def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["model=tiny_gemma3", "transcoder=orrery"], "the model has 4 layers"),
-        (["model=tiny_gemma3", "transcoder=path", "transcoder.path=/no/set"], "/no/set"),
+        (["model=tiny", "transcoder=orrery"], "the model has 4 layers"),
+        (["model=tiny", "transcoder=path", "transcoder.path=/no/set"], "/no/set"),
         (["model=gemma3_4b_it"], "hf download google/gemma-3-4b-it --revision 093f9f3"),
-        (["model=tiny_gemma3", "model.tiny=gema3"], "choose one of: gemma3, gemma3_text"),
-        (["model=tiny_gemma3", "model.path=/x"], "two models"),
+        (["model=tiny", "model.family=gema3"], "choose one of: gemma3, gemma3_text"),
+        (["model=tiny", "model.path=/x"], "two models"),
         (["model.path=/no/model"], "no model at"),
-        (["model=tiny_gemma3", "task.sources=0"], "at least 1"),
-        (["model=tiny_gemma3", "task.new_tokens=1"], "at least 2"),
-        (["model=tiny_gemma3", "transcoder=random", "transcoder.k=1000"], "k = 1000"),
+        (["model=tiny", "task.sources=0"], "at least 1"),
+        (["model=tiny", "task.new_tokens=1"], "at least 2"),
+        (["model=tiny", "transcoder=random", "transcoder.k=1000"], "k = 1000"),
         (["prompt=what is this zebra ?"], "zebra"),
-        (["model=tiny_llava", "prompt=what is <image> <image> <image> ?"], "3 times but"),
+        (["model=tiny", "model.family=llava", "prompt=what is <image> <image> <image> ?"], "3 times but"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -123,7 +125,7 @@ def test_mistakes_are_one_line(
 def test_a_tiny_model_is_traced_with_random_transcoders(tmp_path: Path) -> None:
     tiny_image(5).save(tmp_path / "x.png")
     asked = [f"image={tmp_path / 'x.png'}", "prompt=what is this planet ?"]
-    given = ["task=trace", "model=tiny_gemma3", "transcoder=random", "transcoder.k=4", "transcoder.n_features=50"]
+    given = ["task=trace", "model=tiny", "transcoder=random", "transcoder.k=4", "transcoder.n_features=50"]
     assert main(command(tmp_path / "a", *given, *asked)) == 0
     assert main(command(tmp_path / "b", *given, *asked, "seed=1")) == 0
     graph, other = (load_graph(tmp_path / name / "graph.safetensors").graph for name in ("a", "b"))
@@ -133,18 +135,19 @@ def test_a_tiny_model_is_traced_with_random_transcoders(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "figures" / "graph.png").stat().st_size > 0
 
 
-# One of each kind of tower; the identities of all families are in tests/maths, and all names in `make test-slow`.
-QUICK = {"tiny_gemma3", "tiny_gemma3_text", "tiny_qwen2_5_vl", "tiny_smolvlm"}
-NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
-
-
-@pytest.mark.parametrize("model", NAMES)
+@pytest.mark.parametrize("family", NAMES)
 def test_every_family_is_traced_by_name_on_any_prompt(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_image(5).resize((30, 20)).save(tmp_path / "x.png")
-    picture = [] if model.endswith("_text") else [f"image={tmp_path / 'x.png'}"]
-    asked = [f"model={model}", *picture, "prompt=describe this picture, s'il te plaît", "attribution.max_nodes=200"]
+    picture = [] if family.endswith("_text") else [f"image={tmp_path / 'x.png'}"]
+    asked = [
+        "model=tiny",
+        f"model.family={family}",
+        *picture,
+        "prompt=describe this picture, s'il te plaît",
+        "attribution.max_nodes=200",
+    ]
     assert main(command(tmp_path / "run", "task=trace", *asked, "task.figure=false")) == 0
     assert "transcoders: random, as the model is" in capsys.readouterr().out
     graph = load_graph(tmp_path / "run" / "graph.safetensors").graph

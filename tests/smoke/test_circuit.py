@@ -12,7 +12,7 @@ from vlmscope.circuits.circuit import direct_edges, load_circuit
 from vlmscope.core.records import Places
 from vlmscope.models.tiny import tiny_image
 
-MODEL = ["model=tiny_gemma3", "transcoder=random", "tracking=none"]
+MODEL = ["model=tiny", "transcoder=random", "tracking=none"]
 SPEC = """
 name: mine
 supernodes:
@@ -148,7 +148,7 @@ def test_other_mistakes_are_one_line(made: Path, tmp_path: Path, capsys: pytest.
         ([*base, *declared, f"task.load={place}"], "leave one of them out"),
         ([*base, "task.load=/no/circuit"], "cannot read /no/circuit/circuit.yaml"),
         ([*base, f"task.load={place}", "transcoder.n_features=50"], "other transcoders"),
-        ([*base, f"task.load={place}", "model=tiny_llava"], "circuit of the model tiny_gemma3"),
+        ([*base, f"task.load={place}", "model=tiny", "model.family=llava"], "circuit of the model tiny_gemma3"),
         ([*steer, f"task.circuit={place}", "task.supernodes=[right]"], "no supernode 'right'"),
         ([*steer, "task.supernodes=[left]", "task.features={L1/3: 0}"], "add task.circuit="),
         ([*steer, f"task.circuit={place}", "task.features={L1/3: 0}"], "not both"),

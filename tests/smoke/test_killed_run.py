@@ -239,11 +239,12 @@ TRAINING = [
     "optim.warmup=1",
 ]  # fmt: skip
 FEW_STEPS = [
-    *TRAINING[:-3], "model=tiny_llava", "task.pool_batches=2", "task.tokens_per_batch=60", "optim.warmup=1",
+    *TRAINING[:-3], "model=tiny", "model.family=llava",
+    "task.pool_batches=2", "task.tokens_per_batch=60", "optim.warmup=1",
     "trainer.max_steps=4", "trainer.checkpoint_every=2",
 ]  # fmt: skip
 FEW_ROWS = [
-    "task=study", "model=tiny_gemma3", "data=folder", "study.top=3", "study.samples=4", "study.batch_size=4",
+    "task=study", "model=tiny", "data=folder", "study.top=3", "study.samples=4", "study.batch_size=4",
     "study.checkpoint_every=1",
 ]  # fmt: skip
 STUDY = ["task=study", "data=folder", "study.top=2", "study.samples=2", "study.batch_size=2"]

@@ -13,7 +13,7 @@ from vlmscope.features.labels import Labels
 from vlmscope.features.study_files import StudyFolder
 from vlmscope.models.tiny import tiny_image
 
-TINY = ["model=tiny_gemma3", "tracking=none"]
+TINY = ["model=tiny", "tracking=none"]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_a_local_model_explains_and_its_set_takes_no_other_explainer(
         (["task=find", "study.path=STUDY"], "give one of the two"),
         (["task=find", "study.path=STUDY", "query=xylophone"], "has to do with that"),
         (["task=find", "study.path=STUDY", "query=?"], "has no word"),
-        (["task=find", "study.path=STUDY", "image=PICTURE", "model=tiny_llava"], "not of"),
+        (["task=find", "study.path=STUDY", "image=PICTURE", "model=tiny", "model.family=llava"], "not of"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(

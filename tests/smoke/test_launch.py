@@ -16,7 +16,8 @@ from tests.processes import ROOT, Forked, all_codes, command_line
 from vlmscope.app import main
 
 SMALL = [
-    "task=train_transcoders", "model=tiny_llava", "transcoder=arch", "transcoder.expansion_factor=2", "transcoder.k=4",
+    "task=train_transcoders", "model=tiny", "model.family=llava",
+    "transcoder=arch", "transcoder.expansion_factor=2", "transcoder.k=4",
     "task.steps_per_batch=1", "task.pool_batches=2", "task.val_examples=6", "optim.warmup=1", "trainer.threads=1",
 ]  # fmt: skip
 MIX = [*SMALL, "data=mix_orrery", "data.context=32", "task.tokens_per_batch=80", "trainer.checkpoint_every=0"]
@@ -138,7 +139,7 @@ def test_sigterm_to_one_process_stops_all_with_a_checkpoint_and_143(tmp_path: Pa
 
 def test_a_mistake_is_one_line_and_a_task_for_one_process_says_so(tmp_path: Path) -> None:
     where = ["tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
-    codes, out, said = ended(start(["task=trace", "model=tiny_llava", "prompt=red", *where]))
+    codes, out, said = ended(start(["task=trace", "model=tiny", "model.family=llava", "prompt=red", *where]))
     assert codes == [2, 2] and not any(out)
     assert errors(said) == ["error: task=trace is made for one process, and torchrun started 2; start it alone"]
     assert not (tmp_path / "run").exists()

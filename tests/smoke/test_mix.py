@@ -10,7 +10,8 @@ from vlmscope.app import main
 from vlmscope.training.resume import TranscoderCheckpoints
 
 TRAIN = [
-    "task=train_transcoders", "model=tiny_llava", "transcoder=arch", "transcoder.expansion_factor=2", "transcoder.k=4",
+    "task=train_transcoders", "model=tiny", "model.family=llava",
+    "transcoder=arch", "transcoder.expansion_factor=2", "transcoder.k=4",
     "data.context=32", "task.tokens_per_batch=80", "trainer.max_steps=24", "task.steps_per_batch=1",
     "task.pool_batches=2", "task.val_examples=6", "trainer.checkpoint_every=5", "optim.warmup=1", "tracking=none",
 ]  # fmt: skip
@@ -84,7 +85,7 @@ def test_shards_of_a_mix_are_built_and_trained_on(tmp_path: Path, capsys: pytest
           "data.sources.text.text=body"], "no column 'body'; the columns are text"),
         (["data=mix_orrery", "data.sources.text.weight=-1"], "data.sources.text.weight=-1.0: a weight must be"),
         (["data=mix_orrery", "data.sources.text.wieght=1"], "wieght"),
-        (["data=mix_orrery", "model=tiny_gemma3_text"], "samples of captions could not be used"),
+        (["data=mix_orrery", "model=tiny", "model.family=gemma3_text"], "samples of captions could not be used"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(

@@ -16,11 +16,19 @@ from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.transcoders.hub import parts_of
 
 TRAIN = [
-    "task=train_transcoders", "model=tiny_llava", "transcoder=arch", "transcoder.expansion_factor=2", "transcoder.k=4",
+    "task=train_transcoders", "model=tiny", "model.family=llava",
+    "transcoder=arch", "transcoder.expansion_factor=2", "transcoder.k=4",
     "data=folder", "task.tokens_per_batch=50", "trainer.max_steps=6", "task.steps_per_batch=1", "task.pool_batches=2",
     "trainer.checkpoint_every=2", "optim.warmup=1", "tracking=none",
 ]  # fmt: skip
-STEER = ["task=steer", "model=tiny_llava", "transcoder=random", "tracking=none", "prompt=what is this ?"]
+STEER = [
+    "task=steer",
+    "model=tiny",
+    "model.family=llava",
+    "transcoder=random",
+    "tracking=none",
+    "prompt=what is this ?",
+]
 PATCH = ["task=patch", *STEER[1:]]
 
 
@@ -92,8 +100,12 @@ def nothing(_: Path) -> None:
         (spoil("train.jsonl", '{"text": "x"}\n{"caption": "x"}\n'), [], "line 2: it has neither texts nor text"),
         (spoil("4.png", "not a picture"), [], "line 5: image"),
         (lambda folder: shutil.rmtree(folder), [], "no train.jsonl in"),
-        (nothing, ["model=tiny_gemma3_text"], "line 1: it has pictures, and tiny_gemma3_text takes none"),
-        (nothing, ["model=tiny_paligemma"], "line 9: it has no picture, and tiny_paligemma needs one"),
+        (
+            nothing,
+            ["model=tiny", "model.family=gemma3_text"],
+            "line 1: it has pictures, and tiny_gemma3_text takes none",
+        ),
+        (nothing, ["model=tiny", "model.family=paligemma"], "line 9: it has no picture, and tiny_paligemma needs one"),
         (nothing, ["task.max_tokens=5"], "do not fit into 5 tokens"),
         (nothing, ["task.tokens_per_batch=0"], "task.tokens_per_batch=0"),
         (nothing, ["data.val_share=1"], "data.val_share=1"),
@@ -114,7 +126,13 @@ def test_mistakes_in_the_data_are_one_line_before_training_starts(
 def test_text_alone_trains_a_model_without_pictures(tmp_path: Path) -> None:
     lines = [{"text": "the red planet and the other one"}, {"texts": [{"user": "what ?", "assistant": "one"}]}] * 4
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = [*TRAIN, f"data.path={tmp_path}", "model=tiny_gemma3_text", f"hydra.run.dir={tmp_path / 'r'}"]
+    command = [
+        *TRAIN,
+        f"data.path={tmp_path}",
+        "model=tiny",
+        "model.family=gemma3_text",
+        f"hydra.run.dir={tmp_path / 'r'}",
+    ]
     assert main(command) == 0
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     assert metrics["val/fvu"] > 0 and "val/fvu_image" not in metrics
@@ -143,7 +161,7 @@ def edit(command: list[str], folder: Path, *arguments: str) -> int:
         (PATCH, ["task.features=[L1/7]", "task.donor_prompt=what is this red one ?"], "prompts of a batch must align"),
         (
             PATCH,
-            ["task.features=[L1/7]", "task.donor_image=WIDE", "model=tiny_llava_onevision"],
+            ["task.features=[L1/7]", "task.donor_image=WIDE", "model=tiny", "model.family=llava_onevision"],
             "use the same wording, and pictures of the same shape",
         ),
     ],

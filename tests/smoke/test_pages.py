@@ -73,7 +73,7 @@ def test_pages_by_rule_with_labels(study: Path, tmp_path: Path) -> None:
 
 def test_features_of_a_graph_link_to_it(study: Path, tmp_path: Path) -> None:
     trace = tmp_path / "my trace"
-    question = ["prompt=what is this ?", "model=tiny_gemma3", "task.figure=false", "tracking=none"]
+    question = ["prompt=what is this ?", "model=tiny", "task.figure=false", "tracking=none"]
     assert main(["task=trace", *question, f"hydra.run.dir='{trace}'"]) == 0
     assert main(pages(study, tmp_path / "run", f"task.from_graph='{trace}'", "task.top=30")) == 0
     texts = [path.read_text() for path in (tmp_path / "run/pages").glob("L*.html")]

@@ -56,7 +56,10 @@ def test_orrerys_own_transcoders_are_counted(tmp_path: Path) -> None:
 
 
 def test_any_family_is_planned(tmp_path: Path) -> None:
-    assert plan(tmp_path / "run", "model=tiny_qwen2_5_vl", "task.tokens=40")["plan/graph/active_features"] > 0
+    assert (
+        plan(tmp_path / "run", "model=tiny", "model.family=qwen2_5_vl", "task.tokens=40")["plan/graph/active_features"]
+        > 0
+    )
 
 
 PAPER = ("model=gemma3_4b_it", "transcoder=arch", "transcoder.k=48")
@@ -107,7 +110,7 @@ def test_training_over_hosts_and_in_half_precision(tmp_path: Path) -> None:
         ([*PAPER, "trainer.precision=64"], "trainer.precision=64: transcoders take 32 or bf16-mixed"),
         ([*PAPER, "task.training.tokens=0"], "task.training.tokens=0: it must be at least 1"),
         ([*PAPER, "task.device=l4", "task.training.hosts=2"], "no network between hosts is known of NVIDIA L4"),
-        (["model=tiny_qwen2_5_vl"], "depends on its size here; say task.tokens="),
+        (["model=tiny", "model.family=qwen2_5_vl"], "depends on its size here; say task.tokens="),
         (["model=gemma3_4b_it", "transcoder=path", "transcoder.path=/no/set"], "no transcoder set in /no/set"),
     ],
 )

@@ -24,7 +24,7 @@ GOOD = """# @package _global_
 # How many parameters has a tiny model?
 defaults:
   - override /task: plan
-  - override /model: tiny_gemma3
+  - override /model: tiny
   - _self_
 name: NAME
 reproduce: true

@@ -16,7 +16,7 @@ from vlmscope.core.records import FeatureId
 from vlmscope.features.study_files import StudyFolder
 
 STUDY = [
-    "task=study", "model=tiny_gemma3", "data=folder", "study.top=3", "study.samples=4", "study.batch_size=2",
+    "task=study", "model=tiny", "data=folder", "study.top=3", "study.samples=4", "study.batch_size=2",
     "study.checkpoint_every=1", "tracking=none",
 ]  # fmt: skip
 

@@ -7,7 +7,7 @@ import pytest
 
 from vlmscope.app import main
 
-SWEPT = ["transcoder.expansion_factor=1,2", "model=tiny_llava", "data=folder", "task.max_tokens=60"]
+SWEPT = ["transcoder.expansion_factor=1,2", "model=tiny", "model.family=llava", "data=folder", "task.max_tokens=60"]
 
 
 def test_a_sweep_is_one_parent_with_a_table_and_a_figure(

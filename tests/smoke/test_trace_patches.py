@@ -43,7 +43,9 @@ def test_two_pictures_have_a_map_each(tmp_path: Path) -> None:
     for number in range(2):
         Image.new("RGB", (30 + number, 40), (200, 40 * number, 10)).save(tmp_path / f"{number}.png")
     pictures = (tmp_path / "0.png", tmp_path / "1.png")
-    assert traced(tmp_path / "r", *pictures, model="tiny_qwen3_vl", more=("attribution.max_logits=2",)) == 0
+    assert (
+        traced(tmp_path / "r", *pictures, model="tiny", more=("model.family=qwen3_vl", "attribution.max_logits=2")) == 0
+    )
     record = json.loads((tmp_path / "r" / "graph.json").read_text())["vlmscope"]["patches"]
     assert [one["picture"] for one in record["maps"]] == [0, 1, 0, 1]
     assert max(one["residual"] for one in record["maps"]) < 1e-5

@@ -37,16 +37,16 @@ class ModelConfig:
     """Which vision-language model, and where and how it computes (docs/models.md).
 
     `path` is a local folder; `hub` says which model of the Hugging Face hub belongs there and is fetched at the commit
-    `revision` when it is not there. A hub id may stand as `path` itself, with a `revision`. With an empty path, `tiny`
-    names a family: a small random model of it is made in memory. `offload` says where weights rest that do not fit the
-    device: "none", "cpu" or "disk".
+    `revision` when it is not there. A hub id may stand as `path` itself, with a `revision`. With an empty path,
+    `family` names the family of a small random model, made in memory. `offload` says where weights rest that do not fit
+    the device: "none", "cpu" or "disk".
     """
 
     name: str = MISSING
     path: str = MISSING
     hub: str | None = None
     revision: str | None = None
-    tiny: str | None = None
+    family: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
     offload: str = "none"
@@ -54,11 +54,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float16", "float64"))
         check_choice("model.offload", self.offload, ("none", "cpu", "disk"))
-        if self.tiny is None and not self.path:
+        if self.family is None and not self.path:
             raise UserError("model.path is empty; give the folder of a model, as in model.path=/folder/of/the/model")
-        if self.tiny is not None and self.path:
-            raise UserError(f"model.tiny={self.tiny} and model.path={self.path}: these are two models; leave one out")
-        if self.tiny is not None and self.offload != "none":
+        if self.family is not None and self.path:
+            raise UserError(f"model.family={self.family}, model.path={self.path}: these are two models; leave one out")
+        if self.family is not None and self.offload != "none":
             raise UserError(f"model.offload={self.offload}: a tiny model is made in memory; leave it out")
 
 

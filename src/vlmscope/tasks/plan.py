@@ -169,13 +169,13 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 
 def _architecture(cfg: AppConfig) -> dict[str, Any]:
-    if cfg.model.tiny is None:
+    if cfg.model.family is None:
         from vlmscope.models.sizes import find_config
 
         return find_config(cfg.model.path, cfg.model.hub, cfg.model.revision)
     from vlmscope.models.tiny import tiny_vlm
 
-    return tiny_vlm(cfg.model.tiny, seed=cfg.seed).model.config.to_dict()
+    return tiny_vlm(cfg.model.family, seed=cfg.seed).model.config.to_dict()
 
 
 def _prompt(adapter: Adapter, task: Config) -> tuple[int, int]:

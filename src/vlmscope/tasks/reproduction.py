@@ -119,7 +119,7 @@ def _composed(name: str, overrides: Sequence[str]) -> AppConfig:
     if swept is not None and swept.name == "MULTIRUN":
         raise UserError(f"experiment={name} is a sweep, which has no numbers of its own; it cannot say reproduce: true")
     wanted = {"study.path": app.study.path}
-    if app.model.tiny is None and app.model.hub is None:
+    if app.model.family is None and app.model.hub is None:
         wanted["model.path"] = app.model.path
     if isinstance(app.transcoder, TranscoderSetConfig):
         wanted["transcoder.path"] = app.transcoder.path

@@ -127,7 +127,7 @@ def training_card(
     from vlmscope.transcoders.hub import facts_of_set, render, with_metrics
 
     model = cfg.model
-    hub = model.hub or (model.path if model.tiny is None and is_hub_id(model.path) else None)
+    hub = model.hub or (model.path if model.family is None and is_hub_id(model.path) else None)
     facts = with_metrics(facts_of_set(transcoders), metrics)
     total = metrics.get("train/tokens", 0.0)
     end = "/tokens_share"

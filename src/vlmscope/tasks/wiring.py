@@ -50,7 +50,7 @@ def load_model(cfg: AppConfig) -> VLM:
     """
     limit_threads(cfg)
     chosen = cfg.model
-    if chosen.tiny is None:
+    if chosen.family is None:
         from vlmscope.models.checkpoint import is_hub_id, model_folder
         from vlmscope.models.loading import load_vlm
 
@@ -65,7 +65,7 @@ def load_model(cfg: AppConfig) -> VLM:
     from vlmscope.models.tiny import tiny_vlm
 
     check_device(chosen.device, chosen.dtype)
-    vlm = tiny_vlm(chosen.tiny, seed=cfg.seed, dtype=getattr(torch, chosen.dtype))
+    vlm = tiny_vlm(chosen.family, seed=cfg.seed, dtype=getattr(torch, chosen.dtype))
     vlm.model.to(chosen.device)
     return vlm
 
@@ -95,7 +95,7 @@ def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder
 
     if isinstance(cfg.transcoder, RandomTranscodersConfig):
         return Scope(vlm, random_transcoders(cfg.transcoder, vlm))
-    if cfg.model.tiny is not None and not names_transcoders(overrides):
+    if cfg.model.family is not None and not names_transcoders(overrides):
         print("transcoders: random, as the model is; transcoder=path names trained ones")
         return Scope(vlm, random_transcoders(RandomTranscodersConfig(seed=cfg.seed), vlm))
     adapter = vlm.adapter
@@ -193,8 +193,8 @@ def model_origin(cfg: AppConfig, weights: bool = True) -> dict[str, Any]:
 
     chosen = cfg.model
     found: dict[str, Any] = {"model.dtype": chosen.dtype}
-    if chosen.tiny is not None:
-        return found | {"model.tiny": chosen.tiny, "seed": cfg.seed}
+    if chosen.family is not None:
+        return found | {"model.family": chosen.family, "seed": cfg.seed}
     folder = Path(model_folder(chosen.path, chosen.hub, chosen.revision))
     files = {file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.name != "metrics.json"}
     if weights:
@@ -212,7 +212,7 @@ def transcoder_origin(cfg: AppConfig, overrides: Sequence[str] = ("transcoder",)
 
     if not isinstance(cfg.transcoder, TranscoderSetConfig):
         return flat("transcoder", asdict(cfg.transcoder))
-    if cfg.model.tiny is not None and not names_transcoders(overrides):
+    if cfg.model.family is not None and not names_transcoders(overrides):
         return {"transcoder": "random", "seed": cfg.seed}
     folder, form, choice = chosen_set(cfg)
     layers = {layer.path for layer in open_set(folder, form, choice).layers.values()}

@@ -135,7 +135,7 @@ def test_an_existing_file_is_meant_whatever_its_name(tmp_path, monkeypatch) -> N
 
 
 def test_what_is_not_rewritten_and_what_is_a_new_name() -> None:
-    same = ["-m", "seed=1,2", "--cfg", "job", "model=tiny_gemma3", "task.batch={text:1}", "model.path=a/b.c", "~pairs"]
+    same = ["-m", "seed=1,2", "--cfg", "job", "model=tiny", "task.batch={text:1}", "model.path=a/b.c", "~pairs"]
     assert quote_arguments(same, TASKS) == same
     assert quote_arguments(["+prompt=a, b", "+images.x=[a.png]", "images.y=a, b.png"], TASKS) == [
         'prompt="a, b"',

@@ -208,7 +208,7 @@ def test_memory_is_looked_at_before_weights_are_read(
             "the transcoders in .*orrery_transcoders need about 16.8 MB on cpu, 12.0 MB are free; choose",
         ),
         (
-            ["model=tiny_gemma3", "transcoder=random", "transcoder.n_features=100000"],
+            ["model=tiny", "transcoder=random", "transcoder.n_features=100000"],
             "random transcoders need about 76.8 MB on cpu, 12.0 MB are free; choose a smaller transcoder.n_features",
         ),
     ],

@@ -85,15 +85,15 @@ def attention_forward(
     Returns:
         The mixed values `[B, Tq, H, D]` and the pattern `[B, H, Tq, Tk]` in the dtype of `query`.
     """
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if module in _stopping:
-        raise FoundScores(query, key, float(scaling), softcap)
+        raise FoundScores(query, key, float(factor), softcap)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     pattern = _replacements.get(module)
     if pattern is None:
-        scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+        scores = torch.matmul(query, key.transpose(2, 3)) * factor
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         if attention_mask is not None:

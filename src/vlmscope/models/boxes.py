@@ -230,7 +230,7 @@ def pool_tile(tile: Tile, factor: int = 1) -> sparse.csr_array:
         means = (np.full(len(cells), 1 / factor), (cells // factor, cells))
         return sparse.csr_array(means, shape=(length // factor, length))
 
-    grid = sparse.kron(blocks(tile.rows), blocks(tile.columns))
+    grid = sparse.csr_array(sparse.kron(blocks(tile.rows), blocks(tile.columns)))
     return sparse.csr_array(sparse.hstack([sparse.csr_array((grid.shape[0], tile.n_class)), grid]))
 
 

@@ -83,7 +83,7 @@ def build_orrery(config: OrreryConfig, vocab_size: int, seed: int) -> Any:
             boi_token_index=ids[BOI],
             eoi_token_index=ids[EOI],
             image_token_index=ids[SOFT],
-            eos_token_id=ends,
+            eos_token_id=ends,  # pyright: ignore[reportCallIssue]
             tie_word_embeddings=True,
         )
     )

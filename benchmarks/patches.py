@@ -29,7 +29,7 @@ from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import Scene
 from vlmscope.models.batching import make_batch
 from vlmscope.replacement.model import build_replacement
-from vlmscope.report.figures import feature_count_curve
+from vlmscope.report.figures import dose_response
 from vlmscope.scope import Scope
 
 QUESTIONS = {
@@ -170,7 +170,7 @@ def main() -> None:
     for name in shown:
         mean, spread = curves[name].mean(0), 1.96 * curves[name].std(0) / len(few) ** 0.5
         drawn.append(Curve(name, DELETED, tuple(mean), tuple(mean - spread), tuple(mean + spread)))
-    feature_count_curve(drawn, arguments.out / "deletion.png", "patches painted over (of 64)", "p(answer), %")
+    dose_response(drawn, arguments.out / "deletion.png", "patches painted over (of 64)", "p(answer), %", log_x=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from vlmscope.interventions.trials import Cases, Features, Setting, Trial
 from vlmscope.metrics.causal import bootstrap_mean
 from vlmscope.metrics.prediction import pointing_hit
 from vlmscope.report.figures import dose_response
-from vlmscope.report.study_figures import object_maps
+from vlmscope.report.picture_figures import object_maps
 
 if TYPE_CHECKING:
     from vlmscope.scope import Scope

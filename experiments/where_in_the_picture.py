@@ -15,6 +15,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlmscope.attention.rollout import cell_values, save_maps
+from vlmscope.attention.where import (
+    CONTRAST,
+    KINDS,
+    MEASURES,
+    NO_FEATURE,
+    RANDOM,
+    Subject,
+    contrast,
+    map_curves,
+    where_maps,
+)
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve
 from vlmscope.data.orrery import scenes as facts
@@ -26,9 +37,7 @@ from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
 from vlmscope.metrics.prediction import pointing_hit
 from vlmscope.report.figures import dose_response, rate_bars
 from vlmscope.report.marks import write_rows
-from vlmscope.report.study_figures import NAMES, feature_maps
-from vlmscope.tasks.maps.curves import CONTRAST, MEASURES, NO_FEATURE, RANDOM, Subject, contrast, map_curves
-from vlmscope.tasks.maps.where_maps import KINDS, where_maps
+from vlmscope.report.picture_figures import MAP_NAMES, feature_maps
 
 if TYPE_CHECKING:
     from vlmscope.tasks.bench import Bench
@@ -204,11 +213,11 @@ def draw(bench: Bench, scenes: list[dict[str, Any]]) -> None:
         curves = []
         for kind in (*KINDS, CONTRAST, RANDOM):
             runs = np.array([scene["curves"][measure][kind] for scene in scenes])
-            curves.append(Curve.of(NAMES[kind], scenes[0]["counts"], [bootstrap_mean(of, seed) for of in runs.T]))
+            curves.append(Curve.of(MAP_NAMES[kind], scenes[0]["counts"], [bootstrap_mean(of, seed) for of in runs.T]))
         x = f"cells {'deleted' if measure == 'deletion' else 'inserted'} (of {side**2})"
         dose_response(curves, folder / f"{measure}.png", x, "feature's activation (1: untouched)", percent=False)
     groups = {kind: [s for s in scenes if s["kind"] == kind] for kind in dict.fromkeys(s["kind"] for s in scenes)}
-    bars = {NAMES[name]: [pointing(group, name, seed) for group in groups.values()] for name in ALL}
+    bars = {MAP_NAMES[name]: [pointing(group, name, seed) for group in groups.values()] for name in ALL}
     ylabel = "peak on the object (% of features and scenes)"
     rate_bars(list(groups), bars, folder / "pointing.png", "Where the peak of a map lies", ylabel, "a random cell")
 

@@ -22,11 +22,11 @@ from vlmscope.core.records import FeatureId
 from vlmscope.scope import Picture, Scope, opened
 
 if TYPE_CHECKING:
+    from vlmscope.attention.where import WhereMaps
     from vlmscope.attribution.trace import Trace
     from vlmscope.core.graph import AggregateGraph, GraphComparison, PrunedGraph
     from vlmscope.core.intervention import FeatureExample
     from vlmscope.features.study_files import StudyFolder
-    from vlmscope.tasks.maps.where_maps import WhereMaps
 
 Graph: TypeAlias = "Trace | PrunedGraph | str | Path"  # the last two: a run folder, or graph.safetensors
 
@@ -199,10 +199,10 @@ def where(
         UserError: the model or the prompt has no picture, or a feature is not active on it.
     """
     from vlmscope.attention.config import WhereConfig
+    from vlmscope.attention.where import where_maps
     from vlmscope.attribution.config import AttributionConfig
     from vlmscope.core.errors import UserError
     from vlmscope.features.readouts import image_features
-    from vlmscope.tasks.maps.where_maps import where_maps
 
     if not images:
         raise UserError("there is no picture to look at; give images=[path or PIL image]")

@@ -9,14 +9,14 @@ import pytest
 from markdown_it import MarkdownIt
 from playwright.sync_api import Browser
 from tests.unit.report.conftest import MARS, make_page, png
-from tests.unit.report.feature_cases import FACTS, make_feature_page
+from tests.unit.report.feature_cases import INFO, make_feature_page
 
 from vlmscope.app import main
 from vlmscope.core.intervention import Rate
 from vlmscope.core.runs import Number, Reproduced, html_table
+from vlmscope.features.labels import Label
 from vlmscope.models.tiny import tiny_image
-from vlmscope.report.feature_page import PageLabel
-from vlmscope.report.gallery import Gallery
+from vlmscope.report.gallery import write_gallery
 from vlmscope.report.page import TEMPLATES
 from vlmscope.report.reproduction import write_page
 from vlmscope.transcoders.hub import CardFacts, carried_over, parts_of, render
@@ -51,12 +51,12 @@ def reproduced(folder: Path) -> Path:
 
 
 def features(folder: Path) -> Iterator[Path]:
-    pages = [make_feature_page(HOSTILE, 6, PageLabel(HOSTILE, "hand")), make_feature_page(HOSTILE, 7, gone=True)]
-    gallery = Gallery(HOSTILE, HOSTILE, replace(FACTS, model=HOSTILE, transcoders=HOSTILE, run=HOSTILE))
+    pages = [make_feature_page(HOSTILE, 6, Label(HOSTILE, "hand")), make_feature_page(HOSTILE, 7, gone=True)]
+    info = replace(INFO, model=HOSTILE, transcoders={"name": HOSTILE})
+    pages = [replace(page, info=info, run=HOSTILE) for page in pages]
     for page in pages:
         yield page.write(folder, None, pages[-1].feature)
-        gallery.add(page)
-    yield gallery.write(folder)
+    yield write_gallery(folder, pages, HOSTILE, HOSTILE, footer=HOSTILE)
 
 
 def cards(folder: Path) -> Iterator[Path]:

@@ -13,7 +13,7 @@ from vlmscope.app import main
 from vlmscope.attention.rollout import load_maps
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.models.tiny import tiny_vlm
-from vlmscope.tasks.bench import Bench
+from vlmscope.tasks.declared import probable_words
 
 QUESTION = "which shape is this ?"
 
@@ -88,7 +88,7 @@ def test_other_families_have_maps(family: str, picture: Path, tmp_path: Path) ->
     record = json.loads((tmp_path / "lens" / "lens.json").read_text())
     assert record["states"][-1]["words"][-1] == [vlm.tokenizer.decode([token]) for token in best]
     assert not any("Ġ" in word for state in record["states"] for place in state["words"] for word in place)
-    words = Bench.words(SimpleNamespace(vlm=vlm), vlm.model(**inputs.tensors).logits[0, -1], 3)  # pyright: ignore
+    words = probable_words(SimpleNamespace(vlm=vlm), vlm.model(**inputs.tensors).logits[0, -1], 3)  # pyright: ignore
     assert [word for word, _ in words] == record["states"][-1]["words"][-1]
 
 

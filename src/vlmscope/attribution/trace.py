@@ -40,11 +40,36 @@ class Trace:
     scores: tuple[ScoreParts, ...] = ()
     flow: HeadFlow | None = None
 
+    def metrics(self) -> dict[str, float]:
+        """Size, scores and time of the graph."""
+        graph, pruned, scores = self.graph, self.pruned, self.pruned.scores
+        return {
+            "graph/nodes": float(graph.n_nodes),
+            "graph/edges": float(graph.n_edges),
+            "graph/pruned_nodes": float(pruned.n_nodes),
+            "graph/pruned_edges": float(pruned.n_edges),
+            "graph/replacement_score": scores.replacement,
+            "graph/completeness_score": scores.completeness,
+            "graph/error_share": scores.error_share,
+            "graph/bias_share": scores.bias_share,
+            "graph/left_out_share": scores.left_out_share,
+            "graph/max_residual": float(graph.residual.max()),
+            "graph/target_residual": float(graph.residual[graph.nodes.ends()].max()),
+            "graph/seconds": float(graph.meta["seconds"]),
+        }
+
+    def explained(self) -> list[str]:
+        """What the graph explains, a string each: a logit's token with its probability, else a label with its value."""
+        nodes, ends = self.graph.nodes, self.graph.nodes.ends()
+        named = zip(
+            self.graph.logit_tokens, nodes.kind[ends], self.graph.logit_probabilities, nodes.target[ends], strict=True
+        )
+        return [
+            f"{word}  p = {p:.3f}" if kind == NodeKind.LOGIT else f"{word} = {v:+.3f}" for word, kind, p, v in named
+        ]
+
     def _rows(self) -> list[tuple[str, str, str]]:
         graph, scores = self.graph, self.pruned.scores
-        kinds, values = graph.nodes.kind[graph.nodes.ends()], graph.nodes.target[graph.nodes.ends()]
-        ends = zip(graph.logit_tokens, kinds, graph.logit_probabilities, values, strict=True)
-        words = [f"{end}  p = {p:.3f}" if kind == NodeKind.LOGIT else f"{end} = {v:+.3f}" for end, kind, p, v in ends]
         return [
             ("", "whole graph", "kept by pruning"),
             ("nodes", f"{graph.n_nodes:,}", f"{self.pruned.n_nodes:,}"),
@@ -52,7 +77,7 @@ class Trace:
             ("replacement score", f"{scores.replacement:.3f}", ""),
             ("completeness score", f"{scores.completeness:.3f}", ""),
             ("largest residual", f"{graph.residual.max():.1e}", ""),
-            *(("explains", end, "") for end in words[:5]),
+            *(("explains", end, "") for end in self.explained()[:5]),
         ]
 
     def _title(self) -> str:

@@ -31,7 +31,7 @@ def summarise(folder: Path) -> list[Path]:
     write_table(jobs, table)
     written = [table]
     if any(name.startswith("layers/fvu/") for job in jobs for name in job.metrics or {}):
-        from vlmscope.report.training_figures import sweep_overview
+        from vlmscope.report.figures import sweep_overview
 
         written.append(sweep_overview(jobs, folder / "figures" / "sweep.png"))
     return written

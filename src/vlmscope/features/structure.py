@@ -142,7 +142,7 @@ def modality_metrics(tables: Sequence[LayerModality]) -> dict[str, float]:
 
 
 def modality_parts(tables: Sequence[LayerModality]) -> tuple[Sequence[int], dict, Sequence[np.ndarray], dict]:
-    """Columns by layer as `report.study_figures.modality_by_layer` draws them.
+    """Columns by layer as `report.figures.modality_by_layer` draws them.
 
     Numbers of layers, counts by group, modality indices of the features that fire often enough, and the share of all
     firing that is by features of both modalities.

@@ -1,79 +1,139 @@
-"""Figures of interventions and of matrices.
-
-Figures of interventions: flip rates beside their controls, dose response, shifted answers, where a circuit acts.
-
-Every function takes records, writes one PNG and returns its path. `ValueError` means that the records hold nothing to
-draw or say two things about one bar.
-
-What the logit lens says at the soft tokens of a picture, state by state, and how early over many pictures.
-
-Shares of a matrix of concepts as numbers on grey: who is turned into whom.
-"""
+"""Charts of rates, curves, matrices and layers. Every function writes one PNG and returns its path."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import NullLocator, PercentFormatter
-from PIL import Image
+from matplotlib.ticker import MaxNLocator, NullLocator
 
-from vlmscope.core.intervention import AnswerExample, Curve, FlipRow, Rate
-from vlmscope.core.records import PatchBox
-from vlmscope.report.graph_figure import shrunk
-from vlmscope.report.style import COLOURS, HATCHES, INK, LINES, MARKERS, drawing, label, pick, tidy
+from vlmscope.core.intervention import Curve, Rate
+from vlmscope.core.runs import SweepJob
+from vlmscope.report.style import COLOURS, INK, bar_style, drawing, label, line_style, percent_axis, pick, tidy
 
-_FLIP_LABEL = "flip rate (% of cases)"
+CONTROL = "matched control"
 
 
-def flip_rates(rows: Sequence[FlipRow], path: str | Path, mode: str = "free", scope: str = "all") -> Path:
-    """Flip rate by question (groups) and method (bars) for one mode and scope."""
-    chosen = [row for row in rows if row.mode == mode and row.scope == scope]
-    return bars(chosen, path, lambda row: row.question, f"Flip rate by question ({label(mode)}, {label(scope)})")
-
-
-def dose_response(curves: Sequence[Curve], path: str | Path, xlabel: str, ylabel: str, percent: bool = True) -> Path:
-    """Lines with 95 % bands. `percent`: y is a share 0..1, shown in per cent."""
-    return _curves(curves, path, xlabel, ylabel, percent, log_x=False)
-
-
-def feature_count_curve(
-    curves: Sequence[Curve], path: str | Path, xlabel: str = "features used (number)", ylabel: str = _FLIP_LABEL
+def dose_response(
+    curves: Sequence[Curve],
+    path: str | Path,
+    xlabel: str,
+    ylabel: str,
+    percent: bool = True,
+    log_x: bool = False,
 ) -> Path:
-    """Effect against the number of features used, strongest first, on a logarithmic axis; counts of 0 are allowed."""
-    return _curves(curves, path, xlabel, ylabel, percent=True, log_x=True)
+    """Lines with 95 % bands.
+
+    Args:
+        curves: at least one.
+        path: of the PNG.
+        xlabel: of the axis, with its unit; `ylabel` likewise.
+        ylabel: what is measured.
+        percent: y is a share 0..1, shown in per cent.
+        log_x: x counts something, on a logarithmic axis with room for 0.
+    """
+    if not curves:
+        raise ValueError(f"no curves to draw for {ylabel!r}")
+    with drawing(path, 6.6, 4.2) as figure:
+        axes = figure.subplots()
+        for number, curve in enumerate(curves):
+            axes.fill_between(curve.x, curve.low, curve.high, color=pick(COLOURS, number), alpha=0.16, linewidth=0)
+            axes.plot(curve.x, curve.y, label=curve.name, **line_style(number))
+        if log_x:
+            counts = sorted({value for curve in curves for value in curve.x})
+            axes.set_xscale("symlog", linthresh=1)
+            axes.set_xticks(counts if len(counts) <= 12 else counts[:: -(-len(counts) // 12)])
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.xaxis.set_minor_locator(NullLocator())
+        if percent:
+            axes.set_ylim(-0.02, 1.04)
+            percent_axis(axes.yaxis)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        tidy(axes, "both")
+        figure.legend(loc="outside lower center", ncols=min(3, len(curves)), frameon=False)
+    return Path(path)
 
 
-def answer_shift(
-    examples: Sequence[AnswerExample], path: str | Path, max_examples: int = 6, max_words: int = 5
+def rate_bars(
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[Rate | None]],
+    path: str | Path,
+    title: str,
+    ylabel: str,
+    control: str = CONTROL,
+    notes: Sequence[str] | None = None,
 ) -> Path:
-    """Per example the picture and the probabilities of its top words before and after."""
-    shown = list(examples)[:max_examples]
-    if not shown:
-        raise ValueError("no examples to draw")
-    columns = min(2, len(shown))
-    height = -(-len(shown) // columns)
-    with drawing(path, 5.4 * columns, 2.5 * height + 0.5) as figure:
-        grid = figure.subplots(height, 2 * columns, squeeze=False, width_ratios=[1, 1.5] * columns)
-        for axes in grid.flat:
-            axes.set_axis_off()
-        for number, example in enumerate(shown):
-            row, column = divmod(number, columns)
-            picture, bars = grid[row, 2 * column], grid[row, 2 * column + 1]
-            picture.imshow(np.asarray(Image.open(io.BytesIO(example.image_png)).convert("RGB")))
-            picture.set_title(fill(example.question, 22), fontsize=9)
-            _shift_bars(bars, example, max_words)
-        handles, names = grid[0, 1].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
+    """Bars of `series[name][group]` with intervals, values above them and hollow diamonds for the controls.
+
+    `control` says what the diamonds are; `notes` stand under the groups' names.
+    """
+    if not groups:
+        raise ValueError(f"nothing to draw for {title!r}")
+    ticks = [fill(label(name), 14) for name in groups]
+    if notes is not None:
+        ticks = [f"{tick}\n{note}" for tick, note in zip(ticks, notes, strict=True)]
+    step = min(0.8 / len(series), 0.34)
+    with drawing(path, max(6.6, 1.6 + 0.35 * len(groups) * len(series), 1.6 + 1.15 * len(groups)), 4.4) as figure:
+        axes = figure.subplots()
+        # Named once each, and in the legend after the bars.
+        marks: dict[str, object] = {}
+        for number, (name, rates) in enumerate(series.items()):
+            offset = (number - (len(series) - 1) / 2) * step
+            known = [(at + offset, rate) for at, rate in enumerate(rates) if rate is not None]
+            x, y = [at for at, _ in known], [rate.value for _, rate in known]
+            axes.bar(x, y, step * 0.94, label=label(name), **bar_style(number))
+            error = axes.errorbar(x, y, _interval(known), fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
+            marks["95 % interval"] = error
+            for at, rate in known:
+                text, spot = f"{100 * rate.value:.0f}", (at, rate.ci_high)
+                axes.annotate(text, spot, (0, 2), textcoords="offset points", ha="center", fontsize=8)
+            controls = [(at, rate.control) for at, rate in known if rate.control is not None]
+            if controls:
+                style = {"marker": "D", "s": 34, "facecolors": "white", "edgecolors": INK, "linewidths": 1.3}
+                marks[control] = axes.scatter(*zip(*controls, strict=True), zorder=5, **style)
+        axes.set_xticks(range(len(groups)), ticks)
+        axes.set(xlim=(-0.6, len(groups) - 0.4), ylim=(0, 1.08), yticks=np.linspace(0, 1, 6), ylabel=ylabel)
+        percent_axis(axes.yaxis)
+        axes.set_title(title, loc="left")
+        tidy(axes)
+        handles, names = axes.get_legend_handles_labels()
+        handles, names = [*handles, *marks.values()], [*names, *marks]
+        columns = len(names) if sum(map(len, names)) < 60 else 2
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
+    return Path(path)
+
+
+def _interval(known: Sequence[tuple[float, Rate]]) -> np.ndarray:
+    """`[2, n]` distances of the interval's ends from the values."""
+    ends = [(rate.value - rate.ci_low, rate.ci_high - rate.value) for _, rate in known]
+    return np.maximum(np.reshape(ends, (-1, 2)).T, 0)
+
+
+def word_bars(words: Sequence[str], series: Mapping[str, Sequence[Rate | None]], path: str | Path, xlabel: str) -> Path:
+    """Horizontal bars with 95 % intervals, a group per word (the first on top), a bar per series; None leaves a gap."""
+    height = 0.8 / len(series)
+    with drawing(path, 7.4, 1.3 + 0.46 * len(words) * max(len(series) / 2, 1)) as figure:
+        axes = figure.subplots()
+        for number, (name, rates) in enumerate(series.items()):
+            offset = (number - (len(series) - 1) / 2) * height
+            known = [(at + offset, rate) for at, rate in enumerate(rates) if rate is not None]
+            y, values = [at for at, _ in known], [rate.value for _, rate in known]
+            axes.barh(y, values, height * 0.92, label=name, **bar_style(number))
+            axes.errorbar(values, y, xerr=_interval(known), fmt="none", ecolor=INK, elinewidth=1.0, capsize=2)
+        axes.set_yticks(range(len(words)), words)
+        axes.margins(y=0.01)
+        axes.invert_yaxis()
+        highest = max(rate.ci_high for rates in series.values() for rate in rates if rate is not None)
+        axes.set(xlim=(0, min(1.05 * highest, 1.02)), xlabel=xlabel)
+        percent_axis(axes.xaxis)
+        tidy(axes, "x")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return Path(path)
 
 
@@ -111,222 +171,9 @@ def layer_role_heatmap(
             yticklabels=[str(layer) for layer in reversed(list(layers))],
             cbar_kws={"label": label},
         )
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.tick_params(axis="y", labelrotation=0)
     return Path(path)
-
-
-def bars(rows: Sequence[FlipRow], path: str | Path, category: Callable[[FlipRow], str], title: str) -> Path:
-    """A bar for each method in each category of rows, with intervals and controls."""
-    if not rows:
-        raise ValueError(f"no rows to draw for {title!r}")
-    found: dict[str, dict[str, FlipRow]] = {}
-    for row in rows:
-        series = found.setdefault(row.method, {})
-        if category(row) in series:
-            raise ValueError(f"two rows for {row.method}, {category(row)} in {title!r}")
-        series[category(row)] = row
-    names = list(dict.fromkeys(category(row) for row in rows))
-    ticks = [fill(label(name), 14) + _feature_note([s[name] for s in found.values() if name in s]) for name in names]
-    rates = {method: [s[name].rate if name in s else None for name in names] for method, s in found.items()}
-    cases = sorted({row.rate.cases for row in rows})
-    spread = f"{cases[0]}" if len(cases) == 1 else f"{cases[0]} to {cases[-1]}"
-    with drawing(path, max(6.6, 1.6 + 1.15 * len(names)), 4.3) as figure:
-        axes = figure.subplots()
-        grouped_bars(axes, ticks, rates)
-        axes.set_title(f"{title}\nn = {spread} cases", loc="left")
-        axes.set_ylabel(_FLIP_LABEL)
-        bars_legend(figure, axes)
-    return Path(path)
-
-
-def _feature_note(rows: Sequence[FlipRow]) -> str:
-    """The number of features that acted, under the group's name; both ends when the methods differ."""
-    counts = sorted({row.n_features for row in rows})
-    number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}/{counts[-1]}"
-    return f"\n({number} features)"
-
-
-def grouped_bars(axes: Axes, groups: Sequence[str], series: Mapping[str, Sequence[Rate | None]]) -> None:
-    """Bars of `series[name][group]` with intervals, values above them and hollow diamonds for the controls."""
-    width = min(0.8 / len(series), 0.34)
-    interval = control = None
-    for number, (name, rates) in enumerate(series.items()):
-        offset = (number - (len(series) - 1) / 2) * width
-        known = [(at + offset, rate) for at, rate in enumerate(rates) if rate is not None]
-        x = [at for at, _ in known]
-        y = np.array([rate.value for _, rate in known])
-        axes.bar(
-            x,
-            y,
-            width * 0.94,
-            label=label(name),
-            color=pick(COLOURS, number),
-            hatch=pick(HATCHES, number),
-            edgecolor="white",
-            linewidth=0,
-        )
-        low = np.maximum(y - [rate.ci_low for _, rate in known], 0)
-        high = np.maximum([rate.ci_high for _, rate in known] - y, 0)
-        interval = axes.errorbar(x, y, [low, high], fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
-        for at, rate in known:
-            text = f"{100 * rate.value:.0f}"
-            axes.annotate(text, (at, rate.ci_high), (0, 2), textcoords="offset points", ha="center", fontsize=8)
-        marked = [(at, rate.control) for at, rate in known if rate.control is not None]
-        if marked:
-            style = {"marker": "D", "s": 34, "facecolors": "white", "edgecolors": INK, "linewidths": 1.3, "zorder": 5}
-            control = axes.scatter(*zip(*marked, strict=True), **style)
-    if interval is not None:
-        interval.set_label("95 % interval")
-    if control is not None:
-        control.set_label("matched control")
-    axes.set_xticks(range(len(groups)), groups)
-    axes.set_xlim(-0.6, len(groups) - 0.4)
-    axes.set_ylim(0, 1.08)
-    axes.set_yticks(np.linspace(0, 1, 6))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    tidy(axes)
-
-
-def rate_bars(
-    groups: Sequence[str],
-    series: Mapping[str, Sequence[Rate | None]],
-    path: str | Path,
-    title: str,
-    ylabel: str,
-    control: str = "matched control",
-) -> Path:
-    """`grouped_bars` as a figure of its own; `control` says what the diamonds are."""
-    width = max(6.6, 1.6 + 0.35 * len(groups) * len(series), 1.1 * len(groups))
-    with drawing(path, width, 4.4) as figure:
-        axes = figure.subplots()
-        grouped_bars(axes, [fill(label(name), 14) for name in groups], series)
-        axes.set_title(title, loc="left")
-        axes.set_ylabel(ylabel)
-        bars_legend(figure, axes, control)
-    return Path(path)
-
-
-def bars_legend(figure: Figure, axes: Axes, control: str = "matched control") -> None:
-    """Legend of `grouped_bars` under the axes: bars first, then what the marks on them are; `control` names
-    diamonds.
-    """
-    order = {"95 % interval": 1, "matched control": 2}
-    handles, names = axes.get_legend_handles_labels()
-    entries = sorted(zip(names, handles, strict=True), key=lambda entry: order.get(entry[0], 0))
-    shown = [control if name == "matched control" else name for name, _ in entries]
-    columns = len(shown) if sum(map(len, shown)) < 60 else 2
-    figure.legend([handle for _, handle in entries], shown, loc="outside lower center", ncols=columns, frameon=False)
-
-
-def _curves(curves: Sequence[Curve], path: str | Path, xlabel: str, ylabel: str, percent: bool, log_x: bool) -> Path:
-    if not curves:
-        raise ValueError(f"no curves to draw for {ylabel!r}")
-    with drawing(path, 6.6, 4.2) as figure:
-        axes = figure.subplots()
-        for number, curve in enumerate(curves):
-            colour = pick(COLOURS, number)
-            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0)
-            axes.plot(
-                curve.x,
-                curve.y,
-                label=curve.name,
-                color=colour,
-                linestyle=pick(LINES, number),
-                marker=pick(MARKERS, number),
-                markersize=5,
-            )
-        if log_x:
-            counts = sorted({value for curve in curves for value in curve.x})
-            axes.set_xscale("symlog", linthresh=1)
-            axes.set_xticks(counts if len(counts) <= 12 else counts[:: -(-len(counts) // 12)])
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.xaxis.set_minor_locator(NullLocator())
-        if percent:
-            axes.set_ylim(-0.02, 1.04)
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        tidy(axes, "both")
-        figure.legend(loc="outside lower center", ncols=min(3, len(curves)), frameon=False)
-    return Path(path)
-
-
-def _shift_bars(axes: Axes, example: AnswerExample, max_words: int) -> None:
-    """Paired horizontal bars; a word that a side does not list is drawn as absent, not as zero with a label."""
-    before, after = dict(example.probs_before), dict(example.probs_after)
-    ranked = sorted({*before, *after}, key=lambda word: -max(before.get(word, 0.0), after.get(word, 0.0)))[:max_words]
-    at = np.arange(len(ranked))
-    for side, probs in enumerate((before, after)):
-        style = {"color": pick(COLOURS, side), "hatch": pick(HATCHES, side), "edgecolor": "white", "linewidth": 0}
-        where = at + (-0.2, 0.2)[side]
-        axes.barh(where, [probs.get(word, 0.0) for word in ranked], 0.38, label=("before", "after")[side], **style)
-        for y, word in zip(where, ranked, strict=True):
-            if word in probs:
-                axes.text(probs[word] + 0.02, y, f"{100 * probs[word]:.1f}", va="center", fontsize=7)
-    axes.set_axis_on()
-    axes.set_yticks(at, ranked)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.2)
-    axes.set_xticks([0, 0.5, 1])
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    axes.set_xlabel("probability (%)", fontsize=8)
-    axes.set_title(fill(example.intervention, 34), fontsize=9)
-    tidy(axes, "x")
-
-
-_READABLE = 36  # soft tokens whose words still fit
-_COLUMNS = 5
-
-
-def soft_token_words(
-    pictures: Sequence[np.ndarray],
-    places: Sequence[tuple[int, PatchBox | None]],
-    words: np.ndarray,
-    probability: np.ndarray,
-    word: str,
-    path: str | Path,
-) -> Path:
-    """The first picture, then one panel a state: the probability of a word, with the most probable word as text.
-
-    Args:
-        pictures: uint8 `[H, W, 3]`; the first one is drawn.
-        places: picture and box of each of the S soft tokens.
-        words: `[states, S]` strings.
-        probability: `[states, S]`, of `word`.
-        word: the word that is looked for.
-        path: the PNG to write.
-    """
-    mine = [(at, box) for at, (picture, box) in enumerate(places) if picture == 0 and box is not None]
-    rows = -(-(len(words) + 1) // _COLUMNS)
-    colours = sns.light_palette("#0072B2", as_cmap=True)
-    with drawing(path, 2.1 * _COLUMNS, 2.3 * rows + 0.3) as figure:
-        grid = figure.subplots(rows, _COLUMNS, squeeze=False)
-        for axes in grid.flat:
-            axes.set_axis_off()
-        grid.flat[0].imshow(shrunk(pictures[0]))
-        grid.flat[0].set_title("picture", loc="left", fontsize=9)
-        for state, axes in enumerate(grid.flat[1 : len(words) + 1]):
-            name = f"before layer {state}" if state < len(words) - 1 else "after the last layer"
-            axes.set_title(name, loc="left", fontsize=9)
-            axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
-            for at, box in mine:
-                value = float(probability[state, at])
-                width, height = box.right - box.left, box.bottom - box.top
-                spot = Rectangle((box.left, box.top), width, height, facecolor=colours(value), edgecolor="white")
-                axes.add_patch(spot)
-                if len(mine) <= _READABLE:
-                    middle = (box.left + width / 2, box.top + height / 2)
-                    ink = "white" if value > 0.6 else INK
-                    axes.text(*middle, _short(words[state, at]), ha="center", va="center", fontsize=5.5, color=ink)
-        bar = ScalarMappable(Normalize(0, 1), colours)
-        figure.colorbar(bar, ax=grid, label=f"probability of {word!r}", shrink=0.6)
-    return Path(path)
-
-
-def _short(word: str) -> str:
-    return word if len(word) <= 9 else f"{word[:8]}…"
 
 
 def share_matrices(
@@ -337,24 +184,37 @@ def share_matrices(
     axes_of: tuple[str, str] = ("pictures of", "given the features of"),
     percent: bool = True,
 ) -> Path:
-    """One matrix a panel, recipients down and donors across, in per cent; hatched where there is nothing to measure.
+    """A matrix per panel, recipients down and donors across; hatched where there is nothing to measure.
 
     Args:
         names: n concepts.
-        panels: title -> [n, n] shares 0..1, nan where there is none.
+        panels: title -> [n, n], nan where there is no value.
         path: the PNG to write.
         rows: of panels.
         axes_of: what stands down and across.
-        percent: values are shares; else counts.
+        percent: values are shares 0..1, shown in per cent; else counts.
     """
-    most = 1 if percent else max(float(np.nanmax(of)) for of in panels.values())
+    scale = 100 if percent else 1
+    most = 100 if percent else max(float(np.nanmax(of)) for of in panels.values())
     columns = -(-len(panels) // rows)
     with drawing(path, 4.1 * columns, 3.9 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
         for axes, (title, shares) in zip(grid.flat, panels.items(), strict=False):
-            _panel(axes, names, np.asarray(shares, float) * (100 if percent else 1), (100 if percent else 1) * most)
+            values = np.asarray(shares, float) * scale
+            nothing = np.isnan(values)
+            axes.set_facecolor("#f2f2f2")
+            sns.heatmap(
+                values, mask=nothing, ax=axes, cmap="Blues", vmin=0, vmax=most, annot=True, fmt=".0f", cbar=False,
+                square=True, linewidths=1, linecolor="white", xticklabels=list(names), yticklabels=list(names),
+                annot_kws={"fontsize": 9},
+            )  # fmt: skip
+            hatched = {"facecolor": "#f2f2f2", "edgecolor": "#c8c8c8", "hatch": "///", "lw": 0}
+            for row, column in np.argwhere(nothing):
+                axes.add_patch(Rectangle((column, row), 1, 1, **hatched))
+            axes.tick_params(axis="x", rotation=45, colors=INK, length=0)
+            axes.tick_params(axis="y", rotation=0, colors=INK, length=0)
             axes.set_title(title, loc="left")
         for row in grid:
             row[0].set_ylabel(axes_of[0])
@@ -363,15 +223,217 @@ def share_matrices(
     return Path(path)
 
 
-def _panel(axes: Axes, names: Sequence[str], values: np.ndarray, most: float) -> None:
-    nothing = np.isnan(values)
-    axes.set_facecolor("#f2f2f2")
-    sns.heatmap(
-        values, mask=nothing, ax=axes, cmap="Blues", vmin=0, vmax=most, annot=True, fmt=".0f", cbar=False,
-        square=True, linewidths=1, linecolor="white", xticklabels=list(names), yticklabels=list(names),
-        annot_kws={"fontsize": 9},
-    )  # fmt: skip
-    for row, column in zip(*np.nonzero(nothing), strict=True):
-        axes.add_patch(Rectangle((column, row), 1, 1, facecolor="#f2f2f2", edgecolor="#c8c8c8", hatch="///", lw=0))
-    axes.tick_params(axis="x", rotation=45, colors=INK, length=0)
-    axes.tick_params(axis="y", rotation=0, colors=INK, length=0)
+# Light and dark alternate, and neighbours differ by hatch, so that a grey print tells the parts of a bar.
+_FILLS = (
+    ("#0072B2", ""),
+    ("#F0E442", "///"),
+    ("#D55E00", ""),
+    ("#F6B8D0", "..."),
+    ("#009E73", "\\\\\\"),
+    ("#dcdcdc", ""),
+    ("#a8a8a8", "xxx"),
+    ("#4d4d4d", ""),
+)
+_INDEX_BINS = 10
+_GROUPS = {"image": "soft tokens", "both": "both", "text": "words"}  # how groups of features are drawn together
+
+
+def _by_layer(axes: Axes, layers: Sequence[int], lines: Mapping[str, Sequence[float]], ylabel: str) -> None:
+    """A line per name over layers."""
+    for number, (name, values) in enumerate(lines.items()):
+        axes.plot(list(layers), list(values), label=name, **line_style(number))
+    _layer_axes(axes, ylabel)
+
+
+def _layer_axes(axes: Axes, ylabel: str) -> None:
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="layer", ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    tidy(axes)
+
+
+def _legend_below(axes: Axes, gap: float) -> None:
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -gap), ncols=3)
+
+
+def fvu_by_layer(values: Mapping[str, Sequence[float]], dead_frac: Sequence[float], path: str | Path) -> Path:
+    """FVU by layer, one line per modality (`values['image'][layer]`), above the share of dead features."""
+    layers = range(len(dead_frac))
+    if not values or any(len(line) != len(layers) for line in values.values()):
+        raise ValueError(f"need one FVU a layer and modality for {len(layers)} layers")
+    with drawing(path, 6.6, 5.0) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+        _by_layer(upper, layers, values, "FVU (fraction of\nvariance unexplained)")
+        upper.set_xlabel("")
+        lower.bar(layers, dead_frac, 0.6, color="#8c8c8c")
+        lower.set(ylabel="dead features\n(% of all)", xlabel="layer", xticks=layers)
+        lower.set_ylim(0, max(0.1, 1.15 * float(np.max(dead_frac))))
+        percent_axis(lower.yaxis)
+        tidy(lower)
+        figure.legend(loc="outside lower center", ncols=len(values), frameon=False)
+    return Path(path)
+
+
+def modality_by_layer(
+    layers: Sequence[int],
+    groups: Mapping[str, Sequence[int]],
+    index: Sequence[np.ndarray],
+    shared: Mapping[str, Sequence[float]],
+    path: str | Path,
+) -> Path:
+    """Groups of features, how their modality index lies, and what features of both modalities do.
+
+    Args:
+        layers: L numbers.
+        groups: name -> L counts of features; those of a layer add up to its width.
+        index: L arrays of modality indices in [0, 1]; nan is left out.
+        shared: name -> L shares 0..1, a line each.
+        path: of the PNG.
+    """
+    with drawing(path, 11.5, 6.6) as figure:
+        grid = figure.add_gridspec(2, 2, width_ratios=[1.25, 1])
+        axes = figure.add_subplot(grid[:, 0])
+        totals, below, at = np.sum(list(groups.values()), axis=0), np.zeros(len(layers)), np.arange(len(layers))
+        for number, (name, counts) in enumerate(groups.items()):
+            share = np.asarray(counts) / np.maximum(totals, 1)
+            fill, hatch = pick(_FILLS, number)
+            axes.bar(at, share, 0.82, below, label=name, color=fill, hatch=hatch, edgecolor=INK, linewidth=0.5)
+            below += share
+        axes.set_xticks(at, [str(layer) for layer in layers])
+        axes.set(ylim=(0, 1), xlabel="layer", ylabel="features (%)")
+        percent_axis(axes.yaxis)
+        axes.set_title("Where features fire", loc="left")
+        _legend_below(axes, 0.1)
+        tidy(axes)
+
+        # The share of a layer's features in each tenth of the index, layers from bottom to top.
+        axes = figure.add_subplot(grid[0, 1])
+        edges = np.linspace(0, 1, _INDEX_BINS + 1)
+        counts = np.array([np.histogram(of[~np.isnan(of)], edges)[0] for of in index])
+        sns.heatmap(
+            (100 * counts / np.maximum(counts.sum(1, keepdims=True), 1))[::-1],
+            ax=axes,
+            vmin=0,
+            cmap="cividis",
+            annot=len(layers) <= 12,
+            fmt=".0f",
+            annot_kws={"fontsize": 8},
+            linewidths=0.6,
+            xticklabels=False,
+            yticklabels=[str(layer) for layer in reversed(layers)],
+            cbar_kws={"label": "features (%)"},
+        )
+        axes.set_xticks([0, _INDEX_BINS / 2, _INDEX_BINS], ["0\nwords", "0.5", "1\nsoft tokens"], rotation=0)
+        axes.tick_params(axis="y", labelrotation=0)
+        axes.set(xlabel="modality index", ylabel="layer")
+
+        axes = figure.add_subplot(grid[1, 1])
+        _by_layer(axes, layers, shared, "firing by features of both (%)")
+        percent_axis(axes.yaxis)
+        axes.legend(frameon=False)
+    return Path(path)
+
+
+def score_by_layer(layers: np.ndarray, score: np.ndarray, group: np.ndarray, path: str | Path) -> Path:
+    """Boxes of the monosemanticity score by layer, one for features of soft tokens, of both and of words.
+
+    Args:
+        layers: [F] of each feature.
+        score: [F]; nan is left out.
+        group: [F], names of `features.modality_tables.GROUPS`.
+        path: of the PNG.
+    """
+    kind = np.array([_GROUPS.get("text" if name.startswith("words") else str(name), "") for name in group])
+    known = ~np.isnan(score) & (kind != "")
+    if not known.any():
+        raise ValueError("no feature has a score")
+    order = [name for name in _GROUPS.values() if (kind[known] == name).any()]
+    with drawing(path, 9.0, 4.2) as figure:
+        axes = figure.subplots()
+        sns.boxplot(
+            x=layers[known].astype(int),
+            y=score[known],
+            hue=kind[known],
+            hue_order=order,
+            palette=[pick(_FILLS, number)[0] for number in range(len(order))],
+            fliersize=1.2,
+            linewidth=0.8,
+            width=0.8,
+            ax=axes,
+        )
+        for number, container in enumerate(axes.containers):
+            for box in getattr(container, "boxes", ()):
+                box.set_hatch(pick(_FILLS, number)[1])
+        axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
+        axes.set(xlabel="layer", ylabel="monosemanticity (mean cosine of pictures)")
+        _legend_below(axes, 0.14)
+        tidy(axes)
+    return Path(path)
+
+
+def twins_by_layer(
+    layers: Sequence[int], shares: Mapping[str, Sequence[float]], path: str | Path, cosine: float
+) -> Path:
+    """Share of features with a near-parallel partner, a line for each way of comparing; `shares` name -> [L]."""
+    lines = {name.replace("_", ", ", 1).replace("_", " "): values for name, values in shares.items()}
+    with drawing(path, 7.6, 4.2) as figure:
+        axes = figure.subplots()
+        _by_layer(axes, layers, lines, f"live features with a partner\nat cosine {cosine:g} or more (%)")
+        percent_axis(axes.yaxis)
+        _legend_below(axes, 0.14)
+    return Path(path)
+
+
+_LAYER_METRICS = {
+    "fvu": "FVU, all tokens",
+    "fvu_text": "FVU, text tokens",
+    "fvu_image": "FVU, image tokens",
+    "dead_frac": "dead features (%)",
+}
+_COSTS = {"val/fvu": "FVU", "val/ce_delta": "rise of the loss, all layers\nreplaced (nats)"}
+
+
+def sweep_overview(jobs: Sequence[SweepJob], path: str | Path) -> Path:
+    """Transcoders of a sweep: FVU and dead features by layer, and what sparsity costs.
+
+    One line per setting; repetitions with other seeds are averaged, a band shows their range.
+    """
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for job in jobs:
+        if job.metrics is not None and any(name.startswith("layers/fvu/") for name in job.metrics):
+            # Settings without their keys' groups, `k=8` of `transcoder.k=8`: four names fit under the figure.
+            group = re.sub(r"(^|, )[\w.]+\.(\w+)=", r"\1\2=", job.group)
+            groups.setdefault(group, []).append(job.metrics)
+    if not groups:
+        raise ValueError("no job of the sweep has figures by layer")
+    with drawing(path, 11.0, 7.2) as figure:
+        panels = list(figure.subplots(2, 3).flat)
+        for axes, (name, ylabel) in zip(panels, _LAYER_METRICS.items(), strict=False):
+            prefix = f"layers/{name}/layer_"
+            for number, (group, runs) in enumerate(groups.items()):
+                keys = sorted(key for key in runs[0] if key.startswith(prefix) and all(key in run for run in runs))
+                values = np.array([[run[key] for key in keys] for run in runs])
+                layers = [int(key.removeprefix(prefix)) for key in keys]
+                axes.plot(layers, values.mean(0), label=group, **line_style(number))
+                if len(runs) > 1:
+                    band = {"color": pick(COLOURS, number), "alpha": 0.15, "linewidth": 0}
+                    axes.fill_between(layers, values.min(0), values.max(0), **band)
+            _layer_axes(axes, ylabel)
+        percent_axis(panels[3].yaxis)
+        for axes, (name, ylabel) in zip(panels[len(_LAYER_METRICS) :], _COSTS.items(), strict=True):
+            shown = np.zeros((1, 2))  # the origin is in view
+            for number, runs in enumerate(groups.values()):
+                points = [(run["val/l0"], run[name]) for run in runs if {"val/l0", name} <= run.keys()]
+                if points:
+                    style = line_style(number)
+                    axes.scatter(*zip(*points, strict=True), color=style["color"], marker=style["marker"], s=36)
+                    shown = np.vstack([shown, points])
+            if len(shown) > 1:
+                # Margins for the points' own spread, which is small beside the way to 0, would cut markers in half.
+                (_, low), (right, high) = shown.min(0), shown.max(0)
+                axes.set(xlim=(0, 1.1 * right), ylim=(1.1 * low, 1.1 * high))
+            axes.set(xlabel="active features a token (L0)", ylabel=ylabel)
+            tidy(axes)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(groups), 4), frameon=False)
+    return Path(path)

@@ -1,56 +1,193 @@
-"""The gallery of feature pages, and features as JSON for viewers.
+"""Pages of a study's features: their examples, labels and graphs, the gallery, and JSON for the field's viewers.
 
-A feature as JSON that the field's viewers read (Neuronpedia's, circuit-tracer's), and more for ours.
+`index.html` has a tile per feature, to be searched, filtered and sorted without a server. Names, words and links are
+in the page's text; small pictures are in one table, each once, and drawn when they come into sight, so the page opens
+at once for a thousand features.
 
-What they know: `index`, `transcoder_id`, `examples_quantiles` (each with `quantile_name` and `examples` of `tokens`,
-`tokens_acts_list`, `train_token_ind`, `is_repeated_datapoint`), `top_logits`, `bottom_logits`, `act_min`, `act_max`,
-`quantile_values`, `histogram`, `activation_frequency`. They know no pictures,
-so each run of a picture's soft tokens is one token, `[picture]`, with its largest activation; patches are beside it.
-The schema is in `schema/feature.schema.json`.
-
-`index.html` of feature pages: a tile a feature, to be searched, filtered and sorted without a server.
-
-Names, words and links are in the page's text; small pictures are in one table, each once, and drawn when they come into
-sight. So it opens at once for a thousand features.
+The JSON of a feature is what Neuronpedia's and circuit-tracer's viewers read (`schema/feature.schema.json`), with more
+under the key `vlmscope`. They know no pictures, so each run of a picture's soft tokens is one token, `[picture]`, with
+its largest activation; patches are beside it.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
 
+from vlmscope.attribution.compare import graph_file
+from vlmscope.attribution.export import load_graph
 from vlmscope.core.artifacts import write_text
+from vlmscope.core.errors import UserError
+from vlmscope.core.graph import NodeKind
 from vlmscope.core.records import FeatureId
-from vlmscope.core.study import IMAGE, KINDS, TOP, ExampleView, FeatureRecord, Place, StudyInfo, bin_edges
-from vlmscope.report.feature_page import KIND_NAMES, FeaturePage, PageExample, StudyFacts, render_scripted, shown_token
+from vlmscope.core.study import IMAGE, KINDS, TOP, ExampleView, FeatureRecord, StudyInfo, bin_edges
+from vlmscope.features.labels import Label
+from vlmscope.features.study_files import StudyFolder
+from vlmscope.report.feature_page import (
+    KIND_NAMES,
+    ExampleGroup,
+    FeaturePage,
+    GraphUse,
+    Numbered,
+    PageExample,
+    geometry_table,
+    guess,
+    render_scripted,
+    shown_token,
+    word_shares,
+)
 from vlmscope.report.page import percent
-from vlmscope.report.thumbnails import Geometries, HeatPicture, data_uri, strongest
+from vlmscope.report.thumbnails import SIDE, HeatPicture, data_uri, decode, jpeg_bytes, thumbnail
 
-SCHEMA_VERSION = 1
+_CACHED = 4096  # items whose small pictures are kept; features share their strongest items
 
 
-def feature_json(
-    record: FeatureRecord, views: Sequence[ExampleView], info: StudyInfo, extra: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The JSON of a feature.
+class PageMaker:
+    """Makes the pages of one study's features; `gone` counts the items whose pictures are not available."""
+
+    def __init__(
+        self,
+        study: StudyFolder,
+        labels: Mapping[FeatureId, Label],
+        graphs: Mapping[FeatureId, Sequence[GraphUse]],
+        tags: Mapping[FeatureId, tuple[str, ...]],
+        examples: int,
+        samples: int,
+    ) -> None:
+        """`examples` of the strongest inputs are shown, and `samples` of each weaker group."""
+        self.study, self.labels, self.graphs, self.tags = study, labels, graphs, tags
+        self.examples, self.samples = examples, samples
+        self.run = (study.path.parent if study.path.name == "study" else study.path).name
+        self.usual = word_shares(study.items[int(item)].caption for item in study.items.ids)
+        self.missing, self.gone = "", 0
+        self._thumbnails = lru_cache(_CACHED)(self._make_thumbnails)
+
+    def page(self, record: FeatureRecord) -> tuple[FeaturePage, list[ExampleView]]:
+        """The page of a feature, and the views of all its examples."""
+        views = [self.study.view(example) for example in record.examples]
+        grouped: dict[str, list[ExampleView]] = {TOP: []}
+        for view in views:
+            grouped.setdefault(view.example.group, []).append(view)
+        quarters = sorted((name for name in grouped if name != TOP), key=lambda name: -int(name[1:]))
+        groups = [self._group(name, quarters, grouped[name]) for name in (TOP, *quarters) if grouped[name]]
+        label = self.labels.get(record.feature)
+        page = FeaturePage(
+            record,
+            self.study.info,
+            guess([(view.item.caption, view.places()) for view, _ in _once(grouped[TOP])], self.usual),
+            tuple(groups),
+            label if label is not None and label.text else None,
+            tuple(self.graphs.get(record.feature, ())),
+            self.tags.get(record.feature, ()),
+            self.run,
+            self.missing if any(p.data is None for g in groups for e in g.examples for p in e.pictures) else "",
+        )
+        return page, views
+
+    def _group(self, name: str, quarters: Sequence[str], views: Sequence[ExampleView]) -> ExampleGroup:
+        title, shown = "Strongest examples", self.examples
+        if name != TOP:
+            place, shown = quarters.index(name), self.samples
+            ends = {0: ", the stronger inputs", len(quarters) - 1: ", the weakest inputs"}
+            title = f"Part {place + 1} of {len(quarters)}{ends.get(place, '')}"
+        examples = [
+            PageExample(
+                view.example.activation, self._pictures(view), view.places(), view.item.caption, view.item.origin, times
+            )
+            for view, times in _once(views)[:shown]
+        ]
+        return ExampleGroup(name, title, tuple(examples))
+
+    def _pictures(self, view: ExampleView) -> tuple[HeatPicture, ...]:
+        item, position = view.item, view.example.position
+        at_peak = -1
+        if item.kinds[position] == IMAGE:
+            at_peak = int(item.pictures[np.count_nonzero(item.kinds[:position] == IMAGE)])
+        return tuple(
+            HeatPicture(*small, item.caption, view.picture_boxes(n), view.picture_levels(n), n == at_peak)
+            for n, small in enumerate(self._thumbnails(item.id))
+        )
+
+    def _make_thumbnails(self, number: int) -> list[tuple[bytes | None, int, int]]:
+        item = self.study.items[number]
+        try:
+            return [thumbnail(picture) for picture in self.study.pictures(item)]
+        except UserError as error:
+            self.missing = self.missing or str(error)
+            self.gone += 1
+            return [(None, SIDE, SIDE)] * item.n_pictures
+
+
+def _once(views: Sequence[ExampleView]) -> list[tuple[ExampleView, int]]:
+    """Every input once, with how often it is there; the order stays."""
+    times: dict[tuple[str, int], list[ExampleView]] = {}
+    for view in views:
+        times.setdefault((view.item.digest, view.item.part), []).append(view)
+    return [(same[0], len(same)) for same in times.values()]
+
+
+_LINKED = {"report": "report.html", "drawing": "figures/graph.png", "graph.json": "graph.json"}
+
+
+def graph_uses(places: Sequence[str], info: StudyInfo, pages: Path) -> dict[FeatureId, list[GraphUse]]:
+    """For every feature that pruning kept in some graph, where it is there.
 
     Args:
-        record: what the study knows of it.
-        views: of its examples, in their order.
-        info: of the study.
-        extra: more for the key `vlmscope`, such as a label.
+        places: run folders of traces, or their graph.safetensors.
+        info: of the study that pages are made of.
+        pages: the folder of the pages, from which links lead.
     """
+    uses: dict[FeatureId, list[GraphUse]] = {}
+    for file in dict.fromkeys(graph_file(place) for place in places):
+        pruned = load_graph(file)
+        graph, table, run = pruned.graph, pruned.graph.nodes, file.parent
+        model = str(graph.meta.get("model", info.model))
+        if model != info.model:
+            raise UserError(f"{file} is of model {model}, the study of {info.model}; give graphs of one model")
+        links = tuple(
+            (words, quote(os.fsencode(os.path.relpath(run / name, pages))))
+            for words, name in _LINKED.items()
+            if (run / name).is_file()
+        )
+        kept: dict[FeatureId, list[int]] = {}
+        for node in np.flatnonzero(pruned.node_mask & (table.kind == NodeKind.FEATURE)).tolist():
+            kept.setdefault(table.feature_id(node), []).append(node)
+        for feature, nodes in kept.items():
+            at = table.position[nodes].tolist()
+            positions = zip(at, (graph.tokens[one] for one in at), table.activation[nodes].tolist(), strict=True)
+            share = float(pruned.influence[nodes].sum() / (pruned.influence.sum() or 1.0))
+            uses.setdefault(feature, []).append(GraphUse(run.name, graph.prompt, links, tuple(positions), share))
+    return uses
+
+
+SCHEMA_VERSION = 1
+_LABEL_KEYS = ("text", "source", "score", "low", "high", "beats_chance", "place")
+
+
+def feature_json(page: FeaturePage, views: Sequence[ExampleView]) -> dict[str, Any]:
+    """The JSON of a feature; `views` are of all its examples, in their order."""
+    record, info = page.record, page.info
     window, positions = int(str(info.settings["window"])), sum(info.positions.values())
-    names = list(dict.fromkeys(view.example.group for view in views))
     counts, edges = record.histogram.sum(0), bin_edges()
     used = np.flatnonzero(counts)
     bins = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
+    names = list(dict.fromkeys(view.example.group for view in views))
+    quantiles = max((int(name[1:]) for name in names if name != TOP), default=0)
+    groups = []
+    for name in names:
+        seen: set[tuple[str, int]] = set()
+        examples = []
+        for view in (view for view in views if view.example.group == name):
+            input_ = (view.item.digest, view.item.part)
+            examples.append(_example(view, window, input_ in seen))
+            seen.add(input_)
+        groups.append({"quantile_name": quantile_name(name, quantiles), "group": name, "examples": examples})
     return {
         "index": record.feature.index,
         "layer": record.feature.layer,
@@ -62,9 +199,7 @@ def feature_json(
         "quantile_values": list(record.quantile_values),
         "histogram": counts[bins].tolist(),
         "activation_frequency": record.positions_fired / positions if positions else 0.0,
-        "examples_quantiles": [
-            _group(name, names, [v for v in views if v.example.group == name], window) for name in names
-        ],
+        "examples_quantiles": groups,
         "vlmscope": {
             "schema_version": SCHEMA_VERSION,
             "feature": str(record.feature),
@@ -79,7 +214,10 @@ def feature_json(
             "histogram_by_kind": {kind: record.histogram[row, bins].tolist() for row, kind in enumerate(KINDS)},
             "top_logit_values": [value for _, value in record.top_logits],
             "bottom_logit_values": [value for _, value in record.bottom_logits],
-            **(extra or {}),
+            "label": None if page.label is None else {key: getattr(page.label, key) for key in _LABEL_KEYS},
+            "guess": page.guess,
+            "sentence": page.sentence(),
+            "graphs": [{"name": one.name, "prompt": one.prompt, "share": one.share} for one in page.graphs],
         },
     }
 
@@ -89,19 +227,8 @@ def quantile_name(name: str, quantiles: int) -> str:
     return "Top activations" if name == TOP else f"Subsample interval {quantiles - int(name[1:])}"
 
 
-def _group(name: str, names: Sequence[str], views: Sequence[ExampleView], window: int) -> dict[str, Any]:
-    quantiles = max((int(other[1:]) for other in names if other != TOP), default=0)
-    seen: set[tuple[str, int]] = set()
-    examples = []
-    for view in views:
-        input_ = (view.item.digest, view.item.part)
-        examples.append(_example(view, window, input_ in seen))
-        seen.add(input_)
-    return {"quantile_name": quantile_name(name, quantiles), "group": name, "examples": examples}
-
-
 def _example(view: ExampleView, window: int, repeated: bool) -> dict[str, Any]:
-    places = view.places(window)
+    places, item = view.places(window), view.item
     return {
         "tokens": [place.text for place in places],
         "tokens_acts_list": [place.activation for place in places],
@@ -109,188 +236,88 @@ def _example(view: ExampleView, window: int, repeated: bool) -> dict[str, Any]:
         "is_repeated_datapoint": repeated,
         "token_kinds": [KINDS[place.kind] for place in places],
         "activation": view.example.activation,
-        "origin": view.item.origin,
-        "caption": view.item.caption,
-        "patches": [_patches(view, picture) for picture in range(view.item.n_pictures)],
+        "origin": item.origin,
+        "caption": item.caption,
+        "patches": [
+            {
+                "picture": picture,
+                # No rows where the soft tokens are no grid.
+                **dict(
+                    zip(("rows", "columns"), item.grids[picture] if picture < len(item.grids) else (0, 0), strict=True)
+                ),
+                "levels": view.picture_levels(picture).tolist(),  # 255ths of the example's activation
+                "boxes": [[round(edge, 6) for edge in box] for box in view.picture_boxes(picture)],
+            }
+            for picture in range(item.n_pictures)
+        ],
     }
 
 
-def _patches(view: ExampleView, picture: int) -> dict[str, Any]:
-    """One picture: levels are 255ths of the example's activation, one a soft token; no rows where they are no grid."""
-    rows, columns = view.item.grids[picture] if picture < len(view.item.grids) else (0, 0)
-    return {
-        "picture": picture,
-        "rows": rows,
-        "columns": columns,
-        "levels": view.picture_levels(picture).tolist(),
-        "boxes": [[round(edge, 6) for edge in box] for box in view.picture_boxes(picture)],
-    }
-
-
-PICTURES = 3  # a tile
-_SIDE, _QUALITY = 92, 75
+_PICTURES = 3  # a tile
 _NEAR = 6  # places beside the peak
 _WORDS = 400  # letters that the search looks through
-_SORTS = (
-    ("layer up", "layer"),
-    ("often down", "most often"),
-    ("often up", "most rarely"),
-    ("strong down", "strongest activation"),
-    ("score down", "label score"),
-)
+_KINDS = {**KIND_NAMES, "mixed": "several", "none": "nothing"}
+_SORTS = {
+    "layer up": "layer",
+    "often down": "most often",
+    "often up": "most rarely",
+    "strong down": "strongest activation",
+    "score down": "label score",
+}
 
 
-@dataclass(frozen=True)
-class TilePicture:
-    """A picture of a tile; `number` is its place in the page's table, None when the picture could not be had."""
+def write_gallery(
+    folder: Path, pages: Sequence[FeaturePage], title: str, summary: str, order: str = "as chosen", footer: str = ""
+) -> Path:
+    """Write `index.html` with a tile per page, in their order, which `order` names; returns its path."""
+    heat, small, kinds = Numbered(), Numbered(), {page.main_kind for page in pages}
+    sorts = {"order up": order} | _SORTS
+    if not any(page.labelled and page.label and page.label.score is not None for page in pages):
+        del sorts["score down"]
+    values = {
+        "title": title,
+        "summary": summary,
+        "footer": footer,
+        "model": pages[0].info.model,
+        "missing": next((page.missing for page in pages if page.missing), ""),
+        "layers": sorted({page.feature.layer for page in pages}),
+        "kinds": [(kind, words) for kind, words in _KINDS.items() if kind in kinds],
+        "sorts": list(sorts.items()),
+        "tiles": [(page, _tile(page, small)) for page in pages],
+        "heat": heat,
+    }
 
-    heat: HeatPicture
-    number: int | None
+    def tables() -> dict[str, Any]:
+        return {"geometries": geometry_table(heat), "pictures": [data_uri(data) for data in small]}  # pyright: ignore[reportArgumentType]
 
-
-@dataclass(frozen=True)
-class Tile:
-    """What the gallery says of a feature; `places` are the words around its `top`, if it is in words."""
-
-    feature: FeatureId
-    file: str
-    title: str
-    kind: str
-    shares: dict[str, float]
-    split: str
-    often: str
-    item_share: float
-    activation_max: float
-    score: float | None
-    label_class: str
-    promotes: str
-    words: str
-    pictures: tuple[TilePicture, ...]
-    places: tuple[Place, ...]
-    top: float
+    write_text(folder / "index.html", render_scripted("gallery.html.j2", tables, **values))
+    return folder / "index.html"
 
 
-@dataclass
-class Gallery:
-    """The page, filled by `add`.
-
-    Attributes:
-        title, summary, footer: what it says of itself.
-        facts: of the study.
-        order: what the first way to sort is called, that in which features are added.
-    """
-
-    title: str
-    summary: str
-    facts: StudyFacts
-    order: str = "as chosen"
-    footer: str = ""
-    missing: str = ""
-    tiles: list[Tile] = field(default_factory=list)
-    _numbers: dict[bytes, int] = field(default_factory=dict)
-
-    def add(self, page: FeaturePage) -> None:
-        """Put a feature at the end."""
-        top: Sequence[PageExample] = page.groups[0].examples if page.groups else ()
-        best = [found for one in top if (found := strongest(one.pictures)) is not None][:PICTURES]
-        in_words = bool(top) and any(place.peak and place.kind != IMAGE for place in top[0].places)
-        label = page.label
-        self.missing = self.missing or page.missing
-        self.tiles.append(
-            Tile(
-                page.feature,
-                page.file,
-                page.title,
-                page.main_kind,
-                page.shares,
-                ", ".join(f"{percent(page.shares[kind])} {KIND_NAMES[kind]}" for kind in KINDS),
-                f"{percent(page.item_share)} of inputs",
-                page.item_share,
-                page.record.activation_max,
-                label.score if label and label.holds else None,
-                "unlabelled" if label is None or not label.holds else "labelled",
-                ", ".join(shown_token(word) for word, _ in page.record.top_logits[:PICTURES]),
-                _words(page, top),
-                tuple(TilePicture(picture, self._number(picture)) for picture in best),
-                _near_peak(top) if in_words else (),
-                top[0].activation if top else 0.0,
-            )
-        )
-
-    def arrange(self, features: Sequence[FeatureId]) -> None:
-        """Put the tiles into this order."""
-        place = {feature: at for at, feature in enumerate(features)}
-        self.tiles.sort(key=lambda tile: place[tile.feature])
-
-    @property
-    def layers(self) -> list[int]:
-        """Those of its features."""
-        return sorted({tile.feature.layer for tile in self.tiles})
-
-    @property
-    def kinds(self) -> list[tuple[str, str]]:
-        """Where its features mostly fire, with words."""
-        present = {tile.kind for tile in self.tiles}
-        known = [
-            *((kind, KIND_NAMES[kind]) for kind in ("image", "text", "answer")),
-            ("mixed", "several"),
-            ("none", "nothing"),
-        ]
-        return [(kind, words) for kind, words in known if kind in present]
-
-    @property
-    def sorts(self) -> list[tuple[str, str]]:
-        """Ways to sort that tell its features apart."""
-        scored = any(tile.score is not None for tile in self.tiles)
-        return [("order up", self.order), *(one for one in _SORTS if scored or not one[0].startswith("score"))]
-
-    def render(self) -> str:
-        """The page as one HTML string."""
-        geometries = Geometries()
-        table = [data_uri(data) for data in self._numbers]
-        return render_scripted(
-            "gallery.html.j2", geometries=geometries, gallery=self, heat=geometries, tables={"pictures": table}
-        )
-
-    def write(self, folder: Path) -> Path:
-        """Write `index.html`; returns its path.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
-        write_text(folder / "index.html", self.render())
-        return folder / "index.html"
-
-    def _number(self, picture: HeatPicture) -> int | None:
-        if picture.data is None:
-            return None
-        small = _small(picture.data)
-        return self._numbers.setdefault(small, len(self._numbers))
-
-
-def _small(data: bytes) -> bytes:
-    with Image.open(io.BytesIO(data)) as image:
-        small = image.convert("RGB")
-    small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=_QUALITY, optimize=True)
-    return buffer.getvalue()
-
-
-def _near_peak(top: Sequence[PageExample]) -> tuple[Place, ...]:
-    places = top[0].places
-    at = next(n for n, place in enumerate(places) if place.peak)
-    return places[max(0, at - _NEAR) : at + _NEAR + 1]
-
-
-def _words(page: FeaturePage, top: Sequence[PageExample]) -> str:
-    """What the search looks through, in lower case."""
-    parts: Iterable[str] = (
+def _tile(page: FeaturePage, small: Numbered) -> dict[str, Any]:
+    """What the gallery shows of a feature besides what its page has; small pictures are numbered."""
+    top = page.groups[0].examples if page.groups else ()
+    promotes = [shown_token(word) for word, _ in page.record.top_logits[:_PICTURES]]
+    best = [max(one.pictures, key=lambda picture: int(picture.levels.max(initial=0))) for one in top if one.pictures]
+    searched = [
         str(page.feature),
         page.title,
         *page.tags,
-        *(shown_token(word) for word, _ in page.record.top_logits[:PICTURES]),
+        *promotes,
         *(graph.name for graph in page.graphs),
-        *dict.fromkeys(one.caption for one in top[:PICTURES]),
-    )
-    return " ".join(" ".join(parts).lower().split())[:_WORDS]
+        *dict.fromkeys(one.caption for one in top[:_PICTURES]),
+    ]
+    places = top[0].places if top else ()
+    at = next((n for n, place in enumerate(places) if place.peak and place.kind != IMAGE), None)
+    return {
+        "split": ", ".join(f"{percent(page.shares[kind])} {KIND_NAMES[kind]}" for kind in KINDS),
+        "promotes": ", ".join(promotes),
+        "words": " ".join(" ".join(searched).lower().split())[:_WORDS],
+        "pictures": [
+            (picture, None if picture.data is None else small.number(jpeg_bytes(decode(picture.data), 92, 75)[0]))
+            for picture in best[:_PICTURES]
+        ],
+        # The words around the peak, if it is in words.
+        "places": () if at is None else places[max(0, at - _NEAR) : at + _NEAR + 1],
+        "top": top[0].activation if top else 0.0,
+    }

@@ -25,9 +25,7 @@ from vlmscope.core.intervention import AnswerExample, CircuitFeature, Curve, Fea
 from vlmscope.core.records import FeatureId, PatchBox
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
 from vlmscope.metrics.table import CELL, cell_means, corrected, rates, worst
-from vlmscope.report import figures
-from vlmscope.report.experiment_figures import word_bars
-from vlmscope.report.figures import share_matrices
+from vlmscope.report.figures import CONTROL, dose_response, layer_role_heatmap, rate_bars, share_matrices, word_bars
 from vlmscope.report.page import (
     Card,
     Cards,
@@ -35,11 +33,11 @@ from vlmscope.report.page import (
     Features,
     Figure,
     Percent,
-    Picture,
     Section,
     Table,
     Text,
-    flip_table,
+    Value,
+    drawn,
 )
 from vlmscope.report.style import label
 
@@ -47,7 +45,7 @@ AXES = ["positions", "layers", "strength", "limit"]  # of a setting, besides its
 LISTED = 24  # members of a supernode in a report; all are in circuits/ of the run folder
 
 
-class Declared(Protocol):
+class Mark(Protocol):
     """A mark, as `vlmscope.circuits.config.MarkConfig` declares it."""
 
     mark: str
@@ -70,21 +68,20 @@ class Folder:
     settings: Collection[str] = ()
 
     def file(self, name: str) -> Path:
-        """A file of the folder.
-
-        Raises:
-            UserError: the run has none of this name.
-        """
+        """A file of the folder, which the run must have made."""
         path = self.path / name
         if not path.is_file():
             raise UserError(f"{path}: no such file; a mark of the report shows it, and this run did not make it")
         return path
 
+    def figure(self, name: str) -> Path:
+        """Where a figure goes."""
+        return self.path / "figures" / f"{name}.png"
+
     @cached_property
     def trials(self) -> pd.DataFrame:
         """The table of all trials, and as `place` the setting with those of its axes that have several values."""
-        path = self.file("trials.parquet")
-        table: Any = pd.read_parquet(path)
+        table: Any = pd.read_parquet(self.file("trials.parquet"))
         groups: Any = table.groupby(["operation", "setting"], sort=False)
         table["place"] = table.setting
         for axis in AXES:
@@ -93,37 +90,27 @@ class Folder:
         return table
 
     def chosen(self, names: Sequence[str]) -> pd.DataFrame:
-        """The trials that "operation/setting" or "setting" names; all when there is no name.
-
-        Raises:
-            UserError: no trial is called so.
-        """
+        """The trials that "operation/setting" or "setting" names; all when there is no name."""
         table: Any = self.trials
         if not names:
             return table
         keys = table.operation + "/" + table.setting
-        wanted = keys.isin(names) | table.setting.isin(names)
         # A setting whose case set was empty, such as questions that stay, has no trial, and that is no mistake.
         missing = [n for n in names if n not in self.settings and not (keys.eq(n) | table.setting.eq(n)).any()]
         if missing:
             raise UserError(f"report: no trial {missing[0]!r}; there are {', '.join(dict.fromkeys(keys))}")
-        return table[wanted]
+        return table[keys.isin(names) | table.setting.isin(names)]
 
-    def rates(self, mark: Declared, by: Sequence[str], measure: str | None = None) -> pd.DataFrame:
+    def rates(self, mark: Mark, by: Sequence[str], measure: str | None = None) -> pd.DataFrame:
         """Rates of the mark's trials by columns, each trial by its own measure unless one is given or marked.
 
         q-values are corrected over all of them together.
-
-        Raises:
-            UserError: the table has no such column.
         """
         table: Any = self.chosen(mark.trials)
-        missing = [column for column in by if column not in table]
-        if missing:
-            raise UserError(f"report: trials have no column {missing[0]!r}; choose from {', '.join(table.columns)}")
         chosen = measure or mark.y
-        if chosen is not None and chosen not in table:
-            raise UserError(f"report: trials have no column {chosen!r}; choose from {', '.join(table.columns)}")
+        for column in [*by, *([chosen] if chosen else [])]:
+            if column not in table:
+                raise UserError(f"report: trials have no column {column!r}; choose from {', '.join(table.columns)}")
         trials = table.operation.str.partition("/")[0]  # "carry/name" is the trial `carry` with the features of a name
         measures = (trials + "/" + table.setting).map(lambda key: self.measures.get(key, "hit"))
         parts = [
@@ -132,7 +119,7 @@ class Folder:
         return corrected(pd.concat(parts))
 
 
-def cards(folder: Folder, name: str, mark: Declared) -> list[Section]:
+def cards(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """The worst question of each trial as a headline number; of recipients and donors the mean over cells."""
     if "donor" in folder.trials:
         lowest = cell_means(folder.rates(mark, ["operation", "setting", *CELL]), ["operation", "setting"])
@@ -142,35 +129,73 @@ def cards(folder: Folder, name: str, mark: Declared) -> list[Section]:
     made = []
     key: Any
     for key, row in lowest.iterrows():
-        operation, setting = key[:2]
-        said = f"{label(operation)}: {label(setting)}"
-        made.append(Card(said, _rate(row), "" if np.isnan(row.matched) else f"matched features: {row.matched:.0%}"))
+        detail = "" if np.isnan(row.matched) else f"matched features: {row.matched:.0%}"
+        made.append(Card(f"{label(key[0])}: {label(key[1])}", _rate(row), detail))
     return [Cards(mark.title or "Result", tuple(made), mark.says)]
 
 
-def bars(folder: Folder, name: str, mark: Declared) -> list[Section]:
+def bars(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """Rates by a column (the worst question is added to questions), a bar for each operation."""
-    x = mark.x or "question"
+    x, title = mark.x or "question", mark.title or f"By {mark.x or 'question'}"
+    categories = {"question": "question", "mode": "mode", "setting": "scope"}
+    if x not in categories:
+        raise UserError(f"report.{name}.x={x}: bars stand for {', '.join(categories)}; choose one, or mark: curve")
     rows = flip_rows(folder, mark)
     if x != "question" and any(row.question == "worst" for row in rows):
         rows = [row for row in rows if row.question == "worst"]
-    columns = {"question": lambda r: r.question, "mode": lambda r: r.mode, "setting": lambda r: r.scope}
-    if x not in columns:
-        raise UserError(f"report.{name}.x={x}: bars stand for {', '.join(columns)}; choose one, or mark: curve")
-    drawn = figures.bars(rows, folder.path / "figures" / f"{name}.png", columns[x], mark.title or f"By {x}")
-    return [Figure(mark.title or f"By {x}", (_picture(drawn, f"{mark.title}: rates by {x}"),), mark.says)]
+    series: dict[str, dict[str, FlipRow]] = {}
+    for row in rows:
+        of_method, category = series.setdefault(row.method, {}), getattr(row, categories[x])
+        if category in of_method:
+            raise ValueError(f"two rows for {row.method}, {category} in {title!r}")
+        of_method[category] = row
+    groups = list(dict.fromkeys(getattr(row, categories[x]) for row in rows))
+    notes = []
+    for group in groups:
+        counts = sorted({of[group].n_features for of in series.values() if group in of})
+        notes.append(f"({counts[0]}{f'/{counts[-1]}' if len(counts) > 1 else ''} features)")
+    cases = sorted({row.rate.cases for row in rows})
+    spread = f"{cases[0]}" if len(cases) == 1 else f"{cases[0]} to {cases[-1]}"
+    rates_of = {method: [of[g].rate if g in of else None for g in groups] for method, of in series.items()}
+    over = f"{title}\nn = {spread} cases"
+    path = rate_bars(groups, rates_of, folder.figure(name), over, "flip rate (% of cases)", notes=notes)
+    return [Figure(title, (drawn(path, f"{mark.title}: rates by {x}"),), mark.says)]
 
 
-def table(folder: Folder, name: str, mark: Declared) -> list[Section]:
+def table(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """All rates with their controls, intervals and q-values; with `file` that table instead."""
     if mark.file is not None:
         found = pq.read_table(folder.file(mark.file))
         rows = tuple(tuple(row.values()) for row in found.to_pylist())
         return [Table(mark.title or label(name), tuple(map(label, found.column_names)), rows, mark.says)]
-    return [flip_table(mark.title or "All rates", flip_rows(folder, mark), note=mark.says)]
+    return [flip_table(mark.title or "All rates", flip_rows(folder, mark), mark.says)]
 
 
-def curve(folder: Folder, name: str, mark: Declared) -> list[Section]:
+def flip_table(title: str, rows: Sequence[FlipRow], note: str = "") -> Table:
+    """Flip rates with intervals next to their controls, in the order given; rows for everything at once stand out.
+
+    Changed answers and q-values have columns where any row has them.
+    """
+
+    def control(rate: Rate | None) -> Percent | None:
+        return None if rate is None or rate.control is None else Percent(rate.control)
+
+    counted, tested = any(row.changed for row in rows), any(row.q is not None for row in rows)
+    columns = ["method", "mode", "question", "where", "features", "flip rate, 95 % interval", CONTROL]
+    columns += ["answer changed, 95 % interval", "changed, control"] if counted else []
+    columns += ["q"] if tested else []
+    values = []
+    for row in rows:
+        cells: list[Value] = [label(row.method), label(row.mode), label(row.question), label(row.scope)]
+        cells += [row.n_features, row.rate, control(row.rate)]
+        cells += [row.changed, control(row.changed)] if counted else []
+        cells += [row.q] if tested else []
+        values.append((*cells, row.rate.cases))
+    strong = frozenset(at for at, row in enumerate(rows) if row.question == "worst" and row.scope == "all")
+    return Table(title, (*columns, "cases"), tuple(values), note=note, strong=strong)
+
+
+def curve(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """A measure against a column, a line for each value of `by` and operation."""
     x, by = mark.x or "strength", mark.by or "question"
     found = folder.rates(mark, ["operation", by, x])
@@ -186,18 +211,15 @@ def curve(folder: Folder, name: str, mark: Declared) -> list[Section]:
         if rows.matched.notna().all():
             flat = tuple(map(float, rows.matched))
             lines.append(Curve(f"{called}, matched", tuple(map(float, at)), flat, flat, flat))
-    path, share = folder.path / "figures" / f"{name}.png", mark.y in (None, "hit", "changed", "recovered")
+    share = x == "limit" or mark.y in (None, "hit", "changed", "recovered")
     counted = "flip rate" if mark.y in (None, "hit") else label(mark.y)
-    said = f"{counted}{' (%)' if share else ''}"
     xlabel = {"limit": "features edited (number)", "layers": "layer"}.get(x, label(x))
-    if x == "limit":
-        drawn = figures.feature_count_curve(lines, path, xlabel, said)
-    else:
-        drawn = figures.dose_response(lines, path, xlabel, said, percent=share)
-    return [Figure(mark.title or f"Against {x}", (_picture(drawn, f"{mark.title} against {x}"),), mark.says)]
+    ylabel = f"{counted}{' (%)' if share else ''}"
+    path = dose_response(lines, folder.figure(name), xlabel, ylabel, percent=share, log_x=x == "limit")
+    return [Figure(mark.title or f"Against {x}", (drawn(path, f"{mark.title} against {x}"),), mark.says)]
 
 
-def matrix(folder: Folder, name: str, mark: Declared) -> list[Section]:
+def matrix(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """Recipients against donors, a panel for each question, and the `top` lowest cells with their controls."""
     found = folder.rates(mark, ["operation", *CELL])
     names = sorted({*found.index.get_level_values("recipient"), *found.index.get_level_values("donor")})
@@ -207,22 +229,22 @@ def matrix(folder: Folder, name: str, mark: Declared) -> list[Section]:
             label(str(question)): of.value.droplevel(["operation", "question"]).unstack().reindex(names, columns=names)
             for question, of in rows.groupby(level="question", sort=False)
         }
-        drawn = share_matrices(names, panels, folder.path / "figures" / f"{name}_{operation}.png")
+        path = share_matrices(names, panels, folder.figure(f"{name}_{operation}"))
         alt = f"{label(str(operation))}: answers with the donor's word in per cent"
         title = f"{mark.title} {label(str(operation))}".strip()
-        sections.append(Figure(title, (_picture(drawn, alt, True),), mark.says))
+        sections.append(Figure(title, (drawn(path, alt, True),), mark.says))
         lowest: Any = rows.sort_values("value", kind="stable").head(mark.top)
-        lines = tuple(
-            (recipient, donor, label(question), int(row.cases), _rate(row), *_control(row))
-            for (_, question, recipient, donor), row in lowest.iterrows()
-        )
+        lines = []
+        for (_, question, recipient, donor), row in lowest.iterrows():
+            control = (None, None) if np.isnan(row.matched) else (Percent(float(row.matched)), float(row.q))
+            lines.append((recipient, donor, label(question), int(row.cases), _rate(row), *control))
         columns = ("recipient", "donor", "question", "cases", "rate", "matched features", "q")
         note = f"q is corrected over all cells shown; the mean of all {len(rows)} is {rows.value.mean():.0%}."
-        sections.append(Table(f"{title}: lowest cells", columns, lines, note=note))
+        sections.append(Table(f"{title}: lowest cells", columns, tuple(lines), note=note))
     return sections
 
 
-def heatmap(folder: Folder, name: str, mark: Declared) -> list[Section]:
+def heatmap(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """A measure by layer and position, a panel for each question."""
     by, x = mark.by or "layers", mark.x or "positions"
     found: Any = folder.rates(mark, ["operation", "question", by, x])
@@ -231,41 +253,42 @@ def heatmap(folder: Folder, name: str, mark: Declared) -> list[Section]:
     for key, of in found.groupby(level=["operation", "question"], sort=False):
         cells = of.value.droplevel(["operation", "question"]).unstack(sort=False)
         said = f"{label(mark.y or 'hit')}, question: {key[1]}"
-        path = folder.path / "figures" / f"{name}_{key[1]}.png"
         values, rows = np.round(cells.to_numpy(), 3) + 0.0, [str(row) for row in cells.index]
-        figures.layer_role_heatmap(values, rows, list(cells.columns), path, said, label(x), label(by))
-        pictures.append(_picture(path, said))
+        path = folder.figure(f"{name}_{key[1]}")
+        layer_role_heatmap(values, rows, list(cells.columns), path, said, label(x), label(by))
+        pictures.append(drawn(path, said))
     return [Figure(mark.title or label(name), tuple(pictures), mark.says)]
 
 
-def examples(folder: Folder, name: str, mark: Declared) -> list[Section]:
+def examples(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """Answers before and after, with pictures."""
-    shown = read_records(folder.file("examples.parquet"), AnswerExample)
-    return [Examples(mark.title or "Answers before and after", tuple(shown[: mark.top]), mark.says)]
+    rows = pq.read_table(folder.file("examples.parquet")).to_pylist()
+    shown = tuple(AnswerExample(**{key: _tuples(value) for key, value in row.items()}) for row in rows[: mark.top])
+    return [Examples(mark.title or "Answers before and after", shown, mark.says)]
 
 
-def features(folder: Folder, name: str, mark: Declared) -> list[Section]:
+def features(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """The features of each supernode, the strongest with pictures on which they fire."""
     rows = pq.read_table(folder.file("evidence.parquet")).to_pylist()
     sections: list[Section] = []
     for node in dict.fromkeys(row["supernode"] for row in rows):
-        members = [_member(row) for row in rows if row["supernode"] == node]
-        says = f"{mark.says} The {min(LISTED, len(members))} most influential of {len(members)}.".strip()
-        listed = Supernode(node, tuple(members[:LISTED]))
+        members = [row for row in rows if row["supernode"] == node]
+        listed = Supernode(node, tuple(map(_member, members[:LISTED])))
+        says = f"{mark.says} The {len(listed.features)} most influential of {len(members)}.".strip()
         sections.append(Features(f"Features of {node}", listed, says, shown=mark.top))
     return sections
 
 
-def picture(folder: Folder, name: str, mark: Declared) -> list[Section]:
+def picture(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """Figures that the run made: figures/<name>.png, or those whose names the pattern `file` fits."""
     title, pattern = mark.title or label(name), f"{mark.file or name}.png"
     paths = sorted((folder.path / "figures").glob(pattern))
     if not paths:
         return [Text(title, (f"This run has no figures/{pattern}.",))]
-    return [Figure(title, tuple(_picture(path, label(path.stem), True) for path in paths), mark.says)]
+    return [Figure(title, tuple(drawn(path, label(path.stem), True) for path in paths), mark.says)]
 
 
-def groups(folder: Folder, name: str, mark: Declared) -> list[Section]:
+def groups(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """Horizontal bars of the run's table <name>.parquet: the mean of `y` for each `x`, a bar for each value of `by`."""
     found: Any = pd.read_parquet(folder.path / f"{name}.parquet")
     x, by, y = mark.x or "name", mark.by or "series", mark.y or "value"
@@ -273,11 +296,11 @@ def groups(folder: Folder, name: str, mark: Declared) -> list[Section]:
     rows = {key: mean(of[y].to_numpy()) for key, of in found.groupby([by, x], sort=False)}
     names = list(dict.fromkeys(found[x]))
     series = {label(str(one)): [rows.get((one, at)) for at in names] for one in dict.fromkeys(found[by])}
-    drawn = word_bars(names, series, folder.path / "figures" / f"{name}.png", f"{label(y)} (%)")
-    return [Figure(mark.title or label(name), (_picture(drawn, f"{mark.title}: {label(y)}"),), mark.says)]
+    path = word_bars(names, series, folder.figure(name), f"{label(y)} (%)")
+    return [Figure(mark.title or label(name), (drawn(path, f"{mark.title}: {label(y)}"),), mark.says)]
 
 
-def text(folder: Folder, name: str, mark: Declared) -> list[Section]:
+def text(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """Paragraphs."""
     return [Text(mark.title or label(name), tuple(part for part in mark.says.split("\n\n") if part))]
 
@@ -287,35 +310,30 @@ MARKS: dict[str, Callable[[Folder, str, Any], list[Section]]] = {
 }
 
 
-def sections_of(folder: Folder, marks: Mapping[str, Any]) -> list[Section]:
+def sections_of(folder: Folder, marks: Mapping[str, Mark]) -> list[Section]:
     """All sections of a report in the order of its marks, which `check_marks` accepts."""
-    sections: list[Section] = []
-    for name, mark in marks.items():
-        sections += MARKS[mark.mark](folder, name, mark)
-    return sections
+    return [section for name, mark in marks.items() for section in MARKS[mark.mark](folder, name, mark)]
 
 
-def check_marks(marks: Mapping[str, Any], trials: Mapping[str, Sequence[str]], more: bool = False) -> None:
+def check_marks(marks: Mapping[str, Mark], trials: Mapping[str, Sequence[str]], more: bool = False) -> None:
     """Refuse marks that could not be drawn, before anything is run.
 
     Args:
         marks: of the report.
         trials: setting -> the trials that it runs.
         more: the experiment's own analysis makes further trials, whose names are not known before.
-
-    Raises:
-        UserError: no such mark, or one of a trial or setting that is not declared.
     """
     names = {f"{trial}/{setting}" for setting, of in trials.items() for trial in of} | set(trials)
     for name, mark in marks.items():
         if mark.mark not in MARKS:
             raise UserError(f"report.{name}.mark={mark.mark}: no such mark; choose from {', '.join(MARKS)}")
-        for one in mark.trials:
-            if one not in names and not more:
-                raise UserError(f"report.{name}.trials: {one!r} is not declared; there are {', '.join(sorted(names))}")
+        unknown = [] if more else [one for one in mark.trials if one not in names]
+        if unknown:
+            there = ", ".join(sorted(names))
+            raise UserError(f"report.{name}.trials: {unknown[0]!r} is not declared; there are {there}")
 
 
-def flip_rows(folder: Folder, mark: Declared) -> list[FlipRow]:
+def flip_rows(folder: Folder, mark: Mark) -> list[FlipRow]:
     """Rates of the mark's trials as rows of the table of results, the worst question after those of each trial.
 
     Of a trial that counts changed answers, `rate` are its hits all the same.
@@ -330,16 +348,14 @@ def flip_rows(folder: Folder, mark: Declared) -> list[FlipRow]:
         shown, moved = (part.loc[group.index] for part in (hits if counted == "changed" else found, also))
         for at, question in enumerate(group.index.get_level_values("question")):
             q = None if np.isnan(group.q.iloc[at]) else float(group.q.iloc[at])
-            both = _rate(shown.iloc[at]), _rate(moved.iloc[at])
-            size = int(group.edited.iloc[at])
-            rows.append(FlipRow(operation, mode, str(question), place, both[0], size, both[1], None, q))
+            rate, changed, size = _rate(shown.iloc[at]), _rate(moved.iloc[at]), int(group.edited.iloc[at])
+            rows.append(FlipRow(operation, mode, str(question), place, rate, size, changed, None, q))
         if len(group) > 1:
             low = int(np.argmin(group["value"]))
-            both = [
+            rate, changed = (
                 _rate(part.iloc[low].where(part.columns != "matched", part.matched.max())) for part in (shown, moved)
-            ]
-            size = int(group.edited.iloc[low])
-            rows.append(FlipRow(operation, mode, "worst", place, both[0], size, both[1]))
+            )
+            rows.append(FlipRow(operation, mode, "worst", place, rate, int(group.edited.iloc[low]), changed))
     return rows
 
 
@@ -354,15 +370,6 @@ def _end(layers: str) -> float:
     return float(last or first)
 
 
-def _control(row: Any) -> tuple[Percent | None, float | None]:
-    """The control's rate and q, where there was a control."""
-    return (None, None) if np.isnan(row.matched) else (Percent(float(row.matched)), float(row.q))
-
-
-def _picture(path: Path, alt: str, wide: bool = False) -> Picture:
-    return Picture(path.read_bytes(), alt, alt, wide)
-
-
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A Parquet file of rows, as the mark "table" shows one."""
     with atomic_path(path) as temporary:
@@ -370,61 +377,41 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_records(path: Path, records: Sequence[Any]) -> None:
-    """Dataclass records as a Parquet file, a column for each field."""
-    write_rows(path, [_plain(asdict(record)) for record in records])
+    """Dataclass records as a Parquet file, a column for each field.
 
-
-def read_records(path: Path, kind: type[Any]) -> list[Any]:
-    """The records of `write_records`; nested lists come back as JSON had them."""
-    return [kind(**{key: _tuples(value) for key, value in row.items()}) for row in pq.read_table(path).to_pylist()]
-
-
-def _plain(value: Any) -> Any:
-    """Pairs of words and numbers, which no Arrow list can mix, as JSON text."""
-    return {k: json.dumps(v) if isinstance(v, tuple | list) else v for k, v in value.items()}
+    Pairs of words and numbers, which no Arrow list can mix, are JSON text.
+    """
+    rows = [asdict(record) for record in records]
+    write_rows(path, [{k: json.dumps(v) if isinstance(v, tuple | list) else v for k, v in row.items()} for row in rows])
 
 
 def _tuples(value: Any) -> Any:
+    """Undo the JSON of `write_records`."""
     if isinstance(value, str) and value[:1] == "[":
         return tuple(tuple(one) if isinstance(one, list) else one for one in json.loads(value))
     return value
 
 
-def _member(row: Mapping[str, Any]) -> CircuitFeature:
-    return CircuitFeature(
-        FeatureId.parse(row["feature"]),
-        row["role"],
-        row["contrast"],
-        row["influence"],
-        tuple(_example(one) for one in row["examples"]),
-        _tuples(row["top_logits"]),
-        _tuples(row["bottom_logits"]),
-        row["label"],
-    )
-
-
-def _example(row: Mapping[str, Any]) -> FeatureExample:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-    return FeatureExample(**{**values, "patch_boxes": tuple(PatchBox(*box) for box in row["patch_boxes"])})
-
-
 def write_evidence(path: Path, nodes: Sequence[Supernode]) -> None:
     """`evidence.parquet`: a row for each feature of each supernode."""
-    rows = [
-        {
-            "supernode": node.name,
-            "feature": str(member.feature),
-            "role": member.role,
-            "contrast": member.contrast,
-            "influence": member.influence,
-            "label": member.label,
-            "top_logits": json.dumps(member.top_logits),
-            "bottom_logits": json.dumps(member.bottom_logits),
-            "examples": [
-                {**asdict(one), "patch_boxes": [list(box) for box in one.patch_boxes]} for one in member.examples
-            ],
-        }
-        for node in nodes
-        for member in node.features
-    ]
+    rows = []
+    for node in nodes:
+        for member in node.features:
+            shown = [{**asdict(one), "patch_boxes": [list(box) for box in one.patch_boxes]} for one in member.examples]
+            words = {key: json.dumps(getattr(member, key)) for key in ("top_logits", "bottom_logits")}
+            plain = {key: getattr(member, key) for key in ("role", "contrast", "influence", "label")}
+            rows.append({"supernode": node.name, "feature": str(member.feature), **plain, **words, "examples": shown})
     write_rows(path, rows)
+
+
+def _member(row: Mapping[str, Any]) -> CircuitFeature:
+    shown = []
+    for one in row["examples"]:
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in one.items()}
+        boxes = tuple(PatchBox(*box) for box in one["patch_boxes"])
+        shown.append(FeatureExample(**{**values, "patch_boxes": boxes}))
+    top, bottom = _tuples(row["top_logits"]), _tuples(row["bottom_logits"])
+    feature = FeatureId.parse(row["feature"])
+    return CircuitFeature(
+        feature, row["role"], row["contrast"], row["influence"], tuple(shown), top, bottom, row["label"]
+    )

@@ -1,35 +1,28 @@
-"""Report pages: their sections as records, and the self-contained HTML page.
+"""Report pages: sections as plain records, each drawn by the template of the same name, and the HTML page.
 
-The parts that a report page is made of: plain records, each drawn by the template of the same name.
-
-A cell or card value is a string (shown as it is), a number (three significant digits), a share wrapped in `Percent`,
-or a
-`Rate`, which brings its interval. Exact values travel along in `data-value` attributes, so a page can be read by
-machines.
-
-One self-contained HTML page from typed sections: styles inside, pictures as data URIs, no script, no network.
-
-The page works from `file://`, in light and dark, on paper and with a keyboard. Everything is escaped by the template
-engine, and a content security policy in the page forbids any fetch, should something slip through.
+A page is self-contained (styles inside, pictures as data URIs, no script, no network) and works from `file://`, in
+light and dark, on paper and with a keyboard. The template engine escapes everything, and a content security policy in
+the page forbids any fetch, should something slip through. Exact values travel along in `data-value` attributes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vlmscope.core.artifacts import write_text
-from vlmscope.core.graph import PrunedGraph
-from vlmscope.core.intervention import AnswerExample, FeatureExample, FlipRow, Rate, Supernode
+from vlmscope.core.intervention import AnswerExample, Rate, Supernode
 from vlmscope.core.runs import Number, Reproduced
 from vlmscope.report import thumbnails
-from vlmscope.report.style import label
+
+TEMPLATES = Path(__file__).parent / "templates"
+_UNIT = "\u00a0%"  # the space must not break
 
 
 class Percent(NamedTuple):
@@ -38,7 +31,7 @@ class Percent(NamedTuple):
     share: float
 
 
-_UNIT = "\u00a0%"  # the space must not break
+# A string is shown as it is, a number to three significant digits, a rate with its interval, None as a dash.
 Value = str | int | float | Percent | Rate | None
 
 
@@ -92,11 +85,6 @@ class Picture:
     alt: str
     caption: str = ""
     wide: bool = False
-
-
-def drawn(path: Path, alt: str, wide: bool = False) -> Picture:
-    """A figure that lies in a file."""
-    return Picture(path.read_bytes(), alt, alt, wide)
 
 
 @dataclass(frozen=True)
@@ -165,47 +153,14 @@ class Experiments:
 Section = Cards | Table | Figure | Examples | Features | Text | Details | Experiments
 
 
-def flip_table(title: str, rows: Iterable[FlipRow], intro: str = "", note: str = "") -> Table:
-    """Flip rates with intervals beside their controls, in the order given; the rows for everything at once stand
-    out. Changed answers and q-values have columns where any row has them.
-    """
-    rows = list(rows)
-    columns = ["method", "mode", "question", "where", "features", "flip rate, 95 % interval", "matched control"]
-    counted, tested = any(row.changed for row in rows), any(row.q is not None for row in rows)
-    columns += ["answer changed, 95 % interval", "changed, control"] if counted else []
-    columns += ["q"] if tested else []
-    values = []
-    for row in rows:
-        cells: list[Value] = [label(row.method), label(row.mode), label(row.question), label(row.scope)]
-        cells += [row.n_features, row.rate, _control(row.rate)]
-        cells += [row.changed, _control(row.changed)] if counted else []
-        cells += [row.q] if tested else []
-        values.append((*cells, row.rate.cases))
-    strong = frozenset(at for at, row in enumerate(rows) if row.question == "worst" and row.scope == "all")
-    return Table(title, (*columns, "cases"), tuple(values), intro, note, strong)
+def drawn(path: Path, alt: str, wide: bool = False) -> Picture:
+    """A drawn figure as part of a page; its words are its caption too."""
+    return Picture(path.read_bytes(), alt, alt, wide)
 
 
-def _control(rate: Rate | None) -> Percent | None:
-    return None if rate is None or rate.control is None else Percent(rate.control)
-
-
-def graph_cards(title: str, pruned: PrunedGraph, intro: str = "") -> Cards:
-    """Size and scores of an attribution graph."""
-    graph, scores = pruned.graph, pruned.scores
-    cards = (
-        Card("replacement score", scores.replacement, "share of influence that runs through features, not errors"),
-        Card("completeness score", scores.completeness, "share of incoming influence that is explained"),
-        Card("nodes kept", pruned.n_nodes, f"of {graph.n_nodes:,} at threshold {pruned.node_threshold:g}"),
-        Card("edges kept", pruned.n_edges, f"of {graph.n_edges:,} at threshold {pruned.edge_threshold:g}"),
-        Card("influence of tokens", Percent(scores.token_share), "of what reaches the logits, pictures included"),
-        Card("influence of errors", Percent(scores.error_share), f"biases: {percent(scores.bias_share)}"),
-    )
-    return Cards(title, cards, intro)
-
-
-def mapping_table(title: str, values: Mapping[str, Value], columns: Sequence[str] = ("name", "value")) -> Table:
+def mapping_table(title: str, values: Mapping[str, Value], columns: tuple[str, str] = ("name", "value")) -> Table:
     """A two-column table, for example of package versions or flat metrics."""
-    return Table(title, (columns[0], columns[1]), tuple(values.items()))
+    return Table(title, columns, tuple(values.items()))
 
 
 def percent(share: float) -> str:
@@ -218,13 +173,25 @@ def percent(share: float) -> str:
     return shown
 
 
+def number(value: int | float) -> str:
+    """A count with thousands separators, or a real number to three significant digits."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.2e}"
+
+
+def interval(rate: Rate) -> str:
+    """The 95 % interval of a rate, as `95.0 to 99.0 %`."""
+    return f"{100 * rate.ci_low:.1f} to {100 * rate.ci_high:.1f}{_UNIT}"
+
+
 def measured(found: Number) -> Value:
     """A headline number as the pages show it: a share in per cent, with its interval where it has one."""
-    if found.value is None:
-        return None
-    if found.rate is not None and found.share:
-        return found.rate
-    return Percent(found.value) if found.share else found.value
+    if found.value is None or not found.share:
+        return found.value
+    return Percent(found.value) if found.rate is None else found.rate
 
 
 def range_of(found: Number) -> str:
@@ -242,43 +209,24 @@ def duration(seconds: float | None) -> str:
     return f"{whole}\u00a0s" if whole < 60 else f"{whole // 60}\u00a0min {whole % 60:02d}\u00a0s"
 
 
-def number(value: int | float) -> str:
-    """A count with thousands separators, or a real number to three significant digits."""
-    if isinstance(value, int):
-        return f"{value:,}"
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:.2e}"
-
-
-def interval(rate: Rate) -> str:
-    """The 95 % interval of a rate, as `95.0 to 99.0 %`."""
-    return f"{100 * rate.ci_low:.1f} to {100 * rate.ci_high:.1f}{_UNIT}"
-
-
 def show(value: Value) -> str:
     """The words for a value; a rate without its interval, nothing known as a dash."""
     if value is None:
         return "–"
-    if isinstance(value, str):
-        return value
+    if isinstance(value, Percent | Rate):
+        return percent(_plain(value))
+    return value if isinstance(value, str) else number(value)
+
+
+def exact(value: int | float | Percent | Rate) -> str:
+    """The number behind what is shown, unrounded."""
+    return repr(_plain(value))
+
+
+def _plain(value: int | float | Percent | Rate) -> int | float:
     if isinstance(value, Percent):
-        return percent(value.share)
-    if isinstance(value, Rate):
-        return percent(value.value)
-    return number(value)
-
-
-def exact(value: Value) -> str | None:
-    """The number behind what is shown, unrounded; None for words and unknowns."""
-    if value is None or isinstance(value, str):
-        return None
-    if isinstance(value, Percent):
-        return repr(float(value.share))
-    return repr(float(value.value)) if isinstance(value, Rate) else repr(value)
-
-
-TEMPLATES = Path(__file__).parent / "templates"
+        return float(value.share)
+    return float(value.value) if isinstance(value, Rate) else value
 
 
 @dataclass(frozen=True)
@@ -291,28 +239,23 @@ class ReportPage:
     title: str
     question: str
     summary: str
-    sections: tuple[Section, ...] = field(default=())
+    sections: tuple[Section, ...] = ()
     footer: str = ""
 
     def render(self) -> str:
         """The page as one HTML string."""
-        anchors = _anchors([section.title for section in self.sections])
-        pairs = list(zip(anchors, self.sections, strict=True))
-        return environment().get_template("page.html.j2").render(page=self, sections=pairs)
+        sections = list(zip(_anchors([section.title for section in self.sections]), self.sections, strict=True))
+        return environment().get_template("page.html.j2").render(page=self, sections=sections)
 
     def write(self, path: str | Path) -> Path:
-        """Render and write atomically; returns the path.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
+        """Render and write atomically; returns the path."""
         write_text(path, self.render())
         return Path(path)
 
 
 @cache
 def environment() -> Environment:
-    """The template engine with the filters of all pages."""
+    """The template engine with the filters of reports."""
     made = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -320,34 +263,21 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters: dict[str, Any] = {
-        "show": show,
-        "exact": exact,
-        "percent": percent,
-        "number": number,
-        "interval": interval,
-        "measured": measured,
-        "range_of": range_of,
-        "duration": duration,
+    for filter_ in (show, exact, percent, number, interval, measured, range_of, duration):
+        made.filters[filter_.__name__] = filter_
+    made.filters |= {
         "data_uri": thumbnails.data_uri,
         "png_size": thumbnails.png_size,
+        "picture": thumbnails.example_png,
         "alt": thumbnails.example_alt,
         "spans": thumbnails.token_spans,
-        "picture": _example_picture,
     }
-    made.filters.update(filters)
     made.tests["rate"] = lambda value: isinstance(value, Rate)
     made.tests["numeric"] = lambda value: value is not None and not isinstance(value, str)
     return made
 
 
-def _example_picture(example: FeatureExample) -> bytes:
-    png = thumbnails.example_png(example)
-    assert png is not None, "the template asks for a picture only where there is one"
-    return png
-
-
-def _anchors(titles: list[str]) -> list[str]:
+def _anchors(titles: Sequence[str]) -> list[str]:
     """A unique, readable fragment name for every title."""
     seen: dict[str, int] = {}
     anchors = []

@@ -1,6 +1,7 @@
 """One look for all figures: a colour-blind safe palette that also survives a grey printer, and one way to save.
 
-Series differ by hatch, marker or line style besides their colour (Okabe and Ito's palette), so no meaning hangs on hue.
+Series differ by hatch, marker or line style besides their colour (Okabe and Ito's palette), so no meaning depends on
+hue.
 """
 
 import logging
@@ -12,8 +13,10 @@ from typing import Any
 import matplotlib as mpl
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from vlmscope.core.artifacts import atomic_path
 
@@ -47,9 +50,6 @@ LABELS = {
     "patch": "patching",
     "ablate": "ablation",
     "generate": "generated, token by token",
-    "direct": "direct",
-    "frozen_attention": "frozen attention",
-    "free": "free",
     "all": "all layers, all positions",
     "no_last_layer": "without last layer",
     "no_last_position": "without last position",
@@ -73,13 +73,25 @@ def pick(choices: tuple[Any, ...], number: int) -> Any:
     return choices[number % len(choices)]
 
 
+def line_style(number: int) -> dict[str, Any]:
+    """Colour, dashes and marker of a line; where colours repeat, their markers differ."""
+    marker = pick(MARKERS, number + number // len(COLOURS))
+    return {"color": pick(COLOURS, number), "linestyle": pick(LINES, number), "marker": marker, "markersize": 5}
+
+
+def bar_style(number: int) -> dict[str, Any]:
+    """Colour and hatch of a bar."""
+    return {"color": pick(COLOURS, number), "hatch": pick(HATCHES, number), "edgecolor": "white", "linewidth": 0}
+
+
+def percent_axis(axis: Axis) -> None:
+    """Label shares 0..1 in per cent; the unit belongs to the axis label."""
+    axis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+
+
 @contextmanager
 def drawing(path: str | Path, width: float, height: float, constrained: bool = True) -> Iterator[Figure]:
-    """Yield an empty figure of `width` x `height` inches; on success it is written to `path` as PNG, atomically.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Yield an empty figure of `width` x `height` inches; on success it is written to `path` as PNG, atomically."""
     with mpl.rc_context({**sns.axes_style("whitegrid"), **_RC}):  # pyright: ignore[reportArgumentType]
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained" if constrained else None)
         FigureCanvasAgg(figure)

@@ -1,12 +1,7 @@
-"""Small pictures of where features fire.
+"""Small pictures of where features fire, and text as shaded tokens.
 
-Pictures of where a feature fires: the input with its activation grid over it, and text as shaded tokens.
-
-Activation grids stay small numbers until someone looks at them; only here do they become PNG bytes or shades.
-
-Pictures with the patches on which a feature fires, kept apart: the page draws one over the other, or leaves it.
-
-Activations stay what they are in the study, a byte a patch. Where patches lie is written once a page.
+Reports hold pictures with the tint drawn in; feature pages hold the picture and, as numbers, how strongly the feature
+fires on each patch, so that a reader can take the heatmap away.
 """
 
 from __future__ import annotations
@@ -14,22 +9,25 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from vlmscope.core.intervention import FeatureExample
 from vlmscope.core.records import PatchBox
+from vlmscope.data.images import png_bytes
 
+SIDE = 128  # pixels
 _TINT = (255, 0, 200)  # magenta: on no planet, and visible on black space
 _MAX_ALPHA = 130
 _COLOURS = 96  # palette size; with it, a thumbnail is a third of its true-colour size and looks the same
+_SHORT_TEXT = 24  # tokens
 
 
-@dataclass(frozen=True)
-class TokenSpan:
-    """A token to shade: `shade` 0..1 is its activation over the window's maximum; `peak` marks that maximum."""
+class TokenSpan(NamedTuple):
+    """A token to shade: `shade` 0..1 is its activation over the example's maximum; `peak` marks that maximum."""
 
     text: str
     activation: float
@@ -38,22 +36,26 @@ class TokenSpan:
 
 
 _GAP = TokenSpan("…", 0.0, 0.0, False)
-_SHORT_TEXT = 24  # tokens
 
 
-def png_bytes(image: Image.Image | np.ndarray) -> bytes:
-    """A picture (PIL, or uint8 `[H, W, 3]`) as PNG bytes."""
+def jpeg_bytes(image: Image.Image, side: int, quality: int) -> tuple[bytes, int, int]:
+    """A picture of at most `side` pixels an edge as JPEG, with its width and height."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    small.save(buffer, format="JPEG", quality=quality, optimize=True)
+    return buffer.getvalue(), small.width, small.height
+
+
+def thumbnail(image: Image.Image) -> tuple[bytes, int, int]:
+    """A picture of at most `SIDE` pixels an edge: a small one exactly, as PNG, else JPEG; with its width and height."""
+    if max(image.size) <= SIDE:
+        return png_bytes(image), image.width, image.height
+    return jpeg_bytes(image, SIDE, 82)
 
 
 def data_uri(picture: bytes) -> str:
-    """PNG or JPEG bytes as a `data:` address that a page can hold.
-
-    Raises:
-        ValueError: the bytes are neither.
-    """
+    """PNG or JPEG bytes as a `data:` address; anything else is a `ValueError`."""
     jpeg = picture[:3] == b"\xff\xd8\xff"
     if not jpeg:
         png_size(picture)
@@ -61,11 +63,7 @@ def data_uri(picture: bytes) -> str:
 
 
 def png_size(png: bytes) -> tuple[int, int]:
-    """Width and height in pixels, from the header alone.
-
-    Raises:
-        ValueError: the bytes are not a PNG.
-    """
+    """Width and height in pixels, from the header alone; `ValueError` when the bytes are not a PNG."""
     if png[:8] != b"\x89PNG\r\n\x1a\n" or len(png) < 24:
         raise ValueError("not a PNG picture")
     return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
@@ -78,9 +76,7 @@ def decode(png: bytes) -> Image.Image:
 
 
 def enlarge(image: Image.Image, side: int) -> Image.Image:
-    """Scale so that the longer edge is about `side` pixels; small pictures grow by a whole factor, without
-    smoothing.
-    """
+    """Scale the longer edge to about `side` pixels; small pictures grow by a whole factor, without smoothing."""
     longer = max(image.size)
     if longer >= side:
         size = (max(1, image.width * side // longer), max(1, image.height * side // longer))
@@ -89,77 +85,69 @@ def enlarge(image: Image.Image, side: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def activation_grid(activations: Sequence[float], top: float = 0.0) -> np.ndarray:
-    """Activations relative to `top`, or to their maximum where that is larger, as uint8; negative ones give 0."""
-    values = np.maximum(np.asarray(activations, np.float64), 0.0)
-    return np.round(255 * values / (max(values.max(initial=0.0), top) or 1.0)).astype(np.uint8)
-
-
 def overlay(
-    image: Image.Image, boxes: Sequence[PatchBox], activations: Sequence[float], side: int = 128, top: float = 0.0
+    image: Image.Image, boxes: Sequence[PatchBox], activations: Sequence[float], side: int = SIDE, top: float = 0.0
 ) -> Image.Image:
     """The picture with every patch tinted by its activation and a black-and-white frame around the strongest one.
 
     The tint is relative to the strongest patch, or to `top` where that is larger.
-
-    Raises:
-        ValueError: boxes and activations differ in number.
     """
     if len(boxes) != len(activations):
         raise ValueError(f"{len(boxes)} patch boxes but {len(activations)} activations")
     picture = enlarge(image.convert("RGB"), side)
-    if not boxes:
+    if max(activations, default=0.0) <= 0:
         return picture
-    grid = activation_grid(activations, top)
+    values = np.maximum(np.asarray(activations, np.float64), 0.0)
+    levels = np.round(255 * values / max(values.max(), top)).astype(int)
     tint = Image.new("RGBA", picture.size, (*_TINT, 0))
     paint = ImageDraw.Draw(tint)
-    for box, level in zip(boxes, grid, strict=True):
+    for box, level in zip(boxes, levels.tolist(), strict=True):
         left, upper, right, bottom = box.pixels(*picture.size)
-        paint.rectangle((left, upper, right - 1, bottom - 1), fill=(*_TINT, int(level) * _MAX_ALPHA // 255))
+        paint.rectangle((left, upper, right - 1, bottom - 1), fill=(*_TINT, level * _MAX_ALPHA // 255))
     picture = Image.alpha_composite(picture.convert("RGBA"), tint).convert("RGB")
-    if max(activations) > 0:
-        left, upper, right, bottom = boxes[int(np.argmax(activations))].pixels(*picture.size)
-        frame = ImageDraw.Draw(picture)
-        frame.rectangle((left, upper, right - 1, bottom - 1), outline=(0, 0, 0), width=3)
-        frame.rectangle((left + 1, upper + 1, right - 2, bottom - 2), outline=(255, 255, 255), width=1)
+    left, upper, right, bottom = boxes[int(values.argmax())].pixels(*picture.size)
+    frame = ImageDraw.Draw(picture)
+    frame.rectangle((left, upper, right - 1, bottom - 1), outline=(0, 0, 0), width=3)
+    frame.rectangle((left + 1, upper + 1, right - 2, bottom - 2), outline=(255, 255, 255), width=1)
     return picture
 
 
-def example_png(example: FeatureExample, side: int = 128) -> bytes | None:
-    """The example's picture with its activations over it as PNG bytes; None when the example is text alone."""
+def example_picture(example: FeatureExample, side: int = SIDE) -> Image.Image | None:
+    """The example's picture with its activations over it; None when the example is text alone."""
     if example.image_png is None:
         return None
-    picture = overlay(decode(example.image_png), example.patch_boxes, example.patch_activations, side, _top(example))
+    return overlay(decode(example.image_png), example.patch_boxes, example.patch_activations, side, _top(example))
+
+
+def example_png(example: FeatureExample) -> bytes | None:
+    """`example_picture` as PNG bytes."""
+    picture = example_picture(example)
+    if picture is None:
+        return None
     return png_bytes(picture.quantize(_COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE))
 
 
 def example_alt(example: FeatureExample) -> str:
     """Words for a reader who cannot see the example's picture: what it is, and where the feature fires most."""
-    if not example.patch_boxes or max(example.patch_activations) <= 0:
-        return f"{example.caption}; the feature does not fire on the picture"
-    box = example.patch_boxes[int(np.argmax(example.patch_activations))]
-    firing = sum(value > 0 for value in example.patch_activations)
-    return f"{example.caption}; fires on {firing} of {len(example.patch_boxes)} patches, most at {where(box)}"
+    return _alt(example.caption, example.patch_boxes, np.asarray(example.patch_activations))
 
 
-def where(box: PatchBox) -> str:
-    """Which part of a picture a patch is in, such as `top left`."""
+def _alt(caption: str, boxes: Sequence[PatchBox], values: np.ndarray) -> str:
+    firing = int((values > 0).sum())
+    if not firing:
+        return f"{caption}; the feature does not fire on the picture"
+    box = boxes[int(values.argmax())]
     down = ("top", "middle", "bottom")[min(2, int(3 * (box.top + box.bottom) / 2))]
     across = ("left", "centre", "right")[min(2, int(3 * (box.left + box.right) / 2))]
-    return f"{down} {across}"
+    return f"{caption}; fires on {firing} of {len(boxes)} patches, most at {down} {across}"
 
 
 def token_spans(example: FeatureExample, context: int = 3) -> list[TokenSpan]:
-    """The example's text as shaded tokens: those that fire and `context` on either side, the rest as one `…` a gap.
+    """The example's text as shaded tokens: those that fire and `context` on either side, the rest as one `…` per gap.
 
     Shades are relative to the example's strongest position, pictures included. Text alone is kept whole when short.
-
-    Raises:
-        ValueError: tokens and activations differ in number.
     """
     values = np.asarray(example.token_activations, np.float64)
-    if len(example.tokens) != len(values):
-        raise ValueError(f"{len(example.tokens)} tokens but {len(values)} activations")
     near = np.zeros(len(values), bool)
     for at in np.flatnonzero(values > 0):
         near[max(at - context, 0) : at + context + 1] = True
@@ -180,17 +168,13 @@ def _top(example: FeatureExample) -> float:
     return max((*example.patch_activations, *example.token_activations), default=0.0) or 1.0
 
 
-SIDE = 128
-_DIGITS = 4  # of a patch's edges, as fractions of the picture
-
-
 @dataclass(frozen=True)
 class HeatPicture:
     """A picture and where a feature fires on it.
 
     Attributes:
-        data: the small picture as PNG or JPEG; None when it could not be had.
-        width, height: of it in pixels.
+        data: the small picture as PNG or JPEG; None when it is not available.
+        width: of it in pixels; `height` likewise.
         caption: what the input says.
         boxes: P patches.
         levels: `[P]` uint8, activations in 255ths of the example's peak.
@@ -205,57 +189,13 @@ class HeatPicture:
     levels: np.ndarray
     peak: bool
 
-    def __post_init__(self) -> None:
-        if len(self.boxes) != len(self.levels):
-            raise ValueError(f"{len(self.boxes)} patch boxes but {len(self.levels)} levels")
-
     @property
     def alt(self) -> str:
         """Words for those who cannot see it."""
         gone = "" if self.data is not None else "Picture not available. "
-        firing = int((self.levels > 0).sum())
-        if not firing:
-            return f"{gone}{self.caption}; the feature does not fire on the picture"
-        box = self.boxes[int(self.levels.argmax())]
-        return f"{gone}{self.caption}; fires on {firing} of {len(self.boxes)} patches, most at {where(box)}"
-
-    @property
-    def uri(self) -> str:
-        """The picture as an address; empty when it could not be had."""
-        return "" if self.data is None else data_uri(self.data)
+        return gone + _alt(self.caption, self.boxes, self.levels)
 
     @property
     def levels64(self) -> str:
         """The levels as base64."""
         return base64.b64encode(np.asarray(self.levels, np.uint8).tobytes()).decode("ascii")
-
-
-@dataclass
-class Geometries:
-    """Numbers for the arrangements of patches on a page, so that each is written once."""
-
-    known: dict[tuple[PatchBox, ...], int] = field(default_factory=dict)
-
-    def number(self, boxes: tuple[PatchBox, ...]) -> int:
-        """The number of an arrangement; a new one gets the next."""
-        return self.known.setdefault(boxes, len(self.known))
-
-    def table(self) -> list[list[float]]:
-        """Left, top, right, bottom of every patch, one list an arrangement."""
-        return [[round(edge, _DIGITS) for box in boxes for edge in box] for boxes in self.known]
-
-
-def thumbnail(image: Image.Image, side: int = SIDE) -> tuple[bytes, int, int]:
-    """A picture of at most `side` pixels an edge, as PNG (small ones, exactly) or JPEG, with its width and height."""
-    if max(image.size) <= side:
-        return png_bytes(image), image.width, image.height
-    small = image.convert("RGB")
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=82, optimize=True)
-    return buffer.getvalue(), small.width, small.height
-
-
-def strongest(pictures: Sequence[HeatPicture]) -> HeatPicture | None:
-    """The picture with the strongest patch."""
-    return max(pictures, key=lambda picture: int(picture.levels.max(initial=0)), default=None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vlmscope.core.errors import UserError
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
@@ -34,11 +35,14 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from vlmscope.attribution.compare import aggregate, write_tables
     from vlmscope.attribution.export import save_merged, write_merged_json
-    from vlmscope.report.merged_figure import aggregate_graph
+    from vlmscope.attribution.trace_files import graph_files
+    from vlmscope.report.graph_figure import aggregate_graph
     from vlmscope.tasks.label import feature_labels, look_for_labels
 
     look_for_labels(cfg)
-    files = _files(cfg.task.runs)
+    files = graph_files(cfg.task.runs)
+    if not files:
+        raise UserError("no graphs: give task.runs=[RUN,...], the folders of task=trace runs")
     passes = iter(("matching", "summing"))
 
     def bar(graphs: Iterable[Any]) -> Iterator[Any]:
@@ -61,30 +65,3 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         "aggregate/edges_in_all": float((found.edge_count == found.n_graphs).sum()),
         "graph/json_mb": size,
     }
-
-
-def _files(runs: list[str]) -> list[Path]:
-    """The graph files of all runs; those of a trace of many rows in the order of its index.
-
-    Raises:
-        UserError: a run is none, or there are none.
-    """
-    from vlmscope.attribution.compare import GRAPH_FILE, graph_file
-    from vlmscope.core.artifacts import parse_json, text_lines
-    from vlmscope.core.errors import UserError
-    from vlmscope.tasks.tracing.rows import INDEX
-
-    files: list[Path] = []
-    for place in runs:
-        index = Path(place) / INDEX
-        if not index.is_file():
-            files.append(graph_file(place))
-            continue
-        try:
-            folders = [Path(place) / parse_json(line)["folder"] for _, line in text_lines(index)]
-        except (UserError, KeyError, TypeError) as error:
-            raise UserError(f"{index} is incomplete; finish that run with trainer.resume=true") from error
-        files += [graph_file(folder / GRAPH_FILE) for folder in folders]
-    if not files:
-        raise UserError("no graphs: give task.runs=[RUN,...], the folders of task=trace runs")
-    return files

@@ -27,9 +27,8 @@ from vlmscope.features.structure import modality_metrics, modality_parts, modali
 from vlmscope.interventions.effects import mean_ablated, mlp_outputs
 from vlmscope.metrics.causal import bootstrap_mean
 from vlmscope.metrics.table import rates
-from vlmscope.report.figures import dose_response, layer_role_heatmap
+from vlmscope.report.figures import dose_response, layer_role_heatmap, modality_by_layer
 from vlmscope.report.marks import write_rows
-from vlmscope.report.study_figures import modality_by_layer
 
 if TYPE_CHECKING:
     from vlmscope.circuits.experiment import Declared

@@ -39,7 +39,6 @@ from vlmscope.report.graph_figure import attribution_graph
 from vlmscope.report.marks import write_evidence, write_records, write_rows
 from vlmscope.tasks.association import from_association
 from vlmscope.tasks.bench import Bench
-from vlmscope.tasks.tracing.graph_metrics import graph_metrics
 
 CAPTION_PROMPT = "describe this image in detail ."
 MIN_SHARE = 0.005  # of what a supernode takes in: weaker edges are not drawn
@@ -117,7 +116,7 @@ def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, Ro
     draw_diagram(folder / "figures" / "circuit.png", nodes, direct_edges([pruned.graph], nodes), image, MIN_SHARE)
     groups = {m.feature: node.name for node in nodes for m in node.features}
     attribution_graph(pruned, folder / "figures" / "graph.png", [image], groups, labels=bench.labels)
-    bench.metrics |= metrics | graph_metrics(traces[0], float(np.median(seconds)))
+    bench.metrics |= metrics | traces[0].metrics() | {"graph/seconds": float(np.median(seconds))}
     return circuit, means
 
 

@@ -51,7 +51,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.features.search import find_by_words
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.features.top_examples import study_examples
-    from vlmscope.report.feature_page import FeatureRow, feature_sheet
+    from vlmscope.report.picture_figures import FeatureRow, feature_sheet
 
     study = StudyFolder(folder)
     labels = Labels(study, task.hand)

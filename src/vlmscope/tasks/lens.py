@@ -28,7 +28,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.features.readouts import token_lens
     from vlmscope.models.base import token_strings
     from vlmscope.models.batching import make_batch
-    from vlmscope.report.figures import soft_token_words
+    from vlmscope.report.picture_figures import soft_token_words
     from vlmscope.tasks.wiring import load_model, user_pictures
 
     if cfg.prompt is None:

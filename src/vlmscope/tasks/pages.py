@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from vlmscope.core.errors import UserError, check_choice, check_least
+from vlmscope.core.records import FeatureId, generator
+from vlmscope.core.study import KINDS
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
+    from vlmscope.features.labels import Label
+    from vlmscope.features.study_files import LayerTable, StudyFolder
     from vlmscope.tasks.registry import RunContext
 
-RULES = ("frequency", "activation", "image", "text", "answer", "random", "score")
-
 USES = ("data", "study")
+RULES = {
+    "frequency": "most often",
+    "activation": "strongest activation",
+    "image": "on pictures, most often",
+    "text": "on prompts, most often",
+    "answer": "on answers, most often",
+    "random": "drawn at random",
+    "score": "label score",
+}
+_MOSTLY = 0.6  # of a feature's firings are at positions of the kind
+_AUTOMATIC = "auto"  # the set of labels that may be missing
 
 
 @dataclass
@@ -33,19 +52,15 @@ class Config:
     layers: list[int] = field(default_factory=list)
     top: int = 200
     graphs: list[str] = field(default_factory=list)
-    labels: str = "auto"
+    labels: str = _AUTOMATIC
     examples: int = 12
     samples: int = 4
     title: str | None = None
 
     def __post_init__(self) -> None:
-        from vlmscope.core.errors import UserError, check_choice
-
         if self.rule is not None:
             check_choice("task.rule", self.rule, RULES)
-        for key, least in (("top", 1), ("examples", 1), ("samples", 0)):
-            if getattr(self, key) < least:
-                raise UserError(f"task.{key}={getattr(self, key)}: it must be at least {least}")
+        check_least("task", self, top=1, examples=1, samples=0)
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
@@ -59,43 +74,131 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     start, task, place = perf_counter(), cfg.task, needed_study(cfg)
 
+    from vlmscope.features.labels import read_labels, set_path
     from vlmscope.features.study_files import StudyFolder
-    from vlmscope.report.gallery import Gallery, feature_json
-    from vlmscope.tasks.gallery.choice import choose
-    from vlmscope.tasks.gallery.graphs import graph_uses
-    from vlmscope.tasks.gallery.parts import PageMaker, study_labels
+    from vlmscope.report.gallery import PageMaker, feature_json, graph_uses, write_gallery
 
     study, folder = StudyFolder(place), context.run_dir / "pages"
-    labels = study_labels(study, task.labels)
-    chosen = choose(study, task, labels, cfg.seed)
-    places = [*([task.from_graph] if task.from_graph else []), *task.graphs]
-    maker = PageMaker(study, task, labels, graph_uses(places, study.info, folder), chosen.tags)
-    gallery = Gallery(task.title or chosen.title, maker.summary(len(chosen.features)), maker.facts, chosen.order)
-    neighbours = dict(
-        zip(chosen.features, zip([None, *chosen.features], [*chosen.features[1:], None], strict=False), strict=True)
-    )
-    with tqdm(total=len(chosen.features), desc="pages", unit="page", delay=1.0) as bar:
-        for layer, indices in chosen.by_layer().items():
+    labels_path = set_path(study.path, task.labels)
+    labels = {} if task.labels == _AUTOMATIC and not labels_path.is_file() else read_labels(labels_path)
+    chosen = _choose(study, task, labels, cfg.seed)
+    uses = graph_uses([*([task.from_graph] if task.from_graph else []), *task.graphs], study.info, folder)
+    maker = PageMaker(study, labels, uses, chosen.tags, task.examples, task.samples)
+    order = list(dict.fromkeys(chosen.features))
+    place_of = {feature: at for at, feature in enumerate(order)}
+    by_layer: dict[int, list[int]] = {}
+    for feature in sorted(order):
+        study.check(feature)
+        by_layer.setdefault(feature.layer, []).append(feature.index)
+    pages = []
+    with tqdm(total=len(order), desc="pages", unit="page", delay=1.0) as bar:
+        for layer, indices in by_layer.items():  # each layer's file is read once
             for record in study.features(layer, indices):
                 page, views = maker.page(record)
-                page.write(folder, *neighbours[record.feature])
-                write_json(
-                    folder / page.json_file, feature_json(record, views, study.info, maker.extra(page)), indent=None
-                )
-                gallery.add(page)
+                at = place_of[record.feature]
+                page.write(folder, order[at - 1] if at else None, order[at + 1] if at + 1 < len(order) else None)
+                write_json(folder / page.json_file, feature_json(page, views), indent=None)
+                pages.append(page.shortened())
                 bar.update()
-    gallery.arrange(chosen.features)
-    index = gallery.write(folder)
-    print(
-        f"{index}: {len(chosen.features)} features"
-        + (f"; pictures are missing: {gallery.missing}" if gallery.missing else "")
+    pages.sort(key=lambda page: place_of[page.feature])
+    info = study.info
+    summary = (
+        f"A feature is a direction that the model uses for something. Here are {len(order):,} of "
+        f"{sum(info.n_features.values()):,}, each with inputs on which it is strongest, out of {info.items:,} that "
+        "were studied. Open one to see where it fires and what it does to the answer."
     )
+    index = write_gallery(folder, pages, task.title or chosen.title, summary, chosen.order)
+    print(f"{index}: {len(order)} features" + (f"; pictures are missing: {maker.missing}" if maker.missing else ""))
     sizes = [path.stat().st_size for path in folder.glob("L*.html")]
     return {
-        "pages/features": float(len(chosen.features)),
-        "pages/labelled": float(sum("labelled" in tile.label_class.split() for tile in gallery.tiles)),
+        "pages/features": float(len(order)),
+        "pages/labelled": float(sum(page.labelled for page in pages)),
         "pages/pictures_missing": float(maker.gone),
         "pages/index_mb": index.stat().st_size / 1e6,
         "pages/page_mb": sum(sizes) / len(sizes) / 1e6,
         "perf/pages_seconds": perf_counter() - start,
     }
+
+
+class _Chosen(NamedTuple):
+    """Features in the order of the gallery, what that order is called, a title, and what each belongs to."""
+
+    features: list[FeatureId]
+    order: str
+    title: str
+    tags: Mapping[FeatureId, tuple[str, ...]] = {}
+
+
+def _choose(study: StudyFolder, task: Config, labels: Mapping[FeatureId, Label], seed: int) -> _Chosen:
+    """The features that the task asks for, in one of four ways."""
+    named = [f"task.{key}=" for key in ("features", "from_graph", "from_circuit", "rule") if getattr(task, key)]
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)} were given: these are ways to choose features; give one of them")
+    if task.layers and named and not task.rule:
+        raise UserError("task.layers= goes with task.rule=; leave it out, features are chosen already")
+    if task.features:
+        return _Chosen([FeatureId.parse(text) for text in task.features], "as named", "Features")
+    if task.from_graph is not None:
+        from vlmscope.attribution.compare import graph_file
+        from vlmscope.attribution.export import load_graph
+        from vlmscope.attribution.influence import top_features
+
+        graph = load_graph(graph_file(task.from_graph)).graph
+        features = list(top_features(graph, task.top))
+        return _Chosen(features, "influence in the graph", f"Features behind “{graph.prompt}”")
+    if task.from_circuit is not None:
+        return _of_circuit(Path(task.from_circuit), task.top)
+    return _by_rule(study, task, labels, seed)
+
+
+def _of_circuit(place: Path, top: int) -> _Chosen:
+    """The `top` first features of each supernode."""
+    from vlmscope.circuits.circuit import load_circuit
+
+    files = (place / "circuit.yaml", *sorted(place.glob("circuits/*/circuit.yaml")))
+    found = [file.parent for file in files if file.is_file()]
+    if len(found) != 1:
+        what = "no circuit.yaml" if not found else f"{len(found)} circuits"
+        raise UserError(f"{place} holds {what}; give the folder of one circuit, as in .../circuits/mars_earth")
+    tags: dict[FeatureId, tuple[str, ...]] = {}
+    for name, node in load_circuit(found[0]).supernodes.items():
+        for member in sorted(node.features, key=lambda m: -m.influence)[:top]:
+            tags[member.feature] = (*tags.get(member.feature, ()), f"circuit {found[0].name}: {name}")
+    return _Chosen(list(tags), "influence in the circuit", f"Features of the circuit {found[0].name}", tags)
+
+
+def _by_rule(study: StudyFolder, task: Config, labels: Mapping[FeatureId, Label], seed: int) -> _Chosen:
+    """The first features of each layer by a rule, layers sharing `top` evenly."""
+    rule, layers = task.rule or "frequency", task.layers or study.layers
+    if rule == "score" and not labels:
+        raise UserError(f"task.rule=score: the study has no labels {task.labels!r}; label it, or choose another rule")
+    found: list[FeatureId] = []
+    for number, layer in enumerate(layers):
+        count = task.top // len(layers) + (number < task.top % len(layers))
+        grades = _grades(study.layer(layer), rule, labels, seed)
+        # Of equal grades the lower index stands first.
+        ranked = np.argsort(-grades, kind="stable")
+        found += [FeatureId(layer, int(index)) for index in ranked[:count] if grades[index] > 0]
+    if not found:
+        raise UserError(f"task.rule={rule}: no feature of these layers is like that; choose another rule")
+    return _Chosen(found, RULES[rule], f"Features: {RULES[rule]}, of each layer")
+
+
+def _grades(table: LayerTable, rule: str, labels: Mapping[FeatureId, Label], seed: int) -> np.ndarray:
+    """`[F]`, the larger the earlier; 0 for features that are out."""
+    if rule == "activation":
+        return table.activation_max.astype(np.float64)
+    fires = table.items_fired > 0
+    if rule == "random":
+        return fires * (1.0 + generator(seed, "pages", table.layer).permutation(len(fires)))
+    if rule == "score":
+        grades = np.zeros(len(fires))
+        for feature, label in labels.items():
+            if feature.layer == table.layer and label.beats_chance:
+                grades[feature.index] = label.score or 0.0
+        return grades
+    grades = table.items_fired.astype(np.float64)
+    if rule in KINDS:
+        share = table.fired[:, KINDS.index(rule)] / np.maximum(table.fired.sum(1), 1)
+        grades[share < _MOSTLY] = 0.0
+    return grades

@@ -73,7 +73,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from vlmscope.features import structure
     from vlmscope.features.study_files import StudyFolder, write_table
-    from vlmscope.report.study_figures import modality_by_layer, score_by_layer, twins_by_layer
+    from vlmscope.report.figures import modality_by_layer, score_by_layer, twins_by_layer
     from vlmscope.tasks.wiring import load_model, load_scope
 
     study, figures = StudyFolder(folder), context.run_dir / "figures"
@@ -184,7 +184,7 @@ def draw_clusters(path: Path, study: StudyFolder, clusters: Sequence[Row]) -> Pa
     """The strongest example of some members of each cluster; None where no member has one."""
     from vlmscope.core.records import FeatureId
     from vlmscope.features.top_examples import study_examples
-    from vlmscope.report.feature_page import FeatureRow, feature_sheet
+    from vlmscope.report.picture_figures import FeatureRow, feature_sheet
 
     sheet = []
     for row in clusters:

@@ -1,14 +1,35 @@
-"""Attribution graph of one prompt and its pictures, or of many: graph.json, graph.safetensors and a picture of it."""
+"""Attribution graph of one prompt and its pictures, or of many: graph.json, graph.safetensors and a picture of it.
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+Many rows (`task.rows=FILE`) get a folder each, `rows/<id>/`, that is complete or absent: what a single trace writes,
+and `row.json`. `graphs.jsonl` has a line per finished row (id, folder, prompt, images, metrics). A killed run goes on
+with `trainer.resume=true`; the index is then made anew from the folders, so that half a line does no harm.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmscope.core.errors import NoRoom, UserError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from vlmscope.config import AppConfig
+    from vlmscope.data.inputs import PromptRow
+    from vlmscope.models.base import ModelInputs
+    from vlmscope.scope import Scope
     from vlmscope.tasks.registry import RunContext
 
 USES = ("attribution",)
 MEMORY = "attribution.max_nodes, attribution.batch_size or attribution.memory_gb"
+_LOG = logging.getLogger(__name__)
+_ROWS, _ROW = "rows", "row.json"
+_MAPPED = 3  # targets in figures/patches.png
 
 
 @dataclass
@@ -26,19 +47,16 @@ class Config:
     skip_bad: bool = False
 
 
-def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
+def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Trace `prompt=` on `image=` (none for text alone), or every row of `task.rows=`."""
-    from vlmscope.core.errors import UserError
     from vlmscope.tasks.label import look_for_labels
 
     look_for_labels(cfg)
 
-    from vlmscope.tasks.tracing.one import trace_into
-    from vlmscope.tasks.tracing.rows import trace_rows
     from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
 
     if cfg.task.rows is not None:
-        return trace_rows(cfg, context)
+        return _trace_rows(cfg, context)
     if cfg.prompt is None:
         choice = f"prompt_name= one of {', '.join(cfg.prompts.prompts)}" if cfg.prompts else "'prompt=what is this ?'"
         raise UserError(f"no prompt: add {choice} (and image=path/to/picture.png)")
@@ -48,4 +66,183 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     vlm = load_model(cfg)
     inputs = vlm.prepare(cfg.prompt, pictures)
     scope = load_scope(cfg, vlm, context.overrides)
-    return trace_into(context.run_dir, cfg, scope, inputs, pictures)
+    return _trace_into(context.run_dir, cfg, scope, inputs, pictures)
+
+
+def _trace_into(
+    folder: Path,
+    cfg: AppConfig,
+    scope: Scope,
+    inputs: ModelInputs,
+    pictures: Sequence[Image.Image],
+    name: str | None = None,
+) -> dict[str, float]:
+    """Trace a prompt and write all files of it into a folder, whose name the graph has by default; metrics."""
+    from vlmscope.attribution.export import save_graph, write_graph_json
+    from vlmscope.attribution.influence import reaches_image
+    from vlmscope.attribution.trace import trace
+    from vlmscope.attribution.trace_files import write_heads, write_patches, write_scores
+    from vlmscope.core.runs import printable
+    from vlmscope.data.images import for_figures
+    from vlmscope.report.graph_figure import attribution_graph
+    from vlmscope.report.picture_figures import patch_maps
+    from vlmscope.tasks.label import feature_labels
+
+    labels = feature_labels(cfg, scope.vlm.name, scope.transcoders)
+    traced = trace(scope, inputs, cfg.attribution, folder)
+    graph, pruned, metrics, extra = traced.graph, traced.pruned, traced.metrics(), None
+    save_graph(folder / "graph.safetensors", pruned)
+    if cfg.attribution.patches and pictures:
+        maps, record = write_patches(folder / "patches.safetensors", scope.vlm, traced, cfg.attribution)
+        extra, effect = {"patches": record}, cfg.attribution.patch_effect
+        if cfg.task.figure:
+            shown = maps[: _MAPPED * len(pictures)]
+            patch_maps(shown, for_figures(pictures), folder / "figures" / "patches.png", effect)
+        answer = maps[: len(pictures)]
+        whole = sum(abs(found.from_patches) + sum(map(abs, found.remainder.values())) for found in answer)
+        metrics["graph/patch_residual"] = max(found.residual for found in maps)
+        metrics["graph/patch_share"] = sum(found.from_patches for found in answer) / (whole or 1.0)
+    size = write_graph_json(folder / "graph.json", pruned, name or folder.name, scope.vlm.name, labels, extra)
+    metrics["graph/json_mb"] = size
+    if cfg.task.figure:
+        attribution_graph(pruned, folder / "figures" / "graph.png", for_figures(pictures), labels=labels)
+    if cfg.task.rows is None:
+        for words in traced.explained():
+            print(f"  {printable(words)}")
+    metrics |= write_scores(folder / "attention.json", traced, cfg.attribution.n_pairs)
+    if cfg.task.head_edges:
+        write_heads(folder / "heads.json", traced, cfg.task.head_edges)
+    if pictures:
+        metrics["graph/answer_sees_image"] = float(reaches_image(pruned, int(graph.nodes.ends()[0])))
+    return metrics
+
+
+def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
+    """Trace the rows of `task.rows` that have no folder yet.
+
+    Every row is checked before any is traced. Metrics are means over the rows that have them, and counts of rows.
+    """
+    from tqdm import tqdm
+
+    from vlmscope.attribution.trace_files import INDEX
+    from vlmscope.core.artifacts import write_text
+    from vlmscope.data.inputs import read_rows
+    from vlmscope.tasks.wiring import load_model, load_scope
+
+    if cfg.prompt is not None or cfg.image is not None:
+        raise UserError("task.rows= brings its own prompts and pictures; leave out prompt= and image=")
+    run_dir, folder = context.run_dir, context.run_dir / _ROWS
+    if folder.is_dir() and any(folder.iterdir()) and not cfg.trainer.resume:
+        raise UserError(f"{folder} holds rows already; add trainer.resume=true to go on, or choose a new hydra.run.dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, unreadable = read_rows(cfg.task.rows)
+    skipped = _refuse(cfg, [str(row) for row in unreadable])
+    origin = _origin(cfg, context.overrides)
+    done = {row.id: record for row in rows if (record := _finished(folder / row.id, row, origin)) is not None}
+    resumed = len(done)
+    vlm = load_model(cfg)
+    usable, refused = [], []
+    for row in tqdm([row for row in rows if row.id not in done], desc="checking rows", unit="row", delay=2.0):
+        try:
+            _inputs(vlm, row)
+            usable.append(row)
+        except UserError as error:
+            refused.append(f"{row.origin}: {error}")
+    skipped += _refuse(cfg, refused)
+    scope = load_scope(cfg, vlm, context.overrides)
+    resume = f"trainer.resume=true with hydra.run.dir={run_dir}"
+    with (run_dir / INDEX).open("w", encoding="utf-8") as index:
+        index.writelines(map(index_line, done.values()))
+        for row in tqdm(usable, desc="trace", unit="row", initial=resumed, total=resumed + len(usable)):
+            index.flush()
+            try:
+                done[row.id] = _trace_row(cfg, scope, row, folder, origin)
+            except NoRoom as error:  # no bad row
+                raise NoRoom(f"{error}; {resume} resumes") from error
+            except UserError as error:
+                if not cfg.task.skip_bad:
+                    advice = f"task.skip_bad=true leaves such rows out, and {resume} goes on"
+                    raise UserError(f"{row.origin}: {error}; {advice}") from error
+                skipped += _refuse(cfg, [f"{row.origin}: {error}"])
+                continue
+            index.write(index_line(done[row.id]))
+    records = [done[row.id] for row in rows if row.id in done]
+    if not records:
+        raise UserError(f"no row could be traced ({skipped} skipped); run.log in {run_dir} says why of each")
+    write_text(run_dir / INDEX, "".join(map(index_line, records)))  # in the order of the rows
+    print(f"  {len(records)} rows traced ({resumed} of them before), {skipped} skipped")
+    values: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record["metrics"].items():
+            values.setdefault(name, []).append(value)
+    counts = {"rows/traced": float(len(records)), "rows/resumed": float(resumed), "rows/skipped": float(skipped)}
+    return {name: sum(found) / len(found) for name, found in values.items()} | counts
+
+
+def _refuse(cfg: AppConfig, bad: Sequence[str]) -> int:
+    """Say which rows are bad: one line that stops all, or with `task.skip_bad` a warning each; how many there are."""
+    if bad and not cfg.task.skip_bad:
+        more = f" (and {len(bad) - 1} more bad rows)" if len(bad) > 1 else ""
+        raise UserError(f"{bad[0]}{more}; correct the file, or leave such rows out with task.skip_bad=true")
+    for row in bad:
+        _LOG.warning("skipped %s", row)
+    return len(bad)
+
+
+def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """Everything that a row's graph depends on besides the row, by name."""
+    from vlmscope.core.artifacts import flat, plain
+    from vlmscope.tasks.wiring import model_origin, study_digest, transcoder_origin
+
+    # The two that are left out change memory and time.
+    attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in ("batch_size", "memory_gb")}
+    if cfg.attribution.labels is not None:
+        attribution["labels"] = study_digest(cfg.attribution.labels)
+    task = {"task.figure": cfg.task.figure, "task.head_edges": cfg.task.head_edges, "seed": cfg.seed}
+    return plain(model_origin(cfg) | transcoder_origin(cfg, overrides) | flat("attribution", attribution) | task)
+
+
+def _row_record(row: PromptRow) -> dict[str, Any]:
+    """What tells a row from another one."""
+    from vlmscope.core.artifacts import files_digest
+
+    images = [str(image) for image in row.images]
+    return {"id": row.id, "prompt": row.prompt, "images": images, "pictures": files_digest(row.images)}
+
+
+def _finished(folder: Path, row: PromptRow, origin: dict[str, Any]) -> dict[str, Any] | None:
+    """What is known of a row that was traced before, with the same row, settings, model and transcoders, else None."""
+    from vlmscope.core.artifacts import read_json, refuse_other
+
+    if not folder.is_dir():
+        return None
+    record = read_json(folder / _ROW)
+    advice = "choose a new hydra.run.dir, or remove it"
+    refuse_other(f"{row.origin}: {folder}", record.get("origin"), origin, advice)
+    if any(record.get(key) != value for key, value in _row_record(row).items()):
+        raise UserError(f"{row.origin}: {folder} was traced with another prompt or other pictures; {advice}")
+    return record
+
+
+def _inputs(vlm: Any, row: PromptRow) -> tuple[ModelInputs, list[Image.Image]]:
+    from vlmscope.data.images import open_images
+
+    pictures = open_images(row.images)
+    return vlm.prepare(row.prompt, pictures), pictures
+
+
+def _trace_row(cfg: AppConfig, scope: Scope, row: PromptRow, folder: Path, origin: dict[str, Any]) -> dict[str, Any]:
+    from vlmscope.core.artifacts import atomic_folder, write_json
+
+    inputs, pictures = _inputs(scope.vlm, row)
+    with atomic_folder(folder / row.id) as half:
+        metrics = _trace_into(half, cfg, scope, inputs, pictures, row.id)
+        record = {**_row_record(row), "folder": f"{_ROWS}/{row.id}", "metrics": metrics, "origin": origin}
+        write_json(half / _ROW, record)
+    return record
+
+
+def index_line(record: dict[str, Any]) -> str:
+    """The line of `graphs.jsonl` for a row."""
+    shown = {key: value for key, value in record.items() if key not in ("origin", "pictures")}
+    return json.dumps(shown, ensure_ascii=False) + "\n"

@@ -56,7 +56,7 @@ class Config(RecipeConfig):
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Train, save to `<run_dir>/transcoders`, and report FVU, L0, dead features and the change of cross-entropy."""
     from vlmscope.core.artifacts import flat, folder_digest, read_json, write_json, write_text
-    from vlmscope.report.training_figures import fvu_by_layer
+    from vlmscope.report.figures import fvu_by_layer
     from vlmscope.tasks.transcoder_batches import batches_for, cache_settings
     from vlmscope.tasks.wiring import data_origin, load_model, model_origin
     from vlmscope.training.ranks import own_share

@@ -30,11 +30,11 @@ from vlmscope.attribution.export import (
     write_merged_json,
 )
 from vlmscope.attribution.influence import influence, logit_weights, prune
+from vlmscope.attribution.trace_files import INDEX, graph_files
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AggregateGraph, GraphComparison, NodeKind, PrunedGraph
 from vlmscope.core.records import FeatureId, PatchBox
-from vlmscope.tasks.aggregate import _files
-from vlmscope.tasks.tracing.rows import INDEX, _line
+from vlmscope.tasks.trace import index_line
 
 SCHEMA = Path(vlmscope.__file__).parent / "attribution" / "schema" / "neuronpedia-graph.schema.json"
 
@@ -303,11 +303,11 @@ def test_line_ends_of_unicode_in_a_prompt_do_not_cut_the_index_of_rows(tmp_path:
         (tmp_path / "rows" / name).mkdir(parents=True)
         save_graph(tmp_path / "rows" / name / GRAPH_FILE, traced(0))
     records = [{"folder": f"rows/{name}", "prompt": "one\u2028two\u2029three\x85four"} for name in names]
-    (tmp_path / INDEX).write_text("".join(map(_line, records)), encoding="utf-8")
-    assert _files([str(tmp_path)]) == [tmp_path / "rows" / name / GRAPH_FILE for name in names]
-    (tmp_path / INDEX).write_text(_line(records[0]) + _line(records[1])[:30])
+    (tmp_path / INDEX).write_text("".join(map(index_line, records)), encoding="utf-8")
+    assert graph_files([str(tmp_path)]) == [tmp_path / "rows" / name / GRAPH_FILE for name in names]
+    (tmp_path / INDEX).write_text(index_line(records[0]) + index_line(records[1])[:30])
     with pytest.raises(UserError, match="graphs.jsonl is incomplete"):
-        _files([str(tmp_path)])
+        graph_files([str(tmp_path)])
 
 
 def whole(node_threshold: float = 0.8) -> PrunedGraph:

@@ -19,6 +19,7 @@ from vlmscope.core.intervention import (
 )
 from vlmscope.core.records import FeatureId, PatchBox
 from vlmscope.report import page as s
+from vlmscope.report.marks import flip_table
 from vlmscope.report.page import ReportPage
 
 HOSTILE = "<start_of_image> & \"quotes\" <script>alert('x')</script>"
@@ -198,8 +199,7 @@ def make_page(word: str = "", width: int = SIDE) -> ReportPage:
             s.Figure(f"The circuit{word}", (figure, replace(figure, wide=False))),
             s.Features("Mars", supernode, shown=2),
             s.Features("Mars", supernode, shown=3),
-            s.graph_cards("Attribution graph", make_pruned()),
-            s.flip_table("Flip rates", flips, note=f"Of all.{word}"),
+            flip_table("Flip rates", flips, f"Of all.{word}"),
             s.Table(
                 "Specificity", ("prompts", f"changed{word}"), (("digits", s.Percent(0.0042)), (f"none{word}", None))
             ),

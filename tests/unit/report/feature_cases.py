@@ -19,15 +19,16 @@ from vlmscope.core.study import (
     StudyInfo,
     StudyItem,
 )
-from vlmscope.report.feature_page import ExampleGroup, FeaturePage, GraphUse, PageExample, PageLabel, StudyFacts
-from vlmscope.report.gallery import Gallery
+from vlmscope.features.labels import Label
+from vlmscope.report.feature_page import ExampleGroup, FeaturePage, GraphUse, PageExample
+from vlmscope.report.gallery import write_gallery
 from vlmscope.report.thumbnails import HeatPicture, thumbnail
 
 N = len(BOXES)
 INFO = StudyInfo(
     "orrery", {"name": "set"}, {3: 64}, {}, {"window": 32}, 200, 200, {"text": 1000, "image": 3200, "answer": 400}
 )
-FACTS = StudyFacts("orrery", "set", INFO.items, INFO.positions, (3,), "run")
+MARS_LABEL = Label("planet = mars", "auto", "items", 0.97, 0.9, 0.99, beats_chance=True)
 
 
 def make_item(words: tuple[str, ...] = ("what", "is", "this", "?"), answer: str = "mars", number: int = 1) -> StudyItem:
@@ -63,7 +64,7 @@ def make_record(views: list[ExampleView], index: int = 5, words: str = "mars") -
 
 
 def make_feature_page(
-    words: str = "mars", index: int = 5, label: PageLabel | None = None, gone: bool = False
+    words: str = "mars", index: int = 5, label: Label | None = None, gone: bool = False
 ) -> FeaturePage:
     """A page whose token, caption, logit, graph and origin all are `words`."""
     item = make_item(("what", words, "?"), words)
@@ -74,25 +75,23 @@ def make_feature_page(
         peak = item.kinds[view.example.position] == IMAGE
         picture = HeatPicture(None if gone else data, width, height, words, BOXES, view.picture_levels(0), bool(peak))
         example = PageExample(view.example.activation, (picture,), view.places(), words, words)
-        groups.append(ExampleGroup(view.example.group, title, (example,), 1))
+        groups.append(ExampleGroup(view.example.group, title, (example,)))
     graph = GraphUse(words, words, (("report", "../run/report.html"),), ((3, words, 1.5),), 0.02)
     missing = f"{words}: no such file" if gone else ""
     record = make_record(views, index, words)
-    return FeaturePage(record, FACTS, f"at {words}", tuple(groups), label, (graph,), (words,), missing)
+    return FeaturePage(record, INFO, f"at {words}", tuple(groups), label, (graph,), (words,), "run", missing)
 
 
 def write_pages(folder: Path) -> Path:
     """A gallery of a labelled feature, a hostile one, and one whose pictures are gone; returns its index."""
     pages = [
-        make_feature_page("mars", 5, PageLabel("planet = mars", "auto", 0.97, 0.9, 0.99, True)),
-        make_feature_page(HOSTILE, 6, PageLabel(HOSTILE, "hand")),
+        make_feature_page("mars", 5, MARS_LABEL),
+        make_feature_page(HOSTILE, 6, Label(HOSTILE, "hand")),
         make_feature_page("earth", 7, gone=True),
     ]
-    gallery = Gallery("Features", "Three of them.", FACTS)
     for page in pages:
         page.write(folder, None, pages[-1].feature)
-        gallery.add(page)
-    return gallery.write(folder)
+    return write_gallery(folder, pages, "Features", "Three of them.")
 
 
 def photo(width: int, height: int) -> Image.Image:

@@ -13,7 +13,7 @@ from vlmscope.circuits.discovery.discover import Discovery
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.intervention import Curve, Rate
 from vlmscope.metrics.prediction import FaithfulnessCurve
-from vlmscope.report.figures import feature_count_curve, layer_role_heatmap
+from vlmscope.report.figures import dose_response, layer_role_heatmap
 from vlmscope.report.marks import Folder, sections_of, write_rows
 from vlmscope.report.page import Card, Cards, Percent, Section, Table, Text
 from vlmscope.report.style import label
@@ -153,7 +153,9 @@ def draw_figures(found: Discovery, folder: Path) -> dict[str, Path]:
         for method, curve in curves.items():
             points = dict(zip(curve.counts, curve.rates, strict=True))  # small sets have equal sizes at several shares
             lines.append(Curve.of(NAMES[method], list(points), list(points.values())))
-        drawn[mode] = feature_count_curve(lines, folder / f"{name}.png", f"{what} kept (number)", "faithfulness (%)")
+        drawn[mode] = dose_response(
+            lines, folder / f"{name}.png", f"{what} kept (number)", "faithfulness (%)", log_x=True
+        )
     groups = found.circuit.groups
     layers = sorted({layer for layer, _ in groups})
     roles = [role for role in found.nodes.roles if any(role == there for _, there in groups)]

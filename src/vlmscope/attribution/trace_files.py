@@ -1,28 +1,62 @@
-"""What `task=trace` writes beside the graph: a score's pairs of sources, and the heads of edges."""
+"""Files of a trace besides its graph: attention scores, heads of edges, maps over patches; and runs of many traces."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from vlmscope.attribution.adjoint import Adjoint
-    from vlmscope.attribution.heads import ScoreParts
-    from vlmscope.attribution.trace import Trace
-    from vlmscope.core.graph import AttributionGraph
+import numpy as np
+
+from vlmscope.attribution.adjoint import Adjoint, target_readers
+from vlmscope.attribution.compare import GRAPH_FILE, graph_file
+from vlmscope.attribution.config import AttributionConfig
+from vlmscope.attribution.export import node_id, source_id
+from vlmscope.attribution.heads import HeadSplitter, Pairs, ScoreParts, source_of, top_pairs
+from vlmscope.attribution.trace import Trace
+from vlmscope.attribution.vision import save_maps, vision_path
+from vlmscope.core.artifacts import parse_json, text_lines, write_json
+from vlmscope.core.errors import UserError
+from vlmscope.core.graph import NodeKind, PrunedGraph
+from vlmscope.core.maps import PictureMap
+from vlmscope.models.loading import VLM
+
+INDEX = "graphs.jsonl"  # of a run of many traces: a line per graph
 
 
-def print_ends(graph: AttributionGraph) -> None:
-    """A line for each logit with its probability, or for each other target with its value."""
-    from vlmscope.core.graph import NodeKind
+def graph_files(runs: Sequence[str]) -> list[Path]:
+    """The graph files of runs of traces; those of a trace of many rows in the order of its index."""
+    files: list[Path] = []
+    for place in map(Path, runs):
+        index = place / INDEX
+        if not index.is_file():
+            files.append(graph_file(place))
+            continue
+        try:
+            folders = [place / parse_json(line)["folder"] for _, line in text_lines(index)]
+        except (UserError, KeyError, TypeError) as error:
+            raise UserError(f"{index} is incomplete; finish that run with trainer.resume=true") from error
+        files += [graph_file(folder / GRAPH_FILE) for folder in folders]
+    return files
 
-    for number, node in enumerate(graph.nodes.ends()):
-        label = graph.logit_tokens[number]
-        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in label)  # a newline stays on its line
-        if graph.nodes.kind[node] == NodeKind.LOGIT:
-            print(f"  {shown:<16} p = {graph.logit_probabilities[number]:.3f}")
-        else:
-            print(f"  {shown} = {graph.nodes.target[node]:+.3f}")
+
+def strongest_edges(pruned: PrunedGraph, count: int) -> np.ndarray:
+    """Numbers of the `count` kept edges that matter most to the logits, strongest first, int64.
+
+    An edge's strength is its share of its target's incoming |weight| times the target's influence on the logits, the
+    quantity that pruning ranks by.
+    """
+    graph = pruned.graph
+    total = graph.absolute_sums()
+    importance = pruned.influence.astype(np.float64).copy()
+    # Influence starts from what the ends are worth and does not count the start itself.
+    importance[graph.nodes.ends()] += graph.end_weights
+    kept = np.flatnonzero(pruned.edge_mask)
+    targets = graph.targets_of(kept)
+    magnitude = np.abs(graph.weights[kept].astype(np.float64))
+    strength = magnitude / np.where(total > 0, total, 1.0)[targets] * importance[targets]
+    kept, strength = kept[strength > 0], strength[strength > 0]
+    return kept[np.argsort(-strength, kind="stable")][:count]
 
 
 def write_scores(path: Path, traced: Trace, count: int) -> dict[str, float]:
@@ -33,10 +67,6 @@ def write_scores(path: Path, traced: Trace, count: int) -> dict[str, float]:
     """
     if not traced.scores:
         return {}
-    from vlmscope.attribution.adjoint import Adjoint
-    from vlmscope.attribution.heads import top_pairs
-    from vlmscope.core.artifacts import write_json
-
     adjoint = Adjoint(traced.replacement)
     records = [_score_record(traced, adjoint, parts, count) for parts in traced.scores]
     body: dict[str, Any] = {"scores": records}
@@ -56,11 +86,6 @@ def write_scores(path: Path, traced: Trace, count: int) -> dict[str, float]:
 
 
 def _score_record(traced: Trace, adjoint: Adjoint, parts: ScoreParts, count: int) -> dict[str, Any]:
-    import numpy as np
-
-    from vlmscope.attribution.export import source_id
-    from vlmscope.attribution.heads import Pairs, source_of, top_pairs
-
     columns, tokens, place = adjoint.columns, traced.replacement.inputs.tokens, parts.place
     features = np.zeros(parts.query.shape[1], dtype=bool)
     features[columns.all_features()[columns.all_features() < len(features)]] = True
@@ -88,14 +113,6 @@ def _score_record(traced: Trace, adjoint: Adjoint, parts: ScoreParts, count: int
 
 def write_heads(path: Path, traced: Trace, count: int) -> None:
     """Write which heads carry the strongest kept edges, by the first and by the last head on the way."""
-    import numpy as np
-
-    from vlmscope.attribution.export import node_id
-    from vlmscope.attribution.heads import HeadSplitter
-    from vlmscope.core.artifacts import write_json
-    from vlmscope.core.graph import NodeKind
-    from vlmscope.report.graph_figure import strongest_edges
-
     graph, records = traced.graph, []
     splitter = HeadSplitter(traced.replacement, graph, traced.targets)
     for edge in strongest_edges(traced.pruned, traced.pruned.n_edges):
@@ -104,7 +121,7 @@ def write_heads(path: Path, traced: Trace, count: int) -> None:
             continue
         found = splitter.split(source, target)
         record = {"source": node_id(graph, source), "target": node_id(graph, target), "weight": found.edge}
-        shares = {name: _named(getattr(found, name)) for name in ("first", "last")}
+        shares = {name: _by_head(getattr(found, name)) for name in ("first", "last")}
         records.append({**record, "direct": found.direct, **shares})
         if len(records) == count:
             break
@@ -115,11 +132,30 @@ def write_heads(path: Path, traced: Trace, count: int) -> None:
         print(f"  {edge}: direct {record['direct']:+.3f}, {heads}")
 
 
-def _named(shares: object) -> dict[str, float]:
+def _by_head(shares: object) -> dict[str, float]:
     """`[L, H]` as L3H1 -> share, largest first, zeros left out."""
-    import numpy as np
-
     values = np.asarray(shares)
     order = np.argsort(-np.abs(values), axis=None, kind="stable")
-    found = [(int(at) // values.shape[1], int(at) % values.shape[1]) for at in order]
+    found = [divmod(int(at), values.shape[1]) for at in order]
     return {f"L{layer}H{head}": float(values[layer, head]) for layer, head in found if values[layer, head]}
+
+
+def write_patches(
+    path: Path, vlm: VLM, traced: Trace, settings: AttributionConfig
+) -> tuple[list[PictureMap], dict[str, Any]]:
+    """Follow the targets of a trace to the patches of each picture, and write the maps.
+
+    Returns:
+        The maps, those of a target one after the other, and the record of them for `graph.json`.
+    """
+    readers = target_readers(traced.replacement, traced.targets, total=settings.patch_effect == "total")
+    way = vision_path(vlm, traced.replacement.inputs, settings.patch_rule)
+    maps = way.maps(readers, traced.graph.logit_tokens, settings.patch_baseline)
+    record = {
+        "file": path.name,
+        "effect": settings.patch_effect,
+        "baseline": settings.patch_baseline,
+        "rule": settings.patch_rule,
+        "maps": save_maps(path, maps),
+    }
+    return maps, record

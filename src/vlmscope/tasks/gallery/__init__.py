@@ -1,1 +1,0 @@
-"""task=pages: which features get a page, and what stands on it."""

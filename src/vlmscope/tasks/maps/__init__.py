@@ -1,1 +1,0 @@
-"""task=where: maps of features over a picture and their curves."""

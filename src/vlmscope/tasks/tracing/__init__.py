@@ -1,1 +1,0 @@
-"""task=trace: one prompt, many rows, the maps over patches."""

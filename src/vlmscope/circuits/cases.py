@@ -164,13 +164,15 @@ def subject_of_pairs(
     modes: Collection[str] = ("free",),
 ) -> PairSubject:
     """Both sides of a question's pairs, run once (see `pair_subject`)."""
-    sides: list[list[Side]] = [[pair.original for pair in pairs], [pair.counterfactual for pair in pairs]]
-    inputs, tokens = [], []
-    for some in sides:
-        known = {word: answer_token(scope, word) for word in {side.answer for side in some}}
-        tokens.append(torch.tensor([known[side.answer] for side in some], device=scope.adapter.device))
-        inputs.append([scope.inputs(side.prompt, list(side.images)) for side in some])
-    return pair_subject(scope, question, *inputs, *tokens, least, answerable, modes)
+
+    def made(sides: Sequence[Side]) -> tuple[list[ModelInputs], torch.Tensor]:
+        known = {word: answer_token(scope, word) for word in {side.answer for side in sides}}
+        tokens = torch.tensor([known[side.answer] for side in sides], device=scope.adapter.device)
+        return [scope.inputs(side.prompt, list(side.images)) for side in sides], tokens
+
+    originals, tokens = made([pair.original for pair in pairs])
+    others, other_tokens = made([pair.counterfactual for pair in pairs])
+    return pair_subject(scope, question, originals, others, tokens, other_tokens, least, answerable, modes)
 
 
 def pair_cases(scope: Scope, subject: PairSubject, pairs: Sequence[Pair], name: str = "test") -> Cases:

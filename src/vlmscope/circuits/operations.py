@@ -62,8 +62,8 @@ class Carry:
         """Every feature of a layer set to what it is in the donors; only active ones are kept."""
         roles, width = cases.batch.roles, scope.transcoders[layer].config.n_features
         if self.last:
-            ends = (one[:, -1:].expand(-1, len(roles), -1) for one in (code.indices, code.values))
-            return WholeEdit(SparseCode(*ends), width, position_mask(roles, "last"))
+            indices, values = (one[:, -1:].expand(-1, len(roles), -1) for one in (code.indices, code.values))
+            return WholeEdit(SparseCode(indices, values), width, position_mask(roles, "last"))
         last = torch.from_numpy(roles == "last")
         generated = SparseCode(code.indices[:, last][:, 0], code.values[:, last][:, 0])
         return WholeEdit(code, width, position_mask(roles, "all"), generated)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -76,11 +76,12 @@ class LayerEdit:
 
     def to(self, device: torch.device) -> LayerEdit:
         """The same on a device, but for `where`, which indexes tensors of any device from the CPU."""
-        moved = {key: one.to(device) for key, one in vars(self).items() if isinstance(one, Tensor) and key != "where"}
-        if self.gate is not None:
-            tensors = {key: one.to(device) for key, one in vars(self.gate).items() if isinstance(one, Tensor)}
-            moved["gate"] = replace(self.gate, **tensors)
-        return replace(self, **moved)
+
+        def moved(of: LayerEdit | Gate) -> dict[str, Any]:
+            return {key: one.to(device) for key, one in vars(of).items() if isinstance(one, Tensor) and key != "where"}
+
+        gate = None if self.gate is None else replace(self.gate, **moved(self.gate))
+        return replace(self, **moved(self), gate=gate)
 
     def places(self) -> tuple[Tensor, Tensor]:
         """`at` [T, n] and `at_generated` [n], also where all are meant."""

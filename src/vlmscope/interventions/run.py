@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -227,23 +227,23 @@ def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit | WholeEdit,
 
     `x` are the transcoder's inputs at positions offset..offset + t. Empty when the edit does nothing there.
     """
-    if isinstance(edit, LayerEdit) and not len(edit.features):
-        return []
+    if isinstance(edit, LayerEdit):
+        if not len(edit.features):
+            return []
+        edit = edit.to(x.device)  # plans made of circuits and of names lie on the CPU
     length, prompt, where = x.shape[1], len(edit.where), edit.where
     if offset >= prompt:
         if edit.generated is None:
             return []
         step = offset - prompt
         if isinstance(edit, WholeEdit):
-            written = _exchanged(
-                transcoder, x, SparseCode(edit.generated.indices[:, None], edit.generated.values[:, None])
-            )
+            code = SparseCode(edit.generated.indices[:, None], edit.generated.values[:, None])
+            written = _exchanged(transcoder, x, code)
         else:
-            edit = edit.to(x.device)
             now = at_step(edit.generated, 2, step)
+            here = replace(edit, value=now.unsqueeze(-2) if now.ndim > 1 else now, at=edit.at_generated)
             level = None if edit.gate is None else at_step(edit.gate.generated, 1, step)
-            value = now.unsqueeze(-2) if now.ndim > 1 else now
-            written = _written(transcoder, x, edit, (value, edit.scale), level, edit.at_generated)
+            written = _written(transcoder, x, here, level)
         return [one.to(x.dtype) for one in written]
     assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
     if not bool(where.any()):
@@ -252,12 +252,10 @@ def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit | WholeEdit,
         code = SparseCode(edit.code.indices[:, where], edit.code.values[:, where])
         written = _exchanged(transcoder, x[:, where], code)
     else:
-        edit = edit.to(x.device)  # plans made of circuits and of names lie on the CPU
-        pair = (v if v.ndim < 2 or v.shape[-2] == 1 else v[..., where, :] for v in (edit.value, edit.scale))
+        value, scale = (v if v.ndim < 2 or v.shape[-2] == 1 else v[..., where, :] for v in (edit.value, edit.scale))
+        here = replace(edit, value=value, scale=scale, at=None if edit.at is None else edit.at[where])
         level = None if edit.gate is None else edit.gate.level[where]
-        written = _written(
-            transcoder, x[:, where], edit, tuple(pair), level, None if edit.at is None else edit.at[where]
-        )
+        written = _written(transcoder, x[:, where], here, level)
     changes = []
     for one in written:
         changes.append(x.new_zeros(x.shape))
@@ -275,22 +273,15 @@ def _exchanged(transcoder: Transcoder, x: Tensor, code: SparseCode) -> list[Tens
     return [transcoder.write(both, ahead) for ahead in range(transcoder.config.writes)]
 
 
-def _written(
-    transcoder: Transcoder,
-    x: Tensor,
-    edit: LayerEdit,
-    value_and_scale: tuple[Tensor, Tensor],
-    level: Tensor | None,
-    at: Tensor | None,
-) -> list[Tensor]:
-    """`g (new - current) W_dec` [B, t, d] by layer written, at the given positions; `level` is the gate's there, if
-    it has one, and `at` (broadcastable to [t, n]) says which features are edited where.
+def _written(transcoder: Transcoder, x: Tensor, edit: LayerEdit, level: Tensor | None) -> list[Tensor]:
+    """`g (new - current) W_dec` [B, t, d] by layer written, of an edit whose tensors are those of the t positions of
+    `x`; `level` is the gate's there, if it has one.
     """
     code, width = transcoder.encode(x), transcoder.config.n_features
-    current, (value, scale) = code.select(edit.features, width), value_and_scale
-    delta = scale * current + value - current
-    if at is not None:
-        delta = delta * at.to(delta)
+    current = code.select(edit.features, width)
+    delta = edit.scale * current + edit.value - current
+    if edit.at is not None:
+        delta = delta * edit.at.to(delta)
     if edit.gate is not None and level is not None:
         norms = transcoder.write_norms()[edit.gate.features]
         delta = delta * edit.gate.openness(code.select(edit.gate.features, width), level, norms)

@@ -193,8 +193,8 @@ def faithfulness_curve(
     values = np.array([rate.value for rate in rates])
     areas = []
     for curve, resampled in ((values, drawn), (np.abs(1 - values), np.abs(1 - drawn))):
-        low, high = np.quantile(trapezoid(SHARES, resampled), (0.025, 0.975))
-        areas.append(Rate(float(trapezoid(SHARES, curve)), float(low), float(high), len(clean)))
+        low, high = np.quantile(trapezoid(np.array(SHARES), resampled), (0.025, 0.975))
+        areas.append(Rate(float(trapezoid(np.array(SHARES), curve)), float(low), float(high), len(clean)))
     return FaithfulnessCurve(SHARES, tuple(counts), rates, *areas)
 
 

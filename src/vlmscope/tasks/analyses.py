@@ -90,11 +90,11 @@ class Discover:
         cfg, scope, found = bench.cfg, bench.scope, []
         train, test = (bench.pairs(split) for split in ("train", "test"))
         for question in moving_questions(train, test, cfg.discovery.question):
-            sides = (
+            choose, judge = (
                 circuit_subject(scope, question, pairs[question], cfg.interchange.least, cfg.discovery.modes)
                 for pairs in (train, test)
             )
-            found.append(discover(scope, *sides, cfg.discovery, cfg.attribution))
+            found.append(discover(scope, choose, judge, cfg.discovery, cfg.attribution))
             circuit = found[-1].to_circuit(scope.vlm.name, scope.transcoders.widths)
             save_circuit(circuit, bench.run_dir / "circuits" / question)
         return write_discoveries(found, bench.run_dir)

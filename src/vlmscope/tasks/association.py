@@ -47,7 +47,7 @@ class Association:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.cases: dict[str, list[Cases]] = {name: [] for name in CASE_SETS}
-        self.features: dict[tuple[str, str, str], dict[str, set[FeatureId]]] = {}  # by set, question, concept
+        self.features: dict[tuple[str, str, str], dict[str | None, set[FeatureId]]] = {}  # by set, question, concept
         self.means: dict[tuple[str, ...], Mapping[int, Tensor]] = {}
         counted, listed = [], []
         for name, config in bench.cfg.association.items():
@@ -61,7 +61,7 @@ class Association:
                 total = table[(table.question == question) & (table.of == "all")].iloc[0]
                 bench.metrics |= {f"{name}/{question}/{key}": float(total[key]) for key in SUMMARY}
                 for c, concept in enumerate(config.concepts):
-                    sets = {"shared": shared.features(c), "every_question": every[c]}
+                    sets: dict[str | None, set[FeatureId]] = {"shared": shared.features(c), "every_question": every[c]}
                     self.features[name, question, concept] = sets
                 self.add_cases(name, config, question)
         if not any(self.cases.values()):

@@ -169,14 +169,14 @@ def report_edit(
     settings = [Setting(mode, mode, matched=task.controls, random_direction=task.controls * (mode == "free"))
                 for mode in task.modes]  # fmt: skip
     table = run_trials(scope, [Trial(name, Fixed(plan), [cases], settings, means)], seed)
-    for mode, rows in table.groupby("mode", sort=False):
-        means_by = rows.groupby("control")[["kl", "changed"]].mean()
-        found = {}
-        for control in means_by.index:
+    for mode in task.modes:
+        found: dict[str, float] = {}
+        of_mode: Any = table[table["mode"] == mode].groupby("control")[["kl", "changed"]].mean()
+        for control, row in of_mode.iterrows():
             suffix = {"": "", "matched": "_control"}.get(control, f"_{control}")
-            kl, changed = means_by.loc[control]
-            found |= {f"{name}/{mode}/kl{suffix}": float(kl), f"{name}/{mode}/top1_changed{suffix}": float(changed)}
-        logits = run_edited(scope, cases.batch, plan, str(mode), cases.base)
+            found |= {f"{name}/{mode}/kl{suffix}": float(row.kl)}
+            found |= {f"{name}/{mode}/top1_changed{suffix}": float(row.changed)}
+        logits = run_edited(scope, cases.batch, plan, mode, cases.base)
         tokens = top_tokens(scope.vlm.tokenizer, cases.base.logits[0], logits[0])
         print(*described(f"{name}/{mode}", found, task.controls), *token_lines(tokens), sep="\n")
         metrics |= found

@@ -132,7 +132,7 @@ class PredictedEffects:
         counts = np.array([len(of) for of in replacement.features])
         mean = (np.bincount(active.layer, active.activation, len(counts)) / np.maximum(counts, 1))[layer]
         # Name of the edit -> scale and added value [n], and the change of the activation as a share of it.
-        edits = {edit_name(s): (s, np.zeros(len(at)), s - 1.0) for s in self.factors}
+        edits: dict[str, tuple[float, Any, Any]] = {edit_name(s): (s, np.zeros(len(at)), s - 1.0) for s in self.factors}
         if self.add:
             edits["add_mean"] = (1.0, mean, mean / activation)
         batch = scope.batch([one.inputs])
@@ -182,7 +182,7 @@ def questions(bench: Bench, count: int) -> Iterator[Asked]:
     """Unseen inputs that the model answers rightly: each picture of the circuit's concepts under each of its questions,
     against the other concept's word; or the originals of pairs, against the counterfactual's word.
     """
-    circuit = bench.cfg.circuit
+    circuit: Any = bench.cfg.circuit
     wanted: list[tuple[str, ModelInputs, str, str]] = []
     if circuit is None and bench.cfg.pairs is None:
         raise UserError("predicted_effects needs inputs: choose a circuit or pairs, such as circuit=mars_earth")

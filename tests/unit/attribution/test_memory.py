@@ -2,17 +2,16 @@
 
 import dataclasses
 import os
-import sys
+import tracemalloc
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent))
-from allocations import allocated
+from torch.profiler import ProfilerActivity, profile
 
 from vlmscope.attribution import memory, trace
 from vlmscope.attribution.adjoint import Adjoint
@@ -20,7 +19,7 @@ from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.edges import Disk, feature_chunks
 from vlmscope.attribution.export import load_graph, save_graph
 from vlmscope.attribution.influence import prune
-from vlmscope.attribution.memory import GraphCosts, MemoryPlan, plan_memory
+from vlmscope.attribution.memory import MemoryPlan, graph_costs, plan_memory
 from vlmscope.attribution.targets import choose_targets
 from vlmscope.attribution.trace import attribute
 from vlmscope.config.catalog import asset
@@ -33,6 +32,29 @@ from vlmscope.replacement.model import ReplacementModel, build_replacement
 from vlmscope.scope import Scope
 from vlmscope.transcoders.formats import load_set
 from vlmscope.transcoders.transcoder import random_set
+
+
+@contextmanager
+def allocated() -> Iterator[dict[str, int]]:
+    """Yield a record that holds, after the block, the peaks of `numpy` and `torch` above what there was before.
+
+    The two need not come together, so that their sum is at least the peak of both. Files that are mapped are in
+    neither.
+    """
+    found: dict[str, int] = {}
+    tracemalloc.start()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            yield found
+        found["numpy"] = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    found["torch"] = peak
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +98,7 @@ def test_fewer_bytes_give_smaller_batches(
     vlm, replacement = orrery
     config = AttributionConfig(batch_size=16)
     targets = choose_targets(replacement, config, vlm.tokenizer)
-    costs = GraphCosts(replacement, targets, config.max_nodes)
+    costs = graph_costs(replacement, targets, config.max_nodes)
     sizes = []
     for amount in np.linspace(costs.least_bytes(1), 1.2 * costs.least_bytes(16), 7) / 1e9:
         plan = plan_memory(replacement, targets, dataclasses.replace(config, memory_gb=amount), tmp_path)
@@ -91,7 +113,7 @@ def test_fewer_bytes_give_smaller_batches(
 def test_edges_on_disk_are_the_same_graph(tiny: tuple[VLM, ReplacementModel], max_nodes: int, tmp_path: Path) -> None:
     vlm, replacement = tiny
     config = AttributionConfig(max_nodes=max_nodes, update_every=16)
-    costs = GraphCosts(replacement, choose_targets(replacement, config, vlm.tokenizer), max_nodes)
+    costs = graph_costs(replacement, choose_targets(replacement, config, vlm.tokenizer), max_nodes)
     paths = []
     for plan in (MemoryPlan(8), MemoryPlan(8, Disk(tmp_path), 0, costs.most_edges)):
         found = made(vlm, replacement, config, plan)
@@ -148,20 +170,12 @@ def test_no_row_has_more_edges_than_counted(
 ) -> None:
     for vlm, replacement in (orrery, tiny):
         targets = choose_targets(replacement, AttributionConfig(), vlm.tokenizer)
-        costs = GraphCosts(replacement, targets, 10**6)
+        costs = graph_costs(replacement, targets, 10**6)
         graph = attribute(replacement, AttributionConfig(max_nodes=10**6), vlm.tokenizer, targets=targets)
         assert graph.n_edges <= costs.most_edges < 1.2 * graph.n_edges
-        few = dataclasses.replace(costs, max_nodes=20)
-        adjoint = Adjoint(replacement)
-        longest = sorted(
-            (
-                int(c)
-                for chunk in feature_chunks(adjoint, np.arange(costs.n_active), 64, "float32")
-                for c in chunk.counts
-            ),
-            reverse=True,
-        )
-        assert sum(longest[:20]) <= few.most_edges - (costs.most_edges - sum(costs._edge_counts[0]))
+        chunks = feature_chunks(Adjoint(replacement), np.arange(len(costs.row_edges)), 64, "float32")
+        longest = np.sort(np.concatenate([chunk.counts for chunk in chunks]))[::-1]
+        assert longest[:20].sum() <= graph_costs(replacement, targets, 20).most_edges - costs.end_edges
 
 
 def test_too_little_memory_says_what_would_do(orrery: tuple[VLM, ReplacementModel], tmp_path: Path) -> None:
@@ -175,7 +189,7 @@ def test_too_little_memory_says_what_would_do(orrery: tuple[VLM, ReplacementMode
         UserError, match=r"memory_gb=0\.001 .* 29 tokens .* 3,712 active features.* give (\S+) or more$"
     ):
         plan(0.001)
-    needed = GraphCosts(replacement, targets, 7500).least_bytes(1)
+    needed = graph_costs(replacement, targets, 7500).least_bytes(1)
     with pytest.raises(UserError, match=r"give (\S+) or more, or about \d+ tokens$") as told:
         plan(needed * 0.99 / 1e9)
     assert plan(float(str(told.value).split("give ")[1].split()[0])).batch_size >= 1
@@ -183,28 +197,19 @@ def test_too_little_memory_says_what_would_do(orrery: tuple[VLM, ReplacementMode
         AttributionConfig(memory_gb=0.0).check()
 
 
-@pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    usage = namedtuple("usage", "total used free")
-
-    def has_free(count: int) -> None:
-        monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**12, 0, count))
-
-    return has_free
-
-
 def test_a_full_disk_says_how_many_nodes_fit(
-    orrery: tuple[VLM, ReplacementModel], tmp_path: Path, full_disk: Callable[[int], None]
+    orrery: tuple[VLM, ReplacementModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm, replacement = orrery
     config = AttributionConfig(memory_gb=0.05)
     targets = choose_targets(replacement, config, vlm.tokenizer)
-    full_disk(20_000_000)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**12, 0, 20_000_000))
     with pytest.raises(UserError, match=r"take up to 0\.113 GB in .*, which has 0\.02 GB free; choose") as told:
         plan_memory(replacement, targets, config, tmp_path)
     nodes = int(str(told.value).split("max_nodes=")[1].split(",")[0])
     more = float(str(told.value).split("memory_gb=")[1].split(",")[0])
-    costs = GraphCosts(replacement, targets, 7500)
+    costs = graph_costs(replacement, targets, 7500)
     assert costs.disk_bytes(nodes) <= 20_000_000 < costs.disk_bytes(nodes + 1)
     plan_memory(replacement, targets, dataclasses.replace(config, max_nodes=nodes), tmp_path)
     plan = plan_memory(replacement, targets, dataclasses.replace(config, memory_gb=more), tmp_path)

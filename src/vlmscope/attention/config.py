@@ -7,25 +7,17 @@ from vlmscope.core.errors import UserError, check_choice, check_least
 
 @dataclass
 class WhereConfig:
-    """Settings of attention rollout (docs/where.md); those of the vision path are in `attribution`.
+    """Settings of attention rollout (docs/where.md); those of the vision path are in `attribution`."""
 
-    Attributes:
-        last_layers: so many layers of the tower, counted from the last that the decoder is given anything of.
-        head_share: share of a layer's heads that count, those of lowest entropy.
-        identity: whether the residual stream counts as much as the attention.
-        pool: how rows of patches become those of soft tokens: "max" (the paper's code) or "mean" (as the model pools).
-        side: cells down and across the picture, to delete and to insert.
-        counts: numbers of cells at which a curve is measured, besides none and all.
-        draws: random orders a scene.
-    """
-
-    last_layers: int = 4
-    head_share: float = 0.3
-    identity: bool = True
+    last_layers: int = 4  # so many layers of the tower, counted from the last that the decoder is given anything of
+    head_share: float = 0.3  # share of a layer's heads that count, those of lowest entropy
+    identity: bool = True  # whether the residual stream counts as much as the attention
+    # how rows of patches become those of soft tokens: "max" (the paper's code) or "mean" (as the model pools)
     pool: str = "max"
-    side: int = 8
+    side: int = 8  # cells down and across the picture, to delete and to insert
+    # numbers of cells at which a curve is measured, besides none and all
     counts: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32])
-    draws: int = 3
+    draws: int = 3  # random orders a scene
 
     def check(self) -> None:
         """Raise a `UserError` that names the first setting that makes no sense."""

@@ -37,16 +37,11 @@ _CHUNK = 64  # pictures a forward
 
 @dataclass(frozen=True)
 class WhereMaps:
-    """Maps of one prompt.
+    """Maps of one prompt."""
 
-    Attributes:
-        activations: feature -> `[T]` at all positions.
-        maps: feature -> kind of `KINDS` -> one map per picture.
-        tokens: "rollout" and "similarity" -> those of every soft token, one record per picture.
-    """
-
-    activations: dict[FeatureId, np.ndarray]
-    maps: dict[FeatureId, dict[str, list[PictureMap]]]
+    activations: dict[FeatureId, np.ndarray]  # feature -> `[T]` at all positions
+    maps: dict[FeatureId, dict[str, list[PictureMap]]]  # feature -> kind of `KINDS` -> one map per picture
+    # "rollout" and "similarity" -> those of every soft token, one record per picture
     tokens: dict[str, list[TokenMaps]]
 
 

@@ -47,66 +47,51 @@ class AttributionConfig:
 
     What is explained is the top logits (`logit_mass`, `max_logits`, and `token_ids` besides) or one of: `tokens`,
     `difference`, `answer` or `answer_tokens`, `feature`, `attention`.
-
-    Attributes:
-        max_nodes: at most this many features get a row of their own; the rest is summed into one source a layer.
-        logit_mass: the targets are the smallest set of logits whose probabilities reach this,
-        max_logits: but at most this many.
-        token_ids: more logit targets, whatever their probability.
-        tokens: explain the logits of exactly these tokens, each a word or `id:NUMBER`.
-        difference: two tokens; explain the first one's logit minus the second one's.
-        answer: explain every token of this answer after the prompt.
-        answer_tokens: the same for the model's own answer, cut off after so many tokens.
-        weights: what the logits of `tokens` and of an answer are worth: "uniform", "probability", or "surprise"
-            (in proportion to -log p).
-        feature: explain why a feature is active: `L5/123@max` (where it is strongest), `@last` or `@17`.
-        attention: explain a head's score before the softmax: `L5H2@query:key`, or "auto" for the head that carries
-            most of the flow in the graph of the top logits.
-        n_heads: with `attention=auto`, so many heads are listed and get their pairs of sources.
-        n_pairs: so many pairs of sources of a score are listed.
-        node_threshold: share of influence that the pruned graph's nodes reach.
-        edge_threshold: share of edge influence that its edges reach.
-        choice: which features get a row when not all do: those with the most "influence" through the rows so far, or
-            the largest "total_effect" on the targets, which is known before any row.
-        batch_size: targets swept at once, at most (None: see `targets_at_once`); up to rounding it does not change the
-            graph.
-        update_every: rows between two rankings by influence.
-        memory_gb: what making and pruning the graph may take beside the frozen model, in 10^9 bytes: the batches get
-            smaller, and edges that do not fit go to a file. No bound when None.
-        dtype: "float32" or "float64", of the sweep and of the stored weights; "model" takes the model's,
-            which must be one of these.
-        patches: whether the answer's targets are followed below the soft tokens, to the patches of each picture.
-        patch_effect: what is followed: "total" (active features respond) or "direct" (the graph's own edges).
-        patch_baseline: what a patch counts against: "grey" (pixels 0 after normalisation) or "mean" (of its picture).
-        patch_rule: "frozen" (complete; docs/maths.md) or "gradient" (the plain gradient, for comparison).
-        labels: the run folder of a study whose labels (docs/labels.md) name the features in graphs,
-            figures, tables and reports.
     """
 
+    # at most this many features get a row of their own; the rest is summed into one source a layer
     max_nodes: int = 7500
-    logit_mass: float = 0.95
-    max_logits: int = 10
-    token_ids: list[int] = field(default_factory=list)
+    logit_mass: float = 0.95  # the targets are the smallest set of logits whose probabilities reach this,
+    max_logits: int = 10  # but at most this many
+    token_ids: list[int] = field(default_factory=list)  # more logit targets, whatever their probability
+    # explain the logits of exactly these tokens, each a word or `id:NUMBER`
     tokens: list[str] = field(default_factory=list)
+    # two tokens; explain the first one's logit minus the second one's
     difference: list[str] = field(default_factory=list)
-    answer: str | None = None
-    answer_tokens: int = 0
+    answer: str | None = None  # explain every token of this answer after the prompt
+    answer_tokens: int = 0  # the same for the model's own answer, cut off after so many tokens
+    # what the logits of `tokens` and of an answer are worth: "uniform", "probability", or "surprise" (in proportion to
+    # -log p)
     weights: str = "uniform"
+    # explain why a feature is active: `L5/123@max` (where it is strongest), `@last` or `@17`
     feature: str | None = None
+    # explain a head's score before the softmax: `L5H2@query:key`, or "auto" for the head that carries most of the flow
+    # in the graph of the top logits
     attention: str | None = None
-    n_heads: int = 3
-    n_pairs: int = 100
-    node_threshold: float = 0.8
-    edge_threshold: float = 0.98
+    n_heads: int = 3  # with `attention=auto`, so many heads are listed and get their pairs of sources
+    n_pairs: int = 100  # so many pairs of sources of a score are listed
+    node_threshold: float = 0.8  # share of influence that the pruned graph's nodes reach
+    edge_threshold: float = 0.98  # share of edge influence that its edges reach
+    # which features get a row when not all do: those with the most "influence" through the rows so far, or the largest
+    # "total_effect" on the targets, which is known before any row
     choice: str = "influence"
+    # targets swept at once, at most (None: see `targets_at_once`); up to rounding it does not change the graph
     batch_size: int | None = None
-    update_every: int = 256
+    update_every: int = 256  # rows between two rankings by influence
+    # what making and pruning the graph may take beside the frozen model, in 10^9 bytes: the batches get smaller, and
+    # edges that do not fit go to a file. No bound when None
     memory_gb: float | None = None
+    # "float32" or "float64", of the sweep and of the stored weights; "model" takes the model's, which must be one of
+    # these
     dtype: str = "float32"
+    # whether the answer's targets are followed below the soft tokens, to the patches of each picture
     patches: bool = False
+    # what is followed: "total" (active features respond) or "direct" (the graph's own edges)
     patch_effect: str = "total"
+    # what a patch counts against: "grey" (pixels 0 after normalisation) or "mean" (of its picture)
     patch_baseline: str = "grey"
-    patch_rule: str = "frozen"
+    patch_rule: str = "frozen"  # "frozen" (complete; docs/maths.md) or "gradient" (the plain gradient, for comparison)
+    # the run folder of a study whose labels (docs/labels.md) name the features in graphs, figures, tables and reports
     labels: str | None = None
 
     def check(self) -> None:

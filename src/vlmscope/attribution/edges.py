@@ -82,27 +82,16 @@ MEMORY = Memory()
 
 @dataclass(frozen=True)
 class RowChunk:
-    """Rows of one batch of targets of one layer, as CSR over the columns of `vlmscope.attribution.adjoint`.
+    """Rows of one batch of targets of one layer, as CSR over the columns of `vlmscope.attribution.adjoint`."""
 
-    Attributes:
-        layer: layer of the targets, L for logits.
-        targets: `[B]` int64, rows of the feature table, or numbers of ends.
-        counts: `[B]` int64, edges of each row.
-        indices: int32, columns, ascending in a row.
-        weights: float, edges; exact zeros are not stored.
-        absolute: `[B]` float64, sum of |edges| of each row, before any rounding to the stored dtype.
-        residual: `[B]` float64, |target - sum of edges| / sum of |edges|.
-        values: `[B]` float64, the targets' own affine values.
-    """
-
-    layer: int
-    targets: np.ndarray
-    counts: np.ndarray
-    indices: np.ndarray
-    weights: np.ndarray
-    absolute: np.ndarray
-    residual: np.ndarray
-    values: np.ndarray
+    layer: int  # layer of the targets, L for logits
+    targets: np.ndarray  # `[B]` int64, rows of the feature table, or numbers of ends
+    counts: np.ndarray  # `[B]` int64, edges of each row
+    indices: np.ndarray  # int32, columns, ascending in a row
+    weights: np.ndarray  # float, edges; exact zeros are not stored
+    absolute: np.ndarray  # `[B]` float64, sum of |edges| of each row, before any rounding to the stored dtype
+    residual: np.ndarray  # `[B]` float64, |target - sum of edges| / sum of |edges|
+    values: np.ndarray  # `[B]` float64, the targets' own affine values
 
 
 def _chunk(layer: int, targets: np.ndarray, rows: torch.Tensor, values: torch.Tensor, dtype: str) -> RowChunk:

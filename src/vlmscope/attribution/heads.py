@@ -308,25 +308,15 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoreParts:
-    """A score with its sources.
+    """A score with its sources."""
 
-    Attributes:
-        place: which score.
-        score: of the model itself, before cap and softmax.
-        probability: the head's pattern there.
-        scale: c.
-        query: `[D, W]`, what each source gives the query.
-        key: `[D, W]`, what each source gives the key.
-        targets: the query's side and the key's side as the two ends of a graph, worth a half each.
-    """
-
-    place: Place
-    score: float
-    probability: float
-    scale: float
-    query: Tensor
-    key: Tensor
-    targets: Targets
+    place: Place  # which score
+    score: float  # of the model itself, before cap and softmax
+    probability: float  # the head's pattern there
+    scale: float  # c
+    query: Tensor  # `[D, W]`, what each source gives the query
+    key: Tensor  # `[D, W]`, what each source gives the key
+    targets: Targets  # the query's side and the key's side as the two ends of a graph, worth a half each
 
     def pairs(self) -> Iterator[tuple[int, Tensor]]:
         """The matrix of pairs, rows query columns, in blocks `[n, W]` with the number of their first row."""

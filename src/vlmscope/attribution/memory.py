@@ -44,29 +44,17 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class GraphCosts:
-    """Bytes of one input's graph.
+    """Bytes of one input's graph."""
 
-    Attributes:
-        row_edges: at most so many edges into each feature that could get a row, largest first.
-        end_edges: into all ends.
-        n_rows: features that get a row.
-        n_columns: of a row.
-        element: bytes of a number of the sweep, and of a weight.
-        sources: of all layers.
-        sweep: one of no targets: patterns that are cut out of whole ones, and a layer's sources while they are made.
-        target: of a batch: its gradient and row during a sweep, or its row while it is compressed.
-        tables: there all the time: of nodes, rows and columns, the ends' rows, the left-out mass.
-    """
-
-    row_edges: np.ndarray
-    end_edges: int
-    n_rows: int
-    n_columns: int
-    element: int
-    sources: int
-    sweep: int
-    target: int
-    tables: int
+    row_edges: np.ndarray  # at most so many edges into each feature that could get a row, largest first
+    end_edges: int  # into all ends
+    n_rows: int  # features that get a row
+    n_columns: int  # of a row
+    element: int  # bytes of a number of the sweep, and of a weight
+    sources: int  # of all layers
+    sweep: int  # one of no targets: patterns that are cut out of whole ones, and a layer's sources while they are made
+    target: int  # of a batch: its gradient and row during a sweep, or its row while it is compressed
+    tables: int  # there all the time: of nodes, rows and columns, the ends' rows, the left-out mass
 
     @property
     def most_edges(self) -> int:
@@ -128,8 +116,7 @@ def graph_costs(replacement: ReplacementModel, targets: Targets, max_nodes: int)
         n_columns=columns.total,
         element=element,
         sources=sum(layer_bytes),
-        sweep=positions**2 * (n_layers + replacement.state.patterns.shape[1] * (1 + 2 * element))
-        + 3 * max(layer_bytes),
+        sweep=positions**2 * (n_layers + n_heads * (1 + 2 * element)) + 3 * max(layer_bytes),
         target=columns.total * (element + 4) + max(swept, compressed),
         tables=_NODE_BYTES * n_nodes + _COLUMN_BYTES * columns.total + left_out + ends,
     )

@@ -29,35 +29,20 @@ from vlmscope.replacement.model import ReplacementModel
 
 @dataclass(frozen=True)
 class Targets:
-    """The ends of a graph: K affine functions of the sources below one place of the model.
+    """The ends of a graph: K affine functions of the sources below one place of the model."""
 
-    Attributes:
-        what: the kind of question, for the record.
-        kind: of their nodes, LOGIT or TARGET.
-        layer: they read the stream before this layer's attention; L for logits.
-        after_attention: they read it after that attention instead.
-        positions: `[K]` int64.
-        token_ids: `[K]` int64; a feature's index, -1 for what has none.
-        probabilities: `[K]` float64, 1 for what has none.
-        weights: `[K]` float64, what each is worth where influence starts.
-        vectors: `[K, d]`, with the scale of the norm that they read through.
-        constants: `[K]`, what the layer itself adds.
-        values: `[K]`, the model's own numbers, which the edges must sum to.
-        labels: K strings, empty where a token says it.
-    """
-
-    what: str
-    kind: NodeKind
-    layer: int
-    after_attention: bool
-    positions: np.ndarray
-    token_ids: np.ndarray
-    probabilities: np.ndarray
-    weights: np.ndarray
-    vectors: Tensor
-    constants: Tensor
-    values: Tensor
-    labels: tuple[str, ...] = ()
+    what: str  # the kind of question, for the record
+    kind: NodeKind  # of their nodes, LOGIT or TARGET
+    layer: int  # they read the stream before this layer's attention; L for logits
+    after_attention: bool  # they read it after that attention instead
+    positions: np.ndarray  # `[K]` int64
+    token_ids: np.ndarray  # `[K]` int64; a feature's index, -1 for what has none
+    probabilities: np.ndarray  # `[K]` float64, 1 for what has none
+    weights: np.ndarray  # `[K]` float64, what each is worth where influence starts
+    vectors: Tensor  # `[K, d]`, with the scale of the norm that they read through
+    constants: Tensor  # `[K]`, what the layer itself adds
+    values: Tensor  # `[K]`, the model's own numbers, which the edges must sum to
+    labels: tuple[str, ...] = ()  # K strings, empty where a token says it
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -59,25 +59,16 @@ class _PatchEmbedding:
 
 @dataclass(frozen=True)
 class VisionPath:
-    """The vision path of one prompt, ready for any number of targets.
+    """The vision path of one prompt, ready for any number of targets."""
 
-    Attributes:
-        inputs: the prompt.
-        pictures: patches of each picture.
-        rule: "frozen" or "gradient".
-        patches: `[N, d_v]`, the patch embeddings without bias; a leaf.
-        constants: position embeddings and class tokens by name, each with its place in the graph.
-        written: what the tower writes into the decoder, with its graph.
-        at_zero: the same from the frozen tower at patch embeddings of 0; None for "gradient".
-    """
-
-    inputs: ModelInputs
-    pictures: list[PicturePatches]
-    rule: str
-    patches: Tensor
+    inputs: ModelInputs  # the prompt
+    pictures: list[PicturePatches]  # patches of each picture
+    rule: str  # "frozen" or "gradient"
+    patches: Tensor  # `[N, d_v]`, the patch embeddings without bias; a leaf
+    # position embeddings and class tokens by name, each with its place in the graph
     constants: dict[str, tuple[Tensor, GradientEdge]]
-    written: Entering
-    at_zero: Entering | None
+    written: Entering  # what the tower writes into the decoder, with its graph
+    at_zero: Entering | None  # the same from the frozen tower at patch embeddings of 0; None for "gradient"
 
     def maps(self, readers: Readers, names: Sequence[str], baseline: str = "grey") -> list[PictureMap]:
         """One map a target and picture, from how B targets, with their names, read the soft tokens.

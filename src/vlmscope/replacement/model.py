@@ -34,38 +34,23 @@ FeatureChange = Mapping[tuple[int, int, int], float]
 
 @dataclass(frozen=True)
 class FrozenLayer:
-    """One decoder layer with attention pattern and norm scales frozen, at one input.
+    """One decoder layer with attention pattern and norm scales frozen, at one input."""
 
-    Attributes:
-        pattern: `[H, T, T]`, last two axes query and key.
-        value_weight: `[Hkv * D, d]`.
-        value_bias: `[Hkv * D]` or None.
-        output_weight: `[d, H * D]`.
-        output_bias: `[d]` or None.
-        attn_in_scale: `[T, d]`, s1.
-        attn_out_scale: `[T, d]`, s2.
-        mlp_in_scale: `[T, d]`, s3.
-        write_scale: `[T, d]`, from the transcoder's output to the residual stream: s4, or 1 when it imitates the MLP
-            output after the post norm.
-        n_kv_heads: Hkv.
-        value_scale: `[T, Hkv * D]`, sv, or None for 1.
-        stream_scale: c.
-        injection: `[T, d]`, v, or None for 0.
-    """
-
-    pattern: Tensor
-    value_weight: Tensor
-    value_bias: Tensor | None
-    output_weight: Tensor
-    output_bias: Tensor | None
-    attn_in_scale: Tensor
-    attn_out_scale: Tensor
-    mlp_in_scale: Tensor
+    pattern: Tensor  # `[H, T, T]`, last two axes query and key
+    value_weight: Tensor  # `[Hkv * D, d]`
+    value_bias: Tensor | None  # `[Hkv * D]` or None
+    output_weight: Tensor  # `[d, H * D]`
+    output_bias: Tensor | None  # `[d]` or None
+    attn_in_scale: Tensor  # `[T, d]`, s1
+    attn_out_scale: Tensor  # `[T, d]`, s2
+    mlp_in_scale: Tensor  # `[T, d]`, s3
+    # `[T, d]`, from the transcoder's output to the residual stream: s4, or 1 when it imitates the MLP output after the
+    # post norm
     write_scale: Tensor
-    n_kv_heads: int
-    value_scale: Tensor | None = None
-    stream_scale: float = 1.0
-    injection: Tensor | None = None
+    n_kv_heads: int  # Hkv
+    value_scale: Tensor | None = None  # `[T, Hkv * D]`, sv, or None for 1
+    stream_scale: float = 1.0  # c
+    injection: Tensor | None = None  # `[T, d]`, v, or None for 0
 
     def attend(self, x: Tensor, *, with_bias: bool) -> Tensor:
         """What attention adds to the residual stream `x [T, d]`; without biases it is the map of a change of `x`."""
@@ -90,32 +75,19 @@ class FrozenLayer:
 
 @dataclass(frozen=True)
 class LayerFeatures:
-    """The active features of one layer, sorted by position, then index, with the weights that they read and write by.
+    """The active features of one layer, sorted by position, then index, and the weights that they read and write by."""
 
-    Attributes:
-        position: `[n]` int64.
-        index: `[n]` int64.
-        activation: `[n]`, > 0.
-        pre_activation: `[n]`, `W_enc[index] . mlp_in[position] + b_enc[index]`.
-        offsets: T + 1 ints; features of position p are `offsets[p]:offsets[p + 1]`.
-        w_enc: `[F, d]`.
-        w_dec: `[F, d]`.
-        b_enc: `[F]`.
-        b_dec: `[d]`.
-        w_skip: `[d, d]` applied as `x @ w_skip.T`, or None.
-        w_later: decoders `[F, d]` to the layers after its own, in order (cross-layer transcoders).
-    """
-
-    position: Tensor
-    index: Tensor
-    activation: Tensor
-    pre_activation: Tensor
-    offsets: list[int]
-    w_enc: Tensor
-    w_dec: Tensor
-    b_enc: Tensor
-    b_dec: Tensor
-    w_skip: Tensor | None
+    position: Tensor  # `[n]` int64
+    index: Tensor  # `[n]` int64
+    activation: Tensor  # `[n]`, > 0
+    pre_activation: Tensor  # `[n]`, `W_enc[index] . mlp_in[position] + b_enc[index]`
+    offsets: list[int]  # T + 1 ints; features of position p are `offsets[p]:offsets[p + 1]`
+    w_enc: Tensor  # `[F, d]`
+    w_dec: Tensor  # `[F, d]`
+    b_enc: Tensor  # `[F]`
+    b_dec: Tensor  # `[d]`
+    w_skip: Tensor | None  # `[d, d]` applied as `x @ w_skip.T`, or None
+    # decoders `[F, d]` to the layers after its own, in order (cross-layer transcoders)
     w_later: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
@@ -230,28 +202,19 @@ class Replay:
 
 @dataclass(frozen=True)
 class ReplacementModel:
-    """The model at one input with its MLPs replaced by transcoders plus errors and everything else frozen.
+    """The model at one input with its MLPs replaced by transcoders plus errors and everything else frozen."""
 
-    Attributes:
-        inputs: the prompt that it was made at.
-        state: the recorded forward.
-        layers: the frozen attention and scales of each layer.
-        features: the active features of each layer.
-        errors: `[L, T, d]`, transcoder target minus reconstruction (decoder bias, skip path and what features of lower
-            layers write here belong to the latter).
-        unembedding: `[V, d]`.
-        feature_activations: all active features in one table.
-        logit_softcap: the cap c of a model that gives `c tanh(u / c)` for its unembedding's output u, or None. What is
-            affine, and what graphs explain, is u; the cap keeps the order of the logits.
-    """
-
-    inputs: ModelInputs
-    state: ForwardState
-    layers: list[FrozenLayer]
-    features: list[LayerFeatures]
+    inputs: ModelInputs  # the prompt that it was made at
+    state: ForwardState  # the recorded forward
+    layers: list[FrozenLayer]  # the frozen attention and scales of each layer
+    features: list[LayerFeatures]  # the active features of each layer
+    # `[L, T, d]`, transcoder target minus reconstruction (decoder bias, skip path and what features of lower layers
+    # write here belong to the latter)
     errors: Tensor
-    unembedding: Tensor
-    feature_activations: FeatureTable
+    unembedding: Tensor  # `[V, d]`
+    feature_activations: FeatureTable  # all active features in one table
+    # the cap c of a model that gives `c tanh(u / c)` for its unembedding's output u, or None. What is affine, and what
+    # graphs explain, is u; the cap keeps the order of the logits
     logit_softcap: float | None = None
 
     @property

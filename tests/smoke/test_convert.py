@@ -101,7 +101,7 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
     taken.mkdir()
     (taken / "mine.txt").write_text("x")
     for source, to, out, words in (
-        ("in", "paper", "out", "cannot be written as paper: the paper's code knows TopK alone"),
+        ("in", "paper", "out", "cannot be written as paper: it has no place for batchtopk"),
         ("in", "sparsify", "out", "no place for batchtopk"),
         ("in", "vlmscope", "taken", "is there already"),
         ("in", "null", "out", "task.to has no value"),

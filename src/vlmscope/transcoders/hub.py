@@ -26,7 +26,7 @@ import yaml
 from vlmscope.core.artifacts import built_from, parse_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.hub import Wanted, cached_folder, fetch, is_commit, is_hub_id, push
-from vlmscope.transcoders.formats import ANY, Choice, detect, load_set, open_set
+from vlmscope.transcoders.formats import ANY, Choice, load_set, open_set
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 CARD = "README.md"
@@ -337,7 +337,7 @@ def push_to_hub(folder: str | Path, repo: str, private: bool = True, revision: s
     folder = Path(folder)
     if not is_hub_id(repo):
         raise UserError(f"cannot push to {repo!r}: it is no hub id; write it as organisation/name")
-    open_set(folder, detect(folder).name)
+    open_set(folder)
     if not (folder / "README.md").is_file():
         raise UserError(f"{folder} has no README.md; write the set's card first (task=convert makes one)")
     return push(folder, repo, ALLOWED, private, revision)

@@ -30,7 +30,7 @@ from vlmscope.core.errors import NoRoom, UserError
 from vlmscope.features.labels import read_hand
 from vlmscope.models.loading import load_vlm
 from vlmscope.training.resume import load_checkpoint
-from vlmscope.transcoders.formats import ANY, clt, load_set
+from vlmscope.transcoders.formats import load_set, open_set
 from vlmscope.transcoders.hub import parts_of
 
 
@@ -312,7 +312,7 @@ YAML_DOORS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "a cross-layer set": (
         "config.yaml",
         "k: {}",
-        lambda f: (f / "W_enc_0.safetensors").touch() or clt.open_set(f, ANY),
+        lambda f: (f / "W_enc_0.safetensors").touch() or open_set(f, "clt"),
     ),
     "a card": ("README.md", "---\nlicense: {}\n---\n", lambda f: parts_of((f / "README.md").read_text())),
     "a circuit": ("circuit.yaml", "version: {}", load_circuit),

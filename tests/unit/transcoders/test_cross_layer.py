@@ -117,7 +117,7 @@ def formula(folder: Path) -> list[np.ndarray]:
 @pytest.mark.parametrize("threshold", [False, True])
 def test_circuit_tracers_folder_is_read_by_its_own_formula_and_written_back(tmp_path: Path, threshold: bool) -> None:
     by_hand(tmp_path, threshold)
-    assert detect(tmp_path).name == "clt"
+    assert detect(tmp_path) == "clt"
     loaded = load_set(tmp_path, L, D, torch.float64)
     assert loaded.config.activation == ("jumprelu" if threshold else "relu")
     assert (loaded.config.input_hook, loaded.config.output_hook) == ("mlp_in", "mlp_out_post")

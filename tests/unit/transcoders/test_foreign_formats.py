@@ -231,7 +231,7 @@ def test_a_folder_made_by_hand_is_read_as_its_own_tool_reads_it(
 ) -> None:
     case = CASES[name]
     case.folder(tmp_path, dtype, skip)
-    assert detect(tmp_path).name == name.split()[0]
+    assert detect(tmp_path) == name.split()[0]
     loaded = load_set(tmp_path, n_layers=L, d_model=D, dtype=getattr(torch, dtype))
     assert (loaded.config.input_hook, loaded.config.output_hook) == case.hooks
     assert_computes(loaded, case.formula, tmp_path)
@@ -304,7 +304,7 @@ def test_thresholds_tell_circuit_tracers_set_whatever_config_yaml_leaves_out(tmp
     where = tmp_path / "config.yaml"
     record = yaml.safe_load(where.read_text())
     where.write_text(yaml.safe_dump({n: v for n, v in record.items() if n != "scan"} | said))
-    assert detect(tmp_path).name == "circuit_tracer"
+    assert detect(tmp_path) == "circuit_tracer"
     assert_computes(load_set(tmp_path, dtype=torch.float64), circuit_tracer_formula, tmp_path)
 
 
@@ -384,8 +384,8 @@ def test_gemma_scopes_sets_of_one_folder_are_told_apart(tmp_path: Path) -> None:
     [
         ("hf_hook_point_out", "model.layers.0.mlp.output", "hf_hook_point_out is 'model.layers.0.mlp.output'"),
         ("hf_hook_point_in", "model.layers.0.output", "hf_hook_point_in"),
-        ("hf_hook_point_in", "model.layers.1.pre_feedforward_layernorm.output", "transcoder of layer 0"),
-        ("architecture", "topk", "only jump_relu"),
+        ("hf_hook_point_in", "model.layers.1.pre_feedforward_layernorm.output", "only .model.layers.0.pre_feed"),
+        ("architecture", "topk", "only .jump_relu. can be read"),
     ],
 )
 def test_a_set_at_other_places_is_not_taken_for_gemma_scopes(tmp_path: Path, key: str, value: str, words: str) -> None:
@@ -401,20 +401,20 @@ def test_an_affine_set_without_its_skip_path_is_damaged(tmp_path: Path) -> None:
     gemma_folder(tmp_path, "float32", True)
     where = tmp_path / gemma_name(0, True) / "params.safetensors"
     put(where, {n: a for n, a in load_file(where).items() if n != "affine_skip_connection"}, "float32")
-    with pytest.raises(UserError, match="params.safetensors lacks affine_skip_connection"):
+    with pytest.raises(UserError, match="params.safetensors: W_skip is missing"):
         load_set(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"transcode": False}, "transcode is not true, so this is an autoencoder"),
+        ({"transcode": False}, "transcode is False; only True can be read"),
         ({"activation": "groupmax"}, "activation is 'groupmax'"),
-        ({"signed": True}, "signed is true"),
-        ({"skip_connection": True}, "skip_connection is True, but W_skip is missing"),
-        ({"num_latents": 25}, r"make 25 features, encoder.weight has \(24, 6\)"),
-        ({"expansion_factor": 5}, r"make 30 features"),
-        ({"d_in": 7}, "d_in is 7"),
+        ({"signed": True}, "signed is True; only False can be read"),
+        ({"skip_connection": True}, "W_skip is missing, but cfg.json says otherwise"),
+        ({"num_latents": 25}, r"makes \(25, 6\) features and model width, but W_enc has \(24, 6\)"),
+        ({"expansion_factor": 5}, r"makes \(30, 6\) features"),
+        ({"d_in": 7}, r"makes \(28, 7\) features"),
         ({"k": 0}, "k must be a positive whole number"),
     ],
 )
@@ -484,7 +484,7 @@ def test_old_sae_lens_sets_say_hooks_and_activation_outside_metadata(tmp_path: P
         ({"metadata": {"hook_name": "blocks.0.hook_resid_post"}}, "this is an autoencoder"),
         ({"metadata": {"hook_name": "blocks.0.mlp.hook_in", "hook_name_out": "blocks.2.hook_mlp_out"}}, "within one"),
         ({"architecture": "transcoder"}, "holds threshold"),
-        ({"architecture": "jumprelu_skip_transcoder"}, "lacks W_skip"),
+        ({"architecture": "jumprelu_skip_transcoder"}, "W_skip is missing"),
     ],
 )
 def test_what_sae_lens_would_read_otherwise_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -512,13 +512,13 @@ def set_of(
 @pytest.mark.parametrize(
     ("activation", "hook", "format", "words"),
     [
-        ("batchtopk", "mlp_out", "paper", "TopK alone"),
+        ("batchtopk", "mlp_out", "paper", "no place for batchtopk, only for topk"),
         ("jumprelu", "mlp_out", "sparsify", "no place for jumprelu"),
-        ("topk", "mlp_out_post", "sparsify", "no module maps mlp_in to mlp_out_post"),
-        ("topk", "mlp_out_post", "paper", "raw MLP output"),
-        ("topk", "mlp_out_post", "gemma_scope", "no threshold chooses as TopK does"),
-        ("jumprelu", "mlp_out", "gemma_scope", "after the norm"),
-        ("topk", "mlp_out", "sae_lens", "no TopK transcoder"),
+        ("topk", "mlp_out_post", "sparsify", "maps mlp_in to mlp_out, and these map mlp_in to mlp_out_post"),
+        ("topk", "mlp_out_post", "paper", "maps mlp_in to mlp_out, and these"),
+        ("topk", "mlp_out_post", "gemma_scope", "no place for topk"),
+        ("jumprelu", "mlp_out", "gemma_scope", "maps mlp_in to mlp_out_post, and these"),
+        ("topk", "mlp_out", "sae_lens", "no place for topk"),
     ],
 )
 def test_what_a_format_cannot_say_is_refused(

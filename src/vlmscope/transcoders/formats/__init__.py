@@ -3,121 +3,131 @@
 Layouts, keys and traps: docs/formats_transcoders.md. Weights may be stored in bfloat16; they are computed in float32.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from vlmscope.core.errors import UserError
-from vlmscope.transcoders.config import FORMAT_NAMES
-from vlmscope.transcoders.formats import clt, config_yaml, gemma_scope, sae_lens, sparsify
-from vlmscope.transcoders.formats.common import STORED_DTYPES, Choice, Format, SetSource, build_layer, uniform
+from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES
+from vlmscope.transcoders.formats import circuit_tracer
+from vlmscope.transcoders.formats.common import STORED_DTYPES, Choice, SetSource, build_layer
+from vlmscope.transcoders.formats.layer_folders import GEMMA_SCOPE, SAE_LENS, SPARSIFY
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 __all__ = ["ANY", "FORMATS", "STORED_DTYPES", "Choice", "detect", "load_set", "open_set", "refusal", "save_set"]
 
 ANY = Choice()
-_CONFIG = "config.yaml with layer_{i}.safetensors"
+_RAW, _POST = ("mlp_in", "mlp_out"), ("mlp_in", "mlp_out_post")
+_THRESHOLDS = ("jumprelu", "relu", "batchtopk")  # ReLU has thresholds of 0, BatchTopK one for all features
 
 
-def _own(
-    name: str,
-    open_it: Callable[[Path, Choice], SetSource],
-    refusal: Callable[[TranscoderSet], str | None],
-    write: Callable[[TranscoderSet, Path, str], None] = config_yaml.write,
-) -> Format:
-    """One of the three that share `config.yaml`."""
+@dataclass(frozen=True)
+class Format:
+    """One layout on disk: what tells that a folder has it, how it is read and written, and what it can express.
 
-    def found(folder: Path) -> bool:
-        return config_yaml.has_config(folder) and config_yaml.flavour(folder) == name
+    `looks_for` says the former in words; `open` reads the configuration and finds the files, and leaves the weights
+    alone. `per_set` are the settings that it has once for all layers, `counted` whether these must be 0, 1, 2, ..,
+    `cross_layer` whether its features write to later layers, `skips` how many layers may have skip paths; None: any.
+    """
 
-    return Format(name, _CONFIG, found, open_it, refusal, write)
+    looks_for: str
+    found_in: Callable[[Path], bool]
+    open: Callable[[Path, Choice], SetSource]
+    write: Callable[[TranscoderSet, Path, str], None]
+    activations: tuple[str, ...] = ACTIVATIONS
+    hooks: tuple[str, str] | None = None
+    per_set: tuple[str, ...] = ("activation", "input_hook", "output_hook", "k")
+    counted: bool = False
+    cross_layer: bool | None = False
+    skips: str = "any"
+
+
+def _yaml(name: str) -> dict:
+    """The parts of the three formats that share `config.yaml`."""
+    return {
+        "looks_for": "config.yaml with layer_{i}.safetensors",
+        "found_in": partial(circuit_tracer.found_in, name=name),
+        "open": partial(circuit_tracer.open_set, name=name),
+        "write": partial(circuit_tracer.write, name=name),
+    }
 
 
 FORMATS: dict[str, Format] = {
-    form.name: form
-    for form in (
-        _own("vlmscope", config_yaml.open_own, uniform),
-        _own("paper", config_yaml.open_paper, config_yaml.refuse_paper),
-        _own(
-            "circuit_tracer",
-            config_yaml.open_circuit_tracer,
-            config_yaml.refuse_circuit_tracer,
-            config_yaml.write_circuit_tracer,
-        ),
-        Format(
-            "clt", "W_enc_{i}.safetensors with W_dec_{i}.safetensors", clt.found_in, clt.open_set, clt.refuse, clt.write
-        ),
-        Format(
-            "gemma_scope",
-            "transcoder_all/layer_*_width_*_l0_*/params.safetensors",
-            gemma_scope.found_in,
-            gemma_scope.open_set,
-            gemma_scope.refuse,
-            gemma_scope.write,
-        ),
-        Format(
-            "sparsify",
-            "layers.*.mlp/sae.safetensors with cfg.json",
-            sparsify.found_in,
-            sparsify.open_set,
-            sparsify.refuse,
-            sparsify.write,
-        ),
-        Format(
-            "sae_lens",
-            "sae_weights.safetensors with cfg.json",
-            sae_lens.found_in,
-            sae_lens.open_set,
-            sae_lens.refuse,
-            sae_lens.write,
-        ),
-    )
+    "vlmscope": Format(**_yaml("vlmscope"), cross_layer=None),
+    "paper": Format(**_yaml("paper"), activations=("topk",), hooks=_RAW, counted=True),
+    "circuit_tracer": Format(**_yaml("circuit_tracer"), counted=True),
+    "clt": Format(
+        "W_enc_{i}.safetensors with W_dec_{i}.safetensors",
+        circuit_tracer.clt_found_in,
+        circuit_tracer.clt_open_set,
+        circuit_tracer.clt_write,
+        activations=("relu", "jumprelu"),
+        per_set=("activation", "input_hook", "output_hook", "k", "n_features"),
+        counted=True,
+        cross_layer=True,
+        skips="none",
+    ),
+    "gemma_scope": Format(
+        "transcoder_all/layer_*_width_*_l0_*/params.safetensors",
+        GEMMA_SCOPE.found_in,
+        GEMMA_SCOPE.open_set,
+        GEMMA_SCOPE.write,
+        activations=_THRESHOLDS,
+        hooks=_POST,
+        skips="all or none",
+    ),
+    "sparsify": Format(
+        "layers.*.mlp/sae.safetensors with cfg.json",
+        SPARSIFY.found_in,
+        SPARSIFY.open_set,
+        SPARSIFY.write,
+        activations=("topk",),
+        hooks=_RAW,
+        per_set=(),
+    ),
+    "sae_lens": Format(
+        "sae_weights.safetensors with cfg.json",
+        SAE_LENS.found_in,
+        SAE_LENS.open_set,
+        SAE_LENS.write,
+        activations=_THRESHOLDS,
+        per_set=(),
+    ),
 }
 
 assert tuple(FORMATS) == FORMAT_NAMES
 
 
 def format_named(name: str) -> Format:
-    """The format of this name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The format of this name."""
     if name not in FORMATS:
         raise UserError(f"no transcoder format {name!r}; choose one of: {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
-def detect(folder: Path) -> Format:
-    """The format of a folder, from what lies in it.
-
-    Raises:
-        UserError: it has none of the layouts; the message says what was looked for.
-    """
+def detect(folder: Path) -> str:
+    """The name of a folder's format, from what lies in it."""
     if not folder.is_dir():
         raise UserError(f"no transcoder set in {folder}: there is no such folder; check the path")
-    for form in FORMATS.values():
+    for name, form in FORMATS.items():
         if form.found_in(folder):
-            return form
+            return name
     looked_for = "; ".join(dict.fromkeys(form.looks_for for form in FORMATS.values()))
-    looked_for += config_yaml.without_config(folder)
+    looked_for += circuit_tracer.without_config(folder)
     raise UserError(f"no transcoder set in {folder}: it has none of {looked_for}; check the path")
 
 
 def open_set(folder: str | Path, format: str = "auto", choice: Choice = ANY) -> SetSource:
     """Read a set's configuration and find its files, without its weights.
 
-    Args:
-        folder: where it lies.
-        format: one of `FORMATS`, or "auto": what lies in the folder decides.
-        choice: which of several sets in a folder of Gemma Scope.
-
-    Raises:
-        UserError: one line that names the file.
+    `format` is one of `FORMATS`, or "auto": what lies in the folder decides; `choice` says which of several sets in a
+    folder of Gemma Scope.
     """
     folder = Path(folder)
-    return (detect(folder) if format == "auto" else format_named(format)).open(folder, choice)
+    return format_named(detect(folder) if format == "auto" else format).open(folder, choice)
 
 
 def load_set(
@@ -131,18 +141,21 @@ def load_set(
 ) -> TranscoderSet:
     """Read a set; weights are converted to `dtype`. `n_layers` and `d_model`, when given, are those of the model.
 
-    Raises:
-        UserError: one line that names the file, for a missing or corrupt file, a missing tensor, an unknown activation
-            and for shapes that do not fit each other or the model (both shapes are named).
+    A `UserError` of one line names the file that is missing or corrupt, or where a tensor is missing, the activation is
+    unknown, or shapes do not fit each other or the model (both shapes are named).
     """
     source = open_set(folder, format, choice)
     if n_layers is not None and sorted(source.layers) != list(range(n_layers)):
+        ordered = sorted(source.layers)
+        contiguous = ordered == list(range(ordered[0], ordered[-1] + 1))
+        shown = f"{ordered[0]}-{ordered[-1]}" if contiguous else ", ".join(map(str, ordered))
         raise UserError(
-            f"{folder}: transcoders for layers {_spans(source.layers)} ({len(source.layers)}), but the model has "
-            f"{n_layers} layers (0-{n_layers - 1}); choose the set trained on this model"
+            f"{folder}: transcoders for layers {shown} ({len(ordered)}), but the model has {n_layers} layers "
+            f"(0-{n_layers - 1}); choose the set trained on this model"
         )
     transcoders = {
-        layer: build_layer(one, layer, source.config, d_model, dtype, device) for layer, one in source.layers.items()
+        number: build_layer(layer, number, source.config, d_model, dtype, device)
+        for number, layer in source.layers.items()
     }
     widths = {layer: transcoder.config.d_model for layer, transcoder in transcoders.items()}
     if len(set(widths.values())) > 1:
@@ -152,26 +165,38 @@ def load_set(
     return TranscoderSet(transcoders, source.config)
 
 
-def _spans(layers: Mapping[int, object]) -> str:
-    ordered = sorted(layers)
-    contiguous = ordered == list(range(ordered[0], ordered[-1] + 1))
-    return f"{ordered[0]}-{ordered[-1]}" if contiguous else ", ".join(map(str, ordered))
-
-
 def refusal(transcoders: TranscoderSet, format: str) -> str | None:
     """Why the set cannot be expressed in a format, in some words; None when it can."""
-    return format_named(format).refusal(transcoders)
+    form, layers = format_named(format), transcoders.layers
+    configs = [transcoder.config for transcoder in transcoders.transcoders.values()]
+    if form.cross_layer is False and transcoders.cross_layer:
+        return "it has no place for decoders to later layers (those of circuit-tracer, clt, has)"
+    if form.cross_layer and any(config.writes != len(configs) - config.layer for config in configs):
+        return "its features write to their own layer and to every later one, and these do not"
+    for config in configs:
+        if config.activation not in form.activations:
+            return f"it has no place for {config.activation}, only for {' and '.join(form.activations)}"
+        hooks = config.input_hook, config.output_hook
+        if form.hooks not in (None, hooks):
+            return f"it maps {' to '.join(form.hooks)}, and these map {' to '.join(hooks)}"
+    if form.counted and layers != list(range(len(layers))):
+        return f"it counts layers 0, 1, 2, ..., and these are {layers}"
+    skips = {config.skip for config in configs}
+    if (form.skips == "none" and True in skips) or (form.skips == "all or none" and len(skips) > 1):
+        return f"it has skip paths in {form.skips} of its layers"
+    for name in form.per_set:
+        values = sorted({str(getattr(config, name)) for config in configs})
+        # k counts for TopK alone: elsewhere it is what training aimed at and not part of the function.
+        if len(values) > 1 and (name != "k" or configs[0].activation == "topk"):
+            return f"it says {name} once for all layers, but they have {', '.join(values)}"
+    return None
 
 
 def save_set(transcoders: TranscoderSet, folder: str | Path, dtype: str = "float32", format: str = "vlmscope") -> None:
-    """Write the set into `folder`; `dtype` is the stored one, "float32" (exact) or "bfloat16" (half the size).
-
-    Raises:
-        UserError: when the folder cannot be written, for another dtype, and for a set that the format cannot express.
-    """
+    """Write the set into `folder`; `dtype` is the stored one, "float32" (exact) or "bfloat16" (half the size)."""
     if dtype not in STORED_DTYPES:
         raise UserError(f"cannot store transcoders as {dtype!r}; choose one of: {', '.join(STORED_DTYPES)}")
     reason = refusal(transcoders, format)
     if reason is not None:
         raise UserError(f"cannot write this set as {format}: {reason}; choose another format")
-    format_named(format).write(transcoders, Path(folder), dtype)
+    FORMATS[format].write(transcoders, Path(folder), dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 from vlmscope.core.artifacts import atomic_path, open_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
-from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet, set_weight
+from vlmscope.transcoders.transcoder import Transcoder, set_weight
 
 REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec")
 STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -39,14 +39,9 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerSource:
-    """One layer before it is loaded.
+    """One layer before it is loaded: its file, the file `where` its settings are, `k` and `activation` (None: the set's).
 
-    Attributes:
-        path: its file.
-        translate: from the file's tensors to ours; raises a `UserError` for what cannot be translated exactly.
-        k: active features aimed at, None for the set's.
-        activation: None for the set's.
-        where: the file that says so, for messages.
+    `translate` goes from the file's tensors to ours, and refuses what cannot be translated exactly.
     """
 
     path: Path
@@ -64,34 +59,9 @@ class SetSource:
     layers: dict[int, LayerSource]
 
 
-@dataclass(frozen=True)
-class Format:
-    """One layout on disk.
-
-    Attributes:
-        name: as in `transcoder.format=`.
-        looks_for: what tells that a folder has this layout, in words.
-        found_in: whether a folder has it.
-        open: reads the configuration and finds the files; the weights are left alone.
-        refusal: why a set cannot be expressed in it, None when it can.
-        write: the set into a folder, in a dtype of `STORED_DTYPES`.
-    """
-
-    name: str
-    looks_for: str
-    found_in: Callable[[Path], bool]
-    open: Callable[[Path, Choice], SetSource]
-    refusal: Callable[[TranscoderSet], str | None]
-    write: Callable[[TranscoderSet, Path, str], None]
-
-
 def read_tensors(path: Path) -> Tensors:
-    """All tensors of a safetensors file, those in float8 as float32 (exactly).
-
-    Raises:
-        UserError: it is missing or not complete, or weights are in no dtype of `READ_DTYPES`.
-    """
-    found = {}
+    """All tensors of a safetensors file, those in float8 as float32 (exactly)."""
+    tensors = {}
     with open_tensors(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118  (not a mapping)
             head = file.get_slice(name)
@@ -102,16 +72,12 @@ def read_tensors(path: Path) -> Tensors:
                     f"one of {', '.join(READ_DTYPES)}"
                 )
             tensor = file.get_tensor(name)
-            found[name] = tensor.float() if dtype.startswith("F8") else tensor
-    return found
+            tensors[name] = tensor.float() if dtype.startswith("F8") else tensor
+    return tensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> None:
-    """Write tensors, converted to a dtype of `STORED_DTYPES`, atomically.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Write tensors, converted to a dtype of `STORED_DTYPES`, atomically."""
     stored = {name: t.detach().to("cpu", STORED_DTYPES[dtype]).contiguous() for name, t in tensors.items()}
     with atomic_path(path, sum(t.nbytes for t in stored.values())) as temporary:
         save_file(stored, temporary, metadata={"format": "pt"})
@@ -119,18 +85,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> None
 
 def own_tensors(transcoder: Transcoder) -> Tensors:
     """A layer's tensors in our convention: `threshold` [F] too where the nonlinearity has one."""
-    found = {name: getattr(transcoder, name) for name in (*REQUIRED, "W_skip")}
-    found["threshold"] = transcoder.activation.thresholds
-    found["W_later"] = torch.stack([later.detach() for later in transcoder.W_later]) if transcoder.W_later else None
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    tensors = {name: getattr(transcoder, name) for name in (*REQUIRED, "W_skip")}
+    tensors["threshold"] = transcoder.activation.thresholds
+    tensors["W_later"] = torch.stack([later.detach() for later in transcoder.W_later]) if transcoder.W_later else None
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def taken(tensors: Tensors, names: Mapping[str, str], optional: Iterable[str], path: Path) -> Tensors:
-    """Rename tensors, theirs -> ours.
-
-    Raises:
-        UserError: one is missing that is not optional, or there is one more.
-    """
+    """Rename tensors, theirs -> ours; none may be missing that is not optional, and there may be no other."""
     missing = [name for name in names if name not in tensors and name not in set(optional)]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; it is not a transcoder in this layout")
@@ -141,11 +103,7 @@ def taken(tensors: Tensors, names: Mapping[str, str], optional: Iterable[str], p
 
 
 def not_below_0(tensors: Tensors, path: Path) -> Tensors:
-    """The same tensors, for a tool whose JumpReLU lets pass whatever is above its threshold, negative numbers too.
-
-    Raises:
-        UserError: a threshold is below 0.
-    """
+    """The same tensors, of a tool whose JumpReLU lets pass whatever is above its threshold, negative numbers too."""
     if "threshold" in tensors and bool((tensors["threshold"] < 0).any()):
         raise UserError(
             f"{path} has thresholds below 0, so that features can be negative; only those that cannot can be read"
@@ -159,11 +117,7 @@ def transposed(tensors: Tensors, *names: str) -> Tensors:
 
 
 def positive(value: object, name: str, where: Path) -> int:
-    """`value` as a positive whole number.
-
-    Raises:
-        UserError: it is not one.
-    """
+    """`value` as a positive whole number."""
     if type(value) is not int or value < 1:
         raise UserError(f"{where}: {name} must be a positive whole number, not {value!r}")
     return value
@@ -175,32 +129,10 @@ def l0_of(value: object) -> int | None:
 
 
 def record_of(value: Any, where: Path) -> dict[str, Any]:
-    """A configuration file's content.
-
-    Raises:
-        UserError: it is not a mapping.
-    """
+    """A configuration file's content, which must be a mapping."""
     if not isinstance(value, dict):
         raise UserError(f"{where} holds no keys; it is not a transcoder's configuration")
     return value
-
-
-def no_cross_layer(transcoders: TranscoderSet) -> str | None:
-    """Why a format of single layers cannot hold the set, None when it can."""
-    return "it has no place for decoders to later layers" if transcoders.cross_layer else None
-
-
-def uniform(transcoders: TranscoderSet) -> str | None:
-    """Why one configuration cannot speak for all layers, None when it can.
-
-    k counts for TopK alone: elsewhere it is what training aimed at and not part of the function.
-    """
-    configs = [transcoder.config for transcoder in transcoders.transcoders.values()]
-    for name in ("activation", "input_hook", "output_hook", "k"):
-        values = sorted({str(getattr(config, name)) for config in configs})
-        if len(values) > 1 and (name != "k" or configs[0].activation == "topk"):
-            return f"it says {name} once for all layers, but they have {', '.join(values)}"
-    return None
 
 
 _GEMMA = re.compile(r"gemma-?[23]", re.IGNORECASE)
@@ -239,55 +171,48 @@ def build_layer(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Transcoder:
-    """Load one layer.
-
-    Raises:
-        UserError: a tensor is missing, unknown, of the wrong shape or not finite, or the activation is unknown.
-    """
+    """Load one layer; refuse a tensor that is missing, unknown, of the wrong shape or not finite."""
     path, activation = source.path, source.activation or config.activation
     tensors = source.translate(read_tensors(path))
     has_threshold = activation in ("batchtopk", "jumprelu")
-    _check_names(path, tensors, activation, has_threshold)
+    needed = (*REQUIRED, "threshold") if has_threshold else REQUIRED
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}, which activation {activation!r} needs; copy the set anew")
+    unknown = sorted(set(tensors) - {*needed, "W_skip", "W_later"})
+    if unknown:
+        raise UserError(f"{path} holds {', '.join(unknown)}, which activation {activation!r} does not use")
     f, d = _checked_shapes(path, tensors, d_model, dtype)
+    k = source.k or config.k
+    writes = 1 + len(tensors.get("W_later", ()))
     try:
-        one = TranscoderConfig(
+        own = TranscoderConfig(
             d_model=d,
             n_features=f,
-            k=min(source.k or config.k, f) if activation != "topk" else source.k or config.k,
+            k=k if activation == "topk" else min(k, f),
             layer=layer,
             activation=activation,
             skip="W_skip" in tensors,
             input_hook=config.input_hook,
             output_hook=config.output_hook,
-            writes=1 + len(tensors["W_later"]) if "W_later" in tensors else 1,
+            writes=writes,
         )
-        transcoder = Transcoder(one, dtype=dtype, device=device)
+        transcoder = Transcoder(own, dtype=dtype, device=device)
     except UserError as error:
         raise UserError(f"{source.where}: {error}") from error
     for name in (*REQUIRED, "W_skip"):
         if name in tensors:
             set_weight(getattr(transcoder, name), tensors[name])
-    for parameter, found in zip(transcoder.W_later, tensors.get("W_later", ()), strict=True):
-        set_weight(parameter, found)
-    if one.writes > 1 and layer + one.writes > config.n_model_layers:
-        raise UserError(f"{path}: W_later writes {one.writes - 1} layers ahead, past the model's last; copy it anew")
+    for parameter, tensor in zip(transcoder.W_later, tensors.get("W_later", ()), strict=True):
+        set_weight(parameter, tensor)
+    if writes > 1 and layer + writes > config.n_model_layers:
+        raise UserError(f"{path}: W_later writes {writes - 1} layers ahead, past the model's last; copy it anew")
     if has_threshold:
         try:
             transcoder.activation.take_thresholds(tensors["threshold"])
         except ValueError as error:
             raise UserError(f"{path}: {error}; train or copy the set anew") from error
     return transcoder
-
-
-def _check_names(path: Path, tensors: Tensors, activation: str, has_threshold: bool) -> None:
-    missing = [name for name in REQUIRED if name not in tensors]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; it is not a transcoder in this layout")
-    if has_threshold and "threshold" not in tensors:
-        raise UserError(f"{path} lacks threshold, which activation {activation!r} needs; copy the set anew")
-    unknown = sorted(set(tensors) - {*REQUIRED, "W_skip", "W_later", *(["threshold"] if has_threshold else [])})
-    if unknown:
-        raise UserError(f"{path} holds {', '.join(unknown)}, which activation {activation!r} does not use")
 
 
 def _checked_shapes(path: Path, tensors: Tensors, d_model: int | None, dtype: torch.dtype) -> tuple[int, int]:

@@ -1,0 +1,394 @@
+"""Formats with a folder for each layer, of a file of tensors and a JSON: Gemma Scope 2, sparsify and SAELens.
+
+gemma_scope  `transcoder_all/layer_{L}_width_{W}_l0_{S}[_affine]/{config.json,params.safetensors}`. JumpReLU. `w_enc`
+             [d, F] is transposed, and so is `affine_skip_connection` [in, out], which is applied as `x @ W`. Input is
+             the output of `pre_feedforward_layernorm`, our `mlp_in`; target is the output of the norm *after* the MLP,
+             `post_feedforward_layernorm`, our `mlp_out_post`.
+sparsify     `layers.{L}.mlp/{cfg.json,sae.safetensors}` (EleutherAI). TopK. Nothing is subtracted from a transcoder's
+             input (`b_dec` is from an autoencoder's). The hook names a module whose input is read and whose output is
+             imitated: `...mlp` is the raw MLP.
+sae_lens     a folder with `{cfg.json,sae_weights.safetensors}` at any depth. `W_enc` [d, F] is transposed. An old set
+             may say `apply_b_dec_to_input`: its encoder then sees `x - b_dec`, which is folded into `b_enc` exactly.
+             From version 6 on SAELens knows ReLU and JumpReLU transcoders alone.
+
+Tables of keys and traps: docs/formats_transcoders.md.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vlmscope.core.artifacts import read_json, write_json
+from vlmscope.core.errors import UserError
+from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
+from vlmscope.transcoders.formats.common import (
+    UNKNOWN_L0,
+    Choice,
+    LayerSource,
+    SetSource,
+    Tensors,
+    l0_of,
+    own_hook,
+    own_tensors,
+    positive,
+    record_of,
+    taken,
+    their_hook,
+    transposed,
+    write_tensors,
+)
+from vlmscope.transcoders.transcoder import TranscoderSet
+
+
+class Layer(NamedTuple):
+    """What a folder's JSON says of its layer: with a skip path or not, the shape [F, d]; None where it does not say.
+
+    With `centred` the encoder sees `x - b_dec`.
+    """
+
+    number: int
+    activation: str
+    k: int | None
+    model_name: str
+    hooks: tuple[str, str] = ("mlp_in", "mlp_out")
+    skip: bool | None = None
+    shape: tuple[float | None, float | None] = (None, None)
+    centred: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a format lies on disk.
+
+    `names` are those of its tensors, theirs -> ours, `turned` those of ours that it stores transposed. `find` gives the
+    folders of all layers, `choose` those of one set, `read` what the record in a folder says, and `describe` the name
+    and the record of a folder that is written. `always` are tensors of ours that are written even where a set has none.
+    """
+
+    tensors: str
+    record: str
+    names: Mapping[str, str]
+    turned: tuple[str, ...]
+    find: Callable[[Path], list[Path]]
+    read: Callable[[dict[str, Any], Path], Layer]
+    describe: Callable[[TranscoderConfig, TranscoderSet, str], tuple[str, dict[str, Any]]]
+    choose: Callable[[Path, list[Path], Choice], list[Path]] = lambda folder, paths, choice: paths
+    always: tuple[str, ...] = ()
+
+    def found_in(self, folder: Path) -> bool:
+        """Whether a folder has this layout."""
+        return bool(self.find(folder))
+
+    def open_set(self, folder: Path, choice: Choice) -> SetSource:
+        """The layers of the folder, without their weights."""
+        paths = self.choose(folder, self.find(folder), choice)
+        if not paths:
+            raise UserError(f"{folder} holds no {self.tensors} in this layout; check the path")
+        layers: dict[int, tuple[Layer, LayerSource]] = {}
+        for path in paths:
+            where = path / self.record
+            layer = self.read(record_of(read_json(where), where), where)
+            if layer.number in layers:
+                other = layers[layer.number][1].path.parent
+                raise UserError(f"{path} is for layer {layer.number}, and so is {other}; keep one of them")
+            for other, _ in layers.values():
+                if (layer.model_name, layer.hooks) != (other.model_name, other.hooks):
+                    raise UserError(
+                        f"{where}: {layer.hooks} of {layer.model_name!r}, but {other.hooks} of {other.model_name!r} in "
+                        "other layers; a set has one model and one pair of hooks"
+                    )
+            translate = partial(self._translate, layer=layer, where=where)
+            source = LayerSource(path / self.tensors, where, translate, layer.k, layer.activation)
+            layers[layer.number] = layer, source
+        first = next(iter(layers.values()))[0]
+        config = TranscoderSetConfig(
+            n_model_layers=max(layers) + 1,
+            k=max(layer.k or UNKNOWN_L0 for layer, _ in layers.values()),
+            activation=first.activation,
+            model_name=first.model_name,
+            input_hook=first.hooks[0],
+            output_hook=first.hooks[1],
+        )
+        return SetSource(config, {number: layers[number][1] for number in sorted(layers)})
+
+    def _translate(self, tensors: Tensors, layer: Layer, where: Path) -> Tensors:
+        path = where.parent / self.tensors
+        optional = [theirs for theirs, ours in self.names.items() if ours in ("W_skip", "threshold")]
+        ours = transposed(taken(tensors, self.names, optional, path), *self.turned)
+        if layer.skip not in (None, "W_skip" in ours):
+            raise UserError(
+                f"{path}: W_skip is {'missing' if layer.skip else 'there'}, but {where.name} says otherwise"
+            )
+        shape = tuple(ours["W_enc"].shape)
+        if len(shape) == 2 and any(want not in (None, has) for want, has in zip(layer.shape, shape, strict=True)):
+            raise UserError(f"{where}: it makes {layer.shape} features and model width, but W_enc has {shape}")
+        # Biases of one length with another: the check of shapes refuses them.
+        if layer.centred and ours["W_enc"].shape[-1:] == ours["b_dec"].shape:
+            # W_enc (x - b_dec) + b_enc = W_enc x + (b_enc - W_enc b_dec)
+            ours["b_enc"] = ours["b_enc"].double() - ours["W_enc"].double() @ ours["b_dec"].double()
+        return ours
+
+    def write(self, transcoders: TranscoderSet, folder: Path, dtype: str) -> None:
+        """Write a folder for each layer."""
+        theirs = {ours: theirs for theirs, ours in self.names.items()}
+        for transcoder in transcoders.transcoders.values():
+            name, record = self.describe(transcoder.config, transcoders, dtype)
+            tensors = transposed(own_tensors(transcoder), *self.turned)
+            for extra in self.always:
+                tensors.setdefault(extra, torch.zeros_like(transcoder.b_enc))
+            write_tensors(folder / name / self.tensors, {theirs[n]: t for n, t in tensors.items()}, dtype)
+            write_json(folder / name / self.record, record)
+
+
+def _demand(record: Mapping[str, Any], where: Path, allowed: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse what changes the function in a way that this project does not compute; None allows a key to be absent."""
+    for key, values in allowed.items():
+        if record.get(key) not in values:
+            raise UserError(f"{where}: {key} is {record.get(key)!r}; only {values[0]!r} can be read")
+
+
+# Gemma Scope 2
+
+_GEMMA = re.compile(r"layer_(\d+)_width_([0-9]+[km]?)_l0_([a-z0-9]+?)(_affine)?")
+_GEMMA_HOOKS = {
+    "hf_hook_point_in": "model.layers.{}.pre_feedforward_layernorm.output",
+    "hf_hook_point_out": "model.layers.{}.post_feedforward_layernorm.output",
+}
+
+
+def _gemma_find(folder: Path) -> list[Path]:
+    """Every layer's folder: the given one itself, those in it, or those in its `transcoder_all`."""
+    inside = sorted(
+        path for parent in ("", "transcoder_all", "transcoder") for path in (folder / parent).glob("layer_*")
+    )
+    paths = [folder.absolute(), *inside]
+    return [path for path in paths if _GEMMA.fullmatch(path.name) and (path / "params.safetensors").is_file()]
+
+
+def _gemma_choose(folder: Path, paths: list[Path], choice: Choice) -> list[Path]:
+    """The layers of the chosen width, sparsity and skip path, of which there must be one set."""
+    kinds: dict[Choice, list[Path]] = {}
+    for path in paths:
+        match = _GEMMA.fullmatch(path.name)
+        assert match is not None
+        kinds.setdefault(Choice(match[2], match[3], bool(match[4])), []).append(path)
+    fitting = [k for k in kinds if all(want in (None, has) for want, has in zip(choice, k, strict=True))]
+    shown = "; ".join(
+        sorted(
+            f"transcoder.width={kind.width} transcoder.l0={kind.l0} transcoder.affine={str(kind.affine).lower()}"
+            for kind in fitting or kinds
+        )
+    )
+    if not fitting:
+        raise UserError(f"{folder} has no transcoders of that choice; choose one of: {shown}")
+    if len(fitting) > 1:
+        raise UserError(f"{folder} holds several sets; choose one of: {shown}")
+    return kinds[fitting[0]]
+
+
+def _gemma_read(record: dict[str, Any], where: Path) -> Layer:
+    match = _GEMMA.fullmatch(where.parent.absolute().name)
+    assert match is not None
+    number = int(match[1])
+    hooks = {key: (hook.format(number), None) for key, hook in _GEMMA_HOOKS.items()}
+    _demand(record, where, {"architecture": ("jump_relu", None), **hooks})
+    name = str(record.get("model_name", ""))
+    return Layer(number, "jumprelu", l0_of(record.get("l0")), name, ("mlp_in", "mlp_out_post"), bool(match[4]) or None)
+
+
+def _gemma_describe(config: TranscoderConfig, transcoders: TranscoderSet, dtype: str) -> tuple[str, dict[str, Any]]:
+    """The sparsity's name is small up to an L0 of 20 and big above, as in Gemma Scope 2."""
+    widest = max(transcoders.widths.values())
+    unit = next(((size, name) for size, name in ((2**20, "m"), (2**10, "k")) if widest >= size), (1, ""))
+    l0 = "small" if transcoders.config.k <= 20 else "big"
+    kind = f"width_{widest // unit[0]}{unit[1]}_l0_{l0}{'_affine' if config.skip else ''}"
+    record = {key: hook.format(config.layer) for key, hook in _GEMMA_HOOKS.items()} | {
+        "width": config.n_features,
+        "model_name": transcoders.config.model_name,
+        "architecture": "jump_relu",
+        "l0": config.k,
+        "affine_connection": config.skip,
+        "type": "transcoder",
+    }
+    return f"transcoder_all/layer_{config.layer}_{kind}", record
+
+
+GEMMA_SCOPE = Layout(
+    tensors="params.safetensors",
+    record="config.json",
+    names={
+        "w_enc": "W_enc",
+        "w_dec": "W_dec",
+        "b_enc": "b_enc",
+        "b_dec": "b_dec",
+        "threshold": "threshold",
+        "affine_skip_connection": "W_skip",
+    },
+    turned=("W_enc", "W_skip"),
+    find=_gemma_find,
+    read=_gemma_read,
+    describe=_gemma_describe,
+    choose=_gemma_choose,
+    always=("threshold",),  # of ReLU
+)
+
+
+# sparsify
+
+_MLP = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.mlp")
+_SPARSIFY_K = 32  # sparsify's own default
+
+
+def _sparsify_find(folder: Path) -> list[Path]:
+    own = [folder.absolute()] if (folder / "sae.safetensors").is_file() else []
+    return own or sorted(path.parent for path in folder.glob("*/sae.safetensors"))
+
+
+def _sparsify_read(record: dict[str, Any], where: Path) -> Layer:
+    hook = where.parent.name
+    match = _MLP.fullmatch(hook)
+    if match is None:
+        raise UserError(f"{where.parent}: hook {hook!r} is no MLP; only those such as layers.3.mlp can be read")
+    # An autoencoder is no transcoder, and signed features can be negative.
+    _demand(record, where, {"transcode": (True,), "activation": ("topk", None), "signed": (False, None)})
+    settings = where.parent.parent / "config.json"  # of the training run
+    name = str(record_of(read_json(settings), settings).get("model", "")) if settings.is_file() else ""
+    k = positive(record.get("k", _SPARSIFY_K), "k", where)
+    for key in ("num_latents", "expansion_factor", "d_in"):
+        if type(record.get(key, 0)) not in (int, float):
+            raise UserError(f"{where}: {key} must be a number, not {record[key]!r}")
+    # The width is `num_latents` when that is not 0, else `expansion_factor` times the model's, as sparsify counts.
+    d, expansion = record.get("d_in"), record.get("expansion_factor")
+    f = record.get("num_latents") or (None if d is None or expansion is None else d * expansion)
+    return Layer(int(match[1]), "topk", k, name, skip=record.get("skip_connection"), shape=(f, d))
+
+
+def _sparsify_describe(config: TranscoderConfig, transcoders: TranscoderSet, dtype: str) -> tuple[str, dict[str, Any]]:
+    whole = config.n_features % config.d_model == 0
+    record = {
+        "activation": "topk",
+        "expansion_factor": config.n_features // config.d_model if whole else 1,
+        "normalize_decoder": False,
+        "num_latents": 0 if whole else config.n_features,
+        "k": config.k,
+        "multi_topk": False,
+        "skip_connection": config.skip,
+        "transcode": True,
+        "d_in": config.d_model,
+    }
+    return f"layers.{config.layer}.mlp", record
+
+
+class _Sparsify(Layout):
+    def write(self, transcoders: TranscoderSet, folder: Path, dtype: str) -> None:
+        super().write(transcoders, folder, dtype)
+        if transcoders.config.model_name:
+            write_json(folder / "config.json", {"model": transcoders.config.model_name})
+
+
+SPARSIFY = _Sparsify(
+    tensors="sae.safetensors",
+    record="cfg.json",
+    names={
+        "encoder.weight": "W_enc",
+        "encoder.bias": "b_enc",
+        "W_dec": "W_dec",
+        "b_dec": "b_dec",
+        "W_skip": "W_skip",
+    },
+    turned=(),
+    find=_sparsify_find,
+    read=_sparsify_read,
+    describe=_sparsify_describe,
+)
+
+
+# SAELens
+
+_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
+
+
+def _sae_lens_find(folder: Path) -> list[Path]:
+    own = [folder] if (folder / "sae_weights.safetensors").is_file() else []
+    return own or sorted(path.parent for path in folder.rglob("sae_weights.safetensors"))
+
+
+def _sae_lens_read(record: dict[str, Any], where: Path) -> Layer:
+    record = {**record_of(record.get("metadata") or {}, where), **{k: v for k, v in record.items() if k != "metadata"}}
+    hooks = [str(record.get(key) or "") for key in ("hook_name", "hook_name_out")]
+    if hooks[1] in ("", hooks[0]):
+        raise UserError(
+            f"{where}: hook_name_out is not another than hook_name, so this is an autoencoder; give a transcoder"
+        )
+    matches = [match for hook in hooks if (match := _HOOK.fullmatch(hook))]
+    if len(matches) < 2 or matches[0][1] != matches[1][1]:
+        raise UserError(
+            f"{where}: {hooks[0]} to {hooks[1]} is not within one layer; only such as blocks.3.mlp.hook_in can be read"
+        )
+    neutral = {"normalize_activations": ("none", None), "reshape_activations": ("none", None)}
+    neutral |= dict.fromkeys(("rescale_acts_by_decoder_norm", "finetuning_scaling_factor"), (False, None))
+    _demand(record, where, {**neutral, "hook_head_index": (None,)})
+    activation, k = _sae_lens_activation(record, where)
+    name = str(record.get("model_name") or "")
+    ours = own_hook(matches[0][2], name), own_hook(matches[1][2], name)
+    skip = "skip" in str(record.get("architecture")) or None
+    centred = bool(record.get("apply_b_dec_to_input"))
+    return Layer(int(matches[0][1]), activation, k, name, ours, skip, centred=centred)
+
+
+def _sae_lens_activation(record: dict[str, Any], where: Path) -> tuple[str, int | None]:
+    """The nonlinearity, and k or L0 where it is known."""
+    architecture = str(record.get("architecture", "standard"))
+    l0 = l0_of(record.get("l0"))
+    if architecture in ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder"):
+        return "jumprelu", l0
+    if architecture not in ("standard", "transcoder", "skip_transcoder", "topk"):
+        raise UserError(
+            f"{where}: architecture is {architecture!r}; only transcoder, skip_transcoder and jumprelu_* can be read"
+        )
+    name = str(record.get("activation_fn") or record.get("activation_fn_str") or "relu")
+    if architecture == "topk" or name == "topk":
+        kwargs = record_of(record.get("activation_fn_kwargs") or {}, where)
+        return "topk", positive(record.get("k", kwargs.get("k")), "k", where)
+    if name != "relu":
+        raise UserError(f"{where}: activation_fn is {name!r}; only relu, topk and jumprelu can be read")
+    return "relu", l0
+
+
+def _sae_lens_describe(config: TranscoderConfig, transcoders: TranscoderSet, dtype: str) -> tuple[str, dict[str, Any]]:
+    name, layer = transcoders.config.model_name, config.layer
+    jumps = "" if config.activation == "relu" else "jumprelu_"
+    record = {
+        "architecture": f"{jumps}{'skip_' if config.skip else ''}transcoder",
+        "d_in": config.d_model,
+        "d_out": config.d_model,
+        "d_sae": config.n_features,
+        "dtype": dtype,
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "model_name": name,
+            "hook_name": f"blocks.{layer}.{their_hook(config.input_hook, name)}",
+            "hook_name_out": f"blocks.{layer}.{their_hook(config.output_hook, name)}",
+            "l0": config.k,
+        },
+    }
+    return f"layer_{layer}", record
+
+
+SAE_LENS = Layout(
+    tensors="sae_weights.safetensors",
+    record="cfg.json",
+    names={name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec", "W_skip", "threshold")},
+    turned=("W_enc",),
+    find=_sae_lens_find,
+    read=_sae_lens_read,
+    describe=_sae_lens_describe,
+)

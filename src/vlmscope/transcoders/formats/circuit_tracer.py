@@ -208,19 +208,23 @@ def write(transcoders: TranscoderSet, folder: Path, dtype: str, name: str) -> No
     for layer, transcoder in transcoders.transcoders.items():
         tensors = {theirs.get(ours, ours): tensor for ours, tensor in own_tensors(transcoder).items()}
         write_tensors(folder / _file_name(layer), tensors, dtype)
-    record = _record(transcoders, _CROSS_LAYER if transcoders.cross_layer else _KIND, dtype)
+    record = _head(transcoders, _CROSS_LAYER if transcoders.cross_layer else _KIND)
     if name == "circuit_tracer" and record["activation"] == "batchtopk":
         record["activation"] = "jumprelu"  # what it is after training
+    k = transcoders[transcoders.layers[0]].config.k
     record |= {
-        "top_k": record["k"],  # the paper's code reads this, circuit-tracer `k`; without it each falls back in silence
+        # The paper's code reads `top_k`, circuit-tracer `activation` and `k`; without them each falls back in silence.
+        "top_k": k,
+        "k": k,
         "layers": transcoders.layers,
         "num_model_layers": transcoders.config.n_model_layers,
         "transcoders": [_file_name(layer) for layer in transcoders.layers],
+        "dtype": dtype,
     }
     write_yaml(folder / CONFIG, record)  # last, so that a folder with a config is a whole set
 
 
-def _record(transcoders: TranscoderSet, kind: str, dtype: str) -> dict[str, Any]:
+def _head(transcoders: TranscoderSet, kind: str) -> dict[str, Any]:
     first, name = transcoders[transcoders.layers[0]].config, transcoders.config.model_name
     return {
         "model_kind": kind,
@@ -228,8 +232,6 @@ def _record(transcoders: TranscoderSet, kind: str, dtype: str) -> dict[str, Any]
         "feature_input_hook": their_hook(first.input_hook, name),
         "feature_output_hook": their_hook(first.output_hook, name),
         "activation": first.activation,
-        "k": first.k,
-        "dtype": dtype,
     }
 
 
@@ -293,4 +295,5 @@ def clt_write(transcoders: TranscoderSet, folder: Path, dtype: str) -> None:
         write_tensors(folder / f"W_enc_{layer}.safetensors", named, dtype)
         stacked = torch.stack([decoder.detach() for decoder in decoders], dim=1)
         write_tensors(folder / f"W_dec_{layer}.safetensors", {f"W_dec_{layer}": stacked}, dtype)
-    write_yaml(folder / CONFIG, _record(transcoders, _CLT_KIND, dtype))  # last, as above
+    record = {**_head(transcoders, _CLT_KIND), "k": transcoders[0].config.k, "dtype": dtype}
+    write_yaml(folder / CONFIG, record)  # last, as above

@@ -39,7 +39,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerSource:
-    """One layer before it is loaded: its file, the file `where` its settings are, `k` and `activation` (None: the set's).
+    """One layer before it is loaded: its file, the file `where` its settings are, and these (None: as the set's).
 
     `translate` goes from the file's tensors to ours, and refuses what cannot be translated exactly.
     """

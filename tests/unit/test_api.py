@@ -80,7 +80,7 @@ def test_a_hub_id_needs_its_commit(cache: Path, saved: Path) -> None:
 
 def test_the_shipped_pair_passes_in_silence(caplog: pytest.LogCaptureFixture) -> None:
     scope = vlmscope.load()
-    assert scope.transcoders.n_layers == 8 and not caplog.records
+    assert len(scope.transcoders) == 8 and not caplog.records
 
 
 def test_a_study_of_a_folder_and_of_named_sources(tmp_path) -> None:

@@ -1,14 +1,10 @@
-"""Transcoder sets on the hub, and their cards.
+"""Transcoder sets on the Hugging Face hub: from a repository at one commit to a set, and back, with a card.
 
-The card of a transcoder set: `README.md` with YAML front matter, for people, the hub and the next conversion.
+A set is looked for as a folder, then in the hub's cache on this machine without a network, then it is downloaded into
+that cache. Only safetensors, YAML, JSON and Markdown travel, never a pickle and never code.
 
-Pure functions of text and records. The facts stand twice: as tables to read, and under the key `vlmscope` of the front
-matter, from where `facts_of` takes them again.
-
-Transcoder sets on the Hugging Face hub: from a repository at one commit to a set, and from a folder to a repository.
-
-Order: a folder that is there; the hub's cache on this machine, without a network; a download into that cache. Only
-safetensors, YAML, JSON and Markdown travel, never a pickle and never code.
+The card is `README.md` with YAML front matter, for people, the hub and the next conversion. The facts are in it twice:
+as tables to read, and under the key `vlmscope` of the front matter, from where `carried_over` takes them again.
 """
 
 from __future__ import annotations
@@ -38,20 +34,12 @@ _QUOTED = "## The card of the source"
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says. A thing that is not known is None or empty, and then not printed.
+    """What a card says; a thing that is not known is None or empty, and then not printed.
 
-    Attributes:
-        base_model: name or hub id of the model.
-        base_revision: its commit.
-        license: identifier of the hub, such as apache-2.0; "unknown" when nobody said.
-        activation, k, input_hook, output_hook, skip, cross_layer: the architecture.
-        format: of the files, one of `vlmscope.transcoders.formats.FORMATS`.
-        widths: layer -> features.
-        figures: layer -> name ("fvu", "l0", "dead_frac", ...) -> value, on validation data.
-        ce, ce_delta: cross-entropy on answer tokens in nats, and its rise with all layers spliced in.
-        data: source -> training tokens.
-        settings: of training.
-        note: Markdown that follows, such as the card of the set that this one was made from.
+    `license` is an identifier of the hub, such as apache-2.0. `widths` holds the features of each layer, `figures` each
+    layer's values on validation data ("fvu", "l0", "dead_frac", ...), `ce` the cross-entropy on answer tokens in nats,
+    `ce_delta` its rise with all layers spliced in, `data` the training tokens of each source. `note` is Markdown that
+    follows, such as the card of the set that this one was made from.
     """
 
     base_model: str
@@ -105,30 +93,58 @@ def render(facts: CardFacts) -> str:
     head: dict[str, Any] = {"library_name": "vlmscope"}
     if facts.base_model:
         head["base_model"] = facts.base_model
-    said = {name: value for name, value in asdict(facts).items() if name != "note" and value not in (None, {}, "")}
-    head |= {"license": facts.license, "tags": _TAGS, "vlmscope": said}
+    known = {name: value for name, value in asdict(facts).items() if name != "note" and value not in (None, {}, "")}
+    head |= {"license": facts.license, "tags": _TAGS, "vlmscope": known}
     front = yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=120)
-    parts = [_title(facts), _figures(facts), _data(facts), _settings(facts), facts.note.strip()]
-    return f"{_MARK}{front}{_MARK}\n" + "\n\n".join(part for part in parts if part) + "\n"
+    parts = [_title(facts), *_figures(facts)]
+    total = sum(facts.data.values())
+    if total:
+        rows = [[_plain(name), f"{n:,}", f"{100 * n / total:.0f} %"] for name, n in facts.data.items()]
+        parts += ["## Training data", _table(["source", "tokens", "share"], rows)]
+    if facts.settings:
+        rows = [[_plain(name), _code(value)] for name, value in facts.settings.items()]
+        parts += ["## Training", _table(["setting", "value"], rows)]
+    return f"{_MARK}{front}{_MARK}\n" + "\n\n".join(part for part in (*parts, facts.note.strip()) if part) + "\n"
 
 
 def _title(facts: CardFacts) -> str:
     model = _plain(facts.base_model or "an unnamed model")
-    at = f" at revision {_code(facts.base_revision)}" if facts.base_revision else ""
+    revision = f" at revision {_code(facts.base_revision)}" if facts.base_revision else ""
     widths = sorted(set(facts.widths.values()))
-    wide = (
-        f"{widths[0]:,}" if len(widths) == 1 else f"{widths[0]:,} to {widths[-1]:,}" if widths else "an unknown number"
-    )
+    width = " to ".join(f"{n:,}" for n in dict.fromkeys((widths[0], widths[-1]))) if widths else "an unknown number"
     aim = f"k = {facts.k}" if facts.activation in ("topk", "batchtopk") else f"L0 aimed at {facts.k}"
-    skip = ", with a skip path" if facts.skip else ""
+    more = ", with a skip path" if facts.skip else ""
     if facts.cross_layer:
-        skip += ", writing to its own layer and later ones"
+        more += ", writing to its own layer and later ones"
     return (
         f"# Transcoders of {model}\n\n"
-        f"One {facts.activation} transcoder ({aim}, {wide} features{skip}) for the MLP of each of {len(facts.widths)} "
-        f"layers of {model}{at}: from {_code(facts.input_hook)} to {_code(facts.output_hook)}. Format: {facts.format}. "
-        f"Licence: {_plain(facts.license)}."
+        f"One {facts.activation} transcoder ({aim}, {width} features{more}) for the MLP of each of {len(facts.widths)} "
+        f"layers of {model}{revision}: from {_code(facts.input_hook)} to {_code(facts.output_hook)}. Format: "
+        f"{facts.format}. Licence: {_plain(facts.license)}."
     )
+
+
+def _figures(facts: CardFacts) -> list[str]:
+    names = [name for name in _FIGURES if any(name in figures for figures in facts.figures.values())]
+
+    def cells(values: Mapping[str, float]) -> list[str]:
+        return [_shown(name, values[name]) if name in values else "" for name in names]
+
+    rows = [[str(n), f"{width:,}", *cells(facts.figures.get(n, {}))] for n, width in facts.widths.items()]
+    if names:
+        by_name = {name: [f[name] for f in facts.figures.values() if name in f] for name in names}
+        rows.append(["mean", "", *cells({name: sum(found) / len(found) for name, found in by_name.items()})])
+    parts = ["## Figures", _table(["layer", "features", *(_FIGURES[name] for name in names)], rows)]
+    if not names:
+        parts.append("No figures are known for this set.")
+    if facts.ce_delta is not None:
+        own = "" if facts.ce is None else f"Cross-entropy on answer tokens: {facts.ce:.3f} nats; "
+        parts.append(f"{own}{'w' if own else 'W'}ith all layers spliced in: {facts.ce_delta:+.3f} nats.")
+    return parts
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if name == "dead_frac" else f"{value:.1f}" if name == "l0" else f"{value:.3f}"
 
 
 def _plain(value: object) -> str:
@@ -142,62 +158,13 @@ def _code(value: object) -> str:
     return _plain(text) if re.search(r"[`\\|<]", text) else f"`{text}`"
 
 
-def _table(rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
-
-
-def _figures(facts: CardFacts) -> str:
-    names = [name for name in _FIGURES if any(name in figures for figures in facts.figures.values())]
-    rows = [["layer", "features", *(_FIGURES[name] for name in names)]]
-    for layer, width in facts.widths.items():
-        values = facts.figures.get(layer, {})
-        rows.append([str(layer), f"{width:,}", *(_shown(name, values.get(name)) for name in names)])
-    if names:
-        rows.append(["mean", "", *(_shown(name, _mean(facts, name)) for name in names)])
-    told = [] if names else ["No figures are known for this set."]
-    if facts.ce_delta is not None:
-        own = "" if facts.ce is None else f"Cross-entropy on answer tokens: {facts.ce:.3f} nats; "
-        told.append(f"{own}{'w' if own else 'W'}ith all layers spliced in: {facts.ce_delta:+.3f} nats.")
-    return "\n\n".join(["## Figures", _table(rows), *told])
-
-
-def _mean(facts: CardFacts, name: str) -> float | None:
-    values = [figures[name] for figures in facts.figures.values() if name in figures]
-    return sum(values) / len(values) if values else None
-
-
-def _shown(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value:.1f} %" if name == "dead_frac" else f"{value:.1f}" if name == "l0" else f"{value:.3f}"
-
-
-def _data(facts: CardFacts) -> str:
-    if not facts.data:
-        return ""
-    total = sum(facts.data.values())
-    rows = [["source", "tokens", "share"]]
-    rows += [
-        [_plain(name), f"{count:,}", f"{100 * count / total:.0f} %"] for name, count in facts.data.items() if total
-    ]
-    return "## Training data\n\n" + _table(rows)
-
-
-def _settings(facts: CardFacts) -> str:
-    if not facts.settings:
-        return ""
-    return "## Training\n\n" + _table(
-        [["setting", "value"], *([_plain(n), _code(v)] for n, v in facts.settings.items())]
-    )
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
 
 
 def parts_of(text: str) -> tuple[dict[str, Any], str]:
-    """Front matter and body of a Markdown file; no front matter is an empty one.
-
-    Raises:
-        UserError: it is not YAML.
-    """
+    """Front matter and body of a Markdown file; no front matter is an empty one."""
     if not text.startswith(_MARK) or f"\n{_MARK}" not in text[len(_MARK) - 1 :]:
         return {}, text
     front, _, body = text[len(_MARK) :].partition(f"\n{_MARK}")
@@ -206,14 +173,9 @@ def parts_of(text: str) -> tuple[dict[str, Any], str]:
 
 
 def carried_over(own: CardFacts, text: str | None) -> CardFacts:
-    """The card of a converted set: the source's facts, with the architecture and format of the new one.
+    """The card of a converted set: the facts of the source's card `text`, with the architecture and format of `own`.
 
-    Args:
-        own: `facts_of_set` of the new set.
-        text: the source's card; None when it has none. One that this project did not write is quoted whole.
-
-    Raises:
-        UserError: its front matter is not YAML.
+    A card that this project did not write is quoted whole, two levels of headings down and HTML shown as text.
     """
     if text is None:
         return own
@@ -221,24 +183,20 @@ def carried_over(own: CardFacts, text: str | None) -> CardFacts:
     known = head.get("vlmscope")
     if isinstance(known, dict):
         names = {item.name for item in fields(CardFacts)} - {"note"}
-        said = CardFacts(**{"base_model": "", **{name: value for name, value in known.items() if name in names}})
-        kept = {name: getattr(said, name) for name in ("base_revision", "license", "figures", "ce", "ce_delta")}
-        name, quoted = own.base_model or said.base_model, body.partition(_QUOTED)
-        note = "".join(quoted[1:])
-        facts = replace(own, base_model=name, data=said.data, settings=said.settings, note=note, **kept)
+        source = CardFacts(**{"base_model": "", **{name: value for name, value in known.items() if name in names}})
+        kept = ("base_revision", "license", "figures", "ce", "ce_delta", "data", "settings")
+        facts = replace(own, **{name: getattr(source, name) for name in kept})
+        note = "".join(body.partition(_QUOTED)[1:])
+        facts = replace(facts, base_model=own.base_model or source.base_model, note=note)
         with built_from("the front matter of the set's README.md", "card", "correct what stands under vlmscope"):
             render(facts)
         return facts
     base = head.get("base_model")
     name = own.base_model or (base if isinstance(base, str) else "")
+    shown = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", body.strip()).splitlines()
+    quoted = "\n".join(f"##{line}" if line.startswith("#") else line for line in shown)
     license = str(head.get("license", own.license))
-    return replace(own, base_model=name, license=license, note=f"{_QUOTED}\n\n{_deeper(body)}")
-
-
-def _deeper(body: str) -> str:
-    """Headings two levels down, under that of the quotation; HTML shown as text, so that it does nothing."""
-    shown = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", body.strip())
-    return "\n".join(f"##{line}" if line.startswith("#") else line for line in shown.splitlines())
+    return replace(own, base_model=name, license=license, note=f"{_QUOTED}\n\n{quoted}")
 
 
 ALLOWED = ("*.safetensors", "*.yaml", "*.json", "*.md")
@@ -247,14 +205,8 @@ ALLOWED = ("*.safetensors", "*.yaml", "*.json", "*.md")
 def set_folder(path: str | Path, revision: str | None = None, format: str = "auto", choice: Choice = ANY) -> Path:
     """The local folder of a set, fetched into the hub's cache when it must be.
 
-    Args:
-        path: a folder, or a hub id when there is no such folder.
-        revision: the commit, 40 hexadecimal digits; only needed for a hub id.
-        format: as in `load_set`.
-        choice: of Gemma Scope's many sets, the one that is fetched.
-
-    Raises:
-        UserError: the revision is not pinned, or the set can neither be found nor fetched.
+    `path` is a folder, or a hub id, which needs the commit `revision` (40 hexadecimal digits). `format` as in
+    `load_set`; of Gemma Scope's many sets `choice` is fetched.
     """
     repo = str(path)
     if Path(path).is_dir() or not is_hub_id(repo):
@@ -276,22 +228,18 @@ def set_folder(path: str | Path, revision: str | None = None, format: str = "aut
     readable = _is_readable(cached, format, choice)
     if readable and (cached / "config.yaml").is_file():
         return cached  # it lists its files, and they are there
+    wanted = ALLOWED
+    if choice != ANY:  # of Gemma Scope one repository has many sets
+        end = {True: "_affine", False: "", None: "*"}[choice.affine]
+        layers = f"*layer_*_width_{choice.width or '*'}_l0_{choice.l0 or '*'}{end}/"
+        wanted = (f"{layers}params.safetensors", f"{layers}config.json")
     try:
-        return fetch(repo, revision, _wanted(choice), refusal)
+        return fetch(repo, revision, Wanted(wanted), refusal)
     except UserError:
         # In other layouts a download that stopped cannot be told from a set of few layers.
         if readable:
             return cached
         raise
-
-
-def _wanted(choice: Choice) -> Wanted:
-    """All of a repository, or one of the sets of Gemma Scope, of which a repository has many."""
-    if choice == ANY:
-        return Wanted(ALLOWED)
-    end = {True: "_affine", False: "", None: "*"}[choice.affine]
-    one = f"*layer_*_width_{choice.width or '*'}_l0_{choice.l0 or '*'}{end}/"
-    return Wanted((f"{one}params.safetensors", f"{one}config.json"))
 
 
 def _is_readable(folder: Path, format: str, choice: Choice) -> bool:
@@ -311,28 +259,14 @@ def from_pretrained(
     format: str = "auto",
     choice: Choice = ANY,
 ) -> TranscoderSet:
-    """A set from a folder or from the hub: `set_folder`, then `load_set`, whose arguments the others are.
-
-    Raises:
-        UserError: as those two.
-    """
+    """A set from a folder or from the hub: `set_folder`, then `load_set`, whose arguments the others are."""
     return load_set(set_folder(path, revision, format, choice), n_layers, d_model, dtype, device, format, choice)
 
 
 def push_to_hub(folder: str | Path, repo: str, private: bool = True, revision: str | None = None) -> str:
-    """Upload the folder of a set, its card included.
+    """Upload the folder of a set, in any format and with its card; returns the commit that pins what was uploaded.
 
-    Args:
-        folder: a set in any format; it is opened first.
-        repo: `organisation/name`; made if need be.
-        private: whether a repository that is made is private.
-        revision: the branch, made if need be; the main one when None.
-
-    Returns:
-        The commit that pins what was uploaded.
-
-    Raises:
-        UserError: the folder is no set or has no card, the name is no hub id, or the hub refuses.
+    `repo` is `organisation/name`, made (private or not) if need be, as is the branch `revision` (None: the main one).
     """
     folder = Path(folder)
     if not is_hub_id(repo):

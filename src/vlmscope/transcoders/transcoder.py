@@ -1,11 +1,11 @@
-"""Transcoders: sparse codes, the modules of a layer and of a set, and random ones.
+"""Transcoders: `a = act(W_enc x + b_enc)`, `y_hat = a W_dec + b_dec (+ W_skip x)`; their sparse kernels, and sets.
 
-Sparse encoder gather and sparse decoder, with sparse gradients.
-
-Shapes: N tokens, k active features a token, F features, d model width.
+One class serves training, attribution, interventions and feature studies (Dunefsky et al., arXiv 2406.11944; the skip
+path: arXiv 2501.18823). In a cross-layer set (Ameisen et al. 2025) a feature reads at one layer and writes to that one
+and to later ones, by a decoder for each: `y_hat_m = sum over l <= m of a_l W_dec[l -> m] + b_dec_m (+ W_skip_m x_m)`.
 
 A token has k of F features, and k/F is below 1 %. Dense products would spend 99 % of their work on zeros, and a plain
-gather stores [N, k, d]. Both passes here are weighted bags of rows instead:
+gather stores [N, k, d]. Forward and backward here are weighted bags of rows instead:
 
     y[n]     = sum_j v[n, j] W[i[n, j]]                   a bag of decoder rows for each token
     dv[n, j] = g[n] . W[i[n, j]]                          sampled dot products
@@ -16,16 +16,7 @@ No [N, k, d] and, in backward, no [N, F] is ever stored. Measured on one thread 
 1.0 / 1.1 / 3.9; `index_add_` - / - / 4.1. With N = 1024, d = 640, F = 10240, k = 32, where the weights leave the cache:
 bags 5.7 / 6.2 / 5.3, dv token by token 14, and the dense encoder product 152.
 
-The transcoder: `a = act(W_enc x + b_enc)`, `y_hat = a W_dec + b_dec (+ W_skip x)`.
-
-One class serves training, attribution, interventions and feature studies (Dunefsky et al., arXiv 2406.11944; the skip
-path: arXiv 2501.18823). In a cross-layer set (Ameisen et al. 2025) a feature reads at one layer and writes to that one
-and to later ones, by a decoder for each: `y_hat_m = sum over l <= m of a_l W_dec[l -> m] + b_dec_m (+ W_skip_m x_m)`.
-Shapes: d model width, F features, k slots for active features; `..` any leading dimensions.
-
-Starting points: random sets for tests, and folding of a standardisation into the weights.
-
-Shapes: d model width, F features.
+Shapes: N tokens, `..` any leading dimensions, k slots for the active features of a token, F features, d model width.
 """
 
 from __future__ import annotations
@@ -34,7 +25,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,8 +47,7 @@ def weighted_bags(indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     return functional.embedding_bag(indices, rows, per_sample_weights=weights, mode="sum")
 
 
-@dataclass(frozen=True)
-class _ByFeature:
+class _ByFeature(NamedTuple):
     """The entries (n, j) of indices [N, k] sorted by feature: `entry` [N k], `token` [N k]; `starts` [F] of each."""
 
     entry: Tensor
@@ -84,14 +74,14 @@ class FeatureOrder:
 
     def of(self, indices: Tensor, n_features: int) -> _ByFeature:
         """The order of `indices` [N, k]; others than those of the last call are sorted anew."""
-        known = self._known
-        if known is None or known[1] != n_features or not _same(known[0], indices):
-            self._known = known = (indices, n_features, _by_feature(indices, n_features))
-        return known[2]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+        if self._known is not None:
+            known, width, order = self._known
+            same = known.data_ptr() == indices.data_ptr() and known.stride() == indices.stride()
+            if same and known.shape == indices.shape and width == n_features:
+                return order
+        order = _by_feature(indices, n_features)
+        self._known = indices, n_features, order
+        return order
 
 
 def sampled_dots(indices: Tensor, left: Tensor, rows: Tensor, order: FeatureOrder | None = None) -> Tensor:
@@ -203,16 +193,6 @@ def sparse_decode(indices: Tensor, values: Tensor, w_dec: Tensor, order: Feature
     return _Decode.apply(indices, values, w_dec, order)  # pyright: ignore[reportReturnType]
 
 
-__all__ = [
-    "SparseCode",
-    "Transcoder",
-    "TranscoderConfig",
-    "TranscoderOutput",
-    "TranscoderSet",
-    "TranscoderSetConfig",
-]
-
-
 @dataclass(frozen=True)
 class SparseCode:
     """Features and activations of each token. An entry with value 0 is not active, whatever its index.
@@ -275,7 +255,7 @@ class Transcoder(nn.Module):
     def __init__(
         self, config: TranscoderConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> None:
-        """All weights start at zero: fill them by `vlmscope.transcoders.transcoder` or from a file."""
+        """All weights start at zero."""
         super().__init__()
         self.config = config
         f, d = config.n_features, config.d_model
@@ -341,7 +321,7 @@ class Transcoder(nn.Module):
         """`pre_activations` of rows [N, d], in `product_dtype` while training."""
         if self.product_dtype is None or not self.training:
             return self.pre_activations(rows)
-        half = (one.to(self.product_dtype) for one in (rows, self.W_enc, self.b_enc))
+        half = (tensor.to(self.product_dtype) for tensor in (rows, self.W_enc, self.b_enc))
         return functional.linear(*half)
 
     def write(self, code: SparseCode, ahead: int = 0) -> Tensor:
@@ -352,11 +332,7 @@ class Transcoder(nn.Module):
         return summed.view(*lead, summed.shape[-1])
 
     def decode(self, code: SparseCode, x: Tensor | None = None) -> Tensor:
-        """`sum_f a_f W_dec[f] + b_dec (+ W_skip x)` -> [.., d], from this layer's features alone.
-
-        Raises:
-            ValueError: when the transcoder has a skip path and `x` [.., d] is not given.
-        """
+        """`sum_f a_f W_dec[f] + b_dec (+ W_skip x)` -> [.., d], from this layer's features alone."""
         out = self.write(code) + self.b_dec
         if self.W_skip is not None:
             if x is None:
@@ -375,12 +351,12 @@ def written_before(transcoders: Mapping[int, Transcoder], layer: int, codes: Map
 
     None when there is none, so always in a set that is not cross-layer.
     """
-    found = [
+    writes = [
         transcoders[lower].write(code, layer - lower)
         for lower, code in codes.items()
         if 0 < layer - lower < transcoders[lower].config.writes
     ]
-    return sum(found[1:], found[0]) if found else None
+    return sum(writes[1:], writes[0]) if writes else None
 
 
 class TranscoderSet(nn.Module):
@@ -415,9 +391,7 @@ class TranscoderSet(nn.Module):
         return {layer: self[layer].encode(x) for layer, x in inputs.items()}
 
     def decode(self, layer: int, codes: Mapping[int, SparseCode], x: Tensor) -> Tensor:
-        """Reconstruction [.., d] of one layer from the codes of all layers that write to it and its own input
-        [.., d].
-        """
+        """Reconstruction [.., d] of a layer from the codes of all that write to it and its own input [.., d]."""
         own = self[layer].decode(codes[layer], x)
         earlier = written_before(self.transcoders, layer, codes)
         return own if earlier is None else own + earlier
@@ -431,11 +405,6 @@ class TranscoderSet(nn.Module):
     def layers(self) -> list[int]:
         """The layers that have a transcoder, ascending."""
         return [int(key) for key in self._by_layer]
-
-    @property
-    def n_layers(self) -> int:
-        """How many layers have a transcoder."""
-        return len(self._by_layer)
 
     @property
     def transcoders(self) -> dict[int, Transcoder]:

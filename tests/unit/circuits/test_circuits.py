@@ -62,7 +62,7 @@ def test_planted_features_are_found_at_their_role(bench) -> None:
         assert {m.role for m in members} == {role}
         assert float(circuit.level(concept, role, 0, "name")[0]) == {"mars": 2.0, "earth": 1.5}[concept]
         assert metrics[f"circuit/{concept}/confirmed_frac"] == 1.0
-    assert circuit.size("mars", "earth") == 2 * transcoders.n_layers
+    assert circuit.size("mars", "earth") == 2 * len(transcoders)
     with pytest.raises(UserError, match="another"):
         circuit.check_fits("another", transcoders.widths, "circuit")
 

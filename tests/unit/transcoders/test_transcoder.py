@@ -96,7 +96,7 @@ def test_random_sets_depend_on_the_seed_alone_and_are_nowhere_zero() -> None:
 def test_a_set_may_hold_some_layers_of_different_widths() -> None:
     transcoders = {layer: Transcoder(TranscoderConfig(D, F + layer, K, layer=layer)) for layer in (5, 2)}
     some = TranscoderSet(transcoders, random_set(1, D, F, K).config)
-    assert some.layers == [2, 5] and some.n_layers == len(some) == 2
+    assert some.layers == [2, 5] and len(some) == 2
     assert some[5].config.n_features == F + 5 and 2 in some and 3 not in some
     with pytest.raises(KeyError, match="layer 3"):
         some[3]

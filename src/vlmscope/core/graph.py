@@ -1,19 +1,15 @@
 """Records of attribution graphs and of graphs laid on one another: plain numpy, no torch.
 
-Records of attribution graphs: plain numpy, no torch.
-
-Legend: N nodes, E edges, T positions, L decoder layers. Node order is by layer (embeddings, then per layer the bias,
-the features by position and index, the errors by position, the left-out features; last the ends, K nodes that the
+Legend: N nodes, E edges, T positions, L decoder layers, K ends. Node order is by layer (embeddings, then per layer the
+bias, the features by position and index, the errors by position, the left-out features; last the ends, K nodes that the
 graph explains: logits, or what else was asked about), so that every source comes before its targets and the adjacency
 matrix is strictly lower triangular. A graph of something inside the model ends at its layer.
 
-Records of graphs laid on one another: a comparison of two, an aggregate of many. Plain numpy, no torch.
-
-Legend: M matched nodes, E matched edges, C columns, G graphs. Nodes that mean the same have become one; `match` says by
-which rule (`vlmscope.attribution.compare`). A column is where a matched node stands: a position, a role, or the one
-column of graphs that were matched without positions. A node's share is its influence over that of all nodes of
-its graph, an edge's the influence that it hands down over the same sum, both of the whole graph, so that shares of
-graphs of different sizes compare.
+Of graphs laid on one another, a comparison of two or an aggregate of many: M matched nodes, E matched edges, C columns,
+G graphs. Nodes that mean the same have become one; `match` says by which rule (`vlmscope.attribution.merged`). A column
+is where a matched node stands: a position, a role, or the one column of graphs that were matched without positions. A
+node's share is its influence over that of all nodes of its graph, an edge's the influence that it hands down over the
+same sum, both of the whole graph, so that shares of graphs of different sizes compare.
 """
 
 from __future__ import annotations
@@ -46,23 +42,15 @@ ENDS = (NodeKind.LOGIT, NodeKind.TARGET)
 
 @dataclass(frozen=True)
 class NodeTable:
-    """One row a node.
+    """One row a node."""
 
-    Attributes:
-        kind: `[N]` int8, `NodeKind`.
-        layer: `[N]` int16; -1 for embeddings, L for logits, its own for another target.
-        position: `[N]` int32; -1 for nodes without one (bias, left out).
-        index: `[N]` int64; feature index (of a target that is a feature, too), token id, or -1.
-        activation: `[N]` float; a feature's activation, a logit's probability, 1 for a TARGET, else 0.
-        target: `[N]` float; the affine value that a row's edges sum to: a feature's pre-activation, a logit minus the
-            mean logit, what a TARGET's label says; 0 for nodes without a row.
-    """
-
-    kind: np.ndarray
-    layer: np.ndarray
-    position: np.ndarray
-    index: np.ndarray
-    activation: np.ndarray
+    kind: np.ndarray  # [N] int8, `NodeKind`
+    layer: np.ndarray  # [N] int16; -1 for embeddings, L for logits, its own for another target
+    position: np.ndarray  # [N] int32; -1 for nodes without one (bias, left out)
+    index: np.ndarray  # [N] int64; feature index (of a target that is a feature, too), token id, or -1
+    activation: np.ndarray  # [N] float; a feature's activation, a logit's probability, 1 for a TARGET, else 0
+    # [N] float; the affine value that a row's edges sum to: a feature's pre-activation, a logit minus the mean logit,
+    # what a TARGET's label says; 0 for nodes without a row
     target: np.ndarray
 
     def __len__(self) -> int:
@@ -84,44 +72,26 @@ class NodeTable:
 
 @dataclass(frozen=True)
 class AttributionGraph:
-    """The whole graph at one input, unpruned. Edge `weights[e]` is target change per unit source times the source.
-
-    Attributes:
-        nodes: the node table.
-        indptr: `[N + 1]` int64; row i (a target) owns edges `indptr[i]:indptr[i + 1]`.
-        indices: `[E]` int32, source nodes, ascending in a row.
-        weights: `[E]` float32 (float64 if asked), signed.
-        residual: `[N]` float64, per row |target - sum of edges| / sum of |edges|; 0 for nodes without a row.
-        left_out_mass: `[N, L]` float64, per row and layer the sum of |edges| from left-out features; `[N, 0]` when no
-            feature was left out. The edge from a LEFT_OUT node is their signed sum.
-        logit_probabilities: `[K]` float64, in the order of the ends; 1 for a TARGET.
-        logit_tokens: K strings, the ends' labels: a logit's token, or words.
-        tokens: T strings.
-        is_image: `[T]` bool.
-        image_index: `[T]` int64, -1 for text.
-        patch_boxes: T entries, None for text.
-        roles: `[T]` strings.
-        prompt: the prompt as the user wrote it.
-        meta: what it was made with (names, counts, settings).
-        target_weights: `[K]` float64, what each end is worth where influence starts; the probabilities when None.
-    """
+    """The whole graph at one input, unpruned. Edge `weights[e]` is target change per unit source times the source."""
 
     nodes: NodeTable
-    indptr: np.ndarray
-    indices: np.ndarray
-    weights: np.ndarray
-    residual: np.ndarray
+    indptr: np.ndarray  # [N + 1] int64; row i (a target) owns edges `indptr[i]:indptr[i + 1]`
+    indices: np.ndarray  # [E] int32, source nodes, ascending in a row
+    weights: np.ndarray  # [E] float32 (float64 if asked), signed
+    residual: np.ndarray  # [N] float64, |target - sum of edges| / sum of |edges|; 0 for nodes without a row
+    # [N, L] float64, per row and layer the sum of |edges| from left-out features; [N, 0] when none was left out. The
+    # edge from a LEFT_OUT node is their signed sum.
     left_out_mass: np.ndarray
-    logit_probabilities: np.ndarray
-    logit_tokens: list[str]
-    tokens: list[str]
-    is_image: np.ndarray
-    image_index: np.ndarray
-    patch_boxes: list[PatchBox | None]
-    roles: np.ndarray
-    prompt: str
-    meta: dict[str, str | int | float | bool] = field(default_factory=dict)
-    target_weights: np.ndarray | None = None
+    logit_probabilities: np.ndarray  # [K] float64, in the order of the ends; 1 for a TARGET
+    logit_tokens: list[str]  # K labels of the ends: a logit's token, or words
+    tokens: list[str]  # T
+    is_image: np.ndarray  # [T] bool
+    image_index: np.ndarray  # [T] int64, -1 for text
+    patch_boxes: list[PatchBox | None]  # T, None for text
+    roles: np.ndarray  # [T] strings
+    prompt: str  # as the user wrote it
+    meta: dict[str, str | int | float | bool] = field(default_factory=dict)  # names, counts, settings
+    target_weights: np.ndarray | None = None  # [K] float64, where influence starts; the probabilities when None
 
     @property
     def end_weights(self) -> np.ndarray:
@@ -130,17 +100,14 @@ class AttributionGraph:
 
     @property
     def n_nodes(self) -> int:
-        """N."""
         return len(self.nodes)
 
     @property
     def n_edges(self) -> int:
-        """E."""
         return len(self.weights)
 
     @property
     def n_layers(self) -> int:
-        """L, of the model."""
         return int(self.meta["n_layers"])
 
     def edge_targets(self) -> np.ndarray:
@@ -185,27 +152,16 @@ class GraphScores:
 
 @dataclass(frozen=True)
 class PrunedGraph:
-    """The part of a graph that matters to its logits, as masks over the whole.
-
-    Attributes:
-        graph: the whole graph.
-        node_mask: `[N]` bool, kept nodes.
-        edge_mask: `[E]` bool, kept edges; both ends of a kept edge are kept.
-        influence: `[N]` float64, influence on the logits in the whole graph.
-        cumulative: `[N]` float64, share of the total influence of all nodes at least as influential as this one.
-        scores: of the whole graph.
-        node_threshold: share of influence that the kept nodes had to reach.
-        edge_threshold: share of edge influence that the kept edges had to reach.
-    """
+    """The part of a graph that matters to its logits, as masks over the whole."""
 
     graph: AttributionGraph
-    node_mask: np.ndarray
-    edge_mask: np.ndarray
-    influence: np.ndarray
-    cumulative: np.ndarray
-    scores: GraphScores
-    node_threshold: float
-    edge_threshold: float
+    node_mask: np.ndarray  # [N] bool, kept nodes
+    edge_mask: np.ndarray  # [E] bool, kept edges; both ends of a kept edge are kept
+    influence: np.ndarray  # [N] float64, on the logits in the whole graph
+    cumulative: np.ndarray  # [N] float64, share of the total influence of all nodes at least as influential as this one
+    scores: GraphScores  # of the whole graph
+    node_threshold: float  # share of influence that the kept nodes had to reach
+    edge_threshold: float  # the same of the edges
 
     @property
     def n_nodes(self) -> int:
@@ -220,25 +176,15 @@ class PrunedGraph:
 
 @dataclass(frozen=True, eq=False)
 class MatchedNodes:
-    """One row a matched node, sources before targets.
+    """One row a matched node, sources before targets."""
 
-    Attributes:
-        kind: `[M]` int8, `NodeKind`.
-        layer: `[M]` int16; -1 for embeddings, L for logits.
-        position: `[M]` int32, the number of its column; -1 for nodes that stand nowhere (bias, left out).
-        index: `[M]` int64; feature index, token id, or -1 (soft tokens too: picture and box tell them apart).
-        image: `[M]` int64; the picture of a soft token, else -1.
-        box: `[M, 4]` float64; where in it, as `PatchBox`; NaN for all others.
-        label: M strings: the token of an embedding or logit, else what the node is.
-    """
-
-    kind: np.ndarray
-    layer: np.ndarray
-    position: np.ndarray
-    index: np.ndarray
-    image: np.ndarray
-    box: np.ndarray
-    label: list[str]
+    kind: np.ndarray  # [M] int8, `NodeKind`
+    layer: np.ndarray  # [M] int16; -1 for embeddings, L for logits
+    position: np.ndarray  # [M] int32, the number of its column; -1 for nodes that stand nowhere (bias, left out)
+    index: np.ndarray  # [M] int64; feature index, token id, or -1 (soft tokens too: picture and box tell them apart)
+    image: np.ndarray  # [M] int64; the picture of a soft token, else -1
+    box: np.ndarray  # [M, 4] float64; where in it, as `PatchBox`; NaN for all others
+    label: list[str]  # M: the token of an embedding or logit, else what the node is
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -252,48 +198,47 @@ class MatchedNodes:
         return self.label[node]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MergedGraph:
-    """What comparisons and aggregates have in common.
-
-    Attributes:
-        nodes: the matched nodes.
-        columns: C strings.
-        column_is_image: `[C]` bool, whether soft tokens stand there.
-        sources: `[E]` int32, node numbers; edges are sorted by target, then source.
-        targets: `[E]` int32.
-        match: the rule by which nodes were matched.
-        n_layers: L, of the model.
-        model: its name.
-        names: G names of the graphs.
-        prompts: G prompts.
-    """
+    """What comparisons and aggregates have in common; they show themselves as a table, in a notebook as HTML."""
 
     nodes: MatchedNodes
-    columns: list[str]
-    column_is_image: np.ndarray
-    sources: np.ndarray
-    targets: np.ndarray
-    match: str
-    n_layers: int
+    columns: list[str]  # C
+    column_is_image: np.ndarray  # [C] bool, whether soft tokens stand there
+    sources: np.ndarray  # [E] int32, node numbers; edges are sorted by target, then source
+    targets: np.ndarray  # [E] int32
+    match: str  # the rule by which nodes were matched
+    n_layers: int  # L, of the model
     model: str
-    names: list[str]
-    prompts: list[str]
+    names: list[str]  # G
+    prompts: list[str]  # G
 
     def where(self, node: int) -> str:
         """The column of a node in words, empty where it has none."""
-        at = int(self.nodes.position[node])
-        return "" if at < 0 else self.columns[at]
+        column = int(self.nodes.position[node])
+        return "" if column < 0 else self.columns[column]
+
+    def _title(self) -> str:
+        raise NotImplementedError
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of {self._title()}\n{text_table(self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), self._title())
 
 
 @dataclass(frozen=True)
 class ComparisonSummary:
-    """A comparison in numbers.
+    """A comparison in numbers; a node or edge counts where pruning kept it.
 
-    A node or edge counts where pruning kept it. The weighted Jaccard index is the sum of the smaller shares over the
-    sum of the larger ones, 1 for equal graphs and 0 for disjoint ones; `feature_jaccard` looks at features alone, since
-    biases, errors and tokens are in most graphs. `edge_correlation` is Pearson's, of the weights of the edges that both
-    keep, `sign_agreement` the share of them with the same sign; NaN where there are fewer than two (none).
+    The weighted Jaccard index is the sum of the smaller shares over the sum of the larger ones, 1 for equal graphs and
+    0 for disjoint ones; `feature_jaccard` looks at features alone, since biases, errors and tokens are in most graphs.
+    `edge_correlation` is Pearson's, of the weights of the edges that both keep, `sign_agreement` the share of them with
+    the same sign; NaN where there are fewer than two (none).
     """
 
     nodes_both: int
@@ -311,25 +256,15 @@ class ComparisonSummary:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GraphComparison(MergedGraph):
-    """Two graphs, matched: their nodes and edges that pruning kept in at least one, with what each has of them.
+    """Two graphs, matched: their nodes and edges that pruning kept in at least one, with what each has of them."""
 
-    Attributes:
-        share: `[2, M]` float64, shares of influence in the first and the second graph.
-        kept: `[2, M]` bool, whether pruning kept it there.
-        present: `[2, M]` bool, whether it is in the whole graph.
-        activation: `[2, M]` float64: a feature's largest activation, a logit's probability; NaN where it is absent.
-        weights: `[2, E]` float64, signed, of the whole graphs; summed over the edges that became one; 0 where none is.
-        edge_share: `[2, E]` float64.
-        edge_kept: `[2, E]` bool.
-    """
-
-    share: np.ndarray
-    kept: np.ndarray
-    present: np.ndarray
-    activation: np.ndarray
-    weights: np.ndarray
-    edge_share: np.ndarray
-    edge_kept: np.ndarray
+    share: np.ndarray  # [2, M] float64, shares of influence in the first and the second graph
+    kept: np.ndarray  # [2, M] bool, whether pruning kept it there
+    present: np.ndarray  # [2, M] bool, whether it is in the whole graph
+    activation: np.ndarray  # [2, M] float64, a feature's largest activation, a logit's probability; NaN where absent
+    weights: np.ndarray  # [2, E] float64, signed, of the whole graphs; summed over edges that became one; 0 where none
+    edge_share: np.ndarray  # [2, E] float64
+    edge_kept: np.ndarray  # [2, E] bool
 
     @property
     def difference(self) -> np.ndarray:
@@ -337,17 +272,12 @@ class GraphComparison(MergedGraph):
         return self.weights[0] - self.weights[1]
 
     def only(self, graph: int, kind: NodeKind | None = NodeKind.FEATURE) -> np.ndarray:
-        """Nodes that pruning kept in one graph alone, those it uses most before the other first, int64.
-
-        Args:
-            graph: 0 for the first, 1 for the second.
-            kind: nodes of this kind; all if None.
-        """
+        """Nodes of a kind that pruning kept in graph 0 or 1 alone, those it uses most before the other first, int64."""
         alone = self.kept[graph] & ~self.kept[1 - graph]
         if kind is not None:
             alone &= self.nodes.kind == kind
-        found = np.flatnonzero(alone)
-        return found[np.argsort(self.share[1 - graph, found] - self.share[graph, found], kind="stable")]
+        nodes = np.flatnonzero(alone)
+        return nodes[np.argsort(self.share[1 - graph, nodes] - self.share[graph, nodes], kind="stable")]
 
     def summary(self) -> ComparisonSummary:
         """The comparison in numbers."""
@@ -365,60 +295,43 @@ class GraphComparison(MergedGraph):
             sign_agreement=float((np.sign(first) == np.sign(second)).mean()) if both.any() else float("nan"),
         )
 
+    def _title(self) -> str:
+        return f"{self.names[0]!r} and {self.names[1]!r}, nodes matched by {self.match}"
+
     def _rows(self) -> list[tuple[str, ...]]:
         numbers = self.summary()
-        counts = [("", "both", f"only {self.names[0]}", f"only {self.names[1]}", "Jaccard, by influence")]
-        counts += [
-            ("nodes", f"{numbers.nodes_both:,}", f"{numbers.nodes_first_only:,}", f"{numbers.nodes_second_only:,}")
-            + (f"{numbers.node_jaccard:.3f} (features alone {numbers.feature_jaccard:.3f})",),
-            ("edges", f"{numbers.edges_both:,}", f"{numbers.edges_first_only:,}", f"{numbers.edges_second_only:,}")
-            + (f"{numbers.edge_jaccard:.3f} (correlation of shared weights {numbers.edge_correlation:.3f})",),
+        rows = [("", "both", f"only {self.names[0]}", f"only {self.names[1]}", "Jaccard, by influence")]
+        for what, index, more in (
+            ("node", numbers.node_jaccard, f"features alone {numbers.feature_jaccard:.3f}"),
+            ("edge", numbers.edge_jaccard, f"correlation of shared weights {numbers.edge_correlation:.3f}"),
+        ):
+            counts = [getattr(numbers, f"{what}s_{part}") for part in ("both", "first_only", "second_only")]
+            rows.append((f"{what}s", *(f"{count:,}" for count in counts), f"{index:.3f} ({more})"))
+        tops = [
+            ", ".join(
+                f"{self.nodes.name(node)} {self.where(node)} {self.share[graph, node]:.1%}"
+                for node in self.only(graph)[:3].tolist()
+            )
+            for graph in (0, 1)
         ]
-        tops = [self._tops(graph) for graph in (0, 1)]
-        return [*counts, ("used most", "", *tops, "features, share of influence")]
-
-    def _tops(self, graph: int, count: int = 3) -> str:
-        return ", ".join(
-            f"{self.nodes.name(int(n))} {self.where(int(n))} {self.share[graph, n]:.1%}"
-            for n in self.only(graph)[:count]
-        )
-
-    def __repr__(self) -> str:
-        title = f"GraphComparison of {self.names[0]!r} and {self.names[1]!r}, nodes matched by {self.match}"
-        return f"{title}\n{text_table(self._rows())}"
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows(), f"{self.names[0]} and {self.names[1]}, nodes matched by {self.match}")
+        return [*rows, ("used most", "", *tops, "features, share of influence")]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AggregateGraph(MergedGraph):
-    """Many graphs, matched: means over all of them, 0 counted where a graph lacks a node or edge.
+    """Many graphs, matched: means over all of them, 0 counted where a graph lacks a node or edge."""
 
-    Attributes:
-        share: `[M]` float64, mean share of influence.
-        count: `[M]` int64, in how many graphs pruning kept it.
-        present: `[M]` int64, in how many whole graphs it is.
-        activation: `[M]` float64, mean over the graphs where it is present: of a feature's largest activation, of a
-            logit's probability.
-        weight: `[E]` float64, mean signed weight in the whole graphs.
-        absolute: `[E]` float64, mean |weight|; larger than |weight| where signs differ between graphs.
-        edge_share: `[E]` float64, mean share.
-        edge_count: `[E]` int64, in how many graphs pruning kept it.
-    """
-
-    share: np.ndarray
-    count: np.ndarray
-    present: np.ndarray
-    activation: np.ndarray
-    weight: np.ndarray
-    absolute: np.ndarray
-    edge_share: np.ndarray
-    edge_count: np.ndarray
+    share: np.ndarray  # [M] float64, mean share of influence
+    count: np.ndarray  # [M] int64, in how many graphs pruning kept it
+    present: np.ndarray  # [M] int64, in how many whole graphs it is
+    activation: np.ndarray  # [M] float64, as in `GraphComparison`, mean over the graphs where it is present
+    weight: np.ndarray  # [E] float64, mean signed weight in the whole graphs
+    absolute: np.ndarray  # [E] float64, mean |weight|; larger than |weight| where signs differ between graphs
+    edge_share: np.ndarray  # [E] float64, mean share
+    edge_count: np.ndarray  # [E] int64, in how many graphs pruning kept it
 
     @property
     def n_graphs(self) -> int:
-        """G."""
         return len(self.names)
 
     def top_features(self, count: int = 8) -> np.ndarray:
@@ -436,12 +349,6 @@ class AggregateGraph(MergedGraph):
     def _title(self) -> str:
         size = f"{len(self.nodes):,} nodes, {len(self.sources):,} edges"
         return f"{self.n_graphs} graphs, {size}, nodes matched by {self.match}"
-
-    def __repr__(self) -> str:
-        return f"AggregateGraph of {self._title()}\n{text_table(self._rows())}"
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows(), self._title())
 
 
 def _counts(kept: np.ndarray) -> Sequence[int]:

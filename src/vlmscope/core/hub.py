@@ -56,16 +56,9 @@ def cached_folder(repo: str, revision: str) -> Path:
 
 
 def fetch(repo: str, revision: str, wanted: Wanted, refusal: Callable[[str], UserError]) -> Path:
-    """Download into the hub's cache, or go on where a download stopped.
+    """Download a repository at a commit into the hub's cache, or go on where a download stopped.
 
-    Args:
-        repo: the hub id.
-        revision: the commit.
-        wanted: which files.
-        refusal: from what went wrong, in words, to the error that is raised.
-
-    Raises:
-        UserError: what `refusal` made, or the repository has no safetensors.
+    `refusal` makes the error that is raised from what went wrong, in words. One without safetensors is refused.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
@@ -77,36 +70,25 @@ def fetch(repo: str, revision: str, wanted: Wanted, refusal: Callable[[str], Use
         # download tries again and again.
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        _check_files(repo, revision, {name: sizes[name] for name in wanted.of(sizes)}, refusal)
-        found = snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=list(wanted.allowed),
-            ignore_patterns=list(wanted.ignored),
-            etag_timeout=_TIMEOUT,
-        )
+        # Refuse what has no safetensors or does not fit the disk; then say what is fetched.
+        if not any(name.endswith(".safetensors") for name in wanted.of(sizes)):
+            raise UserError(
+                f"{repo} has no safetensors at {revision}, and pickles are never read; choose another commit"
+            )
+        snapshot, cache = cached_folder(repo, revision), Path(constants.HF_HUB_CACHE)
+        missing = sum(sizes[name] for name in wanted.of(sizes) if not (snapshot / name).exists())
+        free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.is_dir())).free
+        if missing > free:
+            raise refusal(f"it has {gb(missing)} to fetch but {cache} has {gb(free)} free (HF_HOME moves it)")
+        print(f"fetching {repo} at {revision[:8]}: {gb(missing)} into {cache}", flush=True)
+        patterns = {"allow_patterns": list(wanted.allowed), "ignore_patterns": list(wanted.ignored)}
+        return Path(snapshot_download(repo, revision=revision, etag_timeout=_TIMEOUT, **patterns))
     except (HTTPError, OSError, ValueError) as error:
         raise refusal(reason(error)) from error
-    return Path(found)
-
-
-def _check_files(repo: str, revision: str, sizes: dict[str, int], refusal: Callable[[str], UserError]) -> None:
-    """Refuse a repository without safetensors, and a disk that is too small; then say what is fetched."""
-    from huggingface_hub import constants
-
-    if not any(name.endswith(".safetensors") for name in sizes):
-        raise UserError(f"{repo} has no safetensors at {revision}, and pickles are never read; choose another commit")
-    snapshot, cache = cached_folder(repo, revision), Path(constants.HF_HUB_CACHE)
-    missing = sum(size for name, size in sizes.items() if not (snapshot / name).exists())
-    there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    if missing > free:
-        raise refusal(f"it has {gb(missing)} to fetch but {cache} has {gb(free)} free (HF_HOME moves it)")
-    print(f"fetching {repo} at {revision[:8]}: {gb(missing)} into {cache}", flush=True)
 
 
 def push(folder: Path, repo: str, patterns: Sequence[str], private: bool, revision: str | None) -> str:
-    """Upload the files of a folder that match, into a repository that is made if need be.
+    """Upload the files of a folder that match, into a repository that is made if need be; returns the commit.
 
     Args:
         folder: what to upload.
@@ -114,12 +96,6 @@ def push(folder: Path, repo: str, patterns: Sequence[str], private: bool, revisi
         patterns: which files.
         private: whether a repository that is made is seen by its owner alone; one that exists stays as it is.
         revision: the branch; the main one when None. It is made if need be.
-
-    Returns:
-        The commit, 40 hexadecimal digits.
-
-    Raises:
-        UserError: the hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]

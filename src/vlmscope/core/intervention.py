@@ -31,24 +31,17 @@ class Rate:
 
 @dataclass(frozen=True)
 class FlipRow:
-    """One row of the table of results.
+    """One row of the table of results."""
 
-    method: 'steer', 'patch' or 'ablate'. mode: one of MODES, or 'generate' (token by token, with a KV cache).
-    question: 'name', 'colour', 'cover' or 'worst' (of the questions).
-    scope: where it acted: 'all', 'no_last_layer', 'no_last_position', 'role_image', 'role_question', 'role_last', ...
-    changed: how often the answer was another than before, where that was counted. p: that no more cases than under
-    the control flip (change, for 'ablate'); q: corrected for all rows of the table (false discovery rate).
-    """
-
-    method: str
-    mode: str
-    question: str
-    scope: str
+    method: str  # 'steer', 'patch' or 'ablate'
+    mode: str  # one of MODES, or 'generate' (token by token, with a KV cache)
+    question: str  # 'name', 'colour', 'cover' or 'worst' (of the questions)
+    scope: str  # where it acted: 'all', 'no_last_layer', 'no_last_position', 'role_image', 'role_question', ...
     rate: Rate
     n_features: int
-    changed: Rate | None = None
-    p: float | None = None
-    q: float | None = None
+    changed: Rate | None = None  # how often the answer was another than before, where that was counted
+    p: float | None = None  # that no more cases than under the control flip (change, for 'ablate')
+    q: float | None = None  # p corrected for all rows of the table (false discovery rate)
 
 
 @dataclass(frozen=True)
@@ -100,55 +93,38 @@ class FeatureExample:
 
 @dataclass(frozen=True)
 class CircuitFeature:
-    """A member of a supernode with the evidence for it.
-
-    contrast: mean activation on the supernode's concept minus on the other one, at `role`; influence: mean over traced
-    graphs of its total influence on the logit difference (0 when it was in none); label: what it is called, where that
-    is known.
-    """
+    """A member of a supernode with the evidence for it."""
 
     feature: FeatureId
     role: str
-    contrast: float
-    influence: float
+    contrast: float  # mean activation on the supernode's concept minus on the other one, at `role`
+    influence: float  # mean over traced graphs of its total influence on the logit difference; 0 when it was in none
     examples: tuple[FeatureExample, ...] = ()
     top_logits: tuple[tuple[str, float], ...] = ()
     bottom_logits: tuple[tuple[str, float], ...] = ()
-    label: str = ""
+    label: str = ""  # what it is called, where that is known
 
 
 @dataclass(frozen=True)
 class Supernode:
-    """A named group of features, for example 'mars'.
-
-    Attributes:
-        name: what it is called.
-        features: its members, best first.
-        positions: where in a prompt it is meant; everywhere when None.
-        chosen: how its members were chosen, in words.
-    """
+    """A named group of features, for example 'mars'."""
 
     name: str
-    features: tuple[CircuitFeature, ...] = field(default=())
-    positions: Positions | None = None
-    chosen: str = ""
+    features: tuple[CircuitFeature, ...] = field(default=())  # best first
+    positions: Positions | None = None  # where in a prompt it is meant; everywhere when None
+    chosen: str = ""  # how its members were chosen, in words
 
 
 @dataclass(frozen=True)
 class CircuitEdge:
-    """A direct effect between two parts of a circuit, mean over `graphs` attribution graphs.
+    """A direct effect between two parts of a circuit, mean over `graphs` attribution graphs."""
 
-    Attributes:
-        source, target: names of supernodes, or of what is around them ("picture", "answer: mars").
-        weight: sum of the graph's edges from all members of the source to all members of the target, at their
-            positions: in units of the target's pre-activations, of an answer in logits.
-        share: `weight` over the sum of the absolute edges from all sources into the target, so that edges into
-            different targets can be compared; -1 to 1.
-        graphs: in how many of the graphs the target is active.
-    """
-
-    source: str
+    source: str  # a supernode, or what is around it ("picture", "answer: mars")
     target: str
+    # Sum of the graph's edges from all members of the source to all of the target, at their positions: in units of the
+    # target's pre-activations, of an answer in logits.
     weight: float
+    # Weight over the sum of the absolute edges from all sources into the target, -1 to 1, so that edges into different
+    # targets can be compared.
     share: float
-    graphs: int = 1
+    graphs: int = 1  # in how many of the graphs the target is active

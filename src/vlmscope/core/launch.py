@@ -19,8 +19,7 @@ from vlmscope.core.errors import UserError
 class Place:
     """Process `rank` of `world`, number `local_rank` of the `per_host` on its host; they meet at `address`:`port`.
 
-    Raises:
-        UserError: the numbers contradict each other, or ranks are not counted host by host.
+    Numbers that contradict each other, and ranks that are not counted host by host, are refused.
     """
 
     launcher: str
@@ -50,13 +49,9 @@ class Place:
 
 
 def place_of(env: Mapping[str, str]) -> Place | None:
-    """The place that the environment `env` gives this process; None when it runs alone.
-
-    Raises:
-        UserError: a variable is missing or no number, or hosts have different numbers of processes.
-    """
-    found = _torchrun(env) or _slurm(env) or _submitit_local(env)
-    return found if found is not None and found.world > 1 else None
+    """The place that the environment `env` gives this process; None when it runs alone."""
+    place = _torchrun(env) or _slurm(env) or _submitit_local(env)
+    return place if place is not None and place.world > 1 else None
 
 
 def first_host(nodes: str) -> str:
@@ -71,11 +66,7 @@ def first_host(nodes: str) -> str:
 
 
 def tasks_per_node(counts: str) -> int:
-    """The tasks on each node from SLURM's `4(x2)`.
-
-    Raises:
-        UserError: they differ, as in `4(x2),3`.
-    """
+    """The tasks on each node from SLURM's `4(x2)`; they must not differ, as in `4(x2),3`."""
     each = {int(part) for part in re.findall(r"(?:^|,)(\d+)", counts)}
     if len(each) != 1:
         raise UserError(f"SLURM put {counts} tasks on the nodes; start equally many on each (--ntasks-per-node)")

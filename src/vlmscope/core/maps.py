@@ -1,8 +1,6 @@
-"""Maps over pictures as small grids: plain numpy, no torch.
+"""Maps over pictures: what each patch gives to a target or a soft token, and their compact form. Plain numpy, no torch.
 
-Maps as small uint8 grids: coarser where they must be, with two numbers each that bring the values back.
-
-Maps over the patches of a picture, of targets and of soft tokens: plain numpy, no torch.
+In files a map is a small uint8 grid, coarser where it must be, with two numbers that bring the values back.
 """
 
 from __future__ import annotations
@@ -18,25 +16,15 @@ LEVELS = 255
 
 @dataclass(frozen=True)
 class Grids:
-    """n maps on one grid. A value is `low + step * code`.
+    """n maps on one grid: a value is `low + step * code`.
 
     It differs from what was encoded by at most `step / 2`, that is (largest - least) / 510 of its map, and by what
     float32 loses of `low` and `step`.
-
-    Attributes:
-        codes: `[n, rows, columns]` uint8.
-        low: `[n]` float32, the least value of each map.
-        step: `[n]` float32; 0 where all values are equal.
     """
 
-    codes: np.ndarray
-    low: np.ndarray
-    step: np.ndarray
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return self.codes.nbytes + self.low.nbytes + self.step.nbytes
+    codes: np.ndarray  # [n, rows, columns] uint8
+    low: np.ndarray  # [n] float32, the least value of each map
+    step: np.ndarray  # [n] float32; 0 where all values are equal
 
 
 def encode(values: np.ndarray) -> Grids:
@@ -85,35 +73,25 @@ def _overlaps(old: int, new: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TileMap:
-    """Contributions on one grid of patches.
+    """Contributions on one grid of patches."""
 
-    Attributes:
-        boxes: `rows * columns` parts of the picture, row by row.
-        values: `[rows, columns]` float64, signed, in units of the target (logits, say).
-    """
-
-    boxes: list[PatchBox]
-    values: np.ndarray
+    boxes: list[PatchBox]  # rows * columns parts of the picture, row by row
+    values: np.ndarray  # [rows, columns] float64, signed, in units of the target (logits, say)
 
 
 @dataclass(frozen=True)
 class PictureMap:
     """What one picture contributes to one target, and where: `edge = sum of tiles + sum of remainder`.
 
-    Attributes:
-        target: name of the target.
-        picture: number of the picture in the prompt.
-        tiles: in the order of the tower; several where a family sees a picture as tiles.
-        edge: the sum of the edges from the picture's soft tokens, computed without the patches.
-        remainder: what is no patch's, by name: "position" embeddings, "class_token", "baseline" (the baseline's own
-            patches), "padding" (patches of no part of the picture), "bias" (all other constants), and of a feature's
-            own activation "no_patch" (soft tokens that no patch goes into, such as the end of a row).
+    The remainder is what is no patch's, by name: "position" embeddings, "class_token", "baseline" (the baseline's own
+    patches), "padding" (patches of no part of the picture), "bias" (all other constants), and of a feature's own
+    activation "no_patch" (soft tokens that no patch goes into, such as the end of a row).
     """
 
     target: str
-    picture: int
-    tiles: list[TileMap]
-    edge: float
+    picture: int  # its number in the prompt
+    tiles: list[TileMap]  # in the order of the tower; several where a family sees a picture as tiles
+    edge: float  # the sum of the edges from the picture's soft tokens, computed without the patches
     remainder: dict[str, float]
 
     @property
@@ -144,34 +122,21 @@ class PictureMap:
 
 @dataclass(frozen=True)
 class TokenTile:
-    """What soft tokens take from one grid of patches.
+    """What soft tokens take from one grid of patches."""
 
-    Attributes:
-        boxes: `rows * columns` parts of the picture, row by row.
-        tokens: `[n]` int64, the soft tokens of the picture, counted from 0, that take anything from this tile.
-        values: `[n, rows, columns]` float64.
-    """
-
-    boxes: list[PatchBox]
-    tokens: np.ndarray
-    values: np.ndarray
+    boxes: list[PatchBox]  # rows * columns parts of the picture, row by row
+    tokens: np.ndarray  # [n] int64, the soft tokens of the picture, from 0, that take anything from this tile
+    values: np.ndarray  # [n, rows, columns] float64
 
 
 @dataclass(frozen=True)
 class TokenMaps:
-    """A map over patches for every soft token of a picture.
+    """A map over patches for every soft token of a picture."""
 
-    Attributes:
-        kind: "rollout" or "similarity".
-        picture: number of the picture in the prompt.
-        tiles: in the order of the tower.
-        class_token: `[S]` float64, what each soft token takes from class tokens, which are nowhere in the picture.
-    """
-
-    kind: str
-    picture: int
-    tiles: list[TokenTile]
-    class_token: np.ndarray
+    kind: str  # "rollout" or "similarity"
+    picture: int  # its number in the prompt
+    tiles: list[TokenTile]  # in the order of the tower
+    class_token: np.ndarray  # [S] float64, what soft tokens take from class tokens, which are nowhere in the picture
 
     def weighted(self, weights: np.ndarray, target: str) -> PictureMap:
         """One map of all: the sum of the soft tokens' maps times `weights [S]`, such as a feature's activations."""

@@ -1,24 +1,14 @@
-"""Typed ids, parts of pictures, positions, conversations and random streams, shared by all packages.
+"""Records shared by all packages: ids of features, parts of pictures, positions, conversations, and random streams.
 
-Typed identifiers; they become strings only at export and on the command line.
-
-Pictures as models take them, and parts of pictures; image files are opened by `vlmscope.data.images`.
-
-Which positions of a prompt are meant: those of a role, or the soft tokens of a part of the picture.
-
-What a model is trained or studied on, free of any model: conversations about pictures, and plain text.
-
-Whatever the source (a folder, a stream of shards), its examples become these records; how a model reads them is
-`vlmscope.models.conversations`.
-
-Random number streams that do not depend on the order in which they are used.
+Ids become strings only at export and on the command line. Image files are opened by `vlmscope.data.images`; how a model
+reads a conversation is `vlmscope.models.conversations`. Random streams do not depend on the order of use.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,20 +36,11 @@ class FeatureId(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> FeatureId:
-        """Read `L3/512` (spaces around it are allowed).
-
-        Raises:
-            UserError: when the text is not of that form.
-        """
+        """Read `L3/512` (spaces around it are allowed)."""
         match = _FEATURE.fullmatch(text.strip())
         if match is None:
             raise UserError(f"not a feature id: {text!r}; write it as L<layer>/<index>, for example L3/512")
         return cls(int(match[1]), int(match[2]))
-
-
-def parse(text: str) -> FeatureId:
-    """The same as `FeatureId.parse`."""
-    return FeatureId.parse(text)
 
 
 _ORIENTATION = 0x0112  # EXIF
@@ -79,14 +60,15 @@ class PatchBox(NamedTuple):
 
         A box without area, such as that of a token that ends a row, becomes one pixel wide or high.
         """
-        left, right = _span(self.left, self.right, width)
-        top, bottom = _span(self.top, self.bottom, height)
-        return left, top, right, bottom
+        left, top = (
+            min(round(start * length), length - 1) for start, length in ((self.left, width), (self.top, height))
+        )
+        return left, top, max(round(self.right * width), left + 1), max(round(self.bottom * height), top + 1)
 
-
-def _span(first: float, last: float, length: int) -> tuple[int, int]:
-    start = min(round(first * length), length - 1)
-    return start, max(round(last * length), start + 1)
+    def overlaps(self, other: PatchBox) -> bool:
+        """Whether two parts of a picture have an area in common."""
+        across = min(self.right, other.right) > max(self.left, other.left)
+        return across and min(self.bottom, other.bottom) > max(self.top, other.top)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -143,44 +125,31 @@ ANSWER = "answer"  # the role of an answer's positions, appended or generated
 
 @dataclass(frozen=True)
 class Places:
-    """The positions of a prompt, as far as they can be chosen by.
+    """The positions of a prompt, as far as they can be chosen by."""
 
-    Attributes:
-        roles: `[T]` strings.
-        patch_boxes: T entries, None for text; empty where the prompts of a batch see pictures of different shapes.
-    """
-
-    roles: np.ndarray
-    patch_boxes: Sequence[PatchBox | None] = ()
+    roles: np.ndarray  # [T] strings
+    patch_boxes: Sequence[PatchBox | None] = ()  # T, None for text; empty where a batch's pictures differ in shape
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions by role, or by a part of the picture: the union of both.
+    """Positions by role, or by a part of the picture: the union of both."""
 
-    Attributes:
-        roles: of `ROLES`, or "answer".
-        box: soft tokens whose own part of the picture overlaps this one, of every picture of the prompt.
-    """
-
-    roles: tuple[str, ...] = ()
-    box: PatchBox | None = None
+    roles: tuple[str, ...] = ()  # of `ROLES`, or "answer"
+    box: PatchBox | None = None  # soft tokens whose own part of the picture overlaps this one, of every picture
 
     def mask(self, places: Places) -> np.ndarray:
-        """`[T]` bool.
-
-        Raises:
-            UserError: a box, where the places of soft tokens are not known.
-        """
-        found = np.isin(places.roles, self.roles)
+        """`[T]` bool; a box needs the places of soft tokens."""
+        chosen = np.isin(places.roles, self.roles)
         if self.box is None:
-            return found
-        if len(places.patch_boxes) != len(found):
+            return chosen
+        if len(places.patch_boxes) != len(chosen):
             raise UserError(
                 "positions.box: the pictures have different shapes, so the box has other soft tokens in each; "
                 "give pictures of one shape, or positions.roles=[image]"
             )
-        return found | np.array([one is not None and overlap(one, self.box) for one in places.patch_boxes], dtype=bool)
+        inside = [box is not None and box.overlaps(self.box) for box in places.patch_boxes]
+        return chosen | np.array(inside, dtype=bool)
 
     @property
     def generated(self) -> bool:
@@ -190,12 +159,6 @@ class Positions:
     def __str__(self) -> str:
         parts = [*self.roles, *(["the box " + " ".join(f"{x:g}" for x in self.box)] if self.box else [])]
         return ", ".join(parts)
-
-
-def overlap(first: PatchBox, second: PatchBox) -> bool:
-    """Whether two parts of a picture have an area in common."""
-    across = min(first.right, second.right) > max(first.left, second.left)
-    return across and min(first.bottom, second.bottom) > max(first.top, second.top)
 
 
 CAPTION_REQUEST = "Describe this image in detail."  # what a caption answers, as in the paper (arXiv 2602.20330)
@@ -210,17 +173,11 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Exchanges about pictures, or about none; the pictures come with the first one.
+    """Exchanges about pictures, or about none; the pictures come with the first one."""
 
-    Attributes:
-        images: RGB pictures in order.
-        exchanges: at least one.
-        origin: where it came from, for messages, such as "train.jsonl line 12".
-    """
-
-    images: tuple[Image.Image, ...]
-    exchanges: tuple[Exchange, ...]
-    origin: str = ""
+    images: tuple[Image.Image, ...]  # RGB, in order
+    exchanges: tuple[Exchange, ...]  # at least one
+    origin: str = ""  # where it came from, for messages, such as "train.jsonl line 12"
 
 
 @dataclass(frozen=True)
@@ -235,9 +192,6 @@ def check_characters(text: str, what: str) -> None:
     """Refuse a text with half a surrogate pair, which is no character: no tokenizer takes it, no UTF-8 file holds it.
 
     JSON can spell one ("\\ud800"), and a byte of the command line that is not UTF-8 becomes one.
-
-    Raises:
-        UserError: with `what` and the place.
     """
     try:
         text.encode()
@@ -250,7 +204,6 @@ def check_characters(text: str, what: str) -> None:
 
 
 Sample = Conversation | Document
-Opener = Callable[[str], Image.Image]  # the picture of a name that a record holds
 
 
 def derive(seed: int, *keys: str | int) -> int:

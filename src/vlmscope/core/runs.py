@@ -1,11 +1,4 @@
-"""Records of finished runs: reproductions, sweeps, and small tables of them.
-
-What came out when experiments were run again: numbers against their ranges. Plain records, read by the report.
-
-The jobs of a sweep as records, read from their run folders, and their table.
-
-Small tables for people: aligned text for a terminal, HTML for a notebook. The first row is the head.
-"""
+"""Records of finished runs, and small tables of them: reproduced experiments, jobs of a sweep, tables for people."""
 
 from __future__ import annotations
 
@@ -22,26 +15,16 @@ from vlmscope.core.intervention import Rate
 
 @dataclass(frozen=True)
 class Number:
-    """A headline number.
+    """A headline number with the range that it must lie in."""
 
-    Attributes:
-        metric: its name in metrics.json.
-        says: what it means, in one line.
-        value: as measured; None when the run has no such number.
-        low, high: the range that it must lie in.
-        holds: whether it does.
-        share: it is a share of cases, to be shown in per cent.
-        rate: the same with its interval and control, where the run has an interval of it.
-    """
-
-    metric: str
-    says: str
-    value: float | None
+    metric: str  # its name in metrics.json
+    says: str  # what it means, in one line
+    value: float | None  # as measured; None when the run has no such number
     low: float
     high: float
     holds: bool
-    share: bool = False
-    rate: Rate | None = None
+    share: bool = False  # a share of cases, to be shown in per cent
+    rate: Rate | None = None  # the same with its interval and control, where the run has an interval of it
 
     @property
     def told(self) -> str:
@@ -52,29 +35,17 @@ class Number:
 
 @dataclass(frozen=True)
 class Reproduced:
-    """One experiment, or one seed of it.
-
-    Attributes:
-        name: of the experiment.
-        label: name, and the seed where there are several.
-        question: its one-line description.
-        paper: what the paper reports.
-        numbers: headline numbers in the order of its file.
-        seconds: of the run, None when nobody measured it.
-        problem: why there are no numbers, in one line; empty when it ran.
-        report: its page, relative to the summary; None when it wrote none.
-        picture: a small PNG of its key figure; None when it drew none.
-    """
+    """One experiment, or one seed of it."""
 
     name: str
-    label: str
-    question: str
-    paper: str
-    numbers: tuple[Number, ...]
-    seconds: float | None
-    problem: str = ""
-    report: str | None = None
-    picture: bytes | None = None
+    label: str  # name, and the seed where there are several
+    question: str  # its one-line description
+    paper: str  # what the paper reports
+    numbers: tuple[Number, ...]  # headline numbers in the order of its file
+    seconds: float | None  # of the run, None when nobody measured it
+    problem: str = ""  # why there are no numbers, in one line; empty when it ran
+    report: str | None = None  # its page, relative to the summary; None when it wrote none
+    picture: bytes | None = None  # a small PNG of its key figure; None when it drew none
 
     @property
     def holds(self) -> bool:
@@ -87,16 +58,10 @@ SEED = "seed="  # an override with this key makes a repetition, not another sett
 
 @dataclass(frozen=True)
 class SweepJob:
-    """One job.
+    """One job of a sweep."""
 
-    Attributes:
-        settings: what it sets beside the others, such as ("transcoder.k=8", "seed=1").
-        metrics: name -> number, as in its `metrics.json`; None when it failed. A number that was not finite is left
-        out.
-    """
-
-    settings: tuple[str, ...]
-    metrics: Mapping[str, float] | None
+    settings: tuple[str, ...]  # what it sets beside the others, such as ("transcoder.k=8", "seed=1")
+    metrics: Mapping[str, float] | None  # as in its metrics.json, finite numbers alone; None when it failed
 
     @property
     def group(self) -> str:

@@ -49,37 +49,23 @@ def bin_edges() -> np.ndarray:
 
 @dataclass(frozen=True)
 class StudyItem:
-    """One input of the model: an example of the data, or one exchange of it.
+    """One input of the model: an example of the data, or one exchange of it."""
 
-    Attributes:
-        id: grows in the order of the data.
-        source, row, part: which source of the study's data, which of its rows, and which of the row's inputs.
-        origin: the same in words, such as a file and a line.
-        digest: SHA-256 (32 hexadecimal digits) of the row's pictures and words.
-        exchanges, text: what is said; one of them is empty.
-        n_pictures: how many pictures come with it.
-        token_ids, tokens: T of each.
-        kinds: `[T]` uint8, `TEXT`, `IMAGE` or `ANSWER`.
-        pictures: `[S]` int64, which picture each soft token belongs to.
-        patch_boxes: S parts of pictures.
-        grids: rows and columns of each picture's soft tokens; (0, 0) where they are no plain grid.
-    """
-
-    id: int
-    source: str
-    row: int
-    part: int
-    origin: str
-    digest: str
-    exchanges: tuple[Exchange, ...]
+    id: int  # grows in the order of the data
+    source: str  # which source of the study's data
+    row: int  # which of its rows
+    part: int  # which of the row's inputs
+    origin: str  # the same in words, such as a file and a line
+    digest: str  # SHA-256 (32 hexadecimal digits) of the row's pictures and words
+    exchanges: tuple[Exchange, ...]  # what is said; this or the text is empty
     text: str
     n_pictures: int
-    token_ids: np.ndarray
-    tokens: tuple[str, ...]
-    kinds: np.ndarray
-    pictures: np.ndarray
-    patch_boxes: tuple[PatchBox, ...]
-    grids: tuple[tuple[int, int], ...]
+    token_ids: np.ndarray  # [T]
+    tokens: tuple[str, ...]  # T
+    kinds: np.ndarray  # [T] uint8, `TEXT`, `IMAGE` or `ANSWER`
+    pictures: np.ndarray  # [S] int64, which picture each soft token belongs to
+    patch_boxes: tuple[PatchBox, ...]  # S
+    grids: tuple[tuple[int, int], ...]  # rows and columns of each picture's soft tokens; (0, 0) for no plain grid
 
     @property
     def caption(self) -> str:
@@ -91,26 +77,15 @@ class StudyItem:
 
 @dataclass(frozen=True)
 class StudyExample:
-    """An item on which a feature fires.
+    """An item on which a feature fires."""
 
-    Attributes:
-        group, rank: `TOP` with 0 for the strongest, or the quarter (or other part) of the feature's firing items that
-            it was drawn from, with its rank there.
-        activation: the largest in the item.
-        item: the item's id.
-        position: where it is largest; the first of equals.
-        positions: `[E]` uint16, ascending: where the feature fires, among all soft tokens and the text near
-            `position`.
-        levels: `[E]` uint8, activations there in 255ths of `activation`, at least 1.
-    """
-
-    group: str
-    rank: int
-    activation: float
-    item: int
-    position: int
-    positions: np.ndarray
-    levels: np.ndarray
+    group: str  # `TOP`, or the part of the feature's firing items that it was drawn from: "q1" (weakest) .. "q<n>"
+    rank: int  # there, 0 for the strongest
+    activation: float  # the largest in the item
+    item: int  # its id
+    position: int  # where it is largest; the first of equals
+    positions: np.ndarray  # [E] uint16, ascending: where it fires, of all soft tokens and the text near `position`
+    levels: np.ndarray  # [E] uint8, activations there in 255ths of `activation`, at least 1
 
     def dense_levels(self, length: int) -> np.ndarray:
         """`[length]` uint8 of all positions of the item, 0 where it does not fire or nothing was kept."""
@@ -125,34 +100,22 @@ class StudyExample:
 
 @dataclass(frozen=True)
 class Place:
-    """What a reader sees of some neighbouring positions: one token, or all soft tokens of a picture in a row.
+    """What a reader sees of some neighbouring positions: one token, or all soft tokens of a picture in a row."""
 
-    Attributes:
-        text: the token; `PICTURE` for soft tokens.
-        kind: `TEXT`, `IMAGE` or `ANSWER`.
-        activation: the largest there.
-        peak: the example's peak is there.
-    """
-
-    text: str
-    kind: int
-    activation: float
-    peak: bool
+    text: str  # the token; `PICTURE` for soft tokens
+    kind: int  # `TEXT`, `IMAGE` or `ANSWER`
+    activation: float  # the largest there
+    peak: bool  # whether the example's peak is there
 
 
 @dataclass(frozen=True)
 class ExampleView:
-    """An example with its item, position by position.
-
-    Attributes:
-        activations: `[T]` float32.
-        levels: `[T]` uint8, the same in 255ths of the peak.
-    """
+    """An example with its item, position by position."""
 
     example: StudyExample
     item: StudyItem
-    activations: np.ndarray
-    levels: np.ndarray
+    activations: np.ndarray  # [T] float32
+    levels: np.ndarray  # [T] uint8, the same in 255ths of the peak
 
     @property
     def patch_activations(self) -> np.ndarray:
@@ -188,40 +151,28 @@ class ExampleView:
         runs = np.split(np.arange(len(kinds)), np.flatnonzero(alone) + 1)
         middle = next(n for n, run in enumerate(runs) if run[-1] >= self.example.position)
         first = max(0, middle - size)
-        return tuple(self._place(run, n == middle) for n, run in enumerate(runs[first : middle + size + 1], first))
-
-    def _place(self, run: np.ndarray, peak: bool) -> Place:
-        kind = int(self.item.kinds[run[0]])
-        text = PICTURE if kind == IMAGE else self.item.tokens[run[0]]
-        return Place(text, kind, float(self.activations[run].max()), peak)
+        places = []
+        for number, run in enumerate(runs[first : middle + size + 1], first):
+            kind = int(kinds[run[0]])
+            text = PICTURE if kind == IMAGE else self.item.tokens[run[0]]
+            places.append(Place(text, kind, float(self.activations[run].max()), number == middle))
+        return tuple(places)
 
 
 @dataclass(frozen=True)
 class FeatureRecord:
-    """What a study knows of a feature.
-
-    Attributes:
-        feature: which one.
-        fired: positions at which it is active, by `KINDS`.
-        items_fired: items with such a position.
-        activation_sum: over all positions.
-        activation_max: the largest; 0 when it never fires.
-        histogram: `[3, BINS]` int64, activations by kind of position and by bin (`bin_edges`).
-        quantile_values: peaks that divide the sampled firing items into the groups, weakest first.
-        examples: the strongest first, then samples by group.
-        top_logits, bottom_logits: tokens that it raises and lowers most; empty where the study left them out.
-    """
+    """What a study knows of a feature."""
 
     feature: FeatureId
-    fired: dict[str, int]
-    items_fired: int
-    activation_sum: float
-    activation_max: float
-    histogram: np.ndarray
-    quantile_values: tuple[float, ...]
-    examples: tuple[StudyExample, ...] = ()
-    top_logits: Words = ()
-    bottom_logits: Words = ()
+    fired: dict[str, int]  # positions at which it is active, by `KINDS`
+    items_fired: int  # items with such a position
+    activation_sum: float  # over all positions
+    activation_max: float  # 0 when it never fires
+    histogram: np.ndarray  # [3, BINS] int64, activations by kind of position and by bin (`bin_edges`)
+    quantile_values: tuple[float, ...]  # peaks that divide the sampled firing items into groups, weakest first
+    examples: tuple[StudyExample, ...] = ()  # the strongest first, then samples by group
+    top_logits: Words = ()  # tokens that it raises most; empty where the study left them out
+    bottom_logits: Words = ()  # the same of tokens that it lowers
 
     @property
     def positions_fired(self) -> int:
@@ -235,27 +186,15 @@ class FeatureRecord:
 
 @dataclass(frozen=True)
 class StudyInfo:
-    """The head of a study folder, `study.json`.
-
-    Attributes:
-        model: its name.
-        transcoders: name, activation, k and whether they are cross-layer.
-        n_features: by layer.
-        data: the sources' settings as they were read, with the split and the limit.
-        settings: those of the study.
-        items, rows: inputs of the model, and rows of the data that gave them.
-        positions: of all items, by `KINDS`.
-        skipped: rows that could not be used, by source.
-        origin: everything that decided the study, by name (`vlmscope.core.artifacts`); empty in earlier versions.
-    """
+    """The head of a study folder, `study.json`."""
 
     model: str
-    transcoders: dict[str, object]
-    n_features: dict[int, int]
-    data: dict[str, Any]
-    settings: dict[str, Any]
-    items: int
-    rows: int
-    positions: dict[str, int]
-    skipped: dict[str, int] = field(default_factory=dict)
-    origin: dict[str, Any] = field(default_factory=dict)
+    transcoders: dict[str, object]  # name, activation, k and whether they are cross-layer
+    n_features: dict[int, int]  # by layer
+    data: dict[str, Any]  # the sources' settings as they were read, with the split and the limit
+    settings: dict[str, Any]  # those of the study
+    items: int  # inputs of the model
+    rows: int  # of the data that gave them
+    positions: dict[str, int]  # of all items, by `KINDS`
+    skipped: dict[str, int] = field(default_factory=dict)  # rows that could not be used, by source
+    origin: dict[str, Any] = field(default_factory=dict)  # all that decided it (`core.artifacts`); empty in old ones

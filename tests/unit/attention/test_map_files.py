@@ -25,7 +25,7 @@ def maps(side: int, soft: int, seed: int = 0, kind: str = "rollout") -> TokenMap
 def test_values_are_off_by_half_a_step_at_most(offset: float) -> None:
     values = generator(1, "values").normal(size=(50, 6, 9)) * 10.0 ** np.arange(-5, 5).repeat(5)[:, None, None] + offset
     grids = encode(values)
-    assert grids.codes.dtype == np.uint8 and grids.nbytes == 50 * (54 + 8)
+    assert (grids.codes.dtype, grids.codes.nbytes, grids.low.nbytes + grids.step.nbytes) == (np.uint8, 50 * 54, 50 * 8)
     error = np.abs(decode(grids) - values).max((1, 2))
     bound = (values.max((1, 2)) - values.min((1, 2))) / 510
     rounding = 3e-7 * np.abs(values).max((1, 2))  # of float32

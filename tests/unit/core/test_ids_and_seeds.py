@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import FeatureId, PatchBox, control_draws, derive, generator, parse
+from vlmscope.core.records import FeatureId, PatchBox, control_draws, derive, generator
 
 
 def test_feature_ids_round_trip_and_sort_by_layer_then_index() -> None:
     ids = [FeatureId(10, 2), FeatureId(2, 11), FeatureId(2, 9)]
-    assert [parse(f" {item} ") for item in ids] == ids
+    assert [FeatureId.parse(f" {item} ") for item in ids] == ids
     assert [str(item) for item in sorted(ids)] == ["L2/9", "L2/11", "L10/2"]
 
 

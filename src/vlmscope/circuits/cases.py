@@ -30,11 +30,7 @@ Pictures = Callable[[str, str, int], Sequence[Image.Image]]  # concept, split, c
 
 
 def answer_token(scope: Scope, word: str) -> int:
-    """The id of an answer word.
-
-    Raises:
-        UserError: the tokenizer does not have it as one token.
-    """
+    """The id of an answer word, which must be one token."""
     tokenizer = scope.vlm.tokenizer
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
@@ -55,13 +51,8 @@ def bystanders(
 def right_cases(
     scope: Scope, config: CircuitConfig, name: str, concept: str, images: Sequence[Image.Image], modes: Collection[str]
 ) -> tuple[Cases, list[int], InputBatch]:
-    """A concept's test pictures that are answered rightly to a question, without target or donors.
-
-    Returns:
-        The cases, the numbers of their pictures, and all pictures as a batch.
-
-    Raises:
-        UserError: fewer than `config.least` are.
+    """A concept's test pictures that are answered rightly to a question (at least `config.least`), without target or
+    donors; the numbers of these pictures, and all pictures as a batch.
     """
     question = config.questions[name]
     inputs = [scope.inputs(question.prompt, [image]) for image in images]
@@ -114,12 +105,8 @@ def matrix_cases(
 ) -> dict[str, list[Cases]]:
     """Every ordered pair of concepts, tagged `recipient` and `donor`, under each question that tells them apart.
 
-    Returns:
-        "test": the recipients that are answered rightly, with donors row by row; "third": all pictures of each concept
-        outside the pair, under the first question; a hit is the donor's word.
-
-    Raises:
-        UserError: no question tells two concepts apart, or too few pictures of a concept are answered rightly.
+    "test" are the recipients that are answered rightly, with donors row by row; "third" all pictures of each concept
+    outside the pair, under the first question; a hit is the donor's word.
     """
     images = {concept: pictures(concept, "test", count) for concept in config.concepts}
     test: list[Cases] = []
@@ -225,14 +212,8 @@ def text_pairs(
     new_tokens: int,
     pngs: Sequence[bytes] = (),
 ) -> list[TextPair]:
-    """The pairs whose whole answers are right on both sides, all answers equally long.
-
-    Args:
-        scope: the model and its transcoders.
-        sides: [2][n] prompts.
-        right: [2][n] right answers.
-        new_tokens: length of an answer, at most.
-        pngs: n small pictures, for reports.
+    """The pairs of prompts `sides` [2][n] whose whole answers are `right` [2][n] on both sides, all equally long;
+    `pngs` are n small pictures, for reports.
     """
     answers = [whole_answers(scope, inputs, new_tokens) for inputs in sides]
     found: list[TextPair] = []

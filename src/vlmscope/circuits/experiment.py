@@ -137,19 +137,8 @@ def concept_operation(
 
 
 def text_level(scope: Scope, pairs: Sequence[TextPair], count: int, steps: int) -> tuple[Level, dict[int, Tensor]]:
-    """The `count` features of most estimated effect on each token that differs within every pair, and their levels.
-
-    Args:
-        scope: the model and its transcoders.
-        pairs: all equally long.
-        count: features a token.
-        steps: inputs at which gradients are taken (see `pair_effects`).
-
-    Returns:
-        The operation, and layer -> [F] mean activations in the prompts, by which controls are matched.
-
-    Raises:
-        UserError: no token differs within every pair.
+    """The `count` features of most estimated effect (of `steps`) on each token that differs within every pair, as an
+    operation that sets their levels; and layer -> [F] mean activations in the prompts, by which controls are matched.
     """
     differ = [{at for at, (a, b) in enumerate(zip(*pair.ids, strict=True)) if a != b} for pair in pairs]
     found: list[FeatureId] = []
@@ -197,11 +186,7 @@ class PairSource:
         """Case sets "test" (questions whose answers differ within pairs), "counterfactual" (the other side of these
         pairs, with the same target) and "stays" (questions whose answers do not differ: the target is the answer).
 
-        Args:
-            modes: case set -> modes that it will be edited in.
-
-        Raises:
-            UserError: no question's answer differs, or too few pairs are answered rightly.
+        `modes` has, for each case set, those that it will be edited in.
         """
         found: dict[str, list[Cases]] = {"test": [], "stays": [], "counterfactual": []}
         for question, pairs in pairs_by_question(self.pairs, "test").items():
@@ -263,15 +248,10 @@ class PairSource:
         return tuple(self.questions if self.circuit is None else self.circuit.supernodes)
 
     def chosen(self, named: str | None, question: str, limit: int | None) -> tuple[Features, tuple[Supernode, ...]]:
-        """A set of features, at most `limit`, and the supernodes whose positions they keep to.
+        """A set of features, at most `limit` (None: `config.features` of those chosen here, all of a circuit), and the
+        supernodes whose positions they keep to.
 
-        Args:
-            named: a question or a supernode; OWN or None: those of the case set's question, or the whole circuit.
-            question: that of the case set.
-            limit: how many; `config.features` of those chosen here, and all of a circuit, when None.
-
-        Raises:
-            UserError: there is no such set.
+        `named` is a question or a supernode; OWN or None: those of the case set's question, or the whole circuit.
         """
         if named == ALL:
             return all_features(self.scope.transcoders), ()
@@ -312,15 +292,8 @@ class PairSource:
         """Features of a question chosen on pairs of one value of another fact, carried on test pairs of each value.
 
         Trials are called `over_<fact>/<value chosen on>`, case sets by the value tested on; the setting is "same", with
-        matched features, where these are equal, else "another".
-
-        Args:
-            question: whose answers differ within pairs.
-            fact: a question whose answers do not.
-            count: pairs of each split, before they are grouped; values with fewer than `config.least` are left out.
-
-        Raises:
-            UserError: fewer than two values are left.
+        matched features, where these are equal, else "another". Of `count` pairs of each split, values with fewer than
+        `config.least` are left out.
         """
         groups: dict[str, dict[str, list[Pair]]] = {}
         for split in ("train", "test"):

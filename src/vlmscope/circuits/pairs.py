@@ -86,18 +86,9 @@ def pair_subject(
     answerable: bool = True,
     modes: Collection[str] = MODES,
 ) -> PairSubject:
-    """Run both sides and keep the pairs with two right answers.
+    """Run both sides of n pairs and keep, unless all are asked for, those that are answered rightly on both.
 
-    Args:
-        scope: the model and its transcoders.
-        question: name for records and messages.
-        originals: prompts of the originals.
-        others: of the counterfactuals, row by row.
-        tokens: [n] right answers of the originals.
-        other_tokens: [n] of the counterfactuals; different from `tokens` in all rows or in none.
-        least: how many pairs must be left.
-        answerable: keep only pairs that are answered rightly on both sides; else all.
-        modes: those that the originals will be edited in; what others freeze is not recorded.
+    Right answers [n] differ between the sides in all rows or in none. The originals' run is recorded for `modes`.
 
     Raises:
         UserError: the sides do not align, or fewer than `least` pairs are left.
@@ -113,19 +104,9 @@ def pair_subject(
             f"interval (interchange.least={least}); give more pairs, or pairs that it can answer"
         )
     batch, other = both.select(rows), both.select(rows + n)
-    accuracy = tuple(bootstrap_rate(hits.cpu().numpy()) for hits in (right, other_right, right & other_right))
-    first, second, share = accuracy
-    return PairSubject(
-        question,
-        rows,
-        batch,
-        other,
-        base_run(scope, batch, modes),
-        logits[rows + n],
-        tokens[rows],
-        other_tokens[rows],
-        (first, second, share),
-    )
+    first, second, share = (bootstrap_rate(hits.cpu().numpy()) for hits in (right, other_right, right & other_right))
+    base, answers = base_run(scope, batch, modes), (tokens[rows], other_tokens[rows])
+    return PairSubject(question, rows, batch, other, base, logits[rows + n], *answers, (first, second, share))
 
 
 @dataclass(frozen=True)
@@ -162,12 +143,8 @@ class PairEffects:
 
 
 def pair_effects(scope: Scope, subject: PairSubject, steps: int = 5) -> PairEffects:
-    """Estimate every feature's effect on a question's pairs.
-
-    Args:
-        scope: the model and its transcoders.
-        subject: the pairs; their answers must differ.
-        steps: inputs at which gradients are taken; 1 takes them at the original.
+    """Estimate every feature's effect on a question's pairs, whose answers must differ; with 1 step gradients are taken
+    at the original.
     """
     assert subject.moves, "without a difference of answers there is no effect to estimate"
     gradients = gap_gradients(scope, subject, steps).writes
@@ -220,13 +197,8 @@ class GapGradients:
 
 
 def gap_gradients(scope: Scope, subject: PairSubject, steps: int, inputs: bool = False) -> GapGradients:
-    """Gradients of l[y'] - l[y], mean over `steps` inputs between the sides.
-
-    Args:
-        scope: the model and its transcoders.
-        subject: the pairs.
-        steps: inputs at which gradients are taken; 1 takes them at the original.
-        inputs: also with respect to the embeddings.
+    """Gradients of l[y'] - l[y], mean over `steps` inputs between the sides; with `inputs` also those with respect to
+    the embeddings.
     """
     parts: list[dict[int | str, Tensor]] = []
     for start in range(0, subject.size, CHUNK):

@@ -77,13 +77,8 @@ class SingleEdits:
 
 
 def single_plan(edits: SingleEdits, size: int, length: int, like: Tensor) -> dict[int, LayerEdit]:
-    """A plan for a batch of `size` rows in which row i has edit i alone; rows beyond the edits stay as they are.
-
-    Args:
-        edits: at most `size`.
-        size: B.
-        length: T.
-        like: has the dtype and the device of the model.
+    """A plan for `size` >= n rows of `length` tokens in which row i has edit i alone; rows beyond the edits stay as
+    they are. `like` has the dtype and the device of the model.
     """
     plan: dict[int, LayerEdit] = {}
     for layer in np.unique(edits.layer).tolist():
@@ -117,18 +112,11 @@ def single_effects(
     mode: str,
     tokens: tuple[int, int],
 ) -> np.ndarray:
-    """[n] float64, how far each edit moves the logit of one token minus that of another at the last position.
+    """[n] float64, how far each edit of one prompt moves the logit of a token minus that of another at the last
+    position.
 
     Every forward carries an unedited row besides, from which the others are counted: rounding that depends on the
     batch's size cancels. Of a model that caps its logits, differences before the cap.
-
-    Args:
-        scope: the model and its transcoders.
-        batch: one prompt.
-        base: its unedited run.
-        edits: n edits.
-        mode: 'direct', 'frozen_attention' or 'free'.
-        tokens: the two tokens.
     """
     assert batch.size == 1, f"single edits are of one prompt, not of {batch.size}"
     found = []

@@ -97,15 +97,10 @@ def patch_plan(
     strength: float = 1.0,
     pooled: bool = False,
 ) -> dict[int, LayerEdit]:
-    """Carry activations from a donor run into a recipient run of the same wording.
+    """Carry activations (of `donor_activations`, row i the donor of recipient i) into a run of the same wording.
 
-    Generated tokens get the donor's activations at its last position.
-
-    Args:
-        activations: what `donor_activations` returned, row i the donor of recipient i.
-        roles: [T] position roles.
-        strength: factor of the donor's activations; 1 is the patch proper.
-        pooled: give every soft token the donor's mean over its soft tokens, instead of the one at the same place.
+    They are multiplied by `strength`. Generated tokens get the donor's activations at its last position; with `pooled`
+    every soft token gets the donor's mean over its soft tokens, instead of the one at the same place.
     """
     where = position_mask(roles, "all")
     soft, last = torch.from_numpy(roles == "image"), torch.from_numpy(roles == "last")
@@ -137,11 +132,8 @@ def matched_features(
 ) -> dict[int, LayerEdit]:
     """The plan with each edited feature replaced by a random other one of its layer with a similar mean activation.
 
-    Args:
-        plan: the intervention to be controlled.
-        mean_activation: layer -> [F], mean activation of every feature on the data that the circuit was chosen on.
-        seed: which control.
-        neighbours: how many candidates nearest in mean activation each replacement is drawn from.
+    `mean_activation`, layer -> [F], is taken on the data that the circuit was chosen on; each replacement is drawn,
+    under `seed`, from the `neighbours` candidates that are nearest in it.
 
     Raises:
         UserError: a layer has too few other features.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmscope.activations.capture import target_module
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, check_choice
 from vlmscope.core.intervention import MODES
 from vlmscope.core.records import generator
 from vlmscope.interventions.edits import AnyPlan, LayerEdit, WholeEdit, at_step
@@ -88,19 +88,13 @@ def run_edited(
 ) -> Tensor:
     """Logits [B, V] at the last position of a batch under a plan.
 
-    Args:
-        scope: the model and its transcoders.
-        batch: B prompts.
-        plan: edits by layer.
-        mode: 'direct', 'frozen_attention' or 'free'.
-        base: the unedited run of the same batch, recorded for this mode; needed by the two frozen modes.
-        direction: in free mode, add a random direction of each edit's norm instead (see `editing`).
+    The two frozen modes need `base`, the unedited run of the same batch, recorded for them. In free mode, `direction`
+    adds a random direction of each edit's norm instead (see `editing`).
 
     Raises:
         UserError: unknown mode, or features that the transcoders do not have.
     """
-    if mode not in MODES:
-        raise UserError(f"unknown intervention mode {mode!r}: choose one of {', '.join(MODES)}")
+    check_choice("mode", mode, MODES)
     for layer, edit in plan.items():
         if layer not in scope.transcoders:
             layers = scope.transcoders.layers
@@ -304,16 +298,11 @@ def generate_batch(
     max_new_tokens: int = 24,
     context: AbstractContextManager[None] | None = None,
 ) -> list[list[int]]:
-    """The greedy answers to several prompts at once, each up to and with its end token.
-
-    Args:
-        adapter: the model.
-        inputs: prompts of equal length, each with equally many pictures of equal size.
-        max_new_tokens: stop after so many tokens.
-        context: around the forwards, such as `editing`.
+    """The greedy answers to several prompts at once, each up to and with its end token; `context`, such as `editing`,
+    is around the forwards.
 
     Raises:
-        UserError: the prompts cannot be stacked, or `generated` refuses them.
+        UserError: the prompts differ in length or in their pictures' sizes, or `generated` refuses them.
     """
     names = inputs[0].tensors
     shapes = [{name: tensor.shape[1:] for name, tensor in one.tensors.items()} for one in inputs]

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from itertools import product, zip_longest
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -136,18 +136,8 @@ class Operation(Protocol):
 class Setting:
     """Where, how and how strongly an operation is applied, and next to how many draws of which controls.
 
-    Attributes:
-        name: for the table and for metrics.
-        mode: "free", "frozen_attention", "direct", or "generate" (token by token with a KV cache).
-        positions: "all"; "prompt", which leaves generated tokens alone; of it "no_last", a role, or "each" role by
-            itself.
-        layers: "all", "no_last", "0-5" or "3-" (both ends included), "each" layer by itself, or the ranges "0-each" and
-            "each-" that end or begin at each.
-        strength: passed to the operation.
-        limit: how many features the operation was made with, for the table; None for all.
-        matched: draws of as many features, matched by layer and mean activation.
-        random_direction: draws of a random direction of the same norm at every layer and position.
-        new_tokens: length of a generated answer, at most.
+    The fields are those of `circuits.config.SettingConfig`, one value of each; `limit`, how many features the operation
+    was made with, only goes into the table.
     """
 
     name: str = "main"
@@ -207,30 +197,24 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
     parts = []
     with tqdm(desc="trials", unit="run", disable=None) as bar:  # a run: some cases under one edit
         for trial in trials:
-            for part in _parts(scope, trial, seed):
-                parts.append(part)
-                bar.set_postfix_str(f"{trial.operation}/{part.setting.iat[0]}", refresh=False)
-                bar.update()
+            for setting, cases in product(trial.settings, trial.cases):
+                bar.set_postfix_str(f"{trial.operation}/{setting.name}", refresh=False)
+                whole = trial.do.plan(scope, cases, setting.strength)
+                for here in setting.everywhere(scope.transcoders.layers, cases.batch.roles):
+                    plan = here.restrict(whole, cases.batch.roles, scope.adapter.n_layers)
+                    for part in _with_controls(scope, trial, cases, here, plan, seed):
+                        parts.append(part)
+                        bar.update()
     return pd.concat(parts, ignore_index=True)
-
-
-def _parts(scope: Scope, trial: Trial, seed: int) -> Iterator[pd.DataFrame]:
-    for setting in trial.settings:
-        for cases in trial.cases:
-            whole = trial.do.plan(scope, cases, setting.strength)
-            for here in setting.everywhere(scope.transcoders.layers, cases.batch.roles):
-                plan = here.restrict(whole, cases.batch.roles, scope.adapter.n_layers)
-                yield from _with_controls(scope, trial, cases, here, plan, seed)
 
 
 def _with_controls(
     scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: AnyPlan, seed: int
 ) -> Iterator[pd.DataFrame]:
     size = sum(len(edit.features) for edit in plan.values())
-    labels = {"operation": trial.operation, "setting": setting.name, "mode": setting.mode,
-              "positions": setting.positions, "layers": setting.layers, "strength": setting.strength,
-              "limit": setting.limit,
-              "cases": cases.name, "question": cases.question, "features": size, **cases.tags}  # fmt: skip
+    labels = {"operation": trial.operation, "setting": setting.name}
+    labels |= {key: getattr(setting, key) for key in ("mode", "positions", "layers", "strength", "limit")}
+    labels |= {"cases": cases.name, "question": cases.question, "features": size, **cases.tags}
     yield _run(scope, cases, plan, setting).assign(**labels, control="", draw=0)
     edits = {layer: edit for layer, edit in plan.items() if isinstance(edit, LayerEdit)}
     # Without features to edit the control edits none either: each case still has its pair.
@@ -238,11 +222,7 @@ def _with_controls(
         control = _matched(scope, trial, cases, setting, edits, draw)
         yield _run(scope, cases, control, setting).assign(**labels, control="matched", draw=draw)
     for draw in control_draws(seed, setting.random_direction):
-        if setting.mode == "generate":
-            found = _generated(scope, cases, setting, editing(scope, plan, draw))
-        else:
-            found = _outcome(cases, run_edited(scope, cases.batch, plan, direction=draw))
-        yield found.assign(**labels, control="random_direction", draw=draw)
+        yield _run(scope, cases, plan, setting, draw).assign(**labels, control="random_direction", draw=draw)
 
 
 def _matched(scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: Plan, draw: int) -> AnyPlan:
@@ -263,9 +243,11 @@ def _matched(scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: P
     }
 
 
-def _run(scope: Scope, cases: Cases, plan: AnyPlan, setting: Setting) -> pd.DataFrame:
+def _run(scope: Scope, cases: Cases, plan: AnyPlan, setting: Setting, direction: int | None = None) -> pd.DataFrame:
     if setting.mode == "generate":
-        return _generated(scope, cases, setting, editing(scope, plan))
+        return _generated(scope, cases, setting, editing(scope, plan, direction))
+    if direction is not None:  # whatever is frozen otherwise
+        return _outcome(cases, run_edited(scope, cases.batch, plan, direction=direction))
     return _outcome(cases, run_edited(scope, cases.batch, plan, setting.mode, cases.base))
 
 

@@ -175,7 +175,7 @@ def test_bad_requests_are_named(bench) -> None:
         run_edited(scope, batch, {0: edit})
     with pytest.raises(UserError, match="names layer 9"):
         run_edited(scope, batch, {9: edit})
-    with pytest.raises(UserError, match="unknown intervention mode 'frozen'"):
+    with pytest.raises(UserError, match="mode=frozen: no such choice"):
         run_edited(scope, batch, {}, "frozen")
     with pytest.raises(UserError, match="no position has role 'answer'"):
         position_mask(batch.roles, "answer")

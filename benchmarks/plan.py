@@ -44,7 +44,7 @@ def this_machine(repeat: int) -> Machine:
     target = torch.empty_like(source)
     flops = 2 * 2048**3 / seconds(lambda: a @ b, repeat)
     moved = 2 * 4 * source.numel() / seconds(lambda: target.copy_(source), repeat)
-    return Machine("this machine", {"float32": flops / 1e12}, moved / 1e9, None, moved / 1e9)
+    return Machine("this machine", flops / 1e12, flops / 1e12, flops / 1e12, moved / 1e9, None, moved / 1e9)
 
 
 def measured(n: int, d: int, f: int, k: int, repeat: int) -> dict[str, float]:
@@ -77,7 +77,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     machine = this_machine(arguments.repeat)
-    rates = f"{machine.rates['float32'] * 1e3:.1f} GFLOP/s, {machine.bandwidth:.2f} GB/s"
+    rates = f"{machine.float32 * 1e3:.1f} GFLOP/s, {machine.bandwidth:.2f} GB/s"
     print(f"{rates}, medians of {arguments.repeat}\n")
     print("| n | d | F | k | part | plan, ms | measured, ms | measured / plan |")
     print("|" + " --- |" * 8)

@@ -25,7 +25,7 @@ def test_gemma_4b_is_planned_without_weights_or_network(tmp_path: Path, capsys: 
     assert metrics["plan/graph/active_features"] == 34 * 48 * tokens
     assert metrics["plan/graph/rows"] == 7500
     out = capsys.readouterr().out
-    for words in ("320 tokens, 256 of them soft", "vision tower", "416,866,032", "8.6 GB", "H100 datasheet"):
+    for words in ("320 tokens, 256 of them soft", "vision", "416,866,032", "8.6 GB", "H100"):
         assert words in out
     assert "Tracing needs more than" not in out
 
@@ -80,7 +80,7 @@ def test_training_of_gemma_4b_is_planned_by_rank(tmp_path: Path, capsys: pytest.
     assert metrics["plan/training/gpu_hours"] == pytest.approx(8 * 44190 * seconds / 3600)
     out = capsys.readouterr().out
     assert "layers of ranks 0 to 7 of each of 1 hosts: 5, 5, 4, 4, 4, 4, 4, 4" in out
-    assert "encoder, the dense product" in out and "bound by arithmetic" in out
+    assert "encoder" in out and "bound by arithmetic" in out
     assert "Training does not fit" not in out
 
 

@@ -12,6 +12,7 @@ one host; P numbers of one layer's transcoder.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,36 +36,31 @@ _ENCODERS = {"32": "float32", "bf16-mixed": "bfloat16"}
 
 
 class Machine(NamedTuple):
-    """Rates in 10^12 operations a second by dtype (a multiply and an add are two); GB/s; memory in GB, None: unbounded.
+    """Rates in 10^12 operations a second (a multiply and an add are two), GB/s, and memory in GB (None: unbounded).
 
     `link` is what one device sends to the others of its host, `network` to other hosts (None: not known).
     """
 
     name: str
-    rates: dict[str, float]
+    float64: float
+    float32: float
+    half: float
     bandwidth: float
     memory: float | None
     link: float
     network: float | None = None
 
 
-def _rates(float64: float, float32: float, half: float) -> dict[str, float]:
-    return {"float64": float64, "float32": float32, "bfloat16": half, "float16": half}
-
-
-# float32 is that of the plain units, not TF32; half precision that of the tensor cores without sparsity. The link is
-# half of the datasheet's NVLink (PCIe for L4), which counts both directions; the network is one adapter a GPU, as in
-# NVIDIA's DGX of that GPU (ConnectX-7, 400 Gbit/s; ConnectX-6, 200 Gbit/s). The CPU: measured with torch 2.13, one
-# thread, best of 12, matmul of 2048 x 2048 and copy of 128 MiB; it has no instructions for half precision.
-_H100 = _rates(34, 67, 989)
+# By NVIDIA's datasheets of the GPU and of its DGX. float32 is that of the plain units, not TF32; half precision that of
+# the tensor cores without sparsity. The link is half of the datasheet's NVLink (PCIe for L4), which counts both
+# directions; the network is one adapter a GPU (ConnectX-7, 400 Gbit/s; ConnectX-6, 200 Gbit/s). The CPU: measured with
+# torch 2.13, one thread, best of 12, matmul of 2048 x 2048 and copy of 128 MiB.
 MACHINES = {
-    "h100": Machine("NVIDIA H100 SXM, 80 GB (NVIDIA H100 and DGX H100 datasheets)", _H100, 3350, 80, 450, 50),
-    "h200": Machine("NVIDIA H200 SXM, 141 GB (NVIDIA H200 and DGX H200 datasheets)", _H100, 4800, 141, 450, 50),
-    "a100": Machine(
-        "NVIDIA A100 SXM, 80 GB (NVIDIA A100 and DGX A100 datasheets)", _rates(9.7, 19.5, 312), 2039, 80, 300, 25
-    ),
-    "l4": Machine("NVIDIA L4, 24 GB (NVIDIA L4 datasheet)", _rates(0.5, 30.3, 121), 300, 24, 32),
-    "cpu": Machine("one CPU core (AMD EPYC, measured by the project)", _rates(0.027, 0.072, 0.0007), 7.7, None, 7.7),
+    "h100": Machine("NVIDIA H100 SXM, 80 GB (by its datasheet)", 34, 67, 989, 3350, 80, 450, 50),
+    "h200": Machine("NVIDIA H200 SXM, 141 GB (by its datasheet)", 34, 67, 989, 4800, 141, 450, 50),
+    "a100": Machine("NVIDIA A100 SXM, 80 GB (by its datasheet)", 9.7, 19.5, 312, 2039, 80, 300, 25),
+    "l4": Machine("NVIDIA L4, 24 GB (by its datasheet)", 0.5, 30.3, 121, 300, 24, 32),
+    "cpu": Machine("one core of an AMD EPYC, without half precision (measured)", 0.027, 0.072, 0.0007, 7.7, None, 7.7),
 }
 
 
@@ -82,8 +78,9 @@ def least_time(work: Work, machine: Machine) -> tuple[float, str]:
     """Seconds that the work takes at least on a machine, and what bounds it."""
     if work.networked and machine.network is None:
         raise UserError(f"no network between hosts is known of {machine.name}; plan one host")
+    rate = {"float64": machine.float64, "float32": machine.float32}.get(work.dtype, machine.half)
     times = {
-        "arithmetic": work.flops / (machine.rates[work.dtype] * 1e12),
+        "arithmetic": work.flops / (rate * 1e12),
         "memory": work.moved / (machine.bandwidth * 1e9),
         "link": work.linked / (machine.link * 1e9),
         "network": work.networked / ((machine.network or 1.0) * 1e9),
@@ -152,12 +149,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     print(f"{cfg.model.name}: {adapter.n_layers} layers of width {adapter.d_model}; transcoders: {transcoders.words}")
     print(f"prompt: {n_tokens:,} tokens, {n_soft:,} of them soft; machine: {machine.name}")
     metrics: dict[str, float] = {}
-    for title, rows in _sections(cfg, adapter, transcoders, n_tokens, n_soft).items():
-        print(f"\n{title}")
-        for key, words, value, unit in rows:
-            metrics[f"plan/{key}"] = float(value)
-            shown = gb(value) if unit == "B" else f"{value:.3g} s" if unit == "s" else f"{value:,.0f}"
-            print(f"  {words:<58} {shown:>16}")
+    for title, (group, form, rows) in _sections(cfg, adapter, transcoders, n_tokens, n_soft).items():
+        print(f"\n{title}\n" + "\n".join(_line(key, form(value)) for key, value in rows.items()))
+        metrics |= {f"plan/{group}{key}": float(value) for key, value in rows.items()}
     if machine.memory is not None and metrics["plan/memory/trace"] > machine.memory * 1e9:
         print(
             f"\nTracing needs more than the {gb(machine.memory * 1e9)} of {task.device}: model.offload=cpu or disk "
@@ -166,6 +160,10 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     if isinstance(cfg.transcoder, TranscoderArchConfig):
         metrics |= plan_training(cfg, adapter, machine)
     return metrics
+
+
+def _line(name: str, *shown: str) -> str:
+    return f"  {name.replace('_', ' '):<32}" + "".join(f"{text:>14}" for text in shown)
 
 
 def _architecture(cfg: AppConfig) -> dict[str, Any]:
@@ -292,13 +290,10 @@ def graph_sizes(
     }
 
 
-_Row = tuple[str, str, float, str]  # metric, words, value, unit
-
-
 def _sections(
     cfg: AppConfig, adapter: Adapter, transcoders: _Transcoders, n_tokens: int, n_soft: int
-) -> dict[str, list[_Row]]:
-    """The tables of the model and of one graph, by title."""
+) -> dict[str, tuple[str, Callable[[float], str], dict[str, float]]]:
+    """By title: the group of metrics, how they are shown, and the numbers of the model and of one graph."""
     from vlmscope.models import sizes
 
     cfg.attribution.check()
@@ -322,42 +317,36 @@ def _sections(
     flops = sizes.forward_flops(adapter, n_tokens, cfg.task.images)
     forward_time, _ = least_time(Work(flops, (model + 2 * recorded) * element, dtype), machine)
     sweep_time, _ = least_time(Work(graph["flops"], graph["moved"], swept), machine)
+    memory = {
+        "weights_bfloat16": model * 2,
+        "transcoders_bfloat16": extra * 2,
+        "forward": forward,  # inside one, an estimate
+        "patterns": state["patterns"] * element,
+        "state": recorded * element,  # all that is recorded of a forward, patterns included
+        "copies": copies,
+        "rows": graph["row_buffer"],  # dense, of one batch of targets
+        "gradients": graph["gradients"],
+        "sources": graph["sources"],  # what features, errors and biases write
+        "trace": traced,  # all of it, on the device
+        "assembly": graph["assembly"],  # on the host, while rows become a graph
+        "file": graph["file"],  # graph.safetensors
+    }
+    times = {
+        "forward/gflops": flops / 1e9,
+        "forward/seconds": forward_time,
+        "sweep/gflops": graph["flops"] / 1e9,  # the rows of the graph
+        "sweep/seconds": sweep_time,
+    }
+    counts = {name: graph[name] for name in ("active_features", "rows", "nodes", "edges")}
     return {
-        "Parameters": [
-            ("parameters/vision", "vision tower", parts["vision"], ""),
-            ("parameters/projector", "projector", parts["projector"], ""),
-            ("parameters/embeddings", "embeddings (and the unembedding, when it is shared)", parts["embeddings"], ""),
-            ("parameters/decoder", "decoder layers and norms", parts["decoder"], ""),
-            ("parameters/head", "unembedding of its own", parts["head"], ""),
-            ("parameters/total", "the model", model, ""),
-            ("parameters/transcoders", "transcoders of all layers", extra, ""),
-        ],
-        "Memory": [
-            ("memory/weights_bfloat16", "weights in bfloat16", model * 2, "B"),
-            ("memory/transcoders_bfloat16", "transcoders in bfloat16", extra * 2, "B"),
-            ("memory/forward", f"inside one forward, {dtype} (estimate)", forward, "B"),
-            ("memory/patterns", f"recorded attention patterns, {dtype}", state["patterns"] * element, "B"),
-            ("memory/state", f"all that is recorded of a forward, {dtype}", recorded * element, "B"),
-            ("memory/copies", f"copies for the sweep in {cfg.attribution.dtype}", copies, "B"),
-            ("memory/rows", f"dense rows of a batch of {graph['batch']}", graph["row_buffer"], "B"),
-            ("memory/gradients", "gradients of a batch", graph["gradients"], "B"),
-            ("memory/sources", "source vectors", graph["sources"], "B"),
-            ("memory/trace", "all of it on the device while a graph is traced", traced, "B"),
-            ("memory/assembly", "on the host while rows become a graph", graph["assembly"], "B"),
-        ],
-        "One graph": [
-            ("graph/active_features", "active features", graph["active_features"], ""),
-            ("graph/rows", "features with a row of their own", graph["rows"], ""),
-            ("graph/nodes", "nodes", graph["nodes"], ""),
-            ("graph/edges", "edges, at most", graph["edges"], ""),
-            ("graph/file", "graph.safetensors, at most", graph["file"], "B"),
-        ],
-        "Least time (roofline; expect two to three times that)": [
-            ("forward/gflops", "forward, 10^9 operations", flops / 1e9, ""),
-            ("forward/seconds", "forward", forward_time, "s"),
-            ("sweep/gflops", "rows of the graph, 10^9 operations", graph["flops"] / 1e9, ""),
-            ("sweep/seconds", "rows of the graph", sweep_time, "s"),
-        ],
+        "Parameters": ("parameters/", "{:,.0f}".format, {**parts, "transcoders": extra}),
+        f"Memory (model in {dtype}, sweep in {swept}, {graph['batch']} targets at once)": ("memory/", gb, memory),
+        "One graph, at most": ("graph/", "{:,.0f}".format, counts),
+        "Least time (roofline; expect two to three times that)": (
+            "",
+            lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}",
+            times,
+        ),
     }
 
 
@@ -430,9 +419,9 @@ class TrainingSizes:
         }
 
     def peak(self, rank: int) -> int:
-        """Bytes at the worst moment: what stays, and the largest of what passes (starred in `_PARTS`)."""
+        """Bytes at the worst moment: what stays, and the largest of what passes."""
         parts = self.memory(rank)
-        passing = [size for part, size in parts.items() if _PARTS[part].startswith("*")]
+        passing = [parts[part] for part in ("forward", "exchange", "work", "gathered")]
         return sum(parts.values()) - sum(passing) + max(passing)
 
     def sent_in_host(self, rank: int, tokens: int | None = None) -> int:
@@ -519,14 +508,16 @@ def plan_training(cfg: AppConfig, adapter: Adapter, machine: Machine) -> dict[st
     print(f"  layers of ranks 0 to {plan.gpus - 1} of each of {plan.hosts} hosts: {counts}")
 
     # Ranks with the same figures share a column, named by the first.
-    columns = {tuple(sizes.memory(rank).values()): rank for rank in reversed(ranks)}
-    shown = sorted(columns.values())
-    print("\nMemory of a rank, by part" + " " * 35 + "".join(f"{f'rank {rank}':>14}" for rank in shown))
-    for part, words in _PARTS.items():
-        metrics[f"memory/{part}"] = sizes.memory(0)[part]
-        print(f"  {words:<58}" + "".join(f"{gb(sizes.memory(rank)[part]):>14}" for rank in shown))
-    peaks = "".join(f"{gb(sizes.peak(rank)):>14}" for rank in shown)
-    print(f"  {'at the worst moment (of the starred, the largest)':<58}{peaks}")
+    shown = sorted({sizes.peak(rank): rank for rank in reversed(ranks)}.values())
+    parts = {rank: sizes.memory(rank) for rank in shown}
+    # What stays: the model, its layers' transcoders, activations of the pool and of the step. Then the largest of what
+    # passes: a forward, the exchange of activations, the layer in work, the set gathered to validate and to save.
+    print("\nMemory of a rank")
+    print(_line("", *(f"rank {rank}" for rank in shown)))
+    for part, size in parts[0].items():
+        metrics[f"memory/{part}"] = size
+        print(_line(part, *(gb(parts[rank][part]) for rank in shown)))
+    print(_line("at the worst moment", *(gb(sizes.peak(rank)) for rank in shown)))
     metrics |= {f"peak/rank_{rank:02d}": sizes.peak(rank) for rank in ranks}
     needed, memory = sizes.peak(0), (machine.memory or np.inf) * 1e9  # rank 0 owns the most layers
     if needed > memory:
@@ -535,21 +526,20 @@ def plan_training(cfg: AppConfig, adapter: Adapter, machine: Machine) -> dict[st
             "smaller task.training.step_tokens or transcoder.expansion_factor, or more task.training.gpus"
         )
 
-    parts, n_layers = sizes.step_work(), adapter.n_layers
+    work, n_layers = sizes.step_work(), adapter.n_layers
     # BatchTopK's threshold is written for every feature of the set.
     stored = sizes.numbers + sizes.n_features * (arch.activation == "batchtopk")
-    print("\nTraffic of rank 0 and disk")
-    for key, words, size in (
-        ("traffic/in_host", "sent to others of the host, a captured batch and rank", sizes.sent_in_host(0)),
-        ("traffic/between_hosts", "sent to other hosts, a step and rank", parts.get("sums", Work()).networked),
-        ("disk/checkpoint", "a checkpoint (two stand while one is written)", 3 * _FLOAT * sizes.numbers * n_layers),
-        ("disk/set", "the finished set in bfloat16", 2 * stored * n_layers),
-        ("disk/cache", "a cache of all activations (task.cache), if wanted", plan.tokens * sizes.captured * n_layers),
-    ):
-        metrics[key] = size
-        print(f"  {words:<58} {gb(size):>16}")
+    bytes_of = {
+        "traffic/in_host": sizes.sent_in_host(0),  # of a captured batch
+        "traffic/between_hosts": work.get("sums", Work()).networked,  # in a step
+        "disk/checkpoint": 3 * _FLOAT * sizes.numbers * n_layers,  # two stand while one is written
+        "disk/set": 2 * stored * n_layers,  # in bfloat16
+        "disk/cache": plan.tokens * sizes.captured * n_layers,  # of all activations (task.cache), if wanted
+    }
+    print("\nSent by rank 0, and on disk\n" + "\n".join(_line(key, gb(size)) for key, size in bytes_of.items()))
+    metrics |= bytes_of
 
-    times = {part: least_time(work, machine) for part, work in parts.items()}
+    times = {part: least_time(needs, machine) for part, needs in work.items()}
     steps = ceil(plan.tokens / plan.step_tokens) * plan.steps_per_batch
     step = sum(seconds for seconds, _ in times.values())
     hours = step * steps / 3600
@@ -558,29 +548,7 @@ def plan_training(cfg: AppConfig, adapter: Adapter, machine: Machine) -> dict[st
     )
     for part, (seconds, bound) in times.items():
         metrics[f"seconds/{part}"] = seconds
-        print(f"  {_WORK[part]:<58} {f'{seconds * 1e3:.3g} ms':>16}  {seconds / step:4.0%}, bound by {bound}")
-    print(f"  {'all steps':<58} {f'{hours:.3g} h':>16}  at the least; expect two to three times that")
+        print(_line(part, f"{seconds * 1e3:.3g} ms", f"{seconds / step:.0%}") + f", bound by {bound}")
+    print(_line("all steps", f"{hours:.3g} h") + " at the least; expect two to three times that")
     metrics |= {"steps": steps, "hours": hours, "gpu_hours": hours * plan.gpus * plan.hosts}
     return {f"plan/training/{key}": float(value) for key, value in metrics.items()}
-
-
-_PARTS = {
-    "model": "the frozen model",
-    "weights": "weights of its layers' transcoders",
-    "gradients": "their gradients",
-    "moments": "the optimiser's moments",
-    "pool": "activations of the pool and of the step",
-    "forward": "* inside the model's forward (estimate)",
-    "exchange": "* activations while they are exchanged",
-    "work": "* of the layer in work: all pre-activations, rows (estimate)",
-    "gathered": "* the set, gathered to validate and to save",
-}
-_WORK = {
-    "forward": "forward of the frozen model over its share",
-    "exchange": "activations to their layers' owners, through the pool",
-    "encoder": "encoder, the dense product",
-    "choice": "choice of the active features",
-    "sparse": "decoder, loss and sparse gradients",
-    "optimiser": "clipping and AdamW",
-    "sums": "gradients and sums over hosts",
-}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, check_choice, check_least
 
 MOST_TOKENS = 65_535  # positions are stored in two bytes
 _HOW = ("path", "checkpoint_every", "forward_tokens", "max_skipped")
@@ -41,13 +41,8 @@ class StudyConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("top", "quantiles", "batch_size", "forward_tokens", "checkpoint_every"), 1)
-        least |= {"samples": 0, "window": 0, "logits": 0, "max_skipped": 0, "max_tokens": 2}
-        if self.limit is not None:
-            least["limit"] = 1
-        for key, bound in least.items():
-            if getattr(self, key) < bound:
-                raise UserError(f"study.{key}={getattr(self, key)}: it must be at least {bound}")
+        check_least("study", self, limit=1, top=1, samples=0, quantiles=1, window=0, logits=0, max_tokens=2)
+        check_least("study", self, batch_size=1, forward_tokens=1, max_skipped=0, checkpoint_every=1)
         if self.max_tokens > MOST_TOKENS:
             raise UserError(f"study.max_tokens={self.max_tokens}: at most {MOST_TOKENS}")
 
@@ -58,14 +53,10 @@ class StudyConfig:
 
 @dataclass
 class CrossQuestion:
-    """One fact asked twice.
+    """One fact asked twice: beside a `picture`, which alone shows the concept, and in a `text` that has `{concept}`.
 
-    Attributes:
-        picture: the question beside a picture, which must not name the concept.
-        text: the same without a picture, with `{concept}` where the concept is named.
-        answers: concept -> the word that answers it.
-        words: concept -> what stands for it in the text, where that is not its name: "dust" for mars.
-        second: of pictures of digits, the second digit; drawn when None.
+    `answers` has the word that answers it by concept, `words` what stands for a concept in the text where that is not
+    its name ("dust" for mars). `second` is the second digit in pictures of digits; drawn when None.
     """
 
     picture: str
@@ -83,18 +74,12 @@ class CrossQuestion:
 class CrossModalConfig:
     """Which concepts, how they are asked for, and what counts as shared by pictures and words (docs/structure.md).
 
-    Attributes:
-        concepts: names, as they stand in the text questions.
-        questions: name -> question.
-        source: what the pictures show: planets, two digits of which the concept is the first, or shapes of a colour.
-        pictures: training pictures per concept.
-        test_pictures: unseen pictures per concept for the causal tests.
-        others: other concepts, drawn, from which each is patched and whose features are ablated with it; all when None.
-        ratio: a feature prefers a concept when its mean there is at least so many times that on the others.
-        fires: least share of a concept's pictures on which it must fire.
-        permutations: orders in which the pictures' concepts are shuffled.
-        q: false discovery rate of single features.
-        seed: of pictures, permutations and controls.
+    `concepts` are named as in the text questions. The pictures of `source` show planets, two digits of which the
+    concept is the first, or shapes of a colour: `pictures` per concept to look on, `test_pictures` unseen ones for the
+    causal tests. Each is patched from, and ablated with the features of, `others` drawn concepts (all when None). A
+    feature prefers a concept when it fires on the share `fires` of its pictures and its mean there is `ratio` times
+    that on the others; the pictures' concepts are shuffled in `permutations` orders, and single features are held to
+    the false discovery rate `q`.
     """
 
     concepts: list[str]
@@ -112,8 +97,7 @@ class CrossModalConfig:
     def __post_init__(self) -> None:
         if len(set(self.concepts)) < 3 or len(set(self.concepts)) != len(self.concepts):
             raise UserError(f"cross_modal.concepts={list(self.concepts)}: give three or more different ones")
-        if self.source not in SOURCES:
-            raise UserError(f"cross_modal.source={self.source}: choose one of {', '.join(SOURCES)}")
+        check_choice("cross_modal.source", self.source, SOURCES)
         for name, question in self.questions.items():
             where = f"cross_modal.questions.{name}"
             missing = [concept for concept in self.concepts if concept not in question.answers]
@@ -124,9 +108,6 @@ class CrossModalConfig:
                 raise UserError(f"{where}.text={question.text!r} lacks {PLACEHOLDER}")
             if named:
                 raise UserError(f"{where}.picture names {named[0]}: the picture alone must show it")
-        for key in ("pictures", "test_pictures", "permutations", "others"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(f"cross_modal.{key}={value}: it must be at least 1")
+        check_least("cross_modal", self, pictures=1, test_pictures=1, permutations=1, others=1)
         if self.ratio <= 1 or not 0 < self.fires <= 1 or not 0 < self.q < 1:
             raise UserError("cross_modal: ratio must be above 1, fires a share up to 1, and q a share below 1")

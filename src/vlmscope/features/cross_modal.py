@@ -4,7 +4,7 @@ Text comes first, since it is few prompts: a feature is a *candidate* for a conc
 word on is at least `ratio` times its mean peak over the other concepts' prompts of the same wording. Candidates are
 then looked at on pictures, where no word names the concept, at three places: soft tokens, the question's and
 template's words after the picture, the last position. A feature is *shared* when it is selective for the same concept
-there (`metrics.selectivity`), and its contrast stands against shuffled pictures.
+there (`metrics.decoding.Rule`), and its contrast stands against shuffled pictures.
 
 Legend: C concepts, F features of a layer, M candidates of all layers, P places, N pictures.
 """
@@ -30,6 +30,8 @@ from vlmscope.scope import Scope
 
 PLACES = ("image", "question", "last")  # of a prompt with a picture
 TEXT_PLACES = ("word", "after")  # of a prompt without one: the concept's tokens, and all that follow
+SHARED_COLUMNS = ("question", "concept", "feature", "layer", "place", "text_place", "text_peak", "picture_mean",
+                  "other_pictures_mean", "fires_on", "q", "every_question")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,25 +55,21 @@ class Candidates:
         table: dict[int, list[int]] = {}
         for feature in self.features:
             table.setdefault(feature.layer, []).append(feature.index)
-        return {layer: torch.tensor(found) for layer, found in table.items()}
+        return {layer: torch.tensor(indices) for layer, indices in table.items()}
 
 
 def word_positions(prompts: Sequence[ModelInputs]) -> list[slice]:
-    """Where each of some prompts differs from the others: the tokens between what all begin and all end with.
-
-    Raises:
-        ValueError: two prompts are the same.
-    """
+    """Where each of some prompts differs from the others: the tokens between what all begin and all end with."""
     ids = [inputs.input_ids for inputs in prompts]
     head = tail = 0
     shortest = min(map(len, ids))
-    while head < shortest and len({one[head] for one in ids}) == 1:
+    while head < shortest and len({row[head] for row in ids}) == 1:
         head += 1
-    while tail < shortest - head and len({one[-1 - tail] for one in ids}) == 1:
+    while tail < shortest - head and len({row[-1 - tail] for row in ids}) == 1:
         tail += 1
-    if any(head >= len(one) - tail for one in ids):
+    if any(head >= len(row) - tail for row in ids):
         raise ValueError(f"prompts do not differ by a word: {prompts[0].prompt!r}")
-    return [slice(head, len(one) - tail) for one in ids]
+    return [slice(head, len(row) - tail) for row in ids]
 
 
 @torch.no_grad()
@@ -80,49 +78,43 @@ def text_candidates(scope: Scope, prompts: Sequence[ModelInputs], ratio: float) 
 
     Args:
         scope: the model and its transcoders.
-        prompts: C, one a concept, of one wording and without a picture.
+        prompts: C, one per concept, of one wording and without a picture.
         ratio: a candidate's peak is at least so many times its mean peak over the other prompts.
     """
     at_word: dict[int, list[np.ndarray]] = {layer: [] for layer in scope.transcoders.layers}
     after: dict[int, list[np.ndarray]] = {layer: [] for layer in scope.transcoders.layers}
     for inputs, word in zip(prompts, word_positions(prompts), strict=True):
-        batch = scope.batch([inputs])
-        for layer, x in scope.capture(batch).items():
+        width = word.stop - word.start
+        for layer, x in scope.capture(scope.batch([inputs])).items():
             acts = scope.transcoders[layer].encode(x[0, word.start :]).dense(scope.transcoders[layer].config.n_features)
-            width = word.stop - word.start
-            at_word[layer].append(acts[:width].amax(0).double().numpy(force=True))
             rest = acts[width:] if len(acts) > width else torch.zeros_like(acts[:1])
+            at_word[layer].append(acts[:width].amax(0).double().numpy(force=True))
             after[layer].append(rest.amax(0).double().numpy(force=True))
-    features, chosen, peaks, places = [], [], [], []
+    features, selective, peaks, places = [], [], [], []
     for layer in scope.transcoders.layers:
         word, later = np.stack(at_word[layer]), np.stack(after[layer])
         peak = np.maximum(word, later)
         rest = (peak.sum(0) - peak) / (len(prompts) - 1)
-        selective = (peak > 0) & (peak >= ratio * rest)
-        kept = np.flatnonzero(selective.any(0))
+        prefers = (peak > 0) & (peak >= ratio * rest)
+        kept = np.flatnonzero(prefers.any(0))
         features += [FeatureId(layer, int(index)) for index in kept]
-        chosen.append(selective[:, kept])
+        selective.append(prefers[:, kept])
         peaks.append(peak[:, kept])
         places.append(np.where(word >= later, *TEXT_PLACES)[:, kept])
-    return Candidates(tuple(features), *(np.concatenate(one, axis=1) for one in (chosen, peaks, places)))
+    return Candidates(tuple(features), *(np.concatenate(of, axis=1) for of in (selective, peaks, places)))
 
 
 @torch.no_grad()
 def picture_peaks(scope: Scope, batch: InputBatch, features: Mapping[int, Tensor]) -> np.ndarray:
     """[B, P, M] float32, the largest activation of chosen features at each of `PLACES`; layers ascending."""
     after = np.arange(batch.length) > np.flatnonzero(batch.is_image).max()
-    masks = {
-        "image": batch.is_image,
-        "question": after & (batch.roles != "last"),
-        "last": batch.roles == "last",
-    }
-    found: list[Tensor] = []
-    inputs = scope.capture(batch, sorted(features))
-    for layer in sorted(features):
-        acts = scope.transcoders[layer].encode(inputs[layer]).select(features[layer].to(inputs[layer].device),
-                                                               scope.transcoders[layer].config.n_features)  # fmt: skip
-        found.append(torch.stack([acts[:, torch.from_numpy(masks[place])].amax(1) for place in PLACES], 1))
-    return torch.cat(found, -1).float().numpy(force=True)
+    masks = (batch.is_image, after & (batch.roles != "last"), batch.roles == "last")
+    peaks: list[Tensor] = []
+    for layer, x in scope.capture(batch, sorted(features)).items():
+        wanted, width = features[layer].to(x.device), scope.transcoders[layer].config.n_features
+        acts = scope.transcoders[layer].encode(x).select(wanted, width)
+        peaks.append(torch.stack([acts[:, torch.from_numpy(mask)].amax(1) for mask in masks], 1))
+    return torch.cat(peaks, -1).float().numpy(force=True)
 
 
 @dataclass(frozen=True)
@@ -151,11 +143,6 @@ class Shared:
     null: np.ndarray
     null_layers: np.ndarray
     coincidences: np.ndarray
-
-    def by_rule(self) -> np.ndarray:
-        """[C, P + 1], what `null` counts, with the pictures as they are."""
-        hits = self.picture & self.candidates.text[:, None]
-        return np.concatenate([hits.sum(2), hits.any(1).sum(1, keepdims=True)], axis=1)
 
     def features(self, concept: int) -> set[FeatureId]:
         """Those shared for a concept at any place."""
@@ -195,11 +182,11 @@ def find_shared(
 
     def counted() -> Iterator[Contrast]:
         """The shuffled contrasts, whose coincidences are counted as they pass."""
-        for draw, one in enumerate(shuffled(values, labels, n_concepts, permutations, seed)):
-            hits = one.selective(rule).reshape(shape) & candidates.text[:, None]
-            null[draw, :, :-1], null[draw, :, -1] = hits.sum(2), hits.any(1).sum(1)
+        for draw, mixed in enumerate(shuffled(values, labels, n_concepts, permutations, seed)):
+            hits = mixed.selective(rule).reshape(shape) & candidates.text[:, None]
+            null[draw] = _counts(hits)
             null_layers[draw] = np.bincount(at, hits.any(1).sum(0), len(layers))
-            yield one
+            yield mixed
 
     p_values = contrast_p(observed, counted()).reshape(shape)
     tested = np.broadcast_to(candidates.text[:, None], shape)
@@ -209,6 +196,11 @@ def find_shared(
     coincidences = picture.any(1).astype(np.int64) @ candidates.text.T.astype(np.int64)
     shared = picture & (q_values <= q)  # nan, what was not tested, is no less than anything
     return Shared(candidates, observed, q_values, picture, shared, null, null_layers, coincidences)
+
+
+def _counts(hits: np.ndarray) -> np.ndarray:
+    """[C, P + 1] counts of [C, P, M] bool, by place and at any of them."""
+    return np.concatenate([hits.sum(2), hits.any(1).sum(1, keepdims=True)], axis=1)
 
 
 def counts(found: Mapping[str, Shared], concepts: Sequence[str], layers: Sequence[int], seed: int) -> pd.DataFrame:
@@ -228,34 +220,33 @@ def counts(found: Mapping[str, Shared], concepts: Sequence[str], layers: Sequenc
         `matching_expected` and `matching_p` of names exchanged.
     """
     rows: list[dict[str, str | float]] = []
-    for question, one in found.items():
-        observed, null = one.by_rule(), one.null
-        own = [one.features(c) for c in range(len(concepts))]
+    for question, shared in found.items():
+
+        def add(of: str, name: str, count: float, question: str = question, **numbers: float) -> None:
+            rows.append({"question": question, "of": of, "name": name, "shared": count, **numbers})
+
+        observed, null = _counts(shared.picture & shared.candidates.text[:, None]), shared.null
+        own = [shared.features(c) for c in range(len(concepts))]
         p = permutation_p(observed[:, -1], null[..., -1])
-        expected, p_names = matching_p(one.coincidences, seed)
+        expected, p_names = matching_p(shared.coincidences, seed)
         total, totals = observed[:, -1].sum(), null[..., -1].sum(1)
-        rows.append({
-            "question": question, "of": "all", "name": "", "candidates": len(one.candidates.features),
-            "shared": sum(map(len, own)), "by_rule": total, "by_rule_null": totals.mean(),
-            "by_rule_null_max": totals.max(), "by_rule_p": float(permutation_p(total, totals)),
-            "matching": one.coincidences.trace(), "matching_expected": expected, "matching_p": p_names,
-        })  # fmt: skip
+        add("all", "", sum(map(len, own)), candidates=len(shared.candidates.features), by_rule=total,
+            by_rule_null=totals.mean(), by_rule_null_max=totals.max(), by_rule_p=float(permutation_p(total, totals)),
+            matching=shared.coincidences.trace(), matching_expected=expected, matching_p=p_names)  # fmt: skip
         for c, (concept, q) in enumerate(zip(concepts, benjamini_hochberg(p), strict=True)):
-            rows.append({"question": question, "of": "concept", "name": concept, "shared": len(own[c]),
-                         "by_rule": observed[c, -1], "by_rule_null": null[:, c, -1].mean(), "by_rule_p": p[c],
-                         "by_rule_q": q})  # fmt: skip
+            numbers = {"by_rule": observed[c, -1], "by_rule_null": null[:, c, -1].mean(), "by_rule_p": p[c]}
+            add("concept", concept, len(own[c]), **numbers, by_rule_q=q)
         for at, place in enumerate(PLACES):
-            rows.append({"question": question, "of": "place", "name": place, "shared": one.shared[:, at].sum(),
-                         "by_rule": observed[:, at].sum(), "by_rule_null": null[:, :, at].sum(1).mean()})  # fmt: skip
-        for layer, drawn in zip(layers, one.null_layers.mean(0), strict=True):
+            by_rule = {"by_rule": observed[:, at].sum(), "by_rule_null": null[:, :, at].sum(1).mean()}
+            add("place", place, shared.shared[:, at].sum(), **by_rule)
+        for layer, drawn in zip(layers, shared.null_layers.mean(0), strict=True):
             here = sum(feature.layer == layer for of in own for feature in of)
-            rows.append({"question": question, "of": "layer", "name": str(layer), "shared": here,
-                         "by_rule_null": drawn})  # fmt: skip
+            add("layer", str(layer), here, by_rule_null=drawn)
     for concept, always in zip(concepts, in_every_question(found), strict=True):
         rows.append({"question": "", "of": "every question", "name": concept, "shared": len(always)})
     first, *rest = found.values()
     crossed = [
-        len(first.features(c).intersection(*(one.features(d) for one in rest)))
+        len(first.features(c).intersection(*(other.features(d) for other in rest)))
         for c, d in permutations(range(len(concepts)), 2)
     ]
     rows.append({"question": "", "of": "other concepts", "name": "", "shared": float(np.mean(crossed))})
@@ -265,35 +256,31 @@ def counts(found: Mapping[str, Shared], concepts: Sequence[str], layers: Sequenc
 def in_every_question(found: Mapping[str, Shared]) -> list[set[FeatureId]]:
     """For each concept the features that are shared whatever is asked: of the concept, not of one answer."""
     n_concepts = len(next(iter(found.values())).coincidences)
-    return [set.intersection(*(one.features(c) for one in found.values())) for c in range(n_concepts)]
+    return [set.intersection(*(shared.features(c) for shared in found.values())) for c in range(n_concepts)]
 
 
 def drawn_others(config: CrossModalConfig, question: str, seed: int) -> dict[str, list[str]]:
     """For each concept the other ones that it is tested with: those with another answer go first."""
-    found: dict[str, list[str]] = {}
+    drawn: dict[str, list[str]] = {}
     answers = config.questions[question].answers
     for concept in config.concepts:
         rest = [other for other in config.concepts if other != concept]
         if config.others is not None:
             rest = generator(seed, "others", question, concept).permutation(rest).tolist()
             rest = sorted(rest, key=lambda other: answers[other] == answers[concept])[: config.others]
-        found[concept] = rest
-    return found
-
-
-SHARED_COLUMNS = ("question", "concept", "feature", "layer", "place", "text_place", "text_peak", "picture_mean",
-                  "other_pictures_mean", "fires_on", "q", "every_question")  # fmt: skip
+        drawn[concept] = rest
+    return drawn
 
 
 def shared_features(found: Mapping[str, Shared], concepts: Sequence[str]) -> pd.DataFrame:
     """A row (`SHARED_COLUMNS`) for each question, concept, feature and place at which it is shared."""
     rows, every = [], in_every_question(found)
-    for question, one in found.items():
-        shape, candidates = one.shared.shape, one.candidates
-        mean, rest, rate = (getattr(one.contrast, name).reshape(shape) for name in ("mean", "rest", "rate"))
-        for c, place, m in np.argwhere(one.shared).tolist():
+    for question, shared in found.items():
+        shape, candidates = shared.shared.shape, shared.candidates
+        mean, rest, rate = (getattr(shared.contrast, name).reshape(shape) for name in ("mean", "rest", "rate"))
+        for c, place, m in np.argwhere(shared.shared).tolist():
             at, feature = (c, place, m), candidates.features[m]
             rows.append((question, concepts[c], str(feature), feature.layer, PLACES[place], candidates.place[c, m],
-                         candidates.peaks[c, m], mean[at], rest[at], rate[at], one.q[at],
+                         candidates.peaks[c, m], mean[at], rest[at], rate[at], shared.q[at],
                          feature in every[c]))  # fmt: skip
     return pd.DataFrame(rows, columns=list(SHARED_COLUMNS))

@@ -93,14 +93,9 @@ class Endpoint:
     def __init__(
         self, url: str, model: str, key_variable: str = "OPENAI_API_KEY", timeout: float = 60.0, retries: int = 2
     ) -> None:
-        """Connects to nothing yet.
+        """`url` goes up to `/v1`; the key is that of an environment variable, when it is set.
 
-        Args:
-            url: up to `/v1`.
-            model: what the service calls the model.
-            key_variable: the environment variable with the key; unset, none is sent.
-            timeout: seconds of one request.
-            retries: more tries after an answer that says "later", or none.
+        A request has `timeout` seconds, and `retries` more tries after an answer that says "later", or none.
         """
         if not url.startswith(("http://", "https://")):
             raise UserError(f"task.url={url}: it must begin with http:// or https://")
@@ -212,13 +207,8 @@ def explain(
 ) -> Label:
     """Ask for a label, and score it on held-out items of both kinds; without text when nothing can be shown.
 
-    Args:
-        explainer: who is asked.
-        study: the study.
-        feature: what is to be labelled.
-        shown: examples from which the label is proposed: the strongest on items for proposing.
-        judged: items on which the feature fires and items on which it does not, each, by which the label is scored.
-        seed: draws these.
+    It is proposed from the `shown` strongest examples on items for proposing, and scored on `judged` drawn items on
+    which the feature fires and as many on which it does not.
     """
     facts = ItemFacts.without_predicates(study.items)
 

@@ -51,19 +51,12 @@ def words_of(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class ItemFacts:
-    """All predicates of all items.
+    """All predicates of all items."""
 
-    Attributes:
-        ids: `[N]` int64, items of the study in the order of their hashes, in which studies draw their samples.
-        half: `[N]` bool: items on which labels are scored; on the others they are proposed.
-        names: P predicates, facts first.
-        matrix: `[N, P]` float32, 0 or 1.
-    """
-
-    ids: np.ndarray
-    half: np.ndarray
-    names: tuple[Predicate, ...]
-    matrix: np.ndarray
+    ids: np.ndarray  # `[N]` int64, in the order of their hashes, in which studies draw their samples
+    half: np.ndarray  # `[N]` bool: items on which labels are scored; on the others they are proposed
+    names: tuple[Predicate, ...]  # P, facts first
+    matrix: np.ndarray  # `[N, P]` float32, 0 or 1
 
     @classmethod
     def without_predicates(cls, items: StudyItems) -> ItemFacts:
@@ -162,9 +155,10 @@ def _facts(items: StudyItems) -> dict[int, Mapping[str, str | int]]:
     for name, rows in wanted.items():
         reader, read, some = items.source(name).open(WHOLE), 0, False
         for row in reader:
-            if reader.last in rows:
+            number = reader.row - 1  # the reader stands at the next one
+            if number in rows:
                 facts, read = row().facts, read + 1
-                known |= {item: facts for item in rows[reader.last] if facts}
+                known |= {item: facts for item in rows[number] if facts}
                 some |= bool(facts)
                 if read == len(rows) or (read == _LOOK and not some):
                     break
@@ -195,28 +189,18 @@ def study_facts(study: StudyFolder) -> ItemFacts:
 class KnownItems:
     """The rows of a layer, by feature.
 
-    Attributes:
-        item: `[R]` int64, place in `ItemFacts.ids`.
-        peak: `[R]` float32.
-        drawn: `[R]` bool: one of the feature's random draw; else only among its strongest.
-        top: `[R]` bool: among its strongest.
-        positive: `[R]` bool: what a label must tell from other items: where the feature fires; or, if it does so on
-            more than half of the items, where its peak is at least the median of those drawn.
-        row: `[R]` int64, in the table of examples.
-        starts: `[F + 1]`, where each feature's rows begin.
-        reach: `[F]`: of so many first items it is known whether the feature fires.
-        strong: `[F]` bool: the second meaning of `positive`.
+    `positive` is what a label must tell from other items: where the feature fires; or, if it does so on more than half
+    of the items (`strong`), where its peak is at least the median of those drawn.
     """
 
-    item: np.ndarray
-    peak: np.ndarray
-    drawn: np.ndarray
-    top: np.ndarray
-    positive: np.ndarray
-    row: np.ndarray
-    starts: np.ndarray
-    reach: np.ndarray
-    strong: np.ndarray
+    item: np.ndarray  # `[R]` int64, place in `ItemFacts.ids`
+    drawn: np.ndarray  # `[R]` bool: one of the feature's random draw; else only among its strongest
+    top: np.ndarray  # `[R]` bool: among its strongest
+    positive: np.ndarray  # `[R]` bool
+    row: np.ndarray  # `[R]` int64, in the table of examples
+    starts: np.ndarray  # `[F + 1]`, where each feature's rows begin
+    reach: np.ndarray  # `[F]`: of so many first items it is known whether the feature fires
+    strong: np.ndarray  # `[F]` bool
 
     def rows(self, feature: int) -> slice:
         """The rows of one feature."""
@@ -261,4 +245,4 @@ def known_items(study: StudyFolder, layer: int, examples: pa.Table, facts: ItemF
         span = slice(starts[index], starts[index + 1])
         if drawn[span].any():
             positive[span] = peak[span] >= np.median(peak[span][drawn[span]])
-    return KnownItems(item, peak, drawn, any_top, positive, rows, starts, reach, strong)
+    return KnownItems(item, drawn, any_top, positive, rows, starts, reach, strong)

@@ -156,15 +156,10 @@ def discoveries(p: np.ndarray, rate: float = 0.05) -> np.ndarray:
 
 
 def would_pass(p: np.ndarray, passed: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """`[M]` bool: which p-values that chance gave would be called discoveries beside the real ones.
+    """Which p-values [M] that chance gave (nan for none) would be called discoveries beside the real p [N].
 
-    Those at most as large as the largest p that passed. Their share, times N over the number that passed, estimates the
-    false discovery rate without assuming that p is right.
-
-    Args:
-        p: `[N]`, of the real set.
-        passed: `[N]` bool, its `discoveries`.
-        chance: `[M]`, where nothing is to be found; nan for none.
+    Those at most as large as the largest p that passed [N]. Their share, times N over the number that passed, estimates
+    the false discovery rate without assuming that p is right.
     """
     cut = float(p[passed].max()) if passed.any() else -1.0
     return np.isfinite(chance) & (np.nan_to_num(chance, nan=np.inf) <= cut)

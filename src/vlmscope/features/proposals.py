@@ -82,10 +82,7 @@ def _parts(facts: ItemFacts, contrast: np.ndarray) -> list[Part]:
 def _best(parts: Sequence[Part], up: np.ndarray, down: np.ndarray) -> tuple[Rule, int]:
     """The rule of the largest contrast less `GAIN` for each value after the first, and how many were tried.
 
-    Args:
-        parts: of rules.
-        up: [positives, parts] bool, whether items match.
-        down: [negatives, parts] likewise.
+    `up` [positives, parts] and `down` [negatives, parts], bool: whether items match.
     """
     length = np.array([len(part.values) for part in parts])
     single = _rate(up.sum(0), len(up)) - _rate(down.sum(0), len(down)) - GAIN * (length - 1)
@@ -133,21 +130,13 @@ def score_rule(facts: ItemFacts, known: KnownItems, feature: int, rule: Rule) ->
 
 @dataclass(frozen=True)
 class Places:
-    """What can be said of all positions of a study's items.
+    """What can be said of all positions of a study's items."""
 
-    Attributes:
-        starts: `[N + 1]`, where each item's positions begin; items as in `ItemFacts`.
-        codes: `[T, keys]` int32, which value of each of `KEYS`, -1 for none.
-        values: the values by key.
-        picture: `[T]` bool.
-        text: `[T]` int32, text positions of the item up to here.
-    """
-
-    starts: np.ndarray
-    codes: np.ndarray
-    values: tuple[tuple[str, ...], ...]
-    picture: np.ndarray
-    text: np.ndarray
+    starts: np.ndarray  # `[N + 1]`, where each item's positions begin; items as in `ItemFacts`
+    codes: np.ndarray  # `[T, keys]` int32, which value of each of `KEYS`, -1 for none
+    values: tuple[tuple[str, ...], ...]  # by key
+    picture: np.ndarray  # `[T]` bool
+    text: np.ndarray  # `[T]` int32, text positions of the item up to here
 
 
 def places(items: StudyItems, facts: ItemFacts) -> Places:
@@ -191,13 +180,8 @@ def place_labels(
 ) -> list[PlaceLabel | None]:
     """The best place of every feature of a layer with its score; None where none beats `GAIN`.
 
-    Args:
-        at: all positions.
-        facts: which items are for proposing, which for scoring.
-        known: the layer's rows.
-        examples: its table of examples.
-        window: of the study: text positions around the peak that it kept.
-        rng: when given, each row's positions are shuffled first, so that scores are those of chance.
+    `window` is the study's: text positions around the peak that it kept. With `rng` each row's positions are shuffled
+    first, so that scores are those of chance.
     """
     labels: list[PlaceLabel | None] = []
     total = np.concatenate([[0], np.cumsum(np.diff(at.starts)[known.item])])[known.starts]
@@ -273,16 +257,7 @@ def _best_places(at: Places, position: np.ndarray, group: np.ndarray, items: np.
 def label_layer(
     study: StudyFolder, layer: int, facts: ItemFacts, at: Places, seed: int = 0, shuffled: int = 256
 ) -> tuple[list[Label], list[Label]]:
-    """Labels of all features of a layer, and those that the same steps give on shuffled activations.
-
-    Args:
-        study: the study.
-        layer: which.
-        facts: of its items.
-        at: of its items' positions.
-        seed: of the shuffles.
-        shuffled: number of the layer's features whose activations are shuffled.
-    """
+    """Labels of all features of a layer, and those that the same steps give on the shuffled activations of some."""
     examples = study.examples(layer)
     known = known_items(study, layer, examples, facts)
     window = int(study.info.settings["window"])

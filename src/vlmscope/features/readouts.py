@@ -1,21 +1,14 @@
-"""What features and tokens say: logit lenses, features of a picture, means by position role.
+"""What features and tokens say: logit lenses, features that fire on a picture, mean activations by position role.
 
-Logit lens on features: which answers a feature's decoder row writes towards.
+*Logit lens on features*: which answers a feature's decoder row writes towards. With cross-layer transcoders the rows
+to all layers that it writes to add up. A row goes through the post-MLP norm's and the final norm's weights at unit
+scale (their data-dependent scales are positive, so they change no ranking) and is read by the unembedding minus its
+mean row.
 
-With cross-layer transcoders the rows to all layers that the feature writes to add up. A row goes through the post-MLP
-norm's and the final norm's weights at unit scale (their data-dependent scales are positive, so they change no ranking)
-and is read by the unembedding minus its mean row.
+*Logit lens on positions* (nostalgebraist 2020): what the residual stream would say if it ended there. The stream before
+each layer, and after the last, goes through the model's final norm and unembedding.
 
-Logit lens (nostalgebraist 2020) on positions of a prompt: what the residual stream would say if it ended there.
-
-The stream before each layer, and after the last, goes through the model's final norm and unembedding. Legend: B
-prompts, P positions, L layers, K words, V vocabulary, d width.
-
-Which features fire on soft tokens, and in few enough places that one can ask where.
-
-Mean activation of every feature by position role.
-
-Legend: F features, roles as in `ModelInputs.roles`.
+Legend: B prompts, T positions, P chosen ones, L layers, K words, V vocabulary, F features, d width.
 """
 
 from __future__ import annotations
@@ -23,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,48 +35,41 @@ from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 _NUMBERS = 1 << 25  # logits in memory at a time
+_ROWS = 32  # positions whose logits are in memory at once: 262,144 words in float32 are 1 MiB each
 
 
 @torch.no_grad()
 def top_and_bottom_logits(scope: Scope, feature: FeatureId, count: int = 6) -> tuple[Words, Words]:
     """The words that a feature raises most and lowers most, with their (relative) logits."""
     logits = next(_logits(scope, feature.layer, torch.tensor([feature.index])))[0]
-    top, bottom = logits.topk(count), (-logits).topk(count)
 
-    def words(indices: torch.Tensor) -> Words:
+    def words(indices: Tensor) -> Words:
         return tuple(zip(token_strings(scope.vlm.tokenizer, indices.tolist()), logits[indices].tolist(), strict=True))
 
-    return words(top.indices), words(bottom.indices)
+    return words(logits.topk(count).indices), words((-logits).topk(count).indices)
 
 
 @torch.no_grad()
 def layer_logits(scope: Scope, layer: int, count: int) -> Logits:
     """The tokens that every feature of a layer raises most and lowers most."""
-    features = torch.arange(scope.transcoders[layer].config.n_features)
-    found: list[tuple[Tensor, ...]] = []
-    for logits in _logits(scope, layer, features):
+    columns: list[tuple[Tensor, ...]] = []
+    for logits in _logits(scope, layer, torch.arange(scope.transcoders[layer].config.n_features)):
         top, bottom = logits.float().topk(count), (-logits.float()).topk(count)
-        found.append((top.indices, top.values, bottom.indices, -bottom.values))
-    return Logits(*(torch.cat(column).numpy(force=True) for column in zip(*found, strict=True)))
+        columns.append((top.indices, top.values, bottom.indices, -bottom.values))
+    return Logits(*(torch.cat(column).numpy(force=True) for column in zip(*columns, strict=True)))
 
 
 def _logits(scope: Scope, layer: int, features: Tensor) -> Iterator[Tensor]:
     """Relative logits [n, V] of some features at a time."""
     transcoder, hook = scope.transcoders[layer], scope.transcoders.config.output_hook
-    norms = [
-        norm_weight_after(scope.adapter, layer + ahead, hook, transcoder.W_dec)
-        for ahead in range(transcoder.config.writes)
-    ]
+    ahead = range(transcoder.config.writes)
+    norms = [norm_weight_after(scope.adapter, layer + n, hook, transcoder.W_dec) for n in ahead]
     weight = materialised(scope.adapter.lm_head())
-    final = scope.adapter.final_norm()
-    scale = scope.adapter.norm_scale(final, torch.ones_like(weight[0]))
+    scale = scope.adapter.norm_scale(scope.adapter.final_norm(), torch.ones_like(weight[0]))
     centred = (weight - weight.mean(0)) * scale
     for part in features.to(weight.device).split(max(1, _NUMBERS // len(weight))):
-        rows = [transcoder.decoder(ahead)[part] * (1 if norm is None else norm) for ahead, norm in enumerate(norms)]
+        rows = [transcoder.decoder(n)[part] * (1 if norm is None else norm) for n, norm in enumerate(norms)]
         yield sum(rows[1:], rows[0]).to(centred) @ centred.T
-
-
-_ROWS = 32  # positions whose logits are in memory at once: 262,144 words in float32 are 1 MiB each
 
 
 @dataclass(frozen=True)
@@ -101,11 +88,6 @@ class TokenLens:
     rank: np.ndarray
     word_probability: np.ndarray
 
-    def first_state(self, within: int = 1) -> np.ndarray:
-        """`[B]` int64: the first state with the word among its `within` most probable at any position; -1 for none."""
-        seen = self.rank.min(2) < within
-        return np.where(seen.max(1), seen.argmax(1), -1)
-
 
 @torch.no_grad()
 def token_lens(
@@ -123,44 +105,39 @@ def token_lens(
     Raises:
         UserError: logits overflow.
     """
-    states = _states(adapter, batch)
-    where = torch.from_numpy(positions)
-    target = torch.tensor(words)
-    rows = [_read(adapter, state[:, where.to(state.device)], target.to(state.device), count) for state in states]
-    top, probability, rank, word = (np.stack([row[i] for row in rows], axis=1) for i in range(4))
-    return TokenLens(top, probability, rank, word)
-
-
-def _states(adapter: Adapter, batch: InputBatch) -> list[Tensor]:
-    """L + 1 states `[B, T, d]` of the residual stream."""
     norms = [adapter.norms(layer).attn_in for layer in range(adapter.n_layers)] + [adapter.final_norm()]
-    found: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
+
+    def keep(number: int, _module: Any, args: tuple) -> None:
+        states[number] = args[0]
+
     with ExitStack() as stack:
         for number, norm in enumerate(norms):
-
-            def hook(_module: Any, args: tuple, number: int = number) -> None:
-                found[number] = args[0]
-
-            stack.callback(norm.register_forward_pre_hook(hook).remove)
+            stack.callback(norm.register_forward_pre_hook(partial(keep, number)).remove)
         adapter.forward(batch.tensors, use_cache=False)
-    return [found[number] for number in range(len(norms))]
+    where, target = torch.from_numpy(positions), torch.tensor(words)
+    rows = []
+    for number in range(len(norms)):
+        state = states[number]
+        rows.append(_read(adapter, state[:, where.to(state.device)], target.to(state.device), count))
+    return TokenLens(*(np.stack([row[i] for row in rows], axis=1) for i in range(4)))
 
 
 def _read(adapter: Adapter, state: Tensor, target: Tensor, count: int) -> tuple[np.ndarray, ...]:
     """Top tokens, their probabilities, the target's rank and probability at `[B, P, d]`."""
     size, length = state.shape[:2]
     flat, wanted = state.flatten(0, 1), target.repeat_interleave(length)
-    found: list[tuple[Tensor, ...]] = []
+    read: list[tuple[Tensor, ...]] = []
     for start in range(0, len(flat), _ROWS):
         logits = adapter.finite(adapter.lm_head()(adapter.final_norm()(flat[start : start + _ROWS]))).double()
         if adapter.logit_softcap is not None:
             logits = torch.tanh(logits / adapter.logit_softcap) * adapter.logit_softcap
-        words = wanted[start : start + _ROWS, None]
-        mine = logits.gather(1, words)
+        word = wanted[start : start + _ROWS, None]
+        rank = (logits > logits.gather(1, word)).sum(1)
         probabilities = logits.softmax(-1)
         best = probabilities.topk(min(count, logits.shape[-1]))
-        found.append((best.indices, best.values, (logits > mine).sum(1), probabilities.gather(1, words)[:, 0]))
-    parts = (torch.cat(part).numpy(force=True) for part in zip(*found, strict=True))
+        read.append((best.indices, best.values, rank, probabilities.gather(1, word)[:, 0]))
+    parts = (torch.cat(part).numpy(force=True) for part in zip(*read, strict=True))
     return tuple(part.reshape(size, length, *part.shape[1:]) for part in parts)
 
 
@@ -201,7 +178,7 @@ def image_features(
         per_layer: at most this many of one layer.
     """
     soft = torch.from_numpy(batch.is_image)
-    found: list[ImageFeature] = []
+    features: list[ImageFeature] = []
     for layer, x in scope.capture(batch).items():
         acts = scope.transcoders[layer].encode(x[:, soft]).dense(scope.transcoders[layer].config.n_features)
         active = (acts > 0).double()
@@ -210,23 +187,23 @@ def image_features(
         strength, share = acts.sum(1).double().mean(0), fires.mean(0)
         strength[(share < least_share) | (share == 0) | (tokens > most_tokens)] = 0
         best = strength.topk(min(count if per_layer is None else per_layer, len(strength))).indices.tolist()
-        found += [
+        features += [
             ImageFeature(FeatureId(layer, i), float(strength[i]), float(share[i]), float(tokens[i]))
             for i in best
             if strength[i] > 0
         ]
-    return sorted(found, key=lambda one: (-one.strength, one.feature))[:count]
+    return sorted(features, key=lambda own: (-own.strength, own.feature))[:count]
 
 
 def activations_at(
-    transcoders: TranscoderSet, mlp_in: dict[int, torch.Tensor], features: Sequence[FeatureId]
-) -> dict[FeatureId, torch.Tensor]:
+    transcoders: TranscoderSet, mlp_in: dict[int, Tensor], features: Sequence[FeatureId]
+) -> dict[FeatureId, Tensor]:
     """Activations `[B, T]` of some features from MLP inputs `[B, T, d]` by layer."""
-    found: dict[FeatureId, torch.Tensor] = {}
+    activations: dict[FeatureId, Tensor] = {}
     for layer in dict.fromkeys(feature.layer for feature in features):
         acts = transcoders[layer].encode(mlp_in[layer]).dense(transcoders[layer].config.n_features)
-        found |= {feature: acts[..., feature.index] for feature in features if feature.layer == layer}
-    return found
+        activations |= {feature: acts[..., feature.index] for feature in features if feature.layer == layer}
+    return activations
 
 
 @dataclass(frozen=True)
@@ -249,12 +226,10 @@ def role_means(scope: Scope, batches: Sequence[InputBatch], positions: Positions
     """
     sums: dict[str, dict[int, Tensor]] = {role: {} for role in ROLES}
     counts: dict[str, int] = dict.fromkeys(ROLES, 0)
-    prompts = 0
     for batch in batches:
-        prompts += batch.size
         there = np.ones(batch.length, dtype=bool) if positions is None else positions.mask(batch.places)
-        present = [role for role in ROLES if ((batch.roles == role) & there).any()]
-        masks = {role: torch.from_numpy((batch.roles == role) & there) for role in present}
+        masks = {role: torch.from_numpy((batch.roles == role) & there) for role in ROLES}
+        masks = {role: mask for role, mask in masks.items() if mask.any()}
         for layer, x in scope.capture(batch).items():
             code = scope.transcoders[layer].encode(x)
             for role, mask in masks.items():
@@ -271,13 +246,10 @@ def role_means(scope: Scope, batches: Sequence[InputBatch], positions: Positions
     def mean(total: Tensor, count: int, layer: int) -> Tensor:
         return (total / count).to(torch.promote_types(scope.transcoders[layer].W_dec.dtype, torch.float32))
 
-    by_role = {
-        role: {layer: mean(total, counts[role], layer) for layer, total in table.items()}
-        for role, table in sums.items()
-        if counts[role]
-    }
+    seen = [role for role in ROLES if counts[role]]
+    layers = scope.transcoders.layers
+    by_role = {role: {layer: mean(sums[role][layer], counts[role], layer) for layer in layers} for role in seen}
     overall = {
-        layer: mean(torch.stack([sums[role][layer] for role in by_role]).sum(0), everything, layer)
-        for layer in scope.transcoders.layers
+        layer: mean(torch.stack([sums[role][layer] for role in seen]).sum(0), everything, layer) for layer in layers
     }
-    return RoleMeans(by_role, overall, prompts)
+    return RoleMeans(by_role, overall, sum(batch.size for batch in batches))

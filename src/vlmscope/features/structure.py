@@ -13,9 +13,7 @@ Legend: N drawn positions, I items, F features of a layer, or of all layers toge
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 from math import sqrt
 from typing import Any, Protocol
@@ -37,7 +35,6 @@ from vlmscope.features.study import StudyInput, grouped
 from vlmscope.features.study_files import StudyFolder
 from vlmscope.metrics.clusters import Neighbours, coactive, louvain, nearest_of
 from vlmscope.metrics.dictionary import (
-    Modality,
     modality,
     monosemanticity,
     nearest_twins,
@@ -56,49 +53,14 @@ CLUSTER_TABLE = pa.schema(
 GROUPS = ("image", "both", "words beside a picture", "words in either", "words alone", "unsettled", "rare", "dead")
 
 
-@dataclass(frozen=True)
-class LayerModality:
-    """Where the features of one layer belong: pictures, words, or both.
+def modality_table(study: StudyFolder) -> pd.DataFrame:
+    """A row per feature of a study, whose data must have both pictures and words, by layer.
 
-    Attributes:
-        layer: which.
-        found: index, interval and class of its F features.
-        with_picture: [F] float64, share of the sampled items on which a feature fires that have a picture; nan where
-            there is none.
-        fired_image, fired_text: [F] int64, active positions; the answer's count as text.
+    Columns: `layer`, `feature`; `index`, `low`, `high` and `kind` of `metrics.dictionary.modality`; `group` (`GROUPS`),
+    the kind with features of words divided by the prompts in which they fire; `with_picture`, the share of the sampled
+    items that have a picture (nan where there is no item); `fired_image` and `fired_text`, active positions, the
+    answer's counted as text.
     """
-
-    layer: int
-    found: Modality
-    with_picture: np.ndarray
-    fired_image: np.ndarray
-    fired_text: np.ndarray
-
-    @property
-    def group(self) -> np.ndarray:
-        """[F], of `GROUPS`: the class, with features of words divided by the prompts in which they fire."""
-        names = self.found.kind.astype(f"<U{max(map(len, GROUPS))}")
-        words = names == "text"
-        names[words] = "words in either"
-        names[words & (self.with_picture == 1)] = "words beside a picture"
-        names[words & (self.with_picture == 0)] = "words alone"
-        return names
-
-    def counts(self) -> dict[str, int]:
-        """How many features each of `GROUPS` has."""
-        counts = Counter(self.group.tolist())
-        return {name: counts[name] for name in GROUPS}
-
-    def shared_firing(self) -> tuple[float, float]:
-        """Share of all firing at soft tokens, and at words, that is by features of both; nan where nothing fires."""
-        both = self.found.kind == "both"
-        sums = [(fired[both].sum(), fired.sum()) for fired in (self.fired_image, self.fired_text)]
-        image, text = (float(part / whole) if whole else float("nan") for part, whole in sums)
-        return image, text
-
-
-def modality_tables(study: StudyFolder) -> list[LayerModality]:
-    """All layers of a study, whose data must have both pictures and words."""
     positions = study.info.positions
     n_image, n_text = positions["image"], positions["text"] + positions["answer"]
     if not n_image or not n_text:
@@ -106,54 +68,60 @@ def modality_tables(study: StudyFolder) -> list[LayerModality]:
             f"{study.path} went through {n_image} soft tokens and {n_text} words; study data that have both"
         )
     ids, pictures = study.items.ids, study.items.table["n_pictures"].to_numpy()
-    tables = []
+    parts = []
     for layer in study.layers:
         table = study.layer(layer)
         image, text = table.fired[:, IMAGE], table.fired[:, TEXT] + table.fired[:, ANSWER]
         features, items = study.example_items(layer, top=False)
         seen = pictures[np.searchsorted(ids, items)] > 0
         total = np.bincount(features, minlength=len(image))
-        with_picture = np.full(len(image), np.nan)
-        np.divide(np.bincount(features, seen, len(image)), total, out=with_picture, where=total > 0)
+        share = np.full(len(image), np.nan)
+        np.divide(np.bincount(features, seen, len(image)), total, out=share, where=total > 0)
         found = modality(image, text, table.items_fired, n_image, n_text)
-        tables.append(LayerModality(layer, found, with_picture, image, text))
-    return tables
+        words = np.select([share == 1, share == 0], ["words beside a picture", "words alone"], "words in either")
+        columns = {"layer": np.int32(layer), "feature": np.arange(len(image), dtype=np.int32), **vars(found)}
+        columns |= {"group": np.where(found.kind == "text", words, found.kind), "with_picture": share}
+        parts.append(pd.DataFrame(columns | {"fired_image": image, "fired_text": text}))
+    return pd.concat(parts, ignore_index=True)
 
 
-def modality_metrics(tables: Sequence[LayerModality]) -> dict[str, float]:
+def modality_parts(
+    table: pd.DataFrame,
+) -> tuple[list[int], dict[str, list[int]], list[np.ndarray], dict[str, list[float]]]:
+    """Columns by layer of a `modality_table`, as `report.study_figures.modality_by_layer` draws them.
+
+    Numbers of layers, counts by group, modality indices of the features that fire often enough, and the share of all
+    firing at soft tokens and at words that is by features of both modalities; nan where nothing fires.
+    """
+    layers = table.layer.unique().tolist()
+    columns = {str(name): column.to_numpy() for name, column in table.items()}
+    parts = [{name: column[columns["layer"] == layer] for name, column in columns.items()} for layer in layers]
+    groups = {group: [int((own["group"] == group).sum()) for own in parts] for group in GROUPS}
+    index = [own["index"][~np.isin(own["kind"], ("rare", "dead"))] for own in parts]
+    shared = {}
+    for place, name in (("at soft tokens", "fired_image"), ("at words", "fired_text")):
+        sums = [(own[name][own["kind"] == "both"].sum(), own[name].sum()) for own in parts]
+        shared[place] = [float(part / whole) if whole else float("nan") for part, whole in sums]
+    return layers, groups, index, shared
+
+
+def modality_metrics(table: pd.DataFrame) -> dict[str, float]:
     """`layers/modality_<group>/layer_03`, shares of all features of the layer; of features of both modalities the 95 %
     interval too, and their share of the firing at soft tokens and at words; `modality/meeting_layer` has most of them.
     """
-    metrics: dict[str, float] = {}
-    for table in tables:
-        counts, width = table.counts(), len(table.found.index)
-        low, high = wilson_interval(np.array(counts["both"] / width), np.array(width))
-        image, text = table.shared_firing()
-        own = {group: count / width for group, count in counts.items()}
-        own |= {"both_ci_low": float(low), "both_ci_high": float(high)}
-        own |= {"both_firing_image": image, "both_firing_text": text}
-        for name, value in own.items():
-            metrics[f"layers/modality_{name.replace(' ', '_')}/layer_{table.layer:02d}"] = value
-    totals = {group: sum(table.counts()[group] for table in tables) for group in GROUPS}
-    everything = sum(totals.values())
-    metrics |= {f"modality/{group.replace(' ', '_')}": count / everything for group, count in totals.items()}
-    most = max(tables, key=lambda table: table.counts()["both"] / len(table.found.index))
-    return metrics | {"modality/meeting_layer": float(most.layer)}
-
-
-def modality_parts(tables: Sequence[LayerModality]) -> tuple[Sequence[int], dict, Sequence[np.ndarray], dict]:
-    """Columns by layer as `report.figures.modality_by_layer` draws them.
-
-    Numbers of layers, counts by group, modality indices of the features that fire often enough, and the share of all
-    firing that is by features of both modalities.
-    """
-    counts, shared = [table.counts() for table in tables], [table.shared_firing() for table in tables]
-    return (
-        [table.layer for table in tables],
-        {group: [of[group] for of in counts] for group in GROUPS},
-        [table.found.index[~np.isin(table.found.kind, ("rare", "dead"))] for table in tables],
-        {"at soft tokens": [image for image, _ in shared], "at words": [text for _, text in shared]},
-    )
+    layers, groups, _, shared = modality_parts(table)
+    widths = np.sum(list(groups.values()), axis=0)
+    low, high = wilson_interval(np.array(groups["both"]) / widths, widths)
+    columns = {group.replace(" ", "_"): np.array(counts) / widths for group, counts in groups.items()}
+    columns |= {"both_ci_low": low, "both_ci_high": high}
+    columns |= dict(zip(("both_firing_image", "both_firing_text"), map(np.array, shared.values()), strict=True))
+    metrics = {
+        f"layers/modality_{name}/layer_{layer:02d}": float(column[number])
+        for number, layer in enumerate(layers)
+        for name, column in columns.items()
+    }
+    metrics |= {f"modality/{group.replace(' ', '_')}": sum(counts) / len(table) for group, counts in groups.items()}
+    return metrics | {"modality/meeting_layer": float(layers[int(columns["both"].argmax())])}
 
 
 class StructurePass:
@@ -166,13 +134,9 @@ class StructurePass:
     def __init__(self, scope: Scope, per_item: int, seed: int = 0) -> None:
         """Nothing seen yet; at most `per_item` positions of an item are drawn, by its id and the seed."""
         self.scope, self.per_item, self.seed = scope, per_item, seed
-        widths = list(scope.transcoders.widths.values())
-        self.offsets = dict(zip(scope.transcoders.layers, np.cumsum([0, *widths[:-1]]).tolist(), strict=True))
-        self.n_features = sum(widths)
-        self._active: list[tuple[np.ndarray, np.ndarray]] = []  # position, feature
-        self._peaks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # picture, feature, activation
-        self._embeddings: list[np.ndarray] = []
-        self._positions = self._pictures = 0
+        n_features = sum(scope.transcoders.widths.values())
+        self._active, self._peaks = [_empty(n_features)], [_empty(n_features)]
+        self._embeddings = [np.zeros((0, scope.adapter.d_model), np.float32)]
 
     @torch.no_grad()
     def add(self, inputs: Sequence[StudyInput], forward_tokens: int) -> None:
@@ -180,36 +144,45 @@ class StructurePass:
         for group in grouped(inputs, forward_tokens):
             self._forward(group)
 
+    def active(self) -> Any:
+        """[N, F] sparse float32, 1 where a feature fires."""
+        return sparse.vstack(self._active, format="csr")
+
+    def peaks(self) -> Any:
+        """[I', F] sparse float32, the largest activation of each feature in each item that has pictures."""
+        return sparse.vstack(self._peaks, format="csr")
+
+    def embeddings(self) -> np.ndarray:
+        """[I', d] float32, of the items that have pictures."""
+        return np.concatenate(self._embeddings)
+
     def _forward(self, group: Sequence[StudyInput]) -> None:
         soft = np.flatnonzero(group[0].kinds == IMAGE)
         rows = [self._drawn(given) for given in group]
         item, position = np.repeat(np.arange(len(group)), list(map(len, rows))), np.concatenate(rows)
+        active, peaks = [], []
 
         def take(layer: int, x: Tensor) -> None:
             code = self.scope.transcoders[layer].encode(x)
-            indices, values = (array.numpy(force=True) for array in (code.indices, code.values.float()))
-            at, slot = np.nonzero(values[item, position] > 0)
-            self._active.append((self._positions + at, self.offsets[layer] + indices[item, position][at, slot]))
+            width, values = self.scope.transcoders[layer].config.n_features, code.values.float()
+            fires = (values[item, position] > 0).float()
+            active.append(_largest(code.indices[item, position], fires, width))
+            peaks.append(_largest(code.indices.flatten(1), values.flatten(1), width))
+
+        def embeddings(_module: object, args: tuple, kwargs: dict) -> None:
+            entering = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
             if len(soft):
-                self._add_peaks(layer, indices, values)
+                self._embeddings.append(entering[:, torch.from_numpy(soft)].mean(1).float().numpy(force=True))
 
-        layers = self.scope.transcoders.layers
-        with self._watching_embeddings(soft), watching_mlp_inputs(self.scope.adapter, layers, take):
-            self.scope.adapter.next_logits(joined([given.tensors for given in group]))
-        self._positions += len(position)
-        self._pictures += len(group) if len(soft) else 0
-
-    def active(self) -> Any:
-        """[N, F] sparse float32, 1 where a feature fires."""
-        return _sparse(self._active, (self._positions, self.n_features))
-
-    def peaks(self) -> Any:
-        """[I', F] sparse float32, the largest activation of each feature in each item that has pictures."""
-        return _sparse(self._peaks, (self._pictures, self.n_features))
-
-    def embeddings(self) -> np.ndarray:
-        """[I', d] float32, of the items that have pictures."""
-        return np.concatenate(self._embeddings or [np.zeros((0, self.scope.adapter.d_model), np.float32)])
+        handle = self.scope.adapter.decoder().register_forward_pre_hook(embeddings, with_kwargs=True)
+        try:
+            with watching_mlp_inputs(self.scope.adapter, self.scope.transcoders.layers, take):
+                self.scope.adapter.next_logits(joined([given.tensors for given in group]))
+        finally:
+            handle.remove()
+        self._active.append(sparse.hstack(active, format="csr"))
+        if len(soft):
+            self._peaks.append(sparse.hstack(peaks, format="csr"))
 
     def _drawn(self, given: StudyInput) -> np.ndarray:
         """Positions of an item, ascending; the first is left out, where every item begins alike."""
@@ -219,37 +192,15 @@ class StructurePass:
         count = min(self.per_item, len(there))
         return np.sort(generator(self.seed, "positions", given.id).choice(there, count, replace=False))
 
-    def _add_peaks(self, layer: int, indices: np.ndarray, values: np.ndarray) -> None:
-        """Largest activations of each item's features, from codes [B, T, k]."""
-        width = self.scope.transcoders[layer].config.n_features
-        pair = np.arange(len(indices))[:, None, None] * width + indices
-        fires = values > 0
-        pair, value = pair[fires], values[fires]
-        order = np.lexsort((-value, pair))
-        pair, first = np.unique(pair[order], return_index=True)
-        item, feature = np.divmod(pair, width)
-        self._peaks.append((self._pictures + item, self.offsets[layer] + feature, value[order][first]))
 
-    @contextmanager
-    def _watching_embeddings(self, soft: np.ndarray) -> Iterator[None]:
-        def hook(_module: object, args: tuple, kwargs: dict) -> None:
-            if len(soft):
-                entering = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
-                self._embeddings.append(entering[:, torch.from_numpy(soft)].mean(1).float().numpy(force=True))
-
-        handle = self.scope.adapter.decoder().register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+def _empty(width: int) -> Any:
+    return sparse.csr_array((0, width), dtype=np.float32)
 
 
-def _sparse(parts: Sequence[tuple[np.ndarray, ...]], shape: tuple[int, int]) -> Any:
-    if not parts:
-        return sparse.csr_array(shape, dtype=np.float32)
-    rows, columns = (np.concatenate([part[i] for part in parts]) for i in range(2))
-    values = np.concatenate([part[2] for part in parts]) if len(parts[0]) > 2 else np.ones(len(rows))
-    return sparse.csr_array((values.astype(np.float32), (rows, columns)), shape=shape)
+def _largest(indices: Tensor, values: Tensor, width: int) -> Any:
+    """[n, F] sparse, the largest of the values above 0 that each row [n, m] has of a feature."""
+    table = values.new_zeros(len(values), width).scatter_reduce_(1, indices, values, "amax")
+    return sparse.csr_array(table.numpy(force=True))
 
 
 @torch.no_grad()
@@ -284,9 +235,7 @@ class Settings(Protocol):
     seed: int
 
 
-def feature_table(
-    scope: Scope, seen: StructurePass, tables: Sequence[LayerModality], settings: Settings
-) -> pd.DataFrame:
+def feature_table(scope: Scope, seen: StructurePass, modality_of: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     """A row per feature, by layer: scores, modality, nearest parallel partners, neighbours by firing, and clusters.
 
     Columns: `layer`, `feature`, `monosemanticity` and `shuffled` (the same when pictures have each other's embeddings),
@@ -294,20 +243,15 @@ def feature_table(
     `twin_<space>_<where>`, the partner most nearly parallel in what features write, read, or both, in the `own_layer`
     or in `other_layers`; `fires_with` and `phi`, strongest first; `cluster_firing` and `cluster_direction`.
     """
-    ids = [FeatureId(table.layer, index) for table in tables for index in range(len(table.found.index))]
     peaks, units = seen.peaks(), unit_embeddings(seen.embeddings())
     order = generator(settings.seed, "shuffled pictures").permutation(len(units))
-    columns: dict[str, Any] = {
-        "layer": np.array([feature.layer for feature in ids], np.int32),
-        "feature": np.array([feature.index for feature in ids], np.int32),
-        "monosemanticity": monosemanticity(units, peaks),
-        "shuffled": monosemanticity(units[order], peaks),
-        "pictures": np.bincount(peaks.indices, minlength=peaks.shape[1]),
-    }
-    for name in ("index", "low", "high", "kind"):
-        columns[f"modality_{name}"] = np.concatenate([getattr(table.found, name) for table in tables])
-    columns["modality_group"] = np.concatenate([table.group for table in tables])
-    alive = {table.layer: torch.from_numpy(table.found.kind != "dead") for table in tables}
+    columns: dict[str, Any] = dict(modality_of[["layer", "feature"]])
+    columns |= {"monosemanticity": monosemanticity(units, peaks), "shuffled": monosemanticity(units[order], peaks)}
+    columns["pictures"] = np.bincount(peaks.indices, minlength=peaks.shape[1])
+    columns |= dict(modality_of[["index", "low", "high", "kind", "group"]].add_prefix("modality_"))
+    ids = [FeatureId(*key) for key in zip(modality_of.layer, modality_of.feature, strict=True)]
+    living = (modality_of.kind != "dead").to_numpy()
+    alive = {layer: torch.from_numpy(living[modality_of.layer == layer]) for layer in scope.transcoders.layers}
     write, read = write_directions(scope), read_directions(scope)
     directions = {"write": (write,), "read": (read,), "both": (write, read)}
     for space, where in product(SPACES, WHERE):
@@ -319,7 +263,6 @@ def feature_table(
     together = coactive(seen.active(), settings.neighbours)
     columns["fires_with"] = [[str(ids[i]) for i in row if i >= 0] for row in together.index.tolist()]
     columns["phi"] = [[score for score in row if score > 0] for row in together.score.tolist()]
-    living = np.concatenate([own.numpy() for own in alive.values()])
     parallel = _near_directions(torch.cat(list(write.values())), living, settings.neighbours)
     columns["cluster_firing"] = louvain(together.graph(settings.phi), settings.seed, settings.resolution)
     columns["cluster_direction"] = louvain(parallel.graph(settings.cosine), settings.seed, settings.resolution)
@@ -418,7 +361,7 @@ def duplicate_shares(features: pd.DataFrame, twin: float) -> dict[str, list[floa
     for _, own in features.groupby("layer"):
         living = max(int((own.modality_kind != "dead").sum()), 1)
         for way in ways:
-            shares[way].append(float((own[f"cosine_{way}"] >= twin).sum()) / living)
+            shares[way].append(int(np.sum(own[f"cosine_{way}"] >= twin)) / living)
     return shares
 
 
@@ -430,12 +373,12 @@ def structure_metrics(
     """
     layers = features.layer.unique().tolist()
     metrics = {
-        "monosemanticity/median": float(features.monosemanticity.median()),
-        "monosemanticity/shuffled_median": float(features.shuffled.median()),
+        "monosemanticity/median": features.monosemanticity.quantile(),  # nan is left out
+        "monosemanticity/shuffled_median": features.shuffled.quantile(),
     }
-    medians = features.groupby("layer").monosemanticity.median().to_numpy()
     for number, layer in enumerate(layers):
-        metrics[f"layers/monosemanticity/layer_{layer:02d}"] = float(medians[number])
+        score = features.monosemanticity[features.layer == layer]
+        metrics[f"layers/monosemanticity/layer_{layer:02d}"] = score.quantile()
         metrics |= {f"layers/duplicates_{way}/layer_{layer:02d}": of[number] for way, of in shares.items()}
     metrics |= {f"duplicates/{way}": float(np.mean(of)) for way, of in shares.items()}
     for kind in KINDS:

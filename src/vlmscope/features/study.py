@@ -70,35 +70,23 @@ _STATE = "state.json"
 
 @dataclass(frozen=True)
 class StudyInput:
-    """One input of the model.
+    """One input of the model."""
 
-    Attributes:
-        id: row number * `PARTS` + part.
-        tensors: arguments of the model's forward, batch size 1.
-        kinds: `[T]` uint8 of `core.study.KINDS`.
-        record: its row of the table of items.
-    """
-
-    id: int
-    tensors: dict[str, Tensor]
-    kinds: np.ndarray
-    record: dict[str, Any]
+    id: int  # row number * `PARTS` + part
+    tensors: dict[str, Tensor]  # arguments of the model's forward, batch size 1
+    kinds: np.ndarray  # `[T]` uint8 of `core.study.KINDS`
+    record: dict[str, Any]  # its row of the table of items
 
 
 class InputMaker:
-    """Makes inputs of rows, counts the rows that give none, and collects where soft tokens lie.
-
-    Attributes:
-        geometries: new rows of the table of geometries; `known` holds the keys of all so far.
-        skipped: rows without an input, by source.
-    """
+    """Makes inputs of rows, counts the rows that give none, and collects where soft tokens lie."""
 
     def __init__(self, vlm: VLM, max_tokens: int, max_skipped: int) -> None:
         """Cut inputs off at `max_tokens`; allow `max_skipped` unusable rows."""
         self.vlm, self.max_tokens, self.max_skipped = vlm, max_tokens, max_skipped
-        self.geometries: list[dict[str, Any]] = []
-        self.known: set[str] = set()
-        self.skipped: Counter[str] = Counter()
+        self.geometries: list[dict[str, Any]] = []  # new rows of the table
+        self.known: set[str] = set()  # keys of all geometries so far
+        self.skipped: Counter[str] = Counter()  # by source
 
     def __call__(self, rows: Sequence[NumberedRow]) -> list[StudyInput]:
         """The inputs of a batch of rows, in order; a `UserError` when more rows cannot be used than may be."""
@@ -171,14 +159,7 @@ class InputMaker:
 
 
 class StudyPass:
-    """Counts and kept examples of all layers.
-
-    Attributes:
-        layers: `LayerStudy` by number.
-        positions: `[3]` int64, positions gone through by `KINDS`.
-        items: inputs gone through.
-        own_seconds: spent on codes and on what is made of them, the model's own work not included.
-    """
+    """Counts and kept examples of all layers."""
 
     def __init__(self, scope: Scope, n: int, m: int, window: int, only: Mapping[int, Tensor] | None = None) -> None:
         """Nothing seen yet: n strongest and m drawn items per feature; `only` layer -> features [F'], all when None."""
@@ -188,8 +169,8 @@ class StudyPass:
             layer: LayerStudy(scope.transcoders[layer].config.n_features, n, m, window, scope.adapter.device, features)
             for layer, features in wanted.items()
         }
-        self.positions = np.zeros(len(KINDS), dtype=np.int64)
-        self.items, self.own_seconds = 0, 0.0
+        self.positions = np.zeros(len(KINDS), dtype=np.int64)  # gone through, as `items` are
+        self.items, self.own_seconds = 0, 0.0  # seconds without the model's own work
         self.forwards: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # ids, kinds, valid positions
         self.waiting: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
         self.waiting_bytes = 0
@@ -259,13 +240,8 @@ class StudyPart:
     def __init__(self, study: Path, share: Share, origin: Mapping[str, Any]) -> None:
         """Read the state, if there is one.
 
-        Args:
-            study: the study's folder.
-            share: which part.
-            origin: what decides the study, by name (`vlmscope.core.artifacts`).
-
-        Raises:
-            UserError: the folder has a state of another origin, or parts of another number of processes.
+        The folder `study` must have parts of this number of processes, and a state of this `origin`: what decides the
+        study, by name (`vlmscope.core.origin`).
         """
         parts = study / "parts"
         self.folder, self.origin = parts / f"{share.index}_of_{share.total}", plain(origin)
@@ -334,15 +310,8 @@ def run_part(
 ) -> tuple[float, float]:
     """Go through one part of the data, from the state that is there; at the end there is a finished one.
 
-    Args:
-        scope: the model and its transcoders.
-        rows: the data, at the beginning.
-        part: where states are.
-        config: what is kept.
-        after_batch: called with the number of rows gone through.
-
-    Returns:
-        Seconds of this process, and their ratio to those of a plain pass, without codes, sorting and checkpoints.
+    `after_batch` is called with the number of rows gone through. Returns the seconds of this process, and their ratio
+    to those of a plain pass, without codes, sorting and checkpoints.
     """
     began, saving = time.perf_counter(), 0.0
     seen = StudyPass(scope, config.top, config.samples, config.window)
@@ -404,15 +373,7 @@ def finished_study(study: Path, origin: Mapping[str, Any]) -> StudyFolder | None
 def finish(
     study: Path, scope: Scope, parts: Sequence[StudyPart], config: StudyConfig, data: Mapping[str, Any]
 ) -> StudyFolder:
-    """Write the files of a study whose parts are all finished, `study.json` last, and remove the parts.
-
-    Args:
-        study: the folder.
-        scope: the model and its transcoders.
-        parts: of all processes.
-        config: what was kept.
-        data: `StudyInfo.data`.
-    """
+    """Write the files of a study whose parts are all finished, `study.json` last, and remove the parts."""
     vlm, about = scope.vlm, scope.transcoders.config
     states = [part.state for part in parts if part.state is not None]
     skipped = sum((Counter(state["skipped"]) for state in states), Counter[str]())
@@ -488,14 +449,9 @@ def data_record(
 def make_study(
     study: Path, scope: Scope, data: Mapping[str, Any], config: StudyConfig, origin: Mapping[str, Any]
 ) -> StudyFolder:
-    """A whole study by this process, resumed if it was begun; a finished one in the folder is read.
+    """A whole study of `data_record` by this process, resumed if it was begun; a finished one in the folder is read.
 
-    Args:
-        study: the folder.
-        scope: the model and its transcoders.
-        data: of `data_record`.
-        config: what is kept.
-        origin: what decides the study, by name; a `UserError` when the folder holds a study of another one.
+    A `UserError` when the folder holds a study of another origin.
     """
     done = finished_study(study, origin)
     if done is not None:

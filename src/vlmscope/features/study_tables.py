@@ -38,25 +38,15 @@ _FIRST_BIN = (127 + LOWEST_OCTAVE) << 1  # of a float32's exponent with the firs
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs with the positions at which the feature fires.
+    """Pairs with the positions at which the feature fires."""
 
-    Attributes:
-        feature: `[P]` int32.
-        item: `[P]` int64.
-        peak: `[P]` float32, above 0.
-        position: `[P]` int32, the first at which the peak is reached.
-        starts: `[P + 1]` int64, where each pair's positions begin.
-        positions: `[E]` uint16, ascending for each pair.
-        levels: `[E]` uint8.
-    """
-
-    feature: np.ndarray
-    item: np.ndarray
-    peak: np.ndarray
-    position: np.ndarray
-    starts: np.ndarray
-    positions: np.ndarray
-    levels: np.ndarray
+    feature: np.ndarray  # `[P]` int32
+    item: np.ndarray  # `[P]` int64
+    peak: np.ndarray  # `[P]` float32, above 0
+    position: np.ndarray  # `[P]` int32, the first at which the peak is reached
+    starts: np.ndarray  # `[P + 1]` int64, where each pair's positions begin
+    positions: np.ndarray  # `[E]` uint16, ascending for each pair
+    levels: np.ndarray  # `[E]` uint8
 
     def __len__(self) -> int:
         return len(self.feature)
@@ -119,19 +109,12 @@ def ranks(features: np.ndarray) -> np.ndarray:
 
 
 class Chosen(NamedTuple):
-    """The pairs that are kept, and what another pair must beat to be kept too.
+    """The pairs that are kept, and what another pair must beat to be kept too."""
 
-    Attributes:
-        pairs: by feature, strongest first.
-        peak: `[F]` float32, of the n-th strongest; 0 where there are fewer.
-        item: `[F]` int64, its item; `NEVER` where there are fewer.
-        hash: `[F]` int64, that of the m-th drawn; `NEVER` where there are fewer, -1 for m = 0.
-    """
-
-    pairs: Pairs
-    peak: np.ndarray
-    item: np.ndarray
-    hash: np.ndarray
+    pairs: Pairs  # by feature, strongest first
+    peak: np.ndarray  # `[F]` float32, of the n-th strongest; 0 where there are fewer
+    item: np.ndarray  # `[F]` int64, its item; `NEVER` where there are fewer
+    hash: np.ndarray  # `[F]` int64, that of the m-th drawn; `NEVER` where there are fewer, -1 for m = 0
 
 
 def chosen(pairs: Pairs, n_features: int, n: int, m: int) -> Chosen:
@@ -154,25 +137,18 @@ def chosen(pairs: Pairs, n_features: int, n: int, m: int) -> Chosen:
 
 
 class Tokens:
-    """The positions of some items, one after another; padding is left out.
-
-    Attributes:
-        ids: `[B]` int64, the items.
-        item: `[N]` int64, which of these each position belongs to.
-        position: `[N]` int64, its place in the item.
-        kind: `[N]` int64 of `KINDS`.
-        on_device: `ids`, `item`, `kind` and the `item_hash` of `ids`, where the codes are.
-    """
+    """The positions of some items, one after another; padding is left out."""
 
     def __init__(
         self, ids: np.ndarray, kinds: Sequence[np.ndarray], valid: Sequence[np.ndarray], device: torch.device
     ) -> None:
         """From ids [B], and for each item the kinds [T] of its positions and which of these are valid [T]."""
         self.ids = ids
-        self.item = np.repeat(np.arange(len(ids)), [int(mask.sum()) for mask in valid])
-        self.position = np.concatenate([np.flatnonzero(mask) for mask in valid])
+        self.position = np.concatenate([np.flatnonzero(mask) for mask in valid])  # [N], in the item
         self.kind = np.concatenate([own[mask] for own, mask in zip(kinds, valid, strict=True)]).astype(np.int64)
-        self.on_device = [torch.from_numpy(a).to(device) for a in (ids, self.item, self.kind, item_hash(ids))]
+        item = np.repeat(np.arange(len(ids)), [int(mask.sum()) for mask in valid])  # [N], which of `ids`
+        # Items, item and kind of each position, and hashes of the items, where the codes are.
+        self.on_device = [torch.from_numpy(a).to(device) for a in (ids, item, self.kind, item_hash(ids))]
 
 
 class LayerStudy:
@@ -181,15 +157,9 @@ class LayerStudy:
     def __init__(
         self, n_features: int, n: int, m: int, window: int, device: torch.device, only: Tensor | None = None
     ) -> None:
-        """Nothing seen yet.
+        """Nothing seen yet: n strongest and m drawn items, with `window` text positions around the peak, are kept.
 
-        Args:
-            n_features: F of the transcoder.
-            n: strongest items that are kept.
-            m: items that are drawn.
-            window: text positions around the peak that are kept.
-            device: of the codes.
-            only: these features alone, `[F']`; all when None. Results are then of F' features, in this order.
+        With `only` [F'] these features alone; results are then of F' features, in this order.
         """
         self.n, self.m, self.window = n, m, window
         self.column: Tensor | None = None
@@ -314,12 +284,7 @@ def layer_tables(
 ) -> tuple[pa.Table, pa.Table]:
     """`FEATURE_TABLE` and `EXAMPLE_TABLE` of a layer from the states of its parts (`LayerStudy.state`).
 
-    Args:
-        states: of all parts.
-        n_features: F.
-        config: how many examples are kept, and in how many groups.
-        logits: of its features; None to leave them out.
-        token: the string of a token id.
+    Logits are left out when None; `token` gives the string of a token id.
     """
     pairs = chosen(joined([Pairs.of(state) for state in states]), n_features, config.top, config.samples).pairs
     counts = {name: np.sum([state[name] for state in states], axis=0) for name in COUNTS}

@@ -23,7 +23,7 @@ from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.intervention import Curve, Rate
 from vlmscope.core.records import ROLES
 from vlmscope.data.inputs import check_choosing
-from vlmscope.features.structure import modality_metrics, modality_parts, modality_tables
+from vlmscope.features.structure import modality_metrics, modality_parts, modality_table
 from vlmscope.interventions.effects import mean_ablated, mlp_outputs
 from vlmscope.metrics.causal import bootstrap_mean
 from vlmscope.metrics.table import rates
@@ -47,31 +47,17 @@ class Modality:
 
     def analyse(self, bench: Bench) -> dict[str, float]:
         """Tables, figure and metrics."""
-        info, tables = bench.study.info, modality_tables(bench.study)
-        parts = [
-            pd.DataFrame(
-                {
-                    "layer": np.int32(one.layer),
-                    "feature": np.arange(len(one.found.index), dtype=np.int32),
-                    **vars(one.found),
-                    "group": one.group,
-                    "with_picture": one.with_picture,
-                    "fired_image": one.fired_image,
-                    "fired_text": one.fired_text,
-                }
-            )
-            for one in tables
-        ]
+        info, table = bench.study.info, modality_table(bench.study)
         with atomic_path(bench.run_dir / "modality.parquet") as temporary:
-            pd.concat(parts).to_parquet(temporary, index=False, compression="zstd")
-        layers, groups, index, shared = modality_parts(tables)
+            table.to_parquet(temporary, index=False, compression="zstd")
+        layers, groups, index, shared = modality_parts(table)
         firing = {f"firing of both {place} (%)": np.multiply(100, of) for place, of in shared.items()}
         write_rows(
             bench.run_dir / "layers.parquet", pd.DataFrame({"layer": layers, **groups, **firing}).to_dict("records")
         )
         modality_by_layer(layers, groups, index, shared, bench.run_dir / "figures" / "modality_by_layer.png")
         positions = {f"study/positions_{kind}": float(count) for kind, count in info.positions.items()}
-        return {"study/items": float(info.items)} | positions | modality_metrics(tables)
+        return {"study/items": float(info.items)} | positions | modality_metrics(table)
 
 
 @dataclass

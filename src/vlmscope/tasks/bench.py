@@ -14,8 +14,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
 from vlmscope.data.orrery.scenes import PLANETS
-from vlmscope.tasks.label import feature_labels
-from vlmscope.tasks.wiring import load_model, load_scope
+from vlmscope.tasks.wiring import feature_labels, load_model, load_scope
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -62,7 +61,7 @@ class Bench:
     def study(self) -> StudyFolder:
         """The study of all features that `study.path` names, or one made in the run folder as task=study makes it."""
         from vlmscope.features.study_files import StudyFolder
-        from vlmscope.tasks.study import made_study
+        from vlmscope.tasks.wiring import made_study
 
         own = self.cfg.study.path
         return StudyFolder(own) if own is not None else made_study(self.cfg, self.scope, self.run_dir / "study")

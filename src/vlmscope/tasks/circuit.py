@@ -80,7 +80,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.config.resolve import declared_circuit
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.bench import Bench
-    from vlmscope.tasks.label import look_for_labels
+    from vlmscope.tasks.wiring import look_for_labels
 
     # What can be refused without a model is refused first.
     look_for_labels(cfg)

@@ -54,7 +54,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.attribution.compare import compare, write_tables
     from vlmscope.attribution.export import save_merged, write_merged_json
     from vlmscope.report.graph_figure import difference_graph, share_bars
-    from vlmscope.tasks.label import feature_labels, look_for_labels
+    from vlmscope.tasks.wiring import feature_labels, look_for_labels
 
     look_for_labels(cfg)
     sides = _sides(cfg)

@@ -53,8 +53,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from hydra.core.hydra_config import HydraConfig
 
     from vlmscope.data.images import check_image
-    from vlmscope.tasks.label import look_for_labels
-    from vlmscope.tasks.study import look_for, study_sources
+    from vlmscope.tasks.wiring import look_for, look_for_labels, study_sources
 
     if cfg.task.reads_shards(cfg):
         look_for(study_sources(cfg))

@@ -35,7 +35,7 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Print a table; write find.json and figures/find.png."""
-    from vlmscope.tasks.study import needed_study
+    from vlmscope.tasks.wiring import needed_study
 
     task: Config = cfg.task
     folder = needed_study(cfg)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from vlmscope.features.labels import Label
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.registry import RunContext
-    from vlmscope.transcoders.transcoder import TranscoderSet
 
 _LOG = logging.getLogger(__name__)
 FEW, ADVISED = 20, 60  # held-out items below which a score is unsure, and the samples that are then advised
@@ -49,7 +48,7 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write the set, and print some of it."""
-    from vlmscope.tasks.study import needed_study
+    from vlmscope.tasks.wiring import needed_study
 
     task: Config = cfg.task
     folder = needed_study(cfg)
@@ -210,27 +209,3 @@ def metrics_of(labels: Sequence[Label], name: str) -> dict[str, float]:
             metrics[f"{name}/auroc_{level}_p05"] = float(np.quantile(scores, 0.05))
             metrics[f"{name}/auroc_{level}_p95"] = float(np.quantile(scores, 0.95))
     return metrics
-
-
-def look_for_labels(cfg: AppConfig) -> None:
-    """Refuse an `attribution.labels` that is no finished study, before anything heavy is imported."""
-    from vlmscope.core.study import study_folder
-
-    if cfg.attribution.labels is not None:
-        study_folder(cfg.attribution.labels)
-
-
-def feature_labels(cfg: AppConfig, model: str, transcoders: TranscoderSet | None = None) -> dict[FeatureId, str]:
-    """Label with score by feature from the study of `attribution.labels`, those no better than chance left out.
-
-    Args:
-        cfg: the run's configuration; without `attribution.labels` there are none.
-        model: the model's name, which must be the study's.
-        transcoders: whose features these are; None where only graphs are at hand.
-    """
-    if cfg.attribution.labels is None:
-        return {}
-    from vlmscope.features.labels import labels_for
-
-    widths = None if transcoders is None else transcoders.widths
-    return labels_for(cfg.attribution.labels, model, widths).texts()

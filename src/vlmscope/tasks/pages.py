@@ -70,7 +70,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from tqdm import tqdm
 
     from vlmscope.core.artifacts import write_json
-    from vlmscope.tasks.study import needed_study
+    from vlmscope.tasks.wiring import needed_study
 
     start, task, place = perf_counter(), cfg.task, needed_study(cfg)
 

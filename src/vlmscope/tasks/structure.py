@@ -65,7 +65,7 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write structure.parquet, clusters.parquet, the figures and report.html."""
-    from vlmscope.tasks.study import needed_study
+    from vlmscope.tasks.wiring import needed_study
 
     folder = needed_study(cfg)
 
@@ -77,20 +77,20 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.tasks.wiring import load_model, load_scope
 
     study, figures = StudyFolder(folder), context.run_dir / "figures"
-    tables = structure.modality_tables(study)
+    modality = structure.modality_table(study)
     scope = load_scope(cfg, load_model(cfg), context.overrides)
     if scope.transcoders.widths != study.info.n_features:
         raise UserError(f"{study.path} is of other transcoders: layers or widths differ; give those with transcoder=")
-    features = structure.feature_table(scope, seen(cfg, scope, study), tables, cfg.task)
+    features = structure.feature_table(scope, seen(cfg, scope, study), modality, cfg.task)
     clusters = structure.cluster_rows(study, features, cfg.task.top)
     write_table(context.run_dir / "structure.parquet", pa.Table.from_pandas(features, preserve_index=False))
     write_table(context.run_dir / "clusters.parquet", pa.Table.from_pylist(clusters, structure.CLUSTER_TABLE))
     shares = structure.duplicate_shares(features, cfg.task.twin)
     layer, score, group = (features[name].to_numpy() for name in ("layer", "monosemanticity", "modality_group"))
-    modality_by_layer(*structure.modality_parts(tables), figures / "modality_by_layer.png")
+    modality_by_layer(*structure.modality_parts(modality), figures / "modality_by_layer.png")
     score_by_layer(layer, score, group, figures / "monosemanticity.png")
     twins_by_layer(study.layers, shares, figures / "duplicates.png", cfg.task.twin)
-    metrics = structure.modality_metrics(tables) | structure.structure_metrics(features, clusters, shares)
+    metrics = structure.modality_metrics(modality) | structure.structure_metrics(features, clusters, shares)
     write_page(context.run_dir, study, clusters, metrics, scope.vlm.name)
     return metrics
 

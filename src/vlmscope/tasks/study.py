@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vlmscope.core.errors import NotMainRank, UserError
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
-    from vlmscope.data.config import SourceConfig
     from vlmscope.features.study_files import StudyFolder
-    from vlmscope.scope import Scope
     from vlmscope.tasks.registry import RunContext
 
 USES = ("data", "study")
@@ -28,6 +24,8 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Go through the data, each process through its part; the main one writes the files."""
+    from vlmscope.tasks.wiring import load_model, load_scope, look_for, study_origin, study_sources
+
     config = cfg.study
     if cfg.prompt is not None or cfg.image is not None:
         raise UserError("task=study goes through data; leave out prompt= and image=, or put them into data=folder")
@@ -41,7 +39,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.data.mixing import NumberedRows
     from vlmscope.features.study import StudyPart, data_record, finish, finished_study, run_part, study_parts
     from vlmscope.features.study_files import open_sources
-    from vlmscope.tasks.wiring import load_model, load_scope
     from vlmscope.training.ranks import joint_sum, own_share
 
     origin, share = study_origin(cfg, sources, context.overrides), own_share()
@@ -74,65 +71,3 @@ def metrics_of(study: StudyFolder) -> dict[str, float]:
         "study/features_fired": float(fired),
         "study/dead_frac": 1 - fired / sum(info.n_features.values()),
     }
-
-
-def study_sources(cfg: AppConfig) -> dict[str, SourceConfig]:
-    """The sources of any `data=` that can be studied, with absolute paths and the split that is studied."""
-    from vlmscope.data.config import SourceConfig
-    from vlmscope.data.orrery.scenes import KINDS
-
-    data = cfg.data
-    if data.sources:
-        sources = dict(data.sources)
-    elif data.name == "orrery":
-        if data.path is None:
-            raise UserError("data.path is not set: give the folder with Orrery's shards (task=build_data writes them)")
-        sources = {kind: SourceConfig("shards", data.path, split="val", stream=kind) for kind in KINDS}
-    elif data.name == "folder":
-        if not data.path:
-            raise UserError("data.path is not set: give the folder with train.jsonl (docs/bring_your_own.md)")
-        sources = {"folder": SourceConfig("folder", data.path)}
-    else:
-        raise UserError(f"data={data.name}: a study goes through orrery, folder, or a mix (docs/data.md)")
-    return {
-        name: replace(own, split=cfg.study.split or own.split, path=own.path and str(Path(own.path).absolute()))
-        for name, own in sources.items()
-    }
-
-
-def look_for(sources: Mapping[str, SourceConfig]) -> None:
-    """Refuse shards that are not there, before anything heavy is imported."""
-    from vlmscope.data.shards import read_index
-
-    for name, own in sources.items():
-        if own.kind == "shards":
-            read_index(Path(str(own.path)), f"data.path or data.sources.{name}.path")
-
-
-def needed_study(cfg: AppConfig) -> Path:
-    """The folder of the study that `study.path=` names, looked for before anything heavy is imported."""
-    from vlmscope.core.study import study_folder
-
-    if cfg.study.path is None:
-        raise UserError(
-            "no study: add study.path=FOLDER, the run folder of a finished task=study (python run.py task=study)"
-        )
-    return study_folder(cfg.study.path)
-
-
-def study_origin(cfg: AppConfig, sources: Mapping[str, SourceConfig], overrides: Sequence[str]) -> dict[str, Any]:
-    """Everything that decides a study, by name."""
-    from vlmscope.core.artifacts import flat
-    from vlmscope.tasks.wiring import data_origin, model_origin, transcoder_origin
-
-    origin = model_origin(cfg) | transcoder_origin(cfg, overrides) | data_origin(cfg, sources)
-    return origin | flat("study", cfg.study.decisive()) | {"seed": cfg.seed}
-
-
-def made_study(cfg: AppConfig, scope: Scope, folder: Path) -> StudyFolder:
-    """A study of `cfg.study` and `cfg.data`, made in one go in `folder`."""
-    from vlmscope.features.study import data_record, make_study
-
-    sources = study_sources(cfg)
-    data = data_record(sources, cfg.study, cfg.data.max_bad_shards, cfg.data.name)
-    return make_study(folder, scope, data, cfg.study, study_origin(cfg, sources, ("transcoder",)))

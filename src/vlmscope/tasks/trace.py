@@ -49,7 +49,7 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Trace `prompt=` on `image=` (none for text alone), or every row of `task.rows=`."""
-    from vlmscope.tasks.label import look_for_labels
+    from vlmscope.tasks.wiring import look_for_labels
 
     look_for_labels(cfg)
 
@@ -86,7 +86,7 @@ def _trace_into(
     from vlmscope.data.images import for_figures
     from vlmscope.report.graph_figure import attribution_graph
     from vlmscope.report.picture_figures import patch_maps
-    from vlmscope.tasks.label import feature_labels
+    from vlmscope.tasks.wiring import feature_labels
 
     labels = feature_labels(cfg, scope.vlm.name, scope.transcoders)
     traced = trace(scope, inputs, cfg.attribution, folder)

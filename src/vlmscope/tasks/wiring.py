@@ -1,4 +1,4 @@
-"""What a configuration chose: the model, its transcoders and pictures, and the origins that decide a run's result.
+"""What a configuration chose: model, transcoders, pictures, study, labels, and the origins that decide a run's result.
 
 An origin names model, transcoders and data, files by their content. Paths are left out, since a folder may be moved,
 and so is where a model computes (`model.device`, `model.offload`).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vlmscope.config import AppConfig
+    from vlmscope.core.records import FeatureId
     from vlmscope.data.config import SourceConfig
+    from vlmscope.features.study_files import StudyFolder
     from vlmscope.models.loading import VLM
     from vlmscope.scope import Scope
     from vlmscope.transcoders.formats import Choice
@@ -243,3 +245,86 @@ def data_origin(cfg: AppConfig, sources: Mapping[str, SourceConfig] | None = Non
         if one.path is not None:
             found[f"data.sources.{name}.files"] = folder_digest(one.path)
     return found
+
+
+def study_sources(cfg: AppConfig) -> dict[str, SourceConfig]:
+    """The sources of any `data=` that can be studied, with absolute paths and the split that is studied."""
+    from vlmscope.data.config import SourceConfig
+    from vlmscope.data.orrery.scenes import KINDS
+
+    data = cfg.data
+    if data.sources:
+        sources = dict(data.sources)
+    elif data.name == "orrery":
+        if data.path is None:
+            raise UserError("data.path is not set: give the folder with Orrery's shards (task=build_data writes them)")
+        sources = {kind: SourceConfig("shards", data.path, split="val", stream=kind) for kind in KINDS}
+    elif data.name == "folder":
+        if not data.path:
+            raise UserError("data.path is not set: give the folder with train.jsonl (docs/bring_your_own.md)")
+        sources = {"folder": SourceConfig("folder", data.path)}
+    else:
+        raise UserError(f"data={data.name}: a study goes through orrery, folder, or a mix (docs/data.md)")
+    return {
+        name: replace(own, split=cfg.study.split or own.split, path=own.path and str(Path(own.path).absolute()))
+        for name, own in sources.items()
+    }
+
+
+def look_for(sources: Mapping[str, SourceConfig]) -> None:
+    """Refuse shards that are not there, before anything heavy is imported."""
+    from vlmscope.data.shards import read_index
+
+    for name, own in sources.items():
+        if own.kind == "shards":
+            read_index(Path(str(own.path)), f"data.path or data.sources.{name}.path")
+
+
+def needed_study(cfg: AppConfig) -> Path:
+    """The folder of the study that `study.path=` names, looked for before anything heavy is imported."""
+    from vlmscope.core.study import study_folder
+
+    if cfg.study.path is None:
+        raise UserError(
+            "no study: add study.path=FOLDER, the run folder of a finished task=study (python run.py task=study)"
+        )
+    return study_folder(cfg.study.path)
+
+
+def study_origin(cfg: AppConfig, sources: Mapping[str, SourceConfig], overrides: Sequence[str]) -> dict[str, Any]:
+    """Everything that decides a study, by name."""
+    origin = model_origin(cfg) | transcoder_origin(cfg, overrides) | data_origin(cfg, sources)
+    return origin | flat("study", cfg.study.decisive()) | {"seed": cfg.seed}
+
+
+def made_study(cfg: AppConfig, scope: Scope, folder: Path) -> StudyFolder:
+    """A study of `cfg.study` and `cfg.data`, made in one go in `folder`."""
+    from vlmscope.features.study import data_record, make_study
+
+    sources = study_sources(cfg)
+    data = data_record(sources, cfg.study, cfg.data.max_bad_shards, cfg.data.name)
+    return make_study(folder, scope, data, cfg.study, study_origin(cfg, sources, ("transcoder",)))
+
+
+def look_for_labels(cfg: AppConfig) -> None:
+    """Refuse an `attribution.labels` that is no finished study, before anything heavy is imported."""
+    from vlmscope.core.study import study_folder
+
+    if cfg.attribution.labels is not None:
+        study_folder(cfg.attribution.labels)
+
+
+def feature_labels(cfg: AppConfig, model: str, transcoders: TranscoderSet | None = None) -> dict[FeatureId, str]:
+    """Label with score by feature from the study of `attribution.labels`, those no better than chance left out.
+
+    Args:
+        cfg: the run's configuration; without `attribution.labels` there are none.
+        model: the model's name, which must be the study's.
+        transcoders: whose features these are; None where only graphs are at hand.
+    """
+    if cfg.attribution.labels is None:
+        return {}
+    from vlmscope.features.labels import labels_for
+
+    widths = None if transcoders is None else transcoders.widths
+    return labels_for(cfg.attribution.labels, model, widths).texts()

@@ -1,6 +1,7 @@
 """Whole studies of tiny models against loops, in parts, interrupted, and of data that is damaged."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from vlmscope.data.config import SourceConfig
 from vlmscope.data.mixing import NumberedRows, open_source, row_of
 from vlmscope.data.samples import Share
 from vlmscope.features.config import StudyConfig
-from vlmscope.features.study import StudyPart, finish, run_part, study_alone, study_parts
-from vlmscope.features.study_files import StudyFolder
+from vlmscope.features.study import StudyPart, data_record, finish, run_part, study_alone, study_parts
+from vlmscope.features.study_files import StudyFolder, open_sources
 from vlmscope.models.conversations import LOSS_MASK, encode
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.scope import Scope
@@ -61,16 +62,12 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _in_parts(study: Path, scope: Scope, data: Path, total: int, stop: Callable[[int], None] | None = None):
-    sources = _sources(data)
-    described = {"name": "", "split": None, "limit": None, "max_bad_shards": 0}
-    described["sources"] = {name: vars(one) for name, one in sources.items()}
+    described, origin = data_record(_sources(data), CONFIG), {"is": "same"}
     for index in range(total):
         share = Share(index, total)
-        opened = {name: (one.weight, open_source(name, one, None, 0, False)) for name, one in sources.items()}
-        rows = NumberedRows(opened, CONFIG.batch_size, share)
-        part = StudyPart(study, share, {"is": "same"})
-        run_part(scope, rows, part, CONFIG, stop or (lambda _rows: None))
-    return finish(study, scope, study_parts(study, total, {"is": "same"}), CONFIG, described)
+        rows = NumberedRows(open_sources(described), CONFIG.batch_size, share)
+        run_part(scope, rows, StudyPart(study, share, origin), CONFIG, stop or (lambda _rows: None))
+    return finish(study, scope, study_parts(study, total, origin), CONFIG, described)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +119,12 @@ def test_a_study_equals_a_plain_loop(vlm, data: Path, tmp_path: Path, activation
                 np.testing.assert_array_equal(example.dense_levels(len(image))[image] > 0, own[number][image] > 0)
 
 
-def test_samples_are_cut_into_quantiles(vlm, data: Path, tmp_path: Path) -> None:
-    study = study_alone(tmp_path / "study", Scope(vlm, _set(vlm)), _sources(data), CONFIG)
+@pytest.fixture(scope="module")
+def study(vlm, data: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    return study_alone(tmp_path_factory.mktemp("study") / "study", Scope(vlm, _set(vlm)), _sources(data), CONFIG)
+
+
+def test_samples_are_cut_into_quantiles(study: StudyFolder) -> None:
     seen = 0
     for record in study.features(0):
         low, high = (np.array([e.activation for e in record.group(name)]) for name in ("q1", "q2"))
@@ -175,8 +176,7 @@ def test_a_state_of_other_settings_or_processes_is_refused(vlm, data: Path, tmp_
         study_parts(tmp_path / "study", 2, {"is": "these"})
 
 
-def test_items_lead_back_to_pictures_words_and_patches(vlm, data: Path, tmp_path: Path) -> None:
-    study = study_alone(tmp_path / "study", Scope(vlm, _set(vlm)), _sources(data), CONFIG)
+def test_items_lead_back_to_pictures_words_and_patches(vlm, data: Path, study: StudyFolder) -> None:
     record = next(r for r in study.features(1) if r.fired["image"] and r.fired["answer"])
     for example in record.examples:
         view = study.view(example)
@@ -195,25 +195,26 @@ def test_items_lead_back_to_pictures_words_and_patches(vlm, data: Path, tmp_path
         np.testing.assert_array_equal(grid.ravel(), view.levels[item.kinds == IMAGE])
         tokens, near = view.window(2)
         assert len(tokens) == len(near)
-    (data / "train.jsonl").write_text((data / "train.jsonl").read_text().replace("what is this", "what was this"))
-    changed = next(study.items[e.item] for r in study.features(1) for e in r.examples if study.items[e.item].n_pictures)
+    changed = next(study.items[e.item] for e in record.examples if study.items[e.item].n_pictures)
+    text = (data / "train.jsonl").read_text()
+    (data / "train.jsonl").write_text(text.replace("what is this", "what was this"))
     with pytest.raises(UserError, match="not what the study saw"):
-        StudyFolder(tmp_path / "study").pictures(changed)
-    (data / "train.jsonl").write_text((data / "train.jsonl").read_text().replace("what was this", "what is this"))
+        StudyFolder(study.path).pictures(changed)
+    (data / "train.jsonl").write_text(text)
 
 
-def test_what_a_study_does_not_have_is_one_line(vlm, data: Path, tmp_path: Path) -> None:
-    study = study_alone(tmp_path / "study", Scope(vlm, _set(vlm)), _sources(data), CONFIG)
+def test_what_a_study_does_not_have_is_one_line(study: StudyFolder, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no layer 9; it has 0, 1, 2, 3"):
         study.feature(FeatureId(9, 0))
     with pytest.raises(UserError, match="no feature L1/20: layer 1 has 0 to 19"):
         study.feature(FeatureId(1, WIDTH))
     with pytest.raises(UserError, match="finished task=study"):
         StudyFolder(tmp_path / "nothing")
-    assert StudyFolder(tmp_path).path == study.path  # the run folder around it
-    (tmp_path / "study" / "items.parquet").write_bytes(b"PAR1")
+    assert StudyFolder(study.path.parent).path == study.path  # the run folder around it
+    damaged = Path(shutil.copytree(study.path, tmp_path / "damaged"))
+    (damaged / "items.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="cannot read .*items.parquet"):
-        StudyFolder(tmp_path / "study").items  # noqa: B018
+        StudyFolder(damaged).items  # noqa: B018
 
 
 def test_damaged_pictures_are_skipped_up_to_a_limit(vlm, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Labels by contrast on planted features: what is known, what is proposed, and that scores know chance."""
+"""Labels by contrast on planted features: what is known, what is proposed, that scores know chance; labels by hand."""
 
 import json
 from dataclasses import replace
@@ -9,9 +9,24 @@ import pyarrow as pa
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from vlmscope.core.errors import UserError
+from vlmscope.core.records import FeatureId
 from vlmscope.core.study import StudyInfo
 from vlmscope.features.item_facts import ItemFacts, KnownItems, known_items
-from vlmscope.features.labels import Label, Part, Predicate, Rule, detection, discoveries, would_pass
+from vlmscope.features.labels import (
+    Detection,
+    Label,
+    Labels,
+    Part,
+    Predicate,
+    Rule,
+    detection,
+    discoveries,
+    labels_for,
+    set_path,
+    would_pass,
+    write_labels,
+)
 from vlmscope.features.proposals import propose, score_rule
 from vlmscope.features.study_files import EXAMPLE_TABLE, StudyFolder
 from vlmscope.features.study_tables import item_hash
@@ -20,6 +35,12 @@ from vlmscope.tasks.label import basis
 PLANETS = ("mars", "earth", "venus", "saturn", "moon")
 WORDS = ("mars", "colour", "what", "covers")
 TOP, SAMPLES, N, F = 6, 40, 1200, 40
+
+
+def empty_study(folder: Path, widths: dict[int, int], samples: int, items: int) -> StudyFolder:
+    info = StudyInfo("planted", {}, widths, {}, {"samples": samples}, items, items, {})
+    (folder / "study.json").write_text(json.dumps({"format": "vlmscope-study", "version": 1, **vars(info)}))
+    return StudyFolder(folder)
 
 
 class Planted:
@@ -49,10 +70,7 @@ class Planted:
 
     def study(self, folder: Path) -> StudyFolder:
         """Only the head, and the layer's counts."""
-        info = StudyInfo("planted", {}, {0: F}, {}, {"samples": SAMPLES}, N, N, {})
-        head = {"format": "vlmscope-study", "version": 1, **vars(info)}
-        (folder / "study.json").write_text(json.dumps(head))
-        study = StudyFolder(folder)
+        study = empty_study(folder, {0: F}, SAMPLES, N)
         counts = (self.activations > 0).sum(0)
         study.layer = lambda _layer: type("Counts", (), {"items_fired": counts})()  # type: ignore[method-assign,assignment]
         return study
@@ -79,45 +97,42 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Planted, KnownIte
     return world, known_items(study, 0, world.examples(), world.facts)
 
 
+def scored(score: Detection | None) -> Detection:
+    assert score is not None
+    return score
+
+
 def test_detection_is_the_auroc_of_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     up, down = rng.integers(0, 3, 25) / 2, rng.integers(0, 3, 60) / 2
-    found = detection(up, down)
-    assert found is not None
-    truth = np.repeat([1, 0], [25, 60])
-    assert found.score == pytest.approx(roc_auc_score(truth, np.concatenate([up, down])))
+    found = scored(detection(up, down))
+    assert found.score == pytest.approx(roc_auc_score(np.repeat([1, 0], [25, 60]), np.concatenate([up, down])))
     assert found.low < found.score < found.high
     assert detection(up, down[:0]) is None
-    sure = detection(np.ones(10), np.zeros(30))
-    assert sure is not None and sure.score == sure.balanced_accuracy == 1 and sure.low < 0.9 and sure.p < 1e-6
+    sure = scored(detection(np.ones(10), np.zeros(30)))
+    assert sure.score == sure.balanced_accuracy == 1 and sure.low < 0.9 and sure.p < 1e-6
 
 
 def test_the_interval_covers_chance_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
-    found = [detection(rng.integers(0, 2, 30) * 1.0, rng.integers(0, 2, 80) * 1.0) for _ in range(1000)]
-    covered = np.mean([one.low <= 0.5 <= one.high for one in found if one is not None])
-    assert 0.93 < covered < 0.98
-    assert np.mean([one.p < 0.05 for one in found if one is not None]) < 0.08
+    found = [scored(detection(rng.integers(0, 2, 30) * 1.0, rng.integers(0, 2, 80) * 1.0)) for _ in range(1000)]
+    assert 0.93 < np.mean([one.low <= 0.5 <= one.high for one in found]) < 0.98
+    assert np.mean([one.p < 0.05 for one in found]) < 0.08
 
 
-def test_discoveries_are_those_of_benjamini_and_hochberg() -> None:
+def test_discoveries_and_what_chance_would_pass_beside_them() -> None:
     p = np.array([0.001, 0.013, 0.012, 0.04, 0.5, np.nan])
     assert discoveries(p).tolist() == [True, True, True, True, False, False]
     assert not discoveries(np.full(20, 0.3)).any()
-
-
-def test_what_chance_would_pass_is_at_most_the_largest_p_that_passed() -> None:
     p, chance = np.array([0.001, 0.02, 0.9]), np.array([0.02, 0.021, np.nan, 0.0])
     assert would_pass(p, np.array([True, True, False]), chance).tolist() == [True, False, False, True]
     assert not would_pass(p, np.zeros(3, bool), chance).any()
 
 
-def test_few_scored_items_are_said_with_what_to_do() -> None:
-    def label(positives: int) -> Label:
-        return Label("x", "auto", "items", 0.8, 0.7, 0.9, positives=positives)
-
-    assert "study.samples=60 has about 3.0 times as many" in basis([label(9), label(10), label(11)], 20)
-    assert basis([label(30)], 60) == "scores rest on 30 held-out items that fire the feature (median)"
+def test_few_scored_items_are_reported_with_what_to_do() -> None:
+    labels = [Label("x", "auto", "items", 0.8, 0.7, 0.9, positives=n) for n in (9, 10, 11, 30)]
+    assert "study.samples=60 has about 3.0 times as many" in basis(labels[:3], 20)
+    assert basis(labels[3:], 60) == "scores rest on 30 held-out items that fire the feature (median)"
 
 
 def test_where_a_feature_is_known_not_to_fire_it_does_not(planted: tuple[Planted, KnownItems]) -> None:
@@ -141,15 +156,15 @@ def test_where_a_feature_is_known_not_to_fire_it_does_not(planted: tuple[Planted
         (2, Rule((Part("question", ("colour",)), Part("planet", ("mars",))))),
     ],
 )
-def test_planted_rules_are_found_and_score_high(planted: tuple[Planted, KnownItems], feature: int, rule: Rule) -> None:
+def test_planted_rules_are_proposed_and_score_high(
+    planted: tuple[Planted, KnownItems], feature: int, rule: Rule
+) -> None:
     world, known = planted
     found = propose(world.facts, known, feature)
-    assert found is not None
+    assert found is not None and (len(rule.parts) == 1 or found.joint == rule.joint)
     assert {(p.key, frozenset(p.values)) for p in found.parts} == {(p.key, frozenset(p.values)) for p in rule.parts}
-    assert len(rule.parts) == 1 or found.joint == rule.joint
     score, top = score_rule(world.facts, known, feature, found)
-    assert score is not None and top is not None
-    assert score.score > 0.99 and top > 0.99
+    assert scored(score).score > 0.99 and top is not None and top > 0.99
 
 
 def test_a_feature_that_fires_nearly_everywhere_is_labelled_by_where_it_is_strong(
@@ -159,45 +174,84 @@ def test_a_feature_that_fires_nearly_everywhere_is_labelled_by_where_it_is_stron
     found = propose(world.facts, known, 39)
     assert found is not None and "saturn" in found.parts[0].values
     score, top = score_rule(world.facts, known, 39, found)
-    assert score is not None and top is not None and top > 0.9
-    assert score.positives < len(known.item[known.rows(39)])
+    assert top is not None and top > 0.9
+    assert scored(score).positives < len(known.item[known.rows(39)])
 
 
-def test_a_feature_without_meaning_gets_no_rule_or_a_score_of_chance(planted: tuple[Planted, KnownItems]) -> None:
+def test_a_feature_without_meaning_gets_no_rule(planted: tuple[Planted, KnownItems]) -> None:
     world, known = planted
-    proposals = [propose(world.facts, known, feature) for feature in range(3, 39)]
-    assert sum(one is not None for one in proposals) <= 4
+    assert sum(propose(world.facts, known, feature) is not None for feature in range(3, 39)) <= 4
 
 
 def test_scores_of_shuffled_labels_are_chance(planted: tuple[Planted, KnownItems]) -> None:
     """The true rule, on the same activations dealt out to other items."""
     world, known = planted
-    rng, scores, tops = np.random.default_rng(5), [], []
-    rule = Rule((Part("planet", ("earth", "venus")),))
-    for _ in range(200):
-        score, top = score_rule(world.facts, known.shuffled(rng, N), 1, rule)
-        assert score is not None and top is not None
-        scores.append(score.score)
-        tops.append(top)
-    assert np.mean(scores) == pytest.approx(0.5, abs=0.02)
-    assert np.mean(tops) == pytest.approx(0.5, abs=0.05)
-    assert np.mean(np.array(scores) > 0.75) < 0.02
+    rng, rule = np.random.default_rng(5), Rule((Part("planet", ("earth", "venus")),))
+    found = [score_rule(world.facts, known.shuffled(rng, N), 1, rule) for _ in range(200)]
+    scores = np.array([scored(score).score for score, _ in found])
+    assert scores.mean() == pytest.approx(0.5, abs=0.02) and (scores > 0.75).mean() < 0.02
+    assert np.mean([top for _, top in found if top is not None]) == pytest.approx(0.5, abs=0.05)
 
 
 def test_what_a_label_is_proposed_from_does_not_move_its_score(planted: tuple[Planted, KnownItems]) -> None:
     world, known = planted
-    rule = Rule((Part("planet", ("earth", "venus")),))
-    score, _ = score_rule(world.facts, known, 1, rule)
-    matrix = world.facts.matrix.copy()
-    matrix[~world.facts.half] = 1 - matrix[~world.facts.half]
-    assert score_rule(replace(world.facts, matrix=matrix), known, 1, rule)[0] == score
-    matrix = world.facts.matrix.copy()
-    matrix[world.facts.half] = 1 - matrix[world.facts.half]
-    found, again = propose(world.facts, known, 1), propose(replace(world.facts, matrix=matrix), known, 1)
-    assert found is not None and again is not None and found == again
+    facts, rule = world.facts, Rule((Part("planet", ("earth", "venus")),))
+
+    def turned(half: np.ndarray) -> ItemFacts:
+        return replace(facts, matrix=np.where(half[:, None], 1 - facts.matrix, facts.matrix))
+
+    assert score_rule(turned(~facts.half), known, 1, rule)[0] == scored(score_rule(facts, known, 1, rule)[0])
+    proposed = propose(facts, known, 1)
+    assert proposed is not None and propose(turned(facts.half), known, 1) == proposed
 
 
 def test_rules_in_words_and_in_their_file() -> None:
     rule = Rule((Part("planet", ("mars", "earth")), Part("question", ("what",))), "or")
     assert rule.to_json() == '["or", [["planet", "mars", "earth"], ["question", "what"]]]'
     assert rule.text == 'planet = mars or earth or "what" in the question'
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> StudyFolder:
+    return empty_study(tmp_path, {0: 9}, 4, 10)
+
+
+def _labelled(text: str, low: float) -> Label:
+    return Label(text, "auto", "items", low + 0.1, low, low + 0.2, beats_chance=low > 0.5)
+
+
+def test_hand_labels_win_and_survive_a_rerun(study: StudyFolder) -> None:
+    one, other = FeatureId(0, 1), FeatureId(0, 2)
+    write_labels(set_path(study.path, "auto"), [(one, _labelled("a", 0.6)), (other, _labelled("b", 0.4))])
+    write_labels(set_path(study.path, "vlm"), [(one, _labelled("surer", 0.7)), (other, _labelled("worse", 0.3))])
+    assert [Labels(study).of(feature).text for feature in (one, other)] == ["surer", "b"]
+    assert Labels(study).texts() == {one: "surer (0.80)"}
+    (study.path / "labels/hand.yaml").write_text("# mine\nL0/2: mars, seen or named\n")
+    write_labels(set_path(study.path, "auto"), [(other, _labelled("new", 0.9))])
+    found = Labels(study)
+    assert str(found.of(other)) == "mars, seen or named" and found.of(other).source == "hand"
+    assert not found.of(FeatureId(0, 3)).text
+    assert labels_for(study.path, "planted", {0: 9}).texts()[other] == "mars, seen or named"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("L0/9: x", "no feature L0/9"), ("L7/1: x", "no layer 7"), ("5: x", "not a feature id"), ("L0/1:", "has no text"),
+     ("- a", "holds no labels"), ("a: [", "not valid YAML")],
+)  # fmt: skip
+def test_a_wrong_hand_label_is_one_line(study: StudyFolder, text: str, message: str) -> None:
+    path = study.path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        Labels(study, path)
+    assert "mine.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "message"),
+    [("other", 9, "of the model planted, not of other"), ("planted", 8, "other transcoders"),
+     ("planted", 9, "no labels; run task=label")],
+)  # fmt: skip
+def test_labels_of_another_model_are_refused(study: StudyFolder, model: str, width: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        labels_for(study.path, model, {0: width})

@@ -1,0 +1,119 @@
+"""Top examples, logit lenses and features on soft tokens against plain loops and the model's own end."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vlmscope.activations.capture import mlp_inputs, mlp_inputs_and_logits
+from vlmscope.core.records import FeatureId
+from vlmscope.features.readouts import activations_at, image_features, token_lens, top_and_bottom_logits
+from vlmscope.features.top_examples import StudyItem, top_examples
+from vlmscope.models.batching import make_batch
+from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
+from vlmscope.scope import Scope
+from vlmscope.transcoders.transcoder import random_set
+
+
+@pytest.fixture(scope="module")
+def scope() -> Scope:
+    vlm = tiny_gemma3(5)
+    return Scope(vlm, random_set(vlm.adapter.n_layers, vlm.adapter.d_model, 30, 6, seed=6).requires_grad_(False))
+
+
+@pytest.fixture(scope="module")
+def batch(scope: Scope) -> Any:
+    return make_batch(scope.adapter, [scope.vlm.prepare("what is this planet ?", [tiny_image(i)]) for i in range(9)])
+
+
+def test_top_examples_equal_a_plain_loop(scope: Scope) -> None:
+    prompts = ["what is this planet ?", "what is the other planet in this ?"]
+    inputs = [scope.inputs(prompts[i % 2], [tiny_image(i)] if i % 3 else []) for i in range(14)]
+    items = [StudyItem(own, str(i), None) for i, own in enumerate(inputs)]
+    features = [FeatureId(layer, index) for layer in (0, 3) for index in (1, 7, 20)]
+    found = top_examples(scope, features, items, count=4, batch_size=3)
+    for feature in features:
+        peaks = []
+        for item in items:
+            x = scope.capture(scope.batch([item.inputs]), [feature.layer])[feature.layer]
+            peaks.append(float(scope.transcoders[feature.layer].encode(x).dense(30)[..., feature.index].max()))
+        wanted = sorted((p for p in peaks if p > 0), reverse=True)[:4]
+        assert [e.activation for e in found[feature]] == pytest.approx(wanted, rel=1e-4)
+        for example in found[feature]:
+            number = int(example.caption)
+            assert example.activation == pytest.approx(peaks[number], rel=1e-4)
+            assert len(example.patch_activations) == int(items[number].inputs.is_image.sum())
+            best = max([*example.patch_activations, *example.token_activations])
+            assert best == pytest.approx(example.activation)
+
+
+def test_logit_lens_ranks_as_the_model_does(scope: Scope) -> None:
+    """Adding a large multiple of the row to the last residual moves the top word up most."""
+    layer = scope.adapter.n_layers - 1
+    top, bottom = top_and_bottom_logits(scope, FeatureId(layer, 4), count=3)
+    post = scope.adapter.norms(layer).mlp_out_post
+    assert post is not None
+    written = post(scope.transcoders[layer].W_dec[4].expand(1, 1, -1) * 1000.0)
+    logits = scope.adapter.lm_head()(scope.adapter.final_norm()(written * 1000.0))[0, 0]
+    assert torch.isfinite(logits).all() and top[0][1] > bottom[0][1]
+    order = [scope.vlm.tokenizer.decode([token]) for token in logits.argsort(descending=True).tolist()]
+    assert [w for w, _ in top] == order[:3] and [w for w, _ in bottom] == order[::-1][:3]
+
+
+def test_the_strongest_on_soft_tokens_are_chosen_by_the_rule(scope: Scope, batch: Any) -> None:
+    every: dict[FeatureId, tuple[float, float, float]] = {}  # strength, share of prompts and of soft tokens
+    for layer, x in mlp_inputs(scope.adapter, batch, scope.transcoders.layers).items():
+        dense = scope.transcoders[layer].encode(x).dense(30)[:, batch.is_image].numpy()
+        for index in range(30):
+            acts = dense[..., index]
+            firing = acts[(acts > 0).any(1)]
+            if len(firing):
+                every[FeatureId(layer, index)] = (acts.sum(1).mean(), len(firing) / len(acts), (firing > 0).mean())
+    for least, most, per_layer in ((0.0, 1.0, None), (0.5, 0.6, None), (0.3, 0.6, 1)):
+        wanted: list[FeatureId] = []
+        for key in sorted(every, key=lambda key: -every[key][0]):
+            allowed = every[key][1] >= least and every[key][2] <= most + 1e-12
+            if allowed and (per_layer is None or all(key.layer != other.layer for other in wanted)):
+                wanted.append(key)
+        found = image_features(scope, batch, 5, least, most, per_layer)
+        assert [one.feature for one in found] == wanted[:5] and found
+        for one in found:
+            assert (one.strength, one.fires, one.tokens) == pytest.approx(every[one.feature], rel=1e-4)
+
+
+def test_activations_are_the_encoders(scope: Scope, batch: Any) -> None:
+    features = [one.feature for one in image_features(scope, batch, 4)]
+    mlp_in, logits = mlp_inputs_and_logits(scope.adapter, batch, scope.transcoders.layers)
+    found = activations_at(scope.transcoders, mlp_in, features)
+    for feature in features:
+        dense = scope.transcoders[feature.layer].encode(mlp_in[feature.layer]).dense(30)[..., feature.index]
+        assert torch.equal(found[feature], dense) and found[feature].any()
+    with torch.no_grad():
+        whole = scope.adapter.forward(batch.tensors, use_cache=False).logits[:, -1]
+    assert torch.allclose(logits, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "llava", "qwen3_vl"])
+def test_the_lens_ends_where_the_model_does(family: str) -> None:
+    """The last state's words are the model's; an earlier one's are those of a model that ends there."""
+    vlm = tiny_vlm(family, 5)
+    batch = make_batch(vlm.adapter, [vlm.prepare("what is this ?", [tiny_image(i).resize((48, 48))]) for i in range(2)])
+    positions = np.append(np.flatnonzero(batch.is_image), batch.length - 1)
+    with torch.no_grad():
+        logits = vlm.adapter.forward(batch.tensors, use_cache=False).logits[:, torch.from_numpy(positions)].double()
+        embeddings = batch.tensors["inputs_embeds"][:, torch.from_numpy(positions)]
+        start = vlm.adapter.lm_head()(vlm.adapter.final_norm()(embeddings))
+    words = logits[:, -1].argmax(-1).tolist()
+    lens = token_lens(vlm.adapter, batch, positions, words, 4)
+    assert lens.top.shape == (2, vlm.adapter.n_layers + 1, len(positions), 4)
+    assert np.array_equal(lens.top[:, 0, :, 0], start.argmax(-1).numpy())
+    probabilities = logits.softmax(-1)
+    best = probabilities.topk(4)
+    assert np.array_equal(lens.top[:, -1], best.indices.numpy())
+    assert lens.probability[:, -1] == pytest.approx(best.values.numpy(), rel=1e-4)
+    assert (lens.rank[:, -1, -1] == 0).all()
+    for row, word in enumerate(words):
+        assert lens.word_probability[row, -1] == pytest.approx(probabilities[row, :, word].numpy(), rel=1e-4)
+        mine = logits[row] > logits[row, :, word][:, None]
+        assert np.abs(lens.rank[row, -1] - mine.sum(-1).numpy()).max() <= 1  # of equals by rounding

@@ -1,0 +1,173 @@
+"""The choice of the strongest and of drawn pairs against plain sorting, and a layer's study against loops."""
+
+import numpy as np
+import pytest
+import torch
+
+from vlmscope.core.study import BINS, IMAGE, KINDS, bin_edges
+from vlmscope.features.study_tables import (
+    COUNTS,
+    NEVER,
+    UNIT,
+    LayerStudy,
+    Pairs,
+    Tokens,
+    chosen,
+    item_hash,
+    joined,
+    no_pairs,
+)
+from vlmscope.transcoders.transcoder import SparseCode
+
+F, ITEMS, T, K, N, M, WINDOW = 12, 30, 9, 4, 3, 5, 2
+CPU = torch.device("cpu")
+
+
+def _pairs(seed: int, count: int = 400) -> Pairs:
+    """Pairs in random order, few different peaks, so that many are equal."""
+    rng = np.random.default_rng(seed)
+    keys = rng.choice(F * 300, count, replace=False)
+    sizes = rng.integers(1, 4, count)
+    return Pairs(
+        (keys % F).astype(np.int32),
+        (keys // F + 300 * seed).astype(np.int64),
+        rng.integers(1, 6, count).astype(np.float32),
+        rng.integers(0, 50, count).astype(np.int32),
+        np.concatenate([[0], np.cumsum(sizes)]),
+        rng.integers(0, 50, sizes.sum()).astype(np.uint16),
+        rng.integers(1, 256, sizes.sum()).astype(np.uint8),
+    )
+
+
+def _rows(pairs: Pairs) -> set:
+    parts = np.split(np.arange(len(pairs.positions)), pairs.starts[1:-1])
+    return {
+        (f, i, p, q, tuple(pairs.positions[e]), tuple(pairs.levels[e]))
+        for f, i, p, q, e in zip(pairs.feature, pairs.item, pairs.peak, pairs.position, parts, strict=True)
+    }
+
+
+def _same(one: dict, other: dict, names: tuple[str, ...] = (*COUNTS, *Pairs.__dataclass_fields__)) -> None:
+    for name in names:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 0), (5, 4), (1000, 1000)])
+def test_choice_equals_plain_sorting(n: int, m: int) -> None:
+    pairs = _pairs(1)
+    found = chosen(pairs, F, n, m)
+    wanted = set()
+    for feature in range(F):
+        own = [int(i) for i in np.flatnonzero(pairs.feature == feature)]
+        top = sorted(own, key=lambda i: (-pairs.peak[i], pairs.item[i]))
+        drawn = sorted(own, key=lambda i: int(item_hash(pairs.item[i : i + 1])[0]))
+        wanted |= {*top[:n], *drawn[:m]}
+        last = (pairs.peak[top[n - 1]], pairs.item[top[n - 1]]) if len(own) >= n else (0, NEVER)
+        assert (found.peak[feature], found.item[feature]) == last
+        if m == 0:
+            assert found.hash[feature] == -1
+    assert _rows(found.pairs) == _rows(pairs.take(np.array(sorted(wanted))))
+
+
+def test_merging_parts_is_choosing_among_all() -> None:
+    parts = [_pairs(seed) for seed in range(4)]
+    whole = chosen(joined(parts), F, 4, 5)
+    some = chosen(joined([chosen(joined(parts[:2]), F, 4, 5).pairs, no_pairs()]), F, 4, 5).pairs
+    merged = chosen(joined([parts[3], some, chosen(parts[2], F, 4, 5).pairs]), F, 4, 5)
+    _same(vars(merged.pairs), vars(whole.pairs), tuple(Pairs.__dataclass_fields__))
+    np.testing.assert_array_equal(merged.hash, whole.hash)
+
+
+def test_a_draw_is_fair() -> None:
+    """Each tenth of the items gets its tenth of the draws: 100 of 1,000, 4 standard deviations are 38."""
+    hashes = item_hash(np.arange(10_000) * 256)
+    counts = np.bincount(np.argsort(hashes)[:1000] // 1000, minlength=10)
+    assert abs(counts - 100).max() < 40 and len(np.unique(hashes)) == 10_000
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Codes with equal activations (ties) and inactive slots; kinds of positions; a mask."""
+    rng = np.random.default_rng(0)
+    values = torch.from_numpy(rng.choice([0, 0.5, 0.75, 1.25, 3, 100], (ITEMS, T, K)).astype(np.float32))
+    indices = torch.from_numpy(np.stack([rng.permutation(F)[:K] for _ in range(ITEMS * T)]).reshape(ITEMS, T, K))
+    kinds = rng.integers(0, 3, (ITEMS, T)).astype(np.uint8)
+    valid = torch.from_numpy(rng.random((ITEMS, T)) < 0.9)
+    dense = SparseCode(indices, values * valid[..., None]).dense(F).numpy()
+    return indices, values, kinds, valid, dense
+
+
+def _run(data, order, size, only=None, state=None) -> dict[str, np.ndarray]:
+    indices, values, kinds, valid, _ = data
+    study = LayerStudy(F, N, M, WINDOW, CPU, only)
+    if state is not None:
+        study.load(state)
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        there = valid[rows]
+        tokens = Tokens(rows * 256, list(kinds[rows]), list(there.numpy()), CPU)
+        study.add(SparseCode(indices[rows][there], values[rows][there]), tokens)
+        if start % 2:
+            study.settle()
+    return study.state()
+
+
+def test_everything_equals_a_plain_loop(data) -> None:
+    dense, kinds = data[-1], data[2]
+    state = _run(data, np.arange(ITEMS), 4)
+    histogram = state["histogram"].reshape(F, len(KINDS), BINS)
+    for feature in range(F):
+        acts = dense[..., feature]
+        for kind in range(len(KINDS)):
+            wanted, _ = np.histogram(acts[(kinds == kind) & (acts > 0)], bin_edges())
+            np.testing.assert_array_equal(histogram[feature, kind], wanted)
+        assert state["sums"][feature] * UNIT == pytest.approx(acts.sum(dtype=np.float64), rel=1e-6)
+        peaks = acts.max(1)
+        assert state["items_fired"][feature] == (peaks > 0).sum()
+        top = sorted((i for i in range(ITEMS) if peaks[i] > 0), key=lambda i: (-peaks[i], i))[:N]
+        own = np.flatnonzero(state["feature"] == feature)
+        assert [int(state["item"][i]) // 256 for i in own][:N] == top
+        for row in own:
+            item = int(state["item"][row]) // 256
+            peak = int(acts[item].argmax())
+            assert (state["peak"][row], state["position"][row]) == (peaks[item], peak)
+            text = np.cumsum((kinds[item] != IMAGE) & data[3][item].numpy())
+            near = (kinds[item] == IMAGE) | (abs(text - text[peak]) <= WINDOW)
+            near = np.flatnonzero(near & (acts[item] > 0))
+            entries = slice(state["starts"][row], state["starts"][row + 1])
+            np.testing.assert_array_equal(state["positions"][entries], near)
+            levels = np.clip(np.rint(acts[item, near] / peaks[item] * 255), 1, 255)
+            np.testing.assert_array_equal(state["levels"][entries], levels)
+
+
+def test_order_batches_parts_and_resuming_change_nothing(data) -> None:
+    wanted = _run(data, np.arange(ITEMS), 4)
+    for seed, size in enumerate((1, 7, ITEMS)):
+        _same(_run(data, np.random.default_rng(seed).permutation(ITEMS), size), wanted)
+    half = _run(data, np.arange(ITEMS // 2), 4)
+    _same(_run(data, np.arange(ITEMS // 2, ITEMS), ITEMS, state=half), wanted)
+    parts = [_run(data, np.arange(ITEMS)[i::3], 4) for i in range(3)]
+    merged = chosen(joined([Pairs.of(part) for part in parts]), F, N, M).pairs
+    _same({name: np.sum([part[name] for part in parts], axis=0) for name in COUNTS} | vars(merged), wanted)
+
+
+def test_some_features_alone(data) -> None:
+    whole, only = _run(data, np.arange(ITEMS), 4), torch.tensor([5, 2])
+    part = _run(data, np.arange(ITEMS), 4, only)
+    for column, feature in enumerate(only.tolist()):
+        for name in ("item", "peak", "position"):
+            wanted = whole[name][whole["feature"] == feature]
+            np.testing.assert_array_equal(part[name][part["feature"] == column], wanted)
+    _same(part, {name: whole[name][only.numpy()] for name in ("sums", "items_fired")}, ("sums", "items_fired"))
+
+
+def test_few_pairs_wait_once_the_strongest_are_known() -> None:
+    """A feature with the same activation in every item: later items never beat the first ones."""
+    study = LayerStudy(F, N, 0, WINDOW, CPU)
+    code = SparseCode(torch.zeros(10 * T, 1, dtype=torch.int64), torch.ones(10 * T, 1))
+    for first in (0, 10):
+        kinds, valid = [np.zeros(T, dtype=np.uint8)] * 10, [np.ones(T, dtype=bool)] * 10
+        study.add(code, Tokens(np.arange(first, first + 10), kinds, valid, CPU))
+        assert bool(study.waiting) == (first == 0)
+        study.settle()
+    assert study.kept.item.tolist() == [0, 1, 2]

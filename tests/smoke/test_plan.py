@@ -107,7 +107,7 @@ def test_training_over_hosts_and_in_half_precision(tmp_path: Path) -> None:
         (["task.tokens=0"], "task.tokens=0: it must be at least 1"),
         (["model=path", "model.path=/no/model"], "nothing is known here"),
         ([*PAPER, "task.training.gpus=40"], "40 processes on a host for 34 layers"),
-        ([*PAPER, "trainer.precision=64"], "trainer.precision=64: transcoders take 32 or bf16-mixed"),
+        ([*PAPER, "trainer.precision=64"], "trainer.precision=64: no such choice"),
         ([*PAPER, "task.training.tokens=0"], "task.training.tokens=0: it must be at least 1"),
         ([*PAPER, "task.device=l4", "task.training.hosts=2"], "no network between hosts is known of NVIDIA L4"),
         (["model=tiny", "model.family=qwen2_5_vl"], "depends on its size here; say task.tokens="),

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT = 4  # training's parameters, gradients, moments and standardised activations are float32
-_ENCODERS = {"32": "float32", "bf16-mixed": "bfloat16"}
 
 
 class Machine(NamedTuple):
@@ -483,8 +482,6 @@ def plan_training(cfg: AppConfig, adapter: Adapter, machine: Machine) -> dict[st
     from vlmscope.models.sizes import forward_elements, forward_flops, parameters_by_part
     from vlmscope.training.ranks import Layout
 
-    if cfg.trainer.precision not in _ENCODERS:
-        raise UserError(f"trainer.precision={cfg.trainer.precision}: transcoders take {' or '.join(_ENCODERS)}")
     if cfg.transcoder.cross_layer:
         raise UserError("task=plan counts transcoders of single layers; leave out transcoder.cross_layer")
     plan, arch, element = cfg.task.training, cfg.transcoder, BYTES[cfg.model.dtype]
@@ -497,7 +494,7 @@ def plan_training(cfg: AppConfig, adapter: Adapter, machine: Machine) -> dict[st
         arch,
         plan,
         cfg.model.dtype,
-        _ENCODERS[cfg.trainer.precision],
+        "bfloat16" if cfg.trainer.precision == "bf16-mixed" else "float32",
         model_bytes=parameters_by_part(adapter)["total"] * element,
         forward_bytes=forward_elements(adapter, share, ceil(pictures), recorded=False) * element,
         forward_flops=forward_flops(adapter, share, pictures, plan.context),

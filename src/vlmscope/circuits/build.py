@@ -1,26 +1,41 @@
-"""From a circuit's declaration to the circuit: what it names is opened before a model loads, then features chosen."""
+"""What task=circuit is made of: inputs, their graphs, and the supernodes that a declaration chooses.
+
+What a declaration names is opened before a model loads; its features are chosen once there are graphs.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
 from PIL import Image
+from tqdm import tqdm
 
 from vlmscope.attribution.compare import graph_file
-from vlmscope.attribution.export import load_graph
+from vlmscope.attribution.config import AttributionConfig
+from vlmscope.attribution.export import load_graph, save_graph
+from vlmscope.attribution.trace import trace
 from vlmscope.circuits import selectors
+from vlmscope.circuits.cases import answer_token
 from vlmscope.circuits.circuit import Circuit
-from vlmscope.circuits.spec_config import AUTO, CircuitSpecConfig, ContrastConfig, InputSetConfig, SupernodeConfig
+from vlmscope.circuits.spec_config import (
+    ANSWER_PREFIX,
+    AUTO,
+    CircuitSpecConfig,
+    ContrastConfig,
+    InputSetConfig,
+    SupernodeConfig,
+)
 from vlmscope.core.errors import UserError
-from vlmscope.core.graph import AttributionGraph
+from vlmscope.core.graph import AttributionGraph, PrunedGraph
 from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId
 from vlmscope.data.config import PairsConfig
 from vlmscope.data.images import PictureFiles
-from vlmscope.data.inputs import Side, load_pairs
+from vlmscope.data.inputs import Pair, Side, load_pairs
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
 from vlmscope.features.labels import Labels, check_same, short_label
 from vlmscope.features.readouts import RoleMeans, role_means, top_and_bottom_logits
@@ -29,6 +44,8 @@ from vlmscope.features.study_files import StudyFolder
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope
+
+RIGHT = "right - other"  # the end of graphs whose pairs have different answers
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,41 @@ def _contrast_sets(
         raise UserError(f"{where}.pairs: no training pair's answers differ; give more pairs, or set pairs.train higher")
     originals, others = ([Asked.of(getattr(pair, side)) for pair in moving] for side in ("original", "counterfactual"))
     return (originals, others) if contrast.pairs == "original" else (others, originals)
+
+
+def trace_all(
+    scope: Scope, asked: Sequence[Asked], settings: Sequence[AttributionConfig], folder: Path
+) -> list[PrunedGraph]:
+    """The graph of each input with its settings; the first one is written to the run folder."""
+    graphs: list[PrunedGraph] = []
+    each = zip(asked, settings, strict=True)
+    for one, how in tqdm(each, desc="trace", unit="input", total=len(asked), disable=len(asked) < 2):
+        graphs.append(trace(scope, one.prepared(scope), how, folder).pruned)
+        if len(graphs) == 1:
+            save_graph(folder / "graph.safetensors", graphs[0])
+    return graphs
+
+
+def trace_pairs(scope: Scope, pairs: Sequence[Pair], attribution: AttributionConfig, folder: Path) -> list[PrunedGraph]:
+    """The graph of each original that explains its answer's logit minus its counterfactual's, which is what discovery
+    keeps; all with one name for this end.
+    """
+    ends = [[answer_token(scope, side.answer) for side in (pair.original, pair.counterfactual)] for pair in pairs]
+    settings = [replace(attribution, difference=[f"id:{token}" for token in both]) for both in ends]
+    graphs = trace_all(scope, [Asked.of(pair.original) for pair in pairs], settings, folder)
+    words = {word for pruned in graphs for word in pruned.graph.logit_tokens}
+    end = ANSWER_PREFIX + (words.pop() if len(words) == 1 else RIGHT)
+    return [replace(pruned, graph=replace(pruned.graph, logit_tokens=[end])) for pruned in graphs]
+
+
+def spread_answers(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """At most so many pairs, whose originals have as many different answers as can be; earlier ones first."""
+    seen: Counter[str] = Counter()
+    turns: list[int] = []
+    for pair in pairs:
+        turns.append(seen[pair.original.answer])
+        seen[pair.original.answer] += 1
+    return [pairs[i] for i in sorted(range(len(pairs)), key=lambda i: turns[i])[:count]]
 
 
 @dataclass

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmscope.circuits.build import Asked
+from vlmscope.circuits.build import RIGHT, Asked
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.discovery.discover import WRITES, Discovery
-from vlmscope.circuits.discovery.report import detail_sections, headline, summary
+from vlmscope.circuits.discovery.report import sections, summary
 from vlmscope.circuits.spec_config import ANSWER_PREFIX, SOFT, SURROUNDINGS, TEXT
 from vlmscope.core.intervention import CircuitEdge, CircuitFeature, FeatureExample, Supernode
 from vlmscope.core.records import FeatureId
@@ -20,13 +20,25 @@ from vlmscope.data.images import for_figures, png_bytes
 from vlmscope.features.readouts import top_and_bottom_logits
 from vlmscope.features.top_examples import StudyItem, top_examples
 from vlmscope.report.circuit_figure import circuit_diagram, drawable
-from vlmscope.report.page import Card, Cards, Features, Figure, Percent, ReportPage, Section, Table, Text, drawn
+from vlmscope.report.page import Card, Cards, Features, Figure, Percent, ReportPage, Table, Text, drawn
 from vlmscope.report.thumbnails import decode, example_png
 from vlmscope.scope import Scope
 
 SHOWN = 6  # features of a supernode with evidence
 THUMBNAILS = 3  # pictures in a supernode's box
 WORDS = 3  # of the line in a box
+EDGES = (
+    "Sum: of all direct edges between the members, in units of the target's pre-activations, into an answer in logits. "
+    "Share: of the sum of all absolute edges into the target. A supernode's edges to itself are among its own members. "
+    "Errors, biases and other features are what the circuit leaves unexplained."
+)
+LIMITS = (
+    "Edges are direct effects in the model with attention patterns and norms frozen at these inputs: they say neither "
+    "what happens through other features nor what happens when attention changes. Shares are signed, and effects of "
+    "opposite sign cancel in a sum.",
+    "That a supernode matters is shown by intervening: task=steer or task=patch with task.circuit=, or an interchange "
+    "with interchange.circuit=, each beside its controls.",
+)
 Examples = Mapping[FeatureId, tuple[FeatureExample, ...]]
 
 
@@ -152,13 +164,10 @@ def _peaks(member: CircuitFeature) -> list[str]:
 
 @dataclass(frozen=True)
 class Origin:
-    """How a circuit was discovered: what was found, by which pairs, what its graphs explain, and the other questions
-    that these pairs have.
-    """
+    """How a circuit was discovered: what was found, by which pairs, and the other questions that these pairs have."""
 
     discovery: Discovery
     pairs: str
-    explains: str
     others: Sequence[str] = ()
 
 
@@ -175,57 +184,50 @@ def write_page(
     """Write figures/circuit.png and report.html of a circuit, `nodes` being its described supernodes."""
     picture = next((for_figures(each.pictures[:1])[0] for each in asked if each.pictures), None)
     diagram = draw_diagram(folder / "figures" / "circuit.png", nodes, circuit.edges, picture, min_share)
-    title, about, numbers, details = f"Circuit: {name}", "", [], []
+    title, text, numbers, details = f"Circuit: {name}", _summary(circuit, metrics), [], []
     if origin is not None:
         title = f"Circuit found by {origin.pairs}: the question {origin.discovery.question}"
-        about = summary(origin.discovery) + " "
-        numbers, details = [headline(origin.discovery)], detail_sections(origin.discovery, folder)
-    place = folder / "circuits" / name
-    sections: tuple[Section, ...] = (
-        _headline(metrics),
-        *numbers,
-        Figure(
-            "The circuit",
-            (drawn(diagram.path, f"Diagram of the circuit {name}: {diagram}", True),),
-            _intro(int(metrics["circuit/graphs"]), diagram, nodes, origin),
-        ),
-        _edge_table(circuit.edges),
-        Table(
-            "Supernodes",
-            ("name", "chosen by", "positions", "features"),
-            tuple((n.name, n.chosen or "-", str(n.positions or "everywhere"), len(n.features)) for n in nodes),
-        ),
-        *(Features(f"Features of {node.name}", node, shown=4) for node in nodes),
-        *details,
-        Text(
-            "Limits",
-            (
-                "Edges are direct effects in the model with attention patterns and norms frozen at these inputs: they "
-                "say neither what happens through other features nor what happens when attention changes. Shares are "
-                "signed, and effects of opposite sign cancel in a sum.",
-                "That a supernode matters is shown by intervening: task=steer or task=patch with task.circuit=, or an "
-                "interchange with interchange.circuit=, each beside its controls.",
-            ),
-        ),
-        Text(
-            "Go on",
-            ("The same seed gives the same circuit on the same machine; overrides.yaml of the run holds its command.",),
-            code=f"python run.py task=circuit task.load={place}\n"
-            f"python run.py task=steer task.circuit={place} 'prompt=...' image=...",
-        ),
-    )
-    question = "Which named groups of features act on each other and on the answer, directly, and how strongly?"
-    footer = f"vlmscope · {circuit.model} · {folder.name}"
-    ReportPage(title, question, about + _summary(circuit, metrics), sections, footer).write(folder / "report.html")
-
-
-def _headline(metrics: Mapping[str, float]) -> Cards:
-    names = {"supernodes": "supernodes", "features": "features", "inputs traced": "graphs"}
-    cards = [Card(says, int(metrics[f"circuit/{key}"])) for says, key in names.items()]
+        text = f"{summary(origin.discovery)} {text}"
+        cards, details = sections(origin.discovery, folder)
+        numbers = [cards]
+    cards = [Card(key, int(metrics[f"circuit/{key}"])) for key in ("supernodes", "features", "graphs")]
     if "circuit/influence_share" in metrics:
         share = Percent(metrics["circuit/influence_share"])
         cards.append(Card("influence of the circuit", share, "of all features' influence on the answer"))
-    return Cards("In numbers", tuple(cards))
+    intro = _intro(int(metrics["circuit/graphs"]), diagram, nodes, origin)
+    edges = sorted(circuit.edges, key=lambda e: -abs(e.share))
+    place = folder / "circuits" / name
+    ReportPage(
+        title,
+        "Which named groups of features act on each other and on the answer, directly, and how strongly?",
+        text,
+        (
+            Cards("In numbers", tuple(cards)),
+            *numbers,
+            Figure("The circuit", (drawn(diagram.path, f"Diagram of the circuit {name}: {diagram}", True),), intro),
+            Table(
+                "Edges",
+                ("from", "to", "sum", "share of what it takes in", "inputs"),
+                tuple((e.source, e.target, e.weight, Percent(e.share), e.graphs) for e in edges),
+                note=EDGES,
+            ),
+            Table(
+                "Supernodes",
+                ("name", "chosen by", "positions", "features"),
+                tuple((n.name, n.chosen or "-", str(n.positions or "everywhere"), len(n.features)) for n in nodes),
+            ),
+            *(Features(f"Features of {node.name}", node, shown=4) for node in nodes),
+            *details,
+            Text("Limits", LIMITS),
+            Text(
+                "Go on",
+                ("The same seed gives the same circuit on the same machine; overrides.yaml holds the run's command.",),
+                code=f"python run.py task=circuit task.load={place}\n"
+                f"python run.py task=steer task.circuit={place} 'prompt=...' image=...",
+            ),
+        ),
+        f"vlmscope · {circuit.model} · {folder.name}",
+    ).write(folder / "report.html")
 
 
 def _summary(circuit: Circuit, metrics: Mapping[str, float]) -> str:
@@ -258,21 +260,9 @@ def _intro(graphs: int, diagram: Diagram, nodes: Sequence[Supernode], origin: Or
     if origin is not None:
         text += (
             " Features at the last position that write an answer of the pairs most are named by it; the others, and "
-            f"those elsewhere, by where they are.{origin.explains}"
+            f"those elsewhere, by where they are. {RIGHT}: the logit of the original's answer minus that of its "
+            "counterfactual's."
         )
         if origin.others:
             text += f" Other questions of these pairs: discovery.question={' or '.join(origin.others)}."
     return text
-
-
-def _edge_table(edges: Sequence[CircuitEdge]) -> Table:
-    """All edges, the largest share first."""
-    rows = tuple(
-        (e.source, e.target, e.weight, Percent(e.share), e.graphs) for e in sorted(edges, key=lambda e: -abs(e.share))
-    )
-    note = (
-        "Sum: of all direct edges between the members, in units of the target's pre-activations, into an answer in "
-        "logits. Share: of the sum of all absolute edges into the target. A supernode's edges to itself are among its "
-        "own members. Errors, biases and other features are what the circuit leaves unexplained."
-    )
-    return Table("Edges", ("from", "to", "sum", "share of what it takes in", "inputs"), rows, note=note)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.core.records import ANSWER, ROLES, FeatureId, PatchBox, Positions
 
 SELECTORS = ("ids", "label", "contrast", "influence", "cluster")
@@ -15,6 +15,8 @@ AUTO = "auto"  # a supernode that is to be named after its features
 SOFT, TEXT, OTHER, ERRORS, BIASES = "soft tokens", "question", "other features", "errors", "biases"
 SURROUNDINGS = (SOFT, TEXT, OTHER, ERRORS, BIASES)  # what edges of a circuit may come from besides supernodes
 ANSWER_PREFIX = "answer: "
+SIDES = ("original", "counterfactual")
+RUNS = ("free", "frozen_attention")
 METHODS = ("graph", "eap_ig", "greedy", "activation", "random")
 _NAME = re.compile(r"[\w-][\w. -]{0,59}")
 _FOLDER = re.compile(r"[\w-][\w.-]{0,59}", re.ASCII)
@@ -46,7 +48,11 @@ class InputSetConfig:
         _refuse(self.concept is not None and bool(self.images), f"{where}: give a concept or images, not both")
         nothing = self.concept is None and not self.images and not self.prompts
         _refuse(nothing, f"{where}: it names no inputs; give a concept, images, or prompts for text alone")
-        _refuse(self.pictures < 1, f"{where}.pictures={self.pictures}: it must be at least 1")
+        check_least(where, self, pictures=1)
+
+    def __str__(self) -> str:
+        what = self.concept or (f"{len(self.images)} images" if self.images else "text")
+        return f"{what}: {'; '.join(self.prompts)}" if self.prompts else what
 
 
 @dataclass
@@ -70,8 +76,7 @@ class ContrastConfig:
         if self.pairs is not None:
             more = self.of is not None or self.against is not None
             _refuse(more, f"{where}: pairs brings both sets of inputs; leave out of and against")
-            advice = "choose original or counterfactual, the side of pairs="
-            _refuse(self.pairs not in ("original", "counterfactual"), f"{where}.pairs={self.pairs}: {advice}")
+            check_choice(f"{where}.pairs", self.pairs, SIDES)
             return
         if self.of is None or self.against is None:
             raise UserError(f"{where}: a contrast needs two sets of inputs; give of and against, or pairs")
@@ -81,16 +86,10 @@ class ContrastConfig:
         _refuse(same, f"{where}: of and against are the same inputs, so nothing differs; change one")
 
     def __str__(self) -> str:
-        if self.pairs is not None:
-            other = "counterfactual" if self.pairs == "original" else "original"
-            return f"contrast of the pairs' {self.pairs}s with their {other}s"
-
-        def words(inputs: InputSetConfig | None) -> str:
-            assert inputs is not None, "checked when the spec was read"
-            what = inputs.concept or (f"{len(inputs.images)} images" if inputs.images else "text")
-            return f"{what}{': ' + '; '.join(inputs.prompts) if inputs.prompts else ''}"
-
-        return f"contrast of {words(self.of)} with {words(self.against)}"
+        if self.pairs is None:
+            return f"contrast of {self.of} with {self.against}"
+        (other,) = {*SIDES} - {self.pairs}
+        return f"contrast of the pairs' {self.pairs}s with their {other}s"
 
 
 @dataclass
@@ -128,11 +127,8 @@ class ClusterConfig:
 
 @dataclass
 class PositionsConfig:
-    """Where in a prompt a supernode is meant: the union of positions by role and of a part of the picture.
-
-    Attributes:
-        roles: special, image, question, last or answer.
-        box: left, top, right, bottom as fractions of the picture: the soft tokens whose own part overlaps it.
+    """Where in a prompt a supernode is meant: the union of positions by role (special, image, question, last, answer)
+    and of the soft tokens whose own part of the picture overlaps a box (left, top, right, bottom as fractions of it).
     """
 
     roles: list[str] = field(default_factory=list)
@@ -140,16 +136,15 @@ class PositionsConfig:
 
     def check(self, where: str) -> None:
         """Refuse positions that are none."""
-        known, box = (*ROLES, ANSWER), self.box
+        box = self.box
         for role in self.roles:
-            _refuse(role not in known, f"{where}.roles: no role {role!r}; choose from {', '.join(known)}")
+            check_choice(f"{where}.roles", role, (*ROLES, ANSWER))
         _refuse(not box and not self.roles, f"{where} is empty; give roles, a box, or leave it out")
-        if box:
-            inside = len(box) == 4 and all(0 <= x <= 1 for x in box) and box[0] < box[2] and box[1] < box[3]
-            form = "give left, top, right and bottom as fractions 0 to 1 of the picture, such as [0.25,0.25,0.75,0.75]"
-            _refuse(not inside, f"{where}.box={list(box)}: {form}")
-            advice = "the role image takes every soft token, so the box says nothing; leave one out"
-            _refuse("image" in self.roles, f"{where}: {advice}")
+        inside = len(box) == 4 and all(0 <= x <= 1 for x in box) and box[0] < box[2] and box[1] < box[3]
+        form = "give left, top, right and bottom as fractions 0 to 1 of the picture, such as [0.25,0.25,0.75,0.75]"
+        _refuse(bool(box) and not inside, f"{where}.box={list(box)}: {form}")
+        advice = "the role image takes every soft token, so the box says nothing; leave one out"
+        _refuse(bool(box) and "image" in self.roles, f"{where}: {advice}")
 
 
 @dataclass
@@ -193,7 +188,7 @@ class SupernodeConfig:
         given = [name for name in SELECTORS if getattr(self, name)]
         what = f"{' and '.join(given)} are given" if given else "nothing chooses its features"
         _refuse(len(given) != 1, f"{where}: {what}; give exactly one of {', '.join(SELECTORS)}")
-        _refuse(self.count < 1, f"{where}.count={self.count}: it must be at least 1")
+        check_least(where, self, count=1)
         ordered = not self.layers or (len(self.layers) == 2 and 0 <= self.layers[0] <= self.layers[1])
         _refuse(not ordered, f"{where}.layers={list(self.layers)}: give the first and the last layer, as in [2,5]")
         for text in self.ids:
@@ -207,8 +202,8 @@ class SupernodeConfig:
         share = None if self.influence is None else self.influence.share
         bad = share is not None and not 0 < share <= 1
         _refuse(bad, f"{where}.influence.share={share}: it is a share; choose a number above 0 and at most 1")
-        kind = "firing" if self.cluster is None else self.cluster.kind
-        _refuse(kind not in ("firing", "direction"), f"{where}.cluster.kind={kind}: choose firing or direction")
+        if self.cluster is not None:
+            check_choice(f"{where}.cluster.kind", self.cluster.kind, ("firing", "direction"))
         empty = self.label is not None and not self.label.query.strip()
         _refuse(empty, f"{where}.label.query is empty; give words of a label, as in query: red planet")
 
@@ -237,9 +232,8 @@ class CircuitSpecConfig:
         names = [node.name or key for key, node in self.supernodes.items() if node.name != AUTO]
         for key, node in self.supernodes.items():
             name = node.name if node.name and node.name != AUTO else key
-            taken = name in SURROUNDINGS or name.startswith(ANSWER_PREFIX)
+            bad = name in SURROUNDINGS or name.startswith(ANSWER_PREFIX) or _NAME.fullmatch(name) is None
             advice = f"use letters, digits, spaces, - and _, and none of {', '.join(SURROUNDINGS)}"
-            bad = taken or _NAME.fullmatch(name) is None
             _refuse(bad, f"circuit_spec.supernodes: {name!r} cannot be a supernode's name; {advice}")
             twice = names.count(name) > 1
             _refuse(twice, f"circuit_spec: two supernodes are called {name!r}; give each a name of its own")
@@ -271,7 +265,7 @@ class DiscoveryConfig:
     keep: float = 0.8
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     by: str | None = None
-    modes: list[str] = field(default_factory=lambda: ["free", "frozen_attention"])
+    modes: list[str] = field(default_factory=lambda: list(RUNS))
     graphs: int = 10
     steps: int = 5
     edge_nodes: int = 200
@@ -285,13 +279,11 @@ class DiscoveryConfig:
     def __post_init__(self) -> None:
         bad = not 0.0 < self.keep <= 1.0
         _refuse(bad, f"discovery.keep={self.keep}: it is a share; choose a number above 0 and up to 1")
-        for key, known in (("methods", METHODS), ("modes", ("free", "frozen_attention"))):
+        for key, known in (("methods", METHODS), ("modes", RUNS)):
             values = getattr(self, key)
-            bad = not values or not set(values) <= set(known)
-            _refuse(bad, f"discovery.{key}={list(values)}: choose some of {', '.join(known)}")
-        advice = f"it must be one of discovery.methods, {', '.join(self.methods)}"
-        _refuse(self.by not in (None, *self.methods), f"discovery.by={self.by}: {advice}")
-        least = {"graphs": 1, "steps": 1, "edge_nodes": 1, "edge_pairs": 0, "draws": 1, "minimality": 0, "resamples": 2}
-        for key, smallest in least.items():
-            value = getattr(self, key)
-            _refuse(value < smallest, f"discovery.{key}={value}: it must be at least {smallest}")
+            for value in values or [""]:
+                check_choice(f"discovery.{key}", value, known)
+        if self.by is not None:
+            check_choice("discovery.by", self.by, self.methods)
+        check_least("discovery", self, graphs=1, steps=1, edge_nodes=1, edge_pairs=0, draws=1, minimality=0)
+        check_least("discovery", self, resamples=2)

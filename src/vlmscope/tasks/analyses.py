@@ -17,7 +17,7 @@ import torch
 
 from vlmscope.circuits.cases import concept_cases
 from vlmscope.circuits.circuit import save_circuit
-from vlmscope.circuits.discovery.discover import circuit_subject, discover, moving_questions
+from vlmscope.circuits.discovery.discover import discover_question, moving_questions
 from vlmscope.circuits.discovery.report import write_discoveries
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.intervention import Curve, Rate
@@ -74,13 +74,10 @@ class Discover:
     def analyse(self, bench: Bench) -> dict[str, float]:
         """Discover and write; metrics `discovery/<question>/...`."""
         cfg, scope, found = bench.cfg, bench.scope, []
-        train, test = (bench.pairs(split) for split in ("train", "test"))
+        train, test = bench.pairs("train"), bench.pairs("test")
         for question in moving_questions(train, test, cfg.discovery.question):
-            choose, judge = (
-                circuit_subject(scope, question, pairs[question], cfg.interchange.least, cfg.discovery.modes)
-                for pairs in (train, test)
-            )
-            found.append(discover(scope, choose, judge, cfg.discovery, cfg.attribution))
+            settings = (cfg.discovery, cfg.attribution, cfg.interchange.least)
+            found.append(discover_question(scope, question, train, test, *settings))
             circuit = found[-1].to_circuit(scope.vlm.name, scope.transcoders.widths)
             save_circuit(circuit, bench.run_dir / "circuits" / question)
         return write_discoveries(found, bench.run_dir)

@@ -10,14 +10,12 @@ from vlmscope.core.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vlmscope.attribution.config import AttributionConfig
     from vlmscope.circuits.build import Asked
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.page import Origin
     from vlmscope.circuits.spec_config import CircuitSpecConfig
     from vlmscope.config import AppConfig
     from vlmscope.core.graph import PrunedGraph
-    from vlmscope.data.inputs import Pair
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.bench import Bench
     from vlmscope.tasks.registry import RunContext
@@ -35,7 +33,6 @@ USES = (
     "study",
 )
 MEMORY = "attribution.max_nodes, attribution.batch_size, attribution.memory_gb or task.traces"
-RIGHT = "right - other"  # the end of graphs whose pairs have different answers
 SEARCHED = 60  # inputs of contrasts and pairs in which top examples are looked for
 PER_PLANET = 4  # of Orrery's pictures besides
 
@@ -68,14 +65,14 @@ class Config:
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
-    """Write circuits/<name>/, graph.safetensors, circuit.json, figures/circuit.png and report.html.
+    """Write circuits/<name>/, graph.safetensors, figures/circuit.png and report.html.
 
     A circuit that is found also leaves discovery.json, its tables and its figures.
     """
     from dataclasses import replace
     from pathlib import Path
 
-    from vlmscope.circuits.build import Sources, build_circuit
+    from vlmscope.circuits.build import Sources, build_circuit, trace_all
     from vlmscope.circuits.circuit import circuit_metrics, direct_edges, labelled, load_circuit, save_circuit
     from vlmscope.config.resolve import declared_circuit
     from vlmscope.features.study_files import StudyFolder
@@ -88,11 +85,11 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     check_source(cfg, spec)
     asked = traced_inputs(cfg, spec)
     loaded = None if cfg.task.load is None else load_circuit(Path(cfg.task.load))
-    declares = loaded is None and spec is not None and bool(spec.supernodes)
-    discovers = loaded is None and not declares
+    declared = spec if loaded is None and spec is not None and spec.supernodes else None
+    discovers = loaded is None and declared is None
     if not discovers and not asked and (loaded is None or not loaded.edges):
         raise UserError("nothing to trace: add prompt= (and image=), task.rows=FILE, or inputs in the circuit_spec")
-    sources = Sources.of(spec, asked, cfg.pairs, cfg.seed) if declares and spec is not None else Sources()
+    sources = Sources() if declared is None else Sources.of(declared, asked, cfg.pairs, cfg.seed)
     contrasts = [] if spec is None else [node.contrast for node in spec.supernodes.values() if node.contrast]
     if cfg.pairs is not None and not discovers and not any(contrast.pairs for contrast in contrasts):
         print("pairs= finds circuits; this one is declared or loaded, so they are not used")
@@ -104,22 +101,22 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         name = origin.discovery.question
     else:
         if loaded is not None:
-            loaded.check_fits(bench.vlm.name, bench.transcoders.widths, str(cfg.task.load))
-        graphs = traced(bench, asked)
+            loaded.check_fits(bench.vlm.name, bench.transcoders.widths, cfg.task.load)
+        graphs = trace_all(bench.scope, asked, [cfg.attribution] * len(asked), bench.run_dir)
         if loaded is not None:
             circuit, name = loaded, Path(cfg.task.load).name
         else:
-            assert spec is not None, "without a spec a circuit is loaded or discovered"
-            circuit, name = build_circuit(bench.scope, spec, sources, [one.graph for one in graphs]), spec.name
+            assert declared is not None, "a circuit is loaded, declared or discovered"
+            circuit, name = build_circuit(bench.scope, declared, sources, [one.graph for one in graphs]), declared.name
     whole = [pruned.graph for pruned in graphs]
     if whole:
         circuit = replace(circuit, edges=direct_edges(whole, list(circuit.supernodes.values()), cfg.task.answers))
     circuit = labelled(circuit, bench.labels)
-    save_circuit(circuit, context.run_dir / "circuits" / name)
-    metrics = circuit_metrics(circuit, whole)
+    save_circuit(circuit, bench.run_dir / "circuits" / name)
+    bench.metrics |= circuit_metrics(circuit, whole)
     if cfg.task.figure:
-        draw(bench, circuit, name, asked, others, study, metrics, origin)
-    return bench.metrics | metrics
+        draw(bench, circuit, name, asked, others, study, origin)
+    return bench.metrics
 
 
 def check_source(cfg: AppConfig, spec: CircuitSpecConfig | None) -> None:
@@ -165,34 +162,14 @@ def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]
     return [] if spec is None or spec.inputs is None else asked_of("circuit_spec.inputs", spec.inputs, (), cfg.seed)
 
 
-def traced(bench: Bench, asked: Sequence[Asked], settings: Sequence[AttributionConfig] = ()) -> list[PrunedGraph]:
-    """The graphs of all inputs, with settings of their own if given; the first one is written to the run folder."""
-    from tqdm import tqdm
-
-    from vlmscope.attribution.export import save_graph
-    from vlmscope.attribution.trace import trace
-
-    graphs: list[PrunedGraph] = []
-    each = zip(asked, settings or [bench.cfg.attribution] * len(asked), strict=True)
-    for one, how in tqdm(each, desc="trace", unit="input", total=len(asked), disable=len(asked) < 2):
-        graphs.append(trace(bench.scope, one.prepared(bench.scope), how, bench.run_dir).pruned)
-        if len(graphs) == 1:
-            save_graph(bench.run_dir / "graph.safetensors", graphs[0])
-    return graphs
-
-
 def discovered(bench: Bench, asked: list[Asked]) -> tuple[Circuit, list[PrunedGraph], list[Asked], list[Asked], Origin]:
     """The circuit of one question of the pairs with named supernodes, the graphs of what was asked (or else of the
     pairs' originals), inputs in which its features may fire, and how it was found.
     """
-    from dataclasses import replace
-
-    from vlmscope.circuits.build import Asked
-    from vlmscope.circuits.discovery.discover import by_answer, circuit_subject, discover, moving_questions
+    from vlmscope.circuits.build import Asked, spread_answers, trace_all, trace_pairs
+    from vlmscope.circuits.discovery.discover import discover_question, moving_questions, named_circuit
     from vlmscope.circuits.discovery.report import write_discoveries
     from vlmscope.circuits.page import Origin
-    from vlmscope.circuits.spec_config import ANSWER_PREFIX
-    from vlmscope.features.readouts import top_and_bottom_logits
     from vlmscope.report.style import label
 
     cfg = bench.cfg
@@ -203,55 +180,24 @@ def discovered(bench: Bench, asked: list[Asked]) -> tuple[Circuit, list[PrunedGr
             "or give prompt= (and image=) to trace an input of your own"
         )
     cfg.attribution.check()
-    train, test = (bench.pairs(split) for split in ("train", "test"))
+    train, test = bench.pairs("train"), bench.pairs("test")
     question, *more = moving_questions(train, test, cfg.discovery.question)
     if more:
         print(f"the circuit of the question {question}; discovery.question= takes {' or '.join(more)}")
-    choose, judge = (
-        circuit_subject(bench.scope, question, pairs[question], cfg.interchange.least, cfg.discovery.modes)
-        for pairs in (train, test)
-    )
-    found = discover(bench.scope, choose, judge, cfg.discovery, cfg.attribution)
+    settings = (cfg.discovery, cfg.attribution, cfg.interchange.least)
+    found = discover_question(bench.scope, question, train, test, *settings)
     bench.metrics |= write_discoveries([found], bench.run_dir, cfg.task.figure)
-    sides = [side for pair in train[question] for side in (pair.original, pair.counterfactual)]
-    words = {
-        member.feature: top_and_bottom_logits(bench.scope, member.feature, 1)[0][0][0].strip()
-        for member in found.features()
-        if member.role == "last"
-    }
-    circuit = found.to_circuit(bench.vlm.name, bench.transcoders.widths)
-    circuit = by_answer(circuit, list(dict.fromkeys(side.answer for side in sides)), words)
-    explains = ""
+    others = [Asked.of(side) for pair in train[question] for side in (pair.original, pair.counterfactual)]
+    circuit = named_circuit(bench.scope, found, list(dict.fromkeys(side.caption for side in others)))
     if asked:
-        graphs = traced(bench, asked)
+        graphs = trace_all(bench.scope, asked, [cfg.attribution] * len(asked), bench.run_dir)
     else:
-        # Each original's graph is of its own two answers, whose difference discovery keeps.
-        pairs = spread_answers([train[question][row] for row in choose.pairs.rows.tolist()], cfg.task.traces)
+        pairs = spread_answers([train[question][row] for row in found.train_rows], cfg.task.traces)
         asked = [Asked.of(pair.original) for pair in pairs]
-        answers = [(pair.original.answer, pair.counterfactual.answer) for pair in pairs]
-        ends = [[f"id:{bench.token(word)}" for word in both] for both in answers]
-        graphs = traced(bench, asked, [replace(cfg.attribution, difference=end) for end in ends])
-        names = {word for pruned in graphs for word in pruned.graph.logit_tokens}
-        if len(names) > 1:
-            names = {RIGHT}
-            explains = f" {RIGHT}: the logit of the original's answer minus that of its counterfactual's."
-        name = ANSWER_PREFIX + names.pop()
-        graphs = [replace(pruned, graph=replace(pruned.graph, logit_tokens=[name])) for pruned in graphs]
+        graphs = trace_pairs(bench.scope, pairs, cfg.attribution, bench.run_dir)
     change = None if cfg.pairs is None else cfg.pairs.change
     what = "own pairs" if change is None else f"pairs of {label(change)}"
-    return circuit, graphs, asked, [Asked.of(side) for side in sides], Origin(found, what, explains, more)
-
-
-def spread_answers(pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """At most so many pairs, whose originals have as many different answers as can be; earlier ones first."""
-    from collections import Counter
-
-    seen: Counter[str] = Counter()
-    turns: list[int] = []
-    for pair in pairs:
-        turns.append(seen[pair.original.answer])
-        seen[pair.original.answer] += 1
-    return [pairs[i] for i in sorted(range(len(pairs)), key=lambda i: turns[i])[:count]]
+    return circuit, graphs, asked, others, Origin(found, what, more)
 
 
 def draw(
@@ -261,7 +207,6 @@ def draw(
     asked: Sequence[Asked],
     others: Sequence[Asked],
     study: StudyFolder | None,
-    metrics: dict[str, float],
     origin: Origin | None,
 ) -> None:
     """The diagram and the page, with inputs on which features are most active: of a study, or of what is at hand."""
@@ -286,4 +231,4 @@ def draw(
         return examples_among(bench.scope, features, pool)
 
     nodes = described(bench.scope, circuit, examples, SHOWN)
-    write_page(bench.run_dir, name, circuit, nodes, asked, metrics, bench.cfg.task.min_share, origin)
+    write_page(bench.run_dir, name, circuit, nodes, asked, bench.metrics, bench.cfg.task.min_share, origin)

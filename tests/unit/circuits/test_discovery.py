@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from vlmscope.activations.capture import mlp_inputs
+from vlmscope.circuits.build import spread_answers
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.discovery.discover import NAMED, by_answer
 from vlmscope.circuits.discovery.edges import edge_table, pair_edges, run_edges
@@ -31,7 +32,6 @@ from vlmscope.data.inputs import Pair, Side
 from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.tasks.circuit import spread_answers
 from vlmscope.transcoders.transcoder import random_set
 
 WIDTH = 24

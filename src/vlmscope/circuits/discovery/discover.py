@@ -9,7 +9,7 @@ Legend: N nodes, B pairs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,6 +44,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import CircuitFeature, Rate, Supernode
 from vlmscope.core.records import FeatureId, Positions, generator
 from vlmscope.data.inputs import Pair
+from vlmscope.features.readouts import top_and_bottom_logits
 from vlmscope.metrics.prediction import (
     FaithfulnessCurve,
     faithfulness,
@@ -73,14 +74,12 @@ class SmallestCircuit:
         by: the ranking that it was cut from.
         members: node numbers, best first.
         cut: how many first nodes of the ranking reached the wanted share, before members were pruned.
-        train: its f on the training pairs it was chosen on, free.
+        train: its f on the training pairs, free.
         test: mode -> its f on test pairs; `control`: the mean f of matched random circuits, None where the circuit has
             more than half of the features.
-        ablated: mode -> f of the whole model without the circuit's features, which should be low; `control`: without
-            as many matched features.
-        losses: member -> loss of f when it alone is dropped, on training pairs, of those that were tried.
-        groups: (layer, role) -> loss of f on test pairs when the circuit's nodes there are dropped; layer -1 is the
-            embeddings.
+        ablated: mode -> f of the whole model without the circuit's features; `control`: without matched features.
+        losses: member -> loss of f on training pairs when it alone is dropped, of those that were tried.
+        groups: (layer, -1 for embeddings, and role) -> loss of f on test pairs without the circuit's nodes there.
     """
 
     by: str
@@ -95,12 +94,12 @@ class SmallestCircuit:
 
 @dataclass(frozen=True)
 class Stability:
-    """How often the same features are chosen.
+    """How often the same features are chosen: mean overlaps |A and B| / |A or B| of choices.
 
     Attributes:
-        jaccard: method -> mean overlap |A and B| / |A or B| between the choices of bootstrap resamples of the pairs.
-        other_pairs: the same between training and test pairs (EAP-IG).
-        chance: the same between random choices of as many features.
+        jaccard: method -> between the choices of bootstrap resamples of the pairs.
+        other_pairs: between training and test pairs (EAP-IG).
+        chance: between random choices of as many features.
         frequency: [N], share of resamples in which EAP-IG chooses a node.
     """
 
@@ -115,7 +114,6 @@ class Discovery:
     """Everything about one question.
 
     Attributes:
-        question: its name.
         nodes: the candidates.
         scores: method -> [N] scores; of `greedy`, minus the rank.
         curves: mode -> method -> f over the share of nodes kept, on test pairs.
@@ -125,7 +123,7 @@ class Discovery:
         edges: None if they were left out.
         change: [N], mean change of a feature's activation from counterfactual to original, a mean over pairs summed
             over the positions of its role; 0 for other nodes.
-        train_pairs: how many chose.
+        train_rows: numbers of the training pairs that chose, those answered rightly.
         test_pairs: how many judged.
     """
 
@@ -138,7 +136,7 @@ class Discovery:
     correlation: float
     edges: EdgeCircuits | None
     change: np.ndarray
-    train_pairs: int
+    train_rows: list[int]
     test_pairs: int
 
     @property
@@ -146,18 +144,18 @@ class Discovery:
         """How many members of the circuit are features."""
         return int(self.nodes.is_feature[self.circuit.members].sum())
 
+    @property
+    def all_curves(self) -> dict[str, dict[str, FaithfulnessCurve]]:
+        """The curves, with those of circuits of edges as the mode "edges"."""
+        return self.curves if self.edges is None else {**self.curves, "edges": self.edges.curves}
+
     def features(self) -> tuple[CircuitFeature, ...]:
         """The circuit's features, best first: `contrast` is the change of activation from counterfactual to original,
         `influence` the EAP-IG score in logits.
         """
-        nodes = self.nodes
+        nodes, score = self.nodes, self.scores["eap_ig"]
         return tuple(
-            CircuitFeature(
-                nodes.feature(row),
-                nodes.roles[nodes.role[row]],
-                float(self.change[row]),
-                float(self.scores["eap_ig"][row]),
-            )
+            CircuitFeature(nodes.feature(row), nodes.roles[nodes.role[row]], float(self.change[row]), float(score[row]))
             for row in self.circuit.members.tolist()
             if nodes.kind[row] == Kind.FEATURE
         )
@@ -175,9 +173,10 @@ class Discovery:
         return Circuit({node.name: node for node in nodes}, {}, model=model, n_features=n_features)
 
 
-def moving_questions(
-    train: Mapping[str, Sequence[Pair]], test: Collection[str], wanted: str | None = None
-) -> list[str]:
+PairsByQuestion = Mapping[str, Sequence[Pair]]
+
+
+def moving_questions(train: PairsByQuestion, test: PairsByQuestion, wanted: str | None = None) -> list[str]:
     """The questions of pairs whose answer differs within pairs, or the one that is `wanted` of them.
 
     Raises:
@@ -192,17 +191,28 @@ def moving_questions(
     return moving if wanted is None else [wanted]
 
 
-def circuit_subject(
-    scope: Scope, question: str, pairs: Sequence[Pair], least: int, modes: Collection[str]
-) -> CircuitSubject:
-    """Pairs that are answered rightly on both sides, at least so many, with the prompts of each side."""
-    subject = subject_of_pairs(scope, question, pairs, least, modes=modes)
-    kept = [pairs[row] for row in subject.rows.tolist()]
-    originals, others = (
-        [scope.inputs(side.prompt, list(side.images)) for side in sides]
-        for sides in ([pair.original for pair in kept], [pair.counterfactual for pair in kept])
-    )
-    return CircuitSubject(subject, originals, others)
+def discover_question(
+    scope: Scope,
+    question: str,
+    train: PairsByQuestion,
+    test: PairsByQuestion,
+    settings: DiscoveryConfig,
+    graphs: AttributionConfig,
+    least: int,
+) -> Discovery:
+    """The circuit of a question by those of its pairs that are answered rightly on both sides, at least `least` of
+    each split.
+    """
+    subjects = []
+    for pairs in (train[question], test[question]):
+        subject = subject_of_pairs(scope, question, pairs, least, modes=settings.modes)
+        kept = [pairs[row] for row in subject.rows.tolist()]
+        originals, others = (
+            [scope.inputs(side.prompt, list(side.images)) for side in sides]
+            for sides in ([pair.original for pair in kept], [pair.counterfactual for pair in kept])
+        )
+        subjects.append(CircuitSubject(subject, originals, others))
+    return discover(scope, *subjects, settings, graphs)
 
 
 def discover(
@@ -253,7 +263,7 @@ def discover(
         spearman(np.abs(effects.mean(0))[seen], traced.nodes.mean(0)[seen]),
         discover_edges(choosing, judging, effects, traced, settings) if settings.edge_pairs else None,
         _feature_change(choosing),
-        train.pairs.size,
+        train.pairs.rows.tolist(),
         test.pairs.size,
     )
 
@@ -360,6 +370,16 @@ def _feature_change(runner: Runner) -> np.ndarray:
             yield layer, nothing, change.new_zeros(len(nothing), change.shape[1]).index_add_(0, sides.role_of, change)
 
     return runner.nodes.read(nothing, tables())
+
+
+def named_circuit(scope: Scope, found: Discovery, answers: Sequence[str]) -> Circuit:
+    """The circuit with its supernodes named after position roles and, at the last position, answers of the pairs."""
+    words = {
+        member.feature: top_and_bottom_logits(scope, member.feature, 1)[0][0][0].strip()
+        for member in found.features()
+        if member.role == "last"
+    }
+    return by_answer(found.to_circuit(scope.vlm.name, scope.transcoders.widths), answers, words)
 
 
 def by_answer(circuit: Circuit, answers: Sequence[str], words: Mapping[FeatureId, str]) -> Circuit:

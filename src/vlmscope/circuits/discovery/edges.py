@@ -23,7 +23,7 @@ Legend: n instances of target features at positions, S source groups, E edges, K
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,15 +34,16 @@ from vlmscope.attribution.adjoint import Adjoint, Columns
 from vlmscope.attribution.targets import difference_target
 from vlmscope.circuits.discovery.nodes import ANSWER, OTHER, REST, GraphScores, Kind, Nodes, Sides, order_of
 from vlmscope.circuits.discovery.search import Runner, fewest, finer_sizes
-from vlmscope.circuits.pairs import gap_gradients
+from vlmscope.circuits.pairs import code_slopes, gap_gradients
 from vlmscope.circuits.spec_config import DiscoveryConfig
 from vlmscope.core.intervention import Rate
 from vlmscope.core.records import generator
 from vlmscope.metrics.prediction import FaithfulnessCurve, faithfulness, faithfulness_curve, sizes, spearman
 from vlmscope.replacement.model import LayerFeatures, ReplacementModel, build_replacement, feature_table
 from vlmscope.scope import Scope
-from vlmscope.transcoders.transcoder import Transcoder
+from vlmscope.transcoders.transcoder import SparseCode
 
+Key = tuple[int, int, int, int]  # kind, layer, role, index of a node
 Edge = tuple[int, int]  # source, target: node numbers, or one of ANSWER, REST and OTHER
 
 
@@ -77,23 +78,20 @@ def pair_edges(
     """The edges of the first `count` pairs into the answer and into the feature nodes `targets` [n], with gradients
     taken at `steps` inputs.
     """
+    # These are gradients of -m.
     gradients = gap_gradients(scope, sides.subject.pairs, steps).writes
-    rows, wanted = nodes.rows(), set(targets.tolist())
-    number = {key: row for key, row in rows.items() if row in wanted}
-    found = []
-    for row in range(min(count, sides.subject.pairs.size)):
-        # These are gradients of -m.
-        writes = {layer: -gradient[row] for layer, gradient in gradients.items()}
-        found.append(_edges_of_pair(scope, sides, nodes, number, row, writes))
-    return found
+    runner, wanted = Runner(scope, sides, nodes), set(targets.tolist())
+    number = {key: row for key, row in nodes.rows().items() if row in wanted}
+    return [
+        _edges_of_pair(runner, row, number, {layer: -gradient[row] for layer, gradient in gradients.items()})
+        for row in range(min(count, sides.subject.pairs.size))
+    ]
 
 
 @torch.no_grad()
-def _edges_of_pair(
-    scope: Scope, sides: Sides, nodes: Nodes, number: dict[tuple[int, int, int, int], int], row: int,
-    writes: dict[int, Tensor],
-) -> PairEdges:  # fmt: skip
-    subject = sides.subject
+def _edges_of_pair(runner: Runner, row: int, number: Mapping[Key, int], writes: Mapping[int, Tensor]) -> PairEdges:
+    """Into the feature nodes of `number`, with gradients of m [T, d] where each layer writes."""
+    scope, sides, nodes, subject = runner.scope, runner.sides, runner.nodes, runner.sides.subject
     dtype = torch.float64 if scope.adapter.dtype == torch.float64 else torch.float32
     clean, corrupt = (build_replacement(scope, inputs[row], dtype) for inputs in (subject.originals, subject.others))
     words = int(subject.pairs.tokens[row]), int(subject.pairs.other_tokens[row])
@@ -116,7 +114,11 @@ def _edges_of_pair(
         instances += (columns.features(layer) + which).tolist()
         node += [name for _, name in mine]
         change.append(features.activation[which])
-        slope.append(_slopes(scope.transcoders[layer], writes, features, layer, which))
+        # Slopes of features at positions, each as the only slot of a code.
+        at, transcoder = features.position[which], scope.transcoders[layer]
+        there = {layer + ahead: writes[layer + ahead][at] for ahead in range(transcoder.config.writes)}
+        code = SparseCode(features.index[which][:, None], features.activation[which][:, None])
+        slope.append(code_slopes(transcoder, code, there, layer)[:, 0])
     changes = torch.cat([*change, whole.errors.new_tensor([values[0] - values[1]])]).double().numpy(force=True)
     sources, groups = _groups(whole, columns, nodes, role_of)
 
@@ -193,18 +195,6 @@ def _union(clean: LayerFeatures, corrupt: LayerFeatures) -> LayerFeatures:
         pre_activation=torch.zeros_like(activation),
         offsets=[0, *np.cumsum(counts.cpu().numpy()).tolist()],
     )
-
-
-def _slopes(
-    transcoder: Transcoder, writes: dict[int, Tensor], features: LayerFeatures, layer: int, which: Tensor
-) -> Tensor:
-    """[n], dm/da of some features of a layer: the gradient where they write, read by their decoders."""
-    position, index = features.position[which], features.index[which]
-    parts = [
-        (writes[layer + ahead][position].to(transcoder.W_dec.dtype) * transcoder.decoder(ahead)[index]).sum(-1)
-        for ahead in range(transcoder.config.writes)
-    ]
-    return torch.stack(parts).sum(0)
 
 
 def _groups(

@@ -1,5 +1,6 @@
-"""Circuits: found where they were planted, saved and loaded, turned into plans, and measured."""
+"""Circuits: found where they were planted, saved and loaded, and turned into plans that keep to their positions."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,16 +9,18 @@ import pytest
 import torch
 
 from vlmscope.activations.capture import mlp_inputs
-from vlmscope.circuits.circuit import Circuit, labelled, load_circuit, save_circuit, steer_plan
+from vlmscope.circuits.circuit import Circuit, at_supernodes, labelled, load_circuit, save_circuit, steer_plan
 from vlmscope.circuits.config import CircuitConfig, QuestionConfig, SettingConfig
 from vlmscope.circuits.operations import Carry, Exchange
 from vlmscope.circuits.selectors import contrast_circuit
+from vlmscope.core.artifacts import save_tensors, write_yaml
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import CircuitFeature, Supernode
-from vlmscope.core.records import FeatureId
+from vlmscope.core.intervention import CircuitEdge, CircuitFeature, Supernode
+from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
 from vlmscope.features.readouts import RoleMeans, role_means
-from vlmscope.interventions.named import donor_activations, patch_plan
-from vlmscope.interventions.run import base_run, run_edited
+from vlmscope.interventions.edits import merge, set_features
+from vlmscope.interventions.named import donor_activations, matched_features, patch_plan
+from vlmscope.interventions.run import base_run, edit_changes, run_edited
 from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
@@ -63,30 +66,8 @@ def test_planted_features_are_found_at_their_role(bench) -> None:
         assert float(circuit.level(concept, role, 0, "name")[0]) == {"mars": 2.0, "earth": 1.5}[concept]
         assert metrics[f"circuit/{concept}/confirmed_frac"] == 1.0
     assert circuit.size("mars", "earth") == 2 * len(transcoders)
-    with pytest.raises(UserError, match="another"):
-        circuit.check_fits("another", transcoders.widths, "circuit")
-
-
-def test_features_without_influence_are_left_out(bench) -> None:
-    transcoders = bench[0].transcoders
     circuit, metrics = two_concepts(transcoders, confirmed=False)
-    assert circuit.size("mars", "earth") == 0
-    assert metrics["circuit/mars/confirmed_frac"] == 0.0
-
-
-def test_saved_and_loaded_circuits_steer_alike(bench, tmp_path: Path) -> None:
-    scope, batch = bench
-    circuit, _ = two_concepts(scope.transcoders)
-    save_circuit(circuit, tmp_path)
-    again = load_circuit(tmp_path)
-    plans = [steer_plan(c, "mars", "earth", batch.places, 2.0) for c in (circuit, again)]
-    logits = [run_edited(scope, batch, plan) for plan in plans]
-    assert torch.equal(*logits)
-    assert [m.feature for m in again.supernodes["mars"].features] == [
-        m.feature for m in circuit.supernodes["mars"].features
-    ]
-    with pytest.raises(UserError, match="no supernode 'venus'"):
-        again.indices("venus")
+    assert circuit.size("mars", "earth") == 0 and metrics["circuit/mars/confirmed_frac"] == 0.0
 
 
 def test_steering_sets_levels_by_role(bench) -> None:
@@ -159,17 +140,6 @@ def test_patching_everything_reproduces_the_donor_at_a_layer(bench) -> None:
     assert torch.allclose(seen["patched"], expected, atol=1e-5)
 
 
-def test_pooled_patch_gives_every_soft_token_the_mean(bench) -> None:
-    scope, batch = bench
-    circuit, _ = two_concepts(scope.transcoders)
-    carried = donor_activations(scope, batch, circuit.union())
-    image = torch.from_numpy(batch.is_image)
-    edit = patch_plan(carried, batch.roles, strength=2.0, pooled=True)[1]
-    mean = carried[1][1][:, image].mean(1, keepdim=True) * 2.0
-    assert torch.allclose(edit.value[:, image], mean.expand(-1, int(image.sum()), -1))
-    assert torch.equal(edit.value[:, ~image], carried[1][1][:, ~image] * 2.0)
-
-
 def test_role_means_equal_a_plain_loop(bench) -> None:
     scope, batch = bench
     from vlmscope.activations.capture import mlp_inputs
@@ -219,31 +189,141 @@ def test_circuits_of_half_precision_are_saved_and_matched(tmp_path: Path) -> Non
         assert (table.recovered.isna() == (table.case == "b")).all()  # whose donor is itself
 
 
-def test_bad_settings_are_named() -> None:
-    question = QuestionConfig("what ?", {"mars": "red"})
-    with pytest.raises(UserError, match="needs two different concepts"):
-        CircuitConfig(["mars", "mars"], {})
-    with pytest.raises(UserError, match=r"questions.name.answers lacks earth"):
-        CircuitConfig(["mars", "earth"], {"name": question})
-    both = QuestionConfig("what colour ?", {"neptune": "blue", "earth": "blue"})
-    with pytest.raises(UserError, match=r"both 'blue' to circuit.questions.colour.*leave the question out"):
-        CircuitConfig(["neptune", "earth"], {"colour": both})
-    with pytest.raises(UserError, match=r"circuit.third=mars is one of circuit.concepts"):
-        CircuitConfig(["mars", "earth"], {}, third="mars")
-    with pytest.raises(UserError, match="settings.mode=fre: no such choice; did you mean 'free'"):
-        SettingConfig(mode=["fre"])
-    with pytest.raises(UserError, match="settings: layers=last: write all, no_last"):
-        SettingConfig(layers=["last"])
+def member(text: str) -> CircuitFeature:
+    return CircuitFeature(FeatureId.parse(text), "last", 0.5, 0.25)
 
 
-def test_labels_go_with_a_circuit_and_are_read_back(tmp_path: Path) -> None:
-    members = (CircuitFeature(FeatureId(0, 1), "last", 1.0, 0.5), CircuitFeature(FeatureId(1, 2), "last", 0.5, 0.1))
-    plain = Circuit({"mars": Supernode("mars", members)}, {})
-    named = labelled(plain, {FeatureId(1, 2): "planet = mars (0.97)"})
-    assert [member.label for member in named.supernodes["mars"].features] == ["", "planet = mars (0.97)"]
-    save_circuit(named, tmp_path / "named")
-    save_circuit(plain, tmp_path / "plain")
-    assert load_circuit(tmp_path / "named").supernodes == named.supernodes
-    assert "label" not in (tmp_path / "plain/circuit.yaml").read_text()
-    # What a circuit is called stays where nothing else is known.
-    assert labelled(load_circuit(tmp_path / "named"), {}).supernodes == named.supernodes
+def node(name: str, *features: str, positions: Positions | None = None) -> Supernode:
+    return Supernode(name, tuple(map(member, features)), positions, "ids")
+
+
+HALF = Positions(("last",), PatchBox(0.0, 0.0, 0.5, 1.0))
+
+
+def test_a_box_takes_the_soft_tokens_that_overlap_it(bench) -> None:
+    *_, batch = bench
+    mask = HALF.mask(batch.places)
+    boxes = [box for box, chosen in zip(batch.patch_boxes, mask, strict=True) if chosen and box is not None]
+    assert boxes and all(box.left < 0.5 for box in boxes)
+    assert 0 < len(boxes) < batch.is_image.sum()
+    assert mask[-1] and mask.sum() == len(boxes) + 1
+
+
+def test_each_feature_is_edited_at_the_positions_of_its_supernodes(bench) -> None:
+    scope, batch = bench
+    nodes = [
+        node("a", "L1/3", "L1/4", positions=Positions(("last",))),
+        node("b", "L1/4", "L1/5", positions=Positions(("image",))),
+        node("c", "L1/6"),
+        node("d", "L1/5", positions=Positions(("answer",))),
+    ]
+    everywhere = torch.ones(batch.length, dtype=torch.bool)
+    features = torch.tensor([3, 4, 5, 6])
+    whole = {1: set_features(features, torch.full((4,), 2.0), everywhere, torch.full((4,), 2.0))}
+    plan = at_supernodes(whole, nodes, batch.places)
+    at = plan[1].at
+    assert at is not None and plan[1].at_generated is not None
+    last, image = batch.roles == "last", batch.roles == "image"
+    for column, expected in enumerate((last, last | image, image, np.ones_like(last))):
+        assert at[:, column].tolist() == expected.tolist()
+    assert plan[1].at_generated.tolist() == [False, False, True, True]
+    # What is written is the sum of what single edits at these positions write.
+    x = torch.randn(2, batch.length, scope.adapter.d_model, generator=torch.Generator().manual_seed(1))
+    (written,) = edit_changes(scope.transcoders[1], x, plan[1], 0)
+    parts = [
+        edit_changes(scope.transcoders[1], x, set_features(features[i : i + 1], torch.full((1,), 2.0), at[:, i]), 0)[0]
+        for i in range(4)
+    ]
+    assert torch.allclose(written, torch.stack(parts).sum(0), atol=1e-6)
+    (generated,) = edit_changes(scope.transcoders[1], x[:, :1], plan[1], batch.length)
+    alone = set_features(features[2:], torch.full((2,), 2.0), everywhere, torch.full((2,), 2.0))
+    assert torch.allclose(generated, edit_changes(scope.transcoders[1], x[:, :1], alone, batch.length)[0], atol=1e-6)
+    # Controls keep the positions, and so does a merge.
+    control = matched_features(plan, {1: torch.linspace(0.1, 1, N)}, 0)
+    assert torch.equal(control[1].at, at)  # pyright: ignore[reportArgumentType]
+    more = {1: set_features(torch.tensor([6, 9]), torch.ones(2), everywhere, torch.ones(2))}
+    joined = merge([plan, more])[1]
+    assert joined.features.tolist() == [3, 4, 5, 6, 9] and joined.at is not None
+    assert torch.equal(joined.at[:, :3], at[:, :3]) and bool(joined.at[:, 3:].all())
+
+
+def test_steering_acts_where_the_supernodes_are(bench) -> None:
+    *_, batch = bench
+    nodes = {
+        "off": node("off", "L1/3", positions=Positions(("question",))),
+        "on": node("on", "L1/5", positions=Positions(("last",))),
+    }
+    levels = {name: {"q:last": {1: torch.ones(1)}} for name in nodes}
+    edit = steer_plan(Circuit(nodes, levels), "off", "on", batch.places, 1.0)[1]
+    assert edit.features.tolist() == [3, 5] and edit.at is not None
+    assert edit.at[:, 0].tolist() == (batch.roles == "question").tolist()
+    assert edit.at[:, 1].tolist() == (batch.roles == "last").tolist()
+
+
+def test_a_circuit_is_read_back_as_it_was(bench, tmp_path: Path) -> None:
+    scope, batch = bench
+    nodes = {"mars": node("mars", "L1/3", "L2/7", positions=HALF), "dust": node("dust", "L2/9")}
+    plain = Circuit(nodes, {"mars": {"name:last": {1: torch.tensor([0.5]), 2: torch.tensor([0.25])}}})
+    named = replace(labelled(plain, {FeatureId(2, 7): "planet = mars (0.97)"}), model="orrery", n_features={1: 30})
+    circuit = replace(named, edges=(CircuitEdge("mars", "dust", -1.25, -0.1, 3),))
+    assert [member.label for member in circuit.node("mars").features] == ["", "planet = mars (0.97)"]
+    save_circuit(circuit, tmp_path / "named")
+    again = load_circuit(tmp_path / "named")
+    assert replace(again, levels=circuit.levels) == circuit
+    assert float(again.level("mars", "last", 2)[0]) == 0.25
+    # What a feature is called stays where nothing else is known.
+    assert labelled(again, {}).supernodes == circuit.supernodes
+    concepts, _ = two_concepts(scope.transcoders)
+    save_circuit(concepts, tmp_path / "concepts")
+    both = (concepts, load_circuit(tmp_path / "concepts"))
+    plans = [steer_plan(circuit, "mars", "earth", batch.places, 2.0) for circuit in both]
+    assert torch.equal(*(run_edited(scope, batch, plan) for plan in plans))
+
+
+def stored(folder: Path, body: dict) -> Circuit:
+    write_yaml(folder / "circuit.yaml", body)
+    save_tensors(folder / "levels.safetensors", {"mars.name:last.1": np.ones(1, np.float32)}, {"version": "1"})
+    return load_circuit(folder)
+
+
+def test_version_1_is_still_read(tmp_path: Path) -> None:
+    rows = [{"feature": "L1/3", "role": "last", "contrast": 0.5, "influence": 0.25}]
+    circuit = stored(tmp_path, {"version": 1, "supernodes": {"mars": rows}})
+    assert circuit.supernodes == {"mars": Supernode("mars", (member("L1/3"),))}
+    assert circuit.edges == () and circuit.model == ""
+
+
+ONE = Circuit({"a": node("a", "L1/3", positions=Positions(("image",)))}, {}, model="orrery", n_features={1: 30})
+UNKNOWN = Circuit(ONE.supernodes, {})
+WITHOUT_PICTURE = Places(np.array(["special", "last"]))
+QUESTION = QuestionConfig("what colour ?", {"neptune": "blue", "earth": "blue"})
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        (lambda folder: stored(folder, {"version": 3, "supernodes": {}}), "has version 3"),
+        (lambda folder: stored(folder, {"version": 2}), "no supernodes"),
+        (lambda folder: stored(folder, {"version": 2, "supernodes": {"a": {"features": [{}]}}}), "incomplete circuit"),
+        (lambda folder: stored(folder, {"version": 2, "supernodes": {"a": 3}}), "incomplete circuit"),
+        (lambda _: ONE.check_fits("gemma", {1: 30}), "model orrery, not of gemma"),
+        (lambda _: ONE.check_fits("orrery", {1: 40}), "other transcoders"),
+        (lambda _: UNKNOWN.check_fits("orrery", {2: 30}), "no such layer"),
+        (lambda _: UNKNOWN.check_fits("orrery", {1: 3}), "layer 1 has 3 features"),
+        (lambda _: ONE.indices("venus"), "no supernode 'venus'"),
+        (lambda _: HALF.mask(WITHOUT_PICTURE), "different shapes"),
+        (lambda _: at_supernodes({}, [ONE.node("a")], WITHOUT_PICTURE), "a: the prompt has no position in image"),
+        (lambda _: CircuitConfig(["mars", "mars"], {}), "needs two different concepts"),
+        (lambda _: CircuitConfig(["mars", "earth"], {"colour": QUESTION}), "questions.colour.answers lacks mars"),
+        (
+            lambda _: CircuitConfig(["neptune", "earth"], {"colour": QUESTION}),
+            "both 'blue' to .*leave the question",
+        ),
+        (lambda _: CircuitConfig(["mars", "earth"], {}, third="mars"), "third=mars is one of circuit.concepts"),
+        (lambda _: SettingConfig(mode=["fre"]), "settings.mode=fre: no such choice; did you mean 'free'"),
+        (lambda _: SettingConfig(layers=["last"]), "settings: layers=last: write all, no_last"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(mistake: Callable[[Path], object], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        mistake(tmp_path)

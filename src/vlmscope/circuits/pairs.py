@@ -177,7 +177,7 @@ def code_slopes(transcoder: Transcoder, code: SparseCode, writes: Mapping[int, T
     slope = torch.zeros_like(code.values).view(-1, slots)
     for ahead in range(transcoder.config.writes):
         gradient = writes[layer + ahead].to(transcoder.W_dec.dtype)
-        slope = slope + sampled_dots(rows, gradient.reshape(len(rows), -1), transcoder.decoder(ahead))
+        slope = slope + sampled_dots(rows, gradient.reshape(-1, gradient.shape[-1]), transcoder.decoder(ahead))
     return slope.view(code.values.shape)
 
 

@@ -74,11 +74,23 @@ def check(cfg: Any) -> None:
         scene_pairs(swap[0], "train", 1, cfg.seed, *swap[1:])
 
 
+def facts_named(scene: Scene, words: Sequence[str]) -> tuple[str, ...]:
+    """The fact that each word of a scene's caption names, "" for none; each fact once, in the order of reading."""
+    left = {q.group: q.answer for q in scene.questions if q.group not in ("caption", "sum")}
+    named = []
+    for word in words:
+        # The plural of a shape's name begins with it.
+        facts = (n for n, answer in left.items() if word == answer or (n == "shape" and word.startswith(answer)))
+        named.append(next(facts, ""))
+        left.pop(named[-1], None)
+    return tuple(named)
+
+
 def captions_of(bench: Bench, scenes: Sequence[Scene]) -> list[Caption]:
     """The scenes as the model captions them."""
     prompts = bench.inputs([Image.fromarray(one) for one in pictures(list(scenes))], bench.analysis.prompt)
     rows = zip(scenes, prompts, whole_answers(bench.scope, prompts, bench.analysis.new_tokens), strict=True)
-    return [Caption(scene, one, ids, text, scene.facts_named(text.split())) for scene, one, (ids, text) in rows]
+    return [Caption(scene, one, ids, text, facts_named(scene, text.split())) for scene, one, (ids, text) in rows]
 
 
 def pairs_of(bench: Bench, swap: str, split: str) -> list[TextPair]:

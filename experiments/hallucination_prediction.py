@@ -39,7 +39,9 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind, PrunedGraph
 from vlmscope.core.intervention import Rate
 from vlmscope.core.records import generator
-from vlmscope.data.orrery.dataset import harder_scenes
+from vlmscope.data.orrery.dataset import plainly_asked
+from vlmscope.data.orrery.rendering import hand_scene, make_scene
+from vlmscope.data.orrery.scenes import PICTURED, SIDE, Scene
 from vlmscope.metrics.causal import RESAMPLES
 from vlmscope.report.figures import rate_bars
 from vlmscope.report.marks import write_rows
@@ -179,6 +181,54 @@ def asked_cases(bench: Bench) -> Iterator[dict[str, Any]]:
             "answer_entropy": float(-(chances.exp() * chances).sum()),
             **graph_indicators(traced.pruned),
         }
+
+
+# Harder scenes, on which Orrery errs often enough that errors can be predicted, are smaller, darker and noisy by one
+# level u: these are the shares of side and brightness that u = 1 takes, and the noise (pixels in 0..1) that it adds.
+SMALLER, DARKER, NOISE = 0.5, 0.7, 0.12
+
+
+def degrade(image: np.ndarray, level: float, rng: np.random.Generator) -> np.ndarray:
+    """A picture uint8 [64, 64, 3] made harder; level 0 gives it back as it is.
+
+    It is shrunk onto the picture's median colour at a random place, darkened, and given Gaussian noise.
+    """
+    side = round(SIDE * (1 - SMALLER * level))
+    row, column = (int(value) for value in rng.integers(0, SIDE - side + 1, 2))
+    small = Image.fromarray(image).resize((side, side), Image.Resampling.BOX)
+    canvas = np.empty(image.shape, np.float64)
+    canvas[:] = np.median(image.reshape(-1, 3), axis=0)
+    canvas[row : row + side, column : column + side] = np.asarray(small)
+    dark = canvas / 255.0 * (1 - DARKER * level)
+    noisy = dark + rng.normal(0.0, 1.0, image.shape) * NOISE * level
+    return (np.clip(noisy, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def harder_scenes(counts: dict[str, int], levels: tuple[float, float], seed: int = 0) -> list[Scene]:
+    """Test scenes with their questions in the canonical words; `facts["level"]` says how hard each is.
+
+    The facts stay as they are, so the right answers do. Hands have five or six fingers, each half of the time.
+
+    Args:
+        counts: scenes of each kind that has pictures.
+        levels: the least and the highest level, between which it is uniform.
+        seed: of scenes and levels.
+    """
+    scenes = []
+    for kind, count in counts.items():
+        if kind not in PICTURED:
+            raise UserError(f"no harder scenes of {kind!r}: choose from {', '.join(PICTURED)}")
+        for i in range(count):
+            rng = generator(seed, "harder", kind, i)
+            level = float(rng.uniform(*levels))
+            if kind == "hands":
+                scene = replace(hand_scene(rng, int(rng.choice([5, 6]))), key=f"test-hands-{i:06d}")
+            else:
+                scene = make_scene("test", kind, i, seed)
+            assert scene.image is not None, "kinds with pictures have one"
+            facts = {**scene.facts, "level": level}
+            scenes.append(replace(plainly_asked(scene), image=degrade(scene.image, level, rng), facts=facts))
+    return scenes
 
 
 def graph_indicators(pruned: PrunedGraph) -> dict[str, float]:

@@ -26,7 +26,7 @@ from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.intervention import Curve
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
-from vlmscope.data.orrery.scenes import APPEARANCE, PLANET_QUESTIONS, PLANETS, appearance
+from vlmscope.data.orrery.scenes import PLANET_QUESTIONS, PLANETS, SIDE, Scene
 from vlmscope.interventions.named import mean_activations
 from vlmscope.metrics.decoding import (
     bootstrap_depth,
@@ -47,6 +47,33 @@ PLACES = (PICTURE, *(f"last_{name}" for name in PLANET_QUESTIONS))  # soft token
 KINDS = ("appearance", "colour word", "planet", "appearance and planet")
 LEAST = 0.3  # held-out R^2 from which a feature says something
 CHUNK = 70  # scenes a forward
+
+
+APPEARANCE = ("brightness", "red", "green", "texture", "size")
+_LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
+
+
+def appearance(scene: Scene) -> np.ndarray:
+    """What a planet's disc looks like whatever planet it is, [5] float64 in the order of `APPEARANCE`.
+
+    Brightness is mean luminance in 0..1; red and green are the channels' mean share in the sum of all three; texture
+    is the standard deviation of the luminance less its surroundings (Gaussian of 2 pixels); size is the radius as a
+    share of the picture's side.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    assert scene.image is not None and "box" in scene.facts, "a scene of a planet has a picture and a box"
+    left, top, right, bottom = np.asarray(scene.facts["box"], np.float64) * SIDE
+    radius = max(right - left, bottom - top) / 2  # a box that the picture's edge cuts is narrower on that side
+    grid = np.arange(SIDE) + 0.5
+    x, y = np.meshgrid(grid - (left + right) / 2, grid - (top + bottom) / 2)
+    disc = x**2 + y**2 < (radius - 1) ** 2
+    pixels = scene.image.astype(np.float64) / 255.0
+    luminance = pixels @ _LUMINANCE
+    detail = luminance - gaussian_filter(luminance, 2.0)
+    total = pixels[disc].sum(-1).mean()
+    red, green = pixels[disc].mean(0)[:2] / max(total, 1e-6)
+    return np.array([luminance[disc].mean(), red, green, detail[disc].std(), radius / SIDE])
 
 
 @dataclass(frozen=True)

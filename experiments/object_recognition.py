@@ -7,7 +7,7 @@ norm of a decoder row, or of |a' - a| within a pair. Painted pixels say which so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,8 +23,8 @@ from vlmscope.circuits.operations import Carry, all_features
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve
-from vlmscope.core.records import control_draws
-from vlmscope.data.orrery.dataset import COVERED, painted_mask, share_in_boxes
+from vlmscope.core.records import PatchBox, control_draws
+from vlmscope.data.orrery.dataset import COVERED, painted_mask
 from vlmscope.interventions.edits import AnyPlan, LayerEdit
 from vlmscope.interventions.named import donor_activations, matched_features
 from vlmscope.interventions.trials import Cases, Features, Setting, Trial
@@ -98,6 +98,12 @@ def trials(bench: Bench, declared: Declared) -> Iterator[Trial]:
             yield Trial(
                 "carry", CarryAt(chosen), [cases.select(rows.tolist())], [Setting(name, positions="image", matched=0)]
             )
+
+
+def share_in_boxes(mask: np.ndarray, boxes: Sequence[PatchBox]) -> np.ndarray:
+    """`[n]`, the share of each box's pixels that `mask [H, W]` covers."""
+    corners = [box.pixels(mask.shape[1], mask.shape[0]) for box in boxes]
+    return np.array([float(mask[top:bottom, left:right].mean()) for left, top, right, bottom in corners])
 
 
 def covers(bench: Bench, cases: Cases) -> tuple[np.ndarray, np.ndarray, list[Any]]:

@@ -6,6 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from experiments.captioning import facts_named
+from experiments.hallucination_prediction import degrade, harder_scenes
+from experiments.hierarchy import APPEARANCE, appearance
+from experiments.object_recognition import share_in_boxes
 
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError
@@ -18,16 +22,12 @@ from vlmscope.data.orrery.dataset import (
     concept_scenes,
     counted_scenes,
     covered_cells,
-    degrade,
     digit_scenes,
-    harder_scenes,
     object_mask,
     painted_mask,
-    share_in_boxes,
 )
 from vlmscope.data.orrery.rendering import glyphs, hand_scene, make_scene, planet_scene, shape_scene
 from vlmscope.data.orrery.scenes import (
-    APPEARANCE,
     KINDS,
     NUMBERS,
     PICTURED,
@@ -37,7 +37,6 @@ from vlmscope.data.orrery.scenes import (
     SIDE,
     SPLITS,
     Scene,
-    appearance,
     vocabulary,
 )
 
@@ -122,7 +121,7 @@ def test_words_of_captions_name_facts(kind: str, expected: list[str]) -> None:
         caption = scene.answer("caption").split()
         # "two digits , two and three": a number may stand for either, so that only the facts' own places count.
         if kind != "digits" or "two" not in caption[3:]:
-            assert list(scene.facts_named(caption)) == expected
+            assert list(facts_named(scene, caption)) == expected
 
 
 def test_digits_have_the_first_and_the_second_that_were_asked_for() -> None:

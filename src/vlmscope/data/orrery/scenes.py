@@ -6,7 +6,6 @@ templates below, so a word that is not here is refused by name instead of becomi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -139,41 +138,3 @@ class Scene:
     def answer(self, group: str) -> str:
         """The right answer to its question about a fact; "" without such a question."""
         return next((question.answer for question in self.questions if question.group == group), "")
-
-    def facts_named(self, words: Sequence[str]) -> tuple[str, ...]:
-        """The fact that each word of its caption names, "" for none; each fact once, in the order of reading."""
-        left = {q.group: q.answer for q in self.questions if q.group not in ("caption", "sum")}
-        named = []
-        for word in words:
-            # The plural of a shape's name begins with it.
-            facts = (n for n, answer in left.items() if word == answer or (n == "shape" and word.startswith(answer)))
-            named.append(next(facts, ""))
-            left.pop(named[-1], None)
-        return tuple(named)
-
-
-APPEARANCE = ("brightness", "red", "green", "texture", "size")
-_LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
-
-
-def appearance(scene: Scene) -> np.ndarray:
-    """What a planet's disc looks like whatever planet it is, [5] float64 in the order of `APPEARANCE`.
-
-    Brightness is mean luminance in 0..1; red and green are the channels' mean share in the sum of all three; texture
-    is the standard deviation of the luminance less its surroundings (Gaussian of 2 pixels); size is the radius as a
-    share of the picture's side.
-    """
-    from scipy.ndimage import gaussian_filter
-
-    assert scene.image is not None and "box" in scene.facts, "a scene of a planet has a picture and a box"
-    left, top, right, bottom = np.asarray(scene.facts["box"], np.float64) * SIDE
-    radius = max(right - left, bottom - top) / 2  # a box that the picture's edge cuts is narrower on that side
-    grid = np.arange(SIDE) + 0.5
-    x, y = np.meshgrid(grid - (left + right) / 2, grid - (top + bottom) / 2)
-    disc = x**2 + y**2 < (radius - 1) ** 2
-    pixels = scene.image.astype(np.float64) / 255.0
-    luminance = pixels @ _LUMINANCE
-    detail = luminance - gaussian_filter(luminance, 2.0)
-    total = pixels[disc].sum(-1).mean()
-    red, green = pixels[disc].mean(0)[:2] / max(total, 1e-6)
-    return np.array([luminance[disc].mean(), red, green, detail[disc].std(), radius / SIDE])

@@ -241,7 +241,7 @@ class StudyPart:
         """Read the state, if there is one.
 
         The folder `study` must have parts of this number of processes, and a state of this `origin`: what decides the
-        study, by name (`vlmscope.core.origin`).
+        study, by name (`vlmscope.core.artifacts`).
         """
         parts = study / "parts"
         self.folder, self.origin = parts / f"{share.index}_of_{share.total}", plain(origin)

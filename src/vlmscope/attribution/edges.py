@@ -319,9 +319,8 @@ def select_rows(
     return chunks
 
 
-@dataclass(frozen=True)
-class Edges:
-    """Nodes with their rows; the arrays of `AttributionGraph` of the same names."""
+class Edges(NamedTuple):
+    """Nodes with their rows: fields of `AttributionGraph`."""
 
     nodes: NodeTable
     indptr: np.ndarray

@@ -48,17 +48,11 @@ SCHEMA_VERSION = 2
 UPLOAD_MB = 100.0  # Neuronpedia takes no larger file
 
 _NODE_FIELDS = tuple(field.name for field in dataclasses.fields(NodeTable))
-_GRAPH_ARRAYS = (
-    "indptr",
-    "indices",
-    "weights",
-    "residual",
-    "left_out_mass",
-    "logit_probabilities",
-    "is_image",
-    "image_index",
-)
+_EDGE_ARRAYS = ("indptr", "indices", "weights", "residual", "left_out_mass")
+_GRAPH_ARRAYS = (*_EDGE_ARRAYS, "logit_probabilities", "is_image", "image_index")
 _PRUNED_ARRAYS = ("node_mask", "edge_mask", "influence", "cumulative")
+_GRAPH_WORDS = ("tokens", "logit_tokens", "prompt", "meta")
+_THRESHOLDS = ("node_threshold", "edge_threshold")
 
 # The viewers draw the first four by these names.
 _FEATURE_TYPES = {
@@ -81,16 +75,8 @@ def save_graph(path: str | Path, pruned: PrunedGraph) -> None:
     arrays["target_weights"] = graph.end_weights
     boxes = [(np.nan,) * 4 if box is None else tuple(box) for box in graph.patch_boxes]
     arrays["patch_boxes"] = np.array(boxes, dtype=np.float64)
-    words = {
-        "tokens": graph.tokens,
-        "logit_tokens": graph.logit_tokens,
-        "roles": graph.roles.tolist(),
-        "prompt": graph.prompt,
-        "meta": graph.meta,
-        "scores": dataclasses.asdict(pruned.scores),
-        "node_threshold": pruned.node_threshold,
-        "edge_threshold": pruned.edge_threshold,
-    }
+    words = {name: getattr(graph, name) for name in _GRAPH_WORDS} | {"roles": graph.roles.tolist()}
+    words |= {name: getattr(pruned, name) for name in _THRESHOLDS} | {"scores": dataclasses.asdict(pruned.scores)}
     _save(path, arrays, words, FORMAT, VERSION)
 
 
@@ -106,21 +92,13 @@ def load_graph(path: str | Path) -> PrunedGraph:
         graph = AttributionGraph(
             nodes=NodeTable(**{name: arrays[f"node_{name}"] for name in _NODE_FIELDS}),
             **{name: arrays[name] for name in _GRAPH_ARRAYS},
-            logit_tokens=words["logit_tokens"],
-            tokens=words["tokens"],
+            **{name: words[name] for name in _GRAPH_WORDS},
             patch_boxes=[None if np.isnan(row[0]) else PatchBox(*row.tolist()) for row in arrays["patch_boxes"]],
             roles=np.array(words["roles"]),
-            prompt=words["prompt"],
-            meta=words["meta"],
             target_weights=arrays.get("target_weights"),
         )
-        pruned = PrunedGraph(
-            graph=graph,
-            **{name: arrays[name] for name in _PRUNED_ARRAYS},
-            scores=GraphScores(**words["scores"]),
-            node_threshold=words["node_threshold"],
-            edge_threshold=words["edge_threshold"],
-        )
+        masks = {name: arrays[name] for name in _PRUNED_ARRAYS} | {name: words[name] for name in _THRESHOLDS}
+        pruned = PrunedGraph(graph=graph, scores=GraphScores(**words["scores"]), **masks)
         _check_lengths(pruned)
         return pruned
 

@@ -58,15 +58,20 @@ class _Read(NamedTuple):
     after_attention: bool
 
 
-class _Watching(Adjoint):
-    """An adjoint that keeps the gradient above every attention of its latest sweep: layer -> (`[S, B, d]`, `[S]`)."""
+_Gradients = dict[int, tuple[Tensor, Tensor]]  # layer -> gradient above its attention `[S, B, d]` at positions `[S]`
 
-    def __init__(self, replacement: ReplacementModel) -> None:
-        super().__init__(replacement)
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+class _Watching(Adjoint):
+    """An adjoint that keeps the gradient above every attention of a sweep."""
+
+    def watched(self, layer: int, vectors: Tensor, position: Tensor, after_attention: bool) -> _Gradients:
+        """The gradients of the sweep of some read-outs of the stream."""
+        self._seen: _Gradients = {}
+        self.stream_rows(layer, vectors, position, after_attention=after_attention)
+        return self._seen
 
     def _attention(self, layer: int, sweep: Sweep) -> None:
-        self.seen[layer] = (sweep.gradient, sweep.positions)
+        self._seen[layer] = (sweep.gradient, sweep.positions)
         super()._attention(layer, sweep)
 
 
@@ -76,7 +81,7 @@ class HeadSplitter:
     def __init__(self, replacement: ReplacementModel, graph: AttributionGraph, targets: Targets) -> None:
         self.replacement, self.graph, self.targets = replacement, graph, targets
         self._adjoint, self._watching = Adjoint(replacement), _Watching(replacement)
-        self._by_target: dict[int, tuple[dict[int, tuple[Tensor, Tensor]], Tensor, Tensor]] = {}
+        self._by_target: dict[int, tuple[_Gradients, Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def split(self, source: int, target: int) -> HeadLoadings:
@@ -84,21 +89,21 @@ class HeadSplitter:
         kinds = self.graph.nodes.kind
         assert kinds[source] in (NodeKind.TOKEN, NodeKind.FEATURE, NodeKind.ERROR), "the source has no position"
         assert kinds[target] in (NodeKind.FEATURE, *ENDS), "the target has no edges into it"
-        read = self._read(target)
+        read, column = self.read(target), self._column(source)
         if target not in self._by_target:
-            seen = self._gradients(read)
+            at = torch.tensor([read.position], device=read.vector.device)
+            seen = self._watching.watched(read.layer, read.vector[None], at, read.after_attention)
             self._by_target[target] = (seen, *self._last(read))
         seen, last, direct_row = self._by_target[target]
-        first, direct = self._first(source, read, seen)
-        column = self._column(source)
-        # Both ways find what no head carries; they are two computations of one number.
+        first, direct = self._first(int(self.graph.nodes.position[source]), column, read, seen)
+        # Both ways compute what no head carries.
         assert abs(float(direct_row[column]) - direct) <= 1e-4 * (1e-6 + abs(direct) + float(first.abs().sum()))
         own, weights = self.graph.incoming(target)
-        place = np.searchsorted(own, source)
-        edge = float(weights[place]) if place < len(own) and own[place] == source else 0.0
+        edge = float(weights[own == source].sum())
         return HeadLoadings(edge, direct, first.double().cpu().numpy(), last[:, :, column].double().cpu().numpy())
 
-    def _read(self, target: int) -> _Read:
+    def read(self, target: int) -> _Read:
+        """How a feature or an end reads the stream."""
         nodes, replacement = self.graph.nodes, self.replacement
         if nodes.kind[target] in ENDS:
             number = target - int(nodes.ends()[0])
@@ -108,49 +113,23 @@ class HeadSplitter:
         scale = replacement.layers[layer].mlp_in_scale[position]
         return _Read(layer, position, replacement.features[layer].w_enc[index] * scale, True)
 
-    def _gradients(self, read: _Read) -> dict[int, tuple[Tensor, Tensor]]:
-        self._watching.seen = {}
-        position = torch.tensor([read.position], device=read.vector.device)
-        vector = read.vector[None]
-        self._watching.stream_rows(read.layer, vector, position, after_attention=read.after_attention)
-        return self._watching.seen
-
     def _column(self, source: int) -> int:
         nodes, columns = self.graph.nodes, self._adjoint.columns
         layer, position = int(nodes.layer[source]), int(nodes.position[source])
-        match NodeKind(int(nodes.kind[source])):
-            case NodeKind.TOKEN:
-                return position
-            case NodeKind.ERROR:
-                return columns.errors(layer) + position
-            case _:
-                before = int(columns.n_features[:layer].sum())
-                row = self.replacement.feature_activations.row(layer, position, int(nodes.index[source]))
-                return columns.features(layer) + row - before
-
-    def _written(self, source: int, layer: int) -> Tensor | None:
-        """What the source writes at a layer's MLP, write scale included, `[d]`; None for nothing."""
-        nodes, replacement = self.graph.nodes, self.replacement
-        own, position, index = (int(getattr(nodes, name)[source]) for name in ("layer", "position", "index"))
-        scale = replacement.layers[layer].write_scale[position]
+        if nodes.kind[source] == NodeKind.TOKEN:
+            return position
         if nodes.kind[source] == NodeKind.ERROR:
-            return scale * replacement.errors[own, position] if own == layer else None
-        if nodes.kind[source] != NodeKind.FEATURE or not replacement.features[own].reaches(layer - own):
-            return None
-        features = replacement.features[own]
-        row = replacement.feature_activations.row(own, position, index)
-        first = int(self._adjoint.columns.n_features[:own].sum())
-        return scale * features.activation[row - first] * features.decoder(layer - own)[index]
+            return columns.errors(layer) + position
+        row = self.replacement.feature_activations.row(layer, position, int(nodes.index[source]))
+        return int(columns.all_features()[row])
 
-    def _first(self, source: int, read: _Read, seen: dict[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, float]:
-        """`[L, H]` shares by first head, and the direct one."""
-        replacement, nodes = self.replacement, self.graph.nodes
-        position, token = int(nodes.position[source]), nodes.kind[source] == NodeKind.TOKEN
+    def _first(self, position: int, column: int, read: _Read, seen: _Gradients) -> tuple[Tensor, float]:
+        """`[L, H]` shares by first head of the source at a position and column, and the direct one."""
+        replacement, token = self.replacement, column == position
         x = replacement.state.embeddings[position] if token else torch.zeros_like(read.vector)
         shares = read.vector.new_zeros(replacement.n_layers, replacement.state.patterns.shape[1])
         for layer in range(read.layer + int(read.after_attention)):
-            frozen = replacement.layers[layer]
-            gradient, positions = seen[layer]
+            frozen, (gradient, positions) = replacement.layers[layer], seen[layer]
             values = ((frozen.attn_in_scale[position] * x) @ frozen.value_weight.T).view(frozen.n_kv_heads, -1)
             if frozen.value_scale is not None:
                 values = values * frozen.value_scale[position].view_as(values)
@@ -161,11 +140,11 @@ class HeadSplitter:
             shares[layer] = torch.einsum("shd,hd,hs->h", z, values, pattern)
             if layer == read.layer:
                 break
-            skip, written = replacement.features[layer].w_skip, self._written(source, layer)
-            out = x if written is None else x + written
+            sources, skip = self._adjoint.sources.of(layer), replacement.features[layer].w_skip
+            # What the source writes here, if anything.
+            out = x + sources.vectors[position, :-1][sources.columns[position] == column].sum(0)
             if skip is not None:
-                through = skip @ (frozen.mlp_in_scale[position] * x)
-                out = out + frozen.write_scale[position] * through
+                out = out + frozen.write_scale[position] * (skip @ (frozen.mlp_in_scale[position] * x))
             x = out * frozen.stream_scale
             if token and frozen.injection is not None:
                 x = x + frozen.injection[position]
@@ -243,18 +222,20 @@ def head_flow(
     watching, splitter = _Watching(replacement), HeadSplitter(replacement, graph, targets)
     values = _values(replacement)
     rows = np.concatenate([chosen, graph.nodes.ends()])
-    reads = [splitter._read(int(node)) for node in rows]
+    reads = [splitter.read(int(node)) for node in rows]
     for layer, after in sorted({(read.layer, read.after_attention) for read in reads}):
         mine = [at for at, read in enumerate(reads) if (read.layer, read.after_attention) == (layer, after)]
         for begin in range(0, len(mine), batch):
             some = mine[begin : begin + batch]
-            watching.seen = {}
             vectors = torch.stack([reads[at].vector for at in some])
             position = torch.tensor([reads[at].position for at in some], device=vectors.device)
-            watching.stream_rows(layer, vectors, position, after_attention=after)
             factor = torch.from_numpy(found.per_edge[rows[some]]).to(total.device)
-            for below, (gradient, positions) in watching.seen.items():
-                total[below, :, positions] += _carried(replacement, below, gradient, positions, values, factor)
+            for below, (gradient, positions) in watching.watched(layer, vectors, position, after).items():
+                frozen = replacement.layers[below]
+                z = (frozen.attn_out_scale[positions, None] * gradient) @ frozen.output_weight  # [S, B, H * D]
+                z = z.view(*z.shape[:2], n_heads, -1).permute(2, 1, 0, 3)  # [H, B, S, D]
+                terms = torch.einsum("hbsd,htd,hst->hbst", z, values[below], frozen.pattern[:, positions])
+                total[below, :, positions] += (terms.abs().double() * factor[None, :, None, None]).sum(1)
     flat = total.flatten(2)
     best = flat.argmax(-1).cpu().numpy()
     every = graph.nodes.kind == NodeKind.FEATURE
@@ -263,27 +244,11 @@ def head_flow(
     return HeadFlow(flat.sum(-1).cpu().numpy(), best // n_positions, best % n_positions, covered)
 
 
-def _carried(
-    replacement: ReplacementModel, layer: int, gradient: Tensor, positions: Tensor, values: list[Tensor], factor: Tensor
-) -> Tensor:
-    """`[H, S, T]`: what each head carries of B targets, |.| times `factor [B]`, summed."""
-    frozen = replacement.layers[layer]
-    n_heads = len(frozen.pattern)
-    z = (frozen.attn_out_scale[positions, None] * gradient) @ frozen.output_weight  # [S, B, H * D]
-    z = z.view(*z.shape[:2], n_heads, -1).permute(2, 1, 0, 3)  # [H, B, S, D]
-    terms = torch.einsum("hbsd,htd,hst->hbst", z, values[layer], frozen.pattern[:, positions])
-    return (terms.abs().double() * factor[None, :, None, None]).sum(1)
-
-
 def _values(replacement: ReplacementModel) -> list[Tensor]:
     """Per layer the values of each query head, `[H, T, D]`."""
     x, state, out = replacement.state.embeddings, replacement.state, []
     for layer, frozen in enumerate(replacement.layers):
-        values = (frozen.attn_in_scale * x) @ frozen.value_weight.T
-        if frozen.value_bias is not None:
-            values = values + frozen.value_bias
-        if frozen.value_scale is not None:
-            values = values * frozen.value_scale
+        values = frozen.values(x, with_bias=True)
         per_head = values.view(len(x), frozen.n_kv_heads, -1).transpose(0, 1)
         out.append(per_head.repeat_interleave(len(frozen.pattern) // frozen.n_kv_heads, dim=0))
         h = x + frozen.attend(x, with_bias=True)

@@ -162,12 +162,7 @@ def attribute(
     edges = assemble(replacement, adjoint.columns, chunks, ends, targets, dtype, plan.storage)
     n_active = int(adjoint.columns.n_features[: targets.layer].sum())
     return AttributionGraph(
-        nodes=edges.nodes,
-        indptr=edges.indptr,
-        indices=edges.indices,
-        weights=edges.weights,
-        residual=edges.residual,
-        left_out_mass=edges.left_out_mass,
+        **edges._asdict(),
         logit_probabilities=targets.probabilities,
         logit_tokens=targets.names(tokenizer),
         tokens=list(inputs.tokens),

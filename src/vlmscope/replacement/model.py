@@ -52,14 +52,17 @@ class FrozenLayer:
     stream_scale: float = 1.0  # c
     injection: Tensor | None = None  # `[T, d]`, v, or None for 0
 
-    def attend(self, x: Tensor, *, with_bias: bool) -> Tensor:
-        """What attention adds to the residual stream `x [T, d]`; without biases it is the map of a change of `x`."""
-        n_heads, positions, _ = self.pattern.shape
+    def values(self, x: Tensor, *, with_bias: bool) -> Tensor:
+        """`[T, Hkv * D]` of the residual stream `x [T, d]`."""
         values = (self.attn_in_scale * x) @ self.value_weight.T
         if with_bias and self.value_bias is not None:
             values = values + self.value_bias
-        if self.value_scale is not None:
-            values = values * self.value_scale
+        return values if self.value_scale is None else values * self.value_scale
+
+    def attend(self, x: Tensor, *, with_bias: bool) -> Tensor:
+        """What attention adds to the residual stream `x [T, d]`; without biases it is the map of a change of `x`."""
+        n_heads, positions, _ = self.pattern.shape
+        values = self.values(x, with_bias=with_bias)
         per_head = values.view(positions, self.n_kv_heads, -1).repeat_interleave(n_heads // self.n_kv_heads, dim=1)
         z = torch.einsum("hqk,khd->qhd", self.pattern, per_head).reshape(positions, -1)
         out = z @ self.output_weight.T

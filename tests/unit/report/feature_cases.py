@@ -1,6 +1,5 @@
 """Made-up features for the tests of pages and JSON: of words, of pictures, and one whose every word is hostile."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -92,15 +91,3 @@ def write_pages(folder: Path) -> Path:
     for page in pages:
         page.write(folder, None, pages[-1].feature)
     return write_gallery(folder, pages, "Features", "Three of them.")
-
-
-def photo(width: int, height: int) -> Image.Image:
-    """A picture with noise, as PNG it would be large."""
-    rng = np.random.default_rng(0)
-    return Image.open(io.BytesIO(_png(rng.integers(0, 255, (height, width, 3), np.uint8))))
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()

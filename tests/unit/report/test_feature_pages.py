@@ -10,6 +10,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+from PIL import Image
 from tests.unit.report.conftest import BOXES, HOSTILE
 from tests.unit.report.feature_cases import (
     MARS_LABEL,
@@ -18,7 +19,6 @@ from tests.unit.report.feature_cases import (
     make_item,
     make_record,
     make_view,
-    photo,
     write_pages,
 )
 from tests.unit.report.test_html import Parsed
@@ -160,9 +160,9 @@ def test_equal_arrangements_and_pictures_are_written_once(tmp_path: Path) -> Non
 
 
 def test_thumbnails_keep_small_pictures_and_shrink_large_ones() -> None:
-    data, *size = thumbnail(photo(64, 32))
+    data, *size = thumbnail(Image.new("RGB", (64, 32)))
     assert size == [64, 32] and data[:4] == b"\x89PNG"
-    data, *size = thumbnail(photo(900, 450))
+    data, *size = thumbnail(Image.new("RGB", (900, 450)))
     assert size == [128, 64] and data[:3] == b"\xff\xd8\xff"
 
 

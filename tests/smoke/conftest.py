@@ -1,6 +1,7 @@
 """A small folder of one's own data, for commands that train on it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,17 @@ def mixed_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append({"images": [f"{n}.png"], "texts": texts} if n % 3 else {"text": "the red planet and the other"})
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must be refused; the one line that says why."""
+    from vlmscope.app import main
+
+    def refused(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main([*arguments, "tracking=none"]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    return refused

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
@@ -29,8 +30,10 @@ def study(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def pages(study: Path, run: Path, *more: str) -> list[str]:
-    return ["task=pages", f"study.path={study}", f"hydra.run.dir={run}", "tracking=none", *more]
+def pages(study: Path, run: Path, *more: str) -> tuple[Path, dict[str, float]]:
+    """The folder of the pages and the metrics."""
+    assert main(["task=pages", f"study.path={study}", f"hydra.run.dir={run}", "tracking=none", *more]) == 0
+    return run / "pages", json.loads((run / "metrics.json").read_text())
 
 
 def firing(study: Path, kind: int) -> FeatureId:
@@ -40,8 +43,7 @@ def firing(study: Path, kind: int) -> FeatureId:
 
 def test_pages_of_named_features(study: Path, tmp_path: Path) -> None:
     picture, words = firing(study, 1), firing(study, 2)
-    assert main(pages(study, tmp_path / "run", f"task.features=[{picture},{words}]")) == 0
-    folder = tmp_path / "run" / "pages"
+    folder, metrics = pages(study, tmp_path, f"task.features=[{picture},{words}]")
     index = (folder / "index.html").read_text()
     assert index.index(f"<b>{picture}</b>") < index.index(f"<b>{words}</b>")
     record = StudyFolder(study).feature(picture)
@@ -52,22 +54,19 @@ def test_pages_of_named_features(study: Path, tmp_path: Path) -> None:
     assert max(found["tokens_acts_list"]) == pytest.approx(record.examples[0].activation)
     page = (folder / f"L1_{picture.index}.html").read_text()
     assert "data:image/" in page and f"L1_{words.index}.html" in page
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["pages/features"], metrics["pages/labelled"], metrics["pages/pictures_missing"]) == (2, 0, 0)
 
 
 def test_pages_by_rule_with_labels(study: Path, tmp_path: Path) -> None:
-    labelled = tmp_path / "study"
+    labelled, feature = tmp_path / "study", firing(study, 1)
     shutil.copytree(study, labelled)
-    feature = firing(study, 1)
-    write_labels(
-        set_path(labelled / "study", "auto"), [(feature, Label("red <b> things", "auto", score=0.9, beats_chance=True))]
-    )
-    assert main(pages(labelled, tmp_path / "a", "task.rule=score")) == 0
-    assert "red &lt;b&gt; things" in (tmp_path / "a/pages" / f"L1_{feature.index}.html").read_text()
-    assert json.loads((tmp_path / "a/metrics.json").read_text())["pages/labelled"] == 1
-    assert main(pages(study, tmp_path / "b", "task.rule=random", "task.top=5", "task.layers=[0,1]")) == 0
-    names = sorted(path.name for path in (tmp_path / "b/pages").glob("L*.html"))
+    label = Label("red <b> things", "auto", score=0.9, beats_chance=True)
+    write_labels(set_path(labelled / "study", "auto"), [(feature, label)])
+    folder, metrics = pages(labelled, tmp_path / "a", "task.rule=score")
+    assert "red &lt;b&gt; things" in (folder / f"L1_{feature.index}.html").read_text()
+    assert metrics["pages/labelled"] == 1
+    folder, _ = pages(study, tmp_path / "b", "task.rule=random", "task.top=5", "task.layers=[0,1]")
+    names = sorted(path.name for path in folder.glob("L*.html"))
     assert len(names) == 5 and {name[:2] for name in names} == {"L0", "L1"}
 
 
@@ -75,43 +74,44 @@ def test_features_of_a_graph_link_to_it(study: Path, tmp_path: Path) -> None:
     trace = tmp_path / "my trace"
     question = ["prompt=what is this ?", "model=tiny", "task.figure=false", "tracking=none"]
     assert main(["task=trace", *question, f"hydra.run.dir='{trace}'"]) == 0
-    assert main(pages(study, tmp_path / "run", f"task.from_graph='{trace}'", "task.top=30")) == 0
-    texts = [path.read_text() for path in (tmp_path / "run/pages").glob("L*.html")]
+    folder, _ = pages(study, tmp_path / "run", f"task.from_graph='{trace}'", "task.top=30")
+    texts = [path.read_text() for path in folder.glob("L*.html")]
     assert len(texts) == 30
     linked = [text for text in texts if "../../my%20trace/graph.json" in text]
     assert linked and all("what is this ?" in text for text in linked)
 
 
 def test_pages_without_the_pictures_say_so(study: Path, data: Path, tmp_path: Path) -> None:
-    feature = firing(study, 1)
-    away = data.with_name("away")
+    feature, away = firing(study, 1), data.with_name("away")
     data.rename(away)
     try:
-        assert main(pages(study, tmp_path / "run", f"task.features=[{feature}]")) == 0
+        folder, metrics = pages(study, tmp_path, f"task.features=[{feature}]")
     finally:
         away.rename(data)
-    page = (tmp_path / "run/pages" / f"L1_{feature.index}.html").read_text()
+    page = (folder / f"L1_{feature.index}.html").read_text()
     assert "Pictures are missing" in page and "picture not available" in page and "data:image" not in page
-    assert json.loads((tmp_path / "run/metrics.json").read_text())["pages/pictures_missing"] > 0
+    assert metrics["pages/pictures_missing"] > 0
 
 
-def test_mistakes_are_one_line(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def error(*arguments: str) -> str:
-        capsys.readouterr()
-        assert main(pages(study, tmp_path / "run", *arguments)) == 2
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        return line
-
-    assert "no feature L1/99999" in error("task.features=[L1/99999]")
-    assert "has no layer 77" in error("task.features=[L77/1]")
-    assert "not a feature id" in error("task.features=[mars]")
-    assert "did you mean 'image'" in error("task.rule=imge")
-    assert "give one of them" in error("task.rule=image", "task.features=[L1/1]")
-    assert "goes with task.rule=" in error("task.layers=[1]", "task.features=[L1/1]")
-    assert "no labels 'auto'" in error("task.rule=score")
-    assert "labels/mine.parquet" in error("task.labels=mine")
-    assert "is neither a run folder nor a file" in error("task.from_graph=/nowhere")
-    assert "no circuit.yaml" in error("task.from_circuit=/nowhere")
-    assert "task.top=0" in error("task.top=0")
-    assert "no study.json" in error("study.path=/nowhere")
-    assert "no study: add study.path=" in error("study.path=null")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["task.features=[L1/99999]"], "no feature L1/99999"),
+        (["task.features=[L77/1]"], "has no layer 77"),
+        (["task.features=[mars]"], "not a feature id"),
+        (["task.rule=imge"], "did you mean 'image'"),
+        (["task.rule=image", "task.features=[L1/1]"], "give one of them"),
+        (["task.layers=[1]", "task.features=[L1/1]"], "goes with task.rule="),
+        (["task.rule=score"], "no labels 'auto'"),
+        (["task.labels=mine"], "labels/mine.parquet"),
+        (["task.from_graph=/nowhere"], "is neither a run folder nor a file"),
+        (["task.from_circuit=/nowhere"], "no circuit.yaml"),
+        (["task.top=0"], "task.top=0"),
+        (["study.path=/nowhere"], "no study.json"),
+        (["study.path=null"], "no study: add study.path="),
+    ],
+)
+def test_mistakes_are_one_line(
+    study: Path, tmp_path: Path, arguments: list[str], words: str, refusal: Callable[..., str]
+) -> None:
+    assert words in refusal("task=pages", f"study.path={study}", f"hydra.run.dir={tmp_path}", *arguments)

@@ -10,8 +10,9 @@ dashed; what both use is grey: so the picture can be read without colours too.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from vlmscope.attribution.trace_files import strongest_edges
 from vlmscope.core.graph import (
     ENDS,
     AggregateGraph,
+    AttributionGraph,
     GraphComparison,
     MatchedNodes,
     MergedGraph,
@@ -134,97 +136,78 @@ class Edges(NamedTuple):
     dashes: Any
 
 
+@dataclass
 class _Drawing:
-    """A layered graph as a picture; subclasses say how nodes, ends and columns look."""
+    """A layered graph as a picture; faces, outlines and words are by node number."""
 
-    title = ""
-    above = "target"  # names the row of what is explained
-    pen = 0.6  # points, of a node's outline
-    legend_columns = 8
+    nodes: Nodes
+    strength: np.ndarray
+    is_image: np.ndarray
+    n_layers: int
+    edges: Sequence[Edges]
+    faces: Sequence[str]
+    outlines: Sequence[str]
+    end_words: Mapping[int, str]
+    legend: Sequence[Line2D]  # besides the kinds of nodes
+    pen: float  # points, of a node's outline
 
-    def __init__(
-        self,
-        nodes: Nodes,
-        strength: np.ndarray,
-        is_image: np.ndarray,
-        n_layers: int,
-        edges: Sequence[Edges],
-        ends: np.ndarray,
-    ) -> None:
-        if not sum(len(group.sizes) for group in edges):
+    def __post_init__(self) -> None:
+        if not sum(len(group.sizes) for group in self.edges):
             raise ValueError("the graph has no edges to draw")
-        self.nodes, self.strength, self.edges = nodes, strength, edges
-        self.shown = np.unique(np.concatenate([*(part for e in edges for part in (e.sources, e.targets)), ends]))
-        self.layout = lay_out(nodes, self.shown, strength, is_image, n_layers)
+        joined = [part for group in self.edges for part in (group.sources, group.targets)]
+        self.shown = np.unique(np.concatenate([*joined, list(self.end_words)])).astype(int)
+        self.kinds = self.nodes.kind[self.shown]
+        self.layout = lay_out(self.nodes, self.shown, self.strength, self.is_image, self.n_layers)
 
-    @property
-    def below(self) -> float:
-        """Inches under the graph for the columns' names and the legend."""
-        return 1.7
+    def strongest(self, kind: NodeKind, count: int) -> list[int]:
+        """The `count` nodes of a kind that are drawn and have most influence, the strongest first."""
+        chosen = self.shown[self.kinds == kind]
+        return chosen[np.argsort(-self.strength[chosen], kind="stable")][:count].tolist()
 
-    def paint(self, chosen: np.ndarray) -> tuple[list[str], list[str]]:
-        """Face and outline colours of nodes."""
-        raise NotImplementedError
+    def draw(
+        self,
+        path: str | Path,
+        title: str,
+        above: str,
+        below: float,
+        draw_columns: Callable[[Axes], None],
+        labels: Labels | None,
+        white_marks: bool = False,
+    ) -> Path:
+        """Write the picture, 14 inches (2,100 pixels) wide, readable at 1,400; labels of named features stand below.
 
-    def end_words(self, node: int) -> str:
-        """What stands in the box of a node that is explained."""
-        raise NotImplementedError
-
-    def draw_columns(self, axes: Axes) -> None:
-        """Name the columns under the axes."""
-        raise NotImplementedError
-
-    def legend(self) -> list[Line2D]:
-        """Entries beside those of the kinds of nodes."""
-        raise NotImplementedError
-
-    def legend_face(self, face: str) -> str:
-        """The colour of a kind's marker in the legend."""
-        return face
-
-    @cached_property
-    def strongest(self) -> np.ndarray:
-        """The most influential features, the first one first: those that are named by their numbers."""
-        return self.strongest_of(NodeKind.FEATURE, _NAMED)
-
-    def strongest_of(self, kind: NodeKind, count: int) -> np.ndarray:
-        """The `count` nodes of a kind that are drawn and have most influence."""
-        chosen = self.shown[self.nodes.kind[self.shown] == kind]
-        return chosen[np.argsort(-self.strength[chosen], kind="stable")][:count]
-
-    def draw(self, path: str | Path, labels: Labels | None) -> Path:
-        """Write the picture, 14 inches (2,100 pixels) wide, readable at 1,400; labels of named features stand below."""
-        nodes, layout = self.nodes, self.layout
-        named = [FeatureId(int(nodes.layer[node]), int(nodes.index[node])) for node in self.strongest]
-        key = key_entries(named, labels)
-        key_height = _KEY_LINE * ((len(key) + 1) // 2) + 0.15 if key else 0.0
-        height = 2.1 + 0.72 * len(layout.rows) + key_height
-        bottom = (self.below + key_height) / height
+        `above` names the row of what is explained; `below` is the room in inches for the columns' names and the legend.
+        """
+        named = self.strongest(NodeKind.FEATURE, _NAMED)
+        key = key_entries([_feature(self.nodes, node) for node in named], labels)
+        rows = (len(key) + 1) // 2
+        key_height = _KEY_LINE * rows + 0.15 if key else 0.0
+        height = 2.1 + 0.72 * len(self.layout.rows) + key_height
+        bottom = (below + key_height) / height
         with drawing(path, _INCHES, height, constrained=False) as figure:
             axes = figure.add_axes((_LEFT, bottom, _ACROSS, 1 - bottom - 0.32 / height))
-            self._draw_frame(axes)
+            axes.set_title(title, loc="left", fontsize=10)
+            self._draw_frame(axes, above)
             self._draw_edges(axes)
             self._draw_nodes(axes)
-            self._name_features(axes)
-            self.draw_columns(axes)
-            kinds = {NodeKind(int(kind)) for kind in nodes.kind[self.shown]}
+            self._name_features(axes, named)
+            draw_columns(axes)
             marks = {"linestyle": "none", "markeredgecolor": INK, "markersize": 8}
             handles = [
-                Line2D([], [], marker=marker, markerfacecolor=self.legend_face(face), label=words, **marks)
+                Line2D([], [], marker=marker, markerfacecolor="white" if white_marks else face, label=words, **marks)
                 for kind, (marker, face, words) in MARKS.items()
-                if kind in kinds
+                if kind in self.kinds
             ]
             where = {"loc": "lower center", "bbox_to_anchor": (0.5, key_height / height)}
-            style = {"ncols": self.legend_columns, "frameon": False, "fontsize": 9}
-            figure.legend(handles=[*handles, *self.legend()], **where, **style)
-            rows = (len(key) + 1) // 2
+            columns = 5 if white_marks else 8
+            figure.legend(handles=[*handles, *self.legend], ncols=columns, frameon=False, fontsize=9, **where)
             for number, text in enumerate(key):
                 column, row = divmod(number, rows)
                 y = (key_height - 0.05 - row * _KEY_LINE) / height
                 figure.text(0.03 + 0.48 * column, y, text, ha="left", va="top", fontsize=8)
         return Path(path)
 
-    def _draw_frame(self, axes: Axes) -> None:
+    def _draw_frame(self, axes: Axes, above: str) -> None:
         """Rows, columns and the names of the layers."""
         slots, rows = self.layout.slots, self.layout.rows
         first, last = slots[min(slots)], slots[max(slots)]
@@ -232,143 +215,68 @@ class _Drawing:
         axes.set_ylim(-0.5, len(rows) - 0.35)
         axes.grid(False)
         axes.set_xticks([])
-        names = {-1: "embedding", max(rows): self.above}
+        names = {-1: "embedding", max(rows): above}
         axes.set_yticks(list(rows.values()), [names.get(layer, str(layer)) for layer in rows])
         axes.set_ylabel("layer")
         axes.yaxis.set_label_coords(-0.058, 0.5)
         axes.tick_params(length=0)
         for side in axes.spines.values():
             side.set_visible(False)
-        for row in rows.values():
-            if row % 2:
-                axes.axhspan(row - 0.5, row + 0.5, color="#f5f6f8", zorder=0)
-        for number, (centre, width) in enumerate(slots.values()):
-            if number:
-                axes.axvline(centre - width / 2, color="#e4e4e4", linewidth=0.6, zorder=0.5)
-        axes.set_title(self.title, loc="left", fontsize=10)
+        for row in range(1, len(rows), 2):
+            axes.axhspan(row - 0.5, row + 0.5, color="#f5f6f8", zorder=0)
+        for centre, width in list(slots.values())[1:]:
+            axes.axvline(centre - width / 2, color="#e4e4e4", linewidth=0.6, zorder=0.5)
 
     def _draw_edges(self, axes: Axes) -> None:
-        largest = max((edges.sizes.max(initial=0.0) for edges in self.edges), default=0.0) or 1.0
-        for edges in self.edges:
-            if len(edges.sizes):
-                lines = np.stack([self.layout.xy[edges.sources], self.layout.xy[edges.targets]], axis=1)
-                # The root keeps weak edges visible beside one that dwarfs them all.
-                widths = 0.35 + 3.4 * np.sqrt(edges.sizes / largest)
-                look = {"linewidths": widths, "colors": edges.colour, "linestyles": edges.dashes}
-                axes.add_collection(LineCollection(list(lines), alpha=0.42, zorder=1, **look))
+        largest = max(group.sizes.max(initial=0.0) for group in self.edges) or 1.0
+        for group in self.edges:
+            lines = np.stack([self.layout.xy[group.sources], self.layout.xy[group.targets]], axis=1)
+            # The root keeps weak edges visible beside one that dwarfs them all.
+            widths = 0.35 + 3.4 * np.sqrt(group.sizes / largest)
+            look = {"linewidths": widths, "colors": group.colour, "linestyles": group.dashes}
+            axes.add_collection(LineCollection(list(lines), alpha=0.42, zorder=1, **look))
 
     def _draw_nodes(self, axes: Axes) -> None:
-        nodes, xy = self.nodes, self.layout.xy
         largest = self.strength[self.shown].max() or 1.0
         for kind, (marker, _, _) in MARKS.items():
-            chosen = self.shown[nodes.kind[self.shown] == kind]
+            chosen = self.shown[self.kinds == kind]
             if len(chosen):
                 sizes = 16 + 130 * np.sqrt(self.strength[chosen] / largest)
-                faces, outlines = self.paint(chosen)
-                look = {"s": sizes, "c": faces, "edgecolors": outlines, "linewidths": self.pen}
-                axes.scatter(*xy[chosen].T, marker=marker, zorder=3, **look)
-        for node in self.shown[np.isin(nodes.kind[self.shown], ENDS)].tolist():
-            outline = {"edgecolor": self.paint(np.array([node]))[1][0], "linewidth": self.pen + 0.4}
-            box = {"boxstyle": "round,pad=0.3", "facecolor": "white", **outline}
-            x, y = xy[node].tolist()
-            axes.text(x, y, self.end_words(node), ha="center", va="center", fontsize=9, bbox=box, zorder=4)
+                colours = {"c": [self.faces[at] for at in chosen], "edgecolors": [self.outlines[at] for at in chosen]}
+                axes.scatter(
+                    *self.layout.xy[chosen].T, s=sizes, marker=marker, linewidths=self.pen, zorder=3, **colours
+                )
+        for node, words in self.end_words.items():
+            x, y = self.layout.xy[node].tolist()
+            box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": self.outlines[node]}
+            box |= {"linewidth": self.pen + 0.4}
+            axes.text(x, y, words, ha="center", va="center", fontsize=9, bbox=box, zorder=4)
 
-    def _name_features(self, axes: Axes) -> None:
-        """Write the numbers of the strongest features above or below them, where a neighbour's leaves room."""
-        named: list[np.ndarray] = []
+    def _name_features(self, axes: Axes, named: Sequence[int]) -> None:
+        """Write the numbers of features above or below them, where a neighbour's leaves room."""
+        before: list[np.ndarray] = []
         room = 0.03 * sum(width for _, width in self.layout.slots.values())
         back = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-        for node in self.strongest:
+        for node in named:
             spot = self.layout.xy[node]
-            near = sum(abs(spot[0] - other[0]) < room and abs(spot[1] - other[1]) < 0.3 for other in named)
-            named.append(spot)
+            near = sum(abs(spot[0] - other[0]) < room and abs(spot[1] - other[1]) < 0.3 for other in before)
+            before.append(spot)
             if near < 2:
                 where = {"xytext": (0, -7), "va": "top"} if near else {"xytext": (0, 7), "va": "bottom"}
                 look = {"ha": "center", "fontsize": 7.5, "bbox": back, "zorder": 5}
                 axes.annotate(str(self.nodes.index[node]), tuple(spot), textcoords="offset points", **where, **look)
 
 
-class _PromptDrawing(_Drawing):
-    def __init__(
-        self, pruned: PrunedGraph, images: Sequence[np.ndarray], groups: Mapping[FeatureId, str], max_edges: int
-    ) -> None:
-        graph, scores = pruned.graph, pruned.scores
-        self.graph, self.images, self.groups = graph, images, groups
-        chosen = strongest_edges(pruned, max_edges)
-        sources, targets, weights = graph.indices[chosen].astype(int), graph.targets_of(chosen), graph.weights[chosen]
-        edges = [
-            Edges(sources[sign], targets[sign], np.abs(weights[sign]), colour, dashes)
-            for sign, colour, dashes in ((weights >= 0, POSITIVE, "solid"), (weights < 0, NEGATIVE, _DASHED))
-        ]
-        ends = graph.nodes.ends()
-        kept_ends = ends[pruned.node_mask[ends]]
-        super().__init__(graph.nodes, pruned.influence, graph.is_image, graph.n_layers, edges, kept_ends)
-        self.title = (
-            f"the {len(chosen)} strongest of {pruned.n_edges:,} kept edges, {len(self.shown)} of {pruned.n_nodes:,} "
-            f"kept nodes; replacement score {scores.replacement:.2f}, completeness score {scores.completeness:.2f}"
-        )
-        if graph.nodes.kind[-1] == NodeKind.LOGIT:
-            self.above = "logits"
-        names = list(dict.fromkeys(groups.values()))
-        self.colours = {name: pick(COLOURS[1:], number) for number, name in enumerate(names)}
+def _feature(nodes: Nodes, node: int) -> FeatureId:
+    return FeatureId(int(nodes.layer[node]), int(nodes.index[node]))
 
-    def _group(self, node: int) -> str | None:
-        is_feature = self.nodes.kind[node] == NodeKind.FEATURE
-        return self.groups.get(self.graph.nodes.feature_id(node)) if is_feature else None
 
-    def paint(self, chosen: np.ndarray) -> tuple[list[str], list[str]]:
-        faces = []
-        for node in chosen.tolist():
-            group, kind = self._group(node), NodeKind(int(self.nodes.kind[node]))
-            face = "white" if kind in ENDS else MARKS[kind][1]
-            faces.append(face if group is None else self.colours[group])
-        return faces, [INK] * len(chosen)
-
-    def end_words(self, node: int) -> str:
-        number = node - int(self.graph.nodes.ends()[0])
-        value = f"p={self.graph.logit_probabilities[number]:.3f}"
-        if self.nodes.kind[node] == NodeKind.TARGET:
-            value = f"{self.graph.nodes.target[node]:+.2f}"
-        return "\n".join([*textwrap.wrap(self.graph.logit_tokens[number], 14), value])
-
-    def draw_columns(self, axes: Axes) -> None:
-        """Under every position its token, or a thumbnail of its patch with the soft token's number."""
-        graph, slots = self.graph, self.layout.slots
-        soft = {int(position): number for number, position in enumerate(np.flatnonzero(graph.is_image))}
-        inches = _INCHES * _ACROSS / sum(width for _, width in slots.values())
-        narrowest = min((slots[position][1] for position in soft if position in slots), default=1.0)
-        points = min(0.92 * narrowest * inches * 72, 30.0)
-        under = axes.get_xaxis_transform()
-        below = {"xycoords": under, "textcoords": "offset points", "annotation_clip": False, "ha": "center"}
-        for position, (centre, _) in slots.items():
-            box = None if position == _NO_POSITION else graph.patch_boxes[position]
-            if box is None or not self.images:
-                text = f"soft {soft[position]}" if position in soft else graph.tokens[position]
-                text, size = ("no position", 8) if position == _NO_POSITION else (text, 8.5)
-                axes.annotate(text, (centre, 0), (0, -6), rotation=90, va="top", fontsize=size, **below)
-                continue
-            pixels = self.images[int(graph.image_index[position])]
-            left, top, right, bottom = PatchBox(*box).pixels(pixels.shape[1], pixels.shape[0])
-            patch = Image.fromarray(pixels[top:bottom, left:right]).resize((48, 48), Image.Resampling.NEAREST)
-            thumbnail = AnnotationBbox(
-                OffsetImage(np.asarray(patch), zoom=points / 48),
-                (centre, 0),
-                (0, -6),
-                xycoords=under,
-                boxcoords="offset points",
-                box_alignment=(0.5, 1),
-                pad=0,
-                bboxprops={"edgecolor": MUTED, "linewidth": 0.6},
-                annotation_clip=False,
-            )
-            axes.add_artist(thumbnail)
-            axes.annotate(str(soft[position]), (centre, 0), (0, -10 - points), va="top", fontsize=8.5, **below)
-
-    def legend(self) -> list[Line2D]:
-        plain = {"linestyle": "none", "markeredgecolor": INK, "markersize": 8, "marker": "o"}
-        met = dict.fromkeys(group for node in self.shown.tolist() if (group := self._group(node)) is not None)
-        marks = [Line2D([], [], markerfacecolor=self.colours[name], label=f"feature: {name}", **plain) for name in met]
-        return [*marks, *_sign_legend("positive edge", "negative edge")]
+def _signed(sources: np.ndarray, targets: np.ndarray, weights: np.ndarray, sizes: np.ndarray) -> list[Edges]:
+    """Positive edges blue and in full lines, negative ones orange and dashed."""
+    return [
+        Edges(sources[sign], targets[sign], sizes[sign], colour, dashes)
+        for sign, colour, dashes in ((weights >= 0, POSITIVE, "solid"), (weights < 0, NEGATIVE, _DASHED))
+    ]
 
 
 def _sign_legend(positive: str, negative: str) -> list[Line2D]:
@@ -397,52 +305,102 @@ def attribution_graph(
         max_edges: how many edges are drawn.
         labels: of features; those of the features that are named by their numbers stand below.
     """
-    return _PromptDrawing(pruned, images, groups or {}, max_edges).draw(path, labels)
+    graph, nodes, scores = pruned.graph, pruned.graph.nodes, pruned.scores
+    chosen = strongest_edges(pruned, max_edges)
+    weights = graph.weights[chosen]
+    edges = _signed(graph.indices[chosen].astype(int), graph.targets_of(chosen), weights, np.abs(weights))
+    groups, is_feature = groups or {}, nodes.kind == NodeKind.FEATURE
+    colours = {name: pick(COLOURS[1:], number) for number, name in enumerate(dict.fromkeys(groups.values()))}
+    group_of = [groups.get(nodes.feature_id(node)) if is_feature[node] else None for node in range(len(nodes))]
+    plain = {kind: face for kind, (_, face, _) in MARKS.items()}
+    faces = [
+        plain.get(NodeKind(int(kind)), "white") if group is None else colours[group]
+        for kind, group in zip(nodes.kind, group_of, strict=True)
+    ]
+    end_words = {}
+    for number, node in enumerate(nodes.ends().tolist()):
+        is_target = nodes.kind[node] == NodeKind.TARGET
+        value = f"{nodes.target[node]:+.2f}" if is_target else f"p={graph.logit_probabilities[number]:.3f}"
+        if pruned.node_mask[node]:
+            end_words[node] = "\n".join([*textwrap.wrap(graph.logit_tokens[number], 14), value])
+    legend = _sign_legend("positive edge", "negative edge")
+    size, outlines = (graph.is_image, graph.n_layers), [INK] * len(nodes)
+    picture = _Drawing(nodes, pruned.influence, *size, edges, faces, outlines, end_words, legend, 0.6)
+    met = dict.fromkeys(group for node in picture.shown.tolist() if (group := group_of[node]) is not None)
+    mark = {"linestyle": "none", "markeredgecolor": INK, "markersize": 8, "marker": "o"}
+    of_groups = [Line2D([], [], markerfacecolor=colours[name], label=f"feature: {name}", **mark) for name in met]
+    picture.legend = [*of_groups, *legend]
+    title = (
+        f"the {len(chosen)} strongest of {pruned.n_edges:,} kept edges, {len(picture.shown)} of {pruned.n_nodes:,} "
+        f"kept nodes; replacement score {scores.replacement:.2f}, completeness score {scores.completeness:.2f}"
+    )
+    above = "logits" if nodes.kind[-1] == NodeKind.LOGIT else "target"
+    return picture.draw(path, title, above, 1.7, partial(_draw_positions, graph, picture.layout, images), labels)
 
 
-class _MergedDrawing(_Drawing):
-    above = "targets"
-    pen = 1.3
-    legend_columns = 5
+def _draw_positions(graph: AttributionGraph, layout: Layout, images: Sequence[np.ndarray], axes: Axes) -> None:
+    """Under every position its token, or a thumbnail of its patch with the soft token's number."""
+    slots = layout.slots
+    soft = {int(position): number for number, position in enumerate(np.flatnonzero(graph.is_image))}
+    inches = _INCHES * _ACROSS / sum(width for _, width in slots.values())
+    narrowest = min((slots[position][1] for position in soft if position in slots), default=1.0)
+    points = min(0.92 * narrowest * inches * 72, 30.0)
+    under = axes.get_xaxis_transform()
+    below = {"xycoords": under, "textcoords": "offset points", "annotation_clip": False, "ha": "center", "va": "top"}
+    for position, (centre, _) in slots.items():
+        box = None if position == _NO_POSITION else graph.patch_boxes[position]
+        if box is None or not images:
+            text = f"soft {soft[position]}" if position in soft else graph.tokens[position]
+            text, size = ("no position", 8) if position == _NO_POSITION else (text, 8.5)
+            axes.annotate(text, (centre, 0), (0, -6), rotation=90, fontsize=size, **below)
+            continue
+        pixels = images[int(graph.image_index[position])]
+        left, top, right, bottom = PatchBox(*box).pixels(pixels.shape[1], pixels.shape[0])
+        patch = Image.fromarray(pixels[top:bottom, left:right]).resize((48, 48), Image.Resampling.NEAREST)
+        image, edge = OffsetImage(np.asarray(patch), zoom=points / 48), {"edgecolor": MUTED, "linewidth": 0.6}
+        place = {"xycoords": under, "boxcoords": "offset points", "box_alignment": (0.5, 1), "annotation_clip": False}
+        axes.add_artist(AnnotationBbox(image, (centre, 0), (0, -6), pad=0, bboxprops=edge, **place))
+        axes.annotate(str(soft[position]), (centre, 0), (0, -10 - points), fontsize=8.5, **below)
 
-    def __init__(self, merged: MergedGraph, strength: np.ndarray, edges: Sequence[Edges]) -> None:
-        self.merged = merged
-        ends = np.flatnonzero(np.isin(merged.nodes.kind, ENDS))
-        super().__init__(merged.nodes, strength, merged.column_is_image, merged.n_layers, edges, ends)
-        self.upright = len(self.layout.slots) <= 8  # so few columns that their names need not be turned
-        self.by_role = merged.match in ("role", "feature")  # columns hold the tokens of a whole role
 
-    @property
-    def below(self) -> float:
-        return 1.2 if self.upright else 1.9
+def _draw_merged(
+    merged: MergedGraph,
+    strength: np.ndarray,
+    edges: Sequence[Edges],
+    faces: Sequence[str],
+    outlines: Sequence[str],
+    probabilities: Callable[[int], str],
+    legend: Sequence[Line2D],
+    title: str,
+    path: str | Path,
+    labels: Labels | None,
+) -> Path:
+    """What pictures of two and of many graphs have in common; `probabilities` are words for a logit."""
+    nodes, end_words = merged.nodes, {}
+    for node in np.flatnonzero(np.isin(nodes.kind, ENDS)).tolist():
+        value = probabilities(node) if nodes.kind[node] == NodeKind.LOGIT else ""
+        end_words[node] = f"{nodes.label[node]}\n{value}".strip()
+    is_image, n_layers = merged.column_is_image, merged.n_layers
+    picture = _Drawing(nodes, strength, is_image, n_layers, edges, faces, outlines, end_words, legend, 1.3)
+    upright = len(picture.layout.slots) <= 8  # so few columns that their names need not be turned
+    by_role = merged.match in ("role", "feature")  # columns hold the tokens of a whole role
 
-    def legend_face(self, face: str) -> str:
-        return "white"
-
-    def end_words(self, node: int) -> str:
-        value = self.end_value(node) if self.nodes.kind[node] == NodeKind.LOGIT else ""
-        return f"{self.merged.nodes.label[node]}\n{value}".strip()
-
-    def end_value(self, node: int) -> str:
-        """The probabilities of a logit."""
-        raise NotImplementedError
-
-    def draw_columns(self, axes: Axes) -> None:
-        merged = self.merged
-        below = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "annotation_clip": False}
-        turn = {"fontsize": 9.5} if self.upright else {"fontsize": 8, "rotation": 90}
-        drop = -20 if self.by_role else -6  # below the tokens' slanted names
-        for column, (centre, _) in self.layout.slots.items():
+    def draw_columns(axes: Axes) -> None:
+        place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "top"}
+        turn = {"fontsize": 9.5} if upright else {"fontsize": 8, "rotation": 90}
+        under = {"xycoords": axes.get_xaxis_transform(), "annotation_clip": False}
+        drop = -20 if by_role else -6  # below the tokens' slanted names
+        for column, (centre, _) in picture.layout.slots.items():
             text = "no position" if column == _NO_POSITION else merged.columns[column]
-            if column >= 0 and merged.column_is_image[column] and merged.match != "role":
+            if column >= 0 and is_image[column] and merged.match != "role":
                 text = f"soft {text}"
-            axes.annotate(text, (centre, 0), (0, drop), ha="center", va="top", **turn, **below)
-        if self.by_role:
-            words = self.strongest_of(NodeKind.TOKEN, len(self.shown))
-            for node in words[merged.nodes.image[words] < 0][:6].tolist():
-                word = merged.nodes.label[node].strip('"')
-                look = {"ha": "center", "va": "top", "fontsize": 7.5, "rotation": 20}
-                axes.annotate(word, tuple(self.layout.xy[node]), (0, -9), textcoords="offset points", **look)
+            axes.annotate(text, (centre, 0), (0, drop), **turn, **under, **place)
+        words = [node for node in picture.strongest(NodeKind.TOKEN, len(nodes)) if nodes.image[node] < 0]
+        for node in words[:6] if by_role else ():
+            spot = tuple(picture.layout.xy[node])
+            axes.annotate(nodes.label[node].strip('"'), spot, (0, -9), fontsize=7.5, rotation=20, **place)
+
+    return picture.draw(path, title, "targets", 1.2 if upright else 1.9, draw_columns, labels, white_marks=True)
 
 
 _FIRST, _SECOND, _BOTH = COLOURS[0], COLOURS[1], "#8a8a8a"
@@ -455,83 +413,57 @@ def _side(shares: np.ndarray) -> np.ndarray:
     return ((first > 0) & (first >= _MORE * second)).astype(int) - ((second > 0) & (second >= _MORE * first))
 
 
-class _DifferenceDrawing(_MergedDrawing):
-    def __init__(self, found: GraphComparison, max_edges: int) -> None:
-        side, edges = _side(found.edge_share), []
-        gap, common = np.abs(found.edge_share[0] - found.edge_share[1]), found.edge_share.min(axis=0)
-        for mark, sizes, colour, dashes in (
-            (1, gap, _FIRST, "solid"),
-            (-1, gap, _SECOND, _DASHED),
-            (0, common, _BOTH, _DOTTED),
-        ):
-            of_side = np.flatnonzero(side == mark)
-            chosen = of_side[np.argsort(-sizes[of_side], kind="stable")][: max_edges // 3]
-            edges.append(Edges(found.sources[chosen], found.targets[chosen], sizes[chosen], colour, dashes))
-        super().__init__(found, found.share.max(axis=0), edges)
-        # No influence flows through what is explained: it is one graph's by its probability.
-        is_end = np.isin(found.nodes.kind, ENDS)
-        self.side = np.where(is_end, _side(np.nan_to_num(found.activation)), _side(found.share))
-        self.activation = found.activation
-        first, second = found.names
-        counts = [len(group.sizes) for group in edges]
-        self.title = (
-            f"{first} against {second}: {counts[0]} edges of {first}, {counts[1]} of {second}, {counts[2]} of both; "
-            "line width: share of influence"
-        )
-
-    def paint(self, chosen: np.ndarray) -> tuple[list[str], list[str]]:
-        faces, outlines = {1: _FIRST, 0: "#d0d0d0", -1: "white"}, {1: _FIRST, 0: _BOTH, -1: _SECOND}
-        sides = self.side[chosen].tolist()
-        return [faces[side] for side in sides], [outlines[side] for side in sides]
-
-    def end_value(self, node: int) -> str:
-        return "p=" + " | ".join("?" if np.isnan(p) else f"{p:.2f}" for p in self.activation[:, node])
-
-    def legend(self) -> list[Line2D]:
-        mark = {"marker": "o", "markersize": 8, "linewidth": 2}
-        first, second = (f"{name}: at least twice the other's share" for name in self.merged.names)
-        return [
-            Line2D([], [], color=_FIRST, label=first, **mark),
-            Line2D([], [], color=_SECOND, linestyle=_DASHED, markerfacecolor="white", label=second, **mark),
-            Line2D([], [], color=_BOTH, linestyle=_DOTTED, markerfacecolor="#d0d0d0", label="both", **mark),
-        ]
-
-
 def difference_graph(
     found: GraphComparison, path: str | Path, max_edges: int = 90, labels: Labels | None = None
 ) -> Path:
     """Draw the edges whose shares of influence differ most, and the strongest ones that both graphs use."""
-    return _DifferenceDrawing(found, max_edges).draw(path, labels)
+    edge_side, edges = _side(found.edge_share), []
+    gap, common = np.abs(found.edge_share[0] - found.edge_share[1]), found.edge_share.min(axis=0)
+    looks = ((1, gap, _FIRST, "solid"), (-1, gap, _SECOND, _DASHED), (0, common, _BOTH, _DOTTED))
+    for side, sizes, colour, dashes in looks:
+        chosen = np.flatnonzero(edge_side == side)
+        chosen = chosen[np.argsort(-sizes[chosen], kind="stable")][: max_edges // 3]
+        edges.append(Edges(found.sources[chosen], found.targets[chosen], sizes[chosen], colour, dashes))
+    # No influence flows through what is explained: it is one graph's by its probability.
+    is_end = np.isin(found.nodes.kind, ENDS)
+    sides = np.where(is_end, _side(np.nan_to_num(found.activation)), _side(found.share)).tolist()
+    faces = [{1: _FIRST, 0: "#d0d0d0", -1: "white"}[side] for side in sides]
+    outlines = [{1: _FIRST, 0: _BOTH, -1: _SECOND}[side] for side in sides]
+    first, second = found.names
+    title = (
+        f"{first} against {second}: {len(edges[0].sizes)} edges of {first}, {len(edges[1].sizes)} of {second}, "
+        f"{len(edges[2].sizes)} of both; line width: share of influence"
+    )
+    mark, more = {"marker": "o", "markersize": 8, "linewidth": 2}, "at least twice the other's share"
+    legend = [
+        Line2D([], [], color=_FIRST, label=f"{first}: {more}", **mark),
+        Line2D([], [], color=_SECOND, linestyle=_DASHED, markerfacecolor="white", label=f"{second}: {more}", **mark),
+        Line2D([], [], color=_BOTH, linestyle=_DOTTED, markerfacecolor="#d0d0d0", label="both", **mark),
+    ]
 
+    def probabilities(node: int) -> str:
+        return "p=" + " | ".join("?" if np.isnan(p) else f"{p:.2f}" for p in found.activation[:, node])
 
-class _AggregateDrawing(_MergedDrawing):
-    def __init__(self, found: AggregateGraph, max_edges: int) -> None:
-        top = np.argsort(-found.edge_share, kind="stable")[:max_edges]
-        positive = found.weight[top] >= 0
-        edges = [
-            Edges(found.sources[chosen], found.targets[chosen], found.absolute[chosen], colour, dashes)
-            for chosen, colour, dashes in ((top[positive], POSITIVE, "solid"), (top[~positive], NEGATIVE, _DASHED))
-        ]
-        super().__init__(found, found.share, edges)
-        self.count, self.often, self.activation = found.count, found.count / found.n_graphs, found.activation
-        self.title = (
-            f"{found.n_graphs} graphs: the {len(top)} edges with the largest mean share of influence; line width: mean "
-            "|edge|; black nodes are kept in every graph, white ones in few"
-        )
-
-    def paint(self, chosen: np.ndarray) -> tuple[list[str], list[str]]:
-        return [f"{0.98 - 0.83 * often:.3f}" for often in self.often[chosen].tolist()], [INK] * len(chosen)
-
-    def end_value(self, node: int) -> str:
-        return f"p={self.activation[node]:.2f} in {self.count[node]}"
-
-    def legend(self) -> list[Line2D]:
-        return _sign_legend("mean edge positive", "mean edge negative")
+    strength = found.share.max(axis=0)
+    return _draw_merged(found, strength, edges, faces, outlines, probabilities, legend, title, path, labels)
 
 
 def aggregate_graph(found: AggregateGraph, path: str | Path, max_edges: int = 90, labels: Labels | None = None) -> Path:
     """Draw the edges with the largest mean share; a node's shade says in how many graphs it was kept."""
-    return _AggregateDrawing(found, max_edges).draw(path, labels)
+    top = np.argsort(-found.edge_share, kind="stable")[:max_edges]
+    edges = _signed(found.sources[top], found.targets[top], found.weight[top], found.absolute[top])
+    faces = [f"{0.98 - 0.83 * often:.3f}" for often in (found.count / found.n_graphs).tolist()]
+    title = (
+        f"{found.n_graphs} graphs: the {len(top)} edges with the largest mean share of influence; line width: mean "
+        "|edge|; black nodes are kept in every graph, white ones in few"
+    )
+    legend = _sign_legend("mean edge positive", "mean edge negative")
+
+    def probabilities(node: int) -> str:
+        return f"p={found.activation[node]:.2f} in {found.count[node]}"
+
+    outlines = [INK] * len(faces)
+    return _draw_merged(found, found.share, edges, faces, outlines, probabilities, legend, title, path, labels)
 
 
 def share_bars(found: GraphComparison, path: str | Path, count: int = 20, labels: Labels | None = None) -> Path:
@@ -546,8 +478,7 @@ def share_bars(found: GraphComparison, path: str | Path, count: int = 20, labels
     top = top[np.argsort(gap[top], kind="stable")]
     names = [f"{nodes.name(n)}  {found.where(n)}" for n in top.tolist()]
     if labels:
-        ids = [FeatureId(int(nodes.layer[n]), int(nodes.index[n])) for n in top]
-        said = [textwrap.shorten(labels.get(one, ""), 56, placeholder="...") for one in ids]
+        said = [textwrap.shorten(labels.get(_feature(nodes, n), ""), 56, placeholder="...") for n in top.tolist()]
         names = [f"{text}  {name}".strip() for text, name in zip(said, names, strict=True)]
     rows = np.arange(len(top))
     with drawing(path, 10.5 if labels else 7.5, 1.4 + 0.27 * max(len(top), 1)) as figure:

@@ -1,4 +1,4 @@
-"""`task=trace` on any picture: files agree, the answer leads back to the picture and its patches, mistakes are refused."""
+"""`task=trace` on any picture: files agree, the answer leads back to the picture, and mistakes are refused."""
 
 import json
 from collections.abc import Callable

@@ -9,19 +9,15 @@ effects on two questions, since an effect's sign depends on the answer that a pa
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
-from PIL import Image
 
-from vlmscope.circuits.cases import pairs_by_question, subject_of_pairs
 from vlmscope.circuits.experiment import Declared
-from vlmscope.circuits.pairs import PairEffects, pair_effects
+from vlmscope.circuits.pairs import PairEffects
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.intervention import Curve
 from vlmscope.core.records import generator
@@ -38,6 +34,7 @@ from vlmscope.metrics.decoding import (
 )
 from vlmscope.report.figures import dose_response
 from vlmscope.tasks.declared import from_pairs
+from vlmscope.tasks.feature_codes import Codes, scene_codes
 
 if TYPE_CHECKING:
     from vlmscope.tasks.bench import Bench
@@ -46,7 +43,6 @@ PICTURE = "picture"
 PLACES = (PICTURE, *(f"last_{name}" for name in PLANET_QUESTIONS))  # soft tokens; last position under each question
 KINDS = ("appearance", "colour word", "planet", "appearance and planet")
 LEAST = 0.3  # held-out R^2 from which a feature says something
-CHUNK = 70  # scenes a forward
 
 
 APPEARANCE = ("brightness", "red", "green", "texture", "size")
@@ -88,6 +84,7 @@ class Seen:
 def declare(bench: Bench) -> Declared:
     """Pairs, with controls that are matched on their originals alone."""
     declared = from_pairs(bench)
+    bench.records["pairs"] = declared.pairs
     batches = [cases.batch for cases in declared.cases["test"]]
     return replace(declared, means=mean_activations(bench.scope, batches, bench.transcoders.layers))
 
@@ -110,7 +107,8 @@ def analyse(bench: Bench) -> dict[str, float]:
         if len(common) > 1:
             one, other = (shares[name].loc[common].to_numpy() for name in (a, b))
             metrics |= bootstrap_depth(one, other, seed).metrics(f"depth/{a}_less_{b}")
-    alike = likenesses(bench, effects_of(bench, shares))
+    source = bench.records["pairs"]
+    alike = likenesses(bench, {name: source.effects(name) for name in source.questions if name in shares})
     image: Any = alike[alike.role == "image"]
     metrics |= {f"alike/{a}_{b}/image/layer_{n:02d}": v for a, b, n, v in
                 image[["first", "second", "layer", "alike"]].itertuples(index=False)}  # fmt: skip
@@ -137,18 +135,6 @@ def analyse(bench: Bench) -> dict[str, float]:
     return metrics
 
 
-def effects_of(bench: Bench, questions: Collection[str]) -> dict[str, PairEffects]:
-    """Effects on each question whose answers differ within training pairs, estimated on these."""
-    config, pairs = bench.cfg.interchange, bench.cfg.pairs
-    assert pairs is not None, "cases come from pairs"
-    train = pairs_by_question(pairs, "train")
-    return {
-        name: pair_effects(bench.scope, subject_of_pairs(bench.scope, name, some, config.least), config.steps)
-        for name, some in train.items()
-        if name in questions and some[0].moves
-    }
-
-
 def likenesses(bench: Bench, effects: dict[str, PairEffects]) -> pd.DataFrame:
     """For each two questions, role and layer the cosine of absolute effects; `shuffled`: with the features of one
     shuffled among those that have an effect on either.
@@ -171,30 +157,18 @@ def cosine(first: np.ndarray, second: np.ndarray) -> float:
     return float(first @ second) / norms if norms else float("nan")
 
 
-def codes_of(bench: Bench, split: str, each: int) -> tuple[dict[str, dict[int, np.ndarray]], Seen]:
-    """Place -> layer -> [n, F] activations (mean over soft tokens; at the last position), and what is seen."""
+def codes_of(bench: Bench, split: str, each: int) -> tuple[dict[str, Codes], Seen]:
+    """Place -> layer -> [n, F] activations (summed over soft tokens; at the last position), and what is seen."""
     scenes = [scene for planet in PLANETS for scene in concept_scenes(planet, split, each, bench.cfg.seed)]
-    layers = bench.transcoders.layers
-    found: dict[str, dict[int, list[np.ndarray]]] = {place: {layer: [] for layer in layers} for place in PLACES}
-    for start in range(0, len(scenes), CHUNK):
-        images = [Image.fromarray(one) for one in pictures(scenes[start : start + CHUNK])]
-        for name, wordings in PLANET_QUESTIONS.items():
-            batch = bench.scope.batch(bench.inputs(images, wordings[0]))
-            soft = torch.from_numpy(batch.is_image)
-            for layer, x in bench.scope.capture(batch, layers).items():
-                transcoder = bench.transcoders[layer]
-                width = transcoder.config.n_features
-                with torch.no_grad():
-                    last = transcoder.encode(x[:, -1]).dense(width)
-                    found[f"last_{name}"][layer].append(last.float().numpy(force=True))
-                    if name == next(iter(PLANET_QUESTIONS)):  # soft tokens come before any question
-                        mean = transcoder.encode(x[:, soft]).dense(width).mean(1)
-                        found[PICTURE][layer].append(mean.float().numpy(force=True))
+    images, found = pictures(scenes), {}
+    for name, wordings in PLANET_QUESTIONS.items():
+        # Soft tokens come before any question.
+        codes = scene_codes(bench, images, wordings[0], ("last",) if found else ("last", PICTURE))
+        found |= {place if place == PICTURE else f"last_{name}": of for place, of in codes.items()}
     colours = list(dict.fromkeys(planet.colour for planet in PLANETS.values()))
     planets = np.repeat(np.arange(len(PLANETS)), each)
     colour = np.array([colours.index(planet.colour) for planet in PLANETS.values()])[planets]
-    joined = {place: {i: np.concatenate(parts) for i, parts in table.items()} for place, table in found.items()}
-    return joined, Seen(planets, colour, np.stack([appearance(scene) for scene in scenes]))
+    return found, Seen(planets, colour, np.stack([appearance(scene) for scene in scenes]))
 
 
 def read_place(

@@ -1,4 +1,7 @@
-"""Interchange interventions from the command line: one's own pairs, a saved circuit, and mistakes in one line."""
+"""Interchange interventions from the command line, and mistakes in experiments in one line before the first step.
+
+That each experiment runs, and what it finds, is in `tests/golden`.
+"""
 
 import json
 from pathlib import Path
@@ -79,16 +82,6 @@ def test_mistakes_are_one_line(
     assert said in error[0]
 
 
-@pytest.mark.parametrize("scenes", ["[6,36]", "[36,5]"])
-def test_too_few_scenes_for_a_number_line_are_told_before_the_first_step(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], scenes: str
-) -> None:
-    arguments = [f"interchange.scenes={scenes}", "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]
-    assert main(["experiment=counting", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert "at least 30 training and 30 held-out scenes" in said
-
-
 def test_a_circuit_of_features_that_are_not_there_is_refused(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,3 +89,24 @@ def test_a_circuit_of_features_that_are_not_there_is_refused(
     save_circuit(Circuit({"answer": Supernode("answer", (feature,))}, {}), tmp_path / "circuit")
     assert run(own, tmp_path / "run", f"interchange.circuit={tmp_path / 'circuit'}") == 2
     assert "layer 2 has 2048 features" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["experiment=mars_earth_patch", "+images.mars=[/no/mars.png]"], "/no/mars.png: no such file"),
+        (["experiment=find_circuits", "pairs.train=0"], "pairs.train=0 leaves no pair to choose a circuit by"),
+        (["experiment=captioning", "analysis.swaps.mars_to_earth=[planet,mars]"], "[change, original, counterfactual]"),
+        (["experiment=captioning", "analysis.swaps.mars_to_earth=[planet,mars,pink]"], "no value 'pink'"),
+        (["experiment=captioning", "trials.steer.gate=0"], "trials: gate=0"),
+        (["experiment=counting", "interchange.scenes=[36,5]"], "at least 30 training and 30 held-out scenes"),
+    ],
+)
+def test_mistakes_are_told_before_any_step(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert main([*arguments, f"hydra.run.dir={run_dir}", "tracking=none"]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert words in error
+    assert not [path for path in run_dir.rglob("*") if path.suffix not in (".yaml", ".log")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vlmscope.circuits.cases import answer_token, pairs_by_question, subject_of_pairs
+from vlmscope.circuits.cases import answer_token, pairs_by_question
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
@@ -17,10 +18,7 @@ from vlmscope.data.orrery.scenes import PLANETS
 from vlmscope.tasks.wiring import feature_labels, load_model, load_scope
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-
     from vlmscope.circuits.config import CircuitConfig
-    from vlmscope.circuits.pairs import PairSubject
     from vlmscope.config import AppConfig
     from vlmscope.core.records import FeatureId
     from vlmscope.data.inputs import Pair
@@ -35,9 +33,8 @@ if TYPE_CHECKING:
 class Bench:
     """What an experiment takes its model, study, circuit and pictures from; each is loaded on first use.
 
-    `records` hands what `trials` of an experiment's module made over to its `analyse`.
-    `overrides` is what the user typed, where a tiny model is to get random transcoders (see `load_scope`);
-    `analysis` are the settings of the experiment's own module.
+    `records` hands what `trials` of an experiment's module made over to its `analyse`; `analysis` are its settings.
+    `overrides` is what the user typed, where a tiny model is to get random transcoders (see `load_scope`).
     """
 
     cfg: AppConfig
@@ -49,12 +46,12 @@ class Bench:
 
     @cached_property
     def vlm(self) -> VLM:
-        """The model, loaded on first use."""
+        """The model."""
         return load_model(self.cfg)
 
     @cached_property
     def scope(self) -> Scope:
-        """The model with its transcoders, which are loaded on first use."""
+        """The model with its transcoders."""
         return load_scope(self.cfg, self.vlm, self.overrides)
 
     @cached_property
@@ -78,11 +75,7 @@ class Bench:
 
     @property
     def circuit_config(self) -> CircuitConfig:
-        """The `circuit` group.
-
-        Raises:
-            UserError: the experiment chose none.
-        """
+        """The `circuit` group, which the experiment must have chosen."""
         if self.cfg.circuit is None:
             raise UserError("this experiment needs a circuit: choose one, such as circuit=mars_earth")
         return self.cfg.circuit
@@ -96,9 +89,6 @@ class Bench:
     def concept_pictures(self, concept: str, split: str, count: int, seed: int | None = None) -> list[Image.Image]:
         """Pictures of a concept: the user's own, `images.<concept>` to test on and `images.<concept>_train` to find
         features on (at most `count`), else Orrery's. Without a `seed` the circuit's is taken.
-
-        Raises:
-            UserError: the user gives none and Orrery has no such planet.
         """
         key = concept if split == "test" else f"{concept}_{split}"
         own = self.cfg.images.get(key)
@@ -111,7 +101,7 @@ class Bench:
         seed = self.circuit_config.seed if seed is None else seed
         return [Image.fromarray(p) for p in pictures(concept_scenes(concept, split, count, seed))]
 
-    def inputs(self, images: list[Image.Image], prompt: str) -> list[ModelInputs]:
+    def inputs(self, images: Sequence[Image.Image], prompt: str) -> list[ModelInputs]:
         """One prompt for each picture."""
         return [self.vlm.prepare(prompt, [image]) for image in images]
 
@@ -120,15 +110,7 @@ class Bench:
         return answer_token(self.scope, word)
 
     def pairs(self, split: str) -> dict[str, list[Pair]]:
-        """The counterfactual pairs of a split by question.
-
-        Raises:
-            UserError: the run has none.
-        """
+        """The counterfactual pairs of a split by question, which the run must have."""
         if self.cfg.pairs is None:
             raise UserError("this experiment needs pairs: choose some, such as pairs=first_digit")
         return pairs_by_question(self.cfg.pairs, split)
-
-    def pair_subject(self, question: str, pairs: Sequence[Pair], modes: Collection[str] = ("free",)) -> PairSubject:
-        """Both sides of a question's pairs, run once; only pairs that are answered rightly on both sides."""
-        return subject_of_pairs(self.scope, question, pairs, self.cfg.interchange.least, True, modes)

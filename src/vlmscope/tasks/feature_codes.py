@@ -87,6 +87,24 @@ def scene_codes(
     return {place: {layer: np.concatenate(parts) for layer, parts in of.items()} for place, of in found.items()}
 
 
+def both_splits(
+    bench: Bench, scenes: str, prompt: str, places: Sequence[str] = PLACES
+) -> tuple[list[dict[str, Codes]], list[pd.DataFrame]]:
+    """Codes by place and layer, and facts, of training and of held-out scenes, as many as `interchange.scenes`."""
+    codes, tables = [], []
+    for split, size in zip(("train", "test"), bench.cfg.interchange.scenes, strict=True):
+        images, facts = SCENE_TABLES[scenes](split, size, pair_seed(bench))
+        codes.append(scene_codes(bench, images, prompt, places))
+        tables.append(facts)
+    return codes, tables
+
+
+def pair_seed(bench: Bench) -> int:
+    """The seed of the pairs, which scenes share."""
+    assert bench.cfg.pairs is not None, "cases come from pairs"
+    return bench.cfg.pairs.seed
+
+
 def kind_trials(bench: Bench, declared: Declared, sets: Mapping[str, Mapping[int, np.ndarray]]) -> Iterator[Trial]:
     """Carry each set of features alone (layer -> indices), on questions that should follow and on those that should
     stay; controls as many as in the setting `main`.
@@ -133,26 +151,20 @@ class FeatureKinds:
 
     def trials(self, bench: Bench, declared: Declared) -> Iterator[Trial]:
         """Carry only the features of one group of kinds."""
-        assert bench.cfg.pairs is not None, "cases come from pairs"
-        kinds, _, _ = self.found = self.explained(bench, bench.cfg.pairs.seed)
+        kinds, _, _ = self.found = self.explained(bench)
         sets = {label: {layer: np.flatnonzero(np.isin(kind, names)) for layer, kind in kinds.items()}
                 for label, names in self.carry.items()}  # fmt: skip
         yield from kind_trials(bench, declared, sets)
 
-    def explained(self, bench: Bench, seed: int) -> tuple[dict[int, np.ndarray], dict[str, list[Rate]], int]:
+    def explained(self, bench: Bench) -> tuple[dict[int, np.ndarray], dict[str, list[Rate]], int]:
         """Layer -> [F] kinds ("" of none); fact -> held-out accuracy by layer; how many have a kind by chance."""
-        codes, tables = [], []
-        for split, size in zip(("train", "test"), bench.cfg.interchange.scenes, strict=True):
-            images, facts = SCENE_TABLES[self.scenes](split, size, seed)
-            codes.append(scene_codes(bench, images, self.prompt, ("last",))["last"])
-            tables.append(facts)
-        seen, new = tables
-        mixed = seen.iloc[generator(seed, f"shuffled {self.scenes}").permutation(len(seen))]
+        codes, (seen, new) = both_splits(bench, self.scenes, self.prompt, ("last",))
+        mixed = seen.iloc[generator(pair_seed(bench), f"shuffled {self.scenes}").permutation(len(seen))]
         kinds: dict[int, np.ndarray] = {}
         read: dict[str, list[Rate]] = {fact: [] for fact in self.read}
         chance = 0
-        for layer, train in codes[0].items():
-            test = codes[1][layer]
+        for layer, train in codes[0]["last"].items():
+            test = codes[1]["last"][layer]
             kinds[layer] = decoding.simplest(self.scores(train, seen, test, new), self.least)
             chance += int((decoding.simplest(self.scores(train, mixed, test, new), self.least) != "").sum())
             for fact, rates in read.items():
@@ -224,14 +236,8 @@ class NumberLine:
 
     def tuned(self, bench: Bench) -> dict[str, dict[int, np.ndarray]]:
         """Place -> layer -> [F] shapes of tuning curves; writes what is said of them."""
-        assert bench.cfg.pairs is not None, "cases come from pairs"
-        seed, folder = bench.cfg.pairs.seed, bench.run_dir / "figures"
-        codes, tables = [], []
-        for split, size in zip(("train", "test"), bench.cfg.interchange.scenes, strict=True):
-            images, facts = SCENE_TABLES[self.scenes](split, size, seed)
-            codes.append(scene_codes(bench, images, self.prompt))
-            tables.append(facts)
-        seen, new = tables
+        seed, folder = pair_seed(bench), bench.run_dir / "figures"
+        codes, (seen, new) = both_splits(bench, self.scenes, self.prompt)
         y, held_out = seen[self.number].to_numpy(), new[self.number].to_numpy()
         levels = np.unique(y)
         columns = (UP, DOWN, *(f"{PEAK} {level}" for level in levels[1:-1]))

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -65,24 +63,6 @@ def test_the_donors_last_position_is_carried_to_the_last_alone(
     for handle in handles:
         handle.remove()
     assert not torch.allclose(edited, scope.forward(cases.batch), atol=1e-3)
-
-
-def test_cases_without_features_keep_their_control_and_tags_are_columns(scope: Scope, sides: dict[str, Cases]) -> None:
-    none, some = (sides["picture"].tagged({"concept": name}) for name in ("none", "some"))
-    means = {layer: torch.arange(1.0, WIDTH + 1) for layer in scope.transcoders.layers}
-    trials = [
-        Trial("ablate", Ablate(features), [cases], [Setting(matched=2)], means)
-        for cases, features in ((none, {}), (some, {1: torch.arange(5)}))
-    ]
-    table: pd.DataFrame = run_trials(scope, trials)
-    assert table.groupby(["concept", "control", "draw"]).size().to_dict() == {
-        (concept, control, draw): 4
-        for concept in ("none", "some")
-        for control, draw in (("", 0), ("matched", 0), ("matched", 1))
-    }
-    unedited = table[table.concept == "none"]
-    assert not unedited.changed.any() and np.abs(unedited["drop"]).max() < 1e-6 and set(unedited.features) == {0}
-    assert np.abs(table[table.concept == "some"]["drop"]).max() > 1e-4
 
 
 def test_a_rate_is_clustered_where_a_case_occurs_several_times(scope: Scope, sides: dict[str, Cases]) -> None:

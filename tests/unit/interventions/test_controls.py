@@ -25,16 +25,6 @@ def test_matched_features_are_near_in_activation_and_disjoint() -> None:
     assert torch.equal(matched_features(plan, means, 3)[0].features, matched_features(plan, means, 3)[0].features)
 
 
-def test_dead_features_are_drawn_only_where_no_live_one_is_left() -> None:
-    means = {0: torch.cat([torch.zeros(20), torch.tensor([1.0, 1.5, 2.0, 2.5, 3.0])])}
-    for seed in range(10):
-        few = {0: set_features(torch.tensor([20, 22]), torch.ones(2), torch.ones(4, dtype=torch.bool))}
-        assert set(matched_features(few, means, seed)[0].features.tolist()) <= {21, 23, 24}
-        many = {0: set_features(torch.tensor([20, 21, 22, 23]), torch.ones(4), torch.ones(4, dtype=torch.bool))}
-        drawn = matched_features(many, means, seed)[0].features.tolist()
-        assert drawn[0] == 24 and len(set(drawn)) == 4
-
-
 def test_random_direction_moves_as_far_elsewhere(bench) -> None:
     scope, _, batch = bench
     layer = scope.adapter.n_layers - 1

@@ -44,14 +44,6 @@ def test_acts_in_proportion_to_the_norm_weighted_activation(case, offset: str) -
     assert torch.allclose(some, g.unsqueeze(-1) * whole, rtol=0, atol=1e-12)
 
 
-def test_never_acts_more_than_in_full(case) -> None:
-    transcoder, x, edit, features, current = case
-    (some,) = edit_changes(transcoder, x, gated(edit, features, 1e-9, 0.5, x.shape[1]), 0)
-    seen = (current > 0).any(-1, keepdim=True)
-    assert bool(seen.any())
-    assert torch.allclose(some, edit_changes(transcoder, x, edit, 0)[0] * seen, rtol=0, atol=1e-12)
-
-
 def test_inactive_features_or_no_level_change_nothing(bench, case) -> None:
     scope, _, batch = bench
     _, x, edit, features, _ = case

@@ -77,21 +77,6 @@ def test_false_discovery_rate_by_definition(seed: int) -> None:
     np.testing.assert_allclose(benjamini_hochberg(p), by_definition(p), rtol=1e-12)
 
 
-def test_shape_order_and_bounds() -> None:
-    p = np.array([[0.5, 1.0], [1e-6, 0.2]])
-    q = benjamini_hochberg(p)
-    assert q.shape == p.shape and (q >= p).all() and (q <= 1).all()
-    assert (np.argsort(q.ravel(), kind="stable") == np.argsort(p.ravel(), kind="stable")).all()
-    assert benjamini_hochberg(np.empty(0)).shape == (0,)
-
-
-def test_nothing_is_found_where_nothing_is() -> None:
-    """Of 400 families of 50 true nulls, about one in twenty may have a rejection at 0.05; uncorrected nearly all do."""
-    p = np.random.default_rng(0).random((400, 50))
-    assert np.mean([(benjamini_hochberg(row) < 0.05).any() for row in p]) < 0.08
-    assert np.mean((p < 0.05).any(1)) > 0.85
-
-
 @pytest.mark.parametrize("bad", [-0.1, 1.1, np.nan])
 def test_no_p_value(bad: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
@@ -106,12 +91,6 @@ def test_correction_equals_scipys() -> None:
 def test_p_counts_draws_as_large() -> None:
     null = np.array([[0.0, 5.0], [1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
     assert permutation_p(np.array([2.0, 6.0]), null).tolist() == [3 / 5, 1 / 5]
-
-
-def test_p_is_even_when_nothing_is_there() -> None:
-    rng = generator(0, "p")
-    found = permutation_p(rng.standard_normal(2000), rng.standard_normal((199, 2000)))
-    assert 0.03 < (found <= 0.05).mean() < 0.07 and found.min() > 0
 
 
 @pytest.mark.parametrize(
@@ -130,13 +109,6 @@ def test_p_is_even_when_nothing_is_there() -> None:
 )
 def test_the_rule(values: list[float], halves: list[float], share: bool, expected: tuple[float, float]) -> None:
     assert suggested_range(values, halves, share) == pytest.approx(expected, abs=1e-12)
-
-
-def test_every_value_lies_in_its_own_range() -> None:
-    for number in range(1, 400):
-        value = number / 399
-        low, high = suggested_range([value], [value / 7], True)
-        assert low <= value <= high and round(low, 2) == low and round(high, 2) == high
 
 
 def test_no_range_without_values() -> None:

@@ -71,15 +71,6 @@ def test_linear_readout_finds_what_is_there_and_guesses_what_is_not() -> None:
     assert linear_accuracy(train, train_codes[:, 1], test, codes[:, 1]).mean() < 0.25
 
 
-def test_linear_readout_of_what_varies_by_rounding_alone_is_the_most_frequent_class() -> None:
-    codes = np.array([0, 1, 1, 1] * 5)
-    for train in (
-        np.full((20, 3), 0.1, np.float32),
-        np.full((20, 3), 0.1) + 1e-9 * generator(6).standard_normal((20, 3)),
-    ):
-        assert linear_accuracy(train, codes, train[:4], codes[:4]).tolist() == [False, True, True, True]
-
-
 def test_bootstrap_mean_holds_the_mean() -> None:
     values = generator(5).normal(2.0, 1.0, 200)
     found = bootstrap_mean(values)

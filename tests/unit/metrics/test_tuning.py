@@ -45,12 +45,6 @@ def test_p_is_that_of_scipy_and_says_nothing_of_what_never_varies(cases: tuple[n
     assert p[3] > 0.001
 
 
-def test_what_only_the_level_changes_is_sure() -> None:
-    counts = np.tile(np.arange(1, 7), 4)
-    values = np.stack([counts == 2, counts, np.ones(24)], 1).astype(np.float32)
-    assert level_p(values, counts).tolist() == [0.0, 0.0, 1.0]
-
-
 def test_rank_correlation_is_spearmans(cases: tuple[np.ndarray, np.ndarray]) -> None:
     values, counts = cases
     rho = rank_correlation(values, counts)
@@ -68,11 +62,6 @@ def test_a_feature_of_area_is_none_of_count() -> None:
     of_count = partial_correlation(rank_correlation(values, count), rank_correlation(values, area), between)
     assert abs(of_count[0]) < 0.1
     assert of_count[1] > 0.8
-
-
-def test_a_step_the_wrong_way_counts_from_the_slack_on() -> None:
-    curves = np.array([[0.0, 1.0, 0.97, 2.0], [0.0, 1.0, 0.5, 2.0]]).T
-    assert list(curve_kinds(curves)) == ["up", "other"]
 
 
 def test_features_that_depend_on_the_count_are_found_and_no_others() -> None:

@@ -238,29 +238,3 @@ def test_a_killed_reproduction_goes_on(
         assert main(command) == 0
         assert "1 of 2 are in" in capsys.readouterr().out
         assert (run / "quick" / "config.yaml").stat().st_mtime_ns == stamp
-
-
-@pytest.mark.slow
-def test_real_processes_are_children_of_one_tracked_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from vlmscope.tracking.client import open_client
-
-    run, uri = tmp_path / "run", f"sqlite:///{tmp_path}/m.db"
-    found = experiments(tmp_path, small=GOOD, empty=EMPTY)
-    command = ["task=reproduce", found, f"hydra.run.dir={run}", f"tracking.uri={uri}"]
-    assert main([*command, only("small", "empty")]) == 1
-    out, err = capsys.readouterr()
-    assert "small: 1 of 1 numbers in range" in out and "empty failed: this task runs what an experiment declares" in err
-    assert main([*command, only("small")]) == 0
-    client = open_client(uri)
-    study = client.get_experiment_by_name("reproduce")
-    assert study is not None
-    runs = {r.info.run_name: r for r in client.search_runs([study.experiment_id])}
-    assert set(runs) == {"run", "small", "empty"}
-    assert [runs[name].info.status for name in ("run", "small", "empty")] == ["FINISHED", "FINISHED", "FAILED"]
-    for name in ("small", "empty"):
-        assert runs[name].data.tags["mlflow.parentRunId"] == runs["run"].info.run_id
-    assert runs["run"].data.metrics["small/plan/parameters/total"] == 36488
-    # The parent has its own files; those of its children are with the children.
-    kept = {item.path for item in client.list_artifacts(runs["run"].info.run_id)}
-    assert "summary.html" in kept and "small" not in kept
-    assert "metrics.json" in {item.path for item in client.list_artifacts(runs["small"].info.run_id)}

@@ -1,18 +1,10 @@
-"""Activations of a decoder, captured by hooks: hook points, MLP inputs, attention scores.
-
-The points between which transcoders map, by their names in `docs/glossary.md`.
-
-Reading a model's activations with forward hooks, without gradients.
+"""Activations of a decoder, captured by forward hooks without gradients: MLP inputs and outputs, attention scores.
 
 `capture_mlp` is the fast way for training (batches, the model's own attention kernels); `capture_state` keeps
-everything that the local replacement model of one prompt needs, from one forward.
-Legend: B batch, T positions, d model width, L layers, H heads, Hkv key/value heads, D head width, V vocabulary.
+everything that the local replacement model of one prompt needs, from one forward; `head_score` takes one attention
+score apart. Hook points have the names of `docs/glossary.md`.
 
-The transcoders' inputs of a batch, for analyses that need no outputs.
-
-How one head's query at one position and its key at another read the stream, with norms frozen and RoPE applied.
-
-Legend: T positions, d model width, H heads, Hkv key/value heads, D head width.
+Shapes: B batch, T positions, d model width, L layers, H heads, Hkv key/value heads, D head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -81,16 +73,11 @@ def adapter_of(model: Adapter | HasAdapter) -> Adapter:
 class ForwardState:
     """One forward over one prompt.
 
-    Attributes:
-        embeddings: `[T, d]`, what enters the first layer (embedding scale and projected soft tokens included).
-        patterns: `[L, H, T, T]`, attention probabilities, last two axes query and key.
-        mlp_in: `[L, T, d]`, input of the raw MLP.
-        mlp_out: `[L, T, d]`, output of the raw MLP.
-        norm_scales: `[L, 4, T, d]`, factors of `attn_in`, `attn_out_post`, `mlp_in`, `mlp_out_post`; 1 for no norm.
-        final_norm_scale: `[T, d]`.
-        logits: `[T, V]`, what the unembedding gives: before the cap of a model that caps its logits.
-        value_scales: for each layer `[T, Hkv * D]`, factors of the norm of values, or None.
-        injections: `[n, T, d]`, what pictures add to the stream after the first n layers; n is 0 in most families.
+    `embeddings` enter the first layer (embedding scale and projected soft tokens included); `patterns` are attention
+    probabilities, last two axes query and key; `mlp_in` and `mlp_out` those of the raw MLP; `norm_scales` the factors
+    of `attn_in`, `attn_out_post`, `mlp_in`, `mlp_out_post`, 1 for no norm; `logits` what the unembedding gives, before
+    the cap of a model that caps its logits; `value_scales` for each layer `[T, Hkv * D]`, factors of the norm of
+    values, or None; `injections` what pictures add to the stream after the first n layers, n = 0 in most families.
     """
 
     embeddings: Float[Tensor, "t d"]
@@ -123,28 +110,20 @@ def _hooks(pairs: Mapping[nn.Module, Hook]) -> Iterator[None]:
 
 @torch.no_grad()
 def capture_mlp(model: Adapter | HasAdapter, batch: Mapping[str, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-    """The MLP inputs and outputs of every layer for one batch.
+    """Inputs and outputs of every layer's MLP for one batch: layer -> ([B, T, d], [B, T, d]) in the model's dtype.
 
-    Args:
-        model: an adapter or a loaded model.
-        batch: keyword arguments of the Hugging Face forward; padded positions are returned too.
-
-    Returns:
-        layer -> (`mlp_in [B, T, d]`, `mlp_out [B, T, d]`), detached, in the model's dtype.
+    `batch` holds keyword arguments of the Hugging Face forward; padded positions are returned too.
     """
     adapter = adapter_of(model)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    captured: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(layer: int) -> Hook:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            found[layer] = (args[0].detach(), output.detach())
-
-        return hook
+        return lambda _module, args, output: captured.update({layer: (args[0].detach(), output.detach())})
 
     with _hooks({adapter.mlp(layer): keep(layer) for layer in range(adapter.n_layers)}):
         # Only the decoder's insides are wanted: one position of logits instead of [B, T, V].
         adapter.forward(batch, use_cache=False, logits_to_keep=1)
-    return found
+    return captured
 
 
 @torch.no_grad()
@@ -163,15 +142,11 @@ def capture_state(model: Adapter | HasAdapter, inputs: ModelInputs) -> ForwardSt
         norm_inputs[module] = args[0].detach()[0]
 
     def keep_mlp(layer: int) -> Hook:
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            mlp[layer] = (args[0].detach()[0], output.detach()[0])
-
-        return hook
+        return lambda _module, args, output: mlp.update({layer: (args[0].detach()[0], output.detach()[0])})
 
     layers = range(adapter.n_layers)
     hooks: dict[nn.Module, Hook] = {adapter.mlp(layer): keep_mlp(layer) for layer in layers}
-    for norm in all_norms(adapter):
-        hooks[norm] = keep_input
+    hooks |= dict.fromkeys(all_norms(adapter), keep_input)
     hooks[adapter.lm_head()] = lambda _module, _args, output: logits.append(output.detach()[0])
     with recording_patterns(adapter) as patterns, _hooks(hooks), watching_injections(adapter) as injections:
         adapter.forward(inputs.tensors, use_cache=False)
@@ -201,11 +176,8 @@ def watching_mlp_inputs(adapter: Adapter, layers: Sequence[int], take: Callable[
     """Hand every layer's MLP input [B, T, d] to `take(layer, x)` while the model runs, layer after layer."""
     with ExitStack() as stack:
         for layer in layers:
-
-            def hook(_module: Any, args: tuple, layer: int = layer) -> None:
-                take(layer, args[0])
-
-            stack.callback(adapter.mlp(layer).register_forward_pre_hook(hook).remove)
+            hook = adapter.mlp(layer).register_forward_pre_hook(lambda _module, args, n=layer: take(n, args[0]))
+            stack.callback(hook.remove)
         yield
 
 
@@ -219,20 +191,18 @@ def mlp_inputs_and_logits(
     adapter: Adapter, batch: InputBatch, layers: Sequence[int]
 ) -> tuple[dict[int, Tensor], Tensor]:
     """The same with the logits [B, V] of the last position."""
-    found: dict[int, Tensor] = {}
-    with watching_mlp_inputs(adapter, layers, found.__setitem__):
+    inputs: dict[int, Tensor] = {}
+    with watching_mlp_inputs(adapter, layers, inputs.__setitem__):
         logits = adapter.next_logits(batch.tensors)
-    return found, logits
+    return inputs, logits
 
 
 @dataclass(frozen=True)
 class HeadSide:
     """A query, or a key, of one head at one position: `value = weight @ attn_in + constant`.
 
-    Attributes:
-        value: `[D]`, the model's own, norm and RoPE applied.
-        weight: `[D, d]`: projection, frozen norm scale and rotation in one.
-        constant: `[D]`, of the projection's bias; 0 in most families.
+    `value` [D] is the model's own, norm and RoPE applied; `weight` [D, d] is projection, frozen norm scale and rotation
+    in one; `constant` [D] comes from the projection's bias, 0 in most families.
     """
 
     value: Tensor
@@ -242,13 +212,9 @@ class HeadSide:
 
 @dataclass(frozen=True)
 class HeadScore:
-    """A head's score `scale * query . key` before the softmax, before the cap of a family that caps scores.
+    """A head's score `scale * query . key` before the softmax, and before the cap of a family that caps scores.
 
-    Attributes:
-        query: of the position that looks.
-        key: of the position that is looked at.
-        scale: the model's factor.
-        softcap: the cap of the scores, or None.
+    `query` is that of the position that looks, `key` that of the position that is looked at; `softcap` None: no cap.
     """
 
     query: HeadSide
@@ -277,14 +243,8 @@ def head_score(
     query and key projections made leaves and its norms replaced by their frozen scales; what it then hands to the
     softmax is linear in the leaves, and its derivative is the map, whatever kind of RoPE a family has.
 
-    Args:
-        model: an adapter or a loaded model, in evaluation mode.
-        inputs: the prompt.
-        layer: decoder layer.
-        head: query head.
-        query: the position that looks.
-        key: the position that is looked at.
-        dtype: of the result; the model runs in its own.
+    `head` is the query head, `query` the position that looks, `key` that which is looked at. The result is in `dtype`;
+    the model runs, in evaluation mode, in its own.
     """
     adapter = adapter_of(model)
     module = adapter.attention(layer)
@@ -306,7 +266,12 @@ def head_score(
         for norm in (parts.query_norm, parts.key_norm):
             if norm is not None:
                 stack.callback(norm.register_forward_hook(frozen).remove)
-        found = _scores_of(module, given)
+        stack.enter_context(stopping_at_scores(module))
+        try:
+            module(*given.args, **given.kwargs)
+            raise AssertionError("the attention module did not call its attention function")
+        except FoundScores as scores:
+            found = scores
         group = found.query.shape[1] // found.key.shape[1]
         sides = (
             _side(found.query[0, head, query], parts.query, leaves[parts.query], query, head),
@@ -317,33 +282,22 @@ def head_score(
 
 def _attention_input(adapter: Adapter, module: nn.Module, inputs: ModelInputs) -> AttentionInput:
     """What an attention module is called with; the forward ends there."""
-    kept: list[AttentionInput] = []
 
-    class _Found(Exception):
+    class Reached(Exception):
         """Ends the forward."""
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept.append(AttentionInput(args, dict(kwargs)))
-        raise _Found
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise Reached(AttentionInput(args, dict(kwargs)))
 
     with torch.no_grad(), using_vlmscope_attention(adapter):
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             adapter.forward(inputs.tensors, use_cache=False)
-        except _Found:
-            pass
+        except Reached as reached:
+            return reached.args[0]
         finally:
             handle.remove()
-    return kept[0]
-
-
-def _scores_of(module: Any, given: AttentionInput) -> FoundScores:
-    with stopping_at_scores(module):
-        try:
-            module(*given.args, **given.kwargs)
-        except FoundScores as found:
-            return found
-    raise AssertionError("the attention module did not call its attention function")
+    raise AssertionError("the forward did not reach the attention module")
 
 
 def _side(value: Tensor, projection: nn.Module, leaf: Tensor, position: int, head: int) -> HeadSide:

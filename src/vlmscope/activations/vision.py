@@ -25,11 +25,9 @@ from vlmscope.models.loading import VLM
 class TileAttention:
     """One tile in the tower.
 
-    Attributes:
-        tile: its grid of patches, where they lie on the picture, and how many class tokens stand before them.
-        patterns: layer -> `[H, P, P]`, attention probabilities, last two axes query and key, rows summing to 1. What
-            lies outside the window of a layer that attends within windows is 0. Or what was made of them.
-        states: `[P, d_v]`, the tower's last states as the decoder's side is given them, where they were asked for.
+    `patterns`: layer -> `[H, P, P]`, attention probabilities, last two axes query and key, rows summing to 1 (0 outside
+    the window of a layer that attends within windows), or what was made of them. `states` `[P, d_v]`: the tower's last
+    states as the decoder's side is given them, where they were asked for.
     """
 
     tile: Tile
@@ -47,12 +45,9 @@ class PictureAttention:
 
 @dataclass(frozen=True)
 class VisionAttention:
-    """The pictures of one prompt in the vision tower.
+    """The pictures of one prompt in the vision tower, in their order.
 
-    Attributes:
-        n_layers: layers of the tower that the decoder is given anything of; the last of them is `n_layers - 1`.
-        layers: those that were captured, ascending.
-        pictures: in the order of the prompt.
+    `n_layers` counts the layers of the tower that the decoder is given anything of; `layers` were captured, ascending.
     """
 
     n_layers: int
@@ -76,17 +71,9 @@ def capture_vision_attention(
     The model must be in evaluation mode. Patterns of layers that are not asked for are not kept; each that is takes
     `H * P * P` numbers a tile, 1 GiB in float32 for 4096 patches and 16 heads, unless `reduce` makes less of it.
 
-    Args:
-        vlm: the model with its processor.
-        inputs: what `vlm.prepare` made of the prompt.
-        layers: layers of the tower, counted from the end when negative (`range(-4, 0)`: the last four); all when None.
-        reduce: takes the place of a tile's pattern `[H, P, P]` as soon as its layer has run, so that no two layers'
-            patterns are in memory at once.
-        states: whether to keep the tower's last states too.
-
-    Raises:
-        UserError: the model or the prompt has no pictures, the tower has no such layer, or its attention cannot be
-            recorded.
+    `layers` are those of the tower, counted from the end when negative (`range(-4, 0)`: the last four); all when None.
+    What `reduce` makes takes the place of a tile's pattern `[H, P, P]` as soon as its layer has run, so that no two
+    layers' patterns are in memory at once. `states`: whether to keep the tower's last states too.
     """
     adapter = vlm.adapter
     assert not adapter.model.training, "capture needs the model in evaluation mode"
@@ -97,7 +84,11 @@ def capture_vision_attention(
     if not inputs.sizes:
         raise UserError("the prompt has no picture, so there is no vision attention; give one with image=")
     n_layers = len(adapter.vision_attention())
-    chosen = _chosen(layers, n_layers)
+    wanted = range(n_layers) if layers is None else layers
+    bad = [layer for layer in wanted if not -n_layers <= layer < n_layers]
+    if bad:
+        raise UserError(f"the vision tower has no layer {bad[0]}; choose from 0 to {n_layers - 1}")
+    chosen = sorted({layer % n_layers for layer in wanted})
     pictures = adapter.picture_patches(inputs.tensors, inputs.sizes, vlm.processor.image_processor)
     tiles = [tile for picture in pictures for tile in picture.tiles]
     with ExitStack() as stack:
@@ -159,21 +150,13 @@ def _keeping_states(adapter: Adapter) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _chosen(layers: Sequence[int] | None, n_layers: int) -> list[int]:
-    wanted = range(n_layers) if layers is None else layers
-    bad = [layer for layer in wanted if not -n_layers <= layer < n_layers]
-    if bad:
-        raise UserError(f"the vision tower has no layer {bad[0]}; choose from 0 to {n_layers - 1}")
-    return sorted({layer % n_layers for layer in wanted})
-
-
 def tile_pattern(calls: Sequence[Tensor], tile: Tile) -> Tensor:
     """The pattern `[H, P, P]` of a tile from those of the tower's calls, `[B, H, S, S]` each.
 
     The tokens of all calls and their batches, in order, are the tower's tokens; those that were not in one call
     together do not see each other.
     """
-    found, start = None, 0
+    pattern, start = None, 0
     for block in (block for call in calls for block in call):
         n_tokens = block.shape[-1]
         where = np.flatnonzero((tile.tokens >= start) & (tile.tokens < start + n_tokens))
@@ -182,9 +165,9 @@ def tile_pattern(calls: Sequence[Tensor], tile: Tile) -> Tensor:
         if np.array_equal(inside, np.arange(n_tokens)) and len(where) == len(tile):
             return block
         if len(where):
-            at, of = (torch.from_numpy(index).to(block.device) for index in (where, inside))
-            if found is None:
-                found = block.new_zeros((block.shape[0], len(tile), len(tile)))
-            found[:, at[:, None], at] = block[:, of[:, None], of]
-    assert found is not None and tile.tokens.max() < start, "the tower was given other tokens than the adapter says"
-    return found
+            rows, source = (torch.from_numpy(index).to(block.device) for index in (where, inside))
+            if pattern is None:
+                pattern = block.new_zeros((block.shape[0], len(tile), len(tile)))
+            pattern[:, rows[:, None], rows] = block[:, source[:, None], source]
+    assert pattern is not None and tile.tokens.max() < start, "the tower was given other tokens than the adapter says"
+    return pattern

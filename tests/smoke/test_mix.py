@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from vlmscope.app import main
-from vlmscope.training.resume import TranscoderCheckpoints
+from vlmscope.training.resume import Checkpoints
 
 TRAIN = [
     "task=train_transcoders", "model=tiny", "model.family=llava",
@@ -36,17 +36,17 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     shares = [metrics[f"data/{name}/tokens_share"] for name in ("text", "captions", "questions")]
     assert shares == pytest.approx([0.4, 0.4, 0.2], abs=0.05) and sum(shares) == pytest.approx(1)
 
-    save = TranscoderCheckpoints.save
+    save = Checkpoints.save
 
-    def killed(self: TranscoderCheckpoints, module) -> None:
+    def killed(self: Checkpoints, module) -> None:
         save(self, module)
         if module.steps_done == 15:
             raise RuntimeError("killed")  # no callback saves anything then, as after a kill
 
-    monkeypatch.setattr(TranscoderCheckpoints, "save", killed)
+    monkeypatch.setattr(Checkpoints, "save", killed)
     half = [*command, f"hydra.run.dir={tmp_path / 'half'}"]
     assert main(half) == 1
-    monkeypatch.setattr(TranscoderCheckpoints, "save", save)
+    monkeypatch.setattr(Checkpoints, "save", save)
     capsys.readouterr()
     assert main([*half, "trainer.resume=true", "data.sources.text.weight=3"]) == 2
     assert "text 2, captions 2" in one_error(capsys)

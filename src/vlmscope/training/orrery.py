@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from vlmscope.data.packing import IGNORE, PackedBatch, pack, to_pixels
 from vlmscope.models.base import token_strings
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig, rate_factor
-from vlmscope.training.resume import ResumableCheckpoint, fit_or_interrupt
+from vlmscope.training.resume import Checkpoints, fit_or_interrupt
 
 _BATCH = 50
 _ALL = 100  # questions of a scene: every one is asked
@@ -113,6 +113,8 @@ class StepBatches(IterableDataset):
 class ScheduledModule(pl.LightningModule):
     """What all stages share: the step count, AdamW with two rates, and the schedule."""
 
+    counters = ("steps_done",)
+
     def __init__(self, config: StageConfig) -> None:
         super().__init__()
         self.config = config
@@ -127,7 +129,16 @@ class ScheduledModule(pl.LightningModule):
         """Parameters that learn at `tower_rate` of the rate."""
         return []
 
+    def parts(self) -> dict[str, nn.Module]:
+        """All of it, as one file of a checkpoint."""
+        return {"module": self}
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimiser, which exists before fitting so that a checkpoint can be loaded into it."""
+        return self.optimizer
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
         """AdamW; matrices decay, vectors do not."""
         slow = {id(p) for p in self.tower_parameters()}
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -310,8 +321,9 @@ def train_orrery(
     Lightning, or False; `test_scenes` of each kind are tested, all when None.
     """
     processor = build_processor(vocabulary(), architecture.image_size, architecture.soft_tokens)
-    settings = {key: value for key, value in asdict(config).items() if key not in ("checkpoint_every", "val_every")}
-    origin = {"data": folder_digest(data), **flat("training", settings), **flat("architecture", asdict(architecture))}
+    stages = {key: value for key, value in asdict(config).items() if key not in ("checkpoint_every", "val_every")}
+    settings = flat("training", stages) | flat("architecture", asdict(architecture))
+    origin = {"data": folder_digest(data)}
     if not resume:  # a later stage's checkpoint of another run must not be found when this one resumes
         for stage in _STAGES:
             shutil.rmtree(run_dir / stage, ignore_errors=True)
@@ -319,9 +331,11 @@ def train_orrery(
     pools = {split: ScenePool(data, split) for split in SPLITS}
 
     def fit(name: str, module: ScheduledModule, measure: Callable[[], dict[str, float]]) -> None:
-        checkpoint = ResumableCheckpoint(run_dir / name, config.checkpoint_every, resume, origin)
-        validate = _Validate(config.val_every, module.config.max_steps, measure)
-        fit_stage(module, pools["train"], checkpoint, validate, logger)
+        total = module.config.max_steps
+        checkpoints = Checkpoints(run_dir / name, config.checkpoint_every, total, settings, origin)
+        if resume:
+            checkpoints.restore(module)
+        fit_stage(module, pools["train"], [checkpoints, _Validate(config.val_every, total, measure)], logger)
 
     projector, width = model.model.multi_modal_projector, architecture.vision_width
     tower = TowerModule(config.tower, model.model.vision_tower, projector.avg_pool, projector.patches_per_image, width)
@@ -341,11 +355,8 @@ def train_orrery(
     return metrics
 
 
-def fit_stage(
-    module: ScheduledModule, pool: ScenePool, checkpoint: ResumableCheckpoint, validate: pl.Callback, logger: Any
-) -> None:
-    """Take the steps of a stage that its checkpoint has not, and save."""
-    checkpoint.restore_weights(module)
+def fit_stage(module: ScheduledModule, pool: ScenePool, callbacks: list[pl.Callback], logger: Any) -> None:
+    """Take the steps of a stage that are not done."""
     trainer = pl.Trainer(
         max_steps=-1,
         max_epochs=1,
@@ -354,12 +365,11 @@ def fit_stage(
         enable_checkpointing=False,
         enable_model_summary=False,
         gradient_clip_val=module.config.clip,
-        callbacks=[checkpoint, validate],
+        callbacks=callbacks,
         log_every_n_steps=20,
     )
     if module.steps_done < module.config.max_steps:
         fit_or_interrupt(trainer, module, DataLoader(StepBatches(pool, module), batch_size=None, num_workers=0))
-    checkpoint.save(trainer, module)
 
 
 def tower_accuracy(tower: TowerModule, pool: ScenePool) -> dict[str, float]:

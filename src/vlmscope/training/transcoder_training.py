@@ -34,7 +34,7 @@ from vlmscope.training.config import TranscoderTrainingConfig, rate_factor
 from vlmscope.training.evaluation import evaluate_transcoders
 from vlmscope.training.layer_trainer import LayerStep, LayerTrainer, cross_layer_losses, differentiate
 from vlmscope.training.ranks import AgreedStop, Ranks
-from vlmscope.training.resume import TranscoderCheckpoints, fit_or_interrupt
+from vlmscope.training.resume import Checkpoints, fit_or_interrupt
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
 
@@ -44,6 +44,8 @@ _LR_FLOOR = 0.01  # of the peak rate, at the last step
 
 class TranscoderModule(pl.LightningModule):
     """The trainers of this rank's layers, one optimiser, one forward of the frozen model for each step."""
+
+    counters = ("steps_done", "tokens_seen")
 
     def __init__(
         self, adapter: Adapter, config: TranscoderTrainingConfig, model_name: str = "", ranks: Ranks | None = None
@@ -103,6 +105,10 @@ class TranscoderModule(pl.LightningModule):
         trainer = self.trainers[str(layer)]
         assert isinstance(trainer, LayerTrainer)
         return trainer
+
+    def parts(self) -> dict[str, LayerTrainer]:
+        """The layers, by the names of their files in a checkpoint."""
+        return {f"layer_{layer:02d}": self.layer(layer) for layer in self.ranks.layers}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimiser, which exists before fitting so that a checkpoint can be loaded into it."""
@@ -293,10 +299,11 @@ def train_transcoders(
         # A rank's own part of it depends on how many ranks there are.
         known = {} if isinstance(first, OwnPart) else {"batch 0": tensors_fingerprint(forwards(first))}
         origin = {"model": model_fingerprint(adapter.model), **known}
-    checkpoints = TranscoderCheckpoints(Path(run_dir), config, origin)
+    folder, every = Path(run_dir) / "transcoder_checkpoint", config.trainer.checkpoint_every
+    checkpoints = Checkpoints(folder, every, steps, config.settings(), origin, ranks)
     restored = config.trainer.resume and checkpoints.restore(module)
     if not restored:
-        checkpoints.restart(module)
+        checkpoints.restart()
     captures = open_captures(adapter, train_batch, config, ranks, cache, data_figures)
     if not restored:
         module.initialise([captures(number) for number in range(config.recipe.init_batches)])

@@ -29,7 +29,7 @@ from vlmscope.core import artifacts
 from vlmscope.core.errors import NoRoom, UserError
 from vlmscope.features.labels import read_hand
 from vlmscope.models.loading import load_vlm
-from vlmscope.training.resume import load_checkpoint
+from vlmscope.training.resume import load_part
 from vlmscope.transcoders.formats import load_set, open_set
 from vlmscope.transcoders.hub import parts_of
 
@@ -253,6 +253,11 @@ def transcoders(config: str, text: str) -> Callable[[Path], object]:
     return read
 
 
+def checkpoint(path: Path) -> None:
+    layer = torch.nn.Linear(1, 1)
+    load_part(path, layer, torch.optim.SGD(layer.parameters()))
+
+
 NOTHING_WRONG = [("circuit", "no tensors")]  # its only supernode is empty
 DOORS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "arrays": ("x.safetensors", artifacts.load_tensors),
@@ -261,7 +266,7 @@ DOORS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "maps": ("maps.safetensors", map_io.load_maps),
     "patches": ("patches.safetensors", lambda path: patch_io.load_maps(path, [PATCH_RECORD])),
     "circuit": ("levels.safetensors", circuit),
-    "checkpoint": ("checkpoint.safetensors", lambda path: load_checkpoint(path, torch.nn.Linear(1, 1), None, {})),
+    "checkpoint": ("layer_00.safetensors", checkpoint),
     "model": ("model.safetensors", model),
     "our set": ("layer_0.safetensors", transcoders("config.yaml", "activation: topk\ntop_k: 1\nk: 1\n")),
     "circuit-tracer's set": ("layer_0.safetensors", transcoders("config.yaml", "scan: x\n")),

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch.nn import functional as F
 
@@ -18,7 +17,7 @@ from vlmscope.data.packing import pack
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig
 from vlmscope.training.orrery import TowerModule, VlmModule, fit_stage, train_orrery
-from vlmscope.training.resume import ResumableCheckpoint, load_checkpoint
+from vlmscope.training.resume import Checkpoints, load_part
 
 SMALL = OrreryConfig(d_model=16, n_layers=2, d_mlp=16, head_dim=4, vision_width=8, vision_layers=1, vision_mlp=8)
 BATCH = {"planets": 1, "digits": 1}
@@ -44,8 +43,10 @@ def fit(data: Path, folder: Path, resume: bool = False, stop_at: int = 99) -> Vl
         return VlmModule.collate(module, scenes, step)
 
     module.collate = collate  # pyright: ignore[reportAttributeAccessIssue]
-    checkpoint = ResumableCheckpoint(folder, 2, resume, {})
-    fit_stage(module, ScenePool(data, "train"), checkpoint, pl.Callback(), False)
+    checkpoints = Checkpoints(folder, 2, stage.max_steps, {}, {})
+    if resume:
+        assert checkpoints.restore(module)
+    fit_stage(module, ScenePool(data, "train"), [checkpoints], False)
     return module
 
 
@@ -86,14 +87,14 @@ def test_a_signal_in_the_middle_of_a_change_of_the_weights_keeps_the_checkpoint_
 
 def test_corrupt_and_foreign_checkpoints_are_named(data: Path, tmp_path: Path) -> None:
     module = fit(data, tmp_path)
-    path = tmp_path / "checkpoint.safetensors"
+    (path,) = tmp_path.rglob("module.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole[:50])
     with pytest.raises(UserError, match="does not fit"):
-        load_checkpoint(path, module, None, {})
+        load_part(path, module, module.optimizer)
     path.write_bytes(whole)
     with pytest.raises(UserError, match="does not fit"):
-        load_checkpoint(path, torch.nn.Linear(2, 2), None, {})
+        load_part(path, torch.nn.Linear(2, 2), module.optimizer)
 
 
 def test_other_data_or_settings_are_refused_by_name_and_a_new_start_forgets(

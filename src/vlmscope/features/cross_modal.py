@@ -36,19 +36,12 @@ SHARED_COLUMNS = ("question", "concept", "feature", "layer", "place", "text_plac
 
 @dataclass(frozen=True)
 class Candidates:
-    """Features that prefer some concept's word.
+    """Features that prefer some concept's word."""
 
-    Attributes:
-        features: M.
-        text: [C, M] bool, which concepts each is selective for.
-        peaks: [C, M] float64, its peak from the word on.
-        place: [C, M], of `TEXT_PLACES`, where that peak is.
-    """
-
-    features: tuple[FeatureId, ...]
-    text: np.ndarray
-    peaks: np.ndarray
-    place: np.ndarray
+    features: tuple[FeatureId, ...]  # M
+    text: np.ndarray  # [C, M] bool, which concepts each is selective for
+    peaks: np.ndarray  # [C, M] float64, its peak from the word on
+    place: np.ndarray  # [C, M], of `TEXT_PLACES`, where that peak is
 
     def by_layer(self) -> dict[int, Tensor]:
         """Layer -> [n] indices, in the order of `features` (which is by layer)."""
@@ -74,12 +67,9 @@ def word_positions(prompts: Sequence[ModelInputs]) -> list[slice]:
 
 @torch.no_grad()
 def text_candidates(scope: Scope, prompts: Sequence[ModelInputs], ratio: float) -> Candidates:
-    """The features that prefer a concept's word.
+    """The features that prefer a concept's word: with a peak of `ratio` times the mean over the other prompts' peaks.
 
-    Args:
-        scope: the model and its transcoders.
-        prompts: C, one per concept, of one wording and without a picture.
-        ratio: a candidate's peak is at least so many times its mean peak over the other prompts.
+    There is one prompt per concept, of one wording and without a picture.
     """
     at_word: dict[int, list[np.ndarray]] = {layer: [] for layer in scope.transcoders.layers}
     after: dict[int, list[np.ndarray]] = {layer: [] for layer in scope.transcoders.layers}
@@ -121,28 +111,19 @@ def picture_peaks(scope: Scope, batch: InputBatch, features: Mapping[int, Tensor
 class Shared:
     """What pictures and words share under one question.
 
-    Attributes:
-        candidates: of the words.
-        contrast: of candidates on pictures, [C, P M], places first.
-        q: [C, P, M], p-values of the contrasts of each concept's own candidates, adjusted over all of these; nan for
-            other concepts' candidates.
-        picture: [C, P, M] bool, selective for the concept on pictures, by the rule alone.
-        shared: [C, P, M] bool: by the rule, with q below the threshold, and a candidate of the same concept.
-        null: [draws, C, P + 1] counts of coincidences by the rule alone under shuffled pictures; the last column counts
-            a feature once, at whichever place.
-        null_layers: [draws, L] the same by layer of the transcoders, counting a feature once for each concept.
-        coincidences: [C, C], features selective for the row's concept on pictures at some place, and for the column's
-            word.
+    `q` has the p-values of the contrasts of each concept's own candidates, adjusted over all of these; nan for other
+    concepts' candidates. `null` counts coincidences by the rule alone under shuffled pictures, by place and (last) each
+    feature once, at whichever place; `null_layers` by layer of the transcoders.
     """
 
     candidates: Candidates
-    contrast: Contrast
-    q: np.ndarray
-    picture: np.ndarray
-    shared: np.ndarray
-    null: np.ndarray
-    null_layers: np.ndarray
-    coincidences: np.ndarray
+    contrast: Contrast  # of candidates on pictures, [C, P M], places first
+    q: np.ndarray  # [C, P, M]
+    picture: np.ndarray  # [C, P, M] bool, selective for the concept on pictures, by the rule alone
+    shared: np.ndarray  # [C, P, M] bool: by the rule, with q low enough, and a candidate of the same concept
+    null: np.ndarray  # [draws, C, P + 1]
+    null_layers: np.ndarray  # [draws, L]
+    coincidences: np.ndarray  # [C, C], features selective for the row's pictures at some place, and the column's word
 
     def features(self, concept: int) -> set[FeatureId]:
         """Those shared for a concept at any place."""
@@ -160,17 +141,15 @@ def find_shared(
     permutations: int,
     seed: int,
 ) -> Shared:
-    """Look at candidates on pictures.
+    """Look at M candidates on pictures.
 
     Args:
-        candidates: M, of C concepts.
+        candidates: of C concepts.
         peaks: [N, P, M], of `picture_peaks`.
-        labels: [N], the concept that each picture shows.
+        labels: [N], the concept that each picture shows, shuffled in `permutations` orders.
         layers: L, of the transcoders.
         rule: when a feature is selective on pictures.
         q: false discovery rate.
-        permutations: how often labels are shuffled.
-        seed: of the shuffling.
     """
     n_concepts, m = candidates.text.shape
     values = peaks.reshape(len(peaks), -1)
@@ -204,20 +183,12 @@ def _counts(hits: np.ndarray) -> np.ndarray:
 
 
 def counts(found: Mapping[str, Shared], concepts: Sequence[str], layers: Sequence[int], seed: int) -> pd.DataFrame:
-    """What is shared next to what shuffled pictures share.
+    """What is shared, by question, next to what shuffled pictures share: a row for each group of features.
 
-    Args:
-        found: question -> what is shared.
-        concepts: their names.
-        layers: of the transcoders.
-        seed: under which names are exchanged.
-
-    Returns:
-        A row for each question and group of features: `of` is "all", "concept", "place", "layer", "every question"
-        (shared under all of them) or "other concepts" (another concept's under the others, a mean), `name` which.
-        `shared` with q below the threshold, `by_rule` by the rule alone, `by_rule_null` its mean under shuffling with
-        `by_rule_p`; of concepts `by_rule_q`; of "all" `by_rule_null_max`, `candidates`, and `matching`,
-        `matching_expected` and `matching_p` of names exchanged.
+    `of` is "all", "concept", "place", "layer", "every question" (shared under all of them) or "other concepts" (another
+    concept's under the others, a mean), `name` which. `shared` with q below the threshold, `by_rule` by the rule alone,
+    `by_rule_null` its mean under shuffling with `by_rule_p`; of concepts `by_rule_q`; of "all" `by_rule_null_max`,
+    `candidates`, and `matching`, `matching_expected` and `matching_p` of names exchanged (under the seed).
     """
     rows: list[dict[str, str | float]] = []
     for question, shared in found.items():

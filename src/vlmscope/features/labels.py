@@ -120,19 +120,13 @@ def detection(positive: np.ndarray, negative: np.ndarray) -> Detection | None:
     auroc = float(up @ beaten / n)
     variance = _spread(beaten, up) / n + _spread(beating, down) / m
     trials = auroc * (1 - auroc) / variance if variance > 0 else min(n, m)
-    low, high = wilson(auroc, max(min(trials, n + m), 1.0))
+    low, high = wilson_interval(np.array(auroc), np.array(max(min(trials, n + m), 1.0)))
     both = up + down
     ties = float((both.astype(float) ** 3 - both).sum())
     null = (n + m + 1 - ties / max((n + m) * (n + m - 1), 1)) / (12.0 * n * m)
     p = float(ndtr(-(auroc - 0.5) / np.sqrt(null))) if null > 1e-15 else 1.0
     balanced = 0.5 * (float((positive > 0.5).mean()) + float((negative <= 0.5).mean()))
-    return Detection(auroc, low, high, balanced, p, n, m)
-
-
-def wilson(share: float, trials: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of so many trials."""
-    low, high = wilson_interval(np.array(share), np.array(trials))
-    return float(low), float(high)
+    return Detection(auroc, float(low), float(high), balanced, p, n, m)
 
 
 def _spread(values: np.ndarray, counts: np.ndarray) -> float:

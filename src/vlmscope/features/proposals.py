@@ -27,8 +27,9 @@ from scipy.special import chdtrc, ndtr, xlogy
 from vlmscope.core.records import FeatureId, generator
 from vlmscope.core.study import IMAGE, KINDS
 from vlmscope.features.item_facts import ItemFacts, KnownItems, known_items
-from vlmscope.features.labels import MOST_VALUES, NONE, Detection, Label, Part, Rule, detection, discoveries, wilson
+from vlmscope.features.labels import MOST_VALUES, NONE, Detection, Label, Part, Rule, detection, discoveries
 from vlmscope.features.study_files import StudyFolder, StudyItems
+from vlmscope.metrics.dictionary import wilson_interval
 
 GAIN = 0.05  # in contrast, that another value or part must bring
 CHANCE = 0.05
@@ -250,7 +251,8 @@ def _best_places(at: Places, position: np.ndarray, group: np.ndarray, items: np.
             n = max(int(items[feature]), 1)
             p = float(ndtr(-(auroc - 0.5) * 2 * n**0.5))
             part = Part(key, tuple(at.values[number][pick] for pick in picks.tolist()))
-            best[feature] = part, Detection(auroc, *wilson(auroc, n), auroc, p, n, 0)
+            low, high = wilson_interval(np.array(auroc), np.array(n))
+            best[feature] = part, Detection(auroc, float(low), float(high), auroc, p, n, 0)
     return best
 
 

@@ -74,36 +74,21 @@ def _logits(scope: Scope, layer: int, features: Tensor) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class TokenLens:
-    """What every state says at every position. States are numbered 0 (before the first layer) to L (after the last).
+    """What every state says at every position. States are numbered 0 (before the first layer) to L (after the last)."""
 
-    Attributes:
-        top: `[B, L + 1, P, K]` int64, the most probable tokens, most probable first.
-        probability: `[B, L + 1, P, K]` float64.
-        rank: `[B, L + 1, P]` int64, how many tokens are more probable than the word asked for.
-        word_probability: `[B, L + 1, P]` float64.
-    """
-
-    top: np.ndarray
-    probability: np.ndarray
-    rank: np.ndarray
-    word_probability: np.ndarray
+    top: np.ndarray  # `[B, L + 1, P, K]` int64, the most probable tokens, most probable first
+    probability: np.ndarray  # `[B, L + 1, P, K]` float64
+    rank: np.ndarray  # `[B, L + 1, P]` int64, how many tokens are more probable than the word asked for
+    word_probability: np.ndarray  # `[B, L + 1, P]` float64
 
 
 @torch.no_grad()
 def token_lens(
     adapter: Adapter, batch: InputBatch, positions: np.ndarray, words: list[int], count: int = 3
 ) -> TokenLens:
-    """Read every state at some positions.
+    """Read every state of B prompts at some positions `[P]`; `words` are B token ids, to look for in each prompt.
 
-    Args:
-        adapter: of the model.
-        batch: B prompts.
-        positions: `[P]` int64.
-        words: B token ids, the word to look for in each prompt.
-        count: K.
-
-    Raises:
-        UserError: logits overflow.
+    A `UserError` when logits overflow.
     """
     norms = [adapter.norms(layer).attn_in for layer in range(adapter.n_layers)] + [adapter.final_norm()]
     states: dict[int, Tensor] = {}
@@ -143,19 +128,12 @@ def _read(adapter: Adapter, state: Tensor, target: Tensor, count: int) -> tuple[
 
 @dataclass(frozen=True)
 class ImageFeature:
-    """How a feature fires on the soft tokens of some prompts.
-
-    Attributes:
-        feature: which.
-        strength: mean over all prompts of its activations summed over the soft tokens.
-        fires: share of prompts with at least one soft token where it is active.
-        tokens: mean share of the soft tokens where it is active, over the prompts where it fires.
-    """
+    """How a feature fires on the soft tokens of some prompts."""
 
     feature: FeatureId
-    strength: float
-    fires: float
-    tokens: float
+    strength: float  # mean over all prompts of its activations summed over the soft tokens
+    fires: float  # share of prompts with at least one soft token where it is active
+    tokens: float  # mean share of the soft tokens where it is active, over the prompts where it fires
 
 
 @torch.no_grad()
@@ -167,15 +145,10 @@ def image_features(
     most_tokens: float = 1.0,
     per_layer: int | None = None,
 ) -> list[ImageFeature]:
-    """The strongest features on the soft tokens of some prompts, strongest first.
+    """The strongest features on the soft tokens of some prompts, strongest first; at most `per_layer` of one layer.
 
-    Args:
-        scope: the model and its transcoders.
-        batch: prompts with pictures.
-        count: at most this many.
-        least_share: of the prompts in which a feature must fire at all.
-        most_tokens: share of the soft tokens above which a feature is left out, since it says nothing of a place.
-        per_layer: at most this many of one layer.
+    A feature must fire in the share `least_share` of the prompts. One that is active on more than the share
+    `most_tokens` of the soft tokens is left out, since it says nothing of a place.
     """
     soft = torch.from_numpy(batch.is_image)
     features: list[ImageFeature] = []

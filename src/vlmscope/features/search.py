@@ -30,19 +30,12 @@ _SMALL = {"a", "an", "the", "of", "in", "on", "at", "is", "are", "to", "and", "o
 
 @dataclass(frozen=True)
 class Match:
-    """An answer of a search.
-
-    Attributes:
-        feature: which.
-        relevance: by words from 0 to 1; by activations in bits: how rarely the feature is so strong in an item.
-        why: what matched, in words.
-        activation: in the user's input; None by words.
-    """
+    """An answer of a search."""
 
     feature: FeatureId
-    relevance: float
-    why: str
-    activation: float | None = None
+    relevance: float  # by words from 0 to 1; by activations in bits: how rarely it is so strong in an item
+    why: str  # what matched, in words
+    activation: float | None = None  # in the user's input; None by words
 
 
 def stem(word: str) -> str:
@@ -123,15 +116,10 @@ def _lifts(study: StudyFolder, layer: int, facts: ItemFacts) -> np.ndarray:
 
 
 def find_by_activations(study: StudyFolder, peaks: Mapping[int, np.ndarray], count: int = 12) -> list[Match]:
-    """The features that are active and rarely so strong, rarest first; a `UserError` when none is active.
+    """The features that are active and rarely so strong, rarest first, from `peaks`: by layer [F], of the input.
 
     How rare: the share of the study's items that fire the feature, times the share of its drawn items that reach the
     activation, with half an item added to both, in bits.
-
-    Args:
-        study: the study.
-        peaks: by layer `[F]`, the largest activation of every feature at any position of the input.
-        count: matches in all.
     """
     ranked: list[tuple[float, float, Match]] = []
     for layer, own in peaks.items():

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 from math import sqrt
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -225,26 +225,20 @@ def read_directions(scope: Scope) -> dict[int, Tensor]:
     }
 
 
-class Settings(Protocol):
-    """What `feature_table` reads of the settings of task=structure."""
-
-    neighbours: int
-    phi: float
-    cosine: float
-    resolution: float
-    seed: int
-
-
-def feature_table(scope: Scope, seen: StructurePass, modality_of: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+def feature_table(
+    scope: Scope, seen: StructurePass, modality_of: pd.DataFrame, neighbours: int, phi: float, cosine: float,
+    resolution: float, seed: int,
+) -> pd.DataFrame:  # fmt: skip
     """A row per feature, by layer: scores, modality, nearest parallel partners, neighbours by firing, and clusters.
 
     Columns: `layer`, `feature`, `monosemanticity` and `shuffled` (the same when pictures have each other's embeddings),
     `pictures` on which it fires; `modality_index`, `_low`, `_high`, `_kind`, `_group`; `cosine_<space>_<where>` and
     `twin_<space>_<where>`, the partner most nearly parallel in what features write, read, or both, in the `own_layer`
-    or in `other_layers`; `fires_with` and `phi`, strongest first; `cluster_firing` and `cluster_direction`.
+    or in `other_layers`; `fires_with` and `phi`, strongest first; `cluster_firing` and `cluster_direction`, of graphs of
+    the nearest `neighbours` with at least this `phi`, or cosine of what they write.
     """
     peaks, units = seen.peaks(), unit_embeddings(seen.embeddings())
-    order = generator(settings.seed, "shuffled pictures").permutation(len(units))
+    order = generator(seed, "shuffled pictures").permutation(len(units))
     columns: dict[str, Any] = dict(modality_of[["layer", "feature"]])
     columns |= {"monosemanticity": monosemanticity(units, peaks), "shuffled": monosemanticity(units[order], peaks)}
     columns["pictures"] = np.bincount(peaks.indices, minlength=peaks.shape[1])
@@ -260,12 +254,12 @@ def feature_table(scope: Scope, seen: StructurePass, modality_of: pd.DataFrame, 
         partners = [pair for twin in twins for pair in zip(twin.layer.tolist(), twin.index.tolist(), strict=True)]
         columns[f"cosine_{space}_{where}"] = torch.cat([twin.cosine for twin in twins]).numpy()
         columns[f"twin_{space}_{where}"] = [str(FeatureId(*pair)) if pair[0] >= 0 else None for pair in partners]
-    together = coactive(seen.active(), settings.neighbours)
+    together = coactive(seen.active(), neighbours)
     columns["fires_with"] = [[str(ids[i]) for i in row if i >= 0] for row in together.index.tolist()]
     columns["phi"] = [[score for score in row if score > 0] for row in together.score.tolist()]
-    parallel = _near_directions(torch.cat(list(write.values())), living, settings.neighbours)
-    columns["cluster_firing"] = louvain(together.graph(settings.phi), settings.seed, settings.resolution)
-    columns["cluster_direction"] = louvain(parallel.graph(settings.cosine), settings.seed, settings.resolution)
+    parallel = _near_directions(torch.cat(list(write.values())), living, neighbours)
+    columns["cluster_firing"] = louvain(together.graph(phi), seed, resolution)
+    columns["cluster_direction"] = louvain(parallel.graph(cosine), seed, resolution)
     return pd.DataFrame(columns)
 
 
@@ -324,18 +318,17 @@ def cluster_names(
     labels: Mapping[int, str] | None = None,
     count: int = 3,
 ) -> dict[int, str]:
-    """A name for each cluster.
+    """A name for each cluster of features: the most frequent labels of its members, else words of their examples.
+
+    Words come first whose share of the examples p stands highest above the usual one q (of all items), in its standard
+    deviations (p - q) / sqrt(q (1 - q)); "" without an example or such a word.
 
     Args:
         members: cluster -> its features.
         items: feature -> the items of its strongest examples.
-        words: item -> the different words of it, of all items, which are what is usual.
-        labels: feature -> what it is called; a cluster with labels is named by its most frequent ones.
+        words: item -> its different words, of all items.
+        labels: feature -> what it is called.
         count: words or labels of a name at most.
-
-    Returns:
-        Words joined by spaces (labels by "; "), those first whose share of the examples p stands highest above the
-        usual one q, in its standard deviations (p - q) / sqrt(q (1 - q)); "" without an example or such a word.
     """
     usual = Counter(word for own in words.values() for word in own)
     names = {}

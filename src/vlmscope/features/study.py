@@ -241,7 +241,7 @@ class StudyPart:
         """Read the state, if there is one.
 
         The folder `study` must have parts of this number of processes, and a state of this `origin`: what decides the
-        study, by name (`vlmscope.core.artifacts`).
+        study, by name.
         """
         parts = study / "parts"
         self.folder, self.origin = parts / f"{share.index}_of_{share.total}", plain(origin)
@@ -291,9 +291,8 @@ class StudyPart:
     def layer(self, layer: int) -> dict[str, np.ndarray]:
         """The arrays of `LayerStudy.state`."""
         assert self.state is not None
-        return load_tensors(self.folder / f"checkpoint_{self.state['checkpoint']}" / f"layer_{layer:02d}.safetensors")[
-            0
-        ]
+        folder = self.folder / f"checkpoint_{self.state['checkpoint']}"
+        return load_tensors(folder / f"layer_{layer:02d}.safetensors")[0]
 
     def tables(self, name: str, schema: pa.Schema) -> Iterator[pa.Table]:
         """What was seen between checkpoints: tables of "items", by id, or "geometry"."""

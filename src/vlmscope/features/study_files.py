@@ -242,14 +242,15 @@ class StudyFolder:
 
     def features(self, layer: int, indices: list[int] | None = None) -> Iterator[FeatureRecord]:
         """Records of a layer's features, of all of them or in the order of `indices`."""
-        for index in indices if indices is not None else [0]:
+        indices = list(range(self.info.n_features[layer])) if indices is None else indices
+        for index in indices:
             self.check(FeatureId(layer, index))
-        filters = [("feature", "in", indices)] if indices is not None else None
+        filters = [("feature", "in", indices)]
         table = read_table(self.path / FEATURES.format(layer), FEATURE_TABLE, filters)
         rows = {row["feature"]: row for row in table.to_pylist()}
         examples = read_table(self.path / EXAMPLES.format(layer), EXAMPLE_TABLE, filters)
         of = examples["feature"].to_numpy()
-        for index in indices if indices is not None else sorted(rows):
+        for index in indices:
             first, last = np.searchsorted(of, [index, index + 1])
             yield _record(layer, rows[index], examples.slice(first, last - first))
 

@@ -44,7 +44,7 @@ class Pairs:
     item: np.ndarray  # `[P]` int64
     peak: np.ndarray  # `[P]` float32, above 0
     position: np.ndarray  # `[P]` int32, the first at which the peak is reached
-    starts: np.ndarray  # `[P + 1]` int64, where each pair's positions begin
+    count: np.ndarray  # `[P]` int64, of positions
     positions: np.ndarray  # `[E]` uint16, ascending for each pair
     levels: np.ndarray  # `[E]` uint8
 
@@ -53,11 +53,10 @@ class Pairs:
 
     def take(self, rows: np.ndarray) -> Pairs:
         """Some pairs, in the order of `rows`."""
-        counts = np.diff(self.starts)[rows]
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        entries = np.repeat(self.starts[rows] - starts[:-1], counts) + np.arange(starts[-1])
+        count, ends = self.count[rows], np.cumsum(self.count)[rows]
+        entries = np.repeat(ends - np.cumsum(count), count) + np.arange(count.sum())
         by_pair = (self.feature[rows], self.item[rows], self.peak[rows], self.position[rows])
-        return Pairs(*by_pair, starts, self.positions[entries], self.levels[entries])
+        return Pairs(*by_pair, count, self.positions[entries], self.levels[entries])
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray]) -> Pairs:
@@ -67,19 +66,16 @@ class Pairs:
 
 def no_pairs() -> Pairs:
     """Nothing."""
-    feature, item, peak, position, positions, levels = (
-        np.zeros(0, dtype) for dtype in (np.int32, np.int64, np.float32, np.int32, np.uint16, np.uint8)
-    )
-    return Pairs(feature, item, peak, position, np.zeros(1, np.int64), positions, levels)
+    names = Pairs.__dataclass_fields__
+    dtypes = (np.int32, np.int64, np.float32, np.int32, np.int64, np.uint16, np.uint8)
+    return Pairs(**{name: np.zeros(0, dtype) for name, dtype in zip(names, dtypes, strict=True)})
 
 
 def joined(parts: Sequence[Pairs]) -> Pairs:
     """All pairs of several parts."""
-    offsets = np.cumsum([0, *(len(part.positions) for part in parts)])
-    starts = [part.starts[:-1] + offset for part, offset in zip(parts, offsets[:-1], strict=True)]
-    names = [name for name in Pairs.__dataclass_fields__ if name != "starts"]
-    whole = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return Pairs(**whole, starts=np.concatenate([*starts, offsets[-1:]]))
+    return Pairs(
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in Pairs.__dataclass_fields__}
+    )
 
 
 def item_hash(item: np.ndarray) -> np.ndarray:
@@ -260,7 +256,7 @@ class LayerStudy:
             tokens.ids[item],
             peak,
             tokens.position[top].astype(np.int32),
-            np.concatenate([[0], np.cumsum(np.add.reduceat(near.astype(np.int64), first))]),
+            np.add.reduceat(near.astype(np.int64), first),
             tokens.position[token[near]].astype(np.uint16),
             levels[near].astype(np.uint8),
         )
@@ -307,8 +303,7 @@ def layer_tables(
     # Weakest first, group i + 1 begins at number ceil(i n / quantiles) of a feature's n drawn ones.
     begins = np.minimum(-(-np.arange(1, quantiles) * count[:, None] // quantiles), count[:, None] - 1)
     borders = pairs.peak[drawn][(np.cumsum(count)[:, None] - 1 - begins)[count > 0]].ravel()
-    starts = np.cumsum([0, *np.where(count > 0, quantiles - 1, 0)])
-    features = _feature_table(pairs, counts, _lists(starts, borders), logits, token)
+    features = _feature_table(pairs, counts, _lists(np.where(count > 0, quantiles - 1, 0), borders), logits, token)
     return features, _example_table(pairs.take(row[by]), group[by], rank[by], quantiles)
 
 
@@ -321,8 +316,8 @@ def _example_table(pairs: Pairs, group: np.ndarray, rank: np.ndarray, quantiles:
         pa.array(pairs.peak),
         pa.array(pairs.item),
         pa.array(pairs.position),
-        _lists(pairs.starts, pairs.positions),
-        _lists(pairs.starts, pairs.levels),
+        _lists(pairs.count, pairs.positions),
+        _lists(pairs.count, pairs.levels),
     ]
     return pa.Table.from_arrays(columns, schema=EXAMPLE_TABLE)
 
@@ -354,11 +349,13 @@ def _feature_table(
     else:
         strings = {number: token(number) for number in np.unique([logits.top_ids, logits.bottom_ids]).tolist()}
         for ids, values in ((logits.top_ids, logits.top), (logits.bottom_ids, logits.bottom)):
-            starts = np.arange(0, ids.size + 1, ids.shape[1])
-            columns.append(_lists(starts, [strings[number] for number in ids.ravel().tolist()]))
-            columns.append(_lists(starts, values.astype(np.float32).ravel()))
+            count = np.full(*ids.shape)
+            columns.append(_lists(count, [strings[number] for number in ids.ravel().tolist()]))
+            columns.append(_lists(count, values.astype(np.float32).ravel()))
     return pa.Table.from_arrays(columns, schema=FEATURE_TABLE)
 
 
-def _lists(starts: np.ndarray, values: np.ndarray | list[str]) -> pa.Array:
-    return pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), pa.array(values))
+def _lists(count: np.ndarray, values: np.ndarray | list[str]) -> pa.Array:
+    """Lists of so many values each."""
+    starts = np.append(0, np.cumsum(count)).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(starts), pa.array(values))

@@ -84,8 +84,9 @@ def top_examples(
     for layer, indices in by_layer.items():
         study.layers[layer].settle()
         pairs = study.layers[layer].kept  # by feature, strongest first
+        ends = np.cumsum(pairs.count)
         for row in range(len(pairs)):
-            item, entries = items[pairs.item[row]], slice(pairs.starts[row], pairs.starts[row + 1])
+            item, entries = items[pairs.item[row]], slice(ends[row] - pairs.count[row], ends[row])
             acts = np.zeros(len(item.inputs), dtype=np.float32)
             acts[pairs.positions[entries]] = pairs.levels[entries] * (pairs.peak[row] / LEVELS)
             acts[pairs.position[row]] = pairs.peak[row]

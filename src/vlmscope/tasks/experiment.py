@@ -53,10 +53,10 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from hydra.core.hydra_config import HydraConfig
 
     from vlmscope.data.images import check_image
-    from vlmscope.tasks.wiring import look_for, look_for_labels, study_sources
+    from vlmscope.tasks.wiring import look_for_labels, study_sources
 
     if cfg.task.reads_shards(cfg):
-        look_for(study_sources(cfg))
+        study_sources(cfg)  # says at once which shards are missing
     look_for_labels(cfg)
     # What is missing is said before torch and pandas are imported.
     from vlmscope.report.marks import check_marks

@@ -81,7 +81,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     scope = load_scope(cfg, load_model(cfg), context.overrides)
     if scope.transcoders.widths != study.info.n_features:
         raise UserError(f"{study.path} is of other transcoders: layers or widths differ; give those with transcoder=")
-    features = structure.feature_table(scope, seen(cfg, scope, study), modality, cfg.task)
+    graph = (cfg.task.neighbours, cfg.task.phi, cfg.task.cosine, cfg.task.resolution, cfg.task.seed)
+    features = structure.feature_table(scope, seen(cfg, scope, study), modality, *graph)
     clusters = structure.cluster_rows(study, features, cfg.task.top)
     write_table(context.run_dir / "structure.parquet", pa.Table.from_pandas(features, preserve_index=False))
     write_table(context.run_dir / "clusters.parquet", pa.Table.from_pylist(clusters, structure.CLUSTER_TABLE))

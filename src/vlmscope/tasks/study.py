@@ -24,7 +24,7 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Go through the data, each process through its part; the main one writes the files."""
-    from vlmscope.tasks.wiring import load_model, load_scope, look_for, study_origin, study_sources
+    from vlmscope.tasks.wiring import load_model, load_scope, study_origin, study_sources
 
     config = cfg.study
     if cfg.prompt is not None or cfg.image is not None:
@@ -34,7 +34,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     folder, sources = context.run_dir / "study", study_sources(cfg)
     if folder.exists() and not cfg.trainer.resume:
         raise UserError(f"{folder} is there already; add trainer.resume=true to go on, or choose a new hydra.run.dir")
-    look_for(sources)  # torch takes seconds to import: a mistake should not wait for it
 
     from vlmscope.data.mixing import NumberedRows
     from vlmscope.features.study import StudyPart, data_record, finish, finished_study, run_part, study_parts

@@ -248,9 +248,13 @@ def data_origin(cfg: AppConfig, sources: Mapping[str, SourceConfig] | None = Non
 
 
 def study_sources(cfg: AppConfig) -> dict[str, SourceConfig]:
-    """The sources of any `data=` that can be studied, with absolute paths and the split that is studied."""
+    """The sources of any `data=` that can be studied, with absolute paths and the split that is studied.
+
+    Shards that are not there are refused: what is missing is reported before anything heavy is imported.
+    """
     from vlmscope.data.config import SourceConfig
     from vlmscope.data.orrery.scenes import KINDS
+    from vlmscope.data.shards import read_index
 
     data = cfg.data
     if data.sources:
@@ -265,19 +269,13 @@ def study_sources(cfg: AppConfig) -> dict[str, SourceConfig]:
         sources = {"folder": SourceConfig("folder", data.path)}
     else:
         raise UserError(f"data={data.name}: a study goes through orrery, folder, or a mix (docs/data.md)")
+    for name, own in sources.items():
+        if own.kind == "shards":
+            read_index(Path(str(own.path)), f"data.path or data.sources.{name}.path")
     return {
         name: replace(own, split=cfg.study.split or own.split, path=own.path and str(Path(own.path).absolute()))
         for name, own in sources.items()
     }
-
-
-def look_for(sources: Mapping[str, SourceConfig]) -> None:
-    """Refuse shards that are not there, before anything heavy is imported."""
-    from vlmscope.data.shards import read_index
-
-    for name, own in sources.items():
-        if own.kind == "shards":
-            read_index(Path(str(own.path)), f"data.path or data.sources.{name}.path")
 
 
 def needed_study(cfg: AppConfig) -> Path:

@@ -33,14 +33,14 @@ def _pairs(seed: int, count: int = 400) -> Pairs:
         (keys // F + 300 * seed).astype(np.int64),
         rng.integers(1, 6, count).astype(np.float32),
         rng.integers(0, 50, count).astype(np.int32),
-        np.concatenate([[0], np.cumsum(sizes)]),
+        sizes,
         rng.integers(0, 50, sizes.sum()).astype(np.uint16),
         rng.integers(1, 256, sizes.sum()).astype(np.uint8),
     )
 
 
 def _rows(pairs: Pairs) -> set:
-    parts = np.split(np.arange(len(pairs.positions)), pairs.starts[1:-1])
+    parts = np.split(np.arange(len(pairs.positions)), np.cumsum(pairs.count)[:-1])
     return {
         (f, i, p, q, tuple(pairs.positions[e]), tuple(pairs.levels[e]))
         for f, i, p, q, e in zip(pairs.feature, pairs.item, pairs.peak, pairs.position, parts, strict=True)
@@ -134,7 +134,8 @@ def test_everything_equals_a_plain_loop(data) -> None:
             text = np.cumsum((kinds[item] != IMAGE) & data[3][item].numpy())
             near = (kinds[item] == IMAGE) | (abs(text - text[peak]) <= WINDOW)
             near = np.flatnonzero(near & (acts[item] > 0))
-            entries = slice(state["starts"][row], state["starts"][row + 1])
+            end = state["count"][: row + 1].sum()
+            entries = slice(end - state["count"][row], end)
             np.testing.assert_array_equal(state["positions"][entries], near)
             levels = np.clip(np.rint(acts[item, near] / peaks[item] * 255), 1, 255)
             np.testing.assert_array_equal(state["levels"][entries], levels)

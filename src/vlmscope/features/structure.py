@@ -234,8 +234,8 @@ def feature_table(
     Columns: `layer`, `feature`, `monosemanticity` and `shuffled` (the same when pictures have each other's embeddings),
     `pictures` on which it fires; `modality_index`, `_low`, `_high`, `_kind`, `_group`; `cosine_<space>_<where>` and
     `twin_<space>_<where>`, the partner most nearly parallel in what features write, read, or both, in the `own_layer`
-    or in `other_layers`; `fires_with` and `phi`, strongest first; `cluster_firing` and `cluster_direction`, of graphs of
-    the nearest `neighbours` with at least this `phi`, or cosine of what they write.
+    or in `other_layers`; `fires_with` and `phi`, strongest first; `cluster_firing` and `cluster_direction`, of graphs
+    of the nearest `neighbours` with at least this `phi`, or cosine of what they write.
     """
     peaks, units = seen.peaks(), unit_embeddings(seen.embeddings())
     order = generator(seed, "shuffled pictures").permutation(len(units))

@@ -314,7 +314,7 @@ def check_disk(parts: list[Part], folder: Path, there: int) -> None:
     need = 0.0
     for part in {(part.name, part.split): part for part in parts}.values():
         source = part.open()
-        need += (source.size() or 0) * mean_size(source)
+        need += (source.size or 0) * mean_size(source)
     parent = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
     free = shutil.disk_usage(parent).free
     if need - there > free:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.core.records import CAPTION_REQUEST
 
 KINDS = ("folder", "hf_text", "hf_image_label", "hf_cauldron", "shards", "orrery")
@@ -41,40 +41,21 @@ class SourceConfig:
 def check_source(name: str, source: SourceConfig) -> None:
     """Refuse settings that cannot work, before anything is opened."""
     key = f"data.sources.{name}"
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):  # it becomes part of file names and of metrics' names
+        raise UserError(f"{key}: name a source with letters, digits, _ and - only")
+    check_choice(f"{key}.kind", source.kind, KINDS)
+    if source.kind == "orrery":
+        check_choice(f"{key}.stream", str(source.stream), ORRERY_STREAMS)
+    check_least(key, source, limit=1)
+    if not 0 < source.weight < float("inf"):
+        raise UserError(f"{key}.weight={source.weight}: a weight must be positive; to leave a source out: ~{key}")
+    if source.kind in _HOLDS and not source.path:
+        raise UserError(f"{key}.path is not set: give the folder with its {_HOLDS[source.kind]}")
+    if source.kind.startswith("hf_") and not (source.path or source.hub):
+        raise UserError(f"{key} has neither path nor hub: give {key}.path=/folder, or the name of a hub data set")
     wrong = [template for template in source.templates if "{label}" not in template]
-    labelled = source.kind == "hf_image_label" and source.caption is None
-    rules = (
-        # Its name becomes part of file names and of metrics' names.
-        (re.fullmatch(r"[A-Za-z0-9_-]+", name), ": name a source with letters, digits, _ and - only"),
-        (source.kind in KINDS, f".kind={source.kind}: no such kind; choose one of {', '.join(KINDS)}"),
-        (
-            0 < source.weight < float("inf"),
-            f".weight={source.weight}: a weight must be positive; to leave a source out: ~{key}",
-        ),
-        (
-            source.limit is None or source.limit >= 1,
-            f".limit={source.limit}: it must be at least 1, or null for all",
-        ),
-        (
-            source.kind != "orrery" or source.stream in ORRERY_STREAMS,
-            f".stream={source.stream}: choose one of {', '.join(ORRERY_STREAMS)}",
-        ),
-        (
-            source.kind not in _HOLDS or source.path,
-            f".path is not set: give the folder with its {_HOLDS.get(source.kind)}",
-        ),
-        (
-            not source.kind.startswith("hf_") or source.path or source.hub,
-            f" has neither path nor hub: give {key}.path=/folder, or the name of a hub data set",
-        ),
-        (
-            not labelled or (source.templates and not wrong),
-            f".templates={wrong}: each template must say where the {{label}} goes",
-        ),
-    )
-    for holds, message in rules:
-        if not holds:
-            raise UserError(f"{key}{message}")
+    if source.kind == "hf_image_label" and source.caption is None and (wrong or not source.templates):
+        raise UserError(f"{key}.templates={wrong}: each template must say where the {{label}} goes")
 
 
 @dataclass
@@ -94,9 +75,7 @@ class PairsConfig:
             raise UserError(
                 "pairs: give pairs.change=<fact> for Orrery's scenes or pairs.path=<file.jsonl>, one of them"
             )
-        for key, least in (("train", 0), ("test", 1)):
-            if getattr(self, key) < least:
-                raise UserError(f"pairs.{key}={getattr(self, key)}: it counts pairs; choose {least} or more")
+        check_least("pairs", self, train=0, test=1)
 
 
 WORDINGS = ("paper", "ours")
@@ -113,8 +92,7 @@ class PromptConfig:
     wording: str = "ours"  # whose words these are, of `WORDINGS`
 
     def __post_init__(self) -> None:
-        if self.wording not in WORDINGS:
-            raise UserError(f"prompts: wording {self.wording!r} of {self.prompt!r}; choose {' or '.join(WORDINGS)}")
+        check_choice(f"prompts: wording of {self.prompt!r}", self.wording, WORDINGS)
 
 
 @dataclass

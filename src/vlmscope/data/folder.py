@@ -19,7 +19,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import Conversation, Document, Sample, check_characters, generator
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.images import check_image, open_image
-from vlmscope.data.samples import Indexed, RawSample, file_bytes, record_parts
+from vlmscope.data.samples import RawSample, Source, file_bytes, indexed, record_parts
 
 T = TypeVar("T")
 
@@ -111,7 +111,7 @@ def _record(line: bytes, origin: str) -> Any:
         raise UserError(f"{origin}: not UTF-8 text; save the file as UTF-8") from error
 
 
-def folder_source(name: str, config: SourceConfig, split: str, check_pictures: bool) -> Indexed:
+def folder_source(name: str, config: SourceConfig, split: str, check_pictures: bool) -> Source:
     """The examples of `<split>.jsonl` as a source; their `facts` of words and whole numbers go along."""
     path = Path(str(config.path)) / f"{split}.jsonl"
     if not path.is_file():
@@ -126,7 +126,7 @@ def folder_source(name: str, config: SourceConfig, split: str, check_pictures: b
         facts = {k: v for k, v in given.items() if isinstance(v, str | int)} if isinstance(given, dict) else {}
         return RawSample(pictures, exchanges, text, origin, facts)
 
-    return Indexed(name, min(len(lines), config.limit or len(lines)), sample)
+    return indexed(name, min(len(lines), config.limit or len(lines)), sample)
 
 
 def load_folder(folder: str | Path, val_share: float, seed: int) -> tuple[JsonLines, JsonLines]:

@@ -17,7 +17,6 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from vlmscope.core.errors import UserError
@@ -27,8 +26,8 @@ from vlmscope.data.folder import folder_source
 from vlmscope.data.orrery.dataset import row_of_scene, row_of_shard
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import PICTURED, SPLITS
-from vlmscope.data.samples import WHOLE, Indexed, Mark, RawSample, Reader, Row, Share, Source, held_out
-from vlmscope.data.shards import ShardSource
+from vlmscope.data.samples import WHOLE, Mark, RawSample, Reader, Row, Share, Source, held_out, indexed
+from vlmscope.data.shards import shard_source
 from vlmscope.data.tables import hf_source
 
 ORRERY_SCENES = 50_000  # without a limit; scenes are made while they are used, so the number is free
@@ -55,8 +54,7 @@ def open_source(
     if config.kind == "folder":
         return folder_source(name, config, split, check_pictures)
     if config.kind == "shards":
-        stream = config.stream or name
-        return ShardSource(name, Path(str(config.path)), stream, split, config.limit, max_bad_shards, row_of_shard)
+        return shard_source(name, config, split, max_bad_shards, row_of_shard)
     if config.kind.startswith("hf_"):
         return hf_source(name, config, split, max_bad_shards)
     if split not in SPLITS:
@@ -66,7 +64,7 @@ def open_source(
     def scene(row: int) -> RawSample:
         return row_of_scene(make_scene(split, kinds[row % len(kinds)], row // len(kinds)), str(config.stream))
 
-    return Indexed(name, config.limit or ORRERY_SCENES, scene)
+    return indexed(name, config.limit or ORRERY_SCENES, scene)
 
 
 def keeps(config: SourceConfig, val_share: float, validation: bool) -> Callable[[RawSample], bool]:
@@ -87,12 +85,9 @@ def fingerprint(sources: dict[str, SourceConfig]) -> str:
 
 def row_of(source: Source, row: int) -> RawSample:
     """Row number `row` of a whole pass. Streams are read up to it; folders, tables and shards go there at once."""
-    if isinstance(source, Indexed) and row < source.count:
+    if source.sample is not None and row < (source.size or 0):
         return source.sample(row)
-    if isinstance(source, ShardSource):
-        read = next(source.open(WHOLE, {"row": row, "bad": 0}), None)
-    else:
-        read = next(islice(source.open(WHOLE), row, None), None)
+    read = next(islice(source.open(WHOLE), row, None), None)
     if read is None:
         raise UserError(f"{source.name} has no row {row} any more; give the data that the study was made of")
     return read()
@@ -372,7 +367,7 @@ class NumberedRows:
 
     def size(self) -> int | None:
         """Rows in all; None when only reading tells."""
-        sizes = [source.size() for source in self.sources.values()]
+        sizes = [source.size for source in self.sources.values()]
         known = None if None in sizes else sum(size for size in sizes if size is not None)
         return min((size for size in (known, self.limit) if size is not None), default=None)
 

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -346,45 +346,40 @@ class Reader(Iterator[Row], ABC):
         """Where the pass stands: a pass from this mark yields exactly the rows that this one has left."""
 
 
-class Source(Protocol):
-    """Samples in an order of their own."""
+@dataclass(frozen=True)
+class Source:
+    """Samples in an order of their own.
+
+    `open(share, mark)` begins a pass over a share, or goes on where an earlier one of the same share stood.
+    """
 
     name: str
-
-    def size(self) -> int | None:
-        """How many samples there are; None when only reading tells."""
-        ...
-
-    def open(self, share: Share, mark: Mark = None) -> Reader:
-        """A pass over `share`, from the beginning or from a mark of a pass over the same share."""
-        ...
+    size: int | None  # how many samples there are; None when only reading tells
+    open: Callable[..., Reader]
+    sample: Callable[[int], RawSample] | None = None  # one sample by its number, where rows can be gone to at once
 
 
-class Indexed:
+def indexed(name: str, count: int, sample: Callable[[int], RawSample], bad: int = 0) -> Source:
     """A source whose sample `i` is `sample(i)`; a share has every total-th. `bad` files were left out of it."""
 
-    def __init__(self, name: str, count: int, sample: Callable[[int], RawSample], bad: int = 0) -> None:
-        self.name, self.count, self.sample, self.bad = name, count, sample, bad
+    def open_share(share: Share, mark: Mark = None) -> Reader:
+        return _IndexedReader(sample, share.rows(count), mark or 0, bad)
 
-    def size(self) -> int:
-        return self.count
-
-    def open(self, share: Share, mark: Mark = None) -> Reader:
-        return _IndexedReader(self, share.rows(self.count), mark or 0)
+    return Source(name, count, open_share, sample)
 
 
 class _IndexedReader(Reader):
     """Its mark is the number of rows done."""
 
-    def __init__(self, source: Indexed, rows: range, done: int) -> None:
+    def __init__(self, sample: Callable[[int], RawSample], rows: range, done: int, bad: int) -> None:
         super().__init__(done)
-        self.source, self.rows, self.bad_shards = source, rows, source.bad
+        self.sample, self.rows, self.bad_shards = sample, rows, bad
 
     def __next__(self) -> Row:
         if self.row >= len(self.rows):
             raise StopIteration
         self.row += 1
-        return partial(self.source.sample, self.rows[self.row - 1])
+        return partial(self.sample, self.rows[self.row - 1])
 
     def mark(self) -> Mark:
         return self.row

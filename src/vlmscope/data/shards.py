@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, islice
@@ -20,7 +21,8 @@ from tqdm import tqdm
 
 from vlmscope.core.artifacts import atomic_path, read_json
 from vlmscope.core.errors import UserError, is_out_of_memory
-from vlmscope.data.samples import BadFiles, Mark, RawSample, Reader, Row, Share
+from vlmscope.data.config import SourceConfig
+from vlmscope.data.samples import WHOLE, BadFiles, Mark, RawSample, Reader, Row, Share, Source
 
 INDEX = "index.json"
 _ENTRY = {"split": str, "kind": str, "samples": int, "bytes": int, "sha256": str}
@@ -135,62 +137,63 @@ def read_samples(files: list[Path]) -> Iterator[dict[str, Any]]:
             yield sample
 
 
-class ShardSource:
-    """The samples of one stream and split that `task=build_data` wrote.
+def shard_source(
+    name: str, config: SourceConfig, split: str, max_bad: int, parse_scene: Callable[[dict[str, Any]], RawSample]
+) -> Source:
+    """The samples of one stream and split that `task=build_data` wrote; a pass may skip `max_bad` corrupt shards.
 
-    `parse` makes a row of a sample of Orrery's own shards, which hold scenes with all their questions; `max_bad` is how
-    many corrupt shards a pass may skip.
+    `parse_scene` makes a row of a sample of Orrery's own shards, which hold scenes with all their questions.
     """
+    folder, stream = Path(str(config.path)), config.stream or name
+    index = read_index(folder, f"data.sources.{name}.path")
+    entries = dict(sorted(index["shards"].items()))
+    chosen = {file: one["samples"] for file, one in entries.items() if (one["kind"], one["split"]) == (stream, split)}
+    sizes = {file: count for file, count in chosen.items() if count}
+    if not sizes:
+        there = sorted({f"{one['kind']} ({one['split']})" for one in entries.values()})
+        raise UserError(
+            f"data.sources.{name}: {folder} has no samples of stream {stream!r}, split {split!r}; it has "
+            f"{', '.join(there) or 'none'}"
+        )
+    parse = parse_scene if index["meta"].get("dataset") == "orrery" else RawSample.from_shard
+    shards = [(folder / file, entries[file]["bytes"]) for file in sizes]
+    ends = list(accumulate(sizes.values()))
+    size = min(ends[-1], config.limit or ends[-1])
 
-    def __init__(
-        self, name: str, folder: Path, stream: str, split: str, limit: int | None, max_bad: int, parse_scene: Callable
-    ) -> None:
-        index = read_index(folder, f"data.sources.{name}.path")
-        entries = sorted(index["shards"].items())
-        self.parse = parse_scene if index["meta"].get("dataset") == "orrery" else RawSample.from_shard
-        self.name, self.folder, self.limit, self.max_bad = name, folder, limit, max_bad
-        self.entries = {
-            file: one for file, one in entries if (one["kind"], one["split"]) == (stream, split) and one["samples"]
-        }
-        if not self.entries:
-            there = sorted({f"{one['kind']} ({one['split']})" for _, one in entries})
-            raise UserError(
-                f"data.sources.{name}: {folder} has no samples of stream {stream!r}, split {split!r}; it has "
-                f"{', '.join(there) or 'none'}"
-            )
+    def open_share(share: Share, mark: Mark = None) -> Reader:
+        bad = BadFiles(name, max_bad, "run task=build_data again, which mends it", (mark or {}).get("bad", 0))
+        stretch = share.stretch(size)
+        return _ShardReader(shards, ends, parse, bad, (mark or {}).get("row", stretch.start), stretch.stop)
 
-    def size(self) -> int:
-        """The number of samples that the index counts."""
-        total = sum(one["samples"] for one in self.entries.values())
-        return total if self.limit is None else min(total, self.limit)
-
-    def open(self, share: Share, mark: Mark = None) -> Reader:
-        return _ShardReader(self, share.stretch(self.size()), mark or {})
+    return Source(name, size, open_share, lambda row: next(open_share(WHOLE, {"row": row}))())
 
 
 class _ShardReader(Reader):
     """Goes through a stretch of rows, those of corrupt shards counted too; its mark is the row and the bad shards."""
 
-    def __init__(self, source: ShardSource, stretch: range, mark: Mapping[str, int]) -> None:
-        super().__init__(mark.get("row", stretch.start))
-        self.source, self.stop = source, stretch.stop
-        mend = "run task=build_data again, which mends it"
-        self.bad = BadFiles(source.name, source.max_bad, mend, mark.get("bad", 0))
-        self.files = list(source.entries)
-        self.ends = list(accumulate(one["samples"] for one in source.entries.values()))
+    def __init__(
+        self,
+        shards: list[tuple[Path, int]],
+        ends: list[int],
+        parse: Callable[[dict[str, Any]], RawSample],
+        bad: BadFiles,
+        row: int,
+        stop: int,
+    ) -> None:
+        """`shards` have their sizes in bytes, `ends` the rows at which they end."""
+        super().__init__(row)
+        self.shards, self.ends, self.parse, self.bad, self.stop = shards, ends, parse, bad, stop
         self.samples: Iterator[RawSample] | None = None  # of the open shard, from the next row on
 
     def __next__(self) -> Row:
         while self.row < self.stop:
-            number = next(n for n, end in enumerate(self.ends) if end > self.row)
-            file, entry = self.source.folder / self.files[number], self.source.entries[self.files[number]]
+            number = bisect_right(self.ends, self.row)
+            (file, size), start = self.shards[number], self.ends[number - 1] if number else 0
             try:
-                if self.samples is None or self.row == self.ends[number] - entry["samples"]:
-                    size = file.stat().st_size
-                    if size != entry["bytes"]:
-                        raise ValueError(f"it has {size:,} bytes, the index says {entry['bytes']:,}")
-                    before = self.row - (self.ends[number] - entry["samples"])
-                    self.samples = map(self.source.parse, islice(read_samples([file]), before, None))
+                if self.samples is None or self.row == start:
+                    if (there := file.stat().st_size) != size:
+                        raise ValueError(f"it has {there:,} bytes, the index says {size:,}")
+                    self.samples = map(self.parse, islice(read_samples([file]), self.row - start, None))
                 sample = next(self.samples, None)
                 if sample is None:
                     raise ValueError("it ends too early")

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from vlmscope.data.config import SourceConfig
 from vlmscope.data.samples import (
     CONVERSATIONS,
     BadFiles,
-    Indexed,
     Mark,
     RawSample,
     Reader,
@@ -41,6 +41,7 @@ from vlmscope.data.samples import (
     Source,
     exchanges_of,
     file_bytes,
+    indexed,
     nonempty,
 )
 
@@ -75,9 +76,14 @@ def hf_source(name: str, config: SourceConfig, split: str, max_bad: int = 0) -> 
         raise UserError(f"data.sources.{name}: {config.path or config.hub} is empty; give data with samples")
     table = tables[0] if len(tables) == 1 else interleave_datasets(tables, stopping_strategy=_TAKE_TURNS)
     size = min((number for number in (count, config.limit) if number is not None), default=None)
-    if streamed:
-        return Stream(name, table.select_columns(columns_of(config)), parse, size, config.limit, bad)
-    return Indexed(name, size or 0, lambda row: parse(table[row], f"{name} row {row}"), len(bad))
+    if not streamed:
+        return indexed(name, size or 0, lambda row: parse(table[row], f"{name} row {row}"), len(bad))
+    columns = table.select_columns(columns_of(config))
+
+    def open_share(share: Share, mark: Mark = None) -> Reader:
+        return _StreamReader(name, columns, bad, parse, config.limit, share, mark)
+
+    return Source(name, size, open_share)
 
 
 def columns_of(config: SourceConfig) -> list[str]:
@@ -353,52 +359,38 @@ def _known_size(table: Any) -> int | None:
     return splits[table.split].num_examples if table.split in splits else None
 
 
-class Stream:
-    """An `IterableDataset` as a source. `bad` has the files that were left out; each pass adds those found damaged."""
-
-    def __init__(
-        self, name: str, table: Any, parse: Parser, size: int | None, limit: int | None, bad: BadFiles
-    ) -> None:
-        self.name, self.table, self.parse, self.known_size, self.limit, self.bad = name, table, parse, size, limit, bad
-
-    def size(self) -> int | None:
-        """What the data set says of itself, or the limit."""
-        return self.known_size
-
-    def open(self, share: Share, mark: Mark = None) -> Reader:
-        return _StreamReader(self, share, mark)
-
-
 class _StreamReader(Reader):
     """Its mark is `datasets`' own state, which names file and row, with the rows done and the damaged files."""
 
-    def __init__(self, source: Stream, share: Share, mark: Mark) -> None:
+    def __init__(
+        self, name: str, table: Any, bad: BadFiles, parse: Parser, limit: int | None, share: Share, mark: Mark
+    ) -> None:
+        """`bad` has the files that were left out; the pass adds those that it finds damaged."""
         from datasets.distributed import split_dataset_by_node
 
         super().__init__(0 if mark is None else mark["done"])
         # A deep copy for each pass: a table keeps the state of its iteration, and shallow ones share it. In one go, so
         # that the table's copy notes damage where the reader looks.
-        self.table, self.bad = copy.deepcopy((source.table, source.bad))
+        self.table, self.bad = copy.deepcopy((table, bad))
         if share.total > 1:
             self.table = split_dataset_by_node(self.table, share.index, share.total)
         self.left_out = len(self.bad.files)
         if mark is not None:
             self.bad.files += mark.get("damaged", [])  # marks of earlier versions knew of none
             self.table.load_state_dict(mark["state"])
-        self.source, self.share, self.rows = source, share, iter(self.table)
+        self.name, self.parse, self.rows = name, parse, iter(self.table)
+        self.stop = None if limit is None else len(share.rows(limit))
+        self.part = f" of part {share.index}" if share.total > 1 else ""
 
     def __next__(self) -> Row:
-        limit = self.source.limit
-        if limit is not None and self.row >= len(self.share.rows(limit)):
+        if self.row == self.stop:
             raise StopIteration
-        failed = f"data.sources.{self.source.name}: reading its row {self.row} failed"
+        failed = f"data.sources.{self.name}: reading its row {self.row} failed"
         row = _in_one_line(failed, lambda: next(self.rows, None))
         if row is None:
             raise StopIteration
-        part = f" of part {self.share.index}" if self.share.total > 1 else ""
-        origin = f"{self.source.name} row {self.row}{part}"
         self.row += 1
-        return lambda: self.source.parse(row, origin)
+        return partial(self.parse, row, f"{self.name} row {self.row - 1}{self.part}")
 
     @property
     def bad_shards(self) -> int:

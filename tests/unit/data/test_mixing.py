@@ -1,27 +1,27 @@
 """The mix keeps its proportions, splits without loss or repeat, and goes on from its state with the very next item."""
 
 import json
-import warnings
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice, product
+from typing import Any
 
 import pytest
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.mixing import PATIENCE, Lane, ShuffledSource, TokenMix
 from vlmscope.data.packing import TokenPacker
-from vlmscope.data.samples import WHOLE, Indexed, RawSample, Share
+from vlmscope.data.samples import WHOLE, RawSample, Share, Source, indexed
 
 
-def numbered(name: str, count: int) -> Indexed:
-    return Indexed(name, count, lambda row: RawSample(text=f"{name} {row}"))
+def numbered(name: str, count: int) -> Source:
+    return indexed(name, count, lambda row: RawSample(text=f"{name} {row}"))
 
 
 class Words:
     """One item a sample, as many tokens as its number says (modulo 7, plus one)."""
 
-    def __init__(self) -> None:
-        self.item: str | None = None
+    item: str | None = None
 
     def add(self, sample: RawSample) -> None:
         self.item = sample.text
@@ -43,30 +43,24 @@ class Words:
         self.item = None
 
 
-class Packed:
+class Packed(TokenPacker):
     """Documents of as many tokens as their number says, packed to eight."""
 
     def __init__(self) -> None:
-        self.packer = TokenPacker(eos=-1, length=8)
+        super().__init__(eos=-1, length=8)
 
-    def add(self, sample: RawSample) -> None:
+    def add(self, sample: Any) -> None:
         number = int(sample.text.split()[1])
-        self.packer.add([number] * (number % 11))
-
-    def pop(self) -> list[int] | None:
-        return self.packer.pop()
-
-    def rest(self) -> list[int] | None:
-        return self.packer.rest()
+        super().add([number] * (number % 11))
 
     def tokens(self, item: list[int]) -> int:
         return len(item)
 
     def state(self) -> list[int]:
-        return list(self.packer.left)
+        return list(self.left)
 
     def load(self, state: list[int]) -> None:
-        self.packer.left = list(state)
+        self.left = list(state)
 
 
 def mix(counts: tuple[int, int, int] = (400, 300, 200), repeat: bool = False, share: Share = WHOLE) -> TokenMix:
@@ -157,46 +151,38 @@ def test_wrong_weights_sources_and_states_are_refused() -> None:
     other = TokenMix({"z": Lane(1.0, ShuffledSource(numbered("z", 3)), Words())})
     with pytest.raises(UserError, match="the state is of a, b, c, the sources are z"):
         other.load_state_dict(mix().state_dict())
-    with pytest.raises(UserError, match="it has no sample"):
-        ShuffledSource(numbered("a", 0), repeat=True).next()
+
+
+def some_empty(count: int, empty: Callable[[int], bool]) -> Source:
+    def sample(row: int) -> RawSample:
+        if empty(row):
+            raise UserError(f"row {row} is empty")
+        return RawSample(text=str(row))
+
+    return indexed("small", count, sample)
 
 
 @pytest.mark.parametrize(
-    ("count", "bad", "kept", "said"),
+    ("count", "bad", "kept", "message"),
     [
-        (12, 0, False, "its 12 samples all fall on the same side of data.val_share"),
         (12, 5, False, "its 7 samples all fall on the same side of data.val_share"),
         (12, 12, True, "no sample of it can be used, the first: row [0-9]+ is empty; check the data"),
         (0, 0, True, "it has no sample; check the data"),
     ],
 )
-def test_a_source_that_gives_nothing_says_why(count: int, bad: int, kept: bool, said: str) -> None:
-    def sample(row: int) -> RawSample:
-        if row < bad:
-            raise UserError(f"row {row} is empty")
-        return RawSample(text=str(row))
-
-    stream = ShuffledSource(Indexed("small", count, sample), keep=lambda _: kept)
-    with warnings.catch_warnings(), pytest.raises(UserError, match=f"data.sources.small: {said}") as error:
-        warnings.simplefilter("ignore")
+@pytest.mark.filterwarnings("ignore")
+def test_a_source_that_gives_nothing_says_why(count: int, bad: int, kept: bool, message: str) -> None:
+    stream = ShuffledSource(some_empty(count, lambda row: row < bad), keep=lambda _: kept)
+    with pytest.raises(UserError, match=f"data.sources.small: {message}") as error:
         stream.next()
     assert "\n" not in str(error.value)
 
 
 def test_unusable_samples_are_counted_and_too_many_are_an_error() -> None:
-    def sample(row: int) -> RawSample:
-        if row % 3 == 0:
-            raise UserError(f"row {row} is empty")
-        return RawSample(text=str(row))
-
-    stream = ShuffledSource(Indexed("x", 30, sample), buffer=5)
-    with pytest.warns(UserWarning, match="is empty; such samples of x are left out"):
+    stream = ShuffledSource(some_empty(30, lambda row: row % 3 == 0), buffer=5)
+    with pytest.warns(UserWarning, match="is empty; such samples of small are left out"):
         texts = [one.text for one in iter(stream.next, None)]
     assert sorted(map(int, texts)) == [row for row in range(30) if row % 3]
     assert stream.skipped == 10
-
-    def none(row: int) -> RawSample:
-        raise UserError(f"row {row} is empty")
-
-    with pytest.warns(UserWarning), pytest.raises(UserError, match=f"{PATIENCE} samples of x could not be used"):
-        ShuffledSource(Indexed("x", 1000, none)).next()
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=f"{PATIENCE} samples of small could not be used"):
+        ShuffledSource(some_empty(1000, lambda row: True)).next()

@@ -215,16 +215,23 @@ def test_pictures_and_turns_of_other_layouts(tmp_path: Path, saved: str, layout:
     table.save_to_disk(tmp_path / "it") if saved == "disk" else parquet(table, tmp_path / "it", (2, 1))
     read = samples(SourceConfig("hf_cauldron", str(tmp_path / "it"), images="image", texts="said"))
     assert [(one.images, one.exchanges) for one in read] == [((picture(n),), (("q ?", "a"),)) for n in range(3)]
-    with pytest.raises(
-        UserError, match="no column 'images'; the columns are image, said .*images=image reads that one"
-    ):
-        samples(SourceConfig("hf_cauldron", str(tmp_path / "it"), texts="said"))
-    table.select_columns("said").rename_column("said", "messages").to_parquet(tmp_path / "text" / "0.parquet")
-    with pytest.raises(UserError, match="no column 'texts'; the columns are messages .*texts=messages reads that one"):
-        samples(SourceConfig("hf_cauldron", str(tmp_path / "text"), images=None))
-    with pytest.raises(UserError, match="no column 'images'; .*it.images=null if there are no pictures"):
-        samples(SourceConfig("hf_cauldron", str(tmp_path / "text"), texts="messages"))
-    plain = SourceConfig("hf_cauldron", str(tmp_path / "text"), images=None, texts="messages")
+
+
+def test_columns_that_are_not_there_are_told_with_a_hint(tmp_path: Path) -> None:
+    turns = [[{"from": "human", "value": "<image>\nq ?"}, {"from": "gpt", "value": "a"}]]
+    for column, hints in {
+        "image": {"texts": "no column 'images'; the columns are image, messages .*images=image reads that one"},
+        "other": {
+            "images": "no column 'texts'; the columns are other, messages .*texts=messages reads that one",
+            "texts": "no column 'images'; .*it.images=null if there are no pictures",
+        },
+    }.items():
+        Dataset.from_dict({column: [None], "messages": turns}).to_parquet(tmp_path / column / "0.parquet")
+        for given, hint in hints.items():
+            named: dict[str, Any] = {"texts": "messages"} if given == "texts" else {"images": None}
+            with pytest.raises(UserError, match=hint):
+                samples(SourceConfig("hf_cauldron", str(tmp_path / column), **named))
+    plain = SourceConfig("hf_cauldron", str(tmp_path / "other"), images=None, texts="messages")
     with pytest.raises(UserError, match="it row 0: messages: 1 <image> are written and 0 pictures are given"):
         samples(plain)
 
@@ -315,10 +322,10 @@ REFUSED = [
     ({"kind": "hf_cauldron"}, "no column 'images'; the columns are text, source"),
     ({"kind": "hf_text", "path": "/nowhere"}, "no folder /nowhere"),
     ({"kind": "hf_text", "path": None}, "neither path nor hub"),
-    ({"kind": "text"}, "no such kind; choose one of folder, hf_text"),
+    ({"kind": "text"}, "kind=text: no such choice; did you mean 'hf_text'?"),
     ({"kind": "hf_text", "weight": 0.0}, "weight=0.0: a weight must be positive"),
     ({"kind": "hf_text", "limit": 0}, "limit=0: it must be at least 1"),
-    ({"kind": "orrery", "stream": "songs"}, "choose one of text, captions, questions, dialogues"),
+    ({"kind": "orrery", "stream": "songs"}, "stream=songs: no such choice"),
     ({"kind": "shards", "path": None}, "path is not set: give the folder with its index.json"),
     ({"kind": "shards"}, "no index.json in"),
     ({"kind": "folder"}, "no train.jsonl in"),

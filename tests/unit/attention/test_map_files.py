@@ -34,12 +34,6 @@ def test_values_are_off_by_half_a_step_at_most(offset: float) -> None:
         assert (error > 0.8 * bound).any()  # the bound is no idle one
 
 
-def test_a_flat_map_comes_back_exactly() -> None:
-    values = np.full((2, 3, 3), 0.25)
-    assert np.array_equal(decode(encode(values)), values)
-    assert (encode(values).codes == 0).all()
-
-
 @pytest.mark.parametrize("old,new", [((8, 8), (4, 4)), ((64, 64), (15, 15)), ((3, 7), (2, 5)), ((4, 4), (4, 4))])
 def test_resampling_keeps_the_sum_and_the_place(old: tuple[int, int], new: tuple[int, int]) -> None:
     values = generator(2, "old").normal(size=(3, *old))

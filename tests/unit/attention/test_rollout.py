@@ -19,7 +19,6 @@ from vlmscope.attention.rollout import (
     own_map,
     pool_rows,
     rollout,
-    similarity,
     soft_token_rollout,
     token_maps,
 )
@@ -111,15 +110,6 @@ def test_the_most_focused_heads_are_kept() -> None:
     assert len(focused_heads(patterns(0, heads=16)[0], 0.3)) == 5  # the paper's tower
 
 
-def test_similarity_is_the_cosine() -> None:
-    states = torch.from_numpy(generator(5, "states").normal(size=(6, 4)))
-    found = similarity(states)
-    for i in range(6):
-        for j in range(6):
-            cosine = states[i] @ states[j] / (states[i].norm() * states[j].norm())
-            assert float(found[i, j]) == pytest.approx(float(cosine), abs=1e-12)
-
-
 @pytest.fixture(scope="module", params=VISION)
 def vlm(request: pytest.FixtureRequest) -> VLM:
     return tiny_vlm(request.param, 5)
@@ -153,27 +143,6 @@ def test_every_familys_soft_tokens_have_their_rollout(vlm: VLM) -> None:
             assert len(tile.boxes) == dense.shape[1] == wanted.tile.rows * wanted.tile.columns
         fed = picture.pooling.sum(axis=1)
         assert total == pytest.approx(fed, abs=1e-4)  # nothing is lost
-
-
-def test_states_are_those_that_the_decoders_side_is_given(vlm: VLM) -> None:
-    """Soft tokens are a function of the captured states: where the module is wrong, moving its output moves nothing,
-    or more than the tile's own soft tokens.
-    """
-    inputs = vlm.prepare(PROMPT, pictures())
-    captured = capture_vision_attention(vlm, inputs, [0], states=True)
-    kept: list[Tensor] = []
-    handle = vlm.adapter.vision_states().register_forward_hook(
-        lambda _m, _a, output: kept.append(output[0] if isinstance(output, tuple) else output)
-    )
-    again = capture_vision_attention(vlm, inputs, [0], states=True)
-    handle.remove()
-    whole = torch.cat([states.flatten(0, -2) for states in kept])
-    for picture, other in zip(captured.pictures, again.pictures, strict=True):
-        for tile, same in zip(picture.tiles, other.tiles, strict=True):
-            assert tile.states is not None and same.states is not None
-            assert torch.equal(tile.states, same.states)
-            assert torch.equal(tile.states, whole[torch.from_numpy(tile.tile.tokens)])
-            assert tile.states.shape == (len(tile.tile), whole.shape[-1])
 
 
 @pytest.mark.parametrize("family", ["gemma3", "paligemma", "llava", "llava_onevision", "idefics3"])

@@ -22,7 +22,6 @@ from vlmscope.attribution.export import (
     GRAPH_FILE,
     graph_to_json,
     load_merged,
-    merged_ids,
     merged_to_json,
     node_id,
     save_graph,
@@ -123,21 +122,6 @@ def test_shares_and_weights_are_those_summed_one_by_one(match: str) -> None:
     assert (found.sources < found.targets).all()
 
 
-def test_every_edge_joins_the_nodes_that_it_joined() -> None:
-    first, second = traced(0), traced(1)
-    found = compare(first, second, match="position")
-    names = {node: place for place, node in enumerate(merged_ids(found))}
-    graph = first.graph
-    for edge in np.flatnonzero(first.edge_mask):
-        ends = [graph.indices[edge], graph.targets_of(np.array([edge]))[0]]
-        if graph.nodes.kind[ends[0]] == NodeKind.TOKEN and graph.is_image[graph.nodes.position[ends[0]]]:
-            continue
-        at = [names[node_id(graph, int(node))] for node in ends]
-        here = np.flatnonzero((found.sources == at[0]) & (found.targets == at[1]))
-        assert found.weights[0, here] == pytest.approx([float(graph.weights[edge])])
-        assert found.edge_kept[0, here].all()
-
-
 def test_a_graph_equals_itself() -> None:
     found = compare(traced(3), traced(3))
     numbers = found.summary()
@@ -172,16 +156,6 @@ def test_prompts_of_different_length_are_matched_by_role_and_cells_wherever_they
     cells = found.nodes.image >= 0
     assert cells.sum() == 2
     assert found.kept[:, cells].all()
-
-
-def test_only_lists_what_one_graph_alone_keeps_by_how_much_more_it_uses_it() -> None:
-    found = compare(traced(0), traced(1))
-    for graph in (0, 1):
-        nodes = found.only(graph)
-        assert len(nodes) > 2
-        assert (found.kept[graph, nodes] & ~found.kept[1 - graph, nodes]).all()
-        gaps = found.share[graph, nodes] - found.share[1 - graph, nodes]
-        assert (np.diff(gaps) <= 0).all()
 
 
 def test_graphs_of_two_models_and_unknown_rules_are_refused() -> None:

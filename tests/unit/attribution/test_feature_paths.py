@@ -15,8 +15,7 @@ from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set
 
 
-@pytest.mark.parametrize("effect", ["total", "direct"])
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "llava"])
+@pytest.mark.parametrize(("family", "effect"), [("gemma3", "total"), ("qwen3_vl", "direct"), ("llava", "total")])
 def test_one_pass_is_the_sum_over_positions(family: str, effect: str) -> None:
     vlm = tiny_vlm(family, 5, dtype=torch.float64)
     adapter = vlm.adapter

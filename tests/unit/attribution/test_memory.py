@@ -77,7 +77,7 @@ def made(vlm: VLM, replacement: ReplacementModel, config: AttributionConfig, pla
 
 
 @pytest.mark.parametrize(("max_nodes", "choice"), [(7500, "influence"), (900, "influence"), (900, "total_effect")])
-@pytest.mark.parametrize("memory_gb", [0.03, 0.06, 0.2])
+@pytest.mark.parametrize("memory_gb", [0.03, 0.2])
 def test_a_stated_amount_is_kept_to(
     orrery: tuple[VLM, ReplacementModel], max_nodes: int, choice: str, memory_gb: float, tmp_path: Path
 ) -> None:
@@ -135,7 +135,7 @@ def _nameless() -> int:
     return sum(line.endswith("(deleted)") for line in MAPS.read_text().splitlines()) if MAPS.exists() else 0
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
 def test_files_go_with_the_graph(
     tiny: tuple[VLM, ReplacementModel],
     error: type[BaseException] | None,

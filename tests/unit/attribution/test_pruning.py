@@ -8,9 +8,10 @@ from tests.random_graphs import random_graph
 
 from vlmscope.attribution import edges as shares
 from vlmscope.attribution import influence as influence_module
-from vlmscope.attribution.edges import find_cut, smallest_set
-from vlmscope.attribution.influence import influence, logit_weights, prune, scores
+from vlmscope.attribution.edges import smallest_set
+from vlmscope.attribution.influence import end_sources, influence, logit_weights, prune, scores, top_features
 from vlmscope.core.graph import AttributionGraph, NodeKind
+from vlmscope.core.records import FeatureId
 
 GRAPHS = {
     "dense": {"n_layers": 4, "n_positions": 5, "n_features": 12},
@@ -148,24 +149,20 @@ def test_the_smallest_set_needs_no_sort(seed: int, share: float) -> None:
         np.testing.assert_array_equal(smallest_set(values, share), fewest(values, share))
 
 
-def test_the_cut_does_not_depend_on_the_blocks() -> None:
-    values = np.random.default_rng(0).lognormal(0, 4, 5000)
-    cuts = {
-        find_cut(lambda size=size: iter(np.array_split(values, len(values) // size)), len(values), 0.9)
-        for size in (7, 100, 5000)
-    }
-    assert len(cuts) == 1
-    cut = cuts.pop()
-    kept = np.sort(values)[::-1][: int((values >= cut.value).sum())]
-    assert kept.sum() >= 0.9 * values.sum() > kept[:-1].sum()
-
-
-def test_sums_and_targets_of_edges(graph: AttributionGraph) -> None:
-    targets = graph.edge_targets()
-    expected = np.bincount(targets, weights=np.abs(graph.weights), minlength=graph.n_nodes)
-    np.testing.assert_allclose(graph.absolute_sums(), expected, rtol=1e-12)
-    some = np.flatnonzero(np.random.default_rng(0).random(graph.n_edges) < 0.3)
-    np.testing.assert_array_equal(graph.targets_of(some), targets[some])
+def test_sources_of_each_end_and_the_features_that_matter_most(graph: AttributionGraph) -> None:
+    nodes, normalised = graph.nodes, dense_normalised(dense_absolute(graph))
+    tokens, errors = end_sources(graph)
+    for row, end in enumerate(nodes.ends()):
+        flow = dense_influence(normalised, np.eye(graph.n_nodes)[end])
+        np.testing.assert_allclose(tokens[row], flow[nodes.of(NodeKind.TOKEN)], rtol=1e-12)
+        assert errors[row] == pytest.approx(flow[nodes.kind == NodeKind.ERROR].sum())
+    sums: dict[FeatureId, float] = {}
+    flow = dense_influence(normalised, np.eye(graph.n_nodes)[nodes.ends()[graph.logit_probabilities.argmax()]])
+    for node in nodes.of(NodeKind.FEATURE).tolist():
+        sums[nodes.feature_id(node)] = sums.get(nodes.feature_id(node), 0.0) + flow[node]
+    best = top_features(graph, 5)
+    assert list(best.values()) == pytest.approx(sorted((v for v in sums.values() if v), reverse=True)[:5])
+    assert all(sums[feature] == pytest.approx(value) for feature, value in best.items())
 
 
 def test_a_source_above_its_target_is_no_graph() -> None:

@@ -11,7 +11,7 @@ import vlmscope
 from vlmscope.app import main
 from vlmscope.data.folder import load_folder
 from vlmscope.data.samples import drawn
-from vlmscope.models.tiny import tiny_image, tiny_vlm
+from vlmscope.models.tiny import tiny_image
 from vlmscope.transcoders.hub import parts_of
 
 TRAIN = [
@@ -116,21 +116,6 @@ def test_mistakes_in_the_data_are_one_line_before_training_starts(
     assert not (tmp_path / "r" / "transcoder_checkpoint").exists()
 
 
-def test_text_alone_trains_a_model_without_pictures(tmp_path: Path) -> None:
-    lines = [{"text": "the red planet and the other one"}, {"texts": [{"user": "what ?", "assistant": "one"}]}] * 4
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = [
-        *TRAIN,
-        f"data.path={tmp_path}",
-        "model=tiny",
-        "model.family=gemma3_text",
-        f"hydra.run.dir={tmp_path / 'r'}",
-    ]
-    assert main(command) == 0
-    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
-    assert metrics["val/fvu"] > 0 and "val/fvu_image" not in metrics
-
-
 def edit(command: list[str], folder: Path, *arguments: str) -> int:
     return main([*command, f"hydra.run.dir={folder / 'r'}", "task.new_tokens=2", "task.controls=1", *arguments])
 
@@ -196,37 +181,3 @@ def test_the_command_line_and_the_python_api_say_the_same(tmp_path: Path) -> Non
             else vlmscope.patch(scope, prompt, [paths["mars"]], [paths["earth"]], features, 3.0)
         )
         assert after == written["answer"]["after"]
-
-
-@pytest.fixture(scope="module")
-def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose logits are finite in float32 and overflow in float16, and a picture."""
-    folder = tmp_path_factory.mktemp("loud")
-    vlm = tiny_vlm("gemma3", 1)
-    vlm.model.model.language_model.norm.weight.fill_(3e4)
-    vlm.model.save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
-    tiny_image(0).save(folder / "a.png")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("task", "more"),
-    [
-        ("steer", ["task.features={L1/7: 8.0}"]),
-        ("patch", ["task.features=[L1/7]", "task.donor_prompt=what is the ?"]),
-        ("lens", ["task.word=red"]),
-        ("trace", ["attribution.answer_tokens=2"]),
-    ],
-)
-def test_logits_that_overflow_are_one_line(
-    task: str, more: list[str], loud: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = [f"task={task}", "prompt=what is this ?", f"image={loud / 'a.png'}", "tracking=none", *more]
-    command += ["model=path", f"model.path={loud}", "transcoder=random", f"hydra.run.dir={tmp_path / 'r'}"]
-    assert main([*command, "model.dtype=float16"]) == 2
-    seen = capsys.readouterr()
-    (line,) = [text for text in seen.err.splitlines() if text.startswith("error: ")]
-    assert "not finite in float16" in line and "model.dtype=bfloat16 or float32" in line and "nan" not in seen.out
-    if task in ("steer", "lens"):
-        assert main(command) == 0

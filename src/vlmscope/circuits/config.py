@@ -25,28 +25,16 @@ class QuestionConfig:
 
 @dataclass
 class CircuitConfig:
-    """How a circuit of two concepts is chosen by contrast.
+    """How a circuit of two concepts is chosen by contrast; of more, each is turned into each."""
 
-    Attributes:
-        concepts: the recipient of interventions, then the donor; of more than two each is turned into each other, with
-            a circuit for each pair.
-        third: a concept that belongs to neither, to see what the donor's circuit does to it.
-        questions: asked of every picture.
-        pictures: training pictures a concept.
-        graphs: attribution graphs a concept and question; a feature counts only if it has influence in one.
-        per_layer: features a layer and concept.
-        least: rightly answered test pictures of a recipient; fewer are no result.
-        seed: of the pictures.
-    """
-
-    concepts: list[str]
-    questions: dict[str, QuestionConfig]
-    third: str | None = None
-    pictures: int = 40
-    graphs: int = 1
-    per_layer: int = 16
-    least: int = 1
-    seed: int = 0
+    concepts: list[str]  # the recipient of interventions, then the donor
+    questions: dict[str, QuestionConfig]  # asked of every picture
+    third: str | None = None  # belongs to neither: what does the donor's circuit do to it?
+    pictures: int = 40  # training pictures a concept
+    graphs: int = 1  # a concept and question; a feature counts only if it has influence in one
+    per_layer: int = 16  # features a layer and concept
+    least: int = 1  # rightly answered test pictures of a recipient; fewer are no result
+    seed: int = 0  # of the pictures
 
     def __post_init__(self) -> None:
         if len(self.concepts) < 2 or len(set(self.concepts)) < len(self.concepts):
@@ -79,25 +67,15 @@ class InterventionConfig:
 
 @dataclass
 class InterchangeConfig:
-    """How features are chosen on counterfactual pairs, and which pairs count (docs/circuits.md).
+    """How features are chosen on counterfactual pairs, and which pairs count (docs/circuits.md)."""
 
-    Attributes:
-        circuit: folder of a saved circuit, instead of features chosen on training pairs.
-        features: how many are chosen for each question, those of most estimated effect.
-        steps: inputs at which gradients are taken for the estimate.
-        answerable: only pairs count that are answered rightly on both sides; false takes all.
-        least: fewer pairs than this give no interval, and an error.
-        scenes: training and held-out scenes on which analyses look at what features say.
-        transfer: pairs of each split that are grouped by another fact.
-    """
-
-    circuit: str | None = None
-    features: int = 300
-    steps: int = 5
-    answerable: bool = True
-    least: int = 10
-    scenes: list[int] = field(default_factory=lambda: [1500, 700])
-    transfer: int = 240
+    circuit: str | None = None  # folder of a saved circuit, instead of features chosen on training pairs
+    features: int = 300  # chosen for each question, those of most estimated effect
+    steps: int = 5  # inputs at which gradients are taken for the estimate
+    answerable: bool = True  # only pairs count that are answered rightly on both sides
+    least: int = 10  # fewer pairs give no interval, and an error
+    scenes: list[int] = field(default_factory=lambda: [1500, 700])  # training, held-out: what do features say of them?
+    transfer: int = 240  # pairs of each split that are grouped by another fact
 
     def __post_init__(self) -> None:
         check_least("interchange", self, features=1, steps=1, least=2, transfer=1)
@@ -109,29 +87,18 @@ class InterchangeConfig:
 class TrialConfig:
     """What is done to features.
 
-    Attributes:
-        do: exchange one supernode for another, carry the donor's activations, move toward them, shift by the mean
-            change of training pairs, ablate, or set to the mean level of training pairs, place by place.
-        features: a set by name (a question, a supernode), "all", "each" set in turn (trials `<trial>/<set>`), or "own":
-            those of each question, or the whole circuit that was given; null is the same.
-        strength: level of what is raised or carried, in units of its own; a setting may give others. null takes, for
-            each question, what a trial with `settle` settled.
-        settle: strengths of which the least with most hits on the case set "validation" is taken.
-        gate: of exchange and level: act in full from this share of the suppressed level; null acts everywhere.
-        pooled: of carry: soft tokens get the donor's mean.
-        last: of carry: only from the donor's last position to the last position; the two may differ in length.
-        measure: what its rate counts: "hit" (the answer is the target), "changed", or the mean of "recovered", "drop"
-            or "kl" (docs/experiments.md).
+    `do`: exchange one supernode for another, carry the donor's activations, move toward them, shift by the mean change
+    of training pairs, ablate, or set to the mean level of training pairs, place by place.
     """
 
     do: str
-    features: str | None = None
-    strength: float | None = 1.0
-    settle: list[float] = field(default_factory=list)
-    gate: float | None = None
-    pooled: bool = False
-    last: bool = False
-    measure: str = "hit"
+    features: str | None = None  # a question or supernode, "all", "each" in turn, or "own": the question's; null too
+    strength: float | None = 1.0  # of what is raised or carried, in its own level; null takes what was settled
+    settle: list[float] = field(default_factory=list)  # of these, the least with most hits on "validation" cases
+    gate: float | None = None  # act in full from this share of the suppressed level; null acts everywhere
+    pooled: bool = False  # of carry: soft tokens get the donor's mean
+    last: bool = False  # of carry: last position to last position alone; the two may differ in length
+    measure: str = "hit"  # what its rate counts
 
     def __post_init__(self) -> None:
         check_choice("trials.do", self.do, OPERATIONS)
@@ -142,36 +109,20 @@ class TrialConfig:
 
 @dataclass
 class SettingConfig:
-    """Where and how trials act; lists are run in every combination.
+    """Where and how trials act; lists are run in every combination (docs/experiments.md)."""
 
-    Attributes:
-        of: which trials; all when empty.
-        cases: which case set.
-        mode: free, frozen_attention, direct, or generate (token by token).
-        positions: all, prompt (no generated tokens), no_last, roles (image, question, last ...), or each role in turn.
-        layers: all, no_last, a layer, a range such as 0-3 and 4-; each layer in turn, or the ranges 0-each or each-.
-        strength: instead of the trial's own.
-        limit: at most so many features a layer (exchange) or in all.
-        matched: draws of matched features.
-        random_direction: draws of random directions of the same norm.
-        first: at most so many cases of each question; all when null.
-        measures: what is counted instead of the trial's own measure. The first is the rate; the means of the others
-            are metrics too.
-        new_tokens: length of generated answers, at most.
-    """
-
-    of: list[str] = field(default_factory=list)
-    cases: str = "test"
+    of: list[str] = field(default_factory=list)  # trials; all when empty
+    cases: str = "test"  # the case set
     mode: list[str] = field(default_factory=lambda: ["free"])
-    positions: list[str] = field(default_factory=lambda: ["all"])
-    layers: list[str] = field(default_factory=lambda: ["all"])
-    strength: list[float] = field(default_factory=list)
-    limit: list[int] = field(default_factory=list)
-    matched: int = 1
-    random_direction: int = 0
-    first: int | None = None
-    measures: list[str] = field(default_factory=list)
-    new_tokens: int = 6
+    positions: list[str] = field(default_factory=lambda: ["all"])  # or prompt, no_last, a role, each
+    layers: list[str] = field(default_factory=lambda: ["all"])  # or no_last, 3, 0-3, 4-, each, 0-each, each-
+    strength: list[float] = field(default_factory=list)  # instead of the trial's own
+    limit: list[int] = field(default_factory=list)  # features a layer (exchange) or in all
+    matched: int = 1  # draws of matched features
+    random_direction: int = 0  # draws of random directions of the same norm
+    first: int | None = None  # cases of each question; all when null
+    measures: list[str] = field(default_factory=list)  # instead of the trial's; the first is the rate
+    new_tokens: int = 6  # length of generated answers, at most
 
     def __post_init__(self) -> None:
         for mode in self.mode:
@@ -193,26 +144,14 @@ class SettingConfig:
 
 @dataclass
 class MarkConfig:
-    """One part of a report, drawn from the run folder's tables (docs/experiments.md).
+    """One part of a report, drawn from the run folder's tables (docs/experiments.md)."""
 
-    Attributes:
-        mark: cards, bars, table, curve, matrix, heatmap, examples, features, picture, groups or text.
-        title: over it.
-        trials: which trials and settings, as "steer/main"; all when empty.
-        x, by: columns of the table.
-        y: the measure; that of each trial where it is null.
-        says: words under the title; of "text" the paragraphs.
-        top: how many features or examples.
-        file: of "table", a Parquet file of the run folder that is shown as it is; of "picture", a pattern of names in
-            figures/, such as faithfulness_*.
-    """
-
-    mark: str
+    mark: str  # cards, bars, table, curve, matrix, heatmap, examples, features, picture, groups or text
     title: str = ""
-    trials: list[str] = field(default_factory=list)
-    x: str | None = None
+    trials: list[str] = field(default_factory=list)  # trials and settings, as "steer/main"; all when empty
+    x: str | None = None  # columns of the table: x, by
     by: str | None = None
-    y: str | None = None
-    says: str = ""
-    top: int = 8
-    file: str | None = None
+    y: str | None = None  # the measure; that of each trial where it is null
+    says: str = ""  # words under the title; of "text" the paragraphs
+    top: int = 8  # features or examples
+    file: str | None = None  # a Parquet file (table), or a pattern of names in figures/ (picture)

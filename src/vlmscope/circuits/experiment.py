@@ -36,25 +36,15 @@ Metrics = Callable[[pd.DataFrame, Mapping[str, TrialConfig], Mapping[str, Settin
 
 @dataclass(frozen=True)
 class Declared:
-    """What the declared trials run on.
+    """What the declared trials run on."""
 
-    Attributes:
-        cases: case set -> its questions' cases.
-        operation: makes the operation of a trial for a case set, at most `limit` features.
-        means: layer -> [F], by which controls are matched; or what gives those of a trial on a case set.
-        sets: names of the sets of features that `features: each` goes through, as trials `<trial>/<set>`.
-        pairs: the source, where the cases are counterfactual pairs.
-        metrics: what is reported of the table; None for the rates of each trial (see `trial_metrics`).
-        settled: question -> the strength of trials that leave it open.
-    """
-
-    cases: Mapping[str, Sequence[Cases]]
-    operation: Callable[[TrialConfig, Cases, int | None], Operation]
-    means: Mapping[int, Tensor] | Callable[[TrialConfig, Cases], Mapping[int, Tensor]]
-    sets: Sequence[str] = ()
-    pairs: PairSource | None = None
-    metrics: Metrics | None = None
-    settled: Mapping[str, float] = field(default_factory=dict)
+    cases: Mapping[str, Sequence[Cases]]  # case set -> its questions' cases
+    operation: Callable[[TrialConfig, Cases, int | None], Operation]  # at most so many features
+    means: Mapping[int, Tensor] | Callable[[TrialConfig, Cases], Mapping[int, Tensor]]  # controls are matched by them
+    sets: Sequence[str] = ()  # sets of features that `features: each` goes through, as trials `<trial>/<set>`
+    pairs: PairSource | None = None  # where the cases are counterfactual pairs
+    metrics: Metrics | None = None  # of the table; None for the rates of each trial (`metrics.table.trial_metrics`)
+    settled: Mapping[str, float] = field(default_factory=dict)  # question -> strength of trials that leave it open
 
     def trials(self, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]) -> Iterator[Trial]:
         """Every trial in its settings, in the order of the declaration.

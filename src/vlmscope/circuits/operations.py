@@ -30,19 +30,12 @@ def all_features(transcoders: TranscoderSet) -> dict[int, Tensor]:
 
 @dataclass(frozen=True)
 class Carry:
-    """Give features the donors' activations, times `strength`; every feature when `features` is None.
-
-    Attributes:
-        features: which, by layer.
-        pooled: every soft token gets the donor's mean over its soft tokens, instead of the one at the same place.
-        nodes: supernodes whose positions their features keep to.
-        last: the donors' last position into the last position, and nothing else: they may have any length.
-    """
+    """Give features the donors' activations, times `strength`; every feature when `features` is None."""
 
     features: Features | None
-    pooled: bool = False
-    nodes: tuple[Supernode, ...] = ()
-    last: bool = False
+    pooled: bool = False  # every soft token gets the donor's mean over its soft tokens, not the one at the same place
+    nodes: tuple[Supernode, ...] = ()  # whose positions their features keep to
+    last: bool = False  # the donors' last position into the last position alone: they may have any length
     rereads: ClassVar[bool] = True
 
     def plan(self, scope: Scope, cases: Cases, strength: float, features: Features | None = None) -> AnyPlan:
@@ -131,18 +124,14 @@ class Level:
     Means are taken place by place, over the prompt and over the answer after it, so that the n-th generated token has
     its own; the last serves those after it.
 
-    Attributes:
-        features: which, by layer.
-        sides: originals and counterfactuals of training pairs with their answers, all equally long.
-        prompt: positions before the answer.
-        gate: act at each layer and place only as far as the features that are stronger on originals are active there,
-            in full from this share of their level; a layer without such features is left alone. None acts everywhere,
-            as controls do, which only makes them stronger.
+    The gate acts at each layer and place only as far as the features that are stronger on originals are active there,
+    in full from this share of their level; a layer without such features is left alone. Without one it acts
+    everywhere, as controls do, which only makes them stronger.
     """
 
     features: Features
-    sides: tuple[InputBatch, InputBatch]
-    prompt: int
+    sides: tuple[InputBatch, InputBatch]  # originals, counterfactuals of training pairs with answers, all equally long
+    prompt: int  # positions before the answer
     gate: float | None = None
     rereads: ClassVar[bool] = True
 

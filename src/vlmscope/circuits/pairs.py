@@ -39,29 +39,17 @@ CHUNK = 32  # pairs whose graph is held at once
 
 @dataclass(frozen=True)
 class PairSubject:
-    """One question on B pairs.
-
-    Attributes:
-        question: its name.
-        rows: [B], which of the pairs given these are.
-        batch: the originals.
-        other: the counterfactuals, row by row, in the same positions.
-        base: the originals' unedited run.
-        other_logits: [B, V], the counterfactuals' at the last position.
-        tokens: [B], the originals' right answers.
-        other_tokens: [B], the counterfactuals'.
-        accuracy: of the originals, the counterfactuals and both, over all pairs given.
-    """
+    """One question on B pairs."""
 
     question: str
-    rows: Tensor
-    batch: InputBatch
-    other: InputBatch
-    base: BaseRun
-    other_logits: Tensor
-    tokens: Tensor
+    rows: Tensor  # [B], which of the pairs given these are
+    batch: InputBatch  # the originals
+    other: InputBatch  # the counterfactuals, row by row, in the same positions
+    base: BaseRun  # the originals' unedited run
+    other_logits: Tensor  # [B, V], the counterfactuals' at the last position
+    tokens: Tensor  # [B], right answers of the originals, and of the counterfactuals
     other_tokens: Tensor
-    accuracy: tuple[Rate, Rate, Rate]
+    accuracy: tuple[Rate, Rate, Rate]  # of the originals, the counterfactuals and both, over all pairs given
 
     @property
     def size(self) -> int:
@@ -111,17 +99,11 @@ def pair_subject(
 
 @dataclass(frozen=True)
 class PairEffects:
-    """Means over pairs of what is summed over the positions of a role.
-
-    Attributes:
-        roles: R names.
-        effect: layer -> [R, F], estimated effect on d, in logits.
-        change: layer -> [R, F], counterfactual minus original activation.
-    """
+    """Means over pairs of what is summed over the positions of each of R roles."""
 
     roles: tuple[str, ...]
-    effect: dict[int, Tensor]
-    change: dict[int, Tensor]
+    effect: dict[int, Tensor]  # layer -> [R, F], estimated effect on d, in logits
+    change: dict[int, Tensor]  # layer -> [R, F], counterfactual minus original activation
 
     def ranked(self, count: int) -> list[CircuitFeature]:
         """The `count` features of most |effect|, summed over roles, best first; role: where most of it is.
@@ -183,17 +165,11 @@ def code_slopes(transcoder: Transcoder, code: SparseCode, writes: Mapping[int, T
 
 @dataclass(frozen=True)
 class GapGradients:
-    """Gradients of the pairs' logit differences, each with respect to its own pair, mean over inputs.
+    """Gradients of the pairs' logit differences, each with respect to its own pair, mean over inputs."""
 
-    Attributes:
-        writes: layer -> [B, T, d], where transcoders write.
-        entering: [B, T, d], of what enters the first layer; None if it was not asked for.
-        injections: [B, n, T, d], of what pictures add to the stream later; None if there are none, or not asked for.
-    """
-
-    writes: dict[int, Tensor]
-    entering: Tensor | None = None
-    injections: Tensor | None = None
+    writes: dict[int, Tensor]  # layer -> [B, T, d], where transcoders write
+    entering: Tensor | None = None  # [B, T, d], of what enters the first layer, if asked for
+    injections: Tensor | None = None  # [B, n, T, d], of what pictures add to the stream later, if they do
 
 
 def gap_gradients(scope: Scope, subject: PairSubject, steps: int, inputs: bool = False) -> GapGradients:

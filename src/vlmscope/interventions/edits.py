@@ -26,18 +26,12 @@ class Gate:
     `g = min(1, sum_f n_f a_f / (full sum_f n_f level_f))` at each position, n_f the norm of feature f's decoder row,
     a_f its activation in the edited run. Conditional steering (CAST, arXiv 2409.05907) with features as the condition,
     and without its hard threshold.
-
-    Attributes:
-        features: [m] int64, of the edit's layer.
-        level: [T, m], the features' activations when the concept is there.
-        generated: [m], the same at generated tokens; or [S, m], a row for each in turn, the last for those after it.
-        full: the share of the level at which the edit acts in full, > 0.
     """
 
-    features: Tensor
-    level: Tensor
-    generated: Tensor
-    full: float
+    features: Tensor  # [m] int64, of the edit's layer
+    level: Tensor  # [T, m], activations when the concept is there
+    generated: Tensor  # [m], the same at generated tokens; or [S, m], for each in turn, the last for those after it
+    full: float  # the share of the level at which the edit acts in full, > 0
 
     def openness(self, current: Tensor, level: Tensor, norms: Tensor) -> Tensor:
         """g [B, t, 1] in [0, 1] for activations [B, t, m], levels [t, m] or [m] and decoder norms [m].
@@ -51,28 +45,17 @@ class Gate:
 
 @dataclass(frozen=True)
 class LayerEdit:
-    """An edit of some features of one layer.
+    """An edit of some features of one layer."""
 
-    Attributes:
-        features: [n] int64, distinct.
-        value: broadcastable to [B, T, n].
-        scale: broadcastable to [n]; or, where only the prompt is edited, to [B, T, n].
-        where: [T] bool, the prompt positions it acts on.
-        generated: broadcastable to [B, n], the value at tokens generated after the prompt; or [S, B, n], one for each
-            of them in turn, the last for those after it. None leaves them alone.
-        gate: how far to act at each position; None acts in full.
-        at: [T, n] bool, the positions of `where` at which each feature is edited; all when None.
-        at_generated: [n] bool, the same of generated tokens; it goes with `at`.
-    """
-
-    features: Tensor
-    value: Tensor
-    scale: Tensor
-    where: Tensor
+    features: Tensor  # [n] int64, distinct
+    value: Tensor  # broadcastable to [B, T, n]
+    scale: Tensor  # broadcastable to [n]; or, where only the prompt is edited, to [B, T, n]
+    where: Tensor  # [T] bool, prompt positions
+    # At tokens generated after the prompt: [B, n], or [S, B, n] for each in turn, the last for later ones; or none.
     generated: Tensor | None = None
-    gate: Gate | None = None
-    at: Tensor | None = None
-    at_generated: Tensor | None = None
+    gate: Gate | None = None  # how far to act at each position; None acts in full
+    at: Tensor | None = None  # [T, n] bool, the positions of `where` at which each feature is edited; all when None
+    at_generated: Tensor | None = None  # [n] bool, the same of generated tokens; it goes with `at`
 
     def to(self, device: torch.device) -> LayerEdit:
         """The same on a device, but for `where`, which indexes tensors of any device from the CPU."""
@@ -92,19 +75,12 @@ class LayerEdit:
 
 @dataclass(frozen=True)
 class WholeEdit:
-    """Every feature of a layer set to what it is in given codes, which needs no [B, T, F].
+    """Every feature of a layer set to what it is in given codes, which needs no [B, T, F]."""
 
-    Attributes:
-        code: [B, T, k], or [1, T, k] for all prompts.
-        width: F.
-        where: [T] bool, the prompt positions it acts on.
-        generated: [B, k], the code at tokens generated after the prompt; None leaves them alone.
-    """
-
-    code: SparseCode
-    width: int
-    where: Tensor
-    generated: SparseCode | None = None
+    code: SparseCode  # [B, T, k], or [1, T, k] for all prompts
+    width: int  # F
+    where: Tensor  # [T] bool, prompt positions
+    generated: SparseCode | None = None  # [B, k], at tokens generated after the prompt; None leaves them alone
 
     @property
     def features(self) -> Tensor:

@@ -40,49 +40,29 @@ PER_CASE = ("ids", "inputs", "pngs", "texts", "target_texts")  # fields of a cas
 
 @dataclass(frozen=True)
 class Cases:
-    """One question asked of B recipients.
+    """One question asked of B recipients."""
 
-    Attributes:
-        name: of the case set, for the table.
-        question: its name.
-        batch: the recipients' prompts.
-        base: their unedited run, recorded for the modes that they will be edited in.
-        answer, target: [B], the answers before any edit, and those that an intervention should bring about.
-        ids: B, what tells the cases apart; equal ids in several case sets are the same scene.
-        donors: prompts whose activations are carried over, row by row.
-        donor_logits: [B, V], theirs; needed for `recovered`.
-        inputs: B prompts, needed for mode "generate".
-        prompt: what is asked, for reports.
-        pngs: B small pictures, for reports.
-        tags: whatever else tells case sets apart, such as recipient and donor; columns of the table.
-        texts, target_texts: B whole answers, unedited and aimed at, where whole answers are compared ("generate").
-        score: further columns of whole answers, from the cases' ids and the generated token ids.
-    """
-
-    name: str
+    name: str  # of the case set, for the table
     question: str
     batch: InputBatch
-    base: BaseRun
-    answer: Tensor
-    target: Tensor
-    ids: tuple[str, ...]
-    donors: InputBatch | None = None
-    donor_logits: Tensor | None = None
-    inputs: tuple[ModelInputs, ...] = ()
-    prompt: str = ""
+    base: BaseRun  # unedited, recorded for the modes that they will be edited in
+    answer: Tensor  # [B], before any edit
+    target: Tensor  # [B], what an intervention should bring about
+    ids: tuple[str, ...]  # equal ids in several case sets are the same scene
+    donors: InputBatch | None = None  # whose activations are carried over, row by row
+    donor_logits: Tensor | None = None  # [B, V], needed for `recovered`
+    inputs: tuple[ModelInputs, ...] = ()  # needed for mode "generate"
+    prompt: str = ""  # for reports, as are small pictures
     pngs: tuple[bytes, ...] = ()
-    tags: Mapping[str, str] = field(default_factory=dict)
-    texts: tuple[str, ...] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)  # columns of the table, such as recipient and donor
+    texts: tuple[str, ...] = ()  # whole answers, unedited and aimed at, where whole answers are compared
     target_texts: tuple[str, ...] = ()
+    # Further columns of whole answers, from the cases' ids and the generated token ids.
     score: Callable[[Sequence[str], Sequence[Sequence[int]]], Mapping[str, Any]] | None = None
     _donor_codes: dict[int, SparseCode] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def donor_codes(self, scope: Scope) -> Mapping[int, SparseCode]:
-        """The donors' codes of every layer, from one forward: all settings and control draws carry from it.
-
-        Raises:
-            UserError: there are no donors.
-        """
+        """The donors' codes of every layer, from one forward: all settings and control draws carry from it."""
         if self.donors is None:
             raise UserError(
                 f"settings: cases={self.name} has no donors to carry anything from; choose test, or do: shift"

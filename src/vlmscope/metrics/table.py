@@ -11,14 +11,10 @@ import pandas as pd
 from vlmscope.metrics.causal import benjamini_hochberg, bootstrap_mean, bootstrap_rate, paired_p
 
 
-def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: str | None = None) -> pd.DataFrame:
-    """A measure of each group of trials with its interval, its controls and its p-value.
+def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.DataFrame:
+    """A measure (a column) of each group of trials, rows of `run_trials`, with its interval, controls and p-value.
 
-    Args:
-        table: rows of `run_trials`.
-        by: columns that name a group.
-        measure: "hit", "changed", "recovered", "drop", "kl", or another numeric column.
-        groups: a column of clusters, of which the bootstrap draws whole ones; the cases where one occurs several times.
+    Where a case occurs several times, the bootstrap draws whole cases.
 
     Returns:
         Indexed by `by`: `value`, `ci_low`, `ci_high` (bootstrap, 95 %), `cases`, `edited` features, `matched` and
@@ -32,8 +28,7 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: 
         values = done[measure].to_numpy()
         share = values.dtype == bool
         repeated = "case" in done and bool(done["case"].duplicated().any())
-        clusters = done[groups] if groups else done["case"] if repeated else None
-        rate = (bootstrap_rate if share else bootstrap_mean)(values, groups=clusters)
+        rate = (bootstrap_rate if share else bootstrap_mean)(values, groups=done["case"] if repeated else None)
         row = {"value": rate.value, "ci_low": rate.ci_low, "ci_high": rate.ci_high, "cases": rate.cases}
         row["edited"] = int(done.features.max())
         for control in ("matched", "random_direction"):
@@ -43,9 +38,14 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit", groups: 
             if control == "matched":
                 row["p"] = paired_p(values, draws[0]) if draws and share else np.nan
         found[key if len(by) > 1 else key[0]] = row
+    return corrected(indexed(found, by))
+
+
+def indexed(found: Mapping[Any, Mapping[str, float]], by: Sequence[str]) -> Any:
+    """Rows by key as a frame whose index has the levels `by`."""
     rows: Any = pd.DataFrame.from_dict(found, orient="index")
     rows.index = pd.MultiIndex.from_tuples(rows.index, names=by) if len(by) > 1 else rows.index.rename(by[0])
-    return corrected(rows)
+    return rows
 
 
 def corrected(rows: pd.DataFrame) -> pd.DataFrame:
@@ -87,9 +87,7 @@ def cell_means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
             "highest": cells.value.max(),
             "significant": (cells.q < ALPHA).mean() if cells.q.notna().any() else np.nan,
         }  # fmt: skip
-    means: Any = pd.DataFrame.from_dict(found, orient="index")
-    means.index = pd.MultiIndex.from_tuples(means.index, names=by) if len(by) > 1 else means.index.rename(by[0])
-    return means
+    return indexed(found, by)
 
 
 def worst(rows: pd.DataFrame, over: str) -> pd.DataFrame:

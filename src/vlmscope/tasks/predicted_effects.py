@@ -56,23 +56,14 @@ class PredictedEffects:
 
     Writes predicted_effects.parquet (a row an edit), agreements.parquet and figures predicted, spearman and slope;
     metrics `predicted/<mode>/<edit>/<edge or total>/<measure>`.
-
-    Attributes:
-        inputs: pictures a concept and question of `circuit`, or pairs a question of `pairs`.
-        shares: features are drawn alike from those that together hold so much of the influence on the answer, and
-            from each band between two shares; ascending.
-        features: drawn from each band, at most.
-        factors: what a feature's activation is multiplied by; 0 ablates.
-        add: also add the mean activation of the layer's active features.
-        least: fewer inputs than this give no interval, and an error.
     """
 
-    inputs: int
-    shares: list[float]
-    features: int
-    factors: list[float]
-    add: bool
-    least: int
+    inputs: int  # pictures a concept and question of `circuit`, or pairs a question of `pairs`
+    shares: list[float]  # ascending; features are drawn alike from each band of influence on the answer
+    features: int  # drawn from each band, at most
+    factors: list[float]  # what a feature's activation is multiplied by; 0 ablates
+    add: bool  # also add the mean activation of the layer's active features
+    least: int  # fewer inputs than this give no interval, and an error
 
     def __post_init__(self) -> None:
         check_least("analyses.predicted_effects", self, inputs=1, features=1, least=2)

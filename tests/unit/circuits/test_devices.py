@@ -9,20 +9,18 @@ import torch
 from tests.unit.circuits.pretended_device import PretendDevice, mark, marked, move
 from tests.unit.circuits.subjects import carried, cases_of
 
-from vlmscope.circuits.cases import bystanders
 from vlmscope.circuits.circuit import at_supernodes, load_circuit, save_circuit, steer_plan
 from vlmscope.circuits.discovery.edges import pair_edges, run_edges
 from vlmscope.circuits.discovery.nodes import CircuitSubject, activation_change, changing_nodes, eap_ig, measure
 from vlmscope.circuits.discovery.search import Runner
-from vlmscope.circuits.operations import Ablate, Carry, Exchange, Level, Toward
+from vlmscope.circuits.operations import Ablate, Carry, Exchange, Toward
 from vlmscope.circuits.pairs import pair_effects, pair_subject
 from vlmscope.circuits.selectors import contrast_circuit
 from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId, Positions
 from vlmscope.features.readouts import role_means
 from vlmscope.interventions.edits import position_mask, set_features
-from vlmscope.interventions.named import by_layer, donor_activations, mean_activations, patch_plan
-from vlmscope.interventions.named import steer_plan as named_plan
+from vlmscope.interventions.named import donor_activations, mean_activations, patch_plan
 from vlmscope.interventions.run import base_run, run_edited
 from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
 from vlmscope.models.batching import make_batch
@@ -62,22 +60,6 @@ def pairs(there):
         return pair_subject(scope, "name", sides[0], sides[1], first, second, 2, answerable=False)
 
 
-def test_mixing_devices_is_refused() -> None:
-    there, here = mark(torch.ones(3)), torch.ones(3)
-    with PretendDevice():
-        assert marked(there + 1) and marked(here.to(there.device)) and marked(there[here > 0])
-        assert not marked(here) and not marked(there.cpu())
-        for mixed in (
-            lambda: there + here,
-            lambda: here[there > 0],
-            lambda: torch.cat([here, there]),
-            lambda: torch.isin(there, here),
-            lambda: there.numpy(),
-        ):
-            with pytest.raises((RuntimeError, TypeError), match="cuda:0"):
-                mixed()
-
-
 def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
     scope, sides = there
     adapter = scope.adapter
@@ -109,19 +91,6 @@ def test_circuits_are_found_steered_and_patched_there(there, tmp_path) -> None:
         ]
         table = run_trials(scope, [Trial("do", do, [cases], settings, overall) for do in operations])
         assert np.isfinite(table[["kl", "drop"]].to_numpy()).all()
-
-
-def test_named_features_and_levels_are_set_there(there, pairs) -> None:
-    scope, sides = there
-    with PretendDevice(), torch.no_grad():
-        batch = make_batch(scope.adapter, sides[0])
-        plan = named_plan(scope, {FeatureId(1, 3): 2.0, FeatureId(2, 5): 0.0}, batch.length, [1, 2])
-        assert marked(run_edited(scope, batch, plan))
-        features = by_layer(scope.transcoders, [FeatureId(1, 3), FeatureId(1, 7)])
-        cases = bystanders(scope, "test", "name", sides[0], ["0", "1", "2"])
-        for gate in (None, 0.5):
-            level = Level(features, (pairs.batch, pairs.other), batch.length, gate)
-            assert marked(run_edited(scope, batch, level.plan(scope, cases, 1.5)))
 
 
 def test_interchanges_and_their_controls_run_there(there, pairs) -> None:

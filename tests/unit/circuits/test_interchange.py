@@ -9,7 +9,7 @@ from tests.unit.circuits.subjects import carried, cases_of, recovered
 
 from vlmscope.activations.capture import mlp_inputs
 from vlmscope.circuits.operations import Carry, all_features
-from vlmscope.circuits.pairs import PairSubject, between, gap_gradients, interpolation, pair_effects, pair_subject
+from vlmscope.circuits.pairs import PairSubject, gap_gradients, pair_effects, pair_subject
 from vlmscope.core.errors import UserError
 from vlmscope.interventions.named import matched_features, mean_activations
 from vlmscope.interventions.run import edit_changes, editing, generate_batch, run_edited
@@ -103,16 +103,6 @@ def test_every_feature_is_carried_into_generated_tokens_and_by_random_directions
         matched_features(dense, means, 0)
 
 
-def test_carrying_from_itself_changes_nothing(bench) -> None:
-    scope, subject = bench
-    same = replace(subject, other=subject.batch)
-    for features in (all_features(scope.transcoders), None):
-        plan = carried(scope, same, features)
-        for mode in ("direct", "frozen_attention", "free"):
-            logits = run_edited(scope, subject.batch, plan, mode, subject.base)
-            torch.testing.assert_close(logits, subject.base.logits, rtol=1e-9, atol=1e-9)
-
-
 def test_recovered_is_the_share_of_the_logit_difference(bench) -> None:
     scope, subject = bench
     half = {layer: torch.arange(0, WIDTH, 2) for layer in scope.transcoders.layers}
@@ -147,21 +137,6 @@ def test_estimated_effects_are_the_slopes_of_measured_ones(bench) -> None:
     assert checked > 3
 
 
-def test_effects_over_many_steps_add_up_to_the_whole_way(bench) -> None:
-    """Integrated over the embeddings' path, the gradient is complete; what features miss is the errors' share."""
-    scope, subject = bench
-    one, many = (pair_effects(scope, subject, steps) for steps in (1, 8))
-    assert one.roles == many.roles
-    assert any(not torch.equal(one.effect[layer], many.effect[layer]) for layer in scope.transcoders.layers)
-    assert all(torch.equal(one.change[layer], many.change[layer]) for layer in scope.transcoders.layers)
-    assert interpolation(1) == [0.0]
-    assert interpolation(2) == [0.25, 0.75]
-    half = between(subject.batch, subject.other, 0.5).tensors["inputs_embeds"]
-    torch.testing.assert_close(
-        half * 2, subject.batch.tensors["inputs_embeds"] + subject.other.tensors["inputs_embeds"]
-    )
-
-
 def test_effects_equal_the_dense_product_pair_by_pair(bench, monkeypatch: pytest.MonkeyPatch) -> None:
     scope, subject = bench
     gradients = gap_gradients(scope, subject, 3).writes
@@ -177,21 +152,6 @@ def test_effects_equal_the_dense_product_pair_by_pair(bench, monkeypatch: pytest
             for table, values in ((found.effect, (after - before) * slope), (found.change, after - before)):
                 expected = values[:, there].sum(1).mean(0)
                 torch.testing.assert_close(table[layer][row], expected, rtol=1e-9, atol=1e-9)
-
-
-def test_ranking_is_by_effect_and_leaves_out_features_without_one(bench) -> None:
-    scope, subject = bench
-    effects = pair_effects(scope, subject)
-    ranked = effects.ranked(10_000)
-    sizes = [abs(member.influence) for member in ranked]
-    assert sizes == sorted(sizes, reverse=True)
-    assert min(sizes) > 0
-    assert len({member.feature for member in ranked}) == len(ranked)
-    assert effects.ranked(3) == ranked[:3]
-    best = ranked[0]
-    table = effects.effect[best.feature.layer][:, best.feature.index]
-    assert best.influence == float(table.sum())
-    assert best.role == effects.roles[int(table.abs().argmax())]
 
 
 def test_too_few_answerable_pairs_are_one_line(bench) -> None:

@@ -1,14 +1,12 @@
 """Carrying activations to the last position alone, from donors of any length, and the controls of it."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from vlmscope.circuits.cases import bystanders
-from vlmscope.circuits.operations import Ablate, Carry
+from vlmscope.circuits.operations import Carry
 from vlmscope.interventions.run import run_edited
-from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
+from vlmscope.interventions.trials import Cases
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set
@@ -63,15 +61,3 @@ def test_the_donors_last_position_is_carried_to_the_last_alone(
     for handle in handles:
         handle.remove()
     assert not torch.allclose(edited, scope.forward(cases.batch), atol=1e-3)
-
-
-def test_a_rate_is_clustered_where_a_case_occurs_several_times(scope: Scope, sides: dict[str, Cases]) -> None:
-    from vlmscope.metrics.causal import bootstrap_rate
-    from vlmscope.metrics.table import rates
-
-    twice = [sides["picture"], replace(sides["picture"], question="colour")]
-    rows = run_trials(scope, [Trial("ablate", Ablate({0: torch.arange(9)}), twice, [Setting(matched=0)])])
-    rows["changed"] = [True, False, True, True, False, False, True, True]
-    found = rates(rows, ["operation"], "changed").loc["ablate"]
-    expected = bootstrap_rate(rows.changed.to_numpy(), groups=list(rows.case))
-    assert (found.ci_low, found.ci_high) == (expected.ci_low, expected.ci_high)

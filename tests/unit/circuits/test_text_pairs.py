@@ -59,14 +59,6 @@ def test_only_right_and_equally_long_answers_make_pairs(bench) -> None:
     assert [pair.name for pair in text_pairs(scope, sides, wrong, 3)] == ["1", "2"]
 
 
-def test_features_are_chosen_for_every_word_that_differs(bench) -> None:
-    scope, pairs = bench
-    made, means = text_level(scope, pairs, 4, 2)
-    first, _ = text_level(scope, [replace(pair, ids=([10, 11, 12], [10, 13, 12])) for pair in pairs], 4, 2)
-    assert 4 < sum(map(len, made.features.values())) <= 8 and sum(map(len, first.features.values())) == 4
-    assert made.prompt == len(pairs[0].sides[0]) and sorted(means) == list(scope.transcoders.layers)
-
-
 def test_levels_are_means_at_every_place_and_go_from_one_side_to_the_other(bench, level: Level) -> None:
     scope, pairs = bench
     cases = text_cases(scope, "test", "x", pairs)

@@ -63,25 +63,6 @@ def test_cross_validation_by_groups_leaks_nothing() -> None:
     assert auc(grouped, wrong) < 0.65
 
 
-def test_scores_of_a_fold_do_not_depend_on_its_own_answers() -> None:
-    rng = np.random.default_rng(4)
-    values, wrong, strata = rng.normal(size=(80, 3)), rng.random(80) < 0.4, rng.integers(3, size=80)
-    folds = group_folds(np.arange(80), 4)
-    flipped = np.where(folds == 0, ~wrong, wrong)
-    first, second = (held_out_scores(values, answers, folds, strata)[folds == 0] for answers in (wrong, flipped))
-    np.testing.assert_array_equal(first, second)
-
-
-def test_centred_by_stratum_the_stratum_is_gone() -> None:
-    rng = np.random.default_rng(5)
-    strata = np.repeat([0, 1], 100)
-    wrong = rng.random(200) < np.where(strata == 0, 0.2, 0.8)
-    values = strata[:, None] * 5.0 + rng.normal(size=(200, 1))
-    folds = group_folds(np.arange(200), 5)
-    assert auc(held_out_scores(values, wrong, folds), wrong) > 0.75
-    assert abs(auc(held_out_scores(values, wrong, folds, strata), wrong) - 0.5) < 0.12
-
-
 def test_an_interval_is_that_of_areas_on_drawn_groups() -> None:
     """Against drawing groups one after another."""
     rng = np.random.default_rng(8)
@@ -95,21 +76,6 @@ def test_an_interval_is_that_of_areas_on_drawn_groups() -> None:
     low, high = np.quantile(draws, (0.025, 0.975))
     assert found.value == pytest.approx(auc(scores, wrong, strata))
     assert (found.ci_low, found.ci_high) == pytest.approx((low, high), abs=0.02)
-
-
-def test_the_interval_covers_the_value_and_draws_whole_groups() -> None:
-    rng = np.random.default_rng(6)
-    wrong = rng.random(50) < 0.5
-    scores = wrong + rng.normal(size=50)
-    one = bootstrap_auc(scores, wrong, np.arange(50), resamples=200)
-    assert one.ci_low < one.value < one.ci_high and one.value == pytest.approx(auc(scores, wrong))
-    four = bootstrap_auc(
-        np.repeat(scores, 4), np.repeat(wrong, 4), np.repeat(np.arange(50), 4), resamples=200
-    )  # copies of a case are no news
-    assert four.value == pytest.approx(one.value)
-    assert four.ci_high - four.ci_low == pytest.approx(one.ci_high - one.ci_low)
-    none = bootstrap_auc(scores, wrong, np.arange(50), less=scores, resamples=50)
-    assert (none.value, none.ci_low, none.ci_high) == (0, 0, 0)
 
 
 @pytest.fixture(scope="module")

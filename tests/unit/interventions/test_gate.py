@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vlmscope.core.errors import UserError
-from vlmscope.interventions.edits import Gate, LayerEdit, merge, set_features
+from vlmscope.interventions.edits import Gate, LayerEdit, set_features
 from vlmscope.interventions.run import base_run, edit_changes, run_edited
 
 LAYER = 1
@@ -53,9 +52,3 @@ def test_inactive_features_or_no_level_change_nothing(bench, case) -> None:
     assert not torch.equal(run_edited(scope, batch, {LAYER: edit}), base)
     for closed in (gated(edit, silent, 1.0, 0.5, batch.length), gated(edit, features, 0.0, 0.5, batch.length)):
         assert torch.equal(run_edited(scope, batch, {LAYER: closed}), base)
-
-
-def test_gated_edits_do_not_merge(case) -> None:
-    _, x, edit, features, _ = case
-    with pytest.raises(UserError, match="merge them first"):
-        merge([{LAYER: edit}, {LAYER: gated(edit, features, 1.0, 0.5, x.shape[1])}])

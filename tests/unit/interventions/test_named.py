@@ -9,16 +9,11 @@ from vlmscope.core.records import FeatureId
 from vlmscope.interventions.named import (
     by_layer,
     donor_activations,
-    matched_features,
     mean_activations,
     patch_plan,
     steer_plan,
 )
-from vlmscope.interventions.run import base_run, run_edited
-from vlmscope.models.batching import make_batch
-from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.scope import Scope
-from vlmscope.transcoders.transcoder import random_set
+from vlmscope.interventions.run import run_edited
 
 
 def dense(scope, batch, layer: int) -> torch.Tensor:
@@ -72,24 +67,3 @@ def test_means_are_over_positions_and_batches(bench) -> None:
     expected = torch.cat([dense(scope, part, 1) for part in parts]).mean((0, 1))
     assert torch.allclose(found, expected.double(), atol=1e-12)
     assert (found > 0).any() and (found == 0).any()
-
-
-def test_a_bfloat16_model_is_edited_too() -> None:
-    vlm = tiny_vlm("llava", 3, dtype=torch.bfloat16)
-    adapter = vlm.adapter
-    transcoders = random_set(adapter.n_layers, adapter.d_model, 40, 6, False, 1, torch.bfloat16, "random")
-    batch = make_batch(adapter, [vlm.prepare("what is this ?", [tiny_image(0)])])
-    donor = make_batch(adapter, [vlm.prepare("what is this ?", [tiny_image(1)])])
-    base = base_run(Scope(vlm, transcoders), batch)
-    means = mean_activations(Scope(vlm, transcoders), [batch], [0, 1])
-    named = [FeatureId(0, i) for i in range(12)]
-    carried = donor_activations(Scope(vlm, transcoders), donor, by_layer(transcoders, named))
-    plans = (
-        steer_plan(Scope(vlm, transcoders), {FeatureId(0, 1): 20.0, FeatureId(1, 2): 20.0}, batch.length),
-        patch_plan(carried, batch.roles, 5.0),
-    )
-    for plan in plans:
-        for mode in ("direct", "frozen_attention", "free"):
-            for edits in (plan, matched_features(plan, means, 0)):
-                logits = run_edited(Scope(vlm, transcoders), batch, edits, mode, base)
-                assert logits.dtype == torch.bfloat16 and not torch.equal(logits, base.logits)

@@ -47,16 +47,6 @@ def test_no_single_move_makes_it_better() -> None:
     assert better == 0
 
 
-def test_lonely_nodes_stay_alone_and_a_higher_resolution_divides_more() -> None:
-    graph, _ = planted((20, 20), 0.5, 0.1)
-    with_lonely = np.zeros((43, 43))
-    with_lonely[:40, :40] = graph
-    found = louvain(with_lonely)
-    assert len(set(found[40:])) == 3 and not set(found[40:]) & set(found[:40])
-    assert louvain(graph, resolution=4.0).max() > louvain(graph, resolution=0.5).max()
-    assert louvain(np.zeros((0, 0))).tolist() == []
-
-
 N, F = 300, 23
 
 
@@ -94,11 +84,3 @@ def test_nearest_are_those_of_the_whole_table(table: np.ndarray, block: int) -> 
         assert found.together[feature][kept].tolist() == together[feature, found.index[feature][kept]].tolist()
     assert found.index[0, 0] == 1 and found.index[1, 0] == 0
     assert (found.index[5] == -1).all()
-
-
-def test_the_graph_has_each_pair_both_ways_above_the_threshold(table: np.ndarray) -> None:
-    found = coactive(sparse.csr_array(table), neighbours=3)
-    graph = found.graph(0.5).toarray()
-    np.testing.assert_array_equal(graph, graph.T)
-    assert (graph.diagonal() == 0).all()
-    assert set(zip(*np.nonzero(graph), strict=True)) == {(0, 1), (1, 0)}

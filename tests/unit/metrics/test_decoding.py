@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 
 from vlmscope.core.records import generator
-from vlmscope.metrics.causal import bootstrap_mean
 from vlmscope.metrics.decoding import (
     additive,
     bootstrap_depth,
     class_means,
     held_out_r2,
-    linear_accuracy,
     linear_prediction,
     mean_depth,
     simplest,
@@ -56,29 +54,6 @@ def test_each_feature_is_of_the_simplest_kind_that_explains_it() -> None:
 
 def test_shuffled_facts_explain_nothing_not_even_a_feature_that_fires_once() -> None:
     assert kinds_of(shuffled=True) == [""] * 7
-
-
-def test_linear_readout_finds_what_is_there_and_guesses_what_is_not() -> None:
-    train_codes, codes = digits("train", 400), digits("test", 200)
-    mixing = generator(3).standard_normal((10, 40))
-
-    def features(found: np.ndarray, split: str) -> np.ndarray:
-        noise = generator(4, split).standard_normal((len(found), 40))
-        return np.eye(10)[found[:, 0]] @ mixing + 0.1 * noise
-
-    train, test = features(train_codes, "train"), features(codes, "test")
-    assert linear_accuracy(train, train_codes[:, 0], test, codes[:, 0]).mean() > 0.98
-    assert linear_accuracy(train, train_codes[:, 1], test, codes[:, 1]).mean() < 0.25
-
-
-def test_bootstrap_mean_holds_the_mean() -> None:
-    values = generator(5).normal(2.0, 1.0, 200)
-    found = bootstrap_mean(values)
-    assert found.value == pytest.approx(values.mean())
-    assert found.ci_low < found.value < found.ci_high
-    assert found.ci_high - found.ci_low == pytest.approx(2 * 1.96 / np.sqrt(200), rel=0.2)
-    with pytest.raises(ValueError, match="at least one"):
-        bootstrap_mean([])
 
 
 def test_linear_prediction_reads_what_is_there_and_nothing_of_shuffled_targets() -> None:

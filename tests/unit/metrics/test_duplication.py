@@ -28,13 +28,6 @@ def test_planted_pairs_are_found_whatever_their_length_and_opposite_or_dead_ones
     assert duplicated_fraction({0: first}, {0: torch.zeros(40, dtype=torch.bool)}) == {}
 
 
-def test_a_sample_is_compared_with_everything() -> None:
-    first = rows(0)
-    other = torch.cat([rows(1, 100), first])
-    alive = {0: torch.ones(40, dtype=torch.bool), 1: torch.ones(140, dtype=torch.bool)}
-    assert duplicated_fraction({0: first, 1: other}, alive, sample=20) == {0: 1.0, 1: 0.0}
-
-
 def test_twins_are_those_of_the_whole_table_of_cosines() -> None:
     first, second = rows(0), torch.cat([rows(1, 20), 2.0 * rows(0)[7:9] + 0.2 * rows(5, 2), rows(0)[11:12]])
     alive = {0: torch.ones(40, dtype=torch.bool), 3: torch.ones(23, dtype=torch.bool)}

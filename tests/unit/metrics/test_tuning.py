@@ -11,7 +11,6 @@ from vlmscope.metrics.decoding import (
     level_p,
     partial_correlation,
     rank_correlation,
-    tuned,
     tuning_curves,
 )
 
@@ -62,20 +61,6 @@ def test_a_feature_of_area_is_none_of_count() -> None:
     of_count = partial_correlation(rank_correlation(values, count), rank_correlation(values, area), between)
     assert abs(of_count[0]) < 0.1
     assert of_count[1] > 0.8
-
-
-def test_features_that_depend_on_the_count_are_found_and_no_others() -> None:
-    rng = np.random.default_rng(0)
-    counts = np.tile(np.arange(1, 7), 60)
-    values = rng.normal(0, 1, (360, 200)).astype(np.float32) ** 2
-    values[:, 3] += counts
-    values[:, 5] += 6 - np.abs(counts - 4) * 2
-    names, strength = tuned({2: values}, counts)
-    assert (names[2][3], names[2][5]) == ("up", "peak 4")
-    assert int((names[2] != "").sum()) <= 4
-    assert strength[2][3] > 0.4 > strength[2][4]
-    chance, _ = tuned({2: values}, rng.permutation(counts))
-    assert int((chance[2] != "").sum()) <= 2
 
 
 def test_tuning_holds_on_other_cases_and_not_at_equal_area_where_area_is_all_that_counts(

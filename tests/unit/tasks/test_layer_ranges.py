@@ -8,9 +8,8 @@ import pytest
 import torch
 from tests.unit.circuits.subjects import carried, cases_of, recovered
 
-from vlmscope.circuits.operations import Ablate, Carry
+from vlmscope.circuits.operations import Carry
 from vlmscope.circuits.pairs import PairEffects, PairSubject
-from vlmscope.interventions.named import mean_activations
 from vlmscope.interventions.run import run_edited
 from vlmscope.interventions.trials import Setting, Trial, run_trials
 from vlmscope.tasks.experiment import own_analysis
@@ -30,19 +29,6 @@ def test_ranges_grow_to_all_layers_from_both_ends(made: tuple[Any, PairSubject])
     logits = run_edited(bench.scope, subject.batch, {i: plan[i] for i in (0, 1)})
     np.testing.assert_allclose(first["0-1"], recovered(subject, logits), rtol=1e-4, atol=1e-5)
     assert np.ptp(first.to_numpy(), axis=1).max() > 1e-4  # the ranges differ
-
-
-def test_silenced_features_are_zero_and_controls_are_as_many(made: tuple[Any, PairSubject]) -> None:
-    bench, subject = made
-    means = mean_activations(bench.scope, [subject.batch], bench.transcoders.layers)
-    right = (subject.base.logits.argmax(-1) == subject.tokens).numpy(force=True)
-    for features in ({0: torch.empty(0, dtype=torch.int64)}, {layer: torch.arange(8) for layer in (0, 1)}):
-        trial = Trial("silence", Ablate(features), [cases_of(subject)], [Setting(matched=2)], means)
-        table = run_trials(bench.scope, [trial])
-        assert table.features.unique().tolist() == [sum(map(len, features.values()))]
-        assert table.groupby(["control", "draw"]).size().tolist() == [3, 3, 3]
-        if not len(features[0]):
-            assert all((of.changed == ~right).all() for _, of in table.groupby(["control", "draw"]))
 
 
 def test_likeness_is_of_absolute_effects_role_by_role() -> None:

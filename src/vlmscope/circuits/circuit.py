@@ -44,21 +44,16 @@ _READ = (1, VERSION)  # version 1 had neither positions nor edges
 
 @dataclass(frozen=True)
 class Circuit:
-    """Supernodes, and for each of them the mean activation of its features on its own concept.
+    """Supernodes by name, and for each of them the mean activation of its features on its own concept.
 
-    Attributes:
-        supernodes: by name.
-        levels: `levels[name]["<question>:<role>"][layer]` [n] goes with `indices(name)[layer]` [n]; may lack names.
-        edges: between supernodes, and from inputs and to answers, as far as they were computed.
-        model: name of the model that it was found in; "" when that is not known.
-        n_features: width of each layer's transcoder there; empty when that is not known.
+    `levels[name]["<question>:<role>"][layer]` [n] goes with `indices(name)[layer]` [n]; names may be missing.
     """
 
     supernodes: dict[str, Supernode]
     levels: dict[str, dict[str, dict[int, Tensor]]]
-    edges: tuple[CircuitEdge, ...] = ()
-    model: str = ""
-    n_features: Mapping[int, int] | None = None
+    edges: tuple[CircuitEdge, ...] = ()  # also from inputs and to answers, as far as they were computed
+    model: str = ""  # that it was found in; "" when that is not known
+    n_features: Mapping[int, int] | None = None  # width of each layer's transcoder there, if known
 
     def node(self, name: str) -> Supernode:
         """A supernode, which must be there."""
@@ -216,7 +211,7 @@ def steer_plan(
         raised: supernode that is raised.
         places: the T positions of the prompt.
         strength: 1 is the mean activation on the raised concept.
-        question: take the levels of this question; the mean over all questions when None.
+        question: whose levels are taken; the mean over all questions when None.
         limit: at most so many features a layer and supernode.
         gate: the share of the suppressed supernode's level at which the edit acts in full; None acts everywhere.
     """

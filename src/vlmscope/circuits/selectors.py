@@ -53,15 +53,8 @@ ROUNDING = 1e-4  # a smaller difference, relative to the mean, is that of sums i
 def feature_influence(
     graph: AttributionGraph, target: str | None = None, positions: Positions | None = None
 ) -> dict[FeatureId, tuple[float, str]]:
-    """Each feature's share of all features' influence on an answer, over its positions, and the role where most is.
-
-    Args:
-        graph: the whole graph.
-        target: the answer, as the graph names it; the most probable one when None.
-        positions: where features count; everywhere when None. Shares are of the influence at all positions.
-
-    Raises:
-        UserError: the graph does not explain that answer.
+    """Each feature's share of all features' influence on an answer (the most probable one when None), summed over the
+    positions that count, and the role where most of it is.
     """
     words = [word.strip() for word in graph.logit_tokens]
     if target is not None and target.strip() not in words:
@@ -235,14 +228,8 @@ def by_contrast(
     They are ranked over all layers by difference times write norm, relative to the mean norm of the layer's features,
     as layers write on different scales.
 
-    Args:
-        transcoders: whose features.
-        of: means of the inputs on which they are active.
-        against: means of the others.
-        node: how many, of which layers.
-        known: influence of features on the answer at the supernode's positions.
-        confirmed: rank `CANDIDATES` times as many of the largest differences anew, by influence, and leave out those
-            without any: what differs and matters to the answer.
+    If `confirmed`, `CANDIDATES` times as many of the largest differences are ranked anew, by influence on the answer at
+    the supernode's positions, and those without any are left out: what differs and matters to the answer.
     """
     if not {*of.by_role} & {*against.by_role}:
         raise UserError("the two sets of inputs have no position role in common; give both pictures, or neither")
@@ -269,18 +256,15 @@ def contrast_circuit(
     per_layer: int,
     model: str,
 ) -> tuple[Circuit, dict[str, float]]:
-    """Build a circuit of two supernodes from the means of two concepts.
+    """A circuit of two supernodes, with levels by `<question>:<role>`, and metrics: its sizes, and the share of the
+    candidates that the graphs confirmed, `circuit/<concept>/confirmed_frac`.
 
     Args:
         transcoders: whose features are compared.
         means: concept -> question -> role means on its training pictures; exactly two concepts, the same questions.
-        influence: concept -> influence of features in graphs of its pictures; a feature that is missing has none.
+        influence: concept -> influence of features in graphs of its pictures.
         per_layer: how many features a layer, concept and question; questions may share them.
         model: the model's name, by which a circuit of another one is refused.
-
-    Returns:
-        The circuit, and the share of the candidates that the graphs confirmed, as `circuit/<concept>/confirmed_frac`.
-        Its levels are keyed by `<question>:<role>`.
     """
     first, second = means
     supernodes: dict[str, Supernode] = {}
@@ -362,11 +346,8 @@ def concept_influence(
     graphs: int,
     attribution: AttributionConfig,
 ) -> tuple[dict[str, dict[FeatureId, float]], list[Trace], list[float]]:
-    """Each concept's influence of features, mean over `graphs` pictures and all questions.
-
-    Returns:
-        Concept -> feature -> share of influence; the first trace alone, since each holds a whole graph; the seconds of
-        each trace.
+    """Concept -> share of influence of features, mean over `graphs` pictures and all questions; the first trace alone,
+    since each holds a whole graph; and the seconds of each trace.
     """
     influence: dict[str, dict[FeatureId, float]] = {}
     first: list[Trace] = []

@@ -29,19 +29,12 @@ def _refuse(mistaken: bool, message: str) -> None:
 
 @dataclass
 class InputSetConfig:
-    """Prompts with pictures: every prompt is asked of every picture.
+    """Prompts with pictures: every prompt is asked of every picture."""
 
-    Attributes:
-        concept: pictures of a planet of Orrery's.
-        images: files of one's own instead.
-        prompts: what is asked; the run's `prompt=` or the spec's `inputs.prompts` when empty.
-        pictures: how many of the concept.
-    """
-
-    concept: str | None = None
-    images: list[str] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
-    pictures: int = 20
+    concept: str | None = None  # pictures of a planet of Orrery's
+    images: list[str] = field(default_factory=list)  # files of one's own instead
+    prompts: list[str] = field(default_factory=list)  # when empty, the run's `prompt=` or the spec's `inputs.prompts`
+    pictures: int = 20  # of the concept
 
     def check(self, where: str) -> None:
         """Refuse a set that says two things or none."""
@@ -57,19 +50,12 @@ class InputSetConfig:
 
 @dataclass
 class ContrastConfig:
-    """Features that are more active on one set of inputs than on another.
-
-    Attributes:
-        of: where they are active.
-        against: where they are less so.
-        pairs: instead of both, the side of `pairs=` where they are active: original or counterfactual.
-        confirmed: keep only features with influence on the answer in a graph of the run's own inputs.
-    """
+    """Features that are more active on one set of inputs than on another."""
 
     of: InputSetConfig | None = None
     against: InputSetConfig | None = None
-    pairs: str | None = None
-    confirmed: bool = False
+    pairs: str | None = None  # instead of both, the side of `pairs=` where they are active: original or counterfactual
+    confirmed: bool = False  # keep only features with influence on the answer in a graph of the run's own inputs
 
     def check(self, where: str) -> None:
         """Refuse a contrast without two different sets of inputs."""
@@ -104,15 +90,12 @@ class LabelConfig:
 class InfluenceConfig:
     """Features with the most influence in an attribution graph.
 
-    Attributes:
-        run: run folder of a task=trace; the graphs of the run's own inputs when None.
-        target: the answer that counts, as the graph names it; the most probable one when None.
-        share: as many features as hold this share of the influence of all features at the supernode's positions and
-            of its layers, instead of `count`.
+    With `share`, as many as hold this share of the influence of all features at the supernode's positions and of its
+    layers, instead of its `count`.
     """
 
-    run: str | None = None
-    target: str | None = None
+    run: str | None = None  # run folder of a task=trace; the graphs of the run's own inputs when None
+    target: str | None = None  # the answer that counts, as the graph names it; the most probable one when None
     share: float | None = None
 
 
@@ -151,24 +134,18 @@ class PositionsConfig:
 class SupernodeConfig:
     """A supernode: exactly one of the five ways to choose its features.
 
-    Attributes:
-        ids: features by id, such as L5/709.
-        label, contrast, influence, cluster: ways to choose them.
-        name: the supernode's name instead of its key; "auto" takes it from labels, the cluster, or the words that
-            its features write.
-        count: at most so many features (but `ids`, and `influence` with a `share`).
-        layers: the first and the last layer that features may be of.
-        positions: where in a prompt; everywhere when None. Contrast and influence are then measured there.
+    The `name`, instead of the supernode's key, may be "auto": from labels, the cluster, or the words that its features
+    write. Contrast and influence are measured at the supernode's `positions`, everywhere when None.
     """
 
-    ids: list[str] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)  # such as L5/709
     label: LabelConfig | None = None
     contrast: ContrastConfig | None = None
     influence: InfluenceConfig | None = None
     cluster: ClusterConfig | None = None
     name: str | None = None
-    count: int = 12
-    layers: list[int] = field(default_factory=list)
+    count: int = 12  # at most so many features (but `ids`, and `influence` with a `share`)
+    layers: list[int] = field(default_factory=list)  # the first and the last that features may be of
     positions: PositionsConfig | None = None
 
     @property
@@ -210,18 +187,11 @@ class SupernodeConfig:
 
 @dataclass
 class CircuitSpecConfig:
-    """A circuit, declared (docs/circuits.md).
+    """A circuit, declared (docs/circuits.md)."""
 
-    Attributes:
-        name: of the folder under `circuits/`.
-        path: a YAML file of one's own with these keys, instead of an option of the group.
-        inputs: what is traced when the run has no `prompt=`, `image=` or `task.rows=`.
-        supernodes: by name.
-    """
-
-    name: str = "circuit"
-    path: str | None = None
-    inputs: InputSetConfig | None = None
+    name: str = "circuit"  # of the folder under `circuits/`
+    path: str | None = None  # a YAML file of one's own with these keys, instead of an option of the group
+    inputs: InputSetConfig | None = None  # traced when the run has no `prompt=`, `image=` or `task.rows=`
     supernodes: dict[str, SupernodeConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -242,39 +212,22 @@ class CircuitSpecConfig:
 
 @dataclass
 class DiscoveryConfig:
-    """How a circuit is searched on training pairs and judged on test pairs (docs/circuits.md).
+    """How a circuit is searched on training pairs and judged on test pairs (docs/circuits.md)."""
 
-    Attributes:
-        question: which question of the pairs; every question whose answer differs when None.
-        keep: the share of the logit difference that the circuit must keep.
-        methods: rankings whose curves are drawn: graph, eap_ig, greedy, activation, random.
-        by: the ranking that the circuit is cut from; the one that needs fewest nodes on training pairs when None.
-        modes: free, frozen_attention.
-        graphs: training pairs whose two sides are traced.
-        steps: inputs between the two sides at which gradients are taken.
-        edge_nodes: features that get their incoming edges, those of most effect.
-        edge_pairs: pairs, of training and of test ones, on which circuits of edges are run; 0 leaves edges out.
-        draws: of matched random circuits.
-        minimality: members that are dropped one by one; 0 leaves that out.
-        threshold: members whose loss of faithfulness is below this are pruned.
-        resamples: bootstrap resamples of the pairs for stability.
-        seed: of everything random.
-    """
-
-    question: str | None = None
-    keep: float = 0.8
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
-    by: str | None = None
+    question: str | None = None  # of the pairs; every question whose answer differs when None
+    keep: float = 0.8  # the share of the logit difference that the circuit must keep
+    methods: list[str] = field(default_factory=lambda: list(METHODS))  # rankings whose curves are drawn
+    by: str | None = None  # what the circuit is cut from; what needs fewest nodes on training pairs when None
     modes: list[str] = field(default_factory=lambda: list(RUNS))
-    graphs: int = 10
-    steps: int = 5
-    edge_nodes: int = 200
-    edge_pairs: int = 20
-    draws: int = 3
-    minimality: int = 40
-    threshold: float = 0.001
-    resamples: int = 50
-    seed: int = 0
+    graphs: int = 10  # training pairs whose two sides are traced
+    steps: int = 5  # inputs between the two sides at which gradients are taken
+    edge_nodes: int = 200  # features that get their incoming edges, those of most effect
+    edge_pairs: int = 20  # pairs of each split on which circuits of edges are run; 0 leaves edges out
+    draws: int = 3  # of matched random circuits
+    minimality: int = 40  # members that are dropped one by one; 0 leaves that out
+    threshold: float = 0.001  # members whose loss of faithfulness is below this are pruned
+    resamples: int = 50  # bootstrap resamples of the pairs for stability
+    seed: int = 0  # of everything random
 
     def __post_init__(self) -> None:
         bad = not 0.0 < self.keep <= 1.0

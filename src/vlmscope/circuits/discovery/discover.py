@@ -70,74 +70,45 @@ WRITES = "discovery, writes "  # how a discovered supernode of one answer was ch
 class SmallestCircuit:
     """The smallest circuit, chosen on training pairs.
 
-    Attributes:
-        by: the ranking that it was cut from.
-        members: node numbers, best first.
-        cut: how many first nodes of the ranking reached the wanted share, before members were pruned.
-        train: its f on the training pairs, free.
-        test: mode -> its f on test pairs; `control`: the mean f of matched random circuits, None where the circuit has
-            more than half of the features.
-        ablated: mode -> f of the whole model without the circuit's features; `control`: without matched features.
-        losses: member -> loss of f on training pairs when it alone is dropped, of those that were tried.
-        groups: (layer, -1 for embeddings, and role) -> loss of f on test pairs without the circuit's nodes there.
+    The `control` of a rate is that of matched random circuits; None where the circuit has more than half of the
+    features.
     """
 
-    by: str
-    members: np.ndarray
-    cut: int
-    train: Rate
-    test: dict[str, Rate]
-    ablated: dict[str, Rate]
-    losses: dict[int, float]
-    groups: dict[tuple[int, str], float]
+    by: str  # the ranking that it was cut from
+    members: np.ndarray  # node numbers, best first
+    cut: int  # how many first nodes of the ranking reached the wanted share, before members were pruned
+    train: Rate  # its f on the training pairs, free
+    test: dict[str, Rate]  # by mode: its f on test pairs
+    ablated: dict[str, Rate]  # by mode: f of the whole model without the circuit's features
+    losses: dict[int, float]  # by member, of those tried: loss of f on training pairs when it alone is dropped
+    groups: dict[tuple[int, str], float]  # by layer (-1: embeddings) and role: loss of f on test pairs without it
 
 
 @dataclass(frozen=True)
 class Stability:
-    """How often the same features are chosen: mean overlaps |A and B| / |A or B| of choices.
+    """How often the same features are chosen: mean overlaps |A and B| / |A or B| of choices."""
 
-    Attributes:
-        jaccard: method -> between the choices of bootstrap resamples of the pairs.
-        other_pairs: between training and test pairs (EAP-IG).
-        chance: between random choices of as many features.
-        frequency: [N], share of resamples in which EAP-IG chooses a node.
-    """
-
-    jaccard: dict[str, float]
-    other_pairs: float
-    chance: float
-    frequency: np.ndarray
+    jaccard: dict[str, float]  # by method: between the choices of bootstrap resamples of the pairs
+    other_pairs: float  # between training and test pairs (EAP-IG)
+    chance: float  # between random choices of as many features
+    frequency: np.ndarray  # [N], share of resamples in which EAP-IG chooses a node
 
 
 @dataclass(frozen=True)
 class Discovery:
-    """Everything about one question.
-
-    Attributes:
-        nodes: the candidates.
-        scores: method -> [N] scores; of `greedy`, minus the rank.
-        curves: mode -> method -> f over the share of nodes kept, on test pairs.
-        circuit: the smallest circuit.
-        stability: of the choice of features.
-        correlation: Spearman's between |EAP-IG| and influence in graphs, over nodes in which either is not 0.
-        edges: None if they were left out.
-        change: [N], mean change of a feature's activation from counterfactual to original, a mean over pairs summed
-            over the positions of its role; 0 for other nodes.
-        train_rows: numbers of the training pairs that chose, those answered rightly.
-        test_pairs: how many judged.
-    """
+    """Everything about one question."""
 
     question: str
-    nodes: Nodes
-    scores: dict[str, np.ndarray]
-    curves: dict[str, dict[str, FaithfulnessCurve]]
+    nodes: Nodes  # the candidates
+    scores: dict[str, np.ndarray]  # by method: [N]; of `greedy`, minus the rank
+    curves: dict[str, dict[str, FaithfulnessCurve]]  # by mode and method: f over the share of nodes, on test pairs
     circuit: SmallestCircuit
     stability: Stability
-    correlation: float
-    edges: EdgeCircuits | None
-    change: np.ndarray
-    train_rows: list[int]
-    test_pairs: int
+    correlation: float  # Spearman's between |EAP-IG| and influence in graphs, over nodes in which either is not 0
+    edges: EdgeCircuits | None  # None if they were left out
+    change: np.ndarray  # [N], a feature's activation, original minus counterfactual, summed over its role; else 0
+    train_rows: list[int]  # numbers of the training pairs that chose, those answered rightly
+    test_pairs: int  # how many judged
 
     @property
     def n_features(self) -> int:
@@ -222,14 +193,8 @@ def discover(
     settings: DiscoveryConfig,
     graphs: AttributionConfig | None = None,
 ) -> Discovery:
-    """Find the smallest circuit of a question that keeps `settings.keep` of the logit difference.
-
-    Args:
-        scope: the model and its transcoders.
-        train: pairs that choose.
-        test: other pairs of the same question and wording, which judge.
-        settings: what is done.
-        graphs: of the attribution graphs; their defaults when None.
+    """Find the smallest circuit of a question that keeps `settings.keep` of the logit difference: `train` pairs choose,
+    other pairs of the same question and wording judge.
 
     Raises:
         UserError: the sides do not differ, or not in the answer; train and test do not align.
@@ -385,10 +350,8 @@ def named_circuit(scope: Scope, found: Discovery, answers: Sequence[str]) -> Cir
 def by_answer(circuit: Circuit, answers: Sequence[str], words: Mapping[FeatureId, str]) -> Circuit:
     """A supernode a position role, and of the features at the last position one for each answer that they write.
 
-    Args:
-        circuit: of discovery, a supernode a role.
-        answers: of the pairs; the `NAMED` whose features have the most influence get a supernode of their own.
-        words: what features write; those that write no such answer stay with their role.
+    The `NAMED` answers whose features have the most influence get one; features that write no such answer (`words` has
+    what each writes) stay with their role.
     """
     nodes: list[Supernode] = []
     for node in circuit.supernodes.values():

@@ -49,27 +49,18 @@ Edge = tuple[int, int]  # source, target: node numbers, or one of ANSWER, REST a
 
 @dataclass(frozen=True)
 class PairEdges:
-    """All edges of one pair. Instances are ordered by layer, so that sources come before targets.
-
-    Attributes:
-        node: [n] int64, the node of each instance.
-        change: [n], D of it.
-        slope: [n], mean dm/dt of it; 1 for the answer, which is the last instance, with node `ANSWER`.
-        sources: [S] int64, source groups whose values are given: nodes, `OTHER` groups, and last `REST`.
-        given: [n, S], J D summed over the group's members; in the last column the rest.
-        inner: [n, n], J_ts D_s between instances, strictly lower triangular.
-        corrupt: m of the counterfactual's run, before a cap of the logits.
-        clean: m of the original's run.
+    """All edges of one pair. Instances are ordered by layer, so that sources come before targets; the last one is the
+    answer.
     """
 
-    node: np.ndarray
-    change: np.ndarray
-    slope: np.ndarray
-    sources: np.ndarray
-    given: np.ndarray
-    inner: np.ndarray
-    corrupt: float
-    clean: float
+    node: np.ndarray  # [n] int64, the node of each instance
+    change: np.ndarray  # [n], D of it
+    slope: np.ndarray  # [n], mean dm/dt of it; 1 for the answer
+    sources: np.ndarray  # [S] int64, source groups whose values are given: nodes, `OTHER` groups, and last `REST`
+    given: np.ndarray  # [n, S], J D summed over the group's members; in the last column the rest
+    inner: np.ndarray  # [n, n], J_ts D_s between instances, strictly lower triangular
+    corrupt: float  # m of the counterfactual's run, before a cap of the logits
+    clean: float  # m of the original's run
 
 
 def pair_edges(
@@ -279,29 +270,17 @@ def _run(pair: PairEdges, circuits: Sequence[set[Edge] | None]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class EdgeCircuits:
-    """Scores of edges, and the circuits that are cut from them.
+    """Scores of edges, and the circuits that are cut from them."""
 
-    Attributes:
-        source: [E] node numbers, or `REST` and `OTHER` groups.
-        target: [E] node numbers, or `ANSWER`.
-        score: [E], EAP-IG's, mean over training pairs.
-        influence: [E], mean over graphs.
-        curves: method -> f over the share of edges kept, on test pairs.
-        smallest: fewest edges by EAP-IG that reach the wanted share on training pairs.
-        smallest_test: their f on test pairs.
-        correlation: Spearman's between |score| and influence, over edges in which either is not 0.
-        rest: the rest's share of the change of m between the sides, what frozen edges do not carry.
-    """
-
-    source: np.ndarray
-    target: np.ndarray
-    score: np.ndarray
-    influence: np.ndarray
-    curves: dict[str, FaithfulnessCurve]
-    smallest: int
-    smallest_test: Rate
-    correlation: float
-    rest: float
+    source: np.ndarray  # [E] node numbers, or `REST` and `OTHER` groups
+    target: np.ndarray  # [E] node numbers, or `ANSWER`
+    score: np.ndarray  # [E], EAP-IG's, mean over training pairs
+    influence: np.ndarray  # [E], mean over graphs
+    curves: dict[str, FaithfulnessCurve]  # by method: f over the share of edges kept, on test pairs
+    smallest: int  # fewest edges by EAP-IG that reach the wanted share on training pairs
+    smallest_test: Rate  # their f on test pairs
+    correlation: float  # Spearman's between |score| and influence, over edges in which either is not 0
+    rest: float  # the rest's share of the change of m between the sides, what frozen edges do not carry
 
 
 def discover_edges(

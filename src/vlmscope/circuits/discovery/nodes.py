@@ -62,15 +62,13 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Nodes:
-    """N nodes: `kind` int8, `layer` int16 (-1 for embeddings), `role` int8 (a number in `roles`), `index` int64 (of a
-    feature, else -1), each [N].
-    """
+    """N nodes, a row each."""
 
     roles: tuple[str, ...]
-    kind: np.ndarray
-    layer: np.ndarray
-    role: np.ndarray
-    index: np.ndarray
+    kind: np.ndarray  # [N] int8
+    layer: np.ndarray  # [N] int16, -1 for embeddings
+    role: np.ndarray  # [N] int8, a number in `roles`
+    index: np.ndarray  # [N] int64, of a feature, else -1
 
     @classmethod
     def of(cls, roles: Sequence[str], keys: Sequence[tuple[int, int, int, int]]) -> Nodes:
@@ -149,21 +147,13 @@ class CircuitSubject:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of all pairs, unedited.
+    """One side of all pairs, unedited."""
 
-    Attributes:
-        entering: [B, T, d], what enters the first layer.
-        injections: [B, n, T, d] or None, what pictures add after later layers.
-        codes: layer -> features [B, T, k].
-        errors: layer -> [B, T, d].
-        gaps: m [B] float64.
-    """
-
-    entering: Tensor
-    injections: Tensor | None
-    codes: dict[int, SparseCode]
-    errors: dict[int, Tensor]
-    gaps: np.ndarray
+    entering: Tensor  # [B, T, d], what enters the first layer
+    injections: Tensor | None  # [B, n, T, d], what pictures add after later layers
+    codes: dict[int, SparseCode]  # by layer: features [B, T, k]
+    errors: dict[int, Tensor]  # by layer: [B, T, d]
+    gaps: np.ndarray  # m [B] float64
 
 
 @dataclass(frozen=True)
@@ -291,12 +281,10 @@ def activation_change(transcoders: TranscoderSet, sides: Sides, nodes: Nodes) ->
 
 @dataclass(frozen=True)
 class GraphScores:
-    """Influence of each node in each graph, `nodes` [G, N] float64, and of `edges`, (source, target) -> mean over
-    graphs; a target may be `ANSWER`.
-    """
+    """Influence in attribution graphs."""
 
-    nodes: np.ndarray
-    edges: dict[tuple[int, int], float]
+    nodes: np.ndarray  # [G, N] float64
+    edges: dict[tuple[int, int], float]  # by source and target (which may be `ANSWER`): mean over graphs
 
 
 def graph_scores(

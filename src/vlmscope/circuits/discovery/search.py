@@ -47,17 +47,11 @@ NEIGHBOURS = 8  # candidates, nearest in change, of which a matched feature is d
 
 @dataclass(frozen=True)
 class Kept:
-    """What a run keeps clean: true or false, or a number between corrupt (0) and clean (1).
+    """What a run keeps clean: true or false, or a number between corrupt (0) and clean (1)."""
 
-    Attributes:
-        embeddings: [R].
-        errors: layer -> [R].
-        features: layer -> [R, F].
-    """
-
-    embeddings: Tensor
-    errors: dict[int, Tensor]
-    features: dict[int, Tensor]
+    embeddings: Tensor  # [R]
+    errors: dict[int, Tensor]  # by layer: [R]
+    features: dict[int, Tensor]  # by layer: [R, F]
 
 
 @contextmanager
@@ -230,12 +224,10 @@ def greedy_order(runner: Runner, least: int = 4) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What is left of a circuit: `members`, best first, and `losses`, node number -> loss of f when it alone is
-    dropped, of those that were tried.
-    """
+    """What is left of a circuit."""
 
-    members: np.ndarray
-    losses: dict[int, float]
+    members: np.ndarray  # best first
+    losses: dict[int, float]  # by node number, of those tried: loss of f when it alone is dropped
 
 
 def prune_members(runner: Runner, members: np.ndarray, wanted: float, tries: int, threshold: float) -> Pruned:
@@ -273,16 +265,11 @@ def matched_circuits(nodes: Nodes, members: np.ndarray, change: np.ndarray, seed
 
 
 def matched_circuit(nodes: Nodes, members: np.ndarray, change: np.ndarray, seed: int) -> np.ndarray:
-    """Replace each feature of a circuit by a random one outside it, of its layer and role and about as much change.
+    """Replace each feature of a circuit by a random one outside it, of its layer and role and about as much `change`
+    [N] of the stream.
 
     Errors and embeddings stay, as there are no others like them. Where a layer and role have no more features outside
     the circuit, one of the layer is taken, and then any: the number of features never differs.
-
-    Args:
-        nodes: the candidates, with at least as many features outside the circuit as in it.
-        members: [n] numbers of the circuit.
-        change: [N], how far each node moves the stream.
-        seed: which draw.
     """
     rng = generator(seed, "matched circuit")
     free = nodes.is_feature.copy()

@@ -3,13 +3,11 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from vlmscope.app import main
 from vlmscope.attribution.export import load_graph
 from vlmscope.circuits.circuit import direct_edges, load_circuit
-from vlmscope.core.records import Places
 from vlmscope.models.tiny import tiny_image
 
 MODEL = ["model=tiny", "transcoder=random", "tracking=none"]
@@ -102,15 +100,9 @@ def test_steering_and_patching_keep_to_the_supernodes_positions(made: Path) -> N
     assert metrics(made / "patch")["patch/free/kl_control"] >= 0
 
 
-def spec(folder: Path, text: str) -> list[str]:
-    (folder / "bad.yaml").write_text(f"supernodes:\n  a: {text}\n")
-    return ["circuit_spec=file", f"circuit_spec.path={folder / 'bad.yaml'}"]
-
-
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "says"),
     [
-        ("{ids: [L1/3], influence: {}}", "give exactly one"),
         ("{ids: [L1/3], positions: {box: [0, 0, 2, 1]}}", "fractions 0 to 1"),
         ("{ids: [L1/30000]}", "a has L1/30000, but layer 1 has"),
         ("{influence: {run: /no/run}}", "/no/run is neither a run folder nor a file"),
@@ -123,47 +115,40 @@ def spec(folder: Path, text: str) -> list[str]:
     ],
 )
 def test_mistakes_in_a_declaration_are_one_line(
-    made: Path, tmp_path: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]
+    made: Path, tmp_path: Path, text: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "bad.yaml").write_text(f"supernodes:\n  a: {text.replace('SAME', str(made / '0.png'))}\n")
     capsys.readouterr()
-    assert run(made, str(tmp_path / "r"), *spec(tmp_path, text.replace("SAME", str(made / "0.png")))) == 2
-    assert said in error_of(capsys)
+    assert run(made, str(tmp_path / "r"), "circuit_spec=file", f"circuit_spec.path={tmp_path / 'bad.yaml'}") == 2
+    assert says in error_of(capsys)
     assert not (tmp_path / "r" / "circuits").exists()
 
 
-def test_other_mistakes_are_one_line(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = made / "run" / "circuits" / "mine"
-    declared = ["circuit_spec=file", f"circuit_spec.path={made / 'mine.yaml'}"]
-    base = ["task=circuit", *MODEL, f"hydra.run.dir={tmp_path / 'r'}"]
-    steer = [
-        "task=steer",
-        *MODEL,
-        f"image={made / '0.png'}",
-        "prompt=what is this ?",
-        f"hydra.run.dir={tmp_path / 'r'}",
-    ]
-    for command, said in (
-        (base, "no circuit: find one with pairs=planet, declare one"),
-        ([*base, *declared], "nothing to trace"),
-        ([*base, *declared, f"task.load={place}"], "leave one of them out"),
-        ([*base, "task.load=/no/circuit"], "cannot read /no/circuit/circuit.yaml"),
-        ([*base, f"task.load={place}", "transcoder.n_features=50"], "other transcoders"),
-        ([*base, f"task.load={place}", "model=tiny", "model.family=llava"], "circuit of the model tiny_gemma3"),
-        ([*steer, f"task.circuit={place}", "task.supernodes=[right]"], "no supernode 'right'"),
-        ([*steer, "task.supernodes=[left]", "task.features={L1/3: 0}"], "add task.circuit="),
-        ([*steer, f"task.circuit={place}", "task.features={L1/3: 0}"], "not both"),
-        ([*steer, f"task.circuit={place}", "transcoder.n_features=50"], "other transcoders"),
-    ):
-        capsys.readouterr()
-        assert main(command) == 2
-        assert said in error_of(capsys), command
-
-
-def test_boxes_of_positions_are_where_the_graph_says(made: Path) -> None:
-    circuit = load_circuit(made / "run" / "circuits" / "mine")
-    graph = load_graph(made / "run" / "graph.safetensors").graph
-    where = circuit.supernodes["left"].positions
-    assert where is not None
-    chosen = np.flatnonzero(where.mask(Places(graph.roles, graph.patch_boxes)))
-    boxes = [graph.patch_boxes[at] for at in chosen]
-    assert boxes and all(box is not None and box.left < 0.5 for box in boxes)
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("task=circuit", "no circuit: find one with pairs=planet, declare one"),
+        ("task=circuit SPEC", "nothing to trace"),
+        ("task=circuit SPEC task.load=MINE", "leave one of them out"),
+        ("task=circuit task.load=/no/circuit", "cannot read /no/circuit/circuit.yaml"),
+        ("task=circuit task.load=MINE transcoder.n_features=50", "other transcoders"),
+        ("task=circuit task.load=MINE model.family=llava", "circuit of the model tiny_gemma3"),
+        ("task=steer PROMPT task.circuit=MINE task.supernodes=[right]", "no supernode 'right'"),
+        ("task=steer PROMPT task.supernodes=[left] task.features={L1/3:0}", "add task.circuit="),
+        ("task=steer PROMPT task.circuit=MINE task.features={L1/3:0}", "not both"),
+        ("task=steer PROMPT task.circuit=MINE transcoder.n_features=50", "other transcoders"),
+    ],
+)
+def test_other_mistakes_are_one_line(
+    made: Path, tmp_path: Path, command: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {
+        "SPEC": f"circuit_spec=file circuit_spec.path={made / 'mine.yaml'}",
+        "MINE": str(made / "run" / "circuits" / "mine"),
+        "PROMPT": f"image={made / '0.png'} prompt=what",
+    }
+    for word, text in words.items():
+        command = command.replace(word, text)
+    task, *more = command.split()
+    assert main([task, *MODEL, *more, f"hydra.run.dir={tmp_path / 'r'}"]) == 2
+    assert says in error_of(capsys)

@@ -206,7 +206,7 @@ class CircuitSpecConfig:
             advice = f"use letters, digits, spaces, - and _, and none of {', '.join(SURROUNDINGS)}"
             _refuse(bad, f"circuit_spec.supernodes: {name!r} cannot be a supernode's name; {advice}")
             twice = names.count(name) > 1
-            _refuse(twice, f"circuit_spec: two supernodes are called {name!r}; give each a name of its own")
+            _refuse(twice, f"circuit_spec.supernodes: two are called {name!r}; give each a name of its own")
             node.check(f"circuit_spec.supernodes.{key}")
 
 

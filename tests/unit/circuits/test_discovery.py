@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from vlmscope.activations.capture import mlp_inputs
 from vlmscope.circuits.build import spread_answers
@@ -147,12 +146,10 @@ def test_edges_into_a_target_add_up_to_its_score(bench) -> None:
     assert none == pytest.approx(ends[1], abs=1e-9)
 
 
-def test_mistakes_are_named(bench) -> None:
+def test_pairs_of_one_answer_have_no_contrast(bench) -> None:
     _, subject = bench
     with pytest.raises(UserError, match="contrast is empty"):
-        CircuitSubject(replace(subject.pairs, other_tokens=subject.pairs.tokens), subject.originals, subject.others)
-    with pytest.raises(UserError, match="do not match"):
-        CircuitSubject(subject.pairs, subject.originals[:2], subject.others)
+        replace(subject, pairs=replace(subject.pairs, other_tokens=subject.pairs.tokens))
 
 
 def candidates(count: int) -> Nodes:
@@ -183,47 +180,37 @@ def test_a_circuit_of_most_features_has_no_matched_ones() -> None:
     assert matched_circuits(candidates(11), members, np.ones(12), 0, 2) == []
 
 
-def node(role: str, influences: list[float], layer: int) -> Supernode:
-    members = [CircuitFeature(FeatureId(layer, i), role, 1.0, influence) for i, influence in enumerate(influences)]
-    return Supernode(f"name_{role}", tuple(members), Positions((role,)), "discovery")
+def grouped(answers: list[str], writes: list[str], influences: list[float]) -> Circuit:
+    """A picture's feature, and at the last position some that write words, by the answer that they write."""
+    last = [CircuitFeature(FeatureId(1, i), "last", 1.0, influence) for i, influence in enumerate(influences)]
+    nodes = {
+        "name_image": Supernode("name_image", (replace(last[0], role="image"),), Positions(("image",)), "discovery"),
+        "name_last": Supernode("name_last", tuple(last), Positions(("last",)), "discovery"),
+    }
+    return by_answer(Circuit(nodes, {}), answers, {FeatureId(1, i): word for i, word in enumerate(writes)})
 
 
-def of(*nodes: Supernode) -> Circuit:
-    return Circuit({one.name: one for one in nodes}, {})
-
-
-def names(found: Circuit) -> dict[str, list[int]]:
-    return {name: [member.feature.index for member in one.features] for name, one in found.supernodes.items()}
+def names(circuit: Circuit) -> dict[str, list[int]]:
+    return {name: [member.feature.index for member in node.features] for name, node in circuit.supernodes.items()}
 
 
 def test_features_of_the_last_position_are_grouped_by_the_answer_that_they_write() -> None:
-    words = {FeatureId(1, 0): "mars", FeatureId(1, 1): "dust", FeatureId(1, 2): "earth", FeatureId(1, 3): "mars"}
-    found = by_answer(of(node("image", [1.0], 0), node("last", [1, 2, -9, 1], 1)), ["mars", "earth"], words)
-    assert names(found) == {"picture": [0], "last position": [1], "earth": [2], "mars": [0, 3]}
-    assert found.node("mars").chosen == "discovery, writes mars" and found.node("mars").positions == Positions(
-        ("last",)
-    )
-    assert found.node("picture").chosen == "discovery"
-
-
-def test_only_so_many_answers_get_a_supernode_and_names_of_surroundings_are_avoided() -> None:
+    circuit = grouped(["mars", "earth"], ["mars", "dust", "earth", "mars"], [1, 2, -9, 1])
+    assert names(circuit) == {"picture": [0], "last position": [1], "earth": [2], "mars": [0, 3]}
+    mars = circuit.node("mars")
+    assert (mars.chosen, mars.positions) == ("discovery, writes mars", Positions(("last",)))
+    assert circuit.node("picture").chosen == "discovery"
+    # Only so many answers get a supernode, those of most influence.
     answers = [f"a{i}" for i in range(NAMED + 2)]
-    words = {FeatureId(1, i): answer for i, answer in enumerate(answers)}
-    found = by_answer(of(node("last", [float(i) for i in range(NAMED + 2)], 1)), answers, words)
-    assert names(found)["last position"] == [0, 1] and len(found.supernodes) == NAMED + 1
-    found = by_answer(
-        of(node("last", [1.0, 1.0], 1)),
-        ["picture", "errors"],
-        {FeatureId(1, 0): "picture", FeatureId(1, 1): "errors"},
-    )
-    assert names(found) == {"writes picture": [0], "writes errors": [1]}
+    circuit = grouped(answers, answers, list(range(NAMED + 2)))
+    assert names(circuit)["last position"] == [0, 1] and len(circuit.supernodes) == NAMED + 2
+    # Names of roles and of what is around a circuit are avoided.
+    circuit = grouped(["picture", "errors"], ["picture", "errors"], [1.0, 1.0])
+    assert names(circuit) == {"picture": [0], "writes picture": [0], "writes errors": [1]}
 
 
 def test_pairs_of_different_answers_come_first() -> None:
-    def pair(number: int, answer: str) -> Pair:
-        image = Image.new("RGB", (2, 2))
-        return Pair(str(number), "q", "planet", Side("what ?", (image,), answer), Side("what ?", (image,), "moon"))
-
-    pairs = [pair(i, answer) for i, answer in enumerate(["mars", "mars", "earth", "mars", "venus"])]
+    answers = enumerate(["mars", "mars", "earth", "mars", "venus"])
+    pairs = [Pair(str(i), "q", "planet", Side("?", (), answer), Side("?", (), "moon")) for i, answer in answers]
     assert [one.id for one in spread_answers(pairs, 3)] == ["0", "2", "4"]
     assert [one.id for one in spread_answers(pairs, 9)] == ["0", "2", "4", "1", "3"]

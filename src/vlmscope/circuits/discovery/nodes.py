@@ -133,11 +133,7 @@ class CircuitSubject:
                 f"question {pairs.question!r}: the contrast is empty, as both sides of a pair have the same answer; "
                 "choose pairs whose answers differ"
             )
-        if not len(self.originals) == len(self.others) == pairs.size:
-            raise UserError(
-                f"question {pairs.question!r}: {len(self.originals)} originals, {len(self.others)} counterfactuals "
-                f"and {pairs.size} pairs do not match; give one of each for every pair"
-            )
+        assert len(self.originals) == len(self.others) == pairs.size, "a pair has two prompts"
 
     def gaps(self, logits: Tensor) -> Tensor:
         """m [B]: logit of the original's answer minus that of the counterfactual's, from logits [B, V]."""

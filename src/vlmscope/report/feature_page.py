@@ -85,53 +85,39 @@ def inert_json(value: Any) -> Markup:
     return Markup(text)
 
 
-WIDTH, HEIGHT = 300.0, 96.0
+class Bin(NamedTuple):
+    """A bin of activations, from `low` to `high`, that holds anything: its number, and firings by `KINDS`."""
 
-
-class Bar(NamedTuple):
-    """One kind's part of a bin, in the drawing's units."""
-
-    kind: str
-    x: float
-    y: float
-    width: float
-    height: float
-    words: str
+    number: int
+    low: float
+    high: float
+    counts: tuple[int, ...]
 
 
 class Histogram(NamedTuple):
-    """Bars, ticks (place and number) of the axis of activations, and all in words."""
+    """Bins from number `first` to `end`, firings in the fullest one, ticks (bin, activation), and all in words."""
 
-    bars: list[Bar]
-    ticks: list[tuple[float, str]]
+    bins: list[Bin]
+    first: int
+    end: int
+    most: int
+    ticks: list[tuple[int, float]]
     words: str
-    width: float = WIDTH
-    height: float = HEIGHT
 
 
 def histogram(counts: np.ndarray) -> Histogram:
-    """Draw `[3, BINS]` counts from the first bin that is not empty to the last."""
-    total = counts.sum(0)
+    """What to draw of `[3, BINS]` counts, from the first bin that is not empty to the last."""
+    total, edges = counts.sum(0), bin_edges()
     used = np.flatnonzero(total)
     if not len(used):
-        return Histogram([], [], "it never fires")
-    edges, first, last = bin_edges(), int(used[0]), int(used[-1]) + 1
-    step, most = WIDTH / (last - first), int(total.max())
-    bars = []
-    for at in used:
-        floor = HEIGHT
-        for row in (IMAGE, 0, ANSWER):  # the picture's part at the bottom
-            count = int(counts[row, at])
-            if count:
-                high = HEIGHT * count / most
-                floor -= high
-                words = f"{count:,} at {KINDS[row]} positions, activations {edges[at]:.3g} to {edges[at + 1]:.3g}"
-                bars.append(Bar(KINDS[row], (at - first) * step, floor, max(step - 1, 0.5), high, words))
-    whole = [at for at in range(first, last + 1) if at % 2 == 0]
-    ticks = [((at - first) * step, f"{edges[at]:.3g}") for at in whole[:: max(1, -(-len(whole) // 7))]]
+        return Histogram([], 0, 1, 1, [], "it never fires")
+    bins = [Bin(at, edges[at], edges[at + 1], tuple(counts[:, at].tolist())) for at in used.tolist()]
+    first, end = bins[0].number, bins[-1].number + 1
+    whole = [at for at in range(first, end + 1) if at % 2 == 0]
+    ticks = [(at, edges[at]) for at in whole[:: max(1, -(-len(whole) // 7))]]
     middle = int(np.searchsorted(np.cumsum(total), total.sum() / 2))
-    half = f"half of them are below {edges[middle + 1]:.3g}, the fullest bin has {most:,}"
-    return Histogram(bars, ticks, f"{int(total.sum()):,} firings; {half}")
+    half = f"half of them are below {edges[middle + 1]:.3g}, the fullest bin has {total.max():,}"
+    return Histogram(bins, first, end, int(total.max()), ticks, f"{total.sum():,} firings; {half}")
 
 
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import numpy as np
 import seaborn as sns
@@ -155,25 +156,21 @@ def layer_role_heatmap(
         raise ValueError(f"matrix is {values.shape}, but there are {len(layers)} layers and {len(roles)} roles")
     signed = bool(np.nanmin(values) < 0)
     limit = float(np.nanmax(np.abs(values))) or 1.0
+    counts = np.issubdtype(np.asarray(matrix).dtype, np.integer)
+    look = {"vmin": -limit if signed else 0.0, "vmax": limit, "cmap": "vlag" if signed else "viridis"}
+    look |= {"fmt": ",.0f" if counts else ".2g", "linewidths": 1.0, "cbar_kws": {"label": label}}
     with drawing(path, 2.6 + 1.15 * len(roles), 1.4 + 0.42 * len(layers)) as figure:
         axes = figure.subplots()
-        sns.heatmap(
-            values[::-1],
-            ax=axes,
-            vmin=-limit if signed else 0.0,
-            vmax=limit,
-            cmap="vlag" if signed else "viridis",
-            annot=True,
-            fmt=",.0f" if np.issubdtype(np.asarray(matrix).dtype, np.integer) else ".2g",
-            annot_kws={"fontsize": 9},
-            linewidths=1.0,
-            xticklabels=[role.replace("_", " ") for role in roles],
-            yticklabels=[str(layer) for layer in reversed(list(layers))],
-            cbar_kws={"label": label},
-        )
+        names = [role.replace("_", " ") for role in roles]
+        _heatmap(axes, values[::-1], [str(layer) for layer in reversed(list(layers))], names, **look)
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.tick_params(axis="y", labelrotation=0)
     return Path(path)
+
+
+def _heatmap(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Any, **look: Any) -> None:
+    look = {"annot": True, "annot_kws": {"fontsize": 9}, "xticklabels": columns, "yticklabels": rows} | look
+    sns.heatmap(values, ax=axes, **look)
+    axes.tick_params(axis="y", labelrotation=0)
 
 
 def share_matrices(
@@ -205,16 +202,13 @@ def share_matrices(
             values = np.asarray(shares, float) * scale
             nothing = np.isnan(values)
             axes.set_facecolor("#f2f2f2")
-            sns.heatmap(
-                values, mask=nothing, ax=axes, cmap="Blues", vmin=0, vmax=most, annot=True, fmt=".0f", cbar=False,
-                square=True, linewidths=1, linecolor="white", xticklabels=list(names), yticklabels=list(names),
-                annot_kws={"fontsize": 9},
-            )  # fmt: skip
+            look = {"vmin": 0, "vmax": most, "cmap": "Blues", "fmt": ".0f", "linecolor": "white"}
+            _heatmap(axes, values, names, names, mask=nothing, cbar=False, square=True, linewidths=1, **look)
             hatched = {"facecolor": "#f2f2f2", "edgecolor": "#c8c8c8", "hatch": "///", "lw": 0}
             for row, column in np.argwhere(nothing):
                 axes.add_patch(Rectangle((column, row), 1, 1, **hatched))
-            axes.tick_params(axis="x", rotation=45, colors=INK, length=0)
-            axes.tick_params(axis="y", rotation=0, colors=INK, length=0)
+            axes.tick_params(colors=INK, length=0)
+            axes.tick_params(axis="x", rotation=45)
             axes.set_title(title, loc="left")
         for row in grid:
             row[0].set_ylabel(axes_of[0])
@@ -310,21 +304,11 @@ def modality_by_layer(
         axes = figure.add_subplot(grid[0, 1])
         edges = np.linspace(0, 1, _INDEX_BINS + 1)
         counts = np.array([np.histogram(of[~np.isnan(of)], edges)[0] for of in index])
-        sns.heatmap(
-            (100 * counts / np.maximum(counts.sum(1, keepdims=True), 1))[::-1],
-            ax=axes,
-            vmin=0,
-            cmap="cividis",
-            annot=len(layers) <= 12,
-            fmt=".0f",
-            annot_kws={"fontsize": 8},
-            linewidths=0.6,
-            xticklabels=False,
-            yticklabels=[str(layer) for layer in reversed(layers)],
-            cbar_kws={"label": "features (%)"},
-        )
+        shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        look = {"vmin": 0, "cmap": "cividis", "annot": len(layers) <= 12, "fmt": ".0f", "annot_kws": {"fontsize": 8}}
+        names = [str(layer) for layer in reversed(layers)]
+        _heatmap(axes, shares[::-1], names, False, linewidths=0.6, cbar_kws={"label": "features (%)"}, **look)
         axes.set_xticks([0, _INDEX_BINS / 2, _INDEX_BINS], ["0\nwords", "0.5", "1\nsoft tokens"], rotation=0)
-        axes.tick_params(axis="y", labelrotation=0)
         axes.set(xlabel="modality index", ylabel="layer")
 
         axes = figure.add_subplot(grid[1, 1])
@@ -350,17 +334,9 @@ def score_by_layer(layers: np.ndarray, score: np.ndarray, group: np.ndarray, pat
     order = [name for name in _GROUPS.values() if (kind[known] == name).any()]
     with drawing(path, 9.0, 4.2) as figure:
         axes = figure.subplots()
-        sns.boxplot(
-            x=layers[known].astype(int),
-            y=score[known],
-            hue=kind[known],
-            hue_order=order,
-            palette=[pick(_FILLS, number)[0] for number in range(len(order))],
-            fliersize=1.2,
-            linewidth=0.8,
-            width=0.8,
-            ax=axes,
-        )
+        palette = [pick(_FILLS, number)[0] for number in range(len(order))]
+        look = {"fliersize": 1.2, "linewidth": 0.8, "width": 0.8, "palette": palette, "hue_order": order}
+        sns.boxplot(x=layers[known].astype(int), y=score[known], hue=kind[known], ax=axes, **look)
         for number, container in enumerate(axes.containers):
             for box in getattr(container, "boxes", ()):
                 box.set_hatch(pick(_FILLS, number)[1])

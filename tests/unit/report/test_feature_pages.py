@@ -27,7 +27,7 @@ import vlmscope
 from vlmscope.core.study import BINS, bin_edges
 from vlmscope.features.labels import Label
 from vlmscope.report import feature_page
-from vlmscope.report.feature_page import HEIGHT, Numbered, geometry_table, histogram, inert_json
+from vlmscope.report.feature_page import Numbered, geometry_table, histogram, inert_json
 from vlmscope.report.gallery import feature_json, quantile_name, write_gallery
 from vlmscope.report.thumbnails import thumbnail
 
@@ -169,11 +169,14 @@ def test_thumbnails_keep_small_pictures_and_shrink_large_ones() -> None:
 def test_a_histogram_is_drawn_to_scale() -> None:
     counts = np.zeros((3, BINS), np.int64)
     counts[0, 30], counts[1, 30], counts[2, 33] = 6, 2, 4
+    page = make_feature_page()
+    text = replace(page, record=replace(page.record, histogram=counts)).render()
+    bars = {(bar["class"], bar["x"]): bar["height"] for bar in Parsed(text).all("rect") if "y" in bar}
+    assert bars == {("image", "0.0"): "24.00", ("text", "0.0"): "72.00", ("answer", "225.0"): "48.00"}
     drawn = histogram(counts)
-    high = {(bar.kind, bar.x): bar.height for bar in drawn.bars}
-    assert high == {("image", 0.0): HEIGHT / 4, ("text", 0.0): HEIGHT * 3 / 4, ("answer", 225.0): HEIGHT / 2}
-    assert [text for _, text in drawn.ticks] == ["0.5", "1", "2"]
-    assert histogram(np.zeros((3, BINS), np.int64)).bars == []
+    assert [activation for _, activation in drawn.ticks] == [0.5, 1, 2]
+    assert drawn.words == "12 firings; half of them are below 0.75, the fullest bin has 8"
+    assert histogram(np.zeros((3, BINS), np.int64)).bins == []
 
 
 USUAL = {"what": 1.0, "is": 1.0, "this": 0.9, "mars": 0.1}

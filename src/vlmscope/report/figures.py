@@ -177,7 +177,6 @@ def share_matrices(
     names: Sequence[str],
     panels: Mapping[str, np.ndarray],
     path: str | Path,
-    rows: int = 1,
     axes_of: tuple[str, str] = ("pictures of", "given the features of"),
     percent: bool = True,
 ) -> Path:
@@ -187,18 +186,14 @@ def share_matrices(
         names: n concepts.
         panels: title -> [n, n], nan where there is no value.
         path: the PNG to write.
-        rows: of panels.
         axes_of: what stands down and across.
         percent: values are shares 0..1, shown in per cent; else counts.
     """
     scale = 100 if percent else 1
     most = 100 if percent else max(float(np.nanmax(of)) for of in panels.values())
-    columns = -(-len(panels) // rows)
-    with drawing(path, 4.1 * columns, 3.9 * rows) as figure:
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat[len(panels) :]:
-            axes.set_axis_off()
-        for axes, (title, shares) in zip(grid.flat, panels.items(), strict=False):
+    with drawing(path, 4.1 * len(panels), 3.9) as figure:
+        grid = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, shares) in zip(grid, panels.items(), strict=True):
             values = np.asarray(shares, float) * scale
             nothing = np.isnan(values)
             axes.set_facecolor("#f2f2f2")
@@ -210,10 +205,8 @@ def share_matrices(
             axes.tick_params(colors=INK, length=0)
             axes.tick_params(axis="x", rotation=45)
             axes.set_title(title, loc="left")
-        for row in grid:
-            row[0].set_ylabel(axes_of[0])
-        for axes in grid[-1]:
             axes.set_xlabel(axes_of[1])
+        grid[0].set_ylabel(axes_of[0])
     return Path(path)
 
 

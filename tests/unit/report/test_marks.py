@@ -110,16 +110,6 @@ def test_sections_come_in_the_order_of_the_marks(run_dir: Path) -> None:
     [
         ({"mark": "pie"}, "report.mine.mark=pie: no such mark; choose from cards"),
         ({"mark": "bars", "trials": ["stear/main"]}, "report.mine.trials: 'stear/main' is not declared"),
-    ],
-)
-def test_marks_are_refused_before_anything_runs(mark: dict, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        check_marks({"mine": MarkConfig(**mark)}, {"main": ["steer"]})
-
-
-@pytest.mark.parametrize(
-    ("mark", "words"),
-    [
         ({"mark": "bars", "x": "strength", "trials": ["main"]}, "report.mine.x=strength: bars stand for question"),
         ({"mark": "curve", "x": "dosis"}, "no column 'dosis'"),
         ({"mark": "table", "file": "mine.parquet"}, "mine.parquet: no such file"),
@@ -127,8 +117,10 @@ def test_marks_are_refused_before_anything_runs(mark: dict, words: str) -> None:
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(mark: dict, words: str, run_dir: Path) -> None:
+    marks = {"mine": MarkConfig(**mark)}
     with pytest.raises(UserError, match=words):
-        sections_of(Folder(run_dir), {"mine": MarkConfig(**mark)})
+        check_marks(marks, {"main": ["steer"]})  # before anything runs
+        sections_of(Folder(run_dir), marks)
 
 
 def test_a_folder_without_a_report_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,8 +155,8 @@ def test_a_matrix_has_recipients_down_and_its_lowest_cells(tmp_path: Path, monke
         return path
 
     monkeypatch.setattr(marks, "share_matrices", draw)
-    figure, table = matrix(matrix_folder(tmp_path), "cells", MarkConfig("matrix", top=2))
-    nan = np.nan
+    folder, nan = matrix_folder(tmp_path), np.nan
+    figure, table = matrix(folder, "cells", MarkConfig("matrix", top=2))
     assert drawn["names"] == ["a", "b", "c"] and isinstance(figure, Figure) and isinstance(table, Table)
     np.testing.assert_array_equal(drawn["name"], [[nan, 1, 0], [0.75, nan, nan], [nan, nan, nan]])
     first, second = table.rows
@@ -172,10 +164,6 @@ def test_a_matrix_has_recipients_down_and_its_lowest_cells(tmp_path: Path, monke
     # p of 3 and of 4 hits to none: 1/8 and 1/16; of nothing 1. Corrected over three cells.
     assert isinstance(second[4], Rate) and second[4].value == 0.75
     assert second[5] == Percent(0.0) and second[6] == pytest.approx(min(3 / 8 / 2, 1))
-
-
-def test_cards_of_a_matrix_are_means_over_its_cells(tmp_path: Path) -> None:
-    (section,) = cards(matrix_folder(tmp_path), "result", MarkConfig("cards"))
-    (card,) = section.cards  # type: ignore[attr-defined]
-    assert isinstance(card.value, Rate)
-    assert card.value.value == pytest.approx(1.75 / 3) and card.value.cases == 3
+    ((card,),) = (section.cards for section in cards(folder, "result", MarkConfig("cards")))  # type: ignore[attr-defined]
+    # The card is the mean over cells.
+    assert isinstance(card.value, Rate) and (card.value.value, card.value.cases) == (pytest.approx(1.75 / 3), 3)

@@ -1,13 +1,13 @@
 """task=label and task=find on the command line, labels in a graph, and what users get wrong."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vlmscope.app import main
-from vlmscope.core.records import FeatureId
 from vlmscope.features.item_facts import item_facts, study_facts
 from vlmscope.features.labels import Labels
 from vlmscope.features.study_files import StudyFolder
@@ -34,12 +34,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def _error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    assert main(arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
+def features_found(folder: Path, *arguments: str) -> list[dict]:
+    assert main(["task=find", *arguments, *TINY, f"hydra.run.dir={folder}"]) == 0
+    return json.loads((folder / "find.json").read_text())["features"]
 
 
 def test_labels_come_with_scores_and_facts(study: Path) -> None:
@@ -64,54 +61,38 @@ def test_features_are_found_by_words_and_by_a_picture(study: Path, tmp_path: Pat
     assert np.array_equal(fresh.ids, kept.ids) and np.array_equal(fresh.half, kept.half)
     cached.write_bytes(b"damaged")  # is made anew
     assert np.array_equal(study_facts(own).matrix, fresh.matrix) and cached.stat().st_size > 100
-    words = tmp_path / "words"
-    assert (
-        main(
-            ["task=find", "query=red, planets", "task.count=3", *TINY, f"study.path={study}", f"hydra.run.dir={words}"]
-        )
-        == 0
-    )
-    found = json.loads((words / "find.json").read_text())["features"]
-    assert found and {"layer", "index", "label", "score", "why"} <= set(found[0])
-    assert any("red" in one["why"] or "planet" in one["why"] for one in found)
-    assert (words / "figures/find.png").stat().st_size > 10_000
-    picture = tmp_path / "picture"
+    words = features_found(tmp_path / "words", "query=red, planets", "task.count=3", f"study.path={study}")
+    assert words and {"layer", "index", "label", "score", "why"} <= set(words[0])
+    assert any("red" in one["why"] or "planet" in one["why"] for one in words)
+    assert (tmp_path / "words/figures/find.png").stat().st_size > 10_000
     own = [f"image={study.parent / '1.png'}", "prompt=what is this planet ?", "task.count=20", "task.figure=false"]
-    assert main(["task=find", *own, *TINY, f"study.path={study}", f"hydra.run.dir={picture}"]) == 0
-    ranked = json.loads((picture / "find.json").read_text())["features"]
+    ranked = features_found(tmp_path / "picture", *own, f"study.path={study}")
     relevance = [one["relevance"] for one in ranked]
     assert relevance == sorted(relevance, reverse=True) and all(one["activation"] > 0 for one in ranked)
 
 
 def test_hand_labels_are_found_and_reach_the_graph(study: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "trace"
-    plain = ["task=trace", *TINY, "prompt=what is this ?", f"image={study.parent / '1.png'}", "task.figure=false"]
-    assert main([*plain, f"hydra.run.dir={tmp_path / 'plain'}"]) == 0
-    nodes = json.loads((tmp_path / "plain/graph.json").read_text())["nodes"]
-    node = next(one for one in nodes if one["feature_type"] == "cross layer transcoder")
-    assert node["clerp"] == ""
-    layer, index, _ = node["node_id"].split("_")
+    def nodes(folder: str, *arguments: str) -> dict[str, str]:
+        assert main([*arguments, *TINY, "task.figure=false", f"hydra.run.dir={tmp_path / folder}"]) == 0
+        graph = json.loads((tmp_path / folder / "graph.json").read_text())
+        return {node["node_id"]: node["clerp"] for node in graph["nodes"] if node["feature_type"].startswith("cross")}
+
+    trace = ["task=trace", "prompt=what is this ?", f"image={study.parent / '1.png'}"]
+    node, label = next(iter(nodes("plain", *trace).items()))
+    assert label == ""
+    feature = "L{}/{}".format(*node.split("_"))
     hand = study / "study/labels/hand.yaml"
-    hand.write_text(f"L{layer}/{index}: a zebra\n")
+    hand.write_text(f"{feature}: a zebra\n")
     try:
-        assert main([*plain, f"attribution.labels={study}", f"hydra.run.dir={folder}"]) == 0
-        named = {one["node_id"]: one["clerp"] for one in json.loads((folder / "graph.json").read_text())["nodes"]}
-        assert named[node["node_id"]] == "a zebra"
-        compared = tmp_path / "compared"
-        runs = [f"task.first={folder}", f"task.second={folder}", f"attribution.labels={study}"]
-        assert main(["task=compare", *TINY, *runs, "task.figure=false", f"hydra.run.dir={compared}"]) == 0
-        named = {one["node_id"]: one["clerp"] for one in json.loads((compared / "graph.json").read_text())["nodes"]}
-        assert "a zebra" in named.values()
-        header, *rows = (compared / "nodes.csv").read_text().splitlines()
+        labels = f"attribution.labels={study}"
+        assert nodes("trace", *trace, labels)[node] == "a zebra"
+        runs = [f"task.{side}={tmp_path / 'trace'}" for side in ("first", "second")]
+        assert "a zebra" in nodes("compared", "task=compare", *runs, labels).values()
+        header, *rows = (tmp_path / "compared/nodes.csv").read_text().splitlines()
         assert header.endswith(",label")
-        assert [row.split(",")[0] for row in rows if row.endswith(",a zebra")] == [f"L{layer}/{index}"] * len(
-            [row for row in rows if row.startswith(f"L{layer}/{index},")]
-        )
-        words = tmp_path / "words"
-        assert main(["task=find", "query=zebras", *TINY, f"study.path={study}", f"hydra.run.dir={words}"]) == 0
-        found = json.loads((words / "find.json").read_text())["features"]
-        assert [FeatureId(one["layer"], one["index"]) for one in found] == [FeatureId(int(layer), int(index))]
-        assert found[0]["source"] == "hand"
+        assert [row for row in rows if row.endswith(",a zebra")] == [r for r in rows if r.startswith(f"{feature},")]
+        (found,) = features_found(tmp_path / "words", "query=zebras", f"study.path={study}")
+        assert f"L{found['layer']}/{found['index']}" == feature and found["source"] == "hand"
     finally:
         hand.unlink()
 
@@ -150,8 +131,7 @@ def test_a_local_model_explains_and_its_set_takes_no_other_explainer(
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(
-    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    study: Path, tmp_path: Path, refusal: Callable[..., str], arguments: list[str], message: str
 ) -> None:
     own = [one.replace("STUDY", str(study)).replace("PICTURE", str(study.parent / "1.png")) for one in arguments]
-    model = [] if any(one.startswith("model=") for one in own) else TINY[:1]
-    assert message in _error([*own, *model, "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"], capsys)
+    assert message in refusal(TINY[0], *own, f"hydra.run.dir={tmp_path / 'run'}")

@@ -15,7 +15,6 @@ from vlmscope.features.study_tables import (
     chosen,
     item_hash,
     joined,
-    no_pairs,
 )
 from vlmscope.transcoders.transcoder import SparseCode
 
@@ -47,8 +46,8 @@ def _rows(pairs: Pairs) -> set:
     }
 
 
-def _same(one: dict, other: dict, names: tuple[str, ...] = (*COUNTS, *Pairs.__dataclass_fields__)) -> None:
-    for name in names:
+def _same(one: dict, other: dict) -> None:
+    for name in (*COUNTS, *Pairs.__dataclass_fields__):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
@@ -67,15 +66,6 @@ def test_choice_equals_plain_sorting(n: int, m: int) -> None:
         if m == 0:
             assert found.hash[feature] == -1
     assert _rows(found.pairs) == _rows(pairs.take(np.array(sorted(wanted))))
-
-
-def test_merging_parts_is_choosing_among_all() -> None:
-    parts = [_pairs(seed) for seed in range(4)]
-    whole = chosen(joined(parts), F, 4, 5)
-    some = chosen(joined([chosen(joined(parts[:2]), F, 4, 5).pairs, no_pairs()]), F, 4, 5).pairs
-    merged = chosen(joined([parts[3], some, chosen(parts[2], F, 4, 5).pairs]), F, 4, 5)
-    _same(vars(merged.pairs), vars(whole.pairs), tuple(Pairs.__dataclass_fields__))
-    np.testing.assert_array_equal(merged.hash, whole.hash)
 
 
 def test_a_draw_is_fair() -> None:
@@ -97,9 +87,9 @@ def data():
     return indices, values, kinds, valid, dense
 
 
-def _run(data, order, size, only=None, state=None) -> dict[str, np.ndarray]:
+def _run(data, order, size, state=None) -> dict[str, np.ndarray]:
     indices, values, kinds, valid, _ = data
-    study = LayerStudy(F, N, M, WINDOW, CPU, only)
+    study = LayerStudy(F, N, M, WINDOW, CPU)
     if state is not None:
         study.load(state)
     for start in range(0, len(order), size):
@@ -150,25 +140,3 @@ def test_order_batches_parts_and_resuming_change_nothing(data) -> None:
     parts = [_run(data, np.arange(ITEMS)[i::3], 4) for i in range(3)]
     merged = chosen(joined([Pairs.of(part) for part in parts]), F, N, M).pairs
     _same({name: np.sum([part[name] for part in parts], axis=0) for name in COUNTS} | vars(merged), wanted)
-
-
-def test_some_features_alone(data) -> None:
-    whole, only = _run(data, np.arange(ITEMS), 4), torch.tensor([5, 2])
-    part = _run(data, np.arange(ITEMS), 4, only)
-    for column, feature in enumerate(only.tolist()):
-        for name in ("item", "peak", "position"):
-            wanted = whole[name][whole["feature"] == feature]
-            np.testing.assert_array_equal(part[name][part["feature"] == column], wanted)
-    _same(part, {name: whole[name][only.numpy()] for name in ("sums", "items_fired")}, ("sums", "items_fired"))
-
-
-def test_few_pairs_wait_once_the_strongest_are_known() -> None:
-    """A feature with the same activation in every item: later items never beat the first ones."""
-    study = LayerStudy(F, N, 0, WINDOW, CPU)
-    code = SparseCode(torch.zeros(10 * T, 1, dtype=torch.int64), torch.ones(10 * T, 1))
-    for first in (0, 10):
-        kinds, valid = [np.zeros(T, dtype=np.uint8)] * 10, [np.ones(T, dtype=bool)] * 10
-        study.add(code, Tokens(np.arange(first, first + 10), kinds, valid, CPU))
-        assert bool(study.waiting) == (first == 0)
-        study.settle()
-    assert study.kept.item.tolist() == [0, 1, 2]

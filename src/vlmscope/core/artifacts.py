@@ -34,42 +34,24 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _TEMPORARY = re.compile(r"\..*\.(\d+)\.[0-9a-f]{8}\.tmp(\..*)?")  # the names that are made here
 
 
-def no_room(error: BaseException, path: str | Path, written: int = 0, needed: int | None = None) -> NoRoom | None:
-    """What to tell the user when `error` came of a full disk while `path` was written, else None.
-
-    `needed` is the size of the whole file in bytes, `written` what of it was there when the disk was full.
-    """
-    code = None if isinstance(error, UserError) else _full(error)
-    if code is None:
-        return None
-    facts, most = f"cannot write {path}: {os.strerror(code)}", written
-    if code == errno.ENOSPC:  # a quota or a limit says nothing about the disk
-        place = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.is_dir())
-        most += shutil.disk_usage(place).free
-        facts += f", {most / 1e6:.1f} MB were free"
-    needs = f"{needed / 1e6:.1f}" if needed is not None else f"more than {most / 1e6:.1f}"
-    return NoRoom(f"{facts}; it needs {needs} MB; make room or choose another folder")
-
-
-def _full(error: BaseException) -> int | None:
-    """The number of the system's error where a disk, a quota or a file's limit is full, as every library shows it."""
-    current: BaseException | None = error
+def no_room(error: BaseException, path: str | Path) -> NoRoom | None:
+    """What to tell the user when `error` came of a full disk or quota while `path` was written, else None."""
+    current: BaseException | None = None if isinstance(error, UserError) else error
     while current is not None:
-        # safetensors keeps the number in its text only.
+        # safetensors keeps the number of the system's error in its text only.
         text = re.search(r"\(os error (\d+)\)", str(current)) if isinstance(current, SafetensorError) else None
         code = int(text[1]) if text else getattr(current, "errno", None)
         if code in _FULL:
-            return code
+            return NoRoom(f"cannot write {path}: {os.strerror(code)}; make room or choose another folder")
         current = current.__cause__ or current.__context__
     return None
 
 
 @contextmanager
-def atomic_path(path: str | Path, needed: int | None = None) -> Iterator[Path]:
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
 
-    Missing parent folders are made. The temporary name keeps the suffix, since some writers look at it. `needed` is the
-    file's size in bytes where it is known before.
+    Missing parent folders are made. The temporary name keeps the suffix, since some writers look at it.
 
     Raises:
         UserError: when the folder cannot be written.
@@ -84,7 +66,7 @@ def atomic_path(path: str | Path, needed: int | None = None) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:
-        full = no_room(error, path, temporary.stat().st_size if temporary.is_file() else 0, needed)
+        full = no_room(error, path)
         if full is not None:
             raise full from error
         # An OSError from the caller's own reading, for example of another file, must stay what it is.
@@ -148,9 +130,8 @@ def _is_gone(process: int) -> bool:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text atomically. Bytes of a file name that are not UTF-8 become `\\udce9`, which JSON reads back."""
-    data = text.encode("utf-8", "backslashreplace")
-    with atomic_path(path, len(data)) as temporary:
-        temporary.write_bytes(data)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def read_text(path: str | Path) -> str:
@@ -263,7 +244,7 @@ def save_tensors(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: M
     """
     # safetensors writes the raw buffer, so an array that is not C-contiguous would come back scrambled.
     plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    with atomic_path(path, sum(array.nbytes for array in plain.values())) as temporary:
+    with atomic_path(path) as temporary:
         save_file(plain, temporary, metadata=dict(metadata or {}))
 
 

@@ -54,25 +54,6 @@ def place_of(env: Mapping[str, str]) -> Place | None:
     return place if place is not None and place.world > 1 else None
 
 
-def first_host(nodes: str) -> str:
-    """The first host of SLURM's list: `gpu[003-006,9],login` -> `gpu003`."""
-    depth, end = 0, len(nodes)
-    for position, character in enumerate(nodes):
-        depth += (character == "[") - (character == "]")
-        if character == "," and depth == 0:
-            end = position
-            break
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes[:end])
-
-
-def tasks_per_node(counts: str) -> int:
-    """The tasks on each node from SLURM's `4(x2)`; they must not differ, as in `4(x2),3`."""
-    each = {int(part) for part in re.findall(r"(?:^|,)(\d+)", counts)}
-    if len(each) != 1:
-        raise UserError(f"SLURM put {counts} tasks on the nodes; start equally many on each (--ntasks-per-node)")
-    return each.pop()
-
-
 def _torchrun(env: Mapping[str, str]) -> Place | None:
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return None
@@ -97,14 +78,19 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
     if not counts or not nodes:
         raise UserError("SLURM_STEP_TASKS_PER_NODE or SLURM_STEP_NODELIST is missing; start the processes with srun")
+    each = {int(part) for part in re.findall(r"(?:^|,)(\d+)", counts)}  # of 4(x2),3 these are 4 and 3
+    if len(each) != 1:
+        raise UserError(f"SLURM put {counts} tasks on the nodes; start equally many on each (--ntasks-per-node)")
+    # The first host of gpu[003-006,9],login is gpu003: the first choice of each bracket, up to a comma outside of them.
+    first = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes).partition(",")[0]
     job = _number(env, "SLURM_JOB_ID", 0) + 101 * (int(step) if step.isdigit() else 0)
     return Place(
         "srun",
         _number(env, "SLURM_PROCID"),
         world,
         _number(env, "SLURM_LOCALID"),
-        tasks_per_node(counts),
-        env.get("MASTER_ADDR") or first_host(nodes),
+        each.pop(),
+        env.get("MASTER_ADDR") or first,
         _number(env, "MASTER_PORT", _port(job)),
     )
 

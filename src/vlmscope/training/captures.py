@@ -112,7 +112,7 @@ class ActivationCache:
         for layer, (x, y) in activations.by_layer.items():
             tensors |= {f"layer_{layer:02d}.in": x.contiguous(), f"layer_{layer:02d}.out": y.contiguous()}
         record = {"first": activations.first, "joint": activations.joint, "figures": dict(figures)}
-        with atomic_path(self.path(number), sum(t.nbytes for t in tensors.values())) as temporary:
+        with atomic_path(self.path(number)) as temporary:
             save_file(tensors, temporary, metadata={"batch": json.dumps(record)})
 
 

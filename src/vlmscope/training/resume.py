@@ -103,8 +103,7 @@ class Checkpoints(pl.Callback):
         if self.ranks.writes:
             for name, part in module.parts().items():
                 state = part_state(part, module.optimizer)
-                size = sum(tensor.nbytes for tensor in state.values())
-                with atomic_path(folder / f"{name}.safetensors", size) as temporary:
+                with atomic_path(folder / f"{name}.safetensors") as temporary:
                     save_file(state, temporary)
         self.ranks.barrier()
         if self.ranks.main:

@@ -1,10 +1,8 @@
 """What is read back is what was written, and a failed write leaves the old file."""
 
-import errno
 import json
 import os
 import resource
-import shutil
 import signal
 import struct
 from collections.abc import Callable
@@ -12,8 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -126,18 +122,12 @@ BOMB = b"".join(b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 10
         ("x.json", b"\xff\xfe", artifacts.read_json),
         ("x.yaml", b"a: [1", artifacts.read_yaml),
         ("x.yaml", b"!!python/object/apply:os.getcwd []", artifacts.read_yaml),
-        ("x.yaml", b"a: !!python/name:os.system", artifacts.read_yaml),
         ("x.yaml", b"day: 2024-13-45", artifacts.read_yaml),
         ("x.yaml", b"a: !!bool maybe", artifacts.read_yaml),
-        ("x.yaml", b"a: !!timestamp today", artifacts.read_yaml),
-        ("x.yaml", b"a: !!int ''", artifacts.read_yaml),
         ("x.yaml", b"a: " + b"9" * 5000, artifacts.read_yaml),
-        ("x.yaml", b"[" * 5000, artifacts.read_yaml),
         ("x.yaml", b"&a [*a]", artifacts.read_yaml),
         ("x.yaml", b"a0: &a0 [x]\n" + BOMB, artifacts.read_yaml),
         ("x.json", b"[" * 5000, artifacts.read_json),
-        ("x.json", b"9" * 5000, artifacts.read_json),
-        ("x.safetensors", b"\x08\x00\x00\x00", artifacts.load_tensors),
         ("x.json", None, artifacts.read_json),
         ("x.safetensors", None, artifacts.load_tensors),
     ],
@@ -150,13 +140,10 @@ def test_what_cannot_be_read_is_one_line_that_names_the_file(tmp_path, name, con
     assert "\n" not in str(raised.value)
 
 
-def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
+def test_only_errors_of_writing_become_the_users(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         artifacts.write_json(tmp_path / "file" / "x.json", {})
-
-
-def test_an_error_of_reading_another_file_inside_stays_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), artifacts.atomic_path(tmp_path / "x.json"):
         (tmp_path / "other").read_text()
 
@@ -193,24 +180,15 @@ def tensor(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -
 
 BROKEN = {
     "empty": b"",
-    "shorter than a length": b"\x08\x00\x00",
     "a page": b"<html>Access to this file is restricted</html>",
     "a length past the end": safetensors({"a": tensor()}, length=2**63),
-    "a length of 4 GB": safetensors({"a": tensor()}, length=2**32),
     "no JSON": safetensors(b"{a:"),
-    "no UTF-8": safetensors(b"\xff\xfe{}"),
-    "a list": safetensors([1]),
     "a hundred thousand brackets": safetensors(b"[" * 100_000),
     "cut off": safetensors({"a": tensor()}, body=7),
     "more behind it": safetensors({"a": tensor()}, body=9),
     "offsets that overlap": safetensors({"a": tensor(), "b": tensor(offsets=(4, 12))}, body=12),
-    "a hole": safetensors({"a": tensor(), "b": tensor(offsets=(12, 20))}, body=20),
-    "offsets backwards": safetensors({"a": tensor(offsets=(8, 0))}),
-    "a shape that does not fit": safetensors({"a": tensor(shape=(3,))}),
     "a shape of 2^80": safetensors({"a": tensor(shape=(2**40, 2**40))}),
-    "a shape below 0": safetensors({"a": tensor(shape=(-2,))}),
     "a dtype that there is not": safetensors({"a": tensor("X" * 5000)}),
-    "no offsets": safetensors({"a": {"dtype": "F32", "shape": [2]}}),
     "metadata of numbers": safetensors({"__metadata__": {"format": 1}, "a": tensor()}),
     "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
 }
@@ -347,46 +325,27 @@ def test_no_yaml_makes_an_object_of_python(door: str, tmp_path: Path) -> None:
         assert not made.exists()
 
 
-def _parquet(path: Path) -> None:
-    with artifacts.atomic_path(path) as temporary:
-        pq.write_table(pa.table({"a": np.random.default_rng(0).normal(size=50_000)}), temporary)
-
-
-def _picture(path: Path) -> None:
+def picture(path: Path) -> None:
     with artifacts.atomic_path(path) as temporary:
         Image.effect_noise((400, 400), 90).save(temporary, "PNG")
 
 
 @pytest.mark.parametrize(
-    ("write", "name", "needs"),
+    "write",
     [
-        (lambda path: artifacts.write_text(path, "x" * 300_000), "a.txt", "0.3 MB"),
-        (lambda path: artifacts.write_json(path, ["x" * 300_000]), "a.json", "0.3 MB"),
-        (lambda path: artifacts.save_tensors(path, {"a": np.zeros(50_000)}), "a.safetensors", "0.4 MB"),
-        (_parquet, "a.parquet", "more than 0."),
-        (_picture, "a.png", "more than 0."),
+        lambda path: artifacts.write_text(path, "x" * 300_000),
+        lambda path: artifacts.save_tensors(path, {"a": np.zeros(50_000)}),
+        picture,
     ],
 )
-def test_a_full_disk_is_one_line_with_what_was_needed(write, name: str, needs: str, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line(write: Callable[[Path], None], tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # each file may grow to 100 KB
     try:
-        with pytest.raises(NoRoom) as raised:
-            write(tmp_path / name)
+        with pytest.raises(NoRoom, match="cannot write .*/a.file: File too large; make room"):
+            write(tmp_path / "a.file")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, ignored)
-    text = str(raised.value)
-    assert text.startswith(f"cannot write {tmp_path / name}: File too large; it needs {needs}")
-    assert "make room" in text and "\n" not in text
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_says_what_was_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    words = "No space left on device, 1.5 MB were free; it needs more than 1.5 MB; make room"
-    with pytest.raises(NoRoom, match=words), artifacts.atomic_path(tmp_path / "a.bin") as temporary:
-        temporary.write_bytes(bytes(500_000))
-        raise OSError(errno.ENOSPC, "No space left on device")

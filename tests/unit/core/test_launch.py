@@ -3,7 +3,7 @@
 import pytest
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.launch import Place, first_host, place_of, tasks_per_node
+from vlmscope.core.launch import Place, place_of
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
@@ -56,13 +56,19 @@ def test_submitit_on_this_machine() -> None:
     [("a", "a"), ("a,b", "a"), ("gpu[003-006,9],login1", "gpu003"), ("r[1-2]n[5,7]x", "r1n5x"), ("n[7]", "n7")],
 )
 def test_the_first_host_of_slurms_list(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
+    place = place_of({**SRUN, "SLURM_STEP_NODELIST": nodes})
+    assert place is not None and place.address == first
 
 
-def test_tasks_per_node() -> None:
-    assert tasks_per_node("4(x12)") == 4 and tasks_per_node("8") == 8 and tasks_per_node("2,2") == 2
-    with pytest.raises(UserError, match="equally many"):
-        tasks_per_node("4(x2),3")
+@pytest.mark.parametrize(("counts", "each"), [("8(x2)", 8), ("8,8", 8), ("8", 8), ("4(x2),8", None)])
+def test_tasks_per_node(counts: str, each: int | None) -> None:
+    env = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": counts}
+    if each is None:
+        with pytest.raises(UserError, match="equally many"):
+            place_of(env)
+    else:
+        place = place_of(env)
+        assert place is not None and place.per_host == each
 
 
 @pytest.mark.parametrize(
@@ -77,8 +83,5 @@ def test_tasks_per_node() -> None:
 def test_nonsense_is_one_line(changes: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         place_of({**TORCHRUN, **changes})
-
-
-def test_ranks_that_slurm_deals_out_cyclically_are_refused() -> None:
-    with pytest.raises(UserError, match="--distribution=block"):
+    with pytest.raises(UserError, match="--distribution=block"):  # ranks that SLURM deals out in turn
         place_of({**SRUN, "SLURM_PROCID": "2", "SLURM_LOCALID": "1"})

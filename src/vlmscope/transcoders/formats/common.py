@@ -79,7 +79,7 @@ def read_tensors(path: Path) -> Tensors:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> None:
     """Write tensors, converted to a dtype of `STORED_DTYPES`, atomically."""
     stored = {name: t.detach().to("cpu", STORED_DTYPES[dtype]).contiguous() for name, t in tensors.items()}
-    with atomic_path(path, sum(t.nbytes for t in stored.values())) as temporary:
+    with atomic_path(path) as temporary:
         save_file(stored, temporary, metadata={"format": "pt"})
 
 

@@ -53,9 +53,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     Missing parent folders are made. The temporary name keeps the suffix, since some writers look at it.
 
-    Raises:
-        UserError: when the folder cannot be written.
-        NoRoom: the disk or a quota is full.
+    A folder that cannot be written is a `UserError`, a full disk or quota a `NoRoom`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}")
@@ -82,11 +80,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success it becomes `path`, on any error it is removed.
-
-    Raises:
-        UserError: `path` is there already and is not an empty folder, or cannot be written.
-    """
+    """Yield an empty temporary folder beside `path`, which must not be there; on success it becomes `path`."""
     path = Path(path).absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} is there already; choose a folder that is not, or remove it first")
@@ -178,18 +172,13 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        UserError: "not valid JSON ...", without the name of a file; also of brackets nested too deep, and of numbers
-            of thousands of digits.
-    """
+    """The value of a JSON text; else a `UserError` "not valid JSON ...", without the name of a file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}" if "\n" in text.rstrip() else f"column {error.colno}"
         raise UserError(f"not valid JSON ({error.msg.removesuffix(' at')} at {where}); correct it") from error
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, ValueError) as error:  # brackets nested too deep, numbers of thousands of digits
         raise UserError(f"not valid JSON ({str(error)[:200]}); correct it") from error
 
 
@@ -204,12 +193,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of YAML text, of plain containers and scalars only: a tag such as !!python/object makes nothing.
-
-    Raises:
-        UserError: `where` is not YAML, has a value that no tag of its own fits, or says more than `_MOST_VALUES` by
-            aliases.
-    """
+    """The value of YAML text, of plain containers and scalars only: a tag such as !!python/object makes nothing."""
     try:
         value = yaml.safe_load(text)
         if _size(value, {}) > _MOST_VALUES:
@@ -253,9 +237,6 @@ def open_tensors(path: str | Path, framework: str = "numpy") -> Iterator[Any]:
     """An opened safetensors file, its header checked: dtypes, shapes, offsets, and that the file is exactly as long.
 
     Its tensors are those of `framework`, "numpy" or "pt" (numpy has neither bfloat16 nor float8).
-
-    Raises:
-        UserError: the file is missing, a Git LFS pointer or not a whole safetensors file, or is found to be while open.
     """
     if not Path(path).is_file():
         raise UserError(f"cannot read {path}: no such file; check the path")

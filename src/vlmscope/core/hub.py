@@ -88,14 +88,10 @@ def fetch(repo: str, revision: str, wanted: Wanted, refusal: Callable[[str], Use
 
 
 def push(folder: Path, repo: str, patterns: Sequence[str], private: bool, revision: str | None) -> str:
-    """Upload the files of a folder that match, into a repository that is made if need be; returns the commit.
+    """Upload the files of a folder that match into a repository, made if need be; returns the commit.
 
-    Args:
-        folder: what to upload.
-        repo: the hub id.
-        patterns: which files.
-        private: whether a repository that is made is seen by its owner alone; one that exists stays as it is.
-        revision: the branch; the main one when None. It is made if need be.
+    A repository that is made is seen by its owner alone if `private`. The branch `revision` is made if need be; the
+    main one when None.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]

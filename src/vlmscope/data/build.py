@@ -42,7 +42,6 @@ class BuildSettings:
     shard_size: int = 1000
     parts: int = 4
     val_share: float = 0.05
-    max_bad_shards: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Part:
         return f"{self.name}-{self.role or 'all'}-{self.share.index:03d}"
 
     def open(self) -> Source:
-        return open_source(self.name, self.config, self.split, self.settings.max_bad_shards)
+        return open_source(self.name, self.config, self.split)
 
 
 class Chunk(NamedTuple):
@@ -122,11 +121,7 @@ class _Parts(IterableDataset):
 
 
 def read_parts(parts: list[Part], processes: int) -> Iterator[tuple[Part, Chunk | None]]:
-    """The chunks of all parts, each part followed by None, read by so many processes.
-
-    Raises:
-        UserError: that of any part, or its process was ended from outside.
-    """
+    """The chunks of all parts, each part followed by None, read by so many processes."""
     workers = min(processes, len(parts)) if processes > 1 else 0
     # The libraries beneath keep threads, which a fork would break. A generator of its own leaves torch's alone.
     several: Any = {"multiprocessing_context": "spawn", "prefetch_factor": 1} if workers else {}
@@ -155,11 +150,7 @@ class Builder:
     """The index of a build and the digests of all samples in it."""
 
     def __init__(self, sources: Mapping[str, SourceConfig], settings: BuildSettings) -> None:
-        """Open the folder and look for chunks whose files are damaged.
-
-        Raises:
-            UserError: the folder holds shards of other sources or settings, or the sources' files have changed.
-        """
+        """Open the folder and look for damaged chunks; one of other sources, files or settings is refused."""
         self.sources, self.settings = dict(sources), settings
         meta = {
             "dataset": "mix", "version": VERSION, "sources": fingerprint(self.sources), "parts": settings.parts,
@@ -277,12 +268,8 @@ class Builder:
 def build_mix(sources: Mapping[str, SourceConfig], settings: BuildSettings, processes: int = 1) -> dict[str, float]:
     """Write what `settings.folder` still lacks, and again what is damaged; weights do not matter here.
 
-    Returns:
-        `data/shards`, `data/samples`, `data/bytes`, `data/rows`, `data/duplicates`, `data/unusable`, and
-        `data/shards_written` by this call.
-
-    Raises:
-        UserError: a source or the folder is wrong, or the disk too small; chunks done before stay.
+    Returns `data/shards`, `data/samples`, `data/bytes`, `data/rows`, `data/duplicates`, `data/unusable`, and
+    `data/shards_written` by this call. Chunks that were done before an error stay.
     """
     if settings.shard_size < 1 or settings.parts < 1 or processes < 1:
         raise UserError("task.shard_size, task.parts and task.workers must be at least 1; correct them")

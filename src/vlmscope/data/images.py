@@ -25,12 +25,7 @@ FIGURE_SIDE = 2048  # pixels of the longer side in figures, which show no more
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open a picture as RGB.
-
-    Raises:
-        UserError: the file is missing, is not a picture, is damaged, has more than `MAX_PIXELS` pixels, or `as_rgb`
-            refuses it.
-    """
+    """Open a picture as RGB; one that is missing, damaged, too large or of unknown scale (`as_rgb`) is refused."""
     with _opened(Path(path), f"image {path}") as raw:
         return _decoded(raw)
 

@@ -63,11 +63,7 @@ class BadRow:
 
 
 def read_rows(path: str | Path) -> tuple[list[PromptRow], list[BadRow]]:
-    """The rows of a file, good and bad, each in order. Rows count from 1 and the head line of a CSV does not count.
-
-    Raises:
-        UserError: the file cannot be read, is neither CSV nor JSONL, lacks a column, or has no row.
-    """
+    """The rows of a file, good and bad, each in order. Rows count from 1 and the head line of a CSV does not count."""
     path = Path(path)
     readers = {".csv": _csv_rows, ".jsonl": _json_rows}
     if path.suffix.lower() not in readers:
@@ -176,11 +172,7 @@ class Pair:
 
 
 def load_pairs(config: PairsConfig, split: str) -> list[Pair]:
-    """The pairs of a split, 'train' or 'test'; of one's own, the first `config.train` scenes train and the rest test.
-
-    Raises:
-        UserError: the file or a line of it cannot be used, or there are no pairs left.
-    """
+    """The pairs of a split, 'train' or 'test'; of one's own, the first `config.train` scenes train, the rest test."""
     if config.path is None:
         assert config.change is not None, "PairsConfig asks for one of both"
         wanted = config.train if split == "train" else config.test

@@ -37,7 +37,7 @@ PATIENCE = 100  # unusable rows at the beginning before the source is given up
 def open_source(
     name: str, config: SourceConfig, split: str | None = None, max_bad_shards: int = 0, check_pictures: bool = True
 ) -> Source:
-    """A source as its settings say.
+    """A source as its settings say; refused when they are wrong, or the data not there, empty or of another schema.
 
     Args:
         name: its key in `data.sources`.
@@ -45,9 +45,6 @@ def open_source(
         split: instead of `config.split`.
         max_bad_shards: how many corrupt shards a pass may skip, or corrupt files of a local table be left out.
         check_pictures: of a folder, look at all pictures first; else a bad one shows itself at its row.
-
-    Raises:
-        UserError: the settings are wrong, or the data are not there, empty or of another schema.
     """
     check_source(name, config)
     split = split or config.split
@@ -107,13 +104,9 @@ class ShuffledSource:
     ) -> None:
         """Nothing is read yet.
 
-        Args:
-            source: what is read.
-            share: which part of it.
-            buffer: rows that are shuffled with each other; 1 keeps the order.
-            seed: names the order.
-            repeat: start again, in another order, when the source ends.
-            keep: samples for which it is False are passed over (the others' validation samples).
+        Of `share` of the source, `buffer` rows are shuffled with each other (1 keeps the order) in an order that `seed`
+        names; with `repeat` it starts again, in another order, when the source ends. Samples for which `keep` is False
+        are passed over (the others' validation samples).
         """
         self.source, self.share, self.buffer, self.seed = source, share, buffer, seed
         self.repeat, self.keep = repeat, keep
@@ -125,11 +118,7 @@ class ShuffledSource:
         self._reader: Reader | None = None
 
     def next(self) -> RawSample | None:
-        """The next sample; None at the end, and from then on.
-
-        Raises:
-            UserError: the source is empty, `keep` leaves none of it, or its first `PATIENCE` rows are all unusable.
-        """
+        """The next sample; None at the end, and from then on. A source that gives nothing is a `UserError`."""
         while not self.ended:
             if self._reader is None:
                 self._fill(self.start)
@@ -350,14 +339,7 @@ class NumberedRows:
         share: Share = WHOLE,
         limit: int | None = None,
     ) -> None:
-        """Start at the beginning.
-
-        Args:
-            sources: with their weights.
-            batch_size: rows of a batch; the last one may have fewer.
-            share: whose batches this process has.
-            limit: rows in all.
-        """
+        """Start at the beginning of `sources`, given with their weights; `limit` is of rows in all."""
         self.sources = {name: source for name, (_, source) in sources.items()}
         self.weights = {name: weight for name, (weight, _) in sources.items()}
         self.batch_size, self.share, self.limit = batch_size, share, limit

@@ -176,13 +176,8 @@ def exchanges_of(value: Any, n_images: int, what: str) -> tuple[Exchange, ...]:
 
     A system message is put before the first question, with an empty line between, as Gemma's chat template does.
 
-    Args:
-        value: what JSON, Arrow or Parquet gave.
-        n_images: how many pictures it is about.
-        what: names the value, for messages.
-
-    Raises:
-        UserError: it is of no layout, a turn is missing or empty, or the pictures' marks do not fit the pictures.
+    `value` is what JSON, Arrow or Parquet gave, `what` names it in messages. It is refused when it is of no layout, a
+    turn is missing or empty, or the pictures' marks do not fit the `n_images` pictures.
     """
     turns = _turns(value, what)
     layout = _layout(turns[0])

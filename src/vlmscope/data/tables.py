@@ -57,11 +57,7 @@ Parser = Callable[[Mapping[str, Any], str], RawSample]  # (row, origin) -> sampl
 
 
 def hf_source(name: str, config: SourceConfig, split: str, max_bad: int = 0) -> Source:
-    """The samples of one split, without `max_bad` corrupt files of a folder at most.
-
-    Raises:
-        UserError: it is not there or cannot be reached, has no such split or column, is empty, or too much is corrupt.
-    """
+    """The samples of one split, without `max_bad` corrupt files of a folder at most."""
     from datasets import IterableDataset, interleave_datasets
 
     bad = BadFiles(name, max_bad, "copy it anew")

@@ -95,7 +95,7 @@ class Die(NamedTuple):
 
 
 @pytest.mark.parametrize("where", ["write_tar", "write_json"])
-@pytest.mark.parametrize("at", [1, 2, 5, 9])
+@pytest.mark.parametrize("at", [1, 5])
 def test_an_interrupted_build_goes_on_without_loss_or_repeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, at: int
 ) -> None:
@@ -116,10 +116,6 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def shorten(path: Path) -> None:
-    path.write_bytes(b"short")
-
-
 def read(path: Path) -> Any:
     """The content of a file; the index lists shards in the order in which they were written."""
     return read_json(path) if path.suffix == ".json" else path.read_bytes()
@@ -128,15 +124,9 @@ def read(path: Path) -> Any:
 ONE, DIGESTS = "train-words-all-000-00001.tar", "digests/words-all-001-00002.bin"
 
 
-@pytest.mark.parametrize(
-    ("files", "harm", "processes"),
-    [
-        (ONE, flip, 1), (ONE, shorten, 1), (ONE, Path.unlink, 1), (DIGESTS, flip, 1), (DIGESTS, Path.unlink, 1),
-        ("*.tar", flip, 1), pytest.param("*words*", flip, 2, id="two", marks=pytest.mark.slow),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("files", "harm"), [(ONE, flip), (ONE, Path.unlink), (DIGESTS, flip), ("*.tar", flip)])
 def test_damaged_shards_alone_are_written_again_bit_for_bit(
-    tmp_path: Path, files: str, harm: Callable[[Path], None], processes: int
+    tmp_path: Path, files: str, harm: Callable[[Path], None]
 ) -> None:
     made, out = sources(tmp_path / "words"), tmp_path / "out"
     build_mix(made, settings(out))
@@ -144,7 +134,7 @@ def test_damaged_shards_alone_are_written_again_bit_for_bit(
     victims = list(out.glob(files))
     for path in victims:
         harm(path)
-    figures = build_mix(made, settings(out), processes)
+    figures = build_mix(made, settings(out))
     index = read_json(out / "index.json")
     touched = {name for part in index["parts"].values() for number, chunk in enumerate(part["chunks"])
                for name in chunk["shards"] if {*chunk["shards"]} & {path.name for path in victims}
@@ -155,21 +145,6 @@ def test_damaged_shards_alone_are_written_again_bit_for_bit(
         if path.suffix == ".tar":
             assert (path.stat().st_mtime_ns == time) == (path.name not in touched), path
     assert build_mix(made, settings(out))["data/shards_written"] == 0
-
-
-def test_a_build_that_was_cut_short_mends_what_it_has_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, out = sources(tmp_path / "words"), tmp_path / "out"
-    monkeypatch.setattr(build, "write_tar", Die(build.write_tar, [], 9))
-    with pytest.raises(KeyboardInterrupt):
-        build_mix(made, settings(out))
-    flip(out / "train-words-all-000-00000.tar")
-    figures = build_mix(made, settings(out))
-    build_mix(made, settings(tmp_path / "whole"))
-    for path in (tmp_path / "whole").rglob("*.*"):
-        assert read(path) == read(out / path.relative_to(tmp_path / "whole")), path
-    assert figures["data/duplicates"] == 20 and figures["data/rows"] == 121
 
 
 def test_a_source_that_has_changed_does_not_mend(
@@ -239,9 +214,8 @@ def test_a_mistake_in_another_process_is_one_line_here(tmp_path: Path) -> None:
 HALF = ("a \ud800 b", "caf\udce9")  # no characters: neither UTF-8 nor any tokenizer has them
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, id="two")])
 @pytest.mark.parametrize("kind", ["exchanges", "captions", "texts"])
-def test_texts_of_half_characters_are_left_out_and_counted(kind: str, processes: int, tmp_path: Path) -> None:
+def test_texts_of_half_characters_are_left_out_and_counted(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "a.png").write_bytes(PNG)
@@ -253,7 +227,7 @@ def test_texts_of_half_characters_are_left_out_and_counted(kind: str, processes:
     }[kind]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = {"mine": SourceConfig("folder", str(folder))}
-    figures = build_mix(made, settings(tmp_path / "out"), processes)
+    figures = build_mix(made, settings(tmp_path / "out"))
     assert (figures["data/rows"], figures["data/unusable"], figures["data/samples"]) == (14, 2, 12)
     # A folder that is trained on as it is has all its lines looked at first.
     with pytest.raises(UserError, match=r"train.jsonl line 13: .* '\\ud800' at character 3"):
@@ -342,25 +316,18 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int |
 
 
 HOSTILE = {
-    "parent": (member("../../out.json"), "'../../out.json' leaves the shard"),
-    "parent inside": (member("a/../../out.json"), "leaves the shard"),
+    "parent": (member("a/../../out.json"), "leaves the shard"),
     "absolute": (member("/tmp/out.json"), "'/tmp/out.json' leaves the shard"),
     "symbolic link": (member("x.json", tarfile.SYMTYPE, "/etc/passwd"), "'x.json' is no plain file"),
     "hard link": (member("x.json", tarfile.LNKTYPE, "s-0000.json"), "'x.json' is no plain file"),
     "device": (member("x.json", tarfile.CHRTYPE), "'x.json' is no plain file"),
-    "pipe": (member("x.json", tarfile.FIFOTYPE), "'x.json' is no plain file"),
-    "folder": (member("x.json", tarfile.DIRTYPE), "'x.json' is no plain file"),
-    "sparse": (
-        member("x.json", **{"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**40)}),
-        "'x.json' is no plain file",
-    ),
+    "sparse": (member("x.json", **{"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**40)}), "is no plain file"),
     "larger than the shard": (member("x.json", size=2**33), "'x.json' claims 8,589,934,592 bytes"),
     "negative": (member("x.json", size=-512), "'x.json' claims -512 bytes"),
     "twice": (member("x.json") * 2, "'x.json' is there twice"),
     "no ending": (member("README"), "'README' has no ending"),
     "gzip": (None, "not a gzip|invalid header|not a tar|bad checksum"),
     "no json": (member("x.png"), "json"),
-    "empty": (b"", "empty"),
     "cut in a member": (member("x.json")[:700], "unexpected end of data|truncated"),
 }
 
@@ -371,7 +338,7 @@ def test_members_that_no_shard_of_ours_has_make_it_corrupt(tmp_path: Path, case:
     shards(tmp_path, (2, 3))
     (content, reason), path = HOSTILE[case], tmp_path / "train-s-0.tar"
     good = path.read_bytes()
-    end = b"" if case.startswith("cut") or case == "empty" else bytes(1024)
+    end = b"" if case.startswith("cut") else bytes(1024)
     path.write_bytes(gzip.compress(good) if content is None else content + end)
     index = read_json(tmp_path / "index.json")
     index["shards"][path.name] |= {"bytes": path.stat().st_size, "samples": 1}
@@ -387,16 +354,15 @@ def test_members_that_no_shard_of_ours_has_make_it_corrupt(tmp_path: Path, case:
     "change",
     [
         lambda index: [],
-        lambda index: index | {"shards": []},
         lambda index: {"shards": index["shards"]},
         lambda index: index | {"shards": {"../x.tar": index["shards"]["train-s-0.tar"]}},
-        lambda index: index | {"shards": {"/etc/x.tar": index["shards"]["train-s-0.tar"]}},
         lambda index: index | {"shards": {"train-s-0.tar": {"split": "train", "kind": "s"}}},
-        lambda index: index | {"shards": {"train-s-0.tar": None}},
     ],
 )
 def test_an_index_of_another_shape_is_one_line(tmp_path: Path, change: Callable[[Any], Any]) -> None:
     shards(tmp_path, (1,))
+    with pytest.raises(UserError, match=r"no samples of stream 'z', split 'train'; it has s \(train\)"):
+        open_source("it", SourceConfig("shards", str(tmp_path), stream="z"))
     write_json(tmp_path / "index.json", change(read_json(tmp_path / "index.json")))
     with pytest.raises(UserError, match=r"index.json is no index of shards; correct data.sources.it.path"):
         answers(tmp_path)
@@ -414,12 +380,6 @@ def test_the_count_of_bad_shards_survives_resuming(tmp_path: Path) -> None:
     again.load(json.loads(json.dumps(stream.state())))
     assert [again.next() for _ in range(8)] == [stream.next() for _ in range(8)]
     assert stream.bad_shards == again.bad_shards == 1
-
-
-def test_streams_that_are_not_there_are_named(tmp_path: Path) -> None:
-    shards(tmp_path)
-    with pytest.raises(UserError, match=r"no samples of stream 'z', split 'train'; it has s \(train\)"):
-        open_source("it", SourceConfig("shards", str(tmp_path), stream="z"))
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: ...")])

@@ -21,7 +21,6 @@ from vlmscope.data.images import (
     for_figures,
     open_image,
     picture_format,
-    png_bytes,
 )
 
 NOISE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -76,21 +75,16 @@ GREY = np.asarray(keyed("L"))[..., None].repeat(3, 2)
 BLUE = np.full((5, 7, 3), (10, 120, 250))
 TRANSPARENT: dict[str, tuple[Callable[[], bytes], np.ndarray]] = {
     "RGBA": (lambda: encoded(rgba(), "PNG"), on_white(NOISE, ALPHA)),
-    "RGBA TIFF": (lambda: encoded(rgba(), "TIFF"), on_white(NOISE, ALPHA)),
-    "RGBA WebP": (lambda: encoded(rgba(), "WEBP", lossless=True, exact=True), on_white(NOISE, ALPHA)),
     "LA": (
         lambda: encoded(Image.merge("LA", (keyed("L"), Image.fromarray(ALPHA))), "PNG"),
         on_white(GREY, ALPHA),
     ),
-    "palette": (lambda: encoded(palette(), "PNG", transparency=0), on_white(BLUE, SOLID)),
     "palette with levels": (
         lambda: encoded(palette(), "PNG", transparency=bytes([0, 128])),
         on_white(BLUE, np.where(HOLES, 0, 128)),
     ),
-    "GIF": (lambda: encoded(palette(), "GIF", transparency=0), on_white(BLUE, SOLID)),
     "grey tRNS": (lambda: encoded(keyed("L"), "PNG", transparency=0), on_white(GREY, SOLID)),
     "RGB tRNS": (lambda: encoded(keyed("RGB"), "PNG", transparency=(0, 0, 0)), on_white(NOISE | 1, SOLID)),
-    "1 bit tRNS": (lambda: encoded(Image.fromarray(~HOLES), "PNG", transparency=0), np.full((5, 7, 3), 255)),
     "16 bit tRNS": (
         lambda: encoded(Image.fromarray(np.where(HOLES, 7, 65535 // 5).astype(np.uint16)), "PNG", transparency=7),
         on_white(np.full((5, 7, 3), 51), SOLID),
@@ -111,7 +105,6 @@ def test_transparency_is_laid_on_white_as_the_processors_do(tmp_path: Path, kind
 
 WIDE = {
     "PNG": lambda values: encoded(Image.fromarray(values.astype(np.uint16)), "PNG"),
-    "TIFF": lambda values: encoded(Image.fromarray(values.astype(np.uint16)), "TIFF"),
     "big-endian TIFF": lambda values: encoded(
         Image.frombytes("I;16B", values.shape[::-1], values.astype(">u2").tobytes()), "TIFF"
     ),
@@ -120,7 +113,7 @@ WIDE = {
 }
 
 
-@pytest.mark.parametrize("top", [0, 255, 256, 40000, 65535])
+@pytest.mark.parametrize("top", [0, 255, 40000, 65535])
 @pytest.mark.parametrize("kind", WIDE)
 def test_the_scale_of_wide_pixels_is_that_of_the_format_whatever_values_occur(
     tmp_path: Path, kind: str, top: int
@@ -157,24 +150,6 @@ def test_pixels_of_unknown_scale_are_refused(tmp_path: Path, values: np.ndarray,
             check_image(tmp_path / "x.tif")
 
 
-def test_lab_is_what_pillow_makes_of_it(tmp_path: Path) -> None:
-    """Eight bits of Lab do not hold every colour: the mean is near, single saturated pixels need not be."""
-    source = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    data = encoded(source.convert("LAB"), "TIFF")
-    for pixels in through_every_door(data, tmp_path):
-        assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-        assert np.abs(pixels.astype(int) - np.asarray(source)).mean() < 2
-
-
-def test_nothing_is_shrunk_but_for_figures(tmp_path: Path) -> None:
-    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
-    assert open_image(tmp_path / "dot.png").size == (1, 1)
-    Image.new("L", (5000, 3000)).save(tmp_path / "large.png")
-    large = open_image(tmp_path / "large.png")
-    assert large.size == (5000, 3000)
-    assert [array.shape for array in for_figures([large])] == [(1229, 2048, 3)]
-
-
 def test_many_pictures_stay_in_their_files(tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for number, path in enumerate(paths):
@@ -188,28 +163,12 @@ def test_many_pictures_stay_in_their_files(tmp_path: Path) -> None:
         PictureFiles(paths)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_orientation_is_applied(tmp_path: Path, form: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     for pixels in through_every_door(encoded(Image.new("RGB", (8, 4)), form, exif=exif), tmp_path):
         assert pixels.shape == (8, 4, 3)
-
-
-def test_bad_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = tmp_path / "good.png"
-    good.write_bytes(png_bytes(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)))
-    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:3000])
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "text.png").write_text("no picture")
-    for name in ("missing.png", "cut.png", "empty.png", "text.png", "."):
-        with pytest.raises(UserError) as caught:
-            open_image(tmp_path / name)
-        assert str(tmp_path / name) in str(caught.value)
-        assert "\n" not in str(caught.value)
-    monkeypatch.setattr(images, "MAX_PIXELS", 100)
-    with pytest.raises(UserError, match="64 x 64 pixels are too many"):
-        open_image(good)
 
 
 def header(side: int) -> bytes:
@@ -251,15 +210,25 @@ def test_whatever_a_decoder_raises_is_one_line(monkeypatch: pytest.MonkeyPatch, 
     assert "\n" not in str(caught.value)
 
 
-def test_a_header_is_checked_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.effect_noise((64, 64), 90).save(tmp_path / "x.png")
-    (tmp_path / "x.png").write_bytes((tmp_path / "x.png").read_bytes()[:500])
-    check_image(tmp_path / "x.png")
-    with pytest.raises(UserError, match="cannot be read as a picture"):
-        open_image(tmp_path / "x.png")
+def test_bad_files_are_named_and_headers_checked_without_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.effect_noise((64, 64), 90).save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:500])
+    (tmp_path / "text.png").write_text("no picture")
+    check_image(tmp_path / "cut.png")  # damaged after its header
+    for name in ("missing.png", "cut.png", "text.png", "."):
+        for door in (open_image, check_image) if name != "cut.png" else (open_image,):
+            with pytest.raises(UserError) as caught:
+                door(tmp_path / name)
+            assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     with pytest.raises(UserError, match="64 x 64 pixels are too many"):
-        check_image(tmp_path / "x.png")
-    for name, words in (("gone.png", "no such file"), ("", "is a folder")):
-        with pytest.raises(UserError, match=words):
-            check_image(tmp_path / name)
+        check_image(tmp_path / "good.png")
+
+
+def test_pictures_are_shrunk_for_figures_alone(tmp_path: Path) -> None:
+    Image.new("L", (5000, 3000)).save(tmp_path / "large.png")
+    large = open_image(tmp_path / "large.png")
+    assert large.size == (5000, 3000)
+    assert [array.shape for array in for_figures([large])] == [(1229, 2048, 3)]

@@ -163,19 +163,11 @@ def scene_pairs(
     original: str | None = None,
     counterfactual: str | None = None,
 ) -> list[ScenePair]:
-    """`count` pairs that differ in one fact. Streams of different splits and changes never overlap.
+    """`count` pairs that differ in one fact of `CHANGES`. Streams of different splits and changes never overlap.
 
-    Args:
-        change: one of `CHANGES`; for `count` and `fingers` the counterfactual has one more, for `object` shape and
-            colour are both others.
-        split: 'train', 'val' or 'test'; digits of different splits are different handwriting.
-        count: how many.
-        seed: of all draws.
-        original: the changed fact's word in every original; drawn uniformly when None.
-        counterfactual: the same in every counterfactual.
-
-    Raises:
-        UserError: no such change, or no two words that fit.
+    For `count` and `fingers` the counterfactual has one more, for `object` shape and colour are both others; digits of
+    different splits are different handwriting. `original` and `counterfactual` are the fact's words in all pairs, drawn
+    uniformly when None.
     """
     if change not in CHANGES:
         raise UserError(f"no pairs that differ in {change!r}: choose one of {', '.join(CHANGES)}")
@@ -284,13 +276,8 @@ LICENCE = (
 def build(folder: Path, counts: dict[str, dict[str, int]], seed: int = 0, shard_size: int = 1000) -> dict[str, float]:
     """Write the shards of `counts[split][kind]` scenes that `folder` still lacks, and those that are damaged.
 
-    Which scenes a shard holds depends only on its number, so a build that was cut short goes on where it was.
-
-    Returns:
-        `data/shards`, `data/shards_written` by this call, `data/scenes` and `data/bytes`.
-
-    Raises:
-        UserError: the folder holds shards of other scenes, or cannot be written.
+    Which scenes a shard holds depends only on its number, so a build that was cut short goes on where it was. Returns
+    `data/shards`, `data/shards_written` by this call, `data/scenes` and `data/bytes`.
     """
     meta = {"dataset": "orrery", "version": VERSION, "seed": seed, "counts": counts, "licence": LICENCE}
     index = open_index(folder, meta)

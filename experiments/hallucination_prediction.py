@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from vlmscope.attribution.trace import trace
 from vlmscope.core.artifacts import atomic_path
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, check_least
 from vlmscope.core.graph import NodeKind, PrunedGraph
 from vlmscope.core.intervention import Rate
 from vlmscope.core.records import generator
@@ -81,9 +81,7 @@ class Settings:
             raise UserError(f"analysis.levels={list(self.levels)}: give two levels, 0 <= least <= highest <= 1")
         if sum(self.scenes.values()) < 2 or min(self.scenes.values()) < 0:
             raise UserError(f"analysis.scenes={dict(self.scenes)}: they count scenes; ask for two or more")
-        for key, least in (("folds", 2), ("shuffles", 1)):
-            if getattr(self, key) < least:
-                raise UserError(f"analysis.{key}={getattr(self, key)}: it must be at least {least}")
+        check_least("analysis", self, folds=2, shuffles=1)
 
 
 def analyse(bench: Bench) -> dict[str, float]:

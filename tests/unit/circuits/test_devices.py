@@ -11,8 +11,7 @@ from tests.unit.circuits.subjects import carried, cases_of
 
 from vlmscope.circuits.circuit import at_supernodes, load_circuit, save_circuit, steer_plan
 from vlmscope.circuits.discovery.edges import pair_edges, run_edges
-from vlmscope.circuits.discovery.nodes import CircuitSubject, activation_change, changing_nodes, eap_ig, measure
-from vlmscope.circuits.discovery.search import Runner
+from vlmscope.circuits.discovery.nodes import CircuitSubject, changing_nodes, eap_ig, measure
 from vlmscope.circuits.operations import Ablate, Carry, Exchange, Toward
 from vlmscope.circuits.pairs import pair_effects, pair_subject
 from vlmscope.circuits.selectors import contrast_circuit
@@ -106,21 +105,6 @@ def test_interchanges_and_their_controls_run_there(there, pairs) -> None:
         run_trials(scope, [Trial("carry", Carry(some), [cases.select([0, 2])], [Setting()], means)])
     with PretendDevice():
         assert len(pair_effects(scope, pairs, 2).ranked(3)) == 3
-
-
-def test_circuits_of_nodes_and_edges_are_found_there(there, pairs) -> None:
-    scope, sides = there
-    with PretendDevice():
-        measured = measure(scope, CircuitSubject(pairs, *sides))
-        nodes = changing_nodes(measured, scope.transcoders)
-        runner = Runner(scope, measured, nodes)
-        half = runner.kept(np.arange(len(nodes)) % 2 == 0)
-        assert np.isfinite(runner.run(half)).all()
-        effects = eap_ig(scope, measured, nodes, 2)
-        activation_change(scope.transcoders, measured, nodes)
-        targets = np.flatnonzero(nodes.is_feature)[:20]
-        edges = pair_edges(scope, measured, nodes, targets, 1, 1)
-        assert np.isfinite(run_edges(edges, [None])).all() and np.isfinite(effects).all()
 
 
 def test_half_precision_runs_the_whole_way() -> None:

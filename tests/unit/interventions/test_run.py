@@ -13,7 +13,6 @@ from vlmscope.interventions.edits import (
     set_features,
 )
 from vlmscope.interventions.run import base_run, editing, generate_batch, generate_edited, run_edited
-from vlmscope.models.attention import recording_patterns
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_image
 from vlmscope.replacement.model import build_replacement
@@ -23,14 +22,6 @@ MODES = ("direct", "frozen_attention", "free")
 
 def everywhere(batch) -> torch.Tensor:
     return torch.ones(batch.length, dtype=torch.bool)
-
-
-def test_batch_equals_the_model_on_each_prompt(bench) -> None:
-    scope, inputs, batch = bench
-    logits = run_edited(scope, batch, {}, "free")
-    for row, one in enumerate(inputs):
-        assert torch.allclose(logits[row], scope.vlm.model(**one.tensors).logits[0, -1], rtol=0, atol=1e-10)
-    assert (logits[0] - logits[1]).abs().max() > 1e-3 or not scope.adapter.has_vision
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -95,20 +86,6 @@ def test_free_mode_adds_the_decoder_rows(bench) -> None:
     got = run_edited(scope, batch, plan, "free")
     assert torch.allclose(got, expected, rtol=0, atol=1e-12)
     assert (got - run_edited(scope, batch, {}, "free")).abs().max() > 1e-4
-
-
-def test_modes_differ_and_frozen_attention_keeps_patterns(bench) -> None:
-    scope, _, batch = bench
-    base = base_run(scope, batch)
-    plan = {0: scaled(torch.arange(40), 3.0, everywhere(batch))}
-    found = {mode: run_edited(scope, batch, plan, mode, base) for mode in MODES}
-    for a, b in (("direct", "frozen_attention"), ("frozen_attention", "free")):
-        assert (found[a] - found[b]).abs().max() > 1e-6, (a, b)
-    with recording_patterns(scope.adapter) as patterns, editing(scope, plan):
-        scope.vlm.model(**batch.tensors)
-    assert (patterns[2] - base.patterns[2]).abs().max() > 1e-6
-    again = run_edited(scope, batch, {}, "free")
-    assert torch.equal(again, base.logits) or torch.allclose(again, base.logits, rtol=0, atol=1e-12)
 
 
 def test_generation_with_a_cache_equals_generation_without(bench) -> None:

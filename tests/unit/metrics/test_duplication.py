@@ -43,15 +43,3 @@ def test_twins_are_those_of_the_whole_table_of_cosines() -> None:
         assert found[0].cosine[30] == -1 and found[0].layer[30] == -1 and found[3].index[22] == -1
         assert found[3].index[20:22].tolist() == [7, 8] and found[3].layer[20:22].tolist() == [0, 0]
         assert (found[0].cosine >= 0.8).sum() == 2
-
-
-def test_twins_within_a_layer_are_not_the_feature_itself_and_both_directions_count() -> None:
-    write, read = rows(0), rows(1)
-    write[5], write[6] = write[2], write[3]
-    read[6] = 3.0 * read[3]
-    alive = {4: torch.ones(40, dtype=torch.bool)}
-    found = nearest_twins({4: [write]}, alive, own_layer=True, block=16)[4]
-    assert [(int(i), int(found.index[i])) for i in (2, 3, 5, 6)] == [(2, 5), (3, 6), (5, 2), (6, 3)]
-    assert (found.cosine > 0.8).sum() == 4
-    both = nearest_twins({4: [write, read]}, alive, own_layer=True)[4]
-    assert torch.nonzero(both.cosine > 0.8).flatten().tolist() == [3, 6]

@@ -51,12 +51,3 @@ def test_scale_order_rotation_and_silent_pictures_change_nothing(case: tuple[np.
     ):
         np.testing.assert_allclose(changed, wanted, atol=1e-12)
     assert abs(monosemanticity(embeddings[order], activations) - wanted).max() > 0.01
-
-
-def test_without_a_pair_there_is_no_score() -> None:
-    embeddings = unit_embeddings(generator(2, "mono").standard_normal((3, D)))
-    one, none = np.array([0.3, 0.0, 0.0]), np.zeros(3)
-    lost = np.array([1.0, 1e-30, 0.0])  # the pair's weight is rounded away
-    found = monosemanticity(embeddings, np.stack([one, none, lost, np.ones(3)], 1))
-    assert np.isnan(found[:3]).all() and np.isfinite(found[3])
-    assert monosemanticity(np.zeros((0, D)), np.zeros((0, 2))).shape == (2,)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,6 @@ from vlmscope.data.config import PairsConfig
 from vlmscope.interventions.run import run_edited
 from vlmscope.interventions.trials import Setting, Trial, run_trials
 from vlmscope.models.tiny import tiny_image
-from vlmscope.tasks.bench import Bench
 from vlmscope.tasks.experiment import own_analysis
 
 OBJECTS: Any = own_analysis("object_recognition")
@@ -64,14 +63,3 @@ def test_own_pairs_whose_questions_share_no_id_are_told_before_anything_runs(tmp
     with pytest.raises(UserError, match=r"pairs.jsonl: .* give lines about one scene the same \"id\"") as error:
         OBJECTS.check(own_pairs(tmp_path, ids))
     assert "\n" not in str(error.value)
-
-
-def test_own_pairs_with_ids_and_orrerys_pass(tmp_path: Path) -> None:
-    OBJECTS.check(own_pairs(tmp_path, ("1", "1")))
-    OBJECTS.check(SimpleNamespace(pairs=PairsConfig(change="object")))
-
-
-def test_without_pairs_it_is_said_what_to_choose() -> None:
-    bench = Bench(cast(Any, SimpleNamespace(pairs=None)), Path())
-    with pytest.raises(UserError, match="choose some, such as pairs=first_digit"):
-        bench.pairs("test")

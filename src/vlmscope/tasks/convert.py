@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmscope.core.errors import CheckFailed, UserError
+from vlmscope.core.errors import CheckFailed, UserError, check_choice
+from vlmscope.transcoders.config import FORMAT_NAMES
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from vlmscope.config import AppConfig
     from vlmscope.tasks.registry import RunContext
-    from vlmscope.transcoders.formats import Choice
     from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
-
-DTYPES = ("auto", "float32", "bfloat16", "float64")
 
 
 @dataclass
@@ -35,20 +33,18 @@ class Config:
     license: str | None = None
 
     def __post_init__(self) -> None:
-        from vlmscope.transcoders.config import FORMAT_NAMES
-
-        for key, value, allowed in (("to", self.to, FORMAT_NAMES), ("dtype", self.dtype, DTYPES)):
-            if value is not None and value not in allowed:
-                raise UserError(f"task.{key}={value}: no such choice; choose one of {', '.join(allowed)}")
+        if self.to is not None:
+            check_choice("task.to", self.to, FORMAT_NAMES)
+        check_choice("task.dtype", self.dtype, ("auto", "float32", "bfloat16", "float64"))
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Convert the set that `transcoder=path transcoder.path=...` names, and write its card."""
-    from dataclasses import replace
+    import torch
 
-    from vlmscope.core.artifacts import atomic_folder, read_text, write_text
+    from vlmscope.core.artifacts import atomic_folder, read_text, tensor_heads, write_text
     from vlmscope.tasks.wiring import chosen_set, limit_threads
-    from vlmscope.transcoders.formats import load_set, refusal, save_set
+    from vlmscope.transcoders.formats import load_set, open_set, refusal, save_set
     from vlmscope.transcoders.hub import CARD, carried_over, facts_of_set, render
 
     for key in ("to", "out"):
@@ -56,34 +52,26 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
             raise UserError(f"task.{key} has no value; give it on the command line as task.{key}=...")
     limit_threads(cfg)
     folder, form, choice = chosen_set(cfg)
-    found = load_set(folder, dtype=_widest(folder, form, choice), format=form, choice=choice).requires_grad_(False)
-    why = refusal(found, cfg.task.to)
+    files = [layer.path for layer in open_set(folder, form, choice).layers.values()]
+    wide = any(head.dtype == "F64" for file in files for head in tensor_heads(file).values())
+    # float32 holds all other weights exactly.
+    dtype = torch.float64 if wide else torch.float32
+    transcoders = load_set(folder, dtype=dtype, format=form, choice=choice).requires_grad_(False)
+    why = refusal(transcoders, cfg.task.to)
     if why is not None:
         raise UserError(f"{folder} cannot be written as {cfg.task.to}: {why}; choose another task.to")
-    dtype = _smallest(found) if cfg.task.dtype == "auto" else cfg.task.dtype
+    stored = _smallest(transcoders) if cfg.task.dtype == "auto" else cfg.task.dtype
     source_card = read_text(folder / CARD) if (folder / CARD).is_file() else None
-    facts = carried_over(facts_of_set(found, cfg.task.to), source_card)
+    facts = carried_over(facts_of_set(transcoders, cfg.task.to), source_card)
     if cfg.task.license is not None:
         facts = replace(facts, license=cfg.task.license)
     with atomic_folder(cfg.task.out) as temporary:
-        save_set(found, temporary, dtype, cfg.task.to)
-        _check(found, temporary, cfg.task.to, dtype)
+        save_set(transcoders, temporary, stored, cfg.task.to)
+        _check(transcoders, temporary, cfg.task.to, stored)
         write_text(temporary / CARD, render(facts))
         size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-    print(f"{len(found)} layers as {cfg.task.to} in {dtype}, read back and computing the same: {cfg.task.out}")
-    return {"convert/layers": float(len(found)), "convert/bytes": float(size)}
-
-
-def _widest(folder: Path, form: str, choice: Choice) -> torch.dtype:
-    """float64 for weights that are stored so, float32 for all others, which it holds exactly."""
-    import torch
-
-    from vlmscope.core.artifacts import tensor_heads
-    from vlmscope.transcoders.formats import open_set
-
-    files = [layer.path for layer in open_set(folder, form, choice).layers.values()]
-    wide = any(head.dtype == "F64" for file in files for head in tensor_heads(file).values())
-    return torch.float64 if wide else torch.float32
+    print(f"{len(transcoders)} layers as {cfg.task.to} in {stored}, read back and computing the same: {cfg.task.out}")
+    return {"convert/layers": float(len(transcoders)), "convert/bytes": float(size)}
 
 
 def _smallest(transcoders: TranscoderSet) -> str:
@@ -115,11 +103,8 @@ def _difference(first: Transcoder, second: Transcoder, x: Tensor) -> float:
 def _check(expected: TranscoderSet, folder: Path, form: str, dtype: str) -> None:
     """What was written is read back and compared on random inputs, with the weights as they were stored.
 
-    Raises:
-        CheckFailed: it computes something else or at other places, which would be a fault of the writer.
+    Where it computes something else or at other places, that is a fault of the writer.
     """
-    import copy
-
     import torch
 
     from vlmscope.core.records import generator

@@ -32,7 +32,7 @@ from vlmscope.data.packing import IGNORE, PackedBatch, pack, to_pixels
 from vlmscope.models.base import token_strings
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig, rate_factor
-from vlmscope.training.resume import Checkpoints, fit_or_interrupt
+from vlmscope.training.resume import OneFileCheckpoints, fit_or_interrupt
 
 _BATCH = 50
 _ALL = 100  # questions of a scene: every one is asked
@@ -332,7 +332,7 @@ def train_orrery(
 
     def fit(name: str, module: ScheduledModule, measure: Callable[[], dict[str, float]]) -> None:
         total = module.config.max_steps
-        checkpoints = Checkpoints(run_dir / name, config.checkpoint_every, total, settings, origin)
+        checkpoints = OneFileCheckpoints(run_dir / name, config.checkpoint_every, total, settings, origin)
         if resume:
             checkpoints.restore(module)
         fit_stage(module, pools["train"], [checkpoints, _Validate(config.val_every, total, measure)], logger)

@@ -11,6 +11,7 @@ a resumed run continues with the very next batch, by telling when it is `committ
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import warnings
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlmscope.core.artifacts import atomic_path, plain, read_json, refuse_other, write_json
+from vlmscope.core.artifacts import atomic_path, open_tensors, plain, read_json, refuse_other, write_json
 from vlmscope.core.errors import UserError, is_out_of_memory
 from vlmscope.training.ranks import Ranks
 
@@ -177,6 +178,38 @@ class Checkpoints(pl.Callback):
                 f"{place} has {free / 1e9:.3g} GB free, and checkpoints and set take {needed / 1e9:.3g} GB; "
                 "make room, or choose another hydra.run.dir"
             )
+
+
+class OneFileCheckpoints(Checkpoints):
+    """The same as one file, `<folder>/checkpoint.safetensors`, for a module of one part that one process trains."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / "checkpoint.safetensors"
+
+    def save(self, module: Resumable) -> None:
+        """Write the module with its step count and the run's origin."""
+        if self.stands == module.steps_done:
+            return
+        (part,) = module.parts().values()
+        state = part_state(part, module.optimizer)
+        metadata = {"steps_done": str(module.steps_done), "origin": json.dumps(self.settings | self.origin)}
+        with atomic_path(self.path, sum(tensor.nbytes for tensor in state.values())) as temporary:
+            save_file(state, temporary, metadata=metadata)
+        self.stands = module.steps_done
+
+    def restore(self, module: Resumable) -> bool:
+        """Load the file into `module`; False when there is none."""
+        if not self.path.is_file():
+            return False
+        (part,) = module.parts().values()
+        with open_tensors(self.path, "pt") as file:
+            metadata = file.metadata()
+        refuse_other(str(self.path), json.loads(metadata["origin"]), self.settings | self.origin)
+        load_part(self.path, part, module.optimizer)
+        module.steps_done = self.stands = int(metadata["steps_done"])
+        return True
 
 
 def part_state(part: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

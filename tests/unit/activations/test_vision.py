@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
-from vlmscope.activations.vision import PictureAttention, capture_vision_attention
+from vlmscope.activations.vision import capture_vision_attention
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import PatchBox, generator
 from vlmscope.models import attention
@@ -124,21 +124,6 @@ def test_patterns_are_those_of_hugging_faces_eager_attention(vlm: VLM) -> None:
     assert sorted(covered + padding) == list(range(total))  # every token of the tower, once
 
 
-def test_patterns_keep_float64(vlm: VLM) -> None:
-    """Against the other way to the same numbers: Hugging Face's eager attention in float64."""
-    model = tiny_vlm(vlm.name.removeprefix("tiny_"), 5, dtype=torch.float64)
-    inputs = prepared(model, *pictures((72, 48)))
-    with exact_float64(), torch.no_grad():
-        captured = capture_vision_attention(model, inputs, [-1])
-        with eager_calls(model) as calls:
-            model.model(**inputs.tensors)
-    theirs = whole_pattern(calls[model.adapter.vision_attention()[-1]])
-    for tile in captured.pictures[0].tiles:
-        tokens = torch.from_numpy(tile.tile.tokens)
-        (pattern,) = tile.patterns.values()
-        assert torch.allclose(pattern, theirs[:, tokens][:, :, tokens], rtol=0, atol=1e-12)
-
-
 def painted(picture: Image.Image, box: PatchBox) -> Image.Image:
     """The picture with the middle of a box in other colours."""
     left, top, right, bottom = box.pixels(*picture.size)
@@ -227,16 +212,6 @@ def test_soft_tokens_take_the_patches_that_they_list(vlm: VLM, sizes: tuple[tupl
     check_pooling(vlm, prepared(vlm, *pictures(*sizes)))
 
 
-@pytest.mark.parametrize(("size", "rows"), [((1, 40), 2), ((40, 1), 0)])
-def test_a_strip_thinner_than_a_patch_leaves_the_ends_of_rows(size: tuple[int, int], rows: int) -> None:
-    """Only where a tile has an even number of patches: of the published 27 x 27 the middle column is always kept."""
-    vlm = tiny_vlm("llava_onevision", 5)
-    inputs = prepared(vlm, *pictures(size))
-    check_pooling(vlm, inputs)
-    ends = [box for box in inputs.patch_boxes if box is not None][4:]
-    assert [tuple(box) for box in ends] == [(1, row / 2, 1, (row + 1) / 2) for row in range(rows)]
-
-
 def test_soft_tokens_stand_for_the_patches_that_they_list(vlm: VLM) -> None:
     inputs = prepared(vlm, *pictures((72, 48), (48, 48)))
     boxes = iter(box for box in inputs.patch_boxes if box is not None)
@@ -269,32 +244,6 @@ def test_the_weights_of_resampled_tiles_are_those_of_the_model() -> None:
     kept = torch.from_numpy(weights.sum(axis=1) > 0)
     assert torch.allclose(mixed[kept], soft[kept], rtol=0, atol=1e-5)
     assert torch.equal(soft[~kept], vlm.model.model.image_newline.expand(int((~kept).sum()), -1))
-
-
-def test_a_class_token_that_the_decoder_is_given_is_listed() -> None:
-    vlm = tiny_vlm("llava", 5)
-    vlm.model.config.vision_feature_select_strategy = vlm.processor.vision_feature_select_strategy = "full"
-    inputs = prepared(vlm, *pictures((48, 48)))
-    (picture,) = patches_of(vlm, inputs)
-    assert picture.tiles[0].n_class == 1 and picture.pooling.shape == (10, 10)
-    check_pooling(vlm, inputs)
-
-
-def test_layers_behind_those_that_the_decoder_reads_are_left_out() -> None:
-    """LLaVA reads the last layer but one: were the last among the modules, a rollout would go through noise."""
-    vlm = tiny_vlm("llava", 5)
-    inputs = prepared(vlm, *pictures((48, 48)))
-    before = soft_tokens(vlm, inputs)
-    assert capture_vision_attention(vlm, inputs).n_layers == 1
-    vlm.model.config.vision_feature_layer = -1
-    modules = vlm.adapter.vision_attention()
-    vlm.model.config.vision_feature_layer = -2
-    assert len(modules) == 2
-    handle = modules[1].register_forward_hook(lambda _module, _args, output: (output[0] + 1, *output[1:]))
-    assert torch.equal(soft_tokens(vlm, inputs), before)
-    handle.remove()
-    vlm.model.config.vision_feature_layer = [0, -1]
-    assert vlm.adapter.vision_attention() == modules
 
 
 def test_masked_patches_are_no_patches() -> None:
@@ -337,22 +286,6 @@ def test_qwens_windows_attend_within_themselves_and_full_layers_everywhere() -> 
         assert 0 < inside.sum() < inside.numel()
         assert all(torch.equal(heads > 0, inside) for heads in tile.patterns[0])
         assert (tile.patterns[1] > 0).all()
-
-
-def test_only_the_layers_that_are_asked_for_are_kept() -> None:
-    vlm = tiny_vlm("gemma3", 5)
-    inputs = prepared(vlm, *pictures((48, 48)))
-    every, last = capture_vision_attention(vlm, inputs), capture_vision_attention(vlm, inputs, range(-1, 0))
-    assert (every.layers, last.layers) == ([0, 1], [1])
-
-    def patterns(picture: PictureAttention) -> dict[int, Tensor]:
-        return picture.tiles[0].patterns
-
-    assert list(patterns(last.pictures[0])) == [1]
-    assert torch.equal(patterns(last.pictures[0])[1], patterns(every.pictures[0])[1])
-    with recording_vision_patterns(vlm.adapter, [1]) as found:
-        make_batch(vlm.adapter, [inputs])
-    assert list(found) == [1] and len(found[1]) == 1
 
 
 def test_what_has_no_patterns_is_refused_by_name() -> None:

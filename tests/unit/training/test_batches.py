@@ -1,7 +1,6 @@
 """Batches of conversations and of a mix follow from seed and number alone, and are their forwards in order."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -119,39 +118,6 @@ def test_processes_read_every_row_once_and_each_goes_on_with_its_own_states(vlm:
     for index in range(3):  # each gives a third, and the rest of the item with which it is full
         tokens = sum(map(len, ids(part(index, tokens=900)(0))))
         assert 300 <= tokens < 300 + 2 * longest
-
-
-def test_figures_are_those_of_all_processes(vlm: VLM, tmp_path: Path) -> None:
-    asked: list[list[float]] = []
-    made = MixBatches(lambda: mix(vlm), 60, tmp_path / "a.json", "", False, Share(0, 2), lambda own: _plus(asked, own))
-    made(0)
-    figures = made.figures()
-    tokens = [made.mix.tokens[name] + 10 for name in WEIGHTS]
-    assert [figures[f"data/{name}/tokens_share"] for name in WEIGHTS] == [count / sum(tokens) for count in tokens]
-    assert [figures[f"data/{name}/skipped"] for name in WEIGHTS] == [10.0] * 3 and figures["data/bad_shards"] == 10
-    assert len(asked) == 1
-
-
-def _plus(asked: list[list[float]], own: Sequence[float]) -> list[float]:
-    asked.append(list(own))
-    return [value + 10 for value in own]
-
-
-def test_shares_are_those_of_tokens(vlm: VLM, tmp_path: Path) -> None:
-    made = batches(vlm, tmp_path / "a.json")
-    tokens: dict[str, int] = {}
-    stream = mix(vlm)
-    for number in range(60):
-        made(number)
-    while sum(tokens.values()) < sum(made.mix.tokens.values()):
-        drawn = next(stream)
-        counted = sum(one["attention_mask"].sum().item() for one in drawn.item)
-        assert counted == drawn.tokens
-        tokens[drawn.source] = tokens.get(drawn.source, 0) + drawn.tokens
-    total = sum(tokens.values())
-    for name, weight in WEIGHTS.items():
-        assert made.figures()[f"data/{name}/tokens_share"] == tokens[name] / total
-        assert tokens[name] / total == pytest.approx(weight / 5, abs=0.03)
 
 
 def test_texts_are_joined_by_eos_into_whole_sequences(vlm: VLM) -> None:

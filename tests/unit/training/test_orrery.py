@@ -17,7 +17,7 @@ from vlmscope.data.packing import pack
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig
 from vlmscope.training.orrery import TowerModule, VlmModule, fit_stage, train_orrery
-from vlmscope.training.resume import Checkpoints, load_part
+from vlmscope.training.resume import OneFileCheckpoints, load_part
 
 SMALL = OrreryConfig(d_model=16, n_layers=2, d_mlp=16, head_dim=4, vision_width=8, vision_layers=1, vision_mlp=8)
 BATCH = {"planets": 1, "digits": 1}
@@ -43,7 +43,7 @@ def fit(data: Path, folder: Path, resume: bool = False, stop_at: int = 99) -> Vl
         return VlmModule.collate(module, scenes, step)
 
     module.collate = collate  # pyright: ignore[reportAttributeAccessIssue]
-    checkpoints = Checkpoints(folder, 2, stage.max_steps, {}, {})
+    checkpoints = OneFileCheckpoints(folder, 2, stage.max_steps, {}, {})
     if resume:
         assert checkpoints.restore(module)
     fit_stage(module, ScenePool(data, "train"), [checkpoints], False)
@@ -87,7 +87,7 @@ def test_a_signal_in_the_middle_of_a_change_of_the_weights_keeps_the_checkpoint_
 
 def test_corrupt_and_foreign_checkpoints_are_named(data: Path, tmp_path: Path) -> None:
     module = fit(data, tmp_path)
-    (path,) = tmp_path.rglob("module.safetensors")
+    path = tmp_path / "checkpoint.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:50])
     with pytest.raises(UserError, match="does not fit"):

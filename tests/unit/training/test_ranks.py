@@ -81,13 +81,6 @@ def test_several_processes_give_the_weights_of_one(
     assert distance(alone, tmp_path) < 1e-5
 
 
-def test_mixed_precision_gives_the_weights_of_one_process(tmp_path: Path, alone: Path) -> None:
-    assert run_ranks(tmp_path / "one", 1, precision="bf16-mixed") == [0]
-    assert run_ranks(tmp_path / "two", 2, precision="bf16-mixed") == [0, 0]
-    assert distance(tmp_path / "one", tmp_path / "two") < 1e-5
-    assert distance(tmp_path / "one", alone) > 0  # the setting reached the processes
-
-
 @pytest.fixture(scope="module")
 def filtered(tmp_path_factory: pytest.TempPathFactory, alone: Path) -> Path:
     folder = tmp_path_factory.mktemp("filtered")
@@ -185,11 +178,6 @@ def test_the_parts_are_the_batch(name: str, parts: int) -> None:
     assert [row for part in divided for row in rows(part)] == rows(batch)
     sizes = [len(rows(part)) for part in divided]
     assert max(sizes) - min(sizes) <= 1
-
-
-def test_a_single_forward_needs_no_list() -> None:
-    (one,) = share(forward([1, 1]), 1, 2, SOFT)
-    assert one["input_ids"].shape[0] == one["attention_mask"].shape[0] == one["pixel_values"].shape[0] == 1
 
 
 def whole(batch: list[Forward], soft: int | None, parts: int = 3) -> bool:

@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 from vlmscope.config.catalog import asset
 from vlmscope.core.errors import UserError
+from vlmscope.tasks.train_transcoders import training_card
+from vlmscope.training.config import TranscoderTrainingConfig
 from vlmscope.transcoders.hub import carried_over, facts_of_set, parts_of, render, with_metrics
 from vlmscope.transcoders.transcoder import random_set
 
@@ -71,11 +75,6 @@ def test_a_strangers_facts_that_do_not_fit_are_one_line(vlmscope: dict) -> None:
         carried_over(own, f"---\n{yaml.safe_dump({'vlmscope': vlmscope})}---\nText\n")
 
 
-def test_what_is_not_known_is_said_so() -> None:
-    text = render(facts_of_set(random_set(2, 6, 24, 4)))
-    assert "No figures are known" in text and "unknown" in text and "Training data" not in text
-
-
 def test_the_shipped_cards_front_matter_says_what_its_table_says() -> None:
     head, body = parts_of((Path(asset("orrery_transcoders")) / "README.md").read_text())
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in body.splitlines() if line.startswith("| ")}
@@ -83,3 +82,15 @@ def test_the_shipped_cards_front_matter_says_what_its_table_says() -> None:
     assert [f"{figures[i]['fvu']:.3f}" for i in range(8)] == [cell.strip() for cell in rows["FVU"][:8]]
     assert [f"{100 * figures[i]['dead_frac']:.1f} %" for i in range(8)] == [cell.strip() for cell in rows["dead"][:8]]
     assert yaml.safe_dump(head["vlmscope"]) and head["vlmscope"]["ce_delta"] == 0.009 and "+ 0.009" in body
+
+
+def test_tokens_are_divided_by_the_shares_of_what_was_drawn() -> None:
+    model = SimpleNamespace(hub="org/vlm", path="models/vlm", tiny=None, revision="a" * 40)
+    cfg: Any = SimpleNamespace(model=model, data=SimpleNamespace(name="mix"), task=SimpleNamespace(license="mit"))
+    metrics = {"train/tokens": 1000.0, "data/web/tokens_share": 0.25, "data/chat/tokens_share": 0.75}
+    head, body = parts_of(training_card(cfg, TranscoderTrainingConfig(), random_set(2, 6, 24, 4), metrics))
+    assert head["vlmscope"]["data"] == {"web": 250, "chat": 750}
+    assert (head["base_model"], head["license"]) == ("org/vlm", "mit")
+    assert head["vlmscope"]["base_revision"] == "a" * 40 and "| chat | 750 | 75 % |" in body
+    whole, _ = parts_of(training_card(cfg, TranscoderTrainingConfig(), random_set(2, 6, 24, 4), {"train/tokens": 9.0}))
+    assert whole["vlmscope"]["data"] == {"mix": 9}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from vlmscope.core.errors import UserError
-from vlmscope.transcoders.formats import FORMATS, Choice, detect, load_set, refusal, save_set
+from vlmscope.transcoders.formats import Choice, detect, load_set, refusal, save_set
 from vlmscope.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet, TranscoderSetConfig, random_set
 
 D, F, L, K = 6, 24, 2, 4
@@ -336,17 +336,6 @@ def test_what_circuit_tracer_would_read_otherwise_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_layers_without_config_yaml_are_told_what_to_write(tmp_path: Path) -> None:
-    """`to_safetensors` writes none, and hook points cannot be guessed."""
-    to_safetensors_folder(tmp_path, "float64", False)
-    (tmp_path / "config.yaml").unlink()
-    for format in ("auto", "circuit_tracer"):
-        with pytest.raises(
-            UserError, match="layer_0.safetensors is there; write .*feature_input_hook.* into .*config.yaml"
-        ):
-            load_set(tmp_path, format=format)
-
-
 def test_hook_mlp_out_lies_after_the_norm_in_gemma_alone(tmp_path: Path) -> None:
     circuit_tracer_folder(tmp_path, "float32", False)
     where = tmp_path / "config.yaml"
@@ -379,52 +368,49 @@ def test_gemma_scopes_sets_of_one_folder_are_told_apart(tmp_path: Path) -> None:
     assert single.layers == [1] and np.array_equal(single[1].b_enc.detach().numpy(), draw(21, threshold=True)["b_enc"])
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("hf_hook_point_out", "model.layers.0.mlp.output", "hf_hook_point_out is 'model.layers.0.mlp.output'"),
-        ("hf_hook_point_in", "model.layers.0.output", "hf_hook_point_in"),
-        ("hf_hook_point_in", "model.layers.1.pre_feedforward_layernorm.output", "only .model.layers.0.pre_feed"),
-        ("architecture", "topk", "only .jump_relu. can be read"),
-    ],
-)
-def test_a_set_at_other_places_is_not_taken_for_gemma_scopes(tmp_path: Path, key: str, value: str, words: str) -> None:
-    gemma_folder(tmp_path, "float32", False)
-    where = tmp_path / gemma_name(0, False) / "config.json"
-    where.write_text(json.dumps(json.loads(where.read_text()) | {key: value}))
-    with pytest.raises(UserError, match=words) as caught:
-        load_set(tmp_path)
-    assert str(where) in str(caught.value)
-
-
-def test_an_affine_set_without_its_skip_path_is_damaged(tmp_path: Path) -> None:
-    gemma_folder(tmp_path, "float32", True)
-    where = tmp_path / gemma_name(0, True) / "params.safetensors"
-    put(where, {n: a for n, a in load_file(where).items() if n != "affine_skip_connection"}, "float32")
-    with pytest.raises(UserError, match="params.safetensors: W_skip is missing"):
-        load_set(tmp_path)
+JSON = {
+    "gemma_scope": f"{gemma_name(0, False)}/config.json", "sparsify": "layers.0.mlp/cfg.json",
+    "sae_lens": "layer_0/cfg.json",
+}  # fmt: skip
+ACROSS = {"hook_name": "blocks.0.mlp.hook_in", "hook_name_out": "blocks.2.hook_mlp_out"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("name", "changes", "words"),
     [
-        ({"transcode": False}, "transcode is False; only True can be read"),
-        ({"activation": "groupmax"}, "activation is 'groupmax'"),
-        ({"signed": True}, "signed is True; only False can be read"),
-        ({"skip_connection": True}, "W_skip is missing, but cfg.json says otherwise"),
-        ({"num_latents": 25}, r"makes \(25, 6\) features and model width, but W_enc has \(24, 6\)"),
-        ({"expansion_factor": 5}, r"makes \(30, 6\) features"),
-        ({"d_in": 7}, r"makes \(28, 7\) features"),
-        ({"k": 0}, "k must be a positive whole number"),
+        ("gemma_scope", {"hf_hook_point_out": "model.layers.0.mlp.output"}, "hf_hook_point_out is 'model.layers.0.mlp"),
+        (
+            "gemma_scope",
+            {"hf_hook_point_in": "model.layers.1.pre_feedforward_layernorm.output"},
+            "only 'model.layers.0",
+        ),
+        ("gemma_scope", {"architecture": "topk"}, "architecture is 'topk'; only 'jump_relu'"),
+        ("sparsify", {"transcode": False}, "transcode is False; only True can be read"),
+        ("sparsify", {"activation": "groupmax"}, "activation is 'groupmax'"),
+        ("sparsify", {"signed": True}, "signed is True; only False can be read"),
+        ("sparsify", {"skip_connection": True}, "W_skip is missing, but cfg.json says otherwise"),
+        ("sparsify", {"num_latents": 25}, r"makes \(25, 6\) features and model width, but W_enc has \(24, 6\)"),
+        ("sparsify", {"expansion_factor": 5}, r"makes \(30, 6\) features"),
+        ("sparsify", {"d_in": 7}, r"makes \(28, 7\) features"),
+        ("sparsify", {"k": 0}, "k must be a positive whole number"),
+        ("sae_lens", {"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
+        ("sae_lens", {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm is True"),
+        ("sae_lens", {"architecture": "gated"}, "architecture is 'gated'"),
+        ("sae_lens", {"metadata": {"hook_name": "blocks.0.hook_resid_post"}}, "this is an autoencoder"),
+        ("sae_lens", {"metadata": ACROSS}, "within one"),
+        ("sae_lens", {"architecture": "transcoder"}, "holds threshold"),
+        ("sae_lens", {"architecture": "jumprelu_skip_transcoder"}, "W_skip is missing"),
     ],
 )
-def test_what_sparsify_would_read_otherwise_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    sparsify_folder(tmp_path, "float32", False)
-    where = tmp_path / "layers.1.mlp" / "cfg.json"
+def test_what_another_tool_would_read_otherwise_is_refused(
+    tmp_path: Path, name: str, changes: dict[str, Any], words: str
+) -> None:
+    CASES[name].folder(tmp_path, "float32", False)
+    where = tmp_path / JSON[name]
     where.write_text(json.dumps(json.loads(where.read_text()) | changes))
     with pytest.raises(UserError, match=words) as caught:
         load_set(tmp_path)
-    assert "layers.1.mlp" in str(caught.value) and "\n" not in str(caught.value)
+    assert str(where.parent) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_sparsifys_hooks_k_and_width(tmp_path: Path) -> None:
@@ -475,25 +461,6 @@ def test_old_sae_lens_sets_say_hooks_and_activation_outside_metadata(tmp_path: P
     np.testing.assert_allclose(ours(loaded, 5), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
-        ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm is True"),
-        ({"architecture": "gated"}, "architecture is 'gated'"),
-        ({"metadata": {"hook_name": "blocks.0.hook_resid_post"}}, "this is an autoencoder"),
-        ({"metadata": {"hook_name": "blocks.0.mlp.hook_in", "hook_name_out": "blocks.2.hook_mlp_out"}}, "within one"),
-        ({"architecture": "transcoder"}, "holds threshold"),
-        ({"architecture": "jumprelu_skip_transcoder"}, "W_skip is missing"),
-    ],
-)
-def test_what_sae_lens_would_read_otherwise_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    sae_lens_folder(tmp_path, "float32", False, **changes)
-    with pytest.raises(UserError, match=words) as caught:
-        load_set(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
 # -- what a format cannot say
 
 
@@ -529,11 +496,6 @@ def test_what_a_format_cannot_say_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_papers_code_counts_layers_from_0(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"layers 0, 1, 2"):
-        save_set(set_of("topk", layers=range(1, 3)), tmp_path, format="paper")
-
-
 @pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
 @pytest.mark.parametrize("format", ["gemma_scope", "sae_lens", "circuit_tracer"])
 def test_thresholds_carry_relu_and_batchtopk_too(tmp_path: Path, activation: str, format: str) -> None:
@@ -547,11 +509,6 @@ def test_thresholds_carry_relu_and_batchtopk_too(tmp_path: Path, activation: str
     for layer in range(L):
         np.testing.assert_allclose(ours(again, layer), ours(found, layer), rtol=0, atol=1e-12)
         np.testing.assert_allclose(CASES[format].formula(tmp_path, layer), ours(found, layer), rtol=0, atol=1e-12)
-
-
-def test_an_unknown_format_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"choose one of: {', '.join(FORMATS)}"):
-        load_set(tmp_path, format="pt")
 
 
 # -- what lies in a stranger's files

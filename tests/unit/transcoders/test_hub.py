@@ -106,17 +106,6 @@ def test_half_a_download_goes_on(hub: Hub, tmp_path: Path) -> None:
     assert from_pretrained("a/lens", COMMIT).layers == [0, 1]
 
 
-def test_without_a_network_a_layout_without_a_list_is_taken_from_the_cache(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_set(a_set(), hub.root / REPO, format="sparsify")
-    set_folder(REPO, COMMIT)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert same(from_pretrained(REPO, COMMIT), a_set())
-    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE forbids to fetch it: run `hf download a/b --revision"):
-        set_folder("a/b", COMMIT)
-
-
 def test_of_gemma_scope_only_the_chosen_set_is_fetched(hub: Hub, tmp_path: Path) -> None:
     for width in ("16k", "262k"):
         for layer in (0, 1):

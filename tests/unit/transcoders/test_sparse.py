@@ -18,13 +18,6 @@ def _problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor
     return x, w_enc, w_dec, b_enc, indices
 
 
-def test_decode_equals_the_dense_product_and_skips_nothing() -> None:
-    _, _, w_dec, _, indices = _problem()
-    values = torch.rand(N, K, dtype=torch.float64) + 0.1
-    dense = torch.zeros(N, F, dtype=torch.float64).scatter(1, indices, values)
-    torch.testing.assert_close(sparse_decode(indices, values, w_dec), dense @ w_dec, rtol=0, atol=1e-12)
-
-
 def test_decode_gradients() -> None:
     _, _, w_dec, _, indices = _problem()
     values = torch.rand(N, K, dtype=torch.float64)
@@ -43,17 +36,6 @@ def test_gather_gradients() -> None:
     assert torch.autograd.gradcheck(at_support, tuple(t.requires_grad_() for t in (x, w_enc, b_enc)))
 
 
-def test_backward_passes_only_through_the_support() -> None:
-    x, w_enc, _, b_enc, indices = _problem()
-    for tensor in (w_enc, b_enc):
-        tensor.requires_grad_()
-    pre = (x @ w_enc.T + b_enc).detach()
-    gather_pre_activations(pre, indices, x, w_enc, b_enc).sum().backward()
-    never = torch.bincount(indices.flatten(), minlength=F) == 0
-    assert never.any() and w_enc.grad is not None
-    assert (w_enc.grad[never] == 0).all() and (w_enc.grad[~never] != 0).any()
-
-
 def test_transposed_bags_handles_unused_features_at_both_ends_and_no_tokens() -> None:
     indices = torch.tensor([[3, 5], [5, 4]])
     rows = torch.tensor([[1.0, 2.0], [10.0, 20.0]])
@@ -63,13 +45,6 @@ def test_transposed_bags_handles_unused_features_at_both_ends_and_no_tokens() ->
     expected[5] = 2 * rows[0] + 3 * rows[1]
     assert torch.equal(out, expected)
     assert transposed_bags(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2), rows[:0], 8).shape == (8, 2)
-
-
-def test_float32_agrees_with_float64() -> None:
-    _, _, w_dec, _, indices = _problem()
-    values = torch.rand(N, K, dtype=torch.float64)
-    exact = sparse_decode(indices, values, w_dec)
-    torch.testing.assert_close(sparse_decode(indices, values.float(), w_dec.float()).double(), exact, atol=1e-5, rtol=0)
 
 
 def test_a_shared_order_gives_the_same_gradients_and_is_sorted_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,14 +66,6 @@ def test_a_shared_order_gives_the_same_gradients_and_is_sorted_once(monkeypatch:
     alone, shared = gradients(None), gradients(FeatureOrder())
     assert sorts == [11] * 3 and len(alone) == 4
     assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
-
-
-def test_an_order_is_not_taken_for_other_indices() -> None:
-    order = FeatureOrder()
-    weights, rows = torch.ones(2, 2), torch.tensor([[1.0], [2.0]])
-    first = torch.tensor([[0, 1], [1, 2]])
-    assert transposed_bags(first, weights, rows, 4, order).flatten().tolist() == [1, 3, 2, 0]
-    assert transposed_bags(first.flip(0), weights, rows, 4, order).flatten().tolist() == [2, 3, 1, 0]
 
 
 def test_dots_feature_by_feature_are_those_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:

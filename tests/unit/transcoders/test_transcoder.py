@@ -67,23 +67,6 @@ def test_no_more_than_k_features_and_none_below_zero() -> None:
     assert dense.shape == (2, 9, F) and torch.equal((dense > 0).sum(-1), code.active.sum(-1))
 
 
-def test_selected_activations_are_columns_of_the_dense_ones() -> None:
-    transcoder, x = _one(skip=False)
-    code = transcoder.encode(x)
-    for features in (
-        torch.randperm(F, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([7, 2]),
-        torch.arange(0),
-    ):
-        assert torch.equal(code.select(features, F), code.dense(F)[..., features])
-
-
-def test_decode_without_the_input_of_a_skip_path_is_refused() -> None:
-    transcoder, x = _one(True)
-    with pytest.raises(ValueError, match="skip path"):
-        transcoder.decode(transcoder.encode(x))
-
-
 def test_random_sets_depend_on_the_seed_alone_and_are_nowhere_zero() -> None:
     first, again, other = (random_set(2, D, F, K, skip=True, seed=s) for s in (0, 0, 1))
     for (_, a), (_, b), (_, c) in zip(

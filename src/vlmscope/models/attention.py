@@ -47,11 +47,7 @@ class AttentionInput(NamedTuple):
 class FoundScores(Exception):  # no error: it ends a run that has what it was for
     """Raised by a module that `stopping_at_scores` names, in place of its softmax.
 
-    Attributes:
-        query: `[B, H, Tq, D]`.
-        key: `[B, Hkv, Tk, D]`.
-        scaling: factor of the scores.
-        softcap: cap of the scores, or None.
+    It has `query [B, H, Tq, D]`, `key [B, Hkv, Tk, D]`, the factor of the scores and their cap, or None.
     """
 
     def __init__(self, query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> None:
@@ -70,17 +66,10 @@ def attention_forward(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The attention function with the signature that transformers' `AttentionInterface` asks for.
+    """The attention function that transformers' `AttentionInterface` asks for; the mask is additive.
 
-    Args:
-        module: the attention module.
-        query: `[B, H, Tq, D]`.
-        key: `[B, Hkv, Tk, D]`.
-        value: `[B, Hkv, Tk, D]`.
-        attention_mask: additive, broadcastable to `[B, H, Tq, Tk]`.
-        dropout: probability, used in training mode only.
-        scaling: factor of the scores, `D ** -0.5` when None.
-        softcap: cap of the scores, or None.
+    Shapes: query `[B, H, Tq, D]`, key and value `[B, Hkv, Tk, D]`. Scores are scaled by `D ** -0.5` when `scaling` is
+    None.
 
     Returns:
         The mixed values `[B, Tq, H, D]` and the pattern `[B, H, Tq, Tk]` in the dtype of `query`.
@@ -202,29 +191,10 @@ def replacing_patterns(adapter: Adapter, patterns: Mapping[int, Tensor]) -> Iter
 
 _functional = nn.functional
 # The whole result is a constant: what it multiplies carries the gradient.
-_WHOLE = {
-    _functional.softmax,
-    torch.softmax,
-    Tensor.softmax,
-    torch.rsqrt,
-    Tensor.rsqrt,
-    torch.sigmoid,
-    Tensor.sigmoid,
-    torch.tanh,
-    Tensor.tanh,
-    torch.erf,
-    Tensor.erf,
-}
+_WHOLE = {getattr(owner, name) for name in ("softmax", "rsqrt", "sigmoid", "tanh", "erf") for owner in (torch, Tensor)}
+_WHOLE.add(_functional.softmax)
 # Of one number each, and 0 at 0: result = (result / input) * input.
-_UNITS = {
-    _functional.gelu,
-    _functional.silu,
-    _functional.relu,
-    torch.relu,
-    Tensor.relu,
-    torch.clamp,
-    Tensor.clamp,
-}
+_UNITS = {_functional.gelu, _functional.silu, _functional.relu, torch.relu, Tensor.relu, torch.clamp, Tensor.clamp}
 _POWERS = {torch.pow, Tensor.pow, Tensor.__pow__}
 
 

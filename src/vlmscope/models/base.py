@@ -35,29 +35,20 @@ INJECTIONS = "injections"  # [B, n, T, d], among an `InputBatch`'s tensors
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One prompt with its pictures, batch size 1, ready for the Hugging Face model's forward.
+    """One prompt with its pictures, batch size 1, ready for the Hugging Face model's forward."""
 
-    Attributes:
-        tensors: keyword arguments of `model(**tensors)`: `input_ids [1, T]`, `attention_mask [1, T]` and what else the
-            family wants, such as `token_type_ids [1, T]`, `pixel_values [n_images, 3, height, width]`, `image_sizes`.
-        tokens: T strings to show.
-        is_image: `[T]` bool, soft tokens.
-        image_index: `[T]` int64, which picture a soft token belongs to, -1 for text.
-        patch_boxes: T entries, the part of the picture that a soft token stands for, None for text.
-        roles: `[T]` strings of `vlmscope.core.records.ROLES`; `last` is the final position, which predicts the
-            answer; `question` is what the user wrote; everything that the template adds is `special`.
-        prompt: the prompt as the user wrote it.
-        sizes: width and height of each picture in pixels, as it was given.
-    """
-
+    # Keyword arguments of `model(**tensors)`: `input_ids [1, T]`, `attention_mask [1, T]` and what else the family
+    # wants, such as `token_type_ids [1, T]`, `pixel_values [n_images, 3, height, width]`, `image_sizes`.
     tensors: dict[str, Tensor]
-    tokens: list[str]
-    is_image: np.ndarray
-    image_index: np.ndarray
-    patch_boxes: list[PatchBox | None]
+    tokens: list[str]  # T strings to show
+    is_image: np.ndarray  # `[T]` bool, soft tokens
+    image_index: np.ndarray  # `[T]` int64, which picture a soft token belongs to, -1 for text
+    patch_boxes: list[PatchBox | None]  # T entries, the part of the picture that a soft token stands for, None for text
+    # `[T]` strings of `vlmscope.core.records.ROLES`; `last` is the final position, which predicts the answer;
+    # `question` is what the user wrote; everything that the template adds is `special`.
     roles: np.ndarray
-    prompt: str
-    sizes: tuple[Size, ...] = ()
+    prompt: str  # the prompt as the user wrote it
+    sizes: tuple[Size, ...] = ()  # width and height of each picture in pixels, as it was given
 
     @property
     def input_ids(self) -> list[int]:
@@ -166,11 +157,7 @@ class Adapter:
     # Forwards
 
     def forward(self, tensors: Tensors, **settings: Any) -> Any:
-        """The Hugging Face forward, of a prompt's own inputs or of an `InputBatch`'s tensors.
-
-        `INJECTIONS` among the tensors stand for what its pictures add to the stream between layers, which the model
-        itself would take from pixels only.
-        """
+        """The Hugging Face forward of a prompt's own inputs, or of an `InputBatch`'s tensors with `INJECTIONS`."""
         return self.model(**tensors, **settings)
 
     def next_logits(self, tensors: Tensors) -> Float[Tensor, "b v"]:
@@ -178,11 +165,7 @@ class Adapter:
         return self.finite(self.forward(tensors, use_cache=False, logits_to_keep=1).logits[:, -1])
 
     def finite(self, logits: Tensor) -> Tensor:
-        """The same logits of any shape: called wherever the model's are read, for a table of nan says nothing.
-
-        Raises:
-            UserError: some are infinite or no numbers.
-        """
+        """The same logits, or a `UserError`: called wherever the model's are read, for a table of nan says nothing."""
         if not bool(logits.isfinite().all()):
             name = str(self.dtype).removeprefix("torch.")
             todo = "try model.dtype=bfloat16 or float32" if self.dtype == torch.float16 else "check both"
@@ -213,8 +196,7 @@ class Adapter:
     def injections(self, decoder_arguments: Mapping[str, Any]) -> Float[Tensor, "b n t d"] | None:
         """What pictures add to the stream after the first n layers (DeepStack), 0 at other positions; None for nothing.
 
-        Args:
-            decoder_arguments: keyword arguments that the model handed to `decoder()`.
+        It is read from the keyword arguments that the model hands to `decoder()`.
         """
         return None
 
@@ -312,11 +294,7 @@ class Adapter:
     # Prompts
 
     def wrap_prompt(self, prompt: str, n_images: int, tokenizer: Any, chat_template: str | None = None) -> Turn:
-        """The prompt in a chat template (the family's usual one when None) with one placeholder a picture.
-
-        Raises:
-            UserError: the prompt spells another number of placeholders than there are pictures.
-        """
+        """The prompt in a chat template (the family's usual one when None) with one placeholder a picture."""
         self._check_text(prompt, n_images, tokenizer)
         return user_turn(tokenizer, chat_template or self.chat_template, prompt, self.placeholder, n_images)
 
@@ -327,11 +305,7 @@ class Adapter:
     def wrap_exchanges(
         self, exchanges: Sequence[Exchange], n_images: int, tokenizer: Any, chat_template: str | None = None
     ) -> list[Dialogue]:
-        """A conversation in its chat template, as one dialogue; one an exchange for a family that knows no turns.
-
-        Raises:
-            UserError: the exchanges spell placeholders that do not match the pictures, or the template has no answers.
-        """
+        """A conversation in its chat template, as one dialogue; one an exchange for a family that knows no turns."""
         self._check_text("\n".join(text for exchange in exchanges for text in exchange), n_images, tokenizer)
         return [dialogue(tokenizer, chat_template or self.chat_template, exchanges, self.placeholder, n_images)]
 
@@ -357,11 +331,7 @@ class Adapter:
         return getattr(self.model.model, self.tower_name)
 
     def vision_attention(self) -> list[nn.Module]:
-        """The attention modules of the vision tower, from the first to the last that the decoder is given anything of.
-
-        Raises:
-            UserError: the tower's attention cannot be recorded.
-        """
+        """The attention modules of the vision tower, from the first to the last that is read."""
         if not self.has_vision:
             return []
         kind = tower_kind(self.vision_tower())
@@ -369,10 +339,7 @@ class Adapter:
         return [layer.get_submodule(kind.attention) for layer in layers[: self._last_state(len(layers))]]
 
     def vision_states(self) -> nn.Module:
-        """The module of the vision tower whose output, or its first entry, is what the decoder's side is given.
-
-        Its tokens are those of `vision_attention`, in the same order: `[B, S, d_v]`, or `[N, d_v]`.
-        """
+        """The module of the vision tower whose output `[B, S, d_v]` or `[N, d_v]`, or its first entry, is read."""
         tower = self.vision_tower()
         kind = tower_kind(tower)
         layers = tower.get_submodule(kind.layers)
@@ -404,16 +371,10 @@ class Adapter:
         return [WHOLE]
 
     def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
-        """The part of its picture that each soft token stands for.
+        """The part of its picture that each soft token stands for: one list a picture.
 
-        Args:
-            tensors: the model's inputs with these pictures, batch size 1.
-            sizes: width and height of each picture in pixels, as it was given.
-            image_processor: the Hugging Face image processor that made the inputs, None for a text-only model.
-
-        Returns:
-            One list a picture, in the order of its soft tokens. A token that stands for no part of the picture, such
-            as the end of a row, has a box without area.
+        A token that stands for no part of it, such as the end of a row, has a box without area. `tensors` are the
+        model's inputs with these pictures, batch size 1; `image_processor` made them, None for a text-only model.
         """
         if not (self.has_vision and sizes):
             return [[] for _ in sizes]
@@ -422,10 +383,7 @@ class Adapter:
         return [[box for tile in tiles for box in grid_boxes(side, side, tile)] for tiles in pictures]
 
     def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
-        """The patches that the vision tower sees of each picture, and how they are pooled to soft tokens.
-
-        The arguments are those of `soft_token_boxes`, of one picture or more.
-        """
+        """The patches that the vision tower sees of each picture (one or more), and their pooling to soft tokens."""
         side, n_class = self.tile_side, tower_kind(self.vision_tower()).n_class
         windows = [self.tiles(size, image_processor) for size in sizes]
         return [pooled(tiles, self.pool) for tiles in batched_tiles(windows, side, side, n_class)]
@@ -436,10 +394,7 @@ def _bias(projection: Any) -> Tensor | None:
 
 
 def all_norms(adapter: Adapter) -> Iterator[nn.Module]:
-    """Every norm on the way of the stream: four a layer or fewer, those of values, and the final one.
-
-    Norms of queries and keys are inside the frozen attention patterns.
-    """
+    """Every norm on the way of the stream; those of queries and keys are inside the frozen attention patterns."""
     for layer in range(adapter.n_layers):
         yield from (norm for norm in (*adapter.norms(layer), adapter.value_norm(layer)) if norm is not None)
     yield adapter.final_norm()

@@ -26,21 +26,15 @@ _TEXT = ("attention_mask", "token_type_ids", "mm_token_type_ids")  # inputs that
 
 @dataclass(frozen=True)
 class InputBatch:
-    """B prompts of T tokens each.
+    """B prompts of T tokens each."""
 
-    Attributes:
-        tensors: arguments of `Adapter.forward` with `inputs_embeds [B, T, d]` in place of ids and pixels; for M-RoPE
-            also `position_ids [3, B, T]`, for DeepStack `INJECTIONS [B, n, T, d]`.
-        input_ids: [B, T].
-        roles: [T] position roles, the same for every prompt.
-        is_image: [T] bool.
-        patch_boxes: T entries, as in `ModelInputs`; empty where the prompts' pictures have different shapes.
-    """
-
+    # Arguments of `Adapter.forward` with `inputs_embeds [B, T, d]` in place of ids and pixels; for M-RoPE also
+    # `position_ids [3, B, T]`, for DeepStack `INJECTIONS [B, n, T, d]`.
     tensors: dict[str, Tensor]
-    input_ids: Tensor
-    roles: np.ndarray
-    is_image: np.ndarray
+    input_ids: Tensor  # [B, T]
+    roles: np.ndarray  # [T] position roles, the same for every prompt
+    is_image: np.ndarray  # [T] bool
+    # T entries, as in `ModelInputs`; empty where the prompts' pictures have different shapes.
     patch_boxes: tuple[PatchBox | None, ...] = ()
 
     @property
@@ -69,11 +63,7 @@ class InputBatch:
 
 @torch.no_grad()
 def make_batch(adapter: Adapter, inputs: Sequence[ModelInputs]) -> InputBatch:
-    """Stack prompts of equal length and compute their embeddings.
-
-    Raises:
-        UserError: the prompts differ in length or in where their soft tokens are.
-    """
+    """Stack prompts of equal length, whose soft tokens are at the same positions, and compute their embeddings."""
     if not inputs:
         raise UserError("no inputs to batch: choose at least one picture")
     first = inputs[0]

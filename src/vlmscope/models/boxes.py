@@ -134,23 +134,18 @@ def tower_kind(tower: Any) -> Tower:
 
 @dataclass(frozen=True)
 class Tile:
-    """Patches that the tower sees together: class tokens first, then the grid row by row.
+    """Patches that the tower sees together: class tokens first, then the grid row by row."""
 
-    Attributes:
-        rows: patches down.
-        columns: patches across.
-        boxes: `rows * columns` parts of the picture. One without area shows padding that the tower attends to like
-            anything else; patches that the tower masks are no patches.
-        tokens: `[P]` int64, P = C + rows * columns: which of the tower's tokens each is, counted through all that one
-            forward gives the tower, in its order.
-        embedded: `[rows * columns]` int64: which of the tower's patch embeddings each patch is, counted likewise, where
-            that is not what `tokens` says (class tokens, windows).
-    """
-
-    rows: int
-    columns: int
+    rows: int  # patches down
+    columns: int  # patches across
+    # `rows * columns` parts of the picture. One without area shows padding that the tower attends to like anything
+    # else; patches that the tower masks are no patches.
     boxes: list[PatchBox]
+    # `[P]` int64, P = C + rows * columns: which of the tower's tokens each is, counted through all that one forward
+    # gives the tower, in its order.
     tokens: np.ndarray
+    # `[rows * columns]` int64: which of the tower's patch embeddings each patch is, counted likewise, where that is not
+    # what `tokens` says (class tokens, windows).
     embedded: np.ndarray | None = None
 
     @property
@@ -230,8 +225,8 @@ def pool_tile(tile: Tile, factor: int = 1) -> sparse.csr_array:
         means = (np.full(len(cells), 1 / factor), (cells // factor, cells))
         return sparse.csr_array(means, shape=(length // factor, length))
 
-    grid = sparse.csr_array(sparse.kron(blocks(tile.rows), blocks(tile.columns)))
-    return sparse.csr_array(sparse.hstack([sparse.csr_array((grid.shape[0], tile.n_class)), grid]))
+    nothing = sparse.csr_array(((tile.rows // factor) * (tile.columns // factor), tile.n_class))
+    return sparse.csr_array(sparse.hstack([nothing, sparse.kron(blocks(tile.rows), blocks(tile.columns))]))
 
 
 def pooled(tiles: Sequence[Tile], factor: int = 1) -> PicturePatches:

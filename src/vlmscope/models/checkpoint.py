@@ -33,11 +33,7 @@ def read_config(folder: Path) -> dict[str, object]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a model is loaded from; that they exist is not checked.
-
-    Raises:
-        UserError: there are none, or the index cannot be read.
-    """
+    """The safetensors files that a model is loaded from, as its index names them; that they exist is not checked."""
     if (folder / _SINGLE).is_file():  # transformers takes it even where an index names other files
         return [folder / _SINGLE]
     index = folder / _INDEX

@@ -99,8 +99,8 @@ def encode(vlm: VLM, sample: Sample, max_tokens: int | None = None) -> list[dict
     try:
         if isinstance(sample, Document):
             return [sequence_forward(vlm, text_ids(vlm, sample.text, whole=True)[:max_tokens])]
-        template = vlm.chat_template.text
-        dialogues = vlm.adapter.wrap_exchanges(sample.exchanges, len(sample.images), vlm.tokenizer, template)
+        n_images = len(sample.images)
+        dialogues = vlm.adapter.wrap_exchanges(sample.exchanges, n_images, vlm.tokenizer, vlm.chat_template)
         return [_cut(vlm, _dialogue(vlm, dialogue, sample), max_tokens) for dialogue in dialogues]
     except UserError as error:
         raise UserError(f"{sample.origin}: {error}" if sample.origin else str(error)) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,23 +126,20 @@ class Gemma4Adapter(Adapter):
         return int(self.model.config.vision_config.pooling_kernel_size)
 
     def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
-        return [grid_boxes(rows // self.pool, columns // self.pool) for rows, columns in _grids(tensors, sizes)]
+        grids = self._grids(tensors) if sizes else []
+        return [grid_boxes(rows // self.pool, columns // self.pool) for columns, rows in grids]
 
     def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
         # Patches stand row by row, behind them padding that the tower masks.
         length, pictures = tensors["image_position_ids"].shape[1], []
-        for number, (rows, columns) in enumerate(_grids(tensors, sizes)):
+        for number, (columns, rows) in enumerate(self._grids(tensors)):
             tokens = number * length + np.arange(rows * columns)
             pictures.append(pooled([Tile(rows, columns, grid_boxes(rows, columns), tokens)], self.pool))
         return pictures
 
-
-def _grids(tensors: Tensors, sizes: Sizes) -> list[tuple[int, int]]:
-    """Rows and columns of Gemma 4's patches of each picture."""
-    if not sizes:
-        return []
-    # Column and row of every patch, -1 for padding.
-    return [(rows, columns) for columns, rows in (tensors["image_position_ids"].amax(1) + 1).tolist()]
+    def _grids(self, tensors: Tensors) -> list[list[int]]:
+        """Columns and rows of patches of each picture, from those of every patch, -1 for padding."""
+        return (tensors["image_position_ids"].amax(1) + 1).tolist()
 
 
 class PaliGemmaAdapter(Adapter):
@@ -217,26 +213,16 @@ class LlavaAdapter(Adapter):
         return height // patch, width // patch
 
 
-@dataclass(frozen=True)
-class _Canvas:
-    """A picture laid out on tiles, as LLaVA-OneVision makes rows of tokens of it.
+class _Canvas(NamedTuple):
+    """A picture laid out on tiles, as LLaVA-OneVision makes rows of tokens of it."""
 
-    Attributes:
-        tiles: tiles down and across, of `side * side` patches each.
-        side: see `tiles`.
-        window: the part of the picture that all tiles together show; it reaches beyond the picture.
-        kept_rows: patches down, those of padding alone left out, int64; none of a strip thinner than a patch
-            where their number in a tile is even. `kept_columns` likewise across.
-        kept_columns: see `kept_rows`.
-        shape: rows and columns of soft tokens, fewer than patches where there are too many; each row has an end beside.
-    """
-
-    tiles: tuple[int, int]
-    side: int
-    window: PatchBox
+    tiles: tuple[int, int]  # down and across
+    side: int  # patches down and across a tile
+    window: PatchBox  # the part of the picture that all tiles together show; it reaches beyond the picture
+    # Patches down, those of padding alone left out; none of a strip thinner than a patch where their number is even.
     kept_rows: np.ndarray
-    kept_columns: np.ndarray
-    shape: tuple[int, int]
+    kept_columns: np.ndarray  # likewise across
+    shape: tuple[int, int]  # rows and columns of soft tokens, fewer than patches where there are too many
 
     def boxes(self) -> list[PatchBox]:
         """The boxes of the tokens; the one that ends a row has no area and lies at the row's end."""
@@ -252,12 +238,10 @@ class _Canvas:
             self.window.left + width * right / across,
             self.window.top + height * (self.kept_rows[-1] + 1) / down,
         )
-        cells, whole_rows = grid_boxes(rows, columns, window), grid_boxes(rows, 1, window)
-        boxes: list[PatchBox] = []
-        for row in range(rows):
-            line = cells[row * columns : (row + 1) * columns]
-            end = line[-1] if line else whole_rows[row]
-            boxes += [*line, PatchBox(end.right, end.top, end.right, end.bottom)]
+        cells, boxes = grid_boxes(rows, columns, window), []
+        for number, row in enumerate(grid_boxes(rows, 1, window)):
+            boxes += cells[number * columns : (number + 1) * columns]
+            boxes.append(PatchBox(row.right, row.top, row.right, row.bottom))
         return boxes
 
     def pooling(self, n_class: int) -> sparse.csr_array:

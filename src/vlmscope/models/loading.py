@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import transformers
@@ -31,33 +31,15 @@ from vlmscope.models.placement import DTYPES, OFFLOADS, Needs, check_device, che
 log = logging.getLogger(__name__)
 
 
-class ChatTemplate(NamedTuple):
-    """A chat template in Jinja, None where the model came without one.
-
-    `chosen` says in words which one it is, where it is not simply the processor's only one.
-    """
-
-    text: str | None
-    chosen: str = ""
-
-
 @dataclass(frozen=True)
 class VLM:
-    """A model in evaluation mode with what belongs to it.
+    """A model in evaluation mode with what belongs to it."""
 
-    Attributes:
-        model: the Hugging Face model.
-        processor: its processor, or its tokenizer when it takes no pictures.
-        adapter: the family's adapter around `model`.
-        name: short name for records.
-        path: folder it came from, "" for a model made in memory.
-    """
-
-    model: Any
-    processor: Any
-    adapter: Adapter
-    name: str
-    path: str = ""
+    model: Any  # the Hugging Face model
+    processor: Any  # its processor, or its tokenizer when it takes no pictures
+    adapter: Adapter  # the family's adapter around `model`
+    name: str  # short name for records
+    path: str = ""  # folder it came from, "" for a model made in memory
 
     @property
     def tokenizer(self) -> Any:
@@ -65,9 +47,9 @@ class VLM:
         return getattr(self.processor, "tokenizer", self.processor)
 
     @property
-    def chat_template(self) -> ChatTemplate:
-        """What the model's turns are written with, and whose it is."""
-        return chat_template(self.processor)
+    def chat_template(self) -> str | None:
+        """What the model's turns are written with, in Jinja; None where the model came without."""
+        return chosen_template(self.processor)[0]
 
     def prepare(self, prompt: str, images: Sequence[Image] = ()) -> ModelInputs:
         """The inputs of one user turn.
@@ -85,12 +67,9 @@ class VLM:
         check_characters(prompt, "the prompt")
         with refused_in_one_line(prompt):
             _check_words(self.tokenizer, prompt)
-        turn = adapter.wrap_prompt(prompt, len(images), self.tokenizer, self.chat_template.text)
+        turn = adapter.wrap_prompt(prompt, len(images), self.tokenizer, self.chat_template)
         more = {"return_text_replacement_offsets": True} if adapter.has_vision else {}
-        batch = self._processed(turn.text, images, prompt, return_offsets_mapping=True, **more)
-        replaced = batch["text_replacement_offsets"][0] if images else []
-        written = adapter.completed_turn(turn, self.tokenizer).written(replaced, batch["offset_mapping"][0].numpy())
-        tensors = self._tensors(batch)
+        batch, tensors = self._processed(turn.text, images, prompt, return_offsets_mapping=True, **more)
         adapter.check_length(tensors)
         sizes = tuple(image.size for image in images)
         boxes = adapter.soft_token_boxes(tensors, sizes, getattr(self.processor, "image_processor", None))
@@ -108,6 +87,8 @@ class VLM:
         patch_boxes: list[PatchBox | None] = [None] * len(ids)
         for position, (picture, box) in zip(np.flatnonzero(is_image), places, strict=True):
             image_index[position], patch_boxes[position] = picture, box
+        replaced = batch["text_replacement_offsets"][0] if images else []
+        written = adapter.completed_turn(turn, self.tokenizer).written(replaced, batch["offset_mapping"][0].numpy())
         # Special tokens that the user spells are the template's all the same.
         special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         by_user = written & np.array([token not in special for token in ids])
@@ -119,19 +100,15 @@ class VLM:
     def tokenised(self, text: str, images: Sequence[Image] = (), **settings: Any) -> dict[str, Tensor]:
         """What the model's forward takes for a text in its template, batch size 1, on the model's device.
 
-        Args:
-            text: special tokens and placeholders included.
-            images: the pictures, in order.
-            settings: more arguments for the processor.
-
-        Raises:
-            UserError: the text has a token that the model has no embedding for, or the processor refuses it.
+        The text has its special tokens and placeholders; `settings` are more arguments for the processor.
         """
         check_characters(text, "the text")
-        return self._tensors(self._processed(text, _upright(images), text, **settings))
+        return self._processed(text, _upright(images), text, **settings)[1]
 
-    def _processed(self, text: str, images: Sequence[Image], said: str, **settings: Any) -> Any:
-        """What the processor, or the tokenizer of a text-only model, makes of one text in its template."""
+    def _processed(
+        self, text: str, images: Sequence[Image], said: str, **settings: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """What the processor makes of a text in its template, and what the model's forward takes of it."""
         asked = {"return_tensors": "pt", "add_special_tokens": False, **settings}
         with refused_in_one_line(said, images):
             if self.adapter.has_vision:
@@ -147,16 +124,12 @@ class VLM:
                 f"token {token!r} has no embedding in {self.name} ({self.adapter.vocab_size:,} rows); leave it out of "
                 "the prompt, or use the tokenizer that was saved with the model"
             )
-        return batch
-
-    def _tensors(self, batch: Any) -> dict[str, Tensor]:
-        """What the model's forward takes of a processed batch, on its device."""
         # What the processor adds for its own bookkeeping (num_crops) or for training (labels) is left out.
         names = set(inspect.signature(self.model.forward).parameters) - {"labels"}
         tensors = {name: batch[name].to(self.adapter.device) for name in batch if name in names}
         if "pixel_values" in tensors:
             tensors["pixel_values"] = tensors["pixel_values"].to(self.adapter.dtype)
-        return tensors
+        return batch, tensors
 
 
 def _upright(images: Sequence[Image]) -> list[Image]:
@@ -268,34 +241,28 @@ def _load_processor(name: str, folder: Path) -> Any:
 
 
 def _check_processor(processor: Any, config: Any, folder: Path) -> None:
-    """Raise a `UserError` when a processor's numbers are not those of the model's `config`.
-
-    A tokenizer may have added tokens without a row in the embedding, as those of Gemma 3 270M and 1B have: only its own
-    vocabulary is looked at here, `VLM.prepare` looks at the ids.
-    """
+    """Raise a `UserError` when a processor's numbers are not those of the model's `config`."""
     tokenizer, rows = getattr(processor, "tokenizer", processor), int(config.get_text_config().vocab_size)
+    # Of its own vocabulary: added tokens may have no row in the embedding, as in Gemma 3 270M and 1B.
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"the tokenizer at {folder} knows {tokenizer.vocab_size:,} tokens, the model {rows:,}; use the tokenizer "
             "that was saved with the model"
         )
-    wrong = ""
-    if config.model_type == "gemma3" and processor.image_seq_length != config.mm_tokens_per_image:
-        made, taken = processor.image_seq_length, config.mm_tokens_per_image
-        wrong = f"makes {made} soft tokens of a picture, the model takes {taken}"
     if config.model_type in ("gemma3", "paligemma"):
         size, side = processor.image_processor.size, int(config.vision_config.image_size)
         if (size["height"], size["width"]) != (side, side):
-            made = f"{size['height']} x {size['width']}"
-            wrong = f"makes pictures of {made} pixels, the model takes {side} x {side}"
-    if wrong:
-        raise UserError(f"the processor at {folder} {wrong}; use the processor that was saved with the model")
+            raise UserError(
+                f"the processor at {folder} makes pictures of {size['height']} x {size['width']} pixels, the model "
+                f"takes {side} x {side}; use the processor that was saved with the model"
+            )
 
 
-def chat_template(processor: Any) -> ChatTemplate:
-    """The template that `processor.apply_chat_template` takes: the processor's, or else its tokenizer's.
+def chosen_template(processor: Any) -> tuple[str | None, str]:
+    """The chat template that `processor.apply_chat_template` takes: the processor's, or else its tokenizer's.
 
-    Of several named templates it is the one called "default"; a `UserError` when none is.
+    Of several named templates it is the one called "default". Second: in words which one it is, "" where it is simply
+    the processor's only one.
     """
     for owner, name in ((processor, "processor"), (getattr(processor, "tokenizer", None), "tokenizer")):
         template = getattr(owner, "chat_template", None)
@@ -306,10 +273,10 @@ def chat_template(processor: Any) -> ChatTemplate:
                     f"the {name} has the chat templates {names} and none called default; save the one to use as "
                     "chat_template.jinja"
                 )
-            return ChatTemplate(template["default"], f"the {name}'s, of {names} the default")
+            return template["default"], f"the {name}'s, of {names} the default"
         if template:
-            return ChatTemplate(template, "" if owner is processor else "the tokenizer's")
-    return ChatTemplate(None, "the family's usual one; the model came without")
+            return template, "" if owner is processor else "the tokenizer's"
+    return None, "the family's usual one; the model came without"
 
 
 # Weights
@@ -332,8 +299,8 @@ def load_vlm(
         name: short name for records; the folder's when None.
 
     Raises:
-        UserError: when the folder is not a model, is incomplete, does not fit its own config or the memory, its type is
-            not supported, or `dtype`, `device` or `offload` cannot be had.
+        UserError: when the folder is not a model, is incomplete, does not fit its own config or the memory, or its type
+            is not supported.
     """
     folder = Path(path)
     model_type = str(read_config(folder)["model_type"])
@@ -347,12 +314,12 @@ def load_vlm(
         empty = _dry_run(family.model, folder, dtype)
         processor = _load_processor(family.processor, folder)
         _check_processor(processor, empty.config, folder)
-        template = chat_template(processor)
+        _, template = chosen_template(processor)
         check_memory(Needs.of(empty), f"the model at {folder}", dtype, device, offload)
         model = _load_weights(family.model, folder, dtype, device, offload)
     vlm = VLM(model, processor, adapter_for(model), name=name or folder.resolve().name, path=str(folder))
-    if vlm.adapter.chat_template and template.chosen:
-        log.info("chat template of %s: %s", vlm.name, template.chosen)
+    if vlm.adapter.chat_template and template:
+        log.info("chat template of %s: %s", vlm.name, template)
     return vlm
 
 

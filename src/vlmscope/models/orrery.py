@@ -128,29 +128,19 @@ def build_tokenizer(words: Sequence[str]) -> Any:
     )
 
 
-def gemma3_processor(tokenizer: Any, image_size: int, soft_tokens: int) -> Any:
-    """A `Gemma3Processor` whose pictures are square of `image_size` pixels and become so many soft tokens.
+def build_processor(words: Sequence[str], image_size: int, soft_tokens: int) -> Any:
+    """A `Gemma3Processor` with the tokenizer of these words.
 
-    It expands `<start_of_image>` to begin-of-image, soft tokens, end-of-image, and returns `token_type_ids` (1 on soft
-    tokens), from which Gemma 3 makes its bidirectional image attention.
+    Its pictures are square of `image_size` pixels and become so many soft tokens. It expands `<start_of_image>` to
+    begin-of-image, soft tokens, end-of-image, and returns `token_type_ids` (1 on soft tokens), from which Gemma 3 makes
+    its bidirectional image attention.
     """
     from transformers import Gemma3Processor
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
     from vlmscope.models.families import Gemma3Adapter
 
-    images = Gemma3ImageProcessorPil(
-        size={"height": image_size, "width": image_size},
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-        do_pan_and_scan=False,
-    )
+    size, half = {"height": image_size, "width": image_size}, [0.5, 0.5, 0.5]
+    images = Gemma3ImageProcessorPil(size=size, image_mean=half, image_std=half, do_pan_and_scan=False)
     template = Gemma3Adapter.chat_template
-    return Gemma3Processor(
-        image_processor=images, tokenizer=tokenizer, chat_template=template, image_seq_length=soft_tokens
-    )
-
-
-def build_processor(words: Sequence[str], image_size: int, soft_tokens: int) -> Any:
-    """`gemma3_processor` with the tokenizer of these words."""
-    return gemma3_processor(build_tokenizer(words), image_size, soft_tokens)
+    return Gemma3Processor(images, build_tokenizer(words), chat_template=template, image_seq_length=soft_tokens)

@@ -8,12 +8,12 @@ asks `materialised` for it.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil  # comes with accelerate
 import torch
 from torch import Tensor, nn
 
@@ -43,43 +43,21 @@ def check_device(device: str, dtype: str = "float32") -> None:
             raise UserError("device 'mps' cannot compute in float64; use device cpu, or dtype float32")
 
 
-def free_bytes(device: str) -> int | None:
-    """Memory that a device has left, in bytes; None when that cannot be found out."""
+def free_bytes(device: str) -> int:
+    """Memory that a device has left, in bytes."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     if device == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    return min((free for free in (_machine_memory(), _container_memory()) if free is not None), default=None)
-
-
-def _machine_memory() -> int | None:
-    try:
-        return _kernel_table(Path("/proc/meminfo"))["MemAvailable:"] * 1024
-    except (OSError, ValueError, KeyError):
-        pass
-    try:  # not Linux: all that there is, an upper bound
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _container_memory() -> int | None:
-    """What a container may still take: its limit less what it holds, page cache that can go not counted."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit = (root / "memory.max").read_text(encoding="ascii").strip()
-        if limit == "max":
-            return None
-        held = int((root / "memory.current").read_text(encoding="ascii"))
-        return int(limit) - held + _kernel_table(root / "memory.stat").get("inactive_file", 0)
-    except (OSError, ValueError):
-        return None
-
-
-def _kernel_table(path: Path) -> dict[str, int]:
-    """Lines of a name and a number, perhaps with a unit behind."""
-    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
-    return {words[0]: int(words[1]) for words in lines}
+    free = int(psutil.virtual_memory().available)
+    try:  # a container may take less: its limit less what it holds, page cache that can go not counted
+        group = Path("/sys/fs/cgroup")
+        limit, held = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        cached = int(dict(line.split() for line in lines).get("inactive_file", 0))
+    except (OSError, ValueError):  # no such files, or the limit is "max"
+        return free
+    return min(free, limit - held + cached)
 
 
 class Needs(NamedTuple):
@@ -106,8 +84,7 @@ class Needs(NamedTuple):
     def shortage(self, dtype: str, device: str, offload: str) -> tuple[str, float, float] | None:
         """The first device with too little: its name, the bytes asked for and those that are free."""
         for where, asked in self.by_device(dtype, device, offload).items():
-            free = free_bytes(where)
-            if free is not None and asked > free:
+            if asked > (free := free_bytes(where)):
                 return where, asked, free
         return None
 
@@ -134,8 +111,7 @@ def check_memory(needs: Needs, what: str, dtype: str, device: str, offload: str)
 
 def check_room(asked: float, what: str, device: str, advice: str) -> None:
     """Raise a `UserError` with an advice when a device has fewer than `asked` bytes left for `what` (a plural)."""
-    free = free_bytes(device)
-    if free is not None and asked > free:
+    if asked > (free := free_bytes(device)):
         raise UserError(f"{what} need about {gb(asked)} on {device}, {gb(free)} are free; {advice}")
 
 

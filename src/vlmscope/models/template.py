@@ -66,15 +66,10 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation as the model is given it, before pictures become soft tokens.
+    """A conversation as the model is given it, before pictures become soft tokens."""
 
-    Attributes:
-        spans: in order; the template's and the user's words are not `by_assistant`.
-        suffix: the answer, for a processor that joins it to the prompt itself (PaliGemma); no span is then
-            `by_assistant`.
-    """
-
-    spans: tuple[Span, ...]
+    spans: tuple[Span, ...]  # in order; the template's and the user's words are not `by_assistant`
+    # The answer, for a processor that joins it to the prompt itself (PaliGemma); no span is then `by_assistant`.
     suffix: str | None = None
 
     @property

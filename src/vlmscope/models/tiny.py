@@ -27,7 +27,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import derive, generator
 from vlmscope.models import orrery
 from vlmscope.models.families import FAMILIES as KNOWN
-from vlmscope.models.families import adapter_for
+from vlmscope.models.families import Gemma3Adapter, adapter_for
 from vlmscope.models.loading import VLM, picture_processor
 
 WORDS = ("what", "is", "this", "?", "red", "blue", "planet", "and", "the", "other", "one", "two", "in")
@@ -57,16 +57,36 @@ def byte_tokenizer(
     if adds_bos:
         bos = [("<bos>", special.index("<bos>"))]
         core.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=bos)  # type: ignore[assignment]
+    inputs = ["input_ids", "attention_mask"]
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
         eos_token="<eos>",
         bos_token="<bos>",
         extra_special_tokens=dict(named),
-        model_input_names=["input_ids", "attention_mask"] + ["token_type_ids"] * (not adds_bos),
+        model_input_names=inputs if adds_bos else [*inputs, "token_type_ids"],
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
+
+
+_SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
+_WORDS = ("USER:", "ASSISTANT:", *WORDS)
+_NAMED = {"image_token": "<image>"}
+
+
+class Recipe(NamedTuple):
+    """What a tiny model is made of; a token's id in `config` is written as the token."""
+
+    # Image processor in `transformers`, without "ImageProcessorPil", and its settings; None for a model of text alone.
+    images: tuple[str, dict[str, Any]] | None
+    text: dict[str, Any]  # settings of the decoder that are not those of `_TEXT`
+    vision: dict[str, Any]  # settings of the vision tower
+    config: dict[str, Any]  # other settings of the model
+    processor: dict[str, Any] = {}
+    special: tuple[str, ...] = _SPECIAL
+    words: tuple[str, ...] = _WORDS  # one token each
+    named: dict[str, str] = _NAMED  # special tokens by the names that the processor has for them
 
 
 # A base this small turns visibly within a short prompt, so that a wrong one cannot pass a check.
@@ -81,57 +101,24 @@ _TEXT = {
     "max_position_embeddings": 4096,
     "rope_parameters": _ROPE,
 }
-_VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 12,
-    "patch_size": 4,
-}
-_QWEN_VISION = {"hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 24, "patch_size": 3}
+_WIDTHS = {"hidden_size": 16, "intermediate_size": 32}
+_VISION = {**_WIDTHS, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 12, "patch_size": 4}
+_SIGLIP = {"model_type": "siglip_vision_model", **_VISION, "vision_use_head": False}
 _SQUARE = {"height": 12, "width": 12}
 _ANYRES = [[12, 12], [12, 24], [24, 12], [24, 24]]
-_TILES = {"size": {"longest_edge": 24}, "max_image_size": {"longest_edge": 12}}
 _CHAT = ("<|im_start|>", "<|im_end|>")
-_SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
 
 
-class Recipe(NamedTuple):
-    """What a tiny model is made of.
-
-    Attributes:
-        images: name of the image processor in `transformers`, without "ImageProcessorPil", and its settings.
-        text: settings of the decoder that are not those of `_TEXT`.
-        vision: settings of the vision tower.
-        config: other settings of the model; a token's id is written as the token.
-        processor: settings of the processor.
-        special: special tokens after those of `_SPECIAL`.
-        words: more words that are one token each.
-        named: special tokens by the names that the processor has for them.
-    """
-
-    images: tuple[str, dict[str, Any]]
-    text: dict[str, Any]
-    vision: dict[str, Any]
-    config: dict[str, Any] = {}
-    processor: dict[str, Any] = {}
-    special: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
-    named: dict[str, str] = {}
-
-
-def _tiled(images: str) -> Recipe:
-    """Idefics3 or SmolVLM."""
+def _idefics3(images: str) -> Recipe:
     cells = tuple(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2))
     return Recipe(
-        images=(images, _TILES),
+        images=(images, {"size": {"longest_edge": 24}, "max_image_size": {"longest_edge": 12}}),
         text={"model_type": "llama", "attention_bias": True},
         vision={**_VISION, "patch_size": 3},
         config={"image_token_id": "<image>", "scale_factor": 2},
         processor={"image_seq_len": 4},
-        special=("<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "<|im_start|>", *cells),
-        words=("User:", "Assistant:"),
+        special=(*_SPECIAL, "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "<|im_start|>", *cells),
+        words=(*_WORDS, "User:", "Assistant:"),
     )
 
 
@@ -139,24 +126,21 @@ def _paligemma(**text: Any) -> Recipe:
     return Recipe(
         images=("Siglip", {"size": _SQUARE}),
         text={"attention_bias": True, **text},
-        vision={"model_type": "siglip_vision_model", **_VISION, "vision_use_head": False},
-        config={"image_token_index": "<image>", "projection_dim": 24, "hidden_size": 24},
+        vision=_SIGLIP,
+        config={"model_type": "paligemma", "image_token_index": "<image>", "projection_dim": 24, "hidden_size": 24},
     )
 
 
 def _qwen(text: dict[str, Any], vision: dict[str, Any]) -> Recipe:
+    special = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return Recipe(
         images=("Qwen2VL", {"patch_size": 3, "size": {"shortest_edge": 144, "longest_edge": 600}}),
         text=text,
-        vision={**_QWEN_VISION, **vision},
-        config={
-            "image_token_id": "<|image_pad|>",
-            "video_token_id": "<|video_pad|>",
-            "vision_start_token_id": "<|vision_start|>",
-            "vision_end_token_id": "<|vision_end|>",
-        },
-        special=("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", *_CHAT),
-        words=("system", "user", "assistant", "You", "are", "a", "helpful", "assistant."),
+        vision={**_WIDTHS, "num_heads": 2, "out_hidden_size": 24, "patch_size": 3, **vision},
+        config=dict(zip(names, special, strict=True)),
+        special=(*_SPECIAL, *special, *_CHAT),
+        words=(*_WORDS, "system", "user", "assistant", "You", "are", "a", "helpful", "assistant."),
         named={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
     )
 
@@ -181,11 +165,11 @@ _RECIPES = {
     "llava_onevision": Recipe(
         images=("LlavaOnevision", {"size": _SQUARE, "image_grid_pinpoints": _ANYRES}),
         text={"model_type": "qwen2"},
-        vision={"model_type": "siglip_vision_model", **_VISION, "patch_size": 6, "vision_use_head": False},
+        vision={**_SIGLIP, "patch_size": 6},
         config={"image_token_index": "<image>", "video_token_index": "<video>", "image_grid_pinpoints": _ANYRES},
         processor={"num_image_tokens": 4, "vision_feature_select_strategy": "full"},
-        special=("<video>", *_CHAT),
-        words=("user", "assistant"),
+        special=(*_SPECIAL, "<video>", *_CHAT),
+        words=(*_WORDS, "user", "assistant"),
     ),
     "gemma4": Recipe(
         images=("Gemma4", {"patch_size": 2, "pooling_kernel_size": 2, "max_soft_tokens": 70}),
@@ -206,10 +190,7 @@ _RECIPES = {
             "use_bidirectional_attention": "vision",
         },
         vision={
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
+            **{key: value for key, value in _VISION.items() if key != "image_size"},
             "num_key_value_heads": 2,
             "head_dim": 8,
             "patch_size": 2,
@@ -221,20 +202,21 @@ _RECIPES = {
             **{f"{name}_id": token for name, token in _GEMMA4_TOKENS.items() if name != "eoa_token"},
             "eoa_token_index": _GEMMA4_TOKENS["eoa_token"],
         },
-        special=(*_GEMMA4_TOKENS.values(), "<|turn>", "<turn|>"),
-        words=("user", "model"),
+        special=(*_SPECIAL, *_GEMMA4_TOKENS.values(), "<|turn>", "<turn|>"),
+        words=(*_WORDS, "user", "model"),
         named=_GEMMA4_TOKENS,
     ),
-    "idefics3": _tiled("Idefics3"),
+    "idefics3": _idefics3("Idefics3"),
     "internvl": Recipe(
         images=("GotOcr2", {"size": _SQUARE, "max_patches": 4}),
         text={"model_type": "qwen3", "attention_bias": True},
         vision={**_VISION, "patch_size": 3},
         config={"image_token_id": "<IMG_CONTEXT>", "image_seq_length": 4},
         processor={"image_seq_length": 4},
-        special=("<img>", "</img>", "<IMG_CONTEXT>", "<video>", *_CHAT),
-        words=("user", "assistant"),
+        special=(*_SPECIAL, "<img>", "</img>", "<IMG_CONTEXT>", "<video>", *_CHAT),
+        words=(*_WORDS, "user", "assistant"),
         named={
+            **_NAMED,
             "start_image_token": "<img>",
             "end_image_token": "</img>",
             "context_image_token": "<IMG_CONTEXT>",
@@ -259,42 +241,9 @@ _RECIPES = {
         {"attention_bias": True, "rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True}},
         {"depth": 3, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
     ),
-    "smolvlm": _tiled("SmolVLM"),
+    "smolvlm": _idefics3("SmolVLM"),
 }
 FAMILIES = tuple(_RECIPES)  # beside Gemma 3
-
-
-def _build(family: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A model of one of `FAMILIES` with Hugging Face's initial weights, and its processor."""
-    recipe = _RECIPES[family]
-    model_type = "paligemma" if family == "paligemma2" else family
-    tokenizer = byte_tokenizer(
-        (*_SPECIAL, *recipe.special),
-        ("USER:", "ASSISTANT:", *WORDS, *recipe.words),
-        {"image_token": "<image>", **recipe.named},
-    )
-    name, settings = recipe.images
-    images = getattr(transformers, f"{name}ImageProcessorPil")(**settings)
-    if model_type == "paligemma":
-        images.image_seq_length = 9  # as checkpoints say it in their JSON
-    # The processor may add tokens to the tokenizer (PaliGemma: for places), so that it comes before the embedding.
-    processor = picture_processor(KNOWN[model_type].processor)(images, tokenizer, **recipe.processor)
-    text = {
-        **_TEXT,
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        **recipe.text,
-    }
-    ids = tokenizer.get_vocab()
-    config = transformers.AutoConfig.for_model(
-        model_type,
-        text_config={key: value for key, value in text.items() if value is not None},
-        vision_config=recipe.vision,
-        **{key: ids[value] if isinstance(value, str) else value for key, value in recipe.config.items()},
-    )
-    return getattr(transformers, KNOWN[model_type].model)._from_config(config).to(dtype), processor
 
 
 @torch.no_grad()
@@ -310,87 +259,38 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             buffer.fill_(float(generator(seed, name).uniform(0.6, 1.4)))
 
 
-def _finished(model: Any, processor: Any, family: str, seed: int) -> VLM:
+def _made(family: str, recipe: Recipe, seed: int, dtype: torch.dtype, attention: str | None = None) -> VLM:
+    known = KNOWN[recipe.config.get("model_type", family)]
+    is_gemma3 = family.startswith("gemma3")
+    tokenizer = byte_tokenizer(recipe.special, recipe.words, recipe.named, adds_bos=not is_gemma3)
+    processor: Any = tokenizer
+    if recipe.images:
+        name, settings = recipe.images
+        images = getattr(transformers, f"{name}ImageProcessorPil")(**settings)
+        if name == "Siglip":
+            images.image_seq_length = 9  # as checkpoints say it in their JSON
+        # It may add tokens to the tokenizer (PaliGemma: for places), so that it comes before the embedding.
+        processor = picture_processor(known.processor)(images, tokenizer, **recipe.processor)
+    ids = tokenizer.get_vocab()
+    text = {
+        **_TEXT,
+        "vocab_size": len(tokenizer),
+        "pad_token_id": ids["<pad>"],
+        "bos_token_id": ids["<bos>"],
+        "eos_token_id": ids["<eos>"],
+        **recipe.text,
+    }
+    text = {key: value for key, value in text.items() if value is not None}
+    own = {key: ids.get(value, value) if isinstance(value, str) else value for key, value in recipe.config.items()}
+    if recipe.images:
+        text = {"text_config": text, "vision_config": recipe.vision}
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(seed, "tiny"))
+        config = transformers.AutoConfig.for_model(**{"model_type": family, **own, **text})
+        model = getattr(transformers, known.model)._from_config(config, attn_implementation=attention).to(dtype)
     randomise(model, seed)
     model.eval().requires_grad_(False)
     return VLM(model, processor, adapter_for(model), name=f"tiny_{family}")
-
-
-def tiny_gemma3(
-    seed: int = 0,
-    *,
-    text_only: bool = False,
-    d_model: int = 24,
-    n_heads: int = 4,
-    n_kv_heads: int = 2,
-    head_dim: int = 8,
-    layer_types: Sequence[str] = ("sliding_attention", "full_attention") * 2,
-    window: int = 5,
-    attention_bias: bool = False,
-    dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
-) -> VLM:
-    """A random Gemma 3 of any shape with its processor, in evaluation mode.
-
-    Args:
-        seed: names the weights; the same seed gives the same weights in every dtype.
-        text_only: make a `Gemma3ForCausalLM` without a vision tower.
-        d_model: decoder width.
-        n_heads: query heads.
-        n_kv_heads: key/value heads.
-        head_dim: width of a head.
-        layer_types: "sliding_attention" or "full_attention" for each layer.
-        window: sliding window in tokens.
-        attention_bias: give the attention projections biases.
-        dtype: dtype of the weights.
-        attention: Hugging Face attention implementation.
-    """
-    tokenizer = byte_tokenizer(
-        orrery.SPECIAL,  # so that ids are the same; <unk> is never made
-        ("user", "model", *WORDS),
-        {"boi_token": orrery.BOI, "eoi_token": orrery.EOI, "image_token": orrery.SOFT},
-        adds_bos=False,  # Gemma's template spells it
-    )
-    ids = tokenizer.get_vocab()
-    text = transformers.Gemma3TextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=d_model,
-        intermediate_size=2 * d_model,
-        num_hidden_layers=len(layer_types),
-        num_attention_heads=n_heads,
-        num_key_value_heads=n_kv_heads,
-        head_dim=head_dim,
-        query_pre_attn_scalar=head_dim,
-        sliding_window=window,
-        layer_types=list(layer_types),
-        attention_bias=attention_bias,
-        max_position_embeddings=4096,
-        pad_token_id=ids[orrery.PAD],
-        eos_token_id=ids[orrery.EOS],
-        bos_token_id=ids[orrery.BOS],
-        # Bases this small turn visibly within a short prompt, so that confusing them cannot pass a check.
-        rope_parameters={
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
-            "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
-        },
-    )
-    config: Any = text
-    if not text_only:
-        config = transformers.Gemma3Config(
-            text_config=text,
-            vision_config={**_VISION, "image_size": 16, "vision_use_head": False},
-            mm_tokens_per_image=4,
-            boi_token_index=ids[orrery.BOI],
-            eoi_token_index=ids[orrery.EOI],
-            image_token_index=ids[orrery.SOFT],
-        )
-    family = "gemma3_text" if text_only else "gemma3"
-    with torch.random.fork_rng():
-        torch.manual_seed(derive(seed, "tiny"))
-        model_class: Any = getattr(transformers, KNOWN[family].model)
-        model = model_class._from_config(config, attn_implementation=attention).to(dtype)
-    processor = tokenizer if text_only else orrery.gemma3_processor(tokenizer, 16, 4)
-    return _finished(model, processor, family, seed)
 
 
 def tiny_vlm(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> VLM:
@@ -409,10 +309,60 @@ def tiny_vlm(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32) 
     if family not in FAMILIES:
         known = ", ".join(sorted(("gemma3", "gemma3_text", *FAMILIES)))
         raise UserError(f"there is no tiny model of type {family!r}; choose one of: {known}")
-    with torch.random.fork_rng():
-        torch.manual_seed(derive(seed, "tiny"))
-        model, processor = _build(family, dtype)
-    return _finished(model, processor, family, seed)
+    return _made(family, _RECIPES[family], seed, dtype)
+
+
+def tiny_gemma3(
+    seed: int = 0,
+    *,
+    text_only: bool = False,
+    d_model: int = 24,
+    n_heads: int = 4,
+    n_kv_heads: int = 2,
+    head_dim: int = 8,
+    layer_types: Sequence[str] = ("sliding_attention", "full_attention") * 2,
+    window: int = 5,
+    attention_bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+) -> VLM:
+    """`tiny_vlm` for a Gemma 3 of any shape.
+
+    `layer_types` are "sliding_attention" or "full_attention", `window` is that of the former in tokens, `attention` the
+    Hugging Face attention implementation.
+    """
+    text = {
+        "hidden_size": d_model,
+        "intermediate_size": 2 * d_model,
+        "num_hidden_layers": len(layer_types),
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_kv_heads,
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": head_dim,
+        "sliding_window": window,
+        "layer_types": list(layer_types),
+        "attention_bias": attention_bias,
+        "rope_parameters": {
+            "sliding_attention": {**_ROPE, "rope_theta": 10.0},
+            "full_attention": {**_ROPE, "rope_theta": 1000.0},
+        },
+    }
+    half = [0.5, 0.5, 0.5]
+    images = {"size": {"height": 16, "width": 16}, "image_mean": half, "image_std": half, "do_pan_and_scan": False}
+    tokens = {"boi_token": orrery.BOI, "eoi_token": orrery.EOI, "image_token": orrery.SOFT}
+    recipe = Recipe(
+        images=("Gemma3", images),
+        text=text,
+        vision={**_SIGLIP, "image_size": 16},
+        config={"mm_tokens_per_image": 4, **{f"{name}_index": token for name, token in tokens.items()}},
+        processor={"image_seq_length": 4, "chat_template": Gemma3Adapter.chat_template},
+        special=orrery.SPECIAL,  # so that ids are the same; <unk> is never made
+        words=("user", "model", *WORDS),
+        named=tokens,
+    )
+    if text_only:
+        return _made("gemma3_text", recipe._replace(images=None, config={}), seed, dtype, attention)
+    return _made("gemma3", recipe, seed, dtype, attention)
 
 
 def tiny_image(seed: int) -> Image.Image:

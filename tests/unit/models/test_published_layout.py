@@ -128,7 +128,7 @@ def test_the_chat_template_is_the_one_that_hugging_face_takes(
         assert theirs.chat_template is None
         return
     told_turn = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    turn = vlm.adapter.wrap_prompt("what is the red one", 1, vlm.tokenizer, vlm.chat_template.text)
+    turn = vlm.adapter.wrap_prompt("what is the red one", 1, vlm.tokenizer, vlm.chat_template)
     assert (
         turn.text.removeprefix("<bos>")
         == told_turn

@@ -11,52 +11,57 @@ from vlmscope import conformance
 from vlmscope.app import main
 from vlmscope.attribution.export import load_graph
 from vlmscope.models.tiny import FAMILIES, tiny_image
+from vlmscope.tracking.client import open_client
 
 SMALL = ["task.sources=2", "task.positions=2", "task.new_tokens=2"]
+# One of each kind of tower; the identities of all families are in tests/maths, and all names in `make test-slow`.
+QUICK = {"gemma3_text", "qwen2_5_vl", "smolvlm"}
+NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ("gemma3_text", *FAMILIES)]
 
 
-def command(run_dir: Path, *arguments: str) -> list[str]:
+def run(run_dir: Path, *arguments: str) -> int:
     tracking = [] if any(a.startswith("tracking") for a in arguments) else ["tracking=none"]
-    return [*arguments, *tracking, f"hydra.run.dir={run_dir}"]
+    return main([*arguments, *tracking, f"hydra.run.dir={run_dir}"])
+
+
+def metrics(run_dir: Path) -> dict[str, float]:
+    return json.loads((run_dir / "metrics.json").read_text())
 
 
 def test_a_tiny_model_is_checked_without_further_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command(tmp_path / "run", "task=check", "model=tiny")) == 0
+    assert run(tmp_path, "task=check", "model=tiny") == 0
     out = capsys.readouterr().out
-    assert out.strip().splitlines()[-1] == str(tmp_path / "run")
-    for words in (
-        "tiny_gemma3: 4 layers",
-        "transcoders: random",
-        "completeness",
-        "in float32",
-        "two_pictures: 34 tokens",
-    ):
+    assert out.strip().splitlines()[-1] == str(tmp_path)
+    for words in ("tiny_gemma3: 4 layers", "transcoders: random", "completeness", "in float32", "two_pictures: 34 tok"):
         assert words in out
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert (metrics["check/failed"], metrics["check/held"], metrics["check/skipped"]) == (0, 26, 1)
-    assert 0 < metrics["check/two_pictures/completeness/error"] < 1e-12
-    assert 1e-9 < metrics["check/one_picture/parity/error_own_dtype"] < 1e-4
-
-
-# One of each kind of tower; the identities of all families are in tests/maths, and all names in `make test-slow`.
-QUICK = {"gemma3", "gemma3_text", "qwen2_5_vl", "smolvlm"}
-NAMES = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ("gemma3", "gemma3_text", *FAMILIES)
-]
+    numbers = metrics(tmp_path)
+    assert (numbers["check/failed"], numbers["check/held"], numbers["check/skipped"]) == (0, 26, 1)
+    assert 0 < numbers["check/two_pictures/completeness/error"] < 1e-12
+    assert 1e-9 < numbers["check/one_picture/parity/error_own_dtype"] < 1e-4
 
 
 @pytest.mark.parametrize("family", NAMES)
-def test_every_family_can_be_checked_by_name(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["task=check", "model=tiny", f"model.family={family}", *SMALL, "task.targets=10"]
-    assert main(command(tmp_path / "run", *asked)) == 0
+def test_every_family_is_checked_and_traced_by_name(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["model=tiny", f"model.family={family}"]
+    assert run(tmp_path / "check", "task=check", *model, *SMALL, "task.targets=10") == 0
     assert f"tiny_{family}: " in capsys.readouterr().out
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["check/failed"] == 0
-    assert metrics["check/held"] >= 6
+    numbers = metrics(tmp_path / "check")
+    assert numbers["check/failed"] == 0 and numbers["check/held"] >= 6
+    tiny_image(5).resize((30, 20)).save(tmp_path / "x.png")
+    picture = [] if family.endswith("_text") else [f"image={tmp_path / 'x.png'}"]
+    asked = [*model, *picture, "prompt=describe this picture, s'il te plaît", "attribution.max_nodes=200"]
+    assert run(tmp_path / "run", "task=trace", *asked, "task.figure=false") == 0
+    assert "transcoders: random, as the model is" in capsys.readouterr().out
+    graph = load_graph(tmp_path / "run" / "graph.safetensors").graph
+    assert graph.residual.max() < 1e-4  # in float32
+    assert graph.prompt == "describe this picture, s'il te plaît"
+    assert graph.is_image.any() == bool(picture)
 
 
 def test_orrery_is_checked_with_its_own_transcoders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command(tmp_path / "run", "task=check", *SMALL, "task.targets=60")) == 0
+    assert run(tmp_path, "task=check", *SMALL, "task.targets=60") == 0
     out = capsys.readouterr().out
     assert "orrery_transcoders; errors in float64" in out
     assert "total_effects, text: skipped, it needs all 1,408 active features, 60 have a row" in out
@@ -74,27 +79,19 @@ def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
         return dataclasses.replace(subject, replacement=replacement)
 
     monkeypatch.setattr(conformance, "make_subject", wrong)
-    run_dir = tmp_path / "run"
-    code = main(
-        command(run_dir, "task=check", "model=tiny", "model.family=gemma3_text", *SMALL, f"tracking.uri={store}")
-    )
+    model = ["model=tiny", "model.family=gemma3_text"]
+    assert run(tmp_path / "run", "task=check", *model, *SMALL, f"tracking.uri={store}") == 1
     captured = capsys.readouterr()
-    assert code == 1
     errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "Traceback" not in captured.err
+    assert len(errors) == 1 and "Traceback" not in captured.err
     assert errors[0].startswith("error: tiny_gemma3_text fails parity on text (")
     assert "  NO  " in captured.out
-    assert json.loads((run_dir / "metrics.json").read_text())["check/failed"] == 1
-
-    from vlmscope.tracking.client import open_client
-
+    assert metrics(tmp_path / "run")["check/failed"] == 1
     client = open_client(store)
     experiment = client.get_experiment_by_name("check")
     assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.status == "FAILED"
-    assert run.data.metrics["check/text/parity/error"] > 1e-3
+    (recorded,) = client.search_runs([experiment.experiment_id])
+    assert recorded.info.status == "FAILED" and recorded.data.metrics["check/text/parity/error"] > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -116,41 +113,18 @@ def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
 def test_mistakes_are_one_line(
     tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command(tmp_path / "r", "task=check", *arguments)) == 2
+    assert run(tmp_path, "task=check", *arguments) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert words in errors[0]
+    assert len(errors) == 1 and words in errors[0]
 
 
 def test_a_tiny_model_is_traced_with_random_transcoders(tmp_path: Path) -> None:
     tiny_image(5).save(tmp_path / "x.png")
-    asked = [f"image={tmp_path / 'x.png'}", "prompt=what is this planet ?"]
-    given = ["task=trace", "model=tiny", "transcoder=random", "transcoder.k=4", "transcoder.n_features=50"]
-    assert main(command(tmp_path / "a", *given, *asked)) == 0
-    assert main(command(tmp_path / "b", *given, *asked, "seed=1")) == 0
+    asked = ["task=trace", "model=tiny", f"image={tmp_path / 'x.png'}", "prompt=what is this planet ?"]
+    asked += ["transcoder=random", "transcoder.k=4", "transcoder.n_features=50"]
+    assert run(tmp_path / "a", *asked) == 0 and run(tmp_path / "b", *asked, "seed=1") == 0
     graph, other = (load_graph(tmp_path / name / "graph.safetensors").graph for name in ("a", "b"))
     assert graph.meta["n_active_features"] == 24 * 4 * 4  # positions, layers, k
     assert graph.residual.max() < 1e-5
     assert graph.logit_probabilities.tolist() != other.logit_probabilities.tolist()
     assert (tmp_path / "a" / "figures" / "graph.png").stat().st_size > 0
-
-
-@pytest.mark.parametrize("family", NAMES)
-def test_every_family_is_traced_by_name_on_any_prompt(
-    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny_image(5).resize((30, 20)).save(tmp_path / "x.png")
-    picture = [] if family.endswith("_text") else [f"image={tmp_path / 'x.png'}"]
-    asked = [
-        "model=tiny",
-        f"model.family={family}",
-        *picture,
-        "prompt=describe this picture, s'il te plaît",
-        "attribution.max_nodes=200",
-    ]
-    assert main(command(tmp_path / "run", "task=trace", *asked, "task.figure=false")) == 0
-    assert "transcoders: random, as the model is" in capsys.readouterr().out
-    graph = load_graph(tmp_path / "run" / "graph.safetensors").graph
-    assert graph.residual.max() < 1e-4  # in float32
-    assert graph.prompt == "describe this picture, s'il te plaît"
-    assert graph.is_image.any() == bool(picture)

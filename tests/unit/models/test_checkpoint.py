@@ -1,30 +1,25 @@
-"""Damaged, half-downloaded and mismatched model folders: each one line that names the file and says what to do."""
+"""Model folders: damaged ones are one line that names the file, whole ones give the same model, however laid out."""
 
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from vlmscope.app import main
 from vlmscope.core.errors import UserError
+from vlmscope.core.records import Exchange
 from vlmscope.models.checkpoint import check_weights, is_complete, weight_files
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.orrery import build_tokenizer
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole tiny Gemma 3 in several shards."""
-    folder = tmp_path_factory.mktemp("sharded")
-    vlm = tiny_gemma3(3)
-    vlm.model.save_pretrained(folder, max_shard_size="20KB")
-    vlm.processor.save_pretrained(folder)
-    return folder
+INDEX, LAST = "model.safetensors.index.json", "model.language_model.layers.3."
 
 
 @pytest.fixture
@@ -36,14 +31,38 @@ def shard(folder: Path) -> Path:
     return sorted(folder.glob("model-0000?-of-*.safetensors"))[1]
 
 
-def change_json(path: Path, change: Callable[[dict], None]) -> None:
+def change_json(path: Path, change: Callable[[dict], Any]) -> None:
     record = json.loads(path.read_text())
     change(record)
     path.write_text(json.dumps(record))
 
 
-def remove_shard(folder: Path) -> None:
-    shard(folder).unlink()
+def config(change: Callable[[dict], Any]) -> Callable[[Path], None]:
+    return lambda folder: change_json(folder / "config.json", change)
+
+
+def processor(change: Callable[[dict], Any]) -> Callable[[Path], None]:
+    return lambda folder: change_json(folder / "processor_config.json", change)
+
+
+def index(name: str, file: str) -> Callable[[Path], None]:
+    return lambda folder: change_json(folder / INDEX, lambda record: record["weight_map"].update({name: file}))
+
+
+def shard_is(content: bytes) -> Callable[[Path], Any]:
+    return lambda folder: shard(folder).write_bytes(content)
+
+
+def file_is(name: str, content: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def remove(pattern: str) -> Callable[[Path], Any]:
+    return lambda folder: [path.unlink() for path in folder.glob(pattern)]
+
+
+def cut_shard(folder: Path) -> None:
+    shard(folder).write_bytes(shard(folder).read_bytes()[:-100])
 
 
 def interrupt(folder: Path) -> None:
@@ -51,184 +70,105 @@ def interrupt(folder: Path) -> None:
     shard(folder).rename(folder / ".cache" / "huggingface" / "download" / "abc.incomplete")
 
 
-def empty_shard(folder: Path) -> None:
-    shard(folder).write_bytes(b"")
-
-
-def cut_shard(folder: Path) -> None:
-    data = shard(folder).read_bytes()
-    shard(folder).write_bytes(data[:-100])
-
-
-def cut_header(folder: Path) -> None:
-    shard(folder).write_bytes(shard(folder).read_bytes()[:30])
-
-
-def page_instead(folder: Path) -> None:
-    shard(folder).write_text("<html>Access to this model is restricted</html>")
-
-
-def lfs_pointer(folder: Path) -> None:
-    shard(folder).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
-
-
-def lose_index(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").unlink()
-
-
-def break_index(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text("{")
-
-
-def lead_outside(folder: Path) -> None:
-    def change(record: dict) -> None:
-        record["weight_map"]["lm_head.weight"] = "../other.safetensors"
-
-    change_json(folder / "model.safetensors.index.json", change)
-
-
 def only_pickle(folder: Path) -> None:
-    for path in folder.glob("model*"):
-        path.unlink()
+    remove("model*")(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
 
 
-def no_weights(folder: Path) -> None:
-    for path in folder.glob("model*"):
-        path.unlink()
+def shorter(record: dict) -> None:
+    record["text_config"] |= {"num_hidden_layers": 3, "layer_types": record["text_config"]["layer_types"][:3]}
 
 
-def wider_config(folder: Path) -> None:
-    change_json(folder / "config.json", lambda c: c["text_config"].update(intermediate_size=40))
+def change_tensors(change: Callable[[dict, str], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(shard(folder))
+        change(tensors, sorted(tensors)[0])
+        save_file(tensors, shard(folder), metadata={"format": "pt"})
+
+    return damage
 
 
-def shorter_config(folder: Path) -> None:
-    def change(record: dict) -> None:
-        text = record["text_config"]
-        text["num_hidden_layers"] = 3
-        text["layer_types"] = text["layer_types"][:3]
-
-    change_json(folder / "config.json", change)
+def fill(value: float) -> Callable[[Path], None]:
+    return change_tensors(lambda tensors, name: tensors[name].view(-1)[:1].fill_(value))
 
 
-def lose_tensor(folder: Path) -> None:
-    tensors = load_file(shard(folder))
-    tensors.pop(sorted(tensors)[0])
-    save_file(tensors, shard(folder), metadata={"format": "pt"})
-
-
-def wordy_config(folder: Path) -> None:
-    change_json(folder / "config.json", lambda c: c["text_config"].update(hidden_size="wide"))
-
-
-def uneven_config(folder: Path) -> None:
-    change_json(folder / "config.json", lambda c: c["text_config"].update(hidden_size=23))
-
-
-def bad_config(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": ')
-
-
-def list_config(folder: Path) -> None:
-    (folder / "config.json").write_text("[1]")
-
-
-def typeless_config(folder: Path) -> None:
-    change_json(folder / "config.json", lambda c: c.pop("model_type"))
-
-
-def no_tokenizer(folder: Path) -> None:
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-
-
-def broken_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("{}")
-
-
-def other_family(folder: Path) -> None:
-    change_json(folder / "processor_config.json", lambda c: c.update(processor_class="LlavaProcessor"))
-
-
-def other_image_processor(folder: Path) -> None:
-    change_json(
-        folder / "processor_config.json",
-        lambda c: c["image_processor"].update(image_processor_type="CLIPImageProcessor"),
-    )
-
-
-def other_picture_size(folder: Path) -> None:
-    change_json(
-        folder / "processor_config.json", lambda c: c["image_processor"].update(size={"height": 20, "width": 20})
-    )
-
-
-def large_tokenizer(folder: Path) -> None:
-    words = [f"word{number}" for number in range(1000)]
-    build_tokenizer(words).save_pretrained(folder)
-
-
-DAMAGES = [
-    (remove_shard, r"model-00002-of-0000\d.safetensors is missing \(1 of \d weight files are\); download it again"),
-    (interrupt, r"is missing \(1 of \d weight files are\) \(a download of it was interrupted\)"),
-    (empty_shard, r"model-00002-of-0000\d.safetensors: not a complete safetensors file \(0 bytes; "),
-    (cut_shard, r"00002-of-0000\d.safetensors: not a complete safetensors file .*file not fully covered.*; download"),
-    (cut_header, r"00002-of-0000\d.safetensors: not a complete safetensors file \(30 bytes; "),
-    (page_instead, r"00002-of-0000\d.safetensors: not a complete safetensors file"),
-    (lfs_pointer, r"00002-of-0000\d.safetensors is a Git LFS pointer, not the file itself; run `git lfs pull`"),
-    (lose_index, r"model.safetensors.index.json is missing beside model-00001"),
-    (break_index, r"model.safetensors.index.json is not valid JSON"),
-    (lead_outside, r"names '../other.safetensors', which does not lie in the folder"),
-    (only_pickle, r"pytorch_model.bin, which is a pickle and never read; convert it to safetensors"),
-    (no_weights, r"has no weights: model.safetensors is missing"),
-    (
-        wider_config,
+SHARD = r"model-00002-of-0000\d.safetensors"
+DAMAGES = {
+    "no shard": (lambda f: shard(f).unlink(), SHARD + r" is missing \(1 of \d weight files are\); download it again"),
+    "interrupted": (interrupt, r"is missing \(1 of \d weight files are\) \(a download of it was interrupted\)"),
+    "empty shard": (shard_is(b""), SHARD + r": not a complete safetensors file \(0 bytes; "),
+    "cut shard": (cut_shard, SHARD + ": not a complete safetensors file .*file not fully covered.*; download"),
+    "page": (shard_is(b"<html>Access to this model is restricted"), SHARD + ": not a complete safetensors file"),
+    "pointer": (
+        shard_is(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"),
+        SHARD + " is a Git LFS pointer, not the file itself; run `git lfs pull`",
+    ),
+    "no index": (remove(INDEX), f"{INDEX} is missing beside model-00001"),
+    "bad index": (file_is(INDEX, "{"), f"{INDEX} is not valid JSON"),
+    "outside": (index("x", "../other.safetensors"), "names '../other.safetensors', which does not lie in the folder"),
+    "pickle": (only_pickle, "pytorch_model.bin, which is a pickle and never read; convert it to safetensors"),
+    "no weights": (remove("model*"), "has no weights: model.safetensors is missing"),
+    "wider": (
+        config(lambda c: c["text_config"].update(intermediate_size=40)),
         r"12 weights at .* do not fit its config.json, first model.language_model.layers.0.mlp.down_proj.weight: "
         r"it has shape \(24, 48\), the config asks for \(24, 40\)",
     ),
-    (
-        shorter_config,
-        r"13 weights of layers that the model of .*config.json lacks, first model.language_model.layers.3.",
+    "shorter": (config(shorter), f"13 weights of layers that the model of .*config.json lacks, first {LAST}"),
+    "no tensor": (change_tensors(lambda tensors, name: tensors.pop(name)), r"lacks 1 weights, first model\."),
+    "nan": (fill(float("nan")), "holds values that are not finite in float32, first in "),
+    "infinite": (fill(float("inf")), "holds values that are not finite in float32, first in "),
+    "words": (config(lambda c: c["text_config"].update(hidden_size="wide")), "transformers refuses .*'hidden_size'"),
+    "uneven": (config(lambda c: c["text_config"].update(hidden_size=23)), r"transformers refuses .*hidden size \(23\)"),
+    "bad config": (file_is("config.json", '{"model_type": '), "config.json is not valid JSON"),
+    "list": (file_is("config.json", "[1]"), "config.json names no model_type"),
+    "no type": (config(lambda c: c.pop("model_type")), "config.json names no model_type"),
+    "no tokenizer": (remove("tokenizer*"), r"has no tokenizer \(tokenizer.json, tokenizer.model\)"),
+    "bad tokenizer": (file_is("tokenizer.json", "{}"), "cannot load the model at"),
+    "other family": (
+        processor(lambda c: c.update(processor_class="LlavaProcessor")),
+        "processor_config.json is of a LlavaProcessor, the model takes a Gemma3Processor",
     ),
-    (lose_tensor, r"lacks 1 weights, first model\."),
-    (wordy_config, r"transformers refuses .*config.json: Validation error for field 'hidden_size'"),
-    (uneven_config, r"transformers refuses .*config.json: .*hidden size \(23\)"),
-    (bad_config, r"config.json is not valid JSON"),
-    (list_config, r"config.json names no model_type"),
-    (typeless_config, r"config.json names no model_type"),
-    (no_tokenizer, r"has no tokenizer \(tokenizer.json, tokenizer.model\)"),
-    (broken_tokenizer, r"cannot load the model at"),
-    (other_family, r"processor_config.json is of a LlavaProcessor, the model takes a Gemma3Processor"),
-    (other_image_processor, r"has CLIPImageProcessor\w* where Gemma3ImageProcessor belongs"),
-    (other_picture_size, r"makes pictures of 20 x 20 pixels, the model takes 16 x 16"),
-    (large_tokenizer, r"the tokenizer at .* knows 1,009 tokens, the model \d+;"),
-]
+    "other images": (
+        processor(lambda c: c["image_processor"].update(image_processor_type="CLIPImageProcessor")),
+        r"has CLIPImageProcessor\w* where Gemma3ImageProcessor belongs",
+    ),
+    "other size": (
+        processor(lambda c: c["image_processor"].update(size={"height": 20, "width": 20})),
+        "makes pictures of 20 x 20 pixels, the model takes 16 x 16",
+    ),
+    "large tokenizer": (
+        lambda f: build_tokenizer([f"word{number}" for number in range(1000)]).save_pretrained(f),
+        r"the tokenizer at .* knows 1,009 tokens, the model \d+;",
+    ),
+}
 
 
-@pytest.mark.parametrize(("damage", "words"), DAMAGES, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_damaged_folder_is_one_line(damage: Callable[[Path], None], words: str, folder: Path) -> None:
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_folder_is_one_line(name: str, folder: Path) -> None:
+    damage, words = DAMAGES[name]
     damage(folder)
     with pytest.raises(UserError, match=words) as raised:
         load_vlm(folder)
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("damage", [remove_shard, cut_shard, wider_config, other_family])
 def test_from_the_command_line_it_is_exit_code_2(
-    damage: Callable[[Path], None], folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    damage(folder)
+    assert is_complete(folder)
+    cut_shard(folder)
+    assert not is_complete(folder)
     asked = ["task=trace", "model=path", f"model.path={folder}", "prompt=what is this ?", "tracking=none"]
     assert main([*asked, f"hydra.run.dir={tmp_path / 'run'}"]) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
 
 
-def test_a_whole_folder_is_whole(folder: Path) -> None:
-    assert len(weight_files(folder)) > 5
-    assert is_complete(folder)
-    cut_shard(folder)
-    assert not is_complete(folder)
+def test_weights_beyond_the_dtype_are_one_line(folder: Path) -> None:
+    fill(1e6)(folder)
+    load_vlm(folder)
+    with pytest.raises(UserError, match=r"not finite in float16.*bfloat16 or float32"):
+        load_vlm(folder, dtype="float16")
 
 
 def test_weights_and_logits_come_back_from_shards(folder: Path) -> None:
@@ -241,42 +181,30 @@ def test_weights_and_logits_come_back_from_shards(folder: Path) -> None:
 def test_weights_in_one_file_and_in_shards_are_those_that_transformers_takes(folder: Path) -> None:
     """mlx-vlm#1464: a stray model.safetensors next to an index that names other files."""
     model = load_vlm(folder).model
-    weights = {name: tensor * 0.5 for name, tensor in model.state_dict().items()}
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    weights = {name: (tensor * 0.5).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
     assert weight_files(folder) == [folder / "model.safetensors"]
-    theirs = type(model).from_pretrained(folder).state_dict()
-    ours = load_vlm(folder).model.state_dict()
+    theirs, ours = type(model).from_pretrained(folder).state_dict(), load_vlm(folder).model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     (folder / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(UserError, match="model.safetensors"):
         check_weights(folder)
 
 
-def test_what_a_model_recomputes_may_lie_in_its_files(folder: Path) -> None:
-    save_file({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "extra.safetensors")
-
-    def change(record: dict) -> None:
-        record["weight_map"]["model.language_model.layers.0.self_attn.rotary_emb.inv_freq"] = "extra.safetensors"
-
-    change_json(folder / "model.safetensors.index.json", change)
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model.language_model.layers.0.self_attn.rotary_emb.inv_freq", ""),  # recomputed
+        ("model.vision_tower.head.probe", "has 1 weights that the model does not use, first model.vision_tower.head"),
+    ],
+)
+def test_what_a_model_does_not_need_may_lie_in_its_files(
+    name: str, told: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file({name: torch.ones(4)}, folder / "extra.safetensors")
+    index(name, "extra.safetensors")(folder)
     load_vlm(folder)
-
-
-def test_a_head_that_the_class_does_not_use_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save_file({"model.vision_tower.head.probe": torch.ones(4)}, folder / "extra.safetensors")
-
-    def change(record: dict) -> None:
-        record["weight_map"]["model.vision_tower.head.probe"] = "extra.safetensors"
-
-    change_json(folder / "model.safetensors.index.json", change)
-    load_vlm(folder)
-    assert "has 1 weights that the model does not use, first model.vision_tower.head.probe" in caplog.text
-
-
-def test_a_processor_with_another_number_of_soft_tokens_is_one_line(folder: Path) -> None:
-    change_json(folder / "processor_config.json", lambda c: c.update(image_seq_length=9))
-    with pytest.raises(UserError, match="makes 9 soft tokens of a picture, the model takes 4"):
-        load_vlm(folder)
+    assert told in caplog.text and bool(told) == bool(caplog.text)
 
 
 def test_a_token_beyond_the_embedding_is_named(tmp_path: Path) -> None:
@@ -292,41 +220,143 @@ def test_a_token_beyond_the_embedding_is_named(tmp_path: Path) -> None:
 
 
 def test_pan_and_scan_stays_off_whatever_the_folder_says(folder: Path) -> None:
-    settings = {
-        "do_pan_and_scan": True,
-        "pan_and_scan_min_crop_size": 8,
-        "pan_and_scan_max_num_crops": 4,
-        "pan_and_scan_min_ratio_to_activate": 1.2,
-    }
-    change_json(folder / "processor_config.json", lambda c: c["image_processor"].update(settings))
+    settings = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8, "pan_and_scan_max_num_crops": 4}
+    settings["pan_and_scan_min_ratio_to_activate"] = 1.2
+    processor(lambda c: c["image_processor"].update(settings))(folder)
     vlm = load_vlm(folder)
-    assert vlm.processor.image_processor.do_pan_and_scan is False
     picture = tiny_image(0).resize((64, 16))
     assert len(vlm.processor.image_processor([picture], do_pan_and_scan=True)["pixel_values"]) == 5  # it could be cut
     inputs = vlm.prepare("what is this ?", [picture])
-    assert inputs.tensors["pixel_values"].shape == (1, 3, 16, 16)
-    assert int(inputs.is_image.sum()) == 4
+    assert inputs.tensors["pixel_values"].shape == (1, 3, 16, 16) and int(inputs.is_image.sum()) == 4
+    processor(lambda c: c.update(image_seq_length=9))(folder)
+    with pytest.raises(UserError, match="made 9 soft tokens where the model's pictures have 4"):
+        load_vlm(folder).prepare("what is this ?", [picture])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_one_line(value: float, folder: Path) -> None:
-    """They would make every answer nan; the file is whole, so that nothing else notices."""
-    tensors = load_file(shard(folder))
-    name = sorted(tensors)[0]
-    tensors[name].view(-1)[0] = value
-    save_file(tensors, shard(folder), metadata={"format": "pt"})
-    with pytest.raises(
-        UserError, match=rf"holds values that are not finite in float32, first in .*{name.rpartition('layers.')[2]}"
-    ):
-        load_vlm(folder)
-    with pytest.raises(UserError, match="not finite"):
-        load_vlm(folder, dtype="bfloat16")
+SQUARE = {"size": {"height": 12, "width": 12}}
+TILES = {"size": {"longest_edge": 24}, "max_image_size": {"longest_edge": 12}}
+# As publishers lay folders out, image processors by their torchvision names, in files of their own. Family: the image
+# processor's class, its settings, the processor's own settings.
+PUBLISHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llava": (
+        "CLIPImageProcessor",
+        {"size": {"shortest_edge": 12}, "crop_size": {"height": 12, "width": 12}, "do_center_crop": True},
+        {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+    ),
+    "llava_onevision": (
+        "LlavaOnevisionImageProcessor",
+        {**SQUARE, "image_grid_pinpoints": [[12, 12], [12, 24], [24, 12], [24, 24]]},
+        {"num_image_tokens": 4, "vision_feature_select_strategy": "full"},
+    ),
+    "paligemma": ("SiglipImageProcessor", {**SQUARE, "image_seq_length": 9}, {}),
+    "idefics3": ("Idefics3ImageProcessor", TILES, {"image_seq_len": 4}),
+    "smolvlm": ("SmolVLMImageProcessor", TILES, {"image_seq_len": 4}),
+    "internvl": ("GotOcr2ImageProcessorFast", {**SQUARE, "max_patches": 4}, {"image_seq_length": 4}),
+    "qwen2_5_vl": ("Qwen2VLImageProcessor", {"patch_size": 3, "min_pixels": 144, "max_pixels": 600}, {}),
+    "qwen3_vl": (
+        "Qwen2VLImageProcessorFast",
+        {"patch_size": 3, "size": {"shortest_edge": 144, "longest_edge": 600}, "merge_size": 2},
+        {},
+    ),
+    "gemma4": (
+        "Gemma4ImageProcessor",
+        {"patch_size": 2, "pooling_kernel_size": 2, "max_soft_tokens": 70},
+        {"image_seq_length": 70, "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"}},
+    ),
+}
 
 
-def test_weights_beyond_the_dtype_are_one_line(folder: Path) -> None:
-    tensors = load_file(shard(folder))
-    tensors[sorted(tensors)[0]].view(-1)[0] = 1e6
-    save_file(tensors, shard(folder), metadata={"format": "pt"})
-    load_vlm(folder)
-    with pytest.raises(UserError, match=r"not finite in float16.*bfloat16 or float32"):
-        load_vlm(folder, dtype="float16")
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_a_published_folder_gives_the_same_inputs_and_logits(family: str, tmp_path: Path) -> None:
+    vlm = tiny_vlm(family, 5)
+    name, images, settings = PUBLISHED[family]
+    vlm.model.save_pretrained(tmp_path)
+    vlm.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": name, **images}))
+    if settings:
+        (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    again = load_vlm(tmp_path)
+    before, after = (each.prepare("what is this planet ?", [tiny_image(0).resize((24, 16))]) for each in (vlm, again))
+    assert before.input_ids == after.input_ids and before.patch_boxes == after.patch_boxes
+    assert before.roles.tolist() == after.roles.tolist()
+    with torch.no_grad():
+        assert torch.allclose(again.model(**after.tensors).logits, vlm.model(**before.tensors).logits, atol=1e-6)
+
+
+OTHER = "no {{ messages[0]['content'] }}"
+# Where a template is saved: the files that say so, and how the choice is reported.
+SAVED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
+    "jinja": (lambda own: {"chat_template.jinja": own}, ""),
+    "json": (lambda own: {"chat_template.json": {"chat_template": own}}, ""),
+    "processor": (lambda own: {"processor_config.json": {"chat_template": own}}, ""),
+    "tokenizer": (lambda own: {"tokenizer_config.json": {"chat_template": own}}, "the tokenizer's"),
+    "named": (
+        lambda own: {"tokenizer_config.json": {"chat_template": named(default=own, rag=OTHER)}},
+        "the tokenizer's, of default, rag the default",
+    ),
+    "folder": (
+        lambda own: {"chat_template.jinja": own, "additional_chat_templates/rag.jinja": OTHER},
+        "the processor's, of default, rag the default",
+    ),
+    "both": (
+        lambda own: {"chat_template.json": {"chat_template": own}, "tokenizer_config.json": {"chat_template": OTHER}},
+        "",
+    ),
+    "none": (lambda own: {}, "the family's usual one; the model came without"),
+}
+
+
+def named(**templates: str) -> list[dict[str, str]]:
+    return [{"name": name, "template": template} for name, template in templates.items()]
+
+
+def save_with_template(family: str, folder: Path, files: dict[str, Any]) -> None:
+    """A tiny model's folder with nothing about chat templates but what `files` say."""
+    vlm = tiny_vlm(family, 5)
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    for name, body in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        before = json.loads(path.read_text()) if path.suffix == ".json" and path.is_file() else {}
+        path.write_text(body if isinstance(body, str) else json.dumps(before | body))
+
+
+@pytest.mark.parametrize("where", SAVED)
+@pytest.mark.parametrize(("family", "mark"), [("llava", "<image>"), ("gemma3", "<start_of_image>")])
+def test_the_chat_template_is_the_one_that_hugging_face_takes(
+    family: str, mark: str, where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = (
+        "{% for message in messages %}{{ message['role'].upper() + ': the other one ' }}"
+        "{% for item in message['content'] %}{{ item['text'] if item['type'] == 'text' else MARK }}{% endfor %}"
+        "{{ '<eos>' }}{% endfor %}{% if add_generation_prompt %}{{ ' and ASSISTANT:' }}{% endif %}"
+    ).replace("MARK", repr(mark))
+    files, told = SAVED[where]
+    save_with_template(family, tmp_path, files(own))
+    with caplog.at_level("INFO", "vlmscope"):
+        vlm = load_vlm(tmp_path)
+    assert caplog.messages == ([f"chat template of {tmp_path.name}: {told}"] if told else [])
+    # Hugging Face's own answer; a template that the tokenizer alone has is its tokenizer's to render.
+    theirs = getattr(transformers, type(vlm.processor).__name__).from_pretrained(tmp_path)
+    theirs = theirs if theirs.chat_template else theirs.tokenizer
+    if where == "none":
+        assert theirs.chat_template is None
+        return
+    asked = "what is the red one"
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}]
+    turn = vlm.adapter.wrap_prompt(asked, 1, vlm.tokenizer, vlm.chat_template).text.removeprefix("<bos>")
+    assert turn == theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert turn == f"USER: the other one {mark}{asked}<eos> and ASSISTANT:"
+    said = [*turns, {"role": "assistant", "content": [{"type": "text", "text": "blue"}]}]
+    (spoken,) = vlm.adapter.wrap_exchanges([Exchange(asked, "blue")], 1, vlm.tokenizer, own)
+    assert spoken.text.removeprefix("<bos>") == theirs.apply_chat_template(said, tokenize=False)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3_text"])
+def test_named_templates_without_a_default_are_listed(family: str, tmp_path: Path) -> None:
+    templates = {"chat_template": named(rag=OTHER, tools=OTHER)}
+    save_with_template(family, tmp_path, {"tokenizer_config.json": templates})
+    with pytest.raises(UserError, match="chat templates rag, tools and none called default; .* chat_template.jinja"):
+        load_vlm(tmp_path)

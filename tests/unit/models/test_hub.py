@@ -18,19 +18,9 @@ from vlmscope.config.catalog import conf_dir
 from vlmscope.core.errors import UserError
 from vlmscope.core.hub import is_commit, is_hub_id
 from vlmscope.models.checkpoint import WANTED, model_folder
-from vlmscope.models.tiny import tiny_gemma3
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "some-org/tiny-vlm"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    vlm = tiny_gemma3(3)
-    vlm.model.save_pretrained(folder, max_shard_size="20KB")
-    vlm.processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -48,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def fill_cache(cache: Path, saved: Path, leave_out: str = "") -> Path:
+def fill_cache(cache: Path, sharded: Path, leave_out: str = "") -> Path:
     """As huggingface_hub lays it out: blobs, and a snapshot of links to them."""
     home = cache / f"models--{REPO.replace('/', '--')}"
     snapshot = home / "snapshots" / COMMIT
@@ -56,7 +46,7 @@ def fill_cache(cache: Path, saved: Path, leave_out: str = "") -> Path:
     (home / "blobs").mkdir()
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(COMMIT)
-    for number, path in enumerate(sorted(saved.iterdir())):
+    for number, path in enumerate(sorted(sharded.iterdir())):
         blob = home / "blobs" / f"{number:040x}"
         shutil.copy(path, f"{blob}.incomplete" if path.name == leave_out else blob)
         if path.name != leave_out:
@@ -67,9 +57,9 @@ def fill_cache(cache: Path, saved: Path, leave_out: str = "") -> Path:
 class Hub:
     """Stands for the hub: sizes of files, and what a download does."""
 
-    def __init__(self, saved: Path, failure: Exception | None = None, names: list[str] | None = None) -> None:
-        self.saved, self.failure, self.downloads = saved, failure, []
-        self.names = names if names is not None else [path.name for path in saved.iterdir()]
+    def __init__(self, sharded: Path, failure: Exception | None = None, names: list[str] | None = None) -> None:
+        self.saved, self.failure, self.downloads = sharded, failure, []
+        self.names = names if names is not None else [path.name for path in sharded.iterdir()]
 
     def model_info(self, repo: str, *, revision: str, files_metadata: bool, timeout: float) -> SimpleNamespace:
         assert (repo, revision, files_metadata) == (REPO, COMMIT, True) and timeout <= 10
@@ -95,19 +85,14 @@ def response(status: int) -> Any:
     return httpx.Response(status, request=httpx.Request("GET", "https://hub/x"))
 
 
-def test_a_folder_that_is_there_is_taken(cache: Path, saved: Path) -> None:
-    assert model_folder(str(saved)) == saved
-    assert model_folder(str(saved), REPO, COMMIT) == saved
+def test_a_folder_and_the_cache_are_taken_without_a_network(cache: Path, sharded: Path) -> None:
+    assert model_folder(str(sharded)) == model_folder(str(sharded), REPO, COMMIT) == sharded
+    snapshot = fill_cache(cache, sharded)
+    assert model_folder(REPO, None, COMMIT) == model_folder("models/tiny-vlm", REPO, COMMIT) == snapshot
 
 
-def test_the_cache_is_used_without_a_network(cache: Path, saved: Path) -> None:
-    snapshot = fill_cache(cache, saved)
-    assert model_folder(REPO, None, COMMIT) == snapshot
-    assert model_folder("models/tiny-vlm", REPO, COMMIT) == snapshot
-
-
-def test_a_cached_model_runs_and_bears_its_name(cache: Path, saved: Path, tmp_path: Path) -> None:
-    fill_cache(cache, saved)
+def test_a_cached_model_runs_and_bears_its_name(cache: Path, sharded: Path, tmp_path: Path) -> None:
+    fill_cache(cache, sharded)
     run = [f"hydra.run.dir={tmp_path / 'run'}", "tracking=none", "transcoder=random", "attribution.max_nodes=20"]
     asked = ["task=trace", "model=path", f"model.path={REPO}", f"model.revision={COMMIT}", "prompt=what is this ?"]
     assert main([*asked, *run]) == 0
@@ -115,49 +100,35 @@ def test_a_cached_model_runs_and_bears_its_name(cache: Path, saved: Path, tmp_pa
 
 
 def test_a_missing_model_is_fetched_at_its_commit(
-    cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cache: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hub = Hub(saved).install(monkeypatch)
-    assert model_folder(REPO, None, COMMIT) == saved
+    hub = Hub(sharded).install(monkeypatch)
+    assert model_folder(REPO, None, COMMIT) == sharded
     ((repo, settings),) = hub.downloads
     assert (repo, settings["revision"]) == (REPO, COMMIT)
     assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in settings["allow_patterns"])
     assert f"fetching {REPO} at 01234567: {len(hub.names)}.0 kB into {cache}" in capsys.readouterr().out
 
 
-def test_half_a_download_goes_on(cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill_cache(cache, saved, leave_out=sorted(saved.glob("*.safetensors"))[1].name)
-    hub = Hub(saved).install(monkeypatch)
+def test_half_a_download_goes_on(cache: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_cache(cache, sharded, leave_out=sorted(sharded.glob("*.safetensors"))[1].name)
+    hub = Hub(sharded).install(monkeypatch)
     model_folder(REPO, None, COMMIT)
     assert len(hub.downloads) == 1
 
 
 def test_nothing_but_weights_configuration_and_tokenizer_is_wanted() -> None:
-    names = [
-        "config.json",
-        "model-00001-of-00002.safetensors",
-        "model.safetensors.index.json",
-        "tokenizer.model",
-        "chat_template.jinja",
-        "merges.txt",
-    ]
-    never = [
-        "pytorch_model.bin",
-        "modeling_own.py",
-        "README.md",
-        "original/model.safetensors",
-        "consolidated.safetensors",
-    ]
-    assert WANTED.of([*names, *never, "model.pt", "tf_model.h5", "training_args.bin"]) == names
+    names = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"]
+    names += ["chat_template.jinja", "merges.txt"]
+    never = ["pytorch_model.bin", "modeling_own.py", "README.md", "original/model.safetensors"]
+    never += ["consolidated.safetensors", "model.pt", "tf_model.h5", "training_args.bin"]
+    assert WANTED.of([*names, *never]) == names
 
 
 FAILURES = [
     (lambda: errors.GatedRepoError("x", response=response(403)), "licence must be accepted on its page first"),
     (lambda: errors.RevisionNotFoundError("x", response=response(404)), "the hub has no such revision of it"),
-    (
-        lambda: errors.RepositoryNotFoundError("x", response=response(401)),
-        "the hub has no such model, or it is private",
-    ),
+    (lambda: errors.RepositoryNotFoundError("x", response=response(401)), "the hub has no such model, or it is priv"),
     (lambda: errors.HfHubHTTPError("x", response=response(403)), "the hub refuses access"),
     (lambda: errors.HfHubHTTPError("x", response=response(503)), "the hub answered 503"),
     (lambda: errors.OfflineModeIsEnabled("offline"), "the hub cannot be reached (OfflineModeIsEnabled"),
@@ -168,9 +139,9 @@ FAILURES = [
 
 @pytest.mark.parametrize(("failure", "words"), FAILURES, ids=[words[:30] for _, words in FAILURES])
 def test_what_the_hub_refuses_is_one_line(
-    failure: Any, words: str, cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+    failure: Any, words: str, cache: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Hub(saved, failure()).install(monkeypatch)
+    Hub(sharded, failure()).install(monkeypatch)
     with pytest.raises(UserError, match=re.escape(words)) as raised:
         model_folder("models/tiny-vlm", REPO, COMMIT)
     message = str(raised.value)
@@ -207,16 +178,16 @@ def test_a_commit_is_asked_for(revision: str | None, cache: Path) -> None:
         model_folder(REPO, None, revision)
 
 
-def test_a_disk_that_is_too_small_is_said_before(cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(saved).install(monkeypatch)
+def test_a_disk_that_is_too_small_is_said_before(cache: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(sharded).install(monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2_500))
     with pytest.raises(UserError, match=r"it has \d+\.0 kB to fetch but .* has 2\.5 kB free"):
         model_folder(REPO, None, COMMIT)
     assert not hub.downloads
 
 
-def test_a_repository_of_pickles_is_refused(cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(saved, names=["config.json", "pytorch_model.bin"]).install(monkeypatch)
+def test_a_repository_of_pickles_is_refused(cache: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(sharded, names=["config.json", "pytorch_model.bin"]).install(monkeypatch)
     with pytest.raises(UserError, match="has no safetensors at .* pickles are never read"):
         model_folder(REPO, None, COMMIT)
     assert not hub.downloads

@@ -1,80 +1,43 @@
-"""Every family beside Gemma 3: prompts, roles, the map from soft tokens to the picture, and models on disk."""
+"""What becomes of pictures in every family: soft tokens, the map from them to the picture, batches, saved models."""
 
-import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
-from vlmscope.api import Scope
-from vlmscope.core.errors import UserError
 from vlmscope.core.records import PatchBox
 from vlmscope.data.images import decode_image
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import make_batch
+from vlmscope.models.boxes import grid_boxes, seen_window, square_window
 from vlmscope.models.loading import VLM, load_vlm
 from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
+from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set
 
 PROMPT = "what is this red planet ?"
 SIZES = ((48, 48), (72, 48), (48, 96))  # width and height
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=("gemma3", *FAMILIES))
 def vlm(request: pytest.FixtureRequest) -> VLM:
     return tiny_vlm(request.param, 5)
 
 
-@pytest.fixture(scope="module", params=("gemma3", *FAMILIES))
-def any_vlm(request: pytest.FixtureRequest) -> VLM:
-    return tiny_vlm(request.param, 5)
-
-
-def words(inputs: ModelInputs, role: str) -> list[str]:
-    return [token.strip() for token, found in zip(inputs.tokens, inputs.roles, strict=True) if found == role]
-
-
+@torch.no_grad()
 def logits(vlm: VLM, inputs: ModelInputs) -> torch.Tensor:
-    with torch.no_grad():
-        return vlm.model(**inputs.tensors).logits[0]
-
-
-def test_the_users_words_are_the_question(vlm: VLM) -> None:
-    inputs = vlm.prepare(PROMPT, [tiny_image(0)])
-    assert words(inputs, "question") == PROMPT.split()
-    assert set(words(inputs, "image")) == {vlm.tokenizer.decode([vlm.adapter.soft_token_id()])}
-    assert (inputs.image_index[inputs.is_image] == 0).all() and (inputs.image_index[~inputs.is_image] == -1).all()
-    assert [box is not None for box in inputs.patch_boxes] == inputs.is_image.tolist()
-
-
-def test_placeholders_stand_where_the_prompt_spells_them(vlm: VLM) -> None:
-    placeholder = vlm.adapter.placeholder  # pyright: ignore[reportAttributeAccessIssue]
-    inputs = vlm.prepare(f"what {placeholder} is {placeholder} this ?", [tiny_image(0), tiny_image(1)])
-    order = [n for n, previous in zip(inputs.image_index, [-2, *inputs.image_index[:-1]], strict=True) if n != previous]
-    runs = [n for n in order if n >= 0]
-    assert list(dict.fromkeys(runs)) == [0, 1]
-    between = inputs.tokens[np.flatnonzero(inputs.image_index == 0)[-1] : np.flatnonzero(inputs.image_index == 1)[0]]
-    assert "is" in [token.strip() for token in between]
-    with pytest.raises(UserError, match=f"spells {re.escape(placeholder)} 1 times but 2 pictures were given"):
-        vlm.prepare(f"what {placeholder} is", [tiny_image(0), tiny_image(1)])
+    return vlm.model(**inputs.tensors).logits[0]
 
 
 def test_pictures_move_the_logits(vlm: VLM) -> None:
     first, second = (vlm.prepare(PROMPT, [tiny_image(i)]) for i in (0, 1))
     assert first.input_ids == second.input_ids
     assert (logits(vlm, first)[-1] - logits(vlm, second)[-1]).abs().max() > 1e-3
-
-
-def test_text_alone(vlm: VLM) -> None:
-    if vlm.model.config.model_type == "paligemma":
-        with pytest.raises(UserError, match="answers about pictures only"):
-            vlm.prepare(PROMPT)
-        return
-    inputs = vlm.prepare(PROMPT)
-    assert words(inputs, "question") == PROMPT.split() and not inputs.is_image.any()
-    assert torch.isfinite(logits(vlm, inputs)).all()
+    if not vlm.adapter.needs_pictures:
+        assert torch.isfinite(logits(vlm, vlm.prepare(PROMPT))).all()
 
 
 def embedded(vlm: VLM, picture: Image.Image) -> torch.Tensor:
@@ -134,8 +97,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_door_gives_what_hugging_face_makes_of_a_file(any_vlm: VLM, tmp_path: Path, name: str) -> None:
-    vlm = any_vlm
+def test_every_door_gives_what_hugging_face_makes_of_a_file(vlm: VLM, tmp_path: Path, name: str) -> None:
     path, (picture, settings) = tmp_path / name, FILES[name]
     picture.save(path, **settings)
     template = getattr(vlm.processor, "chat_template", None)
@@ -167,9 +129,8 @@ def test_the_processor_alone_limits_the_soft_tokens(family: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("size", [(1, 40), (40, 1), (3, 90), (90, 3), (1, 1)])
-def test_strips(any_vlm: VLM, size: tuple[int, int]) -> None:
+def test_strips(vlm: VLM, size: tuple[int, int]) -> None:
     """Some towers see a strip as less than a patch; Hugging Face's own forward says how many soft tokens are left."""
-    vlm = any_vlm
     inputs = vlm.prepare(PROMPT, [tiny_image(1).resize(size)])
     assert torch.isfinite(logits(vlm, inputs)).all()
     boxes = [box for box in inputs.patch_boxes if box is not None]
@@ -225,3 +186,25 @@ def test_batches_do_not_remember_each_other(family: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(alone, after, strict=True))
     assert torch.allclose(alone[0][0], logits(vlm, vlm.prepare(PROMPT)), rtol=0, atol=1e-6)
     assert torch.allclose(alone[1][0], logits(vlm, vlm.prepare(PROMPT, [tiny_image(0).resize(SIZES[1])])), atol=1e-6)
+
+
+def processor(**changes) -> SimpleNamespace:
+    settings = {"do_resize": True, "do_center_crop": True, "size": {"shortest_edge": 336}}
+    return SimpleNamespace(**settings, crop_size={"width": 336, "height": 336}, **changes)
+
+
+def test_the_middle_square_is_seen_when_the_processor_crops() -> None:
+    assert seen_window((672, 336), processor()) == pytest.approx((0.25, 0.0, 0.75, 1.0))
+    assert seen_window((100, 400), processor()) == pytest.approx((0.0, 0.375, 1.0, 0.625))
+    assert seen_window((500, 500), processor()) == pytest.approx((0, 0, 1, 1))
+
+
+def test_everything_is_seen_when_the_processor_pads_to_a_square() -> None:
+    assert seen_window((672, 336), processor(do_pad=True)) == pytest.approx((0.0, -0.5, 1.0, 1.5))
+    assert square_window((50, 100)) == pytest.approx((-0.5, 0.0, 1.5, 1.0))
+
+
+def test_a_grid_runs_row_by_row_and_ends_at_the_picture() -> None:
+    boxes = grid_boxes(2, 4, square_window((50, 100)))
+    assert boxes[1] == pytest.approx((0.0, 0.0, 0.5, 0.5)) and boxes[6] == pytest.approx((0.5, 0.5, 1.0, 1.0))
+    assert boxes[0] == PatchBox(0.0, 0.0, 0.0, 0.5)  # padding alone

@@ -108,13 +108,14 @@ def subject_of(limits: Limits) -> Subject:
 
 def test_what_does_not_fit_is_sampled_and_still_complete() -> None:
     with exact_float64():
-        subject = subject_of(Limits(targets=50, sources=1))
+        subject = subject_of(Limits(targets=50, sources=4))
         assert len(subject.feature_nodes) == 50 < subject.n_active
         assert len(set(subject.edges.nodes.layer[subject.feature_nodes])) == 4
-        assert 0 in subject.edges.nodes.position[subject.sources]
         assert completeness(subject).held and direct_effects(subject).held
         assert "active features" in total_effects(subject).reason
         again, other = subject_of(Limits(targets=50)), subject_of(Limits(targets=50, seed=1))
+        every = subject_of(Limits(sources=1))
+    assert 0 in every.edges.nodes.position[every.sources]
     assert again.table_rows.tolist() == subject.table_rows.tolist() != other.table_rows.tolist()
 
 

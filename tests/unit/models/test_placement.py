@@ -154,7 +154,8 @@ FOUR_B = Needs(4_300_079_472, 671_252_480)
             {"cpu": 1e9},
             "bfloat16",
             "cpu",
-            "9.5 GB in bfloat16 on cpu, 1.0 GB are free; nothing of it fits: choose a smaller model or a larger machine",
+            "9.5 GB in bfloat16 on cpu, 1.0 GB are free; nothing of it fits: choose a smaller model or a "
+            "larger machine",
         ),
     ],
 )

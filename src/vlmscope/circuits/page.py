@@ -4,29 +4,39 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from vlmscope.circuits.build import RIGHT, Asked
+from vlmscope.circuits.build import RIGHT, Asked, concept_pictures
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.discovery.discover import WRITES, Discovery
 from vlmscope.circuits.discovery.report import sections, summary
 from vlmscope.circuits.spec_config import ANSWER_PREFIX, SOFT, SURROUNDINGS, TEXT
 from vlmscope.core.intervention import CircuitEdge, CircuitFeature, FeatureExample, Supernode
 from vlmscope.core.records import FeatureId
-from vlmscope.data.images import for_figures, png_bytes
+from vlmscope.data.images import png_bytes
+from vlmscope.data.orrery.scenes import PLANETS
 from vlmscope.features.readouts import top_and_bottom_logits
-from vlmscope.features.top_examples import StudyItem, top_examples
+from vlmscope.features.study_files import StudyFolder
+from vlmscope.features.top_examples import StudyItem, study_examples, top_examples
 from vlmscope.report.circuit_figure import circuit_diagram, drawable
-from vlmscope.report.page import Card, Cards, Features, Figure, Percent, ReportPage, Table, Text, drawn
+from vlmscope.report.page import Card, Cards, Features, Figure, Percent, ReportPage, Section, Table, Text, drawn
 from vlmscope.report.thumbnails import decode, example_png
 from vlmscope.scope import Scope
 
 SHOWN = 6  # features of a supernode with evidence
 THUMBNAILS = 3  # pictures in a supernode's box
 WORDS = 3  # of the line in a box
+SEARCHED = 60  # inputs of contrasts and pairs in which top examples are looked for
+PER_PLANET = 4  # of Orrery's pictures besides
+DIAGRAM = (
+    "Arrows are direct effects: sums of the attribution graph's edges over features and positions, as a share of all "
+    "that the target takes in; means over the inputs traced. Pictures are those on which a supernode's features are "
+    "most active. Weaker edges back to an earlier box, and edges between supernodes of different answers, are in the "
+    f"table only. Of pairs with several answers, {RIGHT} is the original's answer's logit minus its counterfactual's."
+)
 EDGES = (
     "Sum: of all direct edges between the members, in units of the target's pre-activations, into an answer in logits. "
     "Share: of the sum of all absolute edges into the target. A supernode's edges to itself are among its own members. "
@@ -42,8 +52,22 @@ LIMITS = (
 Examples = Mapping[FeatureId, tuple[FeatureExample, ...]]
 
 
-def examples_among(scope: Scope, features: Sequence[FeatureId], pool: Sequence[Asked]) -> Examples:
-    """The inputs of a pool on which features are most active."""
+def example_pool(asked: Sequence[Asked], others: Sequence[Asked], orrery: bool, seed: int) -> list[Asked]:
+    """Inputs among which examples are looked for: what was traced, some others and, for Orrery, its planets."""
+    spread = np.unique(np.linspace(0, len(others) - 1, SEARCHED).astype(int)) if others else []
+    pool = [*asked, *(others[i] for i in spread)]
+    prompt = next((each.prompt for each in asked if each.pictures), "what planet is this ?")
+    for planet in PLANETS if orrery else ():
+        pool += [Asked(prompt, (image,), planet) for image in concept_pictures(planet, PER_PLANET, seed)]
+    return pool
+
+
+def examples_among(
+    scope: Scope, features: Sequence[FeatureId], pool: Sequence[Asked], study: StudyFolder | None
+) -> Examples:
+    """The inputs of a pool, or of a study, on which features are most active."""
+    if study is not None:
+        return {feature: study_examples(study, feature, SHOWN) for feature in features}
     items = [
         StudyItem(each.prepared(scope), each.caption, png_bytes(each.pictures[0], 256) if each.pictures else None)
         for each in pool
@@ -68,22 +92,9 @@ def described(
     return nodes
 
 
-@dataclass(frozen=True)
-class Diagram:
-    """A drawn diagram: its edges in per cent, and how many weaker ones back to an earlier box it leaves out."""
-
-    path: Path
-    edges: list[tuple[str, str, float]]
-    left_out: int
-
-    def __str__(self) -> str:
-        first = sorted(self.edges, key=lambda edge: -abs(edge[2]))[:6]
-        return "; ".join(f"{source} to {target} {share:+.1f} %" for source, target, share in first) or "no edges"
-
-
 def draw_diagram(
     path: Path, nodes: Sequence[Supernode], edges: Sequence[CircuitEdge], picture: np.ndarray | None, min_share: float
-) -> Diagram:
+) -> None:
     """Draw described supernodes and, from inputs and supernodes, edges of at least `min_share` of what a target takes
     in; `picture` is that of the inputs. Edges between supernodes of different answers are left out.
     """
@@ -94,19 +105,12 @@ def draw_diagram(
         if edge.source not in SURROUNDINGS or edge.source in (SOFT, TEXT)
         if not {edge.source, edge.target} <= answers
     ]
-    arrows, left_out = drawable(shares, 100 * min_share)
+    arrows, _ = drawable(shares, 100 * min_share)
     pictures: dict[str, Sequence[np.ndarray]] = {node.name: _thumbnails(node) for node in nodes}
     pictures[SOFT] = [] if picture is None else [picture]
-    circuit_diagram(
-        nodes,
-        arrows,
-        path,
-        {name: shown for name, shown in pictures.items() if shown},
-        "% of all that the target takes in",
-        {node.name: _line(node) for node in nodes},
-        "{:+.1f}",
-    )
-    return Diagram(path, arrows, left_out)
+    shown = {name: images for name, images in pictures.items() if images}
+    words = {node.name: _line(node) for node in nodes}
+    circuit_diagram(nodes, arrows, path, shown, "% of all that the target takes in", words, "{:+.1f}")
 
 
 def _at_pictures(node: Supernode) -> bool:
@@ -162,72 +166,49 @@ def _peaks(member: CircuitFeature) -> list[str]:
     return [word for word in words if word]
 
 
-@dataclass(frozen=True)
-class Origin:
-    """How a circuit was discovered: what was found, by which pairs, and the other questions that these pairs have."""
-
-    discovery: Discovery
-    pairs: str
-    others: Sequence[str] = ()
-
-
 def write_page(
     folder: Path,
     name: str,
     circuit: Circuit,
     nodes: Sequence[Supernode],
-    asked: Sequence[Asked],
     metrics: Mapping[str, float],
-    min_share: float,
-    origin: Origin | None = None,
+    discovery: Discovery | None = None,
 ) -> None:
-    """Write figures/circuit.png and report.html of a circuit, `nodes` being its described supernodes."""
-    picture = next((for_figures(each.pictures[:1])[0] for each in asked if each.pictures), None)
-    diagram = draw_diagram(folder / "figures" / "circuit.png", nodes, circuit.edges, picture, min_share)
+    """Write report.html of a circuit, `nodes` being its described supernodes, beside its figures."""
     title, text, numbers, details = f"Circuit: {name}", _summary(circuit, metrics), [], []
-    if origin is not None:
-        title = f"Circuit found by {origin.pairs}: the question {origin.discovery.question}"
-        text = f"{summary(origin.discovery)} {text}"
-        cards, details = sections(origin.discovery, folder)
-        numbers = [cards]
+    if discovery is not None:
+        title, text = f"Circuit found by pairs: the question {name}", f"{summary(discovery)} {text}"
+        numbers, details = sections(discovery, folder)
     cards = [Card(key, int(metrics[f"circuit/{key}"])) for key in ("supernodes", "features", "graphs")]
     if "circuit/influence_share" in metrics:
         share = Percent(metrics["circuit/influence_share"])
         cards.append(Card("influence of the circuit", share, "of all features' influence on the answer"))
-    intro = _intro(int(metrics["circuit/graphs"]), diagram, nodes, origin)
     edges = sorted(circuit.edges, key=lambda e: -abs(e.share))
     place = folder / "circuits" / name
-    ReportPage(
-        title,
-        "Which named groups of features act on each other and on the answer, directly, and how strongly?",
-        text,
-        (
-            Cards("In numbers", tuple(cards)),
-            *numbers,
-            Figure("The circuit", (drawn(diagram.path, f"Diagram of the circuit {name}: {diagram}", True),), intro),
-            Table(
-                "Edges",
-                ("from", "to", "sum", "share of what it takes in", "inputs"),
-                tuple((e.source, e.target, e.weight, Percent(e.share), e.graphs) for e in edges),
-                note=EDGES,
-            ),
-            Table(
-                "Supernodes",
-                ("name", "chosen by", "positions", "features"),
-                tuple((n.name, n.chosen or "-", str(n.positions or "everywhere"), len(n.features)) for n in nodes),
-            ),
-            *(Features(f"Features of {node.name}", node, shown=4) for node in nodes),
-            *details,
-            Text("Limits", LIMITS),
-            Text(
-                "Go on",
-                ("The same seed gives the same circuit on the same machine; overrides.yaml holds the run's command.",),
-                code=f"python run.py task=circuit task.load={place}\n"
-                f"python run.py task=steer task.circuit={place} 'prompt=...' image=...",
-            ),
+    again = f"python run.py task=circuit task.load={place}\npython run.py task=steer task.circuit={place} 'prompt=...'"
+    parts: list[Section] = [
+        Cards("In numbers", tuple(cards)),
+        *numbers,
+        Figure("The circuit", (drawn(folder / "figures" / "circuit.png", f"Diagram of {name}", True),), DIAGRAM),
+        Table(
+            "Edges",
+            ("from", "to", "sum", "share of what it takes in", "inputs"),
+            tuple((e.source, e.target, e.weight, Percent(e.share), e.graphs) for e in edges),
+            note=EDGES,
         ),
-        f"vlmscope · {circuit.model} · {folder.name}",
-    ).write(folder / "report.html")
+        Table(
+            "Supernodes",
+            ("name", "chosen by", "positions", "features"),
+            tuple((n.name, n.chosen or "-", str(n.positions or "everywhere"), len(n.features)) for n in nodes),
+        ),
+        *(Features(f"Features of {node.name}", node, shown=4) for node in nodes),
+        *details,
+        Text("Limits", LIMITS),
+        Text("Go on", code=again),
+    ]
+    question = "Which named groups of features act on each other and on the answer, directly, and how strongly?"
+    footer = f"vlmscope · {circuit.model} · {folder.name}"
+    ReportPage(title, question, text, tuple(parts), footer).write(folder / "report.html")
 
 
 def _summary(circuit: Circuit, metrics: Mapping[str, float]) -> str:
@@ -243,26 +224,3 @@ def _summary(circuit: Circuit, metrics: Mapping[str, float]) -> str:
     if share is not None:
         text += f". The circuit's features hold {share:.0%} of all features' influence on the answer"
     return text[:1].upper() + text[1:] + "."
-
-
-def _intro(graphs: int, diagram: Diagram, nodes: Sequence[Supernode], origin: Origin | None) -> str:
-    """What the diagram shows, under its heading."""
-    where = "one input" if graphs == 1 else f"{graphs} inputs (means)"
-    text = (
-        "Arrows are direct effects: sums of the attribution graph's edges over features and positions, as a share of "
-        "all that the target takes in. Pictures are those on which a supernode's features are most active"
-    )
-    text += f"; traced on {where}." if graphs else "; edges as they were saved."
-    if diagram.left_out:
-        text += f" {diagram.left_out} weaker edges back to an earlier box are in the table only."
-    if sum(node.chosen.startswith(WRITES) for node in nodes) > 1:
-        text += " Edges between supernodes of different answers are in the table only."
-    if origin is not None:
-        text += (
-            " Features at the last position that write an answer of the pairs most are named by it; the others, and "
-            f"those elsewhere, by where they are. {RIGHT}: the logit of the original's answer minus that of its "
-            "counterfactual's."
-        )
-        if origin.others:
-            text += f" Other questions of these pairs: discovery.question={' or '.join(origin.others)}."
-    return text

@@ -8,33 +8,20 @@ from typing import TYPE_CHECKING
 from vlmscope.core.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from vlmscope.circuits.build import Asked
     from vlmscope.circuits.circuit import Circuit
-    from vlmscope.circuits.page import Origin
+    from vlmscope.circuits.discovery.discover import Discovery
     from vlmscope.circuits.spec_config import CircuitSpecConfig
     from vlmscope.config import AppConfig
     from vlmscope.core.graph import PrunedGraph
-    from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.bench import Bench
     from vlmscope.tasks.registry import RunContext
 
 USES = (
-    "attribution",
-    "circuit",
-    "circuit_spec",
-    "data",
-    "discovery",
-    "images",
-    "interchange",
-    "intervention",
-    "pairs",
+    "attribution", "circuit", "circuit_spec", "data", "discovery", "images", "interchange", "intervention", "pairs",
     "study",
-)
+)  # fmt: skip
 MEMORY = "attribution.max_nodes, attribution.batch_size, attribution.memory_gb or task.traces"
-SEARCHED = 60  # inputs of contrasts and pairs in which top examples are looked for
-PER_PLANET = 4  # of Orrery's pictures besides
 
 
 @dataclass
@@ -72,19 +59,22 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from dataclasses import replace
     from pathlib import Path
 
+    from vlmscope.circuits import page
     from vlmscope.circuits.build import Sources, build_circuit, trace_all
     from vlmscope.circuits.circuit import circuit_metrics, direct_edges, labelled, load_circuit, save_circuit
     from vlmscope.config.resolve import declared_circuit
+    from vlmscope.data.images import for_figures
     from vlmscope.features.study_files import StudyFolder
     from vlmscope.tasks.bench import Bench
-    from vlmscope.tasks.wiring import look_for_labels
+    from vlmscope.tasks.wiring import is_orrery, look_for_labels
 
     # What can be refused without a model is refused first.
     look_for_labels(cfg)
     spec = None if cfg.circuit_spec is None else declared_circuit(cfg.circuit_spec)
     check_source(cfg, spec)
     asked = traced_inputs(cfg, spec)
-    loaded = None if cfg.task.load is None else load_circuit(Path(cfg.task.load))
+    folder = Path(cfg.task.load or "")
+    loaded = None if cfg.task.load is None else load_circuit(folder)
     declared = spec if loaded is None and spec is not None and spec.supernodes else None
     discovers = loaded is None and declared is None
     if not discovers and not asked and (loaded is None or not loaded.edges):
@@ -95,16 +85,16 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         print("pairs= finds circuits; this one is declared or loaded, so they are not used")
     study = None if cfg.study.path is None else StudyFolder(cfg.study.path)
 
-    bench, origin, others = Bench(cfg, context.run_dir, overrides=context.overrides), None, sources.inputs()
+    bench, found, others = Bench(cfg, context.run_dir, overrides=context.overrides), None, sources.inputs()
     if discovers:
-        circuit, graphs, asked, others, origin = discovered(bench, asked)
-        name = origin.discovery.question
+        found, circuit, graphs, asked, others = discovered(bench, asked)
+        name = found.question
     else:
         if loaded is not None:
-            loaded.check_fits(bench.vlm.name, bench.transcoders.widths, cfg.task.load)
+            loaded.check_fits(bench.vlm.name, bench.transcoders.widths, folder)
         graphs = trace_all(bench.scope, asked, [cfg.attribution] * len(asked), bench.run_dir)
         if loaded is not None:
-            circuit, name = loaded, Path(cfg.task.load).name
+            circuit, name = loaded, folder.name
         else:
             assert declared is not None, "a circuit is loaded, declared or discovered"
             circuit, name = build_circuit(bench.scope, declared, sources, [one.graph for one in graphs]), declared.name
@@ -115,7 +105,14 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     save_circuit(circuit, bench.run_dir / "circuits" / name)
     bench.metrics |= circuit_metrics(circuit, whole)
     if cfg.task.figure:
-        draw(bench, circuit, name, asked, others, study, origin)
+        pool = page.example_pool(asked, others, is_orrery(bench.vlm), cfg.seed + 1)
+        nodes = page.described(
+            bench.scope, circuit, lambda features: page.examples_among(bench.scope, features, pool, study), page.SHOWN
+        )
+        picture = next((for_figures(each.pictures[:1])[0] for each in asked if each.pictures), None)
+        path = bench.run_dir / "figures" / "circuit.png"
+        page.draw_diagram(path, nodes, circuit.edges, picture, cfg.task.min_share)
+        page.write_page(bench.run_dir, name, circuit, nodes, bench.metrics, found)
     return bench.metrics
 
 
@@ -162,15 +159,15 @@ def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]
     return [] if spec is None or spec.inputs is None else asked_of("circuit_spec.inputs", spec.inputs, (), cfg.seed)
 
 
-def discovered(bench: Bench, asked: list[Asked]) -> tuple[Circuit, list[PrunedGraph], list[Asked], list[Asked], Origin]:
-    """The circuit of one question of the pairs with named supernodes, the graphs of what was asked (or else of the
-    pairs' originals), inputs in which its features may fire, and how it was found.
+def discovered(
+    bench: Bench, asked: list[Asked]
+) -> tuple[Discovery, Circuit, list[PrunedGraph], list[Asked], list[Asked]]:
+    """The circuit of one question of the pairs, with named supernodes; the graphs of what was asked, or else of some
+    originals, and these; and inputs in which its features may fire.
     """
     from vlmscope.circuits.build import Asked, spread_answers, trace_all, trace_pairs
     from vlmscope.circuits.discovery.discover import discover_question, moving_questions, named_circuit
     from vlmscope.circuits.discovery.report import write_discoveries
-    from vlmscope.circuits.page import Origin
-    from vlmscope.report.style import label
 
     cfg = bench.cfg
     if not asked and (cfg.attribution.asked != "logits" or cfg.attribution.token_ids):
@@ -195,40 +192,4 @@ def discovered(bench: Bench, asked: list[Asked]) -> tuple[Circuit, list[PrunedGr
         pairs = spread_answers([train[question][row] for row in found.train_rows], cfg.task.traces)
         asked = [Asked.of(pair.original) for pair in pairs]
         graphs = trace_pairs(bench.scope, pairs, cfg.attribution, bench.run_dir)
-    change = None if cfg.pairs is None else cfg.pairs.change
-    what = "own pairs" if change is None else f"pairs of {label(change)}"
-    return circuit, graphs, asked, others, Origin(found, what, more)
-
-
-def draw(
-    bench: Bench,
-    circuit: Circuit,
-    name: str,
-    asked: Sequence[Asked],
-    others: Sequence[Asked],
-    study: StudyFolder | None,
-    origin: Origin | None,
-) -> None:
-    """The diagram and the page, with inputs on which features are most active: of a study, or of what is at hand."""
-    import numpy as np
-
-    from vlmscope.circuits.build import Asked, concept_pictures
-    from vlmscope.circuits.page import SHOWN, Examples, described, examples_among, write_page
-    from vlmscope.core.records import FeatureId
-    from vlmscope.data.orrery.scenes import PLANETS
-    from vlmscope.features.top_examples import study_examples
-    from vlmscope.tasks.wiring import is_orrery
-
-    def examples(features: list[FeatureId]) -> Examples:
-        if study is not None:
-            return {feature: study_examples(study, feature, SHOWN) for feature in features}
-        spread = np.unique(np.linspace(0, len(others) - 1, SEARCHED).astype(int)) if others else []
-        pool = [*asked, *(others[i] for i in spread)]
-        if is_orrery(bench.vlm):
-            prompt = next((each.prompt for each in asked if each.pictures), "what planet is this ?")
-            shown = [(p, image) for p in PLANETS for image in concept_pictures(p, PER_PLANET, bench.cfg.seed + 1)]
-            pool += [Asked(prompt, (image,), planet) for planet, image in shown]
-        return examples_among(bench.scope, features, pool)
-
-    nodes = described(bench.scope, circuit, examples, SHOWN)
-    write_page(bench.run_dir, name, circuit, nodes, asked, bench.metrics, bench.cfg.task.min_share, origin)
+    return found, circuit, graphs, asked, others

@@ -174,16 +174,15 @@ def discover_question(
     """The circuit of a question by those of its pairs that are answered rightly on both sides, at least `least` of
     each split.
     """
-    subjects = []
-    for pairs in (train[question], test[question]):
-        subject = subject_of_pairs(scope, question, pairs, least, modes=settings.modes)
-        kept = [pairs[row] for row in subject.rows.tolist()]
-        originals, others = (
-            [scope.inputs(side.prompt, list(side.images)) for side in sides]
-            for sides in ([pair.original for pair in kept], [pair.counterfactual for pair in kept])
-        )
-        subjects.append(CircuitSubject(subject, originals, others))
-    return discover(scope, *subjects, settings, graphs)
+
+    def subject(pairs: Sequence[Pair]) -> CircuitSubject:
+        answered = subject_of_pairs(scope, question, pairs, least, modes=settings.modes)
+        kept = [pairs[row] for row in answered.rows.tolist()]
+        originals = [scope.inputs(pair.original.prompt, list(pair.original.images)) for pair in kept]
+        others = [scope.inputs(pair.counterfactual.prompt, list(pair.counterfactual.images)) for pair in kept]
+        return CircuitSubject(answered, originals, others)
+
+    return discover(scope, subject(train[question]), subject(test[question]), settings, graphs)
 
 
 def discover(

@@ -178,7 +178,7 @@ def _control(rate: Rate) -> str:
     return "too few to draw" if rate.control is None else f"{rate.control:.0%}"
 
 
-def sections(found: Discovery, folder: Path) -> tuple[Cards, list[Section]]:
+def sections(found: Discovery, folder: Path) -> tuple[list[Section], list[Section]]:
     """Numbers on top of a page; and curves, areas, members, groups and edges from the run folder, with how to read
     them.
     """
@@ -219,4 +219,4 @@ def sections(found: Discovery, folder: Path) -> tuple[Cards, list[Section]]:
         marks.append(("picture", "Circuits of edges", "edges_*", says))
     shown = {file: MarkConfig(mark, title, file=file, says=says) for mark, title, file, says in marks}
     details = [*sections_of(Folder(folder), shown), Text("How to read this", READING)]
-    return Cards(f"The smallest circuit: {found.question}", tuple(cards)), details
+    return [Cards(f"The smallest circuit: {found.question}", tuple(cards))], details

@@ -144,7 +144,7 @@ def compared(bench: Bench, scene: Scene, question: str, inputs: Any, active: tup
     cells = covered_cells(object_mask(scene), side)  # any object: a feature is of no question
     values: dict[str, dict[str, float]] = {
         kind: {
-            f"{what}_{measure}": float(np.mean([one.area(f, measure, what == "answer") for f in active]))
+            f"{what}_{measure}": float(np.mean([one.area(f, measure, what) for f in active]))
             for what in WHATS[: 1 + (answer is not None)]
             for measure in MEASURES
         }

@@ -115,21 +115,20 @@ class Subject:
 class MapCurves:
     """The curves of one kind of map, each a list of runs `[n]` (one, or one per random draw) at `counts` cells.
 
-    `activation[measure][feature]` is the feature's sum over the soft tokens, of that on the untouched picture;
-    `answer[measure][feature]` the answer's probability under the same orders.
+    `runs["activation", measure, feature]` is the feature's sum over the soft tokens, of that on the untouched picture;
+    `runs["answer", measure, feature]` the answer's probability under the same orders.
     """
 
     counts: tuple[int, ...]
-    activation: dict[str, dict[FeatureId, list[np.ndarray]]] = field(default_factory=lambda: {m: {} for m in MEASURES})
-    answer: dict[str, dict[FeatureId, list[np.ndarray]]] = field(default_factory=lambda: {m: {} for m in MEASURES})
+    runs: dict[tuple[str, str, FeatureId], list[np.ndarray]] = field(default_factory=dict)
 
-    def curve(self, feature: FeatureId, measure: str, of_answer: bool = False) -> np.ndarray:
+    def curve(self, feature: FeatureId, measure: str, what: str = "activation") -> np.ndarray:
         """`[n]`, the mean over runs."""
-        return np.mean((self.answer if of_answer else self.activation)[measure][feature], axis=0)
+        return np.mean(self.runs[what, measure, feature], axis=0)
 
-    def area(self, feature: FeatureId, measure: str, of_answer: bool = False) -> float:
+    def area(self, feature: FeatureId, measure: str, what: str = "activation") -> float:
         """The mean height of that curve."""
-        return float(area_under(np.array(self.counts), self.curve(feature, measure, of_answer)))
+        return float(area_under(np.array(self.counts), self.curve(feature, measure, what)))
 
 
 def contrast(image: np.ndarray, side: int) -> np.ndarray:
@@ -187,8 +186,8 @@ def map_curves(
             for feature in features:
                 column = subject.features.index(feature)
                 relative = acts[rows, column] / whole[column]
-                curves.activation[measure].setdefault(feature, []).append(relative)
-                curves.answer[measure].setdefault(feature, []).append(answers[rows])
+                curves.runs.setdefault(("activation", measure, feature), []).append(relative)
+                curves.runs.setdefault(("answer", measure, feature), []).append(answers[rows])
     return found
 
 

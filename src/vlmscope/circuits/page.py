@@ -110,7 +110,7 @@ def draw_diagram(
     pictures[SOFT] = [] if picture is None else [picture]
     shown = {name: images for name, images in pictures.items() if images}
     words = {node.name: _line(node) for node in nodes}
-    circuit_diagram(nodes, arrows, path, shown, "% of all that the target takes in", words, "{:+.1f}")
+    circuit_diagram(nodes, arrows, path, shown, words)
 
 
 def _at_pictures(node: Supernode) -> bool:

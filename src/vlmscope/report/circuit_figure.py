@@ -6,7 +6,9 @@ Layout in layers, as in Sugiyama et al. 1981: a node's column is its longest pat
 columns gets a lane of its own in each column between, and columns are ordered by the mean height of what feeds them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -21,7 +23,7 @@ from PIL import Image
 from vlmscope.core.intervention import Supernode
 from vlmscope.report.style import MUTED, NEGATIVE, POSITIVE, drawing
 
-Edge = tuple[str, str, float]  # source name, target name, weight
+Edge = tuple[str, str, float]  # source name, target name, weight in per cent
 Lane = tuple[int, int]  # number of the edge, column that it crosses
 Point = tuple[float, float]
 _WIDTH, _LANE, _GAP, _STEP = 2.1, 0.3, 0.38, 3.6  # of a box and a lane; between boxes of a column, and of columns
@@ -29,7 +31,10 @@ _PLAIN, _LINE, _PAD = 0.5, 0.24, 0.13  # a box with a name alone, each line belo
 _PICTURE, _SMALL = 0.9, 0.6  # one picture of a box, and each of several
 _MOST = 3  # pictures of a box
 _CHARACTERS = 32  # of a line
-_DASHES: Any = (0, (2.5, 1.2))
+_SIGNS: dict[bool, dict[str, Any]] = {
+    True: {"color": POSITIVE, "linestyle": "-"},
+    False: {"color": NEGATIVE, "linestyle": (0, (2.5, 1.2))},
+}
 
 
 def circuit_diagram(
@@ -37,9 +42,7 @@ def circuit_diagram(
     edges: Sequence[Edge],
     path: str | FilePath,
     thumbnails: Mapping[str, np.ndarray | Sequence[np.ndarray]] | None = None,
-    unit: str = "summed edge weight",
     words: Mapping[str, str] | None = None,
-    form: str = "{:+.2f}",
 ) -> FilePath:
     """Draw the circuit. Names in `edges` that are no supernode (inputs, answers) become plain boxes.
 
@@ -48,9 +51,7 @@ def circuit_diagram(
         edges: without a cycle (see `drawable`).
         path: of the PNG.
         thumbnails: by name a picture, uint8 `[H, W, 3]`, or up to three of them.
-        unit: what the weights are, for the legend.
         words: by name a line for the box.
-        form: how weights are written on the arrows.
     """
     members = {node.name: node for node in supernodes}
     names = list(dict.fromkeys([*members, *(name for edge in edges for name in edge[:2])]))
@@ -66,19 +67,13 @@ def circuit_diagram(
         axes.set_axis_off()
         axes.set_xlim(left, right)
         axes.set_ylim(low, high)
-        _draw_arrows(axes, edges, layout, form)
+        _draw_arrows(axes, edges, layout)
         for name, box in boxes.items():
             box.draw(axes, layout.places[name])
-        signs = {weight >= 0 for *_, weight in edges}
-        looks: list[tuple[bool, str, Any, str]] = [
-            (True, POSITIVE, "-", "raises"),
-            (False, NEGATIVE, _DASHES, "lowers"),
-        ]
-        handles = [
-            Line2D([], [], color=colour, linewidth=2.5, linestyle=dashes, label=f"{word} ({unit})")
-            for sign, colour, dashes, word in looks
-            if sign in signs
-        ]
+        shown = sorted({weight >= 0 for *_, weight in edges}, reverse=True)
+        unit = "% of all that the target takes in"
+        words_of = {True: f"raises ({unit})", False: f"lowers ({unit})"}
+        handles = [Line2D([], [], linewidth=2.5, label=words_of[sign], **_SIGNS[sign]) for sign in shown]
         axes.legend(handles=handles, loc="lower center", ncols=2, frameon=False, borderaxespad=0.2)
     return FilePath(path)
 
@@ -87,31 +82,20 @@ def drawable(edges: Sequence[Edge], least: float = 0.0) -> tuple[list[Edge], int
     """The edges of at least |weight| `least`, without the weakest one of every cycle, and how many that leaves out."""
     kept = [edge for edge in edges if abs(edge[2]) >= least and edge[0] != edge[1]]
     count = len(kept)
-    while cycle := _cycle(kept):
-        kept.remove(min(cycle, key=lambda edge: abs(edge[2])))
-    return kept, count - len(kept)
+    while True:
+        try:
+            _sorter(kept).prepare()
+            return kept, count - len(kept)
+        except CycleError as error:
+            around = set(pairwise(error.args[1]))
+            kept.remove(min((edge for edge in kept if edge[:2] in around), key=lambda edge: abs(edge[2])))
 
 
-def _cycle(edges: Sequence[Edge]) -> list[Edge]:
-    """The edges of some cycle; empty without one."""
-    done: set[str] = set()
-
-    def search(name: str, path: list[Edge]) -> list[Edge]:
-        names = [*(edge[0] for edge in path), name]
-        for edge in edges:
-            if edge[0] != name:
-                continue
-            if edge[1] in names:
-                return [*path, edge][names.index(edge[1]) :]
-            if edge[1] not in done and (found := search(edge[1], [*path, edge])):
-                return found
-        done.add(name)
-        return []
-
-    for name in dict.fromkeys(edge[0] for edge in edges):
-        if name not in done and (found := search(name, [])):
-            return found
-    return []
+def _sorter(edges: Sequence[Edge], names: Iterable[str] = ()) -> TopologicalSorter[str]:
+    sorter = TopologicalSorter(dict.fromkeys(names, ()))
+    for source, target, _ in edges:
+        sorter.add(target, source)
+    return sorter
 
 
 def describe(node: Supernode) -> str:
@@ -206,21 +190,15 @@ class _Layout:
 
 def _columns(boxes: Mapping[str, _Box], edges: Sequence[Edge]) -> dict[str, int]:
     """Longest path from an input; answers, which feed nothing, all stand in the last column."""
-    column = dict.fromkeys(boxes, 0)
-    for _ in range(len(boxes) + 1):
-        late = [(source, target) for source, target, _ in edges if column[target] <= column[source]]
-        for source, target in late:
-            column[target] = max(column[target], column[source] + 1)
-        if not late:
-            break
-    else:
-        raise ValueError("the circuit's edges form a cycle")
+    column: dict[str, int] = {}
+    for name in _sorter(edges, boxes).static_order():  # refuses a cycle
+        column[name] = max((column[source] + 1 for source, target, _ in edges if target == name), default=0)
     last, sources = max(column.values()), {source for source, *_ in edges}
     answers = {target for _, target, _ in edges if target not in sources and not boxes[target].is_supernode}
-    return {name: last if name in answers else at for name, at in column.items()}
+    return {name: last if name in answers else column[name] for name in boxes}
 
 
-def _draw_arrows(axes: Axes, edges: Sequence[Edge], layout: _Layout, form: str) -> None:
+def _draw_arrows(axes: Axes, edges: Sequence[Edge], layout: _Layout) -> None:
     strongest = max((abs(weight) for *_, weight in edges), default=1.0) or 1.0
     leaves, arrives = layout.ports(0), layout.ports(1)
     paths: list[np.ndarray] = []
@@ -229,20 +207,19 @@ def _draw_arrows(axes: Axes, edges: Sequence[Edge], layout: _Layout, form: str) 
         for x, y in (layout.places[stop] for stop in layout.stops(number)[1:-1]):
             points += [(x - _WIDTH / 2, y), (x + _WIDTH / 2, y)]
         points.append((layout.places[target][0] - _WIDTH / 2 - 0.02, arrives[number]))
-        style = {"color": POSITIVE, "linestyle": "-"} if weight >= 0 else {"color": NEGATIVE, "linestyle": _DASHES}
         width = 0.8 + 4.0 * abs(weight) / strongest
         head = {"arrowstyle": "-|>", "mutation_scale": 12 + 1.5 * width, "shrinkA": 0, "shrinkB": 0}
-        axes.add_patch(FancyArrowPatch(path=_smooth(points), linewidth=width, zorder=2, **head, **style))  # pyright: ignore[reportArgumentType]
+        axes.add_patch(FancyArrowPatch(path=_smooth(points), linewidth=width, zorder=2, **head, **_SIGNS[weight >= 0]))  # pyright: ignore[reportArgumentType]
         paths.append(_sampled(points))
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.92}
     for (x, y), (*_, weight) in zip(_label_places(paths), edges, strict=True):
-        axes.text(x, y, form.format(weight), ha="center", va="center", fontsize=9, bbox=paper, zorder=5)
+        axes.text(x, y, f"{weight:+.1f}", ha="center", va="center", fontsize=9, bbox=paper, zorder=5)
 
 
 def _smooth(points: Sequence[Point]) -> Path:
     """A path through the points that is level at each of them."""
     vertices, codes = [points[0]], [Path.MOVETO]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         middle = (x0 + x1) / 2
         vertices += [(middle, y0), (middle, y1), (x1, y1)]
         codes += [Path.CURVE4] * 3
@@ -253,10 +230,7 @@ def _sampled(points: Sequence[Point], count: int = 24) -> np.ndarray:
     """`[n, 2]` points of the path that `_smooth` draws."""
     share = np.linspace(0, 1, count)
     level, across = share**2 * (3 - 2 * share), 1.5 * share * (1 - share) + share**3
-    parts = [
-        np.stack([x0 + across * (x1 - x0), y0 + level * (y1 - y0)], 1)
-        for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False)
-    ]
+    parts = [np.stack([x0 + across * (x1 - x0), y0 + level * (y1 - y0)], 1) for (x0, y0), (x1, y1) in pairwise(points)]
     return np.concatenate(parts)
 
 

@@ -23,6 +23,7 @@ from vlmscope.circuits.operations import Carry, all_features
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import Curve
+from vlmscope.core.maps import PictureMap, TileMap
 from vlmscope.core.records import PatchBox, control_draws
 from vlmscope.data.orrery.dataset import COVERED, painted_mask
 from vlmscope.interventions.edits import AnyPlan, LayerEdit
@@ -31,7 +32,7 @@ from vlmscope.interventions.trials import Cases, Features, Setting, Trial
 from vlmscope.metrics.causal import bootstrap_mean
 from vlmscope.metrics.prediction import pointing_hit
 from vlmscope.report.figures import dose_response
-from vlmscope.report.picture_figures import object_maps
+from vlmscope.report.picture_figures import map_rows
 
 if TYPE_CHECKING:
     from vlmscope.scope import Scope
@@ -172,8 +173,12 @@ def analyse(bench: Bench) -> dict[str, float]:
         path = bench.run_dir / "figures" / f"places_{what}.png"
         dose_response(lines, path, "layer", "share on the objects' soft tokens (%)")
     common = [one for one in drawn.values() if len(one[2]) == 2 * len(declared.sets)]
-    shown, boxes, maps = zip(*common, strict=True)
-    object_maps(shown, boxes, maps, bench.run_dir / "figures" / "object_maps.png")
+    rows = []
+    for shown, boxes, of in common:
+        maps = {name: PictureMap(name, 0, [TileMap(list(boxes), values)], 0.0, {}) for name, values in of.items()}
+        rows.append(("picture", shown, maps))
+    note = "blue: more, relative to the map's range"
+    map_rows(rows, bench.run_dir / "figures" / "object_maps.png", note)
     return metrics
 
 

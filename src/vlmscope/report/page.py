@@ -267,7 +267,7 @@ def environment() -> Environment:
         made.filters[filter_.__name__] = filter_
     made.filters |= {
         "data_uri": thumbnails.data_uri,
-        "png_size": thumbnails.png_size,
+        "size": thumbnails.size,
         "picture": thumbnails.example_png,
         "alt": thumbnails.example_alt,
         "spans": thumbnails.token_spans,

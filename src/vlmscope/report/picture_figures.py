@@ -100,47 +100,25 @@ def feature_maps(
         pictures: uint8 `[H, W, 3]`, by number.
         path: the PNG to write.
     """
-    rows = [(feature, number) for feature in maps for number in range(len(pictures))]
-    kinds = list(next(iter(maps.values())))
-    with drawing(path, 1.9 * (len(kinds) + 1), 0.6 + 2.1 * len(rows)) as figure:
-        said = "blue: for the feature, orange: against it; as strong as the map's largest"
-        figure.suptitle(said, x=0.01, ha="left", fontsize=9)
-        grid = figure.subplots(len(rows), len(kinds) + 1, squeeze=False)
-        for (first, *others), (feature, number) in zip(grid, rows, strict=True):
-            image = _shrunk(pictures[number])
-            _show(first, image, feature)
-            for axes, kind in zip(others, kinds, strict=True):
-                raster = maps[feature][kind][number].raster(*image.shape[:2])
-                _show_map(axes, image, raster, MAP_NAMES.get(kind, kind))
-    return Path(path)
+    rows = [
+        (feature, picture, {MAP_NAMES.get(kind, kind): of[number] for kind, of in kinds.items()})
+        for feature, kinds in maps.items()
+        for number, picture in enumerate(pictures)
+    ]
+    return map_rows(rows, path, "blue: for the feature, orange: against it; as strong as the map's largest")
 
 
-def object_maps(
-    pictures: Sequence[np.ndarray],
-    boxes: Sequence[Sequence[PatchBox]],
-    maps: Sequence[Mapping[str, np.ndarray]],
-    path: str | Path,
-) -> Path:
-    """A row per picture, each of its maps over its soft tokens.
-
-    Args:
-        pictures: uint8 [H, W, 3]; at least one.
-        boxes: of each picture S boxes.
-        maps: of each picture name -> [S], at least 0; every picture has the same names.
-        path: the PNG to write.
-    """
-    names = list(maps[0])
-    with drawing(path, 2.0 * (len(names) + 1), 0.5 + 2.1 * len(pictures)) as figure:
-        figure.suptitle("blue: more, relative to the map's range", x=0.01, ha="left", fontsize=9)
-        grid = figure.subplots(len(pictures), len(names) + 1, squeeze=False)
-        for (first, *others), image, places, found in zip(grid, pictures, boxes, maps, strict=True):
-            _show(first, image, "picture")
-            for axes, name in zip(others, names, strict=True):
-                raster = np.zeros(image.shape[:2])
-                for box, value in zip(places, found[name], strict=True):
-                    left, top, right, bottom = box.pixels(image.shape[1], image.shape[0])
-                    raster[top:bottom, left:right] = value
-                _show_map(axes, image, raster, name.replace("_", " "))
+def map_rows(rows: Sequence[tuple[str, np.ndarray, Mapping[str, PictureMap]]], path: str | Path, note: str) -> Path:
+    """A row per picture with a title, each of its maps over it; all rows have maps of the same names."""
+    columns = len(rows[0][2]) + 1
+    with drawing(path, 1.9 * columns, 0.6 + 2.1 * len(rows)) as figure:
+        figure.suptitle(note, x=0.01, ha="left", fontsize=9)
+        grid = figure.subplots(len(rows), columns, squeeze=False)
+        for (first, *others), (title, picture, maps) in zip(grid, rows, strict=True):
+            image = _shrunk(picture)
+            _show(first, image, title)
+            for axes, (name, found) in zip(others, maps.items(), strict=True):
+                _show_map(axes, image, found.raster(*image.shape[:2]), name)
     return Path(path)
 
 

@@ -56,17 +56,16 @@ def thumbnail(image: Image.Image) -> tuple[bytes, int, int]:
 
 def data_uri(picture: bytes) -> str:
     """PNG or JPEG bytes as a `data:` address; anything else is a `ValueError`."""
-    jpeg = picture[:3] == b"\xff\xd8\xff"
-    if not jpeg:
-        png_size(picture)
-    return f"data:image/{'jpeg' if jpeg else 'png'};base64," + base64.b64encode(picture).decode("ascii")
+    for kind, start in (("png", b"\x89PNG\r\n\x1a\n"), ("jpeg", b"\xff\xd8\xff")):
+        if picture.startswith(start):
+            return f"data:image/{kind};base64,{base64.b64encode(picture).decode('ascii')}"
+    raise ValueError("not a PNG or JPEG picture")
 
 
-def png_size(png: bytes) -> tuple[int, int]:
-    """Width and height in pixels, from the header alone; `ValueError` when the bytes are not a PNG."""
-    if png[:8] != b"\x89PNG\r\n\x1a\n" or len(png) < 24:
-        raise ValueError("not a PNG picture")
-    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+def size(picture: bytes) -> tuple[int, int]:
+    """Width and height in pixels."""
+    with Image.open(io.BytesIO(picture)) as image:
+        return image.size
 
 
 def decode(png: bytes) -> Image.Image:

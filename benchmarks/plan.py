@@ -13,9 +13,8 @@ from statistics import median
 import torch
 from started import started
 
-from vlmscope.tasks.plan import Machine, TrainingPlan, TrainingSizes, least_time
+from vlmscope.tasks.plan import Machine, layer_work, least_time
 from vlmscope.training.config import TranscoderArchConfig
-from vlmscope.training.ranks import Layout
 
 SIZES = [(2048, 128, 2048, 16), (2048, 256, 8192, 16), (1024, 512, 16384, 48), (512, 1024, 16384, 48)]  # n, d, F, k
 GROUPS = {
@@ -82,7 +81,7 @@ def main() -> None:
     print("| n | d | F | k | part | plan, ms | measured, ms | measured / plan |")
     print("|" + " --- |" * 8)
     for n, d, f, k in SIZES:
-        work = TrainingSizes(Layout(1), d, TranscoderArchConfig(f // d, k), TrainingPlan(step_tokens=n)).layer_work()
+        work = layer_work(n, d, TranscoderArchConfig(f // d, k))
         planned = {group: least_time(work[part], machine)[0] for group, part in GROUPS.items()}
         found = measured(n, d, f, k, arguments.repeat)
         rows = {group: (planned[group], found[group]) for group in GROUPS}

@@ -97,6 +97,17 @@ def soft_tokens(adapter: Adapter) -> int | None:
     return None if patches is None else patches // shrink
 
 
+def prompt_tokens(adapter: Adapter, tokens: int | None, images: int, text_tokens: int) -> tuple[int, int]:
+    """Length of a prompt of so many pictures and tokens of text, or `tokens` in all; and how many are soft tokens."""
+    per_image = soft_tokens(adapter) if images else 0
+    if per_image is None:
+        if tokens is None:
+            raise UserError("how many soft tokens a picture has depends on its size here; say task.tokens=")
+        return tokens, 0
+    soft = per_image * images
+    return (soft + text_tokens, soft) if tokens is None else (tokens, min(soft, max(tokens - text_tokens, 0)))
+
+
 def attention_widths(adapter: Adapter) -> tuple[float, float]:
     """Width of all heads' queries and of all their values, the mean over the layers."""
     layers = range(adapter.n_layers)

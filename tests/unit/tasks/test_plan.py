@@ -39,10 +39,11 @@ from vlmscope.scope import Scope
 from vlmscope.tasks.plan import (
     Machine,
     TrainingPlan,
-    TrainingSizes,
     Work,
     graph_sizes,
+    layer_work,
     least_time,
+    rank_memory,
     transcoder_numbers,
 )
 from vlmscope.training.captures import ActivationStream, Captures
@@ -118,20 +119,19 @@ def test_orrerys_graph_is_foreseen(max_nodes: int, tmp_path: Path) -> None:
     tracemalloc.stop()
     soft = np.flatnonzero(inputs.is_image)
     config = dataclasses.replace(config, max_logits=len(graph.logit_tokens))
-    sizes = graph_sizes(vlm.adapter, len(inputs), (int(soft[0]), int(soft[-1]) + 1), 16, False, config)
+    sizes, _ = graph_sizes(vlm.adapter, len(inputs), (int(soft[0]), int(soft[-1]) + 1), 16, False, config)
     adjoint = Adjoint(replacement)
-    assert sizes["active_features"] == graph.meta["n_active_features"]
-    assert sizes["rows"] == min(sizes["active_features"], max_nodes)
-    assert sizes["nodes"] == graph.n_nodes
-    assert sizes["columns"] == adjoint.columns.total
-    assert sizes["row_buffer"] == 64 * adjoint.columns.total * (4 + 4 + 1 + 8)
+    assert sizes["graph/active_features"] == graph.meta["n_active_features"]
+    assert sizes["graph/rows"] == min(sizes["graph/active_features"], max_nodes)
+    assert sizes["graph/nodes"] == graph.n_nodes
+    assert sizes["memory/rows"] == 64 * adjoint.columns.total * (4 + 4 + 1 + 8)
     held = [adjoint.sources.of(layer).vectors for layer in range(vlm.adapter.n_layers)]
-    assert sizes["sources"] == sum(vectors.numel() * 4 for vectors in held)
-    assert graph.n_edges <= sizes["edges"] < 1.2 * graph.n_edges
+    assert sizes["memory/sources"] == sum(vectors.numel() * 4 for vectors in held)
+    assert graph.n_edges <= sizes["graph/edges"] < 1.2 * graph.n_edges
     save_graph(tmp_path / "graph.safetensors", prune(graph, 0.8, 0.98))
-    assert (tmp_path / "graph.safetensors").stat().st_size == pytest.approx(sizes["file"], rel=0.2)
+    assert (tmp_path / "graph.safetensors").stat().st_size == pytest.approx(sizes["memory/file"], rel=0.2)
     # numpy's memory, which is where rows are assembled; torch's is not traced.
-    assert peak == pytest.approx(sizes["assembly"], rel=0.25)
+    assert peak == pytest.approx(sizes["memory/assembly"], rel=0.25)
 
 
 def test_operations_are_those_that_torch_counts() -> None:
@@ -143,22 +143,18 @@ def test_operations_are_those_that_torch_counts() -> None:
     adjoint = Adjoint(build_replacement(Scope(vlm, transcoders), inputs, torch.float32))
     soft = np.flatnonzero(inputs.is_image)
     bidirectional = (int(soft[0]), int(soft[-1]) + 1)
-    sizes = graph_sizes(vlm.adapter, len(inputs), bidirectional, 16, False, AttributionConfig())
+    sizes, flops = graph_sizes(vlm.adapter, len(inputs), bidirectional, 16, False, AttributionConfig())
     with FlopCounterMode(display=False) as counter:
-        for _ in feature_chunks(adjoint, np.arange(sizes["active_features"]), 64, "float32"):
+        for _ in feature_chunks(adjoint, np.arange(sizes["graph/active_features"]), 64, "float32"):
             pass
-    assert sizes["flops"] == pytest.approx(counter.get_total_flops(), rel=0.3)
+    assert flops == pytest.approx(counter.get_total_flops(), rel=0.3)
 
 
-def sizes(layout: Layout | None = None, **changes: Any) -> TrainingSizes:
-    """Of a run on a tiny Gemma 3; changes of the plan, the architecture or the sizes themselves."""
-    plan, arch = TrainingPlan(step_tokens=ROWS * LENGTH, pool_batches=2, steps_per_batch=1), TranscoderArchConfig(4, 8)
-    base = TrainingSizes(layout or Layout(L), D, arch, plan, model_bytes=1000, forward_flops=1e9)
-    for name, value in changes.items():
-        inner = next((part for part in ("plan", "arch") if hasattr(getattr(base, part), name)), None)
-        change = {name: value} if inner is None else {inner: dataclasses.replace(getattr(base, inner), **{name: value})}
-        base = dataclasses.replace(base, **change)
-    return base
+def memory(layout: Layout | None = None, rank: int = 0, encoder_dtype: str = "float32", **arch: Any) -> dict[str, int]:
+    """Of a rank that trains on a tiny Gemma 3."""
+    plan = TrainingPlan(step_tokens=ROWS * LENGTH, pool_batches=2)
+    kind = TranscoderArchConfig(4, 8, **arch)
+    return rank_memory(layout or Layout(L), rank, D, kind, plan, "float32", encoder_dtype)
 
 
 def batch(step: int) -> dict[str, torch.Tensor]:
@@ -193,7 +189,7 @@ def test_memory_is_what_training_keeps(
         checkpoint_every=0, val_every=0, log_every=0,
     )  # fmt: skip
     made, _ = train_transcoders(tiny_gemma3(0, text_only=True), batch, [], config, tmp_path / "run")
-    parts, parameters = sizes(activation=activation, skip=skip).memory(0), list(kept[0].parameters())
+    parts, parameters = memory(activation=activation, skip=skip), list(kept[0].parameters())
     assert parts["weights"] == bytes_of(parameters)
     assert parts["gradients"] == bytes_of(p.grad for p in parameters)
     moments = [state[name] for state in kept[0].optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -211,24 +207,18 @@ def test_the_pool_is_what_the_stream_keeps() -> None:
     next(stream)
     drawn = next(stream)
     size = bytes_of([drawn.is_image, *(tensor for pair in drawn.by_layer.values() for tensor in pair)])
-    assert sizes().memory(0)["pool"] == 3 * size
+    assert memory()["pool"] == 3 * size
 
 
 def test_ranks_work_and_precision() -> None:
-    three, whole = sizes(Layout(L, 3, 3)), sizes()
-    assert three.memory(0)["weights"] == 2 * three.memory(2)["weights"]
-    assert three.peak(0) > three.peak(1) == three.peak(2)
-    # Of each token inputs and outputs of the others' two layers, and which tokens are soft, twice.
-    assert three.sent_in_host(0, 10) == 10 * (2 * (2 * D * 4) + 2)
-    assert whole.memory(0)["gathered"] == L * three.memory(0)["gathered"]
-    assert whole.layer_work()["encoder"].flops == 2 * ROWS * LENGTH * 4 * D * D
-    often, seldom = (sizes(steps_per_batch=steps).step_work()["forward"] for steps in (1, 2))
-    assert often.flops == 2 * seldom.flops
-    two = sizes(Layout(L, 4, 2))
-    assert two.step_work()["sums"].networked == two.summed_over_hosts(0) > 0
-    half = sizes(encoder_dtype="bfloat16")
-    assert half.layer_work()["encoder"].dtype == "bfloat16"
-    assert {part for part, size in half.memory(0).items() if size != whole.memory(0)[part]} == {"work"}
+    three = Layout(L, 3, 3)
+    assert memory(three)["weights"] == 2 * memory(three, 2)["weights"] == memory()["weights"] / 2
+    assert memory()["gathered"] == L * memory(three)["gathered"]
+    half, kind = memory(encoder_dtype="bfloat16"), TranscoderArchConfig(4, 8)
+    assert {part for part, size in half.items() if size != memory()[part]} == {"work"}
+    full, mixed = layer_work(72, D, kind), layer_work(72, D, kind, "bfloat16")
+    assert full["encoder"].flops == mixed["encoder"].flops == 2 * 72 * 4 * D * D
+    assert (mixed["encoder"].dtype, mixed["optimiser"]) == ("bfloat16", full["optimiser"])
 
 
 def test_what_bounds_a_part_is_named() -> None:

@@ -41,6 +41,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return named or isinstance(error, MemoryError)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of some library says, in one short line that can be printed."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return "".join(filter(str.isprintable, lines[0]))[:200]
+
+
 class CheckFailed(Exception):
     """What a task was asked to check does not hold: one line that says what; nobody's mistake in typing.
 

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, first_line
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -129,5 +129,4 @@ def reason(error: Any) -> str:
         return f"the hub answered {status}"
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return f"{error.filename} cannot be written ({error.strerror})"
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"the hub cannot be reached ({type(error).__name__}{': ' + first if first else ''})"
+    return f"the hub cannot be reached ({type(error).__name__}: {first_line(error)})"

@@ -287,11 +287,6 @@ class TokenMix(Generic[Item]):
             return Drawn(name, item, count)
         raise StopIteration
 
-    def shares(self) -> dict[str, float]:
-        """Each source's share of the tokens so far."""
-        total = sum(self.tokens.values())
-        return {name: count / total if total else 0.0 for name, count in self.tokens.items()}
-
     def state_dict(self) -> dict[str, Any]:
         """JSON values from which `load_state_dict` goes on with the very next item."""
         lanes = {

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlmscope.core.artifacts import parse_json
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, first_line
 from vlmscope.core.records import (
     CAPTION_REQUEST,
     Conversation,
@@ -396,8 +396,7 @@ class BadFiles:
         if str(file) in self.files:
             return
         self.files.append(str(file))
-        first = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-        what = f"data.sources.{self.name}: {file} is corrupt ({''.join(filter(str.isprintable, first))[:200]})"
+        what = f"data.sources.{self.name}: {file} is corrupt ({first_line(error)})"
         if len(self) > self.most:
             raise UserError(
                 f"{what}, number {len(self)}, and data.max_bad_shards={self.most}; {self.mend}, or raise the limit"

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmscope.core.artifacts import read_json
-from vlmscope.core.errors import UserError, is_out_of_memory
+from vlmscope.core.errors import UserError, first_line, is_out_of_memory
 from vlmscope.core.hub import is_commit
 from vlmscope.core.records import Exchange, derive
 from vlmscope.data.config import SourceConfig
@@ -313,8 +313,7 @@ def _in_one_line(what: str, call: Callable[[], Any], mend: str = "check it, or w
     except Exception as error:  # the libraries beneath raise dozens of unrelated classes
         if is_out_of_memory(error):
             raise
-        first = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UserError(f"{what} ({type(error).__name__}: {first}); {mend}") from error
+        raise UserError(f"{what} ({type(error).__name__}: {first_line(error)}); {mend}") from error
 
 
 def _undecoded(table: Any) -> Any:

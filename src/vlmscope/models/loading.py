@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from vlmscope.core.artifacts import read_json
-from vlmscope.core.errors import UserError, is_out_of_memory
+from vlmscope.core.errors import UserError, first_line, is_out_of_memory
 from vlmscope.core.records import PatchBox, as_rgb, check_characters
 from vlmscope.models.base import Adapter, ModelInputs, token_strings
 from vlmscope.models.checkpoint import check_weights, read_config
@@ -153,12 +153,8 @@ def refused_in_one_line(said: str, images: Sequence[Image] = ()) -> Iterator[Non
             raise
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
         what = f"{textwrap.shorten(said, 80)!r}" + (f" with a picture of {sizes} pixels" if images else "")
-        reason = _first_line(error).rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise UserError(f"the model's processor refuses {what}: {reason}; change it, or leave it out") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_words(tokenizer: Any, prompt: str) -> None:
@@ -339,7 +335,7 @@ def _told_in_one_line(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         if is_out_of_memory(error):  # the files are not to blame
             raise
-        raise UserError(f"cannot load the model at {folder}: {_first_line(error)}; check its files") from error
+        raise UserError(f"cannot load the model at {folder}: {first_line(error)}; check its files") from error
     finally:
         theirs.set_verbosity(before)
 

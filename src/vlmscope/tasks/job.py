@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from vlmscope.config.resolve import to_app_config
 from vlmscope.config.store import OVERRIDES, job_settings, run_label
 from vlmscope.core.artifacts import write_json, write_yaml
-from vlmscope.core.errors import CheckFailed, UserError, is_out_of_memory
+from vlmscope.core.errors import CheckFailed, UserError, first_line, is_out_of_memory
 from vlmscope.core.launch import place_of
 from vlmscope.tasks import registry
 from vlmscope.tasks.ranks import claimed, remove_empty, together, work_along
@@ -59,11 +59,11 @@ def _enough_memory(task: "Task") -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         less = f"lower {task.memory}, or " if task.memory else ""
         raise UserError(
-            f"task={task.name} ran out of memory ({said}); {less}choose a smaller model, model.dtype=bfloat16 or "
-            "model.offload=cpu; what is done stays, and trainer.resume=true with this hydra.run.dir resumes from it"
+            f"task={task.name} ran out of memory ({first_line(error)}); {less}choose a smaller model, "
+            "model.dtype=bfloat16 or model.offload=cpu; what is done stays, and trainer.resume=true with this "
+            "hydra.run.dir resumes from it"
         ) from error
 
 

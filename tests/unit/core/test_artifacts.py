@@ -63,13 +63,6 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(tmp_path: Path) 
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_the_temporary_file_is_beside_the_target_and_keeps_its_suffix(tmp_path: Path) -> None:
-    with artifacts.atomic_path(tmp_path / "x.safetensors") as temporary:
-        assert (temporary.parent, temporary.suffix) == (tmp_path, ".safetensors")
-        temporary.write_bytes(b"1")
-    assert (tmp_path / "x.safetensors").read_bytes() == b"1"
-
-
 @pytest.mark.parametrize("reader", [artifacts.read_text, artifacts.read_json, artifacts.read_yaml])
 def test_a_byte_order_mark_is_no_part_of_a_text(reader, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbf[1]")

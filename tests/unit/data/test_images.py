@@ -133,21 +133,11 @@ def test_the_scale_of_wide_pixels_is_that_of_the_format_whatever_values_occur(
         (np.array([[0, np.inf]], np.float32), "from 0 to inf"),
     ],
 )
-def test_pixels_of_unknown_scale_are_refused(tmp_path: Path, values: np.ndarray, words: str) -> None:
+def test_pixels_of_unknown_scale_are_refused(values: np.ndarray, words: str) -> None:
     data = encoded(Image.fromarray(values), "TIFF")
-    (tmp_path / "x.tif").write_bytes(data)
-    doors = (
-        lambda: open_image(tmp_path / "x.tif"),
-        lambda: decode_image(data, "x.tif"),
-        lambda: as_rgb(Image.fromarray(values)),
-    )
-    for number, door in enumerate(doors):
-        with pytest.raises(UserError, match=words) as caught:
+    for door in (lambda: decode_image(data, "x.tif"), lambda: as_rgb(Image.fromarray(values))):
+        with pytest.raises(UserError, match=f"{words}.*save it with 8 or 16 bits"):
             door()
-        assert "save it with 8 or 16 bits" in str(caught.value) and ("x.tif: " in str(caught.value)) == (number < 2)
-    if values.dtype == np.int32:  # the header says it
-        with pytest.raises(UserError, match=words):
-            check_image(tmp_path / "x.tif")
 
 
 def test_many_pictures_stay_in_their_files(tmp_path: Path) -> None:
@@ -193,21 +183,6 @@ def test_decompression_bombs_are_refused_by_their_header(tmp_path: Path, side: i
             door()
     (tmp_path / "x.png").write_bytes(header(9_900))  # allowed, and no warning either
     check_image(tmp_path / "x.png")
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("decoder"), struct.error("short"), EOFError(), NotImplementedError("no")]
-)
-def test_whatever_a_decoder_raises_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """AVIF raises RuntimeError, DDS NotImplementedError, damaged EXIF struct.error."""
-
-    def broken(_: Image.Image) -> None:
-        raise error
-
-    monkeypatch.setattr(images, "as_rgb", broken)
-    with pytest.raises(UserError, match=r"^x: cannot be read as a picture \(") as caught:
-        decode_image(encoded(Image.new("L", (2, 2)), "PNG"), "x")
-    assert "\n" not in str(caught.value)
 
 
 def test_bad_files_are_named_and_headers_checked_without_decoding(

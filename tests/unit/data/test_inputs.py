@@ -51,6 +51,19 @@ def test_pairs_are_seeded_and_splits_and_seeds_differ(change: str) -> None:
     assert np.array_equal(scene_pairs(change, "test", 5, 5)[2].original.image, one[2].original.image)
 
 
+def test_values_can_be_chosen_and_every_question_becomes_a_pair() -> None:
+    pairs = scene_pairs("fingers", "test", 4, original="five", counterfactual="six")
+    assert {pair.values for pair in pairs} == {("five", "six")}
+    asked = orrery_pairs("first_digit", "test", 2)
+    assert [pair.question for pair in asked] == ["first", "second", "sum"] * 2
+    assert [pair.moves for pair in asked] == [True, False, True] * 2
+    assert len({pair.id for pair in asked}) == 2
+    assert load_pairs(PairsConfig(change="first_digit", test=2), "test")[0].id == asked[0].id
+    for pair in scene_pairs("object", "test", 6):
+        for words, caption in zip(pair.values, pair.captions, strict=True):
+            assert all(said.startswith(word) for said, word in zip(caption.split()[1:], words.split(), strict=False))
+
+
 @pytest.mark.parametrize("change", list(CHANGES))
 def test_only_the_changed_fact_gets_another_answer(change: str) -> None:
     for pair in scene_pairs(change, "test", N):
@@ -139,12 +152,6 @@ def test_one_finger_more_is_all_that_is_drawn() -> None:
         assert 10 < differs(pair).sum() < 200
 
 
-def test_values_can_be_chosen() -> None:
-    pairs = scene_pairs("fingers", "test", 4, original="five", counterfactual="six")
-    assert {pair.values for pair in pairs} == {("five", "six")}
-    assert {p.values[1] for p in scene_pairs("planet", "test", 8, counterfactual="earth")} == {"earth"}
-
-
 @pytest.mark.parametrize(
     ("change", "original", "counterfactual", "said"),
     [
@@ -160,14 +167,6 @@ def test_pairs_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         scene_pairs(change, "test", 1, 0, original, counterfactual)
-
-
-def test_every_question_of_a_scene_becomes_a_pair() -> None:
-    pairs = orrery_pairs("first_digit", "test", 2)
-    assert [pair.question for pair in pairs] == ["first", "second", "sum"] * 2
-    assert [pair.moves for pair in pairs] == [True, False, True] * 2
-    assert len({pair.id for pair in pairs}) == 2
-    assert load_pairs(PairsConfig(change="first_digit", test=2), "test")[0].id == pairs[0].id
 
 
 @pytest.fixture
@@ -205,14 +204,11 @@ def test_own_pairs_fill_in_what_the_counterfactual_leaves_out(folder: Path) -> N
     [
         ([], "has no pair"),
         (["[" * 99_999], "line 1: not valid JSON"),
-        (["{"], "line 1: not valid JSON"),
         ([[1]], "line 1: write"),
-        ([{**GOOD, "counterfactual": None}], "line 1: write"),
         ([{**GOOD, "colour": 1}], "no key 'colour'"),
         ([{**GOOD, "answer": " "}], "the original has no answer"),
         ([GOOD, {**GOOD, "counterfactual": {"answer": "blue"}}], "line 2: original and counterfactual are the same"),
         ([{**GOOD, "counterfactual": {"image": [], "answer": "blue"}}], "1 pictures, the counterfactual 0"),
-        ([{**GOOD, "image": "c.png"}], "c.png"),
         ([{**GOOD, "image": 3}], "neither a path nor a list"),
         ([{**GOOD, "id": 1}, {**GOOD, "id": 1}], "asks 'answer' twice"),
     ],
@@ -230,16 +226,6 @@ def test_own_pairs_that_cannot_be_used_are_one_line(folder: Path, lines: list, s
 def test_settings_that_cannot_be_are_refused(settings: dict) -> None:
     with pytest.raises(UserError, match="pairs"):
         PairsConfig(**settings)
-
-
-def test_captions_are_kept_beside_the_questions() -> None:
-    for pair in scene_pairs("object", "test", 6):
-        for words, caption in zip(pair.values, pair.captions, strict=True):
-            colour, shape = words.split()
-            assert caption.split()[1] == colour
-            assert caption.split()[2].startswith(shape)
-        assert pair.values[0].split()[0] != pair.values[1].split()[0]
-        assert pair.values[0].split()[1] != pair.values[1].split()[1]
 
 
 def test_csv_and_jsonl_say_the_same(folder: Path) -> None:
@@ -267,11 +253,8 @@ def test_csv_and_jsonl_say_the_same(folder: Path) -> None:
     [
         ({"image": "nowhere.png", "prompt": "a"}, "no such file"),
         ({"image": "a.png"}, "no prompt"),
-        ({"image": "a.png", "prompt": " "}, "no prompt"),
         ({"image": 3, "prompt": "a"}, "neither a path nor a list"),
-        ({"img": "a.png", "prompt": "a"}, "no key 'img'"),
         ({"id": "../x", "prompt": "a"}, "folder's name"),
-        ({"id": ".x", "prompt": "a"}, "folder's name"),
         ({"id": "good", "prompt": "a"}, "row 1"),
         (["a"], "not a JSON object"),
     ],
@@ -286,39 +269,18 @@ def test_a_bad_row_is_named_and_the_others_remain(folder: Path, line: object, wo
     assert "r.jsonl row 2: " in str(bad[0])
 
 
-# JSON lets every one of these stand in a string as it is (RFC 8259, section 7); only a line feed ends a line of JSONL.
-BREAKS = "\u2028\u2029\x85\x7f\x9c"
-
-
-def test_line_ends_of_unicode_do_not_end_a_row(folder: Path) -> None:
-    texts = [f"before{mark}after" for mark in BREAKS]
+def test_lines_that_are_no_rows_are_told_from_good_ones(folder: Path) -> None:
+    # JSON lets these stand in a string as they are (RFC 8259, section 7); only a line feed ends a line of JSONL.
+    texts = [f"before{mark}after" for mark in "\u2028\u2029\x85\x7f\x9c"]
     lines = [json.dumps({"prompt": text, "image": "a.png"}, ensure_ascii=False) for text in texts]
-    (folder / "r.jsonl").write_bytes("\r\n".join([*lines, ""]).encode())
-    (folder / "r.csv").write_bytes("\r\n".join(["prompt", *texts]).encode())
-    for name in ("r.jsonl", "r.csv"):
-        good, bad = read_rows(folder / name)
-        assert ([row.prompt for row in good], bad) == (texts, [])
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ('{"prompt": "a\fb"}', "not valid JSON (Invalid control character at column 14"),
-        ("[" * 99_999, "not valid JSON"),
-        ('{"id": ' + "9" * 5000 + "}", "not valid JSON"),
-    ],
-)
-def test_a_line_that_is_not_json_is_one_bad_row(folder: Path, line: str, words: str) -> None:
-    (folder / "r.jsonl").write_text(f'{line}\n{{"prompt": "good"}}\n')
-    good, (bad,) = read_rows(folder / "r.jsonl")
-    assert [row.prompt for row in good] == ["good"] and "r.jsonl row 1: " in str(bad) and words in str(bad)
-
-
-def test_a_prompt_with_a_bare_comma_is_told_from_a_good_row(folder: Path) -> None:
-    (folder / "r.csv").write_text("image,prompt\na.png,one, two\na.png,good\n")
-    good, bad = read_rows(folder / "r.csv")
-    assert len(good) == 1
-    assert "double quotes" in str(bad[0])
+    bad_lines = ['{"prompt": "a\fb"}', "[" * 99_999, '{"id": ' + "9" * 5000 + "}"]
+    (folder / "r.jsonl").write_bytes("\r\n".join([*lines, *bad_lines, ""]).encode())
+    (folder / "r.csv").write_bytes("\r\n".join(["prompt", *texts, "one, two"]).encode())
+    good, bad = read_rows(folder / "r.jsonl")
+    assert [row.prompt for row in good] == texts
+    assert all(f"r.jsonl row {n}: not valid JSON" in str(one) for n, one in enumerate(bad, start=6)) and len(bad) == 3
+    good, (comma,) = read_rows(folder / "r.csv")
+    assert [row.prompt for row in good] == texts and "double quotes" in str(comma)
 
 
 @pytest.mark.parametrize(
@@ -326,9 +288,7 @@ def test_a_prompt_with_a_bare_comma_is_told_from_a_good_row(folder: Path) -> Non
     [
         ("r.txt", "a", "give a .csv or a .jsonl"),
         ("r.csv", "image,question\na.png,b\n", "columns image, question"),
-        ("r.csv", "", "columns (none)"),
         ("r.csv", "image,prompt\n", "has no row"),
-        ("r.jsonl", "\n", "has no row"),
     ],
 )
 def test_files_that_hold_no_rows_are_refused(folder: Path, name: str, text: str, words: str) -> None:

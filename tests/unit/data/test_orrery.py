@@ -29,10 +29,8 @@ from vlmscope.data.orrery.dataset import (
 from vlmscope.data.orrery.rendering import glyphs, hand_scene, make_scene, planet_scene, shape_scene
 from vlmscope.data.orrery.scenes import (
     KINDS,
-    NUMBERS,
     PICTURED,
     PLANETS,
-    SHAPE_COLOURS,
     SHAPES,
     SIDE,
     SPLITS,
@@ -72,13 +70,6 @@ def test_every_word_of_every_scene_is_known() -> None:
 def test_splits_use_different_glyphs() -> None:
     sources = {split: {int(i) for part in glyphs(split)[1] for i in part} for split in SPLITS}
     assert sum(map(len, sources.values())) == len(set.union(*sources.values())) == 1797
-
-
-def test_sum_is_the_sum() -> None:
-    for index in range(40):
-        facts = make_scene("test", "digits", index).facts
-        first, second, total = (NUMBERS.index(str(facts[k])) for k in ("first", "second", "sum"))
-        assert first + second == total
 
 
 def test_hands_are_mostly_of_five_and_never_of_six() -> None:
@@ -128,15 +119,6 @@ def test_digits_have_the_first_and_the_second_that_were_asked_for() -> None:
     scenes = digit_scenes("seven", "test", 4, seed=1, second="two")
     assert all((s.facts["first"], s.facts["second"], s.facts["sum"]) == ("seven", "two", "nine") for s in scenes)
     assert len({str(scene.facts["second"]) for scene in digit_scenes("seven", "train", 20)}) > 5
-
-
-def test_colours_are_on_the_picture() -> None:
-    for colour, rgb in SHAPE_COLOURS.items():
-        for scene in colour_scenes(colour, "test", 2):
-            assert scene.facts["shape_colour"] == colour
-            near = np.abs(image_of(scene).astype(int) - np.array(rgb)).max(-1) < 45
-            assert near.mean() > 0.004
-    assert len({str(scene.facts["count"]) for scene in colour_scenes("red", "train", 20)}) > 3
 
 
 def test_appearance_is_measured_on_the_disc() -> None:

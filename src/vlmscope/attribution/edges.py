@@ -319,7 +319,8 @@ def select_rows(
     return chunks
 
 
-class Edges(NamedTuple):
+@dataclass(frozen=True)
+class Edges:
     """Nodes with their rows: fields of `AttributionGraph`."""
 
     nodes: NodeTable

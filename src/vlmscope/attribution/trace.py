@@ -162,7 +162,7 @@ def attribute(
     edges = assemble(replacement, adjoint.columns, chunks, ends, targets, dtype, plan.storage)
     n_active = int(adjoint.columns.n_features[: targets.layer].sum())
     return AttributionGraph(
-        **edges._asdict(),
+        **vars(edges),
         logit_probabilities=targets.probabilities,
         logit_tokens=targets.names(tokenizer),
         tokens=list(inputs.tokens),

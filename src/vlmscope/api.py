@@ -43,33 +43,21 @@ def load(
 ) -> Scope:
     """Load a model and a transcoder set, each a folder or a hub id; Orrery and its set by default.
 
-    Args:
-        model: a folder, or a hub id with its commit in `revision`.
-        transcoders: a folder, or a hub id with its commit in `transcoder_revision`.
-        dtype: of both.
-        device: cpu, cuda, cuda:N or mps.
-        offload: where the model's weights are kept: "none" (on the device), "cpu" or "disk".
-        revision: the model's commit, 40 hexadecimal digits.
-        transcoder_revision: the set's commit.
-        check: run the model on a few hundred tokens and log a warning that names the layers whose transcoders have an
-            FVU above 1 there.
+    A hub id needs its commit, 40 hexadecimal digits, in `revision` or `transcoder_revision`. `device` is cpu, cuda,
+    cuda:N or mps; `offload` says where the model's weights are kept: "none" (on the device), "cpu" or "disk". `check`
+    runs the model on a few hundred tokens and warns of layers whose transcoders have an FVU above 1 there.
 
     Raises:
         UserError: a folder is not what it should be, a hub id has no pinned commit or cannot be fetched, or the
             transcoders do not fit the model.
     """
     from vlmscope.config.catalog import asset
-    from vlmscope.models.checkpoint import is_hub_id, model_folder
-    from vlmscope.models.loading import load_vlm
+    from vlmscope.models.loading import load_named
     from vlmscope.tasks.load_check import warn_on_load
     from vlmscope.training.evaluation import check_hooks
     from vlmscope.transcoders.hub import from_pretrained
 
-    named = str(model or asset("orrery"))
-    folder = model_folder(named, revision=revision)
-    # The folder of a cached model is called by its commit.
-    name = named.partition("/")[2] if is_hub_id(named) and str(folder) != named else None
-    vlm = load_vlm(folder, dtype, device, offload, name)
+    vlm = load_named(str(model or asset("orrery")), None, revision, dtype, device, offload)
     adapter = vlm.adapter
     place = transcoders or asset("orrery_transcoders")
     found = from_pretrained(place, transcoder_revision, n_layers=adapter.n_layers, d_model=adapter.d_model)

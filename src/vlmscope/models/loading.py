@@ -22,9 +22,10 @@ from transformers import ProcessorMixin
 
 from vlmscope.core.artifacts import read_json
 from vlmscope.core.errors import UserError, first_line, is_out_of_memory
+from vlmscope.core.hub import is_hub_id
 from vlmscope.core.records import PatchBox, as_rgb, check_characters
 from vlmscope.models.base import Adapter, ModelInputs, token_strings
-from vlmscope.models.checkpoint import check_weights, read_config
+from vlmscope.models.checkpoint import check_weights, model_folder, read_config
 from vlmscope.models.families import adapter_for, family_of
 from vlmscope.models.placement import DTYPES, OFFLOADS, Needs, check_device, check_memory, compute_on, offload_to_cpu
 
@@ -317,6 +318,21 @@ def load_vlm(
     if vlm.adapter.chat_template and template:
         log.info("chat template of %s: %s", vlm.name, template)
     return vlm
+
+
+def load_named(
+    path: str, hub: str | None, revision: str | None, dtype: str, device: str = "cpu", offload: str = "none"
+) -> VLM:
+    """`load_vlm` of a folder or of a model of the hub, fetched if need be, under the name that it has there.
+
+    Raises:
+        UserError: as `model_folder` and `load_vlm`.
+    """
+    folder = model_folder(path, hub, revision)
+    repo = hub or (path if is_hub_id(path) else None)
+    # The folder of a cached model is called by its commit.
+    name = repo.partition("/")[2] if repo is not None and str(folder) != path else None
+    return load_vlm(folder, dtype, device, offload, name)
 
 
 @contextmanager

@@ -53,14 +53,9 @@ def load_model(cfg: AppConfig) -> VLM:
     limit_threads(cfg)
     chosen = cfg.model
     if chosen.family is None:
-        from vlmscope.models.checkpoint import is_hub_id, model_folder
-        from vlmscope.models.loading import load_vlm
+        from vlmscope.models.loading import load_named
 
-        folder = model_folder(chosen.path, chosen.hub, chosen.revision)
-        # The folder of a cached model is called by its commit.
-        repo = chosen.hub or (chosen.path if is_hub_id(chosen.path) else None)
-        name = repo.partition("/")[2] if repo is not None and str(folder) != chosen.path else None
-        return load_vlm(folder, chosen.dtype, chosen.device, chosen.offload, name)
+        return load_named(chosen.path, chosen.hub, chosen.revision, chosen.dtype, chosen.device, chosen.offload)
     import torch
 
     from vlmscope.models.placement import check_device

@@ -86,18 +86,15 @@ class TrainerConfig:
 class RecipeConfig:
     """How transcoders learn: starting point, batches of a step, and the terms of the loss (keys of `task`).
 
-    `init` is "samples" or "zero_decoder" (`vlmscope.training.layer_trainer`), from the first `init_batches` batches.
-    `pool_batches` captured batches are mixed, and `steps_per_batch` steps pass between captures (1 and 1: each step its
-    own batch). With `epoch_batches` the first so many batches are gone through again and again (null: each is a new
-    one). `micro_tokens` bounds memory: so many tokens of a step are encoded and differentiated at a time, with the same
-    result (null: all). `aux_coefficient` weighs the loss by which `aux_k` dead features of a token learn, those that
-    have not fired for `dead_after_tokens`. `matryoshka` lists fractions of the features that must do on their own;
-    `sparsity_coefficient` weighs the penalty of jumprelu (L0, null: 1) and relu (L1, null: 0.003). `max_norm_ratio`, 10
-    for example, leaves tokens out of a layer's start and loss whose input or target norm is so many times the median
-    (null: none). `clip` is the largest gradient norm of one layer's transcoder.
+    Features start from the first `init_batches` batches. `pool_batches` captured batches are mixed, and
+    `steps_per_batch` steps pass between captures (1 and 1: each step its own batch). With `epoch_batches` the first so
+    many batches are gone through again and again (null: each is a new one). `micro_tokens` bounds memory: so many
+    tokens of a step are encoded and differentiated at a time, with the same result (null: all). `aux_coefficient`
+    weighs the loss by which `aux_k` dead features of a token learn, those that have not fired for `dead_after_tokens`.
+    `matryoshka` lists fractions of the features that must do on their own; `sparsity_coefficient` weighs the penalty of
+    jumprelu (L0, null: 1) and relu (L1, null: 0.003). `clip` is the largest gradient norm of one layer's transcoder.
     """
 
-    init: str = "samples"
     init_batches: int = 8
     pool_batches: int = 8
     steps_per_batch: int = 2
@@ -108,18 +105,14 @@ class RecipeConfig:
     dead_after_tokens: int = 100_000
     matryoshka: list[float] = field(default_factory=list)
     sparsity_coefficient: float | None = None
-    max_norm_ratio: float | None = None
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choice("task.init", self.init, ("samples", "zero_decoder"))
         positive = dict.fromkeys(("init_batches", "pool_batches", "steps_per_batch", "aux_k", "dead_after_tokens"), 1)
         check_least("task", self, micro_tokens=1, sparsity_coefficient=0, **positive)
         check_least("task", self, epoch_batches=max(self.init_batches, self.pool_batches))  # mixed, or started from
         if self.clip <= 0:
             raise UserError(f"task.clip={self.clip}: it must be positive")
-        if self.max_norm_ratio is not None and self.max_norm_ratio <= 1:
-            raise UserError(f"task.max_norm_ratio={self.max_norm_ratio}: it must exceed 1, or be null")
         for fraction in self.matryoshka:
             if not 0 < fraction <= 1:
                 raise UserError(f"task.matryoshka: {fraction} must be a fraction in (0, 1]; correct it")
@@ -146,7 +139,7 @@ class TranscoderTrainingConfig:
     def __post_init__(self) -> None:
         if self.recipe.micro_tokens is not None and self.transcoder.activation == "batchtopk":
             raise UserError("batchtopk chooses among a whole batch; take task.micro_tokens=null, or topk")
-        alone = [name for name in ("matryoshka", "micro_tokens", "max_norm_ratio") if getattr(self.recipe, name)]
+        alone = [name for name in ("matryoshka", "micro_tokens") if getattr(self.recipe, name)]
         if self.transcoder.cross_layer and alone:
             raise UserError(f"task.{alone[0]} is for single layers; leave out it or transcoder.cross_layer")
 

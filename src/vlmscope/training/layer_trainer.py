@@ -5,14 +5,10 @@ there are any, + aux_coefficient x AuxK + sparsity_coefficient x the penalty of 
 (`vlmscope.training.losses`). The loss of a cross-layer set is the sum of its layers' losses, each from the features of
 its own layer and of all below (Ameisen et al. 2025).
 
-Starting points, in standardised coordinates:
-
-zero_decoder  W_dec = 0, W_enc uniform as kaiming_uniform(a = sqrt 5), biases 0: with means and scales taken out, this
-              is the start of the paper (b_dec = mean y, b_enc = -W_enc mean x).
-samples       A feature starts as one token of the data: W_enc[f] = x_n / |x_n|, W_dec[f] = y_n / (k |x_n|). Every
-              feature fires at least near its own token, so few start dead, and the first reconstruction is an average
-              over similar tokens instead of nothing. In a cross-layer set layer m is written to from m + 1 layers,
-              each of which starts with its share: W_dec[l -> m][f] = y_m,n / (k |x_n| (m + 1)).
+Starting point, in standardised coordinates: a feature starts as one token of the data, W_enc[f] = x_n / |x_n|,
+W_dec[f] = y_n / (k |x_n|). Every feature fires at least near its own token, so few start dead, and the first
+reconstruction is an average over similar tokens. In a cross-layer set layer m is written to from m + 1 layers, each of
+which starts with its share: W_dec[l -> m][f] = y_m,n / (k |x_n| (m + 1)).
 
 JumpReLU and ReLU do not fix the number of active features, and with thresholds at 0 half of all features would be
 active at first. So each feature's threshold starts where the feature is active at k / F of the starting tokens:
@@ -24,8 +20,8 @@ Measured on layer 2 of Orrery (d = 128, F = 1024, k = 16, 100 steps of 2,000 tok
 pictures), with TopK at 0.073: JumpReLU 0.074, 14.4; with thresholds of 1 0.072, 20.5; not rescaled 0.090, 8.4; one
 threshold for all features, not rescaled 0.190, 8.3. ReLU with a coefficient of 0.003 0.074, 24 (0.079, 27 without the
 factor that makes up in W_dec for what the bias takes). On one layer of an Orrery with a trained tower and a random
-decoder (F = 2048, 300 steps of 2,048 tokens; FVU and dead features): at rate 1e-3 samples 0.054 and 4 %, zero_decoder
-0.061 and 27 %; at 3e-3 samples 0.044 and 9 %, zero_decoder 0.054 and 28 %.
+decoder (F = 2048, 300 steps of 2,048 tokens at 3e-3) FVU and dead features were 0.044 and 9 %; with the paper's start
+(W_dec = 0, W_enc uniform) 0.054 and 28 %.
 
 Shapes: N tokens of this host's part of a step, d model width, F features.
 """
@@ -78,8 +74,8 @@ _ENOUGH = 8  # losses before the median means anything
 _EXPLOSION = 1e3  # a layer stops when its loss is so many times its running median
 
 
-def start(transcoder: Transcoder, x: Tensor, targets: Sequence[Tensor], method: str, rng: np.random.Generator) -> None:
-    """Fill the weights by `method`, "samples" or "zero_decoder", from standardised inputs [N, d].
+def start(transcoder: Transcoder, x: Tensor, targets: Sequence[Tensor], rng: np.random.Generator) -> None:
+    """Fill the weights from samples of standardised inputs [N, d].
 
     `targets` are the transcoder's share of the standardised targets [N, d] of its own layer and of each later one that
     it writes to.
@@ -87,18 +83,14 @@ def start(transcoder: Transcoder, x: Tensor, targets: Sequence[Tensor], method: 
     assert len(targets) == transcoder.config.writes, (len(targets), transcoder.config.writes)
     decoders = [transcoder.decoder(ahead) for ahead in range(len(targets))]
     f, d = transcoder.config.n_features, transcoder.config.d_model
-    if method == "zero_decoder":
-        bound = 1 / math.sqrt(d)
-        set_weight(transcoder.W_enc, rng.uniform(-bound, bound, (f, d)))
-    else:
-        rows = _distinct_rows(x, f, rng)
-        noise = torch.as_tensor(rng.standard_normal((f, d)), dtype=x.dtype, device=x.device)
-        # A little noise separates features that start from the same token when there are fewer tokens than features.
-        inputs = x[rows] + 0.1 * noise
-        norms = inputs.norm(dim=1, keepdim=True).clamp_min(1e-6)
-        set_weight(transcoder.W_enc, inputs / norms)
-        for decoder, y in zip(decoders, targets, strict=True):
-            set_weight(decoder, y[rows] / (norms * transcoder.config.k))
+    rows = _distinct_rows(x, f, rng)
+    noise = torch.as_tensor(rng.standard_normal((f, d)), dtype=x.dtype, device=x.device)
+    # A little noise separates features that start from the same token when there are fewer tokens than features.
+    inputs = x[rows] + 0.1 * noise
+    norms = inputs.norm(dim=1, keepdim=True).clamp_min(1e-6)
+    set_weight(transcoder.W_enc, inputs / norms)
+    for decoder, y in zip(decoders, targets, strict=True):
+        set_weight(decoder, y[rows] / (norms * transcoder.config.k))
     match transcoder.activation:
         case JumpReLU() as jump:
             thresholds = _quantiles(transcoder, x).clamp_min(_LEAST)
@@ -147,16 +139,12 @@ def _best_scale(transcoder: Transcoder, x: Tensor, y: Tensor) -> float:
 
 @dataclass(frozen=True)
 class LayerStep:
-    """What a step of a layer gave: loss and FVU over all hosts; features that fired here [F] int64, tokens here.
-
-    `n_left_out` more tokens were left out for their norm.
-    """
+    """What a step of a layer gave: loss and FVU over all hosts; features that fired here [F] int64, tokens here."""
 
     loss: float
     fvu: float
     fired: Tensor
     n_tokens: int
-    n_left_out: int = 0
 
 
 class LayerTrainer(nn.Module):
@@ -168,8 +156,6 @@ class LayerTrainer(nn.Module):
     silent: Tensor
     stopped: Tensor
     losses: Tensor
-    norm_limits: Tensor
-    left_out: Tensor
 
     def __init__(
         self, config: TranscoderConfig, recipe: RecipeConfig | None = None, product_dtype: torch.dtype | None = None
@@ -185,9 +171,6 @@ class LayerTrainer(nn.Module):
         self.register_buffer("scales", torch.ones(2, dtype=torch.float64))
         self.register_buffer("silent", torch.zeros(f, dtype=torch.long))  # tokens since the feature last fired
         self.register_buffer("stopped", torch.tensor(-1))  # the step that was not taken, -1 while all is well
-        if self.recipe.max_norm_ratio is not None:
-            self.register_buffer("norm_limits", torch.full((2,), math.inf, dtype=torch.float64))  # of input and target
-            self.register_buffer("left_out", torch.zeros(2, dtype=torch.long))  # tokens left out, tokens seen
         self.register_buffer("losses", torch.full((_WINDOW,), math.nan, dtype=torch.float64))
 
     @property
@@ -200,17 +183,6 @@ class LayerTrainer(nn.Module):
         own = self.x_mean.dtype
         return self.standard.apply(x.to(own), y.to(own))
 
-    def within_limits(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of raw activations [N, d], [N, d] whose norms are not far above the median: [M, d], [M, d].
-
-        A few tokens of a language model, the first above all, have norms a hundred times larger and would rule means,
-        scales and loss. Source: dictionary_learning leaves out what exceeds ten medians.
-        """
-        if self.recipe.max_norm_ratio is None:
-            return x, y
-        kept = (x.double().norm(dim=1) <= self.norm_limits[0]) & (y.double().norm(dim=1) <= self.norm_limits[1])
-        return x[kept], y[kept]
-
     def standardise(self, x: Tensor, y: Tensor) -> None:
         """Take means and scales from raw activations [N, d], [N, d]."""
         if not (bool(x.isfinite().all()) and bool(y.isfinite().all())):
@@ -218,10 +190,6 @@ class LayerTrainer(nn.Module):
                 f"layer {self.transcoder.config.layer}: activations of the first batches are not finite; "
                 "look at the data, or give the model another model.dtype"
             )
-        if self.recipe.max_norm_ratio is not None:
-            medians = torch.stack([side.double().norm(dim=1).median() for side in (x, y)])
-            self.norm_limits.copy_(self.recipe.max_norm_ratio * medians)
-            x, y = self.within_limits(x, y)
         standard = Standardisation.fit(x, y)
         self.x_mean.copy_(standard.x_mean)
         self.y_mean.copy_(standard.y_mean)
@@ -230,7 +198,7 @@ class LayerTrainer(nn.Module):
     def start(self, x: Tensor, targets: Sequence[Tensor], seed: int) -> None:
         """Set the weights from standardised tokens; see the function `start`."""
         rng = generator(seed, "transcoder_start", self.transcoder.config.layer)
-        start(self.transcoder, x, targets, self.recipe.init, rng)
+        start(self.transcoder, x, targets, rng)
 
     def loss(
         self, x: Tensor, y: Tensor, joint: Joint = None, earlier: Tensor | None = None
@@ -279,14 +247,9 @@ class LayerTrainer(nn.Module):
         `add_up` adds tensors over hosts, where the batch is divided among them.
         """
         tokens = step.fired.new_tensor(step.n_tokens)
-        sums = [step.fired, tokens]
-        if self.recipe.max_norm_ratio is not None:
-            sums.append(self.left_out.new_tensor([step.n_left_out, step.n_tokens + step.n_left_out]))
-        add_up(sums)
+        add_up([step.fired, tokens])
         self.silent += tokens
         self.silent[step.fired > 0] = 0
-        if self.recipe.max_norm_ratio is not None:
-            self.left_out += sums[-1]
         self.losses[number % _WINDOW] = step.loss
 
     @property
@@ -321,13 +284,11 @@ def differentiate(
     over tokens (`Part`). Peak memory then holds [micro, F] twice instead of [N, F]. Hosts may have different numbers of
     micro-batches: nothing is sent between them while these are gone through.
     """
-    given, micro = len(x), trainer.recipe.micro_tokens
-    x, y = trainer.within_limits(x, y)
-    left_out = given - len(x)
+    micro = trainer.recipe.micro_tokens
     if micro is None:
         loss, unexplained, out = trainer.loss(x, y, total)
         backward(loss)
-        return LayerStep(float(loss.detach()), float(unexplained.detach()), trainer.fired(out), len(x), left_out)
+        return LayerStep(float(loss.detach()), float(unexplained.detach()), trainer.fired(out), len(x))
     parts = list(zip(x.split(micro), y.split(micro), strict=True))
     whole = _known_before(trainer, parts, y, total)
     sums = torch.zeros(2, dtype=torch.float64, device=y.device)
@@ -338,7 +299,7 @@ def differentiate(
         sums += torch.stack([loss.detach(), unexplained.detach()])
         fired |= trainer.fired(out)
     joint_loss, joint_unexplained = (total(sums) if total is not None else sums).tolist()
-    return LayerStep(joint_loss, joint_unexplained, fired, len(x), left_out)
+    return LayerStep(joint_loss, joint_unexplained, fired, len(x))
 
 
 @torch.no_grad()

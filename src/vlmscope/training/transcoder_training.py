@@ -123,7 +123,7 @@ class TranscoderModule(pl.LightningModule):
                 trainer = self.layer(layer)
                 x, y = (torch.cat([by_layer[layer][side] for by_layer in whole]).float() for side in (0, 1))
                 trainer.standardise(x, y)
-                x, y = trainer.standard.apply(*trainer.within_limits(x, y))
+                x, y = trainer.standard.apply(x, y)
                 # Layer m of a cross-layer set is written to from m + 1 layers.
                 targets = [y / (layer + 1) if self.cross_layer else y, *targets]
                 trainer.start(x, targets, self.config.trainer.seed)
@@ -224,10 +224,6 @@ class TranscoderModule(pl.LightningModule):
         known = [joint[layer] for layer, on in running.items() if on and layer in joint]
         figures = {"train/fvu": sum(known) / len(known)} if known else {}
         figures["train/dead_frac"] = sum(dead.values()) / len(dead)
-        if self.config.recipe.max_norm_ratio is not None:
-            counts = {n: one.left_out.tolist() for n, one in own.items()}
-            fractions = self.ranks.by_layer({n: out / max(seen, 1) for n, (out, seen) in counts.items()})
-            figures["train/filtered_frac"] = sum(fractions.values()) / len(fractions)
         figures["train/stopped_layers"] = float(sum(not on for on in running.values()))
         return figures
 
@@ -328,7 +324,7 @@ def train_transcoders(
         raise NotMainRank
     metrics = evaluate_transcoders(Scope(vlm, transcoders), val_batches) if val_batches else {}
     metrics |= {**progress.speed(), **drawn, "train/tokens": float(module.tokens_seen)}
-    metrics |= {name: last[name] for name in ("train/stopped_layers", "train/filtered_frac") if name in last}
+    metrics["train/stopped_layers"] = last["train/stopped_layers"]
     if last["train/stopped_layers"]:
         _LOG.warning("%d layers stopped early; the set has their last good weights", int(last["train/stopped_layers"]))
     if logger is not None:

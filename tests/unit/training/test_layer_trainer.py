@@ -29,28 +29,22 @@ def normal(*shape: int, seed: int) -> Tensor:
 # -- starting points
 
 
-def test_the_sample_start_explains_something_and_the_zero_start_nothing(gemma: VLM) -> None:
+def test_the_start_from_samples_explains_something(gemma: VLM) -> None:
     activations = collect(gemma.adapter, make_batch(0))
-    figures = {}
-    for method in ("samples", "zero_decoder"):
-        trainer = LayerTrainer(TranscoderConfig(24, 96, 8), RecipeConfig(method))
-        trainer.standardise(*activations.by_layer[1])
-        x, y = trainer.standard.apply(*activations.by_layer[1])
-        trainer.start(x, [y], seed=0)
-        with torch.no_grad():
-            figures[method] = float(trainer.loss(*activations.by_layer[1])[1])
-        assert (trainer.transcoder.W_enc.norm(dim=1) > 0.1).all()
-    assert figures["zero_decoder"] == pytest.approx(1.0, abs=1e-4)
-    assert figures["samples"] < 0.9
+    trainer = LayerTrainer(TranscoderConfig(24, 96, 8))
+    trainer.standardise(*activations.by_layer[1])
+    x, y = trainer.standard.apply(*activations.by_layer[1])
+    trainer.start(x, [y], seed=0)
+    with torch.no_grad():
+        assert float(trainer.loss(*activations.by_layer[1])[1]) < 0.9
 
 
-@pytest.mark.parametrize("method", ["samples", "zero_decoder"])
-def test_jumprelu_and_relu_start_with_k_active_features(method: str) -> None:
+def test_jumprelu_and_relu_start_with_k_active_features() -> None:
     x = normal(600, 12, seed=0)
     y = x @ normal(12, 12, seed=1)
     for activation in ("jumprelu", "relu"):
         transcoder = Transcoder(TranscoderConfig(12, 90, 6, activation=activation))
-        start(transcoder, x, [y], method, np.random.default_rng(0))
+        start(transcoder, x, [y], np.random.default_rng(0))
         code = transcoder.encode(x)
         fired = torch.bincount(code.indices[code.values > 0], minlength=90)
         assert set(fired.tolist()) <= {39, 40, 41}  # k N / F; the last ulp may tip one over
@@ -97,7 +91,7 @@ def _steps(activation: str, micro: int | None, skip: bool) -> tuple[list[Tensor]
     )
     trainer = LayerTrainer(TranscoderConfig(D, F, K, 0, activation, skip, bandwidth=1.0), recipe).double()
     trainer.standardise(x, y)
-    inputs, targets = trainer.standard.apply(*trainer.within_limits(x, y))
+    inputs, targets = trainer.standard.apply(x, y)
     trainer.start(inputs, [targets], seed=1)
     trainer.silent[[2, 3, 30]] = 200  # dead features, so that AuxK takes part
     with torch.no_grad():
@@ -135,32 +129,6 @@ def test_micro_batches_add_up_to_the_whole_batch(activation: str, skip: bool) ->
         threshold = [name for name, _ in LayerTrainer(TranscoderConfig(D, F, K, 0, activation)).named_parameters()]
         at = threshold.index("transcoder.activation.threshold")
         assert bool((gradients[at if not skip else at + 1] != 0).any())
-
-
-# -- tokens of huge norm
-
-
-@pytest.mark.parametrize("micro", [None, 16])
-@pytest.mark.parametrize("which", ["input", "target"])
-def test_a_huge_token_changes_neither_start_nor_gradient(which: str, micro: int | None) -> None:
-    random = torch.Generator().manual_seed(0)
-    x, y = torch.randn(50, 6, generator=random), torch.randn(50, 6, generator=random)
-    huge = (x.clone(), y.clone())
-    huge[0 if which == "input" else 1][7] *= 1000
-    rest = torch.arange(50) != 7
-    found = []
-    for inputs, targets in (huge, (x[rest], y[rest])):
-        trainer = LayerTrainer(TranscoderConfig(6, 24, 3), RecipeConfig(max_norm_ratio=10.0, micro_tokens=micro))
-        trainer.standardise(*huge)
-        begin, goal = trainer.standard.apply(*trainer.within_limits(*huge))
-        trainer.start(begin, [goal], seed=0)
-        found.append((differentiate(trainer, inputs, targets, None, Tensor.backward), trainer))
-    (first, ours), (second, theirs) = found
-    assert (first.n_tokens, first.n_left_out) == (49, 1) and (second.n_tokens, second.n_left_out) == (49, 0)
-    assert first.loss == second.loss
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad)
-    assert float(ours.scales.max()) < 2  # the huge token would have made one of them about 100
 
 
 # -- bf16-mixed: features are chosen in bfloat16, everything that is learnt stays in float32

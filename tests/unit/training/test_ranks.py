@@ -81,36 +81,6 @@ def test_several_processes_give_the_weights_of_one(
     assert distance(alone, tmp_path) < 1e-5
 
 
-@pytest.fixture(scope="module")
-def filtered(tmp_path_factory: pytest.TempPathFactory, alone: Path) -> Path:
-    folder = tmp_path_factory.mktemp("filtered")
-    assert run_ranks(folder, 1, max_norm_ratio=1.7) == [0]
-    assert distance(folder, alone) > 1e-3  # what is left out matters
-    return folder
-
-
-def norm_filters(run: Path) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer the norms' limits, and how many tokens were left out of how many."""
-    states = [load_file(file) for file in sorted((run / "transcoder_checkpoint").rglob("layer_*.safetensors"))]
-    assert len(states) == 4
-    return [(state["module.norm_limits"], state["module.left_out"]) for state in states]
-
-
-@pytest.mark.parametrize(
-    ("per_host", "micro"), [(2, None), *(pytest.param(1, micro, marks=pytest.mark.slow) for micro in (None, 20))]
-)
-def test_processes_leave_out_the_same_tokens_for_their_norm(
-    filtered: Path, tmp_path: Path, per_host: int, micro: int | None
-) -> None:
-    assert run_ranks(tmp_path, 2, per_host=per_host, micro_tokens=micro, max_norm_ratio=1.7) == [0, 0]
-    ours, theirs = (norm_filters(folder / "run") for folder in (tmp_path, filtered))
-    for (limits, left), (their_limits, their_left) in zip(ours, theirs, strict=True):
-        # Tokens left out and tokens seen, over all processes and steps.
-        assert left.tolist() == their_left.tolist() and 0 < left[0] < 0.5 * left[1]
-        torch.testing.assert_close(limits, their_limits, rtol=1e-6, atol=0)
-    assert distance(filtered, tmp_path) < 1e-5
-
-
 @pytest.mark.slow
 def test_another_number_of_processes_goes_on(alone: Path, tmp_path: Path) -> None:
     assert all(run_ranks(tmp_path / "two", 2, tmp_path / "run", steps=4))

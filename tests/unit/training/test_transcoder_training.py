@@ -160,7 +160,7 @@ def test_layers_are_independent_of_each_other(gemma: VLM) -> None:
         {"cross_layer": True},
         {"activation": "batchtopk"},
         {"activation": "jumprelu", "matryoshka": [0.25, 0.5]},
-        {"precision": "bf16-mixed", "activation": "jumprelu", "micro_tokens": 20, "max_norm_ratio": 10.0},
+        {"precision": "bf16-mixed", "activation": "jumprelu", "micro_tokens": 20},
     ],
 )
 def test_resuming_equals_an_uninterrupted_run_bit_for_bit(gemma: VLM, tmp_path: Path, changes: dict) -> None:
@@ -294,28 +294,6 @@ def test_a_layer_whose_loss_explodes_stops_alone(
     assert "layer 1 stopped before step 11 (loss " in caplog.text and "times the running median" in caplog.text
 
 
-def test_what_is_left_out_for_its_norm_is_logged_and_resumes_bit_for_bit(
-    gemma: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = Ranks.collect
-
-    def collected(self: Ranks, adapter: Adapter, batch: Batch) -> LayerActivations:
-        found = right(self, adapter, batch)
-        x, y = (one.clone() for one in found.by_layer[1])
-        x[::13] *= 1e4  # 6 of 78 tokens
-        return dataclasses.replace(found, by_layer={**found.by_layer, 1: (x, y)})
-
-    monkeypatch.setattr(Ranks, "collect", collected)
-    changes = {"max_norm_ratio": 10.0, "pool_batches": 1}
-    whole, metrics = train(gemma, tmp_path / "whole", **changes)
-    assert metrics["train/filtered_frac"] == pytest.approx(6 / 78 / 4)  # in one layer of four
-    with pytest.raises(KeyboardInterrupt):
-        train(gemma, tmp_path / "parts", interrupted_at(5), **changes)
-    resumed, again = train(gemma, tmp_path / "parts", resume=True, **changes)
-    assert equal(whole, resumed) and state(tmp_path / "whole") == state(tmp_path / "parts")
-    assert again["train/filtered_frac"] == metrics["train/filtered_frac"]
-
-
 def test_trouble_in_one_layer_of_a_cross_layer_set_stops_all_and_keeps_the_weights(
     gemma: VLM, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -349,14 +327,11 @@ def test_a_full_disk_is_found_before_training(gemma: VLM, tmp_path: Path, monkey
         (TrainerConfig, {"max_steps": 0}, r"trainer\.max_steps=0: it must be at least 1"),
         (TrainerConfig, {"precision": "16"}, r"trainer\.precision=16: no such choice"),
         (TranscoderArchConfig, {"k": 0}, r"transcoder\.k=0: it must be at least 1"),
-        (RecipeConfig, {"init": "magic"}, r"task\.init=magic: no such choice; choose one of samples, zero_decoder"),
-        (RecipeConfig, {"max_norm_ratio": 0.5}, r"task\.max_norm_ratio=0\.5: it must exceed 1, or be null"),
         (RecipeConfig, {"epoch_batches": 2}, r"task\.epoch_batches=2: it must be at least 8"),
         (RecipeConfig, {"matryoshka": [0.5, 1.5]}, r"matryoshka: 1\.5 must be a fraction"),
         (settings, {"micro_tokens": 16, "activation": "batchtopk"}, "batchtopk chooses among a whole batch"),
         (settings, {"cross_layer": True, "matryoshka": [0.5]}, r"task\.matryoshka is for single layers"),
         (settings, {"cross_layer": True, "micro_tokens": 16}, r"task\.micro_tokens is for single layers"),
-        (settings, {"cross_layer": True, "max_norm_ratio": 10.0}, r"task\.max_norm_ratio is for single layers"),
     ],
 )
 def test_impossible_settings_are_one_line(record: Any, setting: dict[str, Any], words: str) -> None:

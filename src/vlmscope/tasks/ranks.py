@@ -28,13 +28,7 @@ def claimed(folder: Path, key: str = "hydra.run.dir") -> Iterator[None]:
     """Keep other runs out of a folder while this one writes there, and remove what killed ones left in it.
 
     The lock is the kernel's, so it ends with the process, however that ends; the file goes too when the work is done.
-
-    Args:
-        folder: it exists, or can be made.
-        key: which setting names it, for messages.
-
-    Raises:
-        UserError: another run writes there, or the folder cannot be written.
+    `key` is the setting that names the folder.
     """
     path = folder / ".lock"
     try:
@@ -57,9 +51,9 @@ def _locked(path: Path, key: str) -> IO[str]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            file.close()
+            with file:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
             raise UserError(
                 f"{owner} is writing into {path.parent}; wait until it has ended, or choose another {key}"
             ) from None
@@ -77,13 +71,7 @@ def _locked(path: Path, key: str) -> IO[str]:
 
 @contextmanager
 def together(place: Place, task: Task, cfg: AppConfig, run_dir: Path) -> Iterator[tuple[AppConfig, Path]]:
-    """The configuration for this process and rank 0's run folder, with the group of all processes open around the work.
-
-    Raises:
-        UserError: the task is not made for several processes, the GPUs do not suffice, or another run writes into the
-            folder.
-        RankLost: another process ended or does not answer.
-    """
+    """The configuration for this process and rank 0's run folder, inside the group of all processes."""
     if not task.ranks:
         remove_empty(run_dir)
         raise UserError(
@@ -103,9 +91,7 @@ def together(place: Place, task: Task, cfg: AppConfig, run_dir: Path) -> Iterato
         if refusal:
             raise UserError(refusal)
         shared = Path(meeting.from_main("run_dir", str(run_dir)))
-        if (
-            shared.resolve() != run_dir.resolve()
-        ):  # the names of run folders hold the time, and Hydra has made one for each
+        if shared.resolve() != run_dir.resolve():  # their names hold the time, and Hydra has made one for each process
             remove_empty(run_dir)
         if not shared.is_dir():
             raise UserError(f"process {place.rank} does not see the run folder {shared}; choose one on a shared disk")
@@ -131,11 +117,7 @@ def work_along(task: Task, cfg: AppConfig, context: RunContext, rank: int) -> No
 
 
 def _device(place: Place, device: str) -> str:
-    """The GPU of this process: number `local_rank` of its host, or the only one where the launcher shows it no other.
-
-    Raises:
-        UserError: one GPU is named for several processes, or there are too few.
-    """
+    """The GPU of this process: number `local_rank` of its host, or the only one that the launcher shows it."""
     if not device.startswith("cuda") or place.per_host == 1:
         return device
     if device != "cuda":

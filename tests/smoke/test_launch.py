@@ -146,24 +146,3 @@ def test_a_mistake_is_one_line_and_a_task_for_one_process_says_so(tmp_path: Path
     codes, _, said = ended(start([*MIX, *where, "trainer.max_stepz=3"]))
     assert codes == [2, 2] and len(errors(said)) == 1 and "did you mean" in errors(said)[0]
     assert not any("Traceback" in text for text in said)
-
-
-@pytest.mark.slow
-def test_a_killed_process_ends_the_other(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    processes = start([*MIX, "tracking=none", "trainer.max_steps=100000", f"hydra.run.dir={run}"])
-    wait_for(run / "data_states_1_of_2.json")
-    processes[1].kill()
-    began = time.monotonic()
-    codes, _, said = ended(processes, 60)
-    assert codes == [1, -signal.SIGKILL] and time.monotonic() - began < 45
-    assert len(errors(said)) == 1 and "lost another one" in errors(said)[0]
-
-
-@pytest.mark.slow
-def test_the_end_of_all_shares_is_told_once(tmp_path: Path) -> None:
-    sources = ("text", "captions", "questions")
-    few = [f"data.sources.{name}.{key}" for name in sources for key in ("limit=10", "repeat=false")]
-    codes, _, said = ended(start([*MIX, *few, "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]))
-    assert codes == [2, 2] and len(errors(said)) == 1
-    assert "no process has a token of this batch any more; add data.sources.NAME.repeat=true" in errors(said)[0]

@@ -212,22 +212,6 @@ def test_soft_tokens_take_the_patches_that_they_list(vlm: VLM, sizes: tuple[tupl
     check_pooling(vlm, prepared(vlm, *pictures(*sizes)))
 
 
-def test_soft_tokens_stand_for_the_patches_that_they_list(vlm: VLM) -> None:
-    inputs = prepared(vlm, *pictures((72, 48), (48, 48)))
-    boxes = iter(box for box in inputs.patch_boxes if box is not None)
-    for picture in patches_of(vlm, inputs):
-        parts = [box for tile in picture.tiles for box in [None] * tile.n_class + tile.boxes]
-        for row in picture.pooling.toarray():
-            box, listed = next(boxes), [parts[column] for column in np.flatnonzero(row)]
-            found = [part for part in listed if part is not None]
-            if found:
-                hull = [min(p.left for p in found), min(p.top for p in found)]
-                hull += [max(p.right for p in found), max(p.bottom for p in found)]
-                assert box == pytest.approx(hull)
-            else:
-                assert box.left == box.right or box.top == box.bottom
-
-
 def test_the_weights_of_resampled_tiles_are_those_of_the_model() -> None:
     """LLaVA-OneVision thins out the projected patches of many tiles by interpolation, which is linear."""
     vlm = tiny_vlm("llava_onevision", 5)

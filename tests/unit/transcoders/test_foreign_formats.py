@@ -298,16 +298,6 @@ def test_each_file_of_to_safetensors_says_its_own_nonlinearity(tmp_path: Path) -
     assert_computes(loaded, circuit_tracer_formula, tmp_path / "mixed")
 
 
-@pytest.mark.parametrize("said", [{}, {"activation": "jump_relu"}, {"layers": [0, 1], "num_model_layers": 2}])
-def test_thresholds_tell_circuit_tracers_set_whatever_config_yaml_leaves_out(tmp_path: Path, said: dict) -> None:
-    to_safetensors_folder(tmp_path, "float64", False)
-    where = tmp_path / "config.yaml"
-    record = yaml.safe_load(where.read_text())
-    where.write_text(yaml.safe_dump({n: v for n, v in record.items() if n != "scan"} | said))
-    assert detect(tmp_path) == "circuit_tracer"
-    assert_computes(load_set(tmp_path, dtype=torch.float64), circuit_tracer_formula, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("kind", "said", "arrays", "words"),
     [
@@ -494,21 +484,6 @@ def test_what_a_format_cannot_say_is_refused(
     with pytest.raises(UserError, match=f"cannot write this set as {format}: .*{words}"):
         save_set(set_of(activation, hook), tmp_path, format=format)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("activation", ["relu", "jumprelu", "batchtopk"])
-@pytest.mark.parametrize("format", ["gemma_scope", "sae_lens", "circuit_tracer"])
-def test_thresholds_carry_relu_and_batchtopk_too(tmp_path: Path, activation: str, format: str) -> None:
-    found = set_of(activation, "mlp_out_post", skip=True).to(torch.float64)
-    if activation == "batchtopk":
-        for transcoder in found.transcoders.values():
-            transcoder.activation.take_thresholds(torch.full((F,), 0.7))
-    save_set(found, tmp_path, "float64", format=format)
-    again = load_set(tmp_path, dtype=torch.float64)
-    assert again.config.output_hook == "mlp_out_post"
-    for layer in range(L):
-        np.testing.assert_allclose(ours(again, layer), ours(found, layer), rtol=0, atol=1e-12)
-        np.testing.assert_allclose(CASES[format].formula(tmp_path, layer), ours(found, layer), rtol=0, atol=1e-12)
 
 
 # -- what lies in a stranger's files

@@ -101,13 +101,6 @@ def test_a_wrong_config_is_one_line(saved: Path, changes: dict[str, object], wor
     assert "\n" not in str(caught.value)
 
 
-def test_a_set_for_another_model_names_both_shapes(saved: Path) -> None:
-    with pytest.raises(UserError, match=r"layer_0.safetensors: W_enc has shape \(20, 6\).*\(20, 8\)"):
-        load_set(saved, d_model=8)
-    with pytest.raises(UserError, match=r"layers 0-2 \(3\), but the model has 4 layers \(0-3\)"):
-        load_set(saved, n_layers=4)
-
-
 def test_missing_and_corrupt_files(saved: Path, tmp_path: Path) -> None:
     path = saved / "layer_1.safetensors"
     path.write_bytes(path.read_bytes()[:200])

@@ -57,7 +57,7 @@ class Asked:
     caption: str
 
     @classmethod
-    def of(cls, side: Side) -> Asked:
+    def from_side(cls, side: Side) -> Asked:
         """A side of a pair, called by its answer."""
         return cls(side.prompt, side.images, side.answer)
 
@@ -99,7 +99,9 @@ def _contrast_sets(
     moving = [pair for pair in load_pairs(pairs, "train") if pair.moves]
     if not moving:
         raise UserError(f"{where}.pairs: no training pair's answers differ; give more pairs, or set pairs.train higher")
-    originals, others = ([Asked.of(getattr(pair, side)) for pair in moving] for side in ("original", "counterfactual"))
+    originals, others = (
+        [Asked.from_side(getattr(pair, side)) for pair in moving] for side in ("original", "counterfactual")
+    )
     return (originals, others) if contrast.pairs == "original" else (others, originals)
 
 
@@ -109,8 +111,8 @@ def trace_all(
     """The graph of each input with its settings; the first one is written to the run folder."""
     graphs: list[PrunedGraph] = []
     each = zip(asked, settings, strict=True)
-    for one, how in tqdm(each, desc="trace", unit="input", total=len(asked), disable=len(asked) < 2):
-        graphs.append(trace(scope, one.prepared(scope), how, folder).pruned)
+    for inputs, how in tqdm(each, desc="trace", unit="input", total=len(asked), disable=len(asked) < 2):
+        graphs.append(trace(scope, inputs.prepared(scope), how, folder).pruned)
         if len(graphs) == 1:
             save_graph(folder / "graph.safetensors", graphs[0])
     return graphs
@@ -122,7 +124,7 @@ def trace_pairs(scope: Scope, pairs: Sequence[Pair], attribution: AttributionCon
     """
     ends = [[answer_token(scope, side.answer) for side in (pair.original, pair.counterfactual)] for pair in pairs]
     settings = [replace(attribution, difference=[f"id:{token}" for token in both]) for both in ends]
-    graphs = trace_all(scope, [Asked.of(pair.original) for pair in pairs], settings, folder)
+    graphs = trace_all(scope, [Asked.from_side(pair.original) for pair in pairs], settings, folder)
     words = {word for pruned in graphs for word in pruned.graph.logit_tokens}
     end = ANSWER_PREFIX + (words.pop() if len(words) == 1 else RIGHT)
     return [replace(pruned, graph=replace(pruned.graph, logit_tokens=[end])) for pruned in graphs]
@@ -150,7 +152,7 @@ class Sources:
     contrasts: dict[str, tuple[list[Asked], list[Asked]]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, spec: CircuitSpecConfig, asked: Sequence[Asked], pairs: PairsConfig | None, seed: int) -> Sources:
+    def open(cls, spec: CircuitSpecConfig, asked: Sequence[Asked], pairs: PairsConfig | None, seed: int) -> Sources:
         """Open all that the supernodes name; contrasts that name no prompts ask those of `asked`."""
         sources = cls()
         prompts = list(dict.fromkeys(each.prompt for each in asked))

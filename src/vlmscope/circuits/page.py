@@ -80,13 +80,13 @@ def described(
 ) -> list[Supernode]:
     """The supernodes, most influential members first; the `shown` first with top examples and the words they write."""
     ranked = {name: sorted(node.features, key=lambda m: -m.influence) for name, node in circuit.supernodes.items()}
-    found = examples(list(dict.fromkeys(m.feature for members in ranked.values() for m in members[:shown])))
+    evidence = examples(list(dict.fromkeys(m.feature for members in ranked.values() for m in members[:shown])))
     nodes = []
     for name, members in ranked.items():
         first = []
         for member in members[:shown]:
             top, bottom = top_and_bottom_logits(scope, member.feature)
-            own = found.get(member.feature, ())
+            own = evidence.get(member.feature, ())
             first.append(replace(member, examples=own, top_logits=top, bottom_logits=bottom))
         nodes.append(replace(circuit.supernodes[name], features=(*first, *members[shown:])))
     return nodes

@@ -203,9 +203,9 @@ class _Contrast:
     role: Tensor
 
     @classmethod
-    def of(cls, transcoders: TranscoderSet, layer: int, one: RoleMeans, other: RoleMeans) -> _Contrast:
-        roles = [role for role in one.by_role if role in other.by_role]
-        gaps = torch.stack([one.by_role[role][layer] - other.by_role[role][layer] for role in roles])
+    def between(cls, transcoders: TranscoderSet, layer: int, of: RoleMeans, against: RoleMeans) -> _Contrast:
+        roles = [role for role in of.by_role if role in against.by_role]
+        gaps = torch.stack([of.by_role[role][layer] - against.by_role[role][layer] for role in roles])
         score, role = (gaps * transcoders[layer].write_norms()).max(0)
         return cls(layer, roles, gaps, score, role)
 
@@ -235,10 +235,10 @@ def by_contrast(
         raise UserError("the two sets of inputs have no position role in common; give both pictures, or neither")
     ranked: list[tuple[float, CircuitFeature]] = []
     for layer in node.layer_range(transcoders.layers):
-        found = _Contrast.of(transcoders, layer, of, against)
-        score = found.score / transcoders[layer].write_norms().mean()
+        contrast = _Contrast.between(transcoders, layer, of, against)
+        score = contrast.score / transcoders[layer].write_norms().mean()
         for index in score.topk(min(CANDIDATES * node.count, len(score))).indices.tolist():
-            member = found.member(index, known)
+            member = contrast.member(index, known)
             if score[index] > 0 and member.contrast > ROUNDING * float(of.by_role[member.role][layer][index]):
                 ranked.append((float(score[index]), member))
     ranked.sort(key=lambda row: (-row[0], row[1].feature))
@@ -274,7 +274,9 @@ def contrast_circuit(
         confirmed = candidates = 0
         for layer in transcoders.layers:
             picks = [
-                _confirmed(_Contrast.of(transcoders, layer, own, means[other][question]), influence[concept], per_layer)
+                _confirmed(
+                    _Contrast.between(transcoders, layer, own, means[other][question]), influence[concept], per_layer
+                )
                 for question, own in means[concept].items()
             ]
             confirmed += sum(len(chosen) for chosen, _ in picks)

@@ -79,16 +79,16 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     discovers = loaded is None and declared is None
     if not discovers and not asked and (loaded is None or not loaded.edges):
         raise UserError("nothing to trace: add prompt= (and image=), task.rows=FILE, or inputs in the circuit_spec")
-    sources = Sources() if declared is None else Sources.of(declared, asked, cfg.pairs, cfg.seed)
+    sources = Sources() if declared is None else Sources.open(declared, asked, cfg.pairs, cfg.seed)
     contrasts = [] if spec is None else [node.contrast for node in spec.supernodes.values() if node.contrast]
     if cfg.pairs is not None and not discovers and not any(contrast.pairs for contrast in contrasts):
         print("pairs= finds circuits; this one is declared or loaded, so they are not used")
     study = None if cfg.study.path is None else StudyFolder(cfg.study.path)
 
-    bench, found, others = Bench(cfg, context.run_dir, overrides=context.overrides), None, sources.inputs()
+    bench, discovery, others = Bench(cfg, context.run_dir, overrides=context.overrides), None, sources.inputs()
     if discovers:
-        found, circuit, graphs, asked, others = discovered(bench, asked)
-        name = found.question
+        discovery, circuit, graphs, asked, others = discovered(bench, asked)
+        name = discovery.question
     else:
         if loaded is not None:
             loaded.check_fits(bench.vlm.name, bench.transcoders.widths, folder)
@@ -97,7 +97,10 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
             circuit, name = loaded, folder.name
         else:
             assert declared is not None, "a circuit is loaded, declared or discovered"
-            circuit, name = build_circuit(bench.scope, declared, sources, [one.graph for one in graphs]), declared.name
+            circuit, name = (
+                build_circuit(bench.scope, declared, sources, [pruned.graph for pruned in graphs]),
+                declared.name,
+            )
     whole = [pruned.graph for pruned in graphs]
     if whole:
         circuit = replace(circuit, edges=direct_edges(whole, list(circuit.supernodes.values()), cfg.task.answers))
@@ -112,7 +115,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         picture = next((for_figures(each.pictures[:1])[0] for each in asked if each.pictures), None)
         path = bench.run_dir / "figures" / "circuit.png"
         page.draw_diagram(path, nodes, circuit.edges, picture, cfg.task.min_share)
-        page.write_page(bench.run_dir, name, circuit, nodes, bench.metrics, found)
+        page.write_page(bench.run_dir, name, circuit, nodes, bench.metrics, discovery)
     return bench.metrics
 
 
@@ -182,14 +185,14 @@ def discovered(
     if more:
         print(f"the circuit of the question {question}; discovery.question= takes {' or '.join(more)}")
     settings = (cfg.discovery, cfg.attribution, cfg.interchange.least)
-    found = discover_question(bench.scope, question, train, test, *settings)
-    bench.metrics |= write_discoveries([found], bench.run_dir, cfg.task.figure)
-    others = [Asked.of(side) for pair in train[question] for side in (pair.original, pair.counterfactual)]
-    circuit = named_circuit(bench.scope, found, list(dict.fromkeys(side.caption for side in others)))
+    discovery = discover_question(bench.scope, question, train, test, *settings)
+    bench.metrics |= write_discoveries([discovery], bench.run_dir, cfg.task.figure)
+    others = [Asked.from_side(side) for pair in train[question] for side in (pair.original, pair.counterfactual)]
+    circuit = named_circuit(bench.scope, discovery, list(dict.fromkeys(side.caption for side in others)))
     if asked:
         graphs = trace_all(bench.scope, asked, [cfg.attribution] * len(asked), bench.run_dir)
     else:
-        pairs = spread_answers([train[question][row] for row in found.train_rows], cfg.task.traces)
-        asked = [Asked.of(pair.original) for pair in pairs]
+        pairs = spread_answers([train[question][row] for row in discovery.train_rows], cfg.task.traces)
+        asked = [Asked.from_side(pair.original) for pair in pairs]
         graphs = trace_pairs(bench.scope, pairs, cfg.attribution, bench.run_dir)
-    return found, circuit, graphs, asked, others
+    return discovery, circuit, graphs, asked, others

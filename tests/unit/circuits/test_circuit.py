@@ -18,11 +18,11 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.intervention import CircuitEdge, CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
 from vlmscope.features.readouts import RoleMeans, role_means
-from vlmscope.interventions.edits import merge, set_features
+from vlmscope.interventions.edits import Plan, merge, set_features
 from vlmscope.interventions.named import donor_activations, matched_features, patch_plan
 from vlmscope.interventions.run import base_run, edit_changes, run_edited
 from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
-from vlmscope.models.batching import make_batch
+from vlmscope.models.batching import InputBatch, make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set
@@ -87,9 +87,7 @@ def test_gated_steering_leaves_prompts_without_the_suppressed_concept_alone(benc
     scope, batch = bench
     inputs = mlp_inputs(scope.adapter, batch, scope.transcoders.layers)
     fires = torch.stack([scope.transcoders[layer].encode(x).dense(N)[:, -1] > 0 for layer, x in inputs.items()]).any(0)
-    mars = int(
-        (fires.sum(0) - batch.size / 2).abs().argmin()
-    )  # fires at the last position of about half of the prompts
+    mars = int((fires.sum(0) - batch.size / 2).abs().argmin())  # fires at the end of about half of the prompts
     silent = ~fires[:, mars]
     circuit, _ = two_concepts(scope.transcoders, mars=mars)
     before = run_edited(scope, batch, {})
@@ -101,86 +99,74 @@ def test_gated_steering_leaves_prompts_without_the_suppressed_concept_alone(benc
 
 def test_patching_with_the_recipient_itself_changes_nothing(bench) -> None:
     scope, batch = bench
-    circuit, _ = two_concepts(scope.transcoders)
-    base = run_edited(scope, batch, {})
-    own = patch_plan(donor_activations(scope, batch, circuit.union()), batch.roles)
-    assert torch.allclose(run_edited(scope, batch, own), base, atol=1e-5)
-    assert {layer: f.tolist() for layer, f in circuit.union().items()} == {i: [3, 8] for i in scope.transcoders.layers}
+    features = two_concepts(scope.transcoders)[0].union()
+    assert {layer: f.tolist() for layer, f in features.items()} == {i: [3, 8] for i in scope.transcoders.layers}
+    own = patch_plan(donor_activations(scope, batch, features), batch.roles)
+    assert torch.allclose(run_edited(scope, batch, own), run_edited(scope, batch, {}), atol=1e-5)
 
 
 def test_patching_everything_reproduces_the_donor_at_a_layer(bench) -> None:
     """All features of layer 0 from the donor: the layer then writes the donor's reconstruction plus its own error."""
     scope, batch = bench
     donors = batch.select([1, 2, 3, 4, 5, 0])
-    everything = {"all": planted(scope.transcoders, 0, "last", 1.0), "none": planted(scope.transcoders, 1, "last", 0.0)}
-    influence = {"all": {FeatureId(0, i): 1.0 for i in range(N)}, "none": {}}
-    for table in everything["all"].by_role.values():
-        table[0] += 1.0
-    circuit, _ = contrast_circuit(
-        scope.transcoders, {c: {"name": m} for c, m in everything.items()}, influence, N, "tiny"
-    )
-    carried = donor_activations(scope, donors, circuit.union())
-    assert len(carried[0][0]) == N
-    seen = {}
-    for name, plan in (("base", {}), ("donor", {}), ("patched", {0: patch_plan(carried, batch.roles)[0]})):
-        target = scope.adapter.norms(0).mlp_out_post
-        assert target is not None
-        handle = target.register_forward_hook(lambda _m, args, _o, name=name: seen.__setitem__(name, args[0]))
-        run_edited(scope, donors if name == "donor" else batch, plan)
-        handle.remove()
-    x = {}
-    for name, rows in (("base", batch), ("donor", donors)):
-        handle = scope.adapter.mlp(0).register_forward_hook(
-            lambda _m, args, _o, name=name: x.__setitem__(name, args[0])
-        )
-        run_edited(scope, rows, {})
-        handle.remove()
-    error = seen["base"] - scope.transcoders[0](x["base"]).reconstruction
-    expected = scope.transcoders[0](x["donor"]).reconstruction + error
-    assert torch.allclose(seen["patched"], expected, atol=1e-5)
+    mlp, norm = scope.adapter.mlp(0), scope.adapter.norms(0).mlp_out_post
+    assert norm is not None
+
+    def layer(rows: InputBatch, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+        """What enters the MLP, and what leaves it with the edit."""
+        seen: dict[int, torch.Tensor] = {}
+        handles = [
+            m.register_forward_pre_hook(lambda _, x, i=i: seen.update({i: x[0]})) for i, m in enumerate((mlp, norm))
+        ]
+        run_edited(scope, rows, plan)
+        for handle in handles:
+            handle.remove()
+        return seen[0], seen[1]
+
+    patched = patch_plan(donor_activations(scope, donors, {0: torch.arange(N)}), batch.roles)
+    (x, out), (donor_x, _), (_, written) = layer(batch, {}), layer(donors, {}), layer(batch, patched)
+    error = out - scope.transcoders[0](x).reconstruction
+    assert torch.allclose(written, scope.transcoders[0](donor_x).reconstruction + error, atol=1e-5)
 
 
 def test_role_means_equal_a_plain_loop(bench) -> None:
     scope, batch = bench
-    from vlmscope.activations.capture import mlp_inputs
-
-    found = role_means(scope, [batch, batch.select([0])])
+    means = role_means(scope, [batch, batch.select([0])])
     dense = scope.transcoders[2].encode(mlp_inputs(scope.adapter, batch, [2])[2]).dense(N)
     both = torch.cat([dense, dense[:1]])
     for role in ("image", "question", "last", "special"):
         mask = torch.from_numpy(batch.roles == role)
-        assert torch.allclose(found.by_role[role][2], both[:, mask].mean((0, 1)), atol=1e-6)
-    assert torch.allclose(found.overall[2], both.mean((0, 1)), atol=1e-6)
-    assert found.prompts == 7
+        assert torch.allclose(means.by_role[role][2], both[:, mask].mean((0, 1)), atol=1e-6)
+    assert torch.allclose(means.overall[2], both.mean((0, 1)), atol=1e-6)
+    assert means.prompts == 7
 
 
-def test_role_means_of_half_precision_keep_counting() -> None:
+@pytest.fixture(scope="module")
+def half():
+    vlm = tiny_gemma3(5, dtype=torch.bfloat16)
+    transcoders = random_set(4, vlm.adapter.d_model, N, 6, seed=6, dtype=torch.bfloat16).requires_grad_(False)
+    batch = make_batch(vlm.adapter, [vlm.prepare(PROMPT, [tiny_image(i)]) for i in range(3)])
+    return Scope(vlm, transcoders), batch
+
+
+def test_role_means_of_half_precision_keep_counting(half) -> None:
     """A bfloat16 running sum of equal numbers stops at 256 of them: the mean of many prompts would be too small."""
-    half = tiny_gemma3(5, dtype=torch.bfloat16)
-    transcoders = random_set(4, half.adapter.d_model, N, 6, seed=6, dtype=torch.bfloat16).requires_grad_(False)
-    batch = make_batch(half.adapter, [half.prepare(PROMPT, [tiny_image(i)]) for i in range(2)])
-    once, often = (role_means(Scope(half, transcoders), [batch] * times) for times in (1, 150))
-    for layer in transcoders.layers:
+    scope, batch = half
+    once, often = (role_means(scope, [batch] * times) for times in (1, 100))
+    for layer in scope.transcoders.layers:
         assert often.overall[layer].dtype == torch.float32
         torch.testing.assert_close(often.overall[layer], once.overall[layer])
         torch.testing.assert_close(often.by_role["image"][layer], once.by_role["image"][layer])
 
 
-def test_circuits_of_half_precision_are_saved_and_matched(tmp_path: Path) -> None:
-    half = tiny_gemma3(5, dtype=torch.bfloat16)
-    transcoders = random_set(4, half.adapter.d_model, N, 6, seed=6, dtype=torch.bfloat16).requires_grad_(False)
-    batch = make_batch(half.adapter, [half.prepare(PROMPT, [tiny_image(i)]) for i in range(3)])
-    circuit, _ = two_concepts(transcoders)
-    halves = {
-        name: {k: {n: v.bfloat16() for n, v in t.items()} for k, t in of.items()} for name, of in circuit.levels.items()
-    }
-    save_circuit(replace(circuit, levels=halves), tmp_path)
-    scope, means = (
-        Scope(half, transcoders),
-        {layer: torch.rand(N, dtype=torch.bfloat16) for layer in transcoders.layers},
-    )
-    ones = torch.ones(batch.size, dtype=torch.int64)
-    base = base_run(scope, batch)
+def test_circuits_of_half_precision_are_saved_and_matched(half, tmp_path: Path) -> None:
+    scope, batch = half
+    circuit, _ = two_concepts(scope.transcoders)
+    for levels in (table for by_role in circuit.levels.values() for table in by_role.values()):
+        levels.update({layer: values.bfloat16() for layer, values in levels.items()})
+    save_circuit(circuit, tmp_path)
+    means = {layer: torch.rand(N, dtype=torch.bfloat16) for layer in scope.transcoders.layers}
+    ones, base = torch.ones(batch.size, dtype=torch.int64), base_run(scope, batch)
     cases = Cases("test", "name", batch, base, ones, 2 * ones, ("a", "b", "c"), batch, base.logits.flip(0))
     settings = [Setting(mode, mode, random_direction=1) for mode in ("direct", "frozen_attention", "free")]
     for do in (Exchange(load_circuit(tmp_path), "mars", "earth", 0.5), Carry(circuit.union())):

@@ -155,7 +155,7 @@ def test_pairs_of_one_answer_have_no_contrast(bench) -> None:
 def candidates(count: int) -> Nodes:
     """An embedding and `count` features, half of them of each of two layers, at one role."""
     keys = [(int(Kind.FEATURE), i * 2 // count, 0, i) for i in range(count)]
-    return Nodes.of(("image",), [(int(Kind.EMBEDDING), -1, 0, -1), *keys])
+    return Nodes.from_keys(("image",), [(int(Kind.EMBEDDING), -1, 0, -1), *keys])
 
 
 def test_a_matched_circuit_is_as_large_and_shares_no_feature() -> None:

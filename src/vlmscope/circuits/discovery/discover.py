@@ -336,14 +336,14 @@ def _feature_change(runner: Runner) -> np.ndarray:
     return runner.nodes.read(nothing, tables())
 
 
-def named_circuit(scope: Scope, found: Discovery, answers: Sequence[str]) -> Circuit:
+def named_circuit(scope: Scope, discovery: Discovery, answers: Sequence[str]) -> Circuit:
     """The circuit with its supernodes named after position roles and, at the last position, answers of the pairs."""
     words = {
         member.feature: top_and_bottom_logits(scope, member.feature, 1)[0][0][0].strip()
-        for member in found.features()
+        for member in discovery.features()
         if member.role == "last"
     }
-    return by_answer(found.to_circuit(scope.vlm.name, scope.transcoders.widths), answers, words)
+    return by_answer(discovery.to_circuit(scope.vlm.name, scope.transcoders.widths), answers, words)
 
 
 def by_answer(circuit: Circuit, answers: Sequence[str], words: Mapping[FeatureId, str]) -> Circuit:

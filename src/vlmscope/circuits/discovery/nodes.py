@@ -71,7 +71,7 @@ class Nodes:
     index: np.ndarray  # [N] int64, of a feature, else -1
 
     @classmethod
-    def of(cls, roles: Sequence[str], keys: Sequence[tuple[int, int, int, int]]) -> Nodes:
+    def from_keys(cls, roles: Sequence[str], keys: Sequence[tuple[int, int, int, int]]) -> Nodes:
         """Nodes from their (kind, layer, role, index)."""
         kind, layer, role, index = np.array(list(keys), dtype=np.int64).reshape(-1, 4).T
         return cls(tuple(roles), kind.astype(np.int8), layer.astype(np.int16), role.astype(np.int8), index)
@@ -223,7 +223,7 @@ def changing_nodes(sides: Sides, transcoders: TranscoderSet) -> Nodes:
             indices = torch.nonzero(moved[sides.role_of == role].any(0)).flatten().tolist()
             keys += [(Kind.FEATURE, layer, role, index) for index in indices]
         keys += [(Kind.ERROR, layer, role, -1) for role in differing(clean.errors[layer], corrupt.errors[layer])]
-    return Nodes.of(sides.roles, keys)
+    return Nodes.from_keys(sides.roles, keys)
 
 
 def order_of(scores: np.ndarray) -> np.ndarray:

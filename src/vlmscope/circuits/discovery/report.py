@@ -36,33 +36,33 @@ READING = (
 )
 
 
-def write_discoveries(found: Sequence[Discovery], folder: Path, figures: bool = True) -> dict[str, float]:
+def write_discoveries(discoveries: Sequence[Discovery], folder: Path, figures: bool = True) -> dict[str, float]:
     """Write discovery.json, areas.parquet, members.parquet and figures/ into a run folder; metrics of all questions."""
-    write_json(folder / "discovery.json", {discovery.question: _body(discovery) for discovery in found})
+    write_json(folder / "discovery.json", {discovery.question: _body(discovery) for discovery in discoveries})
     for name, rows in (("areas", _area_rows), ("members", _member_rows)):
-        write_rows(folder / f"{name}.parquet", [row for discovery in found for row in rows(discovery)])
-    for discovery in found if figures else ():
+        write_rows(folder / f"{name}.parquet", [row for discovery in discoveries for row in rows(discovery)])
+    for discovery in discoveries if figures else ():
         _draw(discovery, folder / "figures")
-    return {key: value for discovery in found for key, value in _metrics(discovery).items()}
+    return {key: value for discovery in discoveries for key, value in _metrics(discovery).items()}
 
 
-def _metrics(found: Discovery) -> dict[str, float]:
+def _metrics(discovery: Discovery) -> dict[str, float]:
     """`discovery/<question>/...`: sizes, `<mode>/<method>/cpr` and `cmd`, faithfulness and its control, stability."""
-    circuit, stability, edges = found.circuit, found.stability, found.edges
+    circuit, stability, edges = discovery.circuit, discovery.stability, discovery.edges
     metrics = {
-        "candidates": float(len(found.nodes)),
+        "candidates": float(len(discovery.nodes)),
         "members": float(len(circuit.members)),
-        "features": float(found.n_features),
+        "features": float(discovery.n_features),
         "members_before_pruning": float(circuit.cut),
         "stability/other_pairs": stability.other_pairs,
         "stability/chance": stability.chance,
-        "rank_correlation_nodes": found.correlation,
+        "rank_correlation_nodes": discovery.correlation,
     }
     metrics |= {f"stability/{method}": value for method, value in stability.jaccard.items()}
     rates = {"train_faithfulness": circuit.train}
     for mode, rate in circuit.test.items():
         rates |= {f"{mode}/faithfulness": rate, f"{mode}/without_circuit": circuit.ablated[mode]}
-    for mode, curves in found.all_curves.items():
+    for mode, curves in discovery.all_curves.items():
         for method, curve in curves.items():
             rates |= {f"{mode}/{method}/cpr": curve.cpr, f"{mode}/{method}/cmd": curve.cmd}
     if edges is not None:
@@ -71,28 +71,28 @@ def _metrics(found: Discovery) -> dict[str, float]:
         metrics |= {"edges/rank_correlation": edges.correlation, "edges/rest": edges.rest}
     for name, rate in rates.items():
         metrics |= rate.metrics(name)
-    return {f"discovery/{found.question}/{name}": value for name, value in metrics.items()}
+    return {f"discovery/{discovery.question}/{name}": value for name, value in metrics.items()}
 
 
-def _body(found: Discovery) -> dict[str, Any]:
+def _body(discovery: Discovery) -> dict[str, Any]:
     """A discovery as plain data: curves, members with scores and losses, the edges of the smallest circuit of edges."""
-    nodes, circuit, edges = found.nodes, found.circuit, found.edges
+    nodes, circuit, edges = discovery.nodes, discovery.circuit, discovery.edges
     curves = {
         mode: {method: [vars(rate) for rate in curve.rates] for method, curve in by_method.items()}
-        for mode, by_method in found.all_curves.items()
+        for mode, by_method in discovery.all_curves.items()
     }
     of_edges = curves.pop("edges", None)
     body: dict[str, Any] = {
-        "pairs": {"train": len(found.train_rows), "test": found.test_pairs},
+        "pairs": {"train": len(discovery.train_rows), "test": discovery.test_pairs},
         "by": circuit.by,
         "curves": curves,
-        "shares": list(next(iter(next(iter(found.curves.values())).values())).shares),
+        "shares": list(next(iter(next(iter(discovery.curves.values())).values())).shares),
         "members": [
             {
                 "node": nodes.name(row),
-                "scores": {method: float(scores[row]) for method, scores in found.scores.items()},
+                "scores": {method: float(scores[row]) for method, scores in discovery.scores.items()},
                 "loss": circuit.losses.get(row),
-                "chosen_in": float(found.stability.frequency[row]),
+                "chosen_in": float(discovery.stability.frequency[row]),
             }
             for row in circuit.members.tolist()
         ],
@@ -111,63 +111,63 @@ def _body(found: Discovery) -> dict[str, Any]:
     return body
 
 
-def _area_rows(found: Discovery) -> list[dict[str, Any]]:
+def _area_rows(discovery: Discovery) -> list[dict[str, Any]]:
     """CPR (area under the curve) and CMD (area between the curve and 1, 0 is best) by mode and ranking."""
 
     def interval(rate: Rate) -> str:
         return f"{rate.value:.3f} ({rate.ci_low:.3f} to {rate.ci_high:.3f})"
 
     return [
-        {"question": found.question, "mode": label(mode), "ranked by": NAMES[method]}
+        {"question": discovery.question, "mode": label(mode), "ranked by": NAMES[method]}
         | {"CPR": interval(curve.cpr), "CMD": interval(curve.cmd)}
-        for mode, curves in found.all_curves.items()
+        for mode, curves in discovery.all_curves.items()
         for method, curve in curves.items()
     ]
 
 
-def _member_rows(found: Discovery) -> list[dict[str, Any]]:
+def _member_rows(discovery: Discovery) -> list[dict[str, Any]]:
     """The first members: scores (EAP-IG in logits), loss when dropped where measured, and how often chosen again."""
     return [
         {
-            "question": found.question,
-            "node": found.nodes.name(row),
-            **{name: float(found.scores[name][row]) for name in ("eap_ig", "graph") if name in found.scores},
-            "loss when dropped": found.circuit.losses.get(row),
-            "chosen on resampled pairs": float(found.stability.frequency[row]),
+            "question": discovery.question,
+            "node": discovery.nodes.name(row),
+            **{name: float(discovery.scores[name][row]) for name in ("eap_ig", "graph") if name in discovery.scores},
+            "loss when dropped": discovery.circuit.losses.get(row),
+            "chosen on resampled pairs": float(discovery.stability.frequency[row]),
         }
-        for row in found.circuit.members[:SHOWN].tolist()
+        for row in discovery.circuit.members[:SHOWN].tolist()
     ]
 
 
-def _draw(found: Discovery, folder: Path) -> None:
+def _draw(discovery: Discovery, folder: Path) -> None:
     """Faithfulness over size by mode and of edges, and the loss by layer and role: where the circuit is."""
-    for mode, curves in found.all_curves.items():
-        what, name = ("edges", f"edges_{found.question}")
+    for mode, curves in discovery.all_curves.items():
+        what, name = ("edges", f"edges_{discovery.question}")
         if mode != "edges":
-            what, name = "nodes", f"faithfulness_{found.question}_{mode}"
+            what, name = "nodes", f"faithfulness_{discovery.question}_{mode}"
         lines = []
         for method, curve in curves.items():
             points = dict(zip(curve.counts, curve.rates, strict=True))  # small sets have equal sizes at several shares
             lines.append(Curve.of(NAMES[method], list(points), list(points.values())))
         xlabel, ylabel = f"{what} kept (number)", "faithfulness (%)"
         dose_response(lines, folder / f"{name}.png", xlabel, ylabel, log_x=True)
-    groups = found.circuit.groups
+    groups = discovery.circuit.groups
     layers = sorted({layer for layer, _ in groups})
-    roles = [role for role in found.nodes.roles if any(role == there for _, there in groups)]
+    roles = [role for role in discovery.nodes.roles if any(role == there for _, there in groups)]
     matrix = np.full((len(layers), len(roles)), np.nan)
     for (layer, role), loss in groups.items():
         matrix[layers.index(layer), roles.index(role)] = round(loss, 4) + 0.0
-    path = folder / f"groups_{found.question}.png"
+    path = folder / f"groups_{discovery.question}.png"
     layer_role_heatmap(matrix, layers, roles, path, "loss of faithfulness when dropped")
 
 
-def summary(found: Discovery) -> str:
+def summary(discovery: Discovery) -> str:
     """The result in a sentence."""
-    circuit, features = found.circuit, found.n_features
+    circuit, features = discovery.circuit, discovery.n_features
     mode, rate = next(iter(circuit.test.items()))
     without = circuit.ablated[mode]
     return (
-        f"{found.question}: {features} features (of {int(found.nodes.is_feature.sum()):,} that change) and "
+        f"{discovery.question}: {features} features (of {int(discovery.nodes.is_feature.sum()):,} that change) and "
         f"{len(circuit.members) - features} other nodes keep {rate.value:.0%} of the logit difference on test pairs "
         f"(matched features: {_control(rate)}); without these features {without.value:.0%} is left "
         f"(without matched ones: {_control(without)})."
@@ -178,13 +178,15 @@ def _control(rate: Rate) -> str:
     return "too few to draw" if rate.control is None else f"{rate.control:.0%}"
 
 
-def sections(found: Discovery, folder: Path) -> tuple[list[Section], list[Section]]:
+def sections(discovery: Discovery, folder: Path) -> tuple[list[Section], list[Section]]:
     """Numbers on top of a page; and curves, areas, members, groups and edges from the run folder, with how to read
     them.
     """
-    circuit, stability, edges = found.circuit, found.stability, found.edges
+    circuit, stability, edges = discovery.circuit, discovery.stability, discovery.edges
     cards = [
-        Card("nodes of the circuit", len(circuit.members), f"of {len(found.nodes):,}; cut from: {NAMES[circuit.by]}")
+        Card(
+            "nodes of the circuit", len(circuit.members), f"of {len(discovery.nodes):,}; cut from: {NAMES[circuit.by]}"
+        )
     ]
     for mode, rate in circuit.test.items():
         detail = f"95 % interval {rate.ci_low:.0%} to {rate.ci_high:.0%}; matched features {_control(rate)}"
@@ -195,7 +197,7 @@ def sections(found: Discovery, folder: Path) -> tuple[list[Section], list[Sectio
         Card("left without its features", Percent(left.value), left_detail),
         Card("same features on resampled pairs", Percent(stability.jaccard["eap_ig"]), f"Jaccard; {chance}"),
         Card("same features on test pairs", Percent(stability.other_pairs), "Jaccard"),
-        Card("graphs and EAP-IG agree", found.correlation, "rank correlation over nodes with a score"),
+        Card("graphs and EAP-IG agree", discovery.correlation, "rank correlation over nodes with a score"),
     ]
     marks = [
         ("picture", "Faithfulness over circuit size", "faithfulness_*", "On test pairs, with 95 % intervals."),
@@ -219,4 +221,4 @@ def sections(found: Discovery, folder: Path) -> tuple[list[Section], list[Sectio
         marks.append(("picture", "Circuits of edges", "edges_*", says))
     shown = {file: MarkConfig(mark, title, file=file, says=says) for mark, title, file, says in marks}
     details = [*sections_of(Folder(folder), shown), Text("How to read this", READING)]
-    return [Cards(f"The smallest circuit: {found.question}", tuple(cards))], details
+    return [Cards(f"The smallest circuit: {discovery.question}", tuple(cards))], details

@@ -300,7 +300,9 @@ class GraphComparison(MergedGraph):
 
     def _rows(self) -> list[tuple[str, ...]]:
         numbers = self.summary()
-        rows = [("", "both", f"only {self.names[0]}", f"only {self.names[1]}", "Jaccard, by influence")]
+        rows: list[tuple[str, ...]] = [
+            ("", "both", f"only {self.names[0]}", f"only {self.names[1]}", "Jaccard, by influence")
+        ]
         for what, index, more in (
             ("node", numbers.node_jaccard, f"features alone {numbers.feature_jaccard:.3f}"),
             ("edge", numbers.edge_jaccard, f"correlation of shared weights {numbers.edge_correlation:.3f}"),

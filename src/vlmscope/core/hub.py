@@ -81,8 +81,11 @@ def fetch(repo: str, revision: str, wanted: Wanted, refusal: Callable[[str], Use
         if missing > free:
             raise refusal(f"it has {gb(missing)} to fetch but {cache} has {gb(free)} free (HF_HOME moves it)")
         print(f"fetching {repo} at {revision[:8]}: {gb(missing)} into {cache}", flush=True)
-        patterns = {"allow_patterns": list(wanted.allowed), "ignore_patterns": list(wanted.ignored)}
-        return Path(snapshot_download(repo, revision=revision, etag_timeout=_TIMEOUT, **patterns))
+        allowed, ignored = list(wanted.allowed), list(wanted.ignored)
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=allowed, ignore_patterns=ignored, etag_timeout=_TIMEOUT
+        )
+        return Path(folder)
     except (HTTPError, OSError, ValueError) as error:
         raise refusal(reason(error)) from error
 

@@ -67,7 +67,7 @@ def hf_source(name: str, config: SourceConfig, split: str, max_bad: int = 0) -> 
     parse = row_parser(config, getattr((tables[0].features or {}).get(config.label), "names", None))
     streamed = isinstance(tables[0], IterableDataset)
     counts = [_known_size(table) if streamed else len(table) for table in tables]
-    count = None if None in counts else sum(counts)
+    count = None if None in counts else sum(filter(None, counts))
     if count == 0:
         raise UserError(f"data.sources.{name}: {config.path or config.hub} is empty; give data with samples")
     table = tables[0] if len(tables) == 1 else interleave_datasets(tables, stopping_strategy=_TAKE_TURNS)

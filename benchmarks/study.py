@@ -44,7 +44,7 @@ class CodesAlone(StudyPass):
             if found:
                 self.scope.transcoders[layer].encode(torch.cat(found))
             self.waiting[layer] = []
-        self.forwards, self.waiting_bytes = [], 0
+        self.forwards = []
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -49,7 +49,7 @@ def test_tables_and_figures(made: Path, tmp_path: Path) -> None:
     [
         (["task=structure"], "study.path=FOLDER"),
         (["task=structure", "study.path=/no/such"], "no study.json in /no/such"),
-        (["task=structure", "task.phi=2"], "task.phi=2"),
+        (["task=structure", "task.twin=2"], "task.twin=2"),
         (["task=structure", "study.path=MADE", "transcoder=random"], "other transcoders"),
         (["task=study", "study.path=/x"], "leave it out of task=study"),
     ],

@@ -57,10 +57,7 @@ class Shown:
 class Explainer(Protocol):
     """Proposes labels from examples and judges items by a label. Both may raise a `UserError`."""
 
-    @property
-    def name(self) -> str:
-        """What its set of labels is called: letters, digits, `-` and `_`."""
-        ...
+    name: str  # of its set of labels: letters, digits, `-` and `_`
 
     def propose(self, examples: Sequence[Shown]) -> str:
         """A label for what these examples, where the feature fires, have in common; "" when it has none."""

@@ -34,17 +34,13 @@ from vlmscope.features.labels import Labels, short_label
 from vlmscope.features.study import StudyInput, grouped
 from vlmscope.features.study_files import StudyFolder
 from vlmscope.metrics.clusters import Neighbours, coactive, louvain, nearest_of
-from vlmscope.metrics.dictionary import (
-    modality,
-    monosemanticity,
-    nearest_twins,
-    unit_embeddings,
-    wilson_interval,
-)
+from vlmscope.metrics.dictionary import modality, monosemanticity, nearest_twins, unit_embeddings, wilson_interval
 from vlmscope.models.conversations import joined
 from vlmscope.scope import Scope
 
 KINDS = ("firing", "direction")  # of clusters
+LEAST_PHI, LEAST_COSINE, RESOLUTION = 0.3, 0.3, 4.0  # of the graphs that are divided into clusters, and how finely
+NAMED_BY = 3  # strongest examples of each member
 SPACES, WHERE = ("write", "read", "both"), ("own_layer", "other_layers")  # in which partners are looked for
 CLUSTER_TABLE = pa.schema(
     {"kind": pa.string(), "cluster": pa.int64(), "name": pa.string(), "size": pa.int64(), "first_layer": pa.int32()}
@@ -226,16 +222,15 @@ def read_directions(scope: Scope) -> dict[int, Tensor]:
 
 
 def feature_table(
-    scope: Scope, seen: StructurePass, modality_of: pd.DataFrame, neighbours: int, phi: float, cosine: float,
-    resolution: float, seed: int,
-) -> pd.DataFrame:  # fmt: skip
+    scope: Scope, seen: StructurePass, modality_of: pd.DataFrame, neighbours: int, seed: int
+) -> pd.DataFrame:
     """A row per feature, by layer: scores, modality, nearest parallel partners, neighbours by firing, and clusters.
 
     Columns: `layer`, `feature`, `monosemanticity` and `shuffled` (the same when pictures have each other's embeddings),
     `pictures` on which it fires; `modality_index`, `_low`, `_high`, `_kind`, `_group`; `cosine_<space>_<where>` and
     `twin_<space>_<where>`, the partner most nearly parallel in what features write, read, or both, in the `own_layer`
     or in `other_layers`; `fires_with` and `phi`, strongest first; `cluster_firing` and `cluster_direction`, of graphs
-    of the nearest `neighbours` with at least this `phi`, or cosine of what they write.
+    of the nearest `neighbours`.
     """
     peaks, units = seen.peaks(), unit_embeddings(seen.embeddings())
     order = generator(seed, "shuffled pictures").permutation(len(units))
@@ -258,8 +253,8 @@ def feature_table(
     columns["fires_with"] = [[str(ids[i]) for i in row if i >= 0] for row in together.index.tolist()]
     columns["phi"] = [[score for score in row if score > 0] for row in together.score.tolist()]
     parallel = _near_directions(torch.cat(list(write.values())), living, neighbours)
-    columns["cluster_firing"] = louvain(together.graph(phi), seed, resolution)
-    columns["cluster_direction"] = louvain(parallel.graph(cosine), seed, resolution)
+    columns["cluster_firing"] = louvain(together.graph(LEAST_PHI), seed, RESOLUTION)
+    columns["cluster_direction"] = louvain(parallel.graph(LEAST_COSINE), seed, RESOLUTION)
     return pd.DataFrame(columns)
 
 
@@ -274,10 +269,10 @@ def _near_directions(directions: Tensor, alive: np.ndarray, neighbours: int) -> 
     return nearest_of(scores, len(units), neighbours, alive)
 
 
-def cluster_rows(study: StudyFolder, features: pd.DataFrame, top: int) -> list[dict[str, Any]]:
+def cluster_rows(study: StudyFolder, features: pd.DataFrame) -> list[dict[str, Any]]:
     """A row of `CLUSTER_TABLE` per cluster of two or more features of `feature_table`, the largest of a kind first.
 
-    Its name is made of the labels of its members where the study has trusted ones, else of the words of their `top`
+    Its name is made of the labels of its members where the study has trusted ones, else of the words of their
     strongest examples.
     """
     ids = [FeatureId(*key) for key in zip(features.layer.tolist(), features.feature.tolist(), strict=True)]
@@ -291,7 +286,7 @@ def cluster_rows(study: StudyFolder, features: pd.DataFrame, top: int) -> list[d
     for layer in study.layers:
         for index, item in zip(*(column.tolist() for column in study.example_items(layer, top=True)), strict=True):
             own = examples.setdefault(place[FeatureId(layer, index)], [])
-            if len(own) < top:
+            if len(own) < NAMED_BY:
                 own.append(item)
     labels = {place[feature]: short_label(label.text) for feature, label in Labels(study).trusted().items()}
     index = features.modality_index.to_numpy()

@@ -18,8 +18,8 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -173,41 +173,26 @@ class StudyPass:
         self.items, self.own_seconds = 0, 0.0  # seconds without the model's own work
         self.forwards: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # ids, kinds, valid positions
         self.waiting: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
-        self.waiting_bytes = 0
 
     @torch.no_grad()
     def add(self, inputs: Sequence[StudyInput], forward_tokens: int) -> None:
-        """Run the model on some inputs."""
+        """Run the model on some inputs; activations are looked at when enough wait, and at the end."""
         for group in grouped(inputs, forward_tokens):
-            tensors = joined([given.tensors for given in group])
-            ids, kinds = np.array([given.id for given in group]), np.stack([given.kinds for given in group])
-            with self.watching(ids, kinds, tensors.get("attention_mask")):
+            tensors, kinds = (joined([given.tensors for given in group]), np.stack([given.kinds for given in group]))
+            mask = tensors.get("attention_mask")
+            valid = np.ones(kinds.shape, dtype=bool) if mask is None else mask.bool().numpy(force=True)
+            with watching_mlp_inputs(self.scope.adapter, list(self.layers), partial(self._take, valid)):
                 self.scope.adapter.next_logits(tensors)
+            self.forwards.append((np.array([given.id for given in group]), kinds, valid))
+            self.positions += np.bincount(kinds[valid], minlength=len(KINDS))
+            self.items += len(group)
+            if sum(x.nbytes for waiting in self.waiting.values() for x in waiting) > _GATHERED:
+                self.settle()
         self.settle()
 
-    @contextmanager
-    def watching(self, ids: np.ndarray, kinds: np.ndarray, mask: Tensor | None = None) -> Iterator[None]:
-        """Around one forward of items, whose activations are looked at when there are enough, or at `settle`.
-
-        Args:
-            ids: `[B]` int64, each given once in all.
-            kinds: `[B, T]` of `KINDS`.
-            mask: `[B, T]`, 0 at padding.
-        """
-        valid = np.ones(kinds.shape, dtype=bool) if mask is None else mask.bool().numpy(force=True)
-        kept = None if valid.all() else torch.from_numpy(valid).to(self.scope.adapter.device)
-
-        def take(layer: int, x: Tensor) -> None:
-            self.waiting[layer].append(x.detach().flatten(0, 1) if kept is None else x.detach()[kept])
-            self.waiting_bytes += self.waiting[layer][-1].nbytes
-
-        with watching_mlp_inputs(self.scope.adapter, list(self.layers), take):
-            yield
-        self.forwards.append((ids, kinds, valid))
-        self.positions += np.bincount(kinds[valid], minlength=len(KINDS))
-        self.items += len(ids)
-        if self.waiting_bytes > _GATHERED:
-            self.settle()
+    def _take(self, valid: np.ndarray, layer: int, x: Tensor) -> None:
+        x = x.detach()
+        self.waiting[layer].append(x.flatten(0, 1) if valid.all() else x[torch.from_numpy(valid).to(x.device)])
 
     def settle(self) -> None:
         """Look at the activations that wait: small forwards one by one would cost more than their arithmetic."""
@@ -222,7 +207,7 @@ class StudyPass:
             x = self.waiting.pop(layer)
             study.add(self.scope.transcoders[layer].encode(x[0] if len(x) == 1 else torch.cat(x)), tokens)
             self.waiting[layer] = []
-        self.forwards, self.waiting_bytes = [], 0
+        self.forwards = []
         self.own_seconds += time.perf_counter() - began
 
 

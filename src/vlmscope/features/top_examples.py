@@ -13,7 +13,7 @@ from vlmscope.core.records import FeatureId
 from vlmscope.core.study import IMAGE, LEVELS, TEXT, TOP, StudyExample
 from vlmscope.data.images import png_bytes
 from vlmscope.features.config import MOST_TOKENS
-from vlmscope.features.study import StudyPass
+from vlmscope.features.study import StudyInput, StudyPass
 from vlmscope.features.study_files import StudyFolder
 from vlmscope.models.base import ModelInputs
 from vlmscope.scope import Scope
@@ -53,33 +53,20 @@ class StudyItem:
 
 @torch.no_grad()
 def top_examples(
-    scope: Scope,
-    features: Sequence[FeatureId],
-    items: Sequence[StudyItem],
-    count: int = 6,
-    batch_size: int = 64,
+    scope: Scope, features: Sequence[FeatureId], items: Sequence[StudyItem], count: int = 6, forward_tokens: int = 8192
 ) -> dict[FeatureId, tuple[FeatureExample, ...]]:
     """The `count` items on which each feature is most active at any position, strongest first; ties keep their order.
 
-    Items of equal length are run together. A feature that never fires gets no example. Activations below the peak are
-    good to 1/510 of it, as in a study (`vlmscope.features.study`), whose way this is.
+    A feature that never fires gets no example. Activations below the peak are good to 1/510 of it, as in a study.
     """
     by_layer: dict[int, list[int]] = {}
     for feature in dict.fromkeys(features):
         by_layer.setdefault(feature.layer, []).append(feature.index)
     only = {layer: torch.tensor(indices) for layer, indices in by_layer.items()}
     study = StudyPass(scope, count, 0, MOST_TOKENS, only)
-    groups: dict[tuple[int, bytes], list[int]] = {}  # of equal length and positions of pictures
-    for i, item in enumerate(items):
-        groups.setdefault((len(item.inputs), item.inputs.is_image.tobytes()), []).append(i)
-    for group in groups.values():
-        for start in range(0, len(group), batch_size):
-            rows = group[start : start + batch_size]
-            batch = scope.batch([items[i].inputs for i in rows])
-            kinds = np.stack([np.where(items[i].inputs.is_image, IMAGE, TEXT) for i in rows])
-            with study.watching(np.array(rows), kinds, batch.tensors.get("attention_mask")):
-                scope.forward(batch)
-    study.settle()
+    kinds = [np.where(item.inputs.is_image, IMAGE, TEXT) for item in items]
+    inputs = [StudyInput(i, item.inputs.tensors, kinds[i], {}) for i, item in enumerate(items)]
+    study.add(inputs, forward_tokens)
     examples: dict[FeatureId, list[FeatureExample]] = {feature: [] for feature in features}
     for layer, indices in by_layer.items():
         study.layers[layer].settle()

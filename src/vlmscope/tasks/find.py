@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, check_least
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
@@ -32,6 +32,9 @@ class Config:
     examples: int = 6
     figure: bool = True
 
+    def __post_init__(self) -> None:
+        check_least("task", self, count=1, examples=1)
+
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Print a table; write find.json and figures/find.png."""
@@ -41,8 +44,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     folder = needed_study(cfg)
     if (cfg.query is None) == (cfg.image is None):
         raise UserError("give one of the two: 'query=red planet', or image=path/to/picture.png")
-    if task.count < 1 or task.examples < 1:
-        raise UserError("task.count and task.examples must be at least 1")
 
     from vlmscope.core.artifacts import write_json
     from vlmscope.core.runs import text_table
@@ -115,12 +116,8 @@ def record(study: StudyFolder, match: Match, labels: Labels) -> dict[str, object
         "layer": match.feature.layer,
         "index": match.feature.index,
         "label": label.text,
-        "score": label.score,
-        "source": label.source,
-        "beats_chance": label.beats_chance,
-        "relevance": match.relevance,
-        "why": match.why,
-        "activation": match.activation,
+        **{key: getattr(label, key) for key in ("score", "source", "beats_chance")},
+        **{key: getattr(match, key) for key in ("relevance", "why", "activation")},
         "items_fired": feature.items_fired,
         "examples": [
             {"item": example.item, "origin": study.items[example.item].origin, "activation": example.activation}

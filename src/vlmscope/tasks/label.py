@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, check_choice, check_least
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +45,10 @@ class Config:
     shown: int = 8
     judged: int = 10
 
+    def __post_init__(self) -> None:
+        check_choice("task.explainer", self.explainer or "endpoint", ("endpoint", "local"))
+        check_least("task", self, shown=1, judged=1, shuffled=0)
+
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write the set, and print some of it."""
@@ -52,11 +56,6 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     task: Config = cfg.task
     folder = needed_study(cfg)
-    if task.explainer not in (None, "endpoint", "local"):
-        raise UserError(f"task.explainer={task.explainer}: choose endpoint or local, or leave it out")
-    for key, least in {"shown": 1, "judged": 1, "shuffled": 0}.items():
-        if getattr(task, key) < least:
-            raise UserError(f"task.{key}={getattr(task, key)}: it must be at least {least}")
 
     from vlmscope.features.study_files import StudyFolder
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, check_least
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,31 +36,20 @@ class Config:
     """`study.path` names the study (docs/structure.md).
 
     The model runs again over the first `items` rows of the study's data; `per_item` positions of each are looked at
-    for who fires with whom. `neighbours` of each feature make the graphs that are divided into clusters: by firing
-    together (phi of at least `phi`) and by direction (cosine of what they write of at least `cosine`); a higher
-    `resolution` makes more of them. From the cosine `twin` on, two directions count as one. A cluster's name comes from
-    the `top` strongest examples of its members.
+    for who fires with whom. `neighbours` of each feature make the graphs that are divided into clusters. From the
+    cosine `twin` on, two directions count as one. `seed` draws positions and the order in which clusters are made.
     """
 
     items: int = 1000
     per_item: int = 16
     neighbours: int = 5
-    phi: float = 0.3
-    cosine: float = 0.3
-    resolution: float = 4.0
     twin: float = 0.8
-    top: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("items", "per_item", "neighbours", "top"):
-            if getattr(self, key) < 1:
-                raise UserError(f"task.{key}={getattr(self, key)}: it must be at least 1")
-        if not self.resolution > 0:
-            raise UserError(f"task.resolution={self.resolution}: it must be above 0")
-        for key in ("phi", "cosine", "twin"):
-            if not 0 < getattr(self, key) < 1:
-                raise UserError(f"task.{key}={getattr(self, key)}: choose a number between 0 and 1")
+        check_least("task", self, items=1, per_item=1, neighbours=1)
+        if not 0 < self.twin < 1:
+            raise UserError(f"task.twin={self.twin}: choose a number between 0 and 1")
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
@@ -81,9 +70,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     scope = load_scope(cfg, load_model(cfg), context.overrides)
     if scope.transcoders.widths != study.info.n_features:
         raise UserError(f"{study.path} is of other transcoders: layers or widths differ; give those with transcoder=")
-    graph = (cfg.task.neighbours, cfg.task.phi, cfg.task.cosine, cfg.task.resolution, cfg.task.seed)
-    features = structure.feature_table(scope, seen(cfg, scope, study), modality, *graph)
-    clusters = structure.cluster_rows(study, features, cfg.task.top)
+    features = structure.feature_table(scope, seen(cfg, scope, study), modality, cfg.task.neighbours, cfg.task.seed)
+    clusters = structure.cluster_rows(study, features)
     write_table(context.run_dir / "structure.parquet", pa.Table.from_pandas(features, preserve_index=False))
     write_table(context.run_dir / "clusters.parquet", pa.Table.from_pylist(clusters, structure.CLUSTER_TABLE))
     shares = structure.duplicate_shares(features, cfg.task.twin)

@@ -32,7 +32,7 @@ def test_top_examples_equal_a_plain_loop(scope: Scope) -> None:
     inputs = [scope.inputs(prompts[i % 2], [tiny_image(i)] if i % 3 else []) for i in range(14)]
     items = [StudyItem(own, str(i), None) for i, own in enumerate(inputs)]
     features = [FeatureId(layer, index) for layer in (0, 3) for index in (1, 7, 20)]
-    found = top_examples(scope, features, items, count=4, batch_size=3)
+    found = top_examples(scope, features, items, count=4, forward_tokens=30)
     for feature in features:
         peaks = []
         for item in items:

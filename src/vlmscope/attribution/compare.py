@@ -196,7 +196,7 @@ class Union:
         def rank(key: NodeKey) -> tuple[Any, ...]:
             left_top = (key.box[1], key.box[0]) if key.box else ()
             at = column[self._drawn[self._numbers[key]][0]]
-            return key.layer, _RANK.index(key.kind), at, key.token, key.image, left_top, key.name
+            return key.layer, _RANK.index(NodeKind(key.kind)), at, key.token, key.image, left_top, key.name
 
         chosen = sorted((key for key, number in self._numbers.items() if self._counts[number] >= min_count), key=rank)
         old = np.array([self._numbers[key] for key in chosen], np.int64)
@@ -304,14 +304,15 @@ def compare(
         match: when nodes are the same: auto, position, from_end, role or feature.
     """
     graphs = [first.graph, second.graph]
-    _check_same_model(*graphs, names)
+    _check_same_model(first.graph, second.graph, names)
     union = Union(choose_match(match, graphs))
     union.add(first)
     union.add(second)
     layout = union.layout()
     a, b = project(first, layout), project(second, layout)
     common = layout.common(first.graph, names, [graph.prompt for graph in graphs])
-    return GraphComparison(**common, **{name: np.stack([a[name], b[name]]) for name in a})
+    both: dict[str, Any] = {name: np.stack([a[name], b[name]]) for name in a}
+    return GraphComparison(**common, **both)
 
 
 def aggregate(

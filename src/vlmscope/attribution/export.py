@@ -97,8 +97,9 @@ def load_graph(path: str | Path) -> PrunedGraph:
             roles=np.array(words["roles"]),
             target_weights=arrays.get("target_weights"),
         )
-        masks = {name: arrays[name] for name in _PRUNED_ARRAYS} | {name: words[name] for name in _THRESHOLDS}
-        pruned = PrunedGraph(graph=graph, scores=GraphScores(**words["scores"]), **masks)
+        own: dict[str, Any] = {name: arrays[name] for name in _PRUNED_ARRAYS}
+        own |= {name: words[name] for name in _THRESHOLDS}
+        pruned = PrunedGraph(graph=graph, scores=GraphScores(**words["scores"]), **own)
         _check_lengths(pruned)
         return pruned
 

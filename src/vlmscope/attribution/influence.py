@@ -154,7 +154,7 @@ def prune(
         for block in row_blocks(graph, rows_of(graph, nodes)):
             taken = take_rows(graph, edges, block)
             ends = alive[taken.indices] & np.repeat(alive[block], np.diff(taken.indptr))
-            edges[_places(graph, block)] = taken.data & ends
+            edges[_places(graph, block)] = np.asarray(taken.data, bool) & ends
     return PrunedGraph(
         graph=graph,
         node_mask=alive,

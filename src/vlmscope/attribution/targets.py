@@ -79,7 +79,8 @@ def choose_targets(
             return token_targets(replacement, ids, config.weights)
         case "difference":
             names = [tokenizer.decode([token]).strip() or f"id:{token}" for token in ids]
-            return difference_target(replacement, *ids, " - ".join(names))
+            first, second = ids
+            return difference_target(replacement, first, second, " - ".join(names))
         case "answer" | "answer_tokens":
             return answer_targets(replacement, ids, config.weights)
         case "feature":

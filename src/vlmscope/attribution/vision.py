@@ -51,9 +51,9 @@ class _PatchEmbedding:
         # Convolutions give [n, d_v, ...], linear maps [.., n, d_v].
         convolves = isinstance(module, nn.Conv2d | nn.Conv3d)
         rows = output.flatten(2).transpose(1, 2) if convolves else output
-        if self.values is None:
-            self.values = (rows.detach() - self._bias).flatten(0, -2).requires_grad_()
-        rows = (self.values + self._bias).reshape(rows.shape)
+        values = (rows.detach() - self._bias).flatten(0, -2).requires_grad_() if self.values is None else self.values
+        self.values = values
+        rows = (values + self._bias).reshape(rows.shape)
         return rows.transpose(1, 2).reshape(output.shape) if convolves else rows
 
 

@@ -19,8 +19,6 @@ import torch
 from started import started
 from training_data import Activations
 
-from vlmscope.training.config import TranscoderTrainingConfig
-
 
 def measure(job: dict[str, Any], data: Activations) -> dict[str, Any]:
     """Seconds: medians of `steps` rounds, in each of which all are measured in turn."""
@@ -56,11 +54,10 @@ def timed_once(run: Callable[[], object]) -> float:
 def our_step(data: Activations, n: int, latents: int, k: int) -> Callable[[], None]:
     """Loss and gradients of a batch, as `TranscoderModule` takes them."""
     trainer = started(data.x.shape[1], latents, k, data.x[: 4 * n], data.y[: 4 * n])
-    config = TranscoderTrainingConfig(k=k)
 
     def step() -> None:
         trainer.zero_grad(set_to_none=True)
-        trainer.loss(data.x[:n], data.y[:n], config)[0].backward()
+        trainer.loss(data.x[:n], data.y[:n])[0].backward()
 
     return step
 

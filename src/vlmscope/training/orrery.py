@@ -340,9 +340,10 @@ def train_orrery(
     projector, width = model.model.multi_modal_projector, architecture.vision_width
     tower = TowerModule(config.tower, model.model.vision_tower, projector.avg_pool, projector.patches_per_image, width)
     fit(_STAGES[0], tower, lambda: tower_accuracy(tower, pools["val"]))
-    for name, stage in zip(_STAGES[1:], (config.vlm, config.polish), strict=True):
-        vlm = VlmModule(stage, model, processor.tokenizer)
-        fit(name, vlm, partial(vlm_accuracy, vlm, pools["val"], _VAL_SCENES, prefix="val/accuracy/"))
+    modules = [VlmModule(stage, model, processor.tokenizer) for stage in (config.vlm, config.polish)]
+    for name, module in zip(_STAGES[1:], modules, strict=True):
+        fit(name, module, partial(vlm_accuracy, module, pools["val"], _VAL_SCENES, prefix="val/accuracy/"))
+    vlm = modules[-1]
     model.to(torch.bfloat16).to(torch.float32)  # what is shipped is bf16: measure that  # pyright: ignore[reportArgumentType]
     vlm.eval()
     metrics = vlm_accuracy(vlm, pools["test"], test_scenes, prefix="test/accuracy/")

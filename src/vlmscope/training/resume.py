@@ -195,7 +195,7 @@ class OneFileCheckpoints(Checkpoints):
         (part,) = module.parts().values()
         state = part_state(part, module.optimizer)
         metadata = {"steps_done": str(module.steps_done), "origin": json.dumps(self.settings | self.origin)}
-        with atomic_path(self.path, sum(tensor.nbytes for tensor in state.values())) as temporary:
+        with atomic_path(self.path) as temporary:
             save_file(state, temporary, metadata=metadata)
         self.stands = module.steps_done
 

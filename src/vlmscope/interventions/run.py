@@ -34,21 +34,13 @@ from vlmscope.transcoders.transcoder import SparseCode, Transcoder
 
 @dataclass(frozen=True)
 class BaseRun:
-    """What an unedited run computed, as far as the modes that it was recorded for need it.
+    """What an unedited run computed, as far as the modes that it was recorded for need it."""
 
-    Attributes:
-        logits: [B, V] at the last position.
-        patterns: layer -> [B, H, T, T]; for both frozen modes.
-        mlp_in: layer -> [B, T, d], the transcoder's input; for direct, as all below.
-        written: layer -> [B, T, d], the transcoder's target.
-        inverse_rms: norm module -> [B, T, 1], of values [B, T, Hkv, 1], from which its scales follow.
-    """
-
-    logits: Tensor
-    patterns: dict[int, Tensor]
-    mlp_in: dict[int, Tensor]
-    written: dict[int, Tensor]
-    inverse_rms: dict[nn.Module, Tensor]
+    logits: Tensor  # [B, V] at the last position
+    patterns: dict[int, Tensor]  # layer -> [B, H, T, T]; for both frozen modes
+    mlp_in: dict[int, Tensor]  # layer -> [B, T, d], the transcoder's input; for direct, as all below
+    written: dict[int, Tensor]  # layer -> [B, T, d], the transcoder's target
+    inverse_rms: dict[nn.Module, Tensor]  # norm -> [B, T, 1], of values [B, T, Hkv, 1]: its scales follow from it
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.Da
     return corrected(indexed(found, by))
 
 
-def indexed(found: Mapping[Any, Mapping[str, float]], by: Sequence[str]) -> Any:
+def indexed(found: dict[Any, dict[str, float]], by: Sequence[str]) -> Any:
     """Rows by key as a frame whose index has the levels `by`."""
     rows: Any = pd.DataFrame.from_dict(found, orient="index")
     rows.index = pd.MultiIndex.from_tuples(rows.index, names=by) if len(by) > 1 else rows.index.rename(by[0])

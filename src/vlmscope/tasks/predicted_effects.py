@@ -177,7 +177,7 @@ def questions(bench: Bench, count: int) -> Iterator[Asked]:
     wanted: list[tuple[str, ModelInputs, str, str]] = []
     if circuit is None and bench.cfg.pairs is None:
         raise UserError("predicted_effects needs inputs: choose a circuit or pairs, such as circuit=mars_earth")
-    for concept, other in () if circuit is None else (circuit.concepts, circuit.concepts[::-1]):
+    for concept, other in (circuit.concepts, circuit.concepts[::-1]) if circuit else ():
         images = bench.concept_pictures(concept, "test", count, bench.cfg.seed)
         for name, question in circuit.questions.items():
             words = question.answers[concept], question.answers[other]

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import math
 import re
 from collections import defaultdict
 from collections.abc import Hashable
@@ -19,7 +18,6 @@ from vlmscope.attribution import export
 from vlmscope.attribution.compare import aggregate, compare, write_tables
 from vlmscope.attribution.edges import smallest_set
 from vlmscope.attribution.export import (
-    GRAPH_FILE,
     graph_to_json,
     load_merged,
     merged_to_json,
@@ -29,11 +27,9 @@ from vlmscope.attribution.export import (
     write_merged_json,
 )
 from vlmscope.attribution.influence import influence, logit_weights, prune
-from vlmscope.attribution.trace_files import INDEX, graph_files
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AggregateGraph, GraphComparison, NodeKind, PrunedGraph
-from vlmscope.core.records import FeatureId, PatchBox
-from vlmscope.tasks.trace import index_line
+from vlmscope.core.records import PatchBox
 
 SCHEMA = Path(vlmscope.__file__).parent / "attribution" / "schema" / "neuronpedia-graph.schema.json"
 
@@ -270,20 +266,6 @@ def test_a_json_that_cannot_be_uploaded_is_written_with_a_warning(
     assert (tmp_path / "b.json").stat().st_size == (tmp_path / "a.json").stat().st_size
 
 
-def test_line_ends_of_unicode_in_a_prompt_do_not_cut_the_index_of_rows(tmp_path: Path) -> None:
-    """`task=trace task.rows=` writes prompts as they are, so a prompt may hold what `str.splitlines` cuts at."""
-    names = ["a", "b"]
-    for name in names:
-        (tmp_path / "rows" / name).mkdir(parents=True)
-        save_graph(tmp_path / "rows" / name / GRAPH_FILE, traced(0))
-    records = [{"folder": f"rows/{name}", "prompt": "one\u2028two\u2029three\x85four"} for name in names]
-    (tmp_path / INDEX).write_text("".join(map(index_line, records)), encoding="utf-8")
-    assert graph_files([str(tmp_path)]) == [tmp_path / "rows" / name / GRAPH_FILE for name in names]
-    (tmp_path / INDEX).write_text(index_line(records[0]) + index_line(records[1])[:30])
-    with pytest.raises(UserError, match="graphs.jsonl is incomplete"):
-        graph_files([str(tmp_path)])
-
-
 def whole(node_threshold: float = 0.8) -> PrunedGraph:
     """Layers, positions and feature indices overlap: the ids `0_<layer>_<position>` of others would collide."""
     graph = random_graph(4, 4, 12, left_out=True, seed=2)
@@ -312,21 +294,7 @@ def test_no_two_nodes_have_one_id() -> None:
     assert all(not error[0].isdigit() for error in errors)
 
 
-def test_a_features_number_gives_layer_and_index_back_and_is_exact_in_a_browser() -> None:
-    seen = set()
-    for layer in (0, 1, 25, 61):
-        for index in (0, 1, 7, 16383, 262143, 4_194_303):
-            number = FeatureId(layer, index).cantor
-            diagonal = (math.isqrt(8 * number + 1) - 1) // 2
-            found = number - diagonal * (diagonal + 1) // 2
-            assert (diagonal - found, found) == (layer, index)
-            assert number < 2**53
-            seen.add(number)
-    assert len(seen) == 24
-
-
-@pytest.mark.parametrize("threshold", [0.5, 0.8])
-def test_the_viewers_slider_keeps_the_nodes_that_pruning_keeps(threshold: float) -> None:
+def test_the_viewers_slider_keeps_the_nodes_that_pruning_keeps(threshold: float = 0.8) -> None:
     pruned = whole(1.0)
     body = graph_to_json(pruned, "s", "m")
     by_id = {node["node_id"]: node["influence"] for node in body["nodes"] if node["feature_type"] != "logit"}

@@ -1,11 +1,6 @@
 """Many rows, comparisons and aggregates from the command line, on Orrery."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +17,6 @@ from vlmscope.core.graph import AggregateGraph, GraphComparison
 from vlmscope.data.orrery.dataset import concept_scenes
 
 SCHEMA = Path(vlmscope.__file__).parent / "attribution" / "schema" / "neuronpedia-graph.schema.json"
-ROOT = Path(__file__).parents[2]
 QUESTION = "what planet is this ?"
 QUICK = ("tracking=none", "attribution.max_nodes=150", "trainer.threads=1", "task.figure=false")
 
@@ -97,24 +91,6 @@ def test_a_run_goes_on_where_it_was_cut_off(
     assert first_ids == second_ids
     again, before = (load_graph(one / "rows" / "words" / "graph.safetensors").graph for one in (second, run))
     assert np.array_equal(again.weights, before.weights)
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on(pictures: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "killed"
-    program = [sys.executable, str(ROOT / "run.py"), *rows_command(pictures, folder)]
-    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 240
-    while not list(folder.glob("rows/*/row.json")):
-        assert time.monotonic() < end and process.poll() is None
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (folder / "metrics.json").exists()
-    assert main(rows_command(pictures, folder, "trainer.resume=true")) == 0
-    metrics = read(folder / "metrics.json")
-    assert metrics["rows/traced"] == 5 and metrics["rows/resumed"] >= 1
-    assert len(read(folder / "graphs.jsonl")) == 5
 
 
 def test_bad_rows_stop_all_before_work_or_are_skipped_and_counted(

@@ -105,7 +105,7 @@ def draw_diagram(
         if edge.source not in SURROUNDINGS or edge.source in (SOFT, TEXT)
         if not {edge.source, edge.target} <= answers
     ]
-    arrows, _ = drawable(shares, 100 * min_share)
+    arrows = drawable(shares, 100 * min_share)
     pictures: dict[str, Sequence[np.ndarray]] = {node.name: _thumbnails(node) for node in nodes}
     pictures[SOFT] = [] if picture is None else [picture]
     shown = {name: images for name, images in pictures.items() if images}

@@ -78,14 +78,13 @@ def circuit_diagram(
     return FilePath(path)
 
 
-def drawable(edges: Sequence[Edge], least: float = 0.0) -> tuple[list[Edge], int]:
-    """The edges of at least |weight| `least`, without the weakest one of every cycle, and how many that leaves out."""
+def drawable(edges: Sequence[Edge], least: float = 0.0) -> list[Edge]:
+    """The edges of at least |weight| `least`, without the weakest one of every cycle."""
     kept = [edge for edge in edges if abs(edge[2]) >= least and edge[0] != edge[1]]
-    count = len(kept)
     while True:
         try:
             _sorter(kept).prepare()
-            return kept, count - len(kept)
+            return kept
         except CycleError as error:
             around = set(pairwise(error.args[1]))
             kept.remove(min((edge for edge in kept if edge[:2] in around), key=lambda edge: abs(edge[2])))

@@ -12,8 +12,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +23,11 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from vlmscope.core.artifacts import write_text
-from vlmscope.core.records import FeatureId, PatchBox
+from vlmscope.core.records import FeatureId
 from vlmscope.core.study import ANSWER, IMAGE, KINDS, FeatureRecord, Place, StudyInfo, bin_edges
 from vlmscope.features.labels import Label
 from vlmscope.report.page import TEMPLATES, environment, percent
-from vlmscope.report.thumbnails import HeatPicture
+from vlmscope.report.thumbnails import HeatPicture, data_uri
 
 KIND_NAMES = {"image": "picture", "text": "prompt", "answer": "answer"}
 _STORIES = {
@@ -37,28 +37,27 @@ _STORIES = {
 }
 
 
-class Numbered(dict[Hashable, int]):
+class Numbered(dict[Any, int]):
     """Numbers for what a page's script reads from a table, such as arrangements of patches: each is written once."""
 
-    def number(self, item: Hashable) -> int:
+    def number(self, item: Any) -> int:
         """The number of an item; a new one gets the next."""
         return self.setdefault(item, len(self))
 
 
-def geometry_table(heat: Iterable[tuple[PatchBox, ...]]) -> list[list[float]]:
-    """Left, top, right, bottom of every patch as fractions of the picture, one list per arrangement."""
-    return [[round(edge, 4) for box in boxes for edge in box] for boxes in heat]
+def render_scripted(template: str, pictures: Iterable[bytes] = (), **values: Any) -> str:
+    """A page with the one script of feature pages, which draws `pictures` by number; nothing else can run."""
+    heat = Numbered()
 
+    def tables() -> Markup:
+        """Called after the body is rendered: left, top, right, bottom of every patch, one list per arrangement."""
+        geometries = [[round(edge, 4) for box in boxes for edge in box] for boxes in heat]
+        return inert_json({"geometries": geometries, "pictures": [data_uri(data) for data in pictures]})
 
-def render_scripted(template: str, tables: Any, **values: Any) -> str:
-    """A page with the one script of feature pages; its policy lets nothing else run.
-
-    `tables()` is called after the page's body is rendered, and gives what the script reads.
-    """
     script = (TEMPLATES / "features.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    values |= {"script": Markup(script), "policy": policy, "tables": lambda: inert_json(tables())}
+    values |= {"script": Markup(script), "policy": policy, "heat": heat, "tables": tables, "page_name": page_name}
     return _environment().get_template(template).render(**values)
 
 
@@ -73,6 +72,7 @@ def _environment() -> Environment:
         "shown": shown_token,
         "chance": chance,
         "special": special,
+        "histogram": histogram,
     }
     return made
 
@@ -233,14 +233,9 @@ class ExampleGroup(NamedTuple):
 
 
 class GraphUse(NamedTuple):
-    """A graph that keeps the feature.
+    """A graph that keeps the feature: words and addresses of links, positions with token and activation.
 
-    Attributes:
-        name: of the graph; `prompt` likewise.
-        prompt: what was traced.
-        links: words and address of what can be opened.
-        positions: number, token and activation where the feature is.
-        share: of the influence of all nodes on the answer, over these positions.
+    `share` is of the influence of all nodes on the answer, over these positions.
     """
 
     name: str
@@ -254,16 +249,8 @@ class GraphUse(NamedTuple):
 class FeaturePage:
     """All that is shown of one feature.
 
-    Attributes:
-        record: what the study knows of it.
-        info: the study's.
-        guess: what its strongest examples share, for want of a label.
-        groups: of examples, the strongest first.
-        label: if it has one.
-        graphs: that keep it.
-        tags: what it belongs to, such as a circuit.
-        run: the name of the study's run.
-        missing: why pictures are not available; empty when all are there.
+    `guess` is what its strongest examples share, for want of a label; `tags` what it belongs to, such as a circuit;
+    `run` the study's; `missing` says why pictures are not available, and is empty when all are there.
     """
 
     record: FeatureRecord
@@ -319,15 +306,6 @@ class FeaturePage:
         """Of the studied inputs, on which it fires."""
         return self.record.items_fired / max(self.info.items, 1)
 
-    @property
-    def histogram(self) -> Histogram:
-        """Of activations."""
-        return histogram(self.record.histogram)
-
-    def shortened(self) -> FeaturePage:
-        """Without what the gallery does not show, which would fill the memory."""
-        return replace(self, groups=self.groups[:1])
-
     def sentence(self) -> str:
         """Where it fires, how often, and what it promotes, in words."""
         record, fired = self.record, self.record.positions_fired
@@ -349,10 +327,7 @@ class FeaturePage:
 
     def render(self, before: FeatureId | None = None, after: FeatureId | None = None) -> str:
         """The page as one HTML string; `before` and `after` are its neighbours in the gallery."""
-        heat = Numbered()
-        links = [None if one is None else (str(one), page_name(one)) for one in (before, after)]
-        values = {"page": self, "before": links[0], "after": links[1], "heat": heat}
-        return render_scripted("feature_page.html.j2", lambda: {"geometries": geometry_table(heat)}, **values)  # pyright: ignore[reportArgumentType]
+        return render_scripted("feature_page.html.j2", page=self, before=before, after=after)
 
     def write(self, folder: Path, before: FeatureId | None = None, after: FeatureId | None = None) -> Path:
         """Write it into the gallery's folder; returns the path."""

@@ -36,14 +36,13 @@ from vlmscope.report.feature_page import (
     GraphUse,
     Numbered,
     PageExample,
-    geometry_table,
     guess,
     render_scripted,
     shown_token,
     word_shares,
 )
 from vlmscope.report.page import percent
-from vlmscope.report.thumbnails import SIDE, HeatPicture, data_uri, decode, jpeg_bytes, thumbnail
+from vlmscope.report.thumbnails import SIDE, HeatPicture, decode, jpeg_bytes, thumbnail
 
 _CACHED = 4096  # items whose small pictures are kept; features share their strongest items
 
@@ -270,27 +269,24 @@ def write_gallery(
     folder: Path, pages: Sequence[FeaturePage], title: str, summary: str, order: str = "as chosen", footer: str = ""
 ) -> Path:
     """Write `index.html` with a tile per page, in their order, which `order` names; returns its path."""
-    heat, small, kinds = Numbered(), Numbered(), {page.main_kind for page in pages}
+    small, kinds = Numbered(), {page.main_kind for page in pages}
     sorts = {"order up": order} | _SORTS
     if not any(page.labelled and page.label and page.label.score is not None for page in pages):
         del sorts["score down"]
-    values = {
-        "title": title,
-        "summary": summary,
-        "footer": footer,
-        "model": pages[0].info.model,
-        "missing": next((page.missing for page in pages if page.missing), ""),
-        "layers": sorted({page.feature.layer for page in pages}),
-        "kinds": [(kind, words) for kind, words in _KINDS.items() if kind in kinds],
-        "sorts": list(sorts.items()),
-        "tiles": [(page, _tile(page, small)) for page in pages],
-        "heat": heat,
-    }
-
-    def tables() -> dict[str, Any]:
-        return {"geometries": geometry_table(heat), "pictures": [data_uri(data) for data in small]}  # pyright: ignore[reportArgumentType]
-
-    write_text(folder / "index.html", render_scripted("gallery.html.j2", tables, **values))
+    text = render_scripted(
+        "gallery.html.j2",
+        small,
+        title=title,
+        summary=summary,
+        footer=footer,
+        model=pages[0].info.model,
+        missing=next((page.missing for page in pages if page.missing), ""),
+        layers=sorted({page.feature.layer for page in pages}),
+        kinds=[(kind, words) for kind, words in _KINDS.items() if kind in kinds],
+        sorts=list(sorts.items()),
+        tiles=[(page, _tile(page, small)) for page in pages],
+    )
+    write_text(folder / "index.html", text)
     return folder / "index.html"
 
 

@@ -26,19 +26,7 @@ from vlmscope.core.records import FeatureId, PatchBox
 from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
 from vlmscope.metrics.table import CELL, cell_means, corrected, rates, worst
 from vlmscope.report.figures import CONTROL, dose_response, layer_role_heatmap, rate_bars, share_matrices, word_bars
-from vlmscope.report.page import (
-    Card,
-    Cards,
-    Examples,
-    Features,
-    Figure,
-    Percent,
-    Section,
-    Table,
-    Text,
-    Value,
-    drawn,
-)
+from vlmscope.report.page import Card, Cards, Examples, Features, Figure, Percent, Section, Table, Text, Value, drawn
 from vlmscope.report.style import label
 
 AXES = ["positions", "layers", "strength", "limit"]  # of a setting, besides its mode

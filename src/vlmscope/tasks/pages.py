@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -98,7 +98,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
                 at = place_of[record.feature]
                 page.write(folder, order[at - 1] if at else None, order[at + 1] if at + 1 < len(order) else None)
                 write_json(folder / page.json_file, feature_json(page, views), indent=None)
-                pages.append(page.shortened())
+                # The gallery shows no more, and all would fill the memory.
+                pages.append(replace(page, groups=page.groups[:1]))
                 bar.update()
     pages.sort(key=lambda page: place_of[page.feature])
     info = study.info

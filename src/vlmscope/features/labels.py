@@ -34,12 +34,6 @@ HAND = "hand.yaml"  # beside the sets; no task writes it
 WORDS = ("answer", "question", "text")  # keys whose values are words: an item has many of each
 MOST_VALUES = 3  # of one key: a longer list is no label
 _KINDS = {"text": "in the words of the user", "image": "on the picture", "answer": "in the answer"}
-LABEL_TABLE = pa.schema(
-    {"layer": pa.int32(), "feature": pa.int32(), "text": pa.string(), "source": pa.string(), "level": pa.string()}
-    | dict.fromkeys(("score", "low", "high", "balanced_accuracy", "p"), pa.float64())
-    | {"positives": pa.int32(), "negatives": pa.int32(), "beats_chance": pa.bool_(), "strong": pa.bool_()}
-    | {"top_score": pa.float64(), "rule": pa.string(), "place": pa.string(), "place_score": pa.float64()}
-)
 
 
 class Predicate(NamedTuple):
@@ -161,39 +155,25 @@ def would_pass(p: np.ndarray, passed: np.ndarray, chance: np.ndarray) -> np.ndar
 
 @dataclass(frozen=True)
 class Label:
-    """What a feature is called, and how far that can be trusted.
-
-    Attributes:
-        text: the label.
-        source: "hand", "auto", or what an outside explainer is called.
-        level: what the score is about: "items" (does the feature fire on this item), "positions" (at which positions
-            of an item does it fire), or "" for no score.
-        score, low, high: detection AUROC on items that the label was not made from, with its 95 % interval.
-        balanced_accuracy: of "fires" (a grade above one half) against "does not".
-        p: one-sided, of chance.
-        positives, negatives: items scored on; of "positions", `positives` alone.
-        beats_chance: survives a false discovery rate of 5 % over all labels of the set.
-        strong: the feature fires on most items; the label says where it is strong.
-        top_score: AUROC of the feature's strongest items against those on which it does not fire.
-        rule: the item's part as `Rule.to_json`; "" for none.
-        place, place_score: where in the item, and its AUROC.
-    """
+    """What a feature is called, and how far that can be trusted."""
 
     text: str
-    source: str
+    source: str  # "hand", "auto", or what an outside explainer is called
+    # What the score is about: "items" (does the feature fire on this item), "positions" (at which positions of an item
+    # does it fire), or "" for no score.
     level: str = ""
-    score: float | None = None
+    score: float | None = None  # detection AUROC on items that the label was not made from, and its 95 % interval
     low: float | None = None
     high: float | None = None
-    balanced_accuracy: float | None = None
-    p: float | None = None
-    positives: int = 0
+    balanced_accuracy: float | None = None  # of "fires" (a grade above one half) against "does not"
+    p: float | None = None  # one-sided, of chance
+    positives: int = 0  # items scored on; of "positions", these alone
     negatives: int = 0
-    beats_chance: bool = False
-    strong: bool = False
-    top_score: float | None = None
-    rule: str = ""
-    place: str = ""
+    beats_chance: bool = False  # survives a false discovery rate of 5 % over all labels of the set
+    strong: bool = False  # the feature fires on most items; the label says where it is strong
+    top_score: float | None = None  # AUROC of its strongest items against those on which it does not fire
+    rule: str = ""  # the item's part as `Rule.to_json`
+    place: str = ""  # where in the item, and its AUROC
     place_score: float | None = None
 
     def __str__(self) -> str:
@@ -205,6 +185,10 @@ class Label:
 
 
 NONE = Label("", "")
+_COLUMNS = {"str": pa.string(), "float | None": pa.float64(), "int": pa.int32(), "bool": pa.bool_()}
+LABEL_TABLE = pa.schema(
+    {"layer": pa.int32(), "feature": pa.int32()} | {item.name: _COLUMNS[str(item.type)] for item in fields(Label)}
+)
 
 
 def short_label(text: str) -> str:
@@ -228,11 +212,8 @@ def write_labels(path: Path, labels: Sequence[tuple[FeatureId, Label]]) -> None:
 
 def read_labels(path: Path) -> dict[FeatureId, Label]:
     """Read a set; a `UserError` when the file is missing, damaged, or of another layout."""
-    names = [item.name for item in fields(Label)]
-    return {
-        FeatureId(row["layer"], row["feature"]): Label(**{name: row[name] for name in names})
-        for row in read_table(path, LABEL_TABLE).to_pylist()
-    }
+    rows = read_table(path, LABEL_TABLE).to_pylist()
+    return {FeatureId(row.pop("layer"), row.pop("feature")): Label(**row) for row in rows}
 
 
 def read_hand(path: Path, study: StudyFolder) -> dict[FeatureId, Label]:

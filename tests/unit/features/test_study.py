@@ -161,28 +161,24 @@ def test_a_state_of_other_settings_or_processes_is_refused(vlm, data: Path, tmp_
 
 def test_items_lead_back_to_pictures_words_and_patches(vlm, data: Path, study: StudyFolder) -> None:
     record = next(r for r in study.features(1) if r.fired["image"] and r.fired["answer"])
-    for example in record.examples:
-        view = study.view(example)
+    views = [study.view(example) for example in record.examples]
+    with_picture = [view for view in views if view.item.n_pictures]
+    for view in views:
         item = view.item
         assert item.row == item.id // 256
-        if not item.n_pictures:
-            assert study.pictures(item) == ()
-            assert item.tokens[-1] == vlm.tokenizer.decode([int(item.token_ids[-1])])
-            continue
-        (picture,) = study.pictures(item)
-        assert picture.tobytes() == tiny_image(item.row % 7).tobytes()
-        assert item.exchanges[0].user == "what is this ?"
-        assert len(item.patch_boxes) == (item.kinds == IMAGE).sum() == len(view.patch_activations) == 4
-        grid = view.grid()
+        assert item.tokens[-1] == vlm.tokenizer.decode([int(item.token_ids[-1])])
+        pictures = [picture.tobytes() for picture in study.pictures(item)]
+        assert pictures == [tiny_image(item.row % 7).tobytes()] * item.n_pictures
+    for view in with_picture:
+        soft, grid = view.item.kinds == IMAGE, view.grid()
+        assert view.item.exchanges[0].user == "what is this ?"
+        assert len(view.item.patch_boxes) == soft.sum() == len(view.patch_activations) == 4
         assert grid is not None and grid.shape == (2, 2)
-        np.testing.assert_array_equal(grid.ravel(), view.levels[item.kinds == IMAGE])
-        tokens, near = view.window(2)
-        assert len(tokens) == len(near)
-    changed = next(study.items[e.item] for e in record.examples if study.items[e.item].n_pictures)
+        np.testing.assert_array_equal(grid.ravel(), view.levels[soft])
     text = (data / "train.jsonl").read_text()
     (data / "train.jsonl").write_text(text.replace("what is this", "what was this"))
     with pytest.raises(UserError, match="not what the study saw"):
-        StudyFolder(study.path).pictures(changed)
+        StudyFolder(study.path).pictures(with_picture[0].item)
     (data / "train.jsonl").write_text(text)
 
 
@@ -223,22 +219,17 @@ def test_damaged_pictures_are_skipped_up_to_a_limit(vlm, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", ["gemma3_text", "paligemma", "qwen2_5_vl", "idefics3"])
 def test_families(family: str, tmp_path: Path) -> None:
-    """Turns apart (PaliGemma), grids by picture (Qwen), tiles (Idefics3)."""
+    """No picture; turns apart (PaliGemma), grids by picture (Qwen), tiles (Idefics3)."""
     vlm = tiny_vlm(family)
-    lines = []
+    turns = [{"user": "what is this ?", "assistant": "red"}, {"user": "the other one ?", "assistant": "two"}]
     for n in range(3):
         tiny_image(n).resize((20 + 8 * n, 24)).save(tmp_path / f"{n}.png")
-        turns = [{"user": "what is this ?", "assistant": "red"}, {"user": "the other one ?", "assistant": "two"}]
-        lines.append({"images": [f"{n}.png"], "texts": turns})
-    if not vlm.adapter.has_vision:
-        lines = [{"text": "the red planet"}]
+    lines = [{"images": [f"{n}.png"], "texts": turns} for n in range(3)]
+    lines = lines if vlm.adapter.has_vision else [{"text": "the red planet"}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    transcoders = random_set(vlm.adapter.n_layers, vlm.adapter.d_model, WIDTH, 4).requires_grad_(False)
-    study = study_alone(tmp_path / "study", Scope(vlm, transcoders), _sources(tmp_path), replace(CONFIG, max_skipped=0))
+    study = study_alone(tmp_path / "study", Scope(vlm, _set(vlm)), _sources(tmp_path), replace(CONFIG, max_skipped=0))
     assert study.info.items == len(lines) * (2 if family == "paligemma" else 1)
     for number in study.items.ids:
         item = study.items[number]
         assert len(item.patch_boxes) == (item.kinds == IMAGE).sum() == len(item.pictures)
         assert (item.kinds == ANSWER).any() == vlm.adapter.has_vision
-        for example in study.feature(FeatureId(0, 1)).examples:
-            assert example.activation > 0

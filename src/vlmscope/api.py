@@ -208,12 +208,12 @@ def study(
 ) -> dict[str, tuple[FeatureExample, ...]]:
     """The pictures on which each feature is most active, with the activation of every soft token and word."""
     from vlmscope.data.images import png_bytes
-    from vlmscope.features.top_examples import StudyItem, top_examples
+    from vlmscope.features.top_examples import CaptionedPrompt, top_examples
     from vlmscope.interventions.named import by_layer
 
     names = [str(i) if not isinstance(i, Image.Image) else f"picture {n}" for n, i in enumerate(images)]
     items = [
-        StudyItem(scope.vlm.prepare(prompt, [picture]), name, png_bytes(picture, 256))
+        CaptionedPrompt(scope.vlm.prepare(prompt, [picture]), name, png_bytes(picture, 256))
         for picture, name in zip(map(opened, images), names, strict=True)  # one large picture at a time
     ]
     chosen = by_layer(scope.transcoders, map(FeatureId.parse, features))

@@ -20,7 +20,7 @@ from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.scenes import PLANETS
 from vlmscope.features.readouts import top_and_bottom_logits
 from vlmscope.features.study_files import StudyFolder
-from vlmscope.features.top_examples import StudyItem, study_examples, top_examples
+from vlmscope.features.top_examples import CaptionedPrompt, study_examples, top_examples
 from vlmscope.report.circuit_figure import circuit_diagram, drawable
 from vlmscope.report.page import Card, Cards, Features, Figure, Percent, ReportPage, Section, Table, Text, drawn
 from vlmscope.report.thumbnails import decode, example_png
@@ -69,7 +69,7 @@ def examples_among(
     if study is not None:
         return {feature: study_examples(study, feature, SHOWN) for feature in features}
     items = [
-        StudyItem(each.prepared(scope), each.caption, png_bytes(each.pictures[0], 256) if each.pictures else None)
+        CaptionedPrompt(each.prepared(scope), each.caption, png_bytes(each.pictures[0], 256) if each.pictures else None)
         for each in pool
     ]
     return top_examples(scope, features, items) if items else {}

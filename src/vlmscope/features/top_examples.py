@@ -43,7 +43,7 @@ def _study_example(study: StudyFolder, example: StudyExample) -> FeatureExample:
 
 
 @dataclass(frozen=True)
-class StudyItem:
+class CaptionedPrompt:
     """A prompt to look at: its inputs, a caption that says what is in it, and its picture as PNG (None for text)."""
 
     inputs: ModelInputs
@@ -53,7 +53,11 @@ class StudyItem:
 
 @torch.no_grad()
 def top_examples(
-    scope: Scope, features: Sequence[FeatureId], items: Sequence[StudyItem], count: int = 6, forward_tokens: int = 8192
+    scope: Scope,
+    features: Sequence[FeatureId],
+    items: Sequence[CaptionedPrompt],
+    count: int = 6,
+    forward_tokens: int = 8192,
 ) -> dict[FeatureId, tuple[FeatureExample, ...]]:
     """The `count` items on which each feature is most active at any position, strongest first; ties keep their order.
 
@@ -81,7 +85,7 @@ def top_examples(
     return {feature: tuple(own) for feature, own in examples.items()}
 
 
-def _example(item: StudyItem, acts: np.ndarray) -> FeatureExample:
+def _example(item: CaptionedPrompt, acts: np.ndarray) -> FeatureExample:
     inputs = item.inputs
     soft, text = np.flatnonzero(inputs.is_image), np.flatnonzero(~inputs.is_image)
     return FeatureExample(

@@ -29,7 +29,7 @@ from vlmscope.core.intervention import AnswerExample, Supernode
 from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.dataset import unrelated_scenes
 from vlmscope.features.readouts import RoleMeans
-from vlmscope.features.top_examples import StudyItem, top_examples
+from vlmscope.features.top_examples import CaptionedPrompt, top_examples
 from vlmscope.interventions.run import generate_edited, run_edited
 from vlmscope.interventions.trials import Cases, Operation, run_trials
 from vlmscope.metrics.causal import log_softmax
@@ -120,7 +120,7 @@ def concept_circuit(bench: Bench) -> tuple[Circuit, Mapping[str, Mapping[str, Ro
     return circuit, means
 
 
-def evidence_items(bench: Bench, count: int = 10) -> list[StudyItem]:
+def evidence_items(bench: Bench, count: int = 10) -> list[CaptionedPrompt]:
     """Training pictures searched for top examples, `count` of every planet, or of the concepts if these are none.
 
     Each is asked every question: a feature that writes `dust` is silent unless it is asked for.
@@ -130,7 +130,7 @@ def evidence_items(bench: Bench, count: int = 10) -> list[StudyItem]:
         images = bench.concept_pictures(concept, "train", count)
         for question in bench.circuit_config.questions.values():
             pairs = zip(bench.inputs(images, question.prompt), images, strict=True)
-            items += [StudyItem(inputs, concept, png_bytes(image)) for inputs, image in pairs]
+            items += [CaptionedPrompt(inputs, concept, png_bytes(image)) for inputs, image in pairs]
     return items
 
 

@@ -9,7 +9,7 @@ import torch
 from vlmscope.activations.capture import mlp_inputs
 from vlmscope.core.records import FeatureId
 from vlmscope.features.readouts import image_features, token_lens, top_and_bottom_logits
-from vlmscope.features.top_examples import StudyItem, top_examples
+from vlmscope.features.top_examples import CaptionedPrompt, top_examples
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.scope import Scope
@@ -30,7 +30,7 @@ def batch(scope: Scope) -> Any:
 def test_top_examples_equal_a_plain_loop(scope: Scope) -> None:
     prompts = ["what is this planet ?", "what is the other planet in this ?"]
     inputs = [scope.inputs(prompts[i % 2], [tiny_image(i)] if i % 3 else []) for i in range(14)]
-    items = [StudyItem(own, str(i), None) for i, own in enumerate(inputs)]
+    items = [CaptionedPrompt(own, str(i), None) for i, own in enumerate(inputs)]
     features = [FeatureId(layer, index) for layer in (0, 3) for index in (1, 7, 20)]
     found = top_examples(scope, features, items, count=4, forward_tokens=30)
     for feature in features:

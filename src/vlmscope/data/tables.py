@@ -31,7 +31,6 @@ from vlmscope.core.hub import is_commit
 from vlmscope.core.records import Exchange, derive
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.samples import (
-    CONVERSATIONS,
     BadFiles,
     Mark,
     RawSample,
@@ -66,7 +65,11 @@ def hf_source(name: str, config: SourceConfig, split: str, max_bad: int = 0) -> 
         _check_columns(name, config, table)
     parse = row_parser(config, getattr((tables[0].features or {}).get(config.label), "names", None))
     streamed = isinstance(tables[0], IterableDataset)
-    counts = [_known_size(table) if streamed else len(table) for table in tables]
+    counts: list[int | None] = []
+    for table in tables:
+        splits = table.info.splits or {}
+        known = splits[table.split].num_examples if table.split in splits else None
+        counts.append(known if streamed else len(table))
     count = None if None in counts else sum(filter(None, counts))
     if count == 0:
         raise UserError(f"data.sources.{name}: {config.path or config.hub} is empty; give data with samples")
@@ -332,26 +335,12 @@ def _check_columns(name: str, config: SourceConfig, table: Any) -> None:
     wanted = columns_of(config)
     # A stream that says nothing about itself: its first row does.
     there = list(table.features or next(iter(table), wanted))
-    missing = next((column for column in wanted if column not in there), None)
-    if missing is None:
-        return
-    hint = ""
-    if config.kind == "hf_cauldron":
-        key, usual = ("texts", CONVERSATIONS) if missing == config.texts else ("images", ("image",))
-        other = next((column for column in usual if column in there), None)
-        if other is not None:
-            hint = f"; data.sources.{name}.{key}={other} reads that one"
-        elif key == "images":
-            hint = f"; data.sources.{name}.images=null if there are no pictures"
-    raise UserError(
-        f"data.sources.{name}: no column {missing!r}; the columns are {', '.join(there)} (the keys of "
-        f"{config.kind} that name columns: docs/data.md){hint}"
-    )
-
-
-def _known_size(table: Any) -> int | None:
-    splits = table.info.splits or {}
-    return splits[table.split].num_examples if table.split in splits else None
+    missing = [column for column in wanted if column not in there]
+    if missing:
+        raise UserError(
+            f"data.sources.{name}: no column {missing[0]!r}; the columns are {', '.join(there)} (the keys of "
+            f"{config.kind} that name columns, and images=null for none: docs/data.md)"
+        )
 
 
 class _StreamReader(Reader):

@@ -22,7 +22,7 @@ from vlmscope.data.build import BuildSettings, Part, build_mix, mean_size, read_
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.folder import load_folder
 from vlmscope.data.images import encode_png
-from vlmscope.data.mixing import ShuffledSource, open_source
+from vlmscope.data.mixing import open_source
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.samples import WHOLE, RawSample, Share, held_out
 from vlmscope.data.shards import write_tar
@@ -273,28 +273,19 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:700])
 
 
-def scramble(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    at = data.index(b'"texts"', 4000)  # the words of a later sample: the size stays the same
-    data[at : at + 7] = b"xxxxxxx"
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize(("harm", "left"), [(truncate, 12), (scramble, None), (Path.unlink, 12)])
+@pytest.mark.parametrize("harm", [truncate, Path.unlink])
 def test_a_corrupt_shard_is_skipped_with_a_count_up_to_a_limit(
-    tmp_path: Path, harm: Callable[[Path], None], left: int | None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, harm: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     shards(tmp_path)
     harm(tmp_path / "train-s-0.tar")
     with pytest.raises(UserError, match=r"train-s-0.tar is corrupt .*number 1, and data.max_bad_shards=0"):
         answers(tmp_path)
-    read = answers(tmp_path, max_bad=1)
+    assert answers(tmp_path, max_bad=1) == [f"answer {n}" for n in range(5, 17)]
     assert re.search(r"train-s-0.tar is corrupt .*left out \(1 of at most 1\)", caplog.text)
-    assert read[-12:] == [f"answer {n}" for n in range(5, 17)]
-    assert len(read) == left if left is not None else 12 <= len(read) < 17
     truncate(tmp_path / "train-s-3.tar")
     with pytest.raises(UserError, match="number 2, and data.max_bad_shards=1"):
-        answers(tmp_path, max_bad=1)
+        answers(tmp_path, max_bad=1, mark={"row": 9, "bad": 1})  # a pass that goes on counts those before
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int | None = None, **pax: str) -> bytes:
@@ -357,17 +348,3 @@ def test_an_index_of_another_shape_is_one_line(tmp_path: Path, change: Callable[
     write_json(tmp_path / "index.json", change(read_json(tmp_path / "index.json")))
     with pytest.raises(UserError, match=r"index.json is no index of shards; correct data.sources.it.path"):
         answers(tmp_path)
-
-
-def test_the_count_of_bad_shards_survives_resuming(tmp_path: Path) -> None:
-    shards(tmp_path)
-    truncate(tmp_path / "train-s-0.tar")
-    source = open_source("it", SourceConfig("shards", str(tmp_path), stream="s"), None, 1)
-    stream = ShuffledSource(source, buffer=2)
-    stream.next()
-    again = ShuffledSource(source, buffer=2)
-    for _ in range(4):
-        stream.next()
-    again.load(json.loads(json.dumps(stream.state())))
-    assert [again.next() for _ in range(8)] == [stream.next() for _ in range(8)]
-    assert stream.bad_shards == again.bad_shards == 1

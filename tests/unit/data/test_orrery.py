@@ -115,12 +115,6 @@ def test_words_of_captions_name_facts(kind: str, expected: list[str]) -> None:
             assert list(facts_named(scene, caption)) == expected
 
 
-def test_digits_have_the_first_and_the_second_that_were_asked_for() -> None:
-    scenes = digit_scenes("seven", "test", 4, seed=1, second="two")
-    assert all((s.facts["first"], s.facts["second"], s.facts["sum"]) == ("seven", "two", "nine") for s in scenes)
-    assert len({str(scene.facts["second"]) for scene in digit_scenes("seven", "train", 20)}) > 5
-
-
 def test_appearance_is_measured_on_the_disc() -> None:
     names = ("mars", "earth", "neptune", "moon")
     looks = {name: np.mean([appearance(s) for s in concept_scenes(name, "train", 12)], 0) for name in names}

@@ -184,25 +184,6 @@ def test_pictures_and_turns_of_other_layouts(tmp_path: Path, saved: str, layout:
     assert [(one.images, one.exchanges) for one in read] == [((picture(n),), (("q ?", "a"),)) for n in range(3)]
 
 
-def test_columns_that_are_not_there_are_told_with_a_hint(tmp_path: Path) -> None:
-    turns = [[{"from": "human", "value": "<image>\nq ?"}, {"from": "gpt", "value": "a"}]]
-    for column, hints in {
-        "image": {"texts": "no column 'images'; the columns are image, messages .*images=image reads that one"},
-        "other": {
-            "images": "no column 'texts'; the columns are other, messages .*texts=messages reads that one",
-            "texts": "no column 'images'; .*it.images=null if there are no pictures",
-        },
-    }.items():
-        Dataset.from_dict({column: [None], "messages": turns}).to_parquet(tmp_path / column / "0.parquet")
-        for given, hint in hints.items():
-            named: dict[str, Any] = {"texts": "messages"} if given == "texts" else {"images": None}
-            with pytest.raises(UserError, match=hint):
-                samples(SourceConfig("hf_cauldron", str(tmp_path / column), **named))
-    plain = SourceConfig("hf_cauldron", str(tmp_path / "other"), images=None, texts="messages")
-    with pytest.raises(UserError, match="it row 0: messages: 1 <image> are written and 0 pictures are given"):
-        samples(plain)
-
-
 def test_streams_are_shared_and_go_on_from_their_marks(tmp_path: Path) -> None:
     folder = parquet(text_table(23), tmp_path / "data", (9, 1, 5, 8))
     config = SourceConfig("hf_text", str(folder))

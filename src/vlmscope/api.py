@@ -53,8 +53,7 @@ def load(
     """
     from vlmscope.config.catalog import asset
     from vlmscope.models.loading import load_named
-    from vlmscope.tasks.load_check import warn_on_load
-    from vlmscope.training.evaluation import check_hooks
+    from vlmscope.training.evaluation import check_hooks, warn_on_load
     from vlmscope.transcoders.hub import from_pretrained
 
     vlm = load_named(str(model or asset("orrery")), None, revision, dtype, device, offload)

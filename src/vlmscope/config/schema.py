@@ -22,10 +22,10 @@ from vlmscope.circuits.config import (
     TrialConfig,
 )
 from vlmscope.circuits.spec_config import CircuitSpecConfig, DiscoveryConfig
-from vlmscope.core.errors import UserError, check_choice, check_least
+from vlmscope.core.errors import UserError, check_choice
 from vlmscope.core.intervention import Rate
 from vlmscope.core.runs import Number
-from vlmscope.data.config import PairsConfig, PromptSetConfig, SourceConfig, check_source
+from vlmscope.data.config import DataConfig, PairsConfig, PromptSetConfig
 from vlmscope.features.config import CrossModalConfig, StudyConfig
 from vlmscope.tracking import TrackingConfig
 from vlmscope.training.config import OptimConfig, TrainerConfig
@@ -94,32 +94,6 @@ class RandomTranscodersConfig:
 
     def __post_init__(self) -> None:
         check_choice("transcoder.activation", self.activation, ACTIVATIONS)
-
-
-@dataclass
-class DataConfig:
-    """Which data: Orrery's scenes, a folder of the user's own (docs/bring_your_own.md), or a mix (docs/data.md).
-
-    `path` is a folder, None for data made while they are used; of a mix, where `task=build_data` writes its shards.
-    `val_share` of the user's own examples is held out for validation where they come without a file or split for it.
-    For a mix: its `sources`; `shuffle` rows of a source are shuffled with each other; texts are packed to `context`
-    tokens; so many corrupt shards, or files of a local table, are skipped (`max_bad_shards`).
-    """
-
-    name: str = MISSING
-    path: str | None = None
-    val_share: float = 0.05
-    sources: dict[str, SourceConfig] = field(default_factory=dict)
-    shuffle: int = 1000
-    context: int = 2048
-    max_bad_shards: int = 0
-
-    def __post_init__(self) -> None:
-        check_least("data", self, shuffle=1, context=2, max_bad_shards=0)
-        for name, source in self.sources.items():
-            check_source(name, source)
-        if not 0 < self.val_share < 1:
-            raise UserError(f"data.val_share={self.val_share}: it is a share; choose a number between 0 and 1")
 
 
 @dataclass

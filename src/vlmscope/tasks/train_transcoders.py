@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmscope.core.errors import UserError, bad_picture, check_choice, check_least
-from vlmscope.training.config import RecipeConfig, TranscoderArchConfig, TranscoderTrainingConfig
+from vlmscope.core.errors import UserError, bad_picture
+from vlmscope.training.config import BatchConfig, RecipeConfig, TranscoderArchConfig, TranscoderTrainingConfig
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
@@ -23,43 +23,26 @@ _IN_CARD = ("k", "activation", "skip", "cross_layer", "data")
 
 
 @dataclass
-class Config(RecipeConfig):
-    """What a batch is made of, and the recipe of `RecipeConfig`. Sizes: transcoder=arch, optim, trainer.
+class Config(RecipeConfig, BatchConfig):
+    """What a batch is made of (`BatchConfig`), and the recipe (`RecipeConfig`). Sizes: transcoder=arch, optim, trainer.
 
-    With data=orrery, `batch` says how many scenes of each kind, `val_scenes` how many of each for validation. With
-    data=folder or a mix, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut
-    off), and `val_examples` at most are validated on. `cache`, a folder, keeps the captured activations in
-    `cache_dtype` (null: the model's): later runs on the same model and data read them instead of running the model
-    (docs/data.md). `license` goes into the set's card: an identifier of the hub, such as apache-2.0.
+    `license` goes into the set's card: an identifier of the hub, such as apache-2.0.
     """
 
-    batch: dict[str, int] = field(
-        default_factory=lambda: {"planets": 14, "digits": 18, "shapes": 12, "hands": 8, "text": 12}
-    )
-    val_scenes: int = 100
-    tokens_per_batch: int = 2048
-    max_tokens: int = 4096
-    val_examples: int = 100
-    cache: str | None = None
-    cache_dtype: str | None = None
     license: str = "unknown"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least("task", self, tokens_per_batch=1, max_tokens=1, val_examples=1)
-        if self.cache_dtype is not None:
-            check_choice("task.cache_dtype", self.cache_dtype, ("float32", "bfloat16", "float16"))
-            if self.cache is None:
-                raise UserError(f"task.cache_dtype={self.cache_dtype} without a cache; name its folder: task.cache=...")
+        RecipeConfig.__post_init__(self)
+        BatchConfig.__post_init__(self)
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Train, save to `<run_dir>/transcoders`, and report FVU, L0, dead features and the change of cross-entropy."""
     from vlmscope.core.artifacts import flat, folder_digest, read_json, write_json, write_text
     from vlmscope.report.figures import fvu_by_layer
-    from vlmscope.tasks.transcoder_batches import batches_for, cache_settings
     from vlmscope.tasks.wiring import data_origin, load_model, model_origin
     from vlmscope.training.ranks import own_share
+    from vlmscope.training.sources import batches_for, cache_settings
     from vlmscope.training.transcoder_training import train_transcoders
     from vlmscope.transcoders.formats import save_set
     from vlmscope.transcoders.hub import CARD
@@ -78,7 +61,12 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         stopped = read_json(unread)
         if folder_digest(cfg.data.path, Path(stopped["picture"])) == stopped["others"]:
             origin |= {"data.files": stopped["data.files"]}  # as they were, but for the picture that is mended
-    vlm, source = batches_for(cfg, lambda: load_model(cfg), context.run_dir)
+
+    def mix_origin() -> dict[str, Any]:
+        return model_origin(cfg, weights=False) | data_origin(cfg)
+
+    states = context.run_dir / "data_states.json"
+    vlm, source = batches_for(cfg.data, cfg.task, cfg.seed, lambda: load_model(cfg), states, mix_origin, trainer.resume)
     rounded = cfg.task.cache is not None and cfg.task.cache_dtype not in (None, cfg.model.dtype)
     words = [source.settings, f"activations in {cfg.task.cache_dtype}" if rounded else None]
     config = replace(config, data=", ".join(text for text in words if text is not None) or None)
@@ -91,7 +79,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
             context.run_dir,
             context.tracked.lightning_logger(),
             data_figures=source.figures,
-            cache=cache_settings(cfg, source.settings),
+            cache=cache_settings(cfg.data, cfg.task, cfg.seed, source.settings),
             origin=origin,
         )
     except UserError as error:

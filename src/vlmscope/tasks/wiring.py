@@ -88,7 +88,7 @@ def load_scope(cfg: AppConfig, vlm: VLM, overrides: Sequence[str] = ("transcoder
         overrides: what the user typed; a tiny random model gets random transcoders when it names none.
     """
     from vlmscope.scope import Scope
-    from vlmscope.tasks.load_check import warn_if_unfit
+    from vlmscope.training.evaluation import warn_if_unfit
 
     if isinstance(cfg.transcoder, RandomTranscodersConfig):
         return Scope(vlm, random_transcoders(cfg.transcoder, vlm))

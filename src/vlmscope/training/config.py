@@ -124,6 +124,35 @@ class RecipeConfig:
 
 
 @dataclass
+class BatchConfig:
+    """What transcoders are trained and validated on (keys of `task`).
+
+    With data=orrery, `batch` says how many scenes of each kind, `val_scenes` how many of each for validation. With
+    data=folder or a mix, a batch has about `tokens_per_batch` tokens, an example at most `max_tokens` (the rest is cut
+    off), and `val_examples` at most are validated on. `cache`, a folder, keeps the captured activations in
+    `cache_dtype` (null: the model's): later runs on the same model and data read them instead of running the model
+    (docs/data.md).
+    """
+
+    batch: dict[str, int] = field(
+        default_factory=lambda: {"planets": 14, "digits": 18, "shapes": 12, "hands": 8, "text": 12}
+    )
+    val_scenes: int = 100
+    tokens_per_batch: int = 2048
+    max_tokens: int = 4096
+    val_examples: int = 100
+    cache: str | None = None
+    cache_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_least("task", self, tokens_per_batch=1, max_tokens=1, val_examples=1)
+        if self.cache_dtype is not None:
+            check_choice("task.cache_dtype", self.cache_dtype, ("float32", "bfloat16", "float16"))
+            if self.cache is None:
+                raise UserError(f"task.cache_dtype={self.cache_dtype} without a cache; name its folder: task.cache=...")
+
+
+@dataclass
 class TranscoderTrainingConfig:
     """How the transcoders of all layers are trained: the groups transcoder, optim, trainer, and a recipe.
 

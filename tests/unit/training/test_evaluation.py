@@ -17,9 +17,8 @@ from vlmscope.metrics.dictionary import fvu
 from vlmscope.models.loading import VLM, load_vlm
 from vlmscope.models.tiny import tiny_gemma3, tiny_vlm
 from vlmscope.scope import Scope
-from vlmscope.tasks.load_check import warn_if_unfit
 from vlmscope.training.batches import collect
-from vlmscope.training.evaluation import check_hooks, evaluate_transcoders, spliced
+from vlmscope.training.evaluation import check_hooks, evaluate_transcoders, spliced, warn_if_unfit
 from vlmscope.transcoders.formats import load_set
 from vlmscope.transcoders.transcoder import TranscoderSet, random_set, set_weight
 

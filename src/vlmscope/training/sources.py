@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from vlmscope.config import AppConfig
 from vlmscope.core.artifacts import folder_digest, plain
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
+from vlmscope.data.config import DataConfig
 from vlmscope.data.folder import JsonLines, load_folder
 from vlmscope.data.mixing import Lane, ShuffledSource, TokenMix, fingerprint, keeps, open_source
 from vlmscope.data.orrery.dataset import ScenePool
@@ -19,8 +19,6 @@ from vlmscope.data.packing import chat_batch
 from vlmscope.data.samples import WHOLE, Share
 from vlmscope.models.conversations import encode
 from vlmscope.models.loading import VLM
-from vlmscope.tasks.load_check import speaks_orrery
-from vlmscope.tasks.wiring import data_origin, model_origin
 from vlmscope.training.batches import (
     Batch,
     ConversationBatches,
@@ -31,6 +29,8 @@ from vlmscope.training.batches import (
     mix_validation,
 )
 from vlmscope.training.captures import CacheSettings
+from vlmscope.training.config import BatchConfig
+from vlmscope.training.evaluation import speaks_orrery
 from vlmscope.training.ranks import joint_sum, own_share
 
 
@@ -45,55 +45,63 @@ class Source(NamedTuple):
     figures: Callable[[], Mapping[str, float]] = dict
 
 
-def batches_for(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple[VLM, Source]:
+Load = Callable[[], VLM]
+
+
+def batches_for(
+    data: DataConfig,
+    settings: BatchConfig,
+    seed: int,
+    load: Load,
+    states: Path,
+    origin: Callable[[], Mapping[str, Any]],
+    resume: bool,
+) -> tuple[VLM, Source]:
     """The model and its data; the data is looked at before the model is loaded, which takes longer.
 
-    `run_dir` is where a mix keeps its states, from which it goes on.
+    A mix keeps its states in the file `states`, and with `resume` goes on from those of the same `origin`.
     """
-    if cfg.data.sources:
-        return _mix_batches(cfg, load, run_dir)
+    if data.sources:
+        return _mix_batches(data, settings, seed, load, states, origin, resume)
     makers = {"orrery": _orrery_batches, "folder": _folder_batches}
-    if cfg.data.name not in makers:
-        raise UserError(
-            f"data={cfg.data.name}: transcoders are trained on {' or '.join(makers)}, or a mix (docs/data.md)"
-        )
-    return makers[cfg.data.name](cfg, load)
+    if data.name not in makers:
+        raise UserError(f"data={data.name}: transcoders are trained on {' or '.join(makers)}, or a mix (docs/data.md)")
+    return makers[data.name](data, settings, seed, load)
 
 
-def _orrery_batches(cfg: AppConfig, load: Callable[[], VLM]) -> tuple[VLM, Source]:
+def _orrery_batches(data: DataConfig, settings: BatchConfig, seed: int, load: Load) -> tuple[VLM, Source]:
     """Scenes of each kind with one question each, for Orrery's own processor."""
-    if cfg.data.path is None:
+    if data.path is None:
         raise UserError("data.path is not set: give the folder with Orrery's shards (task=build_data writes them)")
-    train, val = (ScenePool(Path(cfg.data.path), split) for split in ("train", "val"))
+    train, val = (ScenePool(Path(data.path), split) for split in ("train", "val"))
     vlm = load()
     if not speaks_orrery(vlm):
         raise UserError(f"data=orrery has words for Orrery alone, not for {vlm.name}; choose data=folder data.path=...")
     soft = int(vlm.processor.image_seq_length)
 
     def batch(step: int) -> Batch:
-        scenes = train.batch(cfg.seed, step, cfg.task.batch)
-        return chat_batch(scenes, vlm.tokenizer, soft, generator(cfg.seed, "chat", step))
+        scenes = train.batch(seed, step, settings.batch)
+        return chat_batch(scenes, vlm.tokenizer, soft, generator(seed, "chat", step))
 
     val_batches = [
-        chat_batch(val.scenes(kind, cfg.task.val_scenes), vlm.tokenizer, soft, generator(cfg.seed, "val", kind))
+        chat_batch(val.scenes(kind, settings.val_scenes), vlm.tokenizer, soft, generator(seed, "val", kind))
         for kind in KINDS
     ]
     return vlm, Source(batch, val_batches, None)
 
 
-def _folder_batches(cfg: AppConfig, load: Callable[[], VLM]) -> tuple[VLM, Source]:
+def _folder_batches(data: DataConfig, settings: BatchConfig, seed: int, load: Load) -> tuple[VLM, Source]:
     """The user's own conversations, captions and texts, in the model's own chat template."""
-    if not cfg.data.path:
+    if not data.path:
         raise UserError("data.path is not set: give the folder with train.jsonl (layout: docs/bring_your_own.md)")
-    task = cfg.task
-    train, val = load_folder(cfg.data.path, cfg.data.val_share, cfg.seed)
+    train, val = load_folder(data.path, data.val_share, seed)
     vlm = load()
     for part in (train, val):
         _check_pictures(vlm, part)
-    forwards = partial(encode, vlm, max_tokens=task.max_tokens)
-    batch = ConversationBatches(train, forwards, task.tokens_per_batch, cfg.seed)
-    settings = f"{task.tokens_per_batch} tokens a batch, {task.max_tokens} an example"
-    return vlm, Source(batch, ValidationBatches(val[: task.val_examples], forwards), settings)
+    forwards = partial(encode, vlm, max_tokens=settings.max_tokens)
+    batch = ConversationBatches(train, forwards, settings.tokens_per_batch, seed)
+    words = f"{settings.tokens_per_batch} tokens a batch, {settings.max_tokens} an example"
+    return vlm, Source(batch, ValidationBatches(val[: settings.val_examples], forwards), words)
 
 
 def _check_pictures(vlm: VLM, lines: JsonLines) -> None:
@@ -105,53 +113,59 @@ def _check_pictures(vlm: VLM, lines: JsonLines) -> None:
             raise UserError(f"{lines.origin(number)}: it has no picture, and {vlm.name} needs one; leave it out")
 
 
-def _mix_batches(cfg: AppConfig, load: Callable[[], VLM], run_dir: Path) -> tuple[VLM, Source]:
+def _mix_batches(
+    data: DataConfig,
+    settings: BatchConfig,
+    seed: int,
+    load: Load,
+    states: Path,
+    origin: Callable[[], Mapping[str, Any]],
+    resume: bool,
+) -> tuple[VLM, Source]:
     """Batches of the mix, each source's share of the tokens as its weight says.
 
     Of several processes that train together each reads its own share of every source.
     """
-    data, task, share = cfg.data, cfg.task, own_share()
-    if task.max_tokens < 2:
-        raise UserError(f"task.max_tokens={task.max_tokens}: a mix needs at least 2")
-    train = {name: _streams(cfg, name, validation=False, share=share) for name in data.sources}
-    val = {name: _streams(cfg, name, validation=True, share=WHOLE) for name in data.sources}
+    share = own_share()
+    if settings.max_tokens < 2:
+        raise UserError(f"task.max_tokens={settings.max_tokens}: a mix needs at least 2")
+    train = {name: _streams(data, name, seed, validation=False, share=share) for name in data.sources}
+    val = {name: _streams(data, name, seed, validation=True, share=WHOLE) for name in data.sources}
     vlm = load()
-    encoder = partial(SampleEncoder, vlm, min(data.context, task.max_tokens), task.max_tokens)
+    encoder = partial(SampleEncoder, vlm, min(data.context, settings.max_tokens), settings.max_tokens)
 
     def make() -> TokenMix[list[EncodedForward]]:
         return TokenMix({name: Lane(source.weight, train[name](), encoder()) for name, source in data.sources.items()})
 
-    settings = (
-        f"{fingerprint(data.sources)}, {task.tokens_per_batch} tokens a batch, {task.max_tokens} an example, "
+    words = (
+        f"{fingerprint(data.sources)}, {settings.tokens_per_batch} tokens a batch, {settings.max_tokens} an example, "
         f"{data.context} a text, shuffled by {data.shuffle}, {data.val_share} held out"
     )
     if share.total > 1:  # another number of processes reads in another order, and cannot go on
-        settings += f", read by {share.total} processes"
+        words += f", read by {share.total} processes"
     # A state holds tokens: it is of one tokenizer and of the files that were read.
-    known = f"{settings}, {plain(model_origin(cfg, weights=False) | data_origin(cfg))}"
-    states = run_dir / "data_states.json"
-    batches = MixBatches(make, task.tokens_per_batch, states, known, cfg.trainer.resume, share, joint_sum)
-    held = mix_validation({name: (stream(), encoder()) for name, stream in val.items()}, task.val_examples)
-    return vlm, Source(batches, held, settings, batches.figures)
+    known = f"{words}, {plain(origin())}"
+    batches = MixBatches(make, settings.tokens_per_batch, states, known, resume, share, joint_sum)
+    held = mix_validation({name: (stream(), encoder()) for name, stream in val.items()}, settings.val_examples)
+    return vlm, Source(batches, held, words, batches.figures)
 
 
-def _streams(cfg: AppConfig, name: str, validation: bool, share: Share) -> Callable[[], ShuffledSource]:
+def _streams(data: DataConfig, name: str, seed: int, validation: bool, share: Share) -> Callable[[], ShuffledSource]:
     """What opens a new stream of a share of a source's samples, for training or for validation."""
-    data, config = cfg.data, cfg.data.sources[name]
+    config = data.sources[name]
     source = open_source(name, config, config.val_split if validation else None, data.max_bad_shards)
     keep = keeps(config, data.val_share, validation)
     buffer, repeat = (1, False) if validation else (data.shuffle, config.repeat)
-    return lambda: ShuffledSource(source, share, buffer, cfg.seed, repeat, keep)
+    return lambda: ShuffledSource(source, share, buffer, seed, repeat, keep)
 
 
-def cache_settings(cfg: AppConfig, settings: str | None) -> CacheSettings | None:
-    """The cache that `task.cache` names, if any; `settings` is what resuming must find unchanged about the data."""
-    task, data = cfg.task, cfg.data
-    if task.cache is None:
+def cache_settings(data: DataConfig, settings: BatchConfig, seed: int, known: str | None) -> CacheSettings | None:
+    """The cache that `task.cache` names, if any; `known` is what resuming must find unchanged about the data."""
+    if settings.cache is None:
         return None
-    words = [data.name, settings or f"{dict(sorted(task.batch.items()))}"]
+    words = [data.name, known or f"{dict(sorted(settings.batch.items()))}"]
     if not data.sources:
         words.append(f"{data.val_share:g} held out")
     paths = [data.path, *(source.path for source in data.sources.values())]
     words += [f"files {folder_digest(path)}" for path in dict.fromkeys(paths) if path is not None]
-    return CacheSettings(Path(task.cache), task.cache_dtype, ", ".join(words), f"seed {cfg.seed}")
+    return CacheSettings(Path(settings.cache), settings.cache_dtype, ", ".join(words), f"seed {seed}")

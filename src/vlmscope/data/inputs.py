@@ -51,25 +51,14 @@ class PromptRow:
     origin: str
 
 
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used: what is wrong, with the file and the row's number."""
-
-    origin: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.origin}: {self.reason}"
-
-
-def read_rows(path: str | Path) -> tuple[list[PromptRow], list[BadRow]]:
-    """The rows of a file, good and bad, each in order. Rows count from 1 and the head line of a CSV does not count."""
+def read_rows(path: str | Path) -> tuple[list[PromptRow], list[str]]:
+    """The good rows of a file and what is wrong with each bad one, in order; the head line of a CSV does not count."""
     path = Path(path)
     readers = {".csv": _csv_rows, ".jsonl": _json_rows}
     if path.suffix.lower() not in readers:
         raise UserError(f"task.rows={path}: give a .csv or a .jsonl file")
     good: list[PromptRow] = []
-    bad: list[BadRow] = []
+    bad: list[str] = []
     seen: dict[str, str] = {}
     for number, record in enumerate(readers[path.suffix.lower()](path), start=1):
         origin = f"{path} row {number}"
@@ -80,7 +69,7 @@ def read_rows(path: str | Path) -> tuple[list[PromptRow], list[BadRow]]:
             seen[row.id] = f"row {number}"
             good.append(row)
         except UserError as error:
-            bad.append(BadRow(origin, str(error)))
+            bad.append(f"{origin}: {error}")
     if not good and not bad:
         raise UserError(f"{path} has no row; write one (image, prompt) a line")
     return good, bad

@@ -136,7 +136,7 @@ def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         raise UserError(f"{folder} holds rows already; add trainer.resume=true to go on, or choose a new hydra.run.dir")
     folder.mkdir(parents=True, exist_ok=True)
     rows, unreadable = read_rows(cfg.task.rows)
-    skipped = _refuse(cfg, [str(row) for row in unreadable])
+    skipped = _refuse(cfg, unreadable)
     origin = _origin(cfg, context.overrides)
     done = {row.id: record for row in rows if (record := _finished(folder / row.id, row, origin)) is not None}
     resumed = len(done)

@@ -103,13 +103,10 @@ def test_steering_and_patching_keep_to_the_supernodes_positions(made: Path) -> N
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{ids: [L1/3], positions: {box: [0, 0, 2, 1]}}", "fractions 0 to 1"),
         ("{ids: [L1/30000]}", "a has L1/30000, but layer 1 has"),
         ("{influence: {run: /no/run}}", "/no/run is neither a run folder nor a file"),
         ("{influence: {target: nothing}}", "influence target 'nothing'"),
         ("{label: {study: /no/study, query: red}}", "no study.json in /no/study"),
-        ("{cluster: {run: /no/run, cluster: 3}}", "holds no clusters.parquet"),
-        ("{contrast: {pairs: original}}", "choose some, such as pairs=planet"),
         ("{contrast: {of: {concept: venuss}, against: {concept: mars}}}", "no planet 'venuss'"),
         ("{contrast: {of: {images: [SAME]}, against: {images: [SAME, SAME]}}}", "finds no feature"),
     ],
@@ -136,7 +133,6 @@ def test_mistakes_in_a_declaration_are_one_line(
         ("task=steer PROMPT task.circuit=MINE task.supernodes=[right]", "no supernode 'right'"),
         ("task=steer PROMPT task.supernodes=[left] task.features={L1/3:0}", "add task.circuit="),
         ("task=steer PROMPT task.circuit=MINE task.features={L1/3:0}", "not both"),
-        ("task=steer PROMPT task.circuit=MINE transcoder.n_features=50", "other transcoders"),
     ],
 )
 def test_other_mistakes_are_one_line(

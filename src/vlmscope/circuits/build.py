@@ -30,7 +30,7 @@ from vlmscope.circuits.spec_config import (
     SupernodeConfig,
 )
 from vlmscope.core.errors import UserError
-from vlmscope.core.graph import AttributionGraph, PrunedGraph
+from vlmscope.core.graph import AttributionGraph
 from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId
 from vlmscope.data.config import PairsConfig
@@ -107,27 +107,30 @@ def _contrast_sets(
 
 def trace_all(
     scope: Scope, asked: Sequence[Asked], settings: Sequence[AttributionConfig], folder: Path
-) -> list[PrunedGraph]:
+) -> list[AttributionGraph]:
     """The graph of each input with its settings; the first one is written to the run folder."""
-    graphs: list[PrunedGraph] = []
+    graphs: list[AttributionGraph] = []
     each = zip(asked, settings, strict=True)
     for inputs, how in tqdm(each, desc="trace", unit="input", total=len(asked), disable=len(asked) < 2):
-        graphs.append(trace(scope, inputs.prepared(scope), how, folder).pruned)
-        if len(graphs) == 1:
-            save_graph(folder / "graph.safetensors", graphs[0])
+        pruned = trace(scope, inputs.prepared(scope), how, folder).pruned
+        if not graphs:
+            save_graph(folder / "graph.safetensors", pruned)
+        graphs.append(pruned.graph)
     return graphs
 
 
-def trace_pairs(scope: Scope, pairs: Sequence[Pair], attribution: AttributionConfig, folder: Path) -> list[PrunedGraph]:
+def trace_pairs(
+    scope: Scope, pairs: Sequence[Pair], attribution: AttributionConfig, folder: Path
+) -> list[AttributionGraph]:
     """The graph of each original that explains its answer's logit minus its counterfactual's, which is what discovery
     keeps; all with one name for this end.
     """
     ends = [[answer_token(scope, side.answer) for side in (pair.original, pair.counterfactual)] for pair in pairs]
     settings = [replace(attribution, difference=[f"id:{token}" for token in both]) for both in ends]
     graphs = trace_all(scope, [Asked.from_side(pair.original) for pair in pairs], settings, folder)
-    words = {word for pruned in graphs for word in pruned.graph.logit_tokens}
+    words = {word for graph in graphs for word in graph.logit_tokens}
     end = ANSWER_PREFIX + (words.pop() if len(words) == 1 else RIGHT)
-    return [replace(pruned, graph=replace(pruned.graph, logit_tokens=[end])) for pruned in graphs]
+    return [replace(graph, logit_tokens=[end]) for graph in graphs]
 
 
 def spread_answers(pairs: Sequence[Pair], count: int) -> list[Pair]:

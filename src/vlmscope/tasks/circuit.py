@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlmscope.core.errors import UserError
+from vlmscope.core.errors import UserError, check_least
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vlmscope.circuits.build import Asked
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.discovery.discover import Discovery
     from vlmscope.circuits.spec_config import CircuitSpecConfig
     from vlmscope.config import AppConfig
-    from vlmscope.core.graph import PrunedGraph
+    from vlmscope.data.inputs import Pair
     from vlmscope.tasks.bench import Bench
     from vlmscope.tasks.registry import RunContext
 
@@ -44,9 +46,7 @@ class Config:
     figure: bool = True
 
     def __post_init__(self) -> None:
-        for key in ("answers", "traces"):
-            if getattr(self, key) < 1:
-                raise UserError(f"task.{key}={getattr(self, key)}: it must be at least 1")
+        check_least("task", self, answers=1, traces=1)
         if not 0 <= self.min_share < 1:
             raise UserError(f"task.min_share={self.min_share}: it is a share; choose a number from 0 to below 1")
 
@@ -60,7 +60,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from pathlib import Path
 
     from vlmscope.circuits import page
-    from vlmscope.circuits.build import Sources, build_circuit, trace_all
+    from vlmscope.circuits.build import Asked, Sources, build_circuit, spread_answers, trace_all, trace_pairs
     from vlmscope.circuits.circuit import circuit_metrics, direct_edges, labelled, load_circuit, save_circuit
     from vlmscope.config.resolve import declared_circuit
     from vlmscope.data.images import for_figures
@@ -85,28 +85,27 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         print("pairs= finds circuits; this one is declared or loaded, so they are not used")
     study = None if cfg.study.path is None else StudyFolder(cfg.study.path)
 
-    bench, discovery, others = Bench(cfg, context.run_dir, overrides=context.overrides), None, sources.inputs()
-    if discovers:
-        discovery, circuit, graphs, asked, others = discovered(bench, asked)
-        name = discovery.question
+    bench = Bench(cfg, context.run_dir, overrides=context.overrides)
+    circuit, name, discovery, pairs, others = loaded, folder.name, None, [], sources.inputs()
+    if loaded is not None:
+        loaded.check_fits(bench.vlm.name, bench.transcoders.widths, folder)
+    elif declared is None:
+        discovery, circuit, train = discovered(bench, bool(asked))
+        name, others = discovery.question, [Asked.from_side(s) for p in train for s in (p.original, p.counterfactual)]
+        pairs = [] if asked else spread_answers([train[row] for row in discovery.train_rows], cfg.task.traces)
+    if pairs:
+        asked = [Asked.from_side(pair.original) for pair in pairs]
+        graphs = trace_pairs(bench.scope, pairs, cfg.attribution, bench.run_dir)
     else:
-        if loaded is not None:
-            loaded.check_fits(bench.vlm.name, bench.transcoders.widths, folder)
         graphs = trace_all(bench.scope, asked, [cfg.attribution] * len(asked), bench.run_dir)
-        if loaded is not None:
-            circuit, name = loaded, folder.name
-        else:
-            assert declared is not None, "a circuit is loaded, declared or discovered"
-            circuit, name = (
-                build_circuit(bench.scope, declared, sources, [pruned.graph for pruned in graphs]),
-                declared.name,
-            )
-    whole = [pruned.graph for pruned in graphs]
-    if whole:
-        circuit = replace(circuit, edges=direct_edges(whole, list(circuit.supernodes.values()), cfg.task.answers))
+    if circuit is None:
+        assert declared is not None, "a circuit is loaded, discovered or declared"
+        circuit, name = build_circuit(bench.scope, declared, sources, graphs), declared.name
+    if graphs:
+        circuit = replace(circuit, edges=direct_edges(graphs, list(circuit.supernodes.values()), cfg.task.answers))
     circuit = labelled(circuit, bench.labels)
     save_circuit(circuit, bench.run_dir / "circuits" / name)
-    bench.metrics |= circuit_metrics(circuit, whole)
+    bench.metrics |= circuit_metrics(circuit, graphs)
     if cfg.task.figure:
         pool = page.example_pool(asked, others, is_orrery(bench.vlm), cfg.seed + 1)
         nodes = page.described(
@@ -162,18 +161,15 @@ def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]
     return [] if spec is None or spec.inputs is None else asked_of("circuit_spec.inputs", spec.inputs, (), cfg.seed)
 
 
-def discovered(
-    bench: Bench, asked: list[Asked]
-) -> tuple[Discovery, Circuit, list[PrunedGraph], list[Asked], list[Asked]]:
-    """The circuit of one question of the pairs, with named supernodes; the graphs of what was asked, or else of some
-    originals, and these; and inputs in which its features may fire.
+def discovered(bench: Bench, own: bool) -> tuple[Discovery, Circuit, Sequence[Pair]]:
+    """The circuit of one question of the pairs, with named supernodes, and the question's training pairs; `own`: graphs
+    will be those of the user's own inputs.
     """
-    from vlmscope.circuits.build import Asked, spread_answers, trace_all, trace_pairs
     from vlmscope.circuits.discovery.discover import discover_question, moving_questions, named_circuit
     from vlmscope.circuits.discovery.report import write_discoveries
 
     cfg = bench.cfg
-    if not asked and (cfg.attribution.asked != "logits" or cfg.attribution.token_ids):
+    if not own and (cfg.attribution.asked != "logits" or cfg.attribution.token_ids):
         key = "token_ids" if cfg.attribution.asked == "logits" else cfg.attribution.asked
         raise UserError(
             f"attribution.{key}: the graphs of pairs= explain the difference of the pair's two answers; leave it out, "
@@ -187,12 +183,5 @@ def discovered(
     settings = (cfg.discovery, cfg.attribution, cfg.interchange.least)
     discovery = discover_question(bench.scope, question, train, test, *settings)
     bench.metrics |= write_discoveries([discovery], bench.run_dir, cfg.task.figure)
-    others = [Asked.from_side(side) for pair in train[question] for side in (pair.original, pair.counterfactual)]
-    circuit = named_circuit(bench.scope, discovery, list(dict.fromkeys(side.caption for side in others)))
-    if asked:
-        graphs = trace_all(bench.scope, asked, [cfg.attribution] * len(asked), bench.run_dir)
-    else:
-        pairs = spread_answers([train[question][row] for row in discovery.train_rows], cfg.task.traces)
-        asked = [Asked.from_side(pair.original) for pair in pairs]
-        graphs = trace_pairs(bench.scope, pairs, cfg.attribution, bench.run_dir)
-    return discovery, circuit, graphs, asked, others
+    answers = dict.fromkeys(side.answer for pair in train[question] for side in (pair.original, pair.counterfactual))
+    return discovery, named_circuit(bench.scope, discovery, list(answers)), train[question]

@@ -25,6 +25,7 @@ from vlmscope.transcoders.transcoder import random_set
 
 N = 40
 A, B, C = FeatureId(0, 3), FeatureId(1, 5), FeatureId(2, 7)
+NO_ROLE = RoleMeans({}, {}, 1)
 PLAIN = SupernodeConfig(influence=InfluenceConfig())
 
 
@@ -161,7 +162,7 @@ def test_by_influence_takes_the_first_or_up_to_a_share(bench) -> None:
         (lambda *_: selectors.by_cluster(CLUSTERS, ClusterConfig("run", "digits"), PLAIN, {}), "2 clusters"),
         (lambda *_: selectors.read_clusters("/no/run"), "holds no clusters.parquet"),
         (
-            lambda scope, _: selectors.by_contrast(scope.transcoders, *[RoleMeans({}, {}, 1)] * 2, PLAIN, {}),
+            lambda scope, _: selectors.by_contrast(scope.transcoders, NO_ROLE, NO_ROLE, PLAIN, {}),
             "no position role in common",
         ),
         (lambda _, graph: selectors.feature_influence(graph, "nothing"), "'nothing': the graph of 'what is this \\?'"),

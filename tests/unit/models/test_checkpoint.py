@@ -11,13 +11,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from vlmscope.app import main
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Exchange
 from vlmscope.models.checkpoint import check_weights, is_complete, weight_files
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.orrery import build_tokenizer
-from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
+from vlmscope.models.tiny import tiny_image, tiny_vlm
 
 INDEX, LAST = "model.safetensors.index.json", "model.language_model.layers.3."
 
@@ -96,9 +95,7 @@ SHARD = r"model-00002-of-0000\d.safetensors"
 DAMAGES = {
     "no shard": (lambda f: shard(f).unlink(), SHARD + r" is missing \(1 of \d weight files are\); download it again"),
     "interrupted": (interrupt, r"is missing \(1 of \d weight files are\) \(a download of it was interrupted\)"),
-    "empty shard": (shard_is(b""), SHARD + r": not a complete safetensors file \(0 bytes; "),
     "cut shard": (cut_shard, SHARD + ": not a complete safetensors file .*file not fully covered.*; download"),
-    "page": (shard_is(b"<html>Access to this model is restricted"), SHARD + ": not a complete safetensors file"),
     "pointer": (
         shard_is(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"),
         SHARD + " is a Git LFS pointer, not the file itself; run `git lfs pull`",
@@ -116,11 +113,7 @@ DAMAGES = {
     "shorter": (config(shorter), f"13 weights of layers that the model of .*config.json lacks, first {LAST}"),
     "no tensor": (change_tensors(lambda tensors, name: tensors.pop(name)), r"lacks 1 weights, first model\."),
     "nan": (fill(float("nan")), "holds values that are not finite in float32, first in "),
-    "infinite": (fill(float("inf")), "holds values that are not finite in float32, first in "),
-    "words": (config(lambda c: c["text_config"].update(hidden_size="wide")), "transformers refuses .*'hidden_size'"),
     "uneven": (config(lambda c: c["text_config"].update(hidden_size=23)), r"transformers refuses .*hidden size \(23\)"),
-    "bad config": (file_is("config.json", '{"model_type": '), "config.json is not valid JSON"),
-    "list": (file_is("config.json", "[1]"), "config.json names no model_type"),
     "no type": (config(lambda c: c.pop("model_type")), "config.json names no model_type"),
     "no tokenizer": (remove("tokenizer*"), r"has no tokenizer \(tokenizer.json, tokenizer.model\)"),
     "bad tokenizer": (file_is("tokenizer.json", "{}"), "cannot load the model at"),
@@ -146,22 +139,11 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_folder_is_one_line(name: str, folder: Path) -> None:
     damage, words = DAMAGES[name]
+    assert is_complete(folder)
     damage(folder)
     with pytest.raises(UserError, match=words) as raised:
         load_vlm(folder)
     assert "\n" not in str(raised.value)
-
-
-def test_from_the_command_line_it_is_exit_code_2(
-    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert is_complete(folder)
-    cut_shard(folder)
-    assert not is_complete(folder)
-    asked = ["task=trace", "model=path", f"model.path={folder}", "prompt=what is this ?", "tracking=none"]
-    assert main([*asked, f"hydra.run.dir={tmp_path / 'run'}"]) == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
 
 
 def test_weights_beyond_the_dtype_are_one_line(folder: Path) -> None:
@@ -169,13 +151,6 @@ def test_weights_beyond_the_dtype_are_one_line(folder: Path) -> None:
     load_vlm(folder)
     with pytest.raises(UserError, match=r"not finite in float16.*bfloat16 or float32"):
         load_vlm(folder, dtype="float16")
-
-
-def test_weights_and_logits_come_back_from_shards(folder: Path) -> None:
-    before, after = tiny_gemma3(3), load_vlm(folder)
-    inputs = before.prepare("what is this ?", [tiny_image(1)])
-    with torch.no_grad():
-        assert torch.equal(before.model(**inputs.tensors).logits, after.model(**inputs.tensors).logits)
 
 
 def test_weights_in_one_file_and_in_shards_are_those_that_transformers_takes(folder: Path) -> None:
@@ -287,8 +262,6 @@ OTHER = "no {{ messages[0]['content'] }}"
 # Where a template is saved: the files that say so, and how the choice is reported.
 SAVED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     "jinja": (lambda own: {"chat_template.jinja": own}, ""),
-    "json": (lambda own: {"chat_template.json": {"chat_template": own}}, ""),
-    "processor": (lambda own: {"processor_config.json": {"chat_template": own}}, ""),
     "tokenizer": (lambda own: {"tokenizer_config.json": {"chat_template": own}}, "the tokenizer's"),
     "named": (
         lambda own: {"tokenizer_config.json": {"chat_template": named(default=own, rag=OTHER)}},
@@ -297,10 +270,6 @@ SAVED: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     "folder": (
         lambda own: {"chat_template.jinja": own, "additional_chat_templates/rag.jinja": OTHER},
         "the processor's, of default, rag the default",
-    ),
-    "both": (
-        lambda own: {"chat_template.json": {"chat_template": own}, "tokenizer_config.json": {"chat_template": OTHER}},
-        "",
     ),
     "none": (lambda own: {}, "the family's usual one; the model came without"),
 }
@@ -354,9 +323,8 @@ def test_the_chat_template_is_the_one_that_hugging_face_takes(
     assert spoken.text.removeprefix("<bos>") == theirs.apply_chat_template(said, tokenize=False)
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3_text"])
-def test_named_templates_without_a_default_are_listed(family: str, tmp_path: Path) -> None:
+def test_named_templates_without_a_default_are_listed(tmp_path: Path) -> None:
     templates = {"chat_template": named(rag=OTHER, tools=OTHER)}
-    save_with_template(family, tmp_path, {"tokenizer_config.json": templates})
+    save_with_template("llava", tmp_path, {"tokenizer_config.json": templates})
     with pytest.raises(UserError, match="chat templates rag, tools and none called default; .* chat_template.jinja"):
         load_vlm(tmp_path)

@@ -118,20 +118,15 @@ def test_half_a_download_goes_on(cache: Path, sharded: Path, monkeypatch: pytest
 
 
 def test_nothing_but_weights_configuration_and_tokenizer_is_wanted() -> None:
-    names = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"]
-    names += ["chat_template.jinja", "merges.txt"]
-    never = ["pytorch_model.bin", "modeling_own.py", "README.md", "original/model.safetensors"]
-    never += ["consolidated.safetensors", "model.pt", "tf_model.h5", "training_args.bin"]
+    names = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja", "merges.txt"]
+    never = ["pytorch_model.bin", "modeling_own.py", "original/model.safetensors", "consolidated.safetensors", "a.pt"]
     assert WANTED.of([*names, *never]) == names
 
 
 FAILURES = [
     (lambda: errors.GatedRepoError("x", response=response(403)), "licence must be accepted on its page first"),
-    (lambda: errors.RevisionNotFoundError("x", response=response(404)), "the hub has no such revision of it"),
     (lambda: errors.RepositoryNotFoundError("x", response=response(401)), "the hub has no such model, or it is priv"),
     (lambda: errors.HfHubHTTPError("x", response=response(403)), "the hub refuses access"),
-    (lambda: errors.HfHubHTTPError("x", response=response(503)), "the hub answered 503"),
-    (lambda: errors.OfflineModeIsEnabled("offline"), "the hub cannot be reached (OfflineModeIsEnabled"),
     (lambda: TimeoutError("timed out\nlater"), "the hub cannot be reached (TimeoutError: timed out)"),
     (lambda: PermissionError(13, "Permission denied", "/cache"), "/cache cannot be written (Permission denied)"),
 ]
@@ -144,9 +139,8 @@ def test_what_the_hub_refuses_is_one_line(
     Hub(sharded, failure()).install(monkeypatch)
     with pytest.raises(UserError, match=re.escape(words)) as raised:
         model_folder("models/tiny-vlm", REPO, COMMIT)
-    message = str(raised.value)
-    assert "\n" not in message
-    assert f"hf download {REPO} --revision {COMMIT} --local-dir models/tiny-vlm" in message
+    assert "\n" not in str(raised.value)
+    assert f"hf download {REPO} --revision {COMMIT} --local-dir models/tiny-vlm" in str(raised.value)
 
 
 def test_no_network_fails_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,45 +157,29 @@ def test_no_network_fails_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert time.monotonic() - started < 15
 
 
-def test_offline_says_what_to_download(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids") as raised:
+def test_what_is_refused_before_anything_is_fetched(
+    cache: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for revision in (None, "main", COMMIT[:10]):
+        with pytest.raises(UserError, match=r"add model.revision=<commit, 40 hex digits>"):
+            model_folder(REPO, None, revision)
+    Hub(sharded, names=["config.json", "pytorch_model.bin"]).install(monkeypatch)
+    with pytest.raises(UserError, match="has no safetensors at .* pickles are never read"):
         model_folder(REPO, None, COMMIT)
-    assert f"hf download {REPO} --revision {COMMIT} --local-dir models/tiny-vlm` and give model.path=" in str(
-        raised.value
-    )
-
-
-@pytest.mark.parametrize("revision", [None, "main", "v1.0", COMMIT[:10]])
-def test_a_commit_is_asked_for(revision: str | None, cache: Path) -> None:
-    with pytest.raises(UserError, match=r"add model.revision=<commit, 40 hex digits>"):
-        model_folder(REPO, None, revision)
-
-
-def test_a_disk_that_is_too_small_is_said_before(cache: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(sharded).install(monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2_500))
     with pytest.raises(UserError, match=r"it has \d+\.0 kB to fetch but .* has 2\.5 kB free"):
         model_folder(REPO, None, COMMIT)
-    assert not hub.downloads
-
-
-def test_a_repository_of_pickles_is_refused(cache: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(sharded, names=["config.json", "pytorch_model.bin"]).install(monkeypatch)
-    with pytest.raises(UserError, match="has no safetensors at .* pickles are never read"):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids.*--local-dir models/tiny-vlm` and give model.path="):
         model_folder(REPO, None, COMMIT)
     assert not hub.downloads
 
 
-def test_paths_are_no_hub_ids() -> None:
+def test_published_models_are_pinned() -> None:
     assert is_hub_id("google/gemma-3-4b-it") and is_hub_id("a/b")
     for path in ("/a/b", "./a/b", "../b", "a", "a/b/c", "~/a", "a/.b", "C:/b"):
         assert not is_hub_id(path), path
-
-
-@pytest.mark.parametrize("path", sorted((conf_dir() / "model").glob("*.yaml")), ids=lambda path: path.stem)
-def test_published_models_are_pinned(path: Path) -> None:
-    record = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(record, dict)
-    if record.get("hub"):
-        assert is_hub_id(record["hub"]) and is_commit(record["revision"])
+    for path in (conf_dir() / "model").glob("*.yaml"):
+        record = OmegaConf.load(path)
+        assert not record.get("hub") or (is_hub_id(record["hub"]) and is_commit(record["revision"]))

@@ -86,10 +86,8 @@ TURNED = Image.Exif()
 TURNED[0x0112] = 6
 # Name of the file -> picture and how it is saved.
 FILES = {
-    "alpha.png": (drawn((72, 48)), {}),
     "grey_alpha.png": (drawn((72, 48)).convert("LA"), {}),
     "alpha.webp": (drawn((48, 96)), {"lossless": True}),
-    "alpha.gif": (drawn((72, 48)), {}),
     "palette.png": (drawn((72, 48)).quantize(4), {}),
     "scan.png": (tiny_image(1).resize((2100, 60)), {}),
     "turned.jpg": (tiny_image(2).resize((72, 48)), {"exif": TURNED}),
@@ -128,7 +126,7 @@ def test_the_processor_alone_limits_the_soft_tokens(family: str, tmp_path: Path)
     assert boxes[-1] == pytest.approx(PatchBox(399 / 400, 3 / 4, 1, 1))
 
 
-@pytest.mark.parametrize("size", [(1, 40), (40, 1), (3, 90), (90, 3), (1, 1)])
+@pytest.mark.parametrize("size", [(1, 40), (3, 90), (90, 3), (1, 1)])
 def test_strips(vlm: VLM, size: tuple[int, int]) -> None:
     """Some towers see a strip as less than a patch; Hugging Face's own forward says how many soft tokens are left."""
     inputs = vlm.prepare(PROMPT, [tiny_image(1).resize(size)])
@@ -149,16 +147,6 @@ def test_a_saved_model_is_the_same_model(vlm: VLM, tmp_path: Path) -> None:
     assert before.input_ids == after.input_ids and before.patch_boxes == after.patch_boxes
     assert again.tokenizer.backend_tokenizer.to_str() == vlm.tokenizer.backend_tokenizer.to_str()
     assert torch.allclose(logits(vlm, before), logits(again, after), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (2, 3)])
-def test_smolvlm_is_expanded_as_by_its_own_processor(rows: int, columns: int) -> None:
-    from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
-
-    ours = tiny_vlm("smolvlm").processor.replace_image_token({"rows": [[rows]], "cols": [[columns]]}, 0)
-    assert ours == get_image_prompt_string(
-        rows, columns, 4, "<fake_token_around_image>", image_token="<image>", global_image_token="<global-img>"
-    )
 
 
 def test_a_batch_of_prompts_is_each_on_its_own(vlm: VLM) -> None:

@@ -15,7 +15,7 @@ from vlmscope.models.conversations import LOSS_MASK, continued, encode, greedy_a
 from vlmscope.models.loading import VLM
 from vlmscope.models.orrery import build_tokenizer
 from vlmscope.models.template import Turn
-from vlmscope.models.tiny import WORDS, byte_tokenizer, tiny_image, tiny_vlm
+from vlmscope.models.tiny import WORDS, tiny_image, tiny_vlm
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set
 
@@ -71,11 +71,6 @@ def test_placeholders_stand_where_the_prompt_spells_them(vlm: VLM) -> None:
         vlm.prepare(f"what {mark} is", two)
 
 
-def test_a_token_with_the_templates_space_and_the_users_word_is_the_users() -> None:
-    vlm = tiny_vlm("llava", 5)
-    assert text(vlm, vlm.prepare("what is this ?"), "question") == " what is this ?"  # USER: what ...
-
-
 def test_words_that_the_processor_adds_are_not_the_users() -> None:
     turn = Turn("user ", "see <img>!", " model")
     replaced = [{"span": (9, 14), "text": "<img>", "replacement": "here is <soft>"}]
@@ -105,13 +100,6 @@ def test_byte_level_tokenizers_give_any_text_back(vlm: VLM) -> None:
         ids = tokenizer(said, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == said and len(ids) <= len(said.encode())
     assert len(tokenizer(" ".join(WORDS), add_special_tokens=False)["input_ids"]) == len(WORDS)
-
-
-def test_given_words_are_one_token_and_others_their_bytes() -> None:
-    tokenizer = byte_tokenizer(("<pad>", "<bos>", "<eos>"), ("USER:", "planet"), {}, adds_bos=False)
-    pieces = [[tokenizer.decode([t]) for t in tokenizer(said)["input_ids"]] for said in ("USER: planet", "planets é")]
-    assert pieces == [["USER", ":", " planet"], [*"planets", " ", "\ufffd", "\ufffd"]]
-    assert len(tokenizer) == 3 + 256 + 4  # each word with and without its space
 
 
 def test_nothing_longer_than_the_models_positions_runs(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:

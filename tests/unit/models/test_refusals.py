@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -154,10 +155,6 @@ def test_what_a_processor_raises_is_one_line_that_names_its_input(
 
 def test_memory_is_not_blamed_on_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     vlm = tiny_vlm("llava", 5)
-
-    def full(*_args: Any, **_kwargs: Any) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(type(vlm.processor), "__call__", full)
+    monkeypatch.setattr(type(vlm.processor), "__call__", Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):
         vlm.prepare("what is this", [tiny_image(0)])

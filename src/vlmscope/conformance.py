@@ -179,9 +179,6 @@ def make_subject(
     """Freeze the model at a prompt and find its edges; in float64 call it, and the checks, under `exact_float64`.
 
     `other` is the prompt with other pictures, `dtype` that of the replacement model; the model's own when None.
-
-    Raises:
-        UserError: when the model or the set cannot be represented.
     """
     limits = limits or Limits()
     replacement = build_replacement(scope, inputs, dtype)
@@ -513,14 +510,7 @@ def noise_picture(seed: int) -> Image.Image:
 def run_cases(
     scope: Scope, prompt: str = PROMPT, pictures: Sequence[Image.Image] = (), limits: Limits | None = None
 ) -> Iterator[CaseReport]:
-    """Check a model on text alone and, where it takes pictures, on one and on two; random pictures fill up.
-
-    Yields:
-        A report a case, as soon as it is known.
-
-    Raises:
-        UserError: when the model takes the prompt with no number of pictures, or cannot be represented.
-    """
+    """Check a model on text alone and, where it takes pictures, on one and on two; random pictures fill up."""
     limits = limits or Limits()
     images = [*pictures, *(noise_picture(number) for number in range(2))][:2]
     others = [noise_picture(number) for number in (2, 3)]

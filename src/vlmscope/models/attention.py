@@ -139,11 +139,7 @@ def using_vlmscope_attention(adapter: Adapter) -> Iterator[None]:
 
 @contextmanager
 def recording_patterns(adapter: Adapter) -> Iterator[dict[int, Tensor]]:
-    """Record the decoder's attention patterns.
-
-    Yields:
-        A dict that each forward fills: layer -> pattern `[B, H, Tq, Tk]` (of the latest forward, detached).
-    """
+    """The decoder's attention patterns of the latest forward inside: layer -> pattern `[B, H, Tq, Tk]`, detached."""
     store: dict[int, Tensor] = {}
     recorders = {adapter.attention(layer): partial(store.__setitem__, layer) for layer in range(adapter.n_layers)}
     with using_vlmscope_attention(adapter), _entered(_recorders, recorders):
@@ -152,14 +148,10 @@ def recording_patterns(adapter: Adapter) -> Iterator[dict[int, Tensor]]:
 
 @contextmanager
 def recording_vision_patterns(adapter: Adapter, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
-    """Record the attention patterns of some layers of `Adapter.vision_attention()`; the others keep nothing.
+    """Attention patterns of some layers of `Adapter.vision_attention()` in the forwards inside.
 
-    Yields:
-        A dict that forwards fill: layer -> patterns `[B, H, S, S]` (detached), one a call of the attention in the order
-        of calls. A tower that attends within windows calls it for each of them.
-
-    Raises:
-        UserError: the tower's attention cannot be recorded.
+    Layer -> patterns `[B, H, S, S]` (detached), one a call of the attention in the order of calls: a tower that attends
+    within windows calls it for each of them.
     """
     modules: list[Any] = adapter.vision_attention()
     store: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -179,11 +171,7 @@ def stopping_at_scores(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replacing_patterns(adapter: Adapter, patterns: Mapping[int, Tensor]) -> Iterator[None]:
-    """Use given attention patterns `[B or 1, H, Tq, Tk]` in these decoder layers; the others compute their own.
-
-    Raises:
-        ValueError: in the forward, when a pattern does not fit the run.
-    """
+    """Use given attention patterns `[B or 1, H, Tq, Tk]` in these decoder layers; the others compute their own."""
     given = {adapter.attention(layer): pattern for layer, pattern in patterns.items()}
     with using_vlmscope_attention(adapter), _entered(_replacements, given):
         yield
@@ -199,14 +187,11 @@ _POWERS = {torch.pow, Tensor.pow, Tensor.__pow__}
 
 
 class FrozenVision(TorchFunctionMode):
-    """While active, freezes what the module's docstring lists; the first pass records, `replaying` ones reuse.
-
-    `constants` are what was frozen, in the order of calls.
-    """
+    """While active, freezes what the module's docstring lists; the first pass records, `replaying` ones reuse."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.constants: list[Tensor] = []
+        self.constants: list[Tensor] = []  # in the order of calls
         self._next: Iterator[Tensor] | None = None
 
     @contextmanager
@@ -263,11 +248,7 @@ class FrozenVision(TorchFunctionMode):
 
 @contextmanager
 def frozen_vision(adapter: Adapter) -> Iterator[FrozenVision]:
-    """Freeze the vision path of a model in the forwards inside; enter it inside `exact_float64` in float64.
-
-    Raises:
-        UserError: the tower's attention cannot be recorded.
-    """
+    """Freeze the vision path of a model in the forwards inside; enter it inside `exact_float64` in float64."""
     mode = FrozenVision()
 
     def keep(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:

@@ -366,6 +366,10 @@ class Adapter:
         """Patches down and across a soft token."""
         return 1
 
+    def grids(self, tensors: Tensors, sizes: Sizes) -> Sequence[tuple[int, int]]:
+        """Rows and columns of patches of a tile of each picture."""
+        return [(self.tile_side, self.tile_side)] * len(sizes)
+
     def tiles(self, size: Size, image_processor: Any) -> list[PatchBox]:
         """The part of a picture, given by width and height, that each of its tiles shows."""
         return [WHOLE]
@@ -376,17 +380,17 @@ class Adapter:
         A token that stands for no part of it, such as the end of a row, has a box without area. `tensors` are the
         model's inputs with these pictures, batch size 1; `image_processor` made them, None for a text-only model.
         """
-        if not (self.has_vision and sizes):
-            return [[] for _ in sizes]
-        side = self.tile_side // self.pool
-        pictures = (self.tiles(size, image_processor) for size in sizes)
-        return [[box for tile in tiles for box in grid_boxes(side, side, tile)] for tiles in pictures]
+        boxes = []
+        for size, (rows, columns) in zip(sizes, self.grids(tensors, sizes) if sizes else (), strict=True):
+            tiles, grid = self.tiles(size, image_processor), (rows // self.pool, columns // self.pool)
+            boxes.append([box for tile in tiles for box in grid_boxes(*grid, tile)])
+        return boxes
 
     def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
         """The patches that the vision tower sees of each picture (one or more), and their pooling to soft tokens."""
-        side, n_class = self.tile_side, tower_kind(self.vision_tower()).n_class
         windows = [self.tiles(size, image_processor) for size in sizes]
-        return [pooled(tiles, self.pool) for tiles in batched_tiles(windows, side, side, n_class)]
+        tiles = batched_tiles(windows, *self.grids(tensors, sizes)[0], tower_kind(self.vision_tower()).n_class)
+        return [pooled(own, self.pool) for own in tiles]
 
 
 def _bias(projection: Any) -> Tensor | None:

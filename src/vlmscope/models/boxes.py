@@ -47,10 +47,7 @@ def square_window(size: tuple[int, int]) -> PatchBox:
 
 
 def seen_window(size: tuple[int, int], processor: Any) -> PatchBox:
-    """The part of a picture of this width and height that a pad-resize-crop image processor shows to the tower.
-
-    The processor is Hugging Face's, with `do_resize`, `do_center_crop` and perhaps `do_pad` (to a square).
-    """
+    """The part of a picture of this width and height that a pad-resize-crop image processor shows to the tower."""
     width, height = size
     window = square_window(size) if getattr(processor, "do_pad", None) else WHOLE
     left, top = window.left * width, window.top * height
@@ -174,13 +171,9 @@ class PicturePatches(NamedTuple):
 
 
 def batched_tiles(windows: Sequence[Sequence[PatchBox]], rows: int, columns: int, n_class: int = 0) -> list[list[Tile]]:
-    """The tiles of pictures whose tower takes them as a batch of equal sequences.
+    """The tiles of pictures whose tower takes them as a batch of equal sequences: class tokens, then patches.
 
-    Args:
-        windows: for each picture the part that each tile shows.
-        rows: patches down a tile.
-        columns: patches across a tile.
-        n_class: class tokens before the patches.
+    `windows` are for each picture the part that each tile shows.
     """
     n_patches, numbers = rows * columns, count()
 
@@ -195,10 +188,8 @@ def batched_tiles(windows: Sequence[Sequence[PatchBox]], rows: int, columns: int
 def merged_tiles(grids: Sequence[Sequence[int]], merge: int, window: int | None = None) -> list[Tile]:
     """One tile a picture, for towers that hold patches in blocks of `merge * merge` (the Qwen line).
 
-    Args:
-        grids: rows and columns of patches of each picture.
-        merge: patches down and across a block.
-        window: blocks down and across a window, for a tower that holds its blocks window by window.
+    `grids` are rows and columns of patches of each picture, `window` blocks down and across a window, for a tower that
+    holds its blocks window by window.
     """
     tiles, first = [], 0
     for rows, columns in grids:
@@ -240,10 +231,8 @@ def masked(
 ) -> list[PicturePatches]:
     """The same pictures without the patches that the tower masks, which lie below and to the right of the others.
 
-    Args:
-        pictures: made of tiles without class tokens.
-        windows: for each picture the part that each tile shows in the patches that are left.
-        seen: `[tiles of all pictures, rows, columns]` bool.
+    Tiles have no class tokens; `windows` are what each shows in the patches that are left; `seen` is
+    `[tiles of all pictures, rows, columns]` bool.
     """
     masks, left = iter(seen), []
     for picture, parts in zip(pictures, windows, strict=True):

@@ -95,10 +95,6 @@ def model_folder(path: str, hub: str | None = None, revision: str | None = None)
         path: a folder, or a hub id when there is no such folder.
         hub: the hub id that belongs at `path`, if any.
         revision: the commit, 40 hexadecimal digits; only needed when the folder is not there.
-
-    Raises:
-        UserError: the revision is not pinned, or the model can neither be found nor fetched; the message says what to
-            download and where to put it.
     """
     repo = hub or (path if is_hub_id(path) else None)
     if repo is None or Path(path).is_dir():

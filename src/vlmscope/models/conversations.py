@@ -28,13 +28,7 @@ _BY_POSITION = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_
 
 @torch.no_grad()
 def generated(adapter: Adapter, tensors: Mapping[str, Tensor], max_tokens: int) -> Tensor:
-    """The most probable token at each step: `[B, at most max_tokens]`, ends included and padding after them.
-
-    `tensors` are arguments of the model's forward, `input_ids [B, T]` among them.
-
-    Raises:
-        UserError: prompt and answer might be longer than the model's positions, or logits are not finite.
-    """
+    """The most probable token at each step: `[B, at most max_tokens]`, ends included and padding after them."""
     adapter.check_length(tensors, max_tokens)
 
     def check(_module: object, _args: tuple, output: Any) -> None:
@@ -54,11 +48,7 @@ def greedy_answer(adapter: Adapter, inputs: ModelInputs, max_tokens: int) -> lis
 
 
 def continued(adapter: Adapter, inputs: ModelInputs, token_ids: Sequence[int], tokenizer: Any) -> ModelInputs:
-    """The prompt with these tokens after it, at positions of role "answer", as the model sees it while it answers.
-
-    Raises:
-        UserError: prompt and tokens are longer than the model's positions.
-    """
+    """The prompt with these tokens after it, at positions of role "answer", as the model sees it while it answers."""
     count = len(token_ids)
     if count == 0:
         return inputs
@@ -87,14 +77,8 @@ def continued(adapter: Adapter, inputs: ModelInputs, token_ids: Sequence[int], t
 def encode(vlm: VLM, sample: Sample, max_tokens: int | None = None) -> list[dict[str, Tensor]]:
     """The forwards of one example: one, or one an exchange for a family that knows no turns (PaliGemma).
 
-    Args:
-        vlm: a loaded model.
-        sample: what is said, with its pictures.
-        max_tokens: longer ones are cut off at the end.
-
-    Raises:
-        UserError: with the example's origin: the model takes no pictures (or needs them), placeholders do not match the
-            pictures, the cut would go through a picture, or what is left is longer than the model's positions.
+    Those longer than `max_tokens` are cut off at the end, but not through a picture. A `UserError` names the example's
+    origin.
     """
     try:
         if isinstance(sample, Document):
@@ -151,11 +135,7 @@ def _cut(vlm: VLM, forward: dict[str, Tensor], max_tokens: int | None) -> dict[s
 
 
 def text_ids(vlm: VLM, text: str, whole: bool = False) -> list[int]:
-    """The tokens of a text, with those that the tokenizer adds around a `whole` one.
-
-    Raises:
-        UserError: the model needs pictures, or the text spells the token that stands for one.
-    """
+    """The tokens of a text, with those that the tokenizer adds around a `whole` one."""
     adapter = vlm.adapter
     if adapter.needs_pictures:
         raise UserError(f"{type(vlm.model).__name__} is not made for text without a picture; leave the line out")

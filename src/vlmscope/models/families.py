@@ -125,21 +125,17 @@ class Gemma4Adapter(Adapter):
     def pool(self) -> int:
         return int(self.model.config.vision_config.pooling_kernel_size)
 
-    def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
-        grids = self._grids(tensors) if sizes else []
-        return [grid_boxes(rows // self.pool, columns // self.pool) for columns, rows in grids]
+    def grids(self, tensors: Tensors, sizes: Sizes) -> list[tuple[int, int]]:
+        # Column and row of every patch are given, -1 for padding.
+        return [(rows, columns) for columns, rows in (tensors["image_position_ids"].amax(1) + 1).tolist()]
 
     def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
         # Patches stand row by row, behind them padding that the tower masks.
         length, pictures = tensors["image_position_ids"].shape[1], []
-        for number, (columns, rows) in enumerate(self._grids(tensors)):
+        for number, (rows, columns) in enumerate(self.grids(tensors, sizes)):
             tokens = number * length + np.arange(rows * columns)
             pictures.append(pooled([Tile(rows, columns, grid_boxes(rows, columns), tokens)], self.pool))
         return pictures
-
-    def _grids(self, tensors: Tensors) -> list[list[int]]:
-        """Columns and rows of patches of each picture, from those of every patch, -1 for padding."""
-        return (tensors["image_position_ids"].amax(1) + 1).tolist()
 
 
 class PaliGemmaAdapter(Adapter):
@@ -189,28 +185,29 @@ class LlavaAdapter(Adapter):
         "{% endfor %} {% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
     )
 
-    def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
-        rows, columns = self._grid(tensors) if sizes else (0, 0)
-        tokens = int((tensors["input_ids"] == self.soft_token_id()).sum()) // max(len(sizes), 1)
-        extra = tokens - rows * columns  # the class token, unless `vision_feature_select_strategy` drops it
-        windows = (seen_window(size, image_processor) for size in sizes)
-        return [grid_boxes(1, 1, window) * extra + grid_boxes(rows, columns, window) for window in windows]
-
-    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
-        n_class = tower_kind(self.vision_tower()).n_class
-        windows = [[seen_window(size, image_processor)] for size in sizes]
-        drops = self.model.config.vision_feature_select_strategy == "default"  # the first token, whatever the tower
-        pictures = []
-        for tiles in batched_tiles(windows, *self._grid(tensors), n_class):
-            every = sparse.csr_array(sparse.eye_array(len(tiles[0])))
-            pictures.append(PicturePatches(tiles, every[1:] if drops else every))
-        return pictures
-
-    def _grid(self, tensors: Tensors) -> tuple[int, int]:
-        """Rows and columns of patches."""
+    def grids(self, tensors: Tensors, sizes: Sizes) -> list[tuple[int, int]]:
         patch = int(self.model.config.vision_config.patch_size)
         height, width = tensors["pixel_values"].shape[-2:]
-        return height // patch, width // patch
+        return [(height // patch, width // patch)] * len(sizes)
+
+    def tiles(self, size: Size, image_processor: Any) -> list[PatchBox]:
+        return [seen_window(size, image_processor)]
+
+    def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
+        patches = super().soft_token_boxes(tensors, sizes, image_processor)
+        tokens = int((tensors["input_ids"] == self.soft_token_id()).sum()) // max(len(sizes), 1)
+        pictures = []
+        for size, boxes in zip(sizes, patches, strict=True):
+            extra = tokens - len(boxes)  # the class token, unless `vision_feature_select_strategy` drops it
+            pictures.append(grid_boxes(1, 1, seen_window(size, image_processor)) * extra + boxes)
+        return pictures
+
+    def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
+        first = int(self.model.config.vision_feature_select_strategy == "default")  # dropped, whatever the tower
+        pictures = super().picture_patches(tensors, sizes, image_processor)
+        return [
+            PicturePatches(tiles, sparse.csr_array(sparse.eye_array(len(tiles[0])))[first:]) for tiles, _ in pictures
+        ]
 
 
 class _Canvas(NamedTuple):
@@ -436,13 +433,12 @@ class Qwen3VLAdapter(Adapter):
             dense[:, layer][where] = rows.to(dense)
         return dense
 
-    def soft_token_boxes(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[list[PatchBox]]:
-        grids = tensors["image_grid_thw"].tolist() if sizes else []
-        return [grid_boxes(rows // self.pool, columns // self.pool) for _, rows, columns in grids]
+    def grids(self, tensors: Tensors, sizes: Sizes) -> list[tuple[int, int]]:
+        return [(rows, columns) for _, rows, columns in tensors["image_grid_thw"].tolist()]
 
     def picture_patches(self, tensors: Tensors, sizes: Sizes, image_processor: Any) -> list[PicturePatches]:
-        grids = [(rows, columns) for _, rows, columns in tensors["image_grid_thw"].tolist()]
-        return [pooled([tile], self.pool) for tile in merged_tiles(grids, self.pool, self._window())]
+        tiles = merged_tiles(self.grids(tensors, sizes), self.pool, self._window())
+        return [pooled([tile], self.pool) for tile in tiles]
 
     def _window(self) -> int | None:
         """Soft tokens down and across a window of the tower; None of a tower without windows."""

@@ -53,16 +53,12 @@ class VLM:
         return chosen_template(self.processor)[0]
 
     def prepare(self, prompt: str, images: Sequence[Image] = ()) -> ModelInputs:
-        """The inputs of one user turn.
+        """The inputs of one user turn, or a `UserError` that says what the model cannot take.
 
         Args:
             prompt: what the user says, taken verbatim. If it spells image placeholders, there must be one a picture;
                 if it spells none, the pictures come first.
             images: the pictures, in order, of any mode: `as_rgb` says what becomes of them.
-
-        Raises:
-            UserError: when the placeholders do not match the pictures, the model takes no pictures, the prompt has a
-                word that the vocabulary lacks, `as_rgb` refuses a picture, or it is longer than the model's positions.
         """
         adapter, images = self.adapter, _upright(images)
         check_characters(prompt, "the prompt")
@@ -294,10 +290,6 @@ def load_vlm(
         device: cpu, cuda, cuda:N or mps.
         offload: where the weights rest: on the device ("none"), in CPU memory ("cpu") or in the folder ("disk").
         name: short name for records; the folder's when None.
-
-    Raises:
-        UserError: when the folder is not a model, is incomplete, does not fit its own config or the memory, or its type
-            is not supported.
     """
     folder = Path(path)
     model_type = str(read_config(folder)["model_type"])

@@ -35,12 +35,11 @@ class Turn:
         """Which tokens hold a part of the prompt, told by characters: `[T]` bool.
 
         Neither words nor ids would do: a character may be several tokens, a token may reach from the template into the
-        prompt, and what the processor puts around soft tokens may change how the text beside it is cut. What replaces a
-        placeholder is not written by the user, wherever it was spelt.
+        prompt, and what the processor puts around soft tokens may change how the text beside it is cut.
 
         Args:
             replaced: what the processor put in the place of placeholders, in order: `span`, first and last character
-                (past the end) in the turn, `text`, what stood there, and `replacement`.
+                (past the end) in the turn, `text`, what stood there, and `replacement`, which is not the user's.
             offsets: `[T, 2]`, first and last character (past the end) of every token in the text after the replacement.
         """
         start = len(self.before)
@@ -89,18 +88,9 @@ def spelt_placeholders(prompt: str, placeholder: str, n_images: int) -> int:
 
 
 def user_turn(tokenizer: Any, template: str, prompt: str, placeholder: str, n_images: int) -> Turn:
-    """Render a Hugging Face chat template around a prompt taken verbatim.
+    """Render a Hugging Face chat template in Jinja around a prompt taken verbatim.
 
-    Args:
-        tokenizer: renders the template and knows its special tokens.
-        template: a chat template in Jinja.
-        prompt: what the user says; when it spells no placeholder, the template places the pictures.
-        placeholder: what stands for a picture.
-        n_images: the number of pictures.
-
-    Raises:
-        UserError: the prompt spells another number of placeholders than there are pictures, or the template does not
-            show what the user says.
+    When it spells no placeholder, which stands for a picture, the template places the pictures.
     """
     n_given = n_images - spelt_placeholders(prompt, placeholder, n_images)
     words = _template_words(tokenizer, template, ["user"], placeholder, n_given)
@@ -110,13 +100,7 @@ def user_turn(tokenizer: Any, template: str, prompt: str, placeholder: str, n_im
 
 
 def dialogue(tokenizer: Any, template: str, exchanges: Sequence[Exchange], placeholder: str, n_images: int) -> Dialogue:
-    """Render a Hugging Face chat template around what user and assistant say, taken verbatim.
-
-    The arguments are those of `user_turn`; the first exchange may spell the pictures' placeholders.
-
-    Raises:
-        UserError: placeholders are spelt elsewhere or in another number, or the template cannot show an answer.
-    """
+    """`user_turn` for a conversation, of which the first prompt may spell the pictures' placeholders."""
     later = [exchanges[0].assistant, *(text for exchange in exchanges[1:] for text in exchange)]
     if any(placeholder in text for text in later):
         raise UserError(f"{placeholder} is spelt after the first user turn; pictures come with the first user turn")

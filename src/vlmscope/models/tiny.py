@@ -38,11 +38,8 @@ def byte_tokenizer(
 ) -> transformers.PreTrainedTokenizerFast:
     """A tokenizer with ids in the order: special tokens, the 256 bytes, words.
 
-    Args:
-        special: special tokens, among them `<pad>`, `<bos>` and `<eos>`.
-        words: texts that become one token, or one for each of their parts: letters, digits and signs are parted.
-        named: special tokens that the family's processor asks for by name, such as `image_token`.
-        adds_bos: put `<bos>` before what is encoded with special tokens, as Llama's tokenizer does.
+    `words` become one token each, or one for each of their parts: letters, digits and signs are parted. `named` are
+    special tokens that the family's processor asks for by name. Llama's tokenizer `adds_bos` by itself.
     """
     bytes_of = ByteLevel(add_prefix_space=False, use_regex=True)
     vocabulary = dict.fromkeys((*special, *sorted(ByteLevel.alphabet())))
@@ -294,15 +291,9 @@ def _made(family: str, recipe: Recipe, seed: int, dtype: torch.dtype, attention:
 
 
 def tiny_vlm(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> VLM:
-    """A random model of a family with its processor, in evaluation mode.
+    """A random model of a family, such as "gemma3_text" or "llava", with its processor, in evaluation mode.
 
-    Args:
-        family: Hugging Face's `model_type`, such as "gemma3", "gemma3_text" or "llava".
-        seed: names the weights; the same seed gives the same weights in every dtype.
-        dtype: dtype of the weights.
-
-    Raises:
-        UserError: when the family has no tiny model.
+    The same seed gives the same weights in every dtype.
     """
     if family in ("gemma3", "gemma3_text"):
         return tiny_gemma3(seed, text_only=family == "gemma3_text", dtype=dtype)

@@ -14,7 +14,7 @@ from vlmscope.config.store import OVERRIDES, job_settings, run_label
 from vlmscope.core.artifacts import read_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.launch import place_of
-from vlmscope.core.runs import differing, read_jobs, write_table
+from vlmscope.core.runs import read_jobs, write_table
 from vlmscope.tracking import sweep
 
 
@@ -26,7 +26,7 @@ def summarise(folder: Path) -> list[Path]:
     found = {path.parent: job_settings(read_yaml(path)) for path in sorted(folder.glob(f"*/{OVERRIDES}"), key=_number)}
     if not found:
         return []
-    jobs = read_jobs(dict(zip(found, differing(list(found.values())), strict=True)))
+    jobs = read_jobs(found)
     table = folder / "sweep.csv"
     write_table(jobs, table)
     written = [table]

@@ -70,31 +70,26 @@ class SweepJob:
 
 
 def read_jobs(settings: Mapping[Path, Sequence[str]]) -> list[SweepJob]:
-    """The jobs of a sweep; `settings` maps each job's run folder to what it sets."""
+    """The jobs of a sweep by run folder, each with what it sets that not all of them set."""
+    shared = set.intersection(*map(set, settings.values())) if len(settings) > 1 else set()
     jobs = []
-    for folder, found in settings.items():
+    for folder, own in settings.items():
         path = folder / "metrics.json"
         numbers = read_json(path) if path.is_file() else None
         metrics = None if numbers is None else {k: float(v) for k, v in numbers.items() if v is not None}
-        jobs.append(SweepJob(tuple(found), metrics))
+        jobs.append(SweepJob(tuple(one for one in own if one not in shared), metrics))
     return jobs
-
-
-def differing(all_settings: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """What each job sets that not all of them set."""
-    shared = set.intersection(*(set(found) for found in all_settings)) if len(all_settings) > 1 else set()
-    return [tuple(s for s in found if s not in shared) for found in all_settings]
 
 
 def write_table(jobs: Sequence[SweepJob], path: Path) -> None:
     """CSV: a row a job, with its settings, whether it finished, and every metric that any of them has."""
     names = sorted({name for job in jobs for name in job.metrics or {}})
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["settings", "status", *names])
+    writer = csv.DictWriter(out, ["settings", "status", *names], restval="", lineterminator="\n")
+    writer.writeheader()
     for job in jobs:
         status = "failed" if job.metrics is None else "finished"
-        writer.writerow([", ".join(job.settings), status, *((job.metrics or {}).get(name, "") for name in names)])
+        writer.writerow({"settings": ", ".join(job.settings), "status": status, **(job.metrics or {})})
     write_text(path, out.getvalue())
 
 

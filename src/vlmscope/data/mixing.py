@@ -204,31 +204,19 @@ Item = TypeVar("Item")
 
 
 class Encoder(Protocol[Item]):
-    """How samples become items; it may hold something back (packing), which then is its state."""
+    """How samples become items; it may hold something back (packing), which then is its state.
 
-    def add(self, sample: RawSample) -> None:
-        """Take a sample in; one that cannot be used is a `UserError`, is counted and left out."""
-        ...
+    `add` takes a sample in, or raises a `UserError` for one that cannot be used; `pop` gives an item that is ready, or
+    None to ask for another sample; `rest` is what is held back when no sample comes any more, `tokens` how long it is.
+    The state is JSON, taken only when nothing is ready to be popped or after a pop.
+    """
 
-    def pop(self) -> Item | None:
-        """An item that is ready; None asks for another sample."""
-        ...
-
-    def rest(self) -> Item | None:
-        """What is held back, when no sample comes any more."""
-        ...
-
-    def tokens(self, item: Item) -> int:
-        """How many tokens an item has."""
-        ...
-
-    def state(self) -> Any:
-        """JSON values; taken only when nothing is ready to be popped or after a pop."""
-        ...
-
-    def load(self, state: Any) -> None:
-        """Go on from a state."""
-        ...
+    def add(self, sample: RawSample) -> None: ...
+    def pop(self) -> Item | None: ...
+    def rest(self) -> Item | None: ...
+    def tokens(self, item: Item) -> int: ...
+    def state(self) -> Any: ...
+    def load(self, state: Any) -> None: ...
 
 
 class Lane(NamedTuple, Generic[Item]):
@@ -265,9 +253,6 @@ class TokenMix(Generic[Item]):
     def __init__(self, lanes: Mapping[str, Lane[Item]]) -> None:
         if not lanes:
             raise UserError("data.sources is empty: a mix needs at least one source")
-        for name, lane in lanes.items():
-            if not 0 < lane.weight < float("inf"):
-                raise UserError(f"data.sources.{name}.weight={lane.weight}: a weight must be positive; correct it")
         self.lanes = dict(lanes)
         self.tokens = dict.fromkeys(self.lanes, 0)
         self.ended: list[str] = []

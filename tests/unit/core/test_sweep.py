@@ -6,30 +6,20 @@ from pathlib import Path
 from vlmscope.config.callbacks import summarise
 from vlmscope.config.store import job_settings
 from vlmscope.core.artifacts import write_json, write_yaml
-from vlmscope.core.runs import SweepJob, differing, read_jobs, write_table
+from vlmscope.core.runs import SweepJob, read_jobs, write_table
 
 
-def test_only_what_differs_names_a_job() -> None:
-    found = [("trainer.max_steps=9", "k=4", "seed=0"), ("trainer.max_steps=9", "k=8", "seed=0")]
-    assert differing(found) == [("k=4",), ("k=8",)]
-    assert differing([("k=4",)]) == [("k=4",)]
+def test_a_job_is_named_by_what_differs_and_a_failed_one_is_a_row(tmp_path: Path) -> None:
     overrides = ["experiment=x", "+task.batch={a:1}", "tracking.uri=y", "data.path=/d", "hydra.sweep.dir=/s", "k=4"]
     assert job_settings(overrides) == ["task.batch={a:1}", "k=4"]
-
-
-def test_seeds_are_repetitions() -> None:
-    assert SweepJob(("k=4", "seed=3"), {}).group == SweepJob(("k=4", "seed=9"), {}).group == "k=4"
-    assert SweepJob(("seed=3",), {}).group == "all"
-
-
-def test_a_failed_job_is_a_row_and_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     write_json(tmp_path / "b" / "metrics.json", {"val/fvu": 0.5, "val/ce": None})
-    jobs = read_jobs({tmp_path / "a": ["k=4"], tmp_path / "b": ["k=8"]})
-    assert jobs == [SweepJob(("k=4",), None), SweepJob(("k=8",), {"val/fvu": 0.5})]
+    jobs = read_jobs({tmp_path / "a": ["steps=9", "k=4"], tmp_path / "b": ["steps=9", "k=8", "seed=1"]})
+    assert jobs == [SweepJob(("k=4",), None), SweepJob(("k=8", "seed=1"), {"val/fvu": 0.5})]
+    assert [job.group for job in jobs] == ["k=4", "k=8"]  # seeds are repetitions
     write_table(jobs, tmp_path / "t.csv")
     rows = list(csv.reader((tmp_path / "t.csv").read_text().splitlines()))
-    assert rows == [["settings", "status", "val/fvu"], ["k=4", "failed", ""], ["k=8", "finished", "0.5"]]
+    assert rows == [["settings", "status", "val/fvu"], ["k=4", "failed", ""], ["k=8, seed=1", "finished", "0.5"]]
 
 
 def test_jobs_stand_in_their_order_and_other_tasks_get_no_figure(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ were divided.
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import logging
 import shutil
@@ -20,8 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -396,27 +393,19 @@ def finish(
 
 def _write_items(study: Path, parts: Sequence[StudyPart], wanted: set[int], token: Callable[[int], str]) -> None:
     """Items that examples refer to, by id, with their geometries and tokens."""
-    ids, shapes, geometries = set(), set(), {}
-
-    def rows(part: StudyPart) -> Iterator[tuple[int, pa.Table]]:
-        for table in part.tables("items", files.ITEM_TABLE):
-            for place, item in enumerate(table["item"].to_pylist()):
-                if item in wanted:
-                    yield item, table.slice(place, 1)
-
-    with files.table_writer(study / files.ITEMS, files.ITEM_TABLE) as writer:
-        merged = heapq.merge(*map(rows, parts), key=itemgetter(0))
-        # Groups of one size, so that the file is the same however the data were divided.
-        while group := list(islice(merged, _ITEMS_PER_GROUP)):
-            table = pa.concat_tables([row for _, row in group]).combine_chunks()
-            writer.write_table(table, _ITEMS_PER_GROUP)
-            ids.update(pc.unique(pc.list_flatten(table["token_ids"])).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
-            shapes.update(table["geometry"].to_pylist())
-    for part in parts:
-        for table in part.tables("geometry", files.GEOMETRY_TABLE):
-            geometries |= {row["geometry"]: row for row in table.to_pylist() if row["geometry"] in shapes}
-    used = [geometries[key] for key in sorted(geometries)]
+    known = pa.array(sorted(wanted), pa.int64())
+    chosen = [
+        table.filter(pc.is_in(table["item"], value_set=known))  # pyright: ignore[reportAttributeAccessIssue]
+        for part in parts
+        for table in part.tables("items", files.ITEM_TABLE)
+    ]
+    items = pa.concat_tables(chosen).sort_by("item").combine_chunks()
+    write_table(study / files.ITEMS, items, _ITEMS_PER_GROUP)
+    tables = [table for part in parts for table in part.tables("geometry", files.GEOMETRY_TABLE)]
+    geometries = {row["geometry"]: row for table in tables for row in table.to_pylist()}
+    used = [geometries[key] for key in sorted(set(items["geometry"].to_pylist()))]
     write_table(study / files.GEOMETRY, pa.Table.from_pylist(used, files.GEOMETRY_TABLE))
+    ids = pc.unique(pc.list_flatten(items["token_ids"])).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
     words = [{"id": number, "token": token(number)} for number in sorted(ids)]
     write_table(study / files.VOCABULARY, pa.Table.from_pylist(words, files.VOCABULARY_TABLE))
 

@@ -12,7 +12,6 @@ All tables are Parquet, written atomically and always with the same bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,15 +72,8 @@ VOCABULARY_TABLE = pa.schema({"id": pa.int32(), "token": pa.string()})
 
 def write_table(path: Path, table: pa.Table, rows_per_group: int | None = None) -> None:
     """Write a whole table."""
-    with table_writer(path, table.schema) as writer:
-        writer.write_table(table, rows_per_group)
-
-
-@contextmanager
-def table_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A table written piece by piece; the file is there when all of it is."""
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        yield writer
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, rows_per_group, compression="zstd")
 
 
 def read_table(path: Path, schema: pa.Schema, filters: list | None = None) -> pa.Table:

@@ -74,15 +74,6 @@ def test_jobs_stand_below_their_parent_and_charts_end_at_what_was_measured(
                 assert values[0] != values[-1], "final figures stand at the end, not at the start"
 
 
-def test_the_page_of_a_compared_metric_has_both_jobs(ui: screenshots.Ui, measured: dict[str, dict[str, float]]) -> None:
-    ui.metric("val/fvu")
-    for name, metrics in measured.items():
-        row = ui.page.get_by_role("row").filter(has=ui.page.get_by_role("link", name=name, exact=True))
-        row.wait_for()
-        latest = row.get_by_role("cell").nth(1).inner_text()
-        assert latest == f"{metrics['val/fvu']} (step=12)"
-
-
 def test_the_parent_shows_the_figure_of_the_sweep(ui: screenshots.Ui, sweep_dir: Path) -> None:
     picture = ui.parent_artifact("figures/sweep.png")
     width = picture.evaluate("async image => { await image.decode(); return image.naturalWidth; }")

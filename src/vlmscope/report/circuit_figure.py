@@ -208,8 +208,10 @@ def _draw_arrows(axes: Axes, edges: Sequence[Edge], layout: _Layout) -> None:
         points.append((layout.places[target][0] - _WIDTH / 2 - 0.02, arrives[number]))
         width = 0.8 + 4.0 * abs(weight) / strongest
         head = {"arrowstyle": "-|>", "mutation_scale": 12 + 1.5 * width, "shrinkA": 0, "shrinkB": 0}
-        axes.add_patch(FancyArrowPatch(path=_smooth(points), linewidth=width, zorder=2, **head, **_SIGNS[weight >= 0]))  # pyright: ignore[reportArgumentType]
-        paths.append(_sampled(points))
+        path = _smooth(points)
+        axes.add_patch(FancyArrowPatch(path=path, linewidth=width, zorder=2, **head, **_SIGNS[weight >= 0]))  # pyright: ignore[reportArgumentType]
+        line = path.to_polygons(closed_only=False)[0]  # a few points on each curve
+        paths.append(np.asarray(Path(line).interpolated(8).vertices))
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.92}
     for (x, y), (*_, weight) in zip(_label_places(paths), edges, strict=True):
         axes.text(x, y, f"{weight:+.1f}", ha="center", va="center", fontsize=9, bbox=paper, zorder=5)
@@ -223,14 +225,6 @@ def _smooth(points: Sequence[Point]) -> Path:
         vertices += [(middle, y0), (middle, y1), (x1, y1)]
         codes += [Path.CURVE4] * 3
     return Path(vertices, codes)
-
-
-def _sampled(points: Sequence[Point], count: int = 24) -> np.ndarray:
-    """`[n, 2]` points of the path that `_smooth` draws."""
-    share = np.linspace(0, 1, count)
-    level, across = share**2 * (3 - 2 * share), 1.5 * share * (1 - share) + share**3
-    parts = [np.stack([x0 + across * (x1 - x0), y0 + level * (y1 - y0)], 1) for (x0, y0), (x1, y1) in pairwise(points)]
-    return np.concatenate(parts)
 
 
 def _label_places(paths: Sequence[np.ndarray]) -> list[Point]:

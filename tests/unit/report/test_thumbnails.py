@@ -34,10 +34,13 @@ def test_tint_and_frame_mark_where_it_fires_in_proportion() -> None:
         overlaid(0, 1.0)
 
 
-def test_enlarge_keeps_shape_and_pixels() -> None:
-    small = Image.fromarray(np.arange(27, dtype=np.uint8).reshape(3, 3, 3))
+def test_small_pictures_stay_exact_and_large_ones_shrink() -> None:
+    small, large = Image.fromarray(np.arange(27, dtype=np.uint8).reshape(3, 3, 3)), Image.new("RGB", (800, 400))
     assert np.array_equal(np.asarray(thumbnails.enlarge(small, 12))[::4, ::4], np.asarray(small))
-    assert thumbnails.enlarge(Image.new("RGB", (800, 400)), 128).size == (128, 64)
+    assert thumbnails.enlarge(large, 128).size == (128, 64)
+    assert thumbnails.thumbnail(small) == (png_bytes(small), 3, 3)
+    data, *size = thumbnails.thumbnail(large)
+    assert data.startswith(b"\xff\xd8\xff") and size == [128, 64]
 
 
 def test_one_scale_for_picture_and_text() -> None:

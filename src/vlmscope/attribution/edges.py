@@ -331,19 +331,13 @@ class Edges:
     left_out_mass: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Which node each column belongs to (`[columns]` int32, -1 above the targets), and the nodes' first four fields."""
+def _lay_out(
+    replacement: ReplacementModel, columns: Columns, kept: np.ndarray, targets: Targets, dtype: str
+) -> tuple[np.ndarray, NodeTable]:
+    """Number the nodes: which node each column belongs to, `[columns]` int32 (-1 above the targets), and their table.
 
-    node_of_column: np.ndarray
-    kind: np.ndarray
-    layer: np.ndarray
-    position: np.ndarray
-    index: np.ndarray
-
-
-def _layout(replacement: ReplacementModel, columns: Columns, kept: np.ndarray, targets: Targets) -> _Layout:
-    """Number the nodes in the order of `vlmscope.core.graph`; `kept [n]` bool says which features have a row."""
+    `kept [n]` bool says which features have a row; activations and targets are left at 0.
+    """
     table, positions = replacement.feature_activations, columns.n_positions
     node_of_column = np.full(columns.total, -1, dtype=np.int32)
     node_of_column[:positions] = np.arange(positions)
@@ -374,16 +368,17 @@ def _layout(replacement: ReplacementModel, columns: Columns, kept: np.ndarray, t
         node_of_column[columns.bias(targets.layer)] = node
     parts.append((targets.kind, targets.layer, targets.positions, targets.token_ids))
 
-    def join(values: list[np.ndarray], dtype: type) -> np.ndarray:
-        return np.concatenate(values).astype(dtype)
-
-    return _Layout(
-        node_of_column,
-        join([np.full(len(position), kind) for kind, _, position, _ in parts], np.int8),
-        join([np.full(len(position), layer) for _, layer, position, _ in parts], np.int16),
-        join([position for _, _, position, _ in parts], np.int32),
-        join([index for _, _, _, index in parts], np.int64),
+    sizes = [len(position) for _, _, position, _ in parts]
+    kinds, layers = zip(*((kind, layer) for kind, layer, _, _ in parts), strict=True)
+    nodes = NodeTable(
+        kind=np.repeat(np.array(kinds, np.int8), sizes),
+        layer=np.repeat(np.array(layers, np.int16), sizes),
+        position=np.concatenate([position for _, _, position, _ in parts]).astype(np.int32),
+        index=np.concatenate([index for _, _, _, index in parts]).astype(np.int64),
+        activation=np.zeros(sum(sizes), dtype),
+        target=np.zeros(sum(sizes), dtype),
     )
+    return node_of_column, nodes
 
 
 def assemble(
@@ -403,29 +398,21 @@ def assemble(
     kept = np.zeros(len(table), dtype=bool)
     for chunk in chunks:
         kept[chunk.targets] = True
-    layout = _layout(replacement, columns, kept, targets)
-    n_nodes = len(layout.kind)
+    node_of_column, nodes = _lay_out(replacement, columns, kept, targets, dtype)
+    n_nodes = len(nodes)
     end_nodes = np.arange(n_nodes - len(targets.token_ids), n_nodes)
-    feature_nodes = layout.node_of_column[columns.all_features()]
+    feature_nodes = node_of_column[columns.all_features()]
     nodes_of = [*(feature_nodes[chunk.targets] for chunk in chunks), end_nodes]
     row_nodes = np.concatenate(nodes_of)
     chunks.append(ends)
     values, residual = (np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("values", "residual"))
-    left_out_mass, counts = _left_out_mass(layout, chunks, nodes_of, columns.n_layers)
+    left_out_mass, counts = _left_out_mass(node_of_column, nodes, chunks, nodes_of, columns.n_layers)
     row_counts = np.zeros(n_nodes, dtype=np.int64)
     row_counts[row_nodes] = counts
     indptr = np.concatenate([[0], np.cumsum(row_counts)])
     indices, weights = storage.zeros(indptr[-1], "int32"), storage.zeros(indptr[-1], dtype)
     for rows in reversed(nodes_of):
-        _place(chunks.pop(), layout, rows, indptr, indices, weights)
-    nodes = NodeTable(
-        layout.kind,
-        layout.layer,
-        layout.position,
-        layout.index,
-        activation=np.zeros(n_nodes, dtype),
-        target=np.zeros(n_nodes, dtype),
-    )
+        _place(chunks.pop(), node_of_column, nodes, rows, indptr, indices, weights)
     nodes.activation[feature_nodes[kept]] = table.activation[kept]
     nodes.activation[end_nodes] = targets.probabilities
     nodes.target[row_nodes] = values
@@ -435,16 +422,19 @@ def assemble(
 
 
 def _place(
-    chunk: RowChunk, layout: _Layout, rows: np.ndarray, indptr: np.ndarray, indices: np.ndarray, weights: np.ndarray
+    chunk: RowChunk,
+    node_of_column: np.ndarray,
+    nodes: NodeTable,
+    rows: np.ndarray,
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    weights: np.ndarray,
 ) -> None:
     """Write a chunk's edges, over nodes, where the rows of its nodes `rows [B]` lie in the graph."""
-    sources, values, begins = (
-        layout.node_of_column[chunk.indices],
-        chunk.weights,
-        np.concatenate([[0], np.cumsum(chunk.counts)]),
-    )
-    if (layout.kind == NodeKind.LEFT_OUT).any():
-        merged = sparse.csr_matrix((values.copy(), sources, begins), shape=(len(rows), len(layout.kind)))
+    sources, values = node_of_column[chunk.indices], chunk.weights
+    begins = np.concatenate([[0], np.cumsum(chunk.counts)])
+    if (nodes.kind == NodeKind.LEFT_OUT).any():
+        merged = sparse.csr_matrix((values.copy(), sources, begins), shape=(len(rows), len(nodes)))
         merged.sum_duplicates()
         sources, values, begins = merged.indices, merged.data, merged.indptr
     # Runs of rows that follow each other in both are copied at once.
@@ -457,18 +447,18 @@ def _place(
 
 
 def _left_out_mass(
-    layout: _Layout, chunks: list[RowChunk], nodes_of: list[np.ndarray], n_layers: int
+    node_of_column: np.ndarray, table: NodeTable, chunks: list[RowChunk], nodes_of: list[np.ndarray], n_layers: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """`[N, L]`: per row the sum of |edges| from each layer's left-out features, `[N, 0]` when there are none.
 
     And per row of the chunks how many edges are left when these are merged.
     """
-    n_nodes = len(layout.kind)
+    n_nodes = len(table)
     counts = np.concatenate([chunk.counts for chunk in chunks])
-    is_left_out = (layout.kind == NodeKind.LEFT_OUT)[layout.node_of_column]
+    is_left_out = (table.kind == NodeKind.LEFT_OUT)[node_of_column]
     if not is_left_out.any():
         return np.zeros((n_nodes, 0)), counts
-    layer_of_column = layout.layer[layout.node_of_column]
+    layer_of_column = table.layer[node_of_column]
     mass, row = np.zeros((n_nodes, n_layers)), 0
     for chunk, nodes in zip(chunks, nodes_of, strict=True):
         rest = np.flatnonzero(is_left_out[chunk.indices])

@@ -86,18 +86,6 @@ def item_hash(item: np.ndarray) -> np.ndarray:
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
 
 
-def strongest_first(pairs: Pairs) -> np.ndarray:
-    """`[P]`, the pairs by feature, then from the strongest to the weakest, then by item."""
-    # A positive float's bits grow with it, so that one integer holds feature and peak.
-    key = (pairs.feature.astype(np.int64) << 32) - pairs.peak.view(np.int32)
-    return np.lexsort((pairs.item, key))
-
-
-def drawn_first(pairs: Pairs) -> np.ndarray:
-    """`[P]`, the pairs by feature, then in the order in which they are drawn."""
-    return np.lexsort((pairs.item, item_hash(pairs.item), pairs.feature))
-
-
 def ranks(features: np.ndarray) -> np.ndarray:
     """`[P]`, for features in order: how many of the same one stand before each."""
     first = np.flatnonzero(np.diff(features, prepend=-1))
@@ -115,7 +103,8 @@ class Chosen(NamedTuple):
 
 def chosen(pairs: Pairs, n_features: int, n: int, m: int) -> Chosen:
     """The n strongest and m drawn pairs of each feature, of pairs in any order, each there once."""
-    order = strongest_first(pairs)
+    # A positive float's bits grow with it, so that one integer holds feature and peak; of equal peaks the earlier item.
+    order = np.lexsort((pairs.item, (pairs.feature.astype(np.int64) << 32) - pairs.peak.view(np.int32)))
     keep = np.zeros(len(pairs), dtype=bool)
     peak, item = np.zeros(n_features, np.float32), np.full(n_features, NEVER)
     rank = ranks(pairs.feature[order])
@@ -124,7 +113,7 @@ def chosen(pairs: Pairs, n_features: int, n: int, m: int) -> Chosen:
     peak[pairs.feature[last]], item[pairs.feature[last]] = pairs.peak[last], pairs.item[last]
     limit = np.full(n_features, NEVER if m else -1)
     if m:
-        draw = drawn_first(pairs)
+        draw = np.lexsort((pairs.item, item_hash(pairs.item), pairs.feature))
         rank = ranks(pairs.feature[draw])
         keep[draw[rank < m]] = True
         last = draw[rank == m - 1]
@@ -282,23 +271,18 @@ def layer_tables(
 
     Logits are left out when None; `token` gives the string of a token id.
     """
-    pairs = chosen(joined([Pairs.of(state) for state in states]), n_features, config.top, config.samples).pairs
     counts = {name: np.sum([state[name] for state in states], axis=0) for name in COUNTS}
-    # The strongest, and those that are drawn, both by feature from strong to weak.
-    order = strongest_first(pairs)
-    rank = ranks(pairs.feature[order])
-    top, top_rank = order[rank < config.top], rank[rank < config.top]
-    draw = drawn_first(pairs)
-    is_drawn = np.zeros(len(pairs), dtype=bool)
-    is_drawn[draw[ranks(pairs.feature[draw]) < config.samples]] = True
-    drawn = order[is_drawn[order]]
+    pairs, _, _, limit = chosen(joined([Pairs.of(state) for state in states]), n_features, config.top, config.samples)
+    rank = ranks(pairs.feature)
+    top = np.flatnonzero(rank < config.top)
+    drawn = np.flatnonzero(item_hash(pairs.item) <= limit[pairs.feature])  # as strong to weak as all pairs are
     # Drawn ones are cut into groups of equal size by activation: 1 is the weakest; 0 are the strongest of all.
     feature, quantiles = pairs.feature[drawn], config.quantiles
     count = np.bincount(feature, minlength=n_features)
     quantile = (count[feature] - 1 - ranks(feature)) * quantiles // np.maximum(count[feature], 1)
     quantile_rank = ranks(feature.astype(np.int64) * quantiles + (quantiles - 1 - quantile))
     row, group = np.concatenate([top, drawn]), np.concatenate([np.zeros_like(top), quantile + 1])
-    rank = np.concatenate([top_rank, quantile_rank])
+    rank = np.concatenate([rank[top], quantile_rank])
     by = np.lexsort((rank, group, pairs.feature[row]))
     # Weakest first, group i + 1 begins at number ceil(i n / quantiles) of a feature's n drawn ones.
     begins = np.minimum(-(-np.arange(1, quantiles) * count[:, None] // quantiles), count[:, None] - 1)

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -173,33 +174,29 @@ def _from_hub(name: str, config: SourceConfig, subset: str | None, split: str) -
     mend = f"run `hf download {hub} --repo-type dataset{at} --local-dir DIR`, then {key}.path=DIR"
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{key}: HF_HUB_OFFLINE forbids to stream {hub} from the hub; where a network is, {mend}")
-    return _in_one_line(
-        f"{key}: cannot stream {hub} from the hub",
-        lambda: load_dataset(hub, subset, split=split, revision=revision, streaming=True),
-        mend,
-    )
+    with _in_one_line(f"{key}: cannot stream {hub} from the hub", mend):
+        return load_dataset(hub, subset, split=split, revision=revision, streaming=True)
 
 
 def _saved(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
     """What `save_to_disk` wrote: a split's folder, or one with a folder for each split."""
     from datasets import Dataset, concatenate_datasets, load_from_disk
 
-    part, failed = folder, f"cannot read {folder}"
-    if (folder / "dataset_dict.json").is_file():
-        there = _in_one_line(failed, lambda: read_json(folder / "dataset_dict.json")["splits"])
-        part = folder / split
-    else:
-        given = _in_one_line(failed, lambda: read_json(folder / "state.json").get("_split"))
-        there = re.findall(r"^\w+", given or "train")  # such as "test[:10%]"
-    _check_split(name, folder, split, there)
-    listed = _in_one_line(failed, lambda: read_json(part / "state.json")["_data_files"])
-    if not listed:  # `load_from_disk` fails on a table that was saved without rows
-        raise UserError(f"data.sources.{name}: {part} is empty; give data with samples")
-    files = [part / one["filename"] for one in listed]
-    good = _readable(files, lambda file: Dataset.from_file(str(file)), bad)
-    if len(good) == len(files):
-        return _in_one_line(failed, lambda: load_from_disk(str(part)))
-    return concatenate_datasets([Dataset.from_file(str(file)) for file in good])
+    part = folder
+    with _in_one_line(f"cannot read {folder}"):
+        if (folder / "dataset_dict.json").is_file():
+            _check_split(name, folder, split, read_json(folder / "dataset_dict.json")["splits"])
+            part = folder / split
+        else:
+            given = read_json(folder / "state.json").get("_split")
+            _check_split(name, folder, split, re.findall(r"^\w+", given or "train"))  # such as "test[:10%]"
+        files = [part / one["filename"] for one in read_json(part / "state.json")["_data_files"]]
+        if not files:  # `load_from_disk` fails on a table that was saved without rows
+            raise UserError(f"data.sources.{name}: {part} is empty; give data with samples")
+        good = _readable(files, lambda file: Dataset.from_file(str(file)), bad)
+        if len(good) == len(files):
+            return load_from_disk(str(part))
+        return concatenate_datasets([Dataset.from_file(str(file)) for file in good])
 
 
 def _parquet(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
@@ -213,13 +210,10 @@ def _parquet(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
             f"{folder} holds neither save_to_disk's output nor Parquet files; check data.sources.{name}.path"
         )
     chosen = [str(file) for file in _readable(_of_split(name, folder, files, split), read_metadata, bad)]
-
-    def opened() -> Any:
+    with _in_one_line(f"cannot read {folder}"):
         builder: Any = load_dataset_builder("parquet", data_files=chosen)
         builder._generate_tables = _SoundGroups(builder._generate_tables, bad)
         return builder.as_streaming_dataset(split="train")
-
-    return _in_one_line(f"cannot read {folder}", opened)
 
 
 def _readable(files: Sequence[Path], opens: Callable[[Path], object], bad: BadFiles) -> list[Path]:
@@ -307,13 +301,14 @@ def _check_split(name: str, folder: Path, split: str, there: list[str]) -> None:
         )
 
 
-def _in_one_line(what: str, call: Callable[[], Any], mend: str = "check it, or write it again") -> Any:
-    """The result of `call`; whatever `datasets`, the network or a file format raises becomes one line."""
+@contextmanager
+def _in_one_line(what: str, mend: str = "check it, or write it again") -> Iterator[None]:
+    """Around code in which `datasets`, the network or a file format may raise whatever they like."""
     try:
-        return call()
+        yield
     except UserError:
         raise
-    except Exception as error:  # the libraries beneath raise dozens of unrelated classes
+    except Exception as error:
         if is_out_of_memory(error):
             raise
         raise UserError(f"{what} ({type(error).__name__}: {first_line(error)}); {mend}") from error
@@ -369,8 +364,9 @@ class _StreamReader(Reader):
     def __next__(self) -> Row:
         if self.row == self.stop:
             raise StopIteration
-        failed = f"data.sources.{self.name}: reading its row {self.row} failed"
-        row = _in_one_line(failed, lambda: next(self.rows, None))
+        row = None
+        with _in_one_line(f"data.sources.{self.name}: reading its row {self.row} failed"):
+            row = next(self.rows, None)
         if row is None:
             raise StopIteration
         self.row += 1

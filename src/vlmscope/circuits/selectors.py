@@ -15,9 +15,9 @@ Legend: N nodes of a graph, F features of a layer, R roles.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -190,29 +190,21 @@ def _members(
     return members if node is None else [m for m in members if node.layer_range([m.feature.layer])][: node.count]
 
 
-@dataclass(frozen=True)
-class _Contrast:
-    """Of a layer's features: `score` [F], difference times write norm at the role number `role` [F] where that is
-    largest, and all differences, `gaps` [R, F].
+def _contrast(
+    transcoders: TranscoderSet, layer: int, of: RoleMeans, against: RoleMeans, known: Influence
+) -> tuple[Tensor, Callable[[int], CircuitFeature]]:
+    """Of a layer's features difference times write norm, [F], each at its role where that is largest; and what makes a
+    member of a feature, with its role and difference there.
     """
+    roles = [role for role in of.by_role if role in against.by_role]
+    gaps = torch.stack([of.by_role[role][layer] - against.by_role[role][layer] for role in roles])
+    score, best = (gaps * transcoders[layer].write_norms()).max(0)
 
-    layer: int
-    roles: list[str]
-    gaps: Tensor
-    score: Tensor
-    role: Tensor
+    def member(index: int) -> CircuitFeature:
+        feature, role = FeatureId(layer, index), int(best[index])
+        return CircuitFeature(feature, roles[role], float(gaps[role, index]), known.get(feature, 0.0))
 
-    @classmethod
-    def between(cls, transcoders: TranscoderSet, layer: int, of: RoleMeans, against: RoleMeans) -> _Contrast:
-        roles = [role for role in of.by_role if role in against.by_role]
-        gaps = torch.stack([of.by_role[role][layer] - against.by_role[role][layer] for role in roles])
-        score, role = (gaps * transcoders[layer].write_norms()).max(0)
-        return cls(layer, roles, gaps, score, role)
-
-    def member(self, index: int, known: Influence) -> CircuitFeature:
-        """A feature at its role, with its difference there."""
-        feature, role = FeatureId(self.layer, index), int(self.role[index])
-        return CircuitFeature(feature, self.roles[role], float(self.gaps[role, index]), known.get(feature, 0.0))
+    return score, member
 
 
 def by_contrast(
@@ -235,10 +227,10 @@ def by_contrast(
         raise UserError("the two sets of inputs have no position role in common; give both pictures, or neither")
     ranked: list[tuple[float, CircuitFeature]] = []
     for layer in node.layer_range(transcoders.layers):
-        contrast = _Contrast.between(transcoders, layer, of, against)
-        score = contrast.score / transcoders[layer].write_norms().mean()
+        score, member_of = _contrast(transcoders, layer, of, against, known)
+        score = score / transcoders[layer].write_norms().mean()
         for index in score.topk(min(CANDIDATES * node.count, len(score))).indices.tolist():
-            member = contrast.member(index, known)
+            member = member_of(index)
             if score[index] > 0 and member.contrast > ROUNDING * float(of.by_role[member.role][layer][index]):
                 ranked.append((float(score[index]), member))
     ranked.sort(key=lambda row: (-row[0], row[1].feature))
@@ -273,19 +265,15 @@ def contrast_circuit(
         members: dict[FeatureId, CircuitFeature] = {}
         confirmed = candidates = 0
         for layer in transcoders.layers:
-            picks = [
-                _confirmed(
-                    _Contrast.between(transcoders, layer, own, means[other][question]), influence[concept], per_layer
-                )
-                for question, own in means[concept].items()
-            ]
-            confirmed += sum(len(chosen) for chosen, _ in picks)
-            candidates += sum(seen for _, seen in picks)
+            picks: list[list[CircuitFeature]] = []
+            for question, own in means[concept].items():
+                score, member_of = _contrast(transcoders, layer, own, means[other][question], influence[concept])
+                chosen, seen = _confirmed(score, member_of, per_layer)
+                picks.append(chosen)
+                confirmed, candidates = confirmed + len(chosen), candidates + seen
             # Rank by rank over the questions, so that the first n of a layer serve all of them alike.
-            for rank in range(per_layer):
-                for chosen, _ in picks:
-                    if rank < len(chosen):
-                        members.setdefault(chosen[rank].feature, chosen[rank])
+            for member in (member for rank in zip_longest(*picks) for member in rank if member is not None):
+                members.setdefault(member.feature, member)
         supernodes[concept] = Supernode(concept, tuple(members.values()))
         metrics[f"circuit/{concept}/features"] = float(len(members))
         metrics[f"circuit/{concept}/confirmed_frac"] = confirmed / max(candidates, 1)
@@ -297,18 +285,18 @@ def contrast_circuit(
     return Circuit(supernodes, levels, model=model, n_features=transcoders.widths), metrics
 
 
-def _confirmed(contrast: _Contrast, known: Influence, count: int) -> tuple[list[CircuitFeature], int]:
+def _confirmed(
+    score: Tensor, member_of: Callable[[int], CircuitFeature], count: int
+) -> tuple[list[CircuitFeature], int]:
     """The best confirmed features of a layer, and how many candidates were looked at to find them."""
+    best = score.argsort(descending=True)[: CONFIRMABLE * count]
     chosen: list[CircuitFeature] = []
-    seen = 0
-    for index in contrast.score.argsort(descending=True).tolist():
-        if contrast.score[index] <= 0 or len(chosen) == count or seen == CONFIRMABLE * count:
-            break
-        seen += 1
-        member = contrast.member(index, known)
-        if member.influence > 0:
+    for seen, index in enumerate(best[score[best] > 0].tolist()):
+        if len(chosen) == count:
+            return chosen, seen
+        if (member := member_of(index)).influence > 0:
             chosen.append(member)
-    return chosen, seen
+    return chosen, int((score[best] > 0).sum())
 
 
 def mean_levels(members: Sequence[CircuitFeature], means: RoleMeans, question: str) -> dict[str, dict[int, Tensor]]:

@@ -111,7 +111,7 @@ def token_maps(vlm: VLM, inputs: ModelInputs, config: WhereConfig) -> dict[str, 
     reduce = partial(mixed_layer, share=config.head_share, identity=config.identity)
     captured = capture_vision_attention(vlm, inputs, layers, reduce, states=True)
     maps: dict[str, list[TokenMaps]] = {"rollout": [], "similarity": []}
-    for kind, found in maps.items():
+    for kind, records in maps.items():
         for number, picture in enumerate(captured.pictures):
             every = torch.from_numpy(picture.pooling.toarray())
             tiles, on_class, first = [], np.zeros(len(every)), 0
@@ -123,7 +123,7 @@ def token_maps(vlm: VLM, inputs: ModelInputs, config: WhereConfig) -> dict[str, 
                 n_class, shape = tile.tile.n_class, (tile.tile.rows, tile.tile.columns)
                 on_class += rows[:, :n_class].sum(1)
                 tiles.append(TokenTile(tile.tile.boxes, tokens, rows[tokens, n_class:].reshape(-1, *shape)))
-            found.append(TokenMaps(kind, number, tiles, on_class))
+            records.append(TokenMaps(kind, number, tiles, on_class))
     return maps
 
 

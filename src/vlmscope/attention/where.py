@@ -63,7 +63,7 @@ def where_maps(
     for feature, values in activations.items():
         mine, name = on_pictures(values, inputs), str(feature)
         maps[feature] = {
-            kind: [found.weighted(part, name) for found, part in zip(records, mine, strict=True)]
+            kind: [record.weighted(part, name) for record, part in zip(records, mine, strict=True)]
             for kind, records in tokens.items()
         }
         maps[feature]["vision_path"] = path_maps[feature]
@@ -78,14 +78,14 @@ def _activations(replacement: ReplacementModel, feature: FeatureId) -> np.ndarra
     """`[T]`, 0 where it is not active."""
     if feature.layer >= replacement.n_layers:
         raise UserError(f"{feature}: the model has layers 0 to {replacement.n_layers - 1}; choose a feature of one")
-    found = replacement.features[feature.layer]
-    if feature.index >= len(found.w_enc):
+    active = replacement.features[feature.layer]
+    if feature.index >= len(active.w_enc):
         raise UserError(
-            f"{feature}: layer {feature.layer} has features 0 to {len(found.w_enc) - 1}; choose one of them"
+            f"{feature}: layer {feature.layer} has features 0 to {len(active.w_enc) - 1}; choose one of them"
         )
-    mine = (found.index == feature.index).numpy(force=True)
+    mine = (active.index == feature.index).numpy(force=True)
     values = np.zeros(replacement.n_positions)
-    values[found.position.numpy(force=True)[mine]] = found.activation.double().numpy(force=True)[mine]
+    values[active.position.numpy(force=True)[mine]] = active.activation.double().numpy(force=True)[mine]
     if values[replacement.inputs.is_image].any():
         return values
     if values.any():
@@ -134,11 +134,11 @@ class MapCurves:
 def contrast(image: np.ndarray, side: int) -> np.ndarray:
     """`[side, side]`: how far the pixels of a cell are from the picture's mean colour, which takes no model."""
     far = ((image.astype(float) - image.mean((0, 1))) ** 2).sum(-1)
-    found = []
+    distances = []
     for box in grid_boxes(side, side):
         left, top, right, bottom = box.pixels(image.shape[1], image.shape[0])
-        found.append(far[top:bottom, left:right].mean())
-    return np.reshape(found, (side, side))
+        distances.append(far[top:bottom, left:right].mean())
+    return np.reshape(distances, (side, side))
 
 
 def map_curves(
@@ -166,7 +166,7 @@ def map_curves(
         order = generator(seed, "random", draw).permutation(side * side)
         orders.append((RANDOM, subject.features, order))
     acts, answers = [], []
-    found: dict[str, MapCurves] = {}
+    by_kind: dict[str, MapCurves] = {}
     # What both measures share, the untouched and the empty picture, is run once per order.
     pictures = [Painted(subject.image, order, side, where.counts) for _, _, order in orders]
     flat = chain.from_iterable(chain(one.deleted(), islice(one.inserted(), 1, len(one.counts) - 1)) for one in pictures)
@@ -181,14 +181,14 @@ def map_curves(
         first = number * (2 * n - 2)
         deleted = np.arange(first, first + n)
         inserted = np.array([deleted[-1], *range(first + n, first + 2 * n - 2), deleted[0]])
-        curves = found.setdefault(kind, MapCurves(pictures[number].counts))
+        curves = by_kind.setdefault(kind, MapCurves(pictures[number].counts))
         for measure, rows in zip(MEASURES, (deleted, inserted), strict=True):
             for feature in features:
                 column = subject.features.index(feature)
                 relative = acts[rows, column] / whole[column]
                 curves.runs.setdefault(("activation", measure, feature), []).append(relative)
                 curves.runs.setdefault(("answer", measure, feature), []).append(answers[rows])
-    return found
+    return by_kind
 
 
 def _measured(subject: Subject, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -197,8 +197,8 @@ def _measured(subject: Subject, images: Sequence[np.ndarray]) -> tuple[np.ndarra
     batch = scope.batch([scope.vlm.prepare(subject.prompt, [Image.fromarray(image)]) for image in images])
     soft = torch.from_numpy(batch.is_image)
     mlp_in, logits = mlp_inputs_and_logits(scope.adapter, batch, layers)
-    found = activations_at(scope.transcoders, {k: x[:, soft] for k, x in mlp_in.items()}, subject.features)
-    acts = torch.stack([found[f].double().sum(1) for f in subject.features], 1).numpy(force=True)
+    activations = activations_at(scope.transcoders, {k: x[:, soft] for k, x in mlp_in.items()}, subject.features)
+    acts = torch.stack([activations[f].double().sum(1) for f in subject.features], 1).numpy(force=True)
     if subject.answer is None:
         return acts, np.zeros(len(images))
     return acts, logits.double().softmax(-1)[:, subject.answer].numpy(force=True)

@@ -214,9 +214,9 @@ def head_flow(
     over the rows, is the flow. `batch` targets are swept at once.
     """
     weights = logit_weights(graph)
-    found = influence(graph, weights)
-    worth, features = found.nodes + weights, graph.nodes.of(NodeKind.FEATURE)
-    chosen = np.sort(features[np.argsort(-found.nodes[features], kind="stable")[:max_rows]])
+    flow = influence(graph, weights)
+    worth, features = flow.nodes + weights, graph.nodes.of(NodeKind.FEATURE)
+    chosen = np.sort(features[np.argsort(-flow.nodes[features], kind="stable")[:max_rows]])
     n_layers, n_heads, n_positions, _ = replacement.state.patterns.shape
     total = replacement.errors.new_zeros(n_layers, n_heads, n_positions, n_positions, dtype=torch.float64)
     watching, splitter = _Watching(replacement), HeadSplitter(replacement, graph, targets)
@@ -229,7 +229,7 @@ def head_flow(
             some = mine[begin : begin + batch]
             vectors = torch.stack([reads[at].vector for at in some])
             position = torch.tensor([reads[at].position for at in some], device=vectors.device)
-            factor = torch.from_numpy(found.per_edge[rows[some]]).to(total.device)
+            factor = torch.from_numpy(flow.per_edge[rows[some]]).to(total.device)
             for below, (gradient, positions) in watching.watched(layer, vectors, position, after).items():
                 frozen = replacement.layers[below]
                 z = (frozen.attn_out_scale[positions, None] * gradient) @ frozen.output_weight  # [S, B, H * D]
@@ -314,7 +314,7 @@ def find_place(replacement: ReplacementModel, text: str) -> Place:
 def score_parts(model: HasAdapter, replacement: ReplacementModel, adjoint: Adjoint, place: Place) -> ScoreParts:
     """Take a score of the model apart, with one row of edges for each number of query and key."""
     layer, head, *positions = place
-    found = head_score(model, replacement.inputs, *place, replacement.errors.dtype)
+    score = head_score(model, replacement.inputs, *place, replacement.errors.dtype)
     scale = replacement.layers[layer].attn_in_scale
 
     def rows(side: HeadSide, position: int) -> Tensor:
@@ -322,24 +322,24 @@ def score_parts(model: HasAdapter, replacement: ReplacementModel, adjoint: Adjoi
         return adjoint.stream_rows(layer, side.weight * scale[position], at, side.constant)
 
     # Each side is affine in its own sources, with the other side as it is.
-    sides = ((found.query, found.key, place.query), (found.key, found.query, place.key))
+    sides = ((score.query, score.key, place.query), (score.key, score.query, place.key))
     shown = [shown_position(replacement.inputs, position) for position in positions]
     targets = other_targets(
         "attention",
         [f"L{layer}H{head} {name} {where}" for name, where in zip(("query", "key"), shown, strict=True)],
-        found.query.value.new_tensor([found.value, found.value]),
+        score.query.value.new_tensor([score.value, score.value]),
         layer=layer,
         positions=positions,
-        vectors=torch.stack([found.scale * (other.value @ mine.weight) * scale[at] for mine, other, at in sides]),
-        constants=torch.stack([found.scale * (other.value @ mine.constant) for mine, other, _ in sides]),
+        vectors=torch.stack([score.scale * (other.value @ mine.weight) * scale[at] for mine, other, at in sides]),
+        constants=torch.stack([score.scale * (other.value @ mine.constant) for mine, other, _ in sides]),
     )
     return ScoreParts(
         place=place,
-        score=found.value,
+        score=score.value,
         probability=float(replacement.state.patterns[layer, head, place.query, place.key]),
-        scale=found.scale,
-        query=rows(found.query, place.query),
-        key=rows(found.key, place.key),
+        scale=score.scale,
+        query=rows(score.query, place.query),
+        key=rows(score.key, place.key),
         targets=targets,
     )
 
@@ -389,5 +389,5 @@ def source_of(replacement: ReplacementModel, adjoint: Adjoint, column: int) -> t
         return NodeKind.BIAS, layer, -1, -1
     if column >= columns.errors(layer):
         return NodeKind.ERROR, layer, column - columns.errors(layer), -1
-    found, number = replacement.features[layer], column - columns.features(layer)
-    return NodeKind.FEATURE, layer, int(found.position[number]), int(found.index[number])
+    features, number = replacement.features[layer], column - columns.features(layer)
+    return NodeKind.FEATURE, layer, int(features.position[number]), int(features.index[number])

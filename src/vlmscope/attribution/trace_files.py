@@ -119,10 +119,10 @@ def write_heads(path: Path, traced: Trace, count: int) -> None:
         source, target = int(graph.indices[edge]), int(graph.targets_of(np.array([edge]))[0])
         if graph.nodes.kind[source] in (NodeKind.BIAS, NodeKind.LEFT_OUT):
             continue
-        found = splitter.split(source, target)
-        record = {"source": node_id(graph, source), "target": node_id(graph, target), "weight": found.edge}
-        shares = {name: _by_head(getattr(found, name)) for name in ("first", "last")}
-        records.append({**record, "direct": found.direct, **shares})
+        loadings = splitter.split(source, target)
+        record = {"source": node_id(graph, source), "target": node_id(graph, target), "weight": loadings.edge}
+        shares = {name: _by_head(getattr(loadings, name)) for name in ("first", "last")}
+        records.append({**record, "direct": loadings.direct, **shares})
         if len(records) == count:
             break
     write_json(path, {"edges": records}, indent=1)
@@ -136,8 +136,8 @@ def _by_head(shares: object) -> dict[str, float]:
     """`[L, H]` as L3H1 -> share, largest first, zeros left out."""
     values = np.asarray(shares)
     order = np.argsort(-np.abs(values), axis=None, kind="stable")
-    found = [divmod(int(at), values.shape[1]) for at in order]
-    return {f"L{layer}H{head}": float(values[layer, head]) for layer, head in found if values[layer, head]}
+    heads = [divmod(int(at), values.shape[1]) for at in order]
+    return {f"L{layer}H{head}": float(values[layer, head]) for layer, head in heads if values[layer, head]}
 
 
 def write_patches(

@@ -158,21 +158,21 @@ def _additive(adapter: Adapter) -> Iterator[dict[str, tuple[Tensor, GradientEdge
     """The tower's position embeddings and class tokens, by name, with gradients switched on inside."""
     tower = adapter.vision_tower()
     kind = tower_kind(tower)
-    found = {
+    parameters = {
         name: tower.get_parameter(path)
         for name, path in (("position", kind.positions), ("class_token", kind.class_token))
         if path
     }
     # Weights that are offloaded are somewhere else while the tower runs: they count among "bias".
-    found = {name: parameter for name, parameter in found.items() if parameter.device.type != "meta"}
-    before = {name: parameter.requires_grad for name, parameter in found.items()}
+    parameters = {name: parameter for name, parameter in parameters.items() if parameter.device.type != "meta"}
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
-        for parameter in found.values():
+        for parameter in parameters.values():
             parameter.requires_grad_(True)
         # The model gets its weights back as they were; their places in the graph outlive that.
-        yield {name: (parameter, get_gradient_edge(parameter)) for name, parameter in found.items()}
+        yield {name: (parameter, get_gradient_edge(parameter)) for name, parameter in parameters.items()}
     finally:
-        for name, parameter in found.items():
+        for name, parameter in parameters.items():
             parameter.requires_grad_(before[name])
 
 
@@ -222,11 +222,11 @@ def load_maps(path: str | Path, records: Sequence[Mapping[str, Any]]) -> list[Pi
     if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{path} holds no maps over patches of this layout; trace anew with attribution.patches=true")
     with built_from(path, "file of maps", "trace again with attribution.patches=true"):
-        found = []
+        maps = []
         for record in records:
             tiles = []
             for tile in record["tiles"]:
                 boxes = [PatchBox(*box) for box in tile["boxes"]]
                 tiles.append(TileMap(boxes, arrays[tile["grid"]].astype(float) * tile["scale"]))
-            found.append(PictureMap(record["target"], record["picture"], tiles, record["edge"], record["remainder"]))
-        return found
+            maps.append(PictureMap(record["target"], record["picture"], tiles, record["edge"], record["remainder"]))
+        return maps

@@ -184,8 +184,8 @@ def _transcoders(cfg: AppConfig, adapter: Adapter, overrides: tuple[str, ...]) -
         return [chosen.n_features or 4 * d] * layers, chosen
     if not isinstance(chosen, TranscoderArchConfig):
         try:
-            found = trained_transcoders(cfg, layers, d)
-            return [transcoder.config.n_features for transcoder in found.transcoders.values()], found[0].config
+            own_set = trained_transcoders(cfg, layers, d)
+            return [transcoder.config.n_features for transcoder in own_set.transcoders.values()], own_set[0].config
         except UserError:
             if any(override.lstrip("+~").startswith("transcoder") for override in overrides):
                 raise

@@ -41,22 +41,16 @@ def circuit_diagram(
     supernodes: Sequence[Supernode],
     edges: Sequence[Edge],
     path: str | FilePath,
-    thumbnails: Mapping[str, np.ndarray | Sequence[np.ndarray]] | None = None,
-    words: Mapping[str, str] | None = None,
+    thumbnails: Mapping[str, Sequence[np.ndarray]],
+    words: Mapping[str, str],
 ) -> FilePath:
-    """Draw the circuit. Names in `edges` that are no supernode (inputs, answers) become plain boxes.
+    """Draw the circuit; names in `edges` (without a cycle) that are no supernode, inputs and answers, are plain boxes.
 
-    Args:
-        supernodes: of the circuit.
-        edges: without a cycle (see `drawable`).
-        path: of the PNG.
-        thumbnails: by name a picture, uint8 `[H, W, 3]`, or up to three of them.
-        words: by name a line for the box.
+    By name, `thumbnails` are up to three pictures, uint8 `[H, W, 3]`, and `words` a line for the box.
     """
     members = {node.name: node for node in supernodes}
     names = list(dict.fromkeys([*members, *(name for edge in edges for name in edge[:2])]))
-    thumbnails, words = thumbnails or {}, words or {}
-    boxes = {name: _Box(name, members.get(name), thumbnails.get(name), words.get(name)) for name in names}
+    boxes = {name: _Box(name, members.get(name), thumbnails.get(name, ()), words.get(name)) for name in names}
     layout = _Layout(boxes, edges)
     x = [place[0] for place in layout.places.values()]
     left, right = min(x) - _WIDTH / 2 - 0.15, max(x) + _WIDTH / 2 + 0.15
@@ -110,11 +104,9 @@ def describe(node: Supernode) -> str:
 class _Box:
     """A name, lines of words below it, and pictures."""
 
-    def __init__(
-        self, name: str, node: Supernode | None, given: np.ndarray | Sequence[np.ndarray] | None, words: str | None
-    ) -> None:
+    def __init__(self, name: str, node: Supernode | None, pictures: Sequence[np.ndarray], words: str | None) -> None:
         self.name, self.is_supernode = name, node is not None
-        self.pictures = [] if given is None else [given] if isinstance(given, np.ndarray) else list(given)[:_MOST]
+        self.pictures = pictures[:_MOST]
         lines = ([] if node is None else [describe(node)]) + ([words] if words else [])
         self.lines = [line if len(line) <= _CHARACTERS else line[: _CHARACTERS - 1] + "…" for line in lines]
         self.side = _PICTURE if len(self.pictures) == 1 else _SMALL

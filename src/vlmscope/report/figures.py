@@ -29,16 +29,7 @@ def dose_response(
     percent: bool = True,
     log_x: bool = False,
 ) -> Path:
-    """Lines with 95 % bands.
-
-    Args:
-        curves: at least one.
-        path: of the PNG.
-        xlabel: of the axis, with its unit; `ylabel` likewise.
-        ylabel: what is measured.
-        percent: y is a share 0..1, shown in per cent.
-        log_x: x counts something, on a logarithmic axis with room for 0.
-    """
+    """Lines with 95 % bands; `percent`: y is a share 0..1, shown in per cent; `log_x`: x counts something, from 0."""
     if not curves:
         raise ValueError(f"no curves to draw for {ylabel!r}")
     with drawing(path, 6.6, 4.2) as figure:
@@ -182,12 +173,8 @@ def share_matrices(
 ) -> Path:
     """A matrix per panel, recipients down and donors across; hatched where there is nothing to measure.
 
-    Args:
-        names: n concepts.
-        panels: title -> [n, n], nan where there is no value.
-        path: the PNG to write.
-        axes_of: what stands down and across.
-        percent: values are shares 0..1, shown in per cent; else counts.
+    `panels` are title -> [n, n] of n concepts, nan where there is no value; `axes_of` says what stands down and across;
+    `percent`: values are shares 0..1, shown in per cent, else counts.
     """
     scale = 100 if percent else 1
     most = 100 if percent else max(float(np.nanmax(of)) for of in panels.values())

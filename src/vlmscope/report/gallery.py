@@ -135,12 +135,9 @@ _LINKED = {"report": "report.html", "drawing": "figures/graph.png", "graph.json"
 
 
 def graph_uses(places: Sequence[str], info: StudyInfo, pages: Path) -> dict[FeatureId, list[GraphUse]]:
-    """For every feature that pruning kept in some graph, where it is there.
+    """For every feature that pruning kept in some graph, where it is there; links lead from the folder `pages`.
 
-    Args:
-        places: run folders of traces, or their graph.safetensors.
-        info: of the study that pages are made of.
-        pages: the folder of the pages, from which links lead.
+    `places` are run folders of traces, or their graph.safetensors.
     """
     uses: dict[FeatureId, list[GraphUse]] = {}
     for file in dict.fromkeys(graph_file(place) for place in places):

@@ -296,14 +296,9 @@ def attribution_graph(
 ) -> Path:
     """Draw the pruned graph of one prompt.
 
-    Args:
-        pruned: the graph.
-        path: of the PNG.
-        images: the prompt's pictures (uint8 `[H, W, 3]`), cut into thumbnails under their soft tokens; without them
-            soft tokens are named.
-        groups: feature -> its supernode, which gets a colour.
-        max_edges: how many edges are drawn.
-        labels: of features; those of the features that are named by their numbers stand below.
+    `images` are the prompt's pictures (uint8 `[H, W, 3]`), cut into thumbnails under their soft tokens; without them
+    soft tokens are named. `groups` gives features a supernode, which gets a colour. The `labels` of features that are
+    named by their numbers stand below.
     """
     graph, nodes, scores = pruned.graph, pruned.graph.nodes, pruned.scores
     chosen = strongest_edges(pruned, max_edges)

@@ -63,13 +63,9 @@ def _show_map(axes: Axes, image: np.ndarray, raster: np.ndarray, title: str) -> 
 
 
 def patch_maps(maps: Sequence[PictureMap], pictures: Sequence[np.ndarray], path: str | Path, effect: str) -> Path:
-    """A row per map: the picture, the map over it, and what the picture's edge is made of.
+    """A row per map: the picture (uint8 `[H, W, 3]`), the map over it, and what the picture's edge is made of.
 
-    Args:
-        maps: at least one.
-        pictures: uint8 `[H, W, 3]`, by number.
-        path: the PNG to write.
-        effect: "total" or "direct", for the title.
+    `effect`, "total" or "direct", is for the title.
     """
     with drawing(path, 8.6, 0.5 + 2.5 * len(maps)) as figure:
         grid = figure.subplots(len(maps), 3, squeeze=False, width_ratios=[1, 1, 1.25])
@@ -93,13 +89,7 @@ def patch_maps(maps: Sequence[PictureMap], pictures: Sequence[np.ndarray], path:
 def feature_maps(
     maps: Mapping[str, Mapping[str, Sequence[PictureMap]]], pictures: Sequence[np.ndarray], path: str | Path
 ) -> Path:
-    """A row per feature and picture, each kind of map over the picture.
-
-    Args:
-        maps: feature -> kind -> a map per picture; at least one.
-        pictures: uint8 `[H, W, 3]`, by number.
-        path: the PNG to write.
-    """
+    """A row per feature and picture (uint8 `[H, W, 3]`): `maps` are feature -> kind -> a map per picture."""
     rows = [
         (feature, picture, {MAP_NAMES.get(kind, kind): of[number] for kind, of in kinds.items()})
         for feature, kinds in maps.items()

@@ -19,11 +19,7 @@ from vlmscope.report.style import label
 
 
 def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str, float | None]) -> Path:
-    """report.html from a run's folder, its resolved configuration and its numbers.
-
-    Raises:
-        UserError: a mark that cannot be drawn from what the folder has.
-    """
+    """report.html from a run's folder, its resolved configuration and its numbers."""
     name = str(settings.get("name") or "experiment")
     numbers = numbers_of({key: HeadlineConfig(**one) for key, one in settings["headline"].items()}, metrics)
     marks = {key: MarkConfig(**one) for key, one in settings["report"].items()}

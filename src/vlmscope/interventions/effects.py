@@ -99,7 +99,7 @@ def repeated(base: BaseRun, size: int) -> BaseRun:
     tables = {
         key: {at: v.expand(size, *v.shape[1:]) for at, v in table.items()}
         for key, table in vars(base).items()
-        if key != "logits"
+        if key not in ("logits", "codes")
     }
     return replace(base, logits=base.logits.expand(size, -1), **tables)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class BaseRun:
     mlp_in: dict[int, Tensor]  # layer -> [B, T, d], the transcoder's input; for direct, as all below
     written: dict[int, Tensor]  # layer -> [B, T, d], the transcoder's target
     inverse_rms: dict[nn.Module, Tensor]  # norm -> [B, T, 1], of values [B, T, Hkv, 1]: its scales follow from it
+    codes: dict[int, SparseCode] = field(default_factory=dict, init=False)  # of `mlp_in`, kept for the next plan
 
 
 @torch.no_grad()
@@ -130,7 +131,10 @@ def _direct(scope: Scope, plan: AnyPlan, base: BaseRun) -> Iterator[None]:
     """Every transcoder target is the base run's, plus the edit at base activations, plus W_skip's response."""
     changes: dict[int, Tensor] = {}
     for layer, edit in plan.items():
-        _add_ahead(changes, layer, edit_changes(scope.transcoders[layer], base.mlp_in[layer], edit, 0))
+        x = base.mlp_in[layer]
+        if layer not in base.codes:
+            base.codes[layer] = scope.transcoders[layer].encode(x)
+        _add_ahead(changes, layer, edit_changes(scope.transcoders[layer], x, edit, 0, base.codes[layer]))
     with ExitStack() as stack:
         inputs = watch_inputs(stack, scope.adapter, range(scope.adapter.n_layers))
         for layer in range(scope.adapter.n_layers):
@@ -208,10 +212,13 @@ def _add_ahead(pending: dict[int, Tensor], layer: int, changes: Sequence[Tensor]
         pending[target] = pending[target].to(change.device) + change if target in pending else change
 
 
-def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit | WholeEdit, offset: int) -> list[Tensor]:
+def edit_changes(
+    transcoder: Transcoder, x: Tensor, edit: LayerEdit | WholeEdit, offset: int, code: SparseCode | None = None
+) -> list[Tensor]:
     """What an edit adds to the target [B, t, d] of each layer that its features write to, from their own upwards.
 
-    `x` are the transcoder's inputs at positions offset..offset + t. Empty when the edit does nothing there.
+    `x` are the transcoder's inputs at positions offset..offset + t, and `code` theirs, where it is known. Empty when
+    the edit does nothing there.
     """
     if isinstance(edit, LayerEdit):
         if not len(edit.features):
@@ -221,27 +228,27 @@ def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit | WholeEdit,
     if offset >= prompt:
         if edit.generated is None:
             return []
-        step = offset - prompt
+        live, step = transcoder.encode(x), offset - prompt
         if isinstance(edit, WholeEdit):
-            code = SparseCode(edit.generated.indices[:, None], edit.generated.values[:, None])
-            written = _exchanged(transcoder, x, code)
+            given = SparseCode(edit.generated.indices[:, None], edit.generated.values[:, None])
+            written = _exchanged(transcoder, live, given)
         else:
             now = at_step(edit.generated, 2, step)
             here = replace(edit, value=now.unsqueeze(-2) if now.ndim > 1 else now, at=edit.at_generated)
             level = None if edit.gate is None else at_step(edit.gate.generated, 1, step)
-            written = _written(transcoder, x, here, level)
+            written = _written(transcoder, live, here, level)
         return [one.to(x.dtype) for one in written]
     assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
     if not bool(where.any()):
         return []
+    live = transcoder.encode(x[:, where]) if code is None else _at(code, where)
     if isinstance(edit, WholeEdit):
-        code = SparseCode(edit.code.indices[:, where], edit.code.values[:, where])
-        written = _exchanged(transcoder, x[:, where], code)
+        written = _exchanged(transcoder, live, _at(edit.code, where))
     else:
         value, scale = (v if v.ndim < 2 or v.shape[-2] == 1 else v[..., where, :] for v in (edit.value, edit.scale))
         here = replace(edit, value=value, scale=scale, at=None if edit.at is None else edit.at[where])
         level = None if edit.gate is None else edit.gate.level[where]
-        written = _written(transcoder, x[:, where], here, level)
+        written = _written(transcoder, live, here, level)
     changes = []
     for one in written:
         changes.append(x.new_zeros(x.shape))
@@ -249,21 +256,25 @@ def edit_changes(transcoder: Transcoder, x: Tensor, edit: LayerEdit | WholeEdit,
     return changes
 
 
-def _exchanged(transcoder: Transcoder, x: Tensor, code: SparseCode) -> list[Tensor]:
+def _at(code: SparseCode, where: Tensor) -> SparseCode:
+    """A code [B, T, k] at some positions [T] bool."""
+    return SparseCode(code.indices[:, where], code.values[:, where])
+
+
+def _exchanged(transcoder: Transcoder, live: SparseCode, code: SparseCode) -> list[Tensor]:
     """What a code [B, t, k] writes minus what the live one does, [B, t, d] by layer written."""
-    live = transcoder.encode(x)
-    lead = live.indices.shape[:-1]
-    indices, values = (one.to(x.device).expand(*lead, one.shape[-1]) for one in (code.indices, code.values))
+    lead, device = live.indices.shape[:-1], live.indices.device
+    indices, values = (one.to(device).expand(*lead, one.shape[-1]) for one in (code.indices, code.values))
     # One sum over the entries of both: in half precision the difference of two rounded sums would be mostly rounding.
     both = SparseCode(torch.cat([indices, live.indices], -1), torch.cat([values.to(live.values), -live.values], -1))
     return [transcoder.write(both, ahead) for ahead in range(transcoder.config.writes)]
 
 
-def _written(transcoder: Transcoder, x: Tensor, edit: LayerEdit, level: Tensor | None) -> list[Tensor]:
-    """`g (new - current) W_dec` [B, t, d] by layer written, of an edit whose tensors are those of the t positions of
-    `x`; `level` is the gate's there, if it has one.
+def _written(transcoder: Transcoder, code: SparseCode, edit: LayerEdit, level: Tensor | None) -> list[Tensor]:
+    """`g (new - current) W_dec` [B, t, d] by layer written, of an edit whose tensors are those of the positions of the
+    live `code`; `level` is the gate's there, if it has one.
     """
-    code, width = transcoder.encode(x), transcoder.config.n_features
+    width = transcoder.config.n_features
     current = code.select(edit.features, width)
     delta = edit.scale * current + edit.value - current
     if edit.at is not None:

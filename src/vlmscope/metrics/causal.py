@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -45,18 +46,25 @@ def bootstrap_mean(
     found = np.asarray(values, dtype=float)
     if found.size == 0:
         raise ValueError("a mean needs at least one case")
-    drawn = generator(seed, "bootstrap")
+    if groups is not None and len(groups) != found.size:
+        raise ValueError(f"{found.size} cases, but {len(groups)} names of groups")
+    low, high = _interval(found.tobytes(), None if groups is None else tuple(groups), seed)
+    return Rate(float(found.mean()), low, high, int(found.size), control)
+
+
+@lru_cache(maxsize=1024)  # metrics and every mark of a report ask for the same rates
+def _interval(values: bytes, groups: tuple[str, ...] | None, seed: int) -> tuple[float, float]:
+    """The interval of `bootstrap_mean`, from float64 values."""
+    found, drawn = np.frombuffer(values), generator(seed, "bootstrap")
     if groups is None:
         resampled = drawn.choice(found, (RESAMPLES, found.size)).mean(1)
     else:
-        if len(groups) != found.size:
-            raise ValueError(f"{found.size} cases, but {len(groups)} names of groups")
         _, of = np.unique(np.asarray(groups), return_inverse=True)
         sums, counts = np.bincount(of, found), np.bincount(of)
         chosen = drawn.integers(0, len(counts), (RESAMPLES, len(counts)))
         resampled = sums[chosen].sum(1) / counts[chosen].sum(1)
     low, high = (float(v) for v in np.quantile(resampled, (0.025, 0.975)))
-    return Rate(float(found.mean()), low, high, int(found.size), control)
+    return low, high
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

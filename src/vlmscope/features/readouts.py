@@ -13,7 +13,7 @@ Legend: B prompts, T positions, P chosen ones, L layers, K words, V vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -38,38 +38,33 @@ _NUMBERS = 1 << 25  # logits in memory at a time
 _ROWS = 32  # positions whose logits are in memory at once: 262,144 words in float32 are 1 MiB each
 
 
-@torch.no_grad()
 def top_and_bottom_logits(scope: Scope, feature: FeatureId, count: int = 6) -> tuple[Words, Words]:
     """The words that a feature raises most and lowers most, with their (relative) logits."""
-    logits = next(_logits(scope, feature.layer, torch.tensor([feature.index])))[0]
+    logits = layer_logits(scope, feature.layer, count, torch.tensor([feature.index]))
 
-    def words(indices: Tensor) -> Words:
-        return tuple(zip(token_strings(scope.vlm.tokenizer, indices.tolist()), logits[indices].tolist(), strict=True))
+    def words(ids: np.ndarray, values: np.ndarray) -> Words:
+        return tuple(zip(token_strings(scope.vlm.tokenizer, ids[0]), values[0].tolist(), strict=True))
 
-    return words(logits.topk(count).indices), words((-logits).topk(count).indices)
+    return words(logits.top_ids, logits.top), words(logits.bottom_ids, logits.bottom)
 
 
 @torch.no_grad()
-def layer_logits(scope: Scope, layer: int, count: int) -> Logits:
-    """The tokens that every feature of a layer raises most and lowers most."""
-    columns: list[tuple[Tensor, ...]] = []
-    for logits in _logits(scope, layer, torch.arange(scope.transcoders[layer].config.n_features)):
-        top, bottom = logits.float().topk(count), (-logits.float()).topk(count)
-        columns.append((top.indices, top.values, bottom.indices, -bottom.values))
-    return Logits(*(torch.cat(column).numpy(force=True) for column in zip(*columns, strict=True)))
-
-
-def _logits(scope: Scope, layer: int, features: Tensor) -> Iterator[Tensor]:
-    """Relative logits [n, V] of some features at a time."""
+def layer_logits(scope: Scope, layer: int, count: int, features: Tensor | None = None) -> Logits:
+    """The tokens that features of a layer (all when None) raise most and lower most, with their relative logits."""
     transcoder, hook = scope.transcoders[layer], scope.transcoders.config.output_hook
     ahead = range(transcoder.config.writes)
     norms = [norm_weight_after(scope.adapter, layer + n, hook, transcoder.W_dec) for n in ahead]
     weight = materialised(scope.adapter.lm_head())
     scale = scope.adapter.norm_scale(scope.adapter.final_norm(), torch.ones_like(weight[0]))
     centred = (weight - weight.mean(0)) * scale
+    features = torch.arange(transcoder.config.n_features) if features is None else features
+    columns: list[tuple[Tensor, ...]] = []
     for part in features.to(weight.device).split(max(1, _NUMBERS // len(weight))):
         rows = [transcoder.decoder(n)[part] * (1 if norm is None else norm) for n, norm in enumerate(norms)]
-        yield sum(rows[1:], rows[0]).to(centred) @ centred.T
+        logits = (sum(rows[1:], rows[0]).to(centred) @ centred.T).float()
+        top, bottom = logits.topk(count), (-logits).topk(count)
+        columns.append((top.indices, top.values, bottom.indices, -bottom.values))
+    return Logits(*(torch.cat(column).numpy(force=True) for column in zip(*columns, strict=True)))
 
 
 @dataclass(frozen=True)

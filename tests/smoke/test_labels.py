@@ -118,7 +118,6 @@ def test_a_local_model_explains_and_its_set_takes_no_other_explainer(
         (["task=label", "study.path=nowhere"], "no study.json in nowhere"),
         (["task=find", "query=red", "study.path=nowhere"], "no study.json in nowhere"),
         (["task=structure", "study.path=nowhere"], "no study.json in nowhere"),
-        (["task=label", "task.study=nowhere"], "task.study= is called study.path="),
         (["task=label", "study.path=STUDY", "task.explainer=oracle"], "task.explainer=oracle: no such choice"),
         (["task=label", "study.path=STUDY", "task.shuffled=-1"], "task.shuffled=-1: it must be at least 0"),
         (["task=label", "study.path=STUDY", "task.explainer=local"], "add 'task.features="),

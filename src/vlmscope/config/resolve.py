@@ -42,9 +42,6 @@ from vlmscope.training.config import TranscoderArchConfig
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
-RENAMED = {"task.study": "study.path"}  # keys that once were called otherwise
-
-
 def suggestion(name: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?`, or all the names when none is near, or how to see them when there are many."""
     names = sorted(set(known))
@@ -87,8 +84,6 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     key = str(error.key)
     where = str(error.full_key or key)
     prefix = where[: -len(key)].rstrip(".") if where.endswith(key) else ""
-    if where in RENAMED:
-        return f"{where}= is called {RENAMED[where]}= for every task; write that"
     near = get_close_matches(key, known, n=1, cutoff=0.5)
     if near:
         return f"no key {where!r}; did you mean {prefix + '.' if prefix else ''}{near[0]}?"
@@ -322,40 +317,31 @@ def _override_key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def _prompt_text(prompt: str | None, prompt_file: str | None, overrides: Sequence[str]) -> str | None:
-    """The prompt: what the command line says goes before what an experiment says; both kinds at once are an error."""
-    if prompt_file is None:
-        return prompt
-    given = {_override_key(override) for override in overrides}
-    if {"prompt", "prompt_file"} <= given:
-        raise UserError("both prompt= and prompt_file= were given; give one of them")
-    if "prompt" in given:
-        return prompt
-    if "prompt_file" not in given and prompt is not None:
-        raise UserError("the experiment sets both prompt and prompt_file; remove one of them")
-    return read_text(prompt_file).removesuffix("\n").removesuffix("\r")
-
-
-def _named_prompt(app: AppConfig, name: str, overrides: Sequence[str]) -> str | None:
-    """The prompt of that name in the chosen set, given as many pictures as it needs.
-
-    As for `prompt_file`, the command line goes before what an experiment says.
+def _prompt(app: AppConfig, overrides: Sequence[str]) -> str | None:
+    """The text of `prompt`, `prompt_file` or `prompt_name`: what the command line says goes before what an experiment
+    says; two of them at once are an error.
     """
-    given = {_override_key(override) for override in overrides}
-    spelt = given & {"prompt", "prompt_file"}
-    if spelt and "prompt_name" not in given:
+    keys = ("prompt", "prompt_file", "prompt_name")
+    given = [key for key in keys if key in {_override_key(override) for override in overrides}]
+    if len(given) > 1:
+        raise UserError(f"both {given[-1]}= and {given[0]}= were given; give one of them")
+    spelt = given or [key for key in keys if getattr(app, key) is not None]
+    if {"prompt", "prompt_file"} <= set(spelt):
+        raise UserError("the experiment sets both prompt and prompt_file; remove one of them")
+    if "prompt_file" in spelt and app.prompt_file is not None:
+        return read_text(app.prompt_file).removesuffix("\n").removesuffix("\r")
+    name = app.prompt_name
+    if "prompt_name" not in spelt or name is None:
         return app.prompt
-    if spelt:
-        raise UserError(f"both prompt_name= and {min(spelt)}= were given; give one of them")
     if app.prompts is None:
         raise UserError(f"prompt_name={name} names a prompt of a set; choose one too, as in prompts=mars_earth")
     if name not in app.prompts.prompts:
         raise UserError(f"prompt_name={name}: no such prompt; {suggestion(name, app.prompts.prompts)}")
-    found, pictures = app.prompts.prompts[name], len(app.image or [])
-    if pictures != len(found.images):
-        wanted = f"{len(found.images)}: {'; '.join(found.images)}" if found.images else "none"
+    chosen, pictures = app.prompts.prompts[name], len(app.image or [])
+    if pictures != len(chosen.images):
+        wanted = f"{len(chosen.images)}: {'; '.join(chosen.images)}" if chosen.images else "none"
         raise UserError(f"prompt_name={name}: image= gives {pictures} pictures, it needs {wanted}; make them equal")
-    return found.prompt
+    return chosen.prompt
 
 
 def _image_list(image: Any) -> list[str] | None:
@@ -440,10 +426,8 @@ def to_app_config(cfg: DictConfig, overrides: Sequence[str] = ()) -> AppConfig:
         _limit(cfg, key.split("."), most, given)
     app = OmegaConf.to_object(cfg)
     assert isinstance(app, AppConfig), type(app)
-    app.prompt = _prompt_text(app.prompt, app.prompt_file, overrides)
     app.image = _image_list(app.image)
-    if app.prompt_name is not None:
-        app.prompt = _named_prompt(app, app.prompt_name, overrides)
+    app.prompt = _prompt(app, overrides)
     return app
 
 

@@ -115,7 +115,7 @@ def test_the_command_line_goes_before_an_experiments_prompt_name(tmp_path: Path)
             ["prompts=mars_earth", "prompts.prompts.mars.contrast=venus"],
             r"mars.contrast=venus: no other such prompt; ch",
         ),
-        (["prompts=mars_earth", "prompts.prompts.mars.wording=mine"], "mine: no such choice; choose one of paper, ours"),
+        (["prompts=mars_earth", "prompts.prompts.mars.wording=mine"], "mine: no such choice; choose one of pap"),
     ],
 )
 def test_mistakes_are_one_line(overrides: list[str], words: str) -> None:

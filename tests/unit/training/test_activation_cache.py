@@ -1,7 +1,6 @@
 """The cache of activations: same weights without the model, what it refuses, what a kill leaves, several processes."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.processes import Forked, all_codes
 from tests.unit.training.helpers import CONFIG, interrupted_at, make_batch, settings, state
-from tests.unit.training.test_ranks import distance
 from torch import Tensor
 
 from vlmscope.core.errors import UserError
@@ -152,47 +149,3 @@ def test_epochs_go_through_the_first_batches_again(gemma: VLM, tmp_path: Path, f
     forwards.clear()
     cached = _train(gemma, tmp_path / "cached", CacheSettings(tmp_path / "cache"), **changes)
     assert len(forwards) == 3 and _equal(plain, cached)
-
-
-COUNTING = """
-import json, sys
-from pathlib import Path
-from tests.unit.training.test_ranks import WORKER
-from vlmscope.models.base import Adapter
-import vlmscope.training.transcoder_training as training
-from vlmscope.training.captures import CacheSettings
-
-count, right = [0], Adapter.forward
-def counted(self, *arguments, **settings):
-    count[0] += 1
-    return right(self, *arguments, **settings)
-Adapter.forward = counted
-plain, cache = training.train_transcoders, CacheSettings(Path(sys.argv[8]))
-training.train_transcoders = lambda *a, **s: plain(*a, **s, cache=cache)
-exec(WORKER)
-Path(out).parent.joinpath(f"forwards_{rank}.json").write_text(json.dumps(count[0]))
-"""
-
-
-def together(folder: Path, cache: Path, world: int, per_host: int) -> list[int]:
-    """Train with `world` processes into `folder`/set; how many forwards each ran."""
-    folder.mkdir()
-    init, changes = (folder / "rendezvous").as_uri(), json.dumps({"per_host": per_host})
-    rest = (world, init, folder / "set", folder / "run", 99, changes, cache)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    assert all_codes([Forked(COUNTING, rank, *rest, env=env) for rank in range(world)]) == [0] * world
-    return [json.loads((folder / f"forwards_{rank}.json").read_text()) for rank in range(world)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("per_host", [2, 1])
-def test_two_processes_keep_what_each_captured(tmp_path: Path, per_host: int) -> None:
-    cache = tmp_path / "cache"
-    assert together(tmp_path / "one", cache, 2, per_host) == [6, 6]
-    # One rank lacks a batch: both run the model on their part of it.
-    (cache / "rank_01" / "batch_000003.safetensors").unlink()
-    assert together(tmp_path / "two", cache, 2, per_host) == [1, 1]
-    assert together(tmp_path / "three", cache, 2, per_host) == [0, 0]
-    assert distance(tmp_path / "one", tmp_path / "two") == distance(tmp_path / "one", tmp_path / "three") == 0
-    kept = load_file(cache / "rank_01" / "batch_000000.safetensors")
-    assert ("layer_00.in" in kept) == (per_host == 1)

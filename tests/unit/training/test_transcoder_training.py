@@ -3,15 +3,12 @@
 import dataclasses
 import json
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.processes import Forked
 from tests.unit.training.helpers import CONFIG, interrupted_at, make_batch, settings, state, train
 from torch import Tensor
 
@@ -205,30 +202,6 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(gemma: VLM, tmp_path:
         train(gemma, tmp_path, resume=True, k=4, lr=0.1)
     with pytest.raises(UserError, match="precision 32 -> bf16-mixed"):
         train(gemma, tmp_path, resume=True, precision="bf16-mixed")
-
-
-_PROGRAM = """
-import sys
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-from tests.unit.training.helpers import train
-from vlmscope.models.tiny import tiny_gemma3
-train(tiny_gemma3(0), Path(sys.argv[1]), resume=sys.argv[2] == "resume", max_steps=40)
-"""
-
-
-def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(gemma: VLM, tmp_path: Path) -> None:
-    process = Forked(_PROGRAM, tmp_path / "parts", "anew")
-    markers = tmp_path / "parts" / "transcoder_checkpoint"
-    deadline = time.monotonic() + 120
-    while not list(markers.glob("step_*/complete.json")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL and not (markers / "step_00000040").exists()
-    assert Forked(_PROGRAM, tmp_path / "parts", "resume").wait() == 0
-    train(gemma, tmp_path / "whole", max_steps=40)
-    assert state(tmp_path / "parts") == state(tmp_path / "whole")
 
 
 # -- trouble

@@ -7,7 +7,7 @@ from torch import Tensor
 from vlmscope.training.losses import l0_penalty, l1_penalty, prefix_fvu, prefix_sizes
 from vlmscope.transcoders import nonlinearities
 from vlmscope.transcoders.config import ACTIVATIONS
-from vlmscope.transcoders.nonlinearities import BatchTopK, JumpReLU, largest
+from vlmscope.transcoders.nonlinearities import BatchTopK, JumpReLU
 from vlmscope.transcoders.transcoder import Transcoder, random_set
 
 D, F, K, N = 6, 20, 4, 17
@@ -173,15 +173,3 @@ def test_rows_with_equal_numbers_or_nan_are_still_served() -> None:
     found, known = by_blocks(pre, 8), pre.topk(8)
     assert torch.equal(pre.gather(1, found).nan_to_num(1e9), known.values.nan_to_num(1e9))
     assert all(len(set(row)) == 8 for row in found.tolist())
-
-
-def test_large_matrices_take_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    real = nonlinearities._by_blocks
-    monkeypatch.setattr(nonlinearities, "_by_blocks", lambda pre, k, size: seen.append(size) or real(pre, k, size))
-    pre = numbers(256, 2048)
-    assert torch.equal(largest(pre, 16), pre.topk(16).indices)
-    largest(pre[:8], 16)
-    torch.set_num_threads(8)
-    largest(pre, 16)
-    assert seen == [16]

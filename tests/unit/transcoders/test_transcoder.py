@@ -54,28 +54,6 @@ def test_gradients_are_those_of_the_dense_equation(skip: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
 
 
-def test_no_more_than_k_features_and_none_below_zero() -> None:
-    transcoder, x = _one(False)
-    with torch.no_grad():
-        transcoder.b_enc.sub_(1.2)  # now many tokens have fewer than K positive pre-activations
-    code = transcoder.encode(x)
-    positive = (transcoder.pre_activations(x) > 0).sum(-1)
-    assert (positive < K).any() and (positive > K).any()
-    assert torch.equal(code.active.sum(-1), positive.clamp(max=K))
-    assert (code.values >= 0).all()
-    dense = code.dense(F)
-    assert dense.shape == (2, 9, F) and torch.equal((dense > 0).sum(-1), code.active.sum(-1))
-
-
-def test_random_sets_depend_on_the_seed_alone_and_are_nowhere_zero() -> None:
-    first, again, other = (random_set(2, D, F, K, skip=True, seed=s) for s in (0, 0, 1))
-    for (_, a), (_, b), (_, c) in zip(
-        first.named_parameters(), again.named_parameters(), other.named_parameters(), strict=True
-    ):
-        assert torch.equal(a, b) and not torch.equal(a, c) and (a != 0).all()
-    assert not torch.equal(first[0].W_enc, first[1].W_enc)
-
-
 def test_a_set_may_hold_some_layers_of_different_widths() -> None:
     transcoders = {layer: Transcoder(TranscoderConfig(D, F + layer, K, layer=layer)) for layer in (5, 2)}
     some = TranscoderSet(transcoders, random_set(1, D, F, K).config)

@@ -64,20 +64,16 @@ def accuracy(module: Any, scenes: list[Scene], shuffle_images: bool = False) -> 
         if shuffle_images:
             # A rotation by half leaves no picture in its place.
             batch = replace(batch, pixels=batch.pixels.roll(max(len(batch.pixels) // 2, 1), 0))
-        for group, good in _answers(module, batch):
-            right.setdefault(group, []).append(good)
+        states, labels = module.answer_states(batch)
+        hit = module.model.lm_head(states).argmax(-1) == labels
+        rows, columns = (batch.labels != IGNORE).nonzero(as_tuple=True)
+        answers: dict[tuple[int, int], bool] = {}
+        for row, column, ok in zip(rows.tolist(), columns.tolist(), hit.tolist(), strict=True):
+            key = (row, int(batch.segments[row, column]))
+            answers[key] = answers.get(key, True) and ok
+        for (row, segment), ok in answers.items():
+            right.setdefault(batch.groups[row][segment - 1], []).append(ok)
     return {group: float(np.mean(values)) for group, values in sorted(right.items())}
-
-
-def _answers(module: Any, batch: PackedBatch) -> list[tuple[str, bool]]:
-    states, labels = module.answer_states(batch)
-    hit = module.model.lm_head(states).argmax(-1) == labels
-    rows, columns = (batch.labels != IGNORE).nonzero(as_tuple=True)
-    good: dict[tuple[int, int], bool] = {}
-    for row, column, ok in zip(rows.tolist(), columns.tolist(), hit.tolist(), strict=True):
-        key = (row, int(batch.segments[row, column]))
-        good[key] = good.get(key, True) and ok
-    return [(batch.groups[row][segment - 1], ok) for (row, segment), ok in good.items()]
 
 
 @torch.no_grad()
@@ -197,12 +193,6 @@ class TowerModule(ScheduledModule):
         assert len(pictures) == len(scenes), "stage 1 takes scenes with pictures only"
         return to_pixels(np.stack(pictures)), targets
 
-    def features(self, pixels: Tensor) -> Tensor:
-        """[B, 3, 64, 64] -> pooled patch states, flattened [B, soft * width]."""
-        states = self.tower(pixel_values=pixels).last_hidden_state
-        grid = states.transpose(1, 2).unflatten(2, (self.side, self.side))
-        return self.pool(grid).flatten(1)
-
     def training_step(self, batch: tuple[Tensor, dict[str, Tensor]], batch_idx: int) -> Tensor:
         """Mean over all (picture, fact) pairs of the cross-entropy."""
         return self.losses(batch)[0]
@@ -210,7 +200,9 @@ class TowerModule(ScheduledModule):
     def losses(self, batch: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, tuple[int, int]]]:
         """Return the loss and, for each head, (right, asked)."""
         pixels, targets = batch
-        features = self.features(pixels)
+        states = self.tower(pixel_values=pixels).last_hidden_state
+        grid = states.transpose(1, 2).unflatten(2, (self.side, self.side))
+        features = self.pool(grid).flatten(1)  # pooled patch states [B, soft * width]
         total, asked, right = features.new_zeros(()), 0, {}
         for name, target in targets.items():
             mask = target >= 0

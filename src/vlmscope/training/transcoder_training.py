@@ -260,31 +260,18 @@ def train_transcoders(
     cache: CacheSettings | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> tuple[TranscoderSet, dict[str, float]]:
-    """Train the transcoders of all layers of a frozen model.
+    """Train the transcoders of all layers of a frozen model, or go on with `trainer.resume`; then evaluate them.
 
-    Args:
-        vlm: a loaded model; its parameters are frozen and it is set to evaluation.
-        train_batch: batch number 0, 1, ... of the data, a pure function of the number, so that a resumed run sees the
-            same data. What a batch is: `vlmscope.training.batches`.
-        val_batches: batches for the figures of `vlmscope.training.evaluation`.
-        config: settings; with `trainer.resume` it continues from the checkpoint in `run_dir` if there is one, and
-            `trainer.per_host` processes of an open `torch.distributed` group share a host (None: all).
-        run_dir: where checkpoints go.
-        logger: a Lightning logger, or None.
-        model_name: written into the set; by default the loaded model's own name.
-        data_figures: what is to be logged about the data that were drawn so far, such as each source's share.
-        cache: where captured activations are kept for this and other runs (`vlmscope.training.captures`).
-        origin: what decides the result besides `config`, by name; the same is needed to resume
-            (`vlmscope.core.artifacts`; the main rank's counts). None: the model's weights and batch 0.
+    `train_batch` gives batch number 0, 1, ... of the data (`vlmscope.training.batches`), a pure function of the number,
+    so that a resumed run sees the same data; `val_batches` are for the figures of `vlmscope.training.evaluation`.
+    Checkpoints go into `run_dir`. Of an open `torch.distributed` group `trainer.per_host` processes share a host (None:
+    all). `data_figures` are to be logged about the data that were drawn so far, such as each source's share; `cache`
+    keeps captured activations for this and other runs. `origin` names what decides the result besides `config`, and the
+    same is needed to resume (the main rank's counts); None: the model's weights and batch 0.
 
-    Returns:
-        The set in the model's own coordinates, and its final figures with `perf/tokens_per_s` and `train/tokens`, those
-        of all sessions of the run.
-
-    Raises:
-        UserError: a checkpoint or a cache does not belong to these settings, or the disk is full.
-        NotMainRank: on every rank but 0 when training is done, since rank 0 alone has the set.
-        KeyboardInterrupt: after Ctrl-C; the state is saved and `trainer.resume` goes on from it.
+    Returns the set in the model's own coordinates, and its final figures with `perf/tokens_per_s` and `train/tokens`,
+    those of all sessions of the run. On every rank but 0 it ends with `NotMainRank`, since rank 0 alone has the set;
+    after Ctrl-C with `KeyboardInterrupt`, and the state is saved.
     """
     adapter, steps = vlm.adapter, config.trainer.max_steps
     ranks = Ranks.current(adapter, config.trainer.per_host)

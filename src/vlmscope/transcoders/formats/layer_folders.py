@@ -152,6 +152,12 @@ def _demand(record: Mapping[str, Any], where: Path, allowed: Mapping[str, Sequen
             raise UserError(f"{where}: {key} is {record.get(key)!r}; only {values[0]!r} can be read")
 
 
+def _find(folder: Path, pattern: str) -> list[Path]:
+    """The folder itself where it holds such a file, else the folders in it that do."""
+    own = [folder.absolute()] if (folder / pattern.rpartition("/")[2]).is_file() else []
+    return own or sorted(path.parent for path in folder.glob(pattern))
+
+
 # Gemma Scope 2
 
 _GEMMA = re.compile(r"layer_(\d+)_width_([0-9]+[km]?)_l0_([a-z0-9]+?)(_affine)?")
@@ -244,11 +250,6 @@ _MLP = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.mlp")
 _SPARSIFY_K = 32  # sparsify's own default
 
 
-def _sparsify_find(folder: Path) -> list[Path]:
-    own = [folder.absolute()] if (folder / "sae.safetensors").is_file() else []
-    return own or sorted(path.parent for path in folder.glob("*/sae.safetensors"))
-
-
 def _sparsify_read(record: dict[str, Any], where: Path) -> Layer:
     hook = where.parent.name
     match = _MLP.fullmatch(hook)
@@ -302,7 +303,7 @@ SPARSIFY = _Sparsify(
         "W_skip": "W_skip",
     },
     turned=(),
-    find=_sparsify_find,
+    find=partial(_find, pattern="*/sae.safetensors"),
     read=_sparsify_read,
     describe=_sparsify_describe,
 )
@@ -311,11 +312,6 @@ SPARSIFY = _Sparsify(
 # SAELens
 
 _HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
-
-
-def _sae_lens_find(folder: Path) -> list[Path]:
-    own = [folder] if (folder / "sae_weights.safetensors").is_file() else []
-    return own or sorted(path.parent for path in folder.rglob("sae_weights.safetensors"))
 
 
 def _sae_lens_read(record: dict[str, Any], where: Path) -> Layer:
@@ -388,7 +384,7 @@ SAE_LENS = Layout(
     record="cfg.json",
     names={name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec", "W_skip", "threshold")},
     turned=("W_enc",),
-    find=_sae_lens_find,
+    find=partial(_find, pattern="**/sae_weights.safetensors"),
     read=_sae_lens_read,
     describe=_sae_lens_describe,
 )

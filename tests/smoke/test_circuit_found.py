@@ -11,11 +11,11 @@ from vlmscope.circuits.build import concept_pictures
 from vlmscope.circuits.circuit import load_circuit
 from vlmscope.core.records import Positions
 
-SMALL = (
-    "tracking=none pairs.train=4 pairs.test=4 interchange.least=2 attribution.max_nodes=100 task.traces=2 "
-    "discovery.graphs=1 discovery.steps=1 discovery.methods=[eap_ig,random] discovery.modes=[free] "
-    "discovery.edge_pairs=0 discovery.draws=1 discovery.minimality=2"
-).split()
+SMALL = [
+    "tracking=none", "pairs.train=4", "pairs.test=4", "interchange.least=2", "attribution.max_nodes=100",
+    "task.traces=2", "discovery.graphs=1", "discovery.steps=1", "discovery.methods=[eap_ig,random]",
+    "discovery.modes=[free]", "discovery.edge_pairs=0", "discovery.draws=1", "discovery.minimality=2",
+]  # fmt: skip
 PAIRS = ["task=circuit", "pairs=planet", *SMALL]
 
 

@@ -295,14 +295,7 @@ def project(pruned: PrunedGraph, layout: Layout) -> dict[str, np.ndarray]:
 def compare(
     first: PrunedGraph, second: PrunedGraph, names: Sequence[str] = ("first", "second"), match: str = "auto"
 ) -> GraphComparison:
-    """Match two graphs and set them against each other.
-
-    Args:
-        first: the graph whose weights count as positive in the difference.
-        second: the other.
-        names: what to call them.
-        match: when nodes are the same: auto, position, from_end, role or feature.
-    """
+    """Match two graphs by a rule; the weights of the first count as positive in the difference."""
     graphs = [first.graph, second.graph]
     _check_same_model(first.graph, second.graph, names)
     union = Union(choose_match(match, graphs))
@@ -322,14 +315,10 @@ def aggregate(
     min_present: float = 0.0,
     each: Callable[[Iterator[PrunedGraph]], Iterator[PrunedGraph]] = iter,
 ) -> AggregateGraph:
-    """Mean of many graphs. They are read twice, one at a time, so that memory holds one and the result.
+    """Mean of many graphs, files or run folders; read twice, one at a time, so that memory holds one and the result.
 
-    Args:
-        graphs: graphs, files or run folders.
-        names: of the graphs; those of files' folders, else numbers.
-        match: when nodes are the same: position, from_end, role or feature; auto looks at the first two.
-        min_present: nodes and edges that pruning kept in a smaller share of the graphs are left out.
-        each: wraps each of the two passes, for a progress bar.
+    What pruning kept in a smaller share of the graphs than `min_present` is left out. `each` wraps each of the two
+    passes, for a progress bar; match=auto looks at the first two graphs.
     """
     if not graphs:
         raise UserError("no graphs to aggregate; give the folders of task=trace runs")

@@ -204,12 +204,7 @@ def graph_to_json(
 ) -> dict[str, Any]:
     """The pruned graph as the viewers' JSON; the edges that it keeps become links with exactly their weights.
 
-    Args:
-        pruned: the graph.
-        slug: its name.
-        scan: name of the model.
-        labels: what features mean, where known.
-        extra: more for the key `vlmscope`.
+    `slug` is the graph's name and `scan` the model's; `extra` goes under the key `vlmscope`.
     """
     graph, table = pruned.graph, pruned.graph.nodes
     names = {node: node_id(graph, node) for node in np.flatnonzero(pruned.node_mask).tolist()}

@@ -142,11 +142,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """The largest batches, and the fastest place for sources and edges, that `config.memory_gb` has room for.
 
-    Args:
-        replacement: the frozen model at its input.
-        targets: what the graph explains.
-        config: settings; without `memory_gb`, batches are as large as they may be and all edges in memory.
-        folder: where edges go that do not fit; the system's folder for temporary files when None.
+    Edges that do not fit go to `folder`, by default the system's for temporary files.
     """
     most = config.targets_at_once(*replacement.errors.shape[1:])
     if config.memory_gb is None:

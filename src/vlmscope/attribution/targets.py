@@ -152,10 +152,7 @@ def token_targets(replacement: ReplacementModel, token_ids: Sequence[int], weigh
 def answer_targets(replacement: ReplacementModel, answer: Sequence[int], weights: str = "uniform") -> Targets:
     """Each token of an answer that follows the prompt, at the position that predicts it.
 
-    Args:
-        replacement: of the prompt with all of the answer but its last token (`models.conversations.continued`).
-        answer: token ids.
-        weights: as in `AttributionConfig`.
+    The replacement model is of the prompt with all of the answer but its last token.
     """
     first = replacement.n_positions - len(answer)
     return _weighted(_logits(replacement, "answer", answer, range(first, replacement.n_positions)), weights)

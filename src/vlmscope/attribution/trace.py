@@ -93,12 +93,8 @@ class Trace:
 def trace(scope: Scope, inputs: ModelInputs, config: AttributionConfig, folder: Path | None = None) -> Trace:
     """Run the model once, make the local replacement model, attribute, and prune.
 
-    Args:
-        scope: the model and its transcoders.
-        inputs: the prompt.
-        config: settings.
-        folder: where edges go, in anonymous files, that do not fit into `config.memory_gb`; the system's folder for
-            temporary files when None.
+    Edges that do not fit into `config.memory_gb` go to anonymous files in `folder`, by default the system's for
+    temporary files.
     """
     config.check()
     vlm = scope.vlm
@@ -138,15 +134,9 @@ def attribute(
     targets: Targets | None = None,
     plan: MemoryPlan | None = None,
 ) -> AttributionGraph:
-    """The whole attribution graph of a replacement model.
+    """The whole attribution graph of a replacement model, whose dtype is that of the sweep.
 
-    Args:
-        replacement: the frozen model at one input; its dtype is that of the sweep.
-        config: settings.
-        tokenizer: names the logit targets; may be None where `targets` have labels.
-        model_name: for the record.
-        targets: what to explain; what `config` says when None.
-        plan: how memory is used; what follows from `config.memory_gb` when None.
+    By default `targets` and `plan` follow from the settings; `tokenizer` may be None where targets have labels.
     """
     config.check()
     started = time.perf_counter()

@@ -267,17 +267,11 @@ class ReplacementModel:
     def propagate(
         self, stream: Tensor, injected: Tensor, changes: Sequence[Tensor], *, respond: bool, n_layers: int
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Take changes through the first `n_layers` layers.
+        """Take a change of the stream, `[T, d]`, from the first layer through `n_layers` layers.
 
-        Args:
-            stream: `[T, d]`, change of what enters the first layer.
-            injected: `[m, T, d]`, of what pictures add after the first m layers.
-            changes: `[n]` a layer, of activations.
-            respond: whether active features also follow their pre-activations.
-            n_layers: how far.
-
-        Returns:
-            The change of the stream there, and a layer's changes of pre-activations and activations.
+        `injected [m, T, d]` changes what pictures add after the first m layers, `changes` the activations, `[n]` a
+        layer; if they `respond`, active features also follow their pre-activations. Returns the change of the stream
+        there, and each layer's changes of pre-activations and activations.
         """
         x, pre, activation = stream, [], []
         for layer in range(n_layers):
@@ -309,13 +303,9 @@ class ReplacementModel:
 
 @torch.no_grad()
 def build_replacement(scope: Scope, inputs: ModelInputs, dtype: torch.dtype | None = None) -> ReplacementModel:
-    """Run the model once and freeze it at that input.
+    """Run the model once and freeze it at that input, in float32 or float64; by default in the model's own dtype.
 
-    Args:
-        scope: the model and its transcoders, one for every layer.
-        inputs: the prompt.
-        dtype: float32 or float64, of the replacement model; the model's own when None. A wider one than the model's
-            does not make the recorded forward any better.
+    A wider dtype than the model's does not make the recorded forward any better.
     """
     _check(scope)
     adapter = scope.adapter

@@ -288,17 +288,8 @@ def tensor_heads(path: str | Path) -> dict[str, TensorHead]:
 
 def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Read a safetensors file: its arrays and its metadata (empty when it has none); no dtype that numpy lacks."""
-    with open_tensors(path) as file:
-        arrays = {}
-        for name in file.keys():  # noqa: SIM118  (not a mapping)
-            try:
-                arrays[name] = file.get_tensor(name)
-            except (AttributeError, TypeError) as error:
-                dtype = file.get_slice(name).get_dtype()
-                raise UserError(
-                    f"cannot read {path}: {name} is {dtype}, which this file never has; make it again"
-                ) from error
-        return arrays, dict(file.metadata() or {})
+    with built_from(path, "file of arrays", "make it again"), open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 _HEX = 16  # hexadecimal digits of a digest

@@ -119,12 +119,13 @@ def reason(error: Any) -> str:
     """What went wrong, in some words."""
     from huggingface_hub import errors
 
-    if isinstance(error, errors.GatedRepoError):
-        return "its licence must be accepted on its page first, and `hf auth login` done here"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "the hub has no such revision of it"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "the hub has no such model, or it is private and wants `hf auth login`"
+    for kind, words in (
+        (errors.GatedRepoError, "its licence must be accepted on its page first, and `hf auth login` done here"),
+        (errors.RevisionNotFoundError, "the hub has no such revision of it"),
+        (errors.RepositoryNotFoundError, "the hub has no such model, or it is private and wants `hf auth login`"),
+    ):
+        if isinstance(error, kind):
+            return words
     if isinstance(error, errors.HfHubHTTPError):
         status = getattr(error.response, "status_code", None)
         if status in (401, 403):

@@ -182,7 +182,9 @@ def _counts(hits: np.ndarray) -> np.ndarray:
     return np.concatenate([hits.sum(2), hits.any(1).sum(1, keepdims=True)], axis=1)
 
 
-def counts(found: Mapping[str, Shared], concepts: Sequence[str], layers: Sequence[int], seed: int) -> pd.DataFrame:
+def counts(
+    by_question: Mapping[str, Shared], concepts: Sequence[str], layers: Sequence[int], seed: int
+) -> pd.DataFrame:
     """What is shared, by question, next to what shuffled pictures share: a row for each group of features.
 
     `of` is "all", "concept", "place", "layer", "every question" (shared under all of them) or "other concepts" (another
@@ -191,7 +193,7 @@ def counts(found: Mapping[str, Shared], concepts: Sequence[str], layers: Sequenc
     `candidates`, and `matching`, `matching_expected` and `matching_p` of names exchanged (under the seed).
     """
     rows: list[dict[str, str | float]] = []
-    for question, shared in found.items():
+    for question, shared in by_question.items():
 
         def add(of: str, name: str, count: float, question: str = question, **numbers: float) -> None:
             rows.append({"question": question, "of": of, "name": name, "shared": count, **numbers})
@@ -213,9 +215,9 @@ def counts(found: Mapping[str, Shared], concepts: Sequence[str], layers: Sequenc
         for layer, drawn in zip(layers, shared.null_layers.mean(0), strict=True):
             here = sum(feature.layer == layer for of in own for feature in of)
             add("layer", str(layer), here, by_rule_null=drawn)
-    for concept, always in zip(concepts, in_every_question(found), strict=True):
+    for concept, always in zip(concepts, in_every_question(by_question), strict=True):
         rows.append({"question": "", "of": "every question", "name": concept, "shared": len(always)})
-    first, *rest = found.values()
+    first, *rest = by_question.values()
     crossed = [
         len(first.features(c).intersection(*(other.features(d) for other in rest)))
         for c, d in permutations(range(len(concepts)), 2)
@@ -224,10 +226,10 @@ def counts(found: Mapping[str, Shared], concepts: Sequence[str], layers: Sequenc
     return pd.DataFrame(rows)
 
 
-def in_every_question(found: Mapping[str, Shared]) -> list[set[FeatureId]]:
+def in_every_question(by_question: Mapping[str, Shared]) -> list[set[FeatureId]]:
     """For each concept the features that are shared whatever is asked: of the concept, not of one answer."""
-    n_concepts = len(next(iter(found.values())).coincidences)
-    return [set.intersection(*(shared.features(c) for shared in found.values())) for c in range(n_concepts)]
+    n_concepts = len(next(iter(by_question.values())).coincidences)
+    return [set.intersection(*(shared.features(c) for shared in by_question.values())) for c in range(n_concepts)]
 
 
 def drawn_others(config: CrossModalConfig, question: str, seed: int) -> dict[str, list[str]]:
@@ -243,10 +245,10 @@ def drawn_others(config: CrossModalConfig, question: str, seed: int) -> dict[str
     return drawn
 
 
-def shared_features(found: Mapping[str, Shared], concepts: Sequence[str]) -> pd.DataFrame:
+def shared_features(by_question: Mapping[str, Shared], concepts: Sequence[str]) -> pd.DataFrame:
     """A row (`SHARED_COLUMNS`) for each question, concept, feature and place at which it is shared."""
-    rows, every = [], in_every_question(found)
-    for question, shared in found.items():
+    rows, every = [], in_every_question(by_question)
+    for question, shared in by_question.items():
         shape, candidates = shared.shared.shape, shared.candidates
         mean, rest, rate = (getattr(shared.contrast, name).reshape(shape) for name in ("mean", "rest", "rate"))
         for c, place, m in np.argwhere(shared.shared).tolist():

@@ -140,7 +140,7 @@ class Places:
     text: np.ndarray  # `[T]` int32, text positions of the item up to here
 
 
-def places(items: StudyItems, facts: ItemFacts) -> Places:
+def read_places(items: StudyItems, facts: ItemFacts) -> Places:
     """Read the positions of all items of a study."""
     table = items.table.take(np.searchsorted(items.ids, facts.ids))
     tokens, kinds = (table[name].combine_chunks() for name in ("token_ids", "kinds"))
@@ -172,7 +172,7 @@ PlaceLabel = tuple[Part, Detection]
 
 
 def place_labels(
-    at: Places,
+    places: Places,
     facts: ItemFacts,
     known: KnownItems,
     examples: pa.Table,
@@ -185,33 +185,33 @@ def place_labels(
     first, so that scores are those of chance.
     """
     labels: list[PlaceLabel | None] = []
-    total = np.concatenate([[0], np.cumsum(np.diff(at.starts)[known.item])])[known.starts]
+    total = np.concatenate([[0], np.cumsum(np.diff(places.starts)[known.item])])[known.starts]
     first, n_features = 0, len(known.reach)
     while first < n_features:
         last = int(np.searchsorted(total, total[first] + _TOGETHER, "right")) - 1
         last = min(max(last, first + 1), n_features)
-        labels += _place_labels(at, facts, known, examples, window, range(first, last), rng)
+        labels += _place_labels(places, facts, known, examples, window, range(first, last), rng)
         first = last
     return labels
 
 
 def _place_labels(
-    at: Places, facts: ItemFacts, known: KnownItems, examples: pa.Table, window: int, features: range,
+    places: Places, facts: ItemFacts, known: KnownItems, examples: pa.Table, window: int, features: range,
     rng: np.random.Generator | None,
 ) -> list[PlaceLabel | None]:  # fmt: skip
     rows = np.arange(known.starts[features.start], known.starts[features.stop])
     item = known.item[rows]
-    lengths = np.diff(at.starts)[item]
+    lengths = np.diff(places.starts)[item]
     begins = np.concatenate([[0], np.cumsum(lengths)])
     row = np.repeat(np.arange(len(rows)), lengths)
-    position = np.arange(begins[-1]) - np.repeat(begins[:-1] - at.starts[item], lengths)
+    position = np.arange(begins[-1]) - np.repeat(begins[:-1] - places.starts[item], lengths)
     fired = np.zeros(len(position), dtype=bool)
     picked = examples.take(known.row[rows])
     kept = picked["positions"].combine_chunks()
     fired[kept.flatten().to_numpy() + np.repeat(begins[:-1], np.diff(kept.offsets.to_numpy()))] = True
     # The study kept soft tokens, and the text near the peak.
-    peak = at.starts[item] + picked["position"].to_numpy()
-    near = at.picture[position] | (np.abs(at.text[position] - np.repeat(at.text[peak], lengths)) <= window)
+    peak = places.starts[item] + picked["position"].to_numpy()
+    near = places.picture[position] | (np.abs(places.text[position] - np.repeat(places.text[peak], lengths)) <= window)
     row, position, fired = row[near], position[near], fired[near]
     if rng is not None:
         fired = fired[np.lexsort((rng.random(len(row)), row))]
@@ -222,16 +222,16 @@ def _place_labels(
     row, position, fired = row[use], position[use], fired[use]
     items = np.bincount(feature[scoring & drawn], minlength=len(features))
     group = feature[row] * 4 + scoring[row] * 2 + fired  # [features, half, fired]
-    return _best_places(at, position, group, items)
+    return _best_places(places, position, group, items)
 
 
-def _best_places(at: Places, position: np.ndarray, group: np.ndarray, items: np.ndarray) -> list[PlaceLabel | None]:
+def _best_places(places: Places, position: np.ndarray, group: np.ndarray, items: np.ndarray) -> list[PlaceLabel | None]:
     count = len(items)
     totals = np.bincount(group, minlength=4 * count).reshape(count, 2, 2)
     best: list[PlaceLabel | None] = [None] * count
     value = np.full(count, GAIN)
     for number, key in enumerate(KEYS):
-        code, size = at.codes[position, number], len(at.values[number])
+        code, size = places.codes[position, number], len(places.values[number])
         has = code >= 0
         counts = np.bincount(group[has] * size + code[has], minlength=4 * count * size).reshape(count, 2, 2, size)
         share = (counts + 0.5 / size) / (totals[..., None] + 1)
@@ -250,29 +250,29 @@ def _best_places(at: Places, position: np.ndarray, group: np.ndarray, items: np.
             # that an item's own AUROC can have.
             n = max(int(items[feature]), 1)
             p = float(ndtr(-(auroc - 0.5) * 2 * n**0.5))
-            part = Part(key, tuple(at.values[number][pick] for pick in picks.tolist()))
+            part = Part(key, tuple(places.values[number][pick] for pick in picks.tolist()))
             low, high = wilson_interval(np.array(auroc), np.array(n))
             best[feature] = part, Detection(auroc, float(low), float(high), auroc, p, n, 0)
     return best
 
 
 def label_layer(
-    study: StudyFolder, layer: int, facts: ItemFacts, at: Places, seed: int = 0, shuffled: int = 256
+    study: StudyFolder, layer: int, facts: ItemFacts, places: Places, seed: int = 0, shuffled: int = 256
 ) -> tuple[list[Label], list[Label]]:
     """Labels of all features of a layer, and those that the same steps give on the shuffled activations of some."""
     examples = study.examples(layer)
     known = known_items(study, layer, examples, facts)
     window = int(study.info.settings["window"])
-    own_places = place_labels(at, facts, known, examples, window)
-    labels = [_label(facts, known, feature, place) for feature, place in enumerate(own_places)]
+    own = place_labels(places, facts, known, examples, window)
+    labels = [_label(facts, known, feature, place) for feature, place in enumerate(own)]
     if not shuffled:
         return labels, []
     rng = generator(seed, "shuffled labels", layer)
     mixed = known.shuffled(rng, len(facts.ids))
     # Places are shuffled within the items on which the feature fires, so those stay as they are.
-    mixed_places = place_labels(at, facts, known, examples, window, rng)
+    shuffled_places = place_labels(places, facts, known, examples, window, rng)
     picked = np.sort(rng.permutation(len(labels))[:shuffled]).tolist()
-    return labels, [_label(facts, mixed, feature, mixed_places[feature]) for feature in picked]
+    return labels, [_label(facts, mixed, feature, shuffled_places[feature]) for feature in picked]
 
 
 def _label(facts: ItemFacts, known: KnownItems, feature: int, place: PlaceLabel | None) -> Label:

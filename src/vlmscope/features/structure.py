@@ -73,10 +73,10 @@ def modality_table(study: StudyFolder) -> pd.DataFrame:
         total = np.bincount(features, minlength=len(image))
         share = np.full(len(image), np.nan)
         np.divide(np.bincount(features, seen, len(image)), total, out=share, where=total > 0)
-        found = modality(image, text, table.items_fired, n_image, n_text)
+        estimate = modality(image, text, table.items_fired, n_image, n_text)
         words = np.select([share == 1, share == 0], ["words beside a picture", "words alone"], "words in either")
-        columns = {"layer": np.int32(layer), "feature": np.arange(len(image), dtype=np.int32), **vars(found)}
-        columns |= {"group": np.where(found.kind == "text", words, found.kind), "with_picture": share}
+        columns = {"layer": np.int32(layer), "feature": np.arange(len(image), dtype=np.int32), **vars(estimate)}
+        columns |= {"group": np.where(estimate.kind == "text", words, estimate.kind), "with_picture": share}
         parts.append(pd.DataFrame(columns | {"fired_image": image, "fired_text": text}))
     return pd.concat(parts, ignore_index=True)
 

@@ -101,10 +101,10 @@ def open_sources(data: Mapping[str, Any]) -> dict[str, tuple[float, Source]]:
     Raises:
         UserError: one is not there, empty, or of another schema.
     """
-    settings = {name: SourceConfig(**one) for name, one in data["sources"].items()}
+    settings = {name: SourceConfig(**own) for name, own in data["sources"].items()}
     # A study leaves bad pictures out, up to a limit, so they are not looked for first.
     most = data["max_bad_shards"]
-    return {name: (one.weight, open_source(name, one, None, most, False)) for name, one in settings.items()}
+    return {name: (own.weight, open_source(name, own, None, most, False)) for name, own in settings.items()}
 
 
 def geometry_row(key: str, boxes: list[list[PatchBox]]) -> dict[str, Any]:
@@ -281,9 +281,13 @@ class StudyFolder:
 
 
 def _record(layer: int, row: dict[str, Any], examples: pa.Table) -> FeatureRecord:
-    own = [
-        {**one, "positions": np.array(one["positions"], np.uint16), "levels": np.array(one["levels"], np.uint8)}
-        for one in examples.drop_columns("feature").to_pylist()
+    shown = [
+        {
+            **example,
+            "positions": np.array(example["positions"], np.uint16),
+            "levels": np.array(example["levels"], np.uint8),
+        }
+        for example in examples.drop_columns("feature").to_pylist()
     ]
     return FeatureRecord(
         FeatureId(layer, row["feature"]),
@@ -293,7 +297,7 @@ def _record(layer: int, row: dict[str, Any], examples: pa.Table) -> FeatureRecor
         row["activation_max"],
         np.array([row[f"histogram_{kind}"] for kind in KINDS], dtype=np.int64),
         tuple(row["quantile_values"]),
-        tuple(StudyExample(**one) for one in own),
+        tuple(StudyExample(**example) for example in shown),
         tuple(zip(row["top_tokens"], row["top_logits"], strict=True)),
         tuple(zip(row["bottom_tokens"], row["bottom_logits"], strict=True)),
     )

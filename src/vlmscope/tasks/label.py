@@ -75,7 +75,7 @@ def label_by_contrast(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     from vlmscope.core.records import FeatureId
     from vlmscope.features.item_facts import study_facts
     from vlmscope.features.labels import set_path, would_pass, write_labels
-    from vlmscope.features.proposals import judged, label_layer, places
+    from vlmscope.features.proposals import judged, label_layer, read_places
 
     task: Config = cfg.task
     samples = int(study.info.settings["samples"])
@@ -84,11 +84,11 @@ def label_by_contrast(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
             f"{study.path} has no samples, on which labels are scored; run task=study with study.samples={ADVISED}"
         )
     facts = study_facts(study)
-    at = places(study.items, facts)
+    places = read_places(study.items, facts)
     proposed: list[tuple[FeatureId, Label]] = []
     shuffled: list[Label] = []
     for layer in tqdm(study.layers, desc="labels", unit="layer"):
-        labels, chance = label_layer(study, layer, facts, at, cfg.seed, task.shuffled)
+        labels, chance = label_layer(study, layer, facts, places, cfg.seed, task.shuffled)
         proposed += [(FeatureId(layer, index), label) for index, label in enumerate(labels)]
         shuffled += chance
     labelled = judged(proposed)

@@ -34,35 +34,29 @@ def commands() -> list[list[str]]:
     return [words for words in lines if words[:2] != ["hf", "download"]]
 
 
-def save_example(folder: Path) -> None:
-    """A model, the document's own data lines (with the pictures that they name), and two pictures."""
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """The run folders of every task of the document, in order: on a model, the document's own data, and pictures."""
+    folder = tmp_path_factory.mktemp("my")
     vlm = tiny_vlm("smolvlm", 3)
     vlm.model.save_pretrained(folder / "model")
     vlm.processor.save_pretrained(folder / "model")
-    lines = blocks("json")[0].splitlines()
     (folder / "data" / "pictures").mkdir(parents=True)
     for name, copies in (("train", 3), ("val", 1)):
-        (folder / "data" / f"{name}.jsonl").write_text("\n".join(lines * copies) + "\n", encoding="utf-8")
+        (folder / "data" / f"{name}.jsonl").write_text(blocks("json")[0] * copies, encoding="utf-8")
     for number, name in enumerate(("data/pictures/a.png", "data/pictures/b.png", "a.png", "b.png")):
         tiny_image(number).resize((40, 30)).save(folder / name)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
-    """The run folders of every task of the document, in order."""
-    folder = tmp_path_factory.mktemp("my")
-    save_example(folder)
-    found: dict[str, list[Path]] = {}
+    runs: dict[str, list[Path]] = {}
     for number, words in enumerate(commands()):
         assert words[:2] == ["python", "run.py"], words
         arguments = [word.replace("/my/", f"{folder}/") for word in words[2:]]
         task = arguments[0].removeprefix("task=")
         given = [word.partition("=")[2] for word in arguments if word.startswith("hydra.run.dir=")]
         run_dir = Path(given[0]) if given else folder / f"run{number}"
-        arguments += [*LIMITS[task], "tracking=none"] + ([] if given else [f"hydra.run.dir={run_dir}"])
+        arguments += [*LIMITS[task], "tracking=none", *([] if given else [f"hydra.run.dir={run_dir}"])]
         assert main(arguments) == 0, words
-        found.setdefault(task, []).append(run_dir)
-    return found
+        runs.setdefault(task, []).append(run_dir)
+    return runs
 
 
 def metrics(run_dir: Path) -> dict[str, float]:
@@ -93,35 +87,25 @@ def test_transcoders_come_out_and_the_second_command_resumes(runs: dict[str, lis
             assert key.replace("layer_07", "layer_02") in numbers, key
 
 
-def test_a_graph_comes_out(runs: dict[str, list[Path]]) -> None:
-    run_dir = runs["trace"][0]
-    graph = load_graph(run_dir / "graph.safetensors").graph
+def test_a_graph_and_interventions_come_out_with_their_controls(runs: dict[str, list[Path]]) -> None:
+    graph = load_graph(runs["trace"][0] / "graph.safetensors").graph
     assert graph.is_image.sum() > 0 and graph.residual.max() < 1e-3
-    assert json.loads((run_dir / "graph.json").read_text())["nodes"]
-    assert (run_dir / "figures" / "graph.png").stat().st_size > 0
-
-
-def test_interventions_come_out_with_their_controls(runs: dict[str, list[Path]]) -> None:
+    assert (runs["trace"][0] / "figures" / "graph.png").stat().st_size > 0
     ablated, named = runs["steer"]
-    (patched,) = runs["patch"]
-    assert metrics(ablated)["steer/features"] == 20
-    assert metrics(ablated)["steer/features_active"] == 20  # a graph has no others
+    assert metrics(ablated)["steer/features"] == metrics(ablated)["steer/features_active"] == 20
     assert metrics(named)["steer/features"] == 2
     for name, run_dir, modes in (
         ("steer", ablated, ["free"]),
         ("steer", named, ["direct", "frozen_attention", "free"]),
-        ("patch", patched, ["free"]),
+        ("patch", runs["patch"][0], ["free"]),
     ):
-        numbers = metrics(run_dir)
-        written = json.loads((run_dir / f"{name}.json").read_text())
-        assert list(written["modes"]) == modes
+        numbers, written = metrics(run_dir), json.loads((run_dir / f"{name}.json").read_text())
+        assert list(written["modes"]) == modes and set(written["answer"]) == {"before", "after"}
         for mode in modes:
             assert numbers[f"{name}/{mode}/kl"] > 0 and numbers[f"{name}/{mode}/kl_control"] > 0
             assert 0 <= numbers[f"{name}/{mode}/top1_changed_control"] <= 1
             rows = written["modes"][mode]["next_token"]
             assert len(rows) >= 5 and all(0 <= row["before"] <= 1 for row in rows)
             assert any(row["before"] != row["after"] for row in rows)
-        assert numbers[f"{name}/free/kl_random_direction"] > 0
-        assert math.isfinite(sum(numbers.values()))
-        assert set(written["answer"]) == {"before", "after"}
+        assert numbers[f"{name}/free/kl_random_direction"] > 0 and math.isfinite(sum(numbers.values()))
     assert yaml.safe_load((named / "config.yaml").read_text())["task"]["features"] == {"L1/7": 8.0, "L2/30": 0.0}

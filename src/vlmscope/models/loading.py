@@ -350,9 +350,8 @@ def _told_in_one_line(folder: Path) -> Iterator[None]:
 
 def _from_pretrained(name: str, folder: Path, **settings: Any) -> Any:
     """Only ever from a local folder, from safetensors, and without code from elsewhere."""
-    return getattr(transformers, name).from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **settings
-    )
+    safe = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    return getattr(transformers, name).from_pretrained(folder, **safe, **settings)
 
 
 def _dry_run(name: str, folder: Path, dtype: str) -> Any:

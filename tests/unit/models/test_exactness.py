@@ -26,8 +26,7 @@ from vlmscope.models.tiny import randomise, tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.replacement.model import build_replacement
 from vlmscope.scope import Scope
 from vlmscope.tasks.check import failures
-from vlmscope.transcoders.config import TranscoderConfig
-from vlmscope.transcoders.transcoder import Transcoder, random_set
+from vlmscope.transcoders.transcoder import random_set
 
 OWN_FAMILY = {"qwen2_5_vl_text", "qwen3_vl_text"}  # need the positions that their own family makes
 PROMPT = "what is this red planet ?"
@@ -126,19 +125,6 @@ def test_every_sites_shape(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) ->
     assert state.value_scales == [None] * LAYERS
     assert all(tensor.dtype == torch.bfloat16 and tensor.is_meta for tensor in sites.values())
     assert state_elements(adapter, T) == {**{n: t.numel() for n, t in sites.items()}, "value_scales": 0}
-
-
-@pytest.mark.parametrize("skip", [False, True])
-def test_transcoders_have_the_papers_layout(skip: bool) -> None:
-    """`layer_{i}.safetensors` of the paper's per-layer transcoders (arXiv 2602.20330) and of circuit-tracer."""
-    features = 16 * D
-    shapes = {"W_enc": (features, D), "W_dec": (features, D), "b_enc": (features,), "b_dec": (D,)}
-    transcoder = Transcoder(TranscoderConfig(D, features, 48, 0, skip=skip), dtype=torch.bfloat16, device="meta")
-    own = {name: tuple(parameter.shape) for name, parameter in transcoder.named_parameters()}
-    assert own == shapes | ({"W_skip": (D, D)} if skip else {})
-    output = transcoder(torch.empty(T, D, dtype=torch.bfloat16, device="meta"))
-    assert output.pre.shape == (T, features) and output.reconstruction.shape == (T, D)
-    assert output.code.indices.shape == output.code.values.shape == (T, 48)
 
 
 def test_its_config_at_two_layers_keeps_every_identity() -> None:

@@ -181,5 +181,5 @@ def test_published_models_are_pinned() -> None:
     for path in ("/a/b", "./a/b", "../b", "a", "a/b/c", "~/a", "a/.b", "C:/b"):
         assert not is_hub_id(path), path
     for path in (conf_dir() / "model").glob("*.yaml"):
-        record = OmegaConf.load(path)
+        record: Any = OmegaConf.to_container(OmegaConf.load(path))
         assert not record.get("hub") or (is_hub_id(record["hub"]) and is_commit(record["revision"]))

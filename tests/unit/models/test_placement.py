@@ -59,7 +59,8 @@ def test_an_adapter_reads_offloaded_weights(load, tmp_path: Path) -> None:
     for layer in range(before.n_layers):
         assert torch.equal(after.value_weight(layer), before.value_weight(layer))
         assert torch.equal(after.output_weight(layer), before.output_weight(layer))
-        assert torch.equal(after.value_bias(layer), before.value_bias(layer))
+        bias, expected = after.value_bias(layer), before.value_bias(layer)
+        assert bias is not None and expected is not None and torch.equal(bias, expected)
         assert after.output_bias(layer) is None
     x = torch.randn(3, before.d_model)
     assert torch.equal(after.norm_scale(after.final_norm(), x), before.norm_scale(before.final_norm(), x))

@@ -100,7 +100,7 @@ def test_half_precision_is_no_dtype_for_edges(dtype: torch.dtype) -> None:
 def test_a_forward_that_overflows_is_told() -> None:
     scope = half_precision(torch.float16)
     adapter, inputs = scope.adapter, scope.inputs("what is this ?")
-    adapter.norms(1).mlp_out_post.weight.fill_(60000.0)  # pyright: ignore[reportOptionalMemberAccess]
+    adapter._layer(1).post_feedforward_layernorm.weight.fill_(60000.0)
     batch = scope.batch([inputs])
     where = torch.ones(len(inputs), dtype=torch.bool)
     plan = {1: LayerEdit(torch.tensor([3]), torch.zeros(1), torch.ones(1), where, torch.zeros(1))}

@@ -202,9 +202,7 @@ def build_circuit(
     for key, node in spec.supernodes.items():
         choice = _choose(scope, key, node, sources, graphs, known)
         if not choice.members:
-            advice = "try other layers or positions" + (", or inputs that differ more" if node.contrast else "")
-            if node.contrast is not None and node.contrast.confirmed:
-                advice = advice.replace("try", "try confirmed: false,")
+            advice = "try other layers or positions, and for a contrast inputs that differ more, or confirmed: false"
             raise UserError(f"circuit_spec.supernodes.{key}: {choice.chosen} finds no feature; {advice}")
         name = node.name or key
         if name == AUTO:
@@ -245,7 +243,13 @@ def _choose(
             selectors.check_graph(graph, str(run), model, widths)
             graphs = [graph]
         chosen = f"influence on {target or 'the most probable answer'} in {run or 'the graphs of the inputs'}"
-        return _Choice(selectors.by_influence(_influences(graphs, target, node), node), chosen)
+        # Of several graphs, one that does not explain the target counts as none.
+        explain = [target is None or target.strip() in map(str.strip, graph.logit_tokens) for graph in graphs]
+        tables = [
+            selectors.feature_influence(graph, target, node.where) if explains or not any(explain) else {}
+            for graph, explains in zip(graphs, explain, strict=True)
+        ]
+        return _Choice(selectors.by_influence(tables, node), chosen)
     assert node.contrast is not None, "checked when the spec was read"
     of, against = (
         role_means(scope, _aligned(scope, [each.prepared(scope) for each in asked]), node.where)
@@ -262,23 +266,6 @@ def _aligned(scope: Scope, inputs: Sequence[ModelInputs]) -> list[InputBatch]:
     for each in inputs:
         groups.setdefault((len(each), each.is_image.tobytes(), tuple(each.patch_boxes)), []).append(each)
     return [scope.batch(group) for group in groups.values()]
-
-
-def _influences(
-    graphs: Sequence[AttributionGraph], target: str | None, node: SupernodeConfig
-) -> list[Mapping[FeatureId, tuple[float, str]]]:
-    """Influence in each graph; of several, one that does not explain the target counts as none."""
-    tables: list[Mapping[FeatureId, tuple[float, str]]] = []
-    errors: list[UserError] = []
-    for graph in graphs:
-        try:
-            tables.append(selectors.feature_influence(graph, target, node.where))
-        except UserError as error:
-            tables.append({})
-            errors.append(error)
-    if errors and len(errors) == len(graphs):
-        raise errors[0]
-    return tables
 
 
 def _auto_name(scope: Scope, sources: Sources, members: Sequence[CircuitFeature]) -> str:

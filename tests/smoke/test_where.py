@@ -96,10 +96,9 @@ def test_the_lens_says_what_the_model_says(picture: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("task", "more", "words"),
     [
-        ("where", ("task.features=[L5/99999]",), "layer 5 has features 0 to 2047"),
-        ("where", ("task.features=[L12/1]",), "the model has layers 0 to 7"),
+        ("where", ("task.features=[L5/99999]",), "L5/99999 is active on no soft token"),
         ("where", ("task.features=[five]",), "not a feature id"),
-        ("where", ("task.features=[L5/1]",), "L5/1 is not active in this prompt"),
+        ("where", ("task.features=[L5/1]",), "L5/1 is active on no soft token"),
         ("where", ("task.top=0",), "task.top=0"),
         ("where", ("where.head_share=2",), "where.head_share=2"),
         ("where", ("where.counts=[64]",), "where.counts"),

@@ -75,26 +75,16 @@ def where_maps(
 
 
 def _activations(replacement: ReplacementModel, feature: FeatureId) -> np.ndarray:
-    """`[T]`, 0 where it is not active."""
-    if feature.layer >= replacement.n_layers:
-        raise UserError(f"{feature}: the model has layers 0 to {replacement.n_layers - 1}; choose a feature of one")
-    active = replacement.features[feature.layer]
-    if feature.index >= len(active.w_enc):
+    """`[T]`, 0 where it is not active; it must be active on a soft token."""
+    table, values = replacement.feature_activations, np.zeros(replacement.n_positions)
+    mine = (table.layer == feature.layer) & (table.index == feature.index)
+    values[table.position[mine]] = table.activation[mine]
+    if not values[replacement.inputs.is_image].any():
         raise UserError(
-            f"{feature}: layer {feature.layer} has features 0 to {len(active.w_enc) - 1}; choose one of them"
+            f"{feature} is active on no soft token of this prompt; leave task.features out to see those that are, or "
+            f"try task=trace attribution.feature={feature}@max attribution.patches=true"
         )
-    mine = (active.index == feature.index).numpy(force=True)
-    values = np.zeros(replacement.n_positions)
-    values[active.position.numpy(force=True)[mine]] = active.activation.double().numpy(force=True)[mine]
-    if values[replacement.inputs.is_image].any():
-        return values
-    if values.any():
-        at = int(values.argmax())
-        raise UserError(
-            f"{feature} is active on text alone here (at {at}, {replacement.inputs.tokens[at]!r}), not on the "
-            f"picture; task=trace attribution.feature={feature}@max attribution.patches=true maps it over patches"
-        )
-    raise UserError(f"{feature} is not active in this prompt; leave task.features out to see those that are")
+    return values
 
 
 @dataclass(frozen=True)

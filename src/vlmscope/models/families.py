@@ -45,11 +45,9 @@ def _chatml(image: str) -> str:
     """ChatML (Qwen's turns) with a mark for each picture."""
     return (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-        "{% for item in message['content'] %}{{ '"
-        + image
-        + "' if item['type'] == 'image' else item['text'] }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    )
+        "{% for item in message['content'] %}{{ 'IMAGE' if item['type'] == 'image' else item['text'] }}{% endfor %}"
+        "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ).replace("IMAGE", image)
 
 
 class Gemma3Adapter(Adapter):

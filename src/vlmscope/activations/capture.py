@@ -174,10 +174,13 @@ def capture_state(model: Adapter | HasAdapter, inputs: ModelInputs) -> ForwardSt
 @contextmanager
 def watching_mlp_inputs(adapter: Adapter, layers: Sequence[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Hand every layer's MLP input [B, T, d] to `take(layer, x)` while the model runs, layer after layer."""
+
+    def hook(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _module, args: take(layer, args[0])
+
     with ExitStack() as stack:
         for layer in layers:
-            hook = adapter.mlp(layer).register_forward_pre_hook(lambda _module, args, n=layer: take(n, args[0]))
-            stack.callback(hook.remove)
+            stack.callback(adapter.mlp(layer).register_forward_pre_hook(hook(layer)).remove)
         yield
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +10,9 @@ from vlmscope.core.errors import CheckFailed, UserError, check_choice
 from vlmscope.transcoders.config import FORMAT_NAMES
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from vlmscope.config import AppConfig
     from vlmscope.tasks.registry import RunContext
-    from vlmscope.transcoders.transcoder import Transcoder, TranscoderSet
+    from vlmscope.transcoders.transcoder import TranscoderSet
 
 
 @dataclass
@@ -86,20 +82,6 @@ def _smallest(transcoders: TranscoderSet) -> str:
     return "float64"
 
 
-def _difference(first: Transcoder, second: Transcoder, x: Tensor) -> float:
-    """The largest difference between what two transcoders make of inputs `x` [N, d], at all layers written to."""
-    import torch
-
-    if first.config.writes != second.config.writes:
-        return math.inf
-    with torch.no_grad():
-        gaps = [(first(x).reconstruction - second(x).reconstruction).abs().max()]
-        codes = first.encode(x), second.encode(x)
-        for ahead in range(1, first.config.writes):
-            gaps.append((first.write(codes[0], ahead) - second.write(codes[1], ahead)).abs().max())
-    return float(torch.stack(gaps).max())
-
-
 def _check(expected: TranscoderSet, folder: Path, form: str, dtype: str) -> None:
     """What was written is read back and compared on random inputs, with the weights as they were stored.
 
@@ -112,17 +94,22 @@ def _check(expected: TranscoderSet, folder: Path, form: str, dtype: str) -> None
 
     wide = next(expected.parameters()).dtype
     again = load_set(folder, dtype=wide, format=form)
+    expected.to(getattr(torch, dtype)).to(wide)  # in place: there may be no room for a third copy
     if again.layers != expected.layers:
         raise CheckFailed(f"{form} gives back layers {again.layers} instead of {expected.layers}; nothing is kept", {})
-    for layer in expected.layers:
-        stored = copy.deepcopy(expected[layer]).to(getattr(torch, dtype)).to(wide)
-        draw = generator(0, "convert", layer).standard_normal((64, stored.config.d_model))
-        x = torch.from_numpy(draw).to(wide)
-        difference = _difference(stored, again[layer], x)
-        hooks = [(one.config.input_hook, one.config.output_hook) for one in (stored, again[layer])]
-        if difference != 0 or hooks[0] != hooks[1]:
-            raise CheckFailed(
-                f"layer {layer} read back from {form} differs by {difference:.3g} and maps {' to '.join(hooks[1])} "
-                f"instead of {' to '.join(hooks[0])}; nothing is kept",
-                {},
-            )
+    inputs = {
+        layer: torch.from_numpy(generator(0, "convert", layer).standard_normal((64, one.config.d_model))).to(wide)
+        for layer, one in expected.transcoders.items()
+    }
+    with torch.no_grad():
+        codes = expected.encode(inputs), again.encode(inputs)
+        for layer, x in inputs.items():
+            ours, theirs = (each.decode(layer, code, x) for each, code in zip((expected, again), codes, strict=True))
+            configs = expected[layer].config, again[layer].config
+            hooks = [f"{config.input_hook} to {config.output_hook}" for config in configs]
+            if not torch.equal(ours, theirs) or configs[0].writes != configs[1].writes or hooks[0] != hooks[1]:
+                raise CheckFailed(
+                    f"layer {layer} read back from {form} differs by {float((ours - theirs).abs().max()):.3g} and maps "
+                    f"{hooks[1]} instead of {hooks[0]}; nothing is kept",
+                    {},
+                )

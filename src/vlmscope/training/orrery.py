@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +109,12 @@ class StepBatches(IterableDataset):
 class ScheduledModule(pl.LightningModule):
     """What all stages share: the step count, AdamW with two rates, and the schedule."""
 
-    counters = ("steps_done",)
+    counters: tuple[str, ...] = ("steps_done",)
 
     def __init__(self, config: StageConfig) -> None:
         super().__init__()
         self.config = config
+        self._optimizer: torch.optim.Optimizer | None = None
         self.steps_done = 0
         self.committing = False  # the weights are being changed: what is there now belongs to no step
 
@@ -133,9 +134,15 @@ class ScheduledModule(pl.LightningModule):
         """The optimiser, which exists before fitting so that a checkpoint can be loaded into it."""
         return self.optimizer
 
-    @cached_property
+    @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW; matrices decay, vectors do not."""
+        """AdamW, made when it is first asked for: a stage's own parameters come after those of this class."""
+        if self._optimizer is None:
+            self._optimizer = self._adamw()
+        return self._optimizer
+
+    def _adamw(self) -> torch.optim.Optimizer:
+        """Matrices decay, vectors do not."""
         slow = {id(p) for p in self.tower_parameters()}
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for p in self.parameters():

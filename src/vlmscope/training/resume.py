@@ -35,10 +35,14 @@ _MARKER = "complete.json"
 class Resumable(Protocol):
     """A Lightning module that checkpoints are made of; `counters` names what it counts beside its tensors."""
 
-    optimizer: torch.optim.Optimizer
     steps_done: int
     committing: bool
     counters: tuple[str, ...]
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Exists before fitting, so that a checkpoint can be loaded into it."""
+        ...
 
     def parts(self) -> Mapping[str, nn.Module]:
         """The parts of the module that this process writes, by the name of their files."""

@@ -45,7 +45,8 @@ _LR_FLOOR = 0.01  # of the peak rate, at the last step
 class TranscoderModule(pl.LightningModule):
     """The trainers of this rank's layers, one optimiser, one forward of the frozen model for each step."""
 
-    counters = ("steps_done", "tokens_seen")
+    counters: tuple[str, ...] = ("steps_done", "tokens_seen")
+    optimizer: torch.optim.Optimizer
 
     def __init__(
         self, adapter: Adapter, config: TranscoderTrainingConfig, model_name: str = "", ranks: Ranks | None = None

@@ -33,15 +33,14 @@ class Line(NamedTuple):
 
 
 class JsonLines(Sequence[Sample]):
-    """The examples of one file, or some of them; all lines are looked at first.
+    """The examples of one file, or some of them; the layout of all lines is looked at first.
 
-    `check_words` refuses words that no model can take, too; else they show themselves at their row, as pictures do
-    without `check_pictures`.
+    With `check` their pictures and characters are too; else bad ones show themselves at their row.
     """
 
-    def __init__(self, path: Path, check_pictures: bool = True, check_words: bool = True) -> None:
-        self.path, self.check_pictures, self.check_words = path, check_pictures, check_words
-        self.lines = list(self._checked())
+    def __init__(self, path: Path, check: bool = True) -> None:
+        self.path = path
+        self.lines = list(self._checked(check))
         if not self.lines:
             raise UserError(f"{path} holds no example; write one JSON object a line (docs/bring_your_own.md)")
 
@@ -74,7 +73,7 @@ class JsonLines(Sequence[Sample]):
         part.path, part.lines = self.path, [self.lines[row] for row in rows]
         return part
 
-    def _checked(self) -> Iterator[Line]:
+    def _checked(self, check: bool) -> Iterator[Line]:
         try:
             file = self.path.open("rb")
         except OSError as error:
@@ -85,11 +84,12 @@ class JsonLines(Sequence[Sample]):
                 if line.strip():
                     origin = f"{self.path} line {number}"
                     names, exchanges, text = record_parts(_record(line, origin), origin)
-                    for words in (text, *chain(*exchanges)) if self.check_words else ():
-                        check_characters(words, f"{origin}: {words[:30]!r}")
-                    for name in set(names) - seen if self.check_pictures else ():
-                        self._picture(check_image, name, origin)
-                    seen.update(names)
+                    if check:
+                        for words in (text, *chain(*exchanges)):
+                            check_characters(words, f"{origin}: {words[:30]!r}")
+                        for name in set(names) - seen:
+                            self._picture(check_image, name, origin)
+                        seen.update(names)
                     yield Line(offset, number, len(names))
                 offset += len(line)
                 bar.update()
@@ -111,12 +111,12 @@ def _record(line: bytes, origin: str) -> Any:
         raise UserError(f"{origin}: not UTF-8 text; save the file as UTF-8") from error
 
 
-def folder_source(name: str, config: SourceConfig, split: str, check_pictures: bool) -> Source:
+def folder_source(name: str, config: SourceConfig, split: str) -> Source:
     """The examples of `<split>.jsonl` as a source; their `facts` of words and whole numbers go along."""
     path = Path(str(config.path)) / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}; data.sources.{name}.path: as docs/bring_your_own.md says")
-    lines = JsonLines(path, check_pictures, check_words=False)
+    lines = JsonLines(path, check=False)
 
     def sample(row: int) -> RawSample:
         record, origin = lines.record(row), lines.origin(row)

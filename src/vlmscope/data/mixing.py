@@ -34,22 +34,16 @@ ORRERY_SCENES = 50_000  # without a limit; scenes are made while they are used, 
 PATIENCE = 100  # unusable rows at the beginning before the source is given up
 
 
-def open_source(
-    name: str, config: SourceConfig, split: str | None = None, max_bad_shards: int = 0, check_pictures: bool = True
-) -> Source:
+def open_source(name: str, config: SourceConfig, split: str | None = None, max_bad_shards: int = 0) -> Source:
     """A source as its settings say; refused when they are wrong, or the data not there, empty or of another schema.
 
-    Args:
-        name: its key in `data.sources`.
-        config: its settings.
-        split: instead of `config.split`.
-        max_bad_shards: how many corrupt shards a pass may skip, or corrupt files of a local table be left out.
-        check_pictures: of a folder, look at all pictures first; else a bad one shows itself at its row.
+    `name` is its key in `data.sources`, `split` instead of `config.split`; a pass may skip `max_bad_shards` corrupt
+    shards, or leave so many corrupt files of a local table out.
     """
     check_source(name, config)
     split = split or config.split
     if config.kind == "folder":
-        return folder_source(name, config, split, check_pictures)
+        return folder_source(name, config, split)
     if config.kind == "shards":
         return shard_source(name, config, split, max_bad_shards, row_of_shard)
     if config.kind.startswith("hf_"):

@@ -102,9 +102,8 @@ def open_sources(data: Mapping[str, Any]) -> dict[str, tuple[float, Source]]:
         UserError: one is not there, empty, or of another schema.
     """
     settings = {name: SourceConfig(**own) for name, own in data["sources"].items()}
-    # A study leaves bad pictures out, up to a limit, so they are not looked for first.
     most = data["max_bad_shards"]
-    return {name: (own.weight, open_source(name, own, None, most, False)) for name, own in settings.items()}
+    return {name: (own.weight, open_source(name, own, None, most)) for name, own in settings.items()}
 
 
 def geometry_row(key: str, boxes: list[list[PatchBox]]) -> dict[str, Any]:

@@ -377,7 +377,7 @@ def test_pictures_that_are_no_files_or_too_large_are_not_read(
     (tmp_path / "large.png").write_bytes(b"x" * 2000)
     monkeypatch.setattr("vlmscope.data.samples.MAX_FILE_BYTES", 1000)
     (tmp_path / "train.jsonl").write_text(json.dumps({"images": [name], "text": "x"}))
-    folder = open_source("it", SourceConfig("folder", str(tmp_path)), check_pictures=False)
+    folder = open_source("it", SourceConfig("folder", str(tmp_path)))
     row = {"image": {"bytes": None, "path": str(tmp_path / name)}, "label": "x"}
     for read in (next(folder.open(WHOLE)), partial(row_parser(SourceConfig("hf_image_label")), row, "row 1")):
         with pytest.raises(UserError, match=rf"(line|row) 1: .*{reason}"):

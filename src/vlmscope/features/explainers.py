@@ -1,8 +1,8 @@
 """Labels from outside explainers: a chat endpoint or a local model proposes one from examples, and it is scored.
 
 As automatic labels are, each is scored on items that the explainer was not shown: it judges, item by item, whether the
-feature fires. `Explainer` is the protocol; `Endpoint` asks an OpenAI-compatible service by the standard library alone,
-and its key is never written; `LocalExplainer` asks a model of any family that the project reads.
+feature fires. `Endpoint` asks an OpenAI-compatible service by the standard library alone, and its key is never written;
+`LocalExplainer` asks a model of any family that the project reads.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import re
 import time
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, generator
@@ -29,6 +29,7 @@ from vlmscope.data.images import decode_image, png_bytes
 from vlmscope.features.item_facts import ItemFacts, known_items
 from vlmscope.features.labels import NONE, Label, detection
 from vlmscope.features.study_files import StudyFolder
+from vlmscope.models.base import ModelInputs
 from vlmscope.models.conversations import greedy_answer
 from vlmscope.models.loading import VLM
 
@@ -54,18 +55,30 @@ class Shown:
     pictures: tuple[bytes, ...] = ()
 
 
-class Explainer(Protocol):
-    """Proposes labels from examples and judges items by a label. Both may raise a `UserError`."""
+class Explainer(ABC):
+    """Proposes labels from examples and judges items by a label. Both may raise a `UserError`.
+
+    What is asked is given in parts: text, and pictures as PNG bytes.
+    """
 
     name: str  # of its set of labels: letters, digits, `-` and `_`
 
     def propose(self, examples: Sequence[Shown]) -> str:
         """A label for what these examples, where the feature fires, have in common; "" when it has none."""
-        ...
+        lines = [[f"Example {n}: {example.text}", *example.pictures] for n, example in enumerate(examples, start=1)]
+        return self.ask([PROPOSE, *(part for line in lines for part in line)])
 
     def judge(self, label: str, items: Sequence[Shown]) -> list[float]:
-        """For each item from 0 to 1, how sure it is that the feature fires on it; 0.5 when it does not say."""
-        ...
+        """How sure it is that the feature fires on each item, which is asked about alone."""
+        return [self.grade([f"{JUDGE.format(label=label)}\n{item.text}", *item.pictures]) for item in items]
+
+    @abstractmethod
+    def ask(self, parts: Sequence[str | bytes]) -> str:
+        """The answer to a question."""
+
+    @abstractmethod
+    def grade(self, parts: Sequence[str | bytes]) -> float:
+        """From 0 for a no to 1 for a yes; 0.5 when it does not say."""
 
 
 def one_line(answer: str) -> str:
@@ -84,7 +97,7 @@ def _file_name(model: str) -> str:
     return re.sub(r"[^\w-]+", "_", model)
 
 
-class Endpoint:
+class Endpoint(Explainer):
     """`POST <url>/chat/completions`, pictures as data addresses."""
 
     def __init__(
@@ -99,22 +112,15 @@ class Endpoint:
         self.url, self.model, self.key_variable = url.rstrip("/"), model, key_variable
         self.timeout, self.retries, self.name = timeout, retries, _file_name(model)
 
-    def propose(self, examples: Sequence[Shown]) -> str:
-        """One request with all examples."""
-        content: list[dict[str, Any]] = [{"type": "text", "text": PROPOSE}]
-        for number, example in enumerate(examples, start=1):
-            content += [{"type": "text", "text": f"Example {number}: {example.text}"}, *_pictures(example)]
-        return self._ask(content, 40)
-
-    def judge(self, label: str, items: Sequence[Shown]) -> list[float]:
-        """One request per item, so that no answer depends on another item."""
-        ask = JUDGE.format(label=label)
-        return [
-            yes_or_no(self._ask([{"type": "text", "text": f"{ask}\n{item.text}"}, *_pictures(item)], 5))
-            for item in items
-        ]
-
-    def _ask(self, content: list[dict[str, Any]], max_tokens: int) -> str:
+    def ask(self, parts: Sequence[str | bytes], max_tokens: int = 40) -> str:
+        """The answer of one request."""
+        content: list[dict[str, Any]] = []
+        for part in parts:
+            if isinstance(part, str):
+                content.append({"type": "text", "text": part})
+            else:
+                address = f"data:image/png;base64,{base64.b64encode(part).decode('ascii')}"
+                content.append({"type": "image_url", "image_url": {"url": address}})
         messages = [{"role": "user", "content": content}]
         body = {"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
         headers = {"Content-Type": "application/json"}
@@ -127,6 +133,10 @@ class Endpoint:
             raise UserError(
                 f"{self.url} answered with what is no chat completion ({answer[:60]!r}); check task.url"
             ) from error
+
+    def grade(self, parts: Sequence[str | bytes]) -> float:
+        """By the word with which the answer begins."""
+        return yes_or_no(self.ask(parts, 5))
 
     def _send(self, request: urllib.request.Request) -> bytes:
         reason = ""
@@ -148,12 +158,7 @@ class Endpoint:
         )
 
 
-def _pictures(item: Shown) -> list[dict[str, Any]]:
-    addresses = [f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}" for png in item.pictures]
-    return [{"type": "image_url", "image_url": {"url": address}} for address in addresses]
-
-
-class LocalExplainer:
+class LocalExplainer(Explainer):
     """Labels are generated greedily; an item is judged by the probabilities of "yes" and of "no" as the next token."""
 
     def __init__(self, vlm: VLM, max_tokens: int = 24) -> None:
@@ -166,24 +171,21 @@ class LocalExplainer:
                 f"{vlm.name} has no tokens of its own for yes and no, so it cannot judge; use another model"
             )
 
-    def propose(self, examples: Sequence[Shown]) -> str:
-        """One prompt with all examples and their pictures."""
-        lines = [f"Example {number}: {example.text}" for number, example in enumerate(examples, start=1)]
-        pictures = [picture for example in examples for picture in _opened(example)]
-        inputs = self.vlm.prepare("\n".join([PROPOSE, *lines]), pictures)
-        ids = greedy_answer(self.vlm.adapter, inputs, self.max_tokens)
+    def ask(self, parts: Sequence[str | bytes]) -> str:
+        """The greedy answer."""
+        ids = greedy_answer(self.vlm.adapter, self._inputs(parts), self.max_tokens)
         return self.vlm.tokenizer.decode(ids, skip_special_tokens=True)
 
     @torch.no_grad()
-    def judge(self, label: str, items: Sequence[Shown]) -> list[float]:
-        """P(yes) / (P(yes) + P(no)) for each item."""
-        grades = []
-        for item in items:
-            inputs = self.vlm.prepare(f"{JUDGE.format(label=label)}\n{item.text}", _opened(item))
-            logits = self.vlm.adapter.next_logits(inputs.tensors)[0].float()
-            yes, no = (torch.logsumexp(logits[sorted(ids)], 0) for ids in (self.yes, self.no))
-            grades.append(float(torch.sigmoid(yes - no)))
-        return grades
+    def grade(self, parts: Sequence[str | bytes]) -> float:
+        """P(yes) / (P(yes) + P(no))."""
+        logits = self.vlm.adapter.next_logits(self._inputs(parts).tensors)[0].float()
+        yes, no = (torch.logsumexp(logits[sorted(ids)], 0) for ids in (self.yes, self.no))
+        return float(torch.sigmoid(yes - no))
+
+    def _inputs(self, parts: Sequence[str | bytes]) -> ModelInputs:
+        pictures = [decode_image(part, "a picture for the explainer") for part in parts if isinstance(part, bytes)]
+        return self.vlm.prepare("\n".join(part for part in parts if isinstance(part, str)), pictures)
 
     def _first_tokens(self, word: str) -> set[int]:
         """The first token of the word, as it may be spelt at the beginning of an answer."""
@@ -193,10 +195,6 @@ class LocalExplainer:
             if ids and ids[0] != tokenizer.unk_token_id:
                 first.add(ids[0])
         return first
-
-
-def _opened(item: Shown) -> list[Image]:
-    return [decode_image(png, "a picture for the explainer") for png in item.pictures]
 
 
 def explain(

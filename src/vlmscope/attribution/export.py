@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,8 @@ def save_graph(path: str | Path, pruned: PrunedGraph) -> None:
 
 def load_graph(path: str | Path) -> PrunedGraph:
     """Read what `save_graph` wrote."""
-    arrays, metadata = load_tensors(path)
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is not an attribution graph; give the graph.safetensors of a trace")
-    if metadata.get("version") not in _READ:
-        raise UserError(f"{path} has graph layout {metadata.get('version')}, this program reads {VERSION}; trace anew")
+    _, arrays, words = _load(path, (FORMAT,), _READ, "attribution graph that task=trace wrote")
     with built_from(path, "attribution graph", "trace again"):
-        words = _words(metadata)
         graph = AttributionGraph(
             nodes=NodeTable(**{name: arrays[f"node_{name}"] for name in _NODE_FIELDS}),
             **{name: arrays[name] for name in _GRAPH_ARRAYS},
@@ -129,20 +124,13 @@ def save_merged(path: str | Path, merged: Merged) -> None:
 
 def load_merged(path: str | Path) -> Merged:
     """Read what `save_merged` wrote."""
-    arrays, metadata = load_tensors(path)
-    kind = _MERGED_FORMATS.get(metadata.get("format", ""))
-    if kind is None:
-        raise UserError(
-            f"{path} is no comparison and no aggregate of graphs; give one that task=compare or aggregate wrote"
-        )
-    if metadata.get("version") != _MERGED_VERSION:
-        raise UserError(
-            f"{path} has layout {metadata.get('version')}, this program reads {_MERGED_VERSION}; make it anew"
-        )
+    form, arrays, words = _load(path, _MERGED_FORMATS, (_MERGED_VERSION,), "comparison or aggregate of graphs")
     with built_from(path, "comparison or aggregate", "make it again"):
-        values: dict[str, Any] = {**arrays, **_words(metadata)}
+        values: dict[str, Any] = {**arrays, **words}
         names = [field.name for field in dataclasses.fields(MatchedNodes)]
-        return kind(nodes=MatchedNodes(**{name: values.pop(f"node_{name}") for name in names}), **values)
+        return _MERGED_FORMATS[form](
+            nodes=MatchedNodes(**{name: values.pop(f"node_{name}") for name in names}), **values
+        )
 
 
 def _save(path: str | Path, arrays: dict[str, np.ndarray], words: dict[str, Any], form: str, version: str) -> None:
@@ -151,8 +139,18 @@ def _save(path: str | Path, arrays: dict[str, np.ndarray], words: dict[str, Any]
     save_tensors(path, arrays, {"format": form, "version": version, **metadata})
 
 
-def _words(metadata: dict[str, str]) -> dict[str, Any]:
-    return {name: json.loads(text) for name, text in metadata.items() if name not in ("format", "version")}
+def _load(
+    path: str | Path, forms: Collection[str], versions: Collection[str], what: str
+) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
+    """The format, the arrays and the words of a file that `_save` wrote."""
+    arrays, metadata = load_tensors(path)
+    form, version = metadata.pop("format", ""), metadata.pop("version", "")
+    if form not in forms:
+        raise UserError(f"{path} is no {what}; give another file")
+    if version not in versions:
+        raise UserError(f"{path} has layout {version}, this program reads {', '.join(versions)}; make it anew")
+    with built_from(path, what, "make it anew"):
+        return form, arrays, {name: json.loads(text) for name, text in metadata.items()}
 
 
 def node_id(graph: AttributionGraph, node: int) -> str:

@@ -220,7 +220,7 @@ def test_merged_files_reload_exactly(kind: type, tmp_path: Path) -> None:
 
 def test_a_graph_is_no_merged_file(tmp_path: Path) -> None:
     save_graph(tmp_path / "graph.safetensors", traced(0))
-    with pytest.raises(UserError, match="no comparison and no aggregate"):
+    with pytest.raises(UserError, match="is no comparison or aggregate of graphs"):
         load_merged(tmp_path / "graph.safetensors")
 
 

@@ -19,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmscope.models.attention import (
-    AttentionInput,
     FoundScores,
     recording_patterns,
     stopping_at_scores,
@@ -251,7 +250,7 @@ def head_score(
     """
     adapter = adapter_of(model)
     module = adapter.attention(layer)
-    given = _attention_input(adapter, module, inputs)
+    attention_args, attention_kwargs = _attention_input(adapter, module, inputs)
     parts = adapter.score_parts(layer)
     leaves: dict[nn.Module, Tensor] = {}
 
@@ -271,7 +270,7 @@ def head_score(
                 stack.callback(norm.register_forward_hook(frozen).remove)
         stack.enter_context(stopping_at_scores(module))
         try:
-            module(*given.args, **given.kwargs)
+            module(*attention_args, **attention_kwargs)
             raise AssertionError("the attention module did not call its attention function")
         except FoundScores as scores:
             found = scores
@@ -283,21 +282,22 @@ def head_score(
     return HeadScore(*sides, scale=found.scaling, softcap=found.softcap)
 
 
-def _attention_input(adapter: Adapter, module: nn.Module, inputs: ModelInputs) -> AttentionInput:
+def _attention_input(adapter: Adapter, module: nn.Module, inputs: ModelInputs) -> tuple[tuple, dict]:
     """What an attention module is called with; the forward ends there."""
 
     class Reached(Exception):
         """Ends the forward."""
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise Reached(AttentionInput(args, dict(kwargs)))
+        raise Reached(args, dict(kwargs))
 
     with torch.no_grad(), using_vlmscope_attention(adapter):
         handle = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             adapter.forward(inputs.tensors, use_cache=False)
         except Reached as reached:
-            return reached.args[0]
+            args, kwargs = reached.args
+            return args, kwargs
         finally:
             handle.remove()
     raise AssertionError("the forward did not reach the attention module")

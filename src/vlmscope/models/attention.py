@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,6 @@ IMPLEMENTATION = "vlmscope"
 _recorders: dict[nn.Module, Callable[[Tensor], Any]] = {}
 _replacements: dict[nn.Module, Tensor] = {}
 _stopping: dict[nn.Module, bool] = {}
-
-
-class AttentionInput(NamedTuple):
-    """What an attention module is called with."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class FoundScores(Exception):  # no error: it ends a run that has what it was for

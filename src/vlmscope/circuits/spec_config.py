@@ -217,7 +217,6 @@ class DiscoveryConfig:
     question: str | None = None  # of the pairs; every question whose answer differs when None
     keep: float = 0.8  # the share of the logit difference that the circuit must keep
     methods: list[str] = field(default_factory=lambda: list(METHODS))  # rankings whose curves are drawn
-    by: str | None = None  # what the circuit is cut from; what needs fewest nodes on training pairs when None
     modes: list[str] = field(default_factory=lambda: list(RUNS))
     graphs: int = 10  # training pairs whose two sides are traced
     steps: int = 5  # inputs between the two sides at which gradients are taken
@@ -236,7 +235,5 @@ class DiscoveryConfig:
             values = getattr(self, key)
             for value in values or [""]:
                 check_choice(f"discovery.{key}", value, known)
-        if self.by is not None:
-            check_choice("discovery.by", self.by, self.methods)
         check_least("discovery", self, graphs=1, steps=1, edge_nodes=1, edge_pairs=0, draws=1, minimality=0)
         check_least("discovery", self, resamples=2)

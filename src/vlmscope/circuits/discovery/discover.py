@@ -246,9 +246,8 @@ def _rankings(
         scores["greedy"][orders["greedy"]] = -np.arange(len(runner.nodes), dtype=float)
     orders["random"] = random_order(runner.nodes, orders["eap_ig"], settings.seed)
     asked = {*settings.methods, "eap_ig"}
-    return {name: scores[name] for name in scores if name in asked}, {
-        name: orders[name] for name in orders if name in asked
-    }
+    orders = {name: order for name, order in orders.items() if name in asked}
+    return {name: values for name, values in scores.items() if name in asked}, orders
 
 
 def _curves(
@@ -269,8 +268,7 @@ def _smallest_circuit(
     choosing: Runner, judging: Runner, orders: dict[str, np.ndarray], change: np.ndarray, settings: DiscoveryConfig
 ) -> SmallestCircuit:
     """Cut the best ranking where it reaches the wanted share, prune members, and judge the rest on test pairs."""
-    names = [settings.by] if settings.by else [name for name in orders if name != "random"]
-    cuts = {name: smallest(choosing, orders[name], settings.keep) for name in names}
+    cuts = {name: smallest(choosing, orders[name], settings.keep) for name in orders if name != "random"}
     by = min(cuts, key=lambda name: cuts[name])
     pruned = prune_members(choosing, orders[by][: cuts[by]], settings.keep, settings.minimality, settings.threshold)
     members, nodes = pruned.members, choosing.nodes

@@ -75,22 +75,25 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """A picture in RGB, upright; one that is RGB and upright already is returned as it is.
 
     EXIF orientation is applied, grey is repeated, and transparency is laid on white, as the image processors of
-    transformers do. 16-bit grey is scaled from 0..65,535 and floating-point grey from 0..1, whatever values occur.
-
-    Raises:
-        UserError: nothing says which of its values is white: 32-bit integers, or numbers that are not in 0..1.
+    transformers do. 16-bit grey is scaled from 0..65,535 and floating-point grey from 0..1, whatever values occur; a
+    picture of which nothing says which value is white is a `UserError`.
     """
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     check_mode(image)
     clear = image.info.get("transparency")
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float32)
-        if clear is not None:
-            values[values == clear] = _TOP
-        return _grey(values / _TOP)
-    if image.mode == "F":
-        return _grey(_unit_range(np.asarray(image)))
+    if image.mode == "F" or image.mode.startswith("I"):
+        white = np.asarray(image).astype(np.float32)  # shares of it
+        if image.mode != "F":
+            if clear is not None:
+                white[white == clear] = _TOP
+            white /= _TOP
+        elif not (white.min() >= 0 and white.max() <= 1):  # NaN too
+            raise UserError(
+                f"its pixels are floating-point numbers from {white.min():.4g} to {white.max():.4g}, where 0 is black "
+                "and 1 is white; scale them to 0..1, or save it with 8 or 16 bits"
+            )
+        return Image.fromarray(np.rint(white * 255).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or clear is not None:
         rgba = image.convert("RGBA")
         ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -102,21 +105,6 @@ def check_mode(image: Image.Image) -> None:
     """Raise a `UserError` when a picture's header does not say which value is white."""
     if image.mode == "I" and image.format != "PPM":  # Pillow scales the files of that family to 16 bits
         raise UserError("its pixels are 32-bit integers, of which none is known to be white; save it with 8 or 16 bits")
-
-
-def _grey(share: np.ndarray) -> Image.Image:
-    """A picture of shares of white, `[H, W]` in 0..1."""
-    return Image.fromarray(np.rint(share * 255).astype(np.uint8)).convert("RGB")
-
-
-def _unit_range(values: np.ndarray) -> np.ndarray:
-    low, high = float(values.min()), float(values.max())
-    if not (low >= 0 and high <= 1):  # NaN too
-        raise UserError(
-            f"its pixels are floating-point numbers from {low:.4g} to {high:.4g}, where 0 is black and 1 is white; "
-            "scale them to 0..1, or save it with 8 or 16 bits"
-        )
-    return values
 
 
 ROLES = ("special", "image", "question", "last")  # of a prompt's positions

@@ -38,11 +38,7 @@ class Scope:
         return self.vlm.adapter
 
     def inputs(self, prompt: str, images: Sequence[Picture] = ()) -> ModelInputs:
-        """One user turn, ready for the model; pictures are paths or PIL images.
-
-        Raises:
-            UserError: as `VLM.prepare`, and for a picture that cannot be read.
-        """
+        """One user turn, ready for the model; pictures are paths or PIL images."""
         return self.vlm.prepare(prompt, [opened(image) for image in images])
 
     def batch(self, inputs: Sequence[ModelInputs]) -> InputBatch:
@@ -55,11 +51,7 @@ class Scope:
 
     @torch.no_grad()
     def forward(self, batch: InputBatch) -> Tensor:
-        """Logits [B, V] at the last position of one forward, under the hooks that are set.
-
-        Raises:
-            UserError: they are not finite.
-        """
+        """Logits [B, V] at the last position of one forward, under the hooks that are set; they must be finite."""
         return self.adapter.next_logits(batch.tensors)
 
 

@@ -173,13 +173,14 @@ def questions(bench: Bench, count: int) -> Iterator[Asked]:
     """Unseen inputs that the model answers rightly: each picture of the circuit's concepts under each of its questions,
     against the other concept's word; or the originals of pairs, against the counterfactual's word.
     """
-    circuit: Any = bench.cfg.circuit
+    circuit = bench.cfg.circuit
     wanted: list[tuple[str, ModelInputs, str, str]] = []
     if circuit is None and bench.cfg.pairs is None:
         raise UserError("predicted_effects needs inputs: choose a circuit or pairs, such as circuit=mars_earth")
-    for concept, other in (circuit.concepts, circuit.concepts[::-1]) if circuit else ():
+    asked = {} if circuit is None else circuit.questions
+    for concept, other in () if circuit is None else (circuit.concepts, circuit.concepts[::-1]):
         images = bench.concept_pictures(concept, "test", count, bench.cfg.seed)
-        for name, question in circuit.questions.items():
+        for name, question in asked.items():
             words = question.answers[concept], question.answers[other]
             for i, inputs in enumerate(bench.inputs(images, question.prompt)):
                 wanted.append((f"{concept} {i}, {name}", inputs, *words))

@@ -21,14 +21,16 @@ from vlmscope.report.style import label
 def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str, float | None]) -> Path:
     """report.html from a run's folder, its resolved configuration and its numbers."""
     name = str(settings.get("name") or "experiment")
-    numbers = numbers_of({key: HeadlineConfig(**one) for key, one in settings["headline"].items()}, metrics)
-    marks = {key: MarkConfig(**one) for key, one in settings["report"].items()}
+    # A run's config.yaml leaves out what is empty.
+    headline, report, trials, places = (settings.get(key, {}) for key in ("headline", "report", "trials", "settings"))
+    numbers = numbers_of({key: HeadlineConfig(**one) for key, one in headline.items()}, metrics)
+    marks = {key: MarkConfig(**one) for key, one in report.items()}
     counted = {
         f"{trial}/{setting}": measures_of(one, where)[0]
-        for trial, one in settings["trials"].items()
-        for setting, where in settings["settings"].items()
+        for trial, one in trials.items()
+        for setting, where in places.items()
     }
-    found = Folder(folder, counted, settings["settings"])
+    found = Folder(folder, counted, places)
     sections: list[Section] = [number_table(numbers)] if numbers else []
     sections += sections_of(found, marks)
     same = ("The same seed gives the same numbers on the same machine.",)

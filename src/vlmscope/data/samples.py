@@ -191,12 +191,10 @@ def exchanges_of(value: Any, n_images: int, what: str) -> tuple[Exchange, ...]:
     else:
         words = _taking_turns(turns, layout, n_images, what)
         pairs = [words[at : at + 2] for at in range(0, len(words), 2)]
-    return tuple(
-        Exchange(
-            *(nonempty(text, f"{what}: {who} of exchange {number}") for who, text in zip(_PAIR, pair, strict=True))
-        )
-        for number, pair in enumerate(pairs, start=1)
-    )
+    for number, pair in enumerate(pairs, start=1):
+        for who, text in zip(_PAIR, pair, strict=True):
+            nonempty(text, f"{what}: {who} of exchange {number}")
+    return tuple(Exchange(*pair) for pair in pairs)
 
 
 def _turns(value: Any, what: str) -> list[Any]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil  # comes with accelerate
+import psutil
 import torch
 from torch import Tensor, nn
 

@@ -77,7 +77,7 @@ def test_tasks_compose_and_say_what_they_do(task: str) -> None:
 
 def test_experiments_stay_short() -> None:
     for name in EXPERIMENTS:
-        assert len((conf_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()) <= 40, name
+        assert len((conf_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()) <= 30, name
 
 
 @pytest.mark.parametrize(

@@ -92,39 +92,3 @@ def test_an_identity_that_fails_is_named_and_recorded_as_a_failure(
     assert experiment is not None
     (recorded,) = client.search_runs([experiment.experiment_id])
     assert recorded.info.status == "FAILED" and recorded.data.metrics["check/text/parity/error"] > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["model=tiny", "transcoder=orrery"], "the model has 4 layers"),
-        (["model=tiny", "transcoder=path", "transcoder.path=/no/set"], "/no/set"),
-        (["model=gemma3_4b_it"], "hf download google/gemma-3-4b-it --revision 093f9f3"),
-        (["model=tiny", "model.family=gema3"], "choose one of: gemma3, gemma3_text"),
-        (["model=tiny", "model.path=/x"], "two models"),
-        (["model.path=/no/model"], "no model at"),
-        (["model=tiny", "task.sources=0"], "at least 1"),
-        (["model=tiny", "task.new_tokens=1"], "at least 2"),
-        (["model=tiny", "transcoder=random", "transcoder.k=1000"], "k = 1000"),
-        (["prompt=what is this zebra ?"], "zebra"),
-        (["model=tiny", "model.family=llava", "prompt=what is <image> <image> <image> ?"], "3 times but"),
-    ],
-)
-def test_mistakes_are_one_line(
-    tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(tmp_path, "task=check", *arguments) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and words in errors[0]
-
-
-def test_a_tiny_model_is_traced_with_random_transcoders(tmp_path: Path) -> None:
-    tiny_image(5).save(tmp_path / "x.png")
-    asked = ["task=trace", "model=tiny", f"image={tmp_path / 'x.png'}", "prompt=what is this planet ?"]
-    asked += ["transcoder=random", "transcoder.k=4", "transcoder.n_features=50"]
-    assert run(tmp_path / "a", *asked) == 0 and run(tmp_path / "b", *asked, "seed=1") == 0
-    graph, other = (load_graph(tmp_path / name / "graph.safetensors").graph for name in ("a", "b"))
-    assert graph.meta["n_active_features"] == 24 * 4 * 4  # positions, layers, k
-    assert graph.residual.max() < 1e-5
-    assert graph.logit_probabilities.tolist() != other.logit_probabilities.tolist()
-    assert (tmp_path / "a" / "figures" / "graph.png").stat().st_size > 0

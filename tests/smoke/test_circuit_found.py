@@ -72,34 +72,3 @@ def test_an_input_of_ones_own_is_traced_instead_and_the_circuit_is_loaded_again(
     assert main([*PAIRS, *own, "task.figure=false", f"hydra.run.dir={tmp_path / 'own'}"]) == 0
     circuit = load_circuit(tmp_path / "own" / "circuits" / "cover")
     assert {edge.target for edge in circuit.edges} - set(circuit.supernodes) == {"answer: dust"}
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["discovery.question=size"], "discovery.question=size: choose from name, colour, cover"),
-        (["task.traces=0"], "task.traces=0: it must be at least 1"),
-        (["attribution.tokens=[mars]"], "attribution.tokens: the graphs of pairs= explain the difference"),
-        (["attribution.max_nodes=0"], "attribution.max_nodes=0: it must be at least 1"),
-        (["pairs.original=mars", "pairs.counterfactual=vulcan"], "vulcan"),
-        (["pairs=file", "pairs.path=/no/pairs.jsonl"], "/no/pairs.jsonl"),
-        (["pairs.train=0"], "leaves no pair to choose a circuit by"),
-        (["image=mars.png"], "image= without prompt="),
-        (["study.path=/no/study"], "/no/study"),
-    ],
-)
-def test_mistakes_are_one_line_before_a_model_loads(
-    more: list[str],
-    said: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def load(*_: object) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr("vlmscope.tasks.bench.load_model", load)
-    capsys.readouterr()
-    assert main([*PAIRS, f"hydra.run.dir={tmp_path / 'r'}", *more]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and said in errors[0], errors

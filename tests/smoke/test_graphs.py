@@ -139,22 +139,6 @@ def test_a_question_as_text_and_as_picture_is_compared_on_the_spot(pictures: Pat
     assert (tmp_path / "first" / "graph.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "nothing to compare"),
-        (["prompt=what colour is mars ?"], "nothing to compare with"),
-        (["task.first=/no/run", "task.second=/no/run"], "/no/run is neither"),
-        (["prompt=what colour is mars ?", "task.second_prompt=what ?", "task.names=[a]"], "two different names"),
-        (["task.second=a", "prompt=a", "task.second_prompt=b"], "give one of them"),
-        (["task=aggregate"], "no graphs"),
-    ],
-)
-def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], words: str, refusal: Callable[..., str]) -> None:
-    task = [] if "task=aggregate" in arguments else ["task=compare"]
-    assert words in refusal(*task, *arguments, f"hydra.run.dir={tmp_path}")
-
-
 def test_a_run_of_rows_is_aggregated(run: Path, tmp_path: Path) -> None:
     assert main(["task=aggregate", f"task.runs=[{run}]", f"hydra.run.dir={tmp_path}", "tracking=none"]) == 0
     found = load_merged(tmp_path / "aggregate.safetensors")

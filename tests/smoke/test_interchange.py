@@ -1,9 +1,10 @@
-"""Interchange interventions from the command line, and mistakes in experiments in one line before the first step.
+"""Interchange interventions on pairs of one's own from the command line, and mistakes in one line.
 
 That each experiment runs, and what it finds, is in `tests/golden`.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -43,13 +44,12 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "pairs.jsonl"
 
 
-def run(own: Path, run_dir: Path, *more: str) -> int:
-    arguments = ["pairs=file", f"pairs.path={own}", "pairs.train=3", f"hydra.run.dir={run_dir}", *more]
-    return main([*SMALL, *arguments])
+def command(own: Path, run_dir: Path) -> list[str]:
+    return [*SMALL, "pairs=file", f"pairs.path={own}", "pairs.train=3", f"hydra.run.dir={run_dir}"]
 
 
 def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(own: Path, tmp_path: Path) -> None:
-    assert run(own, tmp_path / "first") == 0
+    assert main(command(own, tmp_path / "first")) == 0
     metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
     assert metrics["all/main"] == 1.0
     assert metrics["base/answer/pairs"] == 3.0
@@ -57,56 +57,20 @@ def test_own_pairs_are_chosen_on_tested_and_a_saved_circuit_is_taken_again(own: 
     saved = load_circuit(folder)
     assert len(saved.supernodes["answer"].features) == 3
     assert folder.name == "pairs" and saved.model == "orrery" and saved.n_features is not None
-    assert run(own, tmp_path / "again", f"interchange.circuit={folder}") == 0
+    assert main([*command(own, tmp_path / "again"), f"interchange.circuit={folder}"]) == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     one, other = (pd.read_parquet(tmp_path / name / "trials.parquet") for name in ("first", "again"))
     assert again == metrics
     pd.testing.assert_frame_equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["interchange.least=4"], "too few for an interval"),
-        (["pairs.train=6"], "takes them all"),
-        (["pairs.change=planet"], "one of them"),
-    ],
-)
-def test_mistakes_are_one_line(
-    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
-) -> None:
-    # The last of two overrides of one key counts.
-    assert run(own, tmp_path / "run", *more) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(error) == 1
-    assert said in error[0]
-
-
-def test_a_circuit_of_features_that_are_not_there_is_refused(
-    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line(own: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:
     feature = CircuitFeature(FeatureId(2, 999_999), "last", 1.0, 1.0)
     save_circuit(Circuit({"answer": Supernode("answer", (feature,))}, {}), tmp_path / "circuit")
-    assert run(own, tmp_path / "run", f"interchange.circuit={tmp_path / 'circuit'}") == 2
-    assert "layer 2 has 2048 features" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["experiment=mars_earth_patch", "+images.mars=[/no/mars.png]"], "/no/mars.png: no such file"),
-        (["experiment=find_circuits", "pairs.train=0"], "pairs.train=0 leaves no pair to choose a circuit by"),
-        (["experiment=captioning", "analysis.swaps.mars_to_earth=[planet,mars]"], "[change, original, counterfactual]"),
-        (["experiment=captioning", "analysis.swaps.mars_to_earth=[planet,mars,pink]"], "no value 'pink'"),
-        (["experiment=captioning", "trials.steer.gate=0"], "trials: gate=0"),
-        (["experiment=counting", "interchange.scenes=[36,5]"], "at least 30 training and 30 held-out scenes"),
-    ],
-)
-def test_mistakes_are_told_before_any_step(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_dir = tmp_path / "run"
-    assert main([*arguments, f"hydra.run.dir={run_dir}", "tracking=none"]) == 2
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert words in error
-    assert not [path for path in run_dir.rglob("*") if path.suffix not in (".yaml", ".log")]
+    for more, words in {
+        "interchange.least=4": "too few for an interval",
+        "pairs.train=6": "takes them all",
+        "pairs.change=planet": "one of them",
+        f"interchange.circuit={tmp_path / 'circuit'}": "layer 2 has 2048 features",
+    }.items():
+        assert words in refusal(*command(own, tmp_path / "run"), more)

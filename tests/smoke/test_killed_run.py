@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def _files(run: Path) -> dict[str, bytes | dict[str, float]]:
     ],
 )  # fmt: skip
 def test_a_run_that_was_killed_and_resumed_has_the_files_of_an_uninterrupted_one(
-    mixed_data: Path, tmp_path: Path, task: str, kills: list[tuple[str, str]]
+    mixed_data: Path, tmp_path: Path, task: str, kills: list[tuple[str, str]], refusal: Callable[..., str]
 ) -> None:
     data = {
         "train_transcoders": [*FEW_STEPS, f"data.path={mixed_data}"], "study": [*FEW_ROWS, f"data.path={mixed_data}"],
@@ -122,6 +123,8 @@ def test_a_run_that_was_killed_and_resumed_has_the_files_of_an_uninterrupted_one
         assert process.wait() == -signal.SIGKILL, (name, process.said())
         if when == "before":
             assert list((tmp_path / "run").rglob(".*.tmp*")), name
+    if task == "mix":
+        assert "text 2, captions 2" in refusal(*command, *run, "data.sources.text.weight=3")
     assert main([*command, *run]) == 0
     resumed = _files(tmp_path / "run")
     assert resumed.keys() == whole.keys()

@@ -1,7 +1,6 @@
 """`task=plan` by the command line: any model, no weights, no network."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -85,25 +84,3 @@ def test_training_over_hosts_and_in_half_precision(tmp_path: Path) -> None:
     assert "plan/training/seconds/sums" in hosts
     assert hosts["plan/training/memory/work"] < base["plan/training/memory/work"]  # half the tokens, half the bytes
     assert hosts["plan/training/memory/weights"] == base["plan/training/memory/weights"]  # float32 as ever
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["task.device=h1000"], "task.device=h1000: no such choice; did you mean 'h100'?"),
-        (["task.tokens=0"], "task.tokens=0: it must be at least 1"),
-        (["model=path", "model.path=/no/model"], "nothing is known here"),
-        ([*PAPER, "task.training.gpus=40"], "40 processes on a host for 34 layers"),
-        ([*PAPER, "trainer.precision=64"], "trainer.precision=64: no such choice"),
-        ([*PAPER, "task.training.tokens=0"], "task.training.tokens=0: it must be at least 1"),
-        ([*PAPER, "task.device=l4", "task.training.hosts=2"], "no network between hosts is known of NVIDIA L4"),
-        (["model=tiny", "model.family=qwen2_5_vl"], "depends on its size here; say task.tokens="),
-        (["model=gemma3_4b_it", "transcoder=path", "transcoder.path=/no/set"], "no transcoder set in /no/set"),
-    ],
-)
-def test_mistakes_are_one_line(
-    arguments: list[str], words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["task=plan", *arguments, "tracking=none", f"hydra.run.dir={tmp_path / 'run'}"]) == 2
-    lines = capfd.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and re.search(re.escape(words), lines[0]), lines

@@ -1,7 +1,6 @@
 """`task=where` and `task=lens`: what the files say agrees, every family with a tower passes, mistakes are one line."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,33 +90,3 @@ def test_the_lens_says_what_the_model_says(picture: Path, tmp_path: Path) -> Non
     assert metrics["lens/first_state_soft"] == first
     assert len(record["states"]) == 9 and all(len(row["rank"]) == 17 for row in record["states"])
     assert (tmp_path / "figures" / "lens.png").stat().st_size > 5000
-
-
-@pytest.mark.parametrize(
-    ("task", "more", "words"),
-    [
-        ("where", ("task.features=[L5/99999]",), "L5/99999 is active on no soft token"),
-        ("where", ("task.features=[five]",), "not a feature id"),
-        ("where", ("task.features=[L5/1]",), "L5/1 is active on no soft token"),
-        ("where", ("task.top=0",), "task.top=0"),
-        ("where", ("where.head_share=2",), "where.head_share=2"),
-        ("where", ("where.counts=[64]",), "where.counts"),
-        (
-            "where",
-            (
-                "model=tiny",
-                "model.family=gemma3_text",
-            ),
-            "takes no pictures",
-        ),
-        ("lens", ("task.word=xylophone",), "not one token"),
-        ("lens", ("task.count=0",), "task.count=0"),
-        ("where", ("image=null",), "add image="),
-        ("lens", ("image=null",), "add image="),
-    ],
-)
-def test_mistakes_are_one_line(
-    task: str, more: tuple[str, ...], words: str, picture: Path, tmp_path: Path, refusal: Callable[..., str]
-) -> None:
-    image = [] if "image=null" in more else [f"image={picture}"]
-    assert words in refusal(f"task={task}", f"prompt={QUESTION}", f"hydra.run.dir={tmp_path}", *image, *more)

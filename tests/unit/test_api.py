@@ -66,21 +66,11 @@ def test_hub_ids_are_taken_from_the_cache_and_an_unfit_set_is_named(
     assert (scope.transcoders[1].W_dec == local.transcoders[1].W_dec).all()
 
 
-def test_the_check_can_be_left_out(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
-    vlmscope.load(saved / "model", saved / "set", check=False)
-    assert not [record for record in caplog.records if "fit" in record.getMessage()]
-
-
 def test_a_hub_id_needs_its_commit(cache: Path, saved: Path) -> None:
     with pytest.raises(UserError, match=r"add model.revision=<commit"):
         vlmscope.load(MODEL, saved / "set")
     with pytest.raises(UserError, match=r"add transcoder.revision=<commit"):
         vlmscope.load(saved / "model", SET)
-
-
-def test_the_shipped_pair_passes_in_silence(caplog: pytest.LogCaptureFixture) -> None:
-    scope = vlmscope.load()
-    assert len(scope.transcoders) == 8 and not caplog.records
 
 
 def test_a_study_of_a_folder_and_of_named_sources(tmp_path) -> None:

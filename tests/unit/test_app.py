@@ -162,6 +162,7 @@ def test_a_failed_job_does_not_lose_the_others_and_the_sweep_says_so(app, store,
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     parent = runs.pop(folder.name)
     assert parent.info.status == "FAILED"
+    assert "sweep.csv" in {item.path for item in client.list_artifacts(parent.info.run_id)}
     # Named by what sets them apart, not where they are.
     states = {"mode=ok": "FINISHED", "mode=crash": "FAILED", "mode=user": "FAILED"}
     assert {name: run.info.status for name, run in runs.items()} == states

@@ -1,13 +1,15 @@
-"""Training on one's own data and editing on the command line: resuming, and mistakes in one line."""
+"""Training on the command line: own data, shards and a cache of activations; the Python API says what it says."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 import vlmscope
+import vlmscope.training.ranks as ranks
 from vlmscope.app import main
 from vlmscope.data.folder import load_folder
 from vlmscope.data.samples import drawn
@@ -20,21 +22,8 @@ TRAIN = [
     "data=folder", "task.tokens_per_batch=50", "trainer.max_steps=6", "task.steps_per_batch=1", "task.pool_batches=2",
     "trainer.checkpoint_every=2", "optim.warmup=1", "tracking=none",
 ]  # fmt: skip
-STEER = [
-    "task=steer",
-    "model=tiny",
-    "model.family=llava",
-    "transcoder=random",
-    "tracking=none",
-    "prompt=what is this ?",
-]
-PATCH = ["task=patch", *STEER[1:]]
-
-
-def one_error(capsys: pytest.CaptureFixture[str]) -> str:
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    return errors[0]
+MIX = [*TRAIN, "data=mix_orrery", "data.context=32", "task.tokens_per_batch=80", "task.val_examples=6"]
+MIX += ["trainer.max_steps=10"]
 
 
 def transcoders(run_dir: Path) -> dict[str, bytes]:
@@ -42,7 +31,7 @@ def transcoders(run_dir: Path) -> dict[str, bytes]:
 
 
 def test_a_damaged_picture_stops_training_and_its_repair_resumes_it_exactly(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -61,15 +50,12 @@ def test_a_damaged_picture_stops_training_and_its_repair_resumes_it_exactly(
     sound = picture.read_bytes()
     Image.effect_noise((80, 80), 90).convert("RGB").save(picture)
     picture.write_bytes(picture.read_bytes()[:300])
-    capsys.readouterr()
     half = [*command, f"hydra.run.dir={tmp_path / 'half'}"]
-    assert main(half) == 2
-    error = one_error(capsys)
+    error = refusal(*half)
     assert f"train.jsonl line {number}: image" in error and "cannot be read as a picture" in error
     assert list((tmp_path / "half" / "transcoder_checkpoint").glob("step_*/complete.json"))  # what was learnt is kept
     picture.write_bytes(sound)
-    assert main([*half, "trainer.resume=true", "task.max_tokens=30"]) == 2
-    assert "30 an example" in one_error(capsys)
+    assert "30 an example" in refusal(*half, "trainer.resume=true", "task.max_tokens=30")
     assert main([*half, "trainer.resume=true"]) == 0
     assert transcoders(tmp_path / "half") == transcoders(tmp_path / "whole")  # the card's count of tokens among it
     metrics = json.loads((tmp_path / "half" / "metrics.json").read_text())
@@ -78,75 +64,72 @@ def test_a_damaged_picture_stops_training_and_its_repair_resumes_it_exactly(
     assert facts["data"] == {"folder": metrics["train/tokens"]} and facts["settings"]["max_steps"] == 60
 
 
-def spoil(name: str, content: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(content)
-
-
-def picture_gone(folder: Path) -> None:
-    (folder / "2.png").unlink()
-
-
-def nothing(_: Path) -> None:
-    pass
-
-
 @pytest.mark.parametrize(
-    ("change", "arguments", "words"),
+    ("name", "content", "arguments", "words"),
     [
-        (spoil("train.jsonl", ""), [], "train.jsonl holds no example"),
-        (picture_gone, [], "train.jsonl line 3: image"),
-        (spoil("train.jsonl", '{"text": "x"}\n{"caption": "x"}\n'), [], "line 2: it has neither texts nor text"),
-        (spoil("4.png", "not a picture"), [], "line 5: image"),
-        (
-            nothing,
-            ["model=tiny", "model.family=gemma3_text"],
-            "line 1: it has pictures, and tiny_gemma3_text takes none",
-        ),
-        (nothing, ["model=tiny", "model.family=paligemma"], "line 9: it has no picture, and tiny_paligemma needs one"),
-        (nothing, ["task.max_tokens=5"], "do not fit into 5 tokens"),
+        ("train.jsonl", "", [], "train.jsonl holds no example"),
+        ("2.png", None, [], "train.jsonl line 3: image"),
+        ("train.jsonl", '{"text": "x"}\n{"caption": "x"}\n', [], "line 2: it has neither texts nor text"),
+        ("4.png", "not a picture", [], "line 5: image"),
+        ("", "", ["model.family=gemma3_text"], "line 1: it has pictures, and tiny_gemma3_text takes none"),
+        ("", "", ["model.family=paligemma"], "line 9: it has no picture, and tiny_paligemma needs one"),
+        ("", "", ["task.max_tokens=5"], "do not fit into 5 tokens"),
     ],
 )
 def test_mistakes_in_the_data_are_one_line_before_training_starts(
-    data: Path, tmp_path: Path, change: Callable[[Path], None], arguments: list[str], words: str,
-    capsys: pytest.CaptureFixture[str],
+    data: Path, tmp_path: Path, name: str, content: str | None, arguments: list[str], words: str,
+    refusal: Callable[..., str],
 ) -> None:  # fmt: skip
-    change(data)
-    assert main([*TRAIN, f"data.path={data}", f"hydra.run.dir={tmp_path / 'r'}", *arguments]) == 2
-    assert words in one_error(capsys)
+    if content is None:
+        (data / name).unlink()
+    elif name:
+        (data / name).write_text(content)
+    assert words in refusal(*TRAIN, f"data.path={data}", f"hydra.run.dir={tmp_path / 'r'}", *arguments)
     assert not (tmp_path / "r" / "transcoder_checkpoint").exists()
 
 
-def edit(command: list[str], folder: Path, *arguments: str) -> int:
-    return main([*command, f"hydra.run.dir={folder / 'r'}", "task.new_tokens=2", "task.controls=1", *arguments])
+def test_shards_of_a_mix_are_built_and_trained_on(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    limits = [f"data.sources.{name}.limit=40" for name in ("text", "captions", "questions")]
+    build = ["task=build_data", "data=mix_orrery", f"data.path={tmp_path / 'shards'}", *limits, "task.shard_size=16"]
+    build += ["task.workers=1", "task.parts=1", "tracking=none"]
+    assert main([*build, f"hydra.run.dir={tmp_path / 'build'}"]) == 0
+    metrics = json.loads((tmp_path / "build" / "metrics.json").read_text())
+    assert metrics["data/rows"] == 240 and metrics["data/shards"] == 18
+    train = [*MIX, "data=mix_shards", f"data.path={tmp_path / 'shards'}", "trainer.max_steps=3"]
+    assert main([*train, f"hydra.run.dir={tmp_path / 'train'}"]) == 0
+    for shard in (tmp_path / "shards").glob("train-text-*.tar"):
+        shard.write_bytes(b"")
+    assert "number 3, and data.max_bad_shards=2" in refusal(*train, f"hydra.run.dir={tmp_path / 'bad'}")
 
 
-@pytest.mark.parametrize(
-    ("command", "arguments", "words"),
-    [
-        (STEER, [], "which features?"),
-        (STEER, ["task.features={L1/7: 1}", "task.from_graph=/no"], "not both"),
-        (STEER, ["task.features={L1-7: 1}"], "not a feature id: 'L1-7'"),
-        (STEER, ["task.features={L1/96: 1}"], "L1/96: layer 1 has 96 features"),
-        (STEER, ["task.features={L1/7: 1}", "task.positions=[99]"], "position 99"),
-        (STEER, ["task.from_graph=/no/graph.safetensors"], "/no/graph.safetensors: no such file"),
-        (PATCH, ["task.features=[L1/7]"], "no donor"),
-        (PATCH, ["task.features=[L1/7]", "task.donor_prompt=what is this red one ?"], "prompts of a batch must align"),
-        (
-            PATCH,
-            ["task.features=[L1/7]", "task.donor_image=WIDE", "model=tiny", "model.family=llava_onevision"],
-            "use the same wording, and pictures of the same shape",
-        ),
-    ],
-)
-def test_mistakes_in_an_edit_are_one_line(
-    tmp_path: Path, command: list[str], arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+def test_the_second_job_of_a_sweep_reads_what_the_first_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refusal: Callable[..., str]
 ) -> None:
-    tiny_image(0).resize((24, 24)).save(tmp_path / "a.png")
-    tiny_image(1).resize((72, 24)).save(tmp_path / "wide.png")
-    arguments = [argument.replace("WIDE", str(tmp_path / "wide.png")) for argument in arguments]
-    assert edit(command, tmp_path, f"image={tmp_path / 'a.png'}", *arguments) == 2
-    assert words in one_error(capsys)
-    assert not (tmp_path / "r" / "metrics.json").exists()
+    captured: list[Any] = []
+    right = ranks.collect
+    monkeypatch.setattr(ranks, "collect", lambda adapter, batch: captured.append(batch) or right(adapter, batch))
+    cache = f"task.cache={tmp_path / 'cache'}"
+    sweep = ["-m", *MIX, cache, "transcoder.expansion_factor=2,3", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    assert main(sweep) == 0
+    assert len(captured) == 10  # of two jobs with 10 steps each
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cache of activations: ")]
+    assert len(said) == 2 and "0.0 kB of it to be written" in said[1] and "0.0 kB of it to be" not in said[0]
+
+    # The same job by itself: the weights are the same, and so are the figures of data that the cached job never drew.
+    assert main([*MIX, "transcoder.expansion_factor=3", f"hydra.run.dir={tmp_path / 'alone'}"]) == 0
+    assert len(captured) == 10 + 8 + 10  # the eight of the start twice
+    names = sorted(file.name for file in (tmp_path / "alone" / "transcoders").glob("*.safetensors"))
+    for name in names:
+        ours, theirs = (tmp_path / run / "transcoders" / name for run in ("sweep/1", "alone"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    found, alone = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("sweep/1", "alone"))
+    differing = {name for name in alone if found[name] != alone[name]}
+    assert differing <= {"perf/tokens_per_s", "perf/peak_mem_gb", "perf/seconds"}
+    assert alone["data/text/tokens_share"] > 0
+
+    for changed, words in (("seed=1", "order seed 0, "), ("task.tokens_per_batch=90", "data mix, ")):
+        error = refusal(*MIX, cache, changed, f"hydra.run.dir={tmp_path / 'other'}")
+        assert "was made with another " in error and words in error
 
 
 def test_the_command_line_and_the_python_api_say_the_same(tmp_path: Path) -> None:

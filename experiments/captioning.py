@@ -32,7 +32,7 @@ from vlmscope.models.conversations import continued
 from vlmscope.report.style import label
 
 if TYPE_CHECKING:
-    from vlmscope.tasks.bench import Bench
+    from vlmscope.analyses.bench import Bench
 
 SOURCES = ("from_picture", "from_prompt", "from_text_so_far")
 SIDES = ("original", "counterfactual")

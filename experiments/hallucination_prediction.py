@@ -43,7 +43,7 @@ from vlmscope.report.figures import rate_bars
 from vlmscope.report.marks import write_rows
 
 if TYPE_CHECKING:
-    from vlmscope.tasks.bench import Bench
+    from vlmscope.analyses.bench import Bench
 
 SURE = ("probability", "answer_entropy")
 PAPER = ("entropy", "distance", "top1")

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from vlmscope.analyses.declared import from_pairs
+from vlmscope.analyses.feature_codes import Codes, scene_codes
 from vlmscope.circuits.experiment import Declared
 from vlmscope.circuits.pairs import PairEffects
 from vlmscope.core.artifacts import atomic_path
@@ -33,11 +35,9 @@ from vlmscope.metrics.decoding import (
     simplest,
 )
 from vlmscope.report.figures import dose_response
-from vlmscope.tasks.declared import from_pairs
-from vlmscope.tasks.feature_codes import Codes, scene_codes
 
 if TYPE_CHECKING:
-    from vlmscope.tasks.bench import Bench
+    from vlmscope.analyses.bench import Bench
 
 PICTURE = "picture"
 PLACES = (PICTURE, *(f"last_{name}" for name in PLANET_QUESTIONS))  # soft tokens; last position under each question

@@ -35,8 +35,8 @@ from vlmscope.report.figures import dose_response
 from vlmscope.report.picture_figures import map_rows
 
 if TYPE_CHECKING:
+    from vlmscope.analyses.bench import Bench
     from vlmscope.scope import Scope
-    from vlmscope.tasks.bench import Bench
 
 NEEDS = "dissociation needs pairs that differ in two facts, such as pairs=object, and pairs.train > 0"
 SHOWN = 4  # pictures drawn with their maps

@@ -40,7 +40,7 @@ from vlmscope.report.marks import write_rows
 from vlmscope.report.picture_figures import MAP_NAMES, feature_maps
 
 if TYPE_CHECKING:
-    from vlmscope.tasks.bench import Bench
+    from vlmscope.analyses.bench import Bench
 
 ALL = (*KINDS, NO_FEATURE, CONTRAST)
 COMPARED = ("rollout", NO_FEATURE, CONTRAST)  # maps that each map is compared with, scene by scene

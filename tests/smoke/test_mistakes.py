@@ -154,7 +154,7 @@ def test_a_mistake_is_one_line_before_any_work(
 
     base, _, row = command.partition(" ")
     if base == "pairs":
-        monkeypatch.setattr("vlmscope.tasks.bench.load_model", load)
+        monkeypatch.setattr("vlmscope.analyses.bench.load_model", load)
     arguments = [word.replace("PLACE", str(place)) for word in shlex.split(f"{BASES[base]} {row}")]
     assert main([f"hydra.run.dir={tmp_path / 'run'}", "tracking=none", *arguments]) == 2
     lines = capfd.readouterr().err.strip().splitlines()

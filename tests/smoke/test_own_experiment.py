@@ -79,3 +79,18 @@ def test_the_grammar_has_every_key() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     keys = [item.name for kind in (TrialConfig, SettingConfig, MarkConfig) for item in fields(kind)]
     assert [key for key in (*keys, *MARKS) if f"`{key}`" not in text and f"`{key}:" not in text] == []
+
+
+def test_a_report_that_fails_costs_no_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    command = ["experiment=planet_matrix", "debug=fast", "tracking=none", f"hydra.run.dir={run}"]
+    with monkeypatch.context() as broken:
+        broken.setattr("vlmscope.analyses.run_report.draw_report", lambda *_: 1 / 0)
+        assert main(command) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: the report was not drawn (division by zero); its numbers are recorded;")
+    assert json.loads((run / "metrics.json").read_text()) and (run / "trials.parquet").is_file()
+    assert main(["task=report", f"task.run={run}"]) == 0
+    assert (run / "report.html").is_file()

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from vlmscope.analyses.bench import Bench
+from vlmscope.analyses.declared import run_declared
 from vlmscope.config import AppConfig
 from vlmscope.config.catalog import conf_dir
 from vlmscope.config.resolve import to_app_config
@@ -19,8 +21,6 @@ from vlmscope.config.store import register
 from vlmscope.core.runs import Number
 from vlmscope.interventions import trials
 from vlmscope.tasks import registry
-from vlmscope.tasks.bench import Bench
-from vlmscope.tasks.declared import run_declared
 
 SMALL = ["pairs.train=16", "pairs.test=24", "interchange.steps=2"]
 ALWAYS = ["settings.six.strength=[6,8]", "settings.five.strength=[6,8]", "trainer.threads=1"]

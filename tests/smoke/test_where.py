@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from vlmscope.analyses.declared import probable_words
 from vlmscope.app import main
 from vlmscope.attention.rollout import load_maps
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.models.tiny import tiny_vlm
-from vlmscope.tasks.declared import probable_words
 
 QUESTION = "which shape is this ?"
 

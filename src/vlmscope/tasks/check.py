@@ -37,9 +37,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from tqdm import tqdm
 
     from vlmscope.config.schema import RandomTranscodersConfig
-    from vlmscope.conformance import CASES, PROMPT, Limits, run_cases
-    from vlmscope.scope import Scope
-    from vlmscope.tasks.wiring import (
+    from vlmscope.config.wiring import (
         is_orrery,
         load_model,
         load_scope,
@@ -47,6 +45,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         random_transcoders,
         user_pictures,
     )
+    from vlmscope.conformance import CASES, PROMPT, Limits, run_cases
+    from vlmscope.scope import Scope
 
     pictures = user_pictures(cfg)
     vlm = load_model(cfg)

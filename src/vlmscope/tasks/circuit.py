@@ -10,13 +10,13 @@ from vlmscope.core.errors import UserError, check_least
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vlmscope.analyses.bench import Bench
     from vlmscope.circuits.build import Asked
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.circuits.discovery.discover import Discovery
     from vlmscope.circuits.spec_config import CircuitSpecConfig
     from vlmscope.config import AppConfig
     from vlmscope.data.inputs import Pair
-    from vlmscope.tasks.bench import Bench
     from vlmscope.tasks.registry import RunContext
 
 USES = (
@@ -59,14 +59,14 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from dataclasses import replace
     from pathlib import Path
 
+    from vlmscope.analyses.bench import Bench
     from vlmscope.circuits import page
     from vlmscope.circuits.build import Asked, Sources, build_circuit, spread_answers, trace_all, trace_pairs
     from vlmscope.circuits.circuit import circuit_metrics, direct_edges, labelled, load_circuit, save_circuit
     from vlmscope.config.resolve import declared_circuit
+    from vlmscope.config.wiring import is_orrery, look_for_labels
     from vlmscope.data.images import for_figures
     from vlmscope.features.study_files import StudyFolder
-    from vlmscope.tasks.bench import Bench
-    from vlmscope.tasks.wiring import is_orrery, look_for_labels
 
     # What can be refused without a model is refused first.
     look_for_labels(cfg)
@@ -143,9 +143,9 @@ def check_source(cfg: AppConfig, spec: CircuitSpecConfig | None) -> None:
 def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]:
     """What is traced: the rows of `task.rows`, `prompt=` on `image=`, or the spec's own inputs."""
     from vlmscope.circuits.build import Asked, asked_of
+    from vlmscope.config.wiring import user_pictures
     from vlmscope.data.images import PictureFiles
     from vlmscope.data.inputs import read_rows
-    from vlmscope.tasks.wiring import user_pictures
 
     if cfg.task.rows is not None:
         if cfg.prompt is not None or cfg.image is not None:

@@ -53,8 +53,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write comparison.safetensors, graph.json, nodes.csv, edges.csv and the figures."""
     from vlmscope.attribution.compare import compare, write_tables
     from vlmscope.attribution.export import save_merged, write_merged_json
+    from vlmscope.config.wiring import feature_labels, look_for_labels
     from vlmscope.report.graph_figure import difference_graph, share_bars
-    from vlmscope.tasks.wiring import feature_labels, look_for_labels
 
     look_for_labels(cfg)
     sides = _sides(cfg)
@@ -124,8 +124,8 @@ def _graphs(cfg: AppConfig, context: RunContext, sides: tuple[_Side, _Side]) -> 
     found = {name: load_graph(side.file) for name, side in zip(_FOLDERS, sides, strict=True) if side.file}
     if len(found) < 2:
         from vlmscope.attribution.trace import trace
+        from vlmscope.config.wiring import load_model, load_scope
         from vlmscope.data.images import open_images
-        from vlmscope.tasks.wiring import load_model, load_scope
 
         vlm = load_model(cfg)
         # Both are prepared before either is traced, so that a mistake in the second costs nothing.

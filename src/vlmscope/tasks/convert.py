@@ -38,8 +38,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Convert the set that `transcoder=path transcoder.path=...` names, and write its card."""
     import torch
 
+    from vlmscope.config.wiring import chosen_set, limit_threads
     from vlmscope.core.artifacts import atomic_folder, read_text, tensor_heads, write_text
-    from vlmscope.tasks.wiring import chosen_set, limit_threads
     from vlmscope.transcoders.formats import load_set, open_set, refusal, save_set
     from vlmscope.transcoders.hub import CARD, carried_over, facts_of_set, render
 

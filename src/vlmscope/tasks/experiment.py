@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pydoc import locate
 from typing import TYPE_CHECKING, Any
 
-from vlmscope.core.errors import UserError, check_choice
+from vlmscope.core.errors import CheckFailed, UserError, check_choice, first_line
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.registry import RunContext
 
+_LOG = logging.getLogger(__name__)
 # Name in `analyses:` -> its class, a dataclass of settings with some of `check(cfg)`, `declare(bench)`,
 # `trials(bench, declared)` and `analyse(bench)`. Imported when used: they need torch and pandas.
 ANALYSES = {
-    "discovery": "vlmscope.tasks.analyses.Discover",
-    "feature_kinds": "vlmscope.tasks.feature_codes.FeatureKinds",
-    "mean_ablation": "vlmscope.tasks.analyses.MeanAblation",
-    "modality": "vlmscope.tasks.analyses.Modality",
-    "number_line": "vlmscope.tasks.feature_codes.NumberLine",
-    "number_shift": "vlmscope.tasks.analyses.NumberShift",
-    "predicted_effects": "vlmscope.tasks.predicted_effects.PredictedEffects",
-    "smallest": "vlmscope.tasks.analyses.Smallest",
-    "transfer": "vlmscope.tasks.analyses.Transfer",
+    "discovery": "vlmscope.analyses.measures.Discover",
+    "feature_kinds": "vlmscope.analyses.feature_codes.FeatureKinds",
+    "mean_ablation": "vlmscope.analyses.measures.MeanAblation",
+    "modality": "vlmscope.analyses.measures.Modality",
+    "number_line": "vlmscope.analyses.feature_codes.NumberLine",
+    "number_shift": "vlmscope.analyses.measures.NumberShift",
+    "predicted_effects": "vlmscope.analyses.predicted_effects.PredictedEffects",
+    "smallest": "vlmscope.analyses.measures.Smallest",
+    "transfer": "vlmscope.analyses.measures.Transfer",
 }
 USES = (
     "data", "attribution", "intervention", "interchange", "discovery", "study", "where", "trials", "settings",
@@ -52,17 +54,17 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Run every declared trial, write trials.parquet, analyse, draw report.html."""
     from hydra.core.hydra_config import HydraConfig
 
+    from vlmscope.config.wiring import look_for_labels, study_sources
     from vlmscope.data.images import check_image
-    from vlmscope.tasks.wiring import look_for_labels, study_sources
 
     if cfg.task.reads_shards(cfg):
         study_sources(cfg)  # says at once which shards are missing
     look_for_labels(cfg)
     # What is missing is said before torch and pandas are imported.
+    from vlmscope.analyses.bench import Bench
+    from vlmscope.analyses.declared import run_declared
+    from vlmscope.analyses.run_report import draw_report
     from vlmscope.report.marks import check_marks
-    from vlmscope.tasks.bench import Bench
-    from vlmscope.tasks.declared import run_declared
-    from vlmscope.tasks.run_report import draw_report
 
     for path in (path for own in cfg.images.values() for path in own):
         check_image(path)
@@ -84,7 +86,12 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     for analysis in analyses:
         if hasattr(analysis, "analyse"):
             bench.metrics |= analysis.analyse(bench)
-    draw_report(context.run_dir, asdict(cfg), bench.metrics)
+    try:
+        draw_report(context.run_dir, asdict(cfg), bench.metrics)
+    except Exception as error:  # a fault in a page must not cost hours of measuring
+        _LOG.exception("report.html")
+        again = f"its numbers are recorded; python run.py task=report task.run={context.run_dir} draws it again"
+        raise CheckFailed(f"the report was not drawn ({first_line(error)}); {again}", bench.metrics) from error
     return bench.metrics
 
 

@@ -38,7 +38,7 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Print a table; write find.json and figures/find.png."""
-    from vlmscope.tasks.wiring import needed_study
+    from vlmscope.config.wiring import needed_study
 
     task: Config = cfg.task
     folder = needed_study(cfg)
@@ -81,9 +81,9 @@ def find_by_picture(cfg: AppConfig, context: RunContext, study: StudyFolder) -> 
     """What was looked for, and the features that are active on the user's picture."""
     import torch
 
+    from vlmscope.config.wiring import load_model, load_scope, user_pictures
     from vlmscope.features.labels import check_same
     from vlmscope.features.search import find_by_activations
-    from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
 
     prompt = cfg.prompt if cfg.prompt is not None else usual_question(study)
     pictures = user_pictures(cfg)

@@ -52,7 +52,7 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write the set, and print some of it."""
-    from vlmscope.tasks.wiring import needed_study
+    from vlmscope.config.wiring import needed_study
 
     task: Config = cfg.task
     folder = needed_study(cfg)
@@ -137,8 +137,8 @@ def label_by_explainer(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
 
 def chosen_explainer(cfg: AppConfig) -> Explainer:
     """The one that `task.explainer=` names."""
+    from vlmscope.config.wiring import load_model
     from vlmscope.features.explainers import Endpoint, LocalExplainer
-    from vlmscope.tasks.wiring import load_model
 
     task: Config = cfg.task
     if task.explainer == "local":
@@ -150,10 +150,10 @@ def chosen_explainer(cfg: AppConfig) -> Explainer:
 
 def labels_so_far(cfg: AppConfig, study: StudyFolder, path: Path, name: str) -> dict[FeatureId, Label]:
     """The labels of the set; what it is made of, recorded next to it, must be this explainer and this study."""
+    from vlmscope.config.wiring import model_origin
     from vlmscope.core.artifacts import files_digest, read_json, refuse_other, write_json
     from vlmscope.core.study import MANIFEST
     from vlmscope.features.labels import read_labels
-    from vlmscope.tasks.wiring import model_origin
 
     task: Config = cfg.task
     origin = {"task.explainer": task.explainer, "explainer": name, "study": files_digest([study.path / MANIFEST])}

@@ -30,13 +30,13 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Read the soft tokens of `image=` under `prompt=`."""
     import numpy as np
 
+    from vlmscope.config.wiring import load_model, user_pictures
     from vlmscope.core.artifacts import write_json
     from vlmscope.data.images import for_figures
     from vlmscope.features.readouts import token_lens
     from vlmscope.models.base import token_strings
     from vlmscope.models.batching import make_batch
     from vlmscope.report.picture_figures import soft_token_words
-    from vlmscope.tasks.wiring import load_model, user_pictures
 
     if cfg.prompt is None:
         raise UserError("no prompt: add 'prompt=what is this ?'")

@@ -69,8 +69,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from tqdm import tqdm
 
+    from vlmscope.config.wiring import needed_study
     from vlmscope.core.artifacts import write_json
-    from vlmscope.tasks.wiring import needed_study
 
     start, task, place = perf_counter(), cfg.task, needed_study(cfg)
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vlmscope.analyses.edits import EditConfig
 from vlmscope.core.errors import UserError
-from vlmscope.tasks.edits import EditConfig
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
@@ -27,12 +27,12 @@ class Config(EditConfig):
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Patch `prompt=` on `image=` with the activations of the donor run."""
+    from vlmscope.analyses.edits import chosen_features, report_edit
     from vlmscope.circuits.circuit import at_supernodes
+    from vlmscope.config.wiring import load_model, load_scope, user_pictures
     from vlmscope.data.images import open_images
     from vlmscope.interventions.named import by_layer, donor_activations, patch_plan
     from vlmscope.models.batching import make_batch
-    from vlmscope.tasks.edits import chosen_features, report_edit
-    from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
 
     task: Config = cfg.task
     if cfg.prompt is None:
@@ -52,4 +52,4 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     recipient, given = (scope.batch([one]) for one in (inputs, donor))
     carried = donor_activations(scope, given, by_layer(scope.transcoders, chosen.features))
     plan = at_supernodes(patch_plan(carried, inputs.roles, task.strength), chosen.nodes, recipient.places)
-    return report_edit("patch", scope, inputs, plan, [recipient, given], task, context, cfg.seed)
+    return report_edit("patch", scope, inputs, plan, [recipient, given], task, context.run_dir, cfg.seed)

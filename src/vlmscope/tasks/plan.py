@@ -176,7 +176,7 @@ def transcoder_numbers(d_model: int, n_features: int, skip: bool, activation: st
 def _transcoders(cfg: AppConfig, adapter: Adapter, overrides: tuple[str, ...]) -> tuple[list[int], Any]:
     """Features of each layer, and k, skip and activation, of the set that fits the model, else of a new one."""
     from vlmscope.config.schema import RandomTranscodersConfig
-    from vlmscope.tasks.wiring import trained_transcoders
+    from vlmscope.config.wiring import trained_transcoders
     from vlmscope.training.config import TranscoderArchConfig
 
     chosen, layers, d = cfg.transcoder, adapter.n_layers, adapter.d_model

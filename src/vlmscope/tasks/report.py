@@ -24,8 +24,8 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Read the run's own configuration and numbers, and draw its marks."""
+    from vlmscope.analyses.run_report import draw_report
     from vlmscope.core.artifacts import read_json, read_yaml
-    from vlmscope.tasks.run_report import draw_report
 
     if cfg.task.run is None:
         raise UserError("task.run is not given: the folder of a finished experiment, as in task.run=outputs/my_run")

@@ -29,9 +29,9 @@ from omegaconf import OmegaConf, open_dict
 from vlmscope.config.catalog import first_comment, project_root, reproducible
 from vlmscope.config.resolve import CONFIG_ERRORS, one_line, quote, suggestion, to_app_config
 from vlmscope.config.schema import TranscoderSetConfig
+from vlmscope.config.wiring import model_origin, study_digest, transcoder_origin
 from vlmscope.core.artifacts import files_digest, read_json, write_json
 from vlmscope.core.errors import UserError
-from vlmscope.tasks.wiring import model_origin, study_digest, transcoder_origin
 from vlmscope.tracking.client import package_versions
 
 if TYPE_CHECKING:

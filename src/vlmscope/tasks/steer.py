@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vlmscope.analyses.edits import EditConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
-from vlmscope.tasks.edits import EditConfig
 
 if TYPE_CHECKING:
     from vlmscope.config import AppConfig
@@ -27,10 +27,10 @@ class Config(EditConfig):
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     """Steer `prompt=` on `image=` (none for text alone)."""
+    from vlmscope.analyses.edits import chosen_features, report_edit
     from vlmscope.circuits.circuit import at_supernodes
+    from vlmscope.config.wiring import load_model, load_scope, user_pictures
     from vlmscope.interventions.named import steer_plan
-    from vlmscope.tasks.edits import chosen_features, report_edit
-    from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
 
     if cfg.prompt is None:
         raise UserError("no prompt: add 'prompt=what is this ?' (and image=path/to/picture.png)")
@@ -46,4 +46,4 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     plan = steer_plan(scope, values, len(inputs), task.positions)
     matched_on = [scope.batch([inputs])]
     plan = at_supernodes(plan, chosen.nodes, matched_on[0].places)
-    return report_edit("steer", scope, inputs, plan, matched_on, task, context, cfg.seed)
+    return report_edit("steer", scope, inputs, plan, matched_on, task, context.run_dir, cfg.seed)

@@ -54,16 +54,16 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write structure.parquet, clusters.parquet, the figures and report.html."""
-    from vlmscope.tasks.wiring import needed_study
+    from vlmscope.config.wiring import needed_study
 
     folder = needed_study(cfg)
 
     import pyarrow as pa
 
+    from vlmscope.config.wiring import load_model, load_scope
     from vlmscope.features import structure
     from vlmscope.features.study_files import StudyFolder, write_table
     from vlmscope.report.figures import modality_by_layer, score_by_layer, twins_by_layer
-    from vlmscope.tasks.wiring import load_model, load_scope
 
     study, figures = StudyFolder(folder), context.run_dir / "figures"
     modality = structure.modality_table(study)

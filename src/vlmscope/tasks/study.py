@@ -24,7 +24,7 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Go through the data, each process through its part; the main one writes the files."""
-    from vlmscope.tasks.wiring import load_model, load_scope, study_origin, study_sources
+    from vlmscope.config.wiring import load_model, load_scope, study_origin, study_sources
 
     config = cfg.study
     if cfg.prompt is not None or cfg.image is not None:

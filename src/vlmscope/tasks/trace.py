@@ -49,11 +49,11 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Trace `prompt=` on `image=` (none for text alone), or every row of `task.rows=`."""
-    from vlmscope.tasks.wiring import look_for_labels
+    from vlmscope.config.wiring import look_for_labels
 
     look_for_labels(cfg)
 
-    from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
+    from vlmscope.config.wiring import load_model, load_scope, user_pictures
 
     if cfg.task.rows is not None:
         return _trace_rows(cfg, context)
@@ -82,11 +82,11 @@ def _trace_into(
     from vlmscope.attribution.influence import reaches_image
     from vlmscope.attribution.trace import trace
     from vlmscope.attribution.trace_files import write_heads, write_patches, write_scores
+    from vlmscope.config.wiring import feature_labels
     from vlmscope.core.runs import printable
     from vlmscope.data.images import for_figures
     from vlmscope.report.graph_figure import attribution_graph
     from vlmscope.report.picture_figures import patch_maps
-    from vlmscope.tasks.wiring import feature_labels
 
     labels = feature_labels(cfg, scope.vlm.name, scope.transcoders)
     traced = trace(scope, inputs, cfg.attribution, folder)
@@ -125,9 +125,9 @@ def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from tqdm import tqdm
 
     from vlmscope.attribution.trace_files import INDEX
+    from vlmscope.config.wiring import load_model, load_scope
     from vlmscope.core.artifacts import write_text
     from vlmscope.data.inputs import read_rows
-    from vlmscope.tasks.wiring import load_model, load_scope
 
     if cfg.prompt is not None or cfg.image is not None:
         raise UserError("task.rows= brings its own prompts and pictures; leave out prompt= and image=")
@@ -191,8 +191,8 @@ def _refuse(cfg: AppConfig, bad: Sequence[str]) -> int:
 
 def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """Everything that a row's graph depends on besides the row, by name."""
+    from vlmscope.config.wiring import model_origin, study_digest, transcoder_origin
     from vlmscope.core.artifacts import flat, plain
-    from vlmscope.tasks.wiring import model_origin, study_digest, transcoder_origin
 
     # The two that are left out change memory and time.
     attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in ("batch_size", "memory_gb")}

@@ -30,7 +30,7 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Train (or resume, with trainer.resume=true) and report test accuracies beside those with shuffled pictures."""
-    from vlmscope.tasks.wiring import limit_threads
+    from vlmscope.config.wiring import limit_threads
     from vlmscope.training.orrery import train_orrery
 
     if cfg.data.path is None:

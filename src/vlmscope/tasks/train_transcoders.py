@@ -38,9 +38,9 @@ class Config(RecipeConfig, BatchConfig):
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Train, save to `<run_dir>/transcoders`, and report FVU, L0, dead features and the change of cross-entropy."""
+    from vlmscope.config.wiring import data_origin, load_model, model_origin
     from vlmscope.core.artifacts import flat, folder_digest, read_json, write_json, write_text
     from vlmscope.report.figures import fvu_by_layer
-    from vlmscope.tasks.wiring import data_origin, load_model, model_origin
     from vlmscope.training.ranks import own_share
     from vlmscope.training.sources import batches_for, cache_settings
     from vlmscope.training.transcoder_training import train_transcoders

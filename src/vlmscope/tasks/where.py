@@ -42,12 +42,12 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from vlmscope.attention.rollout import save_maps
     from vlmscope.attention.where import MEASURES, Subject, map_curves, where_maps
+    from vlmscope.config.wiring import load_model, load_scope, user_pictures
     from vlmscope.core.artifacts import write_json
     from vlmscope.core.records import FeatureId
     from vlmscope.data.images import for_figures
     from vlmscope.features.readouts import image_features
     from vlmscope.report.picture_figures import feature_maps
-    from vlmscope.tasks.wiring import load_model, load_scope, user_pictures
 
     task: Config = cfg.task
     if cfg.prompt is None:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from vlmscope.models.base import ModelInputs
     from vlmscope.models.batching import InputBatch
     from vlmscope.scope import Scope
-    from vlmscope.tasks.registry import RunContext
 
 TOP = 5  # next tokens that are shown
 SAYS = {"control": "random features, as many, alike in layer and activation",
@@ -132,7 +131,7 @@ def report_edit(
     plan: Plan,
     matched_on: Sequence[InputBatch],
     task: EditConfig,
-    context: RunContext,
+    run_dir: Path,
     seed: int = 0,
 ) -> dict[str, float]:
     """Run a plan on one prompt in the chosen modes, print it, and write `<run_dir>/<name>.json`.
@@ -144,7 +143,7 @@ def report_edit(
         plan: edits by layer.
         matched_on: the prompts on whose mean activations controls are matched.
         task: the options.
-        context: of the run.
+        run_dir: where it is written.
         seed: under which controls are drawn.
 
     Returns:
@@ -185,7 +184,7 @@ def report_edit(
         before, after = (generate_edited(scope, inputs, edits, task.new_tokens) for edits in (None, plan))
         print(f"answer before: {before}\nanswer after:  {after}")
         written["answer"] = {"before": before, "after": after}
-    write_json(context.run_dir / f"{name}.json", written)
+    write_json(run_dir / f"{name}.json", written)
     return metrics
 
 

@@ -33,8 +33,8 @@ from vlmscope.report.marks import write_rows
 from vlmscope.report.style import COLOURS, INK, MARKERS, drawing, label, pick, tidy
 
 if TYPE_CHECKING:
+    from vlmscope.analyses.bench import Bench
     from vlmscope.models.base import ModelInputs
-    from vlmscope.tasks.bench import Bench
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "model": None}
 PREDICTED_BY = {"direct": "edge", "frozen_attention": "total", "free": "total"}  # headline of a mode

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vlmscope.circuits.cases import answer_token, pairs_by_question
+from vlmscope.config.wiring import feature_labels, load_model, load_scope
 from vlmscope.core.errors import UserError
 from vlmscope.data.images import open_images
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
 from vlmscope.data.orrery.scenes import PLANETS
-from vlmscope.tasks.wiring import feature_labels, load_model, load_scope
 
 if TYPE_CHECKING:
     from vlmscope.circuits.config import CircuitConfig
@@ -57,8 +57,8 @@ class Bench:
     @cached_property
     def study(self) -> StudyFolder:
         """The study of all features that `study.path` names, or one made in the run folder as task=study makes it."""
+        from vlmscope.config.wiring import made_study
         from vlmscope.features.study_files import StudyFolder
-        from vlmscope.tasks.wiring import made_study
 
         own = self.cfg.study.path
         return StudyFolder(own) if own is not None else made_study(self.cfg, self.scope, self.run_dir / "study")

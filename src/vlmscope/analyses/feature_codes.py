@@ -30,8 +30,8 @@ from vlmscope.metrics.decoding import DOWN, PEAK, UP
 from vlmscope.report.figures import dose_response, layer_role_heatmap
 
 if TYPE_CHECKING:
+    from vlmscope.analyses.bench import Bench
     from vlmscope.circuits.experiment import Declared
-    from vlmscope.tasks.bench import Bench
 
 CHUNK = 100  # pictures a forward
 FEWEST = 30  # scenes for a number line

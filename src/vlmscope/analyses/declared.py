@@ -17,6 +17,8 @@ import pandas as pd
 from PIL import Image
 from torch import Tensor
 
+from vlmscope.analyses.association import from_association
+from vlmscope.analyses.bench import Bench
 from vlmscope.attribution.export import save_graph, write_graph_json
 from vlmscope.circuits.cases import answer_token, bystanders, concept_cases, matrix_cases
 from vlmscope.circuits.circuit import Circuit, direct_edges, labelled, load_circuit, save_circuit, with_labels
@@ -37,8 +39,6 @@ from vlmscope.metrics.table import cell_metrics, trial_metrics
 from vlmscope.models.base import token_strings
 from vlmscope.report.graph_figure import attribution_graph
 from vlmscope.report.marks import write_evidence, write_records, write_rows
-from vlmscope.tasks.association import from_association
-from vlmscope.tasks.bench import Bench
 
 CAPTION_PROMPT = "describe this image in detail ."
 MIN_SHARE = 0.005  # of what a supernode takes in: weaker edges are not drawn

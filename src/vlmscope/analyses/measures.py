@@ -31,10 +31,10 @@ from vlmscope.report.figures import dose_response, layer_role_heatmap, modality_
 from vlmscope.report.marks import write_rows
 
 if TYPE_CHECKING:
+    from vlmscope.analyses.bench import Bench
     from vlmscope.circuits.experiment import Declared
     from vlmscope.config import AppConfig
     from vlmscope.interventions.trials import Trial
-    from vlmscope.tasks.bench import Bench
 
 
 @dataclass

@@ -16,6 +16,7 @@ import pandas as pd
 from PIL import Image
 from torch import Tensor
 
+from vlmscope.analyses.bench import Bench
 from vlmscope.circuits.cases import answer_token, bystanders
 from vlmscope.circuits.config import TrialConfig
 from vlmscope.circuits.experiment import ALL, Declared
@@ -32,7 +33,6 @@ from vlmscope.interventions.trials import Cases, Operation
 from vlmscope.metrics.decoding import Rule
 from vlmscope.metrics.table import measured
 from vlmscope.report.figures import dose_response, share_matrices
-from vlmscope.tasks.bench import Bench
 
 KINDS = ("picture", "text")
 CASE_SETS = ("picture", "text", "picture_other", "text_other", "picture_to_text", "text_to_picture")

@@ -1,0 +1,1 @@
+"""Experiments as their YAML declares them: cases and trials, general analyses, the report."""

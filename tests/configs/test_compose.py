@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,21 @@ EXPERIMENTS = sorted(catalog.options("experiment"))
 # These have keys that no other experiment has.
 LIMITED = ("train_orrery", "train_orrery_transcoders", "captioning", "mars_earth_patch", "mars_earth_curves")
 LIMITED += ("linear_story", "where_in_the_picture", "hallucination_prediction", "visual_arithmetic", "counting")
-GROUPS = ("model", "data", "transcoder", "optim", "tracking", "study", "circuit_spec", "prompts", "pairs", "debug")
+GROUPS = (
+    "model",
+    "data",
+    "transcoder",
+    "optim",
+    "tracking",
+    "study",
+    "circuit_spec",
+    "prompts",
+    "pairs",
+    "debug",
+    "circuit",
+    "interchange",
+    "where",
+)
 
 
 @pytest.fixture
@@ -56,9 +71,25 @@ def test_experiments_compose_with_published_models(
     assert config.model.hub == f"google/{config.model.name}"
 
 
-@pytest.mark.parametrize("chosen", rounds(*GROUPS))
-def test_options_compose(chosen: tuple[str, ...]) -> None:
-    composed(*chosen)
+def seeds(node: Any, path: str = "") -> dict[str, int]:
+    """Every field called seed below a record, by its dotted name."""
+    if isinstance(node, dict):
+        parts = list(node.items())
+    elif is_dataclass(node):
+        parts = [(item.name, getattr(node, item.name)) for item in fields(node)]
+    else:
+        return {path: node} if path.rpartition(".")[2] == "seed" else {}
+    return {key: value for name, part in parts for key, value in seeds(part, f"{path}.{name}").items()}
+
+
+@pytest.mark.parametrize("chosen", [*rounds(*GROUPS), *((f"experiment={name}",) for name in EXPERIMENTS)])
+def test_every_option_composes_and_every_seed_follows_the_root(chosen: tuple[str, ...]) -> None:
+    found = seeds(composed(*chosen, "seed=7"))
+    assert found.pop(".seed") == 7
+    # The stages of Orrery's training keep the seeds that the shipped model was made with.
+    own = {key for key, value in found.items() if value != 7 and not key.startswith(".task.training.")}
+    assert own == set()
+    assert ".trainer.seed" in found
 
 
 @pytest.mark.parametrize("group", GROUPS)

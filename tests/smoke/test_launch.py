@@ -64,11 +64,19 @@ def distance(ours: Path, theirs: Path) -> float:
     return max(float((one[f][k].float() - other[f][k].float()).abs().max()) for f in one for k in one[f])
 
 
-def wait_for(path: Path, seconds: float = 200) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} never came"
+def stopped(command: list[str], run: Path, number: signal.Signals, code: int) -> None:
+    """Send the signal to one of two processes after some steps: both end with its code and leave one checkpoint."""
+    processes, states = start(command), run / "data_states_1_of_2.json"
+    end = time.monotonic() + 200
+    while not states.exists() or len(json.loads(states.read_text())["states"]) < 3:
+        assert time.monotonic() < end and processes[1].poll() is None
         time.sleep(0.02)
+    processes[1].send_signal(number)
+    codes, _, said = ended(processes)
+    assert codes == [code, code] and sum(words.count("trainer.resume=true") for words in said) == 1
+    (marker,) = run.glob("transcoder_checkpoint/step_*/complete.json")
+    steps = next(int(word.partition("=")[2]) for word in command if word.startswith("trainer.max_steps="))
+    assert 0 < json.loads(marker.read_text())["steps_done"] < steps
 
 
 def test_torchrun_trains_one_set_in_one_folder_with_one_record(tmp_path: Path, data: Path, store: str) -> None:
@@ -106,17 +114,7 @@ def test_ctrl_c_stops_all_after_one_step_and_a_mix_goes_on_exactly(tmp_path: Pat
     assert shares == pytest.approx([0.4, 0.4, 0.2], abs=0.05) and sum(shares) == pytest.approx(1)
 
     half = [*command, f"hydra.run.dir={tmp_path / 'half'}"]
-    processes = start(half)
-    text = tmp_path / "half" / "data_states_1_of_2.json"
-    wait_for(text)
-    while len(json.loads(text.read_text())["states"]) < 3:  # some steps
-        time.sleep(0.02)
-    processes[1].send_signal(signal.SIGINT)  # only one is told
-    codes, _, said = ended(processes)
-    assert codes == [130, 130] and sum(words.count("trainer.resume=true") for words in said) == 1
-    (marker,) = (tmp_path / "half" / "transcoder_checkpoint").glob("step_*/complete.json")
-    assert 0 < json.loads(marker.read_text())["steps_done"] < 60
-
+    stopped(half, tmp_path / "half", signal.SIGINT, 130)
     codes, _, said = ended(start([*half, "trainer.resume=true"], 3))
     assert set(codes) <= {1, 2} and len(errors(said)) == 1 and "read by 2 processes" in errors(said)[0]
     assert ended(start([*half, "trainer.resume=true"]))[0] == [0, 0]
@@ -124,17 +122,8 @@ def test_ctrl_c_stops_all_after_one_step_and_a_mix_goes_on_exactly(tmp_path: Pat
 
 
 def test_sigterm_to_one_process_stops_all_with_a_checkpoint_and_143(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    processes = start([*MIX, "tracking=none", "trainer.max_steps=100000", f"hydra.run.dir={run}"])
-    text = run / "data_states_1_of_2.json"
-    wait_for(text)
-    while len(json.loads(text.read_text())["states"]) < 2:  # some steps
-        time.sleep(0.02)
-    processes[1].send_signal(signal.SIGTERM)
-    codes, _, said = ended(processes)
-    assert codes == [143, 143] and sum(words.count("trainer.resume=true") for words in said) == 1
-    (marker,) = (run / "transcoder_checkpoint").glob("step_*/complete.json")
-    assert 0 < json.loads(marker.read_text())["steps_done"] < 100000
+    command = [*MIX, "tracking=none", "trainer.max_steps=100000", f"hydra.run.dir={tmp_path / 'run'}"]
+    stopped(command, tmp_path / "run", signal.SIGTERM, 143)
 
 
 def test_a_mistake_is_one_line_and_a_task_for_one_process_says_so(tmp_path: Path) -> None:

@@ -28,12 +28,6 @@ def test_gemma_4b_is_planned_without_weights_or_network(tmp_path: Path, capsys: 
     assert "Tracing needs more than" not in out
 
 
-def test_a_larger_plan_says_that_it_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = plan(tmp_path / "run", "model=gemma3_27b_it", "task.device=a100")
-    assert metrics["plan/memory/trace"] > 80e9
-    assert "Tracing needs more than the 80.0 GB of a100" in capsys.readouterr().out
-
-
 def test_settings_change_the_plan(tmp_path: Path) -> None:
     base = plan(tmp_path / "a", "model=gemma3_1b_it")
     assert base["plan/parameters/vision"] == 0
@@ -71,7 +65,10 @@ def test_training_of_gemma_4b_is_planned_by_rank(tmp_path: Path, capsys: pytest.
 
 
 def test_what_does_not_fit_names_what_to_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan(tmp_path / "run", *PAPER, "transcoder.expansion_factor=32", "task.training.step_tokens=65536")
+    metrics = plan(tmp_path / "trace", "model=gemma3_27b_it", "task.device=a100")
+    assert metrics["plan/memory/trace"] > 80e9
+    assert "Tracing needs more than the 80.0 GB of a100" in capsys.readouterr().out
+    plan(tmp_path / "train", *PAPER, "transcoder.expansion_factor=32", "task.training.step_tokens=65536")
     out = capsys.readouterr().out
     assert "Training needs more than the 80.0 GB of h100: choose a smaller task.training.step_tokens" in out
 

@@ -49,15 +49,8 @@ def moves(subject: float) -> float:
 
 @pytest.mark.parametrize(
     ("function", "value", "held"),
-    [
-        (half, 0.5, True),
-        (half, 0.6, False),
-        (half, math.nan, False),
-        (half, math.inf, False),
-        (moves, 0.6, True),
-        (moves, 0.5, False),
-        (moves, math.nan, False),
-    ],
+    [(half, 0.5, True), (half, 0.6, False), (half, math.nan, False), (half, math.inf, False)]
+    + [(moves, 0.6, True), (moves, 0.5, False), (moves, math.nan, False)],
 )
 def test_a_check_holds_only_when_it_was_measured_and_is_within_its_tolerance(function, value, held: bool) -> None:
     outcome = function(value)
@@ -135,12 +128,7 @@ def test_the_table_says_no_when_one_case_fails() -> None:
     assert "two_pictures: skipped, takes one picture" in lines and "total, text: skipped, many" in lines
     assert "float32" not in render(reports[:1], "")
     assert failures(reports) == ["parity on one_picture (nan, needs <= 1e-09)"]
-    assert flat_metrics(reports[:1]) == {
-        "check/held": 1.0,
-        "check/failed": 0.0,
-        "check/skipped": 1.0,
-        "check/text/parity/error": 2e-15,
-        "check/text/parity/seconds": 0.25,
-        "check/text/parity/error_own_dtype": 3e-7,
-        "check/text/seconds": 1.5,
-    }
+    counts = {"held": 1.0, "failed": 0.0, "skipped": 1.0, "text/seconds": 1.5}
+    parity = {"error": 2e-15, "seconds": 0.25, "error_own_dtype": 3e-7}
+    expected = counts | {f"text/parity/{name}": value for name, value in parity.items()}
+    assert flat_metrics(reports[:1]) == {f"check/{name}": value for name, value in expected.items()}

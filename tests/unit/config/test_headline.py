@@ -76,11 +76,6 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, old: str, new: str, word
         experiment(tmp_path, GOOD.replace(old, new))
 
 
-def test_nothing_is_asked_of_a_run_that_is_not_to_be_reproduced() -> None:
-    app = AppConfig()
-    assert not app.reproduce and app.paper is None and app.headline == {}
-
-
 METRICS: dict[str, float | None] = {
     "a/flip_rate": 0.5, "a/flip_rate_ci_low": 0.4, "a/flip_rate_ci_high": 0.6, "a/flip_rate_control": 0.01,
     "layers/x/layer_03": 0.2, "layers/x_ci_low/layer_03": 0.1, "layers/x_ci_high/layer_03": 0.3,
@@ -94,15 +89,11 @@ def number(metric: str, low: float, high: float) -> Number:
 
 
 def test_a_rate_has_its_interval_and_its_control() -> None:
-    found = number("a/flip_rate", 0.45, 1.0)
+    found, layer = number("a/flip_rate", 0.45, 1.0), number("layers/x/layer_03", 0.1, 0.3)
     assert found.holds and found.share and found.rate is not None
     assert (found.rate.ci_low, found.rate.ci_high, found.rate.control) == (0.4, 0.6, 0.01)
     assert measured(found) is found.rate and range_of(found) == "45 to 100\u00a0%"
-
-
-def test_a_number_of_a_layer_has_its_interval_too() -> None:
-    found = number("layers/x/layer_03", 0.1, 0.3)
-    assert found.share and found.rate is not None and (found.rate.ci_low, found.rate.ci_high) == (0.1, 0.3)
+    assert layer.share and layer.rate is not None and (layer.rate.ci_low, layer.rate.ci_high) == (0.1, 0.3)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,9 @@ def shuffled_decoder_rows(bench: Bench) -> Iterator[None]:
 def edits_that_are_not_applied(_: Bench) -> Iterator[None]:
     real = trials.run_edited
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trials, "run_edited", lambda scope, batch, _plan, **more: real(scope, batch, {}, **more))
+        patch.setattr(
+            trials, "run_edited", lambda scope, batch, _, *rest, **more: real(scope, batch, {}, *rest, **more)
+        )
         yield
 
 

@@ -169,6 +169,7 @@ def test_scenes_that_a_study_needs_are_rendered_first(
         (["task.only=[small,lost]"], "experiment=lost: transcoder.path=/no/set is not there"),
         (["task.only=[small,wrong]"], "experiment=wrong: .*optim.lrr"),
         (["task.only=[small,swept]"], "experiment=swept is a sweep"),
+        (["task.only=[small]", "hydra.run.dir=TAKEN"], "choose a new hydra.run.dir"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(
@@ -178,18 +179,13 @@ def test_mistakes_are_told_before_anything_runs(
     wrong = GOOD.replace("name: NAME", "name: NAME\noptim: {lrr: 1}")
     swept = GOOD.replace("name: NAME", "name: NAME\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params: {seed: '0,1'}")
     found = experiments(tmp_path, small=GOOD, lost=lost, wrong=wrong, swept=swept)
+    (tmp_path / "taken" / "small").mkdir(parents=True)  # of other runs
+    overrides = [one.replace("TAKEN", f"{tmp_path}/taken") for one in overrides]
     assert main(["task=reproduce", found, f"hydra.run.dir={tmp_path}/run", "tracking=none", *overrides]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert re.search(words, error), error
     assert not (tmp_path / "run" / "small").exists()
-
-
-def test_a_folder_of_other_runs_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run" / "small").mkdir(parents=True)
-    found = experiments(tmp_path, small=GOOD)
-    assert main(["task=reproduce", only("small"), found, f"hydra.run.dir={tmp_path}/run", "tracking=none"]) == 2
-    assert "choose a new hydra.run.dir" in capsys.readouterr().err
 
 
 def started(tmp_path: Path, program: Path, command: list[str]) -> subprocess.Popen[str]:

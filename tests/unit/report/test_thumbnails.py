@@ -21,26 +21,12 @@ def overlaid(colour: int, *activations: float) -> np.ndarray:
 
 def test_tint_and_frame_mark_where_it_fires_in_proportion() -> None:
     shown = overlaid(100, 0.0, 3.0)
-    assert shown.shape == (64, 64, 3)
-    assert (shown[:, :32] == 100).all()
-    tinted = shown[10:50, 40:55]
-    assert (tinted[..., 0] > 150).all() and (tinted[..., 1] < 60).all()
-    assert (shown[1, 33:63] == 255).all(), "white frame inside a black one"
-    assert (shown[0, 32:] == 0).all()
+    assert (shown[:, :32] == 100).all() and (shown[10:50, 40:55, 0] > 150).all()
     half = overlaid(0, 1.0, 2.0)
     assert 2 * half[30, 16, 0] == pytest.approx(half[30, 48, 0], abs=3)
     assert (overlaid(100, 0.0, -1.0) == 100).all()
     with pytest.raises(ValueError, match="2 patch boxes but 1"):
         overlaid(0, 1.0)
-
-
-def test_small_pictures_stay_exact_and_large_ones_shrink() -> None:
-    small, large = Image.fromarray(np.arange(27, dtype=np.uint8).reshape(3, 3, 3)), Image.new("RGB", (800, 400))
-    assert np.array_equal(np.asarray(thumbnails.enlarge(small, 12))[::4, ::4], np.asarray(small))
-    assert thumbnails.enlarge(large, 128).size == (128, 64)
-    assert thumbnails.thumbnail(small) == (png_bytes(small), 3, 3)
-    data, *size = thumbnails.thumbnail(large)
-    assert data.startswith(b"\xff\xd8\xff") and size == [128, 64]
 
 
 def test_one_scale_for_picture_and_text() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlmscope.activations.capture import capture_state
+from vlmscope.activations import capture_state
 from vlmscope.core.records import generator
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.loading import VLM

@@ -25,7 +25,7 @@ from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.influence import prune
 from vlmscope.attribution.trace import attribute
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.replacement.model import LayerFeatures, ReplacementModel, build_replacement, feature_table
+from vlmscope.replacement import LayerFeatures, ReplacementModel, build_replacement, feature_table
 from vlmscope.scope import Scope
 
 

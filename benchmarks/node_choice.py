@@ -23,7 +23,7 @@ from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import KINDS
 from vlmscope.models.base import ModelInputs
-from vlmscope.replacement.model import build_replacement
+from vlmscope.replacement import build_replacement
 from vlmscope.scope import Scope
 
 CHOICES = ("influence", "total_effect")

@@ -22,13 +22,13 @@ from vlmscope.api import load
 from vlmscope.attribution.adjoint import target_readers
 from vlmscope.attribution.targets import choose_logits
 from vlmscope.attribution.vision import vision_path
-from vlmscope.core.intervention import Curve
 from vlmscope.core.records import generator
+from vlmscope.core.results import Curve
 from vlmscope.data.orrery.dataset import covered_cells, object_mask
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import Scene
 from vlmscope.models.batching import make_batch
-from vlmscope.replacement.model import build_replacement
+from vlmscope.replacement import build_replacement
 from vlmscope.report.figures import dose_response
 from vlmscope.scope import Scope
 

@@ -30,7 +30,7 @@ from vlmscope.data.orrery.scenes import KINDS
 from vlmscope.data.samples import WHOLE
 from vlmscope.features.config import StudyConfig
 from vlmscope.features.study import InputMaker, StudyInput, StudyPart, StudyPass, finish, study_parts
-from vlmscope.models.conversations import encode
+from vlmscope.models.batching import encode
 
 BATCHES = 2  # a block
 

@@ -17,10 +17,10 @@ from benchmarks.measured import measured
 from PIL import Image
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from vlmscope.activations.vision import capture_vision_attention
+from vlmscope.activations import capture_vision_attention
 from vlmscope.api import load
-from vlmscope.attention.config import WhereConfig
-from vlmscope.attention.rollout import save_maps, token_maps
+from vlmscope.attention import save_maps, token_maps
+from vlmscope.attribution.config import WhereConfig
 from vlmscope.attribution.vision import feature_path_maps, vision_path
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.features.readouts import image_features
@@ -29,7 +29,7 @@ from vlmscope.models.batching import make_batch
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_vlm
-from vlmscope.replacement.model import build_replacement
+from vlmscope.replacement import build_replacement
 
 PROMPT = "what is this ?"
 

@@ -25,10 +25,9 @@ from vlmscope.data.orrery.dataset import pictures, scene_pairs
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import Scene
 from vlmscope.interventions.run import log_likelihoods, whole_answers
-from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
-from vlmscope.metrics.table import rates
+from vlmscope.metrics.rates import bootstrap_mean, bootstrap_rate, rates
 from vlmscope.models.base import ModelInputs
-from vlmscope.models.conversations import continued
+from vlmscope.models.batching import continued
 from vlmscope.report.style import label
 
 if TYPE_CHECKING:

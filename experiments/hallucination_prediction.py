@@ -33,12 +33,12 @@ from vlmscope.attribution.trace import trace
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError, check_least
 from vlmscope.core.graph import NodeKind, PrunedGraph
-from vlmscope.core.intervention import Rate
 from vlmscope.core.records import generator
+from vlmscope.core.results import Rate
 from vlmscope.data.orrery.dataset import plainly_asked
 from vlmscope.data.orrery.rendering import hand_scene, make_scene
 from vlmscope.data.orrery.scenes import PICTURED, SIDE, Scene
-from vlmscope.metrics.classifier import bootstrap_auc, group_folds, held_out_scores, shuffled_aucs
+from vlmscope.metrics.prediction import bootstrap_auc, group_folds, held_out_scores, shuffled_aucs
 from vlmscope.report.figures import rate_bars
 from vlmscope.report.marks import write_rows
 

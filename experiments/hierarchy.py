@@ -21,11 +21,11 @@ from vlmscope.analyses.feature_codes import Codes, scene_codes
 from vlmscope.circuits.experiment import Declared
 from vlmscope.circuits.pairs import PairEffects
 from vlmscope.core.artifacts import atomic_path
-from vlmscope.core.intervention import Curve
 from vlmscope.core.records import generator
+from vlmscope.core.results import Curve
 from vlmscope.data.orrery.dataset import concept_scenes, pictures
 from vlmscope.data.orrery.scenes import PLANET_QUESTIONS, PLANETS, SIDE, Scene
-from vlmscope.interventions.named import mean_activations
+from vlmscope.interventions.edits import mean_activations
 from vlmscope.metrics.decoding import (
     bootstrap_depth,
     class_means,

@@ -22,17 +22,16 @@ from vlmscope.circuits.experiment import Declared
 from vlmscope.circuits.operations import Carry, all_features
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import Curve
 from vlmscope.core.maps import PictureMap, TileMap
 from vlmscope.core.records import PatchBox, control_draws
+from vlmscope.core.results import Curve
 from vlmscope.data.orrery.dataset import COVERED, painted_mask
-from vlmscope.interventions.edits import AnyPlan, LayerEdit
-from vlmscope.interventions.named import donor_activations, matched_features
+from vlmscope.interventions.edits import AnyPlan, LayerEdit, donor_activations, matched_features
 from vlmscope.interventions.trials import Cases, Features, Setting, Trial
-from vlmscope.metrics.causal import bootstrap_mean
 from vlmscope.metrics.prediction import pointing_hit
+from vlmscope.metrics.rates import bootstrap_mean
 from vlmscope.report.figures import dose_response
-from vlmscope.report.picture_figures import map_rows
+from vlmscope.report.pictures import map_rows
 
 if TYPE_CHECKING:
     from vlmscope.analyses.bench import Bench

@@ -14,30 +14,31 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from vlmscope.attention.rollout import cell_values, save_maps
-from vlmscope.attention.where import (
+from vlmscope.attention import (
     CONTRAST,
     KINDS,
     MEASURES,
     NO_FEATURE,
     RANDOM,
     Subject,
+    cell_values,
     contrast,
     map_curves,
+    save_maps,
     where_maps,
 )
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import Curve
+from vlmscope.core.results import Curve
 from vlmscope.data.orrery import scenes as facts
 from vlmscope.data.orrery.dataset import covered_cells, object_mask
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import Scene
 from vlmscope.features.readouts import image_features, token_lens, top_and_bottom_logits
-from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
 from vlmscope.metrics.prediction import pointing_hit
+from vlmscope.metrics.rates import bootstrap_mean, bootstrap_rate
 from vlmscope.report.figures import dose_response, rate_bars
 from vlmscope.report.marks import write_rows
-from vlmscope.report.picture_figures import MAP_NAMES, feature_maps
+from vlmscope.report.pictures import MAP_NAMES, feature_maps
 
 if TYPE_CHECKING:
     from vlmscope.analyses.bench import Bench

@@ -22,10 +22,10 @@ from vlmscope.core.records import FeatureId
 from vlmscope.scope import Picture, Scope, opened
 
 if TYPE_CHECKING:
-    from vlmscope.attention.where import WhereMaps
+    from vlmscope.attention import WhereMaps
     from vlmscope.attribution.trace import Trace
     from vlmscope.core.graph import AggregateGraph, GraphComparison, PrunedGraph
-    from vlmscope.core.intervention import FeatureExample
+    from vlmscope.core.results import FeatureExample
     from vlmscope.features.study_files import StudyFolder
 
 Graph: TypeAlias = "Trace | PrunedGraph | str | Path"  # the last two: a run folder, or graph.safetensors
@@ -133,7 +133,7 @@ def steer(
     Raises:
         UserError: an id that cannot be read, or a feature or position that is not there.
     """
-    from vlmscope.interventions.named import steer_plan
+    from vlmscope.interventions.edits import steer_plan
     from vlmscope.interventions.run import generate_edited
 
     inputs = scope.inputs(prompt, images)
@@ -156,7 +156,7 @@ def patch(
     Raises:
         UserError: as `steer`, or the two prompts do not align.
     """
-    from vlmscope.interventions.named import by_layer, donor_activations, patch_plan
+    from vlmscope.interventions.edits import by_layer, donor_activations, patch_plan
     from vlmscope.interventions.run import generate_edited
 
     inputs, donor = scope.inputs(prompt, images), scope.inputs(prompt, donor_images)
@@ -185,9 +185,8 @@ def where(
     Raises:
         UserError: the model or the prompt has no picture, or a feature is not active on it.
     """
-    from vlmscope.attention.config import WhereConfig
-    from vlmscope.attention.where import where_maps
-    from vlmscope.attribution.config import AttributionConfig
+    from vlmscope.attention import where_maps
+    from vlmscope.attribution.config import AttributionConfig, WhereConfig
     from vlmscope.core.errors import UserError
     from vlmscope.features.readouts import image_features
 
@@ -207,8 +206,8 @@ def study(
 ) -> dict[str, tuple[FeatureExample, ...]]:
     """The pictures on which each feature is most active, with the activation of every soft token and word."""
     from vlmscope.data.images import png_bytes
-    from vlmscope.features.top_examples import CaptionedPrompt, top_examples
-    from vlmscope.interventions.named import by_layer
+    from vlmscope.features.study import CaptionedPrompt, top_examples
+    from vlmscope.interventions.edits import by_layer
 
     names = [str(i) if not isinstance(i, Image.Image) else f"picture {n}" for n, i in enumerate(images)]
     items = [

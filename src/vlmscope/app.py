@@ -188,9 +188,8 @@ def _run_hydra(argv: Sequence[str], failures: _Failures) -> None:
     import hydra
 
     from vlmscope.config.callbacks import SweepRefused
-    from vlmscope.config.catalog import conf_dir
+    from vlmscope.config.catalog import conf_dir, register
     from vlmscope.config.resolve import CONFIG_ERRORS, one_line, quote_arguments
-    from vlmscope.config.store import register
     from vlmscope.tasks import registry
 
     configs = registry.configs()

@@ -22,7 +22,7 @@ from scipy import sparse
 from scipy.linalg import solve_triangular
 from torch import Tensor
 
-from vlmscope.activations.capture import capture_mlp
+from vlmscope.activations import capture_mlp
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.edges import Edges, assemble, feature_chunks, target_chunk
 from vlmscope.attribution.targets import choose_logits
@@ -32,9 +32,9 @@ from vlmscope.core.records import generator
 from vlmscope.interventions.edits import LayerEdit
 from vlmscope.interventions.run import base_run, editing, run_edited
 from vlmscope.models.base import ModelInputs, exact_float64
+from vlmscope.models.checkpoint import is_offloaded
 from vlmscope.models.families import adapter_for
-from vlmscope.models.placement import is_offloaded
-from vlmscope.replacement.model import ReplacementModel, Replay, build_replacement
+from vlmscope.replacement import ReplacementModel, Replay, build_replacement
 from vlmscope.scope import Scope
 
 TOLERANCE = 1e-9  # of the sum of |incoming edges|, in float64 under `exact_float64`

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmscope.activations.capture import mlp_inputs
+from vlmscope.activations import mlp_inputs
 from vlmscope.core.records import as_rgb
 from vlmscope.data.images import open_image
 from vlmscope.models.base import Adapter, ModelInputs

@@ -36,7 +36,7 @@ def test_import_contracts_hold() -> None:
     [
         "import vlmscope",
         "import vlmscope.app",
-        "from vlmscope.config.store import register; from vlmscope.tasks import registry; register(registry.configs())",
+        "from vlmscope.config import catalog; from vlmscope.tasks import registry as r; catalog.register(r.configs())",
         "from vlmscope.app import main; main(['--help'])",
     ],
 )

@@ -12,8 +12,7 @@ from tests.unit.report.conftest import MARS, make_page, png
 from tests.unit.report.feature_cases import INFO, make_feature_page
 
 from vlmscope.app import main
-from vlmscope.core.intervention import Rate
-from vlmscope.core.runs import Number, Reproduced, html_table
+from vlmscope.core.results import Number, Rate, Reproduced, html_table
 from vlmscope.features.labels import Label
 from vlmscope.models.tiny import tiny_image
 from vlmscope.report.gallery import write_gallery

@@ -6,9 +6,8 @@ from itertools import zip_longest
 from hydra import compose, initialize_config_dir
 
 from vlmscope.config import AppConfig, catalog
-from vlmscope.config.catalog import conf_dir
+from vlmscope.config.catalog import conf_dir, register
 from vlmscope.config.resolve import quote_arguments, to_app_config
-from vlmscope.config.store import register
 from vlmscope.tasks import registry
 
 

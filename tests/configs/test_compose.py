@@ -12,9 +12,8 @@ from omegaconf import DictConfig
 from tests.configs.composing import composed, rounds
 
 from vlmscope.config import catalog
-from vlmscope.config.catalog import conf_dir
+from vlmscope.config.catalog import conf_dir, register
 from vlmscope.config.resolve import CONFIG_ERRORS, one_line
-from vlmscope.config.store import register
 from vlmscope.core.errors import UserError
 from vlmscope.data.config import SourceConfig
 from vlmscope.tasks import registry

@@ -16,7 +16,7 @@ from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
-from vlmscope.replacement.model import ReplacementModel, Replay
+from vlmscope.replacement import ReplacementModel, Replay
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import TranscoderSet, random_set
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.maths.maths_cases import TOLERANCE, Case, case_of
 
-from vlmscope.activations.capture import capture_state
+from vlmscope.activations import capture_state
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.conformance import (
     Check,
@@ -27,7 +27,7 @@ from vlmscope.conformance import (
 from vlmscope.interventions import run
 from vlmscope.interventions.edits import LayerEdit
 from vlmscope.models.base import exact_float64
-from vlmscope.replacement.model import ReplacementModel, active_features, feature_table
+from vlmscope.replacement import ReplacementModel, active_features, feature_table
 from vlmscope.transcoders.transcoder import Transcoder
 
 Fault = Callable[[Case], ReplacementModel]

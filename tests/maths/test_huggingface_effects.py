@@ -11,7 +11,7 @@ from tests.maths.maths_cases import TOLERANCE, Case, dense, key_of, read_targets
 from torch import Tensor, nn
 
 from vlmscope.models.attention import replacing_patterns
-from vlmscope.replacement.model import Replay
+from vlmscope.replacement import Replay
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 

@@ -10,7 +10,7 @@ from tests.maths.maths_cases import TOLERANCE, Case, config, dense, read_targets
 from vlmscope.attribution.trace import attribute
 from vlmscope.conformance import BEHAVIOUR, IDENTITIES, Check, Subject, soft_tokens
 from vlmscope.core.graph import NodeKind
-from vlmscope.replacement.model import FrozenLayer, ReplacementModel
+from vlmscope.replacement import FrozenLayer, ReplacementModel
 
 
 @pytest.mark.parametrize("identity", [*IDENTITIES, *BEHAVIOUR], ids=lambda identity: identity.__name__)

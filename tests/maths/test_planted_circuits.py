@@ -8,6 +8,7 @@ import torch
 from planted import Planted, planted
 
 from vlmscope.attribution.config import AttributionConfig
+from vlmscope.circuits.config import DiscoveryConfig
 from vlmscope.circuits.discovery.discover import discover
 from vlmscope.circuits.discovery.edges import EdgeTable, PairEdges, edge_table, pair_edges, run_edges
 from vlmscope.circuits.discovery.nodes import (
@@ -22,7 +23,6 @@ from vlmscope.circuits.discovery.nodes import (
     order_of,
 )
 from vlmscope.circuits.discovery.search import Runner, greedy_order, prune_members, smallest
-from vlmscope.circuits.spec_config import DiscoveryConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.metrics.prediction import auroc

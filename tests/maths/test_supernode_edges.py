@@ -7,8 +7,8 @@ from tests.maths.maths_cases import TOLERANCE, Case, dense, key_of, read_targets
 
 from vlmscope.circuits.circuit import direct_edges, groups_of, supernode_mask
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import Positions
+from vlmscope.core.results import CircuitFeature, Supernode
 
 
 def supernodes(graph: AttributionGraph) -> list[Supernode]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tests.maths.maths_cases import TOLERANCE, Case, case_of, config
 
-from vlmscope.activations import capture as model_scores
-from vlmscope.activations.capture import HeadSide
+from vlmscope import activations as model_scores
+from vlmscope.activations import HeadSide
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.heads import HeadSplitter, Place, ScoreParts, score_parts, top_pairs
 from vlmscope.attribution.targets import Targets, answer_targets, choose_logits, difference_target, feature_target
@@ -16,8 +16,8 @@ from vlmscope.attribution.trace import attribute
 from vlmscope.core.graph import AttributionGraph, NodeKind
 from vlmscope.core.records import FeatureId
 from vlmscope.models.base import exact_float64
-from vlmscope.models.conversations import continued, greedy_answer
-from vlmscope.replacement.model import ReplacementModel, build_replacement
+from vlmscope.models.batching import continued, greedy_answer
+from vlmscope.replacement import ReplacementModel, build_replacement
 
 # Layer, head, query and key from the end of the prompt: early and late layers, the last position and another.
 PLACES = [(0, 0, 1, 3), (1, 3, 1, 1), (2, 1, 2, 4)]

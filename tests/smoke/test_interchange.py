@@ -12,8 +12,8 @@ import pytest
 
 from vlmscope.app import main
 from vlmscope.circuits.circuit import Circuit, load_circuit, save_circuit
-from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId
+from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.dataset import scene_pairs
 

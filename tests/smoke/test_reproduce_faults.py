@@ -15,11 +15,10 @@ from hydra import compose, initialize_config_dir
 from vlmscope.analyses.bench import Bench
 from vlmscope.analyses.declared import run_declared
 from vlmscope.config import AppConfig
-from vlmscope.config.catalog import conf_dir
+from vlmscope.config.catalog import conf_dir, register
 from vlmscope.config.resolve import to_app_config
 from vlmscope.config.schema import numbers_of
-from vlmscope.config.store import register
-from vlmscope.core.runs import Number
+from vlmscope.core.results import Number
 from vlmscope.interventions import trials
 from vlmscope.tasks import registry
 

@@ -11,8 +11,8 @@ from PIL import Image
 import vlmscope
 import vlmscope.training.ranks as ranks
 from vlmscope.app import main
-from vlmscope.data.folder import load_folder
 from vlmscope.data.samples import drawn
+from vlmscope.data.tables import load_folder
 from vlmscope.models.tiny import tiny_image
 from vlmscope.transcoders.hub import parts_of
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlmscope.analyses.declared import probable_words
 from vlmscope.app import main
-from vlmscope.attention.rollout import load_maps
+from vlmscope.attention import load_maps
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.models.tiny import tiny_vlm
 

@@ -23,15 +23,15 @@ from vlmscope.circuits.experiment import ALL, Declared
 from vlmscope.circuits.operations import Ablate, Carry
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError, check_choice
-from vlmscope.core.intervention import Curve
 from vlmscope.core.records import FeatureId
+from vlmscope.core.results import Curve
 from vlmscope.data.orrery.dataset import colour_scenes, digit_scenes, pictures
 from vlmscope.features import cross_modal as search
 from vlmscope.features.config import CrossModalConfig
-from vlmscope.interventions.named import by_layer, mean_activations
+from vlmscope.interventions.edits import by_layer, mean_activations
 from vlmscope.interventions.trials import Cases, Operation
 from vlmscope.metrics.decoding import Rule
-from vlmscope.metrics.table import measured
+from vlmscope.metrics.rates import measured
 from vlmscope.report.figures import dose_response, share_matrices
 
 KINDS = ("picture", "text")

@@ -27,15 +27,14 @@ from vlmscope.circuits.experiment import ALL, EACH, Declared, PairSource, concep
 from vlmscope.circuits.page import described, draw_diagram
 from vlmscope.circuits.selectors import concept_influence, concept_means, contrast_circuit, control_means
 from vlmscope.core.artifacts import atomic_path
-from vlmscope.core.intervention import AnswerExample, Supernode
+from vlmscope.core.results import AnswerExample, Supernode
 from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.dataset import unrelated_scenes
 from vlmscope.features.readouts import RoleMeans
-from vlmscope.features.top_examples import CaptionedPrompt, top_examples
+from vlmscope.features.study import CaptionedPrompt, top_examples
 from vlmscope.interventions.run import generate_edited, run_edited
 from vlmscope.interventions.trials import Cases, Operation, run_trials
-from vlmscope.metrics.causal import log_softmax
-from vlmscope.metrics.table import cell_metrics, trial_metrics
+from vlmscope.metrics.rates import cell_metrics, log_softmax, trial_metrics
 from vlmscope.models.base import token_strings
 from vlmscope.report.graph_figure import attribution_graph
 from vlmscope.report.marks import write_evidence, write_records, write_rows

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlmscope.core.errors import UserError, check_choice, check_least
-from vlmscope.core.intervention import MODES
 from vlmscope.core.records import FeatureId
+from vlmscope.core.results import MODES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vlmscope.circuits.circuit import Circuit
     from vlmscope.core.graph import AttributionGraph
-    from vlmscope.core.intervention import Supernode
+    from vlmscope.core.results import Supernode
     from vlmscope.interventions.edits import Plan
     from vlmscope.interventions.trials import Cases, Features
     from vlmscope.models.base import ModelInputs
@@ -152,7 +152,7 @@ def report_edit(
     """
     from vlmscope.circuits.cases import bystanders
     from vlmscope.core.artifacts import write_json
-    from vlmscope.interventions.named import mean_activations
+    from vlmscope.interventions.edits import mean_activations
     from vlmscope.interventions.run import base_run, generate_edited, run_edited
     from vlmscope.interventions.trials import Setting, Trial, run_trials
 

@@ -19,14 +19,14 @@ from PIL import Image
 from vlmscope.circuits.operations import Carry
 from vlmscope.core.artifacts import write_json
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import Curve, Rate
 from vlmscope.core.records import FeatureId, generator
+from vlmscope.core.results import Curve, Rate
 from vlmscope.data.orrery.dataset import counted_scenes, painted_mask
 from vlmscope.data.orrery.rendering import digit_scene
 from vlmscope.interventions.trials import Setting, Trial
 from vlmscope.metrics import decoding
-from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
 from vlmscope.metrics.decoding import DOWN, PEAK, UP
+from vlmscope.metrics.rates import bootstrap_mean, bootstrap_rate
 from vlmscope.report.figures import dose_response, layer_role_heatmap
 
 if TYPE_CHECKING:

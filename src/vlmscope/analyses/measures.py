@@ -20,13 +20,12 @@ from vlmscope.circuits.circuit import save_circuit
 from vlmscope.circuits.discovery.discover import discover_question, moving_questions
 from vlmscope.circuits.discovery.report import write_discoveries
 from vlmscope.core.artifacts import atomic_path
-from vlmscope.core.intervention import Curve, Rate
 from vlmscope.core.records import ROLES
+from vlmscope.core.results import Curve, Rate
 from vlmscope.data.inputs import check_choosing
 from vlmscope.features.structure import modality_metrics, modality_parts, modality_table
-from vlmscope.interventions.effects import mean_ablated, mlp_outputs
-from vlmscope.metrics.causal import bootstrap_mean
-from vlmscope.metrics.table import rates
+from vlmscope.interventions.run import mean_ablated, mlp_outputs
+from vlmscope.metrics.rates import bootstrap_mean, rates
 from vlmscope.report.figures import dose_response, layer_role_heatmap, modality_by_layer
 from vlmscope.report.marks import write_rows
 

@@ -22,12 +22,11 @@ from vlmscope.attribution.trace import attribute
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError, check_least
 from vlmscope.core.graph import NodeKind
-from vlmscope.core.intervention import MODES, Curve
 from vlmscope.core.records import generator
-from vlmscope.interventions.effects import SingleEdits, single_effects
-from vlmscope.interventions.run import base_run
+from vlmscope.core.results import MODES, Curve
+from vlmscope.interventions.run import SingleEdits, base_run, single_effects
 from vlmscope.metrics.prediction import Agreement, agreement
-from vlmscope.replacement.model import build_replacement
+from vlmscope.replacement import build_replacement
 from vlmscope.report.figures import dose_response
 from vlmscope.report.marks import write_rows
 from vlmscope.report.style import COLOURS, INK, MARKERS, drawing, label, pick, tidy

@@ -11,8 +11,8 @@ from vlmscope.circuits.config import MarkConfig
 from vlmscope.config import catalog
 from vlmscope.config.schema import HeadlineConfig, numbers_of
 from vlmscope.core.artifacts import read_text
-from vlmscope.core.runs import Number
-from vlmscope.metrics.table import measures_of
+from vlmscope.core.results import Number
+from vlmscope.metrics.rates import measures_of
 from vlmscope.report.marks import Folder, sections_of
 from vlmscope.report.page import Details, Percent, ReportPage, Section, Table, Text, measured, range_of, show
 from vlmscope.report.style import label

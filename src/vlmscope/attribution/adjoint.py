@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.attribution.targets import Targets
-from vlmscope.replacement.model import FrozenLayer, LayerFeatures, ReplacementModel
+from vlmscope.replacement import FrozenLayer, LayerFeatures, ReplacementModel
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.targets import Targets
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind, NodeTable
-from vlmscope.replacement.model import ReplacementModel
+from vlmscope.replacement import ReplacementModel
 
 
 class Memory:

@@ -30,14 +30,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.capture import HasAdapter, HeadSide, head_score
+from vlmscope.activations import HasAdapter, HeadSide, head_score
 from vlmscope.attribution.adjoint import Adjoint, Sweep
 from vlmscope.attribution.config import parse_head
 from vlmscope.attribution.influence import influence, logit_weights
 from vlmscope.attribution.targets import Targets, other_targets, parse_position, shown_position
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import ENDS, AttributionGraph, NodeKind
-from vlmscope.replacement.model import ReplacementModel
+from vlmscope.replacement import ReplacementModel
 
 
 class HeadLoadings(NamedTuple):

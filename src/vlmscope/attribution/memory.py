@@ -21,7 +21,7 @@ from vlmscope.attribution.edges import MEMORY, Disk, Memory
 from vlmscope.attribution.influence import BLOCK
 from vlmscope.attribution.targets import Targets
 from vlmscope.core.errors import UserError
-from vlmscope.replacement.model import ReplacementModel
+from vlmscope.replacement import ReplacementModel
 
 _ENOUGH = 16  # so many targets at once are worth more than edges in memory, or sources that are kept
 _BLOCK_BYTES = 48  # of an edge in a block that influence and pruning work on

@@ -22,9 +22,9 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.graph import NodeKind
 from vlmscope.core.records import FeatureId
 from vlmscope.models.base import ModelInputs, token_strings
-from vlmscope.models.conversations import continued, greedy_answer
+from vlmscope.models.batching import continued, greedy_answer
 from vlmscope.models.loading import VLM
-from vlmscope.replacement.model import ReplacementModel
+from vlmscope.replacement import ReplacementModel
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from vlmscope.models.base import Adapter, ModelInputs
 from vlmscope.models.batching import Entering, entering
 from vlmscope.models.boxes import PicturePatches, tower_kind
 from vlmscope.models.loading import VLM
-from vlmscope.replacement.model import ReplacementModel
+from vlmscope.replacement import ReplacementModel
 
 FORMAT, VERSION = "vlmscope.patches", "1"
 

@@ -21,7 +21,7 @@ from vlmscope.attribution.trace import trace
 from vlmscope.circuits import selectors
 from vlmscope.circuits.cases import answer_token
 from vlmscope.circuits.circuit import Circuit
-from vlmscope.circuits.spec_config import (
+from vlmscope.circuits.config import (
     ANSWER_PREFIX,
     AUTO,
     CircuitSpecConfig,
@@ -31,8 +31,8 @@ from vlmscope.circuits.spec_config import (
 )
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph
-from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId
+from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.data.config import PairsConfig
 from vlmscope.data.images import PictureFiles
 from vlmscope.data.inputs import Pair, Side, load_pairs

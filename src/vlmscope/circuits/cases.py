@@ -22,8 +22,7 @@ from vlmscope.data.inputs import Pair, Side, load_pairs
 from vlmscope.interventions.run import base_run, log_likelihoods, whole_answers, without_special
 from vlmscope.interventions.trials import Cases
 from vlmscope.models.base import ModelInputs
-from vlmscope.models.batching import InputBatch
-from vlmscope.models.conversations import continued
+from vlmscope.models.batching import InputBatch, continued
 from vlmscope.scope import Scope
 
 Pictures = Callable[[str, str, int], Sequence[Image.Image]]  # concept, split, count

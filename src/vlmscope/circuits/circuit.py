@@ -30,12 +30,12 @@ from scipy import sparse
 from torch import Tensor
 
 from vlmscope.attribution.influence import influence
-from vlmscope.circuits.spec_config import ANSWER_PREFIX, BIASES, ERRORS, OTHER, SOFT, TEXT
+from vlmscope.circuits.config import ANSWER_PREFIX, BIASES, ERRORS, OTHER, SOFT, TEXT
 from vlmscope.core.artifacts import built_from, load_tensors, read_yaml, save_tensors, write_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.core.intervention import CircuitEdge, CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
+from vlmscope.core.results import CircuitEdge, CircuitFeature, Supernode
 from vlmscope.interventions.edits import Gate, LayerEdit, Plan, features_at, merge, position_mask, set_features
 
 VERSION = 2

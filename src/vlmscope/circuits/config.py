@@ -1,13 +1,15 @@
-"""Settings of circuits, of trials on them and of their report (docs/experiments.md): records, free of torch."""
+"""Settings of circuits (of concepts, declared, discovered), of trials and of their report: records, free of torch."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 from vlmscope.core.errors import UserError, check_choice, check_least
+from vlmscope.core.records import ANSWER, ROLES, FeatureId, PatchBox, Positions
 
 OPERATIONS = ("exchange", "carry", "toward", "shift", "ablate", "level")
 TRIAL_MODES = ("free", "frozen_attention", "direct", "generate")
@@ -155,3 +157,232 @@ class MarkConfig:
     says: str = ""  # words under the title; of "text" the paragraphs
     top: int = 8  # features or examples
     file: str | None = None  # a Parquet file (table), or a pattern of names in figures/ (picture)
+
+
+SELECTORS = ("ids", "label", "contrast", "influence", "cluster")
+AUTO = "auto"  # a supernode that is to be named after its features
+SOFT, TEXT, OTHER, ERRORS, BIASES = "soft tokens", "question", "other features", "errors", "biases"
+SURROUNDINGS = (SOFT, TEXT, OTHER, ERRORS, BIASES)  # what edges of a circuit may come from besides supernodes
+ANSWER_PREFIX = "answer: "
+SIDES = ("original", "counterfactual")
+RUNS = ("free", "frozen_attention")
+METHODS = ("graph", "eap_ig", "greedy", "activation", "random")
+_NAME = re.compile(r"[\w-][\w. -]{0,59}")
+_FOLDER = re.compile(r"[\w-][\w.-]{0,59}", re.ASCII)
+
+
+def _refuse(mistaken: bool, message: str) -> None:
+    if mistaken:
+        raise UserError(message)
+
+
+@dataclass
+class InputSetConfig:
+    """Prompts with pictures: every prompt is asked of every picture."""
+
+    concept: str | None = None  # pictures of a planet of Orrery's
+    images: list[str] = field(default_factory=list)  # files of one's own instead
+    prompts: list[str] = field(default_factory=list)  # when empty, the run's `prompt=` or the spec's `inputs.prompts`
+    pictures: int = 20  # of the concept
+
+    def check(self, where: str) -> None:
+        """Refuse a set that says two things or none."""
+        _refuse(self.concept is not None and bool(self.images), f"{where}: give a concept or images, not both")
+        nothing = self.concept is None and not self.images and not self.prompts
+        _refuse(nothing, f"{where}: it names no inputs; give a concept, images, or prompts for text alone")
+        check_least(where, self, pictures=1)
+
+    def __str__(self) -> str:
+        what = self.concept or (f"{len(self.images)} images" if self.images else "text")
+        return f"{what}: {'; '.join(self.prompts)}" if self.prompts else what
+
+
+@dataclass
+class ContrastConfig:
+    """Features that are more active on one set of inputs than on another."""
+
+    of: InputSetConfig | None = None
+    against: InputSetConfig | None = None
+    pairs: str | None = None  # instead of both, the side of `pairs=` where they are active: original or counterfactual
+    confirmed: bool = False  # keep only features with influence on the answer in a graph of the run's own inputs
+
+    def check(self, where: str) -> None:
+        """Refuse a contrast without two different sets of inputs."""
+        if self.pairs is not None:
+            more = self.of is not None or self.against is not None
+            _refuse(more, f"{where}: pairs brings both sets of inputs; leave out of and against")
+            check_choice(f"{where}.pairs", self.pairs, SIDES)
+            return
+        if self.of is None or self.against is None:
+            raise UserError(f"{where}: a contrast needs two sets of inputs; give of and against, or pairs")
+        self.of.check(f"{where}.of")
+        self.against.check(f"{where}.against")
+        same = self.of == self.against
+        _refuse(same, f"{where}: of and against are the same inputs, so nothing differs; change one")
+
+    def __str__(self) -> str:
+        if self.pairs is None:
+            return f"contrast of {self.of} with {self.against}"
+        (other,) = {*SIDES} - {self.pairs}
+        return f"contrast of the pairs' {self.pairs}s with their {other}s"
+
+
+@dataclass
+class LabelConfig:
+    """Features of a study whose label has all words of `query`."""
+
+    study: str
+    query: str
+
+
+@dataclass
+class InfluenceConfig:
+    """Features with the most influence in an attribution graph.
+
+    With `share`, as many as hold this share of the influence of all features at the supernode's positions and of its
+    layers, instead of its `count`.
+    """
+
+    run: str | None = None  # run folder of a task=trace; the graphs of the run's own inputs when None
+    target: str | None = None  # the answer that counts, as the graph names it; the most probable one when None
+    share: float | None = None
+
+
+@dataclass
+class ClusterConfig:
+    """Members of a cluster, by its number or name, of a task=structure run; `kind` is "firing" or "direction"."""
+
+    run: str
+    cluster: Any
+    kind: str = "firing"
+
+
+@dataclass
+class PositionsConfig:
+    """Where in a prompt a supernode is meant: the union of positions by role (special, image, question, last, answer)
+    and of the soft tokens whose own part of the picture overlaps a box (left, top, right, bottom as fractions of it).
+    """
+
+    roles: list[str] = field(default_factory=list)
+    box: list[float] = field(default_factory=list)
+
+    def check(self, where: str) -> None:
+        """Refuse positions that are none."""
+        box = self.box
+        for role in self.roles:
+            check_choice(f"{where}.roles", role, (*ROLES, ANSWER))
+        _refuse(not box and not self.roles, f"{where} is empty; give roles, a box, or leave it out")
+        inside = len(box) == 4 and all(0 <= x <= 1 for x in box) and box[0] < box[2] and box[1] < box[3]
+        form = "give left, top, right and bottom as fractions 0 to 1 of the picture, such as [0.25,0.25,0.75,0.75]"
+        _refuse(bool(box) and not inside, f"{where}.box={list(box)}: {form}")
+        advice = "the role image takes every soft token, so the box says nothing; leave one out"
+        _refuse(bool(box) and "image" in self.roles, f"{where}: {advice}")
+
+
+@dataclass
+class SupernodeConfig:
+    """A supernode: exactly one of the five ways to choose its features.
+
+    The `name`, instead of the supernode's key, may be "auto": from labels, the cluster, or the words that its features
+    write. Contrast and influence are measured at the supernode's `positions`, everywhere when None.
+    """
+
+    ids: list[str] = field(default_factory=list)  # such as L5/709
+    label: LabelConfig | None = None
+    contrast: ContrastConfig | None = None
+    influence: InfluenceConfig | None = None
+    cluster: ClusterConfig | None = None
+    name: str | None = None
+    count: int = 12  # at most so many features (but `ids`, and `influence` with a `share`)
+    layers: list[int] = field(default_factory=list)  # the first and the last that features may be of
+    positions: PositionsConfig | None = None
+
+    @property
+    def where(self) -> Positions | None:
+        """The positions as a record."""
+        if self.positions is None:
+            return None
+        box = PatchBox(*self.positions.box) if self.positions.box else None
+        return Positions(tuple(self.positions.roles), box)
+
+    def layer_range(self, layers: Sequence[int]) -> list[int]:
+        """Of these layers, those that features may be of."""
+        return [i for i in layers if not self.layers or self.layers[0] <= i <= self.layers[1]]
+
+    def check(self, where: str) -> None:
+        """Refuse a supernode that nothing or several things choose, or a setting that makes no sense."""
+        given = [name for name in SELECTORS if getattr(self, name)]
+        what = f"{' and '.join(given)} are given" if given else "nothing chooses its features"
+        _refuse(len(given) != 1, f"{where}: {what}; give exactly one of {', '.join(SELECTORS)}")
+        check_least(where, self, count=1)
+        ordered = not self.layers or (len(self.layers) == 2 and 0 <= self.layers[0] <= self.layers[1])
+        _refuse(not ordered, f"{where}.layers={list(self.layers)}: give the first and the last layer, as in [2,5]")
+        for text in self.ids:
+            try:
+                FeatureId.parse(text)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+        for key in ("positions", "contrast"):
+            if (part := getattr(self, key)) is not None:
+                part.check(f"{where}.{key}")
+        share = None if self.influence is None else self.influence.share
+        bad = share is not None and not 0 < share <= 1
+        _refuse(bad, f"{where}.influence.share={share}: it is a share; choose a number above 0 and at most 1")
+        if self.cluster is not None:
+            check_choice(f"{where}.cluster.kind", self.cluster.kind, ("firing", "direction"))
+        empty = self.label is not None and not self.label.query.strip()
+        _refuse(empty, f"{where}.label.query is empty; give words of a label, as in query: red planet")
+
+
+@dataclass
+class CircuitSpecConfig:
+    """A circuit, declared (docs/circuits.md)."""
+
+    name: str = "circuit"  # of the folder under `circuits/`
+    path: str | None = None  # a YAML file of one's own with these keys, instead of an option of the group
+    inputs: InputSetConfig | None = None  # traced when the run has no `prompt=`, `image=` or `task.rows=`
+    supernodes: dict[str, SupernodeConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        bad = _FOLDER.fullmatch(self.name) is None
+        _refuse(bad, f"circuit_spec.name={self.name}: it names a folder; use letters, digits, - and _")
+        if self.inputs is not None:
+            self.inputs.check("circuit_spec.inputs")
+        names = [node.name or key for key, node in self.supernodes.items() if node.name != AUTO]
+        for key, node in self.supernodes.items():
+            name = node.name if node.name and node.name != AUTO else key
+            bad = name in SURROUNDINGS or name.startswith(ANSWER_PREFIX) or _NAME.fullmatch(name) is None
+            advice = f"use letters, digits, spaces, - and _, and none of {', '.join(SURROUNDINGS)}"
+            _refuse(bad, f"circuit_spec.supernodes: {name!r} cannot be a supernode's name; {advice}")
+            twice = names.count(name) > 1
+            _refuse(twice, f"circuit_spec.supernodes: two are called {name!r}; give each a name of its own")
+            node.check(f"circuit_spec.supernodes.{key}")
+
+
+@dataclass
+class DiscoveryConfig:
+    """How a circuit is searched on training pairs and judged on test pairs (docs/circuits.md)."""
+
+    question: str | None = None  # of the pairs; every question whose answer differs when None
+    keep: float = 0.8  # the share of the logit difference that the circuit must keep
+    methods: list[str] = field(default_factory=lambda: list(METHODS))  # rankings whose curves are drawn
+    modes: list[str] = field(default_factory=lambda: list(RUNS))
+    graphs: int = 10  # training pairs whose two sides are traced
+    steps: int = 5  # inputs between the two sides at which gradients are taken
+    edge_nodes: int = 200  # features that get their incoming edges, those of most effect
+    edge_pairs: int = 20  # pairs of each split on which circuits of edges are run; 0 leaves edges out
+    draws: int = 3  # of matched random circuits
+    minimality: int = 40  # members that are dropped one by one; 0 leaves that out
+    threshold: float = 0.001  # members whose loss of faithfulness is below this are pruned
+    resamples: int = 50  # bootstrap resamples of the pairs for stability
+    seed: int = 0  # of everything random
+
+    def __post_init__(self) -> None:
+        bad = not 0.0 < self.keep <= 1.0
+        _refuse(bad, f"discovery.keep={self.keep}: it is a share; choose a number above 0 and up to 1")
+        for key, known in (("methods", METHODS), ("modes", RUNS)):
+            values = getattr(self, key)
+            for value in values or [""]:
+                check_choice(f"discovery.{key}", value, known)
+        check_least("discovery", self, graphs=1, steps=1, edge_nodes=1, edge_pairs=0, draws=1, minimality=0)
+        check_least("discovery", self, resamples=2)

@@ -20,11 +20,11 @@ from vlmscope.circuits.config import CircuitConfig, InterchangeConfig, SettingCo
 from vlmscope.circuits.operations import Ablate, Carry, Exchange, Level, Shift, Toward, all_features
 from vlmscope.circuits.pairs import PairEffects, PairSubject, pair_effects, pair_subject
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId
+from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.data.config import PairsConfig
 from vlmscope.data.inputs import Pair
-from vlmscope.interventions.named import by_layer, donor_activations, mean_activations
+from vlmscope.interventions.edits import by_layer, donor_activations, mean_activations
 from vlmscope.interventions.run import base_run
 from vlmscope.interventions.trials import Cases, Features, Operation, Setting, Trial, run_trials
 from vlmscope.models.batching import InputBatch

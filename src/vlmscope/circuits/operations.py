@@ -14,9 +14,17 @@ import torch
 from torch import Tensor
 
 from vlmscope.circuits.circuit import Circuit, at_supernodes, steer_plan
-from vlmscope.core.intervention import Supernode
-from vlmscope.interventions.edits import AnyPlan, Gate, LayerEdit, WholeEdit, position_mask, set_features
-from vlmscope.interventions.named import donor_activations, patch_plan
+from vlmscope.core.results import Supernode
+from vlmscope.interventions.edits import (
+    AnyPlan,
+    Gate,
+    LayerEdit,
+    WholeEdit,
+    donor_activations,
+    patch_plan,
+    position_mask,
+    set_features,
+)
 from vlmscope.interventions.trials import Cases, Features
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope

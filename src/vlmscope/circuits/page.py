@@ -11,19 +11,19 @@ import numpy as np
 
 from vlmscope.circuits.build import RIGHT, Asked, concept_pictures
 from vlmscope.circuits.circuit import Circuit
+from vlmscope.circuits.config import ANSWER_PREFIX, SOFT, SURROUNDINGS, TEXT
 from vlmscope.circuits.discovery.discover import WRITES, Discovery
 from vlmscope.circuits.discovery.report import sections, summary
-from vlmscope.circuits.spec_config import ANSWER_PREFIX, SOFT, SURROUNDINGS, TEXT
-from vlmscope.core.intervention import CircuitEdge, CircuitFeature, FeatureExample, Supernode
 from vlmscope.core.records import FeatureId
+from vlmscope.core.results import CircuitEdge, CircuitFeature, FeatureExample, Supernode
 from vlmscope.data.images import png_bytes
 from vlmscope.data.orrery.scenes import PLANETS
 from vlmscope.features.readouts import top_and_bottom_logits
+from vlmscope.features.study import CaptionedPrompt, study_examples, top_examples
 from vlmscope.features.study_files import StudyFolder
-from vlmscope.features.top_examples import CaptionedPrompt, study_examples, top_examples
 from vlmscope.report.circuit_figure import circuit_diagram, drawable
 from vlmscope.report.page import Card, Cards, Features, Figure, Percent, ReportPage, Section, Table, Text, drawn
-from vlmscope.report.thumbnails import decode, example_png
+from vlmscope.report.pictures import decode, example_png
 from vlmscope.scope import Scope
 
 SHOWN = 6  # features of a supernode with evidence

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.capture import target_module
+from vlmscope.activations import target_module
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import MODES, CircuitFeature, Rate
 from vlmscope.core.records import FeatureId
+from vlmscope.core.results import MODES, CircuitFeature, Rate
 from vlmscope.interventions.run import BaseRun, base_run
-from vlmscope.metrics.causal import bootstrap_rate
+from vlmscope.metrics.rates import bootstrap_rate
 from vlmscope.models.base import INJECTIONS, ModelInputs
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope

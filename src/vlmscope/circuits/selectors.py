@@ -31,11 +31,11 @@ from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.influence import influence
 from vlmscope.attribution.trace import Trace, trace
 from vlmscope.circuits.circuit import Circuit
-from vlmscope.circuits.spec_config import ClusterConfig, LabelConfig, SupernodeConfig
+from vlmscope.circuits.config import ClusterConfig, LabelConfig, SupernodeConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.graph import AttributionGraph, NodeKind
-from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId, Places, Positions
+from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.features.labels import Labels
 from vlmscope.features.readouts import RoleMeans, role_means
 from vlmscope.features.search import stems

@@ -9,12 +9,12 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from vlmscope.config.catalog import OVERRIDES, job_settings, run_label
 from vlmscope.config.schema import TrackingConfig
-from vlmscope.config.store import OVERRIDES, job_settings, run_label
 from vlmscope.core.artifacts import read_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.launch import place_of
-from vlmscope.core.runs import read_jobs, write_table
+from vlmscope.core.results import read_jobs, write_table
 from vlmscope.tracking import sweep
 
 

@@ -1,12 +1,19 @@
-"""Where the clone's folders are, from any current folder, and what can be chosen in them, without composing."""
+"""The clone's folders, what can be chosen in them, and what Hydra must know: schemas and resolvers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
+from typing import Any
 
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from vlmscope.config.schema import AppConfig, RandomTranscodersConfig, TranscoderSetConfig
 from vlmscope.core.artifacts import read_yaml
 from vlmscope.core.errors import UserError
+from vlmscope.training.config import TranscoderArchConfig
 
 
 def project_root() -> Path:
@@ -53,3 +60,63 @@ def reproducible(folders: Sequence[Path]) -> dict[str, Path]:
     """Name -> file of every experiment below `folders`, such as `conf/`, that says `reproduce: true`, by name."""
     files = sorted(path for folder in folders for path in folder.joinpath("experiment").glob("*.yaml"))
     return {path.stem: path for path in files if (read_yaml(path) or {}).get("reproduce") is True}
+
+
+def planet_facts(fact: str) -> dict[str, str]:
+    """`${planets:colour}` is the colour of each of Orrery's planets by name."""
+    from vlmscope.data.orrery.scenes import PLANETS
+
+    return {name: getattr(planet, fact) for name, planet in PLANETS.items()}
+
+
+def _run_label(*names: Any) -> str:
+    return next(str(name) for name in names if name not in (None, "", "null", "None"))
+
+
+def run_label(cfg: DictConfig, choices: Mapping[str, Any]) -> str:
+    """What a run belongs to: its `name`, else its experiment, else its task; `choices` are Hydra's group choices.
+
+    It names the folder under `outputs/` and the experiment in MLflow.
+    """
+    return _run_label(cfg.name, choices.get("experiment"), choices["task"])
+
+
+OVERRIDES = "overrides.yaml"  # in every run folder: what the command line said, a list
+_ELSEWHERE = ("experiment=", "task=", "hydra", "tracking", "trainer.threads=", "data.path=")
+
+
+def job_settings(overrides: Sequence[str]) -> list[str]:
+    """What a job of a sweep sets, without what says where it runs and is recorded: `transcoder.k=8`, `seed=1`."""
+    plain = [override.lstrip("+") for override in overrides]
+    return [override for override in plain if not override.startswith(_ELSEWHERE)]
+
+
+def _named(name: str, config: type) -> type:
+    """The task's dataclass with a leading `name`, so that a saved configuration says which task it was for."""
+    if "name" in {item.name for item in fields(config)}:
+        return config
+    return make_dataclass(config.__name__, [("name", str, field(default=name, kw_only=True))], bases=(config,))
+
+
+_registered: dict[str, type] = {}
+
+
+def register(task_configs: Mapping[str, type]) -> None:
+    """Tell Hydra about every schema. `task_configs` maps a task's name to its `Config` dataclass. Repeatable.
+
+    Repeating costs nothing: Hydra takes 0.1 s to read the schemas, and a process may run many commands.
+    """
+    if task_configs == _registered:
+        return
+    store = ConfigStore.instance()
+    store.store(name="app_schema", node=AppConfig)
+    store.store(group="transcoder", name="set_schema", node=TranscoderSetConfig)
+    store.store(group="transcoder", name="random_schema", node=RandomTranscodersConfig)
+    store.store(group="transcoder", name="arch_schema", node=TranscoderArchConfig)
+    for name, config in task_configs.items():
+        store.store(group="task", name=name, node=_named(name, config))
+    OmegaConf.register_new_resolver("asset", asset, replace=True)
+    OmegaConf.register_new_resolver("run_label", _run_label, replace=True)
+    OmegaConf.register_new_resolver("planets", planet_facts, replace=True)
+    _registered.clear()
+    _registered.update(task_configs)

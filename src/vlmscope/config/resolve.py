@@ -31,7 +31,7 @@ from omegaconf.errors import (
 )
 from omegaconf.grammar_parser import parse
 
-from vlmscope.circuits.spec_config import CircuitSpecConfig
+from vlmscope.circuits.config import CircuitSpecConfig
 from vlmscope.config.catalog import conf_dir
 from vlmscope.config.schema import AppConfig, RandomTranscodersConfig, TranscoderSetConfig
 from vlmscope.core.artifacts import read_text, read_yaml

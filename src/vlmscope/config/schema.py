@@ -11,20 +11,19 @@ from typing import Any
 
 from omegaconf import II, MISSING
 
-from vlmscope.attention.config import WhereConfig
-from vlmscope.attribution.config import AttributionConfig
+from vlmscope.attribution.config import AttributionConfig, WhereConfig
 from vlmscope.circuits.config import (
     CircuitConfig,
+    CircuitSpecConfig,
+    DiscoveryConfig,
     InterchangeConfig,
     InterventionConfig,
     MarkConfig,
     SettingConfig,
     TrialConfig,
 )
-from vlmscope.circuits.spec_config import CircuitSpecConfig, DiscoveryConfig
 from vlmscope.core.errors import UserError, check_choice
-from vlmscope.core.intervention import Rate
-from vlmscope.core.runs import Number
+from vlmscope.core.results import Number, Rate
 from vlmscope.data.config import DataConfig, PairsConfig, PromptSetConfig
 from vlmscope.features.config import CrossModalConfig, StudyConfig
 from vlmscope.tracking import TrackingConfig

@@ -58,7 +58,7 @@ def load_model(cfg: AppConfig) -> VLM:
         return load_named(chosen.path, chosen.hub, chosen.revision, chosen.dtype, chosen.device, chosen.offload)
     import torch
 
-    from vlmscope.models.placement import check_device
+    from vlmscope.models.checkpoint import check_device
     from vlmscope.models.tiny import tiny_vlm
 
     check_device(chosen.device, chosen.dtype)
@@ -145,7 +145,7 @@ def _check_set_fits(folder: Path, form: str, choice: Choice, device: str, itemsi
     from math import prod
 
     from vlmscope.core.artifacts import tensor_heads
-    from vlmscope.models.placement import check_room
+    from vlmscope.models.checkpoint import check_room
     from vlmscope.transcoders.formats import open_set
 
     try:
@@ -161,7 +161,7 @@ def _check_set_fits(folder: Path, form: str, choice: Choice, device: str, itemsi
 
 def random_transcoders(config: RandomTranscodersConfig, vlm: VLM) -> TranscoderSet:
     """A random set of the model's width and number of layers, in its dtype; `transcoder=random`."""
-    from vlmscope.models.placement import check_room
+    from vlmscope.models.checkpoint import check_room
     from vlmscope.transcoders.transcoder import random_set
 
     adapter = vlm.adapter

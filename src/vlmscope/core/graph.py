@@ -21,7 +21,7 @@ from enum import IntEnum
 import numpy as np
 
 from vlmscope.core.records import FeatureId, PatchBox
-from vlmscope.core.runs import html_table, text_table
+from vlmscope.core.results import html_table, text_table
 
 
 class NodeKind(IntEnum):

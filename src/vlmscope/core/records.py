@@ -1,7 +1,7 @@
 """Records shared by all packages: ids of features, parts of pictures, positions, conversations, and random streams.
 
 Ids become strings only at export and on the command line. Image files are opened by `vlmscope.data.images`; how a model
-reads a conversation is `vlmscope.models.conversations`. Random streams do not depend on the order of use.
+reads a conversation is `vlmscope.models.batching`. Random streams do not depend on the order of use.
 """
 
 from __future__ import annotations

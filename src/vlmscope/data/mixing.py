@@ -22,13 +22,12 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.data.config import SourceConfig, check_source
-from vlmscope.data.folder import folder_source
 from vlmscope.data.orrery.dataset import row_of_scene, row_of_shard
 from vlmscope.data.orrery.rendering import make_scene
 from vlmscope.data.orrery.scenes import PICTURED, SPLITS
 from vlmscope.data.samples import WHOLE, Mark, RawSample, Reader, Row, Share, Source, held_out, indexed
 from vlmscope.data.shards import shard_source
-from vlmscope.data.tables import hf_source
+from vlmscope.data.tables import folder_source, hf_source
 
 ORRERY_SCENES = 50_000  # without a limit; scenes are made while they are used, so the number is free
 PATIENCE = 100  # unusable rows at the beginning before the source is given up

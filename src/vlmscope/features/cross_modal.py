@@ -22,8 +22,8 @@ from torch import Tensor
 
 from vlmscope.core.records import FeatureId, generator
 from vlmscope.features.config import CrossModalConfig
-from vlmscope.metrics.causal import benjamini_hochberg, permutation_p
 from vlmscope.metrics.decoding import Contrast, Rule, contrast, contrast_p, matching_p, shuffled
+from vlmscope.metrics.rates import benjamini_hochberg, permutation_p
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope

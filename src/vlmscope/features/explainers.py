@@ -30,7 +30,7 @@ from vlmscope.features.item_facts import ItemFacts, known_items
 from vlmscope.features.labels import NONE, Label, detection
 from vlmscope.features.study_files import StudyFolder
 from vlmscope.models.base import ModelInputs
-from vlmscope.models.conversations import greedy_answer
+from vlmscope.models.batching import greedy_answer
 from vlmscope.models.loading import VLM
 
 PROPOSE = (

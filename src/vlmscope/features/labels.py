@@ -26,8 +26,8 @@ from vlmscope.core.artifacts import read_yaml
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.features.study_files import StudyFolder, read_table, write_table
-from vlmscope.metrics.causal import benjamini_hochberg
 from vlmscope.metrics.dictionary import wilson_interval
+from vlmscope.metrics.rates import benjamini_hochberg
 
 FOLDER = "labels"
 HAND = "hand.yaml"  # beside the sets; no task writes it

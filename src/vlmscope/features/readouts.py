@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.capture import norm_weight_after
+from vlmscope.activations import norm_weight_after
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import ROLES, FeatureId, Positions
 from vlmscope.core.study import Words
 from vlmscope.features.study_tables import Logits
 from vlmscope.models.base import Adapter, token_strings
 from vlmscope.models.batching import InputBatch
-from vlmscope.models.placement import materialised
+from vlmscope.models.checkpoint import materialised
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import TranscoderSet
 

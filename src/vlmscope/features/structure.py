@@ -25,7 +25,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from vlmscope.activations.capture import norm_weight_after, watching_mlp_inputs
+from vlmscope.activations import norm_weight_after, watching_mlp_inputs
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, generator
 from vlmscope.core.study import ANSWER, IMAGE, TEXT
@@ -33,9 +33,18 @@ from vlmscope.features.item_facts import words_of
 from vlmscope.features.labels import Labels, short_label
 from vlmscope.features.study import StudyInput, grouped
 from vlmscope.features.study_files import StudyFolder
-from vlmscope.metrics.clusters import Neighbours, coactive, louvain, nearest_of
-from vlmscope.metrics.dictionary import modality, monosemanticity, nearest_twins, unit_embeddings, wilson_interval
-from vlmscope.models.conversations import joined
+from vlmscope.metrics.dictionary import (
+    Neighbours,
+    coactive,
+    louvain,
+    modality,
+    monosemanticity,
+    nearest_of,
+    nearest_twins,
+    unit_embeddings,
+    wilson_interval,
+)
+from vlmscope.models.batching import joined
 from vlmscope.scope import Scope
 
 KINDS = ("firing", "direction")  # of clusters

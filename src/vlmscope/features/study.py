@@ -6,6 +6,8 @@ writes states to `parts/<i>_of_<n>/`: `checkpoint_<k>/layer_<ll>.safetensors`, c
 names the last checkpoint and replaces the one before it in one step; `items_<k>.parquet` and `geometry_<k>.parquet`,
 what was seen between two checkpoints. `finish` makes the study's files of all parts: the same bytes however the data
 were divided.
+
+Evidence of a feature: the inputs on which it is most active, of a study or of some prompts.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vlmscope.activations.capture import watching_mlp_inputs
+from vlmscope.activations import watching_mlp_inputs
 from vlmscope.core.artifacts import (
     atomic_folder,
     flat,
@@ -42,19 +44,22 @@ from vlmscope.core.artifacts import (
     write_json,
 )
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import Document, PatchBox
-from vlmscope.core.study import ANSWER, IMAGE, KINDS, MANIFEST, TEXT, StudyInfo
+from vlmscope.core.records import Document, FeatureId, PatchBox
+from vlmscope.core.results import FeatureExample
+from vlmscope.core.study import ANSWER, IMAGE, KINDS, LEVELS, MANIFEST, TEXT, TOP, StudyExample, StudyInfo
 from vlmscope.data.config import SourceConfig
+from vlmscope.data.images import png_bytes
 from vlmscope.data.mixing import NumberedRow, NumberedRows
 from vlmscope.data.samples import WHOLE, RawSample, Share
 from vlmscope.features import study_files as files
-from vlmscope.features.config import StudyConfig
+from vlmscope.features.config import MOST_TOKENS, StudyConfig
 from vlmscope.features.readouts import layer_logits
 from vlmscope.features.study_files import StudyFolder, geometry_row, open_sources, read_table, write_table
 from vlmscope.features.study_tables import LayerStudy, Tokens, layer_tables
-from vlmscope.models.conversations import LOSS_MASK, by_shape, encode, joined
+from vlmscope.models.base import ModelInputs
+from vlmscope.models.batching import LOSS_MASK, by_shape, encode, joined
+from vlmscope.models.checkpoint import model_fingerprint
 from vlmscope.models.loading import VLM
-from vlmscope.models.placement import model_fingerprint
 from vlmscope.scope import Scope
 
 _LOG = logging.getLogger(__name__)
@@ -445,3 +450,84 @@ def study_alone(study: Path, scope: Scope, sources: Mapping[str, SourceConfig], 
         **flat("study", config.decisive()),
     }
     return make_study(study, scope, data, config, origin)
+
+
+_SIDE = 512  # pixels of a study's picture
+
+
+def study_examples(study: StudyFolder, feature: FeatureId, count: int) -> tuple[FeatureExample, ...]:
+    """The `count` strongest examples of a study, with their pictures."""
+    return tuple(_study_example(study, example) for example in study.feature(feature).group(TOP)[:count])
+
+
+def _study_example(study: StudyFolder, example: StudyExample) -> FeatureExample:
+    view = study.view(example)
+    pictures = study.pictures(view.item)
+    tokens, activations = view.window()
+    first = view.item.pictures == 0  # figures show one picture
+    return FeatureExample(
+        activation=example.activation,
+        caption=view.item.caption,
+        image_png=png_bytes(pictures[0], _SIDE) if pictures else None,
+        patch_boxes=tuple(box for box, own in zip(view.item.patch_boxes, first.tolist(), strict=True) if own),
+        patch_activations=tuple(view.patch_activations[first].tolist()),
+        tokens=tokens,
+        token_activations=tuple(activations.tolist()),
+    )
+
+
+@dataclass(frozen=True)
+class CaptionedPrompt:
+    """A prompt to look at: its inputs, a caption that says what is in it, and its picture as PNG (None for text)."""
+
+    inputs: ModelInputs
+    caption: str
+    image_png: bytes | None
+
+
+@torch.no_grad()
+def top_examples(
+    scope: Scope,
+    features: Sequence[FeatureId],
+    items: Sequence[CaptionedPrompt],
+    count: int = 6,
+    forward_tokens: int = 8192,
+) -> dict[FeatureId, tuple[FeatureExample, ...]]:
+    """The `count` items on which each feature is most active at any position, strongest first; ties keep their order.
+
+    A feature that never fires gets no example. Activations below the peak are good to 1/510 of it, as in a study.
+    """
+    by_layer: dict[int, list[int]] = {}
+    for feature in dict.fromkeys(features):
+        by_layer.setdefault(feature.layer, []).append(feature.index)
+    only = {layer: torch.tensor(indices) for layer, indices in by_layer.items()}
+    study = StudyPass(scope, count, 0, MOST_TOKENS, only)
+    kinds = [np.where(item.inputs.is_image, IMAGE, TEXT) for item in items]
+    inputs = [StudyInput(i, item.inputs.tensors, kinds[i], {}) for i, item in enumerate(items)]
+    study.add(inputs, forward_tokens)
+    examples: dict[FeatureId, list[FeatureExample]] = {feature: [] for feature in features}
+    for layer, indices in by_layer.items():
+        study.layers[layer].settle()
+        pairs = study.layers[layer].kept  # by feature, strongest first
+        ends = np.cumsum(pairs.count)
+        for row in range(len(pairs)):
+            item, entries = items[pairs.item[row]], slice(ends[row] - pairs.count[row], ends[row])
+            acts = np.zeros(len(item.inputs), dtype=np.float32)
+            acts[pairs.positions[entries]] = pairs.levels[entries] * (pairs.peak[row] / LEVELS)
+            acts[pairs.position[row]] = pairs.peak[row]
+            examples[FeatureId(layer, indices[pairs.feature[row]])].append(_example(item, acts))
+    return {feature: tuple(own) for feature, own in examples.items()}
+
+
+def _example(item: CaptionedPrompt, acts: np.ndarray) -> FeatureExample:
+    inputs = item.inputs
+    soft, text = np.flatnonzero(inputs.is_image), np.flatnonzero(~inputs.is_image)
+    return FeatureExample(
+        activation=float(acts.max()),
+        caption=item.caption,
+        image_png=item.image_png,
+        patch_boxes=tuple(box for i in soft if (box := inputs.patch_boxes[i]) is not None),
+        patch_activations=tuple(acts[soft].tolist()),
+        tokens=tuple(inputs.tokens[i] for i in text),
+        token_activations=tuple(acts[text].tolist()),
+    )

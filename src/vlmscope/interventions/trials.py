@@ -3,7 +3,7 @@
 A *case set* is one question asked of B recipients. An *operation* turns a case set and a strength into a plan of
 edits. A *setting* says in which mode, at which positions and layers and how strongly to apply it, and next to how many
 control draws. `run_trials` takes the product and returns one row per case, trial and draw (docs/formats.md,
-`trials.parquet`); every rate, curve, matrix and p-value is a query on that table (`vlmscope.metrics.table`).
+`trials.parquet`); every rate, curve, matrix and p-value is a query on that table (`vlmscope.metrics.rates`).
 
 Legend: B cases, T positions, n features of a layer, V vocabulary.
 """
@@ -24,10 +24,9 @@ from tqdm import tqdm
 
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import control_draws
-from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, at_positions, position_mask
-from vlmscope.interventions.named import codes, matched_features
+from vlmscope.interventions.edits import AnyPlan, LayerEdit, Plan, at_positions, codes, matched_features, position_mask
 from vlmscope.interventions.run import BaseRun, editing, generate_batch, run_edited
-from vlmscope.metrics.causal import log_softmax
+from vlmscope.metrics.rates import log_softmax
 from vlmscope.models.base import ModelInputs
 from vlmscope.models.batching import InputBatch
 from vlmscope.scope import Scope

@@ -19,9 +19,9 @@ from itertools import permutations
 import numpy as np
 from scipy import stats
 
-from vlmscope.core.intervention import Rate
 from vlmscope.core.records import generator
-from vlmscope.metrics.causal import RESAMPLES, benjamini_hochberg, bootstrap_mean, bootstrap_rate, permutation_p
+from vlmscope.core.results import Rate
+from vlmscope.metrics.rates import RESAMPLES, benjamini_hochberg, bootstrap_mean, bootstrap_rate, permutation_p
 
 
 def held_out_r2(test: np.ndarray, predicted: np.ndarray) -> np.ndarray:

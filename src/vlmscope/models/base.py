@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Exchange, PatchBox
 from vlmscope.models.boxes import WHOLE, PicturePatches, batched_tiles, grid_boxes, pooled, tower_kind
-from vlmscope.models.placement import computing_device, materialised
+from vlmscope.models.checkpoint import computing_device, materialised
 from vlmscope.models.template import Dialogue, Turn, dialogue, user_turn
 
 Tensors = Mapping[str, Tensor]  # keyword arguments of a forward

@@ -1,23 +1,27 @@
-"""Prompts of equal length as one batch, with the embeddings that enter the decoder computed once.
+"""Prompts of one shape as a batch; conversations and plain text as forwards of a model, with what was said marked.
 
-Interventions run the decoder many times on the same inputs; the vision tower is not part of what they change, so its
-output is kept. Legend: B prompts, T positions, d model width, V vocabulary.
+A forward is a dict with the keyword arguments of the Hugging Face model, batch size 1, and `loss_mask [1, T]` bool:
+True at the assistant's words, each of which is predicted from the position before it. Of plain text every token but
+the first is marked. What the model's template adds, an answer's end included, is not. Words that the tokenizer does
+not know become its unknown token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlmscope.core.errors import UserError
-from vlmscope.core.records import PatchBox, Places
-from vlmscope.models.base import INJECTIONS, Adapter, ModelInputs
+from vlmscope.core.records import ANSWER, Conversation, Document, PatchBox, Places, Sample, check_characters
+from vlmscope.models.base import INJECTIONS, Adapter, ModelInputs, token_strings
+from vlmscope.models.loading import VLM, refused_in_one_line
+from vlmscope.models.template import Dialogue
 
 CHUNK = 64  # prompts a forward of the vision tower
 _POSITIONS = "position_ids"
@@ -147,3 +151,161 @@ def watching_injections(adapter: Adapter) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+LOSS_MASK = "loss_mask"
+_BY_POSITION = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", LOSS_MASK)
+
+
+@torch.no_grad()
+def generated(adapter: Adapter, tensors: Mapping[str, Tensor], max_tokens: int) -> Tensor:
+    """The most probable token at each step: `[B, at most max_tokens]`, ends included and padding after them."""
+    adapter.check_length(tensors, max_tokens)
+
+    def check(_module: object, _args: tuple, output: Any) -> None:
+        adapter.finite(output.logits[:, -1])  # of nan argmax would choose token 0
+
+    handle = adapter.model.register_forward_hook(check)  # before generation rules out tokens by -inf
+    try:
+        ids = adapter.model.generate(**tensors, max_new_tokens=max_tokens, do_sample=False, use_cache=True)
+    finally:
+        handle.remove()
+    return ids[:, tensors["input_ids"].shape[1] :]
+
+
+def greedy_answer(adapter: Adapter, inputs: ModelInputs, max_tokens: int) -> list[int]:
+    """The model's own answer as `generated` gives it: at most `max_tokens` ids, its end included."""
+    return generated(adapter, inputs.tensors, max_tokens)[0].tolist()
+
+
+def continued(adapter: Adapter, inputs: ModelInputs, token_ids: Sequence[int], tokenizer: Any) -> ModelInputs:
+    """The prompt with these tokens after it, at positions of role "answer", as the model sees it while it answers."""
+    count = len(token_ids)
+    if count == 0:
+        return inputs
+    adapter.check_length(inputs.tensors, count)
+    more = {
+        "input_ids": list(token_ids),
+        "attention_mask": [1] * count,
+        "token_type_ids": [adapter.answer_type] * count,
+        "mm_token_type_ids": [0] * count,
+    }
+    tensors = {
+        name: torch.cat([tensor, tensor.new_tensor([more[name]])], dim=1) if name in more else tensor
+        for name, tensor in inputs.tensors.items()
+    }
+    return replace(
+        inputs,
+        tensors=tensors,
+        tokens=[*inputs.tokens, *token_strings(tokenizer, token_ids)],
+        is_image=np.append(inputs.is_image, np.zeros(count, dtype=bool)),
+        image_index=np.append(inputs.image_index, np.full(count, -1)),
+        patch_boxes=[*inputs.patch_boxes, *[None] * count],
+        roles=np.append(inputs.roles, np.full(count, ANSWER)),
+    )
+
+
+def encode(vlm: VLM, sample: Sample, max_tokens: int | None = None) -> list[dict[str, Tensor]]:
+    """The forwards of one example: one, or one an exchange for a family that knows no turns (PaliGemma).
+
+    Those longer than `max_tokens` are cut off at the end, but not through a picture. A `UserError` names the example's
+    origin.
+    """
+    try:
+        if isinstance(sample, Document):
+            return [sequence_forward(vlm, text_ids(vlm, sample.text, whole=True)[:max_tokens])]
+        n_images = len(sample.images)
+        dialogues = vlm.adapter.wrap_exchanges(sample.exchanges, n_images, vlm.tokenizer, vlm.chat_template)
+        return [_cut(vlm, _dialogue(vlm, dialogue, sample), max_tokens) for dialogue in dialogues]
+    except UserError as error:
+        raise UserError(f"{sample.origin}: {error}" if sample.origin else str(error)) from error
+
+
+def _dialogue(vlm: VLM, dialogue: Dialogue, sample: Conversation) -> dict[str, Tensor]:
+    if dialogue.suffix is not None:
+        check_characters(dialogue.suffix, "the answer")
+        tensors = vlm.tokenised(dialogue.text, sample.images, suffix=[dialogue.suffix])
+        answer = (tensors["token_type_ids"] == 1) & (tensors["input_ids"] != vlm.tokenizer.eos_token_id)
+        return {**tensors, LOSS_MASK: answer}
+    tensors = vlm.tokenised(dialogue.text, sample.images)
+    ids = tensors["input_ids"]
+    said = _tail_by_assistant(vlm.tokenizer, dialogue, ids[0].tolist())
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[0, ids.shape[1] - len(said) :] = torch.tensor(said)
+    return {**tensors, LOSS_MASK: mask}
+
+
+def _tail_by_assistant(tokenizer: Any, dialogue: Dialogue, ids: list[int]) -> list[bool]:
+    """Of the last tokens, from the first answer on, which ones overlap the assistant's words.
+
+    Pictures stand before the first answer, and placeholders and their soft tokens are special tokens, so that from
+    there on the tokens are those of the text alone, where it is known which characters they cover.
+    """
+    encoded = tokenizer(dialogue.text, add_special_tokens=False, return_offsets_mapping=True)
+    by_assistant = np.concatenate([np.full(len(text), by_assistant) for text, by_assistant in dialogue.spans])
+    said = [bool(by_assistant[first:last].any()) for first, last in encoded["offset_mapping"]]
+    first = said.index(True) if any(said) else len(said)
+    tail = encoded["input_ids"][first:]
+    if ids[len(ids) - len(tail) :] != tail:
+        raise UserError("the processor changes the words of the answers; use the processor saved with the model")
+    return said[first:]
+
+
+def _cut(vlm: VLM, forward: dict[str, Tensor], max_tokens: int | None) -> dict[str, Tensor]:
+    """The forward without the tokens beyond `max_tokens`, no longer than the model's positions."""
+    ids = forward["input_ids"]
+    if max_tokens is not None and ids.shape[1] > max_tokens:
+        if vlm.adapter.has_vision and (ids[:, max_tokens:] == vlm.adapter.soft_token_id()).any():
+            raise UserError(
+                f"its pictures do not fit into {max_tokens} tokens ({ids.shape[1]} with the text); raise "
+                "task.max_tokens, or give fewer or smaller pictures"
+            )
+        forward = {name: tensor[:, :max_tokens] if name in _BY_POSITION else tensor for name, tensor in forward.items()}
+    vlm.adapter.check_length(forward)
+    return forward
+
+
+def text_ids(vlm: VLM, text: str, whole: bool = False) -> list[int]:
+    """The tokens of a text, with those that the tokenizer adds around a `whole` one."""
+    adapter = vlm.adapter
+    if adapter.needs_pictures:
+        raise UserError(f"{type(vlm.model).__name__} is not made for text without a picture; leave the line out")
+    check_characters(text, "the text")
+    with refused_in_one_line(text):
+        ids = vlm.tokenizer(text, add_special_tokens=whole)["input_ids"]
+    if adapter.has_vision and adapter.soft_token_id() in ids:
+        raise UserError("the text spells the token that stands for a picture; take it out")
+    return ids
+
+
+def sequence_forward(vlm: VLM, ids: list[int]) -> dict[str, Tensor]:
+    """Tokens of plain text as a forward; a `UserError` where they are more than the model's positions."""
+    row = torch.tensor([ids], device=vlm.adapter.device)
+    mask = torch.ones_like(row, dtype=torch.bool)
+    mask[:, 0] = False
+    forward = {"input_ids": row, "attention_mask": torch.ones_like(row), LOSS_MASK: mask}
+    vlm.adapter.check_length(forward)
+    return forward
+
+
+def ends_of_text(tokenizer: Any) -> tuple[int, int | None]:
+    """The token that ends a document, and the one that the tokenizer puts before one (None: it puts none)."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token, with which texts are joined; set its eos_token")
+    bos = tokenizer.bos_token_id
+    starts = bos is not None and tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [bos]
+    return tokenizer.eos_token_id, bos if starts else None
+
+
+def by_shape(forwards: Sequence[Mapping[str, Tensor]]) -> list[list[int]]:
+    """Which forwards have tensors of the same shapes, and can be one; groups in order of appearance."""
+    groups: dict[tuple, list[int]] = {}
+    for number, forward in enumerate(forwards):
+        key = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(forward.items()))
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def joined(forwards: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Forwards of the same shapes as one, along the first axis."""
+    return {name: torch.cat([forward[name] for forward in forwards]) for name in forwards[0]}

@@ -2,15 +2,29 @@
 
 A model's order of search: a folder that is there; the hub's cache on this machine, without a network; a download into
 that cache at one commit. Only safetensors, configuration and tokenizer files are fetched, never a pickle, never code.
+
+Then where its weights are: the device that computes, the memory they need, and weights that stay elsewhere.
+
+With offload the weights rest in CPU memory or on disk and come to the computing device module by module (accelerate's
+hooks do that around each forward). In between they are on the `meta` device, so that whoever reads a weight directly
+asks `materialised` for it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from torch import Tensor, nn
 
 from vlmscope.core.artifacts import read_json, refuse_lfs_pointer, tensor_heads
 from vlmscope.core.errors import UserError
-from vlmscope.core.hub import Wanted, cached_folder, fetch, is_commit, is_hub_id
+from vlmscope.core.hub import Wanted, cached_folder, fetch, gb, is_commit, is_hub_id
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _AGAIN = "download it again (a download goes on where it stopped)"
@@ -116,3 +130,171 @@ def model_folder(path: str, hub: str | None = None, revision: str | None = None)
 
     cached = cached_folder(repo, revision)
     return cached if is_complete(cached) else fetch(repo, revision, WANTED, refusal)
+
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OFFLOADS = ("none", "cpu", "disk")
+# Beside the weights: buffers, allocator waste, and the tensor that is being converted.
+_MARGIN = 1.1
+
+
+def check_device(device: str, dtype: str = "float32") -> None:
+    """Raise a `UserError` when a device is not known, not there, or cannot compute in `dtype`."""
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise UserError(f"unknown device {device!r}; choose cpu, cuda, cuda:N or mps")
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"device {device!r} was asked for but no GPU is usable here; use device cpu")
+        index, count = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+        if index >= count:
+            raise UserError(f"device {device!r} was asked for but there are {count} GPUs here; the first is cuda:0")
+    if device == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device 'mps' was asked for but this is no Mac with a usable GPU; use device cpu")
+        if dtype == "float64":
+            raise UserError("device 'mps' cannot compute in float64; use device cpu, or dtype float32")
+
+
+def free_bytes(device: str) -> int:
+    """Memory that a device has left, in bytes."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    if device == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    free = int(psutil.virtual_memory().available)
+    try:  # a container may take less: its limit less what it holds, page cache that can go not counted
+        group = Path("/sys/fs/cgroup")
+        limit, held = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        cached = int(dict(line.split() for line in lines).get("inactive_file", 0))
+    except (OSError, ValueError):  # no such files, or the limit is "max"
+        return free
+    return min(free, limit - held + cached)
+
+
+class Needs(NamedTuple):
+    """What a model's weights take: the number of parameters, shared ones counted once, and those of the largest module,
+    which offload moves as a whole.
+    """
+
+    n_parameters: int
+    largest: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Needs:
+        """Of any model, on the `meta` device too."""
+        largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
+        return cls(sum(p.numel() for p in model.parameters()), largest)
+
+    def by_device(self, dtype: str, device: str, offload: str) -> dict[str, float]:
+        """Bytes on each device, with a margin."""
+        size = DTYPES[dtype].itemsize * _MARGIN
+        if offload == "none":
+            return {device: self.n_parameters * size}
+        return {device: self.largest * size, **({"cpu": self.n_parameters * size} if offload == "cpu" else {})}
+
+    def shortage(self, dtype: str, device: str, offload: str) -> tuple[str, float, float] | None:
+        """The first device with too little: its name, the bytes asked for and those that are free."""
+        for where, asked in self.by_device(dtype, device, offload).items():
+            if asked > (free := free_bytes(where)):
+                return where, asked, free
+        return None
+
+
+def check_memory(needs: Needs, what: str, dtype: str, device: str, offload: str) -> None:
+    """Raise a `UserError` that says what would fit when the weights of a model, `what`, do not."""
+    shortage = needs.shortage(dtype, device, offload)
+    if shortage is None:
+        return
+    narrower = [(d, offload) for d in ("float32", "bfloat16") if DTYPES[d].itemsize < DTYPES[dtype].itemsize]
+    elsewhere = [(dtype, o) for o in OFFLOADS if o not in ("none", offload) and (o, device) != ("cpu", "cpu")]
+    both = [("bfloat16", o) for _, o in elsewhere if DTYPES[dtype].itemsize > 2]
+    advice = []
+    for other_dtype, other_offload in (*narrower, *elsewhere, *both):
+        if needs.shortage(other_dtype, device, other_offload) is None:
+            keys = [f"model.dtype={other_dtype}"] if other_dtype != dtype else []
+            keys += [f"model.offload={other_offload}"] if other_offload != offload else []
+            sizes = needs.by_device(other_dtype, device, other_offload).items()
+            advice.append(f"{' '.join(keys)} needs {' and '.join(f'{gb(size)} on {where}' for where, size in sizes)}")
+    where, asked, free = shortage
+    todo = ", ".join(advice[:2]) or "nothing of it fits: choose a smaller model or a larger machine"
+    raise UserError(f"{what} needs about {gb(asked)} in {dtype} on {where}, {gb(free)} are free; {todo}")
+
+
+def check_room(asked: float, what: str, device: str, advice: str) -> None:
+    """Raise a `UserError` with an advice when a device has fewer than `asked` bytes left for `what` (a plural)."""
+    if asked > (free := free_bytes(device)):
+        raise UserError(f"{what} need about {gb(asked)} on {device}, {gb(free)} are free; {advice}")
+
+
+def offload_to_cpu(model: Any, device: str) -> None:
+    """Keep the weights in CPU memory; each module's come to `device` for its forward."""
+    from accelerate import cpu_offload
+
+    cpu_offload(model, execution_device=torch.device(device))
+
+
+def compute_on(model: nn.Module, device: str) -> None:
+    """Set the device on which the modules of an offloaded model compute."""
+    for hook in _hooks(model.modules()):
+        hook.execution_device = torch.device(device)
+
+
+def _hooks(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    for module in modules:
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None and hasattr(hook, "execution_device"):
+            yield hook
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether any weight rests elsewhere than on the computing device."""
+    return any(getattr(hook, "offload", False) for hook in _hooks(model.modules()))
+
+
+def materialised(module: nn.Module, name: str = "weight") -> Tensor:
+    """A parameter on the computing device, wherever it rests."""
+    tensor = module.get_parameter(name)
+    if tensor.device.type != "meta" or not is_offloaded(module):
+        return tensor
+    from accelerate.utils import align_module_device
+
+    # Leaving the context puts the module's own parameter back to rest; this tensor stays with whoever asked.
+    with align_module_device(module):
+        return module.get_parameter(name).detach()
+
+
+def computing_device(module: nn.Module) -> torch.device:
+    """The device on which a module with a `weight` computes."""
+    for hook in _hooks([module]):
+        if getattr(hook, "offload", False):
+            return torch.device(hook.execution_device)
+    return module.get_parameter("weight").device
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Digest of every parameter and buffer: name, shape, dtype and bytes, wherever offload keeps them."""
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+            if isinstance(tensor, nn.Parameter):
+                module, _, own = name.rpartition(".")
+                tensor = materialised(model.get_submodule(module), own)
+            if tensor.is_meta:
+                raise UserError(f"weight {name} of the model is not in memory, so the model cannot be told from others")
+            yield name, tensor
+
+    return _digest(tensors())
+
+
+def tensors_fingerprint(forwards: Iterable[Mapping[str, Tensor]]) -> str:
+    """Digest of every tensor of every forward, such as what a model is given."""
+    return _digest(named for tensors in forwards for named in sorted(tensors.items()))
+
+
+def _digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

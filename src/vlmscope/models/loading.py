@@ -25,9 +25,19 @@ from vlmscope.core.errors import UserError, first_line, is_out_of_memory
 from vlmscope.core.hub import is_hub_id
 from vlmscope.core.records import PatchBox, as_rgb, check_characters
 from vlmscope.models.base import Adapter, ModelInputs, token_strings
-from vlmscope.models.checkpoint import check_weights, model_folder, read_config
+from vlmscope.models.checkpoint import (
+    DTYPES,
+    OFFLOADS,
+    Needs,
+    check_device,
+    check_memory,
+    check_weights,
+    compute_on,
+    model_folder,
+    offload_to_cpu,
+    read_config,
+)
 from vlmscope.models.families import adapter_for, family_of
-from vlmscope.models.placement import DTYPES, OFFLOADS, Needs, check_device, check_memory, compute_on, offload_to_cpu
 
 log = logging.getLogger(__name__)
 

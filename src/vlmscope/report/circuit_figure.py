@@ -20,7 +20,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 from PIL import Image
 
-from vlmscope.core.intervention import Supernode
+from vlmscope.core.results import Supernode
 from vlmscope.report.style import MUTED, NEGATIVE, POSITIVE, drawing
 
 Edge = tuple[str, str, float]  # source name, target name, weight in per cent

@@ -27,7 +27,7 @@ from vlmscope.core.records import FeatureId
 from vlmscope.core.study import ANSWER, IMAGE, KINDS, FeatureRecord, Place, StudyInfo, bin_edges
 from vlmscope.features.labels import Label
 from vlmscope.report.page import TEMPLATES, environment, percent
-from vlmscope.report.thumbnails import HeatPicture, data_uri
+from vlmscope.report.pictures import HeatPicture, data_uri
 
 KIND_NAMES = {"image": "picture", "text": "prompt", "answer": "answer"}
 _STORIES = {

@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from vlmscope.core.intervention import Curve, Rate
-from vlmscope.core.runs import SweepJob
+from vlmscope.core.results import Curve, Rate, SweepJob
 from vlmscope.report.style import COLOURS, INK, bar_style, drawing, label, line_style, percent_axis, pick, tidy
 
 CONTROL = "matched control"

@@ -42,7 +42,7 @@ from vlmscope.report.feature_page import (
     word_shares,
 )
 from vlmscope.report.page import percent
-from vlmscope.report.thumbnails import SIDE, HeatPicture, decode, jpeg_bytes, thumbnail
+from vlmscope.report.pictures import SIDE, HeatPicture, decode, jpeg_bytes, thumbnail
 
 _CACHED = 4096  # items whose small pictures are kept; features share their strongest items
 

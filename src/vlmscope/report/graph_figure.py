@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image
 
-from vlmscope.attribution.trace_files import strongest_edges
+from vlmscope.attribution.trace import strongest_edges
 from vlmscope.core.graph import (
     ENDS,
     AggregateGraph,

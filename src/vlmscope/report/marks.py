@@ -21,10 +21,9 @@ import pyarrow.parquet as pq
 
 from vlmscope.core.artifacts import atomic_path
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import AnswerExample, CircuitFeature, Curve, FeatureExample, FlipRow, Rate, Supernode
 from vlmscope.core.records import FeatureId, PatchBox
-from vlmscope.metrics.causal import bootstrap_mean, bootstrap_rate
-from vlmscope.metrics.table import CELL, cell_means, corrected, rates, worst
+from vlmscope.core.results import AnswerExample, CircuitFeature, Curve, FeatureExample, FlipRow, Rate, Supernode
+from vlmscope.metrics.rates import CELL, bootstrap_mean, bootstrap_rate, cell_means, corrected, rates, worst
 from vlmscope.report.figures import CONTROL, dose_response, layer_role_heatmap, rate_bars, share_matrices, word_bars
 from vlmscope.report.page import Card, Cards, Examples, Features, Figure, Percent, Section, Table, Text, Value, drawn
 from vlmscope.report.style import label

@@ -17,9 +17,8 @@ from typing import ClassVar, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vlmscope.core.artifacts import write_text
-from vlmscope.core.intervention import AnswerExample, Rate, Supernode
-from vlmscope.core.runs import Number, Reproduced
-from vlmscope.report import thumbnails
+from vlmscope.core.results import AnswerExample, Number, Rate, Reproduced, Supernode
+from vlmscope.report import pictures as thumbnails
 
 TEMPLATES = Path(__file__).parent / "templates"
 _UNIT = "\u00a0%"  # the space must not break

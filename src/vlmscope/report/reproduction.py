@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vlmscope.core.artifacts import write_json, write_text
-from vlmscope.core.runs import Reproduced
+from vlmscope.core.results import Reproduced
 from vlmscope.data.images import png_bytes
-from vlmscope.metrics.causal import RULE, half_width, suggested_range
+from vlmscope.metrics.rates import RULE, half_width, suggested_range
 from vlmscope.report.page import Card, Cards, Experiments, ReportPage, Text, duration, mapping_table
-from vlmscope.report.thumbnails import decode, enlarge
+from vlmscope.report.pictures import decode, enlarge
 from vlmscope.tracking.client import git_state, package_versions
 
 _THUMB = 380  # pixels of the longer edge: twice the width at which it is shown

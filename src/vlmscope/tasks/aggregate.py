@@ -35,7 +35,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     from vlmscope.attribution.compare import aggregate, write_tables
     from vlmscope.attribution.export import save_merged, write_merged_json
-    from vlmscope.attribution.trace_files import graph_files
+    from vlmscope.attribution.trace import graph_files
     from vlmscope.config.wiring import feature_labels, look_for_labels
     from vlmscope.report.graph_figure import aggregate_graph
 

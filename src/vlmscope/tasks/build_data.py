@@ -36,7 +36,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.core.errors import UserError
     from vlmscope.data.orrery.dataset import build
     from vlmscope.data.orrery.scenes import KINDS
-    from vlmscope.tasks.ranks import claimed
+    from vlmscope.tasks.job import claimed
 
     task: Config = cfg.task
     if cfg.data.path is None:

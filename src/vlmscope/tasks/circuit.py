@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from vlmscope.analyses.bench import Bench
     from vlmscope.circuits.build import Asked
     from vlmscope.circuits.circuit import Circuit
+    from vlmscope.circuits.config import CircuitSpecConfig
     from vlmscope.circuits.discovery.discover import Discovery
-    from vlmscope.circuits.spec_config import CircuitSpecConfig
     from vlmscope.config import AppConfig
     from vlmscope.data.inputs import Pair
     from vlmscope.tasks.registry import RunContext

@@ -46,13 +46,13 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         raise UserError("give one of the two: 'query=red planet', or image=path/to/picture.png")
 
     from vlmscope.core.artifacts import write_json
-    from vlmscope.core.runs import text_table
+    from vlmscope.core.results import text_table
     from vlmscope.features.item_facts import study_facts
     from vlmscope.features.labels import Labels
     from vlmscope.features.search import find_by_words
+    from vlmscope.features.study import study_examples
     from vlmscope.features.study_files import StudyFolder
-    from vlmscope.features.top_examples import study_examples
-    from vlmscope.report.picture_figures import FeatureRow, feature_sheet
+    from vlmscope.report.pictures import FeatureRow, feature_sheet
 
     study = StudyFolder(folder)
     labels = Labels(study, task.hand)

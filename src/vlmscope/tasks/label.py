@@ -183,7 +183,7 @@ def basis(labels: Sequence[Label], samples: int) -> str:
 
 def print_labels(labels: Sequence[tuple[FeatureId, Label]], most: int = 12) -> None:
     """A table of the surest labels."""
-    from vlmscope.core.runs import text_table
+    from vlmscope.core.results import text_table
 
     best = sorted(((f, own) for f, own in labels if own.text), key=lambda pair: -(pair[1].low or 0.0))[:most]
     rows = [["feature", "label", "AUROC", "95 %", "about", "firing items"]]

@@ -36,7 +36,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.features.readouts import token_lens
     from vlmscope.models.base import token_strings
     from vlmscope.models.batching import make_batch
-    from vlmscope.report.picture_figures import soft_token_words
+    from vlmscope.report.pictures import soft_token_words
 
     if cfg.prompt is None:
         raise UserError("no prompt: add 'prompt=what is this ?'")

@@ -31,7 +31,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.circuits.circuit import at_supernodes
     from vlmscope.config.wiring import load_model, load_scope, user_pictures
     from vlmscope.data.images import open_images
-    from vlmscope.interventions.named import by_layer, donor_activations, patch_plan
+    from vlmscope.interventions.edits import by_layer, donor_activations, patch_plan
     from vlmscope.models.batching import make_batch
 
     task: Config = cfg.task

@@ -121,8 +121,8 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Print the tables and return their numbers: `plan/...`, sizes in bytes, times in seconds."""
+    from vlmscope.models.checkpoint import DTYPES
     from vlmscope.models.families import adapter_for
-    from vlmscope.models.placement import DTYPES
     from vlmscope.models.sizes import empty_model, find_config, prompt_tokens
     from vlmscope.models.tiny import tiny_vlm
     from vlmscope.training.config import TranscoderArchConfig

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vlmscope.config import AppConfig
-    from vlmscope.core.runs import Reproduced
+    from vlmscope.core.results import Reproduced
     from vlmscope.tasks.registry import RunContext
     from vlmscope.tasks.reproduction import Ended, Job
 
@@ -119,7 +119,7 @@ def _shards(run_dir: Path) -> tuple[str, ...]:
 def _judged(run_dir: Path, job: Job, how: Ended) -> Reproduced:
     from vlmscope.config.schema import numbers_of
     from vlmscope.core.artifacts import read_json
-    from vlmscope.core.runs import Reproduced
+    from vlmscope.core.results import Reproduced
     from vlmscope.report.reproduction import key_picture
 
     folder, done = run_dir / job.label, how.code == 0

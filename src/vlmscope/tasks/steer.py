@@ -30,7 +30,7 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     from vlmscope.analyses.edits import chosen_features, report_edit
     from vlmscope.circuits.circuit import at_supernodes
     from vlmscope.config.wiring import load_model, load_scope, user_pictures
-    from vlmscope.interventions.named import steer_plan
+    from vlmscope.interventions.edits import steer_plan
 
     if cfg.prompt is None:
         raise UserError("no prompt: add 'prompt=what is this ?' (and image=path/to/picture.png)")

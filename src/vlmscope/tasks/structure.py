@@ -172,8 +172,8 @@ def cluster_list(title: str, clusters: Sequence[Row]) -> Table:
 def draw_clusters(path: Path, study: StudyFolder, clusters: Sequence[Row]) -> Path | None:
     """The strongest example of some members of each cluster; None where no member has one."""
     from vlmscope.core.records import FeatureId
-    from vlmscope.features.top_examples import study_examples
-    from vlmscope.report.picture_figures import FeatureRow, feature_sheet
+    from vlmscope.features.study import study_examples
+    from vlmscope.report.pictures import FeatureRow, feature_sheet
 
     sheet = []
     for row in clusters:

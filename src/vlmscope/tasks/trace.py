@@ -80,13 +80,12 @@ def _trace_into(
     """Trace a prompt and write all files of it into a folder, whose name the graph has by default; metrics."""
     from vlmscope.attribution.export import save_graph, write_graph_json
     from vlmscope.attribution.influence import reaches_image
-    from vlmscope.attribution.trace import trace
-    from vlmscope.attribution.trace_files import write_heads, write_patches, write_scores
+    from vlmscope.attribution.trace import trace, write_heads, write_patches, write_scores
     from vlmscope.config.wiring import feature_labels
-    from vlmscope.core.runs import printable
+    from vlmscope.core.results import printable
     from vlmscope.data.images import for_figures
     from vlmscope.report.graph_figure import attribution_graph
-    from vlmscope.report.picture_figures import patch_maps
+    from vlmscope.report.pictures import patch_maps
 
     labels = feature_labels(cfg, scope.vlm.name, scope.transcoders)
     traced = trace(scope, inputs, cfg.attribution, folder)
@@ -124,7 +123,7 @@ def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """
     from tqdm import tqdm
 
-    from vlmscope.attribution.trace_files import INDEX
+    from vlmscope.attribution.trace import INDEX
     from vlmscope.config.wiring import load_model, load_scope
     from vlmscope.core.artifacts import write_text
     from vlmscope.data.inputs import read_rows

@@ -41,8 +41,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.config.wiring import data_origin, load_model, model_origin
     from vlmscope.core.artifacts import flat, folder_digest, read_json, write_json, write_text
     from vlmscope.report.figures import fvu_by_layer
+    from vlmscope.training.captures import batches_for, cache_settings
     from vlmscope.training.ranks import own_share
-    from vlmscope.training.sources import batches_for, cache_settings
     from vlmscope.training.transcoder_training import train_transcoders
     from vlmscope.transcoders.formats import save_set
     from vlmscope.transcoders.hub import CARD

@@ -10,7 +10,7 @@ from vlmscope.core.errors import UserError, check_least
 if TYPE_CHECKING:
     import numpy as np
 
-    from vlmscope.attention.where import WhereMaps
+    from vlmscope.attention import WhereMaps
     from vlmscope.config import AppConfig
     from vlmscope.core.records import FeatureId
     from vlmscope.tasks.registry import RunContext
@@ -40,14 +40,13 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
     import numpy as np
 
-    from vlmscope.attention.rollout import save_maps
-    from vlmscope.attention.where import MEASURES, Subject, map_curves, where_maps
+    from vlmscope.attention import MEASURES, Subject, map_curves, save_maps, where_maps
     from vlmscope.config.wiring import load_model, load_scope, user_pictures
     from vlmscope.core.artifacts import write_json
     from vlmscope.core.records import FeatureId
     from vlmscope.data.images import for_figures
     from vlmscope.features.readouts import image_features
-    from vlmscope.report.picture_figures import feature_maps
+    from vlmscope.report.pictures import feature_maps
 
     task: Config = cfg.task
     if cfg.prompt is None:
@@ -101,7 +100,7 @@ def _described(found: WhereMaps, feature: FeatureId, is_image: np.ndarray) -> di
     """Where each map has its peak, and how far the maps agree; printed too."""
     import numpy as np
 
-    from vlmscope.attention.rollout import cell_values
+    from vlmscope.attention import cell_values
 
     values, maps = found.activations[feature], found.maps[feature]
     grids = {kind: np.concatenate([cell_values(one, _SIDE).ravel() for one in of]) for kind, of in maps.items()}

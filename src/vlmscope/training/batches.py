@@ -19,23 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmscope.activations.capture import capture_mlp
+from vlmscope.activations import capture_mlp
 from vlmscope.core.artifacts import read_json, write_json
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Sample
 from vlmscope.data.mixing import ShuffledSource, TokenMix
-from vlmscope.data.packing import TokenPacker
-from vlmscope.data.samples import WHOLE, RawSample, Share, drawn
+from vlmscope.data.samples import WHOLE, RawSample, Share, TokenPacker, drawn
 from vlmscope.models.base import Adapter
-from vlmscope.models.conversations import (
-    LOSS_MASK,
-    by_shape,
-    encode,
-    ends_of_text,
-    joined,
-    sequence_forward,
-    text_ids,
-)
+from vlmscope.models.batching import LOSS_MASK, by_shape, encode, ends_of_text, joined, sequence_forward, text_ids
 from vlmscope.models.loading import VLM
 
 ENDED = "add data.sources.NAME.repeat=true, give more data, or lower trainer.max_steps"  # what to do then
@@ -122,7 +113,7 @@ def on_device(adapter: Adapter, batch: Forward) -> dict[str, Tensor]:
     return {name: tensor.to(adapter.device) for name, tensor in batch.items()}
 
 
-Encoder = Callable[[Sample], list[EncodedForward]]  # such as vlmscope.models.conversations.encode with its model
+Encoder = Callable[[Sample], list[EncodedForward]]  # such as vlmscope.models.batching.encode with its model
 
 _PROBES = 16  # examples from which the average number of tokens is taken
 

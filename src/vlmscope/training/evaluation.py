@@ -24,11 +24,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vlmscope.activations.capture import norm_weight_after, target_at, target_module
+from vlmscope.activations import norm_weight_after, target_at, target_module
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.data.orrery.scenes import vocabulary
-from vlmscope.data.packing import chat_batch
+from vlmscope.data.samples import chat_batch
 from vlmscope.metrics.dictionary import (
     FvuAccumulator,
     cross_entropy,

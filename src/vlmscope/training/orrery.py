@@ -28,7 +28,7 @@ from vlmscope.core.records import generator
 from vlmscope.data.orrery.dataset import ScenePool
 from vlmscope.data.orrery.rendering import hand_scene
 from vlmscope.data.orrery.scenes import KINDS, NUMBERS, PLANETS, SHAPE_COLOURS, SHAPES, SPLITS, Scene, vocabulary
-from vlmscope.data.packing import IGNORE, PackedBatch, pack, to_pixels
+from vlmscope.data.samples import IGNORE, PackedBatch, pack, to_pixels
 from vlmscope.models.base import token_strings
 from vlmscope.models.orrery import OrreryConfig, build_orrery, build_processor
 from vlmscope.training.config import OrreryTrainingConfig, StageConfig, rate_factor

@@ -40,7 +40,7 @@ from vlmscope.core.launch import Place
 from vlmscope.data.samples import WHOLE, Share
 from vlmscope.models.base import Adapter
 from vlmscope.training.batches import ENDED, Batch, Forward, LayerActivations, OwnPart, collect, forwards
-from vlmscope.training.losses import Total
+from vlmscope.training.layer_trainer import Total
 
 
 @dataclass(frozen=True)

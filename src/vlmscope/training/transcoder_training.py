@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from vlmscope.core.errors import NotMainRank, UserError
 from vlmscope.models.base import Adapter
+from vlmscope.models.checkpoint import model_fingerprint, tensors_fingerprint
 from vlmscope.models.loading import VLM
-from vlmscope.models.placement import model_fingerprint, tensors_fingerprint
 from vlmscope.scope import Scope
 from vlmscope.training.batches import Batch, LayerActivations, OwnPart, forwards
 from vlmscope.training.captures import ActivationStream, CacheSettings, open_captures

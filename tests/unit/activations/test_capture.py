@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from vlmscope.activations.capture import capture_mlp, capture_state, mlp_inputs
+from vlmscope.activations import capture_mlp, capture_state, mlp_inputs
 from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import make_batch
 from vlmscope.models.loading import VLM

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
-from vlmscope.activations.vision import capture_vision_attention
+from vlmscope.activations import capture_vision_attention
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import PatchBox, generator
 from vlmscope.models import attention

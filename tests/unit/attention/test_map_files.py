@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmscope.attention.rollout import CELLS, Painted, cell_values, load_maps, ranking, save_maps
+from vlmscope.attention import CELLS, Painted, cell_values, load_maps, ranking, save_maps
 from vlmscope.core.artifacts import save_tensors
 from vlmscope.core.errors import UserError
 from vlmscope.core.maps import PictureMap, TileMap, TokenMaps, TokenTile, coarse_shape, decode, encode, resample
 from vlmscope.core.records import PatchBox, generator
-from vlmscope.metrics.causal import bootstrap_mean
 from vlmscope.metrics.prediction import area_under, pointing_hit
+from vlmscope.metrics.rates import bootstrap_mean
 from vlmscope.models.boxes import grid_boxes
 
 

@@ -11,15 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmscope.activations.vision import capture_vision_attention
-from vlmscope.attention.config import WhereConfig
-from vlmscope.attention.rollout import (
-    focused_heads,
-    mixed_layer,
-    own_map,
-    soft_token_rollout,
-    token_maps,
-)
+from vlmscope.activations import capture_vision_attention
+from vlmscope.attention import focused_heads, mixed_layer, own_map, soft_token_rollout, token_maps
+from vlmscope.attribution.config import WhereConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import generator
 from vlmscope.models.loading import VLM

@@ -10,7 +10,7 @@ from vlmscope.attribution.vision import feature_at, feature_path_maps, vision_pa
 from vlmscope.core.records import FeatureId
 from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm
-from vlmscope.replacement.model import build_replacement
+from vlmscope.replacement import build_replacement
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set
 

@@ -28,7 +28,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.graph import PrunedGraph
 from vlmscope.models.loading import VLM, load_vlm
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
-from vlmscope.replacement.model import ReplacementModel, build_replacement
+from vlmscope.replacement import ReplacementModel, build_replacement
 from vlmscope.scope import Scope
 from vlmscope.transcoders.formats import load_set
 from vlmscope.transcoders.transcoder import random_set

@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.activations.capture import mlp_inputs
+from vlmscope.activations import mlp_inputs
 from vlmscope.circuits.circuit import Circuit, at_supernodes, labelled, load_circuit, save_circuit, steer_plan
 from vlmscope.circuits.config import CircuitConfig, QuestionConfig, SettingConfig
 from vlmscope.circuits.operations import Carry, Exchange
 from vlmscope.circuits.selectors import contrast_circuit
 from vlmscope.core.artifacts import save_tensors, write_yaml
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import CircuitEdge, CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
+from vlmscope.core.results import CircuitEdge, CircuitFeature, Supernode
 from vlmscope.features.readouts import RoleMeans, role_means
-from vlmscope.interventions.edits import Plan, merge, set_features
-from vlmscope.interventions.named import donor_activations, matched_features, patch_plan
+from vlmscope.interventions.edits import Plan, donor_activations, matched_features, merge, patch_plan, set_features
 from vlmscope.interventions.run import base_run, edit_changes, run_edited
 from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
 from vlmscope.models.batching import InputBatch, make_batch

@@ -15,11 +15,10 @@ from vlmscope.circuits.discovery.nodes import CircuitSubject, changing_nodes, ea
 from vlmscope.circuits.operations import Ablate, Carry, Exchange, Toward
 from vlmscope.circuits.pairs import pair_effects, pair_subject
 from vlmscope.circuits.selectors import contrast_circuit
-from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId, Positions
+from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.features.readouts import role_means
-from vlmscope.interventions.edits import position_mask, set_features
-from vlmscope.interventions.named import donor_activations, mean_activations, patch_plan
+from vlmscope.interventions.edits import donor_activations, mean_activations, patch_plan, position_mask, set_features
 from vlmscope.interventions.run import base_run, run_edited
 from vlmscope.interventions.trials import Cases, Setting, Trial, run_trials
 from vlmscope.models.batching import make_batch

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.activations.capture import mlp_inputs
+from vlmscope.activations import mlp_inputs
 from vlmscope.circuits.build import spread_answers
 from vlmscope.circuits.circuit import Circuit
 from vlmscope.circuits.discovery.discover import NAMED, by_answer
@@ -25,8 +25,8 @@ from vlmscope.circuits.discovery.nodes import (
 from vlmscope.circuits.discovery.search import Runner, circuit, matched_circuit, matched_circuits
 from vlmscope.circuits.pairs import pair_effects, pair_subject
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import CircuitFeature, Supernode
 from vlmscope.core.records import FeatureId, Positions
+from vlmscope.core.results import CircuitFeature, Supernode
 from vlmscope.data.inputs import Pair, Side
 from vlmscope.models.base import exact_float64
 from vlmscope.models.tiny import tiny_image, tiny_vlm

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tests.unit.circuits.subjects import carried, cases_of, recovered
 
-from vlmscope.activations.capture import mlp_inputs
+from vlmscope.activations import mlp_inputs
 from vlmscope.circuits.operations import Carry, all_features
 from vlmscope.circuits.pairs import PairSubject, gap_gradients, pair_effects, pair_subject
 from vlmscope.core.errors import UserError
-from vlmscope.interventions.named import matched_features, mean_activations
+from vlmscope.interventions.edits import matched_features, mean_activations
 from vlmscope.interventions.run import edit_changes, editing, generate_batch, run_edited
 from vlmscope.interventions.trials import Setting, Trial, run_trials
 from vlmscope.models.base import exact_float64

@@ -13,7 +13,7 @@ import torch
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.trace import trace
 from vlmscope.circuits import selectors
-from vlmscope.circuits.spec_config import ClusterConfig, InfluenceConfig, LabelConfig, SupernodeConfig
+from vlmscope.circuits.config import ClusterConfig, InfluenceConfig, LabelConfig, SupernodeConfig
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId, PatchBox, Places, Positions
 from vlmscope.features.labels import Label, Labels

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmscope.circuits.spec_config import CircuitSpecConfig, ContrastConfig, InputSetConfig, SupernodeConfig
+from vlmscope.circuits.config import CircuitSpecConfig, ContrastConfig, InputSetConfig, SupernodeConfig
 from vlmscope.config.resolve import declared_circuit
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import PatchBox, Positions

@@ -9,12 +9,11 @@ import torch
 from vlmscope.circuits.cases import TextPair, text_cases, text_pairs
 from vlmscope.circuits.experiment import text_level
 from vlmscope.circuits.operations import Level
-from vlmscope.interventions.edits import LayerEdit
-from vlmscope.interventions.named import donor_activations
+from vlmscope.interventions.edits import LayerEdit, donor_activations
 from vlmscope.interventions.run import editing, generate_batch, log_likelihoods, run_edited, whole_answers
 from vlmscope.interventions.trials import Setting, Trial, run_trials, word_shares
 from vlmscope.models.base import exact_float64
-from vlmscope.models.conversations import continued
+from vlmscope.models.batching import continued
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set

@@ -9,12 +9,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from vlmscope.config import AppConfig, catalog
-from vlmscope.config.catalog import conf_dir
+from vlmscope.config.catalog import conf_dir, register
 from vlmscope.config.resolve import CONFIG_ERRORS, to_app_config
 from vlmscope.config.schema import HeadlineConfig, numbers_of
-from vlmscope.config.store import register
 from vlmscope.core.errors import UserError
-from vlmscope.core.runs import Number, Reproduced
+from vlmscope.core.results import Number, Reproduced
 from vlmscope.report.page import Percent, duration, measured, range_of
 from vlmscope.tasks import registry
 from vlmscope.tracking.client import to_params

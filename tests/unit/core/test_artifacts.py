@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmscope.attention import rollout as map_io
+from vlmscope import attention as map_io
 from vlmscope.attribution.export import load_graph
 from vlmscope.circuits.circuit import load_circuit
 from vlmscope.core import artifacts

@@ -4,9 +4,9 @@ import csv
 from pathlib import Path
 
 from vlmscope.config.callbacks import summarise
-from vlmscope.config.store import job_settings
+from vlmscope.config.catalog import job_settings
 from vlmscope.core.artifacts import write_json, write_yaml
-from vlmscope.core.runs import SweepJob, read_jobs, write_table
+from vlmscope.core.results import SweepJob, read_jobs, write_table
 
 
 def test_a_job_is_named_by_what_differs_and_a_failed_one_is_a_row(tmp_path: Path) -> None:

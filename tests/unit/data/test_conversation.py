@@ -10,9 +10,9 @@ from PIL import Image
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import CAPTION_REQUEST, Conversation, Document, Exchange
 from vlmscope.data.config import SourceConfig
-from vlmscope.data.folder import JsonLines, load_folder
 from vlmscope.data.mixing import open_source
 from vlmscope.data.samples import WHOLE, drawn, exchanges_of, record_parts
+from vlmscope.data.tables import JsonLines, load_folder
 
 
 def test_the_three_layouts() -> None:

@@ -10,8 +10,7 @@ import pytest
 
 from vlmscope.core.errors import UserError
 from vlmscope.data.mixing import PATIENCE, Lane, ShuffledSource, TokenMix
-from vlmscope.data.packing import TokenPacker
-from vlmscope.data.samples import WHOLE, RawSample, Share, Source, indexed
+from vlmscope.data.samples import WHOLE, RawSample, Share, Source, TokenPacker, indexed
 
 
 def numbered(name: str, count: int) -> Source:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from vlmscope.activations.capture import mlp_inputs
+from vlmscope.activations import mlp_inputs
 from vlmscope.core.records import FeatureId
 from vlmscope.features.readouts import image_features, token_lens, top_and_bottom_logits
-from vlmscope.features.top_examples import CaptionedPrompt, top_examples
+from vlmscope.features.study import CaptionedPrompt, top_examples
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.scope import Scope

@@ -21,7 +21,7 @@ from vlmscope.features.structure import (
     write_directions,
 )
 from vlmscope.features.study import StudyInput
-from vlmscope.models.conversations import by_shape
+from vlmscope.models.batching import by_shape
 from vlmscope.models.tiny import tiny_gemma3, tiny_image
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmscope.activations.capture import capture_mlp
+from vlmscope.activations import capture_mlp
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.core.study import ANSWER, IMAGE, KINDS, TEXT, TOP
@@ -19,7 +19,7 @@ from vlmscope.data.samples import Share
 from vlmscope.features.config import StudyConfig
 from vlmscope.features.study import StudyPart, data_record, finish, run_part, study_alone, study_parts
 from vlmscope.features.study_files import StudyFolder, open_sources
-from vlmscope.models.conversations import LOSS_MASK, encode
+from vlmscope.models.batching import LOSS_MASK, encode
 from vlmscope.models.tiny import tiny_gemma3, tiny_image, tiny_vlm
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set

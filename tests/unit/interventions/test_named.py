@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from vlmscope.activations.capture import mlp_inputs
+from vlmscope.activations import mlp_inputs
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
-from vlmscope.interventions.edits import set_features
-from vlmscope.interventions.named import (
+from vlmscope.interventions.edits import (
     by_layer,
     donor_activations,
     matched_features,
     mean_activations,
     patch_plan,
+    set_features,
     steer_plan,
 )
 from vlmscope.interventions.run import run_edited

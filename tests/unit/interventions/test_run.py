@@ -15,7 +15,7 @@ from vlmscope.interventions.edits import (
 from vlmscope.interventions.run import base_run, editing, generate_batch, generate_edited, run_edited
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_image
-from vlmscope.replacement.model import build_replacement
+from vlmscope.replacement import build_replacement
 
 MODES = ("direct", "frozen_attention", "free")
 

@@ -6,12 +6,11 @@ import torch
 
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.targets import difference_target
-from vlmscope.interventions import effects as single
+from vlmscope.interventions import run as single
 from vlmscope.interventions.edits import LayerEdit
-from vlmscope.interventions.effects import SingleEdits, single_effects
-from vlmscope.interventions.run import base_run, run_edited
+from vlmscope.interventions.run import SingleEdits, base_run, run_edited, single_effects
 from vlmscope.models.batching import make_batch
-from vlmscope.replacement.model import build_replacement
+from vlmscope.replacement import build_replacement
 
 TOKENS = (5, 9)
 

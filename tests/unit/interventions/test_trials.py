@@ -11,12 +11,10 @@ from tests.unit.interventions.conftest import PROMPT
 
 from vlmscope.circuits.operations import Ablate, Carry, Shift, Toward
 from vlmscope.core.records import control_draws
-from vlmscope.interventions.edits import set_features
-from vlmscope.interventions.named import matched_features
+from vlmscope.interventions.edits import matched_features, set_features
 from vlmscope.interventions.run import base_run, run_edited
 from vlmscope.interventions.trials import Cases, Setting, Trial, layer_range, run_trials
-from vlmscope.metrics.causal import benjamini_hochberg, bootstrap_rate, paired_p
-from vlmscope.metrics.table import corrected, rates, worst
+from vlmscope.metrics.rates import benjamini_hochberg, bootstrap_rate, corrected, paired_p, rates, worst
 from vlmscope.models.base import exact_float64
 from vlmscope.models.batching import make_batch
 from vlmscope.models.tiny import tiny_gemma3, tiny_image

@@ -6,7 +6,7 @@ from scipy.special import log_softmax as scipy_log_softmax
 from scipy.stats import false_discovery_control
 
 from vlmscope.core.records import generator
-from vlmscope.metrics.causal import (
+from vlmscope.metrics.rates import (
     benjamini_hochberg,
     bootstrap_rate,
     log_softmax,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlmscope.metrics.classifier import auc, bootstrap_auc, group_folds, held_out_scores
+from vlmscope.metrics.prediction import auc, bootstrap_auc, group_folds, held_out_scores
 
 
 def brute(scores: np.ndarray, wrong: np.ndarray, strata: np.ndarray | None = None) -> float:

@@ -5,7 +5,7 @@ import pytest
 from scipy import sparse
 
 from vlmscope.core.records import generator
-from vlmscope.metrics.clusters import coactive, louvain, phi
+from vlmscope.metrics.dictionary import coactive, louvain, phi
 
 
 def planted(sizes: tuple[int, ...], inside: float, between: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,6 @@ import pytest
 from scipy import stats
 
 from vlmscope.core.records import generator
-from vlmscope.metrics.causal import benjamini_hochberg
 from vlmscope.metrics.decoding import (
     Rule,
     accuracy_across,
@@ -28,6 +27,7 @@ from vlmscope.metrics.decoding import (
     simplest,
     tuning_curves,
 )
+from vlmscope.metrics.rates import benjamini_hochberg
 
 C, EACH, M = 4, 12, 60
 

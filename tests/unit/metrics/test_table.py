@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vlmscope.metrics.causal import bootstrap_rate
-from vlmscope.metrics.table import CELL, cell_means, measured
+from vlmscope.metrics.rates import CELL, bootstrap_rate, cell_means, measured
 
 # Hits of 8 cases under the trial and under its control. One-sided exact paired tests: 8 to 0 gives 2**-8.
 CELLS = {

@@ -16,14 +16,14 @@ from transformers import (
 )
 from transformers.models.gemma3 import modeling_gemma3
 
-from vlmscope.activations.capture import capture_state
+from vlmscope.activations import capture_state
 from vlmscope.conformance import Limits, run_cases
 from vlmscope.models.base import DECODERS, Adapter, ModelInputs, exact_float64
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import VLM
 from vlmscope.models.sizes import attention_widths, empty_model, find_config, state_elements
 from vlmscope.models.tiny import randomise, tiny_gemma3, tiny_image, tiny_vlm
-from vlmscope.replacement.model import build_replacement
+from vlmscope.replacement import build_replacement
 from vlmscope.scope import Scope
 from vlmscope.tasks.check import failures
 from vlmscope.transcoders.transcoder import random_set

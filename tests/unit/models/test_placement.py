@@ -11,9 +11,9 @@ from vlmscope.conformance import run_cases
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import FeatureId
 from vlmscope.features.readouts import top_and_bottom_logits
-from vlmscope.models import placement
+from vlmscope.models import checkpoint as placement
+from vlmscope.models.checkpoint import Needs, check_device, check_memory, computing_device, is_offloaded, materialised
 from vlmscope.models.loading import VLM, load_vlm
-from vlmscope.models.placement import Needs, check_device, check_memory, computing_device, is_offloaded, materialised
 from vlmscope.models.tiny import tiny_image, tiny_vlm
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import random_set

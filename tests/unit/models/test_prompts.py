@@ -11,7 +11,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.core.records import Conversation, Document, Exchange
 from vlmscope.interventions.run import generate_batch, generate_edited
 from vlmscope.models.base import ModelInputs
-from vlmscope.models.conversations import LOSS_MASK, continued, encode, greedy_answer, sequence_forward
+from vlmscope.models.batching import LOSS_MASK, continued, encode, greedy_answer, sequence_forward
 from vlmscope.models.loading import VLM
 from vlmscope.models.orrery import build_tokenizer
 from vlmscope.models.template import Turn

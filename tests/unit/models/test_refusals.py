@@ -12,7 +12,7 @@ import torch
 import transformers
 from PIL import Image
 
-from vlmscope.activations.capture import mlp_inputs_and_logits
+from vlmscope.activations import mlp_inputs_and_logits
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.trace import trace
 from vlmscope.core.errors import UserError
@@ -20,7 +20,7 @@ from vlmscope.core.records import Conversation, Document, Exchange
 from vlmscope.features.readouts import token_lens
 from vlmscope.interventions.edits import LayerEdit
 from vlmscope.interventions.run import base_run, generate_batch, generate_edited, run_edited
-from vlmscope.models.conversations import encode, greedy_answer
+from vlmscope.models.batching import encode, greedy_answer
 from vlmscope.models.families import adapter_for
 from vlmscope.models.loading import load_vlm
 from vlmscope.models.tiny import tiny_image, tiny_vlm

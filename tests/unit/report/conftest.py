@@ -10,8 +10,8 @@ from tests.random_graphs import random_graph
 
 from vlmscope.attribution.influence import prune
 from vlmscope.core.graph import PrunedGraph
-from vlmscope.core.intervention import AnswerExample, CircuitFeature, Curve, FeatureExample, FlipRow, Rate, Supernode
 from vlmscope.core.records import FeatureId, PatchBox
+from vlmscope.core.results import AnswerExample, CircuitFeature, Curve, FeatureExample, FlipRow, Rate, Supernode
 from vlmscope.report import page as s
 from vlmscope.report.marks import flip_table
 from vlmscope.report.page import ReportPage

@@ -21,7 +21,7 @@ from vlmscope.core.study import (
 from vlmscope.features.labels import Label
 from vlmscope.report.feature_page import ExampleGroup, FeaturePage, GraphUse, PageExample
 from vlmscope.report.gallery import write_gallery
-from vlmscope.report.thumbnails import HeatPicture, thumbnail
+from vlmscope.report.pictures import HeatPicture, thumbnail
 
 N = len(BOXES)
 INFO = StudyInfo(

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlmscope.attribution.trace_files import strongest_edges
-from vlmscope.core.intervention import Curve, Rate, Supernode
+from vlmscope.attribution.trace import strongest_edges
 from vlmscope.core.records import FeatureId
-from vlmscope.core.runs import SweepJob
+from vlmscope.core.results import Curve, Rate, Supernode, SweepJob
 from vlmscope.report import figures
 from vlmscope.report.circuit_figure import circuit_diagram, describe, drawable
 from vlmscope.report.graph_figure import attribution_graph, key_entries

@@ -12,8 +12,8 @@ import yaml
 from vlmscope.app import main
 from vlmscope.circuits.config import MarkConfig, SettingConfig, TrialConfig
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import CircuitFeature, Rate, Supernode
 from vlmscope.core.records import FeatureId
+from vlmscope.core.results import CircuitFeature, Rate, Supernode
 from vlmscope.report import marks
 from vlmscope.report.marks import (
     LISTED,

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmscope.core.intervention import FeatureExample
 from vlmscope.core.records import PatchBox
+from vlmscope.core.results import FeatureExample
 from vlmscope.data.images import png_bytes
-from vlmscope.report import thumbnails
+from vlmscope.report import pictures as thumbnails
 
 HALVES = (PatchBox(0, 0, 0.5, 1), PatchBox(0.5, 0, 1, 1))
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.unit.training.helpers import settings
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlmscope.activations.capture import capture_state
+from vlmscope.activations import capture_state
 from vlmscope.attribution.adjoint import Adjoint
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.edges import feature_chunks
@@ -34,7 +34,7 @@ from vlmscope.models.sizes import (
     state_elements,
 )
 from vlmscope.models.tiny import FAMILIES, tiny_gemma3, tiny_image, tiny_vlm
-from vlmscope.replacement.model import build_replacement
+from vlmscope.replacement import build_replacement
 from vlmscope.scope import Scope
 from vlmscope.tasks.plan import (
     Machine,

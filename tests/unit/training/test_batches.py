@@ -13,7 +13,7 @@ from vlmscope.core.records import Conversation, Document, Exchange, Sample
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.mixing import Lane, ShuffledSource, TokenMix, open_source
 from vlmscope.data.samples import WHOLE, Share
-from vlmscope.models.conversations import LOSS_MASK, encode, ends_of_text, text_ids
+from vlmscope.models.batching import LOSS_MASK, encode, ends_of_text, text_ids
 from vlmscope.models.loading import VLM
 from vlmscope.models.tiny import FAMILIES, tiny_image, tiny_vlm
 from vlmscope.scope import Scope

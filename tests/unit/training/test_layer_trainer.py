@@ -15,8 +15,15 @@ from vlmscope.scope import Scope
 from vlmscope.training.batches import collect
 from vlmscope.training.config import RecipeConfig
 from vlmscope.training.evaluation import spliced
-from vlmscope.training.layer_trainer import LayerStep, LayerTrainer, cross_layer_losses, differentiate, start
-from vlmscope.training.losses import aux_k, dead_features
+from vlmscope.training.layer_trainer import (
+    LayerStep,
+    LayerTrainer,
+    aux_k,
+    cross_layer_losses,
+    dead_features,
+    differentiate,
+    start,
+)
 from vlmscope.training.transcoder_training import TranscoderModule
 from vlmscope.transcoders.config import ACTIVATIONS, TranscoderConfig
 from vlmscope.transcoders.transcoder import Transcoder, random_set

@@ -20,8 +20,7 @@ from vlmscope.training.batches import Batch, LayerActivations, collect
 from vlmscope.training.captures import ActivationStream, Captures
 from vlmscope.training.config import OptimConfig, RecipeConfig, TrainerConfig, TranscoderArchConfig
 from vlmscope.training.evaluation import evaluate_transcoders
-from vlmscope.training.layer_trainer import LayerTrainer
-from vlmscope.training.losses import prefix_fvu
+from vlmscope.training.layer_trainer import LayerTrainer, prefix_fvu
 from vlmscope.training.ranks import Ranks
 from vlmscope.training.transcoder_training import TranscoderModule
 from vlmscope.transcoders.formats import load_set, save_set

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmscope.training.losses import l0_penalty, l1_penalty, prefix_fvu, prefix_sizes
+from vlmscope.training.layer_trainer import l0_penalty, l1_penalty, prefix_fvu, prefix_sizes
 from vlmscope.transcoders import nonlinearities
 from vlmscope.transcoders.config import ACTIVATIONS
 from vlmscope.transcoders.nonlinearities import BatchTopK, JumpReLU

@@ -18,6 +18,7 @@ from torch import Tensor
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.circuits.cases import subject_of_pairs
 from vlmscope.circuits.circuit import Circuit
+from vlmscope.circuits.config import SURROUNDINGS, DiscoveryConfig
 from vlmscope.circuits.discovery.edges import EdgeCircuits, discover_edges
 from vlmscope.circuits.discovery.nodes import (
     CircuitSubject,
@@ -39,10 +40,9 @@ from vlmscope.circuits.discovery.search import (
     random_order,
     smallest,
 )
-from vlmscope.circuits.spec_config import SURROUNDINGS, DiscoveryConfig
 from vlmscope.core.errors import UserError
-from vlmscope.core.intervention import CircuitFeature, Rate, Supernode
 from vlmscope.core.records import FeatureId, Positions, generator
+from vlmscope.core.results import CircuitFeature, Rate, Supernode
 from vlmscope.data.inputs import Pair
 from vlmscope.features.readouts import top_and_bottom_logits
 from vlmscope.metrics.prediction import (

@@ -32,14 +32,14 @@ from torch import Tensor
 
 from vlmscope.attribution.adjoint import Adjoint, Columns
 from vlmscope.attribution.targets import difference_target
+from vlmscope.circuits.config import DiscoveryConfig
 from vlmscope.circuits.discovery.nodes import ANSWER, OTHER, REST, GraphScores, Kind, Nodes, Sides, order_of
 from vlmscope.circuits.discovery.search import Runner, fewest, finer_sizes
 from vlmscope.circuits.pairs import code_slopes, gap_gradients
-from vlmscope.circuits.spec_config import DiscoveryConfig
-from vlmscope.core.intervention import Rate
 from vlmscope.core.records import generator
+from vlmscope.core.results import Rate
 from vlmscope.metrics.prediction import FaithfulnessCurve, faithfulness, faithfulness_curve, sizes, spearman
-from vlmscope.replacement.model import LayerFeatures, ReplacementModel, build_replacement, feature_table
+from vlmscope.replacement import LayerFeatures, ReplacementModel, build_replacement, feature_table
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode
 

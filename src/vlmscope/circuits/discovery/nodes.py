@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.capture import target_module
+from vlmscope.activations import target_module
 from vlmscope.attribution.config import AttributionConfig
 from vlmscope.attribution.influence import absolute_rows, influence, logit_weights, prune, rows_of
 from vlmscope.attribution.targets import difference_target
@@ -43,7 +43,7 @@ from vlmscope.core.records import FeatureId
 from vlmscope.interventions.run import watch_inputs
 from vlmscope.models.base import INJECTIONS, ModelInputs
 from vlmscope.models.batching import InputBatch
-from vlmscope.replacement.model import build_replacement
+from vlmscope.replacement import build_replacement
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode, TranscoderSet
 

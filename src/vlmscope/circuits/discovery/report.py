@@ -11,7 +11,7 @@ import numpy as np
 from vlmscope.circuits.config import MarkConfig
 from vlmscope.circuits.discovery.discover import Discovery
 from vlmscope.core.artifacts import write_json
-from vlmscope.core.intervention import Curve, Rate
+from vlmscope.core.results import Curve, Rate
 from vlmscope.report.figures import dose_response, layer_role_heatmap
 from vlmscope.report.marks import Folder, sections_of, write_rows
 from vlmscope.report.page import Card, Cards, Percent, Section, Text

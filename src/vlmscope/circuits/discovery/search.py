@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlmscope.activations.capture import target_module
+from vlmscope.activations import target_module
 from vlmscope.circuits.discovery.nodes import Kind, Nodes, Sides
 from vlmscope.core.records import control_draws, generator
 from vlmscope.interventions.run import watch_inputs

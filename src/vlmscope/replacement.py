@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmscope.activations.capture import ForwardState, capture_state
+from vlmscope.activations import ForwardState, capture_state
 from vlmscope.core.errors import UserError
 from vlmscope.models.base import Adapter, ModelInputs
-from vlmscope.models.placement import materialised
+from vlmscope.models.checkpoint import materialised
 from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import Transcoder
 

@@ -1,1 +1,0 @@
-"""Where in the picture: rollout of the vision tower's attention, and maps of features over patches."""

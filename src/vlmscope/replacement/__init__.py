@@ -1,1 +1,0 @@
-"""The local replacement model: one forward made affine in its embeddings, features, errors and biases."""

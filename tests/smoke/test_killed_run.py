@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from tests.processes import Forked, command_line
-from tests.smoke.test_launch import MIX, ended, errors, start
+from tests.smoke.test_launch import MIX, ended, errors, start, stopped
 
 from vlmscope.app import main
 from vlmscope.models.tiny import tiny_image, tiny_vlm
@@ -28,20 +28,8 @@ def _reached(process: Forked, run: Path, pattern: str) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_signal_leaves_a_state_and_says_how_to_resume(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    run = tmp_path / "run"
-    command = [*MIX, f"hydra.run.dir={run}", "tracking=none", "trainer.max_steps=100000"]
-    process = command_line(*command)
-    _reached(process, run, "data_states.json")
-    while len(json.loads((run / "data_states.json").read_text())["states"]) < 2:  # some steps
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(number)
-    assert process.wait() == code
-    (line,) = [line for line in process.said()[1].splitlines() if "trainer.resume=true" in line]
-    assert "Traceback" not in process.said()[1]
-    (marker,) = run.glob("transcoder_checkpoint/step_*/complete.json")
-    assert 0 < json.loads(marker.read_text())["steps_done"] < 100000
-    assert not [path for path in run.rglob(".*") if ".tmp" in path.name]
+    command = [*MIX, f"hydra.run.dir={tmp_path / 'run'}", "tracking=none", "trainer.max_steps=100000"]
+    stopped(command, tmp_path / "run", number, code, world=1)
 
 
 def test_a_second_signal_ends_at_once() -> None:

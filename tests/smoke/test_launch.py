@@ -64,16 +64,19 @@ def distance(ours: Path, theirs: Path) -> float:
     return max(float((one[f][k].float() - other[f][k].float()).abs().max()) for f in one for k in one[f])
 
 
-def stopped(command: list[str], run: Path, number: signal.Signals, code: int) -> None:
-    """Send the signal to one of two processes after some steps: both end with its code and leave one checkpoint."""
-    processes, states = start(command), run / "data_states_1_of_2.json"
+def stopped(command: list[str], run: Path, number: signal.Signals, code: int, world: int = 2) -> None:
+    """Send the signal to the last process after some steps: all end with its code and leave one checkpoint."""
+    processes = start(command, world)
+    states = run / ("data_states.json" if world == 1 else f"data_states_{world - 1}_of_{world}.json")
     end = time.monotonic() + 200
     while not states.exists() or len(json.loads(states.read_text())["states"]) < 3:
-        assert time.monotonic() < end and processes[1].poll() is None
-        time.sleep(0.02)
-    processes[1].send_signal(number)
+        assert time.monotonic() < end and processes[-1].poll() is None
+        time.sleep(0.01)
+    processes[-1].send_signal(number)
     codes, _, said = ended(processes)
-    assert codes == [code, code] and sum(words.count("trainer.resume=true") for words in said) == 1
+    assert codes == [code] * world and sum(words.count("trainer.resume=true") for words in said) == 1
+    assert not any("Traceback" in words for words in said)
+    assert not [path for path in run.rglob(".*") if ".tmp" in path.name]
     (marker,) = run.glob("transcoder_checkpoint/step_*/complete.json")
     steps = next(int(word.partition("=")[2]) for word in command if word.startswith("trainer.max_steps="))
     assert 0 < json.loads(marker.read_text())["steps_done"] < steps

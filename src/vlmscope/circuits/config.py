@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.core.records import ANSWER, ROLES, FeatureId, PatchBox, Positions
+from vlmscope.data.orrery.scenes import with_facts
 
 OPERATIONS = ("exchange", "carry", "toward", "shift", "ablate", "level")
 TRIAL_MODES = ("free", "frozen_attention", "direct", "generate")
@@ -19,10 +20,14 @@ AXES = ("mode", "positions", "layers", "strength", "limit")  # of a setting; lis
 
 @dataclass
 class QuestionConfig:
-    """A question and, for each concept, the word that answers it."""
+    """A question and, for each concept, the word that answers it; `answers_from` takes a fact of Orrery's planets."""
 
     prompt: str
-    answers: dict[str, str]
+    answers: dict[str, str] = field(default_factory=dict)
+    answers_from: str | None = None
+
+    def __post_init__(self) -> None:
+        self.answers = with_facts(self.answers, "answers_from", self.answers_from)
 
 
 @dataclass

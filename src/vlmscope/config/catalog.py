@@ -62,13 +62,6 @@ def reproducible(folders: Sequence[Path]) -> dict[str, Path]:
     return {path.stem: path for path in files if (read_yaml(path) or {}).get("reproduce") is True}
 
 
-def planet_facts(fact: str) -> dict[str, str]:
-    """`${planets:colour}` is the colour of each of Orrery's planets by name."""
-    from vlmscope.data.orrery.scenes import PLANETS
-
-    return {name: getattr(planet, fact) for name, planet in PLANETS.items()}
-
-
 def _run_label(*names: Any) -> str:
     return next(str(name) for name in names if name not in (None, "", "null", "None"))
 
@@ -117,6 +110,5 @@ def register(task_configs: Mapping[str, type]) -> None:
         store.store(group="task", name=name, node=_named(name, config))
     OmegaConf.register_new_resolver("asset", asset, replace=True)
     OmegaConf.register_new_resolver("run_label", _run_label, replace=True)
-    OmegaConf.register_new_resolver("planets", planet_facts, replace=True)
     _registered.clear()
     _registered.update(task_configs)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vlmscope.core.errors import UserError, check_choice, check_least
+from vlmscope.data.orrery.scenes import with_facts
 
 MOST_TOKENS = 65_535  # positions are stored in two bytes
 _HOW = ("path", "checkpoint_every", "forward_tokens", "max_skipped")
@@ -56,14 +57,21 @@ class CrossQuestion:
     """One fact asked twice: beside a `picture`, which alone shows the concept, and in a `text` that has `{concept}`.
 
     `answers` has the word that answers it by concept, `words` what stands for a concept in the text where that is not
-    its name ("dust" for mars). `second` is the second digit in pictures of digits; drawn when None.
+    its name ("dust" for mars); `answers_from` and `words_from` take a fact of Orrery's planets (name, colour or cover)
+    for those that are not named. `second` is the second digit in pictures of digits; drawn when None.
     """
 
     picture: str
     text: str
-    answers: dict[str, str]
+    answers: dict[str, str] = field(default_factory=dict)
     words: dict[str, str] = field(default_factory=dict)
+    answers_from: str | None = None
+    words_from: str | None = None
     second: str | None = None
+
+    def __post_init__(self) -> None:
+        self.answers = with_facts(self.answers, "answers_from", self.answers_from)
+        self.words = with_facts(self.words, "words_from", self.words_from)
 
     def asked_in_text(self, concept: str) -> str:
         """The question in words."""

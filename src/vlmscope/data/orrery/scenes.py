@@ -6,10 +6,13 @@ templates below, so a word that is not here is refused by name instead of becomi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import cache
 
 import numpy as np
+
+from vlmscope.core.errors import check_choice
 
 SIDE = 64  # pixels
 SPLITS = ("train", "val", "test")
@@ -44,6 +47,15 @@ PLANETS: dict[str, Planet] = {
         Planet("saturn", "yellow", "gas"),
     )
 }
+
+
+def with_facts(own: Mapping[str, str], key: str, fact: str | None) -> dict[str, str]:
+    """`own`, and for planets that it does not name their `fact` (name, colour or cover); `key` says it in a refusal."""
+    if fact is None:
+        return dict(own)
+    check_choice(key, fact, [item.name for item in fields(Planet)])
+    return {name: getattr(planet, fact) for name, planet in PLANETS.items()} | dict(own)
+
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 SHAPE_COLOURS: dict[str, tuple[int, int, int]] = {

@@ -35,7 +35,7 @@ Keys
   prompts=SET prompt_name=NAME    a ready prompt of a set (docs/prompts.md)
   image=PATH, image=[A,B]         one picture or several
   images.NAME=[A,B]               a named set of your own pictures
-  model= transcoder= data= optim= trainer= tracking= attribution= intervention=    choose an option of a group
+  model= transcoder= data= optim= pairs= circuit= study= tracking=    choose an option of a group
   trainer.max_steps=10            set one key of it; a misspelt key is an error
   debug=fast                      tiny limits, to see whether a configuration runs at all
   tracking=none                   nothing but the run folder

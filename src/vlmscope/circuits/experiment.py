@@ -43,7 +43,7 @@ class Declared:
     means: Mapping[int, Tensor] | Callable[[TrialConfig, Cases], Mapping[int, Tensor]]  # controls are matched by them
     sets: Sequence[str] = ()  # sets of features that `features: each` goes through, as trials `<trial>/<set>`
     pairs: PairSource | None = None  # where the cases are counterfactual pairs
-    metrics: Metrics | None = None  # of the table; None for the rates of each trial (`metrics.table.trial_metrics`)
+    metrics: Metrics | None = None  # of the table; None for the rates of each trial (`metrics.rates.trial_metrics`)
     settled: Mapping[str, float] = field(default_factory=dict)  # question -> strength of trials that leave it open
 
     def trials(self, trials: Mapping[str, TrialConfig], settings: Mapping[str, SettingConfig]) -> Iterator[Trial]:

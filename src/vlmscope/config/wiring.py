@@ -200,7 +200,7 @@ def model_origin(cfg: AppConfig, weights: bool = True) -> dict[str, Any]:
 
 
 def transcoder_origin(cfg: AppConfig, overrides: Sequence[str] = ("transcoder",)) -> dict[str, Any]:
-    """The transcoders that `load_transcoders` gives.
+    """The transcoders of `load_scope`.
 
     Raises:
         UserError: they are not there, or are no set.

@@ -93,7 +93,7 @@ def modality_table(study: StudyFolder) -> pd.DataFrame:
 def modality_parts(
     table: pd.DataFrame,
 ) -> tuple[list[int], dict[str, list[int]], list[np.ndarray], dict[str, list[float]]]:
-    """Columns by layer of a `modality_table`, as `report.study_figures.modality_by_layer` draws them.
+    """Columns by layer of a `modality_table`, as `report.figures.modality_by_layer` draws them.
 
     Numbers of layers, counts by group, modality indices of the features that fire often enough, and the share of all
     firing at soft tokens and at words that is by features of both modalities; nan where nothing fires.

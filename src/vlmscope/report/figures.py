@@ -303,7 +303,7 @@ def score_by_layer(layers: np.ndarray, score: np.ndarray, group: np.ndarray, pat
     Args:
         layers: [F] of each feature.
         score: [F]; nan is left out.
-        group: [F], names of `features.modality_tables.GROUPS`.
+        group: [F], names of `features.structure.GROUPS`.
         path: of the PNG.
     """
     kind = np.array([_GROUPS.get("text" if name.startswith("words") else str(name), "") for name in group])

@@ -6,7 +6,7 @@ graph explains: logits, or what else was asked about), so that every source come
 matrix is strictly lower triangular. A graph of something inside the model ends at its layer.
 
 Of graphs laid on one another, a comparison of two or an aggregate of many: M matched nodes, E matched edges, C columns,
-G graphs. Nodes that mean the same have become one; `match` says by which rule (`vlmscope.attribution.compare`). A column
+G graphs. Nodes that mean the same have become one; `match` says by which rule (`attribution/compare.py`). A column
 is where a matched node stands: a position, a role, or the one column of graphs that were matched without positions. A
 node's share is its influence over that of all nodes of its graph, an edge's the influence that it hands down over the
 same sum, both of the whole graph, so that shares of graphs of different sizes compare.

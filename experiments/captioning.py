@@ -87,9 +87,9 @@ def facts_named(scene: Scene, words: Sequence[str]) -> tuple[str, ...]:
 
 def captions_of(bench: Bench, scenes: Sequence[Scene]) -> list[Caption]:
     """The scenes as the model captions them."""
-    prompts = bench.inputs([Image.fromarray(one) for one in pictures(list(scenes))], bench.analysis.prompt)
+    prompts = bench.inputs([Image.fromarray(picture) for picture in pictures(list(scenes))], bench.analysis.prompt)
     rows = zip(scenes, prompts, whole_answers(bench.scope, prompts, bench.analysis.new_tokens), strict=True)
-    return [Caption(scene, one, ids, text, facts_named(scene, text.split())) for scene, one, (ids, text) in rows]
+    return [Caption(scene, prompt, ids, text, facts_named(scene, text.split())) for scene, prompt, (ids, text) in rows]
 
 
 def pairs_of(bench: Bench, swap: str, split: str) -> list[TextPair]:

@@ -2,9 +2,7 @@
 
 `new = scale * current + value`. Setting is scale 0, scaling is value 0, ablation both 0. The edit adds
 `g (new - current) * W_dec[f]` where the transcoder writes, so the error term stays as it is in the run; `g` is 1, or
-what a gate says.
-
-Plans from features that the user names or from donors, and the features that a control edits instead.
+a gate's value. Plans come from features that the user names, or from donors' activations.
 
 A matched control edits as many features of each layer in the same way, drawn at random among those that are about as
 active on the same inputs but belong to no circuit. The other control, a random direction of the same norm, is
@@ -71,8 +69,12 @@ class LayerEdit:
     def to(self, device: torch.device) -> LayerEdit:
         """The same on a device, but for `where`, which indexes tensors of any device from the CPU."""
 
-        def moved(of: LayerEdit | Gate) -> dict[str, Any]:
-            return {key: one.to(device) for key, one in vars(of).items() if isinstance(one, Tensor) and key != "where"}
+        def moved(record: LayerEdit | Gate) -> dict[str, Any]:
+            return {
+                key: value.to(device)
+                for key, value in vars(record).items()
+                if isinstance(value, Tensor) and key != "where"
+            }
 
         gate = None if self.gate is None else replace(self.gate, **moved(self.gate))
         return replace(self, **moved(self), gate=gate)
@@ -166,9 +168,9 @@ def features_at(edit: LayerEdit, features: Tensor, where: Tensor, generated: boo
     if `generated`, at generated tokens; each keeps what it had been restricted to.
     """
     at, at_generated = edit.places()
-    theirs = torch.isin(edit.features, features.to(edit.features.device))
+    named = torch.isin(edit.features, features.to(edit.features.device))
     where = where.to(at.device)
-    return replace(edit, at=at & (where[:, None] | ~theirs), at_generated=at_generated & (~theirs | generated))
+    return replace(edit, at=at & (where[:, None] | ~named), at_generated=at_generated & (~named | generated))
 
 
 def position_mask(roles: np.ndarray, positions: str) -> Tensor:
@@ -200,7 +202,7 @@ def by_layer(transcoders: TranscoderSet, features: Iterable[FeatureId]) -> dict[
         if feature.index >= width:
             raise UserError(f"feature {feature}: layer {feature.layer} has {width} features")
         table.setdefault(feature.layer, []).append(feature.index)
-    return {layer: torch.tensor(found) for layer, found in table.items()}
+    return {layer: torch.tensor(indices) for layer, indices in table.items()}
 
 
 def steer_plan(
@@ -246,11 +248,11 @@ def donor_activations(
     prompts, or their codes.
     """
     coded = codes(scope, donors, sorted(features)) if isinstance(donors, InputBatch) else donors
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    activations: dict[int, tuple[Tensor, Tensor]] = {}
     for layer in sorted(features):
         chosen = features[layer].to(coded[layer].indices.device)
-        found[layer] = (chosen, coded[layer].select(chosen, scope.transcoders[layer].config.n_features))
-    return found
+        activations[layer] = (chosen, coded[layer].select(chosen, scope.transcoders[layer].config.n_features))
+    return activations
 
 
 def patch_plan(

@@ -1,12 +1,11 @@
-"""Running under edits: base runs and what modes freeze, edited forwards, generation.
+"""Running under edits: base runs and what modes freeze, edited forwards, generation. Also edits that are no plan: mean
+ablation of whole MLP outputs, and many single edits of one prompt run as a batch.
 
 Three modes, from strict to loose. `direct` freezes attention patterns, norm scales and MLP outputs, so that a change
 reaches the logits through the residual stream and the value/output path only (and through W_skip, if the transcoder
 has one): exactly the edges of the attribution graph. `frozen_attention` freezes the patterns alone. `free` nothing.
 
 Legend: B prompts, T positions, n edited features of a layer, F all, k slots of a code, d model width, V vocabulary.
-
-Also edits that are no plan: mean ablation of whole MLP outputs, and many single edits of one prompt run as a batch.
 """
 
 from __future__ import annotations
@@ -196,14 +195,14 @@ def _random_unit(adapter: Adapter, seed: int, layer: int) -> Tensor:
 
 def watch_inputs(stack: ExitStack, adapter: Adapter, layers: Iterable[int]) -> dict[int, Tensor]:
     """A dict that every forward fills with the MLP inputs [B, T, d] of `layers`, until `stack` closes."""
-    found: dict[int, Tensor] = {}
+    inputs: dict[int, Tensor] = {}
     for layer in layers:
 
         def hook(_module: nn.Module, args: tuple, layer: int = layer) -> None:
-            found[layer] = args[0]
+            inputs[layer] = args[0]
 
         stack.callback(adapter.mlp(layer).register_forward_pre_hook(hook).remove)
-    return found
+    return inputs
 
 
 def _add_ahead(pending: dict[int, Tensor], layer: int, changes: Sequence[Tensor]) -> None:
@@ -231,33 +230,33 @@ def edit_changes(
             return []
         live, step = transcoder.encode(x), offset - prompt
         if isinstance(edit, WholeEdit):
-            given = SparseCode(edit.generated.indices[:, None], edit.generated.values[:, None])
-            written = _exchanged(transcoder, live, given)
+            carried = SparseCode(edit.generated.indices[:, None], edit.generated.values[:, None])
+            written = _exchanged(transcoder, live, carried)
         else:
-            now = at_step(edit.generated, 2, step)
-            here = replace(edit, value=now.unsqueeze(-2) if now.ndim > 1 else now, at=edit.at_generated)
+            target = at_step(edit.generated, 2, step)
+            local = replace(edit, value=target.unsqueeze(-2) if target.ndim > 1 else target, at=edit.at_generated)
             level = None if edit.gate is None else at_step(edit.gate.generated, 1, step)
-            written = _written(transcoder, live, here, level)
-        return [one.to(x.dtype) for one in written]
+            written = _written(transcoder, live, local, level)
+        return [change.to(x.dtype) for change in written]
     assert offset == 0 and length == prompt, f"the edit is for {prompt} positions, the run has {offset} + {length}"
     if not bool(where.any()):
         return []
-    live = transcoder.encode(x[:, where]) if code is None else _at(code, where)
+    live = transcoder.encode(x[:, where]) if code is None else _at_positions(code, where)
     if isinstance(edit, WholeEdit):
-        written = _exchanged(transcoder, live, _at(edit.code, where))
+        written = _exchanged(transcoder, live, _at_positions(edit.code, where))
     else:
         value, scale = (v if v.ndim < 2 or v.shape[-2] == 1 else v[..., where, :] for v in (edit.value, edit.scale))
-        here = replace(edit, value=value, scale=scale, at=None if edit.at is None else edit.at[where])
+        local = replace(edit, value=value, scale=scale, at=None if edit.at is None else edit.at[where])
         level = None if edit.gate is None else edit.gate.level[where]
-        written = _written(transcoder, live, here, level)
+        written = _written(transcoder, live, local, level)
     changes = []
-    for one in written:
+    for change in written:
         changes.append(x.new_zeros(x.shape))
-        changes[-1][:, where] = one.to(x.dtype)
+        changes[-1][:, where] = change.to(x.dtype)
     return changes
 
 
-def _at(code: SparseCode, where: Tensor) -> SparseCode:
+def _at_positions(code: SparseCode, where: Tensor) -> SparseCode:
     """A code [B, T, k] at some positions [T] bool."""
     return SparseCode(code.indices[:, where], code.values[:, where])
 
@@ -265,7 +264,7 @@ def _at(code: SparseCode, where: Tensor) -> SparseCode:
 def _exchanged(transcoder: Transcoder, live: SparseCode, code: SparseCode) -> list[Tensor]:
     """What a code [B, t, k] writes minus what the live one does, [B, t, d] by layer written."""
     lead, device = live.indices.shape[:-1], live.indices.device
-    indices, values = (one.to(device).expand(*lead, one.shape[-1]) for one in (code.indices, code.values))
+    indices, values = (entries.to(device).expand(*lead, entries.shape[-1]) for entries in (code.indices, code.values))
     # One sum over the entries of both: in half precision the difference of two rounded sums would be mostly rounding.
     both = SparseCode(torch.cat([indices, live.indices], -1), torch.cat([values.to(live.values), -live.values], -1))
     return [transcoder.write(both, ahead) for ahead in range(transcoder.config.writes)]
@@ -288,8 +287,8 @@ def _written(transcoder: Transcoder, code: SparseCode, edit: LayerEdit, level: T
 
 
 def generate_edited(scope: Scope, inputs: ModelInputs, plan: AnyPlan | None = None, max_new_tokens: int = 24) -> str:
-    """The greedy answer to one prompt without special tokens, edited in the prompt and, where the plan says so, at
-    every generated token; None generates freely.
+    """Greedy answer to one prompt, without special tokens, under a plan, which may also edit every generated token;
+    None generates without edits.
     """
     ids = generate_batch(scope.adapter, [inputs], max_new_tokens, editing(scope, plan) if plan else None)[0]
     return scope.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -302,23 +301,23 @@ def generate_batch(
     max_new_tokens: int = 24,
     context: AbstractContextManager[None] | None = None,
 ) -> list[list[int]]:
-    """The greedy answers to several prompts at once, each up to and with its end token; `context`, such as `editing`,
-    is around the forwards.
+    """Greedy answers to several prompts at once, each up to and with its end token; the forwards run in `context`, such
+    as `editing`.
 
     Raises:
         UserError: the prompts differ in length or in their pictures' sizes, or `generated` refuses them.
     """
     names = inputs[0].tensors
-    shapes = [{name: tensor.shape[1:] for name, tensor in one.tensors.items()} for one in inputs]
-    if any(len(one) != len(inputs[0]) or shape != shapes[0] for one, shape in zip(inputs, shapes, strict=True)):
+    shapes = [{name: tensor.shape[1:] for name, tensor in prompt.tensors.items()} for prompt in inputs]
+    if any(len(prompt) != len(inputs[0]) or shape != shapes[0] for prompt, shape in zip(inputs, shapes, strict=True)):
         raise UserError("prompts of a batch must have equal length and pictures of equal size: generate one by one")
-    tensors = {name: torch.cat([one.tensors[name] for one in inputs]) for name in names}
+    tensors = {name: torch.cat([prompt.tensors[name] for prompt in inputs]) for name in names}
     with context or nullcontext():
         rows = generated(adapter, tensors, max_new_tokens).tolist()
     ends = adapter.model.generation_config.eos_token_id
-    known: set[int] = {ends} if isinstance(ends, int) else {int(end) for end in ends or ()}
+    stop_ids: set[int] = {ends} if isinstance(ends, int) else {int(end) for end in ends or ()}
     # What follows the first end token in a batch is padding.
-    stops = [next((i for i, token in enumerate(ids) if token in known), len(ids) - 1) for ids in rows]
+    stops = [next((i for i, token in enumerate(ids) if token in stop_ids), len(ids) - 1) for ids in rows]
     return [ids[: stop + 1] for ids, stop in zip(rows, stops, strict=True)]
 
 
@@ -331,13 +330,13 @@ def without_special(tokenizer: Any, ids: Sequence[int]) -> list[int]:
 def whole_answers(
     scope: Scope, inputs: Sequence[ModelInputs], max_new_tokens: int = 24, batch: int = 64
 ) -> list[tuple[list[int], str]]:
-    """The greedy answer to each prompt, `batch` at once: its tokens without special ones, and its text."""
-    found = []
+    """Greedy answer to each prompt, `batch` at once: its tokens without special ones, and its text."""
+    answers = []
     for start in range(0, len(inputs), batch):
         for ids in generate_batch(scope.adapter, inputs[start : start + batch], max_new_tokens):
             words = without_special(scope.vlm.tokenizer, ids)
-            found.append((words, scope.vlm.tokenizer.decode(words).strip()))
-    return found
+            answers.append((words, scope.vlm.tokenizer.decode(words).strip()))
+    return answers
 
 
 @torch.no_grad()
@@ -346,7 +345,7 @@ def log_likelihoods(scope: Scope, prompts: Sequence[ModelInputs], answers: Seque
 
     An empty answer counts with the log-probability of the token that the model gives last there: the worst.
     """
-    found = np.zeros(len(answers))
+    means = np.zeros(len(answers))
     by_length: dict[int, list[int]] = {}
     for row, ids in enumerate(answers):
         by_length.setdefault(len(ids), []).append(row)
@@ -360,8 +359,8 @@ def log_likelihoods(scope: Scope, prompts: Sequence[ModelInputs], answers: Seque
             logs = logs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         else:
             logs = logs[:, -1].min(-1, keepdim=True).values
-        found[rows] = logs.mean(-1).numpy(force=True)
-    return found
+        means[rows] = logs.mean(-1).numpy(force=True)
+    return means
 
 
 BATCH = 96  # edits of one forward
@@ -370,16 +369,16 @@ BATCH = 96  # edits of one forward
 @torch.no_grad()
 def mlp_outputs(adapter: Adapter, batch: InputBatch) -> dict[int, Tensor]:
     """Raw MLP outputs by layer [B, T, d] of one unedited forward."""
-    found: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
     with ExitStack() as stack:
         for layer in range(adapter.n_layers):
 
             def hook(_m: Any, _a: Any, out: Tensor, layer: int = layer) -> None:
-                found[layer] = out
+                outputs[layer] = out
 
             stack.callback(adapter.mlp(layer).register_forward_hook(hook).remove)
         adapter.next_logits(batch.tensors)
-    return found
+    return outputs
 
 
 @torch.no_grad()
@@ -416,9 +415,9 @@ class SingleEdits:
     def __len__(self) -> int:
         return len(self.layer)
 
-    def rows(self, some: slice) -> SingleEdits:
-        """Some of them."""
-        return SingleEdits(*(values[some] for values in vars(self).values()))
+    def rows(self, span: slice) -> SingleEdits:
+        """A range of the edits."""
+        return SingleEdits(*(values[span] for values in vars(self).values()))
 
 
 def single_plan(edits: SingleEdits, size: int, length: int, like: Tensor) -> dict[int, LayerEdit]:
@@ -429,12 +428,12 @@ def single_plan(edits: SingleEdits, size: int, length: int, like: Tensor) -> dic
     for layer in np.unique(edits.layer).tolist():
         rows = np.flatnonzero(edits.layer == layer)
         features, slot = np.unique(edits.index[rows], return_inverse=True)
-        at = (torch.from_numpy(rows), torch.from_numpy(edits.position[rows]), torch.from_numpy(slot))
+        cells = (torch.from_numpy(rows), torch.from_numpy(edits.position[rows]), torch.from_numpy(slot))
         scale, value = like.new_ones(size, length, len(features)), like.new_zeros(size, length, len(features))
-        scale[at] = torch.from_numpy(edits.scale[rows]).to(like)
-        value[at] = torch.from_numpy(edits.value[rows]).to(like)
+        scale[cells] = torch.from_numpy(edits.scale[rows]).to(like)
+        value[cells] = torch.from_numpy(edits.value[rows]).to(like)
         where = torch.zeros(length, dtype=torch.bool)
-        where[at[1]] = True
+        where[cells[1]] = True
         plan[layer] = LayerEdit(torch.from_numpy(features).to(like.device), value, scale, where)
     return plan
 
@@ -442,7 +441,7 @@ def single_plan(edits: SingleEdits, size: int, length: int, like: Tensor) -> dic
 def repeated(base: BaseRun, size: int) -> BaseRun:
     """The run of one prompt as that of a batch of `size` copies, without copying it."""
     tables = {
-        key: {at: v.expand(size, *v.shape[1:]) for at, v in table.items()}
+        key: {entry: v.expand(size, *v.shape[1:]) for entry, v in table.items()}
         for key, table in vars(base).items()
         if key not in ("logits", "codes")
     }
@@ -460,20 +459,20 @@ def single_effects(
     """[n] float64, how far each edit of one prompt moves the logit of a token minus that of another at the last
     position.
 
-    Every forward carries an unedited row besides, from which the others are counted: rounding that depends on the
-    batch's size cancels. Of a model that caps its logits, differences before the cap.
+    Every forward has one more row, unedited, which is subtracted: rounding that depends on the batch's size cancels.
+    Differences are of logits before the model's soft cap, if it has one.
     """
     assert batch.size == 1, f"single edits are of one prompt, not of {batch.size}"
-    found = []
+    effects = []
     for begin in range(0, len(edits), BATCH):
-        some = edits.rows(slice(begin, begin + BATCH))
-        size = len(some) + 1
-        plan = single_plan(some, size, batch.length, base.logits)
+        chunk = edits.rows(slice(begin, begin + BATCH))
+        size = len(chunk) + 1
+        plan = single_plan(chunk, size, batch.length, base.logits)
         copies = batch.select([0] * size)
         logits = run_edited(scope, copies, plan, mode, repeated(base, size))[:, list(tokens)].double()
         cap = scope.adapter.logit_softcap
         if cap is not None:
             logits = cap * torch.atanh(logits / cap)
         difference = (logits[:, 0] - logits[:, 1]).cpu().numpy()
-        found.append(difference[:-1] - difference[-1])
-    return np.concatenate(found) if found else np.zeros(0)
+        effects.append(difference[:-1] - difference[-1])
+    return np.concatenate(effects) if effects else np.zeros(0)

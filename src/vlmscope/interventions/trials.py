@@ -33,8 +33,8 @@ from vlmscope.scope import Scope
 from vlmscope.transcoders.transcoder import SparseCode
 
 Features = Mapping[int, Tensor]  # layer -> [n] int64
-ANSWER_TOKENS = 6  # of an answer in mode "generate", at most
-PER_CASE = ("ids", "inputs", "pngs", "texts", "target_texts")  # fields of a case set with an entry for each case
+ANSWER_TOKENS = 6  # longest answer in mode "generate"
+PER_CASE = ("ids", "inputs", "pngs", "texts", "target_texts")  # fields of a case set with one entry per case
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,20 @@ class Cases:
 
     def select(self, rows: Sequence[int]) -> Cases:
         """Some of the cases; of their unedited run only the logits, which is all that mode "free" needs."""
-        at = torch.tensor(list(rows), device=self.answer.device)
-        tuples = {key: tuple(one[row] for row in rows) for key, one in vars(self).items() if key in PER_CASE and one}
+        index = torch.tensor(list(rows), device=self.answer.device)
+        tuples = {
+            key: tuple(entries[row] for row in rows)
+            for key, entries in vars(self).items()
+            if key in PER_CASE and entries
+        }
         return replace(
             self,
-            batch=self.batch.select(at),
-            base=BaseRun(self.base.logits[at], {}, {}, {}, {}),
-            answer=self.answer[at],
-            target=self.target[at],
-            donors=None if self.donors is None else self.donors.select(at),
-            donor_logits=None if self.donor_logits is None else self.donor_logits[at],
+            batch=self.batch.select(index),
+            base=BaseRun(self.base.logits[index], {}, {}, {}, {}),
+            answer=self.answer[index],
+            target=self.target[index],
+            donors=None if self.donors is None else self.donors.select(index),
+            donor_logits=None if self.donor_logits is None else self.donor_logits[index],
             **tuples,
         )
 
@@ -94,7 +98,7 @@ class Cases:
 
         Where one of the two is a single prompt, it is repeated for each of the other's.
         """
-        mine, theirs = (one.select([0] * len(ids)) if one.batch.size == 1 else one for one in (self, donors))
+        mine, theirs = (cases.select([0] * len(ids)) if cases.batch.size == 1 else cases for cases in (self, donors))
         return replace(mine, ids=ids, donors=theirs.batch, target=theirs.answer)
 
 
@@ -131,10 +135,10 @@ class Setting:
 
     def everywhere(self, layers: Sequence[int], roles: np.ndarray) -> list[Setting]:
         """The setting itself; where its layers or positions are "each", one for each layer or role in reading order."""
-        every = [self.layers.replace("each", str(layer)) for layer in layers]
-        over = every if "each" in self.layers else [self.layers]
+        # Text without "each" comes out the same for every layer, once.
+        spans = dict.fromkeys(self.layers.replace("each", str(layer)) for layer in layers)
         places = dict.fromkeys(roles.tolist()) if self.positions == "each" else [self.positions]
-        return [replace(self, layers=layer, positions=place) for layer in over for place in places]
+        return [replace(self, layers=span, positions=place) for span in spans for place in places]
 
     def restrict(self, plan: AnyPlan, roles: np.ndarray, n_layers: int) -> AnyPlan:
         """The part of a plan that lies in the setting's layers and positions."""
@@ -147,7 +151,7 @@ class Setting:
 
 
 def layer_range(text: str, n_layers: int) -> tuple[int, int]:
-    """The first and the last layer of "all", "no_last", "3", "0-5" or "3-"."""
+    """First and last layer of "all", "no_last", "3", "0-5" or "3-"."""
     if text in ("all", "no_last"):
         return 0, n_layers - (1 if text == "all" else 2)
     first, dash, last = text.partition("-")
@@ -173,18 +177,18 @@ def run_trials(scope: Scope, trials: Iterable[Trial], seed: int = 0) -> pd.DataF
         `question`, the tags of the case set, `case`, `control` ("" for the trial itself, "matched",
         "random_direction"), `draw`, `features` (edited), and the outcome (see `_outcome`).
     """
-    parts = []
+    tables = []
     with tqdm(desc="trials", unit="run", disable=None) as bar:  # a run: some cases under one edit
         for trial in trials:
             for setting, cases in product(trial.settings, trial.cases):
                 bar.set_postfix_str(f"{trial.operation}/{setting.name}", refresh=False)
                 whole = trial.do.plan(scope, cases, setting.strength)
-                for here in setting.everywhere(scope.transcoders.layers, cases.batch.roles):
-                    plan = here.restrict(whole, cases.batch.roles, scope.adapter.n_layers)
-                    for part in _with_controls(scope, trial, cases, here, plan, seed):
-                        parts.append(part)
+                for local in setting.everywhere(scope.transcoders.layers, cases.batch.roles):
+                    plan = local.restrict(whole, cases.batch.roles, scope.adapter.n_layers)
+                    for table in _with_controls(scope, trial, cases, local, plan, seed):
+                        tables.append(table)
                         bar.update()
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(tables, ignore_index=True)
 
 
 def _with_controls(
@@ -210,6 +214,7 @@ def _matched(scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: P
     if not trial.do.rereads:
         return drawn
     others = trial.do.plan(scope, cases, setting.strength, {layer: edit.features for layer, edit in drawn.items()})
+    # The control keeps the trial's positions, which the fresh plan does not know.
     return {
         layer: replace(
             others[layer],
@@ -225,7 +230,7 @@ def _matched(scope: Scope, trial: Trial, cases: Cases, setting: Setting, plan: P
 def _run(scope: Scope, cases: Cases, plan: AnyPlan, setting: Setting, direction: int | None = None) -> pd.DataFrame:
     if setting.mode == "generate":
         return _generated(scope, cases, setting, editing(scope, plan, direction))
-    if direction is not None:  # whatever is frozen otherwise
+    if direction is not None:  # random directions exist in free mode only, whatever the setting freezes
         return _outcome(cases, run_edited(scope, cases.batch, plan, direction=direction))
     return _outcome(cases, run_edited(scope, cases.batch, plan, setting.mode, cases.base))
 
@@ -238,12 +243,12 @@ def _generated(scope: Scope, cases: Cases, setting: Setting, context: AbstractCo
     """
     answers = generate_batch(scope.adapter, cases.inputs, setting.new_tokens, context)
     texts = [scope.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
-    said = [ids[0] if ids else -1 for ids in answers]
-    own, target = cases.answer.tolist(), cases.target.tolist()
+    first = [ids[0] if ids else -1 for ids in answers]
+    answer, target = cases.answer.tolist(), cases.target.tolist()
     # An answer that names the target and then the old answer after all is no hit.
-    hits = [ids[:1] == [t] and a not in ids for ids, a, t in zip(answers, own, target, strict=True)]
+    hits = [ids[:1] == [t] and a not in ids for ids, a, t in zip(answers, answer, target, strict=True)]
     table = pd.DataFrame(
-        {"case": cases.ids, "said": said, "text": texts, "hit": hits, "changed": np.not_equal(said, own)}
+        {"case": cases.ids, "said": first, "text": texts, "hit": hits, "changed": np.not_equal(first, answer)}
     )
     if cases.texts:
         table["changed"] = np.not_equal(texts, cases.texts)
@@ -255,12 +260,12 @@ def _generated(scope: Scope, cases: Cases, setting: Setting, context: AbstractCo
 
 
 def word_shares(text: str, before: str, after: str) -> tuple[float, float]:
-    """Of the words of `after`, equally many as in `before`: the shares that `text` has in their places, of those that
-    differ from `before` and of those that do not (nan where there are none).
+    """Shares of the words of `after` that `text` has in the same place: of those that differ from `before`, and of
+    those that do not; nan where there are none. `before` and `after` have equally many words.
     """
-    said, old, new = (np.array(one.split(), dtype=object) for one in (text, before, after))
-    hits = np.array([a == b for a, b in zip_longest(said[: len(new)], new)])
-    right, kept = (float(hits[which].mean()) if which.any() else np.nan for which in (old != new, old == new))
+    words, old, new = (np.array(line.split(), dtype=object) for line in (text, before, after))
+    hits = np.array([a == b for a, b in zip_longest(words[: len(new)], new)])
+    right, kept = (float(hits[mask].mean()) if mask.any() else np.nan for mask in (old != new, old == new))
     return right, kept
 
 
@@ -276,9 +281,9 @@ def _outcome(cases: Cases, logits: Tensor) -> pd.DataFrame:
     same or where the donor's logits are no further apart.
     """
     before, after = (x.double().numpy(force=True) for x in (cases.base.logits, logits))
-    said, answer, target = (x.numpy(force=True) for x in (logits.argmax(-1), cases.answer, cases.target))
-    rows = np.arange(len(said))
-    table = pd.DataFrame({"case": cases.ids, "said": said, "hit": said == target, "changed": said != answer})
+    token, answer, target = (x.numpy(force=True) for x in (logits.argmax(-1), cases.answer, cases.target))
+    rows = np.arange(len(token))
+    table = pd.DataFrame({"case": cases.ids, "said": token, "hit": token == target, "changed": token != answer})
     log_before, log_after = log_softmax(before), log_softmax(after)
     table["answer"], table["target"] = answer, target
     table["p_target"] = np.exp(log_after[rows, target])

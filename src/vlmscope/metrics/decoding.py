@@ -1,4 +1,4 @@
-"""What features' activations say of facts: readouts, tuning curves, selectivity, depth. Pure functions of arrays.
+"""Facts in features' activations: readouts, tuning curves, selectivity, depth. Pure functions of arrays.
 
 A feature is *selective* for a concept when it fires on at least a share of the concept's cases and its mean there is at
 least `ratio` times its mean over the cases of all other concepts (a case counts with 0 where the feature is silent).
@@ -50,11 +50,11 @@ def class_means(train: np.ndarray, codes: np.ndarray, test_codes: np.ndarray) ->
 
 
 def additive(train: np.ndarray, codes: Sequence[np.ndarray], test_codes: Sequence[np.ndarray]) -> np.ndarray:
-    """[m, F], predicted by a sum of one term a fact, by least squares: `train` [n, F], facts [n] and [m] int."""
+    """[m, F], predicted by a sum of one term per fact, by least squares: `train` [n, F], facts [n] and [m] int."""
     sizes = [int(max(a.max(), b.max())) + 1 for a, b in zip(codes, test_codes, strict=True)]
 
-    def design(found: Sequence[np.ndarray]) -> np.ndarray:
-        return np.concatenate([np.eye(size)[code] for size, code in zip(sizes, found, strict=True)], 1)
+    def design(facts: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.eye(size)[code] for size, code in zip(sizes, facts, strict=True)], 1)
 
     weights = np.linalg.lstsq(design(codes), train, rcond=None)[0]
     return design(test_codes) @ weights
@@ -64,7 +64,7 @@ def linear_accuracy(
     train: np.ndarray, codes: np.ndarray, test: np.ndarray, test_codes: np.ndarray, ridge: float = 1.0
 ) -> np.ndarray:
     """[m] bool, which held-out cases a linear readout of activations classifies rightly (`linear_prediction` of one-hot
-    classes; the largest output is the answer). Without a feature that varies it is the most frequent class.
+    classes; the largest output is the answer). If no feature varies, the answer is the most frequent class.
     """
     classes = np.eye(int(max(codes.max(), test_codes.max())) + 1)[codes]
     return linear_prediction(train, classes, test, ridge).argmax(1) == test_codes
@@ -112,11 +112,11 @@ def tuning_curves(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
 def rank_correlation(values: np.ndarray, x: np.ndarray) -> np.ndarray:
     """[F], Spearman's rho of each column of `values [N, F]` with `x [N]`; 0 where either is constant."""
     ranks = stats.rankdata(values, axis=0)
-    other = stats.rankdata(x)
+    x_ranks = stats.rankdata(x)
     ranks -= ranks.mean(0)
-    other -= other.mean()
-    norms = np.sqrt((ranks**2).sum(0)) * np.sqrt((other**2).sum())
-    return np.divide(other @ ranks, norms, out=np.zeros(values.shape[1]), where=norms > 0)
+    x_ranks -= x_ranks.mean()
+    norms = np.sqrt((ranks**2).sum(0)) * np.sqrt((x_ranks**2).sum())
+    return np.divide(x_ranks @ ranks, norms, out=np.zeros(values.shape[1]), where=norms > 0)
 
 
 def partial_correlation(first: np.ndarray, second: np.ndarray, between: float) -> np.ndarray:
@@ -176,13 +176,13 @@ def tuned(
 def held_out_tuning(
     names: Mapping[int, np.ndarray], codes: Mapping[int, np.ndarray], levels: np.ndarray, other: np.ndarray
 ) -> dict[str, Rate]:
-    """Whether tuning as `tuned` names it is there on other cases.
+    """Whether the tuning that `tuned` names holds on other cases.
 
     Args:
         names: layer -> [F] shapes of tuning curves.
         codes: layer -> [N, F] activations on the other cases.
         levels: [N], the number there.
-        other: [N], a quantity that goes with the number, such as painted area.
+        other: [N], a quantity correlated with the number, such as painted area.
 
     Returns:
         `<kind>/holds`, the share of features with the same kind of curve; of those that go up or down, signed so that a
@@ -192,20 +192,20 @@ def held_out_tuning(
     holds: dict[str, list[bool]] = {kind: [] for kind in (UP, DOWN, PEAK)}
     between = float(rank_correlation(levels[:, None].astype(float), other)[0])
     monotone: list[np.ndarray] = []
-    for layer, of in names.items():
-        chosen, lines = np.flatnonzero(of != ""), np.flatnonzero(np.isin(of, (UP, DOWN)))
+    for layer, shapes in names.items():
+        chosen, lines = np.flatnonzero(shapes != ""), np.flatnonzero(np.isin(shapes, (UP, DOWN)))
         kinds = curve_kinds(tuning_curves(codes[layer][:, chosen], levels))
-        for name, kind in zip(of[chosen], kinds, strict=True):
+        for name, kind in zip(shapes[chosen], kinds, strict=True):
             holds[name.split()[0]].append(bool(kind == name.split()[0]))
-        rho, of_other = (rank_correlation(codes[layer][:, lines], x) for x in (levels, other))
-        sign = np.where(of[lines] == UP, 1.0, -1.0)
-        monotone.append(np.stack([rho * sign, partial_correlation(rho, of_other, between) * sign]))
-    found = {f"{kind}/holds": bootstrap_rate(hits) for kind, hits in holds.items() if hits}
+        rho, rho_other = (rank_correlation(codes[layer][:, lines], x) for x in (levels, other))
+        sign = np.where(shapes[lines] == UP, 1.0, -1.0)
+        monotone.append(np.stack([rho * sign, partial_correlation(rho, rho_other, between) * sign]))
+    metrics = {f"{kind}/holds": bootstrap_rate(hits) for kind, hits in holds.items() if hits}
     rho, equal = np.concatenate(monotone, 1)
     if len(rho):
-        found |= {"monotone/rho": bootstrap_mean(rho), "monotone/rho_at_equal_area": bootstrap_mean(equal)}
-        found["monotone/same_sign_at_equal_area"] = bootstrap_rate(equal > 0)
-    return found
+        metrics |= {"monotone/rho": bootstrap_mean(rho), "monotone/rho_at_equal_area": bootstrap_mean(equal)}
+        metrics["monotone/same_sign_at_equal_area"] = bootstrap_rate(equal > 0)
+    return metrics
 
 
 def accuracy_across(
@@ -221,10 +221,10 @@ def accuracy_across(
     """
     same, others = [], []
     for value in np.unique(groups):
-        rows, own = groups == value, test_groups == value
+        rows, inside = groups == value, test_groups == value
         right = linear_accuracy(train[rows], levels[rows], test, test_levels)
-        same.append(right[own])
-        others.append(right[~own])
+        same.append(right[inside])
+        others.append(right[~inside])
     return np.concatenate(same), np.concatenate(others)
 
 
@@ -239,8 +239,8 @@ def curve_kinds(curves: np.ndarray) -> np.ndarray:
     steps = np.diff(curves, axis=0)
     rising, falling = steps >= -SLACK * span, steps <= SLACK * span
     top = curves.argmax(0)
-    at = np.arange(count - 1)[:, None]
-    single = np.where(at < top, rising, falling).all(0)
+    step = np.arange(count - 1)[:, None]
+    single = np.where(step < top, rising, falling).all(0)
     kinds = np.full(width, OTHER, dtype=object)
     varies = span > 0
     kinds[varies & single & (top > 0) & (top < count - 1)] = PEAK
@@ -249,7 +249,7 @@ def curve_kinds(curves: np.ndarray) -> np.ndarray:
     return kinds
 
 
-_EXACT = 8  # concepts up to which all orders of their names are gone through
+_EXACT = 8  # concepts up to which all orders of their names are tried
 _DRAWS = 10_000  # orders that are drawn when there are more
 
 
@@ -295,10 +295,10 @@ def contrast_p(observed: Contrast, null: Iterator[Contrast]) -> np.ndarray:
     """[C, M], one-sided p-value of each difference of mean and rest under shuffled labels."""
     gap = observed.mean - observed.rest
     draws, larger = 0, np.zeros(gap.shape)
-    for one in null:
+    for draw in null:
         draws += 1
         # A sum in another order must not turn an equal difference into a smaller one.
-        larger += one.mean - one.rest >= gap - 1e-6 * np.abs(gap)
+        larger += draw.mean - draw.rest >= gap - 1e-6 * np.abs(gap)
     return (larger + 1) / (draws + 1)
 
 
@@ -332,8 +332,8 @@ def bootstrap_depth(curves: np.ndarray, less: np.ndarray | None = None, seed: in
     """
 
     def value(rows: np.ndarray) -> float:
-        found = mean_depth(curves[rows])
-        return found if less is None else found - mean_depth(less[rows])
+        depth = mean_depth(curves[rows])
+        return depth if less is None else depth - mean_depth(less[rows])
 
     n = len(curves)
     drawn = [value(rows) for rows in generator(seed, "bootstrap depth").integers(0, n, (RESAMPLES, n))]

@@ -1,4 +1,4 @@
-"""How good a dictionary of features is: reconstruction, duplicates, monosemanticity, modality.
+"""Quality of a dictionary of features: reconstruction, duplicates, monosemanticity, modality, co-activation, clusters.
 
 *FVU* = sum ||y - y_hat||^2 / sum ||y - mean(y)||^2, the mean taken over the tokens that are counted: a reconstruction
 that only knows the mean of a subset (image tokens, say) has an FVU of 1 there.
@@ -21,19 +21,18 @@ firings at V soft tokens and c_t firings at T text tokens, the index is the pict
 
 Given c = c_v + c_t, two Poisson counts leave c_v binomial with q = m V / (m V + (1 - m) T) (Przyborowski and Wilenski
 1940), so an interval for q is one for m. Wilson's (1927) is taken, which stays inside [0, 1] and keeps its width at the
-ends. Firings inside one input hang together: the interval counts each input as one firing, which errs to the wide side.
+ends. Firings inside one input are correlated: the interval counts each input as one firing, which makes it too wide
+rather than too narrow.
 
-Legend: N tokens or pictures, d width, k slots for active features, F features.
-
-Which features fire together, from one sparse table of who fires where, and clusters of them.
-
-For features f and g that fire in n_f and n_g of N cases and together in n_fg, phi is the correlation of the two yes/no
-series:
+*Co-activation*: for features f and g that fire in n_f and n_g of N cases and together in n_fg, phi is the correlation
+of the two yes/no series:
 
     phi = (N n_fg - n_f n_g) / sqrt(n_f (N - n_f) n_g (N - n_g))
 
 Only a block of features against all is ever dense, and of it only each feature's nearest are kept: memory is
 O(entries + F neighbours + block F), whatever the number of cases.
+
+Legend: N tokens, pictures or cases, d width, k slots for active features, F features.
 """
 
 from __future__ import annotations
@@ -137,7 +136,7 @@ def duplicated_fraction(
         for layer, rows in mine.items():
             if other != layer and len(theirs):
                 best[layer] = torch.maximum(best[layer], (rows @ theirs.T).amax(1))
-    return {layer: float((found >= cosine).double().mean()) for layer, found in best.items() if len(found)}
+    return {layer: float((cosines >= cosine).double().mean()) for layer, cosines in best.items() if len(cosines)}
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def nearest_twins(
     device: torch.device | str = "cpu",
     block: int = _SAMPLE,
 ) -> dict[int, Twin]:
-    """The most nearly parallel live partner of every live feature.
+    """Nearest live partner, by cosine, of every live feature.
 
     Args:
         directions: layer -> one or several [F, d]; with several (what a feature writes, what it reads) a pair is as
@@ -174,18 +173,19 @@ def nearest_twins(
         block: features of a layer that are compared with one other layer at a time.
     """
     units = {
-        layer: [functional.normalize(one.to(device).float(), dim=1) for one in of] for layer, of in directions.items()
+        layer: [functional.normalize(rows.to(device).float(), dim=1) for rows in tables]
+        for layer, tables in directions.items()
     }
-    found: dict[int, Twin] = {}
+    twins: dict[int, Twin] = {}
     for layer, mine in units.items():
         count = len(mine[0])
         best = mine[0].new_full((count,), -1.0)
         where, which = (torch.full((count,), -1, dtype=torch.int64, device=device) for _ in range(2))
-        for other in [layer] if own_layer else [one for one in units if one != layer]:
+        for other in [layer] if own_layer else [key for key in units if key != layer]:
             dead = ~alive[other].to(device)
             for start in range(0, count, block):
                 rows = slice(start, min(start + block, count))
-                pairs = [one[rows] @ two.T for one, two in zip(mine, units[other], strict=True)]
+                pairs = [a[rows] @ b.T for a, b in zip(mine, units[other], strict=True)]
                 cosines = torch.stack(pairs).amin(0)
                 cosines[:, dead] = -1.0
                 if own_layer:
@@ -197,8 +197,8 @@ def nearest_twins(
                 which[rows] = torch.where(better, partner, which[rows])
         gone = ~alive[layer].to(device)
         best[gone], where[gone], which[gone] = -1.0, -1, -1
-        found[layer] = Twin(best.cpu(), where.cpu(), which.cpu())
-    return found
+        twins[layer] = Twin(best.cpu(), where.cpu(), which.cpu())
+    return twins
 
 
 def unit_embeddings(embeddings: np.ndarray, centre: bool = True) -> np.ndarray:
@@ -229,7 +229,7 @@ def monosemanticity(embeddings: np.ndarray, activations: np.ndarray | Any) -> np
     total = np.square(np.asarray(weights.sum(0)))
     resultant = np.square(weights.T @ np.asarray(embeddings, np.float64)).sum(1)
     fires = np.diff(weights.indptr) >= 2
-    # Two activations of which one is lost in rounding beside the other leave no weight on any pair.
+    # Two activations of which one is lost in rounding next to the other leave no weight on any pair.
     pairs = np.where(fires, total - squares, 0.0)
     score = np.divide(resultant - squares, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
     return np.minimum(score, 1.0)
@@ -287,9 +287,9 @@ def modality(
         share = image / (image + text)
     share_low, share_high = wilson_interval(share, np.where(fires, inputs, 1))
 
-    def index(of: np.ndarray) -> np.ndarray:
-        rate = of / n_image
-        return np.where(fires, rate / (rate + (1 - of) / n_text), np.nan)
+    def index(part: np.ndarray) -> np.ndarray:
+        rate = part / n_image
+        return np.where(fires, rate / (rate + (1 - part) / n_text), np.nan)
 
     low, high = index(share_low), index(share_high)
     kind = np.full(len(image), "unsettled", dtype=f"<U{max(map(len, CLASSES))}")
@@ -344,7 +344,7 @@ def phi(together: np.ndarray, first: np.ndarray, second: np.ndarray, n: int) -> 
 
 
 def coactive(active: Any, neighbours: int = 10, least: int = 5, block: int = BLOCK) -> Neighbours:
-    """The `neighbours` features with the largest phi beside each feature, from `active` [N, F] sparse, non-zero where a
+    """The `neighbours` features of largest phi for each feature, from `active` [N, F] sparse, non-zero where a
     feature fires. A feature that fires in fewer than `least` cases has none and is none.
     """
     table: Any = sparse.csc_array(active, dtype=np.float32)
@@ -383,16 +383,16 @@ def nearest_of(
     chosen = np.flatnonzero(eligible)
     for start in range(0, len(chosen) if width else 0, block):
         features = chosen[start : start + block]
-        found, together = scores(features)
-        found = np.where(eligible[None], found, 0.0)
-        found[np.arange(len(features)), features] = 0.0
-        near = np.argpartition(-found, width - 1, axis=1)[:, :width]
-        near = np.take_along_axis(near, np.argsort(-np.take_along_axis(found, near, 1), axis=1, kind="stable"), 1)
-        best = np.take_along_axis(found, near, 1)
-        there = best > 0
-        index[features] = np.where(there, near, -1)
-        score[features] = np.where(there, best, 0.0)
-        shared[features] = np.where(there, np.take_along_axis(together, near, 1), 0)
+        values, together = scores(features)
+        values = np.where(eligible[None], values, 0.0)
+        values[np.arange(len(features)), features] = 0.0
+        near = np.argpartition(-values, width - 1, axis=1)[:, :width]
+        near = np.take_along_axis(near, np.argsort(-np.take_along_axis(values, near, 1), axis=1, kind="stable"), 1)
+        best = np.take_along_axis(values, near, 1)
+        kept = best > 0
+        index[features] = np.where(kept, near, -1)
+        score[features] = np.where(kept, best, 0.0)
+        shared[features] = np.where(kept, np.take_along_axis(together, near, 1), 0)
     return Neighbours(index, score, shared)
 
 
@@ -413,13 +413,15 @@ def louvain(graph: Any, seed: int = 0, resolution: float = 1.0) -> np.ndarray:
     clusters = np.arange(table.shape[0])
     level = 0
     while True:
-        found = _move(table, generator(seed, "louvain", level).permutation(table.shape[0]), resolution)
-        _, found = np.unique(found, return_inverse=True)
-        clusters = found[clusters]
-        count = int(found.max()) + 1 if len(found) else 0
+        assigned = _move(table, generator(seed, "louvain", level).permutation(table.shape[0]), resolution)
+        _, assigned = np.unique(assigned, return_inverse=True)
+        clusters = assigned[clusters]
+        count = int(assigned.max()) + 1 if len(assigned) else 0
         if count == table.shape[0]:
             return _by_size(clusters)
-        member = sparse.csr_array((np.ones(len(found)), (np.arange(len(found)), found)), shape=(len(found), count))
+        member = sparse.csr_array(
+            (np.ones(len(assigned)), (np.arange(len(assigned)), assigned)), shape=(len(assigned), count)
+        )
         table = (member.T @ table @ member).tocsr()
         level += 1
 

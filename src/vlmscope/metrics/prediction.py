@@ -1,6 +1,6 @@
-"""How well some numbers predict others: agreement, rankings, maps, faithfulness of circuits. Pure functions of arrays.
+"""How well some numbers predict others: agreement, rankings, maps, faithfulness, areas. Pure functions of arrays.
 
-Faithfulness over the size of a circuit, and its areas CPR and CMD (MIB, arXiv 2504.13151), with m the mean logit
+*Faithfulness* over the size of a circuit, and its areas CPR and CMD (MIB, arXiv 2504.13151), with m the mean logit
 difference over pairs:
 
     f(k) = (m(circuit of share k) - m(corrupt)) / (m(clean) - m(corrupt))
@@ -10,10 +10,10 @@ difference over pairs:
 0.02, 0.05, 0.1, 0.2, 0.5 and 1 on a linear axis, without the part below 0.001. So CPR is 0.999 and CMD 0 for a circuit
 method that is faithful at every size; f may leave [0, 1]. A circuit of share k of N things has floor(k N) of them.
 
-Legend: K sizes, B pairs.
+*Area under the ROC curve*: the share of pairs (a wrong case, a right one) in which the wrong one scores higher, ties
+counting half (Hanley and McNeil 1982); with strata [n] only pairs within one stratum count.
 
-The area under the ROC curve is the share of pairs (a wrong case, a right one) in which the wrong one scores higher,
-ties counting half (Hanley and McNeil 1982); with strata [n] only pairs within one count. Shapes: n cases, k numbers.
+Legend: K sizes, B pairs, n cases, k numbers per case.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def agreement(
     A correlation with something constant is 0.
     """
     x, y = np.asarray(predicted, np.float64), np.asarray(measured, np.float64)
-    names, of = np.unique(np.asarray(groups), return_inverse=True)
-    if not x.shape == y.shape == of.shape:
-        raise ValueError(f"{x.size} predictions, {y.size} measurements and {of.size} groups")
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    if not x.shape == y.shape == group.shape:
+        raise ValueError(f"{x.size} predictions, {y.size} measurements and {group.size} groups")
     if x.size < 3 or len(names) < 2:
         raise ValueError(f"an interval needs 3 cases of 2 groups, not {x.size} of {len(names)}")
-    members = [np.flatnonzero(of == g) for g in range(len(names))]
+    members = [np.flatnonzero(group == g) for g in range(len(names))]
     drawn = generator(seed, "agreement")
     resampled = []
     for _ in range(AGREEMENT_RESAMPLES):
@@ -110,8 +110,7 @@ def auroc(scores: np.ndarray, truth: np.ndarray) -> float:
     positive, negative = int(truth.sum()), int((~truth).sum())
     if not positive or not negative:
         raise ValueError(f"an AUROC needs true and false cases, and there are {positive} and {negative}")
-    ranks = rankdata(scores)
-    return float((ranks[truth].sum() - positive * (positive + 1) / 2) / (positive * negative))
+    return auc(np.asarray(scores), truth)
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
@@ -123,8 +122,8 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
 
 def jaccard(first: Collection, second: Collection) -> float:
     """|A and B| / |A or B| of two choices; 1 for two empty ones."""
-    one, other = set(first), set(second)
-    return len(one & other) / len(one | other) if one | other else 1.0
+    a, b = set(first), set(second)
+    return len(a & b) / len(a | b) if a | b else 1.0
 
 
 def mean_jaccard(choices: Sequence[Collection]) -> float:
@@ -217,8 +216,8 @@ def _rates(circuits: np.ndarray, clean: np.ndarray, corrupt: np.ndarray, seed: i
     values = (circuits.mean(-1) - corrupt.mean()) / whole
     low, high = np.quantile(_resampled(circuits, clean, corrupt, seed), (0.025, 0.975), axis=0)
     return tuple(
-        Rate(float(value), float(one), float(other), clean.size)
-        for value, one, other in zip(values, low, high, strict=True)
+        Rate(float(value), float(lower), float(upper), clean.size)
+        for value, lower, upper in zip(values, low, high, strict=True)
     )
 
 
@@ -261,10 +260,10 @@ def bootstrap_auc(
 
     With `less` [n], other scores, the value is the difference of the two areas on the same draws.
     """
-    names, of = np.unique(groups, return_inverse=True)
+    names, group = np.unique(groups, return_inverse=True)
     rng = generator(seed, "bootstrap auc")
     drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
-    weights = np.concatenate([np.ones((1, len(scores))), drawn[:, of]])  # the first row is the data as they are
+    weights = np.concatenate([np.ones((1, len(scores))), drawn[:, group]])  # the first row is the data as they are
     won, pairs = np.zeros(len(weights)), np.zeros(len(weights))
     for chosen in _parts(strata, len(scores)):
         bad, good = chosen[wrong[chosen]], chosen[~wrong[chosen]]
@@ -286,11 +285,11 @@ def _in_order(scores: np.ndarray, bad: np.ndarray, good: np.ndarray) -> np.ndarr
 
 def group_folds(groups: np.ndarray, folds: int | None, seed: int = 0) -> np.ndarray:
     """[n], the fold in which each case is tested; a group is never split. None: every group is a fold."""
-    names, of = np.unique(groups, return_inverse=True)
+    names, group = np.unique(groups, return_inverse=True)
     if len(names) < 2:
         raise ValueError("cases of one group alone cannot be held out")
     order = generator(seed, "folds").permutation(len(names))
-    return order[of] % min(folds or len(names), len(names))
+    return order[group] % min(folds or len(names), len(names))
 
 
 def held_out_scores(
@@ -329,12 +328,12 @@ def shuffled_aucs(
     seed: int = 0,
     centred: np.ndarray | None = None,
 ) -> np.ndarray:
-    """[draws], the held-out area when it is shuffled within strata which cases are wrong."""
+    """[draws], the held-out area when the labels of wrong cases are shuffled within strata."""
     rng = generator(seed, "shuffled answers")
-    found: list[float] = []
+    areas: list[float] = []
     for _ in range(draws):
         mixed = wrong.copy()
         for rows in _parts(strata, len(wrong)):
             mixed[rows] = rng.permutation(wrong[rows])
-        found.append(auc(held_out_scores(values, mixed, folds, centred), mixed, strata))
-    return np.array(found)
+        areas.append(auc(held_out_scores(values, mixed, folds, centred), mixed, strata))
+    return np.array(areas)

@@ -30,11 +30,11 @@ def bootstrap_rate(
     When all cases agree every resample does too, which says nothing about the next case; the open end then comes from
     the rule of three (Hanley and Lippman-Hand 1983: 3 / n), so that 100 of 100 reads as 0.97 to 1.
     """
-    found = bootstrap_mean(np.asarray(hits, dtype=float), seed, control, groups)
-    n = found.cases if groups is None else len(set(groups))
-    if found.value == 1.0:
-        return replace(found, ci_low=max(1.0 - 3.0 / n, 0.0))
-    return replace(found, ci_high=min(3.0 / n, 1.0)) if found.value == 0.0 else found
+    mean = bootstrap_mean(np.asarray(hits, dtype=float), seed, control, groups)
+    n = mean.cases if groups is None else len(set(groups))
+    if mean.value == 1.0:
+        return replace(mean, ci_low=max(1.0 - 3.0 / n, 0.0))
+    return replace(mean, ci_high=min(3.0 / n, 1.0)) if mean.value == 0.0 else mean
 
 
 def bootstrap_mean(
@@ -45,26 +45,26 @@ def bootstrap_mean(
 ) -> Rate:
     """The mean of a measure with its percentile-bootstrap 95 % interval.
 
-    With `groups`, a name for each case, whole groups are drawn instead of cases: cases of one picture hang together.
+    With `groups`, a name for each case, whole groups are drawn instead of cases: cases of one picture are correlated.
     """
-    found = np.asarray(values, dtype=float)
-    if found.size == 0:
+    sample = np.asarray(values, dtype=float)
+    if sample.size == 0:
         raise ValueError("a mean needs at least one case")
-    if groups is not None and len(groups) != found.size:
-        raise ValueError(f"{found.size} cases, but {len(groups)} names of groups")
-    low, high = _interval(found.tobytes(), None if groups is None else tuple(groups), seed)
-    return Rate(float(found.mean()), low, high, int(found.size), control)
+    if groups is not None and len(groups) != sample.size:
+        raise ValueError(f"{sample.size} cases, but {len(groups)} names of groups")
+    low, high = _interval(sample.tobytes(), None if groups is None else tuple(groups), seed)
+    return Rate(float(sample.mean()), low, high, int(sample.size), control)
 
 
 @lru_cache(maxsize=1024)  # metrics and every mark of a report ask for the same rates
 def _interval(values: bytes, groups: tuple[str, ...] | None, seed: int) -> tuple[float, float]:
     """The interval of `bootstrap_mean`, from float64 values."""
-    found, drawn = np.frombuffer(values), generator(seed, "bootstrap")
+    sample, drawn = np.frombuffer(values), generator(seed, "bootstrap")
     if groups is None:
-        resampled = drawn.choice(found, (RESAMPLES, found.size)).mean(1)
+        resampled = drawn.choice(sample, (RESAMPLES, sample.size)).mean(1)
     else:
-        _, of = np.unique(np.asarray(groups), return_inverse=True)
-        sums, counts = np.bincount(of, found), np.bincount(of)
+        _, group = np.unique(np.asarray(groups), return_inverse=True)
+        sums, counts = np.bincount(group, sample), np.bincount(group)
         chosen = drawn.integers(0, len(counts), (RESAMPLES, len(counts)))
         resampled = sums[chosen].sum(1) / counts[chosen].sum(1)
     low, high = (float(v) for v in np.quantile(resampled, (0.025, 0.975)))
@@ -133,7 +133,7 @@ def half_width(value: float, low: float, high: float) -> float:
 
 
 def suggested_range(values: Sequence[float], half_widths: Sequence[float], share: bool) -> tuple[float, float]:
-    """The range by `RULE` of values, one a seed, from the half-widths of those that have an interval; `share` says
+    """The range by `RULE` of values, one per seed, from the half-widths of those that have an interval; `share` says
     whether the number is a share of cases.
     """
     if not values or not all(math.isfinite(value) for value in values):
@@ -149,7 +149,7 @@ def suggested_range(values: Sequence[float], half_widths: Sequence[float], share
 
 
 def _outwards(value: float, sign: int, decimals: int) -> float:
-    """Rounded up for sign 1, down for -1; what float arithmetic alone moved past a decimal does not count."""
+    """Round up for sign 1, down for -1; a value that float arithmetic alone moved past a decimal stays there."""
     scaled = round(value * 10.0**decimals, 6)
     return round((math.ceil(scaled) if sign > 0 else math.floor(scaled)) / 10.0**decimals, max(decimals, 0))
 
@@ -164,7 +164,7 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.Da
         `random_direction` (means over all draws, NaN without one), `p` (exact, one-sided, paired with the first matched
         draw) and `q` (corrected over all rows, Benjamini and Hochberg); p and q only of shares.
     """
-    found: dict[Any, dict[str, float]] = {}
+    rows: dict[Any, dict[str, float]] = {}
     groupings = cast(Any, table.groupby(list(by), sort=False, dropna=False))  # pandas' own types are too wide
     for key, group in groupings:
         done = group[group.control == ""]
@@ -180,15 +180,15 @@ def rates(table: pd.DataFrame, by: Sequence[str], measure: str = "hit") -> pd.Da
             row[control] = float(np.mean([draw.mean() for draw in draws])) if draws else np.nan
             if control == "matched":
                 row["p"] = paired_p(values, draws[0]) if draws and share else np.nan
-        found[key if len(by) > 1 else key[0]] = row
-    return corrected(indexed(found, by))
+        rows[key if len(by) > 1 else key[0]] = row
+    return corrected(indexed(rows, by))
 
 
-def indexed(found: dict[Any, dict[str, float]], by: Sequence[str]) -> Any:
+def indexed(rows: dict[Any, dict[str, float]], by: Sequence[str]) -> Any:
     """Rows by key as a frame whose index has the levels `by`."""
-    rows: Any = pd.DataFrame.from_dict(found, orient="index")
-    rows.index = pd.MultiIndex.from_tuples(rows.index, names=by) if len(by) > 1 else rows.index.rename(by[0])
-    return rows
+    frame: Any = pd.DataFrame.from_dict(rows, orient="index")
+    frame.index = pd.MultiIndex.from_tuples(frame.index, names=by) if len(by) > 1 else frame.index.rename(by[0])
+    return frame
 
 
 def corrected(rows: pd.DataFrame) -> pd.DataFrame:
@@ -218,19 +218,19 @@ def cell_means(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         draws unordered pairs of concepts, since a pair's cells share one circuit; and `lowest`, `highest` (cell) and
         `significant`, the share of cells whose q is below `ALPHA`.
     """
-    found: dict[Any, dict[str, float]] = {}
+    means: dict[Any, dict[str, float]] = {}
     groups = cast(Any, rows.groupby(level=list(by), sort=False))
     for key, cells in groups:
         pairs = ["-".join(sorted(pair)) for pair in cells.reset_index()[["recipient", "donor"]].to_numpy()]
         mean = bootstrap_rate(cells.value.to_numpy(), groups=pairs)
-        found[key if len(by) > 1 else key[0]] = {
+        means[key if len(by) > 1 else key[0]] = {
             "value": mean.value, "ci_low": mean.ci_low, "ci_high": mean.ci_high, "cases": mean.cases,
             "edited": cells.edited.max(), "matched": cells.matched.mean(),
             "random_direction": cells.random_direction.mean(), "lowest": cells.value.min(),
             "highest": cells.value.max(),
             "significant": (cells.q < ALPHA).mean() if cells.q.notna().any() else np.nan,
         }  # fmt: skip
-    return indexed(found, by)
+    return indexed(means, by)
 
 
 def worst(rows: pd.DataFrame, over: str) -> pd.DataFrame:
@@ -265,19 +265,20 @@ def trial_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mapp
         if varied:
             continue
         several = part["mode"].nunique() > 1
-        for mode, of in part.groupby("mode", sort=False):
+        for mode, runs in part.groupby("mode", sort=False):
             name = f"{operation}/{setting}" + (f"/{mode}" if several else "")
-            found: Any = rates(of, ["setting", "question"], measure)
-            metrics |= {f"{name}_{other}": float(of[of.control == ""][other].mean()) for other in others}
+            shares: Any = rates(runs, ["setting", "question"], measure)
+            by_question = {f"{name}/{question}": row.value for (_, question), row in shares.iterrows()}
+            metrics |= {f"{name}_{extra}": float(runs[runs.control == ""][extra].mean()) for extra in others}
             if "/" in operation:  # another set's features on a question: no question is the worst of them
-                metrics |= {f"{name}/{question}": one.value for (_, question), one in found.iterrows()}
+                metrics |= by_question
                 continue
-            row = (worst(found, "question") if len(found) > 1 else found).iloc[0]
+            row = (worst(shares, "question") if len(shares) > 1 else shares).iloc[0]
             metrics |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
             if not np.isnan(row.matched):
                 metrics[f"{name}_control"] = row.matched
-            if len(found) > 1 and not several:
-                metrics |= {f"{name}/{question}": one.value for (_, question), one in found.iterrows()}
+            if len(shares) > 1 and not several:
+                metrics |= by_question
     return metrics
 
 
@@ -300,15 +301,15 @@ def cell_metrics(table: pd.DataFrame, trials: Mapping[str, Any], settings: Mappi
     `_control` is the mean over cells, `_lowest` and `_highest` are cells, `_significant` the share above its control.
     """
     by = ["operation", "setting"]
-    found = measured(table, [*by, *CELL], {name: trial.measure for name, trial in trials.items()})
-    metrics: dict[str, float] = {"cells": float(len(found.groupby(level=CELL)))}
+    cells = measured(table, [*by, *CELL], {name: trial.measure for name, trial in trials.items()})
+    metrics: dict[str, float] = {"cells": float(len(cells.groupby(level=CELL)))}
     key: Any
     row: Any
-    for key, row in cell_means(found, by).iterrows():
+    for key, row in cell_means(cells, by).iterrows():
         name = "/".join(key)
         metrics |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
         more = {"control": row.matched, "lowest": row.lowest, "highest": row.highest, "significant": row.significant}
-        metrics |= {f"{name}_{which}": float(value) for which, value in more.items() if value == value}
-    for key, row in cell_means(found, [*by, "question"]).iterrows():
+        metrics |= {f"{name}_{kind}": float(value) for kind, value in more.items() if value == value}
+    for key, row in cell_means(cells, [*by, "question"]).iterrows():
         metrics["/".join(key)] = row.value
     return metrics

@@ -1,4 +1,4 @@
-"""Aggregate many attribution graphs: mean edges, and how often each feature and edge is there."""
+"""Aggregate many attribution graphs: mean edges, and how often each feature and edge occurs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ USES = ("attribution",)
 class Config:
     """The graphs (docs/graphs.md): `runs` are folders of traces, of one prompt or of many rows, or graph files.
 
-    `match` says when nodes are the same (position, from_end, role, feature, auto); what pruning kept in a smaller share
-    of the graphs than `min_present` is left out.
+    `match` says when nodes are the same (position, from_end, role, feature, auto). Nodes and edges that pruning kept in
+    a smaller share of the graphs than `min_present` are left out.
     """
 
     runs: list[str] = field(default_factory=list)
@@ -43,25 +43,25 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     files = graph_files(cfg.task.runs)
     if not files:
         raise UserError("no graphs: give task.runs=[RUN,...], the folders of task=trace runs")
-    passes = iter(("matching", "summing"))
+    passes = iter(("matching", "summing"))  # the files are read twice
 
     def bar(graphs: Iterable[Any]) -> Iterator[Any]:
         return iter(tqdm(graphs, desc=next(passes), total=len(files), unit="graph"))
 
     names = [file.parent.name for file in files]
-    found = aggregate(files, names, cfg.task.match, cfg.task.min_present, bar)
-    save_merged(context.run_dir / "aggregate.safetensors", found)
-    labels = feature_labels(cfg, found.model)
-    size = write_merged_json(context.run_dir / "graph.json", found, context.run_dir.name, labels)
-    write_tables(context.run_dir, found, labels)
-    if cfg.task.figure and len(found.sources):
-        aggregate_graph(found, context.run_dir / "figures" / "aggregate.png", labels=labels)
-    print(found)
+    merged = aggregate(files, names, cfg.task.match, cfg.task.min_present, bar)
+    save_merged(context.run_dir / "aggregate.safetensors", merged)
+    labels = feature_labels(cfg, merged.model)
+    size = write_merged_json(context.run_dir / "graph.json", merged, context.run_dir.name, labels)
+    write_tables(context.run_dir, merged, labels)
+    if cfg.task.figure and len(merged.sources):
+        aggregate_graph(merged, context.run_dir / "figures" / "aggregate.png", labels=labels)
+    print(merged)
     return {
-        "aggregate/graphs": float(found.n_graphs),
-        "aggregate/nodes": float(len(found.nodes)),
-        "aggregate/edges": float(len(found.sources)),
-        "aggregate/nodes_in_all": float((found.count == found.n_graphs).sum()),
-        "aggregate/edges_in_all": float((found.edge_count == found.n_graphs).sum()),
+        "aggregate/graphs": float(merged.n_graphs),
+        "aggregate/nodes": float(len(merged.nodes)),
+        "aggregate/edges": float(len(merged.sources)),
+        "aggregate/nodes_in_all": float((merged.count == merged.n_graphs).sum()),
+        "aggregate/edges_in_all": float((merged.edge_count == merged.n_graphs).sum()),
         "graph/json_mb": size,
     }

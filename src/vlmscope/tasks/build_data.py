@@ -1,4 +1,4 @@
-"""Write Orrery's scenes, or a mix of sources, as WebDataset shards; goes on where a killed build stopped."""
+"""Write Orrery's scenes, or a mix of sources, as WebDataset shards; a killed build resumes."""
 
 import os
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ MEMORY = "task.shard_size or task.workers"
 
 @dataclass
 class Config:
-    """What is written to `data.path`: with data=orrery, scenes of each kind in each split; with a mix, all samples.
+    """Contents of `data.path`: with data=orrery, scenes of each kind in each split; with a mix, all samples.
 
     A mix is written in `parts` parts a source, by `workers` processes (None: one a core, four at most).
     """
@@ -30,7 +30,7 @@ class Config:
 
 
 def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
-    """Write the shards that `data.path` still lacks."""
+    """Write the shards that are missing in `data.path`."""
     from pathlib import Path
 
     from vlmscope.core.errors import UserError

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    """How much is looked at; what is more is sampled from `seed=`.
+    """Sizes of the checks; larger sets are sampled with `seed=`.
 
     `targets` features get a row of edges (total effects need all of them), `sources` features are changed one by one,
     `positions` are changed in the Hugging Face model, answers have `new_tokens`.
@@ -72,9 +72,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 
 def render(reports: Sequence[CaseReport], own_dtype: str = "") -> str:
-    """An aligned table, a row an identity, and below it what was skipped and why.
+    """An aligned table with a row per identity; below it sizes, and the reasons for skipped ones.
 
-    `own_dtype` heads the column of errors outside float64; no such column when empty.
+    `own_dtype` is the heading of the column of errors in the model's own dtype; "" leaves the column out.
     """
     done = [report for report in reports if report.exact]
     lines = [["identity", *(report.case for report in done), "tolerance", "holds", "seconds"]]

@@ -28,14 +28,13 @@ MEMORY = "attribution.max_nodes, attribution.batch_size, attribution.memory_gb o
 
 @dataclass
 class Config:
-    """What is traced is `prompt=` on `image=`, every row of `rows` (a CSV or JSONL file), or the spec's own inputs.
+    """Traced are `prompt=` on `image=`, every row of `rows` (a CSV or JSONL file), or the spec's own inputs.
 
     `load` draws a saved circuit (`/run/circuits/name`) instead of finding one; with inputs its edges are theirs.
     Without `load` and without supernodes in a circuit_spec, `pairs=` finds the circuit (`discovery`), and `traces` of
     its training pairs' originals are traced where no input is given.
-    Edges go to the `answers` most probable answers; those of at least `min_share` of what a target takes in are drawn.
-    `study.path=` names a study from which pictures of features are taken; without one they come from the inputs and,
-    for Orrery, from its scenes.
+    Edges go to the `answers` most probable answers; those of at least `min_share` of a target's input are drawn.
+    Pictures of features come from the study `study.path=`; without one from the inputs and, for Orrery, its scenes.
     """
 
     load: str | None = None
@@ -54,7 +53,7 @@ class Config:
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Write circuits/<name>/, graph.safetensors, figures/circuit.png and report.html.
 
-    A circuit that is found also leaves discovery.json, its tables and its figures.
+    A discovered circuit also has discovery.json, tables and figures.
     """
     from dataclasses import replace
     from pathlib import Path
@@ -68,18 +67,18 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.data.images import for_figures
     from vlmscope.features.study_files import StudyFolder
 
-    # What can be refused without a model is refused first.
+    # Refuse all that needs no model before one is loaded.
     look_for_labels(cfg)
     spec = None if cfg.circuit_spec is None else declared_circuit(cfg.circuit_spec)
     check_source(cfg, spec)
-    asked = traced_inputs(cfg, spec)
+    inputs = traced_inputs(cfg, spec)
     folder = Path(cfg.task.load or "")
     loaded = None if cfg.task.load is None else load_circuit(folder)
     declared = spec if loaded is None and spec is not None and spec.supernodes else None
     discovers = loaded is None and declared is None
-    if not discovers and not asked and (loaded is None or not loaded.edges):
+    if not discovers and not inputs and (loaded is None or not loaded.edges):
         raise UserError("nothing to trace: add prompt= (and image=), task.rows=FILE, or inputs in the circuit_spec")
-    sources = Sources() if declared is None else Sources.open(declared, asked, cfg.pairs, cfg.seed)
+    sources = Sources() if declared is None else Sources.open(declared, inputs, cfg.pairs, cfg.seed)
     contrasts = [] if spec is None else [node.contrast for node in spec.supernodes.values() if node.contrast]
     if cfg.pairs is not None and not discovers and not any(contrast.pairs for contrast in contrasts):
         print("pairs= finds circuits; this one is declared or loaded, so they are not used")
@@ -90,14 +89,14 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     if loaded is not None:
         loaded.check_fits(bench.vlm.name, bench.transcoders.widths, folder)
     elif declared is None:
-        discovery, circuit, train = discovered(bench, bool(asked))
+        discovery, circuit, train = discovered(bench, bool(inputs))
         name, others = discovery.question, [Asked.from_side(s) for p in train for s in (p.original, p.counterfactual)]
-        pairs = [] if asked else spread_answers([train[row] for row in discovery.train_rows], cfg.task.traces)
+        pairs = [] if inputs else spread_answers([train[row] for row in discovery.train_rows], cfg.task.traces)
     if pairs:
-        asked = [Asked.from_side(pair.original) for pair in pairs]
+        inputs = [Asked.from_side(pair.original) for pair in pairs]
         graphs = trace_pairs(bench.scope, pairs, cfg.attribution, bench.run_dir)
     else:
-        graphs = trace_all(bench.scope, asked, [cfg.attribution] * len(asked), bench.run_dir)
+        graphs = trace_all(bench.scope, inputs, [cfg.attribution] * len(inputs), bench.run_dir)
     if circuit is None:
         assert declared is not None, "a circuit is loaded, discovered or declared"
         circuit, name = build_circuit(bench.scope, declared, sources, graphs), declared.name
@@ -107,11 +106,11 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     save_circuit(circuit, bench.run_dir / "circuits" / name)
     bench.metrics |= circuit_metrics(circuit, graphs)
     if cfg.task.figure:
-        pool = page.example_pool(asked, others, is_orrery(bench.vlm), cfg.seed + 1)
+        pool = page.example_pool(inputs, others, is_orrery(bench.vlm), cfg.seed + 1)
         nodes = page.described(
             bench.scope, circuit, lambda features: page.examples_among(bench.scope, features, pool, study), page.SHOWN
         )
-        picture = next((for_figures(each.pictures[:1])[0] for each in asked if each.pictures), None)
+        picture = next((for_figures(item.pictures[:1])[0] for item in inputs if item.pictures), None)
         path = bench.run_dir / "figures" / "circuit.png"
         page.draw_diagram(path, nodes, circuit.edges, picture, cfg.task.min_share)
         page.write_page(bench.run_dir, name, circuit, nodes, bench.metrics, discovery)
@@ -141,7 +140,7 @@ def check_source(cfg: AppConfig, spec: CircuitSpecConfig | None) -> None:
 
 
 def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]:
-    """What is traced: the rows of `task.rows`, `prompt=` on `image=`, or the spec's own inputs."""
+    """The inputs to trace: rows of `task.rows`, `prompt=` on `image=`, or the spec's own."""
     from vlmscope.circuits.build import Asked, asked_of
     from vlmscope.config.wiring import user_pictures
     from vlmscope.data.images import PictureFiles
@@ -162,8 +161,9 @@ def traced_inputs(cfg: AppConfig, spec: CircuitSpecConfig | None) -> list[Asked]
 
 
 def discovered(bench: Bench, own: bool) -> tuple[Discovery, Circuit, Sequence[Pair]]:
-    """The circuit of one question of the pairs, with named supernodes, and the question's training pairs; `own`: graphs
-    will be those of the user's own inputs.
+    """The circuit of one question of the pairs, with named supernodes, and the question's training pairs.
+
+    `own` says that the user's own inputs will be traced, not the pairs.
     """
     from vlmscope.circuits.discovery.discover import discover_question, moving_questions, named_circuit
     from vlmscope.circuits.discovery.report import write_discoveries

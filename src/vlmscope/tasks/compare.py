@@ -1,4 +1,4 @@
-"""Compare two attribution graphs, traced before or on the spot: what both use, what one alone uses, and how much."""
+"""Compare two attribution graphs, traced before or now: what both use, what only one uses, and how much."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _FOLDERS = ("first", "second")
 
 @dataclass
 class Config:
-    """Two graphs (docs/graphs.md): each the run folder or graph.safetensors of a trace, or traced on the spot.
+    """Two graphs (docs/graphs.md): each the run folder or graph.safetensors of a trace, or traced now.
 
-    Without `first`, `prompt=` and `image=` are traced; without `second`, `second_prompt` and `second_image`, of which
-    one may be left out when it is that of the first; `second_image=[]` is a prompt without a picture. `names` are what
-    the two are called; `match` says when nodes are the same: auto, position, from_end, role or feature.
+    Without `first`, `prompt=` and `image=` are traced; without `second`, `second_prompt` and `second_image`, each of
+    which defaults to that of the first; `second_image=[]` is a prompt without a picture. `names` are the two graphs'
+    names; `match` says when nodes are the same: auto, position, from_end, role or feature.
     """
 
     first: str | None = None
@@ -37,7 +37,7 @@ class Config:
 
 
 class _Side(NamedTuple):
-    """One of the two: a file, or what is to be traced."""
+    """One of the two graphs: its file, or the prompt and pictures to trace."""
 
     file: Path | None
     prompt: str = ""
@@ -60,33 +60,33 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     sides = _sides(cfg)
     names = _names(cfg.task.names, *sides)
     first, second = _graphs(cfg, context, sides)
-    found = compare(first, second, names, cfg.task.match)
-    save_merged(context.run_dir / "comparison.safetensors", found)
-    labels = feature_labels(cfg, found.model)
-    size = write_merged_json(context.run_dir / "graph.json", found, context.run_dir.name, labels)
-    write_tables(context.run_dir, found, labels)
-    if cfg.task.figure and len(found.sources):
-        difference_graph(found, context.run_dir / "figures" / "difference.png", labels=labels)
-        share_bars(found, context.run_dir / "figures" / "shares.png", labels=labels)
-    print(found)
-    numbers = {f"compare/{name}": float(value) for name, value in vars(found.summary()).items()}
+    comparison = compare(first, second, names, cfg.task.match)
+    save_merged(context.run_dir / "comparison.safetensors", comparison)
+    labels = feature_labels(cfg, comparison.model)
+    size = write_merged_json(context.run_dir / "graph.json", comparison, context.run_dir.name, labels)
+    write_tables(context.run_dir, comparison, labels)
+    if cfg.task.figure and len(comparison.sources):
+        difference_graph(comparison, context.run_dir / "figures" / "difference.png", labels=labels)
+        share_bars(comparison, context.run_dir / "figures" / "shares.png", labels=labels)
+    print(comparison)
+    numbers = {f"compare/{name}": float(value) for name, value in vars(comparison.summary()).items()}
     return {**numbers, "graph/json_mb": size}
 
 
 def _sides(cfg: AppConfig) -> tuple[_Side, _Side]:
-    """What is compared."""
+    """Both sides as the settings name them, or a `UserError` for settings that contradict each other."""
     from vlmscope.attribution.compare import graph_file
 
     task, images = cfg.task, cfg.task.second_image
     images = [images] if isinstance(images, str) else images
     if images is not None and not (isinstance(images, list) and all(isinstance(item, str) for item in images)):
         raise UserError(f"task.second_image={images}: it must be a path or a list of paths")
-    own = task.second_prompt is not None or images is not None
-    if task.second is not None and own:
+    traces_second = task.second_prompt is not None or images is not None
+    if task.second is not None and traces_second:
         raise UserError("task.second= and task.second_prompt= or task.second_image= were given; give one of them")
     if task.first is None and cfg.prompt is None:
         raise UserError("nothing to compare: give task.first=RUN, or prompt= (and image=) to trace")
-    if task.second is None and not own:
+    if task.second is None and not traces_second:
         raise UserError("nothing to compare with: give task.second=RUN, or task.second_prompt= or task.second_image=")
     if task.second is None and task.second_prompt is None and cfg.prompt is None:
         raise UserError("no prompt for the second graph: give task.second_prompt=, or prompt= for both")
@@ -102,27 +102,27 @@ def _sides(cfg: AppConfig) -> tuple[_Side, _Side]:
 
 
 def _names(given: list[str], first: _Side, second: _Side) -> list[str]:
-    """What the user calls the two, else what tells them apart: folders, pictures, prompts."""
+    """The user's names of the two graphs, else the first that differ of folders, pictures and prompts."""
     if given:
         if len(given) != 2 or given[0] == given[1]:
             raise UserError(f"task.names={given}: give two different names, such as task.names=[mars,earth]")
         return list(given)
     sides = (first, second)
-    told = [side.pictures for side in sides]
+    candidates = [side.pictures for side in sides]
     if first.file or second.file:
-        told = [side.file.parent.name if side.file else side.prompt for side in sides]
-    for found in (told, [side.prompt for side in sides]):
-        if found[0] != found[1]:
-            return [name if len(name) <= 40 else f"{name[:37]}..." for name in found]
+        candidates = [side.file.parent.name if side.file else side.prompt for side in sides]
+    for names in (candidates, [side.prompt for side in sides]):
+        if names[0] != names[1]:
+            return [name if len(name) <= 40 else f"{name[:37]}..." for name in names]
     return ["first", "second"]
 
 
 def _graphs(cfg: AppConfig, context: RunContext, sides: tuple[_Side, _Side]) -> list[PrunedGraph]:
-    """Read or trace both; what is traced goes into `first/` and `second/`."""
+    """Read or trace both graphs; traced ones are saved in `first/` and `second/`."""
     from vlmscope.attribution.export import load_graph, save_graph, write_graph_json
 
-    found = {name: load_graph(side.file) for name, side in zip(_FOLDERS, sides, strict=True) if side.file}
-    if len(found) < 2:
+    graphs = {name: load_graph(side.file) for name, side in zip(_FOLDERS, sides, strict=True) if side.file}
+    if len(graphs) < 2:
         from vlmscope.attribution.trace import trace
         from vlmscope.config.wiring import load_model, load_scope
         from vlmscope.data.images import open_images
@@ -136,7 +136,7 @@ def _graphs(cfg: AppConfig, context: RunContext, sides: tuple[_Side, _Side]) -> 
         }
         scope = load_scope(cfg, vlm, context.overrides)
         for name, prepared in inputs.items():
-            found[name] = trace(scope, prepared, cfg.attribution, context.run_dir).pruned
-            save_graph(context.run_dir / name / "graph.safetensors", found[name])
-            write_graph_json(context.run_dir / name / "graph.json", found[name], name, vlm.name)
-    return [found[name] for name in _FOLDERS]
+            graphs[name] = trace(scope, prepared, cfg.attribution, context.run_dir).pruned
+            save_graph(context.run_dir / name / "graph.safetensors", graphs[name])
+            write_graph_json(context.run_dir / name / "graph.json", graphs[name], name, vlm.name)
+    return [graphs[name] for name in _FOLDERS]

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    """`to` is the new format, `out` the folder for it, which must not be there yet.
+    """`to` is the new format, `out` the folder to create for it.
 
-    `dtype` is the stored one; "auto" takes the smallest in which every number stays what it is. `license` goes into the
-    card; None leaves what the source's card says.
+    `dtype` is the stored one; "auto" takes the smallest that holds every number exactly. `license` goes into the card;
+    None keeps that of the source's card.
     """
 
     to: str | None = None
@@ -83,9 +83,10 @@ def _smallest(transcoders: TranscoderSet) -> str:
 
 
 def _check(expected: TranscoderSet, folder: Path, form: str, dtype: str) -> None:
-    """What was written is read back and compared on random inputs, with the weights as they were stored.
+    """Read the written set back and compare it on random inputs, with the weights as they were stored.
 
-    Where it computes something else or at other places, that is a fault of the writer.
+    Raises:
+        CheckFailed: it computes something else or at other places, which is a fault of the writer.
     """
     import torch
 
@@ -98,13 +99,15 @@ def _check(expected: TranscoderSet, folder: Path, form: str, dtype: str) -> None
     if again.layers != expected.layers:
         raise CheckFailed(f"{form} gives back layers {again.layers} instead of {expected.layers}; nothing is kept", {})
     inputs = {
-        layer: torch.from_numpy(generator(0, "convert", layer).standard_normal((64, one.config.d_model))).to(wide)
-        for layer, one in expected.transcoders.items()
+        layer: torch.from_numpy(generator(0, "convert", layer).standard_normal((64, transcoder.config.d_model))).to(
+            wide
+        )
+        for layer, transcoder in expected.transcoders.items()
     }
     with torch.no_grad():
         codes = expected.encode(inputs), again.encode(inputs)
         for layer, x in inputs.items():
-            ours, theirs = (each.decode(layer, code, x) for each, code in zip((expected, again), codes, strict=True))
+            ours, theirs = (part.decode(layer, code, x) for part, code in zip((expected, again), codes, strict=True))
             configs = expected[layer].config, again[layer].config
             hooks = [f"{config.input_hook} to {config.output_hook}" for config in configs]
             if not torch.equal(ours, theirs) or configs[0].writes != configs[1].writes or hooks[0] != hooks[1]:

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import chain
 from pydoc import locate
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ USES = (
 class Config:
     """`study`: an analysis reads a study of all features, that of `study.path` or one made first.
 
-    What is done is in `trials`, `settings`, `analyses`, `analysis` and `report`.
+    The experiment itself is in `trials`, `settings`, `analyses`, `analysis` and `report`.
     """
 
     study: bool = False
@@ -58,19 +59,19 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     from vlmscope.data.images import check_image
 
     if cfg.task.reads_shards(cfg):
-        study_sources(cfg)  # says at once which shards are missing
+        study_sources(cfg)  # raises when shards are missing
     look_for_labels(cfg)
-    # What is missing is said before torch and pandas are imported.
+    # Everything above fails fast, before torch and pandas are imported.
     from vlmscope.analyses.bench import Bench
     from vlmscope.analyses.declared import run_declared
     from vlmscope.analyses.run_report import draw_report
     from vlmscope.report.marks import check_marks
 
-    for path in (path for own in cfg.images.values() for path in own):
+    for path in chain.from_iterable(cfg.images.values()):
         check_image(path)
     chosen = HydraConfig.get().runtime.choices.get("experiment")  # `name=` may call the run something else
     module = own_analysis(cfg.name if chosen in (None, "null") else chosen)
-    own = checked_settings(getattr(module, "Settings", None), cfg.analysis, "analysis")
+    settings = checked_settings(getattr(module, "Settings", None), cfg.analysis, "analysis")
     analyses = [general_analysis(name, given) for name, given in cfg.analyses.items()]
     analyses += [] if module is None else [module]
     if not cfg.trials and not analyses:
@@ -79,8 +80,8 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         if hasattr(analysis, "check"):
             analysis.check(cfg)
     declared = {name: setting.of or list(cfg.trials) for name, setting in cfg.settings.items()}
-    check_marks(cfg.report, declared, more=any(hasattr(one, "trials") for one in analyses))
-    bench = Bench(cfg, context.run_dir, analysis=own)
+    check_marks(cfg.report, declared, more=any(hasattr(analysis, "trials") for analysis in analyses))
+    bench = Bench(cfg, context.run_dir, analysis=settings)
     if cfg.trials:
         bench.metrics |= run_declared(bench, analyses)
     for analysis in analyses:
@@ -102,7 +103,7 @@ def general_analysis(name: str, given: Mapping[str, Any]) -> Any:
 
 
 def own_analysis(name: str | None) -> Any:
-    """The module `experiments/<name>.py`, with functions as the methods of `ANALYSES`; None without one.
+    """The module `experiments/<name>.py`, its functions named as the methods of `ANALYSES`; None without one.
 
     `check(config)` refuses settings before anything is loaded, `declare(bench) -> Declared` gives trials other cases or
     features, `trials(bench, declared)` adds some, and `analyse(bench) -> metrics` is for what no trial measures.
@@ -121,7 +122,7 @@ def own_analysis(name: str | None) -> Any:
 
 
 def checked_settings(settings: Any, given: Mapping[str, Any], where: str) -> Any:
-    """Keys of the configuration as an instance of the dataclass `settings`; None where there is none.
+    """Keys of the configuration as an instance of the dataclass `settings`; None where that is None.
 
     Raises:
         UserError: a key that it does not have, a value of another type, or a key without a value.

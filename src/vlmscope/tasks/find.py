@@ -20,11 +20,11 @@ USES = ("data", "query", "study")
 
 @dataclass
 class Config:
-    """`query` is looked for in labels and in what fires features; with `image=` (and `prompt=`, else the study's most
-    frequent question about a picture) features that are active there and rare elsewhere come first.
+    """Settings of a search in `study.path=`, the run folder of a task=study.
 
-    `study.path=` names the study, the run folder of a task=study; `hand` is a YAML file of labels instead of the
-    study's own; `count` features are shown with `examples` thumbnails each.
+    `query` searches labels and the inputs that fire features. With `image=` (and `prompt=`, by default the study's most
+    frequent question about a picture), features that are active there and rare elsewhere come first. `hand` is a YAML
+    file of labels that replaces the study's own; `count` features are shown with `examples` thumbnails each.
     """
 
     hand: str | None = None
@@ -78,7 +78,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 
 def find_by_picture(cfg: AppConfig, context: RunContext, study: StudyFolder) -> tuple[str, list[Match]]:
-    """What was looked for, and the features that are active on the user's picture."""
+    """A title for the search, and the features that are active on the user's picture."""
     import torch
 
     from vlmscope.config.wiring import load_model, load_scope, user_pictures
@@ -90,7 +90,7 @@ def find_by_picture(cfg: AppConfig, context: RunContext, study: StudyFolder) -> 
     scope = load_scope(cfg, load_model(cfg), context.overrides)
     check_same(study, scope.vlm.name, scope.transcoders.widths)
     inputs = scope.vlm.prepare(prompt, pictures)
-    # Without a question of the user's the picture alone counts.
+    # The default question is not the user's, so only the picture counts.
     where = torch.from_numpy(inputs.is_image) if cfg.prompt is None else slice(None)
     peaks = {}
     for layer, x in scope.capture(scope.batch([inputs]), study.layers).items():
@@ -103,14 +103,14 @@ def find_by_picture(cfg: AppConfig, context: RunContext, study: StudyFolder) -> 
 def usual_question(study: StudyFolder) -> str:
     """The study's most frequent question about a picture."""
     table = study.items.table.select(["users", "n_pictures"]).to_pylist()
-    asked = Counter(row["users"][0] for row in table if row["users"] and row["n_pictures"])
-    if not asked:
+    questions = Counter(row["users"][0] for row in table if row["users"] and row["n_pictures"])
+    if not questions:
         raise UserError(f"{study.path} has no question about a picture to ask; add prompt=")
-    return asked.most_common(1)[0][0]
+    return questions.most_common(1)[0][0]
 
 
 def record(study: StudyFolder, match: Match, labels: Labels) -> dict[str, object]:
-    """A match as find.json has it."""
+    """The entry of a match in find.json."""
     label, feature = labels.of(match.feature), study.feature(match.feature)
     return {
         "layer": match.feature.layer,

@@ -26,13 +26,13 @@ USES = ("data", "study")
 
 @dataclass
 class Config:
-    """`study.path=` names the study, the run folder of a task=study; labels go into `labels/` in it, one file a set.
+    """`study.path=` names the study, the run folder of a task=study; each set of labels is a file in its `labels/`.
 
-    Without `explainer` all features are labelled by contrast, offline, as the set "auto"; the same is done to
-    `shuffled` features a layer with their activations shuffled, to show what chance scores. `explainer` "endpoint" asks
-    an OpenAI-compatible service at `url` for its model `name_at_url` (its key is read from the environment variable
-    `key_variable`, when that is set); "local" asks the model that `model=` names. Both label the `features` given, from
-    `shown` examples, and judge `judged` items of either kind; `set_name` is what the set is called.
+    Without `explainer` all features are labelled by contrast, offline, as the set "auto"; so are `shuffled` features
+    per layer with shuffled activations, which show the scores of chance. `explainer` "endpoint" asks the model
+    `name_at_url` of an OpenAI-compatible service at `url` (its key is read from the environment variable
+    `key_variable`, if set); "local" asks the model that `model=` names. Both label the given `features` from `shown`
+    examples and judge `judged` items of either kind; `set_name` names the set.
     """
 
     explainer: str | None = None
@@ -51,7 +51,7 @@ class Config:
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
-    """Write the set, and print some of it."""
+    """Write the set of labels and print the surest ones."""
     from vlmscope.config.wiring import needed_study
 
     task: Config = cfg.task
@@ -99,8 +99,10 @@ def label_by_contrast(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     metrics = metrics_of(labels, "label") | metrics_of(shuffled, "label_shuffled")
     if shuffled:
         # How many shuffled labels the test lets pass, and the false discovery rate that this makes of the real ones.
-        p, chance_p = (np.array([np.nan if own.p is None else own.p for own in of]) for of in (labels, shuffled))
-        passed = np.array([own.beats_chance for own in labels])
+        p, chance_p = (
+            np.array([np.nan if label.p is None else label.p for label in group]) for group in (labels, shuffled)
+        )
+        passed = np.array([label.beats_chance for label in labels])
         false = would_pass(p, passed, chance_p)
         metrics["label_shuffled/beats_chance"] = float(false.sum())
         metrics["label_shuffled/beats_chance_frac"] = float(false.mean())
@@ -130,13 +132,13 @@ def label_by_explainer(cfg: AppConfig, study: StudyFolder) -> dict[str, float]:
     for feature in tqdm(features, desc="labels", unit="feature"):
         labels[feature] = explain(explainer, study, feature, task.shown, task.judged, cfg.seed)
         labels = dict(judged(sorted(labels.items())))
-        write_labels(path, list(labels.items()))  # an answer costs money: none is lost
+        write_labels(path, list(labels.items()))  # after each feature: an answer costs money
     print_labels([(feature, labels[feature]) for feature in features])
     return metrics_of([labels[feature] for feature in features], "label")
 
 
 def chosen_explainer(cfg: AppConfig) -> Explainer:
-    """The one that `task.explainer=` names."""
+    """The explainer that `task.explainer=` names."""
     from vlmscope.config.wiring import load_model
     from vlmscope.features.explainers import Endpoint, LocalExplainer
 
@@ -149,7 +151,7 @@ def chosen_explainer(cfg: AppConfig) -> Explainer:
 
 
 def labels_so_far(cfg: AppConfig, study: StudyFolder, path: Path, name: str) -> dict[FeatureId, Label]:
-    """The labels of the set; what it is made of, recorded next to it, must be this explainer and this study."""
+    """The labels that the set has; a `UserError` where its record names another explainer or study."""
     from vlmscope.config.wiring import model_origin
     from vlmscope.core.artifacts import files_digest, read_json, refuse_other, write_json
     from vlmscope.core.study import MANIFEST
@@ -169,7 +171,7 @@ def labels_so_far(cfg: AppConfig, study: StudyFolder, path: Path, name: str) -> 
 
 
 def basis(labels: Sequence[Label], samples: int) -> str:
-    """On how many items scores rest, in a line, and how to have more where these are few."""
+    """One line: on how many items the scores rest, and how to get more where these are few."""
     from statistics import median
 
     held_out = [label.positives for label in labels if label.level == "items"]
@@ -185,11 +187,11 @@ def print_labels(labels: Sequence[tuple[FeatureId, Label]], most: int = 12) -> N
     """A table of the surest labels."""
     from vlmscope.core.results import text_table
 
-    best = sorted(((f, own) for f, own in labels if own.text), key=lambda pair: -(pair[1].low or 0.0))[:most]
+    best = sorted(((f, label) for f, label in labels if label.text), key=lambda pair: -(pair[1].low or 0.0))[:most]
     rows = [["feature", "label", "AUROC", "95 %", "about", "firing items"]]
-    for feature, own in best:
-        scores = ["", ""] if own.score is None else [f"{own.score:.2f}", f"{own.low:.2f} to {own.high:.2f}"]
-        rows.append([str(feature), own.text, *scores, own.level, str(own.positives)])
+    for feature, label in best:
+        scores = ["", ""] if label.score is None else [f"{label.score:.2f}", f"{label.low:.2f} to {label.high:.2f}"]
+        rows.append([str(feature), label.text, *scores, label.level, str(label.positives)])
     print(text_table(rows))
 
 
@@ -197,11 +199,14 @@ def metrics_of(labels: Sequence[Label], name: str) -> dict[str, float]:
     """How many features have a label, how many are better than chance, and mean scores by what they are about."""
     import numpy as np
 
-    metrics = {f"{name}/features": float(len(labels)), f"{name}/labelled": float(sum(bool(own.text) for own in labels))}
+    metrics = {
+        f"{name}/features": float(len(labels)),
+        f"{name}/labelled": float(sum(bool(label.text) for label in labels)),
+    }
     if name == "label":
-        metrics[f"{name}/beats_chance"] = float(sum(own.beats_chance for own in labels))
+        metrics[f"{name}/beats_chance"] = float(sum(label.beats_chance for label in labels))
     for level in ("items", "positions"):
-        scores = [own.score for own in labels if own.level == level and own.score is not None]
+        scores = [label.score for label in labels if label.level == level and label.score is not None]
         if scores:
             metrics[f"{name}/{level}"] = float(len(scores))
             metrics[f"{name}/auroc_{level}"] = float(np.mean(scores))

@@ -1,4 +1,4 @@
-"""Logit lens on soft tokens: what the residual stream at each would say if it ended there, layer by layer."""
+"""Logit lens on soft tokens: the words that each layer's residual stream would predict at each of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    """`word` is looked for in every state (null: the model's own next word); `count` words a place are written down."""
+    """`word` is ranked in every state (null: the model's own next word); `count` words per position are written."""
 
     word: str | None = None
     count: int = 3

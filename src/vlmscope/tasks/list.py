@@ -1,4 +1,4 @@
-"""Shows the tasks, experiments, models, transcoders, prompt sets and pairs that can be chosen, with a line each."""
+"""List the tasks, experiments, models, transcoders, prompt sets and pairs to choose from, one line each."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,13 @@ from vlmscope.tasks import registry
 from vlmscope.tasks.registry import RunContext
 
 RECORDED = False
+GROUPS = {
+    "experiment": "Experiments",
+    "model": "Models",
+    "transcoder": "Transcoders",
+    "prompts": "Prompt sets",
+    "pairs": "Counterfactual pairs",
+}
 
 
 @dataclass
@@ -23,16 +30,9 @@ def table(title: str, rows: dict[str, str]) -> str:
 
 def overview() -> str:
     """Tasks, experiments, models, transcoders, prompt sets and pairs."""
-    return "\n\n".join(
-        [
-            table("Tasks (task=NAME)", registry.summaries()),
-            table("Experiments (experiment=NAME)", catalog.options("experiment")),
-            table("Models (model=NAME)", catalog.options("model")),
-            table("Transcoders (transcoder=NAME)", catalog.options("transcoder")),
-            table("Prompt sets (prompts=NAME)", catalog.options("prompts")),
-            table("Counterfactual pairs (pairs=NAME)", catalog.options("pairs")),
-        ]
-    )
+    tables = [table("Tasks (task=NAME)", registry.summaries())]
+    tables += [table(f"{title} ({group}=NAME)", catalog.options(group)) for group, title in GROUPS.items()]
+    return "\n\n".join(tables)
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:

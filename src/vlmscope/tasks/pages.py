@@ -29,8 +29,8 @@ RULES = {
     "random": "drawn at random",
     "score": "label score",
 }
-_MOSTLY = 0.6  # of a feature's firings are at positions of the kind
-_AUTOMATIC = "auto"  # the set of labels that may be missing
+_MOSTLY = 0.6  # share of firings at positions of a kind from which a feature counts as of that kind
+_AUTOMATIC = "auto"  # the only set of labels that may be missing
 
 
 @dataclass
@@ -85,7 +85,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     uses = graph_uses([*([task.from_graph] if task.from_graph else []), *task.graphs], study.info, folder)
     maker = PageMaker(study, labels, uses, chosen.tags, task.examples, task.samples)
     order = list(dict.fromkeys(chosen.features))
-    place_of = {feature: at for at, feature in enumerate(order)}
+    position_of = {feature: position for position, feature in enumerate(order)}
     by_layer: dict[int, list[int]] = {}
     for feature in sorted(order):
         study.check(feature)
@@ -95,13 +95,13 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         for layer, indices in by_layer.items():  # each layer's file is read once
             for record in study.features(layer, indices):
                 page, views = maker.page(record)
-                at = place_of[record.feature]
-                page.write(folder, order[at - 1] if at else None, order[at + 1] if at + 1 < len(order) else None)
+                i = position_of[record.feature]
+                page.write(folder, order[i - 1] if i else None, order[i + 1] if i + 1 < len(order) else None)
                 write_json(folder / page.json_file, feature_json(page, views), indent=None)
-                # The gallery shows no more, and all would fill the memory.
+                # The gallery shows one group; keeping all would fill the memory.
                 pages.append(replace(page, groups=page.groups[:1]))
                 bar.update()
-    pages.sort(key=lambda page: place_of[page.feature])
+    pages.sort(key=lambda page: position_of[page.feature])
     info = study.info
     summary = (
         f"A feature is a direction that the model uses for something. Here are {len(order):,} of "
@@ -122,7 +122,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 
 class _Chosen(NamedTuple):
-    """Features in the order of the gallery, what that order is called, a title, and what each belongs to."""
+    """Features in the order of the gallery, the name of that order, a title, and each feature's tags."""
 
     features: list[FeatureId]
     order: str
@@ -131,7 +131,7 @@ class _Chosen(NamedTuple):
 
 
 def _choose(study: StudyFolder, task: Config, labels: Mapping[FeatureId, Label], seed: int) -> _Chosen:
-    """The features that the task asks for, in one of four ways."""
+    """The features to show, by the one way of choosing them that the settings give."""
     named = [f"task.{key}=" for key in ("features", "from_graph", "from_circuit", "rule") if getattr(task, key)]
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)} were given: these are ways to choose features; give one of them")
@@ -157,15 +157,15 @@ def _of_circuit(place: Path, top: int) -> _Chosen:
     from vlmscope.circuits.circuit import load_circuit
 
     files = (place / "circuit.yaml", *sorted(place.glob("circuits/*/circuit.yaml")))
-    found = [file.parent for file in files if file.is_file()]
-    if len(found) != 1:
-        what = "no circuit.yaml" if not found else f"{len(found)} circuits"
-        raise UserError(f"{place} holds {what}; give the folder of one circuit, as in .../circuits/mars_earth")
+    folders = [file.parent for file in files if file.is_file()]
+    if len(folders) != 1:
+        content = f"{len(folders)} circuits" if folders else "no circuit.yaml"
+        raise UserError(f"{place} holds {content}; give the folder of one circuit, as in .../circuits/mars_earth")
     tags: dict[FeatureId, tuple[str, ...]] = {}
-    for name, node in load_circuit(found[0]).supernodes.items():
+    for name, node in load_circuit(folders[0]).supernodes.items():
         for member in sorted(node.features, key=lambda m: -m.influence)[:top]:
-            tags[member.feature] = (*tags.get(member.feature, ()), f"circuit {found[0].name}: {name}")
-    return _Chosen(list(tags), "influence in the circuit", f"Features of the circuit {found[0].name}", tags)
+            tags[member.feature] = (*tags.get(member.feature, ()), f"circuit {folders[0].name}: {name}")
+    return _Chosen(list(tags), "influence in the circuit", f"Features of the circuit {folders[0].name}", tags)
 
 
 def _by_rule(study: StudyFolder, task: Config, labels: Mapping[FeatureId, Label], seed: int) -> _Chosen:
@@ -173,20 +173,20 @@ def _by_rule(study: StudyFolder, task: Config, labels: Mapping[FeatureId, Label]
     rule, layers = task.rule or "frequency", task.layers or study.layers
     if rule == "score" and not labels:
         raise UserError(f"task.rule=score: the study has no labels {task.labels!r}; label it, or choose another rule")
-    found: list[FeatureId] = []
+    features: list[FeatureId] = []
     for number, layer in enumerate(layers):
         count = task.top // len(layers) + (number < task.top % len(layers))
         grades = _grades(study.layer(layer), rule, labels, seed)
         # Of equal grades the lower index stands first.
         ranked = np.argsort(-grades, kind="stable")
-        found += [FeatureId(layer, int(index)) for index in ranked[:count] if grades[index] > 0]
-    if not found:
+        features += [FeatureId(layer, int(index)) for index in ranked[:count] if grades[index] > 0]
+    if not features:
         raise UserError(f"task.rule={rule}: no feature of these layers is like that; choose another rule")
-    return _Chosen(found, RULES[rule], f"Features: {RULES[rule]}, of each layer")
+    return _Chosen(features, RULES[rule], f"Features: {RULES[rule]}, of each layer")
 
 
 def _grades(table: LayerTable, rule: str, labels: Mapping[FeatureId, Label], seed: int) -> np.ndarray:
-    """`[F]`, the larger the earlier; 0 for features that are out."""
+    """`[F]` float64, the sort key of a rule, largest first; 0 leaves a feature out."""
     if rule == "activation":
         return table.activation_max.astype(np.float64)
     fires = table.items_fired > 0

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config(EditConfig):
-    """`features` names what is carried: 'task.features=[L1/7,L2/30]'.
+    """`features` are those to carry: 'task.features=[L1/7,L2/30]'.
 
-    The donor run has `donor_image` (a path, or a list of as many as in `image=`) and `donor_prompt`; what is not given
-    is that of the recipient. Both prompts must have the same length. `strength` multiplies what is carried.
+    The donor run has `donor_image` (a path, or a list of as many as in `image=`) and `donor_prompt`, by default the
+    recipient's. Both prompts must have the same length. `strength` multiplies the donor's activations.
     """
 
     features: list[str] = field(default_factory=list)
@@ -41,15 +41,15 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
         raise UserError("no donor: add task.donor_image=path/to/other.png or 'task.donor_prompt=...'")
     pictures = user_pictures(cfg)
     paths = [task.donor_image] if isinstance(task.donor_image, str) else task.donor_image
-    gifts = pictures if paths is None else open_images(paths)
+    donor_pictures = pictures if paths is None else open_images(paths)
     chosen = chosen_features(task.features, task)
     vlm = load_model(cfg)
     inputs = vlm.prepare(cfg.prompt, pictures)
-    donor = vlm.prepare(cfg.prompt if task.donor_prompt is None else task.donor_prompt, gifts)
+    donor = vlm.prepare(cfg.prompt if task.donor_prompt is None else task.donor_prompt, donor_pictures)
     make_batch(vlm.adapter, [inputs, donor])  # refuses prompts that do not align
     scope = load_scope(cfg, vlm, context.overrides)
     chosen.check_fits(scope)
-    recipient, given = (scope.batch([one]) for one in (inputs, donor))
-    carried = donor_activations(scope, given, by_layer(scope.transcoders, chosen.features))
-    plan = at_supernodes(patch_plan(carried, inputs.roles, task.strength), chosen.nodes, recipient.places)
-    return report_edit("patch", scope, inputs, plan, [recipient, given], task, context.run_dir, cfg.seed)
+    recipient_batch, donor_batch = scope.batch([inputs]), scope.batch([donor])
+    carried = donor_activations(scope, donor_batch, by_layer(scope.transcoders, chosen.features))
+    plan = at_supernodes(patch_plan(carried, inputs.roles, task.strength), chosen.nodes, recipient_batch.places)
+    return report_edit("patch", scope, inputs, plan, [recipient_batch, donor_batch], task, context.run_dir, cfg.seed)

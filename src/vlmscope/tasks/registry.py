@@ -13,7 +13,7 @@ from vlmscope.config import AppConfig
 from vlmscope.core.errors import UserError
 from vlmscope.tracking import TrackedRun
 
-# Groups of settings that only some tasks read; what is not here (model, trainer, tracking, ...) all of them may.
+# Groups of settings that only some tasks read; all others (model, trainer, tracking, ...) are for every task.
 OPTIONAL = (
     "data", "optim", "attribution", "intervention", "interchange", "discovery", "study", "where", "trials", "settings",
     "association", "circuit", "circuit_spec", "pairs", "images", "query", "analyses", "analysis", "report", "headline",
@@ -40,8 +40,8 @@ class Task(NamedTuple):
     """`recorded` is False for a task that only prints: it gets no configuration file, metrics or tracked run.
 
     `ranks` is True for one that several processes can run together (docs/scaling.md), `resumes` for one that always
-    goes on in a folder where it was before. `memory` names settings that, lowered, make it take less memory. `uses`
-    names those groups of `OPTIONAL` that it reads.
+    resumes in its folder. `memory` names the settings to lower when memory runs out, `uses` the groups of `OPTIONAL`
+    that it reads.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Task(NamedTuple):
                 raise UserError(f"{override}: task={self.name} does not use {group}; leave it out")
 
     def settings(self, app: AppConfig) -> dict[str, Any]:
-        """What config.yaml and MLflow record: the settings that this run can use."""
+        """The settings that this run can use, for config.yaml and MLflow."""
         unused = {key for key in OPTIONAL if key not in self.uses or getattr(app, key) in (None, {}, [])}
         unused |= {key for key, subject in SUBJECTS.items() if subject in unused} | {"limits"}  # which were applied
         return {key: value for key, value in asdict(app).items() if key not in unused}
@@ -71,23 +71,22 @@ class Task(NamedTuple):
 @cache
 def summaries() -> dict[str, str]:
     """Name and one-line description of every task, read from the source without importing it."""
-    found: dict[str, str] = {}
+    lines: dict[str, str] = {}
     for path in sorted(file for folder in tasks.__path__ for file in Path(folder).glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         names = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
         if {"Config", "run"} <= names:
-            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return found
+            lines[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return lines
 
 
 def load(name: str) -> Task:
     """Import one task by name; a name that is not in `summaries()` is a `KeyError`."""
     summary = summaries()[name]
     module: Any = importlib.import_module(f"{tasks.__name__}.{name}")
-    recorded, ranks = getattr(module, "RECORDED", True), getattr(module, "RANKS", False)
-    resumes, memory = getattr(module, "RESUMES", False), getattr(module, "MEMORY", "")
-    uses = getattr(module, "USES", ())
-    return Task(name, summary, module.Config, module.run, recorded, ranks, resumes, memory, uses)
+    defaults = {"RECORDED": True, "RANKS": False, "RESUMES": False, "MEMORY": "", "USES": ()}
+    options = {key.lower(): getattr(module, key, default) for key, default in defaults.items()}
+    return Task(name, summary, module.Config, module.run, **options)
 
 
 def configs() -> dict[str, type]:

@@ -1,4 +1,4 @@
-"""Run every experiment that needs no training, hold its numbers against their ranges, and show all on one page."""
+"""Run every experiment that needs no training, compare its numbers with their ranges, and show all on one page."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ _SHARDS = "shards"  # where validation scenes go when an experiment needs them a
 
 @dataclass
 class Config:
-    """`only` names experiments that say `reproduce: true` (empty: all of them); `seeds` repeats each with these seeds,
-    and writes the ranges that its numbers had.
+    """`only` names experiments that say `reproduce: true` (empty: all of them).
+
+    `seeds` repeats each with these seeds and writes the ranges of its numbers.
     """
 
     only: list[str] = field(default_factory=list)
@@ -31,10 +32,10 @@ class Config:
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
-    """Run what this folder does not hold yet, and judge everything.
+    """Run the experiments that this folder does not hold yet, and judge all of them.
 
     Raises:
-        UserError: before anything runs: an experiment that does not compose or lacks its files.
+        UserError: before any run: an experiment that does not compose or lacks its files.
         CheckFailed: afterwards: an experiment failed or a number lies outside its range.
     """
     from vlmscope.core.errors import CheckFailed
@@ -66,7 +67,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
 
 
 def _run_all(context: RunContext, jobs: list[Job]) -> list[Reproduced]:
-    """What came out of every job, now or in an earlier run in this folder."""
+    """The result of every job, run now or earlier in this folder."""
     from tqdm import tqdm
 
     from vlmscope.tasks.reproduction import finished, run_job
@@ -83,16 +84,16 @@ def _run_all(context: RunContext, jobs: list[Job]) -> list[Reproduced]:
         for job in bar:
             bar.set_postfix_str(job.label)
             overrides = (*job.overrides, *(shards if job.needs_shards else ()))
-            how = ended[job.label] = run_job(run_dir, job.label, job.digest, overrides, env)
-            result = _judged(run_dir, job, how)
+            end = ended[job.label] = run_job(run_dir, job.label, job.digest, overrides, env)
+            result = _judged(run_dir, job, end)
             good = sum(number.holds for number in result.numbers)
-            outcome = f"failed: {how.problem}" if how.problem else f"{good} of {len(result.numbers)} numbers in range"
-            bar.write(f"{job.label}: {outcome} ({how.seconds:.0f} s)")
-    return [_judged(run_dir, job, how) for job in jobs if (how := ended[job.label]) is not None]
+            outcome = f"failed: {end.problem}" if end.problem else f"{good} of {len(result.numbers)} numbers in range"
+            bar.write(f"{job.label}: {outcome} ({end.seconds:.0f} s)")
+    return [_judged(run_dir, job, end) for job in jobs if (end := ended[job.label]) is not None]
 
 
 def _shards(run_dir: Path) -> tuple[str, ...]:
-    """Render the 2,000 validation scenes of task=build_data into the run folder; returns the override that names them.
+    """Render the 2,000 validation scenes of task=build_data into the run folder, and return the override for them.
 
     Raises:
         RuntimeError: that failed.
@@ -108,24 +109,24 @@ def _shards(run_dir: Path) -> tuple[str, ...]:
     none = [f"task.{split}={{{','.join(f'{kind}:0' for kind in KINDS)}}}" for split in ("train", "test")]
     digest = reproduction.base_digest()
     if reproduction.finished(run_dir, _SHARDS, digest) is None:
-        shutil.rmtree(run_dir / _SHARDS / "data", ignore_errors=True)  # of other code, or not complete
+        shutil.rmtree(run_dir / _SHARDS / "data", ignore_errors=True)  # made by other code, or incomplete
         command = ["task=build_data", "tracking=none", where, *none]
-        how = reproduction.run_job(run_dir, _SHARDS, digest, command, {})
-        if how.code:
-            raise RuntimeError(f"the validation scenes could not be rendered: {how.problem}")
+        end = reproduction.run_job(run_dir, _SHARDS, digest, command, {})
+        if end.code:
+            raise RuntimeError(f"the validation scenes could not be rendered: {end.problem}")
     return (where,)
 
 
-def _judged(run_dir: Path, job: Job, how: Ended) -> Reproduced:
+def _judged(run_dir: Path, job: Job, end: Ended) -> Reproduced:
     from vlmscope.config.schema import numbers_of
     from vlmscope.core.artifacts import read_json
     from vlmscope.core.results import Reproduced
     from vlmscope.report.reproduction import key_picture
 
-    folder, done = run_dir / job.label, how.code == 0
+    folder, done = run_dir / job.label, end.code == 0
     metrics = read_json(folder / "metrics.json") if done else {}
     report = f"{job.label}/report.html" if (folder / "report.html").is_file() else None
     return Reproduced(
-        job.name, job.label, job.question, job.cfg.paper or "", numbers_of(job.cfg.headline, metrics), how.seconds,
-        how.problem, report, key_picture(folder, job.cfg.figure) if done else None,
+        job.name, job.label, job.question, job.cfg.paper or "", numbers_of(job.cfg.headline, metrics), end.seconds,
+        end.problem, report, key_picture(folder, job.cfg.figure) if done else None,
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""What task=reproduce runs: each tagged experiment composed, and run in a process of its own, once.
+"""Jobs of task=reproduce: each tagged experiment is composed, and run once in a process of its own.
 
-What is known of a job lies in `.reproduce/` of the run folder: `<label>.json`, and a lock that is held as long as the
-job's process lives, even when this one was killed: such a process finishes its work, which then counts.
+The state of a job is in `.reproduce/` of the run folder: `<label>.json`, and a lock that is held while its process
+lives, even after this one was killed: such a process finishes its work, which then counts.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from vlmscope.config import AppConfig
     from vlmscope.tasks.registry import RunContext
 
-# What belongs to this task and is not passed on; and keys of a run on which no number depends.
+# Overrides of this task, which are not passed on; and settings on which no number depends.
 _OWN = ("task=", "task.", "hydra", "experiment=", "name=")
 _NO_NUMBER = ("reproduce", "paper", "figure", "headline", "tracking", "trainer")
 _METRICS = "metrics.json"
 _GRACE = 3.0  # seconds in which a process that got the user's Ctrl-C too ends by itself
-_PATIENCE = 30.0  # seconds for it to put its things in order
+_PATIENCE = 30.0  # seconds for it to clean up after SIGINT
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended: its exit code, wall seconds (None when nobody measured), and what was wrong, in one line."""
+    """How a job ended: exit code, wall seconds (None when not measured), and the problem in one line."""
 
     code: int
     seconds: float | None
@@ -72,10 +72,10 @@ class Ended:
 
 
 def planned(cfg: AppConfig, context: RunContext) -> list[Job]:
-    """Every job in its order, composed with what the command line passes on.
+    """All jobs in order, composed with the overrides that the command line passes on.
 
     Raises:
-        UserError: nothing is tagged, `task.only` names what is not, or an experiment does not compose or lacks a file.
+        UserError: no experiment is tagged, `task.only` names another, or one does not compose or lacks a file.
     """
     hydra = HydraConfig.get()
     if hydra.runtime.choices.get("experiment") not in (None, "null"):
@@ -103,7 +103,7 @@ def planned(cfg: AppConfig, context: RunContext) -> list[Job]:
 
 
 def _composed(name: str, overrides: Sequence[str]) -> AppConfig:
-    """The experiment's configuration; its files are there."""
+    """The experiment's configuration, or a `UserError` where it does not compose or lacks a file."""
     from vlmscope.models.checkpoint import is_hub_id
 
     try:
@@ -118,12 +118,12 @@ def _composed(name: str, overrides: Sequence[str]) -> AppConfig:
         raise UserError(f"experiment={name}: {one_line(error)}") from error
     if swept is not None and swept.name == "MULTIRUN":
         raise UserError(f"experiment={name} is a sweep, which has no numbers of its own; it cannot say reproduce: true")
-    wanted = {"study.path": app.study.path}
+    paths = {"study.path": app.study.path}
     if app.model.family is None and app.model.hub is None:
-        wanted["model.path"] = app.model.path
+        paths["model.path"] = app.model.path
     if isinstance(app.transcoder, TranscoderSetConfig):
-        wanted["transcoder.path"] = app.transcoder.path
-    for key, path in wanted.items():
+        paths["transcoder.path"] = app.transcoder.path
+    for key, path in paths.items():
         if path is not None and not Path(path).exists() and not is_hub_id(path):
             raise UserError(f"experiment={name}: {key}={path} is not there; give the folder, or restore assets/")
     return app
@@ -136,7 +136,7 @@ def _reads_shards(cfg: AppConfig) -> bool:
 
 
 def _lacks_shards(cfg: AppConfig) -> bool:
-    """Whether it reads the validation scenes, and not all kinds of them are there."""
+    """Whether an experiment reads the validation scenes and some kind of them is missing."""
     from vlmscope.data.orrery.scenes import KINDS
     from vlmscope.data.shards import shard_files
 
@@ -147,7 +147,7 @@ def _lacks_shards(cfg: AppConfig) -> bool:
 
 
 def base_digest() -> str:
-    """Of the code, the shipped assets and the packages that can change a number."""
+    """Digest of the code, the shipped assets and the packages that can change a number."""
     digest = hashlib.sha256(json.dumps(package_versions()).encode())
     for folder, pattern in (("src", "*"), ("assets", "*"), ("experiments", "*.py")):
         for path in sorted((project_root() / folder).rglob(pattern)):
@@ -158,9 +158,9 @@ def base_digest() -> str:
 
 
 def work_digest(base: str, cfg: AppConfig) -> str:
-    """Of everything on which an experiment's numbers depend: `base`, its settings, and the content of its files.
+    """Digest of all that an experiment's numbers depend on: `base`, its settings, and the content of its files.
 
-    Shards that are not there yet are those of seed 0, for which the code stands.
+    Missing shards will be rendered with seed 0, so that `base` covers them.
     """
     from vlmscope.data.shards import INDEX
 
@@ -170,8 +170,8 @@ def work_digest(base: str, cfg: AppConfig) -> str:
     if isinstance(cfg.transcoder, TranscoderSetConfig) and Path(cfg.transcoder.path).is_dir():
         content.append(transcoder_origin(cfg))
     content += [study_digest(path) for path in (cfg.study.path, cfg.attribution.labels) if path is not None]
-    files = [*(cfg.image or []), *(path for own in cfg.images.values() for path in own)]
-    files += [given.path for given in (cfg.pairs, cfg.circuit_spec) if given is not None and given.path is not None]
+    files = [*(cfg.image or []), *(path for group in cfg.images.values() for path in group)]
+    files += [group.path for group in (cfg.pairs, cfg.circuit_spec) if group is not None and group.path is not None]
     content.append(files_digest(Path(path) for path in files))
     index = Path(cfg.data.path or "") / INDEX
     shards = index.read_text(encoding="utf-8") if _reads_shards(cfg) and index.is_file() else ""
@@ -182,7 +182,7 @@ def work_digest(base: str, cfg: AppConfig) -> str:
 
 
 def finished(run_dir: Path, label: str, digest: str) -> Ended | None:
-    """How the job ended in this folder before, when it was the same work and it succeeded; waits while it runs.
+    """How the job ended in this folder before, if it was the same work and succeeded; waits while it runs.
 
     Raises:
         UserError: a folder of this name is there that is not this task's.
@@ -200,9 +200,9 @@ def finished(run_dir: Path, label: str, digest: str) -> Ended | None:
 
 
 def run_job(run_dir: Path, label: str, digest: str, overrides: Sequence[str], env: Mapping[str, str]) -> Ended:
-    """Run one job to its end in `<run_dir>/<label>`; what it prints goes to `console.log` there.
+    """Run one job in `<run_dir>/<label>` and wait for it; its output goes to `console.log` there.
 
-    `digest` is kept for `finished`, `env` added to the environment. On Ctrl-C the job's process has ended too.
+    `digest` is kept for `finished`, `env` is added to the environment. Ctrl-C ends the job's process too.
     """
     folder, state = run_dir / label, _state(run_dir, label)
     with _lock(run_dir, label) as lock:
@@ -218,7 +218,7 @@ def run_job(run_dir: Path, label: str, digest: str, overrides: Sequence[str], en
         with (folder / "console.log").open("wb") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **env},
-                pass_fds=[lock.fileno()],
+                pass_fds=[lock.fileno()],  # the lock outlives this process
             )  # fmt: skip
             code = _wait(process)
         seconds = time.perf_counter() - start
@@ -228,7 +228,7 @@ def run_job(run_dir: Path, label: str, digest: str, overrides: Sequence[str], en
 
 
 def _program() -> list[str]:
-    """The command line, as the user has it."""
+    """The command that starts vlmscope."""
     return [sys.executable, str(project_root() / "run.py")]
 
 
@@ -238,7 +238,7 @@ def _state(run_dir: Path, label: str) -> Path:
 
 @contextmanager
 def _lock(run_dir: Path, label: str) -> Iterator[IO[str]]:
-    """Held by this process and by those that inherit it; waits, and says so, while another holds it."""
+    """A job's lock, held by this process and by those that inherit its file; prints a line when it has to wait."""
     path = run_dir / ".reproduce" / f"{label}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -251,7 +251,7 @@ def _lock(run_dir: Path, label: str) -> Iterator[IO[str]]:
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Its exit code. On Ctrl-C the process gets it too, if it has not already, and is waited for."""
+    """Wait for a process and return its exit code; on Ctrl-C stop it, first gently, and wait for its end."""
     try:
         return process.wait()
     except BaseException:
@@ -267,7 +267,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def _last_words(log: Path, code: int) -> str:
-    """What a failed process said last: its `error:` line, or the last line of its traceback."""
+    """The last `error:` line of a failed process, or the last line of its traceback."""
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines

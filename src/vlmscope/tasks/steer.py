@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Config(EditConfig):
     """`features` maps names to activations: 'task.features={L1/7: 8.0, L2/30: 0}' (0 switches off).
 
-    Features of `from_graph` or `circuit` are all set to `value`. `positions` are prompt positions to act on; without
-    them the edit is everywhere and in generated tokens too, but for supernodes that have positions of their own.
+    Features of `from_graph` or `circuit` are all set to `value`. `positions` are prompt positions to edit; without them
+    the edit applies everywhere, generated tokens included, except for supernodes with positions of their own.
     """
 
     features: dict[str, float] = field(default_factory=dict)
@@ -35,15 +35,15 @@ def run(cfg: "AppConfig", context: "RunContext") -> dict[str, float]:
     if cfg.prompt is None:
         raise UserError("no prompt: add 'prompt=what is this ?' (and image=path/to/picture.png)")
     task: Config = cfg.task
-    given = {FeatureId.parse(text): value for text, value in task.features.items()}
+    values_given = {FeatureId.parse(text): value for text, value in task.features.items()}
     pictures = user_pictures(cfg)
     chosen = chosen_features(list(task.features), task)
     vlm = load_model(cfg)
-    values = {f: given.get(f, task.value) for f in chosen.features}
+    values = {feature: values_given.get(feature, task.value) for feature in chosen.features}
     inputs = vlm.prepare(cfg.prompt, pictures)
     scope = load_scope(cfg, vlm, context.overrides)
     chosen.check_fits(scope)
     plan = steer_plan(scope, values, len(inputs), task.positions)
-    matched_on = [scope.batch([inputs])]
-    plan = at_supernodes(plan, chosen.nodes, matched_on[0].places)
-    return report_edit("steer", scope, inputs, plan, matched_on, task, context.run_dir, cfg.seed)
+    batch = scope.batch([inputs])
+    plan = at_supernodes(plan, chosen.nodes, batch.places)
+    return report_edit("steer", scope, inputs, plan, [batch], task, context.run_dir, cfg.seed)

@@ -35,9 +35,9 @@ LISTED, PICTURED, EXAMPLES, IDS = 25, 8, 6, 4  # clusters in a table and with pi
 class Config:
     """`study.path` names the study (docs/structure.md).
 
-    The model runs again over the first `items` rows of the study's data; `per_item` positions of each are looked at
-    for who fires with whom. `neighbours` of each feature make the graphs that are divided into clusters. From the
-    cosine `twin` on, two directions count as one. `seed` draws positions and the order in which clusters are made.
+    The model runs again over the first `items` rows of the study's data; features that fire together are counted at
+    `per_item` positions of each. The graphs that are divided into clusters have `neighbours` edges per feature. Two
+    directions count as one from the cosine `twin` on. `seed` draws positions and the order of clustering.
     """
 
     items: int = 1000
@@ -70,7 +70,9 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     scope = load_scope(cfg, load_model(cfg), context.overrides)
     if scope.transcoders.widths != study.info.n_features:
         raise UserError(f"{study.path} is of other transcoders: layers or widths differ; give those with transcoder=")
-    features = structure.feature_table(scope, seen(cfg, scope, study), modality, cfg.task.neighbours, cfg.task.seed)
+    features = structure.feature_table(
+        scope, collected(cfg, scope, study), modality, cfg.task.neighbours, cfg.task.seed
+    )
     clusters = structure.cluster_rows(study, features)
     write_table(context.run_dir / "structure.parquet", pa.Table.from_pandas(features, preserve_index=False))
     write_table(context.run_dir / "clusters.parquet", pa.Table.from_pylist(clusters, structure.CLUSTER_TABLE))
@@ -84,7 +86,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     return metrics
 
 
-def seen(cfg: AppConfig, scope: Scope, study: StudyFolder) -> StructurePass:
+def collected(cfg: AppConfig, scope: Scope, study: StudyFolder) -> StructurePass:
     """The pass over the first rows of the study's data."""
     from tqdm import tqdm
 
@@ -107,7 +109,7 @@ def seen(cfg: AppConfig, scope: Scope, study: StudyFolder) -> StructurePass:
 def write_page(
     folder: Path, study: StudyFolder, clusters: Sequence[Row], metrics: Mapping[str, float], model: str
 ) -> None:
-    """report.html: sizes, figures (drawn before, in figures/), the largest clusters with names and examples."""
+    """Write report.html: sizes, figures (already in figures/), the largest clusters with names and examples."""
     from vlmscope.report.page import Card, Cards, Figure, Percent, ReportPage, Section, Text, drawn, mapping_table
 
     counts = {kind: metrics[f"clusters/{kind}/count"] for kind in KINDS}

@@ -23,7 +23,7 @@ class Config:
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
-    """Go through the data, each process through its part; the main one writes the files."""
+    """Study the data, each process its part; the main process writes the files."""
     from vlmscope.config.wiring import load_model, load_scope, study_origin, study_sources
 
     config = cfg.study
@@ -33,7 +33,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         raise UserError("study.path names a study that is there already; leave it out of task=study, which makes one")
     folder, sources = context.run_dir / "study", study_sources(cfg)
     if folder.exists() and not cfg.trainer.resume:
-        raise UserError(f"{folder} is there already; add trainer.resume=true to go on, or choose a new hydra.run.dir")
+        raise UserError(f"{folder} is there already; add trainer.resume=true to resume, or choose a new hydra.run.dir")
 
     from vlmscope.data.mixing import NumberedRows
     from vlmscope.features.study import StudyPart, data_record, finish, finished_study, run_part, study_parts
@@ -49,7 +49,7 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     rows = NumberedRows(open_sources(data), config.batch_size, share, config.limit)
     scope = load_scope(cfg, load_model(cfg), context.overrides)
     seconds, over_forward = run_part(scope, rows, part, config)
-    joint_sum([1.0])  # all parts are finished
+    joint_sum([1.0])  # a barrier: returns when all parts are finished
     if share.index:
         raise NotMainRank
     study = finish(folder, scope, study_parts(folder, share.total, origin), config, data)
@@ -60,13 +60,13 @@ def metrics_of(study: StudyFolder) -> dict[str, float]:
     """Items, positions by kind, rows left out, features that fired, and the share of dead ones by layer."""
     info = study.info
     dead = {layer: study.layer(layer).dead for layer in study.layers}
-    fired = sum(int((~own).sum()) for own in dead.values())
+    fired = sum(int((~is_dead).sum()) for is_dead in dead.values())
     return {
         "study/items": float(info.items),
         "study/rows": float(info.rows),
         **{f"study/positions_{kind}": float(count) for kind, count in info.positions.items()},
         "study/skipped": float(sum(info.skipped.values())),
-        **{f"layers/study_dead_frac/layer_{layer:02d}": float(own.mean()) for layer, own in dead.items()},
+        **{f"layers/study_dead_frac/layer_{layer:02d}": float(is_dead.mean()) for layer, is_dead in dead.items()},
         "study/features_fired": float(fired),
         "study/dead_frac": 1 - fired / sum(info.n_features.values()),
     }

@@ -1,14 +1,15 @@
 """Attribution graph of one prompt and its pictures, or of many: graph.json, graph.safetensors and a picture of it.
 
 Many rows (`task.rows=FILE`) get a folder each, `rows/<id>/`, that is complete or absent: what a single trace writes,
-and `row.json`. `graphs.jsonl` has a line per finished row (id, folder, prompt, images, metrics). A killed run goes on
-with `trainer.resume=true`; the index is then made anew from the folders, so that half a line does no harm.
+and `row.json`. `graphs.jsonl` has a line per finished row (id, folder, prompt, images, metrics). A killed run resumes
+with `trainer.resume=true`; the index is then rewritten from the folders, so that a half-written line does no harm.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ _MAPPED = 3  # targets in figures/patches.png
 
 @dataclass
 class Config:
-    """Settings of the graph, and what it explains, are in `attribution=` (docs/attribution.md).
+    """Settings of the graph and its targets are in `attribution=` (docs/attribution.md).
 
     `figure` draws the pruned graph too; `head_edges` of its strongest edges are split by attention heads. `rows` is a
     CSV or JSONL file of many prompts with their pictures (docs/graphs.md); with `skip_bad` rows that cannot be traced
@@ -49,12 +50,9 @@ class Config:
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     """Trace `prompt=` on `image=` (none for text alone), or every row of `task.rows=`."""
-    from vlmscope.config.wiring import look_for_labels
+    from vlmscope.config.wiring import load_model, load_scope, look_for_labels, user_pictures
 
     look_for_labels(cfg)
-
-    from vlmscope.config.wiring import load_model, load_scope, user_pictures
-
     if cfg.task.rows is not None:
         return _trace_rows(cfg, context)
     if cfg.prompt is None:
@@ -77,7 +75,7 @@ def _trace_into(
     pictures: Sequence[Image.Image],
     name: str | None = None,
 ) -> dict[str, float]:
-    """Trace a prompt and write all files of it into a folder, whose name the graph has by default; metrics."""
+    """Trace a prompt, write its files into a folder and return metrics; `name` is the graph's, else the folder's."""
     from vlmscope.attribution.export import save_graph, write_graph_json
     from vlmscope.attribution.influence import reaches_image
     from vlmscope.attribution.trace import trace, write_heads, write_patches, write_scores
@@ -98,9 +96,9 @@ def _trace_into(
             shown = maps[: _MAPPED * len(pictures)]
             patch_maps(shown, for_figures(pictures), folder / "figures" / "patches.png", effect)
         answer = maps[: len(pictures)]
-        whole = sum(abs(found.from_patches) + sum(map(abs, found.remainder.values())) for found in answer)
-        metrics["graph/patch_residual"] = max(found.residual for found in maps)
-        metrics["graph/patch_share"] = sum(found.from_patches for found in answer) / (whole or 1.0)
+        whole = sum(abs(m.from_patches) + sum(map(abs, m.remainder.values())) for m in answer)
+        metrics["graph/patch_residual"] = max(m.residual for m in maps)
+        metrics["graph/patch_share"] = sum(m.from_patches for m in answer) / (whole or 1.0)
     size = write_graph_json(folder / "graph.json", pruned, name or folder.name, scope.vlm.name, labels, extra)
     metrics["graph/json_mb"] = size
     if cfg.task.figure:
@@ -132,7 +130,9 @@ def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         raise UserError("task.rows= brings its own prompts and pictures; leave out prompt= and image=")
     run_dir, folder = context.run_dir, context.run_dir / _ROWS
     if folder.is_dir() and any(folder.iterdir()) and not cfg.trainer.resume:
-        raise UserError(f"{folder} holds rows already; add trainer.resume=true to go on, or choose a new hydra.run.dir")
+        raise UserError(
+            f"{folder} holds rows already; add trainer.resume=true to resume, or choose a new hydra.run.dir"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     rows, unreadable = read_rows(cfg.task.rows)
     skipped = _refuse(cfg, unreadable)
@@ -156,11 +156,11 @@ def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
             index.flush()
             try:
                 done[row.id] = _trace_row(cfg, scope, row, folder, origin)
-            except NoRoom as error:  # no bad row
+            except NoRoom as error:  # a full disk is not the row's fault
                 raise NoRoom(f"{error}; {resume} resumes") from error
             except UserError as error:
                 if not cfg.task.skip_bad:
-                    advice = f"task.skip_bad=true leaves such rows out, and {resume} goes on"
+                    advice = f"task.skip_bad=true leaves such rows out, and {resume} resumes"
                     raise UserError(f"{row.origin}: {error}; {advice}") from error
                 skipped += _refuse(cfg, [f"{row.origin}: {error}"])
                 continue
@@ -170,16 +170,16 @@ def _trace_rows(cfg: AppConfig, context: RunContext) -> dict[str, float]:
         raise UserError(f"no row could be traced ({skipped} skipped); run.log in {run_dir} says why of each")
     write_text(run_dir / INDEX, "".join(map(index_line, records)))  # in the order of the rows
     print(f"  {len(records)} rows traced ({resumed} of them before), {skipped} skipped")
-    values: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = defaultdict(list)  # not every row has every metric
     for record in records:
         for name, value in record["metrics"].items():
-            values.setdefault(name, []).append(value)
+            values[name].append(value)
     counts = {"rows/traced": float(len(records)), "rows/resumed": float(resumed), "rows/skipped": float(skipped)}
-    return {name: sum(found) / len(found) for name, found in values.items()} | counts
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()} | counts
 
 
 def _refuse(cfg: AppConfig, bad: Sequence[str]) -> int:
-    """Say which rows are bad: one line that stops all, or with `task.skip_bad` a warning each; how many there are."""
+    """Raise a `UserError` for bad rows, or with `task.skip_bad` warn about each and return their number."""
     if bad and not cfg.task.skip_bad:
         more = f" (and {len(bad) - 1} more bad rows)" if len(bad) > 1 else ""
         raise UserError(f"{bad[0]}{more}; correct the file, or leave such rows out with task.skip_bad=true")
@@ -193,7 +193,7 @@ def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
     from vlmscope.config.wiring import model_origin, study_digest, transcoder_origin
     from vlmscope.core.artifacts import flat, plain
 
-    # The two that are left out change memory and time.
+    # The two settings left out change memory and time, not numbers.
     attribution = {k: v for k, v in asdict(cfg.attribution).items() if k not in ("batch_size", "memory_gb")}
     if cfg.attribution.labels is not None:
         attribution["labels"] = study_digest(cfg.attribution.labels)
@@ -202,7 +202,7 @@ def _origin(cfg: AppConfig, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _row_record(row: PromptRow) -> dict[str, Any]:
-    """What tells a row from another one."""
+    """The part of row.json that identifies a row."""
     from vlmscope.core.artifacts import files_digest
 
     images = [str(image) for image in row.images]
@@ -210,7 +210,11 @@ def _row_record(row: PromptRow) -> dict[str, Any]:
 
 
 def _finished(folder: Path, row: PromptRow, origin: dict[str, Any]) -> dict[str, Any] | None:
-    """What is known of a row that was traced before, with the same row, settings, model and transcoders, else None."""
+    """The row.json of a row that was traced before, or None.
+
+    Raises:
+        UserError: it was traced with other settings, another model, other transcoders or as another row.
+    """
     from vlmscope.core.artifacts import read_json, refuse_other
 
     if not folder.is_dir():

@@ -29,7 +29,7 @@ class Config:
 
 
 def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
-    """Train (or resume, with trainer.resume=true) and report test accuracies beside those with shuffled pictures."""
+    """Train (or resume, with trainer.resume=true) and report test accuracies next to those with shuffled pictures."""
     from vlmscope.config.wiring import limit_threads
     from vlmscope.training.orrery import train_orrery
 

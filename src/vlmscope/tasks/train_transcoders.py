@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 USES = ("data", "optim")
 RANKS = True  # several processes can run it together
 MEMORY = "task.micro_tokens (which a resumed training may change), task.tokens_per_batch or transcoder.expansion_factor"
-# What a card's table leaves out: it stands elsewhere in the card.
+# Settings that stand elsewhere in the card, and so not in its table.
 _IN_CARD = ("k", "activation", "skip", "cross_layer", "data")
 
 
 @dataclass
 class Config(RecipeConfig, BatchConfig):
-    """What a batch is made of (`BatchConfig`), and the recipe (`RecipeConfig`). Sizes: transcoder=arch, optim, trainer.
+    """Batches (`BatchConfig`) and the recipe (`RecipeConfig`). Sizes: transcoder=arch, optim, trainer.
 
     `license` goes into the set's card: an identifier of the hub, such as apache-2.0.
     """
@@ -52,15 +52,15 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     trainer = replace(cfg.trainer, per_host=cfg.trainer.per_host or context.per_host)
     config = TranscoderTrainingConfig(cfg.transcoder, cfg.optim, trainer, cfg.task)
     origin: dict[str, Any] = {}
-    if context.per_host is None or own_share().index == 0:  # the main rank's counts
-        how = ("cache", "micro_tokens", "license")  # what does not decide the weights
-        task = {key: value for key, value in asdict(cfg.task).items() if key not in how}
+    if context.per_host is None or own_share().index == 0:  # only the main rank records it
+        no_weight = ("cache", "micro_tokens", "license")  # settings on which no weight depends
+        task = {key: value for key, value in asdict(cfg.task).items() if key not in no_weight}
         origin = model_origin(cfg) | data_origin(cfg) | flat("task", task) | {"seed": cfg.seed}
     unread = context.run_dir / "unread_picture.json"
     if trainer.resume and unread.is_file() and cfg.data.path is not None and origin:
         stopped = read_json(unread)
         if folder_digest(cfg.data.path, Path(stopped["picture"])) == stopped["others"]:
-            origin |= {"data.files": stopped["data.files"]}  # as they were, but for the picture that is mended
+            origin |= {"data.files": stopped["data.files"]}  # unchanged except for the repaired picture
 
     def mix_origin() -> dict[str, Any]:
         return model_origin(cfg, weights=False) | data_origin(cfg)
@@ -108,8 +108,8 @@ def training_card(
 ) -> str:
     """The text of the set's README.md, from the run's settings and metrics.
 
-    The tokens of training (`train/tokens`) are divided by the shares of what was drawn (`data/<source>/tokens_share`);
-    without shares they are all of the data that the configuration names.
+    Training tokens (`train/tokens`) are split by the shares drawn from each source (`data/<source>/tokens_share`);
+    without shares all are of the data that the configuration names.
     """
     from vlmscope.core.hub import is_hub_id
     from vlmscope.transcoders.hub import facts_of_set, render, with_metrics

@@ -22,7 +22,7 @@ _SIDE = 16  # cells of the grid on which maps are compared
 
 @dataclass
 class Config:
-    """`features` are ids such as [L5/123,L6/7]; when none is named, the `top` strongest ones on the soft tokens.
+    """`features` are ids such as [L5/123,L6/7], by default the `top` strongest ones on the soft tokens.
 
     `figure` draws the maps over the picture. With `curves` each map is tested by deletion and insertion on this picture
     (docs/where.md).
@@ -65,58 +65,60 @@ def run(cfg: AppConfig, context: RunContext) -> dict[str, float]:
     vlm = load_model(cfg)
     inputs = vlm.prepare(cfg.prompt, pictures)
     scope = load_scope(cfg, vlm, context.overrides)
-    features = features or [one.feature for one in image_features(scope, scope.batch([inputs]), task.top)]
+    features = features or [active.feature for active in image_features(scope, scope.batch([inputs]), task.top)]
     if not features:
         raise UserError("no feature is active on the soft tokens of this prompt; choose other transcoders")
     started = time.perf_counter()
-    found = where_maps(scope, inputs, features, cfg.where, cfg.attribution)
+    where = where_maps(scope, inputs, features, cfg.where, cfg.attribution)
     metrics = {"where/seconds": time.perf_counter() - started}
-    listed = [(f, kind, one) for f in features for kind, maps in found.maps[f].items() for one in maps]
-    tokens = [record for records in found.tokens.values() for record in records]
-    size = save_maps(context.run_dir / "maps.safetensors", [one for *_, one in listed], tokens)
+    listed = [(f, kind, patch_map) for f in features for kind, maps in where.maps[f].items() for patch_map in maps]
+    tokens = [record for records in where.tokens.values() for record in records]
+    size = save_maps(context.run_dir / "maps.safetensors", [patch_map for *_, patch_map in listed], tokens)
     metrics["where/maps_kb"] = size / 1000
     described = {}
     for feature in features:
         name = f"where/{str(feature).replace('/', '_')}"
-        described[str(feature)] = record = _described(found, feature, inputs.is_image)
+        described[str(feature)] = record = _described(where, feature, inputs.is_image)
         metrics |= {f"{name}/{key}": value for key, value in record["metrics"].items()}
         if task.curves:
             subject = Subject(scope, cfg.prompt, np.asarray(pictures[0]), (feature,))
-            maps = {kind: records[0] for kind, records in found.maps[feature].items()}
+            maps = {kind: records[0] for kind, records in where.maps[feature].items()}
             for kind, curves in map_curves(subject, {feature: maps}, cfg.where, cfg.seed).items():
                 metrics |= {f"{name}/{kind}/{measure}": curves.area(feature, measure) for measure in MEASURES}
-    order = [{"feature": str(feature), "kind": kind, "picture": one.picture} for feature, kind, one in listed]
+    order = [
+        {"feature": str(feature), "kind": kind, "picture": patch_map.picture} for feature, kind, patch_map in listed
+    ]
     record = {"prompt": cfg.prompt, "maps": "maps.safetensors", "features": described, "order": order}
     write_json(context.run_dir / "where.json", record)
     if task.figure:
         if len(features) > _DRAWN:
             print(f"figures/where.png has the first {_DRAWN} of {len(features)} features; where.json has all")
-        drawn = {str(feature): found.maps[feature] for feature in features[:_DRAWN]}
+        drawn = {str(feature): where.maps[feature] for feature in features[:_DRAWN]}
         feature_maps(drawn, for_figures(pictures), context.run_dir / "figures" / "where.png")
     return metrics
 
 
-def _described(found: WhereMaps, feature: FeatureId, is_image: np.ndarray) -> dict[str, Any]:
-    """Where each map has its peak, and how far the maps agree; printed too."""
+def _described(where: WhereMaps, feature: FeatureId, is_image: np.ndarray) -> dict[str, Any]:
+    """The entry of a feature in where.json: peaks of its maps and how far they agree; prints a line."""
     import numpy as np
 
     from vlmscope.attention import cell_values
 
-    values, maps = found.activations[feature], found.maps[feature]
-    grids = {kind: np.concatenate([cell_values(one, _SIDE).ravel() for one in of]) for kind, of in maps.items()}
+    values, maps = where.activations[feature], where.maps[feature]
+    grids = {kind: np.concatenate([cell_values(m, _SIDE).ravel() for m in records]) for kind, records in maps.items()}
     metrics = {
         "activation": float(values[is_image].sum()),
         "soft_tokens": float((values[is_image] > 0).sum()),
-        "path_residual": max(one.residual for one in maps["vision_path"]),
+        "path_residual": max(patch_map.residual for patch_map in maps["vision_path"]),
     }
     for kind in ("rollout", "similarity", "activation"):
         metrics[f"{kind}_vs_vision_path"] = _correlation(grids[kind], grids["vision_path"])
     peaks: dict[str, Any] = {}
     for kind, records in maps.items():
-        tiles = [(one.picture, tile) for one in records for tile in one.tiles]
+        tiles = [(patch_map.picture, tile) for patch_map in records for tile in patch_map.tiles]
         picture, tile = max(tiles, key=lambda pair: float(pair[1].values.max()))
         peaks[kind] = {"picture": picture, "box": list(tile.boxes[int(tile.values.argmax())])}
-    active = {int(at): float(values[at]) for at in np.flatnonzero(values)}
+    active = {int(position): float(values[position]) for position in np.flatnonzero(values)}
     shown = ", ".join(f"{kind} ({p['box'][0]:.2f}, {p['box'][1]:.2f})" for kind, p in peaks.items())
     print(f"  {feature}: on {metrics['soft_tokens']:.0f} soft tokens; peaks at (left, top): {shown}")
     return {"metrics": metrics, "peaks": peaks, "activations": active}

@@ -1,9 +1,9 @@
-"""All sources of a mix written as shards: by several processes, each sample once, and going on after a kill.
+"""Write all sources of a mix as shards: in several processes, without duplicates, resumable after a kill.
 
-Each source is cut into parts, each part into chunks of `shard_size` rows. Other processes read the parts; this one
-alone says which samples are there already, writes a chunk's tars, for training and for validation, and then the index.
-A chunk counts when it is in the index, so whatever a kill leaves behind is written again. A chunk whose files are
-damaged is written again alone: its rows are read from its mark, and it keeps the samples that were its own.
+Each source is cut into parts, each part into chunks of `shard_size` rows. Other processes read the parts; only this
+process removes duplicates, writes the training and validation tars of a chunk, and then the index. A chunk counts once
+it is in the index, so whatever a kill leaves behind is written again. A damaged chunk is rewritten on its own: its rows
+are read from its mark, and it keeps the samples that it had.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from vlmscope.data.shards import INDEX, damaged_shards, open_index, write_tar
 
 TRAIN, VAL = "train", "val"
 VERSION = 1  # raise when the layout of shards or index changes: old folders are then refused
-PROBES = 32  # samples from which the mean size is taken
+PROBES = 32  # samples from which the mean size is estimated
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """How a mix is written: into what, in how many parts a source, with how many rows a shard."""
+    """Layout of the shards: folder, rows per shard, parts per source, share held out for validation."""
 
     folder: Path
     shard_size: int = 1000
@@ -46,21 +46,21 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Part:
-    """Which rows of a source a process goes through, and from where on."""
+    """The rows of a source that one process reads, and the row at which it starts."""
 
     settings: BuildSettings
     name: str
     config: SourceConfig
     split: str  # of the source
-    role: str | None  # split of the shards; None holds `val_share` of the samples out
+    role: str | None  # split of the shards; None holds out `val_share` of the samples
     share: Share
-    mark: Mark = None  # of the reader, before its first chunk here
+    mark: Mark = None  # the reader's position before the first chunk to read
     chunk: int = 0  # number of that chunk
-    alone: bool = False  # this chunk only, since its files are damaged
+    alone: bool = False  # read this chunk only, since its files are damaged
 
     @property
     def key(self) -> str:
-        """Its name in the index and in file names."""
+        """Name of the part in the index and in file names."""
         return f"{self.name}-{self.role or 'all'}-{self.share.index:03d}"
 
     def open(self) -> Source:
@@ -68,33 +68,30 @@ class Part:
 
 
 class Chunk(NamedTuple):
-    """Some rows: the reader's marks around them, how many there were, and what can be used of them.
-
-    Each sample is its digest, its split, and what goes into the tar.
-    """
+    """Consecutive rows of a part, with the reader's marks before and after them."""
 
     start: Mark
     stop: Mark
     rows: int
-    samples: list[tuple[bytes, str, dict[str, Any]]]
+    samples: list[tuple[bytes, str, dict[str, Any]]]  # of usable rows: digest, split, WebDataset sample
 
 
 def chunks_of(part: Part) -> Iterator[Chunk]:
-    """Read a part chunk by chunk; a chunk without a usable row is a `UserError`."""
+    """Read a part chunk by chunk; raise `UserError` when no row of a chunk can be used."""
     reader, number = part.open().open(part.share, part.mark), part.chunk
     while True:
         start = reader.mark()
         rows = list(islice(reader, part.settings.shard_size))
-        if not rows and not part.alone:
+        if not rows and not part.alone:  # a damaged chunk without rows is yielded, for `Builder._replace` to refuse
             return
         samples, error = [], None
-        for place, row in enumerate(rows):
+        for position, row in enumerate(rows):
             try:
                 sample = row()
                 split = part.role or (VAL if held_out(sample, part.settings.val_share) else TRAIN)
-                samples.append((sample.digest(), split, sample.to_shard(f"{part.key}-{number:05d}-{place:05d}")))
-            except UserError as wrong:
-                error = wrong
+                samples.append((sample.digest(), split, sample.to_shard(f"{part.key}-{number:05d}-{position:05d}")))
+            except UserError as unusable:
+                error = unusable
         if error is not None and not samples:
             raise UserError(f"none of {len(rows)} rows of data.sources.{part.name} can be used; the last: {error}")
         yield Chunk(start, reader.mark(), len(rows), samples)
@@ -104,7 +101,7 @@ def chunks_of(part: Part) -> Iterator[Chunk]:
 
 
 class _Parts(IterableDataset):
-    """The chunks of the parts, each part followed by None; of a worker, of every n-th part."""
+    """The chunks of the parts, each part followed by None; worker w of n reads every n-th part from w on."""
 
     def __init__(self, parts: list[Part]) -> None:
         self.parts = parts
@@ -116,23 +113,24 @@ class _Parts(IterableDataset):
                 for chunk in chunks_of(part):
                     yield part, chunk
                 yield part, None
-        except UserError as error:  # as a value: raised, the loader would add the traceback to its one line
+        except UserError as error:  # as a value: the loader adds the worker's traceback to what is raised
             yield error
 
 
 def read_parts(parts: list[Part], processes: int) -> Iterator[tuple[Part, Chunk | None]]:
-    """The chunks of all parts, each part followed by None, read by so many processes."""
+    """Yield the chunks of all parts, each part followed by None, read in `processes` processes."""
     workers = min(processes, len(parts)) if processes > 1 else 0
-    # The libraries beneath keep threads, which a fork would break. A generator of its own leaves torch's alone.
-    several: Any = {"multiprocessing_context": "spawn", "prefetch_factor": 1} if workers else {}
+    # A fork would break the threads that `datasets` and pyarrow keep. A separate generator, since a loader without one
+    # draws its base seed from torch's global stream.
+    options: Any = {"multiprocessing_context": "spawn", "prefetch_factor": 1} if workers else {}
     loader = DataLoader(
-        _Parts(parts), None, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator(), **several
+        _Parts(parts), None, num_workers=workers, collate_fn=_identity, generator=torch.Generator(), **options
     )
     try:
-        for read in loader:
-            if isinstance(read, UserError):
-                raise read
-            yield read
+        for item in loader:
+            if isinstance(item, UserError):
+                raise item
+            yield item
     except RuntimeError as error:
         if "exited unexpectedly" not in str(error):
             raise
@@ -142,71 +140,70 @@ def read_parts(parts: list[Part], processes: int) -> Iterator[tuple[Part, Chunk 
         ) from error
 
 
-def _as_it_is(read: Any) -> Any:
-    return read
+def _identity(item: Any) -> Any:  # the default would turn values into tensors; a lambda cannot be pickled
+    return item
 
 
 class Builder:
-    """The index of a build and the digests of all samples in it."""
+    """The index of a build, and the digests of all samples in it by which duplicates are recognised."""
 
     def __init__(self, sources: Mapping[str, SourceConfig], settings: BuildSettings) -> None:
-        """Open the folder and look for damaged chunks; one of other sources, files or settings is refused."""
+        """Open the folder and find damaged chunks; refuse a folder of other sources, files or settings."""
         self.sources, self.settings = dict(sources), settings
         meta = {
             "dataset": "mix", "version": VERSION, "sources": fingerprint(self.sources), "parts": settings.parts,
             "shard_size": settings.shard_size, "val_share": settings.val_share,
         }  # fmt: skip
         self.index = open_index(settings.folder, meta)
-        # A source that is gone may stay so when the shards are finished.
-        there = {name: one.path for name, one in self.sources.items() if one.path and Path(one.path).exists()}
-        files = {f"data.sources.{name}": folder_digest(path) for name, path in there.items()}
-        before = self.index.setdefault("files", files)
-        known = {name: before.get(name) for name in files}
+        # A source may be deleted once its shards are written, so only those that exist are compared.
+        paths = {name: source.path for name, source in self.sources.items() if source.path}
+        files = {f"data.sources.{name}": folder_digest(path) for name, path in paths.items() if Path(path).exists()}
+        recorded = self.index.setdefault("files", files)
+        known = {name: recorded.get(name) for name in files}
         refuse_other(str(settings.folder / INDEX), known, files, "choose another data.path")
         self.parts: dict[str, dict[str, Any]] = self.index.setdefault("parts", {})
         self.seen: set[bytes] = set()
-        self.own: dict[tuple[str, int], set[bytes]] = {}  # damaged chunks and, where they are known, their samples
+        self.damaged: dict[tuple[str, int], set[bytes]] = {}  # (part, chunk) -> digests of its samples, where known
         sound = self.index["shards"].keys() - damaged_shards(settings.folder, self.index["shards"])
         for key, part in self.parts.items():
             for number, chunk in enumerate(part["chunks"]):
                 digests = self._read_digests(key, number, chunk)
                 self.seen |= digests or set()
                 if digests is None or not sound.issuperset(chunk["shards"]):
-                    self.own[key, number] = digests or set()
+                    self.damaged[key, number] = digests or set()
 
     def left(self) -> list[Part]:
-        """What is still to be done."""
+        """The parts, and single damaged chunks, that are still to be read."""
         left = []
         for name, config in self.sources.items():
-            passes = [(config.split, None)]
-            if config.val_split is not None:
-                passes = [(config.split, TRAIN), (config.val_split, VAL)]
-            for split, role in passes:
+            separate = [(config.split, TRAIN), (config.val_split, VAL)]
+            for split, role in [(config.split, None)] if config.val_split is None else separate:
                 for index in range(self.settings.parts):
                     part = Part(self.settings, name, config, split, role, Share(index, self.settings.parts))
                     known = self.parts.setdefault(part.key, {"done": False, "chunks": []})
                     chunks = known["chunks"]
-                    damaged = [number for key, number in self.own if key == part.key]
+                    damaged = [number for key, number in self.damaged if key == part.key]
                     left += [replace(part, mark=chunks[n]["start"], chunk=n, alone=True) for n in damaged]
                     if not known["done"]:
                         left.append(replace(part, mark=chunks[-1]["stop"] if chunks else None, chunk=len(chunks)))
         return left
 
     def write(self, part: Part, chunk: Chunk) -> int:
-        """Write the samples of a chunk that are new, and enter it in the index; how many shards that were."""
+        """Write the new samples of a chunk and enter it in the index; return the number of shards written."""
         chunks = self.parts[part.key]["chunks"]
         number = part.chunk if part.alone else len(chunks)
-        own = self.own.get((part.key, number), set()).copy() if part.alone else set()  # new to a damaged chunk
+        # A damaged chunk's samples have been seen, in the chunk itself: each counts as new once.
+        rewritten = self.damaged.get((part.key, number), set()).copy() if part.alone else set()
         kept = []
-        for digest, split, body in chunk.samples:
-            if digest in own or digest not in self.seen:
-                kept.append((digest, split, body))
-            own.discard(digest)
+        for sample in chunk.samples:
+            digest = sample[0]
+            if digest in rewritten or digest not in self.seen:
+                kept.append(sample)
+            rewritten.discard(digest)
             self.seen.add(digest)
         shards = {}
         for split in (TRAIN, VAL):
-            bodies = [body for _, its_split, body in kept if its_split == split]
-            if bodies:
+            if bodies := [body for _, sample_split, body in kept if sample_split == split]:
                 name = f"{split}-{part.key}-{number:05d}.tar"
                 entry = {"split": split, "kind": part.name}
                 shards[name] = entry | write_tar(self.settings.folder / name, bodies)
@@ -220,31 +217,31 @@ class Builder:
             "duplicates": len(chunk.samples) - len(kept), "unusable": chunk.rows - len(chunk.samples),
             "shards": list(shards), "digests": hashlib.sha256(digests).hexdigest(),
         }  # fmt: skip
-        chunks[number : number + 1] = [record]  # or one more
-        self.index["shards"] |= shards
+        chunks[number : number + 1] = [record]  # replaces a damaged chunk, else appends
+        self.index["shards"] |= shards  # after the files, so that a kill leaves no entry without its file
         self._save()
         return len(shards)
 
     def _replace(self, part: Part, old: dict[str, Any], new: Chunk, shards: dict[str, dict[str, Any]]) -> None:
-        """Take a damaged chunk's shards out of the index; the same rows must be there again."""
+        """Remove a damaged chunk's shards from the index; refuse a source whose number of rows has changed."""
         if new.rows != old["rows"]:
             raise UserError(
                 f"data.sources.{part.name} gives {new.rows} rows where it gave {old['rows']} when "
                 f"{self.settings.folder} was built, so its damaged shards cannot be mended; choose another folder"
             )
-        before = {name: self.index["shards"].pop(name, {}) for name in {*old["shards"], *shards}}
-        for name, entry in before.items():
+        removed = {name: self.index["shards"].pop(name, {}) for name in {*old["shards"], *shards}}
+        for name, entry in removed.items():
             if entry.get("sha256") != shards.get(name, {}).get("sha256"):
                 _LOG.warning("%s differs from what was written first: data.sources.%s has changed", name, part.name)
 
     def finish(self, part: Part) -> None:
-        """Note that a part has been gone through."""
+        """Record that a part has been read completely."""
         if not part.alone:
             self.parts[part.key]["done"] = True
             self._save()
 
     def total(self, count: str) -> int:
-        """The sum of a count ("rows", "duplicates", "unusable") over all chunks."""
+        """Sum of a count ("rows", "duplicates" or "unusable") over all chunks."""
         return sum(chunk[count] for part in self.parts.values() for chunk in part["chunks"])
 
     def _save(self) -> None:
@@ -259,23 +256,23 @@ class Builder:
         path = self._digests(key, number)
         data = path.read_bytes() if path.is_file() else b""
         kept = chunk["rows"] - chunk["duplicates"] - chunk["unusable"]
-        # Folders of earlier versions have no hash of it.
+        # Indexes of earlier versions hold no hash of the digests.
         if len(data) != kept * DIGEST_BYTES or chunk.get("digests", "") not in ("", hashlib.sha256(data).hexdigest()):
             return None
-        return {data[at : at + DIGEST_BYTES] for at in range(0, len(data), DIGEST_BYTES)}
+        return {data[start : start + DIGEST_BYTES] for start in range(0, len(data), DIGEST_BYTES)}
 
 
 def build_mix(sources: Mapping[str, SourceConfig], settings: BuildSettings, processes: int = 1) -> dict[str, float]:
-    """Write what `settings.folder` still lacks, and again what is damaged; weights do not matter here.
+    """Write the shards that `settings.folder` lacks and rewrite damaged ones; the sources' weights are not used.
 
     Returns `data/shards`, `data/samples`, `data/bytes`, `data/rows`, `data/duplicates`, `data/unusable`, and
-    `data/shards_written` by this call. Chunks that were done before an error stay.
+    `data/shards_written` by this call. Chunks that were finished before an error stay.
     """
     if settings.shard_size < 1 or settings.parts < 1 or processes < 1:
         raise UserError("task.shard_size, task.parts and task.workers must be at least 1; correct them")
     builder = Builder(sources, settings)
     left = builder.left()
-    check_disk(left, settings.folder, sum(one["bytes"] for one in builder.index["shards"].values()))
+    check_disk(left, settings.folder, sum(shard["bytes"] for shard in builder.index["shards"].values()))
     written = 0
     with tqdm(initial=builder.total("rows"), unit="row", desc="shards") as bar:
         for part, chunk in read_parts(left, processes):
@@ -286,38 +283,38 @@ def build_mix(sources: Mapping[str, SourceConfig], settings: BuildSettings, proc
             bar.update(0 if part.alone else chunk.rows)
     shards = builder.index["shards"].values()
     figures = {
-        "shards": len(shards), "samples": sum(one["samples"] for one in shards),
-        "bytes": sum(one["bytes"] for one in shards), "shards_written": written,
+        "shards": len(shards), "samples": sum(shard["samples"] for shard in shards),
+        "bytes": sum(shard["bytes"] for shard in shards), "shards_written": written,
     }  # fmt: skip
     figures |= {count: builder.total(count) for count in ("rows", "duplicates", "unusable")}
     return {f"data/{name}": float(value) for name, value in figures.items()}
 
 
-def check_disk(parts: list[Part], folder: Path, there: int) -> None:
-    """Refuse a build that does not fit the disk, by the mean size of each source's first samples.
+def check_disk(parts: list[Part], folder: Path, written: int) -> None:
+    """Refuse a build that does not fit the disk, estimated from the mean size of each source's first samples.
 
-    `there` are the bytes already written. A source that does not know its size counts as nothing.
+    `written` is the number of bytes already there. A source of unknown size counts as nothing.
     """
     need = 0.0
     for part in {(part.name, part.split): part for part in parts}.values():
         source = part.open()
         need += (source.size or 0) * mean_size(source)
-    parent = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(parent).free
-    if need - there > free:
+    if need - written > free:
         raise UserError(
-            f"the shards need about {(need - there) / 1e9:.3g} GB, {parent} has {free / 1e9:.3g} GB free; choose "
+            f"the shards need about {(need - written) / 1e9:.3g} GB, {parent} has {free / 1e9:.3g} GB free; choose "
             "another folder with data.path=, or set data.sources.NAME.limit"
         )
 
 
 def mean_size(source: Source) -> float:
-    """About how many bytes a sample takes in a shard: each file has a header of 512 and is rounded up to 512."""
+    """Estimated bytes of a sample in a shard; in a tar each file has a 512-byte header and is padded to 512 bytes."""
     sizes = []
     for row in islice(source.open(WHOLE), PROBES):
         try:
             files = row().to_shard("").values()
         except UserError:
-            continue  # counted when it is built
+            continue  # the build counts it as unusable
         sizes.append(sum(512 + -(-len(content) // 512) * 512 for content in files if isinstance(content, bytes)))
     return sum(sizes) / max(1, len(sizes))

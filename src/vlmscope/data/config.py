@@ -15,33 +15,33 @@ _HOLDS = {"folder": "train.jsonl (docs/bring_your_own.md)", "shards": "index.jso
 
 @dataclass
 class SourceConfig:
-    """Where samples come from and how much of a mix they are (schemas: docs/data.md)."""
+    """One source of samples and its weight in a mix (schemas: docs/data.md)."""
 
     kind: str = "folder"  # one of `KINDS`
-    path: str | None = None  # what `Dataset.save_to_disk` wrote, Parquet files, our shards, or one with train.jsonl
+    path: str | None = None  # folder of `Dataset.save_to_disk`, of Parquet files, of our shards, or with train.jsonl
     hub: str | None = None  # a data set of the Hugging Face hub, streamed, where `path` is not given
     revision: str | None = None  # its commit, 40 hexadecimal digits
     subsets: list[str] = field(default_factory=list)  # configurations on the hub, or folders in `path`; they take turns
-    split: str = "train"  # which split is trained on
-    val_split: str | None = None  # which one is validated on; None holds `data.val_share` of `split` out
+    split: str = "train"  # the split for training
+    val_split: str | None = None  # the split for validation; None holds out `data.val_share` of `split`
     weight: float = 1.0  # its share of the tokens, relative to the other sources
-    repeat: bool = False  # start again when it ends; else the other sources go on without it
-    limit: int | None = None  # use the first so many samples only
+    repeat: bool = False  # start again when it ends; else the mix continues without it
+    limit: int | None = None  # use only this many samples, the first ones
     text: str = "text"  # hf_text: the column of texts
     image: str = "image"  # hf_image_label: the columns of pictures and of their class numbers or names
     label: str = "label"
     caption: str | None = None  # the column of captions, instead of `label`
-    templates: list[str] = field(default_factory=lambda: ["a photo of a {label}."])  # each picture gets one of them
-    request: str = CAPTION_REQUEST  # what a caption answers
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {label}."])  # one of them is drawn per picture
+    request: str = CAPTION_REQUEST  # the user turn that a caption answers
     images: str | None = "images"  # hf_cauldron: the columns of pictures (a list, or one; None: none) and conversations
     texts: str = "texts"
-    stream: str | None = None  # of shards the name of the source that was written; of orrery one of `ORRERY_STREAMS`
+    stream: str | None = None  # shards: the name of the source that was written; orrery: one of `ORRERY_STREAMS`
 
 
 def check_source(name: str, source: SourceConfig) -> None:
-    """Refuse settings that cannot work, before anything is opened."""
+    """Raise `UserError` for settings that cannot work, before anything is opened."""
     key = f"data.sources.{name}"
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):  # it becomes part of file names and of metrics' names
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):  # the name becomes part of file and metric names
         raise UserError(f"{key}: name a source with letters, digits, _ and - only")
     check_choice(f"{key}.kind", source.kind, KINDS)
     if source.kind == "orrery":
@@ -60,12 +60,12 @@ def check_source(name: str, source: SourceConfig) -> None:
 
 @dataclass
 class DataConfig:
-    """Which data: Orrery's scenes, a folder of the user's own (docs/bring_your_own.md), or a mix (docs/data.md).
+    """The data: Orrery's scenes, a folder of the user's own (docs/bring_your_own.md), or a mix (docs/data.md).
 
-    `path` is a folder, None for data made while they are used; of a mix, where `task=build_data` writes its shards.
-    `val_share` of the user's own examples is held out for validation where they come without a file or split for it.
-    For a mix: its `sources`; `shuffle` rows of a source are shuffled with each other; texts are packed to `context`
-    tokens; so many corrupt shards, or files of a local table, are skipped (`max_bad_shards`).
+    `path` is a folder, or None for data generated during use; for a mix, `task=build_data` writes its shards there.
+    `val_share` of the user's own examples is held out for validation if there is no file or split for it.
+    The rest configures a mix: rows per source that are shuffled with each other (`shuffle`), tokens per packed text
+    (`context`), and corrupt shards or files of a local table that may be skipped (`max_bad_shards`).
     """
 
     name: str = "???"  # omegaconf: it must be given
@@ -88,12 +88,12 @@ class DataConfig:
 class PairsConfig:
     """Pairs of inputs that differ in one fact (docs/circuits.md)."""
 
-    change: str | None = None  # the fact of Orrery's scenes that differs; None for pairs of one's own
-    path: str | None = None  # a JSONL file of one's own pairs
+    change: str | None = None  # the fact of Orrery's scenes that differs; None for the user's own pairs
+    path: str | None = None  # a JSONL file of the user's own pairs
     original: str | None = None  # the fact's word in every original, drawn when None
     counterfactual: str | None = None  # the same in every counterfactual
     train: int = 60  # pairs on which features are chosen
-    test: int = 100  # pairs on which effects are measured; of one's own, those that are left
+    test: int = 100  # pairs on which effects are measured, taken after those for `train`
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,11 +111,11 @@ WORDINGS = ("paper", "ours")
 class PromptConfig:
     """One prompt of a set."""
 
-    prompt: str  # what the user says; the model's template adds the pictures' placeholders
-    images: list[str] = field(default_factory=list)  # in words, the pictures that it needs, in order
-    answer: str | None = None  # the word that a right answer has, None where none is expected
-    contrast: str | None = None  # the prompt of the same set that it is compared with or patched from
-    wording: str = "ours"  # whose words these are, of `WORDINGS`
+    prompt: str  # the user's words; the model's template adds the picture placeholders
+    images: list[str] = field(default_factory=list)  # descriptions of the pictures that it needs, in order
+    answer: str | None = None  # a word that a correct answer contains; None where none is expected
+    contrast: str | None = None  # name of the prompt in this set that it is compared with or patched from
+    wording: str = "ours"  # who wrote the prompt, one of `WORDINGS`
 
     def __post_init__(self) -> None:
         check_choice(f"prompts: wording of {self.prompt!r}", self.wording, WORDINGS)
@@ -123,7 +123,7 @@ class PromptConfig:
 
 @dataclass
 class PromptSetConfig:
-    """The prompts of one case study; `source` says which of the paper's (arXiv 2602.20330) and what is known of it."""
+    """The prompts of one case study; `source` names the paper's case (arXiv 2602.20330) and what is known of it."""
 
     source: str
     prompts: dict[str, PromptConfig]
@@ -131,5 +131,5 @@ class PromptSetConfig:
     def __post_init__(self) -> None:
         for name, prompt in self.prompts.items():
             if prompt.contrast is not None and (prompt.contrast == name or prompt.contrast not in self.prompts):
-                others = ", ".join(other for other in self.prompts if other != name)
-                raise UserError(f"prompts.{name}.contrast={prompt.contrast}: no other such prompt; choose {others}")
+                choices = ", ".join(key for key in self.prompts if key != name)
+                raise UserError(f"prompts.{name}.contrast={prompt.contrast}: no other such prompt; choose {choices}")

@@ -1,7 +1,7 @@
-"""Opening picture files: the only place that does it; `vlmscope.core.records.as_rgb` says what RGB a file becomes.
+"""Open picture files, here only; `vlmscope.core.records.as_rgb` defines the conversion to RGB.
 
-Nothing is shrunk: how many pixels a model sees is for its checkpoint's processor to say. Of an animation or a file of
-several pages the first frame counts.
+Pictures are not resized, since the checkpoint's processor decides how many pixels a model sees. Animations and files of
+several pages give their first frame.
 """
 
 from __future__ import annotations
@@ -20,43 +20,43 @@ from PIL import Image, UnidentifiedImageError
 from vlmscope.core.errors import BadPicture, UserError
 from vlmscope.core.records import as_rgb, check_mode
 
-MAX_PIXELS = 100_000_000  # larger files are refused before they are decoded, which would take gigabytes
-FIGURE_SIDE = 2048  # pixels of the longer side in figures, which show no more
+MAX_PIXELS = 100_000_000  # larger pictures are refused before decoding, which would take gigabytes
+FIGURE_SIDE = 2048  # pixels of the longer side, as many as figures can show
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open a picture as RGB; one that is missing, damaged, too large or of unknown scale (`as_rgb`) is refused."""
+    """Open a picture as RGB; raise `UserError` if it is missing, damaged, too large or of unknown scale (`as_rgb`)."""
     with _opened(Path(path), f"image {path}") as raw:
         return _decoded(raw)
 
 
 def decode_image(data: bytes, what: str) -> Image.Image:
-    """As `open_image`, from the bytes of a picture's file; `what` names it in messages."""
+    """Open a picture from the bytes of its file, as `open_image` does; `what` names it in messages."""
     with _opened(io.BytesIO(data), what) as raw:
         return _decoded(raw)
 
 
 def picture_format(data: bytes, what: str) -> str:
-    """The file name's ending for the bytes of a picture, such as "jpeg", from its header alone."""
+    """File extension for the bytes of a picture, such as "jpeg", from its header alone."""
     with _opened(io.BytesIO(data), what) as raw:
         return (raw.format or "png").lower()
 
 
 def check_image(path: str | Path) -> None:
-    """Refuse what `open_image` refuses for its header; a file that is damaged after its header passes."""
+    """Raise as `open_image` does, but read the header only: damage behind it goes unnoticed."""
     with _opened(Path(path), f"image {path}"):
         pass
 
 
 @contextmanager
 def _opened(source: Path | io.BytesIO, what: str) -> Iterator[Image.Image]:
-    """The picture before it is decoded; what goes wrong inside is reported in one line that begins with `what`."""
+    """Yield the undecoded picture; errors inside, decoding included, become one line that begins with `what`."""
     if isinstance(source, Path) and not source.is_file():
         reason = "is a folder" if source.is_dir() else "no such file"
         raise UserError(f"{what}: {reason}; give the path of a picture")
     try:
         with warnings.catch_warnings():
-            # Pillow warns of pictures near our own limit, and raises at about twice that.
+            # Pillow warns near our own limit, and raises `DecompressionBombError` at about twice that.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             raw = Image.open(source)
         with raw:
@@ -84,7 +84,7 @@ def _too_many(pixels: str) -> str:
 def _decoded(raw: Image.Image) -> Image.Image:
     raw.load()
     image = as_rgb(raw)
-    return raw.copy() if image is raw else image  # which needs no open file
+    return raw.copy() if image is raw else image  # a copy does not depend on the open file
 
 
 def open_images(paths: Sequence[str | Path]) -> list[Image.Image]:
@@ -93,9 +93,9 @@ def open_images(paths: Sequence[str | Path]) -> list[Image.Image]:
 
 
 class PictureFiles(Sequence[Image.Image]):
-    """Pictures that are opened whenever they are asked for, since many large ones do not fit into memory together.
+    """Pictures that are opened on each access, since many large ones do not fit into memory together.
 
-    Each is opened once at the beginning, so that a bad one is refused at once.
+    Each is also opened once at the start, so that a bad file is refused before any work.
     """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
@@ -111,18 +111,18 @@ class PictureFiles(Sequence[Image.Image]):
 
 
 def for_figures(pictures: Sequence[Image.Image]) -> list[np.ndarray]:
-    """Pictures as figures take them: uint8 `[H, W, 3]`, the longer side at most `FIGURE_SIDE` pixels."""
+    """Arrays for figures: uint8 `[H, W, 3]`, the longer side at most `FIGURE_SIDE` pixels."""
     return [np.asarray(_shrunk(picture, FIGURE_SIDE)) for picture in pictures]
 
 
 def png_bytes(image: Image.Image | np.ndarray, side: int | None = None) -> bytes:
-    """PNG bytes, as small as they get, of a picture or uint8 [H, W, 3], shrunk to at most `side` pixels a side."""
+    """Optimised PNG bytes of a picture or uint8 [H, W, 3], shrunk to at most `side` pixels per side."""
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     return _png(picture if side is None else _shrunk(picture, side), optimize=True)
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """PNG bytes of uint8 [H, W, 3], at the speed that data sets want."""
+    """PNG bytes of uint8 [H, W, 3], compressed less but faster, for data sets."""
     return _png(Image.fromarray(image), compress_level=4)
 
 
@@ -133,7 +133,7 @@ def _png(picture: Image.Image, **settings: Any) -> bytes:
 
 
 def _shrunk(picture: Image.Image, side: int) -> Image.Image:
-    """The picture with at most `side` pixels a side; itself when it is no larger."""
+    """The picture with at most `side` pixels per side; unchanged when it is no larger."""
     if max(picture.size) <= side:
         return picture
     small = picture.copy()

@@ -1,19 +1,19 @@
 """Inputs of experiments from files: prompts with their pictures, and counterfactual pairs.
 
-Many prompts are the rows of `task=trace task.rows=FILE`. A CSV file has a head line with the columns `prompt`, `image`
-(one path, or several separated by `;`; empty for text alone) and perhaps `id`; a JSONL file has an object with these
-keys a line, where `image` may be a list too.
+Prompts are the rows of `task=trace task.rows=FILE`. A CSV file has a header with the columns `prompt`, `image` (one
+path, or several separated by `;`; empty for text alone) and optionally `id`; a JSONL file has one object per line with
+these keys, where `image` may also be a list.
 
-Pairs, two inputs that differ in one fact with the answer to each, come from Orrery's renderers or from a JSONL file of
-one's own, an object a line:
+Pairs, two inputs that differ in one fact with the answer to each, come from Orrery's renderers or from the user's JSONL
+file, one object per line:
 
     {"prompt": "what is this ?", "image": "cat.png", "answer": "cat",
      "counterfactual": {"image": "dog.png", "answer": "dog"}, "question": "animal", "id": "a"}
 
-What the counterfactual does not give is that of the original. `question` groups lines that ask the same thing.
+The counterfactual inherits missing keys from the original. `question` groups lines that ask the same thing.
 
-Paths are relative to the file's folder. Everything is looked at before anything is returned, so that a mistake in the
-last row does not cost the work on the others.
+Paths are relative to the file's folder. The whole file is checked first, so that a mistake in the last row does not
+cost the work on the others.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ _ROW_KEYS = ("id", "prompt", "image")
 _SIDE_KEYS = ("prompt", "image", "answer")
 _PAIR_KEYS = (*_SIDE_KEYS, "counterfactual", "question", "id")
 _ID = re.compile(r"[\w-][\w.-]{0,99}", re.ASCII)
-OWN_QUESTION = "answer"  # the group of lines that name none
+OWN_QUESTION = "answer"  # group of lines without `question`
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One row: a name that can be a folder's, the prompt, its pictures, and where it stands, for messages."""
+    """One prompt with its pictures."""
 
-    id: str
+    id: str  # can name a folder
     prompt: str
     images: tuple[Path, ...]
-    origin: str
+    origin: str  # file and row, for messages
 
 
 def read_rows(path: str | Path) -> tuple[list[PromptRow], list[str]]:
-    """The good rows of a file and what is wrong with each bad one, in order; the head line of a CSV does not count."""
+    """The valid rows of a file, and one message for each invalid row, in order; a CSV's header is not numbered."""
     path = Path(path)
     readers = {".csv": _csv_rows, ".jsonl": _json_rows}
     if path.suffix.lower() not in readers:
@@ -122,7 +122,7 @@ def _check_keys(record: dict[str, Any], keys: Sequence[str]) -> None:
 
 
 def _checked_paths(value: Any, folder: Path) -> list[Path]:
-    """The paths that a record gives as one, a list or null, whose pictures' headers are sound."""
+    """Picture paths from a string, a list or null, after checking the header of each picture."""
     names = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"image {value!r} is neither a path nor a list of paths")
@@ -133,7 +133,7 @@ def _checked_paths(value: Any, folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Side:
-    """One input of a pair: what is asked, the pictures, and the answer (one word)."""
+    """One input of a pair: prompt, pictures, and the one-word answer."""
 
     prompt: str
     images: Sequence[Image.Image]
@@ -142,30 +142,29 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two inputs that differ in one fact.
+    """Two inputs that differ in one fact."""
 
-    `question` is the group that it is counted with; `id` names the scene, so that the questions about one scene share
-    it; `change` says what differs.
-    """
-
-    id: str
-    question: str
-    change: str
+    id: str  # of the scene: questions about one scene share it
+    question: str  # group that the pair is counted in
+    change: str  # the fact that differs
     original: Side
     counterfactual: Side
 
     @property
     def moves(self) -> bool:
-        """Whether the two answers differ; where they agree, an effect is a side effect."""
+        """Whether the two answers differ; if they agree, any effect is a side effect."""
         return self.original.answer != self.counterfactual.answer
 
 
 def load_pairs(config: PairsConfig, split: str) -> list[Pair]:
-    """The pairs of a split, 'train' or 'test'; of one's own, the first `config.train` scenes train, the rest test."""
+    """Load the pairs of a split, 'train' or 'test'.
+
+    Of a file, the first `config.train` scenes are for training and the next `config.test` for testing.
+    """
     if config.path is None:
-        assert config.change is not None, "PairsConfig asks for one of both"
-        wanted = config.train if split == "train" else config.test
-        return orrery_pairs(config.change, split, wanted, config.seed, config.original, config.counterfactual)
+        assert config.change is not None, "PairsConfig requires one of change and path"
+        count = config.train if split == "train" else config.test
+        return orrery_pairs(config.change, split, count, config.seed, config.original, config.counterfactual)
     pairs = read_pairs(config.path)
     names = list(dict.fromkeys(pair.id for pair in pairs))
     chosen = names[: config.train] if split == "train" else names[config.train : config.train + config.test]
@@ -177,7 +176,7 @@ def load_pairs(config: PairsConfig, split: str) -> list[Pair]:
 
 
 def check_choosing(config: PairsConfig) -> None:
-    """Look at all of one's own pairs, or at the first of rendered ones, before a model is loaded."""
+    """Check all pairs of a file, or the first rendered one, before a model is loaded."""
     if config.train < 1:
         raise UserError("pairs.train=0 leaves no pair to choose a circuit by; set how many choose, the others judge")
     load_pairs(config if config.path is not None else replace(config, train=1, test=1), "test")
@@ -186,21 +185,21 @@ def check_choosing(config: PairsConfig) -> None:
 def orrery_pairs(
     change: str, split: str, count: int, seed: int = 0, original: str | None = None, counterfactual: str | None = None
 ) -> list[Pair]:
-    """Pairs of Orrery's scenes, one a question; arguments as in `scene_pairs`."""
+    """Pairs of Orrery's scenes, one per question; arguments as in `scene_pairs`."""
     pairs = []
     for pair in scene_pairs(change, split, count, seed, original, counterfactual):
         sides = []
         for scene in (pair.original, pair.counterfactual):
             assert scene.image is not None, "scenes of a pair have pictures"
             images = (Image.fromarray(scene.image),)
-            sides.append([Side(asked.question, images, asked.answer) for asked in scene.questions])
-        groups = [asked.group for asked in pair.original.questions]
+            sides.append([Side(question.question, images, question.answer) for question in scene.questions])
+        groups = [question.group for question in pair.original.questions]
         pairs += [Pair(pair.key, group, change, *both) for group, *both in zip(groups, *sides, strict=True)]
     return pairs
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """One's own pairs, in order. The first line that cannot be used is a `UserError` with its number."""
+    """Read the user's pairs, in order; the first invalid line raises `UserError` with its number."""
     path = Path(path)
     lines: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]] = {}
     for number, line in text_lines(path):
@@ -225,21 +224,21 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def _sides(record: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Original and counterfactual of a line, with everything filled in."""
+    """Original and counterfactual of a line, the latter completed from the former."""
     if not isinstance(record, dict) or not isinstance(record.get("counterfactual"), dict):
         raise UserError('write {"prompt": ..., "image": ..., "answer": ..., "counterfactual": {...}}')
     _check_keys(record, _PAIR_KEYS)
     _check_keys(record["counterfactual"], _SIDE_KEYS)
-    own = {key: record[key] for key in _SIDE_KEYS if key in record}
-    other = own | record["counterfactual"]
-    for name, side in (("the original", own), ("the counterfactual", other)):
+    original = {key: record[key] for key in _SIDE_KEYS if key in record}
+    changed = original | record["counterfactual"]
+    for name, side in (("the original", original), ("the counterfactual", changed)):
         for key in ("prompt", "answer"):
             if not isinstance(side.get(key), str) or not side[key].strip():
                 raise UserError(f"{name} has no {key}; write one")
         side["image"] = _checked_paths(side.get("image"), folder)
-    if own["prompt"] == other["prompt"] and own["image"] == other["image"]:
+    if original["prompt"] == changed["prompt"] and original["image"] == changed["image"]:
         raise UserError("original and counterfactual are the same; give another image or prompt")
-    if len(own["image"]) != len(other["image"]):
-        counts = f"the original has {len(own['image'])} pictures, the counterfactual {len(other['image'])}"
+    if len(original["image"]) != len(changed["image"]):
+        counts = f"the original has {len(original['image'])} pictures, the counterfactual {len(changed['image'])}"
         raise UserError(f"{counts}; make them equal")
-    return own, other
+    return original, changed

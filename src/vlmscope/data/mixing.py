@@ -1,12 +1,12 @@
 """Sources mixed by tokens: opened from their settings, shuffled, weighted, numbered, and resumed to the sample.
 
-In a mix each source has its share of the TOKENS. The next item comes from the source that is furthest behind: that with
-the least tokens so far, divided by its weight. So at any time the shares differ from the weights by an item's length at
-most. When a source ends the others go on, in their own proportion. A study goes through rows instead, each once and
-numbered, by the same rule.
+Weights are shares of the tokens of a mix. The next item comes from the source that is furthest behind, the one with the
+fewest tokens so far divided by its weight, so the shares never differ from the weights by more than one item's length.
+When a source ends, the others continue in their own proportion. A study applies the same rule to rows, each read once
+and numbered.
 
-Rows are taken in blocks of the buffer's size; each block is shuffled, with the seed of (source, share, epoch, block).
-So the state needs no copy of a buffer: the reader's mark at the start of the block, and the place in it, are enough.
+Rows are shuffled in blocks of the buffer's size, seeded by (source, share, epoch, block). The state therefore needs no
+copy of a buffer, only the reader's mark at the start of the block and the position in the block.
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ from vlmscope.data.samples import WHOLE, Mark, RawSample, Reader, Row, Share, So
 from vlmscope.data.shards import shard_source
 from vlmscope.data.tables import folder_source, hf_source
 
-ORRERY_SCENES = 50_000  # without a limit; scenes are made while they are used, so the number is free
-PATIENCE = 100  # unusable rows at the beginning before the source is given up
+ORRERY_SCENES = 50_000  # per source without a limit; scenes are rendered on demand, so any number works
+PATIENCE = 100  # unusable rows, when most are unusable, after which a source is refused
 
 
 def open_source(name: str, config: SourceConfig, split: str | None = None, max_bad_shards: int = 0) -> Source:
-    """A source as its settings say; refused when they are wrong, or the data not there, empty or of another schema.
+    """Open a source from its settings.
 
-    `name` is its key in `data.sources`, `split` instead of `config.split`; a pass may skip `max_bad_shards` corrupt
-    shards, or leave so many corrupt files of a local table out.
+    `name` is its key in `data.sources`; `split` replaces `config.split`. A pass may skip up to `max_bad_shards` corrupt
+    shards, or corrupt files of a local table.
+
+    Raises:
+        UserError: the settings are wrong, or the data are missing, empty or of another schema.
     """
     check_source(name, config)
     split = split or config.split
@@ -58,9 +61,9 @@ def open_source(name: str, config: SourceConfig, split: str | None = None, max_b
 
 
 def keeps(config: SourceConfig, val_share: float, validation: bool) -> Callable[[RawSample], bool]:
-    """Which samples of the stream belong to training, or to validation: a function of the sample alone.
+    """Predicate for the samples that belong to training, or to validation.
 
-    With a split of its own for validation every sample belongs; else `val_share` of them, by their digest, is held out.
+    With a separate validation split every sample belongs; otherwise `val_share` of them, by digest, is held out.
     """
     if config.val_split is not None:
         return lambda _sample: True
@@ -68,13 +71,13 @@ def keeps(config: SourceConfig, val_share: float, validation: bool) -> Callable[
 
 
 def fingerprint(sources: dict[str, SourceConfig]) -> str:
-    """Sources in words that change when anything changes that the samples depend on."""
+    """Names and weights of the sources, with a digest of every setting that the samples depend on."""
     digest = hashlib.sha256(json.dumps({k: dataclasses.asdict(v) for k, v in sources.items()}).encode()).hexdigest()
-    return f"{', '.join(f'{name} {one.weight:g}' for name, one in sources.items())} (settings {digest[:8]})"
+    return f"{', '.join(f'{name} {source.weight:g}' for name, source in sources.items())} (settings {digest[:8]})"
 
 
 def row_of(source: Source, row: int) -> RawSample:
-    """Row number `row` of a whole pass. Streams are read up to it; folders, tables and shards go there at once."""
+    """Row number `row` of a whole pass; streams are read up to it, folders, tables and shards seek."""
     if source.sample is not None and row < (source.size or 0):
         return source.sample(row)
     read = next(islice(source.open(WHOLE), row, None), None)
@@ -84,7 +87,7 @@ def row_of(source: Source, row: int) -> RawSample:
 
 
 class ShuffledSource:
-    """The samples of one consumer in a seeded order, endless if wished, whose state is a few JSON values."""
+    """The samples of one consumer in a seeded order, optionally endless, with a small JSON state."""
 
     def __init__(
         self,
@@ -95,23 +98,22 @@ class ShuffledSource:
         repeat: bool = False,
         keep: Callable[[RawSample], bool] = lambda _sample: True,
     ) -> None:
-        """Nothing is read yet.
+        """Prepare a pass over `share` of the source, without reading.
 
-        Of `share` of the source, `buffer` rows are shuffled with each other (1 keeps the order) in an order that `seed`
-        names; with `repeat` it starts again, in another order, when the source ends. Samples for which `keep` is False
-        are passed over (the others' validation samples).
+        `buffer` rows are shuffled with each other (1 keeps the order), seeded by `seed`. With `repeat` the source
+        starts again, in another order, when it ends. Samples for which `keep` is False are left out.
         """
         self.source, self.share, self.buffer, self.seed = source, share, buffer, seed
         self.repeat, self.keep = repeat, keep
         self.epoch, self.block, self.place, self.given, self.skipped, self.ended = 0, 0, 0, 0, 0, False
         self.given_before = 0  # samples given before this epoch
         self.first_error = ""  # of a sample that cannot be used
-        self.passed_over = 0  # samples that `keep` left out
+        self.passed_over = 0  # samples for which `keep` was False
         self.start: Mark = None
         self._reader: Reader | None = None
 
     def next(self) -> RawSample | None:
-        """The next sample; None at the end, and from then on. A source that gives nothing is a `UserError`."""
+        """The next sample, or None from the end on; a source without any usable sample raises `UserError`."""
         while not self.ended:
             if self._reader is None:
                 self._fill(self.start)
@@ -132,12 +134,12 @@ class ShuffledSource:
         return None
 
     def state(self) -> dict[str, Any]:
-        """JSON values from which `load` goes on with the very next sample."""
+        """JSON values from which `load` resumes with the next sample."""
         names = ("epoch", "block", "place", "given", "given_before", "skipped", "ended", "start")
         return {name: getattr(self, name) for name in names}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken (same source, share, buffer and seed)."""
+        """Resume where `state` was taken (same source, share, buffer and seed)."""
         for name, value in state.items():
             setattr(self, name, value)
         self._reader = None
@@ -148,7 +150,7 @@ class ShuffledSource:
         return 0 if self._reader is None else self._reader.bad_shards
 
     def skip(self, error: UserError) -> None:
-        """Count a sample that cannot be used; raise when nothing else has come yet `PATIENCE` times."""
+        """Count an unusable sample; raise once there are `PATIENCE` of them and no more usable ones than that."""
         self.skipped += 1
         self.first_error = self.first_error or str(error)
         if self.skipped == 1:
@@ -157,7 +159,7 @@ class ShuffledSource:
             raise UserError(f"{self.skipped} samples of {self.source.name} could not be used, the last: {error}")
 
     def _fill(self, mark: Mark) -> None:
-        """Read and shuffle the block that begins at a mark."""
+        """Read and shuffle the block that starts at `mark`."""
         if self._reader is None:
             self._reader = self.source.open(self.share, mark)
         self.start = mark
@@ -166,16 +168,16 @@ class ShuffledSource:
         self._order = generator(self.seed, "shuffle", *names).permutation(len(self._rows)).tolist()
 
     def _turn(self) -> bool:
-        """Go to the next block, of this epoch or of the next; False when there is none."""
+        """Advance to the next block, of this epoch or the next; False when there is none."""
         assert self._reader is not None
         if self._rows:
             self.block, self.place = self.block + 1, 0
             self._fill(self._reader.mark())
         if not self._rows:
-            given = self.given - self.given_before
-            if self.epoch == 0 and given == 0 and self.share.total == 1:
+            samples = self.given - self.given_before
+            if self.epoch == 0 and samples == 0 and self.share.total == 1:  # one of several shares may be empty
                 raise UserError(f"data.sources.{self.source.name}: {self._why_nothing()}")
-            if not self.repeat or given == 0:
+            if not self.repeat or samples == 0:  # an epoch without samples would repeat forever
                 return False
             self.epoch, self.block, self.place, self.given_before = self.epoch + 1, 0, 0, self.given
             self._reader = None
@@ -197,11 +199,11 @@ Item = TypeVar("Item")
 
 
 class Encoder(Protocol[Item]):
-    """How samples become items; it may hold something back (packing), which then is its state.
+    """Turns samples into items; what it holds back between them (packing) is its state.
 
-    `add` takes a sample in, or raises a `UserError` for one that cannot be used; `pop` gives an item that is ready, or
-    None to ask for another sample; `rest` is what is held back when no sample comes any more, `tokens` how long it is.
-    The state is JSON, taken only when nothing is ready to be popped or after a pop.
+    `add` takes a sample, or raises `UserError` for one that cannot be used. `pop` returns a finished item, or None if
+    it needs another sample. `rest` returns what is held back after the last sample. `tokens` is the length of an item.
+    `state` is JSON, taken only after a pop or when no item is ready.
     """
 
     def add(self, sample: RawSample) -> None: ...
@@ -233,7 +235,7 @@ class Lane(NamedTuple, Generic[Item]):
 
 
 class Drawn(NamedTuple, Generic[Item]):
-    """An item of the mix, whose it is and how long."""
+    """An item of the mix, with its source and length."""
 
     source: str
     item: Item
@@ -241,7 +243,7 @@ class Drawn(NamedTuple, Generic[Item]):
 
 
 class TokenMix(Generic[Item]):
-    """Items of all lanes in proportion; an iterator that ends when all sources have ended."""
+    """Iterator over the items of all lanes in proportion to their weights, until all sources have ended."""
 
     def __init__(self, lanes: Mapping[str, Lane[Item]]) -> None:
         if not lanes:
@@ -266,14 +268,14 @@ class TokenMix(Generic[Item]):
         raise StopIteration
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values from which `load_state_dict` goes on with the very next item."""
+        """JSON values from which `load_state_dict` resumes with the next item."""
         lanes = {
             name: {"samples": lane.samples.state(), "held": lane.encoder.state()} for name, lane in self.lanes.items()
         }
         return {"tokens": dict(self.tokens), "ended": list(self.ended), "lanes": lanes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the state was taken, with the same sources and settings."""
+        """Resume where the state was taken, with the same sources and settings."""
         if list(state["lanes"]) != list(self.lanes):
             raise UserError(
                 f"the state is of {', '.join(state['lanes'])}, the sources are {', '.join(self.lanes)}; restore them"
@@ -285,24 +287,25 @@ class TokenMix(Generic[Item]):
 
 
 def _furthest_behind(taken: Mapping[str, int], weights: Mapping[str, float], ended: list[str]) -> str | None:
-    """The source that has not ended with the least taken, relative to its weight; None when all have ended."""
+    """The unfinished source with the smallest `taken / weight`; None when all have ended."""
+    # `min` keeps the first of equals, so the order of the sources decides ties on every machine.
     return min((n for n in taken if n not in ended), key=lambda n: taken[n] / weights[n], default=None)
 
 
 class NumberedRow(NamedTuple):
-    """A row not yet read: its number among all, whose it is, its number there, and how to read it."""
+    """A row that has not been read yet."""
 
-    number: int
+    number: int  # among the rows of all sources
     source: str
-    source_row: int
+    source_row: int  # number in the source
     read: Row
 
 
 class NumberedRows:
-    """Rows of several sources, each once, numbered and cut into batches that several processes share out.
+    """Rows of several sources, each once, numbered and divided into batches for several processes.
 
-    The numbers and the batches are those of the whole, so every process goes through all rows, but reads (`Row()`) only
-    those of its own batches: batch n is for part n modulo `share.total`.
+    Numbers and batches do not depend on the number of processes: every process iterates over all rows but reads
+    (`Row()`) only its own batches. Batch n belongs to part n modulo `share.total`.
     """
 
     def __init__(
@@ -312,7 +315,7 @@ class NumberedRows:
         share: Share = WHOLE,
         limit: int | None = None,
     ) -> None:
-        """Start at the beginning of `sources`, given with their weights; `limit` is of rows in all."""
+        """Start at the first rows; `sources` maps names to (weight, source), `limit` bounds the rows in total."""
         self.sources = {name: source for name, (_, source) in sources.items()}
         self.weights = {name: weight for name, (weight, _) in sources.items()}
         self.batch_size, self.share, self.limit = batch_size, share, limit
@@ -321,14 +324,14 @@ class NumberedRows:
         self.readers: dict[str, Reader] = {name: source.open(WHOLE) for name, source in self.sources.items()}
 
     def size(self) -> int | None:
-        """Rows in all; None when only reading tells."""
+        """Rows in total; None if unknown before reading."""
         sizes = [source.size for source in self.sources.values()]
         known = None if None in sizes else sum(size for size in sizes if size is not None)
         return min((size for size in (known, self.limit) if size is not None), default=None)
 
     @property
     def done(self) -> int:
-        """Rows gone through, by whichever process they are read."""
+        """Rows passed so far, whichever process reads them."""
         return sum(self.taken.values())
 
     @property
@@ -346,12 +349,12 @@ class NumberedRows:
                 yield batch
 
     def state(self) -> dict[str, Any]:
-        """JSON values, between two batches."""
+        """JSON values from which `load` resumes; to be taken between two batches."""
         marks = {name: reader.mark() if self.taken[name] else None for name, reader in self.readers.items()}
         return {"taken": dict(self.taken), "ended": list(self.ended), "marks": marks}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was taken, with the same settings."""
+        """Resume where a state was taken, with the same settings."""
         self.taken, self.ended = dict(state["taken"]), list(state["ended"])
         self.readers = {name: source.open(WHOLE, state["marks"][name]) for name, source in self.sources.items()}
 

@@ -1,30 +1,29 @@
-"""A sample as it is stored, read from records of several layouts, and the passes that sources offer over samples.
+"""Samples: the stored form, records of several layouts, sources that are read in passes, and packed tokens.
 
-Pictures stay the bytes of their files until a model asks for them, so streams are shuffled, hashed and written without
-looking inside. A record is a JSON object of one of these forms:
+Pictures remain file bytes until a model needs them, so streams are shuffled, hashed and written without decoding. A
+record is a JSON object of one of these forms:
 
-    {"images": [...], "texts": CONVERSATION}   pictures, which may be none, and what is said about them
+    {"images": [...], "texts": CONVERSATION}   any number of pictures, and a conversation about them
     {"images": [...], "text": "..."}           pictures with their caption
     {"text": "..."}                            plain text
 
-A conversation is in one of three layouts, known by its keys. It may also be a JSON text, a list of JSON texts, or an
-object of lists (a column of structs):
+A conversation has one of three layouts, recognised by its keys. It may also be a JSON text, a list of JSON texts, or
+an object of lists (a column of structs):
 
     [{"user": "...", "assistant": "..."}, ...]                         the Cauldron
     [{"role": "user", "content": "..." or [{"type": ...}, ...]}, ...]  messages, as chat templates take them
     [{"from": "human", "value": "..."}, ...]                           ShareGPT and LLaVA
 
-In messages, a part of type "image" or the word `<image>` stands for a picture. The pictures go before the first
-question, where the model's template puts them, so the marks may stand before it or after it and are taken out. Other
-keys, of a record or of a turn, are left alone.
+In messages, a part of type "image" or the word `<image>` stands for a picture. The model's template puts pictures
+before the first question, so such marks may stand before or after it and are removed. Other keys of a record or turn
+are ignored.
 
-Questions about one picture: the picture is encoded once as a shared prefix; each question with its answer is a segment
-that attends to the prefix and to itself only, at the positions it would have alone. Every segment is therefore exactly
-the single-turn prompt that the model meets in use (tests compare the logits), at a fraction of the cost, and no answer
-can be copied from another turn.
-
-Documents: joined end to end, each followed by the end-of-sequence token, and cut every `length` tokens, as in the paper
-(arXiv 2602.20330). A sequence is one piece for the model: positions run through, and documents in it see each other.
+Scenes are packed (`pack`) with the picture as a shared prefix: each question with its answer is a segment that attends
+to the prefix and to itself only, at the positions it would have alone. A segment is therefore exactly the single-turn
+prompt that the model meets in use (tests compare the logits), at a fraction of the cost, and no answer can be copied
+from another turn. Documents are packed (`TokenPacker`) end to end, each followed by the end-of-sequence token, and cut
+every `length` tokens as in the paper (arXiv 2602.20330): positions run through, and documents in a sequence attend to
+each other.
 """
 
 from __future__ import annotations
@@ -52,15 +51,15 @@ from vlmscope.data.orrery.scenes import Scene
 
 _LOG = logging.getLogger(__name__)
 MAX_FILE_BYTES = 2**30  # as `tables.MAX_ROW_BYTES`
-DIGEST_BYTES = 16  # of SHA-256: among 10^9 samples two differ in it but for a chance of 10^-21
+DIGEST_BYTES = 16  # of SHA-256: the chance of a collision among 10^9 samples is 10^-21
 
 
 @dataclass(frozen=True)
 class RawSample:
     """A conversation about pictures, or plain text, whose `exchanges` are empty.
 
-    `images` are files (JPEG, PNG, WebP ...); `origin` says where it came from; `facts` are what is known of it, by
-    name: no model sees them and no shard keeps them. Words that neither a shard nor a model can take are refused.
+    `images` are the bytes of picture files; `origin` says where the sample came from; `facts` are known properties by
+    name, neither shown to a model nor stored in shards. Text that is not valid Unicode is refused.
     """
 
     images: tuple[bytes, ...] = ()
@@ -74,7 +73,7 @@ class RawSample:
             check_characters(text, f"{self.origin}: {text[:30]!r}")
 
     def opened(self) -> Sample:
-        """The record that a model reads; a damaged picture is a `UserError` that names the sample."""
+        """Decode the pictures; a damaged one raises `UserError` that names the sample."""
         if not self.exchanges:
             return Document(self.text, self.origin)
         pictures = tuple(
@@ -83,7 +82,7 @@ class RawSample:
         return Conversation(pictures, self.exchanges, self.origin)
 
     def digest(self) -> bytes:
-        """`DIGEST_BYTES` of the SHA-256 of pictures and words: equal for equal samples, wherever they come from."""
+        """`DIGEST_BYTES` of the SHA-256 of pictures and words, without the origin: equal for equal samples."""
         total = hashlib.sha256()
         for image in self.images:
             total.update(hashlib.sha256(image).digest())
@@ -91,7 +90,7 @@ class RawSample:
         return total.digest()[:DIGEST_BYTES]
 
     def to_shard(self, key: str) -> dict[str, Any]:
-        """A WebDataset sample: `<key>.json` with the words, `<key>.<n>.<format>` for each picture, as it was."""
+        """A WebDataset sample: `<key>.json` with the words, `<key>.<n>.<format>` with each picture's original bytes."""
         body: dict[str, Any] = {"origin": self.origin}
         if self.exchanges:
             body["texts"] = [{"user": turn.user, "assistant": turn.assistant} for turn in self.exchanges]
@@ -104,19 +103,19 @@ class RawSample:
 
     @classmethod
     def from_shard(cls, sample: Mapping[str, Any]) -> RawSample:
-        """The inverse of `to_shard`; of anything else it raises ValueError, KeyError or TypeError."""
+        """The inverse of `to_shard`; other content raises ValueError, KeyError or TypeError."""
         body = json.loads(sample["json"])
         turns = tuple(Exchange(turn["user"], turn["assistant"]) for turn in body.get("texts", ()))
         return cls(tuple(sample[name] for name in body["images"]), turns, body.get("text", ""), body["origin"])
 
 
 def held_out(sample: RawSample, share: float) -> bool:
-    """Whether a sample is kept for validation: decided by its digest, so equal samples fall on the same side."""
+    """Whether a sample belongs to validation, decided by its digest so that duplicates fall on the same side."""
     return int.from_bytes(sample.digest()[:6], "big") < share * 2**48
 
 
 def file_bytes(path: Path, origin: str) -> bytes:
-    """The content of a picture's file; a device or a pipe, which may never end, is not read, nor a very large file."""
+    """Read a picture's file; devices and pipes, which may never end, and very large files raise `UserError`."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -130,13 +129,13 @@ def file_bytes(path: Path, origin: str) -> bytes:
 
 
 def nonempty(text: Any, what: str) -> str:
-    """A text that says something; a `UserError` that names `what` when it does not or is no text."""
+    """The text itself; anything but a text with visible characters raises `UserError` that names `what`."""
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{what} is missing or empty; give a text, or leave the row out")
     return text
 
 
-CONVERSATIONS = ("texts", "messages", "conversations")  # keys and columns that hold one, as they are usually called
+CONVERSATIONS = ("texts", "messages", "conversations")  # usual names of keys and columns that hold one
 _MARK = "<image>"
 _PAIR, _MESSAGE, _SHARE = ("user", "assistant"), ("role", "content"), ("from", "value")
 _SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -144,22 +143,22 @@ _LAYOUT = 'such as [{"user": "...", "assistant": "..."}], or of role and content
 
 
 class Record(NamedTuple):
-    """What a record holds: the names of its pictures, and what is said; without pictures and exchanges, plain text."""
+    """The content of a record; plain text has neither pictures nor exchanges."""
 
-    images: list[str]
+    images: list[str]  # paths
     exchanges: tuple[Exchange, ...]
     text: str
 
 
 def record_parts(record: Any, origin: str) -> Record:
-    """What a JSON object of one of the layouts holds; `origin` is where it stands, for messages."""
+    """Parse a JSON object of one of the layouts above; `origin` names it in messages."""
     if not isinstance(record, Mapping):
         raise UserError(f'{origin}: it is not a JSON object; write one such as {{"images": [...], "texts": [...]}}')
-    given = [key for key in (*CONVERSATIONS, "text") if key in record]
-    if len(given) != 1:
-        keys = f"neither texts nor text, messages or conversations; its keys are {', '.join(sorted(record))}"
-        both = f"both {' and '.join(given[:2])}" if given else keys
-        raise UserError(f"{origin}: it has {both}; give one of them (layouts: docs/bring_your_own.md)")
+    keys = [key for key in (*CONVERSATIONS, "text") if key in record]
+    if len(keys) != 1:
+        neither = f"neither texts nor text, messages or conversations; its keys are {', '.join(sorted(record))}"
+        problem = f"both {' and '.join(keys[:2])}" if keys else neither
+        raise UserError(f"{origin}: it has {problem}; give one of them (layouts: docs/bring_your_own.md)")
     images, image = record.get("images") or [], record.get("image")
     if image and not images and isinstance(image, str):
         images = [image]
@@ -168,19 +167,19 @@ def record_parts(record: Any, origin: str) -> Record:
         raise UserError(f"{origin}: {reason}; correct it")
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
         raise UserError(f'{origin}: images must be a list of paths, such as ["a.png"]; correct it')
-    if given == ["text"]:
+    if keys == ["text"]:
         text = nonempty(record["text"], f"{origin}: text")
         return Record(images, (Exchange(CAPTION_REQUEST, text),), "") if images else Record([], (), text)
-    return Record(images, exchanges_of(record[given[0]], len(images), f"{origin}: {given[0]}"), "")
+    return Record(images, exchanges_of(record[keys[0]], len(images), f"{origin}: {keys[0]}"), "")
 
 
 def exchanges_of(value: Any, n_images: int, what: str) -> tuple[Exchange, ...]:
-    """The exchanges of a conversation in one of the layouts above.
+    """Parse a conversation in one of the layouts above, as JSON, Arrow or Parquet gave it.
 
     A system message is put before the first question, with an empty line between, as Gemma's chat template does.
 
-    `value` is what JSON, Arrow or Parquet gave, `what` names it in messages. It is refused when it is of no layout, a
-    turn is missing or empty, or the pictures' marks do not fit the `n_images` pictures.
+    Raises:
+        UserError: `what` has no known layout, a missing or empty turn, or marks for other than `n_images` pictures.
     """
     turns = _turns(value, what)
     layout = _layout(turns[0])
@@ -190,18 +189,18 @@ def exchanges_of(value: Any, n_images: int, what: str) -> tuple[Exchange, ...]:
         if _layout(turn) != layout:
             raise UserError(f"{what}: entry {number} {_described(turn)}, the first one {_described(turns[0])}")
     if layout == _PAIR:
-        pairs = [[turn.get(who) for who in _PAIR] for turn in turns]
+        pairs = [[turn.get(speaker) for speaker in _PAIR] for turn in turns]
     else:
-        words = _taking_turns(turns, layout, n_images, what)
-        pairs = [words[at : at + 2] for at in range(0, len(words), 2)]
+        texts = _taking_turns(turns, layout, n_images, what)
+        pairs = [texts[start : start + 2] for start in range(0, len(texts), 2)]
     for number, pair in enumerate(pairs, start=1):
-        for who, text in zip(_PAIR, pair, strict=True):
-            nonempty(text, f"{what}: {who} of exchange {number}")
+        for speaker, text in zip(_PAIR, pair, strict=True):
+            nonempty(text, f"{what}: {speaker} of exchange {number}")
     return tuple(Exchange(*pair) for pair in pairs)
 
 
 def _turns(value: Any, what: str) -> list[Any]:
-    """The entries of a conversation, at least one, decoded from JSON where they are texts."""
+    """The entries of a conversation, at least one, decoded from JSON where necessary."""
     turns = _decoded(value)
     if isinstance(turns, Mapping):  # a column of structs: an object of equally long lists
         columns = list(turns.values())
@@ -218,7 +217,7 @@ def _decoded(value: Any) -> Any:
     try:
         return parse_json(value)
     except UserError:
-        return value  # refused as a text by what comes next
+        return value  # the caller refuses plain text with a message of its own
 
 
 def _layout(turn: Any) -> tuple[str, str] | None:
@@ -234,40 +233,40 @@ def _described(value: Any) -> str:
 
 
 def _taking_turns(turns: list[Any], layout: tuple[str, str], n_images: int, what: str) -> list[str]:
-    """What messages say, question and answer in turn, without the pictures' marks."""
-    said: list[str] = []
+    """Questions and answers in turn from messages, without the picture marks."""
+    texts: list[str] = []
     system = ""
     for number, turn in enumerate(turns, start=1):
-        who, content = (turn[key] for key in layout)
-        speaker = _SPEAKERS.get(str(who))
+        role, content = (turn[key] for key in layout)
+        speaker = _SPEAKERS.get(str(role))
         if speaker is None:
-            raise UserError(f"{what}: message {number} is of {who!r}; user, assistant and system are read")
+            raise UserError(f"{what}: message {number} is of {role!r}; user, assistant and system are read")
         words = _content(content, f"{what}: message {number}")
         if speaker == "system" and number == 1:
             system = words
             continue
-        due = _PAIR[len(said) % 2]
+        due = _PAIR[len(texts) % 2]
         if speaker != due:
             raise UserError(f"{what}: message {number} is the {speaker}'s where the {due}'s is due")
-        said.append(words)
-    if len(said) % 2 or not said:
-        raise UserError(f"{what}: {'it ends with a question' if said else 'it has no question'}; give its answer")
-    marks = sum(words.count(_MARK) for words in (system, *said))
+        texts.append(words)
+    if len(texts) % 2 or not texts:
+        raise UserError(f"{what}: {'it ends with a question' if texts else 'it has no question'}; give its answer")
+    marks = sum(words.count(_MARK) for words in (system, *texts))
     if marks and marks != n_images:
         raise UserError(f"{what}: {marks} {_MARK} are written and {n_images} pictures are given; make them equal")
-    said[0] = _without_marks(said[0])
-    if any(_MARK in words for words in (system, *said)):
+    texts[0] = _without_marks(texts[0])
+    if any(_MARK in words for words in (system, *texts)):
         raise UserError(
             f"{what}: {_MARK} within the words or after the first question; pictures are shown before it, so write "
             "them there or leave the line out"
         )
-    if system.strip() and said[0].strip():
-        said[0] = f"{system}\n\n{said[0]}"
-    return said
+    if system.strip() and texts[0].strip():
+        texts[0] = f"{system}\n\n{texts[0]}"
+    return texts
 
 
 def _without_marks(question: str) -> str:
-    """The question without the pictures' marks before and after its words."""
+    """The question without the picture marks before and after its words."""
     while question.lstrip().startswith(_MARK):
         question = question.lstrip().removeprefix(_MARK).lstrip()
     while question.rstrip().endswith(_MARK):
@@ -276,7 +275,7 @@ def _without_marks(question: str) -> str:
 
 
 def _content(content: Any, what: str) -> str:
-    """What a message says, with a mark for each picture among its parts."""
+    """The text of a message, with a mark for each picture among its parts."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
@@ -293,9 +292,9 @@ def _content(content: Any, what: str) -> str:
 
 
 def drawn(seed: int, number: int, size: int) -> int:
-    """Which of `size` examples comes at place `number` of an endless order: each once an epoch, each epoch shuffled."""
-    epoch, place = divmod(number, size)
-    return int(_shuffled(seed, epoch, size)[place])
+    """Index of example `number` in an endless order of `size` examples: each once per epoch, each epoch shuffled."""
+    epoch, position = divmod(number, size)
+    return int(_shuffled(seed, epoch, size)[position])
 
 
 @lru_cache(maxsize=4)
@@ -316,11 +315,11 @@ class Share:
         return cls(rank * workers + worker, ranks * workers)
 
     def rows(self, size: int) -> range:
-        """Its rows of `size`: every `total`-th. Over all parts each row comes once; the parts differ by one at most."""
+        """Every `total`-th of `size` rows: each row in exactly one part; part sizes differ by one at most."""
         return range(self.index, size, self.total)
 
     def stretch(self, size: int) -> range:
-        """Its rows of `size` as one stretch, for files that are read from the front. Each row once, as in `rows`."""
+        """One contiguous stretch of `size` rows, for files that are read from the front; each row in one part."""
         return range(self.index * size // self.total, (self.index + 1) * size // self.total)
 
 
@@ -330,33 +329,33 @@ Mark = Any  # plain JSON
 
 
 class Reader(Iterator[Row], ABC):
-    """One pass over a share of a source. `row` is the number of the next row, counted through the share."""
+    """One pass over a share of a source; `row` is the number of the next row in the share."""
 
-    bad_shards = 0  # corrupt shards, or files of a table, so far
+    bad_shards = 0  # corrupt shards, or files of a table, met so far
 
     def __init__(self, row: int) -> None:
         self.row = row
 
     @abstractmethod
     def mark(self) -> Mark:
-        """Where the pass stands: a pass from this mark yields exactly the rows that this one has left."""
+        """Position of the pass: a pass opened at this mark yields exactly the remaining rows."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Samples in an order of their own.
+    """Samples in a fixed order.
 
-    `open(share, mark)` begins a pass over a share, or goes on where an earlier one of the same share stood.
+    `open(share, mark)` starts a pass over a share, or resumes an earlier pass over the same share at its mark.
     """
 
     name: str
-    size: int | None  # how many samples there are; None when only reading tells
+    size: int | None  # number of samples; None if unknown before reading
     open: Callable[..., Reader]
-    sample: Callable[[int], RawSample] | None = None  # one sample by its number, where rows can be gone to at once
+    sample: Callable[[int], RawSample] | None = None  # one sample by its number, where random access is possible
 
 
 def indexed(name: str, count: int, sample: Callable[[int], RawSample], bad: int = 0) -> Source:
-    """A source whose sample `i` is `sample(i)`; a share has every total-th. `bad` files were left out of it."""
+    """A source with random access, whose sample `i` is `sample(i)`; `bad` corrupt files were left out of it."""
 
     def open_share(share: Share, mark: Mark = None) -> Reader:
         return _IndexedReader(sample, share.rows(count), mark or 0, bad)
@@ -365,7 +364,7 @@ def indexed(name: str, count: int, sample: Callable[[int], RawSample], bad: int 
 
 
 class _IndexedReader(Reader):
-    """Its mark is the number of rows done."""
+    """Pass over a source with random access; its mark is the number of rows read."""
 
     def __init__(self, sample: Callable[[int], RawSample], rows: range, done: int, bad: int) -> None:
         super().__init__(done)
@@ -385,7 +384,7 @@ class BadFiles:
     """Corrupt shards of a source, or files of a table: left out with a warning, up to a limit."""
 
     def __init__(self, name: str, most: int, mend: str, before: int = 0) -> None:
-        """`most` is `data.max_bad_shards`, `mend` how to get a good copy, `before` how many a resumed pass had."""
+        """`most` is `data.max_bad_shards`, `mend` how to get a good copy, `before` the count of a resumed pass."""
         self.name, self.most, self.mend, self.before = name, most, mend, before
         self.files: list[str] = []
 
@@ -393,7 +392,7 @@ class BadFiles:
         return self.before + len(self.files)
 
     def add(self, file: str | Path, error: Exception) -> None:
-        """Note a corrupt file; one that a pass meets again counts once. One too many is a `UserError`."""
+        """Record a corrupt file, once if it is met again; raise `UserError` when there are too many."""
         if str(file) in self.files:
             return
         self.files.append(str(file))
@@ -411,17 +410,17 @@ SOFT = "<image_soft_token>"
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A padded batch of packed scenes. T is the longest sequence, P the number of scenes with a picture."""
+    """A padded batch of B packed scenes; T is the longest sequence, P the number of scenes with a picture."""
 
     input_ids: Tensor  # [B, T] int64
     position_ids: Tensor  # [B, T] int64, restarting after the prefix for each segment
     segments: Tensor  # [B, T] int64, 0 prefix, 1.. questions, -1 padding
-    labels: Tensor  # [B, T] int64, the next token where an answer is to be predicted, else `IGNORE`
+    labels: Tensor  # [B, T] int64, the next token where it is part of an answer, else `IGNORE`
     groups: list[list[str]]  # question group ('name', 'sum', ...) of each segment, for each scene
     pixels: Tensor  # [P, 3, 64, 64] float32 in -1..1
 
     def masks(self, window: int, soft_id: int) -> tuple[Tensor, Tensor]:
-        """Boolean attention masks [B, 1, T, T] (True = may attend) of global and of sliding layers."""
+        """Boolean attention masks [B, 1, T, T] (True = may attend) of global and sliding layers."""
         seg, pos = self.segments, self.position_ids
         same = (seg[:, None, :] == 0) | (seg[:, None, :] == seg[:, :, None])
         alive = (seg[:, None, :] >= 0) & (seg[:, :, None] >= 0)
@@ -436,26 +435,26 @@ class PackedBatch:
 def pack(
     scenes: Sequence[Scene], tokenizer, soft_tokens: int, rng: np.random.Generator, max_questions: int = 6
 ) -> PackedBatch:
-    """Pack scenes, questions in random order, answers followed by `<end_of_turn>`."""
+    """Pack scenes, at most `max_questions` each in random order, answers followed by `<end_of_turn>`."""
     vocabulary = tokenizer.get_vocab()
     rows, groups = [], []
     for scene in scenes:
-        asked = [scene.questions[int(i)] for i in rng.permutation(len(scene.questions))[:max_questions]]
+        questions = [scene.questions[int(i)] for i in rng.permutation(len(scene.questions))[:max_questions]]
         words = ["<bos>", "<start_of_turn>", "user"]
         if scene.image is not None:
             words += ["<start_of_image>", *[SOFT] * soft_tokens, "<end_of_image>"]
         prefix = len(words)
         positions, segments, labels = list(range(prefix)), [0] * prefix, [IGNORE] * prefix
-        for number, question in enumerate(asked, start=1):
+        for number, question in enumerate(questions, start=1):
             prompt = [*question.question.split(), "<end_of_turn>", "<start_of_turn>", "model"]
             answer = [*question.answer.split(), "<end_of_turn>"]
-            segment = prompt + answer[:-1]  # the last token predicts nothing that is scored
+            segment = prompt + answer[:-1]  # <end_of_turn> is a label only: nothing follows it
             words += segment
             positions += range(prefix, prefix + len(segment))
             segments += [number] * len(segment)
             labels += [IGNORE] * (len(prompt) - 1) + [vocabulary[word] for word in answer]
         rows.append(([vocabulary[word] for word in words], positions, segments, labels))
-        groups.append([question.group for question in asked])
+        groups.append([question.group for question in questions])
     length = max(len(row[0]) for row in rows)
     columns = [np.full((len(rows), length), fill, np.int64) for fill in (vocabulary["<pad>"], 0, -1, IGNORE)]
     for i, row in enumerate(rows):
@@ -467,12 +466,12 @@ def pack(
 
 
 def to_pixels(pictures: np.ndarray) -> Tensor:
-    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in -1..1, what Orrery's image processor gives for 64 x 64 pictures."""
+    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in -1..1, as Orrery's image processor does for 64 x 64 pictures."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1.0)
 
 
 def chat_batch(scenes: Sequence[Scene], tokenizer, soft_tokens: int, rng: np.random.Generator) -> dict[str, Tensor]:
-    """One random question a scene with its answer, in the form of the Hugging Face forward.
+    """One random question per scene with its answer, as arguments of the Hugging Face forward.
 
     Returns:
         `input_ids`, `attention_mask`, `token_type_ids` [B, T], `pixel_values` [P, 3, 64, 64] (absent without
@@ -480,7 +479,7 @@ def chat_batch(scenes: Sequence[Scene], tokenizer, soft_tokens: int, rng: np.ran
     """
     batch = pack(scenes, tokenizer, soft_tokens, rng, max_questions=1)
     answers = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-    answers[:, 1:] = (batch.labels != IGNORE)[:, :-1]
+    answers[:, 1:] = (batch.labels != IGNORE)[:, :-1]  # a label sits one position before its token
     alive = batch.segments >= 0
     forward = {
         "input_ids": batch.input_ids,
@@ -492,10 +491,10 @@ def chat_batch(scenes: Sequence[Scene], tokenizer, soft_tokens: int, rng: np.ran
 
 
 class TokenPacker:
-    """Takes documents, gives sequences; its state is the tokens left over."""
+    """Cuts documents into sequences of equal length; its state is the tokens left over."""
 
     def __init__(self, eos: int, length: int, bos: int | None = None) -> None:
-        """`eos` follows each document, `bos` begins each sequence, for models that expect it."""
+        """`eos` ends each document; `bos`, for models that expect it, starts each sequence."""
         if length < 2:
             raise ValueError(f"a sequence of {length} tokens predicts nothing: it needs at least 2")
         self.eos, self.length, self.head = eos, length, [] if bos is None else [bos]
@@ -506,7 +505,7 @@ class TokenPacker:
         self.left += [*document, self.eos]
 
     def pop(self) -> list[int] | None:
-        """A full sequence, if there is one."""
+        """A full sequence; None if too few tokens are left."""
         body = self.length - len(self.head)
         if len(self.left) < body:
             return None
@@ -514,6 +513,6 @@ class TokenPacker:
         return sequence
 
     def rest(self) -> list[int] | None:
-        """What is left at the end of the data, shorter than a full sequence; None when it is nothing."""
+        """The shorter last sequence at the end of the data; None if it would predict nothing."""
         sequence, self.left = self.head + self.left, []
         return sequence if len(sequence) > max(1, len(self.head)) else None

@@ -1,8 +1,8 @@
-"""WebDataset shards with an index: always the same bytes, and a kill never leaves a half-written shard in use.
+"""WebDataset shards with an index: byte-identical when rebuilt, and never in use half-written after a kill.
 
-A shard is filled under a temporary name, flushed, renamed, and only then entered in `index.json` (itself replaced
-atomically). A consumer reads one stretch of the rows, counted over all shards in the order of their names: it opens
-only the shards in which its stretch lies, however uneven they are.
+A shard is written under a temporary name, flushed, renamed, and only then entered in `index.json` (itself replaced
+atomically). A consumer reads one stretch of the rows, counted over all shards in the order of their names, and opens
+only the shards that contain it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ENTRY = {"split": str, "kind": str, "samples": int, "bytes": int, "sha256": str
 
 
 def read_index(folder: Path, key: str) -> dict[str, Any]:
-    """What `task=build_data` wrote about its shards; `key` of the configuration named the folder."""
+    """Read and check the index that `task=build_data` wrote; messages name the configuration's `key` of the folder."""
     if not (folder / INDEX).is_file():
         raise UserError(f"no {INDEX} in {folder}: run python run.py task=build_data first, or correct {key}")
     index = read_json(folder / INDEX)
@@ -40,17 +40,17 @@ def read_index(folder: Path, key: str) -> dict[str, Any]:
 
 
 def _is_entry(name: str, entry: Any) -> bool:
-    """Whether it describes a shard in the folder itself: an index of unknown origin must not name other files."""
+    """Whether it describes a shard in the folder itself: an untrusted index must not name files elsewhere."""
     plain = PurePosixPath(name).name == name and name.endswith(".tar")
     return plain and isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in _ENTRY.items())
 
 
 def open_index(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """The index of a folder, or a new one; one of data of another `meta` is refused."""
+    """The index of a folder, or a new one; raise `UserError` if it was built with another `meta`."""
     if not (folder / INDEX).is_file():
         return {"meta": meta, "shards": {}}
     index = read_index(folder, "data.path")
-    if index["meta"] != json.loads(json.dumps(meta)):
+    if index["meta"] != json.loads(json.dumps(meta)):  # through JSON, which turns tuples into lists
         raise UserError(
             f"{folder / INDEX} describes other data than asked for: choose another folder or remove this one"
         )
@@ -58,9 +58,9 @@ def open_index(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def damaged_shards(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """The names of the shards of an index that are missing, or whose size or SHA-256 is not the index's.
+    """Names of the shards that are missing, or whose size or SHA-256 differs from the index.
 
-    Everything is read: about 0.5 GB a second and core, with a bar when it takes long.
+    All shards are read, at about 0.5 GB per second and core, with a progress bar when it takes long.
     """
 
     def is_sound(name: str) -> bool:
@@ -70,17 +70,18 @@ def damaged_shards(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> se
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
 
-    with ThreadPoolExecutor(4) as threads:  # hashing and reading release the lock
+    with ThreadPoolExecutor(4) as threads:  # hashing and reading release the GIL
         sound = threads.map(is_sound, entries)
         checked = tqdm(zip(entries, sound, strict=True), "checking shards", len(entries), unit="shard", delay=2.0)
         return {name for name, whole in checked if not whole}
 
 
 def write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Write WebDataset samples in one atomic file; `samples`, `bytes` and `sha256` for the index."""
+    """Write WebDataset samples atomically as one file; return `samples`, `bytes` and `sha256` for the index."""
     import webdataset as wds  # it imports torch, and reading an index needs neither
 
     count = 0
+    # A fixed modification time makes rebuilt shards byte-identical.
     with atomic_path(path) as temporary, wds.TarWriter(str(temporary), mtime=0) as writer:  # pyright: ignore[reportAttributeAccessIssue]
         for sample in samples:
             writer.write(sample)
@@ -90,7 +91,7 @@ def write_tar(path: Path, samples: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def shard_files(folder: Path, split: str, kind: str) -> list[Path]:
-    """The finished shards of a (split, kind), in order; none, or a missing or damaged one, is a `UserError`."""
+    """The shards of a (split, kind), in order; raise `UserError` if there are none, or any is missing or damaged."""
     entries = read_index(folder, "data.path")["shards"]
     names = sorted(n for n, e in entries.items() if e["split"] == split and e["kind"] == kind)
     if not names:
@@ -104,12 +105,12 @@ def shard_files(folder: Path, split: str, kind: str) -> list[Path]:
 def read_samples(files: list[Path]) -> Iterator[dict[str, Any]]:
     """Yield the raw samples (`__key__`, bytes by extension) of shards in order.
 
-    Members are read one after another and never unpacked. WebDataset's own reader would pass over links, and unpack
-    compressed or sparse files, whose content may be thousands of times larger than the shard.
+    WebDataset's own reader would skip links and expand compressed or sparse files, whose content may be thousands of
+    times larger than the shard; here members are read in order and refused if no build would write them.
 
     Raises:
-        ValueError, tarfile.TarError, OSError: a shard is corrupt, or holds what no build writes: members that
-            are no plain files, whose names lead elsewhere, or that are larger than the shard.
+        ValueError, tarfile.TarError, OSError: a shard is corrupt, or a member is not a plain file, has a path outside
+            the shard, or claims more bytes than the shard has.
     """
     for path in files:
         size, sample = path.stat().st_size, {}
@@ -118,14 +119,14 @@ def read_samples(files: list[Path]) -> Iterator[dict[str, Any]]:
                 name = PurePosixPath(member.name)
                 stem, _, extension = member.name.rpartition("/")[2].partition(".")
                 key = str(name.parent / stem)
-                for wrong, reason in (
+                for refused, reason in (
                     (name.is_absolute() or ".." in name.parts, "leaves the shard"),
                     (not member.isreg() or member.issparse(), "is no plain file"),
                     (not 0 <= member.size <= size, f"claims {member.size:,} bytes"),
                     (not stem or not extension, "has no ending, or nothing before it"),
                     (sample.get("__key__") == key and extension in sample, "is there twice"),
                 ):
-                    if wrong:
+                    if refused:
                         raise ValueError(f"its member {member.name!r} {reason}")
                 if sample and sample["__key__"] != key:
                     yield sample
@@ -142,18 +143,21 @@ def shard_source(
 ) -> Source:
     """The samples of one stream and split that `task=build_data` wrote; a pass may skip `max_bad` corrupt shards.
 
-    `parse_scene` makes a row of a sample of Orrery's own shards, which hold scenes with all their questions.
+    `parse_scene` converts the samples of Orrery's own shards, which hold scenes with all their questions.
     """
     folder, stream = Path(str(config.path)), config.stream or name
     index = read_index(folder, f"data.sources.{name}.path")
     entries = dict(sorted(index["shards"].items()))
-    chosen = {file: one["samples"] for file, one in entries.items() if (one["kind"], one["split"]) == (stream, split)}
-    sizes = {file: count for file, count in chosen.items() if count}
+    sizes = {
+        file: entry["samples"]
+        for file, entry in entries.items()
+        if (entry["kind"], entry["split"]) == (stream, split) and entry["samples"]
+    }
     if not sizes:
-        there = sorted({f"{one['kind']} ({one['split']})" for one in entries.values()})
+        streams = sorted({f"{entry['kind']} ({entry['split']})" for entry in entries.values()})
         raise UserError(
             f"data.sources.{name}: {folder} has no samples of stream {stream!r}, split {split!r}; it has "
-            f"{', '.join(there) or 'none'}"
+            f"{', '.join(streams) or 'none'}"
         )
     parse = parse_scene if index["meta"].get("dataset") == "orrery" else RawSample.from_shard
     shards = [(folder / file, entries[file]["bytes"]) for file in sizes]
@@ -169,7 +173,7 @@ def shard_source(
 
 
 class _ShardReader(Reader):
-    """Goes through a stretch of rows, those of corrupt shards counted too; its mark is the row and the bad shards."""
+    """Pass over a stretch of rows; its mark is the row, counted through corrupt shards too, and the bad shards."""
 
     def __init__(
         self,
@@ -180,7 +184,7 @@ class _ShardReader(Reader):
         row: int,
         stop: int,
     ) -> None:
-        """`shards` have their sizes in bytes, `ends` the rows at which they end."""
+        """`shards` are (path, size in bytes), `ends` the cumulative row counts at which they end."""
         super().__init__(row)
         self.shards, self.ends, self.parse, self.bad, self.stop = shards, ends, parse, bad, stop
         self.samples: Iterator[RawSample] | None = None  # of the open shard, from the next row on
@@ -191,14 +195,13 @@ class _ShardReader(Reader):
             (file, size), start = self.shards[number], self.ends[number - 1] if number else 0
             try:
                 if self.samples is None or self.row == start:
-                    if (there := file.stat().st_size) != size:
-                        raise ValueError(f"it has {there:,} bytes, the index says {size:,}")
+                    if (actual := file.stat().st_size) != size:
+                        raise ValueError(f"it has {actual:,} bytes, the index says {size:,}")
                     self.samples = map(self.parse, islice(read_samples([file]), self.row - start, None))
                 sample = next(self.samples, None)
                 if sample is None:
                     raise ValueError("it ends too early")
-            # A corrupt tar shows itself as a tar error, as JSON or names that make no sense, or as too few samples.
-            except Exception as error:
+            except Exception as error:  # a corrupt tar fails as tar, as JSON, in its names or in its sample count
                 if is_out_of_memory(error):
                     raise
                 self.bad.add(file, error)

@@ -1,23 +1,20 @@
-"""Tables read with Hugging Face's `datasets`: a folder on this machine, or the hub, streamed.
+"""Data in tables and JSONL folders: Hugging Face `datasets`, local or streamed from the hub, and the user's own files.
 
     hf_text          {text}                                       SmolLM2-135M-10B
     hf_image_label   {image, label} or {image, caption}           ImageNet-1k, or pictures with captions
     hf_cauldron      {images: [...], texts: [{user, assistant}]}  the Cauldron, raw, and other layouts of conversations
 
 These are the schemas of the paper's data (arXiv 2602.20330). A picture is {"bytes": ..., "path": ...}, as `datasets`
-stores it undecoded. What `Dataset.save_to_disk` wrote is read by row number; Parquet files and hub data sets are
-streamed, nothing is copied or cached. Streams are split with `split_dataset_by_node`: whole files to each consumer when
-they come out even, else every n-th row.
+stores it undecoded. Output of `Dataset.save_to_disk` is read by row number; Parquet files and hub data sets are
+streamed, and nothing is copied or cached. `split_dataset_by_node` splits streams: whole files per consumer if their
+number is divisible, else every n-th row.
 
-A Parquet file is corrupt when its footer cannot be read, an Arrow file when its record batches cannot be found: that is
-what a copy or a download that stopped leaves behind. Damage inside a Parquet file shows itself when its row group is
-reached, which is then left out.
+A Parquet file without a readable footer, or an Arrow file without record batches, is corrupt, as an interrupted copy or
+download leaves it. Damage inside a Parquet file is found when its row group is reached, which is then skipped.
 
-A folder of the user's own data: `train.jsonl`, `val.jsonl` if there is one, and the pictures that they name.
-
-One JSON object a line (layouts: `vlmscope.data.samples`), picture paths relative to the folder. The files are read
-through once, to find mistakes before anything long starts and to note where each line begins; a line is read again,
-and its pictures opened, when it is asked for.
+A folder of the user's own data holds `train.jsonl`, optionally `val.jsonl`, and the pictures that they name: one JSON
+object per line (layouts: `vlmscope.data.samples`), paths relative to the folder. The files are read once at the start,
+to find mistakes before any long work and to record where each line begins; lines and pictures are then read on access.
 """
 
 from __future__ import annotations
@@ -56,19 +53,19 @@ from vlmscope.data.samples import (
     record_parts,
 )
 
-MAX_ROW_BYTES = 2**30  # on average; the largest picture that is opened takes a third of it, uncompressed
+MAX_ROW_BYTES = 2**30  # average per row group; the largest picture allowed takes a third of it, uncompressed
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-# As the hub names the files of a split, whose name has no hyphen, and the splits that `load_dataset` knows.
+# File names of a split on the hub, whose name has no hyphen, and the split names that `load_dataset` recognises.
 _HUB_FILE = re.compile(r"([\w.]+)-\d{5}-of-\d{5}")
 _SPLITS = "train|training|validation|valid|val|dev|testing|test|evaluation|eval"
-_TAKE_TURNS = "all_exhausted_without_replacement"  # and go on until every table has ended
+_TAKE_TURNS = "all_exhausted_without_replacement"  # until every table has ended, without repeating any
 _LOG = logging.getLogger(__name__)
 
 Parser = Callable[[Mapping[str, Any], str], RawSample]  # (row, origin) -> sample
 
 
 def hf_source(name: str, config: SourceConfig, split: str, max_bad: int = 0) -> Source:
-    """The samples of one split, without `max_bad` corrupt files of a folder at most."""
+    """The samples of one split; up to `max_bad` corrupt files of a folder are skipped."""
     from datasets import IterableDataset, interleave_datasets
 
     bad = BadFiles(name, max_bad, "copy it anew")
@@ -98,7 +95,7 @@ def hf_source(name: str, config: SourceConfig, split: str, max_bad: int = 0) -> 
 
 
 def columns_of(config: SourceConfig) -> list[str]:
-    """The columns that a source reads."""
+    """Names of the columns that a source reads."""
     if config.kind == "hf_text":
         return [config.text]
     if config.kind == "hf_cauldron":
@@ -107,9 +104,9 @@ def columns_of(config: SourceConfig) -> list[str]:
 
 
 def row_parser(config: SourceConfig, names: Sequence[str] | None = None) -> Parser:
-    """What makes a sample of a row; it raises a `UserError` with the row's origin when the row cannot be used.
+    """Function from (row, origin) to a sample, which raises `UserError` with the origin for an unusable row.
 
-    `names` are the classes' names, when the label column holds their numbers.
+    `names` are the class names, if the label column holds class numbers.
     """
 
     def text(row: Mapping[str, Any], origin: str) -> RawSample:
@@ -119,13 +116,14 @@ def row_parser(config: SourceConfig, names: Sequence[str] | None = None) -> Pars
         stored = (row[config.images] or []) if config.images is not None else []
         stored = stored if isinstance(stored, list) else [stored]
         exchanges = exchanges_of(row[config.texts], len(stored), f"{origin}: {config.texts}")
-        return RawSample(tuple(_picture(one, origin, config.path) for one in stored), exchanges, origin=origin)
+        return RawSample(tuple(_picture(image, origin, config.path) for image in stored), exchanges, origin=origin)
 
     def picture(row: Mapping[str, Any], origin: str) -> RawSample:
         image = _picture(row[config.image], origin, config.path)
         if config.caption is not None:
             caption = nonempty(row[config.caption], f"{origin}: {config.caption}")
         else:
+            # By the origin, so that a row has the same caption in every pass and on every rank.
             template = config.templates[derive(0, "template", origin) % len(config.templates)]
             caption = template.replace("{label}", _class_name(row[config.label], names, f"{origin}: {config.label}"))
         return RawSample((image,), (Exchange(config.request, caption),), origin=origin)
@@ -134,7 +132,7 @@ def row_parser(config: SourceConfig, names: Sequence[str] | None = None) -> Pars
 
 
 def _class_name(label: Any, names: Sequence[str] | None, what: str) -> str:
-    """A class by name; of WordNet's synonyms ("tench, Tinca tinca") the first."""
+    """Name of a class: the first of WordNet's synonyms ("tench, Tinca tinca")."""
     if not isinstance(label, str):
         if names is None:
             raise UserError(f"{what} is {label}, and the data do not name their classes; store a ClassLabel or names")
@@ -145,7 +143,7 @@ def _class_name(label: Any, names: Sequence[str] | None, what: str) -> str:
 
 
 def _picture(picture: Any, origin: str, folder: str | None) -> bytes:
-    """The file of a picture as `datasets` stores it, or its path, which is relative to the data's `folder`."""
+    """The bytes of a picture that `datasets` stores undecoded or as a path, relative to the data's `folder`."""
     if isinstance(picture, Mapping):
         picture = picture.get("bytes") or picture.get("path")
     if isinstance(picture, str) and picture:
@@ -181,8 +179,8 @@ def _from_hub(name: str, config: SourceConfig, subset: str | None, split: str) -
             f"{key}: the hub data set {hub} is asked for at {revision!r}, which may move: add {pin}, or "
             f"{key}.path=/your/copy"
         )
-    at = f" --revision {revision}" if revision is not None else ""
-    mend = f"run `hf download {hub} --repo-type dataset{at} --local-dir DIR`, then {key}.path=DIR"
+    option = f" --revision {revision}" if revision is not None else ""
+    mend = f"run `hf download {hub} --repo-type dataset{option} --local-dir DIR`, then {key}.path=DIR"
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{key}: HF_HUB_OFFLINE forbids to stream {hub} from the hub; where a network is, {mend}")
     with _in_one_line(f"{key}: cannot stream {hub} from the hub", mend):
@@ -190,7 +188,7 @@ def _from_hub(name: str, config: SourceConfig, subset: str | None, split: str) -
 
 
 def _saved(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
-    """What `save_to_disk` wrote: a split's folder, or one with a folder for each split."""
+    """Output of `save_to_disk`: the folder of one split, or a folder with one folder per split."""
     from datasets import Dataset, concatenate_datasets, load_from_disk
 
     part = folder
@@ -199,9 +197,9 @@ def _saved(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
             _check_split(name, folder, split, read_json(folder / "dataset_dict.json")["splits"])
             part = folder / split
         else:
-            given = read_json(folder / "state.json").get("_split")
-            _check_split(name, folder, split, re.findall(r"^\w+", given or "train"))  # such as "test[:10%]"
-        files = [part / one["filename"] for one in read_json(part / "state.json")["_data_files"]]
+            saved = read_json(folder / "state.json").get("_split")
+            _check_split(name, folder, split, re.findall(r"^\w+", saved or "train"))  # such as "test[:10%]"
+        files = [part / entry["filename"] for entry in read_json(part / "state.json")["_data_files"]]
         if not files:  # `load_from_disk` fails on a table that was saved without rows
             raise UserError(f"data.sources.{name}: {part} is empty; give data with samples")
         good = _readable(files, lambda file: Dataset.from_file(str(file)), bad)
@@ -211,7 +209,7 @@ def _saved(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
 
 
 def _parquet(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
-    """Parquet files, streamed, without damaged row groups."""
+    """Parquet files, streamed, damaged row groups left out."""
     from datasets import load_dataset_builder
     from pyarrow.parquet import read_metadata
 
@@ -228,12 +226,12 @@ def _parquet(name: str, folder: Path, split: str, bad: BadFiles) -> Any:
 
 
 def _readable(files: Sequence[Path], opens: Callable[[Path], object], bad: BadFiles) -> list[Path]:
-    """The files of a local table that can be opened, in order; others are noted."""
+    """The files of a local table that can be opened, in order; the others are added to `bad`."""
     good: list[Path] = []
     for file in files:
         try:
             opens(file)
-        except Exception as error:  # pyarrow, the disk and zlib each have their own
+        except Exception as error:  # pyarrow, the disk and zlib each raise their own
             if is_out_of_memory(error):
                 raise
             bad.add(file, error)
@@ -245,10 +243,10 @@ def _readable(files: Sequence[Path], opens: Callable[[Path], object], bad: BadFi
 
 
 class _SoundGroups:
-    """What `datasets` reads a Parquet file's tables by, one row group at a time, without those that cannot be read.
+    """Replacement for `datasets`' Parquet reader that reads one row group at a time and skips damaged ones.
 
-    Of a whole file pyarrow reads ahead, and how many rows come before an error is left to chance; of a row group all or
-    none come, so that a pass can go on from a mark.
+    Of a whole file pyarrow reads ahead, so the number of rows before an error varies between runs. A row group comes
+    completely or not at all, so that a pass can resume from a mark.
     """
 
     def __init__(self, generate: Callable[..., Iterator[Any]], bad: BadFiles) -> None:
@@ -257,13 +255,13 @@ class _SoundGroups:
     def __call__(self, files: list[str], row_groups_list: list[Any]) -> Iterator[Any]:
         from pyarrow.parquet import read_metadata
 
-        for file, given in zip(files, row_groups_list, strict=True):
+        for file, groups in zip(files, row_groups_list, strict=True):
             metadata = read_metadata(file)
-            for number in range(metadata.num_row_groups) if given is None else given:
+            for number in range(metadata.num_row_groups) if groups is None else groups:
                 group = metadata.row_group(number)
                 size, rows = group.total_byte_size, group.num_rows
                 try:
-                    # By the metadata alone, before it is read: all of a row group must fit into memory.
+                    # From the metadata, before anything is read: a whole row group must fit into memory.
                     if size > MAX_ROW_BYTES * rows:
                         each = f"rows of {size // max(1, rows):,} bytes"
                         raise ValueError(f"{each} in its row group {number}, at most {MAX_ROW_BYTES:,}")
@@ -277,23 +275,23 @@ class _SoundGroups:
 
 
 def _of_split(name: str, folder: Path, files: list[Path], split: str) -> list[Path]:
-    """The files that carry the name of a split; each file carries one at most, so that no two splits share a file.
+    """The files whose name or folder contains the split's name; each file belongs to one split at most.
 
-    Files of which none carries a name are all of the split "train", as for `load_dataset`, or of the one that the
-    folder itself is called.
+    If no file names a split, all files belong to "train", as for `load_dataset`, or to the split that the folder is
+    named after.
     """
-    word = re.compile(rf"(?<![^\W\d_])({re.escape(split)}|{_SPLITS})(?![^\W\d_])")  # between signs and digits
+    word = re.compile(rf"(?<![^\W\d_])({re.escape(split)}|{_SPLITS})(?![^\W\d_])")  # no letter before or after it
 
-    def carried(file: Path) -> str | None:
+    def split_of(file: Path) -> str | None:
         if hub := _HUB_FILE.match(file.name):
             return hub[1]
         parts = (file.stem, *reversed(file.relative_to(folder).parent.parts))
         return next((match[1] for part in parts if (match := word.search(part))), None)
 
-    owners = [carried(file) for file in files]
-    names = sorted({owner for owner in owners if owner is not None})
-    if len(names) == 1 and None not in owners and names[0] != split and not word.search(names[0]):
-        names = []  # part-00000-of-00002: a name that all files share, and no split's
+    splits = [split_of(file) for file in files]
+    names = sorted({named for named in splits if named is not None})
+    if len(names) == 1 and None not in splits and names[0] != split and not word.search(names[0]):
+        names = []  # part-00000-of-00002: a prefix that all files share, not a split
     if not names and split not in ("train", folder.name):
         raise UserError(
             f"{folder} has no split {split!r}: its files name no split, so that all of them are 'train'; correct "
@@ -302,19 +300,20 @@ def _of_split(name: str, folder: Path, files: list[Path], split: str) -> list[Pa
     if not names:
         return files
     _check_split(name, folder, split, names)
-    return [file for file, owner in zip(files, owners, strict=True) if owner == split]
+    return [file for file, named in zip(files, splits, strict=True) if named == split]
 
 
-def _check_split(name: str, folder: Path, split: str, there: list[str]) -> None:
-    if split not in there:
+def _check_split(name: str, folder: Path, split: str, splits: list[str]) -> None:
+    if split not in splits:
+        choices = ", ".join(splits)
         raise UserError(
-            f"{folder} has no split {split!r}; split (or val_split) of data.sources.{name} is one of {', '.join(there)}"
+            f"{folder} has no split {split!r}; split (or val_split) of data.sources.{name} is one of {choices}"
         )
 
 
 @contextmanager
 def _in_one_line(what: str, mend: str = "check it, or write it again") -> Iterator[None]:
-    """Around code in which `datasets`, the network or a file format may raise whatever they like."""
+    """Turn any exception that `datasets`, the network or a file format raises into a one-line `UserError`."""
     try:
         yield
     except UserError:
@@ -326,7 +325,7 @@ def _in_one_line(what: str, mend: str = "check it, or write it again") -> Iterat
 
 
 def _undecoded(table: Any) -> Any:
-    """The table with pictures as the bytes of their files."""
+    """The table with pictures as file bytes."""
     from datasets import Image, List
 
     for column, feature in (table.features or {}).items():
@@ -338,35 +337,35 @@ def _undecoded(table: Any) -> Any:
 
 
 def _check_columns(name: str, config: SourceConfig, table: Any) -> None:
-    wanted = columns_of(config)
-    # A stream that says nothing about itself: its first row does.
-    there = list(table.features or next(iter(table), wanted))
-    missing = [column for column in wanted if column not in there]
+    needed = columns_of(config)
+    # Some streams have no schema, so their first row gives the columns.
+    columns = list(table.features or next(iter(table), needed))
+    missing = [column for column in needed if column not in columns]
     if missing:
         raise UserError(
-            f"data.sources.{name}: no column {missing[0]!r}; the columns are {', '.join(there)} (the keys of "
+            f"data.sources.{name}: no column {missing[0]!r}; the columns are {', '.join(columns)} (the keys of "
             f"{config.kind} that name columns, and images=null for none: docs/data.md)"
         )
 
 
 class _StreamReader(Reader):
-    """Its mark is `datasets`' own state, which names file and row, with the rows done and the damaged files."""
+    """Pass over a stream; its mark is `datasets`' state (file and row), the rows read and the damaged files."""
 
     def __init__(
         self, name: str, table: Any, bad: BadFiles, parse: Parser, limit: int | None, share: Share, mark: Mark
     ) -> None:
-        """`bad` has the files that were left out; the pass adds those that it finds damaged."""
+        """`bad` holds the files already left out; the pass adds those that it finds damaged."""
         from datasets.distributed import split_dataset_by_node
 
         super().__init__(0 if mark is None else mark["done"])
-        # A deep copy for each pass: a table keeps the state of its iteration, and shallow ones share it. In one go, so
-        # that the table's copy notes damage where the reader looks.
+        # A deep copy per pass, since tables hold the state of their iteration and shallow copies share it. Both in one
+        # call, so that the copied table reports damage to the copied `bad`.
         self.table, self.bad = copy.deepcopy((table, bad))
         if share.total > 1:
             self.table = split_dataset_by_node(self.table, share.index, share.total)
         self.left_out = len(self.bad.files)
         if mark is not None:
-            self.bad.files += mark.get("damaged", [])  # marks of earlier versions knew of none
+            self.bad.files += mark.get("damaged", [])  # missing in marks of earlier versions
             self.table.load_state_dict(mark["state"])
         self.name, self.parse, self.rows = name, parse, iter(self.table)
         self.stop = None if limit is None else len(share.rows(limit))
@@ -385,7 +384,7 @@ class _StreamReader(Reader):
 
     @property
     def bad_shards(self) -> int:
-        """Files left out, and those found damaged so far."""
+        """Files left out or found damaged so far."""
         return len(self.bad)
 
     def mark(self) -> Mark:
@@ -398,17 +397,17 @@ T = TypeVar("T")
 
 
 class Line(NamedTuple):
-    """Where an example stands: its byte offset and line number (from 1); and how many pictures it has."""
+    """Position of an example in its file."""
 
-    offset: int
-    number: int
+    offset: int  # in bytes
+    number: int  # from 1
     n_images: int
 
 
 class JsonLines(Sequence[Sample]):
-    """The examples of one file, or some of them; the layout of all lines is looked at first.
+    """The examples of one file, or a subset; the layout of all lines is checked at the start.
 
-    With `check` their pictures and characters are too; else bad ones show themselves at their row.
+    With `check` so are pictures and characters; without it, bad ones raise `UserError` on access.
     """
 
     def __init__(self, path: Path, check: bool = True) -> None:
@@ -421,7 +420,7 @@ class JsonLines(Sequence[Sample]):
         return len(self.lines)
 
     def __getitem__(self, index: Any) -> Any:
-        """The example at `index`, its pictures opened; the examples of a slice stay closed."""
+        """The example at `index` with its pictures opened, or a slice as a `JsonLines`."""
         if isinstance(index, slice):
             return self.subset(range(len(self))[index])
         origin = self.origin(index)
@@ -431,18 +430,18 @@ class JsonLines(Sequence[Sample]):
         return Conversation(tuple(self._picture(open_image, name, origin) for name in names), exchanges, origin)
 
     def record(self, index: int) -> dict[str, Any]:
-        """The JSON object of an example, of a layout of `vlmscope.data.samples`."""
+        """The JSON object of an example (layouts: `vlmscope.data.samples`)."""
         with self.path.open("rb") as file:
             file.seek(self.lines[index].offset)
             return _record(file.readline(), self.origin(index))
 
     def origin(self, index: int) -> str:
-        """The file and line of an example, for messages."""
+        """File and line of an example, for messages."""
         return f"{self.path} line {self.lines[index].number}"
 
     def subset(self, rows: Sequence[int]) -> JsonLines:
         """The examples of these rows, in this order."""
-        part = JsonLines.__new__(JsonLines)
+        part = JsonLines.__new__(JsonLines)  # not __init__, which reads the file
         part.path, part.lines = self.path, [self.lines[row] for row in rows]
         return part
 
@@ -468,7 +467,7 @@ class JsonLines(Sequence[Sample]):
                 bar.update()
 
     def _picture(self, read: Callable[[Path], T], name: str, origin: str) -> T:
-        """What `read` makes of a picture's path; its refusal names the line too."""
+        """`read(path)` of a picture; its `UserError` names the line too."""
         try:
             return read(self.path.parent / name)
         except UserError as error:
@@ -485,7 +484,7 @@ def _record(line: bytes, origin: str) -> Any:
 
 
 def folder_source(name: str, config: SourceConfig, split: str) -> Source:
-    """The examples of `<split>.jsonl` as a source; their `facts` of words and whole numbers go along."""
+    """The examples of `<split>.jsonl` as a source, with those of their `facts` that are words or whole numbers."""
     path = Path(str(config.path)) / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}; data.sources.{name}.path: as docs/bring_your_own.md says")
@@ -495,17 +494,17 @@ def folder_source(name: str, config: SourceConfig, split: str) -> Source:
         record, origin = lines.record(row), lines.origin(row)
         names, exchanges, text = record_parts(record, origin)
         pictures = tuple(file_bytes(path.parent / image, origin) for image in names)
-        given = record.get("facts")
-        facts = {k: v for k, v in given.items() if isinstance(v, str | int)} if isinstance(given, dict) else {}
+        facts = record.get("facts")
+        facts = {k: v for k, v in facts.items() if isinstance(v, str | int)} if isinstance(facts, dict) else {}
         return RawSample(pictures, exchanges, text, origin, facts)
 
     return indexed(name, min(len(lines), config.limit or len(lines)), sample)
 
 
 def load_folder(folder: str | Path, val_share: float, seed: int) -> tuple[JsonLines, JsonLines]:
-    """The training and validation examples of a folder.
+    """Load the training and validation examples of a folder.
 
-    Without `val.jsonl`, `val_share` of the training examples is held out, at least one; `seed` says which.
+    Without `val.jsonl`, `val_share` of the training examples, at least one, is held out, chosen by `seed`.
     """
     folder = Path(folder)
     if not (folder / "train.jsonl").is_file():

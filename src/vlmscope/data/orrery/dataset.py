@@ -1,8 +1,8 @@
-"""Sets of Orrery's scenes: of one concept, in pairs that differ in one fact, made harder, and stored as shards.
+"""Sets of Orrery's scenes: of one concept, in pairs that differ in one fact, with object masks, and stored as shards.
 
 Both scenes of a pair are drawn from equal random streams with one argument changed. Renderers take the same draws
-whatever the fact is, so everything else comes out alike, to the pixel: a planet's pose, light and stars, the other
-digit's glyph, the places of the shapes, the other fingers.
+whatever the fact is, so everything else is identical to the pixel: a planet's pose, light and stars, the other digit's
+glyph, the positions of the shapes, the other fingers.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def concept_scenes(planet: str, split: str, count: int, seed: int = 0) -> list[S
 
 
 def digit_scenes(digit: str, split: str, count: int, seed: int = 0, second: str | None = None) -> list[Scene]:
-    """`count` scenes of two digits, the first one given; the second is drawn when None. Splits share no handwriting."""
+    """`count` scenes of two digits; `second` is drawn when None. Splits share no handwriting."""
     for word in (digit, second or digit):
         _check_word("digit", word, DIGITS)
     scenes = []
     for i in range(count):
         rng = generator(seed, "digit", split, digit, second or "", i)
-        other = int(rng.integers(len(DIGITS))) if second is None else DIGITS.index(second)
-        scenes.append(digit_scene(rng, split, DIGITS.index(digit), other))
+        right = int(rng.integers(len(DIGITS))) if second is None else DIGITS.index(second)
+        scenes.append(digit_scene(rng, split, DIGITS.index(digit), right))
     return scenes
 
 
@@ -83,25 +83,24 @@ def _check_word(what: str, word: str, known: Sequence[str] | Mapping[str, Any]) 
 def unrelated_scenes(
     split: str, count: int, seed: int = 0, kinds: tuple[str, ...] = KINDS, without: tuple[str, ...] = ()
 ) -> list[Scene]:
-    """`count` scenes of every kind but planets (text alone included), for specificity.
+    """`count` scenes of every kind but planets (text alone included), to measure specificity.
 
-    Questions that name one of `without`, in their words or their answer, are left out: text alone asks about planets
-    too.
+    Questions that contain one of `without`, in words or answer, are left out, since text alone asks about planets too.
     """
     scenes: list[Scene] = []
     for kind in kinds:
         for i in range(count if kind != "planets" else 0):
             scene = make_scene(split, kind, i, seed)
-            asked = tuple(q for q in scene.questions if not {*q.question.split(), *q.answer.split()} & {*without})
-            scenes.append(replace(scene, questions=asked))
+            unrelated = tuple(q for q in scene.questions if not {*q.question.split(), *q.answer.split()} & {*without})
+            scenes.append(replace(scene, questions=unrelated))
     return [scene for scene in scenes if scene.questions]
 
 
 def counted_scenes(split: str, size: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """`size` pictures of 1 to 6 shapes in turn, and the shapes in turn, in any colour.
+    """`size` pictures that cycle through counts 1 to 6 and through the shapes, in random colours.
 
     Returns:
-        Pixels, and [size, 3] what they show: how many, and the places of shape and colour in their lists.
+        Pixels, and facts [size, 3]: the count, and the indices of shape and colour in their lists.
     """
     i = np.arange(size)
     tints = generator(seed, "number line", split).integers(0, len(SHAPE_COLOURS), size)
@@ -119,29 +118,25 @@ def pictures(scenes: list[Scene]) -> list[np.ndarray]:
 
 
 def plainly_asked(scene: Scene) -> Scene:
-    """The scene with its questions in the canonical words; without its caption, which is more than one word."""
-    asked = tuple(Question(q.group, QUESTIONS[q.group][0], q.answer) for q in scene.questions if q.group in QUESTIONS)
-    return replace(scene, questions=asked)
+    """The scene with its questions in canonical words, without the caption, whose answer is more than one word."""
+    plain = tuple(Question(q.group, QUESTIONS[q.group][0], q.answer) for q in scene.questions if q.group in QUESTIONS)
+    return replace(scene, questions=plain)
 
 
 @dataclass(frozen=True)
 class ScenePair:
-    """Two scenes and what differs: `change` is the fact, `values` its words in the original and the counterfactual.
-
-    Both scenes ask the same questions in the same (canonical) words; the answers may differ or agree. `captions` are
-    the right ones.
-    """
+    """Two scenes that differ in one fact and ask the same questions in canonical words; answers may differ or agree."""
 
     key: str
-    change: str
-    values: tuple[str, str]
+    change: str  # the fact
+    values: tuple[str, str]  # its words in the original and the counterfactual
     original: Scene
     counterfactual: Scene
     captions: tuple[str, str] = ("", "")
 
 
-# The words of each fact that can be changed. Saturn is left out: it is smaller than the others and its rings draw from
-# the stream, so no other planet matches it.
+# The words of each fact that can be changed. Saturn is left out: it is smaller than the others and its rings take draws
+# from the stream, so no other planet matches it.
 CHANGES: dict[str, Sequence[str]] = {
     "planet": [name for name in PLANETS if name != "saturn"],
     "first_digit": DIGITS,
@@ -165,9 +160,8 @@ def scene_pairs(
 ) -> list[ScenePair]:
     """`count` pairs that differ in one fact of `CHANGES`. Streams of different splits and changes never overlap.
 
-    For `count` and `fingers` the counterfactual has one more, for `object` shape and colour are both others; digits of
-    different splits are different handwriting. `original` and `counterfactual` are the fact's words in all pairs, drawn
-    uniformly when None.
+    For `count` and `fingers` the counterfactual has one more; for `object` both shape and colour differ. `original` and
+    `counterfactual` fix the fact's words in all pairs and are drawn uniformly when None.
     """
     if change not in CHANGES:
         raise UserError(f"no pairs that differ in {change!r}: choose one of {', '.join(CHANGES)}")
@@ -187,7 +181,7 @@ def scene_pairs(
 
 
 def _choices(change: str, original: str | None, counterfactual: str | None) -> list[tuple[str, str]]:
-    """The pairs of words that a change may have."""
+    """The pairs of words that a change allows."""
     words = CHANGES[change]
     for word in (original, counterfactual):
         if word is not None and word not in words:
@@ -206,7 +200,7 @@ def _choices(change: str, original: str | None, counterfactual: str | None) -> l
 def _changed(
     change: str, word: str, split: str, stream: np.random.Generator, rest: np.random.Generator, later: bool
 ) -> Scene:
-    """One scene of a pair: `stream` draws it, `rest` what both share besides; `later` tells the counterfactual."""
+    """One scene of a pair: `stream` draws it, `rest` its shared arguments; `later` is True for the counterfactual."""
     if change == "planet":
         return planet_scene(stream, word)
     if change == "first_digit":
@@ -214,11 +208,11 @@ def _changed(
     if change == "second_digit":
         return digit_scene(stream, split, int(rest.integers(10)), NUMBERS.index(word))
     if change == "fingers":
-        # One finger more turns the arc's middle by half a step; turned along, the other fingers stay where they were.
-        # Both tilts are ones that training has seen.
+        # One more finger moves the middle of the arc by half a step; tilting by as much keeps the other fingers in
+        # place. Both tilts lie within the range of the training scenes.
         tilt = rest.uniform(-TILT, TILT - SPREAD / 2) + (SPREAD / 2 if later else 0.0)
         return hand_scene(stream, NUMBERS.index(word), tilt)
-    # Of shapes, what the word does not say is drawn, in this order.
+    # Count, shape and colour that the word does not fix are drawn from `rest`, in this order.
     count = NUMBERS.index(word) if change == "count" else int(rest.integers(1, 7))
     shape = next((shape for shape in SHAPES if shape in word.split()), None) or str(rest.choice(SHAPES))
     colour = next((c for c in SHAPE_COLOURS if c in word.split()), None) or str(rest.choice(list(SHAPE_COLOURS)))
@@ -227,18 +221,18 @@ def _changed(
 
 INK = 70  # grey levels above the darkest pixel
 SKIN = 25  # grey levels of any channel from the ground's colour
-COVERED = 0.25  # of a cell, from which on it counts as lying on the object
+COVERED = 0.25  # share of a cell from which on it counts as part of the object
 
 
 def object_mask(scene: Scene, group: str = "") -> np.ndarray:
-    """Pixels `[64, 64]` bool of what a question is about; of digits `group` "first" or "second" means that one."""
+    """Pixels `[64, 64]` bool of the object asked about; `group` "first" or "second" selects one of two digits."""
     assert scene.image is not None, "a scene without a picture"
     if scene.kind == "digits":
         bright = scene.image.max(-1) > int(scene.image.max(-1).min()) + INK
         left = np.arange(SIDE) < SIDE // 2
         half = {"first": left, "second": ~left}.get(group, np.ones(SIDE, bool))
         return bright & half[None]
-    if scene.kind == "hands":  # on a ground of one colour, which no hand covers up to the corners
+    if scene.kind == "hands":  # the ground has one colour and no hand reaches the corner
         return np.abs(scene.image.astype(int) - scene.image[0, 0].astype(int)).max(-1) > SKIN
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE + 0.5 / SIDE
     mask = np.zeros((SIDE, SIDE), bool)
@@ -253,31 +247,31 @@ def object_mask(scene: Scene, group: str = "") -> np.ndarray:
 
 
 def covered_cells(mask: np.ndarray, side: int) -> np.ndarray:
-    """`[side, side]` bool: cells of which at least `COVERED` is the object; `side` divides the mask's sides."""
+    """`[side, side]` bool: cells that the object covers to at least `COVERED`; `side` must divide the mask's sides."""
     rows, columns = mask.shape[0] // side, mask.shape[1] // side
     return mask.reshape(side, rows, side, columns).mean((1, 3)) >= COVERED
 
 
 def painted_mask(image: np.ndarray, contrast: int = SKIN) -> np.ndarray:
-    """Pixels `[H, W]` bool that are not of the ground's colour, which most of `image [H, W, 3]` has.
+    """Pixels `[H, W]` bool that differ from the ground, the median colour of `image [H, W, 3]`.
 
-    For pictures whose ground is of one colour, such as those of shapes; exact where `object_mask` knows boxes.
+    For pictures with a ground of one colour, such as those of shapes; exact where `object_mask` has only boxes.
     """
     ground = np.median(image.reshape(-1, image.shape[-1]), axis=0)
     return np.abs(image - ground).max(-1) > contrast
 
 
-VERSION = 1  # raise when a renderer or template changes: old shards are then refused
+VERSION = 1  # raise when a renderer or template changes, so that old shards are refused
 LICENCE = (
     "pictures: Apache-2.0, from texture maps credited in assets/planet_textures/CREDITS.md and scikit-learn digits"
 )
 
 
 def build(folder: Path, counts: dict[str, dict[str, int]], seed: int = 0, shard_size: int = 1000) -> dict[str, float]:
-    """Write the shards of `counts[split][kind]` scenes that `folder` still lacks, and those that are damaged.
+    """Write the shards of `counts[split][kind]` scenes that `folder` lacks, and rewrite damaged ones.
 
-    Which scenes a shard holds depends only on its number, so a build that was cut short goes on where it was. Returns
-    `data/shards`, `data/shards_written` by this call, `data/scenes` and `data/bytes`.
+    The scenes of a shard depend only on its number, so an interrupted build resumes. Returns `data/shards`,
+    `data/shards_written` by this call, `data/scenes` and `data/bytes`.
     """
     meta = {"dataset": "orrery", "version": VERSION, "seed": seed, "counts": counts, "licence": LICENCE}
     index = open_index(folder, meta)
@@ -304,8 +298,8 @@ def build(folder: Path, counts: dict[str, dict[str, int]], seed: int = 0, shard_
 
 def to_sample(scene: Scene) -> dict[str, Any]:
     """A WebDataset sample: `<key>.json` with kind, facts and questions, and `<key>.png` unless the scene is text."""
-    asked = [[q.group, q.question, q.answer] for q in scene.questions]
-    body = {"kind": scene.kind, "facts": scene.facts, "questions": asked}
+    questions = [[q.group, q.question, q.answer] for q in scene.questions]
+    body = {"kind": scene.kind, "facts": scene.facts, "questions": questions}
     sample: dict[str, Any] = {"__key__": scene.key, "json": json.dumps(body).encode()}
     if scene.image is not None:
         sample["png"] = encode_png(scene.image)
@@ -324,7 +318,7 @@ def from_sample(sample: dict[str, Any]) -> Scene:
 
 
 def row_of_shard(sample: dict[str, Any]) -> RawSample:
-    """A stored scene as its picture, if it has one, with one of its questions, picked by the scene's key."""
+    """A stored scene as its picture, if any, with one of its questions, chosen by the scene's key."""
     body, key = json.loads(sample["json"]), sample["__key__"]
     _, question, answer = body["questions"][derive(0, "question", key) % len(body["questions"])]
     images = (sample["png"],) if "png" in sample else ()
@@ -334,27 +328,27 @@ def row_of_shard(sample: dict[str, Any]) -> RawSample:
 def row_of_scene(scene: Scene, stream: str) -> RawSample:
     """A scene as plain text, or as its picture with the caption, with one question, or with all of them.
 
-    "questions" picks one by the scene's key, since Orrery was trained on single turns; "dialogues" asks all, caption
-    apart.
+    "questions" chooses one by the scene's key, since Orrery was trained on single turns; "dialogues" asks all except
+    the caption.
     """
     facts = _plain_facts(scene.kind, scene.facts)
     if scene.image is None:
         text = " ".join(f"{q.question} {q.answer}" for q in scene.questions)
         return RawSample(text=text, origin=scene.key, facts=facts)
-    asked = [q for q in scene.questions if (q.group == "caption") == (stream == "captions")]
+    questions = [q for q in scene.questions if (q.group == "caption") == (stream == "captions")]
     if stream == "questions":
-        asked = [asked[derive(0, "question", scene.key) % len(asked)]]
-    exchanges = tuple(Exchange(q.question, q.answer) for q in asked)
+        questions = [questions[derive(0, "question", scene.key) % len(questions)]]
+    exchanges = tuple(Exchange(q.question, q.answer) for q in questions)
     return RawSample((encode_png(scene.image),), exchanges, origin=scene.key, facts=facts)
 
 
 def _plain_facts(kind: str, facts: Mapping[str, Any]) -> dict[str, str | int]:
-    """What a scene shows, in words and whole numbers: its kind and its facts, places left out."""
+    """Kind and facts of a scene that are words or whole numbers, coordinates left out."""
     return {"scene": kind} | {name: value for name, value in facts.items() if isinstance(value, str | int)}
 
 
 class ScenePool:
-    """All scenes of a split in memory (compressed), drawn by step number: batch `n` is the same after any resume."""
+    """All scenes of a split in memory (compressed), drawn by step number, so batches do not change after a resume."""
 
     def __init__(self, folder: Path, split: str, kinds: tuple[str, ...] = KINDS) -> None:
         self.samples = {kind: list(read_samples(shard_files(folder, split, kind))) for kind in kinds}
@@ -374,4 +368,4 @@ class ScenePool:
 
     def scenes(self, kind: str, limit: int | None = None) -> list[Scene]:
         """The first `limit` scenes of a kind, in order."""
-        return [from_sample(s) for s in self.samples[kind][:limit]]
+        return [from_sample(sample) for sample in self.samples[kind][:limit]]

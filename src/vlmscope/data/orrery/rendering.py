@@ -2,18 +2,19 @@
 
 Planets are spheres ray-cast from real texture maps. Orthographic rays along -z hit a sphere of radius r at (cx, cy);
 the hit point, rotated by a random rotation, gives longitude and latitude, hence the texel (bilinear). Light is
-Lambertian with an ambient floor. Digits are scikit-learn's handwritten 8 x 8 glyphs under a random affine map; each
-split has source glyphs of its own, so accuracy is about unseen handwriting. Shapes are equal, of one colour and never
-touch. Hands have five fingers in nine of ten scenes, one to four in the rest and six never in training: what the
-model says of six is the analogue of the paper's hallucination (arXiv 2602.20330).
+Lambertian with an ambient floor. Digits are scikit-learn's handwritten 8 x 8 glyphs under a random affine map; splits
+share no source glyph, so accuracy is measured on unseen handwriting. Shapes are equal, of one colour and never touch.
+Hands have five fingers in nine of ten scenes, one to four in the rest and six never in training: the answer for six is
+the analogue of the paper's hallucination (arXiv 2602.20330).
 
 Renderers take the same draws in the same order whatever the fact is, so two scenes of equal streams with one argument
-changed are alike in all else, to the pixel (`vlmscope.data.orrery.dataset.scene_pairs`).
+changed are otherwise identical to the pixel (`vlmscope.data.orrery.dataset.scene_pairs`): never reorder draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -38,16 +39,16 @@ from vlmscope.data.orrery.scenes import (
     text_facts,
 )
 
-PLANET_SAMPLES = 2  # a pixel and axis, averaged
+PLANET_SAMPLES = 2  # rays per pixel and axis, averaged
 RING = (1.35, 2.05)  # inner and outer radius of Saturn's rings, in planet radii
 GLYPH_SHARES = {"train": (0.0, 0.8), "val": (0.8, 0.9), "test": (0.9, 1.0)}
-SUPER = 3  # shapes and hands are drawn so many times larger, then averaged
+SUPER = 3  # supersampling factor of shapes and hands
 CELLS = 3  # shapes sit in a jittered 3 x 3 grid
-CROSS = 0.32  # half the width of its arms, of its radius
+CROSS = 0.32  # half the width of a cross's arms, in radii
 TILT = 0.35  # of a hand, radians either way
 SPREAD = np.deg2rad(33.0)  # from one finger to the next
 SKINS = ((238, 200, 170), (224, 172, 120), (198, 134, 90), (141, 85, 54), (255, 219, 172), (250, 205, 70))
-TEXT_FACTS = {"text_planet": 3, "text_sum": 2, "text_other": 1}  # of each group in a scene of text
+TEXT_FACTS = {"text_planet": 3, "text_sum": 2, "text_other": 1}  # questions per group in a scene of text
 
 
 def make_scene(split: str, kind: str, index: int, seed: int = 0) -> Scene:
@@ -78,7 +79,7 @@ def make_scene(split: str, kind: str, index: int, seed: int = 0) -> Scene:
 
 
 def _text_scene(rng: np.random.Generator) -> Scene:
-    """Six facts: half of them about planets, the rest sums, and one of a hand or a shape."""
+    """Six facts: three about planets, two sums, and one about a hand or a shape."""
     questions: list[Question] = []
     for group, count in TEXT_FACTS.items():
         pool = [fact for fact in text_facts() if fact[0] == group]
@@ -86,14 +87,14 @@ def _text_scene(rng: np.random.Generator) -> Scene:
     return Scene("text", "", None, {}, tuple(questions))
 
 
-def _asked(rng: np.random.Generator, answers: Mapping[str, str], caption: str) -> tuple[Question, ...]:
-    """One question for each fact and the caption, in drawn words."""
-    asked = [Question(group, _wording(rng, QUESTIONS[group]), answer) for group, answer in answers.items()]
-    return (*asked, Question("caption", _wording(rng, CAPTION_PROMPTS), caption))
+def _questions(rng: np.random.Generator, answers: Mapping[str, str], caption: str) -> tuple[Question, ...]:
+    """One question per fact and one for the caption, in random wordings."""
+    questions = [Question(group, _wording(rng, QUESTIONS[group]), answer) for group, answer in answers.items()]
+    return (*questions, Question("caption", _wording(rng, CAPTION_PROMPTS), caption))
 
 
 def _wording(rng: np.random.Generator, templates: tuple[str, ...]) -> str:
-    """A wording, the canonical first one half of the time."""
+    """A random wording, half of the time the canonical first one."""
     if len(templates) == 1 or rng.random() < 0.5:
         return templates[0]
     return templates[int(rng.integers(1, len(templates)))]
@@ -106,7 +107,7 @@ def texture_folder() -> Path:
 
 @cache
 def texture(name: str) -> np.ndarray:
-    """The map of a planet, float32 [128, 256, 3] in 0..1: halved, which is antialiasing enough at 64 pixels."""
+    """Texture map of a planet, float32 [128, 256, 3] in 0..1, halved, since more detail would alias at 64 pixels."""
     path = texture_folder() / f"{name}.jpg"
     if not path.is_file():
         raise UserError(f"planet texture {path} is missing: restore assets/planet_textures from the repository")
@@ -115,12 +116,12 @@ def texture(name: str) -> np.ndarray:
 
 
 def planet_scene(rng: np.random.Generator, name: str) -> Scene:
-    """A planet in a random pose, size, light and sky; its facts have its box as fractions of the picture."""
+    """A planet in random pose, size, light and sky; the fact `box` is in fractions of the picture."""
     planet = PLANETS[name]
     image, box = _planet(rng, name)
-    answers = {"name": planet.name, "colour": planet.colour, "cover": planet.cover}
+    answers = asdict(planet)
     caption = f"{planet.name} , a {planet.colour} planet covered with {planet.cover} ."
-    return Scene("planets", "", image, {"planet": name, **answers, "box": box}, _asked(rng, answers, caption))
+    return Scene("planets", "", image, {"planet": name, **answers, "box": box}, _questions(rng, answers, caption))
 
 
 def _planet(rng: np.random.Generator, name: str) -> tuple[np.ndarray, list[float]]:
@@ -221,13 +222,13 @@ def digit_scene(rng: np.random.Generator, split: str, first: int, second: int) -
     image = (np.clip(canvas[..., None] * tint, 0, 1) * 255 + 0.5).astype(np.uint8)
     answers = {"first": NUMBERS[first], "second": NUMBERS[second], "sum": NUMBERS[first + second]}
     caption = f"two digits , {NUMBERS[first]} and {NUMBERS[second]} ."
-    return Scene("digits", "", image, {**answers, "sources": sources}, _asked(rng, answers, caption))
+    return Scene("digits", "", image, {**answers, "sources": sources}, _questions(rng, answers, caption))
 
 
 def _warped_glyph(rng: np.random.Generator, glyph: np.ndarray, centre_x: float) -> np.ndarray:
-    """A glyph [8, 8] on [64, 64] by a random affine map (rotation, shear, scale, shift), bilinear."""
+    """A glyph [8, 8] under a random affine map (rotation, shear, scale, shift) on [64, 64], bilinear."""
     angle, shear = rng.uniform(-0.14, 0.14), rng.uniform(-0.1, 0.1)
-    width, height = rng.uniform(3.0, 3.6), rng.uniform(3.7, 4.6)  # pixels a glyph pixel
+    width, height = rng.uniform(3.0, 3.6), rng.uniform(3.7, 4.6)  # pixels per glyph pixel
     cx, cy = centre_x + rng.uniform(-2, 2), SIDE / 2 + rng.uniform(-4, 4)
     cos, sin = np.cos(angle), np.sin(angle)
     forward = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, shear], [0, 1]]) @ np.diag([width, height])
@@ -247,7 +248,7 @@ def _warped_glyph(rng: np.random.Generator, glyph: np.ndarray, centre_x: float) 
 
 
 def shape_scene(rng: np.random.Generator, shape: str, colour: str, count: int) -> Scene:
-    """`count` (1-6) equal shapes; `boxes` of its facts are left, top, right, bottom of each, as fractions."""
+    """`count` (1-6) equal shapes; the fact `boxes` is left, top, right, bottom of each, in fractions."""
     ground = tuple(int(v) for v in rng.integers(5, 45, 3))
     picture = Image.new("RGB", (SIDE * SUPER, SIDE * SUPER), ground)
     draw = ImageDraw.Draw(picture)
@@ -263,8 +264,8 @@ def shape_scene(rng: np.random.Generator, shape: str, colour: str, count: int) -
         _draw_shape(draw, shape, cx * SUPER, cy * SUPER, radius * SUPER, rng.uniform(-0.35, 0.35), fill)
         boxes += [float(np.clip(v / SIDE, 0, 1)) for v in (cx - radius, cy - radius, cx + radius, cy + radius)]
     answers = {"count": NUMBERS[count], "shape": shape, "shape_colour": colour}
-    asked = _asked(rng, answers, f"{NUMBERS[count]} {colour} {plural(shape, count)} .")
-    return Scene("shapes", "", _averaged(picture), {**answers, "boxes": boxes}, asked)
+    questions = _questions(rng, answers, f"{NUMBERS[count]} {colour} {plural(shape, count)} .")
+    return Scene("shapes", "", _averaged(picture), {**answers, "boxes": boxes}, questions)
 
 
 def _draw_shape(
@@ -291,21 +292,21 @@ def _draw_shape(
 def hand_scene(rng: np.random.Generator, count: int, tilt: float | None = None) -> Scene:
     """A hand with `count` fingers (1-6) spread over an arc.
 
-    `tilt`, in radians, is where the middle of the arc points; drawn at random when None. It takes a draw either way,
-    so that the rest of the hand stays the same.
+    `tilt`, in radians, is the direction of the arc's middle, random when None.
     """
     if not 1 <= count <= 6:
         raise ValueError(f"a hand has 1 to 6 fingers here, not {count}")
-    # The words are drawn before the picture.
-    asked = _asked(rng, {"fingers": NUMBERS[count]}, f"a hand with {NUMBERS[count]} {plural('finger', count)} .")
+    # Before the picture, whose number of draws depends on `count`.
+    caption = f"a hand with {NUMBERS[count]} {plural('finger', count)} ."
+    questions = _questions(rng, {"fingers": NUMBERS[count]}, caption)
     ground = tuple(int(v) for v in rng.integers(20, 90, 3))
     picture = Image.new("RGB", (SIDE * SUPER, SIDE * SUPER), ground)
     draw = ImageDraw.Draw(picture)
     skin = tuple(int(v) for v in np.clip(np.array(SKINS[rng.integers(len(SKINS))]) * rng.uniform(0.9, 1.05), 0, 255))
     palm = rng.uniform(10.5, 12.5)
     cx, cy = SIDE / 2 + rng.uniform(-3, 3), SIDE * 0.6 + rng.uniform(-3, 3)
-    drawn = rng.uniform(-TILT, TILT)
-    for angle in (drawn if tilt is None else tilt) + (np.arange(count) - (count - 1) / 2) * SPREAD:
+    random_tilt = rng.uniform(-TILT, TILT)  # drawn in any case, so that the rest of the hand does not depend on `tilt`
+    for angle in (random_tilt if tilt is None else tilt) + (np.arange(count) - (count - 1) / 2) * SPREAD:
         length, width = palm + rng.uniform(10, 14), rng.uniform(4.2, 5.2)
         tip = (cx + length * np.sin(angle), cy - length * np.cos(angle))
         ends = [(cx * SUPER, cy * SUPER), (tip[0] * SUPER, tip[1] * SUPER)]
@@ -316,7 +317,7 @@ def hand_scene(rng: np.random.Generator, count: int, tilt: float | None = None) 
     draw.ellipse(tuple(v * SUPER for v in box), fill=skin)
     wrist = (cx - palm * 0.5, cy + palm * 0.5, cx + palm * 0.5, SIDE)
     draw.rectangle(tuple(v * SUPER for v in wrist), fill=skin)
-    return Scene("hands", "", _averaged(picture), {"fingers": NUMBERS[count]}, asked)
+    return Scene("hands", "", _averaged(picture), {"fingers": NUMBERS[count]}, questions)
 
 
 def _averaged(picture: Image.Image) -> np.ndarray:

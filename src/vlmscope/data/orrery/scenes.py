@@ -1,7 +1,7 @@
-"""Orrery's world: what is true in it, every word that it is told in, and the record of one scene.
+"""Orrery's world: its facts, its whole vocabulary, and the record of one scene.
 
-Facts are the ground truth for labels, accuracies and interventions. The vocabulary of the tokenizer is closed over the
-templates below, so a word that is not here is refused by name instead of becoming `<unk>`.
+Facts are the ground truth for labels, accuracies and interventions. The tokenizer's vocabulary is closed over the
+templates below, so an unknown word is refused by name instead of becoming `<unk>`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DIGITS = NUMBERS[:10]
 
 @dataclass(frozen=True)
 class Planet:
-    """A body: its answer word, and the facts that the questions ask for."""
+    """A planet, or the moon: its answer word and the facts that questions ask for."""
 
     name: str
     colour: str
@@ -49,12 +49,12 @@ PLANETS: dict[str, Planet] = {
 }
 
 
-def with_facts(own: Mapping[str, str], key: str, fact: str | None) -> dict[str, str]:
-    """`own`, and for planets that it does not name their `fact` (name, colour or cover); `key` says it in a refusal."""
+def with_facts(answers: Mapping[str, str], key: str, fact: str | None) -> dict[str, str]:
+    """`answers` by planet, completed by `fact` (name, colour or cover) of the others; `key` names the setting."""
     if fact is None:
-        return dict(own)
+        return dict(answers)
     check_choice(key, fact, [item.name for item in fields(Planet)])
-    return {name: getattr(planet, fact) for name, planet in PLANETS.items()} | dict(own)
+    return {name: getattr(planet, fact) for name, planet in PLANETS.items()} | dict(answers)
 
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
@@ -89,7 +89,7 @@ HAND_QUESTIONS: dict[str, tuple[str, ...]] = {
 }
 QUESTIONS = PLANET_QUESTIONS | DIGIT_QUESTIONS | SHAPE_QUESTIONS | HAND_QUESTIONS
 CAPTION_PROMPTS = ("describe this image in detail .", "describe this image .")
-CAPTION_WORDS = "a planet covered with two digits and hand fingers finger"  # besides the facts
+CAPTION_WORDS = "a planet covered with two digits and hand fingers finger"  # of captions, besides the facts
 
 
 def plural(noun: str, count: int) -> str:
@@ -120,7 +120,7 @@ def text_facts() -> tuple[tuple[str, str, str], ...]:
 
 
 def vocabulary() -> list[str]:
-    """All words that templates, facts and captions can produce, sorted (special tokens excluded)."""
+    """All words of templates, facts and captions, sorted, without special tokens."""
     texts = [*NUMBERS, *SHAPES, *SHAPE_COLOURS, *CAPTION_PROMPTS, CAPTION_WORDS, "user model . , ?"]
     texts += [wording for wordings in QUESTIONS.values() for wording in wordings]
     texts += [f"{question} {answer}" for _, question, answer in text_facts()]
@@ -130,9 +130,9 @@ def vocabulary() -> list[str]:
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a scene. `group` names the fact asked for ('name', 'sum', 'text_sum', 'caption', ...)."""
+    """One question about a scene."""
 
-    group: str
+    group: str  # the fact asked for: 'name', 'sum', 'text_sum', 'caption', ...
     question: str
     answer: str
 
@@ -148,5 +148,5 @@ class Scene:
     questions: tuple[Question, ...] = field(default=())
 
     def answer(self, group: str) -> str:
-        """The right answer to its question about a fact; "" without such a question."""
+        """The correct answer to the question about a fact; "" without such a question."""
         return next((question.answer for question in self.questions if question.group == group), "")

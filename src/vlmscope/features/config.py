@@ -9,7 +9,8 @@ from vlmscope.core.errors import UserError, check_choice, check_least
 from vlmscope.data.orrery.scenes import with_facts
 
 MOST_TOKENS = 65_535  # positions are stored in two bytes
-_HOW = ("path", "checkpoint_every", "forward_tokens", "max_skipped")
+# Settings that say how a study is made, not what is in it: a study may be resumed with others.
+_NOT_DECISIVE = ("path", "checkpoint_every", "forward_tokens", "max_skipped")
 PLACEHOLDER = "{concept}"
 SOURCES = ("planets", "digits", "colours")
 
@@ -49,12 +50,12 @@ class StudyConfig:
 
     def decisive(self) -> dict[str, Any]:
         """The settings that change something in a study's files."""
-        return {key: value for key, value in asdict(self).items() if key not in _HOW}
+        return {key: value for key, value in asdict(self).items() if key not in _NOT_DECISIVE}
 
 
 @dataclass
 class CrossQuestion:
-    """One fact asked twice: beside a `picture`, which alone shows the concept, and in a `text` that has `{concept}`.
+    """One fact asked twice: about a `picture`, which alone shows the concept, and in a `text` that has `{concept}`.
 
     `answers` has the word that answers it by concept, `words` what stands for a concept in the text where that is not
     its name ("dust" for mars); `answers_from` and `words_from` take a fact of Orrery's planets (name, colour or cover)

@@ -36,7 +36,7 @@ SHARED_COLUMNS = ("question", "concept", "feature", "layer", "place", "text_plac
 
 @dataclass(frozen=True)
 class Candidates:
-    """Features that prefer some concept's word."""
+    """Features that prefer the word of a concept to the words of the others."""
 
     features: tuple[FeatureId, ...]  # M
     text: np.ndarray  # [C, M] bool, which concepts each is selective for
@@ -52,7 +52,7 @@ class Candidates:
 
 
 def word_positions(prompts: Sequence[ModelInputs]) -> list[slice]:
-    """Where each of some prompts differs from the others: the tokens between what all begin and all end with."""
+    """The tokens by which each prompt differs from the others, between their common beginning and common end."""
     ids = [inputs.input_ids for inputs in prompts]
     head = tail = 0
     shortest = min(map(len, ids))
@@ -91,7 +91,7 @@ def text_candidates(scope: Scope, prompts: Sequence[ModelInputs], ratio: float) 
         selective.append(prefers[:, kept])
         peaks.append(peak[:, kept])
         places.append(np.where(word >= later, *TEXT_PLACES)[:, kept])
-    return Candidates(tuple(features), *(np.concatenate(of, axis=1) for of in (selective, peaks, places)))
+    return Candidates(tuple(features), *(np.concatenate(parts, axis=1) for parts in (selective, peaks, places)))
 
 
 @torch.no_grad()
@@ -101,8 +101,8 @@ def picture_peaks(scope: Scope, batch: InputBatch, features: Mapping[int, Tensor
     masks = (batch.is_image, after & (batch.roles != "last"), batch.roles == "last")
     peaks: list[Tensor] = []
     for layer, x in scope.capture(batch, sorted(features)).items():
-        wanted, width = features[layer].to(x.device), scope.transcoders[layer].config.n_features
-        acts = scope.transcoders[layer].encode(x).select(wanted, width)
+        indices, width = features[layer].to(x.device), scope.transcoders[layer].config.n_features
+        acts = scope.transcoders[layer].encode(x).select(indices, width)
         peaks.append(torch.stack([acts[:, torch.from_numpy(mask)].amax(1) for mask in masks], 1))
     return torch.cat(peaks, -1).float().numpy(force=True)
 
@@ -126,7 +126,7 @@ class Shared:
     coincidences: np.ndarray  # [C, C], features selective for the row's pictures at some place, and the column's word
 
     def features(self, concept: int) -> set[FeatureId]:
-        """Those shared for a concept at any place."""
+        """The features shared for a concept, at any place."""
         kept = self.shared[concept].any(0)
         return {feature for feature, keep in zip(self.candidates.features, kept, strict=True) if keep}
 
@@ -141,7 +141,7 @@ def find_shared(
     permutations: int,
     seed: int,
 ) -> Shared:
-    """Look at M candidates on pictures.
+    """Test M candidates on pictures.
 
     Args:
         candidates: of C concepts.
@@ -155,19 +155,19 @@ def find_shared(
     values = peaks.reshape(len(peaks), -1)
     observed = contrast(values, labels, n_concepts)
     shape = (n_concepts, peaks.shape[1], m)
-    at = np.searchsorted(np.asarray(layers), [feature.layer for feature in candidates.features])
+    layer_number = np.searchsorted(np.asarray(layers), [feature.layer for feature in candidates.features])
     null = np.zeros((permutations, n_concepts, peaks.shape[1] + 1), np.int64)
     null_layers = np.zeros((permutations, len(layers)), np.int64)
 
-    def counted() -> Iterator[Contrast]:
-        """The shuffled contrasts, whose coincidences are counted as they pass."""
-        for draw, mixed in enumerate(shuffled(values, labels, n_concepts, permutations, seed)):
-            hits = mixed.selective(rule).reshape(shape) & candidates.text[:, None]
+    def shuffled_contrasts() -> Iterator[Contrast]:
+        """Count the coincidences of every shuffled contrast as it passes, so that none is stored."""
+        for draw, contrasts in enumerate(shuffled(values, labels, n_concepts, permutations, seed)):
+            hits = contrasts.selective(rule).reshape(shape) & candidates.text[:, None]
             null[draw] = _counts(hits)
-            null_layers[draw] = np.bincount(at, hits.any(1).sum(0), len(layers))
-            yield mixed
+            null_layers[draw] = np.bincount(layer_number, hits.any(1).sum(0), len(layers))
+            yield contrasts
 
-    p_values = contrast_p(observed, counted()).reshape(shape)
+    p_values = contrast_p(observed, shuffled_contrasts()).reshape(shape)
     tested = np.broadcast_to(candidates.text[:, None], shape)
     q_values = np.full(shape, np.nan)
     q_values[tested] = benjamini_hochberg(p_values[tested])
@@ -185,7 +185,7 @@ def _counts(hits: np.ndarray) -> np.ndarray:
 def counts(
     by_question: Mapping[str, Shared], concepts: Sequence[str], layers: Sequence[int], seed: int
 ) -> pd.DataFrame:
-    """What is shared, by question, next to what shuffled pictures share: a row for each group of features.
+    """Counts of shared features by question, next to those under shuffled pictures: a row for each group of features.
 
     `of` is "all", "concept", "place", "layer", "every question" (shared under all of them) or "other concepts" (another
     concept's under the others, a mean), `name` which. `shared` with q below the threshold, `by_rule` by the rule alone,
@@ -195,31 +195,31 @@ def counts(
     rows: list[dict[str, str | float]] = []
     for question, shared in by_question.items():
 
-        def add(of: str, name: str, count: float, question: str = question, **numbers: float) -> None:
-            rows.append({"question": question, "of": of, "name": name, "shared": count, **numbers})
+        def add(group: str, name: str, count: float, question: str = question, **numbers: float) -> None:
+            rows.append({"question": question, "of": group, "name": name, "shared": count, **numbers})
 
         observed, null = _counts(shared.picture & shared.candidates.text[:, None]), shared.null
-        own = [shared.features(c) for c in range(len(concepts))]
+        by_concept = [shared.features(c) for c in range(len(concepts))]
         p = permutation_p(observed[:, -1], null[..., -1])
         expected, p_names = matching_p(shared.coincidences, seed)
         total, totals = observed[:, -1].sum(), null[..., -1].sum(1)
-        add("all", "", sum(map(len, own)), candidates=len(shared.candidates.features), by_rule=total,
+        add("all", "", sum(map(len, by_concept)), candidates=len(shared.candidates.features), by_rule=total,
             by_rule_null=totals.mean(), by_rule_null_max=totals.max(), by_rule_p=float(permutation_p(total, totals)),
             matching=shared.coincidences.trace(), matching_expected=expected, matching_p=p_names)  # fmt: skip
         for c, (concept, q) in enumerate(zip(concepts, benjamini_hochberg(p), strict=True)):
             numbers = {"by_rule": observed[c, -1], "by_rule_null": null[:, c, -1].mean(), "by_rule_p": p[c]}
-            add("concept", concept, len(own[c]), **numbers, by_rule_q=q)
-        for at, place in enumerate(PLACES):
-            by_rule = {"by_rule": observed[:, at].sum(), "by_rule_null": null[:, :, at].sum(1).mean()}
-            add("place", place, shared.shared[:, at].sum(), **by_rule)
+            add("concept", concept, len(by_concept[c]), **numbers, by_rule_q=q)
+        for number, place in enumerate(PLACES):
+            by_rule = {"by_rule": observed[:, number].sum(), "by_rule_null": null[:, :, number].sum(1).mean()}
+            add("place", place, shared.shared[:, number].sum(), **by_rule)
         for layer, drawn in zip(layers, shared.null_layers.mean(0), strict=True):
-            here = sum(feature.layer == layer for of in own for feature in of)
+            here = sum(feature.layer == layer for group in by_concept for feature in group)
             add("layer", str(layer), here, by_rule_null=drawn)
     for concept, always in zip(concepts, in_every_question(by_question), strict=True):
         rows.append({"question": "", "of": "every question", "name": concept, "shared": len(always)})
     first, *rest = by_question.values()
     crossed = [
-        len(first.features(c).intersection(*(other.features(d) for other in rest)))
+        len(first.features(c).intersection(*(shared.features(d) for shared in rest)))
         for c, d in permutations(range(len(concepts)), 2)
     ]
     rows.append({"question": "", "of": "other concepts", "name": "", "shared": float(np.mean(crossed))})
@@ -227,20 +227,20 @@ def counts(
 
 
 def in_every_question(by_question: Mapping[str, Shared]) -> list[set[FeatureId]]:
-    """For each concept the features that are shared whatever is asked: of the concept, not of one answer."""
+    """For each concept the features that are shared under every question: of the concept, not of one answer."""
     n_concepts = len(next(iter(by_question.values())).coincidences)
     return [set.intersection(*(shared.features(c) for shared in by_question.values())) for c in range(n_concepts)]
 
 
 def drawn_others(config: CrossModalConfig, question: str, seed: int) -> dict[str, list[str]]:
-    """For each concept the other ones that it is tested with: those with another answer go first."""
+    """For each concept the other concepts that it is tested with, those with another answer first."""
     drawn: dict[str, list[str]] = {}
     answers = config.questions[question].answers
     for concept in config.concepts:
-        rest = [other for other in config.concepts if other != concept]
+        rest = [name for name in config.concepts if name != concept]
         if config.others is not None:
             rest = generator(seed, "others", question, concept).permutation(rest).tolist()
-            rest = sorted(rest, key=lambda other: answers[other] == answers[concept])[: config.others]
+            rest = sorted(rest, key=lambda name: answers[name] == answers[concept])[: config.others]
         drawn[concept] = rest
     return drawn
 
@@ -252,8 +252,8 @@ def shared_features(by_question: Mapping[str, Shared], concepts: Sequence[str]) 
         shape, candidates = shared.shared.shape, shared.candidates
         mean, rest, rate = (getattr(shared.contrast, name).reshape(shape) for name in ("mean", "rest", "rate"))
         for c, place, m in np.argwhere(shared.shared).tolist():
-            at, feature = (c, place, m), candidates.features[m]
+            cell, feature = (c, place, m), candidates.features[m]
             rows.append((question, concepts[c], str(feature), feature.layer, PLACES[place], candidates.place[c, m],
-                         candidates.peaks[c, m], mean[at], rest[at], rate[at], shared.q[at],
+                         candidates.peaks[c, m], mean[cell], rest[cell], rate[cell], shared.q[cell],
                          feature in every[c]))  # fmt: skip
     return pd.DataFrame(rows, columns=list(SHARED_COLUMNS))

@@ -58,7 +58,7 @@ class Shown:
 class Explainer(ABC):
     """Proposes labels from examples and judges items by a label. Both may raise a `UserError`.
 
-    What is asked is given in parts: text, and pictures as PNG bytes.
+    A question consists of parts: text, and pictures as PNG bytes.
     """
 
     name: str  # of its set of labels: letters, digits, `-` and `_`
@@ -69,7 +69,7 @@ class Explainer(ABC):
         return self.ask([PROPOSE, *(part for line in lines for part in line)])
 
     def judge(self, label: str, items: Sequence[Shown]) -> list[float]:
-        """How sure it is that the feature fires on each item, which is asked about alone."""
+        """How sure it is that the feature fires on each item, from 0 to 1; each item is a question of its own."""
         return [self.grade([f"{JUDGE.format(label=label)}\n{item.text}", *item.pictures]) for item in items]
 
     @abstractmethod
@@ -135,7 +135,7 @@ class Endpoint(Explainer):
             ) from error
 
     def grade(self, parts: Sequence[str | bytes]) -> float:
-        """By the word with which the answer begins."""
+        """The grade of the word with which the answer begins."""
         return yes_or_no(self.ask(parts, 5))
 
     def _send(self, request: urllib.request.Request) -> bytes:
@@ -162,10 +162,10 @@ class LocalExplainer(Explainer):
     """Labels are generated greedily; an item is judged by the probabilities of "yes" and of "no" as the next token."""
 
     def __init__(self, vlm: VLM, max_tokens: int = 24) -> None:
-        """Look up the two answers; a `UserError` when the tokenizer does not tell them apart."""
+        """Find the tokens of yes and no; a `UserError` when the tokenizer does not tell them apart."""
         self.vlm, self.max_tokens, self.name = vlm, max_tokens, _file_name(vlm.name)
         yes, no = self._first_tokens("yes"), self._first_tokens("no")
-        self.yes, self.no = yes - no, no - yes
+        self.yes, self.no = yes - no, no - yes  # without what both may begin with, such as a space
         if not self.yes or not self.no:
             raise UserError(
                 f"{vlm.name} has no tokens of its own for yes and no, so it cannot judge; use another model"
@@ -202,8 +202,8 @@ def explain(
 ) -> Label:
     """Ask for a label, and score it on held-out items of both kinds; without text when nothing can be shown.
 
-    It is proposed from the `shown` strongest examples on items for proposing, and scored on `judged` drawn items on
-    which the feature fires and as many on which it does not.
+    The label is proposed from the `shown` strongest examples of the proposing half, and scored on `judged` drawn items
+    on which the feature fires and as many on which it does not.
     """
     facts = ItemFacts.without_predicates(study.items)
 
@@ -211,7 +211,9 @@ def explain(
         return tuple(png_bytes(picture, SIDE) for picture in study.pictures(study.items[item]))
 
     examples = []
-    strongest = [e for e in study.feature(feature).group(TOP) if not facts.half[facts.places(np.array([e.item]))[0]]]
+    strongest = study.feature(feature).group(TOP)
+    held_out = facts.half[facts.places(np.array([example.item for example in strongest], np.int64))]
+    strongest = [example for example, scored in zip(strongest, held_out.tolist(), strict=True) if not scored]
     for example in strongest[:shown]:
         item = study.items[example.item]
         text = np.flatnonzero(item.kinds != IMAGE).tolist()
@@ -225,11 +227,11 @@ def explain(
     known = known_items(study, feature.layer, study.examples(feature.layer), facts)
     rows, strong = known.rows(feature.index), bool(known.strong[feature.index])
     drawn = known.item[rows][known.drawn[rows]]
-    wanted = known.item[rows][known.drawn[rows] & known.positive[rows]]
+    firing = known.item[rows][known.drawn[rows] & known.positive[rows]]
     scoring = np.flatnonzero(facts.half[: int(known.reach[feature.index])])
     rng = generator(seed, "judged", str(feature))
-    positive = rng.permutation(np.intersect1d(wanted, scoring))[:judged]
-    negative = rng.permutation(np.setdiff1d(scoring, wanted if strong else drawn))[:judged]
+    positive = rng.permutation(np.intersect1d(firing, scoring))[:judged]
+    negative = rng.permutation(np.setdiff1d(scoring, firing if strong else drawn))[:judged]
     ids = facts.ids[np.concatenate([positive, negative])].tolist()
     grades = np.array(explainer.judge(label, [Shown(study.items[item].caption, pictures(item)) for item in ids]))
     score = detection(grades[: len(positive)], grades[len(positive) :])

@@ -1,10 +1,10 @@
-"""What is known of a study's items: facts and words by which features are labelled, and which items fire a feature.
+"""Predicates of a study's items, by which features are labelled, and the items that are known to fire each feature.
 
 Facts are those of the data (a scene's planet, its colour); words are those of question, answer or plain text.
 
 A study keeps, of every feature, the m items of smallest hash on which it fires. So of all items up to the last of these
-(of all items, when there are fewer than m), those that are kept fire it and the others do not: exactly, without running
-the model again (`KnownItems`).
+(of all items, when there are fewer than m), those that are kept fire it and the others do not. This is exact, and the
+model need not run again (`KnownItems`).
 
 Legend: N items, in the order of their hashes; P predicates; F features of a layer; R rows (a feature with an item on
 which it fires).
@@ -60,7 +60,7 @@ class ItemFacts:
 
     @classmethod
     def without_predicates(cls, items: StudyItems) -> ItemFacts:
-        """Items in their order, and their halves."""
+        """The items in the order of their hashes, and their halves."""
         hashes = item_hash(items.ids)
         order = np.argsort(hashes, kind="stable")
         # Another bit of the hash than those that order the items.
@@ -79,7 +79,7 @@ class ItemFacts:
         for column, (key, _) in enumerate(self.names):
             if key not in WORDS:
                 columns.setdefault(key, []).append(column)
-        return {key: np.array(own) for key, own in columns.items() if len(own) > 1}
+        return {key: np.array(numbers) for key, numbers in columns.items() if len(numbers) > 1}
 
     @cached_property
     def proposing(self) -> np.ndarray:
@@ -90,7 +90,7 @@ class ItemFacts:
 
     @cached_property
     def _by_predicate(self) -> np.ndarray:
-        """`[P, N]` bool, `matrix` the other way round: quicker to pick from."""
+        """`[P, N]` bool, `matrix` transposed, of which rows are read faster."""
         return np.ascontiguousarray(self.matrix.T.astype(bool))
 
     @cached_property
@@ -117,7 +117,7 @@ class ItemFacts:
 
 
 def item_facts(items: StudyItems) -> ItemFacts:
-    """Read facts and words of all items of a study; a `UserError` when its data are gone or others than it saw."""
+    """Read facts and words of all items of a study; a `UserError` when its data are gone or have changed."""
     bare = ItemFacts.without_predicates(items)
     table = items.table.select(["source", "users", "assistants", "text", "n_pictures"])
     rows = table.take(np.searchsorted(items.ids, bare.ids)).to_pylist()
@@ -126,41 +126,41 @@ def item_facts(items: StudyItems) -> ItemFacts:
     predicates: list[list[Predicate]] = []
     for item, row in zip(bare.ids.tolist(), rows, strict=True):
         known = {**facts.get(item, {}), "pictures": row["n_pictures"]} | ({"source": row["source"]} if several else {})
-        own = [Predicate(key, str(value)) for key, value in known.items()]
+        held = [Predicate(key, str(value)) for key, value in known.items()]
         for key, texts in (("answer", row["assistants"]), ("question", row["users"]), ("text", [row["text"]])):
-            own += [Predicate(key, word) for word in sorted({word for text in texts for word in words_of(text)})]
-        predicates.append(own)
+            held += [Predicate(key, word) for word in sorted({word for text in texts for word in words_of(text)})]
+        predicates.append(held)
     # Predicates that some, but not all items have: facts as they come, then the most frequent words.
-    counts = Counter(name for own in predicates for name in own)
+    counts = Counter(name for held in predicates for name in held)
     useful = [name for name, count in counts.items() if _FEWEST <= count < len(predicates)]
     words = sorted((n for n in useful if n.key in WORDS), key=lambda n: (-counts[n], n))[:MOST_WORDS]
     names = [name for name in useful if name.key not in WORDS] + sorted(words, key=lambda n: WORDS.index(n.key))
     column = {name: number for number, name in enumerate(names)}
-    entries = [(row, column[name]) for row, own in enumerate(predicates) for name in own if name in column]
-    at = np.array(entries, dtype=np.int64).reshape(-1, 2).T
-    ones = np.ones(at.shape[1], np.float32)
-    matrix = sparse.csr_array((ones, (at[0], at[1])), (len(predicates), len(names))).toarray()
-    # Of predicates that hold of the same items the first one is kept.
+    entries = [(row, column[name]) for row, held in enumerate(predicates) for name in held if name in column]
+    cells = np.array(entries, dtype=np.int64).reshape(-1, 2).T
+    ones = np.ones(cells.shape[1], np.float32)
+    matrix = sparse.csr_array((ones, (cells[0], cells[1])), (len(predicates), len(names))).toarray()
+    # Predicates that hold of the same items cannot be told apart: the first one stands for all.
     _, first = np.unique(np.packbits(matrix.astype(bool), axis=0).T, axis=0, return_index=True)
     keep = np.sort(first)
     return replace(bare, names=tuple(names[n] for n in keep), matrix=np.ascontiguousarray(matrix[:, keep]))
 
 
 def _facts(items: StudyItems) -> dict[int, Mapping[str, str | int]]:
-    """Facts by item, of the sources that have any: each is gone through once, and only rows of items are read."""
-    wanted: dict[str, dict[int, list[int]]] = {}
+    """Facts by item, of the sources that have any: one pass over each, which opens the rows of items only."""
+    items_of_rows: dict[str, dict[int, list[int]]] = {}
     for row in items.table.select(["item", "source", "row"]).to_pylist():
-        wanted.setdefault(row["source"], {}).setdefault(row["row"], []).append(row["item"])
+        items_of_rows.setdefault(row["source"], {}).setdefault(row["row"], []).append(row["item"])
     known: dict[int, Mapping[str, str | int]] = {}
-    for name, rows in wanted.items():
-        reader, read, some = items.source(name).open(WHOLE), 0, False
+    for name, rows in items_of_rows.items():
+        reader, read, has_facts = items.source(name).open(WHOLE), 0, False
         for row in reader:
             number = reader.row - 1  # the reader stands at the next one
             if number in rows:
                 facts, read = row().facts, read + 1
                 known |= {item: facts for item in rows[number] if facts}
-                some |= bool(facts)
-                if read == len(rows) or (read == _LOOK and not some):
+                has_facts |= bool(facts)
+                if read == len(rows) or (read == _LOOK and not has_facts):
                     break
     return known
 
@@ -180,7 +180,7 @@ def study_facts(study: StudyFolder) -> ItemFacts:
     arrays = {"matrix": np.packbits(facts.matrix.astype(bool), axis=1)}
     try:
         save_tensors(path, arrays, {**mark, "names": json.dumps([list(name) for name in facts.names])})
-    except UserError as error:  # a study that others own can be read all the same
+    except UserError as error:  # the study may be in a folder that is read-only here
         _LOG.warning("facts of the items are read anew each time: %s", error)
     return facts
 

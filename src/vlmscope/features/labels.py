@@ -30,7 +30,7 @@ from vlmscope.metrics.dictionary import wilson_interval
 from vlmscope.metrics.rates import benjamini_hochberg
 
 FOLDER = "labels"
-HAND = "hand.yaml"  # beside the sets; no task writes it
+HAND = "hand.yaml"  # next to the sets; no task writes it
 WORDS = ("answer", "question", "text")  # keys whose values are words: an item has many of each
 MOST_VALUES = 3  # of one key: a longer list is no label
 _KINDS = {"text": "in the words of the user", "image": "on the picture", "answer": "in the answer"}
@@ -133,10 +133,7 @@ def _spread(values: np.ndarray, counts: np.ndarray) -> float:
 
 
 def discoveries(p: np.ndarray, rate: float = 0.05) -> np.ndarray:
-    """`[..]` bool: what may be called better than chance so that at most `rate` of it is not (Benjamini & Hochberg).
-
-    p-values that are nan never are.
-    """
+    """`[..]` bool: p-values that pass at the false discovery rate `rate` (Benjamini & Hochberg); nan never does."""
     known = np.isfinite(p)
     passed = np.zeros(p.shape, dtype=bool)
     passed[known] = benjamini_hochberg(p[known]) <= rate
@@ -144,7 +141,7 @@ def discoveries(p: np.ndarray, rate: float = 0.05) -> np.ndarray:
 
 
 def would_pass(p: np.ndarray, passed: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """Which p-values [M] that chance gave (nan for none) would be called discoveries beside the real p [N].
+    """`[M]` bool: p-values `chance`, of no effect (nan for none), that would pass together with the real `p` [N].
 
     Those at most as large as the largest p that passed [N]. Their share, times N over the number that passed, estimates
     the false discovery rate without assuming that p is right.
@@ -155,13 +152,11 @@ def would_pass(p: np.ndarray, passed: np.ndarray, chance: np.ndarray) -> np.ndar
 
 @dataclass(frozen=True)
 class Label:
-    """What a feature is called, and how far that can be trusted."""
+    """The name of a feature, and how far it can be trusted."""
 
     text: str
-    source: str  # "hand", "auto", or what an outside explainer is called
-    # What the score is about: "items" (does the feature fire on this item), "positions" (at which positions of an item
-    # does it fire), or "" for no score.
-    level: str = ""
+    source: str  # "hand", "auto", or the name of an outside explainer
+    level: str = ""  # of the score: "items" that fire the feature, "positions" within such items, or "" for none
     score: float | None = None  # detection AUROC on items that the label was not made from, and its 95 % interval
     low: float | None = None
     high: float | None = None
@@ -260,7 +255,7 @@ class Labels:
 
     def trusted(self) -> dict[FeatureId, Label]:
         """Hand labels, and those that beat chance."""
-        return {feature: own for feature, own in self.all().items() if own.source == "hand" or own.beats_chance}
+        return {key: label for key, label in self.all().items() if label.source == "hand" or label.beats_chance}
 
     def texts(self) -> dict[FeatureId, str]:
         """The trusted labels, each with its score."""
@@ -284,8 +279,8 @@ def labels_for(path: str | Path, model: str, n_features: Mapping[int, int] | Non
 def check_same(study: StudyFolder, model: str, n_features: Mapping[int, int] | None) -> None:
     """Refuse a study of another model, or of transcoders of other widths by layer (None where they are not known)."""
 
-    def widths(of: Mapping[int, int]) -> str:
-        return f"{len(of)} layers, {sum(of.values()):,} features"
+    def widths(counts: Mapping[int, int]) -> str:
+        return f"{len(counts)} layers, {sum(counts.values()):,} features"
 
     if study.info.model != model:
         raise UserError(f"{study.path} is a study of the model {study.info.model}, not of {model}; give one of {model}")

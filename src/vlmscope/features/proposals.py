@@ -37,19 +37,19 @@ _PAIRED = 10  # parts that are tried in pairs
 _BACKGROUND = 1000  # negatives for pairs; the first in the order of hashes are a random draw
 KEYS = ("kind", "token", "after", "rows", "columns")  # of places
 _ROWS, _COLUMNS = ("upper part", "middle rows", "lower part"), ("left part", "middle columns", "right part")
-_TOGETHER = 1 << 22  # positions in memory
+_TOGETHER = 1 << 22  # positions in memory at a time
 
 
 def propose(facts: ItemFacts, known: KnownItems, feature: int) -> Rule | None:
-    """The best rule for one feature, from items for proposing alone; None when nothing beats chance."""
+    """The best rule for one feature, from the proposing half of the items; None when nothing beats chance."""
     rows = known.rows(feature)
-    item, wanted = known.item[rows], known.positive[rows]
-    own = ~facts.half[item]
-    positive = item[wanted & own]
+    item, fires = known.item[rows], known.positive[rows]
+    proposing = ~facts.half[item]
+    positive = item[fires & proposing]
     reach = int(known.reach[feature])
     if len(positive) < 2 or not len(facts.names):
         return None
-    inside = positive[known.drawn[rows][wanted & own]]
+    inside = positive[known.drawn[rows][fires & proposing]]
     others = facts.proposing[reach] - facts.matrix[inside].sum(0)
     n_others = int((~facts.half[:reach]).sum()) - len(inside)
     if n_others < 2:
@@ -117,21 +117,21 @@ def _beats_chance(facts: ItemFacts, rule: Rule, positive: np.ndarray, negative: 
 
 
 def score_rule(facts: ItemFacts, known: KnownItems, feature: int, rule: Rule) -> tuple[Detection | None, float | None]:
-    """A rule on the items for scoring: detection of the drawn items, and the AUROC of the strongest ones alone."""
+    """Score a rule on the other half: the detection of the drawn items, and the AUROC of the strongest ones alone."""
     rows = known.rows(feature)
     item, drawn = known.item[rows], known.drawn[rows]
-    own = facts.half[item]
-    positive = item[own & drawn & known.positive[rows]]
+    scoring = facts.half[item]
+    positive = item[scoring & drawn & known.positive[rows]]
     background = np.flatnonzero(facts.half[: int(known.reach[feature])])
     others = facts.grades(rule, np.setdiff1d(background, positive))
     silent = facts.grades(rule, np.setdiff1d(background, item[drawn]))
-    top = detection(facts.grades(rule, item[own & known.top[rows]]), silent)
+    top = detection(facts.grades(rule, item[scoring & known.top[rows]]), silent)
     return detection(facts.grades(rule, positive), others), None if top is None else top.score
 
 
 @dataclass(frozen=True)
 class Places:
-    """What can be said of all positions of a study's items."""
+    """Predicates of all positions of a study's items."""
 
     starts: np.ndarray  # `[N + 1]`, where each item's positions begin; items as in `ItemFacts`
     codes: np.ndarray  # `[T, keys]` int32, which value of each of `KEYS`, -1 for none
@@ -263,8 +263,8 @@ def label_layer(
     examples = study.examples(layer)
     known = known_items(study, layer, examples, facts)
     window = int(study.info.settings["window"])
-    own = place_labels(places, facts, known, examples, window)
-    labels = [_label(facts, known, feature, place) for feature, place in enumerate(own)]
+    best_places = place_labels(places, facts, known, examples, window)
+    labels = [_label(facts, known, feature, place) for feature, place in enumerate(best_places)]
     if not shuffled:
         return labels, []
     rng = generator(seed, "shuffled labels", layer)
@@ -290,7 +290,7 @@ def _label(facts: ItemFacts, known: KnownItems, feature: int, place: PlaceLabel 
 
 
 def judged(labels: Sequence[tuple[FeatureId, Label]]) -> list[tuple[FeatureId, Label]]:
-    """Labels of a set, with what beats chance decided over all of them together."""
+    """The labels of a set with `beats_chance`, corrected over all of them together."""
     better = discoveries(np.array([np.nan if label.p is None else label.p for _, label in labels]))
     return [
         (feature, replace(label, beats_chance=bool(beats)))

@@ -1,4 +1,4 @@
-"""What features and tokens say: logit lenses, features that fire on a picture, mean activations by position role.
+"""Readouts: logit lenses of features and positions, features that fire on a picture, mean activations by role.
 
 *Logit lens on features*: which answers a feature's decoder row writes towards. With cross-layer transcoders the rows
 to all layers that it writes to add up. A row goes through the post-MLP norm's and the final norm's weights at unit
@@ -69,7 +69,7 @@ def layer_logits(scope: Scope, layer: int, count: int, features: Tensor | None =
 
 @dataclass(frozen=True)
 class TokenLens:
-    """What every state says at every position. States are numbered 0 (before the first layer) to L (after the last)."""
+    """Next-token predictions of all residual states, numbered 0 (before the first layer) to L (after the last)."""
 
     top: np.ndarray  # `[B, L + 1, P, K]` int64, the most probable tokens, most probable first
     probability: np.ndarray  # `[B, L + 1, P, K]` float64
@@ -106,13 +106,13 @@ def token_lens(
 def _read(adapter: Adapter, state: Tensor, target: Tensor, count: int) -> tuple[np.ndarray, ...]:
     """Top tokens, their probabilities, the target's rank and probability at `[B, P, d]`."""
     size, length = state.shape[:2]
-    flat, wanted = state.flatten(0, 1), target.repeat_interleave(length)
+    flat, targets = state.flatten(0, 1), target.repeat_interleave(length)
     read: list[tuple[Tensor, ...]] = []
     for start in range(0, len(flat), _ROWS):
         logits = adapter.finite(adapter.lm_head()(adapter.final_norm()(flat[start : start + _ROWS]))).double()
         if adapter.logit_softcap is not None:
             logits = torch.tanh(logits / adapter.logit_softcap) * adapter.logit_softcap
-        word = wanted[start : start + _ROWS, None]
+        word = targets[start : start + _ROWS, None]
         rank = (logits > logits.gather(1, word)).sum(1)
         probabilities = logits.softmax(-1)
         best = probabilities.topk(min(count, logits.shape[-1]))
@@ -143,7 +143,7 @@ def image_features(
     """The strongest features on the soft tokens of some prompts, strongest first; at most `per_layer` of one layer.
 
     A feature must fire in the share `least_share` of the prompts. One that is active on more than the share
-    `most_tokens` of the soft tokens is left out, since it says nothing of a place.
+    `most_tokens` of the soft tokens is left out, since it tells nothing about a place.
     """
     soft = torch.from_numpy(batch.is_image)
     features: list[ImageFeature] = []
@@ -160,7 +160,7 @@ def image_features(
             for i in best
             if strength[i] > 0
         ]
-    return sorted(features, key=lambda own: (-own.strength, own.feature))[:count]
+    return sorted(features, key=lambda feature: (-feature.strength, feature.feature))[:count]
 
 
 def activations_at(
@@ -188,15 +188,15 @@ class RoleMeans:
 
 @torch.no_grad()
 def role_means(scope: Scope, batches: Sequence[InputBatch], positions: Positions | None = None) -> RoleMeans:
-    """Average activations over batches of prompts (which may differ in length from one batch to the next).
+    """Average activations over batches of prompts, whose lengths may differ.
 
-    With `positions` only those count; a role without one is left out.
+    With `positions` only those count; a role without any is left out.
     """
     sums: dict[str, dict[int, Tensor]] = {role: {} for role in ROLES}
     counts: dict[str, int] = dict.fromkeys(ROLES, 0)
     for batch in batches:
-        there = np.ones(batch.length, dtype=bool) if positions is None else positions.mask(batch.places)
-        masks = {role: torch.from_numpy((batch.roles == role) & there) for role in ROLES}
+        counted = np.ones(batch.length, dtype=bool) if positions is None else positions.mask(batch.places)
+        masks = {role: torch.from_numpy((batch.roles == role) & counted) for role in ROLES}
         masks = {role: mask for role, mask in masks.items() if mask.any()}
         for layer, x in scope.capture(batch).items():
             code = scope.transcoders[layer].encode(x)

@@ -1,8 +1,8 @@
 """Search among the features of a study: by words, and by the activations that a picture gives.
 
-A word matches a label that has it, or things that are true of a feature's strongest items more often than of all items
-(the facts of their scenes, words of question and answer). By activations, features that are active come first which
-are rarely so strong in the study.
+A word matches a label that has it, or predicates that hold of a feature's strongest items more often than of all items
+(facts of their scenes, words of question and answer). By activations, active features are ranked by how rarely they
+are so strong in the study.
 
 Legend: F features of a layer, P predicates.
 """
@@ -57,8 +57,8 @@ def find_by_words(study: StudyFolder, facts: ItemFacts, labels: Labels, query: s
     A `UserError` when the query has no word, or no feature has to do with any of them.
     """
     words = list(dict.fromkeys(stem(word) for word in words_of(query)))
-    asked = [word for word in words if word not in _SMALL] or words
-    if not asked:
+    keywords = [word for word in words if word not in _SMALL] or words
+    if not keywords:
         raise UserError(f"query={query}: it has no word; write for example 'query=red planet'")
     columns: dict[str, list[int]] = {}  # the predicates that speak of each word
     for column, (key, value) in enumerate(facts.names):
@@ -68,34 +68,34 @@ def find_by_words(study: StudyFolder, facts: ItemFacts, labels: Labels, query: s
     matches: list[Match] = []
     for layer in study.layers:
         lifts = _lifts(study, layer, facts)  # [F, P]
-        by_examples, reason = np.zeros((len(lifts), len(asked))), np.full((len(lifts), len(asked)), -1)
-        for number, word in enumerate(asked):
+        by_examples, reason = np.zeros((len(lifts), len(keywords))), np.full((len(lifts), len(keywords)), -1)
+        for number, word in enumerate(keywords):
             if word in columns:
-                own = lifts[:, columns[word]]
-                by_examples[:, number] = (1 - _OF_LABEL) * np.maximum(own.max(1), 0)
-                reason[:, number] = np.array(columns[word])[own.argmax(1)]
+                lift = lifts[:, columns[word]]
+                by_examples[:, number] = (1 - _OF_LABEL) * np.maximum(lift.max(1), 0)
+                reason[:, number] = np.array(columns[word])[lift.argmax(1)]
         by_label = np.zeros_like(by_examples)
         for feature, known in named.items():
-            if feature.layer == layer and known.intersection(asked):
+            if feature.layer == layer and known.intersection(keywords):
                 label = labels.of(feature)
                 # A label counts as far as it can be trusted: at chance, nothing.
                 trust = 1.0 if label.source == "hand" else max(0.0, 2 * (label.low or 0.5) - 1) * label.beats_chance
-                by_label[feature.index] = [_OF_LABEL * trust * (word in known) for word in asked]
+                by_label[feature.index] = [_OF_LABEL * trust * (word in known) for word in keywords]
         total = (by_examples + by_label).mean(1)
         for index in np.argsort(-total, kind="stable")[:count].tolist():
             if total[index] > _LEAST:
                 why = ["the label"] if by_label[index].any() else []
-                why += [_says(facts, column) for column in reason[index][by_examples[index] > _LEAST]]
+                why += [_reason(facts, column) for column in reason[index][by_examples[index] > _LEAST]]
                 matches.append(Match(FeatureId(layer, index), float(total[index]), "; ".join(dict.fromkeys(why))))
     if not matches:
         known = sorted(set(columns) | set().union(*named.values()))
-        near = [hit for word in asked for hit in get_close_matches(word, known, n=2)]
+        near = [hit for word in keywords for hit in get_close_matches(word, known, n=2)]
         hint = f"did you mean {' or '.join(near)}?" if near else f"words that occur: {', '.join(known[:12])} ..."
         raise UserError(f"query={query}: no feature of {study.path} has to do with that; {hint}")
     return sorted(matches, key=lambda match: (-match.relevance, match.feature))[:count]
 
 
-def _says(facts: ItemFacts, column: int) -> str:
+def _reason(facts: ItemFacts, column: int) -> str:
     key, value = facts.names[column]
     return f'"{value}" in the {key}' if key in WORDS else f"{key} = {value}"
 
@@ -122,19 +122,19 @@ def find_by_activations(study: StudyFolder, peaks: Mapping[int, np.ndarray], cou
     activation, with half an item added to both, in bits.
     """
     ranked: list[tuple[float, float, Match]] = []
-    for layer, own in peaks.items():
+    for layer, activations in peaks.items():
         table, counts = study.examples(layer), study.layer(layer)
         drawn = table["group"].to_numpy() != TOP
         feature, peak = table["feature"].to_numpy()[drawn], table["activation"].to_numpy()[drawn]
-        total = np.bincount(feature, minlength=len(own))
-        reached = np.bincount(feature[peak >= own[feature]], minlength=len(own))
+        total = np.bincount(feature, minlength=len(activations))
+        reached = np.bincount(feature[peak >= activations[feature]], minlength=len(activations))
         firing = (counts.items_fired + 0.5) / (study.info.items + 1)
         share = firing * (reached + 0.5) / (total + 1)
-        for index in np.flatnonzero(own > 0).tolist():
+        for index in np.flatnonzero(activations > 0).tolist():
             bits = -math.log2(float(share[index]))
-            relative = float(own[index] / max(float(counts.activation_max[index]), 1e-30))
+            relative = float(activations[index] / max(float(counts.activation_max[index]), 1e-30))
             why = f"fires on {100 * firing[index]:.1f} % of items; {relative:.2f} of its largest activation"
-            ranked.append((-bits, -relative, Match(FeatureId(layer, index), bits, why, float(own[index]))))
+            ranked.append((-bits, -relative, Match(FeatureId(layer, index), bits, why, float(activations[index]))))
     if not ranked:
         raise UserError(f"no feature of {study.path} is active on this input; give another picture or prompt")
     return [match for _, _, match in sorted(ranked, key=lambda row: row[:2])[:count]]

@@ -101,11 +101,11 @@ def modality_parts(
     layers = table.layer.unique().tolist()
     columns = {str(name): column.to_numpy() for name, column in table.items()}
     parts = [{name: column[columns["layer"] == layer] for name, column in columns.items()} for layer in layers]
-    groups = {group: [int((own["group"] == group).sum()) for own in parts] for group in GROUPS}
-    index = [own["index"][~np.isin(own["kind"], ("rare", "dead"))] for own in parts]
+    groups = {group: [int((part["group"] == group).sum()) for part in parts] for group in GROUPS}
+    index = [part["index"][~np.isin(part["kind"], ("rare", "dead"))] for part in parts]
     shared = {}
     for place, name in (("at soft tokens", "fired_image"), ("at words", "fired_text")):
-        sums = [(own[name][own["kind"] == "both"].sum(), own[name].sum()) for own in parts]
+        sums = [(part[name][part["kind"] == "both"].sum(), part[name].sum()) for part in parts]
         shared[place] = [float(part / whole) if whole else float("nan") for part, whole in sums]
     return layers, groups, index, shared
 
@@ -130,14 +130,14 @@ def modality_metrics(table: pd.DataFrame) -> dict[str, float]:
 
 
 class StructurePass:
-    """What fires at drawn positions, each picture's peaks, and its embedding.
+    """Active features at drawn positions, and peaks and embeddings of the items that have pictures.
 
-    A picture's embedding is the mean of its soft tokens as they enter the decoder: what the model's own tower and
-    projector make of it, before any feature reads it.
+    An embedding is the mean of the soft tokens as they enter the decoder: the output of the model's vision tower and
+    projector, before any feature reads it.
     """
 
     def __init__(self, scope: Scope, per_item: int, seed: int = 0) -> None:
-        """Nothing seen yet; at most `per_item` positions of an item are drawn, by its id and the seed."""
+        """Start empty; `add` draws at most `per_item` positions of an item, by its id and the seed."""
         self.scope, self.per_item, self.seed = scope, per_item, seed
         n_features = sum(scope.transcoders.widths.values())
         self._active, self._peaks = [_empty(n_features)], [_empty(n_features)]
@@ -163,15 +163,15 @@ class StructurePass:
 
     def _forward(self, group: Sequence[StudyInput]) -> None:
         soft = np.flatnonzero(group[0].kinds == IMAGE)
-        rows = [self._drawn(given) for given in group]
-        item, position = np.repeat(np.arange(len(group)), list(map(len, rows))), np.concatenate(rows)
+        rows = [self._drawn(item) for item in group]
+        row, position = np.repeat(np.arange(len(group)), list(map(len, rows))), np.concatenate(rows)
         active, peaks = [], []
 
         def take(layer: int, x: Tensor) -> None:
             code = self.scope.transcoders[layer].encode(x)
             width, values = self.scope.transcoders[layer].config.n_features, code.values.float()
-            fires = (values[item, position] > 0).float()
-            active.append(_largest(code.indices[item, position], fires, width))
+            fires = (values[row, position] > 0).float()
+            active.append(_largest(code.indices[row, position], fires, width))
             peaks.append(_largest(code.indices.flatten(1), values.flatten(1), width))
 
         def embeddings(_module: object, args: tuple, kwargs: dict) -> None:
@@ -182,20 +182,20 @@ class StructurePass:
         handle = self.scope.adapter.decoder().register_forward_pre_hook(embeddings, with_kwargs=True)
         try:
             with watching_mlp_inputs(self.scope.adapter, self.scope.transcoders.layers, take):
-                self.scope.adapter.next_logits(joined([given.tensors for given in group]))
+                self.scope.adapter.next_logits(joined([item.tensors for item in group]))
         finally:
             handle.remove()
         self._active.append(sparse.hstack(active, format="csr"))
         if len(soft):
             self._peaks.append(sparse.hstack(peaks, format="csr"))
 
-    def _drawn(self, given: StudyInput) -> np.ndarray:
+    def _drawn(self, item: StudyInput) -> np.ndarray:
         """Positions of an item, ascending; the first is left out, where every item begins alike."""
-        mask = given.tensors.get("attention_mask")
-        valid = np.ones(len(given.kinds), bool) if mask is None else mask[0].bool().numpy(force=True)
-        there = np.flatnonzero(valid)[1:]
-        count = min(self.per_item, len(there))
-        return np.sort(generator(self.seed, "positions", given.id).choice(there, count, replace=False))
+        mask = item.tensors.get("attention_mask")
+        valid = np.ones(len(item.kinds), bool) if mask is None else mask[0].bool().numpy(force=True)
+        candidates = np.flatnonzero(valid)[1:]
+        count = min(self.per_item, len(candidates))
+        return np.sort(generator(self.seed, "positions", item.id).choice(candidates, count, replace=False))
 
 
 def _empty(width: int) -> Any:
@@ -213,9 +213,10 @@ def write_directions(scope: Scope) -> dict[int, Tensor]:
     """Layer -> [F, d]: decoder rows, over all layers that they write to, through the norm after each MLP."""
     directions, hook = {}, scope.transcoders.config.output_hook
     for layer in scope.transcoders.layers:
-        own = scope.transcoders[layer]
-        reached = range(layer, layer + own.config.writes)
-        directions[layer] = own.directions([norm_weight_after(scope.adapter, at, hook, own.b_dec) for at in reached])
+        transcoder = scope.transcoders[layer]
+        reached = range(layer, layer + transcoder.config.writes)
+        norms = [norm_weight_after(scope.adapter, target, hook, transcoder.b_dec) for target in reached]
+        directions[layer] = transcoder.directions(norms)
     return directions
 
 
@@ -253,7 +254,7 @@ def feature_table(
     write, read = write_directions(scope), read_directions(scope)
     directions = {"write": (write,), "read": (read,), "both": (write, read)}
     for space, where in product(SPACES, WHERE):
-        by_layer = {layer: [of[layer] for of in directions[space]] for layer in write}
+        by_layer = {layer: [vectors[layer] for vectors in directions[space]] for layer in write}
         twins = nearest_twins(by_layer, alive, where == "own_layer", device=scope.adapter.device).values()
         partners = [pair for twin in twins for pair in zip(twin.layer.tolist(), twin.index.tolist(), strict=True)]
         columns[f"cosine_{space}_{where}"] = torch.cat([twin.cosine for twin in twins]).numpy()
@@ -268,7 +269,7 @@ def feature_table(
 
 
 def _near_directions(directions: Tensor, alive: np.ndarray, neighbours: int) -> Neighbours:
-    """The features with the largest cosines beside each, from directions [F, d] of all layers."""
+    """The features with the largest cosines to each, from directions [F, d] of all layers."""
     units = torch.nn.functional.normalize(directions.float(), dim=1)
 
     def scores(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -294,9 +295,9 @@ def cluster_rows(study: StudyFolder, features: pd.DataFrame) -> list[dict[str, A
     examples: dict[int, list[int]] = {}
     for layer in study.layers:
         for index, item in zip(*(column.tolist() for column in study.example_items(layer, top=True)), strict=True):
-            own = examples.setdefault(place[FeatureId(layer, index)], [])
-            if len(own) < NAMED_BY:
-                own.append(item)
+            strongest = examples.setdefault(place[FeatureId(layer, index)], [])
+            if len(strongest) < NAMED_BY:
+                strongest.append(item)
     labels = {place[feature]: short_label(label.text) for feature, label in Labels(study).trusted().items()}
     index = features.modality_index.to_numpy()
     rows: list[dict[str, Any]] = []
@@ -304,14 +305,14 @@ def cluster_rows(study: StudyFolder, features: pd.DataFrame) -> list[dict[str, A
         members: dict[int, list[int]] = {}
         for i, cluster in enumerate(features[f"cluster_{kind}"].tolist()):
             members.setdefault(cluster, []).append(i)
-        members = {cluster: own for cluster, own in sorted(members.items()) if len(own) > 1}
+        members = {cluster: places for cluster, places in sorted(members.items()) if len(places) > 1}
         names = cluster_names(members, examples, words, labels)
-        for cluster, own in members.items():
-            known = index[own][~np.isnan(index[own])]
-            row = {"kind": kind, "cluster": cluster, "name": names[cluster], "size": len(own)}
-            row |= {"first_layer": ids[own[0]].layer, "last_layer": ids[own[-1]].layer}  # features are by layer
+        for cluster, places in members.items():
+            known = index[places][~np.isnan(index[places])]
+            row = {"kind": kind, "cluster": cluster, "name": names[cluster], "size": len(places)}
+            row |= {"first_layer": ids[places[0]].layer, "last_layer": ids[places[-1]].layer}  # features are by layer
             row |= {"modality_index": float(known.mean()) if len(known) else None}
-            rows.append(row | {"features": [str(ids[i]) for i in own]})
+            rows.append(row | {"features": [str(ids[i]) for i in places]})
     return rows
 
 
@@ -324,8 +325,8 @@ def cluster_names(
 ) -> dict[int, str]:
     """A name for each cluster of features: the most frequent labels of its members, else words of their examples.
 
-    Words come first whose share of the examples p stands highest above the usual one q (of all items), in its standard
-    deviations (p - q) / sqrt(q (1 - q)); "" without an example or such a word.
+    Words are ranked by how far their share p of the examples exceeds their share q of all items, in standard deviations
+    (p - q) / sqrt(q (1 - q)); "" without an example or such a word.
 
     Args:
         members: cluster -> its features.
@@ -334,12 +335,12 @@ def cluster_names(
         labels: feature -> what it is called.
         count: words or labels of a name at most.
     """
-    usual = Counter(word for own in words.values() for word in own)
+    usual = Counter(word for item_words in words.values() for word in item_words)
     names = {}
     for cluster, features in members.items():
-        given = Counter(labels[feature] for feature in features if labels and feature in labels)
-        if given:
-            names[cluster] = "; ".join(label for label, _ in given.most_common(count))
+        label_counts = Counter(labels[feature] for feature in features if labels and feature in labels)
+        if label_counts:
+            names[cluster] = "; ".join(label for label, _ in label_counts.most_common(count))
             continue
         examples = [item for feature in features for item in items.get(feature, ())]
         excess = {}
@@ -355,10 +356,10 @@ def duplicate_shares(features: pd.DataFrame, twin: float) -> dict[str, list[floa
     """Share of each layer's live features with a partner of at least the cosine `twin`, in each way of comparing."""
     ways = [f"{space}_{where}" for space in SPACES for where in WHERE]
     shares: dict[str, list[float]] = {way: [] for way in ways}
-    for _, own in features.groupby("layer"):
-        living = max(int((own.modality_kind != "dead").sum()), 1)
+    for _, rows in features.groupby("layer"):
+        living = max(int((rows.modality_kind != "dead").sum()), 1)
         for way in ways:
-            shares[way].append(int(np.sum(own[f"cosine_{way}"] >= twin)) / living)
+            shares[way].append(int(np.sum(rows[f"cosine_{way}"] >= twin)) / living)
     return shares
 
 
@@ -376,8 +377,8 @@ def structure_metrics(
     for number, layer in enumerate(layers):
         score = features.monosemanticity[features.layer == layer]
         metrics[f"layers/monosemanticity/layer_{layer:02d}"] = score.quantile()
-        metrics |= {f"layers/duplicates_{way}/layer_{layer:02d}": of[number] for way, of in shares.items()}
-    metrics |= {f"duplicates/{way}": float(np.mean(of)) for way, of in shares.items()}
+        metrics |= {f"layers/duplicates_{way}/layer_{layer:02d}": values[number] for way, values in shares.items()}
+    metrics |= {f"duplicates/{way}": float(np.mean(values)) for way, values in shares.items()}
     for kind in KINDS:
         sizes = [row["size"] for row in clusters if row["kind"] == kind]
         metrics[f"clusters/{kind}/count"] = float(len(sizes))

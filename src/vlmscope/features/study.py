@@ -1,13 +1,12 @@
-"""A feature study: one pass over data for all features of all layers, its resumable parts, and its files.
+"""A feature study: one pass over data for all features of all layers, its resumable parts, its files and its examples.
 
 Rows of data become inputs of the model (`InputMaker`), each with the record by which it is found again. `StudyPass`
 runs the model and hands every layer's codes to its `LayerStudy`. Each process goes through one part of the data and
 writes states to `parts/<i>_of_<n>/`: `checkpoint_<k>/layer_<ll>.safetensors`, complete or absent; `state.json`, which
 names the last checkpoint and replaces the one before it in one step; `items_<k>.parquet` and `geometry_<k>.parquet`,
 what was seen between two checkpoints. `finish` makes the study's files of all parts: the same bytes however the data
-were divided.
-
-Evidence of a feature: the inputs on which it is most active, of a study or of some prompts.
+were divided. `study_examples` and `top_examples` give the inputs on which features are most active, of a study or of
+chosen prompts.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ class StudyInput:
 
 
 class InputMaker:
-    """Makes inputs of rows, counts the rows that give none, and collects where soft tokens lie."""
+    """Makes inputs of rows, counts unusable rows, and collects the geometries of soft tokens."""
 
     def __init__(self, vlm: VLM, max_tokens: int, max_skipped: int) -> None:
         """Cut inputs off at `max_tokens`; allow `max_skipped` unusable rows."""
@@ -164,28 +163,28 @@ class StudyPass:
     """Counts and kept examples of all layers."""
 
     def __init__(self, scope: Scope, n: int, m: int, window: int, only: Mapping[int, Tensor] | None = None) -> None:
-        """Nothing seen yet: n strongest and m drawn items per feature; `only` layer -> features [F'], all when None."""
+        """Keep n strongest and m drawn items per feature; `only`: layer -> features [F'], all of them when None."""
         self.scope = scope
-        wanted = dict.fromkeys(scope.transcoders.layers) if only is None else dict(sorted(only.items()))
+        selected = dict.fromkeys(scope.transcoders.layers) if only is None else dict(sorted(only.items()))
         self.layers = {
             layer: LayerStudy(scope.transcoders[layer].config.n_features, n, m, window, scope.adapter.device, features)
-            for layer, features in wanted.items()
+            for layer, features in selected.items()
         }
         self.positions = np.zeros(len(KINDS), dtype=np.int64)  # gone through, as `items` are
-        self.items, self.own_seconds = 0, 0.0  # seconds without the model's own work
+        self.items, self.own_seconds = 0, 0.0  # seconds without the model's forwards
         self.forwards: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # ids, kinds, valid positions
         self.waiting: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
 
     @torch.no_grad()
     def add(self, inputs: Sequence[StudyInput], forward_tokens: int) -> None:
-        """Run the model on some inputs; activations are looked at when enough wait, and at the end."""
+        """Run the model on inputs; their activations are encoded when enough wait, and at the end."""
         for group in grouped(inputs, forward_tokens):
-            tensors, kinds = (joined([given.tensors for given in group]), np.stack([given.kinds for given in group]))
+            tensors, kinds = joined([item.tensors for item in group]), np.stack([item.kinds for item in group])
             mask = tensors.get("attention_mask")
             valid = np.ones(kinds.shape, dtype=bool) if mask is None else mask.bool().numpy(force=True)
             with watching_mlp_inputs(self.scope.adapter, list(self.layers), partial(self._take, valid)):
                 self.scope.adapter.next_logits(tensors)
-            self.forwards.append((np.array([given.id for given in group]), kinds, valid))
+            self.forwards.append((np.array([item.id for item in group]), kinds, valid))
             self.positions += np.bincount(kinds[valid], minlength=len(KINDS))
             self.items += len(group)
             if sum(x.nbytes for waiting in self.waiting.values() for x in waiting) > _GATHERED:
@@ -197,7 +196,7 @@ class StudyPass:
         self.waiting[layer].append(x.flatten(0, 1) if valid.all() else x[torch.from_numpy(valid).to(x.device)])
 
     def settle(self) -> None:
-        """Look at the activations that wait: small forwards one by one would cost more than their arithmetic."""
+        """Encode and count the activations that wait: batches of small forwards cost less than each one alone."""
         if not self.forwards:
             return
         began = time.perf_counter()
@@ -214,8 +213,8 @@ class StudyPass:
 
 
 def grouped(inputs: Sequence[StudyInput], forward_tokens: int) -> Iterator[list[StudyInput]]:
-    """Inputs for one forward each: of one shape, at most so many tokens together."""
-    for group in by_shape([given.tensors for given in inputs]):
+    """Inputs for one forward each: of one shape, at most `forward_tokens` tokens."""
+    for group in by_shape([item.tensors for item in inputs]):
         size = max(1, forward_tokens // len(inputs[group[0]].kinds))
         for start in range(0, len(group), size):
             yield [inputs[i] for i in group[start : start + size]]
@@ -245,24 +244,24 @@ class StudyPart:
 
     @property
     def finished(self) -> bool:
-        """Whether its data have ended."""
+        """Whether all rows of this part are done."""
         return self.state is not None and self.state["finished"]
 
     def save(
-        self, seen: StudyPass, records: list[dict[str, Any]], geometries: list[dict[str, Any]], more: dict[str, Any]
+        self, seen: StudyPass, records: list[dict[str, Any]], geometries: list[dict[str, Any]], progress: dict[str, Any]
     ) -> None:
         """Write a state: counts and examples so far, the records and geometries since the last one, and JSON values."""
         number = 0 if self.state is None else self.state["checkpoint"] + 1
         write_table(self.folder / f"items_{number}.parquet", pa.Table.from_pylist(records, files.ITEM_TABLE))
         write_table(self.folder / f"geometry_{number}.parquet", pa.Table.from_pylist(geometries, files.GEOMETRY_TABLE))
         place = self.folder / f"checkpoint_{number}"
-        if place.is_dir():  # of a run that was killed before it was named
+        if place.is_dir():  # of a run that was killed before it wrote the state's name
             shutil.rmtree(place)
         with atomic_folder(place) as folder:
             for layer, study in seen.layers.items():
                 save_tensors(folder / f"layer_{layer:02d}.safetensors", study.state())
         counts = {"items": seen.items, "positions": seen.positions.tolist()}
-        self.state = {"origin": self.origin, "checkpoint": number, **counts, **more}
+        self.state = {"origin": self.origin, "checkpoint": number, **counts, **progress}
         write_json(self.folder / _STATE, self.state, indent=None)
         for old in self.folder.glob("checkpoint_*"):
             if old != place:
@@ -276,7 +275,7 @@ class StudyPart:
         into.items, into.positions = self.state["items"], np.array(self.state["positions"], dtype=np.int64)
 
     def layer(self, layer: int) -> dict[str, np.ndarray]:
-        """The arrays of `LayerStudy.state`."""
+        """The arrays of one layer, as `LayerStudy.state` gives them."""
         assert self.state is not None
         folder = self.folder / f"checkpoint_{self.state['checkpoint']}"
         return load_tensors(folder / f"layer_{layer:02d}.safetensors")[0]
@@ -313,8 +312,8 @@ def run_part(
     def save(finished: bool) -> None:
         nonlocal saving
         start = time.perf_counter()
-        more = {"finished": finished, "skipped": make.skipped, "rows": rows.state(), "bad_shards": rows.bad_shards}
-        part.save(seen, records, make.geometries, more)
+        progress = {"finished": finished, "skipped": make.skipped, "rows": rows.state(), "bad_shards": rows.bad_shards}
+        part.save(seen, records, make.geometries, progress)
         records.clear()
         make.geometries.clear()
         saving += time.perf_counter() - start
@@ -325,7 +324,7 @@ def run_part(
             for number, batch in enumerate(rows, start=1):
                 inputs = make(batch)
                 seen.add(inputs, config.forward_tokens)
-                records += [given.record for given in inputs]
+                records += [item.record for item in inputs]
                 if number % config.checkpoint_every == 0:
                     save(finished=False)
                 bar.update(rows.done - bar.n)
@@ -340,14 +339,16 @@ def study_parts(study: Path, total: int, origin: Mapping[str, Any]) -> list[Stud
     parts = [StudyPart(study, Share(index, total), origin) for index in range(total)]
     for index, part in enumerate(parts):
         if not part.finished:
-            raise UserError(f"part {index + 1} of {total} of {study} is not finished; go on with trainer.resume=true")
+            raise UserError(
+                f"part {index + 1} of {total} of {study} is not finished; resume it with trainer.resume=true"
+            )
     if not sum(part.state["items"] for part in parts if part.state is not None):
         raise UserError("no row of the data could be used; see the warnings above and check data=")
     return parts
 
 
 def finished_study(study: Path, origin: Mapping[str, Any]) -> StudyFolder | None:
-    """The study that is there already, which must be of the same origin; None where it is not finished."""
+    """The finished study in a folder, which must be of the same origin; None where there is none."""
     if not (study / MANIFEST).is_file():
         return None
     done = StudyFolder(study)
@@ -382,14 +383,14 @@ def finish(
         return vlm.tokenizer.decode([number])
 
     count = min(config.logits, vlm.adapter.vocab_size)
-    wanted: set[int] = set()
+    shown_items: set[int] = set()
     for layer, width in sorted(info.n_features.items()):
         logits = layer_logits(scope, layer, count) if count else None
         features, examples = layer_tables([part.layer(layer) for part in parts], width, config, logits, token)
         write_table(study / files.FEATURES.format(layer), features)
         write_table(study / files.EXAMPLES.format(layer), examples, _EXAMPLES_PER_GROUP)
-        wanted.update(pc.unique(examples["item"]).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
-    _write_items(study, parts, wanted, token)
+        shown_items.update(pc.unique(examples["item"]).to_pylist())  # pyright: ignore[reportAttributeAccessIssue]
+    _write_items(study, parts, shown_items, token)
     head = {"format": files.NAME, "version": files.VERSION, **asdict(info)}
     write_json(study / MANIFEST, json.loads(json.dumps(head)))
     shutil.rmtree(study / "parts")
@@ -418,8 +419,8 @@ def _write_items(study: Path, parts: Sequence[StudyPart], wanted: set[int], toke
 def data_record(
     sources: Mapping[str, SourceConfig], config: StudyConfig, max_bad_shards: int = 0, name: str = ""
 ) -> dict[str, Any]:
-    """`StudyInfo.data`: what a study goes through, and how its pictures are opened again."""
-    settings = {source: asdict(own) for source, own in sources.items()}
+    """`StudyInfo.data`: the sources of a study, and the settings by which its pictures are opened again."""
+    settings = {key: asdict(source) for key, source in sources.items()}
     head = {"name": name, "split": config.split, "limit": config.limit, "max_bad_shards": max_bad_shards}
     return {**head, "sources": settings}
 
@@ -427,7 +428,7 @@ def data_record(
 def make_study(
     study: Path, scope: Scope, data: Mapping[str, Any], config: StudyConfig, origin: Mapping[str, Any]
 ) -> StudyFolder:
-    """A whole study of `data_record` by this process, resumed if it was begun; a finished one in the folder is read.
+    """Make a study of `data_record` in this process, or resume it; a finished one in the folder is read.
 
     A `UserError` when the folder holds a study of another origin.
     """
@@ -446,13 +447,13 @@ def study_alone(study: Path, scope: Scope, sources: Mapping[str, SourceConfig], 
         "model": f"{scope.vlm.name} {model_fingerprint(scope.vlm.model)}",
         "transcoders": f"{scope.transcoders.config} {model_fingerprint(scope.transcoders)}",
         **flat("data", data),
-        **{f"data.sources.{name}.files": folder_digest(own.path) for name, own in sources.items() if own.path},
+        **{f"data.sources.{key}.files": folder_digest(source.path) for key, source in sources.items() if source.path},
         **flat("study", config.decisive()),
     }
     return make_study(study, scope, data, config, origin)
 
 
-_SIDE = 512  # pixels of a study's picture
+_SIDE = 512  # pixels of the longer edge of a study's picture
 
 
 def study_examples(study: StudyFolder, feature: FeatureId, count: int) -> tuple[FeatureExample, ...]:
@@ -469,7 +470,7 @@ def _study_example(study: StudyFolder, example: StudyExample) -> FeatureExample:
         activation=example.activation,
         caption=view.item.caption,
         image_png=png_bytes(pictures[0], _SIDE) if pictures else None,
-        patch_boxes=tuple(box for box, own in zip(view.item.patch_boxes, first.tolist(), strict=True) if own),
+        patch_boxes=tuple(box for box, shown in zip(view.item.patch_boxes, first.tolist(), strict=True) if shown),
         patch_activations=tuple(view.patch_activations[first].tolist()),
         tokens=tokens,
         token_activations=tuple(activations.tolist()),
@@ -516,7 +517,7 @@ def top_examples(
             acts[pairs.positions[entries]] = pairs.levels[entries] * (pairs.peak[row] / LEVELS)
             acts[pairs.position[row]] = pairs.peak[row]
             examples[FeatureId(layer, indices[pairs.feature[row]])].append(_example(item, acts))
-    return {feature: tuple(own) for feature, own in examples.items()}
+    return {feature: tuple(shown) for feature, shown in examples.items()}
 
 
 def _example(item: CaptionedPrompt, acts: np.ndarray) -> FeatureExample:

@@ -80,7 +80,7 @@ def read_table(path: Path, schema: pa.Schema, filters: list | None = None) -> pa
     """Read a table, or the rows that filters leave.
 
     Raises:
-        UserError: it is missing, no Parquet, or of another layout.
+        UserError: it is missing, not Parquet, or of another layout.
     """
     if not path.is_file():
         raise UserError(f"no {path}; the study is not complete: run task=study again with trainer.resume=true")
@@ -101,9 +101,9 @@ def open_sources(data: Mapping[str, Any]) -> dict[str, tuple[float, Source]]:
     Raises:
         UserError: one is not there, empty, or of another schema.
     """
-    settings = {name: SourceConfig(**own) for name, own in data["sources"].items()}
+    configs = {name: SourceConfig(**settings) for name, settings in data["sources"].items()}
     most = data["max_bad_shards"]
-    return {name: (own.weight, open_source(name, own, None, most)) for name, own in settings.items()}
+    return {name: (config.weight, open_source(name, config, None, most)) for name, config in configs.items()}
 
 
 def geometry_row(key: str, boxes: list[list[PatchBox]]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def geometry_row(key: str, boxes: list[list[PatchBox]]) -> dict[str, Any]:
 
 
 class StudyItems:
-    """`items[id]`, and the pictures of one. Tables are read once, pictures whenever they are asked for."""
+    """`items[id]`, and the pictures of an item. Tables are read once, pictures at every call."""
 
     def __init__(self, folder: Path, data: dict[str, Any]) -> None:
         """Read the tables of a study's folder; `data` (`StudyInfo.data`) says how to read pictures."""
@@ -174,26 +174,19 @@ class StudyItems:
     def source(self, name: str) -> Source:
         """One of the study's sources, opened again."""
         if name not in self._sources:
-            own = {name: self.data["sources"][name]}
-            self._sources[name] = open_sources({**self.data, "sources": own})[name][1]
+            settings = {name: self.data["sources"][name]}
+            self._sources[name] = open_sources({**self.data, "sources": settings})[name][1]
         return self._sources[name]
 
 
 @dataclass(frozen=True)
 class LayerTable:
-    """All features of a layer as arrays; row f is feature f.
-
-    Attributes:
-        layer: which.
-        fired: `[F, 3]` int64, active positions by `KINDS`.
-        items_fired: `[F]` int64.
-        activation_max: `[F]` float32.
-    """
+    """All features of a layer as arrays; row f is feature f."""
 
     layer: int
-    fired: np.ndarray
-    items_fired: np.ndarray
-    activation_max: np.ndarray
+    fired: np.ndarray  # `[F, 3]` int64, active positions by `KINDS`
+    items_fired: np.ndarray  # `[F]` int64
+    activation_max: np.ndarray  # `[F]` float32
 
     @property
     def dead(self) -> np.ndarray:
@@ -202,7 +195,7 @@ class LayerTable:
 
 
 class StudyFolder:
-    """What `task=study` wrote. Methods raise a `UserError` for what it does not have, and for damaged files."""
+    """The output of `task=study`. Methods raise a `UserError` for features it does not have, and for damaged files."""
 
     def __init__(self, path: str | Path) -> None:
         """Read the head of a study in `path`, the folder with `study.json` or the run folder around it."""
@@ -240,9 +233,9 @@ class StudyFolder:
         table = read_table(self.path / FEATURES.format(layer), FEATURE_TABLE, filters)
         rows = {row["feature"]: row for row in table.to_pylist()}
         examples = read_table(self.path / EXAMPLES.format(layer), EXAMPLE_TABLE, filters)
-        of = examples["feature"].to_numpy()
+        feature_column = examples["feature"].to_numpy()
         for index in indices:
-            first, last = np.searchsorted(of, [index, index + 1])
+            first, last = np.searchsorted(feature_column, [index, index + 1])
             yield _record(layer, rows[index], examples.slice(first, last - first))
 
     def layer(self, layer: int) -> LayerTable:
@@ -260,8 +253,8 @@ class StudyFolder:
     def example_items(self, layer: int, top: bool) -> tuple[np.ndarray, np.ndarray]:
         """Features and items [n] int64 of a layer's examples, by feature: the strongest, or those drawn at random."""
         table = self.examples(layer)
-        wanted = (table["group"].to_numpy(zero_copy_only=False) == TOP) == top
-        return table["feature"].to_numpy()[wanted].astype(np.int64), table["item"].to_numpy()[wanted]
+        in_group = (table["group"].to_numpy(zero_copy_only=False) == TOP) == top
+        return table["feature"].to_numpy()[in_group].astype(np.int64), table["item"].to_numpy()[in_group]
 
     @cached_property
     def items(self) -> StudyItems:
@@ -280,12 +273,9 @@ class StudyFolder:
 
 
 def _record(layer: int, row: dict[str, Any], examples: pa.Table) -> FeatureRecord:
+    dtypes = {"positions": np.uint16, "levels": np.uint8}
     shown = [
-        {
-            **example,
-            "positions": np.array(example["positions"], np.uint16),
-            "levels": np.array(example["levels"], np.uint8),
-        }
+        {**example, **{name: np.array(example[name], dtype) for name, dtype in dtypes.items()}}
         for example in examples.drop_columns("feature").to_pylist()
     ]
     return FeatureRecord(

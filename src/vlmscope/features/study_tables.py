@@ -1,4 +1,4 @@
-"""What the features of one layer fire on: exact counts, strongest items and a random draw of items, in bounded memory.
+"""Where the features of one layer fire: exact counts, strongest items and a random draw of items, in bounded memory.
 
 A *pair* is a feature with an item on which it fires. Kept are the pairs among the n with the largest peaks of their
 feature (of equal peaks the earlier item), and those among the m with the smallest hash of the item, a uniform draw
@@ -65,7 +65,7 @@ class Pairs:
 
 
 def no_pairs() -> Pairs:
-    """Nothing."""
+    """An empty table of pairs."""
     names = Pairs.__dataclass_fields__
     dtypes = (np.int32, np.int64, np.float32, np.int32, np.int64, np.uint16, np.uint8)
     return Pairs(**{name: np.zeros(0, dtype) for name, dtype in zip(names, dtypes, strict=True)})
@@ -130,7 +130,7 @@ class Tokens:
         """From ids [B], and for each item the kinds [T] of its positions and which of these are valid [T]."""
         self.ids = ids
         self.position = np.concatenate([np.flatnonzero(mask) for mask in valid])  # [N], in the item
-        self.kind = np.concatenate([own[mask] for own, mask in zip(kinds, valid, strict=True)]).astype(np.int64)
+        self.kind = np.concatenate([row[mask] for row, mask in zip(kinds, valid, strict=True)]).astype(np.int64)
         item = np.repeat(np.arange(len(ids)), [int(mask.sum()) for mask in valid])  # [N], which of `ids`
         # Items, item and kind of each position, and hashes of the items, where the codes are.
         self.on_device = [torch.from_numpy(a).to(device) for a in (ids, item, self.kind, item_hash(ids))]
@@ -142,7 +142,7 @@ class LayerStudy:
     def __init__(
         self, n_features: int, n: int, m: int, window: int, device: torch.device, only: Tensor | None = None
     ) -> None:
-        """Nothing seen yet: n strongest and m drawn items, with `window` text positions around the peak, are kept.
+        """Keep n strongest and m drawn items per feature, with `window` text positions around the peak.
 
         With `only` [F'] these features alone; results are then of F' features, in this order.
         """
@@ -159,7 +159,7 @@ class LayerStudy:
         self._keep(no_pairs())
 
     def state(self) -> dict[str, np.ndarray]:
-        """All of it as arrays, after `settle`; all there is to merge, too."""
+        """The arrays from which a study resumes, and by which its parts are merged; settles first."""
         self.settle()
         return {name: getattr(self, name).numpy(force=True) for name in COUNTS} | vars(self.kept)
 
@@ -171,7 +171,7 @@ class LayerStudy:
 
     @torch.no_grad()
     def add(self, code: SparseCode, tokens: Tokens) -> None:
-        """Take in the codes [N, k] of some items, each whole."""
+        """Count the codes [N, k] of whole items, and gather the pairs that may be kept."""
         _, token_item, token_kind, _ = tokens.on_device
         feature, value = code.indices, code.values.float()
         active = value > 0
@@ -192,15 +192,15 @@ class LayerStudy:
         units = value.double().div_(UNIT).round_()  # whole numbers below 2^53 add up exactly in float64
         self.sums += torch.bincount(feature, weights=units, minlength=self.n_features).long()
         peaks = value.new_zeros(len(tokens.ids) * self.n_features).scatter_reduce_(0, pair, value, "amax")
-        wanted = self._wanted(peaks.view(-1, self.n_features), tokens).view(-1)[pair].nonzero().squeeze(1)
-        if len(wanted):
-            pair, token, value = (entry[wanted].numpy(force=True) for entry in (pair, token, value))
+        kept_entries = self._candidates(peaks.view(-1, self.n_features), tokens).view(-1)[pair].nonzero().squeeze(1)
+        if len(kept_entries):
+            pair, token, value = (entry[kept_entries].numpy(force=True) for entry in (pair, token, value))
             self.waiting.append(self._pairs(pair, token, value, tokens))
             if sum(map(len, self.waiting)) > max(_FEWEST, len(self.kept) // 4):
                 self.settle()
 
     def settle(self) -> None:
-        """Sort in what waits."""
+        """Merge the pairs that wait into those kept."""
         if self.waiting:
             self._keep(joined([self.kept, *self.waiting]))
             self.waiting = []
@@ -213,17 +213,17 @@ class LayerStudy:
             torch.from_numpy(limit).to(self.histogram.device) for limit in limits
         )
 
-    def _wanted(self, peaks: Tensor, tokens: Tokens) -> Tensor:
+    def _candidates(self, peaks: Tensor, tokens: Tokens) -> Tensor:
         """`[B, F]` bool: pairs that may be kept."""
         ids, _, _, hashes = tokens.on_device
         fired = peaks > 0
         self.items_fired += fired.sum(0)
-        wanted = hashes[:, None] <= self.most_hash
-        wanted &= fired
-        wanted |= peaks > self.least_peak
+        candidates = hashes[:, None] <= self.most_hash
+        candidates &= fired
+        candidates |= peaks > self.least_peak
         if int(tokens.ids.min()) < self.last_item:  # else all that is kept is earlier, and wins a tie
-            wanted |= fired & (peaks == self.least_peak) & (ids[:, None] < self.least_item)
-        return wanted
+            candidates |= fired & (peaks == self.least_peak) & (ids[:, None] < self.least_item)
+        return candidates
 
     def _pairs(self, pair: np.ndarray, token: np.ndarray, value: np.ndarray, tokens: Tokens) -> Pairs:
         """Pairs from entries [V]: `pair` is item * F + feature, `token` ascends for each pair."""
@@ -252,7 +252,7 @@ class LayerStudy:
 
 
 class Logits(NamedTuple):
-    """What features write towards: token ids and logits [F, c] of those raised most and of those lowered most."""
+    """Ids and logits [F, c] of the tokens that features raise most, and of those that they lower most."""
 
     top_ids: np.ndarray
     top: np.ndarray
@@ -283,12 +283,12 @@ def layer_tables(
     quantile_rank = ranks(feature.astype(np.int64) * quantiles + (quantiles - 1 - quantile))
     row, group = np.concatenate([top, drawn]), np.concatenate([np.zeros_like(top), quantile + 1])
     rank = np.concatenate([rank[top], quantile_rank])
-    by = np.lexsort((rank, group, pairs.feature[row]))
+    order = np.lexsort((rank, group, pairs.feature[row]))
     # Weakest first, group i + 1 begins at number ceil(i n / quantiles) of a feature's n drawn ones.
     begins = np.minimum(-(-np.arange(1, quantiles) * count[:, None] // quantiles), count[:, None] - 1)
     borders = pairs.peak[drawn][(np.cumsum(count)[:, None] - 1 - begins)[count > 0]].ravel()
     features = _feature_table(pairs, counts, _lists(np.where(count > 0, quantiles - 1, 0), borders), logits, token)
-    return features, _example_table(pairs.take(row[by]), group[by], rank[by], quantiles)
+    return features, _example_table(pairs.take(row[order]), group[order], rank[order], quantiles)
 
 
 def _example_table(pairs: Pairs, group: np.ndarray, rank: np.ndarray, quantiles: int) -> pa.Table:
@@ -340,6 +340,6 @@ def _feature_table(
 
 
 def _lists(count: np.ndarray, values: np.ndarray | list[str]) -> pa.Array:
-    """Lists of so many values each."""
+    """Lists of `count` values each."""
     starts = np.append(0, np.cumsum(count)).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(starts), pa.array(values))

@@ -92,7 +92,7 @@ def _sorter(edges: Sequence[Edge], names: Iterable[str] = ()) -> TopologicalSort
 
 
 def describe(node: Supernode) -> str:
-    """What a supernode holds in a line: its number of features and their layers."""
+    """A line about a supernode: its number of features and their layers."""
     if not node.features:
         return "no features"
     layers = sorted({member.feature.layer for member in node.features})
@@ -141,7 +141,7 @@ class _Layout:
     def __init__(self, boxes: Mapping[str, _Box], edges: Sequence[Edge]) -> None:
         self.boxes, self.edges, self.columns = boxes, edges, _columns(boxes, edges)
         self.places: dict[str | Lane, Point] = {}
-        members: dict[int, list[str | Lane]] = {at: [] for at in range(max(self.columns.values()) + 1)}
+        members: dict[int, list[str | Lane]] = {column: [] for column in range(max(self.columns.values()) + 1)}
         feeds: dict[str | Lane, list[str | Lane]] = {name: [] for name in boxes}
         for name in boxes:
             members[self.columns[name]].append(name)
@@ -151,36 +151,37 @@ class _Layout:
                 members[lane[1]].append(lane)  # pyright: ignore[reportArgumentType]
                 feeds[lane], source = [source], lane
             feeds[target].append(source)
-        for at, column in members.items():
-            mean = {item: np.mean([self.places[source][1] for source in feeds[item]] or [0.0]) for item in column}
-            column.sort(key=lambda item: -mean[item])
-            top = (sum(map(self.height, column)) + _GAP * (len(column) - 1)) / 2
-            for item in column:
-                self.places[item] = (at * _STEP, top - self.height(item) / 2)
+        # From left to right: the places of what feeds a column are known when it is ordered.
+        for column, items in members.items():
+            mean = {item: np.mean([self.places[source][1] for source in feeds[item]] or [0.0]) for item in items}
+            items.sort(key=lambda item: -mean[item])
+            top = (sum(map(self.height, items)) + _GAP * (len(items) - 1)) / 2
+            for item in items:
+                self.places[item] = (column * _STEP, top - self.height(item) / 2)
                 top -= self.height(item) + _GAP
 
     def height(self, item: str | Lane) -> float:
         return self.boxes[item].height if isinstance(item, str) else _LANE
 
     def stops(self, number: int) -> list[str | Lane]:
-        """What an edge passes from its source to its target."""
+        """Source, lanes and target of an edge, in order."""
         source, target, _ = self.edges[number]
-        return [source, *((number, at) for at in range(self.columns[source] + 1, self.columns[target])), target]
+        return [source, *((number, column) for column in range(self.columns[source] + 1, self.columns[target])), target]
 
     def ports(self, end: int) -> dict[int, float]:
-        """Where on its box's side each edge leaves (`end` 0) or arrives (1): spread, ordered by where it goes."""
+        """The height at which each edge leaves its source (`end` 0) or enters its target (1), so that few cross."""
         heights = {}
         for name in self.boxes:
-            mine = [number for number, edge in enumerate(self.edges) if edge[end] == name]
-            mine.sort(key=lambda number: self.places[self.stops(number)[1 if end == 0 else -2]][1])
-            for at, number in enumerate(mine):
-                spread = (at + 1) / (len(mine) + 1) - 0.5
+            attached = [number for number, edge in enumerate(self.edges) if edge[end] == name]
+            attached.sort(key=lambda number: self.places[self.stops(number)[1 if end == 0 else -2]][1])
+            for rank, number in enumerate(attached):
+                spread = (rank + 1) / (len(attached) + 1) - 0.5
                 heights[number] = self.places[name][1] + 0.85 * self.height(name) * spread
         return heights
 
 
 def _columns(boxes: Mapping[str, _Box], edges: Sequence[Edge]) -> dict[str, int]:
-    """Longest path from an input; answers, which feed nothing, all stand in the last column."""
+    """The longest path from an input to each box; answers, which feed nothing, are all in the last column."""
     column: dict[str, int] = {}
     for name in _sorter(edges, boxes).static_order():  # refuses a cycle
         column[name] = max((column[source] + 1 for source, target, _ in edges if target == name), default=0)
@@ -225,7 +226,7 @@ def _label_places(paths: Sequence[np.ndarray]) -> list[Point]:
     placed: list[np.ndarray] = []
     for number, path in enumerate(paths):
         candidates = path[len(path) // 4 : len(path) - len(path) // 4]
-        others = [other for at, other in enumerate(paths) if at != number] + [spot[None] for spot in placed]
+        others = [line for i, line in enumerate(paths) if i != number] + [label[None] for label in placed]
         best = len(candidates) // 2
         if others:
             gaps = np.linalg.norm((candidates[:, None] - np.concatenate(others)[None]) / scale, axis=-1).min(1)

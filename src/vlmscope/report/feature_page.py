@@ -38,7 +38,7 @@ _STORIES = {
 
 
 class Numbered(dict[Any, int]):
-    """Numbers for what a page's script reads from a table, such as arrangements of patches: each is written once."""
+    """Numbers of entries in a table for the page's script, such as arrangements of patches, each written once."""
 
     def number(self, item: Any) -> int:
         """The number of an item; a new one gets the next."""
@@ -50,7 +50,7 @@ def render_scripted(template: str, pictures: Iterable[bytes] = (), **values: Any
     heat = Numbered()
 
     def tables() -> Markup:
-        """Called after the body is rendered: left, top, right, bottom of every patch, one list per arrangement."""
+        """Left, top, right, bottom of every patch, one list per arrangement. Only the rendered body fills `heat`."""
         geometries = [[round(edge, 4) for box in boxes for edge in box] for boxes in heat]
         return inert_json({"geometries": geometries, "pictures": [data_uri(data) for data in pictures]})
 
@@ -63,8 +63,8 @@ def render_scripted(template: str, pictures: Iterable[bytes] = (), **values: Any
 
 @cache
 def _environment() -> Environment:
-    made = environment().overlay()
-    made.filters = {
+    engine = environment().overlay()
+    engine.filters = {
         **environment().filters,
         "kind_name": KIND_NAMES.__getitem__,
         "kind_story": _STORIES.__getitem__,
@@ -74,7 +74,7 @@ def _environment() -> Environment:
         "special": special,
         "histogram": histogram,
     }
-    return made
+    return engine
 
 
 def inert_json(value: Any) -> Markup:
@@ -86,7 +86,7 @@ def inert_json(value: Any) -> Markup:
 
 
 class Bin(NamedTuple):
-    """A bin of activations, from `low` to `high`, that holds anything: its number, and firings by `KINDS`."""
+    """A non-empty bin of activations, from `low` to `high`: its number, and firings by `KINDS`."""
 
     number: int
     low: float
@@ -111,10 +111,10 @@ def histogram(counts: np.ndarray) -> Histogram:
     used = np.flatnonzero(total)
     if not len(used):
         return Histogram([], 0, 1, 1, [], "it never fires")
-    bins = [Bin(at, edges[at], edges[at + 1], tuple(counts[:, at].tolist())) for at in used.tolist()]
+    bins = [Bin(n, edges[n], edges[n + 1], tuple(counts[:, n].tolist())) for n in used.tolist()]
     first, end = bins[0].number, bins[-1].number + 1
-    whole = [at for at in range(first, end + 1) if at % 2 == 0]
-    ticks = [(at, edges[at]) for at in whole[:: max(1, -(-len(whole) // 7))]]
+    whole = [n for n in range(first, end + 1) if n % 2 == 0]
+    ticks = [(n, edges[n]) for n in whole[:: max(1, -(-len(whole) // 7))]]
     middle = int(np.searchsorted(np.cumsum(total), total.sum() / 2))
     half = f"half of them are below {edges[middle + 1]:.3g}, the fullest bin has {total.max():,}"
     return Histogram(bins, first, end, int(total.max()), ticks, f"{total.sum():,} firings; {half}")
@@ -123,8 +123,8 @@ def histogram(counts: np.ndarray) -> Histogram:
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 _SPECIAL = re.compile(r"<[^<>\s]+>|\[(?:CLS|SEP|INST|/INST|PAD)\]")
 _MOST = 3  # words in a guess
-_SHARED = 0.5  # of the strongest examples must have a word for it to be told
-_RARER = 0.25  # so much less often it must be in inputs at large
+_SHARED = 0.5  # least share of the strongest examples that have a word of the guess
+_RARER = 0.25  # by so much the word's share of all inputs must be lower
 _PLACES = {
     "image": "on pictures",
     "text": "on words of the prompt and its template",
@@ -140,7 +140,7 @@ def word_shares(captions: Iterable[str]) -> dict[str, float]:
 
 
 def guess(examples: Sequence[tuple[str, Sequence[Place]]], usual: Mapping[str, float]) -> str:
-    """What the strongest examples have in common.
+    """Guess, in words, what the strongest examples have in common.
 
     Args:
         examples: caption and places of each.
@@ -154,9 +154,9 @@ def guess(examples: Sequence[tuple[str, Sequence[Place]]], usual: Mapping[str, f
     peaks: list[Place] = []
     following: list[Place] = []
     for _, places in examples:
-        at = next(n for n, place in enumerate(places) if place.peak)
-        peaks.append(places[at])
-        following += places[at + 1 : at + 2]
+        peak = next(n for n, place in enumerate(places) if place.peak)
+        peaks.append(places[peak])
+        following += places[peak + 1 : peak + 2]
     telling = _quoted(telling_words([caption for caption, _ in examples], usual))
     if sum(place.kind == IMAGE for place in peaks) * 2 > len(peaks):
         return f"on pictures where the text says {telling}" if telling else "on pictures of many kinds"
@@ -164,8 +164,8 @@ def guess(examples: Sequence[tuple[str, Sequence[Place]]], usual: Mapping[str, f
     # The last token of the prompt is always the same, so what follows tells more.
     if after and all(place.kind != ANSWER for place in peaks):
         return f"right before the answer {_quoted(after)}"
-    if at := _common(place for place in peaks if place.kind != IMAGE):
-        return f"at {_quoted(at)}"
+    if tokens := _common(place for place in peaks if place.kind != IMAGE):
+        return f"at {_quoted(tokens)}"
     return f"at various words of inputs that say {telling}" if telling else "at various words"
 
 
@@ -176,7 +176,7 @@ def telling_words(captions: Sequence[str], usual: Mapping[str, float]) -> list[s
 
 
 def _common(places: Iterable[Place]) -> list[str]:
-    """The fewest tokens, at most `_MOST`, that are most of these."""
+    """The fewest tokens, at most `_MOST`, that make up 60 % of these; none when it takes more."""
     counts = Counter(shown_token(place.text) for place in places)
     ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:_MOST]
     for size in range(1, len(ranked) + 1):
@@ -199,7 +199,7 @@ def chance(count: int, total: int) -> str:
 
 
 def shown_token(token: str) -> str:
-    """A token as a reader expects it: the spaces and line ends that tokenizers write as other signs are shown."""
+    """A token for a reader: tokenizers' own signs for spaces and line ends replaced by visible ones."""
     plain = token.replace("\u0120", " ").replace("\u2581", " ").replace("\u010a", "\n")
     visible = plain.replace("\n", "⏎").replace("\t", "⇥")
     return visible.strip() or "␣"
@@ -247,10 +247,10 @@ class GraphUse(NamedTuple):
 
 @dataclass(frozen=True)
 class FeaturePage:
-    """All that is shown of one feature.
+    """The contents of the page about one feature.
 
-    `guess` is what its strongest examples share, for want of a label; `tags` what it belongs to, such as a circuit;
-    `run` the study's; `missing` says why pictures are not available, and is empty when all are there.
+    `guess` is what its strongest examples share, the title without a label; `tags` what it belongs to, such as a
+    circuit; `run` the study's; `missing` says why pictures are not available, and is empty when all are there.
     """
 
     record: FeatureRecord
@@ -265,7 +265,7 @@ class FeaturePage:
 
     @property
     def feature(self) -> FeatureId:
-        """Its id."""
+        """The feature's id."""
         return self.record.feature
 
     @property
@@ -285,12 +285,12 @@ class FeaturePage:
 
     @property
     def json_file(self) -> str:
-        """Where its JSON is, beside the page, by the number with which the field's viewers ask for it."""
+        """The path of its JSON from the page; the field's viewers ask for this number."""
         return f"features/{self.feature.cantor}.json"
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of its firings, by `KINDS`."""
+        """The share of its firings at positions of each of `KINDS`."""
         return {kind: self.record.fired[kind] / max(self.record.positions_fired, 1) for kind in KINDS}
 
     @property
@@ -303,7 +303,7 @@ class FeaturePage:
 
     @property
     def item_share(self) -> float:
-        """Of the studied inputs, on which it fires."""
+        """The share of the studied inputs on which it fires."""
         return self.record.items_fired / max(self.info.items, 1)
 
     def sentence(self) -> str:

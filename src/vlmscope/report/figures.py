@@ -76,15 +76,15 @@ def rate_bars(
         marks: dict[str, object] = {}
         for number, (name, rates) in enumerate(series.items()):
             offset = (number - (len(series) - 1) / 2) * step
-            known = [(at + offset, rate) for at, rate in enumerate(rates) if rate is not None]
-            x, y = [at for at, _ in known], [rate.value for _, rate in known]
+            known = [(position + offset, rate) for position, rate in enumerate(rates) if rate is not None]
+            x, y = [position for position, _ in known], [rate.value for _, rate in known]
             axes.bar(x, y, step * 0.94, label=label(name), **bar_style(number))
             error = axes.errorbar(x, y, _interval(known), fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
             marks["95 % interval"] = error
-            for at, rate in known:
-                text, spot = f"{100 * rate.value:.0f}", (at, rate.ci_high)
+            for position, rate in known:
+                text, spot = f"{100 * rate.value:.0f}", (position, rate.ci_high)
                 axes.annotate(text, spot, (0, 2), textcoords="offset points", ha="center", fontsize=8)
-            controls = [(at, rate.control) for at, rate in known if rate.control is not None]
+            controls = [(position, rate.control) for position, rate in known if rate.control is not None]
             if controls:
                 style = {"marker": "D", "s": 34, "facecolors": "white", "edgecolors": INK, "linewidths": 1.3}
                 marks[control] = axes.scatter(*zip(*controls, strict=True), zorder=5, **style)
@@ -113,8 +113,8 @@ def word_bars(words: Sequence[str], series: Mapping[str, Sequence[Rate | None]],
         axes = figure.subplots()
         for number, (name, rates) in enumerate(series.items()):
             offset = (number - (len(series) - 1) / 2) * height
-            known = [(at + offset, rate) for at, rate in enumerate(rates) if rate is not None]
-            y, values = [at for at, _ in known], [rate.value for _, rate in known]
+            known = [(position + offset, rate) for position, rate in enumerate(rates) if rate is not None]
+            y, values = [position for position, _ in known], [rate.value for _, rate in known]
             axes.barh(y, values, height * 0.92, label=name, **bar_style(number))
             axes.errorbar(values, y, xerr=_interval(known), fmt="none", ecolor=INK, elinewidth=1.0, capsize=2)
         axes.set_yticks(range(len(words)), words)
@@ -172,11 +172,11 @@ def share_matrices(
 ) -> Path:
     """A matrix per panel, recipients down and donors across; hatched where there is nothing to measure.
 
-    `panels` are title -> [n, n] of n concepts, nan where there is no value; `axes_of` says what stands down and across;
+    `panels` are title -> [n, n] of n concepts, nan where there is no value; `axes_of` names the rows and the columns;
     `percent`: values are shares 0..1, shown in per cent, else counts.
     """
     scale = 100 if percent else 1
-    most = 100 if percent else max(float(np.nanmax(of)) for of in panels.values())
+    most = 100 if percent else max(float(np.nanmax(matrix)) for matrix in panels.values())
     with drawing(path, 4.1 * len(panels), 3.9) as figure:
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, shares) in zip(grid, panels.items(), strict=True):
@@ -254,7 +254,7 @@ def modality_by_layer(
     shared: Mapping[str, Sequence[float]],
     path: str | Path,
 ) -> Path:
-    """Groups of features, how their modality index lies, and what features of both modalities do.
+    """Groups of features by layer, their modality indices, and the firing by features of both modalities.
 
     Args:
         layers: L numbers.
@@ -266,13 +266,13 @@ def modality_by_layer(
     with drawing(path, 11.5, 6.6) as figure:
         grid = figure.add_gridspec(2, 2, width_ratios=[1.25, 1])
         axes = figure.add_subplot(grid[:, 0])
-        totals, below, at = np.sum(list(groups.values()), axis=0), np.zeros(len(layers)), np.arange(len(layers))
+        totals, below, x = np.sum(list(groups.values()), axis=0), np.zeros(len(layers)), np.arange(len(layers))
         for number, (name, counts) in enumerate(groups.items()):
             share = np.asarray(counts) / np.maximum(totals, 1)
             fill, hatch = pick(_FILLS, number)
-            axes.bar(at, share, 0.82, below, label=name, color=fill, hatch=hatch, edgecolor=INK, linewidth=0.5)
+            axes.bar(x, share, 0.82, below, label=name, color=fill, hatch=hatch, edgecolor=INK, linewidth=0.5)
             below += share
-        axes.set_xticks(at, [str(layer) for layer in layers])
+        axes.set_xticks(x, [str(layer) for layer in layers])
         axes.set(ylim=(0, 1), xlabel="layer", ylabel="features (%)")
         percent_axis(axes.yaxis)
         axes.set_title("Where features fire", loc="left")
@@ -282,7 +282,7 @@ def modality_by_layer(
         # The share of a layer's features in each tenth of the index, layers from bottom to top.
         axes = figure.add_subplot(grid[0, 1])
         edges = np.linspace(0, 1, _INDEX_BINS + 1)
-        counts = np.array([np.histogram(of[~np.isnan(of)], edges)[0] for of in index])
+        counts = np.array([np.histogram(values[~np.isnan(values)], edges)[0] for values in index])
         shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
         look = {"vmin": 0, "cmap": "cividis", "annot": len(layers) <= 12, "fmt": ".0f", "annot_kws": {"fontsize": 8}}
         names = [str(layer) for layer in reversed(layers)]
@@ -384,7 +384,7 @@ def sweep_overview(jobs: Sequence[SweepJob], path: str | Path) -> Path:
                     axes.scatter(*zip(*points, strict=True), color=style["color"], marker=style["marker"], s=36)
                     shown = np.vstack([shown, points])
             if len(shown) > 1:
-                # Margins for the points' own spread, which is small beside the way to 0, would cut markers in half.
+                # Margins of the points' own spread, which is small next to their distance from 0, cut markers in half.
                 (_, low), (right, high) = shown.min(0), shown.max(0)
                 axes.set(xlim=(0, 1.1 * right), ylim=(1.1 * low, 1.1 * high))
             axes.set(xlabel="active features a token (L0)", ylabel=ylabel)

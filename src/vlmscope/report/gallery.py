@@ -6,7 +6,7 @@ at once for a thousand features.
 
 The JSON of a feature is what Neuronpedia's and circuit-tracer's viewers read (`schema/feature.schema.json`), with more
 under the key `vlmscope`. They know no pictures, so each run of a picture's soft tokens is one token, `[picture]`, with
-its largest activation; patches are beside it.
+its largest activation; its patches are listed next to it.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class PageMaker:
 
 
 def _once(views: Sequence[ExampleView]) -> list[tuple[ExampleView, int]]:
-    """Every input once, with how often it is there; the order stays."""
+    """Each input once, in order of first appearance, with its number of views."""
     times: dict[tuple[str, int], list[ExampleView]] = {}
     for view in views:
         times.setdefault((view.item.digest, view.item.part), []).append(view)
@@ -135,9 +135,9 @@ _LINKED = {"report": "report.html", "drawing": "figures/graph.png", "graph.json"
 
 
 def graph_uses(places: Sequence[str], info: StudyInfo, pages: Path) -> dict[FeatureId, list[GraphUse]]:
-    """For every feature that pruning kept in some graph, where it is there; links lead from the folder `pages`.
+    """The graphs in which pruning kept each feature, and where; links are relative to the folder `pages`.
 
-    `places` are run folders of traces, or their graph.safetensors.
+    `places` are run folders of traces, or their graph.safetensors. A `UserError` for graphs of another model.
     """
     uses: dict[FeatureId, list[GraphUse]] = {}
     for file in dict.fromkeys(graph_file(place) for place in places):
@@ -155,8 +155,9 @@ def graph_uses(places: Sequence[str], info: StudyInfo, pages: Path) -> dict[Feat
         for node in np.flatnonzero(pruned.node_mask & (table.kind == NodeKind.FEATURE)).tolist():
             kept.setdefault(table.feature_id(node), []).append(node)
         for feature, nodes in kept.items():
-            at = table.position[nodes].tolist()
-            positions = zip(at, (graph.tokens[one] for one in at), table.activation[nodes].tolist(), strict=True)
+            columns = table.position[nodes].tolist()
+            tokens = [graph.tokens[column] for column in columns]
+            positions = zip(columns, tokens, table.activation[nodes].tolist(), strict=True)
             share = float(pruned.influence[nodes].sum() / (pruned.influence.sum() or 1.0))
             uses.setdefault(feature, []).append(GraphUse(run.name, graph.prompt, links, tuple(positions), share))
     return uses
@@ -213,18 +214,24 @@ def feature_json(page: FeaturePage, views: Sequence[ExampleView]) -> dict[str, A
             "label": None if page.label is None else {key: getattr(page.label, key) for key in _LABEL_KEYS},
             "guess": page.guess,
             "sentence": page.sentence(),
-            "graphs": [{"name": one.name, "prompt": one.prompt, "share": one.share} for one in page.graphs],
+            "graphs": [{"name": use.name, "prompt": use.prompt, "share": use.share} for use in page.graphs],
         },
     }
 
 
 def quantile_name(name: str, quantiles: int) -> str:
-    """A group in the words of the field's viewers: `Top activations`, `Subsample interval 0` (the strongest) ..."""
+    """The name of a group in the field's viewers: `Top activations`, `Subsample interval 0` (the strongest) ..."""
     return "Top activations" if name == TOP else f"Subsample interval {quantiles - int(name[1:])}"
 
 
 def _example(view: ExampleView, window: int, repeated: bool) -> dict[str, Any]:
-    places, item = view.places(window), view.item
+    places, item, patches = view.places(window), view.item, []
+    for picture in range(item.n_pictures):
+        # No rows where the soft tokens are no grid.
+        rows, columns = item.grids[picture] if picture < len(item.grids) else (0, 0)
+        levels = view.picture_levels(picture).tolist()  # 255ths of the example's activation
+        boxes = [[round(edge, 6) for edge in box] for box in view.picture_boxes(picture)]
+        patches.append({"picture": picture, "rows": rows, "columns": columns, "levels": levels, "boxes": boxes})
     return {
         "tokens": [place.text for place in places],
         "tokens_acts_list": [place.activation for place in places],
@@ -234,23 +241,12 @@ def _example(view: ExampleView, window: int, repeated: bool) -> dict[str, Any]:
         "activation": view.example.activation,
         "origin": item.origin,
         "caption": item.caption,
-        "patches": [
-            {
-                "picture": picture,
-                # No rows where the soft tokens are no grid.
-                **dict(
-                    zip(("rows", "columns"), item.grids[picture] if picture < len(item.grids) else (0, 0), strict=True)
-                ),
-                "levels": view.picture_levels(picture).tolist(),  # 255ths of the example's activation
-                "boxes": [[round(edge, 6) for edge in box] for box in view.picture_boxes(picture)],
-            }
-            for picture in range(item.n_pictures)
-        ],
+        "patches": patches,
     }
 
 
 _PICTURES = 3  # a tile
-_NEAR = 6  # places beside the peak
+_NEAR = 6  # places on either side of the peak
 _WORDS = 400  # letters that the search looks through
 _KINDS = {**KIND_NAMES, "mixed": "several", "none": "nothing"}
 _SORTS = {
@@ -288,20 +284,21 @@ def write_gallery(
 
 
 def _tile(page: FeaturePage, small: Numbered) -> dict[str, Any]:
-    """What the gallery shows of a feature besides what its page has; small pictures are numbered."""
+    """Values of a tile that the page lacks; its pictures are numbers of the table `small`."""
     top = page.groups[0].examples if page.groups else ()
     promotes = [shown_token(word) for word, _ in page.record.top_logits[:_PICTURES]]
-    best = [max(one.pictures, key=lambda picture: int(picture.levels.max(initial=0))) for one in top if one.pictures]
+    of_examples = [example.pictures for example in top if example.pictures]
+    best = [max(pictures, key=lambda picture: int(picture.levels.max(initial=0))) for pictures in of_examples]
     searched = [
         str(page.feature),
         page.title,
         *page.tags,
         *promotes,
         *(graph.name for graph in page.graphs),
-        *dict.fromkeys(one.caption for one in top[:_PICTURES]),
+        *dict.fromkeys(example.caption for example in top[:_PICTURES]),
     ]
     places = top[0].places if top else ()
-    at = next((n for n, place in enumerate(places) if place.peak and place.kind != IMAGE), None)
+    peak = next((n for n, place in enumerate(places) if place.peak and place.kind != IMAGE), None)
     return {
         "split": ", ".join(f"{percent(page.shares[kind])} {KIND_NAMES[kind]}" for kind in KINDS),
         "promotes": ", ".join(promotes),
@@ -311,6 +308,6 @@ def _tile(page: FeaturePage, small: Numbered) -> dict[str, Any]:
             for picture in best[:_PICTURES]
         ],
         # The words around the peak, if it is in words.
-        "places": () if at is None else places[max(0, at - _NEAR) : at + _NEAR + 1],
+        "places": () if peak is None else places[max(0, peak - _NEAR) : peak + _NEAR + 1],
         "top": top[0].activation if top else 0.0,
     }

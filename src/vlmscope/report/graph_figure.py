@@ -3,8 +3,8 @@
 Only the strongest edges are drawn, and the nodes at their ends. In the graph of one prompt, an edge's strength is its
 share of its target's incoming |weight| times the target's influence on the logits, the quantity that pruning ranks by.
 
-In a comparison, what is the first graph's is blue, filled and in full lines; what is the second's is orange, hollow and
-dashed; what both use is grey: so the picture can be read without colours too.
+In a comparison, nodes and edges of the first graph are blue, filled and in full lines, those of the second orange,
+hollow and dashed, and those of both grey, so the picture can be read without colours too.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ _NODES_ACROSS = 84  # room for this many nodes side by side over the whole width
 _LOGIT_STEP = 7.0  # distance between logits, in nodes
 _INCHES, _LEFT, _ACROSS = 14.0, 0.068, 0.925  # picture width; the axes' left edge and width as fractions of it
 _NO_POSITION = -1  # the column of biases and of features left out
-_NAMED = 12  # features whose numbers are written beside them
+_NAMED = 12  # features whose numbers are written next to them
 _KEY_LINE = 0.17  # inches
 _KEY_CHARACTERS = 88  # of an entry; two stand side by side
 
 
 class Layout(NamedTuple):
-    """Where things go. `xy [N, 2]` is NaN for nodes that are not drawn; `slots[position]` = (centre, width)."""
+    """Places of nodes and columns: `xy [N, 2]`, NaN for nodes not drawn; `slots[position]` = (centre, width)."""
 
     xy: np.ndarray
     slots: dict[int, tuple[float, float]]
@@ -67,7 +67,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(nodes: Nodes, shown: np.ndarray, strength: np.ndarray, is_image: np.ndarray, n_layers: int) -> Layout:
-    """Give the nodes `shown` a place each.
+    """Place the nodes `shown`, by position and layer.
 
     Args:
         nodes: N nodes, of which the last is an end.
@@ -89,41 +89,45 @@ def lay_out(nodes: Nodes, shown: np.ndarray, strength: np.ndarray, is_image: np.
     for (position, _), cell in cells.items():
         widest[position] = max(widest[position], len(cell))
     # A thumbnail needs some room even where hardly anything fires.
-    least = {at: 1.6 if at >= 0 and is_image[at] else 1.0 for at in positions}
+    least = {position: 1.6 if position >= 0 and is_image[position] else 1.0 for position in positions}
     most = max(widest.values())  # nodes side by side in one cell before they wrap: as many as the picture has room for
-    while most > 3 and sum(max(least[at], min(most, widest[at])) + 0.35 for at in positions) > _NODES_ACROSS:
+
+    def width_of(position: int) -> float:
+        return max(least[position], min(most, widest[position])) + 0.35
+
+    while most > 3 and sum(map(width_of, positions)) > _NODES_ACROSS:
         most -= 1
     slots, edge = {}, 0.0
     for position in positions:
-        width = max(least[position], min(most, widest[position])) + 0.35
+        width = width_of(position)
         slots[position] = (edge + width / 2, width)
         edge += width
-    # What is explained stands in a row of its own, above all that its layer holds.
+    # Ends (logits or targets) have a row of their own, above the last layer.
     last_layer = nodes.layer[-1]
     above = int(last_layer) + int(last_layer < n_layers)
     every = range(-1, above + 1)
     seen = {int(layer) for layer in nodes.layer[body]} | {above}
-    rows = {layer: at for at, layer in enumerate(every if len(every) <= 16 else sorted(seen))}
+    rows = {layer: row for row, layer in enumerate(every if len(every) <= 16 else sorted(seen))}
     xy = np.full((len(nodes), 2), np.nan)
     for (position, layer), cell in cells.items():
-        lines = [cell[at : at + most] for at in range(0, len(cell), most)]
+        lines = [cell[start : start + most] for start in range(0, len(cell), most)]
         for level, line in enumerate(lines):
             y = rows[layer] + (level - (len(lines) - 1) / 2) * min(0.28, 0.8 / len(lines))
-            for at, node in enumerate(line):
-                xy[node] = slots[position][0] + (at - (len(line) - 1) / 2), y
+            for number, node in enumerate(line):
+                xy[node] = slots[position][0] + (number - (len(line) - 1) / 2), y
     top = shown[ends]
     # Logits share the last position; side by side they need more room than it has, which is to its left.
     step = min(_LOGIT_STEP, edge / max(len(top), 1))
     last = slots[positions[-1]][0]
     first = min(last - step * (len(top) - 1) / 2, edge - step * (len(top) - 0.5))
-    xy[top] = [(max(first, step / 2) + step * at, rows[above] + 0.1) for at in range(len(top))]
+    xy[top] = [(max(first, step / 2) + step * number, rows[above] + 0.1) for number in range(len(top))]
     return Layout(xy, slots, rows)
 
 
 def key_entries(features: Sequence[FeatureId], labels: Labels | None) -> list[str]:
     """`L5/709  planet = mars (0.97)` for each different feature that has a label, in order."""
-    found = [f"{one}  {labels[one]}" for one in dict.fromkeys(features) if labels and one in labels]
-    return [text if len(text) <= _KEY_CHARACTERS else f"{text[: _KEY_CHARACTERS - 3]}..." for text in found]
+    entries = [f"{feature}  {labels[feature]}" for feature in dict.fromkeys(features) if labels and feature in labels]
+    return [text if len(text) <= _KEY_CHARACTERS else f"{text[: _KEY_CHARACTERS - 3]}..." for text in entries]
 
 
 class Edges(NamedTuple):
@@ -231,7 +235,7 @@ class _Drawing:
         largest = max(group.sizes.max(initial=0.0) for group in self.edges) or 1.0
         for group in self.edges:
             lines = np.stack([self.layout.xy[group.sources], self.layout.xy[group.targets]], axis=1)
-            # The root keeps weak edges visible beside one that dwarfs them all.
+            # The root keeps weak edges visible next to one that dwarfs them all.
             widths = 0.35 + 3.4 * np.sqrt(group.sizes / largest)
             look = {"linewidths": widths, "colors": group.colour, "linestyles": group.dashes}
             axes.add_collection(LineCollection(list(lines), alpha=0.42, zorder=1, **look))
@@ -242,10 +246,9 @@ class _Drawing:
             chosen = self.shown[self.kinds == kind]
             if len(chosen):
                 sizes = 16 + 130 * np.sqrt(self.strength[chosen] / largest)
-                colours = {"c": [self.faces[at] for at in chosen], "edgecolors": [self.outlines[at] for at in chosen]}
-                axes.scatter(
-                    *self.layout.xy[chosen].T, s=sizes, marker=marker, linewidths=self.pen, zorder=3, **colours
-                )
+                faces, outlines = ([colours[node] for node in chosen] for colours in (self.faces, self.outlines))
+                look = {"marker": marker, "linewidths": self.pen, "zorder": 3}
+                axes.scatter(*self.layout.xy[chosen].T, s=sizes, c=faces, edgecolors=outlines, **look)
         for node, words in self.end_words.items():
             x, y = self.layout.xy[node].tolist()
             box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": self.outlines[node]}
@@ -259,10 +262,10 @@ class _Drawing:
         back = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
         for node in named:
             spot = self.layout.xy[node]
-            near = sum(abs(spot[0] - other[0]) < room and abs(spot[1] - other[1]) < 0.3 for other in before)
+            neighbours = sum(abs(spot[0] - earlier[0]) < room and abs(spot[1] - earlier[1]) < 0.3 for earlier in before)
             before.append(spot)
-            if near < 2:
-                where = {"xytext": (0, -7), "va": "top"} if near else {"xytext": (0, 7), "va": "bottom"}
+            if neighbours < 2:
+                where = {"xytext": (0, -7), "va": "top"} if neighbours else {"xytext": (0, 7), "va": "bottom"}
                 look = {"ha": "center", "fontsize": 7.5, "bbox": back, "zorder": 5}
                 axes.annotate(str(self.nodes.index[node]), tuple(spot), textcoords="offset points", **where, **look)
 
@@ -370,7 +373,7 @@ def _draw_merged(
     path: str | Path,
     labels: Labels | None,
 ) -> Path:
-    """What pictures of two and of many graphs have in common; `probabilities` are words for a logit."""
+    """Draw a comparison or an aggregate; `probabilities` gives words for a logit node."""
     nodes, end_words = merged.nodes, {}
     for node in np.flatnonzero(np.isin(nodes.kind, ENDS)).tolist():
         value = probabilities(node) if nodes.kind[node] == NodeKind.LOGIT else ""
@@ -409,22 +412,22 @@ def _side(shares: np.ndarray) -> np.ndarray:
 
 
 def difference_graph(
-    found: GraphComparison, path: str | Path, max_edges: int = 90, labels: Labels | None = None
+    comparison: GraphComparison, path: str | Path, max_edges: int = 90, labels: Labels | None = None
 ) -> Path:
     """Draw the edges whose shares of influence differ most, and the strongest ones that both graphs use."""
-    edge_side, edges = _side(found.edge_share), []
-    gap, common = np.abs(found.edge_share[0] - found.edge_share[1]), found.edge_share.min(axis=0)
+    edge_side, edges = _side(comparison.edge_share), []
+    gap, common = np.abs(comparison.edge_share[0] - comparison.edge_share[1]), comparison.edge_share.min(axis=0)
     looks = ((1, gap, _FIRST, "solid"), (-1, gap, _SECOND, _DASHED), (0, common, _BOTH, _DOTTED))
     for side, sizes, colour, dashes in looks:
         chosen = np.flatnonzero(edge_side == side)
         chosen = chosen[np.argsort(-sizes[chosen], kind="stable")][: max_edges // 3]
-        edges.append(Edges(found.sources[chosen], found.targets[chosen], sizes[chosen], colour, dashes))
-    # No influence flows through what is explained: it is one graph's by its probability.
-    is_end = np.isin(found.nodes.kind, ENDS)
-    sides = np.where(is_end, _side(np.nan_to_num(found.activation)), _side(found.share)).tolist()
+        edges.append(Edges(comparison.sources[chosen], comparison.targets[chosen], sizes[chosen], colour, dashes))
+    # No influence flows through an end: its probability decides which graph's it is.
+    is_end = np.isin(comparison.nodes.kind, ENDS)
+    sides = np.where(is_end, _side(np.nan_to_num(comparison.activation)), _side(comparison.share)).tolist()
     faces = [{1: _FIRST, 0: "#d0d0d0", -1: "white"}[side] for side in sides]
     outlines = [{1: _FIRST, 0: _BOTH, -1: _SECOND}[side] for side in sides]
-    first, second = found.names
+    first, second = comparison.names
     title = (
         f"{first} against {second}: {len(edges[0].sizes)} edges of {first}, {len(edges[1].sizes)} of {second}, "
         f"{len(edges[2].sizes)} of both; line width: share of influence"
@@ -437,52 +440,56 @@ def difference_graph(
     ]
 
     def probabilities(node: int) -> str:
-        return "p=" + " | ".join("?" if np.isnan(p) else f"{p:.2f}" for p in found.activation[:, node])
+        return "p=" + " | ".join("?" if np.isnan(p) else f"{p:.2f}" for p in comparison.activation[:, node])
 
-    strength = found.share.max(axis=0)
-    return _draw_merged(found, strength, edges, faces, outlines, probabilities, legend, title, path, labels)
+    strength = comparison.share.max(axis=0)
+    return _draw_merged(comparison, strength, edges, faces, outlines, probabilities, legend, title, path, labels)
 
 
-def aggregate_graph(found: AggregateGraph, path: str | Path, max_edges: int = 90, labels: Labels | None = None) -> Path:
+def aggregate_graph(
+    aggregate: AggregateGraph, path: str | Path, max_edges: int = 90, labels: Labels | None = None
+) -> Path:
     """Draw the edges with the largest mean share; a node's shade says in how many graphs it was kept."""
-    top = np.argsort(-found.edge_share, kind="stable")[:max_edges]
-    edges = _signed(found.sources[top], found.targets[top], found.weight[top], found.absolute[top])
-    faces = [f"{0.98 - 0.83 * often:.3f}" for often in (found.count / found.n_graphs).tolist()]
+    top = np.argsort(-aggregate.edge_share, kind="stable")[:max_edges]
+    edges = _signed(aggregate.sources[top], aggregate.targets[top], aggregate.weight[top], aggregate.absolute[top])
+    faces = [f"{0.98 - 0.83 * often:.3f}" for often in (aggregate.count / aggregate.n_graphs).tolist()]
     title = (
-        f"{found.n_graphs} graphs: the {len(top)} edges with the largest mean share of influence; line width: mean "
+        f"{aggregate.n_graphs} graphs: the {len(top)} edges with the largest mean share of influence; line width: mean "
         "|edge|; black nodes are kept in every graph, white ones in few"
     )
     legend = _sign_legend("mean edge positive", "mean edge negative")
 
     def probabilities(node: int) -> str:
-        return f"p={found.activation[node]:.2f} in {found.count[node]}"
+        return f"p={aggregate.activation[node]:.2f} in {aggregate.count[node]}"
 
     outlines = [INK] * len(faces)
-    return _draw_merged(found, found.share, edges, faces, outlines, probabilities, legend, title, path, labels)
+    return _draw_merged(aggregate, aggregate.share, edges, faces, outlines, probabilities, legend, title, path, labels)
 
 
-def share_bars(found: GraphComparison, path: str | Path, count: int = 20, labels: Labels | None = None) -> Path:
+def share_bars(comparison: GraphComparison, path: str | Path, count: int = 20, labels: Labels | None = None) -> Path:
     """Bars to the left and right: the features whose shares of influence differ most, with their shares in both.
 
-    `labels` stand beside the features.
+    `labels` are written next to the features.
     """
-    nodes = found.nodes
+    nodes = comparison.nodes
     features = np.flatnonzero(nodes.kind == NodeKind.FEATURE)
-    gap = found.share[0] - found.share[1]
+    gap = comparison.share[0] - comparison.share[1]
     top = features[np.argsort(-np.abs(gap[features]), kind="stable")][:count]
     top = top[np.argsort(gap[top], kind="stable")]
-    names = [f"{nodes.name(n)}  {found.where(n)}" for n in top.tolist()]
+    names = [f"{nodes.name(n)}  {comparison.where(n)}" for n in top.tolist()]
     if labels:
-        said = [textwrap.shorten(labels.get(_feature(nodes, n), ""), 56, placeholder="...") for n in top.tolist()]
-        names = [f"{text}  {name}".strip() for text, name in zip(said, names, strict=True)]
+        texts = [textwrap.shorten(labels.get(_feature(nodes, n), ""), 56, placeholder="...") for n in top.tolist()]
+        names = [f"{text}  {name}".strip() for text, name in zip(texts, names, strict=True)]
     rows = np.arange(len(top))
     with drawing(path, 10.5 if labels else 7.5, 1.4 + 0.27 * max(len(top), 1)) as figure:
         axes = figure.add_subplot()
-        axes.barh(rows, -100 * found.share[0, top], color=_FIRST, edgecolor=INK, linewidth=0.6, label=found.names[0])
+        axes.barh(
+            rows, -100 * comparison.share[0, top], color=_FIRST, edgecolor=INK, linewidth=0.6, label=comparison.names[0]
+        )
         bars = {"color": "white", "edgecolor": _SECOND, "hatch": HATCHES[1], "linewidth": 1.0}
-        axes.barh(rows, 100 * found.share[1, top], label=found.names[1], **bars)
+        axes.barh(rows, 100 * comparison.share[1, top], label=comparison.names[1], **bars)
         axes.set_yticks(rows, names)
-        limit = 105 * max(found.share[:, top].max(initial=0.0), 1e-6)
+        limit = 105 * max(comparison.share[:, top].max(initial=0.0), 1e-6)
         axes.set_xlim(-limit, limit)
         axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g} %")
         axes.axvline(0, color=INK, linewidth=0.8)

@@ -48,7 +48,7 @@ class Mark(Protocol):
 
 @dataclass(frozen=True)
 class Folder:
-    """A run folder as marks read it: what the rate of each "operation/setting" counts, and the declared settings."""
+    """A run folder as marks read it, the measure that the rate of each "operation/setting" counts, and all settings."""
 
     path: Path
     measures: Mapping[str, str] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Folder:
         return path
 
     def figure(self, name: str) -> Path:
-        """Where a figure goes."""
+        """The path of a figure."""
         return self.path / "figures" / f"{name}.png"
 
     @cached_property
@@ -111,14 +111,15 @@ def cards(folder: Folder, name: str, mark: Mark) -> list[Section]:
     if "donor" in folder.trials:
         lowest = cell_means(folder.rates(mark, ["operation", "setting", *CELL]), ["operation", "setting"])
     else:
-        found = folder.rates(mark, ["operation", "setting", "question"])
-        lowest = worst(found, "question") if found.index.get_level_values("question").nunique() > 1 else found
-    made = []
+        by_question = folder.rates(mark, ["operation", "setting", "question"])
+        several = by_question.index.get_level_values("question").nunique() > 1
+        lowest = worst(by_question, "question") if several else by_question
+    headlines = []
     key: Any
     for key, row in lowest.iterrows():
         detail = "" if np.isnan(row.matched) else f"matched features: {row.matched:.0%}"
-        made.append(Card(f"{label(key[0])}: {label(key[1])}", _rate(row), detail))
-    return [Cards(mark.title or "Result", tuple(made), mark.says)]
+        headlines.append(Card(f"{label(key[0])}: {label(key[1])}", _rate(row), detail))
+    return [Cards(mark.title or "Result", tuple(headlines), mark.says)]
 
 
 def bars(folder: Folder, name: str, mark: Mark) -> list[Section]:
@@ -132,29 +133,29 @@ def bars(folder: Folder, name: str, mark: Mark) -> list[Section]:
         rows = [row for row in rows if row.question == "worst"]
     series: dict[str, dict[str, FlipRow]] = {}
     for row in rows:
-        of_method, category = series.setdefault(row.method, {}), getattr(row, categories[x])
-        if category in of_method:
+        by_category, category = series.setdefault(row.method, {}), getattr(row, categories[x])
+        if category in by_category:
             raise ValueError(f"two rows for {row.method}, {category} in {title!r}")
-        of_method[category] = row
+        by_category[category] = row
     groups = list(dict.fromkeys(getattr(row, categories[x]) for row in rows))
     notes = []
     for group in groups:
-        counts = sorted({of[group].n_features for of in series.values() if group in of})
+        counts = sorted({values[group].n_features for values in series.values() if group in values})
         notes.append(f"({counts[0]}{f'/{counts[-1]}' if len(counts) > 1 else ''} features)")
     cases = sorted({row.rate.cases for row in rows})
     spread = f"{cases[0]}" if len(cases) == 1 else f"{cases[0]} to {cases[-1]}"
-    rates_of = {method: [of[g].rate if g in of else None for g in groups] for method, of in series.items()}
-    over = f"{title}\nn = {spread} cases"
-    path = rate_bars(groups, rates_of, folder.figure(name), over, "flip rate (% of cases)", notes=notes)
+    rates_of = {method: [values[g].rate if g in values else None for g in groups] for method, values in series.items()}
+    heading = f"{title}\nn = {spread} cases"
+    path = rate_bars(groups, rates_of, folder.figure(name), heading, "flip rate (% of cases)", notes=notes)
     return [Figure(title, (drawn(path, f"{mark.title}: rates by {x}"),), mark.says)]
 
 
 def table(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """All rates with their controls, intervals and q-values; with `file` that table instead."""
     if mark.file is not None:
-        found = pq.read_table(folder.file(mark.file))
-        rows = tuple(tuple(row.values()) for row in found.to_pylist())
-        return [Table(mark.title or label(name), tuple(map(label, found.column_names)), rows, mark.says)]
+        contents = pq.read_table(folder.file(mark.file))
+        rows = tuple(tuple(row.values()) for row in contents.to_pylist())
+        return [Table(mark.title or label(name), tuple(map(label, contents.column_names)), rows, mark.says)]
     return [flip_table(mark.title or "All rates", flip_rows(folder, mark), mark.says)]
 
 
@@ -178,26 +179,27 @@ def flip_table(title: str, rows: Sequence[FlipRow], note: str = "") -> Table:
         cells += [row.changed, control(row.changed)] if counted else []
         cells += [row.q] if tested else []
         values.append((*cells, row.rate.cases))
-    strong = frozenset(at for at, row in enumerate(rows) if row.question == "worst" and row.scope == "all")
+    strong = frozenset(number for number, row in enumerate(rows) if row.question == "worst" and row.scope == "all")
     return Table(title, (*columns, "cases"), tuple(values), note=note, strong=strong)
 
 
 def curve(folder: Folder, name: str, mark: Mark) -> list[Section]:
-    """A measure against a column, a line for each value of `by` and operation."""
+    """A measure against the column `x`, a line for each value of `by` and operation."""
     x, by = mark.x or "strength", mark.by or "question"
-    found = folder.rates(mark, ["operation", by, x])
-    operations = found.index.get_level_values("operation").unique()
+    measured = folder.rates(mark, ["operation", by, x])
+    operations = measured.index.get_level_values("operation").unique()
     lines = []
     key: Any
-    for key, of in found.groupby(level=["operation", by], sort=False):
+    for key, group in measured.groupby(level=["operation", by], sort=False):
         operation, series = key
-        rows: Any = of.droplevel(["operation", by]).sort_index()
-        called = str(series) if len(operations) == 1 else f"{label(operation)} {series}"
-        at = rows.edited if x == "limit" else rows.index.map(_end) if x == "layers" else rows.index.astype(float)
-        lines.append(Curve(called, *(tuple(map(float, one)) for one in (at, rows.value, rows.ci_low, rows.ci_high))))
+        rows: Any = group.droplevel(["operation", by]).sort_index()
+        title = str(series) if len(operations) == 1 else f"{label(operation)} {series}"
+        values = rows.edited if x == "limit" else rows.index.map(_end) if x == "layers" else rows.index.astype(float)
+        columns = (values, rows.value, rows.ci_low, rows.ci_high)
+        lines.append(Curve(title, *(tuple(map(float, column)) for column in columns)))
         if rows.matched.notna().all():
             flat = tuple(map(float, rows.matched))
-            lines.append(Curve(f"{called}, matched", tuple(map(float, at)), flat, flat, flat))
+            lines.append(Curve(f"{title}, matched", tuple(map(float, values)), flat, flat, flat))
     share = x == "limit" or mark.y in (None, "hit", "changed", "recovered")
     counted = "flip rate" if mark.y in (None, "hit") else label(mark.y)
     xlabel = {"limit": "features edited (number)", "layers": "layer"}.get(x, label(x))
@@ -208,13 +210,15 @@ def curve(folder: Folder, name: str, mark: Mark) -> list[Section]:
 
 def matrix(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """Recipients against donors, a panel for each question, and the `top` lowest cells with their controls."""
-    found = folder.rates(mark, ["operation", *CELL])
-    names = sorted({*found.index.get_level_values("recipient"), *found.index.get_level_values("donor")})
+    cells = folder.rates(mark, ["operation", *CELL])
+    names = sorted({*cells.index.get_level_values("recipient"), *cells.index.get_level_values("donor")})
     sections: list[Section] = []
-    for operation, rows in found.groupby(level="operation", sort=False):
+    for operation, rows in cells.groupby(level="operation", sort=False):
         panels = {
-            label(str(question)): of.value.droplevel(["operation", "question"]).unstack().reindex(names, columns=names)
-            for question, of in rows.groupby(level="question", sort=False)
+            label(str(question)): rates.value.droplevel(["operation", "question"])
+            .unstack()
+            .reindex(names, columns=names)
+            for question, rates in rows.groupby(level="question", sort=False)
         }
         path = share_matrices(names, panels, folder.figure(f"{name}_{operation}"))
         alt = f"{label(str(operation))}: answers with the donor's word in per cent"
@@ -234,16 +238,16 @@ def matrix(folder: Folder, name: str, mark: Mark) -> list[Section]:
 def heatmap(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """A measure by layer and position, a panel for each question."""
     by, x = mark.by or "layers", mark.x or "positions"
-    found: Any = folder.rates(mark, ["operation", "question", by, x])
+    measured: Any = folder.rates(mark, ["operation", "question", by, x])
     pictures = []
     key: Any
-    for key, of in found.groupby(level=["operation", "question"], sort=False):
-        cells = of.value.droplevel(["operation", "question"]).unstack(sort=False)
-        said = f"{label(mark.y or 'hit')}, question: {key[1]}"
+    for key, group in measured.groupby(level=["operation", "question"], sort=False):
+        cells = group.value.droplevel(["operation", "question"]).unstack(sort=False)
+        caption = f"{label(mark.y or 'hit')}, question: {key[1]}"
         values, rows = np.round(cells.to_numpy(), 3) + 0.0, [str(row) for row in cells.index]
         path = folder.figure(f"{name}_{key[1]}")
-        layer_role_heatmap(values, rows, list(cells.columns), path, said, label(x), label(by))
-        pictures.append(drawn(path, said))
+        layer_role_heatmap(values, rows, list(cells.columns), path, caption, label(x), label(by))
+        pictures.append(drawn(path, caption))
     return [Figure(mark.title or label(name), tuple(pictures), mark.says)]
 
 
@@ -277,12 +281,12 @@ def picture(folder: Folder, name: str, mark: Mark) -> list[Section]:
 
 def groups(folder: Folder, name: str, mark: Mark) -> list[Section]:
     """Horizontal bars of the run's table <name>.parquet: the mean of `y` for each `x`, a bar for each value of `by`."""
-    found: Any = pd.read_parquet(folder.path / f"{name}.parquet")
+    data: Any = pd.read_parquet(folder.path / f"{name}.parquet")
     x, by, y = mark.x or "name", mark.by or "series", mark.y or "value"
-    mean = bootstrap_rate if found[y].dtype == bool else bootstrap_mean
-    rows = {key: mean(of[y].to_numpy()) for key, of in found.groupby([by, x], sort=False)}
-    names = list(dict.fromkeys(found[x]))
-    series = {label(str(one)): [rows.get((one, at)) for at in names] for one in dict.fromkeys(found[by])}
+    mean = bootstrap_rate if data[y].dtype == bool else bootstrap_mean
+    rows = {key: mean(group[y].to_numpy()) for key, group in data.groupby([by, x], sort=False)}
+    names = list(dict.fromkeys(data[x]))
+    series = {label(str(value)): [rows.get((value, word)) for word in names] for value in dict.fromkeys(data[by])}
     path = word_bars(names, series, folder.figure(name), f"{label(y)} (%)")
     return [Figure(mark.title or label(name), (drawn(path, f"{mark.title}: {label(y)}"),), mark.says)]
 
@@ -310,11 +314,11 @@ def check_marks(marks: Mapping[str, Mark], trials: Mapping[str, Sequence[str]], 
         trials: setting -> the trials that it runs.
         more: the experiment's own analysis makes further trials, whose names are not known before.
     """
-    names = {f"{trial}/{setting}" for setting, of in trials.items() for trial in of} | set(trials)
+    names = set(trials) | {f"{trial}/{setting}" for setting, declared in trials.items() for trial in declared}
     for name, mark in marks.items():
         if mark.mark not in MARKS:
             raise UserError(f"report.{name}.mark={mark.mark}: no such mark; choose from {', '.join(MARKS)}")
-        unknown = [] if more else [one for one in mark.trials if one not in names]
+        unknown = [] if more else [trial for trial in mark.trials if trial not in names]
         if unknown:
             there = ", ".join(sorted(names))
             raise UserError(f"report.{name}.trials: {unknown[0]!r} is not declared; there are {there}")
@@ -323,19 +327,19 @@ def check_marks(marks: Mapping[str, Mark], trials: Mapping[str, Sequence[str]], 
 def flip_rows(folder: Folder, mark: Mark) -> list[FlipRow]:
     """Rates of the mark's trials as rows of the table of results, the worst question after those of each trial.
 
-    Of a trial that counts changed answers, `rate` are its hits all the same.
+    The `rate` of a trial that counts changed answers is that of its hits.
     """
     by = ["operation", "setting", "place", "mode", "question"]
-    found, hits, also = (folder.rates(mark, by, measure) for measure in (None, "hit", "changed"))
+    measured, hits, changes = (folder.rates(mark, by, measure) for measure in (None, "hit", "changed"))
     rows: list[FlipRow] = []
     key: Any
-    for key, group in found.groupby(level=by[:-1], sort=False):
+    for key, group in measured.groupby(level=by[:-1], sort=False):
         operation, setting, place, mode = map(str, key)
         counted = mark.y or folder.measures.get(f"{operation}/{setting}", "hit")
-        shown, moved = (part.loc[group.index] for part in (hits if counted == "changed" else found, also))
-        for at, question in enumerate(group.index.get_level_values("question")):
-            q = None if np.isnan(group.q.iloc[at]) else float(group.q.iloc[at])
-            rate, changed, size = _rate(shown.iloc[at]), _rate(moved.iloc[at]), int(group.edited.iloc[at])
+        shown, moved = (part.loc[group.index] for part in (hits if counted == "changed" else measured, changes))
+        for number, question in enumerate(group.index.get_level_values("question")):
+            q = None if np.isnan(group.q.iloc[number]) else float(group.q.iloc[number])
+            rate, changed, size = _rate(shown.iloc[number]), _rate(moved.iloc[number]), int(group.edited.iloc[number])
             rows.append(FlipRow(operation, mode, str(question), place, rate, size, changed, None, q))
         if len(group) > 1:
             low = int(np.argmin(group["value"]))
@@ -375,7 +379,7 @@ def write_records(path: Path, records: Sequence[Any]) -> None:
 def _tuples(value: Any) -> Any:
     """Undo the JSON of `write_records`."""
     if isinstance(value, str) and value[:1] == "[":
-        return tuple(tuple(one) if isinstance(one, list) else one for one in json.loads(value))
+        return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in json.loads(value))
     return value
 
 
@@ -384,7 +388,7 @@ def write_evidence(path: Path, nodes: Sequence[Supernode]) -> None:
     rows = []
     for node in nodes:
         for member in node.features:
-            shown = [{**asdict(one), "patch_boxes": [list(box) for box in one.patch_boxes]} for one in member.examples]
+            shown = [{**asdict(e), "patch_boxes": [list(box) for box in e.patch_boxes]} for e in member.examples]
             words = {key: json.dumps(getattr(member, key)) for key in ("top_logits", "bottom_logits")}
             plain = {key: getattr(member, key) for key in ("role", "contrast", "influence", "label")}
             rows.append({"supernode": node.name, "feature": str(member.feature), **plain, **words, "examples": shown})
@@ -392,13 +396,13 @@ def write_evidence(path: Path, nodes: Sequence[Supernode]) -> None:
 
 
 def _member(row: Mapping[str, Any]) -> CircuitFeature:
-    shown = []
-    for one in row["examples"]:
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in one.items()}
-        boxes = tuple(PatchBox(*box) for box in one["patch_boxes"])
-        shown.append(FeatureExample(**{**values, "patch_boxes": boxes}))
+    examples = []
+    for example in row["examples"]:
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in example.items()}
+        boxes = tuple(PatchBox(*box) for box in example["patch_boxes"])
+        examples.append(FeatureExample(**{**values, "patch_boxes": boxes}))
     top, bottom = _tuples(row["top_logits"]), _tuples(row["bottom_logits"])
     feature = FeatureId.parse(row["feature"])
     return CircuitFeature(
-        feature, row["role"], row["contrast"], row["influence"], tuple(shown), top, bottom, row["label"]
+        feature, row["role"], row["contrast"], row["influence"], tuple(examples), top, bottom, row["label"]
     )

@@ -141,11 +141,11 @@ class Details:
 
 @dataclass(frozen=True)
 class Experiments:
-    """Experiments that were run again: what each asks, what the paper reports, what came out, against its ranges."""
+    """Experiments that were run again: the question, what the paper reports, and the results next to their ranges."""
 
     template: ClassVar[str] = "experiments"
     title: str
-    found: tuple[Reproduced, ...]
+    results: tuple[Reproduced, ...]
     intro: str = ""
 
 
@@ -186,22 +186,22 @@ def interval(rate: Rate) -> str:
     return f"{100 * rate.ci_low:.1f} to {100 * rate.ci_high:.1f}{_UNIT}"
 
 
-def measured(found: Number) -> Value:
-    """A headline number as the pages show it: a share in per cent, with its interval where it has one."""
-    if found.value is None or not found.share:
-        return found.value
-    return Percent(found.value) if found.rate is None else found.rate
+def measured(headline: Number) -> Value:
+    """A headline number to show: a share in per cent, with its interval where it has one."""
+    if headline.value is None or not headline.share:
+        return headline.value
+    return Percent(headline.value) if headline.rate is None else headline.rate
 
 
-def range_of(found: Number) -> str:
+def range_of(headline: Number) -> str:
     """The range that a headline number must lie in, such as `90 to 100 %`."""
-    if found.share:
-        return f"{100 * found.low:.3g} to {100 * found.high:.3g}{_UNIT}"
-    return f"{number(found.low)} to {number(found.high)}"
+    if headline.share:
+        return f"{100 * headline.low:.3g} to {100 * headline.high:.3g}{_UNIT}"
+    return f"{number(headline.low)} to {number(headline.high)}"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people say them: `45 s`, `2 min 05 s`; a dash for an unknown time."""
+    """A duration in seconds as `45 s` or `2 min 05 s`; a dash for an unknown one."""
     if seconds is None:
         return "–"
     whole = round(seconds)
@@ -209,7 +209,7 @@ def duration(seconds: float | None) -> str:
 
 
 def show(value: Value) -> str:
-    """The words for a value; a rate without its interval, nothing known as a dash."""
+    """A value as text; a rate without its interval, None as a dash."""
     if value is None:
         return "–"
     if isinstance(value, Percent | Rate):
@@ -218,7 +218,7 @@ def show(value: Value) -> str:
 
 
 def exact(value: int | float | Percent | Rate) -> str:
-    """The number behind what is shown, unrounded."""
+    """The unrounded number behind a value."""
     return repr(_plain(value))
 
 
@@ -255,25 +255,25 @@ class ReportPage:
 @cache
 def environment() -> Environment:
     """The template engine with the filters of reports."""
-    made = Environment(
+    engine = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for filter_ in (show, exact, percent, number, interval, measured, range_of, duration):
-        made.filters[filter_.__name__] = filter_
-    made.filters |= {
+    for function in (show, exact, percent, number, interval, measured, range_of, duration):
+        engine.filters[function.__name__] = function
+    engine.filters |= {
         "data_uri": thumbnails.data_uri,
         "size": thumbnails.size,
         "picture": thumbnails.example_png,
         "alt": thumbnails.example_alt,
         "spans": thumbnails.token_spans,
     }
-    made.tests["rate"] = lambda value: isinstance(value, Rate)
-    made.tests["numeric"] = lambda value: value is not None and not isinstance(value, str)
-    return made
+    engine.tests["rate"] = lambda value: isinstance(value, Rate)
+    engine.tests["numeric"] = lambda value: value is not None and not isinstance(value, str)
+    return engine
 
 
 def _anchors(titles: Sequence[str]) -> list[str]:

@@ -1,9 +1,7 @@
-"""Small pictures of where features fire, and text as shaded tokens.
+"""Pictures of where features fire, text as shaded tokens, and figures made of pictures.
 
-Reports hold pictures with the tint drawn in; feature pages hold the picture and, as numbers, how strongly the feature
-fires on each patch, so that a reader can take the heatmap away.
-
-And figures made of pictures: maps over them, what soft tokens say, examples on which features fire.
+Reports hold pictures with the tint drawn in. Feature pages hold the picture and, as numbers, how strongly the feature
+fires on each patch, so that a reader can switch the heatmap off.
 """
 
 from __future__ import annotations
@@ -138,7 +136,7 @@ def example_png(example: FeatureExample) -> bytes | None:
 
 
 def example_alt(example: FeatureExample) -> str:
-    """Words for a reader who cannot see the example's picture: what it is, and where the feature fires most."""
+    """Alternative text for the example's picture: its caption, and where the feature fires most."""
     return _alt(example.caption, example.patch_boxes, np.asarray(example.patch_activations))
 
 
@@ -159,8 +157,8 @@ def token_spans(example: FeatureExample, context: int = 3) -> list[TokenSpan]:
     """
     values = np.asarray(example.token_activations, np.float64)
     near = np.zeros(len(values), bool)
-    for at in np.flatnonzero(values > 0):
-        near[max(at - context, 0) : at + context + 1] = True
+    for position in np.flatnonzero(values > 0):
+        near[max(position - context, 0) : position + context + 1] = True
     if example.image_png is None and len(values) <= _SHORT_TEXT:
         near[:] = True
     top, best = _top(example), values.max(initial=0.0)
@@ -180,28 +178,19 @@ def _top(example: FeatureExample) -> float:
 
 @dataclass(frozen=True)
 class HeatPicture:
-    """A picture and where a feature fires on it.
+    """A picture and where a feature fires on it."""
 
-    Attributes:
-        data: the small picture as PNG or JPEG; None when it is not available.
-        width: of it in pixels; `height` likewise.
-        caption: what the input says.
-        boxes: P patches.
-        levels: `[P]` uint8, activations in 255ths of the example's peak.
-        peak: the example's peak is in this picture.
-    """
-
-    data: bytes | None
-    width: int
+    data: bytes | None  # the small picture as PNG or JPEG; None when it is not available
+    width: int  # in pixels
     height: int
-    caption: str
-    boxes: tuple[PatchBox, ...]
-    levels: np.ndarray
-    peak: bool
+    caption: str  # of the input
+    boxes: tuple[PatchBox, ...]  # P patches
+    levels: np.ndarray  # `[P]` uint8, activations in 255ths of the example's peak
+    peak: bool  # the example's peak is in this picture
 
     @property
     def alt(self) -> str:
-        """Words for those who cannot see it."""
+        """Alternative text for the picture."""
         gone = "" if self.data is not None else "Picture not available. "
         return gone + _alt(self.caption, self.boxes, self.levels)
 
@@ -253,24 +242,24 @@ def _show_map(axes: Axes, image: np.ndarray, raster: np.ndarray, title: str) -> 
 
 
 def patch_maps(maps: Sequence[PictureMap], pictures: Sequence[np.ndarray], path: str | Path, effect: str) -> Path:
-    """A row per map: the picture (uint8 `[H, W, 3]`), the map over it, and what the picture's edge is made of.
+    """A row per map: the picture (uint8 `[H, W, 3]`), the map over it, and the parts of the picture's edge.
 
     `effect`, "total" or "direct", is for the title.
     """
     with drawing(path, 8.6, 0.5 + 2.5 * len(maps)) as figure:
         grid = figure.subplots(len(maps), 3, squeeze=False, width_ratios=[1, 1, 1.25])
-        for (left, middle, right), found in zip(grid, maps, strict=True):
-            image = _shrunk(pictures[found.picture])
-            _show(left, image, f"picture {found.picture + 1}")
-            _show_map(middle, image, found.raster(*image.shape[:2]), f"{effect} effect on {found.target!r}")
-            parts = {"patches": found.from_patches} | {name: v for name, v in found.remainder.items() if v}
+        for (left, middle, right), patch_map in zip(grid, maps, strict=True):
+            image = _shrunk(pictures[patch_map.picture])
+            _show(left, image, f"picture {patch_map.picture + 1}")
+            _show_map(middle, image, patch_map.raster(*image.shape[:2]), f"{effect} effect on {patch_map.target!r}")
+            parts = {"patches": patch_map.from_patches} | {name: v for name, v in patch_map.remainder.items() if v}
             right.barh(
                 list(parts),
                 list(parts.values()),
                 color=[POSITIVE if value >= 0 else NEGATIVE for value in parts.values()],
             )
             right.axvline(0, color="black", linewidth=0.8)
-            right.set_title(f"sum {found.edge:.3g}, unexplained {found.residual:.0e}", loc="left", fontsize=9)
+            right.set_title(f"sum {patch_map.edge:.3g}, unexplained {patch_map.residual:.0e}", loc="left", fontsize=9)
             right.invert_yaxis()
             right.set_xlabel("logits")
     return Path(path)
@@ -281,7 +270,7 @@ def feature_maps(
 ) -> Path:
     """A row per feature and picture (uint8 `[H, W, 3]`): `maps` are feature -> kind -> a map per picture."""
     rows = [
-        (feature, picture, {MAP_NAMES.get(kind, kind): of[number] for kind, of in kinds.items()})
+        (feature, picture, {MAP_NAMES.get(kind, kind): by_picture[number] for kind, by_picture in kinds.items()})
         for feature, kinds in maps.items()
         for number, picture in enumerate(pictures)
     ]
@@ -297,8 +286,8 @@ def map_rows(rows: Sequence[tuple[str, np.ndarray, Mapping[str, PictureMap]]], p
         for (first, *others), (title, picture, maps) in zip(grid, rows, strict=True):
             image = _shrunk(picture)
             _show(first, image, title)
-            for axes, (name, found) in zip(others, maps.items(), strict=True):
-                _show_map(axes, image, found.raster(*image.shape[:2]), name)
+            for axes, (name, picture_map) in zip(others, maps.items(), strict=True):
+                _show_map(axes, image, picture_map.raster(*image.shape[:2]), name)
     return Path(path)
 
 
@@ -321,10 +310,10 @@ def soft_token_words(
         places: picture and box of each of the S soft tokens.
         words: `[states, S]` strings.
         probability: `[states, S]`, of `word`.
-        word: the word that is looked for.
+        word: the word whose probability is drawn.
         path: the PNG to write.
     """
-    mine = [(at, box) for at, (picture, box) in enumerate(places) if picture == 0 and box is not None]
+    drawn = [(token, box) for token, (picture, box) in enumerate(places) if picture == 0 and box is not None]
     rows = -(-(len(words) + 1) // _COLUMNS)
     colours = sns.light_palette(POSITIVE, as_cmap=True)
     with drawing(path, 2.1 * _COLUMNS, 2.3 * rows + 0.3) as figure:
@@ -336,13 +325,13 @@ def soft_token_words(
             name = f"before layer {state}" if state < len(words) - 1 else "after the last layer"
             axes.set_title(name, loc="left", fontsize=9)
             axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
-            for at, box in mine:
-                value = float(probability[state, at])
+            for token, box in drawn:
+                value = float(probability[state, token])
                 width, height = box.right - box.left, box.bottom - box.top
                 face = {"facecolor": colours(value), "edgecolor": "white"}
                 axes.add_patch(Rectangle((box.left, box.top), width, height, **face))
-                if len(mine) <= _READABLE:
-                    text = words[state, at]
+                if len(drawn) <= _READABLE:
+                    text = words[state, token]
                     text = text if len(text) <= 9 else f"{text[:8]}…"
                     style = {"ha": "center", "va": "center", "fontsize": 5.5, "color": "white" if value > 0.6 else INK}
                     axes.text(box.left + width / 2, box.top + height / 2, text, **style)

@@ -209,7 +209,7 @@ class KnownItems:
     def shuffled(self, rng: np.random.Generator, n_items: int) -> KnownItems:
         """The same activations on random items: each feature's draw among its first `reach`, its other rows anywhere.
 
-        What is left to find is chance, so that the scores of labels of the outcome are those of no meaning.
+        Labels of the outcome have the scores of chance, since nothing is left to find.
         """
         item = self.item.copy()
         for feature, reach in enumerate(self.reach.tolist()):

@@ -118,6 +118,7 @@ def detection(positive: np.ndarray, negative: np.ndarray) -> Detection | None:
     both = up + down
     ties = float((both.astype(float) ** 3 - both).sum())
     null = (n + m + 1 - ties / max((n + m) * (n + m - 1), 1)) / (12.0 * n * m)
+    # Without variance all grades are equal, and nothing is told apart.
     p = float(ndtr(-(auroc - 0.5) / np.sqrt(null))) if null > 1e-15 else 1.0
     balanced = 0.5 * (float((positive > 0.5).mean()) + float((negative <= 0.5).mean()))
     return Detection(auroc, float(low), float(high), balanced, p, n, m)
@@ -212,7 +213,7 @@ def read_labels(path: Path) -> dict[FeatureId, Label]:
 
 
 def read_hand(path: Path, study: StudyFolder) -> dict[FeatureId, Label]:
-    """Labels that a person wrote as `L<layer>/<index>: text`; what is not of that form or study is a `UserError`."""
+    """Labels that a person wrote as `L<layer>/<index>: text`; a `UserError` for other lines and unknown features."""
     body = read_yaml(path)
     if body is None:
         return {}

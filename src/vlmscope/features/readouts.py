@@ -201,7 +201,7 @@ def role_means(scope: Scope, batches: Sequence[InputBatch], positions: Positions
         for layer, x in scope.capture(batch).items():
             code = scope.transcoders[layer].encode(x)
             for role, mask in masks.items():
-                # Half precision cannot count: a running sum stops growing at a few hundred times what is added.
+                # Half precision cannot count: a running sum stops growing at a few hundred times its terms.
                 total = code.values.new_zeros(scope.transcoders[layer].config.n_features, dtype=torch.float64)
                 total.index_add_(0, code.indices[:, mask].flatten(), code.values[:, mask].flatten().double())
                 sums[role][layer] = sums[role].get(layer, torch.zeros_like(total)) + total

@@ -1,7 +1,7 @@
 """Structure of a dictionary of features: modality, monosemanticity, duplicates and clusters (docs/structure.md).
 
 *Modality* comes from a study alone. At which positions a feature fires is in its counts: soft tokens or words. In which
-prompts it fires at words is in its random examples: beside a picture, without one, or either; a feature of words that
+prompts it fires at words is in its random examples: with a picture, without one, or either; a feature of words that
 never fires without a picture may carry what was seen.
 
 The rest needs `StructurePass`, a pass over part of the study's data: who fires with whom at drawn positions, and how

@@ -45,7 +45,7 @@ from vlmscope.core.artifacts import (
 from vlmscope.core.errors import UserError
 from vlmscope.core.records import Document, FeatureId, PatchBox
 from vlmscope.core.results import FeatureExample
-from vlmscope.core.study import ANSWER, IMAGE, KINDS, LEVELS, MANIFEST, TEXT, TOP, StudyExample, StudyInfo
+from vlmscope.core.study import ANSWER, IMAGE, KINDS, LEVELS, MANIFEST, TEXT, TOP, StudyInfo
 from vlmscope.data.config import SourceConfig
 from vlmscope.data.images import png_bytes
 from vlmscope.data.mixing import NumberedRow, NumberedRows
@@ -151,6 +151,7 @@ class InputMaker:
         return StudyInput(number, tensors, kinds, record)
 
     def _geometry(self, boxes: list[list[PatchBox]]) -> str:
+        # The number of boxes of each picture too: two pictures may have the boxes of one.
         numbers = np.array([box for picture in boxes for box in picture], dtype=np.float64)
         key = hashlib.sha256(repr([len(picture) for picture in boxes]).encode() + numbers.tobytes()).hexdigest()[:16]
         if key not in self.known:
@@ -199,7 +200,7 @@ class StudyPass:
         """Encode and count the activations that wait: batches of small forwards cost less than each one alone."""
         if not self.forwards:
             return
-        began = time.perf_counter()
+        start = time.perf_counter()
         ids = np.concatenate([ids for ids, _, _ in self.forwards])
         kinds = [row for _, kinds, _ in self.forwards for row in kinds]
         valid = [row for _, _, valid in self.forwards for row in valid]
@@ -209,7 +210,7 @@ class StudyPass:
             study.add(self.scope.transcoders[layer].encode(x[0] if len(x) == 1 else torch.cat(x)), tokens)
             self.waiting[layer] = []
         self.forwards = []
-        self.own_seconds += time.perf_counter() - began
+        self.own_seconds += time.perf_counter() - start
 
 
 def grouped(inputs: Sequence[StudyInput], forward_tokens: int) -> Iterator[list[StudyInput]]:
@@ -260,6 +261,7 @@ class StudyPart:
         with atomic_folder(place) as folder:
             for layer, study in seen.layers.items():
                 save_tensors(folder / f"layer_{layer:02d}.safetensors", study.state())
+        # Only this names the new checkpoint: a run that is killed before resumes from the old one.
         counts = {"items": seen.items, "positions": seen.positions.tolist()}
         self.state = {"origin": self.origin, "checkpoint": number, **counts, **progress}
         write_json(self.folder / _STATE, self.state, indent=None)
@@ -293,12 +295,12 @@ def run_part(
     config: StudyConfig,
     after_batch: Callable[[int], None] = lambda _rows: None,
 ) -> tuple[float, float]:
-    """Go through one part of the data, from the state that is there; at the end there is a finished one.
+    """Study one part of the data, from its last state on, and write a finished state.
 
-    `after_batch` is called with the number of rows gone through. Returns the seconds of this process, and their ratio
+    `after_batch` is called with the number of rows done. Returns the seconds of this process, and their ratio
     to those of a plain pass, without codes, sorting and checkpoints.
     """
-    began, saving = time.perf_counter(), 0.0
+    started, saving = time.perf_counter(), 0.0
     seen = StudyPass(scope, config.top, config.samples, config.window)
     make = InputMaker(scope.vlm, config.max_tokens, config.max_skipped)
     if part.state is not None:
@@ -306,6 +308,7 @@ def run_part(
         rows.load(part.state["rows"])
         make.skipped.update(part.state["skipped"])
         tables = part.tables("geometry", files.GEOMETRY_TABLE)
+        # Geometries that earlier states wrote are not written again.
         make.known = {key for table in tables for key in table["geometry"].to_pylist()}
     records: list[dict[str, Any]] = []
 
@@ -330,7 +333,7 @@ def run_part(
                 bar.update(rows.done - bar.n)
                 after_batch(rows.done)
         save(finished=True)
-    total = time.perf_counter() - began
+    total = time.perf_counter() - started
     return total, total / max(total - seen.own_seconds - saving, 1e-9)
 
 
@@ -397,9 +400,9 @@ def finish(
     return StudyFolder(study)
 
 
-def _write_items(study: Path, parts: Sequence[StudyPart], wanted: set[int], token: Callable[[int], str]) -> None:
-    """Items that examples refer to, by id, with their geometries and tokens."""
-    known = pa.array(sorted(wanted), pa.int64())
+def _write_items(study: Path, parts: Sequence[StudyPart], shown_items: set[int], token: Callable[[int], str]) -> None:
+    """Write the items that examples refer to, by id, with their geometries and tokens."""
+    known = pa.array(sorted(shown_items), pa.int64())
     chosen = [
         table.filter(pc.is_in(table["item"], value_set=known))  # pyright: ignore[reportAttributeAccessIssue]
         for part in parts
@@ -458,28 +461,22 @@ _SIDE = 512  # pixels of the longer edge of a study's picture
 
 def study_examples(study: StudyFolder, feature: FeatureId, count: int) -> tuple[FeatureExample, ...]:
     """The `count` strongest examples of a study, with their pictures."""
-    return tuple(_study_example(study, example) for example in study.feature(feature).group(TOP)[:count])
-
-
-def _study_example(study: StudyFolder, example: StudyExample) -> FeatureExample:
-    view = study.view(example)
-    pictures = study.pictures(view.item)
-    tokens, activations = view.window()
-    first = view.item.pictures == 0  # figures show one picture
-    return FeatureExample(
-        activation=example.activation,
-        caption=view.item.caption,
-        image_png=png_bytes(pictures[0], _SIDE) if pictures else None,
-        patch_boxes=tuple(box for box, shown in zip(view.item.patch_boxes, first.tolist(), strict=True) if shown),
-        patch_activations=tuple(view.patch_activations[first].tolist()),
-        tokens=tokens,
-        token_activations=tuple(activations.tolist()),
-    )
+    examples = []
+    for example in study.feature(feature).group(TOP)[:count]:
+        view = study.view(example)
+        pictures = study.pictures(view.item)
+        tokens, activations = view.window()
+        first = view.item.pictures == 0  # figures show one picture
+        boxes = tuple(box for box, shown in zip(view.item.patch_boxes, first.tolist(), strict=True) if shown)
+        png = png_bytes(pictures[0], _SIDE) if pictures else None
+        patches, words = tuple(view.patch_activations[first].tolist()), tuple(activations.tolist())
+        examples.append(FeatureExample(example.activation, view.item.caption, png, boxes, patches, tokens, words))
+    return tuple(examples)
 
 
 @dataclass(frozen=True)
 class CaptionedPrompt:
-    """A prompt to look at: its inputs, a caption that says what is in it, and its picture as PNG (None for text)."""
+    """A prompt to show: its inputs, a caption, and its picture as PNG (None for text alone)."""
 
     inputs: ModelInputs
     caption: str

@@ -183,7 +183,7 @@ class LayerStudy:
         cell = (feature * len(KINDS) + token_kind[:, None]) * BINS
         token = torch.arange(len(value), device=value.device)[:, None].expand_as(feature)
         entries = (feature, value, pair, cell, token)
-        if bool(active.all()):
+        if bool(active.all()):  # as in most codes of exactly k features: no mask is needed, which would copy
             feature, value, pair, cell, token = (entry.reshape(-1) for entry in entries)
         else:
             feature, value, pair, cell, token = (entry[active] for entry in entries)
@@ -196,6 +196,7 @@ class LayerStudy:
         if len(kept_entries):
             pair, token, value = (entry[kept_entries].numpy(force=True) for entry in (pair, token, value))
             self.waiting.append(self._pairs(pair, token, value, tokens))
+            # Sorting in costs as much as all that is kept, so enough must wait.
             if sum(map(len, self.waiting)) > max(_FEWEST, len(self.kept) // 4):
                 self.settle()
 

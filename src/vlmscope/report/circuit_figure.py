@@ -80,7 +80,7 @@ def drawable(edges: Sequence[Edge], least: float = 0.0) -> list[Edge]:
             _sorter(kept).prepare()
             return kept
         except CycleError as error:
-            around = set(pairwise(error.args[1]))
+            around = set(pairwise(error.args[1]))  # graphlib gives the nodes of the cycle in the order of its edges
             kept.remove(min((edge for edge in kept if edge[:2] in around), key=lambda edge: abs(edge[2])))
 
 

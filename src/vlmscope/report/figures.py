@@ -21,12 +21,7 @@ CONTROL = "matched control"
 
 
 def dose_response(
-    curves: Sequence[Curve],
-    path: str | Path,
-    xlabel: str,
-    ylabel: str,
-    percent: bool = True,
-    log_x: bool = False,
+    curves: Sequence[Curve], path: str | Path, xlabel: str, ylabel: str, percent: bool = True, log_x: bool = False
 ) -> Path:
     """Lines with 95 % bands; `percent`: y is a share 0..1, shown in per cent; `log_x`: x counts something, from 0."""
     if not curves:

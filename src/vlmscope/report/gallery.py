@@ -65,6 +65,7 @@ class PageMaker:
         self.run = (study.path.parent if study.path.name == "study" else study.path).name
         self.usual = word_shares(study.items[int(item)].caption for item in study.items.ids)
         self.missing, self.gone = "", 0
+        # A cache of this maker, rather than of the class, which would keep all studies alive.
         self._thumbnails = lru_cache(_CACHED)(self._make_thumbnails)
 
     def page(self, record: FeatureRecord) -> tuple[FeaturePage, list[ExampleView]]:

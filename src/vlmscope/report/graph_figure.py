@@ -180,7 +180,7 @@ class _Drawing:
     ) -> Path:
         """Write the picture, 14 inches (2,100 pixels) wide, readable at 1,400; labels of named features stand below.
 
-        `above` names the row of what is explained; `below` is the room in inches for the columns' names and the legend.
+        `above` names the row of the ends; `below` is the room in inches for the columns' names and the legend.
         """
         named = self.strongest(NodeKind.FEATURE, _NAMED)
         key = key_entries([_feature(self.nodes, node) for node in named], labels)
@@ -247,8 +247,8 @@ class _Drawing:
             if len(chosen):
                 sizes = 16 + 130 * np.sqrt(self.strength[chosen] / largest)
                 faces, outlines = ([colours[node] for node in chosen] for colours in (self.faces, self.outlines))
-                look = {"marker": marker, "linewidths": self.pen, "zorder": 3}
-                axes.scatter(*self.layout.xy[chosen].T, s=sizes, c=faces, edgecolors=outlines, **look)
+                look = {"c": faces, "edgecolors": outlines, "marker": marker, "linewidths": self.pen, "zorder": 3}
+                axes.scatter(*self.layout.xy[chosen].T, s=sizes, **look)
         for node, words in self.end_words.items():
             x, y = self.layout.xy[node].tolist()
             box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": self.outlines[node]}

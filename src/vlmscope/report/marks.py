@@ -101,7 +101,8 @@ class Folder:
         trials = table.operation.str.partition("/")[0]  # "carry/name" is the trial `carry` with the features of a name
         measures = (trials + "/" + table.setting).map(lambda key: self.measures.get(key, "hit"))
         parts = [
-            rates(part, by, chosen or str(own)) for (_, own), part in table.groupby(["operation", measures], sort=False)
+            rates(part, by, chosen or str(measure_name))
+            for (_, measure_name), part in table.groupby(["operation", measures], sort=False)
         ]
         return corrected(pd.concat(parts))
 
@@ -244,6 +245,7 @@ def heatmap(folder: Folder, name: str, mark: Mark) -> list[Section]:
     for key, group in measured.groupby(level=["operation", "question"], sort=False):
         cells = group.value.droplevel(["operation", "question"]).unstack(sort=False)
         caption = f"{label(mark.y or 'hit')}, question: {key[1]}"
+        # The sum turns -0, which would print its sign, into 0.
         values, rows = np.round(cells.to_numpy(), 3) + 0.0, [str(row) for row in cells.index]
         path = folder.figure(f"{name}_{key[1]}")
         layer_role_heatmap(values, rows, list(cells.columns), path, caption, label(x), label(by))
@@ -297,7 +299,8 @@ def text(folder: Folder, name: str, mark: Mark) -> list[Section]:
 
 
 MARKS: dict[str, Callable[[Folder, str, Any], list[Section]]] = {
-    one.__name__: one for one in (cards, bars, table, curve, matrix, heatmap, examples, features, picture, groups, text)
+    mark.__name__: mark
+    for mark in (cards, bars, table, curve, matrix, heatmap, examples, features, picture, groups, text)
 }
 
 
@@ -320,8 +323,8 @@ def check_marks(marks: Mapping[str, Mark], trials: Mapping[str, Sequence[str]], 
             raise UserError(f"report.{name}.mark={mark.mark}: no such mark; choose from {', '.join(MARKS)}")
         unknown = [] if more else [trial for trial in mark.trials if trial not in names]
         if unknown:
-            there = ", ".join(sorted(names))
-            raise UserError(f"report.{name}.trials: {unknown[0]!r} is not declared; there are {there}")
+            known = ", ".join(sorted(names))
+            raise UserError(f"report.{name}.trials: {unknown[0]!r} is not declared; there are {known}")
 
 
 def flip_rows(folder: Folder, mark: Mark) -> list[FlipRow]:
@@ -342,6 +345,7 @@ def flip_rows(folder: Folder, mark: Mark) -> list[FlipRow]:
             rate, changed, size = _rate(shown.iloc[number]), _rate(moved.iloc[number]), int(group.edited.iloc[number])
             rows.append(FlipRow(operation, mode, str(question), place, rate, size, changed, None, q))
         if len(group) > 1:
+            # The worst question stands against the strongest control of all questions.
             low = int(np.argmin(group["value"]))
             rate, changed = (
                 _rate(part.iloc[low].where(part.columns != "matched", part.matched.max())) for part in (shown, moved)
@@ -362,13 +366,13 @@ def _end(layers: str) -> float:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A Parquet file of rows, as the mark "table" shows one."""
+    """Write rows as a Parquet file, which the mark "table" can show."""
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_pylist(list(rows)), temporary)
 
 
 def write_records(path: Path, records: Sequence[Any]) -> None:
-    """Dataclass records as a Parquet file, a column for each field.
+    """Write dataclass records as a Parquet file, a column for each field.
 
     Pairs of words and numbers, which no Arrow list can mix, are JSON text.
     """
@@ -384,7 +388,7 @@ def _tuples(value: Any) -> Any:
 
 
 def write_evidence(path: Path, nodes: Sequence[Supernode]) -> None:
-    """`evidence.parquet`: a row for each feature of each supernode."""
+    """Write `evidence.parquet`: a row for each feature of each supernode."""
     rows = []
     for node in nodes:
         for member in node.features:

@@ -230,7 +230,7 @@ def _plain(value: int | float | Percent | Rate) -> int | float:
 
 @dataclass(frozen=True)
 class ReportPage:
-    """A page: `question` is what was asked, `summary` what came out, in a paragraph each.
+    """A page: `question` and `summary`, of the answer, are a paragraph each.
 
     `footer` is a closing line, for example name and time of the run.
     """

@@ -110,7 +110,7 @@ def overlay(
     tint = Image.new("RGBA", picture.size, (*_TINT, 0))
     paint = ImageDraw.Draw(tint)
     for box, level in zip(boxes, levels.tolist(), strict=True):
-        left, upper, right, bottom = box.pixels(*picture.size)
+        left, upper, right, bottom = box.pixels(*picture.size)  # Pillow's rectangles include right and bottom
         paint.rectangle((left, upper, right - 1, bottom - 1), fill=(*_TINT, level * _MAX_ALPHA // 255))
     picture = Image.alpha_composite(picture.convert("RGBA"), tint).convert("RGB")
     left, upper, right, bottom = boxes[int(values.argmax())].pixels(*picture.size)

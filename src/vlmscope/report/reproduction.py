@@ -95,7 +95,7 @@ def _machine() -> dict[str, Any]:
 
 
 def ranges_of(results: Sequence[Reproduced]) -> dict[str, dict[str, Any]]:
-    """Experiment -> metric -> what the seeds gave, what is stated, and the range that they suggest."""
+    """Experiment -> metric -> the values of all seeds, the stated range, and the range that they suggest."""
     table: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(result.name for result in results):
         runs = [result for result in results if result.name == name and not result.problem]

@@ -96,10 +96,11 @@ def pairs_of(bench: Bench, swap: str, split: str) -> list[TextPair]:
     """Pairs that are captioned rightly on both sides; base/<swap>/accuracy is the share of those asked for last."""
     (change, *words), count = bench.analysis.swaps[swap], bench.analysis.pairs[split]
     scenes = scene_pairs(change, split, count, bench.cfg.seed, *words)
-    shown = [[Image.fromarray(one) for one in pictures([getattr(pair, side) for pair in scenes])] for side in SIDES]
-    sides = [bench.inputs(some, bench.analysis.prompt) for some in shown]
-    right = list(zip(*(one.captions for one in scenes), strict=True))
-    pairs = text_pairs(bench.scope, sides, right, bench.analysis.new_tokens, [png_bytes(one) for one in shown[0]])
+    shown = [[Image.fromarray(array) for array in pictures([getattr(pair, side) for pair in scenes])] for side in SIDES]
+    sides = [bench.inputs(images, bench.analysis.prompt) for images in shown]
+    right = list(zip(*(pair.captions for pair in scenes), strict=True))
+    pngs = [png_bytes(image) for image in shown[0]]
+    pairs = text_pairs(bench.scope, sides, right, bench.analysis.new_tokens, pngs)
     if len(pairs) < 2:
         raise UserError(f"analysis.swaps.{swap}: {len(pairs)} of {count} pairs are captioned rightly on both sides")
     bench.metrics |= bootstrap_rate(np.arange(count) < len(pairs)).metrics(f"base/{swap}/accuracy")
@@ -108,27 +109,30 @@ def pairs_of(bench: Bench, swap: str, split: str) -> list[TextPair]:
 
 def declare(bench: Bench) -> Declared:
     """Swaps as questions: validation and test pairs, and pictures whose caption does not have the original's word."""
-    own, scope = bench.analysis, bench.scope
+    settings, scope = bench.analysis, bench.scope
     cases: dict[str, list] = {"validation": [], "test": [], "others": []}
     chosen = {}
-    for swap, (_, word, _) in own.swaps.items():
-        level, _ = chosen[swap] = text_level(scope, pairs_of(bench, swap, "train"), own.word_features, own.steps)
+    for swap, (_, word, _) in settings.swaps.items():
+        level, _ = chosen[swap] = text_level(
+            scope, pairs_of(bench, swap, "train"), settings.word_features, settings.steps
+        )
         bench.metrics[f"base/{swap}/features"] = float(sum(map(len, level.features.values())))
         cases["validation"].append(text_cases(scope, "val", swap, pairs_of(bench, swap, "val")))
         pairs = pairs_of(bench, swap, "test")
-        cases["test"].append(text_cases(scope, "test", swap, pairs, own.prompt))
+        cases["test"].append(text_cases(scope, "test", swap, pairs, settings.prompt))
         for side, name in enumerate(SIDES):
             unedited = log_likelihoods(scope, [pair.sides[1] for pair in pairs], [pair.ids[side] for pair in pairs])
             bench.metrics |= bootstrap_mean(unedited).metrics(f"log_likelihood/{swap}/{name}")
-        for kind in own.kinds:
-            scenes = [make_scene("test", kind, i, bench.cfg.seed) for i in range(4 * own.others)]
-            fit = [one for one in scenes if not any(said.startswith(word) for said in one.answer("caption").split())]
+        for kind in settings.kinds:
+            scenes = [make_scene("test", kind, i, bench.cfg.seed) for i in range(4 * settings.others)]
+            fit = [s for s in scenes if not any(w.startswith(word) for w in s.answer("caption").split())]
             if fit:
-                some = captions_of(bench, fit[: own.others])
-                found = bystanders(scope, kind, swap, [one.inputs for one in some], [one.scene.key for one in some])
-                cases["others"].append(replace(found, texts=tuple(one.text for one in some)))
-    levels, means = ({swap: one[part] for swap, one in chosen.items()} for part in (0, 1))
-    return Declared(cases, lambda t, of, _: replace(levels[of.question], gate=t.gate), lambda _, of: means[of.question])
+                others = captions_of(bench, fit[: settings.others])
+                inputs, keys = [caption.inputs for caption in others], [caption.scene.key for caption in others]
+                unrelated = bystanders(scope, kind, swap, inputs, keys)
+                cases["others"].append(replace(unrelated, texts=tuple(caption.text for caption in others)))
+    levels, means = ({swap: choice[part] for swap, choice in chosen.items()} for part in (0, 1))
+    return Declared(cases, lambda t, c, _: replace(levels[c.question], gate=t.gate), lambda _, c: means[c.question])
 
 
 def analyse(bench: Bench) -> dict[str, float]:
@@ -136,23 +140,23 @@ def analyse(bench: Bench) -> dict[str, float]:
 
     word_sources.parquet and conflicts.parquet have a row for each caption, fact and source.
     """
-    own, metrics = bench.analysis, {}
+    settings, metrics = bench.analysis, {}
     tables: dict[str, list] = {"word_sources": [], "conflicts": []}
-    for kind in own.kinds:
-        count = max(own.graphs, own.conflicts)
+    for kind in settings.kinds:
+        count = max(settings.graphs, settings.conflicts)
         captions = captions_of(bench, [make_scene("test", kind, i, bench.cfg.seed) for i in range(count)])
-        captions = [one for one in captions if one.text == one.scene.answer("caption")]
+        captions = [caption for caption in captions if caption.text == caption.scene.answer("caption")]
         metrics[f"captions/{kind}/right"] = len(captions) / count
         if not captions:
             raise UserError(f"analysis.kinds: none of the captions of {kind} is right, so its words say nothing")
-        for caption in captions[: own.graphs]:
+        for caption in captions[: settings.graphs]:
             rows = word_sources(bench.scope, caption.inputs, caption.ids, bench.cfg.attribution)
             for fact in dict.fromkeys(caption.facts):
-                *shares, errors = rows[[one == fact for one in caption.facts]].mean(0)
-                tables["word_sources"] += [(kind, fact, *one, errors) for one in zip(SOURCES, shares, strict=True)]
+                *shares, errors = rows[[named == fact for named in caption.facts]].mean(0)
+                tables["word_sources"] += [(kind, fact, *part, errors) for part in zip(SOURCES, shares, strict=True)]
         for fact in filter(None, dict.fromkeys(captions[0].facts)):
-            found = follows(bench, captions[: own.conflicts], fact)
-            tables["conflicts"] += [(kind, fact, *one, np.nan) for one in found]
+            hits = follows(bench, captions[: settings.conflicts], fact)
+            tables["conflicts"] += [(kind, fact, *hit, np.nan) for hit in hits]
     for name, rows in tables.items():
         table = pd.DataFrame(rows, columns=["kind", "fact", "source", "share", "errors"])
         table["fact"] = table.fact.replace("", "other_words")
@@ -169,18 +173,18 @@ def analyse(bench: Bench) -> dict[str, float]:
 
 
 def follows(bench: Bench, captions: Sequence[Caption], fact: str) -> Iterator[tuple[str, bool]]:
-    """Whether the word that comes is the picture's, and whether the text's, where the text so far is another caption's:
-    of the next one with the same facts up to there and another word for this fact.
+    """Whether the next word is the picture's, and whether it is the text's, where the text so far is another caption's:
+    that of the next caption with the same facts up to there and another word for this fact.
     """
     cases: dict[int, list[tuple[Caption, Caption]]] = {}
-    for i, own in enumerate(captions):
-        for other in [*captions[i + 1 :], *captions[:i]]:
-            at = other.facts.index(fact) if fact in other.facts else 0
-            if at and own.facts[: at + 1] == other.facts[: at + 1] and own.ids[at] != other.ids[at]:
-                cases.setdefault(at, []).append((own, other))
+    for i, shown in enumerate(captions):
+        for begun in [*captions[i + 1 :], *captions[:i]]:
+            word = begun.facts.index(fact) if fact in begun.facts else 0
+            if word and shown.facts[: word + 1] == begun.facts[: word + 1] and shown.ids[word] != begun.ids[word]:
+                cases.setdefault(word, []).append((shown, begun))
                 break
-    for at, pairs in cases.items():
-        inputs = [continued(bench.vlm.adapter, a.inputs, b.ids[:at], bench.vlm.tokenizer) for a, b in pairs]
-        said = bench.scope.forward(bench.scope.batch(inputs)).argmax(-1).tolist()
-        for token, (own, other) in zip(said, pairs, strict=True):
-            yield from (("follows_picture", token == own.ids[at]), ("follows_text", token == other.ids[at]))
+    for word, pairs in cases.items():
+        inputs = [continued(bench.vlm.adapter, a.inputs, b.ids[:word], bench.vlm.tokenizer) for a, b in pairs]
+        tokens = bench.scope.forward(bench.scope.batch(inputs)).argmax(-1).tolist()
+        for token, (shown, begun) in zip(tokens, pairs, strict=True):
+            yield from (("follows_picture", token == shown.ids[word]), ("follows_text", token == begun.ids[word]))

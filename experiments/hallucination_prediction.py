@@ -1,9 +1,9 @@
 """Can the attribution graph of an answer tell that the answer is wrong, and more than the answer's probability tells?
 
 A graph explains the model's own answer, whatever its probability. Its indicators go into a logistic classifier that is
-tested on scenes it was not fitted to, beside one that has the probability of the answer and the entropy of all answers.
-A mix of questions makes errors easy to predict (some questions are harder), so all is measured within questions too,
-and on questions that the classifier has never seen.
+tested on scenes it was not fitted to, next to one that has the probability of the answer and the entropy of all
+answers. A mix of questions makes errors easy to predict (some questions are harder), so everything is also measured
+within questions, and on questions that the classifier has never seen.
 
 With I the influence on the graph's ends (`attribution.influence`), over feature nodes i (the first three are those by
 which arXiv 2605.22902 predicts hallucinations):
@@ -14,7 +14,7 @@ which arXiv 2605.22902 predicts hallucinations):
     top1      = max_i c_i
 
 Shares are of the influence that ends at sources. None depends on the scale of the ends' weights, hence not on the
-probability of the answer. Shapes: n cases, k numbers a case.
+probability of the answer. Shapes: n cases, k numbers per case.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Settings:
 
 
 def analyse(bench: Bench) -> dict[str, float]:
-    """Write cases.parquet (a row a case), areas.parquet and figures/areas.png, single.png; metrics `errors/...`.
+    """Write cases.parquet (a row per case), areas.parquet and figures/areas.png, single.png; metrics `errors/...`.
 
     `errors/<view>/<predictor>/auc`; `_control` is the mean under shuffling, `_shuffled_high` its 97.5 % quantile;
     `errors/<view>/gain` is that of the graph over the probability; `errors/single/<number>/auc` of each number alone.
@@ -92,7 +92,7 @@ def analyse(bench: Bench) -> dict[str, float]:
         cases.to_parquet(temporary, index=False, compression="zstd")
     wrong, scenes, questions = (cases[name].to_numpy() for name in ("wrong", "scene", "question"))
     metrics = {"errors/cases": float(len(cases)), "errors/wrong_rate": float(wrong.mean())}
-    metrics |= {f"errors/{name}/wrong_rate": float(of.mean()) for name, of in cases.groupby("question").wrong}
+    metrics |= {f"errors/{name}/wrong_rate": float(part.mean()) for name, part in cases.groupby("question").wrong}
     # View -> what is never split between folds, what values are centred by, within what pairs are compared.
     views = {
         "pooled": (scenes, None, None),
@@ -118,12 +118,12 @@ def analyse(bench: Bench) -> dict[str, float]:
     values = columns(cases, alone)
     single = [bootstrap_auc(values[:, i], wrong, scenes, questions, seed=seed) for i in range(len(alone))]
     metrics |= {f"errors/single/{name}/auc": area.value for name, area in zip(alone, single, strict=True)}
-    rows = [(view, name, area) for name, of in bars.items() for view, area in of.items()]
+    rows = [(view, name, area) for name, areas in bars.items() for view, area in areas.items()]
     rows += [("each number alone", name, area) for name, area in zip(alone, single, strict=True)]
     names = ("pairs", "predictor", "area", "from", "to", "shuffled")
-    table = [(view, name, one.value, one.ci_low, one.ci_high, one.control) for view, name, one in rows]
+    table = [(view, name, area.value, area.ci_low, area.ci_high, area.control) for view, name, area in rows]
     write_rows(bench.run_dir / "areas.parquet", [dict(zip(names, row, strict=True)) for row in table])
-    series = {view: [of.get(view) for of in bars.values()] for view in views}
+    series = {view: [areas.get(view) for areas in bars.values()] for view in views}
     folder, ylabel = bench.run_dir / "figures", "area under the ROC curve (%)"
     rate_bars(list(bars), series, folder / "areas.png", "Held-out areas", ylabel, "wrong and right shuffled")
     rate_bars(list(alone), {"alone": single}, folder / "single.png", "Each number alone, within a question", ylabel)
@@ -135,42 +135,42 @@ def check_errors(cases: pd.DataFrame) -> None:
     wrong, more = cases.wrong, "change analysis.levels or ask about more scenes (analysis.scenes)"
     if wrong.all() or not wrong.any():
         raise UserError(f"{int(wrong.sum())} of {len(cases)} answers are wrong: there is nothing to tell apart; {more}")
-    if not any(0 < of.sum() < len(of) for _, of in cases.groupby("question").wrong):
+    if not any(0 < part.sum() < len(part) for _, part in cases.groupby("question").wrong):
         raise UserError(f"no question has right and wrong answers: there is nothing to tell apart within one; {more}")
 
 
 def asked_cases(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Ask every question of every scene and trace the answer: a row a case.
+    """Ask every question of every scene and trace the answer: a row per case.
 
-    `probability` is that of what was said, `answer_entropy` (nats) of all next tokens; the rest are indicators.
+    `probability` is that of the answer, `answer_entropy` (nats) that of all next tokens; the rest are indicators.
 
     Raises:
         UserError: fewer than two questions, so that none can be left unseen.
     """
     scenes = harder_scenes(bench.analysis.scenes, tuple(bench.analysis.levels), bench.cfg.seed)
-    asked = [(scene, question) for scene in scenes for question in scene.questions]
-    questions = sorted({question.group for _, question in asked})
+    prompts = [(scene, question) for scene in scenes for question in scene.questions]
+    questions = sorted({question.group for _, question in prompts})
     if len(questions) < 2:
         raise UserError(
             f"analysis.scenes asks {len(questions)} question ({', '.join(questions)}), and errors are predicted "
             "on questions not seen too; ask about another kind of scene"
         )
     settings = replace(bench.cfg.attribution, max_logits=1)  # more targets would tell how sure the model is
-    for scene, question in tqdm(asked, desc="graphs", unit="graph"):
+    for scene, question in tqdm(prompts, desc="graphs", unit="graph"):
         assert scene.image is not None, "harder scenes have pictures"
         bench.token(question.answer)  # an answer of several tokens would never count as right
         traced = trace(bench.scope, bench.vlm.prepare(question.question, [Image.fromarray(scene.image)]), settings)
         ends = traced.graph.nodes.ends()
         chances = traced.replacement.capped(traced.replacement.state.logits[-1].double()).log_softmax(-1)
-        said = bench.vlm.tokenizer.decode([int(traced.graph.nodes.index[ends[0]])]).strip()
+        answer = bench.vlm.tokenizer.decode([int(traced.graph.nodes.index[ends[0]])]).strip()
         yield {
             "scene": scene.key,
             "question": question.group,
             "prompt": question.question,
             "answer": question.answer,
-            "said": said,
+            "said": answer,
             "level": float(scene.facts["level"]),  # pyright: ignore[reportArgumentType]
-            "wrong": said != question.answer,
+            "wrong": answer != question.answer,
             "probability": float(torch.exp(chances.max())),
             "answer_entropy": float(-(chances.exp() * chances).sum()),
             **graph_indicators(traced.pruned),

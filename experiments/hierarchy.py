@@ -1,4 +1,4 @@
-"""From appearance to planet to facts: what is read at which layer, how deep an answer is carried, and by way of what.
+"""From appearance to planet to facts: what is read at which layer, and how deep and by what an answer is carried.
 
 Appearance is read within planets, since across planets a colour gives the planet away. Each feature is of the simplest
 kind that predicts its activation on held-out pictures nearly as well as the best: appearance, a level for each colour
@@ -99,33 +99,35 @@ def analyse(bench: Bench) -> dict[str, float]:
     table = pd.read_parquet(bench.run_dir / "trials.parquet").query("setting == 'first' and control == ''")
     table["end"] = table.layers.str.rpartition("-")[2].astype(int)
     shares = {}
-    for question, of in table.groupby("question", sort=False):
-        shares[question] = of.pivot(index="case", columns="end", values="recovered").reindex(of.case.unique())
+    for question, part in table.groupby("question", sort=False):
+        shares[question] = part.pivot(index="case", columns="end", values="recovered").reindex(part.case.unique())
         metrics |= bootstrap_depth(shares[question].to_numpy(), seed=seed).metrics(f"depth/{question}")
     for a, b in combinations(shares, 2):
         common = [scene for scene in shares[a].index if scene in shares[b].index]
         if len(common) > 1:
-            one, other = (shares[name].loc[common].to_numpy() for name in (a, b))
-            metrics |= bootstrap_depth(one, other, seed).metrics(f"depth/{a}_less_{b}")
+            first, second = (shares[name].loc[common].to_numpy() for name in (a, b))
+            metrics |= bootstrap_depth(first, second, seed).metrics(f"depth/{a}_less_{b}")
     source = bench.records["pairs"]
     alike = likenesses(bench, {name: source.effects(name) for name in source.questions if name in shares})
     image: Any = alike[alike.role == "image"]
     metrics |= {f"alike/{a}_{b}/image/layer_{n:02d}": v for a, b, n, v in
                 image[["first", "second", "layer", "alike"]].itertuples(index=False)}  # fmt: skip
     curves = []
-    for role, of in alike[alike.role.isin(["image", "question", "last"])].groupby("role", sort=False):
-        lines = of.pivot(index=["first", "second"], columns="layer", values="alike").to_numpy()
+    compared: Any = alike[alike.role.isin(["image", "question", "last"])]
+    for role, part in compared.groupby("role", sort=False):
+        lines = part.pivot(index=["first", "second"], columns="layer", values="alike").to_numpy()
         curves.append(Curve(str(role), x, *(tuple(f(lines, axis=0)) for f in (np.mean, np.min, np.max))))
-    flat = tuple(alike[alike.role.isin(["image", "question", "last"])].groupby("layer").shuffled.mean())
+    flat = tuple(compared.groupby("layer").shuffled.mean())
     curves.append(Curve("features shuffled (mean)", x, flat, flat, flat))
     dose_response(curves, bench.run_dir / "figures" / "alike.png", "layer", "cosine of effects on two questions", False)
     n_train, n_test = (max(count // len(PLANETS), 2) for count in bench.cfg.interchange.scenes)
     train, seen = codes_of(bench, "train", n_train)
     test, new = codes_of(bench, "test", n_test)
     reading = pd.concat([read_place(bench, place, train[place], seen, test[place], new) for place in PLACES])
-    for place, of in reading.groupby("place", sort=False):
-        metrics[f"read/{place}/features_by_chance"] = float(of.by_chance.sum())
-    lines = [(str(place), of.planet) for place, of in reading.groupby("place", sort=False)]
+    lines = []
+    for place, part in reading.groupby("place", sort=False):
+        metrics[f"read/{place}/features_by_chance"] = float(part.by_chance.sum())
+        lines.append((str(place), part.planet))
     lines.append(("planets shuffled (mean)", reading.groupby("layer", sort=False).planet_shuffled.mean()))
     planet = [Curve(name, x, *[tuple(map(float, values))] * 3) for name, values in lines]
     dose_response(planet, bench.run_dir / "figures" / "planet_by_layer.png", "layer", "planet read rightly (%)")
@@ -136,15 +138,15 @@ def analyse(bench: Bench) -> dict[str, float]:
 
 
 def likenesses(bench: Bench, effects: dict[str, PairEffects]) -> pd.DataFrame:
-    """For each two questions, role and layer the cosine of absolute effects; `shuffled`: with the features of one
-    shuffled among those that have an effect on either.
+    """Cosine of absolute effects of each two questions, by role and layer; `shuffled`: with the second question's
+    features shuffled among those that have an effect on either.
     """
     rng = generator(bench.cfg.seed, "alike")
     rows = []
     for a, b in combinations(effects, 2):
-        for at, role in enumerate(effects[a].roles):
+        for row, role in enumerate(effects[a].roles):
             for layer in bench.transcoders.layers:
-                first, second = (effects[n].effect[layer][at].abs().double().numpy(force=True) for n in (a, b))
+                first, second = (effects[n].effect[layer][row].abs().double().numpy(force=True) for n in (a, b))
                 live = (first > 0) | (second > 0)
                 null = cosine(first[live], rng.permutation(second[live]))
                 rows.append((a, b, role, layer, cosine(first, second), null))
@@ -160,15 +162,15 @@ def cosine(first: np.ndarray, second: np.ndarray) -> float:
 def codes_of(bench: Bench, split: str, each: int) -> tuple[dict[str, Codes], Seen]:
     """Place -> layer -> [n, F] activations (summed over soft tokens; at the last position), and what is seen."""
     scenes = [scene for planet in PLANETS for scene in concept_scenes(planet, split, each, bench.cfg.seed)]
-    images, found = pictures(scenes), {}
+    images, places = pictures(scenes), {}
     for name, wordings in PLANET_QUESTIONS.items():
         # Soft tokens come before any question.
-        codes = scene_codes(bench, images, wordings[0], ("last",) if found else ("last", PICTURE))
-        found |= {place if place == PICTURE else f"last_{name}": of for place, of in codes.items()}
+        codes = scene_codes(bench, images, wordings[0], ("last",) if places else ("last", PICTURE))
+        places |= {place if place == PICTURE else f"last_{name}": layers for place, layers in codes.items()}
     colours = list(dict.fromkeys(planet.colour for planet in PLANETS.values()))
     planets = np.repeat(np.arange(len(PLANETS)), each)
     colour = np.array([colours.index(planet.colour) for planet in PLANETS.values()])[planets]
-    return found, Seen(planets, colour, np.stack([appearance(scene) for scene in scenes]))
+    return places, Seen(planets, colour, np.stack([appearance(scene) for scene in scenes]))
 
 
 def read_place(
@@ -203,12 +205,12 @@ def kind_scores(codes: np.ndarray, seen: Seen, held: np.ndarray, new: Seen) -> d
     def fitted(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return second @ np.linalg.lstsq(first, codes, rcond=None)[0]
 
-    def looks(of: Seen) -> np.ndarray:
-        scaled = (of.looks - seen.looks.mean(0)) / seen.looks.std(0)
+    def looks(scenes: Seen) -> np.ndarray:
+        scaled = (scenes.looks - seen.looks.mean(0)) / seen.looks.std(0)
         return np.concatenate([np.ones((len(scaled), 1)), scaled], 1)
 
-    def planets(of: Seen) -> np.ndarray:
-        return np.eye(len(PLANETS))[of.planet]
+    def planets(scenes: Seen) -> np.ndarray:
+        return np.eye(len(PLANETS))[scenes.planet]
 
     predicted = {
         "appearance": fitted(looks(seen), looks(new)),
@@ -218,4 +220,4 @@ def kind_scores(codes: np.ndarray, seen: Seen, held: np.ndarray, new: Seen) -> d
             np.concatenate([looks(seen)[:, 1:], planets(seen)], 1), np.concatenate([looks(new)[:, 1:], planets(new)], 1)
         ),
     }
-    return {name: held_out_r2(held, found) for name, found in predicted.items()}
+    return {name: held_out_r2(held, values) for name, values in predicted.items()}

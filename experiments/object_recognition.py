@@ -59,10 +59,10 @@ class CarryAt:
 
 
 def check(cfg: Any) -> None:
-    """Refuse one's own pairs that do not ask different questions about the same scenes."""
+    """Refuse the user's pairs if they do not ask different questions about the same scenes."""
     if cfg.pairs is None or cfg.pairs.path is None:
         return
-    scenes = {q: {pair.id for pair in some if pair.moves} for q, some in pairs_by_question(cfg.pairs, "test").items()}
+    scenes = {q: {pair.id for pair in pairs if pair.moves} for q, pairs in pairs_by_question(cfg.pairs, "test").items()}
     scenes = {question: ids for question, ids in scenes.items() if ids}
     if len(scenes) < 2:
         raise UserError(f"{cfg.pairs.path}: {NEEDS}")
@@ -80,11 +80,11 @@ def trials(bench: Bench, declared: Declared) -> Iterator[Trial]:
     if len(declared.sets) < 2:
         raise UserError(NEEDS)
     bench.records["declared"] = declared
-    for change in declared.sets if pairs.change is not None else ():  # one's own pairs are of one kind
+    for change in declared.sets if pairs.change is not None else ():  # the user's own pairs are of one kind
         alone = replace(pairs, change=change, original=None, counterfactual=None)
-        for question, some in pairs_by_question(alone, "test").items():
-            subject = subject_of_pairs(bench.scope, question, some, config.least, config.answerable)
-            cases = pair_cases(bench.scope, subject, some, change)
+        for question, members in pairs_by_question(alone, "test").items():
+            subject = subject_of_pairs(bench.scope, question, members, config.least, config.answerable)
+            cases = pair_cases(bench.scope, subject, members, change)
             for fact in declared.sets:
                 carry = TrialConfig("carry", features=fact)
                 setting, means = Setting(f"alone_{change}", matched=draws), declared.means(carry, cases)
@@ -116,7 +116,7 @@ def covers(bench: Bench, cases: Cases) -> tuple[np.ndarray, np.ndarray, list[Any
     boxes = tuple(box for box in cases.inputs[0].patch_boxes if box is not None)
     on = np.array([share_in_boxes(painted_mask(a) | painted_mask(b), boxes) for a, b in pictures]) >= COVERED
     rows = np.flatnonzero(on.any(1) & ~on.all(1))
-    return rows, on[rows], [(one[0], boxes) for one in pictures]
+    return rows, on[rows], [(sides[0], boxes) for sides in pictures]
 
 
 def analyse(bench: Bench) -> dict[str, float]:
@@ -128,7 +128,7 @@ def analyse(bench: Bench) -> dict[str, float]:
     parts: list[pd.DataFrame] = []
     drawn: dict[str, Any] = {}
     key: Any
-    cases = {one.question: one for name in ("test", "stays") for one in declared.cases[name]}
+    cases = {each.question: each for name in ("test", "stays") for each in declared.cases[name]}
     for fact in declared.sets:
         less = contrast(table[table.operation == f"each/{fact}"], fact)
         if not len(less):
@@ -137,47 +137,48 @@ def analyse(bench: Bench) -> dict[str, float]:
         carry = TrialConfig("carry", features=fact)
         operation: Any = declared.operation(carry, cases[fact], None)
         features = operation.features
-        moved = {name: changed(bench, of, features) for name, of in cases.items()}
-        metrics |= {f"dissociation/{fact}/active_under/{q}": one / max(moved[fact], 1e-12) for q, one in moved.items()}
+        moved = {question: changed(bench, each, features) for question, each in cases.items()}
+        own = max(moved[fact], 1e-12)
+        metrics |= {f"dissociation/{fact}/active_under/{question}": size / own for question, size in moved.items()}
         control = matched(features, declared.means(carry, cases[fact]), bench.cfg.seed)
         rows, on, pictures = bench.records[fact]
-        for label, some in (("own", features), ("matched", control)):
-            for what, maps in maps_of(bench, cases[fact], some).items():
+        for label, chosen in (("own", features), ("matched", control)):
+            for what, maps in maps_of(bench, cases[fact], chosen).items():
                 layers = {layer: values[rows] for layer, values in maps.items()}
+                # Layer -1 stands for the sum over all layers.
                 layers[-1] = np.sum(list(maps.values()), axis=0)[rows]
                 for layer, values in layers.items():
                     total, hit = values.sum(1), (values * on).sum(1)
                     share = np.divide(hit, total, out=np.full(len(total), np.nan, total.dtype), where=total > 0)
                     peak = [pointing_hit(*both) for both in zip(values, on, strict=True)]
-                    found = {"fact": fact, "features": label, "map": what, "layer": layer, "share": share}
-                    parts.append(pd.DataFrame(found | {"chance": on.mean(1), "peak": peak}))
+                    columns = {"fact": fact, "features": label, "map": what, "layer": layer, "share": share}
+                    parts.append(pd.DataFrame(columns | {"chance": on.mean(1), "peak": peak}))
                 for row, values in zip(rows[:SHOWN], layers[-1], strict=False) if label == "own" else ():
                     shown = drawn.setdefault(cases[fact].ids[row], (*pictures[row], {}))
                     shown[2][f"{fact}, {what}"] = values
     places = pd.concat(parts, ignore_index=True)
     with atomic_path(bench.run_dir / "places.parquet") as temporary:
         places.to_parquet(temporary, index=False)
-    own = places[(places.layer < 0) & (places.features == "own")]
-    for key, of in own.groupby(["fact", "map"], sort=False):
+    sums = places[(places.layer < 0) & (places.features == "own")]
+    for key, part in sums.groupby(["fact", "map"], sort=False):
         fact, what = key
-        some = of.dropna()
-        for name, part, values in (("on_object", some, some.share), ("pointing", of, of.peak)):
-            rate = bootstrap_mean(values.to_numpy(), control=float(part.chance.mean()))
+        active = part.dropna()
+        for name, rows, values in (("on_object", active, active.share), ("pointing", part, part.peak)):
+            rate = bootstrap_mean(values.to_numpy(), control=float(rows.chance.mean()))
             metrics |= rate.metrics(f"places/{fact}/{what}/{name}")
-    for what, of in places[places.layer >= 0].dropna().groupby("map", sort=False):
+    for what, table in places[places.layer >= 0].dropna().groupby("map", sort=False):
         lines = []
-        for key, part in of.groupby(["fact", "features"], sort=False):
-            by = {layer: bootstrap_mean(one.share.to_numpy()) for layer, one in part.groupby("layer")}
-            lines.append(Curve.of(", ".join(key), map(float, list[Any](by)), list(by.values())))
+        for key, part in table.groupby(["fact", "features"], sort=False):
+            rates = {layer: bootstrap_mean(rows.share.to_numpy()) for layer, rows in part.groupby("layer")}
+            lines.append(Curve.of(", ".join(key), map(float, list[Any](rates)), list(rates.values())))
         path = bench.run_dir / "figures" / f"places_{what}.png"
         dose_response(lines, path, "layer", "share on the objects' soft tokens (%)")
-    common = [one for one in drawn.values() if len(one[2]) == 2 * len(declared.sets)]
-    rows = []
-    for shown, boxes, of in common:
-        maps = {name: PictureMap(name, 0, [TileMap(list(boxes), values)], 0.0, {}) for name, values in of.items()}
-        rows.append(("picture", shown, maps))
-    note = "blue: more, relative to the map's range"
-    map_rows(rows, bench.run_dir / "figures" / "object_maps.png", note)
+    figure = []
+    for shown, boxes, by_name in drawn.values():
+        if len(by_name) == 2 * len(declared.sets):  # pictures that every fact has maps of
+            maps = {key: PictureMap(key, 0, [TileMap(list(boxes), cells)], 0.0, {}) for key, cells in by_name.items()}
+            figure.append(("picture", shown, maps))
+    map_rows(figure, bench.run_dir / "figures" / "object_maps.png", "blue: more, relative to the map's range")
     return metrics
 
 
@@ -188,7 +189,7 @@ def contrast(table: pd.DataFrame, fact: str) -> np.ndarray:
 
 
 def both_sides(bench: Bench, cases: Cases, features: Features) -> list[Any]:
-    """What the features are worth in the originals and in the counterfactuals."""
+    """Activations of features in the originals and in the counterfactuals."""
     assert cases.donors is not None, "cases come from pairs"
     return [donor_activations(bench.scope, side, features) for side in (cases.batch, cases.donors)]
 
@@ -197,8 +198,8 @@ def changed(bench: Bench, cases: Cases, features: Features) -> float:
     """Mean over pairs of what features write differently within a pair, summed over features and positions."""
     before, after = both_sides(bench, cases, features)
     total = 0.0
-    for layer, (found, values) in before.items():
-        norms = bench.transcoders[layer].write_norms()[found]
+    for layer, (indices, values) in before.items():
+        norms = bench.transcoders[layer].write_norms()[indices]
         total += float(((after[layer][1] - values).abs() @ norms).sum()) / cases.batch.size
     return total
 
@@ -210,8 +211,8 @@ def maps_of(bench: Bench, cases: Cases, features: Features) -> dict[str, dict[in
     soft = torch.from_numpy(cases.batch.is_image)
     before, after = both_sides(bench, cases, features)
     maps: dict[str, dict[int, np.ndarray]] = {"fires": {}, "changes": {}}
-    for layer, (found, values) in sorted(before.items()):
-        norms, a, b = bench.transcoders[layer].write_norms()[found], values[:, soft], after[layer][1][:, soft]
+    for layer, (indices, values) in sorted(before.items()):
+        norms, a, b = bench.transcoders[layer].write_norms()[indices], values[:, soft], after[layer][1][:, soft]
         maps["fires"][layer] = (a @ norms).float().numpy(force=True)
         maps["changes"][layer] = ((b - a).abs() @ norms).float().numpy(force=True)
     return maps
@@ -219,6 +220,6 @@ def maps_of(bench: Bench, cases: Cases, features: Features) -> dict[str, dict[in
 
 def matched(features: Features, means: Mapping[int, Tensor], seed: int) -> dict[int, Tensor]:
     """As many other features, alike in layer and mean activation."""
-    nothing, here = torch.zeros(1), torch.ones(1, dtype=torch.bool)
-    plan = {layer: LayerEdit(found, nothing, nothing, here) for layer, found in features.items()}
+    nothing, position = torch.zeros(1), torch.ones(1, dtype=torch.bool)
+    plan = {layer: LayerEdit(indices, nothing, nothing, position) for layer, indices in features.items()}
     return {n: edit.features for n, edit in matched_features(plan, means, control_draws(seed, 1)[0]).items()}

@@ -50,7 +50,7 @@ WHATS = ("activation", "answer")
 
 @dataclass
 class Settings:
-    """`questions`: kind of scene -> what is asked; scenes, and features (at most one a layer), are of each kind.
+    """`questions`: kind of scene -> what is asked; scenes, and features (at most one per layer), are of each kind.
 
     A feature is chosen that fires in `least_share` of the training scenes or more, on `most_tokens` of the soft tokens
     or fewer. It counts on a test scene where its activations on the soft tokens sum to `least_active` of their mean
@@ -76,17 +76,17 @@ def check(cfg: Any) -> None:
 
 def analyse(bench: Bench) -> dict[str, float]:
     """Write scenes.parquet, features.parquet, maps/ and figures/; metrics `where/...` and `lens/...`."""
-    found = [one for kind, asked in bench.analysis.questions.items() for one in scenes_of(bench, kind, asked)]
-    if not found:
+    scenes = [scene for kind, asked in bench.analysis.questions.items() for scene in scenes_of(bench, kind, asked)]
+    if not scenes:
         raise UserError("no feature fires on any test scene; lower analysis.least_share or raise analysis.test_scenes")
-    rows = [{"kind": s["kind"], "features": s["features"], "map": m, **s["values"][m]} for s in found for m in ALL]
+    rows = [{"kind": s["kind"], "features": s["features"], "map": m, **s["values"][m]} for s in scenes for m in ALL]
     write_rows(bench.run_dir / "scenes.parquet", rows)
     write_rows(bench.run_dir / "features.parquet", bench.records["features"])
     means: Any = pd.DataFrame(rows).drop(columns=["kind", "features"]).groupby("map", sort=False).mean()
     write_rows(bench.run_dir / "maps.parquet", means.reset_index().to_dict("records"))
-    draw(bench, found)
-    size = float(np.mean([scene["bytes"] for scene in found])) / 1000
-    return summary(found, bench.cfg.seed) | {"where/maps_kb": size} | lens(bench)
+    draw(bench, scenes)
+    size = float(np.mean([scene["bytes"] for scene in scenes])) / 1000
+    return summary(scenes, bench.cfg.seed) | {"where/maps_kb": size} | lens(bench)
 
 
 def picture(scene: Scene) -> Image.Image:
@@ -108,21 +108,23 @@ def scenes_of(bench: Bench, kind: str, question: str) -> list[dict[str, Any]]:
     batch = bench.scope.batch(bench.inputs(train, question))
     limits = settings.features_per_kind, settings.least_share, settings.most_tokens
     chosen = image_features(bench.scope, batch, *limits, per_layer=1)
-    for one in chosen:
-        top, bottom = (", ".join(w for w, _ in words) for words in top_and_bottom_logits(bench.scope, one.feature, 4))
-        row = {"kind": kind, "feature": str(one.feature), "strength": one.strength, "fires": one.fires}
-        row |= {"tokens": one.tokens, "top words": top, "bottom words": bottom}
+    for choice in chosen:
+        logits = top_and_bottom_logits(bench.scope, choice.feature, 4)
+        top, bottom = (", ".join(word for word, _ in words) for words in logits)
+        row = {"kind": kind, "feature": str(choice.feature), "strength": choice.strength, "fires": choice.fires}
+        row |= {"tokens": choice.tokens, "top words": top, "bottom words": bottom}
         bench.records.setdefault("features", []).append(row)
-    least = {one.feature: max(settings.least_active * one.strength, 1e-6) for one in chosen}
-    found = []
+    least = {choice.feature: max(settings.least_active * choice.strength, 1e-6) for choice in chosen}
+    measured = []
     for index in tqdm(range(settings.test_scenes), desc=f"maps of {kind}", unit="scene"):
         scene = make_scene("test", kind, index, seed)
         inputs = bench.vlm.prepare(question, [picture(scene)])
-        here = {one.feature: one.strength for one in image_features(bench.scope, bench.scope.batch([inputs]), 10**6)}
-        active = tuple(feature for feature, needed in least.items() if here.get(feature, 0.0) >= needed)
+        every = image_features(bench.scope, bench.scope.batch([inputs]), 10**6)
+        strength = {choice.feature: choice.strength for choice in every}
+        active = tuple(feature for feature, needed in least.items() if strength.get(feature, 0.0) >= needed)
         if active:
-            found.append(compared(bench, scene, question, inputs, active, drawn=not found))
-    return found
+            measured.append(compared(bench, scene, question, inputs, active, drawn=not measured))
+    return measured
 
 
 def compared(bench: Bench, scene: Scene, question: str, inputs: Any, active: tuple, drawn: bool) -> dict[str, Any]:
@@ -145,11 +147,11 @@ def compared(bench: Bench, scene: Scene, question: str, inputs: Any, active: tup
     cells = covered_cells(object_mask(scene), side)  # any object: a feature is of no question
     values: dict[str, dict[str, float]] = {
         kind: {
-            f"{what}_{measure}": float(np.mean([one.area(f, measure, what) for f in active]))
+            f"{what}_{measure}": float(np.mean([curve.area(f, measure, what) for f in active]))
             for what in WHATS[: 1 + (answer is not None)]
             for measure in MEASURES
         }
-        for kind, one in curves.items()
+        for kind, curve in curves.items()
     }
     for kind in ALL:
         places = [shared[kind]] if kind in shared else [cell_values(maps[f][kind], side) for f in active]
@@ -214,7 +216,9 @@ def draw(bench: Bench, scenes: list[dict[str, Any]]) -> None:
         curves = []
         for kind in (*KINDS, CONTRAST, RANDOM):
             runs = np.array([scene["curves"][measure][kind] for scene in scenes])
-            curves.append(Curve.of(MAP_NAMES[kind], scenes[0]["counts"], [bootstrap_mean(of, seed) for of in runs.T]))
+            curves.append(
+                Curve.of(MAP_NAMES[kind], scenes[0]["counts"], [bootstrap_mean(cells, seed) for cells in runs.T])
+            )
         x = f"cells {'deleted' if measure == 'deletion' else 'inserted'} (of {side**2})"
         dose_response(curves, folder / f"{measure}.png", x, "feature's activation (1: untouched)", percent=False)
     groups = {kind: [s for s in scenes if s["kind"] == kind] for kind in dict.fromkeys(s["kind"] for s in scenes)}
@@ -238,7 +242,7 @@ def lens(bench: Bench) -> dict[str, float]:
         answers = [bench.token(str(scene.facts[fact])) for scene in scenes]
         batch = bench.scope.batch(bench.inputs([picture(scene) for scene in scenes], question))
         positions = np.append(np.flatnonzero(batch.is_image), batch.length - 1)
-        # The word of the next scene that has another one, so that a word said of every picture does not count.
+        # The word of the next scene that has another one, so that a word given to every picture does not count.
         others = [next((b for b in answers[i:] + answers[:i] if b != a), a) for i, a in enumerate(answers)]
         ranks = [token_lens(bench.vlm.adapter, batch, positions, words).rank for words in (answers, others)]
         soft, control = ((rank[..., :-1] == 0).any(2) for rank in ranks)

@@ -38,7 +38,7 @@ KINDS = ("picture", "text")
 CASE_SETS = ("picture", "text", "picture_other", "text_other", "picture_to_text", "text_to_picture")
 SUMMARY = ("shared", "by_rule", "by_rule_null", "by_rule_p", "matching_expected", "matching_p")  # of each question
 CHOICES = ("shared", "every_question", "other", ALL)
-Found = Mapping[str, search.Shared]  # question -> what is shared under it
+SharedByQuestion = Mapping[str, search.Shared]
 
 
 class Association:
@@ -51,13 +51,13 @@ class Association:
         self.means: dict[tuple[str, ...], Mapping[int, Tensor]] = {}
         counted, listed = [], []
         for name, config in bench.cfg.association.items():
-            found = {question: self.shared(config, question) for question in config.questions}
-            table = search.counts(found, config.concepts, bench.transcoders.layers, config.seed)
+            by_question = {question: self.shared(config, question) for question in config.questions}
+            table = search.counts(by_question, config.concepts, bench.transcoders.layers, config.seed)
             counted.append(table.assign(set=name))
-            listed.append(search.shared_features(found, config.concepts).assign(set=name))
-            draw(found, config.concepts, bench.transcoders.layers, bench.run_dir / "figures", name)
-            every = search.in_every_question(found)
-            for question, shared in found.items():
+            listed.append(search.shared_features(by_question, config.concepts).assign(set=name))
+            draw(by_question, config.concepts, bench.transcoders.layers, bench.run_dir / "figures", name)
+            every = search.in_every_question(by_question)
+            for question, shared in by_question.items():
                 total = table[(table.question == question) & (table.of == "all")].iloc[0]
                 bench.metrics |= {f"{name}/{question}/{key}": float(total[key]) for key in SUMMARY}
                 for c, concept in enumerate(config.concepts):
@@ -72,13 +72,13 @@ class Association:
 
     def shared(self, config: CrossModalConfig, question: str) -> search.Shared:
         """What is shared under one question, from training pictures."""
-        scope, asked = self.bench.scope, config.questions[question]
-        texts = [scope.inputs(asked.asked_in_text(concept)) for concept in config.concepts]
+        scope, wording = self.bench.scope, config.questions[question]
+        texts = [scope.inputs(wording.asked_in_text(concept)) for concept in config.concepts]
         candidates = search.text_candidates(scope, texts, config.ratio)
-        images = [self.images(config, question, one, "train", config.pictures) for one in config.concepts]
-        batches = [scope.batch(self.bench.inputs(of, asked.picture)) for of in images]
+        images = [self.images(config, question, concept, "train", config.pictures) for concept in config.concepts]
+        batches = [scope.batch(self.bench.inputs(shown, wording.picture)) for shown in images]
         peaks = np.concatenate([search.picture_peaks(scope, batch, candidates.by_layer()) for batch in batches])
-        labels = np.repeat(np.arange(len(images)), [len(of) for of in images])
+        labels = np.repeat(np.arange(len(images)), [len(shown) for shown in images])
         rule, numbers = Rule(config.ratio, config.fires), (config.q, config.permutations, config.seed)
         return search.find_shared(candidates, peaks, labels, scope.transcoders.layers, rule, *numbers)
 
@@ -96,23 +96,23 @@ class Association:
 
     def add_cases(self, name: str, config: CrossModalConfig, question: str) -> None:
         """Add the case sets of one question, the means that match their controls, and accuracies."""
-        bench, scope, asked = self.bench, self.bench.scope, config.questions[question]
+        bench, scope, wording = self.bench, self.bench.scope, config.questions[question]
         right: dict[tuple[str, str], Cases] = {}
         asked_for = dict.fromkeys(KINDS, 0)
         for concept in config.concepts:
             images = self.images(config, question, concept, "test", config.test_pictures)
-            texts = [scope.inputs(asked.asked_in_text(concept))]
-            for kind, prompts in zip(KINDS, (bench.inputs(images, asked.picture), texts), strict=True):
+            texts = [scope.inputs(wording.asked_in_text(concept))]
+            for kind, prompts in zip(KINDS, (bench.inputs(images, wording.picture), texts), strict=True):
                 ids = [f"{concept} {kind} {number}" for number in range(len(prompts))]
                 tags = {"set": name, "concept": concept, "kind": kind, "other": ""}
                 every = bystanders(scope, kind, question, prompts, ids).tagged(tags)
-                rows = (every.answer == answer_token(scope, asked.answers[concept])).nonzero().flatten().tolist()
+                rows = (every.answer == answer_token(scope, wording.answers[concept])).nonzero().flatten().tolist()
                 asked_for[kind] += len(prompts)
                 if rows:
                     right[concept, kind] = cases = every.select(rows)
                     self.means[means_key(cases)] = mean_activations(scope, [cases.batch], scope.transcoders.layers)
         for kind in KINDS:
-            size = sum(cases.batch.size for (_, of), cases in right.items() if of == kind)
+            size = sum(cases.batch.size for (_, known), cases in right.items() if known == kind)
             bench.metrics[f"{name}/{question}/{kind}_accuracy"] = size / asked_for[kind]
         others = search.drawn_others(config, question, bench.cfg.seed)
         for (concept, kind), cases in right.items():
@@ -121,20 +121,19 @@ class Association:
                 paired = cases.tagged({"other": other})
                 self.cases[f"{kind}_other"].append(paired)
                 donor = right.get((other, KINDS[1 - KINDS.index(kind)]))
-                if donor is not None and asked.answers[other] != asked.answers[concept]:
+                if donor is not None and wording.answers[other] != wording.answers[concept]:
                     # Pictures are many and a text is one, which stands next to each: a case is its picture's.
                     ids = (paired if kind == "picture" else donor).ids
                     self.cases[f"{donor.tags['kind']}_to_{kind}"].append(paired.facing(donor, ids))
 
-    def operation(self, trial: TrialConfig, of: Cases, limit: int | None) -> Operation:
+    def operation(self, trial: TrialConfig, cases: Cases, limit: int | None) -> Operation:
         """Ablate or carry the features that `trial.features` names."""
         check_choice("trials.features", str(trial.features), CHOICES)
         if trial.features == ALL:
             return Carry(None, last=trial.last)
-        own, other = (
-            self.features.get((of.tags["set"], of.question, of.tags[key]), {}) for key in ("concept", "other")
-        )
-        if trial.features == "other":  # what the two concepts have in common is both's
+        tags, question = cases.tags, cases.question
+        own, other = (self.features.get((tags["set"], question, tags[key]), {}) for key in ("concept", "other"))
+        if trial.features == "other":  # features that both concepts share are not the other's alone
             chosen = other["shared"] - own["shared"]
         else:
             chosen = own.get(trial.features, set()) | other.get(trial.features, set())
@@ -143,9 +142,9 @@ class Association:
 
 
 def from_association(bench: Bench) -> Declared:
-    """What is shared in every set, with the cases of trials on it."""
-    found = Association(bench)
-    return Declared(found.cases, found.operation, lambda _, of: found.means[means_key(of)], metrics=set_metrics)
+    """Shared features of every set, with the cases of trials on them."""
+    sets = Association(bench)
+    return Declared(sets.cases, sets.operation, lambda _, cases: sets.means[means_key(cases)], metrics=set_metrics)
 
 
 def means_key(cases: Cases) -> tuple[str, ...]:
@@ -153,29 +152,35 @@ def means_key(cases: Cases) -> tuple[str, ...]:
     return (*(cases.tags[key] for key in ("set", "concept", "kind")), cases.question)
 
 
-def draw(found: Found, concepts: Sequence[str], layers: Sequence[int], folder: Path, name: str) -> None:
+def draw(
+    by_question: SharedByQuestion, concepts: Sequence[str], layers: Sequence[int], folder: Path, name: str
+) -> None:
     """figures/<set>_coincidences.png and figures/<set>_layers.png (all questions, next to shuffled pictures)."""
-    maps = {question: shared.coincidences for question, shared in found.items()}
+    maps = {question: shared.coincidences for question, shared in by_question.items()}
     axes = ("prefers pictures of", "prefers the word")
     share_matrices(concepts, maps, folder / f"{name}_coincidences.png", axes_of=axes, percent=False)
     lines, x = [], tuple(map(float, layers))
-    null = np.sum([shared.null_layers for shared in found.values()], 0)
-    for at, place in enumerate(search.PLACES):
-        of = [one.candidates.features[m].layer for one in found.values() for _, m in np.argwhere(one.shared[:, at])]
-        lines.append(Curve(place, x, *3 * [tuple(float(of.count(layer)) for layer in layers)]))
+    null = np.sum([shared.null_layers for shared in by_question.values()], 0)
+    for row, place in enumerate(search.PLACES):
+        members = [
+            shared.candidates.features[feature].layer
+            for shared in by_question.values()
+            for _, feature in np.argwhere(shared.shared[:, row])
+        ]
+        lines.append(Curve(place, x, *3 * [tuple(float(members.count(layer)) for layer in layers)]))
     band = (null.mean(0), *np.quantile(null, (0.025, 0.975), axis=0))
-    lines.append(Curve("any place, shuffled", x, *(tuple(map(float, one)) for one in band)))
+    lines.append(Curve("any place, shuffled", x, *(tuple(map(float, line)) for line in band)))
     dose_response(lines, folder / f"{name}_layers.png", "layer", "shared features", percent=False)
 
 
 def set_metrics(table: pd.DataFrame, trials: Mapping[str, TrialConfig], settings: Any) -> dict[str, float]:
     """`<trial>/<setting>/<set>` over all questions, with an interval over pictures and the control's rate."""
     rows = measured(table, ["operation", "setting", "set"], {name: trial.measure for name, trial in trials.items()})
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     key: Any
     row: Any
     for key, row in rows.iterrows():
         name = "/".join(key)
-        found |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
-        found |= {} if np.isnan(row.matched) else {f"{name}_control": row.matched}
-    return found
+        metrics |= {name: row.value, f"{name}_ci_low": row.ci_low, f"{name}_ci_high": row.ci_high}
+        metrics |= {} if np.isnan(row.matched) else {f"{name}_control": row.matched}
+    return metrics

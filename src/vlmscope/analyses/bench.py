@@ -1,4 +1,4 @@
-"""What the parts of one experiment share: the model, the pictures, the run folder and its metrics."""
+"""Shared by the parts of one experiment: the model, the pictures, the run folder and its metrics."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Bench:
-    """What an experiment takes its model, study, circuit and pictures from; each is loaded on first use.
+    """Model, study, circuit and pictures of an experiment; each is loaded on first use.
 
-    `records` hands what `trials` of an experiment's module made over to its `analyse`; `analysis` are its settings.
+    `records` passes results of an experiment module's `trials` on to its `analyse`; `analysis` are its settings.
     `overrides` is what the user typed, where a tiny model is to get random transcoders (see `load_scope`).
     """
 
@@ -60,8 +60,8 @@ class Bench:
         from vlmscope.config.wiring import made_study
         from vlmscope.features.study_files import StudyFolder
 
-        own = self.cfg.study.path
-        return StudyFolder(own) if own is not None else made_study(self.cfg, self.scope, self.run_dir / "study")
+        path = self.cfg.study.path
+        return StudyFolder(path) if path is not None else made_study(self.cfg, self.scope, self.run_dir / "study")
 
     @property
     def transcoders(self) -> TranscoderSet:
@@ -70,7 +70,7 @@ class Bench:
 
     @cached_property
     def labels(self) -> dict[FeatureId, str]:
-        """What features are called; empty without `attribution.labels`."""
+        """Names of features; empty without `attribution.labels`."""
         return feature_labels(self.cfg, self.vlm.name, self.transcoders)
 
     @property
@@ -91,9 +91,9 @@ class Bench:
         features on (at most `count`), else Orrery's. Without a `seed` the circuit's is taken.
         """
         key = concept if split == "test" else f"{concept}_{split}"
-        own = self.cfg.images.get(key)
-        if own:
-            return open_images(own if split == "test" else own[:count])
+        files = self.cfg.images.get(key)
+        if files:
+            return open_images(files if split == "test" else files[:count])
         if concept not in PLANETS:
             raise UserError(
                 f"no pictures of {concept}: give images.{key}=[...], or choose a planet: {', '.join(PLANETS)}"

@@ -1,7 +1,7 @@
-"""What the trials of an experiment run on: case sets and operations from concepts or from counterfactual pairs.
+"""Trials of an experiment: their case sets and operations, from concepts or from counterfactual pairs.
 
-Called by `vlmscope.tasks.experiment`, which is free of torch. Also the parts of the report that trials do not give:
-graph, evidence, examples and captions.
+Called by `vlmscope.tasks.experiment`, which is free of torch. Also the parts of the report that are not in the table of
+trials: graph, evidence, examples and captions.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ SHOWN = 2  # cases of each question with their words before and after
 def run_declared(bench: Bench, analyses: Sequence[Any] = ()) -> dict[str, float]:
     """All trials, with those that analyses add: trials.parquet, examples.parquet and metrics."""
     cfg = bench.cfg
-    own = [analysis.declare for analysis in analyses if hasattr(analysis, "declare")]
-    declare = own[0] if own else source_of(bench)
+    modules = [analysis for analysis in analyses if hasattr(analysis, "declare")]
+    declare = modules[0].declare if modules else source_of(bench)
     declared = settle(bench.scope, declare(bench), cfg.trials, cfg.settings)
     bench.metrics |= {f"settled/{question}": strength for question, strength in declared.settled.items()}
-    more = (one.trials(bench, declared) for one in analyses if hasattr(one, "trials"))
+    more = (analysis.trials(bench, declared) for analysis in analyses if hasattr(analysis, "trials"))
     table = run_trials(bench.scope, chain(declared.trials(cfg.trials, cfg.settings), *more), cfg.seed)
     with atomic_path(bench.run_dir / "trials.parquet") as temporary:
         table.to_parquet(temporary, index=False)
@@ -94,7 +94,7 @@ def from_circuit(bench: Bench) -> Declared:
         "unrelated": unrelated_cases(bench),
     }
     shown = len(pictures(config.concepts[0], "test", count))
-    bench.metrics |= {f"base/{one.question}/accuracy": one.batch.size / shown for one in cases["test"]}
+    bench.metrics |= {f"base/{each.question}/accuracy": each.batch.size / shown for each in cases["test"]}
     return Declared(cases, concept_operation(circuit, config), control_means(means))
 
 
@@ -140,11 +140,11 @@ def third_cases(bench: Bench) -> Sequence[Cases]:
         return ()
     images = bench.concept_pictures(config.third, "test", bench.cfg.intervention.pictures)
     ids = [f"{config.third} {i}" for i in range(len(images))]
-    found = []
+    cases = []
     for name, question in config.questions.items():
         target = answer_token(bench.scope, question.answers[config.concepts[1]])
-        found.append(bystanders(bench.scope, "third", name, bench.inputs(images, question.prompt), ids, target))
-    return found
+        cases.append(bystanders(bench.scope, "third", name, bench.inputs(images, question.prompt), ids, target))
+    return cases
 
 
 def unrelated_cases(bench: Bench) -> Sequence[Cases]:
@@ -156,7 +156,7 @@ def unrelated_cases(bench: Bench) -> Sequence[Cases]:
         inputs = bench.scope.inputs(scene.questions[0].question, pictures)
         groups.setdefault((len(inputs), inputs.is_image.tobytes()), []).append((f"scene {number}", inputs))
     return [
-        bystanders(bench.scope, "unrelated", "other", [one for _, one in group], [name for name, _ in group])
+        bystanders(bench.scope, "unrelated", "other", [inputs for _, inputs in group], [name for name, _ in group])
         for group in groups.values()
     ]
 
@@ -165,8 +165,8 @@ def from_matrix(bench: Bench) -> Declared:
     """Pictures of every ordered pair of concepts; means and graphs are computed once per concept, for all circuits."""
     config, count = bench.circuit_config, bench.cfg.intervention.pictures
     cases = matrix_cases(bench.scope, config, bench.concept_pictures, count, modes_of(bench))
-    for one in cases["test"]:
-        bench.metrics[f"base/{one.question}/{one.tags['recipient']}/accuracy"] = one.batch.size / count
+    for subset in cases["test"]:
+        bench.metrics[f"base/{subset.question}/{subset.tags['recipient']}/accuracy"] = subset.batch.size / count
     train, prompts = training(bench)
     means = concept_means(bench.scope, train, prompts)
     influence, _, _ = concept_influence(bench.scope, train, prompts, config.graphs, bench.cfg.attribution)
@@ -178,13 +178,14 @@ def from_matrix(bench: Bench) -> Declared:
         save_circuit(circuit, bench.run_dir / "circuits" / "_".join(pair))
         circuits[frozenset(pair)], controls[frozenset(pair)] = circuit, control_means(both)
 
-    def pair_of(of: Cases) -> tuple[str, str]:
-        return of.tags["recipient"], of.tags["donor"]
+    def pair_of(subject: Cases) -> tuple[str, str]:
+        return subject.tags["recipient"], subject.tags["donor"]
 
-    def operation(trial: TrialConfig, of: Cases, limit: int | None) -> Operation:
-        return concept_operation(circuits[frozenset(pair_of(of))], config, pair_of(of))(trial, of, limit)
+    def operation(trial: TrialConfig, subject: Cases, limit: int | None) -> Operation:
+        pair = pair_of(subject)
+        return concept_operation(circuits[frozenset(pair)], config, pair)(trial, subject, limit)
 
-    return Declared(cases, operation, lambda _, of: controls[frozenset(pair_of(of))], metrics=cell_metrics)
+    return Declared(cases, operation, lambda _, subject: controls[frozenset(pair_of(subject))], metrics=cell_metrics)
 
 
 def from_pairs(bench: Bench) -> Declared:
@@ -203,7 +204,7 @@ def from_pairs(bench: Bench) -> Declared:
     bench.metrics |= source.accuracy
     if circuit is None and any(trial.features != ALL for trial in cfg.trials.values()):
         ranked = {name: source.ranked(name)[: config.features] for name in source.questions}
-        nodes = {name: with_labels(Supernode(name, tuple(some)), bench.labels) for name, some in ranked.items()}
+        nodes = {name: with_labels(Supernode(name, tuple(members)), bench.labels) for name, members in ranked.items()}
         chosen = Circuit(nodes, {}, model=bench.vlm.name, n_features=bench.transcoders.widths)
         save_circuit(chosen, bench.run_dir / "circuits" / (cfg.pairs.change or "pairs"))
     return Declared(cases, source.operation, source.means, source.sets, source)
@@ -225,7 +226,7 @@ def examples(bench: Bench, declared: Declared, table: pd.DataFrame) -> Iterator[
                 plan = declared.operation(trial, few, None).plan(bench.scope, few, trial.strength or 0.0)
                 rows = zip(few.pngs, few.base.logits, run_edited(bench.scope, few.batch, plan), strict=True)
                 for png, *logits in rows:
-                    words = [probable_words(bench, one) for one in logits]
+                    words = [probable_words(bench, row) for row in logits]
                     yield AnswerExample(png, few.prompt, name, words[0][0][0], words[1][0][0], *words)
 
 

@@ -1,4 +1,4 @@
-"""What `task=steer` and `task=patch` share: which features, and running, printing and writing down what a plan does."""
+"""Shared by `task=steer` and `task=patch`: which features, and running, printing and writing down a plan's effects."""
 
 from __future__ import annotations
 
@@ -138,13 +138,11 @@ def report_edit(
 
     Args:
         name: 'steer' or 'patch', the first part of the metrics' names.
-        scope: the model and its transcoders.
-        inputs: the prompt.
-        plan: edits by layer.
+        scope, inputs, plan: the model with its transcoders, the prompt, and edits by layer.
         matched_on: the prompts on whose mean activations controls are matched.
         task: the options.
-        run_dir: where it is written.
-        seed: under which controls are drawn.
+        run_dir: where the file is written.
+        seed: of the controls.
 
     Returns:
         `<name>/<mode>/kl`, `<name>/<mode>/top1_changed`, each with `_control` (matched features) and, in free mode,
@@ -169,17 +167,17 @@ def report_edit(
                 for mode in task.modes]  # fmt: skip
     table = run_trials(scope, [Trial(name, Fixed(plan), [cases], settings, means)], seed)
     for mode in task.modes:
-        found: dict[str, float] = {}
+        effects: dict[str, float] = {}
         of_mode: Any = table[table["mode"] == mode].groupby("control")[["kl", "changed"]].mean()
         for control, row in of_mode.iterrows():
             suffix = {"": "", "matched": "_control"}.get(control, f"_{control}")
-            found |= {f"{name}/{mode}/kl{suffix}": float(row.kl)}
-            found |= {f"{name}/{mode}/top1_changed{suffix}": float(row.changed)}
+            effects |= {f"{name}/{mode}/kl{suffix}": float(row.kl)}
+            effects |= {f"{name}/{mode}/top1_changed{suffix}": float(row.changed)}
         logits = run_edited(scope, cases.batch, plan, mode, cases.base)
         tokens = top_tokens(scope.vlm.tokenizer, cases.base.logits[0], logits[0])
-        print(*described(f"{name}/{mode}", found, task.controls), *token_lines(tokens), sep="\n")
-        metrics |= found
-        written["modes"][mode] = {"metrics": found, "next_token": tokens}
+        print(*described(f"{name}/{mode}", effects, task.controls), *token_lines(tokens), sep="\n")
+        metrics |= effects
+        written["modes"][mode] = {"metrics": effects, "next_token": tokens}
     if "free" in task.modes:
         before, after = (generate_edited(scope, inputs, edits, task.new_tokens) for edits in (None, plan))
         print(f"answer before: {before}\nanswer after:  {after}")
@@ -188,14 +186,14 @@ def report_edit(
     return metrics
 
 
-def described(root: str, found: dict[str, float], draws: int) -> list[str]:
-    """What an edit did in a mode and what its controls did, from the metrics under `root`."""
-    changed = "changes" if found[f"{root}/top1_changed"] else "stays"
+def described(root: str, effects: dict[str, float], draws: int) -> list[str]:
+    """Lines on the effects of an edit and of its controls in one mode, from the metrics under `root`."""
+    changed = "changes" if effects[f"{root}/top1_changed"] else "stays"
     mode = root.rpartition("/")[2]
-    lines = [f"\n{mode}: KL {found[f'{root}/kl']:.3g} nats, the most probable next token {changed}"]
+    lines = [f"\n{mode}: KL {effects[f'{root}/kl']:.3g} nats, the most probable next token {changed}"]
     for suffix, words in SAYS.items():
-        if f"{root}/kl_{suffix}" in found:
-            kl, moved = found[f"{root}/kl_{suffix}"], found[f"{root}/top1_changed_{suffix}"]
+        if f"{root}/kl_{suffix}" in effects:
+            kl, moved = effects[f"{root}/kl_{suffix}"], effects[f"{root}/top1_changed_{suffix}"]
             lines.append(f"  {words} ({draws} draws): KL {kl:.3g} nats, changed {moved:.0%}")
     return lines
 

@@ -1,7 +1,7 @@
 """What single features stand for: their activations on many scenes whose facts are known, and trials by kind.
 
-Each feature's activation is explained on training scenes, and what is said of it is judged on held-out ones; the same
-with facts shuffled among training scenes says how much would be found by chance. Legend: n scenes, F features.
+Each feature's activation is explained on training scenes, and the explanation is tested on held-out ones; facts
+shuffled among training scenes give the number of explanations that arise by chance. Legend: n scenes, F features.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def scene_codes(
     bench: Bench, images: Sequence[np.ndarray], prompt: str, places: Sequence[str] = PLACES
 ) -> dict[str, Codes]:
     """Place -> layer -> [n, F]: activations at the last position, and summed over the soft tokens of the picture."""
-    found: dict[str, dict[int, list[np.ndarray]]] = {place: {} for place in places}
+    codes: dict[str, dict[int, list[np.ndarray]]] = {place: {} for place in places}
     for start in range(0, len(images), CHUNK):
-        some = [Image.fromarray(image) for image in images[start : start + CHUNK]]
-        batch = bench.scope.batch(bench.inputs(some, prompt))
+        shown = [Image.fromarray(image) for image in images[start : start + CHUNK]]
+        batch = bench.scope.batch(bench.inputs(shown, prompt))
         soft = torch.from_numpy(batch.is_image)
         for layer, x in bench.scope.capture(batch).items():
             transcoder = bench.transcoders[layer]
@@ -83,8 +83,8 @@ def scene_codes(
                     sparse = transcoder.encode(x[:, soft])
                     flat = sparse.indices.flatten(1)
                     code = sparse.values.new_zeros(len(flat), width).scatter_add_(1, flat, sparse.values.flatten(1))
-                found[place].setdefault(layer, []).append(code.float().cpu().numpy())
-    return {place: {layer: np.concatenate(parts) for layer, parts in of.items()} for place, of in found.items()}
+                codes[place].setdefault(layer, []).append(code.float().cpu().numpy())
+    return {place: {layer: np.concatenate(parts) for layer, parts in layers.items()} for place, layers in codes.items()}
 
 
 def both_splits(
@@ -111,17 +111,17 @@ def kind_trials(bench: Bench, declared: Declared, sets: Mapping[str, Mapping[int
     """
     assert declared.pairs is not None, "cases come from pairs"
     main, matched = bench.cfg.settings["main"], declared.pairs.matched()
-    here = Setting("kind", matched=main.matched, random_direction=main.random_direction)
-    for label, found in sets.items():
-        carry = Carry({layer: torch.from_numpy(chosen) for layer, chosen in found.items() if len(chosen)})
-        for setting, name in ((here, "test"), (Setting("kind_stays", matched=main.matched), "stays")):
+    follows = Setting("kind", matched=main.matched, random_direction=main.random_direction)
+    for label, features in sets.items():
+        carry = Carry({layer: torch.from_numpy(chosen) for layer, chosen in features.items() if len(chosen)})
+        for setting, name in ((follows, "test"), (Setting("kind_stays", matched=main.matched), "stays")):
             if carry.features and declared.cases[name]:
                 yield Trial(f"kind/{label}", carry, declared.cases[name], [setting], matched)
 
 
 def listed(names: Mapping[int, np.ndarray], kinds: Sequence[str]) -> dict[str, list[str]]:
     """The features of each kind, from layer -> [F] kinds."""
-    return {kind: [str(FeatureId(i, int(f))) for i, of in names.items() for f in np.flatnonzero(of == kind)]
+    return {kind: [str(FeatureId(i, int(f))) for i, kind_of in names.items() for f in np.flatnonzero(kind_of == kind)]
             for kind in kinds}  # fmt: skip
 
 
@@ -174,13 +174,15 @@ class FeatureKinds:
 
     def scores(self, train: np.ndarray, seen: pd.DataFrame, test: np.ndarray, new: pd.DataFrame) -> dict[str, Any]:
         """Held-out R^2 [F] of every kind."""
-        found = {}
+        scores = {}
         for kind, facts in self.kinds.items():
-            own, other = ([table[fact].to_numpy() for fact in facts] for table in (seen, new))
-            one = len(facts) == 1
-            predicted = decoding.class_means(train, own[0], other[0]) if one else decoding.additive(train, own, other)
-            found[kind] = decoding.held_out_r2(test, predicted)
-        return found
+            fitted, held_out = ([table[fact].to_numpy() for fact in facts] for table in (seen, new))
+            if len(facts) == 1:
+                predicted = decoding.class_means(train, fitted[0], held_out[0])
+            else:
+                predicted = decoding.additive(train, fitted, held_out)
+            scores[kind] = decoding.held_out_r2(test, predicted)
+        return scores
 
     def analyse(self, bench: Bench) -> dict[str, float]:
         """How many features are of each kind, and what is read."""
@@ -194,10 +196,10 @@ class FeatureKinds:
         dose_response(curves, folder / "read.png", "layer", "held-out accuracy (%)")
         layer_role_heatmap(counts, list(kinds), list(self.kinds), folder / "kinds.png", "features", "kind of feature")
         root = f"{self.name}s"
-        found = {f"{root}/features/{kind.replace(' ', '_')}": float(n)
-                 for kind, n in zip(self.kinds, counts.sum(0), strict=True)}  # fmt: skip
-        found |= {f"{root}/read/{fact}/accuracy": by_layer[-1] for fact, by_layer in accuracy.items()}
-        return found | {f"{root}/features/by_chance": float(chance)}
+        metrics = {f"{root}/features/{kind.replace(' ', '_')}": float(n)
+                   for kind, n in zip(self.kinds, counts.sum(0), strict=True)}  # fmt: skip
+        metrics |= {f"{root}/read/{fact}/accuracy": by_layer[-1] for fact, by_layer in accuracy.items()}
+        return metrics | {f"{root}/features/by_chance": float(chance)}
 
 
 @dataclass
@@ -228,14 +230,14 @@ class NumberLine:
     def trials(self, bench: Bench, declared: Declared) -> Iterator[Trial]:
         """Carry features of one shape of tuning curve."""
         names = self.tuned(bench)["last"]
-        shapes = {layer: np.array([name.partition(" ")[0] for name in of]) for layer, of in names.items()}
-        kinds = (UP, DOWN, PEAK)
-        yield from kind_trials(
-            bench, declared, {kind: {i: np.flatnonzero(of == kind) for i, of in shapes.items()} for kind in kinds}
-        )
+        shapes = {layer: np.array([name.partition(" ")[0] for name in row]) for layer, row in names.items()}
+        sets = {
+            kind: {layer: np.flatnonzero(row == kind) for layer, row in shapes.items()} for kind in (UP, DOWN, PEAK)
+        }
+        yield from kind_trials(bench, declared, sets)
 
     def tuned(self, bench: Bench) -> dict[str, dict[int, np.ndarray]]:
-        """Place -> layer -> [F] shapes of tuning curves; writes what is said of them."""
+        """Place -> layer -> [F] shapes of tuning curves; writes number_line.json and the figures."""
         seed, folder = pair_seed(bench), bench.run_dir / "figures"
         codes, (seen, new) = both_splits(bench, self.scenes, self.prompt)
         y, held_out = seen[self.number].to_numpy(), new[self.number].to_numpy()
@@ -243,16 +245,16 @@ class NumberLine:
         columns = (UP, DOWN, *(f"{PEAK} {level}" for level in levels[1:-1]))
         record, named = {}, {}
         for place in PLACES:
-            train, test = (of[place] for of in codes)
+            train, test = (split[place] for split in codes)
             named[place], strength = names, strength = decoding.tuned(train, y)
             chance, _ = decoding.tuned(train, generator(seed, "shuffled counts").permutation(y))
-            kinds = np.array([[int((of == column).sum()) for column in columns] for of in names.values()])
+            kinds = np.array([[int((row == column).sum()) for column in columns] for row in names.values()])
             up, down, *peaks = kinds.sum(0).tolist()
-            found = {"up/features": up, "down/features": down, "peak/features": sum(peaks)}
-            found["by_chance"] = sum(int((of != "").sum()) for of in chance.values())
+            numbers = {"up/features": up, "down/features": down, "peak/features": sum(peaks)}
+            numbers["by_chance"] = sum(int((row != "").sum()) for row in chance.values())
             holds = decoding.held_out_tuning(names, test, held_out, new[self.held].to_numpy())
-            found |= {name: rate.value for name, rate in holds.items()}
-            bench.metrics |= {f"numbers/{place}/{name}": float(value) for name, value in found.items()}
+            numbers |= {name: rate.value for name, rate in holds.items()}
+            bench.metrics |= {f"numbers/{place}/{name}": float(value) for name, value in numbers.items()}
             read = self.readouts(train, seen, test, new, seed)
             body = json.loads(json.dumps({"holds": holds, **read}, default=vars))
             record[place] = {"features": listed(names, columns), **body}
@@ -272,16 +274,16 @@ class NumberLine:
         """Held-out accuracy of the number by layer, fitted to one value of a fact, on the same and on the others."""
         y, number = seen[self.number].to_numpy(), new[self.number].to_numpy()
         shuffled = y[generator(seed, "shuffled counts", "read").permutation(len(y))]
-        found: dict[str, list[Rate]] = {}
+        rates: dict[str, list[Rate]] = {}
         for layer, x in train.items():
             hits = {f"shuffled {self.number}": decoding.linear_accuracy(x, shuffled, test[layer], number)}
             for fact in self.across:
-                of, other = seen[fact].to_numpy(), new[fact].to_numpy()
-                both = decoding.accuracy_across(x, y, of, test[layer], number, other)
+                groups, new_groups = seen[fact].to_numpy(), new[fact].to_numpy()
+                both = decoding.accuracy_across(x, y, groups, test[layer], number, new_groups)
                 hits |= dict(zip((f"same {fact}", f"another {fact}"), both, strict=True))
-            for name, one in hits.items():
-                found.setdefault(name, []).append(bootstrap_rate(one))
-        return found
+            for name, right in hits.items():
+                rates.setdefault(name, []).append(bootstrap_rate(right))
+        return rates
 
 
 def tuning_lines(
@@ -295,11 +297,11 @@ def tuning_lines(
     """Held-out tuning curves, in shares of their highest mean, of each shape's feature most tied to the number."""
     lines = []
     for column in columns:
-        rows = [(strength[i][f], i, f) for i, of in names.items() for f in np.flatnonzero(of == column).tolist()]
+        rows = [(strength[i][f], i, f) for i, row in names.items() for f in np.flatnonzero(row == column).tolist()]
         if rows:
             _, layer, f = max(rows)
             values = [codes[layer][numbers == level, f] for level in levels]
-            top = max(of.mean() for of in values) or 1.0
-            rates = [bootstrap_mean(of / top) for of in values]
+            top = max(part.mean() for part in values) or 1.0  # a feature that is silent here stays at 0
+            rates = [bootstrap_mean(part / top) for part in values]
             lines.append(Curve.of(f"{column}: {FeatureId(layer, f)}", levels, rates))
     return lines

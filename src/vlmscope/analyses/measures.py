@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class Modality:
     """Which features of a study belong to pictures, to words or to both, layer by layer.
 
-    Needs `task: {study: true}`. Writes modality.parquet (a row a feature), layers.parquet (a row a layer) and
+    Needs `task: {study: true}`. Writes modality.parquet (a row per feature), layers.parquet (a row per layer) and
     figures/modality_by_layer.png; metrics `layers/modality_<group>/layer_03`.
     """
 
@@ -50,7 +50,7 @@ class Modality:
         with atomic_path(bench.run_dir / "modality.parquet") as temporary:
             table.to_parquet(temporary, index=False, compression="zstd")
         layers, groups, index, shared = modality_parts(table)
-        firing = {f"firing of both {place} (%)": np.multiply(100, of) for place, of in shared.items()}
+        firing = {f"firing of both {place} (%)": np.multiply(100, share) for place, share in shared.items()}
         write_rows(
             bench.run_dir / "layers.parquet", pd.DataFrame({"layer": layers, **groups, **firing}).to_dict("records")
         )
@@ -72,14 +72,14 @@ class Discover:
 
     def analyse(self, bench: Bench) -> dict[str, float]:
         """Discover and write; metrics `discovery/<question>/...`."""
-        cfg, scope, found = bench.cfg, bench.scope, []
+        cfg, scope, discoveries = bench.cfg, bench.scope, []
         train, test = bench.pairs("train"), bench.pairs("test")
         for question in moving_questions(train, test, cfg.discovery.question):
             settings = (cfg.discovery, cfg.attribution, cfg.interchange.least)
-            found.append(discover_question(scope, question, train, test, *settings))
-            circuit = found[-1].to_circuit(scope.vlm.name, scope.transcoders.widths)
+            discoveries.append(discover_question(scope, question, train, test, *settings))
+            circuit = discoveries[-1].to_circuit(scope.vlm.name, scope.transcoders.widths)
             save_circuit(circuit, bench.run_dir / "circuits" / question)
-        return write_discoveries(found, bench.run_dir)
+        return write_discoveries(discoveries, bench.run_dir)
 
 
 @dataclass
@@ -144,8 +144,8 @@ class Smallest:
     def analyse(self, bench: Bench) -> dict[str, float]:
         """From trials.parquet."""
         table: Any = pd.read_parquet(bench.run_dir / "trials.parquet")
-        found = rates(table[table.setting == self.setting], ["question", "limit"])
-        counts = found[found["value"] >= self.share].groupby(level="question").edited.min()
+        shares = rates(table[table.setting == self.setting], ["question", "limit"])
+        counts = shares[shares["value"] >= self.share].groupby(level="question").edited.min()
         return {f"circuit/smallest/{question}/features": float(count) for question, count in counts.items()}
 
 
@@ -168,23 +168,23 @@ class Transfer:
     def analyse(self, bench: Bench) -> dict[str, float]:
         """From trials.parquet."""
         table: Any = pd.read_parquet(bench.run_dir / "trials.parquet")
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         moved = table[table.operation.str.startswith("over_")]
         for fact, part in moved.groupby(moved.operation.str.partition("/")[0]):
-            for (which, control), rows in part.groupby(["setting", "control"]):
+            for (setting, control), rows in part.groupby(["setting", "control"]):
                 # A pair that several other values' features were carried to is one case.
                 means = rows.groupby(["cases", "case"], sort=False)[["recovered", "hit"]].mean().mean()
-                key, tail = f"transfer/{self.question}/{fact}/{which}", "_control" * bool(control)
-                found |= {f"{key}/recovered{tail}": means["recovered"], f"{key}/follow_rate{tail}": means["hit"]}
+                key, tail = f"transfer/{self.question}/{fact}/{setting}", "_control" * bool(control)
+                metrics |= {f"{key}/recovered{tail}": means["recovered"], f"{key}/follow_rate{tail}": means["hit"]}
             cells = part[part.control == ""].pivot_table("recovered", "operation", "cases")
             path, words = bench.run_dir / "figures" / f"{fact}.png", ("tested on pairs of", "chosen on pairs of")
             layer_role_heatmap(cells.to_numpy(), list(cells.index), list(cells), path, "recovered share", *words)
-        return found
+        return metrics
 
 
 @dataclass
 class NumberShift:
-    """By how much the number that is said changes with the strength of a setting: a dose on a number line.
+    """By how much the number in the answer changes with the strength of a setting: a dose on a number line.
 
     `numbers` are the words for 0, 1, 2 ...; originals above `most` are left out, since what is added must have room.
     Metrics `dose/<question>/strength_2/shift` and `/plus_<n>`; figures/dose.png.
@@ -200,15 +200,15 @@ class NumberShift:
         number = {bench.token(word): value for value, word in enumerate(self.numbers)}
         dose = table[(table.setting == self.setting) & (table.answer.map(number) <= self.most)]
         dose = dose.assign(shift=dose.said.map(number) - dose.answer.map(number))  # NaN where no number is said
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         lines: dict[str, list[Rate]] = {}
         for (question, strength, control), part in dose.groupby(["question", "strength", "control"]):
             lines.setdefault(control or f"the {question}", []).append(bootstrap_mean(part["shift"].dropna().to_numpy()))
             key = f"dose/{question}/strength_{strength:g}"
-            found[f"{key}/shift{'_control' * bool(control)}"] = float(part["shift"].mean())
+            metrics[f"{key}/shift{'_control' * bool(control)}"] = float(part["shift"].mean())
             if not control:
-                found |= {f"{key}/plus_{by}": float((part["shift"] == by).mean()) for by in range(self.most + 1)}
-        curves = [Curve.of(name, sorted(dose.strength.unique()), some) for name, some in lines.items()]
+                metrics |= {f"{key}/plus_{by}": float((part["shift"] == by).mean()) for by in range(self.most + 1)}
+        curves = [Curve.of(name, sorted(dose.strength.unique()), points) for name, points in lines.items()]
         words = ("dose (1 = the counterfactual's activations)", "number said minus number before")
         dose_response(curves, bench.run_dir / "figures" / "dose.png", *words, percent=False)
-        return found
+        return metrics

@@ -1,4 +1,4 @@
-"""How far does an attribution graph predict what editing one of its features does to the answer?
+"""How well does an attribution graph predict what editing one of its features does to the answer?
 
 A graph explains the logit of an answer minus that of another. Multiplying a feature's activation by s should move this
 difference by (s - 1) times the feature's edge (direct effect), or by (s - 1) times its total effect where other active
@@ -53,11 +53,11 @@ class Asked(NamedTuple):
 class PredictedEffects:
     """Predicted against measured effects of single edits, on pictures of `circuit` or on `pairs`, in every mode.
 
-    Writes predicted_effects.parquet (a row an edit), agreements.parquet and figures predicted, spearman and slope;
+    Writes predicted_effects.parquet (a row per edit), agreements.parquet and figures predicted, spearman and slope;
     metrics `predicted/<mode>/<edit>/<edge or total>/<measure>`.
     """
 
-    inputs: int  # pictures a concept and question of `circuit`, or pairs a question of `pairs`
+    inputs: int  # pictures per concept and question of `circuit`, or pairs per question of `pairs`
     shares: list[float]  # ascending; features are drawn alike from each band of influence on the answer
     features: int  # drawn from each band, at most
     factors: list[float]  # what a feature's activation is multiplied by; 0 ablates
@@ -76,64 +76,66 @@ class PredictedEffects:
 
     def analyse(self, bench: Bench) -> dict[str, float]:
         """Measure, compare, draw."""
-        asked = list(questions(bench, self.inputs))
-        if len(asked) < self.least:
+        inputs = list(questions(bench, self.inputs))
+        if len(inputs) < self.least:
             raise UserError(
-                f"{len(asked)} inputs are answered as they should be, and an interval needs least={self.least}: raise "
+                f"{len(inputs)} inputs are answered as they should be, and an interval needs least={self.least}: raise "
                 "analyses.predicted_effects.inputs"
             )
-        table = pd.concat([part for one in asked for part in self.measure(bench, one)], ignore_index=True)
+        table = pd.concat([part for prompt in inputs for part in self.measure(bench, prompt)], ignore_index=True)
         with atomic_path(bench.run_dir / "predicted_effects.parquet") as temporary:
             table.to_parquet(temporary, index=False, compression="zstd")
-        found = agreements(table, bench.cfg.seed)
+        results = agreements(table, bench.cfg.seed)
         metrics: dict[str, float] = {}
         rows = []
-        for key, one in found.items():
+        for key, result in results.items():
             row: dict[str, Any] = dict(zip(("mode", "edit", "predicted by", "influence"), (*key, "all"), strict=False))
             for name in MEASURES:
-                rate = getattr(one, name)
+                rate = getattr(result, name)
                 metrics |= rate.metrics(f"predicted/{'/'.join(key)}/{name}")
                 row[name] = f"{rate.value:.2f} ({rate.ci_low:.2f} to {rate.ci_high:.2f})"  # correlations are no shares
-            rows.append({**row, "spearman shuffled": one.spearman.control, "features": one.pearson.cases})
+            rows.append({**row, "spearman shuffled": result.spearman.control, "features": result.pearson.cases})
         write_rows(bench.run_dir / "agreements.parquet", rows)
-        self.draw(bench, table, found)
+        self.draw(bench, table, results)
         first = (table["mode"] == table["mode"][0]) & (table.edit == table.edit[0])
-        return metrics | {"predicted/inputs": float(len(asked)), "predicted/features": float(first.sum())}
+        return metrics | {"predicted/inputs": float(len(inputs)), "predicted/features": float(first.sum())}
 
-    def measure(self, bench: Bench, one: Asked) -> Iterator[pd.DataFrame]:
+    def measure(self, bench: Bench, asked: Asked) -> Iterator[pd.DataFrame]:
         """Trace one input, draw features, predict and measure every edit in every mode."""
         scope, config = bench.scope, bench.cfg.attribution
-        replacement = build_replacement(scope, one.inputs, DTYPES[config.dtype])
-        target = difference_target(replacement, *one.tokens, label=one.name)
+        replacement = build_replacement(scope, asked.inputs, DTYPES[config.dtype])
+        target = difference_target(replacement, *asked.tokens, label=asked.name)
         graph = attribute(replacement, config, bench.vlm.tokenizer, bench.vlm.name, target)
         adjoint, nodes = Adjoint(replacement), graph.nodes
         total = total_effects(adjoint, target)[0].double().cpu().numpy()
-        rng = generator(bench.cfg.seed, "single edits", one.name)
-        at, bands = self.drawn(nodes.of(NodeKind.FEATURE), prune(graph), rng)
+        rng = generator(bench.cfg.seed, "single edits", asked.name)
+        chosen, bands = self.drawn(nodes.of(NodeKind.FEATURE), prune(graph), rng)
         active = replacement.feature_activations
-        places = zip(nodes.layer[at], nodes.position[at], nodes.index[at], strict=True)
+        places = zip(nodes.layer[chosen], nodes.position[chosen], nodes.index[chosen], strict=True)
         rows = np.array([active.row(*place) for place in places])
         edges = np.zeros(graph.n_nodes)
         sources, weights = graph.incoming(int(nodes.ends()[0]))
         edges[sources] = weights
-        effects = {"edge": edges[at], "total": total[adjoint.columns.all_features()[rows]]}
+        effects = {"edge": edges[chosen], "total": total[adjoint.columns.all_features()[rows]]}
         layer, position, index = active.layer[rows], active.position[rows], active.index[rows]
         activation = active.activation[rows].astype(np.float64)
-        counts = np.array([len(of) for of in replacement.features])
+        counts = np.array([len(features) for features in replacement.features])
         mean = (np.bincount(active.layer, active.activation, len(counts)) / np.maximum(counts, 1))[layer]
         # Name of the edit -> scale and added value [n], and the change of the activation as a share of it.
-        edits: dict[str, tuple[float, Any, Any]] = {edit_name(s): (s, np.zeros(len(at)), s - 1.0) for s in self.factors}
+        edits: dict[str, tuple[float, Any, Any]] = {
+            edit_name(s): (s, np.zeros(len(chosen)), s - 1.0) for s in self.factors
+        }
         if self.add:
             edits["add_mean"] = (1.0, mean, mean / activation)
-        batch = scope.batch([one.inputs])
+        batch = scope.batch([asked.inputs])
         base = base_run(scope, batch, MODES)
         fixed = {"layer": layer, "position": position, "index": index, "activation": activation, "band": bands}
         for name, (scale, value, share) in edits.items():
-            single = SingleEdits(layer, position, index, np.full(len(at), float(scale)), value)
+            single = SingleEdits(layer, position, index, np.full(len(chosen), float(scale)), value)
             predicted = {by: share * effect for by, effect in effects.items()}
             for mode in MODES:
-                measured = single_effects(scope, batch, base, single, mode, one.tokens)
-                row = {"input": one.name, "edit": name, "mode": mode, **fixed, "measured": measured, **predicted}
+                measured = single_effects(scope, batch, base, single, mode, asked.tokens)
+                row = {"input": asked.name, "edit": name, "mode": mode, **fixed, "measured": measured, **predicted}
                 yield pd.DataFrame(row)
 
     def drawn(self, features: np.ndarray, pruned: Any, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -147,9 +149,9 @@ class PredictedEffects:
             below = share
         return np.concatenate(chosen).astype(np.int64), np.concatenate(bands)
 
-    def draw(self, bench: Bench, table: pd.DataFrame, found: dict[tuple[str, ...], Agreement]) -> None:
-        """figures/predicted.png, measured against predicted effects of the first edit, a panel a mode; spearman.png
-        and slope.png, agreement against what activations are multiplied by, a line a mode.
+    def draw(self, bench: Bench, table: pd.DataFrame, results: dict[tuple[str, ...], Agreement]) -> None:
+        """figures/predicted.png, measured against predicted effects of the first edit, a panel per mode;
+        spearman.png and slope.png, agreement against what activations are multiplied by, a line per mode.
         """
         folder = bench.run_dir / "figures"
         rows: Any = table[table.edit == table.edit[0]]
@@ -158,7 +160,7 @@ class PredictedEffects:
             curves = []
             for mode, by in PREDICTED_BY.items():
                 factors = sorted(self.factors)
-                rates = [getattr(found[mode, edit_name(s), by], name) for s in factors]
+                rates = [getattr(results[mode, edit_name(s), by], name) for s in factors]
                 curves.append(Curve.of(f"{label(mode)}, {by}", factors, rates))
             dose_response(curves, folder / f"{name}.png", "activation multiplied by", name, percent=False)
 
@@ -173,21 +175,21 @@ def questions(bench: Bench, count: int) -> Iterator[Asked]:
     against the other concept's word; or the originals of pairs, against the counterfactual's word.
     """
     circuit = bench.cfg.circuit
-    wanted: list[tuple[str, ModelInputs, str, str]] = []
+    candidates: list[tuple[str, ModelInputs, str, str]] = []
     if circuit is None and bench.cfg.pairs is None:
         raise UserError("predicted_effects needs inputs: choose a circuit or pairs, such as circuit=mars_earth")
-    asked = {} if circuit is None else circuit.questions
+    wordings = {} if circuit is None else circuit.questions
     for concept, other in () if circuit is None else (circuit.concepts, circuit.concepts[::-1]):
         images = bench.concept_pictures(concept, "test", count, bench.cfg.seed)
-        for name, question in asked.items():
+        for name, question in wordings.items():
             words = question.answers[concept], question.answers[other]
             for i, inputs in enumerate(bench.inputs(images, question.prompt)):
-                wanted.append((f"{concept} {i}, {name}", inputs, *words))
+                candidates.append((f"{concept} {i}, {name}", inputs, *words))
     for name, pairs in bench.pairs("test").items() if circuit is None else ():
         for pair in [p for p in pairs if p.moves][:count]:
             inputs = bench.scope.inputs(pair.original.prompt, list(pair.original.images))
-            wanted.append((f"{pair.id}, {name}", inputs, pair.original.answer, pair.counterfactual.answer))
-    for name, inputs, right, other in wanted:
+            candidates.append((f"{pair.id}, {name}", inputs, pair.original.answer, pair.counterfactual.answer))
+    for name, inputs, right, other in candidates:
         tokens = bench.token(right), bench.token(other)
         with torch.no_grad():
             answer = int(bench.vlm.adapter.next_logits(inputs.tensors)[0].argmax())
@@ -204,20 +206,20 @@ def agreements(table: pd.DataFrame, seed: int) -> dict[tuple[str, ...], Agreemen
     def compared(rows: pd.DataFrame, predictor: str) -> Agreement:
         return agreement(rows[predictor].to_numpy(), rows.measured.to_numpy(), rows.input.to_numpy(str), seed)
 
-    found: dict[tuple[str, ...], Agreement] = {}
+    results: dict[tuple[str, ...], Agreement] = {}
     key: Any
     for key, rows in table.groupby(["mode", "edit"], sort=False):
         mode, edit = key
         for predictor in ("edge",) if mode == "direct" else ("edge", "total"):
-            found[mode, edit, predictor] = compared(rows, predictor)
-        for band, some in rows.groupby("band") if edit == "ablate" else ():
-            if len(some) >= 10 and some.input.nunique() > 1:
-                found[mode, edit, PREDICTED_BY[mode], f"band_{band}"] = compared(some, PREDICTED_BY[mode])
-    return found
+            results[mode, edit, predictor] = compared(rows, predictor)
+        for band, part in rows.groupby("band") if edit == "ablate" else ():
+            if len(part) >= 10 and part.input.nunique() > 1:
+                results[mode, edit, PREDICTED_BY[mode], f"band_{band}"] = compared(part, PREDICTED_BY[mode])
+    return results
 
 
 def scatter(rows: pd.DataFrame, lows: list[float], path: Any) -> None:
-    """Measured against predicted effects, a panel a mode, coloured by band of influence."""
+    """Measured against predicted effects, a panel per mode, coloured by band of influence."""
     most = 1.5 * float(np.abs(rows[["edge", "total", "measured"]].to_numpy()).max(initial=LINEAR))
     line = np.concatenate([-np.geomspace(most, LINEAR / 10, 60), np.geomspace(LINEAR / 10, most, 60)])
     ticks = [tick for tick in (-10, -1, -0.1, 0, 0.1, 1, 10) if abs(tick) <= most]
@@ -226,10 +228,10 @@ def scatter(rows: pd.DataFrame, lows: list[float], path: Any) -> None:
         for axes, (mode, by) in zip(grid, PREDICTED_BY.items(), strict=True):
             axes.plot(line, line, color=INK, lw=1, ls="--", zorder=1, label="as predicted")
             band: Any
-            for band, of in rows[rows["mode"] == mode].groupby("band"):
+            for band, points in rows[rows["mode"] == mode].groupby("band"):
                 style = {"color": pick(COLOURS, band), "marker": pick(MARKERS, band), "s": 13, "alpha": 0.65}
                 says = f"influence {100 * lows[band]:.0f} to {100 * lows[band + 1]:.0f} %"
-                axes.scatter(of[by], of.measured, label=says, linewidths=0.4, edgecolors="white", **style)
+                axes.scatter(points[by], points.measured, label=says, linewidths=0.4, edgecolors="white", **style)
             axes.set_xscale("symlog", linthresh=LINEAR)
             axes.set_yscale("symlog", linthresh=LINEAR)
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -23,19 +23,18 @@ def draw_report(folder: Path, settings: Mapping[str, Any], metrics: Mapping[str,
     name = str(settings.get("name") or "experiment")
     # A run's config.yaml leaves out what is empty.
     headline, report, trials, places = (settings.get(key, {}) for key in ("headline", "report", "trials", "settings"))
-    numbers = numbers_of({key: HeadlineConfig(**one) for key, one in headline.items()}, metrics)
-    marks = {key: MarkConfig(**one) for key, one in report.items()}
+    numbers = numbers_of({key: HeadlineConfig(**config) for key, config in headline.items()}, metrics)
+    marks = {key: MarkConfig(**config) for key, config in report.items()}
     counted = {
-        f"{trial}/{setting}": measures_of(one, where)[0]
-        for trial, one in trials.items()
+        f"{trial}/{setting}": measures_of(config, where)[0]
+        for trial, config in trials.items()
         for setting, where in places.items()
     }
-    found = Folder(folder, counted, places)
     sections: list[Section] = [number_table(numbers)] if numbers else []
-    sections += sections_of(found, marks)
+    sections += sections_of(Folder(folder, counted, places), marks)
     same = ("The same seed gives the same numbers on the same machine.",)
-    said = limits(catalog.conf_dir() / "experiment" / f"{name}.md")
-    sections += [Text("Limits", (said,))] if said else []
+    caveats = limits(catalog.conf_dir() / "experiment" / f"{name}.md")
+    sections += [Text("Limits", (caveats,))] if caveats else []
     sections.append(Text("Run it again", same, code=f"python run.py experiment={name}"))
     sections.append(Details("Configuration", "config.yaml of this run", read_text(folder / "config.yaml")))
     page = ReportPage(
@@ -55,12 +54,12 @@ def number_table(numbers: Sequence[Number]) -> Table:
         value = None if number.rate is None else number.rate.control
         return Percent(value) if number.share and value is not None else value
 
-    rows = tuple((one.says, measured(one), control(one), range_of(one), one.metric) for one in numbers)
+    rows = tuple((n.says, measured(n), control(n), range_of(n), n.metric) for n in numbers)
     return Table("Result", ("what", "here, 95 % interval", "control", "stated range", "metric"), rows)
 
 
 def limits(card: Path) -> str:
-    """The paragraph of an experiment's card that says what its numbers do not; empty when there is none."""
+    """The paragraph "Limits" of an experiment's card; empty when there is none."""
     text = read_text(card) if card.is_file() else ""
-    found = re.search(r"\*\*Limits\.\*\*\s*(.+?)(?:\n\n|\Z)", text, re.DOTALL)
-    return " ".join(found[1].replace("`", "").replace("*", "").split()) if found else ""
+    match = re.search(r"\*\*Limits\.\*\*\s*(.+?)(?:\n\n|\Z)", text, re.DOTALL)
+    return " ".join(match[1].replace("`", "").replace("*", "").split()) if match else ""

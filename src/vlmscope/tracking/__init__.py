@@ -1,4 +1,4 @@
-"""The one seam to MLflow: nothing else imports it, and here it is imported only when a run is opened."""
+"""Tracking with MLflow. No other package imports MLflow, and this one does so only when a run is opened."""
 
 from vlmscope.tracking.run import RunInfo, TrackedRun, TrackingConfig, open_run
 

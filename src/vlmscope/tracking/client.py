@@ -1,7 +1,7 @@
-"""An MLflow client: quiet, offline, safe to open from several processes at once, patient with a locked database.
+"""An MLflow client that is quiet, offline, safe to open from several processes, and retries on a locked database.
 
-Importing MLflow takes 2 to 3 s on a slow core and its SQLite store 1 s more (3 s when the database is made), so both
-happen here, when the first run is opened, and never at import.
+Importing MLflow takes 2 to 3 s on a slow core and its SQLite store 1 s more (3 s when the database is created), so both
+happen when the first run is opened, not at import.
 """
 
 from __future__ import annotations
@@ -29,11 +29,39 @@ from vlmscope.core.errors import UserError
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-
+# MLflow's own limits, in characters
 MAX_KEY = 250
 MAX_VALUE = 6000
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
 _CUT = " ... (cut; whole in config.yaml)"
+WAIT = 1.0  # seconds to wait for the store while work is held up
+PATIENCE = 60.0  # the same at the end of a run
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+    # By default each call retries an unreachable server for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+_PACKAGES = (
+    "vlmscope",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "pytorch-lightning",
+    "hydra-core",
+    "mlflow",
+    "numpy",
+    "safetensors",
+)
+T = TypeVar("T")
+
+
+class Unreachable(Exception):
+    """The tracking store does not answer or refuses what it is given; the message is the reason in a few words."""
 
 
 def clean_text(text: str) -> str:
@@ -61,21 +89,8 @@ def to_params(config: Mapping[str, Any]) -> dict[str, str]:
     return params
 
 
-_PACKAGES = (
-    "vlmscope",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "pytorch-lightning",
-    "hydra-core",
-    "mlflow",
-    "numpy",
-    "safetensors",
-)
-
-
 def git_state() -> tuple[str, bool]:
-    """The commit that this code runs from and whether tracked files differ from it; ("none", False) without git."""
+    """The commit of this code and whether tracked files differ from it; ("none", False) without git."""
     folder = Path(__file__).resolve().parent
     try:
         commit, changes = (
@@ -88,7 +103,7 @@ def git_state() -> tuple[str, bool]:
 
 
 def package_versions() -> dict[str, str]:
-    """Version of Python and of each package that can change a number."""
+    """Versions of Python and of each package that can change a number."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -101,62 +116,39 @@ def package_versions() -> dict[str, str]:
 def tags() -> dict[str, str]:
     """Provenance as tags of a tracked run."""
     commit, dirty = git_state()
-    found = {"git_commit": commit, "git_dirty": str(dirty).lower()}
+    provenance = {"git_commit": commit, "git_dirty": str(dirty).lower()}
     if commit != "none":
-        found["mlflow.source.git.commit"] = commit
-    return found | {f"version.{name}": version for name, version in package_versions().items()}
-
-
-_QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "GIT_PYTHON_REFRESH": "quiet",
-    # MLflow would try a server that is gone for minutes, within each call.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
-WAIT = 1.0  # seconds for a store that does not answer while work waits for it
-PATIENCE = 60.0  # and where nothing else is left to do
-T = TypeVar("T")
-
-
-class Unreachable(Exception):
-    """The tracking store does not answer or refuses what it is given; the reason in a few words."""
-
-
-def _check_lock(uri: str, seconds: float) -> None:
-    """Raise `Unreachable` where another connection has locked the database for that long: MLflow waits 20 s a call."""
-    path = sqlite_file(uri)
-    if path is not None:
-        with closing(sqlite3.connect(path, timeout=seconds, isolation_level=None)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("ROLLBACK")
+        provenance["mlflow.source.git.commit"] = commit
+    return provenance | {f"version.{name}": version for name, version in package_versions().items()}
 
 
 def patiently(uri: str, work: Callable[[], T], seconds: float) -> T:
-    """Return `work()`, tried again while the store is locked, for about `seconds`; it may be repeated from its start.
+    """Return `work()`, retried from its start while the store is locked, for about `seconds`.
 
     Raises:
         UserError: from `work`.
-        Unreachable: anything else went wrong with the store.
+        Unreachable: on any other failure of the store.
     """
     deadline = time.monotonic() + seconds
+    path = sqlite_file(uri)
     while True:
         try:
-            _check_lock(uri, min(max(deadline - time.monotonic(), 0.0), WAIT))
+            if path is not None:  # look at the lock first: MLflow itself would wait 20 s in each call
+                wait = min(max(deadline - time.monotonic(), 0.0), WAIT)
+                with closing(sqlite3.connect(path, timeout=wait, isolation_level=None)) as connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    connection.execute("ROLLBACK")
             return work()
         except UserError:
             raise
-        except Exception as error:  # MLflow lets those of its database, its server and its files through
+        except Exception as error:  # MLflow passes on errors of its database, its server and its files as they are
             if "locked" not in str(error) or time.monotonic() >= deadline:
                 raise Unreachable(_reason(error)) from error
             time.sleep(0.05)
 
 
 def _reason(error: Exception) -> str:
-    """The first words of an error that may show SQL, addresses and advice."""
+    """The first words of an error, without the SQL, addresses and advice that may follow."""
     text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
     return " ".join(text.partition("[SQL")[0].split()).rpartition("OperationalError) ")[2][:200].strip()
 
@@ -168,7 +160,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 @contextmanager
 def _first_use_lock(uri: str) -> Iterator[None]:
-    """MLflow creates its tables without a lock, so two jobs that start together would break each other."""
+    """Lock around the first use: MLflow creates its tables without one, so two jobs starting together would clash."""
     digest = hashlib.sha256(os.fsencode(f"{Path.cwd()}:{uri}")).hexdigest()[:16]
     with open(Path(tempfile.gettempdir()) / f"vlmscope-mlflow-{os.getuid()}-{digest}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -176,24 +168,23 @@ def _first_use_lock(uri: str) -> Iterator[None]:
 
 
 def check_store(uri: str) -> None:
-    """Check that a database can be written; MLflow retries one that cannot for a minute and then prints a page.
+    """Check that the file can be written as a database; MLflow would retry for a minute and then print a page.
 
     Raises:
-        UserError: it cannot, or is none.
+        UserError: the file cannot be written or is not a SQLite database.
     """
     path = sqlite_file(uri)
     if path is None:
         return
     whole = str(path.absolute())
-    if clean_text(whole) != whole:  # MLflow would put the artifacts into a folder of another name
+    if clean_text(whole) != whole:  # MLflow would put the artifacts into a folder with another name
         raise UserError(
             f"tracking.uri={clean_text(uri)}: the path {clean_text(whole)} is not UTF-8, as MLflow needs it; choose "
             f"another database or tracking=none"
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
+        path.open("ab").close()
     except OSError as error:
         raise UserError(
             f"tracking.uri={uri}: cannot write {path}: {error.strerror}; choose another file or tracking=none"
@@ -205,10 +196,10 @@ def check_store(uri: str) -> None:
 
 
 def open_client(uri: str) -> MlflowClient:
-    """A client for `uri`, its database made or checked.
+    """A client for `uri`, after creating or checking its database.
 
     Raises:
-        UserError: when the store cannot be used.
+        UserError: the store cannot be used.
     """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
@@ -219,7 +210,7 @@ def open_client(uri: str) -> MlflowClient:
         from mlflow.tracking import MlflowClient
 
     for name in ("mlflow", "alembic", "sqlalchemy"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # MLflow logs the traceback of what it raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # MLflow logs a traceback of what it also raises
     try:
         with _first_use_lock(uri):
             return MlflowClient(uri)

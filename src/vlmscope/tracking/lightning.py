@@ -1,7 +1,7 @@
-"""A Lightning logger on top of a tracked run.
+"""A Lightning logger for a tracked run.
 
-Lightning's own MLFlowLogger cuts parameters at 250 characters, drops text, and ends the run by itself; this one only
-hands metrics on, since the app has logged the configuration and ends the run.
+Lightning's own MLFlowLogger cuts parameters at 250 characters, drops text, and ends the run by itself. This one only
+passes metrics on: the app logs the configuration and ends the run.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class RunLogger(Logger):
-    """Writes a Trainer's metrics into `run` on the first process."""
+    """Logger that writes a Trainer's metrics into `run`, on the first process only."""
 
     def __init__(self, run: "TrackedRun") -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class RunLogger(Logger):
 
     @property
     def name(self) -> str:
-        """A fixed name; Lightning wants one."""
+        """A fixed name, which Lightning requires."""
         return "vlmscope"
 
     @property
@@ -33,7 +33,7 @@ class RunLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log numbers at a step; Lightning's own `epoch` says nothing in step-based training and is left out."""
+        """Log numbers at a step, without Lightning's `epoch`, which means nothing in step-based training."""
         kept = {key: float(value) for key, value in metrics.items() if key != "epoch"}
         if kept:
             self._run.log_metrics(kept, step)

@@ -1,4 +1,4 @@
-"""Tracked runs: what tasks log to, with MLflow behind it or nothing."""
+"""Tracked runs, to which tasks log: in an MLflow store, or nowhere."""
 
 import logging
 import time
@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _ID_FILE = ".mlflow_run_id"
-_BATCH = 100
-_MOST_POINTS = 200_000  # that wait for a store, some 50 MB
+_PARAMS_AT_ONCE = 100  # MLflow's limits for one request
+_POINTS_AT_ONCE = 1000
+_MOST_POINTS = 200_000  # waiting for the store, about 50 MB
 _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0  # seconds between attempts
 
 
@@ -48,10 +50,10 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What is known of a run before it starts.
+    """Description of a run before it starts.
 
-    `experiment` is the study that it belongs to, `params` the resolved configuration, `parent_id` the run of its sweep,
-    or what finds it in the store.
+    `experiment` is its study, `params` the resolved configuration, `parent_id` the run of its sweep, or a function that
+    finds it in the store.
     """
 
     experiment: str
@@ -63,36 +65,35 @@ class RunInfo:
 
 
 class TrackedRun:
-    """What a task may log; this one keeps nothing. Metrics are floats under the names of the contract: `val/fvu`."""
+    """The calls that a task may make; this base keeps nothing. Metrics have names such as `val/fvu`."""
 
-    run_id: str | None = None  # MLflow's, None while there is none
+    run_id: str | None = None  # MLflow's; None while the store has not answered
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log numbers at a training step; without one, at the latest that this run logged (0 before any)."""
+        """Log numbers at a training step, by default the latest that this run logged (0 before any)."""
 
     def log_artifacts(self, path: str | Path) -> None:
         """Copy a file, or all files below a folder, into the run's artifacts. Hidden files are left out."""
 
     def lightning_logger(self) -> "Logger":
-        """A logger for a Lightning Trainer that writes into this run and leaves its status alone."""
+        """A logger for a Lightning Trainer that writes into this run and never ends it."""
         from vlmscope.tracking.lightning import RunLogger
 
         return RunLogger(self)
 
 
 class MlflowRun(TrackedRun):
-    """A run in an MLflow store. What is logged is kept here until the store takes it: no work waits for the store long.
+    """A run in an MLflow store. What is logged is buffered until the store takes it, so that no work waits for long.
 
-    Writing is tried whenever something is logged, for WAIT seconds, after a failure with growing pauses, and at the end
-    for PATIENCE seconds. A failure is one warning when it begins, and one at the end where it lasted.
+    Each call that logs also tries to write, for WAIT seconds; after a failure the pauses between tries grow, and at the
+    end it tries for PATIENCE seconds. A failure gives one warning when it begins, and one at the end if it lasts.
     """
 
     def __init__(self, uri: str, run_dir: Path, info: RunInfo, resume: bool) -> None:
-        self.run_id: str | None = None  # none yet while the store has not answered
         self._client: MlflowClient | None = None
         self._uri, self._run_dir, self._info, self._resume = uri, run_dir, info, resume
         self._started = int(time.time() * 1000)
-        self._step = 0  # the latest; final figures at step 0 would send a curve back to its start
+        self._step = 0  # the latest, for metrics without one: final figures at step 0 would bend their curves back
         self._params: Mapping[str, Any] | None = info.params
         self._points: deque[tuple[str, float, int, int | None]] = deque(maxlen=_MOST_POINTS)
         self._lost = 0
@@ -113,28 +114,28 @@ class MlflowRun(TrackedRun):
         self._write()
 
     def log_artifacts(self, path: str | Path) -> None:
-        """Copy a file, or every file below a folder that is not hidden, keeping subfolders; not those of runs inside,
-        which have records of their own.
+        """Copy a file, or every visible file below a folder, keeping subfolders.
+
+        Folders of other runs inside are left out, since those runs have their own artifacts.
         """
         path = Path(path)
         root = path if path.is_dir() else path.parent
-        inside = {file.parent for file in root.rglob(_ID_FILE)} - {root} if path.is_dir() else set()
+        inner_runs = {file.parent for file in root.rglob(_ID_FILE)} - {root} if path.is_dir() else set()
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             relative = file.relative_to(root)
-            if inside.intersection(file.parents):
-                continue
-            if file.is_file() and not any(part.startswith(".") for part in relative.parts):
+            hidden = any(part.startswith(".") for part in relative.parts)
+            if file.is_file() and not hidden and not inner_runs.intersection(file.parents):
                 self._files[file] = relative.parent.as_posix()
         self._write()
 
     def close(self, status: str) -> None:
-        """End the run, with all that it has not written yet; one warning says what the store never took."""
+        """Write what is left and end the run; one warning lists what the store never took."""
         self._status, ended = status, int(time.time() * 1000)
         try:
             try:
                 patiently(self._uri, lambda: self._send(ended), WAIT)
             except Unreachable as error:
-                # Who kills a process waits for some seconds only.
+                # Whoever kills a process waits for some seconds only.
                 if "locked" not in str(error) or status == "KILLED":
                     raise
                 _LOG.info("%s is locked; waiting for it, at most %d s", self._uri, PATIENCE)
@@ -149,14 +150,14 @@ class MlflowRun(TrackedRun):
             _LOG.info("all that was logged is in MLflow now")
 
     def _write(self) -> None:
-        """Write what waits, unless the last failure was a moment ago."""
+        """Write the buffers, unless the pause after the last failure is not over."""
         if time.monotonic() < self._next:
             return
         try:
             patiently(self._uri, self._send, WAIT)
         except (Unreachable, UserError) as error:
             if isinstance(error, UserError) and self._client is None:
-                raise  # a store that cannot be used, at the start of the run
+                raise  # the store cannot be used at all, which is known at the start of the run
             self._next, self._pause = time.monotonic() + self._pause, min(2 * self._pause, _LONGEST_PAUSE)
             if not self._warned:
                 _LOG.warning("%s does not take what is logged (%s); it is kept and written later", self._uri, error)
@@ -165,7 +166,7 @@ class MlflowRun(TrackedRun):
             self._pause = _FIRST_PAUSE
 
     def _send(self, ended: int | None = None) -> None:
-        """Write all that waits, each part forgotten when it is written, so that a repetition goes on from there."""
+        """Write the buffers, each part removed once it is written, so that a retry continues from there."""
         from mlflow.entities import Metric
 
         client = self._client = self._client or open_client(self._uri)
@@ -177,10 +178,12 @@ class MlflowRun(TrackedRun):
             _send_params(client, self.run_id, self._params)
             self._params = None
         while self._points:
-            batch = [self._points[at] for at in range(min(1000, len(self._points)))]
-            entries = [Metric(key, value, now, self._step if at is None else at) for key, value, now, at in batch]
+            entries = [
+                Metric(key, value, now, self._step if step is None else step)
+                for key, value, now, step in islice(self._points, _POINTS_AT_ONCE)
+            ]
             client.log_batch(self.run_id, metrics=entries)
-            for _ in batch:
+            for _ in entries:
                 self._points.popleft()
         for file, folder in list(self._files.items()):
             copy_artifact(client, self.run_id, file, folder)
@@ -189,7 +192,7 @@ class MlflowRun(TrackedRun):
             client.set_terminated(self.run_id, self._status, ended)
 
     def _left(self) -> str:
-        """What the store has not taken, as words."""
+        """What the store has not taken, in words."""
         names = {key for key, *_ in self._points}
         megabytes = sum(file.stat().st_size for file in self._files if file.exists()) / 1e6
         parts = [
@@ -203,25 +206,23 @@ class MlflowRun(TrackedRun):
 
 
 def copy_artifact(client: "MlflowClient", run_id: str, file: Path, folder: str) -> None:
-    """Copy a file into the folder of a run's artifacts ("." for their root); one that has vanished is left out."""
+    """Copy a file into a folder of a run's artifacts ("." is their root); nothing if the file no longer exists."""
     if file.exists():
         client.log_artifact(run_id, str(file), None if folder == "." else folder)
 
 
 def _send_params(client: "MlflowClient", run_id: str, params: Mapping[str, Any]) -> None:
-    """Log the configuration. MLflow's parameters cannot change: one that did since a resume becomes a tag."""
+    """Log the configuration. MLflow's parameters are final, so one that changed on a resume becomes a tag."""
     from mlflow.entities import Param, RunTag
 
     known = client.get_run(run_id).data.params
-    wanted = to_params(params)
-    new = [Param(key, value) for key, value in wanted.items() if key not in known]
+    current = to_params(params)
+    new = [Param(key, value) for key, value in current.items() if key not in known]
     changed = [
-        RunTag(clean_key(f"changed.{key}"), value)
-        for key, value in wanted.items()
-        if key in known and known[key] != value
+        RunTag(clean_key(f"changed.{key}"), value) for key, value in current.items() if known.get(key, value) != value
     ]
-    for start in range(0, len(new), _BATCH):
-        client.log_batch(run_id, params=new[start : start + _BATCH])
+    for start in range(0, len(new), _PARAMS_AT_ONCE):
+        client.log_batch(run_id, params=new[start : start + _PARAMS_AT_ONCE])
     if changed:
         client.log_batch(run_id, tags=changed)
 
@@ -229,20 +230,19 @@ def _send_params(client: "MlflowClient", run_id: str, params: Mapping[str, Any])
 def _experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    database = sqlite_file(uri)
-    # MLflow would put artifacts of a SQLite store below the current folder; they belong beside the database.
-    place = None if database is None else (database.parent.resolve() / "mlflow_artifacts" / clean_key(name)).as_uri()
-    try:
-        return client.create_experiment(name, artifact_location=place)
-    except MlflowException:
-        # Another job of the same sweep made it in between.
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise
-        return found.experiment_id
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        database = sqlite_file(uri)
+        # MLflow would put artifacts of a SQLite store below the current folder; they belong next to the database.
+        folder = database and (database.parent.resolve() / "mlflow_artifacts" / clean_key(name)).as_uri()
+        try:
+            return client.create_experiment(name, artifact_location=folder)
+        except MlflowException:
+            # Another job of the same sweep may have created it since.
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    return experiment.experiment_id
 
 
 def _existing_run(client: "MlflowClient", run_dir: Path) -> "Run | None":
@@ -260,7 +260,7 @@ def _existing_run(client: "MlflowClient", run_dir: Path) -> "Run | None":
 
 
 def _latest_step(client: "MlflowClient", run_id: str) -> int:
-    """The latest step of a run that goes on; it may have nothing left to train."""
+    """The latest step of a resumed run, which may have nothing left to train."""
     names = client.get_run(run_id).data.metrics
     return max((entry.step for name in names for entry in client.get_metric_history(run_id, name)), default=0)
 
@@ -268,9 +268,9 @@ def _latest_step(client: "MlflowClient", run_id: str) -> int:
 def start_run(
     client: "MlflowClient", uri: str, run_dir: Path, info: RunInfo, resume: bool, started: int | None = None
 ) -> str:
-    """Create the MLflow run, or with `resume` set the one that `run_dir` had to running again; returns its id.
+    """Create the MLflow run, or with `resume` set the run of `run_dir` to running again; returns its id.
 
-    `started` is when its work began, in milliseconds, by default now.
+    `started` is when its work began, in milliseconds since 1970 (default: now).
     """
     tags = {"run_dir": str(run_dir.resolve()), "overrides": " ".join(info.overrides)[:MAX_VALUE], **provenance.tags()}
     parent = info.parent_id(client) if callable(info.parent_id) else info.parent_id
@@ -294,10 +294,10 @@ def start_run(
 def open_run(config: TrackingConfig, run_dir: Path, info: RunInfo, *, resume: bool = False) -> Iterator[TrackedRun]:
     """A tracked run around the work: FINISHED at the end, FAILED on an exception, KILLED on Ctrl-C or a kill.
 
-    With `resume`, the MLflow run that `run_dir` belongs to is continued. A store that is locked or away costs no work.
+    With `resume`, the MLflow run of `run_dir` continues. A locked or unreachable store never stops the work.
 
     Raises:
-        UserError: when the tracking store cannot be used.
+        UserError: the tracking store cannot be used.
     """
     if not config.enabled:
         yield TrackedRun()

@@ -1,5 +1,5 @@
-"""Runs inside a run: the parent of a sweep, opened before its first job and closed with a status made of its jobs', and
-runs that another run starts in processes of their own."""
+"""Runs inside a run: the parent of a sweep, opened before its first job and closed with a status that summarises its
+jobs, and runs that another run starts in other processes."""
 
 import fcntl
 import json
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-# Jobs may run in other processes (a launcher starts them), so the id travels in the environment, and what it takes to
-# open the parent where the store was locked when the sweep began: its folder and its experiment.
+# A launcher may run jobs in other processes, so the parent's id travels in the environment. So do its folder and
+# experiment, with which a job opens the parent if the store was locked when the sweep began.
 _PARENT = "VLMSCOPE_MLFLOW_PARENT"
 _URI = "VLMSCOPE_MLFLOW_URI"
 _OVERRIDES = "VLMSCOPE_MLFLOW_OVERRIDES"
 _SWEEP = "VLMSCOPE_MLFLOW_SWEEP"
-# Of a run that was started by another one: that one's id and the study that both belong to.
+# For a run that another run started: the id of that run and the study of both.
 _STARTER = "VLMSCOPE_MLFLOW_STARTER"
 _STUDY = "VLMSCOPE_MLFLOW_STUDY"
 
 
 def open_parent(config: TrackingConfig, sweep_dir: str | Path, experiment: str, overrides: Sequence[str]) -> str | None:
-    """Open the parent run, or continue that of an earlier sweep in this folder; jobs find it. Returns its id.
+    """Open the parent run, or continue that of an earlier sweep in this folder; returns its id.
 
-    None where the store is locked: the first job that reaches the store opens the parent then.
+    None if the store is locked: then the first job that reaches the store opens the parent.
     """
     folder = Path(sweep_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def open_parent(config: TrackingConfig, sweep_dir: str | Path, experiment: str, 
 
 
 def _open_parent(client: "MlflowClient") -> str:
-    """The parent's id, from whichever of the sweep's processes comes first; they may come at once."""
+    """The parent's id. Whichever process of the sweep comes first opens the run; the lock makes the others wait."""
     known = os.environ.get(_PARENT)
     if known is not None:
         return known
@@ -64,10 +64,10 @@ def _open_parent(client: "MlflowClient") -> str:
 
 
 def parent_id() -> "str | Callable[[MlflowClient], str]":
-    """The parent of a job, or what opens it where the store was locked when the sweep began.
+    """The parent of a job, or a function that opens it if the store was locked when the sweep began.
 
     Raises:
-        UserError: when there is none: Hydra only warns when opening it failed, and orphans would look like single runs.
+        UserError: there is none. Hydra only warns when opening it fails, and orphans would look like single runs.
     """
     if _SWEEP not in os.environ:
         raise UserError(
@@ -77,7 +77,7 @@ def parent_id() -> "str | Callable[[MlflowClient], str]":
 
 
 def started_by(run_id: str | None, study: str) -> dict[str, str]:
-    """The environment of processes whose runs are children of the run `run_id`; empty when that is None."""
+    """Environment variables for processes whose runs are children of the run `run_id`; none without it."""
     return {} if run_id is None else {_STARTER: run_id, _STUDY: study}
 
 
@@ -88,14 +88,14 @@ def starter() -> tuple[str, str] | None:
 
 
 def job_name(settings: Sequence[str], fallback: str) -> str:
-    """What sets a job apart: its settings without those of the sweep's command line that all jobs share.
+    """A job's name: its settings without those of the sweep's command line that all jobs share.
 
-    Where runs are compared, a legend shows only the start of a name, so `transcoder.k=4` is `k=4` if no other key of
-    the job ends in `k`.
+    Legends of compared runs show only the start of a name, so `transcoder.k=4` is shortened to `k=4` unless another key
+    of the job ends in `k`.
     """
     shared = set(json.loads(os.environ.get(_OVERRIDES, "[]")))
-    own = [setting for setting in settings if setting not in shared] or settings
-    parts = [setting.partition("=") for setting in own]
+    distinct = [setting for setting in settings if setting not in shared] or settings
+    parts = [setting.partition("=") for setting in distinct]
     leaves = [key.rpartition(".")[2] for key, _, _ in parts]
     short = [
         f"{key if leaves.count(leaf) > 1 else leaf}{equals}{value}"
@@ -105,7 +105,7 @@ def job_name(settings: Sequence[str], fallback: str) -> str:
 
 
 def log_to_parent(files: Sequence[Path], root: Path) -> None:
-    """Copy files below `root` into the parent run's artifacts, keeping subfolders; nothing without a parent."""
+    """Copy files below `root` into the parent run's artifacts, keeping subfolders; without a parent, do nothing."""
 
     def copy(uri: str) -> None:
         client = open_client(uri)
@@ -116,7 +116,7 @@ def log_to_parent(files: Sequence[Path], root: Path) -> None:
 
 
 def close_parent(*, killed: bool = False, failed: bool = False) -> None:
-    """End the parent run, if one is open: KILLED or FAILED as said or when a job was, else FINISHED."""
+    """End the parent run, if one is open: KILLED or FAILED as passed or if a job was, else FINISHED."""
 
     def close(uri: str) -> None:
         client = open_client(uri)
@@ -138,7 +138,7 @@ def close_parent(*, killed: bool = False, failed: bool = False) -> None:
 
 
 def _at_the_end(work: Callable[[str], None], what: str, seconds: float) -> None:
-    """Do `work` with the URI of an open parent; one warning where the store does not take it."""
+    """Do `work` with the URI of an open parent; one warning if the store does not take it."""
     uri = os.environ.get(_URI)
     if uri is None:
         return

@@ -1,3 +1,1 @@
-"""Training of models and transcoders with Lightning: thin modules, resumable without pickle, every batch drawn by
-step.
-"""
+"""Training of models and transcoders with Lightning: thin modules, resumable without pickle, batches drawn by step."""

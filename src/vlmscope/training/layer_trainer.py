@@ -1,40 +1,39 @@
 """Training of one layer's transcoder: its starting point, its loss, its step in micro-batches, and what stops it.
 
-Loss, in standardised coordinates: FVU of the batch (as the paper), averaged with those of Matryoshka prefixes where
+Loss, in standardised coordinates: FVU of the batch (as in the paper), averaged with those of Matryoshka prefixes if
 there are any, + aux_coefficient x AuxK + sparsity_coefficient x the penalty of a nonlinearity that needs one.
 The loss of a cross-layer set is the sum of its layers' losses, each from the features of its own layer and of all
 below (Ameisen et al. 2025).
 
 Starting point, in standardised coordinates: a feature starts as one token of the data, W_enc[f] = x_n / |x_n|,
 W_dec[f] = y_n / (k |x_n|). Every feature fires at least near its own token, so few start dead, and the first
-reconstruction is an average over similar tokens. In a cross-layer set layer m is written to from m + 1 layers, each of
-which starts with its share: W_dec[l -> m][f] = y_m,n / (k |x_n| (m + 1)).
+reconstruction is an average over similar tokens. In a cross-layer set m + 1 layers write to layer m, and each starts
+with its share: W_dec[l -> m][f] = y_m,n / (k |x_n| (m + 1)).
 
 JumpReLU and ReLU do not fix the number of active features, and with thresholds at 0 half of all features would be
-active at first. So each feature's threshold starts where the feature is active at k / F of the starting tokens:
-JumpReLU's threshold, the negative of ReLU's bias. JumpReLU's rows are then rescaled (W_enc down, W_dec up: the same
-function) until all thresholds are 2: an optimiser that moves every number by about its rate would hardly move one of 6
-in some hundred steps, and L0 would drift away from k.
+active at first. So each feature's threshold (JumpReLU's threshold, the negative of ReLU's bias) starts where the
+feature is active at k / F of the starting tokens. JumpReLU's rows are then rescaled (W_enc down, W_dec up: the same
+function) until all thresholds are 2: an optimiser that moves every number by about its rate would hardly move a
+threshold of 6 in some hundred steps, and L0 would drift away from k.
 
-Measured on layer 2 of Orrery (d = 128, F = 1024, k = 16, 100 steps of 2,000 tokens at 3e-3; FVU and L0 on other
-pictures), with TopK at 0.073: JumpReLU 0.074, 14.4; with thresholds of 1 0.072, 20.5; not rescaled 0.090, 8.4; one
-threshold for all features, not rescaled 0.190, 8.3. ReLU with a coefficient of 0.003 0.074, 24 (0.079, 27 without the
-factor that makes up in W_dec for what the bias takes). On one layer of an Orrery with a trained tower and a random
-decoder (F = 2048, 300 steps of 2,048 tokens at 3e-3) FVU and dead features were 0.044 and 9 %; with the paper's start
-(W_dec = 0, W_enc uniform) 0.054 and 28 %.
+Measured on layer 2 of Orrery (d = 128, F = 1024, k = 16, 100 steps of 2,000 tokens at 3e-3), FVU and L0 on other
+pictures, TopK having an FVU of 0.073: JumpReLU 0.074 and 14.4; with thresholds of 1, 0.072 and 20.5; not rescaled,
+0.090 and 8.4; not rescaled and one threshold for all features, 0.190 and 8.3; ReLU with a coefficient of 0.003, 0.074
+and 24 (0.079 and 27 without the scaling of W_dec, `_best_scale`). On one layer of an Orrery with a trained tower and a
+random decoder (F = 2048, 300 steps of 2,048 tokens at 3e-3), FVU and dead features were 0.044 and 9 %; with the paper's
+start (W_dec = 0, W_enc uniform), 0.054 and 28 %.
 
-Shapes: N tokens of this host's part of a step, d model width, F features.
-
-A process or a micro-batch may have a part of a step's tokens. What is then asked for is in `Joint`:
+A process or a micro-batch may have only a part of a step's tokens. `Joint` says how the loss of the step is made then:
 
 None      All tokens are here.
 Total     One of several hosts. It turns a host's sum into the sum over all hosts, in value; its gradient is that of the
           host's own part. So a loss made of totals has the joint value everywhere, and the gradients of the hosts add
-          up to the joint gradient exactly, also where the loss is not a sum over tokens.
-Part      A micro-batch. What is no sum over tokens, the FVU's denominators and the mean that L0's penalty squares, is
-          known before the first of them is differentiated. Then values and gradients add up to those of the step.
+          up to the joint gradient exactly, even if the loss is not a sum over tokens.
+Part      A micro-batch. The terms that are not sums over tokens, which are the FVU's denominators and the mean that
+          L0's penalty squares, are computed before the first micro-batch is differentiated. Then values and gradients
+          add up to those of the step.
 
-Shapes: N tokens, d model width, F features, k slots for the active features of a token.
+Shapes: N tokens of this host's part of a step, d model width, F features, k slots for the active features of a token.
 """
 
 from __future__ import annotations
@@ -65,15 +64,23 @@ from vlmscope.transcoders.transcoder import (
     written_before,
 )
 
+_THRESHOLD = 2.0  # JumpReLU's thresholds at the start, in pre-activations
+_LEAST = 1e-2  # lower bound of thresholds before rescaling, which divides by them
+_FEATURES_AT_ONCE = 1024
+_TOKENS = 2048
+_WINDOW = 64  # steps of the running median of the loss
+_ENOUGH = 8  # losses before the median means anything
+_EXPLOSION = 1e3  # a layer stops when its loss is this many times its running median
+
 Total = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a micro-batch must know of the step that it is a part of, over all hosts; scalars without gradient.
+    """Figures of a whole step, over all hosts, that its micro-batches need; scalars without gradient.
 
     `tokens` of the step; `deviations`, the FVU's denominator; `residual_deviations`, that of AuxK, nan without dead
-    features; `mean_l0`, active features of a token, nan where no penalty asks for it.
+    features; `mean_l0`, active features per token, nan unless a penalty needs it.
     """
 
     tokens: Tensor
@@ -94,7 +101,7 @@ def joint_deviations(target: Tensor, total: Total | None) -> Tensor:
 
 
 def joint_fvu(target: Tensor, reconstruction: Tensor, joint: Joint) -> Tensor:
-    """FVU of the step's tokens from those at hand, [N, d], [N, d]; of a part, its summand."""
+    """FVU of the step's tokens from those here, [N, d], [N, d]; for a part, its summand."""
     if joint is None:
         return fvu(target, reconstruction)
     unexplained = (target - reconstruction).square().sum()
@@ -105,7 +112,7 @@ def joint_fvu(target: Tensor, reconstruction: Tensor, joint: Joint) -> Tensor:
 
 
 def joint_mean(values: Tensor, joint: Joint) -> Tensor:
-    """Mean over the step's tokens of one number per token, [N]; of a part, its summand."""
+    """Mean over the step's tokens of one number per token, [N]; for a part, its summand."""
     if joint is None:
         return values.mean()
     if isinstance(joint, Part):
@@ -114,14 +121,14 @@ def joint_mean(values: Tensor, joint: Joint) -> Tensor:
 
 
 def dead_features(silent: Tensor, after_tokens: int) -> Tensor:
-    """Indices of the features that were silent for so many tokens: [F] int64 -> [m] int64."""
+    """Indices of the features that were silent for at least `after_tokens`: [F] int64 -> [m] int64."""
     return torch.nonzero(silent >= after_tokens).flatten()
 
 
 def aux_k(
     transcoder: Transcoder, x: Tensor, residual: Tensor, pre: Tensor, dead: Tensor, count: int, joint: Joint = None
 ) -> Tensor:
-    """AuxK, by which dead features learn: FVU of the residual when each token's `count` strongest of them explain it.
+    """AuxK, which trains dead features: FVU of the residual, explained by each token's `count` strongest dead features.
 
     `residual` [N, d] is target minus reconstruction, `pre` [N, F] all pre-activations, both detached; `dead` [m] int64,
     m > 0. Source: Gao et al. 2024, arXiv 2406.04093, appendix A.2.
@@ -134,7 +141,7 @@ def aux_k(
 
 
 def prefix_sizes(fractions: Sequence[float], n_features: int) -> list[int]:
-    """Numbers of features of each Matryoshka prefix shorter than the whole, ascending."""
+    """Number of features of each Matryoshka prefix, ascending, without the whole dictionary."""
     sizes = sorted({max(1, round(fraction * n_features)) for fraction in fractions})
     return [size for size in sizes if size < n_features]
 
@@ -142,9 +149,9 @@ def prefix_sizes(fractions: Sequence[float], n_features: int) -> list[int]:
 def prefix_fvu(
     transcoder: Transcoder, code: SparseCode, x: Tensor, y: Tensor, sizes: Sequence[int], joint: Joint = None
 ) -> Tensor:
-    """Mean FVU of `y` [N, d] over reconstructions by the first features alone, one for each size, with the same code.
+    """Mean FVU of `y` [N, d] over reconstructions from only the first features, one for each size, with the same code.
 
-    The first features must do on their own, so that they stay general (Matryoshka SAEs, arXiv 2503.17547).
+    The first features must work on their own, so that they stay general (Matryoshka SAEs, arXiv 2503.17547).
     """
     terms = []
     for size in sizes:
@@ -175,28 +182,18 @@ def l1_penalty(values: Tensor, indices: Tensor, norms: Tensor, joint: Joint = No
     return joint_mean((values * norms[indices]).sum(-1), joint)
 
 
-_THRESHOLD = 2.0  # of JumpReLU's features at the start, in pre-activations
-_LEAST = 1e-2  # a threshold to be rescaled to that, which is no use at 0 or below
-_FEATURES_AT_ONCE = 1024
-_TOKENS = 2048
-
-_WINDOW = 64  # steps of the running median of the loss
-_ENOUGH = 8  # losses before the median means anything
-_EXPLOSION = 1e3  # a layer stops when its loss is so many times its running median
-
-
 def start(transcoder: Transcoder, x: Tensor, targets: Sequence[Tensor], rng: np.random.Generator) -> None:
-    """Fill the weights from samples of standardised inputs [N, d].
+    """Set the weights to the starting point above, from standardised inputs [N, d].
 
-    `targets` are the transcoder's share of the standardised targets [N, d] of its own layer and of each later one that
-    it writes to.
+    `targets` are the transcoder's shares of the standardised targets [N, d] of its own layer and of each later layer
+    that it writes to.
     """
     assert len(targets) == transcoder.config.writes, (len(targets), transcoder.config.writes)
     decoders = [transcoder.decoder(ahead) for ahead in range(len(targets))]
     f, d = transcoder.config.n_features, transcoder.config.d_model
     rows = _distinct_rows(x, f, rng)
     noise = torch.as_tensor(rng.standard_normal((f, d)), dtype=x.dtype, device=x.device)
-    # A little noise separates features that start from the same token when there are fewer tokens than features.
+    # With fewer tokens than features several features start from the same token; the noise separates them.
     inputs = x[rows] + 0.1 * noise
     norms = inputs.norm(dim=1, keepdim=True).clamp_min(1e-6)
     set_weight(transcoder.W_enc, inputs / norms)
@@ -220,7 +217,7 @@ def start(transcoder: Transcoder, x: Tensor, targets: Sequence[Tensor], rng: np.
 
 
 def _distinct_rows(x: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-    """`count` row numbers of `x`, different token states first: template tokens repeat in every prompt."""
+    """`count` row numbers of `x`, repeating only after all distinct ones: template tokens recur in every prompt."""
     rounded = (x * 100).round().cpu().numpy()
     _, first = np.unique(rounded, axis=0, return_index=True)
     first = rng.permutation(first)
@@ -232,8 +229,8 @@ def _quantiles(transcoder: Transcoder, x: Tensor) -> Tensor:
     """For each feature the pre-activation that k / F of the tokens `x` [N, d] exceed: [F], with encoder biases of 0."""
     n, f = len(x), transcoder.config.n_features
     above = min(max(1, round(transcoder.config.k * n / f)), n - 1)
-    # Half-way to the next largest: on a token's own value rounding would decide. Some features at once, since [N, F]
-    # may not fit.
+    # Half-way to the next largest number, since at a token's own value rounding would decide. In blocks of features,
+    # since [N, F] may not fit into memory.
     parts = [
         (x @ rows.T).topk(above + 1, dim=0).values[-2:].mean(0) for rows in transcoder.W_enc.split(_FEATURES_AT_ONCE)
     ]
@@ -242,7 +239,7 @@ def _quantiles(transcoder: Transcoder, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _best_scale(transcoder: Transcoder, x: Tensor, y: Tensor) -> float:
-    """The factor of the reconstruction that explains `y` best: the bias took most of each activation away."""
+    """The factor with which the reconstruction explains `y` best: ReLU's bias removed most of each activation."""
     reconstruction = transcoder(x).reconstruction
     power = float(reconstruction.square().sum())
     return float((reconstruction * y).sum()) / power if power else 1.0
@@ -250,7 +247,7 @@ def _best_scale(transcoder: Transcoder, x: Tensor, y: Tensor) -> float:
 
 @dataclass(frozen=True)
 class LayerStep:
-    """What a step of a layer gave: loss and FVU over all hosts; features that fired here [F] int64, tokens here."""
+    """Result of a layer's step: loss and FVU over all hosts; features that fired here [F] int64, tokens here."""
 
     loss: float
     fvu: float
@@ -259,7 +256,7 @@ class LayerStep:
 
 
 class LayerTrainer(nn.Module):
-    """One layer: its transcoder in standardised coordinates, the standardisation, and when each feature last fired."""
+    """One layer: its transcoder in standardised coordinates, the standardisation, and each feature's silence."""
 
     x_mean: Tensor
     y_mean: Tensor
@@ -271,7 +268,7 @@ class LayerTrainer(nn.Module):
     def __init__(
         self, config: TranscoderConfig, recipe: RecipeConfig | None = None, product_dtype: torch.dtype | None = None
     ) -> None:
-        """Weights of zero. `product_dtype` is that of the encoder's dense product (see `Transcoder`)."""
+        """All weights start at zero. `product_dtype` is that of the encoder's dense product (see `Transcoder`)."""
         super().__init__()
         self.recipe = recipe if recipe is not None else RecipeConfig()
         self.transcoder = Transcoder(config).train()
@@ -281,7 +278,7 @@ class LayerTrainer(nn.Module):
         self.register_buffer("y_mean", torch.zeros(d))
         self.register_buffer("scales", torch.ones(2, dtype=torch.float64))
         self.register_buffer("silent", torch.zeros(f, dtype=torch.long))  # tokens since the feature last fired
-        self.register_buffer("stopped", torch.tensor(-1))  # the step that was not taken, -1 while all is well
+        self.register_buffer("stopped", torch.tensor(-1))  # the step that was refused, -1 while the layer learns
         self.register_buffer("losses", torch.full((_WINDOW,), math.nan, dtype=torch.float64))
 
     @property
@@ -291,11 +288,10 @@ class LayerTrainer(nn.Module):
 
     def standardised(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Raw activations [N, d], [N, d] in the coordinates and the dtype of training."""
-        own = self.x_mean.dtype
-        return self.standard.apply(x.to(own), y.to(own))
+        return self.standard.apply(x.to(self.x_mean.dtype), y.to(self.x_mean.dtype))
 
     def standardise(self, x: Tensor, y: Tensor) -> None:
-        """Take means and scales from raw activations [N, d], [N, d]."""
+        """Set means and scales from raw activations [N, d], [N, d]; UserError unless they are finite."""
         if not (bool(x.isfinite().all()) and bool(y.isfinite().all())):
             raise UserError(
                 f"layer {self.transcoder.config.layer}: activations of the first batches are not finite; "
@@ -307,7 +303,7 @@ class LayerTrainer(nn.Module):
         self.scales.copy_(torch.tensor([standard.x_scale, standard.y_scale], dtype=torch.float64))
 
     def start(self, x: Tensor, targets: Sequence[Tensor], seed: int) -> None:
-        """Set the weights from standardised tokens; see the function `start`."""
+        """Set the weights from standardised tokens (the function `start`)."""
         rng = generator(seed, "transcoder_start", self.transcoder.config.layer)
         start(self.transcoder, x, targets, rng)
 
@@ -316,8 +312,8 @@ class LayerTrainer(nn.Module):
     ) -> tuple[Tensor, Tensor, TranscoderOutput]:
         """Loss and FVU (scalars) of raw activations [N, d], and the output in standardised coordinates.
 
-        With `joint` (`vlmscope.training.layer_trainer`) the activations are a host's or a micro-batch's part of a step.
-        `earlier` [N, d] is what features of lower layers write here, in standardised coordinates (cross-layer sets).
+        With `joint` the activations are a host's or a micro-batch's part of a step. `earlier` [N, d] is what features
+        of lower layers write here, in standardised coordinates (cross-layer sets).
         """
         recipe, transcoder = self.recipe, self.transcoder
         x, y = self.standardised(x, y)
@@ -345,7 +341,7 @@ class LayerTrainer(nn.Module):
         return loss, unexplained, out
 
     def fired(self, out: TranscoderOutput) -> Tensor:
-        """Which features an output has active somewhere: [F] int64, 1 or 0."""
+        """Which features are active at some token of an output: [F] int64, 1 or 0."""
         fired = torch.zeros_like(self.silent)
         fired[out.code.indices[out.code.values > 0]] = 1
         return fired
@@ -353,9 +349,9 @@ class LayerTrainer(nn.Module):
     def note(
         self, step: LayerStep, number: int, add_up: Callable[[Sequence[Tensor]], None] = lambda tensors: None
     ) -> None:
-        """Advance every feature's clock by the step's tokens, set it back where a feature fired, remember the loss.
+        """Add the step's tokens to every feature's silence, reset it for those that fired, and keep the loss.
 
-        `add_up` adds tensors over hosts, where the batch is divided among them.
+        `add_up` sums tensors over hosts if the batch is divided among them.
         """
         tokens = step.fired.new_tensor(step.n_tokens)
         add_up([step.fired, tokens])
@@ -369,7 +365,7 @@ class LayerTrainer(nn.Module):
         return int(self.stopped) < 0
 
     def trouble(self, loss: float, norm: float) -> str | None:
-        """What is wrong with a step's loss and gradient norm, in words; None when nothing is."""
+        """What is wrong with a step's loss or gradient norm, in words; None if nothing is."""
         if not math.isfinite(loss) or not math.isfinite(norm):
             return f"loss {loss:.4g}, gradient norm {norm:.4g}"
         known = self.losses[~self.losses.isnan()]
@@ -379,10 +375,7 @@ class LayerTrainer(nn.Module):
         return None
 
     def folded(self, later_scales: Sequence[float] = ()) -> Transcoder:
-        """The transcoder in the model's own coordinates, detached from training.
-
-        `later_scales` are the target scales of the later layers that it writes to, in order.
-        """
+        """The transcoder in the model's own coordinates, without gradients (`later_scales` as in `fold`)."""
         return fold(self.transcoder, self.standard, later_scales).requires_grad_(False).eval()
 
 
@@ -391,9 +384,9 @@ def differentiate(
 ) -> LayerStep:
     """Add the gradients of the loss of raw activations [N, d], [N, d] to the layer's parameters.
 
-    With `micro_tokens`, so many tokens at a time, which adds up to the whole batch exactly although the loss is no mean
-    over tokens (`Part`). Peak memory then holds [micro, F] twice instead of [N, F]. Hosts may have different numbers of
-    micro-batches: nothing is sent between them while these are gone through.
+    With `micro_tokens`, in parts of that many tokens, which add up to the whole batch exactly although the loss is not
+    a mean over tokens (`Part`). Peak memory then holds [micro, F] twice instead of [N, F]. Hosts may have different
+    numbers of micro-batches, since nothing is sent during the loop over them.
     """
     micro = trainer.recipe.micro_tokens
     if micro is None:
@@ -401,7 +394,7 @@ def differentiate(
         backward(loss)
         return LayerStep(float(loss.detach()), float(unexplained.detach()), trainer.fired(out), len(x))
     parts = list(zip(x.split(micro), y.split(micro), strict=True))
-    whole = _known_before(trainer, parts, y, total)
+    whole = _step_figures(trainer, parts, y, total)
     sums = torch.zeros(2, dtype=torch.float64, device=y.device)
     fired = torch.zeros_like(trainer.silent)
     for x_part, y_part in parts:
@@ -414,11 +407,12 @@ def differentiate(
 
 
 @torch.no_grad()
-def _known_before(trainer: LayerTrainer, parts: list[tuple[Tensor, Tensor]], y: Tensor, total: Total | None) -> Part:
-    """What micro-batches must know of the step: the FVU's denominator depends on the targets alone.
+def _step_figures(trainer: LayerTrainer, parts: list[tuple[Tensor, Tensor]], y: Tensor, total: Total | None) -> Part:
+    """The figures of the step that its micro-batches need.
 
-    AuxK divides by the residual's deviations and L0's penalty squares a mean. Where they are needed, a first pass
-    without gradients encodes every micro-batch and keeps the residual [N, d] and the number of active features.
+    The FVU's denominator depends only on the targets. AuxK divides by the residual's deviations, and L0's penalty
+    squares a mean: if these are needed, a first pass without gradients encodes every micro-batch and keeps the residual
+    [N, d] and the number of active features.
     """
     recipe = trainer.recipe
     target = trainer.standardised(y, y)[1]
@@ -427,9 +421,9 @@ def _known_before(trainer: LayerTrainer, parts: list[tuple[Tensor, Tensor]], y: 
     revive = recipe.aux_coefficient > 0 and len(dead_features(trainer.silent, recipe.dead_after_tokens)) > 0
     residuals, active = [target[:0]], target.new_zeros(())
     for x_part, y_part in parts if jump or revive else []:
-        inputs, wanted = trainer.standardised(x_part, y_part)
+        inputs, targets = trainer.standardised(x_part, y_part)
         out = trainer.transcoder(inputs)
-        residuals.append(wanted - out.reconstruction)
+        residuals.append(targets - out.reconstruction)
         active += out.code.active.sum()
     everywhere = total if total is not None else lambda value: value
     tokens = everywhere(target.new_tensor(float(len(y))))
@@ -444,7 +438,7 @@ def _known_before(trainer: LayerTrainer, parts: list[tuple[Tensor, Tensor]], y: 
 def cross_layer_losses(
     trainers: Mapping[int, LayerTrainer], by_layer: Mapping[int, tuple[Tensor, Tensor]], total: Total | None
 ) -> dict[int, tuple[Tensor, Tensor, TranscoderOutput]]:
-    """What `LayerTrainer.loss` gives for each layer, from the codes of its own features and of those below."""
+    """`LayerTrainer.loss` of each layer, from the codes of its own features and of those below."""
     transcoders = {layer: trainer.transcoder for layer, trainer in trainers.items()}
     codes: dict[int, SparseCode] = {}
     losses = {}

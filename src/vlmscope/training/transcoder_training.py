@@ -1,10 +1,10 @@
-"""Training of the transcoders of all layers at once, on activations made on the fly by the frozen model.
+"""Training of the transcoders of all layers at once, on activations that the frozen model computes on the fly.
 
-Layers share nothing but the forward of the model: each has its own parameters, loss and gradient norm
-(`vlmscope.training.layer_trainer`), so they may be owned by different ranks (`vlmscope.training.ranks`), and one that
-goes wrong stops alone. The layers of a cross-layer set share a loss, so they stop together, on one rank.
+Layers share only the forward of the model: each has its own parameters, loss and gradient norm
+(`vlmscope.training.layer_trainer`), so different ranks may own them (`vlmscope.training.ranks`), and one that diverges
+stops alone. The layers of a cross-layer set share a loss, so they are on one rank and stop together.
 
-`train_transcoders` is the one call: start or resume, fit with Lightning, evaluate.
+`train_transcoders` does it all: start or resume, fit with Lightning, evaluate.
 """
 
 import logging
@@ -43,7 +43,7 @@ _LR_FLOOR = 0.01  # of the peak rate, at the last step
 
 
 class TranscoderModule(pl.LightningModule):
-    """The trainers of this rank's layers, one optimiser, one forward of the frozen model for each step."""
+    """The trainers of this rank's layers, with one optimiser."""
 
     counters: tuple[str, ...] = ("steps_done", "tokens_seen")
     optimizer: torch.optim.Optimizer
@@ -64,10 +64,9 @@ class TranscoderModule(pl.LightningModule):
         self.config, self.model_name = config, model_name
         self.steps_done, self.tokens_seen = 0, 0
         self.committing = False
-        # Hidden from nn.Module: the model is frozen, and neither saved nor counted.
-        self._frozen = (adapter,)
+        self._frozen = (adapter,)  # a tuple hides the frozen model from nn.Module, which would save and count it
         adapter.model.requires_grad_(False).eval()
-        # Of the product alone: float32 weights take updates that bfloat16 would round away.
+        # Only the product is in bfloat16: float32 weights keep updates that bfloat16 would round away.
         half = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else None
         layers = {str(n): LayerTrainer(self._architecture(n), config.recipe, half) for n in self.ranks.layers}
         self.trainers = nn.ModuleDict(layers)
@@ -92,9 +91,8 @@ class TranscoderModule(pl.LightningModule):
 
     @property
     def groups(self) -> list[list[int]]:
-        """This rank's layers, those that share a loss together."""
-        layers = list(self.ranks.layers)
-        return [layers] if self.cross_layer else [[layer] for layer in layers]
+        """This rank's layers, grouped by shared loss."""
+        return [self.ranks.layers] if self.cross_layer else [[layer] for layer in self.ranks.layers]
 
     @property
     def adapter(self) -> Adapter:
@@ -108,7 +106,7 @@ class TranscoderModule(pl.LightningModule):
         return trainer
 
     def parts(self) -> dict[str, LayerTrainer]:
-        """The layers, by the names of their files in a checkpoint."""
+        """The layers' trainers, by the names of their files in a checkpoint."""
         return {f"layer_{layer:02d}": self.layer(layer) for layer in self.ranks.layers}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -116,33 +114,32 @@ class TranscoderModule(pl.LightningModule):
         return self.optimizer
 
     def initialise(self, batches: list[LayerActivations]) -> None:
-        """Standardisation and starting point of every layer from the tokens of `batches`."""
-        whole = [self.ranks.all_tokens(batch) for batch in batches]
+        """Set standardisation and starting point of every layer from the tokens of `batches`."""
+        joint = [self.ranks.all_tokens(batch) for batch in batches]
         for group in self.groups:
             targets: list[Tensor] = []  # of the layers from the current one upwards
             for layer in reversed(group):
                 trainer = self.layer(layer)
-                x, y = (torch.cat([by_layer[layer][side] for by_layer in whole]).float() for side in (0, 1))
+                x, y = (torch.cat([by_layer[layer][side] for by_layer in joint]).float() for side in (0, 1))
                 trainer.standardise(x, y)
                 x, y = trainer.standard.apply(x, y)
-                # Layer m of a cross-layer set is written to from m + 1 layers.
+                # In a cross-layer set m + 1 layers write to layer m, each with an equal share at the start.
                 targets = [y / (layer + 1) if self.cross_layer else y, *targets]
                 trainer.start(x, targets, self.config.trainer.seed)
 
     def rate(self) -> float:
         """The learning rate of the coming step."""
-        optim = self.config.optim
-        steps = self.config.trainer.max_steps
+        optim, steps = self.config.optim, self.config.trainer.max_steps
         return optim.lr * rate_factor(self.steps_done, steps, optim.warmup, _LR_FLOOR, optim.schedule)
 
     def transfer_batch_to_device(
         self, batch: LayerActivations, device: torch.device, dataloader_idx: int
     ) -> LayerActivations:
-        """Nothing to do: activations are captured where the model is."""
+        """Nothing to do: activations are already on the model's device."""
         return batch
 
     def training_step(self, batch: LayerActivations, batch_idx: int) -> dict[str, Any]:
-        """One step of every layer that is not stopped; returns what the callbacks log."""
+        """One step of every layer that still learns; returns the figures that the callbacks log."""
         self.optimizer.zero_grad(set_to_none=True)
         steps: dict[int, LayerStep] = {}
         troubles: dict[int, str] = {}
@@ -150,10 +147,10 @@ class TranscoderModule(pl.LightningModule):
             trainers = {layer: self.layer(layer) for layer in group}
             if not all(trainer.running for trainer in trainers.values()):
                 continue
-            # A step in training mode of BatchTopK moves its threshold; a bad one must leave no trace.
+            # In training mode BatchTopK moves its threshold, which a refused step must not keep.
             buffers = [buffer for trainer in trainers.values() for buffer in trainer.transcoder.buffers()]
             before = [buffer.clone() for buffer in buffers]
-            # Differentiated at once, so that only one group's graph is alive.
+            # Differentiate group by group, so that only one group's graph is in memory.
             taken = self._differentiated(trainers, batch.by_layer)
             wrong = self._clipped(trainers, taken)
             if not wrong:
@@ -164,7 +161,7 @@ class TranscoderModule(pl.LightningModule):
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(old)
             for trainer in trainers.values():
-                trainer.zero_grad(set_to_none=True)  # so the optimiser passes the layer by
+                trainer.zero_grad(set_to_none=True)  # the optimiser skips parameters without gradients
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         self._commit(steps, troubles, batch.joint_tokens)
@@ -176,7 +173,7 @@ class TranscoderModule(pl.LightningModule):
         """Add the gradients of a group's loss to its layers' parameters, from raw activations ([N, d], [N, d])."""
         total, backward = self.ranks.total, self.manual_backward
         if not self.cross_layer:
-            return {n: differentiate(one, *by_layer[n], total, backward) for n, one in trainers.items()}
+            return {n: differentiate(trainer, *by_layer[n], total, backward) for n, trainer in trainers.items()}
         losses = cross_layer_losses(trainers, by_layer, total)
         backward(torch.stack([loss for loss, _, _ in losses.values()]).sum())
         return {
@@ -185,7 +182,7 @@ class TranscoderModule(pl.LightningModule):
         }
 
     def _clipped(self, trainers: Mapping[int, LayerTrainer], steps: Mapping[int, LayerStep]) -> dict[int, str]:
-        """Add up and clip the gradients of each layer; layer -> what is wrong with its step, where something is."""
+        """Sum gradients over hosts and clip them; returns what is wrong with a step, for the layers with a problem."""
         wrong: dict[int, str] = {}
         for layer, trainer in trainers.items():
             self.ranks.add_up([p.grad for p in trainer.parameters() if p.grad is not None])
@@ -196,12 +193,11 @@ class TranscoderModule(pl.LightningModule):
         return wrong
 
     def _commit(self, steps: dict[int, LayerStep], troubles: dict[int, str], tokens: int) -> None:
-        """Everything that changes the state, in one place: an interrupt elsewhere leaves a state that can be saved."""
+        """Change the state, here and nowhere else: an interrupt at any other point leaves a state that can be saved."""
         self.committing = True
-        # Through Lightning's wrapper, which counts the step.
-        wrapped = self.optimizers()
-        assert not isinstance(wrapped, list)
-        wrapped.step()
+        optimizer = self.optimizers()  # Lightning's wrapper, which counts the step
+        assert not isinstance(optimizer, list)
+        optimizer.step()
         for layer, taken in steps.items():
             self.layer(layer).note(taken, self.steps_done, self.ranks.add_up)
         for layer, trouble in troubles.items():
@@ -216,29 +212,29 @@ class TranscoderModule(pl.LightningModule):
         self.committing = False
 
     def figures(self, fvus: dict[int, float]) -> dict[str, float]:
-        """Figures of training over all layers, from a step's FVU of each of this rank's; every rank must ask."""
+        """Training figures over all layers, from the FVU of this rank's layers in a step; all ranks must call it."""
         after = self.config.recipe.dead_after_tokens
-        own = {layer: self.layer(layer) for layer in self.ranks.layers}
-        dead = self.ranks.by_layer({n: float((one.silent >= after).double().mean()) for n, one in own.items()})
-        running = self.ranks.by_layer({n: float(one.running) for n, one in own.items()})
+        trainers = {layer: self.layer(layer) for layer in self.ranks.layers}
+        dead = self.ranks.by_layer({n: float((t.silent >= after).double().mean()) for n, t in trainers.items()})
+        running = self.ranks.by_layer({n: float(trainer.running) for n, trainer in trainers.items()})
         joint = self.ranks.by_layer(fvus)
-        known = [joint[layer] for layer, on in running.items() if on and layer in joint]
-        figures = {"train/fvu": sum(known) / len(known)} if known else {}
+        learning = [joint[layer] for layer, runs in running.items() if runs and layer in joint]
+        figures = {"train/fvu": sum(learning) / len(learning)} if learning else {}
         figures["train/dead_frac"] = sum(dead.values()) / len(dead)
-        figures["train/stopped_layers"] = float(sum(not on for on in running.values()))
+        figures["train/stopped_layers"] = float(sum(not runs for runs in running.values()))
         return figures
 
     def finished_set(self) -> TranscoderSet:
-        """The transcoders as they stand, in the model's own coordinates, detached from training.
+        """The current transcoders in the model's own coordinates, without gradients; all ranks must call it.
 
-        All layers on rank 0, which the others send theirs; their own on the other ranks. Every rank must ask. With
-        several ranks the set lies in CPU memory: together the layers may not fit the device of one.
+        Rank 0 receives all layers, each other rank keeps its own. With several ranks the set is in CPU memory, since
+        together the layers may not fit one device.
         """
         folded = {}
         for layer in range(self.adapter.n_layers) if self.ranks.main else self.ranks.layers:
             if layer in self.ranks.layers:
                 later = range(layer + 1, layer + self._architecture(layer).writes)
-                folded[layer] = self.layer(layer).folded([self.layer(each).standard.y_scale for each in later])
+                folded[layer] = self.layer(layer).folded([self.layer(target).standard.y_scale for target in later])
             else:
                 folded[layer] = Transcoder(self._architecture(layer)).requires_grad_(False).to(self.adapter.device)
             self.ranks.to_main(folded[layer].state_dict(), layer)
@@ -261,18 +257,22 @@ def train_transcoders(
     cache: CacheSettings | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> tuple[TranscoderSet, dict[str, float]]:
-    """Train the transcoders of all layers of a frozen model, or go on with `trainer.resume`; then evaluate them.
+    """Train the transcoders of all layers of a frozen model, or resume with `trainer.resume`; then evaluate them.
 
-    `train_batch` gives batch number 0, 1, ... of the data (`vlmscope.training.batches`), a pure function of the number,
-    so that a resumed run sees the same data; `val_batches` are for the figures of `vlmscope.training.evaluation`.
-    Checkpoints go into `run_dir`. Of an open `torch.distributed` group `trainer.per_host` processes share a host (None:
-    all). `data_figures` are to be logged about the data that were drawn so far, such as each source's share; `cache`
-    keeps captured activations for this and other runs. `origin` names what decides the result besides `config`, and the
-    same is needed to resume (the main rank's counts); None: the model's weights and batch 0.
+    `train_batch` returns batch number 0, 1, ... of the data (`vlmscope.training.batches`), a pure function of the
+    number, so that a resumed run sees the same data; `val_batches` are for the figures of
+    `vlmscope.training.evaluation`. Checkpoints go into `run_dir`. In an open `torch.distributed` group
+    `trainer.per_host` processes share a host (None: all). `data_figures` returns figures to log about the data drawn so
+    far, such as each source's share; `cache` keeps captured activations for this and other runs. `origin` names what
+    decides the result besides `config`, and must be the same to resume (only the main rank's is compared); None: the
+    model's weights and batch 0.
 
-    Returns the set in the model's own coordinates, and its final figures with `perf/tokens_per_s` and `train/tokens`,
-    those of all sessions of the run. On every rank but 0 it ends with `NotMainRank`, since rank 0 alone has the set;
-    after Ctrl-C with `KeyboardInterrupt`, and the state is saved.
+    Returns the set in the model's own coordinates, and its final figures with `perf/tokens_per_s` and `train/tokens`
+    (over all sessions of the run).
+
+    Raises:
+        NotMainRank: at the end, on every rank but 0, which alone has the set.
+        KeyboardInterrupt: after Ctrl-C, once the state is saved.
     """
     adapter, steps = vlm.adapter, config.trainer.max_steps
     ranks = Ranks.current(adapter, config.trainer.per_host)
@@ -280,9 +280,9 @@ def train_transcoders(
     module = TranscoderModule(adapter, config, name, ranks).to(adapter.device)
     if origin is None:
         first = train_batch(0)
-        # A rank's own part of it depends on how many ranks there are.
-        known = {} if isinstance(first, OwnPart) else {"batch 0": tensors_fingerprint(forwards(first))}
-        origin = {"model": model_fingerprint(adapter.model), **known}
+        # A rank's own part of batch 0 depends on the number of ranks, which may change when resuming.
+        batch_0 = {} if isinstance(first, OwnPart) else {"batch 0": tensors_fingerprint(forwards(first))}
+        origin = {"model": model_fingerprint(adapter.model), **batch_0}
     folder, every = Path(run_dir) / "transcoder_checkpoint", config.trainer.checkpoint_every
     checkpoints = Checkpoints(folder, every, steps, config.settings(), origin, ranks)
     restored = config.trainer.resume and checkpoints.restore(module)
@@ -295,7 +295,7 @@ def train_transcoders(
     logger = logger if ranks.main else None
     progress = _Progress(vlm, config, val_batches, logger, captures.figures)
     if module.steps_done < steps:
-        # The stop is asked for last, when the step has been written if it was to be.
+        # The stop comes last, when the step's own checkpoint, if one is due, has been written.
         stop = [AgreedStop(checkpoints.save)] if ranks.layout.world > 1 else []
         stream = ActivationStream(captures, config, lambda: module.steps_done)
         trainer = _lightning_trainer(module, [progress, checkpoints, *stop], logger)
@@ -304,10 +304,10 @@ def train_transcoders(
     transcoders = module.finished_set()
     if ranks.layout.world == 1:
         transcoders = transcoders.to(adapter.device)  # Lightning leaves the module on the CPU
-    if restored:  # figures are those up to the last batches, which an earlier session may have drawn
+    if restored:  # an earlier session may have drawn the last batches, up to which the figures must count
         for number in dict.fromkeys((config.batches - 1, (steps - 1) // config.recipe.steps_per_batch)):
             captures(number)
-    drawn = captures.figures()  # of all ranks, so all ask
+    drawn = captures.figures()  # summed over ranks, so all must call it
     if not ranks.main:
         raise NotMainRank
     metrics = evaluate_transcoders(Scope(vlm, transcoders), val_batches) if val_batches else {}
@@ -327,7 +327,7 @@ def _lightning_trainer(module: TranscoderModule, callbacks: list[pl.Callback], l
         max_epochs=1,
         accelerator="gpu" if on_gpu else "cpu",
         devices=[device.index or 0] if on_gpu else 1,
-        # Each rank is a run of its own to Lightning: its layers are not those of the others (docs/adr/001).
+        # To Lightning each rank is a separate run, since ranks train different layers (docs/adr/001).
         strategy=SingleDeviceStrategy(torch.device(device)) if several else "auto",
         plugins=[LightningEnvironment()] if several else None,
         callbacks=callbacks,
@@ -356,7 +356,7 @@ class _Progress(pl.Callback):
         self.bar: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Open the bar at the step where training goes on."""
+        """Open the bar at the step where training continues."""
         self.bar = tqdm(
             total=self.settings.max_steps,
             initial=pl_module.steps_done,
@@ -368,7 +368,7 @@ class _Progress(pl.Callback):
         self.began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count, log and validate; the time of validation is not training time."""
+        """Count, log and validate; the clock stops meanwhile, so validation is not training time."""
         self.seconds += time.perf_counter() - self.began
         self.tokens += outputs["tokens"]
         self.bar.update()
@@ -392,12 +392,12 @@ class _Progress(pl.Callback):
         self.bar.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Close the bar, so that the message stands on its own line."""
+        """Close the bar, so that the error message starts on a new line."""
         if self.bar is not None:
             self.bar.close()
 
     def speed(self) -> dict[str, float]:
-        """Tokens per second of training, data and forward included; nothing when no step was taken."""
+        """Tokens per second of training, including data and forward; empty before the first step."""
         return {"perf/tokens_per_s": self.tokens / self.seconds} if self.seconds else {}
 
     def _log(self, figures: dict[str, float], step: int) -> None:

@@ -1,4 +1,4 @@
-"""What a transcoder and a set of transcoders are: plain records, free of torch, so that Hydra can register them."""
+"""Settings of a transcoder and of a set: plain records without torch, so that Hydra can register them."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,9 @@ class TranscoderConfig:
     """One layer's transcoder.
 
     `d_model` is the width of input and output, `n_features` the number of latents, `k` how many may be active at a
-    token (with an activation that does not fix the number: how many are aimed at). `bandwidth` is that of JumpReLU's
-    kernel, which only training uses. `writes` counts the layers that a feature writes to, its own included: more than
-    one makes it cross-layer. The hooks name the tensors that it reads and imitates, in the words of
-    `docs/glossary.md`.
+    token (the target of training if the activation does not fix the number). `bandwidth` is the width of JumpReLU's
+    kernel, which only training uses. `writes` counts the layers that a feature writes to, its own included; more than
+    one makes the transcoder cross-layer. The hooks name the tensors that it reads and imitates (`docs/glossary.md`).
     """
 
     d_model: int
@@ -49,7 +48,7 @@ class TranscoderConfig:
 
 @dataclass(frozen=True)
 class TranscoderSetConfig:
-    """What all transcoders of a set share. `n_model_layers` counts the layers of the model, trained or not."""
+    """What all transcoders of a set share. `n_model_layers` counts all layers of the model, trained or not."""
 
     n_model_layers: int
     k: int

@@ -1,10 +1,10 @@
-"""Transcoder sets on the Hugging Face hub: from a repository at one commit to a set, and back, with a card.
+"""Transcoder sets on the Hugging Face hub: download of a repository at one commit, upload, and the card.
 
-A set is looked for as a folder, then in the hub's cache on this machine without a network, then it is downloaded into
-that cache. Only safetensors, YAML, JSON and Markdown travel, never a pickle and never code.
+A set is searched for as a folder, then in the hub's local cache without a network, then it is downloaded into that
+cache. Only safetensors, YAML, JSON and Markdown are transferred, never a pickle and never code.
 
-The card is `README.md` with YAML front matter, for people, the hub and the next conversion. The facts are in it twice:
-as tables to read, and under the key `vlmscope` of the front matter, from where `carried_over` takes them again.
+The card is `README.md` with YAML front matter, for people, the hub and the next conversion. It has the facts twice: as
+tables to read, and under the key `vlmscope` of the front matter, from which `carried_over` reads them.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ _TAGS = ["transcoder", "mechanistic-interpretability", "sparse-features"]
 _FIGURES = {"fvu": "FVU", "fvu_text": "FVU, text", "fvu_image": "FVU, image", "l0": "L0", "dead_frac": "dead"}
 _MARK = "---\n"
 _QUOTED = "## The card of the source"
+ALLOWED = ("*.safetensors", "*.yaml", "*.json", "*.md")
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says; a thing that is not known is None or empty, and then not printed.
+    """Content of a card. An unknown fact is None or empty and is not printed.
 
-    `license` is an identifier of the hub, such as apache-2.0. `widths` holds the features of each layer, `figures` each
-    layer's values on validation data ("fvu", "l0", "dead_frac", ...), `ce` the cross-entropy on answer tokens in nats,
-    `ce_delta` its rise with all layers spliced in, `data` the training tokens of each source. `note` is Markdown that
-    follows, such as the card of the set that this one was made from.
+    `license` is an identifier of the hub, such as apache-2.0. `widths` holds the number of features of each layer,
+    `figures` each layer's values on validation data ("fvu", "l0", "dead_frac", ...), `ce` the cross-entropy on answer
+    tokens in nats, `ce_delta` its rise with all layers spliced in, `data` the training tokens of each source. `note` is
+    Markdown that follows, such as the card of the set that this one was converted from.
     """
 
     base_model: str
@@ -62,7 +63,7 @@ class CardFacts:
 
 
 def facts_of_set(transcoders: TranscoderSet, format: str = "vlmscope") -> CardFacts:
-    """What the set itself tells."""
+    """The facts that the set itself contains."""
     first = transcoders[transcoders.layers[0]].config
     return CardFacts(
         base_model=transcoders.config.model_name,
@@ -133,13 +134,13 @@ def _figures(facts: CardFacts) -> list[str]:
     rows = [[str(n), f"{width:,}", *cells(facts.figures.get(n, {}))] for n, width in facts.widths.items()]
     if names:
         by_name = {name: [f[name] for f in facts.figures.values() if name in f] for name in names}
-        rows.append(["mean", "", *cells({name: sum(found) / len(found) for name, found in by_name.items()})])
+        rows.append(["mean", "", *cells({name: sum(values) / len(values) for name, values in by_name.items()})])
     parts = ["## Figures", _table(["layer", "features", *(_FIGURES[name] for name in names)], rows)]
     if not names:
         parts.append("No figures are known for this set.")
     if facts.ce_delta is not None:
-        own = "" if facts.ce is None else f"Cross-entropy on answer tokens: {facts.ce:.3f} nats; "
-        parts.append(f"{own}{'w' if own else 'W'}ith all layers spliced in: {facts.ce_delta:+.3f} nats.")
+        before = "" if facts.ce is None else f"Cross-entropy on answer tokens: {facts.ce:.3f} nats; "
+        parts.append(f"{before}{'w' if before else 'W'}ith all layers spliced in: {facts.ce_delta:+.3f} nats.")
     return parts
 
 
@@ -148,12 +149,12 @@ def _shown(name: str, value: float) -> str:
 
 
 def _plain(value: object) -> str:
-    """Words from elsewhere as Markdown that shows them on one line: no HTML, link, code or end of a table's cell."""
+    """Text from elsewhere, escaped to show as one line of Markdown: no HTML, link, code or end of a table's cell."""
     return re.sub(r"([\\`|\[\]])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
 def _code(value: object) -> str:
-    """The same as code, where nothing in it could end the code or the cell."""
+    """The same text as code, unless a character in it could end the code or the cell."""
     text = " ".join(str(value).split())
     return _plain(text) if re.search(r"[`\\|<]", text) else f"`{text}`"
 
@@ -164,7 +165,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def parts_of(text: str) -> tuple[dict[str, Any], str]:
-    """Front matter and body of a Markdown file; no front matter is an empty one."""
+    """Front matter (empty if there is none) and body of a Markdown file."""
     if not text.startswith(_MARK) or f"\n{_MARK}" not in text[len(_MARK) - 1 :]:
         return {}, text
     front, _, body = text[len(_MARK) :].partition(f"\n{_MARK}")
@@ -175,7 +176,7 @@ def parts_of(text: str) -> tuple[dict[str, Any], str]:
 def carried_over(own: CardFacts, text: str | None) -> CardFacts:
     """The card of a converted set: the facts of the source's card `text`, with the architecture and format of `own`.
 
-    A card that this project did not write is quoted whole, two levels of headings down and HTML shown as text.
+    A card from elsewhere is quoted whole, with its headings two levels lower and its HTML shown as text.
     """
     if text is None:
         return own
@@ -199,23 +200,20 @@ def carried_over(own: CardFacts, text: str | None) -> CardFacts:
     return replace(own, base_model=name, license=license, note=f"{_QUOTED}\n\n{quoted}")
 
 
-ALLOWED = ("*.safetensors", "*.yaml", "*.json", "*.md")
-
-
 def set_folder(path: str | Path, revision: str | None = None, format: str = "auto", choice: Choice = ANY) -> Path:
-    """The local folder of a set, fetched into the hub's cache when it must be.
+    """The local folder of a set, downloaded into the hub's cache if necessary.
 
-    `path` is a folder, or a hub id, which needs the commit `revision` (40 hexadecimal digits). `format` as in
-    `load_set`; of Gemma Scope's many sets `choice` is fetched.
+    `path` is a folder, or a hub id, which needs the commit `revision` (40 hexadecimal digits). `format` is that of
+    `load_set`; `choice` selects one of Gemma Scope's many sets.
     """
     repo = str(path)
     if Path(path).is_dir() or not is_hub_id(repo):
         return Path(path)
     if revision is None or not is_commit(revision):
-        given = "has no pinned revision here" if revision is None else f"is asked for at {revision!r}, which may move"
+        problem = "has no pinned revision here" if revision is None else f"is asked for at {revision!r}, which may move"
         raise UserError(
-            f"no folder {repo}, and the hub repository {repo} {given}: add transcoder.revision=<commit, 40 hex digits> "
-            "(its page lists them under Files, History), or give the folder of a set"
+            f"no folder {repo}, and the hub repository {repo} {problem}: add transcoder.revision=<commit, 40 hex "
+            "digits> (its page lists them under Files, History), or give the folder of a set"
         )
 
     def refusal(why: str) -> UserError:
@@ -227,16 +225,16 @@ def set_folder(path: str | Path, revision: str | None = None, format: str = "aut
     cached = cached_folder(repo, revision)
     readable = _is_readable(cached, format, choice)
     if readable and (cached / "config.yaml").is_file():
-        return cached  # it lists its files, and they are there
-    wanted = ALLOWED
-    if choice != ANY:  # of Gemma Scope one repository has many sets
+        return cached  # complete: its config lists its files, and all of them are there
+    patterns = ALLOWED
+    if choice != ANY:  # a repository of Gemma Scope has many sets
         end = {True: "_affine", False: "", None: "*"}[choice.affine]
         layers = f"*layer_*_width_{choice.width or '*'}_l0_{choice.l0 or '*'}{end}/"
-        wanted = (f"{layers}params.safetensors", f"{layers}config.json")
+        patterns = (f"{layers}params.safetensors", f"{layers}config.json")
     try:
-        return fetch(repo, revision, Wanted(wanted), refusal)
+        return fetch(repo, revision, Wanted(patterns), refusal)
     except UserError:
-        # In other layouts a download that stopped cannot be told from a set of few layers.
+        # In other layouts a partial download looks like a set of few layers, so the cache comes second.
         if readable:
             return cached
         raise
@@ -259,19 +257,19 @@ def from_pretrained(
     format: str = "auto",
     choice: Choice = ANY,
 ) -> TranscoderSet:
-    """A set from a folder or from the hub: `set_folder`, then `load_set`, whose arguments the others are."""
+    """Load a set from a folder or from the hub: `set_folder`, then `load_set` with the remaining arguments."""
     return load_set(set_folder(path, revision, format, choice), n_layers, d_model, dtype, device, format, choice)
 
 
 def push_to_hub(folder: str | Path, repo: str, private: bool = True, revision: str | None = None) -> str:
-    """Upload the folder of a set, in any format and with its card; returns the commit that pins what was uploaded.
+    """Upload the folder of a set, in any format and with its card; returns the new commit.
 
-    `repo` is `organisation/name`, made (private or not) if need be, as is the branch `revision` (None: the main one).
+    `repo` is `organisation/name`, created (private or not) if necessary, as is the branch `revision` (None: main).
     """
     folder = Path(folder)
     if not is_hub_id(repo):
         raise UserError(f"cannot push to {repo!r}: it is no hub id; write it as organisation/name")
     open_set(folder)
-    if not (folder / "README.md").is_file():
+    if not (folder / CARD).is_file():
         raise UserError(f"{folder} has no README.md; write the set's card first (task=convert makes one)")
     return push(folder, repo, ALLOWED, private, revision)

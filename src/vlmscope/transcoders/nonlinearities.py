@@ -1,4 +1,4 @@
-"""Nonlinearities: each chooses the features that may be active and maps their pre-activations z to activations a.
+"""Nonlinearities: each chooses the features that may be active, and maps their pre-activations z to activations a.
 
 topk       the k largest of relu(z) of a token (Gao et al., arXiv 2406.04093)
 batchtopk  the k N largest of relu(z) of a batch of N tokens (Bussmann et al., arXiv 2412.06410)
@@ -19,12 +19,12 @@ from torch.autograd.function import once_differentiable
 from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import ACTIVATIONS, TranscoderConfig
 
-_DECAY = 0.9  # of BatchTopK's running threshold, which falls while features learn: slower means lag behind
+_DECAY = 0.9  # of BatchTopK's running threshold, which falls while features learn: a slower mean would lag behind
 _UNKNOWN = -1.0  # threshold of a BatchTopK that has seen no batch
 
 
 class Nonlinearity(nn.Module, ABC):
-    """A sparse nonlinearity in two steps, so that only the chosen features are differentiated."""
+    """A sparse nonlinearity in two steps: choose features, then compute and differentiate only those."""
 
     @abstractmethod
     def support(self, pre: Tensor) -> Tensor:
@@ -36,11 +36,11 @@ class Nonlinearity(nn.Module, ABC):
 
     @property
     def thresholds(self) -> Tensor | None:
-        """[F], pre-activations above which features are active, where the nonlinearity stores such numbers."""
+        """Pre-activations above which features are active, [F]; None if the nonlinearity stores no such numbers."""
         return None
 
     def take_thresholds(self, thresholds: Tensor) -> None:
-        """Set what `thresholds` returns, [F]; ValueError where these numbers do not fit."""
+        """Set `thresholds`, [F]; ValueError if the nonlinearity cannot have these numbers."""
         raise ValueError(f"{type(self).__name__} has no thresholds")
 
 
@@ -60,13 +60,13 @@ def build_nonlinearity(config: TranscoderConfig) -> Nonlinearity:
 
 
 @torch.no_grad()
-def _masked(pre: Tensor, wanted: Tensor) -> Tensor:
-    """The features of a mask as indices: pre, wanted [N, F] -> [N, m] int64, m >= 1 the most that any token has.
+def _masked(pre: Tensor, chosen: Tensor) -> Tensor:
+    """The features of a mask as indices: pre, chosen [N, F] -> [N, m] int64, m >= 1 the most that any token has.
 
-    A token with fewer is filled up with other features of its own, of which `values` makes nothing.
+    A token with fewer is padded with features outside the mask, which `values` must map to 0.
     """
-    most = int(wanted.sum(-1).max()) if len(wanted) else 0
-    return pre.masked_fill(~wanted, float("-inf")).topk(max(most, 1), dim=-1).indices
+    most = int(chosen.sum(-1).max()) if len(chosen) else 0
+    return pre.masked_fill(~chosen, float("-inf")).topk(max(most, 1), dim=-1).indices
 
 
 class TopK(Nonlinearity):
@@ -77,17 +77,17 @@ class TopK(Nonlinearity):
         self.k = k
 
     def support(self, pre: Tensor) -> Tensor:
-        return largest(pre, self.k)  # ReLU keeps the order, so the largest before it are the largest after it
+        return largest(pre, self.k)  # ReLU keeps the order, so it need not be applied first
 
     def values(self, pre_at_support: Tensor, indices: Tensor) -> Tensor:
         return pre_at_support.relu()
 
 
 class BatchTopK(Nonlinearity):
-    """Chooses among the batch in training mode: a token may have more or fewer than k.
+    """The k N largest of a batch in training mode, so that a token may have more or fewer than k.
 
-    In evaluation mode no token may depend on its neighbours in the batch, so a feature is active above one threshold:
-    the running mean, over training batches, of the smallest activation that was kept.
+    In evaluation mode no token may depend on the others of its batch, so a feature is active above one threshold: the
+    running mean, over training batches, of the smallest activation that was kept.
     """
 
     threshold: Tensor
@@ -119,11 +119,11 @@ class BatchTopK(Nonlinearity):
     def values(self, pre_at_support: Tensor, indices: Tensor) -> Tensor:
         if not self.training:
             return torch.where(pre_at_support > self.threshold.clamp_min(0), pre_at_support, 0)
-        # The support holds all that was chosen, so its k N largest are the batch's; the rest fills tokens up.
+        # The support contains all chosen entries, so its k N largest are those of the batch; the rest is padding.
         return torch.where(pre_at_support >= self._smallest(pre_at_support.detach()), pre_at_support, 0).relu()
 
     def _smallest(self, pre: Tensor) -> Tensor:
-        """The smallest of the k N largest, at least 0: [N, any] -> scalar."""
+        """The smallest of the k N largest numbers, at least 0: [N, any] -> scalar."""
         kept = min(self.k * pre.shape[0], pre.numel())
         return pre.flatten().topk(kept).values[-1].clamp_min(0) if kept else pre.new_zeros(())
 
@@ -139,7 +139,7 @@ class ReLU(Nonlinearity):
 
 
 class _Step(torch.autograd.Function):
-    """`H(z - theta)`, elementwise; times z where `scaled`, which then has a gradient too.
+    """`H(z - theta)`, elementwise; with `scaled`, times z, which then has a gradient too.
 
     H has no useful derivative in theta, so a kernel around the threshold stands in for it (arXiv 2407.14435, equations
     11 and 12): `d a / d theta = -theta K`, `d H / d theta = -K`, with K = 1 / e where |z - theta| <= e / 2, else 0.
@@ -185,7 +185,7 @@ class JumpReLU(Nonlinearity):
 
     @torch.no_grad()
     def support(self, pre: Tensor) -> Tensor:
-        # In training, features just below their threshold pull at it too.
+        # In training, features just below their threshold contribute to its gradient too.
         reach = self.bandwidth / 2 if self.training else 0.0
         return _masked(pre, pre > self.thresholds - reach)
 
@@ -200,34 +200,34 @@ class JumpReLU(Nonlinearity):
         return _Step.apply(pre, self.thresholds[indices], self.bandwidth, scaled)  # pyright: ignore[reportReturnType]
 
 
-# The k largest of each row. `torch.topk` copies every row into pairs (value, index) before it selects, about 3 ns a
-# number: longer than the encoder product of a narrow model. But the k largest numbers lie in the k blocks with the
-# largest maxima, and the smallest of those maxima bounds the k-th largest number from below:
+# The k largest of each row. `torch.topk` copies every row into pairs (value, index) before it selects, at about 3 ns
+# per number: longer than the encoder product of a narrow model. But the k largest numbers lie in the k blocks with the
+# largest maxima, and the smallest of those maxima is a lower bound of the k-th largest number:
 #
 #     maxima [N, G] of G blocks of B numbers of a row     one pass over the row, vectorised
 #     floor [N] = k-th largest of the row's maxima
 #     candidates = numbers >= floor in blocks whose maximum is >= floor     k to about k (1 + k / 2G) of a row
 #     the k largest of the candidates
 #
-# Exact, whatever the numbers. On one thread, against `torch.topk`: 6.8 and 13.9 ms for N = 2048, F = 2048, k = 16;
-# 11 and 26 ms for N = 1024, F = 10240, k = 32.
+# This is exact for all numbers. Measured on one thread, this and `torch.topk`: 6.8 and 13.9 ms for N = 2048, F = 2048,
+# k = 16; 11 and 26 ms for N = 1024, F = 10240, k = 32.
 _NARROWEST = 4  # numbers of a block; then there are at least 2 k blocks in a row
-_SMALLEST = 1 << 18  # numbers in all; below, a dozen calls cost more than they save
-_THREADS = 4  # numpy selects on one thread: with more of them, topk is as fast
-_ODD = 8  # if more than one row in so many needs topk, all go there
-_CROWD = 4  # candidates, in k, beyond which padding them costs more than topk
+_SMALLEST = 1 << 18  # numbers in total; below, the dozen calls cost more than they save
+_THREADS = 4  # numpy selects on one thread, so with more threads topk is as fast
+_ODD = 8  # if more than one row in this many needs topk, all rows use it
+_CROWD = 4  # candidates per k above which padding costs more than topk
 
 
 @torch.no_grad()
 def largest(pre: Tensor, k: int) -> Tensor:
     """Indices of the k largest numbers of each row, largest first: [N, F] -> [N, k] int64.
 
-    Which of equal numbers is chosen is left open, as it is by `torch.topk`.
+    As with `torch.topk`, the choice among equal numbers is undefined.
     """
     n, f = pre.shape
     size = _block_size(f, k)
-    wide = size >= _NARROWEST and n * f >= _SMALLEST and pre.is_contiguous()
-    if wide and pre.device.type == "cpu" and pre.dtype == torch.float32 and torch.get_num_threads() <= _THREADS:
+    large = size >= _NARROWEST and n * f >= _SMALLEST and pre.is_contiguous()
+    if large and pre.device.type == "cpu" and pre.dtype == torch.float32 and torch.get_num_threads() <= _THREADS:
         indices = _by_blocks(pre, k, size)
         if indices is not None:
             return indices
@@ -235,7 +235,7 @@ def largest(pre: Tensor, k: int) -> Tensor:
 
 
 def _block_size(f: int, k: int) -> int:
-    """B: a power of two that divides F, near the one that leaves fewest numbers, F / B maxima and k B in blocks."""
+    """B, a power of two that divides F, near the one with fewest numbers to look at: F / B maxima, k B in blocks."""
     size = 1
     while f % (2 * size) == 0 and (2 * size) ** 2 * k <= 2 * f:
         size *= 2
@@ -243,10 +243,10 @@ def _block_size(f: int, k: int) -> int:
 
 
 def _by_blocks(pre: Tensor, k: int, size: int) -> Tensor | None:
-    """`largest` by maxima of blocks; None for rows that it cannot serve."""
+    """`largest` by maxima of blocks; None for rows to which it does not apply."""
     n, f = pre.shape
     groups = f // size
-    # Block g holds the numbers g, g + G, g + 2G, ..: maxima over a middle dimension are vectorised, over the last not.
+    # Block g has the numbers g, g + G, g + 2G, ..: maxima over a middle dimension are vectorised, over the last not.
     blocks = pre.view(n, size, groups)
     maxima = blocks.amax(1).numpy()
     floor = np.partition(maxima, groups - k, axis=1)[:, groups - k, None]
@@ -254,7 +254,7 @@ def _by_blocks(pre: Tensor, k: int, size: int) -> Tensor | None:
     odd = np.flatnonzero(chosen.sum(1) != k)  # rows with equal maxima at the floor, or NaN
     if len(odd) * _ODD > n:
         return None
-    chosen[odd], floor[odd] = np.arange(groups) < k, np.inf  # any k blocks, no candidates: they are served below
+    chosen[odd], floor[odd] = np.arange(groups) < k, np.inf  # any k blocks without candidates: topk below handles them
     block = (np.flatnonzero(chosen) % groups).reshape(n, 1, k)
     values = blocks.gather(2, torch.from_numpy(block).expand(n, size, k)).numpy().reshape(n, size * k)
     kept = np.flatnonzero(values >= floor)
@@ -264,7 +264,7 @@ def _by_blocks(pre: Tensor, k: int, size: int) -> Tensor | None:
     most = int(counts.max())
     if most > _CROWD * k:
         return None
-    # Candidates come row by row, so a candidate's column is its number since the row began.
+    # Candidates are sorted by row, so a candidate's column is its position since the row began.
     column = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
     keys = np.full((n, most), np.inf, dtype=np.float32)
     keys[row, column] = -values.reshape(-1)[kept]

@@ -1,20 +1,20 @@
 """Transcoders: `a = act(W_enc x + b_enc)`, `y_hat = a W_dec + b_dec (+ W_skip x)`; their sparse kernels, and sets.
 
-One class serves training, attribution, interventions and feature studies (Dunefsky et al., arXiv 2406.11944; the skip
-path: arXiv 2501.18823). In a cross-layer set (Ameisen et al. 2025) a feature reads at one layer and writes to that one
-and to later ones, by a decoder for each: `y_hat_m = sum over l <= m of a_l W_dec[l -> m] + b_dec_m (+ W_skip_m x_m)`.
+One class serves training, attribution, interventions and feature studies (Dunefsky et al., arXiv 2406.11944; skip path:
+arXiv 2501.18823). In a cross-layer set (Ameisen et al. 2025) a feature reads at one layer and writes to that layer and
+later ones, with a decoder for each: `y_hat_m = sum over l <= m of a_l W_dec[l -> m] + b_dec_m (+ W_skip_m x_m)`.
 
-A token has k of F features, and k/F is below 1 %. Dense products would spend 99 % of their work on zeros, and a plain
-gather stores [N, k, d]. Forward and backward here are weighted bags of rows instead:
+A token has k of F active features, and k/F is below 1 %. Dense products would spend 99 % of their work on zeros, and a
+plain gather stores [N, k, d]. Forward and backward here are weighted bags of rows instead:
 
     y[n]     = sum_j v[n, j] W[i[n, j]]                   a bag of decoder rows for each token
     dv[n, j] = g[n] . W[i[n, j]]                          sampled dot products
     dW[f]    = sum over (n, j) with i[n, j] = f of v[n, j] g[n]    a bag of gradient rows for each feature
 
-No [N, k, d] and, in backward, no [N, F] is ever stored. Measured on one thread with N = 2048, d = 128, F = 2048, k = 16
+No [N, k, d] and, in backward, no [N, F] is stored. Measured on one thread with N = 2048, d = 128, F = 2048, k = 16
 (forward / dv / dW in ms): bags 0.6 / 1.6 / 2.8; gather + einsum 15 / 13 / -; dense products 33 / 32 / 39; CSR products
-1.0 / 1.1 / 3.9; `index_add_` - / - / 4.1. With N = 1024, d = 640, F = 10240, k = 32, where the weights leave the cache:
-bags 5.7 / 6.2 / 5.3, dv token by token 14, and the dense encoder product 152.
+1.0 / 1.1 / 3.9; `index_add_` - / - / 4.1. With N = 1024, d = 640, F = 10240, k = 32, where the weights do not fit the
+cache: bags 5.7 / 6.2 / 5.3, dv token by token 14, and the dense encoder product 152.
 
 Shapes: N tokens, `..` any leading dimensions, k slots for the active features of a token, F features, d model width.
 """
@@ -37,7 +37,7 @@ from vlmscope.core.records import generator
 from vlmscope.transcoders.config import TranscoderConfig, TranscoderSetConfig
 from vlmscope.transcoders.nonlinearities import build_nonlinearity
 
-_CACHED = 4 << 20  # bytes of rows that a core's cache may hold
+_CACHED = 4 << 20  # bytes of rows that fit a core's cache
 
 
 def weighted_bags(indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def weighted_bags(indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
 
 
 class _ByFeature(NamedTuple):
-    """The entries (n, j) of indices [N, k] sorted by feature: `entry` [N k], `token` [N k]; `starts` [F] of each."""
+    """The entries (n, j) of indices [N, k] by feature: `entry`, `token` [N k]; `starts` [F], each feature's first."""
 
     entry: Tensor
     token: Tensor
@@ -56,32 +56,31 @@ class _ByFeature(NamedTuple):
 
 
 def _by_feature(indices: Tensor, n_features: int) -> _ByFeature:
-    """A stable sort, so the order of summation never varies."""
-    # int32 keys sort twice as fast as int64.
+    # Stable, so that the order of summation never varies; int32 keys sort twice as fast as int64.
     features, entry = torch.sort(indices.flatten().int(), stable=True)
     starts = torch.searchsorted(features, torch.arange(n_features, device=indices.device, dtype=torch.int32))
     return _ByFeature(entry, torch.div(entry, indices.shape[1], rounding_mode="floor"), starts)
 
 
 class FeatureOrder:
-    """The order of one support's entries by feature, sorted once and only if a gradient asks for it.
+    """The order of one support's entries by feature, sorted once and only if a gradient needs it.
 
     The gradients of encoder and decoder, and those of Matryoshka prefixes, sum over the same entries.
     """
 
     def __init__(self) -> None:
-        self._known: tuple[Tensor, int, _ByFeature] | None = None
+        self._last: tuple[Tensor, int, _ByFeature] | None = None
 
-    def of(self, indices: Tensor, n_features: int) -> _ByFeature:
-        """The order of `indices` [N, k]; others than those of the last call are sorted anew."""
-        if self._known is not None:
-            known, width, order = self._known
-            same = known.data_ptr() == indices.data_ptr() and known.stride() == indices.stride()
-            if same and known.shape == indices.shape and width == n_features:
-                return order
-        order = _by_feature(indices, n_features)
-        self._known = indices, n_features, order
-        return order
+    def entries(self, indices: Tensor, n_features: int) -> _ByFeature:
+        """The entries of `indices` [N, k], sorted again only if they are not those of the last call."""
+        if self._last is not None:
+            last, width, entries = self._last
+            same = last.data_ptr() == indices.data_ptr() and last.stride() == indices.stride()
+            if same and last.shape == indices.shape and width == n_features:
+                return entries
+        entries = _by_feature(indices, n_features)
+        self._last = indices, n_features, entries
+        return entries
 
 
 def sampled_dots(indices: Tensor, left: Tensor, rows: Tensor, order: FeatureOrder | None = None) -> Tensor:
@@ -91,21 +90,21 @@ def sampled_dots(indices: Tensor, left: Tensor, rows: Tensor, order: FeatureOrde
         return left.new_zeros(0, k)
     offsets = torch.arange(0, n * k, k, device=indices.device)
     if rows.device.type == "cpu" and rows.nbytes > _CACHED:
-        # Feature by feature: each row is read once, in order, and what is read at random is the smaller `left`.
-        by = (order if order is not None else FeatureOrder()).of(indices, rows.shape[0])
+        # Feature by feature: each row is read once, in order, and the random reads are those of the smaller `left`.
+        entries = (order if order is not None else FeatureOrder()).entries(indices, rows.shape[0])
         dots = left.new_empty(n * k)
-        dots[by.entry] = _dots(left, rows, indices.flatten()[by.entry], offsets, by.token)
+        dots[entries.entry] = _dots(left, rows, indices.flatten()[entries.entry], offsets, entries.token)
     else:
-        bag_of = torch.arange(n, device=indices.device).repeat_interleave(k)
-        dots = _dots(left, rows, indices.flatten(), offsets, bag_of)
+        tokens = torch.arange(n, device=indices.device).repeat_interleave(k)
+        dots = _dots(left, rows, indices.flatten(), offsets, tokens)
     return dots.view(n, k)
 
 
-def _dots(left: Tensor, rows: Tensor, row_of: Tensor, offsets: Tensor, left_of: Tensor) -> Tensor:
-    """`left[left_of[i]] . rows[row_of[i]]`, [m]."""
+def _dots(left: Tensor, rows: Tensor, row_index: Tensor, offsets: Tensor, left_index: Tensor) -> Tensor:
+    """`left[left_index[i]] . rows[row_index[i]]`, [m]."""
     # This is the kernel that autograd itself runs for `embedding_bag`; mode 0 is "sum", -1 is "no padding row".
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left.contiguous(), rows, row_of, offsets, left_of, 0, -1
+        left.contiguous(), rows, row_index, offsets, left_index, 0, -1
     )
 
 
@@ -115,9 +114,10 @@ def transposed_bags(
     """`out[f] = sum over (n, j) with indices[n, j] = f of weights[n, j] rows[n]`; rows [N, d] -> [n_out, d]."""
     if indices.shape[0] == 0:
         return rows.new_zeros(n_out, rows.shape[1])
-    by = (order if order is not None else FeatureOrder()).of(indices, n_out)
+    entries = (order if order is not None else FeatureOrder()).entries(indices, n_out)
+    sorted_weights = weights.flatten()[entries.entry]
     return functional.embedding_bag(
-        by.token, rows.contiguous(), by.starts, per_sample_weights=weights.flatten()[by.entry], mode="sum"
+        entries.token, rows.contiguous(), entries.starts, per_sample_weights=sorted_weights, mode="sum"
     )
 
 
@@ -132,7 +132,7 @@ class _Gather(torch.autograd.Function):
         ctx.order = order
         if pre.dtype == w_enc.dtype:
             return pre.gather(1, indices)
-        # Half precision is good enough to choose by; what is chosen is k/F of the product, and worth having exactly.
+        # Half precision is enough to choose features; the chosen k/F of the product are computed again, exactly.
         return sampled_dots(indices, x, w_enc, order) + b_enc[indices]
 
     @staticmethod
@@ -181,9 +181,9 @@ def gather_pre_activations(
 ) -> Tensor:
     """Values of `pre = x @ w_enc.T + b_enc` at `indices`, with sparse gradients to `x`, `w_enc` and `b_enc`.
 
-    `pre` [N, F] is the product computed beforehand without a gradient; indices [N, k] int64, x [N, d], w_enc [F, d],
-    b_enc [F] -> [N, k] in the dtype of `w_enc`: where `pre` is of another, values are computed again. `order` is
-    shared by what has the same indices.
+    `pre` [N, F] is the product, computed without a gradient; indices [N, k] int64, x [N, d], w_enc [F, d], b_enc [F] ->
+    [N, k] in the dtype of `w_enc`: if that of `pre` differs, the values are computed again. Calls with the same indices
+    share an `order`.
     """
     return _Gather.apply(pre, indices, x, w_enc, b_enc, order)  # pyright: ignore[reportReturnType]
 
@@ -198,7 +198,7 @@ class SparseCode:
     """Features and activations of each token. An entry with value 0 is not active, whatever its index.
 
     `indices` [.., k] int64, distinct in a row; `values` [.., k] >= 0, largest first for TopK. With an activation that
-    does not fix the number, k is the most that any token of the call has. `order` spares gradients a second sort.
+    does not fix the number, k is the most that any token of the call has. `order` saves the gradients a second sort.
     """
 
     indices: Tensor
@@ -219,14 +219,14 @@ class SparseCode:
         """Activations [.., n] of distinct features [n], without the dense [.., F]."""
         column = features.new_full((n_features,), len(features))
         column[features] = torch.arange(len(features), device=features.device)
-        # Everything else falls into one last column, which goes.
+        # All other features share one extra last column, which is dropped.
         out = self.values.new_zeros(*self.values.shape[:-1], len(features) + 1)
         return out.scatter(-1, column[self.indices], self.values)[..., :-1]
 
 
 @dataclass(frozen=True)
 class TranscoderOutput:
-    """What one forward gives.
+    """Result of a forward pass.
 
     `reconstruction` [.., d]; `code`; `pre` [.., F], all pre-activations, detached, in the dtype of the product;
     `at_support` [.., k], those of the code's features, differentiable, in the weights' dtype.
@@ -241,11 +241,11 @@ class TranscoderOutput:
 class Transcoder(nn.Module):
     """One layer's transcoder.
 
-    `W_enc` [F, d] and `W_dec` [F, d], a row a feature; `b_enc` [F], `b_dec` [d]; `W_skip` [d, d] or None. `W_later`:
-    decoders [F, d] to the layers after its own, in order, none unless it is cross-layer.
+    `W_enc`, `W_dec` [F, d], one row per feature; `b_enc` [F], `b_dec` [d]; `W_skip` [d, d] or None; `W_later`, decoders
+    [F, d] to the layers after its own, in order, none unless it is cross-layer.
 
-    `product_dtype`: that of the dense product from which the active features are chosen, in training mode alone (None:
-    the weights'). Everything else stays in the weights' dtype, the chosen features' pre-activations too.
+    `product_dtype` is that of the dense product that decides which features are active, in training mode only (None:
+    the weights'). All else is in the weights' dtype, also the chosen features' pre-activations.
     """
 
     product_dtype: torch.dtype | None = None
@@ -269,10 +269,10 @@ class Transcoder(nn.Module):
             self.W_skip = zeros(d, d)
         else:
             self.register_parameter("W_skip", None)
-        # Tensors of their own and not one [layers, F, d], of which every decode would have a gradient as large as all.
+        # Separate tensors, since each decode from one [layers, F, d] would have a gradient of that whole size.
         self.W_later = nn.ParameterList([zeros(f, d) for _ in range(config.writes - 1)])
         self.activation = build_nonlinearity(config).to(dtype=dtype, device=device)
-        # BatchTopK chooses among a batch in training alone: everywhere else a token's code is its own.
+        # BatchTopK compares the tokens of a batch only in training; elsewhere a token's code depends on itself alone.
         self.eval()
 
     def decoder(self, ahead: int) -> Tensor:
@@ -280,14 +280,14 @@ class Transcoder(nn.Module):
         return self.W_dec if ahead == 0 else self.W_later[ahead - 1]
 
     def write_norms(self) -> Tensor:
-        """How far a feature of activation 1 moves the residual stream, over all layers that it writes to: [F]."""
+        """Norm of what a feature of activation 1 writes, over all layers that it writes to: [F]."""
         squares = [self.decoder(ahead).square().sum(1) for ahead in range(self.config.writes)]
         return torch.stack(squares).sum(0).sqrt()
 
     def directions(self, weights: Sequence[Tensor | None]) -> Tensor:
-        """The direction that a feature adds to the residual stream, over all layers that it writes to: [F, d].
+        """The direction that a feature adds to the residual stream, summed over the layers it writes to: [F, d].
 
-        `weights` [d] are those of the norm after each of these layers' MLPs, None where nothing follows.
+        `weights` [d] are those of the norm after each of these layers' MLPs, None without such a norm.
         """
         rows = [self.decoder(ahead) if w is None else self.decoder(ahead) * w for ahead, w in enumerate(weights)]
         return torch.stack(rows).sum(0)
@@ -321,11 +321,10 @@ class Transcoder(nn.Module):
         """`pre_activations` of rows [N, d], in `product_dtype` while training."""
         if self.product_dtype is None or not self.training:
             return self.pre_activations(rows)
-        half = (tensor.to(self.product_dtype) for tensor in (rows, self.W_enc, self.b_enc))
-        return functional.linear(*half)
+        return functional.linear(*(tensor.to(self.product_dtype) for tensor in (rows, self.W_enc, self.b_enc)))
 
     def write(self, code: SparseCode, ahead: int = 0) -> Tensor:
-        """`sum_f a_f W_dec[f]` -> [.., d], what the features add at the layer `ahead` of their own."""
+        """`sum_f a_f W_dec[f]` -> [.., d], the features' write to the layer `ahead` of their own."""
         *lead, k = code.indices.shape
         rows = (math.prod(lead), k)
         summed = sparse_decode(code.indices.reshape(rows), code.values.reshape(rows), self.decoder(ahead), code.order)
@@ -349,7 +348,7 @@ class Transcoder(nn.Module):
 def written_before(transcoders: Mapping[int, Transcoder], layer: int, codes: Mapping[int, SparseCode]) -> Tensor | None:
     """What features of lower layers add to the reconstruction of `layer`, from their codes: [.., d].
 
-    None when there is none, so always in a set that is not cross-layer.
+    None if nothing writes there from below, so always in a set that is not cross-layer.
     """
     writes = [
         transcoders[lower].write(code, layer - lower)
@@ -384,17 +383,17 @@ class TranscoderSet(nn.Module):
     @property
     def cross_layer(self) -> bool:
         """Whether some feature writes to more than its own layer."""
-        return any(one.config.writes > 1 for one in self.transcoders.values())
+        return any(transcoder.config.writes > 1 for transcoder in self.transcoders.values())
 
     def encode(self, inputs: Mapping[int, Tensor]) -> dict[int, SparseCode]:
         """Codes [.., k] of layers from their MLP inputs [.., d]."""
         return {layer: self[layer].encode(x) for layer, x in inputs.items()}
 
     def decode(self, layer: int, codes: Mapping[int, SparseCode], x: Tensor) -> Tensor:
-        """Reconstruction [.., d] of a layer from the codes of all that write to it and its own input [.., d]."""
-        own = self[layer].decode(codes[layer], x)
+        """Reconstruction [.., d] of a layer from the codes of all layers that write to it, and its input [.., d]."""
+        reconstruction = self[layer].decode(codes[layer], x)
         earlier = written_before(self.transcoders, layer, codes)
-        return own if earlier is None else own + earlier
+        return reconstruction if earlier is None else reconstruction + earlier
 
     @property
     def widths(self) -> dict[int, int]:
@@ -424,7 +423,7 @@ def random_set(
     activation: str = "topk",
     cross_layer: bool = False,
 ) -> TranscoderSet:
-    """A set with every weight non-zero, reproducible from `seed`: for tests, which an all-zero set would pass idly."""
+    """A set with every weight non-zero, reproducible from `seed`, for tests that an all-zero set would always pass."""
     transcoders = {}
     for layer in range(n_layers):
         writes = n_layers - layer if cross_layer else 1
@@ -458,7 +457,7 @@ def set_weight(parameter: Tensor, value: Tensor | np.ndarray | float) -> None:
 
 @dataclass(frozen=True)
 class Standardisation:
-    """Means [d] and scalar scales with which training sees a layer: `x' = (x - x_mean) / x_scale`, `y'` likewise."""
+    """Coordinates of training, means [d] and scalar scales: `x' = (x - x_mean) / x_scale`, `y'` likewise."""
 
     x_mean: Tensor
     x_scale: float
@@ -479,11 +478,11 @@ class Standardisation:
 
 
 def fold(transcoder: Transcoder, standard: Standardisation, later_scales: Sequence[float] = ()) -> Transcoder:
-    """A new transcoder from raw inputs to raw targets, equal to `transcoder` between `standard`'s coordinates.
+    """A new transcoder from raw inputs to raw targets, equal to `transcoder` in the coordinates of `standard`.
 
     W_enc' = W_enc / sx; b_enc' = b_enc - W_enc mx / sx; W_dec' = sy W_dec; W_skip' = sy/sx W_skip;
-    b_dec' = sy b_dec + my - W_skip' mx. Activations, and so the choice of the top k, stay as they are. `later_scales`
-    are sy of the later layers that it writes to, in order, by which its decoders to them are multiplied.
+    b_dec' = sy b_dec + my - W_skip' mx. Activations, and so the choice of the top k, do not change. `later_scales` are
+    the sy of the later layers that it writes to, in order, by which its decoders to them are multiplied.
     """
     out = copy.deepcopy(transcoder)
     mx, my = standard.x_mean.double(), standard.y_mean.double()
@@ -492,8 +491,8 @@ def fold(transcoder: Transcoder, standard: Standardisation, later_scales: Sequen
         set_weight(out.W_enc, w_enc)
         set_weight(out.b_enc, transcoder.b_enc.double() - w_enc @ mx)
         set_weight(out.W_dec, transcoder.W_dec.double() * standard.y_scale)
-        for theirs, ours, scale in zip(out.W_later, transcoder.W_later, later_scales, strict=True):
-            set_weight(theirs, ours.double() * scale)
+        for folded, later, scale in zip(out.W_later, transcoder.W_later, later_scales, strict=True):
+            set_weight(folded, later.double() * scale)
         b_dec = transcoder.b_dec.double() * standard.y_scale + my
         if transcoder.W_skip is not None and out.W_skip is not None:
             w_skip = transcoder.W_skip.double() * (standard.y_scale / standard.x_scale)

@@ -1,12 +1,13 @@
 """Transcoder sets on disk, in the formats of the field: `load_set` and `save_set`.
 
-Layouts, keys and traps: docs/formats_transcoders.md. Weights may be stored in bfloat16; they are computed in float32.
+Layouts, keys and traps: docs/formats_transcoders.md. Weights may be stored in bfloat16; computation is in float32.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from vlmscope.core.errors import UserError
 from vlmscope.transcoders.config import ACTIVATIONS, FORMAT_NAMES
 from vlmscope.transcoders.formats import circuit_tracer
 from vlmscope.transcoders.formats.common import STORED_DTYPES, Choice, SetSource, build_layer
-from vlmscope.transcoders.formats.layer_folders import GEMMA_SCOPE, SAE_LENS, SPARSIFY
+from vlmscope.transcoders.formats.layer_folders import GEMMA_SCOPE, SAE_LENS, SPARSIFY, Layout
 from vlmscope.transcoders.transcoder import TranscoderSet
 
 __all__ = ["ANY", "FORMATS", "STORED_DTYPES", "Choice", "detect", "load_set", "open_set", "refusal", "save_set"]
@@ -26,11 +27,12 @@ _THRESHOLDS = ("jumprelu", "relu", "batchtopk")  # ReLU has thresholds of 0, Bat
 
 @dataclass(frozen=True)
 class Format:
-    """One layout on disk: what tells that a folder has it, how it is read and written, and what it can express.
+    """One format: how to recognise, read and write it, and which sets it can express.
 
-    `looks_for` says the former in words; `open` reads the configuration and finds the files, and leaves the weights
-    alone. `per_set` are the settings that it has once for all layers, `counted` whether these must be 0, 1, 2, ..,
-    `cross_layer` whether its features write to later layers, `skips` how many layers may have skip paths; None: any.
+    `looks_for` names the files by which `found_in` recognises it; `open` reads the configuration and finds the files,
+    without the weights. `per_set` are the settings that it stores once for all layers, `counted` whether layers must be
+    0, 1, 2, .., `cross_layer` whether its features write to later layers (None: either), `skips` how many layers may
+    have skip paths.
     """
 
     looks_for: str
@@ -45,20 +47,26 @@ class Format:
     skips: str = "any"
 
 
-def _yaml(name: str) -> dict:
-    """The parts of the three formats that share `config.yaml`."""
-    return {
-        "looks_for": "config.yaml with layer_{i}.safetensors",
-        "found_in": partial(circuit_tracer.found_in, name=name),
-        "open": partial(circuit_tracer.open_set, name=name),
-        "write": partial(circuit_tracer.write, name=name),
-    }
+def _yaml(name: str, **expresses: Any) -> Format:
+    """One of the three formats that share `config.yaml`."""
+    return Format(
+        "config.yaml with layer_{i}.safetensors",
+        partial(circuit_tracer.found_in, name=name),
+        partial(circuit_tracer.open_set, name=name),
+        partial(circuit_tracer.write, name=name),
+        **expresses,
+    )
+
+
+def _folders(layout: Layout, looks_for: str, **expresses: Any) -> Format:
+    """A format with a folder for each layer."""
+    return Format(looks_for, layout.found_in, layout.open_set, layout.write, **expresses)
 
 
 FORMATS: dict[str, Format] = {
-    "vlmscope": Format(**_yaml("vlmscope"), cross_layer=None),
-    "paper": Format(**_yaml("paper"), activations=("topk",), hooks=_RAW, counted=True),
-    "circuit_tracer": Format(**_yaml("circuit_tracer"), counted=True),
+    "vlmscope": _yaml("vlmscope", cross_layer=None),
+    "paper": _yaml("paper", activations=("topk",), hooks=_RAW, counted=True),
+    "circuit_tracer": _yaml("circuit_tracer", counted=True),
     "clt": Format(
         "W_enc_{i}.safetensors with W_dec_{i}.safetensors",
         circuit_tracer.clt_found_in,
@@ -70,46 +78,31 @@ FORMATS: dict[str, Format] = {
         cross_layer=True,
         skips="none",
     ),
-    "gemma_scope": Format(
+    "gemma_scope": _folders(
+        GEMMA_SCOPE,
         "transcoder_all/layer_*_width_*_l0_*/params.safetensors",
-        GEMMA_SCOPE.found_in,
-        GEMMA_SCOPE.open_set,
-        GEMMA_SCOPE.write,
         activations=_THRESHOLDS,
         hooks=_POST,
         skips="all or none",
     ),
-    "sparsify": Format(
-        "layers.*.mlp/sae.safetensors with cfg.json",
-        SPARSIFY.found_in,
-        SPARSIFY.open_set,
-        SPARSIFY.write,
-        activations=("topk",),
-        hooks=_RAW,
-        per_set=(),
+    "sparsify": _folders(
+        SPARSIFY, "layers.*.mlp/sae.safetensors with cfg.json", activations=("topk",), hooks=_RAW, per_set=()
     ),
-    "sae_lens": Format(
-        "sae_weights.safetensors with cfg.json",
-        SAE_LENS.found_in,
-        SAE_LENS.open_set,
-        SAE_LENS.write,
-        activations=_THRESHOLDS,
-        per_set=(),
-    ),
+    "sae_lens": _folders(SAE_LENS, "sae_weights.safetensors with cfg.json", activations=_THRESHOLDS, per_set=()),
 }
 
 assert tuple(FORMATS) == FORMAT_NAMES
 
 
 def format_named(name: str) -> Format:
-    """The format of this name."""
+    """The format of this name; UserError if there is none."""
     if name not in FORMATS:
         raise UserError(f"no transcoder format {name!r}; choose one of: {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
 def detect(folder: Path) -> str:
-    """The name of a folder's format, from what lies in it."""
+    """The name of a folder's format, from the files in it."""
     if not folder.is_dir():
         raise UserError(f"no transcoder set in {folder}: there is no such folder; check the path")
     for name, form in FORMATS.items():
@@ -123,8 +116,7 @@ def detect(folder: Path) -> str:
 def open_set(folder: str | Path, format: str = "auto", choice: Choice = ANY) -> SetSource:
     """Read a set's configuration and find its files, without its weights.
 
-    `format` is one of `FORMATS`, or "auto": what lies in the folder decides; `choice` says which of several sets in a
-    folder of Gemma Scope.
+    `format` is one of `FORMATS`, or "auto" to detect it; `choice` selects one of several sets in a Gemma Scope folder.
     """
     folder = Path(folder)
     return format_named(detect(folder) if format == "auto" else format).open(folder, choice)
@@ -139,10 +131,11 @@ def load_set(
     format: str = "auto",
     choice: Choice = ANY,
 ) -> TranscoderSet:
-    """Read a set; weights are converted to `dtype`. `n_layers` and `d_model`, when given, are those of the model.
+    """Read a set and convert its weights to `dtype`; `n_layers` and `d_model`, if given, are those of the model.
 
-    A `UserError` of one line names the file that is missing or corrupt, or where a tensor is missing, the activation is
-    unknown, or shapes do not fit each other or the model (both shapes are named).
+    Raises:
+        UserError: a file is missing or corrupt, a tensor is missing, the activation is unknown, or shapes do not fit
+            each other or the model. The message names the file and both shapes.
     """
     source = open_set(folder, format, choice)
     if n_layers is not None and sorted(source.layers) != list(range(n_layers)):
@@ -166,7 +159,7 @@ def load_set(
 
 
 def refusal(transcoders: TranscoderSet, format: str) -> str | None:
-    """Why the set cannot be expressed in a format, in some words; None when it can."""
+    """The reason why a format cannot express the set, in words; None if it can."""
     form, layers = format_named(format), transcoders.layers
     configs = [transcoder.config for transcoder in transcoders.transcoders.values()]
     if form.cross_layer is False and transcoders.cross_layer:
@@ -186,7 +179,7 @@ def refusal(transcoders: TranscoderSet, format: str) -> str | None:
         return f"it has skip paths in {form.skips} of its layers"
     for name in form.per_set:
         values = sorted({str(getattr(config, name)) for config in configs})
-        # k counts for TopK alone: elsewhere it is what training aimed at and not part of the function.
+        # k matters for TopK alone: elsewhere it is the target of training and not part of the function.
         if len(values) > 1 and (name != "k" or configs[0].activation == "topk"):
             return f"it says {name} once for all layers, but they have {', '.join(values)}"
     return None

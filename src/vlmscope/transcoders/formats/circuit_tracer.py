@@ -1,13 +1,13 @@
-"""`config.yaml` with a file for each layer: our own sets, those of the paper's code, and the two of circuit-tracer.
+"""Formats with `config.yaml` and a file for each layer: our own, that of the paper's code, and circuit-tracer's two.
 
 `config.yaml` + `layer_{i}.safetensors`: vlmscope, paper and circuit_tracer differ in what a missing key means. The
-paper's code reads k from `top_k` alone and takes 48 without it; circuit-tracer reads `activation` and `k` and, without
-them, takes JumpReLU for a file that holds `activation_function.threshold` and ReLU for any other. Its `to_safetensors`
-writes that tensor, or a scalar `k` of TopK. Our writer writes all of it, so that each reads the same function.
+paper's code reads k from `top_k` alone, by default 48; circuit-tracer reads `activation` and `k` and, without them,
+takes JumpReLU for a file with `activation_function.threshold` and ReLU for any other. Its `to_safetensors` writes that
+tensor, or a scalar `k` of TopK. Our writer writes all of these, so that each tool reads the same function.
 
 clt, cross-layer: `W_enc_{i}.safetensors` with `W_enc_{i}` [F, d], `b_enc_{i}` [F], `b_dec_{i}` [d] and, with JumpReLU,
 `threshold_{i}` [F]; `W_dec_{i}.safetensors` with `W_dec_{i}` [F, L - i, d], whose second axis counts the layers written
-to from i upwards. circuit-tracer's reader knows ReLU and JumpReLU alone, the latter by the threshold.
+to from i upwards. circuit-tracer reads only ReLU and JumpReLU, the latter when there is a threshold.
 
 Tables of keys and traps: docs/formats_transcoders.md.
 """
@@ -44,19 +44,19 @@ from vlmscope.transcoders.transcoder import TranscoderSet
 CONFIG = "config.yaml"
 _KIND, _CLT_KIND = "transcoder_set", "cross_layer_transcoder"
 _CROSS_LAYER = "cross_layer_transcoder_set"  # ours: other readers must not take it for a set of single layers
-_THRESHOLD = "activation_function.threshold"  # circuit-tracer's name: its state dict's
+_THRESHOLD = "activation_function.threshold"  # circuit-tracer's name, from its state dict
 _PAPER_K = 48  # the paper's reader takes this when `top_k` is absent
 _HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.hook_out"}
 _CLT_HOOKS = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
 
 
 def found_in(folder: Path, name: str) -> bool:
-    """Whether a folder has the layout of `config.yaml` + `layer_{i}.safetensors`, with the defaults of `name`."""
+    """Whether a folder has `config.yaml` + `layer_{i}.safetensors`, with the defaults of the format `name`."""
     return (folder / CONFIG).is_file() and not clt_found_in(folder) and _flavour(folder) == name
 
 
 def _flavour(folder: Path) -> str:
-    """Whose defaults hold: "vlmscope", "paper" or "circuit_tracer"."""
+    """The format whose defaults apply: "vlmscope", "paper" or "circuit_tracer"."""
     where = folder / CONFIG
     record = record_of(read_yaml(where), where)
     if "top_k" in record and "activation" in record:
@@ -74,7 +74,7 @@ def _flavour(folder: Path) -> str:
 
 
 def open_set(folder: Path, choice: Choice, name: str) -> SetSource:
-    """The layers of a folder of single layers (which holds one set), with the defaults of `name`."""
+    """The set of single layers in a folder, with the defaults of the format `name`."""
     where = folder / CONFIG
     if not where.is_file():
         raise UserError(
@@ -93,7 +93,7 @@ def open_set(folder: Path, choice: Choice, name: str) -> SetSource:
 
 
 def without_config(folder: Path) -> str:
-    """Words for layers that nothing describes, as circuit-tracer's `to_safetensors` leaves them; "" without any."""
+    """Advice for layers without a config, as circuit-tracer's `to_safetensors` writes them; "" if there are none."""
     first = next(iter(sorted(folder.glob("layer_*.safetensors"))), None)
     if first is None:
         return ""
@@ -102,32 +102,32 @@ def without_config(folder: Path) -> str:
 
 
 def _named(record: dict[str, Any], defaults: dict[str, str]) -> tuple[str, list[str]]:
-    """The model's name and our names of the hooks."""
+    """The model's name, and the hooks by our names."""
     name = str(record.get("model_name", ""))
     return name, [own_hook(str(record.get(key, default)), name) for key, default in defaults.items()]
 
 
 def _layer(path: Path, where: Path, activation: str | None, k: int) -> LayerSource:
-    """One layer with what its own file says: thresholds under circuit-tracer's name, or k of TopK.
+    """One layer, with the settings in its own file: thresholds under circuit-tracer's name, or k of TopK.
 
-    `activation` and `k` are those of the configuration `where`, which the file must not contradict; with an activation
-    of None each file decides, as it does for circuit-tracer.
+    The file must agree with `activation` and `k` of the configuration `where`; if `activation` is None each file
+    decides, as it does for circuit-tracer.
     """
     heads = tensor_heads(path)
-    own = "jumprelu" if _THRESHOLD in heads else "topk" if "k" in heads else None
-    if own is not None and activation not in (None, own):
-        holds = "thresholds" if own == "jumprelu" else "k, of topk"
+    stored = "jumprelu" if _THRESHOLD in heads else "topk" if "k" in heads else None
+    if stored is not None and activation not in (None, stored):
+        holds = "thresholds" if stored == "jumprelu" else "k, of topk"
         raise UserError(f"{where}: activation is {activation!r}, but {path} holds {holds}; make them agree")
-    own_k = None
+    stored_k = None
     if "k" in heads:
         shape, dtype = heads["k"].shape, heads["k"].dtype
         if shape or not dtype.startswith(("I", "U")):
             raise UserError(f"{path}: k has shape {shape} and dtype {dtype} where one whole number is expected")
         with open_tensors(path) as file:
-            own_k = positive(int(file.get_tensor("k")), "k", path)
-        if activation == "topk" and own_k != k:
-            raise UserError(f"{where}: k is {k}, but {path.name} says {own_k}; make them agree")
-    return LayerSource(path, where, partial(_translate, path=path), own_k, activation or own or "relu")
+            stored_k = positive(int(file.get_tensor("k")), "k", path)
+        if activation == "topk" and stored_k != k:
+            raise UserError(f"{where}: k is {k}, but {path.name} says {stored_k}; make them agree")
+    return LayerSource(path, where, partial(_translate, path=path), stored_k, activation or stored or "relu")
 
 
 def _translate(tensors: Tensors, path: Path) -> Tensors:
@@ -136,14 +136,14 @@ def _translate(tensors: Tensors, path: Path) -> Tensors:
         return ours
     if "threshold" in tensors:
         raise UserError(f"{path} holds its thresholds twice, as threshold too; leave one of them away")
-    theirs = tensors[_THRESHOLD]
-    same = theirs.numel() == 1 and "b_enc" in tensors  # for all features
-    ours["threshold"] = theirs.reshape(1).expand(tensors["b_enc"].shape) if same else theirs
+    threshold = tensors[_THRESHOLD]
+    shared = threshold.numel() == 1 and "b_enc" in tensors  # one number for all features
+    ours["threshold"] = threshold.reshape(1).expand(tensors["b_enc"].shape) if shared else threshold
     return not_below_0(ours, path)
 
 
 def _activation(record: dict[str, Any], name: str, where: Path) -> tuple[str, int]:
-    """Activation and k as the format's own reader would take them."""
+    """Activation and k as the format's own reader would understand them."""
     top_k, k = record.get("top_k"), record.get("k")
     if top_k is not None and k is not None and top_k != k:
         raise UserError(f"{where}: top_k = {top_k} but k = {k}; make them agree")
@@ -186,7 +186,7 @@ def _layer_files(folder: Path, record: dict[str, Any]) -> dict[int, Path]:
         )
     files = {}
     for layer, name in sorted(zip(layers, names, strict=True)):
-        # Nothing outside the folder is ever opened: a set may come from a stranger. By name, not by where a link leads:
+        # Sets may come from strangers, so nothing outside the folder is opened. Judged by name, not by resolved link:
         # in the hub's cache every file is a link to another folder.
         if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{where}: {name!r} does not lie in the set's folder; copy the file there and name it so")
@@ -203,7 +203,7 @@ def _file_name(layer: int) -> str:
 
 
 def write(transcoders: TranscoderSet, folder: Path, dtype: str, name: str) -> None:
-    """Write the set with the keys of all three readers; for circuit-tracer with thresholds where it looks for them."""
+    """Write the set with the keys of all three readers; for circuit-tracer, with thresholds under its name."""
     theirs = {"threshold": _THRESHOLD} if name == "circuit_tracer" else {}
     for layer, transcoder in transcoders.transcoders.items():
         tensors = {theirs.get(ours, ours): tensor for ours, tensor in own_tensors(transcoder).items()}
@@ -213,7 +213,7 @@ def write(transcoders: TranscoderSet, folder: Path, dtype: str, name: str) -> No
         record["activation"] = "jumprelu"  # what it is after training
     k = transcoders[transcoders.layers[0]].config.k
     record |= {
-        # The paper's code reads `top_k`, circuit-tracer `activation` and `k`; without them each falls back in silence.
+        # The paper's code reads `top_k`, circuit-tracer `activation` and `k`; both use defaults silently without them.
         "top_k": k,
         "k": k,
         "layers": transcoders.layers,
@@ -244,7 +244,7 @@ def clt_found_in(folder: Path) -> bool:
 
 
 def clt_open_set(folder: Path, choice: Choice) -> SetSource:
-    """The layers of a folder of cross-layer transcoders, which holds one set."""
+    """The set of cross-layer transcoders in a folder."""
     matches = [re.fullmatch(r"W_enc_(\d+)\.safetensors", path.name) for path in folder.glob("W_enc_*")]
     layers = sorted(int(match[1]) for match in matches if match)
     if layers != list(range(len(layers))) or not layers:
@@ -258,8 +258,8 @@ def clt_open_set(folder: Path, choice: Choice) -> SetSource:
         raise UserError(
             f"{where}: model_kind is {record['model_kind']!r}, and the files beside it are of a {_CLT_KIND}"
         )
-    own = "jumprelu" if "threshold_0" in tensor_heads(folder / "W_enc_0.safetensors") else "relu"
-    activation = str(record.get("activation", own))
+    default = "jumprelu" if "threshold_0" in tensor_heads(folder / "W_enc_0.safetensors") else "relu"
+    activation = str(record.get("activation", default))
     if activation == "topk" and "k" not in record:
         raise UserError(f"{where}: activation is topk but k is missing; write it there")
     model_name, hooks = _named(record, _CLT_HOOKS)

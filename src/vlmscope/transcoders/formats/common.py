@@ -1,7 +1,7 @@
-"""What the readers and writers of all formats share: the layers of a set before they are loaded, tensors, hooks, files.
+"""Parts that the readers and writers of all formats share: sets before their weights are loaded, tensors, hooks, files.
 
-Our own convention, into which every reader translates: `W_enc` [F, d], `W_dec` [F, d], `b_enc` [F], `b_dec` [d],
-`W_skip` [d, d] applied as `x @ W_skip.T`, `threshold` [F], `W_later` [n, F, d] decoders to the n layers after its own.
+Every reader translates into our convention: `W_enc` [F, d], `W_dec` [F, d], `b_enc` [F], `b_dec` [d], `W_skip` [d, d]
+applied as `x @ W_skip.T`, `threshold` [F], and `W_later` [n, F, d], decoders to the n layers after its own.
 """
 
 import math
@@ -23,14 +23,14 @@ from vlmscope.transcoders.transcoder import Transcoder, set_weight
 REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec")
 STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 READ_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-# With ReLU and JumpReLU no number is fixed; where a format says none, this one stands for it in estimates of memory.
+# ReLU and JumpReLU fix no number of active features; if a format states none, estimates of memory use this one.
 UNKNOWN_L0 = 64
 
 Tensors = dict[str, Tensor]
 
 
 class Choice(NamedTuple):
-    """Which of several sets in one folder: of this width ("16k"), sparsity ("small"), with or without a skip path."""
+    """Selects one of several sets in a folder, by width ("16k"), sparsity ("small") and skip path; None: any."""
 
     width: str | None = None
     l0: str | None = None
@@ -39,9 +39,9 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerSource:
-    """One layer before it is loaded: its file, the file `where` its settings are, and these (None: as the set's).
+    """One layer before it is loaded: its file, the file `where` of its settings, and these (None: the set's).
 
-    `translate` goes from the file's tensors to ours, and refuses what cannot be translated exactly.
+    `translate` maps the file's tensors to ours and refuses those that have no exact translation.
     """
 
     path: Path
@@ -60,13 +60,13 @@ class SetSource:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """All tensors of a safetensors file, those in float8 as float32 (exactly)."""
+    """All tensors of a safetensors file; float8 becomes float32, exactly."""
     tensors = {}
     with open_tensors(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118  (not a mapping)
             head = file.get_slice(name)
             dtype = head.get_dtype()
-            if dtype not in READ_DTYPES and head.get_shape():  # a lone number is a setting, for the format to read
+            if dtype not in READ_DTYPES and head.get_shape():  # a scalar is a setting, which the format reads
                 raise UserError(
                     f"{path}: {name} is stored as {dtype}, and without a scale that says no weights; give the set in "
                     f"one of {', '.join(READ_DTYPES)}"
@@ -84,7 +84,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> None
 
 
 def own_tensors(transcoder: Transcoder) -> Tensors:
-    """A layer's tensors in our convention: `threshold` [F] too where the nonlinearity has one."""
+    """A layer's tensors in our convention, with `threshold` [F] if the nonlinearity has one."""
     tensors = {name: getattr(transcoder, name) for name in (*REQUIRED, "W_skip")}
     tensors["threshold"] = transcoder.activation.thresholds
     tensors["W_later"] = torch.stack([later.detach() for later in transcoder.W_later]) if transcoder.W_later else None
@@ -92,7 +92,7 @@ def own_tensors(transcoder: Transcoder) -> Tensors:
 
 
 def taken(tensors: Tensors, names: Mapping[str, str], optional: Iterable[str], path: Path) -> Tensors:
-    """Rename tensors, theirs -> ours; none may be missing that is not optional, and there may be no other."""
+    """Rename tensors, theirs -> ours; UserError if one that is not optional is missing, or if there is another one."""
     missing = [name for name in names if name not in tensors and name not in set(optional)]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; it is not a transcoder in this layout")
@@ -103,7 +103,7 @@ def taken(tensors: Tensors, names: Mapping[str, str], optional: Iterable[str], p
 
 
 def not_below_0(tensors: Tensors, path: Path) -> Tensors:
-    """The same tensors, of a tool whose JumpReLU lets pass whatever is above its threshold, negative numbers too."""
+    """The same tensors; UserError for negative thresholds, with which other tools' JumpReLU passes negative numbers."""
     if "threshold" in tensors and bool((tensors["threshold"] < 0).any()):
         raise UserError(
             f"{path} has thresholds below 0, so that features can be negative; only those that cannot can be read"
@@ -112,24 +112,24 @@ def not_below_0(tensors: Tensors, path: Path) -> Tensors:
 
 
 def transposed(tensors: Tensors, *names: str) -> Tensors:
-    """The same tensors with those of these names transposed, where they are matrices."""
+    """The same tensors, with the matrices of these names transposed."""
     return {n: t.mT.contiguous() if n in names and t.ndim == 2 else t for n, t in tensors.items()}
 
 
 def positive(value: object, name: str, where: Path) -> int:
-    """`value` as a positive whole number."""
+    """`value`, which must be a positive whole number."""
     if type(value) is not int or value < 1:
         raise UserError(f"{where}: {name} must be a positive whole number, not {value!r}")
     return value
 
 
 def l0_of(value: object) -> int | None:
-    """A stated mean number of active features as a k of at least 1; None for what is no positive finite number."""
+    """A stated mean number of active features as a k of at least 1; None unless it is a positive finite number."""
     return max(1, round(value)) if isinstance(value, int | float) and 0 < value < math.inf else None
 
 
 def record_of(value: Any, where: Path) -> dict[str, Any]:
-    """A configuration file's content, which must be a mapping."""
+    """The content of a configuration file, which must be a mapping."""
     if not isinstance(value, dict):
         raise UserError(f"{where} holds no keys; it is not a transcoder's configuration")
     return value
@@ -139,11 +139,11 @@ _GEMMA = re.compile(r"gemma-?[23]", re.IGNORECASE)
 
 
 def own_hook(theirs: str, model_name: str) -> str:
-    """Our name of a hook point that others name without its layer; an unknown name stays as it is.
+    """Our name of a hook point that other tools name without its layer; an unknown name is returned unchanged.
 
-    `mlp.hook_in` and `mlp.hook_out` are the raw MLP. `hook_mlp_out` lies after the norm that follows the MLP, which
-    Gemma 2 and 3 have and others lack. `ln2.hook_normalized` lies before that norm's weight and `hook_mlp_in` before
-    the norm itself, so neither is `mlp_in`.
+    `mlp.hook_in` and `mlp.hook_out` are the raw MLP. `hook_mlp_out` is after the norm that follows the MLP, which only
+    Gemma 2 and 3 have. `ln2.hook_normalized` is before that norm's weight and `hook_mlp_in` before the norm itself, so
+    neither is `mlp_in`.
     """
     if theirs == "hook_mlp_out":
         return "mlp_out_post" if _GEMMA.search(model_name) else "mlp_out"
@@ -186,7 +186,7 @@ def build_layer(
     k = source.k or config.k
     writes = 1 + len(tensors.get("W_later", ()))
     try:
-        own = TranscoderConfig(
+        layer_config = TranscoderConfig(
             d_model=d,
             n_features=f,
             k=k if activation == "topk" else min(k, f),
@@ -197,7 +197,7 @@ def build_layer(
             output_hook=config.output_hook,
             writes=writes,
         )
-        transcoder = Transcoder(own, dtype=dtype, device=device)
+        transcoder = Transcoder(layer_config, dtype=dtype, device=device)
     except UserError as error:
         raise UserError(f"{source.where}: {error}") from error
     for name in (*REQUIRED, "W_skip"):

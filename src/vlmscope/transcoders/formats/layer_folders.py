@@ -1,15 +1,15 @@
-"""Formats with a folder for each layer, of a file of tensors and a JSON: Gemma Scope 2, sparsify and SAELens.
+"""Formats with a folder for each layer, holding a file of tensors and a JSON: Gemma Scope 2, sparsify and SAELens.
 
 gemma_scope  `transcoder_all/layer_{L}_width_{W}_l0_{S}[_affine]/{config.json,params.safetensors}`. JumpReLU. `w_enc`
              [d, F] is transposed, and so is `affine_skip_connection` [in, out], which is applied as `x @ W`. Input is
              the output of `pre_feedforward_layernorm`, our `mlp_in`; target is the output of the norm *after* the MLP,
              `post_feedforward_layernorm`, our `mlp_out_post`.
 sparsify     `layers.{L}.mlp/{cfg.json,sae.safetensors}` (EleutherAI). TopK. Nothing is subtracted from a transcoder's
-             input (`b_dec` is from an autoencoder's). The hook names a module whose input is read and whose output is
-             imitated: `...mlp` is the raw MLP.
+             input (`b_dec` is subtracted from an autoencoder's). The hook names a module whose input is read and whose
+             output is imitated: `...mlp` is the raw MLP.
 sae_lens     a folder with `{cfg.json,sae_weights.safetensors}` at any depth. `W_enc` [d, F] is transposed. An old set
-             may say `apply_b_dec_to_input`: its encoder then sees `x - b_dec`, which is folded into `b_enc` exactly.
-             From version 6 on SAELens knows ReLU and JumpReLU transcoders alone.
+             may have `apply_b_dec_to_input`: its encoder then sees `x - b_dec`, which is folded into `b_enc` exactly.
+             From version 6 on SAELens has only ReLU and JumpReLU transcoders.
 
 Tables of keys and traps: docs/formats_transcoders.md.
 """
@@ -46,7 +46,7 @@ from vlmscope.transcoders.transcoder import TranscoderSet
 
 
 class Layer(NamedTuple):
-    """What a folder's JSON says of its layer: with a skip path or not, the shape [F, d]; None where it does not say.
+    """A layer as its folder's JSON describes it; `skip` and `shape` [F, d] are None where the JSON does not say.
 
     With `centred` the encoder sees `x - b_dec`.
     """
@@ -63,11 +63,12 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a format lies on disk.
+    """Files of a format.
 
-    `names` are those of its tensors, theirs -> ours, `turned` those of ours that it stores transposed. `find` gives the
-    folders of all layers, `choose` those of one set, `read` what the record in a folder says, and `describe` the name
-    and the record of a folder that is written. `always` are tensors of ours that are written even where a set has none.
+    `names` maps its tensors' names to ours; `turned` are those of ours that it stores transposed. `find` returns the
+    folders of all layers, `choose` those of one set, `read` the layer that a folder's record describes, and `describe`
+    the name and the record of a folder to write. `always` are tensors of ours that are written, as zeros, even if a set
+    has none.
     """
 
     tensors: str
@@ -85,7 +86,7 @@ class Layout:
         return bool(self.find(folder))
 
     def open_set(self, folder: Path, choice: Choice) -> SetSource:
-        """The layers of the folder, without their weights."""
+        """The set in the folder, without its weights."""
         paths = self.choose(folder, self.find(folder), choice)
         if not paths:
             raise UserError(f"{folder} holds no {self.tensors} in this layout; check the path")
@@ -94,12 +95,12 @@ class Layout:
             where = path / self.record
             layer = self.read(record_of(read_json(where), where), where)
             if layer.number in layers:
-                other = layers[layer.number][1].path.parent
-                raise UserError(f"{path} is for layer {layer.number}, and so is {other}; keep one of them")
-            for other, _ in layers.values():
-                if (layer.model_name, layer.hooks) != (other.model_name, other.hooks):
+                duplicate = layers[layer.number][1].path.parent
+                raise UserError(f"{path} is for layer {layer.number}, and so is {duplicate}; keep one of them")
+            for first, _ in layers.values():
+                if (layer.model_name, layer.hooks) != (first.model_name, first.hooks):
                     raise UserError(
-                        f"{where}: {layer.hooks} of {layer.model_name!r}, but {other.hooks} of {other.model_name!r} in "
+                        f"{where}: {layer.hooks} of {layer.model_name!r}, but {first.hooks} of {first.model_name!r} in "
                         "other layers; a set has one model and one pair of hooks"
                     )
             translate = partial(self._translate, layer=layer, where=where)
@@ -125,9 +126,9 @@ class Layout:
                 f"{path}: W_skip is {'missing' if layer.skip else 'there'}, but {where.name} says otherwise"
             )
         shape = tuple(ours["W_enc"].shape)
-        if len(shape) == 2 and any(want not in (None, has) for want, has in zip(layer.shape, shape, strict=True)):
+        if len(shape) == 2 and any(n not in (None, size) for n, size in zip(layer.shape, shape, strict=True)):
             raise UserError(f"{where}: it makes {layer.shape} features and model width, but W_enc has {shape}")
-        # Biases of one length with another: the check of shapes refuses them.
+        # Biases of the wrong length are left to the check of shapes, which has the better message.
         if layer.centred and ours["W_enc"].shape[-1:] == ours["b_dec"].shape:
             # W_enc (x - b_dec) + b_enc = W_enc x + (b_enc - W_enc b_dec)
             ours["b_enc"] = ours["b_enc"].double() - ours["W_enc"].double() @ ours["b_dec"].double()
@@ -146,16 +147,17 @@ class Layout:
 
 
 def _demand(record: Mapping[str, Any], where: Path, allowed: Mapping[str, Sequence[Any]]) -> None:
-    """Refuse what changes the function in a way that this project does not compute; None allows a key to be absent."""
+    """Refuse settings that change the function in a way that is not implemented here; None allows an absent key."""
     for key, values in allowed.items():
         if record.get(key) not in values:
             raise UserError(f"{where}: {key} is {record.get(key)!r}; only {values[0]!r} can be read")
 
 
 def _find(folder: Path, pattern: str) -> list[Path]:
-    """The folder itself where it holds such a file, else the folders in it that do."""
-    own = [folder.absolute()] if (folder / pattern.rpartition("/")[2]).is_file() else []
-    return own or sorted(path.parent for path in folder.glob(pattern))
+    """The folder itself if it holds such a file, else the folders in it that do."""
+    if (folder / pattern.rpartition("/")[2]).is_file():
+        return [folder.absolute()]
+    return sorted(path.parent for path in folder.glob(pattern))
 
 
 # Gemma Scope 2
@@ -168,7 +170,7 @@ _GEMMA_HOOKS = {
 
 
 def _gemma_find(folder: Path) -> list[Path]:
-    """Every layer's folder: the given one itself, those in it, or those in its `transcoder_all`."""
+    """Every layer's folder: `folder` itself, those in it, or those in its `transcoder_all`."""
     inside = sorted(
         path for parent in ("", "transcoder_all", "transcoder") for path in (folder / parent).glob("layer_*")
     )
@@ -177,13 +179,13 @@ def _gemma_find(folder: Path) -> list[Path]:
 
 
 def _gemma_choose(folder: Path, paths: list[Path], choice: Choice) -> list[Path]:
-    """The layers of the chosen width, sparsity and skip path, of which there must be one set."""
+    """The layers of the chosen width, sparsity and skip path; UserError unless exactly one set fits."""
     kinds: dict[Choice, list[Path]] = {}
     for path in paths:
         match = _GEMMA.fullmatch(path.name)
         assert match is not None
         kinds.setdefault(Choice(match[2], match[3], bool(match[4])), []).append(path)
-    fitting = [k for k in kinds if all(want in (None, has) for want, has in zip(choice, k, strict=True))]
+    fitting = [k for k in kinds if all(chosen in (None, value) for chosen, value in zip(choice, k, strict=True))]
     shown = "; ".join(
         sorted(
             f"transcoder.width={kind.width} transcoder.l0={kind.l0} transcoder.affine={str(kind.affine).lower()}"
@@ -208,7 +210,7 @@ def _gemma_read(record: dict[str, Any], where: Path) -> Layer:
 
 
 def _gemma_describe(config: TranscoderConfig, transcoders: TranscoderSet, dtype: str) -> tuple[str, dict[str, Any]]:
-    """The sparsity's name is small up to an L0 of 20 and big above, as in Gemma Scope 2."""
+    """A layer's folder and record; sparsity is named small up to an L0 of 20 and big above, as in Gemma Scope 2."""
     widest = max(transcoders.widths.values())
     unit = next(((size, name) for size, name in ((2**20, "m"), (2**10, "k")) if widest >= size), (1, ""))
     l0 = "small" if transcoders.config.k <= 20 else "big"
@@ -255,7 +257,7 @@ def _sparsify_read(record: dict[str, Any], where: Path) -> Layer:
     match = _MLP.fullmatch(hook)
     if match is None:
         raise UserError(f"{where.parent}: hook {hook!r} is no MLP; only those such as layers.3.mlp can be read")
-    # An autoencoder is no transcoder, and signed features can be negative.
+    # Autoencoders are not transcoders, and signed features can be negative.
     _demand(record, where, {"transcode": (True,), "activation": ("topk", None), "signed": (False, None)})
     settings = where.parent.parent / "config.json"  # of the training run
     name = str(record_of(read_json(settings), settings).get("model", "")) if settings.is_file() else ""
@@ -263,7 +265,7 @@ def _sparsify_read(record: dict[str, Any], where: Path) -> Layer:
     for key in ("num_latents", "expansion_factor", "d_in"):
         if type(record.get(key, 0)) not in (int, float):
             raise UserError(f"{where}: {key} must be a number, not {record[key]!r}")
-    # The width is `num_latents` when that is not 0, else `expansion_factor` times the model's, as sparsify counts.
+    # As in sparsify, the width is `num_latents` unless that is 0, else `expansion_factor` times the model's.
     d, expansion = record.get("d_in"), record.get("expansion_factor")
     f = record.get("num_latents") or (None if d is None or expansion is None else d * expansion)
     return Layer(int(match[1]), "topk", k, name, skip=record.get("skip_connection"), shape=(f, d))
@@ -338,7 +340,7 @@ def _sae_lens_read(record: dict[str, Any], where: Path) -> Layer:
 
 
 def _sae_lens_activation(record: dict[str, Any], where: Path) -> tuple[str, int | None]:
-    """The nonlinearity, and k or L0 where it is known."""
+    """The nonlinearity, and k or L0 if it is known."""
     architecture = str(record.get("architecture", "standard"))
     l0 = l0_of(record.get("l0"))
     if architecture in ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder"):
